@@ -1,0 +1,40 @@
+# make demo: set up and run the whole method on a small dataset. make test: set up, lint and run the tests.
+# TORCH_INDEX_URL picks the torch build (README: installation); VENV=... uses another environment.
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTHON := $(VENV)/bin/python
+DEMO_DATA := data/demo
+DEMO_RUN := demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: demo demo-data test lint gpu-test bench clean
+
+$(VENV)/.ready: requirements.txt requirements-dev.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
+	$(PYTHON) -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+$(DEMO_DATA)/manifest.json: $(VENV)/.ready
+	$(PYTHON) prepare_caseops_data.py --demo --out $(DEMO_DATA)
+
+demo-data: $(DEMO_DATA)/manifest.json
+
+demo: $(DEMO_DATA)/manifest.json
+	set -a && . presets/demo.env && set +a && RUN_ID=$(DEMO_RUN) DATA_PATH=$(DEMO_DATA) $(PYTHON) train_gpt.py
+	$(PYTHON) tools/plot_run.py runs/$(DEMO_RUN)
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+
+test: lint
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu" tests
+
+# on a machine with a GPU and its own torch: make gpu-test VENV=... or run these lines with its python
+gpu-test:
+	python3 -m pytest -m gpu tests
+
+bench:
+	python3 benchmarks/bench_kernels.py
+
+clean:
+	rm -rf $(VENV) $(DEMO_DATA)

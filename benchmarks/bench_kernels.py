@@ -1,0 +1,227 @@
+"""Every fast operation of train_gpt.py against its reference on one GPU, at the sizes of a training micro-batch.
+
+    python benchmarks/bench_kernels.py [--tokens 98304] [--hidden 2048] [--documents 122] [--tune] [--compiled]
+
+Correctness comes first: fresh random inputs each run, relative Frobenius error of the output and of every gradient
+against the reference in fp32 (on fewer tokens); an operation over 1e-2 is marked WRONG (exit status 1). Then median
+milliseconds of forward and of forward + backward, the rate, and two ratios: rate over the ceiling measured in the same
+run (a bf16 product of 8192^3, a copy of 1 GiB), and reference time over this time. --tune tries other tiles of the MLP
+kernels, --compiled times the references under torch.compile instead of eagerly (slower to start). Without CUDA it says
+so and exits 0.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_gpt as tg
+
+DIM, VOCAB, HEADS, HEAD_DIM, SLOPE, SOFTCAP = 512, 8192, 8, 64, 0.3, 30.0
+MAX_SEQLEN = 2048
+BF16 = {"dtype": torch.bfloat16, "device": "cuda"}
+
+
+def median_ms(function) -> float:
+    return tg.triton.testing.do_bench(function, warmup=20, rep=80, return_mode="median")
+
+
+def forward_and_backward(op, args):
+    """op and its arguments -> two closures: forward without autograd, and forward + backward for a fixed gradient."""
+    leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+    with torch.no_grad():
+        grad = torch.randn_like(op(*args))
+
+    def forward():
+        with torch.no_grad():
+            return op(*args)
+
+    def both():
+        out = op(*args)
+        return out, *torch.autograd.grad(out, leaves, grad)
+
+    return forward, both
+
+
+def relative_errors(op, reference, args) -> list[float]:
+    """Errors of op in the dtype of args against the reference in fp32: output, then each gradient."""
+    full = [a.detach().float().requires_grad_() if torch.is_tensor(a) and a.requires_grad else a for a in args]
+    got, want = op(*args), reference(*full)
+    weight = torch.randn_like(want).to(got.dtype)
+    grads = torch.autograd.grad(got, [a for a in args if torch.is_tensor(a) and a.requires_grad], weight)
+    wanted = torch.autograd.grad(want, [a for a in full if torch.is_tensor(a) and a.requires_grad], weight.float())
+    pairs = zip((got, *grads), (want, *wanted), strict=True)
+    return [((g.float() - w).norm() / w.norm().clamp_min(1e-20)).item() for g, w in pairs]
+
+
+def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape, **BF16) * scale).requires_grad_()
+
+
+def random_documents(tokens: int, documents: int) -> torch.Tensor:
+    """(documents + padding + 1,) int32: uneven documents of at most MAX_SEQLEN tokens, the end padded with `tokens`."""
+    cuts = torch.randint(1, tokens, (documents - 1,)).tolist()
+    bounds = [0]
+    for cut in sorted({*cuts, tokens}):
+        while cut - bounds[-1] > MAX_SEQLEN:
+            bounds.append(bounds[-1] + MAX_SEQLEN)
+        bounds.append(cut)
+    return torch.tensor(bounds + [tokens] * 64, dtype=torch.int32, device="cuda")
+
+
+def causal_pairs(cu_seqlens: torch.Tensor) -> int:
+    lengths = cu_seqlens.diff().long()
+    return int((lengths * (lengths + 1) // 2).sum())
+
+
+class Report:
+    """Prints one line an operation; remembers whether any was wrong."""
+
+    def __init__(self, compiled: bool):
+        self.compiled, self.wrong = compiled, False
+        a, b = torch.randn(8192, 8192, **BF16), torch.randn(8192, 8192, **BF16)
+        self.tflops = 2 * 8192**3 / median_ms(lambda: a @ b) / 1e9
+        source = torch.empty(2**30, dtype=torch.int8, device="cuda")
+        target = torch.empty_like(source)
+        self.gbytes = 2 * 2**30 / median_ms(lambda: target.copy_(source)) / 1e6
+        print(f"ceilings: bf16 product 8192^3 {self.tflops:.0f} TFLOP/s, copy {self.gbytes:.0f} GB/s read + written")
+        print(f"{'operation':34} {'ms':>8} {'rate':>14} {'of ceiling':>10} {'reference ms':>12} {'faster':>7}")
+
+    def errors(self, name: str, op, reference, args) -> None:
+        """Checks op; prints the errors of the output and of the gradients."""
+        errors = relative_errors(op, reference, args)
+        good = all(e < 1e-2 for e in errors)
+        self.wrong |= not good
+        print(f"{name:34} {'ok   ' if good else 'WRONG'} relative errors " + " ".join(f"{e:.1e}" for e in errors))
+
+    def times(self, name: str, op, args, work: tuple[float, float], unit: str, reference_ms=None) -> list[float]:
+        """Times op; work is that of the forward and of forward + backward in FLOP or bytes. -> the two times in ms."""
+        times = [median_ms(function) for function in forward_and_backward(op, args)]
+        ceiling = self.tflops if unit == "TFLOP/s" else self.gbytes
+        for i, (label, ms) in enumerate(zip(("forward", "forward + backward"), times, strict=True)):
+            rate = work[i] / ms / (1e9 if unit == "TFLOP/s" else 1e6)
+            against = f"{reference_ms[i]:12.3f} {reference_ms[i] / ms:6.2f}x" if reference_ms else ""
+            label = f"{name} {'fwd' if label == 'forward' else 'fwd+bwd'}"
+            print(f"{label:34} {ms:8.3f} {rate:7.0f} {unit:7} {rate / ceiling:9.0%} {against}")
+        return times
+
+    def compare(self, name: str, op, reference, args, work, unit: str) -> None:
+        reference = torch.compile(reference) if self.compiled else reference
+        reference_ms = self.times(f"{name} reference", reference, args, work, unit)
+        self.times(name, op, args, work, unit, reference_ms)
+
+
+def bench_cross_entropy(report: Report, tokens: int) -> None:
+    def inputs(rows):
+        return normal(rows, VOCAB, scale=8), torch.randint(VOCAB, (rows,), device="cuda"), SOFTCAP
+
+    ops = tg.softcapped_cross_entropy, tg.softcapped_cross_entropy_ref
+    report.errors("cross-entropy", *ops, inputs(min(tokens, 8192)))
+    once = 2.0 * tokens * VOCAB  # the logits, read by each pass, and written as gradient
+    report.compare("cross-entropy", *ops, inputs(tokens), (once, 3 * once), "GB/s")
+
+
+def mlp_inputs(tokens: int, hidden: int):
+    return normal(tokens, DIM), normal(hidden, DIM, scale=DIM**-0.5), normal(DIM, hidden, scale=hidden**-0.5), SLOPE
+
+
+def bench_mlp(report: Report, tokens: int, hidden: int) -> None:
+    ops = tg.leaky_relu_sq_mlp, tg.mlp_ref
+    report.errors("MLP", *ops, mlp_inputs(min(tokens, 16384), hidden))
+    product = 2.0 * tokens * DIM * hidden
+    args = mlp_inputs(tokens, hidden)
+    report.compare("MLP", *ops, args, (2 * product, 6 * product), "TFLOP/s")
+    bench_mlp_kernels(report, args, product)
+
+
+def mlp_kernel_ms(args) -> tuple[float, float]:
+    """Arguments of the MLP -> ms of the forward kernel and of the backward kernel alone."""
+    x, w_up, w_down = (a.detach() for a in args[:3])
+    pre, act = (x.new_empty(x.shape[0], w_up.shape[0]) for _ in range(2))
+    forward = median_ms(lambda: tg._launch_mlp(x, w_up, pre, act, SLOPE, backward=False))
+    return forward, median_ms(lambda: tg._launch_mlp(x, w_down, pre, act, SLOPE, backward=True))
+
+
+def bench_mlp_kernels(report: Report, args, product: float) -> None:
+    x, w_up = args[0].detach(), args[1].detach()
+    cublas = median_ms(lambda: x @ w_up.T)  # one product of the same shape, without the activation
+    for label, ms in zip(("forward", "backward"), mlp_kernel_ms(args), strict=True):
+        rate = product / ms / 1e9
+        print(f"{'MLP kernel ' + label:34} {ms:8.3f} {rate:7.0f} TFLOP/s {rate / report.tflops:9.0%} "
+              f"{cublas:12.3f} {cublas / ms:6.2f}x (cuBLAS, product alone)")  # fmt: skip
+
+
+def tune_mlp(tokens: int, hidden: int) -> None:
+    """Prints the time of both MLP kernels for other tiles; what does not fit on the device says so."""
+    args = mlp_inputs(tokens, hidden)
+    shapes = [tg.Tile(stages=stages, group=group) for stages in (3, 4) for group in (4, 8, 16)]
+    shapes += [tg.Tile(n=128, programs=2, warps=4, stages=3), tg.Tile(n=128, programs=2, warps=8, stages=3)]
+    shapes += [tg.Tile(n=128, warps=8, stages=4), tg.Tile(m=256, n=128, stages=3), tg.Tile(k=128, n=128, stages=3)]
+    x, w_up, w_down = (a.detach() for a in args[:3])
+    pre, act = (x.new_empty(tokens, hidden) for _ in range(2))
+    chosen = dict(tg.MLP_TILES)
+    for tile in [t._replace(flatten=flatten) for t in shapes for flatten in (True, False)]:
+        line = f"{str(tuple(tile)):48}"
+        for purpose, operand in (("forward", w_up), ("backward", w_down)):
+            tg.MLP_TILES[purpose] = tile
+            try:
+                ms = median_ms(lambda b=operand, p=purpose: tg._launch_mlp(x, b, pre, act, SLOPE, p == "backward"))
+                line += f" {purpose} {ms:.3f} ms {2.0 * tokens * DIM * hidden / ms / 1e9:4.0f} TFLOP/s"
+            except Exception as error:  # out of shared memory or registers: the point of trying
+                line += f" {purpose} {type(error).__name__}"
+        print(line, flush=True)
+    tg.MLP_TILES.update(chosen)
+
+
+def bench_attention(report: Report, tokens: int, documents: int) -> None:
+    cu_seqlens, device = random_documents(tokens, documents), torch.device("cuda")
+    short = random_documents(16384, 24)
+    pairs = causal_pairs(cu_seqlens)
+    for kv_heads in (4, 8):
+        def inputs(length, cu, kv_heads=kv_heads):
+            return *(normal(1, length, n, HEAD_DIM) for n in (HEADS, kv_heads, kv_heads)), cu, MAX_SEQLEN
+
+        args, flops = inputs(tokens, cu_seqlens), 4.0 * pairs * HEADS * HEAD_DIM
+        work = flops, 3.5 * flops  # five products backward against two forward
+        reference_ms = report.times(f"attention KV={kv_heads} sdpa", tg.attention_sdpa, args, work, "TFLOP/s")
+        for name, backend in tg.ATTENTION_BACKENDS.items():
+            if name == "sdpa":
+                continue
+            try:
+                tg.select_ops(False, name, device, torch.bfloat16, HEAD_DIM, HEADS, kv_heads)
+            except ValueError as error:
+                print(f"attention KV={kv_heads} {name}: not here ({str(error)[:150]})")
+                continue
+            report.errors(f"attention KV={kv_heads} {name}", backend, tg.attention_sdpa, inputs(16384, short))
+            report.times(f"attention KV={kv_heads} {name}", backend, args, work, "TFLOP/s", reference_ms)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=98304)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--documents", type=int, default=122)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
+    options = parser.parse_args()
+    if not torch.cuda.is_available() or tg.triton is None:
+        print("bench_kernels: needs a CUDA device and Triton; nothing was measured")
+        return 0
+    started = time.perf_counter()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {tg.triton.__version__}, "
+          f"{options.tokens} tokens x {DIM}, F {options.hidden}, V {VOCAB}, {options.documents} documents")  # fmt: skip
+    report = Report(options.compiled)
+    bench_cross_entropy(report, options.tokens)
+    bench_mlp(report, options.tokens, options.hidden)
+    bench_attention(report, options.tokens, options.documents)
+    if options.tune:
+        tune_mlp(options.tokens, options.hidden)
+    print(f"{time.perf_counter() - started:.0f} s in all" + (", something is WRONG" if report.wrong else ""))
+    return int(report.wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

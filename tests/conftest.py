@@ -1,0 +1,95 @@
+"""Fixtures shared by all tests: a tiny configuration, a tiny dataset, one process without a process group."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; must be set before triton is imported
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_gpt  # noqa: E402
+
+GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden"))
+TINY = {
+    "vocab_size": 97, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.0, "rope_dims": 4,
+    "train_batch_tokens": 256, "micro_batch_tokens": 128, "train_seq_len": 32, "eval_seq_len": 32, "eval_stride": 8,
+    "max_wallclock_seconds": 0.0, "iterations": 4, "warmup_steps": 1, "gptq_calibration_batches": 4,
+    "compressor": "brotli",
+    "ttt_eval_seq_len": 32, "ttt_chunk_size": 8, "ttt_batch_size": 4, "ttt_lanes": 2, "ttt_lora_rank": 4,
+    "phased_ttt_prefix_docs": 20_000, "global_ttt_chunk_tokens": 128, "train_log_every": 1, "device": "cpu",
+}
+
+
+def tiny_hp(**changes):
+    """Hyperparameters of a model that trains in milliseconds; keyword arguments override."""
+    return train_gpt.Hyperparameters(**(TINY | changes))
+
+
+def write_shard(path, values):
+    """A shard file as CASEOPS.md 3.1 describes it, written independently of the code under test."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(values)
+    path.write_bytes(header.tobytes() + np.asarray(values, dtype="<u2").tobytes())
+
+
+def write_documents(folder, split, lengths, vocab_size=97, seed=0, shard_sizes=None):
+    """Documents of the given lengths (tokens after BOS) as shards, side-cars for "val"; -> tokens, bytes of the stream.
+
+    Tokens follow a noisy cycle, so that there is something to learn. `shard_sizes` cuts the stream anywhere.
+    """
+    rng = np.random.default_rng(seed)
+    tokens = []
+    for length in lengths:
+        walk = 8 + (rng.integers(80) + np.cumsum(rng.choice([1, 1, 1, 2], length))) % (vocab_size - 8)
+        tokens += [train_gpt.BOS_ID, *walk.tolist()]
+    tokens = np.array(tokens)
+    charges = np.where(tokens == train_gpt.BOS_ID, 0, rng.integers(0, 6, len(tokens)))
+    borders = np.cumsum([0, *(shard_sizes or [len(tokens)])])
+    for number, (first, last) in enumerate(zip(borders, borders[1:], strict=False)):
+        write_shard(folder / f"fineweb_{split}_{number:06d}.bin", tokens[first:last])
+        if split == "val":
+            write_shard(folder / f"fineweb_val_bytes_{number:06d}.bin", charges[first:last])
+    return tokens, charges
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """Folder with about 8,000 training tokens and 12 validation documents, tails and one-token documents among them."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(7)
+    write_documents(folder, "train", rng.integers(3, 120, 130), seed=1)
+    write_documents(folder, "val", [90, 33, 1, 8, 0, 64, 7, 31, 32, 17, 100, 1], seed=2, shard_sizes=[150, 246])
+    return folder
+
+
+@pytest.fixture
+def dist():
+    """One process on the CPU."""
+    return train_gpt.Dist("cpu")
+
+
+@pytest.fixture
+def ops():
+    """The PyTorch references of every operation."""
+    return train_gpt.select_ops(False, "sdpa", torch.device("cpu"), torch.float32, 8, 4, 2)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden("model") -> {key: tensor} of GOLDEN_DIR/model.npz."""
+    def load(name):
+        with np.load(GOLDEN_DIR / f"{name}.npz") as arrays:
+            return {key: torch.from_numpy(np.array(arrays[key])) for key in arrays}
+
+    return load
+
+
+@pytest.fixture
+def rel():
+    """Relative Frobenius error of two tensors."""
+    return lambda got, want: ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item()

@@ -1,0 +1,462 @@
+"""The artifact: exact round trips, damaged and hostile files, compressors and their tools, row order, packed code."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train_gpt
+from train_gpt import ArtifactError
+
+brotli = pytest.importorskip("brotli")
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden")) / "quantization.npz"
+needs_lrzip = pytest.mark.skipif(shutil.which("lrzip") is None, reason="the lrzip program is not installed")
+COMPRESSORS = ["brotli", "lzma", pytest.param("pergroup", marks=needs_lrzip)]
+
+
+def model_arrays(num_layers=3, seed=0):
+    """Arrays as quantize_weights returns them, of a tiny model; the gate's codes are no matrix of a role."""
+    rng = np.random.default_rng(seed)
+    shapes = {"attn.c_q": (24, 16), "attn.c_k": (8, 16), "attn.c_v": (8, 16), "attn.c_proj": (16, 24)}
+    shapes |= {"mlp.c_fc": (40, 16), "mlp.c_proj": (16, 40)}
+    names = {"tok_emb.weight": (50, 16)}
+    names |= {f"blocks.{i}.{name}.weight": shape for i in reversed(range(num_layers)) for name, shape in shapes.items()}
+    arrays = {}
+    for name, shape in names.items():
+        arrays[f"{name}:codes"] = np.clip(rng.normal(size=shape) * 5, -31, 31).astype(np.int8)
+        arrays[f"{name}:scale"] = rng.random(shape[0]).astype(np.float16)
+    arrays["tok_emb.weight:lqer_a"] = rng.integers(-2, 2, (50, 4)).astype(np.int8)
+    arrays["tok_emb.weight:lqer_a_scale"] = np.array(0.5, np.float16)
+    arrays["attn_gate:codes"] = rng.integers(-127, 128, (num_layers, 4, 12)).astype(np.int8)
+    return arrays | {"resid_mix:fp16": rng.random((num_layers, 2, 16)).astype(np.float16)}
+
+
+def odd_arrays():
+    """Every dtype, empty and 0-d arrays, strides, byte orders, NaN payloads and negative zeros."""
+    rng = np.random.default_rng(1)
+    arrays = {f"dtype/{name}": rng.integers(0, 2, (3, 5)).astype(name) for name in train_gpt.ARRAY_DTYPES}
+    arrays |= {f"scalar/{name}": np.array(1, name) for name in train_gpt.ARRAY_DTYPES}
+    arrays |= {"empty": np.zeros((0,), np.int8), "empty/3d": np.zeros((4, 0, 2), np.float16)}
+    arrays["nan"] = np.array([0x7FC00001, 0xFF800000, 0x80000000, 0x7FA00000], np.uint32).view(np.float32)
+    arrays["strided"] = rng.integers(0, 9, (6, 8)).astype(np.int16)[::2, ::-3]
+    arrays["fortran"] = np.asfortranarray(rng.random((4, 6)))
+    arrays["big_endian"] = np.arange(6, dtype=">u4").reshape(2, 3)
+    arrays["naïve/名前"] = np.arange(3, dtype=np.uint8)
+    arrays["tok_emb.weight:codes"] = np.zeros((0, 16), np.int8)
+    arrays["blocks.0.attn.c_q.weight:codes"] = np.zeros((4, 0), np.int8)
+    arrays["blocks.1.attn.c_q.weight:codes"] = np.array([[-128, 127], [127, -128]], np.int8)
+    arrays["blocks.0.attn.c_k.weight:codes"] = np.ones((2, 2), np.float32)
+    return arrays | {"blocks.0.attn.c_v.weight:codes": np.array(3, np.int8)}
+
+
+def assert_same(found, expected):
+    assert list(found) == list(expected)
+    for name, array in expected.items():
+        native = array.astype(array.dtype.newbyteorder("="))
+        assert found[name].dtype == native.dtype and found[name].shape == native.shape, name
+        assert found[name].tobytes() == native.tobytes(), name
+
+
+# --- round trips
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("make", [model_arrays, odd_arrays, dict])
+def test_pack_unpack_is_exact(compressor, make):
+    arrays = make()
+    assert_same(train_gpt.unpack_weights(train_gpt.pack_weights(arrays, compressor)), arrays)
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_unpacked_arrays_are_contiguous_and_writable(compressor):
+    for array in train_gpt.unpack_weights(train_gpt.pack_weights(model_arrays(), compressor)).values():
+        assert array.flags.c_contiguous and array.flags.writeable
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_packing_is_deterministic(compressor):
+    first, second = (train_gpt.pack_weights(model_arrays(), compressor) for _ in range(2))
+    assert_same(train_gpt.unpack_weights(first), train_gpt.unpack_weights(second))
+    if compressor != "pergroup":  # lrzip writes the time and a hash of its own into its file
+        assert first == second
+
+
+@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+def test_compressed_arrays_are_smaller_than_raw(compressor):
+    arrays = {"x": np.tile(np.arange(64, dtype=np.float16), 500)}
+    assert len(train_gpt.pack_weights(arrays, compressor)) < 0.1 * arrays["x"].nbytes
+
+
+def test_byte_shuffle_puts_low_bytes_before_high_bytes():
+    specs = [train_gpt.ArraySpec("a", "uint16", (2,)), train_gpt.ArraySpec("b", "uint16", (1,))]
+    arrays = {"a": np.array([0x0102, 0x0304], np.uint16), "b": np.array([0x0506], np.uint16)}
+    assert train_gpt.join_arrays(arrays, specs) == bytes([2, 4, 6, 1, 3, 5])
+
+
+def test_pergroup_gathers_roles_in_order_and_layers_by_number():
+    arrays = model_arrays(num_layers=12)
+    specs = [train_gpt.ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
+    plan = train_gpt.plan_sections(specs, "pergroup")
+    assert [kind for kind, _, _ in plan] == ["codes"] * 7 + ["orders", "rest"]
+    assert [codec for _, codec, _ in plan] == ["lrzip"] * 7 + ["brotli"] * 2
+    firsts = ["tok_emb"] + [f"blocks.0.{n}" for n in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj")]
+    firsts += ["blocks.0.mlp.c_fc", "blocks.0.mlp.c_proj"]
+    assert [members[0].name for _, _, members in plan[:7]] == [f"{name}.weight:codes" for name in firsts]
+    for _, _, members in plan[1:7]:
+        assert [int(spec.name.split(".")[1]) for spec in members] == list(range(12))
+        assert members[0].shape == arrays[members[0].name].shape[::-1]
+    assert {spec.name.split(".")[-2] for spec in plan[7][2]} == {"tok_emb", "c_q", "c_fc"}
+    members = [spec.name for kind, _, part in plan if kind != "orders" for spec in part]
+    assert sorted(members) == sorted(arrays)
+
+
+@pytest.mark.parametrize("array", [np.array([object()]), np.array([1j]), np.array(["text"])])
+def test_unknown_dtype_is_refused_at_packing(array):
+    with pytest.raises(ValueError, match="odd"):
+        train_gpt.pack_weights({"odd": array}, "lzma")
+
+
+# --- damage
+
+
+def assert_refused(blob):
+    with pytest.raises(ArtifactError):
+        train_gpt.unpack_weights(blob)
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_damage_in_any_part_is_refused(compressor):
+    blob = train_gpt.pack_weights(model_arrays(), compressor)
+    _, _, sections, start = train_gpt.read_header(blob)
+    places = [*range(train_gpt.PREFIX.size + train_gpt.DIGEST_BYTES), start - 1]
+    for size, _, _ in sections:
+        places += [start, start + size // 2, start + size - 1] if size else []
+        start += size
+    for place in places:
+        assert_refused(blob[:place] + bytes([blob[place] ^ 0x10]) + blob[place + 1 :])
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_truncated_or_lengthened_file_is_refused(compressor):
+    blob = train_gpt.pack_weights(model_arrays(), compressor)
+    chance = random.Random(2)
+    for length in [0, 1, 4, 12, 13, 20, 21, len(blob) - 1] + [chance.randrange(len(blob)) for _ in range(100)]:
+        assert_refused(blob[:length])
+    assert_refused(blob + b"\0")
+
+
+def test_random_bytes_are_refused():
+    chance = random.Random(3)
+    for size in [0, 5, 21, 22, 100, 5000] * 10:
+        noise = chance.randbytes(size)
+        assert_refused(noise)
+        assert_refused(train_gpt.MAGIC + noise)
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_random_flips_never_end_in_another_error_or_other_weights(compressor):
+    arrays, chance = model_arrays(), random.Random(4)
+    blob = train_gpt.pack_weights(arrays, compressor)
+    for _ in range(100):
+        damaged = bytearray(blob)
+        for _ in range(chance.randint(1, 4)):
+            damaged[chance.randrange(len(blob))] ^= chance.randint(1, 255)
+        if damaged != blob:
+            assert_refused(bytes(damaged))
+
+
+# --- hostile files: every digest is right, what they cover is not
+
+
+def forge(header, sections=b"", number=1, raw_size=None):
+    """An lzma artifact (or another `number`) around any header, with the right digest."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    stored = train_gpt.lzma_compress(raw) if number == 1 else train_gpt.brotli_compress(raw)
+    prefix = train_gpt.PREFIX.pack(train_gpt.MAGIC, number, len(stored), len(raw) if raw_size is None else raw_size)
+    return prefix + train_gpt.digest(prefix + stored) + stored + sections
+
+
+def section_of(stored, raw):
+    return [len(stored), train_gpt.digest(stored).hex(), train_gpt.digest(raw).hex()]
+
+
+def test_forged_file_with_right_content_is_read():
+    stored = train_gpt.lzma_compress(b"\1\2")
+    found = train_gpt.unpack_weights(forge([[["x", "int8", [2]]], [section_of(stored, b"\1\2")]], stored))
+    assert found["x"].tolist() == [1, 2]
+
+
+GOOD = ["x", "int8", [2]]
+EMPTY = [0, "", ""]
+HOSTILE_HEADERS = {
+    "no json": b"\xff\xfe{",
+    "deep nesting": b"[" * 200_000,
+    "number": 7,
+    "null": None,
+    "object": {"arrays": []},
+    "one part": [[GOOD]],
+    "array fields": [[["x", "int8"]], [EMPTY]],
+    "name no text": [[[7, "int8", [2]]], [EMPTY]],
+    "name a list": [[[["x"], "int8", [2]]], [EMPTY]],
+    "dtype object": [[["x", "object", [2]]], [EMPTY]],
+    "dtype a list": [[["x", ["int8"], [2]]], [EMPTY]],
+    "dtype a record": [[["x", "i1,i1", [2]]], [EMPTY]],
+    "negative size": [[["x", "int8", [-1]]], [EMPTY]],
+    "fraction": [[["x", "int8", [1.5]]], [EMPTY]],
+    "bool size": [[["x", "int8", [True]]], [EMPTY]],
+    "shape a number": [[["x", "int8", 2]], [EMPTY]],
+    "shape text": [[["x", "int8", "22"]], [EMPTY]],
+    "huge array": [[["x", "int8", [2**62]]], [EMPTY]],
+    "huge product": [[["x", "float64", [2**20, 2**20]]], [EMPTY]],
+    "huge empty": [[["x", "int8", [0, 2**62, 2**62]]], [EMPTY]],
+    "huge sum": [[[f"x{i}", "int8", [2**29]] for i in range(4)], [EMPTY]],
+    "many dimensions": [[["x", "int8", [1] * 100]], [EMPTY]],
+    "twice": [[GOOD, GOOD], [EMPTY]],
+    "no section": [[GOOD], []],
+    "two sections": [[GOOD], [EMPTY, EMPTY]],
+    "section fields": [[GOOD], [[0, ""]]],
+    "section a number": [[GOOD], [0]],
+    "section size text": [[GOOD], [["0", "", ""]]],
+    "section size negative": [[GOOD], [[-1, "", ""]]],
+    "section size huge": [[GOOD], [[2**62, "", ""]]],
+    "section digest": [[GOOD], [EMPTY]],
+    "digest no text": [[GOOD], [[0, 0, None]]],
+    "long integer": b'[[["x","int8",[' + b"9" * 5000 + b']]],[[0,"",""]]]',
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_HEADERS)
+def test_hostile_header_is_refused(case):
+    assert_refused(forge(HOSTILE_HEADERS[case]))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_header_that_expands_too_far_is_refused(number):
+    bomb = b" " * (train_gpt.MAX_HEADER_BYTES + 1)
+    assert_refused(forge(bomb, number=number))
+    assert_refused(forge(bomb, number=number, raw_size=10))
+    assert_refused(forge(b'[[],[[0,"",""]]]', number=number, raw_size=train_gpt.MAX_HEADER_BYTES))
+
+
+def test_unknown_compressor_number_is_refused():
+    prefix = train_gpt.PREFIX.pack(train_gpt.MAGIC, 9, 0, 0)
+    assert_refused(prefix + train_gpt.digest(prefix))
+
+
+def codec_forgery(codec, stored, raw, shape):
+    """A file whose only array stands in a section of `codec`."""
+    return forge([[["x", "int8", shape]], [section_of(stored, raw)]], stored, ["brotli", "lzma"].index(codec))
+
+
+@pytest.mark.parametrize("codec", ["brotli", "lzma"])
+def test_section_of_another_size_or_no_stream_is_refused(codec):
+    compress = train_gpt.CODECS[codec][0]
+    for stored, raw, size in [(compress(b"ab"), b"ab", 3), (compress(b"abc"), b"abc", 2), (b"junk", b"junk", 4)]:
+        assert_refused(codec_forgery(codec, stored, raw, [size]))
+    assert_refused(codec_forgery(codec, compress(b"abc")[:-2], b"abc", [3]))
+    assert_refused(codec_forgery(codec, b"", b"", [3]))
+
+
+@pytest.mark.parametrize("codec", ["brotli", "lzma"])
+def test_section_bomb_stops_near_the_size_it_claims(codec):
+    bomb = train_gpt.CODECS[codec][0](bytes(20_000_000))
+    with pytest.raises(ArtifactError):
+        train_gpt.expand(codec, bomb, 1000)
+
+
+@needs_lrzip
+def test_hostile_lrzip_section_is_refused():
+    good = train_gpt.lrzip_compress(b"abcdef" * 50)
+    assert train_gpt.expand("lrzip", good, 300) == b"abcdef" * 50
+    for stored, size in [(good, 299), (good, 2**29), (good[: len(good) // 2], 300), (b"junk", 4), (b"", 4)]:
+        with pytest.raises(ArtifactError):
+            train_gpt.expand("lrzip", stored, size)
+
+
+@needs_lrzip
+def test_row_order_that_is_no_permutation_is_refused():
+    codes, order, header = bytes(range(6)), bytes([0, 0, 0, 0]), [["tok_emb.weight:codes", "int8", [2, 3]]]
+    stored = [train_gpt.lrzip_compress(codes), train_gpt.brotli_compress(order), b""]
+    sections = [section_of(*pair) for pair in zip(stored, [codes, order, b""], strict=True)]
+    assert_refused(forge([header, sections], b"".join(stored), 2))
+
+
+# --- compressors
+
+
+@pytest.mark.parametrize("name", ["zip", "", "Brotli"])
+def test_unknown_compressor_is_an_error(name):
+    for call in (train_gpt.check_compressor, lambda name: train_gpt.pack_weights({}, name)):
+        with pytest.raises(ValueError, match="COMPRESSOR"):
+            call(name)
+
+
+def test_missing_lrzip_is_an_early_error_that_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"lrzip.*apt-get install lrzip.*COMPRESSOR=brotli"):
+        train_gpt.check_compressor("pergroup")
+    train_gpt.check_compressor("brotli")
+    train_gpt.check_compressor("lzma")
+
+
+def test_missing_brotli_is_an_error_for_all_but_lzma(monkeypatch):
+    monkeypatch.setattr(train_gpt, "brotli", None)
+    for name in ("brotli", "pergroup"):
+        with pytest.raises(ValueError, match="pip install brotli"):
+            train_gpt.check_compressor(name)
+    arrays = model_arrays()
+    assert_same(train_gpt.unpack_weights(train_gpt.pack_weights(arrays, "lzma")), arrays)
+
+
+# --- row order
+
+
+def plain_row_order(codes):
+    wide, order = codes.astype(np.int64), [0]
+    while len(order) < len(wide):
+        rest = [row for row in range(len(wide)) if row not in order]
+        order.append(min(rest, key=lambda row: (np.abs(wide[row] - wide[order[-1]]).sum(), row)))
+    return order
+
+
+def test_row_order_equals_golden():
+    with np.load(GOLDEN) as archive:
+        order = train_gpt.greedy_row_order(archive["row_order/codes"])
+        assert order.dtype == np.uint16 and np.array_equal(order, archive["row_order/order"])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_row_order_equals_the_plain_search_with_ties(seed):
+    rng = np.random.default_rng(seed)
+    shape = (int(rng.integers(1, 40)), int(rng.integers(1, 6)))
+    codes = rng.integers(-3, 4, shape).astype(np.int8) * np.int8(rng.choice([1, 42]))
+    assert train_gpt.greedy_row_order(codes).tolist() == plain_row_order(codes)
+
+
+def test_row_order_distances_are_wide():
+    codes = np.array([[-128, -128], [127, 127], [-128, 127], [-127, -127]], np.int8)
+    assert train_gpt.greedy_row_order(codes).tolist() == [0, 3, 2, 1]
+
+
+# --- packed code
+
+SAMPLE = '''
+"""A script with what the real one has: a dataclass, a kernel, an operator, slashes \\\\ and quotes."""
+from __future__ import annotations
+import inspect, sys
+from dataclasses import dataclass, fields
+import torch
+import triton
+import triton.language as tl
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings."""
+    matrix_lr: float = 0.026
+    name: str = "café \\\\n"
+    steps: int = 3
+
+@triton.jit
+def scale_kernel(x_ptr, y_ptr, num_elements, FACTOR: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Times FACTOR."""
+    offsets = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    inside = offsets < num_elements
+    values = tl.load(x_ptr + offsets, mask=inside)
+    for repeat in tl.static_range(FACTOR):
+        values += FACTOR * FACTOR + BLOCK_SIZE - BLOCK_SIZE
+    tl.store(y_ptr + offsets, values * FACTOR, mask=inside)
+
+def scale(some_input: torch.Tensor, some_factor: int) -> torch.Tensor:
+    result = torch.empty_like(some_input)
+    grid = (triton.cdiv(some_input.numel(), 16),)
+    scale_kernel[grid](some_input, result, some_input.numel(), FACTOR=some_factor, BLOCK_SIZE=16)
+    assert sys.exit("asserts are not stripped") is None
+    return result
+
+def main(argument_count=len(sys.argv), *, keyword_only_argument=2):
+    settings = Settings(steps=4)
+    print(settings, [(field.name, field.type) for field in fields(settings)], argument_count, keyword_only_argument)
+    print(scale(torch.arange(40.0), 3).tolist())
+    print(op(torch.ones(3), 2.5), torch.ops.sample.op.default._schema)
+    print(__name__, __file__, sys.argv[1:], "def scale_kernel" in inspect.getsource(scale_kernel.fn))
+
+OPERATOR
+
+if __name__ == "__main__":
+    main(keyword_only_argument=5)
+'''
+OPERATOR = """
+@torch.library.custom_op("sample::op", mutates_args=())
+def op(long_argument: torch.Tensor, other_argument: float) -> torch.Tensor:
+    return long_argument * other_argument + long_argument.sum() + long_argument.mean()
+@op.register_fake
+def _(long_argument, other_argument):
+    return torch.empty_like(long_argument)
+"""
+
+
+def run_script(path, *arguments):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, path, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_packed_code_runs_as_its_source_does(tmp_path):
+    pytest.importorskip("triton")
+    # custom_op reads real annotations, so the sample is the script without the future import that makes them text
+    source = SAMPLE.replace("OPERATOR", OPERATOR).replace("from __future__ import annotations\n", "")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "packed").mkdir()
+    plain, packed = (tmp_path / folder / "script.py" for folder in ("plain", "packed"))
+    plain.write_text(source.replace("    assert sys.exit", "    # assert sys.exit"))
+    packed.write_bytes(train_gpt.pack_code(source))
+    expected = run_script(plain, "one", "two").replace(str(plain), str(packed))
+    assert "sample::op(Tensor long_argument, float other_argument)" in expected and "__main__" in expected
+    assert run_script(packed, "one", "two") == expected
+
+
+def test_packed_code_is_two_lines_and_recognised():
+    source = textwrap.dedent(SAMPLE)
+    packed = train_gpt.pack_code(source)
+    assert packed.count(b"\n") == 2 and packed.endswith(b"\n")
+    assert train_gpt.is_packed(packed)
+    assert not train_gpt.is_packed(source.encode()) and not train_gpt.is_packed(b"")
+    assert not train_gpt.is_packed(Path(train_gpt.__file__).read_bytes())
+
+
+def test_packed_module_can_be_imported_and_shows_its_lines(tmp_path):
+    source = "def fail(argument):\n    raise KeyError('here') if argument else None\nvalue = '\\x0c\\u2028'\n"
+    (tmp_path / "sample_module.py").write_bytes(train_gpt.pack_code(source))
+    (tmp_path / "use.py").write_text(
+        "import traceback, sample_module\nprint(repr(sample_module.value), sample_module.__name__)\n"
+        "try:\n    sample_module.fail(1)\nexcept KeyError:\n    print(traceback.format_exc())\n"
+    )
+    output = run_script(tmp_path / "use.py")
+    assert output.startswith("'\\x0c\\u2028' sample_module") and "raise KeyError('here')if " in output
+
+
+def test_docstrings_cost_no_code_bytes():
+    body = "def f(argument):\n    {}return argument + 1\nprint(f(1))\n"
+    documented = train_gpt.pack_code(body.format('"""A long explanation of everything."""\n    '))
+    assert documented == train_gpt.pack_code(body.format(""))
+
+
+def test_source_that_is_not_python_is_an_error():
+    with pytest.raises(ValueError, match="minified"):
+        train_gpt.pack_code("def f(:\n")
+
+
+def test_missing_minifier_is_an_error_and_no_fallback(monkeypatch):
+    monkeypatch.setattr(train_gpt.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install python-minifier"):
+        train_gpt.pack_code("print(1)\n")

@@ -1,0 +1,508 @@
+"""KERNELS: every fast operation against its reference, and the choice between them.
+
+The Triton kernels run on the CPU in Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported: conftest.py),
+in fp32 against float64. Tests marked `gpu` run the compiled kernels in bf16: TRITON_INTERPRET=0 pytest -m gpu.
+"""
+
+import math
+import os
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+import train_gpt
+from train_gpt import (
+    ATTENTION_BACKENDS,
+    attention_fa3,
+    attention_fa4,
+    attention_sdpa,
+    leaky_relu_sq_mlp,
+    mlp_ref,
+    select_ops,
+    softcapped_cross_entropy,
+    softcapped_cross_entropy_ref,
+)
+
+CPU = torch.device("cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and train_gpt.triton is not None
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+
+
+def gpu(test):
+    """Marker `gpu`: skipped where there is none, and an error, not a skip, if the kernels would be interpreted."""
+    test = pytest.mark.usefixtures("compiled_kernels")(test)
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")(test))
+
+
+@pytest.fixture
+def compiled_kernels():
+    if INTERPRETED:
+        pytest.fail("the kernels are interpreted: run the GPU tests with TRITON_INTERPRET=0")
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
+    """Fresh normal numbers of a fixed seed, as a leaf that requires a gradient."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.to(device, dtype).requires_grad_()
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    # absolute where the gradient vanishes, as that of q and k in a document of one token
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(0.1)).item()
+
+
+def errors(op, reference, inputs, *rest, seed=9):
+    """Relative errors of op's output and of its gradients for `inputs` against the reference in float64."""
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    got, want = op(*inputs, *rest), reference(*doubles, *rest)
+    weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(seed)).to(got)
+    grads = torch.autograd.grad(got, inputs, weight)
+    wanted = torch.autograd.grad(want, doubles, weight.double())
+    return [relative_error(g, w) for g, w in zip((got, *grads), (want, *wanted), strict=True)]
+
+
+def ce_float64(logits, targets, softcap):
+    """The definition written out in float64, apart from F.cross_entropy and its fp32."""
+    z = softcap * torch.tanh(logits.double() / softcap)
+    return z.exp().sum(1).log() - z.gather(1, targets[:, None]).squeeze(1)
+
+
+def attention_by_document(q, k, v, cu_seqlens, max_seqlen):
+    """One softmax for each document and head, written out."""
+    _, _, H, E = q.shape
+    out = torch.zeros_like(q)
+    bounds = cu_seqlens.tolist()
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        future = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+        for h in range(H):
+            group = h // (H // k.shape[2])
+            scores = q[0, start:end, h] @ k[0, start:end, group].T / math.sqrt(E)
+            out[0, start:end, h] = scores.masked_fill(future, -math.inf).softmax(-1) @ v[0, start:end, group]
+    return out
+
+
+def packed_qkv(T, H, K, E=8, seed=0, **kwargs):
+    return [randn(1, T, heads, E, seed=seed + i, **kwargs) for i, heads in enumerate((H, K, K))]
+
+
+# --- softcapped cross-entropy
+
+
+def test_cross_entropy_reference_matches_float64():
+    logits, targets = randn(6, 50, seed=1), torch.tensor([0, 49, 3, 3, 7, 20])
+    assert max(errors(lambda x: softcapped_cross_entropy_ref(x, targets, 4.0), lambda x: ce_float64(x, targets, 4.0),
+                      [logits])) < 1e-6  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("rows", "vocab", "softcap", "spread"),
+    [(5, 1, 30, 1), (4, 70, 30, 40), (3, 1000, 15, 5), (2, 4096, 30, 200), (3, 9001, 2.5, 3), (1, 20000, 30, 20)],
+)
+def test_cross_entropy_kernel_matches_float64(rows, vocab, softcap, spread):
+    logits = (randn(rows, vocab, seed=vocab).detach() * spread).requires_grad_()
+    targets = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(rows))
+    targets[-1] = vocab - 1
+    got, want = softcapped_cross_entropy(logits, targets, softcap), ce_float64(logits, targets, softcap)
+    assert got.dtype == torch.float32 and (got - want).abs().max() < 3e-5
+    weight = torch.linspace(-2, 3, rows)
+    (grad,) = torch.autograd.grad(got, logits, weight)
+    (wanted,) = torch.autograd.grad(want, logits, weight.double())
+    assert (grad - wanted).abs().max() < 3e-6
+
+
+@interpreted
+def test_cross_entropy_row_without_gradient_gets_zero():
+    logits, targets = randn(4, 33, seed=2), torch.tensor([1, 2, 3, 32])
+    with torch.no_grad():
+        logits[1, 5] = math.nan
+        logits[2, 6] = math.inf
+    softcapped_cross_entropy(logits, targets, 30.0).backward(torch.tensor([1.0, 0.0, 0.0, 2.0]))
+    assert not logits.grad[1:3].any() and logits.grad[0].all() and logits.grad[3].all()
+
+
+@interpreted
+def test_cross_entropy_takes_strided_logits_and_an_expanded_gradient():
+    wide, targets = randn(6, 80, seed=3), torch.arange(6)
+    logits = wide[:, 7:57]
+    got = torch.autograd.grad(softcapped_cross_entropy(logits, targets, 30.0).mean(), wide)[0]
+    want = torch.autograd.grad(ce_float64(logits, targets, 30.0).mean(), wide)[0]
+    assert relative_error(got, want) < 1e-5
+
+
+@interpreted
+def test_cross_entropy_accepts_no_rows():
+    assert softcapped_cross_entropy(torch.zeros(0, 9), torch.zeros(0, dtype=torch.int64), 30.0).shape == (0,)
+
+
+# --- MLP
+
+
+def mlp_inputs(M, D, hidden, **kwargs):
+    return [randn(*shape, seed=i, **kwargs) for i, shape in enumerate([(M, D), (hidden, D), (D, hidden)])]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("M", "D", "hidden", "slope"),
+    [(64, 32, 96, 0.3), (70, 64, 160, 0.5), (33, 36, 52, 0.3), (1, 4, 4, 0.0), (130, 100, 72, 1.0), (97, 8, 300, -0.2)],
+)
+def test_mlp_kernel_matches_float64(M, D, hidden, slope):
+    assert max(errors(leaky_relu_sq_mlp, mlp_ref, mlp_inputs(M, D, hidden), slope)) < 2e-6
+
+
+@interpreted
+def test_mlp_keeps_leading_dimensions_and_strides():
+    x, w_up, w_down = randn(5, 3, 24, seed=1), randn(40, 24, seed=2), randn(40, 24, seed=3)
+    flipped = x.transpose(0, 1)
+    out = leaky_relu_sq_mlp(flipped, w_up, w_down.T, 0.3)
+    assert out.shape == (3, 5, 24)
+    assert relative_error(out, mlp_ref(flipped.double(), w_up.double(), w_down.T.double(), 0.3)) < 1e-6
+
+
+@interpreted
+def test_mlp_takes_a_misaligned_base_and_an_odd_stride():
+    base = torch.randn(8 * 16 + 1, generator=torch.Generator().manual_seed(4))
+    x, w_up, w_down = base[1:].view(8, 16), randn(32, 16, seed=5), randn(16, 32, seed=6)
+    assert x.data_ptr() % 16 != 0
+    assert relative_error(leaky_relu_sq_mlp(x, w_up, w_down, 0.3), mlp_ref(x, w_up, w_down, 0.3)) < 1e-6
+    row = base.as_strided((1, 16), (3, 1))  # counts as contiguous, with a stride that TMA refuses
+    assert relative_error(leaky_relu_sq_mlp(row, w_up, w_down, 0.3), mlp_ref(row, w_up, w_down, 0.3)) < 1e-6
+
+
+@interpreted
+@pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)])
+def test_mlp_saves_and_computes_only_what_is_needed(needed):
+    inputs = mlp_inputs(40, 16, 48)
+    for tensor, need in zip(inputs, needed, strict=True):
+        tensor.requires_grad_(bool(need))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        out = leaky_relu_sq_mlp(*inputs, 0.3)
+    x, up, down = needed
+    expected = [(40, 16)] * up + [(48, 16)] * x + ([(16, 48), (40, 48)] if x or up else []) + [(40, 48)] * down
+    assert sorted(saved) == sorted(expected)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(7))
+    out.backward(weight)
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    mlp_ref(*doubles, 0.3).backward(weight.double())
+    for tensor, double, need in zip(inputs, doubles, needed, strict=True):
+        assert (tensor.grad is not None) == bool(need)
+        assert not need or relative_error(tensor.grad, double.grad) < 2e-6
+
+
+def test_mlp_with_unaligned_width_takes_the_reference():
+    x, w_up, w_down = mlp_inputs(5, 6, 8)  # rows of 24 bytes: no TMA, so this runs without Triton or a GPU
+    assert torch.equal(leaky_relu_sq_mlp(x, w_up, w_down, 0.3), mlp_ref(x, w_up, w_down, 0.3))
+
+
+# --- custom ops under torch.compile
+
+
+@interpreted
+def test_ops_register_schema_fake_and_autograd_correctly():
+    logits, targets = randn(6, 20, seed=1), torch.arange(6)
+    torch.library.opcheck(train_gpt._softcapped_ce_op, (logits, targets, 30.0))
+    torch.library.opcheck(train_gpt._mlp_op, (*mlp_inputs(10, 8, 12), 0.3))
+    pre, grad = torch.randn(10, 12), torch.randn(10, 8)
+    torch.library.opcheck(train_gpt._mlp_backward_op, (grad, torch.randn(8, 12), pre, 0.3))
+    lse = torch.randn(6)
+    torch.library.opcheck(train_gpt._softcapped_ce_backward_op, (logits.detach(), targets, lse, torch.ones(6), 30.0))
+
+
+@interpreted
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_ops_compile_into_one_graph(dynamic):
+    def step(x, w_up, w_down, head, targets):
+        hidden = x + leaky_relu_sq_mlp(x, w_up, w_down, 0.3)
+        return softcapped_cross_entropy(hidden.flatten(0, 1) @ head.T, targets, 30.0).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for tokens in (9, 14):
+        inputs = [randn(2, tokens, 16, seed=1), *mlp_inputs(1, 16, 24)[1:], randn(50, 16, seed=5)]
+        targets = torch.arange(2 * tokens)
+        got, want = compiled(*inputs, targets), step(*inputs, targets)
+        assert torch.allclose(got, want)
+        for g, w in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True):
+            assert relative_error(g, w) < 1e-6
+
+
+# --- attention
+
+SEGMENTATIONS = {  # cu_seqlens, max_seqlen
+    "one document": ([0, 40], 40),
+    "window longer than the row": ([0, 11, 40], 64),
+    "several": ([0, 7, 8, 20, 33, 40], 13),
+    "padded": ([0, 7, 20, 40, 40, 40, 40], 20),
+    "full windows": ([0, 10, 20, 30, 40], 10),
+    "pieces of a long document": ([0, 3, 19, 35, 36, 40], 16),
+    "single tokens": (list(range(41)), 1),
+    "window of one more than the longest": ([0, 15, 30, 40, 40], 16),
+}
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("name", SEGMENTATIONS)
+def test_packed_sdpa_matches_a_loop_over_documents(name, heads):
+    bounds, max_seqlen = SEGMENTATIONS[name]
+    inputs = packed_qkv(40, *heads, dtype=torch.float64)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    assert max(errors(attention_sdpa, attention_by_document, inputs, cu_seqlens, max_seqlen)) < 1e-12
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_sdpa_rows_are_documents_without_cu_seqlens(heads):
+    H, K = heads
+    inputs = [randn(3, 20, n, 8, seed=i, dtype=torch.float64) for i, n in enumerate((H, K, K))]
+
+    def by_document(q, k, v, cu_seqlens, max_seqlen):
+        bounds = torch.arange(4) * 20
+        flat = (t.reshape(1, 60, -1, 8) for t in (q, k, v))
+        return attention_by_document(*flat, bounds, 20).view(q.shape)
+
+    assert max(errors(attention_sdpa, by_document, inputs, None, 20)) < 1e-12
+
+
+def test_sdpa_sees_neither_other_documents_nor_the_future():
+    q, k, v = (t.detach() for t in packed_qkv(40, 4, 2))
+    cu_seqlens = torch.tensor([0, 9, 22, 40, 40], dtype=torch.int32)
+    before = attention_sdpa(q, k, v, cu_seqlens, 18)
+    k[0, 15], v[0, 15] = 50.0, -50.0  # position 15 of document 9..21
+    changed = (attention_sdpa(q, k, v, cu_seqlens, 18) != before).flatten(2).any(-1)[0]
+    assert changed[15:22].all() and not changed[:15].any() and not changed[22:].any()
+
+
+def test_sdpa_compiles_into_one_graph_for_all_segmentations():
+    compiled = torch.compile(attention_sdpa, fullgraph=True, backend="aot_eager")
+    inputs = packed_qkv(40, 4, 2, dtype=torch.float64)
+    for bounds in ([0, 5, 13, 26, 40, 40], [0, 14, 28, 40, 40, 40]):
+        args = torch.tensor(bounds, dtype=torch.int32), 14
+        assert max(errors(compiled, attention_by_document, inputs, *args)) < 1e-12
+    rows = torch.compile(attention_sdpa, fullgraph=True, backend="aot_eager", dynamic=True)
+    for B, T in ((2, 12), (3, 17)):
+        q, k, v = (randn(B, T, n, 8, seed=n) for n in (4, 2, 2))
+        assert torch.allclose(rows(q, k, v, None, T), attention_sdpa(q, k, v, None, T), atol=1e-6)
+
+
+def dense_varlen(q, k, v, cu_seqlens):
+    """Stand-in for a varlen library: q (tokens, H, E) -> out (tokens, H, E), lse (H, tokens)."""
+    tokens, H, E = q.shape
+    k, v = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v))
+    at = torch.arange(tokens)
+    document = torch.searchsorted(cu_seqlens, at.to(cu_seqlens.dtype), right=True)
+    hidden = (document[:, None] != document) | (at[:, None] < at)
+    scores = (torch.einsum("qhe,khe->hqk", q, k) / math.sqrt(E)).masked_fill(hidden, -math.inf)
+    return torch.einsum("hqk,khe->qhe", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+@pytest.fixture
+def fa3_stub(monkeypatch):
+    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=False):
+        assert causal and cu_q is cu_k and max_q == max_k and cu_q.dtype == torch.int32
+        return dense_varlen(q, k, v, cu_q)[0]
+
+    module = ModuleType("flash_attn_interface")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+
+
+@pytest.fixture
+def fa4_stub(monkeypatch):
+    """The two functions of flash-attn-4 4.0.0b36 that we call, with the names and results of that version."""
+
+    def _flash_attn_fwd(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
+                        return_lse):  # fmt: skip
+        assert causal and return_lse and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
+        assert softmax_scale == q.shape[-1] ** -0.5
+        return *dense_varlen(q, k, v, cu_seqlens_q), None, None, None
+
+    def _flash_attn_bwd(q, k, v, out, dout, lse, *, softmax_scale, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                        max_seqlen_k, dq, dk, dv):  # fmt: skip
+        again, lse_again = dense_varlen(q, k, v, cu_seqlens_q)
+        assert torch.allclose(again, out, atol=1e-5) and torch.allclose(lse_again, lse, atol=1e-5)
+        # through vjp: inside a custom op plain autograd is switched off
+        _, vjp = torch.func.vjp(lambda *qkv: dense_varlen(*qkv, cu_seqlens_q)[0], q, k, v)
+        for into, grad in zip((dq, dk, dv), vjp(dout), strict=True):
+            into.copy_(grad)
+        return dq, dk, dv
+
+    names = ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules[names[-1]]._flash_attn_fwd = _flash_attn_fwd
+    sys.modules[names[-1]]._flash_attn_bwd = _flash_attn_bwd
+
+
+@pytest.mark.parametrize("backend", [attention_fa3, attention_fa4])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_flash_backends_pass_packed_documents_and_rows_on(backend, heads, fa3_stub, fa4_stub):
+    bounds, max_seqlen = SEGMENTATIONS["padded"]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    assert max(errors(backend, attention_by_document, packed_qkv(40, *heads), cu_seqlens, max_seqlen)) < 1e-5
+    rows = [randn(3, 10, n, 8, seed=i) for i, n in enumerate((heads[0], heads[1], heads[1]))]
+    assert max(errors(backend, attention_sdpa, rows, None, 10)) < 1e-5
+
+
+def test_fa4_op_compiles_into_one_dynamic_graph(fa4_stub):
+    compiled = torch.compile(attention_fa4, fullgraph=True, backend="aot_eager", dynamic=True)
+    for B, T in ((2, 12), (3, 17)):
+        rows = [randn(B, T, n, 8, seed=i) for i, n in enumerate((4, 2, 2))]
+        assert max(errors(compiled, attention_sdpa, rows, None, T)) < 1e-5
+    packed = torch.compile(attention_fa4, fullgraph=True, backend="aot_eager")
+    for bounds in ([0, 5, 13, 26, 40, 40], [0, 14, 28, 40, 40, 40]):
+        args = torch.tensor(bounds, dtype=torch.int32), 14
+        assert max(errors(packed, attention_by_document, packed_qkv(40, 4, 2), *args)) < 1e-5
+
+
+@pytest.mark.parametrize("parameters", [("is_causal",), ("window_size",), ("window_size", "enable_gqa")])
+def test_torch_backend_follows_the_signature_of_the_installed_version(parameters, monkeypatch):
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options):
+        assert set(options) == set(parameters)
+        assert options.get("is_causal", options.get("window_size")) in (True, (-1, 0))
+        assert "enable_gqa" in options or q.shape == k.shape
+        return dense_varlen(q, k, v, cu_q)[0]
+
+    monkeypatch.setattr(train_gpt, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(train_gpt, "_VARLEN_PARAMETERS", parameters)
+    cu_seqlens = torch.tensor([0, 7, 20, 40, 40], dtype=torch.int32)
+    assert max(errors(train_gpt.attention_torch, attention_by_document, packed_qkv(40, 4, 2), cu_seqlens, 20)) < 1e-5
+
+
+# --- selection
+
+
+def select(backend="auto", kernels=True, device=CPU, dtype=torch.float32):
+    return select_ops(kernels, backend, device, dtype, head_dim=8, num_heads=4, num_kv_heads=2)
+
+
+def test_auto_on_cpu_takes_the_references():
+    ops = select()
+    assert (ops.attention, ops.mlp, ops.cross_entropy) == (attention_sdpa, mlp_ref, softcapped_cross_entropy_ref)
+    assert ops.names == {"attention": "sdpa", "mlp": "reference", "cross_entropy": "reference"}
+
+
+def test_selection_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    select()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_fa3_is_selected_by_name_where_it_can_be_imported(fa3_stub):
+    assert select("fa3").attention is attention_fa3
+
+
+@pytest.mark.parametrize("backend", ["fa3", "fa4", "torch"])
+def test_named_backend_that_does_not_work_is_an_error_with_its_reason(backend, monkeypatch):
+    for module in ("flash_attn_interface", "flash_attn"):
+        monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
+    with pytest.raises(ValueError, match=rf"={backend} does not work here: attention {backend}: \w+Error: \w"):
+        select(backend)
+
+
+def test_unknown_backend_is_an_error_that_lists_the_known():
+    with pytest.raises(ValueError, match="expected auto, fa3, fa4, torch, sdpa"):
+        select("flash")
+
+
+def one_document(q, k, v, cu_seqlens, max_seqlen):
+    return attention_sdpa(q, k, v, None, q.shape[1])
+
+
+def no_backward(*args):
+    return attention_sdpa(*args).detach()
+
+
+@pytest.mark.parametrize(("candidate", "reason"), [(one_document, "disagrees"), (no_backward, "RuntimeError")])
+def test_wrong_attention_backend_is_passed_over(candidate, reason):
+    args, notes = (*(t.detach() for t in packed_qkv(40, 4, 2)), torch.tensor([0, 20, 40], dtype=torch.int32), 20), []
+    candidates = {"fa3": candidate, "sdpa": attention_sdpa}
+    assert train_gpt._first_that_works("attention", candidates, args, notes) == "sdpa"
+    assert len(notes) == 1 and f"attention fa3: {reason}" in notes[0]
+
+
+def raising(*_):
+    raise RuntimeError("out of resource: shared memory\nsecond line")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "note"),
+    [
+        (raising, "mlp triton: RuntimeError: out of resource: shared memory"),
+        (lambda x, u, d, slope: mlp_ref(x, u, d, 0.0), "mlp triton: disagrees with the reference"),
+        (lambda x, u, d, slope: mlp_ref(x, u, d, slope) * math.nan, "mlp triton: disagrees with the reference"),
+    ],
+)
+def test_reference_is_used_when_a_kernels_trial_fails(kernel, note):
+    args, notes = (*(t.detach() for t in mlp_inputs(10, 8, 12)), 0.3), []
+    candidates = {"triton": kernel, "reference": mlp_ref}
+    assert train_gpt._first_that_works("mlp", candidates, args, notes) == "reference"
+    assert len(notes) == 1 and notes[0].startswith(note) and "second" not in notes[0]
+
+
+def test_kernel_that_agrees_is_used():
+    args, notes = (*(t.detach() for t in mlp_inputs(10, 8, 12)), 0.3), []
+    candidates = {"triton": lambda *inputs: mlp_ref(*inputs) * 1.001, "reference": mlp_ref}
+    assert train_gpt._first_that_works("mlp", candidates, args, notes) == "triton" and not notes
+
+
+# --- on the GPU, bf16
+
+
+@gpu
+@pytest.mark.parametrize(("M", "D", "hidden"), [(4096, 512, 2048), (1000, 512, 1792), (777, 264, 1032), (1, 64, 72)])
+def test_mlp_kernel_matches_float64_on_the_gpu(M, D, hidden):
+    shapes = [(M, D, 1.0), (hidden, D, D**-0.5), (D, hidden, hidden**-0.5)]
+    inputs = [(randn(m, n, seed=i).detach() * scale).to("cuda", torch.bfloat16).requires_grad_()
+              for i, (m, n, scale) in enumerate(shapes)]  # fmt: skip
+    assert max(errors(leaky_relu_sq_mlp, mlp_ref, inputs, 0.3)) < 1e-2
+
+
+@gpu
+@pytest.mark.parametrize(("rows", "vocab"), [(2048, 8192), (300, 1000), (100, 50257)])
+def test_cross_entropy_kernel_matches_float64_on_the_gpu(rows, vocab):
+    logits = (randn(rows, vocab, seed=1).detach() * 10).to("cuda", torch.bfloat16).requires_grad_()
+    targets = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(2)).cuda()
+    assert max(errors(lambda x: softcapped_cross_entropy(x, targets, 30.0), lambda x: ce_float64(x, targets, 30.0),
+                      [logits])) < 1e-2  # fmt: skip
+
+
+@gpu
+@pytest.mark.parametrize("heads", [(8, 8), (8, 4)])
+@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+def test_attention_backend_matches_float64_on_the_gpu(backend, heads):
+    try:
+        ops = select_ops(True, backend, torch.device("cuda"), torch.bfloat16, 64, *heads)
+    except ValueError as error:
+        pytest.skip(str(error))
+    inputs = packed_qkv(3000, *heads, E=64, dtype=torch.bfloat16, device="cuda")
+    cu_seqlens = torch.tensor([0, 700, 701, 1213, 2000, 3000, 3000, 3000], dtype=torch.int32, device="cuda")
+    assert max(errors(ops.attention, attention_sdpa, inputs, cu_seqlens, 1000)) < 1e-2
+    rows = [randn(3, 500, n, 64, seed=i, dtype=torch.bfloat16, device="cuda") for i, n in
+            enumerate((heads[0], heads[1], heads[1]))]  # fmt: skip
+    assert max(errors(ops.attention, attention_sdpa, rows, None, 500)) < 1e-2
+
+
+@gpu
+def test_auto_takes_the_kernels_and_compiles_into_one_graph_on_the_gpu():
+    ops = select_ops(True, "auto", torch.device("cuda"), torch.bfloat16, 64, 8, 4)
+    assert ops.names["mlp"] == ops.names["cross_entropy"] == "triton", ops.notes
+    assert ops.names["attention"] != "sdpa", ops.notes
+
+    def step(q, k, v, w_up, w_down, head, targets, cu_seqlens):
+        h = ops.attention(q, k, v, cu_seqlens, 512).flatten(0, 1).flatten(1)
+        return ops.cross_entropy((h + ops.mlp(h, w_up, w_down, 0.3)) @ head.T, targets, 30.0)
+
+    kwargs = {"dtype": torch.bfloat16, "device": "cuda"}
+    inputs = packed_qkv(1024, 8, 4, E=64, **kwargs)
+    weights = [(randn(*shape, seed=1).detach() / 23).to(**kwargs).requires_grad_()
+               for shape in ((2048, 512), (512, 2048), (8192, 512))]  # fmt: skip
+    targets = torch.arange(1024, device="cuda")
+    cu_seqlens = torch.tensor([0, 100, 612, 1024, 1024], dtype=torch.int32, device="cuda")
+    args = (*inputs, *weights, targets, cu_seqlens)
+    got, want = torch.compile(step, fullgraph=True)(*args), step(*args)
+    assert relative_error(got, want) < 1e-2
+    leaves = [*inputs, *weights]
+    for g, w in zip(torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True):
+        assert relative_error(g, w) < 1e-2

@@ -1,0 +1,430 @@
+"""Quantisation: GPTQ, scales, LQER, the table of roles, sharing over ranks, and rebuilding the weights."""
+
+import os
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden")) / "quantization.npz"
+GPTQ_CASES = {"int6_k12.85": (6, 12.85), "int7_k14.0": (7, 14.0), "int4_k3.0": (4, 3.0)}
+LQER_KEYS = {"lqer_a": "A_codes", "lqer_a_scale": "A_scale", "lqer_b": "B_codes", "lqer_b_scale": "B_scale"}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN) as archive:
+        return {key: torch.from_numpy(archive[key]) for key in archive.files}
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(20)
+
+
+class FakeDist:
+    """One of several ranks that live in threads; the gather meets at a barrier."""
+
+    def __init__(self, rank, world_size, slots, barrier):
+        self.rank, self.world_size, self.slots, self.barrier = rank, world_size, slots, barrier
+
+    def all_gather_object(self, obj):
+        self.slots[self.rank] = obj
+        self.barrier.wait(timeout=60)
+        gathered = list(self.slots)
+        self.barrier.wait(timeout=60)
+        return gathered
+
+
+def on_ranks(world_size, call):
+    """call(dist) on every rank -> results or exceptions by rank."""
+    slots, barrier, results = [None] * world_size, threading.Barrier(world_size), [None] * world_size
+
+    def work(rank):
+        try:
+            results[rank] = call(FakeDist(rank, world_size, slots, barrier))
+        except ValueError as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def settings(**changes):
+    defaults = dict(matrix_bits=6, embed_bits=7, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0, embed_clip_sigmas=14.0)
+    defaults |= dict(gptq_damp=0.01, gptq_block_size=32, lqer_enabled=True, lqer_top_k=3, lqer_rank=4)
+    defaults |= dict(lqer_asym_enabled=True, lqer_asym_group=64, lqer_factor_bits=4, gated_attn_quant_gate=True)
+    return SimpleNamespace(**(defaults | changes))
+
+
+def correlated_hessian(columns, tokens=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
+    x = torch.randn(tokens or 4 * columns, columns, generator=generator) @ (mix + 0.1 * torch.eye(columns))
+    return x.T @ x / len(x)
+
+
+def small_model(num_layers=3):
+    """Weights of a tiny model with every kind of saved tensor, and Hessians for its matrices."""
+    shapes = {"attn.c_q": (32, 32), "attn.c_k": (16, 32), "attn.c_v": (16, 32), "attn.c_proj": (32, 32)}
+    shapes |= {"mlp.c_fc": (64, 32), "mlp.c_proj": (32, 64)}
+    weights = {"tok_emb.weight": torch.randn(97, 32)}
+    for layer in range(num_layers):
+        weights |= {f"blocks.{layer}.{name}.weight": 0.1 * torch.randn(shape) for name, shape in shapes.items()}
+    hessians = {name: correlated_hessian(w.shape[1], seed=i) for i, (name, w) in enumerate(weights.items())}
+    weights |= {"attn_gate": torch.randn(num_layers, 4, 12), "resid_mix": torch.randn(num_layers, 2, 32)}
+    return weights | {"smear_lambda": torch.tensor(0.25)}, hessians
+
+
+def same_arrays(a, b):
+    return list(a) == list(b) and all(
+        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and a[k].tobytes() == b[k].tobytes() for k in a
+    )
+
+
+def quantize_alone(weights, hessians, hp):
+    result = on_ranks(1, lambda dist: train_gpt.quantize_weights(weights, hessians, hp, dist))[0]
+    if isinstance(result, ValueError):
+        raise result
+    return result
+
+
+def weighted_error(w, codes, scale, hessian):
+    error = w - codes * scale.float()[:, None]
+    return ((error @ hessian) * error).sum().item()
+
+
+# --- golden numbers
+
+
+@pytest.mark.parametrize("case", GPTQ_CASES)
+def test_gptq_equals_golden_codes_and_scales(golden, case):
+    bits, clip_sigmas = GPTQ_CASES[case]
+    codes, scale = train_gpt.gptq_quantize(golden["gptq/W"], golden["gptq/H"], bits, clip_sigmas, 0.01, 32)
+    assert codes.dtype == torch.int8 and scale.dtype == torch.float16
+    assert torch.equal(codes, golden[f"gptq/{case}/codes"])
+    assert torch.equal(scale, golden[f"gptq/{case}/scale"])
+
+
+def test_gptq_in_blocks_of_another_size_finds_golden_codes(golden):
+    for block_size in (1, 7, 96, 128):
+        codes, _ = train_gpt.gptq_quantize(golden["gptq/W"], golden["gptq/H"], 6, 12.85, 0.01, block_size)
+        assert (codes != golden["gptq/int6_k12.85/codes"]).float().mean() < 2e-3  # ties only
+
+
+def test_lqer_product_equals_golden(golden):
+    a, b = train_gpt.lqer_factors(golden["lqer/error"], 4)
+    torch.testing.assert_close(a @ b, golden["lqer/A"] @ golden["lqer/B"], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["asym", "sym4"])
+def test_lqer_packing_equals_golden(golden, form):
+    a, b = golden["lqer/A"], golden["lqer/B"]
+    packed = train_gpt.pack_asymmetric(a, b, 64) if form == "asym" else train_gpt.pack_symmetric(a, b, 4)
+    for ours, theirs in LQER_KEYS.items():
+        expected = golden[f"lqer/{form}/{theirs}"]
+        assert packed[ours].dtype == expected.dtype and torch.equal(packed[ours], expected), ours
+
+
+def test_gate_rows_equal_golden(golden):
+    codes, scale = train_gpt.quantize_rows_int8(golden["gate/W"])
+    assert torch.equal(codes, golden["gate/codes"]) and torch.equal(scale, golden["gate/scale"])
+
+
+# --- GPTQ
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("bits,clip_sigmas", [(6, 12.85), (4, 3.0)])
+def test_gptq_beats_rounding_in_hessian_weighted_error(seed, bits, clip_sigmas):
+    w, hessian = torch.randn(40, 72) * torch.rand(40, 1), correlated_hessian(72, seed=seed)
+    codes, scale = train_gpt.gptq_quantize(w, hessian, bits, clip_sigmas, 0.01, 16)
+    q_max = 2 ** (bits - 1) - 1
+    rounded = (w / scale.float()[:, None]).round().clamp(-q_max, q_max)
+    ratio = weighted_error(w, codes, scale, hessian) / weighted_error(w, rounded, scale, hessian)
+    assert ratio < 0.8
+
+
+def test_gptq_with_diagonal_hessian_is_rounding():
+    w = torch.randn(8, 24)
+    codes, scale = train_gpt.gptq_quantize(w, torch.diag(torch.rand(24) + 0.5), 6, 12.85, 0.01, 8)
+    assert torch.equal(codes.float(), (w / scale.float()[:, None]).round().clamp(-31, 31))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 33, 128])
+def test_reversed_cholesky_equals_inverse_then_cholesky(columns):
+    h = correlated_hessian(columns).double() + 0.1 * torch.eye(columns, dtype=torch.float64)
+    expected = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    upper = train_gpt.inverse_cholesky_upper(h)
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper, expected, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(upper.mT @ upper @ h, torch.eye(columns, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+def test_inverse_cholesky_marks_only_the_indefinite_matrix():
+    h = torch.stack([torch.eye(4), -torch.eye(4)])
+    upper = train_gpt.inverse_cholesky_upper(h)
+    assert torch.equal(upper[0], torch.eye(4)) and not upper[1].isfinite().all()
+
+
+def test_dead_columns_get_code_zero_and_change_no_other_column():
+    w, hessian = torch.randn(12, 30), correlated_hessian(30)
+    dead, alive = [3, 17], [i for i in range(30) if i not in (3, 17)]
+    hessian[dead], hessian[:, dead] = 0, 0
+    codes, scale = train_gpt.gptq_quantize(w, hessian, 6, 12.85, 0.01, 8)
+    assert (codes[:, dead] == 0).all() and (codes[:, alive] != 0).any()
+    assert torch.equal(scale, (12.85 * w.std(dim=1) / 31).half())  # of the original row, dead columns included
+    moved = w.clone()
+    moved[:, dead] = moved[:, dead[::-1]]  # the rows keep their standard deviation up to rounding
+    again, _ = train_gpt.gptq_quantize(moved, hessian, 6, 12.85, 0.01, 8)
+    assert torch.equal(codes, again)
+
+
+def test_hessian_of_zeros_is_no_error():
+    codes, scale = train_gpt.gptq_quantize(torch.randn(4, 8), torch.zeros(8, 8), 6, 12.85, 0.01, 4)
+    assert (codes == 0).all() and scale.isfinite().all()
+
+
+def test_zero_and_tiny_rows_have_finite_scales_and_no_nan():
+    w = torch.randn(4, 16)
+    w[1], w[2] = 0, w[2] * 1e-12
+    codes, scale = train_gpt.gptq_quantize(w, correlated_hessian(16), 6, 12.85, 0.01, 8)
+    assert (scale > 0).all() and scale.isfinite().all()
+    assert (codes[1:3] == 0).all() and (codes[0] != 0).any()
+    gate_codes, gate_scale = train_gpt.quantize_rows_int8(w)
+    assert (gate_scale > 0).all() and (gate_codes[1] == 0).all() and gate_codes[0].abs().max() == 127
+
+
+def test_huge_rows_do_not_overflow_the_scale():
+    _, scale = train_gpt.gptq_quantize(torch.randn(2, 8) * 1e7, torch.eye(8), 6, 12.85, 0.01, 8)
+    assert scale.isfinite().all()
+
+
+def test_damping_is_retried_on_an_indefinite_hessian_and_reported():
+    w, hessian = torch.randn(2, 8, 16), torch.stack([correlated_hessian(16), torch.eye(16)])
+    hessian[1, 0, 1] = hessian[1, 1, 0] = 1.05  # smallest eigenvalue -0.05: damping 0.01 fails, 0.1 does
+    with pytest.warns(UserWarning, match="retry 1: bad$"):
+        codes, scale = train_gpt.gptq_quantize(w, hessian, 6, 12.85, 0.01, 8, ["good", "bad"])
+    good, _ = train_gpt.gptq_quantize(w[0], hessian[0], 6, 12.85, 0.01, 8)
+    bad, _ = train_gpt.gptq_quantize(w[1], hessian[1], 6, 12.85, 0.1, 8)
+    assert torch.equal(codes[0], good) and torch.equal(codes[1], bad)
+
+
+@pytest.mark.filterwarnings("ignore:GPTQ")
+@pytest.mark.parametrize("hessian", [-torch.eye(16), torch.full((16, 16), float("nan"))])
+def test_hopeless_hessian_is_an_error_with_the_name_of_the_matrix(hessian):
+    with pytest.raises(ValueError, match="some.weight"):
+        train_gpt.gptq_quantize(torch.randn(8, 16), hessian, 6, 12.85, 0.01, 8, ["some.weight"])
+
+
+def test_batched_gptq_equals_one_by_one():
+    w, hessian = torch.randn(5, 24, 40), torch.stack([correlated_hessian(40, seed=i) for i in range(5)])
+    codes, scale = train_gpt.gptq_quantize(w, hessian, 5, 6.0, 0.01, 16)
+    for i in range(5):
+        one_codes, one_scale = train_gpt.gptq_quantize(w[i], hessian[i], 5, 6.0, 0.01, 16)
+        assert torch.equal(codes[i], one_codes) and torch.equal(scale[i], one_scale)
+
+
+def test_gptq_leaves_its_inputs_alone():
+    w, hessian = torch.randn(8, 16), correlated_hessian(16)
+    hessian[2], hessian[:, 2] = 0, 0
+    kept = w.clone(), hessian.clone()
+    train_gpt.gptq_quantize(w, hessian, 6, 12.85, 0.01, 8)
+    assert torch.equal(w, kept[0]) and torch.equal(hessian, kept[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_gptq_on_the_device_agrees_with_the_cpu():
+    w, hessian = torch.randn(3, 64, 128), torch.stack([correlated_hessian(128, seed=i) for i in range(3)])
+    codes, scale = train_gpt.gptq_quantize(w, hessian, 6, 12.85, 0.01, 32)
+    on_device, device_scale = train_gpt.gptq_quantize(w.cuda(), hessian.cuda(), 6, 12.85, 0.01, 32)
+    assert (on_device.cpu() != codes).float().mean() < 5e-3
+    assert (device_scale.cpu() != scale).float().mean() < 0.02
+
+
+# --- LQER
+
+
+def test_lqer_lowers_the_error_in_both_packings():
+    error = torch.randn(64, 2) @ torch.randn(2, 128) + 0.1 * torch.randn(64, 128)
+    a, b = train_gpt.lqer_factors(error, 4)
+    for packed in (train_gpt.pack_asymmetric(a, b, 64), train_gpt.pack_symmetric(a, b, 4)):
+        unpacked = train_gpt.unpack_factors({key: value.numpy() for key, value in packed.items()})
+        a_back, b_back = (torch.from_numpy(factor) for factor in unpacked)
+        assert a_back.shape == a.shape and b_back.shape == b.shape
+        assert (error - a_back @ b_back).norm() < 0.8 * error.norm()
+
+
+def test_unpacked_factors_are_within_half_a_step():
+    a, b = torch.randn(20, 4), torch.randn(4, 48)
+    packed = train_gpt.pack_symmetric(a, b, 6)
+    a_back, b_back = train_gpt.unpack_factors({key: value.numpy() for key, value in packed.items()})
+    assert ((torch.from_numpy(a_back) - a).abs() <= 0.505 * packed["lqer_a_scale"].float()[:, None]).all()
+    assert ((torch.from_numpy(b_back) - b).abs() <= 0.505 * packed["lqer_b_scale"].float()[:, None]).all()
+
+
+def test_asymmetric_groups_cross_the_rows_of_b():
+    b = torch.randn(4, 48)
+    packed = train_gpt.pack_asymmetric(torch.randn(5, 4), b, 64)
+    assert packed["lqer_b_scale"].shape == (3,)
+    expected = (b.reshape(3, 64).abs().amax(dim=1) / 7.5).half()
+    assert torch.equal(packed["lqer_b_scale"], expected)
+
+
+def test_lqer_corrects_the_largest_errors_only_and_lowers_them():
+    weights, hessians = small_model()
+    plain = quantize_alone(weights, hessians, settings(lqer_enabled=False))
+    arrays = quantize_alone(weights, hessians, settings(lqer_top_k=3, matrix_bits=4))
+    before = quantize_alone(weights, hessians, settings(lqer_enabled=False, matrix_bits=4))
+    rebuilt, uncorrected = train_gpt.dequantize_weights(arrays), train_gpt.dequantize_weights(before)
+    errors = {name: (weights[name] - uncorrected[name]).norm().item() for name in hessians}
+    largest = set(sorted(errors, key=errors.get)[-3:])
+    assert {key.split(":")[0] for key in arrays if ":lqer" in key} == largest
+    assert not any(":lqer" in key for key in plain)
+    for name in hessians:
+        if name in largest:
+            assert (weights[name] - rebuilt[name]).norm() < errors[name]
+        else:
+            assert torch.equal(rebuilt[name], uncorrected[name])
+
+
+def test_lqer_is_symmetric_where_the_group_does_not_divide():
+    weights, hessians = small_model()
+    arrays = quantize_alone(weights, hessians, settings(lqer_asym_group=96))
+    assert all(arrays[key].ndim == 1 for key in arrays if key.endswith("lqer_a_scale"))  # 4 x 32 or 64 values of B
+    arrays = quantize_alone(weights, hessians, settings(lqer_asym_group=64))
+    assert all(arrays[key].ndim == 0 for key in arrays if key.endswith("lqer_a_scale"))
+
+
+# --- the whole model
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_any_number_of_ranks_gives_the_arrays_of_one(world_size):
+    weights, hessians = small_model()
+    alone = quantize_alone(weights, hessians, settings())
+    for arrays in on_ranks(world_size, lambda dist: train_gpt.quantize_weights(weights, hessians, settings(), dist)):
+        assert same_arrays(arrays, alone)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_every_matrix_is_one_ranks_work_and_loads_are_even(world_size):
+    weights, hessians = small_model(11)
+    shares = train_gpt.share_matrices({name: weights[name] for name in hessians}, world_size)
+    assert sorted(name for share in shares for name in share) == sorted(hessians)
+    load = [sum(weights[name].shape[0] * weights[name].shape[1] ** 2 for name in share) for share in shares]
+    assert max(load) <= 1.35 * sum(load) / world_size
+
+
+@pytest.mark.filterwarnings("ignore:GPTQ")
+def test_failure_of_one_rank_is_raised_on_all():
+    weights, hessians = small_model()
+    hessians["blocks.1.mlp.c_fc.weight"] = -torch.eye(32)
+    for error in on_ranks(3, lambda dist: train_gpt.quantize_weights(weights, hessians, settings(), dist)):
+        assert isinstance(error, ValueError) and "blocks.1.mlp.c_fc.weight" in str(error)
+
+
+def test_each_role_uses_its_own_bits_and_clip():
+    weights, hessians = small_model()
+    hp = settings(lqer_enabled=False, matrix_bits=5, embed_bits=8, mlp_clip_sigmas=2.0, attn_clip_sigmas=3.0)
+    arrays = quantize_alone(weights, hessians, hp)
+    for name in hessians:
+        is_embedding = name == "tok_emb.weight"
+        clip_sigmas = hp.embed_clip_sigmas if is_embedding else 2.0 if ".mlp." in name else 3.0
+        q_max = 127 if is_embedding else 15
+        expected = (clip_sigmas * weights[name].std(dim=1) / q_max).half()
+        assert np.array_equal(arrays[f"{name}:scale"], expected.numpy()), name
+        assert np.abs(arrays[f"{name}:codes"]).max() <= q_max
+
+
+def test_small_tensors_keep_shape_and_gates_are_int8_only_if_asked():
+    weights, hessians = small_model()
+    arrays = quantize_alone(weights, hessians, settings())
+    assert arrays["attn_gate:codes"].shape == (3, 4, 12) and arrays["attn_gate:scale"].shape == (3, 4)
+    assert arrays["smear_lambda:fp16"].shape == () and arrays["resid_mix:fp16"].dtype == np.float16
+    arrays = quantize_alone(weights, hessians, settings(gated_attn_quant_gate=False))
+    assert arrays["attn_gate:fp16"].shape == (3, 4, 12) and "attn_gate:codes" not in arrays
+
+
+def test_rebuilt_weights_are_close_and_complete():
+    weights, hessians = small_model()
+    rebuilt = train_gpt.dequantize_weights(quantize_alone(weights, hessians, settings()))
+    assert list(rebuilt) == list(weights)
+    for name, w in weights.items():
+        assert rebuilt[name].shape == w.shape and rebuilt[name].dtype == torch.float32
+        assert (rebuilt[name] - w).norm() <= (0.25 if name in hessians else 0.01) * w.norm(), name
+
+
+def test_dequantize_is_deterministic_whatever_threads_and_order():
+    weights, hessians = small_model()
+    arrays = quantize_alone(weights, hessians, settings())
+    first = train_gpt.dequantize_weights(arrays)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        second = train_gpt.dequantize_weights({key: arrays[key].copy(order="F") for key in reversed(arrays)})
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first[name].view(torch.int32), second[name].view(torch.int32)) for name in first)
+
+
+def test_dequantize_adds_the_correction_rank_by_rank():
+    weights, hessians = small_model()
+    arrays = quantize_alone(weights, hessians, settings(lqer_top_k=1))
+    name = next(key for key in arrays if key.endswith(":lqer_a")).removesuffix(":lqer_a")
+    a, b = train_gpt.unpack_factors({key.split(":")[1]: array for key, array in arrays.items() if key.startswith(name)})
+    expected = arrays[f"{name}:codes"].astype(np.float64) * arrays[f"{name}:scale"].astype(np.float64)[:, None]
+    expected += a.astype(np.float64) @ b.astype(np.float64)
+    np.testing.assert_allclose(train_gpt.dequantize_weights(arrays)[name].numpy(), expected, atol=1e-6)
+
+
+def test_large_tensor_without_a_role_is_an_error():
+    weights, hessians = small_model()
+    weights["extra"] = torch.zeros(256, 256)
+    assert "extra:fp16" in quantize_alone(weights, hessians, settings())
+    weights["extra"] = torch.zeros(65_537)
+    with pytest.raises(ValueError, match="extra"):
+        quantize_alone(weights, hessians, settings())
+
+
+def test_untied_head_is_quantised_as_the_embedding_is():
+    weights, hessians = small_model()
+    weights["lm_head.weight"], hessians["lm_head.weight"] = (
+        weights["tok_emb.weight"].clone(),
+        hessians["tok_emb.weight"],
+    )
+    arrays = quantize_alone(weights, hessians, settings(lqer_enabled=False, embed_bits=8))
+    assert np.array_equal(arrays["lm_head.weight:codes"], arrays["tok_emb.weight:codes"])
+
+
+def test_missing_or_misshapen_hessian_is_an_error():
+    weights, hessians = small_model()
+    name = "blocks.2.attn.c_v.weight"
+    with pytest.raises(ValueError, match=name):
+        quantize_alone(weights, {key: h for key, h in hessians.items() if key != name}, settings())
+    with pytest.raises(ValueError, match=name):
+        quantize_alone(weights, hessians | {name: torch.eye(16)}, settings())
+
+
+@pytest.mark.parametrize("name", ["resid_mix", "attn_gate", "blocks.0.mlp.c_fc.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_number_that_fp16_cannot_hold_is_an_error(name, value):
+    weights, hessians = small_model()
+    weights[name].view(-1)[3] = value
+    with pytest.raises(ValueError, match=name):
+        quantize_alone(weights, hessians, settings())
+
+
+def test_unknown_fields_are_an_error():
+    with pytest.raises(ValueError, match="thing"):
+        train_gpt.dequantize_weights({"thing:codes": np.zeros((2, 2), np.int8)})

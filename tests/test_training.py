@@ -1,0 +1,449 @@
+"""Loader, training step, warm-up, clock and budget of a run, on one process and on two."""
+
+import math
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_hp, write_documents
+from test_optimizer import run_on_ranks
+
+import train_gpt
+from train_gpt import BOS_ID, GPT, DataError, SettingError, TokenStream, Trainer, TrainingClock, TrainLoader
+
+torch.set_num_threads(1)
+OPS = train_gpt.Ops(
+    train_gpt.attention_sdpa, train_gpt.mlp_ref, train_gpt.softcapped_cross_entropy_ref, names={"attention": "sdpa"}
+)
+SMALL = {"num_layers": 4, "loop_start": 1, "loop_end": 2, "parallel_start_layer": 3}  # trains in milliseconds
+
+
+def rank_of(rank=0, world_size=1):
+    """What the loader needs of a Dist."""
+    return SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
+
+
+def loader_of(folder, dist=None, **changes):
+    return TrainLoader(TokenStream(folder, "train"), tiny_hp(**changes), dist or rank_of())
+
+
+def trainer_of(folder, dist=None, log=None, **changes):
+    """A Trainer of a small model; every log line is appended to `log`."""
+    hp = tiny_hp(data_path=str(folder), **SMALL | changes)
+    keep = ([] if log is None else log).append
+    return Trainer(GPT(hp, OPS, torch.float32), hp, dist or train_gpt.Dist("cpu"), keep)
+
+
+def quiet():
+    raise AssertionError("nothing asked for an evaluation")
+
+
+# --- loader
+
+
+def expected_starts(tokens, limit):
+    """Segment starts of one row, by walking: a new one at every BOS and after `limit` tokens."""
+    starts = []
+    for t, token in enumerate(tokens):
+        if t == 0 or token == BOS_ID or t - starts[-1] == limit:
+            starts.append(t)
+    return starts
+
+
+def test_rows_are_consecutive_spans_of_the_stream(tmp_path):
+    tokens, _ = write_documents(tmp_path, "train", [50, 100, 7, 300, 60, 200], seed=3)
+    loader = loader_of(tmp_path)
+    rows = [row for step in range(2) for row in loader.step(step)]
+    assert len(rows) == 4 and all(row.inputs.shape == (1, 128) for row in rows)
+    assert torch.cat([row.inputs[0] for row in rows]).tolist() == tokens[:512].tolist()
+    assert torch.cat([row.targets for row in rows]).tolist() == tokens[1:513].tolist()
+    assert all(row.inputs.dtype == row.targets.dtype == torch.int64 for row in rows)
+
+
+def test_documents_are_segments_and_long_ones_are_cut(tiny_data):
+    loader, longest = loader_of(tiny_data, max_row_segments=20), 0
+    for row in loader.step(0), loader.step(1), loader.step(2):
+        for inputs, _, cu_seqlens in row:
+            starts = expected_starts(inputs[0].tolist(), 32)
+            assert cu_seqlens.tolist() == starts + [128] * (21 - len(starts))
+            assert cu_seqlens.dtype == torch.int32
+            longest = max(longest, cu_seqlens.diff().max().item())
+    assert longest == 32
+
+
+def test_document_of_exactly_the_limit_is_one_piece(tmp_path):
+    write_documents(tmp_path, "train", [31, 32, 63, 64])  # 32, 33, 64 and 65 tokens with BOS
+    starts = loader_of(tmp_path, micro_batch_tokens=194, train_batch_tokens=194).build(0).cu_seqlens.unique().tolist()
+    assert starts == [0, 32, 64, 65, 97, 129, 161, 193, 194]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_rows_are_the_same_for_any_world_size(world_size, tiny_data):
+    settings = {"micro_batch_tokens": 64}
+    alone = loader_of(tiny_data, **settings)
+    ranks = [loader_of(tiny_data, rank_of(rank, world_size), **settings) for rank in range(world_size)]
+    for step in range(3):
+        want = list(alone.step(step))
+        got = [row for loader in ranks for row in loader.step(step)]
+        assert len(want) == len(got) == 4
+        for one, other in zip(want, got, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_world_size_that_does_not_divide_is_refused(tiny_data):
+    with pytest.raises(SettingError, match="MICRO_BATCH_TOKENS"):
+        loader_of(tiny_data, rank_of(0, 3))
+
+
+def test_stream_goes_round_at_its_end(tmp_path):
+    tokens, _ = write_documents(tmp_path, "train", [60, 70, 66])
+    endless = np.tile(tokens, 5)
+    loader = loader_of(tmp_path)
+    for step in range(3):
+        for number, row in enumerate(loader.step(step)):
+            first = (2 * step + number) * 128
+            assert row.inputs[0].tolist() == endless[first:first + 128].tolist()
+            assert row.targets.tolist() == endless[first + 1:first + 129].tolist()
+    assert len(tokens) == 199  # the second row already goes round
+    assert 199 - 128 in loader.build(1).cu_seqlens
+
+
+@pytest.mark.parametrize("sizes", [[150, 246, 3], [1, 398], [128, 128, 143], [57, 1, 1, 340]])
+def test_shards_cut_anywhere_give_the_same_rows(sizes, tmp_path):
+    folders = [tmp_path / "one", tmp_path / "many"]
+    for folder, cuts in zip(folders, (None, sizes), strict=True):
+        folder.mkdir()
+        tokens, _ = write_documents(folder, "train", [90, 33, 1, 8, 0, 64, 100, 95], shard_sizes=cuts)
+    assert len(tokens) == sum(sizes) and len(list(folders[1].iterdir())) == len(sizes)
+    one, many = (loader_of(folder) for folder in folders)
+    for index in range(7):
+        assert all(torch.equal(a, b) for a, b in zip(one.build(index), many.build(index), strict=True))
+
+
+def test_too_many_segments_name_the_setting(tmp_path):
+    write_documents(tmp_path, "train", [3] * 100)  # 32 documents of 4 tokens in a row of 128
+    assert len(loader_of(tmp_path, max_row_segments=32).build(0).cu_seqlens) == 33
+    with pytest.raises(DataError, match="32 documents and pieces, more than 31: raise MAX_ROW_SEGMENTS"):
+        list(loader_of(tmp_path, max_row_segments=31).step(0))
+
+
+def test_token_outside_the_vocabulary_is_refused(tmp_path):
+    write_documents(tmp_path, "train", [60, 200])
+    largest = TokenStream(tmp_path, "train").read(0, 129).max().item()
+    loader_of(tmp_path, vocab_size=largest + 1).build(0)
+    with pytest.raises(DataError, match=f"{largest} is outside VOCAB_SIZE={largest}"):
+        list(loader_of(tmp_path, vocab_size=largest).step(0))
+
+
+def test_reading_ahead_changes_no_row_even_after_going_back(tiny_data):
+    ahead, fresh = loader_of(tiny_data), loader_of(tiny_data)
+    for step in (0, 1, 2, 0, 1, 5, 4):
+        for number, row in enumerate(ahead.step(step)):
+            want = fresh.build(2 * step + number)
+            assert all(torch.equal(a, b) for a, b in zip(row, want, strict=True))
+
+
+def test_the_next_row_is_built_before_it_is_asked_for(tiny_data, monkeypatch):
+    loader, built = loader_of(tiny_data), []
+    build, arrived = loader.build, threading.Event()
+
+    def recorded(index):
+        built.append(index)
+        if index == 2:
+            arrived.set()
+        return build(index)
+
+    monkeypatch.setattr(loader, "build", recorded)
+    list(loader.step(0))
+    assert arrived.wait(10) and built == [0, 1, 2]
+
+
+# --- one step
+
+
+def summed_gradients(trainer, step=0):
+    """Gradients that a step hands to the optimizers, and its loss."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.optimizers, "step", lambda progress, number: found.update(
+            {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}))
+        loss = trainer.train_step(step, 0.0, True)
+    return loss, found
+
+
+@pytest.fixture(scope="module")
+def aligned_data(tmp_path_factory):
+    """Documents of exactly 32 tokens, so that rows of 64, 128 and 256 tokens cut none of them."""
+    folder = tmp_path_factory.mktemp("aligned")
+    write_documents(folder, "train", [31] * 60, seed=4)
+    return folder
+
+
+def roughened(trainer):
+    """The trainer, its parameters moved off their initial values so that every gradient counts."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return trainer
+
+
+@pytest.mark.parametrize("micro", [64, 128])
+def test_accumulation_equals_one_large_micro_batch(micro, aligned_data, rel):
+    whole, cut = (roughened(trainer_of(aligned_data, micro_batch_tokens=tokens)) for tokens in (256, micro))
+    assert cut.hp.micro_steps == 256 // micro and whole.hp.micro_steps == 1
+    for step in range(2):
+        (loss, want), (accumulated, got) = (summed_gradients(t, step) for t in (whole, cut))
+        assert accumulated.item() == pytest.approx(loss.item(), rel=1e-5)
+        assert want.keys() == got.keys()
+        assert all(rel(got[name], want[name]) < 1e-4 for name in want)
+        for trainer in (whole, cut):
+            trainer.model.zero_grad()
+
+
+def test_accumulated_losses_stay_equal_over_steps(aligned_data):
+    losses = []
+    for micro in (64, 256):
+        trainer = trainer_of(aligned_data, micro_batch_tokens=micro)
+        losses.append([trainer.train_step(step, 0.0, True).item() for step in range(4)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][3] < losses[0][0]
+
+
+def test_training_learns_more_than_token_frequencies(tmp_path):
+    tokens, _ = write_documents(tmp_path, "train", [63] * 200, seed=5)
+    shares = np.bincount(tokens) / len(tokens)
+    unigram_entropy = -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
+    trainer = trainer_of(tmp_path, iterations=60, train_batch_tokens=512, micro_batch_tokens=512, train_seq_len=64)
+    losses = [trainer.train_step(step, step / 60, step >= 21).item() for step in range(60)]
+    assert losses[0] == pytest.approx(math.log(97), abs=0.1)
+    assert np.mean(losses[-5:]) < 0.75 * unigram_entropy
+
+
+def test_training_ends_with_the_average_of_the_weights(tiny_data):
+    trainer, weights = trainer_of(tiny_data), {}
+    update = trainer.ema.update
+
+    def keep_weights(step):
+        update(step)
+        weights.update((name, p.detach().clone()) for name, p in trainer.model.named_parameters())
+
+    trainer.ema.update = keep_weights
+    figures = trainer.train(quiet)
+    assert figures["steps"] == 4
+    for average, (name, p) in zip(trainer.ema.average, trainer.model.named_parameters(), strict=True):
+        assert torch.equal(p, average)
+        assert name.startswith("skip") or not torch.equal(p, weights[name])
+
+
+def test_looping_begins_at_its_fraction_of_the_iterations(tiny_data, monkeypatch):
+    log, calls = [], []
+    trainer = trainer_of(tiny_data, log=log, iterations=10, enable_looping_at=0.35)
+    step = trainer.train_step
+    monkeypatch.setattr(trainer, "train_step", lambda *arguments: calls.append(arguments) or step(*arguments))
+    figures = trainer.train(quiet)
+    assert calls == [(n, n / 10, n >= 4) for n in range(10)]
+    assert any("step:4 looping:1" in line for line in log)
+    assert len(figures["tokens_per_second_by_loop_state"]) == 2
+
+
+# --- warm-up
+
+
+def everything(trainer):
+    """Every tensor that training changes, in one dictionary."""
+    state = dict(trainer.model.named_parameters())
+    state |= {f"ema{i}": t for i, t in enumerate(trainer.ema.average)}
+    state |= {f"momentum{i}": t for i, t in enumerate(trainer.optimizers.muon.momentum_buffers)}
+    for number, values in trainer.optimizers.adamw.state_dict()["state"].items():
+        state |= {f"adamw{number}/{key}": torch.as_tensor(value) for key, value in values.items()}
+    return {name: t.detach().clone() for name, t in state.items()}
+
+
+def equal_states(one, other):
+    return one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
+
+
+def test_warm_up_trains_in_both_loop_states_and_restores_every_bit(tiny_data, monkeypatch):
+    trainer, seen, loops = trainer_of(tiny_data, warmup_steps=3), [], []
+    before, rng = everything(trainer), torch.get_rng_state()
+    step = trainer.train_step
+
+    def watched(number, progress, looping):
+        torch.rand(3)  # a step that draws must leave no trace either
+        step(number, progress, looping)
+        seen.append(everything(trainer))
+        loops.append(looping)
+
+    monkeypatch.setattr(trainer, "train_step", watched)
+    trainer.warm_up()
+    assert loops == [False] * 3 + [True] * 3
+    for state in seen:
+        for name in ("tok_emb", "mlp_down_bank", "ema0", "momentum0", "momentum3"):
+            assert not torch.equal(state[name], before[name]), name
+        assert any(key.startswith("adamw") for key in state)
+    assert equal_states(everything(trainer), before)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_training_after_a_warm_up_equals_training_without(tiny_data):
+    """Rows, weights, average, momentum, all as if no warm-up had been."""
+    results = []
+    for warmup_steps in (0, 3):
+        trainer = trainer_of(tiny_data, warmup_steps=warmup_steps, iterations=5)
+        trainer.warm_up()
+        losses = [trainer.train_step(step, step / 5, step > 1).item() for step in range(5)]
+        results.append((losses, everything(trainer)))
+    assert results[0][0] == results[1][0]
+    assert equal_states(results[0][1], results[1][1])
+
+
+def test_warm_up_without_loops_or_with_loops_from_the_start_takes_one_state(tiny_data, monkeypatch):
+    for changes, want in (({"num_loops": 0}, [False]), ({"enable_looping_at": 0.0}, [True])):
+        trainer, loops = trainer_of(tiny_data, warmup_steps=1, **changes), []
+        monkeypatch.setattr(trainer, "train_step", lambda step, progress, looping, loops=loops: loops.append(looping))
+        trainer.warm_up()
+        assert loops == want
+
+
+# --- clock and budget
+
+
+class FakeTime:
+    """Stands for the time module inside train_gpt; moves only when told."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def perf_counter(self):
+        return self.now
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+
+@pytest.fixture
+def fake_time(monkeypatch):
+    clock = FakeTime()
+    monkeypatch.setattr(train_gpt, "time", clock)
+    return clock
+
+
+def test_paused_time_does_not_count(fake_time, dist):
+    clock = TrainingClock(dist)
+    fake_time.now += 3
+    with clock.paused():
+        fake_time.now += 100
+    fake_time.now += 2
+    assert clock.seconds() == pytest.approx(5)
+    with clock.paused():
+        pass
+    assert clock.seconds() == pytest.approx(5)
+
+
+def slow_steps(trainer, fake_time, seconds, monkeypatch):
+    """Replaces the training step by one that takes `seconds`(step) -> list of (progress, looping)."""
+    calls = []
+
+    def step(number, progress, looping):
+        fake_time.now += seconds(number)
+        calls.append((progress, looping))
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    return calls
+
+
+@pytest.mark.parametrize("seconds", [lambda n: 1.0, lambda n: 0.3, lambda n: 1.0 if n < 6 else 2.0],
+                         ids=["even", "short", "slower_with_loops"])
+def test_training_keeps_its_budget_less_the_reserve(seconds, tiny_data, fake_time, monkeypatch):
+    trainer = trainer_of(tiny_data, max_wallclock_seconds=20.0, gptq_reserve_seconds=5.0, iterations=10_000)
+    calls = slow_steps(trainer, fake_time, seconds, monkeypatch)
+    figures = trainer.train(quiet)
+    assert 15 - 2.5 * seconds(len(calls)) <= figures["training_seconds"] <= 15
+    assert figures["steps"] == len(calls)
+    elapsed = np.cumsum([0, *(seconds(n) for n in range(len(calls) - 1))])
+    assert [progress for progress, _ in calls] == pytest.approx(list(elapsed / 15))
+    assert [looping for _, looping in calls] == [progress >= 0.35 for progress, _ in calls]
+
+
+def test_iterations_end_a_run_before_its_budget(tiny_data, fake_time, monkeypatch):
+    trainer = trainer_of(tiny_data, max_wallclock_seconds=20.0, gptq_reserve_seconds=5.0, iterations=7)
+    calls = slow_steps(trainer, fake_time, lambda n: 0.01, monkeypatch)
+    assert trainer.train(quiet)["steps"] == len(calls) == 7
+
+
+def test_a_step_longer_than_the_budget_is_noted(tiny_data, fake_time, monkeypatch):
+    log = []
+    trainer = trainer_of(tiny_data, log=log, max_wallclock_seconds=20.0, gptq_reserve_seconds=5.0)
+    slow_steps(trainer, fake_time, lambda n: 16.0, monkeypatch)
+    assert trainer.train(quiet)["steps"] == 1
+    assert any("too long for this budget" in line for line in log)
+
+
+def test_evaluations_inside_training_are_off_the_clock(tiny_data, fake_time, monkeypatch):
+    trainer = trainer_of(tiny_data, max_wallclock_seconds=20.0, gptq_reserve_seconds=5.0, iterations=10_000,
+                         val_loss_every=4)
+    calls = slow_steps(trainer, fake_time, lambda n: 1.0, monkeypatch)
+    evaluations = []
+
+    def evaluate():
+        fake_time.now += 60
+        evaluations.append(len(calls))
+        return "scored"
+
+    figures = trainer.train(evaluate)
+    assert evaluations == [4, 8, 12]
+    assert 12 <= figures["steps"] <= 15 and figures["training_seconds"] == pytest.approx(figures["steps"])
+
+
+class Follower(train_gpt.Dist):
+    """A rank other than 0: whatever its own clock says, it is told rank 0's numbers."""
+
+    def __init__(self, told):
+        super().__init__("cpu")
+        self.told = iter(told)
+
+    def barrier(self):
+        pass
+
+    def broadcast_float(self, value):
+        return next(self.told)
+
+
+def test_schedule_and_end_follow_the_clock_of_rank_0(tiny_data, fake_time, monkeypatch):
+    told = [2.0, 4.0, 6.0, 8.0, 12.0, 14.5, 14.5]
+    trainer = trainer_of(tiny_data, Follower(told), max_wallclock_seconds=20.0, gptq_reserve_seconds=5.0, iterations=99)
+    calls = slow_steps(trainer, fake_time, lambda n: 0.001, monkeypatch)
+    figures = trainer.train(quiet)
+    assert [progress for progress, _ in calls] == pytest.approx([0, 2 / 15, 4 / 15, 6 / 15, 8 / 15])
+    assert figures["training_seconds"] == 14.5  # at 12 s a step took 4 s: another might not fit
+
+
+def test_short_run_ends_in_time(tiny_data):
+    trainer = trainer_of(tiny_data, max_wallclock_seconds=1.5, gptq_reserve_seconds=0.2, iterations=1_000_000)
+    start = time.perf_counter()
+    figures = trainer.train(quiet)
+    assert time.perf_counter() - start < 1.5 + 2.0  # two seconds for a machine that is busy elsewhere
+    assert figures["steps"] >= 1 and figures["training_seconds"] > 0.3
+
+
+# --- two ranks
+
+
+def train_on(dist, folder):
+    """Losses over all ranks and the final average of five steps."""
+    trainer = trainer_of(folder, dist, iterations=5)
+    losses = [dist.all_reduce(trainer.train_step(step, step / 5, step > 1)).item() for step in range(5)]
+    return losses, trainer.ema.average
+
+
+def test_two_ranks_train_like_one(tiny_data, tmp_path):
+    (losses, average), (again, other) = run_on_ranks(train_on, 2, tmp_path, str(tiny_data))
+    assert losses == again and all(torch.equal(a, b) for a, b in zip(average, other, strict=True))
+    alone, _ = train_on(train_gpt.Dist("cpu"), str(tiny_data))
+    assert losses == pytest.approx(alone, rel=1e-4)

@@ -1,0 +1,3045 @@
+"""Train, quantize, pack and score a small language model: one file, the whole of a Parameter Golf submission.
+
+    text -> shards (prepare_caseops_data.py) -> train -> EMA -> GPTQ + LQER -> artifact on disk -> rebuilt model
+         -> bits per byte (BPB) of the validation documents -> the same with score-first test-time training (TTT)
+
+    make demo                                                       # CPU or GPU, a few minutes, nothing to download
+    DATA_PATH=data/mine python train_gpt.py                         # one GPU (or the CPU)
+    DATA_PATH=data/mine torchrun --standalone --nproc_per_node=8 train_gpt.py
+    python train_gpt.py --help                                      # every setting: default, range, meaning
+
+Settings are environment variables; the defaults are the submission. A run lives in runs/<RUN_ID>/: log.txt, model.pt
+(the averaged fp32 weights), artifact.bin, the packed train_gpt.py that is counted, result.json. The last line printed:
+`RESULT {json}` (docs/RESULT.md). QUANT_ONLY=1 goes on from a saved model.pt, TTT_EVAL_ONLY=1 from an artifact.bin.
+
+Shapes: B rows, T tokens, D model_dim, L layers, S slots (one execution of a layer; a looped one has several), H heads,
+K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
+"""
+
+import ast
+import base64
+import contextlib
+import dataclasses
+import difflib
+import glob
+import hashlib
+import importlib.util
+import inspect
+import io
+import json
+import lzma
+import math
+import os
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist_backend
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:
+    import brotli
+except ImportError:  # only the lzma compressor works then; check_compressor says so before training
+    brotli = None
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # the kernels stay definable, the references are used
+    triton, tl, TensorDescriptor = None, SimpleNamespace(constexpr=int), None
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch < 2.10
+    varlen_attn = None
+
+BOS_ID = 1  # every document starts with exactly one (CASEOPS.md 3.2)
+BYTE_CAP = 16_000_000  # decimal bytes of code + weights, the contest's rule
+RESULT_VERSION = 1  # of the RESULT line, see docs/RESULT.md
+
+# ----------------------------------------------------------------------------------------------------------------------
+# HYPERPARAMETERS
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class SettingError(ValueError):
+    """A setting, or a combination of settings, that cannot work; the message says what to change."""
+
+
+def env(default, help, *, above=None, least=None, most=None, choices=None):
+    """One setting; its environment name is the field's in capitals. `above` is exclusive, `least`, `most` inclusive."""
+    bounds = {"help": help, "above": above, "least": least, "most": most, "choices": choices}
+    return dataclasses.field(default=default, metadata=bounds)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Every setting of a run, declared once: name, type, default, meaning, range. Raises SettingError on bad values."""
+
+    # run
+    seed: int = env(42, "seed of the initial weights and of the LoRA matrices", least=0)
+    run_id: str = env("", "name of the run's folder; empty: a time stamp with the seed")
+    runs_dir: str = env("runs", "folder that holds the runs")
+    data_path: str = env("data/datasets/fineweb10B_sp8192_caseops", "folder of fineweb_{train,val,val_bytes}_*.bin")
+    tokenizer_path: str = env("", "SentencePiece model; empty: beside the data or in tokenizers/, by manifest hash")
+    caseops_enabled: bool = env(True, "validation bytes come from the side-car; 0: from the tokenizer's byte tables")
+    device: str = env("auto", "where to run", choices=("auto", "cuda", "cpu"))
+    compute_dtype: str = env("auto", "matmul precision; auto: bfloat16 on CUDA, float32 on CPU",
+                             choices=("auto", "bfloat16", "float32"))
+    compile: str = env("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
+    kernels: bool = env(True, "Triton kernels where a trial call works; 0: PyTorch references")
+    attention_backend: str = env("auto", "packed attention", choices=("auto", "fa3", "fa4", "torch", "sdpa"))
+    prequant_only: bool = env(False, "stop after the evaluation of the fp32 model")
+    quant_only: bool = env(False, "go on from CHECKPOINT_PATH: Hessians, GPTQ, packing, evaluation")
+    ttt_eval_only: bool = env(False, "go on from ARTIFACT_PATH: evaluation and test-time training")
+    checkpoint_path: str = env("", "fp32 model for QUANT_ONLY; empty: model.pt of the run's folder")
+    artifact_path: str = env("", "packed model for TTT_EVAL_ONLY; empty: artifact.bin of the run's folder")
+
+    # data and batches
+    train_batch_tokens: int = env(786_432, "tokens of a step over all ranks and micro-steps", least=1)
+    micro_batch_tokens: int = env(98_304, "tokens of a packed row, the unit of one forward and backward", least=1)
+    train_seq_len: int = env(2048, "longer documents are cut in pieces of this length", least=2)
+    max_row_segments: int = env(0, "documents and pieces a row may hold; 0: one per 128 tokens, at least 64", least=0)
+
+    # model
+    vocab_size: int = env(8192, "tokens of the vocabulary", least=9, most=65_536)
+    model_dim: int = env(512, "width", least=8)
+    num_layers: int = env(11, "physical layers", least=1)
+    num_heads: int = env(8, "query heads", least=1)
+    num_kv_heads: int = env(4, "key/value heads", least=1)
+    mlp_mult: float = env(4.0, "MLP width over model width", above=0)
+    tie_embeddings: bool = env(True, "the embedding is the output projection too")
+    tied_embed_init_std: float = env(0.005, "deviation of the initial embedding", above=0)
+    smear_gate_enabled: bool = env(True, "SmearGate: add a gated share of the previous token's embedding")
+    gate_window: int = env(12, "input dimensions that the gates read", least=1)
+    loop_start: int = env(3, "first looped layer", least=0)
+    loop_end: int = env(5, "last looped layer", least=0)
+    num_loops: int = env(2, "extra passes over the looped layers; 0: no depth recurrence", least=0)
+    enable_looping_at: float = env(0.35, "training fraction at which looping starts", least=0, most=1)
+    skip_gates_enabled: bool = env(True, "U-Net skips merge through a gated lerp; 0: by addition")
+    ln_scale: bool = env(True, "normalised inputs are divided by sqrt(layer + 1)")
+    rope_dims: int = env(16, "rotary dimensions of each head", least=2)
+    rope_base: float = env(10_000.0, "rotary base", above=1)
+    qk_gain_init: float = env(5.0, "initial gain of each query head", above=0)
+    xsa_last_n: int = env(11, "last layers with XSA: a head's output loses its part along its own value", least=0)
+    sparse_attn_gate_enabled: bool = env(True, "per-head output gate read from GATE_WINDOW dimensions")
+    sparse_attn_gate_scale: float = env(0.5, "factor inside the sparse gate's sigmoid", above=0)
+    gated_attn_enabled: bool = env(False, "per-head output gate read from all dimensions")
+    attn_out_gate_enabled: bool = env(False, "per-head output gate 2 sigmoid(W src[:GATE_WINDOW])")
+    attn_out_gate_src: str = env("block", "source of that gate: block input or raw q", choices=("block", "q"))
+    leaky_relu_slope: float = env(0.3, "negative slope before squaring in the MLP", least=0, most=1)
+    parallel_start_layer: int = env(8, "first layer with two residual lanes; NUM_LAYERS: none", least=0)
+    parallel_final_lane: str = env("mean", "which lane leaves the stack", choices=("mean", "attn", "mlp"))
+    logit_softcap: float = env(30.0, "logits z become c tanh(z/c)", above=0)
+
+    # optimizer and schedule
+    max_wallclock_seconds: float = env(600.0, "budget of training, Hessians and GPTQ; 0: ITERATIONS decide", least=0)
+    iterations: int = env(20_000, "steps at most", least=1)
+    warmup_steps: int = env(3, "throw-away steps per graph before the clock starts", least=0)
+    warmdown_frac: float = env(0.85, "last fraction of training in which the learning rates fall", above=0, most=1)
+    min_lr: float = env(0.1, "floor of the learning-rate factor", least=0, most=1)
+    matrix_lr: float = env(0.026, "Muon learning rate", above=0)
+    muon_momentum: float = env(0.97, "Nesterov momentum after its warm-up", least=0, most=1)
+    muon_momentum_warmup_start: float = env(0.92, "momentum at step 0", least=0, most=1)
+    muon_momentum_warmup_steps: int = env(1500, "steps of the linear momentum warm-up", least=0)
+    muon_wd: float = env(0.095, "decoupled decay of the banks", least=0)
+    muon_row_normalize: bool = env(True, "rows of the update get unit norm before orthogonalisation")
+    muon_backend_steps: int = env(5, "Newton-Schulz steps", least=1, most=5)
+    muon_dtype: str = env("auto", "gradients on the wire, momentum and Newton-Schulz; auto: COMPUTE_DTYPE",
+                          choices=("auto", "bfloat16", "float32"))
+    tied_embed_lr: float = env(0.03, "AdamW learning rate of the embedding", above=0)
+    embed_wd: float = env(0.085, "decay of the embedding", least=0)
+    scalar_lr: float = env(0.02, "AdamW learning rate of scalars and gates", above=0)
+    adam_wd: float = env(0.02, "decay of scalars and gates", least=0)
+    beta1: float = env(0.9, "AdamW beta1", least=0, most=0.9999)
+    beta2: float = env(0.99, "AdamW beta2", least=0, most=0.99999)
+    grad_clip_norm: float = env(0.3, "global gradient norm at most; 0: off", least=0)
+    ema_decay: float = env(0.9965, "decay of the weight average, after its ramp", least=0, most=0.999999)
+    wd_schedule_enabled: bool = env(False, "weight decay follows TECHNIQUES.md B1")
+    wd_sched_hold_frac: float = env(0.40, "fraction until which decay keeps its value", least=0, most=1)
+    wd_sched_ramp_frac: float = env(0.85, "fraction at which decay is lowest", least=0, most=1)
+    wd_sched_low_factor: float = env(0.50, "lowest decay factor", least=0)
+    wd_sched_high_factor: float = env(1.75, "decay factor at the end", least=0)
+    train_log_every: int = env(100, "steps between log lines", least=1)
+    val_loss_every: int = env(0, "steps between evaluations inside training, off the clock; 0: none", least=0)
+
+    # quantization and artifact
+    gptq_reserve_seconds: float = env(7.0, "part of the budget kept for Hessians and GPTQ", least=0)
+    gptq_calibration_batches: int = env(16, "rows of training tokens for the Hessians, over all ranks", least=1)
+    gptq_all_reduce: bool = env(True, "Hessians are averaged over ranks; 0: each rank's own")
+    gptq_damp: float = env(0.01, "share of the mean Hessian diagonal added to it", above=0)
+    gptq_block_size: int = env(128, "columns between two batched error updates", least=1)
+    matrix_bits: int = env(6, "bits of a matrix code", least=2, most=8)
+    embed_bits: int = env(7, "bits of an embedding code", least=2, most=8)
+    mlp_clip_sigmas: float = env(11.5, "clip of MLP rows in deviations", above=0)
+    attn_clip_sigmas: float = env(13.0, "clip of attention rows in deviations", above=0)
+    embed_clip_sigmas: float = env(14.0, "clip of embedding rows in deviations", above=0)
+    gated_attn_quant_gate: bool = env(True, "attention gates as int8 per row; 0: fp16")
+    lqer_enabled: bool = env(True, "low-rank correction of the largest quantization errors")
+    lqer_top_k: int = env(3, "matrices that get a correction", least=0)
+    lqer_rank: int = env(4, "rank of a correction", least=1)
+    lqer_asym_enabled: bool = env(True, "correction as int2 and int4 codes; 0: LQER_FACTOR_BITS for both factors")
+    lqer_asym_group: int = env(64, "codes that share a scale in the int4 factor", least=1)
+    lqer_factor_bits: int = env(4, "bits of the symmetric factors", least=2, most=8)
+    compressor: str = env("pergroup", "coder of the artifact: pergroup (needs lrzip), brotli, lzma")
+
+    # evaluation
+    eval_seq_len: int = env(2048, "context of plain and sliding evaluation", least=2)
+    sliding_window_enabled: bool = env(False, "also evaluate with overlapping windows")
+    eval_stride: int = env(64, "advance of the sliding window", least=1)
+    eval_budget_seconds: float = env(600.0, "evaluation seconds above which RESULT names a violation", above=0)
+
+    # test-time training
+    ttt_enabled: bool = env(True, "score with test-time training")
+    ttt_max_docs: int = env(0, "score only the first N validation documents, marked partial; 0: all", least=0)
+    ttt_eval_seq_len: int = env(2048, "context of a chunk, its own tokens included", least=2)
+    ttt_chunk_size: int = env(48, "tokens scored between two LoRA steps", least=1)
+    ttt_batch_size: int = env(64, "documents that are scored side by side", least=1)
+    ttt_lanes: int = env(8, "fixed sequences of batches; lane i runs on rank i mod world size", least=1)
+    ttt_lora_sites: str = env("q,k,v,o,mlp,head", "where adapters sit, comma separated")
+    ttt_lora_rank: int = env(80, "rank of an adapter", least=1)
+    ttt_lora_alpha: float = env(144.0, "adapter output is multiplied by alpha / rank", above=0)
+    ttt_lora_lr: float = env(1e-4, "AdamW learning rate of the adapters", least=0)
+    ttt_beta2: float = env(0.99, "AdamW beta2 of the adapters (beta1 is 0)", least=0, most=0.99999)
+    ttt_weight_decay: float = env(0.5, "decay of the adapters", least=0)
+    ttt_warm_start_a: bool = env(True, "a new document keeps A of the one before it in its place")
+    phased_ttt_num_phases: int = env(1, "times the base weights are fine-tuned on scored documents", least=0)
+    phased_ttt_prefix_docs: int = env(2500, "documents scored before the last of them, of 50,000 (scaled)", least=0)
+    global_ttt_lr: float = env(1e-3, "SGD learning rate of that fine-tuning, cosine to 0", least=0)
+    global_ttt_momentum: float = env(0.9, "its momentum", least=0, most=0.9999)
+    global_ttt_grad_clip: float = env(1.0, "its global gradient norm at most", above=0)
+    global_ttt_chunk_tokens: int = env(32_768, "tokens of one SGD step over all ranks", least=1)
+
+    @classmethod
+    def from_env(cls, environ=None):
+        """The environment, checked. Raises SettingError for bad values and for unknown names that look like ours."""
+        environ = os.environ if environ is None else environ
+        values, problems = {}, [*unknown_settings(environ, cls)]
+        for field in dataclasses.fields(cls):
+            if (text := environ.get(field.name.upper())) is not None:
+                try:
+                    values[field.name] = parse_setting(field, text)
+                except ValueError as error:
+                    problems.append(str(error))
+        if problems:
+            raise SettingError("\n".join(problems))
+        return cls(**values)
+
+    def __post_init__(self):
+        problems = [p for field in dataclasses.fields(self) for p in range_problems(field, getattr(self, field.name))]
+        if problems := problems or [message for broken, message in self.cross_checks() if broken]:
+            raise SettingError("\n".join(problems))
+
+    def cross_checks(self):
+        """Pairs (is it broken, what to change) for combinations of settings."""
+        yield self.model_dim % self.num_heads, f"MODEL_DIM={self.model_dim} must divide by NUM_HEADS={self.num_heads}"
+        yield self.num_heads % self.num_kv_heads, "NUM_HEADS must divide by NUM_KV_HEADS"
+        yield self.rope_dims % 2 or self.rope_dims > self.head_dim, f"ROPE_DIMS must be even, at most {self.head_dim}"
+        yield self.gate_window > self.model_dim, "GATE_WINDOW must be at most MODEL_DIM"
+        gates = self.sparse_attn_gate_enabled + self.gated_attn_enabled + self.attn_out_gate_enabled
+        yield gates > 1, "SPARSE_ATTN_GATE_ENABLED, GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED exclude each other"
+        looped = self.loop_start <= self.loop_end < self.num_layers
+        yield self.num_loops and not looped, "LOOP_START..LOOP_END must lie inside NUM_LAYERS (or set NUM_LOOPS=0)"
+        yield self.parallel_start_layer > self.num_layers, "PARALLEL_START_LAYER must be at most NUM_LAYERS"
+        yield (self.train_batch_tokens % self.micro_batch_tokens,
+               f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} must divide by "
+               f"MICRO_BATCH_TOKENS={self.micro_batch_tokens}")
+        yield (0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds,
+               "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS")
+        yield self.eval_stride > self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
+        yield self.ttt_chunk_size > self.ttt_eval_seq_len, "TTT_CHUNK_SIZE must be at most TTT_EVAL_SEQ_LEN"
+        unknown = set(self.lora_sites) - set(LORA_SITES)
+        yield bool(unknown), f"TTT_LORA_SITES: unknown {sorted(unknown)}; known: {','.join(LORA_SITES)}"
+        modes = self.prequant_only + self.quant_only + self.ttt_eval_only
+        yield modes > 1, "PREQUANT_ONLY, QUANT_ONLY, TTT_EVAL_ONLY exclude each other"
+        yield not re.fullmatch(r"[\w.+-]*", self.run_id), "RUN_ID may hold letters, digits, '.', '_', '+', '-' only"
+
+    @property
+    def head_dim(self):
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self):
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def lora_sites(self):
+        return tuple(site for site in self.ttt_lora_sites.split(",") if site)
+
+    @property
+    def micro_steps(self):
+        return self.train_batch_tokens // self.micro_batch_tokens  # of a step, over all ranks
+
+    @property
+    def row_segments(self):
+        return self.max_row_segments or max(64, self.micro_batch_tokens // 128)
+
+    @property
+    def training_seconds(self):
+        return self.max_wallclock_seconds - self.gptq_reserve_seconds if self.max_wallclock_seconds else 0.0
+
+    def table(self, changed_only=False):
+        """The settings as text, one a line, values that differ from the default starred."""
+        lines = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            star = "*" if value != field.default else " "
+            if star == "*" or not changed_only:
+                value = int(value) if isinstance(value, bool) else value
+                lines.append(f"{star} {field.name.upper()}={value}")
+        return "\n".join(lines)
+
+
+LORA_SITES = {"q": "q", "k": "k", "v": "v", "o": "attn_out", "mlp": "mlp_out", "head": "lm_head"}  # setting -> tap site
+
+
+def parse_setting(field, text):
+    """The typed value of one variable's text. Raises ValueError that names the variable."""
+    name = field.name.upper()
+    if field.type is bool:
+        if text not in ("0", "1"):
+            raise ValueError(f"{name}={text!r}: must be 0 or 1")
+        return text == "1"
+    try:
+        return field.type(text)
+    except ValueError:
+        raise ValueError(f"{name}={text!r}: must be {field.type.__name__}") from None
+
+
+def range_problems(field, value):
+    """Messages for a value outside its declared range."""
+    rule, name = field.metadata, f"{field.name.upper()}={value!r}"
+    if rule["choices"] and value not in rule["choices"]:
+        yield f"{name}: must be one of {', '.join(rule['choices'])}"
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name}: must be finite"
+    elif rule["above"] is not None and not value > rule["above"]:
+        yield f"{name}: must be above {rule['above']}"
+    elif rule["least"] is not None and value < rule["least"]:
+        yield f"{name}: must be at least {rule['least']}"
+    elif rule["most"] is not None and value > rule["most"]:
+        yield f"{name}: must be at most {rule['most']}"
+
+
+def unknown_settings(environ, cls):
+    """Messages for undeclared variables that look like ours: a family name of ours, or nearly one of our names.
+
+    First words that other programs use as well (MAX_JOBS, DATA_..., RUN_...) do not make a family by themselves.
+    """
+    ours = [field.name.upper() for field in dataclasses.fields(cls)]
+    shared_words = "MAX MIN NUM RUN RUNS DATA MODEL COMPUTE ENABLE TRAIN VAL CHECKPOINT TOKENIZER ARTIFACT ADAM".split()
+    families = {name.split("_")[0] for name in ours if "_" in name} - set(shared_words)
+    for name in sorted(set(environ) - set(ours)):
+        close = difflib.get_close_matches(name, ours, 1, 0.6)
+        if name.split("_")[0] in families or difflib.get_close_matches(name, ours, 1, 0.88):
+            yield f"{name} is not a setting{f'; did you mean {close[0]}?' if close else ''} (unset it, or see --help)"
+
+
+def settings_help():
+    """The text of --help: every setting with its default, range and meaning."""
+    lines = []
+    for field in dataclasses.fields(Hyperparameters):
+        rule = field.metadata
+        default = int(field.default) if isinstance(field.default, bool) else field.default
+        limits = [f"{key} {rule[key]}" for key in ("above", "least", "most") if rule[key] is not None]
+        limits += ["|".join(rule["choices"])] if rule["choices"] else []
+        limits = f"  [{', '.join(limits)}]" if limits else ""
+        lines.append(f"  {field.name.upper()}={default}  {rule['help']}{limits}")
+    return "No arguments; settings are environment variables, here with their defaults:\n" + "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# RUNTIME
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Dist:
+    """The process group, and the only place that names torch.distributed. One process: every method returns at once.
+
+    Tensors travel over NCCL on CUDA and over gloo on the CPU; objects and the clock travel over gloo, so that they
+    never wait for the GPU's queue.
+    """
+
+    def __init__(self, device="auto"):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if device == "cuda" and not torch.cuda.is_available():
+            raise SettingError("DEVICE=cuda, but torch sees none: use DEVICE=cpu, or a CUDA build of torch")
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available() and device != "cpu":
+            if local_rank >= torch.cuda.device_count():
+                raise SettingError(f"LOCAL_RANK={local_rank}, but this host has {torch.cuda.device_count()} GPUs")
+            self.device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1:
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist_backend.init_process_group(backend)
+
+    def all_reduce(self, tensor, op="sum"):
+        """Sums (or op="max": takes the maximum of) a tensor over all ranks, in place, and returns it."""
+        if self.world_size > 1:
+            dist_backend.all_reduce(tensor, dist_backend.ReduceOp.MAX if op == "max" else dist_backend.ReduceOp.SUM)
+        return tensor
+
+    def all_reduce_packed(self, tensors):
+        """Sums many small tensors over all ranks in one flat collective, in place."""
+        if self.world_size > 1 and tensors:
+            flat = self.all_reduce(torch.cat([t.reshape(-1) for t in tensors]))
+            for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def reduce_scatter(self, full):
+        """(n world, ...) on every rank -> handle, (n, ...): this rank's slice of the sum, ready after handle.wait()."""
+        if self.world_size == 1:
+            return Done(), full
+        shard = full.new_empty(full.shape[0] // self.world_size, *full.shape[1:])
+        return dist_backend.reduce_scatter_tensor(shard, full, async_op=True), shard
+
+    def all_gather(self, shard):
+        """(n, ...) of every rank -> handle, (n world, ...), ready after handle.wait()."""
+        if self.world_size == 1:
+            return Done(), shard
+        full = shard.new_empty(shard.shape[0] * self.world_size, *shard.shape[1:])
+        return dist_backend.all_gather_into_tensor(full, shard.contiguous(), async_op=True), full
+
+    def all_gather_object(self, value):
+        """Every rank's value, as a list in rank order; small values only."""
+        values = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist_backend.all_gather_object(values, value)
+        return values
+
+    def broadcast_float(self, value):
+        """Rank 0's number on every rank, over the CPU's network."""
+        if self.world_size == 1:
+            return value
+        box = torch.tensor([value], dtype=torch.float64)
+        dist_backend.broadcast(box, 0)
+        return box.item()
+
+    def barrier(self):
+        """Waits until every rank is here, over the CPU's network."""
+        self.broadcast_float(0.0)
+        self.all_gather_object(None)
+
+    def synchronize(self):
+        """Waits for this rank's device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def close(self):
+        if self.world_size > 1:
+            dist_backend.destroy_process_group()
+
+
+class Done:
+    """The handle of a collective that had nothing to do."""
+
+    def wait(self):
+        return None
+
+
+class RunLog:
+    """Prints on rank 0 and keeps the same lines in <folder>/log.txt; a stage's seconds are kept in `seconds`."""
+
+    def __init__(self, folder, dist):
+        self.dist, self.folder, self.seconds = dist, Path(folder), {}
+        self.file = open(self.folder / "log.txt", "a", encoding="utf-8") if dist.rank == 0 else None
+
+    def __call__(self, message):
+        if self.file:
+            print(message, flush=True)
+            print(message, file=self.file, flush=True)
+
+    @contextlib.contextmanager
+    def stage(self, name):
+        """Times a stage of the run, device work included."""
+        self.dist.synchronize()
+        start = time.perf_counter()
+        yield
+        self.dist.synchronize()
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+        self(f"stage:{name} seconds:{self.seconds[name]:.2f}")
+
+
+def write_atomically(path, data):
+    """Bytes to a file that is either whole or absent: temporary name, sync, rename."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DATA
+# ----------------------------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+
+
+class DataError(ValueError):
+    """A dataset that cannot be used as it is; the message names the file and what to do."""
+
+
+def load_data_shard(path):
+    """File -> (n,) uint16, memory-mapped. Raises DataError on a wrong magic, version or size (CASEOPS.md 3.1)."""
+    size = os.path.getsize(path)
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != SHARD_MAGIC:
+        raise DataError(f"{path}: not a token shard (wrong magic number); make it with prepare_caseops_data.py")
+    if header[1] != SHARD_VERSION:
+        raise DataError(f"{path}: shard version {header[1]}, this script reads version {SHARD_VERSION}")
+    if size != SHARD_HEADER_BYTES + 2 * int(header[2]):
+        raise DataError(f"{path}: {size} bytes, its header promises {SHARD_HEADER_BYTES + 2 * int(header[2])}: "
+                        "a download or copy broke off; fetch the file again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
+
+
+def shard_paths(folder, split):
+    """The files of split "train", "val" or "val_bytes", in order. The six digits keep side-cars out of "val"."""
+    return sorted(glob.glob(os.path.join(folder, f"fineweb_{split}_[0-9][0-9][0-9][0-9][0-9][0-9].bin")))
+
+
+class TokenStream:
+    """All shards of a split as one endless stream: document and row borders may lie anywhere, nothing is dropped."""
+
+    def __init__(self, folder, split):
+        self.paths = shard_paths(folder, split)
+        if not self.paths:
+            raise DataError(f"no fineweb_{split}_*.bin in {folder}: set DATA_PATH, or make the data (README)")
+        self.shards = [load_data_shard(path) for path in self.paths]
+        self.offsets = np.concatenate([[0], np.cumsum([len(shard) for shard in self.shards])])
+        self.size = int(self.offsets[-1])
+        if self.size == 0 or self.read(0, 1)[0] != BOS_ID:
+            raise DataError(f"{self.paths[0]}: the stream must start with BOS (id {BOS_ID}); rebuild the data")
+
+    def read(self, start, count):
+        """(count,) uint16 from position `start` on; the stream goes round at its end."""
+        parts, start = [], start % self.size
+        while count > 0:
+            shard = int(np.searchsorted(self.offsets, start, side="right")) - 1
+            part = self.shards[shard][start - self.offsets[shard]:][:count]
+            parts.append(part)
+            count, start = count - len(part), (start + len(part)) % self.size
+        return np.concatenate(parts)
+
+
+class Row(NamedTuple):
+    """One packed row on the device."""
+
+    inputs: Tensor  # (1, T) int64
+    targets: Tensor  # (T,) int64
+    cu_seqlens: Tensor  # (N + 1,) int32: where each document or piece starts, padded by repeating T
+
+
+def cut_pieces(starts, ends, length):
+    """Starts and ends of segments -> starts of their pieces, none longer than `length`."""
+    pieces = -(-(ends - starts) // length)
+    first = np.cumsum(pieces) - pieces
+    return np.repeat(starts, pieces) + length * (np.arange(pieces.sum()) - np.repeat(first, pieces))
+
+
+def pad_cu_seqlens(starts, total, entries):
+    """Segment starts -> (entries + 1,) int32, padded with `total`, so that one graph serves every row."""
+    if len(starts) > entries:
+        raise DataError(f"a row holds {len(starts)} documents and pieces, more than {entries}: raise MAX_ROW_SEGMENTS")
+    return np.concatenate([starts, np.full(entries + 1 - len(starts), total)]).astype(np.int32)
+
+
+class TrainLoader:
+    """Packed training rows by number: row i is the stream's span [i T, (i + 1) T), the same for every world size.
+
+    A step of n micro-steps takes rows [step n, (step + 1) n); rank r takes its r-th share of them. The loader has no
+    state but read-ahead, so that going back to an earlier row needs no restoring.
+    """
+
+    def __init__(self, stream, hp, dist):
+        self.stream, self.hp, self.dist = stream, hp, dist
+        if hp.micro_steps % dist.world_size:
+            raise SettingError(f"{hp.micro_steps} micro-batches a step (TRAIN_BATCH_TOKENS/MICRO_BATCH_TOKENS) do not "
+                               f"divide by {dist.world_size} ranks: change MICRO_BATCH_TOKENS")
+        self.per_rank = hp.micro_steps // dist.world_size
+        self.thread = ThreadPoolExecutor(1)
+        self.ahead = {}
+
+    def build(self, index):
+        """Row `index` as CPU tensors, pinned for CUDA."""
+        length = self.hp.micro_batch_tokens
+        tokens = self.stream.read(index * length, length + 1).astype(np.int64)
+        if tokens.max() >= self.hp.vocab_size:
+            raise DataError(f"training token {tokens.max()} is outside VOCAB_SIZE={self.hp.vocab_size}")
+        starts = np.flatnonzero(tokens[:-1] == BOS_ID)
+        starts = starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])
+        pieces = cut_pieces(starts, np.append(starts[1:], length), self.hp.train_seq_len)
+        cu_seqlens = pad_cu_seqlens(pieces, length, self.hp.row_segments)
+        row = Row(*(torch.from_numpy(a.copy()) for a in (tokens[None, :-1], tokens[1:], cu_seqlens)))
+        return Row(*(t.pin_memory() for t in row)) if self.dist.device.type == "cuda" else row
+
+    def row(self, index, following=None):
+        """Row `index` on the device; `following` is read ahead meanwhile."""
+        future = self.ahead.pop(index, None) or self.thread.submit(self.build, index)
+        row = future.result()
+        self.ahead = {following: self.thread.submit(self.build, following)} if following is not None else {}
+        return Row(*(t.to(self.dist.device, non_blocking=True) for t in row))
+
+    def step(self, step):
+        """Yields this rank's rows of a step."""
+        first = step * self.hp.micro_steps + self.dist.rank * self.per_rank
+        for index in range(first, first + self.per_rank):
+            last = index == first + self.per_rank - 1
+            yield self.row(index, first + self.hp.micro_steps if last else index + 1)
+
+
+def piece_byte_tables(tokenizer):
+    """SentencePiece model -> (bytes, leading space, boundary) per id, for data without side-cars (CASEOPS.md 4.1)."""
+    if tokenizer.piece_to_id("\u2581") == tokenizer.unk_id():
+        raise DataError("the tokenizer has no piece of its own for the space: its spaces would count three bytes")
+    size = tokenizer.vocab_size()
+    count, leading, boundary = np.zeros(size, np.int64), np.zeros(size, bool), np.ones(size, bool)
+    for token in range(size):
+        if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
+            continue
+        boundary[token] = False
+        piece = tokenizer.id_to_piece(token)
+        leading[token] = piece.startswith("\u2581") and not tokenizer.is_byte(token)
+        count[token] = 1 if tokenizer.is_byte(token) else len(piece.removeprefix("\u2581").encode())
+    return count, leading, boundary
+
+
+class ValidationSet:
+    """The validation stream: tokens (N,), bytes charged to each token (N,), the documents' input spans [start, end).
+
+    A document's targets are its tokens after BOS and the BOS that follows it, so every token but the first is a target
+    of exactly one document. Raises DataError before anything is trained.
+    """
+
+    def __init__(self, hp, tokenizer):
+        stream = TokenStream(hp.data_path, "val")
+        self.tokens = stream.read(0, stream.size).astype(np.int64)
+        if self.tokens.max() >= hp.vocab_size:
+            raise DataError(f"validation token {self.tokens.max()} is outside VOCAB_SIZE={hp.vocab_size}")
+        if hp.caseops_enabled:
+            self.bytes = self.side_car(hp.data_path, stream)
+        else:
+            count, leading, boundary = piece_byte_tables(tokenizer)
+            self.bytes = count[self.tokens]
+            self.bytes[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
+        self.starts = np.flatnonzero(self.tokens == BOS_ID)
+        self.ends = np.append(self.starts[1:], len(self.tokens) - 1)  # the last document has no BOS to predict
+        if len(self.tokens) < 2:
+            raise DataError(f"{stream.paths[0]}: a validation stream needs two tokens at least")
+
+    def side_car(self, folder, stream):
+        """(N,) int64 bytes of each token. Raises DataError where it is missing, of another length, or charges a BOS."""
+        paths = shard_paths(folder, "val_bytes")
+        if not paths:
+            raise DataError(f"no fineweb_val_bytes_*.bin in {folder}: BPB needs the side-car (or CASEOPS_ENABLED=0)")
+        parts = [load_data_shard(path) for path in paths]
+        if [len(part) for part in parts] != [len(shard) for shard in stream.shards]:
+            raise DataError(f"{paths[0]}: side-car lengths {[len(p) for p in parts]} differ from the shards' "
+                            f"{[len(s) for s in stream.shards]}: they are not of one export")
+        charges = np.concatenate(parts).astype(np.int64)
+        if charges[self.tokens == BOS_ID].any():
+            raise DataError(f"{paths[0]}: a BOS is charged bytes; the side-car does not belong to these tokens")
+        return charges
+
+    def targets_of(self, documents):
+        """Number of targets and their bytes for an array of document numbers."""
+        sums = np.concatenate([[0], np.cumsum(self.bytes)])
+        starts, ends = self.starts[documents], self.ends[documents]
+        return int((ends - starts).sum()), int((sums[ends + 1] - sums[starts + 1]).sum())
+
+
+def find_tokenizer(hp):
+    """The data's SentencePiece model and its path. Raises DataError if none fits the settings and the manifest."""
+    try:
+        import sentencepiece
+    except ImportError:
+        raise DataError("the sentencepiece package is missing: pip install -r requirements.txt") from None
+    folder, here = Path(hp.data_path), Path(__file__).resolve().parent
+    manifest = folder / "manifest.json"
+    wanted = json.loads(manifest.read_text())["tokenizer"]["sha256"] if manifest.exists() else None
+    beside = [folder, folder.parent / "tokenizers", folder.parent.parent / "tokenizers", here / "tokenizers"]
+    found = [Path(hp.tokenizer_path)] if hp.tokenizer_path else [p for d in beside for p in sorted(d.glob("*.model"))]
+    for path in found:
+        if not path.exists():
+            raise DataError(f"TOKENIZER_PATH={path} does not exist")
+        if wanted in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+            tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            if tokenizer.vocab_size() != hp.vocab_size:
+                raise DataError(f"{path} has {tokenizer.vocab_size()} pieces, VOCAB_SIZE is {hp.vocab_size}")
+            return tokenizer, path
+    raise DataError(f"no tokenizer for {folder} (the manifest wants sha256 {wanted}; looked at "
+                    f"{[str(p) for p in found]}): set TOKENIZER_PATH")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# KERNELS
+# ----------------------------------------------------------------------------------------------------------------------
+# Each operation stands twice with one signature: the reference (`*_ref`, `attention_sdpa`: any device, any dtype,
+# autograd for free) and the fast version, a custom op that torch.compile takes as one node. `select_ops` chooses.
+# Inside kernels no Python global and no True/False/None: a minifier may move those to module level, where Triton
+# refuses them. Argument annotations are read at run time (tl.constexpr, op schemas): the minifier must keep them.
+
+
+def jit(kernel: Callable) -> Callable:
+    """kernel -> its Triton form, or the plain function where Triton is missing (defined, never launched)."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+# --- softcapped cross-entropy: z = softcap * tanh(logits / softcap), loss = logsumexp(z) - z[target]
+
+
+def softcapped_cross_entropy_ref(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """logits (N, V), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats. The definition of the operation."""
+    return F.cross_entropy(softcap * torch.tanh(logits.float() / softcap), targets, reduction="none")
+
+
+@jit
+def _softcapped_ce_fwd_kernel(logits, targets, losses, lse, row_stride, V: tl.constexpr, CAP: tl.constexpr,
+                              BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)  # 64 bits: rows x vocabulary may exceed 2^31
+    logits += row * row_stride
+    peak = -float("inf")
+    total = 0.0
+    for start in tl.static_range(0, V, BLOCK):  # online log-sum-exp; one turn up to V = 8192
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
+        z = tl.where(columns < V, CAP * (2 * tl.sigmoid(x * (2 / CAP)) - 1), -float("inf"))
+        higher = tl.maximum(peak, tl.max(z, 0))
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher), 0)
+        peak = higher
+    row_lse = peak + tl.log(total)
+    x = tl.load(logits + tl.load(targets + row)).to(tl.float32)
+    tl.store(losses + row, row_lse - CAP * (2 * tl.sigmoid(x * (2 / CAP)) - 1))
+    tl.store(lse + row, row_lse)
+
+
+@jit
+def _softcapped_ce_bwd_kernel(logits, targets, lse, grad_losses, grad_logits, row_stride, V: tl.constexpr,
+                              CAP: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    grad = tl.load(grad_losses + row).to(tl.float32)
+    target = tl.load(targets + row)
+    row_lse = tl.load(lse + row)
+    # a row without gradient is not read at all, and whatever it holds cannot make its gradient anything but zero
+    readable = tl.where(grad != 0, V, 0)
+    for start in tl.static_range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + row * row_stride + columns, mask=columns < readable, other=0.0).to(tl.float32)
+        tanh = 2 * tl.sigmoid(x * (2 / CAP)) - 1
+        p = tl.exp(CAP * tanh - row_lse) - tl.where(columns == target, 1.0, 0.0)
+        d = tl.where(grad != 0, grad * p * (1 - tanh * tanh), 0.0)
+        tl.store(grad_logits + row * V + columns, d.to(grad_logits.dtype.element_ty), mask=columns < V)
+
+
+def _ce_launch(V: int) -> dict[str, int]:
+    """vocabulary size -> block and warps of a row: 32 elements a thread, in registers as long as V <= 8,192."""
+    block = min(8192, max(16, 1 << (V - 1).bit_length()))
+    return {"BLOCK": block, "num_warps": max(1, min(8, block // 1024))}
+
+
+@torch.library.custom_op("golf::softcapped_ce", mutates_args=())
+def _softcapped_ce_op(logits: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    logits, targets = logits.contiguous(), targets.contiguous()
+    N, V = logits.shape
+    losses, lse = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
+    if N > 0:
+        _softcapped_ce_fwd_kernel[(N,)](logits, targets, losses, lse, V, V, softcap, **_ce_launch(V))
+    return losses, lse
+
+
+_softcapped_ce_op.register_fake(
+    lambda logits, targets, softcap: tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+)
+
+
+@torch.library.custom_op("golf::softcapped_ce_backward", mutates_args=())
+def _softcapped_ce_backward_op(
+    logits: Tensor, targets: Tensor, lse: Tensor, grad_losses: Tensor, softcap: float
+) -> Tensor:
+    logits, targets, grad_losses = logits.contiguous(), targets.contiguous(), grad_losses.contiguous()
+    N, V = logits.shape
+    grad_logits = torch.empty_like(logits)
+    if N > 0:
+        _softcapped_ce_bwd_kernel[(N,)](logits, targets, lse, grad_losses, grad_logits, V, V, softcap, **_ce_launch(V))
+    return grad_logits
+
+
+_softcapped_ce_backward_op.register_fake(lambda logits, *_: logits.new_empty(logits.shape))
+
+
+def _softcapped_ce_setup(ctx, inputs, output):
+    logits, targets, ctx.softcap = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, targets, output[1])
+
+
+def _softcapped_ce_backward(ctx, grad_losses, _grad_lse):
+    logits, targets, lse = ctx.saved_tensors
+    needed = grad_losses is not None and ctx.needs_input_grad[0]
+    return _softcapped_ce_backward_op(logits, targets, lse, grad_losses, ctx.softcap) if needed else None, None, None
+
+
+_softcapped_ce_op.register_autograd(_softcapped_ce_backward, setup_context=_softcapped_ce_setup)
+
+
+def softcapped_cross_entropy(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """logits (N, V), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats; one pass over the logits each way."""
+    return _softcapped_ce_op(logits, targets, float(softcap))[0]
+
+
+# --- squared leaky ReLU MLP: leaky_relu(x @ w_up.T, slope)^2 @ w_down.T
+
+
+def mlp_ref(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> Tensor:
+    """x (..., D), w_up (F, D), w_down (D, F) -> (..., D). The definition of the operation."""
+    return F.linear(F.leaky_relu(F.linear(x, w_up), slope).square(), w_down)
+
+
+class Tile(NamedTuple):
+    """Blocking of the MLP kernel for 16-bit operands on Hopper (227 KB of shared memory, 255 registers a thread)."""
+
+    m: int = 128
+    n: int = 256
+    k: int = 64
+    group: int = 8  # tiles of M that are done before the next tile of N
+    programs: int = 1  # per multiprocessor
+    warps: int = 8
+    stages: int = 3
+    flatten: bool = True  # one loop over tiles and K: the next tile's loads run during the epilogue
+
+
+# Compiled for sm_90 by Triton 3.6: 229,408 and 213,032 bytes of shared memory, 162 and 244 registers, nothing spilled.
+# The backward kernel also stages tiles of pre; it does not fit with 4 stages.
+MLP_TILES = {"forward": Tile(stages=4), "backward": Tile()}
+SMALL_TILE = Tile(32, 32, 32, group=2, warps=4, stages=2, flatten=False)  # fp32 and the interpreter
+
+
+@jit
+def _mlp_half_tile(pre_desc, out_desc, acc, m, n, SLOPE: tl.constexpr, BACKWARD: tl.constexpr):
+    if BACKWARD:  # acc is d act; act = leaky(pre)^2, so its derivative is 2 pre, times SLOPE^2 on the left
+        pre = pre_desc.load([m, n]).to(tl.float32)
+        out_desc.store([m, n], (acc * tl.where(pre > 0, 2 * pre, 2 * SLOPE * SLOPE * pre)).to(out_desc.dtype))
+    else:
+        leaky = tl.where(acc > 0, acc, SLOPE * acc)
+        pre_desc.store([m, n], acc.to(pre_desc.dtype))
+        out_desc.store([m, n], (leaky * leaky).to(out_desc.dtype))
+
+
+@jit
+def _mlp_kernel(a_desc, b_desc, pre_desc, out_desc, M, N, K, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
+                PRECISION: tl.constexpr, FLATTEN: tl.constexpr, GROUP: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """forward: pre = a @ b.T, out = leaky(pre)^2 with b (N, K); backward: out = (a @ b) * act'(pre) with b (K, N)."""
+    rows = tl.cdiv(M, BLOCK_M)
+    group_tiles = GROUP * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), rows * tl.cdiv(N, BLOCK_N), tl.num_programs(0), flatten=FLATTEN):
+        # down GROUP tiles of M, then one to the right: what runs at one time shares its operands in L2
+        first = tile // group_tiles * GROUP
+        height = tl.minimum(rows - first, GROUP)
+        m = (first + tile % group_tiles % height) * BLOCK_M
+        n = tile % group_tiles // height * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for step in range(tl.cdiv(K, BLOCK_K)):
+            a = a_desc.load([m, step * BLOCK_K])
+            if BACKWARD:
+                b = b_desc.load([step * BLOCK_K, n])
+            else:
+                b = b_desc.load([n, step * BLOCK_K]).T
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        # two halves, so that the staging buffers of the epilogue leave room for one more stage of the loop
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        _mlp_half_tile(pre_desc, out_desc, left, m, n, SLOPE, BACKWARD)
+        _mlp_half_tile(pre_desc, out_desc, right, m, n + BLOCK_N // 2, SLOPE, BACKWARD)
+
+
+def _descriptor(tensor: Tensor, block: list[int]):
+    """tensor (rows, columns) -> TMA descriptor of it, or of a copy with a layout and base that TMA can address."""
+    tensor = tensor.contiguous()
+    tensor = tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    # strides from the shape: a single row counts as contiguous whatever stride it carries
+    return TensorDescriptor(tensor, list(tensor.shape), [tensor.shape[1], 1], block)
+
+
+def _launch_mlp(a: Tensor, b: Tensor, pre: Tensor, out: Tensor, slope: float, backward: bool) -> None:
+    """a (M, K), b (N, K) or, backward, (K, N), pre and out (M, N): fills out and, forward, pre."""
+    (M, K), N = a.shape, out.shape[1]
+    if M == 0:
+        return
+    tile = MLP_TILES["backward" if backward else "forward"] if a.is_cuda and a.element_size() == 2 else SMALL_TILE
+    # three programs on the CPU: every one gets several tiles of a small test
+    cores = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
+    programs = min(cores * tile.programs, triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n))
+    half = [tile.m, tile.n // 2]
+    _mlp_kernel[(programs,)](
+        _descriptor(a, [tile.m, tile.k]), _descriptor(b, [tile.k, tile.n] if backward else [tile.n, tile.k]),
+        _descriptor(pre, half), _descriptor(out, half),
+        M, N, K, SLOPE=slope, BACKWARD=backward, PRECISION="ieee", FLATTEN=tile.flatten, GROUP=tile.group,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+    )
+
+
+# Both pre and act are saved: 0.8 GB a pass at 98,304 x 2,048 in bf16. Recomputing act in the backward kernel would save
+# half of that and cost its write once more (0.4 GB, 0.13 ms at 3 TB/s, against 0.34 ms of arithmetic in that kernel).
+@torch.library.custom_op("golf::leaky_relu_sq_mlp", mutates_args=())
+def _mlp_op(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    pre, act = (x.new_empty(x.shape[0], w_up.shape[0]) for _ in range(2))
+    _launch_mlp(x, w_up, pre, act, slope, backward=False)
+    return act @ w_down.T, pre, act
+
+
+_mlp_op.register_fake(
+    lambda x, w_up, w_down, slope: tuple(x.new_empty(x.shape[0], w.shape[0]) for w in (w_down, w_up, w_up))
+)
+
+
+@torch.library.custom_op("golf::leaky_relu_sq_mlp_backward", mutates_args=())
+def _mlp_backward_op(grad_out: Tensor, w_down: Tensor, pre: Tensor, slope: float) -> Tensor:
+    grad_pre = torch.empty_like(pre)
+    _launch_mlp(grad_out, w_down, pre, grad_pre, slope, backward=True)
+    return grad_pre
+
+
+_mlp_backward_op.register_fake(lambda grad_out, w_down, pre, slope: torch.empty_like(pre))
+
+
+def _mlp_setup(ctx, inputs, output):
+    x, w_up, w_down, ctx.slope = inputs
+    _, pre, act = output
+    needs_x, needs_up, needs_down = ctx.needs_input_grad[:3]
+    ctx.set_materialize_grads(False)  # or autograd fills a zero gradient for each of pre and act
+    through = needs_x or needs_up
+    keep = (x, needs_up), (w_up, needs_x), (w_down, through), (pre, through), (act, needs_down)
+    ctx.save_for_backward(*(tensor if needed else None for tensor, needed in keep))
+
+
+def _mlp_backward(ctx, grad_out, _grad_pre, _grad_act):
+    x, w_up, w_down, pre, act = ctx.saved_tensors
+    needs_x, needs_up, needs_down = ctx.needs_input_grad[:3]
+    grad_x = grad_up = grad_down = None
+    if grad_out is None:
+        return None, None, None, None
+    if needs_down:
+        grad_down = grad_out.T @ act
+    if needs_x or needs_up:
+        grad_pre = _mlp_backward_op(grad_out, w_down, pre, ctx.slope)
+        grad_up = grad_pre.T @ x if needs_up else None
+        grad_x = grad_pre @ w_up if needs_x else None
+    return grad_x, grad_up, grad_down, None
+
+
+_mlp_op.register_autograd(_mlp_backward, setup_context=_mlp_setup)
+
+
+def leaky_relu_sq_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> Tensor:
+    """x (..., D), w_up (F, D), w_down (D, F), all of one dtype -> (..., D).
+
+    The first product, the activation and, backward, its derivative are one persistent TMA kernel each way; the other
+    products are cuBLAS. Widths whose rows are no multiple of 16 bytes, which TMA cannot address, take the reference.
+    """
+    (width, hidden), size = w_down.shape, x.element_size()
+    if width * size % 16 or hidden * size % 16:
+        return mlp_ref(x, w_up, w_down, slope)
+    return _mlp_op(x.reshape(-1, width), w_up, w_down, float(slope))[0].view(x.shape)
+
+
+# --- attention over packed documents: causal within documents, scale 1/sqrt(E), query head h on KV head h // (H / K)
+# Every backend: q (B, T, H, E), k and v (B, T, K, E), cu_seqlens (N + 1,) int32 with B = 1, or None: each row is one
+# document; -> (B, T, H, E). cu_seqlens may end in repetitions of T (empty documents). No document exceeds max_seqlen.
+
+
+def _repeat_kv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """q (..., H, E), k and v (..., K, E) -> k and v (..., H, E) for backends without grouped heads."""
+    repeats = q.shape[-2] // k.shape[-2]
+    return (k, v) if repeats == 1 else (k.repeat_interleave(repeats, -2), v.repeat_interleave(repeats, -2))
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
+    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E): the reference; any device and dtype, no host synchronisation.
+
+    The packed row is cut in blocks of W = max_seqlen queries. A document spans W tokens at most, so a query sees keys
+    of its own block and of the one before only: exact, with a mask of T x 2W instead of T x T.
+    """
+    k, v = _repeat_kv(q, k, v)
+    if cu_seqlens is None:
+        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+        return out.transpose(1, 2)
+    _, T, H, E = q.shape
+    W = min(max_seqlen, T)
+    blocks = (T + W - 1) // W
+    # Padding lies past the last document: it forms one of its own and attends to itself, so that no row is all masked.
+    q, k, v = (F.pad(t[0], (0, 0, 0, 0, 0, blocks * W - T)).view(blocks, W, H, E) for t in (q, k, v))
+    positions = torch.arange(blocks * W, dtype=cu_seqlens.dtype, device=q.device)
+    document = torch.searchsorted(cu_seqlens, positions, right=True).view(blocks, W)  # from 1; 0 is before the row
+
+    def with_previous(t: Tensor) -> Tensor:  # (blocks, W, ...) -> (blocks, 2W, ...)
+        return torch.cat((torch.cat((torch.zeros_like(t[:1]), t[:-1])), t), dim=1)
+
+    offset = torch.arange(2 * W, device=q.device)
+    causal = offset <= offset[:W, None] + W
+    mask = (document[:, :, None] == with_previous(document)[:, None, :]) & causal  # (blocks, W, 2W)
+    q, k, v = (t.transpose(1, 2) for t in (q, with_previous(k), with_previous(v)))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # (blocks, H, W, E)
+    return out.transpose(1, 2).reshape(1, blocks * W, H, E)[:, :T]
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple:
+    """Arguments of a backend -> q (B*T, H, E), k and v (B*T, K, E), cu_seqlens, max_seqlen of one packed row."""
+    if cu_seqlens is None:
+        B, max_seqlen = q.shape[:2]
+        cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=q.device) * max_seqlen
+    return *(t.flatten(0, 1) for t in (q, k, v)), cu_seqlens, max_seqlen
+
+
+_VARLEN_PARAMETERS = () if varlen_attn is None else tuple(inspect.signature(varlen_attn).parameters)
+
+
+def attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
+    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E) by torch's varlen_attn (torch >= 2.10, CUDA, 16 bits)."""
+    shape = q.shape
+    q, k, v, cu_seqlens, max_seqlen = _packed(q, k, v, cu_seqlens, max_seqlen)
+    options = {"is_causal": True} if "is_causal" in _VARLEN_PARAMETERS else {"window_size": (-1, 0)}  # 2.10 or later
+    if "enable_gqa" in _VARLEN_PARAMETERS:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:
+        k, v = _repeat_kv(q, k, v)
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options).view(shape)
+
+
+def attention_fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
+    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E) by FlashAttention-3 (Hopper; arXiv:2407.08608)."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    shape = q.shape
+    q, k, v, cu_seqlens, max_seqlen = _packed(q, k, v, cu_seqlens, max_seqlen)
+    out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
+    return (out[0] if isinstance(out, tuple) else out).view(shape)  # some versions return (out, lse)
+
+
+@torch.library.custom_op("golf::fa4", mutates_args=())
+def _fa4_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    out, lse, *_ = _flash_attn_fwd(
+        q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+        softmax_scale=q.shape[-1] ** -0.5, causal=True, return_lse=True,
+    )
+    return out, lse  # (tokens, H, E), (H, tokens)
+
+
+_fa4_op.register_fake(lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
+
+
+@torch.library.custom_op("golf::fa4_backward", mutates_args=())
+def _fa4_backward_op(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    _flash_attn_bwd(
+        q, k, v, out, grad_out.contiguous(), lse, softmax_scale=q.shape[-1] ** -0.5, causal=True,
+        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+        dq=grads[0], dk=grads[1], dv=grads[2],
+    )
+    return grads
+
+
+_fa4_backward_op.register_fake(lambda grad_out, q, k, v, *_: tuple(t.new_empty(t.shape) for t in (q, k, v)))
+
+
+def _fa4_setup(ctx, inputs, output):
+    q, k, v, cu_seqlens, ctx.max_seqlen = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+
+
+def _fa4_backward(ctx, grad_out, _grad_lse):
+    if grad_out is None:
+        return None, None, None, None, None
+    return *_fa4_backward_op(grad_out, *ctx.saved_tensors, ctx.max_seqlen), None, None
+
+
+_fa4_op.register_autograd(_fa4_backward, setup_context=_fa4_setup)
+
+
+def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
+    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E) by FlashAttention-4 (flash-attn-4, CuTe; CUDA, 16 bits)."""
+    return _fa4_op(*_packed(q, k, v, cu_seqlens, max_seqlen))[0].view(q.shape)
+
+
+# --- selection
+
+
+@dataclass(frozen=True)
+class Ops:
+    """What the model calls: three functions, the name of each choice, and why an alternative was refused."""
+
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
+    mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    cross_entropy: Callable[[Tensor, Tensor, float], Tensor]
+    names: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+# fastest first
+ATTENTION_BACKENDS = {"fa3": attention_fa3, "fa4": attention_fa4, "torch": attention_torch, "sdpa": attention_sdpa}
+
+
+def _forward_backward(op: Callable, args: tuple) -> list[Tensor]:
+    """op and its arguments -> its output and its gradients for each floating-point argument, under one fixed loss."""
+    args = tuple(a.detach().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
+    with torch.enable_grad():
+        out = op(*args)
+        weight = torch.linspace(-1, 1, out.numel(), device=out.device).cos().view(out.shape).to(out.dtype)
+        grads = torch.autograd.grad(out, [a for a in args if torch.is_tensor(a) and a.requires_grad], weight)
+    return [out.detach(), *grads]
+
+
+def _fault(op: Callable, reference: Callable, args: tuple, tolerance: float = 0.03) -> str | None:
+    """One trial call forward and backward -> None, or why op cannot stand for its reference (exception, difference).
+
+    The tolerance is a relative Frobenius error: bf16 rounding on both sides stays below it, a wrong mask does not.
+    """
+    try:
+        got, want = _forward_backward(op, args), _forward_backward(reference, args)
+        errors = [((g - w).float().norm() / w.float().norm()).item() for g, w in zip(got, want, strict=True)]
+    except Exception as error:  # whatever a library raises (missing, wrong version, unsupported device) means: not here
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    agrees = all(error <= tolerance for error in errors)  # False for NaN
+    return None if agrees else "disagrees with the reference, relative errors " + " ".join(f"{e:.1e}" for e in errors)
+
+
+def _first_that_works(kind: str, candidates: dict[str, Callable], args: tuple, notes: list[str]) -> str | None:
+    """Operations by name, the reference last, and trial arguments -> name of the first that passes (or None); notes."""
+    reference = {"attention": attention_sdpa, "mlp": mlp_ref, "cross_entropy": softcapped_cross_entropy_ref}[kind]
+    for name, op in candidates.items():
+        fault = None if op is reference else _fault(op, reference, args)
+        if fault is None:
+            return name
+        notes.append(f"{kind} {name}: {fault}")
+    return None
+
+
+def select_ops(
+    kernels: bool, attention_backend: str, device: torch.device, dtype: torch.dtype,
+    head_dim: int, num_heads: int, num_kv_heads: int,
+) -> Ops:
+    """Settings KERNELS and ATTENTION_BACKEND, shapes -> Ops, each fast version tried on `device` against its reference.
+
+    Trials draw from a generator of their own, so they leave the random state of the run alone. ValueError: unknown
+    backend, or a named one that does not work here.
+    """
+    if attention_backend not in ("auto", *ATTENTION_BACKENDS):
+        raise ValueError(f"ATTENTION_BACKEND={attention_backend}: expected auto, {', '.join(ATTENTION_BACKENDS)}")
+    device = torch.device(device)
+    cuda, notes = device.type == "cuda", []
+    attention = ATTENTION_BACKENDS
+    if attention_backend != "auto":
+        attention = {attention_backend: attention[attention_backend]}
+    elif not cuda:
+        attention = {"sdpa": attention_sdpa}
+    elif torch.cuda.get_device_capability(device)[0] != 9:  # FlashAttention-3 is for Hopper alone
+        attention = {name: op for name, op in attention.items() if name != "fa3"}
+    mlp, cross_entropy = {"reference": mlp_ref}, {"reference": softcapped_cross_entropy_ref}
+    if kernels and cuda and triton is None:
+        notes.append("kernels: Triton is not installed")
+    elif kernels and cuda:
+        mlp = {"triton": leaky_relu_sq_mlp} | mlp
+        cross_entropy = {"triton": softcapped_cross_entropy} | cross_entropy
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    q, k, v = (normal(1, 256, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads))
+    cu_seqlens = torch.tensor([0, 37, 38, 166, 256, 256, 256], dtype=torch.int32, device=device)
+    targets = torch.randint(1000, (64,), generator=generator, device=device)
+    trials = {
+        "attention": (attention, (q, k, v, cu_seqlens, 128)),
+        "mlp": (mlp, (normal(200, 64), normal(320, 64) / 8, normal(64, 320) / 18, 0.3)),
+        "cross_entropy": (cross_entropy, (normal(64, 1000) * 10, targets, 30.0)),
+    }
+    names = {kind: _first_that_works(kind, candidates, args, notes) for kind, (candidates, args) in trials.items()}
+    if names["attention"] is None:
+        raise ValueError(f"ATTENTION_BACKEND={attention_backend} does not work here: {'; '.join(notes)}")
+    return Ops(
+        attention[names["attention"]], mlp[names["mlp"]], cross_entropy[names["cross_entropy"]], names, tuple(notes)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# MODEL
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def norm(x):
+    """(..., D) -> (..., D): RMS norm without a weight, eps of F.rms_norm for float32 (SPEC.md 2)."""
+    return F.rms_norm(x, (x.size(-1),), eps=1.19e-7)
+
+
+def rotary_tables(length, hp, device):
+    """cos and sin of every position of a row, (T, 1, rope_dims / 2) float32; float64 angles, positions reach 98,304."""
+    frequency = hp.rope_base ** (-torch.arange(0, hp.rope_dims, 2, dtype=torch.float64, device=device) / hp.rope_dims)
+    angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
+    return angle.cos().float()[:, None], angle.sin().float()[:, None]
+
+
+def apply_rotary_emb(x, tables):
+    """(B, T, H, E) -> the same: rotates dims i and i + rope_dims/2 of the first rope_dims (partial RoPE)."""
+    cos, sin = (table.to(x.dtype) for table in tables)
+    half = cos.size(-1)
+    x1, x2, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
+
+
+def subtract_own_value(y, v):
+    """XSA: (B, T, H, E), (B, T, K, E) -> (B, T, H, E): the output without its part along its own value."""
+    v_hat = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, E)
+    grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, E)
+    return (grouped - (grouped * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3)
+
+
+class LayerWeights(NamedTuple):
+    """One layer's matrices in the compute dtype, views of the banks."""
+
+    q: Tensor  # (D, D)
+    k: Tensor  # (K E, D)
+    v: Tensor  # (K E, D)
+    out: Tensor  # (D, D)
+    up: Tensor  # (F, D)
+    down: Tensor  # (D, F)
+
+
+class GPT(nn.Module):
+    """The 11-layer recurrent GPT (SPEC.md 2): one forward pass for training, evaluation, calibration and TTT.
+
+    A tap, where given, is called at every site as tap(site, slot, layer, x, y) -> y, with the site's input and output.
+    Sites: q, k, v, attn_proj, mlp_up, mlp_down, lm_head (matrix products), attn_out, mlp_out (whole sublayers). Without
+    a tap nothing is traced. `tap.splits_mlp` asks for the unfused MLP, whose hidden layer can be seen.
+    """
+
+    def __init__(self, hp, ops, dtype):
+        super().__init__()
+        self.hp, self.ops, self.dtype = hp, ops, dtype
+        D, L, H, kv_dim = hp.model_dim, hp.num_layers, hp.num_heads, hp.num_kv_heads * hp.head_dim
+        slots = self.slots(looping=True)
+        num_skips = min(len(slots) // 2, len(slots) - len(slots) // 2)
+        self.tok_emb = nn.Parameter(torch.empty(hp.vocab_size, D))
+        self.lm_head = None if hp.tie_embeddings else nn.Parameter(torch.empty(hp.vocab_size, D))
+        self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))  # q of every layer, then output projections
+        self.kv_bank = nn.Parameter(torch.empty(2 * L, kv_dim, D))  # k of every layer, then v
+        self.mlp_up_bank = nn.Parameter(torch.empty(L, hp.mlp_dim, D))
+        self.mlp_down_bank = nn.Parameter(torch.empty(L, D, hp.mlp_dim))
+        self.q_gain = nn.Parameter(torch.full((L, H), hp.qk_gain_init))
+        gate_width = {"sparse": hp.gate_window, "output": hp.gate_window, "dense": D}.get(self.gate_kind)
+        self.attn_gate = nn.Parameter(torch.zeros(L, H, gate_width)) if gate_width else None
+        self.attn_scale = nn.Parameter(torch.ones(L, D))
+        self.mlp_scale = nn.Parameter(torch.ones(L, D))
+        self.resid_mix = nn.Parameter(torch.stack([torch.ones(L, D), torch.zeros(L, D)], dim=1))  # (L, 2, D)
+        self.skip_weights = nn.Parameter(torch.ones(num_skips, D))
+        self.skip_gates = nn.Parameter(torch.zeros(num_skips, D)) if hp.skip_gates_enabled else None
+        self.parallel_post = nn.Parameter(torch.ones(L, 2, 2))  # (layer, attention / MLP, target lane)
+        self.parallel_resid = nn.Parameter(torch.full((L, 2), 1.1))  # (layer, lane)
+        self.smear_weight = nn.Parameter(torch.zeros(1, hp.gate_window)) if hp.smear_gate_enabled else None
+        self.smear_lambda = nn.Parameter(torch.zeros(1)) if hp.smear_gate_enabled else None
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Embedding N(0, std); q, k, v, MLP up orthogonal; both output projections zero; dense gate N(0, 0.01)."""
+        generator = torch.Generator().manual_seed(self.hp.seed)
+        for table in (self.tok_emb, self.lm_head):
+            if table is not None:
+                table.normal_(0.0, self.hp.tied_embed_init_std, generator=generator)
+        L = self.hp.num_layers
+        for bank in (self.qo_bank[:L], self.kv_bank[:L], self.kv_bank[L:], self.mlp_up_bank):
+            for matrix in bank:
+                nn.init.orthogonal_(matrix, generator=generator)
+        self.qo_bank[L:].zero_()
+        self.mlp_down_bank.zero_()
+        if self.gate_kind == "dense":
+            self.attn_gate.normal_(0.0, 0.01, generator=generator)
+
+    @property
+    def gate_kind(self):
+        """Which of the three attention gates is on: "sparse", "dense", "output", or None."""
+        hp = self.hp
+        if hp.sparse_attn_gate_enabled:
+            return "sparse"
+        return "dense" if hp.gated_attn_enabled else "output" if hp.attn_out_gate_enabled else None
+
+    @property
+    def head_weight(self):
+        """(V, D): the output projection."""
+        return self.tok_emb if self.lm_head is None else self.lm_head
+
+    def slots(self, looping):
+        """The layers in the order in which they run; looped layers stand several times."""
+        hp, layers = self.hp, list(range(self.hp.num_layers))
+        if not (looping and hp.num_loops):
+            return layers
+        first, last = hp.loop_start, hp.loop_end + 1
+        return layers[:first] + layers[first:last] * (hp.num_loops + 1) + layers[last:]
+
+    def layer_weights(self):
+        """LayerWeights of every layer. Unbinding once makes a bank's gradient one stack, not a sum of padded slices."""
+        qo, kv, up, down = (bank.to(self.dtype).unbind(0) for bank in
+                            (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank))
+        L = self.hp.num_layers
+        return [LayerWeights(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i]) for i in range(L)]
+
+    # ---- one layer
+
+    def attention(self, h, x_in, slot, layer, w, rope, packing, tap):
+        """(B, T, D) normalised input h -> (B, T, D). `packing` is (cu_seqlens or None, max_seqlen)."""
+        hp, (B, T, D) = self.hp, h.shape
+        q_raw = linear(h, w.q, tap, "q", slot, layer)
+        q = q_raw.view(B, T, hp.num_heads, hp.head_dim)
+        k = linear(h, w.k, tap, "k", slot, layer).view(B, T, hp.num_kv_heads, hp.head_dim)
+        v = linear(h, w.v, tap, "v", slot, layer).view(B, T, hp.num_kv_heads, hp.head_dim)
+        q = apply_rotary_emb(norm(q), rope) * self.q_gain[layer].to(h.dtype)[:, None]
+        k = apply_rotary_emb(norm(k), rope)
+        y = self.ops.attention(q, k, v, *packing)  # (B, T, H, E)
+        if layer >= hp.num_layers - hp.xsa_last_n:
+            y = subtract_own_value(y, v)
+        if self.gate_kind:
+            y = y * self.head_gates(h, x_in, q_raw, layer)[..., None]
+        out = linear(y.reshape(B, T, D), w.out, tap, "attn_proj", slot, layer)
+        return out if tap is None else tap("attn_out", slot, layer, h, out)
+
+    def head_gates(self, h, x_in, q_raw, layer):
+        """(B, T, H) factors of the heads' outputs, of whichever gate is on."""
+        hp, gate = self.hp, self.attn_gate[layer].to(h.dtype)  # (H, window) or (H, D)
+        if self.gate_kind == "sparse":
+            return torch.sigmoid(hp.sparse_attn_gate_scale * F.linear(h[..., :hp.gate_window], gate))
+        if self.gate_kind == "dense":
+            return torch.sigmoid(F.linear(h, gate))
+        source = q_raw if hp.attn_out_gate_src == "q" else x_in
+        return 2 * torch.sigmoid(F.linear(source[..., :hp.gate_window], gate))
+
+    def mlp(self, h, slot, layer, w, tap):
+        """(B, T, D) normalised input -> (B, T, D): W_down leaky_relu(W_up h)^2."""
+        slope = self.hp.leaky_relu_slope
+        if tap is not None and tap.splits_mlp:
+            hidden = F.leaky_relu(linear(h, w.up, tap, "mlp_up", slot, layer), slope).square()
+            out = linear(hidden, w.down, tap, "mlp_down", slot, layer)
+        else:
+            out = self.ops.mlp(h, w.up, w.down, slope)
+        return out if tap is None else tap("mlp_out", slot, layer, h, out)
+
+    # ---- the whole stack
+
+    def embed(self, tokens, fresh):
+        """(B, T) ids -> (B, T, D) raw embedding with SmearGate; none at BOS, t = 0, and where `fresh` (B, T) is set."""
+        e = F.embedding(tokens, self.tok_emb).to(self.dtype)
+        if self.smear_weight is None:
+            return e
+        previous = F.pad(e[:, :-1], (0, 0, 1, 0))
+        gate = torch.sigmoid(F.linear(e[..., :self.hp.gate_window], self.smear_weight.to(e.dtype)))  # (B, T, 1)
+        blocked = tokens == BOS_ID if fresh is None else (tokens == BOS_ID) | fresh
+        return e + (self.smear_lambda.to(e.dtype) * gate * previous).masked_fill(blocked[..., None], 0)
+
+    def merge_skip(self, pair, x, skip):
+        """lerp(w * skip, x, sigmoid(g)), or x + w * skip without gates."""
+        scaled = self.skip_weights[pair].to(x.dtype) * skip
+        if self.skip_gates is None:
+            return x + scaled
+        return torch.lerp(scaled, x, torch.sigmoid(self.skip_gates[pair].to(x.dtype)))
+
+    def forward_hidden(self, tokens, cu_seqlens=None, *, max_seqlen, looping, fresh=None, tap=None):
+        """(B, T) ids -> (B, T, D), the final norm's output.
+
+        With cu_seqlens B is 1 and documents are apart, none longer than max_seqlen; without, a row is one document.
+        """
+        hp, slots, weights = self.hp, self.slots(looping), self.layer_weights()
+        packing, rope = (cu_seqlens, max_seqlen), rotary_tables(tokens.size(1), hp, tokens.device)
+        mix, attn_scale, mlp_scale, post, resid = (p.to(self.dtype) for p in (
+            self.resid_mix, self.attn_scale, self.mlp_scale, self.parallel_post, self.parallel_resid))
+        x = x0 = norm(self.embed(tokens, fresh))
+        mlp_lane, encoder, skips = None, len(slots) // 2, []
+        for slot, layer in enumerate(slots):
+            if layer >= hp.parallel_start_layer and mlp_lane is None:
+                mlp_lane = x  # the stream splits before this slot's skip, which goes to the attention lane only
+            if slot >= encoder and skips:
+                x = self.merge_skip(slot - encoder, x, skips.pop())
+            scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
+            x_in = mix[layer, 0] * x + mix[layer, 1] * x0
+            attn = attn_scale[layer] * self.attention(
+                norm(x_in) * scale, x_in, slot, layer, weights[layer], rope, packing, tap)
+            if mlp_lane is None:
+                x = x_in + attn
+                x = x + mlp_scale[layer] * self.mlp(norm(x) * scale, slot, layer, weights[layer], tap)
+            else:
+                mlp = mlp_scale[layer] * self.mlp(norm(mlp_lane) * scale, slot, layer, weights[layer], tap)
+                x = resid[layer, 0] * x + post[layer, 0, 0] * attn + post[layer, 1, 0] * mlp
+                mlp_lane = resid[layer, 1] * mlp_lane + post[layer, 0, 1] * attn + post[layer, 1, 1] * mlp
+            if slot < encoder:
+                skips.append(x)
+        if mlp_lane is not None:
+            x = {"mean": (x + mlp_lane) / 2, "attn": x, "mlp": mlp_lane}[hp.parallel_final_lane]
+        return norm(x)
+
+    def forward(self, inputs, targets, cu_seqlens, looping, max_seqlen, fresh=None):
+        """(1, T) ids, (T,) targets -> (T,) cross-entropy in nats, logits in the compute dtype: for gradients."""
+        h = self.forward_hidden(inputs, cu_seqlens, max_seqlen=max_seqlen, looping=looping, fresh=fresh)
+        logits = F.linear(h.flatten(0, 1), self.head_weight.to(self.dtype))
+        return self.ops.cross_entropy(logits, targets, self.hp.logit_softcap)
+
+    def token_losses(self, hidden, targets, tap=None):
+        """(..., D) outputs of the final norm, (...) targets -> (...) nats, with head, softcap and loss in float32."""
+        hidden = hidden.float()
+        logits = linear(hidden, self.head_weight, tap, "lm_head", 0, 0)
+        losses = softcapped_cross_entropy_ref(logits.flatten(0, -2), targets.flatten(), self.hp.logit_softcap)
+        return losses.view(targets.shape)
+
+
+def linear(x, w, tap, site, slot, layer):
+    """x (..., in), w (out, in) -> (..., out): the one matrix product of the model that a tap can watch or add to."""
+    y = F.linear(x, w)
+    return y if tap is None else tap(site, slot, layer, x, y)
+
+
+# Saved weights carry one matrix per name, so that quantization and packing see matrices, not banks.
+
+
+def unbank(model):
+    """GPT -> {saved name: fp32 view}; each matrix of a bank under its own name, the rest under their parameters'."""
+    L, state = model.hp.num_layers, {}
+    for name, tensor in model.state_dict().items():
+        if names := BANK_NAMES.get(name):
+            state |= {names[i // L].format(i % L): matrix for i, matrix in enumerate(tensor)}
+        else:
+            state[HEAD_NAMES.get(name, name)] = tensor
+    return state
+
+
+def rebank(model, state):
+    """Loads {saved name: tensor} into a GPT. Raises ValueError where names or shapes differ from the model's."""
+    wanted = {name: tensor.shape for name, tensor in unbank(model).items()}
+    given = {name: tensor.shape for name, tensor in state.items()}
+    if wanted != given:
+        differ = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+        raise ValueError(f"the saved model does not fit these settings: {len(differ)} tensors differ, {differ[:5]} "
+                         "among them; use the settings it was trained with")
+    with torch.no_grad():
+        for name, tensor in unbank(model).items():
+            tensor.copy_(state[name])
+
+
+BANK_NAMES = {
+    "qo_bank": ("blocks.{}.attn.c_q.weight", "blocks.{}.attn.c_proj.weight"),
+    "kv_bank": ("blocks.{}.attn.c_k.weight", "blocks.{}.attn.c_v.weight"),
+    "mlp_up_bank": ("blocks.{}.mlp.c_fc.weight",),
+    "mlp_down_bank": ("blocks.{}.mlp.c_proj.weight",),
+}
+HEAD_NAMES = {"tok_emb": "tok_emb.weight", "lm_head": "lm_head.weight"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# OPTIMIZER
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Polar Express (arXiv:2505.16932): one (a, b, c) per Newton-Schulz step
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+BANKS = tuple(BANK_NAMES)  # Muon's parameters
+EMBEDDINGS = tuple(HEAD_NAMES)  # AdamW with TIED_EMBED_LR; every other parameter: AdamW with SCALAR_LR
+
+
+def polar_express(x, steps):
+    """(N, R, C) -> (N, R, C) orthogonalised: X <- aX + (bA + cA^2)X with A = XX^T, on X/|X|_F; tall ones transposed."""
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in POLAR_EXPRESS[:steps]:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+def muon_update(grad, momentum_buffer, momentum, steps, row_normalize):
+    """(N, R, C) gradients -> (N, R, C) orthogonalised Nesterov updates, in the gradients' dtype; updates the buffer."""
+    momentum_buffer.mul_(momentum).add_(grad)
+    update = grad.add(momentum_buffer, alpha=momentum)
+    if row_normalize:
+        update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    return polar_express(update, steps)
+
+
+class Muon:
+    """Muon on the banks, sharded over ranks along the banks' first dimension (padded to the world size).
+
+    launch() starts the reduce-scatter of every bank's gradient; step() orthogonalises this rank's slices bank by bank
+    and gathers the result, so that one bank travels while the next is computed. One rank runs the same lines.
+    """
+
+    def __init__(self, banks, hp, dist, dtype):
+        self.banks, self.hp, self.dist, self.dtype = banks, hp, dist, dtype
+        self.momentum_buffers = [self.padded(bank).new_zeros(self.shard_rows(bank), *bank.shape[1:]) for bank in banks]
+        self.in_flight = []
+
+    def shard_rows(self, bank):
+        return -(-bank.size(0) // self.dist.world_size)
+
+    def padded(self, bank):
+        """A bank-shaped tensor in Muon's dtype, its first dimension zero-padded to a multiple of the world size."""
+        missing = self.shard_rows(bank) * self.dist.world_size - bank.size(0)
+        return F.pad(bank.detach().to(self.dtype), (0, 0, 0, 0, 0, missing))
+
+    def launch(self):
+        """Starts the reduction of every bank's gradient."""
+        self.in_flight = [self.dist.reduce_scatter(self.padded(bank.grad)) for bank in self.banks]
+
+    def shards(self):
+        """This rank's slices of the summed gradients."""
+        for handle, _ in self.in_flight:
+            handle.wait()
+        return [shard for _, shard in self.in_flight]
+
+    @torch.no_grad()
+    def step(self, lr, momentum, weight_decay, clip):
+        """p <- p (1 - lr wd) - lr sqrt(max(1, rows/cols)) O; `clip` (a 0-d tensor or None) multiplies the gradients."""
+        gathers = []
+        for buffer, shard in zip(self.momentum_buffers, self.shards(), strict=True):
+            shard = shard if clip is None else shard * clip.to(shard.dtype)
+            update = muon_update(shard, buffer, momentum, self.hp.muon_backend_steps, self.hp.muon_row_normalize)
+            gathers.append(self.dist.all_gather(update))
+        for bank, (handle, update) in zip(self.banks, gathers, strict=True):
+            handle.wait()
+            scale = max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5
+            bank.mul_(1 - lr * weight_decay).add_(update[:bank.size(0)], alpha=-lr * scale)
+        self.in_flight = []
+
+
+class Optimizers:
+    """Muon for the banks, AdamW for the embedding and for scalars and gates; every parameter in exactly one group.
+
+    step() is the whole update: reduction over ranks, one global clip factor, schedules, both optimizers.
+    """
+
+    def __init__(self, model, hp, dist):
+        self.hp, self.dist = hp, dist
+        parameters = dict(model.named_parameters())
+        dtype = model.dtype if hp.muon_dtype == "auto" else getattr(torch, hp.muon_dtype)
+        self.muon = Muon([parameters.pop(name) for name in BANKS], hp, dist, dtype)
+        embeddings = [parameters.pop(name) for name in EMBEDDINGS if name in parameters]
+        self.replicated = [*embeddings, *parameters.values()]
+        groups = [{"params": embeddings, "base_lr": hp.tied_embed_lr, "base_wd": hp.embed_wd},
+                  {"params": list(parameters.values()), "base_lr": hp.scalar_lr, "base_wd": hp.adam_wd}]
+        self.adamw = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=1e-8, fused=dist.device.type == "cuda")
+
+    def clip_factor(self):
+        """0-d tensor: GRAD_CLIP_NORM over the norm of the reduced gradient, at most 1; the same on every rank."""
+        if not self.hp.grad_clip_norm:
+            return None
+        squares = self.dist.all_reduce(sum(shard.float().square().sum() for shard in self.muon.shards()))
+        squares = squares + sum(p.grad.square().sum() for p in self.replicated)
+        return (self.hp.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp_max(1.0)
+
+    @torch.no_grad()
+    def step(self, progress, step):
+        """One update at training fraction `progress`; gradients are sums over this rank's micro-steps and are freed."""
+        hp, lr, decay = self.hp, lr_multiplier(progress, self.hp), weight_decay_multiplier(progress, self.hp)
+        self.muon.launch()
+        for p in self.replicated:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)  # skip pairs or post weights that this schedule does not use
+        self.dist.all_reduce_packed([p.grad for p in self.replicated])
+        clip = self.clip_factor()
+        if clip is not None:
+            torch._foreach_mul_([p.grad for p in self.replicated], clip)
+        for group in self.adamw.param_groups:
+            group["lr"], group["weight_decay"] = group["base_lr"] * lr, group["base_wd"] * decay
+        self.adamw.step()
+        self.muon.step(hp.matrix_lr * lr, muon_momentum(step, hp), hp.muon_wd * decay, clip)
+        for p in (*self.replicated, *self.muon.banks):
+            p.grad = None
+
+    def state(self):
+        """Everything that training changes besides the weights."""
+        return {"adamw": self.adamw.state_dict(), "muon": self.muon.momentum_buffers}
+
+
+class EMA:
+    """Exponential average of all weights in fp32, decay min(EMA_DECAY, (1 + n) / (10 + n)) at step n."""
+
+    def __init__(self, model, decay):
+        self.decay, self.parameters = decay, list(model.parameters())
+        self.average = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+
+    @torch.no_grad()
+    def copy_to_model(self):
+        torch._foreach_copy_(self.parameters, self.average)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SCHEDULE
+# ----------------------------------------------------------------------------------------------------------------------
+# Pure functions of the training fraction in [0, 1] (or of the step): every rank and every test computes the same.
+
+
+def lr_multiplier(progress, hp):
+    """1 until 1 - WARMDOWN_FRAC, then linear to 0, never below MIN_LR."""
+    return max(hp.min_lr, min(1.0, (1.0 - progress) / hp.warmdown_frac))
+
+
+def muon_momentum(step, hp):
+    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over the warm-up steps."""
+    share = min(1.0, step / hp.muon_momentum_warmup_steps) if hp.muon_momentum_warmup_steps else 1.0
+    return (1 - share) * hp.muon_momentum_warmup_start + share * hp.muon_momentum
+
+
+def weight_decay_multiplier(progress, hp):
+    """1 until HOLD, linear to LOW at RAMP, linear to HIGH at the end; 1 throughout when off (PR 1512)."""
+    if not hp.wd_schedule_enabled:
+        return 1.0
+    hold = hp.wd_sched_hold_frac
+    ramp = min(max(hp.wd_sched_ramp_frac, hold + 1e-6), 1.0)
+    low, high = hp.wd_sched_low_factor, hp.wd_sched_high_factor
+    if progress < hold:
+        return 1.0
+    if progress < ramp:
+        return 1.0 + (low - 1.0) * (progress - hold) / (ramp - hold)
+    return low + (high - low) * (progress - ramp) / max(1.0 - ramp, 1e-6)
+
+
+def loop_is_on(progress, hp):
+    """Whether the looped layers run several times at this training fraction."""
+    return hp.num_loops > 0 and progress >= hp.enable_looping_at
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# TRAINING
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class TrainingClock:
+    """Seconds of training on rank 0, told to every rank, so that schedules and the end are the same everywhere.
+
+    The host runs at most one step ahead of the device: marking a step waits for the one before, which costs no bubble
+    and keeps the clock honest. paused() keeps evaluations inside training off the clock.
+    """
+
+    def __init__(self, dist):
+        self.dist, self.queue = dist, []
+        dist.barrier()
+        dist.synchronize()
+        self.start = time.perf_counter()
+
+    def mark_step(self):
+        """Call after a step's work is launched."""
+        if self.dist.device.type == "cuda":
+            self.queue.append(torch.cuda.Event())
+            self.queue[-1].record()
+            if len(self.queue) > 1:
+                self.queue.pop(0).synchronize()
+
+    def seconds(self):
+        return self.dist.broadcast_float(time.perf_counter() - self.start)
+
+    @contextlib.contextmanager
+    def paused(self):
+        self.dist.synchronize()
+        since = time.perf_counter()
+        yield
+        self.dist.synchronize()
+        self.start += time.perf_counter() - since
+
+
+def compile_wanted(hp, dist):
+    return dist.device.type == "cuda" if hp.compile == "auto" else hp.compile == "1"
+
+
+def compiled(function, hp, dist, dynamic=False):
+    """torch.compile where the settings ask for it, else the function itself; dynamic=None: dimensions may be marked."""
+    return torch.compile(function, fullgraph=True, dynamic=dynamic) if compile_wanted(hp, dist) else function
+
+
+def compiled_graphs():
+    """Number of graphs that torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
+
+
+class Trainer:
+    """Model, optimizers, average and loader of a run, and the one training step."""
+
+    def __init__(self, model, hp, dist, log):
+        self.model, self.hp, self.dist, self.log = model, hp, dist, log
+        self.loader = TrainLoader(TokenStream(hp.data_path, "train"), hp, dist)
+        self.optimizers = Optimizers(model, hp, dist)
+        self.ema = EMA(model, hp.ema_decay)
+        self.forward = compiled(model.forward, hp, dist)
+
+    def train_step(self, step, progress, looping):
+        """Rows of a step -> 0-d tensor, this rank's share of the mean loss in nats; weights and average are updated."""
+        total = torch.zeros((), device=self.dist.device)
+        for row in self.loader.step(step):
+            loss = self.forward(*row, looping, self.hp.train_seq_len).mean() / self.hp.micro_steps
+            loss.backward()
+            total += loss.detach()
+        self.optimizers.step(progress, step)
+        self.ema.update(step)
+        return total
+
+    def warm_up(self):
+        """Compiles every graph on throw-away steps, then restores weights, optimizers, average and RNG bit for bit."""
+        weights = [p.detach().clone() for p in self.model.parameters()]
+        rng = torch.get_rng_state()
+        for looping in sorted({loop_is_on(0.0, self.hp), loop_is_on(1.0, self.hp)}):
+            for step in range(self.hp.warmup_steps):
+                self.train_step(step, 0.0, looping)
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), weights)
+        torch.set_rng_state(rng)
+        self.optimizers = Optimizers(self.model, self.hp, self.dist)
+        self.ema = EMA(self.model, self.hp.ema_decay)
+
+    def train(self, evaluate):
+        """Trains until the budget or ITERATIONS end; the model then holds the average. Returns figures for RESULT.
+
+        `evaluate()` scores the current weights; it is called every VAL_LOSS_EVERY steps with the clock stopped.
+        """
+        hp, log, budget = self.hp, self.log, self.hp.training_seconds
+        graphs = compiled_graphs()
+        clock = TrainingClock(self.dist)
+        seconds, step, losses = 0.0, 0, []
+        tokens_at = [(0, 0.0)]  # (step, seconds) when looping changed, for the rates of both states
+        was_looping, step_seconds = loop_is_on(0.0, hp), 0.0
+        while step < hp.iterations and not (budget and step and seconds + 2 * step_seconds > budget):
+            progress = min(1.0, seconds / budget if budget else step / hp.iterations)
+            looping = loop_is_on(progress, hp)
+            if looping != was_looping:
+                log(f"step:{step} looping:{int(looping)} train_seconds:{seconds:.2f}")
+                tokens_at.append((step, seconds))
+                was_looping = looping
+            losses.append(self.train_step(step, progress, looping))
+            step += 1
+            clock.mark_step()
+            now = clock.seconds()
+            step_seconds, seconds = now - seconds, now
+            if step <= 5 or step % hp.train_log_every == 0:
+                self.log_step(step, losses[-1], seconds, progress, looping)
+            if hp.val_loss_every and step % hp.val_loss_every == 0:
+                with clock.paused():
+                    log(f"step:{step} {evaluate()}")
+        self.dist.synchronize()
+        seconds = clock.seconds()
+        if budget and seconds > budget:
+            log(f"note: training took {seconds:.2f} s of {budget:.2f}; a step is too long for this budget")
+        progress = min(1.0, seconds / budget if budget else step / hp.iterations)
+        self.log_step(step, losses[-1], seconds, progress, looping)
+        self.ema.copy_to_model()
+        return self.summary(step, seconds, tokens_at, losses, compiled_graphs() - graphs)
+
+    def log_step(self, step, loss, seconds, progress, looping):
+        loss = self.dist.all_reduce(loss.clone()).item()
+        rate = step * self.hp.train_batch_tokens / seconds
+        self.log(f"step:{step} train_loss:{loss:.4f} train_seconds:{seconds:.2f} progress:{progress:.4f} "
+                 f"lr_factor:{lr_multiplier(progress, self.hp):.4f} looping:{int(looping)} tokens_per_s:{rate:.0f}")
+
+    def summary(self, steps, seconds, tokens_at, losses, recompilations):
+        """Steps, final loss, seconds, and tokens/s of each looping state, as RESULT has them."""
+        stretches = zip(tokens_at, [*tokens_at[1:], (steps, seconds)], strict=True)
+        rates = [round((b[0] - a[0]) * self.hp.train_batch_tokens / max(b[1] - a[1], 1e-9)) for a, b in stretches]
+        losses = self.dist.all_reduce(torch.stack(losses[-20:])).tolist()
+        return {"steps": steps, "train_loss": sum(losses) / len(losses), "training_seconds": round(seconds, 3),
+                "tokens_per_second_by_loop_state": rates, "graphs_compiled_while_training": recompilations}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# QUANTIZATION
+# ----------------------------------------------------------------------------------------------------------------------
+MIN_SCALE, MAX_SCALE = 2.0**-24, 65504.0  # of fp16: 1e-10 would be 0 there, and an all-zero row be divided by it
+MAX_FP16_ELEMENTS = 65_536  # a larger tensor must have a role in QUANT_TABLE
+DAMPING_RETRIES = 4
+
+
+@dataclass(frozen=True)
+class QuantRole:
+    """What a matrix does, and the fields of Hyperparameters with its code width and its clip in standard deviations."""
+
+    role: str
+    bits: str
+    clip: str
+
+
+QUANT_TABLE = {  # saved-weight name -> role; the order of the rows is the order of the groups in the artifact
+    "tok_emb.weight": QuantRole("embedding", "embed_bits", "embed_clip_sigmas"),
+    "lm_head.weight": QuantRole("embedding", "embed_bits", "embed_clip_sigmas"),  # TIE_EMBEDDINGS=0
+    "blocks.{}.attn.c_q.weight": QuantRole("q", "matrix_bits", "attn_clip_sigmas"),
+    "blocks.{}.attn.c_k.weight": QuantRole("k", "matrix_bits", "attn_clip_sigmas"),
+    "blocks.{}.attn.c_v.weight": QuantRole("v", "matrix_bits", "attn_clip_sigmas"),
+    "blocks.{}.attn.c_proj.weight": QuantRole("out", "matrix_bits", "attn_clip_sigmas"),
+    "blocks.{}.mlp.c_fc.weight": QuantRole("up", "matrix_bits", "mlp_clip_sigmas"),
+    "blocks.{}.mlp.c_proj.weight": QuantRole("down", "matrix_bits", "mlp_clip_sigmas"),
+}
+
+
+def quant_role(name: str) -> QuantRole | None:
+    """Saved-weight name -> its row of QUANT_TABLE, None for a tensor that stays fp16 (or is an attention gate)."""
+    return QUANT_TABLE.get(re.sub(r"^blocks\.[0-9]+\.", "blocks.{}.", name))
+
+
+def inverse_cholesky_upper(h: Tensor) -> Tensor:
+    """(..., C, C) positive definite -> U (..., C, C), upper triangular, H^-1 = U^T U; NaN where H is not definite.
+
+    One reversed Cholesky factor (H = P P^T with P upper triangular, from the matrix flipped both ways) and one solve
+    U = P^-1: half the work of inverting H and factoring the inverse. No synchronisation with the host.
+    """
+    lower, info = torch.linalg.cholesky_ex(h.flip(-2, -1))
+    lower = lower.masked_fill((info != 0)[..., None, None], math.nan)
+    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device).expand_as(h)
+    return torch.linalg.solve_triangular(lower.flip(-2, -1), eye, upper=True)
+
+
+def damped_inverse_factor(h: Tensor, damping: Tensor, names: Sequence[str]) -> Tensor:
+    """h (N, C, C), damping (N,) -> U (N, C, C) of (h + damping I)^-1; h is overwritten.
+
+    Where the factor does not exist, the damping of that matrix alone is raised tenfold and tried again, with a warning.
+    Raises ValueError, naming the matrices, after DAMPING_RETRIES retries.
+    """
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    undamped = diagonal.clone()
+    for retry in range(DAMPING_RETRIES + 1):
+        diagonal.copy_(undamped + damping[:, None])
+        upper = inverse_cholesky_upper(h)
+        failed = ~upper.isfinite().all(dim=-1).all(dim=-1)
+        failed_names = [name for name, bad in zip(names, failed.tolist(), strict=True) if bad]
+        if not failed_names:
+            return upper
+        if retry < DAMPING_RETRIES:
+            warnings.warn(f"GPTQ: damping raised tenfold, retry {retry + 1}: {', '.join(failed_names)}", stacklevel=2)
+            damping = torch.where(failed, damping * 10, damping)
+    raise ValueError(f"GPTQ: no Cholesky factor after {DAMPING_RETRIES} retries for {', '.join(failed_names)}")
+
+
+def fp16_scale(scale: Tensor) -> Tensor:
+    """Any shape -> the same in fp16, kept away from 0 and infinity."""
+    return scale.float().clamp(MIN_SCALE, MAX_SCALE).half()
+
+
+def round_to_codes(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """x, fp16 scale that broadcasts against x -> whole numbers in [low, high] as fp32."""
+    return (x.float() / scale.float()).round_().clamp_(low, high)
+
+
+def gptq_quantize(
+    w: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, damp: float, block_size: int, names: Sequence[str] = ()
+) -> tuple[Tensor, Tensor]:
+    """w (R, C) or (N, R, C), hessian (C, C) or (N, C, C) -> codes int8 as w, scale fp16 (R,) or (N, R).
+
+    GPTQ (arXiv:2210.17323), columns in descending order of diag H, and SDClip scales: clip_sigmas standard deviations
+    of the original row reach the largest code. The working copy is (N, C, R), so that a column is contiguous, and
+    nothing in the column loop waits for the device. Raises ValueError with names if a Hessian cannot be made definite.
+    """
+    if w.ndim == 2:
+        codes, scale = gptq_quantize(w[None], hessian[None], bits, clip_sigmas, damp, block_size, names)
+        return codes[0], scale[0]
+    num_columns, q_max = w.shape[2], 2 ** (bits - 1) - 1
+    scale = fp16_scale(clip_sigmas * w.float().std(dim=2) / q_max)  # (N, R)
+    h = hessian.float().clone()
+    diagonal = h.diagonal(dim1=1, dim2=2)
+    damping = damp * diagonal.mean(dim=1)
+    dead = diagonal == 0  # (N, C)
+    diagonal.masked_fill_(dead, 1.0)
+    order = diagonal.argsort(dim=1, descending=True, stable=True)
+    h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None, :].expand_as(h))
+    upper = damped_inverse_factor(h, damping, names or [f"matrix {i}" for i in range(len(w))])
+    work = w.float().mT.masked_fill(dead[:, :, None], 0.0)
+    row_order = order[:, :, None].expand_as(work)
+    work = work.gather(1, row_order)  # (N, C, R)
+    codes = torch.empty_like(work)
+    for start in range(0, num_columns, block_size):
+        stop = min(start + block_size, num_columns)
+        errors = torch.empty_like(work[:, start:stop])
+        for j in range(start, stop):
+            codes[:, j] = round_to_codes(work[:, j], scale, -q_max, q_max)
+            error = (work[:, j] - codes[:, j] * scale.float()) / upper[:, j, j, None]
+            errors[:, j - start] = error
+            work[:, j + 1 : stop].addcmul_(upper[:, j, j + 1 : stop, None], error[:, None, :], value=-1.0)
+        work[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, errors, alpha=-1.0)
+    codes = torch.empty_like(codes).scatter_(1, row_order, codes)
+    return codes.mT.to(torch.int8).contiguous(), scale
+
+
+def quantize_rows_int8(w: Tensor) -> tuple[Tensor, Tensor]:
+    """w (..., C) -> codes int8 (..., C), scale fp16 (...): the largest entry of each row gets code 127."""
+    scale = fp16_scale(w.abs().amax(dim=-1) / 127)
+    return round_to_codes(w, scale[..., None], -127, 127).to(torch.int8), scale
+
+
+def lqer_factors(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """error (R, C) -> A (R, rank), B (rank, C), the best A B in the Frobenius norm (LQER, arXiv:2402.02446)."""
+    u, s, vh = torch.linalg.svd(error.float(), full_matrices=False)
+    return u[:, :rank] * s[:rank], vh[:rank]
+
+
+def pack_asymmetric(a: Tensor, b: Tensor, group: int) -> dict[str, Tensor]:
+    """a (R, r), b (r, C) -> int8 codes of a in [-2, 1], of b in [-8, 7]; fp16 scales () and (r C / group,)."""
+    a_scale = fp16_scale(a.abs().amax() / 1.5)
+    b_groups = b.reshape(-1, group)  # row-major, so a group may cross the rows of b
+    b_scale = fp16_scale(b_groups.abs().amax(dim=1) / 7.5)
+    a_codes = round_to_codes(a, a_scale, -2, 1).to(torch.int8)
+    b_codes = round_to_codes(b_groups, b_scale[:, None], -8, 7).to(torch.int8).reshape(b.shape)
+    return {"lqer_a": a_codes, "lqer_a_scale": a_scale, "lqer_b": b_codes, "lqer_b_scale": b_scale}
+
+
+def pack_symmetric(a: Tensor, b: Tensor, bits: int) -> dict[str, Tensor]:
+    """a (R, r), b (r, C) -> int8 codes within +-(2^(bits-1)-1) and fp16 scales per row, (R,) and (r,)."""
+    q_max, packed = 2 ** (bits - 1) - 1, {}
+    for key, factor in (("lqer_a", a), ("lqer_b", b)):
+        scale = fp16_scale(factor.abs().amax(dim=1) / q_max)
+        packed |= {key: round_to_codes(factor, scale[:, None], -q_max, q_max).to(torch.int8), f"{key}_scale": scale}
+    return packed
+
+
+def unpack_factors(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """lqer_* arrays of one matrix -> A (R, r), B (r, C) in fp32; a 0-d scale of A tells the asymmetric packing."""
+    keys = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
+    a, a_scale, b, b_scale = (arrays[key].astype(np.float32) for key in keys)
+    if a_scale.ndim == 0:
+        return a * a_scale, (b.reshape(b_scale.size, -1) * b_scale[:, None]).reshape(b.shape)
+    return a * a_scale[:, None], b * b_scale[:, None]
+
+
+def check_quantizable(weights: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
+    """ValueError for what quantize_weights cannot keep, on every rank alike."""
+    for name, w in weights.items():
+        if quant_role(name) is None:
+            if w.numel() > MAX_FP16_ELEMENTS:
+                raise ValueError(f"{name} has {w.numel()} elements and no role in QUANT_TABLE: too large for fp16")
+        elif name not in hessians or hessians[name].shape != (w.shape[1], w.shape[1]):
+            raise ValueError(f"{name} {tuple(w.shape)} needs a Hessian of its columns")
+        if not w.half().isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite or beyond fp16")
+
+
+def share_matrices(matrices: dict[str, Tensor], world_size: int) -> list[list[str]]:
+    """name -> (R, C) -> names per rank, dearest first onto the least loaded rank; the same on every rank."""
+    cost = {name: w.shape[0] * w.shape[1] ** 2 for name, w in matrices.items()}
+    shares, load = [[] for _ in range(world_size)], [0] * world_size
+    for name in sorted(cost, key=lambda name: (-cost[name], name)):
+        rank = load.index(min(load))
+        shares[rank].append(name)
+        load[rank] += cost[name]
+    return shares
+
+
+def quantize_matrices(matrices: dict[str, Tensor], hessians: dict[str, Tensor], hp):
+    """Matrices and Hessians by name -> name -> {codes, scale}, and name -> |E|_F; equal shapes share a batch."""
+    batches, packed, norms = defaultdict(list), {}, {}
+    for name, w in matrices.items():
+        row = quant_role(name)
+        batches[w.shape, getattr(hp, row.bits), getattr(hp, row.clip)].append(name)
+    for (_, bits, clip_sigmas), names in batches.items():
+        w, h = (torch.stack([source[name].float() for name in names]) for source in (matrices, hessians))
+        codes, scale = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, names)
+        norm = (w - codes * scale.float()[..., None]).norm(dim=(1, 2))
+        packed |= {name: {"codes": c, "scale": s} for name, c, s in zip(names, codes, scale, strict=True)}
+        norms |= dict(zip(names, norm.tolist(), strict=True))
+    return packed, norms
+
+
+def quantize_small(name: str, w: Tensor, hp) -> dict[str, Tensor]:
+    """A tensor without a role -> int8 rows (attention gates) or fp16, in its own shape."""
+    if name.endswith("attn_gate") and hp.gated_attn_quant_gate:
+        return dict(zip(("codes", "scale"), quantize_rows_int8(w), strict=True))
+    return {"fp16": w.half()}
+
+
+def correct_error(w: Tensor, packed: dict[str, Tensor], hp) -> dict[str, Tensor]:
+    """w (R, C) and its codes and scale -> packed LQER factors of E = w - codes * scale."""
+    a, b = lqer_factors(w.float() - packed["codes"] * packed["scale"].float()[:, None], hp.lqer_rank)
+    if hp.lqer_asym_enabled and b.numel() % hp.lqer_asym_group == 0:
+        return pack_asymmetric(a, b, hp.lqer_asym_group)
+    return pack_symmetric(a, b, hp.lqer_factor_bits)
+
+
+def gather_parts(dist, compute) -> dict:
+    """compute() -> this rank's part of a dict; the merged dict on every rank. Any rank's ValueError is raised on all.
+
+    Else a rank whose Hessian fails would leave the others waiting in the gather.
+    """
+    try:
+        part = compute()
+    except ValueError as error:
+        part = str(error)
+    parts = dist.all_gather_object(part)
+    if failures := [part for part in parts if isinstance(part, str)]:
+        raise ValueError("; ".join(failures))
+    return {key: value for part in parts for key, value in part.items()}
+
+
+@torch.no_grad()
+def quantize_weights(weights: dict[str, Tensor], hessians: dict[str, Tensor], hp, dist) -> dict[str, np.ndarray]:
+    """Saved weights by name, Hessians (C, C) by the same names -> flat arrays "name:field", the same on every rank.
+
+    Fields: codes, scale; lqer_a, lqer_a_scale, lqer_b, lqer_b_scale; fp16. Every matrix is the work of one rank, small
+    tensors are rank 0's, and LQER takes the largest |E|_F over all ranks. Raises ValueError naming the tensor at fault.
+    """
+    check_quantizable(weights, hessians)
+    matrices = {name: w for name, w in weights.items() if quant_role(name)}
+    mine = {name: matrices[name] for name in share_matrices(matrices, dist.world_size)[dist.rank]}
+    packed, chosen = {}, []
+
+    def on_host(name, fields):
+        return {f"{name}:{field}": value.cpu().numpy() for field, value in fields.items()}
+
+    def quantize_share():
+        fields, norms = quantize_matrices(mine, hessians, hp)
+        packed.update(fields)
+        small = [] if dist.rank else [name for name in weights if name not in matrices]
+        fields |= {name: quantize_small(name, weights[name], hp) for name in small}
+        return {name: (on_host(name, entry), norms.get(name)) for name, entry in fields.items()}
+
+    def correct_share():
+        return {name: on_host(name, correct_error(mine[name], packed[name], hp)) for name in chosen if name in mine}
+
+    gathered = gather_parts(dist, quantize_share)
+    if hp.lqer_enabled:
+        chosen = sorted(matrices, key=lambda name: (-gathered[name][1], name))[: hp.lqer_top_k]
+    corrections = gather_parts(dist, correct_share)
+    entries = [gathered[name][0] | corrections.get(name, {}) for name in weights]  # the caller's order
+    return {key: array for entry in entries for key, array in entry.items()}
+
+
+def dequantize_weights(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Flat arrays of quantize_weights -> saved weights by name, fp32 on the CPU, the same bits on every machine.
+
+    Only elementwise fp32 multiplications and additions in a fixed order: a matrix product would leave the order of its
+    sums to the BLAS at hand.
+    """
+    entries = defaultdict(dict)
+    for key, array in arrays.items():
+        name, _, field = key.rpartition(":")
+        entries[name][field] = array
+    weights = {}
+    for name, fields in entries.items():
+        if "fp16" in fields:
+            w = fields["fp16"].astype(np.float32)
+        elif "codes" in fields and "scale" in fields:
+            w = fields["codes"].astype(np.float32) * fields["scale"].astype(np.float32)[..., None]
+        else:
+            raise ValueError(f"{name}: no weight can be made of the fields {sorted(fields)}")
+        if "lqer_a" in fields:
+            a, b = unpack_factors(fields)
+            for r in range(a.shape[1]):
+                w += a[:, r, None] * b[r]
+        weights[name] = torch.from_numpy(w)
+    return weights
+
+
+class HessianTap:
+    """Adds up x^T x over tokens for the input of every matrix, in float32; passes of a looped layer add to one sum."""
+
+    splits_mlp = True
+    WATCHED = {"q": ("attn.c_q", "attn.c_k", "attn.c_v"), "attn_proj": ("attn.c_proj",),  # q, k and v share their input
+               "mlp_up": ("mlp.c_fc",), "mlp_down": ("mlp.c_proj",)}
+
+    def __init__(self):
+        self.sums = {}
+
+    def __call__(self, site, slot, layer, x, y):
+        if site in self.WATCHED:
+            self.add((site, layer), x)
+        return y
+
+    def add(self, key, x):
+        x = x.flatten(0, -2)
+        tensor_cores = x.is_cuda and x.dtype == torch.bfloat16  # sums in float32, as in the other branch
+        gram = torch.mm(x.T, x, out_dtype=torch.float32) if tensor_cores else x.float().T @ x.float()
+        self.sums[key] = self.sums[key] + gram if key in self.sums else gram
+
+    def hessians(self, head_name):
+        """{saved weight name: (in, in) sum}."""
+        by_name = {}
+        for (site, layer), gram in self.sums.items():
+            names = [f"blocks.{layer}.{matrix}.weight" for matrix in self.WATCHED.get(site, ())] or [head_name]
+            by_name |= dict.fromkeys(names, gram)
+        return by_name
+
+
+@torch.no_grad()
+def collect_hessians(model, loader, hp, dist):
+    """Hessians of every matrix from GPTQ_CALIBRATION_BATCHES packed training rows, the same rows for any world size.
+
+    -> {saved weight name: (in, in) float32, mean over rows}; rows are shared out over ranks, sums all-reduced.
+    """
+    tap = HessianTap()
+    mine = range(dist.rank, hp.gptq_calibration_batches, dist.world_size)
+    for index in mine:
+        row = loader.row(index, index + dist.world_size if index + dist.world_size in mine else None)
+        hidden = model.forward_hidden(
+            row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True, tap=tap)
+        tap.add(("lm_head", 0), hidden)
+    rows = len(mine)
+    if hp.gptq_all_reduce:
+        for gram in tap.sums.values():
+            dist.all_reduce(gram)
+        rows = hp.gptq_calibration_batches
+    for gram in tap.sums.values():
+        gram /= rows
+    hessians = tap.hessians("tok_emb.weight" if hp.tie_embeddings else "lm_head.weight")
+    # an untied embedding is read one row at a time: every column counts the same
+    return {"tok_emb.weight": torch.eye(hp.model_dim, device=dist.device)} | hessians
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ARTIFACT
+# ----------------------------------------------------------------------------------------------------------------------
+# File: magic, number of the compressor, stored and raw size of the header, digest of these and of the stored header;
+# the header, JSON [[[name, dtype, shape], ...], [[size, digest as stored, digest expanded], ...]]; the sections back to
+# back. What a section holds follows from the arrays (plan_sections). The two digests let neither a damaged file nor a
+# decoder of another version give wrong weights.
+MAGIC = b"GLF1"
+PREFIX = struct.Struct("<4sBII")
+DIGEST_BYTES = 8
+MAX_HEADER_BYTES = 2**20
+MAX_RAW_BYTES = 2**30  # no model near the 16 MB cap expands to this; bounds what a hostile header can claim
+INT_DTYPES = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+ARRAY_DTYPES = ("bool", "float16", "float32", "float64", *INT_DTYPES)
+MAX_DIMENSIONS = 8
+LRZIP_TIMEOUT_SECONDS = 900
+REORDERED_ROLES = ("embedding", "q", "up")
+
+
+class ArtifactError(ValueError):
+    """The bytes are no artifact of this program, or a damaged one."""
+
+
+def digest(data: bytes) -> bytes:
+    """Start of SHA-256: finds damage, does not authenticate."""
+    return hashlib.sha256(data).digest()[:DIGEST_BYTES]
+
+
+def brotli_compress(data: bytes) -> bytes:
+    return brotli.compress(data, quality=11, lgwin=24)
+
+
+def brotli_decompress(data: bytes, raw_size: int) -> bytes:
+    """Fed in small pieces, as a stream of a few bytes can claim gigabytes and brotli has no portable output limit."""
+    decoder, pieces, total = brotli.Decompressor(), [], 0
+    for start in range(0, len(data), 64):
+        pieces.append(decoder.process(data[start : start + 64]))
+        total += len(pieces[-1])
+        if total > raw_size:
+            raise ArtifactError("artifact: brotli data expands to more than its header says")
+    if not decoder.is_finished():
+        raise ArtifactError("artifact: brotli data has no end")
+    return b"".join(pieces)
+
+
+def lzma_compress(data: bytes) -> bytes:
+    return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
+
+
+def lzma_decompress(data: bytes, raw_size: int) -> bytes:
+    decoder = lzma.LZMADecompressor(memlimit=2**28)
+    raw = decoder.decompress(data, max_length=raw_size + 1)
+    if not decoder.eof or decoder.unused_data:
+        raise ArtifactError("artifact: lzma data ends elsewhere than its header says")
+    return raw
+
+
+def run_lrzip(flags: list[str], data: bytes) -> bytes:
+    """One call of the external lrzip on `data`, in a folder of its own. Raises ArtifactError if it fails.
+
+    Files and -o instead of pipes, and no -k: what lrzip does with standard streams and its input differs by version.
+    """
+    with tempfile.TemporaryDirectory(prefix="lrzip-") as folder:
+        source, target = Path(folder) / ("in.lrz" if "-d" in flags else "in"), Path(folder) / "out"
+        source.write_bytes(data)
+        command = ["lrzip", *flags, "-q", "-f", "-N", "0", "-o", str(target), str(source)]  # not at its usual nice 19
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, cwd=folder, timeout=LRZIP_TIMEOUT_SECONDS
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ArtifactError(f"artifact: lrzip did not run: {error}") from error
+        if done.returncode != 0 or not target.exists():
+            message = done.stderr.decode(errors="replace").strip()[-300:]
+            raise ArtifactError(f"artifact: lrzip ended with {done.returncode}: {message}")
+        return target.read_bytes()
+
+
+def lrzip_compress(data: bytes) -> bytes:
+    return run_lrzip(["-z", "-L", "9"], data)
+
+
+def lrzip_decompress(data: bytes, raw_size: int) -> bytes:
+    """The size that lrzip 0.6's own header claims is held to ours before anything is written to disk."""
+    if data[:6] == b"LRZI\x00\x06" and struct.unpack_from("<Q", data.ljust(14, b"\0"), 6)[0] != raw_size:
+        raise ArtifactError("artifact: an lrzip section has another size than its header says")
+    return run_lrzip(["-d"], data)
+
+
+CODECS = {
+    "brotli": (brotli_compress, brotli_decompress),
+    "lzma": (lzma_compress, lzma_decompress),
+    "lrzip": (lrzip_compress, lrzip_decompress),
+}
+COMPRESSORS = {"brotli": ("brotli",), "lzma": ("lzma",), "pergroup": ("brotli", "lrzip")}  # codecs; header in the first
+
+
+def check_compressor(name: str) -> None:
+    """To be called before training. ValueError, with what to install, for an unknown compressor or missing tools."""
+    if name not in COMPRESSORS:
+        raise ValueError(f"COMPRESSOR={name} is unknown: choose one of {', '.join(COMPRESSORS)}")
+    if "brotli" in COMPRESSORS[name] and brotli is None:
+        raise ValueError("the brotli module is missing: pip install brotli, or set COMPRESSOR=lzma")
+    if "lrzip" in COMPRESSORS[name] and shutil.which("lrzip") is None:
+        raise ValueError("the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)")
+
+
+def greedy_row_order(codes: np.ndarray) -> np.ndarray:
+    """codes int8 (R, C) -> order (R,) uint16: from row 0 always on to the nearest row in L1, ties to the lowest index.
+
+    Distances are whole numbers, exact in fp32 below 2^24 (in fp64 for longer rows), whatever the order of the sums.
+    """
+    num_rows, num_columns = codes.shape
+    wide = torch.float32 if 255 * num_columns < 2**24 else torch.float64
+    distances = torch.pdist(torch.from_numpy(codes).to(wide), p=1).numpy()  # upper triangle, row by row
+    index = np.arange(num_rows)
+    offset = index * num_rows - index * (index + 1) // 2 - index - 1  # pair (i, j), i < j, stands at offset[i] + j
+    order, left = np.zeros(num_rows, np.uint16), np.ones(num_rows, bool)
+    row = np.empty(num_rows, distances.dtype)
+    current = 0
+    for step in range(1, num_rows):
+        left[current] = False
+        row[:current] = distances[offset[:current] + current]
+        row[current + 1 :] = distances[offset[current] + current + 1 : offset[current] + num_rows]
+        current = int(np.where(left, row, np.inf).argmin())
+        order[step] = current
+    return order
+
+
+class ArraySpec(NamedTuple):
+    """Name, dtype and shape of an array as it is stored."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
+
+
+def check_specs(specs: list[ArraySpec]) -> None:
+    """ValueError for names, dtypes and sizes that no artifact holds."""
+    for name, dtype, shape in specs:
+        if type(name) is not str or dtype not in ARRAY_DTYPES or len(shape) > MAX_DIMENSIONS:
+            raise ValueError(f"{name}: an artifact cannot hold {dtype} {shape}")
+        if any(type(n) is not int or n < 0 for n in shape) or math.prod(max(n, 1) for n in shape) > MAX_RAW_BYTES:
+            raise ValueError(f"{name}: {shape} is no shape or too large")
+    if len({spec.name for spec in specs}) != len(specs) or sum(spec.num_bytes for spec in specs) > MAX_RAW_BYTES:
+        raise ValueError(f"an array stands twice, or all take more than {MAX_RAW_BYTES} bytes")
+
+
+def plan_sections(specs: list[ArraySpec], compressor: str) -> list[tuple[str, str, list[ArraySpec]]]:
+    """Specs of the arrays -> (kind, codec, specs as stored) per section; packing and unpacking both follow this plan.
+
+    pergroup (PR 1855): "codes" of one role, layers in order, transposed; "orders" of re-ordered rows; the "rest".
+    """
+    if compressor != "pergroup":
+        return [("rest", compressor, specs)]
+    groups, orders, rest = {row.role: [] for row in QUANT_TABLE.values()}, [], []
+    for spec in specs:
+        name, _, field = spec.name.rpartition(":")
+        row = quant_role(name) if field == "codes" and spec.dtype == "int8" and len(spec.shape) == 2 else None
+        if row is None:
+            rest.append(spec)
+            continue
+        groups[row.role].append(ArraySpec(spec.name, spec.dtype, spec.shape[::-1]))
+        if row.role in REORDERED_ROLES and 0 < spec.shape[0] <= 2**16:
+            orders.append(ArraySpec(spec.name, "uint16", spec.shape[:1]))
+    for group in groups.values():  # blocks.2 before blocks.10
+        group.sort(key=lambda spec: [int(part) if part.isdecimal() else 0 for part in spec.name.split(".")])
+    codes = [("codes", "lrzip", group) for group in groups.values() if group]
+    return [*codes, ("orders", "brotli", orders), ("rest", "brotli", rest)]
+
+
+def by_item_size(specs: list[ArraySpec]) -> list[tuple[int, list[ArraySpec]]]:
+    """Specs -> (item size, specs of that size), smallest first: the layout inside a section."""
+    sizes = defaultdict(list)
+    for spec in specs:
+        sizes[np.dtype(spec.dtype).itemsize].append(spec)
+    return sorted(sizes.items())
+
+
+def join_arrays(arrays: dict[str, np.ndarray], specs: list[ArraySpec]) -> bytes:
+    """Arrays -> bytes, little endian; per item size all lowest bytes stand first, then all next ones (byte shuffle)."""
+    planes = []
+    for size, group in by_item_size(specs):
+        raw = b"".join(arrays[s.name].astype(np.dtype(s.dtype).newbyteorder("<"), copy=False).tobytes() for s in group)
+        planes.append(np.frombuffer(raw, np.uint8).reshape(-1, size).T.tobytes())
+    return b"".join(planes)
+
+
+def split_arrays(raw: bytes, specs: list[ArraySpec]) -> dict[str, np.ndarray]:
+    """The inverse of join_arrays."""
+    arrays, start = {}, 0
+    for size, group in by_item_size(specs):
+        stop = start + sum(spec.num_bytes for spec in group)
+        data = np.frombuffer(raw[start:stop], np.uint8).reshape(size, -1).T.tobytes()
+        start, position = stop, 0
+        for spec in group:
+            flat = np.frombuffer(data, np.dtype(spec.dtype).newbyteorder("<"), math.prod(spec.shape), position)
+            arrays[spec.name] = flat.astype(spec.dtype).reshape(spec.shape)
+            position += spec.num_bytes
+    return arrays
+
+
+def codec_pool() -> ThreadPoolExecutor:
+    """Threads for sections; a ZPAQ process of one group takes up to a gigabyte, so never more than there are groups."""
+    return ThreadPoolExecutor(min(len(QUANT_TABLE), os.cpu_count() or 1))
+
+
+def pack_weights(arrays: dict[str, np.ndarray], compressor: str) -> bytes:
+    """Named arrays -> artifact bytes. Raises ValueError for what an artifact cannot hold, or a missing tool."""
+    check_compressor(compressor)
+    specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
+    check_specs(specs)
+    plan = plan_sections(specs, compressor)
+
+    def encode(section):
+        kind, codec, members = section
+        raw = join_arrays(sources[kind], members)
+        stored = CODECS[codec][0](raw) if raw else b""
+        return stored, [len(stored), digest(stored).hex(), digest(raw).hex()]
+
+    with codec_pool() as pool:
+        names = [spec.name for kind, _, members in plan if kind == "orders" for spec in members]
+        orders = dict(zip(names, pool.map(lambda name: greedy_row_order(arrays[name]), names), strict=True))
+        rows = {name: array[orders[name]] if name in orders else array for name, array in arrays.items()}
+        sources = {"rest": arrays, "orders": orders, "codes": {name: array.T for name, array in rows.items()}}
+        encoded = list(pool.map(encode, plan))
+    raw = json.dumps([specs, [section for _, section in encoded]], separators=(",", ":")).encode()
+    if len(raw) > MAX_HEADER_BYTES:
+        raise ValueError(f"the names and shapes of {len(arrays)} arrays do not fit an artifact's header")
+    stored = CODECS[COMPRESSORS[compressor][0]][0](raw)
+    prefix = PREFIX.pack(MAGIC, list(COMPRESSORS).index(compressor), len(stored), len(raw))
+    return b"".join([prefix, digest(prefix + stored), stored, *(data for data, _ in encoded)])
+
+
+DECODER_ERRORS = (lzma.LZMAError, OSError) if brotli is None else (lzma.LZMAError, OSError, brotli.error)
+
+
+def expand(codec: str, stored: bytes, raw_size: int) -> bytes:
+    """Stored bytes -> exactly raw_size bytes. Raises ArtifactError if that is not what comes out."""
+    try:
+        raw = CODECS[codec][1](stored, raw_size) if raw_size else b""
+    except DECODER_ERRORS as error:
+        raise ArtifactError(f"artifact: {codec} data does not expand: {error}") from error
+    if len(raw) != raw_size:
+        raise ArtifactError(f"artifact: {codec} data does not expand to the size that the header says")
+    return raw
+
+
+def read_header(blob: bytes) -> tuple[str, list[ArraySpec], list[list], int]:
+    """Artifact -> compressor, specs, [size, digests] per section, start of the first one; all sizes checked."""
+    start = PREFIX.size + DIGEST_BYTES
+    if len(blob) < start or not blob.startswith(MAGIC):
+        raise ArtifactError("artifact: not a file of this program, or cut off in its first bytes")
+    _, number, stored_size, raw_size = PREFIX.unpack_from(blob)
+    stored = blob[start : start + stored_size]
+    if digest(blob[: PREFIX.size] + stored) != blob[PREFIX.size : start]:
+        raise ArtifactError("artifact: the header is damaged or cut off")
+    if number >= len(COMPRESSORS) or raw_size > MAX_HEADER_BYTES:
+        raise ArtifactError("artifact: unknown compressor or too large a header")
+    compressor = list(COMPRESSORS)[number]
+    check_compressor(compressor)
+    try:
+        arrays, sections = json.loads(expand(COMPRESSORS[compressor][0], stored, raw_size))
+        specs = [ArraySpec(name, dtype, tuple(shape)) for name, dtype, shape in arrays]
+        check_specs(specs)
+        sizes = [size for size, _, _ in sections]
+        if any(type(size) is not int or size < 0 for size in sizes) or start + stored_size + sum(sizes) != len(blob):
+            raise ValueError("the file is not as long as it says")
+        if len(sections) != len(plan_sections(specs, compressor)):
+            raise ValueError("other sections than its arrays need")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"artifact: the header is wrong: {error}") from error
+    return compressor, specs, sections, start + stored_size
+
+
+def unpack_weights(blob: bytes) -> dict[str, np.ndarray]:
+    """Artifact bytes -> the packed arrays, bit for bit and in the same order.
+
+    Raises ArtifactError for anything that pack_weights did not write, and ValueError if a decompressor is missing.
+    """
+    compressor, specs, sections, start = read_header(blob)
+    ends = np.cumsum([start] + [size for size, _, _ in sections]).tolist()
+
+    def decode(kind_codec_members, section, end):
+        (kind, codec, members), (size, stored_digest, raw_digest) = kind_codec_members, section
+        stored = blob[end - size : end]
+        if digest(stored).hex() != stored_digest:
+            raise ArtifactError(f"artifact: a section of {codec} data is damaged")
+        raw = expand(codec, stored, sum(spec.num_bytes for spec in members))
+        if digest(raw).hex() != raw_digest:
+            raise ArtifactError(f"artifact: {codec} data does not expand to what was packed")
+        return kind, split_arrays(raw, members)
+
+    found = {"rest": {}, "codes": {}, "orders": {}}
+    with codec_pool() as pool:
+        for kind, arrays in pool.map(decode, plan_sections(specs, compressor), sections, ends[1:]):
+            found[kind] |= arrays
+    unpacked = found["rest"] | {name: codes.T for name, codes in found["codes"].items()}
+    for name, order in found["orders"].items():
+        if not np.array_equal(np.sort(order), np.arange(len(order))):
+            raise ArtifactError(f"artifact: the row order of {name} is no permutation")
+        unpacked[name] = unpacked[name][np.argsort(order)]
+    return {spec.name: np.ascontiguousarray(unpacked[spec.name]).reshape(spec.shape) for spec in specs}
+
+
+PACKED_START = "import base64,brotli,linecache;S=brotli.decompress(base64.b85decode('"
+PACKED_END = (
+    "')).decode()\n"
+    "linecache.cache[__file__]=len(S),None,[L+'\\n'for L in S.split('\\n')],__file__;"
+    "exec(compile(S,__file__,'exec'),globals())\n"
+)
+
+
+def kernel_arguments(source: str) -> list[str]:
+    """Argument names of functions under a `jit` decorator: the minifier's `A=BLOCK` would make a constexpr a tensor."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
+            names |= {argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)}
+    return sorted(names)
+
+
+def pack_code(source: str) -> bytes:
+    """Source of a script -> a script of two lines that does the same: minified, brotli 11, base85.
+
+    The code is put in linecache under the script's own name before it runs, because Triton reads the source of its
+    kernels there. Annotations stay: dataclass fields and custom_op schemas are made of them. Raises ValueError if
+    python-minifier or brotli is missing, or if the source is not Python.
+    """
+    if importlib.util.find_spec("python_minifier") is None:
+        raise ValueError("the code is counted minified: pip install python-minifier")
+    check_compressor("brotli")
+    import python_minifier
+
+    try:
+        small = python_minifier.minify(
+            source,
+            remove_annotations=False,
+            remove_literal_statements=True,
+            remove_asserts=True,
+            hoist_literals=False,
+            preserve_locals=kernel_arguments(source),
+            preserve_shebang=False,
+        )
+    except (SyntaxError, python_minifier.UnstableMinification) as error:
+        raise ValueError(f"the script cannot be minified: {error}") from error
+    packed = base64.b85encode(brotli_compress(small.encode())).decode()
+    return (PACKED_START + packed + PACKED_END).encode()
+
+
+def is_packed(source: bytes) -> bool:
+    """Whether these bytes of a script are pack_code's own output, so that a packed run measures its file as it is."""
+    return source.startswith(PACKED_START.encode()) and source.endswith(PACKED_END.encode())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# EVALUATION
+# ----------------------------------------------------------------------------------------------------------------------
+
+HEAD_CHUNK = 8192  # positions whose float32 logits exist at a time
+
+
+class Score:
+    """Sums of a scoring: nats, tokens and bytes, kept on the device in float64; the only place with the BPB formula."""
+
+    def __init__(self, device):
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def add(self, losses, scored, charges):
+        """(...) nats, bool, bytes: counts the scored positions."""
+        losses = torch.where(scored, losses, 0.0).double().sum()
+        self.sums += torch.stack([losses, scored.sum(), torch.where(scored, charges, 0).sum()])
+
+    def total(self, dist, expected):
+        """Sums over ranks -> {loss, bpb, tokens, bytes}. Raises RuntimeError unless (tokens, bytes) are as expected."""
+        nats, tokens, charges = dist.all_reduce(self.sums.clone()).tolist()
+        if (int(tokens), int(charges)) != tuple(expected):
+            raise RuntimeError(f"scored {int(tokens)} tokens and {int(charges)} bytes, the documents have {expected}")
+        bpb = nats / math.log(2) / charges
+        return {"loss": nats / tokens, "bpb": bpb, "tokens": int(tokens), "bytes": int(charges)}
+
+
+def document_windows(starts, ends, length, stride):
+    """Input spans of documents -> (n, 3) int64 windows: start, end, first input that is scored.
+
+    Windows advance by the stride; the first scores all its inputs, the others the last `stride` that no window before
+    them scored: every target is scored once, with the longest context. stride = length gives disjoint pieces.
+    """
+    targets = ends - starts
+    count = np.where(targets > 0, np.maximum(1, 1 - (length - targets) // stride), 0)
+    document = np.repeat(np.arange(len(starts)), count)
+    number = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    start = starts[document] + number * stride
+    first = np.where(number == 0, start, start + length - stride)
+    return np.stack([start, np.minimum(start + length, ends[document]), first], axis=1)
+
+
+class ScoredRow(NamedTuple):
+    """Windows packed in one row, padded to a fixed length; windows never attend to each other."""
+
+    inputs: Tensor  # (1, T) int64
+    targets: Tensor  # (T,) int64
+    cu_seqlens: Tensor  # (N + 1,) int32
+    fresh: Tensor  # (1, T) bool: a window starts here, there is no previous token
+    scored: Tensor  # (T,) bool
+    charges: Tensor  # (T,) int64 bytes of the target
+
+
+class WindowPacker:
+    """Packs windows of the validation stream, in order, into rows of one shape; the stream lives on the device."""
+
+    def __init__(self, validation, row_tokens, max_window, entries, device):
+        self.row_tokens, self.max_window, self.entries = max(row_tokens, max_window), max_window, entries
+        self.device, self.end = device, len(validation.tokens) - 1
+        self.tokens = torch.from_numpy(validation.tokens).to(device)
+        self.bytes = torch.from_numpy(validation.bytes).to(device)
+
+    def rows(self, windows):
+        """(n, 3) windows -> list of (first, last) window numbers of each row."""
+        rows, first, filled = [], 0, 0
+        most = self.entries - -(-self.row_tokens // self.max_window)  # the padding is cut in pieces, too
+        for number, length in enumerate((windows[:, 1] - windows[:, 0]).tolist()):
+            if number > first and (filled + length > self.row_tokens or number - first >= most):
+                rows.append((first, number))
+                first, filled = number, 0
+            filled += length
+        return [*rows, (first, len(windows))] if len(windows) else []
+
+    def build(self, windows):
+        """Windows of one row -> ScoredRow."""
+        start, end, first = windows.T
+        lengths = end - start
+        borders = np.concatenate([[0], np.cumsum(lengths)])
+        filled = int(borders[-1])
+        padding = np.arange(filled, self.row_tokens, self.max_window)
+        cu_seqlens = pad_cu_seqlens(np.concatenate([borders[:-1], padding]), self.row_tokens, self.entries)
+        source = np.full(self.row_tokens, self.end)  # padding reads the stream's last token and is not scored
+        source[:filled] = np.repeat(start - borders[:-1], lengths) + np.arange(filled)
+        scored = np.zeros(self.row_tokens, bool)
+        scored[:filled] = source[:filled] >= np.repeat(first, lengths)
+        fresh = np.zeros(self.row_tokens, bool)
+        fresh[borders[:-1]] = True
+        source, scored, fresh, cu = (torch.from_numpy(a).to(self.device) for a in (source, scored, fresh, cu_seqlens))
+        target = (source + 1).clamp_max(self.end)
+        return ScoredRow(self.tokens[source][None], self.tokens[target], cu, fresh[None], scored, self.bytes[target])
+
+
+class Evaluator:
+    """Plain and sliding-window BPB of a model: packed rows shared out over ranks, every target scored exactly once."""
+
+    def __init__(self, model, validation, hp, dist):
+        self.model, self.validation, self.hp, self.dist = model, validation, hp, dist
+        self.packer = WindowPacker(validation, hp.micro_batch_tokens, hp.eval_seq_len, hp.row_segments, dist.device)
+        self.losses = compiled(self.row_losses, hp, dist)
+
+    def row_losses(self, inputs, targets, cu_seqlens, fresh):
+        """One row -> (T,) nats, float32 head."""
+        hidden = self.model.forward_hidden(
+            inputs, cu_seqlens, max_seqlen=self.hp.eval_seq_len, looping=True, fresh=fresh)
+        parts = zip(hidden[0].split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
+        return torch.cat([self.model.token_losses(h, t) for h, t in parts])
+
+    @torch.no_grad()
+    def evaluate_bpb(self, stride=None):
+        """Scores the whole validation set -> {loss, bpb, tokens, bytes}; with a stride: sliding windows."""
+        stream, length = self.validation, self.hp.eval_seq_len
+        windows = document_windows(stream.starts, stream.ends, length, stride or length)
+        score = Score(self.dist.device)
+        for first, last in self.packer.rows(windows)[self.dist.rank::self.dist.world_size]:
+            row = self.packer.build(windows[first:last])
+            score.add(self.losses(row.inputs, row.targets, row.cu_seqlens, row.fresh), row.scored, row.charges)
+        return score.total(self.dist, stream.targets_of(np.arange(len(stream.starts))))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# TEST-TIME TRAINING
+# ----------------------------------------------------------------------------------------------------------------------
+# Score first: a chunk's loss is added to the score before anything trains on the chunk. The order of everything is
+# fixed before the loop: documents, longest first -> phases -> batches -> lanes. A lane is a sequence of batches on one
+# rank; only LoRA's A is handed on, inside a lane; base weights change between phases, from documents already scored.
+
+
+class Phase(NamedTuple):
+    """Documents that are scored with the same base weights; afterwards they fine-tune it if `adapt` is set."""
+
+    lanes: list  # for each lane the batches, each an array of document numbers
+    documents: np.ndarray
+    adapt: bool
+
+
+def plan_ttt(lengths, hp):
+    """(n,) targets of each document -> list of Phase, the same for every world size."""
+    order = np.argsort(-lengths, kind="stable")
+    prefix = min(len(order), round(hp.phased_ttt_prefix_docs * len(order) / 50_000)) if hp.phased_ttt_num_phases else 0
+    borders = [prefix * i // hp.phased_ttt_num_phases for i in range(hp.phased_ttt_num_phases + 1)] if prefix else [0]
+    borders = [*borders, len(order)]
+    phases = []
+    for number, (first, last) in enumerate(zip(borders, borders[1:], strict=False)):
+        batches = [order[i:min(i + hp.ttt_batch_size, last)] for i in range(first, last, hp.ttt_batch_size)]
+        lanes, load = [[] for _ in range(hp.ttt_lanes)], np.zeros(hp.ttt_lanes)
+        for batch in batches:
+            lane = int(load.argmin())  # longest first onto the least loaded lane
+            lanes[lane].append(batch)
+            load[lane] += window_positions(lengths[batch], hp).sum()
+        if last > first:
+            phases.append(Phase(lanes, order[first:last], adapt=number < len(borders) - 2))
+    return phases
+
+
+def window_positions(lengths, hp):
+    """(n,) targets -> (n,) window positions that scoring these documents computes: the cost of a batch."""
+    chunk, context = hp.ttt_chunk_size, hp.ttt_eval_seq_len
+    chunks = -(-lengths // chunk)
+    growing = np.minimum(chunks, context // chunk)
+    return chunk * growing * (growing + 1) // 2 + (chunks - growing) * context
+
+
+class LoRATap:
+    """Adds (alpha / rank) (x A^T) B^T at the adapters' sites; A (S, B, R, in), B (S, B, out, R)."""
+
+    splits_mlp = False
+
+    def __init__(self, adapters, scale):
+        self.adapters = {site: (a.unbind(0), b.unbind(0)) for site, (a, b) in adapters.items()}
+        self.scale = scale
+
+    def __call__(self, site, slot, layer, x, y):
+        if site not in self.adapters:
+            return y
+        a, b = (matrices[slot].to(x.dtype) for matrices in self.adapters[site])
+        return y + self.scale * ((x @ a.mT) @ b.mT)
+
+
+def lora_shapes(model):
+    """{tap site: (slots, in, out)} of the adapters that the settings ask for."""
+    hp, slots = model.hp, len(model.slots(looping=True))
+    D, kv_dim = hp.model_dim, hp.num_kv_heads * hp.head_dim
+    shapes = {"q": (slots, D, D), "k": (slots, D, kv_dim), "v": (slots, D, kv_dim), "attn_out": (slots, D, D),
+              "mlp_out": (slots, D, D), "lm_head": (1, D, hp.vocab_size)}
+    return {LORA_SITES[name]: shapes[LORA_SITES[name]] for name in hp.lora_sites}
+
+
+class BatchedLoRA:
+    """One adapter set per document of a batch, stacked over slots and documents, and their AdamW (beta1 = 0).
+
+    `kept` holds A of every place of a lane between batches, on the CPU: {site: (S, places, R, in)}.
+    """
+
+    def __init__(self, shapes, kept, places, hp, device):
+        self.hp, self.steps = hp, 0
+        self.a, self.b = {}, {}
+        for site, (slots, _, width_out) in shapes.items():
+            self.a[site] = kept[site][:, places].to(device).requires_grad_()
+            shape = (slots, len(places), width_out, hp.ttt_lora_rank)
+            self.b[site] = torch.zeros(shape, device=device, requires_grad=True)
+        self.squares = [torch.zeros_like(p) for p in self.parameters()]
+
+    @staticmethod
+    def initial_a(shapes, lane, hp, device):
+        """Uniform +-1/sqrt(in), seeded by the lane, the same on any rank; drawn on the device, kept on the CPU."""
+        generator, kept = torch.Generator(device).manual_seed(hp.seed * 1_000_003 + lane), {}
+        for site, (slots, width_in, _) in shapes.items():
+            bound, shape = width_in ** -0.5, (slots, hp.ttt_batch_size, hp.ttt_lora_rank, width_in)
+            kept[site] = torch.empty(shape, device=device).uniform_(-bound, bound, generator=generator).cpu()
+        return kept
+
+    def adapters(self):
+        return {site: (self.a[site], self.b[site]) for site in self.a}
+
+    def parameters(self):
+        return [*self.a.values(), *self.b.values()]
+
+    @torch.no_grad()
+    def step(self, gradients):
+        """One AdamW step on every document's adapters, bias-corrected, decay decoupled."""
+        hp, parameters = self.hp, self.parameters()
+        self.steps += 1
+        torch._foreach_mul_(self.squares, hp.ttt_beta2)
+        torch._foreach_addcmul_(self.squares, gradients, gradients, 1 - hp.ttt_beta2)
+        denominators = torch._foreach_sqrt(self.squares)
+        torch._foreach_div_(denominators, math.sqrt(1 - hp.ttt_beta2 ** self.steps))
+        torch._foreach_add_(denominators, 1e-10)
+        torch._foreach_mul_(parameters, 1 - hp.ttt_lora_lr * hp.ttt_weight_decay)
+        torch._foreach_addcdiv_(parameters, gradients, denominators, -hp.ttt_lora_lr)
+
+    def hand_on(self, kept, rows, places):
+        """Leaves A of finished documents to the next document in their place."""
+        for site, a in self.a.items():
+            kept[site][:, places] = a.detach()[:, rows].to(kept[site].device)
+
+    def select(self, rows):
+        """Keeps the documents of these rows (a tensor of indices)."""
+        for store in (self.a, self.b):
+            for site, p in store.items():
+                store[site] = p.detach()[:, rows].requires_grad_()
+        self.squares = [s[:, rows] for s in self.squares]
+
+
+class TestTimeTrainer:
+    """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between phases."""
+
+    def __init__(self, model, validation, hp, dist, log):
+        self.model, self.validation, self.hp, self.dist, self.log = model, validation, hp, dist, log
+        count = len(validation.starts)
+        self.documents = min(hp.ttt_max_docs, count) if hp.ttt_max_docs else count
+        row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.ttt_eval_seq_len
+        entries = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
+        self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device)
+        self.losses = compiled(self.chunk_losses, hp, dist, dynamic=None)
+        self.shapes = lora_shapes(model)
+        self.score = Score(dist.device)
+
+    def chunk_losses(self, windows, targets, positions, adapters):
+        """Windows (B, W), targets and their positions in the windows (B, C), adapters -> (B, C) nats, float32 head."""
+        tap = LoRATap(adapters, self.hp.ttt_lora_alpha / self.hp.ttt_lora_rank)
+        hidden = self.model.forward_hidden(windows, max_seqlen=windows.size(1), looping=True, tap=tap)
+        scored = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.size(2)))
+        return self.model.token_losses(scored, targets, tap)
+
+    def chunk_batch(self, rows, chunk):
+        """Documents, chunk number -> windows (B, W), targets, positions, scored, charges (B, C each), on the device."""
+        hp, device, stream = self.hp, self.dist.device, self.validation
+        size, base = hp.ttt_chunk_size, stream.starts[rows][:, None]
+        length = stream.ends[rows][:, None] - base
+        end = np.minimum((chunk + 1) * size, length)
+        begin = np.maximum(0, end - hp.ttt_eval_seq_len)  # the window: up to the whole context, ending with the chunk
+        width = max(int((end - begin).max()), size)
+        source = base + np.minimum(begin + np.arange(width), length - 1)  # short rows repeat their last input, unseen
+        offset = chunk * size + np.arange(size)[None]
+        scored = offset < length
+        position = np.minimum(np.maximum(offset - begin, 0), width - 1)
+        target = base + np.minimum(offset, length - 1) + 1
+        source, target, position, scored = (torch.from_numpy(np.ascontiguousarray(a)).to(device, non_blocking=True)
+                                            for a in (source, target, position, scored))
+        tokens = self.packer.tokens
+        return tokens[source], tokens[target], position, scored, self.packer.bytes[target]
+
+    def score_batch(self, documents, kept):
+        """Scores a batch of documents to their ends; each chunk is counted first, then learned from."""
+        hp, lengths = self.hp, self.validation.ends - self.validation.starts
+        rows = documents[lengths[documents] > 0]
+        places = np.arange(len(rows))
+        live = np.ones(len(rows), bool)
+        if len(rows) == 1:  # compiled graphs serve two rows or more: a passenger rides along and is never counted
+            rows, places, live = np.repeat(rows, 2), np.zeros(2, int), np.array([True, False])
+        lora = BatchedLoRA(self.shapes, kept, places, hp, self.dist.device)
+        chunk = 0
+        while live.any():
+            windows, targets, positions, scored, charges = self.chunk_batch(rows, chunk)
+            going = live & (lengths[rows] > (chunk + 1) * hp.ttt_chunk_size)
+            if compile_wanted(hp, self.dist):
+                mark_dynamic(windows, targets, positions, lora)
+            losses = self.losses(windows, targets, positions, lora.adapters())
+            live_rows = torch.from_numpy(live).to(self.dist.device)
+            self.score.add(losses.detach(), scored & live_rows[:, None], charges)
+            if going.any():
+                weights = torch.from_numpy(going).to(self.dist.device)
+                loss = torch.where(weights, losses.mean(1), 0.0).sum()
+                lora.step(torch.autograd.grad(loss, lora.parameters()))
+            if (finished := live & ~going).any():
+                if hp.ttt_warm_start_a:
+                    lora.hand_on(kept, torch.from_numpy(np.flatnonzero(finished)), places[finished])
+                live = going
+                stay = np.flatnonzero(going) if going.sum() != 1 else np.sort(
+                    np.append(np.flatnonzero(going), np.flatnonzero(~going)[:1]))
+                if going.any() and len(stay) < len(rows):
+                    rows, places, live = rows[stay], places[stay], live[stay]
+                    lora.select(torch.from_numpy(stay).to(self.dist.device))
+            chunk += 1
+
+    def global_adapt(self, documents):
+        """Fine-tunes the base weights on documents already scored: SGD, one epoch, one flat all-reduce a step."""
+        hp, stream, dist = self.hp, self.validation, self.dist
+        parameters = list(self.model.requires_grad_(True).parameters())
+        optimizer = torch.optim.SGD(parameters, lr=hp.global_ttt_lr, momentum=hp.global_ttt_momentum)
+        windows = document_windows(stream.starts[documents], stream.ends[documents], *[hp.ttt_eval_seq_len] * 2)
+        lengths = windows[:, 1] - windows[:, 0]
+        chunk_of = (np.cumsum(lengths) - lengths) // hp.global_ttt_chunk_tokens
+        chunks = [windows[chunk_of == number] for number in np.unique(chunk_of)]
+        for number, chunk in enumerate(chunks):
+            optimizer.zero_grad(set_to_none=False)
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            mine, tokens = chunk[dist.rank::dist.world_size], (chunk[:, 1] - chunk[:, 0]).sum()
+            for first, last in self.packer.rows(mine):
+                row = self.packer.build(mine[first:last])
+                losses = self.model(row.inputs, row.targets, row.cu_seqlens, True, hp.ttt_eval_seq_len, row.fresh)
+                (torch.where(row.scored, losses, 0.0).sum() / int(tokens)).backward()
+            dist.all_reduce_packed([p.grad for p in parameters])
+            torch.nn.utils.clip_grad_norm_(parameters, hp.global_ttt_grad_clip)
+            cosine = 0.5 * (1 + math.cos(math.pi * number / max(1, len(chunks) - 1)))
+            optimizer.param_groups[0]["lr"] = hp.global_ttt_lr * cosine
+            optimizer.step()
+        self.model.requires_grad_(False).zero_grad(set_to_none=True)
+        self.log(f"ttt_global_adaptation documents:{len(documents)} chunks:{len(chunks)}")
+
+    def evaluate(self):
+        """Runs the plan -> {loss, bpb, tokens, bytes, documents, partial}; every rank returns the same."""
+        hp, stream = self.hp, self.validation
+        self.model.requires_grad_(False)
+        kept = {lane: BatchedLoRA.initial_a(self.shapes, lane, hp, self.dist.device)
+                for lane in range(self.dist.rank, hp.ttt_lanes, self.dist.world_size)}
+        for phase in plan_ttt((stream.ends - stream.starts)[:self.documents], hp):
+            for lane, mine in kept.items():
+                for batch in phase.lanes[lane]:
+                    self.score_batch(batch, mine)
+                    nats, tokens, charges = self.score.sums.tolist()
+                    self.log(f"ttt_batch lane:{lane} documents:{len(batch)} running_tokens:{tokens:.0f} "
+                             f"running_bpb:{nats / math.log(2) / max(charges, 1):.5f}")
+            if phase.adapt:
+                self.global_adapt(phase.documents)
+        self.model.requires_grad_(True)
+        total = self.score.total(self.dist, stream.targets_of(np.arange(self.documents)))
+        return total | {"documents": self.documents, "partial": self.documents < len(stream.starts)}
+
+
+def mark_dynamic(windows, targets, positions, lora):
+    """Tells torch.compile that documents and window lengths vary, so that one graph serves all of them."""
+    torch._dynamo.mark_dynamic(windows, 0)
+    torch._dynamo.mark_dynamic(windows, 1)
+    for tensor in (targets, positions):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    for tensor in lora.parameters():
+        torch._dynamo.mark_dynamic(tensor, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# MAIN
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run_folder(hp, dist):
+    """The run's own folder, made by rank 0. Raises SettingError where a finished run would be overwritten."""
+    started = dist.broadcast_float(time.time())
+    run_id = hp.run_id or time.strftime("%Y%m%d_%H%M%S", time.localtime(started)) + f"_seed{hp.seed}"
+    folder = Path(hp.runs_dir) / run_id
+    taken = (folder / "model.pt").exists() and not (hp.quant_only or hp.ttt_eval_only)
+    if any(dist.all_gather_object(taken)):
+        raise SettingError(f"{folder} holds a finished training: choose another RUN_ID, or go on with QUANT_ONLY=1")
+    if dist.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    return folder
+
+
+def write_code(folder, dist):
+    """Writes the packed, self-extracting script that is counted; returns its bytes. A packed script counts itself."""
+    source = Path(__file__).read_bytes()
+    packed = source if is_packed(source) else pack_code(source.decode())
+    if dist.rank == 0:
+        write_atomically(folder / "train_gpt.py", packed)
+    return len(packed)
+
+
+def git_commit():
+    """The checkout's commit, with + where files differ from it; None outside a checkout."""
+    try:
+        here = Path(__file__).resolve().parent
+        command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def save_checkpoint(path, model, hp):
+    """The averaged fp32 weights and the settings they were trained with."""
+    settings = {field.name: getattr(hp, field.name) for field in dataclasses.fields(hp)}
+    buffer = io.BytesIO()
+    weights = {name: tensor.cpu() for name, tensor in unbank(model).items()}
+    torch.save({"weights": weights, "settings": settings}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path, model):
+    """Loads model.pt into the model. Raises DataError with the path if it is missing or does not fit."""
+    try:
+        rebank(model, torch.load(path, map_location="cpu", weights_only=True)["weights"])
+    except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise DataError(f"checkpoint {path}: {error}") from None
+
+
+def build_artifact(model, loader, hp, dist, log, path):
+    """Hessians -> GPTQ and LQER on all ranks -> one file, written by rank 0."""
+    with log.stage("hessians"):
+        hessians = collect_hessians(model, loader, hp, dist)
+    with log.stage("quantize"):
+        arrays = quantize_weights({name: tensor.detach() for name, tensor in unbank(model).items()}, hessians, hp, dist)
+    with log.stage("pack"):
+        if dist.rank == 0:
+            write_atomically(path, pack_weights(arrays, hp.compressor))
+        dist.barrier()
+
+
+def describe(name, score):
+    counts = f"tokens:{score['tokens']} bytes:{score['bytes']}"
+    return f"{name} val_loss:{score['loss']:.6f} val_bpb:{score['bpb']:.6f} {counts}"
+
+
+def evaluate_artifact(model, evaluator, validation, path, log):
+    """Rebuilds the model from the file on disk and scores it: plain, sliding if asked, and with test-time training."""
+    hp, dist, scores = model.hp, evaluator.dist, {}
+    with log.stage("unpack"):
+        rebank(model, dequantize_weights(unpack_weights(Path(path).read_bytes())))
+    with log.stage("eval_quantized"):
+        scores["quantized"] = evaluator.evaluate_bpb()
+    log(describe("quantized", scores["quantized"]))
+    if hp.sliding_window_enabled:
+        with log.stage("eval_sliding"):
+            scores["sliding"] = evaluator.evaluate_bpb(hp.eval_stride)
+        log(describe("sliding", scores["sliding"]))
+    if hp.ttt_enabled:
+        with log.stage("ttt"):
+            scores["ttt"] = TestTimeTrainer(model, validation, hp, dist, log).evaluate()
+        log(describe("ttt", scores["ttt"]))
+    return scores
+
+
+def violations(hp, log, training, code_bytes, artifact_bytes, scores):
+    """The contest's rules that this run breaks, as sentences; an empty list means none of those checked here."""
+    broken = []
+    if code_bytes + artifact_bytes > BYTE_CAP:
+        broken.append(f"{code_bytes + artifact_bytes} bytes of code and weights, the cap is {BYTE_CAP}")
+    used = training.get("training_seconds", 0) + log.seconds.get("hessians", 0) + log.seconds.get("quantize", 0)
+    if hp.max_wallclock_seconds and used > hp.max_wallclock_seconds:
+        broken.append(f"training, Hessians and GPTQ took {used:.1f} s of {hp.max_wallclock_seconds:.1f}")
+    final = "ttt" if hp.ttt_enabled else "eval_sliding" if hp.sliding_window_enabled else "eval_quantized"
+    seconds = log.seconds.get("unpack", 0) + log.seconds.get(final, 0)
+    if seconds > hp.eval_budget_seconds:
+        broken.append(f"unpacking and the final evaluation took {seconds:.1f} s of {hp.eval_budget_seconds:.1f}")
+    if scores.get("ttt", {}).get("partial"):
+        broken.append("test-time training scored part of the validation documents (TTT_MAX_DOCS)")
+    return broken
+
+
+def run(hp, dist):
+    """The whole run, one call per stage. Returns the RESULT dictionary."""
+    # ---- everything that can be wrong is found before training
+    tokenizer, tokenizer_path = find_tokenizer(hp)
+    validation = ValidationSet(hp, tokenizer)
+    check_compressor(hp.compressor)
+    folder = run_folder(hp, dist)
+    log = RunLog(folder, dist)
+    code_bytes = write_code(folder, dist)
+    dtype = {"auto": torch.bfloat16 if dist.device.type == "cuda" else torch.float32}.get(
+        hp.compute_dtype, getattr(torch, hp.compute_dtype, None))
+    ops = select_ops(hp.kernels, hp.attention_backend, dist.device, dtype, hp.head_dim, hp.num_heads, hp.num_kv_heads)
+    model = GPT(hp, ops, dtype).to(dist.device)
+    device = torch.cuda.get_device_name() if dist.device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
+    about = {"run": folder.name, "seed": hp.seed, "commit": git_commit(), "device": device,
+             "world_size": dist.world_size, "torch": torch.__version__, "python": sys.version.split()[0], **ops.names}
+    log(f"settings (* changed):\n{hp.table()}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
+    for note in ops.notes:
+        log(f"note: {note}")
+    log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} tokenizer:{tokenizer_path} "
+        f"validation documents:{len(validation.starts)} tokens:{len(validation.tokens)} bytes:{validation.bytes.sum()} "
+        f"code_bytes:{code_bytes}")
+
+    # ---- train (or go on from a file)
+    evaluator, training, scores = Evaluator(model, validation, hp, dist), {}, {}
+    checkpoint = Path(hp.checkpoint_path or folder / "model.pt")
+    artifact = Path(hp.artifact_path or folder / "artifact.bin")
+    if hp.quant_only:
+        load_checkpoint(checkpoint, model)
+        loader = TrainLoader(TokenStream(hp.data_path, "train"), hp, dist)
+    elif not hp.ttt_eval_only:
+        trainer = Trainer(model, hp, dist, log)
+        loader = trainer.loader
+        log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank}")
+        with log.stage("warm_up"):
+            trainer.warm_up()
+        with log.stage("train"):
+            training = trainer.train(lambda: describe("validation", evaluator.evaluate_bpb()))
+        if dist.rank == 0:
+            save_checkpoint(checkpoint, model, hp)
+        log(f"checkpoint:{checkpoint} (QUANT_ONLY=1 CHECKPOINT_PATH={checkpoint} goes on from here)")
+        del trainer
+
+    # ---- quantize and pack, then evaluate what was trained
+    if not hp.ttt_eval_only:
+        if not hp.prequant_only:
+            build_artifact(model, loader, hp, dist, log, artifact)
+        with log.stage("eval_prequant"):
+            scores["prequant"] = evaluator.evaluate_bpb()
+        log(describe("prequant", scores["prequant"]))
+    artifact_bytes = 0
+
+    # ---- evaluate the file on disk
+    if not hp.prequant_only:
+        artifact_bytes = artifact.stat().st_size
+        log(f"artifact_bytes:{artifact_bytes} code_bytes:{code_bytes} total_bytes:{artifact_bytes + code_bytes}")
+        scores |= evaluate_artifact(model, evaluator, validation, artifact, log)
+
+    result = {"version": RESULT_VERSION, **about, **training, "scores": scores, "artifact_bytes": artifact_bytes,
+              "code_bytes": code_bytes, "total_bytes": artifact_bytes + code_bytes, "seconds": log.seconds,
+              "violations": violations(hp, log, training, code_bytes, artifact_bytes, scores)}
+    if dist.device.type == "cuda":
+        result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    if dist.rank == 0:
+        write_atomically(folder / "result.json", json.dumps(result, indent=1).encode())
+    log("RESULT " + json.dumps(result))
+    return result
+
+
+def main():
+    """Command line: --help, or a run as the environment says. Exit code 1: an error; 3: the byte cap is broken."""
+    if len(sys.argv) > 1:
+        print(settings_help())
+        sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
+    try:
+        hp = Hyperparameters.from_env()
+        dist = Dist(hp.device)
+        result = run(hp, dist)
+    except (SettingError, DataError, ArtifactError) as error:
+        sys.exit(f"train_gpt.py cannot run: {error}")
+    dist.close()
+    if result["total_bytes"] > BYTE_CAP:
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()
