@@ -16,14 +16,11 @@ Shapes: B rows, T tokens, D model_dim, L layers, S slots (one execution of a lay
 K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
 """
 
-import ast
-import base64
 import contextlib
 import dataclasses
 import difflib
 import glob
 import hashlib
-import importlib.util
 import inspect
 import io
 import json
@@ -39,8 +36,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import defaultdict, namedtuple
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +49,7 @@ import torch
 import torch.distributed as dist_backend
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
 
 try:
     import brotli
@@ -63,29 +61,20 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # the kernels stay definable, the references are used
     triton, tl, TensorDescriptor = None, SimpleNamespace(constexpr=int), None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch < 2.10
-    varlen_attn = None
 
-BOS_ID = 1  # every document starts with exactly one (CASEOPS.md 3.2)
+BOS_ID = 1  # every document starts with exactly one (README: data)
 BYTE_CAP = 16_000_000  # decimal bytes of code + weights, the contest's rule
 RESULT_VERSION = 1  # of the RESULT line, see docs/RESULT.md
 
-# ----------------------------------------------------------------------------------------------------------------------
-# HYPERPARAMETERS
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---- HYPERPARAMETERS -------------------------------------------------------------------------------------------------
 
 class SettingError(ValueError):
     """A setting, or a combination of settings, that cannot work; the message says what to change."""
-
 
 def env(default, help, *, above=None, least=None, most=None, choices=None):
     """One setting; its environment name is the field's in capitals. `above` is exclusive, `least`, `most` inclusive."""
     bounds = {"help": help, "above": above, "least": least, "most": most, "choices": choices}
     return dataclasses.field(default=default, metadata=bounds)
-
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -98,17 +87,16 @@ class Hyperparameters:
     data_path: str = env("data/datasets/fineweb10B_sp8192_caseops", "folder of fineweb_{train,val,val_bytes}_*.bin")
     tokenizer_path: str = env("", "SentencePiece model; empty: beside the data or in tokenizers/, by manifest hash")
     caseops_enabled: bool = env(True, "validation bytes come from the side-car; 0: from the tokenizer's byte tables")
-    device: str = env("auto", "where to run", choices=("auto", "cuda", "cpu"))
-    compute_dtype: str = env("auto", "matmul precision; auto: bfloat16 on CUDA, float32 on CPU",
-                             choices=("auto", "bfloat16", "float32"))
+    device: str = env("auto", "where to run; auto: a GPU if there is one", choices=("auto", "cuda", "cpu"))
+    compute_dtype: str = env("auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32"))
     compile: str = env("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
     kernels: bool = env(True, "Triton kernels where a trial call works; 0: PyTorch references")
     attention_backend: str = env("auto", "packed attention", choices=("auto", "fa3", "fa4", "torch", "sdpa"))
     prequant_only: bool = env(False, "stop after the evaluation of the fp32 model")
     quant_only: bool = env(False, "go on from CHECKPOINT_PATH: Hessians, GPTQ, packing, evaluation")
     ttt_eval_only: bool = env(False, "go on from ARTIFACT_PATH: evaluation and test-time training")
-    checkpoint_path: str = env("", "fp32 model for QUANT_ONLY; empty: model.pt of the run's folder")
-    artifact_path: str = env("", "packed model for TTT_EVAL_ONLY; empty: artifact.bin of the run's folder")
+    checkpoint_path: str = env("", "fp32 model that QUANT_ONLY reads; empty: model.pt of the run's folder")
+    artifact_path: str = env("", "packed model that TTT_EVAL_ONLY reads; empty: artifact.bin of the run's folder")
 
     # data and batches
     train_batch_tokens: int = env(786_432, "tokens of a step over all ranks and micro-steps", least=1)
@@ -160,8 +148,7 @@ class Hyperparameters:
     muon_wd: float = env(0.095, "decoupled decay of the banks", least=0)
     muon_row_normalize: bool = env(True, "rows of the update get unit norm before orthogonalisation")
     muon_backend_steps: int = env(5, "Newton-Schulz steps", least=1, most=5)
-    muon_dtype: str = env("auto", "gradients on the wire, momentum and Newton-Schulz; auto: COMPUTE_DTYPE",
-                          choices=("auto", "bfloat16", "float32"))
+    muon_dtype: str = env("auto", "Muon's gradients, momentum, products", choices=("auto", "bfloat16", "float32"))
     tied_embed_lr: float = env(0.03, "AdamW learning rate of the embedding", above=0)
     embed_wd: float = env(0.085, "decay of the embedding", least=0)
     scalar_lr: float = env(0.02, "AdamW learning rate of scalars and gates", above=0)
@@ -170,7 +157,7 @@ class Hyperparameters:
     beta2: float = env(0.99, "AdamW beta2", least=0, most=0.99999)
     grad_clip_norm: float = env(0.3, "global gradient norm at most; 0: off", least=0)
     ema_decay: float = env(0.9965, "decay of the weight average, after its ramp", least=0, most=0.999999)
-    wd_schedule_enabled: bool = env(False, "weight decay follows TECHNIQUES.md B1")
+    wd_schedule_enabled: bool = env(False, "weight decay falls, then rises (PR 1512)")
     wd_sched_hold_frac: float = env(0.40, "fraction until which decay keeps its value", least=0, most=1)
     wd_sched_ramp_frac: float = env(0.85, "fraction at which decay is lowest", least=0, most=1)
     wd_sched_low_factor: float = env(0.50, "lowest decay factor", least=0)
@@ -202,7 +189,7 @@ class Hyperparameters:
     eval_seq_len: int = env(2048, "context of plain and sliding evaluation", least=2)
     sliding_window_enabled: bool = env(False, "also evaluate with overlapping windows")
     eval_stride: int = env(64, "advance of the sliding window", least=1)
-    eval_budget_seconds: float = env(600.0, "evaluation seconds above which RESULT names a violation", above=0)
+    eval_budget_seconds: float = env(600.0, "seconds of unpacking and final evaluation, or a violation", above=0)
 
     # test-time training
     ttt_enabled: bool = env(True, "score with test-time training")
@@ -256,70 +243,36 @@ class Hyperparameters:
         looped = self.loop_start <= self.loop_end < self.num_layers
         yield self.num_loops and not looped, "LOOP_START..LOOP_END must lie inside NUM_LAYERS (or set NUM_LOOPS=0)"
         yield self.parallel_start_layer > self.num_layers, "PARALLEL_START_LAYER must be at most NUM_LAYERS"
-        yield (self.train_batch_tokens % self.micro_batch_tokens,
-               f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} must divide by "
-               f"MICRO_BATCH_TOKENS={self.micro_batch_tokens}")
-        yield (0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds,
-               "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS")
+        yield self.train_batch_tokens % self.micro_batch_tokens, "TRAIN_BATCH_TOKENS must divide by MICRO_BATCH_TOKENS"
+        out_of_time = 0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds
+        yield out_of_time, "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"
         yield self.eval_stride > self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
         yield self.ttt_chunk_size > self.ttt_eval_seq_len, "TTT_CHUNK_SIZE must be at most TTT_EVAL_SEQ_LEN"
-        unknown = set(self.lora_sites) - set(LORA_SITES)
-        yield bool(unknown), f"TTT_LORA_SITES: unknown {sorted(unknown)}; known: {','.join(LORA_SITES)}"
+        known = self.lora_sites and set(self.lora_sites) <= set(LORA_SITES)
+        yield not known, f"TTT_LORA_SITES={self.ttt_lora_sites}: must be some of {','.join(LORA_SITES)}"
         modes = self.prequant_only + self.quant_only + self.ttt_eval_only
         yield modes > 1, "PREQUANT_ONLY, QUANT_ONLY, TTT_EVAL_ONLY exclude each other"
-        yield not re.fullmatch(r"[\w.+-]*", self.run_id), "RUN_ID may hold letters, digits, '.', '_', '+', '-' only"
+        yield self.checkpoint_path and not self.quant_only, "CHECKPOINT_PATH goes with QUANT_ONLY=1"
+        yield self.artifact_path and not self.ttt_eval_only, "ARTIFACT_PATH goes with TTT_EVAL_ONLY=1"
+        yield not re.fullmatch(r"(\w[\w.+-]*)?", self.run_id), "RUN_ID: letters, digits, '_', then also '.', '+', '-'"
 
-    @property
-    def head_dim(self):
-        return self.model_dim // self.num_heads
-
-    @property
-    def mlp_dim(self):
-        return int(self.mlp_mult * self.model_dim)
-
-    @property
-    def lora_sites(self):
-        return tuple(site for site in self.ttt_lora_sites.split(",") if site)
-
-    @property
-    def micro_steps(self):
-        return self.train_batch_tokens // self.micro_batch_tokens  # of a step, over all ranks
-
-    @property
-    def row_segments(self):
-        return self.max_row_segments or max(64, self.micro_batch_tokens // 128)
-
-    @property
-    def training_seconds(self):
-        return self.max_wallclock_seconds - self.gptq_reserve_seconds if self.max_wallclock_seconds else 0.0
-
-    def table(self, changed_only=False):
-        """The settings as text, one a line, values that differ from the default starred."""
-        lines = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            star = "*" if value != field.default else " "
-            if star == "*" or not changed_only:
-                value = int(value) if isinstance(value, bool) else value
-                lines.append(f"{star} {field.name.upper()}={value}")
-        return "\n".join(lines)
-
+    head_dim = property(lambda hp: hp.model_dim // hp.num_heads)
+    mlp_dim = property(lambda hp: int(hp.mlp_mult * hp.model_dim))
+    lora_sites = property(lambda hp: tuple(site for site in hp.ttt_lora_sites.split(",") if site))
+    micro_steps = property(lambda hp: hp.train_batch_tokens // hp.micro_batch_tokens)  # of a step, over all ranks
+    row_segments = property(lambda hp: hp.max_row_segments or max(64, hp.micro_batch_tokens // 128))
+    training_seconds = property(lambda hp: max(0.0, hp.max_wallclock_seconds - hp.gptq_reserve_seconds))  # 0: no limit
 
 LORA_SITES = {"q": "q", "k": "k", "v": "v", "o": "attn_out", "mlp": "mlp_out", "head": "lm_head"}  # setting -> tap site
 
-
 def parse_setting(field, text):
     """The typed value of one variable's text. Raises ValueError that names the variable."""
-    name = field.name.upper()
-    if field.type is bool:
-        if text not in ("0", "1"):
-            raise ValueError(f"{name}={text!r}: must be 0 or 1")
-        return text == "1"
+    if field.type is bool and text not in ("0", "1"):
+        raise ValueError(f"{field.name.upper()}={text!r}: must be 0 or 1")
     try:
-        return field.type(text)
+        return text == "1" if field.type is bool else field.type(text)
     except ValueError:
-        raise ValueError(f"{name}={text!r}: must be {field.type.__name__}") from None
-
+        raise ValueError(f"{field.name.upper()}={text!r}: must be {field.type.__name__}") from None
 
 def range_problems(field, value):
     """Messages for a value outside its declared range."""
@@ -335,7 +288,6 @@ def range_problems(field, value):
     elif rule["most"] is not None and value > rule["most"]:
         yield f"{name}: must be at most {rule['most']}"
 
-
 def unknown_settings(environ, cls):
     """Messages for undeclared variables that look like ours: a family name of ours, or nearly one of our names.
 
@@ -349,24 +301,18 @@ def unknown_settings(environ, cls):
         if name.split("_")[0] in families or difflib.get_close_matches(name, ours, 1, 0.88):
             yield f"{name} is not a setting{f'; did you mean {close[0]}?' if close else ''} (unset it, or see --help)"
 
-
-def settings_help():
-    """The text of --help: every setting with its default, range and meaning."""
+def settings_table(hp=None):
+    """Every setting, one a line: value (hp's, or the default; a changed one is starred), meaning, range."""
     lines = []
     for field in dataclasses.fields(Hyperparameters):
-        rule = field.metadata
-        default = int(field.default) if isinstance(field.default, bool) else field.default
+        rule, value = field.metadata, getattr(hp, field.name, field.default)
         limits = [f"{key} {rule[key]}" for key in ("above", "least", "most") if rule[key] is not None]
-        limits += ["|".join(rule["choices"])] if rule["choices"] else []
-        limits = f"  [{', '.join(limits)}]" if limits else ""
-        lines.append(f"  {field.name.upper()}={default}  {rule['help']}{limits}")
-    return "No arguments; settings are environment variables, here with their defaults:\n" + "\n".join(lines)
+        limits = ", ".join(limits + ["|".join(rule["choices"] or ())]).strip(", ")
+        star, value = "*" if value != field.default else " ", int(value) if field.type is bool else value
+        lines.append(f"{star} {field.name.upper()}={value}  # {rule['help']}{limits and f' [{limits}]'}")
+    return "\n".join(lines)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# RUNTIME
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---- RUNTIME ---------------------------------------------------------------------------------------------------------
 
 class Dist:
     """The process group, and the only place that names torch.distributed. One process: every method returns at once.
@@ -391,10 +337,10 @@ class Dist:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist_backend.init_process_group(backend)
 
-    def all_reduce(self, tensor, op="sum"):
-        """Sums (or op="max": takes the maximum of) a tensor over all ranks, in place, and returns it."""
+    def all_reduce(self, tensor):
+        """Sums a tensor over all ranks, in place, and returns it."""
         if self.world_size > 1:
-            dist_backend.all_reduce(tensor, dist_backend.ReduceOp.MAX if op == "max" else dist_backend.ReduceOp.SUM)
+            dist_backend.all_reduce(tensor)
         return tensor
 
     def all_reduce_packed(self, tensors):
@@ -407,14 +353,14 @@ class Dist:
     def reduce_scatter(self, full):
         """(n world, ...) on every rank -> handle, (n, ...): this rank's slice of the sum, ready after handle.wait()."""
         if self.world_size == 1:
-            return Done(), full
+            return SimpleNamespace(wait=lambda: None), full
         shard = full.new_empty(full.shape[0] // self.world_size, *full.shape[1:])
         return dist_backend.reduce_scatter_tensor(shard, full, async_op=True), shard
 
     def all_gather(self, shard):
         """(n, ...) of every rank -> handle, (n world, ...), ready after handle.wait()."""
         if self.world_size == 1:
-            return Done(), shard
+            return SimpleNamespace(wait=lambda: None), shard
         full = shard.new_empty(shard.shape[0] * self.world_size, *shard.shape[1:])
         return dist_backend.all_gather_into_tensor(full, shard.contiguous(), async_op=True), full
 
@@ -428,15 +374,17 @@ class Dist:
 
     def broadcast_float(self, value):
         """Rank 0's number on every rank, over the CPU's network."""
-        if self.world_size == 1:
-            return value
         box = torch.tensor([value], dtype=torch.float64)
-        dist_backend.broadcast(box, 0)
+        self.broadcast(box)
         return box.item()
+
+    def broadcast(self, tensor):
+        """Rank 0's tensor on every rank, in place."""
+        if self.world_size > 1:
+            dist_backend.broadcast(tensor, 0)
 
     def barrier(self):
         """Waits until every rank is here, over the CPU's network."""
-        self.broadcast_float(0.0)
         self.all_gather_object(None)
 
     def synchronize(self):
@@ -447,14 +395,6 @@ class Dist:
     def close(self):
         if self.world_size > 1:
             dist_backend.destroy_process_group()
-
-
-class Done:
-    """The handle of a collective that had nothing to do."""
-
-    def wait(self):
-        return None
-
 
 class RunLog:
     """Prints on rank 0 and keeps the same lines in <folder>/log.txt; a stage's seconds are kept in `seconds`."""
@@ -478,6 +418,14 @@ class RunLog:
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
         self(f"stage:{name} seconds:{self.seconds[name]:.2f}")
 
+def balance(items, cost, bins):
+    """Items in order, each into the bin with the least cost so far (ties: the first) -> list of bins."""
+    shares, load = [[] for _ in range(bins)], [0] * bins
+    for item in items:
+        lightest = load.index(min(load))
+        shares[lightest].append(item)
+        load[lightest] += cost(item)
+    return shares
 
 def write_atomically(path, data):
     """Bytes to a file that is either whole or absent: temporary name, sync, rename."""
@@ -489,20 +437,15 @@ def write_atomically(path, data):
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# DATA
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- DATA ------------------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-
 
 class DataError(ValueError):
     """A dataset that cannot be used as it is; the message names the file and what to do."""
 
-
 def load_data_shard(path):
-    """File -> (n,) uint16, memory-mapped. Raises DataError on a wrong magic, version or size (CASEOPS.md 3.1)."""
+    """File -> (n,) uint16, memory-mapped. Raises DataError on a wrong magic, version or size (README: data)."""
     size = os.path.getsize(path)
     header = np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or header[0] != SHARD_MAGIC:
@@ -514,11 +457,9 @@ def load_data_shard(path):
                         "a download or copy broke off; fetch the file again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
 
-
 def shard_paths(folder, split):
     """The files of split "train", "val" or "val_bytes", in order. The six digits keep side-cars out of "val"."""
     return sorted(glob.glob(os.path.join(folder, f"fineweb_{split}_[0-9][0-9][0-9][0-9][0-9][0-9].bin")))
-
 
 class TokenStream:
     """All shards of a split as one endless stream: document and row borders may lie anywhere, nothing is dropped."""
@@ -543,14 +484,11 @@ class TokenStream:
             count, start = count - len(part), (start + len(part)) % self.size
         return np.concatenate(parts)
 
-
 class Row(NamedTuple):
     """One packed row on the device."""
-
     inputs: Tensor  # (1, T) int64
     targets: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (N + 1,) int32: where each document or piece starts, padded by repeating T
-
 
 def cut_pieces(starts, ends, length):
     """Starts and ends of segments -> starts of their pieces, none longer than `length`."""
@@ -558,13 +496,11 @@ def cut_pieces(starts, ends, length):
     first = np.cumsum(pieces) - pieces
     return np.repeat(starts, pieces) + length * (np.arange(pieces.sum()) - np.repeat(first, pieces))
 
-
 def pad_cu_seqlens(starts, total, entries):
     """Segment starts -> (entries + 1,) int32, padded with `total`, so that one graph serves every row."""
     if len(starts) > entries:
         raise DataError(f"a row holds {len(starts)} documents and pieces, more than {entries}: raise MAX_ROW_SEGMENTS")
     return np.concatenate([starts, np.full(entries + 1 - len(starts), total)]).astype(np.int32)
-
 
 class TrainLoader:
     """Packed training rows by number: row i is the stream's span [i T, (i + 1) T), the same for every world size.
@@ -609,9 +545,8 @@ class TrainLoader:
             last = index == first + self.per_rank - 1
             yield self.row(index, first + self.hp.micro_steps if last else index + 1)
 
-
 def piece_byte_tables(tokenizer):
-    """SentencePiece model -> (bytes, leading space, boundary) per id, for data without side-cars (CASEOPS.md 4.1)."""
+    """SentencePiece model -> (bytes, leading space, boundary) per id, for data without side-cars."""
     if tokenizer.piece_to_id("\u2581") == tokenizer.unk_id():
         raise DataError("the tokenizer has no piece of its own for the space: its spaces would count three bytes")
     size = tokenizer.vocab_size()
@@ -624,7 +559,6 @@ def piece_byte_tables(tokenizer):
         leading[token] = piece.startswith("\u2581") and not tokenizer.is_byte(token)
         count[token] = 1 if tokenizer.is_byte(token) else len(piece.removeprefix("\u2581").encode())
     return count, leading, boundary
-
 
 class ValidationSet:
     """The validation stream: tokens (N,), bytes charged to each token (N,), the documents' input spans [start, end).
@@ -669,7 +603,6 @@ class ValidationSet:
         starts, ends = self.starts[documents], self.ends[documents]
         return int((ends - starts).sum()), int((sums[ends + 1] - sums[starts + 1]).sum())
 
-
 def find_tokenizer(hp):
     """The data's SentencePiece model and its path. Raises DataError if none fits the settings and the manifest."""
     try:
@@ -678,50 +611,69 @@ def find_tokenizer(hp):
         raise DataError("the sentencepiece package is missing: pip install -r requirements.txt") from None
     folder, here = Path(hp.data_path), Path(__file__).resolve().parent
     manifest = folder / "manifest.json"
-    wanted = json.loads(manifest.read_text())["tokenizer"]["sha256"] if manifest.exists() else None
+    wanted = json.loads(manifest.read_text()).get("tokenizer", {}).get("sha256") if manifest.exists() else None
     beside = [folder, folder.parent / "tokenizers", folder.parent.parent / "tokenizers", here / "tokenizers"]
     found = [Path(hp.tokenizer_path)] if hp.tokenizer_path else [p for d in beside for p in sorted(d.glob("*.model"))]
     for path in found:
         if not path.exists():
             raise DataError(f"TOKENIZER_PATH={path} does not exist")
         if wanted in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
-            tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            try:
+                tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            except RuntimeError:
+                raise DataError(f"{path} is no SentencePiece model") from None
             if tokenizer.vocab_size() != hp.vocab_size:
                 raise DataError(f"{path} has {tokenizer.vocab_size()} pieces, VOCAB_SIZE is {hp.vocab_size}")
             return tokenizer, path
     raise DataError(f"no tokenizer for {folder} (the manifest wants sha256 {wanted}; looked at "
                     f"{[str(p) for p in found]}): set TOKENIZER_PATH")
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# KERNELS
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- KERNELS ---------------------------------------------------------------------------------------------------------
 # Each operation stands twice with one signature: the reference (`*_ref`, `attention_sdpa`: any device, any dtype,
 # autograd for free) and the fast version, a custom op that torch.compile takes as one node. `select_ops` chooses.
 # Inside kernels no Python global and no True/False/None: a minifier may move those to module level, where Triton
-# refuses them. Argument annotations are read at run time (tl.constexpr, op schemas): the minifier must keep them.
+# refuses them. Annotations stand where they are read at run time (tl.constexpr, op schemas): the minifier keeps them.
 
+jit = (lambda kernel: kernel) if triton is None else triton.jit  # without Triton kernels are defined, never launched
 
-def jit(kernel: Callable) -> Callable:
-    """kernel -> its Triton form, or the plain function where Triton is missing (defined, never launched)."""
-    return kernel if triton is None else triton.jit(kernel)
+def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors):
+    """Decorator: function of tensors and, last, one number -> custom op; fake(*inputs) gives its results without data.
 
+    With gradients(needed, grad, *kept, number) -> those of the leading inputs, it is differentiable and returns its
+    first result alone; keep(needed, *tensors, *results) -> kept, default everything; needed[i]: input i requires one.
+    """
+
+    def setup(ctx, inputs, output):
+        *tensors, ctx.number = inputs
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for the results that nobody differentiates
+        ctx.save_for_backward(*keep(ctx.needs_input_grad, *tensors, *output))
+
+    def backward(ctx, grad, *_):
+        needed = ctx.needs_input_grad
+        grads = () if grad is None else gradients(needed, grad, *ctx.saved_tensors, ctx.number)
+        return *grads, *[None] * (len(needed) - len(grads))
+
+    def register(function):
+        op = torch.library.custom_op("golf::" + function.__name__.strip("_"), function, mutates_args=())
+        op.register_fake(fake)
+        if gradients is None:
+            return op
+        op.register_autograd(backward, setup_context=setup)
+        return lambda *inputs: op(*inputs)[0]
+
+    return register
 
 # --- softcapped cross-entropy: z = softcap * tanh(logits / softcap), loss = logsumexp(z) - z[target]
 
-
-def softcapped_cross_entropy_ref(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
+def softcapped_cross_entropy_ref(logits, targets, softcap):
     """logits (N, V), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats. The definition of the operation."""
     return F.cross_entropy(softcap * torch.tanh(logits.float() / softcap), targets, reduction="none")
 
-
 @jit
-def _softcapped_ce_fwd_kernel(logits, targets, losses, lse, row_stride, V: tl.constexpr, CAP: tl.constexpr,
-                              BLOCK: tl.constexpr):
+def _ce_forward_kernel(logits, targets, losses, lse, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)  # 64 bits: rows x vocabulary may exceed 2^31
-    logits += row * row_stride
-    peak = -float("inf")
-    total = 0.0
+    logits += row * V
+    peak, total = -float("inf"), 0.0
     for start in tl.static_range(0, V, BLOCK):  # online log-sum-exp; one turn up to V = 8192
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
@@ -734,122 +686,59 @@ def _softcapped_ce_fwd_kernel(logits, targets, losses, lse, row_stride, V: tl.co
     tl.store(losses + row, row_lse - CAP * (2 * tl.sigmoid(x * (2 / CAP)) - 1))
     tl.store(lse + row, row_lse)
 
-
 @jit
-def _softcapped_ce_bwd_kernel(logits, targets, lse, grad_losses, grad_logits, row_stride, V: tl.constexpr,
-                              CAP: tl.constexpr, BLOCK: tl.constexpr):
+def _ce_backward_kernel(logits, targets, lse, grads, out, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    grad = tl.load(grad_losses + row).to(tl.float32)
-    target = tl.load(targets + row)
-    row_lse = tl.load(lse + row)
+    grad = tl.load(grads + row).to(tl.float32)
+    target, row_lse = tl.load(targets + row), tl.load(lse + row)
     # a row without gradient is not read at all, and whatever it holds cannot make its gradient anything but zero
     readable = tl.where(grad != 0, V, 0)
     for start in tl.static_range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + row * row_stride + columns, mask=columns < readable, other=0.0).to(tl.float32)
+        x = tl.load(logits + row * V + columns, mask=columns < readable, other=0.0).to(tl.float32)
         tanh = 2 * tl.sigmoid(x * (2 / CAP)) - 1
         p = tl.exp(CAP * tanh - row_lse) - tl.where(columns == target, 1.0, 0.0)
         d = tl.where(grad != 0, grad * p * (1 - tanh * tanh), 0.0)
-        tl.store(grad_logits + row * V + columns, d.to(grad_logits.dtype.element_ty), mask=columns < V)
+        tl.store(out + row * V + columns, d.to(out.dtype.element_ty), mask=columns < V)
 
-
-def _ce_launch(V: int) -> dict[str, int]:
-    """vocabulary size -> block and warps of a row: 32 elements a thread, in registers as long as V <= 8,192."""
+def _launch_ce(kernel, softcap, *tensors):
+    """Runs kernel on its tensors, logits (N, V) first: one program a row, 32 elements a thread up to V = 8,192."""
+    (N, V), tensors = tensors[0].shape, [t.contiguous() for t in tensors]
     block = min(8192, max(16, 1 << (V - 1).bit_length()))
-    return {"BLOCK": block, "num_warps": max(1, min(8, block // 1024))}
-
-
-@torch.library.custom_op("golf::softcapped_ce", mutates_args=())
-def _softcapped_ce_op(logits: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    logits, targets = logits.contiguous(), targets.contiguous()
-    N, V = logits.shape
-    losses, lse = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
     if N > 0:
-        _softcapped_ce_fwd_kernel[(N,)](logits, targets, losses, lse, V, V, softcap, **_ce_launch(V))
-    return losses, lse
+        kernel[(N,)](*tensors, V=V, CAP=softcap, BLOCK=block, num_warps=max(1, min(8, block // 1024)))
 
-
-_softcapped_ce_op.register_fake(
-    lambda logits, targets, softcap: tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
-)
-
-
-@torch.library.custom_op("golf::softcapped_ce_backward", mutates_args=())
-def _softcapped_ce_backward_op(
-    logits: Tensor, targets: Tensor, lse: Tensor, grad_losses: Tensor, softcap: float
-) -> Tensor:
-    logits, targets, grad_losses = logits.contiguous(), targets.contiguous(), grad_losses.contiguous()
-    N, V = logits.shape
-    grad_logits = torch.empty_like(logits)
-    if N > 0:
-        _softcapped_ce_bwd_kernel[(N,)](logits, targets, lse, grad_losses, grad_logits, V, V, softcap, **_ce_launch(V))
+@golf_op(lambda grad, logits, *_: logits.new_empty(logits.shape))
+def _ce_backward(grad: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
+    grad_logits = logits.new_empty(logits.shape)
+    _launch_ce(_ce_backward_kernel, softcap, logits, targets, lse, grad, grad_logits)
     return grad_logits
 
-
-_softcapped_ce_backward_op.register_fake(lambda logits, *_: logits.new_empty(logits.shape))
-
-
-def _softcapped_ce_setup(ctx, inputs, output):
-    logits, targets, ctx.softcap = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, output[1])
-
-
-def _softcapped_ce_backward(ctx, grad_losses, _grad_lse):
-    logits, targets, lse = ctx.saved_tensors
-    needed = grad_losses is not None and ctx.needs_input_grad[0]
-    return _softcapped_ce_backward_op(logits, targets, lse, grad_losses, ctx.softcap) if needed else None, None, None
-
-
-_softcapped_ce_op.register_autograd(_softcapped_ce_backward, setup_context=_softcapped_ce_setup)
-
-
-def softcapped_cross_entropy(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
+@golf_op(lambda logits, *_: tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2)),
+         lambda needed, grad, logits, targets, losses, lse, cap: (_ce_backward(grad, logits, targets, lse, cap),))
+def softcapped_cross_entropy(logits: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     """logits (N, V), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats; one pass over the logits each way."""
-    return _softcapped_ce_op(logits, targets, float(softcap))[0]
+    losses, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+    _launch_ce(_ce_forward_kernel, softcap, logits, targets, losses, lse)
+    return losses, lse
 
+# --- squared leaky ReLU MLP: leaky_relu(x @ w_up.T, slope)^2 @ w_down.T. One persistent TMA kernel each way does the
+# first product and the activation or, backward, d act and the derivative; the other products are cuBLAS.
 
-# --- squared leaky ReLU MLP: leaky_relu(x @ w_up.T, slope)^2 @ w_down.T
-
-
-def mlp_ref(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> Tensor:
+def mlp_ref(x, w_up, w_down, slope):
     """x (..., D), w_up (F, D), w_down (D, F) -> (..., D). The definition of the operation."""
     return F.linear(F.leaky_relu(F.linear(x, w_up), slope).square(), w_down)
 
-
-class Tile(NamedTuple):
-    """Blocking of the MLP kernel for 16-bit operands on Hopper (227 KB of shared memory, 255 registers a thread)."""
-
-    m: int = 128
-    n: int = 256
-    k: int = 64
-    group: int = 8  # tiles of M that are done before the next tile of N
-    programs: int = 1  # per multiprocessor
-    warps: int = 8
-    stages: int = 3
-    flatten: bool = True  # one loop over tiles and K: the next tile's loads run during the epilogue
-
-
-# Compiled for sm_90 by Triton 3.6: 229,408 and 213,032 bytes of shared memory, 162 and 244 registers, nothing spilled.
-# The backward kernel also stages tiles of pre; it does not fit with 4 stages.
+# group: tiles of M done before the next tile of N; programs: per multiprocessor; flatten: one loop over tiles and K, so
+# the next tile loads during the epilogue. Defaults for 16 bits on Hopper: Triton 3.6 takes 229,408 bytes forward and
+# 213,032 backward of 227 KB, 162 and 244 of 255 registers. Backward also stages tiles of pre: 4 stages do not fit.
+Tile = namedtuple("Tile", "m n k group programs warps stages flatten", defaults=(128, 256, 64, 8, 1, 8, 3, True))
 MLP_TILES = {"forward": Tile(stages=4), "backward": Tile()}
 SMALL_TILE = Tile(32, 32, 32, group=2, warps=4, stages=2, flatten=False)  # fp32 and the interpreter
 
-
-@jit
-def _mlp_half_tile(pre_desc, out_desc, acc, m, n, SLOPE: tl.constexpr, BACKWARD: tl.constexpr):
-    if BACKWARD:  # acc is d act; act = leaky(pre)^2, so its derivative is 2 pre, times SLOPE^2 on the left
-        pre = pre_desc.load([m, n]).to(tl.float32)
-        out_desc.store([m, n], (acc * tl.where(pre > 0, 2 * pre, 2 * SLOPE * SLOPE * pre)).to(out_desc.dtype))
-    else:
-        leaky = tl.where(acc > 0, acc, SLOPE * acc)
-        pre_desc.store([m, n], acc.to(pre_desc.dtype))
-        out_desc.store([m, n], (leaky * leaky).to(out_desc.dtype))
-
-
 @jit
 def _mlp_kernel(a_desc, b_desc, pre_desc, out_desc, M, N, K, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
-                PRECISION: tl.constexpr, FLATTEN: tl.constexpr, GROUP: tl.constexpr,
+                FLATTEN: tl.constexpr, GROUP: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """forward: pre = a @ b.T, out = leaky(pre)^2 with b (N, K); backward: out = (a @ b) * act'(pre) with b (K, N)."""
     rows = tl.cdiv(M, BLOCK_M)
@@ -863,128 +752,92 @@ def _mlp_kernel(a_desc, b_desc, pre_desc, out_desc, M, N, K, SLOPE: tl.constexpr
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for step in range(tl.cdiv(K, BLOCK_K)):
             a = a_desc.load([m, step * BLOCK_K])
-            if BACKWARD:
-                b = b_desc.load([step * BLOCK_K, n])
-            else:
-                b = b_desc.load([n, step * BLOCK_K]).T
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            b = b_desc.load([step * BLOCK_K, n]) if BACKWARD else b_desc.load([n, step * BLOCK_K]).T
+            acc = tl.dot(a, b, acc, input_precision="ieee")
         # two halves, so that the staging buffers of the epilogue leave room for one more stage of the loop
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        _mlp_half_tile(pre_desc, out_desc, left, m, n, SLOPE, BACKWARD)
-        _mlp_half_tile(pre_desc, out_desc, right, m, n + BLOCK_N // 2, SLOPE, BACKWARD)
+        for half in tl.static_range(2):
+            part = right if half else left
+            at = m, n + half * (BLOCK_N // 2)
+            if BACKWARD:  # part is of d act; act = leaky(pre)^2, so its derivative is 2 pre, times SLOPE^2 on the left
+                pre = pre_desc.load(at).to(tl.float32)
+                part *= tl.where(pre > 0, 2 * pre, 2 * SLOPE * SLOPE * pre)
+            else:
+                pre_desc.store(at, part.to(pre_desc.dtype))
+                leaky = tl.where(part > 0, part, SLOPE * part)
+                part = leaky * leaky
+            out_desc.store(at, part.to(out_desc.dtype))
 
-
-def _descriptor(tensor: Tensor, block: list[int]):
+def _descriptor(tensor, *block):
     """tensor (rows, columns) -> TMA descriptor of it, or of a copy with a layout and base that TMA can address."""
     tensor = tensor.contiguous()
     tensor = tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
     # strides from the shape: a single row counts as contiguous whatever stride it carries
-    return TensorDescriptor(tensor, list(tensor.shape), [tensor.shape[1], 1], block)
+    return TensorDescriptor(tensor, list(tensor.shape), [tensor.shape[1], 1], list(block))
 
-
-def _launch_mlp(a: Tensor, b: Tensor, pre: Tensor, out: Tensor, slope: float, backward: bool) -> None:
+def _launch_mlp(a, b, pre, out, slope, backward):
     """a (M, K), b (N, K) or, backward, (K, N), pre and out (M, N): fills out and, forward, pre."""
     (M, K), N = a.shape, out.shape[1]
-    if M == 0:
-        return
     tile = MLP_TILES["backward" if backward else "forward"] if a.is_cuda and a.element_size() == 2 else SMALL_TILE
     # three programs on the CPU: every one gets several tiles of a small test
     cores = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
     programs = min(cores * tile.programs, triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n))
-    half = [tile.m, tile.n // 2]
+    pre_desc, out_desc = (_descriptor(t, tile.m, tile.n // 2) for t in (pre, out))
     _mlp_kernel[(programs,)](
-        _descriptor(a, [tile.m, tile.k]), _descriptor(b, [tile.k, tile.n] if backward else [tile.n, tile.k]),
-        _descriptor(pre, half), _descriptor(out, half),
-        M, N, K, SLOPE=slope, BACKWARD=backward, PRECISION="ieee", FLATTEN=tile.flatten, GROUP=tile.group,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
-    )
+        _descriptor(a, tile.m, tile.k), _descriptor(b, *((tile.k, tile.n) if backward else (tile.n, tile.k))), pre_desc,
+        out_desc, M, N, K, SLOPE=slope, BACKWARD=backward, FLATTEN=tile.flatten, GROUP=tile.group, BLOCK_M=tile.m,
+        BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages)
 
+@golf_op(lambda grad, w_down, pre, slope: torch.empty_like(pre))
+def _mlp_backward(grad: Tensor, w_down: Tensor, pre: Tensor, slope: float) -> Tensor:
+    grad_pre = torch.empty_like(pre)
+    _launch_mlp(grad, w_down, pre, grad_pre, slope, backward=True)
+    return grad_pre
+
+def _mlp_keep(needed, x, w_up, w_down, out, pre, act):
+    uses = needed[1], needed[0], needed[0] or needed[1], needed[0] or needed[1], needed[2]
+    return (t if used else None for t, used in zip((x, w_up, w_down, pre, act), uses, strict=True))
+
+def _mlp_gradients(needed, grad, x, w_up, w_down, pre, act, slope):
+    grad_down = grad.T @ act if needed[2] else None
+    grad_pre = _mlp_backward(grad, w_down, pre, slope) if needed[0] or needed[1] else None
+    grad_up = grad_pre.T @ x if needed[1] else None
+    return grad_pre @ w_up if needed[0] else None, grad_up, grad_down
 
 # Both pre and act are saved: 0.8 GB a pass at 98,304 x 2,048 in bf16. Recomputing act in the backward kernel would save
 # half of that and cost its write once more (0.4 GB, 0.13 ms at 3 TB/s, against 0.34 ms of arithmetic in that kernel).
-@torch.library.custom_op("golf::leaky_relu_sq_mlp", mutates_args=())
-def _mlp_op(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+@golf_op(lambda x, w_up, w_down, _: tuple(x.new_empty(x.shape[0], w.shape[0]) for w in (w_down, w_up, w_up)),
+         _mlp_gradients, _mlp_keep)
+def _mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
     pre, act = (x.new_empty(x.shape[0], w_up.shape[0]) for _ in range(2))
     _launch_mlp(x, w_up, pre, act, slope, backward=False)
     return act @ w_down.T, pre, act
 
-
-_mlp_op.register_fake(
-    lambda x, w_up, w_down, slope: tuple(x.new_empty(x.shape[0], w.shape[0]) for w in (w_down, w_up, w_up))
-)
-
-
-@torch.library.custom_op("golf::leaky_relu_sq_mlp_backward", mutates_args=())
-def _mlp_backward_op(grad_out: Tensor, w_down: Tensor, pre: Tensor, slope: float) -> Tensor:
-    grad_pre = torch.empty_like(pre)
-    _launch_mlp(grad_out, w_down, pre, grad_pre, slope, backward=True)
-    return grad_pre
-
-
-_mlp_backward_op.register_fake(lambda grad_out, w_down, pre, slope: torch.empty_like(pre))
-
-
-def _mlp_setup(ctx, inputs, output):
-    x, w_up, w_down, ctx.slope = inputs
-    _, pre, act = output
-    needs_x, needs_up, needs_down = ctx.needs_input_grad[:3]
-    ctx.set_materialize_grads(False)  # or autograd fills a zero gradient for each of pre and act
-    through = needs_x or needs_up
-    keep = (x, needs_up), (w_up, needs_x), (w_down, through), (pre, through), (act, needs_down)
-    ctx.save_for_backward(*(tensor if needed else None for tensor, needed in keep))
-
-
-def _mlp_backward(ctx, grad_out, _grad_pre, _grad_act):
-    x, w_up, w_down, pre, act = ctx.saved_tensors
-    needs_x, needs_up, needs_down = ctx.needs_input_grad[:3]
-    grad_x = grad_up = grad_down = None
-    if grad_out is None:
-        return None, None, None, None
-    if needs_down:
-        grad_down = grad_out.T @ act
-    if needs_x or needs_up:
-        grad_pre = _mlp_backward_op(grad_out, w_down, pre, ctx.slope)
-        grad_up = grad_pre.T @ x if needs_up else None
-        grad_x = grad_pre @ w_up if needs_x else None
-    return grad_x, grad_up, grad_down, None
-
-
-_mlp_op.register_autograd(_mlp_backward, setup_context=_mlp_setup)
-
-
-def leaky_relu_sq_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> Tensor:
-    """x (..., D), w_up (F, D), w_down (D, F), all of one dtype -> (..., D).
-
-    The first product, the activation and, backward, its derivative are one persistent TMA kernel each way; the other
-    products are cuBLAS. Widths whose rows are no multiple of 16 bytes, which TMA cannot address, take the reference.
-    """
+def leaky_relu_sq_mlp(x, w_up, w_down, slope):
+    """x (..., D), w_up (F, D), w_down (D, F), of one dtype -> (..., D). What TMA cannot address takes the reference."""
     (width, hidden), size = w_down.shape, x.element_size()
-    if width * size % 16 or hidden * size % 16:
+    if width * size % 16 or hidden * size % 16 or x.numel() == 0:  # TMA: rows of n * 16 bytes
         return mlp_ref(x, w_up, w_down, slope)
-    return _mlp_op(x.reshape(-1, width), w_up, w_down, float(slope))[0].view(x.shape)
-
+    return _mlp(x.reshape(-1, width), w_up, w_down, float(slope)).view(x.shape)
 
 # --- attention over packed documents: causal within documents, scale 1/sqrt(E), query head h on KV head h // (H / K)
 # Every backend: q (B, T, H, E), k and v (B, T, K, E), cu_seqlens (N + 1,) int32 with B = 1, or None: each row is one
 # document; -> (B, T, H, E). cu_seqlens may end in repetitions of T (empty documents). No document exceeds max_seqlen.
+_VARLEN_PARAMETERS = tuple(inspect.signature(varlen_attn).parameters)
 
-
-def _repeat_kv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _repeat_kv(q, *kv):
     """q (..., H, E), k and v (..., K, E) -> k and v (..., H, E) for backends without grouped heads."""
-    repeats = q.shape[-2] // k.shape[-2]
-    return (k, v) if repeats == 1 else (k.repeat_interleave(repeats, -2), v.repeat_interleave(repeats, -2))
+    repeats = q.shape[-2] // kv[0].shape[-2]
+    return kv if repeats == 1 else [t.repeat_interleave(repeats, -2) for t in kv]
 
-
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
+def attention_sdpa(q, k, v, cu_seqlens, max_seqlen):
     """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E): the reference; any device and dtype, no host synchronisation.
 
-    The packed row is cut in blocks of W = max_seqlen queries. A document spans W tokens at most, so a query sees keys
-    of its own block and of the one before only: exact, with a mask of T x 2W instead of T x T.
+    In blocks of W = max_seqlen queries, each sees keys of its block and the one before: a mask of T x 2W, not T x T.
     """
     k, v = _repeat_kv(q, k, v)
     if cu_seqlens is None:
-        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
-        return out.transpose(1, 2)
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
     _, T, H, E = q.shape
     W = min(max_seqlen, T)
     blocks = (T + W - 1) // W
@@ -993,219 +846,145 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, m
     positions = torch.arange(blocks * W, dtype=cu_seqlens.dtype, device=q.device)
     document = torch.searchsorted(cu_seqlens, positions, right=True).view(blocks, W)  # from 1; 0 is before the row
 
-    def with_previous(t: Tensor) -> Tensor:  # (blocks, W, ...) -> (blocks, 2W, ...)
+    def with_previous(t):  # (blocks, W, ...) -> (blocks, 2W, ...)
         return torch.cat((torch.cat((torch.zeros_like(t[:1]), t[:-1])), t), dim=1)
 
     offset = torch.arange(2 * W, device=q.device)
-    causal = offset <= offset[:W, None] + W
-    mask = (document[:, :, None] == with_previous(document)[:, None, :]) & causal  # (blocks, W, 2W)
+    mask = (document[:, :, None] == with_previous(document)[:, None]) & (offset <= offset[:W, None] + W)
     q, k, v = (t.transpose(1, 2) for t in (q, with_previous(k), with_previous(v)))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # (blocks, H, W, E)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # out (blocks, H, W, E)
     return out.transpose(1, 2).reshape(1, blocks * W, H, E)[:, :T]
 
+def _on_packed_row(varlen):
+    """Decorator: attention over one row of documents, (tokens, H, E) -> (tokens, H, E), becomes a backend as above."""
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple:
-    """Arguments of a backend -> q (B*T, H, E), k and v (B*T, K, E), cu_seqlens, max_seqlen of one packed row."""
-    if cu_seqlens is None:
-        B, max_seqlen = q.shape[:2]
-        cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=q.device) * max_seqlen
-    return *(t.flatten(0, 1) for t in (q, k, v)), cu_seqlens, max_seqlen
+    def attention(q, k, v, cu_seqlens, max_seqlen):
+        if cu_seqlens is None:
+            B, max_seqlen = q.shape[:2]
+            cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=q.device) * max_seqlen
+        return varlen(*(t.flatten(0, 1) for t in (q, k, v)), cu_seqlens, max_seqlen).view(q.shape)
 
+    return attention
 
-_VARLEN_PARAMETERS = () if varlen_attn is None else tuple(inspect.signature(varlen_attn).parameters)
-
-
-def attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
-    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E) by torch's varlen_attn (torch >= 2.10, CUDA, 16 bits)."""
-    shape = q.shape
-    q, k, v, cu_seqlens, max_seqlen = _packed(q, k, v, cu_seqlens, max_seqlen)
+@_on_packed_row
+def attention_torch(q, k, v, cu_seqlens, max_seqlen):
+    """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by torch's varlen_attn (torch >= 2.10, CUDA, 16 bits)."""
     options = {"is_causal": True} if "is_causal" in _VARLEN_PARAMETERS else {"window_size": (-1, 0)}  # 2.10 or later
     if "enable_gqa" in _VARLEN_PARAMETERS:
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     else:
         k, v = _repeat_kv(q, k, v)
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options).view(shape)
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
 
-
-def attention_fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
-    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E) by FlashAttention-3 (Hopper; arXiv:2407.08608)."""
+@_on_packed_row
+def attention_fa3(q, k, v, cu_seqlens, max_seqlen):
+    """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by FlashAttention-3 (Hopper; arXiv:2407.08608)."""
     from flash_attn_interface import flash_attn_varlen_func
-
-    shape = q.shape
-    q, k, v, cu_seqlens, max_seqlen = _packed(q, k, v, cu_seqlens, max_seqlen)
     out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
-    return (out[0] if isinstance(out, tuple) else out).view(shape)  # some versions return (out, lse)
+    return out[0] if isinstance(out, tuple) else out  # some versions return (out, lse)
 
+@golf_op(lambda grad, q, k, v, *_: tuple(t.new_empty(t.shape) for t in (q, k, v)))
+def _fa4_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor,
+                  max_seqlen: int) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    _flash_attn_bwd(
+        q, k, v, out, grad.contiguous(), lse, softmax_scale=q.shape[-1] ** -0.5, causal=True, dq=dq, dk=dk, dv=dv,
+        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
+    return dq, dk, dv
 
-@torch.library.custom_op("golf::fa4", mutates_args=())
-def _fa4_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+@_on_packed_row
+@golf_op(lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)),
+         lambda needed, *saved: _fa4_backward(*saved))
+def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by FlashAttention-4 (flash-attn-4; CUDA, 16 bits)."""
     from flash_attn.cute.interface import _flash_attn_fwd
-
     out, lse, *_ = _flash_attn_fwd(
         q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
-        softmax_scale=q.shape[-1] ** -0.5, causal=True, return_lse=True,
-    )
+        softmax_scale=q.shape[-1] ** -0.5, causal=True, return_lse=True)
     return out, lse  # (tokens, H, E), (H, tokens)
 
-
-_fa4_op.register_fake(lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
-
-
-@torch.library.custom_op("golf::fa4_backward", mutates_args=())
-def _fa4_backward_op(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    from flash_attn.cute.interface import _flash_attn_bwd
-
-    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    _flash_attn_bwd(
-        q, k, v, out, grad_out.contiguous(), lse, softmax_scale=q.shape[-1] ** -0.5, causal=True,
-        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
-        dq=grads[0], dk=grads[1], dv=grads[2],
-    )
-    return grads
-
-
-_fa4_backward_op.register_fake(lambda grad_out, q, k, v, *_: tuple(t.new_empty(t.shape) for t in (q, k, v)))
-
-
-def _fa4_setup(ctx, inputs, output):
-    q, k, v, cu_seqlens, ctx.max_seqlen = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
-
-
-def _fa4_backward(ctx, grad_out, _grad_lse):
-    if grad_out is None:
-        return None, None, None, None, None
-    return *_fa4_backward_op(grad_out, *ctx.saved_tensors, ctx.max_seqlen), None, None
-
-
-_fa4_op.register_autograd(_fa4_backward, setup_context=_fa4_setup)
-
-
-def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
-    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E) by FlashAttention-4 (flash-attn-4, CuTe; CUDA, 16 bits)."""
-    return _fa4_op(*_packed(q, k, v, cu_seqlens, max_seqlen))[0].view(q.shape)
-
-
-# --- selection
-
-
-@dataclass(frozen=True)
-class Ops:
-    """What the model calls: three functions, the name of each choice, and why an alternative was refused."""
-
-    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
-    mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    cross_entropy: Callable[[Tensor, Tensor, float], Tensor]
-    names: dict[str, str]
-    notes: tuple[str, ...] = ()
-
-
-# fastest first
+# --- selection, the fastest first
 ATTENTION_BACKENDS = {"fa3": attention_fa3, "fa4": attention_fa4, "torch": attention_torch, "sdpa": attention_sdpa}
 
+@dataclass(frozen=True)
+class Ops:  # what the model calls, the name of each choice, and why an alternative was refused
+    attention: Callable  # q, k, v, cu_seqlens, max_seqlen
+    mlp: Callable  # x, w_up, w_down, slope
+    cross_entropy: Callable  # logits, targets, softcap
+    names: dict
+    notes: tuple = ()
 
-def _forward_backward(op: Callable, args: tuple) -> list[Tensor]:
+def _forward_backward(op, args):
     """op and its arguments -> its output and its gradients for each floating-point argument, under one fixed loss."""
-    args = tuple(a.detach().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
+    args = [a.detach().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
     with torch.enable_grad():
         out = op(*args)
-        weight = torch.linspace(-1, 1, out.numel(), device=out.device).cos().view(out.shape).to(out.dtype)
-        grads = torch.autograd.grad(out, [a for a in args if torch.is_tensor(a) and a.requires_grad], weight)
-    return [out.detach(), *grads]
+    grad = torch.linspace(-1, 1, out.numel(), device=out.device).cos().view(out.shape).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, [a for a in args if torch.is_tensor(a) and a.requires_grad], grad)]
 
-
-def _fault(op: Callable, reference: Callable, args: tuple, tolerance: float = 0.03) -> str | None:
-    """One trial call forward and backward -> None, or why op cannot stand for its reference (exception, difference).
-
-    The tolerance is a relative Frobenius error: bf16 rounding on both sides stays below it, a wrong mask does not.
-    """
-    try:
-        got, want = _forward_backward(op, args), _forward_backward(reference, args)
-        errors = [((g - w).float().norm() / w.float().norm()).item() for g, w in zip(got, want, strict=True)]
-    except Exception as error:  # whatever a library raises (missing, wrong version, unsupported device) means: not here
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-    agrees = all(error <= tolerance for error in errors)  # False for NaN
-    return None if agrees else "disagrees with the reference, relative errors " + " ".join(f"{e:.1e}" for e in errors)
-
-
-def _first_that_works(kind: str, candidates: dict[str, Callable], args: tuple, notes: list[str]) -> str | None:
-    """Operations by name, the reference last, and trial arguments -> name of the first that passes (or None); notes."""
-    reference = {"attention": attention_sdpa, "mlp": mlp_ref, "cross_entropy": softcapped_cross_entropy_ref}[kind]
+def _first_that_works(kind, candidates, reference, args, notes, tolerance=0.03):
+    """Candidates by name, trial arguments -> name of the first that agrees with reference, or None; adds to notes."""
     for name, op in candidates.items():
-        fault = None if op is reference else _fault(op, reference, args)
-        if fault is None:
+        if op is reference:
             return name
+        try:
+            pairs = zip(_forward_backward(op, args), _forward_backward(reference, args), strict=True)
+            errors = [((got - want).float().norm() / want.float().norm()).item() for got, want in pairs]
+            # relative Frobenius errors: bf16 rounding on both sides stays below the tolerance, a wrong mask does not
+            if all(error <= tolerance for error in errors):  # False for NaN
+                return name
+            fault = "disagrees with the reference, relative errors " + " ".join(f"{error:.1e}" for error in errors)
+        except Exception as error:  # a library may raise anything (missing, wrong version, wrong device): not here
+            fault = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
         notes.append(f"{kind} {name}: {fault}")
     return None
 
-
-def select_ops(
-    kernels: bool, attention_backend: str, device: torch.device, dtype: torch.dtype,
-    head_dim: int, num_heads: int, num_kv_heads: int,
-) -> Ops:
+def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, num_kv_heads):
     """Settings KERNELS and ATTENTION_BACKEND, shapes -> Ops, each fast version tried on `device` against its reference.
 
-    Trials draw from a generator of their own, so they leave the random state of the run alone. ValueError: unknown
-    backend, or a named one that does not work here.
+    The random state of the run stays as it is. SettingError: a named backend is unknown or does not work here.
     """
     if attention_backend not in ("auto", *ATTENTION_BACKENDS):
-        raise ValueError(f"ATTENTION_BACKEND={attention_backend}: expected auto, {', '.join(ATTENTION_BACKENDS)}")
-    device = torch.device(device)
-    cuda, notes = device.type == "cuda", []
-    attention = ATTENTION_BACKENDS
+        raise SettingError(f"ATTENTION_BACKEND={attention_backend}: expected auto, {', '.join(ATTENTION_BACKENDS)}")
+    cuda = torch.device(device).type == "cuda"
+    attention = ATTENTION_BACKENDS if cuda else {"sdpa": attention_sdpa}
     if attention_backend != "auto":
-        attention = {attention_backend: attention[attention_backend]}
-    elif not cuda:
-        attention = {"sdpa": attention_sdpa}
-    elif torch.cuda.get_device_capability(device)[0] != 9:  # FlashAttention-3 is for Hopper alone
+        attention = {attention_backend: ATTENTION_BACKENDS[attention_backend]}
+    elif cuda and torch.cuda.get_device_capability(device)[0] != 9:  # FlashAttention-3 is for Hopper alone
         attention = {name: op for name, op in attention.items() if name != "fa3"}
-    mlp, cross_entropy = {"reference": mlp_ref}, {"reference": softcapped_cross_entropy_ref}
-    if kernels and cuda and triton is None:
-        notes.append("kernels: Triton is not installed")
-    elif kernels and cuda:
-        mlp = {"triton": leaky_relu_sq_mlp} | mlp
-        cross_entropy = {"triton": softcapped_cross_entropy} | cross_entropy
-
+    mlps = {"triton": leaky_relu_sq_mlp, "reference": mlp_ref}
+    cross_entropies = {"triton": softcapped_cross_entropy, "reference": softcapped_cross_entropy_ref}
+    if not (kernels and cuda and triton):
+        del mlps["triton"], cross_entropies["triton"]
+    notes = ["kernels: Triton is not installed"] if kernels and cuda and triton is None else []
     generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-    q, k, v = (normal(1, 256, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads))
-    cu_seqlens = torch.tensor([0, 37, 38, 166, 256, 256, 256], dtype=torch.int32, device=device)
     targets = torch.randint(1000, (64,), generator=generator, device=device)
-    trials = {
-        "attention": (attention, (q, k, v, cu_seqlens, 128)),
-        "mlp": (mlp, (normal(200, 64), normal(320, 64) / 8, normal(64, 320) / 18, 0.3)),
-        "cross_entropy": (cross_entropy, (normal(64, 1000) * 10, targets, 30.0)),
+    cu_seqlens = torch.tensor([0, 37, 38, 166, 256, 256, 256], dtype=torch.int32, device=device)
+    qkv = [(1, 256, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    q, k, v, x, w_up, w_down, logits = (torch.randn(shape, generator=generator, device=device).to(dtype)
+                                        for shape in (*qkv, (200, 64), (320, 64), (64, 320), (64, 1000)))
+    trials = {  # operation -> candidates, reference, arguments
+        "attention": (attention, attention_sdpa, (q, k, v, cu_seqlens, 128)),
+        "mlp": (mlps, mlp_ref, (x, w_up / 8, w_down / 18, 0.3)),
+        "cross_entropy": (cross_entropies, softcapped_cross_entropy_ref, (logits * 10, targets, 30.0)),
     }
-    names = {kind: _first_that_works(kind, candidates, args, notes) for kind, (candidates, args) in trials.items()}
+    names = {kind: _first_that_works(kind, *trial, notes) for kind, trial in trials.items()}
     if names["attention"] is None:
-        raise ValueError(f"ATTENTION_BACKEND={attention_backend} does not work here: {'; '.join(notes)}")
-    return Ops(
-        attention[names["attention"]], mlp[names["mlp"]], cross_entropy[names["cross_entropy"]], names, tuple(notes)
-    )
+        raise SettingError(f"ATTENTION_BACKEND={attention_backend} does not work here: {'; '.join(notes)}")
+    return Ops(**{kind: trials[kind][0][name] for kind, name in names.items()}, names=names, notes=tuple(notes))
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# MODEL
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---- MODEL -----------------------------------------------------------------------------------------------------------
 
 def norm(x):
-    """(..., D) -> (..., D): RMS norm without a weight, eps of F.rms_norm for float32 (SPEC.md 2)."""
+    """(..., D) -> (..., D): RMS norm without a weight, eps of F.rms_norm for float32."""
     return F.rms_norm(x, (x.size(-1),), eps=1.19e-7)
-
 
 def rotary_tables(length, hp, device):
     """cos and sin of every position of a row, (T, 1, rope_dims / 2) float32; float64 angles, positions reach 98,304."""
     frequency = hp.rope_base ** (-torch.arange(0, hp.rope_dims, 2, dtype=torch.float64, device=device) / hp.rope_dims)
     angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
     return angle.cos().float()[:, None], angle.sin().float()[:, None]
-
 
 def apply_rotary_emb(x, tables):
     """(B, T, H, E) -> the same: rotates dims i and i + rope_dims/2 of the first rope_dims (partial RoPE)."""
@@ -1214,17 +993,14 @@ def apply_rotary_emb(x, tables):
     x1, x2, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
 
-
 def subtract_own_value(y, v):
     """XSA: (B, T, H, E), (B, T, K, E) -> (B, T, H, E): the output without its part along its own value."""
     v_hat = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, E)
     grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, E)
     return (grouped - (grouped * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3)
 
-
 class LayerWeights(NamedTuple):
     """One layer's matrices in the compute dtype, views of the banks."""
-
     q: Tensor  # (D, D)
     k: Tensor  # (K E, D)
     v: Tensor  # (K E, D)
@@ -1232,9 +1008,8 @@ class LayerWeights(NamedTuple):
     up: Tensor  # (F, D)
     down: Tensor  # (D, F)
 
-
 class GPT(nn.Module):
-    """The 11-layer recurrent GPT (SPEC.md 2): one forward pass for training, evaluation, calibration and TTT.
+    """The 11-layer recurrent GPT: one forward pass for training, evaluation, calibration and TTT.
 
     A tap, where given, is called at every site as tap(site, slot, layer, x, y) -> y, with the site's input and output.
     Sites: q, k, v, attn_proj, mlp_up, mlp_down, lm_head (matrix products), attn_out, mlp_out (whole sublayers). Without
@@ -1311,8 +1086,6 @@ class GPT(nn.Module):
         L = self.hp.num_layers
         return [LayerWeights(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i]) for i in range(L)]
 
-    # ---- one layer
-
     def attention(self, h, x_in, slot, layer, w, rope, packing, tap):
         """(B, T, D) normalised input h -> (B, T, D). `packing` is (cu_seqlens or None, max_seqlen)."""
         hp, (B, T, D) = self.hp, h.shape
@@ -1349,8 +1122,6 @@ class GPT(nn.Module):
         else:
             out = self.ops.mlp(h, w.up, w.down, slope)
         return out if tap is None else tap("mlp_out", slot, layer, h, out)
-
-    # ---- the whole stack
 
     def embed(self, tokens, fresh):
         """(B, T) ids -> (B, T, D) raw embedding with SmearGate; none at BOS, t = 0, and where `fresh` (B, T) is set."""
@@ -1415,18 +1186,13 @@ class GPT(nn.Module):
         losses = softcapped_cross_entropy_ref(logits.flatten(0, -2), targets.flatten(), self.hp.logit_softcap)
         return losses.view(targets.shape)
 
-
 def linear(x, w, tap, site, slot, layer):
     """x (..., in), w (out, in) -> (..., out): the one matrix product of the model that a tap can watch or add to."""
     y = F.linear(x, w)
     return y if tap is None else tap(site, slot, layer, x, y)
 
-
-# Saved weights carry one matrix per name, so that quantization and packing see matrices, not banks.
-
-
 def unbank(model):
-    """GPT -> {saved name: fp32 view}; each matrix of a bank under its own name, the rest under their parameters'."""
+    """GPT -> {saved name: fp32 view}: quantization and packing see matrices under names of their own, not banks."""
     L, state = model.hp.num_layers, {}
     for name, tensor in model.state_dict().items():
         if names := BANK_NAMES.get(name):
@@ -1434,7 +1200,6 @@ def unbank(model):
         else:
             state[HEAD_NAMES.get(name, name)] = tensor
     return state
-
 
 def rebank(model, state):
     """Loads {saved name: tensor} into a GPT. Raises ValueError where names or shapes differ from the model's."""
@@ -1448,7 +1213,6 @@ def rebank(model, state):
         for name, tensor in unbank(model).items():
             tensor.copy_(state[name])
 
-
 BANK_NAMES = {
     "qo_bank": ("blocks.{}.attn.c_q.weight", "blocks.{}.attn.c_proj.weight"),
     "kv_bank": ("blocks.{}.attn.c_k.weight", "blocks.{}.attn.c_v.weight"),
@@ -1457,10 +1221,7 @@ BANK_NAMES = {
 }
 HEAD_NAMES = {"tok_emb": "tok_emb.weight", "lm_head": "lm_head.weight"}
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# OPTIMIZER
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- OPTIMIZER -------------------------------------------------------------------------------------------------------
 
 # Polar Express (arXiv:2505.16932): one (a, b, c) per Newton-Schulz step
 POLAR_EXPRESS = (
@@ -1474,7 +1235,6 @@ POLAR_EXPRESS = (
 BANKS = tuple(BANK_NAMES)  # Muon's parameters
 EMBEDDINGS = tuple(HEAD_NAMES)  # AdamW with TIED_EMBED_LR; every other parameter: AdamW with SCALAR_LR
 
-
 def polar_express(x, steps):
     """(N, R, C) -> (N, R, C) orthogonalised: X <- aX + (bA + cA^2)X with A = XX^T, on X/|X|_F; tall ones transposed."""
     tall = x.size(-2) > x.size(-1)
@@ -1485,7 +1245,6 @@ def polar_express(x, steps):
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
 
-
 def muon_update(grad, momentum_buffer, momentum, steps, row_normalize):
     """(N, R, C) gradients -> (N, R, C) orthogonalised Nesterov updates, in the gradients' dtype; updates the buffer."""
     momentum_buffer.mul_(momentum).add_(grad)
@@ -1493,7 +1252,6 @@ def muon_update(grad, momentum_buffer, momentum, steps, row_normalize):
     if row_normalize:
         update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
     return polar_express(update, steps)
-
 
 class Muon:
     """Muon on the banks, sharded over ranks along the banks' first dimension (padded to the world size).
@@ -1504,16 +1262,12 @@ class Muon:
 
     def __init__(self, banks, hp, dist, dtype):
         self.banks, self.hp, self.dist, self.dtype = banks, hp, dist, dtype
-        self.momentum_buffers = [self.padded(bank).new_zeros(self.shard_rows(bank), *bank.shape[1:]) for bank in banks]
+        self.momentum_buffers = [torch.zeros_like(self.padded(bank).chunk(dist.world_size)[0]) for bank in banks]
         self.in_flight = []
-
-    def shard_rows(self, bank):
-        return -(-bank.size(0) // self.dist.world_size)
 
     def padded(self, bank):
         """A bank-shaped tensor in Muon's dtype, its first dimension zero-padded to a multiple of the world size."""
-        missing = self.shard_rows(bank) * self.dist.world_size - bank.size(0)
-        return F.pad(bank.detach().to(self.dtype), (0, 0, 0, 0, 0, missing))
+        return F.pad(bank.detach().to(self.dtype), (0, 0, 0, 0, 0, -bank.size(0) % self.dist.world_size))
 
     def launch(self):
         """Starts the reduction of every bank's gradient."""
@@ -1538,7 +1292,6 @@ class Muon:
             scale = max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5
             bank.mul_(1 - lr * weight_decay).add_(update[:bank.size(0)], alpha=-lr * scale)
         self.in_flight = []
-
 
 class Optimizers:
     """Muon for the banks, AdamW for the embedding and for scalars and gates; every parameter in exactly one group.
@@ -1584,11 +1337,6 @@ class Optimizers:
         for p in (*self.replicated, *self.muon.banks):
             p.grad = None
 
-    def state(self):
-        """Everything that training changes besides the weights."""
-        return {"adamw": self.adamw.state_dict(), "muon": self.muon.momentum_buffers}
-
-
 class EMA:
     """Exponential average of all weights in fp32, decay min(EMA_DECAY, (1 + n) / (10 + n)) at step n."""
 
@@ -1605,47 +1353,31 @@ class EMA:
     def copy_to_model(self):
         torch._foreach_copy_(self.parameters, self.average)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# SCHEDULE
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- SCHEDULE --------------------------------------------------------------------------------------------------------
 # Pure functions of the training fraction in [0, 1] (or of the step): every rank and every test computes the same.
-
 
 def lr_multiplier(progress, hp):
     """1 until 1 - WARMDOWN_FRAC, then linear to 0, never below MIN_LR."""
     return max(hp.min_lr, min(1.0, (1.0 - progress) / hp.warmdown_frac))
-
 
 def muon_momentum(step, hp):
     """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over the warm-up steps."""
     share = min(1.0, step / hp.muon_momentum_warmup_steps) if hp.muon_momentum_warmup_steps else 1.0
     return (1 - share) * hp.muon_momentum_warmup_start + share * hp.muon_momentum
 
-
 def weight_decay_multiplier(progress, hp):
     """1 until HOLD, linear to LOW at RAMP, linear to HIGH at the end; 1 throughout when off (PR 1512)."""
     if not hp.wd_schedule_enabled:
         return 1.0
-    hold = hp.wd_sched_hold_frac
-    ramp = min(max(hp.wd_sched_ramp_frac, hold + 1e-6), 1.0)
-    low, high = hp.wd_sched_low_factor, hp.wd_sched_high_factor
-    if progress < hold:
-        return 1.0
-    if progress < ramp:
-        return 1.0 + (low - 1.0) * (progress - hold) / (ramp - hold)
-    return low + (high - low) * (progress - ramp) / max(1.0 - ramp, 1e-6)
-
+    ramp = min(max(hp.wd_sched_ramp_frac, hp.wd_sched_hold_frac + 1e-6), 1.0)
+    factors = (1.0, hp.wd_sched_low_factor, hp.wd_sched_high_factor)
+    return float(np.interp(progress, (hp.wd_sched_hold_frac, ramp, 1.0), factors))
 
 def loop_is_on(progress, hp):
     """Whether the looped layers run several times at this training fraction."""
     return hp.num_loops > 0 and progress >= hp.enable_looping_at
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# TRAINING
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---- TRAINING --------------------------------------------------------------------------------------------------------
 
 class TrainingClock:
     """Seconds of training on rank 0, told to every rank, so that schedules and the end are the same everywhere.
@@ -1679,20 +1411,16 @@ class TrainingClock:
         self.dist.synchronize()
         self.start += time.perf_counter() - since
 
-
 def compile_wanted(hp, dist):
     return dist.device.type == "cuda" if hp.compile == "auto" else hp.compile == "1"
-
 
 def compiled(function, hp, dist, dynamic=False):
     """torch.compile where the settings ask for it, else the function itself; dynamic=None: dimensions may be marked."""
     return torch.compile(function, fullgraph=True, dynamic=dynamic) if compile_wanted(hp, dist) else function
 
-
 def compiled_graphs():
     """Number of graphs that torch.compile has made in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
-
 
 class Trainer:
     """Model, optimizers, average and loader of a run, and the one training step."""
@@ -1755,7 +1483,7 @@ class Trainer:
                 self.log_step(step, losses[-1], seconds, progress, looping)
             if hp.val_loss_every and step % hp.val_loss_every == 0:
                 with clock.paused():
-                    log(f"step:{step} {evaluate()}")
+                    evaluate()
         self.dist.synchronize()
         seconds = clock.seconds()
         if budget and seconds > budget:
@@ -1779,98 +1507,59 @@ class Trainer:
         return {"steps": steps, "train_loss": sum(losses) / len(losses), "training_seconds": round(seconds, 3),
                 "tokens_per_second_by_loop_state": rates, "graphs_compiled_while_training": recompilations}
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# QUANTIZATION
-# ----------------------------------------------------------------------------------------------------------------------
-MIN_SCALE, MAX_SCALE = 2.0**-24, 65504.0  # of fp16: 1e-10 would be 0 there, and an all-zero row be divided by it
-MAX_FP16_ELEMENTS = 65_536  # a larger tensor must have a role in QUANT_TABLE
-DAMPING_RETRIES = 4
-
-
-@dataclass(frozen=True)
-class QuantRole:
-    """What a matrix does, and the fields of Hyperparameters with its code width and its clip in standard deviations."""
-
-    role: str
-    bits: str
-    clip: str
-
-
-QUANT_TABLE = {  # saved-weight name -> role; the order of the rows is the order of the groups in the artifact
-    "tok_emb.weight": QuantRole("embedding", "embed_bits", "embed_clip_sigmas"),
-    "lm_head.weight": QuantRole("embedding", "embed_bits", "embed_clip_sigmas"),  # TIE_EMBEDDINGS=0
-    "blocks.{}.attn.c_q.weight": QuantRole("q", "matrix_bits", "attn_clip_sigmas"),
-    "blocks.{}.attn.c_k.weight": QuantRole("k", "matrix_bits", "attn_clip_sigmas"),
-    "blocks.{}.attn.c_v.weight": QuantRole("v", "matrix_bits", "attn_clip_sigmas"),
-    "blocks.{}.attn.c_proj.weight": QuantRole("out", "matrix_bits", "attn_clip_sigmas"),
-    "blocks.{}.mlp.c_fc.weight": QuantRole("up", "matrix_bits", "mlp_clip_sigmas"),
-    "blocks.{}.mlp.c_proj.weight": QuantRole("down", "matrix_bits", "mlp_clip_sigmas"),
+# ---- QUANTIZATION ----------------------------------------------------------------------------------------------------
+FP16_RANGE = 2.0**-24, 65504.0  # of scales: 1e-10 would be 0 in fp16, and an all-zero row be divided by it
+MAX_FP16_ELEMENTS, DAMPING_RETRIES = 65_536, 4  # a tensor with more elements must have a role in QUANT_TABLE
+LQER_FIELDS = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
+QUANT_TABLE = {  # saved-weight name -> role, settings of its bits and clip; in the order of the artifact's groups
+    "tok_emb.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
+    "lm_head.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),  # TIE_EMBEDDINGS=0
+    "blocks.{}.attn.c_q.weight": ("q", "matrix_bits", "attn_clip_sigmas"),
+    "blocks.{}.attn.c_k.weight": ("k", "matrix_bits", "attn_clip_sigmas"),
+    "blocks.{}.attn.c_v.weight": ("v", "matrix_bits", "attn_clip_sigmas"),
+    "blocks.{}.attn.c_proj.weight": ("out", "matrix_bits", "attn_clip_sigmas"),
+    "blocks.{}.mlp.c_fc.weight": ("up", "matrix_bits", "mlp_clip_sigmas"),
+    "blocks.{}.mlp.c_proj.weight": ("down", "matrix_bits", "mlp_clip_sigmas"),
 }
 
-
-def quant_role(name: str) -> QuantRole | None:
+def quant_role(name):
     """Saved-weight name -> its row of QUANT_TABLE, None for a tensor that stays fp16 (or is an attention gate)."""
     return QUANT_TABLE.get(re.sub(r"^blocks\.[0-9]+\.", "blocks.{}.", name))
 
-
-def inverse_cholesky_upper(h: Tensor) -> Tensor:
-    """(..., C, C) positive definite -> U (..., C, C), upper triangular, H^-1 = U^T U; NaN where H is not definite.
-
-    One reversed Cholesky factor (H = P P^T with P upper triangular, from the matrix flipped both ways) and one solve
-    U = P^-1: half the work of inverting H and factoring the inverse. No synchronisation with the host.
-    """
+def inverse_cholesky_upper(h):
+    """(..., C, C) -> U (..., C, C), upper triangular, H^-1 = U^T U; NaN where H is not positive definite."""
+    # H = P P^T, P upper triangular, U = P^-1: half the work of inverting H and factoring the inverse
     lower, info = torch.linalg.cholesky_ex(h.flip(-2, -1))
-    lower = lower.masked_fill((info != 0)[..., None, None], math.nan)
+    lower = lower.masked_fill((info != 0)[..., None, None], math.nan)  # no synchronisation with the host
     eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device).expand_as(h)
     return torch.linalg.solve_triangular(lower.flip(-2, -1), eye, upper=True)
 
-
-def damped_inverse_factor(h: Tensor, damping: Tensor, names: Sequence[str]) -> Tensor:
-    """h (N, C, C), damping (N,) -> U (N, C, C) of (h + damping I)^-1; h is overwritten.
-
-    Where the factor does not exist, the damping of that matrix alone is raised tenfold and tried again, with a warning.
-    Raises ValueError, naming the matrices, after DAMPING_RETRIES retries.
-    """
+def damped_inverse_factor(h, damping, names):
+    """h (N, C, C), damping (N,), both overwritten -> U of (h + damping I)^-1; damping grows where there is none."""
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     undamped = diagonal.clone()
-    for retry in range(DAMPING_RETRIES + 1):
+    for retry in range(1, DAMPING_RETRIES + 2):
         diagonal.copy_(undamped + damping[:, None])
         upper = inverse_cholesky_upper(h)
-        failed = ~upper.isfinite().all(dim=-1).all(dim=-1)
-        failed_names = [name for name, bad in zip(names, failed.tolist(), strict=True) if bad]
+        failed = ~upper.isfinite().flatten(1).all(dim=1)
+        failed_names = ", ".join(name for name, bad in zip(names, failed.tolist(), strict=True) if bad)
         if not failed_names:
             return upper
-        if retry < DAMPING_RETRIES:
-            warnings.warn(f"GPTQ: damping raised tenfold, retry {retry + 1}: {', '.join(failed_names)}", stacklevel=2)
-            damping = torch.where(failed, damping * 10, damping)
-    raise ValueError(f"GPTQ: no Cholesky factor after {DAMPING_RETRIES} retries for {', '.join(failed_names)}")
+        if retry > DAMPING_RETRIES:
+            raise ValueError(f"GPTQ: no Cholesky factor after {DAMPING_RETRIES} retries for {failed_names}")
+        warnings.warn(f"GPTQ: damping raised tenfold, retry {retry}: {failed_names}", stacklevel=2)
+        damping[failed] *= 10
 
-
-def fp16_scale(scale: Tensor) -> Tensor:
-    """Any shape -> the same in fp16, kept away from 0 and infinity."""
-    return scale.float().clamp(MIN_SCALE, MAX_SCALE).half()
-
-
-def round_to_codes(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """x, fp16 scale that broadcasts against x -> whole numbers in [low, high] as fp32."""
-    return (x.float() / scale.float()).round_().clamp_(low, high)
-
-
-def gptq_quantize(
-    w: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, damp: float, block_size: int, names: Sequence[str] = ()
-) -> tuple[Tensor, Tensor]:
-    """w (R, C) or (N, R, C), hessian (C, C) or (N, C, C) -> codes int8 as w, scale fp16 (R,) or (N, R).
+def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names):
+    """w (N, R, C), hessian (N, C, C), N names -> codes int8 (N, R, C), scale fp16 (N, R).
 
     GPTQ (arXiv:2210.17323), columns in descending order of diag H, and SDClip scales: clip_sigmas standard deviations
     of the original row reach the largest code. The working copy is (N, C, R), so that a column is contiguous, and
     nothing in the column loop waits for the device. Raises ValueError with names if a Hessian cannot be made definite.
     """
-    if w.ndim == 2:
-        codes, scale = gptq_quantize(w[None], hessian[None], bits, clip_sigmas, damp, block_size, names)
-        return codes[0], scale[0]
     num_columns, q_max = w.shape[2], 2 ** (bits - 1) - 1
-    scale = fp16_scale(clip_sigmas * w.float().std(dim=2) / q_max)  # (N, R)
+    scale = (clip_sigmas * w.float().std(dim=2) / q_max).clamp(*FP16_RANGE).half()  # (N, R)
+    step = scale.float()
     h = hessian.float().clone()
     diagonal = h.diagonal(dim1=1, dim2=2)
     damping = damp * diagonal.mean(dim=1)
@@ -1878,7 +1567,7 @@ def gptq_quantize(
     diagonal.masked_fill_(dead, 1.0)
     order = diagonal.argsort(dim=1, descending=True, stable=True)
     h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None, :].expand_as(h))
-    upper = damped_inverse_factor(h, damping, names or [f"matrix {i}" for i in range(len(w))])
+    upper = damped_inverse_factor(h, damping, names)
     work = w.float().mT.masked_fill(dead[:, :, None], 0.0)
     row_order = order[:, :, None].expand_as(work)
     work = work.gather(1, row_order)  # (N, C, R)
@@ -1887,181 +1576,122 @@ def gptq_quantize(
         stop = min(start + block_size, num_columns)
         errors = torch.empty_like(work[:, start:stop])
         for j in range(start, stop):
-            codes[:, j] = round_to_codes(work[:, j], scale, -q_max, q_max)
-            error = (work[:, j] - codes[:, j] * scale.float()) / upper[:, j, j, None]
-            errors[:, j - start] = error
+            codes[:, j] = (work[:, j] / step).round_().clamp_(-q_max, q_max)
+            errors[:, j - start] = error = (work[:, j] - codes[:, j] * step) / upper[:, j, j, None]
             work[:, j + 1 : stop].addcmul_(upper[:, j, j + 1 : stop, None], error[:, None, :], value=-1.0)
         work[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, errors, alpha=-1.0)
     codes = torch.empty_like(codes).scatter_(1, row_order, codes)
     return codes.mT.to(torch.int8).contiguous(), scale
 
+def quantize_rows(x, low, high, steps):
+    """x (..., C) -> codes int8 (..., C) in [low, high], scale fp16 (...): largest |x| of the row over `steps`."""
+    scale = (x.float().abs().amax(dim=-1) / steps).clamp(*FP16_RANGE).half()
+    return (x.float() / scale.float()[..., None]).round_().clamp_(low, high).to(torch.int8), scale
 
-def quantize_rows_int8(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w (..., C) -> codes int8 (..., C), scale fp16 (...): the largest entry of each row gets code 127."""
-    scale = fp16_scale(w.abs().amax(dim=-1) / 127)
-    return round_to_codes(w, scale[..., None], -127, 127).to(torch.int8), scale
-
-
-def lqer_factors(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def lqer_factors(error, rank):
     """error (R, C) -> A (R, rank), B (rank, C), the best A B in the Frobenius norm (LQER, arXiv:2402.02446)."""
     u, s, vh = torch.linalg.svd(error.float(), full_matrices=False)
     return u[:, :rank] * s[:rank], vh[:rank]
 
+def pack_factors(a, b, hp):
+    """a (R, r), b (r, C) -> LQER_FIELDS: codes int8, scales fp16, () and (groups,) if asymmetric, or (R,), (r,)."""
+    if hp.lqer_asym_enabled and b.numel() % hp.lqer_asym_group == 0:
+        a_codes, a_scale = quantize_rows(a.flatten(), -2, 1, 1.5)
+        b_codes, b_scale = quantize_rows(b.reshape(-1, hp.lqer_asym_group), -8, 7, 7.5)  # groups may cross rows of b
+    else:
+        q_max = 2 ** (hp.lqer_factor_bits - 1) - 1
+        (a_codes, a_scale), (b_codes, b_scale) = (quantize_rows(x, -q_max, q_max, q_max) for x in (a, b))
+    return dict(zip(LQER_FIELDS, (a_codes.view_as(a), a_scale, b_codes.view_as(b), b_scale), strict=True))
 
-def pack_asymmetric(a: Tensor, b: Tensor, group: int) -> dict[str, Tensor]:
-    """a (R, r), b (r, C) -> int8 codes of a in [-2, 1], of b in [-8, 7]; fp16 scales () and (r C / group,)."""
-    a_scale = fp16_scale(a.abs().amax() / 1.5)
-    b_groups = b.reshape(-1, group)  # row-major, so a group may cross the rows of b
-    b_scale = fp16_scale(b_groups.abs().amax(dim=1) / 7.5)
-    a_codes = round_to_codes(a, a_scale, -2, 1).to(torch.int8)
-    b_codes = round_to_codes(b_groups, b_scale[:, None], -8, 7).to(torch.int8).reshape(b.shape)
-    return {"lqer_a": a_codes, "lqer_a_scale": a_scale, "lqer_b": b_codes, "lqer_b_scale": b_scale}
-
-
-def pack_symmetric(a: Tensor, b: Tensor, bits: int) -> dict[str, Tensor]:
-    """a (R, r), b (r, C) -> int8 codes within +-(2^(bits-1)-1) and fp16 scales per row, (R,) and (r,)."""
-    q_max, packed = 2 ** (bits - 1) - 1, {}
-    for key, factor in (("lqer_a", a), ("lqer_b", b)):
-        scale = fp16_scale(factor.abs().amax(dim=1) / q_max)
-        packed |= {key: round_to_codes(factor, scale[:, None], -q_max, q_max).to(torch.int8), f"{key}_scale": scale}
-    return packed
-
-
-def unpack_factors(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """lqer_* arrays of one matrix -> A (R, r), B (r, C) in fp32; a 0-d scale of A tells the asymmetric packing."""
-    keys = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
-    a, a_scale, b, b_scale = (arrays[key].astype(np.float32) for key in keys)
+def unpack_factors(fields):
+    """LQER_FIELDS of a matrix in fp32 -> A (R, r), B (r, C); a 0-d scale of A tells the asymmetric packing."""
+    a, a_scale, b, b_scale = (fields[key] for key in LQER_FIELDS)
     if a_scale.ndim == 0:
         return a * a_scale, (b.reshape(b_scale.size, -1) * b_scale[:, None]).reshape(b.shape)
     return a * a_scale[:, None], b * b_scale[:, None]
 
-
-def check_quantizable(weights: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
+def check_quantizable(weights, hessians):
     """ValueError for what quantize_weights cannot keep, on every rank alike."""
     for name, w in weights.items():
-        if quant_role(name) is None:
-            if w.numel() > MAX_FP16_ELEMENTS:
-                raise ValueError(f"{name} has {w.numel()} elements and no role in QUANT_TABLE: too large for fp16")
-        elif name not in hessians or hessians[name].shape != (w.shape[1], w.shape[1]):
-            raise ValueError(f"{name} {tuple(w.shape)} needs a Hessian of its columns")
         if not w.half().isfinite().all():
             raise ValueError(f"{name} holds numbers that are not finite or beyond fp16")
+        if quant_role(name) is None and w.numel() > MAX_FP16_ELEMENTS:
+            raise ValueError(f"{name} has {w.numel()} elements and no role in QUANT_TABLE: too large for fp16")
+        if quant_role(name) and (name not in hessians or hessians[name].shape != (w.shape[1], w.shape[1])):
+            raise ValueError(f"{name} {tuple(w.shape)} needs a Hessian of its columns")
 
-
-def share_matrices(matrices: dict[str, Tensor], world_size: int) -> list[list[str]]:
-    """name -> (R, C) -> names per rank, dearest first onto the least loaded rank; the same on every rank."""
+def share_matrices(matrices, world_size):
+    """{name: (R, C)} -> names per rank, dearest first onto the least loaded rank; the same on every rank."""
     cost = {name: w.shape[0] * w.shape[1] ** 2 for name, w in matrices.items()}
-    shares, load = [[] for _ in range(world_size)], [0] * world_size
-    for name in sorted(cost, key=lambda name: (-cost[name], name)):
-        rank = load.index(min(load))
-        shares[rank].append(name)
-        load[rank] += cost[name]
-    return shares
+    return balance(sorted(cost, key=lambda name: (-cost[name], name)), cost.get, world_size)
 
+def quantize_matrices(names, weights, hessians, hp):
+    """Names -> {name: fields codes, scale}, {name: E = W - codes scale (R, C)}; matrices of one shape share a batch."""
+    batches, packed, errors = defaultdict(list), {}, {}
+    for name in names:
+        _, bits, clip = quant_role(name)
+        batches[weights[name].shape, getattr(hp, bits), getattr(hp, clip)].append(name)
+    for (_, bits, clip_sigmas), batch in batches.items():
+        w, h = (torch.stack([source[name].float() for name in batch]) for source in (weights, hessians))
+        codes, scale = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch)
+        packed |= {name: {"codes": c, "scale": s} for name, c, s in zip(batch, codes, scale, strict=True)}
+        errors |= dict(zip(batch, w - codes * scale.float()[..., None], strict=True))
+    return packed, errors
 
-def quantize_matrices(matrices: dict[str, Tensor], hessians: dict[str, Tensor], hp):
-    """Matrices and Hessians by name -> name -> {codes, scale}, and name -> |E|_F; equal shapes share a batch."""
-    batches, packed, norms = defaultdict(list), {}, {}
-    for name, w in matrices.items():
-        row = quant_role(name)
-        batches[w.shape, getattr(hp, row.bits), getattr(hp, row.clip)].append(name)
-    for (_, bits, clip_sigmas), names in batches.items():
-        w, h = (torch.stack([source[name].float() for name in names]) for source in (matrices, hessians))
-        codes, scale = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, names)
-        norm = (w - codes * scale.float()[..., None]).norm(dim=(1, 2))
-        packed |= {name: {"codes": c, "scale": s} for name, c, s in zip(names, codes, scale, strict=True)}
-        norms |= dict(zip(names, norm.tolist(), strict=True))
-    return packed, norms
-
-
-def quantize_small(name: str, w: Tensor, hp) -> dict[str, Tensor]:
-    """A tensor without a role -> int8 rows (attention gates) or fp16, in its own shape."""
+def quantize_small(name, w, hp):
+    """A tensor without a role -> its fields, in its own shape: int8 rows (attention gates) or fp16."""
     if name.endswith("attn_gate") and hp.gated_attn_quant_gate:
-        return dict(zip(("codes", "scale"), quantize_rows_int8(w), strict=True))
+        return dict(zip(("codes", "scale"), quantize_rows(w, -127, 127, 127), strict=True))
     return {"fp16": w.half()}
 
-
-def correct_error(w: Tensor, packed: dict[str, Tensor], hp) -> dict[str, Tensor]:
-    """w (R, C) and its codes and scale -> packed LQER factors of E = w - codes * scale."""
-    a, b = lqer_factors(w.float() - packed["codes"] * packed["scale"].float()[:, None], hp.lqer_rank)
-    if hp.lqer_asym_enabled and b.numel() % hp.lqer_asym_group == 0:
-        return pack_asymmetric(a, b, hp.lqer_asym_group)
-    return pack_symmetric(a, b, hp.lqer_factor_bits)
-
-
-def gather_parts(dist, compute) -> dict:
-    """compute() -> this rank's part of a dict; the merged dict on every rank. Any rank's ValueError is raised on all.
-
-    Else a rank whose Hessian fails would leave the others waiting in the gather.
-    """
-    try:
-        part = compute()
-    except ValueError as error:
-        part = str(error)
-    parts = dist.all_gather_object(part)
-    if failures := [part for part in parts if isinstance(part, str)]:
-        raise ValueError("; ".join(failures))
-    return {key: value for part in parts for key, value in part.items()}
-
-
 @torch.no_grad()
-def quantize_weights(weights: dict[str, Tensor], hessians: dict[str, Tensor], hp, dist) -> dict[str, np.ndarray]:
-    """Saved weights by name, Hessians (C, C) by the same names -> flat arrays "name:field", the same on every rank.
+def quantize_weights(weights, hessians, hp, dist):
+    """Saved weights by name, Hessians (C, C) by the same names -> numpy arrays "name:field", the same on every rank.
 
-    Fields: codes, scale; lqer_a, lqer_a_scale, lqer_b, lqer_b_scale; fp16. Every matrix is the work of one rank, small
-    tensors are rank 0's, and LQER takes the largest |E|_F over all ranks. Raises ValueError naming the tensor at fault.
+    Fields: codes, scale; LQER_FIELDS; fp16. Every matrix is the work of one rank, small tensors are rank 0's, and LQER
+    takes the largest |E|_F over all ranks. Raises ValueError, on all ranks, naming the tensors at fault on any.
     """
     check_quantizable(weights, hessians)
     matrices = {name: w for name, w in weights.items() if quant_role(name)}
-    mine = {name: matrices[name] for name in share_matrices(matrices, dist.world_size)[dist.rank]}
-    packed, chosen = {}, []
-
-    def on_host(name, fields):
-        return {f"{name}:{field}": value.cpu().numpy() for field, value in fields.items()}
-
-    def quantize_share():
-        fields, norms = quantize_matrices(mine, hessians, hp)
-        packed.update(fields)
-        small = [] if dist.rank else [name for name in weights if name not in matrices]
-        fields |= {name: quantize_small(name, weights[name], hp) for name in small}
-        return {name: (on_host(name, entry), norms.get(name)) for name, entry in fields.items()}
-
-    def correct_share():
-        return {name: on_host(name, correct_error(mine[name], packed[name], hp)) for name in chosen if name in mine}
-
-    gathered = gather_parts(dist, quantize_share)
+    try:
+        mine = share_matrices(matrices, dist.world_size)[dist.rank]
+        packed, errors = quantize_matrices(mine, weights, hessians, hp)
+        outcome = {name: error.norm().item() for name, error in errors.items()}
+    except ValueError as error:  # told to the other ranks, which would wait for this one's part
+        outcome = str(error)
+    outcomes = dist.all_gather_object(outcome)
+    if failures := [outcome for outcome in outcomes if isinstance(outcome, str)]:
+        raise ValueError("; ".join(failures))
+    if dist.rank == 0:
+        packed |= {name: quantize_small(name, w, hp) for name, w in weights.items() if name not in matrices}
     if hp.lqer_enabled:
-        chosen = sorted(matrices, key=lambda name: (-gathered[name][1], name))[: hp.lqer_top_k]
-    corrections = gather_parts(dist, correct_share)
-    entries = [gathered[name][0] | corrections.get(name, {}) for name in weights]  # the caller's order
-    return {key: array for entry in entries for key, array in entry.items()}
+        norms = {name: norm for part in outcomes for name, norm in part.items()}
+        chosen = sorted(norms, key=lambda name: (-norms[name], name))[: hp.lqer_top_k]
+        for name in set(chosen) & set(errors):
+            packed[name] |= pack_factors(*lqer_factors(errors[name], hp.lqer_rank), hp)
+    packed = {name: {field: x.cpu().numpy() for field, x in fields.items()} for name, fields in packed.items()}
+    packed = {name: fields for part in dist.all_gather_object(packed) for name, fields in part.items()}
+    return {f"{name}:{field}": array for name in weights for field, array in packed[name].items()}  # the caller's order
 
+def dequantize_weights(arrays):
+    """Arrays of quantize_weights -> saved weights by name, fp32 on the CPU, the same bits on every machine.
 
-def dequantize_weights(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """Flat arrays of quantize_weights -> saved weights by name, fp32 on the CPU, the same bits on every machine.
-
-    Only elementwise fp32 multiplications and additions in a fixed order: a matrix product would leave the order of its
-    sums to the BLAS at hand.
+    Only elementwise fp32 operations in a fixed order: a matrix product would leave the order of its sums to the BLAS.
     """
-    entries = defaultdict(dict)
+    entries, weights = defaultdict(dict), {}
     for key, array in arrays.items():
         name, _, field = key.rpartition(":")
-        entries[name][field] = array
-    weights = {}
+        entries[name][field] = array.astype(np.float32)
     for name, fields in entries.items():
-        if "fp16" in fields:
-            w = fields["fp16"].astype(np.float32)
-        elif "codes" in fields and "scale" in fields:
-            w = fields["codes"].astype(np.float32) * fields["scale"].astype(np.float32)[..., None]
-        else:
+        if "fp16" not in fields and not {"codes", "scale"} <= fields.keys():
             raise ValueError(f"{name}: no weight can be made of the fields {sorted(fields)}")
+        w = fields["fp16"] if "fp16" in fields else fields["codes"] * fields["scale"][..., None]
         if "lqer_a" in fields:
             a, b = unpack_factors(fields)
             for r in range(a.shape[1]):
                 w += a[:, r, None] * b[r]
         weights[name] = torch.from_numpy(w)
     return weights
-
 
 class HessianTap:
     """Adds up x^T x over tokens for the input of every matrix, in float32; passes of a looped layer add to one sum."""
@@ -2088,10 +1718,9 @@ class HessianTap:
         """{saved weight name: (in, in) sum}."""
         by_name = {}
         for (site, layer), gram in self.sums.items():
-            names = [f"blocks.{layer}.{matrix}.weight" for matrix in self.WATCHED.get(site, ())] or [head_name]
-            by_name |= dict.fromkeys(names, gram)
+            names = [f"blocks.{layer}.{matrix}.weight" for matrix in self.WATCHED.get(site, ())]
+            by_name |= dict.fromkeys(names or [head_name], gram)
         return by_name
-
 
 @torch.no_grad()
 def collect_hessians(model, loader, hp, dist):
@@ -2103,205 +1732,149 @@ def collect_hessians(model, loader, hp, dist):
     mine = range(dist.rank, hp.gptq_calibration_batches, dist.world_size)
     for index in mine:
         row = loader.row(index, index + dist.world_size if index + dist.world_size in mine else None)
-        hidden = model.forward_hidden(
-            row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True, tap=tap)
+        hidden = model.forward_hidden(row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True, tap=tap)
         tap.add(("lm_head", 0), hidden)
-    rows = len(mine)
-    if hp.gptq_all_reduce:
-        for gram in tap.sums.values():
-            dist.all_reduce(gram)
-        rows = hp.gptq_calibration_batches
     for gram in tap.sums.values():
-        gram /= rows
+        gram /= hp.gptq_calibration_batches if hp.gptq_all_reduce else len(mine)
+        if hp.gptq_all_reduce:
+            dist.all_reduce(gram)
     hessians = tap.hessians("tok_emb.weight" if hp.tie_embeddings else "lm_head.weight")
     # an untied embedding is read one row at a time: every column counts the same
     return {"tok_emb.weight": torch.eye(hp.model_dim, device=dist.device)} | hessians
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# ARTIFACT
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- ARTIFACT --------------------------------------------------------------------------------------------------------
 # File: magic, number of the compressor, stored and raw size of the header, digest of these and of the stored header;
 # the header, JSON [[[name, dtype, shape], ...], [[size, digest as stored, digest expanded], ...]]; the sections back to
 # back. What a section holds follows from the arrays (plan_sections). The two digests let neither a damaged file nor a
 # decoder of another version give wrong weights.
-MAGIC = b"GLF1"
-PREFIX = struct.Struct("<4sBII")
-DIGEST_BYTES = 8
-MAX_HEADER_BYTES = 2**20
-MAX_RAW_BYTES = 2**30  # no model near the 16 MB cap expands to this; bounds what a hostile header can claim
-INT_DTYPES = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
-ARRAY_DTYPES = ("bool", "float16", "float32", "float64", *INT_DTYPES)
-MAX_DIMENSIONS = 8
-LRZIP_TIMEOUT_SECONDS = 900
-REORDERED_ROLES = ("embedding", "q", "up")
-
+MAGIC, PREFIX, DIGEST_BYTES = b"GLF1", struct.Struct("<4sBII"), 8
+MAX_HEADER_BYTES, MAX_RAW_BYTES, MAX_DIMENSIONS = 2**20, 2**30, 8  # bound what a hostile header can claim
+ARRAY_DTYPES = "bool float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
+CODEC_THREADS = min(8, os.cpu_count() or 1)  # a thread per group, and ZPAQ takes up to a gigabyte for each
 
 class ArtifactError(ValueError):
     """The bytes are no artifact of this program, or a damaged one."""
 
-
-def digest(data: bytes) -> bytes:
+def digest(data):
     """Start of SHA-256: finds damage, does not authenticate."""
     return hashlib.sha256(data).digest()[:DIGEST_BYTES]
 
-
-def brotli_compress(data: bytes) -> bytes:
-    return brotli.compress(data, quality=11, lgwin=24)
-
-
-def brotli_decompress(data: bytes, raw_size: int) -> bytes:
+def brotli_decompress(data, raw_size):
     """Fed in small pieces, as a stream of a few bytes can claim gigabytes and brotli has no portable output limit."""
-    decoder, pieces, total = brotli.Decompressor(), [], 0
+    decoder, raw = brotli.Decompressor(), bytearray()
     for start in range(0, len(data), 64):
-        pieces.append(decoder.process(data[start : start + 64]))
-        total += len(pieces[-1])
-        if total > raw_size:
-            raise ArtifactError("artifact: brotli data expands to more than its header says")
-    if not decoder.is_finished():
-        raise ArtifactError("artifact: brotli data has no end")
-    return b"".join(pieces)
+        raw += decoder.process(data[start : start + 64])
+        if len(raw) > raw_size:
+            break
+    return bytes(raw) if decoder.is_finished() else b""
 
-
-def lzma_compress(data: bytes) -> bytes:
-    return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
-
-
-def lzma_decompress(data: bytes, raw_size: int) -> bytes:
+def lzma_decompress(data, raw_size):
     decoder = lzma.LZMADecompressor(memlimit=2**28)
     raw = decoder.decompress(data, max_length=raw_size + 1)
-    if not decoder.eof or decoder.unused_data:
-        raise ArtifactError("artifact: lzma data ends elsewhere than its header says")
-    return raw
+    return raw if decoder.eof and not decoder.unused_data else b""
 
-
-def run_lrzip(flags: list[str], data: bytes) -> bytes:
-    """One call of the external lrzip on `data`, in a folder of its own. Raises ArtifactError if it fails.
-
-    Files and -o instead of pipes, and no -k: what lrzip does with standard streams and its input differs by version.
-    """
+def run_lrzip(flags, data):
+    """Bytes through the external lrzip: files and -o, as what it does with standard streams differs by version."""
     with tempfile.TemporaryDirectory(prefix="lrzip-") as folder:
-        source, target = Path(folder) / ("in.lrz" if "-d" in flags else "in"), Path(folder) / "out"
+        source, target = Path(folder, "in.lrz" if "-d" in flags else "in"), Path(folder, "out")
         source.write_bytes(data)
-        command = ["lrzip", *flags, "-q", "-f", "-N", "0", "-o", str(target), str(source)]  # not at its usual nice 19
-        try:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, cwd=folder, timeout=LRZIP_TIMEOUT_SECONDS
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ArtifactError(f"artifact: lrzip did not run: {error}") from error
+        command = ["lrzip", *flags, "-q", "-f", "-o", target, source]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, cwd=folder, timeout=900)
         if done.returncode != 0 or not target.exists():
-            message = done.stderr.decode(errors="replace").strip()[-300:]
-            raise ArtifactError(f"artifact: lrzip ended with {done.returncode}: {message}")
+            raise ArtifactError(f"lrzip ended with {done.returncode}: {done.stderr[-300:]!r}")
         return target.read_bytes()
 
-
-def lrzip_compress(data: bytes) -> bytes:
-    return run_lrzip(["-z", "-L", "9"], data)
-
-
-def lrzip_decompress(data: bytes, raw_size: int) -> bytes:
+def lrzip_decompress(data, raw_size):
     """The size that lrzip 0.6's own header claims is held to ours before anything is written to disk."""
     if data[:6] == b"LRZI\x00\x06" and struct.unpack_from("<Q", data.ljust(14, b"\0"), 6)[0] != raw_size:
-        raise ArtifactError("artifact: an lrzip section has another size than its header says")
+        return b""
     return run_lrzip(["-d"], data)
 
-
-CODECS = {
-    "brotli": (brotli_compress, brotli_decompress),
-    "lzma": (lzma_compress, lzma_decompress),
-    "lrzip": (lrzip_compress, lrzip_decompress),
+ENCODERS = {
+    "brotli": lambda data: brotli.compress(data, quality=11, lgwin=24),
+    "lzma": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+    "lrzip": lambda data: run_lrzip(["-z", "-L", "9"], data),
 }
+DECODERS = {"brotli": brotli_decompress, "lzma": lzma_decompress, "lrzip": lrzip_decompress}  # anything else: no stream
 COMPRESSORS = {"brotli": ("brotli",), "lzma": ("lzma",), "pergroup": ("brotli", "lrzip")}  # codecs; header in the first
 
-
-def check_compressor(name: str) -> None:
-    """To be called before training. ValueError, with what to install, for an unknown compressor or missing tools."""
+def check_compressor(name):
+    """To be called before training. SettingError, with what to install, for an unknown compressor or missing tools."""
     if name not in COMPRESSORS:
-        raise ValueError(f"COMPRESSOR={name} is unknown: choose one of {', '.join(COMPRESSORS)}")
+        raise SettingError(f"COMPRESSOR={name} is unknown: choose one of {', '.join(COMPRESSORS)}")
     if "brotli" in COMPRESSORS[name] and brotli is None:
-        raise ValueError("the brotli module is missing: pip install brotli, or set COMPRESSOR=lzma")
+        raise SettingError("the brotli module is missing: pip install brotli, or set COMPRESSOR=lzma")
     if "lrzip" in COMPRESSORS[name] and shutil.which("lrzip") is None:
-        raise ValueError("the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)")
+        raise SettingError("the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)")
 
+def expand(codec, stored, raw_size):
+    """Stored bytes -> exactly raw_size bytes. Raises ArtifactError if that is not what comes out."""
+    try:
+        raw = DECODERS[codec](stored, raw_size) if raw_size else b""
+    except Exception as error:  # each library has its own classes of errors
+        raise ArtifactError(f"artifact: {codec} data does not expand: {error}") from error
+    if len(raw) != raw_size:
+        raise ArtifactError(f"artifact: {codec} data does not expand to the size that the header says")
+    return raw
 
-def greedy_row_order(codes: np.ndarray) -> np.ndarray:
-    """codes int8 (R, C) -> order (R,) uint16: from row 0 always on to the nearest row in L1, ties to the lowest index.
-
-    Distances are whole numbers, exact in fp32 below 2^24 (in fp64 for longer rows), whatever the order of the sums.
-    """
-    num_rows, num_columns = codes.shape
-    wide = torch.float32 if 255 * num_columns < 2**24 else torch.float64
-    distances = torch.pdist(torch.from_numpy(codes).to(wide), p=1).numpy()  # upper triangle, row by row
-    index = np.arange(num_rows)
-    offset = index * num_rows - index * (index + 1) // 2 - index - 1  # pair (i, j), i < j, stands at offset[i] + j
-    order, left = np.zeros(num_rows, np.uint16), np.ones(num_rows, bool)
-    row = np.empty(num_rows, distances.dtype)
-    current = 0
-    for step in range(1, num_rows):
-        left[current] = False
-        row[:current] = distances[offset[:current] + current]
-        row[current + 1 :] = distances[offset[current] + current + 1 : offset[current] + num_rows]
-        current = int(np.where(left, row, np.inf).argmin())
-        order[step] = current
+def greedy_row_order(codes):
+    """codes int8 (R, C) -> order (R,) uint16: from row 0 on to the nearest row left in L1, ties to the lowest index."""
+    # whole numbers, exact in fp32 up to 65,793 columns; the pair (i, j), i < j, stands at offset[i] + j
+    distances = torch.pdist(torch.from_numpy(codes).float(), p=1).numpy()
+    index = np.arange(len(codes))
+    offset = index * len(codes) - index * (index + 1) // 2 - index - 1
+    order, taken = np.zeros(len(codes), np.uint16), np.zeros(len(codes), np.float32)
+    for step in range(1, len(codes)):
+        last = order[step - 1]
+        taken[last] = np.inf  # no row is nearest to itself, whatever stands at (last, last)
+        order[step] = (distances[offset[np.minimum(index, last)] + np.maximum(index, last)] + taken).argmin()
     return order
-
 
 class ArraySpec(NamedTuple):
     """Name, dtype and shape of an array as it is stored."""
-
     name: str
     dtype: str
     shape: tuple[int, ...]
 
     @property
-    def num_bytes(self) -> int:
+    def num_bytes(self):
         return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
-
-def check_specs(specs: list[ArraySpec]) -> None:
+def check_specs(specs):
     """ValueError for names, dtypes and sizes that no artifact holds."""
     for name, dtype, shape in specs:
-        if type(name) is not str or dtype not in ARRAY_DTYPES or len(shape) > MAX_DIMENSIONS:
+        sized = all(type(n) is int and n >= 0 for n in shape) and math.prod(max(n, 1) for n in shape) <= MAX_RAW_BYTES
+        if type(name) is not str or dtype not in ARRAY_DTYPES or len(shape) > MAX_DIMENSIONS or not sized:
             raise ValueError(f"{name}: an artifact cannot hold {dtype} {shape}")
-        if any(type(n) is not int or n < 0 for n in shape) or math.prod(max(n, 1) for n in shape) > MAX_RAW_BYTES:
-            raise ValueError(f"{name}: {shape} is no shape or too large")
     if len({spec.name for spec in specs}) != len(specs) or sum(spec.num_bytes for spec in specs) > MAX_RAW_BYTES:
         raise ValueError(f"an array stands twice, or all take more than {MAX_RAW_BYTES} bytes")
 
-
-def plan_sections(specs: list[ArraySpec], compressor: str) -> list[tuple[str, str, list[ArraySpec]]]:
+def plan_sections(specs, compressor):
     """Specs of the arrays -> (kind, codec, specs as stored) per section; packing and unpacking both follow this plan.
 
     pergroup (PR 1855): "codes" of one role, layers in order, transposed; "orders" of re-ordered rows; the "rest".
     """
     if compressor != "pergroup":
         return [("rest", compressor, specs)]
-    groups, orders, rest = {row.role: [] for row in QUANT_TABLE.values()}, [], []
+    roles = {}
     for spec in specs:
         name, _, field = spec.name.rpartition(":")
-        row = quant_role(name) if field == "codes" and spec.dtype == "int8" and len(spec.shape) == 2 else None
-        if row is None:
-            rest.append(spec)
-            continue
-        groups[row.role].append(ArraySpec(spec.name, spec.dtype, spec.shape[::-1]))
-        if row.role in REORDERED_ROLES and 0 < spec.shape[0] <= 2**16:
-            orders.append(ArraySpec(spec.name, "uint16", spec.shape[:1]))
-    for group in groups.values():  # blocks.2 before blocks.10
-        group.sort(key=lambda spec: [int(part) if part.isdecimal() else 0 for part in spec.name.split(".")])
-    codes = [("codes", "lrzip", group) for group in groups.values() if group]
-    return [*codes, ("orders", "brotli", orders), ("rest", "brotli", rest)]
+        is_matrix = field == "codes" and spec.dtype == "int8" and len(spec.shape) == 2 and quant_role(name)
+        roles[spec.name] = quant_role(name)[0] if is_matrix else None
+    codes = []
+    for role in dict.fromkeys(role for role, _, _ in QUANT_TABLE.values()):
+        group = [spec._replace(shape=spec.shape[::-1]) for spec in specs if roles[spec.name] == role]
+        group.sort(key=lambda spec: int("0" + re.sub(r"\D", "", spec.name)))  # blocks.2 before blocks.10
+        codes += [("codes", "lrzip", group)] if group else []
+    orders = [ArraySpec(name, "uint16", shape[:1]) for name, _, shape in specs
+              if roles[name] in ("embedding", "q", "up") and 0 < shape[0] <= 2**16]
+    return [*codes, ("orders", "brotli", orders), ("rest", "brotli", [s for s in specs if roles[s.name] is None])]
 
-
-def by_item_size(specs: list[ArraySpec]) -> list[tuple[int, list[ArraySpec]]]:
+def by_item_size(specs):
     """Specs -> (item size, specs of that size), smallest first: the layout inside a section."""
-    sizes = defaultdict(list)
-    for spec in specs:
-        sizes[np.dtype(spec.dtype).itemsize].append(spec)
-    return sorted(sizes.items())
+    return [(size, [spec for spec in specs if np.dtype(spec.dtype).itemsize == size]) for size in (1, 2, 4, 8)]
 
-
-def join_arrays(arrays: dict[str, np.ndarray], specs: list[ArraySpec]) -> bytes:
+def join_arrays(arrays, specs):
     """Arrays -> bytes, little endian; per item size all lowest bytes stand first, then all next ones (byte shuffle)."""
     planes = []
     for size, group in by_item_size(specs):
@@ -2309,78 +1882,49 @@ def join_arrays(arrays: dict[str, np.ndarray], specs: list[ArraySpec]) -> bytes:
         planes.append(np.frombuffer(raw, np.uint8).reshape(-1, size).T.tobytes())
     return b"".join(planes)
 
-
-def split_arrays(raw: bytes, specs: list[ArraySpec]) -> dict[str, np.ndarray]:
-    """The inverse of join_arrays."""
-    arrays, start = {}, 0
+def split_arrays(raw, specs):
+    """The inverse of join_arrays; the arrays are read-only and little endian."""
+    arrays, raw = {}, io.BytesIO(raw)
     for size, group in by_item_size(specs):
-        stop = start + sum(spec.num_bytes for spec in group)
-        data = np.frombuffer(raw[start:stop], np.uint8).reshape(size, -1).T.tobytes()
-        start, position = stop, 0
+        planes = np.frombuffer(raw.read(sum(spec.num_bytes for spec in group)), np.uint8).reshape(size, -1)
+        data = io.BytesIO(planes.T.tobytes())
         for spec in group:
-            flat = np.frombuffer(data, np.dtype(spec.dtype).newbyteorder("<"), math.prod(spec.shape), position)
-            arrays[spec.name] = flat.astype(spec.dtype).reshape(spec.shape)
-            position += spec.num_bytes
+            flat = np.frombuffer(data.read(spec.num_bytes), np.dtype(spec.dtype).newbyteorder("<"))
+            arrays[spec.name] = flat.reshape(spec.shape)
     return arrays
 
-
-def codec_pool() -> ThreadPoolExecutor:
-    """Threads for sections; a ZPAQ process of one group takes up to a gigabyte, so never more than there are groups."""
-    return ThreadPoolExecutor(min(len(QUANT_TABLE), os.cpu_count() or 1))
-
-
-def pack_weights(arrays: dict[str, np.ndarray], compressor: str) -> bytes:
-    """Named arrays -> artifact bytes. Raises ValueError for what an artifact cannot hold, or a missing tool."""
+def pack_weights(arrays, compressor):
+    """Named numpy arrays -> artifact bytes. Raises ValueError for what an artifact cannot hold, or a missing tool."""
     check_compressor(compressor)
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
     check_specs(specs)
     plan = plan_sections(specs, compressor)
-
-    def encode(section):
-        kind, codec, members = section
+    reordered = [spec.name for kind, _, members in plan if kind == "orders" for spec in members]
+    def encode(kind, codec, members):
         raw = join_arrays(sources[kind], members)
-        stored = CODECS[codec][0](raw) if raw else b""
+        stored = ENCODERS[codec](raw) if raw else b""
         return stored, [len(stored), digest(stored).hex(), digest(raw).hex()]
 
-    with codec_pool() as pool:
-        names = [spec.name for kind, _, members in plan if kind == "orders" for spec in members]
-        orders = dict(zip(names, pool.map(lambda name: greedy_row_order(arrays[name]), names), strict=True))
-        rows = {name: array[orders[name]] if name in orders else array for name, array in arrays.items()}
-        sources = {"rest": arrays, "orders": orders, "codes": {name: array.T for name, array in rows.items()}}
-        encoded = list(pool.map(encode, plan))
-    raw = json.dumps([specs, [section for _, section in encoded]], separators=(",", ":")).encode()
+    with ThreadPoolExecutor(CODEC_THREADS) as pool:
+        orders = dict(zip(reordered, pool.map(lambda name: greedy_row_order(arrays[name]), reordered), strict=True))
+        codes = {name: array[orders[name]].T if name in orders else array.T for name, array in arrays.items()}
+        sources = {"rest": arrays, "orders": orders, "codes": codes}
+        sections = list(pool.map(encode, *zip(*plan, strict=True)))
+    raw = json.dumps([specs, [about for _, about in sections]], separators=(",", ":")).encode()
     if len(raw) > MAX_HEADER_BYTES:
         raise ValueError(f"the names and shapes of {len(arrays)} arrays do not fit an artifact's header")
-    stored = CODECS[COMPRESSORS[compressor][0]][0](raw)
+    stored = ENCODERS[COMPRESSORS[compressor][0]](raw)
     prefix = PREFIX.pack(MAGIC, list(COMPRESSORS).index(compressor), len(stored), len(raw))
-    return b"".join([prefix, digest(prefix + stored), stored, *(data for data, _ in encoded)])
+    return b"".join([prefix, digest(prefix + stored), stored, *(data for data, _ in sections)])
 
-
-DECODER_ERRORS = (lzma.LZMAError, OSError) if brotli is None else (lzma.LZMAError, OSError, brotli.error)
-
-
-def expand(codec: str, stored: bytes, raw_size: int) -> bytes:
-    """Stored bytes -> exactly raw_size bytes. Raises ArtifactError if that is not what comes out."""
-    try:
-        raw = CODECS[codec][1](stored, raw_size) if raw_size else b""
-    except DECODER_ERRORS as error:
-        raise ArtifactError(f"artifact: {codec} data does not expand: {error}") from error
-    if len(raw) != raw_size:
-        raise ArtifactError(f"artifact: {codec} data does not expand to the size that the header says")
-    return raw
-
-
-def read_header(blob: bytes) -> tuple[str, list[ArraySpec], list[list], int]:
+def read_header(blob):
     """Artifact -> compressor, specs, [size, digests] per section, start of the first one; all sizes checked."""
     start = PREFIX.size + DIGEST_BYTES
-    if len(blob) < start or not blob.startswith(MAGIC):
-        raise ArtifactError("artifact: not a file of this program, or cut off in its first bytes")
-    _, number, stored_size, raw_size = PREFIX.unpack_from(blob)
+    magic, number, stored_size, raw_size = PREFIX.unpack(blob[: PREFIX.size].ljust(PREFIX.size, b"\0"))
     stored = blob[start : start + stored_size]
-    if digest(blob[: PREFIX.size] + stored) != blob[PREFIX.size : start]:
-        raise ArtifactError("artifact: the header is damaged or cut off")
-    if number >= len(COMPRESSORS) or raw_size > MAX_HEADER_BYTES:
-        raise ArtifactError("artifact: unknown compressor or too large a header")
+    intact = magic == MAGIC and digest(blob[: PREFIX.size] + stored) == blob[PREFIX.size : start]
+    if not intact or number >= len(COMPRESSORS) or raw_size > MAX_HEADER_BYTES:
+        raise ArtifactError("artifact: not a file of this program, or its header is damaged or cut off")
     compressor = list(COMPRESSORS)[number]
     check_compressor(compressor)
     try:
@@ -2388,35 +1932,26 @@ def read_header(blob: bytes) -> tuple[str, list[ArraySpec], list[list], int]:
         specs = [ArraySpec(name, dtype, tuple(shape)) for name, dtype, shape in arrays]
         check_specs(specs)
         sizes = [size for size, _, _ in sections]
-        if any(type(size) is not int or size < 0 for size in sizes) or start + stored_size + sum(sizes) != len(blob):
-            raise ValueError("the file is not as long as it says")
-        if len(sections) != len(plan_sections(specs, compressor)):
-            raise ValueError("other sections than its arrays need")
+        whole = all(type(n) is int and n >= 0 for n in sizes) and start + stored_size + sum(sizes) == len(blob)
+        if not whole or len(sections) != len(plan_sections(specs, compressor)):
+            raise ValueError("its sections are not those of its arrays, or not as long as the file")
     except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"artifact: the header is wrong: {error}") from error
     return compressor, specs, sections, start + stored_size
 
-
-def unpack_weights(blob: bytes) -> dict[str, np.ndarray]:
-    """Artifact bytes -> the packed arrays, bit for bit and in the same order.
-
-    Raises ArtifactError for anything that pack_weights did not write, and ValueError if a decompressor is missing.
-    """
+def unpack_weights(blob):
+    """Artifact bytes -> the packed arrays, bit for bit, in order. ArtifactError if pack_weights did not write them."""
     compressor, specs, sections, start = read_header(blob)
     ends = np.cumsum([start] + [size for size, _, _ in sections]).tolist()
-
-    def decode(kind_codec_members, section, end):
-        (kind, codec, members), (size, stored_digest, raw_digest) = kind_codec_members, section
-        stored = blob[end - size : end]
-        if digest(stored).hex() != stored_digest:
+    def decode(planned, section, end):
+        (kind, codec, members), (size, stored_digest, raw_digest) = planned, section
+        stored, raw_size = blob[end - size : end], sum(spec.num_bytes for spec in members)
+        if digest(stored).hex() != stored_digest or digest(raw := expand(codec, stored, raw_size)).hex() != raw_digest:
             raise ArtifactError(f"artifact: a section of {codec} data is damaged")
-        raw = expand(codec, stored, sum(spec.num_bytes for spec in members))
-        if digest(raw).hex() != raw_digest:
-            raise ArtifactError(f"artifact: {codec} data does not expand to what was packed")
         return kind, split_arrays(raw, members)
 
     found = {"rest": {}, "codes": {}, "orders": {}}
-    with codec_pool() as pool:
+    with ThreadPoolExecutor(CODEC_THREADS) as pool:
         for kind, arrays in pool.map(decode, plan_sections(specs, compressor), sections, ends[1:]):
             found[kind] |= arrays
     unpacked = found["rest"] | {name: codes.T for name, codes in found["codes"].items()}
@@ -2424,65 +1959,15 @@ def unpack_weights(blob: bytes) -> dict[str, np.ndarray]:
         if not np.array_equal(np.sort(order), np.arange(len(order))):
             raise ArtifactError(f"artifact: the row order of {name} is no permutation")
         unpacked[name] = unpacked[name][np.argsort(order)]
-    return {spec.name: np.ascontiguousarray(unpacked[spec.name]).reshape(spec.shape) for spec in specs}
+    return {name: np.array(unpacked[name], dtype, order="C") for name, dtype, _ in specs}
 
+def is_packed(source):
+    """Whether these bytes are the packed script. It never needs tools/pack_code.py, so that costs no counted byte."""
+    return source.startswith(b"import base64,brotli,linecache;S=")
 
-PACKED_START = "import base64,brotli,linecache;S=brotli.decompress(base64.b85decode('"
-PACKED_END = (
-    "')).decode()\n"
-    "linecache.cache[__file__]=len(S),None,[L+'\\n'for L in S.split('\\n')],__file__;"
-    "exec(compile(S,__file__,'exec'),globals())\n"
-)
-
-
-def kernel_arguments(source: str) -> list[str]:
-    """Argument names of functions under a `jit` decorator: the minifier's `A=BLOCK` would make a constexpr a tensor."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
-            names |= {argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)}
-    return sorted(names)
-
-
-def pack_code(source: str) -> bytes:
-    """Source of a script -> a script of two lines that does the same: minified, brotli 11, base85.
-
-    The code is put in linecache under the script's own name before it runs, because Triton reads the source of its
-    kernels there. Annotations stay: dataclass fields and custom_op schemas are made of them. Raises ValueError if
-    python-minifier or brotli is missing, or if the source is not Python.
-    """
-    if importlib.util.find_spec("python_minifier") is None:
-        raise ValueError("the code is counted minified: pip install python-minifier")
-    check_compressor("brotli")
-    import python_minifier
-
-    try:
-        small = python_minifier.minify(
-            source,
-            remove_annotations=False,
-            remove_literal_statements=True,
-            remove_asserts=True,
-            hoist_literals=False,
-            preserve_locals=kernel_arguments(source),
-            preserve_shebang=False,
-        )
-    except (SyntaxError, python_minifier.UnstableMinification) as error:
-        raise ValueError(f"the script cannot be minified: {error}") from error
-    packed = base64.b85encode(brotli_compress(small.encode())).decode()
-    return (PACKED_START + packed + PACKED_END).encode()
-
-
-def is_packed(source: bytes) -> bool:
-    """Whether these bytes of a script are pack_code's own output, so that a packed run measures its file as it is."""
-    return source.startswith(PACKED_START.encode()) and source.endswith(PACKED_END.encode())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# EVALUATION
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- EVALUATION ------------------------------------------------------------------------------------------------------
 
 HEAD_CHUNK = 8192  # positions whose float32 logits exist at a time
-
 
 class Score:
     """Sums of a scoring: nats, tokens and bytes, kept on the device in float64; the only place with the BPB formula."""
@@ -2503,7 +1988,6 @@ class Score:
         bpb = nats / math.log(2) / charges
         return {"loss": nats / tokens, "bpb": bpb, "tokens": int(tokens), "bytes": int(charges)}
 
-
 def document_windows(starts, ends, length, stride):
     """Input spans of documents -> (n, 3) int64 windows: start, end, first input that is scored.
 
@@ -2518,17 +2002,14 @@ def document_windows(starts, ends, length, stride):
     first = np.where(number == 0, start, start + length - stride)
     return np.stack([start, np.minimum(start + length, ends[document]), first], axis=1)
 
-
 class ScoredRow(NamedTuple):
     """Windows packed in one row, padded to a fixed length; windows never attend to each other."""
-
     inputs: Tensor  # (1, T) int64
     targets: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (N + 1,) int32
     fresh: Tensor  # (1, T) bool: a window starts here, there is no previous token
     scored: Tensor  # (T,) bool
     charges: Tensor  # (T,) int64 bytes of the target
-
 
 class WindowPacker:
     """Packs windows of the validation stream, in order, into rows of one shape; the stream lives on the device."""
@@ -2568,7 +2049,6 @@ class WindowPacker:
         target = (source + 1).clamp_max(self.end)
         return ScoredRow(self.tokens[source][None], self.tokens[target], cu, fresh[None], scored, self.bytes[target])
 
-
 class Evaluator:
     """Plain and sliding-window BPB of a model: packed rows shared out over ranks, every target scored exactly once."""
 
@@ -2579,8 +2059,8 @@ class Evaluator:
 
     def row_losses(self, inputs, targets, cu_seqlens, fresh):
         """One row -> (T,) nats, float32 head."""
-        hidden = self.model.forward_hidden(
-            inputs, cu_seqlens, max_seqlen=self.hp.eval_seq_len, looping=True, fresh=fresh)
+        length = self.hp.eval_seq_len
+        hidden = self.model.forward_hidden(inputs, cu_seqlens, max_seqlen=length, looping=True, fresh=fresh)
         parts = zip(hidden[0].split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
         return torch.cat([self.model.token_losses(h, t) for h, t in parts])
 
@@ -2595,22 +2075,16 @@ class Evaluator:
             score.add(self.losses(row.inputs, row.targets, row.cu_seqlens, row.fresh), row.scored, row.charges)
         return score.total(self.dist, stream.targets_of(np.arange(len(stream.starts))))
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# TEST-TIME TRAINING
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- TEST-TIME TRAINING ----------------------------------------------------------------------------------------------
 # Score first: a chunk's loss is added to the score before anything trains on the chunk. The order of everything is
 # fixed before the loop: documents, longest first -> phases -> batches -> lanes. A lane is a sequence of batches on one
 # rank; only LoRA's A is handed on, inside a lane; base weights change between phases, from documents already scored.
 
-
 class Phase(NamedTuple):
     """Documents that are scored with the same base weights; afterwards they fine-tune it if `adapt` is set."""
-
     lanes: list  # for each lane the batches, each an array of document numbers
     documents: np.ndarray
     adapt: bool
-
 
 def plan_ttt(lengths, hp):
     """(n,) targets of each document -> list of Phase, the same for every world size."""
@@ -2621,15 +2095,10 @@ def plan_ttt(lengths, hp):
     phases = []
     for number, (first, last) in enumerate(zip(borders, borders[1:], strict=False)):
         batches = [order[i:min(i + hp.ttt_batch_size, last)] for i in range(first, last, hp.ttt_batch_size)]
-        lanes, load = [[] for _ in range(hp.ttt_lanes)], np.zeros(hp.ttt_lanes)
-        for batch in batches:
-            lane = int(load.argmin())  # longest first onto the least loaded lane
-            lanes[lane].append(batch)
-            load[lane] += window_positions(lengths[batch], hp).sum()
+        lanes = balance(batches, lambda batch: window_positions(lengths[batch], hp).sum(), hp.ttt_lanes)
         if last > first:
             phases.append(Phase(lanes, order[first:last], adapt=number < len(borders) - 2))
     return phases
-
 
 def window_positions(lengths, hp):
     """(n,) targets -> (n,) window positions that scoring these documents computes: the cost of a batch."""
@@ -2637,7 +2106,6 @@ def window_positions(lengths, hp):
     chunks = -(-lengths // chunk)
     growing = np.minimum(chunks, context // chunk)
     return chunk * growing * (growing + 1) // 2 + (chunks - growing) * context
-
 
 class LoRATap:
     """Adds (alpha / rank) (x A^T) B^T at the adapters' sites; A (S, B, R, in), B (S, B, out, R)."""
@@ -2654,7 +2122,6 @@ class LoRATap:
         a, b = (matrices[slot].to(x.dtype) for matrices in self.adapters[site])
         return y + self.scale * ((x @ a.mT) @ b.mT)
 
-
 def lora_shapes(model):
     """{tap site: (slots, in, out)} of the adapters that the settings ask for."""
     hp, slots = model.hp, len(model.slots(looping=True))
@@ -2662,7 +2129,6 @@ def lora_shapes(model):
     shapes = {"q": (slots, D, D), "k": (slots, D, kv_dim), "v": (slots, D, kv_dim), "attn_out": (slots, D, D),
               "mlp_out": (slots, D, D), "lm_head": (1, D, hp.vocab_size)}
     return {LORA_SITES[name]: shapes[LORA_SITES[name]] for name in hp.lora_sites}
-
 
 class BatchedLoRA:
     """One adapter set per document of a batch, stacked over slots and documents, and their AdamW (beta1 = 0).
@@ -2718,7 +2184,6 @@ class BatchedLoRA:
             for site, p in store.items():
                 store[site] = p.detach()[:, rows].requires_grad_()
         self.squares = [s[:, rows] for s in self.squares]
-
 
 class TestTimeTrainer:
     """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between phases."""
@@ -2777,14 +2242,14 @@ class TestTimeTrainer:
             losses = self.losses(windows, targets, positions, lora.adapters())
             live_rows = torch.from_numpy(live).to(self.dist.device)
             self.score.add(losses.detach(), scored & live_rows[:, None], charges)
+            finished, live = live & ~going, going
+            if hp.ttt_warm_start_a and finished.any():  # before the step, which is not theirs
+                lora.hand_on(kept, torch.from_numpy(np.flatnonzero(finished)), places[finished])
             if going.any():
                 weights = torch.from_numpy(going).to(self.dist.device)
                 loss = torch.where(weights, losses.mean(1), 0.0).sum()
                 lora.step(torch.autograd.grad(loss, lora.parameters()))
-            if (finished := live & ~going).any():
-                if hp.ttt_warm_start_a:
-                    lora.hand_on(kept, torch.from_numpy(np.flatnonzero(finished)), places[finished])
-                live = going
+            if finished.any():
                 stay = np.flatnonzero(going) if going.sum() != 1 else np.sort(
                     np.append(np.flatnonzero(going), np.flatnonzero(~going)[:1]))
                 if going.any() and len(stay) < len(rows):
@@ -2837,21 +2302,13 @@ class TestTimeTrainer:
         total = self.score.total(self.dist, stream.targets_of(np.arange(self.documents)))
         return total | {"documents": self.documents, "partial": self.documents < len(stream.starts)}
 
-
 def mark_dynamic(windows, targets, positions, lora):
     """Tells torch.compile that documents and window lengths vary, so that one graph serves all of them."""
-    torch._dynamo.mark_dynamic(windows, 0)
-    torch._dynamo.mark_dynamic(windows, 1)
-    for tensor in (targets, positions):
-        torch._dynamo.mark_dynamic(tensor, 0)
-    for tensor in lora.parameters():
-        torch._dynamo.mark_dynamic(tensor, 1)
+    torch._dynamo.mark_dynamic(windows, [0, 1])
+    for tensor, dimension in [(targets, 0), (positions, 0), *((p, 1) for p in lora.parameters())]:
+        torch._dynamo.mark_dynamic(tensor, dimension)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# MAIN
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ---- MAIN ------------------------------------------------------------------------------------------------------------
 
 def run_folder(hp, dist):
     """The run's own folder, made by rank 0. Raises SettingError where a finished run would be overwritten."""
@@ -2866,25 +2323,24 @@ def run_folder(hp, dist):
     dist.barrier()
     return folder
 
-
 def write_code(folder, dist):
     """Writes the packed, self-extracting script that is counted; returns its bytes. A packed script counts itself."""
-    source = Path(__file__).read_bytes()
-    packed = source if is_packed(source) else pack_code(source.decode())
+    packed = Path(__file__).read_bytes()
+    if not is_packed(packed):
+        try:
+            from tools.pack_code import pack_code
+        except ImportError as error:
+            raise SettingError(f"the code cannot be packed and counted: {error}. Run train_gpt.py from its repository, "
+                               "after pip install -r requirements.txt, or copy a run's packed train_gpt.py") from None
+        packed = pack_code(packed.decode())
     if dist.rank == 0:
         write_atomically(folder / "train_gpt.py", packed)
     return len(packed)
 
-
 def git_commit():
     """The checkout's commit, with + where files differ from it; None outside a checkout."""
-    try:
-        here = Path(__file__).resolve().parent
-        command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
+    command = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty=+", "--exclude=*"]
+    return (shutil.which("git") and subprocess.run(command, capture_output=True, text=True).stdout.strip()) or None
 
 def save_checkpoint(path, model, hp):
     """The averaged fp32 weights and the settings they were trained with."""
@@ -2894,14 +2350,12 @@ def save_checkpoint(path, model, hp):
     torch.save({"weights": weights, "settings": settings}, buffer)
     write_atomically(path, buffer.getvalue())
 
-
 def load_checkpoint(path, model):
     """Loads model.pt into the model. Raises DataError with the path if it is missing or does not fit."""
     try:
         rebank(model, torch.load(path, map_location="cpu", weights_only=True)["weights"])
-    except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise DataError(f"checkpoint {path}: {error}") from None
-
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        raise DataError(f"checkpoint {path}: {str(error).splitlines()[0]}") from None
 
 def build_artifact(model, loader, hp, dist, log, path):
     """Hessians -> GPTQ and LQER on all ranks -> one file, written by rank 0."""
@@ -2914,30 +2368,25 @@ def build_artifact(model, loader, hp, dist, log, path):
             write_atomically(path, pack_weights(arrays, hp.compressor))
         dist.barrier()
 
-
-def describe(name, score):
+def score_stage(name, evaluate, log, scores):
+    """Runs evaluate() -> {loss, bpb, tokens, bytes} as stage eval_<name>; logs the score, keeps it in `scores`."""
+    with log.stage(f"eval_{name}"):
+        score = scores[name] = evaluate()
     counts = f"tokens:{score['tokens']} bytes:{score['bytes']}"
-    return f"{name} val_loss:{score['loss']:.6f} val_bpb:{score['bpb']:.6f} {counts}"
+    log(f"{name} val_loss:{score['loss']:.6f} val_bpb:{score['bpb']:.6f} {counts}")
 
-
-def evaluate_artifact(model, evaluator, validation, path, log):
-    """Rebuilds the model from the file on disk and scores it: plain, sliding if asked, and with test-time training."""
-    hp, dist, scores = model.hp, evaluator.dist, {}
-    with log.stage("unpack"):
-        rebank(model, dequantize_weights(unpack_weights(Path(path).read_bytes())))
-    with log.stage("eval_quantized"):
-        scores["quantized"] = evaluator.evaluate_bpb()
-    log(describe("quantized", scores["quantized"]))
-    if hp.sliding_window_enabled:
-        with log.stage("eval_sliding"):
-            scores["sliding"] = evaluator.evaluate_bpb(hp.eval_stride)
-        log(describe("sliding", scores["sliding"]))
-    if hp.ttt_enabled:
-        with log.stage("ttt"):
-            scores["ttt"] = TestTimeTrainer(model, validation, hp, dist, log).evaluate()
-        log(describe("ttt", scores["ttt"]))
-    return scores
-
+def rebuild_model(model, path, dist):
+    """Loads the artifact on disk into the model: decoded once, on rank 0, the same bits on every rank."""
+    fault = None
+    if dist.rank == 0:
+        try:
+            rebank(model, dequantize_weights(unpack_weights(Path(path).read_bytes())))
+        except (OSError, ValueError) as error:
+            fault = str(error)
+    if fault := dist.all_gather_object(fault)[0]:
+        raise ArtifactError(f"artifact {path}: {fault}")
+    for parameter in model.parameters():
+        dist.broadcast(parameter.detach())
 
 def violations(hp, log, training, code_bytes, artifact_bytes, scores):
     """The contest's rules that this run breaks, as sentences; an empty list means none of those checked here."""
@@ -2947,14 +2396,12 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
     used = training.get("training_seconds", 0) + log.seconds.get("hessians", 0) + log.seconds.get("quantize", 0)
     if hp.max_wallclock_seconds and used > hp.max_wallclock_seconds:
         broken.append(f"training, Hessians and GPTQ took {used:.1f} s of {hp.max_wallclock_seconds:.1f}")
-    final = "ttt" if hp.ttt_enabled else "eval_sliding" if hp.sliding_window_enabled else "eval_quantized"
-    seconds = log.seconds.get("unpack", 0) + log.seconds.get(final, 0)
+    seconds = log.seconds.get("unpack", 0) + log.seconds[f"eval_{list(scores)[-1]}"]
     if seconds > hp.eval_budget_seconds:
         broken.append(f"unpacking and the final evaluation took {seconds:.1f} s of {hp.eval_budget_seconds:.1f}")
     if scores.get("ttt", {}).get("partial"):
         broken.append("test-time training scored part of the validation documents (TTT_MAX_DOCS)")
     return broken
-
 
 def run(hp, dist):
     """The whole run, one call per stage. Returns the RESULT dictionary."""
@@ -2963,6 +2410,9 @@ def run(hp, dist):
     validation = ValidationSet(hp, tokenizer)
     check_compressor(hp.compressor)
     folder = run_folder(hp, dist)
+    checkpoint, artifact = folder / "model.pt", Path(hp.artifact_path or folder / "artifact.bin")
+    if hp.ttt_eval_only and not artifact.exists():
+        raise DataError(f"{artifact} does not exist: TTT_EVAL_ONLY needs a finished run's RUN_ID, or ARTIFACT_PATH")
     log = RunLog(folder, dist)
     code_bytes = write_code(folder, dist)
     dtype = {"auto": torch.bfloat16 if dist.device.type == "cuda" else torch.float32}.get(
@@ -2972,19 +2422,16 @@ def run(hp, dist):
     device = torch.cuda.get_device_name() if dist.device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
     about = {"run": folder.name, "seed": hp.seed, "commit": git_commit(), "device": device,
              "world_size": dist.world_size, "torch": torch.__version__, "python": sys.version.split()[0], **ops.names}
-    log(f"settings (* changed):\n{hp.table()}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
-    for note in ops.notes:
-        log(f"note: {note}")
+    log(f"settings (* changed):\n{settings_table(hp)}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
+    log("\n".join(f"note: {note}" for note in (*ops.notes, "the budget starts after the warm-up")))
     log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} tokenizer:{tokenizer_path} "
         f"validation documents:{len(validation.starts)} tokens:{len(validation.tokens)} bytes:{validation.bytes.sum()} "
         f"code_bytes:{code_bytes}")
 
     # ---- train (or go on from a file)
-    evaluator, training, scores = Evaluator(model, validation, hp, dist), {}, {}
-    checkpoint = Path(hp.checkpoint_path or folder / "model.pt")
-    artifact = Path(hp.artifact_path or folder / "artifact.bin")
+    evaluator, training, scores, artifact_bytes = Evaluator(model, validation, hp, dist), {}, {}, 0
     if hp.quant_only:
-        load_checkpoint(checkpoint, model)
+        load_checkpoint(hp.checkpoint_path or checkpoint, model)
         loader = TrainLoader(TokenStream(hp.data_path, "train"), hp, dist)
     elif not hp.ttt_eval_only:
         trainer = Trainer(model, hp, dist, log)
@@ -2993,7 +2440,7 @@ def run(hp, dist):
         with log.stage("warm_up"):
             trainer.warm_up()
         with log.stage("train"):
-            training = trainer.train(lambda: describe("validation", evaluator.evaluate_bpb()))
+            training = trainer.train(lambda: score_stage("training", evaluator.evaluate_bpb, log, {}))
         if dist.rank == 0:
             save_checkpoint(checkpoint, model, hp)
         log(f"checkpoint:{checkpoint} (QUANT_ONLY=1 CHECKPOINT_PATH={checkpoint} goes on from here)")
@@ -3003,16 +2450,19 @@ def run(hp, dist):
     if not hp.ttt_eval_only:
         if not hp.prequant_only:
             build_artifact(model, loader, hp, dist, log, artifact)
-        with log.stage("eval_prequant"):
-            scores["prequant"] = evaluator.evaluate_bpb()
-        log(describe("prequant", scores["prequant"]))
-    artifact_bytes = 0
+        score_stage("prequant", evaluator.evaluate_bpb, log, scores)
 
     # ---- evaluate the file on disk
     if not hp.prequant_only:
         artifact_bytes = artifact.stat().st_size
         log(f"artifact_bytes:{artifact_bytes} code_bytes:{code_bytes} total_bytes:{artifact_bytes + code_bytes}")
-        scores |= evaluate_artifact(model, evaluator, validation, artifact, log)
+        with log.stage("unpack"):
+            rebuild_model(model, artifact, dist)
+        score_stage("quantized", evaluator.evaluate_bpb, log, scores)
+        if hp.sliding_window_enabled:
+            score_stage("sliding", lambda: evaluator.evaluate_bpb(hp.eval_stride), log, scores)
+        if hp.ttt_enabled:
+            score_stage("ttt", TestTimeTrainer(model, validation, hp, dist, log).evaluate, log, scores)
 
     result = {"version": RESULT_VERSION, **about, **training, "scores": scores, "artifact_bytes": artifact_bytes,
               "code_bytes": code_bytes, "total_bytes": artifact_bytes + code_bytes, "seconds": log.seconds,
@@ -3024,11 +2474,10 @@ def run(hp, dist):
     log("RESULT " + json.dumps(result))
     return result
 
-
 def main():
     """Command line: --help, or a run as the environment says. Exit code 1: an error; 3: the byte cap is broken."""
     if len(sys.argv) > 1:
-        print(settings_help())
+        print("No arguments; settings are environment variables, here with their defaults:\n" + settings_table())
         sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
     try:
         hp = Hyperparameters.from_env()
@@ -3039,7 +2488,6 @@ def main():
     dist.close()
     if result["total_bytes"] > BYTE_CAP:
         sys.exit(3)
-
 
 if __name__ == "__main__":
     main()

@@ -1,12 +1,9 @@
-"""The artifact: exact round trips, damaged and hostile files, compressors and their tools, row order, packed code."""
+"""The artifact: exact round trips, damaged and hostile files, compressors and their tools, row order."""
 
 import json
 import os
 import random
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -179,7 +176,7 @@ def test_random_flips_never_end_in_another_error_or_other_weights(compressor):
 def forge(header, sections=b"", number=1, raw_size=None):
     """An lzma artifact (or another `number`) around any header, with the right digest."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    stored = train_gpt.lzma_compress(raw) if number == 1 else train_gpt.brotli_compress(raw)
+    stored = train_gpt.ENCODERS["lzma"](raw) if number == 1 else train_gpt.ENCODERS["brotli"](raw)
     prefix = train_gpt.PREFIX.pack(train_gpt.MAGIC, number, len(stored), len(raw) if raw_size is None else raw_size)
     return prefix + train_gpt.digest(prefix + stored) + stored + sections
 
@@ -189,7 +186,7 @@ def section_of(stored, raw):
 
 
 def test_forged_file_with_right_content_is_read():
-    stored = train_gpt.lzma_compress(b"\1\2")
+    stored = train_gpt.ENCODERS["lzma"](b"\1\2")
     found = train_gpt.unpack_weights(forge([[["x", "int8", [2]]], [section_of(stored, b"\1\2")]], stored))
     assert found["x"].tolist() == [1, 2]
 
@@ -258,7 +255,7 @@ def codec_forgery(codec, stored, raw, shape):
 
 @pytest.mark.parametrize("codec", ["brotli", "lzma"])
 def test_section_of_another_size_or_no_stream_is_refused(codec):
-    compress = train_gpt.CODECS[codec][0]
+    compress = train_gpt.ENCODERS[codec]
     for stored, raw, size in [(compress(b"ab"), b"ab", 3), (compress(b"abc"), b"abc", 2), (b"junk", b"junk", 4)]:
         assert_refused(codec_forgery(codec, stored, raw, [size]))
     assert_refused(codec_forgery(codec, compress(b"abc")[:-2], b"abc", [3]))
@@ -267,14 +264,14 @@ def test_section_of_another_size_or_no_stream_is_refused(codec):
 
 @pytest.mark.parametrize("codec", ["brotli", "lzma"])
 def test_section_bomb_stops_near_the_size_it_claims(codec):
-    bomb = train_gpt.CODECS[codec][0](bytes(20_000_000))
+    bomb = train_gpt.ENCODERS[codec](bytes(20_000_000))
     with pytest.raises(ArtifactError):
         train_gpt.expand(codec, bomb, 1000)
 
 
 @needs_lrzip
 def test_hostile_lrzip_section_is_refused():
-    good = train_gpt.lrzip_compress(b"abcdef" * 50)
+    good = train_gpt.ENCODERS["lrzip"](b"abcdef" * 50)
     assert train_gpt.expand("lrzip", good, 300) == b"abcdef" * 50
     for stored, size in [(good, 299), (good, 2**29), (good[: len(good) // 2], 300), (b"junk", 4), (b"", 4)]:
         with pytest.raises(ArtifactError):
@@ -284,7 +281,7 @@ def test_hostile_lrzip_section_is_refused():
 @needs_lrzip
 def test_row_order_that_is_no_permutation_is_refused():
     codes, order, header = bytes(range(6)), bytes([0, 0, 0, 0]), [["tok_emb.weight:codes", "int8", [2, 3]]]
-    stored = [train_gpt.lrzip_compress(codes), train_gpt.brotli_compress(order), b""]
+    stored = [train_gpt.ENCODERS["lrzip"](codes), train_gpt.ENCODERS["brotli"](order), b""]
     sections = [section_of(*pair) for pair in zip(stored, [codes, order, b""], strict=True)]
     assert_refused(forge([header, sections], b"".join(stored), 2))
 
@@ -344,119 +341,3 @@ def test_row_order_equals_the_plain_search_with_ties(seed):
 def test_row_order_distances_are_wide():
     codes = np.array([[-128, -128], [127, 127], [-128, 127], [-127, -127]], np.int8)
     assert train_gpt.greedy_row_order(codes).tolist() == [0, 3, 2, 1]
-
-
-# --- packed code
-
-SAMPLE = '''
-"""A script with what the real one has: a dataclass, a kernel, an operator, slashes \\\\ and quotes."""
-from __future__ import annotations
-import inspect, sys
-from dataclasses import dataclass, fields
-import torch
-import triton
-import triton.language as tl
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings."""
-    matrix_lr: float = 0.026
-    name: str = "café \\\\n"
-    steps: int = 3
-
-@triton.jit
-def scale_kernel(x_ptr, y_ptr, num_elements, FACTOR: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Times FACTOR."""
-    offsets = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    inside = offsets < num_elements
-    values = tl.load(x_ptr + offsets, mask=inside)
-    for repeat in tl.static_range(FACTOR):
-        values += FACTOR * FACTOR + BLOCK_SIZE - BLOCK_SIZE
-    tl.store(y_ptr + offsets, values * FACTOR, mask=inside)
-
-def scale(some_input: torch.Tensor, some_factor: int) -> torch.Tensor:
-    result = torch.empty_like(some_input)
-    grid = (triton.cdiv(some_input.numel(), 16),)
-    scale_kernel[grid](some_input, result, some_input.numel(), FACTOR=some_factor, BLOCK_SIZE=16)
-    assert sys.exit("asserts are not stripped") is None
-    return result
-
-def main(argument_count=len(sys.argv), *, keyword_only_argument=2):
-    settings = Settings(steps=4)
-    print(settings, [(field.name, field.type) for field in fields(settings)], argument_count, keyword_only_argument)
-    print(scale(torch.arange(40.0), 3).tolist())
-    print(op(torch.ones(3), 2.5), torch.ops.sample.op.default._schema)
-    print(__name__, __file__, sys.argv[1:], "def scale_kernel" in inspect.getsource(scale_kernel.fn))
-
-OPERATOR
-
-if __name__ == "__main__":
-    main(keyword_only_argument=5)
-'''
-OPERATOR = """
-@torch.library.custom_op("sample::op", mutates_args=())
-def op(long_argument: torch.Tensor, other_argument: float) -> torch.Tensor:
-    return long_argument * other_argument + long_argument.sum() + long_argument.mean()
-@op.register_fake
-def _(long_argument, other_argument):
-    return torch.empty_like(long_argument)
-"""
-
-
-def run_script(path, *arguments):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, path, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def test_packed_code_runs_as_its_source_does(tmp_path):
-    pytest.importorskip("triton")
-    # custom_op reads real annotations, so the sample is the script without the future import that makes them text
-    source = SAMPLE.replace("OPERATOR", OPERATOR).replace("from __future__ import annotations\n", "")
-    (tmp_path / "plain").mkdir()
-    (tmp_path / "packed").mkdir()
-    plain, packed = (tmp_path / folder / "script.py" for folder in ("plain", "packed"))
-    plain.write_text(source.replace("    assert sys.exit", "    # assert sys.exit"))
-    packed.write_bytes(train_gpt.pack_code(source))
-    expected = run_script(plain, "one", "two").replace(str(plain), str(packed))
-    assert "sample::op(Tensor long_argument, float other_argument)" in expected and "__main__" in expected
-    assert run_script(packed, "one", "two") == expected
-
-
-def test_packed_code_is_two_lines_and_recognised():
-    source = textwrap.dedent(SAMPLE)
-    packed = train_gpt.pack_code(source)
-    assert packed.count(b"\n") == 2 and packed.endswith(b"\n")
-    assert train_gpt.is_packed(packed)
-    assert not train_gpt.is_packed(source.encode()) and not train_gpt.is_packed(b"")
-    assert not train_gpt.is_packed(Path(train_gpt.__file__).read_bytes())
-
-
-def test_packed_module_can_be_imported_and_shows_its_lines(tmp_path):
-    source = "def fail(argument):\n    raise KeyError('here') if argument else None\nvalue = '\\x0c\\u2028'\n"
-    (tmp_path / "sample_module.py").write_bytes(train_gpt.pack_code(source))
-    (tmp_path / "use.py").write_text(
-        "import traceback, sample_module\nprint(repr(sample_module.value), sample_module.__name__)\n"
-        "try:\n    sample_module.fail(1)\nexcept KeyError:\n    print(traceback.format_exc())\n"
-    )
-    output = run_script(tmp_path / "use.py")
-    assert output.startswith("'\\x0c\\u2028' sample_module") and "raise KeyError('here')if " in output
-
-
-def test_docstrings_cost_no_code_bytes():
-    body = "def f(argument):\n    {}return argument + 1\nprint(f(1))\n"
-    documented = train_gpt.pack_code(body.format('"""A long explanation of everything."""\n    '))
-    assert documented == train_gpt.pack_code(body.format(""))
-
-
-def test_source_that_is_not_python_is_an_error():
-    with pytest.raises(ValueError, match="minified"):
-        train_gpt.pack_code("def f(:\n")
-
-
-def test_missing_minifier_is_an_error_and_no_fallback(monkeypatch):
-    monkeypatch.setattr(train_gpt.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install python-minifier"):
-        train_gpt.pack_code("print(1)\n")

@@ -198,18 +198,23 @@ def test_mlp_with_unaligned_width_takes_the_reference():
     assert torch.equal(leaky_relu_sq_mlp(x, w_up, w_down, 0.3), mlp_ref(x, w_up, w_down, 0.3))
 
 
+def test_mlp_accepts_no_rows():
+    x, w_up, w_down = mlp_inputs(0, 16, 32)
+    out = leaky_relu_sq_mlp(x, w_up, w_down, 0.3)
+    assert out.shape == (0, 16) and not torch.autograd.grad(out.sum(), w_up)[0].any()
+
+
 # --- custom ops under torch.compile
 
 
 @interpreted
 def test_ops_register_schema_fake_and_autograd_correctly():
-    logits, targets = randn(6, 20, seed=1), torch.arange(6)
-    torch.library.opcheck(train_gpt._softcapped_ce_op, (logits, targets, 30.0))
-    torch.library.opcheck(train_gpt._mlp_op, (*mlp_inputs(10, 8, 12), 0.3))
-    pre, grad = torch.randn(10, 12), torch.randn(10, 8)
-    torch.library.opcheck(train_gpt._mlp_backward_op, (grad, torch.randn(8, 12), pre, 0.3))
-    lse = torch.randn(6)
-    torch.library.opcheck(train_gpt._softcapped_ce_backward_op, (logits.detach(), targets, lse, torch.ones(6), 30.0))
+    logits, targets, lse = randn(6, 20, seed=1), torch.arange(6), torch.randn(6)
+    ops, check = torch.ops.golf, torch.library.opcheck
+    check(ops.softcapped_cross_entropy.default, (logits, targets, 30.0))
+    check(ops.ce_backward.default, (torch.ones(6), logits.detach(), targets, lse, 30.0))
+    check(ops.mlp.default, (*mlp_inputs(10, 8, 12), 0.3))
+    check(ops.mlp_backward.default, (torch.randn(10, 8), torch.randn(8, 12), torch.randn(10, 12), 0.3))
 
 
 @interpreted
@@ -335,7 +340,7 @@ def fa4_stub(monkeypatch):
     sys.modules[names[-1]]._flash_attn_bwd = _flash_attn_bwd
 
 
-@pytest.mark.parametrize("backend", [attention_fa3, attention_fa4])
+@pytest.mark.parametrize("backend", [attention_fa3, attention_fa4], ids=["fa3", "fa4"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 def test_flash_backends_pass_packed_documents_and_rows_on(backend, heads, fa3_stub, fa4_stub):
     bounds, max_seqlen = SEGMENTATIONS["padded"]
@@ -418,7 +423,7 @@ def no_backward(*args):
 def test_wrong_attention_backend_is_passed_over(candidate, reason):
     args, notes = (*(t.detach() for t in packed_qkv(40, 4, 2)), torch.tensor([0, 20, 40], dtype=torch.int32), 20), []
     candidates = {"fa3": candidate, "sdpa": attention_sdpa}
-    assert train_gpt._first_that_works("attention", candidates, args, notes) == "sdpa"
+    assert train_gpt._first_that_works("attention", candidates, attention_sdpa, args, notes) == "sdpa"
     assert len(notes) == 1 and f"attention fa3: {reason}" in notes[0]
 
 
@@ -437,14 +442,14 @@ def raising(*_):
 def test_reference_is_used_when_a_kernels_trial_fails(kernel, note):
     args, notes = (*(t.detach() for t in mlp_inputs(10, 8, 12)), 0.3), []
     candidates = {"triton": kernel, "reference": mlp_ref}
-    assert train_gpt._first_that_works("mlp", candidates, args, notes) == "reference"
+    assert train_gpt._first_that_works("mlp", candidates, mlp_ref, args, notes) == "reference"
     assert len(notes) == 1 and notes[0].startswith(note) and "second" not in notes[0]
 
 
 def test_kernel_that_agrees_is_used():
     args, notes = (*(t.detach() for t in mlp_inputs(10, 8, 12)), 0.3), []
     candidates = {"triton": lambda *inputs: mlp_ref(*inputs) * 1.001, "reference": mlp_ref}
-    assert train_gpt._first_that_works("mlp", candidates, args, notes) == "triton" and not notes
+    assert train_gpt._first_that_works("mlp", candidates, mlp_ref, args, notes) == "triton" and not notes
 
 
 # --- on the GPU, bf16

@@ -98,6 +98,17 @@ def quantize_alone(weights, hessians, hp):
     return result
 
 
+def gptq(w, hessian, *arguments, names=None):
+    """gptq_quantize of a batch, or of one matrix."""
+    if w.ndim == 2:
+        return (part[0] for part in gptq(w[None], hessian[None], *arguments, names=names))
+    return train_gpt.gptq_quantize(w, hessian, *arguments, names or [f"matrix {i}" for i in range(len(w))])
+
+
+def unpack(fields):
+    return train_gpt.unpack_factors({key: np.asarray(value, np.float32) for key, value in fields.items()})
+
+
 def weighted_error(w, codes, scale, hessian):
     error = w - codes * scale.float()[:, None]
     return ((error @ hessian) * error).sum().item()
@@ -109,7 +120,7 @@ def weighted_error(w, codes, scale, hessian):
 @pytest.mark.parametrize("case", GPTQ_CASES)
 def test_gptq_equals_golden_codes_and_scales(golden, case):
     bits, clip_sigmas = GPTQ_CASES[case]
-    codes, scale = train_gpt.gptq_quantize(golden["gptq/W"], golden["gptq/H"], bits, clip_sigmas, 0.01, 32)
+    codes, scale = gptq(golden["gptq/W"], golden["gptq/H"], bits, clip_sigmas, 0.01, 32)
     assert codes.dtype == torch.int8 and scale.dtype == torch.float16
     assert torch.equal(codes, golden[f"gptq/{case}/codes"])
     assert torch.equal(scale, golden[f"gptq/{case}/scale"])
@@ -117,7 +128,7 @@ def test_gptq_equals_golden_codes_and_scales(golden, case):
 
 def test_gptq_in_blocks_of_another_size_finds_golden_codes(golden):
     for block_size in (1, 7, 96, 128):
-        codes, _ = train_gpt.gptq_quantize(golden["gptq/W"], golden["gptq/H"], 6, 12.85, 0.01, block_size)
+        codes, _ = gptq(golden["gptq/W"], golden["gptq/H"], 6, 12.85, 0.01, block_size)
         assert (codes != golden["gptq/int6_k12.85/codes"]).float().mean() < 2e-3  # ties only
 
 
@@ -129,15 +140,15 @@ def test_lqer_product_equals_golden(golden):
 @pytest.mark.parametrize("form", ["asym", "sym4"])
 def test_lqer_packing_equals_golden(golden, form):
     a, b = golden["lqer/A"], golden["lqer/B"]
-    packed = train_gpt.pack_asymmetric(a, b, 64) if form == "asym" else train_gpt.pack_symmetric(a, b, 4)
+    packed = train_gpt.pack_factors(a, b, settings(lqer_asym_enabled=form == "asym"))
     for ours, theirs in LQER_KEYS.items():
         expected = golden[f"lqer/{form}/{theirs}"]
         assert packed[ours].dtype == expected.dtype and torch.equal(packed[ours], expected), ours
 
 
 def test_gate_rows_equal_golden(golden):
-    codes, scale = train_gpt.quantize_rows_int8(golden["gate/W"])
-    assert torch.equal(codes, golden["gate/codes"]) and torch.equal(scale, golden["gate/scale"])
+    fields = train_gpt.quantize_small("attn_gate", golden["gate/W"], settings())
+    assert torch.equal(fields["codes"], golden["gate/codes"]) and torch.equal(fields["scale"], golden["gate/scale"])
 
 
 # --- GPTQ
@@ -147,7 +158,7 @@ def test_gate_rows_equal_golden(golden):
 @pytest.mark.parametrize("bits,clip_sigmas", [(6, 12.85), (4, 3.0)])
 def test_gptq_beats_rounding_in_hessian_weighted_error(seed, bits, clip_sigmas):
     w, hessian = torch.randn(40, 72) * torch.rand(40, 1), correlated_hessian(72, seed=seed)
-    codes, scale = train_gpt.gptq_quantize(w, hessian, bits, clip_sigmas, 0.01, 16)
+    codes, scale = gptq(w, hessian, bits, clip_sigmas, 0.01, 16)
     q_max = 2 ** (bits - 1) - 1
     rounded = (w / scale.float()[:, None]).round().clamp(-q_max, q_max)
     ratio = weighted_error(w, codes, scale, hessian) / weighted_error(w, rounded, scale, hessian)
@@ -156,7 +167,7 @@ def test_gptq_beats_rounding_in_hessian_weighted_error(seed, bits, clip_sigmas):
 
 def test_gptq_with_diagonal_hessian_is_rounding():
     w = torch.randn(8, 24)
-    codes, scale = train_gpt.gptq_quantize(w, torch.diag(torch.rand(24) + 0.5), 6, 12.85, 0.01, 8)
+    codes, scale = gptq(w, torch.diag(torch.rand(24) + 0.5), 6, 12.85, 0.01, 8)
     assert torch.equal(codes.float(), (w / scale.float()[:, None]).round().clamp(-31, 31))
 
 
@@ -180,32 +191,32 @@ def test_dead_columns_get_code_zero_and_change_no_other_column():
     w, hessian = torch.randn(12, 30), correlated_hessian(30)
     dead, alive = [3, 17], [i for i in range(30) if i not in (3, 17)]
     hessian[dead], hessian[:, dead] = 0, 0
-    codes, scale = train_gpt.gptq_quantize(w, hessian, 6, 12.85, 0.01, 8)
+    codes, scale = gptq(w, hessian, 6, 12.85, 0.01, 8)
     assert (codes[:, dead] == 0).all() and (codes[:, alive] != 0).any()
     assert torch.equal(scale, (12.85 * w.std(dim=1) / 31).half())  # of the original row, dead columns included
     moved = w.clone()
     moved[:, dead] = moved[:, dead[::-1]]  # the rows keep their standard deviation up to rounding
-    again, _ = train_gpt.gptq_quantize(moved, hessian, 6, 12.85, 0.01, 8)
+    again, _ = gptq(moved, hessian, 6, 12.85, 0.01, 8)
     assert torch.equal(codes, again)
 
 
 def test_hessian_of_zeros_is_no_error():
-    codes, scale = train_gpt.gptq_quantize(torch.randn(4, 8), torch.zeros(8, 8), 6, 12.85, 0.01, 4)
+    codes, scale = gptq(torch.randn(4, 8), torch.zeros(8, 8), 6, 12.85, 0.01, 4)
     assert (codes == 0).all() and scale.isfinite().all()
 
 
 def test_zero_and_tiny_rows_have_finite_scales_and_no_nan():
     w = torch.randn(4, 16)
     w[1], w[2] = 0, w[2] * 1e-12
-    codes, scale = train_gpt.gptq_quantize(w, correlated_hessian(16), 6, 12.85, 0.01, 8)
+    codes, scale = gptq(w, correlated_hessian(16), 6, 12.85, 0.01, 8)
     assert (scale > 0).all() and scale.isfinite().all()
     assert (codes[1:3] == 0).all() and (codes[0] != 0).any()
-    gate_codes, gate_scale = train_gpt.quantize_rows_int8(w)
+    gate_codes, gate_scale = train_gpt.quantize_rows(w, -127, 127, 127)
     assert (gate_scale > 0).all() and (gate_codes[1] == 0).all() and gate_codes[0].abs().max() == 127
 
 
 def test_huge_rows_do_not_overflow_the_scale():
-    _, scale = train_gpt.gptq_quantize(torch.randn(2, 8) * 1e7, torch.eye(8), 6, 12.85, 0.01, 8)
+    _, scale = gptq(torch.randn(2, 8) * 1e7, torch.eye(8), 6, 12.85, 0.01, 8)
     assert scale.isfinite().all()
 
 
@@ -213,9 +224,9 @@ def test_damping_is_retried_on_an_indefinite_hessian_and_reported():
     w, hessian = torch.randn(2, 8, 16), torch.stack([correlated_hessian(16), torch.eye(16)])
     hessian[1, 0, 1] = hessian[1, 1, 0] = 1.05  # smallest eigenvalue -0.05: damping 0.01 fails, 0.1 does
     with pytest.warns(UserWarning, match="retry 1: bad$"):
-        codes, scale = train_gpt.gptq_quantize(w, hessian, 6, 12.85, 0.01, 8, ["good", "bad"])
-    good, _ = train_gpt.gptq_quantize(w[0], hessian[0], 6, 12.85, 0.01, 8)
-    bad, _ = train_gpt.gptq_quantize(w[1], hessian[1], 6, 12.85, 0.1, 8)
+        codes, scale = gptq(w, hessian, 6, 12.85, 0.01, 8, names=["good", "bad"])
+    good, _ = gptq(w[0], hessian[0], 6, 12.85, 0.01, 8)
+    bad, _ = gptq(w[1], hessian[1], 6, 12.85, 0.1, 8)
     assert torch.equal(codes[0], good) and torch.equal(codes[1], bad)
 
 
@@ -223,14 +234,14 @@ def test_damping_is_retried_on_an_indefinite_hessian_and_reported():
 @pytest.mark.parametrize("hessian", [-torch.eye(16), torch.full((16, 16), float("nan"))])
 def test_hopeless_hessian_is_an_error_with_the_name_of_the_matrix(hessian):
     with pytest.raises(ValueError, match="some.weight"):
-        train_gpt.gptq_quantize(torch.randn(8, 16), hessian, 6, 12.85, 0.01, 8, ["some.weight"])
+        gptq(torch.randn(8, 16), hessian, 6, 12.85, 0.01, 8, names=["some.weight"])
 
 
 def test_batched_gptq_equals_one_by_one():
     w, hessian = torch.randn(5, 24, 40), torch.stack([correlated_hessian(40, seed=i) for i in range(5)])
-    codes, scale = train_gpt.gptq_quantize(w, hessian, 5, 6.0, 0.01, 16)
+    codes, scale = gptq(w, hessian, 5, 6.0, 0.01, 16)
     for i in range(5):
-        one_codes, one_scale = train_gpt.gptq_quantize(w[i], hessian[i], 5, 6.0, 0.01, 16)
+        one_codes, one_scale = gptq(w[i], hessian[i], 5, 6.0, 0.01, 16)
         assert torch.equal(codes[i], one_codes) and torch.equal(scale[i], one_scale)
 
 
@@ -238,7 +249,7 @@ def test_gptq_leaves_its_inputs_alone():
     w, hessian = torch.randn(8, 16), correlated_hessian(16)
     hessian[2], hessian[:, 2] = 0, 0
     kept = w.clone(), hessian.clone()
-    train_gpt.gptq_quantize(w, hessian, 6, 12.85, 0.01, 8)
+    gptq(w, hessian, 6, 12.85, 0.01, 8)
     assert torch.equal(w, kept[0]) and torch.equal(hessian, kept[1])
 
 
@@ -246,8 +257,8 @@ def test_gptq_leaves_its_inputs_alone():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_gptq_on_the_device_agrees_with_the_cpu():
     w, hessian = torch.randn(3, 64, 128), torch.stack([correlated_hessian(128, seed=i) for i in range(3)])
-    codes, scale = train_gpt.gptq_quantize(w, hessian, 6, 12.85, 0.01, 32)
-    on_device, device_scale = train_gpt.gptq_quantize(w.cuda(), hessian.cuda(), 6, 12.85, 0.01, 32)
+    codes, scale = gptq(w, hessian, 6, 12.85, 0.01, 32)
+    on_device, device_scale = gptq(w.cuda(), hessian.cuda(), 6, 12.85, 0.01, 32)
     assert (on_device.cpu() != codes).float().mean() < 5e-3
     assert (device_scale.cpu() != scale).float().mean() < 0.02
 
@@ -258,8 +269,9 @@ def test_gptq_on_the_device_agrees_with_the_cpu():
 def test_lqer_lowers_the_error_in_both_packings():
     error = torch.randn(64, 2) @ torch.randn(2, 128) + 0.1 * torch.randn(64, 128)
     a, b = train_gpt.lqer_factors(error, 4)
-    for packed in (train_gpt.pack_asymmetric(a, b, 64), train_gpt.pack_symmetric(a, b, 4)):
-        unpacked = train_gpt.unpack_factors({key: value.numpy() for key, value in packed.items()})
+    for is_asymmetric in (True, False):
+        packed = train_gpt.pack_factors(a, b, settings(lqer_asym_enabled=is_asymmetric))
+        unpacked = unpack(packed)
         a_back, b_back = (torch.from_numpy(factor) for factor in unpacked)
         assert a_back.shape == a.shape and b_back.shape == b.shape
         assert (error - a_back @ b_back).norm() < 0.8 * error.norm()
@@ -267,15 +279,15 @@ def test_lqer_lowers_the_error_in_both_packings():
 
 def test_unpacked_factors_are_within_half_a_step():
     a, b = torch.randn(20, 4), torch.randn(4, 48)
-    packed = train_gpt.pack_symmetric(a, b, 6)
-    a_back, b_back = train_gpt.unpack_factors({key: value.numpy() for key, value in packed.items()})
+    packed = train_gpt.pack_factors(a, b, settings(lqer_asym_enabled=False, lqer_factor_bits=6))
+    a_back, b_back = unpack(packed)
     assert ((torch.from_numpy(a_back) - a).abs() <= 0.505 * packed["lqer_a_scale"].float()[:, None]).all()
     assert ((torch.from_numpy(b_back) - b).abs() <= 0.505 * packed["lqer_b_scale"].float()[:, None]).all()
 
 
 def test_asymmetric_groups_cross_the_rows_of_b():
     b = torch.randn(4, 48)
-    packed = train_gpt.pack_asymmetric(torch.randn(5, 4), b, 64)
+    packed = train_gpt.pack_factors(torch.randn(5, 4), b, settings())
     assert packed["lqer_b_scale"].shape == (3,)
     expected = (b.reshape(3, 64).abs().amax(dim=1) / 7.5).half()
     assert torch.equal(packed["lqer_b_scale"], expected)
@@ -382,7 +394,7 @@ def test_dequantize_adds_the_correction_rank_by_rank():
     weights, hessians = small_model()
     arrays = quantize_alone(weights, hessians, settings(lqer_top_k=1))
     name = next(key for key in arrays if key.endswith(":lqer_a")).removesuffix(":lqer_a")
-    a, b = train_gpt.unpack_factors({key.split(":")[1]: array for key, array in arrays.items() if key.startswith(name)})
+    a, b = unpack({key.split(":")[1]: array for key, array in arrays.items() if key.startswith(f"{name}:lqer")})
     expected = arrays[f"{name}:codes"].astype(np.float64) * arrays[f"{name}:scale"].astype(np.float64)[:, None]
     expected += a.astype(np.float64) @ b.astype(np.float64)
     np.testing.assert_allclose(train_gpt.dequantize_weights(arrays)[name].numpy(), expected, atol=1e-6)

@@ -76,8 +76,8 @@ def test_documents_are_segments_and_long_ones_are_cut(tiny_data):
 
 def test_document_of_exactly_the_limit_is_one_piece(tmp_path):
     write_documents(tmp_path, "train", [31, 32, 63, 64])  # 32, 33, 64 and 65 tokens with BOS
-    starts = loader_of(tmp_path, micro_batch_tokens=194, train_batch_tokens=194).build(0).cu_seqlens.unique().tolist()
-    assert starts == [0, 32, 64, 65, 97, 129, 161, 193, 194]
+    loader = loader_of(tmp_path, micro_batch_tokens=194, train_batch_tokens=194, max_row_segments=9)
+    assert loader.build(0).cu_seqlens.tolist() == [0, 32, 64, 65, 97, 129, 161, 193, 194, 194]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -217,10 +217,10 @@ def test_training_learns_more_than_token_frequencies(tmp_path):
     tokens, _ = write_documents(tmp_path, "train", [63] * 200, seed=5)
     shares = np.bincount(tokens) / len(tokens)
     unigram_entropy = -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
-    trainer = trainer_of(tmp_path, iterations=60, train_batch_tokens=512, micro_batch_tokens=512, train_seq_len=64)
-    losses = [trainer.train_step(step, step / 60, step >= 21).item() for step in range(60)]
+    trainer = trainer_of(tmp_path, iterations=30, train_batch_tokens=512, micro_batch_tokens=512, train_seq_len=64)
+    losses = [trainer.train_step(step, step / 30, step >= 11).item() for step in range(30)]
     assert losses[0] == pytest.approx(math.log(97), abs=0.1)
-    assert np.mean(losses[-5:]) < 0.75 * unigram_entropy
+    assert np.mean(losses[-5:]) < 0.5 * unigram_entropy
 
 
 def test_training_ends_with_the_average_of_the_weights(tiny_data):

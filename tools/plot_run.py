@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 def read_log(path):
-    """Log -> (rows of training steps as dictionaries of numbers, RESULT dictionary). Raises ValueError without RESULT."""
+    """Log -> (rows of training steps as dictionaries of numbers, RESULT dictionary). Raises ValueError without one."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     steps = [{key: float(value) for key, value in re.findall(r"(\w+):([-\d.e+]+)", line)}
              for line in lines if line.startswith("step:") and "train_loss:" in line]
@@ -31,7 +31,8 @@ def plot_training(steps, result, path):
     axis.plot(seconds, [row["train_loss"] for row in steps], marker=".", label="training loss (nats per token)")
     for name, score in result["scores"].items():
         axis.axhline(score["loss"], linestyle=":", linewidth=1, color="gray")
-        axis.annotate(f"{name} {score['bpb']:.4f} BPB", (seconds[-1], score["loss"]), ha="right", va="bottom", fontsize=8)
+        label = f"{name} {score['bpb']:.4f} BPB"
+        axis.annotate(label, (seconds[-1], score["loss"]), ha="right", va="bottom", fontsize=8)
     looped = [row["train_seconds"] for row in steps if row["looping"]]
     if looped:
         axis.axvspan(looped[0], seconds[-1], alpha=0.08, color="tab:green", label="looping on")

@@ -1,0 +1,245 @@
+"""The pages say what is there: files, targets, settings, RESULT's keys, sections; and the launcher of several seeds."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train_gpt
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ["README.md", "THIRD_PARTY_NOTICES.md", "data/README.md", "docs/LOG.md", "docs/RESULT.md", "records/README.md",
+         "tokenizers/README.md"]
+SETTINGS = {name.upper() for name in train_gpt.Hyperparameters.__dataclass_fields__}
+OTHER_VARIABLES = {"TORCH_INDEX_URL", "TORCH", "VENV", "SEEDS", "NPROC", "SCRIPT", "PYTHON", "GOLDEN_DIR"}
+# what a run, a dataset or a user makes or fetches, so that a checkout does not hold it
+MADE = """log.txt model.pt artifact.bin result.json training.png stages.png manifest.json submission.json
+    docs_train.jsonl.xz docs_selected.jsonl train.jsonl.xz val.jsonl.xz
+    fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model""".split()
+KEPT_TYPES = {".py", ".sh", ".md", ".toml", ".txt", ".env", ".json", ".model"}
+MADE_UNDER = ("runs/", "data/demo/", "data/mine", "data/datasets/", "data/published/", ".venv")
+
+
+def read(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def code_in(text):
+    """What stands between backticks, in lines or in blocks."""
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return blocks + re.findall(r"`([^`\n]+)`", re.sub(r"^```\n.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+# ---- files, targets, settings
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_exist(page):
+    words = {word.removeprefix("./") for code in code_in(read(page)) for word in code.split()}
+    paths = {word for word in words if re.fullmatch(r"[\w./-]+(\.[a-z]+|/)", word) and not word.startswith(("/", "."))}
+    kept = {path for path in paths if path not in MADE and not path.startswith(MADE_UNDER)}
+    files = {path for path in kept if Path(path).suffix in KEPT_TYPES or path.endswith("/")}
+    folders = ROOT, (ROOT / page).parent
+    assert {path for path in files if not any((folder / path).exists() for folder in folders)} == set()
+
+
+def test_readme_names_every_tool_preset_and_page():
+    patterns = ("tools/*.py", "presets/*.env", "docs/*.md", "*.py", "*.sh")
+    names = [path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)]
+    assert len(names) >= 8
+    assert [name for name in names if f"`{name}`" not in read("README.md")] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_make_targets_that_a_page_names_exist(page):
+    targets = set(re.findall(r"^([a-z][\w-]*):", read("Makefile"), re.MULTILINE))
+    named = {target for code in code_in(read(page)) for target in re.findall(r"\bmake ([a-z][\w-]*)", code)}
+    assert named <= targets
+    if page == "README.md":
+        assert {"demo", "test", "gpu-test", "bench", "clean"} <= named
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(f"presets/{path.name}" for path in ROOT.glob("presets/*.env"))])
+def test_settings_that_a_page_names_are_declared(page):
+    text = read(page)
+    named = set(re.findall(r"(?<![\w<])([A-Z][A-Z0-9_]+)=", text))
+    named |= {code for code in code_in(text) if re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", code)}
+    assert named <= SETTINGS | OTHER_VARIABLES
+
+
+@pytest.mark.parametrize("preset", sorted(path.name for path in ROOT.glob("presets/*.env")))
+def test_presets_are_settings_that_work(preset):
+    lines = [line for line in read(f"presets/{preset}").splitlines() if line and not line.startswith("#")]
+    values = dict(shlex.split(line)[0].split("=", 1) for line in lines)
+    assert len(values) == len(lines)
+    train_gpt.Hyperparameters.from_env(values)
+
+
+def test_readmes_map_lists_the_sections_in_order():
+    sections = re.findall(r"^# ---- ([A-Z -]+?) -{40,}$", read("train_gpt.py"), re.MULTILINE)
+    assert len(sections) >= 13
+    assert re.findall(r"^\| ([A-Z -]+) \|", read("README.md"), re.MULTILINE) == sections
+
+
+# ---- docs/RESULT.md against the code
+
+
+def keys_of(node):
+    """Constant keys of every dictionary written inside a node."""
+    dictionaries = [n for n in ast.walk(node) if isinstance(n, ast.Dict)]
+    return {key.value for d in dictionaries for key in d.keys if isinstance(key, ast.Constant)}
+
+
+def assigned(tree, name):
+    """Keys of the dictionary `name`: from its display and from assignments to its items."""
+    keys = set()
+    for node in ast.walk(tree):
+        for target in node.targets if isinstance(node, ast.Assign) else []:
+            if isinstance(target, ast.Name) and target.id == name:
+                keys |= keys_of(node.value)
+            elif isinstance(target, ast.Subscript) and getattr(target.value, "id", None) == name:
+                keys.add(target.slice.value)
+    return keys
+
+
+def called_with(source, name):
+    """Constant first arguments of the calls of a function or method `name`."""
+    calls = [node for function in source.values() for node in ast.walk(function) if isinstance(node, ast.Call)]
+    return {call.args[0].value for call in calls if isinstance(call.args[0] if call.args else None, ast.Constant)
+            and name in (getattr(call.func, "attr", ""), getattr(call.func, "id", ""))}
+
+
+@pytest.fixture(scope="module")
+def source():
+    """Functions and methods of train_gpt.py: {name or Class.name: node}."""
+    tree = ast.parse(read("train_gpt.py"))
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            functions |= {f"{node.name}.{f.name}": f for f in node.body if isinstance(f, ast.FunctionDef)}
+    return functions
+
+
+def described(heading, table=0):
+    """First column of a table under a heading of docs/RESULT.md, the names between backticks."""
+    section = read("docs/RESULT.md").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    tables = [part for part in section.split("\n\n") if part.lstrip().startswith("|")]
+    return set(re.findall(r"^\| `(\w+)` \|", tables[table], re.MULTILINE))
+
+
+def test_every_key_of_result_is_described(source):
+    produced = assigned(source["run"], "about") | assigned(source["run"], "result") | keys_of(source["Trainer.summary"])
+    produced |= assigned(source["select_ops"], "trials")  # **ops.names
+    assert {"version", "violations", "steps", "attention", "peak_memory_bytes"} <= produced
+    assert described("Keys") == produced
+
+
+def test_every_score_and_its_fields_are_described(source):
+    names = called_with(source, "score_stage") - {"training"}  # evaluations inside training are logged only
+    assert described("Scores", 0) == names and len(names) == 4
+    fields = keys_of(source["Score.total"]) | keys_of(source["TestTimeTrainer.evaluate"].body[-1])
+    assert described("Scores", 1) == fields
+
+
+def test_every_stage_is_described(source):
+    stages = called_with(source, "stage") | {f"eval_{name}" for name in called_with(source, "score_stage")}
+    assert described("Seconds") == stages and len(stages) == 11
+
+
+def test_result_page_has_the_version_and_the_cap():
+    assert read("docs/RESULT.md").startswith(f"# The RESULT line, version {train_gpt.RESULT_VERSION}\n")
+    assert all(f"{train_gpt.BYTE_CAP:,}" in read(page) for page in ("README.md", "docs/RESULT.md"))
+
+
+# ---- run_3seeds.sh
+
+STUB = """
+import json, os, sys
+from pathlib import Path
+seed = int(os.environ["SEED"])
+if {"SEEDS", "NPROC", "SCRIPT", "PYTHON"} & set(os.environ):
+    sys.exit("the launcher's own variables came through")
+if seed == 13:
+    sys.exit(7)
+folder = Path(os.environ["RUNS_DIR"], os.environ["RUN_ID"])
+folder.mkdir(parents=True)
+scores = {"prequant": {"bpb": 1 + seed / 100}, "ttt": {"bpb": 0.5 + seed / 10}}
+result = {"seed": seed, "scores": scores, "total_bytes": 15_000_000 + seed, "violations": ["late"] * (seed == 2)}
+(folder / "result.json").write_text(json.dumps(result))
+"""
+FAKE_PYTHON = """#!/usr/bin/env bash
+echo "$@" | head -1 >>{folder}/calls
+if [[ $1 == -c ]]; then echo 4; exit; fi
+if [[ $1 == -m ]]; then exec {python} "${{@: -1}}"; fi
+exec {python} "$@"
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """launch(**variables) -> the finished launcher, with a stub in the place of train_gpt.py."""
+    (tmp_path / "stub.py").write_text(STUB)
+
+    def start(**variables):
+        environ = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
+        environ |= {"SCRIPT": str(tmp_path / "stub.py"), "PYTHON": sys.executable, "RUNS_DIR": str(tmp_path / "runs")}
+        return subprocess.run([ROOT / "run_3seeds.sh"], env=environ | variables, cwd=tmp_path, capture_output=True,
+                              text=True, timeout=60)
+
+    return start
+
+
+def test_launcher_tabulates_seeds_with_mean_and_deviation(launch, tmp_path):
+    done = launch(SEEDS="1 2 6", NPROC="1", RUN_ID="mine")
+    assert done.returncode == 0, done.stderr
+    table = [line.split() for line in done.stdout.split("\n\n")[1].splitlines()]
+    assert table == [["BPB", "prequant", "ttt", "bytes", "violations"],
+                     ["1", "1.01000", "0.60000", "15,000,001", "0"],
+                     ["2", "1.02000", "0.70000", "15,000,002", "1"],
+                     ["6", "1.06000", "1.10000", "15,000,006", "0"],
+                     ["mean", "1.03000", "0.80000"],
+                     ["std", "0.02646", "0.26458", "(sample,", "n", "-", "1)"]]
+    assert sorted(os.listdir(tmp_path / "runs")) == ["mine-seed1", "mine-seed2", "mine-seed6"]
+
+
+def test_launcher_takes_three_seeds_by_itself_and_names_their_runs(launch, tmp_path):
+    done = launch(NPROC="1")
+    assert done.returncode == 0, done.stderr
+    names = [path.parent.name for path in (tmp_path / "runs").glob("*/result.json")]
+    assert {name.rsplit("-", 1)[1] for name in names} == {"seed42", "seed0", "seed1234"}
+    assert len({name.rsplit("-", 1)[0] for name in names}) == 1
+    for name in names:
+        train_gpt.Hyperparameters(run_id=name)
+
+
+def test_launcher_stops_with_the_exit_code_of_the_run_that_failed(launch, tmp_path):
+    done = launch(SEEDS="1 13 2", NPROC="1", RUN_ID="mine")
+    assert done.returncode == 7
+    assert "seed 13 ended with exit code 7" in done.stderr
+    assert "mean" not in done.stdout
+    assert os.listdir(tmp_path / "runs") == ["mine-seed1"]
+
+
+@pytest.mark.parametrize("variables", [{"SEEDS": "1 1"}, {"SEEDS": " "}, {"NPROC": "0"}, {"NPROC": "two"}])
+def test_launcher_refuses_what_cannot_be_meant(launch, tmp_path, variables):
+    done = launch(**{"NPROC": "1"} | variables)
+    assert done.returncode == 2 and done.stderr.startswith("run_3seeds.sh: ")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("variables, processes", [({}, 4), ({"NPROC": "2"}, 2)])
+def test_launcher_uses_torchrun_for_several_processes(launch, tmp_path, variables, processes):
+    fake = tmp_path / "python"
+    fake.write_text(FAKE_PYTHON.format(folder=shlex.quote(str(tmp_path)), python=shlex.quote(sys.executable)))
+    fake.chmod(0o755)
+    done = launch(SEEDS="5", PYTHON=str(fake), **variables)
+    assert done.returncode == 0, done.stderr
+    launched = [line for line in (tmp_path / "calls").read_text().splitlines() if line.startswith("-m ")]
+    assert launched == [f"-m torch.distributed.run --standalone --nproc_per_node={processes} {tmp_path}/stub.py"]
+    assert json.loads(next((tmp_path / "runs").glob("*/result.json")).read_text())["seed"] == 5
