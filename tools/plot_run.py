@@ -4,6 +4,7 @@ usage: python tools/plot_run.py runs/<RUN_ID>     -> training.png and stages.png
 """
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -29,13 +30,12 @@ def plot_training(steps, result, path):
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     seconds = [row["train_seconds"] for row in steps]
     axis.plot(seconds, [row["train_loss"] for row in steps], marker=".", label="training loss (nats per token)")
-    for name, score in result["scores"].items():
-        axis.axhline(score["loss"], linestyle=":", linewidth=1, color="gray")
-        label = f"{name} {score['bpb']:.4f} BPB"
-        axis.annotate(label, (seconds[-1], score["loss"]), ha="right", va="bottom", fontsize=8)
+    for number, (name, score) in enumerate(result["scores"].items()):
+        label = f"validation, {name}: {score['bpb']:.4f} BPB"
+        axis.axhline(score["loss"], linestyle=":", linewidth=1.5, color=f"C{number + 2}", label=label)
     looped = [row["train_seconds"] for row in steps if row["looping"]]
     if looped:
-        axis.axvspan(looped[0], seconds[-1], alpha=0.08, color="tab:green", label="looping on")
+        axis.axvspan(looped[0], seconds[-1], alpha=0.15, color="lightgray", label="looping on")
     rate = axis.twinx()
     rate.plot(seconds, [row["lr_factor"] for row in steps], color="tab:orange", linewidth=1)
     rate.set_ylabel("learning-rate factor", color="tab:orange")
@@ -43,7 +43,7 @@ def plot_training(steps, result, path):
     axis.set_xlabel("seconds of training")
     axis.set_ylabel("nats per token")
     axis.set_title(f"{result['run']}: {result['steps']} steps on {result['device']}, {result['total_bytes']:,} bytes")
-    axis.legend(loc="upper center")
+    axis.legend(loc="upper right")
     figure.savefig(path, dpi=120)
 
 
@@ -67,6 +67,10 @@ def main():
     if steps:
         plot_training(steps, result, folder / "training.png")
     plot_stages(result, folder / "stages.png")
+    if steps and result["scores"]:
+        score = next(iter(result["scores"].values()))
+        untrained = steps[0]["train_loss"] / math.log(2) * score["tokens"] / score["bytes"]
+        print(f" untrained: {untrained:.4f} BPB (first training step, at the validation set's bytes per token)")
     for name, score in result["scores"].items():
         print(f"{name:>10}: {score['bpb']:.4f} BPB ({score['tokens']:,} tokens, {score['bytes']:,} bytes)")
     print(f"  artifact: {result['artifact_bytes']:,} bytes + code {result['code_bytes']:,} = {result['total_bytes']:,}")
