@@ -994,7 +994,7 @@ def apply_rotary_emb(x, tables):
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
 
 def subtract_own_value(y, v):
-    """XSA: (B, T, H, E), (B, T, K, E) -> (B, T, H, E): the output without its part along its own value."""
+    """XSA (arXiv:2603.09078): (B, T, H, E), (B, T, K, E) -> (B, T, H, E), outputs without their own value's part."""
     v_hat = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, E)
     grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, E)
     return (grouped - (grouped * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3)
@@ -2287,6 +2287,7 @@ class TestTimeTrainer:
         """Runs the plan -> {loss, bpb, tokens, bytes, documents, partial}; every rank returns the same."""
         hp, stream = self.hp, self.validation
         self.model.requires_grad_(False)
+        started = time.perf_counter()
         kept = {lane: BatchedLoRA.initial_a(self.shapes, lane, hp, self.dist.device)
                 for lane in range(self.dist.rank, hp.ttt_lanes, self.dist.world_size)}
         for phase in plan_ttt((stream.ends - stream.starts)[:self.documents], hp):
@@ -2295,7 +2296,8 @@ class TestTimeTrainer:
                     self.score_batch(batch, mine)
                     nats, tokens, charges = self.score.sums.tolist()
                     self.log(f"ttt_batch lane:{lane} documents:{len(batch)} running_tokens:{tokens:.0f} "
-                             f"running_bpb:{nats / math.log(2) / max(charges, 1):.5f}")
+                             f"running_bpb:{nats / math.log(2) / max(charges, 1):.5f} "
+                             f"seconds:{time.perf_counter() - started:.1f}")
             if phase.adapt:
                 self.global_adapt(phase.documents)
         self.model.requires_grad_(True)

@@ -1,0 +1,67 @@
+"""The contest's budgets: what RESULT names as a violation, and the exit code where the byte cap is broken."""
+
+from types import SimpleNamespace
+
+import pytest
+from conftest import tiny_hp
+
+import train_gpt
+
+GOOD = {"training_seconds": 590.0, "hessians": 4.0, "quantize": 6.0, "unpack": 20.0, "scoring": 580.0,
+        "code_bytes": 34_000, "artifact_bytes": 15_966_000, "partial": False}
+
+
+def broken(final="ttt", **changes):
+    """Violations of a run that keeps every rule exactly, but for the changes."""
+    run = GOOD | changes
+    hp = tiny_hp(max_wallclock_seconds=600.0, gptq_reserve_seconds=7.0, eval_budget_seconds=600.0)
+    seconds = {"hessians": run["hessians"], "quantize": run["quantize"], "unpack": run["unpack"],
+               "eval_prequant": 1e6, f"eval_{final}": run["scoring"]}
+    scores = {"prequant": {}, final: {"partial": run["partial"]}}
+    training = {"training_seconds": run["training_seconds"]}
+    return train_gpt.violations(
+        hp, SimpleNamespace(seconds=seconds), training, run["code_bytes"], run["artifact_bytes"], scores)
+
+
+@pytest.mark.parametrize("final", ["quantized", "sliding", "ttt"])
+def test_a_run_at_the_limits_breaks_no_rule(final):
+    assert broken(final) == []
+
+
+@pytest.mark.parametrize("key", ["code_bytes", "artifact_bytes"])
+def test_one_byte_above_the_cap_is_a_violation(key):
+    (sentence,) = broken(**{key: GOOD[key] + 1})
+    assert "16000001 bytes" in sentence
+
+
+@pytest.mark.parametrize("key", ["training_seconds", "hessians", "quantize"])
+def test_training_hessians_and_gptq_share_one_budget(key):
+    (sentence,) = broken(**{key: GOOD[key] + 0.5})
+    assert "600.5 s of 600.0" in sentence
+
+
+@pytest.mark.parametrize("final", ["quantized", "sliding", "ttt"])
+@pytest.mark.parametrize("key", ["unpack", "scoring"])
+def test_unpacking_and_the_final_evaluation_share_one_budget(key, final):
+    (sentence,) = broken(final, **{key: GOOD[key] + 0.5})
+    assert "600.5 s of 600.0" in sentence
+
+
+def test_a_partial_score_is_marked():
+    (sentence,) = broken(partial=True)
+    assert "part of the validation documents" in sentence
+
+
+@pytest.mark.parametrize("total, code", [(16_000_000, None), (16_000_001, 3)])
+def test_exit_code_tells_a_broken_byte_cap(monkeypatch, total, code):
+    monkeypatch.setattr("sys.argv", ["train_gpt.py"])
+    monkeypatch.setattr(train_gpt, "run", lambda hp, dist: {"total_bytes": total})
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DEVICE", "cpu")
+    if code is None:
+        train_gpt.main()
+    else:
+        with pytest.raises(SystemExit) as ended:
+            train_gpt.main()
+        assert ended.value.code == code
