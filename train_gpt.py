@@ -2481,6 +2481,7 @@ def main():
     if len(sys.argv) > 1:
         print("No arguments; settings are environment variables, here with their defaults:\n" + settings_table())
         sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
+    warnings.filterwarnings("ignore", message="Argument aux_data")  # FlashAttention-4 says so at every compilation
     try:
         hp = Hyperparameters.from_env()
         dist = Dist(hp.device)

@@ -31,7 +31,7 @@ def tiny_hp(**changes):
 
 
 def write_shard(path, values):
-    """A shard file as CASEOPS.md 3.1 describes it, written independently of the code under test."""
+    """A shard file as the README (Data) describes it, written independently of the code under test."""
     header = np.zeros(256, dtype="<i4")
     header[:3] = 20240520, 1, len(values)
     path.write_bytes(header.tobytes() + np.asarray(values, dtype="<u2").tobytes())

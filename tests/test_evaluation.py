@@ -379,7 +379,7 @@ def tokenizer():
 
 
 def byte_charged(tables, ids):
-    """Bytes of each target of BOS, ids, BOS, one after the other as CASEOPS.md 4.1 words it."""
+    """Bytes of each target of BOS, ids, BOS, one after the other as README (bits per byte) words it."""
     count, leading, boundary = tables
     stream = [BOS_ID, *ids, BOS_ID]
     pairs = zip(stream, stream[1:], strict=False)

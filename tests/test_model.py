@@ -1,4 +1,4 @@
-"""The model: golden numbers, a second forward written from SPEC.md in float64, documents apart, taps, init."""
+"""The model: golden numbers, a second forward, written apart from the code, in float64, documents apart, taps, init."""
 
 import functools
 import math
@@ -141,7 +141,7 @@ def test_q_k_and_v_share_one_hessian():
         assert torch.equal(of_q, of_k) and torch.equal(of_q, of_v)
 
 
-# --- a second forward: SPEC.md 2 in float64, one row, one head and one position at a time
+# --- a second forward in float64, one row, one head and one position at a time
 
 
 def reference_attention(h, x_in, layer, p, hp):

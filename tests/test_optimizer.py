@@ -101,7 +101,7 @@ def test_muon_agrees_with_golden_number(step, bank, golden, dist, rel):
 
 
 def plain_polar(x, steps):
-    """One matrix in float64, SPEC.md 3."""
+    """One matrix in float64, step by step."""
     if x.size(0) > x.size(1):
         return plain_polar(x.T, steps).T
     x = x / (x.square().sum().sqrt() + 1e-7)
