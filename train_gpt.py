@@ -400,8 +400,8 @@ class RunLog:
     """Prints on rank 0 and keeps the same lines in <folder>/log.txt; a stage's seconds are kept in `seconds`."""
 
     def __init__(self, folder, dist):
-        self.dist, self.folder, self.seconds = dist, Path(folder), {}
-        self.file = open(self.folder / "log.txt", "a", encoding="utf-8") if dist.rank == 0 else None
+        self.dist, self.seconds = dist, {}
+        self.file = open(Path(folder) / "log.txt", "a", encoding="utf-8") if dist.rank == 0 else None
 
     def __call__(self, message):
         if self.file:
@@ -1730,14 +1730,14 @@ def collect_hessians(model, loader, hp, dist):
     """
     tap = HessianTap()
     mine = range(dist.rank, hp.gptq_calibration_batches, dist.world_size)
-    for index in mine:
+    for index in mine or [0]:  # a rank without a row of its own takes part in the sums with zeros
         row = loader.row(index, index + dist.world_size if index + dist.world_size in mine else None)
         hidden = model.forward_hidden(row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True, tap=tap)
         tap.add(("lm_head", 0), hidden)
     for gram in tap.sums.values():
-        gram /= hp.gptq_calibration_batches if hp.gptq_all_reduce else len(mine)
+        gram /= hp.gptq_calibration_batches if hp.gptq_all_reduce else max(1, len(mine))
         if hp.gptq_all_reduce:
-            dist.all_reduce(gram)
+            dist.all_reduce(gram if mine else gram.zero_())
     hessians = tap.hessians("tok_emb.weight" if hp.tie_embeddings else "lm_head.weight")
     # an untied embedding is read one row at a time: every column counts the same
     return {"tok_emb.weight": torch.eye(hp.model_dim, device=dist.device)} | hessians
@@ -1969,8 +1969,11 @@ def is_packed(source):
 
 HEAD_CHUNK = 8192  # positions whose float32 logits exist at a time
 
+def bits_per_byte(nats, charges):
+    return nats / math.log(2) / charges
+
 class Score:
-    """Sums of a scoring: nats, tokens and bytes, kept on the device in float64; the only place with the BPB formula."""
+    """Sums of a scoring: nats, tokens and bytes, kept on the device in float64."""
 
     def __init__(self, device):
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -1985,7 +1988,7 @@ class Score:
         nats, tokens, charges = dist.all_reduce(self.sums.clone()).tolist()
         if (int(tokens), int(charges)) != tuple(expected):
             raise RuntimeError(f"scored {int(tokens)} tokens and {int(charges)} bytes, the documents have {expected}")
-        bpb = nats / math.log(2) / charges
+        bpb = bits_per_byte(nats, charges)
         return {"loss": nats / tokens, "bpb": bpb, "tokens": int(tokens), "bytes": int(charges)}
 
 def document_windows(starts, ends, length, stride):
@@ -2267,9 +2270,8 @@ class TestTimeTrainer:
         chunk_of = (np.cumsum(lengths) - lengths) // hp.global_ttt_chunk_tokens
         chunks = [windows[chunk_of == number] for number in np.unique(chunk_of)]
         for number, chunk in enumerate(chunks):
-            optimizer.zero_grad(set_to_none=False)
             for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad = torch.zeros_like(p)
             mine, tokens = chunk[dist.rank::dist.world_size], (chunk[:, 1] - chunk[:, 0]).sum()
             for first, last in self.packer.rows(mine):
                 row = self.packer.build(mine[first:last])
@@ -2296,7 +2298,7 @@ class TestTimeTrainer:
                     self.score_batch(batch, mine)
                     nats, tokens, charges = self.score.sums.tolist()
                     self.log(f"ttt_batch lane:{lane} documents:{len(batch)} running_tokens:{tokens:.0f} "
-                             f"running_bpb:{nats / math.log(2) / max(charges, 1):.5f} "
+                             f"running_bpb:{bits_per_byte(nats, max(charges, 1)):.5f} "
                              f"seconds:{time.perf_counter() - started:.1f}")
             if phase.adapt:
                 self.global_adapt(phase.documents)

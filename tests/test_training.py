@@ -447,3 +447,33 @@ def test_two_ranks_train_like_one(tiny_data, tmp_path):
     assert losses == again and all(torch.equal(a, b) for a, b in zip(average, other, strict=True))
     alone, _ = train_on(train_gpt.Dist("cpu"), str(tiny_data))
     assert losses == pytest.approx(alone, rel=1e-4)
+
+
+class RecordingDist:
+    """Rank `rank` of `world_size` on the CPU; keeps what it would add to each sum over ranks."""
+
+    def __init__(self, rank, world_size):
+        self.rank, self.world_size, self.device, self.sums = rank, world_size, torch.device("cpu"), []
+
+    def all_reduce(self, tensor):
+        self.sums.append(tensor.clone())
+        return tensor
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_hessians_are_those_of_one_rank_for_any_world_size(tiny_data, ops, world_size):
+    """Also with more ranks than calibration rows: each rank takes part in every sum."""
+    hp = tiny_hp(data_path=str(tiny_data), gptq_calibration_batches=3, train_batch_tokens=3840)
+    model = train_gpt.GPT(hp, ops, torch.float32)
+    stream = train_gpt.TokenStream(hp.data_path, "train")
+
+    def parts(rank, ranks):
+        dist = RecordingDist(rank, ranks)
+        train_gpt.collect_hessians(model, train_gpt.TrainLoader(stream, hp, dist), hp, dist)
+        return dist.sums
+
+    whole = parts(0, 1)
+    shared = [sum(tensors) for tensors in zip(*(parts(rank, world_size) for rank in range(world_size)), strict=True)]
+    assert len(shared) == len(whole) == 4 * hp.num_layers + 1
+    for got, want in zip(shared, whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
