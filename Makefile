@@ -35,6 +35,7 @@ gpu-test:
 
 bench:
 	python3 benchmarks/bench_kernels.py
+	python3 benchmarks/bench_ttt.py
 
 clean:
 	rm -rf $(VENV) $(DEMO_DATA)

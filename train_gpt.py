@@ -64,7 +64,7 @@ except ImportError:  # the kernels stay definable, the references are used
 
 BOS_ID = 1  # every document starts with exactly one (README: data)
 BYTE_CAP = 16_000_000  # decimal bytes of code + weights, the contest's rule
-RESULT_VERSION = 1  # of the RESULT line, see docs/RESULT.md
+RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
 
 # ---- HYPERPARAMETERS -------------------------------------------------------------------------------------------------
 
@@ -397,10 +397,10 @@ class Dist:
             dist_backend.destroy_process_group()
 
 class RunLog:
-    """Prints on rank 0 and keeps the same lines in <folder>/log.txt; a stage's seconds are kept in `seconds`."""
+    """Prints on rank 0, and to <folder>/log.txt; `seconds` and `graphs` (newly compiled) are kept for every stage."""
 
     def __init__(self, folder, dist):
-        self.dist, self.seconds = dist, {}
+        self.dist, self.seconds, self.graphs = dist, {}, {}
         self.file = open(Path(folder) / "log.txt", "a", encoding="utf-8") if dist.rank == 0 else None
 
     def __call__(self, message):
@@ -412,11 +412,16 @@ class RunLog:
     def stage(self, name):
         """Times a stage of the run, device work included."""
         self.dist.synchronize()
-        start = time.perf_counter()
+        start, graphs = time.perf_counter(), compiled_graphs()
         yield
         self.dist.synchronize()
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
-        self(f"stage:{name} seconds:{self.seconds[name]:.2f}")
+        self.graphs[name] = self.graphs.get(name, 0) + compiled_graphs() - graphs
+        self(f"stage:{name} seconds:{self.seconds[name]:.2f} graphs_compiled:{self.graphs[name]}")
+
+def compiled_graphs():
+    """Number of graphs that torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 def balance(items, cost, bins):
     """Items in order, each into the bin with the least cost so far (ties: the first) -> list of bins."""
@@ -860,8 +865,7 @@ def _on_packed_row(varlen):
 
     def attention(q, k, v, cu_seqlens, max_seqlen):
         if cu_seqlens is None:
-            B, max_seqlen = q.shape[:2]
-            cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=q.device) * max_seqlen
+            cu_seqlens = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * q.size(1)
         return varlen(*(t.flatten(0, 1) for t in (q, k, v)), cu_seqlens, max_seqlen).view(q.shape)
 
     return attention
@@ -1000,20 +1004,30 @@ def subtract_own_value(y, v):
     return (grouped - (grouped * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3)
 
 class LayerWeights(NamedTuple):
-    """One layer's matrices in the compute dtype, views of the banks."""
+    """What one layer computes with: views of the banks and of the small parameters, in the compute dtype."""
     q: Tensor  # (D, D)
     k: Tensor  # (K E, D)
     v: Tensor  # (K E, D)
     out: Tensor  # (D, D)
     up: Tensor  # (F, D)
     down: Tensor  # (D, F)
+    q_gain: Tensor  # (H,)
+    gate: Tensor | None  # (H, window) or (H, D)
+    attn_scale: Tensor  # (D,)
+    mlp_scale: Tensor  # (D,)
+    mix: Tensor  # (2, D): stream, embedding
+    post: Tensor  # (2, 2): attention / MLP, target lane
+    resid: Tensor  # (2,): lane
+    depth_scale: Tensor  # (1,) float32, of both norms
+    xsa: bool
 
 class GPT(nn.Module):
     """The 11-layer recurrent GPT: one forward pass for training, evaluation, calibration and TTT.
 
-    A tap, where given, is called at every site as tap(site, slot, layer, x, y) -> y, with the site's input and output.
-    Sites: q, k, v, attn_proj, mlp_up, mlp_down, lm_head (matrix products), attn_out, mlp_out (whole sublayers). Without
-    a tap nothing is traced. `tap.splits_mlp` asks for the unfused MLP, whose hidden layer can be seen.
+    A tap, where given, is asked for tap.at(slot, layer), which is called at each site of that slot as (site, x, y) -> y,
+    with the site's input and output. Sites: q, k, v, attn_proj, mlp_up, mlp_down (matrix products), attn_out, mlp_out
+    (whole sublayers); token_losses calls its own at lm_head. Without a tap nothing is traced. `splits_mlp` asks for the
+    unfused MLP, whose hidden layer can be seen.
     """
 
     def __init__(self, hp, ops, dtype):
@@ -1040,6 +1054,8 @@ class GPT(nn.Module):
         self.parallel_resid = nn.Parameter(torch.full((L, 2), 1.1))  # (layer, lane)
         self.smear_weight = nn.Parameter(torch.zeros(1, hp.gate_window)) if hp.smear_gate_enabled else None
         self.smear_lambda = nn.Parameter(torch.zeros(1)) if hp.smear_gate_enabled else None
+        scales = [[(layer + 1) ** -0.5 if hp.ln_scale else 1.0] for layer in range(L)]
+        self.register_buffer("depth_scale", torch.tensor(scales), persistent=False)  # no weight: never saved
         self.init_weights()
 
     @torch.no_grad()
@@ -1081,31 +1097,35 @@ class GPT(nn.Module):
 
     def layer_weights(self):
         """LayerWeights of every layer. Unbinding once makes a bank's gradient one stack, not a sum of padded slices."""
-        qo, kv, up, down = (bank.to(self.dtype).unbind(0) for bank in
-                            (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank))
         L = self.hp.num_layers
-        return [LayerWeights(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i]) for i in range(L)]
+        qo, kv, up, down, q_gain, attn_scale, mlp_scale, mix, post, resid = (p.to(self.dtype).unbind(0) for p in (
+            self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank, self.q_gain, self.attn_scale,
+            self.mlp_scale, self.resid_mix, self.parallel_post, self.parallel_resid))
+        gates = [None] * L if self.attn_gate is None else self.attn_gate.to(self.dtype).unbind(0)
+        return [LayerWeights(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i], q_gain[i], gates[i], attn_scale[i],
+                             mlp_scale[i], mix[i], post[i], resid[i], self.depth_scale[i], i >= L - self.hp.xsa_last_n)
+                for i in range(L)]
 
-    def attention(self, h, x_in, slot, layer, w, rope, packing, tap):
+    def attention(self, h, x_in, w, rope, packing, tap):
         """(B, T, D) normalised input h -> (B, T, D). `packing` is (cu_seqlens or None, max_seqlen)."""
         hp, (B, T, D) = self.hp, h.shape
-        q_raw = linear(h, w.q, tap, "q", slot, layer)
+        q_raw = linear(h, w.q, tap, "q")
         q = q_raw.view(B, T, hp.num_heads, hp.head_dim)
-        k = linear(h, w.k, tap, "k", slot, layer).view(B, T, hp.num_kv_heads, hp.head_dim)
-        v = linear(h, w.v, tap, "v", slot, layer).view(B, T, hp.num_kv_heads, hp.head_dim)
-        q = apply_rotary_emb(norm(q), rope) * self.q_gain[layer].to(h.dtype)[:, None]
+        k = linear(h, w.k, tap, "k").view(B, T, hp.num_kv_heads, hp.head_dim)
+        v = linear(h, w.v, tap, "v").view(B, T, hp.num_kv_heads, hp.head_dim)
+        q = apply_rotary_emb(norm(q), rope) * w.q_gain[:, None]
         k = apply_rotary_emb(norm(k), rope)
         y = self.ops.attention(q, k, v, *packing)  # (B, T, H, E)
-        if layer >= hp.num_layers - hp.xsa_last_n:
+        if w.xsa:
             y = subtract_own_value(y, v)
         if self.gate_kind:
-            y = y * self.head_gates(h, x_in, q_raw, layer)[..., None]
-        out = linear(y.reshape(B, T, D), w.out, tap, "attn_proj", slot, layer)
-        return out if tap is None else tap("attn_out", slot, layer, h, out)
+            y = y * self.head_gates(h, x_in, q_raw, w.gate)[..., None]
+        out = linear(y.reshape(B, T, D), w.out, tap, "attn_proj")
+        return out if tap is None else tap("attn_out", h, out)
 
-    def head_gates(self, h, x_in, q_raw, layer):
+    def head_gates(self, h, x_in, q_raw, gate):
         """(B, T, H) factors of the heads' outputs, of whichever gate is on."""
-        hp, gate = self.hp, self.attn_gate[layer].to(h.dtype)  # (H, window) or (H, D)
+        hp = self.hp
         if self.gate_kind == "sparse":
             return torch.sigmoid(hp.sparse_attn_gate_scale * F.linear(h[..., :hp.gate_window], gate))
         if self.gate_kind == "dense":
@@ -1113,15 +1133,30 @@ class GPT(nn.Module):
         source = q_raw if hp.attn_out_gate_src == "q" else x_in
         return 2 * torch.sigmoid(F.linear(source[..., :hp.gate_window], gate))
 
-    def mlp(self, h, slot, layer, w, tap):
+    def mlp(self, h, w, tap):
         """(B, T, D) normalised input -> (B, T, D): W_down leaky_relu(W_up h)^2."""
         slope = self.hp.leaky_relu_slope
         if tap is not None and tap.splits_mlp:
-            hidden = F.leaky_relu(linear(h, w.up, tap, "mlp_up", slot, layer), slope).square()
-            out = linear(hidden, w.down, tap, "mlp_down", slot, layer)
+            hidden = F.leaky_relu(linear(h, w.up, tap, "mlp_up"), slope).square()
+            out = linear(hidden, w.down, tap, "mlp_down")
         else:
             out = self.ops.mlp(h, w.up, w.down, slope)
-        return out if tap is None else tap("mlp_out", slot, layer, h, out)
+        return out if tap is None else tap("mlp_out", h, out)
+
+    def block(self, x, mlp_lane, x0, w, rope, packing, tap):
+        """One layer: stream x (B, T, D), and the MLP's own lane where the stream has split, else None -> both again."""
+
+        def scaled_norm(x):
+            return (norm(x) * w.depth_scale).to(x.dtype)
+
+        x_in = w.mix[0] * x + w.mix[1] * x0
+        attn = w.attn_scale * self.attention(scaled_norm(x_in), x_in, w, rope, packing, tap)
+        if mlp_lane is None:
+            x = x_in + attn
+            return x + w.mlp_scale * self.mlp(scaled_norm(x), w, tap), None
+        mlp = w.mlp_scale * self.mlp(scaled_norm(mlp_lane), w, tap)
+        return (w.resid[0] * x + w.post[0, 0] * attn + w.post[1, 0] * mlp,
+                w.resid[1] * mlp_lane + w.post[0, 1] * attn + w.post[1, 1] * mlp)
 
     def embed(self, tokens, fresh):
         """(B, T) ids -> (B, T, D) raw embedding with SmearGate; none at BOS, t = 0, and where `fresh` (B, T) is set."""
@@ -1140,15 +1175,14 @@ class GPT(nn.Module):
             return x + scaled
         return torch.lerp(scaled, x, torch.sigmoid(self.skip_gates[pair].to(x.dtype)))
 
-    def forward_hidden(self, tokens, cu_seqlens=None, *, max_seqlen, looping, fresh=None, tap=None):
+    def forward_hidden(self, tokens, cu_seqlens=None, *, max_seqlen, looping, fresh=None, tap=None, block=None):
         """(B, T) ids -> (B, T, D), the final norm's output.
 
         With cu_seqlens B is 1 and documents are apart, none longer than max_seqlen; without, a row is one document.
+        `block` stands for self.block, where that alone was compiled.
         """
-        hp, slots, weights = self.hp, self.slots(looping), self.layer_weights()
+        hp, slots, weights, block = self.hp, self.slots(looping), self.layer_weights(), block or self.block
         packing, rope = (cu_seqlens, max_seqlen), rotary_tables(tokens.size(1), hp, tokens.device)
-        mix, attn_scale, mlp_scale, post, resid = (p.to(self.dtype) for p in (
-            self.resid_mix, self.attn_scale, self.mlp_scale, self.parallel_post, self.parallel_resid))
         x = x0 = norm(self.embed(tokens, fresh))
         mlp_lane, encoder, skips = None, len(slots) // 2, []
         for slot, layer in enumerate(slots):
@@ -1156,17 +1190,8 @@ class GPT(nn.Module):
                 mlp_lane = x  # the stream splits before this slot's skip, which goes to the attention lane only
             if slot >= encoder and skips:
                 x = self.merge_skip(slot - encoder, x, skips.pop())
-            scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
-            x_in = mix[layer, 0] * x + mix[layer, 1] * x0
-            attn = attn_scale[layer] * self.attention(
-                norm(x_in) * scale, x_in, slot, layer, weights[layer], rope, packing, tap)
-            if mlp_lane is None:
-                x = x_in + attn
-                x = x + mlp_scale[layer] * self.mlp(norm(x) * scale, slot, layer, weights[layer], tap)
-            else:
-                mlp = mlp_scale[layer] * self.mlp(norm(mlp_lane) * scale, slot, layer, weights[layer], tap)
-                x = resid[layer, 0] * x + post[layer, 0, 0] * attn + post[layer, 1, 0] * mlp
-                mlp_lane = resid[layer, 1] * mlp_lane + post[layer, 0, 1] * attn + post[layer, 1, 1] * mlp
+            here = tap and tap.at(slot, layer)
+            x, mlp_lane = block(x, mlp_lane, x0, weights[layer], rope, packing, here)
             if slot < encoder:
                 skips.append(x)
         if mlp_lane is not None:
@@ -1182,14 +1207,14 @@ class GPT(nn.Module):
     def token_losses(self, hidden, targets, tap=None):
         """(..., D) outputs of the final norm, (...) targets -> (...) nats, with head, softcap and loss in float32."""
         hidden = hidden.float()
-        logits = linear(hidden, self.head_weight, tap, "lm_head", 0, 0)
+        logits = linear(hidden, self.head_weight, tap, "lm_head")
         losses = softcapped_cross_entropy_ref(logits.flatten(0, -2), targets.flatten(), self.hp.logit_softcap)
         return losses.view(targets.shape)
 
-def linear(x, w, tap, site, slot, layer):
+def linear(x, w, tap, site):
     """x (..., in), w (out, in) -> (..., out): the one matrix product of the model that a tap can watch or add to."""
     y = F.linear(x, w)
-    return y if tap is None else tap(site, slot, layer, x, y)
+    return y if tap is None else tap(site, x, y)
 
 def unbank(model):
     """GPT -> {saved name: fp32 view}: quantization and packing see matrices under names of their own, not banks."""
@@ -1418,10 +1443,6 @@ def compiled(function, hp, dist, dynamic=False):
     """torch.compile where the settings ask for it, else the function itself; dynamic=None: dimensions may be marked."""
     return torch.compile(function, fullgraph=True, dynamic=dynamic) if compile_wanted(hp, dist) else function
 
-def compiled_graphs():
-    """Number of graphs that torch.compile has made in this process."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
-
 class Trainer:
     """Model, optimizers, average and loader of a run, and the one training step."""
 
@@ -1462,7 +1483,6 @@ class Trainer:
         `evaluate()` scores the current weights; it is called every VAL_LOSS_EVERY steps with the clock stopped.
         """
         hp, log, budget = self.hp, self.log, self.hp.training_seconds
-        graphs = compiled_graphs()
         clock = TrainingClock(self.dist)
         seconds, step, losses = 0.0, 0, []
         tokens_at = [(0, 0.0)]  # (step, seconds) when looping changed, for the rates of both states
@@ -1491,7 +1511,7 @@ class Trainer:
         progress = min(1.0, seconds / budget if budget else step / hp.iterations)
         self.log_step(step, losses[-1], seconds, progress, looping)
         self.ema.copy_to_model()
-        return self.summary(step, seconds, tokens_at, losses, compiled_graphs() - graphs)
+        return self.summary(step, seconds, tokens_at, losses)
 
     def log_step(self, step, loss, seconds, progress, looping):
         loss = self.dist.all_reduce(loss.clone()).item()
@@ -1499,13 +1519,13 @@ class Trainer:
         self.log(f"step:{step} train_loss:{loss:.4f} train_seconds:{seconds:.2f} progress:{progress:.4f} "
                  f"lr_factor:{lr_multiplier(progress, self.hp):.4f} looping:{int(looping)} tokens_per_s:{rate:.0f}")
 
-    def summary(self, steps, seconds, tokens_at, losses, recompilations):
+    def summary(self, steps, seconds, tokens_at, losses):
         """Steps, final loss, seconds, and tokens/s of each looping state, as RESULT has them."""
         stretches = zip(tokens_at, [*tokens_at[1:], (steps, seconds)], strict=True)
         rates = [round((b[0] - a[0]) * self.hp.train_batch_tokens / max(b[1] - a[1], 1e-9)) for a, b in stretches]
         losses = self.dist.all_reduce(torch.stack(losses[-20:])).tolist()
         return {"steps": steps, "train_loss": sum(losses) / len(losses), "training_seconds": round(seconds, 3),
-                "tokens_per_second_by_loop_state": rates, "graphs_compiled_while_training": recompilations}
+                "tokens_per_second_by_loop_state": rates}
 
 # ---- QUANTIZATION ----------------------------------------------------------------------------------------------------
 FP16_RANGE = 2.0**-24, 65504.0  # of scales: 1e-10 would be 0 in fp16, and an all-zero row be divided by it
@@ -1700,12 +1720,15 @@ class HessianTap:
     WATCHED = {"q": ("attn.c_q", "attn.c_k", "attn.c_v"), "attn_proj": ("attn.c_proj",),  # q, k and v share their input
                "mlp_up": ("mlp.c_fc",), "mlp_down": ("mlp.c_proj",)}
 
-    def __init__(self):
-        self.sums = {}
+    def __init__(self, sums=None, layer=None):
+        self.sums, self.layer = {} if sums is None else sums, layer
 
-    def __call__(self, site, slot, layer, x, y):
+    def at(self, slot, layer):
+        return HessianTap(self.sums, layer)
+
+    def __call__(self, site, x, y):
         if site in self.WATCHED:
-            self.add((site, layer), x)
+            self.add((site, self.layer), x)
         return y
 
     def add(self, key, x):
@@ -2058,14 +2081,14 @@ class Evaluator:
     def __init__(self, model, validation, hp, dist):
         self.model, self.validation, self.hp, self.dist = model, validation, hp, dist
         self.packer = WindowPacker(validation, hp.micro_batch_tokens, hp.eval_seq_len, hp.row_segments, dist.device)
-        self.losses = compiled(self.row_losses, hp, dist)
+        self.block, self.head = compiled(model.block, hp, dist), compiled(model.token_losses, hp, dist)
 
-    def row_losses(self, inputs, targets, cu_seqlens, fresh):
-        """One row -> (T,) nats, float32 head."""
-        length = self.hp.eval_seq_len
-        hidden = self.model.forward_hidden(inputs, cu_seqlens, max_seqlen=length, looping=True, fresh=fresh)
-        parts = zip(hidden[0].split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
-        return torch.cat([self.model.token_losses(h, t) for h, t in parts])
+    def row_losses(self, row):
+        """ScoredRow -> (T,) nats, float32 head."""
+        hidden = self.model.forward_hidden(row.inputs, row.cu_seqlens, max_seqlen=self.hp.eval_seq_len, looping=True,
+                                           fresh=row.fresh, block=self.block)
+        parts = zip(hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True)
+        return torch.cat([self.head(h, t) for h, t in parts])
 
     @torch.no_grad()
     def evaluate_bpb(self, stride=None):
@@ -2075,7 +2098,7 @@ class Evaluator:
         score = Score(self.dist.device)
         for first, last in self.packer.rows(windows)[self.dist.rank::self.dist.world_size]:
             row = self.packer.build(windows[first:last])
-            score.add(self.losses(row.inputs, row.targets, row.cu_seqlens, row.fresh), row.scored, row.charges)
+            score.add(self.row_losses(row), row.scored, row.charges)
         return score.total(self.dist, stream.targets_of(np.arange(len(stream.starts))))
 
 # ---- TEST-TIME TRAINING ----------------------------------------------------------------------------------------------
@@ -2111,18 +2134,34 @@ def window_positions(lengths, hp):
     return chunk * growing * (growing + 1) // 2 + (chunks - growing) * context
 
 class LoRATap:
-    """Adds (alpha / rank) (x A^T) B^T at the adapters' sites; A (S, B, R, in), B (S, B, out, R)."""
-
-    splits_mlp = False
+    """Adapters of all slots, {site: (A (S, B, R, in), B (S, B, out, R))}; the head's have S = 1."""
 
     def __init__(self, adapters, scale):
         self.adapters = {site: (a.unbind(0), b.unbind(0)) for site, (a, b) in adapters.items()}
         self.scale = scale
 
-    def __call__(self, site, slot, layer, x, y):
+    def at(self, slot, layer):
+        return SlotLoRA({site: (a[slot], b[slot]) for site, (a, b) in self.adapters.items() if site != "lm_head"},
+                        self.scale)
+
+    def at_head(self):
+        return SlotLoRA({site: (a[0], b[0]) for site, (a, b) in self.adapters.items() if site == "lm_head"}, self.scale)
+
+class SlotLoRA:
+    """Adds (alpha / rank) (x A^T) B^T at the sites of one slot; A (B, R, in), B (B, out, R), one pair a document."""
+
+    splits_mlp = False
+
+    def __init__(self, adapters, scale):
+        self.adapters, self.scale = adapters, scale
+
+    def matrices(self):
+        return [matrix for pair in self.adapters.values() for matrix in pair]
+
+    def __call__(self, site, x, y):
         if site not in self.adapters:
             return y
-        a, b = (matrices[slot].to(x.dtype) for matrices in self.adapters[site])
+        a, b = (matrix.to(x.dtype) for matrix in self.adapters[site])
         return y + self.scale * ((x @ a.mT) @ b.mT)
 
 def lora_shapes(model):
@@ -2198,16 +2237,45 @@ class TestTimeTrainer:
         row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.ttt_eval_seq_len
         entries = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
         self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device)
-        self.losses = compiled(self.chunk_losses, hp, dist, dynamic=None)
+        self.block, self.head = (compiled(f, hp, dist, dynamic=None) for f in (model.block, model.token_losses))
         self.shapes = lora_shapes(model)
         self.score = Score(dist.device)
 
     def chunk_losses(self, windows, targets, positions, adapters):
         """Windows (B, W), targets and their positions in the windows (B, C), adapters -> (B, C) nats, float32 head."""
         tap = LoRATap(adapters, self.hp.ttt_lora_alpha / self.hp.ttt_lora_rank)
-        hidden = self.model.forward_hidden(windows, max_seqlen=windows.size(1), looping=True, tap=tap)
+        hidden = self.model.forward_hidden(windows, max_seqlen=self.hp.ttt_eval_seq_len, looping=True, tap=tap,
+                                           block=self.dynamic_block)
         scored = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.size(2)))
-        return self.model.token_losses(scored, targets, tap)
+        return self.dynamic_head(scored, targets, tap.at_head())
+
+    # Compiled forms of GPT.block and GPT.token_losses, one graph for any number of documents and length of windows;
+    # layer by layer, because tracing all slots at once with unknown shapes takes minutes.
+
+    def dynamic_block(self, x, mlp_lane, x0, w, rope, packing, tap):
+        self.mark_dynamic([0, 1], x, x0, *([] if mlp_lane is None else [mlp_lane]))
+        self.mark_dynamic([0], *rope, *tap.matrices())
+        return self.block(x, mlp_lane, x0, w, rope, packing, tap)
+
+    def dynamic_head(self, scored, targets, tap):
+        self.mark_dynamic([0], scored, targets, *tap.matrices())
+        return self.head(scored, targets, tap)
+
+    def mark_dynamic(self, dimensions, *tensors):
+        if compile_wanted(self.hp, self.dist):
+            for tensor in tensors:
+                torch._dynamo.mark_dynamic(tensor, dimensions)
+
+    def warm_up(self):
+        """Compiles the graphs of all batches on the largest shape: kernels are chosen for where the time goes."""
+        hp, device = self.hp, self.dist.device
+        places = np.arange(max(2, hp.ttt_batch_size))
+        zeros = {site: torch.zeros(slots, len(places), hp.ttt_lora_rank, width, device=device)
+                 for site, (slots, width, _) in self.shapes.items()}
+        lora = BatchedLoRA(self.shapes, zeros, places, hp, device)
+        windows = torch.zeros(len(places), hp.ttt_eval_seq_len, dtype=torch.int64, device=device)
+        targets = torch.zeros(len(places), hp.ttt_chunk_size, dtype=torch.int64, device=device)
+        torch.autograd.grad(self.chunk_losses(windows, targets, targets, lora.adapters()).sum(), lora.parameters())
 
     def chunk_batch(self, rows, chunk):
         """Documents, chunk number -> windows (B, W), targets, positions, scored, charges (B, C each), on the device."""
@@ -2240,9 +2308,7 @@ class TestTimeTrainer:
         while live.any():
             windows, targets, positions, scored, charges = self.chunk_batch(rows, chunk)
             going = live & (lengths[rows] > (chunk + 1) * hp.ttt_chunk_size)
-            if compile_wanted(hp, self.dist):
-                mark_dynamic(windows, targets, positions, lora)
-            losses = self.losses(windows, targets, positions, lora.adapters())
+            losses = self.chunk_losses(windows, targets, positions, lora.adapters())
             live_rows = torch.from_numpy(live).to(self.dist.device)
             self.score.add(losses.detach(), scored & live_rows[:, None], charges)
             finished, live = live & ~going, going
@@ -2286,10 +2352,14 @@ class TestTimeTrainer:
         self.log(f"ttt_global_adaptation documents:{len(documents)} chunks:{len(chunks)}")
 
     def evaluate(self):
-        """Runs the plan -> {loss, bpb, tokens, bytes, documents, partial}; every rank returns the same."""
+        """Runs the plan -> {loss, bpb, tokens, bytes, documents, partial, recompilations}, the same on every rank."""
         hp, stream = self.hp, self.validation
         self.model.requires_grad_(False)
         started = time.perf_counter()
+        if compile_wanted(hp, self.dist):
+            self.warm_up()
+        graphs = compiled_graphs()
+        self.log(f"ttt_warm_up seconds:{time.perf_counter() - started:.1f}")
         kept = {lane: BatchedLoRA.initial_a(self.shapes, lane, hp, self.dist.device)
                 for lane in range(self.dist.rank, hp.ttt_lanes, self.dist.world_size)}
         for phase in plan_ttt((stream.ends - stream.starts)[:self.documents], hp):
@@ -2304,13 +2374,8 @@ class TestTimeTrainer:
                 self.global_adapt(phase.documents)
         self.model.requires_grad_(True)
         total = self.score.total(self.dist, stream.targets_of(np.arange(self.documents)))
-        return total | {"documents": self.documents, "partial": self.documents < len(stream.starts)}
-
-def mark_dynamic(windows, targets, positions, lora):
-    """Tells torch.compile that documents and window lengths vary, so that one graph serves all of them."""
-    torch._dynamo.mark_dynamic(windows, [0, 1])
-    for tensor, dimension in [(targets, 0), (positions, 0), *((p, 1) for p in lora.parameters())]:
-        torch._dynamo.mark_dynamic(tensor, dimension)
+        return total | {"documents": self.documents, "partial": self.documents < len(stream.starts),
+                        "recompilations": compiled_graphs() - graphs}
 
 # ---- MAIN ------------------------------------------------------------------------------------------------------------
 
@@ -2403,6 +2468,10 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
     seconds = log.seconds.get("unpack", 0) + log.seconds[f"eval_{list(scores)[-1]}"]
     if seconds > hp.eval_budget_seconds:
         broken.append(f"unpacking and the final evaluation took {seconds:.1f} s of {hp.eval_budget_seconds:.1f}")
+    if again := log.graphs.get("train", 0) - log.graphs.get("eval_training", 0):
+        broken.append(f"{again} graphs were compiled while the training clock ran")
+    if again := scores.get("ttt", {}).get("recompilations"):
+        broken.append(f"{again} graphs were compiled in test-time training after its warm-up")
     if scores.get("ttt", {}).get("partial"):
         broken.append("test-time training scored part of the validation documents (TTT_MAX_DOCS)")
     return broken
@@ -2470,6 +2539,7 @@ def run(hp, dist):
 
     result = {"version": RESULT_VERSION, **about, **training, "scores": scores, "artifact_bytes": artifact_bytes,
               "code_bytes": code_bytes, "total_bytes": artifact_bytes + code_bytes, "seconds": log.seconds,
+              "graphs_compiled": {stage: count for stage, count in log.graphs.items() if count},
               "violations": violations(hp, log, training, code_bytes, artifact_bytes, scores)}
     if dist.device.type == "cuda":
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()

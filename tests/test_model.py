@@ -101,7 +101,8 @@ def computed(state):
     ours |= {f"grad_packed/{name}": p.grad.clone() for name, p in model.named_parameters()}
     adapters = golden_adapters(arrays, state)
     tap = LoRATap(adapters, 144 / 4)
-    token_losses = model.token_losses(model.forward_hidden(rows, max_seqlen=40, looping=looping, tap=tap), targets, tap)
+    h = model.forward_hidden(rows, max_seqlen=40, looping=looping, tap=tap)
+    token_losses = model.token_losses(h, targets, tap.at_head())
     token_losses.sum().backward()
     ours["lora/token_losses"] = token_losses.detach()
     for site, pair in adapters.items():
@@ -445,7 +446,7 @@ def test_zero_lora_equals_the_plain_forward_bit_for_bit():
     assert set(adapters) == {*PER_LAYER_SITES, "lm_head"}
     tap, plain = LoRATap(adapters, 36.0), hidden(model, tokens)
     assert torch.equal(hidden(model, tokens, tap=tap), plain)
-    assert torch.equal(model.token_losses(plain, tokens, tap), model.token_losses(plain, tokens))
+    assert torch.equal(model.token_losses(plain, tokens, tap.at_head()), model.token_losses(plain, tokens))
 
 
 @pytest.mark.parametrize("site", [*PER_LAYER_SITES, "lm_head"])
@@ -454,7 +455,8 @@ def test_adapters_of_one_row_leave_the_others_alone(site):
     a, b = random_adapters(model, rows=3)[site]
     b[:, [0, 2]] = 0
     tap = LoRATap({site: (a, b)}, 1.0)
-    plain, tapped = (model.token_losses(hidden(model, tokens, tap=t), tokens, t) for t in (None, tap))
+    plain = model.token_losses(hidden(model, tokens), tokens)
+    tapped = model.token_losses(hidden(model, tokens, tap=tap), tokens, tap.at_head())
     assert torch.equal(plain[::2], tapped[::2]) and not torch.equal(plain[1], tapped[1])
 
 
@@ -473,14 +475,16 @@ def test_every_slot_has_an_adapter_of_its_own():
 class RecordingTap:
     """Keeps every site's input."""
 
-    splits_mlp = True
-
     def __init__(self):
         self.inputs = {}
 
-    def __call__(self, site, slot, layer, x, y):
-        self.inputs[site, slot] = x
-        return y
+    def at(self, slot, layer):
+        def record(site, x, y):
+            self.inputs[site, slot] = x
+            return y
+
+        record.splits_mlp = True
+        return record
 
 
 def test_looped_hessian_counts_every_pass(rel):

@@ -8,7 +8,8 @@ from conftest import tiny_hp
 import train_gpt
 
 GOOD = {"training_seconds": 590.0, "hessians": 4.0, "quantize": 6.0, "unpack": 20.0, "scoring": 580.0,
-        "code_bytes": 34_000, "artifact_bytes": 15_966_000, "partial": False}
+        "code_bytes": 34_000, "artifact_bytes": 15_966_000, "partial": False, "recompilations": 0,
+        "graphs": {}}
 
 
 def broken(final="ttt", **changes):
@@ -17,10 +18,10 @@ def broken(final="ttt", **changes):
     hp = tiny_hp(max_wallclock_seconds=600.0, gptq_reserve_seconds=7.0, eval_budget_seconds=600.0)
     seconds = {"hessians": run["hessians"], "quantize": run["quantize"], "unpack": run["unpack"],
                "eval_prequant": 1e6, f"eval_{final}": run["scoring"]}
-    scores = {"prequant": {}, final: {"partial": run["partial"]}}
+    scores = {"prequant": {}, final: {"partial": run["partial"], "recompilations": run["recompilations"]}}
     training = {"training_seconds": run["training_seconds"]}
-    return train_gpt.violations(
-        hp, SimpleNamespace(seconds=seconds), training, run["code_bytes"], run["artifact_bytes"], scores)
+    log = SimpleNamespace(seconds=seconds, graphs=run["graphs"])
+    return train_gpt.violations(hp, log, training, run["code_bytes"], run["artifact_bytes"], scores)
 
 
 @pytest.mark.parametrize("final", ["quantized", "sliding", "ttt"])
@@ -65,3 +66,20 @@ def test_exit_code_tells_a_broken_byte_cap(monkeypatch, total, code):
         with pytest.raises(SystemExit) as ended:
             train_gpt.main()
         assert ended.value.code == code
+
+
+WARM = {"warm_up": 2, "eval_prequant": 3, "eval_ttt": 4}
+
+
+@pytest.mark.parametrize("graphs", [WARM, WARM | {"train": 1, "eval_training": 1, "eval_prequant": 0}])
+def test_graphs_of_a_warm_up_are_no_violation(graphs):
+    assert broken(graphs=graphs) == []
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"graphs": {"train": 1}}, "1 graphs were compiled while the training clock ran"),
+    ({"graphs": {"train": 3, "eval_training": 1}}, "2 graphs were compiled while the training clock ran"),
+    ({"recompilations": 2}, "2 graphs were compiled in test-time training after its warm-up"),
+])  # fmt: skip
+def test_compiling_under_a_clock_is_a_violation(change, sentence):
+    assert broken(**change) == [sentence]

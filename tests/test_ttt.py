@@ -457,7 +457,8 @@ def test_every_slot_and_site_has_an_adapter_of_its_own():
             a, b = torch.ones(count, 2, hp.ttt_lora_rank, width_in), torch.zeros(count, 2, width_out, hp.ttt_lora_rank)
             b[slot, 1] = torch.linspace(-0.1, 0.1, width_out)[:, None]  # the second document's only
             tap = train_gpt.LoRATap({site: (a, b)}, 1.0)
-            losses = model.token_losses(model.forward_hidden(tokens, max_seqlen=12, looping=True, tap=tap), tokens, tap)
+            h = model.forward_hidden(tokens, max_seqlen=12, looping=True, tap=tap)
+            losses = model.token_losses(h, tokens, tap.at_head())
             assert torch.allclose(losses[0], base[0], atol=1e-5)
             assert not torch.allclose(losses[1], base[1], atol=1e-4), (site, slot)
 
