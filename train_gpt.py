@@ -1024,8 +1024,8 @@ class LayerWeights(NamedTuple):
 class GPT(nn.Module):
     """The 11-layer recurrent GPT: one forward pass for training, evaluation, calibration and TTT.
 
-    A tap, where given, is asked for tap.at(slot, layer), which is called at each site of that slot as (site, x, y) -> y,
-    with the site's input and output. Sites: q, k, v, attn_proj, mlp_up, mlp_down (matrix products), attn_out, mlp_out
+    A tap, where given, is asked for tap.at(slot, layer), which is called at each site of that slot as (site, x, y) -> y
+    with its input and output. Sites: q, k, v, attn_proj, mlp_up, mlp_down (matrix products), attn_out, mlp_out
     (whole sublayers); token_losses calls its own at lm_head. Without a tap nothing is traced. `splits_mlp` asks for the
     unfused MLP, whose hidden layer can be seen.
     """
