@@ -1,5 +1,6 @@
 """Packed code: it runs as its source does, in two lines, and a script that runs writes it."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -152,3 +153,9 @@ def test_command_line_writes_the_packed_script(tmp_path):
     for arguments in [[], [tmp_path / "absent.py", tmp_path / "out.py"], [tool, tmp_path / "absent" / "out.py"]]:
         done = subprocess.run([sys.executable, tool, *arguments], capture_output=True, text=True, timeout=120)
         assert done.returncode == 1 and "pack_code.py" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_packing_leaves_nothing_on_the_syntax_nodes_that_python_shares():
+    pack_code("def f(x):\n    y = [-a + 1 for a in x if not a or a < 2]\n    del x[0]\n    return y\n")
+    tree = ast.parse("del a[0]\nb = c and d or not e\nf = g + h * -i < j\nk += ~l in m")
+    assert {name for node in ast.walk(tree) if not node._fields for name in vars(node)} == set()

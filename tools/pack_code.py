@@ -30,6 +30,17 @@ def kernel_arguments(source):
     return sorted(names)
 
 
+def clean_shared_nodes(source):
+    """CPython shares nodes without fields (Load, Add) between all trees, and the minifier hangs its tree on them.
+
+    Left there, every later copy.deepcopy of any syntax tree in this process would copy our whole script with it:
+    FlashAttention-4 copies trees while it compiles, which took minutes instead of seconds.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if not node._fields:
+            vars(node).clear()
+
+
 def pack_code(source):
     """Source of a script -> bytes of a script of two lines that does the same. ValueError if it is not Python.
 
@@ -48,6 +59,7 @@ def pack_code(source):
         )
     except (SyntaxError, python_minifier.UnstableMinification) as error:
         raise ValueError(f"the script cannot be minified: {error}") from error
+    clean_shared_nodes(source)
     packed = base64.b85encode(brotli.compress(small.encode(), quality=11, lgwin=24)).decode()
     return (PACKED_START + packed + PACKED_END).encode()
 
