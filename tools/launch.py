@@ -23,8 +23,8 @@ SET is a set's name or folder; without it RUN_ID, or else the newest set in RUNS
 
 Every other setting goes to the script as it is. A tmux server of the set's own holds one window for each process that
 runs side by side, so that no other session is ever touched. Files of a set: launch.json; <lane>.pid and, without tmux,
-<lane>.txt (what the launcher itself had to say). Of a run, besides the script's own: exit_code (128 + n after signal n),
-stderr.txt and, without tmux, stdout.txt.
+<lane>.txt (what the launcher itself had to say). Of a run, besides the script's own: exit_code (128 + n after signal
+n), stderr.txt and, without tmux, stdout.txt.
 """
 
 import importlib.util
@@ -45,8 +45,13 @@ OURS = ("SEEDS", "GPUS", "NPROC", "SCRIPT", "PRESET", "EXTRA_ENV", "VENV", "USE_
 DISK_BYTES_A_RUN = 500_000_000  # a checkpoint of 144 MB, an artifact of 16 MB, compilation caches
 GPU_IDLE_MIB = 1024  # a driver keeps some memory of an idle GPU
 STOP_SECONDS = 45  # torchrun takes 30 s to give up on its processes
-MODULES = {"numpy": "numpy", "torch": "torch", "sentencepiece": "sentencepiece", "brotli": "brotli",
-           "python_minifier": "python-minifier"}  # name to import, name to install
+MODULES = {
+    "numpy": "numpy",
+    "torch": "torch",
+    "sentencepiece": "sentencepiece",
+    "brotli": "brotli",
+    "python_minifier": "python-minifier",
+}  # name to import, name to install
 
 
 class LaunchError(Exception):
@@ -98,9 +103,15 @@ def make_plan(environ):
         raise LaunchError(f"RUN_ID={name}: letters, digits, '_', then also '.', '+', '-'")
     script = Path(environ.get("SCRIPT") or ROOT / "train_gpt.py").absolute()
     nproc, lanes = read_lanes(environ, seeds)
-    return Plan(Path(settings.get("RUNS_DIR", "runs")).absolute() / name, seeds, lanes, nproc, script,
-                {key: value for key, value in settings.items() if key not in (*OURS, "RUN_ID", "SEED")},
-                environ.get("USE_TMUX", "1") != "0" and shutil.which("tmux") is not None)
+    return Plan(
+        Path(settings.get("RUNS_DIR", "runs")).absolute() / name,
+        seeds,
+        lanes,
+        nproc,
+        script,
+        {key: value for key, value in settings.items() if key not in (*OURS, "RUN_ID", "SEED")},
+        environ.get("USE_TMUX", "1") != "0" and shutil.which("tmux") is not None,
+    )
 
 
 def read_lanes(environ, seeds):
@@ -114,9 +125,9 @@ def read_lanes(environ, seeds):
     if nproc not in ("", "1") or len(set(devices)) < len(devices):
         raise LaunchError("GPUS names one GPU for each process, none twice; NPROC goes without GPUS")
     lanes = {}
-    for number, gpu in enumerate(gpus[:len(seeds)]):
+    for number, gpu in enumerate(gpus[: len(seeds)]):
         env = {"DEVICE": "cpu"} if gpu == "cpu" else {"CUDA_VISIBLE_DEVICES": gpu}
-        lanes[f"cpu{number}" if gpu == "cpu" else f"gpu{gpu}"] = {"seeds": seeds[number::len(gpus)], "env": env}
+        lanes[f"cpu{number}" if gpu == "cpu" else f"gpu{gpu}"] = {"seeds": seeds[number :: len(gpus)], "env": env}
     return 1, lanes
 
 
@@ -147,8 +158,10 @@ def check_script(script):
         validation = module.ValidationSet(hp, tokenizer)
         tokens = module.TokenStream(hp.data_path, "train").size
         module.check_compressor(hp.compressor)
-        about["notes"].append(f"data: {tokens:,} training tokens, {len(validation.starts):,} validation documents of "
-                              f"{int(validation.bytes.sum()):,} bytes in {hp.data_path}")
+        about["notes"].append(
+            f"data: {tokens:,} training tokens, {len(validation.starts):,} validation documents of "
+            f"{int(validation.bytes.sum()):,} bytes in {hp.data_path}"
+        )
     except (ValueError, OSError) as error:
         about["problems"] += str(error).splitlines()
     return about
@@ -162,10 +175,12 @@ def gpus_in_use(plan):
     done = subprocess.run(query, capture_output=True, text=True)
     rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == 2]
     used = {name: int(mib) for index, uuid, mib in rows for name in (index, uuid) if mib.isdecimal()}
-    wanted = [lane["env"]["CUDA_VISIBLE_DEVICES"] for lane in plan.lanes.values() if "CUDA_VISIBLE_DEVICES" in lane["env"]]
+    wanted = [
+        env["CUDA_VISIBLE_DEVICES"] for lane in plan.lanes.values() if "CUDA_VISIBLE_DEVICES" in (env := lane["env"])
+    ]
     if "all" in plan.lanes:
         visible = plan.environ.get("CUDA_VISIBLE_DEVICES")
-        wanted = (visible.split(",") if visible else [row[0] for row in rows])[:plan.nproc or None]
+        wanted = (visible.split(",") if visible else [row[0] for row in rows])[: plan.nproc or None]
     for gpu in wanted:
         if gpu not in used:
             yield f"GPU {gpu} does not exist: nvidia-smi lists {', '.join(row[0] for row in rows) or 'none'}"
@@ -174,7 +189,7 @@ def gpus_in_use(plan):
 
 
 def preflight(plan):
-    """Everything that can be known before a start -> (number of GPUs, notes). LaunchError names all problems at once."""
+    """What can be known before a start -> (number of GPUs, notes). LaunchError names all problems at once."""
     problems, about = [], {"gpus": 0, "notes": []}
     if plan.folder.exists():
         problems.append(f"{plan.folder} exists: choose another RUN_ID")
@@ -214,27 +229,48 @@ def start(environ):
     plan = make_plan(environ)
     gpus, notes = preflight(plan)
     nproc = plan.nproc or (1 if plan.environ.get("DEVICE") == "cpu" else max(1, gpus))
-    command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-                                 if nproc > 1 else []), str(plan.script)]
+    command = [
+        sys.executable,
+        *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []),
+        str(plan.script),
+    ]
     try:
         plan.folder.mkdir(parents=True)  # of two launchers with one name, one ends here
     except FileExistsError:
         raise LaunchError(f"{plan.folder} exists: choose another RUN_ID", code=1) from None
     socket = f"golf-{re.sub(r'[^A-Za-z0-9_-]', '_', plan.folder.name)}-{os.getpid()}" if plan.use_tmux else None
-    launch = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "seeds": plan.seeds, "lanes": plan.lanes,
-              "command": command, "tmux": socket}
+    launch = {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "seeds": plan.seeds,
+        "lanes": plan.lanes,
+        "command": command,
+        "tmux": socket,
+    }
     write_atomically(plan.folder / "launch.json", json.dumps(launch, indent=1))
     for number, lane in enumerate(plan.lanes):
         worker = [sys.executable, os.path.abspath(__file__), "worker", str(plan.folder), lane]
         if socket:  # a server of its own has this environment; one that runs already would have its own old one
-            new = ["new-session", "-d", "-s", "golf", "-x", "160", "-y", "48"] if number == 0 else ["new-window", "-d", "-t", "golf"]
-            keep = [";", "set-option", "-g", "remain-on-exit", "on"] if number == 0 else []
-            subprocess.run(["tmux", "-L", socket, "-f", "/dev/null", *new, "-n", lane, *worker, *keep],
-                           env=plan.environ, check=True)
+            new = (
+                ["new-window", "-d", "-t", "golf"]
+                if number
+                else ["new-session", "-d", "-s", "golf", "-x", "160", "-y", "48"]
+            )
+            keep = [] if number else [";", "set-option", "-g", "remain-on-exit", "on"]
+            subprocess.run(
+                ["tmux", "-L", socket, "-f", "/dev/null", *new, "-n", lane, *worker, *keep],
+                env=plan.environ,
+                check=True,
+            )
         else:
             with open(plan.folder / f"{lane}.txt", "w") as output:
-                subprocess.Popen(worker, env=plan.environ, stdin=subprocess.DEVNULL, stdout=output,
-                                 stderr=subprocess.STDOUT, start_new_session=True)
+                subprocess.Popen(
+                    worker,
+                    env=plan.environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
     deadline = time.monotonic() + 30
     while not all((plan.folder / f"{lane}.pid").exists() for lane in plan.lanes):
         if time.monotonic() > deadline:
@@ -245,12 +281,18 @@ def start(environ):
     for lane, about in plan.lanes.items():
         where = f"{nproc} process(es)" if lane == "all" else lane
         print(f"run_3seeds.sh: seed(s) {' '.join(map(str, about['seeds']))} on {where}")
-    print(f"run_3seeds.sh: started {plan.folder} ({'tmux' if socket else 'background processes'}); next:\n"
-          + "\n".join(f"  ./run_3seeds.sh {word} {plan.folder}" for word in ("status", "attach", "wait", "stop")))
+    print(
+        f"run_3seeds.sh: started {plan.folder} ({'tmux' if socket else 'background processes'}); next:\n"
+        + "\n".join(f"  ./run_3seeds.sh {word} {plan.folder}" for word in ("status", "attach", "wait", "stop"))
+    )
     return 0
 
 
 # ---- the worker: one lane's seeds in turn
+
+
+def read_launch(folder):
+    return json.loads((folder / "launch.json").read_text())
 
 
 def run_folder(folder, seed):
@@ -259,7 +301,7 @@ def run_folder(folder, seed):
 
 def worker(folder, lane):
     """Runs the seeds of a lane one after another and keeps their exit codes. A signal stops the lane, not a failure."""
-    launch = json.loads((folder / "launch.json").read_text())
+    launch = read_launch(folder)
     child, stopped = None, False
 
     def stop(number, frame):
@@ -277,13 +319,20 @@ def worker(folder, lane):
             break
         run = run_folder(folder, seed)
         run.mkdir()
-        environ = os.environ | launch["lanes"][lane]["env"] | {"SEED": str(seed), "RUN_ID": run.name, "RUNS_DIR": str(folder)}
+        own = {"SEED": str(seed), "RUN_ID": run.name, "RUNS_DIR": str(folder)}
+        environ = os.environ | launch["lanes"][lane]["env"] | own
         print(f"\n==== seed {seed} -> {run}", flush=True)
         # in a tmux window the run's own live line shows, and its log.txt keeps the lines
         output = None if sys.stdout.isatty() else open(run / "stdout.txt", "wb")
         with open(run / "stderr.txt", "wb") as errors:
-            child = subprocess.Popen(launch["command"], env=environ, stdin=subprocess.DEVNULL, process_group=0,
-                                     stdout=output, stderr=subprocess.PIPE)
+            child = subprocess.Popen(
+                launch["command"],
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                process_group=0,
+                stdout=output,
+                stderr=subprocess.PIPE,
+            )
             for line in child.stderr:
                 errors.write(line)
                 errors.flush()
@@ -298,10 +347,11 @@ def worker(folder, lane):
     return 0
 
 
-def draw(paths):
+def draw(paths, python=sys.executable):
     """Pictures of runs, in a process of its own: whatever goes wrong there, a run has not failed by it."""
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "plot_run.py"), *map(str, paths)],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [python, str(ROOT / "tools" / "plot_run.py"), *map(str, paths)], capture_output=True, text=True
+    )
     print(done.stdout if done.returncode == 0 else f"no pictures: {done.stderr.strip()[-300:]}", flush=True)
 
 
@@ -343,7 +393,7 @@ def find_set(environ, name=None):
 
 def read_states(folder):
     """Set -> [(seed, lane, state)] in the order of SEEDS; states: done, running, waiting, failed, stopped, lost."""
-    launch = json.loads((folder / "launch.json").read_text())
+    launch = read_launch(folder)
     states = {}
     for lane, about in launch["lanes"].items():
         alive = worker_pid(folder, lane) is not None  # asked first: it may end while we look
@@ -388,12 +438,16 @@ def status(folder):
 
 def attach(folder):
     """Shows what runs, in place of this process."""
-    socket = json.loads((folder / "launch.json").read_text())["tmux"]
+    socket = read_launch(folder)["tmux"]
     if socket and subprocess.run(["tmux", "-L", socket, "has-session"], capture_output=True).returncode == 0:
         environ = {key: value for key, value in os.environ.items() if key != "TMUX"}  # it is another server's
         os.execvpe("tmux", ["tmux", "-L", socket, "attach"], environ)
-    logs = [run_folder(folder, seed) / name for seed, _, state in read_states(folder) if state == "running"
-            for name in ("log.txt", "stderr.txt")]
+    logs = [
+        run_folder(folder, seed) / name
+        for seed, _, state in read_states(folder)
+        if state == "running"
+        for name in ("log.txt", "stderr.txt")
+    ]
     if not logs:
         raise LaunchError(f"nothing of {folder} is running", code=1)
     os.execvp("tail", ["tail", "-n", "20", "-F", *map(str, logs)])
@@ -401,7 +455,7 @@ def attach(folder):
 
 def stop(folder):
     """Ends this set's workers, which end their runs; then its own tmux server."""
-    launch = json.loads((folder / "launch.json").read_text())
+    launch = read_launch(folder)
     for lane in launch["lanes"]:
         if (pid := worker_pid(folder, lane)) is not None:
             os.kill(pid, signal.SIGTERM)
@@ -429,7 +483,7 @@ def wait(folder):
             break
         time.sleep(0.5)
     deadline = time.monotonic() + 60
-    while any(worker_pid(folder, lane) for lane in json.loads((folder / "launch.json").read_text())["lanes"]):
+    while any(worker_pid(folder, lane) for lane in read_launch(folder)["lanes"]):
         if time.monotonic() > deadline:  # the last pictures are being drawn
             break
         time.sleep(0.1)
@@ -442,8 +496,9 @@ def summary(folder):
     ended = [run_folder(folder, seed) for seed, _, _ in states if (run_folder(folder, seed) / "result.json").exists()]
     if ended:
         print(flush=True)
-        subprocess.run([sys.executable, str(ROOT / "tools" / "summarize.py"), *map(str, ended)])
-        draw(ended)
+        python = read_launch(folder)["command"][0]  # the runs' own: it has what the tools need
+        subprocess.run([python, str(ROOT / "tools" / "summarize.py"), *map(str, ended)])
+        draw(ended, python)
     unfinished = [f"seed {seed} ({state})" for seed, _, state in states if state != "done"]
     if unfinished:
         print(f"run_3seeds.sh: not done: {', '.join(unfinished)}", file=sys.stderr)

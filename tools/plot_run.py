@@ -21,8 +21,17 @@ from matplotlib.ticker import FuncFormatter  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.run_files import read_runs  # noqa: E402
 
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10,
-         "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "figure.dpi": 110}
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "figure.dpi": 110,
+}
 COLORS = plt.get_cmap("tab10").colors
 STAGE_COLORS = {"training": "#4477aa", "hessians": "#66ccee", "quantize": "#228833", "unpack": "#ccbb44"}
 PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}  # under text that lines may cross
@@ -69,9 +78,16 @@ def draw_losses(axis, runs):
         final = f", {run.result['steps']:,} steps, {run.result['training_seconds']:,.0f} s"
         axis.plot(seconds, losses, color=color, linewidth=1.2, alpha=0.9, label=f"training, seed {run.seed}{final}")
         if run.evaluations:
-            axis.plot([row["train_seconds"] for row in run.evaluations], [row["val_loss"] for row in run.evaluations],
-                      "o", color=color, markersize=5, markeredgecolor="black", label=f"validation, seed {run.seed}")
-        early.append(next((loss for row, loss in zip(run.steps, losses, strict=True) if row["progress"] > 0.03), losses[0]))
+            axis.plot(
+                [row["train_seconds"] for row in run.evaluations],
+                [row["val_loss"] for row in run.evaluations],
+                "o",
+                color=color,
+                markersize=5,
+                markeredgecolor="black",
+                label=f"validation, seed {run.seed}",
+            )
+        early.append(next((row["train_loss"] for row in run.steps if row["progress"] > 0.03), losses[0]))
         lowest += [*losses, *(row["val_loss"] for row in run.evaluations)]
     bottom, top = np.nanmin(lowest), max(early)  # the first steps fall from ln(vocabulary) and would flatten the rest
     axis.set_ylim(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
@@ -84,7 +100,8 @@ def draw_losses(axis, runs):
     steps = np.array([0.0, *(row["step"] for row in longest.steps)])
     rate = steps[-1] / times[-1]  # beyond the data, so that both functions stay invertible
     times, steps = np.append(times, 2 * times[-1] + 1), np.append(steps, steps[-1] + rate * (times[-1] + 1))
-    above = axis.secondary_xaxis("top", functions=(lambda s: np.interp(s, times, steps), lambda n: np.interp(n, steps, times)))
+    functions = (lambda seconds: np.interp(seconds, times, steps), lambda step: np.interp(step, steps, times))
+    above = axis.secondary_xaxis("top", functions=functions)
     above.set_xlabel("optimizer steps" + (f" (seed {longest.seed})" if len(runs) > 1 else ""))
 
 
@@ -109,7 +126,7 @@ def mark_looping(axes, runs):
             axis.set_xlim(right=axis.get_xlim()[1])
     known = [onset for onset in onsets if onset is not None]
     if known:
-        axes[0].text(max(known), 0.02, " looping on →", transform=axes[0].get_xaxis_transform(), fontsize=9, va="bottom")
+        axes[0].text(max(known), 0.02, " looping on →", transform=axes[0].get_xaxis_transform(), fontsize=9)
 
 
 def draw_scores(axis, runs):
@@ -120,16 +137,31 @@ def draw_scores(axis, runs):
         axis.plot(values, "o-", color=color, linewidth=1, markersize=6)
     for place, name in enumerate(names):
         partial = " *" if any(run.result["scores"][name].get("partial") for run in runs) else ""
-        axis.annotate(f"{bpb[:, place].mean():.4f}{partial}", (place, bpb[:, place].max()), xytext=(0, 9),
-                      textcoords="offset points", ha="center", fontweight="bold", bbox=PLATE)
+        axis.annotate(
+            f"{bpb[:, place].mean():.4f}{partial}",
+            (place, bpb[:, place].max()),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+            fontweight="bold",
+            bbox=PLATE,
+        )
         if len(runs) > 1:
-            axis.annotate(f"± {bpb[:, place].std(ddof=1):.4f}", (place, bpb[:, place].min()), xytext=(0, -17),
-                          textcoords="offset points", ha="center", fontsize=8.5, bbox=PLATE)
+            axis.annotate(
+                f"± {bpb[:, place].std(ddof=1):.4f}",
+                (place, bpb[:, place].min()),
+                xytext=(0, -17),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8.5,
+                bbox=PLATE,
+            )
     axis.set_xticks(range(len(names)), names, fontsize=9)
     axis.set_xlim(-0.5, len(names) - 0.5)
     axis.margins(y=0.25)
     marked = any(score.get("partial") for run in runs for score in run.result["scores"].values())
-    axis.set_title("Scores, BPB" + (" (mean ± std)" if len(runs) > 1 else "") + ("; * part of the text" if marked else ""))
+    title = "Scores, BPB" + (" (mean ± std)" if len(runs) > 1 else "")
+    axis.set_title(title + ("; * part of the text" if marked else ""))
 
 
 # ---- seconds of each stage against the budgets
@@ -145,8 +177,8 @@ def budgets(run):
     counted = {"train", *(name for name, _ in train + score)}
     rest = [(name, value) for name, value in seconds.items() if name not in counted]
     limits = [float(run.settings.get(name, 0)) or None for name in ("MAX_WALLCLOCK_SECONDS", "EVAL_BUDGET_SECONDS")]
-    groups = [("training budget", limits[0], train), ("evaluation budget", limits[1], score), ("in no budget", None, rest)]
-    return [group for group in groups if group[2]]
+    groups = [("training budget", limits[0], train), ("evaluation budget", limits[1], score)]
+    return [group for group in [*groups, ("in no budget", None, rest)] if group[2]]
 
 
 def plot_stages(runs, path):
@@ -154,8 +186,10 @@ def plot_stages(runs, path):
     tables = [budgets(run) for run in runs]
     height = 0.55 * len(runs) * len(tables[0]) + 1.9
     figure, axis = plt.subplots(figsize=(12, height), layout="constrained")
-    widest = max([limit or 0 for table in tables for _, limit, _ in table]
-                 + [sum(value for _, value in stages) for table in tables for *_, stages in table])
+    widest = max(
+        [limit or 0 for table in tables for _, limit, _ in table]
+        + [sum(value for _, value in stages) for table in tables for *_, stages in table]
+    )
     place, ticks, other = 0, [], iter(COLORS[1:] * 3)
     for group in range(len(tables[0])):
         top = place - 0.5
@@ -172,10 +206,17 @@ def plot_stages(runs, path):
             small = [f"{name} {value:,.1f}" for name, value in stages if value <= 0.075 * widest]
             over = limit and left > limit
             words = f" {left:,.1f}" + (f" of {limit:,.0f} s" + ("  OVER" if over else "") if limit else " s")
-            axis.text(left, place, words, va="center", fontsize=9.5, fontweight="bold", color="#cc3311" if over else "black")
+            axis.text(left, place, words, va="center", fontweight="bold", color="#cc3311" if over else "black")
             if small:
-                axis.annotate("(" + ", ".join(small) + ")", (left, place), xytext=(12 + 6.2 * len(words), 0),
-                              textcoords="offset points", va="center", fontsize=8.5, color="dimgray")
+                axis.annotate(
+                    "(" + ", ".join(small) + ")",
+                    (left, place),
+                    xytext=(12 + 6.2 * len(words), 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=8.5,
+                    color="dimgray",
+                )
             ticks.append((place, f"{heading}" + (f", seed {run.seed}" if len(runs) > 1 else "")))
             place += 1
         if limit:
@@ -208,23 +249,38 @@ def plot_ttt(runs, path):
                 axis.axvline(before["running_tokens"], color=color, linestyle="--", linewidth=1)
                 if run is runs[0]:
                     late = before["running_tokens"] > 0.6 * tokens[-1]
-                    axis.text(before["running_tokens"], 0.98, f" base weights fine-tuned on {row['adapted']:,.0f} documents ",
-                              transform=axis.get_xaxis_transform(), va="top", ha="right" if late else "left", fontsize=9)
+                    words = f" base weights fine-tuned on {row['adapted']:,.0f} documents "
+                    axis.text(
+                        before["running_tokens"],
+                        0.98,
+                        words,
+                        transform=axis.get_xaxis_transform(),
+                        va="top",
+                        ha="right" if late else "left",
+                        fontsize=9,
+                    )
     ends = {"without": "quantized", "with": "ttt"}
     ends = {word: np.mean([run.result["scores"][name]["bpb"] for run in runs]) for word, name in ends.items()}
     for word, value in ends.items():
         axis.axhline(value, color="black", linestyle=":" if word == "without" else "-", linewidth=1)
         upper = value == max(ends.values())
-        axis.annotate(f"{value:.4f} {word} test-time training, whole text" + (", mean" if len(runs) > 1 else ""),
-                      (0, value), xycoords=("axes fraction", "data"), xytext=(6, 3 if upper else -3),
-                      textcoords="offset points", va="bottom" if upper else "top", fontsize=9, bbox=PLATE)
+        axis.annotate(
+            f"{value:.4f} {word} test-time training, whole text" + (", mean" if len(runs) > 1 else ""),
+            (0, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 3 if upper else -3),
+            textcoords="offset points",
+            va="bottom" if upper else "top",
+            fontsize=9,
+            bbox=PLATE,
+        )
     every += ends.values()
     spread = max(every) - min(every)
     axis.set_ylim(min(every) - 0.08 * spread - 1e-4, max(every) + 0.15 * spread + 1e-4)
     axis.xaxis.set_major_formatter(THOUSANDS)
     axis.set_xlim(left=0)
-    axis.set_xlabel("validation tokens scored so far" + (" (rank 0's share)" if runs[0].result["world_size"] > 1 else "")
-                    + "; longest documents first")
+    share = " (rank 0's share)" if runs[0].result["world_size"] > 1 else ""
+    axis.set_xlabel(f"validation tokens scored so far{share}; longest documents first")
     axis.set_ylabel("running BPB")
     axis.legend(loc="lower right", fontsize=9)
     figure.suptitle(title(runs), x=0.01, ha="left", fontsize=11)
@@ -253,9 +309,9 @@ def bytes_by_group(path):
 
     raw, stored = defaultdict(int), defaultdict(int)
     for (kind, _, members), (size, _, _) in zip(train_gpt.plan_sections(specs, compressor), sections, strict=True):
-        names = {group(spec) for spec in members}
-        stored["row orders" if kind == "orders" else names.pop() if len(names) == 1 else "rest" if kind == "rest" and compressor
-               == "pergroup" else "all tensors"] += size
+        names = {group(spec) if kind != "orders" else "row orders" for spec in members}
+        together = "scales, LQER and small tensors" if compressor == "pergroup" else "all tensors"
+        stored[names.pop() if len(names) == 1 else together] += size
         for spec in members:
             raw["row orders" if kind == "orders" else group(spec)] += spec.num_bytes
     stored["header"] += start
@@ -268,8 +324,10 @@ def plot_bytes(runs, path):
 
     tables = [bytes_by_group(run.folder / "artifact.bin") for run in runs]
     code = np.mean([run.result["code_bytes"] for run in runs])
-    stored, raw = ({name: np.mean([table[side].get(name, 0) for table in tables]) for table in tables for name in table[side]}
-                   for side in (1, 0))
+    raw, stored = (
+        {name: np.mean([table.get(name, 0) for table in side]) for name in dict.fromkeys(sum(map(list, side), []))}
+        for side in zip(*tables, strict=True)
+    )
     stored["code"] = code
     names = sorted(set(stored) | set(raw), key=lambda name: -max(stored.get(name, 0), raw.get(name, 0)))
     figure, axis = plt.subplots(figsize=(12, 0.42 * len(names) + 1.9), layout="constrained")
@@ -291,9 +349,9 @@ def plot_bytes(runs, path):
     totals = [run.result["total_bytes"] for run in runs]
     left = train_gpt.BYTE_CAP - max(totals)
     axis.set_xlabel("bytes" + (", mean over seeds" if len(runs) > 1 else ""))
-    axis.set_title((f"{max(totals):,} bytes in all" if len(runs) == 1 else f"{min(totals):,} to {max(totals):,} bytes in all")
-                   + f", compressor {runs[0].settings.get('COMPRESSOR', '?')}: "
-                   + (f"{left:,} left of {train_gpt.BYTE_CAP:,}" if left >= 0 else f"{-left:,} ABOVE THE CAP"))
+    room = f"{left:,} left of {train_gpt.BYTE_CAP:,}" if left >= 0 else f"{-left:,} ABOVE THE CAP"
+    span = " to ".join(f"{total:,}" for total in sorted({min(totals), max(totals)}))
+    axis.set_title(f"{span} bytes in all, compressor {runs[0].settings['COMPRESSOR']}: {room}")
     figure.suptitle(title(runs), x=0.01, ha="left", fontsize=11)
     figure.savefig(path)
     plt.close(figure)

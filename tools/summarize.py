@@ -5,9 +5,10 @@ usage: python tools/summarize.py RUNS...                                   runs,
        python tools/summarize.py RUNS... --published 1.0611 [--published-std 0.0011 --published-n 3]
 
 What is tested is the loss of the last evaluation (--stage: another), in nats per token. The contest asks for runs that
-show, at p < 0.01, an improvement of at least 0.005 nats: the null hypothesis is that the true means differ by 0.005 nats
-or less, the test is one-sided. Losses per token compare only where the same text is cut into the same tokens; where
-the numbers of tokens differ, the other side's nats per byte are counted over this side's tokens, as for a published BPB.
+show, at p < 0.01, an improvement of at least 0.005 nats: the null hypothesis is that the true means differ by 0.005
+nats or less, the test is one-sided. Losses per token compare only where the same text is cut into the same tokens;
+where the numbers of tokens differ, the other side's nats per byte are counted over this side's tokens, as for a
+published BPB.
 """
 
 import argparse
@@ -70,18 +71,25 @@ def tabulate(results):
 
 
 def table_lines(results):
-    """The table as lines: a column for each seed, then mean and deviation; what is the same word everywhere stands once."""
+    """The table as lines: a column for each seed, then mean and deviation; below it what is no number."""
     lines, rows = [], tabulate(results)
     head = ["", *(f"seed {result['seed']}" for result in results), "mean", "std (n - 1)"]
-    cells = [[row.name, *(show(v) if is_number(v) else "-" if v is None else str(v) for v in row.values),
-              "" if row.mean is None else show(row.mean), "" if row.std is None else show(row.std)]
-             for row in rows if any(map(is_number, row.values)) and row.name not in ("seed", "version")]
+    cells = [
+        [
+            row.name,
+            *(show(v) if is_number(v) else "-" if v is None else str(v) for v in row.values),
+            "" if row.mean is None else show(row.values[0] if row.std == 0 else row.mean),
+            "" if row.std is None else "0" if row.std == 0 else show(row.std),
+        ]
+        for row in rows
+        if any(map(is_number, row.values)) and row.name not in ("seed", "version")
+    ]
     widths = [max(len(line[column]) for line in [head, *cells]) for column in range(len(head))]
     for line in [head, *cells]:
-        lines.append("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]))
+        cells_right = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
+        lines.append("  ".join([line[0].ljust(widths[0]), *cells_right]))
     words = [row for row in rows if not any(map(is_number, row.values))]
-    lines += [f"{row.name}: {row.values[0] if len(set(map(str, row.values))) == 1 else ', '.join(map(str, row.values))}"
-              for row in words]
+    lines += [f"{row.name}: {', '.join(dict.fromkeys(map(str, row.values)))}" for row in words]
     for result in results:
         lines += [f"violation, seed {result['seed']}: {sentence}" for sentence in result["violations"]]
     return lines
@@ -112,8 +120,10 @@ def sample(results, stage, tokens, num_bytes):
             raise ValueError(f"{result['run']} has no {stage} score; --stage names another")
         score = result["scores"][stage]
         if score["bytes"] != num_bytes:
-            raise ValueError(f"{result['run']} scored {score['bytes']:,} bytes, the first run {num_bytes:,}: they "
-                             "were not scored on the same text")
+            raise ValueError(
+                f"{result['run']} scored {score['bytes']:,} bytes, the first run {num_bytes:,}: they "
+                "were not scored on the same text"
+            )
         if result["seed"] in losses:
             raise ValueError(f"seed {result['seed']} stands twice")
         losses[result["seed"]] = score["loss"] * score["tokens"] / tokens
@@ -133,8 +143,16 @@ def welch(ours, theirs, margin):
         exact = len(other) < 2 or (mine.std() == 0 and other.std() == 0)
         return None if exact else float(stats.ttest_ind(mine, other, equal_var=False, alternative="less").pvalue)
     if theirs.std is not None:
-        found = stats.ttest_ind_from_stats(mine.mean(), mine.std(ddof=1), len(mine), theirs.mean - margin, theirs.std,
-                                           theirs.n, equal_var=False, alternative="less")
+        found = stats.ttest_ind_from_stats(
+            mine.mean(),
+            mine.std(ddof=1),
+            len(mine),
+            theirs.mean - margin,
+            theirs.std,
+            theirs.n,
+            equal_var=False,
+            alternative="less",
+        )
         return float(found.pvalue)
     return None if mine.std() == 0 else float(stats.ttest_1samp(mine, theirs.mean - margin, alternative="less").pvalue)
 
@@ -149,62 +167,65 @@ def paired(ours, theirs, margin):
 
 
 def compare_lines(ours, theirs, stage, tokens, num_bytes):
-    """Lines of the comparison; the last answers the contest's question. The rule is decided by Welch's test."""
+    """-> (lines of the comparison, whether the contest's rule is met). Welch's test decides, the paired one informs."""
     gain = theirs.mean - ours.mean
     to_bpb = tokens / num_bytes / math.log(2)
     common = sorted(set(ours.losses) & set(theirs.losses))
     p = {margin: (welch(ours, theirs, margin), paired(ours, theirs, margin)) for margin in (0.0, RULE_NATS)}
     alone = not theirs.losses and theirs.std is None
-    lines = [f"{stage} loss in nats per token over {tokens:,} tokens and {num_bytes:,} bytes, lower is better",
-             f"  these runs  {ours.mean:.5f} (n = {len(ours.losses)})    {ours.mean * to_bpb:.5f} BPB",
-             f"  reference   {theirs.mean:.5f} (n = {len(theirs.losses) or theirs.n or 'unknown'})    "
-             f"{theirs.mean * to_bpb:.5f} BPB" + ("    taken as exact: no deviation was given" if alone else ""),
-             f"  improvement {gain:.5f} nats, {gain * to_bpb:.5f} BPB",
-             f"  {'one-sided p that the improvement is':37}{'one-sample' if alone else 'Welch':>10}    "
-             f"paired ({len(common)} common seeds)"]
+    lines = [
+        f"{stage} loss in nats per token over {tokens:,} tokens and {num_bytes:,} bytes, lower is better",
+        f"  these runs  {ours.mean:.5f} (n = {len(ours.losses)})    {ours.mean * to_bpb:.5f} BPB",
+        f"  reference   {theirs.mean:.5f} (n = {len(theirs.losses) or theirs.n or 'unknown'})    "
+        f"{theirs.mean * to_bpb:.5f} BPB" + ("    taken as exact: no deviation was given" if alone else ""),
+        f"  improvement {gain:.5f} nats, {gain * to_bpb:.5f} BPB",
+        f"  {'one-sided p that the improvement is':37}{'one-sample' if alone else 'Welch':>10}    "
+        f"paired ({len(common)} common seeds)",
+    ]
     for margin, words in ((0.0, "nothing or less"), (RULE_NATS, f"{RULE_NATS} nats or less")):
         cells = ["-" if value is None else f"{value:.2g}" for value in p[margin]]
         lines.append(f"    {words:35}{cells[0]:>10}    {cells[1]}")
     decided = p[RULE_NATS][0]
     why = "no test is possible" if decided is None else f"p = {decided:.2g}"
-    answer = "yes" if decided is not None and decided < RULE_P else "no"
-    return [*lines, f"contest's rule, at least {RULE_NATS} nats better at p < {RULE_P}: {answer} ({why})"]
+    met = decided is not None and decided < RULE_P
+    lines.append(f"contest's rule, at least {RULE_NATS} nats better at p < {RULE_P}: {'yes' if met else 'no'} ({why})")
+    return lines, met
 
 
-def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", metavar="RUNS", help="runs, or sets of runs")
+def add_reference(parser):
+    """The options that name what to compare with."""
     reference = parser.add_mutually_exclusive_group()
     reference.add_argument("--against", nargs="+", metavar="OTHER", help="the runs to beat")
     reference.add_argument("--published", type=float, metavar="BPB", help="the mean BPB to beat")
     parser.add_argument("--published-std", type=float, metavar="S", help="its deviation over seeds")
     parser.add_argument("--published-n", type=int, metavar="N", help="its number of seeds, with --published-std")
     parser.add_argument("--stage", metavar="NAME", help="score that is tested (default: the last that all runs have)")
-    options = parser.parse_args(arguments)
-    if (options.published_std is None) != (options.published_n is None) or (options.published_std or 1) <= 0:
-        parser.error("--published-std (above 0) and --published-n go together")
-    if options.published_std is not None and (options.published is None or options.published_n < 2):
-        parser.error("--published-std goes with --published, --published-n is at least 2")
-    return options
+
+
+def compare(results, options):
+    """RESULTs and what add_reference parsed -> (lines, whether the contest's rule is met). ValueError if impossible."""
+    std, n = options.published_std, options.published_n
+    if (std is None) != (n is None) or (std is not None and (options.published is None or std <= 0 or n < 2)):
+        raise ValueError("--published-std (above 0) and --published-n (2 or more) go together, and with --published")
+    against = [run.result for run in read_runs(options.against or [])]
+    stage = options.stage or last_stage(results + against)
+    first = results[0]["scores"].get(stage, {"tokens": 1, "bytes": 0})  # sample() names the run that lacks it
+    counts = first["tokens"], first["bytes"]
+    ours, nats = sample(results, stage, *counts), math.log(2) * counts[1] / counts[0]
+    theirs = sample(against, stage, *counts) if against else Sample({}, options.published * nats, std and std * nats, n)
+    return compare_lines(ours, theirs, stage, *counts)
 
 
 def main(arguments=None):
-    options = parse_arguments(arguments)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="runs, or sets of runs")
+    add_reference(parser)
+    options = parser.parse_args(arguments)
     try:
         results = [run.result for run in read_runs(options.runs)]
         print("\n".join(table_lines(results)))
         if options.against or options.published is not None:
-            against = [run.result for run in read_runs(options.against or [])]
-            stage = options.stage or last_stage(results + against)
-            first = results[0]["scores"].get(stage, {"tokens": 1, "bytes": 0})
-            counts = first["tokens"], first["bytes"]
-            ours, nats = sample(results, stage, *counts), math.log(2) * counts[1] / counts[0]
-            if against:
-                theirs = sample(against, stage, *counts)
-            else:
-                std = options.published_std and options.published_std * nats
-                theirs = Sample({}, options.published * nats, std, options.published_n)
-            print("\n" + "\n".join(compare_lines(ours, theirs, stage, *counts)))
+            print("\n" + "\n".join(compare(results, options)[0]))
     except ValueError as error:
         sys.exit(f"summarize.py: {error}")
 
