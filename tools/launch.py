@@ -20,6 +20,7 @@ SET is a set's name or folder; without it RUN_ID, or else the newest set in RUNS
     VENV=...             environment whose bin/python runs everything (default: .venv, else python3)
     RUN_ID=...           name of the set (default: seeds-<time>); runs are <RUNS_DIR>/<RUN_ID>/<RUN_ID>-seed<SEED>/
     USE_TMUX=0           plain background processes; the default where tmux is not installed
+    PLOTS=0              no pictures, neither after a run nor in the summary
 
 Every other setting goes to the script as it is. A tmux server of the set's own holds one window for each process that
 runs side by side, so that no other session is ever touched. Files of a set: launch.json; <lane>.pid and, without tmux,
@@ -27,6 +28,7 @@ runs side by side, so that no other session is ever touched. Files of a set: lau
 n), stderr.txt and, without tmux, stdout.txt.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -41,7 +43,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("SEEDS", "GPUS", "NPROC", "SCRIPT", "PRESET", "EXTRA_ENV", "VENV", "USE_TMUX")  # never handed on
+OURS = ("SEEDS", "GPUS", "NPROC", "SCRIPT", "PRESET", "EXTRA_ENV", "VENV", "USE_TMUX", "PLOTS")  # never handed on
 DISK_BYTES_A_RUN = 500_000_000  # a checkpoint of 144 MB, an artifact of 16 MB, compilation caches
 GPU_IDLE_MIB = 1024  # a driver keeps some memory of an idle GPU
 STOP_SECONDS = 45  # torchrun takes 30 s to give up on its processes
@@ -90,7 +92,7 @@ def read_preset(name):
 def make_plan(environ):
     """The environment -> Plan. LaunchError for what cannot be meant."""
     seeds = environ.get("SEEDS", "42 0 1234").split()
-    if not seeds or len(set(seeds)) < len(seeds) or not all(seed.isdecimal() for seed in seeds):
+    if not seeds or not all(seed.isdecimal() for seed in seeds) or len(set(map(int, seeds))) < len(seeds):
         raise LaunchError(f"SEEDS='{environ.get('SEEDS')}': must name one seed at least, whole numbers, none twice")
     seeds = [int(seed) for seed in seeds]
     extra = shlex.split(environ.get("EXTRA_ENV", ""))
@@ -134,37 +136,46 @@ def read_lanes(environ, seeds):
 # ---- checks before anything starts
 
 
-def check_script(script):
+def check_script(script, count_gpus):
     """Runs in a process of its own, with a run's environment -> {"problems", "notes", "gpus"}.
 
-    Imports a train_gpt.py of ours, packed or not, and lets it read settings, data and tokenizer as a run would.
+    Lets a train_gpt.py of ours read settings, data and tokenizer as a run would; for a packed one this checkout's does.
     """
-    missing = [package for name, package in MODULES.items() if importlib.util.find_spec(name) is None]
-    if missing:
-        return {"problems": [f"not installed: {' '.join(missing)} (README: installation)"], "notes": [], "gpus": 0}
-    import torch
-
-    about = {"problems": [], "notes": [], "gpus": torch.cuda.device_count()}
-    source = script.read_bytes()
-    if b"def from_env(" not in source and not source.startswith(b"import base64,brotli,linecache;S="):
-        about["notes"].append(f"{script.name} is not a script of this repository: settings and data are not checked")
+    about = {"problems": [], "notes": [], "gpus": 0}
+    if missing := [package for name, package in MODULES.items() if importlib.util.find_spec(name) is None]:
+        about["problems"].append(f"not installed: {' '.join(missing)} (README: installation)")
         return about
-    spec = importlib.util.spec_from_file_location("checked_script", script)
+    module, source = None, script.read_bytes()
+    if b"def from_env(" in source or b"brotli" in source[:200]:
+        sys.path.insert(0, str(ROOT))
+        module = import_file(script if b"def from_env(" in source else ROOT / "train_gpt.py")
+    if module is None or not (b"def from_env(" in source or module.is_packed(source)):
+        about["notes"].append(f"{script.name} is not a script of this repository: settings and data are not checked")
+    else:
+        try:
+            hp = module.Hyperparameters.from_env()
+            tokenizer, _ = module.find_tokenizer(hp)
+            validation = module.ValidationSet(hp, tokenizer)
+            tokens = module.TokenStream(hp.data_path, "train").size
+            module.check_compressor(hp.compressor)
+            about["notes"].append(
+                f"data: {tokens:,} training tokens, {len(validation.starts):,} validation documents of "
+                f"{int(validation.bytes.sum()):,} bytes in {hp.data_path}"
+            )
+        except (ValueError, OSError) as error:
+            about["problems"] += str(error).splitlines()
+    if count_gpus:
+        import torch
+
+        about["gpus"] = torch.cuda.device_count()
+    return about
+
+
+def import_file(path):
+    spec = importlib.util.spec_from_file_location("checked_script", path)
     module = sys.modules["checked_script"] = importlib.util.module_from_spec(spec)  # dataclasses look there
     spec.loader.exec_module(module)
-    try:
-        hp = module.Hyperparameters.from_env()
-        tokenizer, _ = module.find_tokenizer(hp)
-        validation = module.ValidationSet(hp, tokenizer)
-        tokens = module.TokenStream(hp.data_path, "train").size
-        module.check_compressor(hp.compressor)
-        about["notes"].append(
-            f"data: {tokens:,} training tokens, {len(validation.starts):,} validation documents of "
-            f"{int(validation.bytes.sum()):,} bytes in {hp.data_path}"
-        )
-    except (ValueError, OSError) as error:
-        about["problems"] += str(error).splitlines()
-    return about
+    return module
 
 
 def gpus_in_use(plan):
@@ -196,7 +207,8 @@ def preflight(plan):
     if not plan.script.is_file():
         problems.append(f"SCRIPT={plan.script} does not exist")
     else:
-        command = [sys.executable, __file__, "check-script", str(plan.script)]
+        on_all = "all" in plan.lanes and plan.environ.get("DEVICE") != "cpu"
+        command = [sys.executable, __file__, "check-script", str(plan.script), str(int(on_all))]
         done = subprocess.run(command, env=plan.environ, capture_output=True, text=True)
         if done.returncode:
             problems.append(f"{plan.script.name} cannot be imported: {done.stderr.strip().splitlines()[-1]}")
@@ -229,48 +241,18 @@ def start(environ):
     plan = make_plan(environ)
     gpus, notes = preflight(plan)
     nproc = plan.nproc or (1 if plan.environ.get("DEVICE") == "cpu" else max(1, gpus))
-    command = [
-        sys.executable,
-        *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []),
-        str(plan.script),
-    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
     try:
         plan.folder.mkdir(parents=True)  # of two launchers with one name, one ends here
     except FileExistsError:
         raise LaunchError(f"{plan.folder} exists: choose another RUN_ID", code=1) from None
     socket = f"golf-{re.sub(r'[^A-Za-z0-9_-]', '_', plan.folder.name)}-{os.getpid()}" if plan.use_tmux else None
-    launch = {
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "seeds": plan.seeds,
-        "lanes": plan.lanes,
-        "command": command,
-        "tmux": socket,
-    }
+    launch = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "seeds": plan.seeds, "lanes": plan.lanes}
+    launch |= {"command": [sys.executable, *torchrun, str(plan.script)], "tmux": socket}
+    launch["plots"] = environ.get("PLOTS", "1") != "0"
     write_atomically(plan.folder / "launch.json", json.dumps(launch, indent=1))
-    for number, lane in enumerate(plan.lanes):
-        worker = [sys.executable, os.path.abspath(__file__), "worker", str(plan.folder), lane]
-        if socket:  # a server of its own has this environment; one that runs already would have its own old one
-            new = (
-                ["new-window", "-d", "-t", "golf"]
-                if number
-                else ["new-session", "-d", "-s", "golf", "-x", "160", "-y", "48"]
-            )
-            keep = [] if number else [";", "set-option", "-g", "remain-on-exit", "on"]
-            subprocess.run(
-                ["tmux", "-L", socket, "-f", "/dev/null", *new, "-n", lane, *worker, *keep],
-                env=plan.environ,
-                check=True,
-            )
-        else:
-            with open(plan.folder / f"{lane}.txt", "w") as output:
-                subprocess.Popen(
-                    worker,
-                    env=plan.environ,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+    for lane in plan.lanes:
+        start_worker(plan, lane, socket)
     deadline = time.monotonic() + 30
     while not all((plan.folder / f"{lane}.pid").exists() for lane in plan.lanes):
         if time.monotonic() > deadline:
@@ -281,11 +263,28 @@ def start(environ):
     for lane, about in plan.lanes.items():
         where = f"{nproc} process(es)" if lane == "all" else lane
         print(f"run_3seeds.sh: seed(s) {' '.join(map(str, about['seeds']))} on {where}")
-    print(
-        f"run_3seeds.sh: started {plan.folder} ({'tmux' if socket else 'background processes'}); next:\n"
-        + "\n".join(f"  ./run_3seeds.sh {word} {plan.folder}" for word in ("status", "attach", "wait", "stop"))
-    )
+    print(f"run_3seeds.sh: started {plan.folder} in {'tmux windows' if socket else 'the background'}; next:")
+    for word in ("status", "attach", "wait", "stop"):
+        print(f"  ./run_3seeds.sh {word} {plan.folder}")
     return 0
+
+
+def start_worker(plan, lane, socket):
+    """A lane's worker, detached: in a window of the set's own tmux server, or as the leader of a session of its own."""
+    worker = [sys.executable, os.path.abspath(__file__), "worker", str(plan.folder), lane]
+    if socket is None:
+        with open(plan.folder / f"{lane}.txt", "w") as output:
+            files = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+            subprocess.Popen(worker, env=plan.environ, start_new_session=True, **files)
+        return
+    # a server of its own has this environment, where one that runs already would hand on its old one
+    tmux = ["tmux", "-L", socket, "-f", "/dev/null"]
+    if lane == next(iter(plan.lanes)):
+        tmux += ["new-session", "-d", "-s", "golf", "-x", "160", "-y", "48", "-n", lane, *worker]
+        tmux += [";", "set-option", "-g", "remain-on-exit", "on"]
+    else:
+        tmux += ["new-window", "-d", "-t", "golf", "-n", lane, *worker]
+    subprocess.run(tmux, env=plan.environ, check=True)
 
 
 # ---- the worker: one lane's seeds in turn
@@ -300,16 +299,17 @@ def run_folder(folder, seed):
 
 
 def worker(folder, lane):
-    """Runs the seeds of a lane one after another and keeps their exit codes. A signal stops the lane, not a failure."""
+    """Runs the seeds of a lane one after another and keeps their exit codes. A signal stops the lane, a failure not."""
     launch = read_launch(folder)
     child, stopped = None, False
 
     def stop(number, frame):
         nonlocal stopped
-        if child is not None and child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL if number == signal.SIGALRM else signal.SIGTERM)
-            signal.alarm(0 if number == signal.SIGALRM else STOP_SECONDS)
         stopped = True
+        if child is not None and child.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL if number == signal.SIGALRM else signal.SIGTERM)
+            signal.alarm(0 if number == signal.SIGALRM else STOP_SECONDS)
 
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, stop)
@@ -324,25 +324,21 @@ def worker(folder, lane):
         print(f"\n==== seed {seed} -> {run}", flush=True)
         # in a tmux window the run's own live line shows, and its log.txt keeps the lines
         output = None if sys.stdout.isatty() else open(run / "stdout.txt", "wb")
+        files = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.PIPE}
+        child = subprocess.Popen(launch["command"], env=environ, process_group=0, **files)
+        if stopped:  # between the look above and the start
+            stop(signal.SIGTERM, None)
         with open(run / "stderr.txt", "wb") as errors:
-            child = subprocess.Popen(
-                launch["command"],
-                env=environ,
-                stdin=subprocess.DEVNULL,
-                process_group=0,
-                stdout=output,
-                stderr=subprocess.PIPE,
-            )
             for line in child.stderr:
-                errors.write(line)
-                errors.flush()
-                sys.stderr.buffer.write(line)
-                sys.stderr.buffer.flush()
-            code = child.wait()
+                for file in (errors, sys.stderr.buffer):
+                    file.write(line)
+                    file.flush()
+        code = child.wait()
         signal.alarm(0)
-        write_atomically(run / "exit_code", str(code if code >= 0 else 128 - code))
-        print(f"==== seed {seed} ended with exit code {code if code >= 0 else 128 - code}", flush=True)
-        if (run / "result.json").exists() and (run / "log.txt").exists():
+        code = 143 if stopped and code else code if code >= 0 else 128 - code  # torchrun makes 1 of a signal
+        write_atomically(run / "exit_code", str(code))
+        print(f"==== seed {seed} ended with exit code {code}", flush=True)
+        if launch["plots"] and (run / "result.json").exists():
             draw([run])
     return 0
 
@@ -496,9 +492,11 @@ def summary(folder):
     ended = [run_folder(folder, seed) for seed, _, _ in states if (run_folder(folder, seed) / "result.json").exists()]
     if ended:
         print(flush=True)
-        python = read_launch(folder)["command"][0]  # the runs' own: it has what the tools need
+        launch = read_launch(folder)
+        python = launch["command"][0]  # the runs' own: it has what the tools need
         subprocess.run([python, str(ROOT / "tools" / "summarize.py"), *map(str, ended)])
-        draw(ended, python)
+        if launch["plots"]:
+            draw(ended, python)
     unfinished = [f"seed {seed} ({state})" for seed, _, state in states if state != "done"]
     if unfinished:
         print(f"run_3seeds.sh: not done: {', '.join(unfinished)}", file=sys.stderr)
@@ -510,7 +508,7 @@ def main(arguments, environ):
     if command == "worker":
         return worker(Path(rest[0]), rest[1])
     if command == "check-script":
-        print(json.dumps(check_script(Path(rest[0]))))
+        print(json.dumps(check_script(Path(rest[0]), rest[1] == "1")))
         return 0
     if command in ("--help", "-h", "help"):
         print(__doc__)

@@ -33,7 +33,7 @@ STYLE = {
     "figure.dpi": 110,
 }
 COLORS = plt.get_cmap("tab10").colors
-STAGE_COLORS = {"training": "#4477aa", "hessians": "#66ccee", "quantize": "#228833", "unpack": "#ccbb44"}
+RED = "#cc3311"
 PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}  # under text that lines may cross
 THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
 
@@ -85,7 +85,7 @@ def draw_losses(axis, runs):
                 color=color,
                 markersize=5,
                 markeredgecolor="black",
-                label=f"validation, seed {run.seed}",
+                label="validation" if run is runs[0] else None,
             )
         early.append(next((row["train_loss"] for row in run.steps if row["progress"] > 0.03), losses[0]))
         lowest += [*losses, *(row["val_loss"] for row in run.evaluations)]
@@ -117,13 +117,14 @@ def draw_schedule(axis, runs):
 def mark_looping(axes, runs):
     """A line for each run where looping begins, and a shade over the part of training that has it in all runs."""
     onsets = [next((row["train_seconds"] for row in run.switches if row["looping"]), None) for run in runs]
+    end = 1.02 * max(run.steps[-1]["train_seconds"] for run in runs)
     for axis in axes:
         for color, onset in zip(COLORS, onsets, strict=False):
             if onset is not None:
                 axis.axvline(onset, color=color, linestyle="--", linewidth=1)
         if all(onset is not None for onset in onsets):
-            axis.axvspan(max(onsets), axis.get_xlim()[1], color="gray", alpha=0.1, zorder=0)
-            axis.set_xlim(right=axis.get_xlim()[1])
+            axis.axvspan(max(onsets), end, color="gray", alpha=0.1, zorder=0)
+        axis.set_xlim(0, end)
     known = [onset for onset in onsets if onset is not None]
     if known:
         axes[0].text(max(known), 0.02, " looping on →", transform=axes[0].get_xaxis_transform(), fontsize=9)
@@ -137,31 +138,16 @@ def draw_scores(axis, runs):
         axis.plot(values, "o-", color=color, linewidth=1, markersize=6)
     for place, name in enumerate(names):
         partial = " *" if any(run.result["scores"][name].get("partial") for run in runs) else ""
-        axis.annotate(
-            f"{bpb[:, place].mean():.4f}{partial}",
-            (place, bpb[:, place].max()),
-            xytext=(0, 9),
-            textcoords="offset points",
-            ha="center",
-            fontweight="bold",
-            bbox=PLATE,
-        )
-        if len(runs) > 1:
-            axis.annotate(
-                f"± {bpb[:, place].std(ddof=1):.4f}",
-                (place, bpb[:, place].min()),
-                xytext=(0, -17),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8.5,
-                bbox=PLATE,
-            )
+        mean = bpb[:, place].mean()
+        words = f"{mean:.4f}" if len(runs) == 1 else f"mean {mean:.4f}\n± {bpb[:, place].std(ddof=1):.4f}"
+        top = (place, bpb[:, place].max())
+        style = {"ha": "center", "fontsize": 9.5, "fontweight": "bold", "bbox": PLATE}
+        axis.annotate(words + partial, top, xytext=(0, 9), textcoords="offset points", **style)
     axis.set_xticks(range(len(names)), names, fontsize=9)
-    axis.set_xlim(-0.5, len(names) - 0.5)
-    axis.margins(y=0.25)
+    axis.set_xlim(-0.6, len(names) - 0.4)
+    axis.margins(y=0.2)
     marked = any(score.get("partial") for run in runs for score in run.result["scores"].values())
-    title = "Scores, BPB" + (" (mean ± std)" if len(runs) > 1 else "")
-    axis.set_title(title + ("; * part of the text" if marked else ""))
+    axis.set_title("BPB after each stage" + ("; * part of the text" if marked else ""))
 
 
 # ---- seconds of each stage against the budgets
@@ -177,59 +163,58 @@ def budgets(run):
     counted = {"train", *(name for name, _ in train + score)}
     rest = [(name, value) for name, value in seconds.items() if name not in counted]
     limits = [float(run.settings.get(name, 0)) or None for name in ("MAX_WALLCLOCK_SECONDS", "EVAL_BUDGET_SECONDS")]
-    groups = [("training budget", limits[0], train), ("evaluation budget", limits[1], score)]
-    return [group for group in [*groups, ("in no budget", None, rest)] if group[2]]
+    return [
+        ("training budget", limits[0], train),
+        ("evaluation budget", limits[1], score),
+        ("in no budget", None, rest),
+    ]
 
 
 def plot_stages(runs, path):
     """One bar for each budget and seed, its stages one after another, the limit as a line."""
     tables = [budgets(run) for run in runs]
-    height = 0.55 * len(runs) * len(tables[0]) + 1.9
-    figure, axis = plt.subplots(figsize=(12, height), layout="constrained")
-    widest = max(
-        [limit or 0 for table in tables for _, limit, _ in table]
-        + [sum(value for _, value in stages) for table in tables for *_, stages in table]
-    )
-    place, ticks, other = 0, [], iter(COLORS[1:] * 3)
-    for group in range(len(tables[0])):
-        top = place - 0.5
-        for run, table in zip(runs, tables, strict=True):
-            heading, limit, stages = table[group]
-            left = 0.0
-            for name, value in stages:
-                if name not in STAGE_COLORS:
-                    STAGE_COLORS[name] = next(other)
-                axis.barh(place, value, left=left, height=0.8, color=STAGE_COLORS[name], edgecolor="white")
-                if value > 0.075 * widest:
-                    axis.text(left + value / 2, place, f"{name} {value:,.1f}", ha="center", va="center", fontsize=9)
-                left += value
-            small = [f"{name} {value:,.1f}" for name, value in stages if value <= 0.075 * widest]
-            over = limit and left > limit
-            words = f" {left:,.1f}" + (f" of {limit:,.0f} s" + ("  OVER" if over else "") if limit else " s")
-            axis.text(left, place, words, va="center", fontweight="bold", color="#cc3311" if over else "black")
-            if small:
-                axis.annotate(
-                    "(" + ", ".join(small) + ")",
-                    (left, place),
-                    xytext=(12 + 6.2 * len(words), 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=8.5,
-                    color="dimgray",
-                )
-            ticks.append((place, f"{heading}" + (f", seed {run.seed}" if len(runs) > 1 else "")))
+    limits = [limit or 0 for table in tables for _, limit, _ in table]
+    widest = 1.3 * max(limits + [sum(value for _, value in stages) for table in tables for *_, stages in table])
+    figure, axis = plt.subplots(figsize=(12, 0.5 * len(runs) * len(tables[0]) + 2.2), layout="constrained")
+    names = dict.fromkeys(name for table in tables for *_, stages in table for name, _ in stages)
+    colors = dict(zip(names, plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2], strict=False))
+    place, ticks = 0.0, []
+    for budget in zip(*tables, strict=True):
+        first = place
+        for run, (heading, limit, stages) in zip(runs, budget, strict=True):
+            draw_stages(axis, place, stages, limit, widest, colors)
+            ticks.append((place, heading + (f", seed {run.seed}" if len(runs) > 1 else "")))
             place += 1
-        if limit:
-            axis.plot([limit, limit], [top, place - 0.5], color="#cc3311", linewidth=2)
+            if limit:
+                axis.plot([limit, limit], [first - 0.5, place - 0.5], color=RED, linewidth=2)
         place += 0.4
+    for name, color in colors.items():
+        axis.barh(0, 0, color=color, label=name)
+    figure.legend(loc="outside lower center", ncols=6, fontsize=9)
     axis.set_yticks(*zip(*ticks, strict=True))
-    axis.set_xlim(0, 1.45 * widest)
+    axis.set_xlim(0, widest)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel("seconds; the red line is the budget")
+    axis.set_xlabel("seconds; a red line is a budget")
     figure.suptitle(title(runs), x=0.01, ha="left", fontsize=11)
     figure.savefig(path)
     plt.close(figure)
+
+
+def draw_stages(axis, place, stages, limit, widest, colors):
+    """One bar: seconds inside the parts that are wide enough, the sum behind it, in red above the limit."""
+    left = 0.0
+    for name, value in stages:
+        axis.barh(place, value, left=left, height=0.8, color=colors[name], edgecolor="white")
+        if value > 0.05 * widest:
+            axis.text(left + value / 2, place, f"{value:,.1f}", ha="center", va="center", fontsize=9)
+        left += value
+    if not stages:
+        return
+    over = limit and left > limit
+    words = f"  {left:,.1f}" + (f" of {limit:,.0f} s" + ("  OVER" if over else "") if limit else " s")
+    behind = max(left, limit or 0) if left > 0.7 * (limit or np.inf) else left  # not across the red line
+    axis.text(behind, place, words, va="center", fontweight="bold", color=RED if over else "black")
 
 
 # ---- running BPB of test-time training
@@ -266,10 +251,11 @@ def plot_ttt(runs, path):
         upper = value == max(ends.values())
         axis.annotate(
             f"{value:.4f} {word} test-time training, whole text" + (", mean" if len(runs) > 1 else ""),
-            (0, value),
+            (1, value),
             xycoords=("axes fraction", "data"),
-            xytext=(6, 3 if upper else -3),
+            xytext=(-6, 3 if upper else -3),
             textcoords="offset points",
+            ha="right",
             va="bottom" if upper else "top",
             fontsize=9,
             bbox=PLATE,
@@ -282,7 +268,7 @@ def plot_ttt(runs, path):
     share = " (rank 0's share)" if runs[0].result["world_size"] > 1 else ""
     axis.set_xlabel(f"validation tokens scored so far{share}; longest documents first")
     axis.set_ylabel("running BPB")
-    axis.legend(loc="lower right", fontsize=9)
+    axis.legend(loc="upper right", fontsize=9)
     figure.suptitle(title(runs), x=0.01, ha="left", fontsize=11)
     figure.savefig(path)
     plt.close(figure)
@@ -329,21 +315,21 @@ def plot_bytes(runs, path):
         for side in zip(*tables, strict=True)
     )
     stored["code"] = code
-    names = sorted(set(stored) | set(raw), key=lambda name: -max(stored.get(name, 0), raw.get(name, 0)))
+    names = sorted(stored, key=lambda name: -stored[name]) + sorted(set(raw) - set(stored), key=lambda name: -raw[name])
     figure, axis = plt.subplots(figsize=(12, 0.42 * len(names) + 1.9), layout="constrained")
     for place, name in enumerate(names):
         if name in raw:
             axis.barh(place, raw[name], height=0.75, color="#dddddd")
         axis.barh(place, stored.get(name, 0), height=0.75, color="#4477aa")
-        words = [f"{stored[name]:,.0f}"] if name in stored else []
-        words += [f"{raw[name]:,.0f} before compression"] if name in raw else []
-        axis.text(max(stored.get(name, 0), raw.get(name, 0)), place, "  " + ", ".join(words), va="center", fontsize=9)
+        words = f"  {stored[name]:,.0f}" if name in stored else f"  ({raw[name]:,.0f}, stored together with others)"
+        words += f"  of {raw[name]:,.0f}" if name in stored and name in raw else ""
+        axis.text(max(stored.get(name, 0), raw.get(name, 0)), place, words, va="center", fontsize=9)
     axis.barh(0, 0, color="#4477aa", label="in the file")
     axis.barh(0, 0, color="#dddddd", label="before compression")
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
-    axis.margins(x=0.3)
+    axis.margins(x=0.25)
     axis.xaxis.set_major_formatter(THOUSANDS)
     axis.legend(loc="lower right", fontsize=9)
     totals = [run.result["total_bytes"] for run in runs]
