@@ -462,6 +462,8 @@ def stop(folder):
         time.sleep(0.1)
     if launch["tmux"] and shutil.which("tmux"):
         subprocess.run(["tmux", "-L", launch["tmux"], "kill-server"], capture_output=True)
+        sockets = Path(os.environ.get("TMUX_TMPDIR", "/tmp"), f"tmux-{os.getuid()}")  # tmux leaves the name behind
+        (sockets / launch["tmux"]).unlink(missing_ok=True)
     status(folder)
     return 0
 

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -210,6 +211,8 @@ def copy_files(runs, folder):
     manifest = Path(runs[0].settings["DATA_PATH"]) / "manifest.json"
     if manifest.exists():
         shutil.copyfile(manifest, folder / "data_manifest.json")
+    settings = own_settings(runs[0]).items()
+    (folder / "settings.env").write_text("".join(f"{name}={shlex.quote(value)}\n" for name, value in settings))
     return plot_run.draw(runs, folder)
 
 
@@ -358,7 +361,6 @@ def results_table(runs):
 def readme(runs, options, about, pictures, comparison):
     """The record's README.md."""
     first, result, settings = runs[0], runs[0].result, own_settings(runs[0])
-    given = " ".join(f"{name}={value}" for name, value in settings.items())
     processes, torch = result["world_size"], result["torch"]
     launch = "python" if processes == 1 else f"torchrun --standalone --nproc_per_node={processes}"
     tokenizer = Path("tokenizers", Path(log_word(first, "tokenizer")).name)
@@ -387,7 +389,8 @@ def readme(runs, options, about, pictures, comparison):
         f"# documents in the order of the challenge; {validation_documents(first):,} of them were scored",
         f"python prepare_caseops_data.py --docs docs_selected.jsonl --out data --tokenizer {tokenizer}",
     ]
-    commands += [" ".join(f"SEED={run.seed} DATA_PATH=data {given} {launch} train_gpt.py".split()) for run in runs]
+    commands += ["set -a; . ./settings.env; set +a"] if settings else []
+    commands += [f"SEED={run.seed} DATA_PATH=data {launch} train_gpt.py" for run in runs]
     lines += [
         "## Settings that differ from the defaults of the source",
         "",
@@ -404,6 +407,7 @@ def readme(runs, options, about, pictures, comparison):
         "",
         "## Files",
         "",
+        "- `settings.env`: the settings that differ from the defaults, for a shell",
         "- `train_gpt.py`: the packed script, whose bytes are counted, of `source/train_gpt.py`",
         *(f"- `train_seed{run.seed}.log`: the whole log of seed {run.seed}" for run in runs),
         "- `prepare_caseops_data.py`, `lossless_caps.py`, `tokenizers/`: from documents to shards",
