@@ -402,19 +402,34 @@ class RunLog:
     def __init__(self, folder, dist):
         self.dist, self.seconds, self.graphs = dist, {}, {}
         self.file = open(Path(folder) / "log.txt", "a", encoding="utf-8") if dist.rank == 0 else None
+        self.erase = "\r\x1b[K" if self.file and sys.stdout.isatty() else ""  # on a terminal: takes the live line away
+        self.running, self.shown = None, 0.0
 
     def __call__(self, message):
         if self.file:
-            print(message, flush=True)
+            print(self.erase + message, flush=True)
             print(message, file=self.file, flush=True)
+
+    def live(self, share, detail=""):
+        """The running stage's bar, where standard output is a terminal; whatever is printed next takes its place."""
+        now = time.perf_counter()
+        if self.erase and now - self.shown > 0.2:
+            self.shown, (name, start) = now, self.running
+            share = min(1.0, share)
+            left = f"{(now - start) * (1 / share - 1):.0f} s left" if share > 0 else ""
+            line = f"{name} [{'#' * round(30 * share):.<30}] {share:4.0%}  {left}  {detail}"
+            print(self.erase + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
 
     @contextlib.contextmanager
     def stage(self, name):
         """Times a stage of the run, device work included."""
         self.dist.synchronize()
         start, graphs = time.perf_counter(), compiled_graphs()
+        around, self.running, self.shown = self.running, (name, start), 0.0
+        self.live(0.0)
         yield
         self.dist.synchronize()
+        self.running = around
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
         self.graphs[name] = self.graphs.get(name, 0) + compiled_graphs() - graphs
         self(f"stage:{name} seconds:{self.seconds[name]:.2f} graphs_compiled:{self.graphs[name]}")
@@ -1501,6 +1516,9 @@ class Trainer:
             step_seconds, seconds = now - seconds, now
             if step <= 5 or step % hp.train_log_every == 0:
                 self.log_step(step, losses[-1], seconds, progress, looping)
+            log.live(max(seconds / budget if budget else 0.0, step / hp.iterations),
+                     f"step:{step} train_loss:{self.last_loss:.4f} "  # as last logged: reading it would stop the GPU
+                     f"tokens_per_s:{step * hp.train_batch_tokens / seconds:.0f}")
             if hp.val_loss_every and step % hp.val_loss_every == 0:
                 with clock.paused():
                     evaluate()
@@ -1514,7 +1532,7 @@ class Trainer:
         return self.summary(step, seconds, tokens_at, losses)
 
     def log_step(self, step, loss, seconds, progress, looping):
-        loss = self.dist.all_reduce(loss.clone()).item()
+        self.last_loss = loss = self.dist.all_reduce(loss.clone()).item()
         rate = step * self.hp.train_batch_tokens / seconds
         self.log(f"step:{step} train_loss:{loss:.4f} train_seconds:{seconds:.2f} progress:{progress:.4f} "
                  f"lr_factor:{lr_multiplier(progress, self.hp):.4f} looping:{int(looping)} tokens_per_s:{rate:.0f}")
@@ -1916,8 +1934,8 @@ def split_arrays(raw, specs):
             arrays[spec.name] = flat.reshape(spec.shape)
     return arrays
 
-def pack_weights(arrays, compressor):
-    """Named numpy arrays -> artifact bytes. Raises ValueError for what an artifact cannot hold, or a missing tool."""
+def pack_weights(arrays, compressor, tell=lambda share: None):
+    """Named numpy arrays -> artifact bytes; `tell(share done)` as it goes on. ValueError for what cannot be packed."""
     check_compressor(compressor)
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
     check_specs(specs)
@@ -1932,7 +1950,10 @@ def pack_weights(arrays, compressor):
         orders = dict(zip(reordered, pool.map(lambda name: greedy_row_order(arrays[name]), reordered), strict=True))
         codes = {name: array[orders[name]].T if name in orders else array.T for name, array in arrays.items()}
         sources = {"rest": arrays, "orders": orders, "codes": codes}
-        sections = list(pool.map(encode, *zip(*plan, strict=True)))
+        sections = []
+        for section in pool.map(encode, *zip(*plan, strict=True)):
+            sections.append(section)
+            tell(len(sections) / len(plan))
     raw = json.dumps([specs, [about for _, about in sections]], separators=(",", ":")).encode()
     if len(raw) > MAX_HEADER_BYTES:
         raise ValueError(f"the names and shapes of {len(arrays)} arrays do not fit an artifact's header")
@@ -2240,6 +2261,7 @@ class TestTimeTrainer:
         self.block, self.head = (compiled(f, hp, dist, dynamic=None) for f in (model.block, model.token_losses))
         self.shapes = lora_shapes(model)
         self.score = Score(dist.device)
+        self.done, self.cost, self.running_bpb = 0, 1, math.nan  # window positions of this rank, for the live line
 
     def chunk_losses(self, windows, targets, positions, adapters):
         """Windows (B, W), targets and their positions in the windows (B, C), adapters -> (B, C) nats, float32 head."""
@@ -2307,6 +2329,8 @@ class TestTimeTrainer:
         chunk = 0
         while live.any():
             windows, targets, positions, scored, charges = self.chunk_batch(rows, chunk)
+            self.done += int(live.sum()) * min((chunk + 1) * hp.ttt_chunk_size, hp.ttt_eval_seq_len)
+            self.log.live(self.done / self.cost, f"running_bpb:{self.running_bpb:.4f}")
             going = live & (lengths[rows] > (chunk + 1) * hp.ttt_chunk_size)
             losses = self.chunk_losses(windows, targets, positions, lora.adapters())
             live_rows = torch.from_numpy(live).to(self.dist.device)
@@ -2362,13 +2386,17 @@ class TestTimeTrainer:
         self.log(f"ttt_warm_up seconds:{time.perf_counter() - started:.1f}")
         kept = {lane: BatchedLoRA.initial_a(self.shapes, lane, hp, self.dist.device)
                 for lane in range(self.dist.rank, hp.ttt_lanes, self.dist.world_size)}
-        for phase in plan_ttt((stream.ends - stream.starts)[:self.documents], hp):
+        lengths = (stream.ends - stream.starts)[:self.documents]
+        phases = plan_ttt(lengths, hp)
+        self.cost = sum(window_positions(lengths[b], hp).sum() for p in phases for lane in kept for b in p.lanes[lane])
+        for phase in phases:
             for lane, mine in kept.items():
                 for batch in phase.lanes[lane]:
                     self.score_batch(batch, mine)
                     nats, tokens, charges = self.score.sums.tolist()
+                    self.running_bpb = bits_per_byte(nats, max(charges, 1))
                     self.log(f"ttt_batch lane:{lane} documents:{len(batch)} running_tokens:{tokens:.0f} "
-                             f"running_bpb:{bits_per_byte(nats, max(charges, 1)):.5f} "
+                             f"running_bpb:{self.running_bpb:.5f} "
                              f"seconds:{time.perf_counter() - started:.1f}")
             if phase.adapt:
                 self.global_adapt(phase.documents)
@@ -2434,7 +2462,7 @@ def build_artifact(model, loader, hp, dist, log, path):
         arrays = quantize_weights({name: tensor.detach() for name, tensor in unbank(model).items()}, hessians, hp, dist)
     with log.stage("pack"):
         if dist.rank == 0:
-            write_atomically(path, pack_weights(arrays, hp.compressor))
+            write_atomically(path, pack_weights(arrays, hp.compressor, log.live))
         dist.barrier()
 
 def score_stage(name, evaluate, log, scores):

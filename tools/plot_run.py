@@ -296,7 +296,8 @@ def bytes_by_group(path):
     raw, stored = defaultdict(int), defaultdict(int)
     for (kind, _, members), (size, _, _) in zip(train_gpt.plan_sections(specs, compressor), sections, strict=True):
         names = {group(spec) if kind != "orders" else "row orders" for spec in members}
-        together = "scales, LQER and small tensors" if compressor == "pergroup" else "all tensors"
+        together = "all codes" if kind == "codes" else "scales, LQER and small tensors"
+        together = together if len(sections) > 1 else "all tensors"
         stored[names.pop() if len(names) == 1 else together] += size
         for spec in members:
             raw["row orders" if kind == "orders" else group(spec)] += spec.num_bytes
