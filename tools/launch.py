@@ -337,7 +337,8 @@ def worker(folder, lane):
         signal.alarm(0)
         code = 143 if stopped and code else code if code >= 0 else 128 - code  # torchrun makes 1 of a signal
         write_atomically(run / "exit_code", str(code))
-        print(f"==== seed {seed} ended with exit code {code}", flush=True)
+        erase = "\r\x1b[K" if output is None else ""  # of a live line that a crash left behind
+        print(f"{erase}==== seed {seed} ended with exit code {code}", flush=True)
         if launch["plots"] and (run / "result.json").exists():
             draw([run])
     return 0
@@ -397,7 +398,8 @@ def read_states(folder):
             run = run_folder(folder, seed)
             try:
                 code = int((run / "exit_code").read_text())
-                words = {0: "done", 3: "failed: 3, the byte cap is broken", 143: "stopped: 143"}
+                words = {128 + number: f"failed: {128 + number}, {number.name}" for number in signal.Signals}
+                words |= {0: "done", 3: "failed: 3, the byte cap is broken", 143: "stopped: 143"}
                 state = words.get(code, f"failed: {code}")
             except OSError:
                 begun = run.exists()
@@ -428,7 +430,7 @@ def status(folder):
     states = read_states(folder)
     print(f"{folder}")
     for seed, lane, state in states:
-        print(f"  seed {seed:<6} {lane:<6} {state:<14} {last_words(run_folder(folder, seed), state)}")
+        print(f"  seed {seed:<6} {lane:<6} {state:<20} {last_words(run_folder(folder, seed), state)}")
     return states
 
 
