@@ -110,8 +110,9 @@ def test_three_seeds_by_itself_and_names_that_the_trainer_takes():
 def test_each_gpu_is_one_process_and_more_seeds_wait():
     plan = launch.make_plan({"SEEDS": "1 2 3", "GPUS": "4 6"})
     assert plan.nproc == 1
-    assert plan.lanes == {"gpu4": {"seeds": [1, 3], "env": {"CUDA_VISIBLE_DEVICES": "4"}},
-                          "gpu6": {"seeds": [2], "env": {"CUDA_VISIBLE_DEVICES": "6"}}}
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # that of nvidia-smi
+    assert plan.lanes == {"gpu4": {"seeds": [1, 3], "env": {"CUDA_VISIBLE_DEVICES": "4"} | order},
+                          "gpu6": {"seeds": [2], "env": {"CUDA_VISIBLE_DEVICES": "6"} | order}}
 
 
 def test_extra_env_wins_over_the_environment_and_that_over_the_preset():

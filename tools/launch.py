@@ -128,7 +128,7 @@ def read_lanes(environ, seeds):
         raise LaunchError("GPUS names one GPU for each process, none twice; NPROC goes without GPUS")
     lanes = {}
     for number, gpu in enumerate(gpus[: len(seeds)]):
-        env = {"DEVICE": "cpu"} if gpu == "cpu" else {"CUDA_VISIBLE_DEVICES": gpu}
+        env = {"DEVICE": "cpu"} if gpu == "cpu" else {"CUDA_VISIBLE_DEVICES": gpu, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         lanes[f"cpu{number}" if gpu == "cpu" else f"gpu{gpu}"] = {"seeds": seeds[number :: len(gpus)], "env": env}
     return 1, lanes
 

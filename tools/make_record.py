@@ -263,73 +263,45 @@ def submission(runs, options, reasons):
     }
 
 
-def method(settings):
-    """Every setting -> the method in sections, as lines of Markdown; a switched-off part is left out."""
-    s = settings
-    on = lambda name: s[name] == "1"  # noqa: E731
-    loops = int(s["NUM_LOOPS"])
-    gates = [
-        words
-        for name, words in (
-            ("SPARSE_ATTN_GATE_ENABLED", "sparse attention gate"),
-            ("GATED_ATTN_ENABLED", "dense attention gate"),
-            ("ATTN_OUT_GATE_ENABLED", "attention output gate"),
-            ("SMEAR_GATE_ENABLED", "SmearGate"),
-        )
-        if on(name)
+def method(s):
+    """Settings {NAME: value} -> the method in sections, as lines of Markdown; what is switched off is left out."""
+    loops, lanes, ttt = s["NUM_LOOPS"] != "0", int(s["PARALLEL_START_LAYER"]) < int(s["NUM_LAYERS"]), s["TTT_ENABLED"]
+    gates = {
+        "SPARSE_ATTN_GATE_ENABLED": "sparse attention gate",
+        "GATED_ATTN_ENABLED": "dense attention gate",
+        "ATTN_OUT_GATE_ENABLED": "attention output gate",
+        "SMEAR_GATE_ENABLED": "SmearGate",
+    }
+    gates = ", ".join(words for name, words in gates.items() if s[name] == "1")
+    sentences = [  # section, whether it applies, what it says
+        ("Data", s["CASEOPS_ENABLED"] == "1", "CaseOps shards; validation bytes from the side-car"),
+        ("Data", s["CASEOPS_ENABLED"] == "0", "plain SentencePiece shards; bytes from the tokenizer's pieces"),
+        ("Model", True, "{NUM_LAYERS} layers, width {MODEL_DIM}, {NUM_HEADS} query and {NUM_KV_HEADS} key/value heads"),
+        ("Model", True, "MLP {MLP_MULT} times as wide, leaky ReLU squared, slope {LEAKY_RELU_SLOPE}"),
+        ("Model", True, "vocabulary of {VOCAB_SIZE}, logits capped at {LOGIT_SOFTCAP}"),
+        ("Model", loops, "layers {LOOP_START}-{LOOP_END} {NUM_LOOPS} more times from {ENABLE_LOOPING_AT} on"),
+        ("Model", lanes, "two residual lanes from layer {PARALLEL_START_LAYER} on"),
+        ("Model", s["XSA_LAST_N"] != "0", "XSA on the last {XSA_LAST_N} layers"),
+        ("Model", gates, gates),
+        ("Training", True, "Muon on matrices: learning rate {MATRIX_LR}, momentum {MUON_MOMENTUM}, decay {MUON_WD}"),
+        ("Training", True, "AdamW on the rest: embedding {TIED_EMBED_LR}, scalars and gates {SCALAR_LR}"),
+        ("Training", True, "{TRAIN_BATCH_TOKENS} tokens a step, documents cut at {TRAIN_SEQ_LEN} tokens"),
+        ("Training", True, "learning rate falls over the last {WARMDOWN_FRAC} of the time to {MIN_LR} of itself"),
+        ("Training", True, "weights averaged with decay {EMA_DECAY}"),
+        ("Quantization", True, "GPTQ: {MATRIX_BITS} bits, embedding {EMBED_BITS}"),
+        ("Quantization", True, "calibrated on {GPTQ_CALIBRATION_BATCHES} rows of training tokens, in the budget"),
+        ("Quantization", s["LQER_ENABLED"] == "1", "rank {LQER_RANK} for the {LQER_TOP_K} largest errors (LQER)"),
+        ("Quantization", True, "file coded with `{COMPRESSOR}`; the script minified and compressed"),
+        ("Evaluation", True, "context {EVAL_SEQ_LEN}; every validation token but the first is scored once"),
+        ("Evaluation", ttt == "1", "a LoRA of rank {TTT_LORA_RANK} for each document, on {TTT_LORA_SITES}"),
+        ("Evaluation", ttt == "1", "chunks of {TTT_CHUNK_SIZE} tokens, each scored before anything learns from it"),
+        ("Evaluation", ttt == "1", "base weights tuned {PHASED_TTT_NUM_PHASES} time(s) on documents already scored"),
     ]
-    data = (
-        "CaseOps shards; validation bytes from the side-car"
-        if on("CASEOPS_ENABLED")
-        else "plain SentencePiece shards; bytes from the tokenizer's pieces"
-    )
-    model = [
-        f"{s['NUM_LAYERS']} layers of width {s['MODEL_DIM']}, {s['NUM_HEADS']} query and {s['NUM_KV_HEADS']} "
-        f"key/value heads, MLP {s['MLP_MULT']} times as wide with squared leaky ReLU "
-        f"(slope {s['LEAKY_RELU_SLOPE']}), vocabulary {s['VOCAB_SIZE']}"
-    ]
-    model += (
-        [
-            f"layers {s['LOOP_START']} to {s['LOOP_END']} run {loops + 1} times from fraction "
-            f"{s['ENABLE_LOOPING_AT']} of training on"
-        ]
-        if loops
-        else []
-    )
-    model += (
-        [f"two residual lanes from layer {s['PARALLEL_START_LAYER']} on"]
-        if int(s["PARALLEL_START_LAYER"]) < int(s["NUM_LAYERS"])
-        else []
-    )
-    model += [f"XSA on the last {s['XSA_LAST_N']} layers"] if s["XSA_LAST_N"] != "0" else []
-    model += [", ".join(gates)] if gates else []
-    train = [
-        f"Muon (learning rate {s['MATRIX_LR']}, momentum {s['MUON_MOMENTUM']}, decay {s['MUON_WD']}) on matrices, "
-        f"AdamW on the rest (embedding {s['TIED_EMBED_LR']}, scalars {s['SCALAR_LR']})",
-        f"{int(s['TRAIN_BATCH_TOKENS']):,} tokens a step, documents cut at {s['TRAIN_SEQ_LEN']} tokens",
-        f"learning rate falls over the last {s['WARMDOWN_FRAC']} of the time to {s['MIN_LR']}; weights averaged "
-        f"with decay {s['EMA_DECAY']}",
-    ]
-    quant = [
-        f"GPTQ, {s['MATRIX_BITS']} bits (embedding {s['EMBED_BITS']}), calibrated on "
-        f"{s['GPTQ_CALIBRATION_BATCHES']} rows of training tokens inside the training budget"
-    ]
-    quant += (
-        [f"low-rank correction of the {s['LQER_TOP_K']} largest errors, rank {s['LQER_RANK']}"]
-        if on("LQER_ENABLED")
-        else []
-    )
-    quant += [f"file coded with `{s['COMPRESSOR']}`; the script minified, brotli, base85"]
-    score = [f"context {s['EVAL_SEQ_LEN']}; every validation token but the first is scored once"]
-    if on("TTT_ENABLED"):
-        score += [
-            f"test-time training: LoRA of rank {s['TTT_LORA_RANK']} for each document on {s['TTT_LORA_SITES']}, "
-            f"chunks of {s['TTT_CHUNK_SIZE']} tokens, each scored before anything learns from it",
-            f"{s['PHASED_TTT_NUM_PHASES']} fine-tuning phase(s) of the base weights on documents already scored",
-        ]
-    sections = {"Data": [data], "Model": model, "Training": train, "Quantization and packing": quant}
-    sections["Evaluation"] = score
-    return [line for name, parts in sections.items() for line in (f"### {name}", "", *(f"- {p}." for p in parts), "")]
+    lines = []
+    for section in dict.fromkeys(section for section, _, _ in sentences):
+        said = [words.format(**s) for name, applies, words in sentences if name == section and applies]
+        lines += [f"### {section}", "", *(f"- {words}" for words in said), ""]
+    return lines
 
 
 def results_table(runs):
