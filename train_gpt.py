@@ -411,14 +411,13 @@ class RunLog:
             print(message, file=self.file, flush=True)
 
     def live(self, share, detail=""):
-        """The running stage's bar, where standard output is a terminal; whatever is printed next takes its place."""
+        """The running stage and its bar, on a terminal only; whatever is printed next takes their place."""
         now = time.perf_counter()
         if self.erase and now - self.shown > 0.2:
             self.shown, (name, start) = now, self.running
-            share = min(1.0, share)
-            left = f"{(now - start) * (1 / share - 1):.0f} s left" if share > 0 else ""
-            line = f"{name} [{'#' * round(30 * share):.<30}] {share:4.0%}  {left}  {detail}"
-            print(self.erase + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
+            left = (now - start) * (1 / share - 1) if share else 0.0
+            bar = f"[{'#' * round(30 * share):.<30}] {share:4.0%}  {left:.0f} s left  {detail}" if share else "..."
+            print(self.erase + f"{name} {bar}"[:shutil.get_terminal_size().columns - 1], end="", flush=True)
 
     @contextlib.contextmanager
     def stage(self, name):
@@ -1516,9 +1515,8 @@ class Trainer:
             step_seconds, seconds = now - seconds, now
             if step <= 5 or step % hp.train_log_every == 0:
                 self.log_step(step, losses[-1], seconds, progress, looping)
-            log.live(max(seconds / budget if budget else 0.0, step / hp.iterations),
-                     f"step:{step} train_loss:{self.last_loss:.4f} "  # as last logged: reading it would stop the GPU
-                     f"tokens_per_s:{step * hp.train_batch_tokens / seconds:.0f}")
+            rate = step * hp.train_batch_tokens / seconds
+            log.live(progress, f"step:{step} train_loss:{self.last_loss:.4f} tokens_per_s:{rate:.0f}")
             if hp.val_loss_every and step % hp.val_loss_every == 0:
                 with clock.paused():
                     evaluate()
@@ -1532,7 +1530,7 @@ class Trainer:
         return self.summary(step, seconds, tokens_at, losses)
 
     def log_step(self, step, loss, seconds, progress, looping):
-        self.last_loss = loss = self.dist.all_reduce(loss.clone()).item()
+        self.last_loss = loss = self.dist.all_reduce(loss.clone()).item()  # the live line must not wait for the GPU
         rate = step * self.hp.train_batch_tokens / seconds
         self.log(f"step:{step} train_loss:{loss:.4f} train_seconds:{seconds:.2f} progress:{progress:.4f} "
                  f"lr_factor:{lr_multiplier(progress, self.hp):.4f} looping:{int(looping)} tokens_per_s:{rate:.0f}")
@@ -1939,21 +1937,20 @@ def pack_weights(arrays, compressor, tell=lambda share: None):
     check_compressor(compressor)
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
     check_specs(specs)
-    plan = plan_sections(specs, compressor)
+    plan, packed = plan_sections(specs, compressor), []  # and the bytes of the sections that are done
     reordered = [spec.name for kind, _, members in plan if kind == "orders" for spec in members]
     def encode(kind, codec, members):
         raw = join_arrays(sources[kind], members)
         stored = ENCODERS[codec](raw) if raw else b""
+        packed.append(len(raw))
+        tell(sum(packed) / max(1, sum(spec.num_bytes for _, _, members in plan for spec in members)))
         return stored, [len(stored), digest(stored).hex(), digest(raw).hex()]
 
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
         orders = dict(zip(reordered, pool.map(lambda name: greedy_row_order(arrays[name]), reordered), strict=True))
         codes = {name: array[orders[name]].T if name in orders else array.T for name, array in arrays.items()}
         sources = {"rest": arrays, "orders": orders, "codes": codes}
-        sections = []
-        for section in pool.map(encode, *zip(*plan, strict=True)):
-            sections.append(section)
-            tell(len(sections) / len(plan))
+        sections = list(pool.map(encode, *zip(*plan, strict=True)))
     raw = json.dumps([specs, [about for _, about in sections]], separators=(",", ":")).encode()
     if len(raw) > MAX_HEADER_BYTES:
         raise ValueError(f"the names and shapes of {len(arrays)} arrays do not fit an artifact's header")
@@ -2261,7 +2258,7 @@ class TestTimeTrainer:
         self.block, self.head = (compiled(f, hp, dist, dynamic=None) for f in (model.block, model.token_losses))
         self.shapes = lora_shapes(model)
         self.score = Score(dist.device)
-        self.done, self.cost, self.running_bpb = 0, 1, math.nan  # window positions of this rank, for the live line
+        self.done, self.cost, self.running = 0, 1, ""  # for the live line: this rank's window positions, last score
 
     def chunk_losses(self, windows, targets, positions, adapters):
         """Windows (B, W), targets and their positions in the windows (B, C), adapters -> (B, C) nats, float32 head."""
@@ -2330,7 +2327,7 @@ class TestTimeTrainer:
         while live.any():
             windows, targets, positions, scored, charges = self.chunk_batch(rows, chunk)
             self.done += int(live.sum()) * min((chunk + 1) * hp.ttt_chunk_size, hp.ttt_eval_seq_len)
-            self.log.live(self.done / self.cost, f"running_bpb:{self.running_bpb:.4f}")
+            self.log.live(self.done / self.cost, self.running)
             going = live & (lengths[rows] > (chunk + 1) * hp.ttt_chunk_size)
             losses = self.chunk_losses(windows, targets, positions, lora.adapters())
             live_rows = torch.from_numpy(live).to(self.dist.device)
@@ -2394,9 +2391,8 @@ class TestTimeTrainer:
                 for batch in phase.lanes[lane]:
                     self.score_batch(batch, mine)
                     nats, tokens, charges = self.score.sums.tolist()
-                    self.running_bpb = bits_per_byte(nats, max(charges, 1))
-                    self.log(f"ttt_batch lane:{lane} documents:{len(batch)} running_tokens:{tokens:.0f} "
-                             f"running_bpb:{self.running_bpb:.5f} "
+                    self.running = f"running_bpb:{bits_per_byte(nats, max(charges, 1)):.5f}"
+                    self.log(f"ttt_batch lane:{lane} documents:{len(batch)} running_tokens:{tokens:.0f} {self.running} "
                              f"seconds:{time.perf_counter() - started:.1f}")
             if phase.adapt:
                 self.global_adapt(phase.documents)
