@@ -79,11 +79,17 @@ def read_run(folder):
     return Run(Path(folder), settings, changed, *trained[:3], ttt, json.loads(results[-1]), len(parts))
 
 
+def by_number(folder):
+    """Sorts seed5 before seed42."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", folder.name)]
+
+
 def run_folders(paths):
-    """Runs or sets of runs -> folders of runs, those of a set in order of their names. ValueError if one is neither."""
+    """Runs or sets of runs -> folders of runs, those of a set by name and number. ValueError if one is neither."""
     folders = []
     for path in map(Path, paths):
-        inside = [path] if (path / "log.txt").exists() else sorted(log.parent for log in path.glob("*/log.txt"))
+        inside = sorted((log.parent for log in path.glob("*/log.txt")), key=by_number)
+        inside = [path] if (path / "log.txt").exists() else inside
         if not inside:
             raise ValueError(f"{path} is neither a run nor a set of runs: no log.txt there")
         folders += inside
