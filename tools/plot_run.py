@@ -139,7 +139,7 @@ def draw_scores(axis, runs):
     for place, name in enumerate(names):
         partial = " *" if any(run.result["scores"][name].get("partial") for run in runs) else ""
         mean = bpb[:, place].mean()
-        words = f"{mean:.4f}" if len(runs) == 1 else f"mean {mean:.4f}\n± {bpb[:, place].std(ddof=1):.4f}"
+        words = f"{mean:.4f}" if len(runs) == 1 else f"{mean:.4f}\n± {bpb[:, place].std(ddof=1):.4f}"
         top = (place, bpb[:, place].max())
         style = {"ha": "center", "fontsize": 9.5, "fontweight": "bold", "bbox": PLATE}
         axis.annotate(words + partial, top, xytext=(0, 9), textcoords="offset points", **style)
@@ -147,7 +147,8 @@ def draw_scores(axis, runs):
     axis.set_xlim(-0.6, len(names) - 0.4)
     axis.margins(y=0.2)
     marked = any(score.get("partial") for run in runs for score in run.result["scores"].values())
-    axis.set_title("BPB after each stage" + ("; * part of the text" if marked else ""))
+    heading = "BPB after each stage" if len(runs) == 1 else "BPB (mean ± std)"
+    axis.set_title(heading + ("\n* part of the text" if marked else ""))
 
 
 # ---- seconds of each stage against the budgets
