@@ -1,5 +1,6 @@
 """From runs to a submission: real runs through the launcher, their table, tests, pictures, record, and the hub."""
 
+import fcntl
 import json
 import math
 import os
@@ -30,9 +31,23 @@ PICTURES = ["bytes.png", "stages.png", "training.png", "ttt.png"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(what `wait` printed, the set's folder): two seeds of a tiny model, side by side on the CPU, with pictures."""
-    folder = tmp_path_factory.mktemp("launched")
-    (folder / "data").mkdir()
+    """(what `wait` printed, the set's folder): two seeds of a tiny model, side by side on the CPU, with pictures.
+
+    Made once for all workers of pytest-xdist, which share the parent of their folders.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder = shared / "launched"
+    with open(shared / "launched.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "printed").exists():
+            (folder / "data").mkdir(parents=True)
+            (folder / "printed").write_text(launch_two_seeds(folder))
+    return (folder / "printed").read_text(), folder / "runs" / "set"
+
+
+def launch_two_seeds(folder):
+    """Through run_3seeds.sh, into folder/runs/set -> what `wait` printed."""
     make_data(folder / "data")
     environ = HERE | SETTINGS | {"DATA_PATH": str(folder / "data"), "RUNS_DIR": str(folder / "runs"), "USE_TMUX": "0",
                                  "VENV": str(Path(sys.executable).parents[1]), "VAL_LOSS_EVERY": "2",
@@ -42,7 +57,7 @@ def finished(tmp_path_factory):
     assert started.returncode == 0, started.stderr
     ended = subprocess.run([script, "wait"], env=environ, **options)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout, folder / "runs" / "set"
+    return ended.stdout
 
 
 @pytest.fixture(scope="module")
@@ -282,11 +297,15 @@ def test_the_record_holds_everything_and_says_that_it_is_none(record, runs):
     assert all(f"### {section}" in text for section in ("Data", "Model", "Training", "Evaluation"))
 
 
-def test_the_proof_finds_a_script_that_does_not_run(record, tmp_path):
-    shutil.copytree(record, tmp_path / "record")
-    (tmp_path / "record" / "train_gpt.py").write_text("raise SystemExit('broken on purpose')")
+def test_the_proof_finds_a_script_that_does_not_run(tmp_path):
+    for name in ("prepare_caseops_data.py", "lossless_caps.py", "tokenizers/caseops_8192.model"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    (tmp_path / "source").mkdir()
+    shutil.copyfile(ROOT / "train_gpt.py", tmp_path / "source" / "train_gpt.py")
+    (tmp_path / "train_gpt.py").write_text("raise SystemExit('broken on purpose')")
     with pytest.raises(make_record.RecordError, match="broken on purpose"):
-        make_record.prove(tmp_path / "record", {})
+        make_record.prove(tmp_path, {})
 
 
 def test_a_packed_script_without_its_source_is_refused(monkeypatch):
