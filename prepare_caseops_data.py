@@ -17,6 +17,7 @@ import ast
 import gzip
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import lzma
@@ -28,8 +29,9 @@ import sys
 import sysconfig
 import warnings
 import zlib
+from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -45,6 +47,7 @@ BOS_ID = 1
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 HEADER_INTS = 256
 BATCH_BYTES = 1 << 20  # of JSON lines, in one message to a worker
+_BOS, _FREE = (np.array([value], dtype=np.uint16).tobytes() for value in (BOS_ID, 0))  # a document's first id and cost
 
 
 class DataError(ValueError):
@@ -100,6 +103,82 @@ def encode_document_with_bytes(sp: sentencepiece.SentencePieceProcessor, text: s
     return np.array([BOS_ID, *ids], dtype=np.uint16), costs.astype(np.uint16)
 
 
+# Text is cut where no rule of the normalizer and no piece reaches across: at blanks, and between runs of letters,
+# single digits and runs of punctuation, unless a character follows that may change its neighbour, such as a combining
+# mark: all up to the next blank is then one unit. A hundred thousand units make up nearly all of a text.
+_BLANKS = " \t\n\r\f"
+_MARKS = "!-/:-@\\[-`{-~‘’“”–—…"
+_JOINING = f"(?![^{_BLANKS}A-Za-z0-9{_MARKS}])"
+_UNIT = re.compile(f"[{_BLANKS}]*(?:(?:[A-Za-z]++|[0-9]|[{_MARKS}]++){_JOINING}|[^{_BLANKS}]+)")
+
+
+class Encoder:
+    """encode_document and encode_document_with_bytes several times faster: a unit of text is tokenized once, then kept.
+
+    Training documents are looked up word by word, and what a new word is made of, unit by unit.
+    """
+
+    def __init__(self, sp: sentencepiece.SentencePieceProcessor):
+        self.sp = sp
+        self.words: dict[bytes, bytes] = _Kept(self._word_ids)  # behind a blank
+        self.units: dict[str, bytes] = _Kept(self._unit_ids)
+        self.units_with_costs: dict[str, tuple[bytes, bytes] | None] = _Kept(self._unit_ids_and_costs)
+
+    def encode(self, text: str) -> np.ndarray:
+        """As encode_document."""
+        _utf8_size(text)
+        first, *words = text.encode().split() or [b""]
+        first = self.sp.encode(encode(first.decode()))
+        if not first or "\v" in text:  # a word that the tokenizer drops; a blank that is none for the tokenizer
+            return encode_document(self.sp, text)
+        ids = array("H", [BOS_ID, *first]).tobytes() + b"".join(map(self.words.__getitem__, words))
+        return np.frombuffer(ids, dtype=np.uint16)
+
+    def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """As encode_document_with_bytes."""
+        units = _UNIT.findall(text)
+        if units:
+            units[0] = units[0].lstrip(_BLANKS)
+        found = [self.units_with_costs[unit] for unit in units] if _utf8_size(text) else []
+        if None in found:
+            return encode_document_with_bytes(self.sp, text)
+        ids, costs = (b"".join(part) for part in zip((_BOS, _FREE), *found, strict=True))
+        return np.frombuffer(ids, dtype=np.uint16), np.frombuffer(costs, dtype=np.uint16)
+
+    def _word_ids(self, word: bytes) -> bytes:
+        return b"".join(map(self.units.__getitem__, _UNIT.findall(" " + word.decode())))
+
+    def _unit_ids(self, unit: str) -> bytes:
+        marked = unit if unit.isascii() and unit.islower() else encode(unit)
+        ids = self.sp.encode(marked) if unit[0] != " " else self.sp.encode("a" + marked)[1:]
+        return array("H", ids).tobytes()
+
+    def _unit_ids_and_costs(self, unit: str) -> tuple[bytes, bytes] | None:
+        """None where a part of the unit is dropped or charged to its neighbours."""
+        before = "a" if unit[0] in _BLANKS else ""
+        try:
+            ids, costs = encode_document_with_bytes(self.sp, before + unit)
+        except DataError:
+            return None
+        ids, costs = ids[1 + len(before) :], costs[1 + len(before) :]
+        return (ids.tobytes(), costs.tobytes()) if costs.sum(dtype=np.int64) == len(unit.encode()) else None
+
+
+class _Kept(dict):
+    """A dictionary that makes what is missing, and keeps 150,000 of it (30 MB): the first, so that a stream of rare
+    words does not drive out the common ones."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key):
+        made = self.make(key)
+        if len(self) < 150_000 and len(key) <= 32:
+            self[key] = made
+        return made
+
+
 def _utf8_size(text: str) -> int:
     try:
         return len(text.encode())
@@ -141,15 +220,14 @@ def write_shard(path: str | Path, values: np.ndarray) -> dict:
 
 
 def read_shard(path: str | Path) -> np.ndarray:
-    """A shard file -> values (n,) uint16. Raises DataError if the header or the size is wrong."""
-    content = Path(path).read_bytes()
-    header_bytes = 4 * HEADER_INTS
-    header = np.frombuffer(content[:header_bytes], dtype="<i4") if len(content) >= header_bytes else [0, 0, 0]
+    """A shard file -> values (n,) uint16, mapped. Raises DataError if the header or the size is wrong."""
+    size, header_bytes = os.path.getsize(path), 4 * HEADER_INTS
+    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS) if size >= header_bytes else [0, 0, 0]
     if (header[0], header[1]) != (SHARD_MAGIC, SHARD_VERSION):
         raise DataError(f"{path}: not a shard")
-    if len(content) != header_bytes + 2 * header[2]:
-        raise DataError(f"{path}: {len(content):,} bytes do not hold the {header[2]:,} values of its header")
-    return np.frombuffer(content, dtype="<u2", offset=header_bytes).astype(np.uint16)
+    if size != header_bytes + 2 * int(header[2]):
+        raise DataError(f"{path}: {size:,} bytes do not hold the {header[2]:,} values of its header")
+    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes) if header[2] else np.empty(0, dtype=np.uint16)
 
 
 def write_whole(path: str | Path, *parts: bytes | np.ndarray) -> str:
@@ -210,28 +288,58 @@ class Batch(NamedTuple):
     split: str  # "val" or "train"
     lines: list[Line]
     first_document: int  # number of the first one within its split, from 0
+    checksum: int  # of all lines up to the end of this batch
 
 
 class EncodedBatch(NamedTuple):
-    """What comes back for a Batch."""
+    """What comes back for a Batch, for each of its documents."""
 
     split: str
-    documents: int
-    text_bytes: int
-    ids: np.ndarray  # (tokens,) uint16
+    checksum: int
+    ids: np.ndarray  # (tokens,) uint16, all documents joined
     costs: np.ndarray | None  # (tokens,) uint16, of validation only
+    lengths: np.ndarray  # (documents,) tokens
+    text_bytes: np.ndarray  # (documents,) of the text that was tokenized
+    removed_bytes: np.ndarray  # (documents,) taken out by normalize_text
+    hashes: np.ndarray  # (documents,) uint64, document_hash of the text as it came
+
+
+class Source(io.RawIOBase):
+    """A file that is read once, from start to end, and hashed on the way: a pipe will do. `-` is the standard input."""
+
+    def __init__(self, path: str):
+        self.name, self.digest = path, hashlib.sha256()
+        self.file = sys.stdin.buffer if path == "-" else open(path, "rb", buffering=0)
+        self.buffered = io.BufferedReader(self, 1 << 20)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count = self.file.readinto(buffer)
+        self.digest.update(memoryview(buffer)[:count])
+        return count
+
+    def lines(self) -> Iterator[Line]:
+        """The lines that are not blank, unpacked from .gz or .xz. Raises DataError if they cannot be."""
+        opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(self.name).suffix, lambda file, mode: file)
+        try:
+            for number, content in enumerate(opener(self.buffered, "rb"), 1):
+                if content.strip():
+                    yield Line(self.name, number, content)
+        except (EOFError, lzma.LZMAError, zlib.error) as error:
+            raise DataError(f"{self.name}: damaged ({error})") from error
+
+    def sha256(self) -> str:
+        """Of the whole file; reads what is left of it."""
+        while self.read(1 << 20):
+            pass
+        return self.digest.hexdigest()
 
 
 def read_lines(path: str | Path) -> Iterator[Line]:
     """The lines of a plain, .gz or .xz file that are not blank. Raises DataError if it cannot be unpacked."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
-    try:
-        with opener(path, "rb") as file:
-            for number, content in enumerate(file, 1):
-                if content.strip():
-                    yield Line(str(path), number, content)
-    except (EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{path}: damaged ({error})") from error
+    return Source(str(path)).lines()
 
 
 def parse_text(line: Line) -> str:
@@ -249,40 +357,88 @@ def parse_text(line: Line) -> str:
     return text
 
 
-def make_batches(split: str, lines: Iterable[Line]) -> Iterator[Batch]:
-    """Lines -> batches of about BATCH_BYTES."""
-    batch, size, first = [], 0, 0
+def make_batches(split: str, lines: Iterable[Line], done: int, checksum: int) -> Iterator[Batch]:
+    """Lines -> batches of about BATCH_BYTES, without the first `done` lines, whose checksum must be the one given.
+
+    Raises DataError if it is not: the input is not the one that an interrupted run has read.
+    """
+    batch, size, first, total, lines = [], 0, done, 0, iter(lines)
+    for line in itertools.islice(lines, done):
+        total = zlib.crc32(line.content, total)
+    if total != checksum:
+        raise DataError(f"these are not the {done:,} {split} documents that the interrupted run has read")
     for line in lines:
+        total = zlib.crc32(line.content, total)
         batch.append(line)
         size += len(line.content)
         if size >= BATCH_BYTES:
-            yield Batch(split, batch, first)
+            yield Batch(split, batch, first, total)
             batch, size, first = [], 0, first + len(batch)
     if batch:
-        yield Batch(split, batch, first)
+        yield Batch(split, batch, first, total)
 
 
-_tokenizer_of_process = lru_cache(maxsize=1)(load_tokenizer)
+_URL = re.compile(r"(?:https?://|www\.)[^\s<>\"]{40,}")
+_BLOB = re.compile(r"[!-~]{100,}")
+_RULER = re.compile(r"([^\sA-Za-z0-9])\1{9,}")
+_DEBRIS = re.compile("[\0-\x08\x0b\x0e-\x1f\x7f\ufffd]+")
 
 
-def encode_batch(tokenizer: str, batch: Batch) -> EncodedBatch:
-    """Parses and encodes a batch, with the tokenizer at that path. Raises DataError naming document, file and line."""
-    sp = _tokenizer_of_process(tokenizer)
-    ids, costs, text_bytes = [], [], 0
+def normalize_text(text: str) -> str:
+    """A training text without what no model can learn from: addresses longer than 40 characters behind `www.` or
+    `https://`, runs of 100 ASCII characters without a blank (encoded files), a sign repeated ten times or more (three
+    stay), control characters and U+FFFD. Validation is never normalized.
+    """
+    return _DEBRIS.sub("", _RULER.sub(r"\1\1\1", _BLOB.sub("", _URL.sub("", text))))
+
+
+@lru_cache(maxsize=1)
+def _encoder_of_process(tokenizer: str) -> Encoder:
+    return Encoder(load_tokenizer(tokenizer))
+
+
+def document_hash(ids: np.ndarray) -> int:
+    """64 bits of a document's ids (tokens,) uint16: two of 15 million documents and 50,000 others collide by chance
+    once in 20 million datasets."""
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
+
+
+def encode_batch(tokenizer: str, normalize_train: bool, batch: Batch) -> EncodedBatch:
+    """Parses and encodes a batch, with the tokenizer at that path. Raises DataError naming document, file and line.
+
+    The first document is encoded without the shortcuts of Encoder as well, and must come out the same.
+    """
+    encoder = _encoder_of_process(tokenizer)
+    ids, costs, sizes, removed, hashes = [], [], [], [], []
     for document, line in enumerate(batch.lines, batch.first_document):
         text = parse_text(line)
         try:
             if batch.split == "val":
-                document_ids, document_costs = encode_document_with_bytes(sp, text)
+                document_ids, document_costs = encoder.encode_with_bytes(text)
                 costs.append(document_costs)
             else:
-                document_ids = encode_document(sp, text)
+                document_ids = encoder.encode(text)
+            if not ids and not np.array_equal(document_ids, encode_document(encoder.sp, text)):
+                raise DataError(f"the tokenizer {tokenizer} has pieces that reach over the borders of words")
+            hashes.append(document_hash(document_ids))
+            cleaned = normalize_text(text) if normalize_train and batch.split == "train" else text
+            if cleaned != text:
+                document_ids = encoder.encode(cleaned)
         except DataError as error:
             raise DataError(f"{batch.split} document {document} ({line.file}, line {line.number}): {error}") from error
         ids.append(document_ids)
-        text_bytes += _utf8_size(text)
-    joined_costs = np.concatenate(costs) if costs else None
-    return EncodedBatch(batch.split, len(batch.lines), text_bytes, np.concatenate(ids), joined_costs)
+        sizes.append(_utf8_size(cleaned))
+        removed.append(_utf8_size(text) - sizes[-1])
+    return EncodedBatch(
+        batch.split,
+        batch.checksum,
+        np.concatenate(ids),
+        np.concatenate(costs) if costs else None,
+        np.array([len(part) for part in ids]),
+        np.array(sizes),
+        np.array(removed),
+        np.array(hashes, dtype=np.uint64),
+    )
 
 
 def map_in_order(function, items: Iterable, workers: int) -> Iterator:
@@ -314,25 +470,35 @@ class Corpus(NamedTuple):
     val: Iterable[Line]
     train: Iterable[Line]
     rule: str  # of the split, in words
-    sources: list[dict]  # for the manifest
+    sources: Callable[[], list[dict]]  # for the manifest, once all has been read
 
 
 def corpus_from_files(docs: list[str], val_file: str | None, val_docs: int, train_docs: int | None) -> Corpus:
     """The corpus of `--docs`: its first `val_docs` documents are validation, unless there is a `val_file`."""
-    sources = [_source_entry(path, "docs") for path in docs]
-    documents = itertools.chain.from_iterable(map(read_lines, docs))
+    files = [(Source(path), "docs") for path in docs]
+    documents = itertools.chain.from_iterable([source.lines() for source, _ in files])
     if val_file is not None:
-        sources.insert(0, _source_entry(val_file, "val"))
-        if sources[0]["sha256"] in {source["sha256"] for source in sources[1:]}:
+        if any(_same_file(val_file, path) for path in docs):
             raise DataError(f"{val_file}: the same file is given for training and for validation")
-        val = read_lines(val_file)
+        files.insert(0, (Source(val_file), "val"))
+        val = files[0][0].lines()
         rule = f"all documents of {Path(val_file).name} are validation, documents of the others are train"
     else:
         val = _first_of(documents, val_docs)
         rule = f"the first {val_docs:,} documents are validation, those after them are train"
     if train_docs is not None:
         rule += f", at most {train_docs:,}"
+
+    def sources() -> list[dict]:
+        return [{"file": Path(file.name).name, "role": role, "sha256": file.sha256()} for file, role in files]
+
     return Corpus(val, itertools.islice(documents, train_docs), rule, sources)
+
+
+def _same_file(one: str, other: str) -> bool:
+    if not (Path(one).is_file() and Path(other).is_file()) or os.path.getsize(one) != os.path.getsize(other):
+        return False
+    return file_sha256(one) == file_sha256(other)
 
 
 def _first_of(documents: Iterator[Line], count: int) -> Iterator[Line]:
@@ -344,10 +510,6 @@ def _first_of(documents: Iterator[Line], count: int) -> Iterator[Line]:
         raise DataError(f"{count - missing:,} documents are fewer than the {count:,} for validation (--val-docs)")
 
 
-def _source_entry(path: str, role: str) -> dict:
-    return {"file": Path(path).name, "role": role, "sha256": file_sha256(path)}
-
-
 def file_sha256(path: str | Path) -> str:
     """Hex digest of a file of any size."""
     with open(path, "rb") as file:
@@ -355,54 +517,187 @@ def file_sha256(path: str | Path) -> str:
 
 
 def refuse_used_folder(folder: Path) -> None:
-    """Raises DataError if shards or a manifest are there: two runs in one folder would be read as one dataset."""
+    """Raises DataError if there are shards of a run that ended: two runs in one folder would be read as one dataset."""
     used = sorted(path.name for pattern in ("fineweb_*", "manifest.json*") for path in folder.glob(pattern))
-    if used:
+    if used and ((folder / "manifest.json").exists() or not (folder / PROGRESS).exists()):
         raise DataError(f"{folder} already holds {used[0]} ({len(used)} files in all): remove them or change --out")
 
 
-def build_dataset(corpus: Corpus, out: Path, tokenizer: str, shard_tokens: int, workers: int) -> dict:
-    """Writes all shards of a corpus and their manifest, which is also returned."""
-    vocab_size = load_tokenizer(tokenizer).get_piece_size()
+PROGRESS = "progress.bin"  # what an interrupted run needs to go on; gone when the manifest is written
+
+
+class Dataset:
+    """A dataset in the making: counts, finished files, and the values that wait for the next file of each stream.
+
+    `save` puts all of that on the disk when files have been finished; a run that finds it goes on from there.
+    """
+
+    def __init__(self, folder: Path, settings: dict):
+        self.folder, self.settings = folder, settings
+        self.splits = {"val": dict.fromkeys(("documents", "tokens", "bytes", "charged_bytes"), 0)}
+        self.splits["train"] = dict.fromkeys(("documents", "tokens", "bytes", "left_out", "removed_bytes"), 0)
+        self.read = {"val": [0, 0], "train": [0, 0]}  # documents, checksum of their lines
+        self.writers = {
+            stream: ShardWriter(folder, stream, settings["shard_tokens"]) for stream in ("val", "val_bytes", "train")
+        }
+        if (folder / PROGRESS).exists():
+            self._load()
+        for path in folder.glob("fineweb_*"):  # begun after the state was saved
+            if path.name not in self.entries:
+                path.unlink()
+        self.save()
+
+    def add(self, batch: EncodedBatch, is_validation: np.ndarray) -> None:
+        """Appends a batch; training documents that are validation documents (documents,) are left out and counted."""
+        if batch.split == "train" and is_validation.any():
+            batch = _without(batch, is_validation)
+        counts, finished = self.splits[batch.split], len(self.entries)
+        counts["documents"] += len(batch.lengths)
+        counts["tokens"] += len(batch.ids)
+        counts["bytes"] += int(batch.text_bytes.sum())
+        if batch.split == "val":
+            counts["charged_bytes"] += int(batch.costs.sum(dtype=np.int64))
+            self.writers["val_bytes"].add(batch.costs)
+        else:
+            counts["left_out"] += int(is_validation.sum())
+            counts["removed_bytes"] += int(batch.removed_bytes.sum())
+        self.writers[batch.split].add(batch.ids)
+        self.read[batch.split] = [self.read[batch.split][0] + len(is_validation), batch.checksum]
+        if len(self.entries) > finished:
+            self.save()
+
+    def finish_split(self, split: str) -> None:
+        """Writes the last, short file of the split's streams."""
+        for stream, writer in self.writers.items():
+            if stream.startswith(split):
+                writer.flush()
+                writer.buffer = np.empty(0, dtype=np.uint16)
+        self.save()
+
+    @property
+    def entries(self) -> dict[str, dict]:
+        """File name -> manifest entry."""
+        return {name: entry for writer in self.writers.values() for name, entry in writer.entries.items()}
+
+    def save(self) -> None:
+        waiting = {stream: writer.buffer[: writer.filled] for stream, writer in self.writers.items()}
+        state = {"settings": self.settings, "splits": self.splits, "read": self.read}
+        state["entries"] = {stream: writer.entries for stream, writer in self.writers.items()}
+        state["waiting"] = {stream: len(values) for stream, values in waiting.items()}
+        write_whole(self.folder / PROGRESS, json.dumps(state).encode() + b"\n", *waiting.values())
+
+    def _load(self) -> None:
+        head, _, values = (self.folder / PROGRESS).read_bytes().partition(b"\n")
+        state = json.loads(head)
+        if not sum(read for read, _ in state["read"].values()):
+            return
+        if state["settings"] != self.settings:
+            other = [key for key in self.settings if self.settings[key] != state["settings"].get(key)]
+            raise DataError(f"{self.folder} holds an interrupted run with another {', '.join(other)}: "
+                            "repeat its command to go on, or remove its files")
+        self.splits, self.read, start = state["splits"], state["read"], 0
+        for stream, writer in self.writers.items():
+            writer.entries = state["entries"][stream]
+            end = start + 2 * state["waiting"][stream]
+            writer.add(np.frombuffer(values[start:end], dtype=np.uint16))
+            start = end
+        print(f"going on behind {self.read['val'][0]:,} + {self.read['train'][0]:,} documents", flush=True)
+
+
+def _without(batch: EncodedBatch, left_out: np.ndarray) -> EncodedBatch:
+    """A training batch without the documents where `left_out` (documents,) is set."""
+    kept = ~left_out
+    return batch._replace(
+        ids=batch.ids[np.repeat(kept, batch.lengths)],
+        lengths=batch.lengths[kept],
+        text_bytes=batch.text_bytes[kept],
+        removed_bytes=batch.removed_bytes[kept],
+    )
+
+
+def shard_files(folder: str | Path, stream: str) -> list[Path]:
+    """The files of "train", "val" or "val_bytes", in order."""
+    return sorted(Path(folder).glob(f"fineweb_{stream}_[0-9][0-9][0-9][0-9][0-9][0-9].bin"))
+
+
+def read_documents(paths: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
+    """The documents of a stream, each with the file in which it begins, ids (tokens,) uint16, BOS first.
+
+    Reads a few megabytes at a time. Raises DataError where a file is damaged or the stream does not begin with BOS.
+    """
+    begun_in, parts = None, []
+    for path in paths:
+        values = read_shard(path)
+        for start in range(0, len(values), 1 << 22):
+            chunk = values[start : start + (1 << 22)]
+            head, *rest = np.split(chunk, np.flatnonzero(chunk == BOS_ID))
+            parts.append(head)
+            if begun_in is None and len(head):
+                raise DataError(f"{path}: the stream does not begin with BOS")
+            for document in rest:
+                if begun_in is not None:
+                    yield begun_in, np.concatenate(parts)
+                begun_in, parts = path, [document]
+    if begun_in is not None:
+        yield begun_in, np.concatenate(parts)
+
+
+def validation_hashes(folder: Path) -> np.ndarray:
+    """Sorted hashes (documents,) uint64 of the validation documents that hold anything."""
+    hashes = [document_hash(ids) for _, ids in read_documents(shard_files(folder, "val")) if len(ids) > 1]
+    return np.unique(np.array(hashes, dtype=np.uint64))
+
+
+def build_dataset(corpus: Corpus, settings: dict, out: Path, encoder: Callable[[Batch], EncodedBatch], workers: int):
+    """Writes all shards of a corpus and their manifest, which is also returned; `encoder` runs in the workers."""
     refuse_used_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    batches = itertools.chain(make_batches("val", corpus.val), make_batches("train", corpus.train))
-    encoded = map_in_order(partial(encode_batch, tokenizer), batches, workers)
-    splits, files = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in ("val", "train")}, {}
-    for split, group in itertools.groupby(encoded, key=lambda batch: batch.split):
-        splits[split], entries = _write_split(group, split, out, shard_tokens)
-        files |= entries
-    manifest = {
-        "format": "caseops_shards",
-        "version": 1,
-        "text_transform": "lossless_caps_caseops_v1",
-        "tokenizer": {"file": Path(tokenizer).name, "sha256": file_sha256(tokenizer), "vocab_size": vocab_size},
-        "split_rule": corpus.rule,
-        "sources": corpus.sources,
-        "shard_tokens": shard_tokens,
-        "splits": splits,
-        "files": files,
-    }
-    write_whole(out / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    settings = {"split_rule": corpus.rule, **settings}
+    dataset = Dataset(out, settings)
+    known = np.zeros(0, dtype=np.uint64)
+    for split, lines in (("val", corpus.val), ("train", corpus.train)):
+        for batch in map_in_order(encoder, make_batches(split, lines, *dataset.read[split]), workers):
+            dataset.add(batch, np.isin(batch.hashes, known) & (batch.lengths > 1))
+        dataset.finish_split(split)
+        known = validation_hashes(out)
+    manifest = {"format": "caseops_shards", "version": 1, "text_transform": "lossless_caps_caseops_v1", **settings}
+    manifest |= {"leaked_documents": 0, "sources": corpus.sources(), "splits": dataset.splits, "files": dataset.entries}
+    write_manifest(out, manifest)
+    (out / PROGRESS).unlink()
     return manifest
 
 
-def _write_split(batches: Iterable[EncodedBatch], split: str, out: Path, shard_tokens: int) -> tuple[dict, dict]:
-    """Writes the files of one split; returns its counts and the entries of its files."""
-    counts = {"documents": 0, "tokens": 0, "bytes": 0}
-    tokens = ShardWriter(out, split, shard_tokens)
-    sidecar = ShardWriter(out, f"{split}_bytes", shard_tokens)
-    for batch in batches:
-        counts["documents"] += batch.documents
-        counts["tokens"] += len(batch.ids)
-        counts["bytes"] += batch.text_bytes
-        tokens.add(batch.ids)
-        if batch.costs is not None:
-            counts["charged_bytes"] = counts.get("charged_bytes", 0) + int(batch.costs.sum(dtype=np.int64))
-            sidecar.add(batch.costs)
-    tokens.flush()
-    sidecar.flush()
-    return counts, tokens.entries | sidecar.entries
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Writes manifest.json, sealed with its own hash."""
+    write_whole(folder / "manifest.json", _render(manifest | {"seal": _seal(manifest)}))
+
+
+def read_manifest(folder: Path) -> dict:
+    """manifest.json of a dataset. Raises DataError if it is missing, or if a single byte is not as it was written."""
+    path = folder / "manifest.json"
+    try:
+        content = path.read_bytes()
+        manifest = json.loads(content)
+        seal = manifest.pop("seal")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"{path}: missing, damaged, or not made by this repository ({error!r})") from error
+    if seal != _seal(manifest) or content != _render(manifest | {"seal": seal}):
+        raise DataError(f"{path}: changed after it was written")
+    return manifest
+
+
+def _render(manifest: dict) -> bytes:
+    return (json.dumps(manifest, indent=2) + "\n").encode()
+
+
+def _seal(manifest: dict) -> str:
+    return hashlib.sha256(_render(manifest)).hexdigest()
+
+
+def tokenizer_entry(tokenizer: str) -> dict:
+    """For the manifest."""
+    vocab_size = load_tokenizer(tokenizer).get_piece_size()
+    return {"file": Path(tokenizer).name, "sha256": file_sha256(tokenizer), "vocab_size": vocab_size}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -434,7 +729,7 @@ def demo_corpus(roots: list[Path], size: int, val_docs: int) -> Corpus:
     train = [text for text in documents if text not in val]
     rule = f"{val_docs} short documents, picked by hash, are validation, the others are train"
     sources = [{"file": "documentation of the installed packages", "role": "docs", "sha256": _text_hash(*documents)}]
-    return Corpus(_as_lines("demo val", val), _as_lines("demo train", train), rule, sources)
+    return Corpus(_as_lines("demo val", val), _as_lines("demo train", train), rule, lambda: sources)
 
 
 def demo_documents(roots: list[Path], size: int) -> list[str]:
@@ -531,7 +826,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description="Make CaseOps shards from documents.")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--docs", nargs="+", metavar="FILE", help="JSON lines, plain, .gz or .xz; read in this order")
+    source.add_argument("--docs", nargs="+", metavar="FILE", help="JSON lines, plain, .gz, .xz, or - (stdin), in order")
     source.add_argument("--demo", action="store_true", help="documentation of the installed Python packages")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the shards go; new or empty")
     parser.add_argument("--tokenizer", default=str(DEFAULT_TOKENIZER), metavar="MODEL", help="default: %(default)s")
@@ -541,6 +836,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train-docs", type=count, metavar="N", help="at most this many training documents")
     parser.add_argument("--shard-tokens", type=count, default=100_000_000, metavar="N", help="default: %(default)s")
     parser.add_argument("--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--normalize-train", action="store_true", help="long URLs and debris out of training text")
     parser.add_argument("--demo-bytes", type=count, default=4_000_000, metavar="N", help="default: %(default)s")
     options = parser.parse_args(arguments)
     if options.demo and (options.val_file is not None or options.train_docs is not None):
@@ -561,7 +857,10 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             corpus = corpus_from_files(options.docs, options.val_file, val_docs, options.train_docs)
         print(f"split: {corpus.rule}", flush=True)
-        manifest = build_dataset(corpus, options.out, options.tokenizer, options.shard_tokens, options.workers)
+        settings = {"tokenizer": tokenizer_entry(options.tokenizer), "shard_tokens": options.shard_tokens}
+        settings["normalize_train"] = options.normalize_train
+        encoder = partial(encode_batch, options.tokenizer, options.normalize_train)
+        manifest = build_dataset(corpus, settings, options.out, encoder, options.workers)
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

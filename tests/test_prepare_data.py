@@ -274,7 +274,7 @@ def test_documents_straddle_shards_that_are_full_but_for_the_last(sp, tmp_path, 
 
 
 def test_no_empty_file_is_written_when_the_tokens_fill_the_shards_exactly(sp, tmp_path):
-    docs = write_docs(tmp_path / "docs.jsonl", ["same words", "same words", "same words"])
+    docs = write_docs(tmp_path / "docs.jsonl", ["same words", "same number", "same size"])
     size = len(encode_document(sp, "same words"))
     files = build(tmp_path / "out", "--docs", docs, "--val-docs", 1, "--shard-tokens", size)
     assert [name for name in files if "train" in name] == ["fineweb_train_000000.bin", "fineweb_train_000001.bin"]
@@ -464,7 +464,7 @@ def test_demo_takes_docstrings_and_descriptions_once(packages):
 
 def test_demo_corpus_is_deterministic_and_its_splits_are_apart(packages):
     corpora = [prepare.demo_corpus([packages], 1_000_000, 5) for _ in range(2)]
-    assert corpora[0] == corpora[1]
+    assert corpora[0][:3] == corpora[1][:3] and corpora[0].sources() == corpora[1].sources()
     val, train = ({prepare.parse_text(line) for line in split} for split in corpora[0][:2])
     assert len(val) == 5 and len(train) == 25
     paragraphs = [{part for text in split for part in text.split("\n\n")} for split in (val, train)]
