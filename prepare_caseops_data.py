@@ -16,6 +16,7 @@ import argparse
 import ast
 import gzip
 import hashlib
+import importlib
 import importlib.metadata
 import io
 import itertools
@@ -824,7 +825,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             raise ValueError
         return int(text)
 
-    parser = argparse.ArgumentParser(description="Make CaseOps shards from documents.")
+    parser = argparse.ArgumentParser(
+        description="Make CaseOps shards from documents.",
+        epilog="Two more commands: verify DIR, retokenize DIR; see their --help.",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--docs", nargs="+", metavar="FILE", help="JSON lines, plain, .gz, .xz, or - (stdin), in order")
     source.add_argument("--demo", action="store_true", help="documentation of the installed Python packages")
@@ -848,6 +852,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] in (["verify"], ["retokenize"]):
+        tool = importlib.import_module({"verify": "tools.verify_data", "retokenize": "tools.retokenize"}[arguments[0]])
+        return tool.main(arguments[1:])
     options = parse_arguments(arguments)
     val_docs = options.val_docs if options.val_docs is not None else 10 if options.demo else 50_000
     try:
@@ -870,4 +878,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(importlib.import_module("prepare_caseops_data").main())  # the module that tools and workers import

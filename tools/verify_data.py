@@ -1,0 +1,205 @@
+"""Checks a dataset: `python prepare_caseops_data.py verify data/mine [--docs docs_selected.jsonl]`.
+
+Every file against the manifest's hashes; every document against the rules of the format; validation against its source,
+where one is given; and every training document against all of validation. Memory does not grow with the training data:
+64 bits for each validation document and a few megabytes of one shard are held at a time.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from lossless_caps import CapsError, decode
+from prepare_caseops_data import (
+    BOS_ID,
+    DEFAULT_TOKENIZER,
+    DataError,
+    document_hash,
+    encode_batch,
+    encode_document_with_bytes,
+    file_sha256,
+    load_tokenizer,
+    make_batches,
+    map_in_order,
+    read_documents,
+    read_lines,
+    read_manifest,
+    read_shard,
+    shard_files,
+)
+
+ESC_ID = 7
+# The published validation split; the bytes are those of the targets that whole windows of 2,048 tokens hold.
+CANONICAL = {"documents": 50_000, "values": 47_853_344, "targets": 47_851_520, "bytes of these targets": 151_074_499}
+
+
+def check_files(folder: Path) -> Iterator[str]:
+    """Problems of the files against the manifest: missing, changed, or not in it."""
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.exists():
+            yield f"{name}: in the manifest, but not in the folder"
+        elif file_sha256(path) != entry["sha256"]:
+            yield f"{name}: not the file of the manifest (another sha256)"
+    for path in sorted(folder.glob("fineweb_*")):
+        if path.name not in manifest["files"]:
+            yield f"{path.name}: in the folder, but not in the manifest"
+
+
+def check_side_car(tokens: np.ndarray, costs: np.ndarray) -> Iterator[str]:
+    """Problems of a side-car (tokens,): BOS and markers are free; a marker behind an odd number of ESC is a literal."""
+    positions = np.arange(len(tokens))
+    last_other = np.maximum.accumulate(np.where(tokens == ESC_ID, -1, positions))
+    escapes_before = np.concatenate([[0], (positions - last_other)[:-1]])
+    marker = (tokens >= 4) & (tokens <= ESC_ID)
+    for name, wrong in {
+        "BOS is charged": (tokens == BOS_ID) & (costs > 0),
+        "a case marker is charged": marker & (escapes_before % 2 == 0) & (costs > 0),
+        "an escaped marker is charged less than its 3 bytes": marker & (escapes_before % 2 == 1) & (costs < 3),
+    }.items():
+        if wrong.any():
+            yield f"side-car: {name} {wrong.sum():,} times, first at value {wrong.argmax():,}"
+
+
+def check_counts(folder: Path, tokens: np.ndarray, costs: np.ndarray | None, train_documents: int) -> Iterator[str]:
+    """Differences between the manifest's counts and what is there."""
+    found = {"val": {"documents": int((tokens == BOS_ID).sum()), "tokens": len(tokens)}}
+    found["train"] = {"documents": train_documents}
+    found["train"]["tokens"] = sum(len(read_shard(path)) for path in shard_files(folder, "train"))
+    if costs is not None:
+        found["val"]["charged_bytes"] = int(costs.sum(dtype=np.int64))
+    stated = read_manifest(folder)["splits"]
+    for split, counts in found.items():
+        for name, count in counts.items():
+            if stated[split].get(name) != count:
+                yield f"{split}: {count:,} {name}, the manifest says {stated[split].get(name)}"
+
+
+def check_samples(sp, tokens: np.ndarray, costs: np.ndarray, count: int) -> Iterator[str]:
+    """Decodes documents spread over validation and encodes them again: most must give the same tokens and bytes.
+
+    Not all: SentencePiece's normalization keeps neither blanks nor ligatures as they were.
+    """
+    starts = np.flatnonzero(tokens == BOS_ID)
+    ends = np.append(starts[1:], len(tokens))
+    sampled = np.unique(np.linspace(0, len(starts) - 1, count).astype(int))
+    same_tokens = same_bytes = 0
+    for start, end in zip(starts[sampled], ends[sampled], strict=True):
+        try:
+            ids, charges = encode_document_with_bytes(sp, decode(sp.decode(tokens[start:end].tolist())))
+        except (CapsError, IndexError):
+            continue
+        if np.array_equal(ids, tokens[start:end]):
+            same_tokens += 1
+            same_bytes += np.mean(charges == costs[start:end]) > 0.9
+    print(f"of {len(sampled)} decoded documents {same_tokens} encode to their tokens, {same_bytes} to their bytes too")
+    if min(same_tokens, same_bytes) < 0.8 * len(sampled):
+        yield "decoded validation documents do not encode to what they were: another tokenizer, or a broken side-car"
+
+
+def check_source(
+    lines: Iterator, tokenizer: str, tokens: np.ndarray, costs: np.ndarray | None, workers: int
+) -> Iterator[str]:
+    """The first difference between validation and the documents of its source."""
+    position, document = 0, 0
+    documents = int((tokens == BOS_ID).sum())
+    encoder = partial(encode_batch, tokenizer, False)
+    for batch in map_in_order(encoder, make_batches("val", itertools.islice(lines, documents), 0, 0), workers):
+        end = position + len(batch.ids)
+        wrong = tokens[position:end] != batch.ids if end <= len(tokens) else np.ones(1, bool)
+        if costs is not None and not wrong.any():
+            wrong = costs[position:end] != batch.costs
+        if wrong.any():
+            number = document + int(np.searchsorted(np.cumsum(batch.lengths), wrong.argmax(), side="right"))
+            yield f"validation document {number:,} is not the one of the source"
+            return
+        position, document = end, document + len(batch.lengths)
+    if document != documents:
+        yield f"{documents:,} validation documents, the source has {document:,}"
+    print(f"compared {document:,} validation documents with the source")
+
+
+def find_leaks(folder: Path) -> tuple[int, list[str]]:
+    """Number of training documents, and those whose tokens are a validation document's: shard, number, which one."""
+    known = {}
+    for number, (_, ids) in enumerate(read_documents(shard_files(folder, "val"))):
+        if len(ids) > 1:  # an empty document has nothing to leak
+            known.setdefault(document_hash(ids), number)
+    leaks, total, current, first = [], 0, None, 0
+    for path, ids in read_documents(shard_files(folder, "train")):
+        if path != current:
+            current, first = path, total
+        if len(ids) > 1 and (number := known.get(document_hash(ids))) is not None:
+            leaks.append(f"{path.name}, document {total - first:,} of it ({total:,} of training): "
+                         f"validation document {number:,}")  # fmt: skip
+        total += 1
+    return total, leaks
+
+
+def is_canonical(tokens: np.ndarray, costs: np.ndarray | None) -> bool:
+    """Whether these counts are those of the published validation split."""
+    documents, values, targets, size = CANONICAL.values()
+    counts = (int((tokens == BOS_ID).sum()), len(tokens)) == (documents, values)
+    return counts and (costs is None or int(costs[1 : targets + 1].sum(dtype=np.int64)) == size)
+
+
+def verify(folder: Path, tokenizer: str, source: Iterator | None = None, samples: int = 200, workers: int = 1) -> list:
+    """All problems of a dataset, as sentences. Raises DataError where a file cannot be read at all."""
+    problems, has_manifest = [], (folder / "manifest.json").exists()
+    if has_manifest:
+        problems += check_files(folder)
+    else:
+        print("no manifest.json: neither hashes nor counts are stated, none are checked")
+    val, side_car = ([read_shard(path) for path in shard_files(folder, stream)] for stream in ("val", "val_bytes"))
+    if not val:
+        raise DataError(f"{folder}: no fineweb_val_*.bin")
+    tokens, costs = np.concatenate(val), None
+    if not side_car:
+        print("no side-car: a dataset of plain SentencePiece; bytes are not checked")
+    elif [len(part) for part in side_car] != [len(part) for part in val]:
+        problems.append("side-car: other lengths than the validation shards")
+    else:
+        costs = np.concatenate(side_car)
+        problems += check_side_car(tokens, costs)
+        problems += check_samples(load_tokenizer(tokenizer), tokens, costs, samples)
+    if source is not None:
+        problems += check_source(source, tokenizer, tokens, costs, workers)
+    start = time.perf_counter()
+    documents, leaks = find_leaks(folder)
+    seconds = time.perf_counter() - start
+    print(f"{documents:,} training documents searched for validation documents in {seconds:.1f} s, {len(leaks)} found")
+    problems += [f"leak: {leak}" for leak in leaks]
+    if has_manifest:
+        problems += check_counts(folder, tokens, costs, documents)
+    total = f", {int(costs.sum(dtype=np.int64)):,} bytes" if costs is not None else ""
+    print(f"validation: {int((tokens == BOS_ID).sum()):,} documents, {len(tokens):,} values{total}; "
+          f"canonical: {'yes' if is_canonical(tokens, costs) else 'no'}")  # fmt: skip
+    return problems
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; returns the exit status: 0 if the dataset is in order, 1 if not."""
+    parser = argparse.ArgumentParser(prog="prepare_caseops_data.py verify", description="Check a dataset.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--docs", nargs="+", metavar="FILE", help="source; its first documents must be validation")
+    parser.add_argument("--tokenizer", default=str(DEFAULT_TOKENIZER), metavar="MODEL", help="default: %(default)s")
+    parser.add_argument("--samples", type=int, default=200, metavar="N", help="documents to decode; %(default)s")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    source = options.docs and itertools.chain.from_iterable(map(read_lines, options.docs))
+    try:
+        problems = verify(options.folder, options.tokenizer, source, options.samples, options.workers)
+    except (DataError, OSError) as error:
+        problems = [str(error)]
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    print("verified" if not problems else f"{len(problems)} problems")
+    return 1 if problems else 0
