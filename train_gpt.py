@@ -40,6 +40,7 @@ from collections import defaultdict, namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -87,6 +88,8 @@ class Hyperparameters:
     data_path: str = env("data/datasets/fineweb10B_sp8192_caseops", "folder of fineweb_{train,val,val_bytes}_*.bin")
     tokenizer_path: str = env("", "SentencePiece model; empty: beside the data or in tokenizers/, by manifest hash")
     caseops_enabled: bool = env(True, "validation bytes come from the side-car; 0: from the tokenizer's byte tables")
+    marker_fusion_enabled: bool = env(False, "a space and the case marker behind it become one token (PR 2109)")
+    data_seed: int = env(0, "order of the training rows; 0: as published", least=0)
     device: str = env("auto", "where to run; auto: a GPU if there is one", choices=("auto", "cuda", "cpu"))
     compute_dtype: str = env("auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32"))
     compile: str = env("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
@@ -250,12 +253,14 @@ class Hyperparameters:
         yield self.ttt_chunk_size > self.ttt_eval_seq_len, "TTT_CHUNK_SIZE must be at most TTT_EVAL_SEQ_LEN"
         known = self.lora_sites and set(self.lora_sites) <= set(LORA_SITES)
         yield not known, f"TTT_LORA_SITES={self.ttt_lora_sites}: must be some of {','.join(LORA_SITES)}"
+        yield self.marker_fusion_enabled > self.caseops_enabled, "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1"
         modes = self.prequant_only + self.quant_only + self.ttt_eval_only
         yield modes > 1, "PREQUANT_ONLY, QUANT_ONLY, TTT_EVAL_ONLY exclude each other"
         yield self.checkpoint_path and not self.quant_only, "CHECKPOINT_PATH goes with QUANT_ONLY=1"
         yield self.artifact_path and not self.ttt_eval_only, "ARTIFACT_PATH goes with TTT_EVAL_ONLY=1"
         yield not re.fullmatch(r"(\w[\w.+-]*)?", self.run_id), "RUN_ID: letters, digits, '_', then also '.', '+', '-'"
 
+    num_embeddings = property(lambda hp: hp.vocab_size + hp.marker_fusion_enabled * (3 + (-hp.vocab_size - 3) % 8))
     head_dim = property(lambda hp: hp.model_dim // hp.num_heads)
     mlp_dim = property(lambda hp: int(hp.mlp_mult * hp.model_dim))
     lora_sites = property(lambda hp: tuple(site for site in hp.ttt_lora_sites.split(",") if site))
@@ -521,11 +526,31 @@ def pad_cu_seqlens(starts, total, entries):
         raise DataError(f"a row holds {len(starts)} documents and pieces, more than {entries}: raise MAX_ROW_SEGMENTS")
     return np.concatenate([starts, np.full(entries + 1 - len(starts), total)]).astype(np.int32)
 
-class TrainLoader:
-    """Packed training rows by number: row i is the stream's span [i T, (i + 1) T), the same for every world size.
+@lru_cache
+def space_id(hp):
+    """The id of a lone space."""
+    return find_tokenizer(hp)[0].piece_to_id("\u2581")
 
-    A step of n micro-steps takes rows [step n, (step + 1) n); rank r takes its r-th share of them. The loader has no
-    state but read-ahead, so that going back to an earlier row needs no restoring.
+def fuse_markers(hp, tokens, charges):
+    """(n,) int64 ids and their bytes -> (m,) both, with a space and the case marker behind it as one id (PR 2109).
+
+    SentencePiece merges nothing across a marker, so in text every twelfth token is such a space. The pair's id is
+    VOCAB_SIZE, + 1 or + 2 for TITLE, ALLCAPS and CAPNEXT (4 to 6). The shards stay as they are.
+    """
+    if not hp.marker_fusion_enabled:
+        return tokens, charges
+    pair = np.append((tokens[:-1] == space_id(hp)) & (tokens[1:] >= 4) & (tokens[1:] <= 6), False)
+    second = np.roll(pair, 1)
+    tokens = np.where(second, tokens + hp.vocab_size - 4, tokens)
+    charges = charges + np.where(second, np.roll(charges, 1), 0)
+    return tokens[~pair], charges[~pair]
+
+class TrainLoader:
+    """Packed training rows by number: T tokens from the first document on that begins in the stream's i-th span.
+
+    A step of n micro-steps takes rows [step n, (step + 1) n); rank r takes its r-th share of them: the same rows for
+    every world size. Spans are as long as a row of T tokens is before markers are fused, and DATA_SEED shuffles them,
+    anew in each epoch. The loader has no state but read-ahead: the number of a step restores it exactly.
     """
 
     def __init__(self, stream, hp, dist):
@@ -534,19 +559,31 @@ class TrainLoader:
             raise SettingError(f"{hp.micro_steps} micro-batches a step (TRAIN_BATCH_TOKENS/MICRO_BATCH_TOKENS) do not "
                                f"divide by {dist.world_size} ranks: change MICRO_BATCH_TOKENS")
         self.per_rank = hp.micro_steps // dist.world_size
+        sample = stream.read(0, min(stream.size, 1 << 22)).astype(np.int64)
+        self.span = hp.micro_batch_tokens * len(sample) // len(fuse_markers(hp, sample, sample)[0])
         self.thread = ThreadPoolExecutor(1)
         self.ahead = {}
 
+    def start(self, index):
+        """Where row `index` begins in the stream: at a BOS, if there is one in its span."""
+        start, spans = index * self.span, max(1, self.stream.size // self.span)
+        if self.hp.data_seed:
+            rng = np.random.default_rng([self.hp.data_seed, index // spans])  # of the epoch
+            start = int(rng.integers(self.span) + rng.permutation(spans)[index % spans] * self.span)
+        return start + int((self.stream.read(start, self.span) == BOS_ID).argmax())
+
     def build(self, index):
         """Row `index` as CPU tensors, pinned for CUDA."""
-        length = self.hp.micro_batch_tokens
-        tokens = self.stream.read(index * length, length + 1).astype(np.int64)
-        if tokens.max() >= self.hp.vocab_size:
-            raise DataError(f"training token {tokens.max()} is outside VOCAB_SIZE={self.hp.vocab_size}")
+        length, hp = self.hp.micro_batch_tokens, self.hp
+        count = (length + 1) * (1 + hp.marker_fusion_enabled)  # all pairs, at worst
+        tokens = self.stream.read(self.start(index), count).astype(np.int64)
+        if tokens.max() >= hp.vocab_size:
+            raise DataError(f"training token {tokens.max()} is outside VOCAB_SIZE={hp.vocab_size}")
+        tokens = fuse_markers(hp, tokens, tokens)[0][:length + 1]
         starts = np.flatnonzero(tokens[:-1] == BOS_ID)
         starts = starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])
-        pieces = cut_pieces(starts, np.append(starts[1:], length), self.hp.train_seq_len)
-        cu_seqlens = pad_cu_seqlens(pieces, length, self.hp.row_segments)
+        pieces = cut_pieces(starts, np.append(starts[1:], length), hp.train_seq_len)
+        cu_seqlens = pad_cu_seqlens(pieces, length, hp.row_segments)
         row = Row(*(torch.from_numpy(a.copy()) for a in (tokens[None, :-1], tokens[1:], cu_seqlens)))
         return Row(*(t.pin_memory() for t in row)) if self.dist.device.type == "cuda" else row
 
@@ -583,7 +620,8 @@ class ValidationSet:
     """The validation stream: tokens (N,), bytes charged to each token (N,), the documents' input spans [start, end).
 
     A document's targets are its tokens after BOS and the BOS that follows it, so every token but the first is a target
-    of exactly one document. Raises DataError before anything is trained.
+    of exactly one document. `canonical` tells by the counts whether they are the contest's documents, `values` counts
+    tokens as stored. Raises DataError before anything is trained.
     """
 
     def __init__(self, hp, tokenizer):
@@ -597,10 +635,16 @@ class ValidationSet:
             count, leading, boundary = piece_byte_tables(tokenizer)
             self.bytes = count[self.tokens]
             self.bytes[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
-        self.starts = np.flatnonzero(self.tokens == BOS_ID)
-        self.ends = np.append(self.starts[1:], len(self.tokens) - 1)  # the last document has no BOS to predict
         if len(self.tokens) < 2:
             raise DataError(f"{stream.paths[0]}: a validation stream needs two tokens at least")
+        documents, self.values = int((self.tokens == BOS_ID).sum()), len(self.tokens)
+        self.canonical = (documents, self.values) == (50_000, 47_853_344) and (
+            not hp.caseops_enabled or self.bytes[1:47_851_521].sum() == 151_074_499)
+        check_manifest(hp, {"documents": documents, "tokens": self.values}
+                       | ({"charged_bytes": int(self.bytes.sum())} if hp.caseops_enabled else {}))
+        self.tokens, self.bytes = fuse_markers(hp, self.tokens, self.bytes)
+        self.starts = np.flatnonzero(self.tokens == BOS_ID)
+        self.ends = np.append(self.starts[1:], len(self.tokens) - 1)  # the last document has no BOS to predict
 
     def side_car(self, folder, stream):
         """(N,) int64 bytes of each token. Raises DataError where it is missing, of another length, or charges a BOS."""
@@ -622,6 +666,40 @@ class ValidationSet:
         starts, ends = self.starts[documents], self.ends[documents]
         return int((ends - starts).sum()), int((sums[ends + 1] - sums[starts + 1]).sum())
 
+def read_manifest(folder):
+    """manifest.json of a dataset, or {} where there is none."""
+    path = Path(folder) / "manifest.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}): fetch or make the dataset again") from None
+
+def check_manifest(hp, found):
+    """Raises DataError where the dataset is not what its manifest says, so that no BPB of other data is reported.
+
+    `found` are the counts of the validation data. Validation files are hashed, training files counted: their hashes
+    take minutes, `prepare_caseops_data.py verify` checks those.
+    """
+    manifest = read_manifest(hp.data_path)
+    if manifest.get("format") != "caseops_shards":
+        return
+    stated, files = manifest["splits"]["val"], manifest["files"]
+    wrong = [f"{count} {name} of validation, not {stated.get(name)}" for name, count in found.items()
+             if stated.get(name) != count]
+    paths = [path for split in ("train", "val", "val_bytes") for path in shard_paths(hp.data_path, split)]
+    wrong += [f"{name} is missing" for name in files.keys() - set(map(os.path.basename, paths))]
+    for path in paths:
+        name = os.path.basename(path)
+        if name not in files or len(load_data_shard(path)) != files[name]["values"] or (
+                "_val_" in name and hashlib.sha256(Path(path).read_bytes()).hexdigest() != files[name]["sha256"]):
+            wrong.append(f"{name} is another file")
+    leaked = manifest.get("leaked_documents", 0)
+    if leaked > 0.01 * found["documents"]:  # a wrong split; a source may hold a few documents twice
+        wrong.append(f"{leaked} of its training documents are validation documents")
+    if wrong:
+        raise DataError(f"{hp.data_path} is not what its manifest says: {'; '.join(sorted(wrong)[:5])}. Fetch or make "
+                        "it again; prepare_caseops_data.py verify says more")
+
 def find_tokenizer(hp):
     """The data's SentencePiece model and its path. Raises DataError if none fits the settings and the manifest."""
     try:
@@ -629,8 +707,7 @@ def find_tokenizer(hp):
     except ImportError:
         raise DataError("the sentencepiece package is missing: pip install -r requirements.txt") from None
     folder, here = Path(hp.data_path), Path(__file__).resolve().parent
-    manifest = folder / "manifest.json"
-    wanted = json.loads(manifest.read_text()).get("tokenizer", {}).get("sha256") if manifest.exists() else None
+    wanted = read_manifest(folder).get("tokenizer", {}).get("sha256")
     beside = [folder, folder.parent / "tokenizers", folder.parent.parent / "tokenizers", here / "tokenizers"]
     found = [Path(hp.tokenizer_path)] if hp.tokenizer_path else [p for d in beside for p in sorted(d.glob("*.model"))]
     for path in found:
@@ -1050,8 +1127,8 @@ class GPT(nn.Module):
         D, L, H, kv_dim = hp.model_dim, hp.num_layers, hp.num_heads, hp.num_kv_heads * hp.head_dim
         slots = self.slots(looping=True)
         num_skips = min(len(slots) // 2, len(slots) - len(slots) // 2)
-        self.tok_emb = nn.Parameter(torch.empty(hp.vocab_size, D))
-        self.lm_head = None if hp.tie_embeddings else nn.Parameter(torch.empty(hp.vocab_size, D))
+        self.tok_emb = nn.Parameter(torch.empty(hp.num_embeddings, D))
+        self.lm_head = None if hp.tie_embeddings else nn.Parameter(torch.empty(hp.num_embeddings, D))
         self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))  # q of every layer, then output projections
         self.kv_bank = nn.Parameter(torch.empty(2 * L, kv_dim, D))  # k of every layer, then v
         self.mlp_up_bank = nn.Parameter(torch.empty(L, hp.mlp_dim, D))
@@ -1079,6 +1156,9 @@ class GPT(nn.Module):
         for table in (self.tok_emb, self.lm_head):
             if table is not None:
                 table.normal_(0.0, self.hp.tied_embed_init_std, generator=generator)
+                if self.hp.marker_fusion_enabled:  # a pair begins near its marker, and is as long (PR 2109)
+                    pair, V = 0.4 * table[space_id(self.hp)] + 0.6 * table[4:7], self.hp.vocab_size
+                    table[V:V + 3] = F.normalize(pair) * table[4:7].norm(dim=1, keepdim=True)
         L = self.hp.num_layers
         for bank in (self.qo_bank[:L], self.kv_bank[:L], self.kv_bank[L:], self.mlp_up_bank):
             for matrix in bank:
@@ -2187,7 +2267,7 @@ def lora_shapes(model):
     hp, slots = model.hp, len(model.slots(looping=True))
     D, kv_dim = hp.model_dim, hp.num_kv_heads * hp.head_dim
     shapes = {"q": (slots, D, D), "k": (slots, D, kv_dim), "v": (slots, D, kv_dim), "attn_out": (slots, D, D),
-              "mlp_out": (slots, D, D), "lm_head": (1, D, hp.vocab_size)}
+              "mlp_out": (slots, D, D), "lm_head": (1, D, hp.num_embeddings)}
     return {LORA_SITES[name]: shapes[LORA_SITES[name]] for name in hp.lora_sites}
 
 class BatchedLoRA:
@@ -2522,7 +2602,8 @@ def run(hp, dist):
     log(f"settings (* changed):\n{settings_table(hp)}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
     log("\n".join(f"note: {note}" for note in (*ops.notes, "the budget starts after the warm-up")))
     log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} tokenizer:{tokenizer_path} "
-        f"validation documents:{len(validation.starts)} tokens:{len(validation.tokens)} bytes:{validation.bytes.sum()} "
+        f"validation documents:{len(validation.starts)} values:{validation.values} tokens:{len(validation.tokens)} "
+        f"bytes:{validation.bytes.sum()} canonical:{'yes' if validation.canonical else 'no'} "
         f"code_bytes:{code_bytes}")
 
     # ---- train (or go on from a file)

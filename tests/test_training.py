@@ -52,14 +52,40 @@ def expected_starts(tokens, limit):
     return starts
 
 
-def test_rows_are_consecutive_spans_of_the_stream(tmp_path):
+def test_a_row_begins_with_the_first_document_of_its_span(tmp_path):
     tokens, _ = write_documents(tmp_path, "train", [50, 100, 7, 300, 60, 200], seed=3)
     loader = loader_of(tmp_path)
     rows = [row for step in range(2) for row in loader.step(step)]
-    assert len(rows) == 4 and all(row.inputs.shape == (1, 128) for row in rows)
-    assert torch.cat([row.inputs[0] for row in rows]).tolist() == tokens[:512].tolist()
-    assert torch.cat([row.targets for row in rows]).tolist() == tokens[1:513].tolist()
-    assert all(row.inputs.dtype == row.targets.dtype == torch.int64 for row in rows)
+    begins = [0, 51 + 101, 256, 51 + 101 + 8 + 301]  # documents begin at 0, 51, 152, 160, 461: none in span 2
+    for row, begin in zip(rows, begins, strict=True):
+        assert row.inputs[0].tolist() == tokens[begin:begin + 128].tolist()
+        assert row.targets.tolist() == tokens[begin + 1:begin + 129].tolist()
+        assert row.inputs.dtype == row.targets.dtype == torch.int64
+
+
+def test_data_seed_shuffles_the_spans_of_every_epoch(tiny_data):
+    published, one, two = (loader_of(tiny_data, data_seed=seed) for seed in (0, 1, 2))
+    epoch = published.stream.size // 128
+    orders = [[loader.start(index) for index in range(2 * epoch)] for loader in (published, one, two)]
+    assert sorted(orders[0]) == orders[0] and len({tuple(order) for order in orders}) == 3
+    for order in orders[1:]:
+        assert order[:epoch] != order[epoch:]  # another order, from another offset
+        for part in (order[:epoch], order[epoch:]):  # every span once
+            assert np.diff(sorted(part)).max() < 2 * 128 + 120 and max(part) - min(part) > 0.9 * published.stream.size
+    again = loader_of(tiny_data, data_seed=1)
+    assert [again.start(index) for index in range(2 * epoch)] == orders[1]
+    assert torch.equal(again.build(7).inputs, one.build(7).inputs)
+    assert not torch.equal(two.build(7).inputs, one.build(7).inputs)
+
+
+def test_a_step_number_restores_the_loader(tiny_data):
+    """What a loader gives depends on nothing that it gave before."""
+    for seed in (0, 5):
+        used, fresh = loader_of(tiny_data, data_seed=seed), loader_of(tiny_data, data_seed=seed)
+        for step in range(40, 200, 50):
+            list(used.step(step))
+        assert all(torch.equal(a, b) for rows in zip(used.step(97), fresh.step(97), strict=True)
+                   for a, b in zip(*rows, strict=True))
 
 
 def test_documents_are_segments_and_long_ones_are_cut(tiny_data):
@@ -104,10 +130,11 @@ def test_stream_goes_round_at_its_end(tmp_path):
     for step in range(3):
         for number, row in enumerate(loader.step(step)):
             first = (2 * step + number) * 128
+            first += np.flatnonzero(endless[first:first + 128] == BOS_ID)[0]
             assert row.inputs[0].tolist() == endless[first:first + 128].tolist()
             assert row.targets.tolist() == endless[first + 1:first + 129].tolist()
-    assert len(tokens) == 199  # the second row already goes round
-    assert 199 - 128 in loader.build(1).cu_seqlens
+    assert len(tokens) == 199  # the second row, which begins with the third document, already goes round
+    assert 199 - 132 in loader.build(1).cu_seqlens
 
 
 @pytest.mark.parametrize("sizes", [[150, 246, 3], [1, 398], [128, 128, 143], [57, 1, 1, 340]])
