@@ -464,6 +464,7 @@ def write_atomically(path, data):
 # ---- DATA ------------------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499  # FineWeb's documents, values, first targets, bytes of those
 
 class DataError(ValueError):
     """A dataset that cannot be used as it is; the message names the file and what to do."""
@@ -534,8 +535,7 @@ def space_id(hp):
 def fuse_markers(hp, tokens, charges):
     """(n,) int64 ids and their bytes -> (m,) both, with a space and the case marker behind it as one id (PR 2109).
 
-    SentencePiece merges nothing across a marker, so in text every twelfth token is such a space. The pair's id is
-    VOCAB_SIZE, + 1 or + 2 for TITLE, ALLCAPS and CAPNEXT (4 to 6). The shards stay as they are.
+    SentencePiece merges nothing across a marker. The pair's id is VOCAB_SIZE + marker - 4; shards stay as they are.
     """
     if not hp.marker_fusion_enabled:
         return tokens, charges
@@ -548,9 +548,9 @@ def fuse_markers(hp, tokens, charges):
 class TrainLoader:
     """Packed training rows by number: T tokens from the first document on that begins in the stream's i-th span.
 
-    A step of n micro-steps takes rows [step n, (step + 1) n); rank r takes its r-th share of them: the same rows for
-    every world size. Spans are as long as a row of T tokens is before markers are fused, and DATA_SEED shuffles them,
-    anew in each epoch. The loader has no state but read-ahead: the number of a step restores it exactly.
+    A step of n micro-steps takes rows [step n, (step + 1) n), rank r its r-th share: the same rows for any world size.
+    Spans are as long as rows before fusion; DATA_SEED shuffles them, anew in each epoch. The loader has no state but
+    read-ahead: the number of a step restores it exactly.
     """
 
     def __init__(self, stream, hp, dist):
@@ -620,8 +620,8 @@ class ValidationSet:
     """The validation stream: tokens (N,), bytes charged to each token (N,), the documents' input spans [start, end).
 
     A document's targets are its tokens after BOS and the BOS that follows it, so every token but the first is a target
-    of exactly one document. `canonical` tells by the counts whether they are the contest's documents, `values` counts
-    tokens as stored. Raises DataError before anything is trained.
+    of exactly one document. `canonical` tells by the counts whether they are the contest's documents as CaseOps stores
+    them. Raises DataError before anything is trained.
     """
 
     def __init__(self, hp, tokenizer):
@@ -637,11 +637,12 @@ class ValidationSet:
             self.bytes[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
         if len(self.tokens) < 2:
             raise DataError(f"{stream.paths[0]}: a validation stream needs two tokens at least")
-        documents, self.values = int((self.tokens == BOS_ID).sum()), len(self.tokens)
-        self.canonical = (documents, self.values) == (50_000, 47_853_344) and (
-            not hp.caseops_enabled or self.bytes[1:47_851_521].sum() == 151_074_499)
-        check_manifest(hp, {"documents": documents, "tokens": self.values}
-                       | ({"charged_bytes": int(self.bytes.sum())} if hp.caseops_enabled else {}))
+        found, charged = {"documents": int((self.tokens == BOS_ID).sum()), "tokens": stream.size}, int(self.bytes.sum())
+        check_manifest(hp, found | ({"charged_bytes": charged} if hp.caseops_enabled else {}))
+        *wanted, targets, size = CANONICAL
+        self.canonical = wanted == [*found.values()] and self.bytes[1:targets + 1].sum() == size
+        self.summary = (f"documents:{found['documents']} values:{stream.size} bytes:{charged} "
+                        f"canonical:{'yes' if self.canonical else 'no'}")
         self.tokens, self.bytes = fuse_markers(hp, self.tokens, self.bytes)
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
         self.ends = np.append(self.starts[1:], len(self.tokens) - 1)  # the last document has no BOS to predict
@@ -667,18 +668,19 @@ class ValidationSet:
         return int((ends - starts).sum()), int((sums[ends + 1] - sums[starts + 1]).sum())
 
 def read_manifest(folder):
-    """manifest.json of a dataset, or {} where there is none."""
-    path = Path(folder) / "manifest.json"
+    """manifest.json of a dataset, {} where there is none."""
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(Path(folder, "manifest.json").read_text())
+    except FileNotFoundError:
+        return {}
     except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}): fetch or make the dataset again") from None
+        raise DataError(f"{folder}/manifest.json is damaged ({error}): fetch or make the dataset again") from None
 
 def check_manifest(hp, found):
     """Raises DataError where the dataset is not what its manifest says, so that no BPB of other data is reported.
 
-    `found` are the counts of the validation data. Validation files are hashed, training files counted: their hashes
-    take minutes, `prepare_caseops_data.py verify` checks those.
+    `found` counts what the validation files hold. These are hashed; of training files only the lengths are checked,
+    because hashing them takes minutes (`prepare_caseops_data.py verify` does).
     """
     manifest = read_manifest(hp.data_path)
     if manifest.get("format") != "caseops_shards":
@@ -686,16 +688,14 @@ def check_manifest(hp, found):
     stated, files = manifest["splits"]["val"], manifest["files"]
     wrong = [f"{count} {name} of validation, not {stated.get(name)}" for name, count in found.items()
              if stated.get(name) != count]
-    paths = [path for split in ("train", "val", "val_bytes") for path in shard_paths(hp.data_path, split)]
-    wrong += [f"{name} is missing" for name in files.keys() - set(map(os.path.basename, paths))]
-    for path in paths:
-        name = os.path.basename(path)
+    paths = {os.path.basename(path): path for path in glob.glob(os.path.join(hp.data_path, "fineweb_*.bin"))}
+    wrong += [f"{name} is missing" for name in files.keys() - paths.keys()]
+    for name, path in paths.items():
         if name not in files or len(load_data_shard(path)) != files[name]["values"] or (
                 "_val_" in name and hashlib.sha256(Path(path).read_bytes()).hexdigest() != files[name]["sha256"]):
             wrong.append(f"{name} is another file")
-    leaked = manifest.get("leaked_documents", 0)
-    if leaked > 0.01 * found["documents"]:  # a wrong split; a source may hold a few documents twice
-        wrong.append(f"{leaked} of its training documents are validation documents")
+    if manifest["leaked_documents"] > 0.01 * found["documents"]:  # a wrong split; sources hold a few documents twice
+        wrong.append(f"{manifest['leaked_documents']} training documents are validation documents")
     if wrong:
         raise DataError(f"{hp.data_path} is not what its manifest says: {'; '.join(sorted(wrong)[:5])}. Fetch or make "
                         "it again; prepare_caseops_data.py verify says more")
@@ -2602,8 +2602,7 @@ def run(hp, dist):
     log(f"settings (* changed):\n{settings_table(hp)}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
     log("\n".join(f"note: {note}" for note in (*ops.notes, "the budget starts after the warm-up")))
     log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} tokenizer:{tokenizer_path} "
-        f"validation documents:{len(validation.starts)} values:{validation.values} tokens:{len(validation.tokens)} "
-        f"bytes:{validation.bytes.sum()} canonical:{'yes' if validation.canonical else 'no'} "
+        f"validation {validation.summary} tokens:{len(validation.tokens)} "
         f"code_bytes:{code_bytes}")
 
     # ---- train (or go on from a file)

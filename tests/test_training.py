@@ -105,15 +105,16 @@ def test_document_of_exactly_the_limit_is_one_piece(tmp_path):
     assert loader.build(0).cu_seqlens.tolist() == [0, 32, 64, 65, 97, 129, 161, 193, 194, 194]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_rows_are_the_same_for_any_world_size(world_size, tiny_data):
-    settings = {"micro_batch_tokens": 64}
+@pytest.mark.parametrize("data_seed", [0, 3])
+@pytest.mark.parametrize("world_size", [2, 4, 16])  # 16: two hosts of eight
+def test_rows_are_the_same_for_any_world_size(world_size, data_seed, tiny_data):
+    settings = {"micro_batch_tokens": 64, "train_batch_tokens": 64 * max(4, world_size), "data_seed": data_seed}
     alone = loader_of(tiny_data, **settings)
     ranks = [loader_of(tiny_data, rank_of(rank, world_size), **settings) for rank in range(world_size)]
     for step in range(3):
         want = list(alone.step(step))
         got = [row for loader in ranks for row in loader.step(step)]
-        assert len(want) == len(got) == 4
+        assert len(want) == len(got) == max(4, world_size)
         for one, other in zip(want, got, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 

@@ -1,0 +1,179 @@
+"""The loader on real tokens: fused markers carry the same text and bytes; the manifest is held to."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_hp
+from test_prepare_data import DEFAULT_TOKENIZER, TEXTS, build, write_docs
+
+import train_gpt
+from lossless_caps import decode
+from prepare_caseops_data import load_tokenizer, read_manifest, write_manifest, write_shard
+from train_gpt import BOS_ID, DataError, SettingError, TokenStream, TrainLoader, ValidationSet, fuse_markers, space_id
+
+PROSE = [f"In {1900 + n} The City of NEW York and iPhone users met Mr. McDonald {n} times. They LEFT."
+         for n in range(60)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Validation: literal markers, ligatures, empty documents and some of PROSE; the rest of it is training."""
+    folder = tmp_path_factory.mktemp("fused")
+    docs = write_docs(folder / "docs.jsonl", TEXTS[:7] + PROSE)
+    build(folder / "data", "--docs", docs, "--val-docs", 20, "--shard-tokens", 200)
+    return folder / "data"
+
+
+def hp_of(folder, **changes):
+    return tiny_hp(data_path=str(folder), vocab_size=8192, max_row_segments=64, **changes)
+
+
+def unfused(tokens, space):
+    """The tokens as they are stored: an alias is a space and its marker."""
+    parts = [[space, token - 8192 + 4] if token >= 8192 else [token] for token in tokens.tolist()]
+    return [token for part in parts for token in part]
+
+
+def test_fused_and_stored_validation_carry_the_same_text_and_bytes(folder):
+    plain, fused = (ValidationSet(hp_of(folder, marker_fusion_enabled=on), None) for on in (False, True))
+    space, sp = space_id(hp_of(folder)), load_tokenizer(DEFAULT_TOKENIZER)
+    assert unfused(fused.tokens, space) == plain.tokens.tolist()
+    assert fused.summary == plain.summary and f"values:{len(plain.tokens)} " in plain.summary
+    assert len(fused.tokens) < 0.95 * len(plain.tokens)
+    assert set(fused.tokens[fused.tokens >= 8192]) == {8192, 8193}  # CAPNEXT stands inside words, behind no space
+    assert len(fused.starts) == len(plain.starts) == 20
+    for document in range(20):
+        assert fused.targets_of(np.array([document]))[1] == plain.targets_of(np.array([document]))[1]
+        texts = [decode(sp.decode(tokens)) for tokens in (
+            unfused(fused.tokens[fused.starts[document]:fused.ends[document]], space),
+            plain.tokens[plain.starts[document]:plain.ends[document]].tolist())]
+        assert texts[0] == texts[1]
+    assert texts[0].startswith("In 1912 The City of NEW York and iPhone")
+    alias = fused.tokens >= 8192
+    assert (fused.bytes[alias] == 1).all() and fused.bytes.sum() == plain.bytes.sum()
+
+
+def test_a_pair_takes_its_bytes_along_and_other_neighbours_stay(folder):
+    hp, space = hp_of(folder, marker_fusion_enabled=True), space_id(hp_of(folder))
+    tokens = np.array([1, space, 4, 300, space, space, 5, 7, 4, 6, space, 7, space])
+    charges = np.array([0, 2, 0, 3, 1, 1, 0, 0, 3, 0, 1, 0, 9])
+    fused, bytes_ = fuse_markers(hp, tokens, charges)
+    assert fused.tolist() == [1, 8192, 300, space, 8193, 7, 4, 6, space, 7, space]
+    assert bytes_.tolist() == [0, 2, 3, 1, 1, 0, 3, 0, 1, 0, 9]
+
+
+def test_fused_rows_are_full_and_follow_the_stream(folder, dist):
+    hp = hp_of(folder, marker_fusion_enabled=True, micro_batch_tokens=64, train_batch_tokens=64)
+    stream = TokenStream(folder, "train")
+    loader, space = TrainLoader(stream, hp, dist), space_id(hp)
+    assert 64 < loader.span < 80
+    for index in range(40):  # more than an epoch
+        row = loader.build(index)
+        assert row.inputs.shape == (1, 64) and row.inputs[0, 0] == BOS_ID
+        assert torch.equal(row.inputs[0, 1:], row.targets[:-1])
+        stored = unfused(row.inputs[0], space)
+        assert stored == stream.read(loader.start(index), len(stored)).tolist()
+
+
+def test_embeddings_of_pairs_begin_between_space_and_marker(folder, ops):
+    hp = hp_of(folder, marker_fusion_enabled=True)
+    table, space = train_gpt.GPT(hp, ops, torch.float32).tok_emb.detach(), space_id(hp)
+    assert table.shape == (8200, 32) and table.shape[0] % 8 == 0
+    for marker in (4, 5, 6):
+        pair = 0.4 * table[space] + 0.6 * table[marker]
+        torch.testing.assert_close(table[8188 + marker], pair * table[marker].norm() / pair.norm())
+    assert train_gpt.GPT(hp_of(folder), ops, torch.float32).tok_emb.shape == (8192, 32)
+
+
+def test_a_fused_model_trains_and_adapts(folder, ops, dist, tmp_path):
+    hp = hp_of(folder, marker_fusion_enabled=True, iterations=2, micro_batch_tokens=64, train_batch_tokens=64,
+               ttt_batch_size=8, phased_ttt_num_phases=0)
+    model = train_gpt.GPT(hp, ops, torch.float32)
+    log, validation = train_gpt.RunLog(tmp_path, dist), ValidationSet(hp, None)
+    train_gpt.Trainer(model, hp, dist, log).train(None)
+    plain = train_gpt.Evaluator(model, validation, hp, dist).evaluate_bpb()
+    adapted = train_gpt.TestTimeTrainer(model, validation, hp, dist, log).evaluate()
+    assert plain["tokens"] == adapted["tokens"] == len(validation.tokens) - 1
+    assert plain["bytes"] == adapted["bytes"] == validation.bytes.sum()
+
+
+def test_fusion_needs_caseops(folder):
+    with pytest.raises(SettingError, match="CASEOPS_ENABLED=1"):
+        tiny_hp(marker_fusion_enabled=True, caseops_enabled=False)
+
+
+# ---- the manifest
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def restate(change):
+    """Changes the manifest, sealing it again."""
+    def damage(folder):
+        manifest = read_manifest(folder)
+        change(manifest)
+        write_manifest(folder, manifest)
+
+    return damage
+
+
+def one_byte_more(folder):
+    values = np.fromfile(folder / "fineweb_val_bytes_000000.bin", dtype="<u2")[512:]
+    values[3] += 1
+    write_shard(folder / "fineweb_val_bytes_000000.bin", values)
+
+
+def another_token(folder):
+    values = np.fromfile(folder / "fineweb_val_000000.bin", dtype="<u2")[512:]
+    values[3] = 300 + (values[3] == 300)
+    write_shard(folder / "fineweb_val_000000.bin", values)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (restate(lambda m: m["splits"]["val"].update(documents=50_000)), "20 documents of validation, not 50000"),
+    (restate(lambda m: m["splits"]["val"].update(tokens=47_853_344)), "tokens of validation, not 47853344"),
+    (restate(lambda m: m.update(leaked_documents=1)), "1 training documents are validation documents"),
+    (lambda folder: (folder / "fineweb_train_000001.bin").unlink(), "fineweb_train_000001.bin is missing"),
+    (lambda folder: write_shard(folder / "fineweb_train_000001.bin", [1, 2]), "train_000001.bin is another file"),
+    (lambda folder: write_shard(folder / "fineweb_train_000050.bin", [1, 2]), "train_000050.bin is another file"),
+    (one_byte_more, "charged_bytes of validation"), (another_token, "fineweb_val_000000.bin is another file"),
+])
+def test_data_that_are_not_what_the_manifest_says_are_refused(copy, damage, words):
+    hp = hp_of(copy)
+    assert ValidationSet(hp, None).canonical is False
+    damage(copy)
+    with pytest.raises(DataError, match=words):
+        ValidationSet(hp, None)
+
+
+def test_a_damaged_manifest_is_one_message(copy):
+    (copy / "manifest.json").write_bytes((copy / "manifest.json").read_bytes()[:-9])
+    with pytest.raises(DataError, match="manifest.json is damaged"):
+        ValidationSet(hp_of(copy), None)
+
+
+def test_data_with_a_manifest_of_others_or_none_are_read(copy):
+    (copy / "manifest.json").write_text(json.dumps({"version": "10B", "datasets": []}))
+    assert len(ValidationSet(hp_of(copy), None).starts) == 20
+    (copy / "manifest.json").unlink()
+    assert len(ValidationSet(hp_of(copy), None).starts) == 20
+
+
+def test_canonical_is_told_by_documents_values_and_bytes(folder, monkeypatch):
+    assert train_gpt.CANONICAL == (50_000, 47_853_344, 47_851_520, 151_074_499)
+    charges = ValidationSet(hp_of(folder), None).bytes
+    values = len(charges)
+    counts = [20, values, values - 9, int(charges[1:values - 8].sum())]
+    for wrong in range(4):
+        monkeypatch.setattr(train_gpt, "CANONICAL", tuple(counts))
+        assert all(ValidationSet(hp_of(folder, marker_fusion_enabled=on), None).canonical for on in (False, True))
+        changed = [count - 5 * (number == wrong) for number, count in enumerate(counts)]
+        monkeypatch.setattr(train_gpt, "CANONICAL", tuple(changed))
+        assert not ValidationSet(hp_of(folder), None).canonical
