@@ -1,0 +1,269 @@
+"""data/download.py against a small hub on localhost that drops connections, cuts files and refuses."""
+
+import hashlib
+import importlib.util
+import json
+import re
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote
+
+import numpy as np
+import pytest
+from conftest import tiny_hp
+from test_prepare_data import DEFAULT_TOKENIZER, TEXTS, build, write_docs
+
+import train_gpt
+from prepare_caseops_data import main as prepare
+from prepare_caseops_data import read_manifest, read_shard, write_shard
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("download", ROOT / "data" / "download.py")
+download = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(download)
+
+REVISION = "a" * 40
+FOLDER = f"datasets/datasets/{download.CASEOPS[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The few requests that huggingface_hub makes for files of a dataset repository."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        pass
+
+    def answer(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def refused(self):
+        if self.server.status:
+            code = {401: "RepoNotFound", 404: "RepoNotFound", 403: "GatedRepo"}[self.server.status]
+            self.answer(self.server.status, X_Error_Code=code, X_Error_Message="no")
+        return self.server.status
+
+    def do_POST(self):  # noqa: N802, the name is the base class's
+        form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        if self.refused():
+            return
+        entries = [{"type": "file", "path": path, "size": len(data), "oid": "0" * 40,
+                    "lfs": {"size": len(data), "oid": hashlib.sha256(data).hexdigest(), "pointerSize": 130}}
+                   for path in form["paths"] if (data := self.server.files.get(path)) is not None]
+        self.answer(200, json.dumps(entries).encode())
+
+    def do_GET(self):  # noqa: N802
+        if self.refused():
+            return
+        if "/api/" in self.path:
+            self.answer(200, json.dumps({"id": "x/y", "sha": REVISION}).encode())
+            return
+        path = unquote(re.fullmatch(rf"/datasets/[\w./-]+?/resolve/{REVISION}/(.+)", self.path)[1])
+        data = self.server.served.get(path, self.server.files[path])
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        self.server.requests.append((Path(path).name, start))
+        body, whole = data[start:], len(data)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
+        self.end_headers()
+        if self.server.drops.get(Path(path).name, 0):
+            self.server.drops[Path(path).name] -= 1
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.connection.close()
+            self.close_connection = True
+            return
+        self.wfile.write(body)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """{path on the hub: bytes}: six validation documents, training in shards of 100 values, a tokenizer, a manifest."""
+    folder = tmp_path_factory.mktemp("hub")
+    docs = write_docs(folder / "docs.jsonl", TEXTS)
+    files = build(folder / "data", "--docs", docs, "--val-docs", 6, "--shard-tokens", 200)
+    manifest = json.loads(files.pop("manifest.json"))
+    streams = [name.rsplit("_", 1)[0] for name in files]
+    stats = {"docs_val": 6, "docs_train": manifest["splits"]["train"]["documents"],
+             "tokens_val": manifest["splits"]["val"]["tokens"], "tokens_train": manifest["splits"]["train"]["tokens"],
+             "files_val": streams.count("fineweb_val"), "files_train": streams.count("fineweb_train")}
+    assert stats["files_train"] > 3
+    entry = {"name": download.CASEOPS[1], "path": FOLDER.removeprefix("datasets/"), "tokenizer_name": "t",
+             "val_bytes_glob": "fineweb_val_bytes_*.bin", "text_transform": "lossless_caps_caseops_v1", "stats": stats}
+    index = {"datasets": [entry], "tokenizers": [{"name": "t", "vocab_size": 8192, "model_path": "tokenizers/t.model"}]}
+    hub = {"datasets/manifest.json": json.dumps(index).encode()}
+    hub["datasets/tokenizers/t.model"] = DEFAULT_TOKENIZER.read_bytes()
+    return hub | {f"{FOLDER}/{name}": data for name, data in files.items()}
+
+
+@pytest.fixture
+def hub(published, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.served, server.drops, server.status, server.requests = dict(published), {}, {}, None, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def fetch(folder, *arguments):
+    return download.main(["--local-dir", str(folder), *map(str, arguments)])
+
+
+def failed(capsys, folder, *arguments):
+    capsys.readouterr()
+    assert fetch(folder, *arguments) == 1
+    assert not (folder / "manifest.json").exists()
+    return capsys.readouterr().err
+
+
+def test_a_dataset_is_fetched_verified_and_read_by_the_trainer(hub, tmp_path, capsys):
+    assert fetch(tmp_path) == 0
+    assert "0 training documents are validation documents too; canonical: no" in capsys.readouterr().out
+    for path, data in hub.files.items():
+        if FOLDER in path:
+            assert (tmp_path / Path(path).name).read_bytes() == data
+    assert not list(tmp_path.glob("*.part"))
+    assert prepare(["verify", str(tmp_path), "--workers", "1"]) == 0
+    hp = tiny_hp(data_path=str(tmp_path), vocab_size=8192)
+    assert train_gpt.find_tokenizer(hp)[1] == tmp_path / "t.model"
+    assert len(train_gpt.ValidationSet(hp, None).starts) == 6
+    assert read_manifest(tmp_path)["sources"][0]["revision"] == REVISION
+
+
+def test_a_plain_variant_has_no_side_car(hub, tmp_path, capsys):
+    index = json.loads(hub.files["datasets/manifest.json"])
+    entry = index["datasets"][0]
+    entry["name"] = "fineweb10B_sp1024"
+    del entry["val_bytes_glob"]
+    hub.files["datasets/manifest.json"] = json.dumps(index).encode()
+    assert fetch(tmp_path, "--variant", "sp1024") == 0
+    assert not list(tmp_path.glob("*bytes*")) and "charged_bytes" not in read_manifest(tmp_path)["splits"]["val"]
+    hp = tiny_hp(data_path=str(tmp_path), vocab_size=8192, caseops_enabled=False)
+    assert len(train_gpt.ValidationSet(hp, train_gpt.find_tokenizer(hp)[0]).starts) == 6
+    assert fetch(tmp_path) == 1 and "no fineweb10B_sp8192_lossless" in capsys.readouterr().err
+
+
+def test_default_folders_are_where_the_trainer_looks():
+    default = train_gpt.Hyperparameters.__dataclass_fields__["data_path"].default
+    assert f"data/datasets/{download.source_of('caseops')[2]}" == default
+    assert download.source_of("sp1024") == ("willdepueoai/parameter-golf", "fineweb10B_sp1024", "fineweb10B_sp1024")
+
+
+def test_more_shards_come_later_and_what_is_there_stays(hub, tmp_path, capsys):
+    assert fetch(tmp_path, "--train-shards", 1) == 0
+    assert [path.name for path in tmp_path.glob("*train*")] == ["fineweb_train_000000.bin"]
+    hub.requests.clear()
+    assert fetch(tmp_path, "--train-shards", 3) == 0
+    assert [name for name, _ in hub.requests if name.endswith(".bin")] == [
+        "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert read_manifest(tmp_path)["train_shards"] == 3
+    assert fetch(tmp_path, "--train-shards", 2) == 1 and "000002.bin, which is not asked for" in capsys.readouterr().err
+    assert read_manifest(tmp_path)["train_shards"] == 3
+    assert fetch(tmp_path, "--train-shards", 999) == 1 and "the repository has" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_fetched_again(hub, tmp_path):
+    assert fetch(tmp_path) == 0
+    (tmp_path / "manifest.json").unlink()
+    path = tmp_path / "fineweb_train_000001.bin"
+    data = bytearray(path.read_bytes())
+    data[1500 % len(data)] ^= 1
+    path.write_bytes(data)
+    hub.requests.clear()
+    assert fetch(tmp_path) == 0
+    assert [name for name, _ in hub.requests if name.endswith(".bin")] == [path.name]
+
+
+def test_a_dropped_connection_goes_on_by_range(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 64)  # what is kept of a broken answer
+    hub.drops = {"fineweb_train_000000.bin": 2}
+    assert fetch(tmp_path) == 0
+    starts = [start for name, start in hub.requests if name == "fineweb_train_000000.bin"]
+    assert len(starts) == 3 and starts[0] == 0 and 0 < starts[1] < starts[2]
+
+
+def test_a_broken_attempt_is_gone_on_with_by_the_next(hub, tmp_path, capsys):
+    name = "fineweb_train_000001.bin"
+    (tmp_path / f"{name}.part").write_bytes(hub.files[f"{FOLDER}/{name}"][:700])
+    assert fetch(tmp_path) == 0 and (name, 700) in hub.requests
+    assert (tmp_path / name).read_bytes() == hub.files[f"{FOLDER}/{name}"]
+
+
+def test_a_truncated_file_is_an_error_and_the_next_attempt_mends_it(hub, tmp_path, capsys):
+    path = f"{FOLDER}/fineweb_train_000002.bin"
+    hub.served[path] = hub.files[path][:-10]
+    assert "should be of size" in failed(capsys, tmp_path)
+    hub.served.clear()
+    assert fetch(tmp_path) == 0
+
+
+def test_bytes_that_are_not_the_hubs_are_thrown_away(hub, tmp_path, capsys):
+    path = f"{FOLDER}/fineweb_val_bytes_000000.bin"
+    hub.served[path] = bytes(len(hub.files[path]))
+    assert "another sha256" in failed(capsys, tmp_path)
+    assert not (tmp_path / "fineweb_val_bytes_000000.bin").exists() and not list(tmp_path.glob("*bytes*.part"))
+    hub.served.clear()
+    assert fetch(tmp_path) == 0
+
+
+@pytest.mark.parametrize("status, words", [(401, "HF_TOKEN"), (404, "no such repository"), (403, "permission")])
+def test_a_repository_that_is_refused_says_what_to_do(hub, tmp_path, capsys, status, words):
+    hub.status = status
+    assert words in failed(capsys, tmp_path)
+
+
+def test_a_missing_file_is_named(hub, tmp_path, capsys):
+    del hub.files[f"{FOLDER}/fineweb_train_000001.bin"]
+    assert "has no datasets/datasets" in failed(capsys, tmp_path)
+
+
+def test_no_server_is_one_message(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert failed(capsys, tmp_path).startswith("error: ")
+
+
+def test_too_little_space_is_said_before_anything_is_fetched(hub, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert "GB free" in failed(capsys, tmp_path)
+    assert [name for name, _ in hub.requests] == ["manifest.json"]
+
+
+@pytest.mark.parametrize("key, words", [("docs_val", "val: 6 documents, the publisher states 10"),
+                                        ("tokens_train", "the publisher states 10")])
+def test_counts_other_than_the_publishers_are_an_error(hub, tmp_path, capsys, key, words):
+    index = json.loads(hub.files["datasets/manifest.json"])
+    index["datasets"][0]["stats"][key] = 10
+    hub.files["datasets/manifest.json"] = json.dumps(index).encode()
+    assert words in failed(capsys, tmp_path)
+
+
+def test_a_published_leak_is_counted_and_refused_by_the_trainer(hub, tmp_path, capsys):
+    name = f"{FOLDER}/fineweb_train_000000.bin"
+    val = np.concatenate([np.frombuffer(hub.files[f"{FOLDER}/fineweb_val_{n:06d}.bin"], "<u2")[512:] for n in range(1)])
+    first = val[: np.flatnonzero(val == 1)[1]]
+    shard = tmp_path / "shard.bin"
+    old = np.frombuffer(hub.files[name], "<u2")[512:]
+    write_shard(shard, np.concatenate([first, old]))
+    assert len(read_shard(shard)) == len(first) + len(old)
+    hub.files[name] = shard.read_bytes()
+    index = json.loads(hub.files["datasets/manifest.json"])
+    index["datasets"][0]["stats"].update(docs_train=None, tokens_train=None)
+    hub.files["datasets/manifest.json"] = json.dumps(index).encode()
+    assert fetch(tmp_path / "data") == 0
+    assert "1 training documents are validation documents too" in capsys.readouterr().out
+    with pytest.raises(train_gpt.DataError, match="1 training documents are validation documents"):
+        train_gpt.ValidationSet(tiny_hp(data_path=str(tmp_path / "data"), vocab_size=8192), None)
