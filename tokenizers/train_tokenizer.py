@@ -1,15 +1,20 @@
 """Trains `caseops_8192.model`, a CaseOps tokenizer, on documents (JSON lines, plain, .gz or .xz).
 
-    python tokenizers/train_tokenizer.py docs_train.jsonl.xz
+    python tokenizers/train_tokenizer.py docs_selected.jsonl                      # all but the first 50,000
+    python tokenizers/train_tokenizer.py docs_train.jsonl.xz --val-file docs_val.jsonl.xz
 
-The settings are those of the published tokenizer (openai/parameter-golf, PR 1729) but for two: `max_sentence_length`
-does not skip documents over 4,192 bytes, and `num_threads` is 2, not 16. A second run writes the same file; the pieces
-do not depend on the number of threads.
+Validation documents are never trained on, nor are copies of them among the others: pieces are parameters that training
+chooses. The settings are those of the published tokenizer (openai/parameter-golf, PR 1729) but for two:
+`max_sentence_length` does not skip documents over 4,192 bytes, and `num_threads` is 2, not 16. A second run writes the
+same file; the pieces do not depend on the number of threads.
 """
 
 import argparse
+import hashlib
+import itertools
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
@@ -17,20 +22,41 @@ import sentencepiece
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lossless_caps import CONTROLS, encode  # noqa: E402
-from prepare_caseops_data import file_sha256, load_tokenizer, parse_text, read_lines  # noqa: E402
+from prepare_caseops_data import DataError, Line, file_sha256, load_tokenizer, parse_text, read_lines  # noqa: E402
 
 
-def training_sentences(docs: list[str]) -> Iterator[str]:
-    """One sentence a document: stripped first, then transformed; empty ones dropped."""
-    documents = text_bytes = 0
-    for path in docs:
-        for line in read_lines(path):
-            text = parse_text(line).replace("\0", " ").strip()
-            if text:
-                documents += 1
-                text_bytes += len(text.encode())
-                yield encode(text)
+def text_hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def training_sentences(lines: Iterable[Line], validation: set[bytes]) -> Iterator[str]:
+    """One sentence a document: stripped first, then transformed; empty ones and those of `validation` dropped."""
+    documents = text_bytes = copies = 0
+    for line in lines:
+        text = parse_text(line)
+        if text_hash(text) in validation:
+            copies += 1
+            continue
+        if text := text.replace("\0", " ").strip():
+            documents += 1
+            text_bytes += len(text.encode())
+            yield encode(text)
     print(f"{documents:,} documents, {text_bytes:,} bytes", flush=True)
+    if copies:
+        print(f"left out {copies:,} training document{'s that are' if copies > 1 else ' that is'} in validation too")
+
+
+def check_layout(path: Path) -> None:
+    """Raises DataError where pieces break what the published tokenizer holds to: see tokenizers/README.md."""
+    sp = load_tokenizer(path)  # ids 0 to 263
+    pieces = [sp.id_to_piece(index) for index in range(264, sp.get_piece_size())]
+    rules = {"A-Z": "[A-Z]", "a case marker": f"[{CONTROLS}]", "a digit beside others": ".[0-9]|[0-9].",
+             "a space mark inside": ".\u2581"}  # fmt: skip
+    for rule, pattern in rules.items():
+        if wrong := [piece for piece in pieces if re.search(pattern, piece)]:
+            raise DataError(f"{path}: {len(wrong)} pieces with {rule}, such as {wrong[0]!a}")
+    if "\u2581" not in pieces:
+        raise DataError(f"{path}: the space mark is no piece of its own")
 
 
 def main() -> None:
@@ -39,11 +65,27 @@ def main() -> None:
     parser.add_argument("docs", nargs="+", metavar="FILE")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("caseops_8192.model"), metavar="MODEL")
     parser.add_argument("--vocab-size", type=int, default=8192, metavar="N")
+    val = parser.add_mutually_exclusive_group()
+    val.add_argument("--val-docs", type=int, default=50_000, metavar="N", help="first documents; default: %(default)s")
+    val.add_argument("--val-file", metavar="FILE", help="validation documents, where they have a file of their own")
     options = parser.parse_args()
+    try:
+        train(options)
+    except (DataError, OSError) as error:
+        sys.exit(f"error: {error}")
 
+
+def train(options: argparse.Namespace) -> None:
+    """Trains and checks the tokenizer. Raises DataError if nothing is left to train on."""
+    lines = itertools.chain.from_iterable(map(read_lines, options.docs))
+    held_out = read_lines(options.val_file) if options.val_file else itertools.islice(lines, options.val_docs)
+    validation = {text_hash(parse_text(line)) for line in held_out}
+    first = next(lines, None)
+    if first is None:
+        raise DataError(f"no documents behind the {len(validation):,} of validation (--val-docs)")
     with options.out.open("wb") as model:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=training_sentences(options.docs),
+            sentence_iterator=training_sentences(itertools.chain([first], lines), validation),
             model_writer=model,
             model_type="bpe",
             vocab_size=options.vocab_size,
@@ -62,8 +104,10 @@ def main() -> None:
             num_threads=2,
             minloglevel=1,
         )
+    check_layout(options.out)
     pieces = load_tokenizer(options.out).get_piece_size()
-    print(f"{options.out.name}: {pieces:,} pieces, {options.out.stat().st_size:,} bytes, {file_sha256(options.out)}")
+    print(f"layout: ids 0-263 and the rules of the pieces are those of the published tokenizer\n"
+          f"{options.out.name}: {pieces:,} pieces, {options.out.stat().st_size:,} bytes, {file_sha256(options.out)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,156 @@
+"""Shards to another tokenizer: `python prepare_caseops_data.py retokenize data/mine --tokenizer NEW --out data/new`.
+
+From documents there is nothing special to do: `prepare_caseops_data.py --docs ... --tokenizer NEW`. Where only shards
+are left, their documents are put together from their pieces and cut anew. Documents, their order, BOS and the bytes of
+each validation document stay the same. What the first tokenizer's normalization took away does not come back: line
+breaks and runs of blanks are single blanks, ligatures and wide forms are plain characters, control characters are gone.
+So training text is not quite what it was, and the charges of validation tokens follow the old tokens' where these were
+cut elsewhere; only a document's sum is exact.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from prepare_caseops_data import (
+    BOS_ID,
+    Batch,
+    Corpus,
+    DataError,
+    EncodedBatch,
+    Line,
+    _byte_costs,
+    _tokenize_with_spans,
+    build_dataset,
+    document_hash,
+    file_sha256,
+    load_tokenizer,
+    read_documents,
+    read_manifest,
+    read_shard,
+    shard_files,
+    tokenizer_entry,
+)
+
+
+@lru_cache(maxsize=1)
+def _tokenizers(old: str, new: str) -> tuple:
+    """UTF-8 (pieces of the old one) of each id, with blanks for U+2581, and the new tokenizer."""
+    sp = load_tokenizer(old)
+    pieces = [sp.id_to_piece(index).replace("\u2581", " ").encode() for index in range(sp.get_piece_size())]
+    pieces[8:264] = (bytes([byte]) for byte in range(256))
+    return pieces, load_tokenizer(new)
+
+
+def charges_of_bytes(pieces: list[bytes], charges: np.ndarray) -> np.ndarray:
+    """Pieces of a text and what each is charged -> charges (bytes,) with the same sum: one each as far as they go, and
+    on the last byte what is left."""
+    parts = []
+    for piece, charge in zip(pieces, charges.tolist(), strict=True):
+        part = np.zeros(len(piece), dtype=np.int64)
+        part[:charge] = 1
+        part[-1] += max(0, charge - len(piece))
+        parts.append(part)
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def retokenize_document(old: list[bytes], sp, ids: np.ndarray, charges: np.ndarray | None) -> tuple:
+    """Old ids (tokens,), BOS first, and their charges -> new ids, new charges or None, and bytes of text.
+
+    Raises DataError where the ids are no text, that is, of another tokenizer.
+    """
+    pieces = [old[token] for token in ids[1:].tolist()]
+    try:
+        text = b"".join(pieces).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"not the tokenizer of these shards ({error})") from error
+    if charges is None:
+        return np.array([BOS_ID, *sp.encode(text)], dtype=np.uint16), None, int(_byte_costs(text).sum())
+    new_ids, spans = _tokenize_with_spans(sp, text)
+    bytes_before = np.cumsum([0, *(len(char.encode()) for char in text)])
+    sums = np.concatenate([[0], np.cumsum(charges_of_bytes(pieces, charges[1:]))])
+    ends = np.array([0, *(end for _, end in spans)])
+    ends[-1] = len(text)  # the last token takes what the new normalization drops behind it
+    new_charges = np.diff(sums[bytes_before[ends]])
+    if sums[-1] != new_charges.sum() or new_charges.max(initial=0) > np.iinfo(np.uint16).max:
+        raise DataError("the bytes of the side-car cannot be kept")
+    new_ids = np.array([BOS_ID, *new_ids], dtype=np.uint16)
+    return new_ids, np.array([0, *new_charges], dtype=np.uint16), int(sums[-1])
+
+
+def retokenize_batch(old: str, new: str, batch: Batch) -> EncodedBatch:
+    """What encode_batch does, for lines that hold ids, and charges behind them in validation."""
+    pieces, sp = _tokenizers(old, new)
+    documents = []
+    for number, line in enumerate(batch.lines, batch.first_document):
+        values = np.frombuffer(line.content, dtype=np.uint16)
+        ids, charges = np.split(values, 2) if batch.split == "val" else (values, None)
+        try:
+            documents.append(retokenize_document(pieces, sp, ids, charges))
+        except (DataError, IndexError) as error:
+            raise DataError(f"{batch.split} document {number} ({line.file}): {error}") from error
+    ids, charges, sizes = zip(*documents, strict=True)
+    return EncodedBatch(
+        batch.split,
+        batch.checksum,
+        np.concatenate(ids),
+        np.concatenate(charges) if batch.split == "val" else None,
+        np.array([len(part) for part in ids]),
+        np.array(sizes),
+        np.zeros(len(ids), dtype=np.int64),
+        np.array([document_hash(part) for part in ids], dtype=np.uint64),
+    )
+
+
+def stored_documents(folder: Path, split: str) -> Iterator[Line]:
+    """The documents of a split as lines of ids, with their charges behind them in validation."""
+    charges = [read_shard(path) for path in shard_files(folder, "val_bytes")] if split == "val" else []
+    charges = np.concatenate(charges) if charges else np.zeros(0, dtype=np.uint16)
+    position = 0
+    for number, (path, ids) in enumerate(read_documents(shard_files(folder, split))):
+        content = ids.tobytes()
+        if split == "val":
+            content += charges[position : position + len(ids)].tobytes()
+            position += len(ids)
+        yield Line(path.name, number, content)
+    if split == "val" and position != len(charges):
+        raise DataError(f"{folder}: the side-car has {len(charges):,} values for {position:,} tokens")
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="prepare_caseops_data.py retokenize",
+        description="Cut the documents of shards with another tokenizer.",
+        epilog="Line breaks, runs of blanks and what SentencePiece normalizes do not come back from shards.",
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--old-tokenizer", required=True, metavar="MODEL", help="the one that made the shards")
+    parser.add_argument("--tokenizer", required=True, metavar="MODEL", help="the new one")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the shards go; new or empty")
+    parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        source = {"folder": options.folder.name, "tokenizer_sha256": file_sha256(options.old_tokenizer)}
+        if (options.folder / "manifest.json").exists():
+            manifest = read_manifest(options.folder)
+            if manifest["tokenizer"]["sha256"] != source["tokenizer_sha256"]:
+                raise DataError(f"{options.old_tokenizer}: the manifest of {options.folder} names another tokenizer")
+            source["split_rule"] = manifest["split_rule"]
+        lines = (stored_documents(options.folder, split) for split in ("val", "train"))
+        corpus = Corpus(*lines, "that of the retokenized shards", lambda: [source])
+        settings = {"tokenizer": tokenizer_entry(options.tokenizer), "shard_tokens": options.shard_tokens}
+        encoder = partial(retokenize_batch, options.old_tokenizer, options.tokenizer)
+        manifest = build_dataset(corpus, settings, options.out, encoder, options.workers)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for split, counts in manifest["splits"].items():
+        print(f"{split}: " + ", ".join(f"{number:,} {name}" for name, number in counts.items()))
+    return 0
