@@ -46,7 +46,8 @@ def test_documents_bos_and_bytes_are_kept(small, tmp_path, workers):
     docs = write_docs(tmp_path / "docs.jsonl", TEXTS + SENTENCES[:20])
     build(tmp_path / "old", "--docs", docs, "--val-docs", 12, "--shard-tokens", 100)
     command = ["retokenize", str(tmp_path / "old"), "--old-tokenizer", str(DEFAULT_TOKENIZER), "--tokenizer"]
-    assert main([*command, str(small), "--out", str(tmp_path / "new"), "--shard-tokens", "90", "--workers", str(workers)]) == 0
+    command += [str(small), "--out", str(tmp_path / "new"), "--shard-tokens", "90", "--workers", str(workers)]
+    assert main(command) == 0
     old_sp, new_sp = load_tokenizer(DEFAULT_TOKENIZER), load_tokenizer(small)
     for split, texts in (("val", TEXTS[:12]), ("train", (TEXTS + SENTENCES)[12 : len(TEXTS) + 20])):
         (old, old_charges), (new, new_charges) = (split_documents(tmp_path / name, split) for name in ("old", "new"))
