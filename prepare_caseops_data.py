@@ -119,11 +119,14 @@ class Encoder:
     Training documents are looked up word by word, and what a new word is made of, unit by unit.
     """
 
-    def __init__(self, sp: sentencepiece.SentencePieceProcessor):
+    def __init__(self, sp: sentencepiece.SentencePieceProcessor, kept: int = 150_000):
         self.sp = sp
-        self.words: dict[bytes, bytes] = _Kept(self._word_ids)  # behind a blank
-        self.units: dict[str, bytes] = _Kept(self._unit_ids)
-        self.units_with_costs: dict[str, tuple[bytes, bytes] | None] = _Kept(self._unit_ids_and_costs)
+        pieces = [sp.id_to_piece(index) for index in range(sp.get_piece_size())]
+        self.piece_bytes = np.array([len(piece) for piece in pieces], dtype=np.uint16)  # of ASCII pieces
+        self.piece_bytes[4:264] = [0] * len(CONTROLS) + [1] * 256
+        self.words: dict[bytes, bytes] = _Kept(self._word_ids, kept)  # behind a blank
+        self.units: dict[str, bytes] = _Kept(self._unit_ids, kept)
+        self.units_with_costs: dict[str, tuple[bytes, bytes] | None] = _Kept(self._unit_ids_and_costs, kept)
 
     def encode(self, text: str) -> np.ndarray:
         """As encode_document."""
@@ -156,26 +159,32 @@ class Encoder:
 
     def _unit_ids_and_costs(self, unit: str) -> tuple[bytes, bytes] | None:
         """None where a part of the unit is dropped or charged to its neighbours."""
-        before = "a" if unit[0] in _BLANKS else ""
-        try:
-            ids, costs = encode_document_with_bytes(self.sp, before + unit)
-        except DataError:
-            return None
-        ids, costs = ids[1 + len(before) :], costs[1 + len(before) :]
+        word = unit.lstrip(_BLANKS)
+        blanks = len(unit) - len(word)
+        if word.isascii() and word.isprintable():
+            ids = np.frombuffer(self.units[" " * bool(blanks) + word], dtype=np.uint16)
+            costs = self.piece_bytes[ids]
+            costs[:1] += max(0, blanks - 1)  # a run of blanks is one to the tokenizer
+        else:
+            try:
+                ids, costs = encode_document_with_bytes(self.sp, "a" * bool(blanks) + unit)
+            except DataError:
+                return None
+            ids, costs = ids[1 + bool(blanks) :], costs[1 + bool(blanks) :]
         return (ids.tobytes(), costs.tobytes()) if costs.sum(dtype=np.int64) == len(unit.encode()) else None
 
 
 class _Kept(dict):
-    """A dictionary that makes what is missing, and keeps 150,000 of it (30 MB): the first, so that a stream of rare
-    words does not drive out the common ones."""
+    """A dictionary that makes what is missing, and keeps the first of it, so that a stream of rare words does not drive
+    out the common ones; 150,000 take 30 MB."""
 
-    def __init__(self, make):
+    def __init__(self, make, kept: int):
         super().__init__()
-        self.make = make
+        self.make, self.kept = make, kept
 
     def __missing__(self, key):
         made = self.make(key)
-        if len(self) < 150_000 and len(key) <= 32:
+        if len(self) < self.kept and len(key) <= 32:
             self[key] = made
         return made
 
@@ -394,8 +403,8 @@ def normalize_text(text: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _encoder_of_process(tokenizer: str) -> Encoder:
-    return Encoder(load_tokenizer(tokenizer))
+def _encoder_of_process(tokenizer: str, kept: int) -> Encoder:
+    return Encoder(load_tokenizer(tokenizer), kept)
 
 
 def document_hash(ids: np.ndarray) -> int:
@@ -404,12 +413,18 @@ def document_hash(ids: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
 
 
-def encode_batch(tokenizer: str, normalize_train: bool, batch: Batch) -> EncodedBatch:
+def _compare_with_the_plain_way(sp, text: str, ids: np.ndarray, costs: list[np.ndarray]) -> None:
+    plain_ids, plain_costs = encode_document_with_bytes(sp, text) if costs else (encode_document(sp, text), None)
+    if not np.array_equal(ids, plain_ids) or (costs and not np.array_equal(costs[0], plain_costs)):
+        raise DataError("this tokenizer cannot be taken word by word: its pieces or rules reach over their borders")
+
+
+def encode_batch(tokenizer: str, normalize_train: bool, kept: int, batch: Batch) -> EncodedBatch:
     """Parses and encodes a batch, with the tokenizer at that path. Raises DataError naming document, file and line.
 
     The first document is encoded without the shortcuts of Encoder as well, and must come out the same.
     """
-    encoder = _encoder_of_process(tokenizer)
+    encoder = _encoder_of_process(tokenizer, kept)
     ids, costs, sizes, removed, hashes = [], [], [], [], []
     for document, line in enumerate(batch.lines, batch.first_document):
         text = parse_text(line)
@@ -419,8 +434,8 @@ def encode_batch(tokenizer: str, normalize_train: bool, batch: Batch) -> Encoded
                 costs.append(document_costs)
             else:
                 document_ids = encoder.encode(text)
-            if not ids and not np.array_equal(document_ids, encode_document(encoder.sp, text)):
-                raise DataError(f"the tokenizer {tokenizer} has pieces that reach over the borders of words")
+            if not ids:
+                _compare_with_the_plain_way(encoder.sp, text, document_ids, costs)
             hashes.append(document_hash(document_ids))
             cleaned = normalize_text(text) if normalize_train and batch.split == "train" else text
             if cleaned != text:
@@ -867,7 +882,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"split: {corpus.rule}", flush=True)
         settings = {"tokenizer": tokenizer_entry(options.tokenizer), "shard_tokens": options.shard_tokens}
         settings["normalize_train"] = options.normalize_train
-        encoder = partial(encode_batch, options.tokenizer, options.normalize_train)
+        kept = min(300_000, 2_400_000 // options.workers)  # words: all processes together stay under 2 GB
+        encoder = partial(encode_batch, options.tokenizer, options.normalize_train, kept)
         manifest = build_dataset(corpus, settings, options.out, encoder, options.workers)
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -62,10 +62,17 @@ def test_the_fast_encoder_gives_what_the_plain_one_gives(sp):
         assert (fast_ids.tolist(), fast_costs.tolist()) == (ids.tolist(), costs.tolist()), ascii(text)
 
 
-def test_a_wrong_shortcut_is_noticed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Encoder, "encode", lambda encoder, text: encode_document(encoder.sp, text)[::-1])
+def uncharged(encoder, text):
+    ids, costs = encode_document_with_bytes(encoder.sp, text)
+    return ids, np.where(costs > 1, 0, costs)
+
+
+@pytest.mark.parametrize("way, wrong", [
+    ("encode", lambda encoder, text: encode_document(encoder.sp, text)[::-1]), ("encode_with_bytes", uncharged)])
+def test_a_wrong_shortcut_is_noticed(tmp_path, capsys, monkeypatch, way, wrong):
+    monkeypatch.setattr(Encoder, way, wrong)
     docs = write_docs(tmp_path / "docs.jsonl", TEXTS)
-    assert "reach over the borders" in refused(capsys, "--docs", docs, "--val-docs", 6, "--out", tmp_path / "out")
+    assert "word by word" in refused(capsys, "--docs", docs, "--val-docs", 6, "--out", tmp_path / "out")
 
 
 # ---- interrupted runs, pipes -----------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def check_source(
     """The first difference between validation and the documents of its source."""
     position, document = 0, 0
     documents = int((tokens == BOS_ID).sum())
-    encoder = partial(encode_batch, tokenizer, False)
+    encoder = partial(encode_batch, tokenizer, False, 150_000)
     for batch in map_in_order(encoder, make_batches("val", itertools.islice(lines, documents), 0, 0), workers):
         end = position + len(batch.ids)
         wrong = tokens[position:end] != batch.ids if end <= len(tokens) else np.ones(1, bool)
