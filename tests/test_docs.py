@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "THIRD_PARTY_NOTICES.md", "data/README.md", "docs/LOG.md", "docs/RESULT.md", "records/README.md",
          "tokenizers/README.md"]
 SETTINGS = {name.upper() for name in train_gpt.Hyperparameters.__dataclass_fields__}
-OTHER_VARIABLES = {"TORCH_INDEX_URL", "TORCH", "GOLDEN_DIR", "HF_TOKEN", *launch.OURS}
+OTHER_VARIABLES = {"TORCH_INDEX_URL", "TORCH", "GOLDEN_DIR", "HF_ENDPOINT", "HF_TOKEN", *launch.OURS}
 # what a run, a dataset or a user makes or fetches, so that a checkout does not hold it
 MADE = """log.txt model.pt artifact.bin result.json stderr.txt manifest.json submission.json
     docs_train.jsonl.xz docs_selected.jsonl train.jsonl.xz val.jsonl.xz
