@@ -882,7 +882,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"split: {corpus.rule}", flush=True)
         settings = {"tokenizer": tokenizer_entry(options.tokenizer), "shard_tokens": options.shard_tokens}
         settings["normalize_train"] = options.normalize_train
-        kept = min(300_000, 2_400_000 // options.workers)  # words: all processes together stay under 2 GB
+        kept = min(300_000, 2_000_000 // options.workers)  # words: all processes together stay under 2 GB
         encoder = partial(encode_batch, options.tokenizer, options.normalize_train, kept)
         manifest = build_dataset(corpus, settings, options.out, encoder, options.workers)
     except (DataError, OSError) as error:
