@@ -645,14 +645,14 @@ def read_documents(paths: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
     for path in paths:
         values = read_shard(path)
         for start in range(0, len(values), 1 << 22):
-            chunk = values[start : start + (1 << 22)]
+            chunk = np.array(values[start : start + (1 << 22)])
             head, *rest = np.split(chunk, np.flatnonzero(chunk == BOS_ID))
             parts.append(head)
             if begun_in is None and len(head):
                 raise DataError(f"{path}: the stream does not begin with BOS")
             for document in rest:
                 if begun_in is not None:
-                    yield begun_in, np.concatenate(parts)
+                    yield begun_in, parts[0] if len(parts) == 1 else np.concatenate(parts)
                 begun_in, parts = path, [document]
     if begun_in is not None:
         yield begun_in, np.concatenate(parts)
