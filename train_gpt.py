@@ -1986,7 +1986,7 @@ def unpack_weights(blob):
 
 def is_packed(source):
     """Whether these bytes are the packed script. It never needs tools/pack_code.py, so that costs no counted byte."""
-    return source.startswith(b"import base64,brotli,linecache;S=")
+    return source.startswith(b"#coding:l1\nimport brotli,io,linecache;S=")
 
 # ---- EVALUATION ------------------------------------------------------------------------------------------------------
 
