@@ -1782,7 +1782,7 @@ def digest(data):
     """Start of SHA-256: finds damage, does not authenticate."""
     return hashlib.sha256(data).digest()[:DIGEST_BYTES]
 
-def brotli_decompress(data, raw_size):
+def brotli_decompress(data, raw_size, shapes=()):
     """Fed in small pieces, as a stream of a few bytes can claim gigabytes and brotli has no portable output limit."""
     decoder, raw = brotli.Decompressor(), bytearray()
     for start in range(0, len(data), 64):
@@ -1791,7 +1791,7 @@ def brotli_decompress(data, raw_size):
             break
     return bytes(raw) if decoder.is_finished() else b""
 
-def lzma_decompress(data, raw_size):
+def lzma_decompress(data, raw_size, shapes=()):
     decoder = lzma.LZMADecompressor(memlimit=2**28)
     raw = decoder.decompress(data, max_length=raw_size + 1)
     return raw if decoder.eof and not decoder.unused_data else b""
@@ -1807,19 +1807,127 @@ def run_lrzip(flags, data):
             raise ArtifactError(f"lrzip ended with {done.returncode}: {done.stderr[-300:]!r}")
         return target.read_bytes()
 
-def lrzip_decompress(data, raw_size):
+def lrzip_decompress(data, raw_size, shapes=()):
     """The size that lrzip 0.6's own header claims is held to ours before anything is written to disk."""
     if data[:6] == b"LRZI\x00\x06" and struct.unpack_from("<Q", data.ljust(14, b"\0"), 6)[0] != raw_size:
         return b""
     return run_lrzip(["-d"], data)
 
-ENCODERS = {
-    "brotli": lambda data: brotli.compress(data, quality=11, lgwin=24),
-    "lzma": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
-    "lrzip": lambda data: run_lrzip(["-z", "-L", "9"], data),
+# --- entropy: rANS (arXiv:1311.2540) in whole numbers, the same on every machine. LANES coders take turns, so that one
+# numpy call serves all. One model, code_matrix, drives both directions: it asks for symbols in contexts and learns.
+LANES, SYMBOLS, ESCAPE = 512, np.arange(-128, 128), -128  # no code is -128; a lane costs 6 bytes
+VARIANCES = 0.04 * np.cumprod(np.full(60, 1.15))  # of codes, the contexts; cumprod is exact everywhere, powers are not
+
+class SymbolEncoder:
+    def __init__(self):
+        self.slots = []
+
+    def use(self, frequencies):
+        self.starts = (frequencies.cumsum(1) - frequencies).ravel()
+        self.frequencies = frequencies.ravel()
+
+    def __call__(self, contexts, symbols):
+        index = contexts * 256 + symbols + 128
+        self.slots.append((self.starts[index].astype(np.uint16), self.frequencies[index].astype(np.uint16)))
+        return symbols
+
+    def finish(self):
+        """-> bytes; what is coded last is decoded first."""
+        state, words = np.full(LANES, 2**31), []
+        for starts, frequencies in reversed(self.slots):
+            for at in reversed(range(0, len(starts), LANES)):
+                f = frequencies[at : at + LANES].astype(np.int64)
+                lanes = state[: len(f)]
+                full = (lanes >> 47 >= f).nonzero()[0]
+                words.append(lanes[full].astype("<u4"))
+                lanes[full] >>= 32
+                lanes += lanes // f * (2**16 - f) + starts[at : at + LANES]
+        return b"".join([state.astype("<i8"), *words[::-1]])
+
+class SymbolDecoder:
+    def __init__(self, data):
+        self.state = np.frombuffer(data[: 8 * LANES], "<i8").astype(np.int64)
+        self.words, self.at = np.frombuffer(data[8 * LANES :], "<u4").astype(np.int64), 0
+
+    def use(self, frequencies):
+        SymbolEncoder.use(self, frequencies)
+        self.symbols = np.arange(frequencies.size, dtype=np.int16).repeat(self.frequencies)
+
+    def __call__(self, contexts, _):
+        index, first_slots = np.empty(contexts.size, np.int64), contexts << 16
+        for at in range(0, contexts.size, LANES):
+            lanes = self.state[: contexts.size - at]
+            slots = lanes & 65535
+            index[at : at + LANES] = i = self.symbols[first_slots[at : at + LANES] + slots]
+            lanes >>= 16
+            lanes *= self.frequencies[i]
+            lanes += slots - self.starts[i]
+            low = (lanes < 2**31).nonzero()[0]
+            lanes[low] = lanes[low] << 32 | self.words[self.at : self.at + len(low)]
+            self.at += len(low)
+        return (index & 255) - 128
+
+def initial_counts():
+    """-> int64 (contexts, 256), 64 a symbol, as if some were seen: nearly Gaussian, ESCAPE beyond 4.5 deviations."""
+    tails = 1 + SYMBOLS**2 / (29 * VARIANCES[:, None])
+    for _ in range(4):
+        tails *= tails
+    counts = np.where(SYMBOLS**2 <= 20 * VARIANCES[:, None], 1 + 32_000 / tails, 0)
+    counts[:, 0] = 3
+    return np.vstack([counts, np.ones(256)]).astype(np.int64)  # the last context: what an ESCAPE stands for
+
+def whole_frequencies(counts):
+    """Counts (contexts, 256) -> whole numbers, each row's sum 2^16, at least 1 where a count is positive."""
+    total = counts.sum(1, keepdims=True)
+    frequencies = np.maximum((counts * 2**16 + total // 2) // total, counts > 0)
+    frequencies[np.arange(len(counts)), frequencies.argmax(1)] += 2**16 - frequencies.sum(1)
+    return frequencies
+
+def code_matrix(coder, counts, codes):
+    """Codes (R, C) int8 through a coder that reads or fills them; a code's context: its column's variance so far."""
+    coder.use(whole_frequencies(counts))
+    energy, row = np.full(codes.shape[1], 7.5 * 16), 0  # as if 16 rows of the published clips had been seen
+    while row < len(codes):
+        block = codes[row : row + max(1, min(8 + row // 4, 2**20 // max(1, len(energy))))]
+        levels = np.searchsorted(VARIANCES[:-1], energy / (row + 16))
+        contexts, known = np.tile(levels, len(block)), block.ravel().astype(np.int64)
+        symbols = coder(contexts, np.where(known**2 <= 20 * VARIANCES[contexts], known, ESCAPE))
+        counts += 64 * np.bincount(contexts * 256 + symbols + 128, minlength=counts.size).reshape(counts.shape)
+        hidden = (symbols == ESCAPE).nonzero()[0]
+        symbols[hidden] = coder(np.full(len(hidden), len(VARIANCES)), known[hidden])
+        block[:] = symbols.reshape(block.shape)
+        energy += (symbols * symbols).reshape(block.shape).sum(0)
+        row += len(block)
+
+def code_matrices(coder, raw, shapes):
+    """Bytes of int8 matrices, each stored transposed, through a coder; -> the bytes that came out of it."""
+    codes, counts, start = np.array(np.frombuffer(raw, np.int8)), initial_counts(), 0
+    for shape in shapes:
+        size = math.prod(shape)
+        code_matrix(coder, counts, codes[start : start + size].reshape(shape).T)
+        start += size
+    return codes.tobytes()
+
+def entropy_compress(raw, shapes):
+    coder = SymbolEncoder()
+    code_matrices(coder, raw, shapes)
+    return coder.finish()
+
+def entropy_decompress(data, raw_size, shapes):
+    coder = SymbolDecoder(data)
+    raw = code_matrices(coder, bytes(raw_size), shapes)
+    return raw if coder.at == len(coder.words) else b""
+
+ENCODERS = {  # raw bytes, shapes of their arrays -> a stream
+    "brotli": lambda raw, shapes=(): brotli.compress(raw, quality=11, lgwin=24),
+    "lzma": lambda raw, shapes=(): lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
+    "lrzip": lambda raw, shapes=(): run_lrzip(["-z", "-L", "9"], raw),
+    "entropy": entropy_compress,
 }
-DECODERS = {"brotli": brotli_decompress, "lzma": lzma_decompress, "lrzip": lrzip_decompress}  # anything else: no stream
-COMPRESSORS = {"brotli": ("brotli",), "lzma": ("lzma",), "pergroup": ("brotli", "lrzip")}  # codecs; header in the first
+DECODERS = {"brotli": brotli_decompress, "lzma": lzma_decompress, "lrzip": lrzip_decompress,
+            "entropy": entropy_decompress}  # the inverse; anything but raw_size bytes: no stream
+COMPRESSORS = {"brotli": ("brotli",), "lzma": ("lzma",), "pergroup": ("brotli", "lrzip"),
+               "entropy": ("brotli", "entropy")}  # codecs; header in the first
 
 def check_compressor(name):
     """To be called before training. SettingError, with what to install, for an unknown compressor or missing tools."""
@@ -1830,10 +1938,10 @@ def check_compressor(name):
     if "lrzip" in COMPRESSORS[name] and shutil.which("lrzip") is None:
         raise SettingError("the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)")
 
-def expand(codec, stored, raw_size):
+def expand(codec, stored, raw_size, shapes=()):
     """Stored bytes -> exactly raw_size bytes. Raises ArtifactError if that is not what comes out."""
     try:
-        raw = DECODERS[codec](stored, raw_size) if raw_size else b""
+        raw = DECODERS[codec](stored, raw_size, shapes) if raw_size else b""
     except Exception as error:  # each library has its own classes of errors
         raise ArtifactError(f"artifact: {codec} data does not expand: {error}") from error
     if len(raw) != raw_size:
@@ -1876,22 +1984,26 @@ def plan_sections(specs, compressor):
     """Specs of the arrays -> (kind, codec, specs as stored) per section; packing and unpacking both follow this plan.
 
     pergroup (PR 1855): "codes" of one role, layers in order, transposed; "orders" of re-ordered rows; the "rest".
+    entropy: all "codes" in the same order as one section, the "rest".
     """
-    if compressor != "pergroup":
+    if len(COMPRESSORS[compressor]) == 1:
         return [("rest", compressor, specs)]
     roles = {}
     for spec in specs:
         name, _, field = spec.name.rpartition(":")
-        is_matrix = field == "codes" and spec.dtype == "int8" and len(spec.shape) == 2 and quant_role(name)
-        roles[spec.name] = quant_role(name)[0] if is_matrix else None
+        is_matrix = field == "codes" and spec.dtype == "int8" and len(spec.shape) == 2 and max(spec.shape) <= 2**16
+        roles[spec.name] = quant_role(name)[0] if is_matrix and quant_role(name) else None
     codes = []
     for role in dict.fromkeys(role for role, _, _ in QUANT_TABLE.values()):
         group = [spec._replace(shape=spec.shape[::-1]) for spec in specs if roles[spec.name] == role]
         group.sort(key=lambda spec: int("0" + re.sub(r"\D", "", spec.name)))  # blocks.2 before blocks.10
         codes += [("codes", "lrzip", group)] if group else []
+    rest = ("rest", "brotli", [spec for spec in specs if roles[spec.name] is None])
+    if compressor == "entropy":
+        return [("codes", "entropy", [spec for _, _, group in codes for spec in group]), rest]
     orders = [ArraySpec(name, "uint16", shape[:1]) for name, _, shape in specs
-              if roles[name] in ("embedding", "q", "up") and 0 < shape[0] <= 2**16]
-    return [*codes, ("orders", "brotli", orders), ("rest", "brotli", [s for s in specs if roles[s.name] is None])]
+              if roles[name] in ("embedding", "q", "up") and shape[0]]
+    return [*codes, ("orders", "brotli", orders), rest]
 
 def by_item_size(specs):
     """Specs -> (item size, specs of that size), smallest first: the layout inside a section."""
@@ -1925,7 +2037,7 @@ def pack_weights(arrays, compressor):
     reordered = [spec.name for kind, _, members in plan if kind == "orders" for spec in members]
     def encode(kind, codec, members):
         raw = join_arrays(sources[kind], members)
-        stored = ENCODERS[codec](raw) if raw else b""
+        stored = ENCODERS[codec](raw, [spec.shape for spec in members]) if raw else b""
         return stored, [len(stored), digest(stored).hex(), digest(raw).hex()]
 
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
@@ -1969,7 +2081,9 @@ def unpack_weights(blob):
     def decode(planned, section, end):
         (kind, codec, members), (size, stored_digest, raw_digest) = planned, section
         stored, raw_size = blob[end - size : end], sum(spec.num_bytes for spec in members)
-        if digest(stored).hex() != stored_digest or digest(raw := expand(codec, stored, raw_size)).hex() != raw_digest:
+        if digest(stored).hex() == stored_digest:
+            raw = expand(codec, stored, raw_size, [spec.shape for spec in members])
+        if digest(stored).hex() != stored_digest or digest(raw).hex() != raw_digest:
             raise ArtifactError(f"artifact: a section of {codec} data is damaged")
         return kind, split_arrays(raw, members)
 
