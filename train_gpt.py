@@ -176,10 +176,13 @@ class Hyperparameters:
     mlp_clip_sigmas: float = env(11.5, "clip of MLP rows in deviations", above=0)
     attn_clip_sigmas: float = env(13.0, "clip of attention rows in deviations", above=0)
     embed_clip_sigmas: float = env(14.0, "clip of embedding rows in deviations", above=0)
+    gptq_column_steps: bool = env(False, "steps 2^(k/8) per row and per column instead of fp16 per row; for entropy")
+    gptq_rate_lambda: float = env(0.0, "error against coded bits with column steps: 1 is the coder's slope", least=0)
     gated_attn_quant_gate: bool = env(True, "attention gates as int8 per row; 0: fp16")
     lqer_enabled: bool = env(True, "low-rank correction of the largest quantization errors")
     lqer_top_k: int = env(3, "matrices that get a correction", least=0)
     lqer_rank: int = env(4, "rank of a correction", least=1)
+    lqer_weighted: bool = env(False, "corrections chosen and factored by Hessian-weighted error and gain per byte")
     lqer_asym_enabled: bool = env(True, "correction as int2 and int4 codes; 0: LQER_FACTOR_BITS for both factors")
     lqer_asym_group: int = env(64, "codes that share a scale in the int4 factor", least=1)
     lqer_factor_bits: int = env(4, "bits of the symmetric factors", least=2, most=8)
@@ -1530,6 +1533,7 @@ class Trainer:
 # ---- QUANTIZATION ----------------------------------------------------------------------------------------------------
 FP16_RANGE = 2.0**-24, 65504.0  # of scales: 1e-10 would be 0 in fp16, and an all-zero row be divided by it
 MAX_FP16_ELEMENTS, DAMPING_RETRIES = 65_536, 4  # a tensor with more elements must have a role in QUANT_TABLE
+STEPS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])  # by code, see log_steps
 LQER_FIELDS = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
 QUANT_TABLE = {  # saved-weight name -> role, settings of its bits and clip; in the order of the artifact's groups
     "tok_emb.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
@@ -1570,12 +1574,20 @@ def damped_inverse_factor(h, damping, names):
         warnings.warn(f"GPTQ: damping raised tenfold, retry {retry}: {failed_names}", stacklevel=2)
         damping[failed] *= 10
 
-def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names):
+def log_steps(x):
+    """Steps x > 0 -> int8 codes k, nearest 2^(k/8): GPTQ works with the rounded step, so the grid costs no error."""
+    return (8 * x.float().log2()).round_().clamp_(-127, 127).to(torch.int8)
+
+def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, shaping=None):
     """w (N, R, C), hessian (N, C, C), N names -> codes int8 (N, R, C), scale fp16 (N, R).
 
     GPTQ (arXiv:2210.17323), columns in descending order of diag H, and SDClip scales: clip_sigmas standard deviations
     of the original row reach the largest code. The working copy is (N, C, R), so that a column is contiguous, and
     nothing in the column loop waits for the device. Raises ValueError with names if a Hessian cannot be made definite.
+
+    shaping: a rate factor -> codes, row steps, column steps int8 (N, R), (N, C), see log_steps. A column's step is its
+    conditional deviation diag U, so that every column costs the same weighted error: best for an entropy coder. Codes
+    go to the nearest of x / (1 + rate / 12 E[x^2]): error against the bits of a Gaussian, rate 1: at the coder's slope.
     """
     num_columns, q_max = w.shape[2], 2 ** (bits - 1) - 1
     scale = (clip_sigmas * w.float().std(dim=2) / q_max).clamp(*FP16_RANGE).half()  # (N, R)
@@ -1592,26 +1604,54 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names):
     row_order = order[:, :, None].expand_as(work)
     work = work.gather(1, row_order)  # (N, C, R)
     codes = torch.empty_like(work)
+    if shaping is not None:
+        widths = upper.diagonal(dim1=1, dim2=2).log2()
+        column_steps = log_steps((widths - widths.mean(dim=1, keepdim=True)).exp2())
+        widths, scale, q_max = (column_steps / 8).exp2(), log_steps(scale), 127
+        step, work, upper = (scale / 8).exp2(), work / widths[:, :, None], upper / widths[:, None, :]
+        column_steps = torch.empty_like(column_steps).scatter_(1, order, column_steps)
     for start in range(0, num_columns, block_size):
         stop = min(start + block_size, num_columns)
         errors = torch.empty_like(work[:, start:stop])
         for j in range(start, stop):
-            codes[:, j] = (work[:, j] / step).round_().clamp_(-q_max, q_max)
+            target = work[:, j] / step
+            if shaping:
+                target /= 1 + shaping / (12 * target.square().mean(dim=1, keepdim=True)).clamp(min=1e-9)
+            codes[:, j] = target.round_().clamp_(-q_max, q_max)
             errors[:, j - start] = error = (work[:, j] - codes[:, j] * step) / upper[:, j, j, None]
             work[:, j + 1 : stop].addcmul_(upper[:, j, j + 1 : stop, None], error[:, None, :], value=-1.0)
         work[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, errors, alpha=-1.0)
     codes = torch.empty_like(codes).scatter_(1, row_order, codes)
-    return codes.mT.to(torch.int8).contiguous(), scale
+    codes = codes.mT.to(torch.int8).contiguous()
+    return (codes, scale) if shaping is None else (codes, scale, column_steps)
 
 def quantize_rows(x, low, high, steps):
     """x (..., C) -> codes int8 (..., C) in [low, high], scale fp16 (...): largest |x| of the row over `steps`."""
     scale = (x.float().abs().amax(dim=-1) / steps).clamp(*FP16_RANGE).half()
     return (x.float() / scale.float()[..., None]).round_().clamp_(low, high).to(torch.int8), scale
 
-def lqer_factors(error, rank):
-    """error (R, C) -> A (R, rank), B (rank, C), the best A B in the Frobenius norm (LQER, arXiv:2402.02446)."""
-    u, s, vh = torch.linalg.svd(error.float(), full_matrices=False)
-    return u[:, :rank] * s[:rank], vh[:rank]
+def lqer_factors(error, rank, root=None):
+    """error (R, C) -> A (R, rank), B (rank, C), the best A B in the Frobenius norm (LQER, arXiv:2402.02446).
+
+    With root (C, C), H = root root^T: the best for the error of the outputs, |(error - A B) root|.
+    """
+    u, s, vh = torch.linalg.svd(error.float() if root is None else error.float() @ root, full_matrices=False)
+    b = vh[:rank] if root is None else torch.linalg.solve_triangular(root, vh[:rank], upper=False, left=False)
+    return u[:, :rank] * s[:rank], b
+
+def hessian_root(hessian, damp):
+    """H (C, C) -> lower triangular L, H + damping = L L^T."""
+    diagonal = hessian.diagonal()
+    return torch.linalg.cholesky(hessian + torch.diag(damp * diagonal.mean() + (diagonal == 0)))
+
+def lqer_gain(error, hessian, hp):
+    """What decides which matrices get a correction: |E|; LQER_WEIGHTED: weighted error that it takes off, per byte."""
+    if not hp.lqer_weighted:
+        return error.norm().item()
+    weighted = error @ hessian_root(hessian, hp.gptq_damp)
+    rows, columns = error.shape
+    gram = weighted @ weighted.T if rows < columns else weighted.T @ weighted
+    return torch.linalg.eigvalsh(gram)[-hp.lqer_rank :].sum().item() / (2 * rows + 4 * columns)
 
 def pack_factors(a, b, hp):
     """a (R, r), b (r, C) -> LQER_FIELDS: codes int8, scales fp16, () and (groups,) if asymmetric, or (R,), (r,)."""
@@ -1653,9 +1693,15 @@ def quantize_matrices(names, weights, hessians, hp):
         batches[weights[name].shape, getattr(hp, bits), getattr(hp, clip)].append(name)
     for (_, bits, clip_sigmas), batch in batches.items():
         w, h = (torch.stack([source[name].float() for name in batch]) for source in (weights, hessians))
-        codes, scale = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch)
-        packed |= {name: {"codes": c, "scale": s} for name, c, s in zip(batch, codes, scale, strict=True)}
-        errors |= dict(zip(batch, w - codes * scale.float()[..., None], strict=True))
+        shaping = hp.gptq_rate_lambda if hp.gptq_column_steps else None
+        found = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, shaping)
+        for name, weight, codes, scale, *columns in zip(batch, w, *found, strict=True):
+            packed[name] = {"codes": codes, "scale": scale}
+            step = scale.float()[:, None]
+            if columns:
+                packed[name]["column_steps"] = columns[0]
+                step = ((step + columns[0]) / 8).exp2()
+            errors[name] = weight - codes * step
     return packed, errors
 
 def quantize_small(name, w, hp):
@@ -1668,15 +1714,15 @@ def quantize_small(name, w, hp):
 def quantize_weights(weights, hessians, hp, dist):
     """Saved weights by name, Hessians (C, C) by the same names -> numpy arrays "name:field", the same on every rank.
 
-    Fields: codes, scale; LQER_FIELDS; fp16. Every matrix is the work of one rank, small tensors are rank 0's, and LQER
-    takes the largest |E|_F over all ranks. Raises ValueError, on all ranks, naming the tensors at fault on any.
+    Fields: codes, scale, column_steps; LQER_FIELDS; fp16. Every matrix is the work of one rank, small tensors are rank
+    0's, and LQER takes the largest gains over all ranks. Raises ValueError, on all ranks, naming the tensors at fault.
     """
     check_quantizable(weights, hessians)
     matrices = {name: w for name, w in weights.items() if quant_role(name)}
     try:
         mine = share_matrices(matrices, dist.world_size)[dist.rank]
         packed, errors = quantize_matrices(mine, weights, hessians, hp)
-        outcome = {name: error.norm().item() for name, error in errors.items()}
+        outcome = {name: lqer_gain(error, hessians[name], hp) for name, error in errors.items()}
     except ValueError as error:  # told to the other ranks, which would wait for this one's part
         outcome = str(error)
     outcomes = dist.all_gather_object(outcome)
@@ -1685,10 +1731,11 @@ def quantize_weights(weights, hessians, hp, dist):
     if dist.rank == 0:
         packed |= {name: quantize_small(name, w, hp) for name, w in weights.items() if name not in matrices}
     if hp.lqer_enabled:
-        norms = {name: norm for part in outcomes for name, norm in part.items()}
-        chosen = sorted(norms, key=lambda name: (-norms[name], name))[: hp.lqer_top_k]
+        gains = {name: gain for part in outcomes for name, gain in part.items()}
+        chosen = sorted(gains, key=lambda name: (-gains[name], name))[: hp.lqer_top_k]
         for name in set(chosen) & set(errors):
-            packed[name] |= pack_factors(*lqer_factors(errors[name], hp.lqer_rank), hp)
+            root = hessian_root(hessians[name], hp.gptq_damp) if hp.lqer_weighted else None
+            packed[name] |= pack_factors(*lqer_factors(errors[name], hp.lqer_rank, root), hp)
     packed = {name: {field: x.cpu().numpy() for field, x in fields.items()} for name, fields in packed.items()}
     packed = {name: fields for part in dist.all_gather_object(packed) for name, fields in part.items()}
     return {f"{name}:{field}": array for name in weights for field, array in packed[name].items()}  # the caller's order
@@ -1706,6 +1753,8 @@ def dequantize_weights(arrays):
         if "fp16" not in fields and not {"codes", "scale"} <= fields.keys():
             raise ValueError(f"{name}: no weight can be made of the fields {sorted(fields)}")
         w = fields["fp16"] if "fp16" in fields else fields["codes"] * fields["scale"][..., None]
+        if "column_steps" in fields:
+            w = fields["codes"] * STEPS[(fields["scale"][:, None] + fields["column_steps"]).astype(int)]
         if "lqer_a" in fields:
             a, b = unpack_factors(fields)
             for r in range(a.shape[1]):

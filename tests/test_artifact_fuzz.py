@@ -72,12 +72,12 @@ def damage_section(blob, chance):
 
 
 def swap_sections(blob, chance):
-    """Two sections change places, with or without their entries in the header; or one stands twice, or is gone."""
+    """Two sections change places, with or without their sizes in the header; or one stands twice, or is gone."""
     parts = Parts(blob)
     a, b = chance.choices(range(len(parts.data)), k=2)
     parts.data[a], parts.data[b] = parts.data[b], parts.data[a]
     if chance.random() < 0.5:
-        parts.sections[a], parts.sections[b] = parts.sections[b], parts.sections[a]
+        parts.sections[a][0], parts.sections[b][0] = parts.sections[b][0], parts.sections[a][0]
     if chance.random() < 0.3:
         del parts.data[a], parts.sections[a]
     elif chance.random() < 0.3:
