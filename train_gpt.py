@@ -1873,9 +1873,12 @@ class SymbolEncoder:
     def __init__(self):
         self.slots = []
 
-    def use(self, frequencies):
-        self.starts = (frequencies.cumsum(1) - frequencies).ravel()
-        self.frequencies = frequencies.ravel()
+    def use(self, counts):
+        """Counts (contexts, 256) -> whole frequencies: 2^16 in each context, at least 1 where a count is positive."""
+        total = counts.sum(1, keepdims=True)
+        frequencies = np.maximum((counts * 2**16 + total // 2) // total, counts > 0)
+        frequencies[np.arange(len(counts)), frequencies.argmax(1)] += 2**16 - frequencies.sum(1)
+        self.starts, self.frequencies = (frequencies.cumsum(1) - frequencies).ravel(), frequencies.ravel()
 
     def __call__(self, contexts, symbols):
         index = contexts * 256 + symbols + 128
@@ -1895,24 +1898,24 @@ class SymbolEncoder:
                 lanes += lanes // f * (2**16 - f) + starts[at : at + LANES]
         return b"".join([state.astype("<i8"), *words[::-1]])
 
-class SymbolDecoder:
+class SymbolDecoder(SymbolEncoder):
     def __init__(self, data):
         self.state = np.frombuffer(data[: 8 * LANES], "<i8").astype(np.int64)
         self.words, self.at = np.frombuffer(data[8 * LANES :], "<u4").astype(np.int64), 0
 
-    def use(self, frequencies):
-        SymbolEncoder.use(self, frequencies)
-        self.symbols = np.arange(frequencies.size, dtype=np.int16).repeat(self.frequencies)
+    def use(self, counts):
+        super().use(counts)
+        self.symbols = np.arange(counts.size, dtype=np.int16).repeat(self.frequencies)
 
     def __call__(self, contexts, _):
         index, first_slots = np.empty(contexts.size, np.int64), contexts << 16
         for at in range(0, contexts.size, LANES):
             lanes = self.state[: contexts.size - at]
             slots = lanes & 65535
-            index[at : at + LANES] = i = self.symbols[first_slots[at : at + LANES] + slots]
+            index[at : at + LANES] = i = self.symbols.take(first_slots[at : at + LANES] + slots)
             lanes >>= 16
-            lanes *= self.frequencies[i]
-            lanes += slots - self.starts[i]
+            lanes *= self.frequencies.take(i)
+            lanes += slots - self.starts.take(i)
             low = (lanes < 2**31).nonzero()[0]
             lanes[low] = lanes[low] << 32 | self.words[self.at : self.at + len(low)]
             self.at += len(low)
@@ -1927,16 +1930,9 @@ def initial_counts():
     counts[:, 0] = 3
     return np.vstack([counts, np.ones(256)]).astype(np.int64)  # the last context: what an ESCAPE stands for
 
-def whole_frequencies(counts):
-    """Counts (contexts, 256) -> whole numbers, each row's sum 2^16, at least 1 where a count is positive."""
-    total = counts.sum(1, keepdims=True)
-    frequencies = np.maximum((counts * 2**16 + total // 2) // total, counts > 0)
-    frequencies[np.arange(len(counts)), frequencies.argmax(1)] += 2**16 - frequencies.sum(1)
-    return frequencies
-
 def code_matrix(coder, counts, codes):
     """Codes (R, C) int8 through a coder that reads or fills them; a code's context: its column's variance so far."""
-    coder.use(whole_frequencies(counts))
+    coder.use(counts)
     energy, row = np.full(codes.shape[1], 7.5 * 16), 0  # as if 16 rows of the published clips had been seen
     while row < len(codes):
         block = codes[row : row + max(1, min(8 + row // 4, 2**20 // max(1, len(energy))))]
