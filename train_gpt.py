@@ -1930,27 +1930,62 @@ def initial_counts():
     counts[:, 0] = 3
     return np.vstack([counts, np.ones(256)]).astype(np.int64)  # the last context: what an ESCAPE stands for
 
+def column_predictor(gram, rows):
+    """gram (C, C), sum of x x^T over rows x -> P (C, C): x_j is about P[j, :j] x[:j]. Multiples of 2^-12: exact sums.
+
+    Elimination by elementwise operations in a fixed order, as LAPACK's last bits differ between machines.
+    """
+    size = len(gram)
+    work = np.hstack([gram + 800 / rows * np.trace(gram) / size * np.eye(size), np.eye(size)]).astype(np.float32)
+    for j in range(size):
+        part = work[j + 1 :, j : size + j + 1]
+        part -= part[:, :1] / work[j, j] * work[j, j : size + j + 1]
+    return np.rint(-4096 * np.tril(work[:, size:].astype(np.float64), -1)) / 4096
+
 def code_matrix(coder, counts, codes):
-    """Codes (R, C) int8 through a coder that reads or fills them; a code's context: its column's variance so far."""
-    coder.use(counts)
-    energy, row = np.full(codes.shape[1], 7.5 * 16), 0  # as if 16 rows of the published clips had been seen
-    while row < len(codes):
-        block = codes[row : row + max(1, min(8 + row // 4, 2**20 // max(1, len(energy))))]
-        levels = np.searchsorted(VARIANCES[:-1], energy / (row + 16))
-        contexts, known = np.tile(levels, len(block)), block.ravel().astype(np.int64)
+    """Codes (R, C) int8 through a coder that reads or fills them; a code's context: its column's variance so far.
+
+    Where there are far more rows than columns (the embedding), what is coded is the rest of a linear prediction of each
+    column from those before it, learnt from the rows before, as long as that pays.
+    """
+    rows, columns = codes.shape
+    energy, seen, row, learns = np.full(columns, 7.5 * 16), 16, 0, rows >= 8 * columns > 0
+
+    def code(block, levels):
+        contexts, known = np.tile(levels, len(block)), block.astype(np.int8).astype(np.int64).ravel()  # modulo 256
         symbols = coder(contexts, np.where(known**2 <= 20 * VARIANCES[contexts], known, ESCAPE))
-        counts += 64 * np.bincount(contexts * 256 + symbols + 128, minlength=counts.size).reshape(counts.shape)
+        np.add.at(counts.ravel(), contexts * 256 + symbols + 128, 64)
         hidden = (symbols == ESCAPE).nonzero()[0]
         symbols[hidden] = coder(np.full(len(hidden), len(VARIANCES)), known[hidden])
-        block[:] = symbols.reshape(block.shape)
-        energy += (symbols * symbols).reshape(block.shape).sum(0)
-        row += len(block)
+        return symbols.reshape(block.shape)
+
+    while row < rows:
+        predicts = learns and row >= 128
+        block = codes[row : row + max(1, row // 2 if predicts else min(8 + row // 4, 2**20 // max(1, columns)))]
+        if not predicts:
+            block[:] = rest = code(block, np.searchsorted(VARIANCES[:-1], energy / seen))
+        else:
+            before, (values, rest) = codes[:row].astype(np.float64), np.empty((2, columns, len(block))).mT
+            predictor = column_predictor(before.T @ before, row)
+            energy, seen = energy // 2, seen // 2  # of a worse prediction
+            levels = np.searchsorted(VARIANCES[:-1], energy / seen)
+            for j in range(columns):
+                if j % 16 == 0:
+                    means = values[:, :j] @ predictor[j : j + 16, :j].T
+                mean = np.rint(means[:, j % 16] + values[:, j - j % 16 : j] @ predictor[j, j - j % 16 : j])[:, None]
+                rest[:, j : j + 1] = code(block[:, j : j + 1] - mean, levels[j : j + 1])
+                block[:, j] = (rest[:, j] + mean[:, 0]).astype(np.int64)
+                values[:, j] = block[:, j]
+            learns = (rest * rest).sum() < (values * values).sum()
+        energy += (rest * rest).sum(0)
+        row, seen = row + len(block), seen + len(block)
 
 def code_matrices(coder, raw, shapes):
     """Bytes of int8 matrices, each stored transposed, through a coder; -> the bytes that came out of it."""
     codes, counts, start = np.array(np.frombuffer(raw, np.int8)), initial_counts(), 0
     for shape in shapes:
         size = math.prod(shape)
+        coder.use(counts)
         code_matrix(coder, counts, codes[start : start + size].reshape(shape).T)
         start += size
     return codes.tobytes()

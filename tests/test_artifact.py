@@ -311,6 +311,7 @@ def test_entropy_coder_is_exact_on_any_codes():
     every = np.arange(-128, 128).astype(np.int8)
     matrices = [rng.integers(-128, 128, (40, 90)).astype(np.int8), every[None], every[:, None]]
     matrices += [np.zeros(shape, np.int8) for shape in ((700, 3), (0, 4), (4, 0))] + [np.full((5, 5), -128, np.int8)]
+    matrices += [np.repeat(rng.integers(-128, 128, (400, 5)), 3, axis=1).astype(np.int8)]
     matrices += [uneven_codes(int(rng.integers(1, 300)), int(rng.integers(1, 70)), seed)[0] for seed in range(5)]
     for matrix in matrices:
         entropy_trip([matrix])
@@ -326,11 +327,32 @@ def test_entropy_coder_is_within_half_a_percent_of_the_entropy_given_the_columns
     assert bits / 8 < entropy_trip([codes]) < 1.005 * bits / 8 + lanes
 
 
+def test_entropy_coder_learns_what_the_columns_of_an_embedding_share():
+    rng = np.random.default_rng(7)
+    mix = np.linalg.qr(rng.normal(size=(48, 48)))[0] * np.exp(rng.normal(size=48))
+    codes = np.clip(np.rint(4 * rng.normal(size=(3000, 48)) @ mix.T), -127, 127).astype(np.int8)
+    correlations = np.corrcoef(codes.astype(float).T)
+    alone = entropy_trip([np.stack([rng.permutation(column) for column in codes.T], axis=1)])
+    shared = -np.linalg.slogdet(correlations)[1] / 2 / math.log(2) / 8 * len(codes)  # bytes, if they were Gaussian
+    assert shared > 0.1 * alone and entropy_trip([codes]) < alone - 0.5 * shared
+
+
+def test_predictor_is_the_conditional_mean_in_fixed_point():
+    x = np.random.default_rng(8).normal(size=(5000, 12)) @ np.random.default_rng(9).normal(size=(12, 12))
+    x = np.rint(5 * x)
+    predictor = train_gpt.column_predictor(x.T @ x, 10**9)
+    assert np.array_equal(predictor * 4096, np.rint(predictor * 4096)) and not np.triu(predictor).any()
+    for j in range(1, 12):
+        expected = np.linalg.lstsq(x[:, :j], x[:, j], rcond=None)[0]
+        assert np.allclose(predictor[j, :j], expected, atol=3e-3)
+
+
 def test_entropy_stream_is_the_same_on_every_machine():
     rng = np.random.default_rng(6)
-    codes = [(rng.integers(-9, 10, (300, 40)) * np.arange(1, 41) // 7).astype(np.int8) for _ in range(2)]
+    codes = [(rng.integers(-9, 10, (40, 300)) * np.arange(1, 41)[:, None] // 7).astype(np.int8) for _ in range(2)]
+    codes[1][1:] = codes[1][1:] // 2 + codes[1][:-1]  # stored are transposes, and of 40 columns one follows another
     stored = train_gpt.ENCODERS["entropy"](b"".join(x.tobytes() for x in codes), [x.shape for x in codes])
-    assert train_gpt.digest(stored).hex() == "e7115e8bb75a5fc8"
+    assert train_gpt.digest(stored).hex() == "1ecb208c3f664fc6"
 
 
 def test_damaged_or_hostile_entropy_stream_is_refused():
