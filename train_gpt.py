@@ -187,7 +187,7 @@ class Hyperparameters:
     lqer_asym_group: int = env(64, "codes that share a scale in the int4 factor", least=1)
     lqer_factor_bits: int = env(4, "bits of the symmetric factors", least=2, most=8)
     target_bytes: int = env(0, "scale the clips until code and weights end just under this; 0: off", least=0)
-    compressor: str = env("pergroup", "coder of the artifact: pergroup (needs lrzip), brotli, lzma")
+    compressor: str = env("entropy", "coder of the artifact: entropy, pergroup (needs lrzip), brotli, lzma")
 
     # evaluation
     eval_seq_len: int = env(2048, "context of plain and sliding evaluation", least=2)
