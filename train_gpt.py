@@ -2749,7 +2749,6 @@ def run(hp, dist):
         if not hp.prequant_only:
             training["group_bytes"] = build_artifact(model, loader, hp, dist, log, artifact, code_bytes)
         score_stage("prequant", evaluator.evaluate_bpb, log, scores)
-
     # ---- evaluate the file on disk
     if not hp.prequant_only:
         artifact_bytes = artifact.stat().st_size
