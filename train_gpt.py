@@ -406,19 +406,33 @@ class RunLog:
     def __init__(self, folder, dist):
         self.dist, self.seconds, self.graphs = dist, {}, {}
         self.file = open(Path(folder) / "log.txt", "a", encoding="utf-8") if dist.rank == 0 else None
+        self.erase = "\r\x1b[K" if self.file and sys.stdout.isatty() else ""  # on a terminal: takes the live line away
+        self.running, self.shown = None, 0.0
 
     def __call__(self, message):
         if self.file:
-            print(message, flush=True)
+            print(self.erase + message, flush=True)
             print(message, file=self.file, flush=True)
+
+    def live(self, share, detail=""):
+        """The running stage and its bar, on a terminal only; whatever is printed next takes their place."""
+        now = time.perf_counter()
+        if self.erase and now - self.shown > 0.2:
+            self.shown, (name, start) = now, self.running
+            left = (now - start) * (1 / share - 1) if share else 0.0
+            bar = f"[{'#' * round(30 * share):.<30}] {share:4.0%}  {left:.0f} s left  {detail}" if share else "..."
+            print(self.erase + f"{name} {bar}"[:shutil.get_terminal_size().columns - 1], end="", flush=True)
 
     @contextlib.contextmanager
     def stage(self, name):
         """Times a stage of the run, device work included."""
         self.dist.synchronize()
         start, graphs = time.perf_counter(), compiled_graphs()
+        around, self.running, self.shown = self.running, (name, start), 0.0
+        self.live(0.0)
         yield
         self.dist.synchronize()
+        self.running = around
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
         self.graphs[name] = self.graphs.get(name, 0) + compiled_graphs() - graphs
         self(f"stage:{name} seconds:{self.seconds[name]:.2f} graphs_compiled:{self.graphs[name]}")
@@ -1505,6 +1519,8 @@ class Trainer:
             step_seconds, seconds = now - seconds, now
             if step <= 5 or step % hp.train_log_every == 0:
                 self.log_step(step, losses[-1], seconds, progress, looping)
+            rate = step * hp.train_batch_tokens / seconds
+            log.live(progress, f"step:{step} train_loss:{self.last_loss:.4f} tokens_per_s:{rate:.0f}")
             if hp.val_loss_every and step % hp.val_loss_every == 0:
                 with clock.paused():
                     evaluate()
@@ -1518,7 +1534,7 @@ class Trainer:
         return self.summary(step, seconds, tokens_at, losses)
 
     def log_step(self, step, loss, seconds, progress, looping):
-        loss = self.dist.all_reduce(loss.clone()).item()
+        self.last_loss = loss = self.dist.all_reduce(loss.clone()).item()  # the live line must not wait for the GPU
         rate = step * self.hp.train_batch_tokens / seconds
         self.log(f"step:{step} train_loss:{loss:.4f} train_seconds:{seconds:.2f} progress:{progress:.4f} "
                  f"lr_factor:{lr_multiplier(progress, self.hp):.4f} looping:{int(looping)} tokens_per_s:{rate:.0f}")
@@ -2110,16 +2126,18 @@ def split_arrays(raw, specs):
             arrays[spec.name] = flat.reshape(spec.shape)
     return arrays
 
-def pack_weights(arrays, compressor):
-    """Named numpy arrays -> artifact bytes. Raises ValueError for what an artifact cannot hold, or a missing tool."""
+def pack_weights(arrays, compressor, tell=lambda share: None):
+    """Named numpy arrays -> artifact bytes; `tell(share done)` as it goes on. ValueError for what cannot be packed."""
     check_compressor(compressor)
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
     check_specs(specs)
-    plan = plan_sections(specs, compressor)
+    plan, packed = plan_sections(specs, compressor), []  # and the bytes of the sections that are done
     reordered = [spec.name for kind, _, members in plan if kind == "orders" for spec in members]
     def encode(kind, codec, members):
         raw = join_arrays(sources[kind], members)
         stored = ENCODERS[codec](raw, [spec.shape for spec in members]) if raw else b""
+        packed.append(len(raw))
+        tell(sum(packed) / max(1, sum(spec.num_bytes for _, _, members in plan for spec in members)))
         return stored, [len(stored), digest(stored).hex(), digest(raw).hex()]
 
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
@@ -2436,6 +2454,7 @@ class TestTimeTrainer:
         self.block, self.head = (compiled(f, hp, dist, dynamic=None) for f in (model.block, model.token_losses))
         self.shapes = lora_shapes(model)
         self.score = Score(dist.device)
+        self.done, self.cost, self.running = 0, 1, ""  # for the live line: this rank's window positions, last score
 
     def chunk_losses(self, windows, targets, positions, adapters):
         """Windows (B, W), targets and their positions in the windows (B, C), adapters -> (B, C) nats, float32 head."""
@@ -2503,6 +2522,8 @@ class TestTimeTrainer:
         chunk = 0
         while live.any():
             windows, targets, positions, scored, charges = self.chunk_batch(rows, chunk)
+            self.done += int(live.sum()) * min((chunk + 1) * hp.ttt_chunk_size, hp.ttt_eval_seq_len)
+            self.log.live(self.done / self.cost, self.running)
             going = live & (lengths[rows] > (chunk + 1) * hp.ttt_chunk_size)
             losses = self.chunk_losses(windows, targets, positions, lora.adapters())
             live_rows = torch.from_numpy(live).to(self.dist.device)
@@ -2558,13 +2579,16 @@ class TestTimeTrainer:
         self.log(f"ttt_warm_up seconds:{time.perf_counter() - started:.1f}")
         kept = {lane: BatchedLoRA.initial_a(self.shapes, lane, hp, self.dist.device)
                 for lane in range(self.dist.rank, hp.ttt_lanes, self.dist.world_size)}
-        for phase in plan_ttt((stream.ends - stream.starts)[:self.documents], hp):
+        lengths = (stream.ends - stream.starts)[:self.documents]
+        phases = plan_ttt(lengths, hp)
+        self.cost = sum(window_positions(lengths[b], hp).sum() for p in phases for lane in kept for b in p.lanes[lane])
+        for phase in phases:
             for lane, mine in kept.items():
                 for batch in phase.lanes[lane]:
                     self.score_batch(batch, mine)
                     nats, tokens, charges = self.score.sums.tolist()
-                    self.log(f"ttt_batch lane:{lane} documents:{len(batch)} running_tokens:{tokens:.0f} "
-                             f"running_bpb:{bits_per_byte(nats, max(charges, 1)):.5f} "
+                    self.running = f"running_bpb:{bits_per_byte(nats, max(charges, 1)):.5f}"
+                    self.log(f"ttt_batch lane:{lane} documents:{len(batch)} running_tokens:{tokens:.0f} {self.running} "
                              f"seconds:{time.perf_counter() - started:.1f}")
             if phase.adapt:
                 self.global_adapt(phase.documents)
@@ -2646,7 +2670,7 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes):
         with log.stage("quantize"):
             arrays = quantize_weights(weights, hessians, hp, dist)
         with log.stage("pack"):
-            blob = pack_weights(arrays, hp.compressor) if dist.rank == 0 else b""
+            blob = pack_weights(arrays, hp.compressor, log.live) if dist.rank == 0 else b""
             spare = dist.broadcast_float(hp.target_bytes - code_bytes - len(blob))
         if not hp.target_bytes or 0 <= spare <= hp.target_bytes / 2000:
             break

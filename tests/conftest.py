@@ -30,6 +30,19 @@ def tiny_hp(**changes):
     return train_gpt.Hyperparameters(**(TINY | changes))
 
 
+class Lines(list):
+    """Stands in for RunLog: keeps the lines, and what the live line was told as (share, detail)."""
+
+    def __init__(self):
+        self.shares = []
+
+    def __call__(self, line):
+        self.append(line)
+
+    def live(self, share, detail=""):
+        self.shares.append((share, detail))
+
+
 def write_shard(path, values):
     """A shard file as the README (Data) describes it, written independently of the code under test."""
     header = np.zeros(256, dtype="<i4")

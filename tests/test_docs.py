@@ -1,25 +1,22 @@
-"""The pages say what is there: files, targets, settings, RESULT's keys, sections; and the launcher of several seeds."""
+"""The pages say what is there: files, targets, settings, RESULT's keys, sections."""
 
 import ast
-import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import train_gpt
+from tools import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "THIRD_PARTY_NOTICES.md", "data/README.md", "docs/LOG.md", "docs/RESULT.md", "records/README.md",
          "tokenizers/README.md"]
 SETTINGS = {name.upper() for name in train_gpt.Hyperparameters.__dataclass_fields__}
-OTHER_VARIABLES = {"TORCH_INDEX_URL", "TORCH", "VENV", "SEEDS", "NPROC", "SCRIPT", "PYTHON", "GOLDEN_DIR"}
+OTHER_VARIABLES = {"TORCH_INDEX_URL", "TORCH", "GOLDEN_DIR", "HF_TOKEN", *launch.OURS}
 # what a run, a dataset or a user makes or fetches, so that a checkout does not hold it
-MADE = """log.txt model.pt artifact.bin result.json training.png stages.png manifest.json submission.json
+MADE = """log.txt model.pt artifact.bin result.json stderr.txt manifest.json submission.json
     docs_train.jsonl.xz docs_selected.jsonl train.jsonl.xz val.jsonl.xz
     fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model""".split()
 KEPT_TYPES = {".py", ".sh", ".md", ".toml", ".txt", ".env", ".json", ".model"}
@@ -155,91 +152,3 @@ def test_every_stage_is_described(source):
 def test_result_page_has_the_version_and_the_cap():
     assert read("docs/RESULT.md").startswith(f"# The RESULT line, version {train_gpt.RESULT_VERSION}\n")
     assert all(f"{train_gpt.BYTE_CAP:,}" in read(page) for page in ("README.md", "docs/RESULT.md"))
-
-
-# ---- run_3seeds.sh
-
-STUB = """
-import json, os, sys
-from pathlib import Path
-seed = int(os.environ["SEED"])
-if {"SEEDS", "NPROC", "SCRIPT", "PYTHON"} & set(os.environ):
-    sys.exit("the launcher's own variables came through")
-if seed == 13:
-    sys.exit(7)
-folder = Path(os.environ["RUNS_DIR"], os.environ["RUN_ID"])
-folder.mkdir(parents=True)
-scores = {"prequant": {"bpb": 1 + seed / 100}, "ttt": {"bpb": 0.5 + seed / 10}}
-result = {"seed": seed, "scores": scores, "total_bytes": 15_000_000 + seed, "violations": ["late"] * (seed == 2)}
-(folder / "result.json").write_text(json.dumps(result))
-"""
-FAKE_PYTHON = """#!/usr/bin/env bash
-echo "$@" | head -1 >>{folder}/calls
-if [[ $1 == -c ]]; then echo 4; exit; fi
-if [[ $1 == -m ]]; then exec {python} "${{@: -1}}"; fi
-exec {python} "$@"
-"""
-
-
-@pytest.fixture
-def launch(tmp_path):
-    """launch(**variables) -> the finished launcher, with a stub in the place of train_gpt.py."""
-    (tmp_path / "stub.py").write_text(STUB)
-
-    def start(**variables):
-        environ = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
-        environ |= {"SCRIPT": str(tmp_path / "stub.py"), "PYTHON": sys.executable, "RUNS_DIR": str(tmp_path / "runs")}
-        return subprocess.run([ROOT / "run_3seeds.sh"], env=environ | variables, cwd=tmp_path, capture_output=True,
-                              text=True, timeout=60)
-
-    return start
-
-
-def test_launcher_tabulates_seeds_with_mean_and_deviation(launch, tmp_path):
-    done = launch(SEEDS="1 2 6", NPROC="1", RUN_ID="mine")
-    assert done.returncode == 0, done.stderr
-    table = [line.split() for line in done.stdout.split("\n\n")[1].splitlines()]
-    assert table == [["BPB", "prequant", "ttt", "bytes", "violations"],
-                     ["1", "1.01000", "0.60000", "15,000,001", "0"],
-                     ["2", "1.02000", "0.70000", "15,000,002", "1"],
-                     ["6", "1.06000", "1.10000", "15,000,006", "0"],
-                     ["mean", "1.03000", "0.80000"],
-                     ["std", "0.02646", "0.26458", "(sample,", "n", "-", "1)"]]
-    assert sorted(os.listdir(tmp_path / "runs")) == ["mine-seed1", "mine-seed2", "mine-seed6"]
-
-
-def test_launcher_takes_three_seeds_by_itself_and_names_their_runs(launch, tmp_path):
-    done = launch(NPROC="1")
-    assert done.returncode == 0, done.stderr
-    names = [path.parent.name for path in (tmp_path / "runs").glob("*/result.json")]
-    assert {name.rsplit("-", 1)[1] for name in names} == {"seed42", "seed0", "seed1234"}
-    assert len({name.rsplit("-", 1)[0] for name in names}) == 1
-    for name in names:
-        train_gpt.Hyperparameters(run_id=name)
-
-
-def test_launcher_stops_with_the_exit_code_of_the_run_that_failed(launch, tmp_path):
-    done = launch(SEEDS="1 13 2", NPROC="1", RUN_ID="mine")
-    assert done.returncode == 7
-    assert "seed 13 ended with exit code 7" in done.stderr
-    assert "mean" not in done.stdout
-    assert os.listdir(tmp_path / "runs") == ["mine-seed1"]
-
-
-@pytest.mark.parametrize("variables", [{"SEEDS": "1 1"}, {"SEEDS": " "}, {"NPROC": "0"}, {"NPROC": "two"}])
-def test_launcher_refuses_what_cannot_be_meant(launch, tmp_path, variables):
-    done = launch(**{"NPROC": "1"} | variables)
-    assert done.returncode == 2 and done.stderr.startswith("run_3seeds.sh: ")
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("variables, processes", [({}, 4), ({"NPROC": "2"}, 2)])
-def test_launcher_uses_torchrun_for_several_processes(launch, tmp_path, variables, processes):
-    fake = tmp_path / "python"
-    fake.write_text(FAKE_PYTHON.format(folder=shlex.quote(str(tmp_path)), python=shlex.quote(sys.executable)))
-    fake.chmod(0o755)
-    done = launch(SEEDS="5", PYTHON=str(fake), **variables)
-    assert done.returncode == 0, done.stderr
-    launched = [line for line in (tmp_path / "calls").read_text().splitlines() if line.startswith("-m ")]
-    assert launched == [f"-m torch.distributed.run --standalone --nproc_per_node={processes} {tmp_path}/stub.py"]
-    assert json.loads(next((tmp_path / "runs").glob("*/result.json")).read_text())["seed"] == 5

@@ -333,8 +333,8 @@ def inside(node, *names):
     return False
 
 
-def test_the_file_has_fewer_than_2800_lines():
-    assert len(SOURCE.splitlines()) < 2800
+def test_the_file_has_fewer_than_3200_lines():
+    assert len(SOURCE.splitlines()) < 3200
 
 
 def test_lines_have_at_most_120_columns():

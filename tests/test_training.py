@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_hp, write_documents
+from conftest import Lines, tiny_hp, write_documents
 from test_optimizer import run_on_ranks
 
 import train_gpt
@@ -33,8 +33,7 @@ def loader_of(folder, dist=None, **changes):
 def trainer_of(folder, dist=None, log=None, **changes):
     """A Trainer of a small model; every log line is appended to `log`."""
     hp = tiny_hp(data_path=str(folder), **SMALL | changes)
-    keep = ([] if log is None else log).append
-    return Trainer(GPT(hp, OPS, torch.float32), hp, dist or train_gpt.Dist("cpu"), keep)
+    return Trainer(GPT(hp, OPS, torch.float32), hp, dist or train_gpt.Dist("cpu"), Lines() if log is None else log)
 
 
 def quiet():
@@ -240,7 +239,7 @@ def test_training_ends_with_the_average_of_the_weights(tiny_data):
 
 
 def test_looping_begins_at_its_fraction_of_the_iterations(tiny_data, monkeypatch):
-    log, calls = [], []
+    log, calls = Lines(), []
     trainer = trainer_of(tiny_data, log=log, iterations=10, enable_looping_at=0.35)
     step = trainer.train_step
     monkeypatch.setattr(trainer, "train_step", lambda *arguments: calls.append(arguments) or step(*arguments))
@@ -378,7 +377,7 @@ def test_iterations_end_a_run_before_its_budget(tiny_data, fake_time, monkeypatc
 
 
 def test_a_step_longer_than_the_budget_is_noted(tiny_data, fake_time, monkeypatch):
-    log = []
+    log = Lines()
     trainer = trainer_of(tiny_data, log=log, max_wallclock_seconds=20.0, gptq_reserve_seconds=5.0)
     slow_steps(trainer, fake_time, lambda n: 16.0, monkeypatch)
     assert trainer.train(quiet)["steps"] == 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_evaluation
 import torch
-from conftest import write_documents
+from conftest import Lines, write_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluation import document_spans, make_model, on_ranks, piece_losses, small_hp
@@ -28,16 +28,12 @@ def make_validation(folder, hp, lengths=LENGTHS):
     return test_evaluation.make_validation(folder, hp, lengths)
 
 
-def quiet(message):
-    """A RunLog that keeps nothing."""
-
-
-def run_ttt(hp, validation, world_size=1):
+def run_ttt(hp, validation, world_size=1, log=None):
     """Test-time training from make_model's weights on every rank -> [score of each rank], [model of each rank]."""
     models = [make_model(hp) for _ in range(world_size)]
 
     def work(dist):
-        return TTT(models[dist.rank], validation, hp, dist, quiet).evaluate()
+        return TTT(models[dist.rank], validation, hp, dist, Lines() if log is None else log).evaluate()
 
     return on_ranks(world_size, work), models
 
@@ -507,7 +503,7 @@ def test_global_adaptation_is_a_plain_sgd_loop(tmp_path, clip, chunk_tokens, wor
     documents = np.array([4, 1, 6, 3])
     models = [make_model(hp) for _ in range(world_size)]
     on_ranks(world_size, lambda dist: TTT(
-        models[dist.rank], validation, hp, dist, quiet).global_adapt(documents))
+        models[dist.rank], validation, hp, dist, Lines()).global_adapt(documents))
 
     model = make_model(hp)
     start_values = copy.deepcopy(dict(model.named_parameters()))

@@ -1,0 +1,237 @@
+"""run_3seeds.sh: seeds in tmux windows or in the background, their folders, exit codes, and what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import train_gpt
+from tools import launch
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH", "TERM") if key in os.environ}
+VENV = Path(sys.executable).parents[1]
+WAYS = [pytest.param("0", id="background"),
+        pytest.param("1", id="tmux", marks=pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux"))]
+# stands in for train_gpt.py: writes what a run leaves, fails for seed 13, sleeps for seed 99
+STUB = """
+import json, os, sys, time
+from pathlib import Path
+seed, folder = int(os.environ["SEED"]), Path(os.environ["RUNS_DIR"], os.environ["RUN_ID"])
+if os.environ.get("RANK", "0") != "0":
+    sys.exit()
+(folder / "seen.json").write_text(json.dumps(dict(os.environ) | {"tty": sys.stdout.isatty()}))
+print("printed", flush=True)
+if seed == 13:
+    raise ValueError("thirteen is not liked")
+log = open(folder / "log.txt", "w")
+print("settings (* changed):\\n* SEED=1  # seed", file=log, flush=True)
+if seed == 99:
+    time.sleep(600)
+scores = {"ttt": {"bpb": 1 + seed / 100, "loss": 2.0 + seed, "tokens": 10, "bytes": 40}}
+result = {"seed": seed, "run": folder.name, "scores": scores, "total_bytes": 15_000_000, "violations": []}
+(folder / "result.json").write_text(json.dumps(result))
+print("RESULT " + json.dumps(result), file=log)
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(words, NAME=value, ...) -> the finished run_3seeds.sh; sets that still run are stopped at the end."""
+    (tmp_path / "stub.py").write_text(STUB)
+    environ = HERE | {"VENV": str(VENV), "SCRIPT": str(tmp_path / "stub.py"), "RUNS_DIR": str(tmp_path / "runs"),
+                      "DEVICE": "cpu", "USE_TMUX": "0", "PLOTS": "0"}
+
+    def call(*words, **variables):
+        return subprocess.run([ROOT / "run_3seeds.sh", *words], env=environ | variables, cwd=tmp_path, text=True,
+                              capture_output=True, timeout=90)
+
+    yield call
+    for path in tmp_path.glob("runs/*/launch.json"):
+        call("stop", str(path.parent))
+
+
+def until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def codes(folder):
+    return {path.parent.name: path.read_text() for path in folder.glob("*/exit_code")}
+
+
+# ---- seeds side by side, one after another, under torchrun
+
+
+@pytest.mark.parametrize("tmux", WAYS)
+def test_seeds_have_folders_and_exit_codes_and_a_failure_is_told(run, tmp_path, tmux):
+    started = run(SEEDS="1 13 2", GPUS="cpu cpu", RUN_ID="mine", USE_TMUX=tmux)
+    assert started.returncode == 0, started.stderr
+    assert "seed(s) 1 2 on cpu0" in started.stdout and "seed(s) 13 on cpu1" in started.stdout
+    ended = run("wait")
+    assert ended.returncode == 1 and "not done: seed 13 (failed: 1)" in ended.stderr
+    assert "ValueError: thirteen is not liked" in ended.stdout
+    folder = tmp_path / "runs" / "mine"
+    assert codes(folder) == {"mine-seed1": "0", "mine-seed13": "1", "mine-seed2": "0"}
+    seen = {seed: json.loads((folder / f"mine-seed{seed}" / "seen.json").read_text()) for seed in (1, 13, 2)}
+    for seed, environ in seen.items():
+        assert (environ["SEED"], environ["RUN_ID"], environ["RUNS_DIR"]) == (str(seed), f"mine-seed{seed}", str(folder))
+        assert not set(launch.OURS) & set(environ) and environ["tty"] == (tmux == "1")
+        assert (folder / f"mine-seed{seed}" / "stdout.txt").exists() == (tmux == "0")
+    table = [line.split() for line in ended.stdout.splitlines() if line.startswith("scores.ttt.bpb")]
+    assert table == [["scores.ttt.bpb", "1.01000", "1.02000", "1.01500", "0.00707"]]
+    assert "thirteen is not liked" in (folder / "mine-seed13" / "stderr.txt").read_text()
+
+
+def test_seeds_in_turn_under_torchrun_and_summary_ends_with_0(run, tmp_path):
+    assert run(SEEDS="5", NPROC="2", RUN_ID="two").returncode == 0
+    ended = run("wait")
+    assert ended.returncode == 0, ended.stderr
+    seen = json.loads((tmp_path / "runs/two/two-seed5/seen.json").read_text())
+    assert seen["WORLD_SIZE"] == "2" and seen["SEED"] == "5"
+
+
+def test_three_seeds_by_itself_and_names_that_the_trainer_takes():
+    plan = launch.make_plan({})
+    assert plan.seeds == [42, 0, 1234] and plan.lanes == {"all": {"seeds": [42, 0, 1234], "env": {}}}
+    for seed in plan.seeds:
+        train_gpt.Hyperparameters(run_id=launch.run_folder(plan.folder, seed).name)
+
+
+def test_each_gpu_is_one_process_and_more_seeds_wait():
+    plan = launch.make_plan({"SEEDS": "1 2 3", "GPUS": "4 6"})
+    assert plan.nproc == 1
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # that of nvidia-smi
+    assert plan.lanes == {"gpu4": {"seeds": [1, 3], "env": {"CUDA_VISIBLE_DEVICES": "4"} | order},
+                          "gpu6": {"seeds": [2], "env": {"CUDA_VISIBLE_DEVICES": "6"} | order}}
+
+
+def test_extra_env_wins_over_the_environment_and_that_over_the_preset():
+    environ = {"PRESET": "demo", "MODEL_DIM": "64", "MLP_MULT": "2", "EXTRA_ENV": "MLP_MULT=4 NAME='a b'"}
+    plan = launch.make_plan(environ)
+    assert launch.read_preset("demo")["MODEL_DIM"] != "64"
+    chosen = {name: plan.environ[name] for name in ("MODEL_DIM", "MLP_MULT", "NAME")}
+    assert chosen == {"MODEL_DIM": "64", "MLP_MULT": "4", "NAME": "a b"}
+    assert plan.environ["NUM_HEADS"] == launch.read_preset("demo")["NUM_HEADS"]
+
+
+# ---- watching and stopping
+
+
+@pytest.mark.parametrize("tmux", WAYS)
+def test_stop_ends_its_own_set_and_nothing_else(run, tmp_path, tmux):
+    for name in ("one", "other"):
+        assert run(SEEDS="99 1", NPROC="1", RUN_ID=name, USE_TMUX=tmux).returncode == 0
+    folders = {name: tmp_path / "runs" / name for name in ("one", "other")}
+    until(lambda: all((f / f"{n}-seed99" / "log.txt").exists() for n, f in folders.items()))
+    assert "running" in run("status", "one").stdout
+    assert run("summary", "one").returncode == 1  # not ended
+    stopped = run("stop", "one")
+    assert stopped.returncode == 0 and "stopped: 143" in stopped.stdout and "not started" in stopped.stdout
+    assert codes(folders["one"]) == {"one-seed99": "143"}
+    assert launch.worker_pid(folders["one"], "all") is None
+    assert launch.worker_pid(folders["other"], "all") is not None
+    assert [state for _, _, state in launch.read_states(folders["other"])] == ["running", "waiting"]
+    if tmux == "1":
+        sockets = [json.loads((f / "launch.json").read_text())["tmux"] for f in folders.values()]
+        alive = [subprocess.run(["tmux", "-L", s, "has-session"], capture_output=True).returncode == 0 for s in sockets]
+        assert alive == [False, True]
+
+
+def test_attach_follows_the_logs_where_there_is_no_tmux(run, tmp_path):
+    assert run(SEEDS="99", GPUS="cpu", RUN_ID="mine").returncode == 0
+    until(lambda: (tmp_path / "runs/mine/mine-seed99/log.txt").exists())
+    environ = HERE | {"VENV": str(VENV), "RUNS_DIR": str(tmp_path / "runs")}
+    with subprocess.Popen([ROOT / "run_3seeds.sh", "attach"], env=environ, stdout=subprocess.PIPE, text=True) as shown:
+        assert any("SEED=1" in shown.stdout.readline() for _ in range(10))
+        shown.kill()
+    run("stop")
+    nothing = run("attach")
+    assert nothing.returncode == 1 and "nothing of" in nothing.stderr
+
+
+def test_a_worker_that_was_killed_is_lost_and_a_number_used_again_is_not_mistaken(run, tmp_path):
+    assert run(SEEDS="99", GPUS="cpu", RUN_ID="mine").returncode == 0
+    folder = tmp_path / "runs" / "mine"
+    until(lambda: (folder / "mine-seed99" / "log.txt").exists())
+    worker = launch.worker_pid(folder, "cpu0")
+    child = int(Path(f"/proc/{worker}/task/{worker}/children").read_text())
+    os.kill(worker, signal.SIGKILL)
+    os.kill(child, signal.SIGKILL)
+    until(lambda: launch.worker_pid(folder, "cpu0") is None)
+    assert [state for *_, state in launch.read_states(folder)] == ["lost"]
+    assert run("summary").returncode == 1
+    (folder / "cpu0.pid").write_text(f"{os.getpid()} 1")
+    assert launch.worker_pid(folder, "cpu0") is None
+
+
+def test_commands_without_a_set_or_with_a_wrong_name_are_refused(run):
+    for words in (("status",), ("summary", "nothing"), ("begin",), ("stop", "a", "b")):
+        done = run(*words)
+        assert done.returncode == 2 and done.stderr.startswith("run_3seeds.sh: "), words
+
+
+# ---- what is refused before anything starts
+
+
+@pytest.mark.parametrize("variables, words", [
+    ({"SEEDS": "1 1"}, "none twice"), ({"SEEDS": "1 01"}, "none twice"), ({"SEEDS": " "}, "one seed at least"),
+    ({"SEEDS": "a"}, "whole numbers"), ({"NPROC": "0"}, "1 or more"), ({"NPROC": "two"}, "1 or more"),
+    ({"GPUS": "0 0"}, "none twice"), ({"GPUS": "0", "NPROC": "8"}, "goes without GPUS"),
+    ({"EXTRA_ENV": "fast"}, "NAME=value"), ({"PRESET": "nothing"}, "there are: "), ({"RUN_ID": "../x"}, "RUN_ID"),
+])
+def test_what_cannot_be_meant_is_refused(variables, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert launch.main(["start"], variables) == 2
+    assert words in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_a_venv_without_python_is_refused(run, tmp_path):
+    done = run(VENV=str(tmp_path))
+    assert done.returncode == 2 and "has no bin/python" in done.stderr
+
+
+def test_every_problem_is_named_before_the_start(run, tmp_path):
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    done = run(SCRIPT=str(ROOT / "train_gpt.py"), RUN_ID="taken", DATA_PATH="/nowhere", GPUS="cpu", COMPRESSOR="zip",
+               VOCAB_SIZE="8192", TOKENIZER_PATH=str(ROOT / "tokenizers" / "caseops_8192.model"))
+    assert done.returncode == 1 and "nothing was started" in done.stderr
+    assert "choose another RUN_ID" in done.stderr and "no fineweb_val_*.bin in /nowhere" in done.stderr
+    assert os.listdir(tmp_path / "runs" / "taken") == []
+
+
+@pytest.mark.parametrize("gpus, visible, messages", [
+    ("0", None, []), ("1", None, ["GPU 1 is in use: 70,000 MiB"]), ("0 7", None, ["GPU 7 does not exist"]),
+    ("GPU-b", None, ["GPU GPU-b is in use"]), ("", None, ["GPU 1 is in use"]), ("", "0", []),
+])
+def test_a_gpu_that_is_in_use_or_missing_is_found(tmp_path, monkeypatch, gpus, visible, messages):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho '0, GPU-a, 3'\necho '1, GPU-b, 70000'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    environ = {"GPUS": gpus} | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {})
+    found = list(launch.gpus_in_use(launch.make_plan(environ)))
+    assert len(found) == len(messages) and all(want in got for want, got in zip(messages, found, strict=True))
+
+
+def test_a_full_disk_is_found(tmp_path, monkeypatch):
+    (tmp_path / "stub.py").write_text(STUB)
+    monkeypatch.setattr(launch.shutil, "disk_usage", lambda place: SimpleNamespace(free=1_400_000_000))
+    environ = HERE | {"SCRIPT": str(tmp_path / "stub.py"), "RUNS_DIR": str(tmp_path / "runs"), "GPUS": "cpu"}
+    launch.preflight(launch.make_plan(environ | {"SEEDS": "1 2"}))
+    with pytest.raises(launch.LaunchError, match="1.4 GB free, 3 runs want 1.5 GB"):
+        launch.preflight(launch.make_plan(environ))
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "MODULES", {"numpy": "numpy", "no_such_module": "no-such-package"})
+    assert launch.check_script(tmp_path, False)["problems"] == ["not installed: no-such-package (README: installation)"]

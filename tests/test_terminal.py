@@ -1,0 +1,118 @@
+"""The live line: a bar on a terminal that later lines replace, the same log file whether there is a terminal or not."""
+
+import os
+import pty
+import re
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import Lines, tiny_hp
+from test_training import quiet, trainer_of
+from test_ttt import ACTIVE, make_validation, run_ttt
+
+import train_gpt
+
+
+def screen_of(text):
+    """What a terminal shows after this text: carriage return, erase to the end of the line, new line."""
+    lines, column = [""], 0
+    for part in re.findall(r"\r|\n|\x1b\[K|[^\r\n\x1b]+", text):
+        if part == "\n":
+            lines.append("")
+        elif part == "\x1b[K":
+            lines[-1] = lines[-1][:column]
+        elif part != "\r":
+            lines[-1] = lines[-1][:column] + part + lines[-1][column + len(part):]
+        column = 0 if part in "\r\n" else column + len(part) * (part[0] != "\x1b")
+    return lines
+
+
+# start, live at 0, 0.25 after 10 s, 0.5 too soon, the inner stage, 0.75 after 30 s, end
+MOMENTS = [100.0, 100.0, 110.0, 110.1, 112.0, 112.0, 114.0, 115.0, 130.0, 140.0]
+
+
+def run_stages(folder, stream, rank=0):
+    """Two stages with a live line and a line of the log in each, at MOMENTS -> the log file."""
+    dist, clock = SimpleNamespace(rank=rank, synchronize=lambda: None), iter(MOMENTS)
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((100, 24)))
+        log = train_gpt.RunLog(folder, dist)
+        if not log.erase:  # where nothing is shown, the live line does not look at the clock more than once
+            log.live = lambda share, detail="": next(clock)
+        patch.setattr(train_gpt.time, "perf_counter", lambda: next(clock))
+        log("settings")
+        with log.stage("train"):
+            log.live(0.25, "step:1 " + "x" * 300)
+            log.live(0.5, "too soon after the last one")
+            log("step:1")
+            with log.stage("eval_training"):
+                log.live(0.5, "inside")
+            log.live(0.75, "outside again")
+    stream.flush()
+    return (folder / "log.txt").read_text() if rank == 0 else None
+
+
+@pytest.fixture
+def terminal():
+    """(a stream that is a terminal, read() -> all that came out on it)."""
+    ours, theirs = pty.openpty()
+
+    def read():
+        print("END", file=stream, flush=True)
+        text = ""
+        while not text.endswith("END\r\n"):  # what was written may arrive in pieces
+            text += os.read(ours, 100_000).decode()
+        return text.removesuffix("END\r\n").replace("\r\n", "\n")
+
+    with os.fdopen(theirs, "w") as stream:
+        yield stream, read
+    os.close(ours)
+
+
+def test_a_terminal_shows_the_bar_and_ends_with_the_lines_of_the_log(terminal, tmp_path):
+    stream, read = terminal
+    kept, shown = run_stages(tmp_path / "run", stream), read()
+    assert screen_of(shown) == kept.split("\n")
+    bars = re.findall(r"\r\x1b\[K(\w+ (?:\[[#.]{30}\]|\.\.\.)[^\r\n]*)", shown)
+    assert [re.sub(r"[.#]{30}", "", bar)[:41] for bar in bars] == [
+        "train ...", "train []  25%  30 s left  step:1 " + "x" * 8, "eval_training ...",
+        "eval_training []  50%  2 s left  inside", "train []  75%  10 s left  outside again"]
+    assert bars[1].count("#") == 8 and max(map(len, bars)) == 99
+
+
+def test_a_pipe_gets_plain_lines_and_the_log_is_the_same(terminal, tmp_path):
+    on_terminal = run_stages(tmp_path / "terminal", terminal[0])
+    with open(tmp_path / "piped", "w") as stream:
+        piped = run_stages(tmp_path / "pipe", stream)
+    assert (tmp_path / "piped").read_text() == piped == on_terminal
+    assert "stage:eval_training seconds:3.00" in piped and "\x1b" not in piped and "\r" not in piped
+
+
+def test_other_ranks_show_nothing(terminal, tmp_path):
+    stream, read = terminal
+    run_stages(tmp_path / "run", stream, rank=1)
+    assert read() == ""
+
+
+def test_training_packing_and_test_time_training_tell_how_far_they_are(tiny_data, tmp_path):
+    log = Lines()
+    trainer_of(tiny_data, log=log, iterations=4).train(quiet)
+    assert [share for share, _ in log.shares] == [0.0, 0.25, 0.5, 0.75]
+    assert all(re.fullmatch(r"step:\d+ train_loss:\d+\.\d{4} tokens_per_s:\d+", detail) for _, detail in log.shares)
+    told = []
+    train_gpt.pack_weights({"x": np.zeros((4, 4), np.int8)}, "brotli", told.append)
+    assert told == [1.0]
+    if shutil.which("lrzip"):
+        names = ("tok_emb.weight:codes", "blocks.0.attn.c_q.weight:codes", "q_gain:fp16")
+        told.clear()
+        train_gpt.pack_weights({name: np.zeros((4, 4), np.int8) for name in names}, "pergroup", told.append)
+        assert told == sorted(told) and len(told) == 4 and told[-1] == 1.0
+    log, hp = Lines(), tiny_hp(data_path=str(tmp_path), ttt_lanes=2, ttt_batch_size=2, **ACTIVE)
+    run_ttt(hp, make_validation(tmp_path, hp), log=log)
+    shares = [share for share, _ in log.shares]
+    assert shares == sorted(shares) and 0 < shares[0] < 0.5 and shares[-1] == 1.0

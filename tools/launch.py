@@ -1,0 +1,534 @@
+"""Starts the seeds of one set of settings, each in a folder of its own, watches them, stops them, sums them up.
+
+usage: ./run_3seeds.sh [start | status | attach | stop | wait | summary] [SET]
+
+    start    checks everything first, then starts the runs detached and returns
+    status   a line for each seed: state, exit code, last line of its log
+    attach   the running seeds' windows (tmux; leave with C-b d), or the ends of their logs (C-c leaves)
+    stop     ends what this set still runs, nothing else
+    wait     returns when all seeds have ended, then does what summary does
+    summary  table with mean and standard deviation, pictures; exit code 1 if a seed failed or has not ended
+
+SET is a set's name or folder; without it RUN_ID, or else the newest set in RUNS_DIR. `start` reads the environment:
+
+    SEEDS="42 0 1234"    seeds, each once
+    GPUS="0 1 2"         one process per GPU, side by side; "cpu cpu" is two on the CPU; more seeds than GPUs wait
+    NPROC=8              without GPUS: seeds one after another, each on so many processes (default: every GPU)
+    SCRIPT=...           another script than train_gpt.py, a packed one for example
+    PRESET=name          settings from presets/name.env; what the environment sets already wins
+    EXTRA_ENV="A=1 B=2"  settings that win over both
+    VENV=...             environment whose bin/python runs everything (default: .venv, else python3)
+    RUN_ID=...           name of the set (default: seeds-<time>); runs are <RUNS_DIR>/<RUN_ID>/<RUN_ID>-seed<SEED>/
+    USE_TMUX=0           plain background processes; the default where tmux is not installed
+    PLOTS=0              no pictures, neither after a run nor in the summary
+
+Every other setting goes to the script as it is. A tmux server of the set's own holds one window for each process that
+runs side by side, so that no other session is ever touched. Files of a set: launch.json; <lane>.pid and, without tmux,
+<lane>.txt (what the launcher itself had to say). Of a run, besides the script's own: exit_code (128 + n after signal
+n), stderr.txt and, without tmux, stdout.txt.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = ("SEEDS", "GPUS", "NPROC", "SCRIPT", "PRESET", "EXTRA_ENV", "VENV", "USE_TMUX", "PLOTS")  # never handed on
+DISK_BYTES_A_RUN = 500_000_000  # a checkpoint of 144 MB, an artifact of 16 MB, compilation caches
+GPU_IDLE_MIB = 1024  # a driver keeps some memory of an idle GPU
+STOP_SECONDS = 45  # torchrun takes 30 s to give up on its processes
+MODULES = {
+    "numpy": "numpy",
+    "torch": "torch",
+    "sentencepiece": "sentencepiece",
+    "brotli": "brotli",
+    "python_minifier": "python-minifier",
+}  # name to import, name to install
+
+
+class LaunchError(Exception):
+    """Something the user must change; `code` 2 for what was typed, 1 for what the machine lacks."""
+
+    def __init__(self, message, code=2):
+        super().__init__(message)
+        self.code = code
+
+
+class Plan(NamedTuple):
+    """What `start` is to do, from the environment."""
+
+    folder: Path  # of the set
+    seeds: list[int]
+    lanes: dict[str, dict]  # name -> {"seeds": [...], "env": {...}}; lanes run side by side, a lane's seeds in turn
+    nproc: int
+    script: Path
+    environ: dict[str, str]  # of every run, but for what its lane and seed add
+    use_tmux: bool
+
+
+# ---- the environment -> a plan
+
+
+def read_preset(name):
+    """presets/<name>.env -> {NAME: value}. LaunchError with the names that exist."""
+    path = ROOT / "presets" / f"{name}.env"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.env")))
+        raise LaunchError(f"PRESET={name}: there is no {path}; there are: {known}")
+    words = shlex.split(path.read_text(encoding="utf-8"), comments=True)
+    return dict(word.split("=", 1) for word in words)
+
+
+def make_plan(environ):
+    """The environment -> Plan. LaunchError for what cannot be meant."""
+    seeds = environ.get("SEEDS", "42 0 1234").split()
+    if not seeds or not all(seed.isdecimal() for seed in seeds) or len(set(map(int, seeds))) < len(seeds):
+        raise LaunchError(f"SEEDS='{environ.get('SEEDS')}': must name one seed at least, whole numbers, none twice")
+    seeds = [int(seed) for seed in seeds]
+    extra = shlex.split(environ.get("EXTRA_ENV", ""))
+    if not all(re.match(r"[A-Za-z_]\w*=", word) for word in extra):
+        raise LaunchError(f"EXTRA_ENV='{environ['EXTRA_ENV']}': must be NAME=value, separated by blanks")
+    settings = read_preset(environ["PRESET"]) if environ.get("PRESET") else {}
+    settings |= environ | dict(word.split("=", 1) for word in extra)
+    name = environ.get("RUN_ID") or time.strftime("seeds-%Y%m%d-%H%M%S")
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise LaunchError(f"RUN_ID={name}: letters, digits, '_', then also '.', '+', '-'")
+    script = Path(environ.get("SCRIPT") or ROOT / "train_gpt.py").absolute()
+    nproc, lanes = read_lanes(environ, seeds)
+    return Plan(
+        Path(settings.get("RUNS_DIR", "runs")).absolute() / name,
+        seeds,
+        lanes,
+        nproc,
+        script,
+        {key: value for key, value in settings.items() if key not in (*OURS, "RUN_ID", "SEED")},
+        environ.get("USE_TMUX", "1") != "0" and shutil.which("tmux") is not None,
+    )
+
+
+def read_lanes(environ, seeds):
+    """GPUS or NPROC -> (processes of a run, lanes); NPROC is 0 where the number of GPUs is to decide."""
+    nproc, gpus = environ.get("NPROC", ""), environ.get("GPUS", "").split()
+    if not gpus:
+        if not re.fullmatch(r"([1-9]\d*)?", nproc):
+            raise LaunchError(f"NPROC={nproc}: must be a number of processes, 1 or more")
+        return int(nproc or 0), {"all": {"seeds": seeds, "env": {}}}
+    devices = [gpu for gpu in gpus if gpu != "cpu"]
+    if nproc not in ("", "1") or len(set(devices)) < len(devices):
+        raise LaunchError("GPUS names one GPU for each process, none twice; NPROC goes without GPUS")
+    lanes = {}
+    for number, gpu in enumerate(gpus[: len(seeds)]):
+        env = {"DEVICE": "cpu"} if gpu == "cpu" else {"CUDA_VISIBLE_DEVICES": gpu, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        lanes[f"cpu{number}" if gpu == "cpu" else f"gpu{gpu}"] = {"seeds": seeds[number :: len(gpus)], "env": env}
+    return 1, lanes
+
+
+# ---- checks before anything starts
+
+
+def check_script(script, count_gpus):
+    """Runs in a process of its own, with a run's environment -> {"problems", "notes", "gpus"}.
+
+    Lets a train_gpt.py of ours read settings, data and tokenizer as a run would; for a packed one this checkout's does.
+    """
+    about = {"problems": [], "notes": [], "gpus": 0}
+    if missing := [package for name, package in MODULES.items() if importlib.util.find_spec(name) is None]:
+        about["problems"].append(f"not installed: {' '.join(missing)} (README: installation)")
+        return about
+    module, source = None, script.read_bytes()
+    if b"def from_env(" in source or b"brotli" in source[:200]:
+        sys.path.insert(0, str(ROOT))
+        module = import_file(script if b"def from_env(" in source else ROOT / "train_gpt.py")
+    if module is None or not (b"def from_env(" in source or module.is_packed(source)):
+        about["notes"].append(f"{script.name} is not a script of this repository: settings and data are not checked")
+    else:
+        try:
+            hp = module.Hyperparameters.from_env()
+            tokenizer, _ = module.find_tokenizer(hp)
+            validation = module.ValidationSet(hp, tokenizer)
+            tokens = module.TokenStream(hp.data_path, "train").size
+            module.check_compressor(hp.compressor)
+            about["notes"].append(
+                f"data: {tokens:,} training tokens, {len(validation.starts):,} validation documents of "
+                f"{int(validation.bytes.sum()):,} bytes in {hp.data_path}"
+            )
+        except (ValueError, OSError) as error:
+            about["problems"] += str(error).splitlines()
+    if count_gpus:
+        import torch
+
+        about["gpus"] = torch.cuda.device_count()
+    return about
+
+
+def import_file(path):
+    spec = importlib.util.spec_from_file_location("checked_script", path)
+    module = sys.modules["checked_script"] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def gpus_in_use(plan):
+    """Messages for GPUs of the plan that do not exist or that another program uses, as nvidia-smi knows them."""
+    if shutil.which("nvidia-smi") is None or plan.environ.get("DEVICE") == "cpu":
+        return
+    query = ["nvidia-smi", "--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True)
+    rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == 2]
+    used = {name: int(mib) for index, uuid, mib in rows for name in (index, uuid) if mib.isdecimal()}
+    wanted = [
+        env["CUDA_VISIBLE_DEVICES"] for lane in plan.lanes.values() if "CUDA_VISIBLE_DEVICES" in (env := lane["env"])
+    ]
+    if "all" in plan.lanes:
+        visible = plan.environ.get("CUDA_VISIBLE_DEVICES")
+        wanted = (visible.split(",") if visible else [row[0] for row in rows])[: plan.nproc or None]
+    for gpu in wanted:
+        if gpu not in used:
+            yield f"GPU {gpu} does not exist: nvidia-smi lists {', '.join(row[0] for row in rows) or 'none'}"
+        elif used[gpu] > GPU_IDLE_MIB:
+            yield f"GPU {gpu} is in use: {used[gpu]:,} MiB are taken (nvidia-smi names the programs)"
+
+
+def preflight(plan):
+    """What can be known before a start -> (number of GPUs, notes). LaunchError names all problems at once."""
+    problems, about = [], {"gpus": 0, "notes": []}
+    if plan.folder.exists():
+        problems.append(f"{plan.folder} exists: choose another RUN_ID")
+    if not plan.script.is_file():
+        problems.append(f"SCRIPT={plan.script} does not exist")
+    else:
+        on_all = "all" in plan.lanes and plan.environ.get("DEVICE") != "cpu"
+        command = [sys.executable, __file__, "check-script", str(plan.script), str(int(on_all))]
+        done = subprocess.run(command, env=plan.environ, capture_output=True, text=True)
+        if done.returncode:
+            problems.append(f"{plan.script.name} cannot be imported: {done.stderr.strip().splitlines()[-1]}")
+        else:
+            about = json.loads(done.stdout.splitlines()[-1])
+            problems += about["problems"]
+    if "all" in plan.lanes and about["gpus"] and plan.nproc > about["gpus"] and plan.environ.get("DEVICE") != "cpu":
+        problems.append(f"NPROC={plan.nproc}, but torch sees {about['gpus']} GPU(s)")
+    problems += gpus_in_use(plan)
+    place = next(p for p in plan.folder.parents if p.exists())
+    free, wanted = shutil.disk_usage(place).free, DISK_BYTES_A_RUN * len(plan.seeds)
+    if free < wanted:
+        problems.append(f"{place} has {free / 1e9:.1f} GB free, {len(plan.seeds)} runs want {wanted / 1e9:.1f} GB")
+    if problems:
+        raise LaunchError("nothing was started:\n" + "\n".join(f"  - {problem}" for problem in problems), code=1)
+    return about["gpus"], about["notes"]
+
+
+# ---- start
+
+
+def write_atomically(path, text):
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)
+
+
+def start(environ):
+    """Checks, then starts one detached worker for each lane."""
+    plan = make_plan(environ)
+    gpus, notes = preflight(plan)
+    nproc = plan.nproc or (1 if plan.environ.get("DEVICE") == "cpu" else max(1, gpus))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    try:
+        plan.folder.mkdir(parents=True)  # of two launchers with one name, one ends here
+    except FileExistsError:
+        raise LaunchError(f"{plan.folder} exists: choose another RUN_ID", code=1) from None
+    socket = f"golf-{re.sub(r'[^A-Za-z0-9_-]', '_', plan.folder.name)}-{os.getpid()}" if plan.use_tmux else None
+    launch = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "seeds": plan.seeds, "lanes": plan.lanes}
+    launch |= {"command": [sys.executable, *torchrun, str(plan.script)], "tmux": socket}
+    launch["plots"] = environ.get("PLOTS", "1") != "0"
+    write_atomically(plan.folder / "launch.json", json.dumps(launch, indent=1))
+    for lane in plan.lanes:
+        start_worker(plan, lane, socket)
+    deadline = time.monotonic() + 30
+    while not all((plan.folder / f"{lane}.pid").exists() for lane in plan.lanes):
+        if time.monotonic() > deadline:
+            raise LaunchError(f"a worker did not start: see {plan.folder}", code=1)
+        time.sleep(0.05)
+    for note in notes:
+        print(f"run_3seeds.sh: {note}")
+    for lane, about in plan.lanes.items():
+        where = f"{nproc} process(es)" if lane == "all" else lane
+        print(f"run_3seeds.sh: seed(s) {' '.join(map(str, about['seeds']))} on {where}")
+    print(f"run_3seeds.sh: started {plan.folder} in {'tmux windows' if socket else 'the background'}; next:")
+    for word in ("status", "attach", "wait", "stop"):
+        print(f"  ./run_3seeds.sh {word} {plan.folder}")
+    return 0
+
+
+def start_worker(plan, lane, socket):
+    """A lane's worker, detached: in a window of the set's own tmux server, or as the leader of a session of its own."""
+    worker = [sys.executable, os.path.abspath(__file__), "worker", str(plan.folder), lane]
+    if socket is None:
+        with open(plan.folder / f"{lane}.txt", "w") as output:
+            files = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+            subprocess.Popen(worker, env=plan.environ, start_new_session=True, **files)
+        return
+    # a server of its own has this environment, where one that runs already would hand on its old one
+    tmux = ["tmux", "-L", socket, "-f", "/dev/null"]
+    if lane == next(iter(plan.lanes)):
+        tmux += ["new-session", "-d", "-s", "golf", "-x", "160", "-y", "48", "-n", lane, *worker]
+        tmux += [";", "set-option", "-g", "remain-on-exit", "on"]
+    else:
+        tmux += ["new-window", "-d", "-t", "golf", "-n", lane, *worker]
+    subprocess.run(tmux, env=plan.environ, check=True)
+
+
+# ---- the worker: one lane's seeds in turn
+
+
+def read_launch(folder):
+    return json.loads((folder / "launch.json").read_text())
+
+
+def run_folder(folder, seed):
+    return folder / f"{folder.name}-seed{seed}"
+
+
+def worker(folder, lane):
+    """Runs the seeds of a lane one after another and keeps their exit codes. A signal stops the lane, a failure not."""
+    launch = read_launch(folder)
+    child, stopped = None, False
+
+    def stop(number, frame):
+        nonlocal stopped
+        stopped = True
+        if child is not None and child.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL if number == signal.SIGALRM else signal.SIGTERM)
+            signal.alarm(0 if number == signal.SIGALRM else STOP_SECONDS)
+
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, stop)
+    write_atomically(folder / f"{lane}.pid", f"{os.getpid()} {process_start(os.getpid())}")
+    for seed in launch["lanes"][lane]["seeds"]:
+        if stopped:
+            break
+        run = run_folder(folder, seed)
+        run.mkdir()
+        own = {"SEED": str(seed), "RUN_ID": run.name, "RUNS_DIR": str(folder)}
+        environ = os.environ | launch["lanes"][lane]["env"] | own
+        print(f"\n==== seed {seed} -> {run}", flush=True)
+        # in a tmux window the run's own live line shows, and its log.txt keeps the lines
+        output = None if sys.stdout.isatty() else open(run / "stdout.txt", "wb")
+        files = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.PIPE}
+        child = subprocess.Popen(launch["command"], env=environ, process_group=0, **files)
+        if stopped:  # between the look above and the start
+            stop(signal.SIGTERM, None)
+        with open(run / "stderr.txt", "wb") as errors:
+            for line in child.stderr:
+                for file in (errors, sys.stderr.buffer):
+                    file.write(line)
+                    file.flush()
+        code = child.wait()
+        signal.alarm(0)
+        code = 143 if stopped and code else code if code >= 0 else 128 - code  # torchrun makes 1 of a signal
+        write_atomically(run / "exit_code", str(code))
+        erase = "\r\x1b[K" if output is None else ""  # of a live line that a crash left behind
+        print(f"{erase}==== seed {seed} ended with exit code {code}", flush=True)
+        if launch["plots"] and (run / "result.json").exists():
+            draw([run])
+    return 0
+
+
+def draw(paths, python=sys.executable):
+    """Pictures of runs, in a process of its own: whatever goes wrong there, a run has not failed by it."""
+    done = subprocess.run(
+        [python, str(ROOT / "tools" / "plot_run.py"), *map(str, paths)], capture_output=True, text=True
+    )
+    print(done.stdout if done.returncode == 0 else f"no pictures: {done.stderr.strip()[-300:]}", flush=True)
+
+
+# ---- sets that were started
+
+
+def process_start(pid):
+    """When a process started, in ticks since boot: with it a number that is used again is not mistaken. None: gone."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return None
+    return None if state == "Z" else fields[18]
+
+
+def worker_pid(folder, lane):
+    """The lane's worker if it is alive, else None."""
+    try:
+        pid, started = (folder / f"{lane}.pid").read_text().split()
+    except OSError:
+        return None
+    return int(pid) if process_start(pid) == started else None
+
+
+def find_set(environ, name=None):
+    """Name, folder or nothing -> the set's folder. LaunchError if there is none."""
+    runs_dir = Path(environ.get("RUNS_DIR", "runs")).absolute()
+    name = name or environ.get("RUN_ID")
+    if name:
+        folder = next((p for p in (runs_dir / name, Path(name).absolute()) if (p / "launch.json").exists()), None)
+        if folder is None:
+            raise LaunchError(f"{name} is no set of runs that was started here (RUNS_DIR={runs_dir})")
+        return folder
+    sets = sorted(runs_dir.glob("*/launch.json"), key=lambda path: path.stat().st_mtime)
+    if not sets:
+        raise LaunchError(f"no set of runs was started in {runs_dir}")
+    return sets[-1].parent
+
+
+def read_states(folder):
+    """Set -> [(seed, lane, state)] in the order of SEEDS; states: done, running, waiting, failed, stopped, lost."""
+    launch = read_launch(folder)
+    states = {}
+    for lane, about in launch["lanes"].items():
+        alive = worker_pid(folder, lane) is not None  # asked first: it may end while we look
+        for seed in about["seeds"]:
+            run = run_folder(folder, seed)
+            try:
+                code = int((run / "exit_code").read_text())
+                words = {128 + number: f"failed: {128 + number}, {number.name}" for number in signal.Signals}
+                words |= {0: "done", 3: "failed: 3, the byte cap is broken", 143: "stopped: 143"}
+                state = words.get(code, f"failed: {code}")
+            except OSError:
+                begun = run.exists()
+                state = ("running" if begun else "waiting") if alive else ("lost" if begun else "not started")
+            states[seed] = (seed, lane, state)
+    return [states[seed] for seed in launch["seeds"]]
+
+
+def last_words(run, state):
+    """What there is to say of a run: its score, or of a failed one its last error line, else its last log line."""
+    if state == "done" and (run / "result.json").exists():
+        result = json.loads((run / "result.json").read_text())
+        scores = " ".join(f"{name} {score['bpb']:.5f}" for name, score in result["scores"].items())
+        return f"BPB {scores}, {result['total_bytes']:,} bytes, {len(result['violations'])} violation(s)"
+    for name in ("stderr.txt", "log.txt") if state.startswith("failed") else ("log.txt", "stderr.txt"):
+        path = run / name
+        if path.exists() and path.stat().st_size:
+            with open(path, "rb") as file:
+                file.seek(max(0, path.stat().st_size - 20_000))
+                lines = file.read().decode(errors="replace").strip().splitlines()
+            said = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Interrupt)|train_gpt.py cannot", line)]
+            if lines:
+                return (said or lines)[-1][:110]
+    return ""
+
+
+def status(folder):
+    states = read_states(folder)
+    print(f"{folder}")
+    for seed, lane, state in states:
+        print(f"  seed {seed:<6} {lane:<6} {state:<20} {last_words(run_folder(folder, seed), state)}")
+    return states
+
+
+def attach(folder):
+    """Shows what runs, in place of this process."""
+    socket = read_launch(folder)["tmux"]
+    if socket and subprocess.run(["tmux", "-L", socket, "has-session"], capture_output=True).returncode == 0:
+        environ = {key: value for key, value in os.environ.items() if key != "TMUX"}  # it is another server's
+        os.execvpe("tmux", ["tmux", "-L", socket, "attach"], environ)
+    logs = [
+        run_folder(folder, seed) / name
+        for seed, _, state in read_states(folder)
+        if state == "running"
+        for name in ("log.txt", "stderr.txt")
+    ]
+    if not logs:
+        raise LaunchError(f"nothing of {folder} is running", code=1)
+    os.execvp("tail", ["tail", "-n", "20", "-F", *map(str, logs)])
+
+
+def stop(folder):
+    """Ends this set's workers, which end their runs; then its own tmux server."""
+    launch = read_launch(folder)
+    for lane in launch["lanes"]:
+        if (pid := worker_pid(folder, lane)) is not None:
+            os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS + 15
+    while any(worker_pid(folder, lane) for lane in launch["lanes"]):
+        if time.monotonic() > deadline:
+            raise LaunchError(f"{folder}: a worker does not end; see its .pid file", code=1)
+        time.sleep(0.1)
+    if launch["tmux"] and shutil.which("tmux"):
+        subprocess.run(["tmux", "-L", launch["tmux"], "kill-server"], capture_output=True)
+        sockets = Path(os.environ.get("TMUX_TMPDIR", "/tmp"), f"tmux-{os.getuid()}")  # tmux leaves the name behind
+        (sockets / launch["tmux"]).unlink(missing_ok=True)
+    status(folder)
+    return 0
+
+
+def wait(folder):
+    """Returns when no seed runs or waits; says which ended."""
+    told = {}
+    while True:
+        states = read_states(folder)
+        for seed, _, state in states:
+            if state not in ("running", "waiting") and seed not in told:
+                told[seed] = state
+                print(f"run_3seeds.sh: seed {seed}: {state}", flush=True)
+        if len(told) == len(states):
+            break
+        time.sleep(0.5)
+    deadline = time.monotonic() + 60
+    while any(worker_pid(folder, lane) for lane in read_launch(folder)["lanes"]):
+        if time.monotonic() > deadline:  # the last pictures are being drawn
+            break
+        time.sleep(0.1)
+    return summary(folder)
+
+
+def summary(folder):
+    """States, table, pictures. Exit code 1 unless every seed is done."""
+    states = status(folder)
+    ended = [run_folder(folder, seed) for seed, _, _ in states if (run_folder(folder, seed) / "result.json").exists()]
+    if ended:
+        print(flush=True)
+        launch = read_launch(folder)
+        python = launch["command"][0]  # the runs' own: it has what the tools need
+        subprocess.run([python, str(ROOT / "tools" / "summarize.py"), *map(str, ended)])
+        if launch["plots"]:
+            draw(ended, python)
+    unfinished = [f"seed {seed} ({state})" for seed, _, state in states if state != "done"]
+    if unfinished:
+        print(f"run_3seeds.sh: not done: {', '.join(unfinished)}", file=sys.stderr)
+    return 1 if unfinished else 0
+
+
+def main(arguments, environ):
+    command, *rest = arguments or ["start"]
+    if command == "worker":
+        return worker(Path(rest[0]), rest[1])
+    if command == "check-script":
+        print(json.dumps(check_script(Path(rest[0]), rest[1] == "1")))
+        return 0
+    if command in ("--help", "-h", "help"):
+        print(__doc__)
+        return 0
+    commands = {"status": status, "attach": attach, "stop": stop, "wait": wait, "summary": summary}
+    try:
+        if command == "start" and not rest:
+            return start(environ)
+        if command not in commands or len(rest) > 1:
+            raise LaunchError(f"{' '.join(arguments)}: must be start, {', '.join(commands)}, then a set (--help)")
+        found = commands[command](find_set(environ, *rest))
+        return found if isinstance(found, int) else 0
+    except LaunchError as error:
+        print(f"run_3seeds.sh: {error}", file=sys.stderr)
+        return error.code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], dict(os.environ)))

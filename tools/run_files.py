@@ -1,0 +1,101 @@
+"""What a finished run leaves in its folder, read back: settings and `key:value` lines of log.txt, and RESULT.
+
+A set of runs is a folder of run folders, as run_3seeds.sh makes it. Used by the other tools; standard library only.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+SETTINGS_LINE = "settings (* changed):"  # the first line that a run writes into its log
+
+
+class Run(NamedTuple):
+    """One run: where it lies, its settings, the rows of its log, its RESULT."""
+
+    folder: Path
+    settings: dict[str, str]  # every setting in capitals, as text
+    changed: tuple[str, ...]  # names of the settings that differ from the defaults
+    steps: list[dict]  # training lines: step, train_loss, train_seconds, progress, lr_factor, looping, tokens_per_s
+    switches: list[dict]  # where looping was switched: step, looping, train_seconds
+    evaluations: list[dict]  # evaluations inside training: step, train_seconds, val_loss, val_bpb
+    ttt: list[dict]  # batches of test-time training: running_tokens, running_bpb, seconds; {"adapted": documents}
+    result: dict
+    parts: int  # how often something ran in this folder; QUANT_ONLY=1 goes on in the same log
+
+    @property
+    def seed(self):
+        return self.result["seed"]
+
+
+def key_values(line):
+    """`a:1 b:2.5 c:word` -> {"a": 1.0, "b": 2.5}; what is no number is left out."""
+    number = r"-?(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|nan|inf)"
+    return {key: float(value) for key, value in re.findall(rf"(\w+):({number})(?=\s|$)", line)}
+
+
+def read_settings(lines):
+    """The table at the head of a log -> ({NAME: value}, names of the changed ones)."""
+    found = [match for line in lines if (match := re.match(r"([* ]) ([A-Z][A-Z0-9_]*)=(.*?)  # ", line))]
+    return {m[2]: m[3] for m in found}, tuple(m[2] for m in found if m[1] == "*")
+
+
+def read_rows(lines):
+    """Lines of one part of a log -> (training steps, switches of looping, evaluations, test-time training)."""
+    steps, switches, evaluations, ttt = [], [], [], []
+    for line in lines:
+        row = key_values(line)
+        if "train_loss" in row:
+            if not steps or steps[-1]["step"] != row["step"]:  # the last step may be logged twice
+                steps.append(row)
+        elif line.startswith("step:") and "looping" in row:
+            switches.append(row)
+        elif line.startswith("training val_loss:") and steps:
+            evaluations.append({name: steps[-1][name] for name in ("step", "train_seconds")} | row)
+        elif line.startswith("ttt_batch "):
+            ttt.append(row)
+        elif line.startswith("ttt_global_adaptation "):
+            ttt.append({"adapted": row["documents"]})
+    return steps, switches, evaluations, ttt
+
+
+def read_run(folder):
+    """Folder -> Run. Raises ValueError where the run has not ended (no RESULT line) or the log is not one of ours."""
+    path = Path(folder) / "log.txt"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    heads = [number for number, line in enumerate(lines) if line == SETTINGS_LINE]
+    results = [line.removeprefix("RESULT ") for line in lines if line.startswith("RESULT ")]
+    if not heads or not results or lines[-1] != "RESULT " + results[-1]:
+        raise ValueError(f"{path}: no RESULT line at its end: the run has not ended, or not well")
+    parts = [lines[a:b] for a, b in zip(heads, [*heads[1:], len(lines)], strict=True)]
+    rows = [read_rows(part) for part in parts]
+    trained = next((part for part in reversed(rows) if part[0]), ([], [], []))  # the part that trained, the last one
+    ttt = next((part[3] for part in reversed(rows) if part[3]), [])
+    settings, changed = read_settings(parts[-1])
+    return Run(Path(folder), settings, changed, *trained[:3], ttt, json.loads(results[-1]), len(parts))
+
+
+def by_number(folder):
+    """Sorts seed5 before seed42."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", folder.name)]
+
+
+def run_folders(paths):
+    """Runs or sets of runs -> folders of runs, those of a set by name and number. ValueError if one is neither."""
+    folders = []
+    for path in map(Path, paths):
+        inside = sorted((log.parent for log in path.glob("*/log.txt")), key=by_number)
+        inside = [path] if (path / "log.txt").exists() else inside
+        if not inside:
+            raise ValueError(f"{path} is neither a run nor a set of runs: no log.txt there")
+        folders += inside
+    return folders
+
+
+def read_runs(paths):
+    """Runs or sets -> Runs. Raises ValueError for a run that has not ended."""
+    return [read_run(folder) for folder in run_folders(paths)]
