@@ -6,7 +6,7 @@ PYTHON := $(VENV)/bin/python
 DEMO_DATA := data/demo
 DEMO_RUN := demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo demo-data test lint gpu-test bench clean
+.PHONY: demo demo-data test soak lint gpu-test bench clean
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt
 	python3 -m venv $(VENV)
@@ -28,6 +28,10 @@ lint: $(VENV)/.ready
 
 test: lint
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu" tests
+
+# 5,000 mutated artifacts instead of the sample in make test
+soak: $(VENV)/.ready
+	SOAK_MUTATIONS=5000 $(PYTHON) -m pytest -s tests/test_artifact_fuzz.py
 
 # on a machine with a GPU and its own torch: make gpu-test VENV=... or run these lines with its python
 gpu-test:

@@ -179,14 +179,18 @@ class Hyperparameters:
     mlp_clip_sigmas: float = env(11.5, "clip of MLP rows in deviations", above=0)
     attn_clip_sigmas: float = env(13.0, "clip of attention rows in deviations", above=0)
     embed_clip_sigmas: float = env(14.0, "clip of embedding rows in deviations", above=0)
+    gptq_column_steps: bool = env(False, "steps 2^(k/8) per row and per column instead of fp16 per row; for entropy")
+    gptq_rate_lambda: float = env(0.0, "error against coded bits with column steps: 1 is the coder's slope", least=0)
     gated_attn_quant_gate: bool = env(True, "attention gates as int8 per row; 0: fp16")
     lqer_enabled: bool = env(True, "low-rank correction of the largest quantization errors")
     lqer_top_k: int = env(3, "matrices that get a correction", least=0)
     lqer_rank: int = env(4, "rank of a correction", least=1)
+    lqer_weighted: bool = env(False, "corrections chosen and factored by Hessian-weighted error and gain per byte")
     lqer_asym_enabled: bool = env(True, "correction as int2 and int4 codes; 0: LQER_FACTOR_BITS for both factors")
     lqer_asym_group: int = env(64, "codes that share a scale in the int4 factor", least=1)
     lqer_factor_bits: int = env(4, "bits of the symmetric factors", least=2, most=8)
-    compressor: str = env("pergroup", "coder of the artifact: pergroup (needs lrzip), brotli, lzma")
+    target_bytes: int = env(0, "scale the clips until code and weights end just under this; 0: off", least=0)
+    compressor: str = env("entropy", "coder of the artifact: entropy, pergroup (needs lrzip), brotli, lzma")
 
     # evaluation
     eval_seq_len: int = env(2048, "context of plain and sliding evaluation", least=2)
@@ -1626,6 +1630,8 @@ class Trainer:
 # ---- QUANTIZATION ----------------------------------------------------------------------------------------------------
 FP16_RANGE = 2.0**-24, 65504.0  # of scales: 1e-10 would be 0 in fp16, and an all-zero row be divided by it
 MAX_FP16_ELEMENTS, DAMPING_RETRIES = 65_536, 4  # a tensor with more elements must have a role in QUANT_TABLE
+STEPS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])  # by code, see log_steps
+TARGET_TRIALS = 5  # of clips; bytes are nearly linear in their logarithm
 LQER_FIELDS = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
 QUANT_TABLE = {  # saved-weight name -> role, settings of its bits and clip; in the order of the artifact's groups
     "tok_emb.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
@@ -1666,12 +1672,20 @@ def damped_inverse_factor(h, damping, names):
         warnings.warn(f"GPTQ: damping raised tenfold, retry {retry}: {failed_names}", stacklevel=2)
         damping[failed] *= 10
 
-def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names):
+def log_steps(x):
+    """Steps x > 0 -> int8 codes k, nearest 2^(k/8): GPTQ works with the rounded step, so the grid costs no error."""
+    return (8 * x.float().log2()).round_().clamp_(-127, 127).to(torch.int8)
+
+def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, shaping=None):
     """w (N, R, C), hessian (N, C, C), N names -> codes int8 (N, R, C), scale fp16 (N, R).
 
     GPTQ (arXiv:2210.17323), columns in descending order of diag H, and SDClip scales: clip_sigmas standard deviations
     of the original row reach the largest code. The working copy is (N, C, R), so that a column is contiguous, and
     nothing in the column loop waits for the device. Raises ValueError with names if a Hessian cannot be made definite.
+
+    shaping: a rate factor -> codes, row steps, column steps int8 (N, R), (N, C), see log_steps. A column's step is its
+    conditional deviation diag U, so that every column costs the same weighted error: best for an entropy coder. Codes
+    go to the nearest of x / (1 + rate / 12 E[x^2]): error against the bits of a Gaussian, rate 1: at the coder's slope.
     """
     num_columns, q_max = w.shape[2], 2 ** (bits - 1) - 1
     scale = (clip_sigmas * w.float().std(dim=2) / q_max).clamp(*FP16_RANGE).half()  # (N, R)
@@ -1688,26 +1702,54 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names):
     row_order = order[:, :, None].expand_as(work)
     work = work.gather(1, row_order)  # (N, C, R)
     codes = torch.empty_like(work)
+    if shaping is not None:
+        widths = upper.diagonal(dim1=1, dim2=2).log2()
+        column_steps = log_steps((widths - widths.mean(dim=1, keepdim=True)).exp2())
+        widths, scale, q_max = (column_steps / 8).exp2(), log_steps(scale), 127
+        step, work, upper = (scale / 8).exp2(), work / widths[:, :, None], upper / widths[:, None, :]
+        column_steps = torch.empty_like(column_steps).scatter_(1, order, column_steps)
     for start in range(0, num_columns, block_size):
         stop = min(start + block_size, num_columns)
         errors = torch.empty_like(work[:, start:stop])
         for j in range(start, stop):
-            codes[:, j] = (work[:, j] / step).round_().clamp_(-q_max, q_max)
+            target = work[:, j] / step
+            if shaping:
+                target /= 1 + shaping / (12 * target.square().mean(dim=1, keepdim=True)).clamp(min=1e-9)
+            codes[:, j] = target.round_().clamp_(-q_max, q_max)
             errors[:, j - start] = error = (work[:, j] - codes[:, j] * step) / upper[:, j, j, None]
             work[:, j + 1 : stop].addcmul_(upper[:, j, j + 1 : stop, None], error[:, None, :], value=-1.0)
         work[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, errors, alpha=-1.0)
     codes = torch.empty_like(codes).scatter_(1, row_order, codes)
-    return codes.mT.to(torch.int8).contiguous(), scale
+    codes = codes.mT.to(torch.int8).contiguous()
+    return (codes, scale) if shaping is None else (codes, scale, column_steps)
 
 def quantize_rows(x, low, high, steps):
     """x (..., C) -> codes int8 (..., C) in [low, high], scale fp16 (...): largest |x| of the row over `steps`."""
     scale = (x.float().abs().amax(dim=-1) / steps).clamp(*FP16_RANGE).half()
     return (x.float() / scale.float()[..., None]).round_().clamp_(low, high).to(torch.int8), scale
 
-def lqer_factors(error, rank):
-    """error (R, C) -> A (R, rank), B (rank, C), the best A B in the Frobenius norm (LQER, arXiv:2402.02446)."""
-    u, s, vh = torch.linalg.svd(error.float(), full_matrices=False)
-    return u[:, :rank] * s[:rank], vh[:rank]
+def lqer_factors(error, rank, root=None):
+    """error (R, C) -> A (R, rank), B (rank, C), the best A B in the Frobenius norm (LQER, arXiv:2402.02446).
+
+    With root (C, C), H = root root^T: the best for the error of the outputs, |(error - A B) root|.
+    """
+    u, s, vh = torch.linalg.svd(error.float() if root is None else error.float() @ root, full_matrices=False)
+    b = vh[:rank] if root is None else torch.linalg.solve_triangular(root, vh[:rank], upper=False, left=False)
+    return u[:, :rank] * s[:rank], b
+
+def hessian_root(hessian, damp):
+    """H (C, C) -> lower triangular L, H + damping = L L^T."""
+    diagonal = hessian.diagonal()
+    return torch.linalg.cholesky(hessian + torch.diag(damp * diagonal.mean() + (diagonal == 0)))
+
+def lqer_gain(error, hessian, hp):
+    """What decides which matrices get a correction: |E|; LQER_WEIGHTED: weighted error that it takes off, per byte."""
+    if not hp.lqer_weighted:
+        return error.norm().item()
+    weighted = error @ hessian_root(hessian, hp.gptq_damp)
+    rows, columns = error.shape
+    gram = weighted @ weighted.T if rows < columns else weighted.T @ weighted
+    return torch.linalg.eigvalsh(gram)[-hp.lqer_rank :].sum().item() / (2 * rows + 4 * columns)
 
 def pack_factors(a, b, hp):
     """a (R, r), b (r, C) -> LQER_FIELDS: codes int8, scales fp16, () and (groups,) if asymmetric, or (R,), (r,)."""
@@ -1749,9 +1791,15 @@ def quantize_matrices(names, weights, hessians, hp):
         batches[weights[name].shape, getattr(hp, bits), getattr(hp, clip)].append(name)
     for (_, bits, clip_sigmas), batch in batches.items():
         w, h = (torch.stack([source[name].float() for name in batch]) for source in (weights, hessians))
-        codes, scale = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch)
-        packed |= {name: {"codes": c, "scale": s} for name, c, s in zip(batch, codes, scale, strict=True)}
-        errors |= dict(zip(batch, w - codes * scale.float()[..., None], strict=True))
+        shaping = hp.gptq_rate_lambda if hp.gptq_column_steps else None
+        found = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, shaping)
+        for name, weight, codes, scale, *columns in zip(batch, w, *found, strict=True):
+            packed[name] = {"codes": codes, "scale": scale}
+            step = scale.float()[:, None]
+            if columns:
+                packed[name]["column_steps"] = columns[0]
+                step = ((step + columns[0]) / 8).exp2()
+            errors[name] = weight - codes * step
     return packed, errors
 
 def quantize_small(name, w, hp):
@@ -1764,15 +1812,15 @@ def quantize_small(name, w, hp):
 def quantize_weights(weights, hessians, hp, dist):
     """Saved weights by name, Hessians (C, C) by the same names -> numpy arrays "name:field", the same on every rank.
 
-    Fields: codes, scale; LQER_FIELDS; fp16. Every matrix is the work of one rank, small tensors are rank 0's, and LQER
-    takes the largest |E|_F over all ranks. Raises ValueError, on all ranks, naming the tensors at fault on any.
+    Fields: codes, scale, column_steps; LQER_FIELDS; fp16. Every matrix is the work of one rank, small tensors are rank
+    0's, and LQER takes the largest gains over all ranks. Raises ValueError, on all ranks, naming the tensors at fault.
     """
     check_quantizable(weights, hessians)
     matrices = {name: w for name, w in weights.items() if quant_role(name)}
     try:
         mine = share_matrices(matrices, dist.world_size)[dist.rank]
         packed, errors = quantize_matrices(mine, weights, hessians, hp)
-        outcome = {name: error.norm().item() for name, error in errors.items()}
+        outcome = {name: lqer_gain(error, hessians[name], hp) for name, error in errors.items()}
     except ValueError as error:  # told to the other ranks, which would wait for this one's part
         outcome = str(error)
     outcomes = dist.all_gather_object(outcome)
@@ -1781,10 +1829,11 @@ def quantize_weights(weights, hessians, hp, dist):
     if dist.rank == 0:
         packed |= {name: quantize_small(name, w, hp) for name, w in weights.items() if name not in matrices}
     if hp.lqer_enabled:
-        norms = {name: norm for part in outcomes for name, norm in part.items()}
-        chosen = sorted(norms, key=lambda name: (-norms[name], name))[: hp.lqer_top_k]
+        gains = {name: gain for part in outcomes for name, gain in part.items()}
+        chosen = sorted(gains, key=lambda name: (-gains[name], name))[: hp.lqer_top_k]
         for name in set(chosen) & set(errors):
-            packed[name] |= pack_factors(*lqer_factors(errors[name], hp.lqer_rank), hp)
+            root = hessian_root(hessians[name], hp.gptq_damp) if hp.lqer_weighted else None
+            packed[name] |= pack_factors(*lqer_factors(errors[name], hp.lqer_rank, root), hp)
     packed = {name: {field: x.cpu().numpy() for field, x in fields.items()} for name, fields in packed.items()}
     packed = {name: fields for part in dist.all_gather_object(packed) for name, fields in part.items()}
     return {f"{name}:{field}": array for name in weights for field, array in packed[name].items()}  # the caller's order
@@ -1802,6 +1851,8 @@ def dequantize_weights(arrays):
         if "fp16" not in fields and not {"codes", "scale"} <= fields.keys():
             raise ValueError(f"{name}: no weight can be made of the fields {sorted(fields)}")
         w = fields["fp16"] if "fp16" in fields else fields["codes"] * fields["scale"][..., None]
+        if "column_steps" in fields:
+            w = fields["codes"] * STEPS[(fields["scale"][:, None] + fields["column_steps"]).astype(int)]
         if "lqer_a" in fields:
             a, b = unpack_factors(fields)
             for r in range(a.shape[1]):
@@ -1878,7 +1929,7 @@ def digest(data):
     """Start of SHA-256: finds damage, does not authenticate."""
     return hashlib.sha256(data).digest()[:DIGEST_BYTES]
 
-def brotli_decompress(data, raw_size):
+def brotli_decompress(data, raw_size, shapes=()):
     """Fed in small pieces, as a stream of a few bytes can claim gigabytes and brotli has no portable output limit."""
     decoder, raw = brotli.Decompressor(), bytearray()
     for start in range(0, len(data), 64):
@@ -1887,7 +1938,7 @@ def brotli_decompress(data, raw_size):
             break
     return bytes(raw) if decoder.is_finished() else b""
 
-def lzma_decompress(data, raw_size):
+def lzma_decompress(data, raw_size, shapes=()):
     decoder = lzma.LZMADecompressor(memlimit=2**28)
     raw = decoder.decompress(data, max_length=raw_size + 1)
     return raw if decoder.eof and not decoder.unused_data else b""
@@ -1903,19 +1954,158 @@ def run_lrzip(flags, data):
             raise ArtifactError(f"lrzip ended with {done.returncode}: {done.stderr[-300:]!r}")
         return target.read_bytes()
 
-def lrzip_decompress(data, raw_size):
+def lrzip_decompress(data, raw_size, shapes=()):
     """The size that lrzip 0.6's own header claims is held to ours before anything is written to disk."""
     if data[:6] == b"LRZI\x00\x06" and struct.unpack_from("<Q", data.ljust(14, b"\0"), 6)[0] != raw_size:
         return b""
     return run_lrzip(["-d"], data)
 
-ENCODERS = {
-    "brotli": lambda data: brotli.compress(data, quality=11, lgwin=24),
-    "lzma": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
-    "lrzip": lambda data: run_lrzip(["-z", "-L", "9"], data),
+# --- entropy: rANS (arXiv:1311.2540) in whole numbers, the same on every machine. LANES coders take turns, so that one
+# numpy call serves all. One model, code_matrix, drives both directions: it asks for symbols in contexts and learns.
+LANES, SYMBOLS, ESCAPE = 512, np.arange(-128, 128), -128  # no code is -128; a lane costs 6 bytes
+VARIANCES = 0.04 * np.cumprod(np.full(60, 1.15))  # of codes, the contexts; cumprod is exact everywhere, powers are not
+
+class SymbolEncoder:
+    def __init__(self):
+        self.slots = []
+
+    def use(self, counts):
+        """Counts (contexts, 256) -> whole frequencies: 2^16 in each context, at least 1 where a count is positive."""
+        total = counts.sum(1, keepdims=True)
+        frequencies = np.maximum((counts * 2**16 + total // 2) // total, counts > 0)
+        frequencies[np.arange(len(counts)), frequencies.argmax(1)] += 2**16 - frequencies.sum(1)
+        self.starts, self.frequencies = (frequencies.cumsum(1) - frequencies).ravel(), frequencies.ravel()
+
+    def __call__(self, contexts, symbols):
+        index = contexts * 256 + symbols + 128
+        self.slots.append((self.starts[index].astype(np.uint16), self.frequencies[index].astype(np.uint16)))
+        return symbols
+
+    def finish(self):
+        """-> bytes; what is coded last is decoded first."""
+        state, words = np.full(LANES, 2**31), []
+        for starts, frequencies in reversed(self.slots):
+            for at in reversed(range(0, len(starts), LANES)):
+                f = frequencies[at : at + LANES].astype(np.int64)
+                lanes = state[: len(f)]
+                full = (lanes >> 47 >= f).nonzero()[0]
+                words.append(lanes[full].astype("<u4"))
+                lanes[full] >>= 32
+                lanes += lanes // f * (2**16 - f) + starts[at : at + LANES]
+        return b"".join([state.astype("<i8"), *words[::-1]])
+
+class SymbolDecoder(SymbolEncoder):
+    def __init__(self, data):
+        self.state = np.frombuffer(data[: 8 * LANES], "<i8").astype(np.int64)
+        self.words, self.at = np.frombuffer(data[8 * LANES :], "<u4").astype(np.int64), 0
+
+    def use(self, counts):
+        super().use(counts)
+        self.symbols = np.arange(counts.size, dtype=np.int16).repeat(self.frequencies)
+
+    def __call__(self, contexts, _):
+        index, first_slots = np.empty(contexts.size, np.int64), contexts << 16
+        for at in range(0, contexts.size, LANES):
+            lanes = self.state[: contexts.size - at]
+            slots = lanes & 65535
+            index[at : at + LANES] = i = self.symbols.take(first_slots[at : at + LANES] + slots)
+            lanes >>= 16
+            lanes *= self.frequencies.take(i)
+            lanes += slots - self.starts.take(i)
+            low = (lanes < 2**31).nonzero()[0]
+            lanes[low] = lanes[low] << 32 | self.words[self.at : self.at + len(low)]
+            self.at += len(low)
+        return (index & 255) - 128
+
+def initial_counts():
+    """-> int64 (contexts, 256), 64 a symbol, as if some were seen: nearly Gaussian, ESCAPE beyond 4.5 deviations."""
+    tails = 1 + SYMBOLS**2 / (29 * VARIANCES[:, None])
+    for _ in range(4):
+        tails *= tails
+    counts = np.where(SYMBOLS**2 <= 20 * VARIANCES[:, None], 1 + 32_000 / tails, 0)
+    counts[:, 0] = 3
+    return np.vstack([counts, np.ones(256)]).astype(np.int64)  # the last context: what an ESCAPE stands for
+
+def column_predictor(gram, rows):
+    """gram (C, C), sum of x x^T over rows x -> P (C, C): x_j is about P[j, :j] x[:j]. Multiples of 2^-12: exact sums.
+
+    Elimination by elementwise operations in a fixed order, as LAPACK's last bits differ between machines.
+    """
+    size = len(gram)
+    work = np.hstack([gram + 800 / rows * np.trace(gram) / size * np.eye(size), np.eye(size)]).astype(np.float32)
+    for j in range(size):
+        part = work[j + 1 :, j : size + j + 1]
+        part -= part[:, :1] / work[j, j] * work[j, j : size + j + 1]
+    return np.rint(-4096 * np.tril(work[:, size:].astype(np.float64), -1)) / 4096
+
+def code_matrix(coder, counts, codes):
+    """Codes (R, C) int8 through a coder that reads or fills them; a code's context: its column's variance so far.
+
+    Where there are far more rows than columns (the embedding), what is coded is the rest of a linear prediction of each
+    column from those before it, learnt from the rows before, as long as that pays.
+    """
+    rows, columns = codes.shape
+    energy, seen, row, learns = np.full(columns, 7.5 * 16), 16, 0, rows >= 8 * columns > 0
+
+    def code(block, levels):
+        contexts, known = np.tile(levels, len(block)), block.astype(np.int8).astype(np.int64).ravel()  # modulo 256
+        symbols = coder(contexts, np.where(known**2 <= 20 * VARIANCES[contexts], known, ESCAPE))
+        np.add.at(counts.ravel(), contexts * 256 + symbols + 128, 64)
+        hidden = (symbols == ESCAPE).nonzero()[0]
+        symbols[hidden] = coder(np.full(len(hidden), len(VARIANCES)), known[hidden])
+        return symbols.reshape(block.shape)
+
+    while row < rows:
+        predicts = learns and row >= 128
+        block = codes[row : row + max(1, row // 2 if predicts else min(8 + row // 4, 2**20 // max(1, columns)))]
+        if not predicts:
+            block[:] = rest = code(block, np.searchsorted(VARIANCES[:-1], energy / seen))
+        else:
+            before, (values, rest) = codes[:row].astype(np.float64), np.empty((2, columns, len(block))).mT
+            predictor = column_predictor(before.T @ before, row)
+            energy, seen = energy // 2, seen // 2  # of a worse prediction
+            levels = np.searchsorted(VARIANCES[:-1], energy / seen)
+            for j in range(columns):
+                if j % 16 == 0:
+                    means = values[:, :j] @ predictor[j : j + 16, :j].T
+                mean = np.rint(means[:, j % 16] + values[:, j - j % 16 : j] @ predictor[j, j - j % 16 : j])[:, None]
+                rest[:, j : j + 1] = code(block[:, j : j + 1] - mean, levels[j : j + 1])
+                block[:, j] = (rest[:, j] + mean[:, 0]).astype(np.int64)
+                values[:, j] = block[:, j]
+            learns = (rest * rest).sum() < (values * values).sum()
+        energy += (rest * rest).sum(0)
+        row, seen = row + len(block), seen + len(block)
+
+def code_matrices(coder, raw, shapes):
+    """Bytes of int8 matrices, each stored transposed, through a coder; -> the bytes that came out of it."""
+    codes, counts, start = np.array(np.frombuffer(raw, np.int8)), initial_counts(), 0
+    for shape in shapes:
+        size = math.prod(shape)
+        coder.use(counts)
+        code_matrix(coder, counts, codes[start : start + size].reshape(shape).T)
+        start += size
+    return codes.tobytes()
+
+def entropy_compress(raw, shapes):
+    coder = SymbolEncoder()
+    code_matrices(coder, raw, shapes)
+    return coder.finish()
+
+def entropy_decompress(data, raw_size, shapes):
+    coder = SymbolDecoder(data)
+    raw = code_matrices(coder, bytes(raw_size), shapes)
+    return raw if coder.at == len(coder.words) else b""
+
+ENCODERS = {  # raw bytes, shapes of their arrays -> a stream
+    "brotli": lambda raw, shapes=(): brotli.compress(raw, quality=11, lgwin=24),
+    "lzma": lambda raw, shapes=(): lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
+    "lrzip": lambda raw, shapes=(): run_lrzip(["-z", "-L", "9"], raw),
+    "entropy": entropy_compress,
 }
-DECODERS = {"brotli": brotli_decompress, "lzma": lzma_decompress, "lrzip": lrzip_decompress}  # anything else: no stream
-COMPRESSORS = {"brotli": ("brotli",), "lzma": ("lzma",), "pergroup": ("brotli", "lrzip")}  # codecs; header in the first
+DECODERS = {"brotli": brotli_decompress, "lzma": lzma_decompress, "lrzip": lrzip_decompress,
+            "entropy": entropy_decompress}  # the inverse; anything but raw_size bytes: no stream
+COMPRESSORS = {"brotli": ("brotli",), "lzma": ("lzma",), "pergroup": ("brotli", "lrzip"),
+               "entropy": ("brotli", "entropy")}  # codecs; header in the first
 
 def check_compressor(name):
     """To be called before training. SettingError, with what to install, for an unknown compressor or missing tools."""
@@ -1926,10 +2116,10 @@ def check_compressor(name):
     if "lrzip" in COMPRESSORS[name] and shutil.which("lrzip") is None:
         raise SettingError("the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)")
 
-def expand(codec, stored, raw_size):
+def expand(codec, stored, raw_size, shapes=()):
     """Stored bytes -> exactly raw_size bytes. Raises ArtifactError if that is not what comes out."""
     try:
-        raw = DECODERS[codec](stored, raw_size) if raw_size else b""
+        raw = DECODERS[codec](stored, raw_size, shapes) if raw_size else b""
     except Exception as error:  # each library has its own classes of errors
         raise ArtifactError(f"artifact: {codec} data does not expand: {error}") from error
     if len(raw) != raw_size:
@@ -1972,22 +2162,26 @@ def plan_sections(specs, compressor):
     """Specs of the arrays -> (kind, codec, specs as stored) per section; packing and unpacking both follow this plan.
 
     pergroup (PR 1855): "codes" of one role, layers in order, transposed; "orders" of re-ordered rows; the "rest".
+    entropy: all "codes" in the same order as one section, the "rest".
     """
-    if compressor != "pergroup":
+    if len(COMPRESSORS[compressor]) == 1:
         return [("rest", compressor, specs)]
     roles = {}
     for spec in specs:
         name, _, field = spec.name.rpartition(":")
-        is_matrix = field == "codes" and spec.dtype == "int8" and len(spec.shape) == 2 and quant_role(name)
-        roles[spec.name] = quant_role(name)[0] if is_matrix else None
+        is_matrix = field == "codes" and spec.dtype == "int8" and len(spec.shape) == 2 and max(spec.shape) <= 2**16
+        roles[spec.name] = quant_role(name)[0] if is_matrix and quant_role(name) else None
     codes = []
     for role in dict.fromkeys(role for role, _, _ in QUANT_TABLE.values()):
         group = [spec._replace(shape=spec.shape[::-1]) for spec in specs if roles[spec.name] == role]
         group.sort(key=lambda spec: int("0" + re.sub(r"\D", "", spec.name)))  # blocks.2 before blocks.10
         codes += [("codes", "lrzip", group)] if group else []
+    rest = ("rest", "brotli", [spec for spec in specs if roles[spec.name] is None])
+    if compressor == "entropy":
+        return [("codes", "entropy", [spec for _, _, group in codes for spec in group]), rest]
     orders = [ArraySpec(name, "uint16", shape[:1]) for name, _, shape in specs
-              if roles[name] in ("embedding", "q", "up") and 0 < shape[0] <= 2**16]
-    return [*codes, ("orders", "brotli", orders), ("rest", "brotli", [s for s in specs if roles[s.name] is None])]
+              if roles[name] in ("embedding", "q", "up") and shape[0]]
+    return [*codes, ("orders", "brotli", orders), rest]
 
 def by_item_size(specs):
     """Specs -> (item size, specs of that size), smallest first: the layout inside a section."""
@@ -2021,7 +2215,7 @@ def pack_weights(arrays, compressor, tell=lambda share: None):
     reordered = [spec.name for kind, _, members in plan if kind == "orders" for spec in members]
     def encode(kind, codec, members):
         raw = join_arrays(sources[kind], members)
-        stored = ENCODERS[codec](raw) if raw else b""
+        stored = ENCODERS[codec](raw, [spec.shape for spec in members]) if raw else b""
         packed.append(len(raw))
         tell(sum(packed) / max(1, sum(spec.num_bytes for _, _, members in plan for spec in members)))
         return stored, [len(stored), digest(stored).hex(), digest(raw).hex()]
@@ -2067,7 +2261,9 @@ def unpack_weights(blob):
     def decode(planned, section, end):
         (kind, codec, members), (size, stored_digest, raw_digest) = planned, section
         stored, raw_size = blob[end - size : end], sum(spec.num_bytes for spec in members)
-        if digest(stored).hex() != stored_digest or digest(raw := expand(codec, stored, raw_size)).hex() != raw_digest:
+        if digest(stored).hex() == stored_digest:
+            raw = expand(codec, stored, raw_size, [spec.shape for spec in members])
+        if digest(stored).hex() != stored_digest or digest(raw).hex() != raw_digest:
             raise ArtifactError(f"artifact: a section of {codec} data is damaged")
         return kind, split_arrays(raw, members)
 
@@ -2084,7 +2280,7 @@ def unpack_weights(blob):
 
 def is_packed(source):
     """Whether these bytes are the packed script. It never needs tools/pack_code.py, so that costs no counted byte."""
-    return source.startswith(b"import base64,brotli,linecache;S=")
+    return source.startswith(b"#coding:l1\nimport brotli,io,linecache;S=")
 
 # ---- EVALUATION ------------------------------------------------------------------------------------------------------
 
@@ -2530,16 +2726,43 @@ def load_checkpoint(path, model):
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         raise DataError(f"checkpoint {path}: {str(error).splitlines()[0]}") from None
 
-def build_artifact(model, loader, hp, dist, log, path):
-    """Hessians -> GPTQ and LQER on all ranks -> one file, written by rank 0."""
+def group_bytes(arrays):
+    """Arrays of quantize_weights -> {role: bytes}, largest first: the order-0 entropy of codes; "rest": all others."""
+    sizes = defaultdict(float)
+    for key, array in arrays.items():
+        name, _, field = key.rpartition(":")
+        if quant_role(name) and field == "codes":
+            share = np.unique(array, return_counts=True)[1] / array.size
+            sizes[quant_role(name)[0]] -= share @ np.log2(share) * array.size / 8
+        else:
+            sizes["rest"] += array.nbytes
+    return {role: round(sizes[role]) for role in sorted(sizes, key=sizes.get, reverse=True)}
+
+def build_artifact(model, loader, hp, dist, log, path, code_bytes):
+    """Hessians -> GPTQ and LQER on all ranks -> one file, written by rank 0. Returns group_bytes.
+
+    TARGET_BYTES: clips are scaled and the weights quantized again, until the file ends within 0.05% below the target.
+    """
     with log.stage("hessians"):
         hessians = collect_hessians(model, loader, hp, dist)
-    with log.stage("quantize"):
-        arrays = quantize_weights({name: tensor.detach() for name, tensor in unbank(model).items()}, hessians, hp, dist)
-    with log.stage("pack"):
-        if dist.rank == 0:
-            write_atomically(path, pack_weights(arrays, hp.compressor, log.live))
-        dist.barrier()
+    weights = {name: tensor.detach() for name, tensor in unbank(model).items()}
+    for _ in range(TARGET_TRIALS):
+        with log.stage("quantize"):
+            arrays = quantize_weights(weights, hessians, hp, dist)
+        with log.stage("pack"):
+            blob = pack_weights(arrays, hp.compressor, log.live) if dist.rank == 0 else b""
+            spare = dist.broadcast_float(hp.target_bytes - code_bytes - len(blob))
+        if not hp.target_bytes or 0 <= spare <= hp.target_bytes / 2000:
+            break
+        # a code takes a bit more where its step is half as wide
+        wider = 2 ** ((hp.target_bytes / 4000 - spare) * 8 / sum(weight.numel() for weight in weights.values()))
+        clips = {name: getattr(hp, name) * wider for _, _, name in QUANT_TABLE.values()}
+        log(f"target_bytes:{hp.target_bytes} spare:{spare:.0f} clips times {wider:.4f}")
+        hp = dataclasses.replace(hp, **clips)
+    if dist.rank == 0:
+        write_atomically(path, blob)
+    dist.barrier()
+    return group_bytes(arrays)
 
 def score_stage(name, evaluate, log, scores):
     """Runs evaluate() -> {loss, bpb, tokens, bytes} as stage eval_<name>; logs the score, keeps it in `scores`."""
@@ -2564,8 +2787,10 @@ def rebuild_model(model, path, dist):
 def violations(hp, log, training, code_bytes, artifact_bytes, scores):
     """The contest's rules that this run breaks, as sentences; an empty list means none of those checked here."""
     broken = []
-    if code_bytes + artifact_bytes > BYTE_CAP:
-        broken.append(f"{code_bytes + artifact_bytes} bytes of code and weights, the cap is {BYTE_CAP}")
+    if (over := code_bytes + artifact_bytes - BYTE_CAP) > 0:
+        largest = ", ".join(f"{role} {size}" for role, size in [*training.get("group_bytes", {}).items()][:3])
+        broken.append(f"{code_bytes + artifact_bytes} bytes of code and weights, {over} above the cap of {BYTE_CAP} "
+                      f"(largest: {largest}); QUANT_ONLY=1 TARGET_BYTES={BYTE_CAP} goes on from the checkpoint")
     used = training.get("training_seconds", 0) + log.seconds.get("hessians", 0) + log.seconds.get("quantize", 0)
     if hp.max_wallclock_seconds and used > hp.max_wallclock_seconds:
         broken.append(f"training, Hessians and GPTQ took {used:.1f} s of {hp.max_wallclock_seconds:.1f}")
@@ -2626,9 +2851,8 @@ def run(hp, dist):
     # ---- quantize and pack, then evaluate what was trained
     if not hp.ttt_eval_only:
         if not hp.prequant_only:
-            build_artifact(model, loader, hp, dist, log, artifact)
+            training["group_bytes"] = build_artifact(model, loader, hp, dist, log, artifact, code_bytes)
         score_stage("prequant", evaluator.evaluate_bpb, log, scores)
-
     # ---- evaluate the file on disk
     if not hp.prequant_only:
         artifact_bytes = artifact.stat().st_size

@@ -1,9 +1,11 @@
 """The artifact: exact round trips, damaged and hostile files, compressors and their tools, row order."""
 
 import json
+import math
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ brotli = pytest.importorskip("brotli")
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden")) / "quantization.npz"
 needs_lrzip = pytest.mark.skipif(shutil.which("lrzip") is None, reason="the lrzip program is not installed")
-COMPRESSORS = ["brotli", "lzma", pytest.param("pergroup", marks=needs_lrzip)]
+COMPRESSORS = ["brotli", "lzma", "entropy", pytest.param("pergroup", marks=needs_lrzip)]
 
 
 def model_arrays(num_layers=3, seed=0):
@@ -286,6 +288,87 @@ def test_row_order_that_is_no_permutation_is_refused():
     assert_refused(forge([header, sections], b"".join(stored), 2))
 
 
+# --- the entropy coder
+
+
+def entropy_trip(matrices):
+    """Matrices int8 -> the size of their stream, after it was read back exactly. Stored are their transposes."""
+    raw, shapes = b"".join(matrix.T.tobytes() for matrix in matrices), [matrix.shape[::-1] for matrix in matrices]
+    stored = train_gpt.ENCODERS["entropy"](raw, shapes)
+    assert train_gpt.expand("entropy", stored, len(raw), shapes) == raw
+    return len(stored)
+
+
+def uneven_codes(rows, columns, seed=0):
+    """Gaussian codes with a deviation of each column, and that deviation (columns,)."""
+    rng = np.random.default_rng(seed)
+    deviation = 3 * np.exp(0.5 * rng.normal(size=columns))
+    return np.clip(np.rint(rng.normal(size=(rows, columns)) * deviation), -127, 127).astype(np.int8), deviation
+
+
+def test_entropy_coder_is_exact_on_any_codes():
+    rng = np.random.default_rng(5)
+    every = np.arange(-128, 128).astype(np.int8)
+    matrices = [rng.integers(-128, 128, (40, 90)).astype(np.int8), every[None], every[:, None]]
+    matrices += [np.zeros(shape, np.int8) for shape in ((700, 3), (0, 4), (4, 0))] + [np.full((5, 5), -128, np.int8)]
+    matrices += [np.repeat(rng.integers(-128, 128, (400, 5)), 3, axis=1).astype(np.int8)]
+    matrices += [uneven_codes(int(rng.integers(1, 300)), int(rng.integers(1, 70)), seed)[0] for seed in range(5)]
+    for matrix in matrices:
+        entropy_trip([matrix])
+    entropy_trip(matrices)
+
+
+def test_entropy_coder_is_within_half_a_percent_of_the_entropy_given_the_columns_deviations():
+    codes, deviation = uneven_codes(4096, 256)
+    edges = np.arange(-127.5, 128)[:, None] / deviation
+    share = np.diff([[math.erf(x / math.sqrt(2)) / 2 for x in row] for row in edges.tolist()], axis=0)
+    bits = -np.log2(np.maximum(share, 1e-12))[codes.astype(int) + 127, np.arange(256)].sum()
+    lanes = 6 * train_gpt.LANES  # what each lane's state holds beyond the codes
+    assert bits / 8 < entropy_trip([codes]) < 1.005 * bits / 8 + lanes
+
+
+def test_entropy_coder_learns_what_the_columns_of_an_embedding_share():
+    rng = np.random.default_rng(7)
+    mix = np.linalg.qr(rng.normal(size=(48, 48)))[0] * np.exp(rng.normal(size=48))
+    codes = np.clip(np.rint(4 * rng.normal(size=(3000, 48)) @ mix.T), -127, 127).astype(np.int8)
+    correlations = np.corrcoef(codes.astype(float).T)
+    alone = entropy_trip([np.stack([rng.permutation(column) for column in codes.T], axis=1)])
+    shared = -np.linalg.slogdet(correlations)[1] / 2 / math.log(2) / 8 * len(codes)  # bytes, if they were Gaussian
+    assert shared > 0.1 * alone and entropy_trip([codes]) < alone - 0.5 * shared
+
+
+def test_predictor_is_the_conditional_mean_in_fixed_point():
+    x = np.random.default_rng(8).normal(size=(5000, 12)) @ np.random.default_rng(9).normal(size=(12, 12))
+    x = np.rint(5 * x)
+    predictor = train_gpt.column_predictor(x.T @ x, 10**9)
+    assert np.array_equal(predictor * 4096, np.rint(predictor * 4096)) and not np.triu(predictor).any()
+    for j in range(1, 12):
+        expected = np.linalg.lstsq(x[:, :j], x[:, j], rcond=None)[0]
+        assert np.allclose(predictor[j, :j], expected, atol=3e-3)
+
+
+def test_entropy_stream_is_the_same_on_every_machine():
+    rng = np.random.default_rng(6)
+    codes = [(rng.integers(-9, 10, (40, 300)) * np.arange(1, 41)[:, None] // 7).astype(np.int8) for _ in range(2)]
+    codes[1][1:] = codes[1][1:] // 2 + codes[1][:-1]  # stored are transposes, and of 40 columns one follows another
+    stored = train_gpt.ENCODERS["entropy"](b"".join(x.tobytes() for x in codes), [x.shape for x in codes])
+    assert train_gpt.digest(stored).hex() == "1ecb208c3f664fc6"
+
+
+def test_damaged_or_hostile_entropy_stream_is_refused():
+    codes = uneven_codes(200, 30)[0]
+    raw, shapes = codes.tobytes(), [codes.shape]
+    good = train_gpt.ENCODERS["entropy"](raw, shapes)
+    assert train_gpt.expand("entropy", good, len(raw), shapes) == raw
+    for stored in (b"", b"junk", good[:-4], good[:-3], good + bytes(4), good[: 8 * train_gpt.LANES - 1], bytes(10**5)):
+        with pytest.raises(ArtifactError):
+            train_gpt.expand("entropy", stored, len(raw), shapes)
+    started = time.monotonic()
+    with pytest.raises(ArtifactError):  # a small file that claims the most an artifact may hold
+        train_gpt.expand("entropy", good, 2**30, [(2**16, 2**14)])
+    assert time.monotonic() - started < 20
+
+
 # --- compressors
 
 
@@ -306,7 +389,7 @@ def test_missing_lrzip_is_an_early_error_that_says_what_to_do(monkeypatch, tmp_p
 
 def test_missing_brotli_is_an_error_for_all_but_lzma(monkeypatch):
     monkeypatch.setattr(train_gpt, "brotli", None)
-    for name in ("brotli", "pergroup"):
+    for name in ("brotli", "pergroup", "entropy"):
         with pytest.raises(ValueError, match="pip install brotli"):
             train_gpt.check_compressor(name)
     arrays = model_arrays()

@@ -141,7 +141,7 @@ def runs(world):
 
 KEYS = {"version", "device", "world_size", "torch", "python", "commit", "seed", "run", "attention", "mlp",
         "cross_entropy", "steps", "train_loss", "training_seconds", "tokens_per_second_by_loop_state",
-        "graphs_compiled", "scores", "artifact_bytes", "code_bytes", "total_bytes", "seconds",
+        "graphs_compiled", "group_bytes", "scores", "artifact_bytes", "code_bytes", "total_bytes", "seconds",
         "violations"}
 
 

@@ -1,4 +1,4 @@
-"""Packed code: it runs as its source does, in two lines, and a script that runs writes it."""
+"""Packed code: it runs as its source does, its literal keeps every byte, and a script that runs writes it."""
 
 import ast
 import os
@@ -14,7 +14,7 @@ import train_gpt
 pytest.importorskip("brotli")
 pytest.importorskip("python_minifier")
 
-from tools.pack_code import pack_code  # noqa: E402
+from tools.pack_code import pack_code, string_literal  # noqa: E402
 
 ROOT = Path(train_gpt.__file__).parent
 SAMPLE = '''
@@ -94,21 +94,38 @@ def test_packed_code_runs_as_its_source_does(tmp_path):
     assert run_script(packed, "one", "two") == expected
 
 
-def test_packed_code_is_two_lines_and_recognised():
-    source = textwrap.dedent(SAMPLE)
-    packed = pack_code(source)
-    assert packed.count(b"\n") == 2 and packed.endswith(b"\n")
+def test_packed_code_is_recognised():
+    packed = pack_code(textwrap.dedent(SAMPLE))
     assert train_gpt.is_packed(packed)
-    assert not train_gpt.is_packed(source.encode()) and not train_gpt.is_packed(b"")
+    assert not train_gpt.is_packed(SAMPLE.encode()) and not train_gpt.is_packed(b"")
     assert not train_gpt.is_packed(Path(train_gpt.__file__).read_bytes())
 
 
+EVERY_PAIR = bytes(byte for first in range(256) for second in range(256) for byte in (first, second))
+
+
+@pytest.mark.parametrize("data", [b"", b"'", b"\\'", b"\0" + b"7\0008\r\n\n\r", EVERY_PAIR, EVERY_PAIR[::-1]])
+def test_literal_keeps_every_byte_even_where_a_copy_changes_line_ends(tmp_path, data):
+    line_end, script = b"\n", tmp_path / "literal.py"
+    for copied in (b"\n", b"\r\n"):  # as git's autocrlf writes a file
+        text = b"#coding:l1\nDATA='''" + string_literal(data) + b"'''.encode('l1')\n"
+        assert b"\0" not in text and b"\r" not in text
+        script.write_bytes(text.replace(line_end, copied))
+        names = {}
+        exec(compile(script.read_bytes(), script, "exec"), names)
+        assert names["DATA"] == data
+    assert len(string_literal(EVERY_PAIR)) < 1.02 * len(EVERY_PAIR)
+
+
 def test_packed_module_can_be_imported_and_shows_its_lines(tmp_path):
-    source = "def fail(argument):\n    raise KeyError('here') if argument else None\nvalue = '\\x0c\\u2028'\n"
+    source = (
+        "class Sample:\n    value = '\\x0c\\u2028'\n    def fail(argument):\n"
+        "        raise KeyError('here') if argument else None\n"
+    )
     (tmp_path / "sample_module.py").write_bytes(pack_code(source))
     (tmp_path / "use.py").write_text(
-        "import traceback, sample_module\nprint(repr(sample_module.value), sample_module.__name__)\n"
-        "try:\n    sample_module.fail(1)\nexcept KeyError:\n    print(traceback.format_exc())\n"
+        "import traceback, sample_module\nprint(repr(sample_module.Sample.value), sample_module.__name__)\n"
+        "try:\n    sample_module.Sample.fail(1)\nexcept KeyError:\n    print(traceback.format_exc())\n"
     )
     output = run_script(tmp_path / "use.py")
     assert output.startswith("'\\x0c\\u2028' sample_module") and "raise KeyError('here')if " in output
@@ -118,6 +135,11 @@ def test_docstrings_cost_no_code_bytes():
     body = "def f(argument):\n    {}return argument + 1\nprint(f(1))\n"
     documented = pack_code(body.format('"""A long explanation of everything."""\n    '))
     assert documented == pack_code(body.format(""))
+
+
+def test_help_of_settings_costs_no_code_bytes():
+    body = "def env(default, help, *, least=None):\n    return default, help\nprint(env(1, {}, least=0))\n"
+    assert pack_code(body.format("'a long explanation of one setting'")) == pack_code(body.format("''"))
 
 
 def test_source_that_is_not_python_is_an_error():

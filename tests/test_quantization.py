@@ -1,5 +1,6 @@
 """Quantisation: GPTQ, scales, LQER, the table of roles, sharing over ranks, and rebuilding the weights."""
 
+import math
 import os
 import threading
 from pathlib import Path
@@ -63,6 +64,7 @@ def settings(**changes):
     defaults = dict(matrix_bits=6, embed_bits=7, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0, embed_clip_sigmas=14.0)
     defaults |= dict(gptq_damp=0.01, gptq_block_size=32, lqer_enabled=True, lqer_top_k=3, lqer_rank=4)
     defaults |= dict(lqer_asym_enabled=True, lqer_asym_group=64, lqer_factor_bits=4, gated_attn_quant_gate=True)
+    defaults |= dict(lqer_weighted=False, gptq_column_steps=False, gptq_rate_lambda=0.0)
     return SimpleNamespace(**(defaults | changes))
 
 
@@ -98,11 +100,11 @@ def quantize_alone(weights, hessians, hp):
     return result
 
 
-def gptq(w, hessian, *arguments, names=None):
+def gptq(w, hessian, *arguments, names=None, shaping=None):
     """gptq_quantize of a batch, or of one matrix."""
     if w.ndim == 2:
-        return (part[0] for part in gptq(w[None], hessian[None], *arguments, names=names))
-    return train_gpt.gptq_quantize(w, hessian, *arguments, names or [f"matrix {i}" for i in range(len(w))])
+        return (part[0] for part in gptq(w[None], hessian[None], *arguments, names=names, shaping=shaping))
+    return train_gpt.gptq_quantize(w, hessian, *arguments, names or [f"matrix {i}" for i in range(len(w))], shaping)
 
 
 def unpack(fields):
@@ -263,7 +265,79 @@ def test_gptq_on_the_device_agrees_with_the_cpu():
     assert (device_scale.cpu() != scale).float().mean() < 0.02
 
 
+# --- steps per row and column, rate-aware rounding
+
+
+def shaped(w, hessian, clip_sigmas, rate):
+    """-> weighted error, order-0 bits a code given its column's deviation (of a Gaussian)."""
+    codes, rows, columns = gptq(w, hessian, 6, clip_sigmas, 0.01, 32, shaping=rate)
+    error = w - codes * ((rows.float()[:, None] + columns) / 8).exp2()
+    return ((error @ hessian) * error).sum().item(), codes.float().var(dim=0).add(1 / 12).log2().mean().item() / 2
+
+
+def test_column_steps_lower_the_weighted_error_at_equal_bits():
+    w, hessian = torch.randn(256, 64), correlated_hessian(64)
+    codes, scale = gptq(w, hessian, 6, 11.5, 0.01, 32)
+    plain_bits = codes.float().var(dim=0).add(1 / 12).log2().mean().item() / 2
+    error, bits = shaped(w, hessian, 11.5, 0.0)
+    assert abs(bits - plain_bits) < 0.02 and error < 0.9 * weighted_error(w, codes, scale, hessian)
+
+
+def test_rate_lambda_saves_more_bits_than_its_error_costs():
+    w, hessian = torch.randn(512, 64), correlated_hessian(64)
+    errors, bits = zip(*(shaped(w, hessian, 20.0, rate) for rate in (0.0, 1.0, 4.0)), strict=True)
+    assert errors[0] < errors[1] < errors[2] and bits[0] > bits[1] > bits[2]
+    cost = [bit + math.log2(error) / 2 for error, bit in zip(errors, bits, strict=True)]  # 6 dB a bit
+    assert cost[1] < cost[0] - 0.005 and cost[1] < cost[2]
+
+
+def test_a_shaped_code_costs_no_clipping_and_dead_columns_stay_finite():
+    w, hessian = torch.randn(16, 32), correlated_hessian(32)
+    hessian[3], hessian[:, 3] = 0, 0
+    w[5] = 0
+    codes, rows, columns = gptq(w, hessian, 6, 0.5, 0.01, 32, shaping=1.0)
+    assert codes.abs().max() > 31 and codes.dtype == rows.dtype == columns.dtype == torch.int8
+    assert (codes[5] == 0).all() and (codes[:, 3] == 0).all()
+
+
+def test_shaped_weights_are_rebuilt_as_gptq_saw_them():
+    weights, hessians = small_model()
+    hp = settings(gptq_column_steps=True, gptq_rate_lambda=1.0, lqer_top_k=1)
+    arrays = quantize_alone(weights, hessians, hp)
+    rebuilt = train_gpt.dequantize_weights(train_gpt.unpack_weights(train_gpt.pack_weights(arrays, "entropy")))
+    packed, errors = train_gpt.quantize_matrices(list(hessians), weights, hessians, hp)
+    for name, error in errors.items():
+        assert arrays[f"{name}:scale"].dtype == arrays[f"{name}:column_steps"].dtype == np.int8
+        if f"{name}:lqer_a" not in arrays:
+            assert torch.allclose(weights[name] - error, rebuilt[name], rtol=1e-5, atol=1e-7)
+
+
+def test_steps_are_the_same_on_every_machine():
+    for number in range(-254, 255):  # a power that is an ulp off must not round to another float32
+        power = 2.0 ** (number / 8)
+        assert np.float32(power * (1 - 1e-14)) == np.float32(power * (1 + 1e-14)) == train_gpt.STEPS[number]
+
+
 # --- LQER
+
+
+def test_weighted_lqer_lowers_the_weighted_error_more():
+    error, hessian = torch.randn(64, 32), correlated_hessian(32)
+    root = train_gpt.hessian_root(hessian, 1e-6)
+
+    def left(a, b):
+        return ((error - a @ b) @ root).norm()
+
+    weighted = left(*train_gpt.lqer_factors(error, 4, root))
+    best = torch.linalg.svdvals(error @ root)[4:].norm()
+    assert torch.isclose(weighted, best, rtol=1e-3) and weighted < 0.98 * left(*train_gpt.lqer_factors(error, 4))
+
+
+def test_weighted_lqer_takes_the_matrix_with_most_to_gain_per_byte():
+    weights, hessians = small_model()
+    hessians["blocks.1.mlp.c_proj.weight"] = 1e4 * hessians["blocks.1.mlp.c_proj.weight"]
+    arrays = quantize_alone(weights, hessians, settings(lqer_top_k=1, lqer_weighted=True))
+    assert [name for name in arrays if name.endswith("lqer_a")] == ["blocks.1.mlp.c_proj.weight:lqer_a"]
 
 
 def test_lqer_lowers_the_error_in_both_packings():

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import tiny_hp
 
 import train_gpt
@@ -19,7 +20,7 @@ def broken(final="ttt", **changes):
     seconds = {"hessians": run["hessians"], "quantize": run["quantize"], "unpack": run["unpack"],
                "eval_prequant": 1e6, f"eval_{final}": run["scoring"]}
     scores = {"prequant": {}, final: {"partial": run["partial"], "recompilations": run["recompilations"]}}
-    training = {"training_seconds": run["training_seconds"]}
+    training = {"training_seconds": run["training_seconds"], "group_bytes": {"up": 5, "down": 4, "rest": 3, "k": 2}}
     log = SimpleNamespace(seconds=seconds, graphs=run["graphs"])
     return train_gpt.violations(hp, log, training, run["code_bytes"], run["artifact_bytes"], scores)
 
@@ -32,7 +33,22 @@ def test_a_run_at_the_limits_breaks_no_rule(final):
 @pytest.mark.parametrize("key", ["code_bytes", "artifact_bytes"])
 def test_one_byte_above_the_cap_is_a_violation(key):
     (sentence,) = broken(**{key: GOOD[key] + 1})
-    assert "16000001 bytes" in sentence
+    assert "16000001 bytes" in sentence and "1 above the cap" in sentence
+    assert "up 5, down 4, rest 3)" in sentence and "QUANT_ONLY=1 TARGET_BYTES=16000000" in sentence
+
+
+@pytest.mark.parametrize("first_clip", [4.0, 50.0])  # far too large a file, far too small a one
+def test_target_bytes_ends_just_under_the_target_whatever_the_clips(monkeypatch, tmp_path, dist, first_clip):
+    clips = dict.fromkeys(("mlp_clip_sigmas", "attn_clip_sigmas", "embed_clip_sigmas"), first_clip)
+    hp = tiny_hp(target_bytes=600_000, compressor="entropy", model_dim=128, **clips)
+    model = train_gpt.GPT(hp, train_gpt.select_ops(False, "sdpa", dist.device, torch.float32, 32, 4, 2), torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    identity = {n: torch.eye(w.shape[-1]) for n, w in train_gpt.unbank(model).items() if train_gpt.quant_role(n)}
+    monkeypatch.setattr(train_gpt, "collect_hessians", lambda *_: identity)
+    groups = train_gpt.build_artifact(model, None, hp, dist, train_gpt.RunLog(tmp_path, dist), tmp_path / "a", 20_000)
+    assert 600_000 * 0.9995 <= 20_000 + (tmp_path / "a").stat().st_size <= 600_000
+    assert {"up", "down", "embedding", "q", "k", "v", "out", "rest"} == set(groups) and min(groups.values()) > 0
 
 
 @pytest.mark.parametrize("key", ["training_seconds", "hessians", "quantize"])

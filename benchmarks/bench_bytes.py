@@ -1,0 +1,160 @@
+"""Bytes of a trained model: compressors on the same codes, and BPB against bytes over quantization settings.
+
+    python benchmarks/bench_bytes.py codes runs/ID/artifact.bin        # every compressor on the arrays of an artifact
+    DATA_PATH=... python benchmarks/bench_bytes.py sweep runs/ID/model.pt --out sweep.png \\
+        --curve plain "MLP_CLIP_SIGMAS=10 ATTN_CLIP_SIGMAS=11.5" "" \\
+        --curve ours "COMPRESSOR=entropy GPTQ_COLUMN_STEPS=1 GPTQ_RATE_LAMBDA=1"
+
+`codes` prints bytes by group of tensors beside the order-0 entropy of its codes, and the seconds to pack and unpack.
+`sweep` is the harness behind QUANT_ONLY=1: Hessians once, then GPTQ, packing, rebuilding and evaluation for every point
+of every curve (settings as in the environment, which holds for all points); a table, a .json and a .png beside it.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_gpt  # noqa: E402
+
+
+def group_of(name: str) -> str:
+    """Role of an array of codes; "scales" for the other fields of quantized matrices; "small" for the rest."""
+    tensor, _, field = name.rpartition(":")
+    role = train_gpt.quant_role(tensor)
+    return "small" if role is None else role[0] if field == "codes" else "scales"
+
+
+def entropy_bytes(codes: np.ndarray) -> float:
+    """Order-0 entropy of one array of codes, its histogram for free."""
+    share = np.unique(codes, return_counts=True)[1] / codes.size
+    return -codes.size * float(share @ np.log2(share)) / 8
+
+
+def packed_groups(arrays: dict, compressor: str) -> dict[str, int]:
+    """Bytes by group, each packed by itself and without headers."""
+    groups = defaultdict(dict)
+    for name, array in arrays.items():
+        groups[group_of(name)][name] = array
+    sizes = {}
+    for group, members in groups.items():
+        _, _, sections, _ = train_gpt.read_header(train_gpt.pack_weights(members, compressor))
+        sizes[group] = sum(size for size, _, _ in sections)
+    return sizes
+
+
+def compare_codes(path: Path, compressors: list[str]) -> None:
+    """Prints one line per compressor and, for the same arrays, the order-0 entropy."""
+    arrays = train_gpt.unpack_weights(path.read_bytes())
+    groups = defaultdict(float)
+    for name, array in arrays.items():
+        groups[group_of(name)] += entropy_bytes(array) if name.endswith(":codes") else array.nbytes
+    print(f"{len(arrays)} arrays, {sum(a.size for a in arrays.values())} numbers, {os.cpu_count()} CPUs")
+    print(f"{'order-0, raw rest':18} {sum(groups.values()):10.0f} B  {' ' * 26}"
+          + " ".join(f"{group}:{size:.0f}" for group, size in groups.items()))
+    for compressor in compressors:
+        start = time.perf_counter()
+        blob = train_gpt.pack_weights(arrays, compressor)
+        packed = time.perf_counter()
+        rebuilt = train_gpt.unpack_weights(blob)
+        unpacked = time.perf_counter()
+        assert all(np.array_equal(rebuilt[name], array) for name, array in arrays.items()), "not exact"
+        groups = " ".join(f"{group}:{size}" for group, size in packed_groups(arrays, compressor).items())
+        seconds = f"pack {packed - start:6.1f} s  unpack {unpacked - packed:5.1f} s"
+        print(f"{compressor:18} {len(blob):10d} B  {seconds}  {groups}", flush=True)
+
+
+class Sweep:
+    """One checkpoint, its Hessians, and the points measured so far."""
+
+    def __init__(self, checkpoint: Path, compressor: str):
+        self.hp = train_gpt.Hyperparameters.from_env()
+        self.hp = self.hp if "COMPRESSOR" in os.environ else dataclasses.replace(self.hp, compressor=compressor)
+        self.dist = dist = train_gpt.Dist(self.hp.device)
+        tokenizer, _ = train_gpt.find_tokenizer(self.hp)
+        hp, dtype = self.hp, torch.bfloat16 if dist.device.type == "cuda" else torch.float32
+        ops = train_gpt.select_ops(hp.kernels, hp.attention_backend, dist.device, dtype, hp.head_dim, hp.num_heads,
+                                   hp.num_kv_heads)
+        self.model = train_gpt.GPT(hp, ops, dtype).to(dist.device)
+        train_gpt.load_checkpoint(checkpoint, self.model)
+        self.evaluator = train_gpt.Evaluator(self.model, train_gpt.ValidationSet(hp, tokenizer), hp, dist)
+        loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
+        self.hessians = train_gpt.collect_hessians(self.model, loader, hp, dist)
+        self.weights = {name: w.detach().clone() for name, w in train_gpt.unbank(self.model).items()}
+
+    def measure(self, settings: str) -> dict:
+        """Quantizes under "NAME=VALUE ..." -> bytes of the weights, BPB, mean relative weighted error, seconds."""
+        hp = train_gpt.Hyperparameters.from_env(dict(os.environ, COMPRESSOR=self.hp.compressor)
+                                                | dict(pair.split("=", 1) for pair in settings.split()))
+        start = time.perf_counter()
+        arrays = train_gpt.quantize_weights(self.weights, self.hessians, hp, self.dist)
+        quantized = time.perf_counter()
+        blob = train_gpt.pack_weights(arrays, hp.compressor)
+        packed = time.perf_counter()
+        rebuilt = train_gpt.dequantize_weights(train_gpt.unpack_weights(blob))
+        error = 0.0
+        for name, hessian in self.hessians.items():
+            e, w = (x.to(hessian) for x in (self.weights[name] - rebuilt[name].to(hessian), self.weights[name]))
+            error += float(((e @ hessian) * e).sum() / ((w @ hessian) * w).sum())
+        train_gpt.rebank(self.model, rebuilt)
+        return {"settings": settings, "bytes": len(blob), "weighted_error": error / len(self.hessians),
+                "bpb": self.evaluator.evaluate_bpb()["bpb"], "seconds_quantize": quantized - start,
+                "seconds_pack": packed - quantized}
+
+
+def plot(curves: dict[str, list[dict]], path: Path) -> None:
+    """BPB, and the mean relative Hessian-weighted error, against bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5))
+    for panel, key in zip(panels, ("bpb", "weighted_error"), strict=True):
+        for name, points in curves.items():
+            points = sorted(points, key=lambda point: point["bytes"])
+            panel.plot([p["bytes"] / 1e6 for p in points], [p[key] for p in points], "o-", label=name)
+        panel.set(xlabel="megabytes of weights", ylabel={"bpb": "bits per byte"}.get(key, "weighted error / energy"))
+        panel.legend()
+    panels[1].set_yscale("log")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    codes = commands.add_parser("codes")
+    codes.add_argument("artifact", type=Path)
+    codes.add_argument("--compressors", nargs="+", default=["entropy", "pergroup", "brotli"])
+    sweep = commands.add_parser("sweep")
+    sweep.add_argument("checkpoint", type=Path)
+    sweep.add_argument("--curve", nargs="+", action="append", required=True, metavar=("NAME", "SETTINGS"))
+    sweep.add_argument("--out", type=Path, default=Path("sweep.png"))
+    options = parser.parse_args()
+    if options.command == "codes":
+        return compare_codes(options.artifact, options.compressors)
+    harness, curves = Sweep(options.checkpoint, "entropy"), defaultdict(list)
+    print(f"fp32: bpb {harness.evaluator.evaluate_bpb()['bpb']:.6f}", flush=True)
+    for name, *points in options.curve:
+        for settings in points:
+            point = harness.measure(settings)
+            curves[name].append(point)
+            print(f"{name:12} {point['bytes']:10d} B  bpb {point['bpb']:.6f}  error {point['weighted_error']:.3e}  "
+                  f"GPTQ {point['seconds_quantize']:.1f} s  pack {point['seconds_pack']:.1f} s  {settings}", flush=True)
+        options.out.with_suffix(".json").write_text(json.dumps(curves, indent=1))
+    plot(curves, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Mutated artifacts: each is refused with an ArtifactError, soon and in bounded memory. `make soak` tries 5,000."""
+
+import json
+import lzma
+import os
+import random
+import resource
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+import train_gpt
+from tests.test_artifact import model_arrays
+
+pytest.importorskip("brotli")
+MUTATIONS = int(os.environ.get("SOAK_MUTATIONS", 240))  # over all compressors
+COMPRESSORS = ["entropy", "brotli", "lzma"] + ["pergroup"] * bool(shutil.which("lrzip"))
+SECONDS, MEMORY = 20, 2**31  # at most, for one file of a few kilobytes
+SIZES = [-1, 0, 1, 2, 2**16 - 1, 2**16, 2**20, 2**28, 2**30, 2**31, 2**32, 2**62, 2**64, 1.5, None, "7", [3]]
+
+
+class Parts:
+    """An artifact taken apart, to be put together wrongly under digests that are right."""
+
+    def __init__(self, blob):
+        compressor, _, self.sections, end = train_gpt.read_header(blob)
+        _, self.number, stored_size, self.raw_size = train_gpt.PREFIX.unpack(blob[: train_gpt.PREFIX.size])
+        self.codec = train_gpt.COMPRESSORS[compressor][0]
+        self.arrays = json.loads(train_gpt.expand(self.codec, blob[end - stored_size : end], self.raw_size))[0]
+        self.data, self.claimed_size = [], None
+        for size, _, _ in self.sections:
+            self.data.append(blob[end : end + size])
+            end += size
+
+    def signed(self):
+        raw = json.dumps([self.arrays, self.sections]).encode()
+        stored = lzma.compress(raw, preset=0) if self.codec == "lzma" else train_gpt.ENCODERS[self.codec](raw)
+        claimed = len(raw) if self.claimed_size is None else self.claimed_size
+        prefix = train_gpt.PREFIX.pack(train_gpt.MAGIC, self.number, len(stored), claimed)
+        return prefix + train_gpt.digest(prefix + stored) + stored + b"".join(self.data)
+
+
+def flip(data, chance):
+    data = bytearray(data)
+    for _ in range(chance.randint(1, 8)):
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    return bytes(data)
+
+
+def cut_or_grow(data, chance):
+    at = chance.randrange(len(data))
+    return chance.choice([data[:at], data[at:], data + data[at:], data[:at] + chance.randbytes(9) + data[at:]])
+
+
+def damage(blob, chance):
+    """No digest is mended: flips, truncations, insertions, a stretch of the file moved elsewhere."""
+    if chance.random() < 0.6:
+        return chance.choice([flip, cut_or_grow])(blob, chance)
+    a, b, c = sorted(chance.choices(range(len(blob)), k=3))
+    return blob[:a] + blob[b:c] + blob[a:b] + blob[c:]
+
+
+def damage_section(blob, chance):
+    """A section's content is changed under a stored digest and a size that are right: the decoder gets to see it."""
+    parts = Parts(blob)
+    number = chance.choice([i for i, data in enumerate(parts.data) if data])
+    data = parts.data[number] = chance.choice([flip, cut_or_grow])(parts.data[number], chance)
+    parts.sections[number][:2] = len(data), train_gpt.digest(data).hex()
+    return parts.signed()
+
+
+def swap_sections(blob, chance):
+    """Two sections change places, with or without their sizes in the header; or one stands twice, or is gone."""
+    parts = Parts(blob)
+    a, b = chance.choices(range(len(parts.data)), k=2)
+    parts.data[a], parts.data[b] = parts.data[b], parts.data[a]
+    if chance.random() < 0.5:
+        parts.sections[a][0], parts.sections[b][0] = parts.sections[b][0], parts.sections[a][0]
+    if chance.random() < 0.3:
+        del parts.data[a], parts.sections[a]
+    elif chance.random() < 0.3:
+        parts.data.append(parts.data[a])
+        parts.sections.append(parts.sections[a])
+    return parts.signed()
+
+
+def forge_lengths(blob, chance):
+    """A size, a shape, a type or a digest in the header says something else."""
+    parts = Parts(blob)
+    array, section = chance.choice(parts.arrays), chance.choice(parts.sections)
+    kind = chance.randrange(6)
+    if kind == 0:
+        section[0] = chance.choice(SIZES)
+    elif kind == 1:
+        section[chance.choice([1, 2])] = chance.choice(["", "0" * 16, 7, None, [section[1]]])
+    elif kind == 2 and array[2]:
+        array[2][chance.randrange(len(array[2]))] = chance.choice(SIZES)
+    elif kind == 3:
+        array[2] = chance.choice([[], [2**16, 2**14], [2**14, 2**16], [0, 2**62], [1] * 9, 5, "55", None])
+    elif kind == 4:
+        array[1] = chance.choice(["float64", "object", "i1,i1", 3, None, ["int8"]])
+    else:
+        parts.claimed_size = chance.choice([0, 1, 7, train_gpt.MAX_HEADER_BYTES, 2**32 - 1])
+    return parts.signed()
+
+
+def forge_compressor(blob, chance):
+    """Another compressor's number over the same sections."""
+    parts = Parts(blob)
+    parts.number = chance.choice([n for n in range(256) if n != parts.number][: chance.choice([3, 255])])
+    return parts.signed()
+
+
+KINDS = [damage, damage, damage_section, damage_section, swap_sections, forge_lengths, forge_lengths, forge_compressor]
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_mutated_artifacts_are_refused(compressor):
+    arrays = model_arrays()
+    blob = train_gpt.pack_weights(arrays, compressor)
+    seed = random.randrange(2**32) if "SOAK_MUTATIONS" in os.environ else 11
+    print(f"seed {seed}")
+    chance, tried, seconds, passed = random.Random(seed), 0, 0.0, []
+    unchanged = blob, Parts(blob).signed()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    while tried < MUTATIONS // len(COMPRESSORS):
+        kind = chance.choice(KINDS)
+        mutant = kind(blob, chance)
+        if mutant in unchanged:
+            continue
+        tried += 1
+        started = time.monotonic()
+        try:
+            found = train_gpt.unpack_weights(mutant)
+        except train_gpt.ArtifactError:
+            pass
+        else:
+            # lrzip's own header holds a time and the like: the same weights under a right digest are no damage
+            if kind is not damage_section or not all(np.array_equal(found.get(n), a) for n, a in arrays.items()):
+                passed.append((kind.__name__, tried))
+        seconds = max(seconds, time.monotonic() - started)
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print(f"{compressor}: {tried} mutants, {seconds:.2f} s at most, {grown / 2**20:.0f} MiB more")
+    assert not passed, f"accepted: {passed}"
+    assert seconds < SECONDS and grown < MEMORY

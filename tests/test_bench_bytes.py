@@ -1,0 +1,60 @@
+"""benchmarks/bench_bytes.py on a tiny checkpoint: it measures what the trainer makes, and refuses what is not exact."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY, tiny_hp
+
+import train_gpt
+from benchmarks import bench_bytes
+from tests.test_artifact import model_arrays
+
+pytest.importorskip("brotli")
+
+
+def test_sweep_measures_bytes_error_and_bpb_of_every_point(monkeypatch, tmp_path, tiny_data, ops, capsys):
+    pytest.importorskip("matplotlib")
+    for name, value in (TINY | {"data_path": tiny_data, "caseops_enabled": True, "lqer_top_k": 0}).items():
+        monkeypatch.setenv(name.upper(), str(int(value) if isinstance(value, bool) else value))
+    monkeypatch.setattr(train_gpt, "find_tokenizer", lambda hp: (None, None))
+    model = train_gpt.GPT(tiny_hp(), ops, torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    train_gpt.save_checkpoint(tmp_path / "model.pt", model, tiny_hp())
+    shaped = "COMPRESSOR=entropy GPTQ_COLUMN_STEPS=1"
+    command = ["bench", "sweep", str(tmp_path / "model.pt"), "--out", str(tmp_path / "sweep.png")]
+    wide = "MLP_CLIP_SIGMAS=50 ATTN_CLIP_SIGMAS=50 EMBED_CLIP_SIGMAS=50"
+    command += ["--curve", "plain", "", wide, "--curve", "ours", shaped]
+    monkeypatch.setattr("sys.argv", command)
+    bench_bytes.main()
+    curves = json.loads((tmp_path / "sweep.json").read_text())
+    (near, coarse), (ours,) = curves["plain"], curves["ours"]
+    assert near["bytes"] > coarse["bytes"] and near["weighted_error"] < 0.2 * coarse["weighted_error"]
+    assert ours["settings"] == shaped and ours["weighted_error"] < 0.2 * coarse["weighted_error"]
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+    assert abs(near["bpb"] - float(capsys.readouterr().out.split()[2])) < 0.05
+
+
+def test_codes_compares_compressors_on_the_same_arrays(tmp_path, capsys):
+    arrays = model_arrays()
+    (tmp_path / "artifact.bin").write_bytes(train_gpt.pack_weights(arrays, "brotli"))
+    bench_bytes.compare_codes(tmp_path / "artifact.bin", ["entropy", "lzma"])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{len(arrays)} arrays" in lines[0]
+    assert [line.split()[0] for line in lines[1:]] == ["order-0,", "entropy", "lzma"]
+    assert int(lines[3].split()[1]) == len(train_gpt.pack_weights(arrays, "lzma"))
+
+
+def test_codes_says_where_a_round_trip_is_not_exact(monkeypatch, tmp_path):
+    (tmp_path / "artifact.bin").write_bytes(train_gpt.pack_weights(model_arrays(), "brotli"))
+    unpack, seen = train_gpt.unpack_weights, []
+
+    def unpack_wrongly(blob):
+        seen.append(blob)
+        arrays = unpack(blob)
+        return {name: array + (len(seen) == 2) for name, array in arrays.items()}
+
+    monkeypatch.setattr(train_gpt, "unpack_weights", unpack_wrongly)
+    with pytest.raises(AssertionError, match="not exact"):
+        bench_bytes.compare_codes(tmp_path / "artifact.bin", ["lzma"])
