@@ -50,8 +50,11 @@ import torch
 import torch.distributed as dist_backend
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10: selection passes over this backend
+    varlen_attn = None
 try:
     import brotli
 except ImportError:  # only the lzma compressor works then; check_compressor says so before training
@@ -923,7 +926,7 @@ def leaky_relu_sq_mlp(x, w_up, w_down, slope):
 # --- attention over packed documents: causal within documents, scale 1/sqrt(E), query head h on KV head h // (H / K)
 # Every backend: q (B, T, H, E), k and v (B, T, K, E), cu_seqlens (N + 1,) int32 with B = 1, or None: each row is one
 # document; -> (B, T, H, E). cu_seqlens may end in repetitions of T (empty documents). No document exceeds max_seqlen.
-_VARLEN_PARAMETERS = tuple(inspect.signature(varlen_attn).parameters)
+_VARLEN_PARAMETERS = tuple(inspect.signature(varlen_attn).parameters) if varlen_attn else ()
 
 def _repeat_kv(q, *kv):
     """q (..., H, E), k and v (..., K, E) -> k and v (..., H, E) for backends without grouped heads."""
@@ -2116,6 +2119,18 @@ def check_compressor(name):
     if "lrzip" in COMPRESSORS[name] and shutil.which("lrzip") is None:
         raise SettingError("the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)")
 
+def try_compressor(name):
+    """check_compressor and a round trip of each codec: a program that is there may still lack a library."""
+    check_compressor(name)
+    sample, shapes = b"1234" * 8, [(4, 8)]
+    for codec in COMPRESSORS[name]:
+        try:
+            fault = expand(codec, ENCODERS[codec](sample, shapes), len(sample), shapes) != sample and "other bytes"
+        except (ArtifactError, OSError) as error:
+            fault = error
+        if fault:
+            raise SettingError(f"COMPRESSOR={name} does not work here, {codec}: {fault}")
+
 def expand(codec, stored, raw_size, shapes=()):
     """Stored bytes -> exactly raw_size bytes. Raises ArtifactError if that is not what comes out."""
     try:
@@ -2706,6 +2721,13 @@ def write_code(folder, dist):
         write_atomically(folder / "train_gpt.py", packed)
     return len(packed)
 
+def build_model(hp, dist):
+    """A new GPT on the device, with the fastest operations that work there."""
+    dtype = {"auto": torch.bfloat16 if dist.device.type == "cuda" else torch.float32}.get(
+        hp.compute_dtype, getattr(torch, hp.compute_dtype, None))
+    ops = select_ops(hp.kernels, hp.attention_backend, dist.device, dtype, hp.head_dim, hp.num_heads, hp.num_kv_heads)
+    return GPT(hp, ops, dtype).to(dist.device)
+
 def git_commit():
     """The checkout's commit, with + where files differ from it; None outside a checkout."""
     command = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty=+", "--exclude=*"]
@@ -2810,25 +2832,22 @@ def run(hp, dist):
     # ---- everything that can be wrong is found before training
     tokenizer, tokenizer_path = find_tokenizer(hp)
     validation = ValidationSet(hp, tokenizer)
-    check_compressor(hp.compressor)
+    try_compressor(hp.compressor)
     folder = run_folder(hp, dist)
     checkpoint, artifact = folder / "model.pt", Path(hp.artifact_path or folder / "artifact.bin")
     if hp.ttt_eval_only and not artifact.exists():
         raise DataError(f"{artifact} does not exist: TTT_EVAL_ONLY needs a finished run's RUN_ID, or ARTIFACT_PATH")
     log = RunLog(folder, dist)
     code_bytes = write_code(folder, dist)
-    dtype = {"auto": torch.bfloat16 if dist.device.type == "cuda" else torch.float32}.get(
-        hp.compute_dtype, getattr(torch, hp.compute_dtype, None))
-    ops = select_ops(hp.kernels, hp.attention_backend, dist.device, dtype, hp.head_dim, hp.num_heads, hp.num_kv_heads)
-    model = GPT(hp, ops, dtype).to(dist.device)
+    model = build_model(hp, dist)
     device = torch.cuda.get_device_name() if dist.device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
     about = {"run": folder.name, "seed": hp.seed, "commit": git_commit(), "device": device,
-             "world_size": dist.world_size, "torch": torch.__version__, "python": sys.version.split()[0], **ops.names}
+             "world_size": dist.world_size, "torch": torch.__version__, "python": sys.version.split()[0],
+             **model.ops.names}
     log(f"settings (* changed):\n{settings_table(hp)}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
-    log("\n".join(f"note: {note}" for note in (*ops.notes, "the budget starts after the warm-up")))
+    log("\n".join(f"note: {note}" for note in (*model.ops.notes, "the budget starts after the warm-up")))
     log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} tokenizer:{tokenizer_path} "
-        f"validation {validation.summary} tokens:{len(validation.tokens)} "
-        f"code_bytes:{code_bytes}")
+        f"validation {validation.summary} tokens:{len(validation.tokens)} code_bytes:{code_bytes}")
 
     # ---- train (or go on from a file)
     evaluator, training, scores, artifact_bytes = Evaluator(model, validation, hp, dist), {}, {}, 0
@@ -2853,6 +2872,7 @@ def run(hp, dist):
         if not hp.prequant_only:
             training["group_bytes"] = build_artifact(model, loader, hp, dist, log, artifact, code_bytes)
         score_stage("prequant", evaluator.evaluate_bpb, log, scores)
+
     # ---- evaluate the file on disk
     if not hp.prequant_only:
         artifact_bytes = artifact.stat().st_size

@@ -396,6 +396,25 @@ def test_missing_brotli_is_an_error_for_all_but_lzma(monkeypatch):
     assert_same(train_gpt.unpack_weights(train_gpt.pack_weights(arrays, "lzma")), arrays)
 
 
+def test_a_compressor_that_fails_or_alters_bytes_is_an_early_error(monkeypatch):
+    for name in ("entropy", "brotli", "lzma"):
+        train_gpt.try_compressor(name)
+    monkeypatch.setitem(train_gpt.ENCODERS, "brotli", lambda raw, shapes=(): b"\x07no stream")
+    with pytest.raises(train_gpt.SettingError, match="COMPRESSOR=entropy does not work here, brotli"):
+        train_gpt.try_compressor("entropy")
+    monkeypatch.setitem(train_gpt.DECODERS, "lzma", lambda data, raw_size, shapes=(): bytes(raw_size))
+    with pytest.raises(train_gpt.SettingError, match="lzma: other bytes"):
+        train_gpt.try_compressor("lzma")
+
+
+def test_an_lrzip_that_cannot_start_is_an_early_error(monkeypatch, tmp_path):
+    (tmp_path / "lrzip").write_text("#!/bin/sh\necho cannot open shared object file >&2\nexit 127\n")
+    (tmp_path / "lrzip").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(train_gpt.SettingError, match="lrzip ended with 127.*shared object"):
+        train_gpt.try_compressor("pergroup")
+
+
 # --- row order
 
 

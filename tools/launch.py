@@ -157,7 +157,7 @@ def check_script(script, count_gpus):
             tokenizer, _ = module.find_tokenizer(hp)
             validation = module.ValidationSet(hp, tokenizer)
             tokens = module.TokenStream(hp.data_path, "train").size
-            module.check_compressor(hp.compressor)
+            module.try_compressor(hp.compressor)
             about["notes"].append(
                 f"data: {tokens:,} training tokens, {len(validation.starts):,} validation documents of "
                 f"{int(validation.bytes.sum()):,} bytes in {hp.data_path}"
