@@ -2035,7 +2035,8 @@ def column_predictor(gram, rows):
     Elimination by elementwise operations in a fixed order, as LAPACK's last bits differ between machines.
     """
     size = len(gram)
-    work = np.hstack([gram + 800 / rows * np.trace(gram) / size * np.eye(size), np.eye(size)]).astype(np.float32)
+    ridge = 1 + 800 / rows * np.trace(gram) / size  # no pivot is 0, also where all codes are
+    work = np.hstack([gram + ridge * np.eye(size), np.eye(size)]).astype(np.float32)
     for j in range(size):
         part = work[j + 1 :, j : size + j + 1]
         part -= part[:, :1] / work[j, j] * work[j, j : size + j + 1]
@@ -2547,7 +2548,7 @@ class TestTimeTrainer:
         entries = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
         self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device)
         self.block, self.head = (compiled(f, hp, dist, dynamic=None) for f in (model.block, model.token_losses))
-        self.shapes = lora_shapes(model)
+        self.shapes, self.warming_up = lora_shapes(model), False
         self.score = Score(dist.device)
         self.done, self.cost, self.running = 0, 1, ""  # for the live line: this rank's window positions, last score
 
@@ -2572,7 +2573,7 @@ class TestTimeTrainer:
         return self.head(scored, targets, tap)
 
     def mark_dynamic(self, dimensions, *tensors):
-        if compile_wanted(self.hp, self.dist):
+        if self.warming_up:  # what the graphs are made from; later tensors need no marks, and marking takes time
             for tensor in tensors:
                 torch._dynamo.mark_dynamic(tensor, dimensions)
 
@@ -2585,7 +2586,9 @@ class TestTimeTrainer:
         lora = BatchedLoRA(self.shapes, zeros, places, hp, device)
         windows = torch.zeros(len(places), hp.ttt_eval_seq_len, dtype=torch.int64, device=device)
         targets = torch.zeros(len(places), hp.ttt_chunk_size, dtype=torch.int64, device=device)
+        self.warming_up = True
         torch.autograd.grad(self.chunk_losses(windows, targets, targets, lora.adapters()).sum(), lora.parameters())
+        self.warming_up = False
 
     def chunk_batch(self, rows, chunk):
         """Documents, chunk number -> windows (B, W), targets, positions, scored, charges (B, C each), on the device."""
