@@ -350,7 +350,7 @@ def test_predictor_is_the_conditional_mean_in_fixed_point():
 def test_entropy_stream_is_the_same_on_every_machine():
     rng = np.random.default_rng(6)
     codes = [(rng.integers(-9, 10, (40, 700)) * np.arange(1, 41)[:, None] // 7).astype(np.int8) for _ in range(2)]
-    codes[1][1:] = codes[1][1:] // 2 + codes[1][:-1]  # stored are transposes: 700 rows, of whose 40 columns one follows another
+    codes[1][1:] = codes[1][1:] // 2 + codes[1][:-1]  # 700 rows once transposed; of 40 columns one follows another
     stored = train_gpt.ENCODERS["entropy"](b"".join(x.tobytes() for x in codes), [x.shape for x in codes])
     assert train_gpt.digest(stored).hex() == "df0d165ca49de5c6"
 
