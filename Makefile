@@ -21,7 +21,6 @@ demo-data: $(DEMO_DATA)/manifest.json
 
 demo: $(DEMO_DATA)/manifest.json
 	set -a && . presets/demo.env && set +a && RUN_ID=$(DEMO_RUN) DATA_PATH=$(DEMO_DATA) $(PYTHON) train_gpt.py
-	$(PYTHON) tools/plot_run.py runs/$(DEMO_RUN)
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -88,6 +88,7 @@ class Hyperparameters:
     seed: int = env(42, "seed of the initial weights and of the LoRA matrices", least=0)
     run_id: str = env("", "name of the run's folder; empty: a time stamp with the seed")
     runs_dir: str = env("runs", "folder that holds the runs")
+    plots: bool = env(True, "pictures of the run at its end, where tools/plot_run.py lies beside this file")
     data_path: str = env("data/datasets/fineweb10B_sp8192_caseops", "folder of fineweb_{train,val,val_bytes}_*.bin")
     tokenizer_path: str = env("", "SentencePiece model; empty: beside the data or in tokenizers/, by manifest hash")
     caseops_enabled: bool = env(True, "validation bytes come from the side-car; 0: from the tokenizer's byte tables")
@@ -2912,6 +2913,9 @@ def main():
     except (SettingError, DataError, ArtifactError) as error:
         sys.exit(f"train_gpt.py cannot run: {error}")
     dist.close()
+    painter = Path(__file__).with_name("tools") / "plot_run.py"
+    if hp.plots and dist.rank == 0 and painter.exists():
+        subprocess.run([sys.executable, painter, Path(hp.runs_dir) / result["run"]], stdout=sys.stderr)
     if result["total_bytes"] > BYTE_CAP:
         sys.exit(3)
 

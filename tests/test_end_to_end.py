@@ -102,7 +102,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     (folder / "data").mkdir()
     counts = make_data(folder / "data")
-    common = {"DATA_PATH": str(folder / "data"), "RUNS_DIR": str(folder / "runs")}
+    common = {"DATA_PATH": str(folder / "data"), "RUNS_DIR": str(folder / "runs"), "PLOTS": "0"}
     (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), folder=str(folder)))
     base = folder / "runs" / "base"
 
@@ -110,7 +110,7 @@ def world(tmp_path_factory):
         with ThreadPoolExecutor(len(processes)) as pool:
             return dict(zip(processes, pool.map(result_of, processes.values()), strict=True))
 
-    found = together(base=start(ROOT / "train_gpt.py", RUN_ID="base", **common),
+    found = together(base=start(ROOT / "train_gpt.py", RUN_ID="base", **common | {"PLOTS": "1"}),
                      two=torchrun(2, folder / "driver.py", RUN_ID="two", **common))
     checkpoint, artifact = str(base / "model.pt"), str(base / "artifact.bin")
     packed = start(base / "train_gpt.py", RUN_ID="packed", **common)
@@ -137,6 +137,11 @@ def runs(world):
 
 
 # ---- a whole run
+
+
+def test_a_run_of_a_checkout_ends_with_its_pictures(runs):
+    assert {path.stem for path in (runs / "base").glob("*.png")} >= {"training", "stages", "ttt", "bytes"}
+    assert not list((runs / "packed").glob("*.png"))  # the packed script alone draws nothing
 
 
 KEYS = {"version", "device", "world_size", "torch", "python", "commit", "seed", "run", "attention", "mlp",
@@ -197,7 +202,7 @@ def test_the_log_holds_settings_stages_and_result(results, runs):
 
 def test_no_temporary_files_are_left(results, runs):
     for name in results:
-        files = {path.name for path in (runs / name).iterdir()}
+        files = {path.name for path in (runs / name).iterdir() if path.suffix != ".png"}
         assert files <= {"log.txt", "model.pt", "artifact.bin", "train_gpt.py", "result.json"}, name
 
 

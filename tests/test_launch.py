@@ -85,7 +85,8 @@ def test_seeds_have_folders_and_exit_codes_and_a_failure_is_told(run, tmp_path, 
     seen = {seed: json.loads((folder / f"mine-seed{seed}" / "seen.json").read_text()) for seed in (1, 13, 2)}
     for seed, environ in seen.items():
         assert (environ["SEED"], environ["RUN_ID"], environ["RUNS_DIR"]) == (str(seed), f"mine-seed{seed}", str(folder))
-        assert not set(launch.OURS) & set(environ) and environ["tty"] == (tmux == "1")
+        assert set(launch.OURS) & set(environ) == {"PLOTS"} and environ["PLOTS"] == "0"  # the launcher draws
+        assert environ["tty"] == (tmux == "1")
         assert (folder / f"mine-seed{seed}" / "stdout.txt").exists() == (tmux == "0")
     table = [line.split() for line in ended.stdout.splitlines() if line.startswith("scores.ttt.bpb")]
     assert table == [["scores.ttt.bpb", "1.01000", "1.02000", "1.01500", "0.00707"]]

@@ -111,7 +111,8 @@ def make_plan(environ):
         lanes,
         nproc,
         script,
-        {key: value for key, value in settings.items() if key not in (*OURS, "RUN_ID", "SEED")},
+        {key: value for key, value in settings.items() if key not in (*OURS, "RUN_ID", "SEED")}
+        | {"PLOTS": "0"},  # the launcher draws
         environ.get("USE_TMUX", "1") != "0" and shutil.which("tmux") is not None,
     )
 

@@ -34,7 +34,7 @@ from tools.run_files import read_runs  # noqa: E402
 
 TRACK, OTHER_TRACK = "track_10min_16mb", "track_non_record_16mb"
 BYTE_CAP, BUDGET_SECONDS, SEEDS, GPUS, DOCUMENTS = 16_000_000, 600.0, 3, 8, 50_000  # the contest's rules
-OF_A_RUN = {"SEED", "RUN_ID", "RUNS_DIR", "DATA_PATH", "TOKENIZER_PATH"}  # settings that may differ between seeds
+OF_A_RUN = {"SEED", "RUN_ID", "RUNS_DIR", "DATA_PATH", "TOKENIZER_PATH", "PLOTS"}  # may differ between seeds
 DATA_TOOLS = ("prepare_caseops_data.py", "lossless_caps.py")
 TINY = {  # sizes of the proof; what the record set besides stays as it is
     "DEVICE": "cpu",

@@ -16,7 +16,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import FuncFormatter  # noqa: E402
+from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.run_files import read_runs  # noqa: E402
@@ -102,6 +102,7 @@ def draw_losses(axis, runs):
     times, steps = np.append(times, 2 * times[-1] + 1), np.append(steps, steps[-1] + rate * (times[-1] + 1))
     functions = (lambda seconds: np.interp(seconds, times, steps), lambda step: np.interp(step, steps, times))
     above = axis.secondary_xaxis("top", functions=functions)
+    above.xaxis.set_major_locator(MaxNLocator(integer=True))
     above.set_xlabel("optimizer steps" + (f" (seed {longest.seed})" if len(runs) > 1 else ""))
 
 
