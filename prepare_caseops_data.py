@@ -865,6 +865,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def print_counts(manifest: dict) -> None:
+    """A line for each split of a finished dataset: documents, tokens, bytes."""
+    for split, counts in manifest["splits"].items():
+        print(f"{split}: " + ", ".join(f"{number:,} {name}" for name, number in counts.items()))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -888,8 +894,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for split, counts in manifest["splits"].items():
-        print(f"{split}: " + ", ".join(f"{number:,} {name}" for name, number in counts.items()))
+    print_counts(manifest)
     return 0
 
 

@@ -43,9 +43,7 @@ def main() -> None:
         return
     hp = tg.Hyperparameters.from_env()
     dist = tg.Dist("cuda")
-    ops = tg.select_ops(hp.kernels, hp.attention_backend, dist.device, torch.bfloat16, hp.head_dim, hp.num_heads,
-                        hp.num_kv_heads)  # fmt: skip
-    model = tg.GPT(hp, ops, torch.bfloat16).to(dist.device).requires_grad_(False)
+    model = tg.build_model(hp, dist).requires_grad_(False)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.02)
@@ -54,7 +52,7 @@ def main() -> None:
     start = time.perf_counter()
     trainer.warm_up()
     torch.cuda.synchronize()
-    print(f"device:{torch.cuda.get_device_name()} attention:{ops.names['attention']} "
+    print(f"device:{torch.cuda.get_device_name()} attention:{model.ops.names['attention']} "
           f"warm_up_seconds:{time.perf_counter() - start:.1f} graphs:{tg.compiled_graphs()}")
     graphs = tg.compiled_graphs()
     print(f"{'documents':>10}{'width':>8}{'forward ms':>12}{'step ms':>10}{'positions/s':>13}{'ratio':>8}")

@@ -43,9 +43,7 @@ def test_every_graph_is_compiled_once_and_before_the_clock(tmp_path, device, mon
                  ttt_lora_sites="k,head")  # fmt: skip
     dist = train_gpt.Dist(device)
     log, eager_log = train_gpt.RunLog(tmp_path, dist), train_gpt.RunLog(tmp_path, dist)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    ops = train_gpt.select_ops(True, "auto" if device == "cuda" else "sdpa", dist.device, dtype, 64, 2, 1)
-    model = train_gpt.GPT(hp, ops, dtype).to(dist.device)
+    model = train_gpt.build_model(hp, dist)
     trainer = train_gpt.Trainer(model, hp, dist, log)
     with log.stage("warm_up"):
         trainer.warm_up()

@@ -30,6 +30,7 @@ from prepare_caseops_data import (
     document_hash,
     file_sha256,
     load_tokenizer,
+    print_counts,
     read_documents,
     read_manifest,
     read_shard,
@@ -151,6 +152,5 @@ def main(arguments: list[str]) -> int:
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for split, counts in manifest["splits"].items():
-        print(f"{split}: " + ", ".join(f"{number:,} {name}" for name, number in counts.items()))
+    print_counts(manifest)
     return 0
