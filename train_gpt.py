@@ -183,7 +183,7 @@ class Hyperparameters:
     mlp_clip_sigmas: float = env(11.5, "clip of MLP rows in deviations", above=0)
     attn_clip_sigmas: float = env(13.0, "clip of attention rows in deviations", above=0)
     embed_clip_sigmas: float = env(14.0, "clip of embedding rows in deviations", above=0)
-    gptq_column_steps: bool = env(False, "steps 2^(k/8) per row and per column instead of fp16 per row; for entropy")
+    gptq_column_steps: bool = env(True, "steps 2^(k/8) per row and per column instead of fp16 per row")
     gptq_rate_lambda: float = env(0.0, "error against coded bits with column steps: 1 is the coder's slope", least=0)
     gated_attn_quant_gate: bool = env(True, "attention gates as int8 per row; 0: fp16")
     lqer_enabled: bool = env(True, "low-rank correction of the largest quantization errors")
@@ -1543,7 +1543,10 @@ def compile_wanted(hp, dist):
 
 def compiled(function, hp, dist, dynamic=False):
     """torch.compile where the settings ask for it, else the function itself; dynamic=None: dimensions may be marked."""
-    return torch.compile(function, fullgraph=True, dynamic=dynamic) if compile_wanted(hp, dist) else function
+    if not compile_wanted(hp, dist):
+        return function
+    # padding of matrix products would bind a graph to the range of sizes that it was traced at
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, options={"shape_padding": False})
 
 class Trainer:
     """Model, optimizers, average and loader of a run, and the one training step."""

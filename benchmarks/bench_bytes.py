@@ -153,7 +153,7 @@ def main() -> None:
             print(f"{name:12} {point['bytes']:10d} B  bpb {point['bpb']:.6f}  error {point['weighted_error']:.3e}  "
                   f"GPTQ {point['seconds_quantize']:.1f} s  pack {point['seconds_pack']:.1f} s  {settings}", flush=True)
         options.out.with_suffix(".json").write_text(json.dumps(curves, indent=1))
-    plot(curves, options.out)
+    plot(curves, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
