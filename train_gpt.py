@@ -69,6 +69,7 @@ except ImportError:  # the kernels stay definable, the references are used
 BOS_ID = 1  # every document starts with exactly one (README: data)
 BYTE_CAP = 16_000_000  # decimal bytes of code + weights, the contest's rule
 RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
+PACKED = ""  # the settings that a packed script is made for, as a table: tools/specialise.py
 
 # ---- HYPERPARAMETERS -------------------------------------------------------------------------------------------------
 
@@ -268,7 +269,7 @@ class Hyperparameters:
         yield self.artifact_path and not self.ttt_eval_only, "ARTIFACT_PATH goes with TTT_EVAL_ONLY=1"
         yield not re.fullmatch(r"(\w[\w.+-]*)?", self.run_id), "RUN_ID: letters, digits, '_', then also '.', '+', '-'"
 
-    num_embeddings = property(lambda hp: hp.vocab_size + hp.marker_fusion_enabled * (3 + (-hp.vocab_size - 3) % 8))
+    num_embeddings = property(lambda hp: (hp.vocab_size + 10) // 8 * 8 if hp.marker_fusion_enabled else hp.vocab_size)
     head_dim = property(lambda hp: hp.model_dim // hp.num_heads)
     mlp_dim = property(lambda hp: int(hp.mlp_mult * hp.model_dim))
     lora_sites = property(lambda hp: tuple(site for site in hp.ttt_lora_sites.split(",") if site))
@@ -316,11 +317,11 @@ def unknown_settings(environ, cls):
 
 def settings_table(hp=None):
     """Every setting, one a line: value (hp's, or the default; a changed one is starred), meaning, range."""
-    lines = []
+    lines = PACKED.splitlines()
     for field in dataclasses.fields(Hyperparameters):
         rule, value = field.metadata, getattr(hp, field.name, field.default)
-        limits = [f"{key} {rule[key]}" for key in ("above", "least", "most") if rule[key] is not None]
-        limits = ", ".join(limits + ["|".join(rule["choices"] or ())]).strip(", ")
+        bounds = [f"{key} {rule[key]}" for key in ("above", "least", "most") if rule[key] is not None]
+        limits = "" if PACKED else ", ".join([*bounds, "|".join(rule["choices"] or ())]).strip(", ")
         star, value = "*" if value != field.default else " ", int(value) if field.type is bool else value
         lines.append(f"{star} {field.name.upper()}={value}  # {rule['help']}{limits and f' [{limits}]'}")
     return "\n".join(lines)
@@ -545,8 +546,6 @@ def fuse_markers(hp, tokens, charges):
 
     SentencePiece merges nothing across a marker. The pair's id is VOCAB_SIZE + marker - 4; shards stay as they are.
     """
-    if not hp.marker_fusion_enabled:
-        return tokens, charges
     pair = np.append((tokens[:-1] == space_id(hp)) & (tokens[1:] >= 4) & (tokens[1:] <= 6), False)
     second = np.roll(pair, 1)
     tokens = np.where(second, tokens + hp.vocab_size - 4, tokens)
@@ -563,12 +562,14 @@ class TrainLoader:
 
     def __init__(self, stream, hp, dist):
         self.stream, self.hp, self.dist = stream, hp, dist
-        if hp.micro_steps % dist.world_size:
-            raise SettingError(f"{hp.micro_steps} micro-batches a step (TRAIN_BATCH_TOKENS/MICRO_BATCH_TOKENS) do not "
+        if (steps := hp.train_batch_tokens / hp.micro_batch_tokens) % dist.world_size:
+            raise SettingError(f"{steps:g} micro-batches a step (TRAIN_BATCH_TOKENS/MICRO_BATCH_TOKENS) do not "
                                f"divide by {dist.world_size} ranks: change MICRO_BATCH_TOKENS")
         self.per_rank = hp.micro_steps // dist.world_size
-        sample = stream.read(0, min(stream.size, 1 << 22)).astype(np.int64)
-        self.span = hp.micro_batch_tokens * len(sample) // len(fuse_markers(hp, sample, sample)[0])
+        self.span = hp.micro_batch_tokens
+        if hp.marker_fusion_enabled:
+            sample = stream.read(0, min(stream.size, 1 << 22)).astype(np.int64)
+            self.span = self.span * len(sample) // len(fuse_markers(hp, sample, sample)[0])
         self.thread = ThreadPoolExecutor(1)
         self.ahead = {}
 
@@ -587,7 +588,8 @@ class TrainLoader:
         tokens = self.stream.read(self.start(index), count).astype(np.int64)
         if tokens.max() >= hp.vocab_size:
             raise DataError(f"training token {tokens.max()} is outside VOCAB_SIZE={hp.vocab_size}")
-        tokens = fuse_markers(hp, tokens, tokens)[0][:length + 1]
+        if hp.marker_fusion_enabled:
+            tokens = fuse_markers(hp, tokens, tokens)[0][:length + 1]
         starts = np.flatnonzero(tokens[:-1] == BOS_ID)
         starts = starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])
         pieces = cut_pieces(starts, np.append(starts[1:], length), hp.train_seq_len)
@@ -651,7 +653,8 @@ class ValidationSet:
         self.canonical = wanted == [*found.values()] and self.bytes[1:targets + 1].sum() == size
         self.summary = (f"documents:{found['documents']} values:{stream.size} bytes:{charged} "
                         f"canonical:{'yes' if self.canonical else 'no'}")
-        self.tokens, self.bytes = fuse_markers(hp, self.tokens, self.bytes)
+        if hp.marker_fusion_enabled:
+            self.tokens, self.bytes = fuse_markers(hp, self.tokens, self.bytes)
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
         self.ends = np.append(self.starts[1:], len(self.tokens) - 1)  # the last document has no BOS to predict
 
@@ -1263,7 +1266,7 @@ class GPT(nn.Module):
     def embed(self, tokens, fresh):
         """(B, T) ids -> (B, T, D) raw embedding with SmearGate; none at BOS, t = 0, and where `fresh` (B, T) is set."""
         e = F.embedding(tokens, self.tok_emb).to(self.dtype)
-        if self.smear_weight is None:
+        if not self.hp.smear_gate_enabled:
             return e
         previous = F.pad(e[:, :-1], (0, 0, 1, 0))
         gate = torch.sigmoid(F.linear(e[..., :self.hp.gate_window], self.smear_weight.to(e.dtype)))  # (B, T, 1)
@@ -1273,7 +1276,7 @@ class GPT(nn.Module):
     def merge_skip(self, pair, x, skip):
         """lerp(w * skip, x, sigmoid(g)), or x + w * skip without gates."""
         scaled = self.skip_weights[pair].to(x.dtype) * skip
-        if self.skip_gates is None:
+        if not self.hp.skip_gates_enabled:
             return x + scaled
         return torch.lerp(scaled, x, torch.sigmoid(self.skip_gates[pair].to(x.dtype)))
 
@@ -1803,7 +1806,7 @@ def quantize_matrices(names, weights, hessians, hp):
         for name, weight, codes, scale, *columns in zip(batch, w, *found, strict=True):
             packed[name] = {"codes": codes, "scale": scale}
             step = scale.float()[:, None]
-            if columns:
+            if hp.gptq_column_steps:
                 packed[name]["column_steps"] = columns[0]
                 step = ((step + columns[0]) / 8).exp2()
             errors[name] = weight - codes * step
@@ -1858,9 +1861,9 @@ def dequantize_weights(arrays):
         if "fp16" not in fields and not {"codes", "scale"} <= fields.keys():
             raise ValueError(f"{name}: no weight can be made of the fields {sorted(fields)}")
         w = fields["fp16"] if "fp16" in fields else fields["codes"] * fields["scale"][..., None]
-        if "column_steps" in fields:
+        if "column_steps" in fields and (Hyperparameters.gptq_column_steps or not PACKED):
             w = fields["codes"] * STEPS[(fields["scale"][:, None] + fields["column_steps"]).astype(int)]
-        if "lqer_a" in fields:
+        if "lqer_a" in fields and (Hyperparameters.lqer_enabled or not PACKED):
             a, b = unpack_factors(fields)
             for r in range(a.shape[1]):
                 w += a[:, r, None] * b[r]
@@ -1955,7 +1958,7 @@ def run_lrzip(flags, data):
     with tempfile.TemporaryDirectory(prefix="lrzip-") as folder:
         source, target = Path(folder, "in.lrz" if "-d" in flags else "in"), Path(folder, "out")
         source.write_bytes(data)
-        command = ["lrzip", *flags, "-q", "-f", "-o", target, source]
+        command = [*"lrzip -q -f -o".split(), target, *flags, source]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, cwd=folder, timeout=900)
         if done.returncode != 0 or not target.exists():
             raise ArtifactError(f"lrzip ended with {done.returncode}: {done.stderr[-300:]!r}")
@@ -2112,14 +2115,14 @@ ENCODERS = {  # raw bytes, shapes of their arrays -> a stream
 }
 DECODERS = {"brotli": brotli_decompress, "lzma": lzma_decompress, "lrzip": lrzip_decompress,
             "entropy": entropy_decompress}  # the inverse; anything but raw_size bytes: no stream
-COMPRESSORS = {"brotli": ("brotli",), "lzma": ("lzma",), "pergroup": ("brotli", "lrzip"),
-               "entropy": ("brotli", "entropy")}  # codecs; header in the first
+COMPRESSORS = {"brotli": (0, "brotli"), "lzma": (1, "lzma"), "pergroup": (2, "brotli", "lrzip"),
+               "entropy": (3, "brotli", "entropy")}  # number in the file, codecs; header in the first
 
 def check_compressor(name):
     """To be called before training. SettingError, with what to install, for an unknown compressor or missing tools."""
     if name not in COMPRESSORS:
         raise SettingError(f"COMPRESSOR={name} is unknown: choose one of {', '.join(COMPRESSORS)}")
-    if "brotli" in COMPRESSORS[name] and brotli is None:
+    if "brotli" in COMPRESSORS[name] and brotli is None and not PACKED:
         raise SettingError("the brotli module is missing: pip install brotli, or set COMPRESSOR=lzma")
     if "lrzip" in COMPRESSORS[name] and shutil.which("lrzip") is None:
         raise SettingError("the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)")
@@ -2128,7 +2131,7 @@ def try_compressor(name):
     """check_compressor and a round trip of each codec: a program that is there may still lack a library."""
     check_compressor(name)
     sample, shapes = b"1234" * 8, [(4, 8)]
-    for codec in COMPRESSORS[name]:
+    for codec in COMPRESSORS[name][1:]:
         try:
             fault = expand(codec, ENCODERS[codec](sample, shapes), len(sample), shapes) != sample and "other bytes"
         except (ArtifactError, OSError) as error:
@@ -2184,24 +2187,23 @@ def plan_sections(specs, compressor):
     pergroup (PR 1855): "codes" of one role, layers in order, transposed; "orders" of re-ordered rows; the "rest".
     entropy: all "codes" in the same order as one section, the "rest".
     """
-    if len(COMPRESSORS[compressor]) == 1:
+    if len(COMPRESSORS[compressor]) == 2:
         return [("rest", compressor, specs)]
     roles = {}
     for spec in specs:
         name, _, field = spec.name.rpartition(":")
         is_matrix = field == "codes" and spec.dtype == "int8" and len(spec.shape) == 2 and max(spec.shape) <= 2**16
         roles[spec.name] = quant_role(name)[0] if is_matrix and quant_role(name) else None
-    codes = []
+    groups = []
     for role in dict.fromkeys(role for role, _, _ in QUANT_TABLE.values()):
-        group = [spec._replace(shape=spec.shape[::-1]) for spec in specs if roles[spec.name] == role]
-        group.sort(key=lambda spec: int("0" + re.sub(r"\D", "", spec.name)))  # blocks.2 before blocks.10
-        codes += [("codes", "lrzip", group)] if group else []
+        groups.append([spec._replace(shape=spec.shape[::-1]) for spec in specs if roles[spec.name] == role])
+        groups[-1].sort(key=lambda spec: int("0" + re.sub(r"\D", "", spec.name)))  # blocks.2 before blocks.10
     rest = ("rest", "brotli", [spec for spec in specs if roles[spec.name] is None])
     if compressor == "entropy":
-        return [("codes", "entropy", [spec for _, _, group in codes for spec in group]), rest]
+        return [("codes", "entropy", sum(groups, [])), rest]
     orders = [ArraySpec(name, "uint16", shape[:1]) for name, _, shape in specs
               if roles[name] in ("embedding", "q", "up") and shape[0]]
-    return [*codes, ("orders", "brotli", orders), rest]
+    return [*(("codes", "lrzip", group) for group in groups if group), ("orders", "brotli", orders), rest]
 
 def by_item_size(specs):
     """Specs -> (item size, specs of that size), smallest first: the layout inside a section."""
@@ -2232,7 +2234,7 @@ def pack_weights(arrays, compressor, tell=lambda share: None):
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
     check_specs(specs)
     plan, packed = plan_sections(specs, compressor), []  # and the bytes of the sections that are done
-    reordered = [spec.name for kind, _, members in plan if kind == "orders" for spec in members]
+    sources = {"rest": arrays, "codes": {name: array.T for name, array in arrays.items()}}
     def encode(kind, codec, members):
         raw = join_arrays(sources[kind], members)
         stored = ENCODERS[codec](raw, [spec.shape for spec in members]) if raw else b""
@@ -2241,42 +2243,45 @@ def pack_weights(arrays, compressor, tell=lambda share: None):
         return stored, [len(stored), digest(stored).hex(), digest(raw).hex()]
 
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
-        orders = dict(zip(reordered, pool.map(lambda name: greedy_row_order(arrays[name]), reordered), strict=True))
-        codes = {name: array[orders[name]].T if name in orders else array.T for name, array in arrays.items()}
-        sources = {"rest": arrays, "orders": orders, "codes": codes}
+        if compressor == "pergroup":
+            names = [spec.name for spec in plan[-2][2]]
+            sources["orders"] = dict(zip(names, pool.map(lambda n: greedy_row_order(arrays[n]), names), strict=True))
+            sources["codes"] |= {name: arrays[name][order].T for name, order in sources["orders"].items()}
         sections = list(pool.map(encode, *zip(*plan, strict=True)))
     raw = json.dumps([specs, [about for _, about in sections]], separators=(",", ":")).encode()
     if len(raw) > MAX_HEADER_BYTES:
         raise ValueError(f"the names and shapes of {len(arrays)} arrays do not fit an artifact's header")
-    stored = ENCODERS[COMPRESSORS[compressor][0]](raw)
-    prefix = PREFIX.pack(MAGIC, list(COMPRESSORS).index(compressor), len(stored), len(raw))
+    stored = ENCODERS[COMPRESSORS[compressor][1]](raw)
+    prefix = PREFIX.pack(MAGIC, COMPRESSORS[compressor][0], len(stored), len(raw))
     return b"".join([prefix, digest(prefix + stored), stored, *(data for data, _ in sections)])
 
 def read_header(blob):
-    """Artifact -> compressor, specs, [size, digests] per section, start of the first one; all sizes checked."""
+    """Artifact -> specs, plan_sections of them, [size, digests] per section, start of the first; all sizes checked."""
     start = PREFIX.size + DIGEST_BYTES
     magic, number, stored_size, raw_size = PREFIX.unpack(blob[: PREFIX.size].ljust(PREFIX.size, b"\0"))
     stored = blob[start : start + stored_size]
     intact = magic == MAGIC and digest(blob[: PREFIX.size] + stored) == blob[PREFIX.size : start]
-    if not intact or number >= len(COMPRESSORS) or raw_size > MAX_HEADER_BYTES:
+    # a packed script reads its own kind alone
+    compressor = Hyperparameters.compressor if PACKED else {n: c for c, (n, *_) in COMPRESSORS.items()}.get(number)
+    if not intact or not compressor or number != COMPRESSORS[compressor][0] or raw_size > MAX_HEADER_BYTES:
         raise ArtifactError("artifact: not a file of this program, or its header is damaged or cut off")
-    compressor = list(COMPRESSORS)[number]
     check_compressor(compressor)
     try:
-        arrays, sections = json.loads(expand(COMPRESSORS[compressor][0], stored, raw_size))
+        arrays, sections = json.loads(expand(COMPRESSORS[compressor][1], stored, raw_size))
         specs = [ArraySpec(name, dtype, tuple(shape)) for name, dtype, shape in arrays]
         check_specs(specs)
         sizes = [size for size, _, _ in sections]
         whole = all(type(n) is int and n >= 0 for n in sizes) and start + stored_size + sum(sizes) == len(blob)
-        if not whole or len(sections) != len(plan_sections(specs, compressor)):
+        plan = plan_sections(specs, compressor)
+        if not whole or len(sections) != len(plan):
             raise ValueError("its sections are not those of its arrays, or not as long as the file")
     except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"artifact: the header is wrong: {error}") from error
-    return compressor, specs, sections, start + stored_size
+    return specs, plan, sections, start + stored_size
 
 def unpack_weights(blob):
     """Artifact bytes -> the packed arrays, bit for bit, in order. ArtifactError if pack_weights did not write them."""
-    compressor, specs, sections, start = read_header(blob)
+    specs, plan, sections, start = read_header(blob)
     ends = np.cumsum([start] + [size for size, _, _ in sections]).tolist()
     def decode(planned, section, end):
         (kind, codec, members), (size, stored_digest, raw_digest) = planned, section
@@ -2289,18 +2294,14 @@ def unpack_weights(blob):
 
     found = {"rest": {}, "codes": {}, "orders": {}}
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
-        for kind, arrays in pool.map(decode, plan_sections(specs, compressor), sections, ends[1:]):
+        for kind, arrays in pool.map(decode, plan, sections, ends[1:]):
             found[kind] |= arrays
     unpacked = found["rest"] | {name: codes.T for name, codes in found["codes"].items()}
-    for name, order in found["orders"].items():
+    for name, order in found["orders"].items() if not PACKED or Hyperparameters.compressor == "pergroup" else ():
         if not np.array_equal(np.sort(order), np.arange(len(order))):
             raise ArtifactError(f"artifact: the row order of {name} is no permutation")
         unpacked[name] = unpacked[name][np.argsort(order)]
     return {name: np.array(unpacked[name], dtype, order="C") for name, dtype, _ in specs}
-
-def is_packed(source):
-    """Whether these bytes are the packed script. It never needs tools/pack_code.py, so that costs no counted byte."""
-    return source.startswith(b"#coding:l1\nimport brotli,io,linecache;S=")
 
 # ---- EVALUATION ------------------------------------------------------------------------------------------------------
 
@@ -2714,16 +2715,16 @@ def run_folder(hp, dist):
     dist.barrier()
     return folder
 
-def write_code(folder, dist):
+def write_code(folder, hp, dist):
     """Writes the packed, self-extracting script that is counted; returns its bytes. A packed script counts itself."""
     packed = Path(__file__).read_bytes()
-    if not is_packed(packed):
+    if not PACKED:
         try:
             from tools.pack_code import pack_code
         except ImportError as error:
             raise SettingError(f"the code cannot be packed and counted: {error}. Run train_gpt.py from its repository, "
                                "after pip install -r requirements.txt, or copy a run's packed train_gpt.py") from None
-        packed = pack_code(packed.decode())
+        packed = pack_code(packed.decode(), {name.upper(): value for name, value in vars(hp).items()})
     if dist.rank == 0:
         write_atomically(folder / "train_gpt.py", packed)
     return len(packed)
@@ -2780,7 +2781,7 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes):
             arrays = quantize_weights(weights, hessians, hp, dist)
         with log.stage("pack"):
             blob = pack_weights(arrays, hp.compressor, log.live) if dist.rank == 0 else b""
-            spare = dist.broadcast_float(hp.target_bytes - code_bytes - len(blob))
+            spare = dist.broadcast_float(hp.target_bytes - code_bytes - len(blob)) if hp.target_bytes else 0
         if not hp.target_bytes or 0 <= spare <= hp.target_bytes / 2000:
             break
         # a code takes a bit more where its step is half as wide
@@ -2845,7 +2846,7 @@ def run(hp, dist):
     if hp.ttt_eval_only and not artifact.exists():
         raise DataError(f"{artifact} does not exist: TTT_EVAL_ONLY needs a finished run's RUN_ID, or ARTIFACT_PATH")
     log = RunLog(folder, dist)
-    code_bytes = write_code(folder, dist)
+    code_bytes = write_code(folder, hp, dist)
     model = build_model(hp, dist)
     device = torch.cuda.get_device_name() if dist.device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
     about = {"run": folder.name, "seed": hp.seed, "commit": git_commit(), "device": device,
@@ -2916,8 +2917,7 @@ def main():
     except (SettingError, DataError, ArtifactError) as error:
         sys.exit(f"train_gpt.py cannot run: {error}")
     dist.close()
-    painter = Path(__file__).with_name("tools") / "plot_run.py"
-    if hp.plots and dist.rank == 0 and painter.exists():
+    if hp.plots and dist.rank == 0 and (painter := Path(__file__).with_name("tools") / "plot_run.py").exists():
         subprocess.run([sys.executable, painter, Path(hp.runs_dir) / result["run"]], stdout=sys.stderr)
     if result["total_bytes"] > BYTE_CAP:
         sys.exit(3)

@@ -25,9 +25,9 @@ class Parts:
     """An artifact taken apart, to be put together wrongly under digests that are right."""
 
     def __init__(self, blob):
-        compressor, _, self.sections, end = train_gpt.read_header(blob)
+        _, _, self.sections, end = train_gpt.read_header(blob)
         _, self.number, stored_size, self.raw_size = train_gpt.PREFIX.unpack(blob[: train_gpt.PREFIX.size])
-        self.codec = train_gpt.COMPRESSORS[compressor][0]
+        self.codec = next(codecs[0] for number, *codecs in train_gpt.COMPRESSORS.values() if number == self.number)
         self.arrays = json.loads(train_gpt.expand(self.codec, blob[end - stored_size : end], self.raw_size))[0]
         self.data, self.claimed_size = [], None
         for size, _, _ in self.sections:

@@ -115,7 +115,7 @@ def world(tmp_path_factory):
     checkpoint, artifact = str(base / "model.pt"), str(base / "artifact.bin")
     packed = start(base / "train_gpt.py", RUN_ID="packed", **common)
     with pytest.MonkeyPatch.context() as patch:  # the other modes share this process and the code packed above
-        patch.setattr(train_gpt, "write_code", lambda folder, dist: (folder / "train_gpt.py").write_bytes(
+        patch.setattr(train_gpt, "write_code", lambda folder, hp, dist: (folder / "train_gpt.py").write_bytes(
             (base / "train_gpt.py").read_bytes()))
         for name, more in {"quant": {"QUANT_ONLY": "1", "CHECKPOINT_PATH": checkpoint},
                            "prequant": {"PREQUANT_ONLY": "1"},
@@ -278,7 +278,7 @@ def refuse(tmp_path, monkeypatch, capsys):
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(sys, "argv", ["train_gpt.py"])
-        monkeypatch.setattr(train_gpt, "write_code", lambda folder, dist: 1000)  # seconds of packing, tested above
+        monkeypatch.setattr(train_gpt, "write_code", lambda folder, hp, dist: 1000)  # seconds of packing, tested above
         with pytest.raises(SystemExit) as end:
             train_gpt.main()
         message = end.value.code  # a text: Python prints it to standard error and exits with 1

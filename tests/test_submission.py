@@ -310,9 +310,9 @@ def test_the_proof_finds_a_script_that_does_not_run(tmp_path):
 
 def test_a_packed_script_without_its_source_is_refused(monkeypatch):
     tried = []
-    monkeypatch.setattr(make_record, "pack_code", lambda source: tried.append(source) or b"another")
+    monkeypatch.setattr(make_record, "pack_code", lambda source, settings: tried.append(source) or b"another")
     with pytest.raises(make_record.RecordError, match="check out the source"):
-        make_record.readable_source(b"something else", "HEAD+")
+        make_record.readable_source(b"something else", "HEAD+", {})
     assert len(tried) == 2 and all("Train, quantize, pack" in source for source in tried)  # this one and the commit's
 
 

@@ -146,11 +146,13 @@ def check_script(script, count_gpus):
     if missing := [package for name, package in MODULES.items() if importlib.util.find_spec(name) is None]:
         about["problems"].append(f"not installed: {' '.join(missing)} (README: installation)")
         return about
+    sys.path.insert(0, str(ROOT))
+    from tools.pack_code import is_packed  # needs the packages above
+
     module, source = None, script.read_bytes()
-    if b"def from_env(" in source or b"brotli" in source[:200]:
-        sys.path.insert(0, str(ROOT))
+    if b"def from_env(" in source or is_packed(source):
         module = import_file(script if b"def from_env(" in source else ROOT / "train_gpt.py")
-    if module is None or not (b"def from_env(" in source or module.is_packed(source)):
+    if module is None:
         about["notes"].append(f"{script.name} is not a script of this repository: settings and data are not checked")
     else:
         try:

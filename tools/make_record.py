@@ -178,14 +178,14 @@ def validation_documents(run):
 # ---- what goes into the folder
 
 
-def readable_source(packed, commit):
-    """Bytes of the packed script -> the source that packs to it: this checkout's, or that of the runs' commit."""
+def readable_source(packed, commit, settings):
+    """Packed script -> the source that packs to it with the runs' settings: this checkout's, or their commit's."""
     candidates = [(ROOT / "train_gpt.py").read_bytes()]
     if commit:
         show = ["git", "-C", ROOT, "show", f"{commit.rstrip('+')}:train_gpt.py"]
         candidates.append(subprocess.run(show, capture_output=True).stdout)
     for source in candidates:
-        if source and pack_code(source.decode()) == packed:
+        if source and pack_code(source.decode(), settings) == packed:
             return source
     raise RecordError(
         f"the readable source of the packed script is neither this checkout's train_gpt.py nor that of "
@@ -197,7 +197,8 @@ def copy_files(runs, folder):
     """Everything but README and submission.json."""
     packed = (runs[0].folder / "train_gpt.py").read_bytes()
     (folder / "source").mkdir()
-    (folder / "source" / "train_gpt.py").write_bytes(readable_source(packed, runs[0].result["commit"]))
+    source = readable_source(packed, runs[0].result["commit"], runs[0].settings)
+    (folder / "source" / "train_gpt.py").write_bytes(source)
     (folder / "train_gpt.py").write_bytes(packed)
     for run in runs:
         shutil.copyfile(run.folder / "log.txt", folder / f"train_seed{run.seed}.log")
@@ -436,7 +437,9 @@ def prove(folder, settings):
             folder,
         )
         paths = {"DATA_PATH": str(data), "RUNS_DIR": scratch, "RUN_ID": "proof"}
-        output = call(["train_gpt.py"], folder, **settings | TINY | paths)
+        # what a record has switched off by a 0 stays off: the packed script has no code for it
+        tiny = {name: settings[name] if settings.get(name) == "0" else value for name, value in TINY.items()}
+        output = call(["train_gpt.py"], folder, **settings | tiny | paths)
         result = json.loads(output.splitlines()[-1].removeprefix("RESULT "))
         counts = json.loads((data / "manifest.json").read_text())["splits"]["val"]
     wanted = {

@@ -286,7 +286,7 @@ def bytes_by_group(path):
     """
     import train_gpt
 
-    compressor, specs, sections, start = train_gpt.read_header(Path(path).read_bytes())
+    _, plan, sections, start = train_gpt.read_header(Path(path).read_bytes())
 
     def group(spec):
         role = train_gpt.quant_role(spec.name.rpartition(":")[0])
@@ -296,7 +296,7 @@ def bytes_by_group(path):
         return role[0] if role and field == "codes" else "scales of rows" if role else "small tensors"
 
     raw, stored = defaultdict(int), defaultdict(int)
-    for (kind, _, members), (size, _, _) in zip(train_gpt.plan_sections(specs, compressor), sections, strict=True):
+    for (kind, _, members), (size, _, _) in zip(plan, sections, strict=True):
         names = {group(spec) if kind != "orders" else "row orders" for spec in members}
         together = "all codes" if kind == "codes" else "scales, LQER and small tensors"
         together = together if len(sections) > 1 else "all tensors"

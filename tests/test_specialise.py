@@ -1,0 +1,285 @@
+"""Specialised packing: what settings do not use is gone, the rest gives the same numbers, other values are refused."""
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from test_end_to_end import SETTINGS, make_data
+
+import train_gpt
+
+pytest.importorskip("brotli")
+pytest.importorskip("python_minifier")
+
+from tools import make_record, pack_code, specialise  # noqa: E402
+
+ROOT = Path(train_gpt.__file__).parent
+SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+HERE = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(train_gpt.Hyperparameters)}
+
+
+def special(source, **settings):
+    """Source -> the specialised source."""
+    return ast.unparse(specialise.specialise(ast.parse(textwrap.dedent(source)), settings))
+
+
+# ---- on a small script: what folds, what goes, what stays
+
+SCRIPT = """
+import dataclasses, os, re, sys, lzma
+PACKED = ""
+def env(default, help, least=None):
+    return dataclasses.field(default=default, metadata={"help": help})
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters:
+    seed: int = env(42, "")
+    model_dim: int = env(512, "")
+    num_loops: int = env(2, "")
+    matrix_bits: int = env(6, "")
+    matrix_lr: float = env(0.026, "")
+    gate: bool = env(True, "")
+    coder: str = env("entropy", "")
+    quant_only: bool = env(False, "")
+    width = property(lambda hp: 2 if hp.gate else 3)
+    def cross_checks(self):
+        yield self.model_dim % 2, "odd"
+def unknown_settings(environ, cls):
+    return []
+def settings_table(hp):
+    return PACKED + str(hp)
+def double(x, shaping=None):
+    if shaping:
+        return "shaped"
+    return 2 * x
+class Model:
+    def __init__(self, hp):
+        self.hp = hp
+        self.head = None if hp.gate else "head"
+    @property
+    def kind(self):
+        hp = self.hp
+        return "gated" if hp.gate else "plain"
+    def unused(self):
+        return lzma
+    def run(self, log):
+        loops = self.hp.num_loops
+        shaping = self.hp.matrix_lr if self.hp.coder != "entropy" else None
+        log.live(loops)
+        return [self.kind, self.head or "tied", double(loops, shaping), {"gated": 1, "plain": 2}[self.kind],
+                getattr(self.hp, "matrix_bits"), self.hp.model_dim + self.hp.width * 1, 1 - self.hp.matrix_lr]
+class Log:
+    def live(self, share):
+        print("live")
+hp = Hyperparameters(**{f.name: type(f.default)(os.environ[f.name.upper()]) for f in dataclasses.fields(Hyperparameters)
+                        if f.name.upper() in os.environ})
+print(*unknown_settings(os.environ, Hyperparameters), *Model(hp).run(Log()), settings_table(hp).splitlines()[-1])
+"""
+
+
+def output(source, **environ):
+    done = subprocess.run([sys.executable, "-c", source], env=HERE | environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.removeprefix("live\n").split("Hyperparameters")[0].split()
+
+
+@pytest.mark.parametrize("settings", [{}, {"GATE": ""}, {"NUM_LOOPS": "0", "CODER": "lzma", "MATRIX_LR": "1e-1"}])
+def test_a_specialised_script_does_what_its_source_does(settings):
+    values = {name: value if name != "GATE" else "0" for name, value in settings.items()}
+    text = special(SCRIPT, **values)
+    wanted = output(SCRIPT, **settings)
+    assert output(text)[:7] == wanted[:7] and len(wanted) == 7
+    assert "live" not in text and "lzma" not in text.replace("=lzma", "") and "unused" not in text
+    assert ("'head'" in text, "shaped" in text) == ("GATE" in settings, "CODER" in settings)
+    assert ("num_loops" in text) == ("NUM_LOOPS" not in settings)  # its 0 is final
+    assert all(name in text for name in ("seed", "model_dim", "matrix_bits")) and "matrix_lr" not in text
+
+
+def test_other_values_of_folded_settings_are_refused_and_the_same_ones_are_not():
+    text = special(SCRIPT, MATRIX_LR="0.05", MODEL_DIM="64", QUANT_ONLY="1")
+    assert output(text, MODEL_DIM="64") == output(text) != output(text, MODEL_DIM="32")  # 64 is its default
+    for name, same, other in [("MATRIX_LR", ".0500", "0.026"), ("CODER", "entropy", "lzma"), ("QUANT_ONLY", "0", "1")]:
+        assert output(text, **{name: same}) == output(text)
+        assert " ".join(output(text, **{name: other})).startswith(f"{name}={other}: this script was packed with")
+    table = next(node.value.value for node in ast.parse(text).body if ast.unparse(node).startswith("PACKED"))
+    assert "* MATRIX_LR=0.05  # " in table and "* MODEL_DIM=64  # " in table and "  CODER=entropy  # " in table
+    assert "SEED" not in table and "env(42)" in text  # of a run, not of the method
+
+
+@pytest.mark.parametrize("source, wanted", [
+    ("def f(x):\n    if not hp.gate and x():\n        return 1\n    return 2", "return 2"),
+    ("def f(x):\n    if hp.gate and x():\n        return 1\n    return 2", "if x():\n        return 1\n    return 2"),
+    ("def f(x):\n    return x() and not hp.gate", "return x() and False"),  # x has to be called
+    ("def f(x):\n    y = hp.gate\n    return x if y else -x", "return x"),
+    ("def f(x):\n    y = hp.gate\n    for y in x:\n        pass\n    return y", "return y"),  # bound twice
+    ("def f(x):\n    return hp.matrix_lr == 0.026 and 3 in (1, 2) or x", "return x"),
+    ("def f(x):\n    for _ in () if hp.gate else x:\n        print(1)", "pass"),
+    ("def f(x):\n    while hp.gate:\n        break\n        print(1)", "while True:\n        break"),
+])
+def test_folding(source, wanted):
+    text = special(SCRIPT.replace("hp = Hyper", source + "\nprint(f)\nhp = Hyper"))
+    found = next(node for node in ast.parse(text).body if getattr(node, "name", "") == "f")
+    body = textwrap.dedent(ast.unparse(found).split("\n", 1)[1])
+    assert body.endswith(wanted.replace("\n    ", "\n"))
+
+
+# ---- renaming parameters
+
+
+def packed_text(packed):
+    """What a packed script unpacks to."""
+    names = {}
+    exec(compile(packed.split(b"linecache.cache[")[0], "packed", "exec"), names)
+    return names["S"]
+
+
+def test_parameters_are_renamed_only_where_every_caller_is_seen():
+    source = """
+    import library
+    def called(first_parameter, second_parameter):
+        return first_parameter + first_parameter + second_parameter + second_parameter
+    def by_name(first_parameter, named_parameter):
+        return first_parameter + first_parameter + named_parameter + named_parameter
+    def callback(context_parameter, inputs_parameter):
+        context_parameter.x = inputs_parameter
+        context_parameter.y = inputs_parameter
+    def starred(starred_parameter):
+        return starred_parameter + starred_parameter + starred_parameter
+    class Thing:
+        def __init__(self, built_parameter):
+            self.x = built_parameter + built_parameter
+        def __call__(self, hidden_parameter):
+            return hidden_parameter + hidden_parameter
+    library.register(callback, context=callback)
+    print(called(1, 2), by_name(1, named_parameter=2), starred(**{"starred_parameter": 1}), Thing(3).x, Thing(3)(4))
+    """
+    text = packed_text(pack_code.pack_code(textwrap.dedent(source), {}))
+    kept = {name for name in re.findall(r"\w+_parameter", text)}
+    assert kept == {"named_parameter", "context_parameter", "inputs_parameter", "starred_parameter", "hidden_parameter"}
+
+
+# ---- train_gpt.py
+
+
+def test_what_the_proof_of_a_record_changes_stays_a_setting():
+    assert {name.lower() for name in make_record.TINY} == set(specialise.OF_A_PROOF)
+    assert make_record.OF_A_RUN - {"PLOTS"} == {name.upper() for name in specialise.OF_A_RUN} - {
+        "TTT_EVAL_ONLY", "ARTIFACT_PATH"}
+    assert {*specialise.OF_A_PROOF, *specialise.OF_A_RUN, *specialise.OFF} <= set(DEFAULTS)
+
+
+# words of the source that stand nowhere but in the code of one feature -> settings that switch it on
+MARKERS = {
+    "LZMADecompressor": {"COMPRESSOR": "lzma"}, "'lrzip": {"COMPRESSOR": "pergroup"},
+    "pdist": {"COMPRESSOR": "pergroup"}, "lerp(scaled": {}, "is_unused": {"CASEOPS_ENABLED": "0"},
+    "np.interp": {"WD_SCHEDULE_ENABLED": "1"}, "ttt_warm_up": {}, "ttt_global_adaptation": {},
+    "eigvalsh": {"LQER_WEIGHTED": "1"}, "permutation(": {"DATA_SEED": "7"}, "np.roll": {"MARKER_FUSION_ENABLED": "1"},
+    "clips times": {"TARGET_BYTES": "9"}, "'sliding'": {"SLIDING_WINDOW_ENABLED": "1"}, "UnpicklingError": None,
+    "difflib": None, "plot_run": None, "get_terminal_size": None,
+}
+
+
+def test_a_switch_that_is_off_leaves_nothing_behind():
+    opposite = {"TTT_ENABLED": "0", "SKIP_GATES_ENABLED": "0"}
+    for settings in MARKERS.values():
+        opposite |= settings or {}
+    opposite["COMPRESSOR"] = "pergroup"
+    default, other = special(SOURCE), special(SOURCE, **opposite)
+    for marker, settings in MARKERS.items():
+        assert marker in SOURCE.replace('"', "'"), marker
+        assert (marker in default) == (settings == {}), marker
+        in_other = bool(settings) and settings.get("COMPRESSOR") != "lzma"
+        assert (marker in other) == in_other, marker
+    assert len(default) < 0.93 * len(ast.unparse(ast.parse(SOURCE)))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """The packed script of the default settings, in a file."""
+    path = tmp_path_factory.mktemp("packed") / "packed_script.py"
+    path.write_bytes(pack_code.pack_code(SOURCE, {}))
+    return path
+
+
+def test_the_packed_script_of_the_defaults_is_small(packed):
+    assert packed.stat().st_size <= 26_000  # the bar is 28,000
+
+
+def test_operators_of_the_packed_script_are_differentiable(packed):
+    """Kernels in the interpreter: PyTorch calls into them by the names of parameters that it documents."""
+    driver = """
+        import torch, torch.nn.functional as F, packed_script as packed
+        torch.manual_seed(0)
+        logits, targets = torch.randn(5, 40, requires_grad=True), torch.arange(5)
+        x, up, down = (torch.randn(shape, requires_grad=True) for shape in ((6, 16), (32, 16), (16, 32)))
+        pairs = [(packed.softcapped_cross_entropy(logits, targets, 30.0), (logits,),
+                  F.cross_entropy(30 * torch.tanh(logits / 30), targets, reduction="none")),
+                 (packed._mlp(x, up, down, 0.3), (x, up, down), F.leaky_relu(x @ up.T, 0.3).square() @ down.T)]
+        for got, inputs, want in pairs:
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+            for a, b in zip(*(torch.autograd.grad(out.square().sum(), inputs) for out in (got, want))):
+                torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+        print("equal")
+        """
+    pytest.importorskip("triton")
+    environ = HERE | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(packed.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(driver)], env=environ, capture_output=True, text=True,
+                          timeout=120)
+    assert done.stdout == "equal\n", done.stderr
+
+
+OTHERWISE = {  # as many other branches as one run can take
+    "COMPRESSOR": "lzma", "SLIDING_WINDOW_ENABLED": "1", "NUM_LOOPS": "0", "PARALLEL_START_LAYER": "3",
+    "XSA_LAST_N": "0", "TIE_EMBEDDINGS": "0", "SKIP_GATES_ENABLED": "0", "SMEAR_GATE_ENABLED": "0",
+    "SPARSE_ATTN_GATE_ENABLED": "0", "ATTN_OUT_GATE_ENABLED": "1", "ATTN_OUT_GATE_SRC": "q", "LN_SCALE": "0",
+    "WD_SCHEDULE_ENABLED": "1", "DATA_SEED": "3",
+    "MARKER_FUSION_ENABLED": "1", "GRAD_CLIP_NORM": "0", "MUON_MOMENTUM_WARMUP_STEPS": "0", "MUON_ROW_NORMALIZE": "0",
+    "GPTQ_COLUMN_STEPS": "0", "LQER_WEIGHTED": "1", "LQER_ASYM_ENABLED": "0", "GATED_ATTN_QUANT_GATE": "0",
+    "PHASED_TTT_NUM_PHASES": "0", "TTT_WARM_START_A": "0", "TTT_LORA_SITES": "q,head", "VAL_LOSS_EVERY": "2",
+}
+DEMO = dict(line.split("=") for line in (ROOT / "presets/demo.env").read_text().splitlines() if re.match(r"\w+=", line))
+DEMO = {name: value for name, value in DEMO.items() if name.lower() not in specialise.OF_A_PROOF}
+
+
+@pytest.mark.parametrize("changes", [OTHERWISE, DEMO], ids=["otherwise", "demo"])
+def test_a_packed_script_gives_the_numbers_of_its_source(tmp_path, monkeypatch, changes):
+    """It runs without the settings that it was packed with, except those that it may be given."""
+    (tmp_path / "data").mkdir()
+    make_data(tmp_path / "data")
+    run = {"DATA_PATH": str(tmp_path / "data"), "RUNS_DIR": str(tmp_path), "TOKENIZER_PATH": SETTINGS["TOKENIZER_PATH"]}
+    tiny = {name: value for name, value in SETTINGS.items() if name.lower() in DEFAULTS and name not in run}
+    settings = tiny | changes
+    script = tmp_path / "packed.py"
+    script.write_bytes(pack_code.pack_code(SOURCE, settings))
+
+    def call(**more):
+        done = subprocess.run([sys.executable, script], env=HERE | run | more | {"OMP_NUM_THREADS": "1"}, text=True,
+                              capture_output=True, timeout=240)
+        return done.stdout, done.stderr
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(call, RUN_ID="packed")
+        monkeypatch.setattr(train_gpt, "write_code", lambda *_: script.stat().st_size)
+        hp = train_gpt.Hyperparameters.from_env(settings | run | {"RUN_ID": "source"})
+        wanted = json.loads(json.dumps(train_gpt.run(hp, train_gpt.Dist("cpu"))))
+        out, err = other.result()
+    assert out, err
+    got = json.loads(out.splitlines()[-1].removeprefix("RESULT "))
+    keys = ("steps", "train_loss", "scores", "group_bytes", "artifact_bytes", "code_bytes", "violations")
+    assert [got[key] for key in keys] == [wanted[key] for key in keys]
+    assert (tmp_path / "packed" / "artifact.bin").read_bytes() == (tmp_path / "source" / "artifact.bin").read_bytes()
+    if changes is DEMO:
+        again = json.loads(call(RUN_ID="packed", TTT_EVAL_ONLY="1")[0].splitlines()[-1].removeprefix("RESULT "))
+        assert again["scores"] == {name: score for name, score in got["scores"].items() if name != "prequant"}
+        error = call(RUN_ID="no", COMPRESSOR="lzma", MUON_WD="0.0950", EMA_DECAY="0.5")[1]
+        assert error == (
+            "train_gpt.py cannot run: EMA_DECAY=0.5: this script was packed with 0.9; its source takes other values\n"
+            "COMPRESSOR=lzma: this script was packed with brotli; its source takes other values\n")

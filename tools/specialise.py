@@ -1,0 +1,473 @@
+"""Takes out of train_gpt.py what the settings of a run do not use: the first half of packing (tools/pack_code.py).
+
+Settings become constants, constant branches are decided, and what nothing names any more is dropped, to a fixed point.
+What people change when they run a packed script stays a setting: OF_A_RUN and OF_A_PROOF. The packed script refuses
+other values of all the others, which it holds as text.
+
+It leans on conventions of train_gpt.py: a setting is read as `hp.name`, `x.hp.name`, `Hyperparameters.name` or, in that
+class, `self.name`; what is called hp is nothing else; assignments at module level and properties have no side effects;
+PACKED is asked for its truth, but for settings_table.
+"""
+
+import ast
+import copy
+import warnings
+from collections import Counter
+
+# settings of one run, not of the method: a packed script has them as the source has them, whatever its run set
+OF_A_RUN = "seed run_id runs_dir data_path tokenizer_path ttt_eval_only artifact_path".split()
+# what has to change where the script runs on another machine, or as a tiny proof (tools/make_record.py); a 0 stays 0,
+# as it switches off what it counts
+OF_A_PROOF = """
+    device compile compute_dtype muon_dtype attention_backend model_dim num_layers num_heads num_kv_heads mlp_mult
+    rope_dims loop_start loop_end num_loops parallel_start_layer xsa_last_n train_batch_tokens micro_batch_tokens
+    train_seq_len max_row_segments max_wallclock_seconds iterations warmup_steps val_loss_every gptq_calibration_batches
+    eval_seq_len eval_stride ttt_max_docs ttt_eval_seq_len ttt_chunk_size ttt_batch_size ttt_lanes ttt_lora_rank
+    phased_ttt_prefix_docs global_ttt_chunk_tokens
+""".split()
+# for work on the source: never in a packed script, whatever the run was that packed it
+OFF = {"prequant_only": "0", "quant_only": "0", "checkpoint_path": "", "plots": "0"}
+UNSAID = ("plots",)  # of these nothing is told: there are no pictures beside a packed script either way
+# methods: the bar on a terminal; which settings go together, as those that are folded have been checked
+LEFT_OUT = "live", "cross_checks"
+REFUSE = r'''
+def unknown_settings(environ, cls):
+    for name, text in re.findall(r"(\w+)=(.*)  # ", PACKED):
+        given = environ.get(name, text)
+        try:
+            same = float(given) == float(text)
+        except ValueError:
+            same = given == text
+        if not same and not hasattr(cls, name.lower()):
+            yield f"{name}={given}: this script was packed with {text}; its source takes other values"
+'''  # stands for the function of this name: the names of other settings are gone
+CODECS = "ENCODERS", "DECODERS"  # tables that are looked up by names which stand in the script
+
+LITERALS = (ast.Constant, ast.Tuple, ast.List, ast.Compare, ast.BinOp, ast.UnaryOp, ast.Subscript, ast.Slice,
+            ast.operator, ast.unaryop, ast.cmpop)  # what `evaluate` may compute
+ENDS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
+
+
+def specialise(tree, settings):
+    """Syntax tree of train_gpt.py, {NAME: value or text} -> what these settings use of it; another script: all.
+
+    Settings that are not given have their defaults.
+    """
+    cls, fields = declared(tree)
+    if cls is None:
+        return tree
+    values = fold_settings(tree, cls, fields, settings)
+    for node in walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name in LEFT_OUT:
+            node.body = ast.parse("return ()").body
+        elif isinstance(node, ast.FunctionDef) and node.name == "unknown_settings":
+            node.body = ast.parse(REFUSE).body[0].body
+    sizes, chosen = {}, tree.body
+    while chosen:  # every step makes something smaller; what the last one did not change waits for a round of all
+        everything, fold = len(chosen) == len(tree.body), Fold(values, tree)
+        folded = [(fold.visit(node) if node in chosen else node) for node in tree.body]
+        tree.body = [part for found in folded for part in (found if isinstance(found, list) else [found]) if part]
+        fold_properties(cls, values)
+        for node in chosen:
+            for function in node.body if isinstance(node, ast.ClassDef) else [node]:
+                if isinstance(function, ast.FunctionDef):
+                    fold_locals(function)
+        fold_parameters(tree)
+        tidy(tree)
+        Drop(tree).visit(tree)
+        before, sizes = sizes, {node: len(walk(node)) for node in tree.body}
+        chosen = {node for node in sizes if sizes[node] != before.get(node)}
+        if not chosen and (not everything or len(sizes) < len(before)):
+            chosen = set(tree.body)
+    tidy(tree)
+    return tree
+
+
+def walk(node):
+    """As ast.walk, in another order, twice as fast, without Load and Store."""
+    found = [node]
+    for node in found:
+        for value in vars(node).values():
+            if isinstance(value, ast.AST):
+                found.append(value)
+            elif isinstance(value, list):
+                found += [item for item in value if isinstance(item, ast.AST)]
+    return [node for node in found if not isinstance(node, ast.expr_context)]
+
+
+# ---- settings
+
+
+def declared(tree):
+    """The class of the settings and its fields {name: (type, default)}; None and {} for another script."""
+    types = {"int": int, "float": float, "str": str, "bool": bool}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == "Hyperparameters":
+            fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+            return node, {f.target.id: (types[f.annotation.id], ast.literal_eval(f.value.args[0])) for f in fields}
+    return None, {}
+
+
+def text_of(value):
+    """A setting's value as the environment has it."""
+    return str(int(value) if isinstance(value, bool) else value)
+
+
+def fold_settings(tree, cls, fields, settings):
+    """Takes the folded settings out of their class -> {name: value}; the others get their values as defaults.
+
+    PACKED becomes a table of all that are folded or changed.
+    """
+    outside = [node for statement in tree.body if statement is not cls for node in walk(statement)]
+    by_name = {node.value for node in outside if isinstance(node, ast.Constant)}  # of getattr(hp, name)
+    folded, lines, nodes = {}, [], {node.target.id: node for node in cls.body if isinstance(node, ast.AnnAssign)}
+    for name, (kind, default) in fields.items():
+        given = default if name in OF_A_RUN else OFF.get(name, settings.get(name.upper(), default))
+        value = text_of(given) == "1" if kind is bool else kind(given)
+        if name not in OF_A_RUN and name not in by_name and (name not in OF_A_PROOF or value == 0):
+            folded[name] = value
+        if name not in UNSAID and (name in folded or value != default):
+            lines.append(f"{' *'[value != default]} {name.upper()}={text_of(value)}  # ")
+        nodes[name].value.args[0] = ast.parse(repr(value), mode="eval").body
+    cls.body = [node for node in cls.body if not isinstance(node, ast.AnnAssign) or node.target.id not in folded]
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "PACKED":
+            node.value = ast.Constant("\n".join(lines))
+    return folded
+
+
+def fold_properties(cls, values):
+    """`name = property(lambda hp: constant)` of the settings joins their values."""
+    for node in [node for node in cls.body if isinstance(node, ast.Assign)]:
+        result = getattr(node.value.args[0], "body", None) if isinstance(node.value, ast.Call) else None
+        if isinstance(result, ast.Constant):
+            values[node.targets[0].id] = result.value
+            cls.body.remove(node)
+
+
+# ---- expressions and branches
+
+
+def is_pure(node):
+    """Whether an expression may go unevaluated."""
+    return not any(isinstance(part, (ast.Call, ast.Yield, ast.Await, ast.NamedExpr)) for part in walk(node))
+
+
+def truth(node):
+    """Whether an expression is true: True, False, or None where that is not known."""
+    if isinstance(node, ast.Constant):
+        return bool(node.value)
+    if isinstance(node, ast.Name) and node.id == "PACKED":
+        return True
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return bool(node.elts)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        known = truth(node.operand)
+        return None if known is None else not known
+    if isinstance(node, ast.BoolOp) and is_pure(node):
+        decides, parts = isinstance(node.op, ast.Or), [truth(value) for value in node.values]
+        return decides if decides in parts else None if None in parts else not decides
+    return None
+
+
+def look_up(table, key, otherwise):
+    """The value of a dict of constant keys at a constant key, where nothing else in it has to be evaluated."""
+    if not (isinstance(table, ast.Dict) and isinstance(key, ast.Constant) and is_pure(table)):
+        return otherwise
+    keys = [item.value if isinstance(item, ast.Constant) else None for item in table.keys]
+    return copy.deepcopy(table.values[keys.index(key.value)]) if None not in keys and key.value in keys else otherwise
+
+
+def returned_constant(function):
+    """The constant that is all that a function returns, if it does nothing else."""
+    *before, last = function.body
+    documented_only = all(isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in before)
+    is_constant = isinstance(last, ast.Return) and isinstance(last.value, ast.Constant)
+    return last.value if documented_only and is_constant else None
+
+
+def literal_tables(tree):
+    """{name: dict} of the dicts at module level."""
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)]
+    return {node.targets[0].id: node.value for node in assigned}
+
+
+class Fold(ast.NodeTransformer):
+    """Settings -> constants, and what follows from that: operations, look-ups, branches."""
+
+    def __init__(self, values, tree):
+        self.values, self.tables, self.of_self, nodes = values, literal_tables(tree), {}, walk(tree)
+        attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+        self.stores = Counter(node.attr for node in attributes if not isinstance(node.ctx, ast.Load))
+        self.defined = Counter(node.name for node in nodes if isinstance(node, ast.FunctionDef))
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and self.defined[node.name] == 1]
+        self.results = {node.name: value for node in functions if (value := returned_constant(node))}
+
+    def constants_of(self, cls):
+        """{name: constant}: attributes that are only ever set to None, and properties that return a constant."""
+        for node in walk(cls):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+                name, value = node.targets[0].attr, node.value
+                if isinstance(value, ast.Constant) and value.value is None and self.stores[name] == 1:
+                    yield name, None
+        for node in cls.body:
+            is_property = isinstance(node, ast.FunctionDef) and "property" in map(ast.unparse, node.decorator_list)
+            if is_property and self.defined[node.name] == 1 and (value := returned_constant(node)):
+                yield node.name, value.value
+
+    def visit_ClassDef(self, node):
+        self.of_self = self.values if node.name == "Hyperparameters" else dict(self.constants_of(node))
+        self.generic_visit(node)
+        self.of_self = {}
+        return node
+
+    def visit_Attribute(self, node):
+        self.generic_visit(node)
+        holder = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", None)
+        found = self.values if holder in ("hp", "Hyperparameters") else self.of_self if holder == "self" else {}
+        is_constant = node.attr in found and isinstance(node.ctx, ast.Load)
+        return ast.Constant(found[node.attr]) if is_constant else node
+
+    def evaluate(self, node):
+        """The constant that an expression of literals is, where that is no longer than itself."""
+        self.generic_visit(node)
+        if all(isinstance(part, LITERALS) for part in walk(node)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)  # `None is None`
+                value = eval(ast.unparse(node), {})
+            if len(repr(value)) <= len(ast.unparse(node)):
+                return ast.parse(repr(value), mode="eval").body
+        return node
+
+    visit_BinOp = evaluate
+
+    def visit_Compare(self, node):
+        """`constant in TABLE` as well."""
+        table = self.tables.get(getattr(node.comparators[0], "id", None))
+        if table and isinstance(node.ops[0], (ast.In, ast.NotIn)) and isinstance(node.left, ast.Constant):
+            node.comparators[0] = ast.Tuple(table.keys, ast.Load())
+        return self.evaluate(node)
+
+    def visit_UnaryOp(self, node):
+        self.generic_visit(node)
+        known = truth(node) if isinstance(node.op, ast.Not) else None
+        return node if known is None else ast.Constant(known)
+
+    def visit_BoolOp(self, node):
+        """Operands behind the one that decides go, and those before it that do not."""
+        self.generic_visit(node)
+        decides, values = isinstance(node.op, ast.Or), []
+        for value in node.values:
+            known = truth(value) if is_pure(value) else None
+            if known is None or known == decides or value is node.values[-1]:
+                values.append(value)
+            if known == decides:
+                break
+        node.values = values
+        return node if len(values) > 1 else values[0]
+
+    def visit_Subscript(self, node):
+        """{literal}[constant], TABLE[constant] -> the value that stands there."""
+        node = self.evaluate(node)
+        if not isinstance(node, ast.Subscript) or not isinstance(node.ctx, ast.Load):
+            return node
+        return look_up(self.tables.get(getattr(node.value, "id", None), node.value), node.slice, node)
+
+    def visit_Call(self, node):
+        """{literal}.get(constant) -> what stands there; len((literal,)); functions that return a constant."""
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "get" and len(node.args) == 1:
+            return look_up(node.func.value, node.args[0], node)
+        name = getattr(node.func, "id", None)
+        if name == "len" and isinstance(node.args[0], ast.Tuple):
+            return ast.Constant(len(node.args[0].elts))
+        return self.results[name] if name in self.results and all(map(is_pure, node.args)) else node
+
+    def visit_For(self, node):
+        """A loop over nothing goes."""
+        self.generic_visit(node)
+        return None if truth(node.iter) is False else node
+
+    def visit_If(self, node):
+        """The branch that is taken, if that is known; `test and True` is as good as `test` here."""
+        self.generic_visit(node)
+        if isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And):
+            open_parts = [value for value in node.test.values if truth(value) is not True]
+            node.test.values = open_parts or [ast.Constant(True)]
+            node.test = node.test if len(node.test.values) > 1 else node.test.values[0]
+        known = truth(node.test)
+        return node if known is None else node.body if known else node.orelse
+
+    visit_IfExp = visit_If
+
+
+# ---- names that are constants
+
+
+class Substitute(ast.NodeTransformer):
+    """Names -> constants; assignments to these names go."""
+
+    def __init__(self, constants):
+        self.constants = constants
+
+    def visit_Name(self, node):
+        return ast.Constant(self.constants[node.id]) if node.id in self.constants else node
+
+    def visit_Assign(self, node):
+        if isinstance(node.targets[0], ast.Name) and node.targets[0].id in self.constants:
+            return None
+        return self.generic_visit(node)
+
+
+def bindings(nodes):
+    """How often each name is bound in a function of these nodes, those inside it included."""
+    bound = Counter()
+    for node in nodes:
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            bound[node.id] += 1
+        elif isinstance(node, ast.arg):
+            bound[node.arg] += 1
+        elif isinstance(node, (ast.FunctionDef, ast.ExceptHandler, ast.alias)):
+            bound[getattr(node, "asname", None) or node.name] += 1
+        elif isinstance(node, ast.Nonlocal):
+            bound.update(node.names * 2)
+    return bound
+
+
+def fold_locals(function):
+    """`x = constant`, x bound nowhere else in the function, becomes that constant; what nothing reads goes."""
+    nodes, constants = walk(function), {}
+    bound = bindings(nodes)
+    read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    for node in nodes:
+        if isinstance(node, ast.Assign) and bound[name := getattr(node.targets[0], "id", None)] == 1:
+            if isinstance(node.value, ast.Constant):
+                constants[name] = node.value.value
+            elif name not in read and is_pure(node.value):
+                constants[name] = None
+    if constants:
+        Substitute(constants).visit(function)
+
+
+def argument_of(call, index, name):
+    """The expression that a call gives for a parameter, None where it leaves it to the default."""
+    if index < len(call.args):
+        return call.args[index]
+    return next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
+
+
+def fold_parameters(tree):
+    """A parameter of a function that every call gives the same constant becomes that constant."""
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.decorator_list}
+    calls, uses = {name: [] for name in functions}, Counter()
+    for node in walk(tree):
+        if isinstance(node, ast.Name):
+            uses[node.id] += 1
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in functions:
+            calls[node.func.id].append(node)
+    for name, function in functions.items():
+        stars = [a for call in calls[name] for a in call.args if isinstance(a, ast.Starred)]
+        stars += [keyword for call in calls[name] for keyword in call.keywords if keyword.arg is None]
+        if calls[name] and len(calls[name]) == uses[name] and not stars and not function.args.vararg:
+            fold_parameters_of(function, calls[name])
+
+
+def fold_parameters_of(function, calls):
+    """The same for one function and all its calls, which have no stars."""
+    spec, bound = function.args, bindings(walk(function))
+    for index in reversed(range(len(spec.args))):
+        name, at = spec.args[index].arg, index - len(spec.args) + len(spec.defaults)  # at: of its default, if any
+        values = [argument_of(call, index, name) or (spec.defaults[at] if at >= 0 else None) for call in calls]
+        same = {ast.dump(value) if isinstance(value, ast.Constant) else None for value in values}
+        if len(same) != 1 or None in same or bound[name] != 1:
+            continue
+        Substitute({name: values[0].value}).visit(function)
+        del spec.args[index]
+        if at >= 0:
+            del spec.defaults[at]
+        for call in calls:
+            del call.args[index : index + 1]
+            call.keywords = [keyword for keyword in call.keywords if keyword.arg != name]
+
+
+# ---- what nothing names
+
+
+def tidy(tree):
+    """Nothing stands behind a return, and no body is empty."""
+    for node in walk(tree):
+        for name in ("body", "orelse"):
+            if isinstance(block := getattr(node, name, None), list):
+                ends = [isinstance(part, ENDS) for part in block]
+                del block[ends.index(True) + 1 if True in ends else len(block) :]
+                if not block and name == "body":
+                    block.append(ast.Pass())
+
+
+def is_idle(function):
+    """Whether nothing but a docstring is left in a function."""
+    does = [part for part in function.body if not isinstance(part, ast.Pass)]
+    return all(isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in does)
+
+
+class Drop(ast.NodeTransformer):
+    """Takes out what nothing names: functions, classes, methods, globals, imports, entries in the tables of codecs."""
+
+    def __init__(self, tree):
+        self.names, self.attributes, self.strings = Counter(), Counter(), Counter()
+        for node in walk(tree):
+            if isinstance(node, ast.Name):
+                self.names[node.id] += 1
+            elif isinstance(node, ast.Attribute):
+                self.attributes[node.attr] += 1
+            elif isinstance(node, ast.Constant):
+                self.strings[node.value] += 1
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+        self.idle = {*LEFT_OUT, *(function.name for function in functions if is_idle(function))}
+
+    def unused(self, node, name):
+        """Whether a name stands nowhere outside of what it is the name of."""
+        inside = sum(getattr(part, "id", None) == name for part in walk(node))
+        return name != "_" and self.names[name] == inside
+
+    def visit_Module(self, node):
+        codecs = [table for name, table in literal_tables(node).items() if name in CODECS]
+        keys = Counter(key.value for table in codecs for key in table.keys)
+        for table in codecs:
+            pairs = zip(table.keys, table.values, strict=True)
+            kept = [pair for pair in pairs if self.strings[pair[0].value] > keys[pair[0].value]]
+            table.keys, table.values = map(list, zip(*kept, strict=True))
+        plain = [part for part in node.body if isinstance(part, ast.Assign) and isinstance(part.targets[0], ast.Name)]
+        unused = [part for part in plain if self.unused(part, part.targets[0].id)]
+        node.body = [part for part in node.body if part not in unused]
+        return self.generic_visit(node)
+
+    def visit_Import(self, node):
+        node.names = [a for a in node.names if self.names[(a.asname or a.name).split(".")[0]]]
+        return node if node.names else None
+
+    visit_ImportFrom = visit_Import
+
+    def visit_FunctionDef(self, node):
+        return None if self.unused(node, node.name) else self.generic_visit(node)
+
+    def visit_ClassDef(self, node):
+        """Methods with two underscores are Python's to call, and forward is PyTorch's."""
+        if self.unused(node, node.name):
+            return None
+        kept = []
+        for part in node.body:
+            if not isinstance(part, ast.FunctionDef):
+                kept.append(self.visit(part))
+            elif self.attributes[part.name] or part.name[:2] == "__" or part.name == "forward":
+                kept.append(self.generic_visit(part))
+        node.body = [part for part in kept if part]
+        return node
+
+    def visit_Expr(self, node):
+        """Calls of what does nothing any more."""
+        inner = node.value
+        if isinstance(inner, ast.Call) and all(map(is_pure, inner.args)) and not inner.keywords:
+            if getattr(inner.func, "id", getattr(inner.func, "attr", None)) in self.idle:
+                return None
+        return self.generic_visit(node)
