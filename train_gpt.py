@@ -2656,6 +2656,7 @@ class TestTimeTrainer:
     # windows; layer by layer, because tracing all slots at once with unknown shapes takes minutes.
 
     def dynamic_block(self, x, mlp_lane, x0, w, rope, packing, tap):
+        x = x if x.requires_grad else x.detach().requires_grad_()  # the first layer shares the graph of the others
         self.mark_dynamic([0, 1], x, x0, *([] if mlp_lane is None else [mlp_lane]))
         self.mark_dynamic([0], *rope, *(tap.matrices() if tap else []))
         return self.block(x, mlp_lane, x0, w, rope, packing, tap)
