@@ -204,7 +204,7 @@ class Hyperparameters:
 
     # test-time training
     ttt_enabled: bool = env(True, "score with test-time training")
-    ttt_max_docs: int = env(0, "score only the first N validation documents, marked partial; 0: all", least=0)
+    ttt_max_docs: int = env(0, "score only N validation documents, of all lengths, marked partial; 0: all", least=0)
     ttt_eval_seq_len: int = env(2048, "context of a chunk, its own tokens included", least=2)
     ttt_chunk_size: int = env(48, "tokens scored between two LoRA steps", least=1)
     ttt_batch_size: int = env(64, "documents that are scored side by side", least=1)
@@ -2634,8 +2634,9 @@ class TestTimeTrainer:
 
     def __init__(self, model, validation, hp, dist, log):
         self.model, self.validation, self.hp, self.dist, self.log = model, validation, hp, dist, log
-        count = len(validation.starts)
-        self.documents = min(hp.ttt_max_docs, count) if hp.ttt_max_docs else count
+        order, count = np.argsort(validation.ends - validation.starts, kind="stable"), len(validation.starts)
+        wanted = min(hp.ttt_max_docs or count, count)
+        self.documents = np.sort(order[(2 * np.arange(wanted) + 1) * count // (2 * wanted)])  # of all lengths
         row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.ttt_eval_seq_len
         entries = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
         self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device)
@@ -2717,6 +2718,7 @@ class TestTimeTrainer:
         tables = {shape: self.no_chunks(shape[0]) for shape in shapes}
         pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         started = time.perf_counter()
+        torch.cuda.empty_cache()
         try:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -2821,10 +2823,10 @@ class TestTimeTrainer:
         hp, stream, dist = self.hp, self.validation, self.dist
         self.model.requires_grad_(False)
         self.started = time.perf_counter()
-        lengths = (stream.ends - stream.starts)[:self.documents]
+        starts, lengths = stream.starts[self.documents], (stream.ends - stream.starts)[self.documents]
         phases = plan_ttt(lengths, hp)
         schedules = [schedule_ttt([documents for lane in self.lanes for documents in phase.lanes[lane]],
-                                  stream.starts, lengths, self.lora.flight, hp) for phase in phases]
+                                  starts, lengths, self.lora.flight, hp) for phase in phases]
         self.cost = sum(step.cost for steps in schedules for step in steps) or 1.0
         self.tokens = sum(step.table[:, 4].sum() for steps in schedules for step in steps)
         self.done, self.ended, self.told, rest = 0.0, 0, 0.0, []
@@ -2847,16 +2849,16 @@ class TestTimeTrainer:
                 if any(dist.all_gather_object(late or bool(rest))):
                     self.log("note: no time to fine-tune the base weights")
                 else:
-                    self.global_adapt(phase.documents)
+                    self.global_adapt(self.documents[phase.documents])
                 self.stepping += time.perf_counter() - since
         unadapted = self.score_unadapted(rest) if rest else 0
         self.late(0.0)
         self.model.requires_grad_(True)
-        total = self.score.total(dist, stream.targets_of(np.arange(self.documents)))
+        total = self.score.total(dist, stream.targets_of(self.documents))
         unadapted = int(dist.all_reduce(torch.tensor([float(unadapted)], device=dist.device)).item())
         if unadapted:
             self.log(f"note: EVAL_BUDGET_SECONDS did not do: {unadapted} tokens were scored without adaptation")
-        return total | {"documents": self.documents, "partial": self.documents < len(stream.starts),
+        return total | {"documents": len(self.documents), "partial": len(self.documents) < len(stream.starts),
                         "recompilations": compiled_graphs() - graphs, "unadapted_tokens": unadapted}
 
 # ---- MAIN ------------------------------------------------------------------------------------------------------------

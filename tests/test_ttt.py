@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_evaluation import document_spans, make_model, on_ranks, piece_losses, small_hp
 
 import train_gpt
+from benchmarks.bench_ttt import document_by_document
 from train_gpt import BatchedLoRA, Dist, Evaluator, ValidationSet, plan_ttt, schedule_ttt, window_positions
 
 torch.set_num_threads(1)
@@ -109,12 +110,17 @@ def test_every_token_is_scored_once(tmp_path, counted, changes):
     hp = small_hp(data_path=str(tmp_path), **ACTIVE | changes)
     tokens, charges = write_documents(tmp_path, "val", LENGTHS, shard_sizes=[100, 91, 500])
     (score,), _ = run_ttt(hp, ValidationSet(hp, None))
-    spans = document_spans(tokens)[:hp.ttt_max_docs or None]
-    last = spans[-1][1]
-    assert sorted(position for _, position in flat(counted)) == list(range(1, last + 1))
-    assert all(spans[document][0] < position <= spans[document][1] for document, position in flat(counted))
-    assert (score["tokens"], score["bytes"]) == (last, charges[:last + 1].sum())
-    assert (score["documents"], score["partial"]) == (len(spans), len(spans) < len(LENGTHS))
+    spans = document_spans(tokens)
+    chosen = sorted({document for document, _ in flat(counted)})
+    targets = [(document, place) for document in chosen
+               for place in range(spans[document][0] + 1, spans[document][1] + 1)]
+    assert sorted(flat(counted)) == targets
+    assert (score["tokens"], score["bytes"]) == (len(targets), sum(charges[place] for _, place in targets))
+    wanted = min(hp.ttt_max_docs or len(LENGTHS), len(LENGTHS))
+    assert (score["documents"], score["partial"]) == (wanted, wanted < len(LENGTHS))
+    assert len(chosen) in (wanted, wanted - 1)  # the last document has no targets where it is a lone BOS
+    sizes = [LENGTHS[document] for document in chosen]
+    assert len(chosen) < 5 or min(sizes) < 7 < 25 < max(sizes)  # of all lengths
     assert score["loss"] == pytest.approx(np.mean(list(flat(counted).values())), rel=1e-6)
 
 
@@ -347,44 +353,6 @@ def test_lane_i_runs_on_rank_i_mod_world_size_in_the_plans_order(tmp_path, monke
 # ---- against a scorer that knows no batches, no padding and no schedule
 
 
-def document_by_document(model, validation, hp):
-    """{(document, target position): nats} by the definition: a document at a time, windows of their own length, torch's
-    AdamW; between phases `global_adapt`, which has a test of its own."""
-    tokens, lengths, found = torch.from_numpy(validation.tokens), validation.ends - validation.starts, {}
-    kept = {lane: make_lora(hp, [lane]) for lane in range(hp.ttt_lanes)}
-    trainer = TTT(model, validation, hp, Dist("cpu"), Lines())
-    model.requires_grad_(False)
-    for phase in plan_ttt(lengths, hp):
-        for lane, places in enumerate(phase.lanes):
-            for place, documents in enumerate(places):
-                for document in documents:
-                    leaves = [torch.nn.Parameter(torch.zeros(1, group.values.size(1))) for group in kept[lane].groups]
-                    with torch.no_grad():
-                        for leaf, group in zip(leaves, kept[lane].groups, strict=True):
-                            leaf[0, :group.kept.size(1)] = group.kept[place]
-                    optimizer = torch.optim.AdamW(leaves, hp.ttt_lora_lr, (0.0, hp.ttt_beta2), 1e-10,
-                                                  hp.ttt_weight_decay)
-                    start, end = int(validation.starts[document]), int(validation.ends[document])
-                    for first in range(start, end, hp.ttt_chunk_size):
-                        last = min(first + hp.ttt_chunk_size, end)
-                        window = max(start, last - hp.ttt_eval_seq_len)
-                        tap = kept[lane].tap(leaves)
-                        hidden = model.forward_hidden(tokens[None, window:last], max_seqlen=100, looping=True, tap=tap)
-                        targets = tokens[None, first + 1:last + 1]
-                        losses = model.token_losses(hidden[:, first - window:], targets, tap.head)
-                        found |= {(document, first + i + 1): loss for i, loss in enumerate(losses[0].tolist())}
-                        if last < end:
-                            optimizer.zero_grad()
-                            losses.mean().backward()
-                            optimizer.step()
-                    if hp.ttt_warm_start_a and start < end:
-                        for leaf, group in zip(leaves, kept[lane].groups, strict=True):
-                            group.kept[place] = leaf.detach()[0, :group.kept.size(1)]
-        if phase.adapt:
-            trainer.global_adapt(phase.documents)
-    return found
-
-
 @pytest.mark.parametrize("changes", [
     {}, {"ttt_batch_size": 1, "ttt_lanes": 1}, {"ttt_batch_size": 2, "ttt_lanes": 1, "ttt_warm_start_a": False},
     {"ttt_batch_size": 13, "ttt_chunk_size": 7, "ttt_eval_seq_len": 20}, {"ttt_lora_sites": "k,v,mlp"},
@@ -394,8 +362,8 @@ def test_losses_are_those_of_documents_scored_one_by_one(tmp_path, counted, chan
     """Small rates: an update divided by its own size turns rounding of a gradient near 0 into a step of full size."""
     hp = small_hp(data_path=str(tmp_path), **ACTIVE | {"ttt_lora_lr": 2e-3, "phased_ttt_num_phases": 2} | changes)
     validation = make_validation(tmp_path, hp, [40, 17, 1, 8, 0, 33, 7, 0, 25, 66, 12, 30, 21, 9])
-    plain = document_by_document(make_model(hp), validation, dataclasses.replace(hp, ttt_lora_lr=0.0))
-    wanted = document_by_document(make_model(hp), validation, hp)
+    plain = document_by_document(make_model(hp), validation, dataclasses.replace(hp, ttt_lora_lr=0.0), Dist("cpu"))
+    wanted = document_by_document(make_model(hp), validation, hp, Dist("cpu"))
     for world_size in (1, 2):
         counted.clear()
         run_ttt(hp, validation, world_size)
@@ -695,9 +663,6 @@ def test_window_positions_counts_the_windows(sizes, chunk, more):
     hp = small_hp(ttt_chunk_size=chunk, ttt_eval_seq_len=max(2, chunk + more))
     counts = [sum(min(last + chunk, hp.ttt_eval_seq_len) for last in range(0, size, chunk)) for size in sizes]
     assert window_positions(np.array(sizes), hp).tolist() == counts
-    for step in schedule_ttt([[0]], np.zeros(1, int), np.array(sizes[:1]), 1, hp):
-        counts[0] -= sum(chunk - count + first + count for *_, first, count, _ in step.table.tolist() if count)
-    assert counts[0] == 0 or sizes[0] > hp.ttt_eval_seq_len  # a document's last chunk is charged in full
 
 
 def test_the_model_can_train_again_afterwards(tmp_path):
