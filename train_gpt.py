@@ -2536,11 +2536,12 @@ class SlotLoRA:
                 self.low.update(zip(sites, (x @ a.mT).chunk(len(sites), -1), strict=True))
         return y + self.scale * (self.low.pop(site) @ self.b[site].mT)
 
-def adamw_rows(values, squares, gradients, source, target, number, lr, decay, beta2):
+def adamw_rows(values, squares, gradients, source, target, number, rates):
     """AdamW without first moment: rows `source` of flat states, at their step `number`, into rows `target`, in place.
 
-    Compiled, it is one pass over the rows: gather, update and scatter; the same row of scratch may be hit many times.
+    Rates: lr, decay, beta2. Compiled, it is one pass over the rows; many may go to the row of scratch.
     """
+    lr, decay, beta2 = rates
     correction = (1 - beta2 ** number.double()).float()[:, None]
     for value, square, gradient in zip(values, squares, gradients, strict=True):
         gradient = gradient.float()
@@ -2626,8 +2627,8 @@ class BatchedLoRA:
     def step(self, gradients, source, target, number):
         """One AdamW step of state rows `source` (B,), their `number`-th (B,), into rows `target` (B,)."""
         values, squares = ([getattr(group, name) for group in self.groups] for name in ("values", "squares"))
-        self.update(values, squares, gradients, source, target, number,
-                    self.hp.ttt_lora_lr, self.hp.ttt_weight_decay, self.hp.ttt_beta2)
+        rates = self.hp.ttt_lora_lr, self.hp.ttt_weight_decay, self.hp.ttt_beta2
+        self.update(values, squares, gradients, source, target, number, rates=rates)
 
 class TestTimeTrainer:
     """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between phases."""
@@ -2666,9 +2667,9 @@ class TestTimeTrainer:
         self.mark_dynamic([0], scored, targets, *(tap.matrices() if tap else []))
         return self.head(scored, targets, tap)
 
-    def dynamic_update(self, values, squares, gradients, source, target, number, *rates):
-        self.mark_dynamic([0], *gradients, source, target, number)
-        self.update(values, squares, gradients, source, target, number, *rates)
+    def dynamic_update(self, values, squares, gradients, *rows, rates):
+        self.mark_dynamic([0], *gradients, *rows)
+        self.update(values, squares, gradients, *rows, rates)
 
     def mark_dynamic(self, dimensions, *tensors):
         if self.warming_up:  # what the graphs are made from; later tensors need no marks, and marking takes time

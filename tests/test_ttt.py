@@ -5,7 +5,10 @@ import dataclasses
 import inspect
 import itertools
 import math
+import re
 import threading
+from collections import defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,6 +60,8 @@ def counted(monkeypatch):
 
     def note_add(score, losses, scored, charges):
         add(score, losses, scored, charges)
+        if losses.dim() == 1:  # a row of plain scoring, when the budget ends
+            return
         call = {}
         for row, (_, _, window, first, count, _) in enumerate(waiting.table.tolist()):
             assert scored[row].tolist() == [column < count for column in range(scored.size(1))]
@@ -168,6 +173,10 @@ LEGAL_LENGTHS = [30, 45, 9, 38, 22, 50, 3, 17]  # the plan: 5 1 | 3 0 | 4 7 and 
     (1, 13, True), (3, 8, True), (4, 9, False), (6, 1, False),
 ])
 def test_a_changed_token_changes_no_loss_counted_before_it(tmp_path, counted, document, offset, reaches_others):
+    check_changed_token(tmp_path, counted, document, offset, reaches_others)
+
+
+def check_changed_token(tmp_path, counted, document, offset, reaches_others):
     hp = small_hp(data_path=str(tmp_path), **LEGAL)
     validation = make_validation(tmp_path, hp, LEGAL_LENGTHS)
     place = int(validation.starts[document]) + offset
@@ -182,14 +191,122 @@ def test_a_changed_token_changes_no_loss_counted_before_it(tmp_path, counted, do
     for number, (before, after) in enumerate(zip(*runs, strict=True)):
         differ = {key for key in before if before[key] != after[key]}
         if number < moment:
-            assert not differ
+            assert not differ, "a token had an effect before it was counted"
         elif number == moment:
             assert (document, place) in differ
-            assert all(key[0] == document and key[1] >= place for key in differ)
+            before_it = [key for key in differ if key[0] != document or key[1] < place]
+            assert not before_it, "a token had an effect before it was counted"
     if reaches_others:
         later = [key for before, after in zip(*(run[moment + 1:] for run in runs), strict=True)
                  for key in before if before[key] != after[key]]
         assert later, "nothing ever learnt from this token: the test would notice nothing"
+
+
+class Recorder:
+    """The total order of a run, as it happens: when each target was counted and when weights first learnt from it.
+
+    Targets are positions in the stream. `learnt` are [(place in the order, targets)], of LoRA steps and of SGD steps.
+    """
+
+    def __init__(self, monkeypatch):
+        self.clock, self.counted, self.learnt = 0, {}, []
+        chunk_step, add, step = TTT.chunk_step, train_gpt.Score.add, BatchedLoRA.step
+        build, sgd_step, row = train_gpt.WindowPacker.build, torch.optim.SGD.step, []
+
+        def note_step(trainer, table, width):
+            self.table = table.tolist()
+            chunk_step(trainer, table, width)
+
+        def note_add(score, losses, scored, charges):
+            add(score, losses, scored, charges)
+            self.clock += 1
+            for target in self.targets(lambda row: True):
+                assert target not in self.counted, "counted twice"
+                self.counted[target] = self.clock
+
+        def note_learning(lora, gradients, source, target, number):
+            step(lora, gradients, source, target, number)
+            self.learn(self.targets(lambda row: row[1] < lora.flight))
+
+        def note_build(packer, windows):
+            row.extend(target for start, end, _ in windows.tolist() for target in range(start + 1, end + 1))
+            return build(packer, windows)
+
+        def note_sgd_step(optimizer, *args, **kwargs):
+            self.learn(list(row))
+            row.clear()
+            return sgd_step(optimizer, *args, **kwargs)
+
+        for owner, name, note in ((TTT, "chunk_step", note_step), (train_gpt.Score, "add", note_add),
+                                  (BatchedLoRA, "step", note_learning), (train_gpt.WindowPacker, "build", note_build),
+                                  (torch.optim.SGD, "step", note_sgd_step)):  # fmt: skip
+            monkeypatch.setattr(owner, name, note)
+
+    def targets(self, wanted):
+        return [row[2] + row[3] + 1 + i for row in self.table if wanted(row) for i in range(row[4])]
+
+    def learn(self, targets):
+        self.clock += 1
+        self.learnt.append((self.clock, targets))
+
+    def violations(self):
+        """Targets that something learnt from before they were counted."""
+        return {target for moment, targets in self.learnt for target in targets
+                if self.counted.get(target, math.inf) >= moment}
+
+
+def learn_then_count(chunk_step):
+    """The rule broken: every chunk is learnt first, and counted when it is gone through once more."""
+
+    def illegal(trainer, table, width):
+        score, trainer.score = trainer.score, SimpleNamespace(add=lambda *_: None)
+        chunk_step(trainer, table, width)
+        trainer.score = score
+        chunk_step(trainer, table, width)
+
+    return illegal
+
+
+def adapt_then_score(run_steps):
+    """The rule broken: the base is fine-tuned on the first documents before they are counted."""
+
+    def illegal(trainer, steps):
+        if trainer.done == 0:
+            trainer.global_adapt(trainer.documents[:2])
+        return run_steps(trainer, steps)
+
+    return illegal
+
+
+@pytest.mark.parametrize("lengths", [LEGAL_LENGTHS, LENGTHS])
+def test_nothing_is_learnt_before_it_is_counted(tmp_path, monkeypatch, lengths):
+    hp = small_hp(data_path=str(tmp_path), **LEGAL)
+    validation, recorder = make_validation(tmp_path, hp, lengths), Recorder(monkeypatch)
+    (score,), _ = run_ttt(hp, validation)
+    assert sorted(recorder.counted) == list(range(1, len(validation.tokens)))
+    assert validation.bytes[sorted(recorder.counted)].sum() == validation.bytes.sum() == score["bytes"]
+    assert not recorder.violations()
+    once = [target for _, targets in recorder.learnt for target in targets]
+    assert len(once) > len(set(once)) > 0.5 * len(recorder.counted)  # by adapters, and again by the base
+
+
+ILLEGAL = pytest.mark.parametrize("name, illegal", [("chunk_step", learn_then_count), ("run_steps", adapt_then_score)])
+
+
+@ILLEGAL
+def test_the_recorder_finds_what_breaks_the_rule(tmp_path, monkeypatch, name, illegal):
+    hp = small_hp(data_path=str(tmp_path), **LEGAL)
+    validation, recorder = make_validation(tmp_path, hp, LEGAL_LENGTHS), Recorder(monkeypatch)
+    monkeypatch.setattr(TTT, name, illegal(getattr(TTT, name)))
+    run_ttt(hp, validation)
+    assert len(recorder.counted) == len(validation.tokens) - 1 and recorder.violations()
+
+
+@ILLEGAL
+def test_a_changed_token_finds_what_breaks_the_rule(tmp_path, monkeypatch, counted, name, illegal):
+    monkeypatch.setattr(TTT, name, illegal(getattr(TTT, name)))
+    with pytest.raises(AssertionError, match="before it was counted"):
+        check_changed_token(tmp_path, counted, 0, 20, False)
 
 
 def test_a_prefix_token_reaches_the_next_phase_and_no_other_lane_before(tmp_path, counted):
@@ -222,6 +339,105 @@ def test_first_losses_are_the_untrained_models(tmp_path, counted):
         assert [losses[key] for key in first] == pytest.approx([plain[key] for key in first], rel=1e-4, abs=1e-5)
         rest = [key for key in plain if key not in first]
         assert not rest or max(abs(losses[key] - plain[key]) for key in rest) > 1e-3
+
+
+# ---- the budget
+
+
+class Clock:
+    """Stands for the module `time`, one for each rank's thread: a step takes `step` seconds, a plain row `row`."""
+
+    def __init__(self, monkeypatch, step=1.0, row=0.5, adaptation=3.0, slow=None):
+        self.seconds, self.slow, self.ranks = defaultdict(float), slow, {}
+        for owner, name, cost in ((TTT, "chunk_step", step), (Evaluator, "row_losses", row),
+                                  (TTT, "global_adapt", adaptation)):  # fmt: skip
+            monkeypatch.setattr(owner, name, self.takes(cost, getattr(owner, name)))
+        monkeypatch.setattr(train_gpt, "time", self)
+
+    def takes(self, cost, function):
+        def slowly(owner, *args):
+            factor = 10 if owner.dist.rank == self.slow else 1
+            self.seconds[threading.get_ident()] += cost * factor
+            return function(owner, *args)
+
+        return slowly
+
+    def perf_counter(self):
+        return self.seconds[threading.get_ident()]
+
+
+LONGER = [190, 33, 1, 8, 0, 64, 7, 131, 120, 17, 100, 1]
+
+
+@pytest.mark.parametrize("budget", [1.0, 20.0, 50.0])
+def test_what_the_budget_leaves_is_scored_without_adaptation(tmp_path, monkeypatch, counted, budget):
+    hp = small_hp(data_path=str(tmp_path), eval_budget_seconds=budget, ttt_batch_size=2, **ACTIVE)
+    validation, log, model = make_validation(tmp_path, hp, LONGER), Lines(), make_model(hp)
+    clock = Clock(monkeypatch)
+    plain, row_losses = [], Evaluator.row_losses
+
+    def note_row(evaluator, row):
+        plain.append((row, row_losses(evaluator, row)))
+        return plain[-1][1]
+
+    monkeypatch.setattr(Evaluator, "row_losses", note_row)
+    (score,), _ = run_ttt(hp, validation, log=log)
+    assert (score["tokens"], score["bytes"]) == (len(validation.tokens) - 1, validation.bytes.sum())
+    assert 0 < score["unadapted_tokens"] == sum(int(row.scored.sum()) for row, _ in plain)
+    assert score["unadapted_tokens"] + len(flat(counted)) == score["tokens"]
+    assert any(f"{score['unadapted_tokens']} tokens were scored without adaptation" in line for line in log)
+    assert clock.perf_counter() <= max(budget, 11)  # the first look at the clock comes after 8 steps
+    adapted = any(line.startswith("ttt_global_adaptation") for line in log)
+    assert adapted <= (budget == 50)
+    if not adapted:  # what is scored plainly is scored by the base as it was given
+        for row, losses in plain:
+            hidden = model.forward_hidden(row.inputs, row.cu_seqlens, max_seqlen=32, looping=True, fresh=row.fresh)
+            assert torch.allclose(losses, model.token_losses(hidden[0], row.targets), atol=1e-4)
+
+
+def test_a_budget_that_will_do_changes_nothing(tmp_path, monkeypatch):
+    hp = small_hp(data_path=str(tmp_path), **ACTIVE)
+    validation = make_validation(tmp_path, hp)
+    (wanted,), _ = run_ttt(hp, validation)
+    Clock(monkeypatch)
+    (score,), _ = run_ttt(hp, validation)
+    assert score == wanted and score["unadapted_tokens"] == 0
+
+
+def test_unpacking_is_part_of_the_budget(tmp_path, monkeypatch):
+    hp = small_hp(data_path=str(tmp_path), eval_budget_seconds=200.0, **ACTIVE)
+    validation, log = make_validation(tmp_path, hp), Lines()
+    Clock(monkeypatch)
+    assert run_ttt(hp, validation)[0][0]["unadapted_tokens"] == 0
+    log.seconds["unpack"] = 190.0
+    assert run_ttt(hp, validation, log=log)[0][0]["unadapted_tokens"] > 0
+
+
+def test_a_rank_that_is_late_keeps_no_other_waiting(tmp_path, monkeypatch):
+    """It scores its share plainly; the base is fine-tuned by all ranks or by none."""
+    hp = small_hp(data_path=str(tmp_path), eval_budget_seconds=60.0, **ACTIVE)
+    validation, log = make_validation(tmp_path, hp), Lines()
+    Clock(monkeypatch, slow=1)
+    scores, models = run_ttt(hp, validation, world_size=2, log=log)
+    assert scores[0] == scores[1] and scores[0]["tokens"] == len(validation.tokens) - 1
+    assert 0 < scores[0]["unadapted_tokens"] < scores[0]["tokens"]
+    assert "note: no time to fine-tune the base weights" in log
+    assert not any(line.startswith("ttt_global_adaptation") for line in log)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_progress_lines_say_how_far_it_is(tmp_path):
+    hp = small_hp(data_path=str(tmp_path), **ACTIVE)
+    validation, log = make_validation(tmp_path, hp), Lines()
+    (score,), _ = run_ttt(hp, validation, log=log)
+    lines = [line for line in log if line.startswith("ttt_batch ")]
+    pattern = (r"ttt_batch phase:(\d)/2 documents:(\d+) running_tokens:(\d+) running_bpb:([\d.]+) tokens_per_s:\d+ "
+               r"budget_left:5\d\d seconds:[\d.]+")
+    rows = [re.fullmatch(pattern, line).groups() for line in lines]
+    assert len(rows) > 2 and rows == sorted(rows, key=lambda row: [*map(int, row[:3])])
+    assert rows[-1] == ("2", "10", str(score["tokens"]), f"{score['bpb']:.5f}")
+    assert all(detail.startswith("phase:") and "budget_left:" in detail for _, detail in log.shares)
 
 
 # ---- values
@@ -526,7 +742,7 @@ def test_the_lora_step_is_adamw_without_first_moment_on_rows_of_any_age(lr, beta
             optimizers[row].step()
         number = torch.tensor([ages[row] for row in rows] + [9])
         source, target = torch.tensor([*rows, rows[0]]), torch.tensor([*rows, 5])  # the last: to scratch, no step
-        train_gpt.adamw_rows(values, squares, gradients, source, target, number, lr, decay, beta2)
+        train_gpt.adamw_rows(values, squares, gradients, source, target, number, (lr, decay, beta2))
         for row in range(5):
             for value, twin in zip(values, twins[row], strict=True):
                 assert torch.allclose(value[row], twin, rtol=1e-5, atol=1e-8)
