@@ -2458,7 +2458,7 @@ class Step(NamedTuple):
     begins: np.ndarray  # (n, 2) state row, place: documents that begin with this step
     ends: np.ndarray  # (n, 2) documents that end with it
     width: int  # of the windows
-    cost: float  # seconds on an H100, roughly
+    cost = property(lambda step: step_cost(len(step.table), step.width))
 
 def step_cost(rows, width):
     """Seconds of a step of the default model on an H100: launches, adapters, positions, attention."""
@@ -2483,35 +2483,31 @@ def schedule_ttt(places, starts, lengths, flight, hp):
         need = min(lengths[document], (chunk + 1) * size, context)
         ready[sum(width < need for width in widths)].append((row, place))
 
-    def row_cost(i, rows):
-        return step_cost(rows, widths[i]) / min(len(ready[i]), rows)
+    def waste(i, rows):
+        return step_cost(rows, widths[i]) / step_cost(row_counts[-1], widths[i]) / min(len(ready[i]), rows)
 
     while waiting or any(ready):
         while waiting and free:
             enqueue(free.pop(), waiting.pop())
-        full, best = row_counts[-1], {i: min(row_counts, key=lambda rows: row_cost(i, rows))
-                                      for i, queue in enumerate(ready) if queue}
-        number = min(best, key=lambda i: row_cost(i, best[i]) / step_cost(full, widths[i]) * full)
-        queue, width, rows = sorted(ready[number], key=lambda pair: -len(left[pair[1]])), widths[number], best[number]
+        choices = [(i, rows) for i, queue in enumerate(ready) if queue for rows in row_counts]
+        number, rows = min(choices, key=lambda choice: waste(*choice))
+        queue, width = sorted(ready[number], key=lambda pair: -len(left[pair[1]])), widths[number]
         taken, ready[number] = queue[:rows], queue[rows:]
         table, begins, ends = [(flight, flight, 0, 0, 0, 1)] * (rows - len(taken)), [], []
         for row, place in taken:
             document, chunk = left[place].pop()
             end = min((chunk + 1) * size, lengths[document])
             window, last = max(0, end - context), end == lengths[document]
-            table.append((row, flight if last else row, starts[document] + window, chunk * size - window,
-                          end - chunk * size, chunk + 1))
+            first, written = chunk * size, flight if last else row
+            table.append((row, written, starts[document] + window, first - window, end - first, chunk + 1))
             begins += [(row, place)] * (chunk == 0)
             ends += [(row, place)] * last
-            if left[place]:
-                enqueue(row, place)
-            else:
-                free.append(row)
-        pairs = (np.array(pairs, np.int64).reshape(-1, 2) for pairs in (begins, ends))
-        steps.append(Step(np.array(table), *pairs, width, step_cost(rows, width)))
+            enqueue(row, place) if left[place] else free.append(row)
+        begins, ends = (np.array(pairs, np.int64).reshape(-1, 2) for pairs in (begins, ends))
+        steps.append(Step(np.array(table), begins, ends, width))
     return steps
 
-LORA_INPUTS = (("q", "k", "v", "attn_out"), ("mlp_out",), ("lm_head",))  # tap sites that read the same tensor
+LORA_INPUTS = (("q", "k", "v", "attn_out"), ("mlp_out",))  # tap sites that read the same tensor
 
 class SlotLoRA:
     """Adds (alpha / rank) (x A^T) B^T at the sites of one slot, one pair (A, B) for each row of the batch.
@@ -2536,99 +2532,80 @@ class SlotLoRA:
                 self.low.update(zip(sites, (x @ a.mT).chunk(len(sites), -1), strict=True))
         return y + self.scale * (self.low.pop(site) @ self.b[site].mT)
 
-def adamw_rows(values, squares, gradients, source, target, number, rates):
+def adamw_rows(values, squares, gradient, source, target, number, rates):
     """AdamW without first moment: rows `source` of flat states, at their step `number`, into rows `target`, in place.
 
     Rates: lr, decay, beta2. Compiled, it is one pass over the rows; many may go to the row of scratch.
     """
     lr, decay, beta2 = rates
-    correction = (1 - beta2 ** number.double()).float()[:, None]
-    for value, square, gradient in zip(values, squares, gradients, strict=True):
-        gradient = gradient.float()
-        mean = torch.lerp(gradient * gradient, square[source], beta2)
-        denominator = (mean / correction).sqrt() + 1e-10
-        value[target] = value[source] * (1 - lr * decay) - lr * gradient / denominator
-        square[target] = mean
+    mean = torch.lerp(gradient * gradient, squares[source], beta2)
+    denominator = (mean / (1 - beta2 ** number.double()).float()[:, None]).sqrt() + 1e-10
+    values[target] = values[source] * (1 - lr * decay) - lr * gradient / denominator
+    squares[target] = mean
 
-class LoRATap:
-    """What GPT asks for the adapters: a SlotLoRA of each slot, and the head's; None where the settings want none."""
-
-    def __init__(self, slots, head):
-        self.slots, self.head = slots, head
+class LoRATap(NamedTuple):
+    """What GPT asks for the adapters of a batch."""
+    slots: list  # SlotLoRA of each
+    head: SlotLoRA
 
     def at(self, slot, layer):
-        return self.slots and self.slots[slot]
-
-class AdapterGroup(NamedTuple):
-    """Adapters that compute in one dtype: a flat float32 row for each document in flight, A first, and for scratch."""
-    sites: dict  # tap site -> out
-    slots: int
-    dtype: torch.dtype
-    values: Tensor  # (rows + 1, N)
-    squares: Tensor  # (rows + 1, N), of AdamW
-    kept: Tensor  # (P, N_a): A of every place between its documents
-
-    def views(self, leaf, rank, dim, scale):
-        """(B, N) -> SlotLoRA of every slot."""
-        reads = [tuple(site for site in sites if site in self.sites) for sites in LORA_INPUTS]
-        shapes = [(len(sites) * rank, dim) for sites in reads if sites], [(out, rank) for out in self.sites.values()]
-        parts = iter(leaf.split([rows * columns for part in shapes for rows, columns in part * self.slots], 1))
-        a, b = ([[next(parts).view(-1, *shape) for shape in part] for _ in range(self.slots)] for part in shapes)
-        reads = [sites for sites in reads if sites]
-        return [SlotLoRA([*zip(reads, matrices, strict=True)], dict(zip(self.sites, others, strict=True)), scale)
-                for matrices, others in zip(list(a), list(b), strict=True)]
+        return self.slots[slot]
 
 class BatchedLoRA:
-    """The adapters of a rank's documents and their AdamW (beta1 = 0)."""
+    """The adapters of a rank's documents, and their AdamW (beta1 = 0), in flat float32 rows.
+
+    A row is a document in flight, the last one scratch: A of the head, A of every slot, B of every slot, B of the head.
+    `kept` holds A of every place between its documents.
+    """
 
     def __init__(self, model, lanes, hp, device, update):
-        D, R, kv_dim, batch = hp.model_dim, hp.ttt_lora_rank, hp.num_kv_heads * hp.head_dim, hp.ttt_batch_size
-        self.hp, self.update, places = hp, update, len(lanes) * batch
-        self.flight = min(2 * batch, places)  # documents in flight; the row behind them is scratch
+        D, R, kv_dim, places = hp.model_dim, hp.ttt_lora_rank, hp.num_kv_heads * hp.head_dim, hp.ttt_batch_size
+        self.hp, self.dtype, self.slots, self.update = hp, model.dtype, len(model.slots(looping=True)), update
+        self.flight = min(2 * places, places * len(lanes))
         widths = {"q": D, "k": kv_dim, "v": kv_dim, "attn_out": D, "mlp_out": D, "lm_head": hp.num_embeddings}
-        sites = {site: widths[site] for name, site in LORA_SITES.items() if name in hp.lora_sites}
-        generators = [torch.Generator(device).manual_seed(hp.seed * 1_000_003 + lane) for lane in lanes]
-        self.groups = []
-        for slots, dtype, head in ((len(model.slots(looping=True)), model.dtype, False), (1, torch.float32, True)):
-            mine = {site: width for site, width in sites.items() if (site == "lm_head") == head}
-            a, b = slots * len(mine) * R * D, slots * sum(mine.values()) * R
-            kept = torch.empty(len(lanes), batch, a, device=device)
-            for part, generator in zip(kept, generators, strict=True):  # the same on any rank
-                part.uniform_(-D ** -0.5, D ** -0.5, generator=generator)
-            state = [torch.zeros(self.flight + 1, a + b, device=device) for _ in range(2)]
-            if mine:
-                self.groups.append(AdapterGroup(mine, slots, dtype, *state, kept.flatten(0, 1)))
+        self.sites = {site: widths[site] for name, site in LORA_SITES.items() if name in hp.lora_sites}
+        head = self.sites.pop("lm_head", 0)
+        reads = (tuple(site for site in sites if site in self.sites) for sites in LORA_INPUTS)
+        self.reads = [sites for sites in reads if sites]
+        self.shapes = [(len(sites) * R, D) for sites in self.reads], [(out, R) for out in self.sites.values()]
+        a, b = (self.slots * sum(map(math.prod, shapes)) for shapes in self.shapes)
+        self.parts = (R * D if head else 0), a + b, head * R  # of the head, of the slots, of the head
+        self.kept = torch.empty(len(lanes), places, self.parts[0] + a, device=device)
+        for lane, kept in zip(lanes, self.kept, strict=True):  # the same on any rank
+            generator = torch.Generator(device).manual_seed(hp.seed * 1_000_003 + lane)
+            kept.uniform_(-D ** -0.5, D ** -0.5, generator=generator)
+        self.kept = self.kept.flatten(0, 1)
+        self.values, self.squares = (torch.zeros(self.flight + 1, sum(self.parts), device=device) for _ in range(2))
 
     def begin(self, rows, places):
         """New documents in these rows: A as their place has kept it, B zero, no squares."""
-        for group in self.groups:
-            group.values[rows] = F.pad(group.kept[places], (0, group.values.size(1) - group.kept.size(1)))
-            group.squares[rows] = 0.0
+        self.values[rows] = F.pad(self.kept[places], (0, self.values.size(1) - self.kept.size(1)))
+        self.squares[rows] = 0.0
 
     def end(self, rows, places):
         """Leaves A of finished documents to the next document in their place."""
         if self.hp.ttt_warm_start_a:
-            for group in self.groups:
-                group.kept[places] = group.values[rows, :group.kept.size(1)]
+            self.kept[places] = self.values[rows, :self.kept.size(1)]
 
-    def leaves(self, rows):
-        """State rows (B,) -> the groups' (B, N) in their dtypes, to differentiate by."""
-        return [group.values.index_select(0, rows).to(group.dtype).requires_grad_() for group in self.groups]
-
-    def tap(self, leaves):
-        """LoRATap of a batch."""
-        hp, slots, head = self.hp, None, None
-        for group, leaf in zip(self.groups, leaves, strict=True):
-            views = group.views(leaf, hp.ttt_lora_rank, hp.model_dim, hp.ttt_lora_alpha / hp.ttt_lora_rank)
-            slots, head = (slots, views[0]) if "lm_head" in group.sites else (views, head)
-        return LoRATap(slots, head)
+    def tap(self, leaf):
+        """(B, N) rows -> LoRATap; the slots' part is cast at once, the head computes in float32."""
+        R, scale = self.hp.ttt_lora_rank, self.hp.ttt_lora_alpha / self.hp.ttt_lora_rank
+        a_head, slots, b_head = leaf.split(self.parts, 1)
+        shapes = [shape for part in self.shapes for shape in part * self.slots]
+        parts = slots.to(self.dtype).split([*map(math.prod, shapes)], 1)
+        matrices = iter([part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)])
+        a = [[(sites, next(matrices)) for sites in self.reads] for _ in range(self.slots)]
+        slots = [SlotLoRA(of_slot, {site: next(matrices) for site in self.sites}, scale) for of_slot in a]
+        if not self.parts[0]:
+            return LoRATap(slots, SlotLoRA([], {}, scale))
+        a_head, b_head = a_head.unflatten(1, (R, -1)), b_head.unflatten(1, (-1, R))
+        return LoRATap(slots, SlotLoRA([(("lm_head",), a_head)], {"lm_head": b_head}, scale))
 
     @torch.no_grad()
-    def step(self, gradients, source, target, number):
+    def step(self, gradient, source, target, number):
         """One AdamW step of state rows `source` (B,), their `number`-th (B,), into rows `target` (B,)."""
-        values, squares = ([getattr(group, name) for group in self.groups] for name in ("values", "squares"))
         rates = self.hp.ttt_lora_lr, self.hp.ttt_weight_decay, self.hp.ttt_beta2
-        self.update(values, squares, gradients, source, target, number, rates=rates)
+        self.update(self.values, self.squares, gradient, source, target, number, rates)
 
 class TestTimeTrainer:
     """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between phases."""
@@ -2660,16 +2637,16 @@ class TestTimeTrainer:
     def dynamic_block(self, x, mlp_lane, x0, w, rope, packing, tap):
         x = x if x.requires_grad else x.detach().requires_grad_()  # the first layer shares the graph of the others
         self.mark_dynamic([0, 1], x, x0, *([] if mlp_lane is None else [mlp_lane]))
-        self.mark_dynamic([0], *rope, *(tap.matrices() if tap else []))
+        self.mark_dynamic([0], *rope, *tap.matrices())
         return self.block(x, mlp_lane, x0, w, rope, packing, tap)
 
     def dynamic_head(self, scored, targets, tap):
-        self.mark_dynamic([0], scored, targets, *(tap.matrices() if tap else []))
+        self.mark_dynamic([0], scored, targets, *tap.matrices())
         return self.head(scored, targets, tap)
 
-    def dynamic_update(self, values, squares, gradients, *rows, rates):
-        self.mark_dynamic([0], *gradients, *rows)
-        self.update(values, squares, gradients, *rows, rates)
+    def dynamic_update(self, values, squares, *rows):
+        self.mark_dynamic([0], *rows[:-1])
+        self.update(values, squares, *rows)
 
     def mark_dynamic(self, dimensions, *tensors):
         if self.warming_up:  # what the graphs are made from; later tensors need no marks, and marking takes time
@@ -2701,12 +2678,12 @@ class TestTimeTrainer:
         inputs = window[:, None] + torch.minimum(torch.arange(width, device=device), last)
         positions = torch.minimum(first[:, None] + offset, last)
         targets, scored = window[:, None] + positions + 1, offset < count[:, None]
-        leaves = self.lora.leaves(source)
-        losses = self.chunk_losses(tokens[inputs], tokens[targets], positions, self.lora.tap(leaves))
+        leaf = self.lora.values[source].requires_grad_()
+        losses = self.chunk_losses(tokens[inputs], tokens[targets], positions, self.lora.tap(leaf))
         self.score.add(losses.detach(), scored, self.packer.bytes[targets])
         means = torch.where(scored, losses, 0.0).sum(1) / count.clamp_min(1)
         loss = torch.where(target < self.lora.flight, means, 0.0).sum()
-        self.lora.step(torch.autograd.grad(loss, leaves), source, target, number)
+        self.lora.step(*torch.autograd.grad(loss, leaf), source, target, number)
 
     def capture(self, steps):
         """Records chunk_step as a CUDA graph for each shape of these steps; where that fails, they run as they are.
@@ -2739,6 +2716,8 @@ class TestTimeTrainer:
     def run_steps(self, steps):
         """Counts and learns in the steps' order until the budget ends -> steps that are left. The index tables of all
         steps go to the device in one copy."""
+        self.capture(steps)
+        self.stepping = time.perf_counter() - self.spent
         uploads = [torch.from_numpy(np.concatenate(parts)).to(self.dist.device).split([*map(len, parts)])
                    for parts in zip(*(step[:3] for step in steps), strict=True)]
         for number, (step, table, begins, ends) in enumerate(zip(steps, *uploads, strict=True)):
@@ -2767,31 +2746,26 @@ class TestTimeTrainer:
         nats, tokens, charges = self.score.sums.tolist()
         now = time.perf_counter()
         left = self.hp.eval_budget_seconds * 0.98 - self.log.seconds.get("unpack", 0.0) - (now - self.started)
-        pace = (now - self.stepping) / self.done if self.done else 0.0
-        share, bpb = round(self.done / self.cost, 6), bits_per_byte(nats, max(charges, 1))
-        rate = tokens / max(now - self.stepping, 1e-9)
-        words = f"running_bpb:{bpb:.5f} tokens_per_s:{rate:.0f} budget_left:{left:.0f}"
-        self.log.live(share, f"{self.phase} documents:{self.ended} {words}")
+        seconds, share = max(now - self.stepping, 1e-9), round(self.done / self.cost, 6)
+        self.spent, bpb = seconds, bits_per_byte(nats, max(charges, 1))
+        words = (f"{self.phase} documents:{self.ended} running_tokens:{tokens:.0f} running_bpb:{bpb:.5f} "
+                 f"tokens_per_s:{tokens / seconds:.0f} budget_left:{left:.0f}")
+        self.log.live(share, words)
         if share >= self.told or share == 1.0:
             self.told = share + 0.05
-            self.log(f"ttt_batch {self.phase} documents:{self.ended} running_tokens:{tokens:.0f} {words} "
-                     f"seconds:{now - self.started:.1f}")
-        return left < pace * (cost + step_cost(1, 0) + (self.tokens - tokens) * step_cost(64, 2048) / 64 / 2048)
+            self.log(f"ttt_batch {words} seconds:{now - self.started:.1f}")
+        rest = (self.tokens - tokens) * step_cost(64, 2048) / 64 / 2048
+        return self.done > 0 and left < seconds / self.done * (cost + rest)
 
     @torch.no_grad()
     def score_unadapted(self, steps):
         """Scores the targets of these steps by plain forward passes, when the budget ends -> their number."""
-        stream = self.validation
-        table = np.concatenate([step.table for step in steps])
-        fresh = np.zeros(len(stream.tokens) + 1, np.int64)  # per input: targets that begin here less those that end
-        np.add.at(fresh, table[:, 2] + table[:, 3], 1)
-        np.add.at(fresh, table[:, 2:5].sum(1), -1)
-        counts = np.cumsum(np.cumsum(fresh))
-        left = counts[stream.ends - 1] - np.where(stream.starts, counts[stream.starts - 1], 0)
+        stream, table = self.validation, np.concatenate([step.table for step in steps])
+        document = np.searchsorted(stream.starts, table[:, 2], "right") - 1
+        left = np.bincount(document, table[:, 4], len(stream.starts)).astype(int)
         hp = dataclasses.replace(self.hp, eval_seq_len=self.hp.ttt_eval_seq_len, compile="0")
-        evaluator = Evaluator(self.model, stream, hp, self.dist)
         windows = document_windows(stream.ends - left, stream.ends, hp.eval_seq_len, hp.eval_seq_len)
-        evaluator.count(windows, self.score)
+        Evaluator(self.model, stream, hp, self.dist).count(windows, self.score)
         return int(left.sum())
 
     def global_adapt(self, documents):
@@ -2830,28 +2804,21 @@ class TestTimeTrainer:
                                   starts, lengths, self.lora.flight, hp) for phase in phases]
         self.cost = sum(step.cost for steps in schedules for step in steps) or 1.0
         self.tokens = sum(step.table[:, 4].sum() for steps in schedules for step in steps)
-        self.done, self.ended, self.told, rest = 0.0, 0, 0.0, []
+        self.done, self.ended, self.told, self.spent, self.stepping, rest = 0.0, 0, 0.0, 0.0, self.started, []
         if compile_wanted(hp, dist):
             self.warm_up()
         graphs = compiled_graphs()
         self.log(f"ttt_warm_up seconds:{time.perf_counter() - self.started:.1f} steps:{sum(map(len, schedules))}")
-        self.stepping = time.perf_counter()
         for number, (phase, steps) in enumerate(zip(phases, schedules, strict=True)):
-            self.phase, since = f"phase:{number + 1}/{len(phases)}", time.perf_counter()
-            if not rest:
-                self.capture(steps)
-                self.stepping += time.perf_counter() - since
+            self.phase = f"phase:{number + 1}/{len(phases)}"
             rest += steps if rest else self.run_steps(steps)
             self.graphs.clear()  # their memory is for the fine-tuning
-            if phase.adapt:
-                tokens = lengths[phase.documents].sum()
-                late = self.late(3e-6 * tokens / dist.world_size + 0.3 * tokens / hp.global_ttt_chunk_tokens)
-                since = time.perf_counter()
-                if any(dist.all_gather_object(late or bool(rest))):
-                    self.log("note: no time to fine-tune the base weights")
-                else:
-                    self.global_adapt(self.documents[phase.documents])
-                self.stepping += time.perf_counter() - since
+            tokens = lengths[phase.documents].sum()
+            late = self.late(3e-6 * tokens / dist.world_size + 0.3 * tokens / hp.global_ttt_chunk_tokens)
+            if phase.adapt and any(dist.all_gather_object(late or bool(rest))):
+                self.log("note: no time to fine-tune the base weights")
+            elif phase.adapt:
+                self.global_adapt(self.documents[phase.documents])
         unadapted = self.score_unadapted(rest) if rest else 0
         self.late(0.0)
         self.model.requires_grad_(True)

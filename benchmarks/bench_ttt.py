@@ -58,15 +58,14 @@ def document_by_document(model, validation, hp, dist):
     for phase in tg.plan_ttt((validation.ends - validation.starts)[chosen], hp):
         for place, documents in enumerate([documents for lane in phase.lanes for documents in lane]):
             for document in chosen[documents].tolist():
-                leaves = [torch.nn.Parameter(group.values.new_zeros(1, group.values.size(1))) for group in lora.groups]
-                for leaf, group in zip(leaves, lora.groups, strict=True):
-                    leaf.data[0, : group.kept.size(1)] = group.kept[place]
-                optimizer = torch.optim.AdamW(leaves, hp.ttt_lora_lr, (0.0, hp.ttt_beta2), 1e-10, hp.ttt_weight_decay)
+                leaf = torch.nn.Parameter(lora.values.new_zeros(1, lora.values.size(1)))
+                leaf.data[0, : lora.kept.size(1)] = lora.kept[place]
+                optimizer = torch.optim.AdamW([leaf], hp.ttt_lora_lr, (0.0, hp.ttt_beta2), 1e-10, hp.ttt_weight_decay)
                 start, end = int(validation.starts[document]), int(validation.ends[document])
                 for first in range(start, end, hp.ttt_chunk_size):
                     last = min(first + hp.ttt_chunk_size, end)
                     window = max(start, last - hp.ttt_eval_seq_len)
-                    tap = lora.tap([leaf.to(group.dtype) for leaf, group in zip(leaves, lora.groups, strict=True)])
+                    tap = lora.tap(leaf)
                     hidden = model.forward_hidden(
                         tokens[None, window:last], max_seqlen=hp.ttt_eval_seq_len, looping=True, tap=tap
                     )
@@ -78,8 +77,7 @@ def document_by_document(model, validation, hp, dist):
                         losses.mean().backward()
                         optimizer.step()
                 if hp.ttt_warm_start_a and start < end:
-                    for leaf, group in zip(leaves, lora.groups, strict=True):
-                        group.kept[place] = leaf.detach()[0, : group.kept.size(1)]
+                    lora.kept[place] = leaf.detach()[0, : lora.kept.size(1)]
         if phase.adapt:
             trainer.global_adapt(chosen[phase.documents])
     model.requires_grad_(True)
@@ -108,7 +106,7 @@ def bench_steps(args):
           f"warm_up_seconds:{time.perf_counter() - start:.1f} graphs:{tg.compiled_graphs()}")  # fmt: skip
     graphs, shapes = tg.compiled_graphs(), [(rows, width) for rows in args.rows for width in args.widths]
     empty = np.zeros((0, 2), np.int64)
-    trainer.capture([tg.Step(np.zeros((rows, 6)), empty, empty, width, 0.0) for rows, width in shapes])
+    trainer.capture([tg.Step(np.zeros((rows, 6)), empty, empty, width) for rows, width in shapes])
     print(f"{'rows':>6}{'width':>8}{'launched ms':>14}{'graph ms':>10}{'model ms':>10}{'positions/s':>13}{'ratio':>8}")
     for rows, width in shapes:
         numbers = torch.arange(rows, device=dist.device) % trainer.lora.flight
