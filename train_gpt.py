@@ -2543,14 +2543,6 @@ def adamw_rows(values, squares, gradient, source, target, number, rates):
     values[target] = values[source] * (1 - lr * decay) - lr * gradient / denominator
     squares[target] = mean
 
-class LoRATap(NamedTuple):
-    """What GPT asks for the adapters of a batch."""
-    slots: list  # SlotLoRA of each
-    head: SlotLoRA
-
-    def at(self, slot, layer):
-        return self.slots[slot]
-
 class BatchedLoRA:
     """The adapters of a rank's documents, and their AdamW (beta1 = 0), in flat float32 rows.
 
@@ -2588,7 +2580,7 @@ class BatchedLoRA:
             self.kept[places] = self.values[rows, :self.kept.size(1)]
 
     def tap(self, leaf):
-        """(B, N) rows -> LoRATap; the slots' part is cast at once, the head computes in float32."""
+        """(B, N) rows -> what GPT asks for them: a SlotLoRA of each slot, cast at once, and the head's in float32."""
         R, scale = self.hp.ttt_lora_rank, self.hp.ttt_lora_alpha / self.hp.ttt_lora_rank
         a_head, slots, b_head = leaf.split(self.parts, 1)
         shapes = [shape for part in self.shapes for shape in part * self.slots]
@@ -2596,10 +2588,11 @@ class BatchedLoRA:
         matrices = iter([part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)])
         a = [[(sites, next(matrices)) for sites in self.reads] for _ in range(self.slots)]
         slots = [SlotLoRA(of_slot, {site: next(matrices) for site in self.sites}, scale) for of_slot in a]
-        if not self.parts[0]:
-            return LoRATap(slots, SlotLoRA([], {}, scale))
-        a_head, b_head = a_head.unflatten(1, (R, -1)), b_head.unflatten(1, (-1, R))
-        return LoRATap(slots, SlotLoRA([(("lm_head",), a_head)], {"lm_head": b_head}, scale))
+        head = SlotLoRA([], {}, scale)
+        if self.parts[0]:
+            a_head, b_head = a_head.unflatten(1, (R, -1)), b_head.unflatten(1, (-1, R))
+            head = SlotLoRA([(("lm_head",), a_head)], {"lm_head": b_head}, scale)
+        return SimpleNamespace(slots=slots, at=lambda slot, layer: slots[slot], head=head)
 
     @torch.no_grad()
     def step(self, gradient, source, target, number):
