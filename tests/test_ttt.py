@@ -494,8 +494,8 @@ def repetitive(tmp_path, documents=4, length=50):
 
 
 def test_learning_improves_the_loss_on_repetitive_text(tmp_path):
-    losses = {}
-    for name, changes in {"none": (0.0, 0.0), "lora": (0.005, 0.0), "global": (0.0, 0.05), "both": (0.005, 0.05)}.items():
+    losses, rates = {}, {"none": (0.0, 0.0), "lora": (0.005, 0.0), "global": (0.0, 0.05), "both": (0.005, 0.05)}
+    for name, changes in rates.items():
         hp = small_hp(data_path=str(tmp_path), ttt_lora_lr=changes[0], global_ttt_lr=changes[1],
                       global_ttt_chunk_tokens=64, phased_ttt_prefix_docs=25_000, ttt_batch_size=2, ttt_chunk_size=10)
         tokens = repetitive(tmp_path)
