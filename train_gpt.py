@@ -207,8 +207,8 @@ class Hyperparameters:
     ttt_max_docs: int = env(0, "score only N validation documents, of all lengths, marked partial; 0: all", least=0)
     ttt_eval_seq_len: int = env(2048, "context of a chunk, its own tokens included", least=2)
     ttt_chunk_size: int = env(48, "tokens scored between two LoRA steps", least=1)
-    ttt_batch_size: int = env(64, "documents that are scored side by side", least=1)
-    ttt_lanes: int = env(8, "fixed sequences of batches; lane i runs on rank i mod world size", least=1)
+    ttt_batch_size: int = env(64, "places of a lane, and documents of a step with whole contexts", least=1)
+    ttt_lanes: int = env(8, "fixed groups of places; lane i runs on rank i mod world size", least=1)
     ttt_lora_sites: str = env("q,k,v,o,mlp,head", "where adapters sit, comma separated")
     ttt_lora_rank: int = env(80, "rank of an adapter", least=1)
     ttt_lora_alpha: float = env(144.0, "adapter output is multiplied by alpha / rank", above=0)
@@ -2648,8 +2648,7 @@ class TestTimeTrainer:
 
     def no_chunks(self, rows):
         """(B, 6) table whose rows count nothing and learn nothing."""
-        row = [self.lora.flight, self.lora.flight, 0, 0, 0, 1]
-        return torch.tensor([row] * rows, device=self.dist.device)
+        return torch.tensor([[self.lora.flight] * 2 + [0, 0, 0, 1]] * rows, device=self.dist.device)
 
     def warm_up(self):
         """Compiles the graphs of all steps on the largest shape: kernels are chosen for where the time goes."""
