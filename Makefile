@@ -38,7 +38,7 @@ gpu-test:
 
 bench:
 	python3 benchmarks/bench_kernels.py
-	python3 benchmarks/bench_ttt.py
+	python3 benchmarks/bench_ttt.py steps
 
 clean:
 	rm -rf $(VENV) $(DEMO_DATA)

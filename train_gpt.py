@@ -205,11 +205,11 @@ class Hyperparameters:
 
     # test-time training
     ttt_enabled: bool = env(True, "score with test-time training")
-    ttt_max_docs: int = env(0, "score only the first N validation documents, marked partial; 0: all", least=0)
+    ttt_max_docs: int = env(0, "score only N validation documents, of all lengths, marked partial; 0: all", least=0)
     ttt_eval_seq_len: int = env(2048, "context of a chunk, its own tokens included", least=2)
     ttt_chunk_size: int = env(48, "tokens scored between two LoRA steps", least=1)
-    ttt_batch_size: int = env(64, "documents that are scored side by side", least=1)
-    ttt_lanes: int = env(8, "fixed sequences of batches; lane i runs on rank i mod world size", least=1)
+    ttt_batch_size: int = env(64, "places of a lane, and documents of a step with whole contexts", least=1)
+    ttt_lanes: int = env(8, "fixed groups of places; lane i runs on rank i mod world size", least=1)
     ttt_lora_sites: str = env("q,k,v,o,mlp,head", "where adapters sit, comma separated")
     ttt_lora_rank: int = env(80, "rank of an adapter", least=1)
     ttt_lora_alpha: float = env(144.0, "adapter output is multiplied by alpha / rank", above=0)
@@ -2406,169 +2406,230 @@ class Evaluator:
         return torch.cat([self.head(h, t) for h, t in parts])
 
     @torch.no_grad()
+    def count(self, windows, score, first_row=0, every=1):
+        """Adds the losses of windows to a score: of every row they fill, or of one row in `every`."""
+        for first, last in self.packer.rows(windows)[first_row::every]:
+            row = self.packer.build(windows[first:last])
+            score.add(self.row_losses(row), row.scored, row.charges)
+
     def evaluate_bpb(self, stride=None):
         """Scores the whole validation set -> {loss, bpb, tokens, bytes}; with a stride: sliding windows."""
         stream, length = self.validation, self.hp.eval_seq_len
         windows = document_windows(stream.starts, stream.ends, length, stride or length)
         score = Score(self.dist.device)
-        for first, last in self.packer.rows(windows)[self.dist.rank::self.dist.world_size]:
-            row = self.packer.build(windows[first:last])
-            score.add(self.row_losses(row), row.scored, row.charges)
+        self.count(windows, score, self.dist.rank, self.dist.world_size)
         return score.total(self.dist, stream.targets_of(np.arange(len(stream.starts))))
 
 # ---- TEST-TIME TRAINING ----------------------------------------------------------------------------------------------
-# Score first: a chunk's loss is added to the score before anything trains on the chunk. The order of everything is
-# fixed before the loop: documents, longest first -> phases -> batches -> lanes. A lane is a sequence of batches on one
-# rank; only LoRA's A is handed on, inside a lane; base weights change between phases, from documents already scored.
+# Score first: a chunk's loss is added to the score before anything trains on the chunk. What is handed on is fixed
+# before the loop: documents, longest first -> phases -> lanes -> places. A place is a sequence of documents on a rank;
+# only LoRA's A is handed on, inside a place; base weights change between phases, from documents already scored. Places
+# are scored side by side, in steps of few static shapes; who shares a step with whom changes rounding, nothing else.
 
 class Phase(NamedTuple):
     """Documents that are scored with the same base weights; afterwards they fine-tune it if `adapt` is set."""
-    lanes: list  # for each lane the batches, each an array of document numbers
+    lanes: list  # for each lane its places, for each place the numbers of its documents
     documents: np.ndarray
     adapt: bool
 
 def plan_ttt(lengths, hp):
     """(n,) targets of each document -> list of Phase, the same for every world size."""
-    order = np.argsort(-lengths, kind="stable")
+    order, costs = np.argsort(-lengths, kind="stable"), window_positions(lengths, hp).tolist()
     prefix = min(len(order), round(hp.phased_ttt_prefix_docs * len(order) / 50_000)) if hp.phased_ttt_num_phases else 0
     borders = [prefix * i // hp.phased_ttt_num_phases for i in range(hp.phased_ttt_num_phases + 1)] if prefix else [0]
     borders = [*borders, len(order)]
     phases = []
     for number, (first, last) in enumerate(zip(borders, borders[1:], strict=False)):
-        batches = [order[i:min(i + hp.ttt_batch_size, last)] for i in range(first, last, hp.ttt_batch_size)]
-        lanes = balance(batches, lambda batch: window_positions(lengths[batch], hp).sum(), hp.ttt_lanes)
+        places = balance(order[first:last].tolist(), costs.__getitem__, hp.ttt_lanes * hp.ttt_batch_size)
+        lanes = [places[lane::hp.ttt_lanes] for lane in range(hp.ttt_lanes)]
         if last > first:
             phases.append(Phase(lanes, order[first:last], adapt=number < len(borders) - 2))
     return phases
 
 def window_positions(lengths, hp):
-    """(n,) targets -> (n,) window positions that scoring these documents computes: the cost of a batch."""
+    """(n,) targets -> (n,) window positions that scoring these documents computes: the cost of a document."""
     chunk, context = hp.ttt_chunk_size, hp.ttt_eval_seq_len
     chunks = -(-lengths // chunk)
     growing = np.minimum(chunks, context // chunk)
     return chunk * growing * (growing + 1) // 2 + (chunks - growing) * context
 
-class LoRATap:
-    """Adapters of all slots, {site: (A (S, B, R, in), B (S, B, out, R))}; the head's have S = 1."""
+class Step(NamedTuple):
+    """Chunks of several documents, scored and learned from together."""
+    table: np.ndarray  # (B, 6) int64, see TestTimeTrainer.chunk_step
+    begins: np.ndarray  # (n, 2) state row, place: documents that begin with this step
+    ends: np.ndarray  # (n, 2) documents that end with it
+    width: int  # of the windows
+    cost = property(lambda step: step_cost(len(step.table), step.width))
 
-    def __init__(self, adapters, scale):
-        self.adapters = {site: (a.unbind(0), b.unbind(0)) for site, (a, b) in adapters.items()}
-        self.scale = scale
+def step_cost(rows, width):
+    """Seconds of a step of the default model on an H100: launches, adapters, positions, attention."""
+    return 6e-3 + rows * (1e-4 + width * (1.16e-6 + 1.9e-10 * width))
 
-    def at(self, slot, layer):
-        return SlotLoRA({site: (a[slot], b[slot]) for site, (a, b) in self.adapters.items() if site != "lm_head"},
-                        self.scale)
+def schedule_ttt(places, starts, lengths, flight, hp):
+    """Documents of each place, (n,) inputs' starts and targets of all -> list of Step, on `flight` state rows at most.
 
-    def at_head(self):
-        return SlotLoRA({site: (a[0], b[0]) for site, (a, b) in self.adapters.items() if site == "lm_head"}, self.scale)
+    The next step is of the width whose rows cost least more than in a full step, with the places in it that have most
+    chunks left, so that none is left alone at the end.
+    """
+    size, context, batch = hp.ttt_chunk_size, hp.ttt_eval_seq_len, hp.ttt_batch_size
+    widths = sorted({max(size, -(-context * share // 16)) for share in (1, 2, 4, 8, 12, 16)})
+    row_counts = sorted({max(2, batch // share) for share in (16, 4, 1)})
+    starts, lengths = starts.tolist(), lengths.tolist()
+    left = [[(d, c) for d in documents for c in range(-(-lengths[d] // size))][::-1] for documents in places]
+    waiting = sorted((place for place, chunks in enumerate(left) if chunks), key=lambda place: len(left[place]))
+    steps, free, ready = [], list(range(flight)), [[] for _ in widths]
+
+    def enqueue(row, place):
+        document, chunk = left[place][-1]
+        need = min(lengths[document], (chunk + 1) * size, context)
+        ready[sum(width < need for width in widths)].append((row, place))
+
+    def waste(i, rows):
+        return step_cost(rows, widths[i]) / step_cost(row_counts[-1], widths[i]) / min(len(ready[i]), rows)
+
+    while waiting or any(ready):
+        while waiting and free:
+            enqueue(free.pop(), waiting.pop())
+        choices = [(i, rows) for i, queue in enumerate(ready) if queue for rows in row_counts]
+        number, rows = min(choices, key=lambda choice: waste(*choice))
+        queue, width = sorted(ready[number], key=lambda pair: -len(left[pair[1]])), widths[number]
+        taken, ready[number] = queue[:rows], queue[rows:]
+        table, begins, ends = [(flight, flight, 0, 0, 0, 1)] * (rows - len(taken)), [], []
+        for row, place in taken:
+            document, chunk = left[place].pop()
+            end = min((chunk + 1) * size, lengths[document])
+            window, last = max(0, end - context), end == lengths[document]
+            first, written = chunk * size, flight if last else row
+            table.append((row, written, starts[document] + window, first - window, end - first, chunk + 1))
+            begins += [(row, place)] * (chunk == 0)
+            ends += [(row, place)] * last
+            enqueue(row, place) if left[place] else free.append(row)
+        begins, ends = (np.array(pairs, np.int64).reshape(-1, 2) for pairs in (begins, ends))
+        steps.append(Step(np.array(table), begins, ends, width))
+    return steps
+
+LORA_INPUTS = (("q", "k", "v", "attn_out"), ("mlp_out",))  # tap sites that read the same tensor
 
 class SlotLoRA:
-    """Adds (alpha / rank) (x A^T) B^T at the sites of one slot; A (B, R, in), B (B, out, R), one pair a document."""
+    """Adds (alpha / rank) (x A^T) B^T at the sites of one slot, one pair (A, B) for each row of the batch.
+
+    a: [(sites that read the same x, (B, sites R, in))]: one product serves them all, from the first of them on;
+    b: {site: (B, out, R)}.
+    """
 
     splits_mlp = False
 
-    def __init__(self, adapters, scale):
-        self.adapters, self.scale = adapters, scale
+    def __init__(self, a, b, scale):
+        self.a, self.b, self.scale, self.low = a, b, scale, {}
 
     def matrices(self):
-        return [matrix for pair in self.adapters.values() for matrix in pair]
+        return [*(matrix for _, matrix in self.a), *self.b.values()]
 
     def __call__(self, site, x, y):
-        if site not in self.adapters:
+        if site not in self.b:
             return y
-        a, b = (matrix.to(x.dtype) for matrix in self.adapters[site])
-        return y + self.scale * ((x @ a.mT) @ b.mT)
+        for sites, a in self.a:
+            if sites[0] == site:
+                self.low.update(zip(sites, (x @ a.mT).chunk(len(sites), -1), strict=True))
+        return y + self.scale * (self.low.pop(site) @ self.b[site].mT)
 
-def lora_shapes(model):
-    """{tap site: (slots, in, out)} of the adapters that the settings ask for."""
-    hp, slots = model.hp, len(model.slots(looping=True))
-    D, kv_dim = hp.model_dim, hp.num_kv_heads * hp.head_dim
-    shapes = {"q": (slots, D, D), "k": (slots, D, kv_dim), "v": (slots, D, kv_dim), "attn_out": (slots, D, D),
-              "mlp_out": (slots, D, D), "lm_head": (1, D, hp.num_embeddings)}
-    return {LORA_SITES[name]: shapes[LORA_SITES[name]] for name in hp.lora_sites}
+def adamw_rows(values, squares, gradient, source, target, number, rates):
+    """AdamW without first moment: rows `source` of flat states, at their step `number`, into rows `target`, in place.
+
+    Rates: lr, decay, beta2. Compiled, it is one pass over the rows; many may go to the row of scratch.
+    """
+    lr, decay, beta2 = rates
+    mean = torch.lerp(gradient * gradient, squares[source], beta2)
+    denominator = (mean / (1 - beta2 ** number.double()).float()[:, None]).sqrt() + 1e-10
+    values[target] = values[source] * (1 - lr * decay) - lr * gradient / denominator
+    squares[target] = mean
 
 class BatchedLoRA:
-    """One adapter set per document of a batch, stacked over slots and documents, and their AdamW (beta1 = 0).
+    """The adapters of a rank's documents, and their AdamW (beta1 = 0), in flat float32 rows.
 
-    `kept` holds A of every place of a lane between batches, on the CPU: {site: (S, places, R, in)}.
+    A row is a document in flight, the last one scratch: A of the head, A of every slot, B of every slot, B of the head.
+    `kept` holds A of every place between its documents.
     """
 
-    def __init__(self, shapes, kept, places, hp, device):
-        self.hp, self.steps = hp, 0
-        self.a, self.b = {}, {}
-        for site, (slots, _, width_out) in shapes.items():
-            self.a[site] = kept[site][:, places].to(device).requires_grad_()
-            shape = (slots, len(places), width_out, hp.ttt_lora_rank)
-            self.b[site] = torch.zeros(shape, device=device, requires_grad=True)
-        self.squares = [torch.zeros_like(p) for p in self.parameters()]
+    def __init__(self, model, lanes, hp, device, update):
+        D, R, kv_dim, places = hp.model_dim, hp.ttt_lora_rank, hp.num_kv_heads * hp.head_dim, hp.ttt_batch_size
+        self.hp, self.dtype, self.slots, self.update = hp, model.dtype, len(model.slots(looping=True)), update
+        self.flight = min(2 * places, places * len(lanes))
+        widths = {"q": D, "k": kv_dim, "v": kv_dim, "attn_out": D, "mlp_out": D, "lm_head": hp.num_embeddings}
+        self.sites = {site: widths[site] for name, site in LORA_SITES.items() if name in hp.lora_sites}
+        head = self.sites.pop("lm_head", 0)
+        reads = (tuple(site for site in sites if site in self.sites) for sites in LORA_INPUTS)
+        self.reads = [sites for sites in reads if sites]
+        self.shapes = [(len(sites) * R, D) for sites in self.reads], [(out, R) for out in self.sites.values()]
+        a, b = (self.slots * sum(map(math.prod, shapes)) for shapes in self.shapes)
+        self.parts = (R * D if head else 0), a + b, head * R  # of the head, of the slots, of the head
+        self.kept = torch.empty(len(lanes), places, self.parts[0] + a, device=device)
+        for lane, kept in zip(lanes, self.kept, strict=True):  # the same on any rank
+            generator = torch.Generator(device).manual_seed(hp.seed * 1_000_003 + lane)
+            kept.uniform_(-D ** -0.5, D ** -0.5, generator=generator)
+        self.kept = self.kept.flatten(0, 1)
+        self.values, self.squares = (torch.zeros(self.flight + 1, sum(self.parts), device=device) for _ in range(2))
 
-    @staticmethod
-    def initial_a(shapes, lane, hp, device):
-        """Uniform +-1/sqrt(in), seeded by the lane, the same on any rank; drawn on the device, kept on the CPU."""
-        generator, kept = torch.Generator(device).manual_seed(hp.seed * 1_000_003 + lane), {}
-        for site, (slots, width_in, _) in shapes.items():
-            bound, shape = width_in ** -0.5, (slots, hp.ttt_batch_size, hp.ttt_lora_rank, width_in)
-            kept[site] = torch.empty(shape, device=device).uniform_(-bound, bound, generator=generator).cpu()
-        return kept
+    def begin(self, rows, places):
+        """New documents in these rows: A as their place has kept it, B zero, no squares."""
+        self.values[rows] = F.pad(self.kept[places], (0, self.values.size(1) - self.kept.size(1)))
+        self.squares[rows] = 0.0
 
-    def adapters(self):
-        return {site: (self.a[site], self.b[site]) for site in self.a}
+    def end(self, rows, places):
+        """Leaves A of finished documents to the next document in their place."""
+        if self.hp.ttt_warm_start_a:
+            self.kept[places] = self.values[rows, :self.kept.size(1)]
 
-    def parameters(self):
-        return [*self.a.values(), *self.b.values()]
+    def tap(self, leaf):
+        """(B, N) rows -> what GPT asks for them: a SlotLoRA of each slot, cast at once, and the head's in float32."""
+        R, scale = self.hp.ttt_lora_rank, self.hp.ttt_lora_alpha / self.hp.ttt_lora_rank
+        a_head, slots, b_head = leaf.split(self.parts, 1)
+        shapes = [shape for part in self.shapes for shape in part * self.slots]
+        parts = slots.to(self.dtype).split([*map(math.prod, shapes)], 1)
+        matrices = iter([part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)])
+        a = [[(sites, next(matrices)) for sites in self.reads] for _ in range(self.slots)]
+        slots = [SlotLoRA(of_slot, {site: next(matrices) for site in self.sites}, scale) for of_slot in a]
+        head = SlotLoRA([], {}, scale)
+        if self.parts[0]:
+            a_head, b_head = a_head.unflatten(1, (R, -1)), b_head.unflatten(1, (-1, R))
+            head = SlotLoRA([(("lm_head",), a_head)], {"lm_head": b_head}, scale)
+        return SimpleNamespace(slots=slots, at=lambda slot, layer: slots[slot], head=head)
 
     @torch.no_grad()
-    def step(self, gradients):
-        """One AdamW step on every document's adapters, bias-corrected, decay decoupled."""
-        hp, parameters = self.hp, self.parameters()
-        self.steps += 1
-        torch._foreach_mul_(self.squares, hp.ttt_beta2)
-        torch._foreach_addcmul_(self.squares, gradients, gradients, 1 - hp.ttt_beta2)
-        denominators = torch._foreach_sqrt(self.squares)
-        torch._foreach_div_(denominators, math.sqrt(1 - hp.ttt_beta2 ** self.steps))
-        torch._foreach_add_(denominators, 1e-10)
-        torch._foreach_mul_(parameters, 1 - hp.ttt_lora_lr * hp.ttt_weight_decay)
-        torch._foreach_addcdiv_(parameters, gradients, denominators, -hp.ttt_lora_lr)
-
-    def hand_on(self, kept, rows, places):
-        """Leaves A of finished documents to the next document in their place."""
-        for site, a in self.a.items():
-            kept[site][:, places] = a.detach()[:, rows].to(kept[site].device)
-
-    def select(self, rows):
-        """Keeps the documents of these rows (a tensor of indices)."""
-        for store in (self.a, self.b):
-            for site, p in store.items():
-                store[site] = p.detach()[:, rows].requires_grad_()
-        self.squares = [s[:, rows] for s in self.squares]
+    def step(self, gradient, source, target, number):
+        """One AdamW step of state rows `source` (B,), their `number`-th (B,), into rows `target` (B,)."""
+        rates = self.hp.ttt_lora_lr, self.hp.ttt_weight_decay, self.hp.ttt_beta2
+        self.update(self.values, self.squares, gradient, source, target, number, rates)
 
 class TestTimeTrainer:
     """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between phases."""
 
     def __init__(self, model, validation, hp, dist, log):
         self.model, self.validation, self.hp, self.dist, self.log = model, validation, hp, dist, log
-        count = len(validation.starts)
-        self.documents = min(hp.ttt_max_docs, count) if hp.ttt_max_docs else count
+        order, count = np.argsort(validation.ends - validation.starts, kind="stable"), len(validation.starts)
+        wanted = min(hp.ttt_max_docs or count, count)
+        self.documents = np.sort(order[(2 * np.arange(wanted) + 1) * count // (2 * wanted)])  # of all lengths
         row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.ttt_eval_seq_len
         entries = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
         self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device)
-        self.block, self.head = (compiled(f, hp, dist, dynamic=None) for f in (model.block, model.token_losses))
-        self.shapes, self.warming_up = lora_shapes(model), False
-        self.score = Score(dist.device)
-        self.done, self.cost, self.running = 0, 1, ""  # for the live line: this rank's window positions, last score
+        self.block, self.head, self.update = (
+            compiled(f, hp, dist, dynamic=None) for f in (model.block, model.token_losses, adamw_rows))
+        self.lanes = range(dist.rank, hp.ttt_lanes, dist.world_size)
+        self.lora = BatchedLoRA(model, self.lanes, hp, dist.device, self.dynamic_update)
+        self.score, self.warming_up, self.graphs = Score(dist.device), False, {}
 
-    def chunk_losses(self, windows, targets, positions, adapters):
+    def chunk_losses(self, windows, targets, positions, tap):
         """Windows (B, W), targets and their positions in the windows (B, C), adapters -> (B, C) nats, float32 head."""
-        tap = LoRATap(adapters, self.hp.ttt_lora_alpha / self.hp.ttt_lora_rank)
         hidden = self.model.forward_hidden(windows, max_seqlen=self.hp.ttt_eval_seq_len, looping=True, tap=tap,
                                            block=self.dynamic_block)
         scored = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.size(2)))
-        return self.dynamic_head(scored, targets, tap.at_head())
+        return self.dynamic_head(scored, targets, tap.head)
 
-    # Compiled forms of GPT.block and GPT.token_losses, one graph for any number of documents and length of windows;
-    # layer by layer, because tracing all slots at once with unknown shapes takes minutes.
+    # Compiled forms of GPT.block, GPT.token_losses and adamw_rows, one graph for any number of documents and length of
+    # windows; layer by layer, because tracing all slots at once with unknown shapes takes minutes.
 
     def dynamic_block(self, x, mlp_lane, x0, w, rope, packing, tap):
+        x = x if x.requires_grad else x.detach().requires_grad_()  # the first layer shares the graph of the others
         self.mark_dynamic([0, 1], x, x0, *([] if mlp_lane is None else [mlp_lane]))
         self.mark_dynamic([0], *rope, *tap.matrices())
         return self.block(x, mlp_lane, x0, w, rope, packing, tap)
@@ -2577,74 +2638,128 @@ class TestTimeTrainer:
         self.mark_dynamic([0], scored, targets, *tap.matrices())
         return self.head(scored, targets, tap)
 
+    def dynamic_update(self, values, squares, *rows):
+        self.mark_dynamic([0], *rows[:-1])
+        self.update(values, squares, *rows)
+
     def mark_dynamic(self, dimensions, *tensors):
         if self.warming_up:  # what the graphs are made from; later tensors need no marks, and marking takes time
             for tensor in tensors:
                 torch._dynamo.mark_dynamic(tensor, dimensions)
 
+    def no_chunks(self, rows):
+        """(B, 6) table whose rows count nothing and learn nothing."""
+        return torch.tensor([[self.lora.flight] * 2 + [0, 0, 0, 1]] * rows, device=self.dist.device)
+
     def warm_up(self):
-        """Compiles the graphs of all batches on the largest shape: kernels are chosen for where the time goes."""
-        hp, device = self.hp, self.dist.device
-        places = np.arange(max(2, hp.ttt_batch_size))
-        zeros = {site: torch.zeros(slots, len(places), hp.ttt_lora_rank, width, device=device)
-                 for site, (slots, width, _) in self.shapes.items()}
-        lora = BatchedLoRA(self.shapes, zeros, places, hp, device)
-        windows = torch.zeros(len(places), hp.ttt_eval_seq_len, dtype=torch.int64, device=device)
-        targets = torch.zeros(len(places), hp.ttt_chunk_size, dtype=torch.int64, device=device)
+        """Compiles the graphs of all steps on the largest shape: kernels are chosen for where the time goes."""
         self.warming_up = True
-        torch.autograd.grad(self.chunk_losses(windows, targets, targets, lora.adapters()).sum(), lora.parameters())
+        self.chunk_step(self.no_chunks(max(2, self.hp.ttt_batch_size)), self.hp.ttt_eval_seq_len)
         self.warming_up = False
 
-    def chunk_batch(self, rows, chunk):
-        """Documents, chunk number -> windows (B, W), targets, positions, scored, charges (B, C each), on the device."""
-        hp, device, stream = self.hp, self.dist.device, self.validation
-        size, base = hp.ttt_chunk_size, stream.starts[rows][:, None]
-        length = stream.ends[rows][:, None] - base
-        end = np.minimum((chunk + 1) * size, length)
-        begin = np.maximum(0, end - hp.ttt_eval_seq_len)  # the window: up to the whole context, ending with the chunk
-        width = max(int((end - begin).max()), size)
-        source = base + np.minimum(begin + np.arange(width), length - 1)  # short rows repeat their last input, unseen
-        offset = chunk * size + np.arange(size)[None]
-        scored = offset < length
-        position = np.minimum(np.maximum(offset - begin, 0), width - 1)
-        target = base + np.minimum(offset, length - 1) + 1
-        source, target, position, scored = (torch.from_numpy(np.ascontiguousarray(a)).to(device, non_blocking=True)
-                                            for a in (source, target, position, scored))
-        tokens = self.packer.tokens
-        return tokens[source], tokens[target], position, scored, self.packer.bytes[target]
+    def chunk_step(self, table, width):
+        """Counts the chunks of a table, then learns from them. The host knows the shapes only and waits for nothing.
 
-    def score_batch(self, documents, kept):
-        """Scores a batch of documents to their ends; each chunk is counted first, then learned from."""
-        hp, lengths = self.hp, self.validation.ends - self.validation.starts
-        rows = documents[lengths[documents] > 0]
-        places = np.arange(len(rows))
-        live = np.ones(len(rows), bool)
-        if len(rows) == 1:  # compiled graphs serve two rows or more: a passenger rides along and is never counted
-            rows, places, live = np.repeat(rows, 2), np.zeros(2, int), np.array([True, False])
-        lora = BatchedLoRA(self.shapes, kept, places, hp, self.dist.device)
-        chunk = 0
-        while live.any():
-            windows, targets, positions, scored, charges = self.chunk_batch(rows, chunk)
-            self.done += int(live.sum()) * min((chunk + 1) * hp.ttt_chunk_size, hp.ttt_eval_seq_len)
-            self.log.live(self.done / self.cost, self.running)
-            going = live & (lengths[rows] > (chunk + 1) * hp.ttt_chunk_size)
-            losses = self.chunk_losses(windows, targets, positions, lora.adapters())
-            live_rows = torch.from_numpy(live).to(self.dist.device)
-            self.score.add(losses.detach(), scored & live_rows[:, None], charges)
-            finished, live = live & ~going, going
-            if hp.ttt_warm_start_a and finished.any():  # before the step, which is not theirs
-                lora.hand_on(kept, torch.from_numpy(np.flatnonzero(finished)), places[finished])
-            if going.any():
-                weights = torch.from_numpy(going).to(self.dist.device)
-                loss = torch.where(weights, losses.mean(1), 0.0).sum()
-                lora.step(torch.autograd.grad(loss, lora.parameters()))
-            if finished.any():
-                stay = np.flatnonzero(going) if going.sum() != 1 else np.sort(
-                    np.append(np.flatnonzero(going), np.flatnonzero(~going)[:1]))
-                if going.any() and len(stay) < len(rows):
-                    rows, places, live = rows[stay], places[stay], live[stay]
-                    lora.select(torch.from_numpy(stay).to(self.dist.device))
-            chunk += 1
+        Columns of the table (B, 6): state row, row to write to (scratch: the chunk is a document's last, there is no
+        step), place of the window in the stream, of the chunk in the window, targets, which step of the document it is.
+        A row without targets is padding.
+        """
+        source, target, window, first, count, number = table.unbind(1)
+        device, tokens = table.device, self.packer.tokens
+        offset, last = torch.arange(self.hp.ttt_chunk_size, device=device), (first + count - 1).clamp_min(0)[:, None]
+        # short windows repeat their last input behind it, unseen
+        inputs = window[:, None] + torch.minimum(torch.arange(width, device=device), last)
+        positions = torch.minimum(first[:, None] + offset, last)
+        targets, scored = window[:, None] + positions + 1, offset < count[:, None]
+        leaf = self.lora.values[source].requires_grad_()
+        losses = self.chunk_losses(tokens[inputs], tokens[targets], positions, self.lora.tap(leaf))
+        self.score.add(losses.detach(), scored, self.packer.bytes[targets])
+        means = torch.where(scored, losses, 0.0).sum(1) / count.clamp_min(1)
+        loss = torch.where(target < self.lora.flight, means, 0.0).sum()
+        self.lora.step(*torch.autograd.grad(loss, leaf), source, target, number)
+
+    def capture(self, steps):
+        """Records chunk_step as a CUDA graph for each shape of these steps; where that fails, they run as they are.
+
+        Every shape runs once before, on a side stream, as torch asks for. The graphs share one pool, the largest first.
+        """
+        if self.dist.device.type != "cuda" or not self.hp.kernels:
+            return
+        shapes = sorted({(len(step.table), step.width) for step in steps}, key=math.prod, reverse=True)
+        tables = {shape: self.no_chunks(shape[0]) for shape in shapes}
+        pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        started = time.perf_counter()
+        torch.cuda.empty_cache()
+        try:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for shape, table in tables.items():
+                    self.chunk_step(table, shape[1])
+            torch.cuda.current_stream().wait_stream(side)
+            for shape, table in tables.items():
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    self.chunk_step(table, shape[1])
+                self.graphs[shape] = graph, table
+        except RuntimeError as error:
+            self.graphs.clear()
+            self.log(f"note: test-time training runs without CUDA graphs: {error}")
+        self.log(f"ttt_graphs captured:{len(self.graphs)} of:{len(shapes)} seconds:{time.perf_counter() - started:.1f}")
+
+    def run_steps(self, steps):
+        """Counts and learns in the steps' order until the budget ends -> steps that are left. The index tables of all
+        steps go to the device in one copy."""
+        self.capture(steps)
+        self.stepping = time.perf_counter() - self.spent
+        uploads = [torch.from_numpy(np.concatenate(parts)).to(self.dist.device).split([*map(len, parts)])
+                   for parts in zip(*(step[:3] for step in steps), strict=True)]
+        for number, (step, table, begins, ends) in enumerate(zip(steps, *uploads, strict=True)):
+            if number % 8 == 0 and self.late(sum(step.cost for step in steps[number:number + 8])):
+                return steps[number:]
+            if len(begins):
+                self.lora.begin(*begins.unbind(1))
+            graph, buffer = self.graphs.get((len(table), step.width), (None, None))
+            if graph:
+                buffer.copy_(table)
+                graph.replay()
+            else:
+                self.chunk_step(table, step.width)
+            if len(ends):
+                self.lora.end(*ends.unbind(1))
+            self.done += step.cost
+            self.ended += len(ends)
+        return []
+
+    def late(self, cost):
+        """Waits for the device, tells how far it is -> is the budget too short for `cost` more and the rest unadapted?
+
+        Costs are seconds of step_cost, taken at the pace of this run so far. The rest costs a step's share a token,
+        which is more than a plain forward takes; a fiftieth of the budget stays in reserve.
+        """
+        nats, tokens, charges = self.score.sums.tolist()
+        now = time.perf_counter()
+        left = self.hp.eval_budget_seconds * 0.98 - self.log.seconds.get("unpack", 0.0) - (now - self.started)
+        seconds, share = max(now - self.stepping, 1e-9), round(self.done / self.cost, 6)
+        self.spent, bpb = seconds, bits_per_byte(nats, max(charges, 1))
+        words = (f"{self.phase} documents:{self.ended} running_tokens:{tokens:.0f} running_bpb:{bpb:.5f} "
+                 f"tokens_per_s:{tokens / seconds:.0f} budget_left:{left:.0f}")
+        self.log.live(share, words)
+        if share >= self.told or share == 1.0:
+            self.told = share + 0.05
+            self.log(f"ttt_batch {words} seconds:{now - self.started:.1f}")
+        rest = (self.tokens - tokens) * step_cost(64, 2048) / 64 / 2048
+        return self.done > 0 and left < seconds / self.done * (cost + rest)
+
+    @torch.no_grad()
+    def score_unadapted(self, steps):
+        """Scores the targets of these steps by plain forward passes, when the budget ends -> their number."""
+        stream, table = self.validation, np.concatenate([step.table for step in steps])
+        document = np.searchsorted(stream.starts, table[:, 2], "right") - 1
+        left = np.bincount(document, table[:, 4], len(stream.starts)).astype(int)
+        hp = dataclasses.replace(self.hp, eval_seq_len=self.hp.ttt_eval_seq_len, compile="0")
+        windows = document_windows(stream.ends - left, stream.ends, hp.eval_seq_len, hp.eval_seq_len)
+        Evaluator(self.model, stream, hp, self.dist).count(windows, self.score)
+        return int(left.sum())
 
     def global_adapt(self, documents):
         """Fine-tunes the base weights on documents already scored: SGD, one epoch, one flat all-reduce a step."""
@@ -2672,33 +2787,40 @@ class TestTimeTrainer:
         self.log(f"ttt_global_adaptation documents:{len(documents)} chunks:{len(chunks)}")
 
     def evaluate(self):
-        """Runs the plan -> {loss, bpb, tokens, bytes, documents, partial, recompilations}, the same on every rank."""
-        hp, stream = self.hp, self.validation
+        """Runs the plan -> {loss, bpb, tokens, bytes, documents, partial, recompilations, unadapted_tokens}."""
+        hp, stream, dist = self.hp, self.validation, self.dist
         self.model.requires_grad_(False)
-        started = time.perf_counter()
-        if compile_wanted(hp, self.dist):
+        self.started = time.perf_counter()
+        starts, lengths = stream.starts[self.documents], (stream.ends - stream.starts)[self.documents]
+        phases = plan_ttt(lengths, hp)
+        schedules = [schedule_ttt([documents for lane in self.lanes for documents in phase.lanes[lane]],
+                                  starts, lengths, self.lora.flight, hp) for phase in phases]
+        self.cost = sum(step.cost for steps in schedules for step in steps) or 1.0
+        self.tokens = sum(step.table[:, 4].sum() for steps in schedules for step in steps)
+        self.done, self.ended, self.told, self.spent, self.stepping, rest = 0.0, 0, 0.0, 0.0, self.started, []
+        if compile_wanted(hp, dist):
             self.warm_up()
         graphs = compiled_graphs()
-        self.log(f"ttt_warm_up seconds:{time.perf_counter() - started:.1f}")
-        kept = {lane: BatchedLoRA.initial_a(self.shapes, lane, hp, self.dist.device)
-                for lane in range(self.dist.rank, hp.ttt_lanes, self.dist.world_size)}
-        lengths = (stream.ends - stream.starts)[:self.documents]
-        phases = plan_ttt(lengths, hp)
-        self.cost = sum(window_positions(lengths[b], hp).sum() for p in phases for lane in kept for b in p.lanes[lane])
-        for phase in phases:
-            for lane, mine in kept.items():
-                for batch in phase.lanes[lane]:
-                    self.score_batch(batch, mine)
-                    nats, tokens, charges = self.score.sums.tolist()
-                    self.running = f"running_bpb:{bits_per_byte(nats, max(charges, 1)):.5f}"
-                    self.log(f"ttt_batch lane:{lane} documents:{len(batch)} running_tokens:{tokens:.0f} {self.running} "
-                             f"seconds:{time.perf_counter() - started:.1f}")
-            if phase.adapt:
-                self.global_adapt(phase.documents)
+        self.log(f"ttt_warm_up seconds:{time.perf_counter() - self.started:.1f} steps:{sum(map(len, schedules))}")
+        for number, (phase, steps) in enumerate(zip(phases, schedules, strict=True)):
+            self.phase = f"phase:{number + 1}/{len(phases)}"
+            rest += steps if rest else self.run_steps(steps)
+            self.graphs.clear()  # their memory is for the fine-tuning
+            tokens = lengths[phase.documents].sum()
+            late = self.late(3e-6 * tokens / dist.world_size + 0.3 * tokens / hp.global_ttt_chunk_tokens)
+            if phase.adapt and any(dist.all_gather_object(late or bool(rest))):
+                self.log("note: no time to fine-tune the base weights")
+            elif phase.adapt:
+                self.global_adapt(self.documents[phase.documents])
+        unadapted = self.score_unadapted(rest) if rest else 0
+        self.late(0.0)
         self.model.requires_grad_(True)
-        total = self.score.total(self.dist, stream.targets_of(np.arange(self.documents)))
-        return total | {"documents": self.documents, "partial": self.documents < len(stream.starts),
-                        "recompilations": compiled_graphs() - graphs}
+        total = self.score.total(dist, stream.targets_of(self.documents))
+        unadapted = int(dist.all_reduce(torch.tensor([float(unadapted)], device=dist.device)).item())
+        if unadapted:
+            self.log(f"note: EVAL_BUDGET_SECONDS did not do: {unadapted} tokens were scored without adaptation")
+        return total | {"documents": len(self.documents), "partial": len(self.documents) < len(stream.starts),
+                        "recompilations": compiled_graphs() - graphs, "unadapted_tokens": unadapted}
 
 # ---- MAIN ------------------------------------------------------------------------------------------------------------
 

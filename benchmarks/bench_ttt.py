@@ -1,14 +1,24 @@
-"""Test-time training, one chunk step at a time, on one GPU: how long a step takes and what it computes.
+"""Test-time training on one GPU: how long a step takes, and what whole runs with other settings cost and gain.
 
-    python benchmarks/bench_ttt.py [--documents 64,16,2] [--widths 48,528,1056,2048] [--repeats 5]
+    python benchmarks/bench_ttt.py steps [--rows 64,16,4] [--widths 128,512,2048] [--repeats 5]
+    python benchmarks/bench_ttt.py runs --artifact runs/NAME/artifact.bin [--reference] ["TTT_LORA_RANK=48 ..." ...]
 
-The default model with random weights and documents of random tokens: times do not depend on what is learned. Prints
-the seconds of the stage's warm-up (all compilation), then for every number of documents and width of window the
-milliseconds of a step (windows forward, head, backward to the adapters, their AdamW step) and window positions per
-second, with the ratio to the published rate of one H100 (240,000 positions/s). Without CUDA it says so and exits 0.
+`steps`: the default model with random weights; times do not depend on what is learned. The seconds of the stage's
+warm-up (all compilation), then for every number of rows and width of window the milliseconds of a step (windows
+forward, head, backward to the adapters, their AdamW) as it is launched and as a CUDA graph, and window positions per
+second of the graph with the ratio to the published rate of one H100 (240,000 positions/s).
+
+`runs`: every quoted argument is one run of test-time training on the model of an artifact, with these settings over
+those of the environment ("" for none; TTT_MAX_DOCS takes documents of all lengths). One row each: BPB, seconds in all,
+of compilation, of capturing, of steps, scored tokens and window positions per second of stepping. --reference adds the
+straightforward scorer, document by document without compilation, and the largest difference of a loss from it.
+
+Without CUDA it says so and exits 0 (`--cpu` runs anyway).
 """
 
 import argparse
+import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -23,66 +33,172 @@ import train_gpt as tg
 PUBLISHED_POSITIONS_PER_S = 240_000  # PR 1855 on 8 H100: 12,400 tokens/s a GPU, 18 to 21 positions a token
 
 
-def synthetic_validation(documents: int, length: int, vocab_size: int) -> SimpleNamespace:
-    """What TestTimeTrainer reads of a ValidationSet: `documents` documents of `length` targets each."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(8, vocab_size, documents * (length + 1) + 1)
-    starts = np.arange(documents) * (length + 1)
-    tokens[starts] = tg.BOS_ID
-    return SimpleNamespace(tokens=tokens, bytes=np.full(len(tokens), 3), starts=starts, ends=starts + length)
+class Lines(list):
+    """Stands in for RunLog: prints, and keeps the lines."""
+
+    def __init__(self):
+        self.seconds = {}
+
+    def __call__(self, line):
+        self.append(line)
+        print(line, file=sys.stderr, flush=True)
+
+    def live(self, share, detail=""):
+        pass
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", default="64,16,2")
-    parser.add_argument("--widths", default="48,528,1056,2048")
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device: nothing to time")
-        return
-    hp = tg.Hyperparameters.from_env()
-    dist = tg.Dist("cuda")
+def document_by_document(model, validation, hp, dist):
+    """The definition of the answer -> {(document, target position): nats}: one document after the other, windows of
+    their own length, no compilation, no padding, torch's AdamW; between phases TestTimeTrainer.global_adapt."""
+    tokens, found = torch.from_numpy(validation.tokens).to(dist.device), {}
+    trainer = tg.TestTimeTrainer(model, validation, hp, dist, Lines())
+    lora = tg.BatchedLoRA(model, range(hp.ttt_lanes), hp, dist.device, tg.adamw_rows)
+    model.requires_grad_(False)
+    chosen = trainer.documents
+    for phase in tg.plan_ttt((validation.ends - validation.starts)[chosen], hp):
+        for place, documents in enumerate([documents for lane in phase.lanes for documents in lane]):
+            for document in chosen[documents].tolist():
+                leaf = torch.nn.Parameter(lora.values.new_zeros(1, lora.values.size(1)))
+                leaf.data[0, : lora.kept.size(1)] = lora.kept[place]
+                optimizer = torch.optim.AdamW([leaf], hp.ttt_lora_lr, (0.0, hp.ttt_beta2), 1e-10, hp.ttt_weight_decay)
+                start, end = int(validation.starts[document]), int(validation.ends[document])
+                for first in range(start, end, hp.ttt_chunk_size):
+                    last = min(first + hp.ttt_chunk_size, end)
+                    window = max(start, last - hp.ttt_eval_seq_len)
+                    tap = lora.tap(leaf)
+                    hidden = model.forward_hidden(
+                        tokens[None, window:last], max_seqlen=hp.ttt_eval_seq_len, looping=True, tap=tap
+                    )
+                    targets = tokens[None, first + 1 : last + 1]
+                    losses = model.token_losses(hidden[:, first - window :], targets, tap.head)
+                    found |= {(document, first + i + 1): loss for i, loss in enumerate(losses[0].tolist())}
+                    if last < end:
+                        optimizer.zero_grad()
+                        losses.mean().backward()
+                        optimizer.step()
+                if hp.ttt_warm_start_a and start < end:
+                    lora.kept[place] = leaf.detach()[0, : lora.kept.size(1)]
+        if phase.adapt:
+            trainer.global_adapt(chosen[phase.documents])
+    model.requires_grad_(True)
+    return found
+
+
+def bench_steps(args):
+    """Milliseconds of steps of every shape, launched and captured."""
+    hp, dist = tg.Hyperparameters.from_env(), tg.Dist("cpu" if args.cpu else "auto")
     model = tg.build_model(hp, dist).requires_grad_(False)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.02)
-    validation = synthetic_validation(64, hp.ttt_eval_seq_len + hp.ttt_chunk_size, hp.vocab_size)
-    trainer = tg.TestTimeTrainer(model, validation, hp, dist, print)
+    length = hp.ttt_eval_seq_len + hp.ttt_chunk_size
+    tokens = np.random.default_rng(0).integers(8, hp.vocab_size, 64 * (length + 1) + 1)
+    starts = np.arange(64) * (length + 1)
+    tokens[starts] = tg.BOS_ID
+    charges = np.full(len(tokens), 3)
+    validation = SimpleNamespace(tokens=tokens, bytes=charges, starts=starts, ends=starts + length)
+    trainer = tg.TestTimeTrainer(model, validation, hp, dist, Lines())
     start = time.perf_counter()
-    trainer.warm_up()
-    torch.cuda.synchronize()
-    print(f"device:{torch.cuda.get_device_name()} attention:{model.ops.names['attention']} "
-          f"warm_up_seconds:{time.perf_counter() - start:.1f} graphs:{tg.compiled_graphs()}")
-    graphs = tg.compiled_graphs()
-    print(f"{'documents':>10}{'width':>8}{'forward ms':>12}{'step ms':>10}{'positions/s':>13}{'ratio':>8}")
-    for documents in map(int, args.documents.split(",")):
-        kept = tg.BatchedLoRA.initial_a(trainer.shapes, 0, hp, dist.device)
-        rows = np.arange(documents)
-        lora = tg.BatchedLoRA(trainer.shapes, kept, rows, hp, dist.device)
-        for width in map(int, args.widths.split(",")):
-            batch = trainer.chunk_batch(rows, width // hp.ttt_chunk_size - 1)[:3]
-
-            def forward(batch=batch, lora=lora):
-                return trainer.chunk_losses(*batch, lora.adapters())
-
-            def step(forward=forward, lora=lora):
-                lora.step(torch.autograd.grad(forward().mean(1).sum(), lora.parameters()))
-
-            times = []
-            for function in (forward, step):
-                function()
-                torch.cuda.synchronize()
+    if tg.compile_wanted(hp, dist):
+        trainer.warm_up()
+    dist.synchronize()
+    print(f"device:{torch.cuda.get_device_name() if not args.cpu else 'cpu'} attention:{model.ops.names['attention']} "
+          f"warm_up_seconds:{time.perf_counter() - start:.1f} graphs:{tg.compiled_graphs()}")  # fmt: skip
+    graphs, shapes = tg.compiled_graphs(), [(rows, width) for rows in args.rows for width in args.widths]
+    empty = np.zeros((0, 2), np.int64)
+    trainer.capture([tg.Step(np.zeros((rows, 6)), empty, empty, width) for rows, width in shapes])
+    print(f"{'rows':>6}{'width':>8}{'launched ms':>14}{'graph ms':>10}{'model ms':>10}{'positions/s':>13}{'ratio':>8}")
+    for rows, width in shapes:
+        numbers = torch.arange(rows, device=dist.device) % trainer.lora.flight
+        begin = torch.from_numpy(starts[np.arange(rows) % 64]).to(dist.device)
+        chunk = min(hp.ttt_chunk_size, width)
+        same = [torch.full_like(numbers, value) for value in (width - chunk, chunk, 1)]
+        table = torch.stack([numbers, numbers, begin, *same], 1)
+        graph, buffer = trainer.graphs.get((rows, width), (None, None))
+        if graph:
+            buffer.copy_(table)
+        times = []
+        for run in (lambda table=table, width=width: trainer.chunk_step(table, width), graph and graph.replay):
+            if run:
+                run()
+                dist.synchronize()
                 start = time.perf_counter()
                 for _ in range(args.repeats):
-                    function()
-                torch.cuda.synchronize()
-                times.append((time.perf_counter() - start) / args.repeats)
-            rate = documents * batch[0].size(1) / times[1]
-            print(f"{documents:>10}{batch[0].size(1):>8}{times[0] * 1e3:>12.1f}{times[1] * 1e3:>10.1f}{rate:>13,.0f}"
-                  f"{rate / PUBLISHED_POSITIONS_PER_S:>8.2f}", flush=True)  # fmt: skip
-    print(f"graphs compiled after the warm-up: {tg.compiled_graphs() - graphs}; "
-          f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+                    run()
+                dist.synchronize()
+            times.append((time.perf_counter() - start) / args.repeats if run else float("nan"))
+        rate = rows * width / (times[1] if graph else times[0])
+        print(f"{rows:>6}{width:>8}{times[0] * 1e3:>14.1f}{times[1] * 1e3:>10.1f}"
+              f"{tg.step_cost(rows, width) * 1e3:>10.1f}{rate:>13,.0f}"
+              f"{rate / PUBLISHED_POSITIONS_PER_S:>8.2f}", flush=True)  # fmt: skip
+    memory = "" if args.cpu else f"; peak {torch.cuda.max_memory_reserved() / 1e9:.1f} GB reserved"
+    print(f"graphs compiled after the warm-up: {tg.compiled_graphs() - graphs}{memory}")
+
+
+def settings_of(text):
+    """ "NAME=value NAME=value" -> Hyperparameters of the environment with these on top."""
+    return tg.Hyperparameters.from_env(os.environ | dict(pair.split("=", 1) for pair in text.split()))
+
+
+def reference_score(model, validation, hp, dist):
+    """(bpb, seconds) of document_by_document."""
+    start = time.perf_counter()
+    losses = document_by_document(model, validation, hp, dist)
+    charges = sum(int(validation.bytes[place]) for _, place in losses)
+    return tg.bits_per_byte(sum(losses.values()), charges), time.perf_counter() - start
+
+
+def bench_runs(args):
+    """A row of figures for every run."""
+    torch._dynamo.config.recompile_limit = 256  # other contexts and ranks are other graphs of the same functions
+    dist = tg.Dist("cpu" if args.cpu else "auto")
+    base = tg.Hyperparameters.from_env()
+    validation = tg.ValidationSet(base, tg.find_tokenizer(base)[0])
+    model = tg.build_model(base, dist)
+    weights = tg.dequantize_weights(tg.unpack_weights(Path(args.artifact).read_bytes()))
+    print(f"{'bpb':>9}{'all s':>8}{'compile':>9}{'capture':>9}{'steps s':>9}{'tokens/s':>10}{'positions/s':>13}  what")
+    for text in args.settings or [""]:
+        hp = settings_of(text)
+        tg.rebank(model, weights)
+        start, log = time.perf_counter(), Lines()
+        trainer = tg.TestTimeTrainer(model, validation, hp, dist, log)
+        score = trainer.evaluate()
+        dist.synchronize()
+        seconds, said = time.perf_counter() - start, "\n".join(log)
+        compiling = sum(map(float, re.findall(r"ttt_warm_up seconds:([\d.]+)", said)))
+        capturing = sum(map(float, re.findall(r"ttt_graphs .*seconds:([\d.]+)", said)))
+        rate = float(re.findall(r"tokens_per_s:(\d+)", said)[-1])
+        lengths = (validation.ends - validation.starts)[trainer.documents]
+        positions = tg.window_positions(lengths, hp).sum() / score["tokens"] * rate
+        note = f" UNADAPTED {score['unadapted_tokens']}" if score["unadapted_tokens"] else ""
+        print(f"{score['bpb']:>9.5f}{seconds:>8.1f}{compiling:>9.1f}{capturing:>9.1f}"
+              f"{score['tokens'] / max(rate, 1):>9.1f}{rate:>10,.0f}{positions:>13,.0f}  {text or 'defaults'}"
+              f"{' partial' if score['partial'] else ''}{note}", flush=True)  # fmt: skip
+        del trainer
+        if args.reference:
+            tg.rebank(model, weights)
+            bpb, seconds = reference_score(model, validation, hp, dist)
+            print(f"{bpb:>9.5f}{seconds:>8.1f}{'':>50}document by document, difference {score['bpb'] - bpb:+.6f}",
+                  flush=True)  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true")
+    modes = parser.add_subparsers(dest="mode", required=True)
+    steps, runs = modes.add_parser("steps"), modes.add_parser("runs")
+    numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
+    steps.add_argument("--rows", type=numbers, default=[64, 16, 4])
+    steps.add_argument("--widths", type=numbers, default=[2048, 1536, 1024, 512, 256, 128])
+    steps.add_argument("--repeats", type=int, default=5)
+    runs.add_argument("--artifact", required=True)
+    runs.add_argument("--reference", action="store_true")
+    runs.add_argument("settings", nargs="*")
+    args = parser.parse_args()
+    if not (args.cpu or torch.cuda.is_available()):
+        print("no CUDA device: nothing to time")
+        return
+    bench_steps(args) if args.mode == "steps" else bench_runs(args)
 
 
 if __name__ == "__main__":

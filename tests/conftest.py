@@ -31,10 +31,10 @@ def tiny_hp(**changes):
 
 
 class Lines(list):
-    """Stands in for RunLog: keeps the lines, and what the live line was told as (share, detail)."""
+    """Stands in for RunLog: keeps the lines, and what the live line was told as (share, detail); no stage has run."""
 
     def __init__(self):
-        self.shares = []
+        self.shares, self.seconds = [], {}
 
     def __call__(self, line):
         self.append(line)

@@ -70,6 +70,13 @@ class ThreadRank:
         for tensor in tensors:
             self.all_reduce(tensor)
 
+    def all_gather_object(self, value):
+        self.box[self.rank] = value
+        self.meet.wait(60)
+        values = list(self.box)
+        self.meet.wait(60)
+        return values
+
 
 def on_ranks(world_size, work):
     """[work(dist) of every rank], run side by side."""

@@ -115,4 +115,4 @@ def test_training_packing_and_test_time_training_tell_how_far_they_are(tiny_data
     log, hp = Lines(), tiny_hp(data_path=str(tmp_path), ttt_lanes=2, ttt_batch_size=2, **ACTIVE)
     run_ttt(hp, make_validation(tmp_path, hp), log=log)
     shares = [share for share, _ in log.shares]
-    assert shares == sorted(shares) and 0 < shares[0] < 0.5 and shares[-1] == 1.0
+    assert shares == sorted(shares) and len(set(shares)) > 3 and (shares[0], shares[-1]) == (0.0, 1.0)
