@@ -2813,7 +2813,6 @@ class TestTimeTrainer:
             elif phase.adapt:
                 self.global_adapt(self.documents[phase.documents])
         unadapted = self.score_unadapted(rest) if rest else 0
-        self.late(0.0)
         self.model.requires_grad_(True)
         total = self.score.total(dist, stream.targets_of(self.documents))
         unadapted = int(dist.all_reduce(torch.tensor([float(unadapted)], device=dist.device)).item())

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from conftest import GOLDEN_DIR, tiny_hp
 
 import train_gpt
-from train_gpt import BOS_ID, GPT, HessianTap, LoRATap
+from train_gpt import BOS_ID, GPT, LORA_INPUTS, HessianTap, SlotLoRA
 
 torch.set_num_threads(1)
 OPS = train_gpt.Ops(
@@ -78,8 +79,22 @@ def golden_model(arrays):
     return model
 
 
+def lora_tap(adapters, scale):
+    """{site: (A (S, B, R, in), B (S, B, out, R))} -> a tap of SlotLoRA, as BatchedLoRA.tap makes it of flat rows."""
+
+    def slot_lora(slot, inputs, b):
+        reads = [tuple(site for site in sites if site in b) for sites in inputs]
+        a = [(sites, torch.cat([adapters[site][0][slot] for site in sites], -2)) for sites in reads if sites]
+        return SlotLoRA(a, {site: adapters[site][1][slot] for site in b}, scale)
+
+    def at(slot, layer):
+        return slot_lora(slot, LORA_INPUTS, [site for site in PER_LAYER_SITES if site in adapters])
+
+    return SimpleNamespace(at=at, head=slot_lora(0, [("lm_head",)], [site for site in adapters if site == "lm_head"]))
+
+
 def golden_adapters(arrays, state):
-    """{site: (A, B)} as LoRATap has them: the head's get a dimension for their one slot."""
+    """{site: (A, B)} as lora_tap has them: the head's get a dimension for their one slot."""
     pairs = {}
     for site in (*PER_LAYER_SITES, "lm_head"):
         pair = [arrays[f"{state}/lora/{site}/{name}"].clone() for name in "AB"]
@@ -100,9 +115,9 @@ def computed(state):
     ours["loss_packed"] = loss.detach()
     ours |= {f"grad_packed/{name}": p.grad.clone() for name, p in model.named_parameters()}
     adapters = golden_adapters(arrays, state)
-    tap = LoRATap(adapters, 144 / 4)
+    tap = lora_tap(adapters, 144 / 4)
     h = model.forward_hidden(rows, max_seqlen=40, looping=looping, tap=tap)
-    token_losses = model.token_losses(h, targets, tap.at_head())
+    token_losses = model.token_losses(h, targets, tap.head)
     token_losses.sum().backward()
     ours["lora/token_losses"] = token_losses.detach()
     for site, pair in adapters.items():
@@ -433,9 +448,11 @@ def test_rows_of_a_batch_are_apart():
 
 def random_adapters(model, rows, zero_b=False, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    adapters = {}
-    for site, (slots, width, out) in train_gpt.lora_shapes(model).items():
-        a = torch.randn(slots, rows, 4, width, generator=generator)
+    adapters, D, kv_dim = {}, model.hp.model_dim, model.hp.num_kv_heads * model.hp.head_dim
+    widths = {"q": D, "k": kv_dim, "v": kv_dim, "attn_out": D, "mlp_out": D, "lm_head": model.hp.vocab_size}
+    for site, out in widths.items():
+        slots = 1 if site == "lm_head" else len(model.slots(looping=True))
+        a = torch.randn(slots, rows, 4, D, generator=generator)
         adapters[site] = a, torch.randn(slots, rows, out, 4, generator=generator) * (not zero_b)
     return adapters
 
@@ -444,9 +461,9 @@ def test_zero_lora_equals_the_plain_forward_bit_for_bit():
     model, tokens = random_model(), random_tokens(3, 10)
     adapters = random_adapters(model, rows=3, zero_b=True)
     assert set(adapters) == {*PER_LAYER_SITES, "lm_head"}
-    tap, plain = LoRATap(adapters, 36.0), hidden(model, tokens)
+    tap, plain = lora_tap(adapters, 36.0), hidden(model, tokens)
     assert torch.equal(hidden(model, tokens, tap=tap), plain)
-    assert torch.equal(model.token_losses(plain, tokens, tap.at_head()), model.token_losses(plain, tokens))
+    assert torch.equal(model.token_losses(plain, tokens, tap.head), model.token_losses(plain, tokens))
 
 
 @pytest.mark.parametrize("site", [*PER_LAYER_SITES, "lm_head"])
@@ -454,9 +471,9 @@ def test_adapters_of_one_row_leave_the_others_alone(site):
     model, tokens = random_model(), random_tokens(3, 10)
     a, b = random_adapters(model, rows=3)[site]
     b[:, [0, 2]] = 0
-    tap = LoRATap({site: (a, b)}, 1.0)
+    tap = lora_tap({site: (a, b)}, 1.0)
     plain = model.token_losses(hidden(model, tokens), tokens)
-    tapped = model.token_losses(hidden(model, tokens, tap=tap), tokens, tap.at_head())
+    tapped = model.token_losses(hidden(model, tokens, tap=tap), tokens, tap.head)
     assert torch.equal(plain[::2], tapped[::2]) and not torch.equal(plain[1], tapped[1])
 
 
@@ -468,7 +485,7 @@ def test_every_slot_has_an_adapter_of_its_own():
     for slot in range(17):
         only = torch.zeros_like(b)
         only[slot] = b[slot]
-        outputs.append(hidden(model, tokens, tap=LoRATap({"mlp_out": (a, only)}, 1.0)))
+        outputs.append(hidden(model, tokens, tap=lora_tap({"mlp_out": (a, only)}, 1.0)))
     assert all(not torch.equal(outputs[i], outputs[j]) for i in range(17) for j in range(i))
 
 
