@@ -275,8 +275,7 @@ class Hyperparameters:
         goes_on = self.run_id and not (self.quant_only or self.ttt_eval_only)
         yield self.resume and not goes_on, "RESUME=1 needs RUN_ID, and neither QUANT_ONLY nor TTT_EVAL_ONLY"
         yield (self.resume or self.checkpoint_every) and not safety, "CHECKPOINT_EVERY, RESUME: for a checkout only"
-        timed = self.deterministic and self.max_wallclock_seconds
-        yield timed, "DETERMINISTIC=1 needs MAX_WALLCLOCK_SECONDS=0 (ITERATIONS decide)"
+        yield self.deterministic and self.max_wallclock_seconds, "DETERMINISTIC=1 needs MAX_WALLCLOCK_SECONDS=0"
         yield self.checkpoint_path and not self.quant_only, "CHECKPOINT_PATH goes with QUANT_ONLY=1"
         yield self.artifact_path and not self.ttt_eval_only, "ARTIFACT_PATH goes with TTT_EVAL_ONLY=1"
         yield not re.fullmatch(r"(\w[\w.+-]*)?", self.run_id), "RUN_ID: letters, digits, '_', then also '.', '+', '-'"
@@ -3140,8 +3139,7 @@ def main():
     try:
         hp = Hyperparameters.from_env()
         dist = Dist(hp.device, hp.deterministic)
-        if safety:
-            safety.catch_signals(dist)
+        safety and safety.catch_signals(dist)
         result = run(hp, dist)
     except Exception as error:
         ours = isinstance(error, SettingError | DataError | ArtifactError)
