@@ -28,9 +28,10 @@ lint: $(VENV)/.ready
 test: lint
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu" tests
 
-# 5,000 mutated artifacts instead of the sample in make test
+# all faults, 50 runs with a fault each, 105,000 inputs for the readers, instead of the samples in make test (an hour)
 soak: $(VENV)/.ready
-	SOAK_MUTATIONS=5000 $(PYTHON) -m pytest -s tests/test_artifact_fuzz.py
+	SOAK=1 SOAK_MUTATIONS=5000 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -s -n 2 --dist worksteal \
+		tests/test_reliability.py tests/test_reader_fuzz.py tests/test_artifact_fuzz.py
 
 # on a machine with a GPU and its own torch: make gpu-test VENV=... or run these lines with its python
 gpu-test:

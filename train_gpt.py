@@ -27,7 +27,6 @@ import json
 import lzma
 import math
 import os
-import pickle
 import re
 import shutil
 import struct
@@ -40,6 +39,7 @@ from collections import defaultdict, namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +55,10 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10: selection passes over this backend
     varlen_attn = None
+try:
+    from tools import safety  # watchdog, training states, checks of the disk
+except ImportError:  # a packed script goes without
+    safety = None
 try:
     import brotli
 except ImportError:  # only the lzma compressor works then; check_compressor says so before training
@@ -105,6 +109,9 @@ class Hyperparameters:
     ttt_eval_only: bool = env(False, "go on from ARTIFACT_PATH: evaluation and test-time training")
     checkpoint_path: str = env("", "fp32 model that QUANT_ONLY reads; empty: model.pt of the run's folder")
     artifact_path: str = env("", "packed model that TTT_EVAL_ONLY reads; empty: artifact.bin of the run's folder")
+    checkpoint_every: int = env(0, "steps between training states, of which two are kept; 0: on a signal only", least=0)
+    resume: bool = env(False, "go on from the newest whole training state of RUN_ID")
+    deterministic: bool = env(False, "the same RESULT from run to run: CPU all bits, GPU as far as PyTorch can")
 
     # data and batches
     train_batch_tokens: int = env(786_432, "tokens of a step over all ranks and micro-steps", least=1)
@@ -265,6 +272,10 @@ class Hyperparameters:
         yield self.marker_fusion_enabled > self.caseops_enabled, "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1"
         modes = self.prequant_only + self.quant_only + self.ttt_eval_only
         yield modes > 1, "PREQUANT_ONLY, QUANT_ONLY, TTT_EVAL_ONLY exclude each other"
+        goes_on = self.run_id and not (self.quant_only or self.ttt_eval_only)
+        yield self.resume and not goes_on, "RESUME=1 needs RUN_ID, and neither QUANT_ONLY nor TTT_EVAL_ONLY"
+        yield (self.resume or self.checkpoint_every) and not safety, "CHECKPOINT_EVERY, RESUME: for a checkout only"
+        yield self.deterministic and self.max_wallclock_seconds, "DETERMINISTIC=1 needs MAX_WALLCLOCK_SECONDS=0"
         yield self.checkpoint_path and not self.quant_only, "CHECKPOINT_PATH goes with QUANT_ONLY=1"
         yield self.artifact_path and not self.ttt_eval_only, "ARTIFACT_PATH goes with TTT_EVAL_ONLY=1"
         yield not re.fullmatch(r"(\w[\w.+-]*)?", self.run_id), "RUN_ID: letters, digits, '_', then also '.', '+', '-'"
@@ -332,15 +343,20 @@ class Dist:
     """The process group, and the only place that names torch.distributed. One process: every method returns at once.
 
     Tensors travel over NCCL on CUDA and over gloo on the CPU; objects and the clock travel over gloo, so that they
-    never wait for the GPU's queue.
+    never wait for the GPU's queue. `stage` and `safe` are what a failure is reported with: where, and how to go on.
     """
 
-    def __init__(self, device="auto"):
+    def __init__(self, device="auto", deterministic=False):
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if device == "cuda" and not torch.cuda.is_available():
             raise SettingError("DEVICE=cuda, but torch sees none: use DEVICE=cpu, or a CUDA build of torch")
+        if deterministic:  # an operation without such a form warns, with its name
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        self.stage, self.safe, self.entered, self.signal, self.deferring, self.watchdog = "start", "", 0, 0, False, None
+        self.tell = lambda message: print(message, file=sys.stderr, flush=True)  # until there is a log
         self.device = torch.device("cpu")
         if torch.cuda.is_available() and device != "cpu":
             if local_rank >= torch.cuda.device_count():
@@ -350,11 +366,19 @@ class Dist:
         if self.world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist_backend.init_process_group(backend)
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, timedelta(seconds=30)
+            self.watchdog = safety and safety.Watchdog(self, dist_backend.TCPStore(*address))
+
+    @property
+    def net(self):
+        """torch.distributed; every rank makes the same calls, so their number tells the watchdog who is behind."""
+        self.entered += 1
+        return dist_backend
 
     def all_reduce(self, tensor):
         """Sums a tensor over all ranks, in place, and returns it."""
         if self.world_size > 1:
-            dist_backend.all_reduce(tensor)
+            self.net.all_reduce(tensor)
         return tensor
 
     def all_reduce_packed(self, tensors):
@@ -369,33 +393,34 @@ class Dist:
         if self.world_size == 1:
             return SimpleNamespace(wait=lambda: None), full
         shard = full.new_empty(full.shape[0] // self.world_size, *full.shape[1:])
-        return dist_backend.reduce_scatter_tensor(shard, full, async_op=True), shard
+        return self.net.reduce_scatter_tensor(shard, full, async_op=True), shard
 
     def all_gather(self, shard):
         """(n, ...) of every rank -> handle, (n world, ...), ready after handle.wait()."""
         if self.world_size == 1:
             return SimpleNamespace(wait=lambda: None), shard
         full = shard.new_empty(shard.shape[0] * self.world_size, *shard.shape[1:])
-        return dist_backend.all_gather_into_tensor(full, shard.contiguous(), async_op=True), full
+        return self.net.all_gather_into_tensor(full, shard.contiguous(), async_op=True), full
 
     def all_gather_object(self, value):
         """Every rank's value, as a list in rank order; small values only."""
         values = [value]
         if self.world_size > 1:
             values = [None] * self.world_size
-            dist_backend.all_gather_object(values, value)
+            self.net.all_gather_object(values, value)
         return values
 
-    def broadcast_float(self, value):
-        """Rank 0's number on every rank, over the CPU's network."""
-        box = torch.tensor([value], dtype=torch.float64)
-        self.broadcast(box)
-        return box.item()
+    def agree(self, *numbers):
+        """The largest of every rank's numbers, place by place, over the CPU's network."""
+        box = torch.tensor(numbers, dtype=torch.float64)
+        if self.world_size > 1:
+            self.net.all_reduce(box, dist_backend.ReduceOp.MAX)
+        return box.tolist()
 
     def broadcast(self, tensor):
         """Rank 0's tensor on every rank, in place."""
         if self.world_size > 1:
-            dist_backend.broadcast(tensor, 0)
+            self.net.broadcast(tensor, 0)
 
     def barrier(self):
         """Waits until every rank is here, over the CPU's network."""
@@ -408,21 +433,25 @@ class Dist:
 
     def close(self):
         if self.world_size > 1:
+            self.barrier()  # rank 0 may hold the store that the watchdogs read
+            self.watchdog and self.watchdog.done.set()
             dist_backend.destroy_process_group()
 
 class RunLog:
     """Prints on rank 0, and to <folder>/log.txt; `seconds` and `graphs` (newly compiled) are kept for every stage."""
 
     def __init__(self, folder, dist):
-        self.dist, self.seconds, self.graphs = dist, {}, {}
-        self.file = open(Path(folder) / "log.txt", "a", encoding="utf-8") if dist.rank == 0 else None
+        self.dist, self.folder, self.seconds, self.graphs = dist, Path(folder), {}, {}
+        self.file = open(self.folder / "log.txt", "a", encoding="utf-8") if dist.rank == 0 else None
+        dist.tell = self if self.file else dist.tell
         self.erase = "\r\x1b[K" if self.file and sys.stdout.isatty() else ""  # on a terminal: takes the live line away
         self.running, self.shown = None, 0.0
 
     def __call__(self, message):
         if self.file:
             print(self.erase + message, flush=True)
-            print(message, file=self.file, flush=True)
+            with contextlib.suppress(OSError):  # a full disk does not end a training
+                print(message, file=self.file, flush=True)
 
     def live(self, share, detail=""):
         """The running stage and its bar, on a terminal only; whatever is printed next takes their place."""
@@ -439,10 +468,12 @@ class RunLog:
         self.dist.synchronize()
         start, graphs = time.perf_counter(), compiled_graphs()
         around, self.running, self.shown = self.running, (name, start), 0.0
+        self.dist.stage = name
+        self.dist.watchdog and self.dist.watchdog.tell()
         self.live(0.0)
         yield
         self.dist.synchronize()
-        self.running = around
+        self.running, self.dist.stage = around, around[0] if around else name  # what follows a stage counts to it
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
         self.graphs[name] = self.graphs.get(name, 0) + compiled_graphs() - graphs
         self(f"stage:{name} seconds:{self.seconds[name]:.2f} graphs_compiled:{self.graphs[name]}")
@@ -464,11 +495,17 @@ def write_atomically(path, data):
     """Bytes to a file that is either whole or absent: temporary name, sync, rename."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # where the disk is full
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name too is to outlive a crash of the machine
+    os.fsync(folder)
+    os.close(folder)
 
 # ---- DATA ------------------------------------------------------------------------------------------------------------
 
@@ -679,13 +716,18 @@ class ValidationSet:
         return int((ends - starts).sum()), int((sums[ends + 1] - sums[starts + 1]).sum())
 
 def read_manifest(folder):
-    """manifest.json of a dataset, {} where there is none."""
+    """manifest.json of a dataset, {} where there is none. DataError unless all that is read of it has its type."""
     try:
-        return json.loads(Path(folder, "manifest.json").read_text())
+        manifest = json.loads(Path(folder, "manifest.json").read_text())
+        hash(manifest.get("tokenizer", {}).get("sha256"))
+        if manifest.get("format") == "caseops_shards":
+            values = [about["values"] + len(about["sha256"]) for about in manifest["files"].values()]
+            sum(values, manifest["leaked_documents"] + len({**manifest["splits"]["val"]}))
+        return manifest
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise DataError(f"{folder}/manifest.json is damaged ({error}): fetch or make the dataset again") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again") from None
 
 def check_manifest(hp, found):
     """Raises DataError where the dataset is not what its manifest says, so that no BPB of other data is reported.
@@ -1513,14 +1555,14 @@ class TrainingClock:
     """Seconds of training on rank 0, told to every rank, so that schedules and the end are the same everywhere.
 
     The host runs at most one step ahead of the device: marking a step waits for the one before, which costs no bubble
-    and keeps the clock honest. paused() keeps evaluations inside training off the clock.
+    and keeps the clock honest. paused() keeps evaluations inside training off the clock; `used` were used before.
     """
 
-    def __init__(self, dist):
+    def __init__(self, dist, used=0.0):
         self.dist, self.queue = dist, []
         dist.barrier()
         dist.synchronize()
-        self.start = time.perf_counter()
+        self.start = time.perf_counter() - used
 
     def mark_step(self):
         """Call after a step's work is launched."""
@@ -1530,8 +1572,12 @@ class TrainingClock:
             if len(self.queue) > 1:
                 self.queue.pop(0).synchronize()
 
+    def look(self, *numbers):
+        """[seconds on rank 0, *the largest of every rank's numbers]: what a step has to tell travels at once."""
+        return self.dist.agree((time.perf_counter() - self.start) * (self.dist.rank == 0), *numbers)
+
     def seconds(self):
-        return self.dist.broadcast_float(time.perf_counter() - self.start)
+        return self.look()[0]
 
     @contextlib.contextmanager
     def paused(self):
@@ -1560,6 +1606,7 @@ class Trainer:
         self.optimizers = Optimizers(model, hp, dist)
         self.ema = EMA(model, hp.ema_decay)
         self.forward = compiled(model.forward, hp, dist)
+        self.watched = ["loss"], torch.zeros(1)
 
     def train_step(self, step, progress, looping):
         """Rows of a step -> 0-d tensor, this rank's share of the mean loss in nats; weights and average are updated."""
@@ -1568,6 +1615,9 @@ class Trainer:
             loss = self.forward(*row, looping, self.hp.train_seq_len).mean() / self.hp.micro_steps
             loss.backward()
             total += loss.detach()
+        grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        norms = torch.stack([total, *torch._foreach_norm([*grads.values()])]).to("cpu", non_blocking=True)
+        self.watched = ["loss", *(f"gradient of {name}" for name in grads)], norms
         self.optimizers.step(progress, step)
         self.ema.update(step)
         return total
@@ -1591,22 +1641,31 @@ class Trainer:
         `evaluate()` scores the current weights; it is called every VAL_LOSS_EVERY steps with the clock stopped.
         """
         hp, log, budget = self.hp, self.log, self.hp.training_seconds
-        clock = TrainingClock(self.dist)
-        seconds, step, losses = 0.0, 0, []
-        tokens_at = [(0, 0.0)]  # (step, seconds) when looping changed, for the rates of both states
-        was_looping, step_seconds = loop_is_on(0.0, hp), 0.0
+        first, seconds, losses = safety.load_state(self) if hp.resume else (0, 0.0, [])
+        clock, step, step_seconds = TrainingClock(self.dist, seconds), first, seconds / max(first, 1)
+        tokens_at = [(step, seconds)]  # when looping changed, for the rates of both states
+        looping = was_looping = loop_is_on(self.progress(step, seconds), hp)
         while step < hp.iterations and not (budget and step and seconds + 2 * step_seconds > budget):
-            progress = min(1.0, seconds / budget if budget else step / hp.iterations)
+            progress = self.progress(step, seconds)
             looping = loop_is_on(progress, hp)
             if looping != was_looping:
                 log(f"step:{step} looping:{int(looping)} train_seconds:{seconds:.2f}")
                 tokens_at.append((step, seconds))
                 was_looping = looping
+            watched = self.watched  # of the step before: when this one is marked it has ended, and a look is free
             losses.append(self.train_step(step, progress, looping))
             step += 1
             clock.mark_step()
-            now = clock.seconds()
+            bad = [name for name, norm in zip(watched[0], watched[1].tolist(), strict=True) if not math.isfinite(norm)]
+            now, stop, diverged = clock.look(self.dist.signal, len(bad))
             step_seconds, seconds = now - seconds, now
+            if diverged:
+                self.diverge(step - 1, bad)
+            if safety and (stop or hp.checkpoint_every and step % hp.checkpoint_every == 0):
+                self.check_weights(step)
+                safety.save_state(self, write_atomically, step, seconds, losses)
+            if stop:
+                safety.stop_for(self.dist, int(stop))
             if step <= 5 or step % hp.train_log_every == 0:
                 self.log_step(step, losses[-1], seconds, progress, looping)
             rate = step * hp.train_batch_tokens / seconds
@@ -1614,14 +1673,31 @@ class Trainer:
             if hp.val_loss_every and step % hp.val_loss_every == 0:
                 with clock.paused():
                     evaluate()
-        self.dist.synchronize()
+        self.check_weights(step)
         seconds = clock.seconds()
         if budget and seconds > budget:
             log(f"note: training took {seconds:.2f} s of {budget:.2f}; a step is too long for this budget")
-        progress = min(1.0, seconds / budget if budget else step / hp.iterations)
-        self.log_step(step, losses[-1], seconds, progress, looping)
+        self.log_step(step, losses[-1], seconds, self.progress(step, seconds), looping)
         self.ema.copy_to_model()
-        return self.summary(step, seconds, tokens_at, losses)
+        return self.summary(step, seconds, tokens_at, losses) | ({"resumed_at_step": first} if hp.resume else {})
+
+    def progress(self, step, seconds):
+        """The training fraction, in [0, 1]: of the budget, or of ITERATIONS where there is none."""
+        budget = self.hp.training_seconds
+        return min(1.0, seconds / budget if budget else step / self.hp.iterations)
+
+    def check_weights(self, step):
+        """Waits for the device. Training ends here, on every rank alike, where a weight is not finite."""
+        if bad := [name for name, p in self.model.named_parameters() if not p.isfinite().all()]:
+            self.diverge(step, bad)
+
+    def diverge(self, step, names):
+        """Ends training on every rank with what is not finite after this step; diverged.pt keeps it for a look."""
+        found = [f"{', '.join(names[:3])} (rank {rank})"
+                 for rank, names in enumerate(self.dist.all_gather_object(names)) if names]
+        if safety:
+            safety.save_state(self, write_atomically, step, 0.0, [torch.zeros(())], "diverged.pt")
+        raise SettingError(f"training diverged: after step {step} not finite: {'; '.join(found)}; lower learning rates")
 
     def log_step(self, step, loss, seconds, progress, looping):
         self.last_loss = loss = self.dist.all_reduce(loss.clone()).item()  # the live line must not wait for the GPU
@@ -2824,16 +2900,12 @@ class TestTimeTrainer:
 # ---- MAIN ------------------------------------------------------------------------------------------------------------
 
 def run_folder(hp, dist):
-    """The run's own folder, made by rank 0. Raises SettingError where a finished run would be overwritten."""
-    started = dist.broadcast_float(time.time())
+    """The run's own folder, not made yet. Raises SettingError where a finished run would be overwritten."""
+    started = dist.agree(time.time())[0]
     run_id = hp.run_id or time.strftime("%Y%m%d_%H%M%S", time.localtime(started)) + f"_seed{hp.seed}"
     folder = Path(hp.runs_dir) / run_id
-    taken = (folder / "model.pt").exists() and not (hp.quant_only or hp.ttt_eval_only)
-    if any(dist.all_gather_object(taken)):
+    if dist.rank == 0 and not (hp.quant_only or hp.ttt_eval_only) and (folder / "model.pt").exists():
         raise SettingError(f"{folder} holds a finished training: choose another RUN_ID, or go on with QUANT_ONLY=1")
-    if dist.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
     return folder
 
 def write_code(folder, hp, dist):
@@ -2849,6 +2921,18 @@ def write_code(folder, hp, dist):
     if dist.rank == 0:
         write_atomically(folder / "train_gpt.py", packed)
     return len(packed)
+
+def all_at_once(dist, **checks):
+    """Calls check(found) -> found[its name], for each. Raises one SettingError with all problems of all ranks."""
+    found, problems = {}, []
+    for name, check in checks.items():
+        try:
+            found[name] = check(found)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if problems := [*dict.fromkeys(problem for each in dist.all_gather_object(problems) for problem in each)]:
+        raise SettingError("\n".join(problems))
+    return found
 
 def build_model(hp, dist):
     """A new GPT on the device, with the fastest operations that work there."""
@@ -2874,8 +2958,8 @@ def load_checkpoint(path, model):
     """Loads model.pt into the model. Raises DataError with the path if it is missing or does not fit."""
     try:
         rebank(model, torch.load(path, map_location="cpu", weights_only=True)["weights"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-        raise DataError(f"checkpoint {path}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged file makes torch raise errors of many classes
+        raise DataError(f"checkpoint {path}: {error!r:.300}") from None
 
 def group_bytes(arrays):
     """Arrays of quantize_weights -> {role: bytes}, largest first: the order-0 entropy of codes; "rest": all others."""
@@ -2902,7 +2986,7 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes):
             arrays = quantize_weights(weights, hessians, hp, dist)
         with log.stage("pack"):
             blob = pack_weights(arrays, hp.compressor, log.live) if dist.rank == 0 else b""
-            spare = dist.broadcast_float(hp.target_bytes - code_bytes - len(blob)) if hp.target_bytes else 0
+            spare = dist.agree(hp.target_bytes - code_bytes - len(blob) if dist.rank == 0 else -math.inf)[0]
         if not hp.target_bytes or 0 <= spare <= hp.target_bytes / 2000:
             break
         # a code takes a bit more where its step is half as wide
@@ -2956,45 +3040,64 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
         broken.append("test-time training scored part of the validation documents (TTT_MAX_DOCS)")
     return broken
 
+def train_and_save(trainer, evaluator, path):
+    """Stages warm_up and train, then model.pt. Returns figures for RESULT. A signal waits for the end of a step."""
+    dist, log = trainer.dist, trainer.log
+    with log.stage("warm_up"):
+        trainer.warm_up()
+    dist.deferring = True
+    with log.stage("train"):
+        training = trainer.train(lambda: score_stage("training", evaluator.evaluate_bpb, log, {}))
+    if dist.rank == 0:
+        save_checkpoint(path, trainer.model, trainer.hp)
+        for state in path.parent.glob("state-*.pt"):
+            state.unlink()
+    dist.deferring = False
+    if dist.signal:
+        safety.stop_for(dist, dist.signal)
+    return training
+
 def run(hp, dist):
     """The whole run, one call per stage. Returns the RESULT dictionary."""
-    # ---- everything that can be wrong is found before training
-    tokenizer, tokenizer_path = find_tokenizer(hp)
-    validation = ValidationSet(hp, tokenizer)
-    try_compressor(hp.compressor)
-    folder = run_folder(hp, dist)
-    checkpoint, artifact = folder / "model.pt", Path(hp.artifact_path or folder / "artifact.bin")
-    if hp.ttt_eval_only and not artifact.exists():
-        raise DataError(f"{artifact} does not exist: TTT_EVAL_ONLY needs a finished run's RUN_ID, or ARTIFACT_PATH")
+    # ---- everything that can be wrong is found before training, and told at once
+    found = all_at_once(
+        dist, tokenizer=lambda found: find_tokenizer(hp), compressor=lambda found: try_compressor(hp.compressor),
+        validation=lambda found: ValidationSet(hp, None if hp.caseops_enabled else find_tokenizer(hp)[0]),
+        loader=lambda found: hp.ttt_eval_only or TrainLoader(TokenStream(hp.data_path, "train"), hp, dist),
+        folder=lambda found: run_folder(hp, dist), model=lambda found: build_model(hp, dist),
+        machine=lambda found: safety and safety.check_machine(hp, dist, **found))
+    validation, loader, folder, model = (found[name] for name in ("validation", "loader", "folder", "model"))
+    checkpoint, artifact = hp.checkpoint_path or folder / "model.pt", Path(hp.artifact_path or folder / "artifact.bin")
+    found |= all_at_once(dist, made=lambda found: dist.rank or folder.mkdir(parents=True, exist_ok=True),
+                         lock=lambda found: dist.rank or safety and safety.lock(folder))
     log = RunLog(folder, dist)
     code_bytes = write_code(folder, hp, dist)
-    model = build_model(hp, dist)
     device = torch.cuda.get_device_name() if dist.device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
     about = {"run": folder.name, "seed": hp.seed, "commit": git_commit(), "device": device,
              "world_size": dist.world_size, "torch": torch.__version__, "python": sys.version.split()[0],
              **model.ops.names}
     log(f"settings (* changed):\n{settings_table(hp)}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
     log("\n".join(f"note: {note}" for note in (*model.ops.notes, "the budget starts after the warm-up")))
-    log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} tokenizer:{tokenizer_path} "
-        f"validation {validation.summary} tokens:{len(validation.tokens)} code_bytes:{code_bytes}")
+    log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} "
+        f"tokenizer:{found['tokenizer'][1]} validation {validation.summary} tokens:{len(validation.tokens)} "
+        f"code_bytes:{code_bytes} {found['machine'] or ''}")
 
     # ---- train (or go on from a file)
     evaluator, training, scores, artifact_bytes = Evaluator(model, validation, hp, dist), {}, {}, 0
     if hp.quant_only:
-        load_checkpoint(hp.checkpoint_path or checkpoint, model)
-        loader = TrainLoader(TokenStream(hp.data_path, "train"), hp, dist)
+        all_at_once(dist, weights=lambda found: dist.rank or load_checkpoint(checkpoint, model))
+        for parameter in model.parameters():
+            dist.broadcast(parameter.detach())
     elif not hp.ttt_eval_only:
         trainer = Trainer(model, hp, dist, log)
         loader = trainer.loader
         log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank}")
-        with log.stage("warm_up"):
-            trainer.warm_up()
-        with log.stage("train"):
-            training = trainer.train(lambda: score_stage("training", evaluator.evaluate_bpb, log, {}))
-        if dist.rank == 0:
-            save_checkpoint(checkpoint, model, hp)
-        log(f"checkpoint:{checkpoint} (QUANT_ONLY=1 CHECKPOINT_PATH={checkpoint} goes on from here)")
+        training = train_and_save(trainer, evaluator, checkpoint)
         del trainer
+    if not hp.ttt_eval_only:
+        go_on = safety.command(hp, dist, folder, quant_only=True) if safety else f"CHECKPOINT_PATH={checkpoint}"
+        dist.safe = f"{checkpoint} is whole; QUANT_ONLY=1 goes on from it: {go_on}"
+        log(f"checkpoint:{dist.safe}")
 
     # ---- quantize and pack, then evaluate what was trained
     if not hp.ttt_eval_only:
@@ -3004,10 +3107,10 @@ def run(hp, dist):
 
     # ---- evaluate the file on disk
     if not hp.prequant_only:
-        artifact_bytes = artifact.stat().st_size
-        log(f"artifact_bytes:{artifact_bytes} code_bytes:{code_bytes} total_bytes:{artifact_bytes + code_bytes}")
         with log.stage("unpack"):
             rebuild_model(model, artifact, dist)
+        artifact_bytes = int(dist.agree(artifact.stat().st_size if dist.rank == 0 else 0)[0])
+        log(f"artifact_bytes:{artifact_bytes} code_bytes:{code_bytes} total_bytes:{artifact_bytes + code_bytes}")
         score_stage("quantized", evaluator.evaluate_bpb, log, scores)
         if hp.sliding_window_enabled:
             score_stage("sliding", lambda: evaluator.evaluate_bpb(hp.eval_stride), log, scores)
@@ -3031,11 +3134,18 @@ def main():
         print("No arguments; settings are environment variables, here with their defaults:\n" + settings_table())
         sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
     warnings.filterwarnings("ignore", message="Argument aux_data")  # FlashAttention-4 says so at every compilation
+    dist = None
     try:
         hp = Hyperparameters.from_env()
-        dist = Dist(hp.device)
+        dist = Dist(hp.device, hp.deterministic)
+        safety and safety.catch_signals(dist)
         result = run(hp, dist)
-    except (SettingError, DataError, ArtifactError) as error:
+    except Exception as error:
+        ours = isinstance(error, SettingError | DataError | ArtifactError)
+        if safety and dist:
+            ours = safety.tell_failure(dist, error, ours)
+        if not ours:
+            raise
         sys.exit(f"train_gpt.py cannot run: {error}")
     dist.close()
     if hp.plots and dist.rank == 0 and (painter := Path(__file__).with_name("tools") / "plot_run.py").exists():

@@ -11,10 +11,10 @@ import train_gpt
 from tools import launch
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "THIRD_PARTY_NOTICES.md", "data/README.md", "docs/LOG.md", "docs/RESULT.md", "records/README.md",
-         "tokenizers/README.md"]
+PAGES = ["README.md", "THIRD_PARTY_NOTICES.md", "data/README.md", "docs/LOG.md", "docs/RELIABILITY.md",
+         "docs/RESULT.md", "records/README.md", "tokenizers/README.md"]
 SETTINGS = {name.upper() for name in train_gpt.Hyperparameters.__dataclass_fields__}
-OTHER_VARIABLES = {"TORCH_INDEX_URL", "TORCH", "GOLDEN_DIR", "HF_ENDPOINT", "HF_TOKEN", *launch.OURS}
+OTHER_VARIABLES = {"SOAK", "TORCH_INDEX_URL", "TORCH", "GOLDEN_DIR", "HF_ENDPOINT", "HF_TOKEN", *launch.OURS}
 # what a run, a dataset or a user makes or fetches, so that a checkout does not hold it
 MADE = """log.txt model.pt artifact.bin result.json stderr.txt manifest.json submission.json
     docs_train.jsonl.xz docs_selected.jsonl train.jsonl.xz val.jsonl.xz
@@ -134,7 +134,8 @@ def test_every_key_of_result_is_described(source):
     produced = assigned(source["run"], "about") | assigned(source["run"], "result") | keys_of(source["Trainer.summary"])
     produced |= assigned(source["select_ops"], "trials")  # **ops.names
     assert {"version", "violations", "steps", "attention", "peak_memory_bytes"} <= produced
-    assert described("Keys") == produced | {"group_bytes"}  # run puts it into what Trainer.summary made
+    # run and Trainer.train put these into what Trainer.summary made
+    assert described("Keys") == produced | {"group_bytes", "resumed_at_step"}
 
 
 def test_every_score_and_its_fields_are_described(source):

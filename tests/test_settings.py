@@ -110,7 +110,8 @@ def test_the_environment_sets_every_setting(field):
             changed = max(changed, field.metadata["least"])
         changed += changed == field.default
     more = {"gated_attn_enabled": {"SPARSE_ATTN_GATE_ENABLED": "0"}, "checkpoint_path": {"QUANT_ONLY": "1"},
-            "attn_out_gate_enabled": {"SPARSE_ATTN_GATE_ENABLED": "0"}, "artifact_path": {"TTT_EVAL_ONLY": "1"}}
+            "attn_out_gate_enabled": {"SPARSE_ATTN_GATE_ENABLED": "0"}, "artifact_path": {"TTT_EVAL_ONLY": "1"},
+            "resume": {"RUN_ID": "cut-short"}, "deterministic": {"MAX_WALLCLOCK_SECONDS": "0"}}
     more = more.get(field.name, {})
     text = str(int(changed)) if field.type is bool else str(changed)
     hp = Hyperparameters.from_env({field.name.upper(): text} | more)

@@ -36,7 +36,7 @@ MOMENTS = [100.0, 100.0, 110.0, 110.1, 112.0, 112.0, 114.0, 115.0, 130.0, 140.0]
 
 def run_stages(folder, stream, rank=0):
     """Two stages with a live line and a line of the log in each, at MOMENTS -> the log file."""
-    dist, clock = SimpleNamespace(rank=rank, synchronize=lambda: None), iter(MOMENTS)
+    dist, clock = SimpleNamespace(rank=rank, synchronize=lambda: None, watchdog=None, tell=None), iter(MOMENTS)
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", stream)

@@ -1,0 +1,281 @@
+"""Files and settings that nobody wrote: every reader ends with its value or with an error of ours, never another one.
+
+`make test` tries a sample, the same in every run; `make soak` tries 100,000 inputs, others each time. Artifacts that
+are wrong under digests that are right have a file of their own, test_artifact_fuzz.py.
+"""
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_hp, write_documents
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_artifact import model_arrays
+from test_training import OPS, SMALL
+
+import train_gpt
+from tools import safety
+
+SOAK = os.environ.get("SOAK") == "1"
+OURS = train_gpt.SettingError, train_gpt.DataError, train_gpt.ArtifactError, safety.SafetyError
+torch.set_num_threads(1)
+
+
+def tries(sample, soak):
+    """How many inputs a test takes, in `make test` and in `make soak`."""
+    return settings(
+        max_examples=soak if SOAK else sample,
+        deadline=None,
+        database=None,
+        derandomize=not SOAK,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+# a file is damaged: bytes change, an end is cut off or sewn on, or a stretch moves
+CHANGES = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=6)
+DAMAGE = st.tuples(CHANGES, st.floats(0, 1), st.binary(max_size=12), st.booleans())
+
+
+def damaged(data, damage):
+    changes, share, more, cut = damage
+    data = bytearray(data)
+    for place, mask in changes:
+        data[int(place * len(data))] ^= mask
+    at = int(share * len(data))
+    return bytes(data[:at] + more if cut else data[:at] + more + data[at:])
+
+
+def only_ours(read, *arguments):
+    """Whatever comes out is a value, or an error of ours with a message."""
+    try:
+        read(*arguments)
+    except OURS as error:
+        assert str(error)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.fixture(scope="module")
+def trainer(place):
+    """A trainer of a tiny model, its model.pt, and a training state."""
+    write_documents(place, "train", [40] * 30)
+    hp = tiny_hp(data_path=str(place), resume=True, run_id="x", **SMALL)
+
+    class Log(list):
+        folder = place
+
+        def __call__(self, line):
+            pass
+
+    found = train_gpt.Trainer(train_gpt.GPT(hp, OPS, torch.float32), hp, train_gpt.Dist("cpu"), Log())
+    found.train_step(0, 0.0, False)
+    train_gpt.save_checkpoint(place / "model.pt", found.model, hp)
+    safety.save_state(found, train_gpt.write_atomically, 1, 0.5, [torch.tensor(1.0)])
+    return found
+
+
+# ---- files
+
+
+ARTIFACT = train_gpt.pack_weights(model_arrays(), "entropy")
+
+
+@given(DAMAGE)
+@tries(300, 15_000)
+def test_artifacts(damage):
+    only_ours(train_gpt.unpack_weights, damaged(ARTIFACT, damage))
+
+
+@given(st.binary(max_size=60))
+@tries(200, 5_000)
+def test_artifacts_of_any_bytes(data):
+    only_ours(train_gpt.unpack_weights, train_gpt.MAGIC + data)
+
+
+def test_checkpoints(place, trainer):
+    data, path = (place / "model.pt").read_bytes(), place / "damaged.pt"
+
+    @given(DAMAGE)
+    @tries(100, 8_000)
+    def read(damage):
+        path.write_bytes(damaged(data, damage))
+        only_ours(train_gpt.load_checkpoint, path, trainer.model)
+
+    read()
+
+
+def test_training_states_under_a_digest_that_is_right(place, trainer):
+    path, sealed = place / "state-00000002.pt", next(place.glob("state-00000001.pt")).read_bytes()[32:]
+
+    @given(DAMAGE)
+    @tries(100, 8_000)
+    def read(damage):
+        data = damaged(sealed, damage)
+        path.write_bytes(hashlib.sha256(data).digest() + data)
+        only_ours(safety.load_state, trainer)
+
+    read()
+
+
+TREES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.builds(lambda n: torch.zeros(n), st.integers(0, 3)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+PARTS = ["step", "seconds", "losses", "weights", "average", "momentum", "adamw", "rng"]
+
+
+def test_training_states_of_other_content(place, trainer):
+    path, sealed = place / "state-00000002.pt", next(place.glob("state-00000001.pt")).read_bytes()[32:]
+    state = torch.load(io.BytesIO(sealed), weights_only=True)
+
+    @given(st.sampled_from(PARTS), TREES)
+    @tries(100, 8_000)
+    def read(part, tree):
+        torch.save(state | {part: tree}, buffer := io.BytesIO())
+        path.write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
+        only_ours(safety.load_state, trainer)
+
+    read()
+
+
+def test_shards(place):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, 40
+    data, path = header.tobytes() + np.arange(40, dtype="<u2").tobytes(), place / "shard.bin"
+
+    @given(DAMAGE, st.lists(st.tuples(st.integers(0, 3), st.integers(-(2**31), 2**31 - 1)), max_size=2))
+    @tries(400, 25_000)
+    def read(damage, words):
+        changed = np.frombuffer(data, "<i4", 256).copy()
+        for position, value in words:
+            changed[position] = value
+        path.write_bytes(damaged(changed.tobytes() + data[1024:], damage))
+        only_ours(train_gpt.load_data_shard, path)
+
+    read()
+
+
+LEAVES = st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.text(max_size=5)
+JSON = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def test_manifests(place, tmp_path):
+    write_documents(tmp_path, "train", [40] * 5)
+    write_documents(tmp_path, "val", [20] * 3)
+    files = {
+        path.name: {
+            "values": len(train_gpt.load_data_shard(path)),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in tmp_path.glob("*.bin")
+    }
+    whole = {
+        "format": "caseops_shards",
+        "files": files,
+        "splits": {"val": {"documents": 3, "tokens": 63}},
+        "leaked_documents": 0,
+        "tokenizer": {"sha256": "0" * 64},
+    }
+    hp, path = (
+        tiny_hp(data_path=str(tmp_path), tokenizer_path=str(Path(__file__).parents[1] / "LICENSE")),
+        tmp_path / "manifest.json",
+    )
+
+    def paths_into(tree, at=()):
+        yield at
+        for key in tree if isinstance(tree, dict) else ():
+            yield from paths_into(tree[key], (*at, key))
+
+    def read():
+        only_ours(train_gpt.check_manifest, hp, {"documents": 3, "tokens": 63})
+        only_ours(train_gpt.find_tokenizer, hp)
+
+    @given(st.sampled_from(list(paths_into(whole))), JSON, st.booleans())
+    @tries(200, 12_000)
+    def of_another_shape(at, value, gone):
+        tree = json.loads(json.dumps(whole))
+        node = tree
+        for key in at[:-1]:
+            node = node[key]
+        if not at:
+            tree = value
+        elif gone:
+            del node[at[-1]]
+        else:
+            node[at[-1]] = value
+        path.write_text(json.dumps(tree))
+        read()
+
+    @given(DAMAGE)
+    @tries(100, 6_000)
+    def damaged_ones(damage):
+        path.write_bytes(damaged(json.dumps(whole).encode(), damage))
+        read()
+
+    of_another_shape()
+    damaged_ones()
+    path.write_text("[" * 100_000)
+    read()
+
+
+def test_tokenizers(place):
+    pytest.importorskip("sentencepiece")
+    data = (Path(__file__).parents[1] / "tokenizers" / "caseops_8192.model").read_bytes()
+    path = place / "damaged.model"
+    hp = tiny_hp(data_path=str(place), tokenizer_path=str(path), vocab_size=8192, caseops_enabled=False)
+
+    def read():
+        train_gpt.piece_byte_tables(train_gpt.find_tokenizer(hp)[0])
+
+    @given(DAMAGE)
+    @tries(20, 1_000)
+    def damaged_ones(damage):
+        path.write_bytes(damaged(data, damage))
+        only_ours(read)
+
+    @given(st.binary(max_size=200))
+    @tries(50, 4_000)
+    def of_any_bytes(content):
+        path.write_bytes(content)
+        only_ours(read)
+
+    damaged_ones()
+    of_any_bytes()
+
+
+# ---- settings
+
+
+NAMES = [name.upper() for name in train_gpt.Hyperparameters.__dataclass_fields__]
+TEXTS = (
+    st.text(max_size=12)
+    | st.integers().map(str)
+    | st.floats().map(str)
+    | st.sampled_from(["", "0", "1", "-1", "auto", "../x"])
+)
+
+
+@given(st.dictionaries(st.sampled_from(NAMES) | st.text("ABCDEFGT_", min_size=1, max_size=16), TEXTS, max_size=4))
+@tries(200, 9_000)
+def test_settings(environ):
+    only_ours(train_gpt.Hyperparameters.from_env, environ)

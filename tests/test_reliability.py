@@ -1,0 +1,662 @@
+"""Faults injected into runs, and what is promised of each (docs/RELIABILITY.md). SOAK=1, as in `make soak`: all.
+
+`make test` takes a sample, another one in each run; a failure shows which.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import faults
+import pytest
+import torch
+from conftest import Lines, tiny_hp
+from test_optimizer import run_on_ranks
+from test_training import OPS, SMALL, equal_states, everything
+
+import train_gpt
+from tools import safety
+from train_gpt import SettingError
+
+pytest.importorskip("brotli")
+pytest.importorskip("sentencepiece")
+torch.set_num_threads(1)
+SOAK = os.environ.get("SOAK") == "1"
+SEED = random.randrange(2**32)
+soak = pytest.mark.skipif(not SOAK, reason="make soak")
+
+
+class FolderLog(Lines):
+    """Stands in for RunLog, with a folder."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = Path(folder)
+
+
+def trainer_of(data, folder, dist=None, **changes):
+    hp = tiny_hp(data_path=str(data), **SMALL | {"iterations": 8} | changes)
+    return train_gpt.Trainer(
+        train_gpt.GPT(hp, OPS, torch.float32), hp, dist or train_gpt.Dist("cpu"), FolderLog(folder)
+    )
+
+
+class Cut(Exception):
+    """The end of a process, as far as these trainers know."""
+
+
+def train(trainer, cut=None):
+    """-> losses of the steps, and figures; with `cut`, training breaks off before that step, as by a kill."""
+    step, losses = trainer.train_step, []
+
+    def watched(number, progress, looping):
+        if number == cut:
+            raise Cut
+        losses.append((number, step(number, progress, looping).item()))
+        return torch.tensor(losses[-1][1])
+
+    trainer.train_step = watched
+    try:
+        return losses, trainer.train(None)
+    except Cut:
+        return losses, None
+
+
+# ---- training states
+
+
+@pytest.mark.parametrize("changes", [{}, {"data_seed": 3, "grad_clip_norm": 0.0}, {"muon_dtype": "bfloat16"}])
+def test_training_goes_on_bit_for_bit_from_a_state(tiny_data, tmp_path, changes):
+    """Losses, weights, average, momenta and the schedule, whatever the step at which training was cut."""
+    (tmp_path / "whole").mkdir()
+    whole = trainer_of(tiny_data, tmp_path / "whole", **changes)
+    losses, figures = train(whole)
+    cut = random.Random(SEED).randrange(3, 8)
+    first = trainer_of(tiny_data, tmp_path, checkpoint_every=2, **changes)
+    train(first, cut)
+    states = sorted(path.name for path in tmp_path.glob("state-*"))
+    last = cut - cut % 2
+    assert states == [f"state-{step:08d}.pt" for step in (last - 2, last) if step], f"cut {cut}"
+    torch.rand(5)  # the state of the random numbers is restored as well
+    again = trainer_of(tiny_data, tmp_path, resume=True, run_id="x", **changes)
+    went_on, same = train(again)
+    assert went_on == losses[last:] and same["resumed_at_step"] == last
+    assert same["train_loss"] == figures["train_loss"] and same["steps"] == figures["steps"]
+    assert equal_states(everything(again), everything(whole))
+    assert same["training_seconds"] > 0 and again.log[0].startswith(f"step:{last} resumed:state-")
+
+
+def flip_a_bit(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    "tear", [lambda data: data[: len(data) // 2], lambda data: b"", flip_a_bit, lambda data: data[:20]]
+)
+def test_a_torn_state_is_passed_over(tiny_data, tmp_path, tear):
+    train(trainer_of(tiny_data, tmp_path, checkpoint_every=2), 7)
+    older, newest = sorted(tmp_path.glob("state-*"))
+    newest.write_bytes(tear(newest.read_bytes()))
+    again = trainer_of(tiny_data, tmp_path, resume=True, run_id="x")
+    step, seconds, losses = safety.load_state(again)
+    assert step == 4 and seconds > 0 and len(losses) == 4
+    older.write_bytes(tear(older.read_bytes()))
+    with pytest.raises(ValueError, match="no whole training state"):
+        safety.load_state(again)
+
+
+def sealed(value):
+    torch.save(value, buffer := io.BytesIO())
+    return hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
+
+
+@pytest.mark.parametrize("forged", [{}, {"weights": {}}, [1, 2], {"step": SimpleNamespace()}, "text", torch.zeros(3)])
+def test_a_forged_state_is_refused_and_runs_no_code(tiny_data, tmp_path, forged):
+    (tmp_path / "state-00000009.pt").write_bytes(sealed(forged))
+    with pytest.raises(ValueError, match="does not fit these settings"):
+        safety.load_state(trainer_of(tiny_data, tmp_path, resume=True, run_id="x"))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/evil-state",)
+
+
+def test_a_state_with_code_in_it_is_refused(tiny_data, tmp_path):
+    (tmp_path / "state-00000009.pt").write_bytes(sealed({"weights": Evil()}))
+    with pytest.raises(ValueError, match="does not fit"):
+        safety.load_state(trainer_of(tiny_data, tmp_path, resume=True, run_id="x"))
+    assert not Path("/tmp/evil-state").exists()
+
+
+def test_a_disk_that_is_full_ends_no_training(tiny_data, tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_gpt, "write_atomically", full)
+    trainer = trainer_of(tiny_data, tmp_path, checkpoint_every=3)
+    assert train(trainer)[1]["steps"] == 8
+    assert sum("could not be written" in line for line in trainer.log) == 2
+
+
+@pytest.mark.parametrize("kind", ["fsync", "replace"])
+def test_a_file_is_whole_or_absent_and_nothing_is_left(tmp_path, monkeypatch, kind):
+    train_gpt.write_atomically(tmp_path / "file", b"old")
+
+    def broken(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(train_gpt.os, kind, broken)
+        train_gpt.write_atomically(tmp_path / "file", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_bytes() == b"old"
+
+
+def two_ranks_in_two_parts(dist, data, folder):
+    whole = trainer_of(data, folder, dist)
+    losses, _ = train(whole)
+    train(trainer_of(data, folder, dist, checkpoint_every=4), 6)
+    again = trainer_of(data, folder, dist, resume=True, run_id="x")
+    went_on, _ = train(again)
+    return went_on == losses[4:], equal_states(everything(again), everything(whole)), everything(whole)
+
+
+def test_two_ranks_go_on_bit_for_bit_and_so_can_one(tiny_data, tmp_path):
+    first, second = run_on_ranks(two_ranks_in_two_parts, 2, tmp_path, str(tiny_data), str(tmp_path))
+    assert first[:2] == second[:2] == (True, True)
+    alone = trainer_of(tiny_data, tmp_path, resume=True, run_id="x")
+    train(alone)
+    for name, tensor in everything(alone).items():
+        if not name.startswith("momentum"):  # each rank had its own slices
+            torch.testing.assert_close(tensor, first[2][name], rtol=2e-3, atol=2e-4)
+
+
+# ---- numbers that are not finite
+
+
+def poison(trainer, step, what):
+    """A weight, or a single gradient, becomes NaN or inf in a step of training."""
+    train_step = trainer.train_step
+
+    def poisoned(number, progress, looping):
+        if number == step and what == "weight":
+            with torch.no_grad():
+                trainer.model.attn_scale[1, 3] = math.nan
+        if number == step and what == "gradient":
+            trainer.model.mlp_up_bank.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), math.inf))
+        return train_step(number, progress, looping)
+
+    trainer.train_step = poisoned
+
+
+@pytest.mark.parametrize("what, named", [("weight", "loss"), ("gradient", "gradient of mlp_up_bank")])
+@pytest.mark.parametrize("step", [0, 4, 6, 7])
+def test_what_is_not_finite_ends_training_within_two_steps(tiny_data, tmp_path, what, named, step):
+    trainer = trainer_of(tiny_data, tmp_path, checkpoint_every=1)
+    poison(trainer, step, what)
+    with pytest.raises(SettingError, match=f"training diverged: after step {step + 1} not finite: ") as error:
+        trainer.train(None)
+    assert step == 7 or named in str(error.value) or "bank" in str(error.value)
+    states = sorted(path.name for path in tmp_path.iterdir())
+    assert states == ["diverged.pt", *(f"state-{number:08d}.pt" for number in (step - 1, step) if number > 0)]
+    again = trainer_of(tiny_data, tmp_path, resume=True, run_id="x")
+    if step:  # the states that are kept are good ones
+        assert safety.load_state(again)[0] == step and all(p.isfinite().all() for p in again.model.parameters())
+
+
+@pytest.mark.parametrize("step", [2, 6])
+def test_divergence_is_named_without_states_too(tiny_data, tmp_path, step):
+    trainer = trainer_of(tiny_data, tmp_path)
+    poison(trainer, step, "gradient")
+    with pytest.raises(SettingError, match=f"after step {step + 1} not finite: gradient of mlp_up_bank .rank 0."):
+        trainer.train(None)
+
+
+# ---- the watchdog's judgement
+
+
+def judged(told, silent=(0, 0), idle=(0, 0), failing=0):
+    watchdog = safety.Watchdog.__new__(safety.Watchdog)
+    return safety.Watchdog.judge(watchdog, told, list(silent), list(idle), failing)
+
+
+def test_the_watchdog_names_the_dead_the_stalled_and_the_first_to_fail():
+    a, b = [1.0, 5, 10, "train", None], [1.0, 5, 11, "pack", None]
+    failed_second, failed_first = [1.0, 5, 10, "train", [2, "lost its peer"]], [1.0, 5, 11, "pack", [1, "no room"]]
+    assert judged([a, b]) == judged([a, b], idle=(30, 90), silent=(14, 14)) == ""
+    assert judged([a, b], silent=(0, 15)) == "rank 1 died or hangs in stage pack"
+    assert judged([a, b], idle=(40, 90)) == "rank 0 stalls in stage train, the others wait for it"
+    assert judged([a, [1.0, 5, 10, "train", None]], idle=(90, 90)) == ""  # all wait in one place: for the network
+    assert judged([failed_second, failed_first], failing=4) == ""
+    assert judged([failed_second, failed_first], failing=5) == "rank 1 failed in stage pack: no room"
+    assert judged([failed_second, b], silent=(0, 3), failing=4) == "rank 1 died or hangs in stage pack"
+
+
+def test_a_rank_that_works_alone_is_not_taken_for_stalled():
+    """Packing keeps rank 0 for a minute: threads, and programs such as lrzip, count as work."""
+    before = safety.cpu_ticks()
+    child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    time.sleep(1.0)
+    grown = safety.cpu_ticks() - before
+    child.kill()
+    child.wait()
+    assert grown >= 5 * safety.Watchdog.IDLE_TICKS or os.getloadavg()[0] > 2 * os.cpu_count()
+
+
+# ---- before the clock starts
+
+
+def machine(tmp_path, folder="runs/run", **changes):
+    hp = tiny_hp(**changes)
+    model = train_gpt.GPT(hp, OPS, torch.float32)
+    return safety.check_machine(hp, train_gpt.Dist("cpu"), folder=tmp_path / folder, model=model)
+
+
+def test_a_machine_that_will_do_is_described(tmp_path):
+    assert re.fullmatch(r"projected_artifact_bytes:\d+ disk_free_gb:[\d.]+", machine(tmp_path))
+
+
+def test_all_problems_are_in_one_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(safety.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
+    monkeypatch.setattr(safety.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(safety.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError) as error:
+        machine(tmp_path, resume=True, run_id="run")
+    words = ["not installed: brotli python-minifier", "cannot be written to", "GB free", "no whole training state"]
+    assert [word for word, line in zip(words, str(error.value).splitlines(), strict=True) if word not in line] == []
+
+
+def test_a_run_names_every_problem_of_every_check(tmp_path, monkeypatch, dist):
+    faults.make_data(tmp_path / "data")
+    (tmp_path / "data" / "fineweb_train_000000.bin").unlink()
+    (tmp_path / "data" / "fineweb_val_bytes_000000.bin").unlink()
+    environ = faults.SETTINGS | {"DATA_PATH": str(tmp_path / "data"), "RUNS_DIR": str(tmp_path), "RUN_ID": "taken"}
+    environ |= {"COMPRESSOR": "zip", "TOKENIZER_PATH": "/nowhere.model", "ATTENTION_BACKEND": "fa3"}
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "model.pt").write_bytes(b"")
+    with pytest.raises(SettingError) as error:
+        train_gpt.run(train_gpt.Hyperparameters.from_env(environ), dist)
+    lines = str(error.value).splitlines()
+    words = ["/nowhere.model", "COMPRESSOR=zip", "val_bytes", "no fineweb_train", "finished training", "fa3"]
+    assert len(lines) == 6 and [word for word, line in zip(words, lines, strict=True) if word not in line] == []
+
+
+@pytest.mark.parametrize("changes", [{}, {"matrix_bits": 5, "embed_bits": 8, "mlp_clip_sigmas": 9.0}])
+def test_the_projected_size_is_that_of_gaussian_weights(changes, dist, monkeypatch):
+    hp = tiny_hp(
+        model_dim=128, num_heads=4, num_kv_heads=2, vocab_size=1024, compressor="entropy", lqer_enabled=False, **changes
+    )
+    model = train_gpt.GPT(hp, OPS, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02, generator=generator)
+    weights = {name: tensor.detach() for name, tensor in train_gpt.unbank(model).items()}
+    identity = {name: torch.eye(w.shape[1]) for name, w in weights.items() if train_gpt.quant_role(name)}
+    size = len(train_gpt.pack_weights(train_gpt.quantize_weights(weights, identity, hp, dist), "entropy"))
+    assert safety.projected_bytes(model, hp) == pytest.approx(size, rel=0.03)
+
+
+# ---- folders
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    (tmp_path / ".model.pt.77.tmp").write_bytes(b"half of a file, by a run that was killed")
+    held = safety.lock(tmp_path)
+    assert not list(tmp_path.glob(".*.tmp"))
+    with pytest.raises(ValueError, match="in use by another run: choose another RUN_ID"):
+        safety.lock(tmp_path)
+    held.close()
+    safety.lock(tmp_path).close()
+
+
+def test_a_folder_of_a_run_that_did_not_end_is_not_used_again(tmp_path):
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "log.txt").write_text("step:3")
+    with pytest.raises(ValueError, match="holds a run that did not end: choose another RUN_ID, or go on with RESUME=1"):
+        machine(tmp_path)
+    train_gpt.write_atomically(tmp_path / "runs" / "run" / "state-00000001.pt", sealed({}))
+    assert machine(tmp_path, resume=True, run_id="run")
+    with pytest.raises(ValueError, match="model.pt does not exist"):
+        machine(tmp_path, quant_only=True)
+
+
+# ---- whole runs in processes of their own
+
+
+@pytest.fixture(scope="module")
+def forker():
+    found = faults.Forker()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def world(tmp_path):
+    faults.make_data(tmp_path / "data")
+    return tmp_path
+
+
+def output(folder):
+    return (folder / "out").read_text(errors="replace")
+
+
+def seconds_since_the_fault(folder):
+    return time.time() - float((folder / "fault").read_text().split()[0])
+
+
+UNLIKE = {"training_seconds", "tokens_per_second_by_loop_state", "seconds", "commit", "resumed_at_step", "run"}
+
+
+def comparable(folder, run="run"):
+    """RESULT without times, dates and paths."""
+    result = json.loads((folder / "runs" / run / "result.json").read_text())
+    return {key: value for key, value in result.items() if key not in UNLIKE}
+
+
+def tidy(folder, process):
+    """No process of the run is left, and no file but those that a run makes."""
+    assert faults.members(process.pid) == []
+    files = {path.name for path in (folder / "runs").glob("*/*")} | {
+        path.name for path in (folder / "runs").glob("*/.*")
+    }
+    known = {"log.txt", "model.pt", "artifact.bin", "train_gpt.py", "result.json", "diverged.pt"}
+    assert {name for name in files if not re.fullmatch(r"state-\d{8}\.pt", name)} <= known
+
+
+def commands(text, mode):
+    """The commands that messages gave to go on with."""
+    return re.findall(rf"{mode}=1 goes on from it: (.*)$", text, re.MULTILINE)
+
+
+def go_on_in_a_fork(folder, command, forker):
+    """Runs a command that a message gave: its settings and its number of ranks, but in a fork -> exit code."""
+    words = shlex.split(command)
+    given = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_0-9]+=", word))
+    ranks = next((int(word.split("=")[1]) for word in words if word.startswith("--nproc_per_node=")), 1)
+    assert words[-1] == str(Path(faults.__file__).resolve())
+    environ = {name: value for name, value in faults.environment(folder).items() if name not in faults.SETTINGS}
+    pid = forker.ask(environ=environ | {"OMP_NUM_THREADS": "1"} | given, out=str(folder / "out"), ranks=ranks)
+    return faults.end(faults.Fork(forker, pid))
+
+
+def go_on(folder, command):
+    """Runs a command that a message gave, as it stands, in a shell -> exit code."""
+    environ = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
+    environ |= {"PATH": f"{Path(sys.executable).parent}:{environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    with open(folder / "out", "ab") as out:
+        return subprocess.run(["sh", "-c", command], env=environ, stdout=out, stderr=out, timeout=240).returncode
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, forker):
+    """An uninterrupted run on one rank, DETERMINISTIC=1."""
+    folder = tmp_path_factory.mktemp("base")
+    faults.make_data(folder / "data")
+    assert faults.end(forker.start(folder, DETERMINISTIC="1")) == 0, output(folder)
+    return folder
+
+
+def test_killed_at_a_random_step_then_out_of_disk_a_run_ends_with_the_same_bits(base, world, forker):
+    """kill -9 and RESUME=1, a full disk while packing and the command that the message gave: as if nothing had been."""
+    step = random.Random(SEED).randrange(1, 8)
+    process = forker.start(world, fault=f"kill train 0 {step}", CHECKPOINT_EVERY="1", DETERMINISTIC="1")
+    assert faults.end(process) == -signal.SIGKILL
+    tidy_after(world, process, "kill")
+    process = forker.start(world, fault="full pack 0", RESUME="1", DETERMINISTIC="1")
+    assert faults.end(process) == 1
+    assert f"step:{step} resumed:state-{step:08d}.pt" in output(world)
+    assert "failed in stage pack: OSError: [Errno 28] No space left on device. " in output(world)
+    assert go_on_in_a_fork(world, commands(output(world), "QUANT_ONLY")[-1], forker) == 0, output(world)[-3000:]
+    assert comparable(world)["scores"] == comparable(base)["scores"]
+    assert loss_lines(world) == loss_lines(base)
+    assert (world / "runs/run/artifact.bin").read_bytes() == (base / "runs/run/artifact.bin").read_bytes()
+    weights = [torch.load(f / "runs/run/model.pt", weights_only=True)["weights"] for f in (world, base)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    tidy(world, process)
+    assert not list((world / "runs/run").glob("state-*"))
+
+
+def loss_lines(folder):
+    """{step: its loss as logged}, a step that was done again as often as it was."""
+    log = (folder / "runs/run/log.txt").read_text()
+    return sorted(set(re.findall(r"^step:(\d+) train_loss:(\S+)", log, re.MULTILINE)))
+
+
+def wait_for(folder, words, seconds=90):
+    limit = time.time() + seconds
+    while words not in (output(folder) if (folder / "out").exists() else ""):
+        assert time.time() < limit, output(folder)[-3000:]
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "name, ranks",
+    [
+        ("SIGTERM", 1),
+        pytest.param("SIGINT", 2, marks=soak),
+        pytest.param("SIGINT", 1, marks=soak),
+        pytest.param("SIGTERM", 2, marks=soak),
+    ],
+)
+def test_a_signal_saves_a_state_and_the_message_goes_on(world, forker, name, ranks):
+    process = (faults if ranks > 1 else forker).start(world, ranks, None, ITERATIONS="100000")
+    wait_for(world, "step:12 ")
+    os.kill(process.pid, number := getattr(signal, name))
+    code = faults.end(process, 60)
+    assert code == (128 + number if ranks == 1 else 1)  # torchrun makes 1 of whatever its processes end with
+    (line,) = [line for line in output(world).splitlines() if line.startswith("stopped by")]
+    assert line.startswith(f"stopped by {name} in stage train. ") and line in (world / "runs/run/log.txt").read_text()
+    assert "Traceback" not in output(world) or ranks == 2
+    tidy(world, process)
+    (state,) = (world / "runs" / "run").glob("state-*.pt")
+    (command,) = commands(line, "RESUME")
+    saved = int(state.stem.removeprefix("state-"))
+    command = command.replace("ITERATIONS=100000", f"ITERATIONS={saved + 2}")
+    assert go_on(world, command) == 0, output(world)[-3000:]
+    assert f"step:{saved} resumed:" in output(world) and f"step:{saved + 2} " in output(world)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=soak)])
+def test_a_second_signal_ends_a_step_that_does_not_end(world, forker, name):
+    process = forker.start(world, fault="stall train 0 3")
+    wait_for(world, "step:3 ")
+    number = getattr(signal, name)
+    time.sleep(0.5)
+    os.kill(process.pid, number)
+    time.sleep(1.0)
+    assert process.poll() is None  # a step may take its time
+    os.kill(process.pid, number)
+    assert faults.end(process, 10) == -number
+    tidy(world, process)
+
+
+@soak
+@pytest.mark.parametrize("place", ["warm_up", "hessians", "pack", "eval", "ttt"])
+def test_a_signal_outside_training_ends_at_once(world, forker, place):
+    process = forker.start(world, fault=f"int {place} 0")
+    assert faults.end(process, 60) == 130
+    (line,) = [line for line in output(world).splitlines() if line.startswith("stopped by")]
+    assert ("QUANT_ONLY=1 goes on" in line) == (place != "warm_up")
+    tidy(world, process)
+
+
+def check_rank_fault(folder, starter, kind, place, rank):
+    """The promise of a rank's fault -> seconds from the fault to the end of all."""
+    process = starter.start(folder, 2, f"{kind} {place} {rank}")
+    code = faults.end(process, 150)
+    seconds = seconds_since_the_fault(folder)
+    text = output(folder)
+    assert code not in (0, None), f"exit code {code}: {text[-3000:]}"
+    assert seconds < 60, f"{kind} {place} {rank} took {seconds:.0f} s: {text[-3000:]}"
+    verdicts = [line for line in text.splitlines() if re.match(r"(rank \d+|torchrun) (died|stalls|failed)", line)]
+    words = {"kill": "died", "exit": "died", "freeze": "died", "stall": "stalls"}.get(kind, "failed")
+    assert verdicts and all(line.startswith(f"rank {rank} {words}") for line in verdicts), text[-3000:]
+    stage = {"save": "train", "eval": "eval_prequant", "adapt": "eval_ttt", "ttt": "eval_ttt"}.get(place, place)
+    assert f"in stage {stage}" in verdicts[0], verdicts[0]
+    if place not in ("start", "warm_up", "train", "save"):  # from the weights that are safe
+        assert commands(text, "QUANT_ONLY") and (folder / "runs/run/model.pt").exists()
+    tidy(folder, process)
+    return seconds
+
+
+RANK_FAULTS = [(kind, place) for kind in ("kill", "raise", "exit", "freeze", "stall") for place in faults.PLACES]
+QUICK = [fault for fault in RANK_FAULTS if fault[0] in ("kill", "raise", "exit")]
+
+
+def rank_for(place):
+    return 0 if place in faults.ON_RANK_0_ONLY else random.Random(f"{SEED}{place}").randrange(2)
+
+
+@pytest.mark.parametrize("fault", RANK_FAULTS if SOAK else [None], ids=lambda fault: "-".join(fault or ("sample",)))
+def test_a_rank_that_dies_raises_or_stalls_ends_all(world, forker, fault):
+    """Without torchrun, which would help."""
+    kind, place = fault or random.Random(SEED).choice(QUICK)
+    rank = rank_for(place)
+    print(f"{kind} {place} rank {rank}: {check_rank_fault(world, forker, kind, place, rank):.1f} s")
+
+
+@soak
+@pytest.mark.parametrize("kind, place", [("kill", "train"), ("raise", "pack"), ("exit", "ttt"), ("freeze", "hessians"),
+                                         ("stall", "eval"), ("kill", "start")])
+def test_a_rank_fault_under_torchrun_ends_all(world, kind, place):
+    rank = rank_for(place)
+    print(f"torchrun: {kind} {place} rank {rank}: {check_rank_fault(world, faults, kind, place, rank):.1f} s")
+
+
+@soak
+def test_workers_end_when_torchrun_is_killed(world):
+    process = faults.start(world, 2, ITERATIONS="100000")
+    wait_for(world, "step:12 ")
+    workers = [pid for pid in faults.members(process.pid) if pid != process.pid]
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    limit = time.time() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.time() < limit:
+        time.sleep(0.2)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert "torchrun died or hangs, last heard of in stage train" in output(world)
+
+
+def in_a_mount(folder, options):
+    """Command prefix: a file system of its own over <folder>/runs, in name spaces of their own; None if not allowed."""
+    script = f'mount -t tmpfs -o {options} none {folder}/runs && exec "$@"'
+    prefix = ["unshare", "-rm", "sh", "-c", script, "sh"]
+    allowed = shutil.which("unshare") and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
+    return prefix if allowed else None
+
+
+@soak
+@pytest.mark.parametrize("options, words", [("ro", "cannot be written to"), ("size=9m", "GB free, this run may write")])
+def test_a_disk_that_will_not_do_is_refused_before_training(world, options, words):
+    (world / "runs").mkdir()
+    if (prefix := in_a_mount(world, options)) is None:
+        pytest.skip("no name spaces here")
+    assert faults.end(faults.start(world, launcher=prefix)) == 1
+    assert words in output(world) and "step:" not in output(world)
+
+
+@soak
+def test_two_hosts_run_the_whole_pipeline(base, world):
+    """Two agents of torchrun, each with a folder of its own, in network name spaces of their own where allowed."""
+    (world / "far").mkdir()
+    shutil.copytree(world / "data", world / "far" / "data")
+    script = Path(__file__).with_name("two_hosts.sh")
+    done = subprocess.run(["unshare", "-rn", "true"], capture_output=True) if shutil.which("unshare") else None
+    prefix = ["unshare", "-rnm"] if done and done.returncode == 0 and shutil.which("ip") else []
+    environ = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
+    environ |= faults.SETTINGS | {"RUN_ID": "run", "PYTHON": sys.executable, "DETERMINISTIC": "1"}
+    command = [*prefix, "sh", str(script), str(world), str(world / "far"), "netns" if prefix else "localhost"]
+    with open(world / "out", "ab") as out:
+        assert subprocess.run(command, env=environ, stdout=out, stderr=out, timeout=200).returncode == 0, output(world)[
+            -4000:
+        ]
+    found, alone = comparable(world), comparable(base)
+    print("two hosts:", command[-1])
+    assert found["world_size"] == 2 and not (world / "far" / "runs").exists()
+    assert found["train_loss"] == pytest.approx(alone["train_loss"], abs=2e-3)
+    assert found["scores"]["ttt"]["tokens"] == alone["scores"]["ttt"]["tokens"]
+
+
+@soak
+def test_two_deterministic_runs_are_equal(base, world):
+    assert faults.end(faults.start(world, DETERMINISTIC="1")) == 0
+    assert comparable(world) == comparable(base)
+    assert (world / "runs/run/artifact.bin").read_bytes() == (base / "runs/run/artifact.bin").read_bytes()
+
+
+# ---- the soak: runs in a row, each with a fault by chance
+
+
+@soak
+def test_fifty_runs_with_a_fault_each(base, tmp_path, forker):
+    """Nothing promised is lost, no process and no file is left, whatever the fault; each run is brought to its end.
+
+    States are written at every step: at most the step that was cut is done again, and the end is bit for bit that of
+    the run that met no fault, on one rank; on two, its counts.
+    """
+    chance, worst, tally = random.Random(SEED), 0.0, {}
+    print(f"\nseed {SEED}")
+    for number in range(int(os.environ.get("SOAK_RUNS", 50))):
+        folder = tmp_path / str(number)
+        faults.make_data(folder / "data")
+        ranks, place = chance.choice([1, 1, 2]), chance.choice(list(faults.PLACES))
+        kind = chance.choice(["kill", "raise", "exit", "term", "full"] + ["stall", "freeze"] * (ranks > 1))
+        rank = 0 if place in faults.ON_RANK_0_ONLY else chance.randrange(ranks)
+        fault = f"{kind} {place} {rank} {chance.randrange(1, 8)}"
+        process = forker.start(folder, ranks, fault, CHECKPOINT_EVERY="1", DETERMINISTIC="1")
+        code, seconds = faults.end(process, 150), seconds_since_the_fault(folder)
+        assert code not in (0, None) and seconds < 60, (fault, ranks, code, seconds, output(folder)[-3000:])
+        tidy_after(folder, process, fault)
+        worst, tally[kind] = max(worst, seconds), tally.get(kind, 0) + 1
+        mode = bring_to_an_end(folder, forker, ranks, fault)
+        ended, wanted, run = comparable(folder), comparable(base), folder / "runs" / "run"
+        if ranks == 1:
+            assert ended["scores"] == wanted["scores"], (fault, mode)
+            assert (run / "artifact.bin").read_bytes() == (base / "runs/run/artifact.bin").read_bytes(), (fault, mode)
+        assert ended["scores"]["ttt"]["tokens"] == wanted["scores"]["ttt"]["tokens"]
+        tidy_after(folder, process, fault)
+        print(f"{number + 1}: {fault} of {ranks}: {seconds:.1f} s, gone on by {mode}", flush=True)
+        shutil.rmtree(folder)
+    print(f"faults {tally}, at most {worst:.1f} s from fault to end")
+
+
+def bring_to_an_end(folder, forker, ranks, fault):
+    """Goes on from what a fault left, by the message's command where there was time for one -> how."""
+    run = folder / "runs" / "run"
+    mode = "QUANT_ONLY" if (run / "model.pt").exists() else "RESUME" if any(run.glob("state-*.pt")) else None
+    kind, place, _, step = fault.split()
+    if mode == "RESUME" and place == "train":
+        last = max(int(path.stem.removeprefix("state-")) for path in run.glob("state-*.pt"))
+        assert last >= int(step), (fault, last)
+    if mode is None:
+        assert place in ("start", "warm_up"), fault  # nothing had been promised yet
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+    if mode and (told := commands(output(folder), mode)):
+        code = go_on_in_a_fork(folder, told[-1], forker)
+    else:  # killed before a word could be said
+        more = {mode: "1"} if mode else {}
+        code = faults.end(forker.start(folder, ranks, DETERMINISTIC="1", **more))
+    assert code == 0, (fault, ranks, mode, output(folder)[-3000:])
+    return mode
+
+
+def tidy_after(folder, process, fault):
+    """As tidy, but for what a kill leaves until the next run of that folder: its temporary file."""
+    if fault.startswith(("kill", "exit", "freeze", "stall")):
+        for path in (folder / "runs").glob("*/.*.tmp"):
+            path.unlink()
+    tidy(folder, process)

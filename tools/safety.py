@@ -1,0 +1,350 @@
+"""What keeps a run safe; train_gpt.py uses it where it lies in its repository, a packed script goes without.
+
+Watchdog: ends every rank when one has died, failed or stalled. Training states: written whole or not at all, taken up
+again on any number of ranks. Pre-flight: disk, permissions and the artifact's size, before the clock starts.
+docs/RELIABILITY.md says what is promised, and which test breaks it.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import glob
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+KEPT_STATES = 2  # so that there is one to fall back to where the newest is torn
+STATE_BYTES_A_WEIGHT, STATE_DIGEST_BYTES = 20, 32  # weights, average, momentum and both moments, fp32
+PACKAGES = {"brotli": "brotli", "python-minifier": "python_minifier"}  # of the packed script that every run counts
+GAUSSIAN_BITS = math.log2(math.sqrt(2 * math.pi * math.e))  # entropy of a unit Gaussian, steps of 1
+
+
+class SafetyError(ValueError):
+    """A state that cannot be taken up, or a machine that will not do; the message says what to change."""
+
+
+class Watchdog(threading.Thread):
+    """Ends this process where another rank has died, failed or stalled, with a line that names rank and stage.
+
+    Each second every rank tells the process group's store: the time, its CPU time, how many collectives it entered,
+    its stage, its error. Dead: no news in DEAD looks. Stalled: neither a collective nor work for the CPU in STALLED
+    looks, while others are further on. Looks are counted, not seconds: where all ranks are held up alike, by a
+    compiler that keeps Python's lock or a machine that sleeps, nobody is missed.
+    """
+
+    DEAD, DEAD_AFTER_FAILURE, STALLED = 15, 3, 40
+    IDLE_TICKS = 3  # of 10 ms; this thread and idle libraries take less in a second
+
+    def __init__(self, dist, store):
+        super().__init__(daemon=True)
+        self.dist, self.store, self.error, self.done = dist, store, None, threading.Event()
+        self.heard = dist.stage  # of rank 0
+        self.tell()  # before anything can go wrong: the others wait for a first sign of life
+        self.start()
+
+    def tell(self):
+        """Publishes this rank's news; a run does so as well where a stage begins."""
+        news = time.time(), cpu_ticks(), self.dist.entered, self.dist.stage, self.error
+        self.store.set(f"golf/rank{self.dist.rank}", json.dumps(news))
+
+    def fail(self, message):
+        """Called by a rank that failed: the thread ends the process as soon as it is known who failed first."""
+        with contextlib.suppress(RuntimeError):  # the store is gone: the thread finds that as well
+            self.error = self.error or (self.store.add("golf/failures", 1), message)
+        self.join(self.DEAD)
+
+    def run(self):
+        keys = [f"golf/rank{rank}" for rank in range(self.dist.world_size)]
+        silent, idle, failing, last, verdict = [0] * len(keys), [0] * len(keys), 0, None, ""
+        while not verdict and not self.done.wait(1.0):
+            # a store whose process is frozen answers nothing, and its client waits for ever
+            alarm = threading.Timer(2 * self.DEAD, self.end, ["it does not answer"])
+            alarm.daemon = True
+            alarm.start()
+            try:
+                self.tell()
+                told = [json.loads(text) for text in self.store.multi_get(keys)]
+            except RuntimeError as error:
+                self.end(f"{error!r:.80}")
+            alarm.cancel()
+            for rank, (new, old) in enumerate(zip(told, last or told, strict=True)):
+                silent[rank] = silent[rank] + 1 if new[0] == old[0] else 0
+                idle[rank] = idle[rank] + 1 if new[1] < old[1] + self.IDLE_TICKS and new[2] == old[2] else 0
+            failing, last, self.heard = failing + any(new[4] for new in told), told, told[0][3]
+            verdict = self.judge(told, silent, idle, failing)
+        self.end(verdict=verdict)
+
+    def end(self, why_no_store="", verdict=None):
+        """Ends this process with a verdict; without a store it is that who holds it has died or hangs."""
+        if self.done.is_set():
+            return
+        host = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+        if verdict is None:
+            verdict = f"{host} died or hangs, last heard of in stage {self.heard}; it holds the store: {why_no_store}"
+        elif self.dist.rank == 0:
+            time.sleep(2.5)  # it may hold the store, in which the others are to find the same
+        self.dist.tell(f"{verdict}. Rank {self.dist.rank} ends in stage {self.dist.stage}. {self.dist.safe}")
+        leave(128 + self.dist.signal if self.dist.signal else 1)
+
+    def judge(self, told, silent, idle, failing):
+        """What the ranks told last, looks without news and without work, looks since a failure -> verdict, "" if none.
+
+        A rank that lost its peer fails as well, so the dead one is looked for first, then who failed first.
+        """
+        furthest = max(entered for _, _, entered, _, _ in told)
+        for rank, (_, _, entered, stage, _) in enumerate(told):
+            if silent[rank] >= (self.DEAD_AFTER_FAILURE if failing else self.DEAD):
+                return f"rank {rank} died or hangs in stage {stage}"
+            if idle[rank] >= self.STALLED and entered < furthest:
+                return f"rank {rank} stalls in stage {stage}, the others wait for it"
+        if failing > self.DEAD_AFTER_FAILURE + 1:
+            (_, why), rank, stage = min((new[4], rank, new[3]) for rank, new in enumerate(told) if new[4])
+            return f"rank {rank} failed in stage {stage}: {why}"
+        return ""
+
+
+def children():
+    """Numbers of the programs that this process has started and that run, as text."""
+    found = ""
+    for path in glob.glob("/proc/self/task/*/children"):
+        with contextlib.suppress(OSError):  # a thread may end meanwhile
+            found += Path(path).read_text() + " "
+    return found.split()
+
+
+def cpu_ticks():
+    """CPU time of this process and of the programs that it waits for, in the kernel's ticks."""
+    total = 0
+    for pid in ("self", *children()):
+        with contextlib.suppress(OSError):
+            total += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return total
+
+
+def leave(code):
+    """Ends this process at once, whatever its threads wait for, and the programs that it has started."""
+    for pid in children():
+        with contextlib.suppress(OSError):
+            os.kill(int(pid), signal.SIGTERM)
+    time.sleep(0.2)  # in which the threads that waited for them remove their temporary files
+    sys.stdout.flush()
+    os._exit(code)
+
+
+# ---- the end of a run that is not its end
+
+
+def catch_signals(dist):
+    """The first SIGTERM or SIGINT ends the run by stop_for, training after its step; a second one ends it at once."""
+
+    def caught(number, frame):
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        dist.signal = number
+        if not dist.deferring:
+            stop_for(dist, number)
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, caught)
+
+
+def stop_for(dist, number):
+    """Ends this process: one line from rank 0, exit code 128 + number."""
+    reason = f"stopped by {signal.Signals(number).name}"
+    if dist.watchdog and not dist.deferring:  # torchrun sends SIGTERM as well, where another rank has died
+        dist.watchdog.fail(reason)
+    if dist.rank == 0:
+        dist.tell(f"{reason} in stage {dist.stage}. {dist.safe}")
+    leave(128 + number)
+
+
+def tell_failure(dist, error, expected):
+    """Tells where a run failed and what is safe -> whether the error is one of ours, which needs no traceback.
+
+    With several ranks this ends the process, once it is known who was first.
+    """
+    expected = expected or isinstance(error, SafetyError)
+    reason = str(error) if expected else f"{type(error).__name__}: {error}"
+    if dist.watchdog and not (expected and dist.stage == "start"):  # what is refused at the start all ranks refuse
+        if not expected:
+            traceback.print_exception(error)
+        dist.watchdog.fail(reason)
+    if dist.stage != "start":
+        dist.tell(f"failed in stage {dist.stage}: {reason}. {dist.safe}")
+    return expected
+
+
+# ---- training states
+
+
+def save_state(trainer, write, step, seconds, losses, name=None):
+    """Writes all that training goes on from: <sha256><torch.save> in the run's folder, on rank 0's disk; two are kept.
+
+    step (the loader's position too), seconds, last losses, weights, average, momentum of all ranks, AdamW's moments,
+    state of the random numbers. A disk that is full is told and ends nothing.
+    """
+    dist, log, muon, momentum = trainer.dist, trainer.log, trainer.optimizers.muon, []
+    for bank, buffer in zip(muon.banks, muon.momentum_buffers, strict=True):
+        handle, full = dist.all_gather(buffer)
+        handle.wait()
+        momentum.append(full[: len(bank)])
+    name = name or f"state-{step:08d}.pt"
+    state = {
+        "step": step,
+        "seconds": seconds,
+        "losses": dist.all_reduce(torch.stack(losses[-20:])),
+        "weights": trainer.model.state_dict(),
+        "average": trainer.ema.average,
+        "momentum": momentum,
+        "adamw": trainer.optimizers.adamw.state_dict()["state"],
+        "rng": torch.get_rng_state(),
+    }
+    if dist.rank == 0:
+        torch.save(state, buffer := io.BytesIO())
+        data, sealed = buffer.getvalue(), hashlib.sha256(buffer.getbuffer()).digest()
+        try:
+            write(log.folder / name, sealed + data)
+        except OSError as error:
+            log(f"note: {name} could not be written: {error}")
+            return
+        for old in state_files(log.folder)[KEPT_STATES:]:
+            old.unlink()
+        log(f"step:{step} state:{name}")
+    if dist.rank == 0 and (kept := state_files(log.folder)):
+        go_on = command(trainer.hp, dist, log.folder, resume=True)
+        dist.safe = f"{kept[0]} is whole; RESUME=1 goes on from it: {go_on}"
+
+
+def state_files(folder):
+    """The training states of a run's folder, newest first."""
+    return sorted(Path(folder).glob("state-*.pt"), reverse=True)
+
+
+def newest_state(folder):
+    """-> name and content of the newest whole training state; torn ones are passed over. SafetyError if none is."""
+    for path in state_files(folder):
+        data = path.read_bytes()
+        sealed, content = data[:STATE_DIGEST_BYTES], data[STATE_DIGEST_BYTES:]
+        if content and hashlib.sha256(content).digest() == sealed:
+            return path.name, content
+    raise SafetyError(f"{folder} holds no whole training state (state-*.pt), which RESUME=1 needs")
+
+
+def load_state(trainer):
+    """Takes up the newest whole state of the run's folder on rank 0 -> step, seconds, losses, or SafetyError.
+
+    Only tensors and numbers are read, never code (torch.load with weights_only).
+    """
+    dist, muon, adamw = trainer.dist, trainer.optimizers.muon, trainer.optimizers.adamw
+    name, data = newest_state(trainer.log.folder) if dist.rank == 0 else ("", b"")
+    size = int(dist.agree(len(data))[0])
+    box = torch.frombuffer(bytearray(data or size), dtype=torch.uint8)
+    dist.broadcast(box)
+    try:
+        state = torch.load(io.BytesIO(box.numpy()), map_location="cpu", weights_only=True)
+        trainer.model.load_state_dict(state["weights"])
+        for buffer, full in zip(muon.momentum_buffers, state["momentum"], strict=True):
+            buffer.copy_(muon.padded(full).chunk(dist.world_size)[dist.rank])
+        for average, saved in zip(trainer.ema.average, state["average"], strict=True):
+            average.copy_(saved)
+        adamw.load_state_dict(adamw.state_dict() | {"state": state["adamw"]})
+        torch.set_rng_state(state["rng"])
+        losses = list((state["losses"] / dist.world_size).to(dist.device))  # which the ranks add up again
+        step, seconds = int(state["step"]), float(state["seconds"])
+    except Exception as error:  # whatever a forged file makes torch raise
+        raise SafetyError(f"{name} does not fit these settings: {error!r:.300}") from None
+    trainer.log(f"step:{step} resumed:{name} train_seconds:{seconds:.2f}")
+    return step, seconds, losses
+
+
+def command(hp, dist, folder, **mode):
+    """The line for a shell that goes on from the files of a run's folder, with the run's settings."""
+    hp = dataclasses.replace(hp, **{"run_id": folder.name, "resume": False, "prequant_only": False} | mode)
+    values = {field.name.upper(): (getattr(hp, field.name), field) for field in dataclasses.fields(hp)}
+    words = [
+        f"{name}={shlex.quote(str(int(value) if field.type is bool else value))}"
+        for name, (value, field) in values.items()
+        if value != field.default
+    ]
+    start = f"torchrun --standalone --nproc_per_node={dist.world_size}" if dist.world_size > 1 else "python"
+    return " ".join([*words, start, shlex.quote(sys.argv[0])])
+
+
+# ---- before the clock starts
+
+
+def projected_bytes(model, hp):
+    """Size of the artifact from shapes and settings alone: Gaussian rows at their entropy, small tensors as fp16."""
+    bits = 0.0
+    for name, weight in model.named_parameters():
+        kind = "embed" if name in ("tok_emb", "lm_head") else "mlp" if name.startswith("mlp") else "attn"
+        if kind == "embed" or name.endswith("_bank"):
+            step = getattr(hp, f"{kind}_clip_sigmas")  # in deviations, of the largest code
+            step /= 2 ** ((hp.embed_bits if kind == "embed" else hp.matrix_bits) - 1) - 1
+            bits += max(0.0, GAUSSIAN_BITS - math.log2(step)) * weight.numel() + 16 * weight.numel() / weight.shape[-1]
+        else:
+            bits += 16 * weight.numel()
+    return round(bits / 8)
+
+
+def check_machine(hp, dist, folder=None, model=None, **found):
+    """What the settings ask of this machine -> a phrase for the log. SafetyError with all that is missing.
+
+    Packages, room and permission for the run's folder, a whole state for RESUME=1; the size of the artifact to come.
+    """
+    problems, goes_on = [], hp.quant_only or hp.ttt_eval_only
+    if missing := [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]:
+        problems.append(f"not installed: {' '.join(missing)} (README: installation)")
+    if folder is None or model is None or dist.rank:  # what is wrong there has been told already
+        return raise_all(problems)
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        problems.append(f"{place} cannot be written to: set RUNS_DIR, or change its permissions")
+    source = {hp.quant_only: hp.checkpoint_path or folder / "model.pt"}
+    source = {hp.ttt_eval_only: hp.artifact_path or folder / "artifact.bin"} | source
+    if goes_on and not Path(source[True]).is_file():
+        problems.append(f"{source[True]} does not exist: set the RUN_ID of a finished run, or the file's own path")
+    if (folder / "log.txt").exists() and not (goes_on or hp.resume or (folder / "model.pt").exists()):
+        problems.append(f"{folder} holds a run that did not end: choose another RUN_ID, or go on with RESUME=1")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    states = 0 if goes_on else KEPT_STATES + 1 if hp.checkpoint_every else 1
+    wanted, free = parameters * (4 + STATE_BYTES_A_WEIGHT * states) + 50_000_000, shutil.disk_usage(place).free
+    if free < wanted:
+        problems.append(f"{place} has {free / 1e9:.2f} GB free, this run may write {wanted / 1e9:.2f} GB: make room")
+    if hp.resume:
+        try:
+            newest_state(folder)
+        except (SafetyError, OSError) as error:
+            problems.append(str(error))
+    raise_all(problems)
+    return f"projected_artifact_bytes:{projected_bytes(model, hp)} disk_free_gb:{free / 1e9:.1f}"
+
+
+def lock(folder):
+    """Locks a run's folder until this process ends, however it does -> the file that must stay open, or SafetyError."""
+    file = open(folder / "log.txt", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SafetyError(f"{folder} is in use by another run: choose another RUN_ID") from None
+    for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
+        left.unlink()
+    return file
+
+
+def raise_all(problems):
+    if problems:
+        raise SafetyError("\n".join(problems))
