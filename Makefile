@@ -39,6 +39,7 @@ gpu-test:
 
 bench:
 	python3 benchmarks/bench_kernels.py
+	python3 benchmarks/bench_step.py
 	python3 benchmarks/bench_ttt.py steps
 
 clean:

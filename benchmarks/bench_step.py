@@ -1,0 +1,471 @@
+"""Where the time of a training step goes: one table for the default model with looping off, one with looping on.
+
+    python benchmarks/bench_step.py [--seconds 60] [--states off,on] [--caches] [--loader] [--out FILE.json]
+
+The trainer's own step runs on DATA_PATH, or on synthetic shards with documents of realistic lengths; settings come from
+the environment as in a run. For each state: seconds until the first step is done (compilation, with empty caches unless
+--caches), tokens per second in a window of --seconds with the clock of a run, then one step under torch.profiler. Its
+device work is sorted into phases by the operator that launched it and by its shapes. Columns, of one step:
+
+    ms, and ms a micro-batch; launches; GFLOP of matrix products and attention; GB, every operand of a kernel once;
+    floor: the longer of FLOPs at the rate of products and bytes at the rate of copies, measured in the same call; ratio
+
+`launch gaps` is the step outside the profiler minus the time the device is busy. Then the longest kernels, those that
+no phase claims, memory, tokens/s and model FLOPs utilisation. --loader measures only the loader. On a CPU a small model
+is measured, operators stand in for kernels, and what Python and autograd take between them counts as launch gaps.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_gpt as tg
+
+SMALL = {"vocab_size": 320, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 8, "mlp_mult": 3.0,
+         "num_layers": 4, "loop_start": 1, "loop_end": 2, "num_loops": 1, "parallel_start_layer": 3, "xsa_last_n": 4,
+         "train_batch_tokens": 1024, "micro_batch_tokens": 512, "train_seq_len": 128}  # fmt: skip
+ITEM_BYTES = {"c10::BFloat16": 2, "c10::Half": 2, "float": 4, "int": 4, "long int": 8, "long": 8, "double": 8,
+              "bool": 1, "unsigned char": 1, "signed char": 1}  # fmt: skip
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+PHASES = ("attention forward", "attention backward", "attention pre/post-processing", "MLP kernels", "MLP products",
+          "projections", "head product", "cross-entropy", "element-wise forward", "element-wise backward",
+          "gradient accumulation", "Newton-Schulz", "AdamW", "collectives", "optimizer, rest", "EMA", "data",
+          "copies and fills", "other")  # fmt: skip
+
+
+@dataclass
+class Event:
+    """One piece of device work: a kernel or a copy, or on the CPU the own time of an operator."""
+
+    name: str
+    start: float  # microseconds
+    duration: float
+    chain: list  # what was running on the launching thread, outermost first: (name, shapes, types)
+    phase: str = ""
+    flops: float = 0.0
+    nbytes: float = 0.0
+
+
+# --- data
+
+
+def write_synthetic_shards(folder: str, tokens: int, vocab_size: int) -> None:
+    """Documents with lengths like web text (median 520, mean 1,300 tokens) and Zipf-like tokens, as one train shard."""
+    rng = np.random.default_rng(0)
+    values = np.minimum(8 + rng.zipf(1.3, tokens) % (vocab_size - 8), vocab_size - 1)
+    lengths = np.maximum(2, rng.lognormal(math.log(520), 1.35, 1 + tokens // 200)).astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    values[starts[starts < tokens]] = tg.BOS_ID
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, tokens
+    Path(folder, "fineweb_train_000000.bin").write_bytes(header.tobytes() + values.astype("<u2").tobytes())
+
+
+def bench_loader(hp, dist, seconds: float) -> float:
+    """Tokens per second of the loader alone, rows read ahead by one as in training."""
+    loader = tg.TrainLoader(tg.TokenStream(hp.data_path, "train"), hp, dist)
+    loader.row(0, 1)
+    start, rows = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        rows += 1
+        loader.row(rows, rows + 1)
+    dist.synchronize()
+    return rows * hp.micro_batch_tokens / (time.perf_counter() - start)
+
+
+# --- ceilings
+
+
+def seconds_of(function, dist) -> float:
+    """Best mean of three short rounds."""
+    function()
+    dist.synchronize()
+    best = math.inf
+    for _ in range(3):
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < 0.05 or count < 3:
+            function()
+            count += 1
+            if count % 10 == 0:
+                dist.synchronize()  # or the queue runs ahead of the clock
+        dist.synchronize()
+        best = min(best, (time.perf_counter() - start) / count)
+    return best
+
+
+def measure_ceilings(hp, dist, dtype) -> dict:
+    """{name: TFLOP/s} of a large product and of products over the model's width, and GB/s of a copy."""
+    large, tokens = (8192, hp.micro_batch_tokens) if dist.device.type == "cuda" else (512, 4096)
+    widths = hp.model_dim, hp.mlp_dim, hp.num_embeddings
+    shapes = [(large, large, large), *((tokens, hp.model_dim, n) for n in widths)]
+    ceilings = {}
+    for rows, inner, columns in shapes:
+        a, b = (torch.randn(shape, device=dist.device, dtype=dtype) for shape in ((rows, inner), (inner, columns)))
+        seconds = seconds_of(lambda a=a, b=b: a @ b, dist)
+        ceilings[f"product {rows}x{inner}x{columns} TFLOP/s"] = 2e-12 * rows * inner * columns / seconds
+    source = torch.empty(2**30 if dist.device.type == "cuda" else 2**24, dtype=torch.int8, device=dist.device)
+    target = torch.empty_like(source)
+    ceilings["copy GB/s"] = 2e-9 * source.numel() / seconds_of(lambda: target.copy_(source), dist)
+    return ceilings
+
+
+# --- the trace
+
+
+def device_events(trace: dict, cuda: bool) -> list[Event]:
+    """Chrome trace of torch.profiler -> device work, each with the operators that enclose its launch."""
+    threads, launches, work = defaultdict(list), {}, []
+    for event in trace["traceEvents"]:
+        category, args = event.get("cat"), event.get("args", {})
+        if category in ("cpu_op", "user_annotation"):
+            threads[event["tid"]].append(event)
+        elif category in ("cuda_runtime", "cuda_driver"):
+            launches[args.get("correlation")] = event
+        elif category in ("kernel", "gpu_memcpy", "gpu_memset"):
+            work.append(event)
+    found, points = [], defaultdict(list)
+    for event in work:
+        launch = launches.get(event["args"].get("correlation"))
+        found.append(Event(event["name"], event["ts"], event["dur"], []))
+        if launch is not None:
+            points[launch["tid"]].append((launch["ts"], found[-1]))
+    for thread, operators in threads.items():
+        operators.sort(key=lambda e: (e["ts"], -e["dur"]))
+        if cuda:
+            attach_chains(operators, sorted(points[thread], key=lambda p: p[0]))
+        else:
+            found += own_times(operators)
+    return found
+
+
+def frame(operator) -> tuple:
+    args = operator.get("args", {})
+    return operator["name"], args.get("Input Dims", []), args.get("Input type", [])
+
+
+def attach_chains(operators: list, points: list) -> None:
+    """Sorted operators of a thread, sorted (time, Event) of its launches: sets Event.chain to the open operators."""
+    stack, position = [], 0
+    for ts, event in points:
+        while position < len(operators) and operators[position]["ts"] <= ts:
+            stack.append(operators[position])
+            position += 1
+            stack = [o for o in stack if o["ts"] + o["dur"] >= stack[-1]["ts"]]
+        stack = [o for o in stack if o["ts"] + o["dur"] >= ts]
+        event.chain = [frame(o) for o in stack]
+
+
+def own_times(operators: list) -> list[Event]:
+    """Sorted operators of a thread -> one Event each, with the time outside the operators it encloses."""
+    events, stack = [], []
+    for operator in operators:
+        stack = [pair for pair in stack if pair[0]["ts"] + pair[0]["dur"] >= operator["ts"] + operator["dur"]]
+        chain = [frame(o) for o, _ in stack] + [frame(operator)]
+        event = Event(operator["name"], operator["ts"], operator["dur"], chain)
+        if stack:
+            stack[-1][1].duration -= operator["dur"]
+        stack.append((operator, event))
+        events.append(event)
+    return [e for e in events if e.name.startswith(("aten::", "golf::"))]
+
+
+def tensor_bytes(shapes: list, types: list) -> list[float]:
+    """Bytes of each tensor argument, lists of tensors summed."""
+    sizes = []
+    for shape, kind in zip(shapes, types, strict=False):
+        if kind == "TensorList":
+            sizes.append(4.0 * sum(math.prod(s) for s in shape))
+        elif kind in ITEM_BYTES and shape:
+            sizes.append(float(ITEM_BYTES[kind]) * math.prod(shape))
+    return sizes
+
+
+def work_of(operator: tuple, event: Event, hp) -> tuple[float, float]:
+    """FLOPs of a matrix product, bytes of an operator's operands (each once); attention is counted elsewhere."""
+    name, shapes, types = operator
+    short, sizes, flops = name.split("::")[-1], tensor_bytes(shapes, types), 0.0
+    if short in PRODUCTS:
+        matrices = [s for s in shapes if len(s) >= 2]
+        a, b = matrices[1:3] if short in ("addmm", "baddbmm") and len(matrices) > 2 else matrices[:2]
+        flops = 2.0 * math.prod(a) * b[-1]
+        item = sizes[0] / max(1, math.prod(shapes[0]))
+        return flops, item * (math.prod(a) + math.prod(b) + math.prod(a[:-1]) * b[-1])
+    if name == "golf::mlp":  # x, w_up, w_down -> pre, act
+        return 2.0 * shapes[0][0] * math.prod(shapes[1]), sizes[0] + 2 * sizes[0] * hp.mlp_dim / hp.model_dim
+    if name == "golf::mlp_backward":  # grad, w_down, pre -> grad_pre
+        return 2.0 * shapes[0][0] * math.prod(shapes[1]), sum(sizes) + sizes[2]
+    if name == "golf::ce_backward":
+        return 0.0, 2 * sizes[1]
+    if name.startswith("golf::"):  # results as large as the largest inputs
+        return 0.0, sum(sizes) + (0 if "cross_entropy" in name else sizes[0])
+    if name.startswith("aten::") and not name.endswith("_") and "Memcpy" not in event.name:
+        return 0.0, sum(sizes) + max(sizes, default=0.0)
+    return 0.0, sum(sizes)
+
+
+def product_phase(shapes: list, hp) -> str:
+    """Phase of a matrix product outside the optimizer, by its dimensions."""
+    dims = {size for shape in shapes if len(shape) >= 2 for size in shape}
+    if hp.num_embeddings in dims:
+        return "head product"
+    return "MLP products" if hp.mlp_dim in dims else "projections"
+
+
+def classify(event: Event, hp) -> None:
+    """Sets phase, FLOPs and bytes of an event from the operators around its launch."""
+    names = " ".join(frame[0] for frame in event.chain)
+    shaped = [f for f in event.chain if f[1] and not f[0].startswith(("autograd::", "Compiled", "phase:"))]
+    operator = shaped[-1] if shaped else None
+    if operator:
+        event.flops, event.nbytes = work_of(operator, event, hp)
+    part = re.search(r"phase:(\w+)", names)
+    product = operator is not None and operator[0].split("::")[-1] in PRODUCTS
+    backward = "autograd::engine" in names or "Backward" in names or "_backward" in names
+    if "nccl" in event.name.lower() or "c10d::" in names:
+        event.phase = "collectives"
+    elif part and part[1] != "optimizer":
+        event.phase = {"ema": "EMA", "data": "data"}[part[1]]
+    elif part:
+        adam = "adam" in (names + event.name).lower()
+        event.phase = "Newton-Schulz" if product or "golf::" in names else "AdamW" if adam else "optimizer, rest"
+    elif re.search(r"attention_(fa|torch)|fa4_backward|flash|scaled_dot_product|varlen_attn", names + event.name):
+        event.phase = attention_phase(event, names, backward)
+    elif "golf::" in names and ("cross_entropy" in names or "ce_backward" in names):
+        event.phase = "cross-entropy"
+    elif "golf::mlp" in names:
+        event.phase = "MLP products" if product else "MLP kernels"
+    elif product:
+        event.phase = product_phase(operator[1], hp)
+    elif re.search("log_softmax|nll_loss|cross_entropy|logsumexp", names):
+        event.phase = "cross-entropy"
+    elif "AccumulateGrad" in names:
+        event.phase = "gradient accumulation"
+    elif re.search("memcpy|memset|copy|fill|zero|detach|empty|contiguous", event.name.lower()):
+        event.phase = "copies and fills"
+    elif re.match("triton_|golf::|aten::", event.name) or "golf::" in names or "elementwise" in event.name:
+        event.phase = "element-wise backward" if backward else "element-wise forward"
+    else:
+        event.phase = "other"
+
+
+def attention_phase(event: Event, names: str, backward: bool) -> str:
+    own_work = re.search("flash|fmha|kernel_cutlass|scaled_dot_product|attention", event.name)
+    if not own_work or re.search("preprocess|postprocess|convert|combine", event.name.lower()):
+        return "attention pre/post-processing"
+    return "attention backward" if backward or "bwd" in event.name.lower() else "attention forward"
+
+
+def add_attention_work(events: list[Event], pairs: float, passes: int, hp, item: int) -> None:
+    """Spreads the FLOPs and bytes of attention (causal pairs of the step, per pass) over its events by their time."""
+    widths = hp.num_heads * hp.head_dim, hp.num_kv_heads * hp.head_dim
+    once = 4.0 * pairs * widths[0] * passes
+    tokens = float(hp.train_batch_tokens) * passes * item
+    for phase, flops, nbytes in (("attention forward", once, tokens * (2 * widths[0] + 2 * widths[1])),
+                                 ("attention backward", 2.5 * once, tokens * (4 * widths[0] + 4 * widths[1]))):
+        chosen = [e for e in events if e.phase == phase]
+        total = sum(e.duration for e in chosen) or 1.0
+        for event in chosen:
+            event.flops, event.nbytes = (work * event.duration / total for work in (flops, nbytes))
+
+
+# --- one state
+
+
+def annotated(name: str, function):
+    def call(*args, **kwargs):
+        with torch.profiler.record_function("phase:" + name):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def causal_pairs(trainer, step: int) -> float:
+    """Pairs (query, key) of all rows of a step."""
+    lengths = [row.cu_seqlens.diff().double() for row in trainer.loader.step(step)]
+    return sum((n * (n + 1) / 2).sum().item() for n in lengths)
+
+
+def profile_step(trainer, step: int, looping: bool) -> list[Event]:
+    cuda = trainer.dist.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * cuda]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+        trainer.train_step(step, 0.0, looping)
+        trainer.dist.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = device_events(json.loads(path.read_text()), cuda)
+    for event in events:
+        classify(event, trainer.hp)
+    slots = len(trainer.model.slots(looping))
+    item = 2 if trainer.model.dtype == torch.bfloat16 else 4
+    add_attention_work(events, causal_pairs(trainer, step), slots, trainer.hp, item)
+    return events
+
+
+def tokens_per_second(trainer, looping: bool, seconds: float, step: int) -> tuple[float, int]:
+    """Rate of a window of steps with the clock of a run, and the number of the next step."""
+    clock, first = tg.TrainingClock(trainer.dist), step
+    while step - first < 2 or clock.seconds() < seconds:
+        trainer.train_step(step, 0.0, looping)
+        step += 1
+        clock.mark_step()
+    trainer.dist.synchronize()
+    return (step - first) * trainer.hp.train_batch_tokens / clock.seconds(), step
+
+
+def busy_ms(events: list[Event]) -> float:
+    """Milliseconds in which at least one event was running."""
+    total, end = 0.0, -math.inf
+    for event in sorted(events, key=lambda e: e.start):
+        total += max(0.0, event.start + event.duration - max(end, event.start))
+        end = max(end, event.start + event.duration)
+    return total / 1e3
+
+
+def floor_ms(event: Event, ceilings: dict) -> float:
+    rates = [rate for name, rate in ceilings.items() if name.startswith("product")]
+    wide = event.phase == "Newton-Schulz" or event.phase.startswith("attention")  # not bound to the model's width
+    rate = rates[0] if wide else max(rates[1:])
+    return max(event.flops / rate / 1e9, event.nbytes / ceilings["copy GB/s"] / 1e6)
+
+
+def summarize(events: list[Event], ceilings: dict, by) -> dict:
+    """{key: ms, launches, gflop, gbyte, floor_ms}, longest first."""
+    table = defaultdict(lambda: {"ms": 0.0, "launches": 0, "gflop": 0.0, "gbyte": 0.0, "floor_ms": 0.0})
+    for event in events:
+        row = table[by(event)]
+        for key, value in (("ms", event.duration / 1e3), ("launches", 1), ("gflop", event.flops / 1e9),
+                           ("gbyte", event.nbytes / 1e9), ("floor_ms", floor_ms(event, ceilings))):  # fmt: skip
+            row[key] += value
+    return dict(sorted(table.items(), key=lambda item: -item[1]["ms"]))
+
+
+def model_flops(model, looping: bool, pairs: float) -> float:
+    """FLOPs of a step that the model asks for: 6 a weight in play and token, 3.5 forward passes of causal attention."""
+    hp, slots = model.hp, len(model.slots(looping))
+    layer = 2 * hp.model_dim**2 + 2 * hp.model_dim * hp.num_kv_heads * hp.head_dim + 2 * hp.model_dim * hp.mlp_dim
+    weights = slots * layer + hp.num_embeddings * hp.model_dim
+    return 6.0 * weights * hp.train_batch_tokens + 3.5 * 4.0 * pairs * hp.num_heads * hp.head_dim * slots
+
+
+def bench_state(trainer, looping: bool, seconds: float, ceilings: dict) -> dict:
+    dist, hp, times = trainer.dist, trainer.hp, []
+    for step in range(3):
+        start = time.perf_counter()
+        trainer.train_step(step, 0.0, looping)
+        dist.synchronize()
+        times.append(time.perf_counter() - start)
+    if dist.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    rate, step = tokens_per_second(trainer, looping, seconds, 3)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if dist.device.type == "cuda" else 0.0
+    events = profile_step(trainer, step, looping)
+    step_ms = 1e3 * hp.train_batch_tokens / rate / dist.world_size
+    busy = busy_ms(events) if dist.device.type == "cuda" else sum(e.duration for e in events) / 1e3
+    names = summarize(events, ceilings, lambda e: (e.name, e.phase))
+    flops = model_flops(trainer.model, looping, causal_pairs(trainer, step))
+    return {
+        "tokens_per_second": rate, "step_ms": step_ms, "busy_ms": busy, "launch_gaps_ms": step_ms - busy,
+        "first_step_seconds": times[0], "compile_seconds": times[0] - times[-1], "peak_gb": peak,
+        "phases": summarize(events, ceilings, lambda e: e.phase),
+        "kernels": [{"name": name, "phase": phase, **row} for (name, phase), row in names.items()],
+        "model_tflops_per_second": flops / step_ms / 1e9,
+        "utilisation": flops / step_ms / 1e9 / next(iter(ceilings.values())),
+    }  # fmt: skip
+
+
+def print_state(name: str, result: dict, micro_steps: int) -> None:
+    print(f"\nlooping {name}: {result['step_ms']:.1f} ms a step, compile {result['compile_seconds']:.1f} s")
+    print(f"{'phase':32}{'ms':>9}{'a micro':>9}{'launches':>9}{'GFLOP':>10}{'GB':>9}{'floor ms':>10}{'ratio':>7}")
+    rows = [*((p, result["phases"][p]) for p in PHASES if p in result["phases"])]
+    keys = "ms", "launches", "gflop", "gbyte", "floor_ms"
+    rows.append(("device work", {key: sum(row[key] for _, row in rows) for key in keys}))
+    for phase, row in rows:
+        ratio = f"{row['ms'] / row['floor_ms']:7.2f}" if row["floor_ms"] else ""
+        print(f"{phase:32}{row['ms']:9.2f}{row['ms'] / micro_steps:9.3f}{row['launches']:9d}{row['gflop']:10.0f}"
+              f"{row['gbyte']:9.2f}{row['floor_ms']:10.2f}{ratio}")  # fmt: skip
+    gaps = result["launch_gaps_ms"]
+    print(f"{'launch gaps':32}{gaps:9.2f}{gaps / micro_steps:9.3f}   (device busy {result['busy_ms']:.2f} ms)")
+    print("longest kernels (ms, launches, GB/s, TFLOP/s, phase, name):")
+    for row in result["kernels"][:15]:
+        print(f"{row['ms']:9.2f}{row['launches']:6d}{row['gbyte'] / row['ms'] * 1e3:7.0f}"
+              f"{row['gflop'] / row['ms']:6.0f}  {row['phase']:24} {row['name'][:110]}")  # fmt: skip
+    unknown = [f"{row['ms']:.2f} {row['name'][:80]}" for row in result["kernels"] if row["phase"] == "other"]
+    print("in no phase (ms, name): " + ("; ".join(unknown[:12]) or "none"))
+    print(f"peak memory {result['peak_gb']:.1f} GB; {result['tokens_per_second']:,.0f} tokens/s; model FLOPs "
+          f"{result['model_tflops_per_second']:.3g} TFLOP/s, {result['utilisation']:.1%} of the large product",
+          flush=True)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    parser.add_argument("--seconds", type=float, default=10.0, help="window of each rate; 60 for reported figures")
+    parser.add_argument("--states", default="off,on", help="looping off, on, or both")
+    parser.add_argument("--caches", action="store_true", help="use the compile caches of this machine")
+    parser.add_argument("--loader", action="store_true", help="measure only the loader")
+    parser.add_argument("--out", help="file for the figures as JSON")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # compile workers may still write
+        if not args.caches:
+            os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+        dist = tg.Dist(args.device)
+        cuda = dist.device.type == "cuda"
+        hp = replace(tg.Hyperparameters.from_env(), device=args.device, **({} if cuda else SMALL))
+        if "DATA_PATH" not in os.environ:
+            hp = replace(hp, data_path=folder)
+            write_synthetic_shards(folder, max(2**21, 40 * hp.train_batch_tokens) if cuda else 2**16, hp.vocab_size)
+        result = measure(hp, dist, args)
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1))
+    dist.close()
+
+
+def measure(hp, dist, args) -> dict:
+    """Everything that was asked for, printed as it comes -> the figures."""
+    name = torch.cuda.get_device_name() if dist.device.type == "cuda" else "cpu"
+    print(f"{name}, torch {torch.__version__}, {hp.micro_steps} micro-batches of {hp.micro_batch_tokens} tokens, "
+          f"{dist.world_size} ranks")  # fmt: skip
+    result = {"device": name, "torch": torch.__version__, "states": {}}
+    result["loader_tokens_per_second"] = bench_loader(hp, dist, min(args.seconds, 5.0))
+    print(f"loader alone {result['loader_tokens_per_second']:,.0f} tokens/s")
+    if args.loader:
+        return result
+    start = time.perf_counter()
+    model = tg.build_model(hp, dist)
+    result["model_seconds"] = time.perf_counter() - start
+    print(f"model and trial calls of its operations {result['model_seconds']:.1f} s")
+    result["operations"], result["notes"] = model.ops.names, model.ops.notes
+    print("operations " + " ".join(f"{k}:{v}" for k, v in model.ops.names.items()), *model.ops.notes, sep="\n  ")
+    result["ceilings"] = measure_ceilings(hp, dist, model.dtype)
+    print("ceilings: " + ", ".join(f"{name} {rate:.3g}" for name, rate in result["ceilings"].items()), flush=True)
+    trainer = tg.Trainer(model, hp, dist, print)
+    trainer.loader.row = annotated("data", trainer.loader.row)
+    trainer.optimizers.step = annotated("optimizer", trainer.optimizers.step)
+    trainer.ema.update = annotated("ema", trainer.ema.update)
+    for state in args.states.split(","):
+        result["states"][state] = bench_state(trainer, state == "on", args.seconds, result["ceilings"])
+        if dist.rank == 0:
+            print_state(state, result["states"][state], hp.micro_steps // dist.world_size)
+    states = result["states"].values()
+    rate = result["loader_tokens_per_second"] * dist.world_size / max(s["tokens_per_second"] for s in states)
+    seconds = sum(s["compile_seconds"] for s in states)
+    print(f"\nloader over training: {rate:.1f}x; compile of all graphs {seconds:.1f} s")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""benchmarks/bench_step.py: a small model on the CPU from end to end, and the sorting of a GPU's trace."""
+
+import json
+
+import pytest
+
+from benchmarks import bench_step
+from train_gpt import Hyperparameters
+
+
+def test_table_of_a_small_model(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("DATA_PATH", raising=False)
+    monkeypatch.setattr("sys.argv", ["bench", "--device", "cpu", "--seconds", "0.1", "--states", "on", "--caches",
+                                     "--out", str(tmp_path / "step.json")])  # fmt: skip
+    bench_step.main()
+    result = json.loads((tmp_path / "step.json").read_text())
+    state = result["states"]["on"]
+    expected = {"attention forward", "attention backward", "projections", "MLP products", "head product",
+                "cross-entropy", "element-wise forward", "element-wise backward", "gradient accumulation",
+                "Newton-Schulz", "AdamW", "optimizer, rest", "EMA"}  # fmt: skip
+    assert expected <= set(state["phases"])
+    # products of one step, by hand: 6 slots x 2 micro-batches of 512 tokens, forward and twice that backward
+    hp = Hyperparameters(**bench_step.SMALL)
+    tokens, D, kv, F = 1024, 64, 32, 192
+    gates = 6 * tokens * 6 * hp.gate_window * hp.num_heads
+    smear = 6 * tokens * hp.gate_window
+    projections = 6 * tokens * 6 * (2 * D * D + 2 * D * kv)
+    assert state["phases"]["projections"]["gflop"] == pytest.approx((projections + gates + smear) / 1e9, rel=0.02)
+    assert state["phases"]["MLP products"]["gflop"] == pytest.approx(6 * tokens * 6 * 2 * D * F / 1e9)
+    assert state["phases"]["head product"]["gflop"] == pytest.approx(6 * tokens * D * 320 / 1e9)
+    assert result["loader_tokens_per_second"] > 0 and state["tokens_per_second"] > 0
+    assert state["busy_ms"] == pytest.approx(sum(row["ms"] for row in state["phases"].values()))
+    assert "loader over training" in capsys.readouterr().out
+
+
+def operator(name, ts, dur, shapes=(), tid=1):
+    args = {"Input Dims": [list(s) for s in shapes], "Input type": ["c10::BFloat16"] * len(shapes)}
+    category = "user_annotation" if name.startswith("phase:") else "cpu_op"
+    return {"ph": "X", "cat": category, "name": name, "ts": ts, "dur": dur, "tid": tid, "args": args}
+
+
+def launch(kernel, ts, number, tid=1, category="cuda_driver"):
+    """A launch on the host and its kernel on the device, much later."""
+    args = {"correlation": number}
+    return [{"cat": category, "name": "cuLaunchKernelEx", "ts": ts, "dur": 1, "tid": tid, "args": args},
+            {"cat": "kernel", "name": kernel, "ts": 1000 + 10 * number, "dur": 5, "tid": 7, "args": args}]  # fmt: skip
+
+
+def test_kernels_go_to_the_phase_of_the_operator_that_launched_them():
+    M, D, F, V = 98304, 512, 2048, 8192
+    up, down, row = (F, D), (D, F), (M, D)
+    plan = [  # kernel, operators that enclose its launch, phase
+        ("kernel_cutlass_flash_attncuteflash_fwdFlashAttentionForwardSm90", [("golf::attention_fa4", [row])],
+         "attention forward"),
+        ("kernel_cutlass_flash_bwd_preprocessFlashAttentionBackwardPreprocess", [("golf::fa4_backward", [row])],
+         "attention pre/post-processing"),
+        ("void at::native::FillFunctor", [("golf::fa4_backward", [row]), ("aten::zeros", [])],
+         "attention pre/post-processing"),
+        ("kernel_cutlass_flash_bwd_sm90FlashAttentionBackwardSm90", [("golf::fa4_backward", [row])],
+         "attention backward"),
+        ("_mlp_kernel", [("golf::mlp", [row, up, down])], "MLP kernels"),
+        ("nvjet_tst_256x128", [("golf::mlp", [row, up, down]), ("aten::mm", [(M, F), (F, D)])], "MLP products"),
+        ("nvjet_tst_128x128", [("CompiledFunctionBackward", []), ("aten::mm", [(F, M), (M, D)])], "MLP products"),
+        ("nvjet_tst_128x256", [("aten::mm", [row, (D, D)])], "projections"),
+        ("nvjet_tst_128x64", [("aten::mm", [row, (D, V)])], "head product"),
+        ("_ce_forward_kernel", [("golf::softcapped_cross_entropy", [(M, V)])], "cross-entropy"),
+        ("triton_red_fused_rms_norm_0", [("triton_red_fused_rms_norm_0", [row, row])], "element-wise forward"),
+        ("triton_poi_fused_mul_1", [("autograd::engine::evaluate_function: CompiledFunctionBackward", []),
+                                    ("triton_poi_fused_mul_1", [row, row])], "element-wise backward"),
+        ("vectorized_elementwise_kernel", [("autograd::engine::evaluate_function: torch::autograd::AccumulateGrad", []),
+                                           ("aten::add_", [up, up])], "gradient accumulation"),
+        ("nvjet_tst_64x64", [("phase:optimizer", []), ("aten::bmm", [(11, D, F), (11, F, D)])], "Newton-Schulz"),
+        ("FusedAdamMathFunctor", [("phase:optimizer", []), ("aten::_fused_adamw_", [])], "AdamW"),
+        ("ncclDevKernel_ReduceScatter", [("phase:optimizer", [])], "collectives"),
+        ("multi_tensor_apply_kernel", [("phase:ema", []), ("aten::_foreach_lerp_", [])], "EMA"),
+        ("some_new_kernel", [], "other"),
+    ]  # fmt: skip
+    trace, ts = [], 0
+    for number, (kernel, operators, _) in enumerate(plan):
+        for depth, (name, shapes) in enumerate(operators):
+            trace.append(operator(name, ts + depth, 90 - 2 * depth, shapes, tid=1 + number % 2))
+        trace += launch(kernel, ts + 50, number, tid=1 + number % 2)
+        ts += 100
+    hp = Hyperparameters()
+    events = bench_step.device_events({"traceEvents": trace[::-1]}, cuda=True)
+    for event in events:
+        bench_step.classify(event, hp)
+    found = {e.name: e for e in events}
+    assert {name: found[name].phase for name, *_ in plan} == {name: phase for name, _, phase in plan}
+    assert found["nvjet_tst_128x256"].flops == 2 * M * D * D
+    assert found["nvjet_tst_128x256"].nbytes == 2 * (2 * M * D + D * D)
+    assert found["_mlp_kernel"].flops == 2 * M * D * F
+    assert found["triton_poi_fused_mul_1"].nbytes == 2 * 2 * M * D
+    assert bench_step.busy_ms(events) == pytest.approx(5e-3 * len(plan))
+
+
+def test_busy_time_counts_overlapping_kernels_once():
+    spans = [(0, 10), (5, 10), (6, 2), (20, 5)]
+    assert bench_step.busy_ms([bench_step.Event("k", a, d, []) for a, d in spans]) == pytest.approx(20e-3)
