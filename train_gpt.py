@@ -1128,11 +1128,15 @@ def norm(x):
     """(..., D) -> (..., D): RMS norm without a weight, eps of F.rms_norm for float32."""
     return F.rms_norm(x, (x.size(-1),), eps=1.19e-7)
 
-def rotary_tables(length, hp, device):
-    """cos and sin of every position of a row, (T, 1, rope_dims / 2) float32; float64 angles, positions reach 98,304."""
-    frequency = hp.rope_base ** (-torch.arange(0, hp.rope_dims, 2, dtype=torch.float64, device=device) / hp.rope_dims)
-    angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
-    return angle.cos().float()[:, None], angle.sin().float()[:, None]
+def rotary_tables(hp):
+    """cos and sin of every position of the longest row, (T, 1, rope_dims / 2) float32 each, from float64 angles.
+
+    Made once: traced into a graph, the compiler computes them anew for every head, in float64 on the GPU.
+    """
+    length = max(hp.micro_batch_tokens, hp.eval_seq_len, hp.global_ttt_chunk_tokens + hp.ttt_eval_seq_len)
+    frequency = hp.rope_base ** (-torch.arange(0, hp.rope_dims, 2, dtype=torch.float64) / hp.rope_dims)
+    angle = torch.arange(length, dtype=torch.float64)[:, None, None] * frequency
+    return angle.cos().float(), angle.sin().float()
 
 def apply_rotary_emb(x, tables):
     """(B, T, H, E) -> the same: rotates dims i and i + rope_dims/2 of the first rope_dims (partial RoPE)."""
@@ -1200,6 +1204,8 @@ class GPT(nn.Module):
         self.smear_lambda = nn.Parameter(torch.zeros(1)) if hp.smear_gate_enabled else None
         scales = [[(layer + 1) ** -0.5 if hp.ln_scale else 1.0] for layer in range(L)]
         self.register_buffer("depth_scale", torch.tensor(scales), persistent=False)  # no weight: never saved
+        for name, table in zip(("cos", "sin"), rotary_tables(hp), strict=True):
+            self.register_buffer(name, table, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -1329,7 +1335,7 @@ class GPT(nn.Module):
         `block` stands for self.block, where that alone was compiled.
         """
         hp, slots, weights, block = self.hp, self.slots(looping), self.layer_weights(), block or self.block
-        packing, rope = (cu_seqlens, max_seqlen), rotary_tables(tokens.size(1), hp, tokens.device)
+        packing, rope = (cu_seqlens, max_seqlen), (self.cos[:tokens.size(1)], self.sin[:tokens.size(1)])
         x = x0 = norm(self.embed(tokens, fresh))
         mlp_lane, encoder, skips = None, len(slots) // 2, []
         for slot, layer in enumerate(slots):
