@@ -1153,9 +1153,7 @@ def subtract_own_value(y, v):
 
 class LayerWeights(NamedTuple):
     """What one layer computes with: views of the banks and of the small parameters, in the compute dtype."""
-    q: Tensor  # (D, D)
-    k: Tensor  # (K E, D)
-    v: Tensor  # (K E, D)
+    qkv: Tensor  # (D + 2 K E, D): q, k and v below each other, one product
     out: Tensor  # (D, D)
     up: Tensor  # (F, D)
     down: Tensor  # (D, F)
@@ -1251,21 +1249,23 @@ class GPT(nn.Module):
     def layer_weights(self):
         """LayerWeights of every layer. Unbinding once makes a bank's gradient one stack, not a sum of padded slices."""
         L = self.hp.num_layers
-        qo, kv, up, down, q_gain, attn_scale, mlp_scale, mix, post, resid = (p.to(self.dtype).unbind(0) for p in (
-            self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank, self.q_gain, self.attn_scale,
-            self.mlp_scale, self.resid_mix, self.parallel_post, self.parallel_resid))
+        q, out, k, v = *self.qo_bank.to(self.dtype).split(L), *self.kv_bank.to(self.dtype).split(L)
+        qkv = torch.cat((q, k, v), dim=1).unbind(0)
+        out, up, down, q_gain, attn_scale, mlp_scale, mix, post, resid = (p.to(self.dtype).unbind(0) for p in (
+            out, self.mlp_up_bank, self.mlp_down_bank, self.q_gain, self.attn_scale, self.mlp_scale, self.resid_mix,
+            self.parallel_post, self.parallel_resid))
         gates = [None] * L if self.attn_gate is None else self.attn_gate.to(self.dtype).unbind(0)
-        return [LayerWeights(qo[i], kv[i], kv[L + i], qo[L + i], up[i], down[i], q_gain[i], gates[i], attn_scale[i],
-                             mlp_scale[i], mix[i], post[i], resid[i], self.depth_scale[i], i >= L - self.hp.xsa_last_n)
-                for i in range(L)]
+        return [LayerWeights(qkv[i], out[i], up[i], down[i], q_gain[i], gates[i], attn_scale[i], mlp_scale[i], mix[i],
+                             post[i], resid[i], self.depth_scale[i], i >= L - self.hp.xsa_last_n) for i in range(L)]
 
     def attention(self, h, x_in, w, rope, packing, tap):
         """(B, T, D) normalised input h -> (B, T, D). `packing` is (cu_seqlens or None, max_seqlen)."""
         hp, (B, T, D) = self.hp, h.shape
-        q_raw = linear(h, w.q, tap, "q")
-        q = q_raw.view(B, T, hp.num_heads, hp.head_dim)
-        k = linear(h, w.k, tap, "k").view(B, T, hp.num_kv_heads, hp.head_dim)
-        v = linear(h, w.v, tap, "v").view(B, T, hp.num_kv_heads, hp.head_dim)
+        kv_dim = hp.num_kv_heads * hp.head_dim
+        q_raw, k, v = F.linear(h, w.qkv).split((D, kv_dim, kv_dim), dim=-1)
+        if tap is not None:
+            q_raw, k, v = tap("q", h, q_raw), tap("k", h, k), tap("v", h, v)
+        q, k, v = (t.unflatten(2, (-1, hp.head_dim)) for t in (q_raw, k, v))
         q = apply_rotary_emb(norm(q), rope) * w.q_gain[:, None]
         k = apply_rotary_emb(norm(k), rope)
         y = self.ops.attention(q, k, v, *packing)  # (B, T, H, E)
