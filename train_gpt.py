@@ -1035,11 +1035,15 @@ def attention_fa3(q, k, v, cu_seqlens, max_seqlen):
 def _fa4_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor,
                   max_seqlen: int) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
+    # Query heads that share dk and dv add them up in fp32 buffers, zeroed before and cast after. A key head for each,
+    # and the sum taken here, should cost less (docs/LOG.md).
+    heads = k.shape[1]
+    k, v = _repeat_kv(q, k, v)
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     _flash_attn_bwd(
         q, k, v, out, grad.contiguous(), lse, softmax_scale=q.shape[-1] ** -0.5, causal=True, dq=dq, dk=dk, dv=dv,
         cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
-    return dq, dk, dv
+    return dq, *(t if heads == t.shape[1] else t.unflatten(1, (heads, -1)).sum(2) for t in (dk, dv))
 
 @_on_packed_row
 @golf_op(lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)),
