@@ -54,6 +54,7 @@ class Event:
     duration: float
     chain: list  # what was running on the launching thread, outermost first: (name, shapes, types)
     phase: str = ""
+    shape: str = ""  # of a matrix product
     flops: float = 0.0
     nbytes: float = 0.0
 
@@ -232,6 +233,8 @@ def classify(event: Event, hp) -> None:
         event.flops, event.nbytes = work_of(operator, event, hp)
     part = re.search(r"phase:(\w+)", names)
     product = operator is not None and operator[0].split("::")[-1] in PRODUCTS
+    if product:
+        event.shape = " @ ".join("x".join(map(str, s)) for s in operator[1] if len(s) >= 2)
     backward = "autograd::engine" in names or "Backward" in names or "_backward" in names
     if "nccl" in event.name.lower() or "c10d::" in names:
         event.phase = "collectives"
@@ -375,7 +378,7 @@ def bench_state(trainer, looping: bool, seconds: float, ceilings: dict) -> dict:
     events = profile_step(trainer, step, looping)
     step_ms = 1e3 * hp.train_batch_tokens / rate / dist.world_size
     busy = busy_ms(events) if dist.device.type == "cuda" else sum(e.duration for e in events) / 1e3
-    names = summarize(events, ceilings, lambda e: (e.name, e.phase))
+    names = summarize(events, ceilings, lambda e: (f"{e.shape} {e.name}".strip(), e.phase))
     flops = model_flops(trainer.model, looping, causal_pairs(trainer, step))
     return {
         "tokens_per_second": rate, "step_ms": step_ms, "busy_ms": busy, "launch_gaps_ms": step_ms - busy,
@@ -400,7 +403,7 @@ def print_state(name: str, result: dict, micro_steps: int) -> None:
     gaps = result["launch_gaps_ms"]
     print(f"{'launch gaps':32}{gaps:9.2f}{gaps / micro_steps:9.3f}   (device busy {result['busy_ms']:.2f} ms)")
     print("longest kernels (ms, launches, GB/s, TFLOP/s, phase, name):")
-    for row in result["kernels"][:15]:
+    for row in result["kernels"][:30]:
         print(f"{row['ms']:9.2f}{row['launches']:6d}{row['gbyte'] / row['ms'] * 1e3:7.0f}"
               f"{row['gflop'] / row['ms']:6.0f}  {row['phase']:24} {row['name'][:110]}")  # fmt: skip
     unknown = [f"{row['ms']:.2f} {row['name'][:80]}" for row in result["kernels"] if row["phase"] == "other"]
