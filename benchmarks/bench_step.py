@@ -179,7 +179,7 @@ def own_times(operators: list) -> list[Event]:
             stack[-1][1].duration -= operator["dur"]
         stack.append((operator, event))
         events.append(event)
-    return [e for e in events if e.name.startswith(("aten::", "golf::"))]
+    return [e for e in events if e.name.startswith(("aten::", "golf::", "c10d::"))]
 
 
 def tensor_bytes(shapes: list, types: list) -> list[float]:

@@ -1,0 +1,139 @@
+"""The default training step on 1, 2, 4 and 8 ranks of one host, the same tokens a step in all.
+
+    python benchmarks/bench_scaling.py [--ranks 1,2,4,8] [--seconds 20] [--losses 60] [--out FILE.json]
+
+For each number of ranks this starts itself under torchrun: --losses steps from the same start, looping on for the
+second half, whose losses must agree between rank counts within the noise of the number format; then, for looping off
+and on, a window of --seconds with the clock of a run and one step under torch.profiler. Columns: milliseconds a step,
+tokens/s, efficiency (rate over ranks times the first row's rate a rank), milliseconds of communication on rank 0's
+device and how many of them no other kernel covers, and each collective (launches, milliseconds, uncovered). Waiting
+for slower ranks counts as communication. DATA_PATH and settings as in a run; without DATA_PATH, synthetic shards.
+--device cpu measures a small model over gloo, where nothing is covered.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_gpt as tg
+from benchmarks.bench_step import (SMALL, Event, annotated, busy_ms, profile_step, tokens_per_second,
+                                   write_synthetic_shards)  # fmt: skip
+
+
+def collective_name(event: Event) -> str:
+    """Which collective an event of that phase belongs to."""
+    words = event.name + " ".join(frame[0] for frame in event.chain)
+    found = re.search("all_?reduce|reduce_?scatter|all_?gather|broadcast", words, re.IGNORECASE)
+    return found[0].lower().replace("_", "") if found else "other"
+
+
+def communication(events: list[Event], covered: bool) -> dict:
+    """{collective: launches, ms, exposed_ms} and the total "all"; without `covered`, nothing hides anything."""
+    compute = [e for e in events if e.phase != "collectives"]
+    table = defaultdict(lambda: {"launches": 0, "ms": 0.0, "exposed_ms": 0.0})
+    groups = defaultdict(list)
+    for event in events:
+        if event.phase == "collectives":
+            groups[collective_name(event)].append(event)
+            groups["all"].append(event)
+    busy = busy_ms(compute)
+    for name, group in groups.items():
+        exposed = busy_ms(group + compute) - busy if covered else sum(e.duration for e in group) / 1e3
+        table[name] = {"launches": len(group), "ms": sum(e.duration for e in group) / 1e3, "exposed_ms": exposed}
+    return dict(table)
+
+
+def fixed_steps(trainer, steps: int) -> list[float]:
+    """Mean training loss of each of the first `steps` steps, looping on for the second half."""
+    losses = [trainer.train_step(i, i / steps, 2 * i >= steps) for i in range(steps)]
+    return trainer.dist.all_reduce(torch.stack(losses)).tolist() if losses else []
+
+
+def worker(args) -> None:
+    """One rank of one row of the table; rank 0 writes --out."""
+    dist = tg.Dist(args.device)
+    cuda = dist.device.type == "cuda"
+    hp = replace(tg.Hyperparameters.from_env(), device=args.device, **({} if cuda else SMALL))
+    trainer = tg.Trainer(tg.build_model(hp, dist), hp, dist, print)
+    trainer.optimizers.step = annotated("optimizer", trainer.optimizers.step)
+    losses = fixed_steps(trainer, args.losses)
+    result = {"ranks": dist.world_size, "device": torch.cuda.get_device_name() if cuda else "cpu", "losses": losses,
+              "states": {}}  # fmt: skip
+    for state, looping in (("off", False), ("on", True)):
+        step = args.losses
+        for _ in range(3):
+            trainer.train_step(step, 0.0, looping)
+            step += 1
+        dist.synchronize()
+        rate, step = tokens_per_second(trainer, looping, args.seconds, step)
+        events = profile_step(trainer, step, looping)
+        result["states"][state] = {
+            "tokens_per_second": rate, "step_ms": 1e3 * hp.train_batch_tokens / rate,
+            "communication": communication(events, cuda),
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0,
+        }  # fmt: skip
+    if dist.rank == 0:
+        Path(args.out).write_text(json.dumps(result))
+    dist.close()
+
+
+def print_row(row: dict, first: dict) -> None:
+    for state, figures in row["states"].items():
+        alone = first["states"][state]["tokens_per_second"] / first["ranks"]
+        share = figures["tokens_per_second"] / row["ranks"] / alone
+        parts = {"all": {"ms": 0.0, "exposed_ms": 0.0}} | figures["communication"]
+        total = parts.pop("all")
+        details = ", ".join(f"{name} {p['launches']} x, {p['ms']:.1f} ms, {p['exposed_ms']:.1f}"
+                            for name, p in parts.items())  # fmt: skip
+        print(f"{row['ranks']:5d} {state:>7} {figures['step_ms']:9.1f} {figures['tokens_per_second']:12,.0f} "
+              f"{share:10.3f} {total['ms']:9.1f} {total['exposed_ms']:9.1f}  {details}", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    parser.add_argument("--ranks", default="1,2,4,8", help="numbers of ranks; the first is the reference")
+    parser.add_argument("--seconds", type=float, default=20.0, help="window of each rate")
+    parser.add_argument("--losses", type=int, default=60, help="steps whose losses are compared; 0: none")
+    parser.add_argument("--out", default="scaling.json", help="file for the figures as JSON")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args)
+    rows = []
+    print("ranks looping   ms/step     tokens/s efficiency   comm ms   exposed  collectives (launches, ms, exposed ms)")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        environment = dict(os.environ)
+        if "DATA_PATH" not in environment:
+            environment["DATA_PATH"] = folder
+            hp = replace(tg.Hyperparameters.from_env(), **(SMALL if args.device == "cpu" else {}))
+            write_synthetic_shards(folder, 90 * hp.train_batch_tokens, hp.vocab_size)
+        for ranks in map(int, args.ranks.split(",")):
+            part = Path(folder, "row.json")
+            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                            __file__, "--worker", "--device", args.device, "--seconds", str(args.seconds),
+                            "--losses", str(args.losses), "--out", str(part)], env=environment, check=True)  # fmt: skip
+            rows.append(json.loads(part.read_text()))
+            print_row(rows[-1], rows[0])
+            Path(args.out).write_text(json.dumps(rows, indent=1))
+    if args.losses and len(rows) > 1:
+        for row in rows[1:]:
+            gaps = [abs(a - b) for a, b in zip(row["losses"], rows[0]["losses"], strict=True)]
+            print(f"losses of {args.losses} steps, {row['ranks']} ranks against {rows[0]['ranks']}: at most "
+                  f"{max(gaps):.2g} nats apart, {gaps[-1]:.2g} at the last ({row['losses'][-1]:.4f})")  # fmt: skip
+            assert math.isfinite(max(gaps)), "training diverged"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""benchmarks/bench_scaling.py: two rank counts of a small model over gloo, and the counting of covered communication."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import bench_scaling
+from benchmarks.bench_step import Event
+
+
+def test_one_and_two_ranks_give_the_same_losses(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("DATA_PATH", raising=False)
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--ranks", "1,2", "--seconds", "0.1", "--losses", "4",
+                                      "--out", str(tmp_path / "scaling.json")])  # fmt: skip
+    bench_scaling.main()
+    one, two = json.loads((tmp_path / "scaling.json").read_text())
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert len(one["losses"]) == 4 and one["losses"] == pytest.approx(two["losses"], abs=1e-4)
+    assert one["states"]["on"]["communication"] == {}
+    names = set(two["states"]["on"]["communication"])
+    assert {"all", "allreduce", "reducescatter", "allgather"} <= names
+    assert "4 steps, 2 ranks against 1" in capsys.readouterr().out
+
+
+def test_communication_under_another_kernel_is_not_exposed():
+    events = [Event("gemm", 0.0, 1000.0, [], "projections"),
+              Event("ncclDevKernel_ReduceScatter_Sum_bf16", 500.0, 1500.0, [], "collectives"),
+              Event("gemm", 1800.0, 500.0, [], "Newton-Schulz"),
+              Event("ncclDevKernel_AllGather_RING", 2300.0, 100.0, [], "collectives")]  # fmt: skip
+    table = bench_scaling.communication(events, covered=True)
+    assert table["reducescatter"] == {"launches": 1, "ms": 1.5, "exposed_ms": pytest.approx(0.8)}
+    assert table["allgather"]["exposed_ms"] == pytest.approx(0.1)
+    assert table["all"]["exposed_ms"] == pytest.approx(0.9)
+    assert bench_scaling.communication(events, covered=False)["all"]["exposed_ms"] == 1.6
