@@ -27,8 +27,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as tg
-from benchmarks.bench_step import (SMALL, Event, annotated, busy_ms, profile_step, tokens_per_second,
-                                   write_synthetic_shards)  # fmt: skip
+from benchmarks.bench_step import (
+    SMALL,
+    Event,
+    annotated,
+    busy_ms,
+    profile_step,
+    tokens_per_second,
+    write_synthetic_shards,  # fmt: skip
+)
 
 
 def collective_name(event: Event) -> str:

@@ -1,4 +1,4 @@
-"""benchmarks/bench_scaling.py: two rank counts of a small model over gloo, and the counting of covered communication."""
+"""benchmarks/bench_scaling.py: two rank counts of a small model over gloo; covered communication."""
 
 import json
 import sys
