@@ -366,8 +366,9 @@ class Dist:
         if self.world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist_backend.init_process_group(backend)
+        if safety and self.world_size > 1:
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, timedelta(seconds=30)
-            self.watchdog = safety and safety.Watchdog(self, dist_backend.TCPStore(*address))
+            self.watchdog = safety.Watchdog(self, dist_backend.TCPStore(*address))
 
     @property
     def net(self):
@@ -434,7 +435,8 @@ class Dist:
     def close(self):
         if self.world_size > 1:
             self.barrier()  # rank 0 may hold the store that the watchdogs read
-            self.watchdog and self.watchdog.done.set()
+            if safety and self.watchdog:
+                self.watchdog.done.set()
             dist_backend.destroy_process_group()
 
 class RunLog:
@@ -469,7 +471,8 @@ class RunLog:
         start, graphs = time.perf_counter(), compiled_graphs()
         around, self.running, self.shown = self.running, (name, start), 0.0
         self.dist.stage = name
-        self.dist.watchdog and self.dist.watchdog.tell()
+        if safety and self.dist.watchdog:
+            self.dist.watchdog.tell()
         self.live(0.0)
         yield
         self.dist.synchronize()
@@ -1674,7 +1677,7 @@ class Trainer:
             if safety and (stop or hp.checkpoint_every and step % hp.checkpoint_every == 0):
                 self.check_weights(step)
                 safety.save_state(self, write_atomically, step, seconds, losses)
-            if stop:
+            if safety and stop:
                 safety.stop_for(self.dist, int(stop))
             if step <= 5 or step % hp.train_log_every == 0:
                 self.log_step(step, losses[-1], seconds, progress, looping)
@@ -3060,10 +3063,10 @@ def train_and_save(trainer, evaluator, path):
         training = trainer.train(lambda: score_stage("training", evaluator.evaluate_bpb, log, {}))
     if dist.rank == 0:
         save_checkpoint(path, trainer.model, trainer.hp)
-        for state in path.parent.glob("state-*.pt"):
+        for state in path.parent.glob("state-*.pt") if safety else ():
             state.unlink()
     dist.deferring = False
-    if dist.signal:
+    if safety and dist.signal:
         safety.stop_for(dist, dist.signal)
     return training
 

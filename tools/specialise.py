@@ -26,7 +26,8 @@ OF_A_PROOF = """
     phased_ttt_prefix_docs global_ttt_chunk_tokens
 """.split()
 # for work on the source: never in a packed script, whatever the run was that packed it
-OFF = {"prequant_only": "0", "quant_only": "0", "checkpoint_path": "", "plots": "0"}
+OFF = {"prequant_only": "0", "quant_only": "0", "checkpoint_path": "", "plots": "0", "checkpoint_every": "0",
+       "resume": "0"}
 UNSAID = ("plots",)  # of these nothing is told: there are no pictures beside a packed script either way
 # methods: the bar on a terminal; which settings go together, as those that are folded have been checked
 LEFT_OUT = "live", "cross_checks"
@@ -57,6 +58,7 @@ def specialise(tree, settings):
     if cls is None:
         return tree
     values = fold_settings(tree, cls, fields, settings)
+    Substitute(dict.fromkeys(take_companions(tree))).visit(tree)
     for node in walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name in LEFT_OUT:
             node.body = ast.parse("return ()").body
@@ -134,6 +136,14 @@ def fold_settings(tree, cls, fields, settings):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "PACKED":
             node.value = ast.Constant("\n".join(lines))
     return folded
+
+
+def take_companions(tree):
+    """Takes out `try: from tools import name`: a packed script lies alone -> the names, which are None there."""
+    tries = [node for node in tree.body if isinstance(node, ast.Try) and isinstance(node.body[0], ast.ImportFrom)]
+    taken = [node for node in tries if node.body[0].module == "tools"]
+    tree.body = [node for node in tree.body if node not in taken]
+    return [name.name for node in taken for name in node.body[0].names]
 
 
 def fold_properties(cls, values):
