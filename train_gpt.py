@@ -2994,12 +2994,14 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes):
     with log.stage("hessians"):
         hessians = collect_hessians(model, loader, hp, dist)
     weights = {name: tensor.detach() for name, tensor in unbank(model).items()}
+    trials = []
     for _ in range(TARGET_TRIALS):
         with log.stage("quantize"):
             arrays = quantize_weights(weights, hessians, hp, dist)
         with log.stage("pack"):
             blob = pack_weights(arrays, hp.compressor, log.live) if dist.rank == 0 else b""
             spare = dist.agree(hp.target_bytes - code_bytes - len(blob) if dist.rank == 0 else -math.inf)[0]
+        trials.append((spare if spare >= 0 else BYTE_CAP - spare, blob, arrays))  # too long is worse than any waste
         if not hp.target_bytes or 0 <= spare <= hp.target_bytes / 2000:
             break
         # a code takes a bit more where its step is half as wide
@@ -3007,6 +3009,7 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes):
         clips = {name: getattr(hp, name) * wider for _, _, name in QUANT_TABLE.values()}
         log(f"target_bytes:{hp.target_bytes} spare:{spare:.0f} clips times {wider:.4f}")
         hp = dataclasses.replace(hp, **clips)
+    _, blob, arrays = min(trials, key=lambda trial: trial[0])
     if dist.rank == 0:
         write_atomically(path, blob)
     dist.barrier()
