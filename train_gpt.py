@@ -772,7 +772,8 @@ def find_tokenizer(hp):
         if wanted in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
             try:
                 tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-            except RuntimeError:
+                tokenizer.id_to_piece([*range(tokenizer.vocab_size())])  # a damaged piece may be no text
+            except (RuntimeError, UnicodeDecodeError):
                 raise DataError(f"{path} is no SentencePiece model") from None
             if tokenizer.vocab_size() != hp.vocab_size:
                 raise DataError(f"{path} has {tokenizer.vocab_size()} pieces, VOCAB_SIZE is {hp.vocab_size}")

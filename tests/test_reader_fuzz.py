@@ -261,6 +261,9 @@ def test_tokenizers(place):
 
     damaged_ones()
     of_any_bytes()
+    path.write_bytes(data.replace("\u2581the".encode(), b"\xe2(\x81the", 1))  # loads, and has a piece that is no text
+    with pytest.raises(train_gpt.DataError, match="is no SentencePiece model"):
+        read()
 
 
 # ---- settings
