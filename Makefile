@@ -28,7 +28,7 @@ lint: $(VENV)/.ready
 test: lint
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu" tests
 
-# all faults, 50 runs with a fault each, 105,000 inputs for the readers, instead of the samples in make test (an hour)
+# all faults, 50 runs with a fault each, 106,000 inputs for the readers, instead of the samples in make test
 soak: $(VENV)/.ready
 	SOAK=1 SOAK_MUTATIONS=5000 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -s -n 2 --dist worksteal \
 		tests/test_reliability.py tests/test_reader_fuzz.py tests/test_artifact_fuzz.py
