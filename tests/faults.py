@@ -37,7 +37,7 @@ PLACES = {  # name -> object of train_gpt, its function, a stage's line of which
     "start": (None, "build_model"), "warm_up": ("Trainer", "warm_up"), "train": ("Trainer", "train_step"),
     "save": (None, "save_checkpoint"), "hessians": (None, "collect_hessians"), "quantize": (None, "quantize_weights"),
     "pack": (None, "pack_weights"), "unpack": (None, "unpack_weights"), "eval": ("Evaluator", "evaluate_bpb"),
-    "ttt": ("TestTimeTrainer", "score_batch"), "adapt": ("TestTimeTrainer", "global_adapt"),
+    "ttt": ("TestTimeTrainer", "chunk_step"), "adapt": ("TestTimeTrainer", "global_adapt"),
 }  # fmt: skip
 ON_RANK_0_ONLY = ("save", "pack", "unpack")
 

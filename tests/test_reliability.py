@@ -516,6 +516,22 @@ RANK_FAULTS = [(kind, place) for kind in ("kill", "raise", "exit", "freeze", "st
 QUICK = [fault for fault in RANK_FAULTS if fault[0] in ("kill", "raise", "exit")]
 
 
+@pytest.mark.parametrize("place", faults.PLACES)
+def test_a_fault_happens_at_every_place(place, monkeypatch, tmp_path):
+    """A place that a rewrite has renamed would fail only where the sample of `make test` comes by."""
+    owner, name = faults.PLACES[place]
+    owner = getattr(train_gpt, owner) if owner else train_gpt
+    monkeypatch.setattr(owner, name, lambda *_: "went on")
+    monkeypatch.setattr(train_gpt.Trainer, "warm_up", train_gpt.Trainer.warm_up)
+    monkeypatch.setenv("ARMED", "1")
+    monkeypatch.setenv("FAULT_NOTES", str(tmp_path))
+    faults.inject(train_gpt, "raise", place, 0, 5)
+    if place == "train":
+        assert getattr(owner, name)(None, 4) == "went on"  # at its step only
+    with pytest.raises(RuntimeError, match="injected"):
+        getattr(owner, name)(None, 5)
+
+
 def rank_for(place):
     return 0 if place in faults.ON_RANK_0_ONLY else random.Random(f"{SEED}{place}").randrange(2)
 
