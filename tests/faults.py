@@ -1,11 +1,13 @@
 """train_gpt.py with a fault in it, as a process: `python tests/faults.py`, told by FAULT="kind place rank [step]".
 
-Kinds: kill (SIGKILL), exit, raise, stall (sleeps for ever), freeze (SIGSTOP), term and int (the signal, to itself),
-nan (a loss that is not finite), full (no room on the disk). Places are functions that a run calls, see PLACES. The time
-of the fault is written to the file of that name in the folder FAULT_NOTES. Without FAULT the run is as it is, but
-that the code is not packed, which takes seconds and is tested elsewhere.
+Kinds: kill (SIGKILL), exit, raise, stall (sleeps for ever), freeze (SIGSTOP), hold and hang (keeps Python's lock, for
+20 s or for ever), term and int (the signal, to itself), nan (a loss that is not finite), full (no room on the disk).
+Places are functions that a run calls, see PLACES. The time of the fault is written to the file of that name in the
+folder FAULT_NOTES. Without FAULT the run is as it is, but that the code is not packed, which takes seconds and is
+tested elsewhere.
 """
 
+import ctypes
 import errno
 import json
 import os
@@ -55,6 +57,8 @@ def happen(kind):
         os._exit(7)
     elif kind == "stall":
         time.sleep(3600)
+    elif kind in ("hold", "hang"):
+        ctypes.PyDLL(None).sleep(20 if kind == "hold" else 3600)  # a call by PyDLL keeps the lock
     elif kind == "full":
         raise OSError(errno.ENOSPC, "No space left on device")
     elif kind == "raise":
@@ -198,16 +202,12 @@ def serve():
 
 
 def wait_for_ranks(pids):
-    """-> the first exit code that is not 0. Ends nobody but a rank that is frozen, when it is the last."""
+    """-> the first exit code that is not 0. Ends nobody: also a rank that is frozen the others must end."""
     codes = []
     while len(codes) < len(pids):
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             codes.append(os.waitstatus_to_exitcode(status))
-            pids = [other if other != pid else 0 for other in pids]
-        elif len(codes) == len(pids) - 1 and (last := max(pids)):
-            if Path(f"/proc/{last}/stat").read_text().rpartition(")")[2].split()[0] == "T":
-                os.kill(last, signal.SIGKILL)
         time.sleep(0.02)
     return next((abs(code) for code in codes if code), 0)
 

@@ -228,21 +228,44 @@ def test_divergence_is_named_without_states_too(tiny_data, tmp_path, step):
 # ---- the watchdog's judgement
 
 
+GONE, ALIVE = ("another host", 1, "0"), (safety.host_id(), os.getpid(), safety.process_state(os.getpid())[1])
+
+
 def judged(told, silent=(0, 0), idle=(0, 0), failing=0):
     watchdog = safety.Watchdog.__new__(safety.Watchdog)
-    return safety.Watchdog.judge(watchdog, told, list(silent), list(idle), failing)
+    found = safety.Watchdog.judge(watchdog, told, list(silent), list(idle), failing)
+    return f"rank {found[0]} {found[1]}" if found else ""
 
 
 def test_the_watchdog_names_the_dead_the_stalled_and_the_first_to_fail():
-    a, b = [1.0, 5, 10, "train", None], [1.0, 5, 11, "pack", None]
-    failed_second, failed_first = [1.0, 5, 10, "train", [2, "lost its peer"]], [1.0, 5, 11, "pack", [1, "no room"]]
+    a, b = [1.0, 5, 10, "train", None, GONE], [1.0, 5, 11, "pack", None, GONE]
+    second, first = [*a[:4], [2, "lost its peer"], GONE], [*b[:4], [1, "no room"], GONE]
     assert judged([a, b]) == judged([a, b], idle=(30, 90), silent=(14, 14)) == ""
     assert judged([a, b], silent=(0, 15)) == "rank 1 died or hangs in stage pack"
     assert judged([a, b], idle=(40, 90)) == "rank 0 stalls in stage train, the others wait for it"
-    assert judged([a, [1.0, 5, 10, "train", None]], idle=(90, 90)) == ""  # all wait in one place: for the network
-    assert judged([failed_second, failed_first], failing=4) == ""
-    assert judged([failed_second, failed_first], failing=5) == "rank 1 failed in stage pack: no room"
-    assert judged([failed_second, b], silent=(0, 3), failing=4) == "rank 1 died or hangs in stage pack"
+    assert judged([a, [1.0, 5, 10, "train", None, GONE]], idle=(90, 90)) == ""  # all wait in one place: the network
+    assert judged([second, first], failing=4) == ""
+    assert judged([second, first], failing=5) == "rank 1 failed in stage pack: no room"
+    assert judged([second, b], silent=(0, 3), failing=4) == "rank 1 died or hangs in stage pack"
+
+
+def test_a_process_that_is_seen_to_live_may_be_silent_for_longer():
+    """Where a library keeps Python's lock, no thread of that process can tell anything."""
+    a, b = [1.0, 5, 10, "train", None, GONE], [1.0, 5, 11, "pack", None, ALIVE]
+    assert judged([a, b], silent=(0, 39)) == judged([a, b], silent=(0, 5), failing=3) == ""
+    assert judged([a, b], silent=(0, 40)) == "rank 1 died or hangs in stage pack"
+    assert safety.lives(*ALIVE) and not safety.lives(*ALIVE[:2], "0") and not safety.lives("elsewhere", *ALIVE[1:])
+    with subprocess.Popen(["sleep", "60"]) as child:
+        process = safety.host_id(), child.pid, safety.process_state(child.pid)[1]
+        assert safety.lives(*process)
+        child.send_signal(signal.SIGSTOP)
+        while safety.process_state(child.pid)[0] != "T":
+            time.sleep(0.01)
+        assert not safety.lives(*process) and safety.lives(*process, states="T")
+        child.kill()
+        while safety.process_state(child.pid)[0] != "Z":
+            time.sleep(0.01)
+        assert not safety.lives(*process)
 
 
 def test_a_rank_that_works_alone_is_not_taken_for_stalled():
@@ -502,7 +525,7 @@ def check_rank_fault(folder, starter, kind, place, rank):
     assert code not in (0, None), f"exit code {code}: {text[-3000:]}"
     assert seconds < 60, f"{kind} {place} {rank} took {seconds:.0f} s: {text[-3000:]}"
     verdicts = [line for line in text.splitlines() if re.match(r"(rank \d+|torchrun) (died|stalls|failed)", line)]
-    words = {"kill": "died", "exit": "died", "freeze": "died", "stall": "stalls"}.get(kind, "failed")
+    words = {"kill": "died", "exit": "died", "freeze": "died", "hang": "died", "stall": "stalls"}.get(kind, "failed")
     assert verdicts and all(line.startswith(f"rank {rank} {words}") for line in verdicts), text[-3000:]
     stage = {"save": "train", "eval": "eval_prequant", "adapt": "eval_ttt", "ttt": "eval_ttt"}.get(place, place)
     assert f"in stage {stage}" in verdicts[0], verdicts[0]
@@ -546,10 +569,19 @@ def test_a_rank_that_dies_raises_or_stalls_ends_all(world, forker, fault):
 
 @soak
 @pytest.mark.parametrize("kind, place", [("kill", "train"), ("raise", "pack"), ("exit", "ttt"), ("freeze", "hessians"),
-                                         ("stall", "eval"), ("kill", "start")])
+                                         ("stall", "eval"), ("kill", "start"), ("hang", "train")])
 def test_a_rank_fault_under_torchrun_ends_all(world, kind, place):
     rank = rank_for(place)
     print(f"torchrun: {kind} {place} rank {rank}: {check_rank_fault(world, faults, kind, place, rank):.1f} s")
+
+
+@soak
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_keeps_pythons_lock_for_long_is_not_taken_for_dead(world, forker, rank):
+    process = forker.start(world, 2, f"hold train {rank}")
+    code = faults.end(process)
+    assert code == 0 and 20 < seconds_since_the_fault(world) < 60, output(world)[-3000:]
+    tidy(world, process)
 
 
 @soak

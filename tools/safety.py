@@ -40,9 +40,10 @@ class Watchdog(threading.Thread):
     """Ends this process where another rank has died, failed or stalled, with a line that names rank and stage.
 
     Each second every rank tells the process group's store: the time, its CPU time, how many collectives it entered,
-    its stage, its error. Dead: no news in DEAD looks. Stalled: neither a collective nor work for the CPU in STALLED
-    looks, while others are further on. Looks are counted, not seconds: where all ranks are held up alike, by a
-    compiler that keeps Python's lock or a machine that sleeps, nobody is missed.
+    its stage, its error, its process. Dead: no news in DEAD looks, or in STALLED where its process is seen to live on
+    this host: a library may keep Python's lock. Stalled: neither a collective nor work for the CPU in STALLED looks,
+    while others are further on. Looks are counted, not seconds: where all ranks are held up alike, by a compiler that
+    keeps Python's lock or a machine that sleeps, nobody is missed.
     """
 
     DEAD, DEAD_AFTER_FAILURE, STALLED = 15, 3, 40
@@ -51,13 +52,14 @@ class Watchdog(threading.Thread):
     def __init__(self, dist, store):
         super().__init__(daemon=True)
         self.dist, self.store, self.error, self.done = dist, store, None, threading.Event()
-        self.heard = dist.stage  # of rank 0
+        self.process = host_id(), os.getpid(), process_state(os.getpid())[1]
         self.tell()  # before anything can go wrong: the others wait for a first sign of life
+        self.holder = json.loads(store.get("golf/rank0"))  # what rank 0 told last
         self.start()
 
     def tell(self):
         """Publishes this rank's news; a run does so as well where a stage begins."""
-        news = time.time(), cpu_ticks(), self.dist.entered, self.dist.stage, self.error
+        news = time.time(), cpu_ticks(), self.dist.entered, self.dist.stage, self.error, self.process
         self.store.set(f"golf/rank{self.dist.rank}", json.dumps(news))
 
     def fail(self, message):
@@ -68,52 +70,91 @@ class Watchdog(threading.Thread):
 
     def run(self):
         keys = [f"golf/rank{rank}" for rank in range(self.dist.world_size)]
-        silent, idle, failing, last, verdict = [0] * len(keys), [0] * len(keys), 0, None, ""
-        while not verdict and not self.done.wait(1.0):
-            # a store whose process is frozen answers nothing, and its client waits for ever
-            alarm = threading.Timer(2 * self.DEAD, self.end, ["it does not answer"])
-            alarm.daemon = True
-            alarm.start()
+        silent, idle, failing, last, found = [0] * len(keys), [0] * len(keys), 0, None, None
+        while not found and not self.done.wait(1.0):
+            answered = threading.Event()
+            threading.Thread(target=self.await_store, args=[answered], daemon=True).start()
             try:
                 self.tell()
                 told = [json.loads(text) for text in self.store.multi_get(keys)]
             except RuntimeError as error:
-                self.end(f"{error!r:.80}")
-            alarm.cancel()
+                self.end_without_store(f"{error!r:.80}")
+            answered.set()
             for rank, (new, old) in enumerate(zip(told, last or told, strict=True)):
                 silent[rank] = silent[rank] + 1 if new[0] == old[0] else 0
                 idle[rank] = idle[rank] + 1 if new[1] < old[1] + self.IDLE_TICKS and new[2] == old[2] else 0
-            failing, last, self.heard = failing + any(new[4] for new in told), told, told[0][3]
-            verdict = self.judge(told, silent, idle, failing)
-        self.end(verdict=verdict)
+            failing, last = failing + any(new[4] for new in told), told
+            self.holder = told[0]
+            found = self.judge(told, silent, idle, failing)
+        if found:
+            rank, words = found
+            self.end(f"rank {rank} {words}", last[rank][5] if silent[rank] >= self.DEAD_AFTER_FAILURE else None)
 
-    def end(self, why_no_store="", verdict=None):
-        """Ends this process with a verdict; without a store it is that who holds it has died or hangs."""
+    def await_store(self, answered):
+        """A store whose process is frozen answers nothing, and its client waits for ever: this ends the process.
+
+        Waits are counted like looks: where Python's lock was kept for long, the answer may be there and gets its turn.
+        """
+        if not any(answered.wait(1.0) for _ in range(2 * self.DEAD)):
+            self.end_without_store("it does not answer")
+
+    def end_without_store(self, why):
+        """Who holds the store has died or hangs: torchrun, or rank 0."""
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        holder, stage = "torchrun" if agent else "rank 0", self.holder[3]
+        verdict = f"{holder} died or hangs, last heard of in stage {stage}; it holds the store: {why}"
+        self.end(verdict, None if agent else self.holder[5])
+
+    def end(self, verdict, hung=None):
+        """Ends this process with a verdict, and the process that hangs, if it is one of this host."""
         if self.done.is_set():
             return
-        host = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
-        if verdict is None:
-            verdict = f"{host} died or hangs, last heard of in stage {self.heard}; it holds the store: {why_no_store}"
-        elif self.dist.rank == 0:
+        if self.dist.rank == 0:
             time.sleep(2.5)  # it may hold the store, in which the others are to find the same
         self.dist.tell(f"{verdict}. Rank {self.dist.rank} ends in stage {self.dist.stage}. {self.dist.safe}")
+        if hung and lives(*hung, states="RSDTt"):  # frozen, it would stay; torchrun takes 30 s to end it
+            os.kill(hung[1], signal.SIGKILL)
         leave(128 + self.dist.signal if self.dist.signal else 1)
 
     def judge(self, told, silent, idle, failing):
-        """What the ranks told last, looks without news and without work, looks since a failure -> verdict, "" if none.
+        """What the ranks told, looks without news, without work, looks since a failure -> (rank, words), or None.
 
         A rank that lost its peer fails as well, so the dead one is looked for first, then who failed first.
         """
-        furthest = max(entered for _, _, entered, _, _ in told)
-        for rank, (_, _, entered, stage, _) in enumerate(told):
+        furthest = max(new[2] for new in told)
+        for rank, (_, _, entered, stage, _, process) in enumerate(told):
             if silent[rank] >= (self.DEAD_AFTER_FAILURE if failing else self.DEAD):
-                return f"rank {rank} died or hangs in stage {stage}"
-            if idle[rank] >= self.STALLED and entered < furthest:
-                return f"rank {rank} stalls in stage {stage}, the others wait for it"
+                if silent[rank] >= self.STALLED or not lives(*process):
+                    return rank, f"died or hangs in stage {stage}"
+            elif idle[rank] >= self.STALLED and entered < furthest:
+                return rank, f"stalls in stage {stage}, the others wait for it"
         if failing > self.DEAD_AFTER_FAILURE + 1:
             (_, why), rank, stage = min((new[4], rank, new[3]) for rank, new in enumerate(told) if new[4])
-            return f"rank {rank} failed in stage {stage}: {why}"
+            return rank, f"failed in stage {stage}: {why}"
+        return None
+
+
+def host_id():
+    """What processes that see each other under the same numbers have in common; "" where there is no /proc."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
         return ""
+
+
+def process_state(pid):
+    """-> letter of its state, when it started; "" and "" for a process that is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
+
+
+def lives(host, pid, started, states="RSD"):
+    """Is this very process on this host, and neither ended nor frozen?"""
+    state, since = process_state(pid) if host == host_id() else ("", "")
+    return bool(state) and since == started and state in states
 
 
 def children():
