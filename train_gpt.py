@@ -3074,15 +3074,18 @@ def train_and_save(trainer, evaluator, path):
         safety.stop_for(dist, dist.signal)
     return training
 
-def run(hp, dist):
-    """The whole run, one call per stage. Returns the RESULT dictionary."""
-    # ---- everything that can be wrong is found before training, and told at once
-    found = all_at_once(
+def preflight(hp, dist):
+    """Everything that can be wrong is found before training, and told at once -> what the checks have made, by name."""
+    return all_at_once(
         dist, tokenizer=lambda found: find_tokenizer(hp), compressor=lambda found: try_compressor(hp.compressor),
         validation=lambda found: ValidationSet(hp, None if hp.caseops_enabled else find_tokenizer(hp)[0]),
         loader=lambda found: hp.ttt_eval_only or TrainLoader(TokenStream(hp.data_path, "train"), hp, dist),
         folder=lambda found: run_folder(hp, dist), model=lambda found: build_model(hp, dist),
-        machine=lambda found: safety and safety.check_machine(hp, dist, **found))
+        machine=lambda found: safety and safety.check_machine(sys.modules[__name__], hp, dist, **found))
+
+def run(hp, dist):
+    """The whole run, one call per stage. Returns the RESULT dictionary."""
+    found = preflight(hp, dist)
     validation, loader, folder, model = (found[name] for name in ("validation", "loader", "folder", "model"))
     checkpoint, artifact = hp.checkpoint_path or folder / "model.pt", Path(hp.artifact_path or folder / "artifact.bin")
     found |= all_at_once(dist, made=lambda found: dist.rank or folder.mkdir(parents=True, exist_ok=True),
@@ -3111,13 +3114,10 @@ def run(hp, dist):
         log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank}")
         training = train_and_save(trainer, evaluator, checkpoint)
         del trainer
-    if not hp.ttt_eval_only:
+    if not hp.ttt_eval_only:  # what was trained is safe: quantize and pack it, then evaluate it
         go_on = safety.command(hp, dist, folder, quant_only=True) if safety else f"CHECKPOINT_PATH={checkpoint}"
         dist.safe = f"{checkpoint} is whole; QUANT_ONLY=1 goes on from it: {go_on}"
         log(f"checkpoint:{dist.safe}")
-
-    # ---- quantize and pack, then evaluate what was trained
-    if not hp.ttt_eval_only:
         if not hp.prequant_only:
             training["group_bytes"] = build_artifact(model, loader, hp, dist, log, artifact, code_bytes)
         score_stage("prequant", evaluator.evaluate_bpb, log, scores)

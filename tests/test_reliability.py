@@ -284,22 +284,102 @@ def test_a_rank_that_works_alone_is_not_taken_for_stalled():
 
 def machine(tmp_path, folder="runs/run", **changes):
     hp = tiny_hp(**changes)
-    model = train_gpt.GPT(hp, OPS, torch.float32)
-    return safety.check_machine(hp, train_gpt.Dist("cpu"), folder=tmp_path / folder, model=model)
+    found = {"folder": tmp_path / folder, "model": train_gpt.GPT(hp, OPS, torch.float32), "compressor": None}
+    return safety.check_machine(train_gpt, hp, train_gpt.Dist("cpu"), **found)
 
 
 def test_a_machine_that_will_do_is_described(tmp_path):
-    assert re.fullmatch(r"projected_artifact_bytes:\d+ disk_free_gb:[\d.]+", machine(tmp_path))
+    before = torch.get_rng_state()
+    words = r"projected_artifact_bytes:\d+ trial_packing share:[\d.]+ pack_seconds:[\d.]+ unpack_seconds:[\d.]+"
+    assert re.fullmatch(words, machine(tmp_path))
+    assert torch.equal(torch.get_rng_state(), before)  # the run's random numbers are not touched
 
 
 def test_all_problems_are_in_one_report(tmp_path, monkeypatch):
     monkeypatch.setattr(safety.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
     monkeypatch.setattr(safety.os, "access", lambda path, mode: False)
     monkeypatch.setattr(safety.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(train_gpt, "BYTE_CAP", 1000)
+    monkeypatch.setattr(train_gpt, "unpack_weights", lambda blob: {})
     with pytest.raises(ValueError) as error:
-        machine(tmp_path, resume=True, run_id="run")
-    words = ["not installed: brotli python-minifier", "cannot be written to", "GB free", "no whole training state"]
+        machine(tmp_path, resume=True, run_id="run", max_wallclock_seconds=9.0, gptq_reserve_seconds=0.0)
+    words = ["not installed: brotli python-minifier", "cannot be written to", "GB free", "no whole training state",
+             "GPTQ_RESERVE_SECONDS=0", "COMPRESSOR=brotli gave back other", "the artifact will have about"]
     assert [word for word, line in zip(words, str(error.value).splitlines(), strict=True) if word not in line] == []
+
+
+# ---- what will be packed: random weights before the clock
+
+
+FORMS = [{"gptq_column_steps": False}, {"lqer_asym_enabled": False, "tie_embeddings": False}, {"lqer_enabled": False},
+         {"sparse_attn_gate_enabled": False, "gated_attn_enabled": True}]
+
+
+@pytest.mark.parametrize("changes", FORMS)
+def test_the_trial_packs_what_a_run_packs(changes, dist):
+    """Names, types and shapes are those of quantize_weights, but that only matrices of a fast coder are whole."""
+    hp = tiny_hp(compressor="entropy", **changes)
+    model = train_gpt.GPT(hp, OPS, torch.float32)
+    weights = {name: torch.randn_like(tensor) for name, tensor in train_gpt.unbank(model).items()}
+    identity = {name: torch.eye(w.shape[1]) for name, w in weights.items() if train_gpt.quant_role(name)}
+    real = train_gpt.quantize_weights(weights, identity, hp, dist)
+    trial, share = safety.trial_arrays(train_gpt, model, hp)
+    fields = lambda arrays: {name for name in arrays if ":lqer" not in name}  # noqa: E731
+    assert fields(trial) == fields(real) and 0 < share < 1
+    assert {n.split(":")[1] for n in trial} == {n.split(":")[1] for n in real}
+    assert all(trial[name].dtype == real[name].dtype and trial[name].ndim == real[name].ndim for name in fields(trial))
+    whole = {real[n].shape for n in fields(trial) if n.endswith(":codes") and trial[n].shape == real[n].shape}
+    assert whole >= {real[n].shape for n in fields(real) if n.endswith("weight:codes")}
+
+
+@pytest.mark.parametrize("name", ["brotli", "lzma", "entropy",
+                                  pytest.param("pergroup", marks=[] if shutil.which("lrzip") else pytest.mark.skip)])
+def test_a_compressor_that_fails_on_the_real_shapes_is_refused(tmp_path, monkeypatch, name):
+    assert "trial_packing" in machine(tmp_path, compressor=name)
+    unpack = train_gpt.unpack_weights
+
+    def other_bytes(blob):
+        arrays = unpack(blob)
+        next(a for key, a in reversed(arrays.items()) if key.endswith(":codes"))[-1, -1] ^= 1
+        return arrays
+
+    monkeypatch.setattr(train_gpt, "unpack_weights", other_bytes)
+    with pytest.raises(ValueError, match=f"COMPRESSOR={name} gave back other values than it got: .*:codes"):
+        machine(tmp_path, compressor=name)
+    monkeypatch.setattr(train_gpt, "pack_weights", lambda *_: bytes(10**15))
+    with pytest.raises(ValueError, match=f"COMPRESSOR={name} failed on random weights: MemoryError"):
+        machine(tmp_path, compressor=name)
+    assert machine(tmp_path, compressor=name, prequant_only=True) == ""  # nothing will be packed
+
+
+def test_an_artifact_that_cannot_fit_is_refused_and_one_that_may_not_is_noted(tmp_path, monkeypatch):
+    hp = tiny_hp()
+    size = safety.projected_bytes(train_gpt.GPT(hp, OPS, torch.float32), hp)
+    for cap, words in ((size, ""), (round(0.9 * size), "note: the artifact may not fit"), (round(0.7 * size), None)):
+        monkeypatch.setattr(train_gpt, "BYTE_CAP", cap)
+        if words is None:
+            with pytest.raises(ValueError, match=f"will have about {size:,} bytes, the cap is {cap:,}: take fewer"):
+                machine(tmp_path)
+        else:
+            assert words in machine(tmp_path) and ("note" in machine(tmp_path)) == bool(words)
+        assert "note" not in machine(tmp_path, target_bytes=cap)
+
+
+def test_the_submission_is_projected_to_fit():
+    hp = train_gpt.Hyperparameters()
+    with torch.device("meta"):
+        model = train_gpt.GPT(hp, OPS, torch.float32)
+    assert 15_900_000 < safety.projected_bytes(model, hp) < train_gpt.BYTE_CAP  # trained: 15,793,158 (docs/h100)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"max_wallclock_seconds": 9.0, "gptq_reserve_seconds": 0.0}, "GPTQ_RESERVE_SECONDS=0 leaves"),
+    ({"eval_budget_seconds": 1e-6, "compressor": "entropy"}, "EVAL_BUDGET_SECONDS=1e-06: unpacking takes about"),
+])
+def test_a_budget_that_cannot_hold_is_refused(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        machine(tmp_path, **changes)
+    assert machine(tmp_path, prequant_only=True, **changes) == ""
 
 
 def test_a_run_names_every_problem_of_every_check(tmp_path, monkeypatch, dist):

@@ -24,11 +24,14 @@ import time
 import traceback
 from pathlib import Path
 
+import numpy as np
 import torch
 
 KEPT_STATES = 2  # so that there is one to fall back to where the newest is torn
 STATE_BYTES_A_WEIGHT, STATE_DIGEST_BYTES = 20, 32  # weights, average, momentum and both moments, fp32
 PACKAGES = {"brotli": "brotli", "python-minifier": "python_minifier"}  # of the packed script that every run counts
+FAST_COMPRESSORS, TRIAL_ROWS = ("entropy",), 8  # 5 MB/s or more; the others take minutes for a whole model
+GENEROUS = 0.8  # an artifact of trained weights has 0.99 of the projected size, one of other statistics may have less
 GAUSSIAN_BITS = math.log2(math.sqrt(2 * math.pi * math.e))  # entropy of a unit Gaussian, steps of 1
 
 
@@ -341,16 +344,91 @@ def projected_bytes(model, hp):
     return round(bits / 8)
 
 
-def check_machine(hp, dist, folder=None, model=None, **found):
-    """What the settings ask of this machine -> a phrase for the log. SafetyError with all that is missing.
+def trial_arrays(trainer, model, hp):
+    """Random weights as quantize_weights would hand them on -> arrays, share of the real ones' elements.
 
-    Packages, room and permission for the run's folder, a whole state for RESUME=1; the size of the artifact to come.
+    Names, fields and small tensors are those of the run. Of matrices of one shape the first is whole where the coder
+    is fast, all others have few rows.
     """
+    weights, generator, arrays, seen = trainer.unbank(model), torch.Generator().manual_seed(1), {}, set()
+    for name, weight in weights.items():
+        role, shape, fields = trainer.quant_role(name), tuple(weight.shape), {}
+        if role is None:
+            fields = trainer.quantize_small(name, torch.randn(shape, generator=generator), hp)
+        else:
+            rows = shape[0] if hp.compressor in FAST_COMPRESSORS and shape not in seen else min(TRIAL_ROWS, shape[0])
+            deviation = (2 ** (getattr(hp, role[1]) - 1) - 1) / getattr(hp, role[2])
+            codes = (torch.randn(rows, shape[1], generator=generator) * deviation).round_().clamp_(-127, 127)
+            scale = torch.rand(rows, generator=generator)
+            fields = {"codes": codes.to(torch.int8), "scale": scale.half()}
+            if hp.gptq_column_steps:
+                fields |= {"scale": trainer.log_steps(scale), "column_steps": trainer.log_steps(torch.ones(shape[1]))}
+            if hp.lqer_enabled and len(seen) < hp.lqer_top_k and shape not in seen:
+                sizes = (rows, hp.lqer_rank), (hp.lqer_rank, shape[1])
+                a, b = (torch.randn(size, generator=generator) for size in sizes)
+                fields |= trainer.pack_factors(a, b, hp)
+            seen.add(shape)
+        arrays |= {f"{name}:{field}": value.numpy() for field, value in fields.items()}
+    return arrays, sum(a.size for a in arrays.values()) / sum(weight.numel() for weight in weights.values())
+
+
+def try_packing(trainer, model, hp):
+    """Packs, unpacks and dequantizes random weights -> a phrase for the log, seconds that unpacking takes at least.
+
+    SafetyError where that fails, or other bytes come out.
+    """
+    arrays, share = trial_arrays(trainer, model, hp)
+    try:
+        times = [time.perf_counter()]
+        blob = trainer.pack_weights(arrays, hp.compressor)
+        times.append(time.perf_counter())
+        found = trainer.unpack_weights(blob)
+        times.append(time.perf_counter())
+        trainer.dequantize_weights(found)
+    except Exception as error:  # whatever a library that does not do raises
+        raise SafetyError(f"COMPRESSOR={hp.compressor} failed on random weights: {error!r:.300}") from None
+    wrong = sorted(arrays.keys() ^ found.keys())
+    wrong = wrong or [n for n, a in arrays.items() if found[n].dtype != a.dtype or not np.array_equal(found[n], a)]
+    if wrong:
+        raise SafetyError(f"COMPRESSOR={hp.compressor} gave back other values than it got: {', '.join(wrong[:3])}")
+    pack, unpack = np.diff(times)
+    phrase = f"trial_packing share:{share:.3f} pack_seconds:{pack:.2f} unpack_seconds:{unpack:.2f}"
+    return phrase, unpack / share if hp.compressor in FAST_COMPRESSORS else unpack
+
+
+def check_budgets(trainer, model, hp):
+    """Budgets that cannot hold, an artifact that cannot fit, a compressor that fails -> problems, words for the log."""
+    problems, phrases = [], []
+    if hp.prequant_only or hp.ttt_eval_only:
+        return problems, phrases
+    if hp.max_wallclock_seconds and not hp.gptq_reserve_seconds and not hp.quant_only:
+        problems.append("GPTQ_RESERVE_SECONDS=0 leaves Hessians and GPTQ no time of MAX_WALLCLOCK_SECONDS: set it")
+    try:
+        phrase, seconds = try_packing(trainer, model, hp)
+        phrases.append(phrase)
+        if seconds > 2 * hp.eval_budget_seconds:  # not for a moment in which the machine was busy
+            problems.append(f"EVAL_BUDGET_SECONDS={hp.eval_budget_seconds}: unpacking takes about {seconds:.0f} s here")
+    except SafetyError as error:
+        problems.append(str(error))
+    size, cap = projected_bytes(model, hp), trainer.BYTE_CAP
+    phrases.insert(0, f"projected_artifact_bytes:{size}")
+    advice = "take fewer weights or wider clips (..._CLIP_SIGMAS), or TARGET_BYTES, which widens them until it fits"
+    if not hp.target_bytes and GENEROUS * size > cap:
+        problems.append(f"the artifact will have about {size:,} bytes, the cap is {cap:,}: {advice}")
+    elif not hp.target_bytes and size > cap:
+        phrases.append(f"\nnote: the artifact may not fit, about {size:,} bytes, the cap is {cap:,}: {advice}")
+    return problems, phrases
+
+
+def wanted_bytes(model, hp):
+    """What a run may write to its folder at most: model.pt, training states, artifact, code, log."""
+    states = 0 if hp.quant_only or hp.ttt_eval_only else KEPT_STATES + 1 if hp.checkpoint_every else 1
+    return sum(p.numel() for p in model.parameters()) * (4 + STATE_BYTES_A_WEIGHT * states) + 50_000_000
+
+
+def check_folder(folder, model, hp):
+    """Room and permission for the run's folder, files in it that the settings go on from -> list of problems."""
     problems, goes_on = [], hp.quant_only or hp.ttt_eval_only
-    if missing := [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]:
-        problems.append(f"not installed: {' '.join(missing)} (README: installation)")
-    if folder is None or model is None or dist.rank:  # what is wrong there has been told already
-        return raise_all(problems)
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         problems.append(f"{place} cannot be written to: set RUNS_DIR, or change its permissions")
@@ -360,9 +438,7 @@ def check_machine(hp, dist, folder=None, model=None, **found):
         problems.append(f"{source[True]} does not exist: set the RUN_ID of a finished run, or the file's own path")
     if (folder / "log.txt").exists() and not (goes_on or hp.resume or (folder / "model.pt").exists()):
         problems.append(f"{folder} holds a run that did not end: choose another RUN_ID, or go on with RESUME=1")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    states = 0 if goes_on else KEPT_STATES + 1 if hp.checkpoint_every else 1
-    wanted, free = parameters * (4 + STATE_BYTES_A_WEIGHT * states) + 50_000_000, shutil.disk_usage(place).free
+    wanted, free = wanted_bytes(model, hp), shutil.disk_usage(place).free
     if free < wanted:
         problems.append(f"{place} has {free / 1e9:.2f} GB free, this run may write {wanted / 1e9:.2f} GB: make room")
     if hp.resume:
@@ -370,8 +446,26 @@ def check_machine(hp, dist, folder=None, model=None, **found):
             newest_state(folder)
         except (SafetyError, OSError) as error:
             problems.append(str(error))
+    return problems
+
+
+def check_machine(trainer, hp, dist, folder=None, model=None, **found):
+    """What the settings ask of this machine -> phrases for the log. SafetyError with all that is missing.
+
+    `trainer` is the module train_gpt, `found` what its other checks have made. Packages on every rank; on rank 0 the
+    run's folder, a round trip of random weights through the compressor, budgets, the size of the artifact to come.
+    """
+    problems, phrases = [], []
+    if missing := [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]:
+        problems.append(f"not installed: {' '.join(missing)} (README: installation)")
+    if model is not None and not dist.rank:  # what is wrong with the model has been told already
+        if folder is not None:
+            problems += check_folder(folder, model, hp)
+        if "compressor" in found:
+            more, phrases = check_budgets(trainer, model, hp)
+            problems += more
     raise_all(problems)
-    return f"projected_artifact_bytes:{projected_bytes(model, hp)} disk_free_gb:{free / 1e9:.1f}"
+    return " ".join(phrases)
 
 
 def lock(folder):
