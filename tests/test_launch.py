@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import faults
 import pytest
 
 import train_gpt
@@ -203,11 +204,42 @@ def test_a_venv_without_python_is_refused(run, tmp_path):
 
 def test_every_problem_is_named_before_the_start(run, tmp_path):
     (tmp_path / "runs" / "taken").mkdir(parents=True)
-    done = run(SCRIPT=str(ROOT / "train_gpt.py"), RUN_ID="taken", DATA_PATH="/nowhere", GPUS="cpu", COMPRESSOR="zip",
-               VOCAB_SIZE="8192", TOKENIZER_PATH=str(ROOT / "tokenizers" / "caseops_8192.model"))
+    wrong = {"RUN_ID": "taken", "DATA_PATH": "/nowhere", "COMPRESSOR": "zip"}
+    done = run(**faults.SETTINGS | wrong, SCRIPT=str(ROOT / "train_gpt.py"), GPUS="cpu")
     assert done.returncode == 1 and "nothing was started" in done.stderr
-    assert "choose another RUN_ID" in done.stderr and "no fineweb_val_*.bin in /nowhere" in done.stderr
+    words = ["choose another RUN_ID", "COMPRESSOR=zip", "no fineweb_val_*.bin in /nowhere", "no fineweb_train"]
+    assert [word for word in words if word not in done.stderr] == []
     assert os.listdir(tmp_path / "runs" / "taken") == []
+
+
+def preflight_of(tmp_path, **variables):
+    plan = launch.make_plan(HERE | faults.SETTINGS | {
+        "DATA_PATH": str(tmp_path / "data"), "RUNS_DIR": str(tmp_path / "runs"), "GPUS": "cpu", "RUN_ID": "set"}
+        | variables)
+    return launch.preflight(plan)
+
+
+def test_the_launcher_tells_what_a_run_would_tell(tmp_path):
+    """The problems are those of train_gpt.py's own report, line by line."""
+    faults.make_data(tmp_path / "data")
+    (tmp_path / "data" / "fineweb_train_000000.bin").unlink()
+    wrong = {"ATTENTION_BACKEND": "fa3", "MAX_WALLCLOCK_SECONDS": "9", "GPTQ_RESERVE_SECONDS": "0"}
+    environ = faults.SETTINGS | wrong | {"DATA_PATH": str(tmp_path / "data"), "RUNS_DIR": str(tmp_path / "runs")}
+    with pytest.raises(train_gpt.SettingError) as told:
+        train_gpt.run(train_gpt.Hyperparameters.from_env(environ), train_gpt.Dist("cpu"))
+    with pytest.raises(launch.LaunchError) as error:
+        preflight_of(tmp_path, **wrong)
+    assert [line.removeprefix("  - ") for line in str(error.value).splitlines()[1:]] == str(told.value).splitlines()
+    assert len(str(told.value).splitlines()) == 2 and not (tmp_path / "runs").exists()
+
+
+def test_what_will_do_is_described_and_room_is_wanted_for_all_runs(tmp_path, monkeypatch):
+    faults.make_data(tmp_path / "data")
+    monkeypatch.setattr(launch.shutil, "disk_usage", lambda place: SimpleNamespace(free=140_000_000))
+    _, (data, machine) = preflight_of(tmp_path, SEEDS="1 2")
+    assert "training tokens, 6 validation documents" in data and "trial_packing" in machine
+    with pytest.raises(launch.LaunchError, match="0.1 GB free, 3 runs want 0.2 GB"):
+        preflight_of(tmp_path)
 
 
 @pytest.mark.parametrize("gpus, visible, messages", [
@@ -234,5 +266,5 @@ def test_a_full_disk_is_found(tmp_path, monkeypatch):
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "MODULES", {"numpy": "numpy", "no_such_module": "no-such-package"})
-    assert launch.check_script(tmp_path, False)["problems"] == ["not installed: no-such-package (README: installation)"]
+    monkeypatch.setattr(launch, "MODULES", ("numpy", "no_such_module"))
+    assert launch.check_script(tmp_path, False)["problems"] == ["not installed: no_such_module (README: installation)"]

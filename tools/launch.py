@@ -47,13 +47,7 @@ OURS = ("SEEDS", "GPUS", "NPROC", "SCRIPT", "PRESET", "EXTRA_ENV", "VENV", "USE_
 DISK_BYTES_A_RUN = 500_000_000  # a checkpoint of 144 MB, an artifact of 16 MB, compilation caches
 GPU_IDLE_MIB = 1024  # a driver keeps some memory of an idle GPU
 STOP_SECONDS = 45  # torchrun takes 30 s to give up on its processes
-MODULES = {
-    "numpy": "numpy",
-    "torch": "torch",
-    "sentencepiece": "sentencepiece",
-    "brotli": "brotli",
-    "python_minifier": "python-minifier",
-}  # name to import, name to install
+MODULES = ("numpy", "torch")  # without which train_gpt.py cannot be imported; it names all others itself
 
 
 class LaunchError(Exception):
@@ -138,33 +132,29 @@ def read_lanes(environ, seeds):
 
 
 def check_script(script, count_gpus):
-    """Runs in a process of its own, with a run's environment -> {"problems", "notes", "gpus"}.
+    """Runs in a process of its own, with the first run's environment -> {"problems", "notes", "gpus", "disk_bytes"}.
 
-    Lets a train_gpt.py of ours read settings, data and tokenizer as a run would; for a packed one this checkout's does.
+    A train_gpt.py of ours makes the checks itself that it makes before training; for a packed one this checkout's does.
     """
-    about = {"problems": [], "notes": [], "gpus": 0}
-    if missing := [package for name, package in MODULES.items() if importlib.util.find_spec(name) is None]:
+    about = {"problems": [], "notes": [], "gpus": 0, "disk_bytes": DISK_BYTES_A_RUN}
+    if missing := [name for name in MODULES if importlib.util.find_spec(name) is None]:
         about["problems"].append(f"not installed: {' '.join(missing)} (README: installation)")
         return about
     sys.path.insert(0, str(ROOT))
-    from tools.pack_code import is_packed  # needs the packages above
-
-    module, source = None, script.read_bytes()
-    if b"def from_env(" in source or is_packed(source):
-        module = import_file(script if b"def from_env(" in source else ROOT / "train_gpt.py")
-    if module is None:
+    if (module := checked_module(script)) is None:
         about["notes"].append(f"{script.name} is not a script of this repository: settings and data are not checked")
     else:
         try:
             hp = module.Hyperparameters.from_env()
-            tokenizer, _ = module.find_tokenizer(hp)
-            validation = module.ValidationSet(hp, tokenizer)
-            tokens = module.TokenStream(hp.data_path, "train").size
-            module.try_compressor(hp.compressor)
+            found = module.preflight(hp, module.Dist(hp.device))
+            validation, loader = found["validation"], found["loader"]
+            tokens = "" if hp.ttt_eval_only else f"{loader.stream.size:,} training tokens, "
             about["notes"].append(
-                f"data: {tokens:,} training tokens, {len(validation.starts):,} validation documents of "
+                f"data: {tokens}{len(validation.starts):,} validation documents of "
                 f"{int(validation.bytes.sum()):,} bytes in {hp.data_path}"
             )
+            about["notes"] += [line for line in found["machine"].splitlines() if line]
+            about["disk_bytes"] = module.safety.wanted_bytes(found["model"], hp)
         except (ValueError, OSError) as error:
             about["problems"] += str(error).splitlines()
     if count_gpus:
@@ -172,6 +162,16 @@ def check_script(script, count_gpus):
 
         about["gpus"] = torch.cuda.device_count()
     return about
+
+
+def checked_module(script):
+    """The script as a module where it makes checks, for a packed one this checkout's; None for one of other making."""
+    source = script.read_bytes()
+    if b"def preflight(" in source:
+        return import_file(script)
+    from tools.pack_code import is_packed  # needs packages that train_gpt.py can do without
+
+    return import_file(ROOT / "train_gpt.py") if is_packed(source) else None
 
 
 def import_file(path):
@@ -204,7 +204,7 @@ def gpus_in_use(plan):
 
 def preflight(plan):
     """What can be known before a start -> (number of GPUs, notes). LaunchError names all problems at once."""
-    problems, about = [], {"gpus": 0, "notes": []}
+    problems, about = [], {"gpus": 0, "notes": [], "disk_bytes": DISK_BYTES_A_RUN}
     if plan.folder.exists():
         problems.append(f"{plan.folder} exists: choose another RUN_ID")
     if not plan.script.is_file():
@@ -212,9 +212,11 @@ def preflight(plan):
     else:
         on_all = "all" in plan.lanes and plan.environ.get("DEVICE") != "cpu"
         command = [sys.executable, __file__, "check-script", str(plan.script), str(int(on_all))]
-        done = subprocess.run(command, env=plan.environ, capture_output=True, text=True)
+        lane = next(iter(plan.lanes.values()))
+        environ = plan.environ | lane["env"] | run_environ(plan.folder, plan.seeds[0])
+        done = subprocess.run(command, env=environ, capture_output=True, text=True)
         if done.returncode:
-            problems.append(f"{plan.script.name} cannot be imported: {done.stderr.strip().splitlines()[-1]}")
+            problems.append(f"{plan.script.name} cannot be checked: {done.stderr.strip().splitlines()[-1]}")
         else:
             about = json.loads(done.stdout.splitlines()[-1])
             problems += about["problems"]
@@ -222,8 +224,8 @@ def preflight(plan):
         problems.append(f"NPROC={plan.nproc}, but torch sees {about['gpus']} GPU(s)")
     problems += gpus_in_use(plan)
     place = next(p for p in plan.folder.parents if p.exists())
-    free, wanted = shutil.disk_usage(place).free, DISK_BYTES_A_RUN * len(plan.seeds)
-    if free < wanted:
+    free, wanted = shutil.disk_usage(place).free, about["disk_bytes"] * len(plan.seeds)
+    if free < wanted and not any("GB free" in problem for problem in problems):  # for one run the script has said it
         problems.append(f"{place} has {free / 1e9:.1f} GB free, {len(plan.seeds)} runs want {wanted / 1e9:.1f} GB")
     if problems:
         raise LaunchError("nothing was started:\n" + "\n".join(f"  - {problem}" for problem in problems), code=1)
@@ -301,6 +303,11 @@ def run_folder(folder, seed):
     return folder / f"{folder.name}-seed{seed}"
 
 
+def run_environ(folder, seed):
+    """What a seed's run adds to the environment of its set."""
+    return {"SEED": str(seed), "RUN_ID": run_folder(folder, seed).name, "RUNS_DIR": str(folder)}
+
+
 def worker(folder, lane):
     """Runs the seeds of a lane one after another and keeps their exit codes. A signal stops the lane, a failure not."""
     launch = read_launch(folder)
@@ -322,8 +329,7 @@ def worker(folder, lane):
             break
         run = run_folder(folder, seed)
         run.mkdir()
-        own = {"SEED": str(seed), "RUN_ID": run.name, "RUNS_DIR": str(folder)}
-        environ = os.environ | launch["lanes"][lane]["env"] | own
+        environ = os.environ | launch["lanes"][lane]["env"] | run_environ(folder, seed)
         print(f"\n==== seed {seed} -> {run}", flush=True)
         # in a tmux window the run's own live line shows, and its log.txt keeps the lines
         output = None if sys.stdout.isatty() else open(run / "stdout.txt", "wb")
