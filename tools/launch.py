@@ -147,6 +147,7 @@ def check_script(script, count_gpus):
         about["problems"].append(f"not installed: {' '.join(missing)} (README: installation)")
         return about
     sys.path.insert(0, str(ROOT))
+    from tools import preflight
     from tools.pack_code import is_packed  # needs the packages above
 
     module, source = None, script.read_bytes()
@@ -157,8 +158,8 @@ def check_script(script, count_gpus):
     else:
         try:
             hp = module.Hyperparameters.from_env()
-            tokenizer, _ = module.find_tokenizer(hp)
-            validation = module.ValidationSet(hp, tokenizer)
+            preflight.find_tokenizer(hp)
+            validation = module.ValidationSet(hp)
             tokens = module.TokenStream(hp.data_path, "train").size
             module.try_compressor(hp.compressor)
             about["notes"].append(

@@ -26,13 +26,15 @@ from pathlib import Path
 
 import torch
 
+from tools.preflight import DataError, SettingError
+
 KEPT_STATES = 2  # so that there is one to fall back to where the newest is torn
 STATE_BYTES_A_WEIGHT, STATE_DIGEST_BYTES = 20, 32  # weights, average, momentum and both moments, fp32
 PACKAGES = {"brotli": "brotli", "python-minifier": "python_minifier"}  # of the packed script that every run counts
 GAUSSIAN_BITS = math.log2(math.sqrt(2 * math.pi * math.e))  # entropy of a unit Gaussian, steps of 1
 
 
-class SafetyError(ValueError):
+class SafetyError(SettingError):
     """A state that cannot be taken up, or a machine that will not do; the message says what to change."""
 
 
@@ -187,6 +189,46 @@ def tell_failure(dist, error, expected):
     return expected
 
 
+# ---- divergence
+
+
+def watched(model, loss):
+    """Loss and gradients -> names, their norms on the way to the CPU."""
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norms = torch.stack([loss, *torch._foreach_norm([*grads.values()])]).to("cpu", non_blocking=True)
+    return ["loss", *(f"gradient of {name}" for name in grads)], norms
+
+
+def not_finite(watched):
+    """Names of what is not finite; to be asked when the step that was watched has ended, as then a look is free."""
+    return [name for name, norm in zip(watched[0], watched[1].tolist(), strict=True) if not math.isfinite(norm)]
+
+
+def after_step(trainer, write, step, seconds, losses, stop, bad):
+    """A step's end: training diverges with `bad` (names, None if no rank has any), writes a state, or stops."""
+    if bad is not None:
+        diverge(trainer, write, step - 1, bad)
+    if stop or trainer.hp.checkpoint_every and step % trainer.hp.checkpoint_every == 0:
+        check_weights(trainer, write, step)
+        save_state(trainer, write, step, seconds, losses)
+    if stop:
+        stop_for(trainer.dist, int(stop))
+
+
+def check_weights(trainer, write, step):
+    """Waits for the device. Training ends here, on every rank alike, where a weight is not finite."""
+    if bad := [name for name, p in trainer.model.named_parameters() if not p.isfinite().all()]:
+        diverge(trainer, write, step, bad)
+
+
+def diverge(trainer, write, step, names):
+    """Ends training on every rank with what is not finite after this step; diverged.pt keeps it for a look."""
+    told = trainer.dist.all_gather_object(names)
+    found = [f"{', '.join(names[:3])} (rank {rank})" for rank, names in enumerate(told) if names]
+    save_state(trainer, write, step, 0.0, [torch.zeros(())], "diverged.pt")
+    raise SafetyError(f"training diverged: after step {step} not finite: {'; '.join(found)}; lower learning rates")
+
+
 # ---- training states
 
 
@@ -270,6 +312,14 @@ def load_state(trainer):
     return step, seconds, losses
 
 
+def load_checkpoint(path, model, rebank):
+    """Loads model.pt into the model by train_gpt.rebank. DataError with the path if it is missing or does not fit."""
+    try:
+        rebank(model, torch.load(path, map_location="cpu", weights_only=True)["weights"])
+    except Exception as error:  # a damaged file makes torch raise errors of many classes
+        raise DataError(f"checkpoint {path}: {error!r:.300}") from None
+
+
 def command(hp, dist, folder, **mode):
     """The line for a shell that goes on from the files of a run's folder, with the run's settings."""
     hp = dataclasses.replace(hp, **{"run_id": folder.name, "resume": False, "prequant_only": False} | mode)
@@ -308,6 +358,8 @@ def check_machine(hp, dist, folder=None, model=None, **found):
     problems, goes_on = [], hp.quant_only or hp.ttt_eval_only
     if missing := [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]:
         problems.append(f"not installed: {' '.join(missing)} (README: installation)")
+    if folder and dist.rank == 0 and (folder / "model.pt").exists() and not goes_on:
+        problems.append(f"{folder} holds a finished training: choose another RUN_ID, or go on with QUANT_ONLY=1")
     if folder is None or model is None or dist.rank:  # what is wrong there has been told already
         return raise_all(problems)
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
