@@ -18,7 +18,6 @@ K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
 
 import contextlib
 import dataclasses
-import difflib
 import glob
 import hashlib
 import inspect
@@ -28,7 +27,6 @@ import lzma
 import math
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -56,9 +54,11 @@ try:
 except ImportError:  # before torch 2.10: selection passes over this backend
     varlen_attn = None
 try:
-    from tools import safety  # watchdog, training states, checks of the disk
+    from tools import preflight, safety, terminal  # checks; watchdog, training states; the live line
+    from tools.preflight import ArtifactError, DataError, SettingError
 except ImportError:  # a packed script goes without
-    safety = None
+    preflight = safety = terminal = None
+    ArtifactError = DataError = SettingError = ValueError
 try:
     import brotli
 except ImportError:  # only the lzma compressor works then; check_compressor says so before training
@@ -76,9 +76,6 @@ RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
 PACKED = ""  # the settings that a packed script is made for, as a table: tools/specialise.py
 
 # ---- HYPERPARAMETERS -------------------------------------------------------------------------------------------------
-
-class SettingError(ValueError):
-    """A setting, or a combination of settings, that cannot work; the message says what to change."""
 
 def env(default, help, *, above=None, least=None, most=None, choices=None):
     """One setting; its environment name is the field's in capitals. `above` is exclusive, `least`, `most` inclusive."""
@@ -247,38 +244,8 @@ class Hyperparameters:
         return cls(**values)
 
     def __post_init__(self):
-        problems = [p for field in dataclasses.fields(self) for p in range_problems(field, getattr(self, field.name))]
-        if problems := problems or [message for broken, message in self.cross_checks() if broken]:
+        if preflight and (problems := preflight.setting_problems(self, LORA_SITES)):
             raise SettingError("\n".join(problems))
-
-    def cross_checks(self):
-        """Pairs (is it broken, what to change) for combinations of settings."""
-        yield self.model_dim % self.num_heads, f"MODEL_DIM={self.model_dim} must divide by NUM_HEADS={self.num_heads}"
-        yield self.num_heads % self.num_kv_heads, "NUM_HEADS must divide by NUM_KV_HEADS"
-        yield self.rope_dims % 2 or self.rope_dims > self.head_dim, f"ROPE_DIMS must be even, at most {self.head_dim}"
-        yield self.gate_window > self.model_dim, "GATE_WINDOW must be at most MODEL_DIM"
-        gates = self.sparse_attn_gate_enabled + self.gated_attn_enabled + self.attn_out_gate_enabled
-        yield gates > 1, "SPARSE_ATTN_GATE_ENABLED, GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED exclude each other"
-        looped = self.loop_start <= self.loop_end < self.num_layers
-        yield self.num_loops and not looped, "LOOP_START..LOOP_END must lie inside NUM_LAYERS (or set NUM_LOOPS=0)"
-        yield self.parallel_start_layer > self.num_layers, "PARALLEL_START_LAYER must be at most NUM_LAYERS"
-        yield self.train_batch_tokens % self.micro_batch_tokens, "TRAIN_BATCH_TOKENS must divide by MICRO_BATCH_TOKENS"
-        out_of_time = 0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds
-        yield out_of_time, "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"
-        yield self.eval_stride > self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
-        yield self.ttt_chunk_size > self.ttt_eval_seq_len, "TTT_CHUNK_SIZE must be at most TTT_EVAL_SEQ_LEN"
-        known = self.lora_sites and set(self.lora_sites) <= set(LORA_SITES)
-        yield not known, f"TTT_LORA_SITES={self.ttt_lora_sites}: must be some of {','.join(LORA_SITES)}"
-        yield self.marker_fusion_enabled > self.caseops_enabled, "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1"
-        modes = self.prequant_only + self.quant_only + self.ttt_eval_only
-        yield modes > 1, "PREQUANT_ONLY, QUANT_ONLY, TTT_EVAL_ONLY exclude each other"
-        goes_on = self.run_id and not (self.quant_only or self.ttt_eval_only)
-        yield self.resume and not goes_on, "RESUME=1 needs RUN_ID, and neither QUANT_ONLY nor TTT_EVAL_ONLY"
-        yield (self.resume or self.checkpoint_every) and not safety, "CHECKPOINT_EVERY, RESUME: for a checkout only"
-        yield self.deterministic and self.max_wallclock_seconds, "DETERMINISTIC=1 needs MAX_WALLCLOCK_SECONDS=0"
-        yield self.checkpoint_path and not self.quant_only, "CHECKPOINT_PATH goes with QUANT_ONLY=1"
-        yield self.artifact_path and not self.ttt_eval_only, "ARTIFACT_PATH goes with TTT_EVAL_ONLY=1"
-        yield not re.fullmatch(r"(\w[\w.+-]*)?", self.run_id), "RUN_ID: letters, digits, '_', then also '.', '+', '-'"
 
     num_embeddings = property(lambda hp: (hp.vocab_size + 10) // 8 * 8 if hp.marker_fusion_enabled else hp.vocab_size)
     head_dim = property(lambda hp: hp.model_dim // hp.num_heads)
@@ -299,42 +266,18 @@ def parse_setting(field, text):
     except ValueError:
         raise ValueError(f"{field.name.upper()}={text!r}: must be {field.type.__name__}") from None
 
-def range_problems(field, value):
-    """Messages for a value outside its declared range."""
-    rule, name = field.metadata, f"{field.name.upper()}={value!r}"
-    if rule["choices"] and value not in rule["choices"]:
-        yield f"{name}: must be one of {', '.join(rule['choices'])}"
-    if isinstance(value, float) and not math.isfinite(value):
-        yield f"{name}: must be finite"
-    elif rule["above"] is not None and not value > rule["above"]:
-        yield f"{name}: must be above {rule['above']}"
-    elif rule["least"] is not None and value < rule["least"]:
-        yield f"{name}: must be at least {rule['least']}"
-    elif rule["most"] is not None and value > rule["most"]:
-        yield f"{name}: must be at most {rule['most']}"
-
 def unknown_settings(environ, cls):
-    """Messages for undeclared variables that look like ours: a family name of ours, or nearly one of our names.
-
-    First words that other programs use as well (MAX_JOBS, DATA_..., RUN_...) do not make a family by themselves.
-    """
-    ours = [field.name.upper() for field in dataclasses.fields(cls)]
-    shared_words = "MAX MIN NUM RUN RUNS DATA MODEL COMPUTE ENABLE TRAIN VAL CHECKPOINT TOKENIZER ARTIFACT ADAM".split()
-    families = {name.split("_")[0] for name in ours if "_" in name} - set(shared_words)
-    for name in sorted(set(environ) - set(ours)):
-        close = difflib.get_close_matches(name, ours, 1, 0.6)
-        if name.split("_")[0] in families or difflib.get_close_matches(name, ours, 1, 0.88):
-            yield f"{name} is not a setting{f'; did you mean {close[0]}?' if close else ''} (unset it, or see --help)"
+    """Messages for undeclared variables that look like ours; a packed script refuses other things (specialise.py)."""
+    return preflight.unknown_settings(environ, cls) if preflight else ()
 
 def settings_table(hp=None):
     """Every setting, one a line: value (hp's, or the default; a changed one is starred), meaning, range."""
     lines = PACKED.splitlines()
     for field in dataclasses.fields(Hyperparameters):
-        rule, value = field.metadata, getattr(hp, field.name, field.default)
-        bounds = [f"{key} {rule[key]}" for key in ("above", "least", "most") if rule[key] is not None]
-        limits = "" if PACKED else ", ".join([*bounds, "|".join(rule["choices"] or ())]).strip(", ")
+        value = getattr(hp, field.name, field.default)
         star, value = "*" if value != field.default else " ", int(value) if field.type is bool else value
-        lines.append(f"{star} {field.name.upper()}={value}  # {rule['help']}{limits and f' [{limits}]'}")
+        about = field.metadata["help"] + preflight.limits(field) if preflight else ""
+        lines.append(f"{star} {field.name.upper()}={value}  # {about}")
     return "\n".join(lines)
 
 # ---- RUNTIME ---------------------------------------------------------------------------------------------------------
@@ -446,30 +389,26 @@ class RunLog:
         self.dist, self.folder, self.seconds, self.graphs = dist, Path(folder), {}, {}
         self.file = open(self.folder / "log.txt", "a", encoding="utf-8") if dist.rank == 0 else None
         dist.tell = self if self.file else dist.tell
-        self.erase = "\r\x1b[K" if self.file and sys.stdout.isatty() else ""  # on a terminal: takes the live line away
-        self.running, self.shown = None, 0.0
+        self.line = terminal.LiveLine() if terminal and self.file and sys.stdout.isatty() else None
+        self.running = None
 
     def __call__(self, message):
         if self.file:
-            print(self.erase + message, flush=True)
+            print((self.line.erase if self.line else "") + message, flush=True)
             with contextlib.suppress(OSError):  # a full disk does not end a training
                 print(message, file=self.file, flush=True)
 
     def live(self, share, detail=""):
         """The running stage and its bar, on a terminal only; whatever is printed next takes their place."""
-        now = time.perf_counter()
-        if self.erase and now - self.shown > 0.2:
-            self.shown, (name, start) = now, self.running
-            left = (now - start) * (1 / share - 1) if share else 0.0
-            bar = f"[{'#' * round(30 * share):.<30}] {share:4.0%}  {left:.0f} s left  {detail}" if share else "..."
-            print(self.erase + f"{name} {bar}"[:shutil.get_terminal_size().columns - 1], end="", flush=True)
+        if self.line:
+            self.line.show(*self.running, share, detail)
 
     @contextlib.contextmanager
     def stage(self, name):
         """Times a stage of the run, device work included."""
         self.dist.synchronize()
         start, graphs = time.perf_counter(), compiled_graphs()
-        around, self.running, self.shown = self.running, (name, start), 0.0
+        around, self.running = self.running, (name, start)
         self.dist.stage = name
         if safety and self.dist.watchdog:
             self.dist.watchdog.tell()
@@ -512,24 +451,13 @@ def write_atomically(path, data):
 
 # ---- DATA ------------------------------------------------------------------------------------------------------------
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499  # FineWeb's documents, values, first targets, bytes of those
-
-class DataError(ValueError):
-    """A dataset that cannot be used as it is; the message names the file and what to do."""
+SHARD_HEADER_BYTES = 1024
 
 def load_data_shard(path):
     """File -> (n,) uint16, memory-mapped. Raises DataError on a wrong magic, version or size (README: data)."""
-    size = os.path.getsize(path)
-    header = np.fromfile(path, dtype="<i4", count=256)
-    if len(header) < 256 or header[0] != SHARD_MAGIC:
-        raise DataError(f"{path}: not a token shard (wrong magic number); make it with prepare_caseops_data.py")
-    if header[1] != SHARD_VERSION:
-        raise DataError(f"{path}: shard version {header[1]}, this script reads version {SHARD_VERSION}")
-    if size != SHARD_HEADER_BYTES + 2 * int(header[2]):
-        raise DataError(f"{path}: {size} bytes, its header promises {SHARD_HEADER_BYTES + 2 * int(header[2])}: "
-                        "a download or copy broke off; fetch the file again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
+    if preflight:
+        preflight.check_shard(path, SHARD_HEADER_BYTES)
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
 
 def shard_paths(folder, split):
     """The files of split "train", "val" or "val_bytes", in order. The six digits keep side-cars out of "val"."""
@@ -579,7 +507,7 @@ def pad_cu_seqlens(starts, total, entries):
 @lru_cache
 def space_id(hp):
     """The id of a lone space."""
-    return find_tokenizer(hp)[0].piece_to_id("\u2581")
+    return load_tokenizer(hp).piece_to_id("\u2581")
 
 def fuse_markers(hp, tokens, charges):
     """(n,) int64 ids and their bytes -> (m,) both, with a space and the case marker behind it as one id (PR 2109).
@@ -670,11 +598,10 @@ class ValidationSet:
     """The validation stream: tokens (N,), bytes charged to each token (N,), the documents' input spans [start, end).
 
     A document's targets are its tokens after BOS and the BOS that follows it, so every token but the first is a target
-    of exactly one document. `canonical` tells by the counts whether they are the contest's documents as CaseOps stores
-    them. Raises DataError before anything is trained.
+    of exactly one document. `summary` is for the log. Raises DataError before anything is trained.
     """
 
-    def __init__(self, hp, tokenizer):
+    def __init__(self, hp, tokenizer=None):
         stream = TokenStream(hp.data_path, "val")
         self.tokens = stream.read(0, stream.size).astype(np.int64)
         if self.tokens.max() >= hp.vocab_size:
@@ -682,17 +609,12 @@ class ValidationSet:
         if hp.caseops_enabled:
             self.bytes = self.side_car(hp.data_path, stream)
         else:
-            count, leading, boundary = piece_byte_tables(tokenizer)
+            count, leading, boundary = piece_byte_tables(tokenizer or load_tokenizer(hp))
             self.bytes = count[self.tokens]
             self.bytes[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
         if len(self.tokens) < 2:
             raise DataError(f"{stream.paths[0]}: a validation stream needs two tokens at least")
-        found, charged = {"documents": int((self.tokens == BOS_ID).sum()), "tokens": stream.size}, int(self.bytes.sum())
-        check_manifest(hp, found | ({"charged_bytes": charged} if hp.caseops_enabled else {}))
-        *wanted, targets, size = CANONICAL
-        self.canonical = wanted == [*found.values()] and self.bytes[1:targets + 1].sum() == size
-        self.summary = (f"documents:{found['documents']} values:{stream.size} bytes:{charged} "
-                        f"canonical:{'yes' if self.canonical else 'no'}")
+        self.summary = preflight and preflight.check_validation(hp, self.tokens, self.bytes, load_data_shard)
         if hp.marker_fusion_enabled:
             self.tokens, self.bytes = fuse_markers(hp, self.tokens, self.bytes)
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
@@ -701,12 +623,9 @@ class ValidationSet:
     def side_car(self, folder, stream):
         """(N,) int64 bytes of each token. Raises DataError where it is missing, of another length, or charges a BOS."""
         paths = shard_paths(folder, "val_bytes")
-        if not paths:
-            raise DataError(f"no fineweb_val_bytes_*.bin in {folder}: BPB needs the side-car (or CASEOPS_ENABLED=0)")
         parts = [load_data_shard(path) for path in paths]
-        if [len(part) for part in parts] != [len(shard) for shard in stream.shards]:
-            raise DataError(f"{paths[0]}: side-car lengths {[len(p) for p in parts]} differ from the shards' "
-                            f"{[len(s) for s in stream.shards]}: they are not of one export")
+        if preflight:
+            preflight.check_side_car(folder, paths, parts, stream.shards)
         charges = np.concatenate(parts).astype(np.int64)
         if charges[self.tokens == BOS_ID].any():
             raise DataError(f"{paths[0]}: a BOS is charged bytes; the side-car does not belong to these tokens")
@@ -718,68 +637,11 @@ class ValidationSet:
         starts, ends = self.starts[documents], self.ends[documents]
         return int((ends - starts).sum()), int((sums[ends + 1] - sums[starts + 1]).sum())
 
-def read_manifest(folder):
-    """manifest.json of a dataset, {} where there is none. DataError unless all that is read of it has its type."""
-    try:
-        manifest = json.loads(Path(folder, "manifest.json").read_text())
-        hash(manifest.get("tokenizer", {}).get("sha256"))
-        if manifest.get("format") == "caseops_shards":
-            values = [about["values"] + len(about["sha256"]) for about in manifest["files"].values()]
-            sum(values, manifest["leaked_documents"] + len({**manifest["splits"]["val"]}))
-        return manifest
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again") from None
-
-def check_manifest(hp, found):
-    """Raises DataError where the dataset is not what its manifest says, so that no BPB of other data is reported.
-
-    `found` counts what the validation files hold. These are hashed; of training files only the lengths are checked,
-    because hashing them takes minutes (`prepare_caseops_data.py verify` does).
-    """
-    manifest = read_manifest(hp.data_path)
-    if manifest.get("format") != "caseops_shards":
-        return
-    stated, files = manifest["splits"]["val"], manifest["files"]
-    wrong = [f"{count} {name} of validation, not {stated.get(name)}" for name, count in found.items()
-             if stated.get(name) != count]
-    paths = {os.path.basename(path): path for path in glob.glob(os.path.join(hp.data_path, "fineweb_*.bin"))}
-    wrong += [f"{name} is missing" for name in files.keys() - paths.keys()]
-    for name, path in paths.items():
-        if name not in files or len(load_data_shard(path)) != files[name]["values"] or (
-                "_val_" in name and hashlib.sha256(Path(path).read_bytes()).hexdigest() != files[name]["sha256"]):
-            wrong.append(f"{name} is another file")
-    if manifest["leaked_documents"] > 0.01 * found["documents"]:  # a wrong split; sources hold a few documents twice
-        wrong.append(f"{manifest['leaked_documents']} training documents are validation documents")
-    if wrong:
-        raise DataError(f"{hp.data_path} is not what its manifest says: {'; '.join(sorted(wrong)[:5])}. Fetch or make "
-                        "it again; prepare_caseops_data.py verify says more")
-
-def find_tokenizer(hp):
-    """The data's SentencePiece model and its path. Raises DataError if none fits the settings and the manifest."""
-    try:
-        import sentencepiece
-    except ImportError:
-        raise DataError("the sentencepiece package is missing: pip install -r requirements.txt") from None
-    folder, here = Path(hp.data_path), Path(__file__).resolve().parent
-    wanted = read_manifest(folder).get("tokenizer", {}).get("sha256")
-    beside = [folder, folder.parent / "tokenizers", folder.parent.parent / "tokenizers", here / "tokenizers"]
-    found = [Path(hp.tokenizer_path)] if hp.tokenizer_path else [p for d in beside for p in sorted(d.glob("*.model"))]
-    for path in found:
-        if not path.exists():
-            raise DataError(f"TOKENIZER_PATH={path} does not exist")
-        if wanted in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
-            try:
-                tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-                tokenizer.id_to_piece([*range(tokenizer.vocab_size())])  # a damaged piece may be no text
-            except (RuntimeError, UnicodeDecodeError):
-                raise DataError(f"{path} is no SentencePiece model") from None
-            if tokenizer.vocab_size() != hp.vocab_size:
-                raise DataError(f"{path} has {tokenizer.vocab_size()} pieces, VOCAB_SIZE is {hp.vocab_size}")
-            return tokenizer, path
-    raise DataError(f"no tokenizer for {folder} (the manifest wants sha256 {wanted}; looked at "
-                    f"{[str(p) for p in found]}): set TOKENIZER_PATH")
+def load_tokenizer(hp):
+    """The data's SentencePiece model; a packed script is told where it is, or takes one that lies with the data."""
+    import sentencepiece
+    here = hp.tokenizer_path or next(Path(hp.data_path).glob("*.model"), "")
+    return sentencepiece.SentencePieceProcessor(model_file=str(preflight.find_tokenizer(hp) if preflight else here))
 
 # ---- KERNELS ---------------------------------------------------------------------------------------------------------
 # Each operation stands twice with one signature: the reference (`*_ref`, `attention_sdpa`: any device, any dtype,
@@ -1620,7 +1482,7 @@ class Trainer:
         self.optimizers = Optimizers(model, hp, dist)
         self.ema = EMA(model, hp.ema_decay)
         self.forward = compiled(model.forward, hp, dist)
-        self.watched = ["loss"], torch.zeros(1)
+        self.watched = ["loss"], torch.zeros(1)  # names and norms that safety looks at
 
     def train_step(self, step, progress, looping):
         """Rows of a step -> 0-d tensor, this rank's share of the mean loss in nats; weights and average are updated."""
@@ -1629,9 +1491,8 @@ class Trainer:
             loss = self.forward(*row, looping, self.hp.train_seq_len).mean() / self.hp.micro_steps
             loss.backward()
             total += loss.detach()
-        grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        norms = torch.stack([total, *torch._foreach_norm([*grads.values()])]).to("cpu", non_blocking=True)
-        self.watched = ["loss", *(f"gradient of {name}" for name in grads)], norms
+        if safety:
+            self.watched = safety.watched(self.model, total)
         self.optimizers.step(progress, step)
         self.ema.update(step)
         return total
@@ -1670,16 +1531,11 @@ class Trainer:
             losses.append(self.train_step(step, progress, looping))
             step += 1
             clock.mark_step()
-            bad = [name for name, norm in zip(watched[0], watched[1].tolist(), strict=True) if not math.isfinite(norm)]
+            bad = safety.not_finite(watched) if safety else ()
             now, stop, diverged = clock.look(self.dist.signal, len(bad))
             step_seconds, seconds = now - seconds, now
-            if diverged:
-                self.diverge(step - 1, bad)
-            if safety and (stop or hp.checkpoint_every and step % hp.checkpoint_every == 0):
-                self.check_weights(step)
-                safety.save_state(self, write_atomically, step, seconds, losses)
-            if safety and stop:
-                safety.stop_for(self.dist, int(stop))
+            if safety:
+                safety.after_step(self, write_atomically, step, seconds, losses, stop, bad if diverged else None)
             if step <= 5 or step % hp.train_log_every == 0:
                 self.log_step(step, losses[-1], seconds, progress, looping)
             rate = step * hp.train_batch_tokens / seconds
@@ -1687,7 +1543,8 @@ class Trainer:
             if hp.val_loss_every and step % hp.val_loss_every == 0:
                 with clock.paused():
                     evaluate()
-        self.check_weights(step)
+        if safety:
+            safety.check_weights(self, write_atomically, step)
         seconds = clock.seconds()
         if budget and seconds > budget:
             log(f"note: training took {seconds:.2f} s of {budget:.2f}; a step is too long for this budget")
@@ -1699,19 +1556,6 @@ class Trainer:
         """The training fraction, in [0, 1]: of the budget, or of ITERATIONS where there is none."""
         budget = self.hp.training_seconds
         return min(1.0, seconds / budget if budget else step / self.hp.iterations)
-
-    def check_weights(self, step):
-        """Waits for the device. Training ends here, on every rank alike, where a weight is not finite."""
-        if bad := [name for name, p in self.model.named_parameters() if not p.isfinite().all()]:
-            self.diverge(step, bad)
-
-    def diverge(self, step, names):
-        """Ends training on every rank with what is not finite after this step; diverged.pt keeps it for a look."""
-        found = [f"{', '.join(names[:3])} (rank {rank})"
-                 for rank, names in enumerate(self.dist.all_gather_object(names)) if names]
-        if safety:
-            safety.save_state(self, write_atomically, step, 0.0, [torch.zeros(())], "diverged.pt")
-        raise SettingError(f"training diverged: after step {step} not finite: {'; '.join(found)}; lower learning rates")
 
     def log_step(self, step, loss, seconds, progress, looping):
         self.last_loss = loss = self.dist.all_reduce(loss.clone()).item()  # the live line must not wait for the GPU
@@ -1729,7 +1573,7 @@ class Trainer:
 
 # ---- QUANTIZATION ----------------------------------------------------------------------------------------------------
 FP16_RANGE = 2.0**-24, 65504.0  # of scales: 1e-10 would be 0 in fp16, and an all-zero row be divided by it
-MAX_FP16_ELEMENTS, DAMPING_RETRIES = 65_536, 4  # a tensor with more elements must have a role in QUANT_TABLE
+DAMPING_RETRIES = 4
 STEPS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])  # by code, see log_steps
 TARGET_TRIALS = 5  # of clips; bytes are nearly linear in their logarithm
 LQER_FIELDS = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
@@ -1760,17 +1604,16 @@ def damped_inverse_factor(h, damping, names):
     """h (N, C, C), damping (N,), both overwritten -> U of (h + damping I)^-1; damping grows where there is none."""
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     undamped = diagonal.clone()
-    for retry in range(1, DAMPING_RETRIES + 2):
+    for retry in range(DAMPING_RETRIES + 1):
         diagonal.copy_(undamped + damping[:, None])
         upper = inverse_cholesky_upper(h)
         failed = ~upper.isfinite().flatten(1).all(dim=1)
         failed_names = ", ".join(name for name, bad in zip(names, failed.tolist(), strict=True) if bad)
         if not failed_names:
             return upper
-        if retry > DAMPING_RETRIES:
-            raise ValueError(f"GPTQ: no Cholesky factor after {DAMPING_RETRIES} retries for {failed_names}")
-        warnings.warn(f"GPTQ: damping raised tenfold, retry {retry}: {failed_names}", stacklevel=2)
+        warnings.warn(f"GPTQ: damping raised tenfold, retry {retry + 1}: {failed_names}", stacklevel=2)
         damping[failed] *= 10
+    raise ValueError(f"GPTQ: no Cholesky factor after {DAMPING_RETRIES} retries for {failed_names}")
 
 def log_steps(x):
     """Steps x > 0 -> int8 codes k, nearest 2^(k/8): GPTQ works with the rounded step, so the grid costs no error."""
@@ -1868,16 +1711,6 @@ def unpack_factors(fields):
         return a * a_scale, (b.reshape(b_scale.size, -1) * b_scale[:, None]).reshape(b.shape)
     return a * a_scale[:, None], b * b_scale[:, None]
 
-def check_quantizable(weights, hessians):
-    """ValueError for what quantize_weights cannot keep, on every rank alike."""
-    for name, w in weights.items():
-        if not w.half().isfinite().all():
-            raise ValueError(f"{name} holds numbers that are not finite or beyond fp16")
-        if quant_role(name) is None and w.numel() > MAX_FP16_ELEMENTS:
-            raise ValueError(f"{name} has {w.numel()} elements and no role in QUANT_TABLE: too large for fp16")
-        if quant_role(name) and (name not in hessians or hessians[name].shape != (w.shape[1], w.shape[1])):
-            raise ValueError(f"{name} {tuple(w.shape)} needs a Hessian of its columns")
-
 def share_matrices(matrices, world_size):
     """{name: (R, C)} -> names per rank, dearest first onto the least loaded rank; the same on every rank."""
     cost = {name: w.shape[0] * w.shape[1] ** 2 for name, w in matrices.items()}
@@ -1915,7 +1748,8 @@ def quantize_weights(weights, hessians, hp, dist):
     Fields: codes, scale, column_steps; LQER_FIELDS; fp16. Every matrix is the work of one rank, small tensors are rank
     0's, and LQER takes the largest gains over all ranks. Raises ValueError, on all ranks, naming the tensors at fault.
     """
-    check_quantizable(weights, hessians)
+    if preflight:
+        preflight.check_quantizable(weights, hessians, quant_role)
     matrices = {name: w for name, w in weights.items() if quant_role(name)}
     try:
         mine = share_matrices(matrices, dist.world_size)[dist.rank]
@@ -2021,9 +1855,6 @@ MAGIC, PREFIX, DIGEST_BYTES = b"GLF1", struct.Struct("<4sBII"), 8
 MAX_HEADER_BYTES, MAX_RAW_BYTES, MAX_DIMENSIONS = 2**20, 2**30, 8  # bound what a hostile header can claim
 ARRAY_DTYPES = "bool float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
 CODEC_THREADS = min(8, os.cpu_count() or 1)  # a thread per group, and ZPAQ takes up to a gigabyte for each
-
-class ArtifactError(ValueError):
-    """The bytes are no artifact of this program, or a damaged one."""
 
 def digest(data):
     """Start of SHA-256: finds damage, does not authenticate."""
@@ -2210,24 +2041,14 @@ COMPRESSORS = {"brotli": (0, "brotli"), "lzma": (1, "lzma"), "pergroup": (2, "br
 
 def check_compressor(name):
     """To be called before training. SettingError, with what to install, for an unknown compressor or missing tools."""
-    if name not in COMPRESSORS:
-        raise SettingError(f"COMPRESSOR={name} is unknown: choose one of {', '.join(COMPRESSORS)}")
-    if "brotli" in COMPRESSORS[name] and brotli is None and not PACKED:
-        raise SettingError("the brotli module is missing: pip install brotli, or set COMPRESSOR=lzma")
-    if "lrzip" in COMPRESSORS[name] and shutil.which("lrzip") is None:
-        raise SettingError("the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)")
+    if preflight:
+        preflight.check_compressor(name, COMPRESSORS, brotli)
 
 def try_compressor(name):
-    """check_compressor and a round trip of each codec: a program that is there may still lack a library."""
+    """check_compressor and, in a checkout, a round trip of each of its codecs."""
     check_compressor(name)
-    sample, shapes = b"1234" * 8, [(4, 8)]
-    for codec in COMPRESSORS[name][1:]:
-        try:
-            fault = expand(codec, ENCODERS[codec](sample, shapes), len(sample), shapes) != sample and "other bytes"
-        except (ArtifactError, OSError) as error:
-            fault = error
-        if fault:
-            raise SettingError(f"COMPRESSOR={name} does not work here, {codec}: {fault}")
+    if preflight:
+        preflight.try_compressor(name, COMPRESSORS[name][1:], ENCODERS, expand)
 
 def expand(codec, stored, raw_size, shapes=()):
     """Stored bytes -> exactly raw_size bytes. Raises ArtifactError if that is not what comes out."""
@@ -2914,24 +2735,14 @@ class TestTimeTrainer:
 # ---- MAIN ------------------------------------------------------------------------------------------------------------
 
 def run_folder(hp, dist):
-    """The run's own folder, not made yet. Raises SettingError where a finished run would be overwritten."""
+    """The run's own folder, not made yet."""
     started = dist.agree(time.time())[0]
     run_id = hp.run_id or time.strftime("%Y%m%d_%H%M%S", time.localtime(started)) + f"_seed{hp.seed}"
-    folder = Path(hp.runs_dir) / run_id
-    if dist.rank == 0 and not (hp.quant_only or hp.ttt_eval_only) and (folder / "model.pt").exists():
-        raise SettingError(f"{folder} holds a finished training: choose another RUN_ID, or go on with QUANT_ONLY=1")
-    return folder
+    return Path(hp.runs_dir) / run_id
 
 def write_code(folder, hp, dist):
     """Writes the packed, self-extracting script that is counted; returns its bytes. A packed script counts itself."""
-    packed = Path(__file__).read_bytes()
-    if not PACKED:
-        try:
-            from tools.pack_code import pack_code
-        except ImportError as error:
-            raise SettingError(f"the code cannot be packed and counted: {error}. Run train_gpt.py from its repository, "
-                               "after pip install -r requirements.txt, or copy a run's packed train_gpt.py") from None
-        packed = pack_code(packed.decode(), {name.upper(): value for name, value in vars(hp).items()})
+    packed = Path(__file__).read_bytes() if PACKED else preflight.packed_code(__file__, hp)
     if dist.rank == 0:
         write_atomically(folder / "train_gpt.py", packed)
     return len(packed)
@@ -2955,25 +2766,11 @@ def build_model(hp, dist):
     ops = select_ops(hp.kernels, hp.attention_backend, dist.device, dtype, hp.head_dim, hp.num_heads, hp.num_kv_heads)
     return GPT(hp, ops, dtype).to(dist.device)
 
-def git_commit():
-    """The checkout's commit, with + where files differ from it; None outside a checkout."""
-    command = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty=+", "--exclude=*"]
-    return (shutil.which("git") and subprocess.run(command, capture_output=True, text=True).stdout.strip()) or None
-
 def save_checkpoint(path, model, hp):
     """The averaged fp32 weights and the settings they were trained with."""
-    settings = {field.name: getattr(hp, field.name) for field in dataclasses.fields(hp)}
-    buffer = io.BytesIO()
     weights = {name: tensor.cpu() for name, tensor in unbank(model).items()}
-    torch.save({"weights": weights, "settings": settings}, buffer)
+    torch.save({"weights": weights, "settings": dataclasses.asdict(hp)}, buffer := io.BytesIO())
     write_atomically(path, buffer.getvalue())
-
-def load_checkpoint(path, model):
-    """Loads model.pt into the model. Raises DataError with the path if it is missing or does not fit."""
-    try:
-        rebank(model, torch.load(path, map_location="cpu", weights_only=True)["weights"])
-    except Exception as error:  # a damaged file makes torch raise errors of many classes
-        raise DataError(f"checkpoint {path}: {error!r:.300}") from None
 
 def group_bytes(arrays):
     """Arrays of quantize_weights -> {role: bytes}, largest first: the order-0 entropy of codes; "rest": all others."""
@@ -3074,18 +2871,18 @@ def train_and_save(trainer, evaluator, path):
         safety.stop_for(dist, dist.signal)
     return training
 
-def preflight(hp, dist):
+def check_all(hp, dist):
     """Everything that can be wrong is found before training, and told at once -> what the checks have made, by name."""
     return all_at_once(
-        dist, tokenizer=lambda found: find_tokenizer(hp), compressor=lambda found: try_compressor(hp.compressor),
-        validation=lambda found: ValidationSet(hp, None if hp.caseops_enabled else find_tokenizer(hp)[0]),
+        dist, tokenizer=lambda found: preflight and preflight.find_tokenizer(hp),
+        compressor=lambda found: try_compressor(hp.compressor), validation=lambda found: ValidationSet(hp),
         loader=lambda found: hp.ttt_eval_only or TrainLoader(TokenStream(hp.data_path, "train"), hp, dist),
         folder=lambda found: run_folder(hp, dist), model=lambda found: build_model(hp, dist),
         machine=lambda found: safety and safety.check_machine(sys.modules[__name__], hp, dist, **found))
 
 def run(hp, dist):
     """The whole run, one call per stage. Returns the RESULT dictionary."""
-    found = preflight(hp, dist)
+    found = check_all(hp, dist)
     validation, loader, folder, model = (found[name] for name in ("validation", "loader", "folder", "model"))
     checkpoint, artifact = hp.checkpoint_path or folder / "model.pt", Path(hp.artifact_path or folder / "artifact.bin")
     found |= all_at_once(dist, made=lambda found: dist.rank or folder.mkdir(parents=True, exist_ok=True),
@@ -3093,19 +2890,19 @@ def run(hp, dist):
     log = RunLog(folder, dist)
     code_bytes = write_code(folder, hp, dist)
     device = torch.cuda.get_device_name() if dist.device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
-    about = {"run": folder.name, "seed": hp.seed, "commit": git_commit(), "device": device,
+    about = {"run": folder.name, "seed": hp.seed, "commit": preflight and preflight.git_commit(), "device": device,
              "world_size": dist.world_size, "torch": torch.__version__, "python": sys.version.split()[0],
              **model.ops.names}
     log(f"settings (* changed):\n{settings_table(hp)}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
     log("\n".join(f"note: {note}" for note in (*model.ops.notes, "the budget starts after the warm-up")))
     log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} "
-        f"tokenizer:{found['tokenizer'][1]} validation {validation.summary} tokens:{len(validation.tokens)} "
+        f"tokenizer:{found['tokenizer']} validation {validation.summary} tokens:{len(validation.tokens)} "
         f"code_bytes:{code_bytes} {found['machine'] or ''}")
 
     # ---- train (or go on from a file)
     evaluator, training, scores, artifact_bytes = Evaluator(model, validation, hp, dist), {}, {}, 0
     if hp.quant_only:
-        all_at_once(dist, weights=lambda found: dist.rank or load_checkpoint(checkpoint, model))
+        all_at_once(dist, weights=lambda found: dist.rank or safety.load_checkpoint(checkpoint, model, rebank))
         for parameter in model.parameters():
             dist.broadcast(parameter.detach())
     elif not hp.ttt_eval_only:

@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_gpt  # noqa: E402
+from tools import safety  # noqa: E402
 
 
 def group_of(name: str) -> str:
@@ -80,13 +81,12 @@ class Sweep:
         self.hp = train_gpt.Hyperparameters.from_env()
         self.hp = self.hp if "COMPRESSOR" in os.environ else dataclasses.replace(self.hp, compressor=compressor)
         self.dist = dist = train_gpt.Dist(self.hp.device)
-        tokenizer, _ = train_gpt.find_tokenizer(self.hp)
         hp, dtype = self.hp, torch.bfloat16 if dist.device.type == "cuda" else torch.float32
         ops = train_gpt.select_ops(hp.kernels, hp.attention_backend, dist.device, dtype, hp.head_dim, hp.num_heads,
                                    hp.num_kv_heads)
         self.model = train_gpt.GPT(hp, ops, dtype).to(dist.device)
-        train_gpt.load_checkpoint(checkpoint, self.model)
-        self.evaluator = train_gpt.Evaluator(self.model, train_gpt.ValidationSet(hp, tokenizer), hp, dist)
+        safety.load_checkpoint(checkpoint, self.model, train_gpt.rebank)
+        self.evaluator = train_gpt.Evaluator(self.model, train_gpt.ValidationSet(hp), hp, dist)
         loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
         self.hessians = train_gpt.collect_hessians(self.model, loader, hp, dist)
         self.weights = {name: w.detach().clone() for name, w in train_gpt.unbank(self.model).items()}

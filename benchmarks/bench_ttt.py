@@ -153,7 +153,7 @@ def bench_runs(args):
     torch._dynamo.config.recompile_limit = 256  # other contexts and ranks are other graphs of the same functions
     dist = tg.Dist("cpu" if args.cpu else "auto")
     base = tg.Hyperparameters.from_env()
-    validation = tg.ValidationSet(base, tg.find_tokenizer(base)[0])
+    validation = tg.ValidationSet(base)
     model = tg.build_model(base, dist)
     weights = tg.dequantize_weights(tg.unpack_weights(Path(args.artifact).read_bytes()))
     print(f"{'bpb':>9}{'all s':>8}{'compile':>9}{'capture':>9}{'steps s':>9}{'tokens/s':>10}{'positions/s':>13}  what")

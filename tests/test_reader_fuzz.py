@@ -20,7 +20,7 @@ from test_artifact import model_arrays
 from test_training import OPS, SMALL
 
 import train_gpt
-from tools import safety
+from tools import preflight, safety
 
 SOAK = os.environ.get("SOAK") == "1"
 OURS = train_gpt.SettingError, train_gpt.DataError, train_gpt.ArtifactError, safety.SafetyError
@@ -109,7 +109,7 @@ def test_checkpoints(place, trainer):
     @tries(100, 8_000)
     def read(damage):
         path.write_bytes(damaged(data, damage))
-        only_ours(train_gpt.load_checkpoint, path, trainer.model)
+        only_ours(safety.load_checkpoint, path, trainer.model, train_gpt.rebank)
 
     read()
 
@@ -207,8 +207,8 @@ def test_manifests(place, tmp_path):
             yield from paths_into(tree[key], (*at, key))
 
     def read():
-        only_ours(train_gpt.check_manifest, hp, {"documents": 3, "tokens": 63})
-        only_ours(train_gpt.find_tokenizer, hp)
+        only_ours(preflight.check_manifest, hp, {"documents": 3, "tokens": 63}, train_gpt.load_data_shard)
+        only_ours(preflight.find_tokenizer, hp)
 
     @given(st.sampled_from(list(paths_into(whole))), JSON, st.booleans())
     @tries(200, 12_000)
@@ -245,7 +245,7 @@ def test_tokenizers(place):
     hp = tiny_hp(data_path=str(place), tokenizer_path=str(path), vocab_size=8192, caseops_enabled=False)
 
     def read():
-        train_gpt.piece_byte_tables(train_gpt.find_tokenizer(hp)[0])
+        train_gpt.piece_byte_tables(train_gpt.load_tokenizer(hp))
 
     @given(DAMAGE)
     @tries(20, 1_000)

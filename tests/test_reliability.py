@@ -393,7 +393,7 @@ def test_a_run_names_every_problem_of_every_check(tmp_path, monkeypatch, dist):
     with pytest.raises(SettingError) as error:
         train_gpt.run(train_gpt.Hyperparameters.from_env(environ), dist)
     lines = str(error.value).splitlines()
-    words = ["/nowhere.model", "COMPRESSOR=zip", "val_bytes", "no fineweb_train", "finished training", "fa3"]
+    words = ["/nowhere.model", "COMPRESSOR=zip", "val_bytes", "no fineweb_train", "fa3", "finished training"]
     assert len(lines) == 6 and [word for word, line in zip(words, lines, strict=True) if word not in line] == []
 
 

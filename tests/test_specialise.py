@@ -111,7 +111,7 @@ def test_other_values_of_folded_settings_are_refused_and_the_same_ones_are_not()
         assert " ".join(output(text, **{name: other})).startswith(f"{name}={other}: this script was packed with")
     table = next(node.value.value for node in ast.parse(text).body if ast.unparse(node).startswith("PACKED"))
     assert "* MATRIX_LR=0.05  # " in table and "* MODEL_DIM=64  # " in table and "  CODER=entropy  # " in table
-    assert "SEED" not in table and "env(42)" in text  # of a run, not of the method
+    assert "SEED" not in table and "seed: int = 42" in text  # of a run, not of the method
 
 
 @pytest.mark.parametrize("source, wanted", [
@@ -183,7 +183,7 @@ MARKERS = {
     "np.interp": {"WD_SCHEDULE_ENABLED": "1"}, "ttt_warm_up": {}, "ttt_global_adaptation": {},
     "eigvalsh": {"LQER_WEIGHTED": "1"}, "permutation(": {"DATA_SEED": "7"}, "np.roll": {"MARKER_FUSION_ENABLED": "1"},
     "clips times": {"TARGET_BYTES": "9"}, "'sliding'": {"SLIDING_WINDOW_ENABLED": "1"},
-    "safety": None, "TCPStore": None, "difflib": None, "plot_run": None, "get_terminal_size": None,
+    "safety.": None, "TCPStore": None, "preflight.": None, "plot_run": None, "LiveLine": None,
 }
 
 

@@ -42,7 +42,7 @@ def run_stages(folder, stream, rank=0):
         patch.setattr(sys, "stdout", stream)
         patch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((100, 24)))
         log = train_gpt.RunLog(folder, dist)
-        if not log.erase:  # where nothing is shown, the live line does not look at the clock more than once
+        if not log.line:  # where nothing is shown, the live line does not look at the clock more than once
             log.live = lambda share, detail="": next(clock)
         patch.setattr(train_gpt.time, "perf_counter", lambda: next(clock))
         log("settings")

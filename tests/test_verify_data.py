@@ -260,7 +260,7 @@ def test_a_manifest_that_was_edited_is_refused(dataset, capsys):
 
 
 def test_canonical_counts_are_recognised():
-    from tools.verify_data import is_canonical
+    from tools.preflight import is_canonical
 
     tokens = np.full(47_853_344, 300, dtype=np.uint16)
     tokens[np.linspace(0, len(tokens) - 3_000, 50_000).astype(int)] = 1

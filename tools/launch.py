@@ -146,7 +146,7 @@ def check_script(script, count_gpus):
     else:
         try:
             hp = module.Hyperparameters.from_env()
-            found = module.preflight(hp, module.Dist(hp.device))
+            found = module.check_all(hp, module.Dist(hp.device))
             validation, loader = found["validation"], found["loader"]
             tokens = "" if hp.ttt_eval_only else f"{loader.stream.size:,} training tokens, "
             about["notes"].append(
@@ -167,7 +167,7 @@ def check_script(script, count_gpus):
 def checked_module(script):
     """The script as a module where it makes checks, for a packed one this checkout's; None for one of other making."""
     source = script.read_bytes()
-    if b"def preflight(" in source:
+    if b"def check_all(" in source:
         return import_file(script)
     from tools.pack_code import is_packed  # needs packages that train_gpt.py can do without
 

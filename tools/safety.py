@@ -27,6 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tools.preflight import DataError, SettingError
+
 KEPT_STATES = 2  # so that there is one to fall back to where the newest is torn
 STATE_BYTES_A_WEIGHT, STATE_DIGEST_BYTES = 20, 32  # weights, average, momentum and both moments, fp32
 PACKAGES = {"brotli": "brotli", "python-minifier": "python_minifier"}  # of the packed script that every run counts
@@ -35,7 +37,7 @@ GENEROUS = 0.8  # an artifact of trained weights has 0.99 of the projected size,
 GAUSSIAN_BITS = math.log2(math.sqrt(2 * math.pi * math.e))  # entropy of a unit Gaussian, steps of 1
 
 
-class SafetyError(ValueError):
+class SafetyError(SettingError):
     """A state that cannot be taken up, or a machine that will not do; the message says what to change."""
 
 
@@ -231,6 +233,46 @@ def tell_failure(dist, error, expected):
     return expected
 
 
+# ---- divergence
+
+
+def watched(model, loss):
+    """Loss and gradients -> names, their norms on the way to the CPU."""
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norms = torch.stack([loss, *torch._foreach_norm([*grads.values()])]).to("cpu", non_blocking=True)
+    return ["loss", *(f"gradient of {name}" for name in grads)], norms
+
+
+def not_finite(watched):
+    """Names of what is not finite; to be asked when the step that was watched has ended, as then a look is free."""
+    return [name for name, norm in zip(watched[0], watched[1].tolist(), strict=True) if not math.isfinite(norm)]
+
+
+def after_step(trainer, write, step, seconds, losses, stop, bad):
+    """A step's end: training diverges with `bad` (names, None if no rank has any), writes a state, or stops."""
+    if bad is not None:
+        diverge(trainer, write, step - 1, bad)
+    if stop or trainer.hp.checkpoint_every and step % trainer.hp.checkpoint_every == 0:
+        check_weights(trainer, write, step)
+        save_state(trainer, write, step, seconds, losses)
+    if stop:
+        stop_for(trainer.dist, int(stop))
+
+
+def check_weights(trainer, write, step):
+    """Waits for the device. Training ends here, on every rank alike, where a weight is not finite."""
+    if bad := [name for name, p in trainer.model.named_parameters() if not p.isfinite().all()]:
+        diverge(trainer, write, step, bad)
+
+
+def diverge(trainer, write, step, names):
+    """Ends training on every rank with what is not finite after this step; diverged.pt keeps it for a look."""
+    told = trainer.dist.all_gather_object(names)
+    found = [f"{', '.join(names[:3])} (rank {rank})" for rank, names in enumerate(told) if names]
+    save_state(trainer, write, step, 0.0, [torch.zeros(())], "diverged.pt")
+    raise SafetyError(f"training diverged: after step {step} not finite: {'; '.join(found)}; lower learning rates")
+
+
 # ---- training states
 
 
@@ -312,6 +354,14 @@ def load_state(trainer):
         raise SafetyError(f"{name} does not fit these settings: {error!r:.300}") from None
     trainer.log(f"step:{step} resumed:{name} train_seconds:{seconds:.2f}")
     return step, seconds, losses
+
+
+def load_checkpoint(path, model, rebank):
+    """Loads model.pt into the model by train_gpt.rebank. DataError with the path if it is missing or does not fit."""
+    try:
+        rebank(model, torch.load(path, map_location="cpu", weights_only=True)["weights"])
+    except Exception as error:  # a damaged file makes torch raise errors of many classes
+        raise DataError(f"checkpoint {path}: {error!r:.300}") from None
 
 
 def command(hp, dist, folder, **mode):
@@ -429,6 +479,8 @@ def wanted_bytes(model, hp):
 def check_folder(folder, model, hp):
     """Room and permission for the run's folder, files in it that the settings go on from -> list of problems."""
     problems, goes_on = [], hp.quant_only or hp.ttt_eval_only
+    if (folder / "model.pt").exists() and not goes_on:
+        problems.append(f"{folder} holds a finished training: choose another RUN_ID, or go on with QUANT_ONLY=1")
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         problems.append(f"{place} cannot be written to: set RUNS_DIR, or change its permissions")

@@ -29,8 +29,7 @@ OF_A_PROOF = """
 OFF = {"prequant_only": "0", "quant_only": "0", "checkpoint_path": "", "plots": "0", "checkpoint_every": "0",
        "resume": "0"}
 UNSAID = ("plots",)  # of these nothing is told: there are no pictures beside a packed script either way
-# methods: the bar on a terminal; which settings go together, as those that are folded have been checked
-LEFT_OUT = "live", "cross_checks"
+LEFT_OUT = ("live",)  # methods: the bar on a terminal
 REFUSE = r'''
 def unknown_settings(environ, cls):
     for name, text in re.findall(r"(\w+)=(.*)  # ", PACKED):
@@ -58,7 +57,7 @@ def specialise(tree, settings):
     if cls is None:
         return tree
     values = fold_settings(tree, cls, fields, settings)
-    Substitute(dict.fromkeys(take_companions(tree))).visit(tree)
+    Substitute(take_companions(tree)).visit(tree)
     for node in walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name in LEFT_OUT:
             node.body = ast.parse("return ()").body
@@ -130,7 +129,7 @@ def fold_settings(tree, cls, fields, settings):
             folded[name] = value
         if name not in UNSAID and (name in folded or value != default):
             lines.append(f"{' *'[value != default]} {name.upper()}={text_of(value)}  # ")
-        nodes[name].value.args[0] = ast.parse(repr(value), mode="eval").body
+        nodes[name].value = ast.parse(repr(value), mode="eval").body  # ranges are checked in a checkout
     cls.body = [node for node in cls.body if not isinstance(node, ast.AnnAssign) or node.target.id not in folded]
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "PACKED":
@@ -139,11 +138,12 @@ def fold_settings(tree, cls, fields, settings):
 
 
 def take_companions(tree):
-    """Takes out `try: from tools import name`: a packed script lies alone -> the names, which are None there."""
+    """Takes out `try: from tools import name`: a packed script lies alone -> {name: what it is where that fails}."""
     tries = [node for node in tree.body if isinstance(node, ast.Try) and isinstance(node.body[0], ast.ImportFrom)]
     taken = [node for node in tries if node.body[0].module == "tools"]
     tree.body = [node for node in tree.body if node not in taken]
-    return [name.name for node in taken for name in node.body[0].names]
+    assigned = [part for node in taken for part in node.handlers[0].body]
+    return {target.id: part.value for part in assigned for target in part.targets}
 
 
 def fold_properties(cls, values):
@@ -315,13 +315,14 @@ class Fold(ast.NodeTransformer):
 
 
 class Substitute(ast.NodeTransformer):
-    """Names -> constants; assignments to these names go."""
+    """Names -> constants, or expressions without parts; assignments to these names go."""
 
     def __init__(self, constants):
         self.constants = constants
 
     def visit_Name(self, node):
-        return ast.Constant(self.constants[node.id]) if node.id in self.constants else node
+        value = self.constants.get(node.id, node)
+        return copy.copy(value) if isinstance(value, ast.AST) else ast.Constant(value)
 
     def visit_Assign(self, node):
         if isinstance(node.targets[0], ast.Name) and node.targets[0].id in self.constants:

@@ -34,10 +34,9 @@ from prepare_caseops_data import (
     read_shard,
     shard_files,
 )
+from tools.preflight import is_canonical
 
 ESC_ID = 7
-# The published validation split; the bytes are those of the targets that whole windows of 2,048 tokens hold.
-CANONICAL = {"documents": 50_000, "values": 47_853_344, "targets": 47_851_520, "bytes of these targets": 151_074_499}
 
 
 def check_files(folder: Path) -> Iterator[str]:
@@ -142,13 +141,6 @@ def find_leaks(folder: Path) -> tuple[int, list[str]]:
                          f"validation document {number:,}")  # fmt: skip
         total += 1
     return total, leaks
-
-
-def is_canonical(tokens: np.ndarray, costs: np.ndarray | None) -> bool:
-    """Whether these counts are those of the published validation split."""
-    documents, values, targets, size = CANONICAL.values()
-    counts = (int((tokens == BOS_ID).sum()), len(tokens)) == (documents, values)
-    return counts and (costs is None or int(costs[1 : targets + 1].sum(dtype=np.int64)) == size)
 
 
 def verify(folder: Path, tokenizer: str, source: Iterator | None = None, samples: int = 200, workers: int = 1) -> list:

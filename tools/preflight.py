@@ -1,0 +1,290 @@
+"""What is checked and told before the clock starts; train_gpt.py uses it in its repository, a packed script does not.
+
+Settings: ranges, combinations, names that look like ours. Dataset: its manifest, its tokenizer, whether it is the
+contest's. Machine: a coder that works. Code: packed, and the commit it is of.
+"""
+
+import dataclasses
+import difflib
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARD_MAGIC, SHARD_VERSION = 20240520, 1
+MAX_FP16_ELEMENTS = 65_536  # a tensor with more elements must have a role in QUANT_TABLE
+BOS_ID = 1
+# FineWeb's documents and values; targets that whole windows of 2,048 tokens hold, and the bytes of these
+CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499
+
+
+class SettingError(ValueError):
+    """A setting, or a combination of settings, that cannot work; the message says what to change."""
+
+
+class DataError(ValueError):
+    """A dataset or a file that cannot be used as it is; the message names it and what to do."""
+
+
+class ArtifactError(ValueError):
+    """The bytes are no artifact of this program, or a damaged one."""
+
+
+# ---- settings
+
+
+def limits(field):
+    """The declared range of a setting, for the table: ` [above 0, most 1]`, or nothing."""
+    rule = field.metadata
+    bounds = [f"{key} {rule[key]}" for key in ("above", "least", "most") if rule[key] is not None]
+    text = ", ".join([*bounds, "|".join(rule["choices"] or ())]).strip(", ")
+    return text and f" [{text}]"
+
+
+def setting_problems(hp, sites):
+    """Messages for values outside their ranges or, where there are none, for combinations that cannot work."""
+    outside = [p for field in dataclasses.fields(hp) for p in range_problems(field, getattr(hp, field.name))]
+    return outside or [message for broken, message in cross_checks(hp, sites) if broken]
+
+
+def range_problems(field, value):
+    """Messages for a value outside its declared range."""
+    rule, name = field.metadata, f"{field.name.upper()}={value!r}"
+    if rule["choices"] and value not in rule["choices"]:
+        yield f"{name}: must be one of {', '.join(rule['choices'])}"
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name}: must be finite"
+    elif rule["above"] is not None and not value > rule["above"]:
+        yield f"{name}: must be above {rule['above']}"
+    elif rule["least"] is not None and value < rule["least"]:
+        yield f"{name}: must be at least {rule['least']}"
+    elif rule["most"] is not None and value > rule["most"]:
+        yield f"{name}: must be at most {rule['most']}"
+
+
+def cross_checks(hp, sites):
+    """Pairs (is it broken, what to change) for combinations of settings; `sites`: where adapters may sit."""
+    yield hp.model_dim % hp.num_heads, f"MODEL_DIM={hp.model_dim} must divide by NUM_HEADS={hp.num_heads}"
+    yield hp.num_heads % hp.num_kv_heads, "NUM_HEADS must divide by NUM_KV_HEADS"
+    yield hp.rope_dims % 2 or hp.rope_dims > hp.head_dim, f"ROPE_DIMS must be even, at most {hp.head_dim}"
+    yield hp.gate_window > hp.model_dim, "GATE_WINDOW must be at most MODEL_DIM"
+    gates = hp.sparse_attn_gate_enabled + hp.gated_attn_enabled + hp.attn_out_gate_enabled
+    yield gates > 1, "SPARSE_ATTN_GATE_ENABLED, GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED exclude each other"
+    looped = hp.loop_start <= hp.loop_end < hp.num_layers
+    yield hp.num_loops and not looped, "LOOP_START..LOOP_END must lie inside NUM_LAYERS (or set NUM_LOOPS=0)"
+    yield hp.parallel_start_layer > hp.num_layers, "PARALLEL_START_LAYER must be at most NUM_LAYERS"
+    yield hp.train_batch_tokens % hp.micro_batch_tokens, "TRAIN_BATCH_TOKENS must divide by MICRO_BATCH_TOKENS"
+    out_of_time = 0 < hp.max_wallclock_seconds <= hp.gptq_reserve_seconds
+    yield out_of_time, "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"
+    yield hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
+    yield hp.ttt_chunk_size > hp.ttt_eval_seq_len, "TTT_CHUNK_SIZE must be at most TTT_EVAL_SEQ_LEN"
+    known = hp.lora_sites and set(hp.lora_sites) <= set(sites)
+    yield not known, f"TTT_LORA_SITES={hp.ttt_lora_sites}: must be some of {','.join(sites)}"
+    yield hp.marker_fusion_enabled > hp.caseops_enabled, "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1"
+    modes = hp.prequant_only + hp.quant_only + hp.ttt_eval_only
+    yield modes > 1, "PREQUANT_ONLY, QUANT_ONLY, TTT_EVAL_ONLY exclude each other"
+    goes_on = hp.run_id and not (hp.quant_only or hp.ttt_eval_only)
+    yield hp.resume and not goes_on, "RESUME=1 needs RUN_ID, and neither QUANT_ONLY nor TTT_EVAL_ONLY"
+    yield hp.deterministic and hp.max_wallclock_seconds, "DETERMINISTIC=1 needs MAX_WALLCLOCK_SECONDS=0"
+    yield hp.checkpoint_path and not hp.quant_only, "CHECKPOINT_PATH goes with QUANT_ONLY=1"
+    yield hp.artifact_path and not hp.ttt_eval_only, "ARTIFACT_PATH goes with TTT_EVAL_ONLY=1"
+    yield not re.fullmatch(r"(\w[\w.+-]*)?", hp.run_id), "RUN_ID: letters, digits, '_', then also '.', '+', '-'"
+
+
+def unknown_settings(environ, cls):
+    """Messages for undeclared variables that look like ours: a family name of ours, or nearly one of our names.
+
+    First words that other programs use as well (MAX_JOBS, DATA_..., RUN_...) do not make a family by themselves.
+    """
+    ours = [field.name.upper() for field in dataclasses.fields(cls)]
+    shared_words = "MAX MIN NUM RUN RUNS DATA MODEL COMPUTE ENABLE TRAIN VAL CHECKPOINT TOKENIZER ARTIFACT ADAM".split()
+    families = {name.split("_")[0] for name in ours if "_" in name} - set(shared_words)
+    for name in sorted(set(environ) - set(ours)):
+        close = difflib.get_close_matches(name, ours, 1, 0.6)
+        if name.split("_")[0] in families or difflib.get_close_matches(name, ours, 1, 0.88):
+            yield f"{name} is not a setting{f'; did you mean {close[0]}?' if close else ''} (unset it, or see --help)"
+
+
+# ---- data
+
+
+def check_shard(path, header_bytes):
+    """DataError for a file that is no token shard: wrong magic, version or size (README: data)."""
+    size, header = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != SHARD_MAGIC:
+        raise DataError(f"{path}: not a token shard (wrong magic number); make it with prepare_caseops_data.py")
+    if header[1] != SHARD_VERSION:
+        raise DataError(f"{path}: shard version {header[1]}, this script reads version {SHARD_VERSION}")
+    if size != header_bytes + 2 * int(header[2]):
+        raise DataError(
+            f"{path}: {size} bytes, its header promises {header_bytes + 2 * int(header[2])}: "
+            "a download or copy broke off; fetch the file again"
+        )
+
+
+def check_side_car(folder, paths, parts, shards):
+    """DataError unless the side-car's parts are there and as long as the shards."""
+    if not paths:
+        raise DataError(f"no fineweb_val_bytes_*.bin in {folder}: BPB needs the side-car (or CASEOPS_ENABLED=0)")
+    if [len(part) for part in parts] != [len(shard) for shard in shards]:
+        raise DataError(
+            f"{paths[0]}: side-car lengths {[len(p) for p in parts]} differ from the shards' "
+            f"{[len(s) for s in shards]}: they are not of one export"
+        )
+
+
+def read_manifest(folder):
+    """manifest.json of a dataset, {} where there is none. DataError unless all that is read of it has its type."""
+    try:
+        manifest = json.loads(Path(folder, "manifest.json").read_text())
+        hash(manifest.get("tokenizer", {}).get("sha256"))
+        if manifest.get("format") == "caseops_shards":
+            values = [about["values"] + len(about["sha256"]) for about in manifest["files"].values()]
+            sum(values, manifest["leaked_documents"] + len({**manifest["splits"]["val"]}))
+        return manifest
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again") from None
+
+
+def check_manifest(hp, found, read_shard):
+    """DataError where the dataset is not what its manifest says, so that no BPB of other data is reported.
+
+    `found` counts what the validation files hold. These are hashed; of training files only the lengths are checked,
+    because hashing them takes minutes (`prepare_caseops_data.py verify` does).
+    """
+    manifest = read_manifest(hp.data_path)
+    if manifest.get("format") != "caseops_shards":
+        return
+    stated, files = manifest["splits"]["val"], manifest["files"]
+    wrong = [
+        f"{count} {name} of validation, not {stated.get(name)}"
+        for name, count in found.items()
+        if stated.get(name) != count
+    ]
+    paths = {os.path.basename(path): path for path in glob.glob(os.path.join(hp.data_path, "fineweb_*.bin"))}
+    wrong += [f"{name} is missing" for name in files.keys() - paths.keys()]
+    for name, path in paths.items():
+        if (
+            name not in files
+            or len(read_shard(path)) != files[name]["values"]
+            or ("_val_" in name and hashlib.sha256(Path(path).read_bytes()).hexdigest() != files[name]["sha256"])
+        ):
+            wrong.append(f"{name} is another file")
+    if manifest["leaked_documents"] > 0.01 * found["documents"]:  # a wrong split; sources hold a few documents twice
+        wrong.append(f"{manifest['leaked_documents']} training documents are validation documents")
+    if wrong:
+        raise DataError(
+            f"{hp.data_path} is not what its manifest says: {'; '.join(sorted(wrong)[:5])}. Fetch or make "
+            "it again; prepare_caseops_data.py verify says more"
+        )
+
+
+def is_canonical(tokens, charges):
+    """Whether (N,) tokens are the contest's validation documents as CaseOps stores them, by counts and by bytes.
+
+    charges: bytes of each token, (N,), or None where they are not at hand.
+    """
+    documents, values, targets, size = CANONICAL
+    counts = (int((tokens == BOS_ID).sum()), len(tokens)) == (documents, values)
+    return counts and (charges is None or int(charges[1 : targets + 1].sum(dtype=np.int64)) == size)
+
+
+def check_validation(hp, tokens, charges, read_shard):
+    """Tokens as stored and their bytes (N,) -> a phrase for the log. DataError where the manifest has other ones."""
+    documents, size = int((tokens == BOS_ID).sum()), int(charges.sum())
+    found = {"documents": documents, "tokens": len(tokens)}
+    check_manifest(hp, found | ({"charged_bytes": size} if hp.caseops_enabled else {}), read_shard)
+    canonical = "yes" if is_canonical(tokens, charges) else "no"
+    return f"documents:{documents} values:{len(charges)} bytes:{size} canonical:{canonical}"
+
+
+def find_tokenizer(hp):
+    """Path of the data's SentencePiece model. DataError if none fits the settings and the manifest."""
+    try:
+        import sentencepiece
+    except ImportError:
+        raise DataError("the sentencepiece package is missing: pip install -r requirements.txt") from None
+    folder = Path(hp.data_path)
+    wanted = read_manifest(folder).get("tokenizer", {}).get("sha256")
+    beside = [folder, folder.parent / "tokenizers", folder.parent.parent / "tokenizers", ROOT / "tokenizers"]
+    found = [Path(hp.tokenizer_path)] if hp.tokenizer_path else [p for d in beside for p in sorted(d.glob("*.model"))]
+    for path in found:
+        if not path.exists():
+            raise DataError(f"TOKENIZER_PATH={path} does not exist")
+        if wanted in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+            try:
+                tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+                tokenizer.id_to_piece([*range(tokenizer.vocab_size())])  # a damaged piece may be no text
+            except (RuntimeError, UnicodeDecodeError):
+                raise DataError(f"{path} is no SentencePiece model") from None
+            if tokenizer.vocab_size() != hp.vocab_size:
+                raise DataError(f"{path} has {tokenizer.vocab_size()} pieces, VOCAB_SIZE is {hp.vocab_size}")
+            return path
+    raise DataError(
+        f"no tokenizer for {folder} (the manifest wants sha256 {wanted}; looked at "
+        f"{[str(p) for p in found]}): set TOKENIZER_PATH"
+    )
+
+
+# ---- machine and code
+
+
+def check_compressor(name, compressors, brotli):
+    """SettingError, with what to install, for an unknown compressor or missing tools; `brotli`: the module or None."""
+    if name not in compressors:
+        raise SettingError(f"COMPRESSOR={name} is unknown: choose one of {', '.join(compressors)}")
+    if "brotli" in compressors[name] and brotli is None:
+        raise SettingError("the brotli module is missing: pip install brotli, or set COMPRESSOR=lzma")
+    if "lrzip" in compressors[name] and shutil.which("lrzip") is None:
+        raise SettingError("the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)")
+
+
+def try_compressor(name, codecs, encoders, expand):
+    """A round trip of each codec of a compressor: a program that is there may still lack a library."""
+    sample, shapes = b"1234" * 8, [(4, 8)]
+    for codec in codecs:
+        try:
+            fault = expand(codec, encoders[codec](sample, shapes), len(sample), shapes) != sample and "other bytes"
+        except (ArtifactError, OSError) as error:
+            fault = error
+        if fault:
+            raise SettingError(f"COMPRESSOR={name} does not work here, {codec}: {fault}")
+
+
+def check_quantizable(weights, hessians, role):
+    """ValueError for what quantize_weights cannot keep, on every rank alike; role(name) is None for small tensors."""
+    for name, w in weights.items():
+        if not w.half().isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite or beyond fp16")
+        if role(name) is None and w.numel() > MAX_FP16_ELEMENTS:
+            raise ValueError(f"{name} has {w.numel()} elements and no role in QUANT_TABLE: too large for fp16")
+        if role(name) and (name not in hessians or hessians[name].shape != (w.shape[1], w.shape[1])):
+            raise ValueError(f"{name} {tuple(w.shape)} needs a Hessian of its columns")
+
+
+def packed_code(path, hp):
+    """The packed, self-extracting form of the script at `path` under these settings, bytes."""
+    try:
+        from tools.pack_code import pack_code
+    except ImportError as error:
+        raise SettingError(
+            f"the code cannot be packed and counted: {error}. Run train_gpt.py from its repository, after pip install "
+            "-r requirements.txt, or copy a run's packed train_gpt.py"
+        ) from None
+    return pack_code(Path(path).read_text(encoding="utf-8"), {name.upper(): value for name, value in vars(hp).items()})
+
+
+def git_commit():
+    """The checkout's commit, with + where files differ from it; None outside a checkout."""
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--exclude=*"]
+    return (shutil.which("git") and subprocess.run(command, capture_output=True, text=True).stdout.strip()) or None
