@@ -789,21 +789,22 @@ def find_tokenizer(hp):
 
 jit = (lambda kernel: kernel) if triton is None else triton.jit  # without Triton kernels are defined, never launched
 
-def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors):
+def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors, results=1):
     """Decorator: function of tensors and, last, one number -> custom op; fake(*inputs) gives its results without data.
 
-    With gradients(needed, grad, *kept, number) -> those of the leading inputs, it is differentiable and returns its
-    first result alone; keep(needed, *tensors, *results) -> kept, default everything; needed[i]: input i requires one.
+    With gradients(needed, *grads, *kept, number) -> those of the leading inputs, it is differentiable and returns the
+    first of its results, or all where `results` says that they are several and all differentiable;
+    keep(needed, *tensors, *results) -> kept, default everything; needed[i]: input i requires one.
     """
 
     def setup(ctx, inputs, output):
         *tensors, ctx.number = inputs
-        ctx.set_materialize_grads(False)  # or autograd fills zeros for the results that nobody differentiates
+        ctx.set_materialize_grads(results > 1)  # or autograd fills zeros for the results that nobody differentiates
         ctx.save_for_backward(*keep(ctx.needs_input_grad, *tensors, *output))
 
-    def backward(ctx, grad, *_):
+    def backward(ctx, *grads):
         needed = ctx.needs_input_grad
-        grads = () if grad is None else gradients(needed, grad, *ctx.saved_tensors, ctx.number)
+        grads = () if grads[0] is None else gradients(needed, *grads[:results], *ctx.saved_tensors, ctx.number)
         return *grads, *[None] * (len(needed) - len(grads))
 
     def register(function):
@@ -812,7 +813,7 @@ def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors):
         if gradients is None:
             return op
         op.register_autograd(backward, setup_context=setup)
-        return lambda *inputs: op(*inputs)[0]
+        return op if results > 1 else lambda *inputs: op(*inputs)[0]
 
     return register
 
@@ -973,6 +974,165 @@ def leaky_relu_sq_mlp(x, w_up, w_down, slope):
         return mlp_ref(x, w_up, w_down, slope)
     return _mlp(x.reshape(-1, width), w_up, w_down, float(slope)).view(x.shape)
 
+# --- around attention: before it, q and k get a norm for each head, partial rotary positions and q its gain; behind it,
+# XSA takes its own value's part out of each head's output, and a gate scales it. Rows of the tiles are heads.
+
+def norm(x):
+    """(..., D) -> (..., D): RMS norm without a weight, eps of F.rms_norm for float32."""
+    return F.rms_norm(x, (x.size(-1),), eps=1.19e-7)
+
+def apply_rotary_emb(x, cos, sin):
+    """(B, T, H, E) -> the same: rotates dims i and i + rope_dims/2 of the first rope_dims (partial RoPE)."""
+    cos, sin, half = cos.to(x.dtype), sin.to(x.dtype), cos.size(-1)
+    x1, x2, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
+
+def qkv_heads_ref(qkv, gain, cos, sin, kv_heads):
+    """qkv (B, T, (H + 2 K) E), gain (H,), cos and sin (T, 1, rope_dims / 2) -> q (B, T, H, E), k, v (B, T, K, E)."""
+    heads = gain.numel(), kv_heads, kv_heads
+    q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(heads, dim=-2)
+    return apply_rotary_emb(norm(q), cos, sin) * gain[:, None], apply_rotary_emb(norm(k), cos, sin), v
+
+def gated_xsa_ref(y, v, logits, factor):
+    """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> XSA (arXiv:2603.09078) times factor sigmoid(logits)."""
+    return subtract_own_value(y, v) * (factor * torch.sigmoid(logits))[..., None]
+
+def subtract_own_value(y, v):
+    """(B, T, H, E), (B, T, K, E) -> (B, T, H, E), heads' outputs without the part along their own value."""
+    v_hat = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, E)
+    grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, E)
+    return (grouped - (grouped * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3)
+
+@jit
+def _qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, out, dots, rows, T, H: tl.constexpr, K: tl.constexpr,
+                      HALF: tl.constexpr, BACKWARD: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+                      BLOCK: tl.constexpr):
+    """forward: qkv -> q, k, v. backward: q, k, v hold their gradients; out is that of qkv, dots sum to that of gain."""
+    row, e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
+    token, head = row // (H + 2 * K), row % (H + 2 * K)
+    inside = (row < rows)[:, None] & (e < E)[None, :]
+    is_q, is_v = head < H, head >= H + K
+    q_at, k_at, v_at = (token * H + head) * E, (token * K + head - H) * E, (token * K + head - H - K) * E
+    in_q, in_k = inside & is_q[:, None], inside & (head >= H)[:, None] & (head < H + K)[:, None]
+    in_v = inside & is_v[:, None]
+    partner = tl.where(e < HALF, e + HALF, tl.where(e < 2 * HALF, e - HALF, e))
+    turning = inside & (e < 2 * HALF)[None, :]
+    angle = (token % T)[:, None] * HALF + (e % HALF)[None, :]
+    c = tl.load(cos + angle, mask=turning, other=1.0)
+    s = tl.load(sin + angle, mask=turning, other=0.0) * tl.where(e < HALF, 1.0, -1.0)[None, :]
+    x = tl.load(qkv + row[:, None] * E + e[None, :], mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 1) / E + 1.19e-7)
+    full_scale = scale * tl.load(gain + head, mask=is_q, other=1.0).to(tl.float32)
+    if BACKWARD:
+        g = (tl.load(q + q_at[:, None] + e[None, :], mask=in_q, other=0.0).to(tl.float32)
+             + tl.load(k + k_at[:, None] + e[None, :], mask=in_k, other=0.0).to(tl.float32)
+             + tl.load(v + v_at[:, None] + e[None, :], mask=in_v, other=0.0).to(tl.float32))
+        g2 = (tl.load(q + q_at[:, None] + partner[None, :], mask=in_q & turning, other=0.0).to(tl.float32)
+              + tl.load(k + k_at[:, None] + partner[None, :], mask=in_k & turning, other=0.0).to(tl.float32))
+        turned = g * c - g2 * s  # the rotation's transpose
+        y = x * scale[:, None]
+        dot = tl.sum(y * turned, 1)
+        d = tl.where(is_v[:, None], g, full_scale[:, None] * (turned - y * (dot / E)[:, None]))
+        tl.store(out + row[:, None] * E + e[None, :], d.to(out.dtype.element_ty), mask=inside)
+        tl.store(dots + token * H + head, dot, mask=is_q & (row < rows))
+    else:
+        x2 = tl.load(qkv + row[:, None] * E + partner[None, :], mask=turning, other=0.0).to(tl.float32)
+        z = tl.where(is_v[:, None], x, (x * c + x2 * s) * full_scale[:, None]).to(q.dtype.element_ty)
+        tl.store(q + q_at[:, None] + e[None, :], z, mask=in_q)
+        tl.store(k + k_at[:, None] + e[None, :], z, mask=in_k)
+        tl.store(v + v_at[:, None] + e[None, :], z, mask=in_v)
+
+def _launch_qkv_heads(qkv, gain, cos, sin, q, k, v, out, dots, backward):
+    """qkv (B, T, (H + 2 K) E), q (B, T, H, E), k and v (B, T, K, E): fills q, k, v or, backward, out and dots."""
+    (H, E), K, block_e = q.shape[2:], k.shape[2], triton.next_power_of_2(q.shape[3])
+    rows, block = qkv.numel() // E, max(1, 2048 // block_e)
+    if rows > 0:
+        _qkv_heads_kernel[(triton.cdiv(rows, block),)](
+            qkv, gain, cos, sin, q, k, v, out, dots, rows, cos.shape[0], H=H, K=K, HALF=cos.shape[-1],
+            BACKWARD=backward, E=E, BLOCK_E=block_e, BLOCK=block, num_warps=4)
+
+def _new_heads(qkv, gain, cos, sin, kv_heads):
+    """Empty q, k, v."""
+    H = gain.numel()
+    E = qkv.shape[-1] // (H + 2 * kv_heads)
+    return tuple(qkv.new_empty(*qkv.shape[:2], heads, E) for heads in (H, kv_heads, kv_heads))
+
+@golf_op(lambda dq, dk, dv, qkv, *_: (qkv.new_empty(qkv.shape), dq.new_empty(dq.shape[:3], dtype=torch.float32)))
+def _qkv_heads_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
+                        kv_heads: int) -> tuple[Tensor, Tensor]:
+    grad, dots = qkv.new_empty(qkv.shape), dq.new_empty(dq.shape[:3], dtype=torch.float32)
+    inputs = (t.contiguous() for t in (qkv, gain, cos, sin, dq, dk, dv))
+    _launch_qkv_heads(*inputs, grad, dots, backward=True)
+    return grad, dots
+
+def _qkv_heads_gradients(needed, dq, dk, dv, qkv, gain, cos, sin, kv_heads):
+    grad, dots = _qkv_heads_backward(dq, dk, dv, qkv, gain, cos, sin, kv_heads)
+    return grad, dots.sum((0, 1)).to(gain.dtype)
+
+@golf_op(_new_heads, _qkv_heads_gradients, lambda needed, *tensors: tensors[:4], results=3)
+def qkv_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (B, T, (H + 2 K) E), gain (H,), cos and sin (T, 1, rope_dims / 2) -> q (B, T, H, E), k, v (B, T, K, E)."""
+    heads = _new_heads(qkv, gain, cos, sin, kv_heads)
+    _launch_qkv_heads(*(t.contiguous() for t in (qkv, gain, cos, sin)), *heads, qkv, qkv, backward=False)
+    return heads
+
+@jit
+def _gated_xsa_kernel(y, v, logits, grad, out, dv, dlogits, rows, FACTOR: tl.constexpr, GROUP: tl.constexpr,
+                      BACKWARD: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr):
+    """A row is a key/value head, with the GROUP query heads that share it. backward: out is the gradient of y."""
+    row, e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
+    inside = (row < rows)[:, None] & (e < E)[None, :]
+    v_hat = tl.load(v + row[:, None] * E + e[None, :], mask=inside, other=0.0).to(tl.float32)
+    inverse = 1 / tl.maximum(tl.sqrt(tl.sum(v_hat * v_hat, 1)), 1e-12)
+    v_hat *= inverse[:, None]
+    d_hat = tl.zeros((BLOCK, BLOCK_E), dtype=tl.float32)
+    for i in tl.static_range(GROUP):
+        head = row * GROUP + i
+        at = head[:, None] * E + e[None, :]
+        x = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.sigmoid(tl.load(logits + head, mask=row < rows, other=0.0).to(tl.float32))
+        along = tl.sum(x * v_hat, 1)
+        z = x - along[:, None] * v_hat
+        if BACKWARD:
+            g = FACTOR * tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+            slope = gate * (1 - gate) * tl.sum(g * z, 1)
+            tl.store(dlogits + head, slope.to(dlogits.dtype.element_ty), mask=row < rows)
+            g *= gate[:, None]
+            g_along = tl.sum(g * v_hat, 1)
+            d_hat -= along[:, None] * g + g_along[:, None] * x
+            z = g - g_along[:, None] * v_hat
+        else:
+            z *= FACTOR * gate[:, None]
+        tl.store(out + at, z.to(out.dtype.element_ty), mask=inside)
+    if BACKWARD:
+        d = inverse[:, None] * (d_hat - tl.sum(d_hat * v_hat, 1)[:, None] * v_hat)
+        tl.store(dv + row[:, None] * E + e[None, :], d.to(dv.dtype.element_ty), mask=inside)
+
+def _launch_gated_xsa(y, v, logits, grad, out, dv, dlogits, factor, backward):
+    """y (..., H, E), v (..., K, E), logits (..., H): fills out and, backward, dv and dlogits."""
+    y, v, logits, grad = (t.contiguous() for t in (y, v, logits, grad))
+    E, block_e = v.shape[-1], triton.next_power_of_2(v.shape[-1])
+    rows, block = v.numel() // E, max(1, 1024 // block_e)
+    if rows > 0:
+        _gated_xsa_kernel[(triton.cdiv(rows, block),)](
+            y, v, logits, grad, out, dv, dlogits, rows, FACTOR=factor, GROUP=y.shape[-2] // v.shape[-2],
+            BACKWARD=backward, E=E, BLOCK_E=block_e, BLOCK=block, num_warps=4)
+
+@golf_op(lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:3]))
+def _gated_xsa_backward(grad: Tensor, y: Tensor, v: Tensor, logits: Tensor,
+                        factor: float) -> tuple[Tensor, Tensor, Tensor]:
+    grads = tuple(t.new_empty(t.shape) for t in (y, v, logits))
+    _launch_gated_xsa(y, v, logits, grad, *grads, factor, backward=True)
+    return grads
+
+@golf_op(lambda y, *_: (y.new_empty(y.shape), y.new_empty(0)),
+         lambda needed, *saved: _gated_xsa_backward(*saved), lambda needed, *tensors: tensors[:3])
+def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> XSA (arXiv:2603.09078) times factor sigmoid(logits)."""
+    out = y.new_empty(y.shape)
+    _launch_gated_xsa(y, v, logits, y, out, y, y, factor, backward=False)
+    return out, y.new_empty(0)
+
 # --- attention over packed documents: causal within documents, scale 1/sqrt(E), query head h on KV head h // (H / K)
 # Every backend: q (B, T, H, E), k and v (B, T, K, E), cu_seqlens (N + 1,) int32 with B = 1, or None: each row is one
 # document; -> (B, T, H, E). cu_seqlens may end in repetitions of T (empty documents). No document exceeds max_seqlen.
@@ -1070,14 +1230,18 @@ class Ops:  # what the model calls, the name of each choice, and why an alternat
     cross_entropy: Callable  # logits, targets, softcap
     names: dict
     notes: tuple = ()
+    qkv_heads: Callable = qkv_heads_ref  # qkv, gain, cos, sin, kv_heads
+    gated_xsa: Callable = gated_xsa_ref  # y, v, logits, factor
 
 def _forward_backward(op, args):
-    """op and its arguments -> its output and its gradients for each floating-point argument, under one fixed loss."""
-    args = [a.detach().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+    """op and its arguments -> its outputs and its gradients for arguments that require one, under one fixed loss."""
+    args = [a.detach().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in args]
     with torch.enable_grad():
-        out = op(*args)
-    grad = torch.linspace(-1, 1, out.numel(), device=out.device).cos().view(out.shape).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, [a for a in args if torch.is_tensor(a) and a.requires_grad], grad)]
+        outs = op(*args)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    grads = [torch.linspace(-1, 1, t.numel(), device=t.device).cos().view(t.shape).to(t.dtype) for t in outs]
+    leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+    return [*(t.detach() for t in outs), *torch.autograd.grad(outs, leaves, grads)]
 
 def _first_that_works(kind, candidates, reference, args, notes, tolerance=0.03):
     """Candidates by name, trial arguments -> name of the first that agrees with reference, or None; adds to notes."""
@@ -1111,16 +1275,24 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
         attention = {name: op for name, op in attention.items() if name != "fa3"}
     mlps = {"triton": leaky_relu_sq_mlp, "reference": mlp_ref}
     cross_entropies = {"triton": softcapped_cross_entropy, "reference": softcapped_cross_entropy_ref}
+    heads = {"triton": qkv_heads, "reference": qkv_heads_ref}
+    xsas = {"triton": gated_xsa, "reference": gated_xsa_ref}
     if not (kernels and cuda and triton):
-        del mlps["triton"], cross_entropies["triton"]
+        for candidates in (mlps, cross_entropies, heads, xsas):
+            del candidates["triton"]
     notes = ["kernels: Triton is not installed"] if kernels and cuda and triton is None else []
     generator = torch.Generator(device).manual_seed(0)
     targets = torch.randint(1000, (64,), generator=generator, device=device)
     cu_seqlens = torch.tensor([0, 37, 38, 166, 256, 256, 256], dtype=torch.int32, device=device)
     qkv = [(1, 256, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
-    q, k, v, x, w_up, w_down, logits = (torch.randn(shape, generator=generator, device=device).to(dtype)
-                                        for shape in (*qkv, (200, 64), (320, 64), (64, 320), (64, 1000)))
+    shapes = *qkv, (200, 64), (320, 64), (64, 320), (64, 1000), (1, 256, num_heads)
+    q, k, v, x, w_up, w_down, logits, gates = (
+        torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for shape in shapes)
+    angles = torch.arange(256, device=device)[:, None, None] * torch.tensor([1.0, 0.03], device=device)
+    raw = torch.cat([t.detach().flatten(2) for t in (q, k, v)], dim=2).requires_grad_()
     trials = {  # operation -> candidates, reference, arguments
+        "qkv_heads": (heads, qkv_heads_ref, (raw, gates[0, 0], angles.cos(), angles.sin(), num_kv_heads)),
+        "gated_xsa": (xsas, gated_xsa_ref, (q, v, gates, 2.0)),
         "attention": (attention, attention_sdpa, (q, k, v, cu_seqlens, 128)),
         "mlp": (mlps, mlp_ref, (x, w_up / 8, w_down / 18, 0.3)),
         "cross_entropy": (cross_entropies, softcapped_cross_entropy_ref, (logits * 10, targets, 30.0)),
@@ -1132,10 +1304,6 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
 
 # ---- MODEL -----------------------------------------------------------------------------------------------------------
 
-def norm(x):
-    """(..., D) -> (..., D): RMS norm without a weight, eps of F.rms_norm for float32."""
-    return F.rms_norm(x, (x.size(-1),), eps=1.19e-7)
-
 def rotary_tables(hp):
     """cos and sin of every position of the longest row, (T, 1, rope_dims / 2) float32 each, from float64 angles.
 
@@ -1145,19 +1313,6 @@ def rotary_tables(hp):
     frequency = hp.rope_base ** (-torch.arange(0, hp.rope_dims, 2, dtype=torch.float64) / hp.rope_dims)
     angle = torch.arange(length, dtype=torch.float64)[:, None, None] * frequency
     return angle.cos().float(), angle.sin().float()
-
-def apply_rotary_emb(x, tables):
-    """(B, T, H, E) -> the same: rotates dims i and i + rope_dims/2 of the first rope_dims (partial RoPE)."""
-    cos, sin = (table.to(x.dtype) for table in tables)
-    half = cos.size(-1)
-    x1, x2, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
-
-def subtract_own_value(y, v):
-    """XSA (arXiv:2603.09078): (B, T, H, E), (B, T, K, E) -> (B, T, H, E), outputs without their own value's part."""
-    v_hat = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, E)
-    grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, E)
-    return (grouped - (grouped * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3)
 
 class LayerWeights(NamedTuple):
     """What one layer computes with: views of the banks and of the small parameters, in the compute dtype."""
@@ -1269,30 +1424,31 @@ class GPT(nn.Module):
     def attention(self, h, x_in, w, rope, packing, tap):
         """(B, T, D) normalised input h -> (B, T, D). `packing` is (cu_seqlens or None, max_seqlen)."""
         hp, (B, T, D) = self.hp, h.shape
-        kv_dim = hp.num_kv_heads * hp.head_dim
-        q_raw, k, v = F.linear(h, w.qkv).split((D, kv_dim, kv_dim), dim=-1)
+        qkv, kv_dim = F.linear(h, w.qkv), hp.num_kv_heads * hp.head_dim
         if tap is not None:
-            q_raw, k, v = tap("q", h, q_raw), tap("k", h, k), tap("v", h, v)
-        q, k, v = (t.unflatten(2, (-1, hp.head_dim)) for t in (q_raw, k, v))
-        q = apply_rotary_emb(norm(q), rope) * w.q_gain[:, None]
-        k = apply_rotary_emb(norm(k), rope)
+            parts = qkv.split((D, kv_dim, kv_dim), dim=-1)
+            qkv = torch.cat([tap(site, h, part) for site, part in zip("qkv", parts, strict=True)], dim=-1)
+        q, k, v = self.ops.qkv_heads(qkv, w.q_gain, *rope, hp.num_kv_heads)
         y = self.ops.attention(q, k, v, *packing)  # (B, T, H, E)
-        if w.xsa:
+        logits, factor = self.head_gates(h, x_in, qkv, w.gate) if self.gate_kind else (None, 1.0)
+        if w.xsa and self.gate_kind:
+            y = self.ops.gated_xsa(y, v, logits, factor)
+        elif w.xsa:
             y = subtract_own_value(y, v)
-        if self.gate_kind:
-            y = y * self.head_gates(h, x_in, q_raw, w.gate)[..., None]
+        elif self.gate_kind:
+            y = y * (factor * torch.sigmoid(logits))[..., None]
         out = linear(y.reshape(B, T, D), w.out, tap, "attn_proj")
         return out if tap is None else tap("attn_out", h, out)
 
-    def head_gates(self, h, x_in, q_raw, gate):
-        """(B, T, H) factors of the heads' outputs, of whichever gate is on."""
+    def head_gates(self, h, x_in, qkv, gate):
+        """Logits (B, T, H) and the factor of their sigmoids, of whichever gate of the heads' outputs is on."""
         hp = self.hp
         if self.gate_kind == "sparse":
-            return torch.sigmoid(hp.sparse_attn_gate_scale * F.linear(h[..., :hp.gate_window], gate))
+            return hp.sparse_attn_gate_scale * F.linear(h[..., :hp.gate_window], gate), 1.0
         if self.gate_kind == "dense":
-            return torch.sigmoid(F.linear(h, gate))
-        source = q_raw if hp.attn_out_gate_src == "q" else x_in
-        return 2 * torch.sigmoid(F.linear(source[..., :hp.gate_window], gate))
+            return F.linear(h, gate), 1.0
+        source = qkv if hp.attn_out_gate_src == "q" else x_in
+        return F.linear(source[..., :hp.gate_window], gate), 2.0
 
     def mlp(self, h, w, tap):
         """(B, T, D) normalised input -> (B, T, D): W_down leaky_relu(W_up h)^2."""

@@ -57,10 +57,12 @@ def errors(op, reference, inputs, *rest, seed=9):
     """Relative errors of op's output and of its gradients for `inputs` against the reference in float64."""
     doubles = [t.detach().double().requires_grad_() for t in inputs]
     got, want = op(*inputs, *rest), reference(*doubles, *rest)
-    weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(seed)).to(got)
-    grads = torch.autograd.grad(got, inputs, weight)
-    wanted = torch.autograd.grad(want, doubles, weight.double())
-    return [relative_error(g, w) for g, w in zip((got, *grads), (want, *wanted), strict=True)]
+    got, want = (t if isinstance(t, tuple) else (t,) for t in (got, want))
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(t.shape, generator=generator).to(g) for t, g in zip(want, got, strict=True)]
+    grads = torch.autograd.grad(got, inputs, weights)
+    wanted = torch.autograd.grad(want, doubles, [w.double() for w in weights])
+    return [relative_error(g, w) for g, w in zip((*got, *grads), (*want, *wanted), strict=True)]
 
 
 def ce_float64(logits, targets, softcap):
@@ -204,6 +206,77 @@ def test_mlp_accepts_no_rows():
     assert out.shape == (0, 16) and not torch.autograd.grad(out.sum(), w_up)[0].any()
 
 
+# --- around attention
+
+
+def heads_inputs(B, T, H, K, E, half, **kwargs):
+    """qkv, gain; cos, sin, K."""
+    angle = torch.linspace(0, 40, T * half).view(T, 1, half).to(kwargs.get("device", "cpu"))
+    inputs = [randn(B, T, (H + 2 * K) * E, seed=1, **kwargs), randn(H, seed=2, **kwargs)]
+    return inputs, (angle.cos(), angle.sin(), K)
+
+
+def xsa_inputs(B, T, H, K, E, **kwargs):
+    return [randn(*shape, seed=i, **kwargs) for i, shape in enumerate([(B, T, H, E), (B, T, K, E), (B, T, H)])]
+
+
+HEADS = [(1, 70, 8, 4, 8, 2), (2, 9, 4, 4, 6, 1), (3, 5, 3, 1, 10, 5), (1, 1, 2, 1, 64, 8), (1, 40, 6, 2, 16, 8)]
+
+
+@interpreted
+@pytest.mark.parametrize("shape", HEADS)
+def test_qkv_heads_kernel_matches_float64(shape):
+    inputs, rest = heads_inputs(*shape)
+    assert max(errors(train_gpt.qkv_heads, train_gpt.qkv_heads_ref, inputs, *rest)) < 2e-6
+
+
+def test_qkv_heads_reference_by_hand():
+    """One head each: q has unit mean square, turned by its position's angle, times the gain; v is left alone."""
+    qkv, angle = torch.tensor([[[3.0, 4.0, 12.0, 0, 5.0, 0, 0, 1.0, 7.0, 8.0, 9.0, 1.0]]]), torch.full((1, 1, 1), 0.5)
+    q, k, v = train_gpt.qkv_heads_ref(qkv, torch.tensor([2.0]), angle.cos(), angle.sin(), 1)
+    scale = 2 / 6.5  # sqrt((9 + 16 + 144) / 4)
+    turned = [3 * math.cos(0.5) + 4 * math.sin(0.5), 4 * math.cos(0.5) - 3 * math.sin(0.5), 12, 0]
+    assert torch.allclose(q.flatten(), scale * torch.tensor(turned))
+    assert torch.allclose(k.square().mean(), torch.tensor(1.0)) and torch.equal(v.flatten(), qkv[0, 0, 8:])
+
+
+@interpreted
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+@pytest.mark.parametrize("shape", HEADS)
+def test_gated_xsa_kernel_matches_float64(shape, factor):
+    assert max(errors(train_gpt.gated_xsa, train_gpt.gated_xsa_ref, xsa_inputs(*shape[:5]), factor)) < 2e-6
+
+
+@interpreted
+def test_gated_xsa_of_a_zero_value_only_gates():
+    y, v, logits = xsa_inputs(1, 3, 2, 1, 8)
+    with torch.no_grad():
+        v[0, 1] = 0
+    out = train_gpt.gated_xsa(y, v, logits, 2.0)
+    assert torch.allclose(out[0, 1], y[0, 1] * 2 * torch.sigmoid(logits[0, 1])[:, None])
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (y, v, logits)))
+
+
+@interpreted
+def test_kernels_around_attention_take_strided_inputs():
+    inputs, rest = heads_inputs(2, 6, 4, 2, 8, 2)
+    wide = torch.cat([inputs[0], inputs[0]], dim=-1)[..., :inputs[0].shape[-1]]
+    for got, want in zip(train_gpt.qkv_heads(wide, inputs[1], *rest), train_gpt.qkv_heads_ref(wide, inputs[1], *rest),
+                         strict=True):  # fmt: skip
+        assert relative_error(got, want) < 1e-6
+    y, v, logits = xsa_inputs(2, 6, 4, 2, 8)
+    strided = v.expand(3, *v.shape).movedim(0, -1)[..., 1], logits.mT.contiguous().mT
+    got, want = train_gpt.gated_xsa(y, *strided, 1.0), train_gpt.gated_xsa_ref(y, *strided, 1.0)
+    assert relative_error(got, want) < 1e-6
+
+
+@interpreted
+def test_kernels_around_attention_accept_no_rows():
+    inputs, rest = heads_inputs(1, 0, 4, 2, 8, 2)
+    assert [t.shape for t in train_gpt.qkv_heads(*inputs, *rest)] == [(1, 0, 4, 8), (1, 0, 2, 8), (1, 0, 2, 8)]
+    assert train_gpt.gated_xsa(*xsa_inputs(1, 0, 4, 2, 8), 1.0).shape == (1, 0, 4, 8)
+
+
 # --- custom ops under torch.compile
 
 
@@ -215,6 +288,13 @@ def test_ops_register_schema_fake_and_autograd_correctly():
     check(ops.ce_backward.default, (torch.ones(6), logits.detach(), targets, lse, 30.0))
     check(ops.mlp.default, (*mlp_inputs(10, 8, 12), 0.3))
     check(ops.mlp_backward.default, (torch.randn(10, 8), torch.randn(8, 12), torch.randn(10, 12), 0.3))
+    inputs, rest = heads_inputs(2, 5, 4, 2, 8, 2)
+    heads = [t.detach() for t in train_gpt.qkv_heads_ref(*inputs, *rest)]
+    check(ops.qkv_heads.default, (*inputs, *rest))
+    check(ops.qkv_heads_backward.default, (*heads, *(t.detach() for t in inputs), *rest))
+    y, v, gates = (t.detach().requires_grad_() for t in xsa_inputs(2, 5, 4, 2, 8))
+    check(ops.gated_xsa.default, (y, v, gates, 2.0))
+    check(ops.gated_xsa_backward.default, (torch.randn(2, 5, 4, 8), *(t.detach() for t in (y, v, gates)), 2.0))
 
 
 @interpreted
@@ -385,7 +465,9 @@ def select(backend="auto", kernels=True, device=CPU, dtype=torch.float32):
 def test_auto_on_cpu_takes_the_references():
     ops = select()
     assert (ops.attention, ops.mlp, ops.cross_entropy) == (attention_sdpa, mlp_ref, softcapped_cross_entropy_ref)
-    assert ops.names == {"attention": "sdpa", "mlp": "reference", "cross_entropy": "reference"}
+    assert (ops.qkv_heads, ops.gated_xsa) == (train_gpt.qkv_heads_ref, train_gpt.gated_xsa_ref)
+    kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa"
+    assert ops.names == {"attention": "sdpa"} | dict.fromkeys(kinds, "reference")
 
 
 def test_selection_leaves_the_random_state_alone():
@@ -421,7 +503,7 @@ def no_backward(*args):
 
 @pytest.mark.parametrize(("candidate", "reason"), [(one_document, "disagrees"), (no_backward, "RuntimeError")])
 def test_wrong_attention_backend_is_passed_over(candidate, reason):
-    args, notes = (*(t.detach() for t in packed_qkv(40, 4, 2)), torch.tensor([0, 20, 40], dtype=torch.int32), 20), []
+    args, notes = (*packed_qkv(40, 4, 2), torch.tensor([0, 20, 40], dtype=torch.int32), 20), []
     candidates = {"fa3": candidate, "sdpa": attention_sdpa}
     assert train_gpt._first_that_works("attention", candidates, attention_sdpa, args, notes) == "sdpa"
     assert len(notes) == 1 and f"attention fa3: {reason}" in notes[0]
@@ -440,14 +522,14 @@ def raising(*_):
     ],
 )
 def test_reference_is_used_when_a_kernels_trial_fails(kernel, note):
-    args, notes = (*(t.detach() for t in mlp_inputs(10, 8, 12)), 0.3), []
+    args, notes = (*mlp_inputs(10, 8, 12), 0.3), []
     candidates = {"triton": kernel, "reference": mlp_ref}
     assert train_gpt._first_that_works("mlp", candidates, mlp_ref, args, notes) == "reference"
     assert len(notes) == 1 and notes[0].startswith(note) and "second" not in notes[0]
 
 
 def test_kernel_that_agrees_is_used():
-    args, notes = (*(t.detach() for t in mlp_inputs(10, 8, 12)), 0.3), []
+    args, notes = (*mlp_inputs(10, 8, 12), 0.3), []
     candidates = {"triton": lambda *inputs: mlp_ref(*inputs) * 1.001, "reference": mlp_ref}
     assert train_gpt._first_that_works("mlp", candidates, mlp_ref, args, notes) == "triton" and not notes
 
@@ -474,6 +556,14 @@ def test_cross_entropy_kernel_matches_float64_on_the_gpu(rows, vocab):
 
 
 @gpu
+def test_kernels_around_attention_match_float64_on_the_gpu():
+    kwargs = {"dtype": torch.bfloat16, "device": "cuda"}
+    inputs, rest = heads_inputs(2, 777, 8, 4, 64, 8, **kwargs)
+    assert max(errors(train_gpt.qkv_heads, train_gpt.qkv_heads_ref, inputs, *rest)) < 1e-2
+    assert max(errors(train_gpt.gated_xsa, train_gpt.gated_xsa_ref, xsa_inputs(2, 777, 8, 4, 64, **kwargs), 1.0)) < 1e-2
+
+
+@gpu
 @pytest.mark.parametrize("heads", [(8, 8), (8, 4)])
 @pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
 def test_attention_backend_matches_float64_on_the_gpu(backend, heads):
@@ -492,7 +582,7 @@ def test_attention_backend_matches_float64_on_the_gpu(backend, heads):
 @gpu
 def test_auto_takes_the_kernels_and_compiles_into_one_graph_on_the_gpu():
     ops = select_ops(True, "auto", torch.device("cuda"), torch.bfloat16, 64, 8, 4)
-    assert ops.names["mlp"] == ops.names["cross_entropy"] == "triton", ops.notes
+    assert all(name == "triton" for kind, name in ops.names.items() if kind != "attention"), ops.notes
     assert ops.names["attention"] != "sdpa", ops.notes
 
     def step(q, k, v, w_up, w_down, head, targets, cu_seqlens):
