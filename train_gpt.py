@@ -877,24 +877,25 @@ def softcapped_cross_entropy(logits: Tensor, targets: Tensor, softcap: float) ->
     return losses, lse
 
 # --- squared leaky ReLU MLP: leaky_relu(x @ w_up.T, slope)^2 @ w_down.T. One persistent TMA kernel each way does the
-# first product and the activation or, backward, d act and the derivative; the other products are cuBLAS.
+# first product and the activation or, backward, d act and the derivative; the other products are cuBLAS. For the
+# derivative the activation alone is kept: its root is the size of the first product, its lowest bit stores the sign.
 
 def mlp_ref(x, w_up, w_down, slope):
     """x (..., D), w_up (F, D), w_down (D, F) -> (..., D). The definition of the operation."""
     return F.linear(F.leaky_relu(F.linear(x, w_up), slope).square(), w_down)
 
 # group: tiles of M done before the next tile of N; programs: per multiprocessor; flatten: one loop over tiles and K, so
-# the next tile loads during the epilogue. Defaults for 16 bits on Hopper: Triton 3.6 takes 229,408 bytes forward and
-# 213,032 backward of 227 KB, 162 and 244 of 255 registers. Backward also stages tiles of pre: 4 stages do not fit.
+# the next tile loads during the epilogue. Defaults for 16 bits on Hopper. Backward stages tiles of act too: 4 stages do
+# not fit, 3 take 213,032 bytes of 227 KB and 244 of 255 registers (Triton 3.6).
 Tile = namedtuple("Tile", "m n k group programs warps stages flatten", defaults=(128, 256, 64, 8, 1, 8, 3, True))
 MLP_TILES = {"forward": Tile(stages=4), "backward": Tile()}
 SMALL_TILE = Tile(32, 32, 32, group=2, warps=4, stages=2, flatten=False)  # fp32 and the interpreter
 
 @jit
-def _mlp_kernel(a_desc, b_desc, pre_desc, out_desc, M, N, K, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
-                FLATTEN: tl.constexpr, GROUP: tl.constexpr,
+def _mlp_kernel(a_desc, b_desc, act_desc, out_desc, M, N, K, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
+                FLATTEN: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """forward: pre = a @ b.T, out = leaky(pre)^2 with b (N, K); backward: out = (a @ b) * act'(pre) with b (K, N)."""
+    """forward: out = leaky(pre)^2, pre = a @ b.T, b (N, K); backward: out = (a @ b) act'(pre), b (K, N). SLOPE >= 0."""
     rows = tl.cdiv(M, BLOCK_M)
     group_tiles = GROUP * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), rows * tl.cdiv(N, BLOCK_N), tl.num_programs(0), flatten=FLATTEN):
@@ -913,13 +914,16 @@ def _mlp_kernel(a_desc, b_desc, pre_desc, out_desc, M, N, K, SLOPE: tl.constexpr
         for half in tl.static_range(2):
             part = right if half else left
             at = m, n + half * (BLOCK_N // 2)
-            if BACKWARD:  # part is of d act; act = leaky(pre)^2, so its derivative is 2 pre, times SLOPE^2 on the left
-                pre = pre_desc.load(at).to(tl.float32)
-                part *= tl.where(pre > 0, 2 * pre, 2 * SLOPE * SLOPE * pre)
-            else:
-                pre_desc.store(at, part.to(pre_desc.dtype))
-                leaky = tl.where(part > 0, part, SLOPE * part)
-                part = leaky * leaky
+            if BACKWARD:  # part is of d act; the derivative is 2 sqrt(act), times -SLOPE on the left
+                act = act_desc.load(at)
+                bits = act.to(tl.int16 if SHIFT else tl.int32, bitcast=True)
+                part *= tl.sqrt(act.to(tl.float32)) * tl.where(bits & 1 == 1, -2 * SLOPE, 2.0)
+            else:  # to the nearest number whose lowest bit, of the SHIFT fewer that are stored, tells the side
+                left_side = part < 0
+                leaky = tl.where(left_side, SLOPE * part, part)
+                bits = (leaky * leaky).to(tl.int32, bitcast=True) + tl.where(left_side, 0, 1 << SHIFT)
+                bits = (bits >> (SHIFT + 1) << (SHIFT + 1)) + tl.where(left_side, 1 << SHIFT, 0)
+                part = bits.to(tl.float32, bitcast=True)
             out_desc.store(at, part.to(out_desc.dtype))
 
 def _descriptor(tensor, *block):
@@ -929,43 +933,42 @@ def _descriptor(tensor, *block):
     # strides from the shape: a single row counts as contiguous whatever stride it carries
     return TensorDescriptor(tensor, list(tensor.shape), [tensor.shape[1], 1], list(block))
 
-def _launch_mlp(a, b, pre, out, slope, backward):
-    """a (M, K), b (N, K) or, backward, (K, N), pre and out (M, N): fills out and, forward, pre."""
+def _launch_mlp(a, b, act, out, slope, backward):
+    """a (M, K), b (N, K) or, backward, (K, N), act (read backward only) and out (M, N): fills out."""
     (M, K), N = a.shape, out.shape[1]
     tile = MLP_TILES["backward" if backward else "forward"] if a.is_cuda and a.element_size() == 2 else SMALL_TILE
     # three programs on the CPU: every one gets several tiles of a small test
     cores = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
     programs = min(cores * tile.programs, triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n))
-    pre_desc, out_desc = (_descriptor(t, tile.m, tile.n // 2) for t in (pre, out))
+    act_desc, out_desc = (_descriptor(t, tile.m, tile.n // 2) for t in (act, out))
     _mlp_kernel[(programs,)](
-        _descriptor(a, tile.m, tile.k), _descriptor(b, *((tile.k, tile.n) if backward else (tile.n, tile.k))), pre_desc,
-        out_desc, M, N, K, SLOPE=slope, BACKWARD=backward, FLATTEN=tile.flatten, GROUP=tile.group, BLOCK_M=tile.m,
-        BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages)
+        _descriptor(a, tile.m, tile.k), _descriptor(b, *((tile.k, tile.n) if backward else (tile.n, tile.k))), act_desc,
+        out_desc, M, N, K, SLOPE=abs(slope), BACKWARD=backward, FLATTEN=tile.flatten, GROUP=tile.group,
+        SHIFT=32 - 8 * out.element_size(), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps,
+        num_stages=tile.stages)
 
-@golf_op(lambda grad, w_down, pre, slope: torch.empty_like(pre))
-def _mlp_backward(grad: Tensor, w_down: Tensor, pre: Tensor, slope: float) -> Tensor:
-    grad_pre = torch.empty_like(pre)
-    _launch_mlp(grad, w_down, pre, grad_pre, slope, backward=True)
+@golf_op(lambda grad, w_down, act, slope: torch.empty_like(act))
+def _mlp_backward(grad: Tensor, w_down: Tensor, act: Tensor, slope: float) -> Tensor:
+    grad_pre = torch.empty_like(act)
+    _launch_mlp(grad, w_down, act, grad_pre, slope, backward=True)
     return grad_pre
 
-def _mlp_keep(needed, x, w_up, w_down, out, pre, act):
-    uses = needed[1], needed[0], needed[0] or needed[1], needed[0] or needed[1], needed[2]
-    return (t if used else None for t, used in zip((x, w_up, w_down, pre, act), uses, strict=True))
+def _mlp_keep(needed, x, w_up, w_down, out, act):
+    uses = needed[1], needed[0], needed[0] or needed[1], any(needed)
+    return (t if used else None for t, used in zip((x, w_up, w_down, act), uses, strict=True))
 
-def _mlp_gradients(needed, grad, x, w_up, w_down, pre, act, slope):
+def _mlp_gradients(needed, grad, x, w_up, w_down, act, slope):
     grad_down = grad.T @ act if needed[2] else None
-    grad_pre = _mlp_backward(grad, w_down, pre, slope) if needed[0] or needed[1] else None
+    grad_pre = _mlp_backward(grad, w_down, act, slope) if needed[0] or needed[1] else None
     grad_up = grad_pre.T @ x if needed[1] else None
     return grad_pre @ w_up if needed[0] else None, grad_up, grad_down
 
-# Both pre and act are saved: 0.8 GB a pass at 98,304 x 2,048 in bf16. Recomputing act in the backward kernel would save
-# half of that and cost its write once more (0.4 GB, 0.13 ms at 3 TB/s, against 0.34 ms of arithmetic in that kernel).
-@golf_op(lambda x, w_up, w_down, _: tuple(x.new_empty(x.shape[0], w.shape[0]) for w in (w_down, w_up, w_up)),
+@golf_op(lambda x, w_up, w_down, _: tuple(x.new_empty(x.shape[0], w.shape[0]) for w in (w_down, w_up)),
          _mlp_gradients, _mlp_keep)
-def _mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    pre, act = (x.new_empty(x.shape[0], w_up.shape[0]) for _ in range(2))
-    _launch_mlp(x, w_up, pre, act, slope, backward=False)
-    return act @ w_down.T, pre, act
+def _mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    act = x.new_empty(x.shape[0], w_up.shape[0])
+    _launch_mlp(x, w_up, act, act, slope, backward=False)
+    return act @ w_down.T, act
 
 def leaky_relu_sq_mlp(x, w_up, w_down, slope):
     """x (..., D), w_up (F, D), w_down (D, F), of one dtype -> (..., D). What TMA cannot address takes the reference."""

@@ -140,9 +140,9 @@ def bench_mlp(report: Report, tokens: int, hidden: int) -> None:
 def mlp_kernel_ms(args) -> tuple[float, float]:
     """Arguments of the MLP -> ms of the forward kernel and of the backward kernel alone."""
     x, w_up, w_down = (a.detach() for a in args[:3])
-    pre, act = (x.new_empty(x.shape[0], w_up.shape[0]) for _ in range(2))
-    forward = median_ms(lambda: tg._launch_mlp(x, w_up, pre, act, SLOPE, backward=False))
-    return forward, median_ms(lambda: tg._launch_mlp(x, w_down, pre, act, SLOPE, backward=True))
+    act, out = (x.new_empty(x.shape[0], w_up.shape[0]) for _ in range(2))
+    forward = median_ms(lambda: tg._launch_mlp(x, w_up, act, act, SLOPE, backward=False))
+    return forward, median_ms(lambda: tg._launch_mlp(x, w_down, act, out, SLOPE, backward=True))
 
 
 def bench_mlp_kernels(report: Report, args, product: float) -> None:
@@ -161,14 +161,14 @@ def tune_mlp(tokens: int, hidden: int) -> None:
     shapes += [tg.Tile(n=128, programs=2, warps=4, stages=3), tg.Tile(n=128, programs=2, warps=8, stages=3)]
     shapes += [tg.Tile(n=128, warps=8, stages=4), tg.Tile(m=256, n=128, stages=3), tg.Tile(k=128, n=128, stages=3)]
     x, w_up, w_down = (a.detach() for a in args[:3])
-    pre, act = (x.new_empty(tokens, hidden) for _ in range(2))
+    act, out = (x.new_zeros(tokens, hidden) for _ in range(2))
     chosen = dict(tg.MLP_TILES)
     for tile in [t._replace(flatten=flatten) for t in shapes for flatten in (True, False)]:
         line = f"{str(tuple(tile)):48}"
         for purpose, operand in (("forward", w_up), ("backward", w_down)):
             tg.MLP_TILES[purpose] = tile
             try:
-                ms = median_ms(lambda b=operand, p=purpose: tg._launch_mlp(x, b, pre, act, SLOPE, p == "backward"))
+                ms = median_ms(lambda b=operand, p=purpose: tg._launch_mlp(x, b, act, out, SLOPE, p == "backward"))
                 line += f" {purpose} {ms:.3f} ms {2.0 * tokens * DIM * hidden / ms / 1e9:4.0f} TFLOP/s"
             except Exception as error:  # out of shared memory or registers: the point of trying
                 line += f" {purpose} {type(error).__name__}"

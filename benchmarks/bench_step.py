@@ -203,9 +203,9 @@ def work_of(operator: tuple, event: Event, hp) -> tuple[float, float]:
         flops = 2.0 * math.prod(a) * b[-1]
         item = sizes[0] / max(1, math.prod(shapes[0]))
         return flops, item * (math.prod(a) + math.prod(b) + math.prod(a[:-1]) * b[-1])
-    if name == "golf::mlp":  # x, w_up, w_down -> pre, act
-        return 2.0 * shapes[0][0] * math.prod(shapes[1]), sizes[0] + 2 * sizes[0] * hp.mlp_dim / hp.model_dim
-    if name == "golf::mlp_backward":  # grad, w_down, pre -> grad_pre
+    if name == "golf::mlp":  # x, w_up, w_down -> act
+        return 2.0 * shapes[0][0] * math.prod(shapes[1]), sum(sizes[:2]) + sizes[0] * hp.mlp_dim / hp.model_dim
+    if name == "golf::mlp_backward":  # grad, w_down, act -> grad_pre
         return 2.0 * shapes[0][0] * math.prod(shapes[1]), sum(sizes) + sizes[2]
     if name == "golf::ce_backward":
         return 0.0, 2 * sizes[1]

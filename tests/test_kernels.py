@@ -184,7 +184,7 @@ def test_mlp_saves_and_computes_only_what_is_needed(needed):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         out = leaky_relu_sq_mlp(*inputs, 0.3)
     x, up, down = needed
-    expected = [(40, 16)] * up + [(48, 16)] * x + ([(16, 48), (40, 48)] if x or up else []) + [(40, 48)] * down
+    expected = [(40, 16)] * up + [(48, 16)] * x + [(16, 48)] * (x or up) + [(40, 48)]
     assert sorted(saved) == sorted(expected)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(7))
     out.backward(weight)
@@ -193,6 +193,22 @@ def test_mlp_saves_and_computes_only_what_is_needed(needed):
     for tensor, double, need in zip(inputs, doubles, needed, strict=True):
         assert (tensor.grad is not None) == bool(need)
         assert not need or relative_error(tensor.grad, double.grad) < 2e-6
+
+
+def check_activation_with_sign(inputs, word, unit):
+    """The saved activation: its lowest bit is the sign of the first product, its size right to a unit, unbiased."""
+    x, w_up, w_down = (t.detach() for t in inputs)
+    act, pre = torch.ops.golf.mlp.default(x, w_up, w_down, 0.3)[1], x.double() @ w_up.double().T
+    sure = pre.abs() > 1e-3 * pre.std()  # farther from zero than the product's own rounding
+    assert torch.equal((act.view(word) & 1 == 1)[sure], (pre < 0)[sure]) and 0.4 < (pre < 0).double().mean() < 0.6
+    want = torch.nn.functional.leaky_relu(pre, 0.3).square()
+    error = ((act.double() - want) / want)[pre.abs() > 0.1 * pre.std()]
+    assert error.abs().max() < 1.1 * unit and error.mean().abs() < 0.1 * unit
+
+
+@interpreted
+def test_mlp_activation_holds_the_sign_of_the_first_product():
+    check_activation_with_sign(mlp_inputs(96, 32, 160), torch.int32, 2**-18)  # the sums round more than the last bit
 
 
 def test_mlp_with_unaligned_width_takes_the_reference():
@@ -287,7 +303,7 @@ def test_ops_register_schema_fake_and_autograd_correctly():
     check(ops.softcapped_cross_entropy.default, (logits, targets, 30.0))
     check(ops.ce_backward.default, (torch.ones(6), logits.detach(), targets, lse, 30.0))
     check(ops.mlp.default, (*mlp_inputs(10, 8, 12), 0.3))
-    check(ops.mlp_backward.default, (torch.randn(10, 8), torch.randn(8, 12), torch.randn(10, 12), 0.3))
+    check(ops.mlp_backward.default, (torch.randn(10, 8), torch.randn(8, 12), torch.rand(10, 12), 0.3))
     inputs, rest = heads_inputs(2, 5, 4, 2, 8, 2)
     heads = [t.detach() for t in train_gpt.qkv_heads_ref(*inputs, *rest)]
     check(ops.qkv_heads.default, (*inputs, *rest))
@@ -544,6 +560,11 @@ def test_mlp_kernel_matches_float64_on_the_gpu(M, D, hidden):
     inputs = [(randn(m, n, seed=i).detach() * scale).to("cuda", torch.bfloat16).requires_grad_()
               for i, (m, n, scale) in enumerate(shapes)]  # fmt: skip
     assert max(errors(leaky_relu_sq_mlp, mlp_ref, inputs, 0.3)) < 1e-2
+
+
+@gpu
+def test_mlp_activation_holds_the_sign_of_the_first_product_on_the_gpu():
+    check_activation_with_sign(mlp_inputs(512, 512, 2048, dtype=torch.bfloat16, device="cuda"), torch.int16, 2**-7)
 
 
 @gpu
