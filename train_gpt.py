@@ -817,17 +817,24 @@ def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors, results
 
     return register
 
-# --- softcapped cross-entropy: z = softcap * tanh(logits / softcap), loss = logsumexp(z) - z[target]
+# --- head with softcapped cross-entropy: z = softcap * tanh(h @ weight.T / softcap), loss = logsumexp(z) - z[target]
+# One pass over the logits puts the gradients of the losses in their place; backward, the loss's own scale the products.
 
 def softcapped_cross_entropy_ref(logits, targets, softcap):
     """logits (N, V), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats. The definition of the operation."""
     return F.cross_entropy(softcap * torch.tanh(logits.float() / softcap), targets, reduction="none")
 
+def linear_cross_entropy_ref(h, weight, targets, softcap):
+    """h (N, D), weight (V, D), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats; logits in the dtype of h."""
+    return softcapped_cross_entropy_ref(F.linear(h, weight), targets, softcap)
+
 @jit
-def _ce_forward_kernel(logits, targets, losses, lse, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
+def _ce_kernel(logits, targets, losses, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Losses, and the gradient of each row's loss in place of its logits."""
     row = tl.program_id(0).to(tl.int64)  # 64 bits: rows x vocabulary may exceed 2^31
     logits += row * V
-    peak, total = -float("inf"), 0.0
+    target = tl.load(targets + row)
+    peak, total, z_target = -float("inf"), 0.0, 0.0
     for start in tl.static_range(0, V, BLOCK):  # online log-sum-exp; one turn up to V = 8192
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
@@ -835,46 +842,37 @@ def _ce_forward_kernel(logits, targets, losses, lse, V: tl.constexpr, CAP: tl.co
         higher = tl.maximum(peak, tl.max(z, 0))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher), 0)
         peak = higher
-    row_lse = peak + tl.log(total)
-    x = tl.load(logits + tl.load(targets + row)).to(tl.float32)
-    tl.store(losses + row, row_lse - CAP * (2 * tl.sigmoid(x * (2 / CAP)) - 1))
-    tl.store(lse + row, row_lse)
-
-@jit
-def _ce_backward_kernel(logits, targets, lse, grads, out, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    grad = tl.load(grads + row).to(tl.float32)
-    target, row_lse = tl.load(targets + row), tl.load(lse + row)
-    # a row without gradient is not read at all, and whatever it holds cannot make its gradient anything but zero
-    readable = tl.where(grad != 0, V, 0)
+        z_target += tl.sum(tl.where(columns == target, z, 0.0), 0)
+    lse = peak + tl.log(total)
+    tl.store(losses + row, lse - z_target)
     for start in tl.static_range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + row * V + columns, mask=columns < readable, other=0.0).to(tl.float32)
+        if V > BLOCK:  # else the row is still at hand
+            x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
         tanh = 2 * tl.sigmoid(x * (2 / CAP)) - 1
-        p = tl.exp(CAP * tanh - row_lse) - tl.where(columns == target, 1.0, 0.0)
-        d = tl.where(grad != 0, grad * p * (1 - tanh * tanh), 0.0)
-        tl.store(out + row * V + columns, d.to(out.dtype.element_ty), mask=columns < V)
+        d = (tl.exp(CAP * tanh - lse) - tl.where(columns == target, 1.0, 0.0)) * (1 - tanh * tanh)
+        tl.store(logits + columns, d.to(logits.dtype.element_ty), mask=columns < V)
 
-def _launch_ce(kernel, softcap, *tensors):
-    """Runs kernel on its tensors, logits (N, V) first: one program a row, 32 elements a thread up to V = 8,192."""
-    (N, V), tensors = tensors[0].shape, [t.contiguous() for t in tensors]
-    block = min(8192, max(16, 1 << (V - 1).bit_length()))
+def _launch_ce(logits, targets, softcap):
+    """logits (N, V), overwritten, targets (N,) -> losses (N,); a program a row, 32 elements a thread at V = 8,192."""
+    N, V = logits.shape
+    losses = logits.new_empty(N, dtype=torch.float32)
+    block = min(8192, max(16, triton.next_power_of_2(V)))
     if N > 0:
-        kernel[(N,)](*tensors, V=V, CAP=softcap, BLOCK=block, num_warps=max(1, min(8, block // 1024)))
+        _ce_kernel[(N,)](logits, targets.contiguous(), losses, V=V, CAP=softcap, BLOCK=block,
+                         num_warps=max(1, min(8, block // 1024)))
+    return losses
 
-@golf_op(lambda grad, logits, *_: logits.new_empty(logits.shape))
-def _ce_backward(grad: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
-    grad_logits = logits.new_empty(logits.shape)
-    _launch_ce(_ce_backward_kernel, softcap, logits, targets, lse, grad, grad_logits)
-    return grad_logits
+def _ce_gradients(needed, grad, h, weight, unit, softcap):
+    grad_h = ((unit @ weight) * grad[:, None]).to(h.dtype) if needed[0] else None
+    return grad_h, unit.T @ (h * grad[:, None]).to(h.dtype) if needed[1] else None
 
-@golf_op(lambda logits, *_: tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2)),
-         lambda needed, grad, logits, targets, losses, lse, cap: (_ce_backward(grad, logits, targets, lse, cap),))
-def softcapped_cross_entropy(logits: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """logits (N, V), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats; one pass over the logits each way."""
-    losses, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
-    _launch_ce(_ce_forward_kernel, softcap, logits, targets, losses, lse)
-    return losses, lse
+@golf_op(lambda h, weight, *_: (h.new_empty(h.shape[0], dtype=torch.float32), h.new_empty(h.shape[0], weight.shape[0])),
+         _ce_gradients, lambda needed, h, weight, targets, losses, unit: (h, weight, unit))
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """h (N, D), weight (V, D), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats; logits in the dtype of h."""
+    logits = h @ weight.T
+    return _launch_ce(logits, targets, softcap), logits
 
 # --- squared leaky ReLU MLP: leaky_relu(x @ w_up.T, slope)^2 @ w_down.T. One persistent TMA kernel each way does the
 # first product and the activation or, backward, d act and the derivative; the other products are cuBLAS. For the
@@ -1230,7 +1228,7 @@ ATTENTION_BACKENDS = {"fa3": attention_fa3, "fa4": attention_fa4, "torch": atten
 class Ops:  # what the model calls, the name of each choice, and why an alternative was refused
     attention: Callable  # q, k, v, cu_seqlens, max_seqlen
     mlp: Callable  # x, w_up, w_down, slope
-    cross_entropy: Callable  # logits, targets, softcap
+    cross_entropy: Callable  # h, weight, targets, softcap
     names: dict
     notes: tuple = ()
     qkv_heads: Callable = qkv_heads_ref  # qkv, gain, cos, sin, kv_heads
@@ -1277,7 +1275,7 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
     elif cuda and torch.cuda.get_device_capability(device)[0] != 9:  # FlashAttention-3 is for Hopper alone
         attention = {name: op for name, op in attention.items() if name != "fa3"}
     mlps = {"triton": leaky_relu_sq_mlp, "reference": mlp_ref}
-    cross_entropies = {"triton": softcapped_cross_entropy, "reference": softcapped_cross_entropy_ref}
+    cross_entropies = {"triton": linear_cross_entropy, "reference": linear_cross_entropy_ref}
     heads = {"triton": qkv_heads, "reference": qkv_heads_ref}
     xsas = {"triton": gated_xsa, "reference": gated_xsa_ref}
     if not (kernels and cuda and triton):
@@ -1285,11 +1283,11 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
             del candidates["triton"]
     notes = ["kernels: Triton is not installed"] if kernels and cuda and triton is None else []
     generator = torch.Generator(device).manual_seed(0)
-    targets = torch.randint(1000, (64,), generator=generator, device=device)
+    targets = torch.randint(1000, (200,), generator=generator, device=device)
     cu_seqlens = torch.tensor([0, 37, 38, 166, 256, 256, 256], dtype=torch.int32, device=device)
     qkv = [(1, 256, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
-    shapes = *qkv, (200, 64), (320, 64), (64, 320), (64, 1000), (1, 256, num_heads)
-    q, k, v, x, w_up, w_down, logits, gates = (
+    shapes = *qkv, (200, 64), (320, 64), (64, 320), (1000, 64), (1, 256, num_heads)
+    q, k, v, x, w_up, w_down, head, gates = (
         torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for shape in shapes)
     angles = torch.arange(256, device=device)[:, None, None] * torch.tensor([1.0, 0.03], device=device)
     raw = torch.cat([t.detach().flatten(2) for t in (q, k, v)], dim=2).requires_grad_()
@@ -1298,7 +1296,7 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
         "gated_xsa": (xsas, gated_xsa_ref, (q, v, gates, 2.0)),
         "attention": (attention, attention_sdpa, (q, k, v, cu_seqlens, 128)),
         "mlp": (mlps, mlp_ref, (x, w_up / 8, w_down / 18, 0.3)),
-        "cross_entropy": (cross_entropies, softcapped_cross_entropy_ref, (logits * 10, targets, 30.0)),
+        "cross_entropy": (cross_entropies, linear_cross_entropy_ref, (x, head, targets, 30.0)),
     }
     names = {kind: _first_that_works(kind, *trial, notes) for kind, trial in trials.items()}
     if names["attention"] is None:
@@ -1521,8 +1519,7 @@ class GPT(nn.Module):
     def forward(self, inputs, targets, cu_seqlens, looping, max_seqlen, fresh=None):
         """(1, T) ids, (T,) targets -> (T,) cross-entropy in nats, logits in the compute dtype: for gradients."""
         h = self.forward_hidden(inputs, cu_seqlens, max_seqlen=max_seqlen, looping=looping, fresh=fresh)
-        logits = F.linear(h.flatten(0, 1), self.head_weight.to(self.dtype))
-        return self.ops.cross_entropy(logits, targets, self.hp.logit_softcap)
+        return self.ops.cross_entropy(h.flatten(0, 1), self.head_weight.to(self.dtype), targets, self.hp.logit_softcap)
 
     def token_losses(self, hidden, targets, tap=None):
         """(..., D) outputs of the final norm, (...) targets -> (...) nats, with head, softcap and loss in float32."""

@@ -19,9 +19,10 @@ from train_gpt import (
     attention_fa4,
     attention_sdpa,
     leaky_relu_sq_mlp,
+    linear_cross_entropy,
+    linear_cross_entropy_ref,
     mlp_ref,
     select_ops,
-    softcapped_cross_entropy,
     softcapped_cross_entropy_ref,
 )
 
@@ -98,45 +99,54 @@ def test_cross_entropy_reference_matches_float64():
                       [logits])) < 1e-6  # fmt: skip
 
 
+def head_inputs(rows, width, vocab, spread, **kwargs):
+    """h, weight whose logits deviate by spread; targets, the last token among them."""
+    h, weight = randn(rows, width, seed=1, **kwargs), randn(vocab, width, seed=2, **kwargs)
+    targets = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(rows))
+    targets[-1:] = vocab - 1
+    return [h, (weight.detach() * (spread / width**0.5)).requires_grad_()], targets.to(h.device)
+
+
+def linear_ce_float64(h, weight, targets, softcap):
+    return ce_float64(h @ weight.T, targets, softcap)
+
+
 @interpreted
 @pytest.mark.parametrize(
     ("rows", "vocab", "softcap", "spread"),
-    [(5, 1, 30, 1), (4, 70, 30, 40), (3, 1000, 15, 5), (2, 4096, 30, 200), (3, 9001, 2.5, 3), (1, 20000, 30, 20)],
+    [(5, 1, 30, 1), (4, 70, 30, 40), (3, 1000, 15, 5), (2, 4096, 30, 200), (3, 9001, 2.5, 3), (2, 20000, 30, 20)],
 )
 def test_cross_entropy_kernel_matches_float64(rows, vocab, softcap, spread):
-    logits = (randn(rows, vocab, seed=vocab).detach() * spread).requires_grad_()
-    targets = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(rows))
-    targets[-1] = vocab - 1
-    got, want = softcapped_cross_entropy(logits, targets, softcap), ce_float64(logits, targets, softcap)
-    assert got.dtype == torch.float32 and (got - want).abs().max() < 3e-5
-    weight = torch.linspace(-2, 3, rows)
-    (grad,) = torch.autograd.grad(got, logits, weight)
-    (wanted,) = torch.autograd.grad(want, logits, weight.double())
-    assert (grad - wanted).abs().max() < 3e-6
+    inputs, targets = head_inputs(rows, 6, vocab, spread)
+    assert linear_cross_entropy(*inputs, targets, softcap).dtype == torch.float32
+    assert max(errors(linear_cross_entropy, linear_ce_float64, inputs, targets, softcap)) < 1e-5
 
 
 @interpreted
-def test_cross_entropy_row_without_gradient_gets_zero():
-    logits, targets = randn(4, 33, seed=2), torch.tensor([1, 2, 3, 32])
-    with torch.no_grad():
-        logits[1, 5] = math.nan
-        logits[2, 6] = math.inf
-    softcapped_cross_entropy(logits, targets, 30.0).backward(torch.tensor([1.0, 0.0, 0.0, 2.0]))
-    assert not logits.grad[1:3].any() and logits.grad[0].all() and logits.grad[3].all()
+@pytest.mark.parametrize("needed", [(1, 0), (0, 1), (0, 0)])
+def test_cross_entropy_computes_only_what_is_needed(needed):
+    inputs, targets = head_inputs(4, 6, 33, 5)
+    for tensor, need in zip(inputs, needed, strict=True):
+        tensor.requires_grad_(bool(need))
+    losses = linear_cross_entropy(*inputs, targets, 30.0)
+    assert relative_error(losses, linear_cross_entropy_ref(*inputs, targets, 30.0)) < 1e-6
+    if any(needed):
+        losses.mean().backward()
+    assert [tensor.grad is not None for tensor in inputs] == [bool(need) for need in needed]
 
 
 @interpreted
-def test_cross_entropy_takes_strided_logits_and_an_expanded_gradient():
-    wide, targets = randn(6, 80, seed=3), torch.arange(6)
-    logits = wide[:, 7:57]
-    got = torch.autograd.grad(softcapped_cross_entropy(logits, targets, 30.0).mean(), wide)[0]
-    want = torch.autograd.grad(ce_float64(logits, targets, 30.0).mean(), wide)[0]
+def test_cross_entropy_takes_strided_inputs_and_an_expanded_gradient():
+    (wide, weight), targets = head_inputs(6, 80, 50, 5)
+    got, want = (torch.autograd.grad(op(wide[:, 7:57], weight[:, :50], targets, 30.0).mean(), wide)[0]
+                 for op in (linear_cross_entropy, linear_ce_float64))  # fmt: skip
     assert relative_error(got, want) < 1e-5
 
 
 @interpreted
 def test_cross_entropy_accepts_no_rows():
-    assert softcapped_cross_entropy(torch.zeros(0, 9), torch.zeros(0, dtype=torch.int64), 30.0).shape == (0,)
+    h, targets = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    assert linear_cross_entropy(h, torch.zeros(9, 4), targets, 30.0).shape == (0,)
 
 
 # --- MLP
@@ -298,10 +308,9 @@ def test_kernels_around_attention_accept_no_rows():
 
 @interpreted
 def test_ops_register_schema_fake_and_autograd_correctly():
-    logits, targets, lse = randn(6, 20, seed=1), torch.arange(6), torch.randn(6)
+    head, targets = head_inputs(6, 4, 20, 5)
     ops, check = torch.ops.golf, torch.library.opcheck
-    check(ops.softcapped_cross_entropy.default, (logits, targets, 30.0))
-    check(ops.ce_backward.default, (torch.ones(6), logits.detach(), targets, lse, 30.0))
+    check(ops.linear_cross_entropy.default, (*head, targets, 30.0))
     check(ops.mlp.default, (*mlp_inputs(10, 8, 12), 0.3))
     check(ops.mlp_backward.default, (torch.randn(10, 8), torch.randn(8, 12), torch.rand(10, 12), 0.3))
     inputs, rest = heads_inputs(2, 5, 4, 2, 8, 2)
@@ -318,7 +327,7 @@ def test_ops_register_schema_fake_and_autograd_correctly():
 def test_ops_compile_into_one_graph(dynamic):
     def step(x, w_up, w_down, head, targets):
         hidden = x + leaky_relu_sq_mlp(x, w_up, w_down, 0.3)
-        return softcapped_cross_entropy(hidden.flatten(0, 1) @ head.T, targets, 30.0).sum()
+        return linear_cross_entropy(hidden.flatten(0, 1), head, targets, 30.0).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for tokens in (9, 14):
@@ -480,7 +489,7 @@ def select(backend="auto", kernels=True, device=CPU, dtype=torch.float32):
 
 def test_auto_on_cpu_takes_the_references():
     ops = select()
-    assert (ops.attention, ops.mlp, ops.cross_entropy) == (attention_sdpa, mlp_ref, softcapped_cross_entropy_ref)
+    assert (ops.attention, ops.mlp, ops.cross_entropy) == (attention_sdpa, mlp_ref, linear_cross_entropy_ref)
     assert (ops.qkv_heads, ops.gated_xsa) == (train_gpt.qkv_heads_ref, train_gpt.gated_xsa_ref)
     kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa"
     assert ops.names == {"attention": "sdpa"} | dict.fromkeys(kinds, "reference")
@@ -570,10 +579,8 @@ def test_mlp_activation_holds_the_sign_of_the_first_product_on_the_gpu():
 @gpu
 @pytest.mark.parametrize(("rows", "vocab"), [(2048, 8192), (300, 1000), (100, 50257)])
 def test_cross_entropy_kernel_matches_float64_on_the_gpu(rows, vocab):
-    logits = (randn(rows, vocab, seed=1).detach() * 10).to("cuda", torch.bfloat16).requires_grad_()
-    targets = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(2)).cuda()
-    assert max(errors(lambda x: softcapped_cross_entropy(x, targets, 30.0), lambda x: ce_float64(x, targets, 30.0),
-                      [logits])) < 1e-2  # fmt: skip
+    inputs, targets = head_inputs(rows, 64, vocab, 10, dtype=torch.bfloat16, device="cuda")
+    assert max(errors(linear_cross_entropy, linear_ce_float64, inputs, targets, 30.0)) < 1e-2
 
 
 @gpu
@@ -608,7 +615,7 @@ def test_auto_takes_the_kernels_and_compiles_into_one_graph_on_the_gpu():
 
     def step(q, k, v, w_up, w_down, head, targets, cu_seqlens):
         h = ops.attention(q, k, v, cu_seqlens, 512).flatten(0, 1).flatten(1)
-        return ops.cross_entropy((h + ops.mlp(h, w_up, w_down, 0.3)) @ head.T, targets, 30.0)
+        return ops.cross_entropy(h + ops.mlp(h, w_up, w_down, 0.3), head, targets, 30.0)
 
     kwargs = {"dtype": torch.bfloat16, "device": "cuda"}
     inputs = packed_qkv(1024, 8, 4, E=64, **kwargs)
