@@ -838,19 +838,21 @@ def _ce_kernel(logits, targets, losses, V: tl.constexpr, CAP: tl.constexpr, BLOC
     for start in tl.static_range(0, V, BLOCK):  # online log-sum-exp; one turn up to V = 8192
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
-        z = tl.where(columns < V, CAP * (2 * tl.sigmoid(x * (2 / CAP)) - 1), -float("inf"))
+        tanh = 2 * tl.sigmoid(x * (2 / CAP)) - 1
+        z = tl.where(columns < V, CAP * tanh, -float("inf"))
         higher = tl.maximum(peak, tl.max(z, 0))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher), 0)
+        exps = tl.exp(z - higher)
+        total = total * tl.exp(peak - higher) + tl.sum(exps, 0)
         peak = higher
         z_target += tl.sum(tl.where(columns == target, z, 0.0), 0)
-    lse = peak + tl.log(total)
-    tl.store(losses + row, lse - z_target)
+    tl.store(losses + row, peak + tl.log(total) - z_target)
     for start in tl.static_range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        if V > BLOCK:  # else the row is still at hand
+        if V > BLOCK:  # else all is still at hand
             x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
-        tanh = 2 * tl.sigmoid(x * (2 / CAP)) - 1
-        d = (tl.exp(CAP * tanh - lse) - tl.where(columns == target, 1.0, 0.0)) * (1 - tanh * tanh)
+            tanh = 2 * tl.sigmoid(x * (2 / CAP)) - 1
+            exps = tl.exp(CAP * tanh - peak)
+        d = (exps / total - tl.where(columns == target, 1.0, 0.0)) * (1 - tanh * tanh)
         tl.store(logits + columns, d.to(logits.dtype.element_ty), mask=columns < V)
 
 def _launch_ce(logits, targets, softcap):
@@ -883,8 +885,8 @@ def mlp_ref(x, w_up, w_down, slope):
     return F.linear(F.leaky_relu(F.linear(x, w_up), slope).square(), w_down)
 
 # group: tiles of M done before the next tile of N; programs: per multiprocessor; flatten: one loop over tiles and K, so
-# the next tile loads during the epilogue. Defaults for 16 bits on Hopper. Backward stages tiles of act too: 4 stages do
-# not fit, 3 take 213,032 bytes of 227 KB and 244 of 255 registers (Triton 3.6).
+# the next tile loads during the epilogue. Defaults for 16 bits on Hopper: Triton 3.6 takes 229,408 bytes forward and
+# 213,032 backward of 227 KB, 188 and 187 of 255 registers. Backward stages tiles of act too: 4 stages do not fit.
 Tile = namedtuple("Tile", "m n k group programs warps stages flatten", defaults=(128, 256, 64, 8, 1, 8, 3, True))
 MLP_TILES = {"forward": Tile(stages=4), "backward": Tile()}
 SMALL_TILE = Tile(32, 32, 32, group=2, warps=4, stages=2, flatten=False)  # fp32 and the interpreter
@@ -1004,53 +1006,48 @@ def subtract_own_value(y, v):
     grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, E)
     return (grouped - (grouped * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3)
 
+def _launch_rows(kernel, tensors, rows, E, numbers, *sizes, **constants):
+    """kernel on rows of E numbers, in programs of so many numbers; its arguments: tensors, rows, sizes, constants."""
+    block_e = triton.next_power_of_2(E)
+    block = max(1, numbers // block_e)
+    if rows > 0:
+        kernel[(triton.cdiv(rows, block),)](*(t.contiguous() for t in tensors), rows, *sizes, **constants, E=E,
+                                            BLOCK_E=block_e, BLOCK=block, num_warps=4)
+
 @jit
 def _qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, out, dots, rows, T, H: tl.constexpr, K: tl.constexpr,
                       HALF: tl.constexpr, BACKWARD: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
                       BLOCK: tl.constexpr):
     """forward: qkv -> q, k, v. backward: q, k, v hold their gradients; out is that of qkv, dots sum to that of gain."""
-    row, e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
+    row, e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)[None, :]
     token, head = row // (H + 2 * K), row % (H + 2 * K)
-    inside = (row < rows)[:, None] & (e < E)[None, :]
-    is_q, is_v = head < H, head >= H + K
-    q_at, k_at, v_at = (token * H + head) * E, (token * K + head - H) * E, (token * K + head - H - K) * E
-    in_q, in_k = inside & is_q[:, None], inside & (head >= H)[:, None] & (head < H + K)[:, None]
-    in_v = inside & is_v[:, None]
-    partner = tl.where(e < HALF, e + HALF, tl.where(e < 2 * HALF, e - HALF, e))
-    turning = inside & (e < 2 * HALF)[None, :]
-    angle = (token % T)[:, None] * HALF + (e % HALF)[None, :]
+    is_q, is_v, inside = head < H, (head >= H + K)[:, None], (row < rows)[:, None] & (e < E)
+    turning, partner = inside & (e < 2 * HALF), tl.where(e < HALF, e + HALF, e - HALF)  # what turns, and with
+    split = tl.where(head < H + K, k + (token * K + head - H) * E, v + (token * K + head - H - K) * E)
+    split = tl.where(is_q, q + (token * H + head) * E, split)[:, None]
+    joint = row[:, None] * E
+    angle = (token % T)[:, None] * HALF + e % HALF
     c = tl.load(cos + angle, mask=turning, other=1.0)
-    s = tl.load(sin + angle, mask=turning, other=0.0) * tl.where(e < HALF, 1.0, -1.0)[None, :]
-    x = tl.load(qkv + row[:, None] * E + e[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 1) / E + 1.19e-7)
-    full_scale = scale * tl.load(gain + head, mask=is_q, other=1.0).to(tl.float32)
+    s = tl.load(sin + angle, mask=turning, other=0.0) * tl.where(e < HALF, 1.0, -1.0)
+    x = tl.load(qkv + joint + e, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 1) / E + 1.19e-7)[:, None]
+    gained = scale * tl.load(gain + head, mask=is_q, other=1.0).to(tl.float32)[:, None]
     if BACKWARD:
-        g = (tl.load(q + q_at[:, None] + e[None, :], mask=in_q, other=0.0).to(tl.float32)
-             + tl.load(k + k_at[:, None] + e[None, :], mask=in_k, other=0.0).to(tl.float32)
-             + tl.load(v + v_at[:, None] + e[None, :], mask=in_v, other=0.0).to(tl.float32))
-        g2 = (tl.load(q + q_at[:, None] + partner[None, :], mask=in_q & turning, other=0.0).to(tl.float32)
-              + tl.load(k + k_at[:, None] + partner[None, :], mask=in_k & turning, other=0.0).to(tl.float32))
-        turned = g * c - g2 * s  # the rotation's transpose
-        y = x * scale[:, None]
-        dot = tl.sum(y * turned, 1)
-        d = tl.where(is_v[:, None], g, full_scale[:, None] * (turned - y * (dot / E)[:, None]))
-        tl.store(out + row[:, None] * E + e[None, :], d.to(out.dtype.element_ty), mask=inside)
+        g = tl.load(split + e, mask=inside, other=0.0).to(tl.float32)
+        turned = g * c - s * tl.load(split + partner, mask=turning, other=0.0).to(tl.float32)  # transposed rotation
+        dot = tl.sum(x * scale * turned, 1)
+        d = tl.where(is_v, g, gained * (turned - x * scale * (dot / E)[:, None]))
+        tl.store(out + joint + e, d.to(out.dtype.element_ty), mask=inside)
         tl.store(dots + token * H + head, dot, mask=is_q & (row < rows))
     else:
-        x2 = tl.load(qkv + row[:, None] * E + partner[None, :], mask=turning, other=0.0).to(tl.float32)
-        z = tl.where(is_v[:, None], x, (x * c + x2 * s) * full_scale[:, None]).to(q.dtype.element_ty)
-        tl.store(q + q_at[:, None] + e[None, :], z, mask=in_q)
-        tl.store(k + k_at[:, None] + e[None, :], z, mask=in_k)
-        tl.store(v + v_at[:, None] + e[None, :], z, mask=in_v)
+        turned = x * c + s * tl.load(qkv + joint + partner, mask=turning, other=0.0).to(tl.float32)
+        tl.store(split + e, tl.where(is_v, x, turned * gained).to(q.dtype.element_ty), mask=inside)
 
 def _launch_qkv_heads(qkv, gain, cos, sin, q, k, v, out, dots, backward):
     """qkv (B, T, (H + 2 K) E), q (B, T, H, E), k and v (B, T, K, E): fills q, k, v or, backward, out and dots."""
-    (H, E), K, block_e = q.shape[2:], k.shape[2], triton.next_power_of_2(q.shape[3])
-    rows, block = qkv.numel() // E, max(1, 2048 // block_e)
-    if rows > 0:
-        _qkv_heads_kernel[(triton.cdiv(rows, block),)](
-            qkv, gain, cos, sin, q, k, v, out, dots, rows, cos.shape[0], H=H, K=K, HALF=cos.shape[-1],
-            BACKWARD=backward, E=E, BLOCK_E=block_e, BLOCK=block, num_warps=4)
+    (H, E), K = q.shape[2:], k.shape[2]
+    _launch_rows(_qkv_heads_kernel, (qkv, gain, cos, sin, q, k, v, out, dots), qkv.numel() // E, E, 2048, cos.shape[0],
+                 H=H, K=K, HALF=cos.shape[-1], BACKWARD=backward)
 
 def _new_heads(qkv, gain, cos, sin, kv_heads):
     """Empty q, k, v."""
@@ -1062,62 +1059,57 @@ def _new_heads(qkv, gain, cos, sin, kv_heads):
 def _qkv_heads_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
                         kv_heads: int) -> tuple[Tensor, Tensor]:
     grad, dots = qkv.new_empty(qkv.shape), dq.new_empty(dq.shape[:3], dtype=torch.float32)
-    inputs = (t.contiguous() for t in (qkv, gain, cos, sin, dq, dk, dv))
-    _launch_qkv_heads(*inputs, grad, dots, backward=True)
+    _launch_qkv_heads(qkv, gain, cos, sin, dq, dk, dv, grad, dots, backward=True)
     return grad, dots
 
 def _qkv_heads_gradients(needed, dq, dk, dv, qkv, gain, cos, sin, kv_heads):
     grad, dots = _qkv_heads_backward(dq, dk, dv, qkv, gain, cos, sin, kv_heads)
-    return grad, dots.sum((0, 1)).to(gain.dtype)
+    return grad, dots.sum((0, 1)).to(gain.dtype) if needed[1] else None
 
 @golf_op(_new_heads, _qkv_heads_gradients, lambda needed, *tensors: tensors[:4], results=3)
 def qkv_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """qkv (B, T, (H + 2 K) E), gain (H,), cos and sin (T, 1, rope_dims / 2) -> q (B, T, H, E), k, v (B, T, K, E)."""
     heads = _new_heads(qkv, gain, cos, sin, kv_heads)
-    _launch_qkv_heads(*(t.contiguous() for t in (qkv, gain, cos, sin)), *heads, qkv, qkv, backward=False)
+    _launch_qkv_heads(qkv, gain, cos, sin, *heads, qkv, qkv, backward=False)
     return heads
 
 @jit
 def _gated_xsa_kernel(y, v, logits, grad, out, dv, dlogits, rows, FACTOR: tl.constexpr, GROUP: tl.constexpr,
                       BACKWARD: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr):
     """A row is a key/value head, with the GROUP query heads that share it. backward: out is the gradient of y."""
-    row, e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
-    inside = (row < rows)[:, None] & (e < E)[None, :]
-    v_hat = tl.load(v + row[:, None] * E + e[None, :], mask=inside, other=0.0).to(tl.float32)
-    inverse = 1 / tl.maximum(tl.sqrt(tl.sum(v_hat * v_hat, 1)), 1e-12)
-    v_hat *= inverse[:, None]
+    row, e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)[None, :]
+    inside = (row < rows)[:, None] & (e < E)
+    v_hat = tl.load(v + row[:, None] * E + e, mask=inside, other=0.0).to(tl.float32)
+    inverse = 1 / tl.maximum(tl.sqrt(tl.sum(v_hat * v_hat, 1)), 1e-12)[:, None]
+    v_hat *= inverse
     d_hat = tl.zeros((BLOCK, BLOCK_E), dtype=tl.float32)
     for i in tl.static_range(GROUP):
         head = row * GROUP + i
-        at = head[:, None] * E + e[None, :]
+        at = head[:, None] * E + e
         x = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         gate = tl.sigmoid(tl.load(logits + head, mask=row < rows, other=0.0).to(tl.float32))
-        along = tl.sum(x * v_hat, 1)
-        z = x - along[:, None] * v_hat
+        along = tl.sum(x * v_hat, 1)[:, None]
+        z = x - along * v_hat
         if BACKWARD:
             g = FACTOR * tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
             slope = gate * (1 - gate) * tl.sum(g * z, 1)
             tl.store(dlogits + head, slope.to(dlogits.dtype.element_ty), mask=row < rows)
             g *= gate[:, None]
-            g_along = tl.sum(g * v_hat, 1)
-            d_hat -= along[:, None] * g + g_along[:, None] * x
-            z = g - g_along[:, None] * v_hat
+            g_along = tl.sum(g * v_hat, 1)[:, None]
+            d_hat -= along * g + g_along * x
+            z = g - g_along * v_hat
         else:
             z *= FACTOR * gate[:, None]
         tl.store(out + at, z.to(out.dtype.element_ty), mask=inside)
     if BACKWARD:
-        d = inverse[:, None] * (d_hat - tl.sum(d_hat * v_hat, 1)[:, None] * v_hat)
-        tl.store(dv + row[:, None] * E + e[None, :], d.to(dv.dtype.element_ty), mask=inside)
+        d = inverse * (d_hat - tl.sum(d_hat * v_hat, 1)[:, None] * v_hat)
+        tl.store(dv + row[:, None] * E + e, d.to(dv.dtype.element_ty), mask=inside)
 
 def _launch_gated_xsa(y, v, logits, grad, out, dv, dlogits, factor, backward):
     """y (..., H, E), v (..., K, E), logits (..., H): fills out and, backward, dv and dlogits."""
-    y, v, logits, grad = (t.contiguous() for t in (y, v, logits, grad))
-    E, block_e = v.shape[-1], triton.next_power_of_2(v.shape[-1])
-    rows, block = v.numel() // E, max(1, 1024 // block_e)
-    if rows > 0:
-        _gated_xsa_kernel[(triton.cdiv(rows, block),)](
-            y, v, logits, grad, out, dv, dlogits, rows, FACTOR=factor, GROUP=y.shape[-2] // v.shape[-2],
-            BACKWARD=backward, E=E, BLOCK_E=block_e, BLOCK=block, num_warps=4)
+    E = v.shape[-1]
+    _launch_rows(_gated_xsa_kernel, (y, v, logits, grad, out, dv, dlogits), v.numel() // E, E, 1024, FACTOR=factor,
+                 GROUP=y.shape[-2] // v.shape[-2], BACKWARD=backward)
 
 @golf_op(lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:3]))
 def _gated_xsa_backward(grad: Tensor, y: Tensor, v: Tensor, logits: Tensor,
@@ -1274,30 +1266,26 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
         attention = {attention_backend: ATTENTION_BACKENDS[attention_backend]}
     elif cuda and torch.cuda.get_device_capability(device)[0] != 9:  # FlashAttention-3 is for Hopper alone
         attention = {name: op for name, op in attention.items() if name != "fa3"}
-    mlps = {"triton": leaky_relu_sq_mlp, "reference": mlp_ref}
-    cross_entropies = {"triton": linear_cross_entropy, "reference": linear_cross_entropy_ref}
-    heads = {"triton": qkv_heads, "reference": qkv_heads_ref}
-    xsas = {"triton": gated_xsa, "reference": gated_xsa_ref}
-    if not (kernels and cuda and triton):
-        for candidates in (mlps, cross_entropies, heads, xsas):
-            del candidates["triton"]
     notes = ["kernels: Triton is not installed"] if kernels and cuda and triton is None else []
     generator = torch.Generator(device).manual_seed(0)
     targets = torch.randint(1000, (200,), generator=generator, device=device)
     cu_seqlens = torch.tensor([0, 37, 38, 166, 256, 256, 256], dtype=torch.int32, device=device)
-    qkv = [(1, 256, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
-    shapes = *qkv, (200, 64), (320, 64), (64, 320), (1000, 64), (1, 256, num_heads)
+    shapes = [(1, 256, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    shapes += (200, 64), (320, 64), (64, 320), (1000, 64), (1, 256, num_heads)
     q, k, v, x, w_up, w_down, head, gates = (
         torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for shape in shapes)
     angles = torch.arange(256, device=device)[:, None, None] * torch.tensor([1.0, 0.03], device=device)
     raw = torch.cat([t.detach().flatten(2) for t in (q, k, v)], dim=2).requires_grad_()
-    trials = {  # operation -> candidates, reference, arguments
-        "qkv_heads": (heads, qkv_heads_ref, (raw, gates[0, 0], angles.cos(), angles.sin(), num_kv_heads)),
-        "gated_xsa": (xsas, gated_xsa_ref, (q, v, gates, 2.0)),
-        "attention": (attention, attention_sdpa, (q, k, v, cu_seqlens, 128)),
-        "mlp": (mlps, mlp_ref, (x, w_up / 8, w_down / 18, 0.3)),
-        "cross_entropy": (cross_entropies, linear_cross_entropy_ref, (x, head, targets, 30.0)),
+    pairs = {  # operation -> kernel, reference, arguments
+        "mlp": (leaky_relu_sq_mlp, mlp_ref, (x, w_up / 8, w_down / 18, 0.3)),
+        "cross_entropy": (linear_cross_entropy, linear_cross_entropy_ref, (x, head, targets, 30.0)),
+        "qkv_heads": (qkv_heads, qkv_heads_ref, (raw, gates[0, 0], angles.cos(), angles.sin(), num_kv_heads)),
+        "gated_xsa": (gated_xsa, gated_xsa_ref, (q, v, gates, 2.0)),
     }
+    trials = {"attention": (attention, attention_sdpa, (q, k, v, cu_seqlens, 128))}
+    for kind, (kernel, reference, args) in pairs.items():
+        fast = {"triton": kernel} if kernels and cuda and triton else {}
+        trials[kind] = fast | {"reference": reference}, reference, args
     names = {kind: _first_that_works(kind, *trial, notes) for kind, trial in trials.items()}
     if names["attention"] is None:
         raise SettingError(f"ATTENTION_BACKEND={attention_backend} does not work here: {'; '.join(notes)}")
@@ -1431,12 +1419,12 @@ class GPT(nn.Module):
             qkv = torch.cat([tap(site, h, part) for site, part in zip("qkv", parts, strict=True)], dim=-1)
         q, k, v = self.ops.qkv_heads(qkv, w.q_gain, *rope, hp.num_kv_heads)
         y = self.ops.attention(q, k, v, *packing)  # (B, T, H, E)
-        logits, factor = self.head_gates(h, x_in, qkv, w.gate) if self.gate_kind else (None, 1.0)
         if w.xsa and self.gate_kind:
-            y = self.ops.gated_xsa(y, v, logits, factor)
+            y = self.ops.gated_xsa(y, v, *self.head_gates(h, x_in, qkv, w.gate))
         elif w.xsa:
             y = subtract_own_value(y, v)
         elif self.gate_kind:
+            logits, factor = self.head_gates(h, x_in, qkv, w.gate)
             y = y * (factor * torch.sigmoid(logits))[..., None]
         out = linear(y.reshape(B, T, D), w.out, tap, "attn_proj")
         return out if tap is None else tap("attn_out", h, out)
