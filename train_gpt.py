@@ -1043,11 +1043,11 @@ def _qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, out, dots, rows, T, H: tl.co
         turned = x * c + s * tl.load(qkv + joint + partner, mask=turning, other=0.0).to(tl.float32)
         tl.store(split + e, tl.where(is_v, x, turned * gained).to(q.dtype.element_ty), mask=inside)
 
-def _launch_qkv_heads(qkv, gain, cos, sin, q, k, v, out, dots, backward):
-    """qkv (B, T, (H + 2 K) E), q (B, T, H, E), k and v (B, T, K, E): fills q, k, v or, backward, out and dots."""
-    (H, E), K = q.shape[2:], k.shape[2]
-    _launch_rows(_qkv_heads_kernel, (qkv, gain, cos, sin, q, k, v, out, dots), qkv.numel() // E, E, 2048, cos.shape[0],
-                 H=H, K=K, HALF=cos.shape[-1], BACKWARD=backward)
+def _launch_qkv_heads(inputs, heads, grads=()):
+    """inputs qkv, gain, cos, sin; heads q, k, v: fills these or, backward, grads: that of qkv, and of gain per row."""
+    (qkv, _, cos, _), (H, E) = inputs, heads[0].shape[2:]
+    _launch_rows(_qkv_heads_kernel, (*inputs, *heads, *(grads or (qkv, qkv))), qkv.numel() // E, E, 2048, cos.shape[0],
+                 H=H, K=heads[1].shape[2], HALF=cos.shape[-1], BACKWARD=bool(grads))
 
 def _new_heads(qkv, gain, cos, sin, kv_heads):
     """Empty q, k, v."""
@@ -1059,18 +1059,18 @@ def _new_heads(qkv, gain, cos, sin, kv_heads):
 def _qkv_heads_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
                         kv_heads: int) -> tuple[Tensor, Tensor]:
     grad, dots = qkv.new_empty(qkv.shape), dq.new_empty(dq.shape[:3], dtype=torch.float32)
-    _launch_qkv_heads(qkv, gain, cos, sin, dq, dk, dv, grad, dots, backward=True)
+    _launch_qkv_heads((qkv, gain, cos, sin), (dq, dk, dv), (grad, dots))
     return grad, dots
 
-def _qkv_heads_gradients(needed, dq, dk, dv, qkv, gain, cos, sin, kv_heads):
-    grad, dots = _qkv_heads_backward(dq, dk, dv, qkv, gain, cos, sin, kv_heads)
-    return grad, dots.sum((0, 1)).to(gain.dtype) if needed[1] else None
+def _qkv_heads_gradients(needed, *grads_and_saved):
+    grad, dots = _qkv_heads_backward(*grads_and_saved)
+    return grad, dots.sum((0, 1)).to(grad.dtype) if needed[1] else None
 
 @golf_op(_new_heads, _qkv_heads_gradients, lambda needed, *tensors: tensors[:4], results=3)
 def qkv_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """qkv (B, T, (H + 2 K) E), gain (H,), cos and sin (T, 1, rope_dims / 2) -> q (B, T, H, E), k, v (B, T, K, E)."""
     heads = _new_heads(qkv, gain, cos, sin, kv_heads)
-    _launch_qkv_heads(qkv, gain, cos, sin, *heads, qkv, qkv, backward=False)
+    _launch_qkv_heads((qkv, gain, cos, sin), heads)
     return heads
 
 @jit
@@ -1105,17 +1105,18 @@ def _gated_xsa_kernel(y, v, logits, grad, out, dv, dlogits, rows, FACTOR: tl.con
         d = inverse * (d_hat - tl.sum(d_hat * v_hat, 1)[:, None] * v_hat)
         tl.store(dv + row[:, None] * E + e, d.to(dv.dtype.element_ty), mask=inside)
 
-def _launch_gated_xsa(y, v, logits, grad, out, dv, dlogits, factor, backward):
-    """y (..., H, E), v (..., K, E), logits (..., H): fills out and, backward, dv and dlogits."""
-    E = v.shape[-1]
-    _launch_rows(_gated_xsa_kernel, (y, v, logits, grad, out, dv, dlogits), v.numel() // E, E, 1024, FACTOR=factor,
-                 GROUP=y.shape[-2] // v.shape[-2], BACKWARD=backward)
+def _launch_gated_xsa(inputs, outs, factor, grad=None):
+    """inputs y, v, logits: fills outs with the output alone or, given its gradient, with those of the inputs."""
+    y, v, _ = inputs
+    tensors = (*inputs, y, *outs, y, y) if grad is None else (*inputs, grad, *outs)
+    _launch_rows(_gated_xsa_kernel, tensors, v.numel() // v.shape[-1], v.shape[-1], 1024, FACTOR=factor,
+                 GROUP=y.shape[-2] // v.shape[-2], BACKWARD=grad is not None)
 
 @golf_op(lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:3]))
 def _gated_xsa_backward(grad: Tensor, y: Tensor, v: Tensor, logits: Tensor,
                         factor: float) -> tuple[Tensor, Tensor, Tensor]:
     grads = tuple(t.new_empty(t.shape) for t in (y, v, logits))
-    _launch_gated_xsa(y, v, logits, grad, *grads, factor, backward=True)
+    _launch_gated_xsa((y, v, logits), grads, factor, grad)
     return grads
 
 @golf_op(lambda y, *_: (y.new_empty(y.shape), y.new_empty(0)),
@@ -1123,7 +1124,7 @@ def _gated_xsa_backward(grad: Tensor, y: Tensor, v: Tensor, logits: Tensor,
 def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> XSA (arXiv:2603.09078) times factor sigmoid(logits)."""
     out = y.new_empty(y.shape)
-    _launch_gated_xsa(y, v, logits, y, out, y, y, factor, backward=False)
+    _launch_gated_xsa((y, v, logits), (out,), factor)
     return out, y.new_empty(0)
 
 # --- attention over packed documents: causal within documents, scale 1/sqrt(E), query head h on KV head h // (H / K)
