@@ -1277,16 +1277,18 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
         torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for shape in shapes)
     angles = torch.arange(256, device=device)[:, None, None] * torch.tensor([1.0, 0.03], device=device)
     raw = torch.cat([t.detach().flatten(2) for t in (q, k, v)], dim=2).requires_grad_()
-    pairs = {  # operation -> kernel, reference, arguments
-        "mlp": (leaky_relu_sq_mlp, mlp_ref, (x, w_up / 8, w_down / 18, 0.3)),
-        "cross_entropy": (linear_cross_entropy, linear_cross_entropy_ref, (x, head, targets, 30.0)),
-        "qkv_heads": (qkv_heads, qkv_heads_ref, (raw, gates[0, 0], angles.cos(), angles.sin(), num_kv_heads)),
-        "gated_xsa": (gated_xsa, gated_xsa_ref, (q, v, gates, 2.0)),
+
+    def candidates(kernel, reference):
+        return ({"triton": kernel} if kernels and cuda and triton else {}) | {"reference": reference}, reference
+
+    trials = {  # operation -> candidates, reference, arguments
+        "attention": (attention, attention_sdpa, (q, k, v, cu_seqlens, 128)),
+        "mlp": (*candidates(leaky_relu_sq_mlp, mlp_ref), (x, w_up / 8, w_down / 18, 0.3)),
+        "cross_entropy": (*candidates(linear_cross_entropy, linear_cross_entropy_ref), (x, head, targets, 30.0)),
+        "qkv_heads": (*candidates(qkv_heads, qkv_heads_ref),
+                      (raw, gates[0, 0], angles.cos(), angles.sin(), num_kv_heads)),
+        "gated_xsa": (*candidates(gated_xsa, gated_xsa_ref), (q, v, gates, 2.0)),
     }
-    trials = {"attention": (attention, attention_sdpa, (q, k, v, cu_seqlens, 128))}
-    for kind, (kernel, reference, args) in pairs.items():
-        fast = {"triton": kernel} if kernels and cuda and triton else {}
-        trials[kind] = fast | {"reference": reference}, reference, args
     names = {kind: _first_that_works(kind, *trial, notes) for kind, trial in trials.items()}
     if names["attention"] is None:
         raise SettingError(f"ATTENTION_BACKEND={attention_backend} does not work here: {'; '.join(notes)}")
