@@ -1189,19 +1189,44 @@ def attention_fa3(q, k, v, cu_seqlens, max_seqlen):
     out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
     return out[0] if isinstance(out, tuple) else out  # some versions return (out, lse)
 
+@jit
+def _regroup_kernel(k, v, k_out, v_out, rows, SUM: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr,
+                    BLOCK_E: tl.constexpr, BLOCK: tl.constexpr):
+    """A row is a key/value head: GROUP copies of it or, SUM, the sum of GROUP rows, one for each query head."""
+    row, e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)[None, :]
+    inside, few, many = (row < rows)[:, None] & (e < E), row[:, None] * E + e, row[:, None] * (GROUP * E) + e
+    for i in tl.static_range(2):
+        source, target = v if i else k, v_out if i else k_out
+        x = tl.load(source + (many if SUM else few), mask=inside, other=0.0)
+        for member in tl.static_range(1, GROUP):
+            if SUM:
+                x = x.to(tl.float32) + tl.load(source + many + member * E, mask=inside, other=0.0).to(tl.float32)
+            else:
+                tl.store(target + many + member * E, x, mask=inside)
+        tl.store(target + (few if SUM else many), x.to(target.dtype.element_ty), mask=inside)
+
+def _regroup(pair, heads):
+    """k and v (tokens, K, E) -> (tokens, heads, E) each: copies for every query head or, with fewer, sums over them."""
+    tokens, K, E = pair[0].shape
+    outs = [t.new_empty(tokens, heads, E) for t in pair]
+    _launch_rows(_regroup_kernel, (*pair, *outs), tokens * min(K, heads), E, 2048, SUM=heads < K,
+                 GROUP=max(K, heads) // min(K, heads))
+    return outs
+
 @golf_op(lambda grad, q, k, v, *_: tuple(t.new_empty(t.shape) for t in (q, k, v)))
 def _fa4_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor,
                   max_seqlen: int) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
     # Query heads that share dk and dv add them up in fp32 buffers, zeroed before and cast after. A key head for each,
-    # and the sum taken here, should cost less (docs/LOG.md).
+    # and the sum taken here, cost less (docs/LOG.md).
     heads = k.shape[1]
-    k, v = _repeat_kv(q, k, v)
+    shared = heads < q.shape[1]
+    k, v = _regroup((k, v), q.shape[1]) if shared else (k, v)
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     _flash_attn_bwd(
         q, k, v, out, grad.contiguous(), lse, softmax_scale=q.shape[-1] ** -0.5, causal=True, dq=dq, dk=dk, dv=dv,
         cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
-    return dq, *(t if heads == t.shape[1] else t.unflatten(1, (heads, -1)).sum(2) for t in (dk, dv))
+    return dq, *(_regroup((dk, dv), heads) if shared else (dk, dv))
 
 @_on_packed_row
 @golf_op(lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)),
