@@ -1006,13 +1006,13 @@ def subtract_own_value(y, v):
     grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, E)
     return (grouped - (grouped * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3)
 
-def _launch_rows(kernel, tensors, rows, E, numbers, *sizes, **constants):
-    """kernel on rows of E numbers, in programs of so many numbers; its arguments: tensors, rows, sizes, constants."""
+def _launch_rows(kernel, tensors, rows, E, warps, *sizes, **constants):
+    """kernel on rows of E numbers, 1,024 numbers a program; its arguments: tensors, rows, sizes, constants."""
     block_e = triton.next_power_of_2(E)
-    block = max(1, numbers // block_e)
+    block = max(1, 1024 // block_e)
     if rows > 0:
         kernel[(triton.cdiv(rows, block),)](*(t.contiguous() for t in tensors), rows, *sizes, **constants, E=E,
-                                            BLOCK_E=block_e, BLOCK=block, num_warps=4)
+                                            BLOCK_E=block_e, BLOCK=block, num_warps=warps)
 
 @jit
 def _qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, out, dots, rows, T, H: tl.constexpr, K: tl.constexpr,
@@ -1046,7 +1046,7 @@ def _qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, out, dots, rows, T, H: tl.co
 def _launch_qkv_heads(inputs, heads, grads=()):
     """inputs qkv, gain, cos, sin; heads q, k, v: fills these or, backward, grads: that of qkv, and of gain per row."""
     (qkv, _, cos, _), (H, E) = inputs, heads[0].shape[2:]
-    _launch_rows(_qkv_heads_kernel, (*inputs, *heads, *(grads or (qkv, qkv))), qkv.numel() // E, E, 2048, cos.shape[0],
+    _launch_rows(_qkv_heads_kernel, (*inputs, *heads, *(grads or (qkv, qkv))), qkv.numel() // E, E, 1, cos.shape[0],
                  H=H, K=heads[1].shape[2], HALF=cos.shape[-1], BACKWARD=bool(grads))
 
 def _new_heads(qkv, gain, cos, sin, kv_heads):
@@ -1109,7 +1109,7 @@ def _launch_gated_xsa(inputs, outs, factor, grad=None):
     """inputs y, v, logits: fills outs with the output alone or, given its gradient, with those of the inputs."""
     y, v, _ = inputs
     tensors = (*inputs, y, *outs, y, y) if grad is None else (*inputs, grad, *outs)
-    _launch_rows(_gated_xsa_kernel, tensors, v.numel() // v.shape[-1], v.shape[-1], 1024, FACTOR=factor,
+    _launch_rows(_gated_xsa_kernel, tensors, v.numel() // v.shape[-1], v.shape[-1], 4, FACTOR=factor,
                  GROUP=y.shape[-2] // v.shape[-2], BACKWARD=grad is not None)
 
 @golf_op(lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:3]))
@@ -1209,7 +1209,7 @@ def _regroup(pair, heads):
     """k and v (tokens, K, E) -> (tokens, heads, E) each: copies for every query head or, with fewer, sums over them."""
     tokens, K, E = pair[0].shape
     outs = [t.new_empty(tokens, heads, E) for t in pair]
-    _launch_rows(_regroup_kernel, (*pair, *outs), tokens * min(K, heads), E, 2048, SUM=heads < K,
+    _launch_rows(_regroup_kernel, (*pair, *outs), tokens * min(K, heads), E, 4, SUM=heads < K,
                  GROUP=max(K, heads) // min(K, heads))
     return outs
 
@@ -1334,9 +1334,9 @@ def rotary_tables(hp):
 class LayerWeights(NamedTuple):
     """What one layer computes with: views of the banks and of the small parameters, in the compute dtype."""
     qkv: Tensor  # (D + 2 K E, D): q, k and v below each other, one product
-    out: Tensor  # (D, D)
+    out: Tensor  # (D, D), times attn_scale
     up: Tensor  # (F, D)
-    down: Tensor  # (D, F)
+    down: Tensor  # (D, F), times mlp_scale
     q_gain: Tensor  # (H,)
     gate: Tensor | None  # (H, window) or (H, D)
     attn_scale: Tensor  # (D,)
@@ -1351,9 +1351,9 @@ class GPT(nn.Module):
     """The 11-layer recurrent GPT: one forward pass for training, evaluation, calibration and TTT.
 
     A tap, where given, is asked for tap.at(slot, layer), which is called at each site of that slot as (site, x, y) -> y
-    with its input and output. Sites: q, k, v, attn_proj, mlp_up, mlp_down (matrix products), attn_out, mlp_out
-    (whole sublayers); token_losses calls its own at lm_head. Without a tap nothing is traced. `splits_mlp` asks for the
-    unfused MLP, whose hidden layer can be seen.
+    with its input and output. Sites: q, k, v, attn_proj, mlp_up, mlp_down (matrix products), attn_out, mlp_out (whole
+    sublayers; also told the (D,) scale that y has already been multiplied by); token_losses calls its own at lm_head.
+    Without a tap nothing is traced. `splits_mlp` asks for the unfused MLP, whose hidden layer can be seen.
     """
 
     def __init__(self, hp, ops, dtype):
@@ -1427,12 +1427,17 @@ class GPT(nn.Module):
         return layers[:first] + layers[first:last] * (hp.num_loops + 1) + layers[last:]
 
     def layer_weights(self):
-        """LayerWeights of every layer. Unbinding once makes a bank's gradient one stack, not a sum of padded slices."""
+        """LayerWeights of every layer. Unbinding once makes a bank's gradient one stack, not a sum of padded slices.
+
+        The scales of the sublayers' outputs are multiplied into the matrices before: no output, and no gradient of one,
+        is written once more for them.
+        """
         L = self.hp.num_layers
-        q, out, k, v = *self.qo_bank.to(self.dtype).split(L), *self.kv_bank.to(self.dtype).split(L)
-        qkv = torch.cat((q, k, v), dim=1).unbind(0)
+        (q, out), (k, v) = self.qo_bank.split(L), self.kv_bank.split(L)
+        out, down = out * self.attn_scale[..., None], self.mlp_down_bank * self.mlp_scale[..., None]
+        qkv = torch.cat([p.to(self.dtype) for p in (q, k, v)], dim=1).unbind(0)
         out, up, down, q_gain, attn_scale, mlp_scale, mix, post, resid = (p.to(self.dtype).unbind(0) for p in (
-            out, self.mlp_up_bank, self.mlp_down_bank, self.q_gain, self.attn_scale, self.mlp_scale, self.resid_mix,
+            out, self.mlp_up_bank, down, self.q_gain, self.attn_scale, self.mlp_scale, self.resid_mix,
             self.parallel_post, self.parallel_resid))
         gates = [None] * L if self.attn_gate is None else self.attn_gate.to(self.dtype).unbind(0)
         return [LayerWeights(qkv[i], out[i], up[i], down[i], q_gain[i], gates[i], attn_scale[i], mlp_scale[i], mix[i],
@@ -1455,7 +1460,7 @@ class GPT(nn.Module):
             logits, factor = self.head_gates(h, x_in, qkv, w.gate)
             y = y * (factor * torch.sigmoid(logits))[..., None]
         out = linear(y.reshape(B, T, D), w.out, tap, "attn_proj")
-        return out if tap is None else tap("attn_out", h, out)
+        return out if tap is None else tap("attn_out", h, out, w.attn_scale)
 
     def head_gates(self, h, x_in, qkv, gate):
         """Logits (B, T, H) and the factor of their sigmoids, of whichever gate of the heads' outputs is on."""
@@ -1475,7 +1480,7 @@ class GPT(nn.Module):
             out = linear(hidden, w.down, tap, "mlp_down")
         else:
             out = self.ops.mlp(h, w.up, w.down, slope)
-        return out if tap is None else tap("mlp_out", h, out)
+        return out if tap is None else tap("mlp_out", h, out, w.mlp_scale)
 
     def block(self, x, mlp_lane, x0, w, rope, packing, tap):
         """One layer: stream x (B, T, D), and the MLP's own lane where the stream has split, else None -> both again."""
@@ -1484,11 +1489,11 @@ class GPT(nn.Module):
             return (norm(x) * w.depth_scale).to(x.dtype)
 
         x_in = w.mix[0] * x + w.mix[1] * x0
-        attn = w.attn_scale * self.attention(scaled_norm(x_in), x_in, w, rope, packing, tap)
+        attn = self.attention(scaled_norm(x_in), x_in, w, rope, packing, tap)
         if mlp_lane is None:
             x = x_in + attn
-            return x + w.mlp_scale * self.mlp(scaled_norm(x), w, tap), None
-        mlp = w.mlp_scale * self.mlp(scaled_norm(mlp_lane), w, tap)
+            return x + self.mlp(scaled_norm(x), w, tap), None
+        mlp = self.mlp(scaled_norm(mlp_lane), w, tap)
         return (w.resid[0] * x + w.post[0, 0] * attn + w.post[1, 0] * mlp,
                 w.resid[1] * mlp_lane + w.post[0, 1] * attn + w.post[1, 1] * mlp)
 
@@ -2145,7 +2150,7 @@ class HessianTap:
     def at(self, slot, layer):
         return HessianTap(self.sums, layer)
 
-    def __call__(self, site, x, y):
+    def __call__(self, site, x, y, size=1.0):
         if site in self.WATCHED:
             self.add((site, self.layer), x)
         return y
@@ -2787,13 +2792,13 @@ class SlotLoRA:
     def matrices(self):
         return [*(matrix for _, matrix in self.a), *self.b.values()]
 
-    def __call__(self, site, x, y):
+    def __call__(self, site, x, y, size=1.0):
         if site not in self.b:
             return y
         for sites, a in self.a:
             if sites[0] == site:
                 self.low.update(zip(sites, (x @ a.mT).chunk(len(sites), -1), strict=True))
-        return y + self.scale * (self.low.pop(site) @ self.b[site].mT)
+        return y + self.scale * size * (self.low.pop(site) @ self.b[site].mT)
 
 def adamw_rows(values, squares, gradient, source, target, number, rates):
     """AdamW without first moment: rows `source` of flat states, at their step `number`, into rows `target`, in place.

@@ -496,7 +496,7 @@ class RecordingTap:
         self.inputs = {}
 
     def at(self, slot, layer):
-        def record(site, x, y):
+        def record(site, x, y, size=1.0):
             self.inputs[site, slot] = x
             return y
 
