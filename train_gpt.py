@@ -651,21 +651,22 @@ def load_tokenizer(hp):
 
 jit = (lambda kernel: kernel) if triton is None else triton.jit  # without Triton kernels are defined, never launched
 
-def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors):
+def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors, results=1):
     """Decorator: function of tensors and, last, one number -> custom op; fake(*inputs) gives its results without data.
 
-    With gradients(needed, grad, *kept, number) -> those of the leading inputs, it is differentiable and returns its
-    first result alone; keep(needed, *tensors, *results) -> kept, default everything; needed[i]: input i requires one.
+    With gradients(needed, *grads, *kept, number) -> those of the leading inputs, it is differentiable and returns the
+    first of its results, or all where `results` says that they are several and all differentiable;
+    keep(needed, *tensors, *results) -> kept, default everything; needed[i]: input i requires one.
     """
 
     def setup(ctx, inputs, output):
         *tensors, ctx.number = inputs
-        ctx.set_materialize_grads(False)  # or autograd fills zeros for the results that nobody differentiates
+        ctx.set_materialize_grads(results > 1)  # or autograd fills zeros for the results that nobody differentiates
         ctx.save_for_backward(*keep(ctx.needs_input_grad, *tensors, *output))
 
-    def backward(ctx, grad, *_):
+    def backward(ctx, *grads):
         needed = ctx.needs_input_grad
-        grads = () if grad is None else gradients(needed, grad, *ctx.saved_tensors, ctx.number)
+        grads = () if grads[0] is None else gradients(needed, *grads[:results], *ctx.saved_tensors, ctx.number)
         return *grads, *[None] * (len(needed) - len(grads))
 
     def register(function):
@@ -674,71 +675,72 @@ def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors):
         if gradients is None:
             return op
         op.register_autograd(backward, setup_context=setup)
-        return lambda *inputs: op(*inputs)[0]
+        return op if results > 1 else lambda *inputs: op(*inputs)[0]
 
     return register
 
-# --- softcapped cross-entropy: z = softcap * tanh(logits / softcap), loss = logsumexp(z) - z[target]
+# --- head with softcapped cross-entropy: z = softcap * tanh(h @ weight.T / softcap), loss = logsumexp(z) - z[target]
+# One pass over the logits puts the gradients of the losses in their place; backward, the loss's own scale the products.
 
 def softcapped_cross_entropy_ref(logits, targets, softcap):
     """logits (N, V), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats. The definition of the operation."""
     return F.cross_entropy(softcap * torch.tanh(logits.float() / softcap), targets, reduction="none")
 
+def linear_cross_entropy_ref(h, weight, targets, softcap):
+    """h (N, D), weight (V, D), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats; logits in the dtype of h."""
+    return softcapped_cross_entropy_ref(F.linear(h, weight), targets, softcap)
+
 @jit
-def _ce_forward_kernel(logits, targets, losses, lse, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
+def _ce_kernel(logits, targets, losses, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Losses, and the gradient of each row's loss in place of its logits."""
     row = tl.program_id(0).to(tl.int64)  # 64 bits: rows x vocabulary may exceed 2^31
     logits += row * V
-    peak, total = -float("inf"), 0.0
+    target = tl.load(targets + row)
+    peak, total, z_target = -float("inf"), 0.0, 0.0
     for start in tl.static_range(0, V, BLOCK):  # online log-sum-exp; one turn up to V = 8192
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
-        z = tl.where(columns < V, CAP * (2 * tl.sigmoid(x * (2 / CAP)) - 1), -float("inf"))
+        tanh = 2 * tl.sigmoid(x * (2 / CAP)) - 1
+        z = tl.where(columns < V, CAP * tanh, -float("inf"))
         higher = tl.maximum(peak, tl.max(z, 0))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher), 0)
+        exps = tl.exp(z - higher)
+        total = total * tl.exp(peak - higher) + tl.sum(exps, 0)
         peak = higher
-    row_lse = peak + tl.log(total)
-    x = tl.load(logits + tl.load(targets + row)).to(tl.float32)
-    tl.store(losses + row, row_lse - CAP * (2 * tl.sigmoid(x * (2 / CAP)) - 1))
-    tl.store(lse + row, row_lse)
-
-@jit
-def _ce_backward_kernel(logits, targets, lse, grads, out, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    grad = tl.load(grads + row).to(tl.float32)
-    target, row_lse = tl.load(targets + row), tl.load(lse + row)
-    # a row without gradient is not read at all, and whatever it holds cannot make its gradient anything but zero
-    readable = tl.where(grad != 0, V, 0)
+        z_target += tl.sum(tl.where(columns == target, z, 0.0), 0)
+    tl.store(losses + row, peak + tl.log(total) - z_target)
     for start in tl.static_range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + row * V + columns, mask=columns < readable, other=0.0).to(tl.float32)
-        tanh = 2 * tl.sigmoid(x * (2 / CAP)) - 1
-        p = tl.exp(CAP * tanh - row_lse) - tl.where(columns == target, 1.0, 0.0)
-        d = tl.where(grad != 0, grad * p * (1 - tanh * tanh), 0.0)
-        tl.store(out + row * V + columns, d.to(out.dtype.element_ty), mask=columns < V)
+        if V > BLOCK:  # else all is still at hand
+            x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
+            tanh = 2 * tl.sigmoid(x * (2 / CAP)) - 1
+            exps = tl.exp(CAP * tanh - peak)
+        d = (exps / total - tl.where(columns == target, 1.0, 0.0)) * (1 - tanh * tanh)
+        tl.store(logits + columns, d.to(logits.dtype.element_ty), mask=columns < V)
 
-def _launch_ce(kernel, softcap, *tensors):
-    """Runs kernel on its tensors, logits (N, V) first: one program a row, 32 elements a thread up to V = 8,192."""
-    (N, V), tensors = tensors[0].shape, [t.contiguous() for t in tensors]
-    block = min(8192, max(16, 1 << (V - 1).bit_length()))
+def _launch_ce(logits, targets, softcap):
+    """logits (N, V), overwritten, targets (N,) -> losses (N,); a program a row, 32 elements a thread at V = 8,192."""
+    N, V = logits.shape
+    losses = logits.new_empty(N, dtype=torch.float32)
+    block = min(8192, max(16, triton.next_power_of_2(V)))
     if N > 0:
-        kernel[(N,)](*tensors, V=V, CAP=softcap, BLOCK=block, num_warps=max(1, min(8, block // 1024)))
+        _ce_kernel[(N,)](logits, targets.contiguous(), losses, V=V, CAP=softcap, BLOCK=block,
+                         num_warps=max(1, min(8, block // 1024)))
+    return losses
 
-@golf_op(lambda grad, logits, *_: logits.new_empty(logits.shape))
-def _ce_backward(grad: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
-    grad_logits = logits.new_empty(logits.shape)
-    _launch_ce(_ce_backward_kernel, softcap, logits, targets, lse, grad, grad_logits)
-    return grad_logits
+def _ce_gradients(needed, grad, h, weight, unit, softcap):
+    grad_h = ((unit @ weight) * grad[:, None]).to(h.dtype) if needed[0] else None
+    return grad_h, unit.T @ (h * grad[:, None]).to(h.dtype) if needed[1] else None
 
-@golf_op(lambda logits, *_: tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2)),
-         lambda needed, grad, logits, targets, losses, lse, cap: (_ce_backward(grad, logits, targets, lse, cap),))
-def softcapped_cross_entropy(logits: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """logits (N, V), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats; one pass over the logits each way."""
-    losses, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
-    _launch_ce(_ce_forward_kernel, softcap, logits, targets, losses, lse)
-    return losses, lse
+@golf_op(lambda h, weight, *_: (h.new_empty(h.shape[0], dtype=torch.float32), h.new_empty(h.shape[0], weight.shape[0])),
+         _ce_gradients, lambda needed, h, weight, targets, losses, unit: (h, weight, unit))
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """h (N, D), weight (V, D), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats; logits in the dtype of h."""
+    logits = h @ weight.T
+    return _launch_ce(logits, targets, softcap), logits
 
 # --- squared leaky ReLU MLP: leaky_relu(x @ w_up.T, slope)^2 @ w_down.T. One persistent TMA kernel each way does the
-# first product and the activation or, backward, d act and the derivative; the other products are cuBLAS.
+# first product and the activation or, backward, d act and the derivative; the other products are cuBLAS. For the
+# derivative the activation alone is kept: its root is the size of the first product, its lowest bit stores the sign.
 
 def mlp_ref(x, w_up, w_down, slope):
     """x (..., D), w_up (F, D), w_down (D, F) -> (..., D). The definition of the operation."""
@@ -746,16 +748,16 @@ def mlp_ref(x, w_up, w_down, slope):
 
 # group: tiles of M done before the next tile of N; programs: per multiprocessor; flatten: one loop over tiles and K, so
 # the next tile loads during the epilogue. Defaults for 16 bits on Hopper: Triton 3.6 takes 229,408 bytes forward and
-# 213,032 backward of 227 KB, 162 and 244 of 255 registers. Backward also stages tiles of pre: 4 stages do not fit.
+# 213,032 backward of 227 KB, 188 and 187 of 255 registers. Backward stages tiles of act too: 4 stages do not fit.
 Tile = namedtuple("Tile", "m n k group programs warps stages flatten", defaults=(128, 256, 64, 8, 1, 8, 3, True))
 MLP_TILES = {"forward": Tile(stages=4), "backward": Tile()}
 SMALL_TILE = Tile(32, 32, 32, group=2, warps=4, stages=2, flatten=False)  # fp32 and the interpreter
 
 @jit
-def _mlp_kernel(a_desc, b_desc, pre_desc, out_desc, M, N, K, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
-                FLATTEN: tl.constexpr, GROUP: tl.constexpr,
+def _mlp_kernel(a_desc, b_desc, act_desc, out_desc, M, N, K, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
+                FLATTEN: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """forward: pre = a @ b.T, out = leaky(pre)^2 with b (N, K); backward: out = (a @ b) * act'(pre) with b (K, N)."""
+    """forward: out = leaky(pre)^2, pre = a @ b.T, b (N, K); backward: out = (a @ b) act'(pre), b (K, N). SLOPE >= 0."""
     rows = tl.cdiv(M, BLOCK_M)
     group_tiles = GROUP * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), rows * tl.cdiv(N, BLOCK_N), tl.num_programs(0), flatten=FLATTEN):
@@ -774,13 +776,16 @@ def _mlp_kernel(a_desc, b_desc, pre_desc, out_desc, M, N, K, SLOPE: tl.constexpr
         for half in tl.static_range(2):
             part = right if half else left
             at = m, n + half * (BLOCK_N // 2)
-            if BACKWARD:  # part is of d act; act = leaky(pre)^2, so its derivative is 2 pre, times SLOPE^2 on the left
-                pre = pre_desc.load(at).to(tl.float32)
-                part *= tl.where(pre > 0, 2 * pre, 2 * SLOPE * SLOPE * pre)
-            else:
-                pre_desc.store(at, part.to(pre_desc.dtype))
-                leaky = tl.where(part > 0, part, SLOPE * part)
-                part = leaky * leaky
+            if BACKWARD:  # part is of d act; the derivative is 2 sqrt(act), times -SLOPE on the left
+                act = act_desc.load(at)
+                bits = act.to(tl.int16 if SHIFT else tl.int32, bitcast=True)
+                part *= tl.sqrt(act.to(tl.float32)) * tl.where(bits & 1 == 1, -2 * SLOPE, 2.0)
+            else:  # to the nearest number whose lowest bit, of the SHIFT fewer that are stored, tells the side
+                left_side = part < 0
+                leaky = tl.where(left_side, SLOPE * part, part)
+                bits = (leaky * leaky).to(tl.int32, bitcast=True) + tl.where(left_side, 0, 1 << SHIFT)
+                bits = (bits >> (SHIFT + 1) << (SHIFT + 1)) + tl.where(left_side, 1 << SHIFT, 0)
+                part = bits.to(tl.float32, bitcast=True)
             out_desc.store(at, part.to(out_desc.dtype))
 
 def _descriptor(tensor, *block):
@@ -790,43 +795,42 @@ def _descriptor(tensor, *block):
     # strides from the shape: a single row counts as contiguous whatever stride it carries
     return TensorDescriptor(tensor, list(tensor.shape), [tensor.shape[1], 1], list(block))
 
-def _launch_mlp(a, b, pre, out, slope, backward):
-    """a (M, K), b (N, K) or, backward, (K, N), pre and out (M, N): fills out and, forward, pre."""
+def _launch_mlp(a, b, act, out, slope, backward):
+    """a (M, K), b (N, K) or, backward, (K, N), act (read backward only) and out (M, N): fills out."""
     (M, K), N = a.shape, out.shape[1]
     tile = MLP_TILES["backward" if backward else "forward"] if a.is_cuda and a.element_size() == 2 else SMALL_TILE
     # three programs on the CPU: every one gets several tiles of a small test
     cores = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
     programs = min(cores * tile.programs, triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n))
-    pre_desc, out_desc = (_descriptor(t, tile.m, tile.n // 2) for t in (pre, out))
+    act_desc, out_desc = (_descriptor(t, tile.m, tile.n // 2) for t in (act, out))
     _mlp_kernel[(programs,)](
-        _descriptor(a, tile.m, tile.k), _descriptor(b, *((tile.k, tile.n) if backward else (tile.n, tile.k))), pre_desc,
-        out_desc, M, N, K, SLOPE=slope, BACKWARD=backward, FLATTEN=tile.flatten, GROUP=tile.group, BLOCK_M=tile.m,
-        BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages)
+        _descriptor(a, tile.m, tile.k), _descriptor(b, *((tile.k, tile.n) if backward else (tile.n, tile.k))), act_desc,
+        out_desc, M, N, K, SLOPE=abs(slope), BACKWARD=backward, FLATTEN=tile.flatten, GROUP=tile.group,
+        SHIFT=32 - 8 * out.element_size(), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps,
+        num_stages=tile.stages)
 
-@golf_op(lambda grad, w_down, pre, slope: torch.empty_like(pre))
-def _mlp_backward(grad: Tensor, w_down: Tensor, pre: Tensor, slope: float) -> Tensor:
-    grad_pre = torch.empty_like(pre)
-    _launch_mlp(grad, w_down, pre, grad_pre, slope, backward=True)
+@golf_op(lambda grad, w_down, act, slope: torch.empty_like(act))
+def _mlp_backward(grad: Tensor, w_down: Tensor, act: Tensor, slope: float) -> Tensor:
+    grad_pre = torch.empty_like(act)
+    _launch_mlp(grad, w_down, act, grad_pre, slope, backward=True)
     return grad_pre
 
-def _mlp_keep(needed, x, w_up, w_down, out, pre, act):
-    uses = needed[1], needed[0], needed[0] or needed[1], needed[0] or needed[1], needed[2]
-    return (t if used else None for t, used in zip((x, w_up, w_down, pre, act), uses, strict=True))
+def _mlp_keep(needed, x, w_up, w_down, out, act):
+    uses = needed[1], needed[0], needed[0] or needed[1], any(needed)
+    return (t if used else None for t, used in zip((x, w_up, w_down, act), uses, strict=True))
 
-def _mlp_gradients(needed, grad, x, w_up, w_down, pre, act, slope):
+def _mlp_gradients(needed, grad, x, w_up, w_down, act, slope):
     grad_down = grad.T @ act if needed[2] else None
-    grad_pre = _mlp_backward(grad, w_down, pre, slope) if needed[0] or needed[1] else None
+    grad_pre = _mlp_backward(grad, w_down, act, slope) if needed[0] or needed[1] else None
     grad_up = grad_pre.T @ x if needed[1] else None
     return grad_pre @ w_up if needed[0] else None, grad_up, grad_down
 
-# Both pre and act are saved: 0.8 GB a pass at 98,304 x 2,048 in bf16. Recomputing act in the backward kernel would save
-# half of that and cost its write once more (0.4 GB, 0.13 ms at 3 TB/s, against 0.34 ms of arithmetic in that kernel).
-@golf_op(lambda x, w_up, w_down, _: tuple(x.new_empty(x.shape[0], w.shape[0]) for w in (w_down, w_up, w_up)),
+@golf_op(lambda x, w_up, w_down, _: tuple(x.new_empty(x.shape[0], w.shape[0]) for w in (w_down, w_up)),
          _mlp_gradients, _mlp_keep)
-def _mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    pre, act = (x.new_empty(x.shape[0], w_up.shape[0]) for _ in range(2))
-    _launch_mlp(x, w_up, pre, act, slope, backward=False)
-    return act @ w_down.T, pre, act
+def _mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    act = x.new_empty(x.shape[0], w_up.shape[0])
+    _launch_mlp(x, w_up, act, act, slope, backward=False)
+    return act @ w_down.T, act
 
 def leaky_relu_sq_mlp(x, w_up, w_down, slope):
     """x (..., D), w_up (F, D), w_down (D, F), of one dtype -> (..., D). What TMA cannot address takes the reference."""
@@ -834,6 +838,156 @@ def leaky_relu_sq_mlp(x, w_up, w_down, slope):
     if width * size % 16 or hidden * size % 16 or x.numel() == 0:  # TMA: rows of n * 16 bytes
         return mlp_ref(x, w_up, w_down, slope)
     return _mlp(x.reshape(-1, width), w_up, w_down, float(slope)).view(x.shape)
+
+# --- around attention: before it, q and k get a norm for each head, partial rotary positions and q its gain; behind it,
+# XSA takes its own value's part out of each head's output, and a gate scales it. Rows of the tiles are heads.
+
+def norm(x):
+    """(..., D) -> (..., D): RMS norm without a weight, eps of F.rms_norm for float32."""
+    return F.rms_norm(x, (x.size(-1),), eps=1.19e-7)
+
+def apply_rotary_emb(x, cos, sin):
+    """(B, T, H, E) -> the same: rotates dims i and i + rope_dims/2 of the first rope_dims (partial RoPE)."""
+    cos, sin, half = cos.to(x.dtype), sin.to(x.dtype), cos.size(-1)
+    x1, x2, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
+
+def qkv_heads_ref(qkv, gain, cos, sin, kv_heads):
+    """qkv (B, T, (H + 2 K) E), gain (H,), cos and sin (T, 1, rope_dims / 2) -> q (B, T, H, E), k, v (B, T, K, E)."""
+    heads = gain.numel(), kv_heads, kv_heads
+    q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(heads, dim=-2)
+    return apply_rotary_emb(norm(q), cos, sin) * gain[:, None], apply_rotary_emb(norm(k), cos, sin), v
+
+def gated_xsa_ref(y, v, logits, factor):
+    """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> XSA (arXiv:2603.09078) times factor sigmoid(logits)."""
+    return subtract_own_value(y, v) * (factor * torch.sigmoid(logits))[..., None]
+
+def subtract_own_value(y, v):
+    """(B, T, H, E), (B, T, K, E) -> (B, T, H, E), heads' outputs without the part along their own value."""
+    v_hat = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, E)
+    grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, E)
+    return (grouped - (grouped * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3)
+
+def _launch_rows(kernel, tensors, rows, E, warps, *sizes, **constants):
+    """kernel on rows of E numbers, 1,024 numbers a program; its arguments: tensors, rows, sizes, constants."""
+    block_e = triton.next_power_of_2(E)
+    block = max(1, 1024 // block_e)
+    if rows > 0:
+        kernel[(triton.cdiv(rows, block),)](*(t.contiguous() for t in tensors), rows, *sizes, **constants, E=E,
+                                            BLOCK_E=block_e, BLOCK=block, num_warps=warps)
+
+@jit
+def _qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, out, dots, rows, T, H: tl.constexpr, K: tl.constexpr,
+                      HALF: tl.constexpr, BACKWARD: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+                      BLOCK: tl.constexpr):
+    """forward: qkv -> q, k, v. backward: q, k, v hold their gradients; out is that of qkv, dots sum to that of gain."""
+    row, e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)[None, :]
+    token, head = row // (H + 2 * K), row % (H + 2 * K)
+    is_q, is_v, inside = head < H, (head >= H + K)[:, None], (row < rows)[:, None] & (e < E)
+    turning, partner = inside & (e < 2 * HALF), tl.where(e < HALF, e + HALF, e - HALF)  # what turns, and with
+    split = tl.where(head < H + K, k + (token * K + head - H) * E, v + (token * K + head - H - K) * E)
+    split = tl.where(is_q, q + (token * H + head) * E, split)[:, None]
+    joint = row[:, None] * E
+    angle = (token % T)[:, None] * HALF + e % HALF
+    c = tl.load(cos + angle, mask=turning, other=1.0)
+    s = tl.load(sin + angle, mask=turning, other=0.0) * tl.where(e < HALF, 1.0, -1.0)
+    x = tl.load(qkv + joint + e, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 1) / E + 1.19e-7)[:, None]
+    gained = scale * tl.load(gain + head, mask=is_q, other=1.0).to(tl.float32)[:, None]
+    if BACKWARD:
+        g = tl.load(split + e, mask=inside, other=0.0).to(tl.float32)
+        turned = g * c - s * tl.load(split + partner, mask=turning, other=0.0).to(tl.float32)  # transposed rotation
+        dot = tl.sum(x * scale * turned, 1)
+        d = tl.where(is_v, g, gained * (turned - x * scale * (dot / E)[:, None]))
+        tl.store(out + joint + e, d.to(out.dtype.element_ty), mask=inside)
+        tl.store(dots + token * H + head, dot, mask=is_q & (row < rows))
+    else:
+        turned = x * c + s * tl.load(qkv + joint + partner, mask=turning, other=0.0).to(tl.float32)
+        tl.store(split + e, tl.where(is_v, x, turned * gained).to(q.dtype.element_ty), mask=inside)
+
+def _launch_qkv_heads(inputs, heads, grads=()):
+    """inputs qkv, gain, cos, sin; heads q, k, v: fills these or, backward, grads: that of qkv, and of gain per row."""
+    (qkv, _, cos, _), (H, E) = inputs, heads[0].shape[2:]
+    _launch_rows(_qkv_heads_kernel, (*inputs, *heads, *(grads or (qkv, qkv))), qkv.numel() // E, E, 1, cos.shape[0],
+                 H=H, K=heads[1].shape[2], HALF=cos.shape[-1], BACKWARD=bool(grads))
+
+def _new_heads(qkv, gain, cos, sin, kv_heads):
+    """Empty q, k, v."""
+    H = gain.numel()
+    E = qkv.shape[-1] // (H + 2 * kv_heads)
+    return tuple(qkv.new_empty(*qkv.shape[:2], heads, E) for heads in (H, kv_heads, kv_heads))
+
+@golf_op(lambda dq, dk, dv, qkv, *_: (qkv.new_empty(qkv.shape), dq.new_empty(dq.shape[:3], dtype=torch.float32)))
+def _qkv_heads_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
+                        kv_heads: int) -> tuple[Tensor, Tensor]:
+    grad, dots = qkv.new_empty(qkv.shape), dq.new_empty(dq.shape[:3], dtype=torch.float32)
+    _launch_qkv_heads((qkv, gain, cos, sin), (dq, dk, dv), (grad, dots))
+    return grad, dots
+
+def _qkv_heads_gradients(needed, *grads_and_saved):
+    grad, dots = _qkv_heads_backward(*grads_and_saved)
+    return grad, dots.sum((0, 1)).to(grad.dtype) if needed[1] else None
+
+@golf_op(_new_heads, _qkv_heads_gradients, lambda needed, *tensors: tensors[:4], results=3)
+def qkv_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (B, T, (H + 2 K) E), gain (H,), cos and sin (T, 1, rope_dims / 2) -> q (B, T, H, E), k, v (B, T, K, E)."""
+    heads = _new_heads(qkv, gain, cos, sin, kv_heads)
+    _launch_qkv_heads((qkv, gain, cos, sin), heads)
+    return heads
+
+@jit
+def _gated_xsa_kernel(y, v, logits, grad, out, dv, dlogits, rows, FACTOR: tl.constexpr, GROUP: tl.constexpr,
+                      BACKWARD: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr):
+    """A row is a key/value head, with the GROUP query heads that share it. backward: out is the gradient of y."""
+    row, e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)[None, :]
+    inside = (row < rows)[:, None] & (e < E)
+    v_hat = tl.load(v + row[:, None] * E + e, mask=inside, other=0.0).to(tl.float32)
+    inverse = 1 / tl.maximum(tl.sqrt(tl.sum(v_hat * v_hat, 1)), 1e-12)[:, None]
+    v_hat *= inverse
+    d_hat = tl.zeros((BLOCK, BLOCK_E), dtype=tl.float32)
+    for i in tl.static_range(GROUP):
+        head = row * GROUP + i
+        at = head[:, None] * E + e
+        x = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.sigmoid(tl.load(logits + head, mask=row < rows, other=0.0).to(tl.float32))
+        along = tl.sum(x * v_hat, 1)[:, None]
+        z = x - along * v_hat
+        if BACKWARD:
+            g = FACTOR * tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+            slope = gate * (1 - gate) * tl.sum(g * z, 1)
+            tl.store(dlogits + head, slope.to(dlogits.dtype.element_ty), mask=row < rows)
+            g *= gate[:, None]
+            g_along = tl.sum(g * v_hat, 1)[:, None]
+            d_hat -= along * g + g_along * x
+            z = g - g_along * v_hat
+        else:
+            z *= FACTOR * gate[:, None]
+        tl.store(out + at, z.to(out.dtype.element_ty), mask=inside)
+    if BACKWARD:
+        d = inverse * (d_hat - tl.sum(d_hat * v_hat, 1)[:, None] * v_hat)
+        tl.store(dv + row[:, None] * E + e, d.to(dv.dtype.element_ty), mask=inside)
+
+def _launch_gated_xsa(inputs, outs, factor, grad=None):
+    """inputs y, v, logits: fills outs with the output alone or, given its gradient, with those of the inputs."""
+    y, v, _ = inputs
+    tensors = (*inputs, y, *outs, y, y) if grad is None else (*inputs, grad, *outs)
+    _launch_rows(_gated_xsa_kernel, tensors, v.numel() // v.shape[-1], v.shape[-1], 4, FACTOR=factor,
+                 GROUP=y.shape[-2] // v.shape[-2], BACKWARD=grad is not None)
+
+@golf_op(lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:3]))
+def _gated_xsa_backward(grad: Tensor, y: Tensor, v: Tensor, logits: Tensor,
+                        factor: float) -> tuple[Tensor, Tensor, Tensor]:
+    grads = tuple(t.new_empty(t.shape) for t in (y, v, logits))
+    _launch_gated_xsa((y, v, logits), grads, factor, grad)
+    return grads
+
+@golf_op(lambda y, *_: (y.new_empty(y.shape), y.new_empty(0)),
+         lambda needed, *saved: _gated_xsa_backward(*saved), lambda needed, *tensors: tensors[:3])
+def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> XSA (arXiv:2603.09078) times factor sigmoid(logits)."""
+    out = y.new_empty(y.shape)
+    _launch_gated_xsa((y, v, logits), (out,), factor)
+    return out, y.new_empty(0)
 
 # --- attention over packed documents: causal within documents, scale 1/sqrt(E), query head h on KV head h // (H / K)
 # Every backend: q (B, T, H, E), k and v (B, T, K, E), cu_seqlens (N + 1,) int32 with B = 1, or None: each row is one
@@ -897,19 +1051,44 @@ def attention_fa3(q, k, v, cu_seqlens, max_seqlen):
     out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
     return out[0] if isinstance(out, tuple) else out  # some versions return (out, lse)
 
+@jit
+def _regroup_kernel(k, v, k_out, v_out, rows, SUM: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr,
+                    BLOCK_E: tl.constexpr, BLOCK: tl.constexpr):
+    """A row is a key/value head: GROUP copies of it or, SUM, the sum of GROUP rows, one for each query head."""
+    row, e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)[None, :]
+    inside, few, many = (row < rows)[:, None] & (e < E), row[:, None] * E + e, row[:, None] * (GROUP * E) + e
+    for i in tl.static_range(2):
+        source, target = v if i else k, v_out if i else k_out
+        x = tl.load(source + (many if SUM else few), mask=inside, other=0.0)
+        for member in tl.static_range(1, GROUP):
+            if SUM:
+                x = x.to(tl.float32) + tl.load(source + many + member * E, mask=inside, other=0.0).to(tl.float32)
+            else:
+                tl.store(target + many + member * E, x, mask=inside)
+        tl.store(target + (few if SUM else many), x.to(target.dtype.element_ty), mask=inside)
+
+def _regroup(pair, heads):
+    """k and v (tokens, K, E) -> (tokens, heads, E) each: copies for every query head or, with fewer, sums over them."""
+    tokens, K, E = pair[0].shape
+    outs = [t.new_empty(tokens, heads, E) for t in pair]
+    _launch_rows(_regroup_kernel, (*pair, *outs), tokens * min(K, heads), E, 4, SUM=heads < K,
+                 GROUP=max(K, heads) // min(K, heads))
+    return outs
+
 @golf_op(lambda grad, q, k, v, *_: tuple(t.new_empty(t.shape) for t in (q, k, v)))
 def _fa4_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor,
                   max_seqlen: int) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
     # Query heads that share dk and dv add them up in fp32 buffers, zeroed before and cast after. A key head for each,
-    # and the sum taken here, should cost less (docs/LOG.md).
+    # and the sum taken here, cost less (docs/LOG.md).
     heads = k.shape[1]
-    k, v = _repeat_kv(q, k, v)
+    shared = heads < q.shape[1]
+    k, v = _regroup((k, v), q.shape[1]) if shared else (k, v)
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     _flash_attn_bwd(
         q, k, v, out, grad.contiguous(), lse, softmax_scale=q.shape[-1] ** -0.5, causal=True, dq=dq, dk=dk, dv=dv,
         cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
-    return dq, *(t if heads == t.shape[1] else t.unflatten(1, (heads, -1)).sum(2) for t in (dk, dv))
+    return dq, *(_regroup((dk, dv), heads) if shared else (dk, dv))
 
 @_on_packed_row
 @golf_op(lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)),
@@ -929,17 +1108,21 @@ ATTENTION_BACKENDS = {"fa3": attention_fa3, "fa4": attention_fa4, "torch": atten
 class Ops:  # what the model calls, the name of each choice, and why an alternative was refused
     attention: Callable  # q, k, v, cu_seqlens, max_seqlen
     mlp: Callable  # x, w_up, w_down, slope
-    cross_entropy: Callable  # logits, targets, softcap
+    cross_entropy: Callable  # h, weight, targets, softcap
     names: dict
     notes: tuple = ()
+    qkv_heads: Callable = qkv_heads_ref  # qkv, gain, cos, sin, kv_heads
+    gated_xsa: Callable = gated_xsa_ref  # y, v, logits, factor
 
 def _forward_backward(op, args):
-    """op and its arguments -> its output and its gradients for each floating-point argument, under one fixed loss."""
-    args = [a.detach().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+    """op and its arguments -> its outputs and its gradients for arguments that require one, under one fixed loss."""
+    args = [a.detach().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in args]
     with torch.enable_grad():
-        out = op(*args)
-    grad = torch.linspace(-1, 1, out.numel(), device=out.device).cos().view(out.shape).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, [a for a in args if torch.is_tensor(a) and a.requires_grad], grad)]
+        outs = op(*args)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    grads = [torch.linspace(-1, 1, t.numel(), device=t.device).cos().view(t.shape).to(t.dtype) for t in outs]
+    leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+    return [*(t.detach() for t in outs), *torch.autograd.grad(outs, leaves, grads)]
 
 def _first_that_works(kind, candidates, reference, args, notes, tolerance=0.03):
     """Candidates by name, trial arguments -> name of the first that agrees with reference, or None; adds to notes."""
@@ -971,21 +1154,27 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
         attention = {attention_backend: ATTENTION_BACKENDS[attention_backend]}
     elif cuda and torch.cuda.get_device_capability(device)[0] != 9:  # FlashAttention-3 is for Hopper alone
         attention = {name: op for name, op in attention.items() if name != "fa3"}
-    mlps = {"triton": leaky_relu_sq_mlp, "reference": mlp_ref}
-    cross_entropies = {"triton": softcapped_cross_entropy, "reference": softcapped_cross_entropy_ref}
-    if not (kernels and cuda and triton):
-        del mlps["triton"], cross_entropies["triton"]
     notes = ["kernels: Triton is not installed"] if kernels and cuda and triton is None else []
     generator = torch.Generator(device).manual_seed(0)
-    targets = torch.randint(1000, (64,), generator=generator, device=device)
+    targets = torch.randint(1000, (200,), generator=generator, device=device)
     cu_seqlens = torch.tensor([0, 37, 38, 166, 256, 256, 256], dtype=torch.int32, device=device)
-    qkv = [(1, 256, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
-    q, k, v, x, w_up, w_down, logits = (torch.randn(shape, generator=generator, device=device).to(dtype)
-                                        for shape in (*qkv, (200, 64), (320, 64), (64, 320), (64, 1000)))
+    shapes = [(1, 256, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    shapes += (200, 64), (320, 64), (64, 320), (1000, 64), (1, 256, num_heads)
+    q, k, v, x, w_up, w_down, head, gates = (
+        torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for shape in shapes)
+    angles = torch.arange(256, device=device)[:, None, None] * torch.tensor([1.0, 0.03], device=device)
+    raw = torch.cat([t.detach().flatten(2) for t in (q, k, v)], dim=2).requires_grad_()
+
+    def candidates(kernel, reference):
+        return ({"triton": kernel} if kernels and cuda and triton else {}) | {"reference": reference}, reference
+
     trials = {  # operation -> candidates, reference, arguments
         "attention": (attention, attention_sdpa, (q, k, v, cu_seqlens, 128)),
-        "mlp": (mlps, mlp_ref, (x, w_up / 8, w_down / 18, 0.3)),
-        "cross_entropy": (cross_entropies, softcapped_cross_entropy_ref, (logits * 10, targets, 30.0)),
+        "mlp": (*candidates(leaky_relu_sq_mlp, mlp_ref), (x, w_up / 8, w_down / 18, 0.3)),
+        "cross_entropy": (*candidates(linear_cross_entropy, linear_cross_entropy_ref), (x, head, targets, 30.0)),
+        "qkv_heads": (*candidates(qkv_heads, qkv_heads_ref),
+                      (raw, gates[0, 0], angles.cos(), angles.sin(), num_kv_heads)),
+        "gated_xsa": (*candidates(gated_xsa, gated_xsa_ref), (q, v, gates, 2.0)),
     }
     names = {kind: _first_that_works(kind, *trial, notes) for kind, trial in trials.items()}
     if names["attention"] is None:
@@ -993,10 +1182,6 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
     return Ops(**{kind: trials[kind][0][name] for kind, name in names.items()}, names=names, notes=tuple(notes))
 
 # ---- MODEL -----------------------------------------------------------------------------------------------------------
-
-def norm(x):
-    """(..., D) -> (..., D): RMS norm without a weight, eps of F.rms_norm for float32."""
-    return F.rms_norm(x, (x.size(-1),), eps=1.19e-7)
 
 def rotary_tables(hp):
     """cos and sin of every position of the longest row, (T, 1, rope_dims / 2) float32 each, from float64 angles.
@@ -1008,25 +1193,12 @@ def rotary_tables(hp):
     angle = torch.arange(length, dtype=torch.float64)[:, None, None] * frequency
     return angle.cos().float(), angle.sin().float()
 
-def apply_rotary_emb(x, tables):
-    """(B, T, H, E) -> the same: rotates dims i and i + rope_dims/2 of the first rope_dims (partial RoPE)."""
-    cos, sin = (table.to(x.dtype) for table in tables)
-    half = cos.size(-1)
-    x1, x2, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
-
-def subtract_own_value(y, v):
-    """XSA (arXiv:2603.09078): (B, T, H, E), (B, T, K, E) -> (B, T, H, E), outputs without their own value's part."""
-    v_hat = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, E)
-    grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, E)
-    return (grouped - (grouped * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3)
-
 class LayerWeights(NamedTuple):
     """What one layer computes with: views of the banks and of the small parameters, in the compute dtype."""
     qkv: Tensor  # (D + 2 K E, D): q, k and v below each other, one product
-    out: Tensor  # (D, D)
+    out: Tensor  # (D, D), times attn_scale
     up: Tensor  # (F, D)
-    down: Tensor  # (D, F)
+    down: Tensor  # (D, F), times mlp_scale
     q_gain: Tensor  # (H,)
     gate: Tensor | None  # (H, window) or (H, D)
     attn_scale: Tensor  # (D,)
@@ -1041,9 +1213,9 @@ class GPT(nn.Module):
     """The 11-layer recurrent GPT: one forward pass for training, evaluation, calibration and TTT.
 
     A tap, where given, is asked for tap.at(slot, layer), which is called at each site of that slot as (site, x, y) -> y
-    with its input and output. Sites: q, k, v, attn_proj, mlp_up, mlp_down (matrix products), attn_out, mlp_out
-    (whole sublayers); token_losses calls its own at lm_head. Without a tap nothing is traced. `splits_mlp` asks for the
-    unfused MLP, whose hidden layer can be seen.
+    with its input and output. Sites: q, k, v, attn_proj, mlp_up, mlp_down (matrix products), attn_out, mlp_out (whole
+    sublayers; also told the (D,) scale that y has already been multiplied by); token_losses calls its own at lm_head.
+    Without a tap nothing is traced. `splits_mlp` asks for the unfused MLP, whose hidden layer can be seen.
     """
 
     def __init__(self, hp, ops, dtype):
@@ -1117,12 +1289,17 @@ class GPT(nn.Module):
         return layers[:first] + layers[first:last] * (hp.num_loops + 1) + layers[last:]
 
     def layer_weights(self):
-        """LayerWeights of every layer. Unbinding once makes a bank's gradient one stack, not a sum of padded slices."""
+        """LayerWeights of every layer. Unbinding once makes a bank's gradient one stack, not a sum of padded slices.
+
+        The scales of the sublayers' outputs are multiplied into the matrices before: no output, and no gradient of one,
+        is written once more for them.
+        """
         L = self.hp.num_layers
-        q, out, k, v = *self.qo_bank.to(self.dtype).split(L), *self.kv_bank.to(self.dtype).split(L)
-        qkv = torch.cat((q, k, v), dim=1).unbind(0)
+        (q, out), (k, v) = self.qo_bank.split(L), self.kv_bank.split(L)
+        out, down = out * self.attn_scale[..., None], self.mlp_down_bank * self.mlp_scale[..., None]
+        qkv = torch.cat([p.to(self.dtype) for p in (q, k, v)], dim=1).unbind(0)
         out, up, down, q_gain, attn_scale, mlp_scale, mix, post, resid = (p.to(self.dtype).unbind(0) for p in (
-            out, self.mlp_up_bank, self.mlp_down_bank, self.q_gain, self.attn_scale, self.mlp_scale, self.resid_mix,
+            out, self.mlp_up_bank, down, self.q_gain, self.attn_scale, self.mlp_scale, self.resid_mix,
             self.parallel_post, self.parallel_resid))
         gates = [None] * L if self.attn_gate is None else self.attn_gate.to(self.dtype).unbind(0)
         return [LayerWeights(qkv[i], out[i], up[i], down[i], q_gain[i], gates[i], attn_scale[i], mlp_scale[i], mix[i],
@@ -1131,30 +1308,31 @@ class GPT(nn.Module):
     def attention(self, h, x_in, w, rope, packing, tap):
         """(B, T, D) normalised input h -> (B, T, D). `packing` is (cu_seqlens or None, max_seqlen)."""
         hp, (B, T, D) = self.hp, h.shape
-        kv_dim = hp.num_kv_heads * hp.head_dim
-        q_raw, k, v = F.linear(h, w.qkv).split((D, kv_dim, kv_dim), dim=-1)
+        qkv, kv_dim = F.linear(h, w.qkv), hp.num_kv_heads * hp.head_dim
         if tap is not None:
-            q_raw, k, v = tap("q", h, q_raw), tap("k", h, k), tap("v", h, v)
-        q, k, v = (t.unflatten(2, (-1, hp.head_dim)) for t in (q_raw, k, v))
-        q = apply_rotary_emb(norm(q), rope) * w.q_gain[:, None]
-        k = apply_rotary_emb(norm(k), rope)
+            parts = qkv.split((D, kv_dim, kv_dim), dim=-1)
+            qkv = torch.cat([tap(site, h, part) for site, part in zip("qkv", parts, strict=True)], dim=-1)
+        q, k, v = self.ops.qkv_heads(qkv, w.q_gain, *rope, hp.num_kv_heads)
         y = self.ops.attention(q, k, v, *packing)  # (B, T, H, E)
-        if w.xsa:
+        if w.xsa and self.gate_kind:
+            y = self.ops.gated_xsa(y, v, *self.head_gates(h, x_in, qkv, w.gate))
+        elif w.xsa:
             y = subtract_own_value(y, v)
-        if self.gate_kind:
-            y = y * self.head_gates(h, x_in, q_raw, w.gate)[..., None]
+        elif self.gate_kind:
+            logits, factor = self.head_gates(h, x_in, qkv, w.gate)
+            y = y * (factor * torch.sigmoid(logits))[..., None]
         out = linear(y.reshape(B, T, D), w.out, tap, "attn_proj")
-        return out if tap is None else tap("attn_out", h, out)
+        return out if tap is None else tap("attn_out", h, out, w.attn_scale)
 
-    def head_gates(self, h, x_in, q_raw, gate):
-        """(B, T, H) factors of the heads' outputs, of whichever gate is on."""
+    def head_gates(self, h, x_in, qkv, gate):
+        """Logits (B, T, H) and the factor of their sigmoids, of whichever gate of the heads' outputs is on."""
         hp = self.hp
         if self.gate_kind == "sparse":
-            return torch.sigmoid(hp.sparse_attn_gate_scale * F.linear(h[..., :hp.gate_window], gate))
+            return hp.sparse_attn_gate_scale * F.linear(h[..., :hp.gate_window], gate), 1.0
         if self.gate_kind == "dense":
-            return torch.sigmoid(F.linear(h, gate))
-        source = q_raw if hp.attn_out_gate_src == "q" else x_in
-        return 2 * torch.sigmoid(F.linear(source[..., :hp.gate_window], gate))
+            return F.linear(h, gate), 1.0
+        source = qkv if hp.attn_out_gate_src == "q" else x_in
+        return F.linear(source[..., :hp.gate_window], gate), 2.0
 
     def mlp(self, h, w, tap):
         """(B, T, D) normalised input -> (B, T, D): W_down leaky_relu(W_up h)^2."""
@@ -1164,7 +1342,7 @@ class GPT(nn.Module):
             out = linear(hidden, w.down, tap, "mlp_down")
         else:
             out = self.ops.mlp(h, w.up, w.down, slope)
-        return out if tap is None else tap("mlp_out", h, out)
+        return out if tap is None else tap("mlp_out", h, out, w.mlp_scale)
 
     def block(self, x, mlp_lane, x0, w, rope, packing, tap):
         """One layer: stream x (B, T, D), and the MLP's own lane where the stream has split, else None -> both again."""
@@ -1173,11 +1351,11 @@ class GPT(nn.Module):
             return (norm(x) * w.depth_scale).to(x.dtype)
 
         x_in = w.mix[0] * x + w.mix[1] * x0
-        attn = w.attn_scale * self.attention(scaled_norm(x_in), x_in, w, rope, packing, tap)
+        attn = self.attention(scaled_norm(x_in), x_in, w, rope, packing, tap)
         if mlp_lane is None:
             x = x_in + attn
-            return x + w.mlp_scale * self.mlp(scaled_norm(x), w, tap), None
-        mlp = w.mlp_scale * self.mlp(scaled_norm(mlp_lane), w, tap)
+            return x + self.mlp(scaled_norm(x), w, tap), None
+        mlp = self.mlp(scaled_norm(mlp_lane), w, tap)
         return (w.resid[0] * x + w.post[0, 0] * attn + w.post[1, 0] * mlp,
                 w.resid[1] * mlp_lane + w.post[0, 1] * attn + w.post[1, 1] * mlp)
 
@@ -1224,8 +1402,7 @@ class GPT(nn.Module):
     def forward(self, inputs, targets, cu_seqlens, looping, max_seqlen, fresh=None):
         """(1, T) ids, (T,) targets -> (T,) cross-entropy in nats, logits in the compute dtype: for gradients."""
         h = self.forward_hidden(inputs, cu_seqlens, max_seqlen=max_seqlen, looping=looping, fresh=fresh)
-        logits = F.linear(h.flatten(0, 1), self.head_weight.to(self.dtype))
-        return self.ops.cross_entropy(logits, targets, self.hp.logit_softcap)
+        return self.ops.cross_entropy(h.flatten(0, 1), self.head_weight.to(self.dtype), targets, self.hp.logit_softcap)
 
     def token_losses(self, hidden, targets, tap=None):
         """(..., D) outputs of the final norm, (...) targets -> (...) nats, with head, softcap and loss in float32."""
@@ -1807,7 +1984,7 @@ class HessianTap:
     def at(self, slot, layer):
         return HessianTap(self.sums, layer)
 
-    def __call__(self, site, x, y):
+    def __call__(self, site, x, y, size=1.0):
         if site in self.WATCHED:
             self.add((site, self.layer), x)
         return y
@@ -2436,13 +2613,13 @@ class SlotLoRA:
     def matrices(self):
         return [*(matrix for _, matrix in self.a), *self.b.values()]
 
-    def __call__(self, site, x, y):
+    def __call__(self, site, x, y, size=1.0):
         if site not in self.b:
             return y
         for sites, a in self.a:
             if sites[0] == site:
                 self.low.update(zip(sites, (x @ a.mT).chunk(len(sites), -1), strict=True))
-        return y + self.scale * (self.low.pop(site) @ self.b[site].mT)
+        return y + self.scale * size * (self.low.pop(site) @ self.b[site].mT)
 
 def adamw_rows(values, squares, gradient, source, target, number, rates):
     """AdamW without first moment: rows `source` of flat states, at their step `number`, into rows `target`, in place.

@@ -29,31 +29,37 @@ def median_ms(function) -> float:
     return tg.triton.testing.do_bench(function, warmup=20, rep=80, return_mode="median")
 
 
+def results(op, args) -> tuple:
+    out = op(*args)
+    return out if isinstance(out, tuple) else (out,)
+
+
 def forward_and_backward(op, args):
     """op and its arguments -> two closures: forward without autograd, and forward + backward for a fixed gradient."""
     leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
     with torch.no_grad():
-        grad = torch.randn_like(op(*args))
+        grads = [torch.randn_like(t) for t in results(op, args)]
 
     def forward():
         with torch.no_grad():
             return op(*args)
 
     def both():
-        out = op(*args)
-        return out, *torch.autograd.grad(out, leaves, grad)
+        out = results(op, args)
+        return out, torch.autograd.grad(out, leaves, grads)
 
     return forward, both
 
 
 def relative_errors(op, reference, args) -> list[float]:
-    """Errors of op in the dtype of args against the reference in fp32: output, then each gradient."""
+    """Errors of op in the dtype of args against the reference in fp32: outputs, then each gradient."""
     full = [a.detach().float().requires_grad_() if torch.is_tensor(a) and a.requires_grad else a for a in args]
-    got, want = op(*args), reference(*full)
-    weight = torch.randn_like(want).to(got.dtype)
-    grads = torch.autograd.grad(got, [a for a in args if torch.is_tensor(a) and a.requires_grad], weight)
-    wanted = torch.autograd.grad(want, [a for a in full if torch.is_tensor(a) and a.requires_grad], weight.float())
-    pairs = zip((got, *grads), (want, *wanted), strict=True)
+    got, want = results(op, args), results(reference, full)
+    weights = [torch.randn_like(t) for t in got]
+    grads = torch.autograd.grad(got, [a for a in args if torch.is_tensor(a) and a.requires_grad], weights)
+    wanted = torch.autograd.grad(want, [a for a in full if torch.is_tensor(a) and a.requires_grad],
+                                 [w.float() for w in weights])  # fmt: skip
+    pairs = zip((*got, *grads), (*want, *wanted), strict=True)
     return [((g.float() - w).norm() / w.norm().clamp_min(1e-20)).item() for g, w in pairs]
 
 
@@ -116,12 +122,36 @@ class Report:
 
 def bench_cross_entropy(report: Report, tokens: int) -> None:
     def inputs(rows):
-        return normal(rows, VOCAB, scale=8), torch.randint(VOCAB, (rows,), device="cuda"), SOFTCAP
+        h, weight = normal(rows, DIM), normal(VOCAB, DIM, scale=8 * DIM**-0.5)
+        return h, weight, torch.randint(VOCAB, (rows,), device="cuda"), SOFTCAP
 
-    ops = tg.softcapped_cross_entropy, tg.softcapped_cross_entropy_ref
-    report.errors("cross-entropy", *ops, inputs(min(tokens, 8192)))
-    once = 2.0 * tokens * VOCAB  # the logits, read by each pass, and written as gradient
-    report.compare("cross-entropy", *ops, inputs(tokens), (once, 3 * once), "GB/s")
+    ops = tg.linear_cross_entropy, tg.linear_cross_entropy_ref
+    report.errors("head + cross-entropy", *ops, inputs(min(tokens, 8192)))
+    product = 2.0 * tokens * VOCAB * DIM
+    report.compare("head + cross-entropy", *ops, inputs(tokens), (product, 3 * product), "TFLOP/s")
+    logits, targets = normal(tokens, VOCAB, scale=8).detach(), torch.randint(VOCAB, (tokens,), device="cuda")
+    ms = median_ms(lambda: tg._launch_ce(logits, targets, SOFTCAP))
+    rate = 4.0 * tokens * VOCAB / ms / 1e6  # read and written once
+    print(f"{'cross-entropy kernel':34} {ms:8.3f} {rate:7.0f} GB/s    {rate / report.gbytes:9.0%}")
+
+
+def bench_around_attention(report: Report, tokens: int) -> None:
+    angle, kv_heads = torch.rand(tokens, 1, 8, device="cuda"), HEADS // 2
+    table = angle.cos(), angle.sin()
+
+    def before(rows):
+        gain = normal(HEADS)
+        return normal(1, rows, (HEADS + 2 * kv_heads) * HEAD_DIM), gain, *(t[:rows] for t in table), kv_heads
+
+    def behind(rows):
+        return *(normal(1, rows, n, HEAD_DIM) for n in (HEADS, kv_heads)), normal(1, rows, HEADS), 1.0
+
+    q_bytes = 2.0 * tokens * HEADS * HEAD_DIM  # of q; k and v: half of it each
+    for name, ops, inputs, work in (
+            ("q/k norm, rotary, gain", (tg.qkv_heads, tg.qkv_heads_ref), before, (4 * q_bytes, 9.5 * q_bytes)),
+            ("XSA and gate", (tg.gated_xsa, tg.gated_xsa_ref), behind, (2.5 * q_bytes, 6.5 * q_bytes))):
+        report.errors(name, *ops, inputs(min(tokens, 8192)))
+        report.compare(name, *ops, inputs(tokens), work, "GB/s")
 
 
 def mlp_inputs(tokens: int, hidden: int):
@@ -140,9 +170,9 @@ def bench_mlp(report: Report, tokens: int, hidden: int) -> None:
 def mlp_kernel_ms(args) -> tuple[float, float]:
     """Arguments of the MLP -> ms of the forward kernel and of the backward kernel alone."""
     x, w_up, w_down = (a.detach() for a in args[:3])
-    pre, act = (x.new_empty(x.shape[0], w_up.shape[0]) for _ in range(2))
-    forward = median_ms(lambda: tg._launch_mlp(x, w_up, pre, act, SLOPE, backward=False))
-    return forward, median_ms(lambda: tg._launch_mlp(x, w_down, pre, act, SLOPE, backward=True))
+    act, out = (x.new_empty(x.shape[0], w_up.shape[0]) for _ in range(2))
+    forward = median_ms(lambda: tg._launch_mlp(x, w_up, act, act, SLOPE, backward=False))
+    return forward, median_ms(lambda: tg._launch_mlp(x, w_down, act, out, SLOPE, backward=True))
 
 
 def bench_mlp_kernels(report: Report, args, product: float) -> None:
@@ -161,14 +191,14 @@ def tune_mlp(tokens: int, hidden: int) -> None:
     shapes += [tg.Tile(n=128, programs=2, warps=4, stages=3), tg.Tile(n=128, programs=2, warps=8, stages=3)]
     shapes += [tg.Tile(n=128, warps=8, stages=4), tg.Tile(m=256, n=128, stages=3), tg.Tile(k=128, n=128, stages=3)]
     x, w_up, w_down = (a.detach() for a in args[:3])
-    pre, act = (x.new_empty(tokens, hidden) for _ in range(2))
+    act, out = (x.new_zeros(tokens, hidden) for _ in range(2))
     chosen = dict(tg.MLP_TILES)
     for tile in [t._replace(flatten=flatten) for t in shapes for flatten in (True, False)]:
         line = f"{str(tuple(tile)):48}"
         for purpose, operand in (("forward", w_up), ("backward", w_down)):
             tg.MLP_TILES[purpose] = tile
             try:
-                ms = median_ms(lambda b=operand, p=purpose: tg._launch_mlp(x, b, pre, act, SLOPE, p == "backward"))
+                ms = median_ms(lambda b=operand, p=purpose: tg._launch_mlp(x, b, act, out, SLOPE, p == "backward"))
                 line += f" {purpose} {ms:.3f} ms {2.0 * tokens * DIM * hidden / ms / 1e9:4.0f} TFLOP/s"
             except Exception as error:  # out of shared memory or registers: the point of trying
                 line += f" {purpose} {type(error).__name__}"
@@ -216,6 +246,7 @@ def main() -> int:
     report = Report(options.compiled)
     bench_cross_entropy(report, options.tokens)
     bench_mlp(report, options.tokens, options.hidden)
+    bench_around_attention(report, options.tokens)
     bench_attention(report, options.tokens, options.documents)
     if options.tune:
         tune_mlp(options.tokens, options.hidden)

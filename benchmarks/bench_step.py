@@ -203,14 +203,14 @@ def work_of(operator: tuple, event: Event, hp) -> tuple[float, float]:
         flops = 2.0 * math.prod(a) * b[-1]
         item = sizes[0] / max(1, math.prod(shapes[0]))
         return flops, item * (math.prod(a) + math.prod(b) + math.prod(a[:-1]) * b[-1])
-    if name == "golf::mlp":  # x, w_up, w_down -> pre, act
-        return 2.0 * shapes[0][0] * math.prod(shapes[1]), sizes[0] + 2 * sizes[0] * hp.mlp_dim / hp.model_dim
-    if name == "golf::mlp_backward":  # grad, w_down, pre -> grad_pre
+    if name == "golf::mlp":  # x, w_up, w_down -> act
+        return 2.0 * shapes[0][0] * math.prod(shapes[1]), sum(sizes[:2]) + sizes[0] * hp.mlp_dim / hp.model_dim
+    if name == "golf::mlp_backward":  # grad, w_down, act -> grad_pre
         return 2.0 * shapes[0][0] * math.prod(shapes[1]), sum(sizes) + sizes[2]
-    if name == "golf::ce_backward":
-        return 0.0, 2 * sizes[1]
-    if name.startswith("golf::"):  # results as large as the largest inputs
-        return 0.0, sum(sizes) + (0 if "cross_entropy" in name else sizes[0])
+    if name == "golf::linear_cross_entropy":  # h, weight: logits, read and overwritten
+        return 0.0, 2 * sizes[0] * hp.num_embeddings / hp.model_dim
+    if name.startswith("golf::"):  # results as large as the first input
+        return 0.0, sum(sizes) + sizes[0]
     if name.startswith("aten::") and not name.endswith("_") and "Memcpy" not in event.name:
         return 0.0, sum(sizes) + max(sizes, default=0.0)
     return 0.0, sum(sizes)
@@ -245,8 +245,8 @@ def classify(event: Event, hp) -> None:
         event.phase = "Newton-Schulz" if product or "golf::" in names else "AdamW" if adam else "optimizer, rest"
     elif re.search(r"attention_(fa|torch)|fa4_backward|flash|scaled_dot_product|varlen_attn", names + event.name):
         event.phase = attention_phase(event, names, backward)
-    elif "golf::" in names and ("cross_entropy" in names or "ce_backward" in names):
-        event.phase = "cross-entropy"
+    elif "golf::linear_cross_entropy" in names:
+        event.phase = "head product" if product else "cross-entropy"
     elif "golf::mlp" in names:
         event.phase = "MLP products" if product else "MLP kernels"
     elif product:

@@ -63,7 +63,7 @@ def test_kernels_go_to_the_phase_of_the_operator_that_launched_them():
         ("nvjet_tst_128x128", [("CompiledFunctionBackward", []), ("aten::mm", [(F, M), (M, D)])], "MLP products"),
         ("nvjet_tst_128x256", [("aten::mm", [row, (D, D)])], "projections"),
         ("nvjet_tst_128x64", [("aten::mm", [row, (D, V)])], "head product"),
-        ("_ce_forward_kernel", [("golf::softcapped_cross_entropy", [(M, V)])], "cross-entropy"),
+        ("_ce_kernel", [("golf::linear_cross_entropy", [row, (V, D)])], "cross-entropy"),
         ("triton_red_fused_rms_norm_0", [("triton_red_fused_rms_norm_0", [row, row])], "element-wise forward"),
         ("triton_poi_fused_mul_1", [("autograd::engine::evaluate_function: CompiledFunctionBackward", []),
                                     ("triton_poi_fused_mul_1", [row, row])], "element-wise backward"),

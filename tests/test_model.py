@@ -15,7 +15,7 @@ from train_gpt import BOS_ID, GPT, LORA_INPUTS, HessianTap, SlotLoRA
 
 torch.set_num_threads(1)
 OPS = train_gpt.Ops(
-    train_gpt.attention_sdpa, train_gpt.mlp_ref, train_gpt.softcapped_cross_entropy_ref, names={"attention": "sdpa"}
+    train_gpt.attention_sdpa, train_gpt.mlp_ref, train_gpt.linear_cross_entropy_ref, names={"attention": "sdpa"}
 )
 PER_LAYER_SITES = ("q", "k", "v", "attn_out", "mlp_out")
 LOOPED_SLOTS = [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
@@ -496,7 +496,7 @@ class RecordingTap:
         self.inputs = {}
 
     def at(self, slot, layer):
-        def record(site, x, y):
+        def record(site, x, y, size=1.0):
             self.inputs[site, slot] = x
             return y
 

@@ -15,7 +15,7 @@ from train_gpt import GPT, Muon, Optimizers, lr_multiplier, muon_momentum, polar
 
 torch.set_num_threads(1)
 OPS = train_gpt.Ops(
-    train_gpt.attention_sdpa, train_gpt.mlp_ref, train_gpt.softcapped_cross_entropy_ref, names={"attention": "sdpa"}
+    train_gpt.attention_sdpa, train_gpt.mlp_ref, train_gpt.linear_cross_entropy_ref, names={"attention": "sdpa"}
 )
 ODD = {"num_layers": 3, "loop_start": 1, "loop_end": 1, "parallel_start_layer": 2}  # banks of 3: padded on two ranks
 steadily = settings(max_examples=60, deadline=None, derandomize=True, database=None)

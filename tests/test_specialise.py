@@ -218,10 +218,15 @@ def test_operators_of_the_packed_script_are_differentiable(packed):
     driver = """
         import torch, torch.nn.functional as F, packed_script as packed
         torch.manual_seed(0)
-        logits, targets = torch.randn(5, 40, requires_grad=True), torch.arange(5)
+        h, head = torch.randn(5, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+        targets = torch.arange(5)
         x, up, down = (torch.randn(shape, requires_grad=True) for shape in ((6, 16), (32, 16), (16, 32)))
-        pairs = [(packed.softcapped_cross_entropy(logits, targets, 30.0), (logits,),
-                  F.cross_entropy(30 * torch.tanh(logits / 30), targets, reduction="none")),
+        y, v, gates = (torch.randn(1, 7, *shape, requires_grad=True) for shape in ((4, 8), (2, 8), (4,)))
+        along = F.normalize(v, dim=-1).repeat_interleave(2, 2)
+        xsa = (y - (y * along).sum(-1, keepdim=True) * along) * gates.sigmoid()[..., None]
+        pairs = [(packed.linear_cross_entropy(h, head, targets, 30.0), (h, head),
+                  F.cross_entropy(30 * torch.tanh(h @ head.T / 30), targets, reduction="none")),
+                 (packed.gated_xsa(y, v, gates, 1.0), (y, v, gates), xsa),
                  (packed._mlp(x, up, down, 0.3), (x, up, down), F.leaky_relu(x @ up.T, 0.3).square() @ down.T)]
         for got, inputs, want in pairs:
             torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)

@@ -16,7 +16,7 @@ from train_gpt import BOS_ID, GPT, DataError, SettingError, TokenStream, Trainer
 
 torch.set_num_threads(1)
 OPS = train_gpt.Ops(
-    train_gpt.attention_sdpa, train_gpt.mlp_ref, train_gpt.softcapped_cross_entropy_ref, names={"attention": "sdpa"}
+    train_gpt.attention_sdpa, train_gpt.mlp_ref, train_gpt.linear_cross_entropy_ref, names={"attention": "sdpa"}
 )
 SMALL = {"num_layers": 4, "loop_start": 1, "loop_end": 2, "parallel_start_layer": 3}  # trains in milliseconds
 
