@@ -479,8 +479,6 @@ def wanted_bytes(model, hp):
 def check_folder(folder, model, hp):
     """Room and permission for the run's folder, files in it that the settings go on from -> list of problems."""
     problems, goes_on = [], hp.quant_only or hp.ttt_eval_only
-    if (folder / "model.pt").exists() and not goes_on:
-        problems.append(f"{folder} holds a finished training: choose another RUN_ID, or go on with QUANT_ONLY=1")
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         problems.append(f"{place} cannot be written to: set RUNS_DIR, or change its permissions")
@@ -510,6 +508,9 @@ def check_machine(trainer, hp, dist, folder=None, model=None, **found):
     problems, phrases = [], []
     if missing := [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]:
         problems.append(f"not installed: {' '.join(missing)} (README: installation)")
+    finished = folder and not dist.rank and (folder / "model.pt").exists()
+    if finished and not (hp.quant_only or hp.ttt_eval_only):
+        problems.append(f"{folder} holds a finished training: choose another RUN_ID, or go on with QUANT_ONLY=1")
     if model is not None and not dist.rank:  # what is wrong with the model has been told already
         if folder is not None:
             problems += check_folder(folder, model, hp)
