@@ -8,6 +8,7 @@ import os
 import faults
 import pytest
 import torch
+from conftest import tell
 from test_reliability import check_rank_fault, comparable, output, tidy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
@@ -34,4 +35,4 @@ def test_two_gpus_run_the_whole_pipeline(world):
     ("kill", "train"), ("stall", "train"), ("freeze", "hessians"), ("raise", "quantize"), ("hang", "ttt"),
 ])
 def test_a_rank_of_two_gpus_that_dies_or_stalls_ends_both(world, kind, place):
-    print(f"NCCL: {kind} {place} rank 1: {check_rank_fault(world, faults, kind, place, 1, **GPU):.1f} s")
+    tell(f"NCCL: {kind} {place} rank 1: {check_rank_fault(world, faults, kind, place, 1, **GPU):.1f} s")

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import faults
 import pytest
 import torch
-from conftest import Lines, tiny_hp
+from conftest import Lines, tell, tiny_hp
 from test_optimizer import run_on_ranks
 from test_training import OPS, SMALL, equal_states, everything
 
@@ -649,7 +649,7 @@ def test_a_rank_that_dies_raises_or_stalls_ends_all(world, forker, fault):
     """Without torchrun, which would help."""
     kind, place = fault or random.Random(SEED).choice(QUICK)
     rank = rank_for(place)
-    print(f"{kind} {place} rank {rank}: {check_rank_fault(world, forker, kind, place, rank):.1f} s")
+    tell(f"{kind} {place} rank {rank}: {check_rank_fault(world, forker, kind, place, rank):.1f} s")
 
 
 @soak
@@ -657,7 +657,7 @@ def test_a_rank_that_dies_raises_or_stalls_ends_all(world, forker, fault):
                                          ("stall", "eval"), ("kill", "start"), ("hang", "train")])
 def test_a_rank_fault_under_torchrun_ends_all(world, kind, place):
     rank = rank_for(place)
-    print(f"torchrun: {kind} {place} rank {rank}: {check_rank_fault(world, faults, kind, place, rank):.1f} s")
+    tell(f"torchrun: {kind} {place} rank {rank}: {check_rank_fault(world, faults, kind, place, rank):.1f} s")
 
 
 @soak
@@ -714,7 +714,7 @@ def test_no_work_of_a_run_keeps_the_watchdog_waiting(tiny_data, tmp_path):
     for name, work in jobs.items():
         start = time.perf_counter()
         gap = longest_gap(work)
-        print(f"heartbeat, {name}: {time.perf_counter() - start:.0f} s, longest gap {gap:.2f} s", flush=True)
+        tell(f"heartbeat, {name}: {time.perf_counter() - start:.0f} s, longest gap {gap:.2f} s")
         assert gap < safety.Watchdog.DEAD / 3
 
 
@@ -767,7 +767,7 @@ def test_two_hosts_run_the_whole_pipeline(base, world):
             -4000:
         ]
     found, alone = comparable(world), comparable(base)
-    print("two hosts:", command[-1])
+    tell(f"two hosts: {command[-1]}")
     assert found["world_size"] == 2 and not (world / "far" / "runs").exists()
     assert found["train_loss"] == pytest.approx(alone["train_loss"], abs=2e-3)
     assert found["scores"]["ttt"]["tokens"] == alone["scores"]["ttt"]["tokens"]
@@ -791,7 +791,7 @@ def test_fifty_runs_with_a_fault_each(base, tmp_path, forker):
     the run that met no fault, on one rank; on two, its counts.
     """
     chance, worst, tally = random.Random(SEED), 0.0, {}
-    print(f"\nseed {SEED}")
+    tell(f"\nfifty runs, seed {SEED}")
     for number in range(int(os.environ.get("SOAK_RUNS", 50))):
         folder = tmp_path / str(number)
         faults.make_data(folder / "data")
@@ -811,9 +811,9 @@ def test_fifty_runs_with_a_fault_each(base, tmp_path, forker):
             assert (run / "artifact.bin").read_bytes() == (base / "runs/run/artifact.bin").read_bytes(), (fault, mode)
         assert ended["scores"]["ttt"]["tokens"] == wanted["scores"]["ttt"]["tokens"]
         tidy_after(folder, process, fault)
-        print(f"{number + 1}: {fault} of {ranks}: {seconds:.1f} s, gone on by {mode}", flush=True)
+        tell(f"{number + 1}: {fault} of {ranks}: {seconds:.1f} s, gone on by {mode}")
         shutil.rmtree(folder)
-    print(f"faults {tally}, at most {worst:.1f} s from fault to end")
+    tell(f"faults {tally}, at most {worst:.1f} s from fault to end")
 
 
 def bring_to_an_end(folder, forker, ranks, fault):
