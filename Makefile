@@ -30,7 +30,7 @@ test: lint
 
 # all faults, 50 runs with a fault each, 106,000 inputs for the readers, instead of the samples in make test
 soak: $(VENV)/.ready
-	SOAK=1 SOAK_MUTATIONS=5000 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -s -n 2 --dist worksteal \
+	SOAK=1 SOAK_MUTATIONS=5000 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -s -v -rs -n 2 --dist worksteal --durations=15 \
 		tests/test_reliability.py tests/test_reader_fuzz.py tests/test_artifact_fuzz.py
 
 # on a machine with a GPU and its own torch: make gpu-test VENV=... or run these lines with its python

@@ -30,6 +30,11 @@ def tiny_hp(**changes):
     return train_gpt.Hyperparameters(**(TINY | changes))
 
 
+def tell(line):
+    """A figure for the log of `make soak`: of pytest's workers, this stream alone gets there."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class Lines(list):
     """Stands in for RunLog: keeps the lines, and what the live line was told as (share, detail); no stage has run."""
 

@@ -41,6 +41,7 @@ PLACES = {  # name -> object of train_gpt, its function, a stage's line of which
     "pack": (None, "pack_weights"), "unpack": (None, "unpack_weights"), "eval": ("Evaluator", "evaluate_bpb"),
     "ttt": ("TestTimeTrainer", "chunk_step"), "adapt": ("TestTimeTrainer", "global_adapt"),
 }  # fmt: skip
+REHEARSED = {"train": ("Trainer", "warm_up"), "pack": (None, "preflight"), "unpack": (None, "preflight")}  # after these
 ON_RANK_0_ONLY = ("save", "pack", "unpack")
 
 
@@ -67,13 +68,12 @@ def happen(kind):
 
 def inject(train_gpt, kind, place, rank, step=2):
     """Puts the fault into the module: at the place's first call, in training at the step, on one rank."""
-    owner, name = PLACES[place]
-    owner = getattr(train_gpt, owner) if owner else train_gpt
+    owner, name = found(train_gpt, PLACES[place])
     function, left = getattr(owner, name), [1]
 
     def faulty(*arguments, **named):
         due = place != "train" or (arguments[1] == step and threading.current_thread() is threading.main_thread())
-        armed = place != "train" or os.environ.get("ARMED")  # the warm-up trains as well
+        armed = place not in REHEARSED or os.environ.get("ARMED")  # the warm-up trains as well
         if left and due and armed and os.environ.get("RANK", "0") == str(rank):
             left.clear()
             note(place)
@@ -86,14 +86,24 @@ def inject(train_gpt, kind, place, rank, step=2):
         return function(*arguments, **named)
 
     setattr(owner, name, faulty)
-    warm_up = train_gpt.Trainer.warm_up
+    if place in REHEARSED:
+        arm_after(*found(train_gpt, REHEARSED[place]))
 
-    def armed_after(trainer):
-        warm_up(trainer)
+
+def found(train_gpt, place):
+    """-> what holds the function, and its name."""
+    return getattr(train_gpt, place[0]) if place[0] else train_gpt, place[1]
+
+
+def arm_after(owner, name):
+    function = getattr(owner, name)
+
+    def arming(*arguments):
+        result = function(*arguments)
         os.environ["ARMED"] = "1"
+        return result
 
-    if place == "train":
-        train_gpt.Trainer.warm_up = armed_after
+    setattr(owner, name, arming)
 
 
 def write_code(folder, hp, dist):

@@ -10,9 +10,10 @@ import time
 
 import numpy as np
 import pytest
+from conftest import tell
+from test_artifact import model_arrays
 
 import train_gpt
-from tests.test_artifact import model_arrays
 
 pytest.importorskip("brotli")
 MUTATIONS = int(os.environ.get("SOAK_MUTATIONS", 240))  # over all compressors
@@ -121,7 +122,7 @@ def test_mutated_artifacts_are_refused(compressor):
     arrays = model_arrays()
     blob = train_gpt.pack_weights(arrays, compressor)
     seed = random.randrange(2**32) if "SOAK_MUTATIONS" in os.environ else 11
-    print(f"seed {seed}")
+    tell(f"mutated artifacts, seed {seed}")
     chance, tried, seconds, passed = random.Random(seed), 0, 0.0, []
     unchanged = blob, Parts(blob).signed()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -142,6 +143,6 @@ def test_mutated_artifacts_are_refused(compressor):
                 passed.append((kind.__name__, tried))
         seconds = max(seconds, time.monotonic() - started)
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    print(f"{compressor}: {tried} mutants, {seconds:.2f} s at most, {grown / 2**20:.0f} MiB more")
+    tell(f"mutated artifacts, {compressor}: {tried} mutants, {seconds:.2f} s at most, {grown / 2**20:.0f} MiB more")
     assert not passed, f"accepted: {passed}"
     assert seconds < SECONDS and grown < MEMORY

@@ -8,12 +8,13 @@ import hashlib
 import io
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_hp, write_documents
+from conftest import tell, tiny_hp, write_documents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_artifact import model_arrays
@@ -24,6 +25,7 @@ from tools import preflight, safety
 
 SOAK = os.environ.get("SOAK") == "1"
 OURS = train_gpt.SettingError, train_gpt.DataError, train_gpt.ArtifactError, safety.SafetyError
+TRIED = Counter()
 torch.set_num_threads(1)
 
 
@@ -54,10 +56,19 @@ def damaged(data, damage):
 
 def only_ours(read, *arguments):
     """Whatever comes out is a value, or an error of ours with a message."""
+    TRIED["reads"] += 1
     try:
         read(*arguments)
     except OURS as error:
+        TRIED["refused"] += 1
         assert str(error)
+
+
+@pytest.fixture(autouse=True)
+def counted(request):
+    TRIED.clear()
+    yield
+    tell(f"readers, {request.node.name}: {TRIED['reads']} reads, {TRIED['refused']} refused")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +23,13 @@ from types import SimpleNamespace
 import faults
 import pytest
 import torch
-from conftest import Lines, tiny_hp
+from conftest import Lines, tell, tiny_hp
 from test_optimizer import run_on_ranks
 from test_training import OPS, SMALL, equal_states, everything
 
 import train_gpt
 from tools import safety
+from tools.pack_code import pack_code
 from train_gpt import SettingError
 
 pytest.importorskip("brotli")
@@ -596,9 +598,9 @@ def test_a_signal_outside_training_ends_at_once(world, forker, place):
     tidy(world, process)
 
 
-def check_rank_fault(folder, starter, kind, place, rank):
+def check_rank_fault(folder, starter, kind, place, rank, **settings):
     """The promise of a rank's fault -> seconds from the fault to the end of all."""
-    process = starter.start(folder, 2, f"{kind} {place} {rank}")
+    process = starter.start(folder, 2, f"{kind} {place} {rank}", **settings)
     code = faults.end(process, 150)
     seconds = seconds_since_the_fault(folder)
     text = output(folder)
@@ -622,13 +624,16 @@ QUICK = [fault for fault in RANK_FAULTS if fault[0] in ("kill", "raise", "exit")
 @pytest.mark.parametrize("place", faults.PLACES)
 def test_a_fault_happens_at_every_place(place, monkeypatch, tmp_path):
     """A place that a rewrite has renamed would fail only where the sample of `make test` comes by."""
-    owner, name = faults.PLACES[place]
-    owner = getattr(train_gpt, owner) if owner else train_gpt
+    owner, name = faults.found(train_gpt, faults.PLACES[place])
     monkeypatch.setattr(owner, name, lambda *_: "went on")
-    monkeypatch.setattr(train_gpt.Trainer, "warm_up", train_gpt.Trainer.warm_up)
-    monkeypatch.setenv("ARMED", "1")
+    if place in faults.REHEARSED:
+        before, rehearsal = faults.found(train_gpt, faults.REHEARSED[place])
+        monkeypatch.setattr(before, rehearsal, lambda *_: getattr(owner, name)(None, 5))
+    monkeypatch.setenv("ARMED", "")
     monkeypatch.setenv("FAULT_NOTES", str(tmp_path))
     faults.inject(train_gpt, "raise", place, 0, 5)
+    if place in faults.REHEARSED:
+        assert getattr(before, rehearsal)() == "went on"  # what only rehearses it is spared
     if place == "train":
         assert getattr(owner, name)(None, 4) == "went on"  # at its step only
     with pytest.raises(RuntimeError, match="injected"):
@@ -644,7 +649,7 @@ def test_a_rank_that_dies_raises_or_stalls_ends_all(world, forker, fault):
     """Without torchrun, which would help."""
     kind, place = fault or random.Random(SEED).choice(QUICK)
     rank = rank_for(place)
-    print(f"{kind} {place} rank {rank}: {check_rank_fault(world, forker, kind, place, rank):.1f} s")
+    tell(f"{kind} {place} rank {rank}: {check_rank_fault(world, forker, kind, place, rank):.1f} s")
 
 
 @soak
@@ -652,7 +657,7 @@ def test_a_rank_that_dies_raises_or_stalls_ends_all(world, forker, fault):
                                          ("stall", "eval"), ("kill", "start"), ("hang", "train")])
 def test_a_rank_fault_under_torchrun_ends_all(world, kind, place):
     rank = rank_for(place)
-    print(f"torchrun: {kind} {place} rank {rank}: {check_rank_fault(world, faults, kind, place, rank):.1f} s")
+    tell(f"torchrun: {kind} {place} rank {rank}: {check_rank_fault(world, faults, kind, place, rank):.1f} s")
 
 
 @soak
@@ -662,6 +667,55 @@ def test_a_rank_that_keeps_pythons_lock_for_long_is_not_taken_for_dead(world, fo
     code = faults.end(process)
     assert code == 0 and 20 < seconds_since_the_fault(world) < 60, output(world)[-3000:]
     tidy(world, process)
+
+
+def longest_gap(work):
+    """The longest time in seconds that a thread which ticks every 0.1 s was kept waiting while work() ran."""
+    ticks, done = [time.perf_counter()], threading.Event()
+
+    def tick():
+        while not done.wait(0.1):
+            ticks.append(time.perf_counter())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    work()
+    done.set()
+    thread.join()
+    return max(later - earlier for earlier, later in zip(ticks, [*ticks[1:], time.perf_counter()], strict=True))
+
+
+def compile_a_step(data):
+    """A training step of a small model by torch.compile in full."""
+    cuda = torch.cuda.is_available()
+    small = SMALL | {"num_layers": 3, "loop_start": 1, "loop_end": 1, "parallel_start_layer": 2}
+    hp = tiny_hp(**small | {"data_path": str(data), "compile": "1", "device": "cuda" if cuda else "cpu"})
+    trainer = train_gpt.Trainer(train_gpt.build_model(hp, dist := train_gpt.Dist(hp.device)), hp, dist, Lines())
+    torch._dynamo.reset()
+    trainer.train_step(0, 0.0, True)
+
+
+@soak
+def test_no_work_of_a_run_keeps_the_watchdog_waiting(tiny_data, tmp_path):
+    """What a rank does for long, at the submission's size: its thread must be heard of in much less than DEAD looks."""
+    hp = train_gpt.Hyperparameters()
+    arrays, _ = safety.trial_arrays(train_gpt, train_gpt.GPT(hp, OPS, torch.float32), hp)
+    codes = arrays["tok_emb.weight:codes"].tobytes()
+    source = Path(train_gpt.__file__).read_text()
+    state = {"weights": torch.zeros(36_000_000 * safety.STATE_BYTES_A_WEIGHT // 4)}
+    jobs = {
+        "entropy": lambda: train_gpt.unpack_weights(train_gpt.pack_weights(arrays, "entropy")),
+        "packing the code": lambda: pack_code(source, {}),
+        "a training state": lambda: train_gpt.write_atomically(tmp_path / "state", sealed(state)),
+        "compiling": lambda: compile_a_step(tiny_data),
+    }
+    for codec in ("brotli", "lzma", *["lrzip"] * bool(shutil.which("lrzip"))):
+        jobs[codec] = lambda codec=codec: train_gpt.expand(codec, train_gpt.ENCODERS[codec](codes), len(codes))
+    for name, work in jobs.items():
+        start = time.perf_counter()
+        gap = longest_gap(work)
+        tell(f"heartbeat, {name}: {time.perf_counter() - start:.0f} s, longest gap {gap:.2f} s")
+        assert gap < safety.Watchdog.DEAD / 3
 
 
 @soak
@@ -713,7 +767,7 @@ def test_two_hosts_run_the_whole_pipeline(base, world):
             -4000:
         ]
     found, alone = comparable(world), comparable(base)
-    print("two hosts:", command[-1])
+    tell(f"two hosts: {command[-1]}")
     assert found["world_size"] == 2 and not (world / "far" / "runs").exists()
     assert found["train_loss"] == pytest.approx(alone["train_loss"], abs=2e-3)
     assert found["scores"]["ttt"]["tokens"] == alone["scores"]["ttt"]["tokens"]
@@ -737,12 +791,12 @@ def test_fifty_runs_with_a_fault_each(base, tmp_path, forker):
     the run that met no fault, on one rank; on two, its counts.
     """
     chance, worst, tally = random.Random(SEED), 0.0, {}
-    print(f"\nseed {SEED}")
+    tell(f"\nfifty runs, seed {SEED}")
     for number in range(int(os.environ.get("SOAK_RUNS", 50))):
         folder = tmp_path / str(number)
         faults.make_data(folder / "data")
         ranks, place = chance.choice([1, 1, 2]), chance.choice(list(faults.PLACES))
-        kind = chance.choice(["kill", "raise", "exit", "term", "full"] + ["stall", "freeze"] * (ranks > 1))
+        kind = chance.choice(["kill", "raise", "exit", "term", "full"] + ["stall", "freeze", "hang"] * (ranks > 1))
         rank = 0 if place in faults.ON_RANK_0_ONLY else chance.randrange(ranks)
         fault = f"{kind} {place} {rank} {chance.randrange(1, 8)}"
         process = forker.start(folder, ranks, fault, CHECKPOINT_EVERY="1", DETERMINISTIC="1")
@@ -757,9 +811,9 @@ def test_fifty_runs_with_a_fault_each(base, tmp_path, forker):
             assert (run / "artifact.bin").read_bytes() == (base / "runs/run/artifact.bin").read_bytes(), (fault, mode)
         assert ended["scores"]["ttt"]["tokens"] == wanted["scores"]["ttt"]["tokens"]
         tidy_after(folder, process, fault)
-        print(f"{number + 1}: {fault} of {ranks}: {seconds:.1f} s, gone on by {mode}", flush=True)
+        tell(f"{number + 1}: {fault} of {ranks}: {seconds:.1f} s, gone on by {mode}")
         shutil.rmtree(folder)
-    print(f"faults {tally}, at most {worst:.1f} s from fault to end")
+    tell(f"faults {tally}, at most {worst:.1f} s from fault to end")
 
 
 def bring_to_an_end(folder, forker, ranks, fault):
@@ -784,7 +838,7 @@ def bring_to_an_end(folder, forker, ranks, fault):
 
 def tidy_after(folder, process, fault):
     """As tidy, but for what a kill leaves until the next run of that folder: its temporary file."""
-    if fault.startswith(("kill", "exit", "freeze", "stall")):
+    if fault.startswith(("kill", "exit", "freeze", "stall", "hang")):
         for path in (folder / "runs").glob("*/.*.tmp"):
             path.unlink()
     tidy(folder, process)
