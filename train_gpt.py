@@ -2029,8 +2029,7 @@ def collect_hessians(model, loader, hp, dist):
 # back. What a section holds follows from the arrays (plan_sections). The two digests let neither a damaged file nor a
 # decoder of another version give wrong weights.
 MAGIC, PREFIX, DIGEST_BYTES = b"GLF1", struct.Struct("<4sBII"), 8
-MAX_HEADER_BYTES, MAX_RAW_BYTES, MAX_DIMENSIONS = 2**20, 2**30, 8  # bound what a hostile header can claim
-ARRAY_DTYPES = "bool float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
+MAX_HEADER_BYTES = 2**20
 CODEC_THREADS = min(8, os.cpu_count() or 1)  # a thread per group, and ZPAQ takes up to a gigabyte for each
 
 def digest(data):
@@ -2260,15 +2259,6 @@ class ArraySpec(NamedTuple):
     def num_bytes(self):
         return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
-def check_specs(specs):
-    """ValueError for names, dtypes and sizes that no artifact holds."""
-    for name, dtype, shape in specs:
-        sized = all(type(n) is int and n >= 0 for n in shape) and math.prod(max(n, 1) for n in shape) <= MAX_RAW_BYTES
-        if type(name) is not str or dtype not in ARRAY_DTYPES or len(shape) > MAX_DIMENSIONS or not sized:
-            raise ValueError(f"{name}: an artifact cannot hold {dtype} {shape}")
-    if len({spec.name for spec in specs}) != len(specs) or sum(spec.num_bytes for spec in specs) > MAX_RAW_BYTES:
-        raise ValueError(f"an array stands twice, or all take more than {MAX_RAW_BYTES} bytes")
-
 def plan_sections(specs, compressor):
     """Specs of the arrays -> (kind, codec, specs as stored) per section; packing and unpacking both follow this plan.
 
@@ -2320,7 +2310,8 @@ def pack_weights(arrays, compressor, tell=lambda share: None):
     """Named numpy arrays -> artifact bytes; `tell(share done)` as it goes on. ValueError for what cannot be packed."""
     check_compressor(compressor)
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
-    check_specs(specs)
+    if preflight:
+        preflight.check_specs(specs)
     plan, packed = plan_sections(specs, compressor), []  # and the bytes of the sections that are done
     sources = {"rest": arrays, "codes": {name: array.T for name, array in arrays.items()}}
     def encode(kind, codec, members):
@@ -2357,7 +2348,8 @@ def read_header(blob):
     try:
         arrays, sections = json.loads(expand(COMPRESSORS[compressor][1], stored, raw_size))
         specs = [ArraySpec(name, dtype, tuple(shape)) for name, dtype, shape in arrays]
-        check_specs(specs)
+        if preflight:
+            preflight.check_specs(specs)
         sizes = [size for size, _, _ in sections]
         whole = all(type(n) is int and n >= 0 for n in sizes) and start + stored_size + sum(sizes) == len(blob)
         plan = plan_sections(specs, compressor)
@@ -3012,22 +3004,21 @@ def rebuild_model(model, path, dist):
 
 def violations(hp, log, training, code_bytes, artifact_bytes, scores):
     """The contest's rules that this run breaks, as sentences; an empty list means none of those checked here."""
-    broken = []
+    broken, seconds, graphs, ttt = [], log.seconds, log.graphs, scores.get("ttt", {})
     if (over := code_bytes + artifact_bytes - BYTE_CAP) > 0:
         largest = ", ".join(f"{role} {size}" for role, size in [*training.get("group_bytes", {}).items()][:3])
         broken.append(f"{code_bytes + artifact_bytes} bytes of code and weights, {over} above the cap of {BYTE_CAP} "
                       f"(largest: {largest}); QUANT_ONLY=1 TARGET_BYTES={BYTE_CAP} goes on from the checkpoint")
-    used = training.get("training_seconds", 0) + log.seconds.get("hessians", 0) + log.seconds.get("quantize", 0)
+    used = training.get("training_seconds", 0) + seconds.get("hessians", 0) + seconds.get("quantize", 0)
     if hp.max_wallclock_seconds and used > hp.max_wallclock_seconds:
         broken.append(f"training, Hessians and GPTQ took {used:.1f} s of {hp.max_wallclock_seconds:.1f}")
-    seconds = log.seconds.get("unpack", 0) + log.seconds[f"eval_{list(scores)[-1]}"]
-    if seconds > hp.eval_budget_seconds:
-        broken.append(f"unpacking and the final evaluation took {seconds:.1f} s of {hp.eval_budget_seconds:.1f}")
-    if again := log.graphs.get("train", 0) - log.graphs.get("eval_training", 0):
+    if (used := seconds.get("unpack", 0) + seconds[f"eval_{list(scores)[-1]}"]) > hp.eval_budget_seconds:
+        broken.append(f"unpacking and the final evaluation took {used:.1f} s of {hp.eval_budget_seconds:.1f}")
+    if again := graphs.get("train", 0) - graphs.get("eval_training", 0):
         broken.append(f"{again} graphs were compiled while the training clock ran")
-    if again := scores.get("ttt", {}).get("recompilations"):
+    if again := ttt.get("recompilations"):
         broken.append(f"{again} graphs were compiled in test-time training after its warm-up")
-    if scores.get("ttt", {}).get("partial"):
+    if ttt.get("partial"):
         broken.append("test-time training scored part of the validation documents (TTT_MAX_DOCS)")
     return broken
 
@@ -3041,11 +3032,9 @@ def train_and_save(trainer, evaluator, path):
         training = trainer.train(lambda: score_stage("training", evaluator.evaluate_bpb, log, {}))
     if dist.rank == 0:
         save_checkpoint(path, trainer.model, trainer.hp)
-        for state in path.parent.glob("state-*.pt") if safety else ():
-            state.unlink()
     dist.deferring = False
-    if safety and dist.signal:
-        safety.stop_for(dist, dist.signal)
+    if safety:
+        safety.after_training(dist, path)
     return training
 
 def check_all(hp, dist):
@@ -3089,9 +3078,9 @@ def run(hp, dist):
         training = train_and_save(trainer, evaluator, checkpoint)
         del trainer
     if not hp.ttt_eval_only:  # what was trained is safe: quantize and pack it, then evaluate it
-        go_on = safety.command(hp, dist, folder, quant_only=True) if safety else f"CHECKPOINT_PATH={checkpoint}"
-        dist.safe = f"{checkpoint} is whole; QUANT_ONLY=1 goes on from it: {go_on}"
-        log(f"checkpoint:{dist.safe}")
+        if safety:
+            dist.safe = safety.command(hp, dist, folder, checkpoint, quant_only=True)
+            log(f"checkpoint:{dist.safe}")
         if not hp.prequant_only:
             training["group_bytes"] = build_artifact(model, loader, hp, dist, log, artifact, code_bytes)
         score_stage("prequant", evaluator.evaluate_bpb, log, scores)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import train_gpt
+from tools import preflight
 from train_gpt import ArtifactError
 
 brotli = pytest.importorskip("brotli")
@@ -41,8 +42,8 @@ def model_arrays(num_layers=3, seed=0):
 def odd_arrays():
     """Every dtype, empty and 0-d arrays, strides, byte orders, NaN payloads and negative zeros."""
     rng = np.random.default_rng(1)
-    arrays = {f"dtype/{name}": rng.integers(0, 2, (3, 5)).astype(name) for name in train_gpt.ARRAY_DTYPES}
-    arrays |= {f"scalar/{name}": np.array(1, name) for name in train_gpt.ARRAY_DTYPES}
+    arrays = {f"dtype/{name}": rng.integers(0, 2, (3, 5)).astype(name) for name in preflight.ARRAY_DTYPES}
+    arrays |= {f"scalar/{name}": np.array(1, name) for name in preflight.ARRAY_DTYPES}
     arrays |= {"empty": np.zeros((0,), np.int8), "empty/3d": np.zeros((4, 0, 2), np.float16)}
     arrays["nan"] = np.array([0x7FC00001, 0xFF800000, 0x80000000, 0x7FA00000], np.uint32).view(np.float32)
     arrays["strided"] = rng.integers(0, 9, (6, 8)).astype(np.int16)[::2, ::-3]

@@ -17,7 +17,6 @@ def test_sweep_measures_bytes_error_and_bpb_of_every_point(monkeypatch, tmp_path
     pytest.importorskip("matplotlib")
     for name, value in (TINY | {"data_path": tiny_data, "caseops_enabled": True, "lqer_top_k": 0}).items():
         monkeypatch.setenv(name.upper(), str(int(value) if isinstance(value, bool) else value))
-    monkeypatch.setattr(train_gpt, "find_tokenizer", lambda hp: (None, None))
     model = train_gpt.GPT(tiny_hp(), ops, torch.float32)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

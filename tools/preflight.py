@@ -21,6 +21,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 MAX_FP16_ELEMENTS = 65_536  # a tensor with more elements must have a role in QUANT_TABLE
+MAX_RAW_BYTES, MAX_DIMENSIONS = 2**30, 8  # of an artifact's arrays
+ARRAY_DTYPES = "bool float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
 BOS_ID = 1
 # FineWeb's documents and values; targets that whole windows of 2,048 tokens hold, and the bytes of these
 CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499
@@ -259,6 +261,16 @@ def try_compressor(name, codecs, encoders, expand):
             fault = error
         if fault:
             raise SettingError(f"COMPRESSOR={name} does not work here, {codec}: {fault}")
+
+
+def check_specs(specs):
+    """ValueError for names, dtypes and sizes of arrays (ArraySpec) that no artifact holds: a header may be hostile."""
+    for name, dtype, shape in specs:
+        sized = all(type(n) is int and n >= 0 for n in shape) and math.prod(max(n, 1) for n in shape) <= MAX_RAW_BYTES
+        if type(name) is not str or dtype not in ARRAY_DTYPES or len(shape) > MAX_DIMENSIONS or not sized:
+            raise ValueError(f"{name}: an artifact cannot hold {dtype} {shape}")
+    if len({spec.name for spec in specs}) != len(specs) or sum(spec.num_bytes for spec in specs) > MAX_RAW_BYTES:
+        raise ValueError(f"an array stands twice, or all take more than {MAX_RAW_BYTES} bytes")
 
 
 def check_quantizable(weights, hessians, role):

@@ -310,8 +310,7 @@ def save_state(trainer, write, step, seconds, losses, name=None):
             old.unlink()
         log(f"step:{step} state:{name}")
     if dist.rank == 0 and (kept := state_files(log.folder)):
-        go_on = command(trainer.hp, dist, log.folder, resume=True)
-        dist.safe = f"{kept[0]} is whole; RESUME=1 goes on from it: {go_on}"
+        dist.safe = command(trainer.hp, dist, log.folder, kept[0], resume=True)
 
 
 def state_files(folder):
@@ -364,8 +363,9 @@ def load_checkpoint(path, model, rebank):
         raise DataError(f"checkpoint {path}: {error!r:.300}") from None
 
 
-def command(hp, dist, folder, **mode):
-    """The line for a shell that goes on from the files of a run's folder, with the run's settings."""
+def command(hp, dist, folder, whole, **mode):
+    """What goes on from a whole file of a run's folder: a sentence with the line for a shell, of the run's settings."""
+    (name,) = (key.upper() for key in mode)
     hp = dataclasses.replace(hp, **{"run_id": folder.name, "resume": False, "prequant_only": False} | mode)
     values = {field.name.upper(): (getattr(hp, field.name), field) for field in dataclasses.fields(hp)}
     words = [
@@ -374,7 +374,15 @@ def command(hp, dist, folder, **mode):
         if value != field.default
     ]
     start = f"torchrun --standalone --nproc_per_node={dist.world_size}" if dist.world_size > 1 else "python"
-    return " ".join([*words, start, shlex.quote(sys.argv[0])])
+    return " ".join([f"{whole} is whole; {name}=1 goes on from it:", *words, start, shlex.quote(sys.argv[0])])
+
+
+def after_training(dist, path):
+    """The checkpoint at `path` stands for the training states, which go; a signal that has waited ends the run."""
+    for state in state_files(path.parent) if dist.rank == 0 else ():
+        state.unlink()
+    if dist.signal:
+        stop_for(dist, dist.signal)
 
 
 # ---- before the clock starts
