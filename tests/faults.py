@@ -212,13 +212,14 @@ def serve():
 
 
 def wait_for_ranks(pids):
-    """-> the first exit code that is not 0. Ends nobody: also a rank that is frozen the others must end."""
+    """-> the first exit code that is not 0; prints all. Ends nobody: also a rank that is frozen the others must end."""
     codes = []
     while len(codes) < len(pids):
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             codes.append(os.waitstatus_to_exitcode(status))
         time.sleep(0.02)
+    print(f"ranks ended with {codes}", flush=True)
     return next((abs(code) for code in codes if code), 0)
 
 

@@ -241,7 +241,7 @@ def judged(told, silent=(0, 0), idle=(0, 0), failing=0):
 
 def test_the_watchdog_names_the_dead_the_stalled_and_the_first_to_fail():
     a, b = [1.0, 5, 10, "train", None, GONE], [1.0, 5, 11, "pack", None, GONE]
-    second, first = [*a[:4], [2, "lost its peer"], GONE], [*b[:4], [1, "no room"], GONE]
+    second, first = [*a[:4], [2, "lost its peer", 0], GONE], [*b[:4], [1, "no room", 0], GONE]
     assert judged([a, b]) == judged([a, b], idle=(30, 90), silent=(14, 14)) == ""
     assert judged([a, b], silent=(0, 15)) == "rank 1 died or hangs in stage pack"
     assert judged([a, b], idle=(40, 90)) == "rank 0 stalls in stage train, the others wait for it"
@@ -596,6 +596,57 @@ def test_a_signal_outside_training_ends_at_once(world, forker, place):
     (line,) = [line for line in output(world).splitlines() if line.startswith("stopped by")]
     assert ("QUANT_ONLY=1 goes on" in line) == (place != "warm_up")
     tidy(world, process)
+
+
+def ranks_of(process):
+    return [pid for pid in faults.members(process.pid) if pid != process.pid]
+
+
+@soak
+@pytest.mark.parametrize("stage", ["train", "eval"])
+def test_a_signal_ends_all_ranks_with_its_code(world, forker, stage):
+    """In training one rank's is enough; elsewhere a rank that waits in a library hears of it from the watchdog."""
+    fault, words = (None, "step:12 ") if stage == "train" else ("stall eval 1", "stage:pack ")
+    process = forker.start(world, 2, fault, **{"ITERATIONS": "100000"} if stage == "train" else {})
+    wait_for(world, words)
+    time.sleep(2.0)
+    for pid in ranks_of(process)[-1 if stage == "train" else 0:]:
+        os.kill(pid, signal.SIGTERM)
+    assert faults.end(process, 60) == 143, output(world)[-3000:]
+    assert "ranks ended with [143, 143]" in output(world), output(world)[-3000:]
+    assert "stopped by SIGTERM" in output(world)
+    assert commands(output(world), "RESUME" if stage == "train" else "QUANT_ONLY")
+    tidy(world, process)
+
+
+@soak
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_not_finite_on_one_rank_ends_all_within_two_steps(world, forker, rank):
+    process = forker.start(world, 2, f"nan train {rank} 4", CHECKPOINT_EVERY="1")
+    assert faults.end(process, 60) == 1 and seconds_since_the_fault(world) < 60
+    (told,) = set(re.findall(r"training diverged: after step (\d+) not finite: .*?; lower", output(world)))
+    assert 5 <= int(told) <= 6 and f"(rank {rank})" in output(world) and "ranks ended with [1, 1]" in output(world)
+    assert (world / "runs/run/diverged.pt").exists() and not (world / "runs/run/model.pt").exists()
+    tidy(world, process)
+
+
+def test_of_two_runs_at_once_under_one_name_one_is_refused(world, forker):
+    first, second = (forker.start(world, DETERMINISTIC="1") for _ in range(2))
+    assert sorted([faults.end(first), faults.end(second)]) == [0, 1], output(world)
+    assert re.search("in use by another run|holds a run that did not end", output(world))
+    assert output(world).count("RESULT {") == 1 and comparable(world)["artifact_bytes"] > 0
+    tidy(world, first)
+
+
+def test_the_command_of_a_message_is_safe_for_a_shell(dist, tmp_path):
+    """Settings are text that a user may have got from elsewhere: none is a command."""
+    hostile = f"a b'; touch {tmp_path}/evil; $(touch {tmp_path}/evil) `touch {tmp_path}/evil` \n #"
+    hp = tiny_hp(data_path=hostile, runs_dir=hostile, attention_backend="sdpa")
+    line = safety.command(hp, dist, Path(hostile) / "run").replace(shlex.quote(sys.argv[0]), "-c 'import os;"
+                                                                   "print(os.environ[\"DATA_PATH\"])'")
+    environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["sh", "-c", line], env=environ, capture_output=True, text=True)
+    assert done.stdout == hostile + "\n" and not list(tmp_path.iterdir()), done.stderr
 
 
 def check_rank_fault(folder, starter, kind, place, rank, **settings):

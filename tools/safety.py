@@ -70,7 +70,7 @@ class Watchdog(threading.Thread):
     def fail(self, message):
         """Called by a rank that failed: the thread ends the process as soon as it is known who failed first."""
         with contextlib.suppress(RuntimeError):  # the store is gone: the thread finds that as well
-            self.error = self.error or (self.store.add("golf/failures", 1), message)
+            self.error = self.error or (self.store.add("golf/failures", 1), message, self.dist.signal)
         self.join(self.DEAD)
 
     def run(self):
@@ -92,8 +92,9 @@ class Watchdog(threading.Thread):
             self.holder = told[0]
             found = self.judge(told, silent, idle, failing)
         if found:
-            rank, words = found
-            self.end(f"rank {rank} {words}", last[rank][5] if silent[rank] >= self.DEAD_AFTER_FAILURE else None)
+            (rank, words), (*_, error, process) = found, last[found[0]]
+            hung = process if silent[rank] >= self.DEAD_AFTER_FAILURE else None
+            self.end(f"rank {rank} {words}", hung, error[2] if error else 0)
 
     def await_store(self, answered):
         """A store whose process is frozen answers nothing, and its client waits for ever: this ends the process.
@@ -110,8 +111,8 @@ class Watchdog(threading.Thread):
         verdict = f"{holder} died or hangs, last heard of in stage {stage}; it holds the store: {why}"
         self.end(verdict, None if agent else self.holder[5])
 
-    def end(self, verdict, hung=None):
-        """Ends this process with a verdict, and the process that hangs, if it is one of this host."""
+    def end(self, verdict, hung=None, number=0):
+        """Ends this process with a verdict, by the signal that ended the other if it is one, and who hangs here."""
         if self.done.is_set():
             return
         if self.dist.rank == 0:
@@ -119,7 +120,8 @@ class Watchdog(threading.Thread):
         self.dist.tell(f"{verdict}. Rank {self.dist.rank} ends in stage {self.dist.stage}. {self.dist.safe}")
         if hung and lives(*hung, states="RSDTt"):  # frozen, it would stay; torchrun takes 30 s to end it
             os.kill(hung[1], signal.SIGKILL)
-        leave(128 + self.dist.signal if self.dist.signal else 1)
+        number = self.dist.signal or number
+        leave(128 + number if number else 1)
 
     def judge(self, told, silent, idle, failing):
         """What the ranks told, looks without news, without work, looks since a failure -> (rank, words), or None.
@@ -134,7 +136,7 @@ class Watchdog(threading.Thread):
             elif idle[rank] >= self.STALLED and entered < furthest:
                 return rank, f"stalls in stage {stage}, the others wait for it"
         if failing > self.DEAD_AFTER_FAILURE + 1:
-            (_, why), rank, stage = min((new[4], rank, new[3]) for rank, new in enumerate(told) if new[4])
+            (_, why, _), rank, stage = min((new[4], rank, new[3]) for rank, new in enumerate(told) if new[4])
             return rank, f"failed in stage {stage}: {why}"
         return None
 
