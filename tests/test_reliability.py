@@ -534,9 +534,9 @@ def test_killed_at_a_random_step_then_out_of_disk_a_run_ends_with_the_same_bits(
     assert not list((world / "runs/run").glob("state-*"))
 
 
-def loss_lines(folder):
-    """{step: its loss as logged}, a step that was done again as often as it was."""
-    log = (folder / "runs/run/log.txt").read_text()
+def loss_lines(folder, run="run"):
+    """(step, its loss as logged), a step that was done again once if it came to the same."""
+    log = (folder / "runs" / run / "log.txt").read_text()
     return sorted(set(re.findall(r"^step:(\d+) train_loss:(\S+)", log, re.MULTILINE)))
 
 
