@@ -301,10 +301,8 @@ def save_state(trainer, write, step, seconds, losses, name=None):
         "rng": torch.get_rng_state(),
     }
     if dist.rank == 0:
-        torch.save(state, buffer := io.BytesIO())
-        data, sealed = buffer.getvalue(), hashlib.sha256(buffer.getbuffer()).digest()
         try:
-            write(log.folder / name, sealed + data)
+            write(log.folder / name, sealed(state))
         except OSError as error:
             log(f"note: {name} could not be written: {error}")
             return
@@ -313,6 +311,16 @@ def save_state(trainer, write, step, seconds, losses, name=None):
         log(f"step:{step} state:{name}")
     if dist.rank == 0 and (kept := state_files(log.folder)):
         dist.safe = command(trainer.hp, dist, log.folder, kept[0], resume=True)
+
+
+def sealed(state):
+    """-> bytes <sha256><torch.save>, in one buffer: copies of a gigabyte would keep Python's lock for seconds."""
+    buffer = io.BytesIO(bytes(STATE_DIGEST_BYTES))
+    buffer.seek(STATE_DIGEST_BYTES)
+    torch.save(state, buffer)
+    view = buffer.getbuffer()
+    view[:STATE_DIGEST_BYTES] = hashlib.sha256(view[STATE_DIGEST_BYTES:]).digest()
+    return view
 
 
 def state_files(folder):
