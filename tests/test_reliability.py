@@ -233,7 +233,7 @@ def test_divergence_is_named_without_states_too(tiny_data, tmp_path, step):
 GONE, ALIVE = ("another host", 1, "0"), (safety.host_id(), os.getpid(), safety.process_state(os.getpid())[1])
 
 
-def judged(told, silent=(0, 0), idle=(0, 0), failing=0):
+def judged(told, silent=(0, 0), idle=(False, False), failing=0):
     watchdog = safety.Watchdog.__new__(safety.Watchdog)
     found = safety.Watchdog.judge(watchdog, told, list(silent), list(idle), failing)
     return f"rank {found[0]} {found[1]}" if found else ""
@@ -242,13 +242,22 @@ def judged(told, silent=(0, 0), idle=(0, 0), failing=0):
 def test_the_watchdog_names_the_dead_the_stalled_and_the_first_to_fail():
     a, b = [1.0, 5, 10, "train", None, GONE], [1.0, 5, 11, "pack", None, GONE]
     second, first = [*a[:4], [2, "lost its peer", 0], GONE], [*b[:4], [1, "no room", 0], GONE]
-    assert judged([a, b]) == judged([a, b], idle=(30, 90), silent=(14, 14)) == ""
+    assert judged([a, b]) == judged([a, b], idle=(False, True), silent=(14, 14)) == ""
     assert judged([a, b], silent=(0, 15)) == "rank 1 died or hangs in stage pack"
-    assert judged([a, b], idle=(40, 90)) == "rank 0 stalls in stage train, the others wait for it"
-    assert judged([a, [1.0, 5, 10, "train", None, GONE]], idle=(90, 90)) == ""  # all wait in one place: the network
+    assert judged([a, b], idle=(True, True)) == "rank 0 stalls in stage train, the others wait for it"
+    assert judged([a, [1.0, 5, 10, "train", None, GONE]], idle=(True, True)) == ""  # all wait in one place: the network
     assert judged([second, first], failing=4) == ""
     assert judged([second, first], failing=5) == "rank 1 failed in stage pack: no room"
     assert judged([second, b], silent=(0, 3), failing=4) == "rank 1 died or hangs in stage pack"
+
+
+def test_a_rank_idles_that_does_next_to_nothing_for_as_long_as_looks_go_back():
+    watchdog, looks = safety.Watchdog.__new__(safety.Watchdog), safety.Watchdog.STALLED
+    past = [[[1.0, 5000 + tick, 10]] for tick in range(looks + 1)]
+    past[30:] = [[[1.0, look[0][1] + 60, 10]] for look in past[30:]]  # a moment's work: pages come back, threads wake
+    assert watchdog.idles(past, 0) and not watchdog.idles(past[1:], 0)
+    for ticks, entered in ((5000 + watchdog.IDLE_TICKS, 10), (5100, 11), (4000, 10)):  # works, goes on, a child ended
+        assert not watchdog.idles([*past[:-1], [[1.0, ticks, entered]]], 0)
 
 
 def test_a_process_that_is_seen_to_live_may_be_silent_for_longer():
@@ -278,7 +287,7 @@ def test_a_rank_that_works_alone_is_not_taken_for_stalled():
     grown = safety.cpu_ticks() - before
     child.kill()
     child.wait()
-    assert grown >= 5 * safety.Watchdog.IDLE_TICKS or os.getloadavg()[0] > 2 * os.cpu_count()
+    assert grown >= 5 * safety.Watchdog.IDLE_TICKS / safety.Watchdog.STALLED or os.getloadavg()[0] > 2 * os.cpu_count()
 
 
 # ---- before the clock starts

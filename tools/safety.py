@@ -5,6 +5,7 @@ again on any number of ranks. Pre-flight: disk, permissions and the artifact's s
 docs/RELIABILITY.md says what is promised, and which test breaks it.
 """
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -46,13 +47,13 @@ class Watchdog(threading.Thread):
 
     Each second every rank tells the process group's store: the time, its CPU time, how many collectives it entered,
     its stage, its error, its process. Dead: no news in DEAD looks, or in STALLED where its process is seen to live on
-    this host: a library may keep Python's lock. Stalled: neither a collective nor work for the CPU in STALLED looks,
-    while others are further on. Looks are counted, not seconds: where all ranks are held up alike, by a compiler that
-    keeps Python's lock or a machine that sleeps, nobody is missed.
+    this host: a library may keep Python's lock. Stalled: no collective and next to no work for the CPU in STALLED
+    looks, while others are further on. Looks are counted, not seconds: where all ranks are held up alike, by a
+    compiler that keeps Python's lock or a machine that sleeps, nobody is missed.
     """
 
     DEAD, DEAD_AFTER_FAILURE, STALLED = 15, 3, 40
-    IDLE_TICKS = 3  # of 10 ms; this thread and idle libraries take less in a second
+    IDLE_TICKS = 4 * STALLED  # of 10 ms: this thread and idle libraries take less, a moment's work among them
 
     def __init__(self, dist, store):
         super().__init__(daemon=True)
@@ -75,7 +76,7 @@ class Watchdog(threading.Thread):
 
     def run(self):
         keys = [f"golf/rank{rank}" for rank in range(self.dist.world_size)]
-        silent, idle, failing, last, found = [0] * len(keys), [0] * len(keys), 0, None, None
+        silent, failing, found, past = [0] * len(keys), 0, None, collections.deque(maxlen=self.STALLED + 1)
         while not found and not self.done.wait(1.0):
             answered = threading.Event()
             threading.Thread(target=self.await_store, args=[answered], daemon=True).start()
@@ -85,14 +86,13 @@ class Watchdog(threading.Thread):
             except RuntimeError as error:
                 self.end_without_store(f"{error!r:.80}")
             answered.set()
-            for rank, (new, old) in enumerate(zip(told, last or told, strict=True)):
+            for rank, (new, old) in enumerate(zip(told, past[-1] if past else told, strict=True)):
                 silent[rank] = silent[rank] + 1 if new[0] == old[0] else 0
-                idle[rank] = idle[rank] + 1 if new[1] < old[1] + self.IDLE_TICKS and new[2] == old[2] else 0
-            failing, last = failing + any(new[4] for new in told), told
-            self.holder = told[0]
-            found = self.judge(told, silent, idle, failing)
+            past.append(told)
+            failing, self.holder = failing + any(new[4] for new in told), told[0]
+            found = self.judge(told, silent, [self.idles(past, rank) for rank in range(len(keys))], failing)
         if found:
-            (rank, words), (*_, error, process) = found, last[found[0]]
+            (rank, words), (*_, error, process) = found, told[found[0]]
             hung = process if silent[rank] >= self.DEAD_AFTER_FAILURE else None
             self.end(f"rank {rank} {words}", hung, error[2] if error else 0)
 
@@ -123,8 +123,13 @@ class Watchdog(threading.Thread):
         number = self.dist.signal or number
         leave(128 + number if number else 1)
 
+    def idles(self, past, rank):
+        """Did a rank enter no collective and use next to no CPU, programs that ended included, in STALLED looks?"""
+        (_, used, entered, *_), (_, uses, enters, *_) = past[0][rank], past[-1][rank]
+        return len(past) > self.STALLED and enters == entered and 0 <= uses - used < self.IDLE_TICKS
+
     def judge(self, told, silent, idle, failing):
-        """What the ranks told, looks without news, without work, looks since a failure -> (rank, words), or None.
+        """What the ranks told, looks without news, who idles, looks since a failure -> (rank, words), or None.
 
         A rank that lost its peer fails as well, so the dead one is looked for first, then who failed first.
         """
@@ -133,7 +138,7 @@ class Watchdog(threading.Thread):
             if silent[rank] >= (self.DEAD_AFTER_FAILURE if failing else self.DEAD):
                 if silent[rank] >= self.STALLED or not lives(*process):
                     return rank, f"died or hangs in stage {stage}"
-            elif idle[rank] >= self.STALLED and entered < furthest:
+            elif idle[rank] and entered < furthest:
                 return rank, f"stalls in stage {stage}, the others wait for it"
         if failing > self.DEAD_AFTER_FAILURE + 1:
             (_, why, _), rank, stage = min((new[4], rank, new[3]) for rank, new in enumerate(told) if new[4])
