@@ -41,7 +41,7 @@ PLACES = {  # name -> object of train_gpt, its function, a stage's line of which
     "pack": (None, "pack_weights"), "unpack": (None, "unpack_weights"), "eval": ("Evaluator", "evaluate_bpb"),
     "ttt": ("TestTimeTrainer", "chunk_step"), "adapt": ("TestTimeTrainer", "global_adapt"),
 }  # fmt: skip
-REHEARSED = {"train": ("Trainer", "warm_up"), "pack": (None, "preflight"), "unpack": (None, "preflight")}  # after these
+REHEARSED = {"train": ("Trainer", "warm_up"), "pack": (None, "check_all"), "unpack": (None, "check_all")}  # after these
 ON_RANK_0_ONLY = ("save", "pack", "unpack")
 
 

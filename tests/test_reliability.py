@@ -685,9 +685,11 @@ QUICK = [fault for fault in RANK_FAULTS if fault[0] in ("kill", "raise", "exit")
 def test_a_fault_happens_at_every_place(place, monkeypatch, tmp_path):
     """A place that a rewrite has renamed would fail only where the sample of `make test` comes by."""
     owner, name = faults.found(train_gpt, faults.PLACES[place])
+    assert callable(getattr(owner, name))
     monkeypatch.setattr(owner, name, lambda *_: "went on")
     if place in faults.REHEARSED:
         before, rehearsal = faults.found(train_gpt, faults.REHEARSED[place])
+        assert callable(getattr(before, rehearsal))  # a module of that name is not
         monkeypatch.setattr(before, rehearsal, lambda *_: getattr(owner, name)(None, 5))
     monkeypatch.setenv("ARMED", "")
     monkeypatch.setenv("FAULT_NOTES", str(tmp_path))
