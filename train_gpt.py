@@ -211,7 +211,9 @@ class Hyperparameters:
     ttt_enabled: bool = env(True, "score with test-time training")
     ttt_max_docs: int = env(0, "score only N validation documents, of all lengths, marked partial; 0: all", least=0)
     ttt_eval_seq_len: int = env(2048, "context of a chunk, its own tokens included", least=2)
+    ttt_stale_context: int = env(0, "oldest positions of it with keys and values kept from older adapters", least=0)
     ttt_chunk_size: int = env(48, "tokens scored between two LoRA steps", least=1)
+    ttt_short_chunks: str = env("", "smaller chunks of short documents: 256:8,2000:24 is 8 up to 256 tokens, then 24")
     ttt_batch_size: int = env(64, "places of a lane, and documents of a step with whole contexts", least=1)
     ttt_lanes: int = env(8, "fixed groups of places; lane i runs on rank i mod world size", least=1)
     ttt_lora_sites: str = env("q,k,v,o,mlp,head", "where adapters sit, comma separated")
@@ -221,6 +223,7 @@ class Hyperparameters:
     ttt_beta2: float = env(0.99, "AdamW beta2 of the adapters (beta1 is 0)", least=0, most=0.99999)
     ttt_weight_decay: float = env(0.5, "decay of the adapters", least=0)
     ttt_warm_start_a: bool = env(True, "a new document keeps A of the one before it in its place")
+    ngram_tilt_enabled: bool = env(False, "the word that followed the last 15 tokens before gets more probability")
     phased_ttt_num_phases: int = env(1, "times the base weights are fine-tuned on scored documents", least=0)
     phased_ttt_prefix_docs: int = env(2500, "documents scored before the last of them, of 50,000 (scaled)", least=0)
     global_ttt_lr: float = env(1e-3, "SGD learning rate of that fine-tuning, cosine to 0", least=0)
@@ -908,7 +911,7 @@ def _qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, out, dots, rows, T, H: tl.co
 def _launch_qkv_heads(inputs, heads, grads=()):
     """inputs qkv, gain, cos, sin; heads q, k, v: fills these or, backward, grads: that of qkv, and of gain per row."""
     (qkv, _, cos, _), (H, E) = inputs, heads[0].shape[2:]
-    _launch_rows(_qkv_heads_kernel, (*inputs, *heads, *(grads or (qkv, qkv))), qkv.numel() // E, E, 1, cos.shape[0],
+    _launch_rows(_qkv_heads_kernel, (*inputs, *heads, *(grads or (qkv, qkv))), qkv.numel() // E, E, 1, cos[..., 0].numel(),
                  H=H, K=heads[1].shape[2], HALF=cos.shape[-1], BACKWARD=bool(grads))
 
 def _new_heads(qkv, gain, cos, sin, kv_heads):
@@ -1183,14 +1186,13 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
 
 # ---- MODEL -----------------------------------------------------------------------------------------------------------
 
-def rotary_tables(hp):
-    """cos and sin of every position of the longest row, (T, 1, rope_dims / 2) float32 each, from float64 angles.
+def rotary_tables(positions, hp):
+    """cos and sin of positions (..., T) -> (..., T, 1, rope_dims / 2) float32 each, from float64 angles.
 
     Made once: traced into a graph, the compiler computes them anew for every head, in float64 on the GPU.
     """
-    length = max(hp.micro_batch_tokens, hp.eval_seq_len, hp.global_ttt_chunk_tokens + hp.ttt_eval_seq_len)
-    frequency = hp.rope_base ** (-torch.arange(0, hp.rope_dims, 2, dtype=torch.float64) / hp.rope_dims)
-    angle = torch.arange(length, dtype=torch.float64)[:, None, None] * frequency
+    step = torch.arange(0, hp.rope_dims, 2, device=positions.device).double() / hp.rope_dims
+    angle = positions[..., None, None] * hp.rope_base ** -step
     return angle.cos().float(), angle.sin().float()
 
 class LayerWeights(NamedTuple):
@@ -1244,7 +1246,8 @@ class GPT(nn.Module):
         self.smear_lambda = nn.Parameter(torch.zeros(1)) if hp.smear_gate_enabled else None
         scales = [[(layer + 1) ** -0.5 if hp.ln_scale else 1.0] for layer in range(L)]
         self.register_buffer("depth_scale", torch.tensor(scales), persistent=False)  # no weight: never saved
-        for name, table in zip(("cos", "sin"), rotary_tables(hp), strict=True):
+        longest = max(hp.micro_batch_tokens, hp.eval_seq_len, hp.global_ttt_chunk_tokens + hp.ttt_eval_seq_len)
+        for name, table in zip(("cos", "sin"), rotary_tables(torch.arange(longest), hp), strict=True):
             self.register_buffer(name, table, persistent=False)
         self.init_weights()
 
@@ -1313,7 +1316,7 @@ class GPT(nn.Module):
             parts = qkv.split((D, kv_dim, kv_dim), dim=-1)
             qkv = torch.cat([tap(site, h, part) for site, part in zip("qkv", parts, strict=True)], dim=-1)
         q, k, v = self.ops.qkv_heads(qkv, w.q_gain, *rope, hp.num_kv_heads)
-        y = self.ops.attention(q, k, v, *packing)  # (B, T, H, E)
+        y = (attention_stale if hp.ttt_stale_context and packing[2:] else self.ops.attention)(q, k, v, *packing)
         if w.xsa and self.gate_kind:
             y = self.ops.gated_xsa(y, v, *self.head_gates(h, x_in, qkv, w.gate))
         elif w.xsa:
@@ -2515,78 +2518,129 @@ class Phase(NamedTuple):
 def plan_ttt(lengths, hp):
     """(n,) targets of each document -> list of Phase, the same for every world size."""
     order, costs = np.argsort(-lengths, kind="stable"), window_positions(lengths, hp).tolist()
-    prefix = min(len(order), round(hp.phased_ttt_prefix_docs * len(order) / 50_000)) if hp.phased_ttt_num_phases else 0
-    borders = [prefix * i // hp.phased_ttt_num_phases for i in range(hp.phased_ttt_num_phases + 1)] if prefix else [0]
-    borders = [*borders, len(order)]
-    phases = []
-    for number, (first, last) in enumerate(zip(borders, borders[1:], strict=False)):
+    prefix, number = min(len(order), round(hp.phased_ttt_prefix_docs * len(order) / 50_000)), hp.phased_ttt_num_phases
+    borders, phases = [prefix * (i + 1) // number for i in range(number)], []
+    for number, (first, last) in enumerate(zip([0, *borders], [*borders, len(order)], strict=True)):
         places = balance(order[first:last].tolist(), costs.__getitem__, hp.ttt_lanes * hp.ttt_batch_size)
         lanes = [places[lane::hp.ttt_lanes] for lane in range(hp.ttt_lanes)]
         if last > first:
-            phases.append(Phase(lanes, order[first:last], adapt=number < len(borders) - 2))
+            phases.append(Phase(lanes, order[first:last], adapt=number < len(borders)))
     return phases
 
 def window_positions(lengths, hp):
     """(n,) targets -> (n,) window positions that scoring these documents computes: the cost of a document."""
-    chunk, context = hp.ttt_chunk_size, hp.ttt_eval_seq_len
+    chunk = chunk_size(lengths, hp) if hp.ttt_short_chunks else hp.ttt_chunk_size
+    context = hp.ttt_eval_seq_len - hp.ttt_stale_context if hp.ttt_stale_context else hp.ttt_eval_seq_len
     chunks = -(-lengths // chunk)
     growing = np.minimum(chunks, context // chunk)
     return chunk * growing * (growing + 1) // 2 + (chunks - growing) * context
+
+def chunk_size(length, hp):
+    """Targets of a document -> of its chunks [TTT_SHORT_CHUNKS]; also for arrays."""
+    pairs = [[*map(int, pair.split(":"))] for pair in hp.ttt_short_chunks.split(",")]
+    sizes = np.select([length <= most for most, _ in pairs], [short for _, short in pairs], hp.ttt_chunk_size)
+    return np.minimum(sizes, hp.ttt_chunk_size)
 
 class Step(NamedTuple):
     """Chunks of several documents, scored and learned from together."""
     table: np.ndarray  # (B, 6) int64, see TestTimeTrainer.chunk_step
     begins: np.ndarray  # (n, 2) state row, place: documents that begin with this step
     ends: np.ndarray  # (n, 2) documents that end with it
-    width: int  # of the windows
-    cost = property(lambda step: step_cost(len(step.table), step.width))
+    width: int  # of the windows, stale context included
+    cost: float = 0.0  # seconds, of step_cost
 
-def step_cost(rows, width):
-    """Seconds of a step of the default model on an H100: launches, adapters, positions, attention."""
+def step_cost(rows, width, fresh=0):
+    """Seconds of a step of the default model on an H100: launches, adapters, positions (`fresh` at most), attention."""
+    if fresh and width > fresh:
+        return step_cost(rows, fresh) + rows * (width - fresh) * (2e-8 + 8e-10 * fresh)
     return 6e-3 + rows * (1e-4 + width * (1.16e-6 + 1.9e-10 * width))
 
 def schedule_ttt(places, starts, lengths, flight, hp):
     """Documents of each place, (n,) inputs' starts and targets of all -> list of Step, on `flight` state rows at most.
 
     The next step is of the width whose rows cost least more than in a full step, with the places in it that have most
-    chunks left, so that none is left alone at the end.
-    """
-    size, context, batch = hp.ttt_chunk_size, hp.ttt_eval_seq_len, hp.ttt_batch_size
-    widths = sorted({max(size, -(-context * share // 16)) for share in (1, 2, 4, 8, 12, 16)})
+    chunks left, so that none is left alone at the end."""
+    context, batch = hp.ttt_eval_seq_len, hp.ttt_batch_size
+    fresh = hp.ttt_stale_context and context - hp.ttt_stale_context
+    widths = sorted({max(hp.ttt_chunk_size, -(-context * share // 16)) for share in (1, 2, 4, 8, 12, 16)})
     row_counts = sorted({max(2, batch // share) for share in (16, 4, 1)})
     starts, lengths = starts.tolist(), lengths.tolist()
-    left = [[(d, c) for d in documents for c in range(-(-lengths[d] // size))][::-1] for documents in places]
+
+    def chunks(document):  # context, whether it is the last, what follows the rows in the table
+        length = lengths[document]
+        size = int(chunk_size(length, hp)) if hp.ttt_short_chunks else hp.ttt_chunk_size
+        for number, first in enumerate(range(0, length, size), 1):
+            end = min(first + size, length)
+            window = max(0, end - (fresh or context))
+            yield min(end, context), end == length, starts[document] + window, first - window, end - first, number
+
+    left = [[chunk for document in documents for chunk in chunks(document)][::-1] for documents in places]
     waiting = sorted((place for place, chunks in enumerate(left) if chunks), key=lambda place: len(left[place]))
     steps, free, ready = [], list(range(flight)), [[] for _ in widths]
 
     def enqueue(row, place):
-        document, chunk = left[place][-1]
-        need = min(lengths[document], (chunk + 1) * size, context)
-        ready[sum(width < need for width in widths)].append((row, place))
+        ready[sum(width < left[place][-1][0] for width in widths)].append((row, place))
 
-    def waste(i, rows):
-        return step_cost(rows, widths[i]) / step_cost(row_counts[-1], widths[i]) / min(len(ready[i]), rows)
+    def waste(choice):
+        i, rows = choice
+        part = step_cost(rows, widths[i], fresh) / step_cost(row_counts[-1], widths[i], fresh)
+        return part / min(len(ready[i]), rows)
 
     while waiting or any(ready):
         while waiting and free:
             enqueue(free.pop(), waiting.pop())
-        choices = [(i, rows) for i, queue in enumerate(ready) if queue for rows in row_counts]
-        number, rows = min(choices, key=lambda choice: waste(*choice))
+        number, rows = min(((i, rows) for i, queue in enumerate(ready) if queue for rows in row_counts), key=waste)
         queue, width = sorted(ready[number], key=lambda pair: -len(left[pair[1]])), widths[number]
         taken, ready[number] = queue[:rows], queue[rows:]
         table, begins, ends = [(flight, flight, 0, 0, 0, 1)] * (rows - len(taken)), [], []
         for row, place in taken:
-            document, chunk = left[place].pop()
-            end = min((chunk + 1) * size, lengths[document])
-            window, last = max(0, end - context), end == lengths[document]
-            first, written = chunk * size, flight if last else row
-            table.append((row, written, starts[document] + window, first - window, end - first, chunk + 1))
-            begins += [(row, place)] * (chunk == 0)
+            _, last, *columns = left[place].pop()
+            table.append((row, flight if last else row, *columns))
+            begins += [(row, place)] * (columns[-1] == 1)
             ends += [(row, place)] * last
             enqueue(row, place) if left[place] else free.append(row)
         begins, ends = (np.array(pairs, np.int64).reshape(-1, 2) for pairs in (begins, ends))
-        steps.append(Step(np.array(table), begins, ends, width))
+        steps.append(Step(np.array(table), begins, ends, width, step_cost(rows, width, fresh)))
     return steps
+
+# Tokens before a hint, its least share of the cases so far, what its logit gains; keys are polynomials in `base`.
+NGRAM = SimpleNamespace(context=15, share=0.8, boost=2.625, base=6364136223846793005)
+
+def followers(keys, tokens, moments):
+    """Keys (n,), the token behind each, moments that never decrease -> (n,) the token that mostly stood behind the same
+    key at earlier moments, -1 where none did in NGRAM.share of all cases."""
+    index = torch.arange(len(keys), device=keys.device)
+
+    def run_starts(column):  # of runs of equal elements
+        return torch.where(F.pad(column[1:] != column[:-1], (1, 0), value=True), index, 0).cummax(0).values
+
+    pairs, order = (keys * NGRAM.base + tokens).sort(stable=True)
+    earlier = torch.empty_like(index).scatter_(0, order, index - run_starts(pairs))  # cases of the same pair
+    keys, order = keys.sort(stable=True)
+    first, now = run_starts(keys), run_starts(keys * NGRAM.base + moments[order]) - 1
+    most, best = (first * len(keys) + earlier[order]).cummax(0)  # of each key, up to here
+    most, cases = most[now] - first * len(keys) + 1, now - first + 1
+    fires = (cases > 0) & (most >= NGRAM.share * cases.double())
+    return torch.empty_like(index).scatter_(0, order, torch.where(fires, tokens[order[best[now]]], -1))
+
+def ngram_hints(tokens, starts, lengths, phases):
+    """(n,) stream, (m,) first inputs of documents and their targets, plan -> (n,) hint at each target, -1: none.
+
+    Token n-gram tilt (PR 2018): what mostly followed these tokens in the document so far, else in earlier phases. That
+    was counted before on any number of ranks; one order of documents, phase by phase, explains adapters and hints."""
+    order = [(number, document) for number, phase in enumerate(phases) for document in phase.documents.tolist()]
+    phase, document = torch.tensor(order, device=tokens.device).T
+    starts, lengths = (torch.from_numpy(a).to(tokens.device)[document] for a in (starts, lengths))
+    counts = (lengths - NGRAM.context + 1).clamp_min(0)  # targets behind a whole context
+    shift = starts + NGRAM.context + counts - counts.cumsum(0)
+    document, phase, shift = (column.repeat_interleave(counts) for column in (document, phase, shift))
+    moment = torch.arange(len(shift), device=tokens.device)
+    at, context = shift + moment, 0
+    for back in range(NGRAM.context, 0, -1):
+        context = context * NGRAM.base + tokens[at - back]
+    near = followers(context * NGRAM.base + document, tokens[at], moment)
+    far = followers(context, tokens[at], phase)
+    return torch.full_like(tokens, -1).scatter_(0, at, torch.where(near < 0, far, near))
 
 LORA_INPUTS = (("q", "k", "v", "attn_out"), ("mlp_out",))  # tap sites that read the same tensor
 
@@ -2594,8 +2648,7 @@ class SlotLoRA:
     """Adds (alpha / rank) (x A^T) B^T at the sites of one slot, one pair (A, B) for each row of the batch.
 
     a: [(sites that read the same x, (B, sites R, in))]: one product serves them all, from the first of them on;
-    b: {site: (B, out, R)}.
-    """
+    b: {site: (B, out, R)}."""
 
     splits_mlp = False
 
@@ -2616,8 +2669,7 @@ class SlotLoRA:
 def adamw_rows(values, squares, gradient, source, target, number, rates):
     """AdamW without first moment: rows `source` of flat states, at their step `number`, into rows `target`, in place.
 
-    Rates: lr, decay, beta2. Compiled, it is one pass over the rows; many may go to the row of scratch.
-    """
+    Rates: lr, decay, beta2. Compiled, it is one pass over the rows; many may go to the row of scratch."""
     lr, decay, beta2 = rates
     mean = torch.lerp(gradient * gradient, squares[source], beta2)
     denominator = (mean / (1 - beta2 ** number.double()).float()[:, None]).sqrt() + 1e-10
@@ -2628,8 +2680,7 @@ class BatchedLoRA:
     """The adapters of a rank's documents, and their AdamW (beta1 = 0), in flat float32 rows.
 
     A row is a document in flight, the last one scratch: A of the head, A of every slot, B of every slot, B of the head.
-    `kept` holds A of every place between its documents.
-    """
+    `kept` holds A of every place between its documents."""
 
     def __init__(self, model, lanes, hp, device, update):
         D, R, kv_dim, places = hp.model_dim, hp.ttt_lora_rank, hp.num_kv_heads * hp.head_dim, hp.ttt_batch_size
@@ -2669,10 +2720,8 @@ class BatchedLoRA:
         matrices = iter([part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)])
         a = [[(sites, next(matrices)) for sites in self.reads] for _ in range(self.slots)]
         slots = [SlotLoRA(of_slot, {site: next(matrices) for site in self.sites}, scale) for of_slot in a]
-        head = SlotLoRA([], {}, scale)
-        if self.parts[0]:
-            a_head, b_head = a_head.unflatten(1, (R, -1)), b_head.unflatten(1, (-1, R))
-            head = SlotLoRA([(("lm_head",), a_head)], {"lm_head": b_head}, scale)
+        a, b = a_head.unflatten(1, (R, -1)), b_head.unflatten(1, (-1, R))
+        head = SlotLoRA([(("lm_head",), a)], {"lm_head": b}, scale) if self.parts[0] else SlotLoRA([], {}, scale)
         return SimpleNamespace(slots=slots, at=lambda slot, layer: slots[slot], head=head)
 
     @torch.no_grad()
@@ -2680,6 +2729,48 @@ class BatchedLoRA:
         """One AdamW step of state rows `source` (B,), their `number`-th (B,), into rows `target` (B,)."""
         rates = self.hp.ttt_lora_lr, self.hp.ttt_weight_decay, self.hp.ttt_beta2
         self.update(self.values, self.squares, gradient, source, target, number, rates)
+
+def attention_stale(q, k, v, cache, positions, places, new):
+    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E), causal, at `positions` (B, C + T) of documents. Keys and values
+    of the first C, where not negative, are at `places` of a cache (2, N, K, E); the new ones are left in `new`."""
+    new += k, v
+    cached = positions.size(1) - q.size(1)
+    k, v = _repeat_kv(q, *(torch.cat((c[places[:, :cached]], t), 1) for c, t in zip(cache, (k, v), strict=True)))
+    seen = (positions[:, None] <= positions[:, cached:, None]) & (positions[:, None] >= 0)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None]).transpose(1, 2)
+
+class StaleContext:
+    """Keys and values from before the windows, as the last step with these positions in its windows left them
+    [TTT_STALE_CONTEXT]: adapters have learnt since. A row is a document in flight, position p at p mod its length."""
+
+    def __init__(self, model, starts, flight, hp, device):
+        self.hp, self.length = hp, hp.ttt_stale_context + hp.ttt_chunk_size
+        shape = len(model.slots(looping=True)), 2, (flight + 1) * self.length, hp.num_kv_heads, hp.head_dim
+        self.cache, self.starts = model.cos.new_zeros(shape, dtype=model.dtype), torch.from_numpy(starts).to(device)
+
+    def begin(self, rows, windows, width):
+        """A step begins, with windows (B,) from these places of the stream -> how many positions it computes."""
+        self.width = min(width, self.hp.ttt_eval_seq_len - self.hp.ttt_stale_context)
+        cached = max(width - self.width, self.hp.ttt_chunk_size)
+        before = windows - self.starts[torch.searchsorted(self.starts, windows.contiguous(), right=True) - 1]
+        self.positions = before[:, None] + torch.arange(-cached, self.width, device=rows.device)
+        self.places = rows[:, None] * self.length + self.positions % self.length
+        self.rope, self.new = rotary_tables(self.positions[:, cached:], self.hp), []
+        return self.width
+
+    def of_slot(self, *streams):
+        """Streams (B, T or 1 + T, D), or None -> without the token before, tables and packing of the next slot."""
+        self.new.append([])
+        packing = self.cache[len(self.new) - 1], self.positions, self.places, self.new[-1]
+        return *(x if x is None else x[:, -self.width:].contiguous() for x in streams), self.rope, packing
+
+    def end(self, rows):
+        """A step ends: the first chunk of its windows, which may lie before the next ones, is kept in rows (B,)."""
+        chunk = self.hp.ttt_chunk_size
+        places = rows[:, None] * self.length + self.positions[:, -self.width:][:, :chunk] % self.length
+        new = [torch.stack([t[:, :chunk].detach() for t in of_slot]) for of_slot in self.new]
+        self.cache[:, :, places], self.new = torch.stack(new), []
 
 class TestTimeTrainer:
     """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between phases."""
@@ -2692,39 +2783,47 @@ class TestTimeTrainer:
         row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.ttt_eval_seq_len
         entries = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
         self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device)
-        self.block, self.head, self.update = (
-            compiled(f, hp, dist, dynamic=None) for f in (model.block, model.token_losses, adamw_rows))
+        self.block, self.head, update = (compiled(f, hp, dist, dynamic=None) for f in (
+            model.block, self.tilted_losses if hp.ngram_tilt_enabled else model.token_losses, adamw_rows))
         self.lanes = range(dist.rank, hp.ttt_lanes, dist.world_size)
-        self.lora = BatchedLoRA(model, self.lanes, hp, dist.device, self.dynamic_update)
+        self.lora = BatchedLoRA(model, self.lanes, hp, dist.device, update)
+        if hp.ttt_stale_context:
+            self.stale = StaleContext(model, validation.starts, self.lora.flight, hp, dist.device)
         self.score, self.warming_up, self.graphs = Score(dist.device), False, {}
+        if hp.ngram_tilt_enabled:  # the stream with the hint at each place
+            self.hinted = F.pad(self.packer.tokens[:, None], (0, 1), value=-1)
 
     def chunk_losses(self, windows, targets, positions, tap):
         """Windows (B, W), targets and their positions in the windows (B, C), adapters -> (B, C) nats, float32 head."""
         hidden = self.model.forward_hidden(windows, max_seqlen=self.hp.ttt_eval_seq_len, looping=True, tap=tap,
                                            block=self.dynamic_block)
         scored = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.size(2)))
-        return self.dynamic_head(scored, targets, tap.head)
+        self.mark_dynamic([0], scored, targets, *tap.head.matrices())
+        return self.head(scored, targets, tap.head)
 
-    # Compiled forms of GPT.block, GPT.token_losses and adamw_rows, one graph for any number of documents and length of
-    # windows; layer by layer, because tracing all slots at once with unknown shapes takes minutes.
+    def tilted_losses(self, scored, targets, tap):
+        """As GPT.token_losses, targets (B, C, 2) with a hint beside each, -1: none -> nats, and those that count: under
+        p(a) e^(boost [a = hint]) / (1 + p(hint) (e^boost - 1)). Compiled, the head is computed once."""
+        targets, hints = targets.unbind(-1)
+        losses, of_hints = (self.model.token_losses(scored, t, tap) for t in (targets, hints.clamp_min(0)))
+        boost = NGRAM.boost * (hints >= 0)
+        return losses, losses + torch.log1p((-of_hints).exp() * boost.expm1()) - boost * (hints == targets)
+
+    # Compiled: GPT.block, GPT.token_losses and adamw_rows, one graph for any number of documents and length of windows;
+    # layer by layer, because tracing all slots at once with unknown shapes takes minutes.
 
     def dynamic_block(self, x, mlp_lane, x0, w, rope, packing, tap):
+        if self.hp.ttt_stale_context:
+            x, mlp_lane, x0, rope, packing = self.stale.of_slot(x, mlp_lane, x0)
+            self.mark_dynamic([0, 1], *rope, *packing[1:3])
         x = x if x.requires_grad else x.detach().requires_grad_()  # the first layer shares the graph of the others
-        self.mark_dynamic([0, 1], x, x0, *([] if mlp_lane is None else [mlp_lane]))
+        self.mark_dynamic([0, 1], x, x0, mlp_lane)
         self.mark_dynamic([0], *rope, *tap.matrices())
         return self.block(x, mlp_lane, x0, w, rope, packing, tap)
 
-    def dynamic_head(self, scored, targets, tap):
-        self.mark_dynamic([0], scored, targets, *tap.matrices())
-        return self.head(scored, targets, tap)
-
-    def dynamic_update(self, values, squares, *rows):
-        self.mark_dynamic([0], *rows[:-1])
-        self.update(values, squares, *rows)
-
     def mark_dynamic(self, dimensions, *tensors):
-        if self.warming_up:  # what the graphs are made from; later tensors need no marks, and marking takes time
-            for tensor in tensors:
+        for tensor in tensors:
+            if self.warming_up and tensor is not None:  # later tensors need no marks, and marking takes time
                 torch._dynamo.mark_dynamic(tensor, dimensions)
 
     def no_chunks(self, rows):
@@ -2733,8 +2832,10 @@ class TestTimeTrainer:
 
     def warm_up(self):
         """Compiles the graphs of all steps on the largest shape: kernels are chosen for where the time goes."""
-        self.warming_up = True
-        self.chunk_step(self.no_chunks(max(2, self.hp.ttt_batch_size)), self.hp.ttt_eval_seq_len)
+        self.warming_up, rows = True, max(2, self.hp.ttt_batch_size)
+        if self.hp.ttt_stale_context:  # sizes that are equal here are taken to be equal always
+            rows += rows == self.hp.ttt_eval_seq_len - self.hp.ttt_stale_context
+        self.chunk_step(self.no_chunks(rows), self.hp.ttt_eval_seq_len)
         self.warming_up = False
 
     def chunk_step(self, table, width):
@@ -2742,33 +2843,39 @@ class TestTimeTrainer:
 
         Columns of the table (B, 6): state row, row to write to (scratch: the chunk is a document's last, there is no
         step), place of the window in the stream, of the chunk in the window, targets, which step of the document it is.
-        A row without targets is padding.
-        """
+        A row without targets is padding."""
         source, target, window, first, count, number = table.unbind(1)
         device, tokens = table.device, self.packer.tokens
+        if self.hp.ttt_stale_context:
+            width = self.stale.begin(source, window, width)
         offset, last = torch.arange(self.hp.ttt_chunk_size, device=device), (first + count - 1).clamp_min(0)[:, None]
-        # short windows repeat their last input behind it, unseen
-        inputs = window[:, None] + torch.minimum(torch.arange(width, device=device), last)
+        # short windows repeat their last input behind it, unseen; behind stale context SmearGate reads the token before
+        columns = torch.arange(-1 if self.hp.ttt_stale_context else 0, width, device=device)
+        inputs = window[:, None] + torch.minimum(columns, last)
         positions = torch.minimum(first[:, None] + offset, last)
         targets, scored = window[:, None] + positions + 1, offset < count[:, None]
         leaf = self.lora.values[source].requires_grad_()
-        losses = self.chunk_losses(tokens[inputs], tokens[targets], positions, self.lora.tap(leaf))
-        self.score.add(losses.detach(), scored, self.packer.bytes[targets])
+        losses = self.chunk_losses(tokens[inputs], (self.hinted if self.hp.ngram_tilt_enabled else tokens)[targets],
+                                   positions, self.lora.tap(leaf))
+        if self.hp.ngram_tilt_enabled:
+            losses, tilted = losses
+        self.score.add((tilted if self.hp.ngram_tilt_enabled else losses).detach(), scored, self.packer.bytes[targets])
         means = torch.where(scored, losses, 0.0).sum(1) / count.clamp_min(1)
         loss = torch.where(target < self.lora.flight, means, 0.0).sum()
-        self.lora.step(*torch.autograd.grad(loss, leaf), source, target, number)
+        rows = *torch.autograd.grad(loss, leaf), source, target, number
+        self.mark_dynamic([0], *rows)
+        self.lora.step(*rows)
+        if self.hp.ttt_stale_context:
+            self.stale.end(target)
 
     def capture(self, steps):
         """Records chunk_step as a CUDA graph for each shape of these steps; where that fails, they run as they are.
-
-        Every shape runs once before, on a side stream, as torch asks for. The graphs share one pool, the largest first.
-        """
+        Every shape runs once before, on a side stream, as torch asks for. They share one pool, the largest first."""
         if self.dist.device.type != "cuda" or not self.hp.kernels:
             return
-        shapes = sorted({(len(step.table), step.width) for step in steps}, key=math.prod, reverse=True)
-        tables = {shape: self.no_chunks(shape[0]) for shape in shapes}
-        pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        started = time.perf_counter()
+        shapes = {(len(step.table), step.width) for step in steps}
+        tables = {shape: self.no_chunks(shape[0]) for shape in sorted(shapes, key=math.prod, reverse=True)}
+        pool, side, started = torch.cuda.graph_pool_handle(), torch.cuda.Stream(), time.perf_counter()
         torch.cuda.empty_cache()
         try:
             side.wait_stream(torch.cuda.current_stream())
@@ -2787,8 +2894,7 @@ class TestTimeTrainer:
         self.log(f"ttt_graphs captured:{len(self.graphs)} of:{len(shapes)} seconds:{time.perf_counter() - started:.1f}")
 
     def run_steps(self, steps):
-        """Counts and learns in the steps' order until the budget ends -> steps that are left. The index tables of all
-        steps go to the device in one copy."""
+        """Counts and learns in the steps' order until the budget ends -> steps left. Tables are copied all at once."""
         self.capture(steps)
         self.stepping = time.perf_counter() - self.spent
         uploads = [torch.from_numpy(np.concatenate(parts)).to(self.dist.device).split([*map(len, parts)])
@@ -2796,26 +2902,22 @@ class TestTimeTrainer:
         for number, (step, table, begins, ends) in enumerate(zip(steps, *uploads, strict=True)):
             if number % 8 == 0 and self.late(sum(step.cost for step in steps[number:number + 8])):
                 return steps[number:]
-            if len(begins):
-                self.lora.begin(*begins.unbind(1))
+            self.lora.begin(*begins.unbind(1))
             graph, buffer = self.graphs.get((len(table), step.width), (None, None))
             if graph:
                 buffer.copy_(table)
                 graph.replay()
             else:
                 self.chunk_step(table, step.width)
-            if len(ends):
-                self.lora.end(*ends.unbind(1))
-            self.done += step.cost
-            self.ended += len(ends)
+            self.lora.end(*ends.unbind(1))
+            self.done, self.ended = self.done + step.cost, self.ended + len(ends)
         return []
 
     def late(self, cost):
         """Waits for the device, tells how far it is -> is the budget too short for `cost` more and the rest unadapted?
 
         Costs are seconds of step_cost, taken at the pace of this run so far. The rest costs a step's share a token,
-        which is more than a plain forward takes; a fiftieth of the budget stays in reserve.
-        """
+        which is more than a plain forward takes; a fiftieth of the budget stays in reserve."""
         nats, tokens, charges = self.score.sums.tolist()
         now = time.perf_counter()
         left = self.hp.eval_budget_seconds * 0.98 - self.log.seconds.get("unpack", 0.0) - (now - self.started)
@@ -2875,9 +2977,12 @@ class TestTimeTrainer:
         phases = plan_ttt(lengths, hp)
         schedules = [schedule_ttt([documents for lane in self.lanes for documents in phase.lanes[lane]],
                                   starts, lengths, self.lora.flight, hp) for phase in phases]
-        self.cost = sum(step.cost for steps in schedules for step in steps) or 1.0
-        self.tokens = sum(step.table[:, 4].sum() for steps in schedules for step in steps)
+        self.cost = sum(step.cost for step in sum(schedules, [])) or 1.0
+        self.tokens = sum(step.table[:, 4].sum() for step in sum(schedules, []))
         self.done, self.ended, self.told, self.spent, self.stepping, rest = 0.0, 0, 0.0, 0.0, self.started, []
+        if hp.ngram_tilt_enabled:
+            self.hinted[:, 1] = hints = ngram_hints(self.packer.tokens, starts, lengths, phases)
+            self.log(f"ttt_ngram hints:{(hints >= 0).sum()} seconds:{time.perf_counter() - self.started:.1f}")
         if compile_wanted(hp, dist):
             self.warm_up()
         graphs = compiled_graphs()
@@ -2890,13 +2995,14 @@ class TestTimeTrainer:
             late = self.late(3e-6 * tokens / dist.world_size + 0.3 * tokens / hp.global_ttt_chunk_tokens)
             if phase.adapt and any(dist.all_gather_object(late or bool(rest))):
                 self.log("note: no time to fine-tune the base weights")
+                if hp.ngram_tilt_enabled:
+                    self.hinted[:, 1] = -1  # documents of this phase may be left to the end
             elif phase.adapt:
                 self.global_adapt(self.documents[phase.documents])
         unadapted = self.score_unadapted(rest) if rest else 0
         self.model.requires_grad_(True)
         total = self.score.total(dist, stream.targets_of(self.documents))
-        unadapted = int(dist.all_reduce(torch.tensor([float(unadapted)], device=dist.device)).item())
-        if unadapted:
+        if unadapted := sum(dist.all_gather_object(unadapted)):
             self.log(f"note: EVAL_BUDGET_SECONDS did not do: {unadapted} tokens were scored without adaptation")
         return total | {"documents": len(self.documents), "partial": len(self.documents) < len(stream.starts),
                         "recompilations": compiled_graphs() - graphs, "unadapted_tokens": unadapted}

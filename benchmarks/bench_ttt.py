@@ -17,6 +17,8 @@ Without CUDA it says so and exits 0 (`--cpu` runs anyway).
 """
 
 import argparse
+import copy
+import dataclasses
 import os
 import re
 import sys
@@ -47,6 +49,29 @@ class Lines(list):
         pass
 
 
+def continued(model, tokens, start, window, kept):
+    """The model for a row of a document that goes on at `window`: `kept` is, for every slot, [keys, values] of all the
+    document's positions (1, T, K, E), of which the last TTT_STALE_CONTEXT before the window are read, and where those
+    of the row are left."""
+    row, before, slots = copy.copy(model), window - start, iter(kept)
+    if before:
+        row.embed = lambda inputs, fresh: model.embed(tokens[None, window - 1 : window + inputs.size(1)], fresh)[:, 1:]
+
+    def attention(q, k, v, cu_seqlens, max_seqlen):
+        turn = model.cos[before : before + 1], model.sin[before : before + 1]
+        q, k = tg.apply_rotary_emb(q, *turn), tg.apply_rotary_emb(k, *turn)
+        slot, first, row_end = next(slots), max(0, before - model.hp.ttt_stale_context), before + k.size(1)
+        seen = [torch.cat((old[:, first:before], new), 1) for old, new in zip(slot, (k, v), strict=True)]
+        for old, new in zip(slot, (k, v), strict=True):
+            old[:, before:row_end] = new.detach()
+        mask = torch.ones(q.size(1), row_end - first, dtype=torch.bool, device=q.device).tril(before - first)
+        q, *seen = (t.repeat_interleave(q.size(2) // t.size(2), 2).transpose(1, 2) for t in (q, *seen))
+        return torch.nn.functional.scaled_dot_product_attention(q, *seen, attn_mask=mask).transpose(1, 2)
+
+    row.ops = dataclasses.replace(model.ops, attention=attention)
+    return row
+
+
 def document_by_document(model, validation, hp, dist):
     """The definition of the answer -> {(document, target position): nats}: one document after the other, windows of
     their own length, no compilation, no padding, torch's AdamW; between phases TestTimeTrainer.global_adapt."""
@@ -54,7 +79,7 @@ def document_by_document(model, validation, hp, dist):
     trainer = tg.TestTimeTrainer(model, validation, hp, dist, Lines())
     lora = tg.BatchedLoRA(model, range(hp.ttt_lanes), hp, dist.device, tg.adamw_rows)
     model.requires_grad_(False)
-    chosen = trainer.documents
+    chosen, pairs = trainer.documents, [[*map(int, p.split(":"))] for p in hp.ttt_short_chunks.split(",") if p]
     for phase in tg.plan_ttt((validation.ends - validation.starts)[chosen], hp):
         for place, documents in enumerate([documents for lane in phase.lanes for documents in lane]):
             for document in chosen[documents].tolist():
@@ -62,11 +87,16 @@ def document_by_document(model, validation, hp, dist):
                 leaf.data[0, : lora.kept.size(1)] = lora.kept[place]
                 optimizer = torch.optim.AdamW([leaf], hp.ttt_lora_lr, (0.0, hp.ttt_beta2), 1e-10, hp.ttt_weight_decay)
                 start, end = int(validation.starts[document]), int(validation.ends[document])
-                for first in range(start, end, hp.ttt_chunk_size):
-                    last = min(first + hp.ttt_chunk_size, end)
-                    window = max(start, last - hp.ttt_eval_seq_len)
+                fitting = [size for most, size in pairs if end - start <= most]
+                size = min([hp.ttt_chunk_size, *fitting[:1]])
+                kept = torch.zeros(lora.slots, 2, 1, end - start, hp.num_kv_heads, hp.head_dim, dtype=model.dtype,
+                                   device=dist.device)  # fmt: skip
+                for first in range(start, end, size):
+                    last = min(first + size, end)
+                    window = max(start, last - hp.ttt_eval_seq_len + hp.ttt_stale_context)
                     tap = lora.tap(leaf)
-                    hidden = model.forward_hidden(
+                    row = continued(model, tokens, start, window, kept) if hp.ttt_stale_context else model
+                    hidden = row.forward_hidden(
                         tokens[None, window:last], max_seqlen=hp.ttt_eval_seq_len, looping=True, tap=tap
                     )
                     targets = tokens[None, first + 1 : last + 1]

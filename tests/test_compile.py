@@ -15,8 +15,7 @@ from conftest import tiny_hp, write_documents
 import train_gpt
 
 VAL = [200, 90, 33, 1, 8, 0, 64, 7, 31, 32, 17, 100, 1, 5, 0, 71]  # tails, lone BOS, one-token documents
-GPU = pytest.param("cuda", marks=[
-    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")])  # fmt: skip
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 
 def scores_of(model, hp, dist, log):
@@ -30,8 +29,12 @@ def scores_of(model, hp, dist, log):
     return scores
 
 
-@pytest.mark.parametrize("device", ["cpu", GPU])
-def test_every_graph_is_compiled_once_and_before_the_clock(tmp_path, device, monkeypatch):
+OPTIONS = {"ttt_stale_context": 16, "ttt_short_chunks": "40:4", "ngram_tilt_enabled": True}
+
+
+@pytest.mark.parametrize("device, options", [
+    ("cpu", {}), pytest.param("cuda", {}, marks=GPU), pytest.param("cuda", OPTIONS, marks=GPU)])  # fmt: skip
+def test_every_graph_is_compiled_once_and_before_the_clock(tmp_path, device, options, monkeypatch):
     if device == "cpu":
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
@@ -40,7 +43,7 @@ def test_every_graph_is_compiled_once_and_before_the_clock(tmp_path, device, mon
     hp = tiny_hp(data_path=str(tmp_path), device=device, compile="1", model_dim=128, num_heads=2, num_kv_heads=1,
                  rope_dims=16, num_layers=3, num_loops=1, loop_start=1, loop_end=1, iterations=6,
                  parallel_start_layer=2, xsa_last_n=3, enable_looping_at=0.5, ttt_batch_size=5,
-                 ttt_lora_sites="k,o,head")  # fmt: skip
+                 ttt_lora_sites="k,o,head", **options)  # fmt: skip
     dist = train_gpt.Dist(device)
     log, eager_log = train_gpt.RunLog(tmp_path, dist), train_gpt.RunLog(tmp_path, dist)
     model = train_gpt.build_model(hp, dist)

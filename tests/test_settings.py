@@ -100,11 +100,12 @@ def test_the_environment_sets_every_setting(field):
     elif field.metadata["choices"]:
         changed = field.metadata["choices"][-1]
     elif field.type is str:
-        changed = {"ttt_lora_sites": "q,head"}.get(field.name, "elsewhere")
+        changed = {"ttt_lora_sites": "q,head", "ttt_short_chunks": "256:8"}.get(field.name, "elsewhere")
     else:
         changed = {  # values that fit the other settings
             "model_dim": 1024, "num_heads": 16, "num_kv_heads": 2, "loop_start": 4, "loop_end": 4, "num_layers": 12,
-            "rope_dims": 8, "iterations": 7, "train_batch_tokens": 98_304, "micro_batch_tokens": 49_152,
+            "rope_dims": 8, "ttt_stale_context": 512, "iterations": 7,
+            "train_batch_tokens": 98_304, "micro_batch_tokens": 49_152,
         }.get(field.name, field.default * 0.9 if field.type is float else field.default - 1 or 1)
         if field.metadata["least"] is not None:
             changed = max(changed, field.metadata["least"])
@@ -238,6 +239,9 @@ def test_every_number_has_a_lower_bound():
     ({"LOOP_START": "6"}, "LOOP_START"), ({"PARALLEL_START_LAYER": "12"}, "PARALLEL_START_LAYER"),
     ({"MAX_WALLCLOCK_SECONDS": "7"}, "GPTQ_RESERVE_SECONDS"), ({"EVAL_STRIDE": "2049"}, "EVAL_STRIDE"),
     ({"TTT_CHUNK_SIZE": "2049"}, "TTT_CHUNK_SIZE"), ({"TTT_LORA_SITES": "q,w"}, "TTT_LORA_SITES"),
+    ({"TTT_STALE_CONTEXT": "47"}, "TTT_STALE_CONTEXT"), ({"TTT_STALE_CONTEXT": "2001"}, "TTT_STALE_CONTEXT"),
+    ({"TTT_SHORT_CHUNKS": "256"}, "TTT_SHORT_CHUNKS"), ({"TTT_SHORT_CHUNKS": "256:0"}, "TTT_SHORT_CHUNKS"),
+    ({"TTT_SHORT_CHUNKS": "256:8,"}, "TTT_SHORT_CHUNKS"), ({"TTT_SHORT_CHUNKS": "a:b"}, "TTT_SHORT_CHUNKS"),
     ({"PREQUANT_ONLY": "1", "QUANT_ONLY": "1"}, "exclude each other"), ({"RUN_ID": "../x"}, "RUN_ID"),
     ({"QUANT_ONLY": "1", "TTT_EVAL_ONLY": "1"}, "exclude each other"), ({"RUN_ID": "a b"}, "RUN_ID"),
 ])
@@ -250,6 +254,7 @@ def test_combinations_that_cannot_work_are_refused(changes, message):
     {"SPARSE_ATTN_GATE_ENABLED": "0", "GATED_ATTN_ENABLED": "1"}, {"NUM_KV_HEADS": "8", "MLP_MULT": "3.5"},
     {"NUM_LOOPS": "0", "LOOP_END": "50"}, {"MAX_WALLCLOCK_SECONDS": "0"}, {"PARALLEL_START_LAYER": "11"},
     {"RUN_ID": "a-1.b+c_d"}, {"TTT_LORA_SITES": "head"}, {"EVAL_STRIDE": "2048"}, {"TTT_LORA_LR": "0"},
+    {"TTT_STALE_CONTEXT": "48"}, {"TTT_STALE_CONTEXT": "2000"}, {"TTT_SHORT_CHUNKS": "256:8,2000:24"},
 ])
 def test_combinations_that_work_are_taken(changes):
     Hyperparameters.from_env(changes)

@@ -183,6 +183,7 @@ MARKERS = {
     "np.interp": {"WD_SCHEDULE_ENABLED": "1"}, "ttt_warm_up": {}, "ttt_global_adaptation": {},
     "eigvalsh": {"LQER_WEIGHTED": "1"}, "permutation(": {"DATA_SEED": "7"}, "np.roll": {"MARKER_FUSION_ENABLED": "1"},
     "clips times": {"TARGET_BYTES": "9"}, "'sliding'": {"SLIDING_WINDOW_ENABLED": "1"},
+    "attention_stale": {"TTT_STALE_CONTEXT": "512"}, "ngram_hints": None, "np.select": None, "StaleContext": None,
     "safety.": None, "TCPStore": None, "preflight.": None, "plot_run": None, "LiveLine": None,
 }
 
@@ -249,6 +250,7 @@ OTHERWISE = {  # as many other branches as one run can take
     "MARKER_FUSION_ENABLED": "1", "GRAD_CLIP_NORM": "0", "MUON_MOMENTUM_WARMUP_STEPS": "0", "MUON_ROW_NORMALIZE": "0",
     "GPTQ_COLUMN_STEPS": "0", "LQER_WEIGHTED": "1", "LQER_ASYM_ENABLED": "0", "GATED_ATTN_QUANT_GATE": "0",
     "PHASED_TTT_NUM_PHASES": "0", "TTT_WARM_START_A": "0", "TTT_LORA_SITES": "q,head", "VAL_LOSS_EVERY": "2",
+    "TTT_STALE_CONTEXT": "32", "TTT_SHORT_CHUNKS": "30:8", "NGRAM_TILT_ENABLED": "1",
 }
 DEMO = dict(line.split("=") for line in (ROOT / "presets/demo.env").read_text().splitlines() if re.match(r"\w+=", line))
 DEMO = {name: value for name, value in DEMO.items() if name.lower() not in specialise.OF_A_PROOF}

@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -106,7 +106,8 @@ COVERAGE = [
     {"ttt_max_docs": 500}, {"phased_ttt_num_phases": 0}, {"phased_ttt_num_phases": 2}, {"phased_ttt_prefix_docs": 0},
     {"phased_ttt_num_phases": 3, "phased_ttt_prefix_docs": 50_000, "ttt_max_docs": 7},
     {"phased_ttt_num_phases": 9, "phased_ttt_prefix_docs": 20_000}, {"phased_ttt_prefix_docs": 1_000_000},
-    {"ttt_lora_sites": "q,head"}, {"ttt_warm_start_a": False},
+    {"ttt_lora_sites": "q,head"}, {"ttt_warm_start_a": False}, {"ttt_short_chunks": "8:2,30:3", "ttt_stale_context": 9},
+    {"ngram_tilt_enabled": True, "ttt_stale_context": 24, "ttt_batch_size": 1},
 ]
 
 
@@ -176,8 +177,17 @@ def test_a_changed_token_changes_no_loss_counted_before_it(tmp_path, counted, do
     check_changed_token(tmp_path, counted, document, offset, reaches_others)
 
 
-def check_changed_token(tmp_path, counted, document, offset, reaches_others):
-    hp = small_hp(data_path=str(tmp_path), **LEGAL)
+OPTIONS = {"ngram_tilt_enabled": True, "ttt_stale_context": 17, "ttt_short_chunks": "20:3,30:5"}
+
+
+@pytest.mark.parametrize("document, offset, reaches_others", [(5, 20, True), (1, 13, True), (4, 9, False)])
+def test_nor_does_it_with_hints_and_stale_context(tmp_path, monkeypatch, counted, document, offset, reaches_others):
+    monkeypatch.setattr(train_gpt.NGRAM, "context", 2)
+    check_changed_token(tmp_path, counted, document, offset, reaches_others, **OPTIONS)
+
+
+def check_changed_token(tmp_path, counted, document, offset, reaches_others, **options):
+    hp = small_hp(data_path=str(tmp_path), **LEGAL | options)
     validation = make_validation(tmp_path, hp, LEGAL_LENGTHS)
     place = int(validation.starts[document]) + offset
     runs = []
@@ -290,6 +300,42 @@ def test_nothing_is_learnt_before_it_is_counted(tmp_path, monkeypatch, lengths):
     assert len(once) > len(set(once)) > 0.5 * len(recorder.counted)  # by adapters, and again by the base
 
 
+def slow_hints(validation, hp):
+    """{target: (hint, targets that it was found at)}, token by token in the order of the plan."""
+    tokens, context, found, before = validation.tokens.tolist(), train_gpt.NGRAM.context, {}, defaultdict(list)
+    for phase in plan_ttt(validation.ends - validation.starts, hp):
+        of_phase = []
+        for document in phase.documents:
+            own = defaultdict(list)
+            for target in range(validation.starts[document] + context, validation.ends[document] + 1):
+                key = tuple(tokens[target - context:target])
+                for cases in (before[key], own[key]):
+                    (hint, most), = Counter(tokens[case] for case in cases).most_common(1) or [(None, -1)]
+                    if most >= 0.8 * len(cases):
+                        found[target] = hint, list(cases)
+                own[key].append(target)
+                of_phase.append((key, target))
+        for key, target in of_phase:
+            before[key].append(target)
+    return found
+
+
+def test_hints_come_from_what_was_counted_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt.NGRAM, "context", 2)
+    hp = small_hp(data_path=str(tmp_path), **LEGAL | OPTIONS)
+    validation, recorder = make_validation(tmp_path, hp, LEGAL_LENGTHS), Recorder(monkeypatch)
+    run_ttt(hp, validation)
+    hints, others = slow_hints(validation, hp), 0
+    assert len(hints) > 20 and not recorder.violations()
+    for target, (_, cases) in hints.items():
+        own, *of_cases = np.searchsorted(validation.starts, [target - 1, *[case - 1 for case in cases]], "right")
+        for case, document in zip(cases, of_cases, strict=True):
+            same = document == own and case < target  # of the same chunk at the latest
+            assert recorder.counted[case] < recorder.counted[target] + same
+            others += document != own
+    assert others > 5
+
+
 ILLEGAL = pytest.mark.parametrize("name, illegal", [("chunk_step", learn_then_count), ("run_steps", adapt_then_score)])
 
 
@@ -307,6 +353,18 @@ def test_a_changed_token_finds_what_breaks_the_rule(tmp_path, monkeypatch, count
     monkeypatch.setattr(TTT, name, illegal(getattr(TTT, name)))
     with pytest.raises(AssertionError, match="before it was counted"):
         check_changed_token(tmp_path, counted, 0, 20, False)
+
+
+def test_a_changed_token_finds_hints_in_the_order_of_the_stream(tmp_path, monkeypatch, counted):
+    ngram_hints = train_gpt.ngram_hints
+
+    def illegal(tokens, starts, lengths, phases):
+        return ngram_hints(tokens, starts, lengths, [SimpleNamespace(documents=np.array([d])) for d in range(8)])
+
+    monkeypatch.setattr(train_gpt.NGRAM, "context", 2)
+    monkeypatch.setattr(train_gpt, "ngram_hints", illegal)
+    with pytest.raises(AssertionError, match="before it was counted"):
+        check_changed_token(tmp_path, counted, 0, 20, False, ngram_tilt_enabled=True)
 
 
 def test_a_prefix_token_reaches_the_next_phase_and_no_other_lane_before(tmp_path, counted):
@@ -339,6 +397,63 @@ def test_first_losses_are_the_untrained_models(tmp_path, counted):
         assert [losses[key] for key in first] == pytest.approx([plain[key] for key in first], rel=1e-4, abs=1e-5)
         rest = [key for key in plain if key not in first]
         assert not rest or max(abs(losses[key] - plain[key]) for key in rest) > 1e-3
+
+
+# ---- hints
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=9), st.integers(2, 4), st.integers(0, 3), st.integers(0, 99))
+def test_hints_are_what_mostly_followed_before(sizes, letters, phases, seed):
+    hp = small_hp(phased_ttt_num_phases=phases, phased_ttt_prefix_docs=30_000)
+    starts = np.cumsum([0, *(size + 1 for size in sizes)])
+    tokens = np.random.default_rng(seed).integers(8, 8 + letters, starts[-1] + 1)
+    tokens[starts] = train_gpt.BOS_ID
+    starts, ends = starts[:-1], starts[1:]
+    for context in (1, 3, 15):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_gpt.NGRAM, "context", context)
+            wanted = slow_hints(SimpleNamespace(tokens=tokens, starts=starts, ends=ends), hp)
+            phases = plan_ttt(ends - starts, hp)
+            found = train_gpt.ngram_hints(torch.from_numpy(tokens), starts, ends - starts, phases)
+        assert {place: hint for place, hint in enumerate(found.tolist()) if hint >= 0} == {
+            place: hint for place, (hint, _) in wanted.items()}
+
+
+def test_the_tilted_distribution_sums_to_one(tmp_path):
+    """For every hint; a hint's odds are e^boost times what they were, and without one nothing changes."""
+    hp = small_hp(data_path=str(tmp_path), ngram_tilt_enabled=True)
+    trainer = TTT(make_model(hp), make_validation(tmp_path, hp), hp, Dist("cpu"), Lines())
+    generator, V = torch.Generator().manual_seed(1), hp.vocab_size
+    head = trainer.lora.tap(torch.randn(4, trainer.lora.values.size(1), generator=generator)).head
+    hidden = torch.randn(4, 1, hp.model_dim, generator=generator).expand(-1, V, -1)
+    hints = torch.tensor([-1, 0, 50, V - 1])
+    targets = torch.stack((torch.arange(V).expand(4, V), hints[:, None].expand(4, V)), -1)
+    plain, tilted = trainer.tilted_losses(hidden, targets, head)
+    assert torch.equal(plain, trainer.model.token_losses(hidden, targets[..., 0], head))
+    assert torch.allclose((-tilted).double().exp().sum(1), torch.ones(4, dtype=torch.float64), atol=1e-5)
+    gains = (plain - tilted) - (plain - tilted).amin(1, keepdim=True)  # of logits
+    wanted = train_gpt.NGRAM.boost * torch.nn.functional.one_hot(hints % V, V) * (hints >= 0)[:, None]
+    assert torch.allclose(gains, wanted, atol=1e-4)
+    assert torch.equal(plain[0], tilted[0])
+
+
+def test_hints_change_the_score_of_their_tokens_and_nothing_else(tmp_path, counted):
+    scores, losses = {}, {}
+    for tilt in (False, True):
+        hp = small_hp(data_path=str(tmp_path), ngram_tilt_enabled=tilt, phased_ttt_prefix_docs=25_000, **ACTIVE)
+        tokens, log = repetitive(tmp_path), Lines()
+        validation = ValidationSet(hp, None)
+        validation.tokens[:] = tokens
+        counted.clear()
+        (scores[tilt],), _ = run_ttt(hp, validation, log=log)
+        losses[tilt] = flat(counted)
+    hints = slow_hints(validation, hp)
+    assert f"ttt_ngram hints:{len(hints)} " in "\n".join(log) and len(hints) > 100
+    differ = {key for key in losses[True] if losses[True][key] != losses[False][key]}
+    assert differ <= {key for key in losses[True] if key[1] in hints}
+    assert len(differ) > 0.9 * len(hints)  # where the hint is as good as certain, nothing changes
+    assert scores[True]["loss"] < scores[False]["loss"] - 0.2
 
 
 # ---- the budget
@@ -427,6 +542,21 @@ def test_a_rank_that_is_late_keeps_no_other_waiting(tmp_path, monkeypatch):
         assert torch.equal(p, q)
 
 
+def test_without_adaptation_there_are_no_hints_from_what_is_left(tmp_path, monkeypatch):
+    hp = small_hp(data_path=str(tmp_path), eval_budget_seconds=60.0, ngram_tilt_enabled=True, **ACTIVE)
+    validation, hinted, run_steps = make_validation(tmp_path, hp), [], TTT.run_steps
+
+    def note(trainer, steps):
+        hinted.append((trainer.phase, int((trainer.hinted[:, 1] >= 0).sum())))
+        return run_steps(trainer, steps)
+
+    Clock(monkeypatch, slow=1)
+    monkeypatch.setattr(train_gpt.NGRAM, "context", 2)
+    monkeypatch.setattr(TTT, "run_steps", note)
+    run_ttt(hp, validation, world_size=2)
+    assert {phase: number > 0 for phase, number in hinted} == {"phase:1/2": True, "phase:2/2": False}
+
+
 def test_progress_lines_say_how_far_it_is(tmp_path):
     hp = small_hp(data_path=str(tmp_path), **ACTIVE)
     validation, log = make_validation(tmp_path, hp), Lines()
@@ -444,6 +574,7 @@ def test_progress_lines_say_how_far_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, {"ttt_eval_seq_len": 20, "ttt_batch_size": 3}, {"ttt_chunk_size": 32},
+                                     {"ttt_eval_seq_len": 100, "ttt_stale_context": 90},
                                      {"ttt_chunk_size": 7, "ttt_eval_seq_len": 100, "ttt_batch_size": 64}])
 def test_without_learning_it_is_plain_scoring_of_windows(tmp_path, counted, changes):
     hp = small_hp(data_path=str(tmp_path), ttt_lora_lr=0.0, global_ttt_lr=0.0, **changes)
@@ -518,10 +649,12 @@ def test_two_runs_give_the_same_number(tmp_path):
     assert run_ttt(other, validation)[0][0]["loss"] != first["loss"]
 
 
-def test_the_answer_does_not_depend_on_the_number_of_ranks(tmp_path, counted):
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["", "options"])
+def test_the_answer_does_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch, counted, options):
     """Who shares a step with whom depends on it, and the order of the sums of the adaptation: rounding, no more."""
     hp = small_hp(data_path=str(tmp_path), ttt_lanes=4, ttt_batch_size=2, phased_ttt_num_phases=2,
-                  **ACTIVE | {"ttt_lora_lr": 1e-3})
+                  **ACTIVE | {"ttt_lora_lr": 1e-3} | options)
+    monkeypatch.setattr(train_gpt.NGRAM, "context", 2)
     validation = make_validation(tmp_path, hp)
     (alone,), (model,) = run_ttt(hp, validation)
     losses = flat(counted)
@@ -573,6 +706,8 @@ def test_lane_i_runs_on_rank_i_mod_world_size_in_the_plans_order(tmp_path, monke
     {}, {"ttt_batch_size": 1, "ttt_lanes": 1}, {"ttt_batch_size": 2, "ttt_lanes": 1, "ttt_warm_start_a": False},
     {"ttt_batch_size": 13, "ttt_chunk_size": 7, "ttt_eval_seq_len": 20}, {"ttt_lora_sites": "k,v,mlp"},
     {"ttt_lora_sites": "o,head", "phased_ttt_num_phases": 0, "ttt_lanes": 1, "ttt_batch_size": 3},
+    {"ttt_stale_context": 24, "ttt_short_chunks": "8:3,17:5"},
+    {"ttt_stale_context": 8, "ttt_chunk_size": 7, "ttt_eval_seq_len": 20, "ttt_batch_size": 2, "ttt_lanes": 1},
 ])  # fmt: skip
 def test_losses_are_those_of_documents_scored_one_by_one(tmp_path, counted, changes):
     """Small rates: an update divided by its own size turns rounding of a gradient near 0 into a step of full size."""
@@ -592,9 +727,10 @@ def test_losses_are_those_of_documents_scored_one_by_one(tmp_path, counted, chan
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 130), max_size=4), min_size=1, max_size=9), st.integers(1, 5),
-       st.sampled_from([(8, 32), (7, 30), (1, 3), (5, 64)]), st.integers(1, 20))  # fmt: skip
-def test_the_schedule_runs_every_chunk_once_each_place_in_order(places, batch, sizes, flight):
-    hp = small_hp(ttt_batch_size=batch, ttt_chunk_size=sizes[0], ttt_eval_seq_len=sizes[1])
+       st.sampled_from([(8, 32), (7, 30), (1, 3), (5, 64)]), st.integers(1, 20), st.booleans(), st.booleans())
+def test_the_schedule_runs_every_chunk_once_each_place_in_order(places, batch, sizes, flight, short, stale):
+    hp = small_hp(ttt_batch_size=batch, ttt_chunk_size=sizes[0], ttt_eval_seq_len=sizes[1],
+                  ttt_stale_context=sizes[0] + 1 if stale else 0, ttt_short_chunks="20:2,60:5" if short else "")
     lengths = np.array([length for place in places for length in place])
     starts = np.cumsum(lengths) - lengths
     numbers = iter(range(len(lengths)))
@@ -617,11 +753,12 @@ def test_the_schedule_runs_every_chunk_once_each_place_in_order(places, batch, s
         for row, place in ends.items():
             assert at.pop(row) == place
     assert not at and len(shapes) <= 18
-    chunk, context = sizes
+    context = sizes[1] - hp.ttt_stale_context
     for place, documents in enumerate(places):
         wanted = []
         for document in documents:
             start, length, chunks = int(starts[document]), int(lengths[document]), []
+            chunk = min(sizes[0], 2 if length <= 20 else 5) if short and length <= 60 else sizes[0]
             for first in range(0, length, chunk):
                 end = min(first + chunk, length)
                 begin = max(0, end - context)
@@ -867,10 +1004,15 @@ def test_the_plan_knows_nothing_of_ranks_and_contents():
 
 
 @settings(max_examples=100, deadline=None)
-@given(SIZES, st.integers(1, 40), st.integers(0, 200))
-def test_window_positions_counts_the_windows(sizes, chunk, more):
-    hp = small_hp(ttt_chunk_size=chunk, ttt_eval_seq_len=max(2, chunk + more))
-    counts = [sum(min(last + chunk, hp.ttt_eval_seq_len) for last in range(0, size, chunk)) for size in sizes]
+@given(SIZES, st.integers(1, 40), st.integers(0, 200), st.booleans())
+def test_window_positions_counts_the_windows(sizes, chunk, more, stale):
+    hp = small_hp(ttt_chunk_size=chunk, ttt_eval_seq_len=max(2, chunk + more), ttt_short_chunks="9:2,100:30",
+                  ttt_stale_context=more if stale and more >= chunk else 0)
+    counts = []
+    for size in sizes:
+        step = min(chunk, 2 if size <= 9 else 30 if size <= 100 else chunk)
+        window = hp.ttt_eval_seq_len - hp.ttt_stale_context
+        counts.append(sum(min(last + step, window) for last in range(0, size, step)))
     assert window_positions(np.array(sizes), hp).tolist() == counts
 
 

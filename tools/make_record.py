@@ -66,6 +66,7 @@ TINY = {  # sizes of the proof; what the record set besides stays as it is
     "EVAL_STRIDE": "24",
     "TTT_MAX_DOCS": "0",
     "TTT_EVAL_SEQ_LEN": "64",
+    "TTT_STALE_CONTEXT": "32",
     "TTT_CHUNK_SIZE": "32",
     "TTT_BATCH_SIZE": "4",
     "TTT_LANES": "2",

@@ -88,6 +88,10 @@ def cross_checks(hp, sites):
     yield out_of_time, "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"
     yield hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
     yield hp.ttt_chunk_size > hp.ttt_eval_seq_len, "TTT_CHUNK_SIZE must be at most TTT_EVAL_SEQ_LEN"
+    fits = hp.ttt_chunk_size <= hp.ttt_stale_context <= hp.ttt_eval_seq_len - hp.ttt_chunk_size
+    yield hp.ttt_stale_context and not fits, "TTT_STALE_CONTEXT: 0, or TTT_CHUNK_SIZE to TTT_EVAL_SEQ_LEN less it"
+    pairs = re.fullmatch(r"(\d+:[1-9]\d*(,(?=.)|$))*", hp.ttt_short_chunks)
+    yield not pairs, f"TTT_SHORT_CHUNKS={hp.ttt_short_chunks}: must be pairs such as 256:8,2000:24"
     known = hp.lora_sites and set(hp.lora_sites) <= set(sites)
     yield not known, f"TTT_LORA_SITES={hp.ttt_lora_sites}: must be some of {','.join(sites)}"
     yield hp.marker_fusion_enabled > hp.caseops_enabled, "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1"

@@ -22,8 +22,8 @@ OF_A_PROOF = """
     device compile compute_dtype muon_dtype attention_backend model_dim num_layers num_heads num_kv_heads mlp_mult
     rope_dims loop_start loop_end num_loops parallel_start_layer xsa_last_n train_batch_tokens micro_batch_tokens
     train_seq_len max_row_segments max_wallclock_seconds iterations warmup_steps val_loss_every gptq_calibration_batches
-    eval_seq_len eval_stride ttt_max_docs ttt_eval_seq_len ttt_chunk_size ttt_batch_size ttt_lanes ttt_lora_rank
-    phased_ttt_prefix_docs global_ttt_chunk_tokens
+    eval_seq_len eval_stride ttt_max_docs ttt_eval_seq_len ttt_stale_context ttt_chunk_size ttt_batch_size ttt_lanes
+    ttt_lora_rank phased_ttt_prefix_docs global_ttt_chunk_tokens
 """.split()
 # for work on the source: never in a packed script, whatever the run was that packed it
 OFF = {"prequant_only": "0", "quant_only": "0", "checkpoint_path": "", "plots": "0", "checkpoint_every": "0",
