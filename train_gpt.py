@@ -8,9 +8,8 @@
     DATA_PATH=data/mine torchrun --standalone --nproc_per_node=8 train_gpt.py
     python train_gpt.py --help                                      # every setting: default, range, meaning
 
-Settings are environment variables; the defaults are the submission. A run lives in runs/<RUN_ID>/: log.txt, model.pt
-(the averaged fp32 weights), artifact.bin, the packed train_gpt.py that is counted, result.json. The last line printed:
-`RESULT {json}` (docs/RESULT.md). QUANT_ONLY=1 goes on from a saved model.pt, TTT_EVAL_ONLY=1 from an artifact.bin.
+Settings are environment variables; the defaults are the submission. A run lives in runs/<RUN_ID>/ (README), its last line
+is `RESULT {json}`. QUANT_ONLY=1 goes on from its model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
 
 Shapes: B rows, T tokens, D model_dim, L layers, S slots (one execution of a layer; a looped one has several), H heads,
 K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
@@ -287,7 +286,6 @@ def settings_table(hp=None):
 
 class Dist:
     """The process group, and the only place that names torch.distributed. One process: every method returns at once.
-
     Tensors travel over NCCL on CUDA and over gloo on the CPU; objects and the clock travel over gloo, so that they
     never wait for the GPU's queue. `stage` and `safe` are what a failure is reported with: where, and how to go on.
     """
@@ -514,7 +512,6 @@ def space_id(hp):
 
 def fuse_markers(hp, tokens, charges):
     """(n,) int64 ids and their bytes -> (m,) both, with a space and the case marker behind it as one id (PR 2109).
-
     SentencePiece merges nothing across a marker. The pair's id is VOCAB_SIZE + marker - 4; shards stay as they are.
     """
     pair = np.append((tokens[:-1] == space_id(hp)) & (tokens[1:] >= 4) & (tokens[1:] <= 6), False)
@@ -525,7 +522,6 @@ def fuse_markers(hp, tokens, charges):
 
 class TrainLoader:
     """Packed training rows by number: T tokens from the first document on that begins in the stream's i-th span.
-
     A step of n micro-steps takes rows [step n, (step + 1) n), rank r its r-th share: the same rows for any world size.
     Spans are as long as rows before fusion; DATA_SEED shuffles them, anew in each epoch. The loader has no state but
     read-ahead: the number of a step restores it exactly.
@@ -599,7 +595,6 @@ def piece_byte_tables(tokenizer):
 
 class ValidationSet:
     """The validation stream: tokens (N,), bytes charged to each token (N,), the documents' input spans [start, end).
-
     A document's targets are its tokens after BOS and the BOS that follows it, so every token but the first is a target
     of exactly one document. `summary` is for the log. Raises DataError before anything is trained.
     """
@@ -656,22 +651,18 @@ jit = (lambda kernel: kernel) if triton is None else triton.jit  # without Trito
 
 def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors, results=1):
     """Decorator: function of tensors and, last, one number -> custom op; fake(*inputs) gives its results without data.
-
     With gradients(needed, *grads, *kept, number) -> those of the leading inputs, it is differentiable and returns the
     first of its results, or all where `results` says that they are several and all differentiable;
     keep(needed, *tensors, *results) -> kept, default everything; needed[i]: input i requires one.
     """
-
     def setup(ctx, inputs, output):
         *tensors, ctx.number = inputs
         ctx.set_materialize_grads(results > 1)  # or autograd fills zeros for the results that nobody differentiates
         ctx.save_for_backward(*keep(ctx.needs_input_grad, *tensors, *output))
-
     def backward(ctx, *grads):
         needed = ctx.needs_input_grad
         grads = () if grads[0] is None else gradients(needed, *grads[:results], *ctx.saved_tensors, ctx.number)
         return *grads, *[None] * (len(needed) - len(grads))
-
     def register(function):
         op = torch.library.custom_op("golf::" + function.__name__.strip("_"), function, mutates_args=())
         op.register_fake(fake)
@@ -679,7 +670,6 @@ def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors, results
             return op
         op.register_autograd(backward, setup_context=setup)
         return op if results > 1 else lambda *inputs: op(*inputs)[0]
-
     return register
 
 # --- head with softcapped cross-entropy: z = softcap * tanh(h @ weight.T / softcap), loss = logsumexp(z) - z[target]
@@ -911,8 +901,8 @@ def _qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, out, dots, rows, T, H: tl.co
 def _launch_qkv_heads(inputs, heads, grads=()):
     """inputs qkv, gain, cos, sin; heads q, k, v: fills these or, backward, grads: that of qkv, and of gain per row."""
     (qkv, _, cos, _), (H, E) = inputs, heads[0].shape[2:]
-    _launch_rows(_qkv_heads_kernel, (*inputs, *heads, *(grads or (qkv, qkv))), qkv.numel() // E, E, 1, cos[..., 0].numel(),
-                 H=H, K=heads[1].shape[2], HALF=cos.shape[-1], BACKWARD=bool(grads))
+    _launch_rows(_qkv_heads_kernel, (*inputs, *heads, *(grads or (qkv, qkv))), qkv.numel() // E, E, 1,
+                 cos[..., 0].numel(), H=H, K=heads[1].shape[2], HALF=cos.shape[-1], BACKWARD=bool(grads))
 
 def _new_heads(qkv, gain, cos, sin, kv_heads):
     """Empty q, k, v."""
@@ -1004,7 +994,6 @@ def _repeat_kv(q, *kv):
 
 def attention_sdpa(q, k, v, cu_seqlens, max_seqlen):
     """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E): the reference; any device and dtype, no host synchronisation.
-
     In blocks of W = max_seqlen queries, each sees keys of its block and the one before: a mask of T x 2W, not T x T.
     """
     k, v = _repeat_kv(q, k, v)
@@ -1017,10 +1006,8 @@ def attention_sdpa(q, k, v, cu_seqlens, max_seqlen):
     q, k, v = (F.pad(t[0], (0, 0, 0, 0, 0, blocks * W - T)).view(blocks, W, H, E) for t in (q, k, v))
     positions = torch.arange(blocks * W, dtype=cu_seqlens.dtype, device=q.device)
     document = torch.searchsorted(cu_seqlens, positions, right=True).view(blocks, W)  # from 1; 0 is before the row
-
     def with_previous(t):  # (blocks, W, ...) -> (blocks, 2W, ...)
         return torch.cat((torch.cat((torch.zeros_like(t[:1]), t[:-1])), t), dim=1)
-
     offset = torch.arange(2 * W, device=q.device)
     mask = (document[:, :, None] == with_previous(document)[:, None]) & (offset <= offset[:W, None] + W)
     q, k, v = (t.transpose(1, 2) for t in (q, with_previous(k), with_previous(v)))
@@ -1029,12 +1016,10 @@ def attention_sdpa(q, k, v, cu_seqlens, max_seqlen):
 
 def _on_packed_row(varlen):
     """Decorator: attention over one row of documents, (tokens, H, E) -> (tokens, H, E), becomes a backend as above."""
-
     def attention(q, k, v, cu_seqlens, max_seqlen):
         if cu_seqlens is None:
             cu_seqlens = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * q.size(1)
         return varlen(*(t.flatten(0, 1) for t in (q, k, v)), cu_seqlens, max_seqlen).view(q.shape)
-
     return attention
 
 @_on_packed_row
@@ -1146,7 +1131,6 @@ def _first_that_works(kind, candidates, reference, args, notes, tolerance=0.03):
 
 def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, num_kv_heads):
     """Settings KERNELS and ATTENTION_BACKEND, shapes -> Ops, each fast version tried on `device` against its reference.
-
     The random state of the run stays as it is. SettingError: a named backend is unknown or does not work here.
     """
     if attention_backend not in ("auto", *ATTENTION_BACKENDS):
@@ -1167,10 +1151,8 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
         torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for shape in shapes)
     angles = torch.arange(256, device=device)[:, None, None] * torch.tensor([1.0, 0.03], device=device)
     raw = torch.cat([t.detach().flatten(2) for t in (q, k, v)], dim=2).requires_grad_()
-
     def candidates(kernel, reference):
         return ({"triton": kernel} if kernels and cuda and triton else {}) | {"reference": reference}, reference
-
     trials = {  # operation -> candidates, reference, arguments
         "attention": (attention, attention_sdpa, (q, k, v, cu_seqlens, 128)),
         "mlp": (*candidates(leaky_relu_sq_mlp, mlp_ref), (x, w_up / 8, w_down / 18, 0.3)),
@@ -1188,7 +1170,6 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
 
 def rotary_tables(positions, hp):
     """cos and sin of positions (..., T) -> (..., T, 1, rope_dims / 2) float32 each, from float64 angles.
-
     Made once: traced into a graph, the compiler computes them anew for every head, in float64 on the GPU.
     """
     step = torch.arange(0, hp.rope_dims, 2, device=positions.device).double() / hp.rope_dims
@@ -1213,7 +1194,6 @@ class LayerWeights(NamedTuple):
 
 class GPT(nn.Module):
     """The 11-layer recurrent GPT: one forward pass for training, evaluation, calibration and TTT.
-
     A tap, where given, is asked for tap.at(slot, layer), which is called at each site of that slot as (site, x, y) -> y
     with its input and output. Sites: q, k, v, attn_proj, mlp_up, mlp_down (matrix products), attn_out, mlp_out (whole
     sublayers; also told the (D,) scale that y has already been multiplied by); token_losses calls its own at lm_head.
@@ -1293,7 +1273,6 @@ class GPT(nn.Module):
 
     def layer_weights(self):
         """LayerWeights of every layer. Unbinding once makes a bank's gradient one stack, not a sum of padded slices.
-
         The scales of the sublayers' outputs are multiplied into the matrices before: no output, and no gradient of one,
         is written once more for them.
         """
@@ -1381,7 +1360,6 @@ class GPT(nn.Module):
 
     def forward_hidden(self, tokens, cu_seqlens=None, *, max_seqlen, looping, fresh=None, tap=None, block=None):
         """(B, T) ids -> (B, T, D), the final norm's output.
-
         With cu_seqlens B is 1 and documents are apart, none longer than max_seqlen; without, a row is one document.
         `block` stands for self.block, where that alone was compiled.
         """
@@ -1483,7 +1461,6 @@ def muon_update(grad, momentum_buffer, momentum, steps, row_normalize):
 
 class Muon:
     """Muon on the banks, sharded over ranks along the banks' first dimension (padded to the world size).
-
     launch() starts the reduce-scatter of every bank's gradient; step() orthogonalises this rank's slices bank by bank
     and gathers the result, so that one bank travels while the next is computed. One rank runs the same lines.
     """
@@ -1523,7 +1500,6 @@ class Muon:
 
 class Optimizers:
     """Muon for the banks, AdamW for the embedding and for scalars and gates; every parameter in exactly one group.
-
     step() is the whole update: reduction over ranks, one global clip factor, schedules, both optimizers.
     """
 
@@ -1609,7 +1585,6 @@ def loop_is_on(progress, hp):
 
 class TrainingClock:
     """Seconds of training on rank 0, told to every rank, so that schedules and the end are the same everywhere.
-
     The host runs at most one step ahead of the device: marking a step waits for the one before, which costs no bubble
     and keeps the clock honest. paused() keeps evaluations inside training off the clock; `used` were used before.
     """
@@ -1692,7 +1667,6 @@ class Trainer:
 
     def train(self, evaluate):
         """Trains until the budget or ITERATIONS end; the model then holds the average. Returns figures for RESULT.
-
         `evaluate()` scores the current weights; it is called every VAL_LOSS_EVERY steps with the clock stopped.
         """
         hp, log, budget = self.hp, self.log, self.hp.training_seconds
@@ -1801,7 +1775,6 @@ def log_steps(x):
 
 def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, shaping=None):
     """w (N, R, C), hessian (N, C, C), N names -> codes int8 (N, R, C), scale fp16 (N, R).
-
     GPTQ (arXiv:2210.17323), columns in descending order of diag H, and SDClip scales: clip_sigmas standard deviations
     of the original row reach the largest code. The working copy is (N, C, R), so that a column is contiguous, and
     nothing in the column loop waits for the device. Raises ValueError with names if a Hessian cannot be made definite.
@@ -1853,7 +1826,6 @@ def quantize_rows(x, low, high, steps):
 
 def lqer_factors(error, rank, root=None):
     """error (R, C) -> A (R, rank), B (rank, C), the best A B in the Frobenius norm (LQER, arXiv:2402.02446).
-
     With root (C, C), H = root root^T: the best for the error of the outputs, |(error - A B) root|.
     """
     u, s, vh = torch.linalg.svd(error.float() if root is None else error.float() @ root, full_matrices=False)
@@ -1924,7 +1896,6 @@ def quantize_small(name, w, hp):
 @torch.no_grad()
 def quantize_weights(weights, hessians, hp, dist):
     """Saved weights by name, Hessians (C, C) by the same names -> numpy arrays "name:field", the same on every rank.
-
     Fields: codes, scale, column_steps; LQER_FIELDS; fp16. Every matrix is the work of one rank, small tensors are rank
     0's, and LQER takes the largest gains over all ranks. Raises ValueError, on all ranks, naming the tensors at fault.
     """
@@ -1954,7 +1925,6 @@ def quantize_weights(weights, hessians, hp, dist):
 
 def dequantize_weights(arrays):
     """Arrays of quantize_weights -> saved weights by name, fp32 on the CPU, the same bits on every machine.
-
     Only elementwise fp32 operations in a fixed order: a matrix product would leave the order of its sums to the BLAS.
     """
     entries, weights = defaultdict(dict), {}
@@ -2009,7 +1979,6 @@ class HessianTap:
 @torch.no_grad()
 def collect_hessians(model, loader, hp, dist):
     """Hessians of every matrix from GPTQ_CALIBRATION_BATCHES packed training rows, the same rows for any world size.
-
     -> {saved weight name: (in, in) float32, mean over rows}; rows are shared out over ranks, sums all-reduced.
     """
     tap = HessianTap()
@@ -2138,7 +2107,6 @@ def initial_counts():
 
 def column_predictor(gram, rows):
     """gram (C, C), sum of x x^T over rows x -> P (C, C): x_j is about P[j, :j] x[:j]. Multiples of 2^-12: exact sums.
-
     Elimination by elementwise operations in a fixed order, as LAPACK's last bits differ between machines.
     """
     size = len(gram)
@@ -2151,7 +2119,6 @@ def column_predictor(gram, rows):
 
 def code_matrix(coder, counts, codes):
     """Codes (R, C) int8 through a coder that reads or fills them; a code's context: its column's variance so far.
-
     Where there are far more rows than columns (the embedding), what is coded is the rest of a linear prediction of each
     column from those before it, learnt from the rows before, as long as that pays.
     """
@@ -2264,7 +2231,6 @@ class ArraySpec(NamedTuple):
 
 def plan_sections(specs, compressor):
     """Specs of the arrays -> (kind, codec, specs as stored) per section; packing and unpacking both follow this plan.
-
     pergroup (PR 1855): "codes" of one role, layers in order, transposed; "orders" of re-ordered rows; the "rest".
     entropy: all "codes" in the same order as one section, the "rest".
     """
@@ -2414,7 +2380,6 @@ class Score:
 
 def document_windows(starts, ends, length, stride):
     """Input spans of documents -> (n, 3) int64 windows: start, end, first input that is scored.
-
     Windows advance by the stride; the first scores all its inputs, the others the last `stride` that no window before
     them scored: every target is scored once, with the longest context. stride = length gives disjoint pieces.
     """
@@ -2557,7 +2522,6 @@ def step_cost(rows, width, fresh=0):
 
 def schedule_ttt(places, starts, lengths, flight, hp):
     """Documents of each place, (n,) inputs' starts and targets of all -> list of Step, on `flight` state rows at most.
-
     The next step is of the width whose rows cost least more than in a full step, with the places in it that have most
     chunks left, so that none is left alone at the end."""
     context, batch = hp.ttt_eval_seq_len, hp.ttt_batch_size
@@ -2565,7 +2529,6 @@ def schedule_ttt(places, starts, lengths, flight, hp):
     widths = sorted({max(hp.ttt_chunk_size, -(-context * share // 16)) for share in (1, 2, 4, 8, 12, 16)})
     row_counts = sorted({max(2, batch // share) for share in (16, 4, 1)})
     starts, lengths = starts.tolist(), lengths.tolist()
-
     def chunks(document):  # context, whether it is the last, what follows the rows in the table
         length = lengths[document]
         size = int(chunk_size(length, hp)) if hp.ttt_short_chunks else hp.ttt_chunk_size
@@ -2573,19 +2536,15 @@ def schedule_ttt(places, starts, lengths, flight, hp):
             end = min(first + size, length)
             window = max(0, end - (fresh or context))
             yield min(end, context), end == length, starts[document] + window, first - window, end - first, number
-
     left = [[chunk for document in documents for chunk in chunks(document)][::-1] for documents in places]
     waiting = sorted((place for place, chunks in enumerate(left) if chunks), key=lambda place: len(left[place]))
     steps, free, ready = [], list(range(flight)), [[] for _ in widths]
-
     def enqueue(row, place):
         ready[sum(width < left[place][-1][0] for width in widths)].append((row, place))
-
     def waste(choice):
         i, rows = choice
         part = step_cost(rows, widths[i], fresh) / step_cost(row_counts[-1], widths[i], fresh)
         return part / min(len(ready[i]), rows)
-
     while waiting or any(ready):
         while waiting and free:
             enqueue(free.pop(), waiting.pop())
@@ -2610,10 +2569,8 @@ def followers(keys, tokens, moments):
     """Keys (n,), the token behind each, moments that never decrease -> (n,) the token that mostly stood behind the same
     key at earlier moments, -1 where none did in NGRAM.share of all cases."""
     index = torch.arange(len(keys), device=keys.device)
-
     def run_starts(column):  # of runs of equal elements
         return torch.where(F.pad(column[1:] != column[:-1], (1, 0), value=True), index, 0).cummax(0).values
-
     pairs, order = (keys * NGRAM.base + tokens).sort(stable=True)
     earlier = torch.empty_like(index).scatter_(0, order, index - run_starts(pairs))  # cases of the same pair
     keys, order = keys.sort(stable=True)
@@ -2625,7 +2582,6 @@ def followers(keys, tokens, moments):
 
 def ngram_hints(tokens, starts, lengths, phases):
     """(n,) stream, (m,) first inputs of documents and their targets, plan -> (n,) hint at each target, -1: none.
-
     Token n-gram tilt (PR 2018): what mostly followed these tokens in the document so far, else in earlier phases. That
     was counted before on any number of ranks; one order of documents, phase by phase, explains adapters and hints."""
     order = [(number, document) for number, phase in enumerate(phases) for document in phase.documents.tolist()]
@@ -2646,7 +2602,6 @@ LORA_INPUTS = (("q", "k", "v", "attn_out"), ("mlp_out",))  # tap sites that read
 
 class SlotLoRA:
     """Adds (alpha / rank) (x A^T) B^T at the sites of one slot, one pair (A, B) for each row of the batch.
-
     a: [(sites that read the same x, (B, sites R, in))]: one product serves them all, from the first of them on;
     b: {site: (B, out, R)}."""
 
@@ -2668,7 +2623,6 @@ class SlotLoRA:
 
 def adamw_rows(values, squares, gradient, source, target, number, rates):
     """AdamW without first moment: rows `source` of flat states, at their step `number`, into rows `target`, in place.
-
     Rates: lr, decay, beta2. Compiled, it is one pass over the rows; many may go to the row of scratch."""
     lr, decay, beta2 = rates
     mean = torch.lerp(gradient * gradient, squares[source], beta2)
@@ -2678,7 +2632,6 @@ def adamw_rows(values, squares, gradient, source, target, number, rates):
 
 class BatchedLoRA:
     """The adapters of a rank's documents, and their AdamW (beta1 = 0), in flat float32 rows.
-
     A row is a document in flight, the last one scratch: A of the head, A of every slot, B of every slot, B of the head.
     `kept` holds A of every place between its documents."""
 
@@ -2840,7 +2793,6 @@ class TestTimeTrainer:
 
     def chunk_step(self, table, width):
         """Counts the chunks of a table, then learns from them. The host knows the shapes only and waits for nothing.
-
         Columns of the table (B, 6): state row, row to write to (scratch: the chunk is a document's last, there is no
         step), place of the window in the stream, of the chunk in the window, targets, which step of the document it is.
         A row without targets is padding."""
@@ -2915,7 +2867,6 @@ class TestTimeTrainer:
 
     def late(self, cost):
         """Waits for the device, tells how far it is -> is the budget too short for `cost` more and the rest unadapted?
-
         Costs are seconds of step_cost, taken at the pace of this run so far. The rest costs a step's share a token,
         which is more than a plain forward takes; a fiftieth of the budget stays in reserve."""
         nats, tokens, charges = self.score.sums.tolist()
@@ -3061,7 +3012,6 @@ def group_bytes(arrays):
 
 def build_artifact(model, loader, hp, dist, log, path, code_bytes):
     """Hessians -> GPTQ and LQER on all ranks -> one file, written by rank 0. Returns group_bytes.
-
     TARGET_BYTES: clips are scaled and the weights quantized again, until the file ends within 0.05% below the target.
     """
     with log.stage("hessians"):
