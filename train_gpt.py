@@ -8,8 +8,8 @@
     DATA_PATH=data/mine torchrun --standalone --nproc_per_node=8 train_gpt.py
     python train_gpt.py --help                                      # every setting: default, range, meaning
 
-Settings are environment variables; the defaults are the submission. A run lives in runs/<RUN_ID>/ (README), its last line
-is `RESULT {json}`. QUANT_ONLY=1 goes on from its model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
+Settings are environment variables; the defaults are the submission. A run lives in runs/<RUN_ID>/ (README) and ends
+with `RESULT {json}`. QUANT_ONLY=1 goes on from its model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
 
 Shapes: B rows, T tokens, D model_dim, L layers, S slots (one execution of a layer; a looped one has several), H heads,
 K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
