@@ -260,6 +260,18 @@ def test_a_rank_idles_that_does_next_to_nothing_for_as_long_as_looks_go_back():
         assert not watchdog.idles([*past[:-1], [[1.0, ticks, entered]]], 0)
 
 
+def test_a_rank_that_waits_for_a_slow_disk_is_not_taken_for_stalled(dist, monkeypatch):
+    told = {}
+    store = SimpleNamespace(set=lambda key, text: told.setdefault(key, []).append(json.loads(text)[1]))
+    watchdog = safety.Watchdog.__new__(safety.Watchdog)
+    watchdog.dist, watchdog.store, watchdog.error, watchdog.process, watchdog.disk_ticks = dist, store, None, ALIVE, 0
+    for state in ("S", "D", "D"):
+        monkeypatch.setattr(safety, "process_state", lambda pid, state=state: (state, "0"))
+        watchdog.tell()
+    asleep, waiting, later = told["golf/rank0"]
+    assert waiting >= asleep + 100 and later >= waiting + 100 > watchdog.IDLE_TICKS / watchdog.STALLED
+
+
 def test_a_process_that_is_seen_to_live_may_be_silent_for_longer():
     """Where a library keeps Python's lock, no thread of that process can tell anything."""
     a, b = [1.0, 5, 10, "train", None, GONE], [1.0, 5, 11, "pack", None, ALIVE]
