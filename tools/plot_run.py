@@ -384,6 +384,7 @@ def main(arguments=None):
     except ValueError as error:
         sys.exit(f"plot_run.py: {error}")
     out = options.out or (runs[0].folder if len(runs) == 1 else runs[0].folder.parent)
+    out.mkdir(parents=True, exist_ok=True)
     drawn = draw(runs, out)
     if len(runs) == 1:
         print_scores(runs[0])
