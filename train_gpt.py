@@ -846,7 +846,7 @@ def apply_rotary_emb(x, cos, sin):
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
 
 def qkv_heads_ref(qkv, gain, cos, sin, kv_heads):
-    """qkv (B, T, (H + 2 K) E), gain (H,), cos and sin (T, 1, rope_dims / 2) -> q (B, T, H, E), k, v (B, T, K, E)."""
+    """qkv (B, T, (H + 2 K) E), gain (H,), cos, sin ([B,] T, 1, rope_dims / 2) -> q (B, T, H, E), k, v (B, T, K, E)."""
     heads = gain.numel(), kv_heads, kv_heads
     q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(heads, dim=-2)
     return apply_rotary_emb(norm(q), cos, sin) * gain[:, None], apply_rotary_emb(norm(k), cos, sin), v

@@ -1,17 +1,20 @@
 """Test-time training on one GPU: how long a step takes, and what whole runs with other settings cost and gain.
 
     python benchmarks/bench_ttt.py steps [--rows 64,16,4] [--widths 128,512,2048] [--repeats 5]
-    python benchmarks/bench_ttt.py runs --artifact runs/NAME/artifact.bin [--reference] ["TTT_LORA_RANK=48 ..." ...]
+    python benchmarks/bench_ttt.py runs --artifact runs/NAME/artifact.bin [--reference] [--bf16-head]
+                                        ["TTT_LORA_RANK=48 ..." ...]
 
 `steps`: the default model with random weights; times do not depend on what is learned. The seconds of the stage's
 warm-up (all compilation), then for every number of rows and width of window the milliseconds of a step (windows
-forward, head, backward to the adapters, their AdamW) as it is launched and as a CUDA graph, and window positions per
-second of the graph with the ratio to the published rate of one H100 (240,000 positions/s).
+forward, head, backward to the adapters, their AdamW) as it is launched and as a CUDA graph, what the schedule takes it
+to cost, and window positions per second of the graph with the ratio to the published rate of one H100 (240,000
+positions/s). With TTT_STALE_CONTEXT a width is the whole context, and positions are those that are computed.
 
 `runs`: every quoted argument is one run of test-time training on the model of an artifact, with these settings over
 those of the environment ("" for none; TTT_MAX_DOCS takes documents of all lengths). One row each: BPB, seconds in all,
 of compilation, of capturing, of steps, scored tokens and window positions per second of stepping. --reference adds the
-straightforward scorer, document by document without compilation, and the largest difference of a loss from it.
+straightforward scorer, document by document without compilation (and without NGRAM_TILT_ENABLED), and the difference of
+its BPB. --bf16-head multiplies with the head in bfloat16, as the field does, in both.
 
 Without CUDA it says so and exits 0 (`--cpu` runs anyway).
 """
@@ -138,11 +141,12 @@ def bench_steps(args):
     empty = np.zeros((0, 2), np.int64)
     trainer.capture([tg.Step(np.zeros((rows, 6)), empty, empty, width) for rows, width in shapes])
     print(f"{'rows':>6}{'width':>8}{'launched ms':>14}{'graph ms':>10}{'model ms':>10}{'positions/s':>13}{'ratio':>8}")
+    fresh = hp.ttt_eval_seq_len - hp.ttt_stale_context
     for rows, width in shapes:
         numbers = torch.arange(rows, device=dist.device) % trainer.lora.flight
-        begin = torch.from_numpy(starts[np.arange(rows) % 64]).to(dist.device)
-        chunk = min(hp.ttt_chunk_size, width)
-        same = [torch.full_like(numbers, value) for value in (width - chunk, chunk, 1)]
+        window, chunk = min(width, fresh), min(hp.ttt_chunk_size, width)
+        begin = torch.from_numpy(starts[np.arange(rows) % 64] + width - window).to(dist.device)
+        same = [torch.full_like(numbers, value) for value in (window - chunk, chunk, 1)]
         table = torch.stack([numbers, numbers, begin, *same], 1)
         graph, buffer = trainer.graphs.get((rows, width), (None, None))
         if graph:
@@ -157,9 +161,9 @@ def bench_steps(args):
                     run()
                 dist.synchronize()
             times.append((time.perf_counter() - start) / args.repeats if run else float("nan"))
-        rate = rows * width / (times[1] if graph else times[0])
+        rate = rows * window / (times[1] if graph else times[0])
         print(f"{rows:>6}{width:>8}{times[0] * 1e3:>14.1f}{times[1] * 1e3:>10.1f}"
-              f"{tg.step_cost(rows, width) * 1e3:>10.1f}{rate:>13,.0f}"
+              f"{tg.step_cost(rows, width, fresh) * 1e3:>10.1f}{rate:>13,.0f}"
               f"{rate / PUBLISHED_POSITIONS_PER_S:>8.2f}", flush=True)  # fmt: skip
     memory = "" if args.cpu else f"; peak {torch.cuda.max_memory_reserved() / 1e9:.1f} GB reserved"
     print(f"graphs compiled after the warm-up: {tg.compiled_graphs() - graphs}{memory}")
@@ -180,6 +184,14 @@ def reference_score(model, validation, hp, dist):
 
 def bench_runs(args):
     """A row of figures for every run."""
+    if args.bf16_head:
+        token_losses = tg.GPT.token_losses
+
+        def rough(model, hidden, *rest):
+            with torch.autocast(hidden.device.type, torch.bfloat16):
+                return token_losses(model, hidden, *rest)
+
+        tg.GPT.token_losses = rough
     torch._dynamo.config.recompile_limit = 256  # other contexts and ranks are other graphs of the same functions
     dist = tg.Dist("cpu" if args.cpu else "auto")
     base = tg.Hyperparameters.from_env()
@@ -188,7 +200,7 @@ def bench_runs(args):
     weights = tg.dequantize_weights(tg.unpack_weights(Path(args.artifact).read_bytes()))
     print(f"{'bpb':>9}{'all s':>8}{'compile':>9}{'capture':>9}{'steps s':>9}{'tokens/s':>10}{'positions/s':>13}  what")
     for text in args.settings or [""]:
-        hp = settings_of(text)
+        hp = model.hp = settings_of(text)
         tg.rebank(model, weights)
         start, log = time.perf_counter(), Lines()
         trainer = tg.TestTimeTrainer(model, validation, hp, dist, log)
@@ -223,6 +235,7 @@ def main():
     steps.add_argument("--repeats", type=int, default=5)
     runs.add_argument("--artifact", required=True)
     runs.add_argument("--reference", action="store_true")
+    runs.add_argument("--bf16-head", action="store_true")
     runs.add_argument("settings", nargs="*")
     args = parser.parse_args()
     if not (args.cpu or torch.cuda.is_available()):

@@ -256,6 +256,15 @@ def test_qkv_heads_kernel_matches_float64(shape):
     assert max(errors(train_gpt.qkv_heads, train_gpt.qkv_heads_ref, inputs, *rest)) < 2e-6
 
 
+@interpreted
+def test_qkv_heads_kernel_takes_positions_of_every_row():
+    """Test-time training behind stale context: rows of a batch stand at positions of their own."""
+    (qkv, gain), (cos, sin, kv_heads) = heads_inputs(*HEADS[1])
+    angle = torch.randn(*qkv.shape[:2], *cos.shape[1:])
+    rest = angle.cos(), angle.sin(), kv_heads
+    assert max(errors(train_gpt.qkv_heads, train_gpt.qkv_heads_ref, (qkv, gain), *rest)) < 2e-6
+
+
 def test_qkv_heads_reference_by_hand():
     """One head each: q has unit mean square, turned by its position's angle, times the gain; v is left alone."""
     qkv, angle = torch.tensor([[[3.0, 4.0, 12.0, 0, 5.0, 0, 0, 1.0, 7.0, 8.0, 9.0, 1.0]]]), torch.full((1, 1, 1), 0.5)
