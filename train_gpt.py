@@ -87,6 +87,7 @@ class Hyperparameters:
 
     # run
     seed: int = env(42, "seed of the initial weights and of the LoRA matrices", least=0)
+    preset: str = env("", "settings of presets/NAME.env; what the environment sets wins")
     run_id: str = env("", "name of the run's folder; empty: a time stamp with the seed")
     runs_dir: str = env("runs", "folder that holds the runs")
     plots: bool = env(True, "pictures of the run at its end, where tools/plot_run.py lies beside this file")
@@ -234,6 +235,7 @@ class Hyperparameters:
     def from_env(cls, environ=None):
         """The environment, checked. Raises SettingError for bad values and for unknown names that look like ours."""
         environ = os.environ if environ is None else environ
+        environ = preflight.with_preset(environ) if preflight else environ
         values, problems = {}, [*unknown_settings(environ, cls)]
         for field in dataclasses.fields(cls):
             if (text := environ.get(field.name.upper())) is not None:
@@ -3117,6 +3119,8 @@ def run(hp, dist):
              **model.ops.names}
     log(f"settings (* changed):\n{settings_table(hp)}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
     log("\n".join(f"note: {note}" for note in (*model.ops.notes, "the budget starts after the warm-up")))
+    if hp.preset:
+        log(preflight.preset_note(hp))
     log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} "
         f"tokenizer:{found['tokenizer']} validation {validation.summary} tokens:{len(validation.tokens)} "
         f"code_bytes:{code_bytes} {found['machine'] or ''}")

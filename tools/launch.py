@@ -43,7 +43,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("SEEDS", "GPUS", "NPROC", "SCRIPT", "PRESET", "EXTRA_ENV", "VENV", "USE_TMUX", "PLOTS")  # never handed on
+sys.path.insert(0, str(ROOT))
+
+from tools.run_files import read_preset  # noqa: E402
+
+OURS = ("SEEDS", "GPUS", "NPROC", "SCRIPT", "EXTRA_ENV", "VENV", "USE_TMUX", "PLOTS")  # never handed on
 DISK_BYTES_A_RUN = 500_000_000  # a checkpoint of 144 MB, an artifact of 16 MB, compilation caches
 GPU_IDLE_MIB = 1024  # a driver keeps some memory of an idle GPU
 STOP_SECONDS = 45  # torchrun takes 30 s to give up on its processes
@@ -73,14 +77,12 @@ class Plan(NamedTuple):
 # ---- the environment -> a plan
 
 
-def read_preset(name):
-    """presets/<name>.env -> {NAME: value}. LaunchError with the names that exist."""
-    path = ROOT / "presets" / f"{name}.env"
-    if not path.exists():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.env")))
-        raise LaunchError(f"PRESET={name}: there is no {path}; there are: {known}")
-    words = shlex.split(path.read_text(encoding="utf-8"), comments=True)
-    return dict(word.split("=", 1) for word in words)
+def preset_of(environ):
+    """Settings of the environment's PRESET; LaunchError with the names that exist."""
+    try:
+        return read_preset(environ["PRESET"]) if environ.get("PRESET") else {}
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
 
 
 def make_plan(environ):
@@ -92,7 +94,7 @@ def make_plan(environ):
     extra = shlex.split(environ.get("EXTRA_ENV", ""))
     if not all(re.match(r"[A-Za-z_]\w*=", word) for word in extra):
         raise LaunchError(f"EXTRA_ENV='{environ['EXTRA_ENV']}': must be NAME=value, separated by blanks")
-    settings = read_preset(environ["PRESET"]) if environ.get("PRESET") else {}
+    settings = preset_of(environ)
     settings |= environ | dict(word.split("=", 1) for word in extra)
     name = environ.get("RUN_ID") or time.strftime("seeds-%Y%m%d-%H%M%S")
     if not re.fullmatch(r"\w[\w.+-]*", name):

@@ -17,6 +17,7 @@ import brotli
 import python_minifier
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.preflight import with_preset  # noqa: E402
 from tools.specialise import specialise  # noqa: E402
 
 PACKED_START = b"#coding:l1\nimport brotli,io,linecache\nn=0\nfor c in'''"
@@ -155,7 +156,7 @@ def main():
         sys.exit("usage: python tools/pack_code.py train_gpt.py OUT")
     script, target = map(Path, sys.argv[1:])
     try:
-        packed = pack_code(script.read_bytes().decode(), os.environ)
+        packed = pack_code(script.read_bytes().decode(), with_preset(os.environ))
         target.write_bytes(packed)
     except (OSError, ValueError) as error:
         sys.exit(f"pack_code.py: {script}: {error}")

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tools.run_files import read_preset
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 MAX_FP16_ELEMENTS = 65_536  # a tensor with more elements must have a role in QUANT_TABLE
@@ -41,6 +43,26 @@ class ArtifactError(ValueError):
 
 
 # ---- settings
+
+
+def with_preset(environ):
+    """The environment over the settings of its PRESET. SettingError, with the names there are, for an unknown one."""
+    if not environ.get("PRESET"):
+        return environ
+    try:
+        return read_preset(environ["PRESET"]) | dict(environ)
+    except ValueError as error:
+        raise SettingError(str(error)) from None
+
+
+def preset_note(hp):
+    """A line for the log: what the run's preset says, and which of it the environment has set otherwise."""
+    given = read_preset(hp.preset)
+    texts = {field.name.upper(): (field.type, getattr(hp, field.name)) for field in dataclasses.fields(hp)}
+    other = [f"{name}={value} (preset {given[name]})" for name, (kind, value) in texts.items()
+             if name in given and value != (given[name] == "1" if kind is bool else kind(given[name]))]  # fmt: skip
+    settings = " ".join(f"{name}={value}" for name, value in given.items())
+    return f"preset {hp.preset}: {settings}\npreset {hp.preset}, set otherwise: {', '.join(other) or 'nothing'}"
 
 
 def limits(field):

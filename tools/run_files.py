@@ -5,9 +5,11 @@ A set of runs is a folder of run folders, as run_3seeds.sh makes it. Used by the
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+PRESETS = Path(__file__).resolve().parents[1] / "presets"
 SETTINGS_LINE = "settings (* changed):"  # the first line that a run writes into its log
 
 
@@ -27,6 +29,16 @@ class Run(NamedTuple):
     @property
     def seed(self):
         return self.result["seed"]
+
+
+def read_preset(name):
+    """presets/<name>.env -> {NAME: value}. ValueError with the names that exist."""
+    path = PRESETS / f"{name}.env"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.env")))
+        raise ValueError(f"PRESET={name}: there is no {path}; there are: {known}")
+    words = shlex.split(path.read_text(encoding="utf-8"), comments=True)
+    return dict(word.split("=", 1) for word in words)
 
 
 def key_values(line):

@@ -27,8 +27,8 @@ OF_A_PROOF = """
 """.split()
 # for work on the source: never in a packed script, whatever the run was that packed it
 OFF = {"prequant_only": "0", "quant_only": "0", "checkpoint_path": "", "plots": "0", "checkpoint_every": "0",
-       "resume": "0"}
-UNSAID = ("plots",)  # of these nothing is told: there are no pictures beside a packed script either way
+       "resume": "0", "preset": ""}
+UNSAID = ("plots", "preset")  # of these nothing is told: a packed script has no pictures, and its preset's settings
 LEFT_OUT = ("live",)  # methods: the bar on a terminal
 REFUSE = r'''
 def unknown_settings(environ, cls):

@@ -1,0 +1,76 @@
+"""Every published system as a preset: its settings are taken, win over defaults and lose against the environment."""
+
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+import train_gpt
+from tools import preflight
+from tools.run_files import read_preset
+
+pytest.importorskip("brotli")
+pytest.importorskip("sentencepiece")
+pytest.importorskip("python_minifier")
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ["pr1787", "pr1851", "pr1855", "pr1938", "pr1948", "pr1987", "pr2135"]
+def tiny(name, data, runs):
+    """The environment that makes a preset run in seconds: sizes alone, what makes the system stays the preset's."""
+    preset, sizes = read_preset(name), {key.upper(): str(value) for key, value in TINY.items() if key != "compressor"}
+    sizes |= {"NUM_LAYERS": "3", "LOOP_START": "1", "LOOP_END": "1", "ITERATIONS": "3", "NUM_LOOPS": "1",
+              "NUM_KV_HEADS": str(int(preset["NUM_KV_HEADS"]) // 2), "PARALLEL_START_LAYER": "2"}  # fmt: skip
+    environ = sizes | {"PRESET": name, "KERNELS": "0", "PLOTS": "0", "GPTQ_RESERVE_SECONDS": "0", "XSA_LAST_N": "2"}
+    if preset["COMPRESSOR"] == "pergroup" and not shutil.which("lrzip"):
+        environ["COMPRESSOR"] = "brotli"
+    return environ | {"DATA_PATH": str(data), "RUNS_DIR": str(runs), "RUN_ID": name}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_preset_runs_every_stage(tiny_data, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(train_gpt, "write_code", lambda *_: 1000)  # seconds of packing, tested elsewhere
+    monkeypatch.setattr(preflight, "find_tokenizer", lambda hp: "none")
+    environ, preset = tiny(name, tiny_data, tmp_path), read_preset(name)
+    result = train_gpt.run(train_gpt.Hyperparameters.from_env(environ), train_gpt.Dist("cpu"))
+    assert list(result["scores"]) == ["prequant", "quantized", "ttt"]
+    counts = {(score["tokens"], score["bytes"]) for score in result["scores"].values()}
+    assert len(counts) == 1 and all(math.isfinite(score["loss"]) for score in result["scores"].values())
+    log = (tmp_path / name / "log.txt").read_text()
+    table = dict(re.findall(r"^[* ] ([A-Z][A-Z0-9_]*)=(\S*)  # ", log, re.MULTILINE))
+    kept = {key: value for key, value in preset.items() if key not in environ}
+    assert len(kept) > 20 and all(same(table[key], value) for key, value in kept.items())
+    assert f"preset {name}: " in log and f"MODEL_DIM=32 (preset {preset['MODEL_DIM']})" in log
+
+
+def same(a, b):
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return a == b
+
+
+def test_the_presets_are_those_of_the_documentation():
+    text = (ROOT / "docs" / "PRESETS.md").read_text(encoding="utf-8")
+    assert sorted(path.stem for path in (ROOT / "presets").glob("*.env")) == sorted([*PUBLISHED, "demo"])
+    assert all(f"`{name}`" in text for name in PUBLISHED)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "demo"])
+def test_settings_of_a_preset_are_settings_and_the_environment_wins(name):
+    preset = read_preset(name)
+    hp = train_gpt.Hyperparameters.from_env({"PRESET": name})
+    for key, value in preset.items():
+        found = getattr(hp, key.lower())
+        assert same(str(int(found) if isinstance(found, bool) else found), value), key
+    other = train_gpt.Hyperparameters.from_env({"PRESET": name, "TRAIN_LOG_EVERY": "7", "SEED": "3", "BETA1": "0.8"})
+    assert (other.train_log_every, other.seed, other.beta1) == (7, 3, 0.8)
+
+
+def test_an_unknown_preset_is_refused_with_the_names_there_are():
+    with pytest.raises(train_gpt.SettingError, match="PRESET=pr1: there is no .*; there are: demo, pr1787"):
+        train_gpt.Hyperparameters.from_env({"PRESET": "pr1"})
