@@ -235,7 +235,8 @@ class Hyperparameters:
     def from_env(cls, environ=None):
         """The environment, checked. Raises SettingError for bad values and for unknown names that look like ours."""
         environ = os.environ if environ is None else environ
-        environ = preflight.with_preset(environ) if preflight else environ
+        if preflight:
+            environ = preflight.with_preset(environ)
         values, problems = {}, [*unknown_settings(environ, cls)]
         for field in dataclasses.fields(cls):
             if (text := environ.get(field.name.upper())) is not None:
