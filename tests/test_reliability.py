@@ -663,8 +663,8 @@ def test_the_command_of_a_message_is_safe_for_a_shell(dist, tmp_path):
     """Settings are text that a user may have got from elsewhere: none is a command."""
     hostile = f"a b'; touch {tmp_path}/evil; $(touch {tmp_path}/evil) `touch {tmp_path}/evil` \n #"
     hp = tiny_hp(data_path=hostile, runs_dir=hostile, attention_backend="sdpa")
-    line = safety.command(hp, dist, Path(hostile) / "run").replace(shlex.quote(sys.argv[0]), "-c 'import os;"
-                                                                   "print(os.environ[\"DATA_PATH\"])'")
+    _, line = safety.command(hp, dist, Path(hostile) / "run", "it", quant_only=True).split("goes on from it: ", 1)
+    line = line.replace(shlex.quote(sys.argv[0]), "-c 'import os; print(os.environ[\"DATA_PATH\"])'")
     environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(["sh", "-c", line], env=environ, capture_output=True, text=True)
     assert done.stdout == hostile + "\n" and not list(tmp_path.iterdir()), done.stderr
