@@ -32,7 +32,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as tg
-from tools import preflight
 
 SMALL = {"vocab_size": 320, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 8, "mlp_mult": 3.0,
          "num_layers": 4, "loop_start": 1, "loop_end": 2, "num_loops": 1, "parallel_start_layer": 3, "xsa_last_n": 4,
@@ -71,7 +70,7 @@ def write_synthetic_shards(folder: str, tokens: int, vocab_size: int) -> None:
     starts = np.concatenate([[0], np.cumsum(lengths)])
     values[starts[starts < tokens]] = tg.BOS_ID
     header = np.zeros(256, dtype="<i4")
-    header[:3] = preflight.SHARD_MAGIC, preflight.SHARD_VERSION, tokens
+    header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, tokens
     Path(folder, "fineweb_train_000000.bin").write_bytes(header.tobytes() + values.astype("<u2").tobytes())
 
 

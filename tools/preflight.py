@@ -21,7 +21,6 @@ import numpy as np
 from tools.run_files import read_preset
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 MAX_FP16_ELEMENTS = 65_536  # a tensor with more elements must have a role in QUANT_TABLE
 MAX_RAW_BYTES, MAX_DIMENSIONS = 2**30, 8  # of an artifact's arrays
 ARRAY_DTYPES = "bool float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
@@ -142,20 +141,6 @@ def unknown_settings(environ, cls):
 
 
 # ---- data
-
-
-def check_shard(path, header_bytes):
-    """DataError for a file that is no token shard: wrong magic, version or size (README: data)."""
-    size, header = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=256)
-    if len(header) < 256 or header[0] != SHARD_MAGIC:
-        raise DataError(f"{path}: not a token shard (wrong magic number); make it with prepare_caseops_data.py")
-    if header[1] != SHARD_VERSION:
-        raise DataError(f"{path}: shard version {header[1]}, this script reads version {SHARD_VERSION}")
-    if size != header_bytes + 2 * int(header[2]):
-        raise DataError(
-            f"{path}: {size} bytes, its header promises {header_bytes + 2 * int(header[2])}: "
-            "a download or copy broke off; fetch the file again"
-        )
 
 
 def check_side_car(folder, paths, parts, shards):
