@@ -744,14 +744,14 @@ def mlp_ref(x, w_up, w_down, slope):
     return F.linear(F.leaky_relu(F.linear(x, w_up), slope).square(), w_down)
 
 # group: tiles of M done before the next tile of N; programs: per multiprocessor; flatten: one loop over tiles and K, so
-# the next tile loads during the epilogue. Defaults for 16 bits on Hopper: Triton 3.6 takes 229,408 bytes forward and
-# 213,032 backward of 227 KB, 188 and 187 of 255 registers. Backward stages tiles of act too: 4 stages do not fit.
+# the next tile loads during the epilogue. Defaults for 16 bits on Hopper, the best of docs/LOG.md's trials: backward
+# stages tiles of act too, and stores by pointers, which leaves shared memory for two programs.
 Tile = namedtuple("Tile", "m n k group programs warps stages flatten", defaults=(128, 256, 64, 8, 1, 8, 3, True))
-MLP_TILES = {"forward": Tile(stages=4), "backward": Tile()}
+MLP_TILES = {"forward": Tile(stages=4), "backward": Tile(n=128, programs=2, warps=4)}
 SMALL_TILE = Tile(32, 32, 32, group=2, warps=4, stages=2, flatten=False)  # fp32 and the interpreter
 
 @jit
-def _mlp_kernel(a_desc, b_desc, act_desc, out_desc, M, N, K, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
+def _mlp_kernel(a_desc, b_desc, act_desc, out_desc, out, M, N, K, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
                 FLATTEN: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """forward: out = leaky(pre)^2, pre = a @ b.T, b (N, K); backward: out = (a @ b) act'(pre), b (K, N). SLOPE >= 0."""
@@ -774,16 +774,18 @@ def _mlp_kernel(a_desc, b_desc, act_desc, out_desc, M, N, K, SLOPE: tl.constexpr
             part = right if half else left
             at = m, n + half * (BLOCK_N // 2)
             if BACKWARD:  # part is of d act; the derivative is 2 sqrt(act), times -SLOPE on the left
+                row = (m + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
+                column = n + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[None, :]
                 act = act_desc.load(at)
                 bits = act.to(tl.int16 if SHIFT else tl.int32, bitcast=True)
                 part *= tl.sqrt(act.to(tl.float32)) * tl.where(bits & 1 == 1, -2 * SLOPE, 2.0)
+                tl.store(out + row * N + column, part.to(out.dtype.element_ty), mask=(row < M) & (column < N))
             else:  # to the nearest number whose lowest bit, of the SHIFT fewer that are stored, tells the side
                 left_side = part < 0
                 leaky = tl.where(left_side, SLOPE * part, part)
                 bits = (leaky * leaky).to(tl.int32, bitcast=True) + tl.where(left_side, 0, 1 << SHIFT)
                 bits = (bits >> (SHIFT + 1) << (SHIFT + 1)) + tl.where(left_side, 1 << SHIFT, 0)
-                part = bits.to(tl.float32, bitcast=True)
-            out_desc.store(at, part.to(out_desc.dtype))
+                out_desc.store(at, bits.to(tl.float32, bitcast=True).to(out_desc.dtype))
 
 def _descriptor(tensor, *block):
     """tensor (rows, columns) -> TMA descriptor of it, or of a copy with a layout and base that TMA can address."""
@@ -802,7 +804,7 @@ def _launch_mlp(a, b, act, out, slope, backward):
     act_desc, out_desc = (_descriptor(t, tile.m, tile.n // 2) for t in (act, out))
     _mlp_kernel[(programs,)](
         _descriptor(a, tile.m, tile.k), _descriptor(b, *((tile.k, tile.n) if backward else (tile.n, tile.k))), act_desc,
-        out_desc, M, N, K, SLOPE=abs(slope), BACKWARD=backward, FLATTEN=tile.flatten, GROUP=tile.group,
+        out_desc, out, M, N, K, SLOPE=abs(slope), BACKWARD=backward, FLATTEN=tile.flatten, GROUP=tile.group,
         SHIFT=32 - 8 * out.element_size(), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps,
         num_stages=tile.stages)
 
@@ -985,6 +987,36 @@ def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> tuple[Tens
     out = y.new_empty(y.shape)
     _launch_gated_xsa((y, v, logits), (out,), factor)
     return out, y.new_empty(0)
+
+# --- AdamW without first moment, in place: rows `source` (B,) of values and squares (N, n) into rows `target` (B,), one
+# of which many may share, with gradient (B, n) times `scale`, correction (B,) of the bias, and rates lr, decay, beta2.
+
+def adamw_rows_ref(values, squares, gradient, source, target, correction, scale, rates):
+    (lr, decay, beta2), gradient = rates, scale * gradient.to(values.dtype)
+    mean = torch.lerp(gradient * gradient, squares[source], beta2)
+    denominator = (mean / correction[:, None]).sqrt() + 1e-10
+    values[target] = values[source] * (1 - lr * decay) - lr * gradient / denominator
+    squares[target] = mean
+
+@jit
+def _adamw_kernel(values, squares, gradient, source, target, correction, stride, width, SCALE: tl.constexpr,
+                  LR: tl.constexpr, DECAY: tl.constexpr, BETA2: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    old = tl.load(source + row).to(tl.int64) * stride + column
+    new = tl.load(target + row).to(tl.int64) * stride + column
+    g = SCALE * tl.load(gradient + row.to(tl.int64) * width + column, mask=inside, other=0.0).to(tl.float32)
+    mean = BETA2 * tl.load(squares + old, mask=inside, other=0.0) + (1 - BETA2) * g * g
+    step = LR * g / (tl.sqrt(mean / tl.load(correction + row)) + 1e-10)
+    tl.store(values + new, (1 - LR * DECAY) * tl.load(values + old, mask=inside, other=0.0) - step, mask=inside)
+    tl.store(squares + new, mean, mask=inside)
+
+def adamw_rows(values, squares, gradient, source, target, correction, scale, rates):
+    (rows, width), (lr, decay, beta2) = gradient.shape, rates
+    if width:
+        _adamw_kernel[(triton.cdiv(width, 1024), rows)](
+            values, squares, *(t.contiguous() for t in (gradient, source, target, correction)), values.stride(0), width,
+            SCALE=scale, LR=lr, DECAY=decay, BETA2=beta2, BLOCK=1024)
 
 # --- attention over packed documents: causal within documents, scale 1/sqrt(E), query head h on KV head h // (H / K)
 # Every backend: q (B, T, H, E), k and v (B, T, K, E), cu_seqlens (N + 1,) int32 with B = 1, or None: each row is one
@@ -1199,7 +1231,7 @@ class LayerWeights(NamedTuple):
 class GPT(nn.Module):
     """The 11-layer recurrent GPT: one forward pass for training, evaluation, calibration and TTT.
     A tap, where given, is asked for tap.at(slot, layer), which is called at each site of that slot as (site, x, y) -> y
-    with its input and output. Sites: q, k, v, attn_proj, mlp_up, mlp_down (matrix products), attn_out, mlp_out (whole
+    with its input and output. Sites: qkv, attn_proj, mlp_up, mlp_down (matrix products), attn_out, mlp_out (whole
     sublayers; also told the (D,) scale that y has already been multiplied by); token_losses calls its own at lm_head.
     Without a tap nothing is traced. `splits_mlp` asks for the unfused MLP, whose hidden layer can be seen.
     """
@@ -1294,10 +1326,7 @@ class GPT(nn.Module):
     def attention(self, h, x_in, w, rope, packing, tap):
         """(B, T, D) normalised input h -> (B, T, D). `packing` is (cu_seqlens or None, max_seqlen)."""
         hp, (B, T, D) = self.hp, h.shape
-        qkv, kv_dim = F.linear(h, w.qkv), hp.num_kv_heads * hp.head_dim
-        if tap is not None:
-            parts = qkv.split((D, kv_dim, kv_dim), dim=-1)
-            qkv = torch.cat([tap(site, h, part) for site, part in zip("qkv", parts, strict=True)], dim=-1)
+        qkv = linear(h, w.qkv, tap, "qkv")
         q, k, v = self.ops.qkv_heads(qkv, w.q_gain, *rope, hp.num_kv_heads)
         y = (attention_stale if hp.ttt_stale_context and packing[2:] else self.ops.attention)(q, k, v, *packing)
         if w.xsa and self.gate_kind:
@@ -1355,19 +1384,17 @@ class GPT(nn.Module):
         blocked = tokens == BOS_ID if fresh is None else (tokens == BOS_ID) | fresh
         return e + (self.smear_lambda.to(e.dtype) * gate * previous).masked_fill(blocked[..., None], 0)
 
-    def merge_skip(self, pair, x, skip):
+    def merge_skip(self, x, skip, weight, gate):
         """lerp(w * skip, x, sigmoid(g)), or x + w * skip without gates."""
-        scaled = self.skip_weights[pair].to(x.dtype) * skip
-        if not self.hp.skip_gates_enabled:
-            return x + scaled
-        return torch.lerp(scaled, x, torch.sigmoid(self.skip_gates[pair].to(x.dtype)))
+        scaled = weight.to(x.dtype) * skip
+        return x + scaled if gate is None else torch.lerp(scaled, x, torch.sigmoid(gate.to(x.dtype)))
 
-    def forward_hidden(self, tokens, cu_seqlens=None, *, max_seqlen, looping, fresh=None, tap=None, block=None):
+    def forward_hidden(self, tokens, cu_seqlens=None, *, max_seqlen, looping, fresh=None, tap=None, parts=None):
         """(B, T) ids -> (B, T, D), the final norm's output.
         With cu_seqlens B is 1 and documents are apart, none longer than max_seqlen; without, a row is one document.
-        `block` stands for self.block, where that alone was compiled.
+        `parts` has the block and merge_skip of its own, where these alone were compiled.
         """
-        hp, slots, weights, block = self.hp, self.slots(looping), self.layer_weights(), block or self.block
+        hp, slots, weights, parts = self.hp, self.slots(looping), self.layer_weights(), parts or self
         packing, rope = (cu_seqlens, max_seqlen), (self.cos[:tokens.size(1)], self.sin[:tokens.size(1)])
         x = x0 = norm(self.embed(tokens, fresh))
         mlp_lane, encoder, skips = None, len(slots) // 2, []
@@ -1375,11 +1402,13 @@ class GPT(nn.Module):
             if layer >= hp.parallel_start_layer and mlp_lane is None:
                 mlp_lane = x  # the stream splits before this slot's skip, which goes to the attention lane only
             if slot >= encoder and skips:
-                x = self.merge_skip(slot - encoder, x, skips.pop())
+                pair = slot - encoder
+                gate = self.skip_gates[pair] if hp.skip_gates_enabled else None
+                x = parts.merge_skip(x, skips.pop(), self.skip_weights[pair], gate)
             here = tap and tap.at(slot, layer)
-            x, mlp_lane = block(x, mlp_lane, x0, weights[layer], rope, packing, here)
+            x, mlp_lane = parts.block(x, mlp_lane, x0, weights[layer], rope, packing, here)
             if slot < encoder:
-                skips.append(x)
+                skips.append(x.view_as(x))  # the first pair is of the stream with itself: without this, another graph
         if mlp_lane is not None:
             x = {"mean": (x + mlp_lane) / 2, "attn": x, "mlp": mlp_lane}[hp.parallel_final_lane]
         return norm(x)
@@ -1952,8 +1981,8 @@ class HessianTap:
     """Adds up x^T x over tokens for the input of every matrix, in float32; passes of a looped layer add to one sum."""
 
     splits_mlp = True
-    WATCHED = {"q": ("attn.c_q", "attn.c_k", "attn.c_v"), "attn_proj": ("attn.c_proj",),  # q, k and v share their input
-               "mlp_up": ("mlp.c_fc",), "mlp_down": ("mlp.c_proj",)}
+    WATCHED = {"qkv": ("attn.c_q", "attn.c_k", "attn.c_v"), "attn_proj": ("attn.c_proj",), "mlp_up": ("mlp.c_fc",),
+               "mlp_down": ("mlp.c_proj",)}
 
     def __init__(self, sums=None, layer=None):
         self.sums, self.layer = {} if sums is None else sums, layer
@@ -2448,14 +2477,15 @@ class Evaluator:
     def __init__(self, model, validation, hp, dist):
         self.model, self.validation, self.hp, self.dist = model, validation, hp, dist
         self.packer = WindowPacker(validation, hp.micro_batch_tokens, hp.eval_seq_len, hp.row_segments, dist.device)
-        self.block, self.head = compiled(model.block, hp, dist), compiled(model.token_losses, hp, dist)
+        self.parts = SimpleNamespace(**{name: compiled(getattr(model, name), hp, dist) for name in (
+            "block", "merge_skip", "token_losses")})
 
     def row_losses(self, row):
         """ScoredRow -> (T,) nats, float32 head."""
         hidden = self.model.forward_hidden(row.inputs, row.cu_seqlens, max_seqlen=self.hp.eval_seq_len, looping=True,
-                                           fresh=row.fresh, block=self.block)
-        parts = zip(hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True)
-        return torch.cat([self.head(h, t) for h, t in parts])
+                                           fresh=row.fresh, parts=self.parts)
+        pairs = zip(hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True)
+        return torch.cat([self.parts.token_losses(h, t) for h, t in pairs])
 
     @torch.no_grad()
     def count(self, windows, score, first_row=0, every=1):
@@ -2522,7 +2552,7 @@ def step_cost(rows, width, fresh=0):
     """Seconds of a step of the default model on an H100: launches, adapters, positions (`fresh` at most), attention."""
     if fresh and width > fresh:
         return step_cost(rows, fresh) + rows * (width - fresh) * (2e-8 + 8e-10 * fresh)
-    return 6e-3 + rows * (1e-4 + width * (1.16e-6 + 1.9e-10 * width))
+    return 3e-3 + rows * (7e-5 + width * (1.08e-6 + 5.5e-11 * width))
 
 def schedule_ttt(places, starts, lengths, flight, hp):
     """Documents of each place, (n,) inputs' starts and targets of all -> list of Step, on `flight` state rows at most.
@@ -2602,56 +2632,53 @@ def ngram_hints(tokens, starts, lengths, phases):
     far = followers(context, tokens[at], phase)
     return torch.full_like(tokens, -1).scatter_(0, at, torch.where(near < 0, far, near))
 
-LORA_INPUTS = (("q", "k", "v", "attn_out"), ("mlp_out",))  # tap sites that read the same tensor
+LORA_INPUTS = (("q", "k", "v", "attn_out"), ("mlp_out",))  # sites that read the same tensor
 
 class SlotLoRA:
-    """Adds (alpha / rank) (x A^T) B^T at the sites of one slot, one pair (A, B) for each row of the batch.
-    a: [(sites that read the same x, (B, sites R, in))]: one product serves them all, from the first of them on;
-    b: {site: (B, out, R)}."""
+    """Adds (x A) B at the sites of one slot, one pair (A, B) for each row of the batch.
+    a: [(sites that read the same x, (B, in, sites R))]: one product serves them all, from the first of them on;
+    b: {site: (B, R, out)}, alpha / rank included; out is what `widths` says."""
 
     splits_mlp = False
 
-    def __init__(self, a, b, scale):
-        self.a, self.b, self.scale, self.low = a, b, scale, {}
+    def __init__(self, a, b, widths):
+        self.a, self.b, self.widths, self.low = a, b, widths, {}
 
     def matrices(self):
         return [*(matrix for _, matrix in self.a), *self.b.values()]
 
     def __call__(self, site, x, y, size=1.0):
-        if site not in self.b:
+        sites = [*site] if site == "qkv" else [site]
+        present = [name for name in sites if name in self.b]
+        if not present:
             return y
-        for sites, a in self.a:
-            if sites[0] == site:
-                self.low.update(zip(sites, (x @ a.mT).chunk(len(sites), -1), strict=True))
-        return y + self.scale * size * (self.low.pop(site) @ self.b[site].mT)
-
-def adamw_rows(values, squares, gradient, source, target, number, rates):
-    """AdamW without first moment: rows `source` of flat states, at their step `number`, into rows `target`, in place.
-    Rates: lr, decay, beta2. Compiled, it is one pass over the rows; many may go to the row of scratch."""
-    lr, decay, beta2 = rates
-    mean = torch.lerp(gradient * gradient, squares[source], beta2)
-    denominator = (mean / (1 - beta2 ** number.double()).float()[:, None]).sqrt() + 1e-10
-    values[target] = values[source] * (1 - lr * decay) - lr * gradient / denominator
-    squares[target] = mean
+        for reading, a in self.a:
+            if reading[0] in present:
+                self.low.update(zip(reading, (x @ a).chunk(len(reading), -1), strict=True))
+        # small matrices are scaled, not streams: the gradient of y then is that of each product as it stands
+        added = [self.low.pop(name) @ (self.b[name] * size) if name in self.b
+                 else x.new_zeros(*x.shape[:-1], self.widths[name]) for name in sites]
+        return y + torch.cat(added, -1)
 
 class BatchedLoRA:
     """The adapters of a rank's documents, and their AdamW (beta1 = 0), in flat float32 rows.
-    A row is a document in flight, the last one scratch: A of the head, A of every slot, B of every slot, B of the head.
-    `kept` holds A of every place between its documents."""
+    A row is a document in flight, the last one scratch: A of the head, A of every slot, B of every slot, B of the head;
+    matrices are (in, out), as their gradients come. `kept` holds A of every place between its documents."""
 
     def __init__(self, model, lanes, hp, device, update):
         D, R, kv_dim, places = hp.model_dim, hp.ttt_lora_rank, hp.num_kv_heads * hp.head_dim, hp.ttt_batch_size
         self.hp, self.dtype, self.slots, self.update = hp, model.dtype, len(model.slots(looping=True)), update
         self.flight = min(2 * places, places * len(lanes))
-        widths = {"q": D, "k": kv_dim, "v": kv_dim, "attn_out": D, "mlp_out": D, "lm_head": hp.num_embeddings}
-        self.sites = {site: widths[site] for name, site in LORA_SITES.items() if name in hp.lora_sites}
-        head = self.sites.pop("lm_head", 0)
+        self.widths = {"q": D, "k": kv_dim, "v": kv_dim, "attn_out": D, "mlp_out": D, "lm_head": hp.num_embeddings}
+        self.sites = [site for name, site in LORA_SITES.items() if name in hp.lora_sites and site != "lm_head"]
         reads = (tuple(site for site in sites if site in self.sites) for sites in LORA_INPUTS)
         self.reads = [sites for sites in reads if sites]
-        self.shapes = [(len(sites) * R, D) for sites in self.reads], [(out, R) for out in self.sites.values()]
+        self.shapes = [(D, len(sites) * R) for sites in self.reads], [(R, self.widths[site]) for site in self.sites]
         a, b = (self.slots * sum(map(math.prod, shapes)) for shapes in self.shapes)
-        self.parts = (R * D if head else 0), a + b, head * R  # of the head, of the slots, of the head
-        self.kept = torch.empty(len(lanes), places, self.parts[0] + a, device=device)
+        head = R if "head" in hp.lora_sites else 0
+        self.parts, scale = (D * head, a, b, head * hp.num_embeddings), hp.ttt_lora_alpha / R
+        self.scales = 1.0, 1.0, scale, scale
+        self.kept = torch.empty(len(lanes), places, D * head + a, device=device)
         for lane, kept in zip(lanes, self.kept, strict=True):  # the same on any rank
             generator = torch.Generator(device).manual_seed(hp.seed * 1_000_003 + lane)
             kept.uniform_(-D ** -0.5, D ** -0.5, generator=generator)
@@ -2668,24 +2695,32 @@ class BatchedLoRA:
         if self.hp.ttt_warm_start_a:
             self.kept[places] = self.values[rows, :self.kept.size(1)]
 
-    def tap(self, leaf):
-        """(B, N) rows -> what GPT asks for them: a SlotLoRA of each slot, cast at once, and the head's in float32."""
-        R, scale = self.hp.ttt_lora_rank, self.hp.ttt_lora_alpha / self.hp.ttt_lora_rank
-        a_head, slots, b_head = leaf.split(self.parts, 1)
-        shapes = [shape for part in self.shapes for shape in part * self.slots]
-        parts = slots.to(self.dtype).split([*map(math.prod, shapes)], 1)
-        matrices = iter([part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)])
+    def factors(self, values, rows):
+        """Flat rows of these numbers -> their parts as the model takes them: the slots' cast, B times alpha / rank."""
+        parts = zip(values[rows].split(self.parts, 1), self.scales, strict=True)
+        return [(part * scale).to(self.dtype if 0 < i < 3 else part.dtype) for i, (part, scale) in enumerate(parts)]
+
+    def tap(self, factors):
+        """Factors of rows -> what GPT asks for them: a SlotLoRA of each slot, and the head's in float32."""
+        R, pieces = self.hp.ttt_lora_rank, []
+        for part, shapes in zip(factors[1:3], self.shapes, strict=True):
+            shapes = shapes * self.slots
+            pieces += [t.unflatten(1, s) for t, s in zip(part.split([*map(math.prod, shapes)], 1), shapes, strict=True)]
+        matrices = iter(pieces)
         a = [[(sites, next(matrices)) for sites in self.reads] for _ in range(self.slots)]
-        slots = [SlotLoRA(of_slot, {site: next(matrices) for site in self.sites}, scale) for of_slot in a]
-        a, b = a_head.unflatten(1, (R, -1)), b_head.unflatten(1, (-1, R))
-        head = SlotLoRA([(("lm_head",), a)], {"lm_head": b}, scale) if self.parts[0] else SlotLoRA([], {}, scale)
+        slots = [SlotLoRA(of_slot, {site: next(matrices) for site in self.sites}, self.widths) for of_slot in a]
+        of_head, site = (factors[0].unflatten(1, (-1, R)), factors[3].unflatten(1, (R, -1))), "lm_head"
+        head = SlotLoRA([((site,), of_head[0])], {site: of_head[1]}, {}) if self.parts[0] else SlotLoRA([], {}, {})
         return SimpleNamespace(slots=slots, at=lambda slot, layer: slots[slot], head=head)
 
     @torch.no_grad()
-    def step(self, gradient, source, target, number):
+    def step(self, gradients, source, target, number):
         """One AdamW step of state rows `source` (B,), their `number`-th (B,), into rows `target` (B,)."""
-        rates = self.hp.ttt_lora_lr, self.hp.ttt_weight_decay, self.hp.ttt_beta2
-        self.update(self.values, self.squares, gradient, source, target, number, rates)
+        rates, first = (self.hp.ttt_lora_lr, self.hp.ttt_weight_decay, self.hp.ttt_beta2), 0
+        correction = (1 - rates[2] ** number.double()).to(self.values.dtype)
+        for gradient, scale in zip(gradients, self.scales, strict=True):
+            part = slice(first, first := first + gradient.size(1))
+            self.update(self.values[:, part], self.squares[:, part], gradient, source, target, correction, scale, rates)
 
 def attention_stale(q, k, v, cache, positions, places, new):
     """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E), causal, at `positions` (B, C + T) of documents. Keys and values
@@ -2740,10 +2775,12 @@ class TestTimeTrainer:
         row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.ttt_eval_seq_len
         entries = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
         self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device)
-        self.block, self.head, update = (compiled(f, hp, dist, dynamic=None) for f in (
-            model.block, self.tilted_losses if hp.ngram_tilt_enabled else model.token_losses, adamw_rows))
         self.lanes = range(dist.rank, hp.ttt_lanes, dist.world_size)
+        update = adamw_rows if model.ops.names["qkv_heads"] == "triton" else adamw_rows_ref
         self.lora = BatchedLoRA(model, self.lanes, hp, dist.device, update)
+        self.block, self.merge, self.factors, self.head = (compiled(f, hp, dist, dynamic=None) for f in (
+            model.block, model.merge_skip, self.lora.factors,
+            self.tilted_losses if hp.ngram_tilt_enabled else model.token_losses))
         if hp.ttt_stale_context:
             self.stale = StaleContext(model, validation.starts, self.lora.flight, hp, dist.device)
         self.score, self.warming_up, self.graphs = Score(dist.device), False, {}
@@ -2752,8 +2789,9 @@ class TestTimeTrainer:
 
     def chunk_losses(self, windows, targets, positions, tap):
         """Windows (B, W), targets and their positions in the windows (B, C), adapters -> (B, C) nats, float32 head."""
+        parts = SimpleNamespace(block=self.dynamic_block, merge_skip=self.dynamic_merge)
         hidden = self.model.forward_hidden(windows, max_seqlen=self.hp.ttt_eval_seq_len, looping=True, tap=tap,
-                                           block=self.dynamic_block)
+                                           parts=parts)
         scored = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.size(2)))
         self.mark_dynamic([0], scored, targets, *tap.head.matrices())
         return self.head(scored, targets, tap.head)
@@ -2766,8 +2804,8 @@ class TestTimeTrainer:
         boost = NGRAM.boost * (hints >= 0)
         return losses, losses + torch.log1p((-of_hints).exp() * boost.expm1()) - boost * (hints == targets)
 
-    # Compiled: GPT.block, GPT.token_losses and adamw_rows, one graph for any number of documents and length of windows;
-    # layer by layer, because tracing all slots at once with unknown shapes takes minutes.
+    # Compiled: GPT.block, GPT.merge_skip, GPT.token_losses and BatchedLoRA.factors, one graph each for any number of rows
+    # and length of windows; layer by layer, because tracing all slots at once with unknown shapes takes minutes.
 
     def dynamic_block(self, x, mlp_lane, x0, w, rope, packing, tap):
         if self.hp.ttt_stale_context:
@@ -2777,6 +2815,10 @@ class TestTimeTrainer:
         self.mark_dynamic([0, 1], x, x0, mlp_lane)
         self.mark_dynamic([0], *rope, *tap.matrices())
         return self.block(x, mlp_lane, x0, w, rope, packing, tap)
+
+    def dynamic_merge(self, x, skip, *weights):
+        self.mark_dynamic([0, 1], x, skip)
+        return self.merge(x, skip, *weights)
 
     def mark_dynamic(self, dimensions, *tensors):
         for tensor in tensors:
@@ -2810,17 +2852,16 @@ class TestTimeTrainer:
         inputs = window[:, None] + torch.minimum(columns, last)
         positions = torch.minimum(first[:, None] + offset, last)
         targets, scored = window[:, None] + positions + 1, offset < count[:, None]
-        leaf = self.lora.values[source].requires_grad_()
+        self.mark_dynamic([0], source)
+        factors = [part.requires_grad_() for part in self.factors(self.lora.values, source)]
         losses = self.chunk_losses(tokens[inputs], (self.hinted if self.hp.ngram_tilt_enabled else tokens)[targets],
-                                   positions, self.lora.tap(leaf))
+                                   positions, self.lora.tap(factors))
         if self.hp.ngram_tilt_enabled:
             losses, tilted = losses
         self.score.add((tilted if self.hp.ngram_tilt_enabled else losses).detach(), scored, self.packer.bytes[targets])
         means = torch.where(scored, losses, 0.0).sum(1) / count.clamp_min(1)
         loss = torch.where(target < self.lora.flight, means, 0.0).sum()
-        rows = *torch.autograd.grad(loss, leaf), source, target, number
-        self.mark_dynamic([0], *rows)
-        self.lora.step(*rows)
+        self.lora.step(torch.autograd.grad(loss, factors, materialize_grads=True), source, target, number)
         if self.hp.ttt_stale_context:
             self.stale.end(target)
 

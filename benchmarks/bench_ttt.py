@@ -80,7 +80,7 @@ def document_by_document(model, validation, hp, dist):
     their own length, no compilation, no padding, torch's AdamW; between phases TestTimeTrainer.global_adapt."""
     tokens, found = torch.from_numpy(validation.tokens).to(dist.device), {}
     trainer = tg.TestTimeTrainer(model, validation, hp, dist, Lines())
-    lora = tg.BatchedLoRA(model, range(hp.ttt_lanes), hp, dist.device, tg.adamw_rows)
+    lora = tg.BatchedLoRA(model, range(hp.ttt_lanes), hp, dist.device, tg.adamw_rows_ref)
     model.requires_grad_(False)
     chosen, pairs = trainer.documents, [[*map(int, p.split(":"))] for p in hp.ttt_short_chunks.split(",") if p]
     for phase in tg.plan_ttt((validation.ends - validation.starts)[chosen], hp):
@@ -97,7 +97,7 @@ def document_by_document(model, validation, hp, dist):
                 for first in range(start, end, size):
                     last = min(first + size, end)
                     window = max(start, last - hp.ttt_eval_seq_len + hp.ttt_stale_context)
-                    tap = lora.tap(leaf)
+                    tap = lora.tap(lora.factors(leaf, slice(None)))
                     row = continued(model, tokens, start, window, kept) if hp.ttt_stale_context else model
                     hidden = row.forward_hidden(
                         tokens[None, window:last], max_seqlen=hp.ttt_eval_seq_len, looping=True, tap=tap

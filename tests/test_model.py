@@ -81,11 +81,13 @@ def golden_model(arrays):
 
 def lora_tap(adapters, scale):
     """{site: (A (S, B, R, in), B (S, B, out, R))} -> a tap of SlotLoRA, as BatchedLoRA.tap makes it of flat rows."""
+    widths = {site: b.size(-2) for site, (_, b) in adapters.items()}
+    widths |= {"q": 32, "k": 16, "v": 16} if len(adapters) == 1 else {}  # without adapters: tiny_hp's
 
     def slot_lora(slot, inputs, b):
         reads = [tuple(site for site in sites if site in b) for sites in inputs]
-        a = [(sites, torch.cat([adapters[site][0][slot] for site in sites], -2)) for sites in reads if sites]
-        return SlotLoRA(a, {site: adapters[site][1][slot] for site in b}, scale)
+        a = [(sites, torch.cat([adapters[site][0][slot] for site in sites], -2).mT) for sites in reads if sites]
+        return SlotLoRA(a, {site: scale * adapters[site][1][slot].mT for site in b}, widths)
 
     def at(slot, layer):
         return slot_lora(slot, LORA_INPUTS, [site for site in PER_LAYER_SITES if site in adapters])
@@ -514,7 +516,7 @@ def test_looped_hessian_counts_every_pass(rel):
     for layer in range(11):
         passes = [slot for slot, run in enumerate(LOOPED_SLOTS) if run == layer]
         assert len(passes) == (3 if 3 <= layer <= 5 else 1)
-        for site, matrix in {"q": "attn.c_q", "attn_proj": "attn.c_proj", "mlp_up": "mlp.c_fc",
+        for site, matrix in {"qkv": "attn.c_q", "attn_proj": "attn.c_proj", "mlp_up": "mlp.c_fc",
                              "mlp_down": "mlp.c_proj"}.items():
             inputs = [record.inputs[site, slot][0] for slot in passes]  # (T, in) of each pass
             want = sum(x.double().T @ x.double() for x in inputs)

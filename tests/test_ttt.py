@@ -34,7 +34,7 @@ def make_validation(folder, hp, lengths=LENGTHS):
     return test_evaluation.make_validation(folder, hp, lengths)
 
 
-def make_lora(hp, lanes=(0, 1), update=train_gpt.adamw_rows):
+def make_lora(hp, lanes=(0, 1), update=train_gpt.adamw_rows_ref):
     return BatchedLoRA(make_model(hp), lanes, hp, torch.device("cpu"), update)
 
 
@@ -425,7 +425,8 @@ def test_the_tilted_distribution_sums_to_one(tmp_path):
     hp = small_hp(data_path=str(tmp_path), ngram_tilt_enabled=True)
     trainer = TTT(make_model(hp), make_validation(tmp_path, hp), hp, Dist("cpu"), Lines())
     generator, V = torch.Generator().manual_seed(1), hp.vocab_size
-    head = trainer.lora.tap(torch.randn(4, trainer.lora.values.size(1), generator=generator)).head
+    rows = torch.randn(4, trainer.lora.values.size(1), generator=generator)
+    head = trainer.lora.tap(trainer.lora.factors(rows, slice(None))).head
     hidden = torch.randn(4, 1, hp.model_dim, generator=generator).expand(-1, V, -1)
     hints = torch.tensor([-1, 0, 50, V - 1])
     targets = torch.stack((torch.arange(V).expand(4, V), hints[:, None].expand(4, V)), -1)
@@ -596,7 +597,7 @@ def test_one_lora_step_is_the_gradient_step_on_the_chunk_alone(tmp_path, counted
     validation, model = make_validation(tmp_path, hp, [15]), make_model(hp)
     run_ttt(hp, validation)
     lora = make_lora(hp, lanes=[0])
-    a = torch.nn.Parameter(lora.kept[0].view(hp.ttt_lora_rank, hp.model_dim).clone())
+    a = torch.nn.Parameter(lora.kept[0].view(hp.model_dim, hp.ttt_lora_rank).T.clone())
     b = torch.nn.Parameter(torch.zeros(hp.vocab_size, hp.ttt_lora_rank))
     tokens = torch.from_numpy(validation.tokens)
     scale = hp.ttt_lora_alpha / hp.ttt_lora_rank
@@ -842,10 +843,10 @@ def test_every_slot_and_site_has_an_adapter_of_its_own():
     leaf[:, :lora.kept.size(1)] = 1.0
     widths = {"q": 32, "k": 16, "v": 16, "attn_out": 32, "mlp_out": 32}
     for slot, (site, width) in [*itertools.product(range(slots), widths.items()), (None, ("lm_head", hp.vocab_size))]:
-        tap = lora.tap(leaf.clone())
+        tap = lora.tap(lora.factors(leaf.clone(), slice(None)))
         matrix = (tap.head if slot is None else tap.slots[slot]).b[site]
-        assert matrix.shape == (2, width, hp.ttt_lora_rank) and not matrix.any()
-        matrix[1] = torch.linspace(-0.1, 0.1, width)[:, None]
+        assert matrix.shape == (2, hp.ttt_lora_rank, width) and not matrix.any()
+        matrix[1] = torch.linspace(-0.1, 0.1, width)
         h = model.forward_hidden(tokens, max_seqlen=12, looping=True, tap=tap)
         losses = model.token_losses(h, tokens, tap.head)
         assert torch.allclose(losses[0], base[0], atol=1e-5)
@@ -857,10 +858,13 @@ def test_every_slot_and_site_has_an_adapter_of_its_own():
 # ---- the optimizer of the adapters
 
 
+@pytest.mark.parametrize("update", [train_gpt.adamw_rows_ref, train_gpt.adamw_rows])
 @pytest.mark.parametrize("lr, beta2, decay", [(1e-4, 0.99, 0.5), (0.03, 0.9, 0.0), (0.01, 0.0, 2.0)])
-def test_the_lora_step_is_adamw_without_first_moment_on_rows_of_any_age(lr, beta2, decay):
+def test_the_lora_step_is_adamw_without_first_moment_on_rows_of_any_age(update, lr, beta2, decay):
+    """In columns 2 to 9 of wider states, of which the others stay as they are."""
     generator = torch.Generator().manual_seed(5)
-    values, squares = torch.randn(6, 7, generator=generator), torch.zeros(6, 7)
+    all_values, all_squares = torch.randn(6, 12, generator=generator), torch.zeros(6, 12)
+    values, squares, before = all_values[:, 2:9], all_squares[:, 2:9], all_values.clone()
     twins = [torch.nn.Parameter(value.clone()) for value in values[:5]]
     optimizers = [torch.optim.AdamW([twin], lr=lr, betas=(0.0, beta2), eps=1e-10, weight_decay=decay) for twin in twins]
     ages = [0] * 5
@@ -872,10 +876,13 @@ def test_the_lora_step_is_adamw_without_first_moment_on_rows_of_any_age(lr, beta
             twins[row].grad = gradient.clone()
             optimizers[row].step()
         number = torch.tensor([ages[row] for row in rows] + [9])
-        source, target = torch.tensor([*rows, rows[0]]), torch.tensor([*rows, 5])  # the last: to scratch, no step
-        train_gpt.adamw_rows(values, squares, gradients, source, target, number, (lr, decay, beta2))
+        table = torch.tensor([[*rows, rows[0]], [*rows, 5]]).T.contiguous()  # the last: to scratch, no step
+        source, target = table.unbind(1)  # columns of a table, as chunk_step has them
+        correction = (1 - beta2 ** number.double()).float()
+        update(values, squares, gradients / 3, source, target, correction, 3.0, (lr, decay, beta2))
         for value, twin in zip(values[:5], twins, strict=True):
             assert torch.allclose(value, twin, rtol=1e-5, atol=1e-8)
+    assert torch.equal(all_values[:, [0, 1, 9, 10, 11]], before[:, [0, 1, 9, 10, 11]])
 
 
 # ---- global adaptation
