@@ -323,6 +323,26 @@ def test_kernels_around_attention_accept_no_rows():
     assert train_gpt.gated_xsa(*xsa_inputs(1, 0, 4, 2, 8), 1.0).shape == (1, 0, 4, 8)
 
 
+# --- AdamW of rows
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "width"), [(3, 7), (1, 1024), (5, 2500), (2, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_kernel_matches_float64_in_some_columns_of_its_rows(rows, width, dtype):
+    whole, part = [randn(rows + 1, width + 5, seed=i).detach() for i in range(2)], slice(3, 3 + width)
+    whole[1] = whole[1].square()
+    before = [t.double() for t in whole]
+    table = torch.stack([torch.randperm(rows), torch.arange(rows) + 1], 1)  # reads its columns, which are strided
+    table[:, 1] = table[:, 0].where(table[:, 0] > 0, torch.tensor(rows))  # one document ends: its row stays
+    gradient, correction = randn(rows, width, seed=2, dtype=dtype).detach(), torch.rand(rows) + 0.1
+    rest = gradient, *table.unbind(1), correction, 1.8, (0.1, 0.5, 0.9)
+    train_gpt.adamw_rows(*(t[:, part] for t in whole), *rest)
+    train_gpt.adamw_rows_ref(*(t[:, part] for t in before), gradient.double(), *rest[1:])
+    for got, want in zip(whole, before, strict=True):
+        assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
 # --- custom ops under torch.compile
 
 
@@ -511,7 +531,8 @@ def test_auto_on_cpu_takes_the_references():
     ops = select()
     assert (ops.attention, ops.mlp, ops.cross_entropy) == (attention_sdpa, mlp_ref, linear_cross_entropy_ref)
     assert (ops.qkv_heads, ops.gated_xsa) == (train_gpt.qkv_heads_ref, train_gpt.gated_xsa_ref)
-    kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa"
+    assert ops.adamw_rows is train_gpt.adamw_rows_ref
+    kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "adamw_rows"
     assert ops.names == {"attention": "sdpa"} | dict.fromkeys(kinds, "reference")
 
 
