@@ -1391,7 +1391,9 @@ class GPT(nn.Module):
     def merge_skip(self, x, skip, weight, gate):
         """lerp(w * skip, x, sigmoid(g)), or x + w * skip without gates."""
         scaled = weight.to(x.dtype) * skip
-        return x + scaled if gate is None else torch.lerp(scaled, x, torch.sigmoid(gate.to(x.dtype)))
+        if not self.hp.skip_gates_enabled:
+            return x + scaled
+        return torch.lerp(scaled, x, torch.sigmoid(gate.to(x.dtype)))
 
     def forward_hidden(self, tokens, cu_seqlens=None, *, max_seqlen, looping, fresh=None, tap=None, parts=None):
         """(B, T) ids -> (B, T, D), the final norm's output.
