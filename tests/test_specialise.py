@@ -183,6 +183,13 @@ MARKERS = {
     "np.interp": {"WD_SCHEDULE_ENABLED": "1"}, "ttt_warm_up": {}, "ttt_global_adaptation": {},
     "eigvalsh": {"LQER_WEIGHTED": "1"}, "permutation(": {"DATA_SEED": "7"}, "np.roll": {"MARKER_FUSION_ENABLED": "1"},
     "clips times": {"TARGET_BYTES": "9"}, "'sliding'": {"SLIDING_WINDOW_ENABLED": "1"},
+    "36313": {"BIGRAM_VOCAB_SIZE": "31"}, "offset_keys": {"PARTIAL_KEY_OFFSET": "1"},
+    "value_table": {"VALUE_EMBED_LAYERS": "1"}, "value_mix": {"VALUE_RESIDUAL": "gate"},
+    "gram_newton_schulz": {"MUON_GRAM_ENABLED": "1"}, "other_update": {"MUON_HEAD_PAIRS": "1"},
+    ".snapshot(": {"SWA_BELOW_LR": "0.9"}, "fake_quantize": {"QAT_BELOW_LR": "0.5", "GPTQ_COLUMN_STEPS": "0"},
+    "importance": {"HESSIAN_CLIP_LAMBDA": "0.2"}, "multinomial": {"GPTQ_SELF_CALIBRATION": "1"},
+    "trained_numbers": {"EXTRA_EVAL_LOOPS": "1"}, "ShuffledShards": {"DOC_SHUFFLE_ENABLED": "1"},
+    "evaluate_sgd_ttt": None,  # there is no test-time training in the other script
     "attention_stale": {"TTT_STALE_CONTEXT": "512"}, "ngram_hints": None, "np.select": None, "StaleContext": None,
     "safety.": None, "TCPStore": None, "preflight.": None, "plot_run": None, "LiveLine": None,
 }
@@ -249,10 +256,15 @@ OTHERWISE = {  # as many other branches as one run can take
     "WD_SCHEDULE_ENABLED": "1", "DATA_SEED": "3",
     "MARKER_FUSION_ENABLED": "1", "GRAD_CLIP_NORM": "0", "MUON_MOMENTUM_WARMUP_STEPS": "0", "MUON_ROW_NORMALIZE": "0",
     "GPTQ_COLUMN_STEPS": "0", "LQER_WEIGHTED": "1", "LQER_ASYM_ENABLED": "0", "GATED_ATTN_QUANT_GATE": "0",
+    "ATTN_WINDOW": "9", "PARTIAL_KEY_OFFSET": "1", "VALUE_RESIDUAL": "gate", "BIGRAM_VOCAB_SIZE": "31",
+    "VALUE_EMBED_LAYERS": "1", "MUON_HEAD_PAIRS": "1", "MUON_GRAM_ENABLED": "1", "SWA_BELOW_LR": "0.9",
+    "SWA_EVERY": "1", "QAT_BELOW_LR": "0.5", "HESSIAN_CLIP_LAMBDA": "0.2", "GPTQ_SELF_CALIBRATION": "1",
+    "DOC_SHUFFLE_ENABLED": "1",
     "PHASED_TTT_NUM_PHASES": "0", "TTT_WARM_START_A": "0", "TTT_LORA_SITES": "q,head", "VAL_LOSS_EVERY": "2",
-    "TTT_STALE_CONTEXT": "32", "TTT_SHORT_CHUNKS": "30:8", "NGRAM_TILT_ENABLED": "1",
+    "TTT_SHORT_CHUNKS": "30:8", "NGRAM_TILT_ENABLED": "1",
 }
 DEMO = dict(line.split("=") for line in (ROOT / "presets/demo.env").read_text().splitlines() if re.match(r"\w+=", line))
+DEMO |= {"EXTRA_EVAL_LOOPS": "1"}
 DEMO = {name: value for name, value in DEMO.items() if name.lower() not in specialise.OF_A_PROOF}
 
 
