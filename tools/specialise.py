@@ -152,11 +152,16 @@ def fold_settings(tree, cls, fields, settings):
 
 
 def inline_techniques(tree):
-    """Puts the definitions of COMPANION before those of the script, which then names them without `techniques.`.
+    """Puts the definitions of COMPANION in the place of its import; the script names them without `techniques.` then.
 
     ValueError where a name would stand for two things.
     """
+    imports = [number for number, node in enumerate(tree.body) if isinstance(node, ast.Try)
+               and COMPANION.stem in names_of(node.body[0])]  # fmt: skip
+    if not imports:
+        return
     statements = ast.parse(COMPANION.read_text(encoding="utf-8")).body[1:]  # behind its docstring
+    statements = [node for node in statements if not getattr(node, "module", "").startswith("tools")]
     ours = {name: node for node in tree.body for name in names_of(node)}
     added = {name: node for node in statements for name in names_of(node) if name not in ours}
     local = bindings(node for part in tree.body if hasattr(part, "body") for node in walk(part)[1:])
@@ -166,16 +171,14 @@ def inline_techniques(tree):
             if name in added and not is_import and local[name] or name in ours and not (
                     is_import or ast.dump(ours[name]) == ast.dump(node)):  # fmt: skip
                 raise ValueError(f"{COMPANION.name}: {name} is something else in the script")
-    first = next(number for number, node in enumerate(tree.body) if isinstance(node, ast.Try))
-    tree.body[first:first] = list(dict.fromkeys(added.values()))
+    tree.body[imports[0] : imports[0]] = list(dict.fromkeys(added.values()))
     Unqualify().visit(tree)
 
 
 def names_of(statement):
-    """Names that a statement at module level binds: definitions, assignments, imports but those of `tools`."""
+    """Names that a statement at module level binds: definitions, assignments, imports."""
     if isinstance(statement, (ast.Import, ast.ImportFrom)):
-        own = getattr(statement, "module", None) or ""
-        return [] if own.startswith("tools") else [alias.asname or alias.name for alias in statement.names]
+        return [alias.asname or alias.name for alias in statement.names]
     if isinstance(statement, ast.Assign):
         return [node.id for node in walk(statement.targets[0]) if isinstance(node, ast.Name)]
     return [statement.name] if isinstance(statement, (ast.FunctionDef, ast.ClassDef)) else []
