@@ -398,7 +398,8 @@ def byte_charged(tables, ids):
 def test_table_bytes_of_a_text_sum_to_its_normalised_size(tokenizer, text):
     normalised = tokenizer.decode(tokenizer.encode(text))
     assert normalised == tokenizer.normalize(text).replace("\u2581", " ")
-    assert sum(byte_charged(techniques.piece_byte_tables(tokenizer), tokenizer.encode(text))) == len(normalised.encode())
+    tables = techniques.piece_byte_tables(tokenizer)
+    assert sum(byte_charged(tables, tokenizer.encode(text))) == len(normalised.encode())
 
 
 def test_a_leading_space_counts_once_and_not_after_a_boundary(tokenizer):

@@ -190,9 +190,11 @@ MARKERS = {
     "snapshots": {"SWA_BELOW_LR": "0.9"}, "fake_quantize": {"QAT_BELOW_LR": "0.5", "GPTQ_COLUMN_STEPS": "0"},
     "importance": {"HESSIAN_CLIP_LAMBDA": "0.2"}, "multinomial": {"GPTQ_SELF_CALIBRATION": "1"},
     "extra_passes": {"EXTRA_EVAL_LOOPS": "1"}, "eval_passes": {"EXTRA_EVAL_LOOPS": "1"},
-    "attn_window": None, "on_grid": {"QAT_BELOW_LR": "0.5"}, "extras": {"VALUE_RESIDUAL": "gate"}, "ShuffledShards": {"DOC_SHUFFLE_ENABLED": "1"},
+    "attn_window": None, "on_grid": {"QAT_BELOW_LR": "0.5"}, "extras": {"VALUE_RESIDUAL": "gate"},
+    "ShuffledShards": {"DOC_SHUFFLE_ENABLED": "1"},
     "evaluate_sgd": None,  # there is no test-time training in the other script
-    "attention_stale": {"TTT_STALE_CONTEXT": "512"}, " techniques.": None, "ngram_hints": None, "np.select": None, "StaleContext": None,
+    "attention_stale": {"TTT_STALE_CONTEXT": "512"}, " techniques.": None,
+    "ngram_hints": None, "np.select": None, "StaleContext": None,
     "safety.": None, "TCPStore": None, "preflight.": None, "plot_run": None, "LiveLine": None,
 }
 

@@ -192,7 +192,8 @@ def test_extra_loops_leave_every_skip_between_the_layers_of_training(extra, monk
 def test_gram_newton_schulz_is_polar_express(shape, steps):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(steps), dtype=torch.float64)
     want = train_gpt.polar_express(x, steps)
-    torch.testing.assert_close(techniques.gram_newton_schulz(x, train_gpt.POLAR_EXPRESS[:steps]), want, atol=1e-9, rtol=1e-9)
+    found = techniques.gram_newton_schulz(x, train_gpt.POLAR_EXPRESS[:steps])
+    torch.testing.assert_close(found, want, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("rank, world", [(0, 1), (0, 2), (1, 2), (2, 3)])
