@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 from test_end_to_end import SETTINGS, make_data
+from test_presets import PUBLISHED, tiny
 
 import train_gpt
 
 pytest.importorskip("brotli")
 pytest.importorskip("python_minifier")
 
-from tools import make_record, pack_code, specialise  # noqa: E402
+from tools import make_record, pack_code, preflight, specialise  # noqa: E402
 
 ROOT = Path(train_gpt.__file__).parent
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
@@ -272,16 +273,10 @@ DEMO |= {"EXTRA_EVAL_LOOPS": "1"}
 DEMO = {name: value for name, value in DEMO.items() if name.lower() not in specialise.OF_A_PROOF}
 
 
-@pytest.mark.parametrize("changes", [OTHERWISE, DEMO], ids=["otherwise", "demo"])
-def test_a_packed_script_gives_the_numbers_of_its_source(tmp_path, monkeypatch, changes):
-    """It runs without the settings that it was packed with, except those that it may be given."""
-    (tmp_path / "data").mkdir()
-    make_data(tmp_path / "data")
-    run = {"DATA_PATH": str(tmp_path / "data"), "RUNS_DIR": str(tmp_path), "TOKENIZER_PATH": SETTINGS["TOKENIZER_PATH"]}
-    tiny = {name: value for name, value in SETTINGS.items() if name.lower() in DEFAULTS and name not in run}
-    settings = tiny | changes
-    script = tmp_path / "packed.py"
-    script.write_bytes(pack_code.pack_code(SOURCE, settings))
+def run_both(folder, monkeypatch, settings, run):
+    """Packed script and source with the same settings and the same results -> how to call the script, its RESULT."""
+    script = folder / "packed.py"
+    script.write_bytes(pack_code.pack_code(SOURCE, preflight.with_preset(settings)))
 
     def call(**more):
         done = subprocess.run([sys.executable, script], env=HERE | run | more | {"OMP_NUM_THREADS": "1"}, text=True,
@@ -298,7 +293,31 @@ def test_a_packed_script_gives_the_numbers_of_its_source(tmp_path, monkeypatch, 
     got = json.loads(out.splitlines()[-1].removeprefix("RESULT "))
     keys = ("steps", "train_loss", "scores", "group_bytes", "artifact_bytes", "code_bytes", "violations")
     assert [got[key] for key in keys] == [wanted[key] for key in keys]
-    assert (tmp_path / "packed" / "artifact.bin").read_bytes() == (tmp_path / "source" / "artifact.bin").read_bytes()
+    assert (folder / "packed" / "artifact.bin").read_bytes() == (folder / "source" / "artifact.bin").read_bytes()
+    return call, got
+
+
+IN_SOAK = pytest.mark.skipif(not os.environ.get("SOAK"), reason="half a minute each; make soak runs them")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[IN_SOAK] if n != "pr1493" else []) for n in PUBLISHED])
+def test_a_packed_preset_gives_the_numbers_of_its_source(tiny_data, tmp_path, monkeypatch, name):
+    tokenizer = SETTINGS["TOKENIZER_PATH"]  # its first pieces do for tokens below 97
+    run = {"DATA_PATH": str(tiny_data), "RUNS_DIR": str(tmp_path), "TOKENIZER_PATH": tokenizer}
+    monkeypatch.setattr(preflight, "find_tokenizer", lambda hp: tokenizer)
+    settings = {key: value for key, value in tiny(name, tiny_data, tmp_path).items() if key != "RUN_ID"}
+    _, got = run_both(tmp_path, monkeypatch, settings, run)
+    assert ("ttt" in got["scores"]) == (name != "pr1512") and got["steps"] == 3
+
+
+@pytest.mark.parametrize("changes", [OTHERWISE, DEMO], ids=["otherwise", "demo"])
+def test_a_packed_script_gives_the_numbers_of_its_source(tmp_path, monkeypatch, changes):
+    """It runs without the settings that it was packed with, except those that it may be given."""
+    (tmp_path / "data").mkdir()
+    make_data(tmp_path / "data")
+    run = {"DATA_PATH": str(tmp_path / "data"), "RUNS_DIR": str(tmp_path), "TOKENIZER_PATH": SETTINGS["TOKENIZER_PATH"]}
+    tiny = {name: value for name, value in SETTINGS.items() if name.lower() in DEFAULTS and name not in run}
+    call, got = run_both(tmp_path, monkeypatch, tiny | changes, run)
     if changes is DEMO:
         again = json.loads(call(RUN_ID="packed", TTT_EVAL_ONLY="1")[0].splitlines()[-1].removeprefix("RESULT "))
         assert again["scores"] == {name: score for name, score in got["scores"].items() if name != "prequant"}

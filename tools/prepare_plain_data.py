@@ -5,7 +5,8 @@
 
 For each --vocab-sizes N the folder DIR/spN gets a BPE tokenizer, trained on the first --tokenizer-bytes of training
 text, and shards of it without side-cars. Text is taken as it is, so the bytes that train_gpt.py counts by pieces are
-the text's own, but for a space that begins a document. Documents of validation are left out of training, copies too. Lines are as for prepare_caseops_data.py.
+the text's own, but for a space that begins a document. Documents of validation are left out of training, copies too.
+Lines are as for prepare_caseops_data.py.
 """
 
 import argparse
