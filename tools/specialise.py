@@ -554,7 +554,9 @@ class Drop(ast.NodeTransformer):
 
     def is_idle_field(self, cls, field):
         """Whether a field has a default and nothing reads or gives it; settings stay."""
-        return field.value is not None and not self.attributes[field.target.id] and cls.name != "Hyperparameters"
+        name = field.target.id
+        named = self.attributes[name] or self.strings[name]  # Ops(**{"name": ...})
+        return field.value is not None and not named and cls.name != "Hyperparameters"
 
     def visit_Assign(self, node):
         """`self.name = None` goes where nothing else names the attribute."""
