@@ -1,5 +1,6 @@
 """What the presets need beyond the default, each against a small reference that is written out independently."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,6 +147,30 @@ def test_bigram_buckets_are_the_hash_of_two_tokens_and_one_of_their_own_at_first
         bucket = 30 if first else (36313 * token ^ 27191 * tokens[0, t - 1].item()) % 30
         want = model.bigram_scale * (model.bigram_proj @ model.bigram_table[bucket])
         torch.testing.assert_close(found[t], want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not os.environ.get("SOAK"), reason="half a minute each; make soak runs them")
+@pytest.mark.parametrize("residual", ["mix", "gate"])
+def test_all_of_it_compiles_into_whole_graphs_that_give_the_same(residual):
+    """Training compiles the whole forward pass, evaluation and test-time training a layer, for all layers the same."""
+    model = make_model(small_hp(value_residual=residual, **EVERYTHING))
+    tokens, cu_seqlens = tokens_of(9, 14, 10)
+    arguments = tokens[:, :-1], tokens[0, 1:], cu_seqlens.clamp(max=32), True, 14
+    torch._dynamo.reset()
+    options = {"fullgraph": True, "dynamic": False, "backend": "aot_eager"}
+    compiled = [torch.compile(function, **options) for function in (model.forward, model.block)]
+    gradients = []
+    for forward in (model.forward, compiled[0]):
+        model.zero_grad()
+        forward(*arguments).mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert {"bigram_table", "bigram_scale", "value_table", "value_proj", "value_mix"} <= set(gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3)
+    with torch.no_grad():
+        plain, by_layers = (model.forward_hidden(tokens, cu_seqlens, max_seqlen=14, looping=True, block=block)
+                            for block in (None, compiled[1]))  # fmt: skip
+    torch.testing.assert_close(by_layers, plain, atol=1e-5, rtol=1e-4)
 
 
 def test_rotary_angles_do_not_depend_on_any_length():
