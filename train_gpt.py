@@ -8,8 +8,9 @@
     DATA_PATH=data/mine torchrun --standalone --nproc_per_node=8 train_gpt.py
     python train_gpt.py --help                                      # every setting: default, range, meaning
 
-Settings are environment variables; the defaults are the submission. A run lives in runs/<RUN_ID>/ (README) and ends
-with `RESULT {json}`. QUANT_ONLY=1 goes on from its model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
+Settings are environment variables; the defaults are the submission, PRESET=name is a published one, tools/techniques.py
+has what only some of those use. A run lives in runs/<RUN_ID>/ (README) and ends with `RESULT {json}`. QUANT_ONLY=1 goes
+on from its model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
 
 Shapes: B rows, T tokens, D model_dim, L layers, S slots (one execution of a layer; a looped one has several), H heads,
 K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
@@ -29,7 +30,6 @@ import re
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections import defaultdict, namedtuple
@@ -53,14 +53,14 @@ try:
 except ImportError:  # before torch 2.10: selection passes over this backend
     varlen_attn = None
 try:
-    from tools import preflight, safety, terminal  # checks; watchdog, training states; the live line
+    from tools import preflight, safety, techniques, terminal  # checks; watchdog; what is off by default; the live line
     from tools.preflight import ArtifactError, DataError, SettingError
-except ImportError:  # a packed script goes without
-    preflight = safety = terminal = None
+except ImportError:  # a packed script goes without, it holds the techniques of its settings
+    preflight = safety = techniques = terminal = None
     ArtifactError = DataError = SettingError = ValueError
 try:
     import brotli
-except ImportError:  # only the lzma compressor works then; check_compressor says so before training
+except ImportError:  # only the lzma compressor works then, and nothing else is begun
     brotli = None
 try:
     import triton
@@ -81,6 +81,8 @@ def env(default, help, *, above=None, least=None, most=None, choices=None):
     bounds = {"help": help, "above": above, "least": least, "most": most, "choices": choices}
     return dataclasses.field(default=default, metadata=bounds)
 
+RESIDUALS = "off", "mix", "gate"  # of values
+
 @dataclass(frozen=True)
 class Hyperparameters:
     """Every setting of a run, declared once: name, type, default, meaning, range. Raises SettingError on bad values."""
@@ -96,6 +98,7 @@ class Hyperparameters:
     caseops_enabled: bool = env(True, "validation bytes come from the side-car; 0: from the tokenizer's byte tables")
     marker_fusion_enabled: bool = env(False, "a space and the case marker behind it become one token (PR 2109)")
     data_seed: int = env(0, "order of the training rows; 0: as published", least=0)
+    doc_shuffle_enabled: bool = env(False, "training documents in another order inside each shard, by DATA_SEED (1512)")
     device: str = env("auto", "where to run; auto: a GPU if there is one", choices=("auto", "cuda", "cpu"))
     compute_dtype: str = env("auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32"))
     compile: str = env("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
@@ -146,6 +149,15 @@ class Hyperparameters:
     parallel_start_layer: int = env(8, "first layer with two residual lanes; NUM_LAYERS: none", least=0)
     parallel_final_lane: str = env("mean", "which lane leaves the stack", choices=("mean", "attn", "mlp"))
     logit_softcap: float = env(30.0, "logits z become c tanh(z/c)", above=0)
+    attn_window: int = env(0, "tokens before its own that a token of the early layers sees; 0: all", least=0)
+    attn_window_full_layers: int = env(3, "last layers that see all nevertheless", least=0)
+    partial_key_offset: bool = env(False, "unrotated dimensions of full layers' keys are the previous token's (1512)")
+    value_residual: str = env("off", "mix: values l0 v0 + l1 v, v0 layer 0's; gate: v + s(a) v0", choices=RESIDUALS)
+    bigram_vocab_size: int = env(0, "rows of the hashed bigram embedding; 0: none", least=0)
+    bigram_dim: int = env(112, "width of that table", least=1)
+    value_embed_layers: str = env("", "layers whose values get a token's own embedding, comma separated")
+    value_embed_dim: int = env(128, "width of that table", least=1)
+    extra_eval_loops: int = env(0, "passes over the looped layers that training did not have; skips stay", least=0)
 
     # optimizer and schedule
     max_wallclock_seconds: float = env(600.0, "budget of training, Hessians and GPTQ; 0: ITERATIONS decide", least=0)
@@ -160,6 +172,8 @@ class Hyperparameters:
     muon_wd: float = env(0.095, "decoupled decay of the banks", least=0)
     muon_row_normalize: bool = env(True, "rows of the update get unit norm before orthogonalisation")
     muon_backend_steps: int = env(5, "Newton-Schulz steps", least=1, most=5)
+    muon_head_pairs: bool = env(False, "q and k are orthogonalised by pairs of heads, not whole (PR 1512)")
+    muon_gram_enabled: bool = env(False, "Newton-Schulz steps on X X^T where X is not square")
     muon_dtype: str = env("auto", "Muon's gradients, momentum, products", choices=("auto", "bfloat16", "float32"))
     tied_embed_lr: float = env(0.03, "AdamW learning rate of the embedding", above=0)
     embed_wd: float = env(0.085, "decay of the embedding", least=0)
@@ -169,6 +183,9 @@ class Hyperparameters:
     beta2: float = env(0.99, "AdamW beta2", least=0, most=0.99999)
     grad_clip_norm: float = env(0.3, "global gradient norm at most; 0: off", least=0)
     ema_decay: float = env(0.9965, "decay of the weight average, after its ramp", least=0, most=0.999999)
+    swa_below_lr: float = env(0.0, "below this learning-rate factor: mean of snapshots; 0: EMA", least=0)
+    swa_every: int = env(50, "steps between snapshots", least=1)
+    qat_below_lr: float = env(0.0, "banks train on their grid below this learning-rate factor; 0: never", least=0)
     wd_schedule_enabled: bool = env(False, "weight decay falls, then rises (PR 1512)")
     wd_sched_hold_frac: float = env(0.40, "fraction until which decay keeps its value", least=0, most=1)
     wd_sched_ramp_frac: float = env(0.85, "fraction at which decay is lowest", least=0, most=1)
@@ -180,6 +197,7 @@ class Hyperparameters:
     # quantization and artifact
     gptq_reserve_seconds: float = env(7.0, "part of the budget kept for Hessians and GPTQ", least=0)
     gptq_calibration_batches: int = env(16, "rows of training tokens for the Hessians, over all ranks", least=1)
+    gptq_self_calibration: bool = env(False, "these rows are written by the model itself (PR 1512)")
     gptq_all_reduce: bool = env(True, "Hessians are averaged over ranks; 0: each rank's own")
     gptq_damp: float = env(0.01, "share of the mean Hessian diagonal added to it", above=0)
     gptq_block_size: int = env(128, "columns between two batched error updates", least=1)
@@ -188,6 +206,7 @@ class Hyperparameters:
     mlp_clip_sigmas: float = env(13.0, "clip of MLP rows in deviations", above=0)
     attn_clip_sigmas: float = env(14.0, "clip of attention rows in deviations", above=0)
     embed_clip_sigmas: float = env(15.0, "clip of embedding rows in deviations", above=0)
+    hessian_clip_lambda: float = env(0.0, "share of a row's Hessian-weighted size in its clip (PR 1512)", least=0)
     gptq_column_steps: bool = env(True, "steps 2^(k/8) per row and per column instead of fp16 per row")
     gptq_rate_lambda: float = env(0.0, "error against coded bits with column steps: 1 is the coder's slope", least=0)
     gated_attn_quant_gate: bool = env(True, "attention gates as int8 per row; 0: fp16")
@@ -209,6 +228,8 @@ class Hyperparameters:
 
     # test-time training
     ttt_enabled: bool = env(True, "score with test-time training")
+    ttt_method: str = env("lora", "lora: an adapter a document; sgd: all weights, by chunks", choices=("lora", "sgd"))
+    ttt_epochs: int = env(3, "SGD steps on a chunk of GLOBAL_TTT_CHUNK_TOKENS, at GLOBAL_TTT_LR", least=1)
     ttt_max_docs: int = env(0, "score only N validation documents, of all lengths, marked partial; 0: all", least=0)
     ttt_eval_seq_len: int = env(2048, "context of a chunk, its own tokens included", least=2)
     ttt_stale_context: int = env(0, "oldest positions of it with keys and values kept from older adapters", least=0)
@@ -254,6 +275,7 @@ class Hyperparameters:
 
     num_embeddings = property(lambda hp: (hp.vocab_size + 10) // 8 * 8 if hp.marker_fusion_enabled else hp.vocab_size)
     head_dim = property(lambda hp: hp.model_dim // hp.num_heads)
+    new_values = property(lambda hp: hp.partial_key_offset or hp.value_embed_layers != "" or hp.value_residual != "off")
     mlp_dim = property(lambda hp: int(hp.mlp_mult * hp.model_dim))
     lora_sites = property(lambda hp: tuple(site for site in hp.ttt_lora_sites.split(",") if site))
     micro_steps = property(lambda hp: hp.train_batch_tokens // hp.micro_batch_tokens)  # of a step, over all ranks
@@ -514,16 +536,6 @@ def space_id(hp):
     """The id of a lone space."""
     return load_tokenizer(hp).piece_to_id("\u2581")
 
-def fuse_markers(hp, tokens, charges):
-    """(n,) int64 ids and their bytes -> (m,) both, with a space and the case marker behind it as one id (PR 2109).
-    SentencePiece merges nothing across a marker. The pair's id is VOCAB_SIZE + marker - 4; shards stay as they are.
-    """
-    pair = np.append((tokens[:-1] == space_id(hp)) & (tokens[1:] >= 4) & (tokens[1:] <= 6), False)
-    second = np.roll(pair, 1)
-    tokens = np.where(second, tokens + hp.vocab_size - 4, tokens)
-    charges = charges + np.where(second, np.roll(charges, 1), 0)
-    return tokens[~pair], charges[~pair]
-
 class TrainLoader:
     """Packed training rows by number: T tokens from the first document on that begins in the stream's i-th span.
     A step of n micro-steps takes rows [step n, (step + 1) n), rank r its r-th share: the same rows for any world size.
@@ -533,6 +545,8 @@ class TrainLoader:
 
     def __init__(self, stream, hp, dist):
         self.stream, self.hp, self.dist = stream, hp, dist
+        if hp.doc_shuffle_enabled:
+            stream.shards = techniques.ShuffledShards(stream.shards, hp.data_seed)
         if (steps := hp.train_batch_tokens / hp.micro_batch_tokens) % dist.world_size:
             raise SettingError(f"{steps:g} micro-batches a step (TRAIN_BATCH_TOKENS/MICRO_BATCH_TOKENS) do not "
                                f"divide by {dist.world_size} ranks: change MICRO_BATCH_TOKENS")
@@ -540,7 +554,7 @@ class TrainLoader:
         self.span = hp.micro_batch_tokens
         if hp.marker_fusion_enabled:
             sample = stream.read(0, min(stream.size, 1 << 22)).astype(np.int64)
-            self.span = self.span * len(sample) // len(fuse_markers(hp, sample, sample)[0])
+            self.span = self.span * len(sample) // len(techniques.fuse_markers(hp, space_id, sample, sample)[0])
         self.thread = ThreadPoolExecutor(1)
         self.ahead = {}
 
@@ -560,7 +574,7 @@ class TrainLoader:
         if tokens.max() >= hp.vocab_size:
             raise DataError(f"training token {tokens.max()} is outside VOCAB_SIZE={hp.vocab_size}")
         if hp.marker_fusion_enabled:
-            tokens = fuse_markers(hp, tokens, tokens)[0][:length + 1]
+            tokens = techniques.fuse_markers(hp, space_id, tokens, tokens)[0][:length + 1]
         starts = np.flatnonzero(tokens[:-1] == BOS_ID)
         starts = starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])
         pieces = cut_pieces(starts, np.append(starts[1:], length), hp.train_seq_len)
@@ -582,21 +596,6 @@ class TrainLoader:
             last = index == first + self.per_rank - 1
             yield self.row(index, first + self.hp.micro_steps if last else index + 1)
 
-def piece_byte_tables(tokenizer):
-    """SentencePiece model -> (bytes, leading space, boundary) per id, for data without side-cars."""
-    if tokenizer.piece_to_id("\u2581") == tokenizer.unk_id():
-        raise DataError("the tokenizer has no piece of its own for the space: its spaces would count three bytes")
-    size = tokenizer.vocab_size()
-    count, leading, boundary = np.zeros(size, np.int64), np.zeros(size, bool), np.ones(size, bool)
-    for token in range(size):
-        if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
-            continue
-        boundary[token] = False
-        piece = tokenizer.id_to_piece(token)
-        leading[token] = piece.startswith("\u2581") and not tokenizer.is_byte(token)
-        count[token] = 1 if tokenizer.is_byte(token) else len(piece.removeprefix("\u2581").encode())
-    return count, leading, boundary
-
 class ValidationSet:
     """The validation stream: tokens (N,), bytes charged to each token (N,), the documents' input spans [start, end).
     A document's targets are its tokens after BOS and the BOS that follows it, so every token but the first is a target
@@ -611,14 +610,14 @@ class ValidationSet:
         if hp.caseops_enabled:
             self.bytes = self.side_car(hp.data_path, stream)
         else:
-            count, leading, boundary = piece_byte_tables(tokenizer or load_tokenizer(hp))
+            count, leading, boundary = techniques.piece_byte_tables(tokenizer or load_tokenizer(hp))
             self.bytes = count[self.tokens]
             self.bytes[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
         if len(self.tokens) < 2:
             raise DataError(f"{stream.paths[0]}: a validation stream needs two tokens at least")
         self.summary = preflight and preflight.check_validation(hp, self.tokens, self.bytes, load_data_shard)
         if hp.marker_fusion_enabled:
-            self.tokens, self.bytes = fuse_markers(hp, self.tokens, self.bytes)
+            self.tokens, self.bytes = techniques.fuse_markers(hp, space_id, self.tokens, self.bytes)
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
         self.ends = np.append(self.starts[1:], len(self.tokens) - 1)  # the last document has no BOS to predict
 
@@ -626,8 +625,7 @@ class ValidationSet:
         """(N,) int64 bytes of each token. Raises DataError where it is missing, of another length, or charges a BOS."""
         paths = shard_paths(folder, "val_bytes")
         parts = [load_data_shard(path) for path in paths]
-        if preflight:
-            preflight.check_side_car(folder, paths, parts, stream.shards)
+        preflight and preflight.check_side_car(folder, paths, parts, stream.shards)
         charges = np.concatenate(parts).astype(np.int64)
         if charges[self.tokens == BOS_ID].any():
             raise DataError(f"{paths[0]}: a BOS is charged bytes; the side-car does not belong to these tokens")
@@ -1021,6 +1019,7 @@ def adamw_rows(values, squares, gradient, source, target, correction, scale, rat
 # --- attention over packed documents: causal within documents, scale 1/sqrt(E), query head h on KV head h // (H / K)
 # Every backend: q (B, T, H, E), k and v (B, T, K, E), cu_seqlens (N + 1,) int32 with B = 1, or None: each row is one
 # document; -> (B, T, H, E). cu_seqlens may end in repetitions of T (empty documents). No document exceeds max_seqlen.
+# attn_window: so many keys before a query's own are seen; 0: all. Where the setting is off, packing drops the argument.
 _VARLEN_PARAMETERS = tuple(inspect.signature(varlen_attn).parameters) if varlen_attn else ()
 
 def _repeat_kv(q, *kv):
@@ -1028,11 +1027,14 @@ def _repeat_kv(q, *kv):
     repeats = q.shape[-2] // kv[0].shape[-2]
     return kv if repeats == 1 else [t.repeat_interleave(repeats, -2) for t in kv]
 
-def attention_sdpa(q, k, v, cu_seqlens, max_seqlen):
+def attention_sdpa(q, k, v, cu_seqlens, max_seqlen, attn_window=0):
     """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E): the reference; any device and dtype, no host synchronisation.
     In blocks of W = max_seqlen queries, each sees keys of its block and the one before: a mask of T x 2W, not T x T.
     """
     k, v = _repeat_kv(q, k, v)
+    if cu_seqlens is None and attn_window:
+        rows = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * q.size(1)
+        return attention_sdpa(*(t.flatten(0, 1)[None] for t in (q, k, v)), rows, q.size(1), attn_window).view(q.shape)
     if cu_seqlens is None:
         return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
     _, T, H, E = q.shape
@@ -1046,22 +1048,26 @@ def attention_sdpa(q, k, v, cu_seqlens, max_seqlen):
         return torch.cat((torch.cat((torch.zeros_like(t[:1]), t[:-1])), t), dim=1)
     offset = torch.arange(2 * W, device=q.device)
     mask = (document[:, :, None] == with_previous(document)[:, None]) & (offset <= offset[:W, None] + W)
+    if attn_window:
+        mask &= offset >= offset[:W, None] + W - attn_window
     q, k, v = (t.transpose(1, 2) for t in (q, with_previous(k), with_previous(v)))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # out (blocks, H, W, E)
     return out.transpose(1, 2).reshape(1, blocks * W, H, E)[:, :T]
 
 def _on_packed_row(varlen):
     """Decorator: attention over one row of documents, (tokens, H, E) -> (tokens, H, E), becomes a backend as above."""
-    def attention(q, k, v, cu_seqlens, max_seqlen):
+    def attention(q, k, v, cu_seqlens, max_seqlen, attn_window=0):
         if cu_seqlens is None:
             cu_seqlens = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * q.size(1)
-        return varlen(*(t.flatten(0, 1) for t in (q, k, v)), cu_seqlens, max_seqlen).view(q.shape)
+        return varlen(*(t.flatten(0, 1) for t in (q, k, v)), cu_seqlens, [max_seqlen, attn_window]).view(q.shape)
     return attention
 
 @_on_packed_row
-def attention_torch(q, k, v, cu_seqlens, max_seqlen):
+def attention_torch(q, k, v, cu_seqlens, limits):
     """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by torch's varlen_attn (torch >= 2.10, CUDA, 16 bits)."""
-    options = {"is_causal": True} if "is_causal" in _VARLEN_PARAMETERS else {"window_size": (-1, 0)}  # 2.10 or later
+    max_seqlen, attn_window = limits
+    options = {"is_causal": True} if "is_causal" in _VARLEN_PARAMETERS and not attn_window else {
+        "window_size": (attn_window or -1, 0)}  # 2.10, which has no windows, or later
     if "enable_gqa" in _VARLEN_PARAMETERS:
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     else:
@@ -1069,10 +1075,12 @@ def attention_torch(q, k, v, cu_seqlens, max_seqlen):
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
 
 @_on_packed_row
-def attention_fa3(q, k, v, cu_seqlens, max_seqlen):
+def attention_fa3(q, k, v, cu_seqlens, limits):
     """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by FlashAttention-3 (Hopper; arXiv:2407.08608)."""
     from flash_attn_interface import flash_attn_varlen_func
-    out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
+    max_seqlen, attn_window = limits
+    out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True,
+                                 **({"window_size": (attn_window, 0)} if attn_window else {}))
     return out[0] if isinstance(out, tuple) else out  # some versions return (out, lse)
 
 @jit
@@ -1101,28 +1109,32 @@ def _regroup(pair, heads):
 
 @golf_op(lambda grad, q, k, v, *_: tuple(t.new_empty(t.shape) for t in (q, k, v)))
 def _fa4_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor,
-                  max_seqlen: int) -> tuple[Tensor, Tensor, Tensor]:
+                  limits: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
     # Query heads that share dk and dv add them up in fp32 buffers, zeroed before and cast after. A key head for each,
     # and the sum taken here, cost less (docs/LOG.md).
     heads = k.shape[1]
     shared = heads < q.shape[1]
+    max_seqlen, attn_window = limits
     k, v = _regroup((k, v), q.shape[1]) if shared else (k, v)
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     _flash_attn_bwd(
         q, k, v, out, grad.contiguous(), lse, softmax_scale=q.shape[-1] ** -0.5, causal=True, dq=dq, dk=dk, dv=dv,
-        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
+        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+        **({"window_size_left": attn_window} if attn_window else {}))
     return dq, *(_regroup((dk, dv), heads) if shared else (dk, dv))
 
 @_on_packed_row
 @golf_op(lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)),
          lambda needed, *saved: _fa4_backward(*saved))
-def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, limits: list[int]) -> tuple[Tensor, Tensor]:
     """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by FlashAttention-4 (flash-attn-4; CUDA, 16 bits)."""
     from flash_attn.cute.interface import _flash_attn_fwd
+    max_seqlen, attn_window = limits
     out, lse, *_ = _flash_attn_fwd(
         q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
-        softmax_scale=q.shape[-1] ** -0.5, causal=True, return_lse=True)
+        softmax_scale=q.shape[-1] ** -0.5, causal=True, return_lse=True,
+        **({"window_size_left": attn_window} if attn_window else {}))
     return out, lse  # (tokens, H, E), (H, tokens)
 
 # --- selection, the fastest first
@@ -1130,7 +1142,7 @@ ATTENTION_BACKENDS = {"fa3": attention_fa3, "fa4": attention_fa4, "torch": atten
 
 @dataclass(frozen=True)
 class Ops:  # what the model calls, the name of each choice, and why an alternative was refused
-    attention: Callable  # q, k, v, cu_seqlens, max_seqlen
+    attention: Callable  # q, k, v, cu_seqlens, max_seqlen, attn_window
     mlp: Callable  # x, w_up, w_down, slope
     cross_entropy: Callable  # h, weight, targets, softcap
     names: dict
@@ -1166,7 +1178,7 @@ def _first_that_works(kind, candidates, reference, args, notes, tolerance=0.03):
         notes.append(f"{kind} {name}: {fault}")
     return None
 
-def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, num_kv_heads):
+def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, num_kv_heads, attn_window=0):
     """Settings KERNELS and ATTENTION_BACKEND, shapes -> Ops, each fast version tried on `device` against its reference.
     The random state of the run stays as it is. SettingError: a named backend is unknown or does not work here.
     """
@@ -1191,7 +1203,7 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
     def candidates(kernel, reference):
         return ({"triton": kernel} if kernels and cuda and triton else {}) | {"reference": reference}, reference
     trials = {  # operation -> candidates, reference, arguments
-        "attention": (attention, attention_sdpa, (q, k, v, cu_seqlens, 128)),
+        "attention": (attention, attention_sdpa, (q, k, v, cu_seqlens, 128, *([9] if attn_window else []))),
         "mlp": (*candidates(leaky_relu_sq_mlp, mlp_ref), (x, w_up / 8, w_down / 18, 0.3)),
         "cross_entropy": (*candidates(linear_cross_entropy, linear_cross_entropy_ref), (x, head, targets, 30.0)),
         "qkv_heads": (*candidates(qkv_heads, qkv_heads_ref),
@@ -1231,6 +1243,7 @@ class LayerWeights(NamedTuple):
     resid: Tensor  # (2,): lane
     depth_scale: Tensor  # (1,) float32, of both norms
     xsa: bool
+    extras: dict | None = None  # what a few layers' settings ask for: techniques.layer_extras
 
 class GPT(nn.Module):
     """The 11-layer recurrent GPT: one forward pass for training, evaluation, calibration and TTT.
@@ -1243,6 +1256,7 @@ class GPT(nn.Module):
     def __init__(self, hp, ops, dtype):
         super().__init__()
         self.hp, self.ops, self.dtype = hp, ops, dtype
+        self.eval_passes = None  # over the looped layers, beyond NUM_LOOPS, once training is over: 1 + EXTRA_EVAL_LOOPS
         D, L, H, kv_dim = hp.model_dim, hp.num_layers, hp.num_heads, hp.num_kv_heads * hp.head_dim
         slots = self.slots(looping=True)
         num_skips = min(len(slots) // 2, len(slots) - len(slots) // 2)
@@ -1270,6 +1284,8 @@ class GPT(nn.Module):
         for name, table in zip(("cos", "sin"), rotary_tables(torch.arange(longest), hp), strict=True):
             self.register_buffer(name, table, persistent=False)
         self.init_weights()
+        if hp.bigram_vocab_size or hp.new_values:
+            techniques.add_parameters(self)
 
     @torch.no_grad()
     def init_weights(self):
@@ -1278,9 +1294,8 @@ class GPT(nn.Module):
         for table in (self.tok_emb, self.lm_head):
             if table is not None:
                 table.normal_(0.0, self.hp.tied_embed_init_std, generator=generator)
-                if self.hp.marker_fusion_enabled:  # a pair begins near its marker, and is as long (PR 2109)
-                    pair, V = 0.4 * table[space_id(self.hp)] + 0.6 * table[4:7], self.hp.vocab_size
-                    table[V:V + 3] = F.normalize(pair) * table[4:7].norm(dim=1, keepdim=True)
+                if self.hp.marker_fusion_enabled:
+                    techniques.init_pairs(self.hp, space_id, table)
         L = self.hp.num_layers
         for bank in (self.qo_bank[:L], self.kv_bank[:L], self.kv_bank[L:], self.mlp_up_bank):
             for matrix in bank:
@@ -1309,30 +1324,41 @@ class GPT(nn.Module):
         if not (looping and hp.num_loops):
             return layers
         first, last = hp.loop_start, hp.loop_end + 1
-        return layers[:first] + layers[first:last] * (hp.num_loops + 1) + layers[last:]
+        return layers[:first] + layers[first:last] * (hp.num_loops + (self.eval_passes or 1)) + layers[last:]
 
-    def layer_weights(self):
+    def layer_weights(self, on_grid=False):
         """LayerWeights of every layer. Unbinding once makes a bank's gradient one stack, not a sum of padded slices.
         The scales of the sublayers' outputs are multiplied into the matrices before: no output, and no gradient of one,
         is written once more for them.
         """
-        L = self.hp.num_layers
-        (q, out), (k, v) = self.qo_bank.split(L), self.kv_bank.split(L)
-        out, down = out * self.attn_scale[..., None], self.mlp_down_bank * self.mlp_scale[..., None]
+        hp, L = self.hp, self.hp.num_layers
+        qo, kv, up, down = self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank
+        if on_grid:  # QAT_BELOW_LR: as quantization will have them
+            qo, kv = (techniques.fake_quantize(bank, hp.matrix_bits, hp.attn_clip_sigmas) for bank in (qo, kv))
+            up, down = (techniques.fake_quantize(bank, hp.matrix_bits, hp.mlp_clip_sigmas) for bank in (up, down))
+        (q, out), (k, v) = qo.split(L), kv.split(L)
+        out, down = out * self.attn_scale[..., None], down * self.mlp_scale[..., None]
         qkv = torch.cat([p.to(self.dtype) for p in (q, k, v)], dim=1).unbind(0)
         out, up, down, q_gain, attn_scale, mlp_scale, mix, post, resid = (p.to(self.dtype).unbind(0) for p in (
-            out, self.mlp_up_bank, down, self.q_gain, self.attn_scale, self.mlp_scale, self.resid_mix,
+            out, up, down, self.q_gain, self.attn_scale, self.mlp_scale, self.resid_mix,
             self.parallel_post, self.parallel_resid))
         gates = [None] * L if self.attn_gate is None else self.attn_gate.to(self.dtype).unbind(0)
         return [LayerWeights(qkv[i], out[i], up[i], down[i], q_gain[i], gates[i], attn_scale[i], mlp_scale[i], mix[i],
-                             post[i], resid[i], self.depth_scale[i], i >= L - self.hp.xsa_last_n) for i in range(L)]
+                             post[i], resid[i], self.depth_scale[i], i >= L - hp.xsa_last_n) for i in range(L)]
 
     def attention(self, h, x_in, w, rope, packing, tap):
         """(B, T, D) normalised input h -> (B, T, D). `packing` is (cu_seqlens or None, max_seqlen)."""
         hp, (B, T, D) = self.hp, h.shape
         qkv = linear(h, w.qkv, tap, "qkv")
         q, k, v = self.ops.qkv_heads(qkv, w.q_gain, *rope, hp.num_kv_heads)
-        y = (attention_stale if hp.ttt_stale_context and packing[2:] else self.ops.attention)(q, k, v, *packing)
+        if hp.new_values:  # PARTIAL_KEY_OFFSET, VALUE_EMBED_LAYERS, VALUE_RESIDUAL
+            k, v = techniques.keys_and_values(k, v, w.extras, hp)
+        if hp.attn_window:
+            y = self.ops.attention(q, k, v, *packing, w.extras["window"])
+        elif hp.ttt_stale_context and packing[2:]:
+            y = techniques.attention_stale(q, k, v, *packing)
+        else:
+            y = self.ops.attention(q, k, v, *packing)
         if w.xsa and self.gate_kind:
             y = self.ops.gated_xsa(y, v, *self.head_gates(h, x_in, qkv, w.gate))
         elif w.xsa:
@@ -1381,6 +1407,8 @@ class GPT(nn.Module):
     def embed(self, tokens, fresh):
         """(B, T) ids -> (B, T, D) raw embedding with SmearGate; none at BOS, t = 0, and where `fresh` (B, T) is set."""
         e = F.embedding(tokens, self.tok_emb).to(self.dtype)
+        if self.hp.bigram_vocab_size:
+            e = e + techniques.bigram_embedding(self, tokens, fresh)
         if not self.hp.smear_gate_enabled:
             return e
         previous = F.pad(e[:, :-1], (0, 0, 1, 0))
@@ -1395,16 +1423,23 @@ class GPT(nn.Module):
             return x + scaled
         return torch.lerp(scaled, x, torch.sigmoid(gate.to(x.dtype)))
 
-    def forward_hidden(self, tokens, cu_seqlens=None, *, max_seqlen, looping, fresh=None, tap=None, parts=None):
+    def forward_hidden(self, tokens, cu_seqlens=None, *, max_seqlen, looping, fresh=None, tap=None, parts=None,
+                       on_grid=False):
         """(B, T) ids -> (B, T, D), the final norm's output.
         With cu_seqlens B is 1 and documents are apart, none longer than max_seqlen; without, a row is one document.
         `parts` has the block and merge_skip of its own, where these alone were compiled.
         """
-        hp, slots, weights, parts = self.hp, self.slots(looping), self.layer_weights(), parts or self
+        hp, slots, weights, parts = self.hp, self.slots(looping), self.layer_weights(on_grid), parts or self
         packing, rope = (cu_seqlens, max_seqlen), (self.cos[:tokens.size(1)], self.sin[:tokens.size(1)])
+        if hp.attn_window or hp.new_values:
+            extras = techniques.layer_extras(self, tokens, fresh)
+            weights = [w._replace(extras=e) for w, e in zip(weights, extras, strict=True)]
         x = x0 = norm(self.embed(tokens, fresh))
         mlp_lane, encoder, skips = None, len(slots) // 2, []
-        for slot, layer in enumerate(slots):
+        order = None
+        if hp.extra_eval_loops:  # passes that training did not have count below 0: skips stay where they were
+            order, encoder = techniques.extra_passes(self, slots)
+        for slot, layer in order or enumerate(slots):
             if layer >= hp.parallel_start_layer and mlp_lane is None:
                 mlp_lane = x  # the stream splits before this slot's skip, which goes to the attention lane only
             if slot >= encoder and skips:
@@ -1413,15 +1448,16 @@ class GPT(nn.Module):
                 x = parts.merge_skip(x, skips.pop(), self.skip_weights[pair], gate)
             here = tap and tap.at(slot, layer)
             x, mlp_lane = parts.block(x, mlp_lane, x0, weights[layer], rope, packing, here)
-            if slot < encoder:
+            if slot < encoder and not (hp.extra_eval_loops and slot < 0):
                 skips.append(x.view_as(x))  # the first pair is of the stream with itself: without this, another graph
         if mlp_lane is not None:
             x = {"mean": (x + mlp_lane) / 2, "attn": x, "mlp": mlp_lane}[hp.parallel_final_lane]
         return norm(x)
 
-    def forward(self, inputs, targets, cu_seqlens, looping, max_seqlen, fresh=None):
+    def forward(self, inputs, targets, cu_seqlens, looping, max_seqlen, fresh=None, on_grid=False):
         """(1, T) ids, (T,) targets -> (T,) cross-entropy in nats, logits in the compute dtype: for gradients."""
-        h = self.forward_hidden(inputs, cu_seqlens, max_seqlen=max_seqlen, looping=looping, fresh=fresh)
+        h = self.forward_hidden(inputs, cu_seqlens, max_seqlen=max_seqlen, looping=looping, fresh=fresh,
+                                on_grid=on_grid)
         return self.ops.cross_entropy(h.flatten(0, 1), self.head_weight.to(self.dtype), targets, self.hp.logit_softcap)
 
     def token_losses(self, hidden, targets, tap=None):
@@ -1464,7 +1500,8 @@ BANK_NAMES = {
     "mlp_up_bank": ("blocks.{}.mlp.c_fc.weight",),
     "mlp_down_bank": ("blocks.{}.mlp.c_proj.weight",),
 }
-HEAD_NAMES = {"tok_emb": "tok_emb.weight", "lm_head": "lm_head.weight"}
+HEAD_NAMES = {"tok_emb": "tok_emb.weight", "lm_head": "lm_head.weight", "bigram_table": "bigram.weight",
+              "value_table": "value_embed.weight"}
 
 # ---- OPTIMIZER -------------------------------------------------------------------------------------------------------
 
@@ -1490,13 +1527,13 @@ def polar_express(x, steps):
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
 
-def muon_update(grad, momentum_buffer, momentum, steps, row_normalize):
+def muon_update(grad, momentum_buffer, momentum, steps, row_normalize, orthogonalise=None):
     """(N, R, C) gradients -> (N, R, C) orthogonalised Nesterov updates, in the gradients' dtype; updates the buffer."""
     momentum_buffer.mul_(momentum).add_(grad)
     update = grad.add(momentum_buffer, alpha=momentum)
     if row_normalize:
         update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return polar_express(update, steps)
+    return (orthogonalise or polar_express)(update, steps)
 
 class Muon:
     """Muon on the banks, sharded over ranks along the banks' first dimension (padded to the world size).
@@ -1529,7 +1566,9 @@ class Muon:
         gathers = []
         for buffer, shard in zip(self.momentum_buffers, self.shards(), strict=True):
             shard = shard if clip is None else shard * clip.to(shard.dtype)
-            update = muon_update(shard, buffer, momentum, self.hp.muon_backend_steps, self.hp.muon_row_normalize)
+            other = techniques.orthogonaliser(self, buffer, polar_express, POLAR_EXPRESS) if (
+                self.hp.muon_head_pairs or self.hp.muon_gram_enabled) else None
+            update = muon_update(shard, buffer, momentum, self.hp.muon_backend_steps, self.hp.muon_row_normalize, other)
             gathers.append(self.dist.all_gather(update))
         for bank, (handle, update) in zip(self.banks, gathers, strict=True):
             handle.wait()
@@ -1564,7 +1603,8 @@ class Optimizers:
     @torch.no_grad()
     def step(self, progress, step):
         """One update at training fraction `progress`; gradients are sums over this rank's micro-steps and are freed."""
-        hp, lr, decay = self.hp, lr_multiplier(progress, self.hp), weight_decay_multiplier(progress, self.hp)
+        hp, lr = self.hp, lr_multiplier(progress, self.hp)
+        decay = techniques.weight_decay_multiplier(progress, hp) if hp.wd_schedule_enabled else 1.0
         self.muon.launch()
         for p in self.replicated:
             if p.grad is None:
@@ -1607,14 +1647,6 @@ def muon_momentum(step, hp):
     """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over the warm-up steps."""
     share = min(1.0, step / hp.muon_momentum_warmup_steps) if hp.muon_momentum_warmup_steps else 1.0
     return (1 - share) * hp.muon_momentum_warmup_start + share * hp.muon_momentum
-
-def weight_decay_multiplier(progress, hp):
-    """1 until HOLD, linear to LOW at RAMP, linear to HIGH at the end; 1 throughout when off (PR 1512)."""
-    if not hp.wd_schedule_enabled:
-        return 1.0
-    ramp = min(max(hp.wd_sched_ramp_frac, hp.wd_sched_hold_frac + 1e-6), 1.0)
-    factors = (1.0, hp.wd_sched_low_factor, hp.wd_sched_high_factor)
-    return float(np.interp(progress, (hp.wd_sched_hold_frac, ramp, 1.0), factors))
 
 def loop_is_on(progress, hp):
     """Whether the looped layers run several times at this training fraction."""
@@ -1682,13 +1714,17 @@ class Trainer:
         """Rows of a step -> 0-d tensor, this rank's share of the mean loss in nats; weights and average are updated."""
         total = torch.zeros((), device=self.dist.device)
         for row in self.loader.step(step):
-            loss = self.forward(*row, looping, self.hp.train_seq_len).mean() / self.hp.micro_steps
+            on_grid = lr_multiplier(progress, self.hp) < self.hp.qat_below_lr  # another value is another graph
+            loss = self.forward(*row, looping, self.hp.train_seq_len, on_grid=on_grid).mean() / self.hp.micro_steps
             loss.backward()
             total += loss.detach()
         if safety:
             self.watched = safety.watched(self.model, total)
         self.optimizers.step(progress, step)
-        self.ema.update(step)
+        if not self.hp.swa_below_lr or lr_multiplier(progress, self.hp) >= self.hp.swa_below_lr:
+            self.ema.update(step)
+        elif step % self.hp.swa_every == 0:
+            techniques.add_snapshot(self.ema)
         return total
 
     def warm_up(self):
@@ -1698,6 +1734,8 @@ class Trainer:
         for looping in sorted({loop_is_on(0.0, self.hp), loop_is_on(1.0, self.hp)}):
             for step in range(self.hp.warmup_steps):
                 self.train_step(step, 0.0, looping)
+                if self.hp.qat_below_lr:  # the graph on the grid
+                    self.train_step(step, 1.0, looping)
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), weights)
         torch.set_rng_state(rng)
@@ -1773,6 +1811,8 @@ LQER_FIELDS = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
 QUANT_TABLE = {  # saved-weight name -> role, settings of its bits and clip; in the order of the artifact's groups
     "tok_emb.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
     "lm_head.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),  # TIE_EMBEDDINGS=0
+    "bigram.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
+    "value_embed.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
     "blocks.{}.attn.c_q.weight": ("q", "matrix_bits", "attn_clip_sigmas"),
     "blocks.{}.attn.c_k.weight": ("k", "matrix_bits", "attn_clip_sigmas"),
     "blocks.{}.attn.c_v.weight": ("v", "matrix_bits", "attn_clip_sigmas"),
@@ -1871,20 +1911,6 @@ def lqer_factors(error, rank, root=None):
     b = vh[:rank] if root is None else torch.linalg.solve_triangular(root, vh[:rank], upper=False, left=False)
     return u[:, :rank] * s[:rank], b
 
-def hessian_root(hessian, damp):
-    """H (C, C) -> lower triangular L, H + damping = L L^T."""
-    diagonal = hessian.diagonal()
-    return torch.linalg.cholesky(hessian + torch.diag(damp * diagonal.mean() + (diagonal == 0)))
-
-def lqer_gain(error, hessian, hp):
-    """What decides which matrices get a correction: |E|; LQER_WEIGHTED: weighted error that it takes off, per byte."""
-    if not hp.lqer_weighted:
-        return error.norm().item()
-    weighted = error @ hessian_root(hessian, hp.gptq_damp)
-    rows, columns = error.shape
-    gram = weighted @ weighted.T if rows < columns else weighted.T @ weighted
-    return torch.linalg.eigvalsh(gram)[-hp.lqer_rank :].sum().item() / (2 * rows + 4 * columns)
-
 def pack_factors(a, b, hp):
     """a (R, r), b (r, C) -> LQER_FIELDS: codes int8, scales fp16, () and (groups,) if asymmetric, or (R,), (r,)."""
     if hp.lqer_asym_enabled and b.numel() % hp.lqer_asym_group == 0:
@@ -1915,6 +1941,8 @@ def quantize_matrices(names, weights, hessians, hp):
         batches[weights[name].shape, getattr(hp, bits), getattr(hp, clip)].append(name)
     for (_, bits, clip_sigmas), batch in batches.items():
         w, h = (torch.stack([source[name].float() for name in batch]) for source in (weights, hessians))
+        if hp.hessian_clip_lambda and quant_role(batch[0])[0] != "embedding":
+            clip_sigmas = techniques.hessian_aware_sigmas(w, h, clip_sigmas, hp.hessian_clip_lambda)
         shaping = hp.gptq_rate_lambda if hp.gptq_column_steps else None
         found = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, shaping)
         for name, weight, codes, scale, *columns in zip(batch, w, *found, strict=True):
@@ -1938,13 +1966,14 @@ def quantize_weights(weights, hessians, hp, dist):
     Fields: codes, scale, column_steps; LQER_FIELDS; fp16. Every matrix is the work of one rank, small tensors are rank
     0's, and LQER takes the largest gains over all ranks. Raises ValueError, on all ranks, naming the tensors at fault.
     """
-    if preflight:
-        preflight.check_quantizable(weights, hessians, quant_role)
+    preflight and preflight.check_quantizable(weights, hessians, quant_role)
     matrices = {name: w for name, w in weights.items() if quant_role(name)}
     try:
         mine = share_matrices(matrices, dist.world_size)[dist.rank]
         packed, errors = quantize_matrices(mine, weights, hessians, hp)
-        outcome = {name: lqer_gain(error, hessians[name], hp) for name, error in errors.items()}
+        outcome = {name: error.norm().item() for name, error in errors.items()}  # the largest get a correction
+        if hp.lqer_weighted:
+            outcome = {name: techniques.weighted_gain(error, hessians[name], hp) for name, error in errors.items()}
     except ValueError as error:  # told to the other ranks, which would wait for this one's part
         outcome = str(error)
     outcomes = dist.all_gather_object(outcome)
@@ -1956,7 +1985,7 @@ def quantize_weights(weights, hessians, hp, dist):
         gains = {name: gain for part in outcomes for name, gain in part.items()}
         chosen = sorted(gains, key=lambda name: (-gains[name], name))[: hp.lqer_top_k]
         for name in set(chosen) & set(errors):
-            root = hessian_root(hessians[name], hp.gptq_damp) if hp.lqer_weighted else None
+            root = techniques.hessian_root(hessians[name], hp.gptq_damp) if hp.lqer_weighted else None
             packed[name] |= pack_factors(*lqer_factors(errors[name], hp.lqer_rank, root), hp)
     packed = {name: {field: x.cpu().numpy() for field, x in fields.items()} for name, fields in packed.items()}
     packed = {name: fields for part in dist.all_gather_object(packed) for name, fields in part.items()}
@@ -2023,7 +2052,8 @@ def collect_hessians(model, loader, hp, dist):
     tap = HessianTap()
     mine = range(dist.rank, hp.gptq_calibration_batches, dist.world_size)
     for index in mine or [0]:  # a rank without a row of its own takes part in the sums with zeros
-        row = loader.row(index, index + dist.world_size if index + dist.world_size in mine else None)
+        row = techniques.written_row(model, index) if hp.gptq_self_calibration else loader.row(
+            index, index + dist.world_size if index + dist.world_size in mine else None)
         hidden = model.forward_hidden(row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True, tap=tap)
         tap.add(("lm_head", 0), hidden)
     for gram in tap.sums.values():
@@ -2031,6 +2061,8 @@ def collect_hessians(model, loader, hp, dist):
         if hp.gptq_all_reduce:
             dist.all_reduce(gram if mine else gram.zero_())
     hessians = tap.hessians("tok_emb.weight" if hp.tie_embeddings else "lm_head.weight")
+    if hp.bigram_vocab_size or hp.value_embed_layers:
+        hessians |= techniques.table_hessians(model)
     # an untied embedding is read one row at a time: every column counts the same
     return {"tok_emb.weight": torch.eye(hp.model_dim, device=dist.device)} | hessians
 
@@ -2055,28 +2087,6 @@ def brotli_decompress(data, raw_size, shapes=()):
         if len(raw) > raw_size:
             break
     return bytes(raw) if decoder.is_finished() else b""
-
-def lzma_decompress(data, raw_size, shapes=()):
-    decoder = lzma.LZMADecompressor(memlimit=2**28)
-    raw = decoder.decompress(data, max_length=raw_size + 1)
-    return raw if decoder.eof and not decoder.unused_data else b""
-
-def run_lrzip(flags, data):
-    """Bytes through the external lrzip: files and -o, as what it does with standard streams differs by version."""
-    with tempfile.TemporaryDirectory(prefix="lrzip-") as folder:
-        source, target = Path(folder, "in.lrz" if "-d" in flags else "in"), Path(folder, "out")
-        source.write_bytes(data)
-        command = [*"lrzip -q -f -o".split(), target, *flags, source]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, cwd=folder, timeout=900)
-        if done.returncode != 0 or not target.exists():
-            raise ArtifactError(f"lrzip ended with {done.returncode}: {done.stderr[-300:]!r}")
-        return target.read_bytes()
-
-def lrzip_decompress(data, raw_size, shapes=()):
-    """The size that lrzip 0.6's own header claims is held to ours before anything is written to disk."""
-    if data[:6] == b"LRZI\x00\x06" and struct.unpack_from("<Q", data.ljust(14, b"\0"), 6)[0] != raw_size:
-        return b""
-    return run_lrzip(["-d"], data)
 
 # --- entropy: rANS (arXiv:1311.2540) in whole numbers, the same on every machine. LANES coders take turns, so that one
 # numpy call serves all. One model, code_matrix, drives both directions: it asks for symbols in contexts and learns.
@@ -2216,24 +2226,16 @@ def entropy_decompress(data, raw_size, shapes):
 ENCODERS = {  # raw bytes, shapes of their arrays -> a stream
     "brotli": lambda raw, shapes=(): brotli.compress(raw, quality=11, lgwin=24),
     "lzma": lambda raw, shapes=(): lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
-    "lrzip": lambda raw, shapes=(): run_lrzip(["-z", "-L", "9"], raw),
+    "lrzip": lambda raw, shapes=(): techniques.run_lrzip(["-z", "-L", "9"], raw),
     "entropy": entropy_compress,
 }
-DECODERS = {"brotli": brotli_decompress, "lzma": lzma_decompress, "lrzip": lrzip_decompress,
-            "entropy": entropy_decompress}  # the inverse; anything but raw_size bytes: no stream
+DECODERS = {  # the inverse; anything but raw_size bytes: no stream
+    "brotli": brotli_decompress, "entropy": entropy_decompress,
+    "lzma": lambda data, raw_size, shapes=(): techniques.lzma_decompress(data, raw_size),
+    "lrzip": lambda data, raw_size, shapes=(): techniques.lrzip_decompress(data, raw_size),
+}
 COMPRESSORS = {"brotli": (0, "brotli"), "lzma": (1, "lzma"), "pergroup": (2, "brotli", "lrzip"),
                "entropy": (3, "brotli", "entropy")}  # number in the file, codecs; header in the first
-
-def check_compressor(name):
-    """To be called before training. SettingError, with what to install, for an unknown compressor or missing tools."""
-    if preflight:
-        preflight.check_compressor(name, COMPRESSORS, brotli)
-
-def try_compressor(name):
-    """check_compressor and, in a checkout, a round trip of each of its codecs."""
-    check_compressor(name)
-    if preflight:
-        preflight.try_compressor(name, COMPRESSORS[name][1:], ENCODERS, expand)
 
 def expand(codec, stored, raw_size, shapes=()):
     """Stored bytes -> exactly raw_size bytes. Raises ArtifactError if that is not what comes out."""
@@ -2244,19 +2246,6 @@ def expand(codec, stored, raw_size, shapes=()):
     if len(raw) != raw_size:
         raise ArtifactError(f"artifact: {codec} data does not expand to the size that the header says")
     return raw
-
-def greedy_row_order(codes):
-    """codes int8 (R, C) -> order (R,) uint16: from row 0 on to the nearest row left in L1, ties to the lowest index."""
-    # whole numbers, exact in fp32 up to 65,793 columns; the pair (i, j), i < j, stands at offset[i] + j
-    distances = torch.pdist(torch.from_numpy(codes).float(), p=1).numpy()
-    index = np.arange(len(codes))
-    offset = index * len(codes) - index * (index + 1) // 2 - index - 1
-    order, taken = np.zeros(len(codes), np.uint16), np.zeros(len(codes), np.float32)
-    for step in range(1, len(codes)):
-        last = order[step - 1]
-        taken[last] = np.inf  # no row is nearest to itself, whatever stands at (last, last)
-        order[step] = (distances[offset[np.minimum(index, last)] + np.maximum(index, last)] + taken).argmin()
-    return order
 
 class ArraySpec(NamedTuple):
     """Name, dtype and shape of an array as it is stored."""
@@ -2316,9 +2305,9 @@ def split_arrays(raw, specs):
 
 def pack_weights(arrays, compressor, tell=lambda share: None):
     """Named numpy arrays -> artifact bytes; `tell(share done)` as it goes on. ValueError for what cannot be packed."""
-    check_compressor(compressor)
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
     if preflight:
+        preflight.check_compressor(compressor, COMPRESSORS, brotli)
         preflight.check_specs(specs)
     plan, packed = plan_sections(specs, compressor), []  # and the bytes of the sections that are done
     sources = {"rest": arrays, "codes": {name: array.T for name, array in arrays.items()}}
@@ -2332,7 +2321,8 @@ def pack_weights(arrays, compressor, tell=lambda share: None):
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
         if compressor == "pergroup":
             names = [spec.name for spec in plan[-2][2]]
-            sources["orders"] = dict(zip(names, pool.map(lambda n: greedy_row_order(arrays[n]), names), strict=True))
+            orders = pool.map(techniques.greedy_row_order, [arrays[name] for name in names])
+            sources["orders"] = dict(zip(names, orders, strict=True))
             sources["codes"] |= {name: arrays[name][order].T for name, order in sources["orders"].items()}
         sections = list(pool.map(encode, *zip(*plan, strict=True)))
     raw = json.dumps([specs, [about for _, about in sections]], separators=(",", ":")).encode()
@@ -2352,7 +2342,7 @@ def read_header(blob):
     compressor = Hyperparameters.compressor if PACKED else {n: c for c, (n, *_) in COMPRESSORS.items()}.get(number)
     if not intact or not compressor or number != COMPRESSORS[compressor][0] or raw_size > MAX_HEADER_BYTES:
         raise ArtifactError("artifact: not a file of this program, or its header is damaged or cut off")
-    check_compressor(compressor)
+    preflight and preflight.check_compressor(compressor, COMPRESSORS, brotli)
     try:
         arrays, sections = json.loads(expand(COMPRESSORS[compressor][1], stored, raw_size))
         specs = [ArraySpec(name, dtype, tuple(shape)) for name, dtype, shape in arrays]
@@ -2602,42 +2592,6 @@ def schedule_ttt(places, starts, lengths, flight, hp):
         steps.append(Step(np.array(table), begins, ends, width, step_cost(rows, width, fresh)))
     return steps
 
-# Tokens before a hint, its least share of the cases so far, what its logit gains; keys are polynomials in `base`.
-NGRAM = SimpleNamespace(context=15, share=0.8, boost=2.625, base=6364136223846793005)
-
-def followers(keys, tokens, moments):
-    """Keys (n,), the token behind each, moments that never decrease -> (n,) the token that mostly stood behind the same
-    key at earlier moments, -1 where none did in NGRAM.share of all cases."""
-    index = torch.arange(len(keys), device=keys.device)
-    def run_starts(column):  # of runs of equal elements
-        return torch.where(F.pad(column[1:] != column[:-1], (1, 0), value=True), index, 0).cummax(0).values
-    pairs, order = (keys * NGRAM.base + tokens).sort(stable=True)
-    earlier = torch.empty_like(index).scatter_(0, order, index - run_starts(pairs))  # cases of the same pair
-    keys, order = keys.sort(stable=True)
-    first, now = run_starts(keys), run_starts(keys * NGRAM.base + moments[order]) - 1
-    most, best = (first * len(keys) + earlier[order]).cummax(0)  # of each key, up to here
-    most, cases = most[now] - first * len(keys) + 1, now - first + 1
-    fires = (cases > 0) & (most >= NGRAM.share * cases.double())
-    return torch.empty_like(index).scatter_(0, order, torch.where(fires, tokens[order[best[now]]], -1))
-
-def ngram_hints(tokens, starts, lengths, phases):
-    """(n,) stream, (m,) first inputs of documents and their targets, plan -> (n,) hint at each target, -1: none.
-    Token n-gram tilt (PR 2018): what mostly followed these tokens in the document so far, else in earlier phases. That
-    was counted before on any number of ranks; one order of documents, phase by phase, explains adapters and hints."""
-    order = [(number, document) for number, phase in enumerate(phases) for document in phase.documents.tolist()]
-    phase, document = torch.tensor(order, device=tokens.device).T
-    starts, lengths = (torch.from_numpy(a).to(tokens.device)[document] for a in (starts, lengths))
-    counts = (lengths - NGRAM.context + 1).clamp_min(0)  # targets behind a whole context
-    shift = starts + NGRAM.context + counts - counts.cumsum(0)
-    document, phase, shift = (column.repeat_interleave(counts) for column in (document, phase, shift))
-    moment = torch.arange(len(shift), device=tokens.device)
-    at, context = shift + moment, 0
-    for back in range(NGRAM.context, 0, -1):
-        context = context * NGRAM.base + tokens[at - back]
-    near = followers(context * NGRAM.base + document, tokens[at], moment)
-    far = followers(context, tokens[at], phase)
-    return torch.full_like(tokens, -1).scatter_(0, at, torch.where(near < 0, far, near))
-
 LORA_INPUTS = (("q", "k", "v", "attn_out"), ("mlp_out",))  # sites that read the same tensor
 
 class SlotLoRA:
@@ -2728,48 +2682,6 @@ class BatchedLoRA:
             part = slice(first, first := first + gradient.size(1))
             self.update(self.values[:, part], self.squares[:, part], gradient, source, target, correction, scale, rates)
 
-def attention_stale(q, k, v, cache, positions, places, new):
-    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E), causal, at `positions` (B, C + T) of documents. Keys and values
-    of the first C, where not negative, are at `places` of a cache (2, N, K, E); the new ones are left in `new`."""
-    new += k, v
-    cached = positions.size(1) - q.size(1)
-    k, v = _repeat_kv(q, *(torch.cat((c[places[:, :cached]], t), 1) for c, t in zip(cache, (k, v), strict=True)))
-    seen = (positions[:, None] <= positions[:, cached:, None]) & (positions[:, None] >= 0)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None]).transpose(1, 2)
-
-class StaleContext:
-    """Keys and values from before the windows, as the last step with these positions in its windows left them
-    [TTT_STALE_CONTEXT]: adapters have learnt since. A row is a document in flight, position p at p mod its length."""
-
-    def __init__(self, model, starts, flight, hp, device):
-        self.hp, self.length = hp, hp.ttt_stale_context + hp.ttt_chunk_size
-        shape = len(model.slots(looping=True)), 2, (flight + 1) * self.length, hp.num_kv_heads, hp.head_dim
-        self.cache, self.starts = model.cos.new_zeros(shape, dtype=model.dtype), torch.from_numpy(starts).to(device)
-
-    def begin(self, rows, windows, width):
-        """A step begins, with windows (B,) from these places of the stream -> how many positions it computes."""
-        self.width = min(width, self.hp.ttt_eval_seq_len - self.hp.ttt_stale_context)
-        cached = max(width - self.width, self.hp.ttt_chunk_size)
-        before = windows - self.starts[torch.searchsorted(self.starts, windows.contiguous(), right=True) - 1]
-        self.positions = before[:, None] + torch.arange(-cached, self.width, device=rows.device)
-        self.places = rows[:, None] * self.length + self.positions % self.length
-        self.rope, self.new = rotary_tables(self.positions[:, cached:], self.hp), []
-        return self.width
-
-    def of_slot(self, *streams):
-        """Streams (B, T or 1 + T, D), or None -> without the token before, tables and packing of the next slot."""
-        self.new.append([])
-        packing = self.cache[len(self.new) - 1], self.positions, self.places, self.new[-1]
-        return *(x if x is None else x[:, -self.width:].contiguous() for x in streams), self.rope, packing
-
-    def end(self, rows):
-        """A step ends: the first chunk of its windows, which may lie before the next ones, is kept in rows (B,)."""
-        chunk = self.hp.ttt_chunk_size
-        places = rows[:, None] * self.length + self.positions[:, -self.width:][:, :chunk] % self.length
-        new = [torch.stack([t[:, :chunk].detach() for t in of_slot]) for of_slot in self.new]
-        self.cache[:, :, places], self.new = torch.stack(new), []
-
 class TestTimeTrainer:
     """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between phases."""
 
@@ -2787,7 +2699,7 @@ class TestTimeTrainer:
             model.block, model.merge_skip, self.lora.factors,
             self.tilted_losses if hp.ngram_tilt_enabled else model.token_losses))
         if hp.ttt_stale_context:
-            self.stale = StaleContext(model, validation.starts, self.lora.flight, hp, dist.device)
+            self.stale = techniques.StaleContext(model, validation.starts, self.lora.flight, dist.device, rotary_tables)
         self.score, self.warming_up, self.graphs = Score(dist.device), False, {}
         if hp.ngram_tilt_enabled:  # the stream with the hint at each place
             self.hinted = F.pad(self.packer.tokens[:, None], (0, 1), value=-1)
@@ -2806,7 +2718,7 @@ class TestTimeTrainer:
         p(a) e^(boost [a = hint]) / (1 + p(hint) (e^boost - 1)). Compiled, the head is computed once."""
         targets, hints = targets.unbind(-1)
         losses, of_hints = (self.model.token_losses(scored, t, tap) for t in (targets, hints.clamp_min(0)))
-        boost = NGRAM.boost * (hints >= 0)
+        boost = techniques.NGRAM.boost * (hints >= 0)
         return losses, losses + torch.log1p((-of_hints).exp() * boost.expm1()) - boost * (hints == targets)
 
     # Compiled: GPT.block, merge_skip and token_losses, BatchedLoRA.factors: one graph each for any number of rows and
@@ -2819,6 +2731,8 @@ class TestTimeTrainer:
         x = x if x.requires_grad else x.detach().requires_grad_()  # the first layer shares the graph of the others
         self.mark_dynamic([0, 1], x, x0, mlp_lane)
         self.mark_dynamic([0], *rope, *tap.matrices())
+        if self.hp.new_values:
+            self.mark_dynamic([0, 1], *techniques.streams_of(w.extras))
         return self.block(x, mlp_lane, x0, w, rope, packing, tap)
 
     def dynamic_merge(self, x, skip, *weights):
@@ -2982,7 +2896,7 @@ class TestTimeTrainer:
         self.tokens = sum(step.table[:, 4].sum() for step in sum(schedules, []))
         self.done, self.ended, self.told, self.spent, self.stepping, rest = 0.0, 0, 0.0, 0.0, self.started, []
         if hp.ngram_tilt_enabled:
-            self.hinted[:, 1] = hints = ngram_hints(self.packer.tokens, starts, lengths, phases)
+            self.hinted[:, 1] = hints = techniques.ngram_hints(self.packer.tokens, starts, lengths, phases)
             self.log(f"ttt_ngram hints:{(hints >= 0).sum()} seconds:{time.perf_counter() - self.started:.1f}")
         if compile_wanted(hp, dist):
             self.warm_up()
@@ -3039,7 +2953,8 @@ def build_model(hp, dist):
     """A new GPT on the device, with the fastest operations that work there."""
     dtype = {"auto": torch.bfloat16 if dist.device.type == "cuda" else torch.float32}.get(
         hp.compute_dtype, getattr(torch, hp.compute_dtype, None))
-    ops = select_ops(hp.kernels, hp.attention_backend, dist.device, dtype, hp.head_dim, hp.num_heads, hp.num_kv_heads)
+    ops = select_ops(hp.kernels, hp.attention_backend, dist.device, dtype, hp.head_dim, hp.num_heads, hp.num_kv_heads,
+                     attn_window=hp.attn_window)
     return GPT(hp, ops, dtype).to(dist.device)
 
 def save_checkpoint(path, model, hp):
@@ -3146,8 +3061,9 @@ def train_and_save(trainer, evaluator, path):
 def check_all(hp, dist):
     """Everything that can be wrong is found before training, and told at once -> what the checks have made, by name."""
     return all_at_once(
-        dist, tokenizer=lambda found: preflight and preflight.find_tokenizer(hp),
-        compressor=lambda found: try_compressor(hp.compressor), validation=lambda found: ValidationSet(hp),
+        dist, validation=lambda found: ValidationSet(hp),
+        tokenizer=lambda found: preflight and preflight.find_tokenizer(hp),
+        compressor=lambda found: preflight and preflight.try_compressor(hp.compressor, COMPRESSORS, ENCODERS, expand),
         loader=lambda found: hp.ttt_eval_only or TrainLoader(TokenStream(hp.data_path, "train"), hp, dist),
         folder=lambda found: run_folder(hp, dist), model=lambda found: build_model(hp, dist),
         machine=lambda found: safety and safety.check_machine(sys.modules[__name__], hp, dist, **found))
@@ -3185,6 +3101,8 @@ def run(hp, dist):
         log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank}")
         training = train_and_save(trainer, evaluator, checkpoint)
         del trainer
+    if hp.extra_eval_loops:
+        model.eval_passes = 1 + hp.extra_eval_loops
     if not hp.ttt_eval_only:  # what was trained is safe: quantize and pack it, then evaluate it
         if safety:
             dist.safe = safety.command(hp, dist, folder, checkpoint, quant_only=True)
@@ -3202,7 +3120,10 @@ def run(hp, dist):
         score_stage("quantized", evaluator.evaluate_bpb, log, scores)
         if hp.sliding_window_enabled:
             score_stage("sliding", lambda: evaluator.evaluate_bpb(hp.eval_stride), log, scores)
-        if hp.ttt_enabled:
+        if hp.ttt_enabled and hp.ttt_method == "sgd":
+            helpers = document_windows, WindowPacker, Score
+            score_stage("ttt", lambda: techniques.evaluate_sgd(evaluator, *helpers), log, scores)
+        elif hp.ttt_enabled:
             score_stage("ttt", TestTimeTrainer(model, validation, hp, dist, log).evaluate, log, scores)
 
     result = {"version": RESULT_VERSION, **about, **training, "scores": scores, "artifact_bytes": artifact_bytes,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import train_gpt
-from tools import preflight
+from tools import preflight, techniques
 from train_gpt import ArtifactError
 
 brotli = pytest.importorskip("brotli")
@@ -373,9 +373,17 @@ def test_damaged_or_hostile_entropy_stream_is_refused():
 # --- compressors
 
 
+def check_compressor(name):
+    preflight.check_compressor(name, train_gpt.COMPRESSORS, train_gpt.brotli)
+
+
+def try_compressor(name):
+    preflight.try_compressor(name, train_gpt.COMPRESSORS, train_gpt.ENCODERS, train_gpt.expand)
+
+
 @pytest.mark.parametrize("name", ["zip", "", "Brotli"])
 def test_unknown_compressor_is_an_error(name):
-    for call in (train_gpt.check_compressor, lambda name: train_gpt.pack_weights({}, name)):
+    for call in (check_compressor, lambda name: train_gpt.pack_weights({}, name)):
         with pytest.raises(ValueError, match="COMPRESSOR"):
             call(name)
 
@@ -383,29 +391,29 @@ def test_unknown_compressor_is_an_error(name):
 def test_missing_lrzip_is_an_early_error_that_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"lrzip.*apt-get install lrzip.*COMPRESSOR=brotli"):
-        train_gpt.check_compressor("pergroup")
-    train_gpt.check_compressor("brotli")
-    train_gpt.check_compressor("lzma")
+        check_compressor("pergroup")
+    check_compressor("brotli")
+    check_compressor("lzma")
 
 
 def test_missing_brotli_is_an_error_for_all_but_lzma(monkeypatch):
     monkeypatch.setattr(train_gpt, "brotli", None)
     for name in ("brotli", "pergroup", "entropy"):
         with pytest.raises(ValueError, match="pip install brotli"):
-            train_gpt.check_compressor(name)
+            check_compressor(name)
     arrays = model_arrays()
     assert_same(train_gpt.unpack_weights(train_gpt.pack_weights(arrays, "lzma")), arrays)
 
 
 def test_a_compressor_that_fails_or_alters_bytes_is_an_early_error(monkeypatch):
     for name in ("entropy", "brotli", "lzma"):
-        train_gpt.try_compressor(name)
+        try_compressor(name)
     monkeypatch.setitem(train_gpt.ENCODERS, "brotli", lambda raw, shapes=(): b"\x07no stream")
     with pytest.raises(train_gpt.SettingError, match="COMPRESSOR=entropy does not work here, brotli"):
-        train_gpt.try_compressor("entropy")
+        try_compressor("entropy")
     monkeypatch.setitem(train_gpt.DECODERS, "lzma", lambda data, raw_size, shapes=(): bytes(raw_size))
     with pytest.raises(train_gpt.SettingError, match="lzma: other bytes"):
-        train_gpt.try_compressor("lzma")
+        try_compressor("lzma")
 
 
 def test_an_lrzip_that_cannot_start_is_an_early_error(monkeypatch, tmp_path):
@@ -413,7 +421,7 @@ def test_an_lrzip_that_cannot_start_is_an_early_error(monkeypatch, tmp_path):
     (tmp_path / "lrzip").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(train_gpt.SettingError, match="lrzip ended with 127.*shared object"):
-        train_gpt.try_compressor("pergroup")
+        try_compressor("pergroup")
 
 
 # --- row order
@@ -429,7 +437,7 @@ def plain_row_order(codes):
 
 def test_row_order_equals_golden():
     with np.load(GOLDEN) as archive:
-        order = train_gpt.greedy_row_order(archive["row_order/codes"])
+        order = techniques.greedy_row_order(archive["row_order/codes"])
         assert order.dtype == np.uint16 and np.array_equal(order, archive["row_order/order"])
 
 
@@ -438,9 +446,9 @@ def test_row_order_equals_the_plain_search_with_ties(seed):
     rng = np.random.default_rng(seed)
     shape = (int(rng.integers(1, 40)), int(rng.integers(1, 6)))
     codes = rng.integers(-3, 4, shape).astype(np.int8) * np.int8(rng.choice([1, 42]))
-    assert train_gpt.greedy_row_order(codes).tolist() == plain_row_order(codes)
+    assert techniques.greedy_row_order(codes).tolist() == plain_row_order(codes)
 
 
 def test_row_order_distances_are_wide():
     codes = np.array([[-128, -128], [127, 127], [-128, 127], [-127, -127]], np.int8)
-    assert train_gpt.greedy_row_order(codes).tolist() == [0, 3, 2, 1]
+    assert techniques.greedy_row_order(codes).tolist() == [0, 3, 2, 1]

@@ -12,7 +12,8 @@ import train_gpt
 from lossless_caps import decode
 from prepare_caseops_data import load_tokenizer, read_manifest, write_manifest, write_shard
 from tools import preflight
-from train_gpt import BOS_ID, DataError, SettingError, TokenStream, TrainLoader, ValidationSet, fuse_markers, space_id
+from tools.techniques import fuse_markers
+from train_gpt import BOS_ID, DataError, SettingError, TokenStream, TrainLoader, ValidationSet, space_id
 
 PROSE = [f"In {1900 + n} The City of NEW York and iPhone users met Mr. McDonald {n} times. They LEFT."
          for n in range(60)]
@@ -60,7 +61,7 @@ def test_a_pair_takes_its_bytes_along_and_other_neighbours_stay(folder):
     hp, space = hp_of(folder, marker_fusion_enabled=True), space_id(hp_of(folder))
     tokens = np.array([1, space, 4, 300, space, space, 5, 7, 4, 6, space, 7, space])
     charges = np.array([0, 2, 0, 3, 1, 1, 0, 0, 3, 0, 1, 0, 9])
-    fused, bytes_ = fuse_markers(hp, tokens, charges)
+    fused, bytes_ = fuse_markers(hp, space_id, tokens, charges)
     assert fused.tolist() == [1, 8192, 300, space, 8193, 7, 4, 6, space, 7, space]
     assert bytes_.tolist() == [0, 2, 3, 1, 1, 0, 3, 0, 1, 0, 9]
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
+from tools import techniques
 from train_gpt import BOS_ID, DataError, Dist, Evaluator, Score, ValidationSet, document_windows
 
 torch.set_num_threads(1)
@@ -397,11 +398,12 @@ def byte_charged(tables, ids):
 def test_table_bytes_of_a_text_sum_to_its_normalised_size(tokenizer, text):
     normalised = tokenizer.decode(tokenizer.encode(text))
     assert normalised == tokenizer.normalize(text).replace("\u2581", " ")
-    assert sum(byte_charged(train_gpt.piece_byte_tables(tokenizer), tokenizer.encode(text))) == len(normalised.encode())
+    tables = techniques.piece_byte_tables(tokenizer)
+    assert sum(byte_charged(tables, tokenizer.encode(text))) == len(normalised.encode())
 
 
 def test_a_leading_space_counts_once_and_not_after_a_boundary(tokenizer):
-    tables = train_gpt.piece_byte_tables(tokenizer)
+    tables = techniques.piece_byte_tables(tokenizer)
     the, space, a = (tokenizer.piece_to_id(piece) for piece in ("\u2581the", "\u2581", "a"))
     assert byte_charged(tables, [a, the]) == [1, 4, 0]
     assert byte_charged(tables, [the, the]) == [3, 4, 0]
@@ -410,7 +412,7 @@ def test_a_leading_space_counts_once_and_not_after_a_boundary(tokenizer):
 
 
 def test_tables_tell_kinds_of_pieces_apart(tokenizer):
-    count, leading, boundary = train_gpt.piece_byte_tables(tokenizer)
+    count, leading, boundary = techniques.piece_byte_tables(tokenizer)
     assert (len(count), len(leading), len(boundary)) == (8192,) * 3
     for token in range(8192):
         if tokenizer.is_control(token) or tokenizer.is_unknown(token):
@@ -429,7 +431,7 @@ def test_validation_bytes_come_from_the_tables_without_caseops(tmp_path, tokeniz
     write_shard(tmp_path / "fineweb_val_000000.bin", ids)
     validation = ValidationSet(tiny_hp(data_path=str(tmp_path), vocab_size=8192, caseops_enabled=False), tokenizer)
     assert validation.bytes.sum() == sum(len(tokenizer.decode(tokenizer.encode(text)).encode()) for text in TEXTS)
-    tables = train_gpt.piece_byte_tables(tokenizer)
+    tables = techniques.piece_byte_tables(tokenizer)
     assert validation.bytes[1:].tolist() == byte_charged(tables, ids[1:])[:-1]
     assert validation.targets_of(np.arange(len(TEXTS))) == (len(ids) - 1, validation.bytes.sum())
 
@@ -446,4 +448,4 @@ def test_tables_refuse_a_tokenizer_without_a_space_piece():
             return 6
 
     with pytest.raises(DataError, match="space"):
-        train_gpt.piece_byte_tables(NoSpace())
+        techniques.piece_byte_tables(NoSpace())

@@ -436,22 +436,22 @@ def test_sdpa_compiles_into_one_graph_for_all_segmentations():
         assert torch.allclose(rows(q, k, v, None, T), attention_sdpa(q, k, v, None, T), atol=1e-6)
 
 
-def dense_varlen(q, k, v, cu_seqlens):
+def dense_varlen(q, k, v, cu_seqlens, window=0):
     """Stand-in for a varlen library: q (tokens, H, E) -> out (tokens, H, E), lse (H, tokens)."""
     tokens, H, E = q.shape
     k, v = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v))
     at = torch.arange(tokens)
     document = torch.searchsorted(cu_seqlens, at.to(cu_seqlens.dtype), right=True)
-    hidden = (document[:, None] != document) | (at[:, None] < at)
+    hidden = (document[:, None] != document) | (at[:, None] < at) | (at[:, None] > at + (window or tokens))
     scores = (torch.einsum("qhe,khe->hqk", q, k) / math.sqrt(E)).masked_fill(hidden, -math.inf)
     return torch.einsum("hqk,khe->qhe", scores.softmax(-1), v), scores.logsumexp(-1)
 
 
 @pytest.fixture
 def fa3_stub(monkeypatch):
-    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=False):
+    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=False, window_size=(0, 0)):
         assert causal and cu_q is cu_k and max_q == max_k and cu_q.dtype == torch.int32
-        return dense_varlen(q, k, v, cu_q)[0]
+        return dense_varlen(q, k, v, cu_q, window_size[0])[0]
 
     module = ModuleType("flash_attn_interface")
     module.flash_attn_varlen_func = flash_attn_varlen_func
@@ -463,17 +463,17 @@ def fa4_stub(monkeypatch):
     """The two functions of flash-attn-4 4.0.0b36 that we call, with the names and results of that version."""
 
     def _flash_attn_fwd(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-                        return_lse):  # fmt: skip
+                        return_lse, window_size_left=None):  # fmt: skip
         assert causal and return_lse and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
         assert softmax_scale == q.shape[-1] ** -0.5
-        return *dense_varlen(q, k, v, cu_seqlens_q), None, None, None
+        return *dense_varlen(q, k, v, cu_seqlens_q, window_size_left), None, None, None
 
     def _flash_attn_bwd(q, k, v, out, dout, lse, *, softmax_scale, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                        max_seqlen_k, dq, dk, dv):  # fmt: skip
-        again, lse_again = dense_varlen(q, k, v, cu_seqlens_q)
+                        max_seqlen_k, dq, dk, dv, window_size_left=None):  # fmt: skip
+        again, lse_again = dense_varlen(q, k, v, cu_seqlens_q, window_size_left)
         assert torch.allclose(again, out, atol=1e-5) and torch.allclose(lse_again, lse, atol=1e-5)
         # through vjp: inside a custom op plain autograd is switched off
-        _, vjp = torch.func.vjp(lambda *qkv: dense_varlen(*qkv, cu_seqlens_q)[0], q, k, v)
+        _, vjp = torch.func.vjp(lambda *qkv: dense_varlen(*qkv, cu_seqlens_q, window_size_left)[0], q, k, v)
         for into, grad in zip((dq, dk, dv), vjp(dout), strict=True):
             into.copy_(grad)
         return dq, dk, dv
@@ -493,6 +493,34 @@ def test_flash_backends_pass_packed_documents_and_rows_on(backend, heads, fa3_st
     assert max(errors(backend, attention_by_document, packed_qkv(40, *heads), cu_seqlens, max_seqlen)) < 1e-5
     rows = [randn(3, 10, n, 8, seed=i) for i, n in enumerate((heads[0], heads[1], heads[1]))]
     assert max(errors(backend, attention_sdpa, rows, None, 10)) < 1e-5
+
+
+@pytest.mark.parametrize("backend", [attention_sdpa, attention_fa3, attention_fa4], ids=["sdpa", "fa3", "fa4"])
+@pytest.mark.parametrize("window", [1, 3, 9, 50])
+def test_windows_hide_what_lies_further_back(backend, window, fa3_stub, fa4_stub):
+    bounds, max_seqlen = SEGMENTATIONS["padded"]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+
+    def dense(q, k, v, cu_seqlens, max_seqlen, window):
+        return dense_varlen(q[0], k[0], v[0], cu_seqlens, window)[0][None]
+
+    def dense_rows(q, k, v, cu_seqlens, max_seqlen, window):
+        rows = torch.arange(4, dtype=torch.int32) * 10
+        return dense_varlen(*(t.flatten(0, 1) for t in (q, k, v)), rows, window)[0].view(q.shape)
+
+    assert max(errors(backend, dense, packed_qkv(40, 4, 2), cu_seqlens, max_seqlen, window)) < 1e-5
+    rows = [randn(3, 10, n, 8, seed=i) for i, n in enumerate((4, 2, 2))]
+    assert max(errors(backend, dense_rows, rows, None, 10, window)) < 1e-5
+
+
+def test_torch_backend_asks_for_windows(monkeypatch):
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, -1)):
+        return dense_varlen(q, k, v, cu_q, window_size[0] if window_size[0] > 0 else 0)[0]
+
+    monkeypatch.setattr(train_gpt, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(train_gpt, "_VARLEN_PARAMETERS", ("is_causal", "window_size"))
+    cu_seqlens, qkv = torch.tensor([0, 7, 20, 40], dtype=torch.int32), packed_qkv(40, 4, 2)
+    assert max(errors(train_gpt.attention_torch, attention_sdpa, qkv, cu_seqlens, 20, 5)) < 1e-5
 
 
 def test_fa4_op_compiles_into_one_dynamic_graph(fa4_stub):

@@ -19,13 +19,29 @@ pytest.importorskip("python_minifier")
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
-PUBLISHED = ["pr1787", "pr1851", "pr1855", "pr1938", "pr1948", "pr1987", "pr2135"]
+PUBLISHED = ["pr1493", "pr1512", "pr1787", "pr1851", "pr1855", "pr1938", "pr1948", "pr1987", "pr2135", "pr960"]
+class Pieces:
+    """A tokenizer of as many pieces as the tiny data have tokens: two bytes each, every third begins with a space."""
+
+    vocab_size = staticmethod(lambda: 97)
+    piece_to_id = staticmethod(lambda piece: 9)
+    unk_id = staticmethod(lambda: 2)
+    is_unknown = is_unused = is_byte = staticmethod(lambda token: False)
+    is_control = staticmethod(lambda token: token < 3)
+    id_to_piece = staticmethod(lambda token: "\u2581ab" if token % 3 == 0 else "ab")
+
+
 def tiny(name, data, runs):
     """The environment that makes a preset run in seconds: sizes alone, what makes the system stays the preset's."""
     preset, sizes = read_preset(name), {key.upper(): str(value) for key, value in TINY.items() if key != "compressor"}
-    sizes |= {"NUM_LAYERS": "3", "LOOP_START": "1", "LOOP_END": "1", "ITERATIONS": "3", "NUM_LOOPS": "1",
-              "NUM_KV_HEADS": str(int(preset["NUM_KV_HEADS"]) // 2), "PARALLEL_START_LAYER": "2"}  # fmt: skip
-    environ = sizes | {"PRESET": name, "KERNELS": "0", "PLOTS": "0", "GPTQ_RESERVE_SECONDS": "0", "XSA_LAST_N": "2"}
+    sizes |= {"NUM_LAYERS": "3", "LOOP_START": "1", "LOOP_END": "1", "ITERATIONS": "3", "BIGRAM_VOCAB_SIZE": "31",
+              "ATTN_WINDOW": "8", "ATTN_WINDOW_FULL_LAYERS": "1", "SWA_EVERY": "1", "VALUE_EMBED_LAYERS": "1,2",
+              "NUM_LOOPS": str(min(1, int(preset["NUM_LOOPS"]))), "EVAL_STRIDE": "24",
+              "NUM_KV_HEADS": str(int(preset["NUM_KV_HEADS"]) // 2),
+              "PARALLEL_START_LAYER": "3" if preset["PARALLEL_START_LAYER"] == "11" else "2"}  # fmt: skip
+    features = "BIGRAM_VOCAB_SIZE", "ATTN_WINDOW", "ATTN_WINDOW_FULL_LAYERS", "SWA_EVERY", "VALUE_EMBED_LAYERS"
+    environ = {key: value for key, value in sizes.items() if key in preset or key not in features}
+    environ |= {"PRESET": name, "KERNELS": "0", "PLOTS": "0", "GPTQ_RESERVE_SECONDS": "0", "XSA_LAST_N": "2"}
     if preset["COMPRESSOR"] == "pergroup" and not shutil.which("lrzip"):
         environ["COMPRESSOR"] = "brotli"
     return environ | {"DATA_PATH": str(data), "RUNS_DIR": str(runs), "RUN_ID": name}
@@ -35,9 +51,12 @@ def tiny(name, data, runs):
 def test_every_preset_runs_every_stage(tiny_data, tmp_path, name, monkeypatch):
     monkeypatch.setattr(train_gpt, "write_code", lambda *_: 1000)  # seconds of packing, tested elsewhere
     monkeypatch.setattr(preflight, "find_tokenizer", lambda hp: "none")
+    monkeypatch.setattr(train_gpt, "load_tokenizer", lambda hp: Pieces)
     environ, preset = tiny(name, tiny_data, tmp_path), read_preset(name)
     result = train_gpt.run(train_gpt.Hyperparameters.from_env(environ), train_gpt.Dist("cpu"))
-    assert list(result["scores"]) == ["prequant", "quantized", "ttt"]
+    stages = ["prequant", "quantized", *["sliding"] * (preset.get("SLIDING_WINDOW_ENABLED") == "1"),
+              *["ttt"] * (preset["TTT_ENABLED"] == "1")]  # fmt: skip
+    assert list(result["scores"]) == stages
     counts = {(score["tokens"], score["bytes"]) for score in result["scores"].values()}
     assert len(counts) == 1 and all(math.isfinite(score["loss"]) for score in result["scores"].values())
     log = (tmp_path / name / "log.txt").read_text()
@@ -72,5 +91,5 @@ def test_settings_of_a_preset_are_settings_and_the_environment_wins(name):
 
 
 def test_an_unknown_preset_is_refused_with_the_names_there_are():
-    with pytest.raises(train_gpt.SettingError, match="PRESET=pr1: there is no .*; there are: demo, pr1787"):
+    with pytest.raises(train_gpt.SettingError, match="PRESET=pr1: there is no .*; there are: demo, pr1493"):
         train_gpt.Hyperparameters.from_env({"PRESET": "pr1"})

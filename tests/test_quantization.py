@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import train_gpt
+from tools import techniques
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden")) / "quantization.npz"
 GPTQ_CASES = {"int6_k12.85": (6, 12.85), "int7_k14.0": (7, 14.0), "int4_k3.0": (4, 3.0)}
@@ -65,6 +66,7 @@ def settings(**changes):
     defaults |= dict(gptq_damp=0.01, gptq_block_size=32, lqer_enabled=True, lqer_top_k=3, lqer_rank=4)
     defaults |= dict(lqer_asym_enabled=True, lqer_asym_group=64, lqer_factor_bits=4, gated_attn_quant_gate=True)
     defaults |= dict(lqer_weighted=False, gptq_column_steps=False, gptq_rate_lambda=0.0)
+    defaults |= {"hessian_clip_lambda": 0.0}
     return SimpleNamespace(**(defaults | changes))
 
 
@@ -323,7 +325,7 @@ def test_steps_are_the_same_on_every_machine():
 
 def test_weighted_lqer_lowers_the_weighted_error_more():
     error, hessian = torch.randn(64, 32), correlated_hessian(32)
-    root = train_gpt.hessian_root(hessian, 1e-6)
+    root = techniques.hessian_root(hessian, 1e-6)
 
     def left(a, b):
         return ((error - a @ b) @ root).norm()

@@ -21,7 +21,7 @@ from test_artifact import model_arrays
 from test_training import OPS, SMALL
 
 import train_gpt
-from tools import preflight, safety
+from tools import preflight, safety, techniques
 
 SOAK = os.environ.get("SOAK") == "1"
 OURS = train_gpt.SettingError, train_gpt.DataError, train_gpt.ArtifactError, safety.SafetyError
@@ -256,7 +256,7 @@ def test_tokenizers(place):
     hp = tiny_hp(data_path=str(place), tokenizer_path=str(path), vocab_size=8192, caseops_enabled=False)
 
     def read():
-        train_gpt.piece_byte_tables(train_gpt.load_tokenizer(hp))
+        techniques.piece_byte_tables(train_gpt.load_tokenizer(hp))
 
     @given(DAMAGE)
     @tries(20, 1_000)

@@ -107,7 +107,8 @@ def test_the_environment_sets_every_setting(field):
     elif field.metadata["choices"]:
         changed = field.metadata["choices"][-1]
     elif field.type is str:
-        changed = {"ttt_lora_sites": "q,head", "ttt_short_chunks": "256:8"}.get(field.name, "elsewhere")
+        texts = {"ttt_lora_sites": "q,head", "value_embed_layers": "1,2", "ttt_short_chunks": "256:8"}
+        changed = texts.get(field.name, "elsewhere")
     else:
         changed = {  # values that fit the other settings
             "model_dim": 1024, "num_heads": 16, "num_kv_heads": 2, "loop_start": 4, "loop_end": 4, "num_layers": 12,
@@ -116,10 +117,11 @@ def test_the_environment_sets_every_setting(field):
         }.get(field.name, field.default * 0.9 if field.type is float else field.default - 1 or 1)
         if field.metadata["least"] is not None:
             changed = max(changed, field.metadata["least"])
-        changed += changed == field.default
+        changed += (changed == field.default) + (field.name == "bigram_vocab_size")
     more = {"gated_attn_enabled": {"SPARSE_ATTN_GATE_ENABLED": "0"}, "checkpoint_path": {"QUANT_ONLY": "1"},
             "attn_out_gate_enabled": {"SPARSE_ATTN_GATE_ENABLED": "0"}, "artifact_path": {"TTT_EVAL_ONLY": "1"},
-            "resume": {"RUN_ID": "cut-short"}, "deterministic": {"MAX_WALLCLOCK_SECONDS": "0"}}
+            "resume": {"RUN_ID": "cut-short"}, "qat_below_lr": {"GPTQ_COLUMN_STEPS": "0"},
+            "deterministic": {"MAX_WALLCLOCK_SECONDS": "0"}}
     more = more.get(field.name, {})
     text = str(int(changed)) if field.type is bool else str(changed)
     hp = Hyperparameters.from_env({field.name.upper(): text} | more)
@@ -250,6 +252,10 @@ def test_every_number_has_a_lower_bound():
     ({"TTT_SHORT_CHUNKS": "256"}, "TTT_SHORT_CHUNKS"), ({"TTT_SHORT_CHUNKS": "256:0"}, "TTT_SHORT_CHUNKS"),
     ({"TTT_SHORT_CHUNKS": "256:8,"}, "TTT_SHORT_CHUNKS"), ({"TTT_SHORT_CHUNKS": "a:b"}, "TTT_SHORT_CHUNKS"),
     ({"PREQUANT_ONLY": "1", "QUANT_ONLY": "1"}, "exclude each other"), ({"RUN_ID": "../x"}, "RUN_ID"),
+    ({"VALUE_EMBED_LAYERS": "9,11"}, "VALUE_EMBED_LAYERS"), ({"VALUE_EMBED_LAYERS": "9,"}, "VALUE_EMBED_LAYERS"),
+    ({"BIGRAM_VOCAB_SIZE": "1"}, "BIGRAM_VOCAB_SIZE"), ({"EXTRA_EVAL_LOOPS": "1", "NUM_LOOPS": "0"}, "NUM_LOOPS"),
+    ({"MUON_HEAD_PAIRS": "1", "NUM_KV_HEADS": "1"}, "MUON_HEAD_PAIRS"), ({"QAT_BELOW_LR": "0.1"}, "GPTQ_COLUMN_STEPS"),
+    ({"TTT_METHOD": "sgd", "TTT_MAX_DOCS": "9"}, "TTT_MAX_DOCS"),
     ({"QUANT_ONLY": "1", "TTT_EVAL_ONLY": "1"}, "exclude each other"), ({"RUN_ID": "a b"}, "RUN_ID"),
 ])
 def test_combinations_that_cannot_work_are_refused(changes, message):
@@ -396,7 +402,8 @@ def test_only_dist_names_torch_distributed():
 
 
 def test_every_declared_setting_is_read_somewhere():
-    companion = ast.walk(ast.parse((ROOT / "tools" / "safety.py").read_text(encoding="utf-8")))
+    companions = [ROOT / "tools" / name for name in ("safety.py", "techniques.py")]
+    companion = [node for path in companions for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     attributes = [*definitions(ast.Attribute), *(node for node in companion if isinstance(node, ast.Attribute))]
     read = {node.attr for node in attributes
             if isinstance(node.ctx, ast.Load) and (ast.unparse(node.value).split(".")[-1] in ("hp", "self"))}

@@ -13,16 +13,18 @@ from pathlib import Path
 
 import pytest
 from test_end_to_end import SETTINGS, make_data
+from test_presets import PUBLISHED, tiny
 
 import train_gpt
 
 pytest.importorskip("brotli")
 pytest.importorskip("python_minifier")
 
-from tools import make_record, pack_code, specialise  # noqa: E402
+from tools import make_record, pack_code, preflight, specialise  # noqa: E402
 
 ROOT = Path(train_gpt.__file__).parent
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+TECHNIQUES = specialise.COMPANION.read_text(encoding="utf-8")
 HERE = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(train_gpt.Hyperparameters)}
 
@@ -183,7 +185,17 @@ MARKERS = {
     "np.interp": {"WD_SCHEDULE_ENABLED": "1"}, "ttt_warm_up": {}, "ttt_global_adaptation": {},
     "eigvalsh": {"LQER_WEIGHTED": "1"}, "permutation(": {"DATA_SEED": "7"}, "np.roll": {"MARKER_FUSION_ENABLED": "1"},
     "clips times": {"TARGET_BYTES": "9"}, "'sliding'": {"SLIDING_WINDOW_ENABLED": "1"},
-    "attention_stale": {"TTT_STALE_CONTEXT": "512"}, "ngram_hints": None, "np.select": None, "StaleContext": None,
+    "36313": {"BIGRAM_VOCAB_SIZE": "31"}, "offset_keys": {"PARTIAL_KEY_OFFSET": "1"},
+    "value_table": {"VALUE_EMBED_LAYERS": "1"}, "value_mix": {"VALUE_RESIDUAL": "gate"},
+    "gram_newton_schulz": {"MUON_GRAM_ENABLED": "1"}, "by_pairs": {"MUON_HEAD_PAIRS": "1"},
+    "snapshots": {"SWA_BELOW_LR": "0.9"}, "fake_quantize": {"QAT_BELOW_LR": "0.5", "GPTQ_COLUMN_STEPS": "0"},
+    "importance": {"HESSIAN_CLIP_LAMBDA": "0.2"}, "multinomial": {"GPTQ_SELF_CALIBRATION": "1"},
+    "extra_passes": {"EXTRA_EVAL_LOOPS": "1"}, "eval_passes": {"EXTRA_EVAL_LOOPS": "1"},
+    "attn_window": None, "on_grid": {"QAT_BELOW_LR": "0.5"}, "extras": {"VALUE_RESIDUAL": "gate"},
+    "ShuffledShards": {"DOC_SHUFFLE_ENABLED": "1"},
+    "evaluate_sgd": None,  # there is no test-time training in the other script
+    "attention_stale": {"TTT_STALE_CONTEXT": "512"}, " techniques.": None,
+    "ngram_hints": None, "np.select": None, "StaleContext": None,
     "safety.": None, "TCPStore": None, "preflight.": None, "plot_run": None, "LiveLine": None,
 }
 
@@ -195,11 +207,11 @@ def test_a_switch_that_is_off_leaves_nothing_behind():
     opposite["COMPRESSOR"] = "pergroup"
     default, other = special(SOURCE), special(SOURCE, **opposite)
     for marker, settings in MARKERS.items():
-        assert marker in SOURCE.replace('"', "'"), marker
+        assert marker in (SOURCE + TECHNIQUES).replace('"', "'"), marker
         assert (marker in default) == (settings == {}), marker
         in_other = bool(settings) and settings.get("COMPRESSOR") != "lzma"
         assert (marker in other) == in_other, marker
-    assert len(default) < 0.93 * len(ast.unparse(ast.parse(SOURCE)))
+    assert len(default) < 0.91 * len(ast.unparse(ast.parse(SOURCE)))
 
 
 @pytest.fixture(scope="module")
@@ -249,23 +261,22 @@ OTHERWISE = {  # as many other branches as one run can take
     "WD_SCHEDULE_ENABLED": "1", "DATA_SEED": "3",
     "MARKER_FUSION_ENABLED": "1", "GRAD_CLIP_NORM": "0", "MUON_MOMENTUM_WARMUP_STEPS": "0", "MUON_ROW_NORMALIZE": "0",
     "GPTQ_COLUMN_STEPS": "0", "LQER_WEIGHTED": "1", "LQER_ASYM_ENABLED": "0", "GATED_ATTN_QUANT_GATE": "0",
+    "ATTN_WINDOW": "9", "PARTIAL_KEY_OFFSET": "1", "VALUE_RESIDUAL": "gate", "BIGRAM_VOCAB_SIZE": "31",
+    "VALUE_EMBED_LAYERS": "1", "MUON_HEAD_PAIRS": "1", "MUON_GRAM_ENABLED": "1", "SWA_BELOW_LR": "0.9",
+    "SWA_EVERY": "1", "QAT_BELOW_LR": "0.5", "HESSIAN_CLIP_LAMBDA": "0.2", "GPTQ_SELF_CALIBRATION": "1",
+    "DOC_SHUFFLE_ENABLED": "1",
     "PHASED_TTT_NUM_PHASES": "0", "TTT_WARM_START_A": "0", "TTT_LORA_SITES": "q,head", "VAL_LOSS_EVERY": "2",
-    "TTT_STALE_CONTEXT": "32", "TTT_SHORT_CHUNKS": "30:8", "NGRAM_TILT_ENABLED": "1",
+    "TTT_SHORT_CHUNKS": "30:8", "NGRAM_TILT_ENABLED": "1",
 }
 DEMO = dict(line.split("=") for line in (ROOT / "presets/demo.env").read_text().splitlines() if re.match(r"\w+=", line))
+DEMO |= {"EXTRA_EVAL_LOOPS": "1"}
 DEMO = {name: value for name, value in DEMO.items() if name.lower() not in specialise.OF_A_PROOF}
 
 
-@pytest.mark.parametrize("changes", [OTHERWISE, DEMO], ids=["otherwise", "demo"])
-def test_a_packed_script_gives_the_numbers_of_its_source(tmp_path, monkeypatch, changes):
-    """It runs without the settings that it was packed with, except those that it may be given."""
-    (tmp_path / "data").mkdir()
-    make_data(tmp_path / "data")
-    run = {"DATA_PATH": str(tmp_path / "data"), "RUNS_DIR": str(tmp_path), "TOKENIZER_PATH": SETTINGS["TOKENIZER_PATH"]}
-    tiny = {name: value for name, value in SETTINGS.items() if name.lower() in DEFAULTS and name not in run}
-    settings = tiny | changes
-    script = tmp_path / "packed.py"
-    script.write_bytes(pack_code.pack_code(SOURCE, settings))
+def run_both(folder, monkeypatch, settings, run):
+    """Packed script and source with the same settings and the same results -> how to call the script, its RESULT."""
+    script = folder / "packed.py"
+    script.write_bytes(pack_code.pack_code(SOURCE, preflight.with_preset(settings)))
 
     def call(**more):
         done = subprocess.run([sys.executable, script], env=HERE | run | more | {"OMP_NUM_THREADS": "1"}, text=True,
@@ -282,7 +293,31 @@ def test_a_packed_script_gives_the_numbers_of_its_source(tmp_path, monkeypatch, 
     got = json.loads(out.splitlines()[-1].removeprefix("RESULT "))
     keys = ("steps", "train_loss", "scores", "group_bytes", "artifact_bytes", "code_bytes", "violations")
     assert [got[key] for key in keys] == [wanted[key] for key in keys]
-    assert (tmp_path / "packed" / "artifact.bin").read_bytes() == (tmp_path / "source" / "artifact.bin").read_bytes()
+    assert (folder / "packed" / "artifact.bin").read_bytes() == (folder / "source" / "artifact.bin").read_bytes()
+    return call, got
+
+
+IN_SOAK = pytest.mark.skipif(not os.environ.get("SOAK"), reason="half a minute each; make soak runs them")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[IN_SOAK] if n != "pr1493" else []) for n in PUBLISHED])
+def test_a_packed_preset_gives_the_numbers_of_its_source(tiny_data, tmp_path, monkeypatch, name):
+    tokenizer = SETTINGS["TOKENIZER_PATH"]  # its first pieces do for tokens below 97
+    run = {"DATA_PATH": str(tiny_data), "RUNS_DIR": str(tmp_path), "TOKENIZER_PATH": tokenizer}
+    monkeypatch.setattr(preflight, "find_tokenizer", lambda hp: tokenizer)
+    settings = {key: value for key, value in tiny(name, tiny_data, tmp_path).items() if key != "RUN_ID"}
+    _, got = run_both(tmp_path, monkeypatch, settings, run)
+    assert ("ttt" in got["scores"]) == (name != "pr1512") and got["steps"] == 3
+
+
+@pytest.mark.parametrize("changes", [OTHERWISE, DEMO], ids=["otherwise", "demo"])
+def test_a_packed_script_gives_the_numbers_of_its_source(tmp_path, monkeypatch, changes):
+    """It runs without the settings that it was packed with, except those that it may be given."""
+    (tmp_path / "data").mkdir()
+    make_data(tmp_path / "data")
+    run = {"DATA_PATH": str(tmp_path / "data"), "RUNS_DIR": str(tmp_path), "TOKENIZER_PATH": SETTINGS["TOKENIZER_PATH"]}
+    tiny = {name: value for name, value in SETTINGS.items() if name.lower() in DEFAULTS and name not in run}
+    call, got = run_both(tmp_path, monkeypatch, tiny | changes, run)
     if changes is DEMO:
         again = json.loads(call(RUN_ID="packed", TTT_EVAL_ONLY="1")[0].splitlines()[-1].removeprefix("RESULT "))
         assert again["scores"] == {name: score for name, score in got["scores"].items() if name != "prequant"}

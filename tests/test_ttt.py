@@ -21,6 +21,7 @@ from test_evaluation import document_spans, make_model, on_ranks, piece_losses, 
 
 import train_gpt
 from benchmarks.bench_ttt import document_by_document
+from tools import techniques
 from train_gpt import BatchedLoRA, Dist, Evaluator, ValidationSet, plan_ttt, schedule_ttt, window_positions
 
 torch.set_num_threads(1)
@@ -182,7 +183,7 @@ OPTIONS = {"ngram_tilt_enabled": True, "ttt_stale_context": 17, "ttt_short_chunk
 
 @pytest.mark.parametrize("document, offset, reaches_others", [(5, 20, True), (1, 13, True), (4, 9, False)])
 def test_nor_does_it_with_hints_and_stale_context(tmp_path, monkeypatch, counted, document, offset, reaches_others):
-    monkeypatch.setattr(train_gpt.NGRAM, "context", 2)
+    monkeypatch.setattr(techniques.NGRAM, "context", 2)
     check_changed_token(tmp_path, counted, document, offset, reaches_others, **OPTIONS)
 
 
@@ -302,7 +303,7 @@ def test_nothing_is_learnt_before_it_is_counted(tmp_path, monkeypatch, lengths):
 
 def slow_hints(validation, hp):
     """{target: (hint, targets that it was found at)}, token by token in the order of the plan."""
-    tokens, context, found, before = validation.tokens.tolist(), train_gpt.NGRAM.context, {}, defaultdict(list)
+    tokens, context, found, before = validation.tokens.tolist(), techniques.NGRAM.context, {}, defaultdict(list)
     for phase in plan_ttt(validation.ends - validation.starts, hp):
         of_phase = []
         for document in phase.documents:
@@ -321,7 +322,7 @@ def slow_hints(validation, hp):
 
 
 def test_hints_come_from_what_was_counted_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gpt.NGRAM, "context", 2)
+    monkeypatch.setattr(techniques.NGRAM, "context", 2)
     hp = small_hp(data_path=str(tmp_path), **LEGAL | OPTIONS)
     validation, recorder = make_validation(tmp_path, hp, LEGAL_LENGTHS), Recorder(monkeypatch)
     run_ttt(hp, validation)
@@ -356,13 +357,13 @@ def test_a_changed_token_finds_what_breaks_the_rule(tmp_path, monkeypatch, count
 
 
 def test_a_changed_token_finds_hints_in_the_order_of_the_stream(tmp_path, monkeypatch, counted):
-    ngram_hints = train_gpt.ngram_hints
+    ngram_hints = techniques.ngram_hints
 
     def illegal(tokens, starts, lengths, phases):
         return ngram_hints(tokens, starts, lengths, [SimpleNamespace(documents=np.array([d])) for d in range(8)])
 
-    monkeypatch.setattr(train_gpt.NGRAM, "context", 2)
-    monkeypatch.setattr(train_gpt, "ngram_hints", illegal)
+    monkeypatch.setattr(techniques.NGRAM, "context", 2)
+    monkeypatch.setattr(techniques, "ngram_hints", illegal)
     with pytest.raises(AssertionError, match="before it was counted"):
         check_changed_token(tmp_path, counted, 0, 20, False, ngram_tilt_enabled=True)
 
@@ -412,10 +413,10 @@ def test_hints_are_what_mostly_followed_before(sizes, letters, phases, seed):
     starts, ends = starts[:-1], starts[1:]
     for context in (1, 3, 15):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train_gpt.NGRAM, "context", context)
+            patch.setattr(techniques.NGRAM, "context", context)
             wanted = slow_hints(SimpleNamespace(tokens=tokens, starts=starts, ends=ends), hp)
             phases = plan_ttt(ends - starts, hp)
-            found = train_gpt.ngram_hints(torch.from_numpy(tokens), starts, ends - starts, phases)
+            found = techniques.ngram_hints(torch.from_numpy(tokens), starts, ends - starts, phases)
         assert {place: hint for place, hint in enumerate(found.tolist()) if hint >= 0} == {
             place: hint for place, (hint, _) in wanted.items()}
 
@@ -434,7 +435,7 @@ def test_the_tilted_distribution_sums_to_one(tmp_path):
     assert torch.equal(plain, trainer.model.token_losses(hidden, targets[..., 0], head))
     assert torch.allclose((-tilted).double().exp().sum(1), torch.ones(4, dtype=torch.float64), atol=1e-5)
     gains = (plain - tilted) - (plain - tilted).amin(1, keepdim=True)  # of logits
-    wanted = train_gpt.NGRAM.boost * torch.nn.functional.one_hot(hints % V, V) * (hints >= 0)[:, None]
+    wanted = techniques.NGRAM.boost * torch.nn.functional.one_hot(hints % V, V) * (hints >= 0)[:, None]
     assert torch.allclose(gains, wanted, atol=1e-4)
     assert torch.equal(plain[0], tilted[0])
 
@@ -552,7 +553,7 @@ def test_without_adaptation_there_are_no_hints_from_what_is_left(tmp_path, monke
         return run_steps(trainer, steps)
 
     Clock(monkeypatch, slow=1)
-    monkeypatch.setattr(train_gpt.NGRAM, "context", 2)
+    monkeypatch.setattr(techniques.NGRAM, "context", 2)
     monkeypatch.setattr(TTT, "run_steps", note)
     run_ttt(hp, validation, world_size=2)
     assert {phase: number > 0 for phase, number in hinted} == {"phase:1/2": True, "phase:2/2": False}
@@ -655,7 +656,7 @@ def test_the_answer_does_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch
     """Who shares a step with whom depends on it, and the order of the sums of the adaptation: rounding, no more."""
     hp = small_hp(data_path=str(tmp_path), ttt_lanes=4, ttt_batch_size=2, phased_ttt_num_phases=2,
                   **ACTIVE | {"ttt_lora_lr": 1e-3} | options)
-    monkeypatch.setattr(train_gpt.NGRAM, "context", 2)
+    monkeypatch.setattr(techniques.NGRAM, "context", 2)
     validation = make_validation(tmp_path, hp)
     (alone,), (model,) = run_ttt(hp, validation)
     losses = flat(counted)

@@ -129,9 +129,10 @@ def pack_code(source, settings):
         raise ValueError(f"the script cannot be minified: {error}") from error
     free_parameters(tree)
     named_arguments, kept_globals = names_to_keep(tree)
+    text = ast.unparse(tree)
     try:
         small = python_minifier.minify(
-            ast.unparse(tree),
+            text,
             remove_annotations=False,
             remove_literal_statements=True,
             remove_asserts=True,
@@ -144,7 +145,7 @@ def pack_code(source, settings):
     except python_minifier.UnstableMinification as error:
         raise ValueError(f"the script cannot be minified: {error}") from error
     finally:
-        clean_shared_nodes(source)
+        clean_shared_nodes(text)
     modes = (brotli.MODE_GENERIC, brotli.MODE_TEXT, brotli.MODE_FONT)
     data = min((brotli.compress(small.encode(), mode, quality=11, lgwin=24) for mode in modes), key=len)
     return PACKED_START + string_literal(data) + PACKED_END % len(data)

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -116,6 +117,17 @@ def cross_checks(hp, sites):
     known = hp.lora_sites and set(hp.lora_sites) <= set(sites)
     yield not known, f"TTT_LORA_SITES={hp.ttt_lora_sites}: must be some of {','.join(sites)}"
     yield hp.marker_fusion_enabled > hp.caseops_enabled, "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1"
+    whole = hp.attn_window or hp.new_values
+    yield hp.ttt_stale_context and whole, "TTT_STALE_CONTEXT goes without windows, key offset and value settings"
+    layers = hp.value_embed_layers.split(",") if hp.value_embed_layers else []
+    known = all(layer.isdecimal() and int(layer) < hp.num_layers for layer in layers)
+    yield not known, f"VALUE_EMBED_LAYERS={hp.value_embed_layers}: must be numbers of layers, below NUM_LAYERS"
+    yield hp.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE must be 2 at least, or 0"
+    yield hp.extra_eval_loops and not hp.num_loops, "EXTRA_EVAL_LOOPS needs NUM_LOOPS"
+    odd = hp.num_heads % 2 or hp.num_kv_heads % 2
+    yield hp.muon_head_pairs and odd, "MUON_HEAD_PAIRS=1 needs even NUM_HEADS and NUM_KV_HEADS"
+    yield hp.qat_below_lr and hp.gptq_column_steps, "QAT_BELOW_LR trains on the grid of rows: set GPTQ_COLUMN_STEPS=0"
+    yield hp.ttt_method == "sgd" and hp.ttt_max_docs, "TTT_MAX_DOCS goes with TTT_METHOD=lora"
     modes = hp.prequant_only + hp.quant_only + hp.ttt_eval_only
     yield modes > 1, "PREQUANT_ONLY, QUANT_ONLY, TTT_EVAL_ONLY exclude each other"
     goes_on = hp.run_id and not (hp.quant_only or hp.ttt_eval_only)
@@ -253,7 +265,10 @@ def find_tokenizer(hp):
 
 
 def check_compressor(name, compressors, brotli):
-    """SettingError, with what to install, for an unknown compressor or missing tools; `brotli`: the module or None."""
+    """SettingError, with what to install, for an unknown compressor or missing tools; `brotli`: the module or None.
+
+    compressors: {name: (number, codecs)}.
+    """
     if name not in compressors:
         raise SettingError(f"COMPRESSOR={name} is unknown: choose one of {', '.join(compressors)}")
     if "brotli" in compressors[name] and brotli is None:
@@ -262,10 +277,11 @@ def check_compressor(name, compressors, brotli):
         raise SettingError("the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)")
 
 
-def try_compressor(name, codecs, encoders, expand):
-    """A round trip of each codec of a compressor: a program that is there may still lack a library."""
+def try_compressor(name, compressors, encoders, expand):
+    """check_compressor and a round trip of each of its codecs: a program that is there may still lack a library."""
+    check_compressor(name, compressors, importlib.util.find_spec("brotli"))
     sample, shapes = b"1234" * 8, [(4, 8)]
-    for codec in codecs:
+    for codec in compressors[name][1:]:
         try:
             fault = expand(codec, encoders[codec](sample, shapes), len(sample), shapes) != sample and "other bytes"
         except (ArtifactError, OSError) as error:

@@ -302,6 +302,7 @@ def save_state(trainer, write, step, seconds, losses, name=None):
         "losses": dist.all_reduce(torch.stack(losses[-20:])),
         "weights": trainer.model.state_dict(),
         "average": trainer.ema.average,
+        "snapshots": getattr(trainer.ema, "snapshots", 0),
         "momentum": momentum,
         "adamw": trainer.optimizers.adamw.state_dict()["state"],
         "rng": torch.get_rng_state(),
@@ -361,6 +362,7 @@ def load_state(trainer):
             buffer.copy_(muon.padded(full).chunk(dist.world_size)[dist.rank])
         for average, saved in zip(trainer.ema.average, state["average"], strict=True):
             average.copy_(saved)
+        trainer.ema.snapshots = int(state["snapshots"])
         adamw.load_state_dict(adamw.state_dict() | {"state": state["adamw"]})
         torch.set_rng_state(state["rng"])
         losses = list((state["losses"] / dist.world_size).to(dist.device))  # which the ranks add up again

@@ -13,6 +13,7 @@ import ast
 import copy
 import warnings
 from collections import Counter
+from pathlib import Path
 
 # settings of one run, not of the method: a packed script has them as the source has them, whatever its run set
 OF_A_RUN = "seed run_id runs_dir data_path tokenizer_path ttt_eval_only artifact_path".split()
@@ -41,6 +42,16 @@ def unknown_settings(environ, cls):
         if not same and not hasattr(cls, name.lower()):
             yield f"{name}={given}: this script was packed with {text}; its source takes other values"
 '''  # stands for the function of this name: the names of other settings are gone
+# settings that do nothing while another has this value: then they are not among those that a packed script names
+IDLE = {
+    "attn_window_full_layers": ("attn_window", 0), "bigram_dim": ("bigram_vocab_size", 0),
+    "value_embed_dim": ("value_embed_layers", ""), "swa_every": ("swa_below_lr", 0),
+    "ttt_epochs": ("ttt_method", "lora"), "attn_out_gate_src": ("attn_out_gate_enabled", False),
+    "wd_sched_hold_frac": ("wd_schedule_enabled", False), "wd_sched_ramp_frac": ("wd_schedule_enabled", False),
+    "wd_sched_low_factor": ("wd_schedule_enabled", False), "wd_sched_high_factor": ("wd_schedule_enabled", False),
+}
+ARGUMENTS = {"attn_window": "attn_window", "on_grid": "qat_below_lr"}  # that are there for one setting alone
+COMPANION = Path(__file__).with_name("techniques.py")  # stands in the script, in the place of its import
 CODECS = "ENCODERS", "DECODERS"  # tables that are looked up by names which stand in the script
 
 LITERALS = (ast.Constant, ast.Tuple, ast.List, ast.Compare, ast.BinOp, ast.UnaryOp, ast.Subscript, ast.Slice,
@@ -56,8 +67,10 @@ def specialise(tree, settings):
     cls, fields = declared(tree)
     if cls is None:
         return tree
+    inline_techniques(tree)
     values = fold_settings(tree, cls, fields, settings)
     Substitute(take_companions(tree)).visit(tree)
+    DropArguments({name for name, setting in ARGUMENTS.items() if values.get(setting) == 0}).visit(tree)
     for node in walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name in LEFT_OUT:
             node.body = ast.parse("return ()").body
@@ -121,20 +134,97 @@ def fold_settings(tree, cls, fields, settings):
     """
     outside = [node for statement in tree.body if statement is not cls for node in walk(statement)]
     by_name = {node.value for node in outside if isinstance(node, ast.Constant)}  # of getattr(hp, name)
-    folded, lines, nodes = {}, [], {node.target.id: node for node in cls.body if isinstance(node, ast.AnnAssign)}
+    folded, lines, nodes = {}, {}, {node.target.id: node for node in cls.body if isinstance(node, ast.AnnAssign)}
     for name, (kind, default) in fields.items():
         given = default if name in OF_A_RUN else OFF.get(name, settings.get(name.upper(), default))
         value = text_of(given) == "1" if kind is bool else kind(given)
         if name not in OF_A_RUN and name not in by_name and (name not in OF_A_PROOF or value == 0):
             folded[name] = value
         if name not in UNSAID and (name in folded or value != default):
-            lines.append(f"{' *'[value != default]} {name.upper()}={text_of(value)}  # ")
+            lines[name] = f"{' *'[value != default]} {name.upper()}={text_of(value)}  # "
         nodes[name].value = ast.parse(repr(value), mode="eval").body  # ranges are checked in a checkout
     cls.body = [node for node in cls.body if not isinstance(node, ast.AnnAssign) or node.target.id not in folded]
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "PACKED":
-            node.value = ast.Constant("\n".join(lines))
+            idle = [name for name, (other, value) in IDLE.items() if folded.get(other) == value]
+            node.value = ast.Constant("\n".join(line for name, line in lines.items() if name not in idle))
     return folded
+
+
+def inline_techniques(tree):
+    """Puts the definitions of COMPANION in the place of its import; the script names them without `techniques.` then.
+
+    ValueError where a name would stand for two things.
+    """
+    imports = [number for number, node in enumerate(tree.body) if isinstance(node, ast.Try)
+               and COMPANION.stem in names_of(node.body[0])]  # fmt: skip
+    if not imports:
+        return
+    statements = ast.parse(COMPANION.read_text(encoding="utf-8")).body[1:]  # behind its docstring
+    statements = [node for node in statements if not getattr(node, "module", "").startswith("tools")]
+    ours = {name: node for node in tree.body for name in names_of(node)}
+    added = {name: node for node in statements for name in names_of(node) if name not in ours}
+    local = bindings(node for part in tree.body if hasattr(part, "body") for node in walk(part)[1:])
+    for node in statements:
+        is_import = isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in names_of(node):
+            if name in added and not is_import and local[name] or name in ours and not (
+                    is_import or ast.dump(ours[name]) == ast.dump(node)):  # fmt: skip
+                raise ValueError(f"{COMPANION.name}: {name} is something else in the script")
+    tree.body[imports[0] : imports[0]] = list(dict.fromkeys(added.values()))
+    Unqualify().visit(tree)
+
+
+def names_of(statement):
+    """Names that a statement at module level binds: definitions, assignments, imports."""
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return [alias.asname or alias.name for alias in statement.names]
+    if isinstance(statement, ast.Assign):
+        return [node.id for node in walk(statement.targets[0]) if isinstance(node, ast.Name)]
+    return [statement.name] if isinstance(statement, (ast.FunctionDef, ast.ClassDef)) else []
+
+
+class Unqualify(ast.NodeTransformer):
+    """`techniques.name` -> `name`."""
+
+    def visit_Attribute(self, node):
+        self.generic_visit(node)
+        return ast.Name(node.attr, node.ctx) if getattr(node.value, "id", None) == "techniques" else node
+
+
+class DropArguments(ast.NodeTransformer):
+    """Takes out arguments whose setting is off: parameters, what is handed on for them, parts of lists; else a 0."""
+
+    def __init__(self, names):
+        self.names = names
+
+    def kept(self, nodes):
+        return [node for node in nodes if getattr(node, "id", getattr(node, "arg", None)) not in self.names]
+
+    def visit_arguments(self, node):
+        defaults = [None] * (len(node.args) - len(node.defaults)) + node.defaults
+        pairs = [pair for pair in zip(node.args, defaults, strict=True) if pair[0].arg not in self.names]
+        node.args, node.defaults = [arg for arg, _ in pairs], [default for _, default in pairs if default]
+        pairs = list(zip(node.kwonlyargs, node.kw_defaults, strict=True))
+        pairs = [pair for pair in pairs if pair[0].arg not in self.names]
+        node.kwonlyargs, node.kw_defaults = [arg for arg, _ in pairs], [default for _, default in pairs]
+        return self.generic_visit(node)
+
+    def visit_Call(self, node):
+        node.args, node.keywords = self.kept(node.args), self.kept(node.keywords)
+        return self.generic_visit(node)
+
+    def visit_List(self, node):
+        node.elts = self.kept(node.elts)
+        return self.generic_visit(node)
+
+    visit_Tuple = visit_List
+
+    def visit_Assign(self, node):
+        return self.generic_visit(node) if self.kept(node.targets) else None
+
+    def visit_Name(self, node):
+        return ast.Constant(0) if node.id in self.names else node
 
 
 def take_companions(tree):
@@ -283,9 +373,17 @@ class Fold(ast.NodeTransformer):
             return node
         return look_up(self.tables.get(getattr(node.value, "id", None), node.value), node.slice, node)
 
-    def visit_Call(self, node):
-        """{literal}.get(constant) -> what stands there; len((literal,)); functions that return a constant."""
+    def visit_Tuple(self, node):
+        """`*[]` goes."""
         self.generic_visit(node)
+        empty = [isinstance(part, ast.Starred) and truth(part.value) is False for part in node.elts]
+        node.elts = [part for part, is_empty in zip(node.elts, empty, strict=True) if not is_empty]
+        return node
+
+    def visit_Call(self, node):
+        """{literal}.get(constant) -> what stands there; len((literal,)); functions of constants; no `**{}`."""
+        self.generic_visit(node)
+        node.keywords = [k for k in node.keywords if k.arg or not isinstance(k.value, ast.Dict) or k.value.keys]
         if isinstance(node.func, ast.Attribute) and node.func.attr == "get" and len(node.args) == 1:
             return look_up(node.func.value, node.args[0], node)
         name = getattr(node.func, "id", None)
@@ -448,10 +546,35 @@ class Drop(ast.NodeTransformer):
             pairs = zip(table.keys, table.values, strict=True)
             kept = [pair for pair in pairs if self.strings[pair[0].value] > keys[pair[0].value]]
             table.keys, table.values = map(list, zip(*kept, strict=True))
+        self.drop_names(literal_tables(node))
         plain = [part for part in node.body if isinstance(part, ast.Assign) and isinstance(part.targets[0], ast.Name)]
         unused = [part for part in plain if self.unused(part, part.targets[0].id)]
         node.body = [part for part in node.body if part not in unused]
         return self.generic_visit(node)
+
+    def is_idle_field(self, cls, field):
+        """Whether a field has a default and nothing reads or gives it; settings stay."""
+        name = field.target.id
+        named = self.attributes[name] or self.strings[name]  # Ops(**{"name": ...})
+        return field.value is not None and not named and cls.name != "Hyperparameters"
+
+    def visit_Assign(self, node):
+        """`self.name = None` goes where nothing else names the attribute."""
+        target, value = node.targets[0], node.value
+        idle = isinstance(value, ast.Constant) and value.value is None and getattr(target, "value", None)
+        if idle and getattr(target.value, "id", None) == "self" and self.attributes[target.attr] == 1:
+            return None
+        return self.generic_visit(node)
+
+    def drop_names(self, tables):
+        """Saved names of parameters that no model of these settings has, and their roles."""
+        head, roles = tables.get("HEAD_NAMES"), tables.get("QUANT_TABLE")
+        for key, value in list(zip(head.keys, head.values, strict=True)) if head and roles else ():
+            if not self.attributes[key.value]:
+                head.keys.remove(key)
+                head.values.remove(value)
+                at = [role.value for role in roles.keys].index(value.value)
+                del roles.keys[at], roles.values[at]
 
     def visit_Import(self, node):
         node.names = [a for a in node.names if self.names[(a.asname or a.name).split(".")[0]]]
@@ -463,11 +586,13 @@ class Drop(ast.NodeTransformer):
         return None if self.unused(node, node.name) else self.generic_visit(node)
 
     def visit_ClassDef(self, node):
-        """Methods with two underscores are Python's to call, and forward is PyTorch's."""
+        """Methods with two underscores are Python's to call, and forward is PyTorch's; fields may have a default."""
         if self.unused(node, node.name):
             return None
         kept = []
         for part in node.body:
+            if isinstance(part, ast.AnnAssign) and self.is_idle_field(node, part):
+                continue
             if not isinstance(part, ast.FunctionDef):
                 kept.append(self.visit(part))
             elif self.attributes[part.name] or part.name[:2] == "__" or part.name == "forward":

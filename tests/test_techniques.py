@@ -1,0 +1,497 @@
+"""What the presets need beyond the default, each against a small reference that is written out independently."""
+
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_hp, write_documents
+from test_evaluation import make_model, make_validation, small_hp
+from test_training import trainer_of
+
+import train_gpt
+from tools import techniques
+from train_gpt import BOS_ID
+
+torch.set_num_threads(1)
+EVERYTHING = {
+    "attn_window": 5, "attn_window_full_layers": 1, "partial_key_offset": True, "bigram_vocab_size": 31,
+    "bigram_dim": 6, "value_embed_layers": "0,2", "value_embed_dim": 5,
+}  # fmt: skip
+
+
+def tokens_of(*lengths, seed=0):
+    """Documents of these lengths, BOS included, in one row (1, T) -> tokens, cu_seqlens."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.cat((torch.tensor([BOS_ID]), torch.randint(8, 97, (n - 1,), generator=generator))) for n in lengths]
+    return torch.cat(parts)[None], torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+
+
+class Recorder:
+    """A tap that keeps what the value projections gave, and an attention that keeps what it was given."""
+
+    splits_mlp = False
+
+    def __init__(self, model):
+        self.raw, self.keys, self.values, self.windows, self.attention = [], [], [], [], model.ops.attention
+        self.v_width = model.hp.num_kv_heads * model.hp.head_dim
+        model.ops = SimpleNamespace(**vars(model.ops) | {"attention": self.attend})
+
+    def at(self, slot, layer):
+        return self
+
+    def __call__(self, site, x, y, scale=None):
+        if site == "qkv":
+            self.raw.append(y[..., -self.v_width:])
+        return y
+
+    def attend(self, q, k, v, cu_seqlens, max_seqlen, window=0):
+        self.keys.append(k)
+        self.values.append(v)
+        self.windows.append(window)
+        return self.attention(q, k, v, cu_seqlens, max_seqlen, window)
+
+
+# ---- model
+
+
+@pytest.mark.parametrize("residual", ["off", "mix", "gate"])
+@pytest.mark.parametrize("looping", [False, True])
+def test_packed_rows_fresh_windows_and_single_documents_are_one_function(residual, looping):
+    """Training, calibration and evaluation pack documents, test-time training does not: all features, all the same."""
+    model = make_model(small_hp(value_residual=residual, **EVERYTHING))
+    tokens, cu_seqlens = tokens_of(9, 14, 1, 6)
+    with torch.no_grad():
+        packed = model.forward_hidden(tokens, cu_seqlens, max_seqlen=14, looping=looping)
+        for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+            alone = model.forward_hidden(tokens[:, start:end], max_seqlen=14, looping=looping)
+            torch.testing.assert_close(packed[:, start:end], alone, atol=2e-5, rtol=1e-4)
+        window = tokens[:, 12:20]  # inside the second document
+        fresh = torch.zeros(1, 16, dtype=torch.bool)
+        fresh[0, [0, 8]] = True
+        twice = model.forward_hidden(torch.cat((window, window), 1), torch.tensor([0, 8, 16]), max_seqlen=8,
+                                     looping=looping, fresh=fresh)
+        alone = model.forward_hidden(window, max_seqlen=8, looping=looping)
+        torch.testing.assert_close(twice.view(2, 8, -1), alone.expand(2, -1, -1), atol=2e-5, rtol=1e-4)
+
+
+def test_a_later_token_changes_nothing_before_it_and_no_other_document():
+    model = make_model(small_hp(value_residual="mix", **EVERYTHING))
+    tokens, cu_seqlens = tokens_of(9, 14, 7)
+    changed = tokens.clone()
+    changed[0, 15] += 1
+    with torch.no_grad():
+        before, after = (model.forward_hidden(t, cu_seqlens, max_seqlen=14, looping=True) for t in (tokens, changed))
+    differs = (before != after).any(-1)[0]
+    assert differs[15:23].all() and not differs[:15].any() and not differs[23:].any()
+
+
+def test_early_layers_have_windows_and_the_last_ones_have_none():
+    model = make_model(small_hp(attn_window=5, attn_window_full_layers=1))
+    recorder = Recorder(model)
+    model.forward_hidden(tokens_of(20)[0], max_seqlen=20, looping=True, tap=recorder)
+    assert recorder.windows == [5, 5, 5, 0]  # layer 1 is looped
+
+
+@pytest.mark.parametrize("rope_dims, kept", [(4, 4), (8, 4), (2, 2)])
+def test_offset_keys_are_the_previous_tokens_but_for_rotary_dimensions_and_first_tokens(rope_dims, kept):
+    plain, shifted = (make_model(small_hp(rope_dims=rope_dims, partial_key_offset=on)) for on in (False, True))
+    tokens, cu_seqlens = tokens_of(4, 6, 1, 3)
+    recorders = Recorder(plain), Recorder(shifted)
+    for model, recorder in zip((plain, shifted), recorders, strict=True):
+        model.forward_hidden(tokens, cu_seqlens, max_seqlen=6, looping=False, tap=recorder)
+    k, found = recorders[0].keys[0][0], recorders[1].keys[0][0]  # of layer 0, whose input is the same
+    for t in range(tokens.size(1)):
+        source = t if t in cu_seqlens else t - 1
+        assert torch.equal(found[t, :, :kept], k[t, :, :kept]) and torch.equal(found[t, :, kept:], k[source, :, kept:])
+
+
+@pytest.mark.parametrize("residual", ["mix", "gate"])
+def test_values_are_their_own_their_embeddings_and_layer_0s(residual):
+    model = make_model(small_hp(value_residual=residual, value_embed_layers="0,2", value_embed_dim=5))
+    recorder, (tokens, _) = Recorder(model), tokens_of(11)
+    model.forward_hidden(tokens, max_seqlen=11, looping=True, tap=recorder)
+    heads = recorder.values[0].shape[2:]
+    first = None
+    for slot, layer in enumerate(model.slots(True)):
+        v = recorder.raw[slot].clone()
+        if layer in (0, 2):
+            v += model.value_scales[layer] * (model.value_table[tokens] @ model.value_proj.T)
+        v = v.unflatten(-1, heads)
+        if slot == 0:
+            first = v
+        elif residual == "mix":
+            v = model.value_mix[layer, 0] * first + model.value_mix[layer, 1] * v
+        else:
+            v = v + first / (1 + torch.exp(-model.value_mix[layer, 0]))
+        torch.testing.assert_close(recorder.values[slot], v, atol=1e-5, rtol=1e-4)
+
+
+def test_value_residual_begins_at_a_half_and_embeddings_at_zero_of_the_bigram():
+    hp = small_hp(value_residual="mix", **EVERYTHING)
+    model = train_gpt.GPT(hp, make_model(hp).ops, torch.float32)
+    assert torch.equal(model.value_mix, torch.full((3, 2), 0.5)) and not model.bigram_table.any()
+    assert model.bigram_scale.item() == pytest.approx(0.05) and model.bigram_proj.abs().min() > 0
+    gate = train_gpt.GPT(small_hp(value_residual="gate"), model.ops, torch.float32)
+    assert not gate.value_mix.any()  # sigmoid: a half as well
+
+
+def test_bigram_buckets_are_the_hash_of_two_tokens_and_one_of_their_own_at_first_ones():
+    model = make_model(small_hp(bigram_vocab_size=31, bigram_dim=6, smear_gate_enabled=False))
+    tokens, _ = tokens_of(5, 7)
+    fresh = torch.zeros_like(tokens, dtype=torch.bool)
+    fresh[0, 8] = True
+    found = model.embed(tokens, fresh)[0] - model.tok_emb[tokens[0]]
+    for t, token in enumerate(tokens[0].tolist()):
+        first = t in (0, 5, 8)
+        bucket = 30 if first else (36313 * token ^ 27191 * tokens[0, t - 1].item()) % 30
+        want = model.bigram_scale * (model.bigram_proj @ model.bigram_table[bucket])
+        torch.testing.assert_close(found[t], want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not os.environ.get("SOAK"), reason="half a minute each; make soak runs them")
+@pytest.mark.parametrize("residual", ["mix", "gate"])
+def test_all_of_it_compiles_into_whole_graphs_that_give_the_same(residual):
+    """Training compiles the whole forward pass, evaluation and test-time training a layer, for all layers the same."""
+    model = make_model(small_hp(value_residual=residual, **EVERYTHING))
+    tokens, cu_seqlens = tokens_of(9, 14, 10)
+    arguments = tokens[:, :-1], tokens[0, 1:], cu_seqlens.clamp(max=32), True, 14
+    torch._dynamo.reset()
+    options = {"fullgraph": True, "dynamic": False, "backend": "aot_eager"}
+    compiled = [torch.compile(function, **options) for function in (model.forward, model.block)]
+    gradients = []
+    for forward in (model.forward, compiled[0]):
+        model.zero_grad()
+        forward(*arguments).mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert {"bigram_table", "bigram_scale", "value_table", "value_proj", "value_mix"} <= set(gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3)
+    with torch.no_grad():
+        plain, by_layers = (model.forward_hidden(tokens, cu_seqlens, max_seqlen=14, looping=True, block=block)
+                            for block in (None, compiled[1]))  # fmt: skip
+    torch.testing.assert_close(by_layers, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_rotary_angles_do_not_depend_on_any_length():
+    hps = [tiny_hp(micro_batch_tokens=n, train_batch_tokens=n, eval_seq_len=m) for n, m in ((128, 32), (4096, 4096))]
+    tables = [(model.cos, model.sin) for model in map(make_model, hps)]
+    for short, long in zip(*tables, strict=True):
+        assert torch.equal(short, long[: len(short)])
+    angle = 100 * 10_000.0 ** (-2 / 4)
+    assert tables[1][0][100, 0, 1].item() == pytest.approx(np.cos(angle), abs=1e-6)
+
+
+@pytest.mark.parametrize("extra", [1, 2])
+def test_extra_loops_leave_every_skip_between_the_layers_of_training(extra):
+    hp = tiny_hp(num_layers=11, num_loops=2, loop_start=3, loop_end=5, extra_eval_loops=extra)
+
+    def skips(model):
+        merged, runs = [], []
+
+        def block(x, mlp_lane, x0, w, *rest):
+            runs.append(len(runs))
+            return torch.full_like(x, len(runs) - 1.0), mlp_lane  # the stream says which slot it comes from
+
+        def merge_skip(x, skip, weight, gate):
+            merged.append((int(weight[0]), len(runs), int(skip[0, 0, 0])))
+            return x
+
+        model.skip_weights.data[:] = torch.arange(len(model.skip_weights))[:, None]  # a weight says which pair it is of
+        parts = SimpleNamespace(block=block, merge_skip=merge_skip)
+        model.forward_hidden(torch.ones(1, 3, dtype=torch.long), max_seqlen=3, looping=True, parts=parts)
+        slots = model.slots(True)
+        return slots, [(pair, to, slots[to], source, slots[source]) for pair, to, source in merged]
+
+    model = make_model(hp)
+    trained, pairs = skips(model)
+    model.eval_passes = 1 + extra
+    slots, found = skips(model)
+    assert slots == [0, 1, 2, *[3, 4, 5] * (3 + extra), 6, 7, 8, 9, 10] and len(trained) == 17
+    late = [(pair, to + 3 * extra if to >= 12 else to, layer, source, of) for pair, to, layer, source, of in pairs]
+    assert found == late and len(pairs) == 8
+    assert model.slots(False) == list(range(11))
+
+
+# ---- optimizer
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 24), (2, 24, 8), (3, 8, 8)])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+def test_gram_newton_schulz_is_polar_express(shape, steps):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(steps), dtype=torch.float64)
+    want = train_gpt.polar_express(x, steps)
+    found = techniques.gram_newton_schulz(x, train_gpt.POLAR_EXPRESS[:steps])
+    torch.testing.assert_close(found, want, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("rank, world", [(0, 1), (0, 2), (1, 2), (2, 3)])
+@pytest.mark.parametrize("gram", [False, True])
+def test_q_and_k_are_orthogonalised_by_pairs_of_heads_and_nothing_else(rank, world, gram):
+    hp = small_hp(muon_head_pairs=True, muon_gram_enabled=gram, muon_row_normalize=False)
+    names = dict(make_model(hp).named_parameters())
+    banks = [names[name].double() for name in train_gpt.BANKS]
+    muon = train_gpt.Muon(banks, hp, SimpleNamespace(rank=rank, world_size=world), torch.float64)
+    for number, (bank, buffer) in enumerate(zip(banks, muon.momentum_buffers, strict=True)):
+        shard = muon.padded(bank).chunk(world)[rank]
+        orthogonalise = techniques.orthogonaliser(muon, buffer, train_gpt.polar_express, train_gpt.POLAR_EXPRESS)
+        found = train_gpt.muon_update(shard, buffer, 0.0, 5, False, orthogonalise)
+        for i, (matrix, got) in enumerate(zip(shard, found, strict=True)):
+            in_pairs = number < 2 and rank * len(shard) + i < 3
+            parts = matrix.split(16) if in_pairs else (matrix,)  # two heads of 8 rows
+            want = torch.cat([train_gpt.polar_express(part[None], 5)[0] for part in parts])
+            torch.testing.assert_close(got, want, atol=1e-8, rtol=1e-8)
+
+
+def test_tight_swa_is_the_plain_mean_of_its_snapshots(tiny_data):
+    trainer = trainer_of(tiny_data, iterations=10, swa_below_lr=0.6, swa_every=2, min_lr=0.0, warmdown_frac=1.0)
+    seen, step = [], trainer.optimizers.step
+
+    def noted(progress, number):
+        step(progress, number)
+        if 1 - progress < 0.6 and number % 2 == 0:
+            seen.append(trainer.model.tok_emb.detach().clone())
+
+    trainer.optimizers.step = noted
+    trainer.train(None)
+    assert len(seen) == 2  # steps 6 and 8
+    torch.testing.assert_close(trainer.model.tok_emb, torch.stack(seen).mean(0))
+
+
+def on_its_grid(w, bits, sigmas):
+    """The nearest point of each row's grid, in float64."""
+    top = 2 ** (bits - 1) - 1
+    step = (sigmas * w.double().std(-1, keepdim=True) / top).half().double()
+    return (w.double() / step).round().clamp(-top, top) * step
+
+
+def test_late_qat_computes_with_weights_on_the_grid_and_passes_gradients_straight_through():
+    hp = small_hp(qat_below_lr=0.5, gptq_column_steps=False, matrix_bits=4)
+    model, rounded = make_model(hp), make_model(hp)
+    with torch.no_grad():
+        for name in train_gpt.BANKS:
+            bank = getattr(rounded, name)
+            sigmas = hp.mlp_clip_sigmas if "mlp" in name else hp.attn_clip_sigmas
+            bank.copy_(on_its_grid(bank, 4, sigmas))
+    (tokens, cu_seqlens), losses = tokens_of(9, 14, 9), {}
+    arguments = tokens[:, :-1], tokens[0, 1:], cu_seqlens.clamp(max=31), True, 14
+    for label, m, on_grid in (("qat", model, True), ("rounded", rounded, False), ("plain", model, False)):
+        m.zero_grad()
+        losses[label] = m(*arguments, None, on_grid)
+        losses[label].mean().backward()
+        if label != "plain":
+            losses[label + " grads"] = [getattr(m, name).grad.clone() for name in train_gpt.BANKS]
+    torch.testing.assert_close(losses["qat"], losses["rounded"], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(losses["qat"], losses["plain"], atol=1e-2)
+    for a, b in zip(losses["qat grads"], losses["rounded grads"], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_late_qat_runs_a_second_graph_that_the_warm_up_has_made(tiny_data):
+    trainer = trainer_of(tiny_data, iterations=10, qat_below_lr=0.35, gptq_column_steps=False, min_lr=0.0, loop_end=1,
+                         warmdown_frac=1.0, num_layers=2, loop_start=1, parallel_start_layer=1)  # fmt: skip
+    graphs, flags = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(trainer.model.forward, fullgraph=True, backend=backend)
+
+    def noted(*arguments, **named):
+        flags.append(named["on_grid"])
+        return compiled(*arguments, **named)
+
+    trainer.forward = noted
+    trainer.warm_up()
+    made = len(graphs)
+    assert made == 4 and set(flags) == {False, True}  # looping off and on, each with and without the grid
+    flags.clear()
+    trainer.train(None)
+    steps = flags[:: len(flags) // 10]
+    assert steps == [False] * 7 + [True] * 3 and len(graphs) == made
+
+
+# ---- data
+
+
+def documents_of(tokens):
+    starts = [i for i, token in enumerate(tokens) if token == BOS_ID]
+    return [tuple(tokens[a:b]) for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True)]
+
+
+def test_shuffled_shards_hold_the_same_documents_in_another_order(tmp_path):
+    lengths = np.random.default_rng(1).integers(3, 40, 60)
+    size = int((lengths + 1).sum())
+    tokens, _ = write_documents(tmp_path, "train", lengths, shard_sizes=[size // 2, size - size // 2])
+    plain = train_gpt.TokenStream(tmp_path, "train")
+    hp = tiny_hp(data_path=str(tmp_path), doc_shuffle_enabled=True, data_seed=3)
+    loader = train_gpt.TrainLoader(train_gpt.TokenStream(tmp_path, "train"), hp, train_gpt.Dist("cpu"))
+    borders = 0, size // 2, size
+    for first, last in zip(borders, borders[1:], strict=False):
+        before, after = (list(s.read(first, last - first)) for s in (plain, loader.stream))
+        cut = before.index(BOS_ID)  # what the border has cut is a document of its own, somewhere
+        assert before != after and sorted(before) == sorted(after)
+        assert set(documents_of(before[cut:])[:-1]) - set(documents_of(after)) <= {documents_of(before[cut:])[0]}
+    again = train_gpt.TrainLoader(train_gpt.TokenStream(tmp_path, "train"), hp, train_gpt.Dist("cpu"))
+    assert torch.equal(loader.row(2).inputs, again.row(2).inputs) and loader.row(0).inputs[0, 0] == BOS_ID
+
+
+# ---- quantization
+
+
+def test_hessian_aware_clips_follow_the_weighted_size_of_a_row():
+    generator = torch.Generator().manual_seed(0)
+    name = "blocks.0.attn.c_q.weight"
+    w, h = torch.randn(6, 10, generator=generator), torch.rand(10, generator=generator).diag() + 0.01 * torch.eye(10)
+    scales = {}
+    for factor in (0.0, 0.2):
+        hp = tiny_hp(hessian_clip_lambda=factor, gptq_column_steps=False)
+        packed, _ = train_gpt.quantize_matrices([name], {name: w}, {name: h}, hp)
+        scales[factor] = packed[name]["scale"].double()
+    d = h.diagonal().double()
+    importance = [float((w[r].abs().double() * d).mean() / d.mean()) for r in range(6)]
+    want = [1 + 0.2 * (i / np.mean(importance) - 1) for i in importance]
+    np.testing.assert_allclose((scales[0.2] / scales[0.0]).numpy(), want, rtol=2e-3)
+    embedding = "tok_emb.weight"
+    found = [train_gpt.quantize_matrices([embedding], {embedding: w}, {embedding: h}, tiny_hp(hessian_clip_lambda=x))
+             for x in (0.0, 0.2)]  # fmt: skip
+    assert torch.equal(*(packed[embedding]["scale"] for packed, _ in found))
+
+
+def test_self_calibration_samples_documents_of_the_model_and_touches_no_data(dist, monkeypatch):
+    hp = small_hp(gptq_self_calibration=True, gptq_calibration_batches=2, train_seq_len=16, micro_batch_tokens=64)
+    model, draws, multinomial = make_model(hp), [], torch.multinomial
+
+    def noted(p, *rest, **named):
+        draws.append(p)
+        return multinomial(p, *rest, **named)
+
+    monkeypatch.setattr(torch, "multinomial", noted)
+    hessians = train_gpt.collect_hessians(model, None, hp, dist)
+    assert len(draws) == 2 * 15
+    first = techniques.written_row(model, 0).inputs
+    assert torch.equal(first, techniques.written_row(model, 0).inputs) and first.shape == (4, 16)
+    assert (first[:, 0] == BOS_ID).all() and not (first[:, 1:] == BOS_ID).any()
+    with torch.no_grad():  # probabilities of the last token of the first row of documents
+        hidden = model.forward_hidden(first[:, :15], max_seqlen=16, looping=True)[:, -1]
+        z = 30 * torch.tanh(hidden @ model.tok_emb.T / 30) / 0.8
+    z[:, BOS_ID] = -torch.inf
+    torch.testing.assert_close(draws[14], z.softmax(1), atol=1e-5, rtol=1e-3)
+    rows = torch.cat([techniques.written_row(model, i).inputs for i in range(2)])
+    final = model.forward_hidden(rows, max_seqlen=16, looping=True).flatten(0, 1).detach()
+    torch.testing.assert_close(hessians["tok_emb.weight"], final.T @ final / 2, atol=1e-3, rtol=1e-4)
+
+
+def test_tables_of_bigrams_and_values_are_quantized_and_come_back(dist):
+    hp = small_hp(value_residual="gate", **EVERYTHING)
+    model = make_model(hp)
+    weights = {name: w.detach() for name, w in train_gpt.unbank(model).items()}
+    eye = {name: torch.eye(w.shape[1]) for name, w in weights.items() if train_gpt.quant_role(name)}
+    assert {"bigram.weight", "value_embed.weight"} <= set(eye)
+    arrays = train_gpt.quantize_weights(weights, eye, hp, dist)
+    again = make_model(hp, seed=5)
+    train_gpt.rebank(again, train_gpt.dequantize_weights(arrays))
+    for name, p in model.named_parameters():
+        error = (again.get_parameter(name) - p).norm() / p.norm()
+        assert error < (0.2 if "bank" in name or "table" in name or "emb" in name else 0.02), name
+
+
+# ---- test-time training by SGD
+
+
+SGD = {"ttt_method": "sgd", "ttt_epochs": 2, "global_ttt_chunk_tokens": 48, "global_ttt_lr": 0.05, "eval_seq_len": 16,
+       "eval_stride": 5}  # fmt: skip
+
+
+SGD_PARTS = train_gpt.document_windows, train_gpt.WindowPacker, train_gpt.Score
+
+
+def sgd_reference(model, validation, hp):
+    """Window by window and document by document, with plain autograd -> losses by target, in the stream's order."""
+    starts, ends, losses = validation.starts, validation.ends, {}
+    tokens = torch.from_numpy(validation.tokens)
+    optimizer, windows = torch.optim.SGD(model.parameters(), lr=0.0, momentum=hp.global_ttt_momentum), []
+    for start, end in zip(starts, ends, strict=True):
+        first, at = start, start
+        while first < end:
+            stop = min(at + hp.eval_seq_len, end)
+            windows.append((at, stop, first))
+            first, at = stop, at + hp.eval_stride
+    chunks = sorted({first // hp.global_ttt_chunk_tokens for _, _, first in windows})
+
+    def loss(a, b):
+        hidden = model.forward_hidden(tokens[None, a:b], max_seqlen=hp.eval_seq_len, looping=True)
+        return model.token_losses(hidden[0], tokens[a + 1 : b + 1])
+
+    for number, chunk in enumerate(chunks):
+        mine = [w for w in windows if w[2] // hp.global_ttt_chunk_tokens == chunk]
+        with torch.no_grad():
+            for a, b, first in mine:
+                losses |= dict(zip(range(first, b), loss(a, b)[first - a :].tolist(), strict=True))
+        spans = []
+        for _, b, first in mine:
+            if spans and spans[-1][1] == first:
+                spans[-1][1] = b
+            else:
+                spans.append([first, b])
+        total = sum(b - a for a, b in spans)
+        for _ in range(hp.ttt_epochs) if number < len(chunks) - 1 else ():
+            optimizer.zero_grad()
+            for a, b in spans:
+                for at in range(a, b, hp.eval_seq_len):
+                    (loss(at, min(at + hp.eval_seq_len, b)).sum() / total).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), hp.global_ttt_grad_clip)
+            cosine = 0.5 * (1 + np.cos(np.pi * number / (len(chunks) - 1)))
+            optimizer.param_groups[0]["lr"] = hp.global_ttt_lr * cosine
+            optimizer.step()
+    return losses
+
+
+def recorded_sgd(folder, hp, change=None):
+    """Losses by target in the order of scoring, the model afterwards, RESULT's score."""
+    validation = make_validation(folder, hp)
+    if change is not None:
+        validation.tokens[change] = 8 + (validation.tokens[change] + 1) % 80
+    evaluator = train_gpt.Evaluator(make_model(hp), validation, hp, train_gpt.Dist("cpu"))
+    found, row_losses, build = {}, evaluator.row_losses, evaluator.packer.build
+    sources = []
+
+    def noted_build(windows):
+        sources.append(windows)
+        return build(windows)
+
+    def noted_losses(row):
+        losses = row_losses(row)
+        at = np.concatenate([np.arange(a, b) for a, b, _ in sources[-1]])
+        for position, scored, value in zip(at, row.scored.tolist(), losses.tolist(), strict=False):
+            if scored:
+                assert position not in found
+                found[int(position)] = value
+        return losses
+
+    evaluator.packer.build, evaluator.row_losses = noted_build, noted_losses
+    return found, evaluator, techniques.evaluate_sgd(evaluator, *SGD_PARTS)
+
+
+def test_sgd_test_time_training_equals_the_reference(tmp_path):
+    hp = small_hp(data_path=str(tmp_path), **SGD)
+    found, evaluator, score = recorded_sgd(tmp_path, hp)
+    want = sgd_reference(make_model(hp), evaluator.validation, hp)
+    assert sorted(found) == sorted(want) and score["tokens"] == len(want) == len(evaluator.validation.tokens) - 1
+    np.testing.assert_allclose([found[i] for i in sorted(found)], [want[i] for i in sorted(want)], rtol=2e-3, atol=2e-3)
+    plain = evaluator.validation
+    unadapted = train_gpt.Evaluator(make_model(hp), plain, hp, train_gpt.Dist("cpu")).evaluate_bpb(hp.eval_stride)
+    assert score["loss"] < unadapted["loss"] and score["bytes"] == unadapted["bytes"]
+
+
+def test_sgd_test_time_training_learns_from_nothing_before_it_is_scored(tmp_path):
+    hp, place = small_hp(data_path=str(tmp_path), **SGD), 200
+    before, after = (recorded_sgd(tmp_path, hp, change)[0] for change in (None, place))
+    order = list(before)
+    assert order == list(after)
+    changed = [i for i in order if before[i] != after[i]]
+    assert min(changed) == place - 1 and len(changed) > 100  # its own prediction is the first to change
+    assert all(before[i] == after[i] for i in order[: order.index(place - 1)])
