@@ -1054,6 +1054,10 @@ def attention_sdpa(q, k, v, cu_seqlens, max_seqlen, attn_window=0):
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # out (blocks, H, W, E)
     return out.transpose(1, 2).reshape(1, blocks * W, H, E)[:, :T]
 
+def _both(cu_seqlens):
+    """cu_seqlens (N + 1,) twice, or (2, N + 1) of queries and of keys: a document's queries are at its last keys."""
+    return cu_seqlens if cu_seqlens.dim() == 2 else (cu_seqlens, cu_seqlens)
+
 def _on_packed_row(varlen):
     """Decorator: attention over one row of documents, (tokens, H, E) -> (tokens, H, E), becomes a backend as above."""
     def attention(q, k, v, cu_seqlens, max_seqlen, attn_window=0):
@@ -1072,14 +1076,14 @@ def attention_torch(q, k, v, cu_seqlens, limits):
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     else:
         k, v = _repeat_kv(q, k, v)
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    return varlen_attn(q, k, v, *_both(cu_seqlens), max_seqlen, max_seqlen, **options)
 
 @_on_packed_row
 def attention_fa3(q, k, v, cu_seqlens, limits):
     """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by FlashAttention-3 (Hopper; arXiv:2407.08608)."""
     from flash_attn_interface import flash_attn_varlen_func
     max_seqlen, attn_window = limits
-    out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True,
+    out = flash_attn_varlen_func(q, k, v, *_both(cu_seqlens), max_seqlen, max_seqlen, causal=True,
                                  **({"window_size": (attn_window, 0)} if attn_window else {}))
     return out[0] if isinstance(out, tuple) else out  # some versions return (out, lse)
 
@@ -1118,9 +1122,10 @@ def _fa4_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Ten
     max_seqlen, attn_window = limits
     k, v = _regroup((k, v), q.shape[1]) if shared else (k, v)
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    of_q, of_k = _both(cu_seqlens)
     _flash_attn_bwd(
         q, k, v, out, grad.contiguous(), lse, softmax_scale=q.shape[-1] ** -0.5, causal=True, dq=dq, dk=dk, dv=dv,
-        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+        cu_seqlens_q=of_q, cu_seqlens_k=of_k, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
         **({"window_size_left": attn_window} if attn_window else {}))
     return dq, *(_regroup((dk, dv), heads) if shared else (dk, dv))
 
@@ -1130,9 +1135,9 @@ def _fa4_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Ten
 def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, limits: list[int]) -> tuple[Tensor, Tensor]:
     """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by FlashAttention-4 (flash-attn-4; CUDA, 16 bits)."""
     from flash_attn.cute.interface import _flash_attn_fwd
-    max_seqlen, attn_window = limits
+    (max_seqlen, attn_window), (of_q, of_k) = limits, _both(cu_seqlens)
     out, lse, *_ = _flash_attn_fwd(
-        q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+        q, k, v, cu_seqlens_q=of_q, cu_seqlens_k=of_k, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
         softmax_scale=q.shape[-1] ** -0.5, causal=True, return_lse=True,
         **({"window_size_left": attn_window} if attn_window else {}))
     return out, lse  # (tokens, H, E), (H, tokens)
@@ -1356,7 +1361,7 @@ class GPT(nn.Module):
         if hp.attn_window:
             y = self.ops.attention(q, k, v, *packing, w.extras["window"])
         elif hp.ttt_stale_context and packing[2:]:
-            y = techniques.attention_stale(q, k, v, *packing)
+            y = techniques.attention_stale(self.ops, q, k, v, *packing)
         else:
             y = self.ops.attention(q, k, v, *packing)
         if w.xsa and self.gate_kind:
@@ -2727,7 +2732,9 @@ class TestTimeTrainer:
     def dynamic_block(self, x, mlp_lane, x0, w, rope, packing, tap):
         if self.hp.ttt_stale_context:
             x, mlp_lane, x0, rope, packing = self.stale.of_slot(x, mlp_lane, x0)
-            self.mark_dynamic([0, 1], *rope, *packing[1:3])
+            self.mark_dynamic([0, 1], *rope)
+            self.mark_dynamic([0], *packing[1:3])
+            self.mark_dynamic([1], packing[3])
         x = x if x.requires_grad else x.detach().requires_grad_()  # the first layer shares the graph of the others
         self.mark_dynamic([0, 1], x, x0, mlp_lane)
         self.mark_dynamic([0], *rope, *tap.matrices())
@@ -3061,9 +3068,9 @@ def train_and_save(trainer, evaluator, path):
 def check_all(hp, dist):
     """Everything that can be wrong is found before training, and told at once -> what the checks have made, by name."""
     return all_at_once(
-        dist, validation=lambda found: ValidationSet(hp),
-        tokenizer=lambda found: preflight and preflight.find_tokenizer(hp),
+        dist, tokenizer=lambda found: preflight and preflight.find_tokenizer(hp),
         compressor=lambda found: preflight and preflight.try_compressor(hp.compressor, COMPRESSORS, ENCODERS, expand),
+        validation=lambda found: ValidationSet(hp),
         loader=lambda found: hp.ttt_eval_only or TrainLoader(TokenStream(hp.data_path, "train"), hp, dist),
         folder=lambda found: run_folder(hp, dist), model=lambda found: build_model(hp, dist),
         machine=lambda found: safety and safety.check_machine(sys.modules[__name__], hp, dist, **found))

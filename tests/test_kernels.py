@@ -7,7 +7,7 @@ in fp32 against float64. Tests marked `gpu` run the compiled kernels in bf16: TR
 import math
 import os
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -436,13 +436,16 @@ def test_sdpa_compiles_into_one_graph_for_all_segmentations():
         assert torch.allclose(rows(q, k, v, None, T), attention_sdpa(q, k, v, None, T), atol=1e-6)
 
 
-def dense_varlen(q, k, v, cu_seqlens, window=0):
+def dense_varlen(q, k, v, cu_seqlens, window=0, of_keys=None):
     """Stand-in for a varlen library: q (tokens, H, E) -> out (tokens, H, E), lse (H, tokens)."""
-    tokens, H, E = q.shape
+    (tokens, H, E), of_keys = q.shape, cu_seqlens if of_keys is None else of_keys
     k, v = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v))
-    at = torch.arange(tokens)
-    document = torch.searchsorted(cu_seqlens, at.to(cu_seqlens.dtype), right=True)
-    hidden = (document[:, None] != document) | (at[:, None] < at) | (at[:, None] > at + (window or tokens))
+    mine, yours = (torch.searchsorted(cu, torch.arange(n).to(cu.dtype), right=True)
+                   for cu, n in ((cu_seqlens, tokens), (of_keys, len(k))))  # fmt: skip
+    to_end, ends = (torch.nn.functional.pad(cu, (0, 1), value=n) for cu, n in ((cu_seqlens, tokens), (of_keys, len(k))))
+    at = (torch.arange(tokens) - to_end[mine] + ends[mine])[:, None]  # the last query is at the last key
+    key = torch.arange(len(k))
+    hidden = (mine[:, None] != yours) | (at < key) | (at > key + (window or len(k)))
     scores = (torch.einsum("qhe,khe->hqk", q, k) / math.sqrt(E)).masked_fill(hidden, -math.inf)
     return torch.einsum("hqk,khe->qhe", scores.softmax(-1), v), scores.logsumexp(-1)
 
@@ -450,8 +453,8 @@ def dense_varlen(q, k, v, cu_seqlens, window=0):
 @pytest.fixture
 def fa3_stub(monkeypatch):
     def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=False, window_size=(0, 0)):
-        assert causal and cu_q is cu_k and max_q == max_k and cu_q.dtype == torch.int32
-        return dense_varlen(q, k, v, cu_q, window_size[0])[0]
+        assert causal and max_q == max_k and cu_q.dtype == cu_k.dtype == torch.int32
+        return dense_varlen(q, k, v, cu_q, window_size[0], cu_k)[0]
 
     module = ModuleType("flash_attn_interface")
     module.flash_attn_varlen_func = flash_attn_varlen_func
@@ -464,16 +467,16 @@ def fa4_stub(monkeypatch):
 
     def _flash_attn_fwd(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
                         return_lse, window_size_left=None):  # fmt: skip
-        assert causal and return_lse and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
-        assert softmax_scale == q.shape[-1] ** -0.5
-        return *dense_varlen(q, k, v, cu_seqlens_q, window_size_left), None, None, None
+        assert causal and return_lse and max_seqlen_q == max_seqlen_k and softmax_scale == q.shape[-1] ** -0.5
+        return *dense_varlen(q, k, v, cu_seqlens_q, window_size_left, cu_seqlens_k), None, None, None
 
     def _flash_attn_bwd(q, k, v, out, dout, lse, *, softmax_scale, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                         max_seqlen_k, dq, dk, dv, window_size_left=None):  # fmt: skip
-        again, lse_again = dense_varlen(q, k, v, cu_seqlens_q, window_size_left)
+        again, lse_again = dense_varlen(q, k, v, cu_seqlens_q, window_size_left, cu_seqlens_k)
         assert torch.allclose(again, out, atol=1e-5) and torch.allclose(lse_again, lse, atol=1e-5)
         # through vjp: inside a custom op plain autograd is switched off
-        _, vjp = torch.func.vjp(lambda *qkv: dense_varlen(*qkv, cu_seqlens_q, window_size_left)[0], q, k, v)
+        _, vjp = torch.func.vjp(lambda *qkv: dense_varlen(*qkv, cu_seqlens_q, window_size_left, cu_seqlens_k)[0],
+                                q, k, v)  # fmt: skip
         for into, grad in zip((dq, dk, dv), vjp(dout), strict=True):
             into.copy_(grad)
         return dq, dk, dv
@@ -511,6 +514,53 @@ def test_windows_hide_what_lies_further_back(backend, window, fa3_stub, fa4_stub
     assert max(errors(backend, dense, packed_qkv(40, 4, 2), cu_seqlens, max_seqlen, window)) < 1e-5
     rows = [randn(3, 10, n, 8, seed=i) for i, n in enumerate((4, 2, 2))]
     assert max(errors(backend, dense_rows, rows, None, 10, window)) < 1e-5
+
+
+BACKENDS = {"torch": train_gpt.attention_torch, "fa3": attention_fa3, "fa4": attention_fa4}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_queries_may_be_fewer_than_keys(backend, compiled, heads, fa3_stub, fa4_stub, monkeypatch):
+    """They are at the last positions of their document; what lies behind the last document gets no gradient."""
+    of_q, of_k = [0, 5, 6, 10, 14], [0, 5, 17, 21, 34]  # as many, one, as many, fewer
+    monkeypatch.setattr(train_gpt, "_VARLEN_PARAMETERS", ("is_causal",))
+    monkeypatch.setattr(train_gpt, "varlen_attn", lambda q, k, v, cu_q, cu_k, *_, is_causal: dense_varlen(
+        q, k, v, cu_q, 0, cu_k)[0])  # fmt: skip
+    q, k, v = (randn(1, n, h, 8, seed=i) for i, (n, h) in enumerate(((14, heads[0]), (40, heads[1]), (40, heads[1]))))
+
+    def by_document(q, k, v, cu_seqlens, max_seqlen):
+        k, v = (t.repeat_interleave(heads[0] // heads[1], 2) for t in (k, v))
+        outs = []
+        for a, b, c, d in zip(of_q, of_q[1:], of_k, of_k[1:], strict=False):
+            seen = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - b + a)
+            scores = torch.einsum("qhe,khe->hqk", q[0, a:b], k[0, c:d]) / 8**0.5
+            outs.append(torch.einsum("hqk,khe->qhe", scores.masked_fill(~seen, -math.inf).softmax(-1), v[0, c:d]))
+        return torch.cat(outs)[None]
+
+    op = torch.compile(BACKENDS[backend], backend="aot_eager", fullgraph=True) if compiled else BACKENDS[backend]
+    cu_seqlens = torch.tensor([of_q, of_k], dtype=torch.int32)
+    assert max(errors(op, by_document, (q, k, v), cu_seqlens, 13)) < 1e-5
+
+
+def test_stale_context_is_the_same_with_queries_for_the_own_keys_alone(fa4_stub):
+    from tools import techniques
+
+    ops = {name: SimpleNamespace(names={"attention": name}, attention=backend) for name, backend in (
+        ("sdpa", attention_sdpa), ("fa4", attention_fa4))}  # fmt: skip
+    (B, T, older), cache = (3, 5, (0, 4, 9)), torch.randn(2, 30, 2, 8, generator=torch.Generator().manual_seed(1))
+    ends = torch.tensor(older).add(T).cumsum(0)
+    cu_seqlens = torch.stack((torch.arange(B + 1) * T, torch.nn.functional.pad(ends, (1, 0)))).int()
+    places = torch.randint(30, (B * 14,), generator=torch.Generator().manual_seed(2))
+    fresh = (ends[:, None] + torch.arange(-T, 0)).flatten()
+    qkv = [randn(B, T, heads, 8, seed=i) for i, heads in enumerate((4, 2, 2))]
+
+    def run(name):
+        return lambda *qkv: techniques.attention_stale(ops[name], *qkv, cache.to(qkv[0].dtype), places, fresh,
+                                                       cu_seqlens, 14, [])  # fmt: skip
+
+    assert max(errors(run("fa4"), run("sdpa"), qkv)) < 1e-5
 
 
 def test_torch_backend_asks_for_windows(monkeypatch):

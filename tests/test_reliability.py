@@ -3,6 +3,7 @@
 `make test` takes a sample, another one in each run; a failure shows which.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -392,6 +393,8 @@ def test_the_submission_is_projected_to_fit():
     hp = train_gpt.Hyperparameters()
     with torch.device("meta"):
         model = train_gpt.GPT(hp, OPS, torch.float32)
+    assert 15_750_000 < safety.projected_bytes(model, hp) < train_gpt.BYTE_CAP
+    hp = dataclasses.replace(hp, embed_bits=7, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0, embed_clip_sigmas=14.0)
     assert 15_900_000 < safety.projected_bytes(model, hp) < train_gpt.BYTE_CAP  # trained: 15,793,158 (docs/h100)
 
 

@@ -435,16 +435,20 @@ def ngram_hints(tokens, starts, lengths, phases):
     return torch.full_like(tokens, -1).scatter_(0, at, torch.where(near < 0, far, near))
 
 
-def attention_stale(q, k, v, cache, positions, places, new):
-    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E), causal, at `positions` (B, C + T) of documents. Keys and values
-    of the first C, where not negative, are at `places` of a cache (2, N, K, E); the new ones are left in `new`."""
+def attention_stale(ops, q, k, v, cache, places, fresh, cu_seqlens, max_seqlen, new):
+    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E), causal, of rows behind their older keys and values.
+
+    Row after row stand the older ones, which are at `places` (N,) of a cache (2, M, K, E), and the row's own, which are
+    at `fresh` (B T,) of the N; cu_seqlens (2, B + 1) counts both. The own ones are left in `new`.
+    """
     new += k, v
-    cached = positions.size(1) - q.size(1)
-    k, v = (torch.cat((c[places[:, :cached]], t), 1).repeat_interleave(q.size(2) // t.size(2), 2)
-            for c, t in zip(cache, (k, v), strict=True))
-    seen = (positions[:, None] <= positions[:, cached:, None]) & (positions[:, None] >= 0)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None]).transpose(1, 2)
+    k, v = (c[places].index_copy(0, fresh, t.flatten(0, 1))[None] for c, t in zip(cache, (k, v), strict=True))
+    own = q.flatten(0, 1)[None]
+    if ops.names["attention"] != "sdpa":
+        return ops.attention(own, k, v, cu_seqlens, max_seqlen).view(q.shape)
+    # the reference takes a query for every key; nobody asks what the others find
+    every = own.new_zeros(1, k.size(1), *own.shape[2:]).index_copy(1, fresh, own)
+    return ops.attention(every, k, v, cu_seqlens[1], max_seqlen)[:, fresh].view(q.shape)
 
 
 class StaleContext:
@@ -462,20 +466,29 @@ class StaleContext:
         self.width = min(width, self.hp.ttt_eval_seq_len - self.hp.ttt_stale_context)
         cached = max(width - self.width, self.hp.ttt_chunk_size)
         before = windows - self.starts[torch.searchsorted(self.starts, windows.contiguous(), right=True) - 1]
-        self.positions = before[:, None] + torch.arange(-cached, self.width, device=rows.device)
-        self.places = rows[:, None] * self.length + self.positions % self.length
-        self.rope, self.new = self.rotary_tables(self.positions[:, cached:], self.hp), []
+        self.positions = before[:, None] + torch.arange(self.width, device=rows.device)
+        older = before.clamp_max(cached)
+        ends = (older + self.width).cumsum(0)
+        place = torch.arange(len(rows) * (cached + self.width), device=rows.device)
+        row = torch.searchsorted(ends, place, right=True).clamp_max(len(rows) - 1)  # behind the last end nobody looks
+        position = (before + self.width - ends)[row] + place
+        self.places = rows[row] * self.length + position % self.length
+        self.fresh = (ends[:, None] + torch.arange(-self.width, 0, device=rows.device)).flatten()
+        queries = torch.arange(len(rows) + 1, device=rows.device) * self.width
+        self.cu_seqlens = torch.stack((queries, F.pad(ends, (1, 0)))).int()
+        self.rope, self.new = self.rotary_tables(self.positions, self.hp), []
         return self.width
 
     def of_slot(self, *streams):
         """Streams (B, T or 1 + T, D), or None -> without the token before, tables and packing of the next slot."""
         self.new.append([])
-        packing = self.cache[len(self.new) - 1], self.positions, self.places, self.new[-1]
+        of_slot, longest = self.cache[len(self.new) - 1], self.hp.ttt_eval_seq_len
+        packing = of_slot, self.places, self.fresh, self.cu_seqlens, longest, self.new[-1]
         return *(x if x is None else x[:, -self.width:].contiguous() for x in streams), self.rope, packing
 
     def end(self, rows):
         """A step ends: the first chunk of its windows, which may lie before the next ones, is kept in rows (B,)."""
         chunk = self.hp.ttt_chunk_size
-        places = rows[:, None] * self.length + self.positions[:, -self.width:][:, :chunk] % self.length
+        places = rows[:, None] * self.length + self.positions[:, :chunk] % self.length
         new = [torch.stack([t[:, :chunk].detach() for t in of_slot]) for of_slot in self.new]
         self.cache[:, :, places], self.new = torch.stack(new), []
