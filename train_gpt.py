@@ -232,15 +232,15 @@ class Hyperparameters:
     ttt_epochs: int = env(3, "SGD steps on a chunk of GLOBAL_TTT_CHUNK_TOKENS, at GLOBAL_TTT_LR", least=1)
     ttt_max_docs: int = env(0, "score only N validation documents, of all lengths, marked partial; 0: all", least=0)
     ttt_eval_seq_len: int = env(2048, "context of a chunk, its own tokens included", least=2)
-    ttt_stale_context: int = env(0, "oldest positions of it with keys and values kept from older adapters", least=0)
-    ttt_chunk_size: int = env(48, "tokens scored between two LoRA steps", least=1)
+    ttt_stale_context: int = env(1792, "oldest positions of it with keys and values kept from older adapters", least=0)
+    ttt_chunk_size: int = env(12, "tokens scored between two LoRA steps", least=1)
     ttt_short_chunks: str = env("", "smaller chunks of short documents: 256:8,2000:24 is 8 up to 256 tokens, then 24")
     ttt_batch_size: int = env(64, "places of a lane, and documents of a step with whole contexts", least=1)
     ttt_lanes: int = env(8, "fixed groups of places; lane i runs on rank i mod world size", least=1)
     ttt_lora_sites: str = env("q,k,v,o,mlp,head", "where adapters sit, comma separated")
     ttt_lora_rank: int = env(80, "rank of an adapter", least=1)
     ttt_lora_alpha: float = env(144.0, "adapter output is multiplied by alpha / rank", above=0)
-    ttt_lora_lr: float = env(1e-4, "AdamW learning rate of the adapters", least=0)
+    ttt_lora_lr: float = env(9e-5, "AdamW learning rate of the adapters", least=0)
     ttt_beta2: float = env(0.99, "AdamW beta2 of the adapters (beta1 is 0)", least=0, most=0.99999)
     ttt_weight_decay: float = env(0.5, "decay of the adapters", least=0)
     ttt_warm_start_a: bool = env(True, "a new document keeps A of the one before it in its place")
@@ -1360,7 +1360,7 @@ class GPT(nn.Module):
             k, v = techniques.keys_and_values(k, v, w.extras, hp)
         if hp.attn_window:
             y = self.ops.attention(q, k, v, *packing, w.extras["window"])
-        elif hp.ttt_stale_context and packing[2:]:
+        elif hp.ttt_enabled and hp.ttt_stale_context and packing[2:]:
             y = techniques.attention_stale(self.ops, q, k, v, *packing)
         else:
             y = self.ops.attention(q, k, v, *packing)
@@ -2552,7 +2552,7 @@ class Step(NamedTuple):
 def step_cost(rows, width, fresh=0):
     """Seconds of a step of the default model on an H100: launches, adapters, positions (`fresh` at most), attention."""
     if fresh and width > fresh:
-        return step_cost(rows, fresh) + rows * (width - fresh) * (2e-8 + 8e-10 * fresh)
+        return step_cost(rows, fresh) + 1.5e-3 + rows * (width - fresh) * (8e-9 + 3.2e-10 * fresh)
     return 3e-3 + rows * (7e-5 + width * (1.08e-6 + 5.5e-11 * width))
 
 def schedule_ttt(places, starts, lengths, flight, hp):

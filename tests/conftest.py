@@ -20,8 +20,9 @@ TINY = {
     "train_batch_tokens": 256, "micro_batch_tokens": 128, "train_seq_len": 32, "eval_seq_len": 32, "eval_stride": 8,
     "max_wallclock_seconds": 0.0, "iterations": 4, "warmup_steps": 1, "gptq_calibration_batches": 4,
     "compressor": "brotli",
-    "ttt_eval_seq_len": 32, "ttt_chunk_size": 8, "ttt_batch_size": 4, "ttt_lanes": 2, "ttt_lora_rank": 4,
-    "phased_ttt_prefix_docs": 20_000, "global_ttt_chunk_tokens": 128, "train_log_every": 1, "device": "cpu",
+    "ttt_eval_seq_len": 32, "ttt_stale_context": 0, "ttt_chunk_size": 8, "ttt_batch_size": 4, "ttt_lanes": 2,
+    "ttt_lora_rank": 4, "phased_ttt_prefix_docs": 20_000, "global_ttt_chunk_tokens": 128, "train_log_every": 1,
+    "device": "cpu",
 }
 
 

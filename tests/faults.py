@@ -32,7 +32,8 @@ SETTINGS = {
     "TRAIN_BATCH_TOKENS": "256", "MICRO_BATCH_TOKENS": "128", "TRAIN_SEQ_LEN": "64", "MAX_WALLCLOCK_SECONDS": "0",
     "ITERATIONS": "8", "WARMUP_STEPS": "1", "TRAIN_LOG_EVERY": "1", "GPTQ_CALIBRATION_BATCHES": "2",
     "COMPRESSOR": "brotli", "EVAL_SEQ_LEN": "64", "PLOTS": "0", "ENABLE_LOOPING_AT": "0.5", "TTT_LORA_SITES": "q,head",
-    "TTT_EVAL_SEQ_LEN": "64", "TTT_CHUNK_SIZE": "32", "TTT_BATCH_SIZE": "2", "TTT_LANES": "2", "TTT_LORA_RANK": "2",
+    "TTT_EVAL_SEQ_LEN": "64", "TTT_STALE_CONTEXT": "32", "TTT_CHUNK_SIZE": "32", "TTT_BATCH_SIZE": "2",
+    "TTT_LANES": "2", "TTT_LORA_RANK": "2",
     "PHASED_TTT_PREFIX_DOCS": "25000", "GLOBAL_TTT_CHUNK_TOKENS": "128", "OMP_NUM_THREADS": "1",
 }  # fmt: skip
 PLACES = {  # name -> object of train_gpt, its function, a stage's line of which the log may speak

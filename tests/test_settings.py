@@ -72,6 +72,7 @@ SPEC_DEFAULTS = {
     "MATRIX_BITS": 6, "MLP_CLIP_SIGMAS": 11.5, "ATTN_CLIP_SIGMAS": 13.0, "EMBED_BITS": 7, "EMBED_CLIP_SIGMAS": 14.0,
     "GATED_ATTN_QUANT_GATE": True, "LQER_ENABLED": True, "LQER_TOP_K": 3, "LQER_RANK": 4, "LQER_ASYM_ENABLED": True,
     "LQER_ASYM_GROUP": 64, "LQER_FACTOR_BITS": 4, "COMPRESSOR": "entropy", "EVAL_SEQ_LEN": 2048, "EVAL_STRIDE": 64,
+    "TTT_STALE_CONTEXT": 0,  # section 7 has none
     "TTT_CHUNK_SIZE": 48, "TTT_EVAL_SEQ_LEN": 2048, "TTT_LORA_RANK": 80, "TTT_LORA_ALPHA": 144.0, "TTT_LORA_LR": 1e-4,
     "TTT_BETA2": 0.99, "TTT_WEIGHT_DECAY": 0.5, "TTT_BATCH_SIZE": 64, "TTT_WARM_START_A": True, "TTT_LANES": 8,
     "PHASED_TTT_NUM_PHASES": 1, "PHASED_TTT_PREFIX_DOCS": 2500, "GLOBAL_TTT_LR": 0.001,
@@ -82,8 +83,9 @@ SPEC_DEFAULTS = {
 }
 
 
-# docs/LOG.md, "bytes moved from the matrices to the embedding": fewer bytes and less BPB than the specification's clips
-CHOSEN = {"EMBED_BITS": 8, "MLP_CLIP_SIGMAS": 13.0, "ATTN_CLIP_SIGMAS": 14.0, "EMBED_CLIP_SIGMAS": 15.0}
+# docs/LOG.md: "bytes moved from the matrices to the embedding", "smaller chunks behind stale context are the default"
+CHOSEN = {"EMBED_BITS": 8, "MLP_CLIP_SIGMAS": 13.0, "ATTN_CLIP_SIGMAS": 14.0, "EMBED_CLIP_SIGMAS": 15.0,
+          "TTT_CHUNK_SIZE": 12, "TTT_STALE_CONTEXT": 1792, "TTT_LORA_LR": 9e-5}
 
 
 def test_defaults_are_the_specifications_but_for_what_was_measured_to_be_better():
@@ -97,6 +99,7 @@ def test_every_setting_has_a_meaning_a_type_and_a_default_of_that_type():
         assert len(field.metadata["help"]) > 3
 
 
+VALUE_SETTINGS = "partial_key_offset", "value_residual", "value_embed_layers"
 ALONE = [field for field in FIELDS if field.name != "preset"]  # which sets others as well: tests/test_presets.py
 
 
@@ -122,6 +125,7 @@ def test_the_environment_sets_every_setting(field):
             "attn_out_gate_enabled": {"SPARSE_ATTN_GATE_ENABLED": "0"}, "artifact_path": {"TTT_EVAL_ONLY": "1"},
             "resume": {"RUN_ID": "cut-short"}, "qat_below_lr": {"GPTQ_COLUMN_STEPS": "0"},
             "deterministic": {"MAX_WALLCLOCK_SECONDS": "0"}}
+    more |= dict.fromkeys(("attn_window", *VALUE_SETTINGS), {"TTT_STALE_CONTEXT": "0"})
     more = more.get(field.name, {})
     text = str(int(changed)) if field.type is bool else str(changed)
     hp = Hyperparameters.from_env({field.name.upper(): text} | more)
@@ -228,7 +232,8 @@ def test_numbers_that_are_not_finite_are_refused(field, text):
 @pytest.mark.parametrize("field", [f for f in FIELDS if f.metadata["choices"]], ids=lambda field: field.name)
 def test_choices_are_the_declared_ones(field):
     for choice in field.metadata["choices"]:
-        assert getattr(Hyperparameters.from_env({field.name.upper(): choice}), field.name) == choice
+        more = {"TTT_STALE_CONTEXT": "0"} if field.name in VALUE_SETTINGS else {}
+        assert getattr(Hyperparameters.from_env({field.name.upper(): choice} | more), field.name) == choice
     with pytest.raises(SettingError, match=f"{field.name.upper()}='Nope': must be one of"):
         Hyperparameters.from_env({field.name.upper(): "Nope"})
 
@@ -248,14 +253,15 @@ def test_every_number_has_a_lower_bound():
     ({"LOOP_START": "6"}, "LOOP_START"), ({"PARALLEL_START_LAYER": "12"}, "PARALLEL_START_LAYER"),
     ({"MAX_WALLCLOCK_SECONDS": "7"}, "GPTQ_RESERVE_SECONDS"), ({"EVAL_STRIDE": "2049"}, "EVAL_STRIDE"),
     ({"TTT_CHUNK_SIZE": "2049"}, "TTT_CHUNK_SIZE"), ({"TTT_LORA_SITES": "q,w"}, "TTT_LORA_SITES"),
-    ({"TTT_STALE_CONTEXT": "47"}, "TTT_STALE_CONTEXT"), ({"TTT_STALE_CONTEXT": "2001"}, "TTT_STALE_CONTEXT"),
+    ({"TTT_STALE_CONTEXT": "11"}, "TTT_STALE_CONTEXT"), ({"TTT_STALE_CONTEXT": "2037"}, "TTT_STALE_CONTEXT"),
     ({"TTT_SHORT_CHUNKS": "256"}, "TTT_SHORT_CHUNKS"), ({"TTT_SHORT_CHUNKS": "256:0"}, "TTT_SHORT_CHUNKS"),
     ({"TTT_SHORT_CHUNKS": "256:8,"}, "TTT_SHORT_CHUNKS"), ({"TTT_SHORT_CHUNKS": "a:b"}, "TTT_SHORT_CHUNKS"),
     ({"PREQUANT_ONLY": "1", "QUANT_ONLY": "1"}, "exclude each other"), ({"RUN_ID": "../x"}, "RUN_ID"),
     ({"VALUE_EMBED_LAYERS": "9,11"}, "VALUE_EMBED_LAYERS"), ({"VALUE_EMBED_LAYERS": "9,"}, "VALUE_EMBED_LAYERS"),
     ({"BIGRAM_VOCAB_SIZE": "1"}, "BIGRAM_VOCAB_SIZE"), ({"EXTRA_EVAL_LOOPS": "1", "NUM_LOOPS": "0"}, "NUM_LOOPS"),
     ({"MUON_HEAD_PAIRS": "1", "NUM_KV_HEADS": "1"}, "MUON_HEAD_PAIRS"), ({"QAT_BELOW_LR": "0.1"}, "GPTQ_COLUMN_STEPS"),
-    ({"TTT_METHOD": "sgd", "TTT_MAX_DOCS": "9"}, "TTT_MAX_DOCS"),
+    ({"TTT_METHOD": "sgd", "TTT_MAX_DOCS": "9"}, "TTT_MAX_DOCS"), ({"ATTN_WINDOW": "9"}, "TTT_STALE_CONTEXT=0"),
+    ({"VALUE_RESIDUAL": "mix"}, "TTT_STALE_CONTEXT=0"),
     ({"QUANT_ONLY": "1", "TTT_EVAL_ONLY": "1"}, "exclude each other"), ({"RUN_ID": "a b"}, "RUN_ID"),
 ])
 def test_combinations_that_cannot_work_are_refused(changes, message):
@@ -267,7 +273,8 @@ def test_combinations_that_cannot_work_are_refused(changes, message):
     {"SPARSE_ATTN_GATE_ENABLED": "0", "GATED_ATTN_ENABLED": "1"}, {"NUM_KV_HEADS": "8", "MLP_MULT": "3.5"},
     {"NUM_LOOPS": "0", "LOOP_END": "50"}, {"MAX_WALLCLOCK_SECONDS": "0"}, {"PARALLEL_START_LAYER": "11"},
     {"RUN_ID": "a-1.b+c_d"}, {"TTT_LORA_SITES": "head"}, {"EVAL_STRIDE": "2048"}, {"TTT_LORA_LR": "0"},
-    {"TTT_STALE_CONTEXT": "48"}, {"TTT_STALE_CONTEXT": "2000"}, {"TTT_SHORT_CHUNKS": "256:8,2000:24"},
+    {"ATTN_WINDOW": "9", "TTT_ENABLED": "0"}, {"ATTN_WINDOW": "9", "TTT_METHOD": "sgd"},
+    {"TTT_STALE_CONTEXT": "12"}, {"TTT_STALE_CONTEXT": "2036"}, {"TTT_SHORT_CHUNKS": "256:8,2000:24"},
 ])
 def test_combinations_that_work_are_taken(changes):
     Hyperparameters.from_env(changes)

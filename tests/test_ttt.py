@@ -769,17 +769,19 @@ def test_the_schedule_runs_every_chunk_once_each_place_in_order(places, batch, s
         assert found.get(place, []) == wanted
 
 
-def test_documents_of_a_phase_step_together(tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"ttt_stale_context": 0, "ttt_chunk_size": 48}], ids=["defaults", "fresh"])
+def test_documents_of_a_phase_step_together(changes):
     """On lengths like those of web text few steps are small and little is padding."""
     lengths = np.random.default_rng(0).lognormal(6.4, 1.0, 1500).astype(int) + 1
-    hp = train_gpt.Hyperparameters()
+    hp = train_gpt.Hyperparameters(**changes)
+    fresh = hp.ttt_stale_context and hp.ttt_eval_seq_len - hp.ttt_stale_context
     phase = plan_ttt(lengths, hp)[-1]
     places = [documents for lane in phase.lanes for documents in lane]
     steps = schedule_ttt(places, np.cumsum(lengths) - lengths, lengths, 128, hp)
-    padded = sum(len(step.table) * step.width for step in steps)
+    padded = sum(len(step.table) * min(step.width, fresh or step.width) for step in steps)
     assert padded < 1.35 * window_positions(lengths[phase.documents], hp).sum()
     assert np.mean([(step.table[:, 4] > 0).sum() for step in steps]) > 20
-    ideal = padded * train_gpt.step_cost(64, 2048) / (64 * 2048)
+    ideal = padded * train_gpt.step_cost(64, 2048, fresh) / (64 * (fresh or 2048))
     assert sum(step.cost for step in steps) < 1.35 * ideal
 
 

@@ -439,8 +439,7 @@ def prove(folder, settings):
         )
         paths = {"DATA_PATH": str(data), "RUNS_DIR": scratch, "RUN_ID": "proof"}
         # what a record has switched off by a 0 stays off: the packed script has no code for it
-        known = {"TTT_STALE_CONTEXT": "0"} | settings  # of the sizes the one that is off unless it is set
-        tiny = {name: "0" if known.get(name) == "0" else value for name, value in TINY.items()}
+        tiny = {name: "0" if settings.get(name) == "0" else value for name, value in TINY.items()}
         output = call(["train_gpt.py"], folder, **settings | tiny | paths)
         result = json.loads(output.splitlines()[-1].removeprefix("RESULT "))
         counts = json.loads((data / "manifest.json").read_text())["splits"]["val"]

@@ -111,14 +111,16 @@ def cross_checks(hp, sites):
     yield hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
     yield hp.ttt_chunk_size > hp.ttt_eval_seq_len, "TTT_CHUNK_SIZE must be at most TTT_EVAL_SEQ_LEN"
     fits = hp.ttt_chunk_size <= hp.ttt_stale_context <= hp.ttt_eval_seq_len - hp.ttt_chunk_size
-    yield hp.ttt_stale_context and not fits, "TTT_STALE_CONTEXT: 0, or TTT_CHUNK_SIZE to TTT_EVAL_SEQ_LEN less it"
+    what = "must be 0, or from TTT_CHUNK_SIZE to TTT_EVAL_SEQ_LEN less that"
+    yield hp.ttt_stale_context and not fits, f"TTT_STALE_CONTEXT={hp.ttt_stale_context} {what}"
     pairs = re.fullmatch(r"(\d+:[1-9]\d*(,(?=.)|$))*", hp.ttt_short_chunks)
     yield not pairs, f"TTT_SHORT_CHUNKS={hp.ttt_short_chunks}: must be pairs such as 256:8,2000:24"
     known = hp.lora_sites and set(hp.lora_sites) <= set(sites)
     yield not known, f"TTT_LORA_SITES={hp.ttt_lora_sites}: must be some of {','.join(sites)}"
     yield hp.marker_fusion_enabled > hp.caseops_enabled, "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1"
-    whole = hp.attn_window or hp.new_values
-    yield hp.ttt_stale_context and whole, "TTT_STALE_CONTEXT goes without windows, key offset and value settings"
+    stale = hp.ttt_stale_context and hp.ttt_enabled and hp.ttt_method == "lora"
+    yield stale and (hp.attn_window or hp.new_values), (
+        "ATTN_WINDOW, PARTIAL_KEY_OFFSET, VALUE_RESIDUAL and VALUE_EMBED_LAYERS need TTT_STALE_CONTEXT=0")
     layers = hp.value_embed_layers.split(",") if hp.value_embed_layers else []
     known = all(layer.isdecimal() and int(layer) < hp.num_layers for layer in layers)
     yield not known, f"VALUE_EMBED_LAYERS={hp.value_embed_layers}: must be numbers of layers, below NUM_LAYERS"
