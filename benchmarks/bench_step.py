@@ -10,9 +10,10 @@ device work is sorted into phases by the operator that launched it and by its sh
     ms, and ms a micro-batch; launches; GFLOP of matrix products and attention; GB, every operand of a kernel once;
     floor: the longer of FLOPs at the rate of products and bytes at the rate of copies, measured in the same call; ratio
 
-`launch gaps` is the step outside the profiler minus the time the device is busy. Then the longest kernels, those that
-no phase claims, memory, tokens/s and model FLOPs utilisation. --loader measures only the loader. On a CPU a small model
-is measured, operators stand in for kernels, and what Python and autograd take between them counts as launch gaps.
+`launch gaps` is the step outside the profiler minus the time the device is busy; the line behind it says between which
+phases it was idle under the profiler. Then the longest kernels, those that no phase claims, memory, tokens/s and model
+FLOPs utilisation. --loader measures only the loader. On a CPU a small model is measured, operators stand in for
+kernels, and what Python and autograd take between them counts as launch gaps.
 """
 
 import argparse
@@ -338,6 +339,19 @@ def busy_ms(events: list[Event]) -> float:
     return total / 1e3
 
 
+def idle(events: list[Event]) -> dict:
+    """{(phase before, phase behind): ms, gaps} of the time between events in which none was running, longest first."""
+    table, last = defaultdict(lambda: {"ms": 0.0, "gaps": 0}), None
+    for event in sorted(events, key=lambda e: e.start):
+        if last and event.start > last.start + last.duration:
+            row = table[last.phase, event.phase]
+            row["ms"] += (event.start - last.start - last.duration) / 1e3
+            row["gaps"] += 1
+        if last is None or event.start + event.duration > last.start + last.duration:
+            last = event
+    return dict(sorted(table.items(), key=lambda item: -item[1]["ms"]))
+
+
 def floor_ms(event: Event, ceilings: dict) -> float:
     rates = [rate for name, rate in ceilings.items() if name.startswith("product")]
     wide = event.phase == "Newton-Schulz" or event.phase.startswith("attention")  # not bound to the model's width
@@ -384,6 +398,7 @@ def bench_state(trainer, looping: bool, seconds: float, ceilings: dict) -> dict:
         "tokens_per_second": rate, "step_ms": step_ms, "busy_ms": busy, "launch_gaps_ms": step_ms - busy,
         "first_step_seconds": times[0], "compile_seconds": times[0] - times[-1], "peak_gb": peak,
         "phases": summarize(events, ceilings, lambda e: e.phase),
+        "idle": [{"between": pair, **row} for pair, row in idle(events).items()],
         "kernels": [{"name": name, "phase": phase, **row} for (name, phase), row in names.items()],
         "model_tflops_per_second": flops / step_ms / 1e9,
         "utilisation": flops / step_ms / 1e9 / next(iter(ceilings.values())),
@@ -402,6 +417,8 @@ def print_state(name: str, result: dict, micro_steps: int) -> None:
               f"{row['gbyte']:9.2f}{row['floor_ms']:10.2f}{ratio}")  # fmt: skip
     gaps = result["launch_gaps_ms"]
     print(f"{'launch gaps':32}{gaps:9.2f}{gaps / micro_steps:9.3f}   (device busy {result['busy_ms']:.2f} ms)")
+    idle = [f"{row['ms']:.2f} ms in {row['gaps']}, {' - '.join(row['between'])}" for row in result["idle"][:8]]
+    print("idle under the profiler, between: " + "; ".join(idle))
     print("longest kernels (ms, launches, GB/s, TFLOP/s, phase, name):")
     for row in result["kernels"][:30]:
         print(f"{row['ms']:9.2f}{row['launches']:6d}{row['gbyte'] / row['ms'] * 1e3:7.0f}"

@@ -97,3 +97,13 @@ def test_kernels_go_to_the_phase_of_the_operator_that_launched_them():
 def test_busy_time_counts_overlapping_kernels_once():
     spans = [(0, 10), (5, 10), (6, 2), (20, 5)]
     assert bench_step.busy_ms([bench_step.Event("k", a, d, []) for a, d in spans]) == pytest.approx(20e-3)
+
+
+def test_idle_time_is_told_by_the_phases_around_it():
+    spans = [(0, 10, "a"), (5, 20, "b"), (12, 3, "a"), (27, 3, "a"), (30, 1, "b"), (33, 1, "a"), (40, 1, "b")]
+    events = [bench_step.Event("k", start, duration, [], phase) for start, duration, phase in spans]
+    idle = bench_step.idle(events[::-1])
+    assert idle == {("a", "b"): {"ms": pytest.approx(6e-3), "gaps": 1},
+                    ("b", "a"): {"ms": pytest.approx(4e-3), "gaps": 2}}  # fmt: skip
+    assert list(idle) == [("a", "b"), ("b", "a")]
+    assert bench_step.busy_ms(events) + sum(row["ms"] for row in idle.values()) == pytest.approx(41e-3)
