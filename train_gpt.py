@@ -2687,6 +2687,20 @@ class BatchedLoRA:
             part = slice(first, first := first + gradient.size(1))
             self.update(self.values[:, part], self.squares[:, part], gradient, source, target, correction, scale, rates)
 
+def sgd_step(model, packer, windows, optimizer, rate, dist):
+    """One SGD step at learning rate `rate` of all ranks on the mean loss of windows (n, 3); one flat all-reduce."""
+    mine = windows[dist.rank::dist.world_size]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for first, last in packer.rows(mine):
+        row = packer.build(mine[first:last])
+        losses = model(row.inputs, row.targets, row.cu_seqlens, True, packer.max_window, row.fresh)
+        (torch.where(row.scored, losses, 0.0).sum() / int((windows[:, 1] - windows[:, 0]).sum())).backward()
+    dist.all_reduce_packed([p.grad for p in model.parameters()])
+    torch.nn.utils.clip_grad_norm_(model.parameters(), model.hp.global_ttt_grad_clip)
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.step()
+
 class TestTimeTrainer:
     """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between phases."""
 
@@ -2866,27 +2880,16 @@ class TestTimeTrainer:
         return int(left.sum())
 
     def global_adapt(self, documents):
-        """Fine-tunes the base weights on documents already scored: SGD, one epoch, one flat all-reduce a step."""
-        hp, stream, dist = self.hp, self.validation, self.dist
-        parameters = list(self.model.requires_grad_(True).parameters())
+        """Fine-tunes the base weights on documents already scored: one epoch of sgd_step."""
+        hp, stream, parameters = self.hp, self.validation, self.model.requires_grad_(True).parameters()
         optimizer = torch.optim.SGD(parameters, lr=hp.global_ttt_lr, momentum=hp.global_ttt_momentum)
         windows = document_windows(stream.starts[documents], stream.ends[documents], *[hp.ttt_eval_seq_len] * 2)
         lengths = windows[:, 1] - windows[:, 0]
         chunk_of = (np.cumsum(lengths) - lengths) // hp.global_ttt_chunk_tokens
         chunks = [windows[chunk_of == number] for number in np.unique(chunk_of)]
         for number, chunk in enumerate(chunks):
-            for p in parameters:
-                p.grad = torch.zeros_like(p)
-            mine, tokens = chunk[dist.rank::dist.world_size], (chunk[:, 1] - chunk[:, 0]).sum()
-            for first, last in self.packer.rows(mine):
-                row = self.packer.build(mine[first:last])
-                losses = self.model(row.inputs, row.targets, row.cu_seqlens, True, hp.ttt_eval_seq_len, row.fresh)
-                (torch.where(row.scored, losses, 0.0).sum() / int(tokens)).backward()
-            dist.all_reduce_packed([p.grad for p in parameters])
-            torch.nn.utils.clip_grad_norm_(parameters, hp.global_ttt_grad_clip)
             cosine = 0.5 * (1 + math.cos(math.pi * number / max(1, len(chunks) - 1)))
-            optimizer.param_groups[0]["lr"] = hp.global_ttt_lr * cosine
-            optimizer.step()
+            sgd_step(self.model, self.packer, chunk, optimizer, hp.global_ttt_lr * cosine, self.dist)
         self.model.requires_grad_(False).zero_grad(set_to_none=True)
         self.log(f"ttt_global_adaptation documents:{len(documents)} chunks:{len(chunks)}")
 
@@ -3128,7 +3131,7 @@ def run(hp, dist):
         if hp.sliding_window_enabled:
             score_stage("sliding", lambda: evaluator.evaluate_bpb(hp.eval_stride), log, scores)
         if hp.ttt_enabled and hp.ttt_method == "sgd":
-            helpers = document_windows, WindowPacker, Score
+            helpers = document_windows, WindowPacker, sgd_step, Score
             score_stage("ttt", lambda: techniques.evaluate_sgd(evaluator, *helpers), log, scores)
         elif hp.ttt_enabled:
             score_stage("ttt", TestTimeTrainer(model, validation, hp, dist, log).evaluate, log, scores)

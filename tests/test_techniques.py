@@ -406,7 +406,7 @@ SGD = {"ttt_method": "sgd", "ttt_epochs": 2, "global_ttt_chunk_tokens": 48, "glo
        "eval_stride": 5}  # fmt: skip
 
 
-SGD_PARTS = train_gpt.document_windows, train_gpt.WindowPacker, train_gpt.Score
+SGD_PARTS = train_gpt.document_windows, train_gpt.WindowPacker, train_gpt.sgd_step, train_gpt.Score
 
 
 def sgd_reference(model, validation, hp):

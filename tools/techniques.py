@@ -349,12 +349,12 @@ def lrzip_decompress(data, raw_size):
 # ---- test-time training
 
 
-def evaluate_sgd(evaluator, windows_of, packer_of, score_of):
+def evaluate_sgd(evaluator, windows_of, packer_of, learn, score_of):
     """Sliding windows; on a chunk of the stream that is scored all weights take SGD steps (TTT_METHOD=sgd, PR 1493).
 
-    An Evaluator, document_windows, WindowPacker, Score -> as Evaluator.evaluate_bpb. A window belongs to the chunk in
-    which its scored part begins; of a chunk only what was scored is learned from, TTT_EPOCHS times; nothing after the
-    last one.
+    An Evaluator, document_windows, WindowPacker, sgd_step, Score -> as Evaluator.evaluate_bpb. A window belongs to the
+    chunk in which its scored part begins; of a chunk only what was scored is learned from, TTT_EPOCHS times; nothing
+    after the last one.
     """
     hp, stream, dist, model = evaluator.hp, evaluator.validation, evaluator.dist, evaluator.model
     row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.eval_seq_len
@@ -372,25 +372,9 @@ def evaluate_sgd(evaluator, windows_of, packer_of, score_of):
             pieces = windows_of(starts, ends, hp.eval_seq_len, hp.eval_seq_len)
             rate = hp.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * number / (len(chunks) - 1)))
             for _ in range(hp.ttt_epochs):
-                sgd_step(model, packer, pieces, optimizer, rate, dist)
+                learn(model, packer, pieces, optimizer, rate, dist)
     model.zero_grad(set_to_none=True)
     return score.total(dist, stream.targets_of(np.arange(len(stream.starts))))
-
-
-def sgd_step(model, packer, windows, optimizer, rate, dist):
-    """One SGD step at learning rate `rate` of all ranks on the mean loss of windows (n, 3); one flat all-reduce."""
-    parameters, mine = optimizer.param_groups[0]["params"], windows[dist.rank :: dist.world_size]
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
-    tokens = int((windows[:, 1] - windows[:, 0]).sum())
-    for first, last in packer.rows(mine):
-        row = packer.build(mine[first:last])
-        losses = model(row.inputs, row.targets, row.cu_seqlens, True, packer.max_window, row.fresh)
-        (torch.where(row.scored, losses, 0.0).sum() / tokens).backward()
-    dist.all_reduce_packed([p.grad for p in parameters])
-    torch.nn.utils.clip_grad_norm_(parameters, model.hp.global_ttt_grad_clip)
-    optimizer.param_groups[0]["lr"] = rate
-    optimizer.step()
 
 
 # ---- test-time training with adapters
