@@ -1718,8 +1718,8 @@ class Trainer:
     def train_step(self, step, progress, looping):
         """Rows of a step -> 0-d tensor, this rank's share of the mean loss in nats; weights and average are updated."""
         total = torch.zeros((), device=self.dist.device)
+        on_grid = lr_multiplier(progress, self.hp) < self.hp.qat_below_lr  # another value is another graph
         for row in self.loader.step(step):
-            on_grid = lr_multiplier(progress, self.hp) < self.hp.qat_below_lr  # another value is another graph
             loss = self.forward(*row, looping, self.hp.train_seq_len, on_grid=on_grid).mean() / self.hp.micro_steps
             loss.backward()
             total += loss.detach()
