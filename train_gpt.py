@@ -1453,7 +1453,7 @@ class GPT(nn.Module):
                 x = parts.merge_skip(x, skips.pop(), self.skip_weights[pair], gate)
             here = tap and tap.at(slot, layer)
             x, mlp_lane = parts.block(x, mlp_lane, x0, weights[layer], rope, packing, here)
-            if slot < encoder and not (hp.extra_eval_loops and slot < 0):
+            if 0 <= slot < encoder:
                 skips.append(x.view_as(x))  # the first pair is of the stream with itself: without this, another graph
         if mlp_lane is not None:
             x = {"mean": (x + mlp_lane) / 2, "attn": x, "mlp": mlp_lane}[hp.parallel_final_lane]
