@@ -54,7 +54,8 @@ except ImportError:  # before torch 2.10: selection passes over this backend
     varlen_attn = None
 try:
     from tools import preflight, safety, techniques, terminal  # checks; watchdog; what is off by default; the live line
-    from tools.preflight import ArtifactError, DataError, SettingError
+    from tools.preflight import ArtifactError, DataError
+    from tools.run_files import SettingError, with_preset
 except ImportError:  # a packed script goes without, it holds the techniques of its settings
     preflight = safety = techniques = terminal = None
     ArtifactError = DataError = SettingError = ValueError
@@ -257,7 +258,7 @@ class Hyperparameters:
         """The environment, checked. Raises SettingError for bad values and for unknown names that look like ours."""
         environ = os.environ if environ is None else environ
         if preflight:
-            environ = preflight.with_preset(environ)
+            environ = with_preset(environ)
         values, problems = {}, [*unknown_settings(environ, cls)]
         for field in dataclasses.fields(cls):
             if (text := environ.get(field.name.upper())) is not None:

@@ -15,6 +15,7 @@ import pytest
 
 import train_gpt
 from tools import launch
+from tools.run_files import read_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH", "TERM") if key in os.environ}
@@ -120,10 +121,10 @@ def test_each_gpu_is_one_process_and_more_seeds_wait():
 def test_extra_env_wins_over_the_environment_and_that_over_the_preset():
     environ = {"PRESET": "demo", "MODEL_DIM": "64", "MLP_MULT": "2", "EXTRA_ENV": "MLP_MULT=4 NAME='a b'"}
     plan = launch.make_plan(environ)
-    assert launch.read_preset("demo")["MODEL_DIM"] != "64"
+    assert read_preset("demo")["MODEL_DIM"] != "64"
     chosen = {name: plan.environ[name] for name in ("MODEL_DIM", "MLP_MULT", "NAME")}
     assert chosen == {"MODEL_DIM": "64", "MLP_MULT": "4", "NAME": "a b"}
-    assert plan.environ["NUM_HEADS"] == launch.read_preset("demo")["NUM_HEADS"]
+    assert plan.environ["NUM_HEADS"] == read_preset("demo")["NUM_HEADS"]
 
 
 # ---- watching and stopping

@@ -10,7 +10,7 @@ import torch
 from conftest import TINY
 
 import train_gpt
-from tools import preflight
+from tools import preflight, run_files
 from tools.run_files import read_preset
 
 pytest.importorskip("brotli")
@@ -93,3 +93,11 @@ def test_settings_of_a_preset_are_settings_and_the_environment_wins(name):
 def test_an_unknown_preset_is_refused_with_the_names_there_are():
     with pytest.raises(train_gpt.SettingError, match="PRESET=pr1: there is no .*; there are: demo, pr1493"):
         train_gpt.Hyperparameters.from_env({"PRESET": "pr1"})
+
+
+@pytest.mark.parametrize("text", ["NOTHING", "SEED='1"])
+def test_a_preset_that_cannot_be_read_is_refused(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_files, "PRESETS", tmp_path)
+    (tmp_path / "mine.env").write_text(text)
+    with pytest.raises(train_gpt.SettingError, match="PRESET=mine: .*mine.env is damaged: "):
+        train_gpt.Hyperparameters.from_env({"PRESET": "mine"})

@@ -20,7 +20,7 @@ import train_gpt
 pytest.importorskip("brotli")
 pytest.importorskip("python_minifier")
 
-from tools import make_record, pack_code, preflight, specialise  # noqa: E402
+from tools import make_record, pack_code, preflight, run_files, specialise  # noqa: E402
 
 ROOT = Path(train_gpt.__file__).parent
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
@@ -276,7 +276,7 @@ DEMO = {name: value for name, value in DEMO.items() if name.lower() not in speci
 def run_both(folder, monkeypatch, settings, run):
     """Packed script and source with the same settings and the same results -> how to call the script, its RESULT."""
     script = folder / "packed.py"
-    script.write_bytes(pack_code.pack_code(SOURCE, preflight.with_preset(settings)))
+    script.write_bytes(pack_code.pack_code(SOURCE, run_files.with_preset(settings)))
 
     def call(**more):
         done = subprocess.run([sys.executable, script], env=HERE | run | more | {"OMP_NUM_THREADS": "1"}, text=True,

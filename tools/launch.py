@@ -45,7 +45,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.run_files import read_preset  # noqa: E402
+from tools.run_files import SettingError, with_preset  # noqa: E402
 
 OURS = ("SEEDS", "GPUS", "NPROC", "SCRIPT", "EXTRA_ENV", "VENV", "USE_TMUX", "PLOTS")  # never handed on
 DISK_BYTES_A_RUN = 500_000_000  # a checkpoint of 144 MB, an artifact of 16 MB, compilation caches
@@ -77,14 +77,6 @@ class Plan(NamedTuple):
 # ---- the environment -> a plan
 
 
-def preset_of(environ):
-    """Settings of the environment's PRESET; LaunchError with the names that exist."""
-    try:
-        return read_preset(environ["PRESET"]) if environ.get("PRESET") else {}
-    except ValueError as error:
-        raise LaunchError(str(error)) from None
-
-
 def make_plan(environ):
     """The environment -> Plan. LaunchError for what cannot be meant."""
     seeds = environ.get("SEEDS", "42 0 1234").split()
@@ -94,8 +86,10 @@ def make_plan(environ):
     extra = shlex.split(environ.get("EXTRA_ENV", ""))
     if not all(re.match(r"[A-Za-z_]\w*=", word) for word in extra):
         raise LaunchError(f"EXTRA_ENV='{environ['EXTRA_ENV']}': must be NAME=value, separated by blanks")
-    settings = preset_of(environ)
-    settings |= environ | dict(word.split("=", 1) for word in extra)
+    try:
+        settings = with_preset(environ) | dict(word.split("=", 1) for word in extra)
+    except SettingError as error:
+        raise LaunchError(str(error)) from None
     name = environ.get("RUN_ID") or time.strftime("seeds-%Y%m%d-%H%M%S")
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise LaunchError(f"RUN_ID={name}: letters, digits, '_', then also '.', '+', '-'")

@@ -17,7 +17,7 @@ import brotli
 import python_minifier
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.preflight import with_preset  # noqa: E402
+from tools.run_files import with_preset  # noqa: E402
 from tools.specialise import specialise  # noqa: E402
 
 PACKED_START = b"#coding:l1\nimport brotli,io,linecache\nn=0\nfor c in'''"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.run_files import read_preset
+from tools.run_files import SettingError, read_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_FP16_ELEMENTS = 65_536  # a tensor with more elements must have a role in QUANT_TABLE
@@ -28,10 +28,6 @@ ARRAY_DTYPES = "bool float16 float32 float64 int8 int16 int32 int64 uint8 uint16
 BOS_ID = 1
 # FineWeb's documents and values; targets that whole windows of 2,048 tokens hold, and the bytes of these
 CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499
-
-
-class SettingError(ValueError):
-    """A setting, or a combination of settings, that cannot work; the message says what to change."""
 
 
 class DataError(ValueError):
@@ -43,16 +39,6 @@ class ArtifactError(ValueError):
 
 
 # ---- settings
-
-
-def with_preset(environ):
-    """The environment over the settings of its PRESET. SettingError, with the names there are, for an unknown one."""
-    if not environ.get("PRESET"):
-        return environ
-    try:
-        return read_preset(environ["PRESET"]) | dict(environ)
-    except ValueError as error:
-        raise SettingError(str(error)) from None
 
 
 def preset_note(hp):

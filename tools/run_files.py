@@ -1,4 +1,4 @@
-"""What a finished run leaves in its folder, read back: settings and `key:value` lines of log.txt, and RESULT.
+"""What a finished run leaves in its folder, read back: settings and `key:value` lines of log.txt, and RESULT; presets.
 
 A set of runs is a folder of run folders, as run_3seeds.sh makes it. Used by the other tools; standard library only.
 """
@@ -11,6 +11,10 @@ from typing import NamedTuple
 
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
 SETTINGS_LINE = "settings (* changed):"  # the first line that a run writes into its log
+
+
+class SettingError(ValueError):
+    """A setting, or a combination of settings, that cannot work; the message says what to change."""
 
 
 class Run(NamedTuple):
@@ -32,13 +36,21 @@ class Run(NamedTuple):
 
 
 def read_preset(name):
-    """presets/<name>.env -> {NAME: value}. ValueError with the names that exist."""
+    """presets/<name>.env -> {NAME: value}. SettingError, with the names that exist, for an unknown or a damaged one."""
     path = PRESETS / f"{name}.env"
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.env")))
-        raise ValueError(f"PRESET={name}: there is no {path}; there are: {known}")
-    words = shlex.split(path.read_text(encoding="utf-8"), comments=True)
-    return dict(word.split("=", 1) for word in words)
+        raise SettingError(f"PRESET={name}: there is no {path}; there are: {known}")
+    try:
+        words = shlex.split(path.read_text(encoding="utf-8"), comments=True)
+        return dict(word.split("=", 1) for word in words)
+    except ValueError as error:
+        raise SettingError(f"PRESET={name}: {path} is damaged: {error}") from None
+
+
+def with_preset(environ):
+    """The environment over the settings of its PRESET, {NAME: value}. SettingError as read_preset."""
+    return (read_preset(environ["PRESET"]) if environ.get("PRESET") else {}) | dict(environ)
 
 
 def key_values(line):

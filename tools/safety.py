@@ -28,7 +28,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tools.preflight import DataError, SettingError
+from tools.preflight import DataError
+from tools.run_files import SettingError
 
 KEPT_STATES = 2  # so that there is one to fall back to where the newest is torn
 STATE_BYTES_A_WEIGHT, STATE_DIGEST_BYTES = 20, 32  # weights, average, momentum and both moments, fp32
