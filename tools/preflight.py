@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAX_FP16_ELEMENTS = 65_536  # a tensor with more elements must have a role in QUANT_TABLE
 MAX_RAW_BYTES, MAX_DIMENSIONS = 2**30, 8  # of an artifact's arrays
 ARRAY_DTYPES = "bool float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
-BOS_ID = 1
+BOS_ID = 1  # train_gpt.py has it as well: a packed script goes without this file
 # FineWeb's documents and values; targets that whole windows of 2,048 tokens hold, and the bytes of these
 CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499
 

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tools.preflight import ArtifactError, DataError
+from tools.preflight import BOS_ID, ArtifactError, DataError
 
-BOS_ID = 1  # every document starts with exactly one (README: data)
 FP16_RANGE = 2.0**-24, 65504.0  # of scales: 1e-10 would be 0 in fp16, and an all-zero row be divided by it
 
 
