@@ -2783,7 +2783,7 @@ class TestTimeTrainer:
         Columns of the table (B, 6): state row, row to write to (scratch: the chunk is a document's last, there is no
         step), place of the window in the stream, of the chunk in the window, targets, which step of the document it is.
         A row without targets is padding."""
-        source, target, window, first, count, number = table.unbind(1)
+        source, target, window, first, count, number = table.T.contiguous()  # each column, for the kernel
         device, tokens = table.device, self.packer.tokens
         if self.hp.ttt_stale_context:
             width = self.stale.begin(source, window, width)

@@ -448,7 +448,7 @@ class StaleContext:
         """A step begins, with windows (B,) from these places of the stream -> how many positions it computes."""
         self.width = min(width, self.hp.ttt_eval_seq_len - self.hp.ttt_stale_context)
         cached = max(width - self.width, self.hp.ttt_chunk_size)
-        before = windows - self.starts[torch.searchsorted(self.starts, windows.contiguous(), right=True) - 1]
+        before = windows - self.starts[torch.searchsorted(self.starts, windows, right=True) - 1]
         self.positions = before[:, None] + torch.arange(self.width, device=rows.device)
         older = before.clamp_max(cached)
         ends = (older + self.width).cumsum(0)
