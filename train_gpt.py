@@ -1708,9 +1708,8 @@ def compiled(function, hp, dist, dynamic=False):
 class Trainer:
     """Model, optimizers, average and loader of a run, and the one training step."""
 
-    def __init__(self, model, hp, dist, log):
-        self.model, self.hp, self.dist, self.log = model, hp, dist, log
-        self.loader = TrainLoader(TokenStream(hp.data_path, "train"), hp, dist)
+    def __init__(self, model, loader, hp, dist, log):
+        self.model, self.loader, self.hp, self.dist, self.log = model, loader, hp, dist, log
         self.optimizers = Optimizers(model, hp, dist)
         self.ema = EMA(model, hp.ema_decay)
         self.forward = compiled(model.forward, hp, dist)
@@ -3107,8 +3106,7 @@ def run(hp, dist):
         for parameter in model.parameters():
             dist.broadcast(parameter.detach())
     elif not hp.ttt_eval_only:
-        trainer = Trainer(model, hp, dist, log)
-        loader = trainer.loader
+        trainer = Trainer(model, loader, hp, dist, log)
         log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank}")
         training = train_and_save(trainer, evaluator, checkpoint)
         del trainer

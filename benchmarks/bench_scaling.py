@@ -72,7 +72,8 @@ def worker(args) -> None:
     dist = tg.Dist(args.device)
     cuda = dist.device.type == "cuda"
     hp = replace(tg.Hyperparameters.from_env(), device=args.device, **({} if cuda else SMALL))
-    trainer = tg.Trainer(tg.build_model(hp, dist), hp, dist, print)
+    loader = tg.TrainLoader(tg.TokenStream(hp.data_path, "train"), hp, dist)
+    trainer = tg.Trainer(tg.build_model(hp, dist), loader, hp, dist, print)
     trainer.optimizers.step = annotated("optimizer", trainer.optimizers.step)
     losses = fixed_steps(trainer, args.losses)
     result = {"ranks": dist.world_size, "device": torch.cuda.get_device_name() if cuda else "cpu", "losses": losses,

@@ -47,7 +47,8 @@ def test_every_graph_is_compiled_once_and_before_the_clock(tmp_path, device, opt
     dist = train_gpt.Dist(device)
     log, eager_log = train_gpt.RunLog(tmp_path, dist), train_gpt.RunLog(tmp_path, dist)
     model = train_gpt.build_model(hp, dist)
-    trainer = train_gpt.Trainer(model, hp, dist, log)
+    loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
+    trainer = train_gpt.Trainer(model, loader, hp, dist, log)
     with log.stage("warm_up"):
         trainer.warm_up()
     with log.stage("train"):

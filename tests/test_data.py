@@ -94,7 +94,7 @@ def test_a_fused_model_trains_and_adapts(folder, ops, dist, tmp_path):
                ttt_batch_size=8, phased_ttt_num_phases=0)
     model = train_gpt.GPT(hp, ops, torch.float32)
     log, validation = train_gpt.RunLog(tmp_path, dist), ValidationSet(hp, None)
-    train_gpt.Trainer(model, hp, dist, log).train(None)
+    train_gpt.Trainer(model, TrainLoader(TokenStream(hp.data_path, "train"), hp, dist), hp, dist, log).train(None)
     plain = train_gpt.Evaluator(model, validation, hp, dist).evaluate_bpb()
     adapted = train_gpt.TestTimeTrainer(model, validation, hp, dist, log).evaluate()
     assert plain["tokens"] == adapted["tokens"] == len(validation.tokens) - 1

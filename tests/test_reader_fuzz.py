@@ -88,7 +88,8 @@ def trainer(place):
         def __call__(self, line):
             pass
 
-    found = train_gpt.Trainer(train_gpt.GPT(hp, OPS, torch.float32), hp, train_gpt.Dist("cpu"), Log())
+    loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist := train_gpt.Dist("cpu"))
+    found = train_gpt.Trainer(train_gpt.GPT(hp, OPS, torch.float32), loader, hp, dist, Log())
     found.train_step(0, 0.0, False)
     train_gpt.save_checkpoint(place / "model.pt", found.model, hp)
     safety.save_state(found, train_gpt.write_atomically, 1, 0.5, [torch.tensor(1.0)])

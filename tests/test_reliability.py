@@ -50,10 +50,9 @@ class FolderLog(Lines):
 
 
 def trainer_of(data, folder, dist=None, **changes):
-    hp = tiny_hp(data_path=str(data), **SMALL | {"iterations": 8} | changes)
-    return train_gpt.Trainer(
-        train_gpt.GPT(hp, OPS, torch.float32), hp, dist or train_gpt.Dist("cpu"), FolderLog(folder)
-    )
+    hp, dist = tiny_hp(data_path=str(data), **SMALL | {"iterations": 8} | changes), dist or train_gpt.Dist("cpu")
+    loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
+    return train_gpt.Trainer(train_gpt.GPT(hp, OPS, torch.float32), loader, hp, dist, FolderLog(folder))
 
 
 class Cut(Exception):
@@ -767,7 +766,8 @@ def compile_a_step(data):
     cuda = torch.cuda.is_available()
     small = SMALL | {"num_layers": 3, "loop_start": 1, "loop_end": 1, "parallel_start_layer": 2}
     hp = tiny_hp(**small | {"data_path": str(data), "compile": "1", "device": "cuda" if cuda else "cpu"})
-    trainer = train_gpt.Trainer(train_gpt.build_model(hp, dist := train_gpt.Dist(hp.device)), hp, dist, Lines())
+    loader = train_gpt.TrainLoader(train_gpt.TokenStream(data, "train"), hp, dist := train_gpt.Dist(hp.device))
+    trainer = train_gpt.Trainer(train_gpt.build_model(hp, dist), loader, hp, dist, Lines())
     torch._dynamo.reset()
     trainer.train_step(0, 0.0, True)
 

@@ -32,8 +32,9 @@ def loader_of(folder, dist=None, **changes):
 
 def trainer_of(folder, dist=None, log=None, **changes):
     """A Trainer of a small model; every log line is appended to `log`."""
-    hp = tiny_hp(data_path=str(folder), **SMALL | changes)
-    return Trainer(GPT(hp, OPS, torch.float32), hp, dist or train_gpt.Dist("cpu"), Lines() if log is None else log)
+    hp, dist = tiny_hp(data_path=str(folder), **SMALL | changes), dist or train_gpt.Dist("cpu")
+    loader = TrainLoader(TokenStream(folder, "train"), hp, dist)
+    return Trainer(GPT(hp, OPS, torch.float32), loader, hp, dist, Lines() if log is None else log)
 
 
 def quiet():
