@@ -2689,13 +2689,13 @@ class BatchedLoRA:
 
 def sgd_step(model, packer, windows, optimizer, rate, dist):
     """One SGD step at learning rate `rate` of all ranks on the mean loss of windows (n, 3); one flat all-reduce."""
-    mine = windows[dist.rank::dist.world_size]
+    mine, tokens = windows[dist.rank::dist.world_size], int((windows[:, 1] - windows[:, 0]).sum())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     for first, last in packer.rows(mine):
         row = packer.build(mine[first:last])
         losses = model(row.inputs, row.targets, row.cu_seqlens, True, packer.max_window, row.fresh)
-        (torch.where(row.scored, losses, 0.0).sum() / int((windows[:, 1] - windows[:, 0]).sum())).backward()
+        (torch.where(row.scored, losses, 0.0).sum() / tokens).backward()
     dist.all_reduce_packed([p.grad for p in model.parameters()])
     torch.nn.utils.clip_grad_norm_(model.parameters(), model.hp.global_ttt_grad_clip)
     optimizer.param_groups[0]["lr"] = rate
