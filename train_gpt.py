@@ -53,7 +53,7 @@ try:
 except ImportError:  # before torch 2.10: selection passes over this backend
     varlen_attn = None
 try:
-    from tools import preflight, safety, techniques, terminal  # checks; watchdog; what is off by default; the live line
+    from tools import preflight, safety, techniques, terminal  # checks; watchdog; what a run may have; the live line
     from tools.preflight import ArtifactError, DataError
     from tools.run_files import SettingError, with_preset
 except ImportError:  # a packed script goes without, it holds the techniques of its settings
