@@ -332,11 +332,10 @@ def tokens_per_second(trainer, looping: bool, seconds: float, step: int) -> tupl
 
 def busy_ms(events: list[Event]) -> float:
     """Milliseconds in which at least one event was running."""
-    total, end = 0.0, -math.inf
-    for event in sorted(events, key=lambda e: e.start):
-        total += max(0.0, event.start + event.duration - max(end, event.start))
-        end = max(end, event.start + event.duration)
-    return total / 1e3
+    if not events:
+        return 0.0
+    first, last = min(e.start for e in events), max(e.start + e.duration for e in events)
+    return (last - first) / 1e3 - sum(row["ms"] for row in idle(events).values())
 
 
 def idle(events: list[Event]) -> dict:
