@@ -67,11 +67,20 @@ def fixed_steps(trainer, steps: int) -> list[float]:
     return trainer.dist.all_reduce(torch.stack(losses)).tolist() if losses else []
 
 
+def settings(args) -> tg.Hyperparameters:
+    """Those of a run; on a CPU a small model, with a row for each of the most ranks."""
+    hp = replace(tg.Hyperparameters.from_env(), device=args.device)
+    if args.device == "cuda" or args.device == "auto" and torch.cuda.is_available():
+        return hp
+    most = max(2, *map(int, args.ranks.split(",")))
+    return replace(hp, **SMALL | {"train_batch_tokens": most * SMALL["micro_batch_tokens"]})
+
+
 def worker(args) -> None:
     """One rank of one row of the table; rank 0 writes --out."""
     dist = tg.Dist(args.device)
     cuda = dist.device.type == "cuda"
-    hp = replace(tg.Hyperparameters.from_env(), device=args.device, **({} if cuda else SMALL))
+    hp = settings(args)
     loader = tg.TrainLoader(tg.TokenStream(hp.data_path, "train"), hp, dist)
     trainer = tg.Trainer(tg.build_model(hp, dist), loader, hp, dist, print)
     trainer.optimizers.step = annotated("optimizer", trainer.optimizers.step)
@@ -125,13 +134,14 @@ def main() -> None:
         environment = dict(os.environ)
         if "DATA_PATH" not in environment:
             environment["DATA_PATH"] = folder
-            hp = replace(tg.Hyperparameters.from_env(), **(SMALL if args.device == "cpu" else {}))
+            hp = settings(args)
             write_synthetic_shards(folder, 90 * hp.train_batch_tokens, hp.vocab_size)
         for ranks in map(int, args.ranks.split(",")):
             part = Path(folder, "row.json")
             subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                             __file__, "--worker", "--device", args.device, "--seconds", str(args.seconds),
-                            "--losses", str(args.losses), "--out", str(part)], env=environment, check=True)  # fmt: skip
+                            "--losses", str(args.losses), "--ranks", args.ranks, "--out", str(part)],
+                           env=environment, check=True)  # fmt: skip
             rows.append(json.loads(part.read_text()))
             print_row(rows[-1], rows[0])
             Path(args.out).write_text(json.dumps(rows, indent=1))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,12 @@ def test_one_and_two_ranks_give_the_same_losses(monkeypatch, tmp_path, capsys):
     names = set(two["states"]["on"]["communication"])
     assert {"all", "allreduce", "reducescatter", "allgather"} <= names
     assert "4 steps, 2 ranks against 1" in capsys.readouterr().out
+
+
+def test_the_small_model_has_a_row_for_each_rank():
+    for ranks, rows in (("1,2", 2), ("1,2,4,8", 8), ("1", 2)):
+        hp = bench_scaling.settings(SimpleNamespace(device="cpu", ranks=ranks))
+        assert hp.micro_steps == rows
 
 
 def test_communication_under_another_kernel_is_not_exposed():
