@@ -3152,6 +3152,7 @@ def main():
         print("No arguments; settings are environment variables, here with their defaults:\n" + settings_table())
         sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
     warnings.filterwarnings("ignore", message="Argument aux_data")  # FlashAttention-4 says so at every compilation
+    warnings.filterwarnings("ignore", message="`torch.distributed")  # newer names, which PyTorch 2.11 does not have
     dist = None
     try:
         hp = Hyperparameters.from_env()
