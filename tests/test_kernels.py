@@ -10,6 +10,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import quack_stub
 import torch
 
 import train_gpt
@@ -205,10 +206,10 @@ def test_mlp_saves_and_computes_only_what_is_needed(needed):
         assert not need or relative_error(tensor.grad, double.grad) < 2e-6
 
 
-def check_activation_with_sign(inputs, word, unit):
+def check_activation_with_sign(inputs, word, unit, quack=False):
     """The saved activation: its lowest bit is the sign of the first product, its size right to a unit, unbiased."""
     x, w_up, w_down = (t.detach() for t in inputs)
-    act, pre = torch.ops.golf.mlp.default(x, w_up, w_down, 0.3)[1], x.double() @ w_up.double().T
+    act, pre = torch.ops.golf.mlp.default(x, w_up, w_down, [0.3, float(quack)])[1], x.double() @ w_up.double().T
     sure = pre.abs() > 1e-3 * pre.std()  # farther from zero than the product's own rounding
     assert torch.equal((act.view(word) & 1 == 1)[sure], (pre < 0)[sure]) and 0.4 < (pre < 0).double().mean() < 0.6
     want = torch.nn.functional.leaky_relu(pre, 0.3).square()
@@ -230,6 +231,54 @@ def test_mlp_accepts_no_rows():
     x, w_up, w_down = mlp_inputs(0, 16, 32)
     out = leaky_relu_sq_mlp(x, w_up, w_down, 0.3)
     assert out.shape == (0, 16) and not torch.autograd.grad(out.sum(), w_up)[0].any()
+
+
+def through_quack(*inputs):
+    return leaky_relu_sq_mlp(*inputs, True)
+
+
+@pytest.fixture
+def quack(monkeypatch):
+    """quack's and cutlass's stand-ins on a GPU of capability 9.0, as far as anybody asks."""
+    for name, module in quack_stub.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    train_gpt.quack_mlp.cache_clear()
+    yield
+    train_gpt.quack_mlp.cache_clear()
+
+
+def scaled_mlp_inputs(M, D, hidden, **kwargs):
+    scales = 1, D**-0.5, hidden**-0.5
+    return [(t.detach() * scale).requires_grad_() for t, scale in zip(
+        mlp_inputs(M, D, hidden, dtype=torch.bfloat16, **kwargs), scales, strict=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("M", "D", "hidden", "slope"), [(200, 64, 320, 0.3), (33, 40, 56, 0.0), (1, 8, 8, 1.0),
+                                                         (97, 16, 304, -0.2)])  # fmt: skip
+def test_mlp_through_quack_matches_float64(quack, M, D, hidden, slope):
+    assert max(errors(through_quack, mlp_ref, scaled_mlp_inputs(M, D, hidden), slope)) < 1e-2
+    assert quack_stub.EpiMod.calls == [(M, hidden, D, False), (M, hidden, D, True)]
+
+
+def test_mlp_through_quack_takes_strides_a_misaligned_base_and_no_rows(quack):
+    x, w_up, w_down = (t.detach() for t in scaled_mlp_inputs(30, 24, 40))
+    base = torch.cat([x.flatten()[:1], x.flatten()])
+    for rows in (x.view(5, 6, 24).transpose(0, 1), base[1:].view(30, 24), base.as_strided((1, 24), (3, 1)), x[:0]):
+        got, want = through_quack(rows, w_up.T.contiguous().T, w_down, 0.3), mlp_ref(rows, w_up, w_down, 0.3)
+        assert got.shape == want.shape and relative_error(got, want) < 1e-2
+
+
+def test_mlp_through_quack_holds_the_sign_of_the_first_product(quack):
+    check_activation_with_sign(scaled_mlp_inputs(256, 64, 320), torch.int16, 2**-7, quack=True)
+
+
+def test_mlp_through_quack_compiles_into_one_graph(quack):
+    compiled = torch.compile(through_quack, fullgraph=True, backend="aot_eager")
+    for tokens in (9, 14):
+        inputs = scaled_mlp_inputs(tokens, 16, 24)
+        assert max(errors(lambda *inputs: compiled(*inputs, 0.3), lambda *inputs: mlp_ref(*inputs, 0.3), inputs)) < 1e-2
+    assert len(quack_stub.EpiMod.calls) == 4
 
 
 # --- around attention
@@ -351,8 +400,8 @@ def test_ops_register_schema_fake_and_autograd_correctly():
     head, targets = head_inputs(6, 4, 20, 5)
     ops, check = torch.ops.golf, torch.library.opcheck
     check(ops.linear_cross_entropy.default, (*head, targets, 30.0))
-    check(ops.mlp.default, (*mlp_inputs(10, 8, 12), 0.3))
-    check(ops.mlp_backward.default, (torch.randn(10, 8), torch.randn(8, 12), torch.rand(10, 12), 0.3))
+    check(ops.mlp.default, (*mlp_inputs(10, 8, 12), [0.3, 0.0]))
+    check(ops.mlp_backward.default, (torch.randn(10, 8), torch.randn(8, 12), torch.rand(10, 12), [0.3, 0.0]))
     inputs, rest = heads_inputs(2, 5, 4, 2, 8, 2)
     heads = [t.detach() for t in train_gpt.qkv_heads_ref(*inputs, *rest)]
     check(ops.qkv_heads.default, (*inputs, *rest))
@@ -678,6 +727,62 @@ def test_kernel_that_agrees_is_used():
     assert train_gpt._first_that_works("mlp", candidates, mlp_ref, args, notes) == "triton" and not notes
 
 
+def select_mlp(monkeypatch, dtype=torch.bfloat16):
+    """-> name and notes of the MLP that select_ops takes where PyTorch says that the CPU is a GPU; no Triton tried."""
+    there = ModuleType("torch")
+    there.__getattr__ = lambda name: getattr(torch, name)
+    there.device = lambda device: SimpleNamespace(type="cuda")
+    monkeypatch.setattr(train_gpt, "torch", there)
+    monkeypatch.setattr(train_gpt, "triton", train_gpt.triton or ModuleType("triton"))
+    monkeypatch.setattr(train_gpt, "_mlp_kernel", None)
+    for name in ("linear_cross_entropy", "qkv_heads", "gated_xsa", "adamw_rows"):
+        monkeypatch.setattr(train_gpt, name, raising)
+    ops = select_ops(True, "sdpa", "cpu", dtype, head_dim=8, num_heads=4, num_kv_heads=2)
+    assert ops.names["cross_entropy"] == "reference"
+    return ops, [note for note in ops.notes if note.startswith("mlp ")]
+
+
+def test_quack_is_taken_first_where_it_works(quack, monkeypatch):
+    ops, notes = select_mlp(monkeypatch)
+    assert ops.names["mlp"] == "quack" and not notes
+    assert quack_stub.EpiMod.calls == [(200, 320, 64, False), (200, 320, 64, True)]  # edges of tiles both ways
+    inputs = scaled_mlp_inputs(50, 16, 24)
+    assert max(errors(ops.mlp, mlp_ref, inputs, 0.3)) < 1e-2
+    assert quack_stub.EpiMod.calls[2:] == [(50, 24, 16, False), (50, 24, 16, True)]
+
+
+def fingerprint(function):
+    raise TypeError("epilogue fn depends on <ContextVar name='x'>, which has no fail-closed semantic key. Supported:")
+
+
+@pytest.mark.parametrize(("fault", "note"), [
+    ("missing", "mlp quack: ModuleNotFoundError: import of cutlass halted"),
+    ("capability", "mlp quack: ValueError: needs sm_90 and bfloat16"),
+    ("dtype", "mlp quack: ValueError: needs sm_90 and bfloat16"),
+    ("fingerprint", "mlp quack: TypeError: epilogue fn depends on <ContextVar"),
+    ("wrong", "mlp quack: disagrees with the reference, relative errors "),
+])
+def test_quack_is_refused_with_a_note_and_triton_comes_next(quack, monkeypatch, fault, note):
+    if fault == "missing":
+        monkeypatch.setitem(sys.modules, "cutlass", None)
+    elif fault == "capability":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (10, 0))
+    elif fault == "fingerprint":
+        monkeypatch.setattr(sys.modules["quack.epilogue"], "EpiMod", fingerprint)
+    elif fault == "wrong":
+        monkeypatch.setattr(sys.modules["cutlass"], "select_", lambda condition, right, left: torch.tensor(right))
+    ops, notes = select_mlp(monkeypatch, torch.float32 if fault == "dtype" else torch.bfloat16)
+    assert ops.names["mlp"] == "reference" and [n.split(":")[0] for n in notes] == ["mlp quack", "mlp triton"]
+    assert notes[0].startswith(note)
+
+
+def test_nothing_of_quack_is_imported_on_the_cpu(monkeypatch):
+    for name in ("quack", "quack.epilogue", "cutlass"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    select()
+    assert not {"quack", "cutlass"} & sys.modules.keys()
+
+
 # --- on the GPU, bf16
 
 
@@ -691,8 +796,35 @@ def test_mlp_kernel_matches_float64_on_the_gpu(M, D, hidden):
 
 
 @gpu
-def test_mlp_activation_holds_the_sign_of_the_first_product_on_the_gpu():
-    check_activation_with_sign(mlp_inputs(512, 512, 2048, dtype=torch.bfloat16, device="cuda"), torch.int16, 2**-7)
+@pytest.mark.parametrize("backend", [False, True], ids=["triton", "quack"])
+def test_mlp_activation_holds_the_sign_of_the_first_product_on_the_gpu(backend):
+    if backend:
+        quack_on_the_gpu()
+    inputs = mlp_inputs(512, 512, 2048, dtype=torch.bfloat16, device="cuda")
+    check_activation_with_sign(inputs, torch.int16, 2**-7, backend)
+
+
+def quack_on_the_gpu():
+    ops = select_ops(True, "sdpa", torch.device("cuda"), torch.bfloat16, 64, 8, 4)
+    if ops.names["mlp"] != "quack":
+        pytest.skip(next(note for note in ops.notes if note.startswith("mlp quack")))
+
+
+@gpu
+@pytest.mark.parametrize(("M", "D", "hidden"), [(4096, 512, 2048), (1000, 512, 1792), (777, 264, 1032), (1, 64, 72)])
+def test_mlp_through_quack_has_the_bits_of_the_kernel_on_the_gpu(M, D, hidden):
+    """Where the products are exact, whatever the order of their sums: few bits in each operand."""
+    quack_on_the_gpu()
+    generator = torch.Generator().manual_seed(M)
+    x, grad, w_up, w_down = (
+        (torch.randint(-8, 9, shape, generator=generator) / 8).to("cuda", torch.bfloat16)
+        for shape in ((M, D), (M, D), (hidden, D), (D, hidden)))  # fmt: skip
+    triton, quack = ([0.3, backend] for backend in (0.0, 1.0))
+    act = torch.ops.golf.mlp.default(x, w_up, w_down, triton)[1]
+    pairs = [(act, torch.ops.golf.mlp.default(x, w_up, w_down, quack)[1]),
+             [torch.ops.golf.mlp_backward.default(grad, w_down, act, options) for options in (triton, quack)]]
+    for want, got in pairs:
+        assert got.isfinite().all() and torch.equal(got.view(torch.int16), want.view(torch.int16))
 
 
 @gpu
@@ -729,7 +861,7 @@ def test_attention_backend_matches_float64_on_the_gpu(backend, heads):
 @gpu
 def test_auto_takes_the_kernels_and_compiles_into_one_graph_on_the_gpu():
     ops = select_ops(True, "auto", torch.device("cuda"), torch.bfloat16, 64, 8, 4)
-    assert all(name == "triton" for kind, name in ops.names.items() if kind != "attention"), ops.notes
+    assert all(name in ("triton", "quack") for kind, name in ops.names.items() if kind != "attention"), ops.notes
     assert ops.names["attention"] != "sdpa", ops.notes
 
     def step(q, k, v, w_up, w_down, head, targets, cu_seqlens):
