@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -54,6 +55,7 @@ def modules():
     cutlass.select_ = torch.where
     cutlass.cute = SimpleNamespace(arch=SimpleNamespace(fmax=torch.maximum),
                                    math=SimpleNamespace(sqrt=lambda x, fastmath: x.sqrt()))  # fmt: skip
+    cutlass.__spec__ = ModuleSpec("cutlass", None)  # Inductor asks whether there is one
     epilogue.EpiMod = EpiMod
     EpiMod.calls.clear()
     return {"cutlass": cutlass, "quack": quack, "quack.epilogue": epilogue}
