@@ -795,7 +795,8 @@ def quack_mlp(slope, dtype):
     import cutlass
     from quack.epilogue import EpiMod
     def forward(acc):
-        leaky, left = cutlass.cute.arch.fmax(acc, acc * slope), acc.bitcast(cutlass.Int32) >> 15 & 65536
+        left = acc.bitcast(cutlass.Int32) >> 15 & 65536
+        leaky = cutlass.cute.arch.fmax(acc, acc * slope)
         return {"D": ((leaky * leaky).bitcast(cutlass.Int32) + 65536 - left & -131072 | left).bitcast(cutlass.Float32)}
     def backward(acc, c):
         side = cutlass.select_(c.bitcast(cutlass.Int32) & 65536 == 0, 2.0, -2.0 * slope)
