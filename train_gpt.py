@@ -985,6 +985,123 @@ def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> tuple[Tens
     _launch_gated_xsa((y, v, logits), (out,), factor)
     return out, y.new_empty(0)
 
+# --- entry of a slot: the stream x merges with a skip, mixes with the embedding x0, and is normed. The compiler fuses the
+# forward pass well; backward it joins sums over the tokens of several slots in kernels that spill registers: one for it.
+
+def enter_ref(x, x0, mix, scale, window, keep=False, skip=None, weight=None, gate=None):
+    """x, x0, skip (B, T, D), mix (2, D), scale (1,), weight, gate (D,) -> x_in = mix of merged x and x0, its norm times
+    scale, the first `window` columns of that, and merged x if `keep` else None. lerp(w skip, x, sigmoid(g)), or x + w
+    skip without gates, merges."""
+    if skip is not None:
+        scaled = weight.to(x.dtype) * skip
+        x = x + scaled if gate is None else torch.lerp(scaled, x, torch.sigmoid(gate.to(x.dtype)))
+    x_in = mix[0] * x + mix[1] * x0
+    h = (norm(x_in) * scale).to(x.dtype)
+    return x_in, h, h[..., :window], x if keep else None
+
+@jit
+def _enter_kernel(d_x_in, d_h, d_start, d_kept, merged, x0, mix, scale, skip, weight, gate, d_x, d_x0, d_skip, sums, rows,
+                  WINDOW: tl.constexpr, KEPT: tl.constexpr, MERGE: tl.constexpr, GATED: tl.constexpr,
+                  SUMS: tl.constexpr, EMBED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Gradients of x, x0, skip; a program takes every so many rows and keeps its sums of those of mix, weight, gate."""
+    program, column = tl.program_id(0), tl.arange(0, BLOCK)
+    inside, factor = column < D, tl.load(scale)
+    mix_x = tl.load(mix + column, mask=inside, other=0.0).to(tl.float32)
+    mix_0 = tl.load(mix + D + column, mask=inside, other=0.0).to(tl.float32)
+    w, share, rest = mix_x, 1.0, 1.0  # of the skip, of x and of the scaled skip in what they merge into
+    if MERGE:
+        w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        share = tl.sigmoid(tl.load(gate + column, mask=inside, other=0.0).to(tl.float32))
+        rest = 1 - share
+    sum_x, sum_0 = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
+    sum_w, sum_g = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
+    for row in tl.range(program, rows, tl.num_programs(0)):
+        at = tl.cast(row, tl.int64) * D + column
+        x = tl.load(merged + at, mask=inside, other=0.0).to(tl.float32)
+        e = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(d_h + at, mask=inside, other=0.0).to(tl.float32)
+        grad += tl.load(d_start + tl.cast(row, tl.int64) * WINDOW + column, mask=column < WINDOW, other=0.0).to(tl.float32)
+        d = tl.load(d_x_in + at, mask=inside, other=0.0).to(tl.float32)
+        z = mix_x * x + mix_0 * e
+        inverse = tl.rsqrt(tl.sum(z * z, 0) / D + 1.19e-7)
+        z *= inverse
+        grad *= factor
+        d += inverse * (grad - z * (tl.sum(grad * z, 0) / D))
+        if SUMS:
+            sum_x += d * x
+            sum_0 += d * e
+        if EMBED:
+            tl.store(d_x0 + at, (d * mix_0).to(d_x0.dtype.element_ty), mask=inside)
+        d *= mix_x
+        if KEPT:
+            d += tl.load(d_kept + at, mask=inside, other=0.0).to(tl.float32)
+        if MERGE:
+            other = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(d_skip + at, (d * rest * w).to(d_skip.dtype.element_ty), mask=inside)
+            if SUMS:
+                sum_w += d * other
+                sum_g += d * (x - w * other)
+        tl.store(d_x + at, (d * share).to(d_x.dtype.element_ty), mask=inside)
+    if SUMS:
+        sums += program * 4 * D + column
+        tl.store(sums, sum_x, mask=inside)
+        tl.store(sums + D, sum_0, mask=inside)
+        tl.store(sums + 2 * D, sum_w * rest, mask=inside)
+        tl.store(sums + 3 * D, sum_g * rest, mask=inside)
+
+def _new_enter_grads(d_x_in, d_h, d_start, d_kept, merged, x0, mix, scale, skip, weight, gate, wanted):
+    """Empty gradients of x, x0, skip, and sums (programs, 4, D); those that nobody wants have no elements."""
+    shapes = merged.shape, merged.shape if wanted & 2 else (0,), (0,) if skip is None else merged.shape
+    sums = _enter_programs(merged) if wanted & 1 else 0, 4, merged.shape[-1]
+    return *map(merged.new_empty, shapes), merged.new_empty(sums, dtype=torch.float32)
+
+def _enter_programs(x):
+    """One warp each, so many as run at the same time; three on the CPU: every one gets several rows of a small test."""
+    return 8 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+
+@golf_op(_new_enter_grads)
+def _enter_backward(d_x_in: Tensor, d_h: Tensor, d_start: Tensor, d_kept: Tensor | None, merged: Tensor, x0: Tensor,
+                    mix: Tensor, scale: Tensor, skip: Tensor | None, weight: Tensor | None, gate: Tensor | None,
+                    wanted: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = d_x_in, d_h, d_start, d_kept, merged, x0, mix, scale, skip, weight, gate
+    outs, D = _new_enter_grads(*inputs, wanted), merged.shape[-1]
+    rows, block = merged.numel() // D, triton.next_power_of_2(D)
+    if rows > 0 or wanted & 1:  # without rows the sums are zeros
+        _enter_kernel[(_enter_programs(merged),)](
+            *(merged if t is None else t.contiguous() for t in inputs), *outs, rows, WINDOW=d_start.shape[-1],
+            KEPT=d_kept is not None, MERGE=skip is not None, GATED=gate is not None, SUMS=wanted & 1,
+            EMBED=wanted & 2, D=D, BLOCK=block, num_warps=max(1, block // 512))
+    return outs
+
+class Enter(torch.autograd.Function):
+    """enter_ref with one kernel for its gradients. Its forward pass stays open to the compiler."""
+
+    @staticmethod
+    def forward(ctx, x, x0, mix, scale, window, keep, skip, weight, gate):
+        x_in, h, start, merged = enter_ref(x, x0, mix, scale, window, True, skip, weight, gate)
+        ctx.save_for_backward(merged, x0, mix, scale, skip, weight, gate)
+        return (x_in, h, start, merged.view_as(merged)) if keep else (x_in, h, start)
+
+    @staticmethod
+    def backward(ctx, d_x_in, d_h, d_start, d_kept=None):
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad
+        mix, weight, gate = saved[2], *saved[5:]
+        sums_wanted = needed[2] or needed[7] or needed[8]
+        d_x, d_x0, d_skip, sums = _enter_backward(d_x_in, d_h, d_start, d_kept, *saved, sums_wanted + 2 * needed[1])
+        d_mix = d_weight = d_gate = None
+        if sums_wanted:
+            sums = sums.sum(0)
+            d_mix = sums[:2].to(mix.dtype)
+            d_weight = None if weight is None else sums[2].to(weight.dtype)
+            d_gate = None if gate is None else sums[3].to(gate.dtype)
+        return (d_x, d_x0 if needed[1] else None, d_mix, None, None, None, None if weight is None else d_skip,
+                d_weight, d_gate)
+
+def enter(x, x0, mix, scale, window, keep=False, skip=None, weight=None, gate=None):
+    """As enter_ref."""
+    return (*Enter.apply(x, x0, mix, scale, window, keep, skip, weight, gate), None)[:4]
+
 # --- AdamW without first moment, in place: rows `source` (B,) of values and squares (N, n) into rows `target` (B,), one
 # of which many may share, with gradient (B, n) times `scale`, correction (B,) of the bias, and rates lr, decay, beta2.
 
@@ -1155,6 +1272,7 @@ class Ops:  # what the model calls, the name of each choice, and why an alternat
     notes: tuple = ()
     qkv_heads: Callable = qkv_heads_ref  # qkv, gain, cos, sin, kv_heads
     gated_xsa: Callable = gated_xsa_ref  # y, v, logits, factor
+    enter: Callable = enter_ref  # x, x0, mix, scale, window, keep, skip, weight, gate
     adamw_rows: Callable = adamw_rows_ref  # values, squares, gradient, source, target, correction, scale, rates
 
 def _forward_backward(op, args):
@@ -1215,6 +1333,8 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
         "qkv_heads": (*candidates(qkv_heads, qkv_heads_ref),
                       (raw, gates[0, 0], angles.cos(), angles.sin(), num_kv_heads)),
         "gated_xsa": (*candidates(gated_xsa, gated_xsa_ref), (q, v, gates, 2.0)),
+        "enter": (*candidates(enter, enter_ref), (
+            x, w_up[:200], head[:2], angles[1, :, 0], 9, True, head[200:400], *w_down.float()[:, :2].T)),
         "adamw_rows": (*candidates(adamw_rows, adamw_rows_ref), (
             head.detach().float(), head.detach().float().square(), x.detach()[:2], targets[:2], targets[2:4],
             gates[0, :2, 0].detach().float().square(), 2.0, (0.1, 0.5, 0.9))),
@@ -1352,8 +1472,8 @@ class GPT(nn.Module):
         return [LayerWeights(qkv[i], out[i], up[i], down[i], q_gain[i], gates[i], attn_scale[i], mlp_scale[i], mix[i],
                              post[i], resid[i], self.depth_scale[i], i >= L - hp.xsa_last_n) for i in range(L)]
 
-    def attention(self, h, x_in, w, rope, packing, tap):
-        """(B, T, D) normalised input h -> (B, T, D). `packing` is (cu_seqlens or None, max_seqlen)."""
+    def attention(self, h, start, x_in, w, rope, packing, tap):
+        """(B, T, D) normalised input h, its first columns -> (B, T, D). `packing` is (cu_seqlens or None, max_seqlen)."""
         hp, (B, T, D) = self.hp, h.shape
         qkv = linear(h, w.qkv, tap, "qkv")
         q, k, v = self.ops.qkv_heads(qkv, w.q_gain, *rope, hp.num_kv_heads)
@@ -1366,20 +1486,20 @@ class GPT(nn.Module):
         else:
             y = self.ops.attention(q, k, v, *packing)
         if w.xsa and self.gate_kind:
-            y = self.ops.gated_xsa(y, v, *self.head_gates(h, x_in, qkv, w.gate))
+            y = self.ops.gated_xsa(y, v, *self.head_gates(h, start, x_in, qkv, w.gate))
         elif w.xsa:
             y = subtract_own_value(y, v)
         elif self.gate_kind:
-            logits, factor = self.head_gates(h, x_in, qkv, w.gate)
+            logits, factor = self.head_gates(h, start, x_in, qkv, w.gate)
             y = y * (factor * torch.sigmoid(logits))[..., None]
         out = linear(y.reshape(B, T, D), w.out, tap, "attn_proj")
         return out if tap is None else tap("attn_out", h, out, w.attn_scale)
 
-    def head_gates(self, h, x_in, qkv, gate):
+    def head_gates(self, h, start, x_in, qkv, gate):
         """Logits (B, T, H) and the factor of their sigmoids, of whichever gate of the heads' outputs is on."""
         hp = self.hp
         if self.gate_kind == "sparse":
-            return hp.sparse_attn_gate_scale * F.linear(h[..., :hp.gate_window], gate), 1.0
+            return hp.sparse_attn_gate_scale * F.linear(start, gate), 1.0
         if self.gate_kind == "dense":
             return F.linear(h, gate), 1.0
         source = qkv if hp.attn_out_gate_src == "q" else x_in
@@ -1395,14 +1515,19 @@ class GPT(nn.Module):
             out = self.ops.mlp(h, w.up, w.down, slope)
         return out if tap is None else tap("mlp_out", h, out, w.mlp_scale)
 
-    def block(self, x, mlp_lane, x0, w, rope, packing, tap):
-        """One layer: stream x (B, T, D), and the MLP's own lane where the stream has split, else None -> both again."""
+    def enter(self, x, x0, w, keep, *skip):
+        """What a block takes: the mix of the stream with x0, its norm, that one's first columns, the merged stream."""
+        return self.ops.enter(x, x0, w.mix, w.depth_scale, self.hp.gate_window, keep, *skip)
+
+    def block(self, entry, mlp_lane, w, rope, packing, tap):
+        """One layer: what `enter` gives, and the MLP's own lane where the stream has split, else None -> stream x (B, T,
+        D) and lane again."""
 
         def scaled_norm(x):
             return (norm(x) * w.depth_scale).to(x.dtype)
 
-        x_in = w.mix[0] * x + w.mix[1] * x0
-        attn = self.attention(scaled_norm(x_in), x_in, w, rope, packing, tap)
+        x_in, h, start, x = entry
+        attn = self.attention(h, start, x_in, w, rope, packing, tap)
         if mlp_lane is None:
             x = x_in + attn
             return x + self.mlp(scaled_norm(x), w, tap), None
@@ -1422,18 +1547,11 @@ class GPT(nn.Module):
         blocked = tokens == BOS_ID if fresh is None else (tokens == BOS_ID) | fresh
         return e + (self.smear_lambda.to(e.dtype) * gate * previous).masked_fill(blocked[..., None], 0)
 
-    def merge_skip(self, x, skip, weight, gate):
-        """lerp(w * skip, x, sigmoid(g)), or x + w * skip without gates."""
-        scaled = weight.to(x.dtype) * skip
-        if not self.hp.skip_gates_enabled:
-            return x + scaled
-        return torch.lerp(scaled, x, torch.sigmoid(gate.to(x.dtype)))
-
     def forward_hidden(self, tokens, cu_seqlens=None, *, max_seqlen, looping, fresh=None, tap=None, parts=None,
                        on_grid=False):
         """(B, T) ids -> (B, T, D), the final norm's output.
         With cu_seqlens B is 1 and documents are apart, none longer than max_seqlen; without, a row is one document.
-        `parts` has the block and merge_skip of its own, where these alone were compiled.
+        `parts` has enter and block of its own, where these alone were compiled.
         """
         hp, slots, weights, parts = self.hp, self.slots(looping), self.layer_weights(on_grid), parts or self
         packing, rope = (cu_seqlens, max_seqlen), (self.cos[:tokens.size(1)], self.sin[:tokens.size(1)])
@@ -1441,21 +1559,25 @@ class GPT(nn.Module):
             extras = techniques.layer_extras(self, tokens, fresh)
             weights = [w._replace(extras=e) for w, e in zip(weights, extras, strict=True)]
         x = x0 = norm(self.embed(tokens, fresh))
-        mlp_lane, encoder, skips = None, len(slots) // 2, []
+        mlp_lane, encoder, skips, before = None, len(slots) // 2, [], -1
         order = None
         if hp.extra_eval_loops:  # passes that training did not have count below 0: skips stay where they were
             order, encoder = techniques.extra_passes(self, slots)
         for slot, layer in order or enumerate(slots):
             if layer >= hp.parallel_start_layer and mlp_lane is None:
                 mlp_lane = x  # the stream splits before this slot's skip, which goes to the attention lane only
-            if slot >= encoder and skips:
-                pair = slot - encoder
-                gate = self.skip_gates[pair] if hp.skip_gates_enabled else None
-                x = parts.merge_skip(x, skips.pop(), self.skip_weights[pair], gate)
-            here = tap and tap.at(slot, layer)
-            x, mlp_lane = parts.block(x, mlp_lane, x0, weights[layer], rope, packing, here)
-            if 0 <= slot < encoder:
+            skip, pushes, pair = (), 0 <= before < encoder, slot - encoder
+            if pushes and pair >= 0:
                 skips.append(x.view_as(x))  # the first pair is of the stream with itself: without this, another graph
+            if pair >= 0 and skips:
+                gate = self.skip_gates[pair] if hp.skip_gates_enabled else None
+                skip = skips.pop(), self.skip_weights[pair], gate
+            keep = mlp_lane is not None or pushes and pair < 0  # as the skip, all gradients meet in the entry's kernel
+            entry = parts.enter(x, x0, weights[layer], keep, *skip)
+            if pushes and pair < 0:
+                skips.append(entry[3])
+            x, mlp_lane = parts.block(entry, mlp_lane, weights[layer], rope, packing, tap and tap.at(slot, layer))
+            before = slot
         if mlp_lane is not None:
             x = {"mean": (x + mlp_lane) / 2, "attn": x, "mlp": mlp_lane}[hp.parallel_final_lane]
         return norm(x)
@@ -2479,7 +2601,7 @@ class Evaluator:
         self.model, self.validation, self.hp, self.dist = model, validation, hp, dist
         self.packer = WindowPacker(validation, hp.micro_batch_tokens, hp.eval_seq_len, hp.row_segments, dist.device)
         self.parts = SimpleNamespace(**{name: compiled(getattr(model, name), hp, dist) for name in (
-            "block", "merge_skip", "token_losses")})
+            "enter", "block", "token_losses")})
 
     def row_losses(self, row):
         """ScoredRow -> (T,) nats, float32 head."""
@@ -2714,8 +2836,8 @@ class TestTimeTrainer:
         self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device)
         self.lanes = range(dist.rank, hp.ttt_lanes, dist.world_size)
         self.lora = BatchedLoRA(model, self.lanes, hp, dist.device, model.ops.adamw_rows)
-        self.block, self.merge, self.factors, self.head = (compiled(f, hp, dist, dynamic=None) for f in (
-            model.block, model.merge_skip, self.lora.factors,
+        self.enter, self.block, self.factors, self.head = (compiled(f, hp, dist, dynamic=None) for f in (
+            model.enter, model.block, self.lora.factors,
             self.tilted_losses if hp.ngram_tilt_enabled else model.token_losses))
         if hp.ttt_stale_context:
             self.stale = techniques.StaleContext(model, validation.starts, self.lora.flight, dist.device, rotary_tables)
@@ -2725,7 +2847,7 @@ class TestTimeTrainer:
 
     def chunk_losses(self, windows, targets, positions, tap):
         """Windows (B, W), targets and their positions in the windows (B, C), adapters -> (B, C) nats, float32 head."""
-        parts = SimpleNamespace(block=self.dynamic_block, merge_skip=self.dynamic_merge)
+        parts = SimpleNamespace(enter=self.dynamic_enter, block=self.dynamic_block)
         hidden = self.model.forward_hidden(windows, max_seqlen=self.hp.ttt_eval_seq_len, looping=True, tap=tap,
                                            parts=parts)
         scored = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.size(2)))
@@ -2740,25 +2862,27 @@ class TestTimeTrainer:
         boost = techniques.NGRAM.boost * (hints >= 0)
         return losses, losses + torch.log1p((-of_hints).exp() * boost.expm1()) - boost * (hints == targets)
 
-    # Compiled: GPT.block, merge_skip and token_losses, BatchedLoRA.factors: one graph each for any number of rows and
+    # Compiled: GPT.enter, block and token_losses, BatchedLoRA.factors: one graph each for any number of rows and
     # width of windows; layer by layer, because tracing all slots at once with unknown shapes takes minutes.
 
-    def dynamic_block(self, x, mlp_lane, x0, w, rope, packing, tap):
+    def dynamic_enter(self, x, x0, w, keep, *skip):
         if self.hp.ttt_stale_context:
-            x, mlp_lane, x0, rope, packing = self.stale.of_slot(x, mlp_lane, x0)
+            x, x0 = self.stale.own(x, x0)
+        x = x if x.requires_grad else x.detach().requires_grad_()  # the first layer shares the graph of the others
+        self.mark_dynamic([0, 1], x, x0, *skip[:1])
+        return self.enter(x, x0, w, keep, *skip)
+
+    def dynamic_block(self, entry, mlp_lane, w, rope, packing, tap):
+        if self.hp.ttt_stale_context:
+            mlp_lane, rope, packing = self.stale.of_slot(mlp_lane)
             self.mark_dynamic([0, 1], *rope)
             self.mark_dynamic([0], *packing[1:3])
             self.mark_dynamic([1], packing[3])
-        x = x if x.requires_grad else x.detach().requires_grad_()  # the first layer shares the graph of the others
-        self.mark_dynamic([0, 1], x, x0, mlp_lane)
+        self.mark_dynamic([0, 1], *entry, mlp_lane)
         self.mark_dynamic([0], *rope, *tap.matrices())
         if self.hp.new_values:
             self.mark_dynamic([0, 1], *techniques.streams_of(w.extras))
-        return self.block(x, mlp_lane, x0, w, rope, packing, tap)
-
-    def dynamic_merge(self, x, skip, *weights):
-        self.mark_dynamic([0, 1], x, skip)
-        return self.merge(x, skip, *weights)
+        return self.block(entry, mlp_lane, w, rope, packing, tap)
 
     def mark_dynamic(self, dimensions, *tensors):
         for tensor in tensors:
