@@ -988,21 +988,21 @@ def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> tuple[Tens
 # --- entry of a slot: the stream x merges with a skip, mixes with the embedding x0, and is normed. The compiler fuses the
 # forward pass well; backward it joins sums over the tokens of several slots in kernels that spill registers: one for it.
 
-def enter_ref(x, x0, mix, scale, window, keep=False, skip=None, weight=None, gate=None):
-    """x, x0, skip (B, T, D), mix (2, D), scale (1,), weight, gate (D,) -> x_in = mix of merged x and x0, its norm times
-    scale, the first `window` columns of that, and merged x if `keep` else None. lerp(w skip, x, sigmoid(g)), or x + w
-    skip without gates, merges."""
+def enter_ref(x, x0, mix, scale, window, wants, skip=None, weight=None, gate=None):
+    """x, x0, skip (B, T, D), mix (2, D), scale (1,), weight, gate (D,) -> norm of the mix times scale, its first `window`
+    columns, the mix and the merged stream; of these two only what wants, (mix, merged), asks for, else None.
+    Merged is lerp(weight skip, x, sigmoid(gate)), or x + weight skip without a gate."""
     if skip is not None:
         scaled = weight.to(x.dtype) * skip
         x = x + scaled if gate is None else torch.lerp(scaled, x, torch.sigmoid(gate.to(x.dtype)))
     x_in = mix[0] * x + mix[1] * x0
     h = (norm(x_in) * scale).to(x.dtype)
-    return x_in, h, h[..., :window], x if keep else None
+    return h, h[..., :window], x_in if wants[0] else None, x if wants[1] else None
 
 @jit
-def _enter_kernel(d_x_in, d_h, d_start, d_kept, merged, x0, mix, scale, skip, weight, gate, d_x, d_x0, d_skip, sums, rows,
-                  WINDOW: tl.constexpr, KEPT: tl.constexpr, MERGE: tl.constexpr, GATED: tl.constexpr,
-                  SUMS: tl.constexpr, EMBED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+def _enter_kernel(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip, weight, gate, d_x, d_x0, d_skip, sums, rows,
+                  WINDOW: tl.constexpr, MIXED: tl.constexpr, KEPT: tl.constexpr, MERGE: tl.constexpr,
+                  GATED: tl.constexpr, SUMS: tl.constexpr, EMBED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """Gradients of x, x0, skip; a program takes every so many rows and keeps its sums of those of mix, weight, gate."""
     program, column = tl.program_id(0), tl.arange(0, BLOCK)
     inside, factor = column < D, tl.load(scale)
@@ -1022,7 +1022,13 @@ def _enter_kernel(d_x_in, d_h, d_start, d_kept, merged, x0, mix, scale, skip, we
         e = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(d_h + at, mask=inside, other=0.0).to(tl.float32)
         grad += tl.load(d_start + tl.cast(row, tl.int64) * WINDOW + column, mask=column < WINDOW, other=0.0).to(tl.float32)
-        d = tl.load(d_x_in + at, mask=inside, other=0.0).to(tl.float32)
+        d = tl.zeros((BLOCK,), dtype=tl.float32)
+        if MIXED:
+            d = tl.load(d_mixed + at, mask=inside, other=0.0).to(tl.float32)
+        if KEPT:
+            kept = tl.load(d_merged + at, mask=inside, other=0.0).to(tl.float32)
+        if MERGE:
+            other = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
         z = mix_x * x + mix_0 * e
         inverse = tl.rsqrt(tl.sum(z * z, 0) / D + 1.19e-7)
         z *= inverse
@@ -1035,9 +1041,8 @@ def _enter_kernel(d_x_in, d_h, d_start, d_kept, merged, x0, mix, scale, skip, we
             tl.store(d_x0 + at, (d * mix_0).to(d_x0.dtype.element_ty), mask=inside)
         d *= mix_x
         if KEPT:
-            d += tl.load(d_kept + at, mask=inside, other=0.0).to(tl.float32)
+            d += kept
         if MERGE:
-            other = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
             tl.store(d_skip + at, (d * rest * w).to(d_skip.dtype.element_ty), mask=inside)
             if SUMS:
                 sum_w += d * other
@@ -1050,7 +1055,7 @@ def _enter_kernel(d_x_in, d_h, d_start, d_kept, merged, x0, mix, scale, skip, we
         tl.store(sums + 2 * D, sum_w * rest, mask=inside)
         tl.store(sums + 3 * D, sum_g * rest, mask=inside)
 
-def _new_enter_grads(d_x_in, d_h, d_start, d_kept, merged, x0, mix, scale, skip, weight, gate, wanted):
+def _new_enter_grads(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip, weight, gate, wanted):
     """Empty gradients of x, x0, skip, and sums (programs, 4, D); those that nobody wants have no elements."""
     shapes = merged.shape, merged.shape if wanted & 2 else (0,), (0,) if skip is None else merged.shape
     sums = _enter_programs(merged) if wanted & 1 else 0, 4, merged.shape[-1]
@@ -1061,46 +1066,41 @@ def _enter_programs(x):
     return 8 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
 
 @golf_op(_new_enter_grads)
-def _enter_backward(d_x_in: Tensor, d_h: Tensor, d_start: Tensor, d_kept: Tensor | None, merged: Tensor, x0: Tensor,
-                    mix: Tensor, scale: Tensor, skip: Tensor | None, weight: Tensor | None, gate: Tensor | None,
-                    wanted: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = d_x_in, d_h, d_start, d_kept, merged, x0, mix, scale, skip, weight, gate
-    outs, D = _new_enter_grads(*inputs, wanted), merged.shape[-1]
-    rows, block = merged.numel() // D, triton.next_power_of_2(D)
-    if rows > 0 or wanted & 1:  # without rows the sums are zeros
-        _enter_kernel[(_enter_programs(merged),)](
-            *(merged if t is None else t.contiguous() for t in inputs), *outs, rows, WINDOW=d_start.shape[-1],
-            KEPT=d_kept is not None, MERGE=skip is not None, GATED=gate is not None, SUMS=wanted & 1,
-            EMBED=wanted & 2, D=D, BLOCK=block, num_warps=max(1, block // 512))
+def _enter_backward(d_h: Tensor, d_start: Tensor, d_mixed: Tensor | None, d_merged: Tensor | None, merged: Tensor,
+                    x0: Tensor, mix: Tensor, scale: Tensor, skip: Tensor | None, weight: Tensor | None,
+                    gate: Tensor | None, wanted: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, D = (d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip, weight, gate), merged.shape[-1]
+    outs, block = _new_enter_grads(*inputs, wanted), triton.next_power_of_2(D)
+    _enter_kernel[(_enter_programs(merged),)](
+        *(merged if t is None else t.contiguous() for t in inputs), *outs, merged.numel() // D,
+        WINDOW=d_start.shape[-1], MIXED=d_mixed is not None, KEPT=d_merged is not None, MERGE=skip is not None,
+        GATED=gate is not None, SUMS=wanted & 1, EMBED=wanted & 2, D=D, BLOCK=block, num_warps=max(1, block // 512))
     return outs
 
 class Enter(torch.autograd.Function):
-    """enter_ref with one kernel for its gradients. Its forward pass stays open to the compiler."""
+    """enter_ref, whose forward pass stays open to the compiler, with one kernel for the gradients."""
 
     @staticmethod
-    def forward(ctx, x, x0, mix, scale, window, keep, skip, weight, gate):
-        x_in, h, start, merged = enter_ref(x, x0, mix, scale, window, True, skip, weight, gate)
-        ctx.save_for_backward(merged, x0, mix, scale, skip, weight, gate)
-        return (x_in, h, start, merged.view_as(merged)) if keep else (x_in, h, start)
+    def forward(ctx, x, x0, mix, scale, window, wants, *merge):
+        h, start, mixed, merged = enter_ref(x, x0, mix, scale, window, (True, True), *merge)
+        ctx.save_for_backward(merged, x0, mix, scale, *(merge or (None, None, None)))
+        ctx.wants = wants
+        return h, start, *((mixed,) if wants[0] else ()), *((merged.view_as(merged),) if wants[1] else ())
 
     @staticmethod
-    def backward(ctx, d_x_in, d_h, d_start, d_kept=None):
+    def backward(ctx, d_h, d_start, *others):
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad
-        mix, weight, gate = saved[2], *saved[5:]
-        sums_wanted = needed[2] or needed[7] or needed[8]
-        d_x, d_x0, d_skip, sums = _enter_backward(d_x_in, d_h, d_start, d_kept, *saved, sums_wanted + 2 * needed[1])
-        d_mix = d_weight = d_gate = None
-        if sums_wanted:
-            sums = sums.sum(0)
-            d_mix = sums[:2].to(mix.dtype)
-            d_weight = None if weight is None else sums[2].to(weight.dtype)
-            d_gate = None if gate is None else sums[3].to(gate.dtype)
-        return (d_x, d_x0 if needed[1] else None, d_mix, None, None, None, None if weight is None else d_skip,
-                d_weight, d_gate)
+        d_mixed, d_merged = others[0] if ctx.wants[0] else None, others[-1] if ctx.wants[1] else None
+        with_sums = needed[2] or any(needed[7:])
+        d_x, d_x0, d_skip, sums = _enter_backward(d_h, d_start, d_mixed, d_merged, *saved, with_sums + 2 * needed[1])
+        sums = sums.sum(0)
+        grads = d_x, d_x0 if needed[1] else None, sums[:2].to(d_x.dtype), None, None, None, d_skip, sums[2], sums[3]
+        return grads[:len(needed)] if saved[-1] is not None else (*grads[:-1], None)[:len(needed)]
 
-def enter(x, x0, mix, scale, window, keep=False, skip=None, weight=None, gate=None):
+def enter(x, x0, mix, scale, window, wants, *merge):
     """As enter_ref."""
-    return (*Enter.apply(x, x0, mix, scale, window, keep, skip, weight, gate), None)[:4]
+    h, start, *others = Enter.apply(x, x0, mix, scale, window, wants, *merge)
+    return h, start, others[0] if wants[0] else None, others[-1] if wants[1] else None
 
 # --- AdamW without first moment, in place: rows `source` (B,) of values and squares (N, n) into rows `target` (B,), one
 # of which many may share, with gradient (B, n) times `scale`, correction (B,) of the bias, and rates lr, decay, beta2.
@@ -1272,7 +1272,7 @@ class Ops:  # what the model calls, the name of each choice, and why an alternat
     notes: tuple = ()
     qkv_heads: Callable = qkv_heads_ref  # qkv, gain, cos, sin, kv_heads
     gated_xsa: Callable = gated_xsa_ref  # y, v, logits, factor
-    enter: Callable = enter_ref  # x, x0, mix, scale, window, keep, skip, weight, gate
+    enter: Callable = enter_ref  # x, x0, mix, scale, window, wants, *(skip, weight, gate)
     adamw_rows: Callable = adamw_rows_ref  # values, squares, gradient, source, target, correction, scale, rates
 
 def _forward_backward(op, args):
@@ -1334,7 +1334,7 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
                       (raw, gates[0, 0], angles.cos(), angles.sin(), num_kv_heads)),
         "gated_xsa": (*candidates(gated_xsa, gated_xsa_ref), (q, v, gates, 2.0)),
         "enter": (*candidates(enter, enter_ref), (
-            x, w_up[:200], head[:2], angles[1, :, 0], 9, True, head[200:400], *w_down.float()[:, :2].T)),
+            x, w_up[:200], head[:2], angles[1, :, 0], 9, (True, True), head[200:400], *w_down.float()[:, :2].T)),
         "adamw_rows": (*candidates(adamw_rows, adamw_rows_ref), (
             head.detach().float(), head.detach().float().square(), x.detach()[:2], targets[:2], targets[2:4],
             gates[0, :2, 0].detach().float().square(), 2.0, (0.1, 0.5, 0.9))),
@@ -1515,9 +1515,9 @@ class GPT(nn.Module):
             out = self.ops.mlp(h, w.up, w.down, slope)
         return out if tap is None else tap("mlp_out", h, out, w.mlp_scale)
 
-    def enter(self, x, x0, w, keep, *skip):
-        """What a block takes: the mix of the stream with x0, its norm, that one's first columns, the merged stream."""
-        return self.ops.enter(x, x0, w.mix, w.depth_scale, self.hp.gate_window, keep, *skip)
+    def enter(self, x, x0, w, wants, *skip):
+        """What a block takes: norm of the mix of stream and x0, that one's first columns; if wanted, mix and stream."""
+        return self.ops.enter(x, x0, w.mix, w.depth_scale, self.hp.gate_window, wants, *skip)
 
     def block(self, entry, mlp_lane, w, rope, packing, tap):
         """One layer: what `enter` gives, and the MLP's own lane where the stream has split, else None -> stream x (B, T,
@@ -1526,7 +1526,7 @@ class GPT(nn.Module):
         def scaled_norm(x):
             return (norm(x) * w.depth_scale).to(x.dtype)
 
-        x_in, h, start, x = entry
+        h, start, x_in, x = entry
         attn = self.attention(h, start, x_in, w, rope, packing, tap)
         if mlp_lane is None:
             x = x_in + attn
@@ -1572,10 +1572,11 @@ class GPT(nn.Module):
             if pair >= 0 and skips:
                 gate = self.skip_gates[pair] if hp.skip_gates_enabled else None
                 skip = skips.pop(), self.skip_weights[pair], gate
-            keep = mlp_lane is not None or pushes and pair < 0  # as the skip, all gradients meet in the entry's kernel
-            entry = parts.enter(x, x0, weights[layer], keep, *skip)
-            if pushes and pair < 0:
-                skips.append(entry[3])
+            lanes, own = mlp_lane is not None, pushes and pair < 0
+            wants = not lanes or self.gate_kind == "output", lanes or own
+            entry = parts.enter(x, x0, weights[layer], wants, *skip)
+            if own:
+                skips.append(entry[3])  # x itself, but so all its gradients meet in the entry's kernel
             x, mlp_lane = parts.block(entry, mlp_lane, weights[layer], rope, packing, tap and tap.at(slot, layer))
             before = slot
         if mlp_lane is not None:
@@ -2865,12 +2866,12 @@ class TestTimeTrainer:
     # Compiled: GPT.enter, block and token_losses, BatchedLoRA.factors: one graph each for any number of rows and
     # width of windows; layer by layer, because tracing all slots at once with unknown shapes takes minutes.
 
-    def dynamic_enter(self, x, x0, w, keep, *skip):
+    def dynamic_enter(self, x, x0, w, wants, *skip):
         if self.hp.ttt_stale_context:
             x, x0 = self.stale.own(x, x0)
         x = x if x.requires_grad else x.detach().requires_grad_()  # the first layer shares the graph of the others
         self.mark_dynamic([0, 1], x, x0, *skip[:1])
-        return self.enter(x, x0, w, keep, *skip)
+        return self.enter(x, x0, w, wants, *skip)
 
     def dynamic_block(self, entry, mlp_lane, w, rope, packing, tap):
         if self.hp.ttt_stale_context:

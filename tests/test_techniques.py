@@ -194,7 +194,7 @@ def test_extra_loops_leave_every_skip_between_the_layers_of_training(extra):
             runs.append(len(runs))
             return torch.full_like(entry[3], len(runs) - 1.0), mlp_lane  # the stream says which slot it comes from
 
-        def enter(x, x0, w, keep, *merge):
+        def enter(x, x0, w, wants, *merge):
             if merge:
                 merged.append((int(merge[1][0]), len(runs), int(merge[0][0, 0, 0])))
             return None, None, None, x
