@@ -985,13 +985,12 @@ def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> tuple[Tens
     _launch_gated_xsa((y, v, logits), (out,), factor)
     return out, y.new_empty(0)
 
-# --- entry of a slot: the stream x merges with a skip, mixes with the embedding x0, and is normed. The compiler fuses the
-# forward pass well; backward it joins sums over the tokens of several slots in kernels that spill registers: one for it.
+# --- entry of a slot: the stream merges with a skip, mixes with x0, and is normed. The compiler fuses the forward pass
+# well; backward it joins the sums over tokens of several slots in kernels that spill registers: here one kernel a slot.
 
 def enter_ref(x, x0, mix, scale, window, wants, skip=None, weight=None, gate=None):
-    """x, x0, skip (B, T, D), mix (2, D), scale (1,), weight, gate (D,) -> norm of the mix times scale, its first `window`
-    columns, the mix and the merged stream; of these two only what wants, (mix, merged), asks for, else None.
-    Merged is lerp(weight skip, x, sigmoid(gate)), or x + weight skip without a gate."""
+    """x, x0, skip (B, T, D), mix (2, D), scale (1,), weight, gate (D,) -> scaled norm of the mix, its first `window`
+    columns, the mix, and lerp(weight skip, x, sigmoid(gate)) or x + weight skip; of these two None if not in wants."""
     if skip is not None:
         scaled = weight.to(x.dtype) * skip
         x = x + scaled if gate is None else torch.lerp(scaled, x, torch.sigmoid(gate.to(x.dtype)))
@@ -1000,10 +999,10 @@ def enter_ref(x, x0, mix, scale, window, wants, skip=None, weight=None, gate=Non
     return h, h[..., :window], x_in if wants[0] else None, x if wants[1] else None
 
 @jit
-def _enter_kernel(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip, weight, gate, d_x, d_x0, d_skip, sums, rows,
-                  WINDOW: tl.constexpr, MIXED: tl.constexpr, KEPT: tl.constexpr, MERGE: tl.constexpr,
-                  GATED: tl.constexpr, SUMS: tl.constexpr, EMBED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradients of x, x0, skip; a program takes every so many rows and keeps its sums of those of mix, weight, gate."""
+def _enter_kernel(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip, weight, gate, d_x, d_x0, d_skip, sums,
+                  rows, WINDOW: tl.constexpr, MIXED: tl.constexpr, KEPT: tl.constexpr, MERGE: tl.constexpr,
+                  GATED: tl.constexpr, TRAIN: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Gradients of x, x0, skip, and in `sums` a program's share of those of mix (both), weight and gate."""
     program, column = tl.program_id(0), tl.arange(0, BLOCK)
     inside, factor = column < D, tl.load(scale)
     mix_x = tl.load(mix + column, mask=inside, other=0.0).to(tl.float32)
@@ -1014,88 +1013,76 @@ def _enter_kernel(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip,
     if GATED:
         share = tl.sigmoid(tl.load(gate + column, mask=inside, other=0.0).to(tl.float32))
         rest = 1 - share
-    sum_x, sum_0 = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
-    sum_w, sum_g = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
+    zero = tl.zeros((BLOCK,), dtype=tl.float32)
+    sum_x, sum_0, sum_w, sum_g = zero, zero, zero, zero
     for row in tl.range(program, rows, tl.num_programs(0)):
-        at = tl.cast(row, tl.int64) * D + column
+        row = tl.cast(row, tl.int64)
+        at, d, kept = row * D + column, zero, zero
         x = tl.load(merged + at, mask=inside, other=0.0).to(tl.float32)
         e = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(d_h + at, mask=inside, other=0.0).to(tl.float32)
-        grad += tl.load(d_start + tl.cast(row, tl.int64) * WINDOW + column, mask=column < WINDOW, other=0.0).to(tl.float32)
-        d = tl.zeros((BLOCK,), dtype=tl.float32)
+        g = tl.load(d_h + at, mask=inside, other=0.0).to(tl.float32)
+        g += tl.load(d_start + row * WINDOW + column, mask=column < WINDOW, other=0.0).to(tl.float32)
         if MIXED:
             d = tl.load(d_mixed + at, mask=inside, other=0.0).to(tl.float32)
-        if KEPT:
+        if KEPT:  # loads come before the sums of the row, which wait for them
             kept = tl.load(d_merged + at, mask=inside, other=0.0).to(tl.float32)
         if MERGE:
             other = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
         z = mix_x * x + mix_0 * e
         inverse = tl.rsqrt(tl.sum(z * z, 0) / D + 1.19e-7)
-        z *= inverse
-        grad *= factor
-        d += inverse * (grad - z * (tl.sum(grad * z, 0) / D))
-        if SUMS:
+        z, g = z * inverse, g * factor
+        d += inverse * (g - z * (tl.sum(g * z, 0) / D))
+        if TRAIN:
             sum_x += d * x
             sum_0 += d * e
-        if EMBED:
             tl.store(d_x0 + at, (d * mix_0).to(d_x0.dtype.element_ty), mask=inside)
-        d *= mix_x
-        if KEPT:
-            d += kept
+        d = d * mix_x + kept
         if MERGE:
+            sum_w += d * other
+            sum_g += d * (x - w * other)
             tl.store(d_skip + at, (d * rest * w).to(d_skip.dtype.element_ty), mask=inside)
-            if SUMS:
-                sum_w += d * other
-                sum_g += d * (x - w * other)
         tl.store(d_x + at, (d * share).to(d_x.dtype.element_ty), mask=inside)
-    if SUMS:
-        sums += program * 4 * D + column
-        tl.store(sums, sum_x, mask=inside)
-        tl.store(sums + D, sum_0, mask=inside)
-        tl.store(sums + 2 * D, sum_w * rest, mask=inside)
-        tl.store(sums + 3 * D, sum_g * rest, mask=inside)
+    sums += program * 4 * D + column
+    tl.store(sums, sum_x, mask=inside)
+    tl.store(sums + D, sum_0, mask=inside)
+    tl.store(sums + 2 * D, sum_w * rest, mask=inside)
+    tl.store(sums + 3 * D, sum_g * rest, mask=inside)
 
-def _new_enter_grads(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip, weight, gate, wanted):
-    """Empty gradients of x, x0, skip, and sums (programs, 4, D); those that nobody wants have no elements."""
-    shapes = merged.shape, merged.shape if wanted & 2 else (0,), (0,) if skip is None else merged.shape
-    sums = _enter_programs(merged) if wanted & 1 else 0, 4, merged.shape[-1]
-    return *map(merged.new_empty, shapes), merged.new_empty(sums, dtype=torch.float32)
-
-def _enter_programs(x):
-    """One warp each, so many as run at the same time; three on the CPU: every one gets several rows of a small test."""
-    return 8 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+def _new_enter_grads(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip, weight, gate, train):
+    """Empty gradients of x, x0, skip, and sums (programs, 4, D): 8 programs of a warp fill a multiprocessor."""
+    programs = 8 * torch.cuda.get_device_properties(x0.device).multi_processor_count if x0.is_cuda else 3
+    shapes = merged.shape, x0.shape if train else (0,), (0,) if skip is None else skip.shape
+    return *map(x0.new_empty, shapes), x0.new_empty(programs, 4, x0.shape[-1], dtype=torch.float32)
 
 @golf_op(_new_enter_grads)
 def _enter_backward(d_h: Tensor, d_start: Tensor, d_mixed: Tensor | None, d_merged: Tensor | None, merged: Tensor,
                     x0: Tensor, mix: Tensor, scale: Tensor, skip: Tensor | None, weight: Tensor | None,
-                    gate: Tensor | None, wanted: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs, D = (d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip, weight, gate), merged.shape[-1]
-    outs, block = _new_enter_grads(*inputs, wanted), triton.next_power_of_2(D)
-    _enter_kernel[(_enter_programs(merged),)](
+                    gate: Tensor | None, train: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, D = (d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip, weight, gate), x0.shape[-1]
+    outs, block = _new_enter_grads(*inputs, train), triton.next_power_of_2(D)
+    _enter_kernel[(len(outs[3]),)](
         *(merged if t is None else t.contiguous() for t in inputs), *outs, merged.numel() // D,
         WINDOW=d_start.shape[-1], MIXED=d_mixed is not None, KEPT=d_merged is not None, MERGE=skip is not None,
-        GATED=gate is not None, SUMS=wanted & 1, EMBED=wanted & 2, D=D, BLOCK=block, num_warps=max(1, block // 512))
+        GATED=gate is not None, TRAIN=train, D=D, BLOCK=block, num_warps=max(1, block // 512))
     return outs
 
 class Enter(torch.autograd.Function):
     """enter_ref, whose forward pass stays open to the compiler, with one kernel for the gradients."""
-
     @staticmethod
     def forward(ctx, x, x0, mix, scale, window, wants, *merge):
         h, start, mixed, merged = enter_ref(x, x0, mix, scale, window, (True, True), *merge)
         ctx.save_for_backward(merged, x0, mix, scale, *(merge or (None, None, None)))
         ctx.wants = wants
         return h, start, *((mixed,) if wants[0] else ()), *((merged.view_as(merged),) if wants[1] else ())
-
     @staticmethod
     def backward(ctx, d_h, d_start, *others):
-        saved, needed = ctx.saved_tensors, ctx.needs_input_grad
-        d_mixed, d_merged = others[0] if ctx.wants[0] else None, others[-1] if ctx.wants[1] else None
-        with_sums = needed[2] or any(needed[7:])
-        d_x, d_x0, d_skip, sums = _enter_backward(d_h, d_start, d_mixed, d_merged, *saved, with_sums + 2 * needed[1])
+        saved, needed, (mixed, merged) = ctx.saved_tensors, ctx.needs_input_grad, ctx.wants
+        others = others[0] if mixed else None, others[-1] if merged else None
+        train = any(needed[1:3]) or any(needed[7:])
+        d_x, d_x0, d_skip, sums = _enter_backward(d_h, d_start, *others, *saved, train)
         sums = sums.sum(0)
-        grads = d_x, d_x0 if needed[1] else None, sums[:2].to(d_x.dtype), None, None, None, d_skip, sums[2], sums[3]
-        return grads[:len(needed)] if saved[-1] is not None else (*grads[:-1], None)[:len(needed)]
+        grads = d_x, d_x0 if needed[1] else None, sums[:2].to(d_x.dtype), None, None, None, d_skip, sums[2]
+        return (*grads, None if saved[-1] is None else sums[3])[:len(needed)]
 
 def enter(x, x0, mix, scale, window, wants, *merge):
     """As enter_ref."""
@@ -1404,7 +1391,7 @@ class GPT(nn.Module):
         self.parallel_resid = nn.Parameter(torch.full((L, 2), 1.1))  # (layer, lane)
         self.smear_weight = nn.Parameter(torch.zeros(1, hp.gate_window)) if hp.smear_gate_enabled else None
         self.smear_lambda = nn.Parameter(torch.zeros(1)) if hp.smear_gate_enabled else None
-        scales = [[(layer + 1) ** -0.5 if hp.ln_scale else 1.0] for layer in range(L)]
+        scales = [[(layer + 1) ** -0.5 if hp.ln_scale else 1.0] * 4 for layer in range(L)]  # rows aligned for kernels
         self.register_buffer("depth_scale", torch.tensor(scales), persistent=False)  # no weight: never saved
         longest = max(hp.micro_batch_tokens, hp.eval_seq_len, hp.global_ttt_chunk_tokens + hp.ttt_eval_seq_len)
         for name, table in zip(("cos", "sin"), rotary_tables(torch.arange(longest), hp), strict=True):
@@ -1470,10 +1457,10 @@ class GPT(nn.Module):
             self.parallel_post, self.parallel_resid))
         gates = [None] * L if self.attn_gate is None else self.attn_gate.to(self.dtype).unbind(0)
         return [LayerWeights(qkv[i], out[i], up[i], down[i], q_gain[i], gates[i], attn_scale[i], mlp_scale[i], mix[i],
-                             post[i], resid[i], self.depth_scale[i], i >= L - hp.xsa_last_n) for i in range(L)]
+                             post[i], resid[i], self.depth_scale[i, :1], i >= L - hp.xsa_last_n) for i in range(L)]
 
     def attention(self, h, start, x_in, w, rope, packing, tap):
-        """(B, T, D) normalised input h, its first columns -> (B, T, D). `packing` is (cu_seqlens or None, max_seqlen)."""
+        """Normed input h (B, T, D), its first columns -> (B, T, D). `packing` is (cu_seqlens or None, max_seqlen)."""
         hp, (B, T, D) = self.hp, h.shape
         qkv = linear(h, w.qkv, tap, "qkv")
         q, k, v = self.ops.qkv_heads(qkv, w.q_gain, *rope, hp.num_kv_heads)
@@ -1516,12 +1503,11 @@ class GPT(nn.Module):
         return out if tap is None else tap("mlp_out", h, out, w.mlp_scale)
 
     def enter(self, x, x0, w, wants, *skip):
-        """What a block takes: norm of the mix of stream and x0, that one's first columns; if wanted, mix and stream."""
+        """What a block takes: normed mix of stream x and x0, the first columns of that; if wanted, mix and stream."""
         return self.ops.enter(x, x0, w.mix, w.depth_scale, self.hp.gate_window, wants, *skip)
 
     def block(self, entry, mlp_lane, w, rope, packing, tap):
-        """One layer: what `enter` gives, and the MLP's own lane where the stream has split, else None -> stream x (B, T,
-        D) and lane again."""
+        """One layer: results of `enter`, and the MLP's own lane where the stream has split, else None -> x, lane."""
 
         def scaled_norm(x):
             return (norm(x) * w.depth_scale).to(x.dtype)
