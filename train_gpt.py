@@ -1598,7 +1598,7 @@ class Optimizers:
                   {"params": list(parameters.values()), "base_lr": hp.scalar_lr, "base_wd": hp.adam_wd}]
         self.adamw = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=1e-8, fused=dist.device.type == "cuda")
         for p in model.parameters():
-            p.grad = torch.zeros_like(p)  # kept and added to: a CUDA graph's outputs are overwritten by its next run
+            p.grad = torch.zeros_like(p)  # kept, and added to: what a captured backward returns is overwritten
 
     def clip_factor(self):
         """0-d tensor: GRAD_CLIP_NORM over the norm of the reduced gradient, at most 1; the same on every rank."""
@@ -1696,10 +1696,9 @@ class TrainingClock:
 def compile_wanted(hp, dist):
     return dist.device.type == "cuda" if hp.compile == "auto" else hp.compile == "1"
 
-GRAPHS = True  # a training micro-batch, forward and backward, is replayed as CUDA graphs
-
 def compiled(function, hp, dist, dynamic=False, graphs=False):
-    """torch.compile where the settings ask for it, else the function itself; dynamic=None: dimensions may be marked."""
+    """torch.compile where the settings ask for it, else the function itself; dynamic=None: dimensions may be marked;
+    graphs: on CUDA it is captured, its backward too, and replayed, so that what it returned before is overwritten."""
     if not compile_wanted(hp, dist):
         return function
     # padding of matrix products would bind a graph to the range of sizes that it was traced at
@@ -1713,7 +1712,7 @@ class Trainer:
         self.model, self.loader, self.hp, self.dist, self.log = model, loader, hp, dist, log
         self.optimizers = Optimizers(model, hp, dist)
         self.ema = EMA(model, hp.ema_decay)
-        self.forward = compiled(model.forward, hp, dist, graphs=GRAPHS)
+        self.forward = compiled(model.forward, hp, dist, graphs=True)
         self.watched = ["loss"], torch.zeros(1)  # names and norms that safety looks at
 
     def train_step(self, step, progress, looping):
