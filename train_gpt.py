@@ -1728,6 +1728,8 @@ class Optimizers:
         groups = [{"params": embeddings, "base_lr": hp.tied_embed_lr, "base_wd": hp.embed_wd},
                   {"params": list(parameters.values()), "base_lr": hp.scalar_lr, "base_wd": hp.adam_wd}]
         self.adamw = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=1e-8, fused=dist.device.type == "cuda")
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)  # kept, and added to: what a captured backward returns is overwritten
 
     def clip_factor(self):
         """0-d tensor: GRAD_CLIP_NORM over the norm of the reduced gradient, at most 1; the same on every rank."""
@@ -1739,13 +1741,10 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, progress, step):
-        """One update at training fraction `progress`; gradients are sums over this rank's micro-steps and are freed."""
+        """One update at training fraction `progress`; gradients are sums over this rank's micro-steps, zero after."""
         hp, lr = self.hp, lr_multiplier(progress, self.hp)
         decay = techniques.weight_decay_multiplier(progress, hp) if hp.wd_schedule_enabled else 1.0
         self.muon.launch()
-        for p in self.replicated:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)  # skip pairs or post weights that this schedule does not use
         self.dist.all_reduce_packed([p.grad for p in self.replicated])
         clip = self.clip_factor()
         if clip is not None:
@@ -1754,8 +1753,7 @@ class Optimizers:
             group["lr"], group["weight_decay"] = group["base_lr"] * lr, group["base_wd"] * decay
         self.adamw.step()
         self.muon.step(hp.matrix_lr * lr, muon_momentum(step, hp), hp.muon_wd * decay, clip)
-        for p in (*self.replicated, *self.muon.banks):
-            p.grad = None
+        torch._foreach_zero_([p.grad for p in (*self.replicated, *self.muon.banks)])
 
 class EMA:
     """Exponential average of all weights in fp32, decay min(EMA_DECAY, (1 + n) / (10 + n)) at step n."""
@@ -1829,12 +1827,14 @@ class TrainingClock:
 def compile_wanted(hp, dist):
     return dist.device.type == "cuda" if hp.compile == "auto" else hp.compile == "1"
 
-def compiled(function, hp, dist, dynamic=False):
-    """torch.compile where the settings ask for it, else the function itself; dynamic=None: dimensions may be marked."""
+def compiled(function, hp, dist, dynamic=False, graphs=False):
+    """torch.compile where the settings ask for it, else the function itself; dynamic=None: dimensions may be marked;
+    graphs: on CUDA it is captured, its backward too, and replayed, so that what it returned before is overwritten."""
     if not compile_wanted(hp, dist):
         return function
     # padding of matrix products would bind a graph to the range of sizes that it was traced at
-    return torch.compile(function, fullgraph=True, dynamic=dynamic, options={"shape_padding": False})
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, options={
+        "shape_padding": False, "triton.cudagraphs": graphs and dist.device.type == "cuda"})
 
 class Trainer:
     """Model, optimizers, average and loader of a run, and the one training step."""
@@ -1843,7 +1843,7 @@ class Trainer:
         self.model, self.loader, self.hp, self.dist, self.log = model, loader, hp, dist, log
         self.optimizers = Optimizers(model, hp, dist)
         self.ema = EMA(model, hp.ema_decay)
-        self.forward = compiled(model.forward, hp, dist)
+        self.forward = compiled(model.forward, hp, dist, graphs=True)
         self.watched = ["loss"], torch.zeros(1)  # names and norms that safety looks at
 
     def train_step(self, step, progress, looping):
@@ -1851,6 +1851,7 @@ class Trainer:
         total = torch.zeros((), device=self.dist.device)
         on_grid = lr_multiplier(progress, self.hp) < self.hp.qat_below_lr  # another value is another graph
         for row in self.loader.step(step):
+            torch.compiler.cudagraph_mark_step_begin()  # nothing of the row before is read any more
             loss = self.forward(*row, looping, self.hp.train_seq_len, on_grid=on_grid).mean() / self.hp.micro_steps
             loss.backward()
             total += loss.detach()
