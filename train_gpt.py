@@ -742,12 +742,13 @@ def mlp_ref(x, w_up, w_down, slope):
     """x (..., D), w_up (F, D), w_down (D, F) -> (..., D). The definition of the operation."""
     return F.linear(F.leaky_relu(F.linear(x, w_up), slope).square(), w_down)
 
-# group: tiles of M done before the next tile of N; programs: per multiprocessor; flatten: one loop over tiles and K, so
-# the next tile loads during the epilogue. Defaults for 16 bits on Hopper: Triton 3.6 takes 229,408 bytes forward and
-# 213,032 backward of 227 KB, 188 and 187 of 255 registers. Backward stages tiles of act too: 4 stages do not fit.
-Tile = namedtuple("Tile", "m n k group programs warps stages flatten", defaults=(128, 256, 64, 8, 1, 8, 3, True))
-MLP_TILES = {"forward": Tile(stages=4), "backward": Tile()}
-SMALL_TILE = Tile(32, 32, 32, group=2, warps=4, stages=2, flatten=False)  # fp32 and the interpreter
+# GROUP: tiles of M done before the next tile of N; FLATTEN: one loop over tiles and K, so the next tile loads during
+# the epilogue. Defaults for 16 bits on Hopper: Triton 3.6 takes 229,408 bytes forward and 213,032 backward of 227 KB,
+# 188 and 187 of 255 registers. Backward stages tiles of act too: 4 stages do not fit.
+Tile = namedtuple("Tile", "BLOCK_M BLOCK_N BLOCK_K GROUP FLATTEN num_warps num_stages",
+                  defaults=(128, 256, 64, 8, True, 8, 3))
+MLP_TILES = [Tile(num_stages=4), Tile()]  # forward, backward
+SMALL_TILE = Tile(32, 32, 32, 2, False, 4, 2)  # fp32 and the interpreter
 
 @jit
 def _mlp_kernel(a_desc, b_desc, act_desc, out_desc, M, N, K, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
@@ -784,56 +785,75 @@ def _mlp_kernel(a_desc, b_desc, act_desc, out_desc, M, N, K, SLOPE: tl.constexpr
                 part = bits.to(tl.float32, bitcast=True)
             out_desc.store(at, part.to(out_desc.dtype))
 
-def _descriptor(tensor, *block):
-    """tensor (rows, columns) -> TMA descriptor of it, or of a copy with a layout and base that TMA can address."""
-    tensor = tensor.contiguous()
-    tensor = tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-    # strides from the shape: a single row counts as contiguous whatever stride it carries
-    return TensorDescriptor(tensor, list(tensor.shape), [tensor.shape[1], 1], list(block))
+@lru_cache
+def quack_mlp(slope, dtype):
+    """0 <= slope <= 1 -> Quack's products (quack-kernels 0.6.5) with the epilogues of `_mlp_kernel`: forward, backward.
+    Their operands go by name: acc, c. Compiled when first called, 10 s for all ranks of a host, then cached on disk.
+    """
+    if torch.cuda.get_device_capability()[0] != 9 or dtype != torch.bfloat16:
+        raise ValueError("needs sm_90 and bfloat16")
+    import cutlass
+    from quack.epilogue import EpiMod
+    def forward(acc):
+        left = acc.bitcast(cutlass.Int32) >> 15 & 65536
+        leaky = cutlass.cute.arch.fmax(acc, acc * slope)
+        return {"D": ((leaky * leaky).bitcast(cutlass.Int32) + 65536 - left & -131072 | left).bitcast(cutlass.Float32)}
+    def backward(acc, c):
+        side = cutlass.select_(c.bitcast(cutlass.Int32) & 65536 == 0, 2.0, -2.0 * slope)
+        return {"D": acc * (cutlass.cute.math.sqrt(c, fastmath=True) * cutlass.Float32(side))}
+    return EpiMod(forward), EpiMod(backward)
 
-def _launch_mlp(a, b, act, out, slope, backward):
-    """a (M, K), b (N, K) or, backward, (K, N), act (read backward only) and out (M, N): fills out."""
+def _for_tma(tensor):
+    """tensor (rows, columns) -> itself, or a copy with a layout and base that TMA can address."""
+    tensor = tensor.detach().contiguous().flatten().view(tensor.shape)  # one row is contiguous whatever its stride
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+def _launch_mlp(a, b, act, slope, quack):
+    """a (M, K), b (N, K), None -> act (M, N); a (M, K), b (K, N), act (M, N) -> (M, N): backward."""
+    backward = act is not None
+    out = a.new_empty(a.shape[0], b.shape[backward])
+    a, b, act, out = tensors = [_for_tma(t) for t in (a, b, act if backward else out, out)]
+    if quack:  # on an H200 0.29 and 0.40 ms at 98,304 x 512 x 2,048; Triton: 0.35 and 0.49
+        quack_mlp(slope, a.dtype)[backward].gemm(
+            a, b, out, act if backward else None, epi_args={}, tile_M=192, tile_N=128, cluster_M=1, cluster_N=2,
+            pingpong=True, b_kn=backward)
+        return out
     (M, K), N = a.shape, out.shape[1]
-    tile = MLP_TILES["backward" if backward else "forward"] if a.is_cuda and a.element_size() == 2 else SMALL_TILE
+    m, n, k, *_ = tile = MLP_TILES[backward] if a.is_cuda and a.element_size() == 2 else SMALL_TILE
     # three programs on the CPU: every one gets several tiles of a small test
     cores = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
-    programs = min(cores * tile.programs, triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n))
-    act_desc, out_desc = (_descriptor(t, tile.m, tile.n // 2) for t in (act, out))
-    _mlp_kernel[(programs,)](
-        _descriptor(a, tile.m, tile.k), _descriptor(b, *((tile.k, tile.n) if backward else (tile.n, tile.k))), act_desc,
-        out_desc, M, N, K, SLOPE=abs(slope), BACKWARD=backward, FLATTEN=tile.flatten, GROUP=tile.group,
-        SHIFT=32 - 8 * out.element_size(), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps,
-        num_stages=tile.stages)
+    blocks = [m, k], [k, n] if backward else [n, k], [m, n // 2], [m, n // 2]
+    _mlp_kernel[(min(cores, triton.cdiv(M, m) * triton.cdiv(N, n)),)](
+        *map(TensorDescriptor.from_tensor, tensors, blocks), M, N, K, SLOPE=slope, BACKWARD=backward,
+        SHIFT=32 - 8 * out.element_size(), **tile._asdict())
+    return out
 
-@golf_op(lambda grad, w_down, act, slope: torch.empty_like(act))
-def _mlp_backward(grad: Tensor, w_down: Tensor, act: Tensor, slope: float) -> Tensor:
-    grad_pre = torch.empty_like(act)
-    _launch_mlp(grad, w_down, act, grad_pre, slope, backward=True)
-    return grad_pre
+@golf_op(lambda grad, w_down, act, _: torch.empty_like(act))
+def _mlp_backward(grad: Tensor, w_down: Tensor, act: Tensor, options: list[float]) -> Tensor:
+    return _launch_mlp(grad, w_down, act, *options)
 
 def _mlp_keep(needed, x, w_up, w_down, out, act):
     uses = needed[1], needed[0], needed[0] or needed[1], any(needed)
     return (t if used else None for t, used in zip((x, w_up, w_down, act), uses, strict=True))
 
-def _mlp_gradients(needed, grad, x, w_up, w_down, act, slope):
+def _mlp_gradients(needed, grad, x, w_up, w_down, act, options):
     grad_down = grad.T @ act if needed[2] else None
-    grad_pre = _mlp_backward(grad, w_down, act, slope) if needed[0] or needed[1] else None
+    grad_pre = _mlp_backward(grad, w_down, act, options) if needed[0] or needed[1] else None
     grad_up = grad_pre.T @ x if needed[1] else None
     return grad_pre @ w_up if needed[0] else None, grad_up, grad_down
 
 @golf_op(lambda x, w_up, w_down, _: tuple(x.new_empty(x.shape[0], w.shape[0]) for w in (w_down, w_up)),
          _mlp_gradients, _mlp_keep)
-def _mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    act = x.new_empty(x.shape[0], w_up.shape[0])
-    _launch_mlp(x, w_up, act, act, slope, backward=False)
+def _mlp(x: Tensor, w_up: Tensor, w_down: Tensor, options: list[float]) -> tuple[Tensor, Tensor]:
+    act = _launch_mlp(x, w_up, None, *options)
     return act @ w_down.T, act
 
-def leaky_relu_sq_mlp(x, w_up, w_down, slope):
+def leaky_relu_sq_mlp(x, w_up, w_down, slope, quack=False):
     """x (..., D), w_up (F, D), w_down (D, F), of one dtype -> (..., D). What TMA cannot address takes the reference."""
     (width, hidden), size = w_down.shape, x.element_size()
     if width * size % 16 or hidden * size % 16 or x.numel() == 0:  # TMA: rows of n * 16 bytes
         return mlp_ref(x, w_up, w_down, slope)
-    return _mlp(x.reshape(-1, width), w_up, w_down, float(slope)).view(x.shape)
+    return _mlp(x.reshape(-1, width), w_up, w_down, [abs(slope), quack]).view(x.shape)
 
 # --- around attention: before it, q and k get a norm for each head, partial rotary positions and q its gain; behind it,
 # XSA takes its own value's part out of each head's output, and a gate scales it. Rows of the tiles are heads.
@@ -984,6 +1004,110 @@ def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> tuple[Tens
     out = y.new_empty(y.shape)
     _launch_gated_xsa((y, v, logits), (out,), factor)
     return out, y.new_empty(0)
+
+# --- entry of a slot: the stream merges with a skip, mixes with x0, and is normed. The compiler fuses the forward pass
+# well; backward it joins the sums over tokens of several slots in kernels that spill registers: here one kernel a slot.
+
+def enter_ref(x, x0, mix, scale, window, wants, skip=None, weight=None, gate=None):
+    """x, x0, skip (B, T, D), mix (2, D), scale (1,), weight, gate (D,) -> scaled norm of the mix, its first `window`
+    columns, the mix, and lerp(weight skip, x, sigmoid(gate)) or x + weight skip; of these two None if not in wants."""
+    if skip is not None:
+        scaled = weight.to(x.dtype) * skip
+        x = x + scaled if gate is None else torch.lerp(scaled, x, torch.sigmoid(gate.to(x.dtype)))
+    x_in = mix[0] * x + mix[1] * x0
+    h = (norm(x_in) * scale).to(x.dtype)
+    return h, h[..., :window], x_in if wants[0] else None, x if wants[1] else None
+
+@jit
+def _enter_kernel(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip, weight, gate, d_x, d_x0, d_skip, sums,
+                  rows, WINDOW: tl.constexpr, MIXED: tl.constexpr, KEPT: tl.constexpr, MERGE: tl.constexpr,
+                  GATED: tl.constexpr, TRAIN: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Gradients of x, x0, skip, and in `sums` a program's share of those of mix (both), weight and gate."""
+    program, column = tl.program_id(0), tl.arange(0, BLOCK)
+    inside, factor = column < D, tl.load(scale)
+    mix_x = tl.load(mix + column, mask=inside, other=0.0).to(tl.float32)
+    mix_0 = tl.load(mix + D + column, mask=inside, other=0.0).to(tl.float32)
+    w, share, rest = mix_x, 1.0, 1.0  # of the skip, of x and of the scaled skip in what they merge into
+    if MERGE:
+        w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        share = tl.sigmoid(tl.load(gate + column, mask=inside, other=0.0).to(tl.float32))
+        rest = 1 - share
+    zero = tl.zeros((BLOCK,), dtype=tl.float32)
+    sum_x, sum_0, sum_w, sum_g = zero, zero, zero, zero
+    for row in tl.range(program, rows, tl.num_programs(0)):
+        row = tl.cast(row, tl.int64)
+        at, d, kept = row * D + column, zero, zero
+        x = tl.load(merged + at, mask=inside, other=0.0).to(tl.float32)
+        e = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(d_h + at, mask=inside, other=0.0).to(tl.float32)
+        g += tl.load(d_start + row * WINDOW + column, mask=column < WINDOW, other=0.0).to(tl.float32)
+        if MIXED:
+            d = tl.load(d_mixed + at, mask=inside, other=0.0).to(tl.float32)
+        if KEPT:  # loads come before the sums of the row, which wait for them
+            kept = tl.load(d_merged + at, mask=inside, other=0.0).to(tl.float32)
+        if MERGE:
+            other = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
+        z = mix_x * x + mix_0 * e
+        inverse = tl.rsqrt(tl.sum(z * z, 0) / D + 1.19e-7)
+        z, g = z * inverse, g * factor
+        d += inverse * (g - z * (tl.sum(g * z, 0) / D))
+        if TRAIN:
+            sum_x += d * x
+            sum_0 += d * e
+            tl.store(d_x0 + at, (d * mix_0).to(d_x0.dtype.element_ty), mask=inside)
+        d = d * mix_x + kept
+        if MERGE:
+            sum_w += d * other
+            sum_g += d * (x - w * other)
+            tl.store(d_skip + at, (d * rest * w).to(d_skip.dtype.element_ty), mask=inside)
+        tl.store(d_x + at, (d * share).to(d_x.dtype.element_ty), mask=inside)
+    sums += program * 4 * D + column
+    tl.store(sums, sum_x, mask=inside)
+    tl.store(sums + D, sum_0, mask=inside)
+    tl.store(sums + 2 * D, sum_w * rest, mask=inside)
+    tl.store(sums + 3 * D, sum_g * rest, mask=inside)
+
+def _new_enter_grads(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip, weight, gate, train):
+    """Empty gradients of x, x0, skip, and sums (programs, 4, D): 8 programs of a warp fill a multiprocessor."""
+    programs = 8 * torch.cuda.get_device_properties(x0.device).multi_processor_count if x0.is_cuda else 3
+    shapes = merged.shape, x0.shape if train else (0,), (0,) if skip is None else skip.shape
+    return *map(x0.new_empty, shapes), x0.new_empty(programs, 4, x0.shape[-1], dtype=torch.float32)
+
+@golf_op(_new_enter_grads)
+def _enter_backward(d_h: Tensor, d_start: Tensor, d_mixed: Tensor | None, d_merged: Tensor | None, merged: Tensor,
+                    x0: Tensor, mix: Tensor, scale: Tensor, skip: Tensor | None, weight: Tensor | None,
+                    gate: Tensor | None, train: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, D = (d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip, weight, gate), x0.shape[-1]
+    outs, block = _new_enter_grads(*inputs, train), triton.next_power_of_2(D)
+    _enter_kernel[(len(outs[3]),)](
+        *(merged if t is None else t.contiguous() for t in inputs), *outs, merged.numel() // D,
+        WINDOW=d_start.shape[-1], MIXED=d_mixed is not None, KEPT=d_merged is not None, MERGE=skip is not None,
+        GATED=gate is not None, TRAIN=train, D=D, BLOCK=block, num_warps=max(1, block // 512))
+    return outs
+
+class Enter(torch.autograd.Function):
+    """enter_ref, whose forward pass stays open to the compiler, with one kernel for the gradients."""
+    @staticmethod
+    def forward(ctx, x, x0, mix, scale, window, wants, *merge):
+        h, start, mixed, merged = enter_ref(x, x0, mix, scale, window, (True, True), *merge)
+        ctx.save_for_backward(merged, x0, mix, scale, *(merge or (None, None, None)))
+        ctx.wants = wants
+        return h, start, *((mixed,) if wants[0] else ()), *((merged.view_as(merged),) if wants[1] else ())
+    @staticmethod
+    def backward(ctx, d_h, d_start, *others):
+        saved, needed, (mixed, merged) = ctx.saved_tensors, ctx.needs_input_grad, ctx.wants
+        others = others[0] if mixed else None, others[-1] if merged else None
+        train = any(needed[1:3]) or any(needed[7:])
+        d_x, d_x0, d_skip, sums = _enter_backward(d_h, d_start, *others, *saved, train)
+        sums = sums.sum(0)
+        grads = d_x, d_x0 if needed[1] else None, sums[:2].to(d_x.dtype), None, None, None, d_skip, sums[2]
+        return (*grads, None if saved[-1] is None else sums[3])[:len(needed)]
+
+def enter(x, x0, mix, scale, window, wants, *merge):
+    """As enter_ref."""
+    h, start, *others = Enter.apply(x, x0, mix, scale, window, wants, *merge)
+    return h, start, others[0] if wants[0] else None, others[-1] if wants[1] else None
 
 # --- AdamW without first moment, in place: rows `source` (B,) of values and squares (N, n) into rows `target` (B,), one
 # of which many may share, with gradient (B, n) times `scale`, correction (B,) of the bias, and rates lr, decay, beta2.
@@ -1155,6 +1279,7 @@ class Ops:  # what the model calls, the name of each choice, and why an alternat
     notes: tuple = ()
     qkv_heads: Callable = qkv_heads_ref  # qkv, gain, cos, sin, kv_heads
     gated_xsa: Callable = gated_xsa_ref  # y, v, logits, factor
+    enter: Callable = enter_ref  # x, x0, mix, scale, window, wants, *(skip, weight, gate)
     adamw_rows: Callable = adamw_rows_ref  # values, squares, gradient, source, target, correction, scale, rates
 
 def _forward_backward(op, args):
@@ -1206,15 +1331,19 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
         torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for shape in shapes)
     angles = torch.arange(256, device=device)[:, None, None] * torch.tensor([1.0, 0.03], device=device)
     raw = torch.cat([t.detach().flatten(2) for t in (q, k, v)], dim=2).requires_grad_()
-    def candidates(kernel, reference):
-        return ({"triton": kernel} if kernels and cuda and triton else {}) | {"reference": reference}, reference
+    def candidates(kernel, reference, **faster):
+        faster = faster | {"triton": kernel} if kernels and cuda and triton else {}
+        return faster | {"reference": reference}, reference
     trials = {  # operation -> candidates, reference, arguments
         "attention": (attention, attention_sdpa, (q, k, v, cu_seqlens, 128, *([9] if attn_window else []))),
-        "mlp": (*candidates(leaky_relu_sq_mlp, mlp_ref), (x, w_up / 8, w_down / 18, 0.3)),
+        "mlp": (*candidates(leaky_relu_sq_mlp, mlp_ref, quack=lambda *inputs: leaky_relu_sq_mlp(*inputs, True)),
+                (x, w_up / 8, w_down / 18, 0.3)),
         "cross_entropy": (*candidates(linear_cross_entropy, linear_cross_entropy_ref), (x, head, targets, 30.0)),
         "qkv_heads": (*candidates(qkv_heads, qkv_heads_ref),
                       (raw, gates[0, 0], angles.cos(), angles.sin(), num_kv_heads)),
         "gated_xsa": (*candidates(gated_xsa, gated_xsa_ref), (q, v, gates, 2.0)),
+        "enter": (*candidates(enter, enter_ref), (
+            x, w_up[:200], head[:2], angles[1, :, 0], 9, (True, True), head[200:400], *w_down.float()[:, :2].T)),
         "adamw_rows": (*candidates(adamw_rows, adamw_rows_ref), (
             head.detach().float(), head.detach().float().square(), x.detach()[:2], targets[:2], targets[2:4],
             gates[0, :2, 0].detach().float().square(), 2.0, (0.1, 0.5, 0.9))),
@@ -1284,7 +1413,7 @@ class GPT(nn.Module):
         self.parallel_resid = nn.Parameter(torch.full((L, 2), 1.1))  # (layer, lane)
         self.smear_weight = nn.Parameter(torch.zeros(1, hp.gate_window)) if hp.smear_gate_enabled else None
         self.smear_lambda = nn.Parameter(torch.zeros(1)) if hp.smear_gate_enabled else None
-        scales = [[(layer + 1) ** -0.5 if hp.ln_scale else 1.0] for layer in range(L)]
+        scales = [[(layer + 1) ** -0.5 if hp.ln_scale else 1.0] * 4 for layer in range(L)]  # rows aligned for kernels
         self.register_buffer("depth_scale", torch.tensor(scales), persistent=False)  # no weight: never saved
         longest = max(hp.micro_batch_tokens, hp.eval_seq_len, hp.global_ttt_chunk_tokens + hp.ttt_eval_seq_len)
         for name, table in zip(("cos", "sin"), rotary_tables(torch.arange(longest), hp), strict=True):
@@ -1350,10 +1479,10 @@ class GPT(nn.Module):
             self.parallel_post, self.parallel_resid))
         gates = [None] * L if self.attn_gate is None else self.attn_gate.to(self.dtype).unbind(0)
         return [LayerWeights(qkv[i], out[i], up[i], down[i], q_gain[i], gates[i], attn_scale[i], mlp_scale[i], mix[i],
-                             post[i], resid[i], self.depth_scale[i], i >= L - hp.xsa_last_n) for i in range(L)]
+                             post[i], resid[i], self.depth_scale[i, :1], i >= L - hp.xsa_last_n) for i in range(L)]
 
-    def attention(self, h, x_in, w, rope, packing, tap):
-        """(B, T, D) normalised input h -> (B, T, D). `packing` is (cu_seqlens or None, max_seqlen)."""
+    def attention(self, h, start, x_in, w, rope, packing, tap):
+        """Normed input h (B, T, D), its first columns -> (B, T, D). `packing` is (cu_seqlens or None, max_seqlen)."""
         hp, (B, T, D) = self.hp, h.shape
         qkv = linear(h, w.qkv, tap, "qkv")
         q, k, v = self.ops.qkv_heads(qkv, w.q_gain, *rope, hp.num_kv_heads)
@@ -1366,20 +1495,20 @@ class GPT(nn.Module):
         else:
             y = self.ops.attention(q, k, v, *packing)
         if w.xsa and self.gate_kind:
-            y = self.ops.gated_xsa(y, v, *self.head_gates(h, x_in, qkv, w.gate))
+            y = self.ops.gated_xsa(y, v, *self.head_gates(h, start, x_in, qkv, w.gate))
         elif w.xsa:
             y = subtract_own_value(y, v)
         elif self.gate_kind:
-            logits, factor = self.head_gates(h, x_in, qkv, w.gate)
+            logits, factor = self.head_gates(h, start, x_in, qkv, w.gate)
             y = y * (factor * torch.sigmoid(logits))[..., None]
         out = linear(y.reshape(B, T, D), w.out, tap, "attn_proj")
         return out if tap is None else tap("attn_out", h, out, w.attn_scale)
 
-    def head_gates(self, h, x_in, qkv, gate):
+    def head_gates(self, h, start, x_in, qkv, gate):
         """Logits (B, T, H) and the factor of their sigmoids, of whichever gate of the heads' outputs is on."""
         hp = self.hp
         if self.gate_kind == "sparse":
-            return hp.sparse_attn_gate_scale * F.linear(h[..., :hp.gate_window], gate), 1.0
+            return hp.sparse_attn_gate_scale * F.linear(start, gate), 1.0
         if self.gate_kind == "dense":
             return F.linear(h, gate), 1.0
         source = qkv if hp.attn_out_gate_src == "q" else x_in
@@ -1395,14 +1524,18 @@ class GPT(nn.Module):
             out = self.ops.mlp(h, w.up, w.down, slope)
         return out if tap is None else tap("mlp_out", h, out, w.mlp_scale)
 
-    def block(self, x, mlp_lane, x0, w, rope, packing, tap):
-        """One layer: stream x (B, T, D), and the MLP's own lane where the stream has split, else None -> both again."""
+    def enter(self, x, x0, w, wants, *skip):
+        """What a block takes: normed mix of stream x and x0, the first columns of that; if wanted, mix and stream."""
+        return self.ops.enter(x, x0, w.mix, w.depth_scale, self.hp.gate_window, wants, *skip)
+
+    def block(self, entry, mlp_lane, w, rope, packing, tap):
+        """One layer: results of `enter`, and the MLP's own lane where the stream has split, else None -> x, lane."""
 
         def scaled_norm(x):
             return (norm(x) * w.depth_scale).to(x.dtype)
 
-        x_in = w.mix[0] * x + w.mix[1] * x0
-        attn = self.attention(scaled_norm(x_in), x_in, w, rope, packing, tap)
+        h, start, x_in, x = entry
+        attn = self.attention(h, start, x_in, w, rope, packing, tap)
         if mlp_lane is None:
             x = x_in + attn
             return x + self.mlp(scaled_norm(x), w, tap), None
@@ -1422,18 +1555,11 @@ class GPT(nn.Module):
         blocked = tokens == BOS_ID if fresh is None else (tokens == BOS_ID) | fresh
         return e + (self.smear_lambda.to(e.dtype) * gate * previous).masked_fill(blocked[..., None], 0)
 
-    def merge_skip(self, x, skip, weight, gate):
-        """lerp(w * skip, x, sigmoid(g)), or x + w * skip without gates."""
-        scaled = weight.to(x.dtype) * skip
-        if not self.hp.skip_gates_enabled:
-            return x + scaled
-        return torch.lerp(scaled, x, torch.sigmoid(gate.to(x.dtype)))
-
     def forward_hidden(self, tokens, cu_seqlens=None, *, max_seqlen, looping, fresh=None, tap=None, parts=None,
                        on_grid=False):
         """(B, T) ids -> (B, T, D), the final norm's output.
         With cu_seqlens B is 1 and documents are apart, none longer than max_seqlen; without, a row is one document.
-        `parts` has the block and merge_skip of its own, where these alone were compiled.
+        `parts` has enter and block of its own, where these alone were compiled.
         """
         hp, slots, weights, parts = self.hp, self.slots(looping), self.layer_weights(on_grid), parts or self
         packing, rope = (cu_seqlens, max_seqlen), (self.cos[:tokens.size(1)], self.sin[:tokens.size(1)])
@@ -1441,21 +1567,26 @@ class GPT(nn.Module):
             extras = techniques.layer_extras(self, tokens, fresh)
             weights = [w._replace(extras=e) for w, e in zip(weights, extras, strict=True)]
         x = x0 = norm(self.embed(tokens, fresh))
-        mlp_lane, encoder, skips = None, len(slots) // 2, []
+        mlp_lane, encoder, skips, before = None, len(slots) // 2, [], -1
         order = None
         if hp.extra_eval_loops:  # passes that training did not have count below 0: skips stay where they were
             order, encoder = techniques.extra_passes(self, slots)
         for slot, layer in order or enumerate(slots):
             if layer >= hp.parallel_start_layer and mlp_lane is None:
                 mlp_lane = x  # the stream splits before this slot's skip, which goes to the attention lane only
-            if slot >= encoder and skips:
-                pair = slot - encoder
-                gate = self.skip_gates[pair] if hp.skip_gates_enabled else None
-                x = parts.merge_skip(x, skips.pop(), self.skip_weights[pair], gate)
-            here = tap and tap.at(slot, layer)
-            x, mlp_lane = parts.block(x, mlp_lane, x0, weights[layer], rope, packing, here)
-            if 0 <= slot < encoder:
+            skip, pushes, pair = (), 0 <= before < encoder, slot - encoder
+            if pushes and pair >= 0:
                 skips.append(x.view_as(x))  # the first pair is of the stream with itself: without this, another graph
+            if pair >= 0 and skips:
+                gate = self.skip_gates[pair] if hp.skip_gates_enabled else None
+                skip = skips.pop(), self.skip_weights[pair], gate
+            lanes, own = mlp_lane is not None, pushes and pair < 0
+            wants = not lanes or self.gate_kind == "output", lanes or own
+            entry = parts.enter(x, x0, weights[layer], wants, *skip)
+            if own:
+                skips.append(entry[3])  # x itself, but so all its gradients meet in the entry's kernel
+            x, mlp_lane = parts.block(entry, mlp_lane, weights[layer], rope, packing, tap and tap.at(slot, layer))
+            before = slot
         if mlp_lane is not None:
             x = {"mean": (x + mlp_lane) / 2, "attn": x, "mlp": mlp_lane}[hp.parallel_final_lane]
         return norm(x)
@@ -1597,6 +1728,8 @@ class Optimizers:
         groups = [{"params": embeddings, "base_lr": hp.tied_embed_lr, "base_wd": hp.embed_wd},
                   {"params": list(parameters.values()), "base_lr": hp.scalar_lr, "base_wd": hp.adam_wd}]
         self.adamw = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=1e-8, fused=dist.device.type == "cuda")
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)  # kept, and added to: what a captured backward returns is overwritten
 
     def clip_factor(self):
         """0-d tensor: GRAD_CLIP_NORM over the norm of the reduced gradient, at most 1; the same on every rank."""
@@ -1608,13 +1741,10 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, progress, step):
-        """One update at training fraction `progress`; gradients are sums over this rank's micro-steps and are freed."""
+        """One update at training fraction `progress`; gradients are sums over this rank's micro-steps, zero after."""
         hp, lr = self.hp, lr_multiplier(progress, self.hp)
         decay = techniques.weight_decay_multiplier(progress, hp) if hp.wd_schedule_enabled else 1.0
         self.muon.launch()
-        for p in self.replicated:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)  # skip pairs or post weights that this schedule does not use
         self.dist.all_reduce_packed([p.grad for p in self.replicated])
         clip = self.clip_factor()
         if clip is not None:
@@ -1623,8 +1753,7 @@ class Optimizers:
             group["lr"], group["weight_decay"] = group["base_lr"] * lr, group["base_wd"] * decay
         self.adamw.step()
         self.muon.step(hp.matrix_lr * lr, muon_momentum(step, hp), hp.muon_wd * decay, clip)
-        for p in (*self.replicated, *self.muon.banks):
-            p.grad = None
+        torch._foreach_zero_([p.grad for p in (*self.replicated, *self.muon.banks)])
 
 class EMA:
     """Exponential average of all weights in fp32, decay min(EMA_DECAY, (1 + n) / (10 + n)) at step n."""
@@ -1698,12 +1827,14 @@ class TrainingClock:
 def compile_wanted(hp, dist):
     return dist.device.type == "cuda" if hp.compile == "auto" else hp.compile == "1"
 
-def compiled(function, hp, dist, dynamic=False):
-    """torch.compile where the settings ask for it, else the function itself; dynamic=None: dimensions may be marked."""
+def compiled(function, hp, dist, dynamic=False, graphs=False):
+    """torch.compile where the settings ask for it, else the function itself; dynamic=None: dimensions may be marked;
+    graphs: on CUDA it is captured, its backward too, and replayed, so that what it returned before is overwritten."""
     if not compile_wanted(hp, dist):
         return function
     # padding of matrix products would bind a graph to the range of sizes that it was traced at
-    return torch.compile(function, fullgraph=True, dynamic=dynamic, options={"shape_padding": False})
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, options={
+        "shape_padding": False, "triton.cudagraphs": graphs and dist.device.type == "cuda"})
 
 class Trainer:
     """Model, optimizers, average and loader of a run, and the one training step."""
@@ -1712,7 +1843,7 @@ class Trainer:
         self.model, self.loader, self.hp, self.dist, self.log = model, loader, hp, dist, log
         self.optimizers = Optimizers(model, hp, dist)
         self.ema = EMA(model, hp.ema_decay)
-        self.forward = compiled(model.forward, hp, dist)
+        self.forward = compiled(model.forward, hp, dist, graphs=True)
         self.watched = ["loss"], torch.zeros(1)  # names and norms that safety looks at
 
     def train_step(self, step, progress, looping):
@@ -1720,6 +1851,7 @@ class Trainer:
         total = torch.zeros((), device=self.dist.device)
         on_grid = lr_multiplier(progress, self.hp) < self.hp.qat_below_lr  # another value is another graph
         for row in self.loader.step(step):
+            torch.compiler.cudagraph_mark_step_begin()  # nothing of the row before is read any more
             loss = self.forward(*row, looping, self.hp.train_seq_len, on_grid=on_grid).mean() / self.hp.micro_steps
             loss.backward()
             total += loss.detach()
@@ -2479,7 +2611,7 @@ class Evaluator:
         self.model, self.validation, self.hp, self.dist = model, validation, hp, dist
         self.packer = WindowPacker(validation, hp.micro_batch_tokens, hp.eval_seq_len, hp.row_segments, dist.device)
         self.parts = SimpleNamespace(**{name: compiled(getattr(model, name), hp, dist) for name in (
-            "block", "merge_skip", "token_losses")})
+            "enter", "block", "token_losses")})
 
     def row_losses(self, row):
         """ScoredRow -> (T,) nats, float32 head."""
@@ -2714,8 +2846,8 @@ class TestTimeTrainer:
         self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device)
         self.lanes = range(dist.rank, hp.ttt_lanes, dist.world_size)
         self.lora = BatchedLoRA(model, self.lanes, hp, dist.device, model.ops.adamw_rows)
-        self.block, self.merge, self.factors, self.head = (compiled(f, hp, dist, dynamic=None) for f in (
-            model.block, model.merge_skip, self.lora.factors,
+        self.enter, self.block, self.factors, self.head = (compiled(f, hp, dist, dynamic=None) for f in (
+            model.enter, model.block, self.lora.factors,
             self.tilted_losses if hp.ngram_tilt_enabled else model.token_losses))
         if hp.ttt_stale_context:
             self.stale = techniques.StaleContext(model, validation.starts, self.lora.flight, dist.device, rotary_tables)
@@ -2725,7 +2857,7 @@ class TestTimeTrainer:
 
     def chunk_losses(self, windows, targets, positions, tap):
         """Windows (B, W), targets and their positions in the windows (B, C), adapters -> (B, C) nats, float32 head."""
-        parts = SimpleNamespace(block=self.dynamic_block, merge_skip=self.dynamic_merge)
+        parts = SimpleNamespace(enter=self.dynamic_enter, block=self.dynamic_block)
         hidden = self.model.forward_hidden(windows, max_seqlen=self.hp.ttt_eval_seq_len, looping=True, tap=tap,
                                            parts=parts)
         scored = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.size(2)))
@@ -2740,25 +2872,27 @@ class TestTimeTrainer:
         boost = techniques.NGRAM.boost * (hints >= 0)
         return losses, losses + torch.log1p((-of_hints).exp() * boost.expm1()) - boost * (hints == targets)
 
-    # Compiled: GPT.block, merge_skip and token_losses, BatchedLoRA.factors: one graph each for any number of rows and
+    # Compiled: GPT.enter, block and token_losses, BatchedLoRA.factors: one graph each for any number of rows and
     # width of windows; layer by layer, because tracing all slots at once with unknown shapes takes minutes.
 
-    def dynamic_block(self, x, mlp_lane, x0, w, rope, packing, tap):
+    def dynamic_enter(self, x, x0, w, wants, *skip):
         if self.hp.ttt_stale_context:
-            x, mlp_lane, x0, rope, packing = self.stale.of_slot(x, mlp_lane, x0)
+            x, x0 = self.stale.own(x, x0)
+        x = x if x.requires_grad else x.detach().requires_grad_()  # the first layer shares the graph of the others
+        self.mark_dynamic([0, 1], x, x0, *skip[:1])
+        return self.enter(x, x0, w, wants, *skip)
+
+    def dynamic_block(self, entry, mlp_lane, w, rope, packing, tap):
+        if self.hp.ttt_stale_context:
+            mlp_lane, rope, packing = self.stale.of_slot(mlp_lane)
             self.mark_dynamic([0, 1], *rope)
             self.mark_dynamic([0], *packing[1:3])
             self.mark_dynamic([1], packing[3])
-        x = x if x.requires_grad else x.detach().requires_grad_()  # the first layer shares the graph of the others
-        self.mark_dynamic([0, 1], x, x0, mlp_lane)
+        self.mark_dynamic([0, 1], *entry, mlp_lane)
         self.mark_dynamic([0], *rope, *tap.matrices())
         if self.hp.new_values:
             self.mark_dynamic([0, 1], *techniques.streams_of(w.extras))
-        return self.block(x, mlp_lane, x0, w, rope, packing, tap)
-
-    def dynamic_merge(self, x, skip, *weights):
-        self.mark_dynamic([0, 1], x, skip)
-        return self.merge(x, skip, *weights)
+        return self.block(entry, mlp_lane, w, rope, packing, tap)
 
     def mark_dynamic(self, dimensions, *tensors):
         for tensor in tensors:

@@ -59,6 +59,11 @@ def test_kernels_go_to_the_phase_of_the_operator_that_launched_them():
         ("kernel_cutlass_flash_bwd_sm90FlashAttentionBackwardSm90", [("golf::fa4_backward", [row])],
          "attention backward"),
         ("_mlp_kernel", [("golf::mlp", [row, up, down])], "MLP kernels"),
+        ("kernel_cutlass_kernel_quackepiloguefrontendGemmMod_forward", [("golf::mlp", [row, up, down, ()])],
+         "MLP kernels"),
+        ("kernel_cutlass_kernel_quackepiloguefrontendGemmMod_backward",
+         [("autograd::engine::evaluate_function: CompiledFunctionBackward", []),
+          ("golf::mlp_backward", [row, down, (M, F), ()])], "MLP kernels"),
         ("nvjet_tst_256x128", [("golf::mlp", [row, up, down]), ("aten::mm", [(M, F), (F, D)])], "MLP products"),
         ("nvjet_tst_128x128", [("CompiledFunctionBackward", []), ("aten::mm", [(F, M), (M, D)])], "MLP products"),
         ("nvjet_tst_128x256", [("aten::mm", [row, (D, D)])], "projections"),
@@ -89,7 +94,8 @@ def test_kernels_go_to_the_phase_of_the_operator_that_launched_them():
     assert {name: found[name].phase for name, *_ in plan} == {name: phase for name, _, phase in plan}
     assert found["nvjet_tst_128x256"].flops == 2 * M * D * D
     assert found["nvjet_tst_128x256"].nbytes == 2 * (2 * M * D + D * D)
-    assert found["_mlp_kernel"].flops == 2 * M * D * F
+    for kernel in ("_mlp_kernel", *(name for name, *_ in plan if "quack" in name)):
+        assert found[kernel].flops == 2 * M * D * F
     assert found["triton_poi_fused_mul_1"].nbytes == 2 * 2 * M * D
     assert bench_step.busy_ms(events) == pytest.approx(5e-3 * len(plan))
 

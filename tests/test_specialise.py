@@ -240,7 +240,7 @@ def test_operators_of_the_packed_script_are_differentiable(packed):
         pairs = [(packed.linear_cross_entropy(h, head, targets, 30.0), (h, head),
                   F.cross_entropy(30 * torch.tanh(h @ head.T / 30), targets, reduction="none")),
                  (packed.gated_xsa(y, v, gates, 1.0), (y, v, gates), xsa),
-                 (packed._mlp(x, up, down, 0.3), (x, up, down), F.leaky_relu(x @ up.T, 0.3).square() @ down.T)]
+                 (packed._mlp(x, up, down, [0.3, 0.0]), (x, up, down), F.leaky_relu(x @ up.T, 0.3).square() @ down.T)]
         for got, inputs, want in pairs:
             torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
             for a, b in zip(*(torch.autograd.grad(out.square().sum(), inputs) for out in (got, want))):
@@ -252,6 +252,23 @@ def test_operators_of_the_packed_script_are_differentiable(packed):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(driver)], env=environ, capture_output=True, text=True,
                           timeout=120)
     assert done.stdout == "equal\n", done.stderr
+
+
+def test_the_packed_script_keeps_the_names_that_quack_calls_operands_by(packed):
+    driver = """
+        import quack_stub, torch, packed_script as packed
+        quack_stub.install()
+        x, up, down = (torch.randn(shape).bfloat16().requires_grad_() for shape in ((6, 16), (32, 16), (16, 32)))
+        outs = [packed._mlp(x, up, down, [0.3, 1.0]),
+                torch.nn.functional.leaky_relu(x @ up.T, 0.3).square() @ down.T]
+        for got, want in zip(*([out, *torch.autograd.grad(out.sum(), (x, up, down))] for out in outs)):
+            assert ((got - want).float().norm() / want.float().norm()).item() < 0.02
+        print(quack_stub.EpiMod.calls)
+        """
+    paths = os.pathsep.join([str(packed.parent), str(Path(__file__).parent)])
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(driver)], capture_output=True, text=True, timeout=120,
+                          env=HERE | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"})
+    assert done.stdout == "[(6, 32, 16, False), (6, 32, 16, True)]\n", done.stderr
 
 
 OTHERWISE = {  # as many other branches as one run can take

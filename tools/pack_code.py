@@ -50,11 +50,13 @@ def free_parameters(tree):
 
     It writes them as plain parameters again. Otherwise it would keep the names, for callers that it cannot see. There
     are none for a function whose name stands nowhere but in calls; one that is handed on may be a library's to call,
-    as PyTorch calls `setup_context(ctx=..., inputs=..., output=...)`. A lambda is only ever called in order.
+    as PyTorch calls `setup_context(ctx=..., inputs=..., output=...)`. Arguments go in order
+    to lambdas, to what golf_op is given and to the operations among the candidates of select_ops.
     """
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    callees = {id(call.func) for call in calls}
-    handed_on = {name_of(node) for node in ast.walk(tree) if name_of(node) and id(node) not in callees}
+    in_order = "golf_op", "candidates"
+    known = {id(node) for call in calls for node in [call.func] + call.args * (name_of(call.func) in in_order)}
+    handed_on = {name_of(node) for node in ast.walk(tree) if name_of(node) and id(node) not in known}
     named = defaultdict(set)
     for call in calls:
         named[name_of(call.func)].update(keyword.arg for keyword in call.keywords)
