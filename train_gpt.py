@@ -32,7 +32,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import defaultdict, namedtuple
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,9 +66,8 @@ except ImportError:  # only the lzma compressor works then, and nothing else is 
 try:
     import triton
     import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # the kernels stay definable, the references are used
-    triton, tl, TensorDescriptor = None, SimpleNamespace(constexpr=int), None
+    triton, tl = None, SimpleNamespace(constexpr=int)
 
 BOS_ID = 1  # every document starts with exactly one (README: data)
 BYTE_CAP = 16_000_000  # decimal bytes of code + weights, the contest's rule
@@ -692,7 +691,8 @@ def _ce_kernel(logits, targets, losses, V: tl.constexpr, CAP: tl.constexpr, BLOC
     row = tl.program_id(0).to(tl.int64)  # 64 bits: rows x vocabulary may exceed 2^31
     logits += row * V
     target = tl.load(targets + row)
-    peak, total, z_target = -float("inf"), 0.0, 0.0
+    z_target = CAP * (2 * tl.sigmoid(tl.load(logits + target).to(tl.float32) * (2 / CAP)) - 1)
+    peak, total = -float("inf"), 0.0
     for start in tl.static_range(0, V, BLOCK):  # online log-sum-exp; one turn up to V = 8192
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
@@ -702,7 +702,6 @@ def _ce_kernel(logits, targets, losses, V: tl.constexpr, CAP: tl.constexpr, BLOC
         exps = tl.exp(z - higher)
         total = total * tl.exp(peak - higher) + tl.sum(exps, 0)
         peak = higher
-        z_target += tl.sum(tl.where(columns == target, z, 0.0), 0)
     tl.store(losses + row, peak + tl.log(total) - z_target)
     for start in tl.static_range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -710,7 +709,7 @@ def _ce_kernel(logits, targets, losses, V: tl.constexpr, CAP: tl.constexpr, BLOC
             x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
             tanh = 2 * tl.sigmoid(x * (2 / CAP)) - 1
             exps = tl.exp(CAP * tanh - peak)
-        d = (exps / total - tl.where(columns == target, 1.0, 0.0)) * (1 - tanh * tanh)
+        d = (exps * (1 / total) - tl.where(columns == target, 1.0, 0.0)) * (1 - tanh * tanh)
         tl.store(logits + columns, d.to(logits.dtype.element_ty), mask=columns < V)
 
 def _launch_ce(logits, targets, softcap):
@@ -734,126 +733,65 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, softcap: fl
     logits = h @ weight.T
     return _launch_ce(logits, targets, softcap), logits
 
-# --- squared leaky ReLU MLP: leaky_relu(x @ w_up.T, slope)^2 @ w_down.T. One persistent TMA kernel each way does the
-# first product and the activation or, backward, d act and the derivative; the other products are cuBLAS. For the
-# derivative the activation alone is kept: its root is the size of the first product, its lowest bit stores the sign.
+# --- squared leaky ReLU MLP: leaky_relu(x @ w_up.T, slope)^2 @ w_down.T. Quack's products (quack-kernels) end with the
+# activation or, backward, its derivative; others are cuBLAS. For the derivative the activation alone is kept: its root
+# is the size of the first product, its lowest bit stores the sign.
 
 def mlp_ref(x, w_up, w_down, slope):
     """x (..., D), w_up (F, D), w_down (D, F) -> (..., D). The definition of the operation."""
     return F.linear(F.leaky_relu(F.linear(x, w_up), slope).square(), w_down)
 
-# GROUP: tiles of M done before the next tile of N; FLATTEN: one loop over tiles and K, so the next tile loads during
-# the epilogue. Defaults for 16 bits on Hopper: Triton 3.6 takes 229,408 bytes forward and 213,032 backward of 227 KB,
-# 188 and 187 of 255 registers. Backward stages tiles of act too: 4 stages do not fit.
-Tile = namedtuple("Tile", "BLOCK_M BLOCK_N BLOCK_K GROUP FLATTEN num_warps num_stages",
-                  defaults=(128, 256, 64, 8, True, 8, 3))
-MLP_TILES = [Tile(num_stages=4), Tile()]  # forward, backward
-SMALL_TILE = Tile(32, 32, 32, 2, False, 4, 2)  # fp32 and the interpreter
-
-@jit
-def _mlp_kernel(a_desc, b_desc, act_desc, out_desc, M, N, K, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
-                FLATTEN: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr,
-                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """forward: out = leaky(pre)^2, pre = a @ b.T, b (N, K); backward: out = (a @ b) act'(pre), b (K, N). SLOPE >= 0."""
-    rows = tl.cdiv(M, BLOCK_M)
-    group_tiles = GROUP * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), rows * tl.cdiv(N, BLOCK_N), tl.num_programs(0), flatten=FLATTEN):
-        # down GROUP tiles of M, then one to the right: what runs at one time shares its operands in L2
-        first = tile // group_tiles * GROUP
-        height = tl.minimum(rows - first, GROUP)
-        m = (first + tile % group_tiles % height) * BLOCK_M
-        n = tile % group_tiles // height * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for step in range(tl.cdiv(K, BLOCK_K)):
-            a = a_desc.load([m, step * BLOCK_K])
-            b = b_desc.load([step * BLOCK_K, n]) if BACKWARD else b_desc.load([n, step * BLOCK_K]).T
-            acc = tl.dot(a, b, acc, input_precision="ieee")
-        # two halves, so that the staging buffers of the epilogue leave room for one more stage of the loop
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        for half in tl.static_range(2):
-            part = right if half else left
-            at = m, n + half * (BLOCK_N // 2)
-            if BACKWARD:  # part is of d act; the derivative is 2 sqrt(act), times -SLOPE on the left
-                act = act_desc.load(at)
-                bits = act.to(tl.int16 if SHIFT else tl.int32, bitcast=True)
-                part *= tl.sqrt(act.to(tl.float32)) * tl.where(bits & 1 == 1, -2 * SLOPE, 2.0)
-            else:  # to the nearest number whose lowest bit, of the SHIFT fewer that are stored, tells the side
-                left_side = part < 0
-                leaky = tl.where(left_side, SLOPE * part, part)
-                bits = (leaky * leaky).to(tl.int32, bitcast=True) + tl.where(left_side, 0, 1 << SHIFT)
-                bits = (bits >> (SHIFT + 1) << (SHIFT + 1)) + tl.where(left_side, 1 << SHIFT, 0)
-                part = bits.to(tl.float32, bitcast=True)
-            out_desc.store(at, part.to(out_desc.dtype))
-
 @lru_cache
-def quack_mlp(slope, dtype):
-    """0 <= slope <= 1 -> Quack's products (quack-kernels 0.6.5) with the epilogues of `_mlp_kernel`: forward, backward.
-    Their operands go by name: acc, c. Compiled when first called, 10 s for all ranks of a host, then cached on disk.
+def mlp_products(slope, dtype):
+    """0 <= slope <= 1 -> forward: act of a @ b.T; backward: (a @ b) act'. Operands of an epilogue go by name: acc, c.
+    Compiled when first called, 10 s for all ranks of a host, then cached on disk. ValueError: another GPU or dtype.
     """
     if torch.cuda.get_device_capability()[0] != 9 or dtype != torch.bfloat16:
         raise ValueError("needs sm_90 and bfloat16")
     import cutlass
     from quack.epilogue import EpiMod
-    def forward(acc):
+    def forward(acc):  # to the nearest number of 16 bits whose lowest tells the side
         left = acc.bitcast(cutlass.Int32) >> 15 & 65536
         leaky = cutlass.cute.arch.fmax(acc, acc * slope)
         return {"D": ((leaky * leaky).bitcast(cutlass.Int32) + 65536 - left & -131072 | left).bitcast(cutlass.Float32)}
-    def backward(acc, c):
+    def backward(acc, c):  # c: act; the derivative is 2 sqrt(act), times -slope on the left
         side = cutlass.select_(c.bitcast(cutlass.Int32) & 65536 == 0, 2.0, -2.0 * slope)
         return {"D": acc * (cutlass.cute.math.sqrt(c, fastmath=True) * cutlass.Float32(side))}
     return EpiMod(forward), EpiMod(backward)
 
-def _for_tma(tensor):
-    """tensor (rows, columns) -> itself, or a copy with a layout and base that TMA can address."""
-    tensor = tensor.detach().contiguous().flatten().view(tensor.shape)  # one row is contiguous whatever its stride
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-def _launch_mlp(a, b, act, slope, quack):
+def _launch_mlp(a, b, act, slope):
     """a (M, K), b (N, K), None -> act (M, N); a (M, K), b (K, N), act (M, N) -> (M, N): backward."""
     backward = act is not None
-    out = a.new_empty(a.shape[0], b.shape[backward])
-    a, b, act, out = tensors = [_for_tma(t) for t in (a, b, act if backward else out, out)]
-    if quack:  # on an H200 0.29 and 0.40 ms at 98,304 x 512 x 2,048; Triton: 0.35 and 0.49
-        quack_mlp(slope, a.dtype)[backward].gemm(
-            a, b, out, act if backward else None, epi_args={}, tile_M=192, tile_N=128, cluster_M=1, cluster_N=2,
-            pingpong=True, b_kn=backward)
-        return out
-    (M, K), N = a.shape, out.shape[1]
-    m, n, k, *_ = tile = MLP_TILES[backward] if a.is_cuda and a.element_size() == 2 else SMALL_TILE
-    # three programs on the CPU: every one gets several tiles of a small test
-    cores = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
-    blocks = [m, k], [k, n] if backward else [n, k], [m, n // 2], [m, n // 2]
-    _mlp_kernel[(min(cores, triton.cdiv(M, m) * triton.cdiv(N, n)),)](
-        *map(TensorDescriptor.from_tensor, tensors, blocks), M, N, K, SLOPE=slope, BACKWARD=backward,
-        SHIFT=32 - 8 * out.element_size(), **tile._asdict())
-    return out
+    tensors = [a, b, a.new_empty(a.shape[0], b.shape[backward]), *((act,) if backward else ())]
+    for i, t in enumerate(tensors):  # rows and a base that TMA can address; one row is contiguous whatever its stride
+        t = t.detach().contiguous().flatten().view(t.shape)
+        tensors[i] = t if t.data_ptr() % 16 == 0 else t.clone()
+    mlp_products(slope, a.dtype)[backward].gemm(*tensors, epi_args={}, tile_M=192, tile_N=128, cluster_M=1, cluster_N=2,
+                                                pingpong=True, b_kn=backward)
+    return tensors[2]
 
 @golf_op(lambda grad, w_down, act, _: torch.empty_like(act))
-def _mlp_backward(grad: Tensor, w_down: Tensor, act: Tensor, options: list[float]) -> Tensor:
-    return _launch_mlp(grad, w_down, act, *options)
+def _mlp_backward(grad: Tensor, w_down: Tensor, act: Tensor, slope: float) -> Tensor:
+    return _launch_mlp(grad, w_down, act, slope)
 
-def _mlp_keep(needed, x, w_up, w_down, out, act):
-    uses = needed[1], needed[0], needed[0] or needed[1], any(needed)
-    return (t if used else None for t, used in zip((x, w_up, w_down, act), uses, strict=True))
-
-def _mlp_gradients(needed, grad, x, w_up, w_down, act, options):
+def _mlp_gradients(needed, grad, x, w_up, w_down, act, slope):
     grad_down = grad.T @ act if needed[2] else None
-    grad_pre = _mlp_backward(grad, w_down, act, options) if needed[0] or needed[1] else None
+    grad_pre = _mlp_backward(grad, w_down, act, slope) if needed[0] or needed[1] else None
     grad_up = grad_pre.T @ x if needed[1] else None
     return grad_pre @ w_up if needed[0] else None, grad_up, grad_down
 
 @golf_op(lambda x, w_up, w_down, _: tuple(x.new_empty(x.shape[0], w.shape[0]) for w in (w_down, w_up)),
-         _mlp_gradients, _mlp_keep)
-def _mlp(x: Tensor, w_up: Tensor, w_down: Tensor, options: list[float]) -> tuple[Tensor, Tensor]:
-    act = _launch_mlp(x, w_up, None, *options)
+         _mlp_gradients, lambda needed, x, w_up, w_down, out, act: (x, w_up, w_down, act))
+def _mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    act = _launch_mlp(x, w_up, None, slope)
     return act @ w_down.T, act
 
-def leaky_relu_sq_mlp(x, w_up, w_down, slope, quack=False):
+def leaky_relu_sq_mlp(x, w_up, w_down, slope):
     """x (..., D), w_up (F, D), w_down (D, F), of one dtype -> (..., D). What TMA cannot address takes the reference."""
-    (width, hidden), size = w_down.shape, x.element_size()
-    if width * size % 16 or hidden * size % 16 or x.numel() == 0:  # TMA: rows of n * 16 bytes
+    width, hidden = w_down.shape
+    if width % 8 or hidden % 8 or x.numel() == 0:  # rows of n * 16 bytes
         return mlp_ref(x, w_up, w_down, slope)
-    return _mlp(x.reshape(-1, width), w_up, w_down, [abs(slope), quack]).view(x.shape)
+    return _mlp(x.reshape(-1, width), w_up, w_down, abs(slope)).view(x.shape)
 
 # --- around attention: before it, q and k get a norm for each head, partial rotary positions and q its gain; behind it,
 # XSA takes its own value's part out of each head's output, and a gate scales it. Rows of the tiles are heads.
@@ -1008,12 +946,13 @@ def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> tuple[Tens
 # --- entry of a slot: the stream merges with a skip, mixes with x0, and is normed. The compiler fuses the forward pass
 # well; backward it joins the sums over tokens of several slots in kernels that spill registers: here one kernel a slot.
 
-def enter_ref(x, x0, mix, scale, window, wants, skip=None, weight=None, gate=None):
-    """x, x0, skip (B, T, D), mix (2, D), scale (1,), weight, gate (D,) -> scaled norm of the mix, its first `window`
-    columns, the mix, and lerp(weight skip, x, sigmoid(gate)) or x + weight skip; of these two None if not in wants."""
-    if skip is not None:
+def enter_ref(x, x0, mix, scale, window, wants, *merge):
+    """x, x0 (B, T, D), mix (2, D), scale (1,), perhaps skip (B, T, D), weight (D,), perhaps gate (D,) -> scaled norm of
+    the mix, its first `window` columns, the mix, and what x merged into; of these two None if not in wants."""
+    if merge:
+        skip, weight, *gate = merge
         scaled = weight.to(x.dtype) * skip
-        x = x + scaled if gate is None else torch.lerp(scaled, x, torch.sigmoid(gate.to(x.dtype)))
+        x = torch.lerp(scaled, x, torch.sigmoid(gate[0].to(x.dtype))) if gate else x + scaled
     x_in = mix[0] * x + mix[1] * x0
     h = (norm(x_in) * scale).to(x.dtype)
     return h, h[..., :window], x_in if wants[0] else None, x if wants[1] else None
@@ -1021,7 +960,7 @@ def enter_ref(x, x0, mix, scale, window, wants, skip=None, weight=None, gate=Non
 @jit
 def _enter_kernel(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip, weight, gate, d_x, d_x0, d_skip, sums,
                   rows, WINDOW: tl.constexpr, MIXED: tl.constexpr, KEPT: tl.constexpr, MERGE: tl.constexpr,
-                  GATED: tl.constexpr, TRAIN: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+                  GATED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """Gradients of x, x0, skip, and in `sums` a program's share of those of mix (both), weight and gate."""
     program, column = tl.program_id(0), tl.arange(0, BLOCK)
     inside, factor = column < D, tl.load(scale)
@@ -1036,8 +975,7 @@ def _enter_kernel(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip,
     zero = tl.zeros((BLOCK,), dtype=tl.float32)
     sum_x, sum_0, sum_w, sum_g = zero, zero, zero, zero
     for row in tl.range(program, rows, tl.num_programs(0)):
-        row = tl.cast(row, tl.int64)
-        at, d, kept = row * D + column, zero, zero
+        at, d, kept = tl.cast(row, tl.int64) * D + column, zero, zero
         x = tl.load(merged + at, mask=inside, other=0.0).to(tl.float32)
         e = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(d_h + at, mask=inside, other=0.0).to(tl.float32)
@@ -1052,10 +990,9 @@ def _enter_kernel(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip,
         inverse = tl.rsqrt(tl.sum(z * z, 0) / D + 1.19e-7)
         z, g = z * inverse, g * factor
         d += inverse * (g - z * (tl.sum(g * z, 0) / D))
-        if TRAIN:
-            sum_x += d * x
-            sum_0 += d * e
-            tl.store(d_x0 + at, (d * mix_0).to(d_x0.dtype.element_ty), mask=inside)
+        sum_x += d * x
+        sum_0 += d * e
+        tl.store(d_x0 + at, (d * mix_0).to(d_x0.dtype.element_ty), mask=inside)
         d = d * mix_x + kept
         if MERGE:
             sum_w += d * other
@@ -1068,22 +1005,22 @@ def _enter_kernel(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip,
     tl.store(sums + 2 * D, sum_w * rest, mask=inside)
     tl.store(sums + 3 * D, sum_g * rest, mask=inside)
 
-def _new_enter_grads(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip, weight, gate, train):
-    """Empty gradients of x, x0, skip, and sums (programs, 4, D): 8 programs of a warp fill a multiprocessor."""
+def _new_enter_grads(grads, merged, x0, mix, scale, merge, wants):
+    """Empty gradients of x, x0, skip, and sums (programs, 4, D): 8 programs of two warps on a multiprocessor."""
     programs = 8 * torch.cuda.get_device_properties(x0.device).multi_processor_count if x0.is_cuda else 3
-    shapes = merged.shape, x0.shape if train else (0,), (0,) if skip is None else skip.shape
+    shapes = merged.shape, x0.shape, merge[0].shape if merge else (0,)
     return *map(x0.new_empty, shapes), x0.new_empty(programs, 4, x0.shape[-1], dtype=torch.float32)
 
 @golf_op(_new_enter_grads)
-def _enter_backward(d_h: Tensor, d_start: Tensor, d_mixed: Tensor | None, d_merged: Tensor | None, merged: Tensor,
-                    x0: Tensor, mix: Tensor, scale: Tensor, skip: Tensor | None, weight: Tensor | None,
-                    gate: Tensor | None, train: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs, D = (d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip, weight, gate), x0.shape[-1]
-    outs, block = _new_enter_grads(*inputs, train), triton.next_power_of_2(D)
+def _enter_backward(grads: list[Tensor], merged: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, merge: list[Tensor],
+                    wants: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outs, D = _new_enter_grads(grads, merged, x0, mix, scale, merge, wants), x0.shape[-1]
+    grads = [*grads[:2], grads[2] if wants[0] else merged, grads[-1] if wants[1] else merged]
+    inputs = *grads, merged, x0, mix, scale, *merge, *[merged] * (3 - len(merge))
+    block = triton.next_power_of_2(D)
     _enter_kernel[(len(outs[3]),)](
-        *(merged if t is None else t.contiguous() for t in inputs), *outs, merged.numel() // D,
-        WINDOW=d_start.shape[-1], MIXED=d_mixed is not None, KEPT=d_merged is not None, MERGE=skip is not None,
-        GATED=gate is not None, TRAIN=train, D=D, BLOCK=block, num_warps=max(1, block // 512))
+        *(t.contiguous() for t in inputs), *outs, merged.numel() // D, WINDOW=grads[1].shape[-1], MIXED=wants[0],
+        KEPT=wants[1], MERGE=len(merge) > 0, GATED=len(merge) > 2, D=D, BLOCK=block, num_warps=max(1, block // 256))
     return outs
 
 class Enter(torch.autograd.Function):
@@ -1091,18 +1028,16 @@ class Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, x0, mix, scale, window, wants, *merge):
         h, start, mixed, merged = enter_ref(x, x0, mix, scale, window, (True, True), *merge)
-        ctx.save_for_backward(merged, x0, mix, scale, *(merge or (None, None, None)))
+        ctx.save_for_backward(merged, x0, mix, scale, *merge)
         ctx.wants = wants
         return h, start, *((mixed,) if wants[0] else ()), *((merged.view_as(merged),) if wants[1] else ())
     @staticmethod
-    def backward(ctx, d_h, d_start, *others):
-        saved, needed, (mixed, merged) = ctx.saved_tensors, ctx.needs_input_grad, ctx.wants
-        others = others[0] if mixed else None, others[-1] if merged else None
-        train = any(needed[1:3]) or any(needed[7:])
-        d_x, d_x0, d_skip, sums = _enter_backward(d_h, d_start, *others, *saved, train)
-        sums = sums.sum(0)
-        grads = d_x, d_x0 if needed[1] else None, sums[:2].to(d_x.dtype), None, None, None, d_skip, sums[2]
-        return (*grads, None if saved[-1] is None else sums[3])[:len(needed)]
+    def backward(ctx, *grads):
+        (merged, x0, mix, scale, *merge), needed = ctx.saved_tensors, ctx.needs_input_grad
+        d_x, d_x0, d_skip, sums = _enter_backward([*grads], merged, x0, mix, scale, merge, [*ctx.wants])
+        d_mix, d_weight, d_gate = sums.sum(0).split((2, 1, 1))
+        grads = d_x, d_x0 if needed[1] else None, d_mix.to(d_x.dtype), None, None, None, d_skip, d_weight[0], d_gate[0]
+        return grads[:len(needed)]
 
 def enter(x, x0, mix, scale, window, wants, *merge):
     """As enter_ref."""
@@ -1331,13 +1266,11 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
         torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for shape in shapes)
     angles = torch.arange(256, device=device)[:, None, None] * torch.tensor([1.0, 0.03], device=device)
     raw = torch.cat([t.detach().flatten(2) for t in (q, k, v)], dim=2).requires_grad_()
-    def candidates(kernel, reference, **faster):
-        faster = faster | {"triton": kernel} if kernels and cuda and triton else {}
-        return faster | {"reference": reference}, reference
+    def candidates(kernel, reference, library="triton"):
+        return ({library: kernel} if kernels and cuda and triton else {}) | {"reference": reference}, reference
     trials = {  # operation -> candidates, reference, arguments
         "attention": (attention, attention_sdpa, (q, k, v, cu_seqlens, 128, *([9] if attn_window else []))),
-        "mlp": (*candidates(leaky_relu_sq_mlp, mlp_ref, quack=lambda *inputs: leaky_relu_sq_mlp(*inputs, True)),
-                (x, w_up / 8, w_down / 18, 0.3)),
+        "mlp": (*candidates(leaky_relu_sq_mlp, mlp_ref, "quack"), (x, w_up / 8, w_down / 18, 0.3)),
         "cross_entropy": (*candidates(linear_cross_entropy, linear_cross_entropy_ref), (x, head, targets, 30.0)),
         "qkv_heads": (*candidates(qkv_heads, qkv_heads_ref),
                       (raw, gates[0, 0], angles.cos(), angles.sin(), num_kv_heads)),
@@ -1488,12 +1421,10 @@ class GPT(nn.Module):
         q, k, v = self.ops.qkv_heads(qkv, w.q_gain, *rope, hp.num_kv_heads)
         if hp.new_values:  # PARTIAL_KEY_OFFSET, VALUE_EMBED_LAYERS, VALUE_RESIDUAL
             k, v = techniques.keys_and_values(k, v, w.extras, hp)
-        if hp.attn_window:
-            y = self.ops.attention(q, k, v, *packing, w.extras["window"])
-        elif hp.ttt_enabled and hp.ttt_stale_context and packing[2:]:
+        if hp.ttt_enabled and hp.ttt_stale_context and packing[2:]:
             y = techniques.attention_stale(self.ops, q, k, v, *packing)
         else:
-            y = self.ops.attention(q, k, v, *packing)
+            y = self.ops.attention(q, k, v, *packing, *((w.extras["window"],) if hp.attn_window else ()))
         if w.xsa and self.gate_kind:
             y = self.ops.gated_xsa(y, v, *self.head_gates(h, start, x_in, qkv, w.gate))
         elif w.xsa:
@@ -1567,8 +1498,8 @@ class GPT(nn.Module):
             extras = techniques.layer_extras(self, tokens, fresh)
             weights = [w._replace(extras=e) for w, e in zip(weights, extras, strict=True)]
         x = x0 = norm(self.embed(tokens, fresh))
-        mlp_lane, encoder, skips, before = None, len(slots) // 2, [], -1
-        order = None
+        mlp_lane, encoder, skips, before, order = None, len(slots) // 2, [], -1, None
+        merging = self.skip_weights, *((self.skip_gates,) if hp.skip_gates_enabled else ())
         if hp.extra_eval_loops:  # passes that training did not have count below 0: skips stay where they were
             order, encoder = techniques.extra_passes(self, slots)
         for slot, layer in order or enumerate(slots):
@@ -1578,8 +1509,7 @@ class GPT(nn.Module):
             if pushes and pair >= 0:
                 skips.append(x.view_as(x))  # the first pair is of the stream with itself: without this, another graph
             if pair >= 0 and skips:
-                gate = self.skip_gates[pair] if hp.skip_gates_enabled else None
-                skip = skips.pop(), self.skip_weights[pair], gate
+                skip = skips.pop(), *(p[pair] for p in merging)
             lanes, own = mlp_lane is not None, pushes and pair < 0
             wants = not lanes or self.gate_kind == "output", lanes or own
             entry = parts.enter(x, x0, weights[layer], wants, *skip)
@@ -1791,8 +1721,8 @@ def loop_is_on(progress, hp):
 
 class TrainingClock:
     """Seconds of training on rank 0, told to every rank, so that schedules and the end are the same everywhere.
-    The host runs at most one step ahead of the device: marking a step waits for the one before, which costs no bubble
-    and keeps the clock honest. paused() keeps evaluations inside training off the clock; `used` were used before.
+    The host runs at most one step ahead of the device: marking a step waits for the one before, which costs no bubble.
+    paused() keeps evaluations inside training off the clock; `used` were used before.
     """
 
     def __init__(self, dist, used=0.0):
@@ -1943,7 +1873,6 @@ class Trainer:
 FP16_RANGE = 2.0**-24, 65504.0  # of scales: 1e-10 would be 0 in fp16, and an all-zero row be divided by it
 DAMPING_RETRIES = 4
 STEPS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])  # by code, see log_steps
-TARGET_TRIALS = 5  # of clips; bytes are nearly linear in their logarithm
 LQER_FIELDS = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
 QUANT_TABLE = {  # saved-weight name -> role, settings of its bits and clip; in the order of the artifact's groups
     "tok_emb.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
@@ -2457,10 +2386,7 @@ def pack_weights(arrays, compressor, tell=lambda share: None):
 
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
         if compressor == "pergroup":
-            names = [spec.name for spec in plan[-2][2]]
-            orders = pool.map(techniques.greedy_row_order, [arrays[name] for name in names])
-            sources["orders"] = dict(zip(names, orders, strict=True))
-            sources["codes"] |= {name: arrays[name][order].T for name, order in sources["orders"].items()}
+            techniques.order_rows(arrays, sources, plan[-2][2], pool)
         sections = list(pool.map(encode, *zip(*plan, strict=True)))
     raw = json.dumps([specs, [about for _, about in sections]], separators=(",", ":")).encode()
     if len(raw) > MAX_HEADER_BYTES:
@@ -2512,10 +2438,8 @@ def unpack_weights(blob):
         for kind, arrays in pool.map(decode, plan, sections, ends[1:]):
             found[kind] |= arrays
     unpacked = found["rest"] | {name: codes.T for name, codes in found["codes"].items()}
-    for name, order in found["orders"].items() if not PACKED or Hyperparameters.compressor == "pergroup" else ():
-        if not np.array_equal(np.sort(order), np.arange(len(order))):
-            raise ArtifactError(f"artifact: the row order of {name} is no permutation")
-        unpacked[name] = unpacked[name][np.argsort(order)]
+    if not PACKED or Hyperparameters.compressor == "pergroup":
+        techniques.restore_rows(unpacked, found["orders"])
     return {name: np.array(unpacked[name], dtype, order="C") for name, dtype, _ in specs}
 
 # ---- EVALUATION ------------------------------------------------------------------------------------------------------
@@ -2661,17 +2585,11 @@ def plan_ttt(lengths, hp):
 
 def window_positions(lengths, hp):
     """(n,) targets -> (n,) window positions that scoring these documents computes: the cost of a document."""
-    chunk = chunk_size(lengths, hp) if hp.ttt_short_chunks else hp.ttt_chunk_size
+    chunk = techniques.chunk_size(lengths, hp) if hp.ttt_short_chunks else hp.ttt_chunk_size
     context = hp.ttt_eval_seq_len - hp.ttt_stale_context if hp.ttt_stale_context else hp.ttt_eval_seq_len
     chunks = -(-lengths // chunk)
     growing = np.minimum(chunks, context // chunk)
     return chunk * growing * (growing + 1) // 2 + (chunks - growing) * context
-
-def chunk_size(length, hp):
-    """Targets of a document -> of its chunks [TTT_SHORT_CHUNKS]; also for arrays."""
-    pairs = [[*map(int, pair.split(":"))] for pair in hp.ttt_short_chunks.split(",")]
-    sizes = np.select([length <= most for most, _ in pairs], [short for _, short in pairs], hp.ttt_chunk_size)
-    return np.minimum(sizes, hp.ttt_chunk_size)
 
 class Step(NamedTuple):
     """Chunks of several documents, scored and learned from together."""
@@ -2698,7 +2616,7 @@ def schedule_ttt(places, starts, lengths, flight, hp):
     starts, lengths = starts.tolist(), lengths.tolist()
     def chunks(document):  # context, whether it is the last, what follows the rows in the table
         length = lengths[document]
-        size = int(chunk_size(length, hp)) if hp.ttt_short_chunks else hp.ttt_chunk_size
+        size = int(techniques.chunk_size(length, hp)) if hp.ttt_short_chunks else hp.ttt_chunk_size
         for number, first in enumerate(range(0, length, size), 1):
             end = min(first + size, length)
             window = max(0, end - (fresh or context))
@@ -2848,7 +2766,7 @@ class TestTimeTrainer:
         self.lora = BatchedLoRA(model, self.lanes, hp, dist.device, model.ops.adamw_rows)
         self.enter, self.block, self.factors, self.head = (compiled(f, hp, dist, dynamic=None) for f in (
             model.enter, model.block, self.lora.factors,
-            self.tilted_losses if hp.ngram_tilt_enabled else model.token_losses))
+            techniques.with_tilt(model.token_losses) if hp.ngram_tilt_enabled else model.token_losses))
         if hp.ttt_stale_context:
             self.stale = techniques.StaleContext(model, validation.starts, self.lora.flight, dist.device, rotary_tables)
         self.score, self.warming_up, self.graphs = Score(dist.device), False, {}
@@ -2863,14 +2781,6 @@ class TestTimeTrainer:
         scored = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.size(2)))
         self.mark_dynamic([0], scored, targets, *tap.head.matrices())
         return self.head(scored, targets, tap.head)
-
-    def tilted_losses(self, scored, targets, tap):
-        """As GPT.token_losses, targets (B, C, 2) with a hint beside each, -1: none -> nats, and those that count: under
-        p(a) e^(boost [a = hint]) / (1 + p(hint) (e^boost - 1)). Compiled, the head is computed once."""
-        targets, hints = targets.unbind(-1)
-        losses, of_hints = (self.model.token_losses(scored, t, tap) for t in (targets, hints.clamp_min(0)))
-        boost = techniques.NGRAM.boost * (hints >= 0)
-        return losses, losses + torch.log1p((-of_hints).exp() * boost.expm1()) - boost * (hints == targets)
 
     # Compiled: GPT.enter, block and token_losses, BatchedLoRA.factors: one graph each for any number of rows and
     # width of windows; layer by layer, because tracing all slots at once with unknown shapes takes minutes.
@@ -3107,45 +3017,25 @@ def save_checkpoint(path, model, hp):
     torch.save({"weights": weights, "settings": dataclasses.asdict(hp)}, buffer := io.BytesIO())
     write_atomically(path, buffer.getvalue())
 
-def group_bytes(arrays):
-    """Arrays of quantize_weights -> {role: bytes}, largest first: the order-0 entropy of codes; "rest": all others."""
-    sizes = defaultdict(float)
-    for key, array in arrays.items():
-        name, _, field = key.rpartition(":")
-        if quant_role(name) and field == "codes":
-            share = np.unique(array, return_counts=True)[1] / array.size
-            sizes[quant_role(name)[0]] -= share @ np.log2(share) * array.size / 8
-        else:
-            sizes["rest"] += array.nbytes
-    return {role: round(sizes[role]) for role in sorted(sizes, key=sizes.get, reverse=True)}
-
 def build_artifact(model, loader, hp, dist, log, path, code_bytes):
-    """Hessians -> GPTQ and LQER on all ranks -> one file, written by rank 0. Returns group_bytes.
-    TARGET_BYTES: clips are scaled and the weights quantized again, until the file ends within 0.05% below the target.
-    """
+    """Hessians -> GPTQ and LQER on all ranks -> one file, written by rank 0. Returns safety.group_bytes."""
     with log.stage("hessians"):
         hessians = collect_hessians(model, loader, hp, dist)
     weights = {name: tensor.detach() for name, tensor in unbank(model).items()}
-    trials = []
-    for _ in range(TARGET_TRIALS):
+    def attempt(hp):
         with log.stage("quantize"):
             arrays = quantize_weights(weights, hessians, hp, dist)
         with log.stage("pack"):
-            blob = pack_weights(arrays, hp.compressor, log.live) if dist.rank == 0 else b""
-            spare = dist.agree(hp.target_bytes - code_bytes - len(blob) if dist.rank == 0 else -math.inf)[0]
-        trials.append((spare if spare >= 0 else BYTE_CAP - spare, blob, arrays))  # too long is worse than any waste
-        if not hp.target_bytes or 0 <= spare <= hp.target_bytes / 2000:
-            break
-        # a code takes a bit more where its step is half as wide
-        wider = 2 ** ((hp.target_bytes / 4000 - spare) * 8 / sum(weight.numel() for weight in weights.values()))
-        clips = {name: getattr(hp, name) * wider for _, _, name in QUANT_TABLE.values()}
-        log(f"target_bytes:{hp.target_bytes} spare:{spare:.0f} clips times {wider:.4f}")
-        hp = dataclasses.replace(hp, **clips)
-    _, blob, arrays = min(trials, key=lambda trial: trial[0])
+            return pack_weights(arrays, hp.compressor, log.live) if dist.rank == 0 else b"", arrays
+    if hp.target_bytes:
+        clips, size = {clip for _, _, clip in QUANT_TABLE.values()}, sum(w.numel() for w in weights.values())
+        blob, arrays = techniques.just_under(attempt, clips, size, code_bytes, hp, dist, log)
+    else:
+        blob, arrays = attempt(hp)
     if dist.rank == 0:
         write_atomically(path, blob)
     dist.barrier()
-    return group_bytes(arrays)
+    return safety and safety.group_bytes(arrays, quant_role)
 
 def score_stage(name, evaluate, log, scores):
     """Runs evaluate() -> {loss, bpb, tokens, bytes} as stage eval_<name>; logs the score, keeps it in `scores`."""
@@ -3171,9 +3061,8 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
     """The contest's rules that this run breaks, as sentences; an empty list means none of those checked here."""
     broken, seconds, graphs, ttt = [], log.seconds, log.graphs, scores.get("ttt", {})
     if (over := code_bytes + artifact_bytes - BYTE_CAP) > 0:
-        largest = ", ".join(f"{role} {size}" for role, size in [*training.get("group_bytes", {}).items()][:3])
-        broken.append(f"{code_bytes + artifact_bytes} bytes of code and weights, {over} above the cap of {BYTE_CAP} "
-                      f"(largest: {largest}); QUANT_ONLY=1 TARGET_BYTES={BYTE_CAP} goes on from the checkpoint")
+        broken.append(f"{code_bytes + artifact_bytes} bytes of code and weights, {over} above the cap of {BYTE_CAP}"
+                      + (safety.advice(training, BYTE_CAP) if safety else ""))
     used = training.get("training_seconds", 0) + seconds.get("hessians", 0) + seconds.get("quantize", 0)
     if hp.max_wallclock_seconds and used > hp.max_wallclock_seconds:
         broken.append(f"training, Hessians and GPTQ took {used:.1f} s of {hp.max_wallclock_seconds:.1f}")

@@ -55,7 +55,7 @@ def test_every_graph_is_compiled_once_and_before_the_clock(tmp_path, device, opt
         trainer.train(None)
     scores = scores_of(model, hp, dist, log)
     assert (log.graphs["warm_up"], log.graphs["train"]) == (2, 0)  # looping off and on
-    # entries of the first slot, of one whose stream is a skip, with a skip, and after the split; layers before and after
+    # entries of the first slot, of one whose stream is a skip, with a skip, after the split; layers before and after
     # the split; the head
     assert log.graphs["eval_prequant"] == 7
     assert log.graphs["eval_ttt"] == 8  # and the adapters' factors

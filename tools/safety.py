@@ -404,6 +404,26 @@ def after_training(dist, path):
         stop_for(dist, dist.signal)
 
 
+def group_bytes(arrays, quant_role):
+    """Arrays of quantize_weights -> {role: bytes}, largest first: the order-0 entropy of codes; "rest": all others."""
+    sizes = collections.defaultdict(float)
+    for key, array in arrays.items():
+        name, _, field = key.rpartition(":")
+        if quant_role(name) and field == "codes":
+            share = np.unique(array, return_counts=True)[1] / array.size
+            sizes[quant_role(name)[0]] -= share @ np.log2(share) * array.size / 8
+        else:
+            sizes["rest"] += array.nbytes
+    return {role: round(sizes[role]) for role in sorted(sizes, key=sizes.get, reverse=True)}
+
+
+def advice(training, cap):
+    """What a run whose file is too long is told: the largest groups of codes, if it quantized any, and how to go on."""
+    groups = training.get("group_bytes", {}).items()  # the largest first
+    largest = ", ".join(f"{role} {size}" for role, size in [*groups][:3])
+    return f" (largest: {largest}); QUANT_ONLY=1 TARGET_BYTES={cap} goes on from the checkpoint"
+
+
 # ---- before the clock starts
 
 

@@ -5,6 +5,7 @@ in the place of its import and drops what the settings leave unused. So a name s
 train_gpt.py; `hp.name` is a setting; and nothing is imported from there: what a technique needs of it is an argument.
 """
 
+import dataclasses
 import lzma
 import math
 import struct
@@ -20,6 +21,7 @@ from torch import nn
 
 from tools.preflight import BOS_ID, ArtifactError, DataError
 
+TARGET_TRIALS = 5  # of clips; bytes are nearly linear in their logarithm
 FP16_RANGE = 2.0**-24, 65504.0  # of scales: 1e-10 would be 0 in fp16, and an all-zero row be divided by it
 
 
@@ -302,6 +304,24 @@ def table_hessians(model):
     return found
 
 
+def just_under(attempt, clips, size, code_bytes, hp, dist, log):
+    """TARGET_BYTES: scales the clips (their settings' names) and tries again, until a file ends within 0.05% below it.
+
+    attempt(hp) -> file (rank 0's), arrays; of `size` weights. Returns the nearest below, or the least too long.
+    """
+    trials = []
+    for _ in range(TARGET_TRIALS):
+        blob, arrays = attempt(hp)
+        spare = dist.agree(hp.target_bytes - code_bytes - len(blob) if dist.rank == 0 else -math.inf)[0]
+        trials.append(((spare < 0, abs(spare)), blob, arrays))
+        if 0 <= spare <= hp.target_bytes / 2000:
+            break
+        wider = 2 ** ((hp.target_bytes / 4000 - spare) * 8 / size)  # a code takes a bit more at half the step
+        log(f"target_bytes:{hp.target_bytes} spare:{spare:.0f} clips times {wider:.4f}")
+        hp = dataclasses.replace(hp, **{name: getattr(hp, name) * wider for name in clips})
+    return min(trials, key=lambda trial: trial[0])[1:]
+
+
 def greedy_row_order(codes):
     """codes int8 (R, C) -> order (R,) uint16: from row 0 on to the nearest row left in L1, ties to the lowest index.
 
@@ -317,6 +337,22 @@ def greedy_row_order(codes):
         taken[last] = np.inf  # no row is nearest to itself, whatever stands at (last, last)
         order[step] = (distances[offset[np.minimum(index, last)] + np.maximum(index, last)] + taken).argmin()
     return order
+
+
+def order_rows(arrays, sources, specs, pool):
+    """Adds "orders", a greedy_row_order for each of specs, to what is packed; "codes" get their rows in that order."""
+    names = [spec.name for spec in specs]
+    orders = pool.map(greedy_row_order, [arrays[name] for name in names])
+    sources["orders"] = dict(zip(names, orders, strict=True))
+    sources["codes"] |= {name: arrays[name][order].T for name, order in sources["orders"].items()}
+
+
+def restore_rows(arrays, orders):
+    """Puts the rows of re-ordered arrays back. ArtifactError where an order is no permutation."""
+    for name, order in orders.items():
+        if not np.array_equal(np.sort(order), np.arange(len(order))):
+            raise ArtifactError(f"artifact: the row order of {name} is no permutation")
+        arrays[name] = arrays[name][np.argsort(order)]
 
 
 def run_lrzip(flags, data):
@@ -381,6 +417,24 @@ def evaluate_sgd(evaluator, windows_of, packer_of, learn, score_of):
 
 # Tokens before a hint, its least share of the cases so far, what its logit gains; keys are polynomials in `base`.
 NGRAM = SimpleNamespace(context=15, share=0.8, boost=2.625, base=6364136223846793005)
+
+
+def chunk_size(length, hp):
+    """Targets of a document -> of its chunks [TTT_SHORT_CHUNKS]; also for arrays."""
+    pairs = [[*map(int, pair.split(":"))] for pair in hp.ttt_short_chunks.split(",")]
+    sizes = np.select([length <= most for most, _ in pairs], [short for _, short in pairs], hp.ttt_chunk_size)
+    return np.minimum(sizes, hp.ttt_chunk_size)
+
+
+def with_tilt(token_losses):
+    """GPT.token_losses -> the same for targets (B, C, 2) with a hint beside each, -1: none -> nats, and those that
+    count: under p(a) e^(boost [a = hint]) / (1 + p(hint) (e^boost - 1)). Compiled, the head is computed once."""
+    def losses_and_tilted(scored, targets, tap):
+        targets, hints = targets.unbind(-1)
+        losses, of_hints = (token_losses(scored, t, tap) for t in (targets, hints.clamp_min(0)))
+        boost = NGRAM.boost * (hints >= 0)
+        return losses, losses + torch.log1p((-of_hints).exp() * boost.expm1()) - boost * (hints == targets)
+    return losses_and_tilted
 
 
 def followers(keys, tokens, moments):
