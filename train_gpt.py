@@ -3018,7 +3018,7 @@ def save_checkpoint(path, model, hp):
     write_atomically(path, buffer.getvalue())
 
 def build_artifact(model, loader, hp, dist, log, path, code_bytes):
-    """Hessians -> GPTQ and LQER on all ranks -> one file, written by rank 0. Returns safety.group_bytes."""
+    """Hessians -> GPTQ and LQER on all ranks -> one file, written by rank 0. Returns its group_bytes."""
     with log.stage("hessians"):
         hessians = collect_hessians(model, loader, hp, dist)
     weights = {name: tensor.detach() for name, tensor in unbank(model).items()}
