@@ -2443,7 +2443,6 @@ def unpack_weights(blob):
     return {name: np.array(unpacked[name], dtype, order="C") for name, dtype, _ in specs}
 
 # ---- EVALUATION ------------------------------------------------------------------------------------------------------
-
 HEAD_CHUNK = 8192  # positions whose float32 logits exist at a time
 
 def bits_per_byte(nats, charges):
@@ -3133,6 +3132,7 @@ def run(hp, dist):
         log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank}")
         training = train_and_save(trainer, evaluator, checkpoint)
         del trainer
+        torch.compiler.reset()  # the captured micro-batches go, and with them their memory
     if hp.extra_eval_loops:
         model.eval_passes = 1 + hp.extra_eval_loops
     if not hp.ttt_eval_only:  # what was trained is safe: quantize and pack it, then evaluate it
