@@ -1,13 +1,13 @@
 """Every fast operation of train_gpt.py against its reference on one GPU, at the sizes of a training micro-batch.
 
-    python benchmarks/bench_kernels.py [--tokens 98304] [--hidden 2048] [--documents 122] [--tune] [--compiled]
+    python benchmarks/bench_kernels.py [--tokens 98304] [--hidden 2048] [--documents 122] [--compiled]
 
 Correctness comes first: fresh random inputs each run, relative Frobenius error of the output and of every gradient
 against the reference in fp32 (on fewer tokens); an operation over 1e-2 is marked WRONG (exit status 1). Then median
 milliseconds of forward and of forward + backward, the rate, and two ratios: rate over the ceiling measured in the same
-run (a bf16 product of 8192^3, a copy of 1 GiB), and reference time over this time. --tune tries other tiles of Triton's
-kernels for the MLP, --compiled times the references under torch.compile instead of eagerly (slower to start). Without
-CUDA it says so and exits 0.
+run (a bf16 product of 8192^3, a copy of 1 GiB), and reference time over this time. What is not installed, or not for
+this GPU, is "not here". --compiled times the references under torch.compile instead of eagerly (slower to start).
+Without CUDA it says so and exits 0.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def median_ms(function) -> float:
 
 def results(op, args) -> tuple:
     out = op(*args)
-    return out if isinstance(out, tuple) else (out,)
+    return tuple(t for t in out if t is not None) if isinstance(out, tuple) else (out,)
 
 
 def forward_and_backward(op, args):
@@ -173,71 +173,33 @@ def bench_entry(report: Report, tokens: int) -> None:
 def bench_entry_kernel(report: Report, name: str, args, stream: float) -> None:
     """The gradients' kernel alone: every stream once."""
     x, x0, mix, scale, window, wants, *merge = (a.detach() if torch.is_tensor(a) else a for a in args)
-    grads = [torch.randn_like(x) for _ in range(3)]
-    others = [grad if wanted else None for grad, wanted in zip(grads[1:], wants, strict=True)]
-    inputs = grads[0], grads[0][..., :window].contiguous(), *others, x, x0, mix, scale, *(merge or [None] * 3)
-    ms = median_ms(lambda: tg._enter_backward(*inputs, True))
+    grads = [torch.randn_like(x) for _ in range(1 + sum(wants))]
+    grads.insert(1, grads[0][..., :window].contiguous())
+    ms = median_ms(lambda: tg._enter_backward(grads, x, x0, mix, scale, merge, [*wants]))
     rate = (5 + sum(wants) + 2 * bool(merge)) * stream / ms / 1e6
     print(f"{name + ' kernel':34} {ms:8.3f} {rate:7.0f} GB/s    {rate / report.gbytes:9.0%}")
 
 
-def mlp_inputs(tokens: int, hidden: int):
-    return normal(tokens, DIM), normal(hidden, DIM, scale=DIM**-0.5), normal(DIM, hidden, scale=hidden**-0.5), SLOPE
-
-
 def bench_mlp(report: Report, tokens: int, hidden: int) -> None:
-    product = 2.0 * tokens * DIM * hidden
-    args = mlp_inputs(tokens, hidden)
-    for quack in (False, True):
-        name = "MLP quack" if quack else "MLP"
-        ops = (lambda *inputs, quack=quack: tg.leaky_relu_sq_mlp(*inputs, quack)), tg.mlp_ref
-        try:
-            report.errors(name, *ops, mlp_inputs(min(tokens, 16384), hidden))
-        except Exception as error:
-            if not quack:  # it may be missing, or this GPU not one for it
-                raise
-            print(f"{name}: not here ({type(error).__name__}: {str(error)[:150]})")
-            continue
-        report.compare(name, *ops, args, (2 * product, 6 * product), "TFLOP/s")
-        bench_mlp_kernels(report, args, product, name, quack)
+    def inputs(rows):
+        return normal(rows, DIM), normal(hidden, DIM, scale=DIM**-0.5), normal(DIM, hidden, scale=hidden**-0.5), SLOPE
 
-
-def mlp_kernel_ms(args, quack: bool) -> tuple[float, float]:
-    """Arguments of the MLP -> ms of the forward kernel and of the backward kernel alone."""
+    ops, product = (tg.leaky_relu_sq_mlp, tg.mlp_ref), 2.0 * tokens * DIM * hidden
+    try:
+        report.errors("MLP quack", *ops, inputs(min(tokens, 16384)))
+    except Exception as error:  # it may be missing, or this GPU not one for it
+        print(f"MLP quack: not here ({type(error).__name__}: {str(error)[:150]})")
+        return
+    args = inputs(tokens)
+    report.compare("MLP quack", *ops, args, (2 * product, 6 * product), "TFLOP/s")
     x, w_up, w_down = (a.detach() for a in args[:3])
-    act = tg._launch_mlp(x, w_up, None, SLOPE, quack)
-    forward = median_ms(lambda: tg._launch_mlp(x, w_up, None, SLOPE, quack))
-    return forward, median_ms(lambda: tg._launch_mlp(x, w_down, act, SLOPE, quack))
-
-
-def bench_mlp_kernels(report: Report, args, product: float, name: str, quack: bool) -> None:
-    x, w_up = args[0].detach(), args[1].detach()
     cublas = median_ms(lambda: x @ w_up.T)  # one product of the same shape, without the activation
-    for label, ms in zip(("forward", "backward"), mlp_kernel_ms(args, quack), strict=True):
+    act = tg._launch_mlp(x, w_up, None, SLOPE)
+    for name, operands in (("forward", (w_up, None)), ("backward", (w_down, act))):
+        ms = median_ms(lambda operands=operands: tg._launch_mlp(x, *operands, SLOPE))
         rate = product / ms / 1e9
-        print(f"{name + ' kernel ' + label:34} {ms:8.3f} {rate:7.0f} TFLOP/s {rate / report.tflops:9.0%} "
+        print(f"{'MLP quack kernel ' + name:34} {ms:8.3f} {rate:7.0f} TFLOP/s {rate / report.tflops:9.0%} "
               f"{cublas:12.3f} {cublas / ms:6.2f}x (cuBLAS, product alone)")  # fmt: skip
-
-
-def tune_mlp(tokens: int, hidden: int) -> None:
-    """Prints the time of both Triton kernels of the MLP for other tiles; what does not fit on the device says so."""
-    args = mlp_inputs(tokens, hidden)
-    shapes = [tg.Tile(num_stages=stages, GROUP=group) for stages in (3, 4) for group in (4, 8, 16)]
-    shapes += [tg.Tile(BLOCK_N=128, num_stages=4), tg.Tile(BLOCK_M=256, BLOCK_N=128), tg.Tile(BLOCK_K=128, BLOCK_N=128)]
-    x, w_up, w_down = (a.detach() for a in args[:3])
-    act = x.new_zeros(tokens, hidden)
-    chosen = list(tg.MLP_TILES)
-    for tile in [t._replace(FLATTEN=flatten) for t in shapes for flatten in (True, False)]:
-        line = f"{str(tuple(tile)):48}"
-        for purpose, operands in (("forward", (w_up, None)), ("backward", (w_down, act))):
-            tg.MLP_TILES[:] = tile, tile
-            try:
-                ms = median_ms(lambda operands=operands: tg._launch_mlp(x, *operands, SLOPE, False))
-                line += f" {purpose} {ms:.3f} ms {2.0 * tokens * DIM * hidden / ms / 1e9:4.0f} TFLOP/s"
-            except Exception as error:  # out of shared memory or registers: the point of trying
-                line += f" {purpose} {type(error).__name__}"
-        print(line, flush=True)
-    tg.MLP_TILES[:] = chosen
 
 
 def bench_attention(report: Report, tokens: int, documents: int) -> None:
@@ -268,7 +230,6 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=98304)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--documents", type=int, default=122)
-    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--compiled", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available() or tg.triton is None:
@@ -283,8 +244,6 @@ def main() -> int:
     bench_around_attention(report, options.tokens)
     bench_entry(report, options.tokens)
     bench_attention(report, options.tokens, options.documents)
-    if options.tune:
-        tune_mlp(options.tokens, options.hidden)
     print(f"{time.perf_counter() - started:.0f} s in all" + (", something is WRONG" if report.wrong else ""))
     return int(report.wrong)
 

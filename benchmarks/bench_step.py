@@ -1,19 +1,24 @@
 """Where the time of a training step goes: one table for the default model with looping off, one with looping on.
 
-    python benchmarks/bench_step.py [--seconds 60] [--states off,on] [--caches] [--loader] [--out FILE.json]
+    python benchmarks/bench_step.py [--seconds 60] [--states off,on] [--no-table] [--caches] [--loader] [--out FILE]
 
 The trainer's own step runs on DATA_PATH, or on synthetic shards with documents of realistic lengths; settings come from
-the environment as in a run. For each state: seconds until the first step is done (compilation, with empty caches unless
---caches), tokens per second in a window of --seconds with the clock of a run, then one step under torch.profiler. Its
-device work is sorted into phases by the operator that launched it and by its shapes. Columns, of one step:
+the environment as in a run. For each state: seconds until the first step is done (compilation and capture, with empty
+caches unless --caches), then tokens per second in a window of --seconds with the clock of a run, and the peak of
+reserved memory up to its end. These are of the step as it is trained, on CUDA with captured micro-batches.
+
+Then one step under torch.profiler. Replayed kernels have no operators around them, so that on CUDA this step alone is
+compiled once more, without capture. Its device work is sorted into phases by the operator that launched it and by its
+shapes. Columns, of one step:
 
     ms, and ms a micro-batch; launches; GFLOP of matrix products and attention; GB, every operand of a kernel once;
     floor: the longer of FLOPs at the rate of products and bytes at the rate of copies, measured in the same call; ratio
 
-`launch gaps` is the step outside the profiler minus the time the device is busy; the line behind it says between which
-phases it was idle under the profiler. Then the longest kernels, those that no phase claims, memory, tokens/s and model
-FLOPs utilisation. --loader measures only the loader. On a CPU a small model is measured, operators stand in for
-kernels, and what Python and autograd take between them counts as launch gaps.
+`launch gaps` is the captured step's time minus the time that the device is busy in the profiled one; the line behind it
+says between which phases it was idle under the profiler. Then the longest kernels, those that no phase claims, memory,
+tokens/s and model FLOPs utilisation. --no-table leaves the profiled step out: rates, compile seconds and memory.
+--loader measures only the loader. On a CPU a small model is measured, operators stand in for kernels, and what Python
+and autograd take between them counts as launch gaps.
 """
 
 import argparse
@@ -208,6 +213,9 @@ def work_of(operator: tuple, event: Event, hp) -> tuple[float, float]:
         return 2.0 * shapes[0][0] * math.prod(shapes[1]), sum(sizes[:2]) + sizes[0] * hp.mlp_dim / hp.model_dim
     if name == "golf::mlp_backward":  # grad, w_down, act -> grad_pre
         return 2.0 * shapes[0][0] * math.prod(shapes[1]), sum(sizes) + sizes[2]
+    if name == "golf::enter_backward":  # gradients, merged, x0, mix, scale, [skip, ...]; -> those of merged, x0, skip
+        streams = [*shapes[0], *2 * shapes[1:3], *2 * shapes[5][:1]]
+        return 0.0, float(ITEM_BYTES[types[1]]) * sum(map(math.prod, streams))
     if name == "golf::linear_cross_entropy":  # h, weight: logits, read and overwritten
         return 0.0, 2 * sizes[0] * hp.num_embeddings / hp.model_dim
     if name.startswith("golf::"):  # results as large as the first input
@@ -319,6 +327,18 @@ def profile_step(trainer, step: int, looping: bool) -> list[Event]:
     return events
 
 
+def profile_uncaptured(trainer, step: int, looping: bool) -> list[Event]:
+    """profile_step of kernels that operators launch; the captured micro-batches stay for the steps that follow."""
+    captured = trainer.forward
+    if trainer.dist.device.type == "cuda" and tg.compile_wanted(trainer.hp, trainer.dist):
+        trainer.forward = tg.compiled(trainer.model.forward, trainer.hp, trainer.dist)
+        trainer.train_step(step, 0.0, looping)  # compiles
+        step += 1
+    events = profile_step(trainer, step, looping)
+    trainer.forward = captured
+    return events
+
+
 def tokens_per_second(trainer, looping: bool, seconds: float, step: int) -> tuple[float, int]:
     """Rate of a window of steps with the clock of a run, and the number of the next step."""
     clock, first = tg.TrainingClock(trainer.dist), step
@@ -377,35 +397,50 @@ def model_flops(model, looping: bool, pairs: float) -> float:
     return 6.0 * weights * hp.train_batch_tokens + 3.5 * 4.0 * pairs * hp.num_heads * hp.head_dim * slots
 
 
-def bench_state(trainer, looping: bool, seconds: float, ceilings: dict) -> dict:
-    dist, hp, times = trainer.dist, trainer.hp, []
+def bench_state(trainer, looping: bool, seconds: float, ceilings: dict, table: bool) -> dict:
+    """Figures of the captured step; with `table` also those of a profiled one."""
+    dist, hp, times, cuda = trainer.dist, trainer.hp, [], trainer.dist.device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()  # what a profiled step or the ceilings left
+        torch.cuda.reset_peak_memory_stats()
     for step in range(3):
         start = time.perf_counter()
         trainer.train_step(step, 0.0, looping)
         dist.synchronize()
         times.append(time.perf_counter() - start)
-    if dist.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     rate, step = tokens_per_second(trainer, looping, seconds, 3)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if dist.device.type == "cuda" else 0.0
-    events = profile_step(trainer, step, looping)
+    # reserved: memory of a captured graph counts as allocated only while it is captured
+    peak = torch.cuda.max_memory_reserved() / 1e9 if cuda else 0.0
     step_ms = 1e3 * hp.train_batch_tokens / rate / dist.world_size
-    busy = busy_ms(events) if dist.device.type == "cuda" else sum(e.duration for e in events) / 1e3
-    names = summarize(events, ceilings, lambda e: (f"{e.shape} {e.name}".strip(), e.phase))
     flops = model_flops(trainer.model, looping, causal_pairs(trainer, step))
-    return {
-        "tokens_per_second": rate, "step_ms": step_ms, "busy_ms": busy, "launch_gaps_ms": step_ms - busy,
-        "first_step_seconds": times[0], "compile_seconds": times[0] - times[-1], "peak_gb": peak,
-        "phases": summarize(events, ceilings, lambda e: e.phase),
-        "idle": [{"between": pair, **row} for pair, row in idle(events).items()],
-        "kernels": [{"name": name, "phase": phase, **row} for (name, phase), row in names.items()],
+    result = {
+        "tokens_per_second": rate, "step_ms": step_ms, "first_step_seconds": times[0],
+        "compile_seconds": times[0] - times[-1], "peak_reserved_gb": peak,
         "model_tflops_per_second": flops / step_ms / 1e9,
         "utilisation": flops / step_ms / 1e9 / next(iter(ceilings.values())),
+    }  # fmt: skip
+    if not table:
+        return result
+    events = profile_uncaptured(trainer, step, looping)
+    busy = busy_ms(events) if cuda else sum(e.duration for e in events) / 1e3
+    names = summarize(events, ceilings, lambda e: (f"{e.shape} {e.name}".strip(), e.phase))
+    return result | {
+        "busy_ms": busy, "launch_gaps_ms": step_ms - busy, "phases": summarize(events, ceilings, lambda e: e.phase),
+        "idle": [{"between": pair, **row} for pair, row in idle(events).items()],
+        "kernels": [{"name": name, "phase": phase, **row} for (name, phase), row in names.items()],
     }  # fmt: skip
 
 
 def print_state(name: str, result: dict, micro_steps: int) -> None:
     print(f"\nlooping {name}: {result['step_ms']:.1f} ms a step, compile {result['compile_seconds']:.1f} s")
+    if "phases" in result:
+        print_table(result, micro_steps)
+    print(f"peak memory {result['peak_reserved_gb']:.1f} GB reserved; {result['tokens_per_second']:,.0f} tokens/s; "
+          f"model FLOPs {result['model_tflops_per_second']:.3g} TFLOP/s, {result['utilisation']:.1%} of the large "
+          "product", flush=True)  # fmt: skip
+
+
+def print_table(result: dict, micro_steps: int) -> None:
     print(f"{'phase':32}{'ms':>9}{'a micro':>9}{'launches':>9}{'GFLOP':>10}{'GB':>9}{'floor ms':>10}{'ratio':>7}")
     rows = [*((p, result["phases"][p]) for p in PHASES if p in result["phases"])]
     keys = "ms", "launches", "gflop", "gbyte", "floor_ms"
@@ -424,9 +459,6 @@ def print_state(name: str, result: dict, micro_steps: int) -> None:
               f"{row['gflop'] / row['ms']:6.0f}  {row['phase']:24} {row['name'][:110]}")  # fmt: skip
     unknown = [f"{row['ms']:.2f} {row['name'][:80]}" for row in result["kernels"] if row["phase"] == "other"]
     print("in no phase (ms, name): " + ("; ".join(unknown[:12]) or "none"))
-    print(f"peak memory {result['peak_gb']:.1f} GB; {result['tokens_per_second']:,.0f} tokens/s; model FLOPs "
-          f"{result['model_tflops_per_second']:.3g} TFLOP/s, {result['utilisation']:.1%} of the large product",
-          flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -434,6 +466,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--seconds", type=float, default=10.0, help="window of each rate; 60 for reported figures")
     parser.add_argument("--states", default="off,on", help="looping off, on, or both")
+    parser.add_argument("--no-table", action="store_true", help="no profiled step: rates, compile seconds, memory")
     parser.add_argument("--caches", action="store_true", help="use the compile caches of this machine")
     parser.add_argument("--loader", action="store_true", help="measure only the loader")
     parser.add_argument("--out", help="file for the figures as JSON")
@@ -477,7 +510,8 @@ def measure(hp, dist, args) -> dict:
     trainer.optimizers.step = annotated("optimizer", trainer.optimizers.step)
     trainer.ema.update = annotated("ema", trainer.ema.update)
     for state in args.states.split(","):
-        result["states"][state] = bench_state(trainer, state == "on", args.seconds, result["ceilings"])
+        result["states"][state] = bench_state(
+            trainer, state == "on", args.seconds, result["ceilings"], not args.no_table)
         if dist.rank == 0:
             print_state(state, result["states"][state], hp.micro_steps // dist.world_size)
     states = result["states"].values()

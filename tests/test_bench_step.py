@@ -1,6 +1,7 @@
 """benchmarks/bench_step.py: a small model on the CPU from end to end, and the sorting of a GPU's trace."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,8 +34,34 @@ def test_table_of_a_small_model(monkeypatch, tmp_path, capsys):
     assert "loader over training" in capsys.readouterr().out
 
 
+def test_without_a_table(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_step, "profile_step", None)  # not called
+    monkeypatch.setattr("sys.argv", ["bench", "--device", "cpu", "--seconds", "0.1", "--states", "off", "--caches",
+                                     "--no-table", "--out", str(tmp_path / "step.json")])  # fmt: skip
+    bench_step.main()
+    state = json.loads((tmp_path / "step.json").read_text())["states"]["off"]
+    assert {"tokens_per_second", "compile_seconds", "peak_reserved_gb"} <= set(state) and "phases" not in state
+    printed = capsys.readouterr().out
+    assert "GB reserved" in printed and "launch gaps" not in printed
+
+
+@pytest.mark.parametrize("device, calls", [("cuda", [("step", 5, "plain"), ("profiled", 6, "plain")]),
+                                           ("cpu", [("profiled", 5, "captured")])])
+def test_the_profiled_step_alone_is_not_captured(monkeypatch, device, calls):
+    made = []
+    trainer = SimpleNamespace(forward="captured", model=SimpleNamespace(forward=None), hp=Hyperparameters(),
+                              dist=SimpleNamespace(device=SimpleNamespace(type=device)))  # fmt: skip
+    trainer.train_step = lambda step, *_: made.append(("step", step, trainer.forward))
+    monkeypatch.setattr(bench_step, "profile_step", lambda t, step, _: made.append(("profiled", step, t.forward)))
+    monkeypatch.setattr(bench_step.tg, "compiled", lambda function, hp, dist: "plain")
+    bench_step.profile_uncaptured(trainer, 5, True)
+    assert made == calls and trainer.forward == "captured"
+
+
 def operator(name, ts, dur, shapes=(), tid=1):
-    args = {"Input Dims": [list(s) for s in shapes], "Input type": ["c10::BFloat16"] * len(shapes)}
+    lists = [bool(s) and isinstance(s[0], (tuple, list)) for s in shapes]
+    args = {"Input Dims": [list(s) for s in shapes],
+            "Input type": ["TensorList" if several else "c10::BFloat16" for several in lists]}  # fmt: skip
     category = "user_annotation" if name.startswith("phase:") else "cpu_op"
     return {"ph": "X", "cat": category, "name": name, "ts": ts, "dur": dur, "tid": tid, "args": args}
 
@@ -58,7 +85,6 @@ def test_kernels_go_to_the_phase_of_the_operator_that_launched_them():
          "attention pre/post-processing"),
         ("kernel_cutlass_flash_bwd_sm90FlashAttentionBackwardSm90", [("golf::fa4_backward", [row])],
          "attention backward"),
-        ("_mlp_kernel", [("golf::mlp", [row, up, down])], "MLP kernels"),
         ("kernel_cutlass_kernel_quackepiloguefrontendGemmMod_forward", [("golf::mlp", [row, up, down, ()])],
          "MLP kernels"),
         ("kernel_cutlass_kernel_quackepiloguefrontendGemmMod_backward",
@@ -72,6 +98,10 @@ def test_kernels_go_to_the_phase_of_the_operator_that_launched_them():
         ("triton_red_fused_rms_norm_0", [("triton_red_fused_rms_norm_0", [row, row])], "element-wise forward"),
         ("triton_poi_fused_mul_1", [("autograd::engine::evaluate_function: CompiledFunctionBackward", []),
                                     ("triton_poi_fused_mul_1", [row, row])], "element-wise backward"),
+        ("_enter_kernel",
+         [("autograd::engine::evaluate_function: CompiledFunctionBackward", []),
+          ("golf::enter_backward", [(row, (M, 12), row), row, row, (2, D), (1,), (row, (D,)), ()])],
+         "element-wise backward"),
         ("vectorized_elementwise_kernel", [("autograd::engine::evaluate_function: torch::autograd::AccumulateGrad", []),
                                            ("aten::add_", [up, up])], "gradient accumulation"),
         ("nvjet_tst_64x64", [("phase:optimizer", []), ("aten::bmm", [(11, D, F), (11, F, D)])], "Newton-Schulz"),
@@ -94,8 +124,10 @@ def test_kernels_go_to_the_phase_of_the_operator_that_launched_them():
     assert {name: found[name].phase for name, *_ in plan} == {name: phase for name, _, phase in plan}
     assert found["nvjet_tst_128x256"].flops == 2 * M * D * D
     assert found["nvjet_tst_128x256"].nbytes == 2 * (2 * M * D + D * D)
-    for kernel in ("_mlp_kernel", *(name for name, *_ in plan if "quack" in name)):
-        assert found[kernel].flops == 2 * M * D * F
+    quack = [event for name, event in found.items() if "quack" in name]
+    assert [event.flops for event in quack] == [2 * M * D * F] * 2
+    assert sorted(event.nbytes for event in quack) == [2 * (M * D + D * F + n * M * F) for n in (1, 2)]
+    assert found["_enter_kernel"].nbytes == 2 * (8 * M * D + 12 * M)  # 5 streams and the start in, 3 streams out
     assert found["triton_poi_fused_mul_1"].nbytes == 2 * 2 * M * D
     assert bench_step.busy_ms(events) == pytest.approx(5e-3 * len(plan))
 
