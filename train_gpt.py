@@ -117,7 +117,7 @@ class Hyperparameters:
     train_batch_tokens: int = env(786_432, "tokens of a step over all ranks and micro-steps", least=1)
     micro_batch_tokens: int = env(98_304, "tokens of a packed row, the unit of one forward and backward", least=1)
     train_seq_len: int = env(2048, "longer documents are cut in pieces of this length", least=2)
-    max_row_segments: int = env(0, "documents and pieces a row may hold; 0: one per 128 tokens, at least 64", least=0)
+    max_row_segments: int = env(0, "pieces of a row; above it the shortest see each other; 0: 1 in 512 tokens", least=0)
 
     # model
     vocab_size: int = env(8192, "tokens of the vocabulary", least=9, most=65_536)
@@ -279,7 +279,7 @@ class Hyperparameters:
     mlp_dim = property(lambda hp: int(hp.mlp_mult * hp.model_dim))
     lora_sites = property(lambda hp: tuple(site for site in hp.ttt_lora_sites.split(",") if site))
     micro_steps = property(lambda hp: hp.train_batch_tokens // hp.micro_batch_tokens)  # of a step, over all ranks
-    row_segments = property(lambda hp: hp.max_row_segments or max(64, hp.micro_batch_tokens // 128))
+    row_segments = property(lambda hp: hp.max_row_segments or max(64, hp.micro_batch_tokens // 512))
     training_seconds = property(lambda hp: max(0.0, hp.max_wallclock_seconds - hp.gptq_reserve_seconds))  # 0: no limit
 
 LORA_SITES = {"q": "q", "k": "k", "v": "v", "o": "attn_out", "mlp": "mlp_out", "head": "lm_head"}  # setting -> tap site
@@ -525,6 +525,12 @@ def cut_pieces(starts, ends, length):
     first = np.cumsum(pieces) - pieces
     return np.repeat(starts, pieces) + length * (np.arange(pieces.sum()) - np.repeat(first, pieces))
 
+def join_shortest(starts, total, longest, most):
+    """Starts of pieces of a row -> at most `most`: the shortest neighbours become one, none longer than `longest`."""
+    while len(starts) > most and (joined := np.append(starts[2:], total) - starts[:-1]).min() <= longest:
+        starts = np.delete(starts, 1 + joined.argmin())
+    return starts
+
 def pad_cu_seqlens(starts, total, entries):
     """Segment starts -> (entries + 1,) int32, padded with `total`, so that one graph serves every row."""
     if len(starts) > entries:
@@ -578,6 +584,7 @@ class TrainLoader:
         starts = np.flatnonzero(tokens[:-1] == BOS_ID)
         starts = starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])
         pieces = cut_pieces(starts, np.append(starts[1:], length), hp.train_seq_len)
+        pieces = join_shortest(pieces, length, hp.train_seq_len, hp.row_segments)  # rarely more than attention has
         cu_seqlens = pad_cu_seqlens(pieces, length, hp.row_segments)
         row = Row(*(torch.from_numpy(a.copy()) for a in (tokens[None, :-1], tokens[1:], cu_seqlens)))
         return Row(*(t.pin_memory() for t in row)) if self.dist.device.type == "cuda" else row
@@ -1006,7 +1013,7 @@ def _enter_kernel(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip,
     tl.store(sums + 3 * D, sum_g * rest, mask=inside)
 
 def _new_enter_grads(grads, merged, x0, mix, scale, merge, wants):
-    """Empty gradients of x, x0, skip, and sums (programs, 4, D): 8 programs of two warps on a multiprocessor."""
+    """Empty gradients of x, x0, skip, and sums (programs, 4, D): 8 programs of a warp on a multiprocessor."""
     programs = 8 * torch.cuda.get_device_properties(x0.device).multi_processor_count if x0.is_cuda else 3
     shapes = merged.shape, x0.shape, merge[0].shape if merge else (0,)
     return *map(x0.new_empty, shapes), x0.new_empty(programs, 4, x0.shape[-1], dtype=torch.float32)
@@ -1020,7 +1027,7 @@ def _enter_backward(grads: list[Tensor], merged: Tensor, x0: Tensor, mix: Tensor
     block = triton.next_power_of_2(D)
     _enter_kernel[(len(outs[3]),)](
         *(t.contiguous() for t in inputs), *outs, merged.numel() // D, WINDOW=grads[1].shape[-1], MIXED=wants[0],
-        KEPT=wants[1], MERGE=len(merge) > 0, GATED=len(merge) > 2, D=D, BLOCK=block, num_warps=max(1, block // 256))
+        KEPT=wants[1], MERGE=len(merge) > 0, GATED=len(merge) > 2, D=D, BLOCK=block, num_warps=max(1, block // 512))
     return outs
 
 class Enter(torch.autograd.Function):
@@ -1147,51 +1154,31 @@ def attention_fa3(q, k, v, cu_seqlens, limits):
                                  **({"window_size": (attn_window, 0)} if attn_window else {}))
     return out[0] if isinstance(out, tuple) else out  # some versions return (out, lse)
 
-@jit
-def _regroup_kernel(k, v, k_out, v_out, rows, SUM: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr,
-                    BLOCK_E: tl.constexpr, BLOCK: tl.constexpr):
-    """A row is a key/value head: GROUP copies of it or, SUM, the sum of GROUP rows, one for each query head."""
-    row, e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)[None, :]
-    inside, few, many = (row < rows)[:, None] & (e < E), row[:, None] * E + e, row[:, None] * (GROUP * E) + e
-    for i in tl.static_range(2):
-        source, target = v if i else k, v_out if i else k_out
-        x = tl.load(source + (many if SUM else few), mask=inside, other=0.0)
-        for member in tl.static_range(1, GROUP):
-            if SUM:
-                x = x.to(tl.float32) + tl.load(source + many + member * E, mask=inside, other=0.0).to(tl.float32)
-            else:
-                tl.store(target + many + member * E, x, mask=inside)
-        tl.store(target + (few if SUM else many), x.to(target.dtype.element_ty), mask=inside)
-
-def _regroup(pair, heads):
-    """k and v (tokens, K, E) -> (tokens, heads, E) each: copies for every query head or, with fewer, sums over them."""
-    tokens, K, E = pair[0].shape
-    outs = [t.new_empty(tokens, heads, E) for t in pair]
-    _launch_rows(_regroup_kernel, (*pair, *outs), tokens * min(K, heads), E, 4, SUM=heads < K,
-                 GROUP=max(K, heads) // min(K, heads))
-    return outs
-
-@golf_op(lambda grad, q, k, v, *_: tuple(t.new_empty(t.shape) for t in (q, k, v)))
+@golf_op(lambda grad, q, k, v, *_: (
+    q.new_empty(q.shape), *(t.new_empty(q.shape[1] // k.shape[1], *t.shape) for t in (k, v))))
 def _fa4_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor,
                   limits: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
-    # Query heads that share dk and dv add them up in fp32 buffers, zeroed before and cast after. A key head for each,
-    # and the sum taken here, cost less (docs/LOG.md).
-    heads = k.shape[1]
-    shared = heads < q.shape[1]
-    max_seqlen, attn_window = limits
-    k, v = _regroup((k, v), q.shape[1]) if shared else (k, v)
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    of_q, of_k = _both(cu_seqlens)
-    _flash_attn_bwd(
-        q, k, v, out, grad.contiguous(), lse, softmax_scale=q.shape[-1] ** -0.5, causal=True, dq=dq, dk=dk, dv=dv,
-        cu_seqlens_q=of_q, cu_seqlens_k=of_k, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
-        **({"window_size_left": attn_window} if attn_window else {}))
-    return dq, *(_regroup((dk, dv), heads) if shared else (dk, dv))
+    # Query heads that share dk and dv would add them up in fp32 buffers, zeroed before and cast after. A pass for each
+    # of a key head's query heads, with gradients of its own, costs less (docs/LOG.md).
+    group, (max_seqlen, attn_window), (of_q, of_k) = q.shape[1] // k.shape[1], limits, _both(cu_seqlens)
+    dq, dk, dv = q.new_empty(q.shape), *(t.new_empty(group, *t.shape) for t in (k, v))
+    grad = grad.contiguous()
+    for i in range(group):
+        q_i, out_i, grad_i, dq_i = (t[:, i::group] for t in (q, out, grad, dq))
+        _flash_attn_bwd(
+            q_i, k, v, out_i, grad_i, lse[i::group].contiguous(), softmax_scale=q.shape[-1] ** -0.5, causal=True,
+            dq=dq_i, dk=dk[i], dv=dv[i], cu_seqlens_q=of_q, cu_seqlens_k=of_k, max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen, **({"window_size_left": attn_window} if attn_window else {}))
+    return dq, dk, dv
+
+def _fa4_gradients(needed, *saved):
+    dq, *shared = _fa4_backward(*saved)
+    return dq, *(parts.sum(0) if len(parts) > 1 else parts[0] for parts in shared)
 
 @_on_packed_row
 @golf_op(lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)),
-         lambda needed, *saved: _fa4_backward(*saved))
+         _fa4_gradients)
 def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, limits: list[int]) -> tuple[Tensor, Tensor]:
     """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by FlashAttention-4 (flash-attn-4; CUDA, 16 bits)."""
     from flash_attn.cute.interface import _flash_attn_fwd

@@ -317,17 +317,6 @@ def test_kernels_around_attention_take_strided_inputs():
 
 
 @interpreted
-@pytest.mark.parametrize(("tokens", "K", "H", "E"), [(37, 4, 8, 64), (5, 1, 3, 6), (0, 2, 4, 8)])
-def test_heads_are_copied_for_their_group_and_added_up_again(tokens, K, H, E):
-    pair = [randn(tokens, K, E, seed=i) for i in range(2)]
-    copies = train_gpt._regroup(pair, H)
-    assert all(torch.equal(got, t.repeat_interleave(H // K, 1)) for got, t in zip(copies, pair, strict=True))
-    many = [randn(tokens, H, E, seed=i) for i in range(2)]
-    for got, t in zip(train_gpt._regroup(many, K), many, strict=True):
-        assert torch.allclose(got, t.unflatten(1, (K, H // K)).sum(2), atol=1e-6)
-
-
-@interpreted
 def test_kernels_around_attention_accept_no_rows():
     inputs, rest = heads_inputs(1, 0, 4, 2, 8, 2)
     assert [t.shape for t in train_gpt.qkv_heads(*inputs, *rest)] == [(1, 0, 4, 8), (1, 0, 2, 8), (1, 0, 2, 8)]
@@ -574,6 +563,7 @@ def fa4_stub(monkeypatch):
 
     def _flash_attn_bwd(q, k, v, out, dout, lse, *, softmax_scale, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                         max_seqlen_k, dq, dk, dv, window_size_left=None):  # fmt: skip
+        assert q.shape[1] == k.shape[1]  # or FlashAttention-4 adds in fp32 buffers, which takes longer
         again, lse_again = dense_varlen(q, k, v, cu_seqlens_q, window_size_left, cu_seqlens_k)
         assert torch.allclose(again, out, atol=1e-5) and torch.allclose(lse_again, lse, atol=1e-5)
         # through vjp: inside a custom op plain autograd is switched off

@@ -143,7 +143,7 @@ def test_settings_cannot_be_changed_afterwards():
 
 def test_derived_sizes():
     hp = Hyperparameters()
-    assert (hp.head_dim, hp.mlp_dim, hp.micro_steps, hp.row_segments, hp.training_seconds) == (64, 2048, 8, 768, 593.0)
+    assert (hp.head_dim, hp.mlp_dim, hp.micro_steps, hp.row_segments, hp.training_seconds) == (64, 2048, 8, 192, 593.0)
     assert hp.lora_sites == ("q", "k", "v", "o", "mlp", "head")
     small = Hyperparameters(train_batch_tokens=1024, micro_batch_tokens=512, mlp_mult=3.5, max_wallclock_seconds=0)
     assert (small.mlp_dim, small.micro_steps, small.row_segments, small.training_seconds) == (1792, 2, 64, 0.0)
@@ -429,7 +429,7 @@ def inside_kernel(node):
 
 
 def called_from():
-    """{name of a function or class of the module: names it mentions}; an op's registered backward passes are its own."""
+    """{name of a function or class here: names it mentions}; backward passes registered on an op count as its own."""
     graph = {}
     for node in TREE.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

@@ -151,11 +151,14 @@ def test_shards_cut_anywhere_give_the_same_rows(sizes, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(one.build(index), many.build(index), strict=True))
 
 
-def test_too_many_segments_name_the_setting(tmp_path):
-    write_documents(tmp_path, "train", [3] * 100)  # 32 documents of 4 tokens in a row of 128
-    assert len(loader_of(tmp_path, max_row_segments=32).build(0).cu_seqlens) == 33
-    with pytest.raises(DataError, match="32 documents and pieces, more than 31: raise MAX_ROW_SEGMENTS"):
-        list(loader_of(tmp_path, max_row_segments=31).step(0))
+def test_beyond_the_limit_the_shortest_neighbours_share_a_segment(tmp_path):
+    write_documents(tmp_path, "train", [29, 9, 19, 4, 3, 19, 14, 23] * 2)  # one token more each, 128 in all
+    starts = [0, 30, 40, 60, 65, 69, 89, 104, 128]
+    for most, gone in ((8, []), (7, [65]), (6, [65, 60])):
+        want = [start for start in starts if start not in gone]
+        assert loader_of(tmp_path, max_row_segments=most).build(0).cu_seqlens.tolist() == want
+    with pytest.raises(DataError, match="6 documents and pieces, more than 5: raise MAX_ROW_SEGMENTS"):
+        list(loader_of(tmp_path, max_row_segments=5).step(0))  # the next would be longer than the sequence length, 32
 
 
 def test_token_outside_the_vocabulary_is_refused(tmp_path):
