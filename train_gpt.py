@@ -1604,8 +1604,8 @@ def loop_is_on(progress, hp):
 
 class TrainingClock:
     """Seconds of training on rank 0, told to every rank, so that schedules and the end are the same everywhere.
-    The host runs at most one step ahead of the device: marking a step waits for the one before, which costs no bubble.
-    paused() keeps evaluations inside training off the clock; `used` were used before.
+    The host runs at most one step ahead of the device: marking a step waits for the one before, which costs no bubble
+    and keeps the clock honest. paused() keeps evaluations inside training off the clock; `used` were used before.
     """
 
     def __init__(self, dist, used=0.0):
