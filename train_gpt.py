@@ -103,7 +103,7 @@ class Hyperparameters:
     compute_dtype: str = env("auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32"))
     compile: str = env("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
     kernels: bool = env(True, "Triton's and Quack's kernels where a trial call works; 0: PyTorch references")
-    cuda_graphs: bool = env(False, "training micro-batches are captured and replayed; their memory stays reserved")
+    train_cuda_graphs: bool = env(False, "training micro-batches are captured and replayed; their memory stays taken")
     attention_backend: str = env("auto", "packed attention", choices=("auto", "fa3", "fa4", "torch", "sdpa"))
     prequant_only: bool = env(False, "stop after the evaluation of the fp32 model")
     quant_only: bool = env(False, "go on from CHECKPOINT_PATH: Hessians, GPTQ, packing, evaluation")
@@ -1656,7 +1656,7 @@ class Trainer:
         self.model, self.loader, self.hp, self.dist, self.log = model, loader, hp, dist, log
         self.optimizers = Optimizers(model, hp, dist)
         self.ema = EMA(model, hp.ema_decay)
-        self.forward = compiled(model.forward, hp, dist, graphs=hp.cuda_graphs)
+        self.forward = compiled(model.forward, hp, dist, graphs=hp.train_cuda_graphs)
         self.watched = ["loss"], torch.zeros(1)  # names and norms that safety looks at
 
     def train_step(self, step, progress, looping):
@@ -1664,7 +1664,7 @@ class Trainer:
         total = torch.zeros((), device=self.dist.device)
         on_grid = lr_multiplier(progress, self.hp) < self.hp.qat_below_lr  # another value is another graph
         for row in self.loader.step(step):
-            if self.hp.cuda_graphs:
+            if self.hp.train_cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()  # nothing of the row before is read any more
             loss = self.forward(*row, looping, self.hp.train_seq_len, on_grid=on_grid).mean() / self.hp.micro_steps
             loss.backward()
@@ -3014,7 +3014,7 @@ def run(hp, dist):
         log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank}")
         training = train_and_save(trainer, evaluator, checkpoint)
         del trainer
-        if hp.cuda_graphs:
+        if hp.train_cuda_graphs:
             torch.compiler.reset()  # the captured micro-batches go, and with them their memory
     if hp.extra_eval_loops:
         model.eval_passes = 1 + hp.extra_eval_loops

@@ -70,7 +70,7 @@ def gradients(forward, model, rows, looping):
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     for row in rows:
-        if model.hp.cuda_graphs:
+        if model.hp.train_cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         forward(*row, looping, model.hp.train_seq_len).mean().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -86,7 +86,7 @@ def models_and_rows(device, dtype, kernels, tokens, **sizes):
     """One model with fast operations and one of references in fp32, the same weights, and rows of documents."""
     hp = tiny_hp(micro_batch_tokens=tokens, train_batch_tokens=tokens, num_layers=4, num_loops=1, loop_start=1,
                  loop_end=1, parallel_start_layer=3, xsa_last_n=3, device=device, compile="1",
-                 cuda_graphs=device == "cuda", **sizes)  # fmt: skip
+                 train_cuda_graphs=device == "cuda", **sizes)  # fmt: skip
     E = hp.head_dim
     ops = train_gpt.select_ops(False, "sdpa", "cpu", torch.float32, E, hp.num_heads, hp.num_kv_heads)
     slow = train_gpt.GPT(hp, ops, torch.float32).to(device)
