@@ -5,20 +5,21 @@
 The trainer's own step runs on DATA_PATH, or on synthetic shards with documents of realistic lengths; settings come from
 the environment as in a run. For each state: seconds until the first step is done (compilation and capture, with empty
 caches unless --caches), then tokens per second in a window of --seconds with the clock of a run, and the peak of
-reserved memory up to its end. These are of the step as it is trained, on CUDA with captured micro-batches.
+reserved memory up to its end. The losses of the first three steps are told as well: from the same data and seed, trees
+that differ there by more than rounding do not train the same, and their rates compare nothing.
 
-Then one step under torch.profiler. Replayed kernels have no operators around them, so that on CUDA this step alone is
-compiled once more, without capture. Its device work is sorted into phases by the operator that launched it and by its
-shapes. Columns, of one step:
+Then one step under torch.profiler. Replayed kernels have no operators around them, so that with TRAIN_CUDA_GRAPHS=1
+this step alone is compiled once more, without capture. Its device work is sorted into phases by the operator that
+launched it and by its shapes. Columns, of one step:
 
     ms, and ms a micro-batch; launches; GFLOP of matrix products and attention; GB, every operand of a kernel once;
     floor: the longer of FLOPs at the rate of products and bytes at the rate of copies, measured in the same call; ratio
 
-`launch gaps` is the captured step's time minus the time that the device is busy in the profiled one; the line behind it
-says between which phases it was idle under the profiler. Then the longest kernels, those that no phase claims, memory,
-tokens/s and model FLOPs utilisation. --no-table leaves the profiled step out: rates, compile seconds and memory.
---loader measures only the loader. On a CPU a small model is measured, operators stand in for kernels, and what Python
-and autograd take between them counts as launch gaps.
+`launch gaps` is the step's time in the window minus the time that the device is busy in the profiled one; the line
+behind it says between which phases it was idle under the profiler. Then the longest kernels, those that no phase
+claims, losses, memory, tokens/s and model FLOPs utilisation. --no-table leaves the profiled step out. --loader measures
+only the loader. On a CPU a small model is measured, operators stand in for kernels, and what Python and autograd take
+between them counts as launch gaps.
 """
 
 import argparse
@@ -327,8 +328,9 @@ def profile_step(trainer, step: int, looping: bool) -> list[Event]:
 def profile_uncaptured(trainer, step: int, looping: bool) -> list[Event]:
     """profile_step of kernels that operators launch; the captured micro-batches stay for the steps that follow."""
     captured = trainer.forward
-    if trainer.dist.device.type == "cuda" and tg.compile_wanted(trainer.hp, trainer.dist):
-        trainer.forward = tg.compiled(trainer.model.forward, trainer.hp, trainer.dist)
+    hp, dist = trainer.hp, trainer.dist
+    if hp.train_cuda_graphs and dist.device.type == "cuda" and tg.compile_wanted(hp, dist):
+        trainer.forward = tg.compiled(trainer.model.forward, hp, dist)
         trainer.train_step(step, 0.0, looping)  # compiles
         step += 1
     events = profile_step(trainer, step, looping)
@@ -395,14 +397,14 @@ def model_flops(model, looping: bool, pairs: float) -> float:
 
 
 def bench_state(trainer, looping: bool, seconds: float, ceilings: dict, table: bool) -> dict:
-    """Figures of the captured step; with `table` also those of a profiled one."""
-    dist, hp, times, cuda = trainer.dist, trainer.hp, [], trainer.dist.device.type == "cuda"
+    """Figures of the step as it is trained; with `table` also those of a profiled one."""
+    dist, hp, times, losses, cuda = trainer.dist, trainer.hp, [], [], trainer.dist.device.type == "cuda"
     if cuda:
         torch.cuda.empty_cache()  # what a profiled step or the ceilings left
         torch.cuda.reset_peak_memory_stats()
     for step in range(3):
         start = time.perf_counter()
-        trainer.train_step(step, 0.0, looping)
+        losses.append(trainer.train_step(step, 0.0, looping))
         dist.synchronize()
         times.append(time.perf_counter() - start)
     rate, step = tokens_per_second(trainer, looping, seconds, 3)
@@ -411,6 +413,7 @@ def bench_state(trainer, looping: bool, seconds: float, ceilings: dict, table: b
     step_ms = 1e3 * hp.train_batch_tokens / rate / dist.world_size
     flops = model_flops(trainer.model, looping, causal_pairs(trainer, step))
     result = {
+        "first_losses": torch.stack(losses).tolist(),
         "tokens_per_second": rate, "step_ms": step_ms, "first_step_seconds": times[0],
         "compile_seconds": times[0] - times[-1], "peak_reserved_gb": peak,
         "model_tflops_per_second": flops / step_ms / 1e9,
@@ -432,6 +435,7 @@ def print_state(name: str, result: dict, micro_steps: int) -> None:
     print(f"\nlooping {name}: {result['step_ms']:.1f} ms a step, compile {result['compile_seconds']:.1f} s")
     if "phases" in result:
         print_table(result, micro_steps)
+    print("losses of the first steps " + " ".join(f"{loss:.4f}" for loss in result["first_losses"]))
     print(f"peak memory {result['peak_reserved_gb']:.1f} GB reserved; {result['tokens_per_second']:,.0f} tokens/s; "
           f"model FLOPs {result['model_tflops_per_second']:.3g} TFLOP/s, {result['utilisation']:.1%} of the large "
           "product", flush=True)  # fmt: skip

@@ -1,6 +1,7 @@
 """benchmarks/bench_step.py: a small model on the CPU from end to end, and the sorting of a GPU's trace."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -42,14 +43,18 @@ def test_without_a_table(monkeypatch, tmp_path, capsys):
     state = json.loads((tmp_path / "step.json").read_text())["states"]["off"]
     assert {"tokens_per_second", "compile_seconds", "peak_reserved_gb"} <= set(state) and "phases" not in state
     printed = capsys.readouterr().out
+    first, *others = state["first_losses"]
+    assert first == pytest.approx(math.log(320), rel=0.01) and len(others) == 2 and not {first} & {*others}
+    assert "losses of the first steps " + " ".join(f"{loss:.4f}" for loss in state["first_losses"]) in printed
     assert "GB reserved" in printed and "launch gaps" not in printed
 
 
-@pytest.mark.parametrize("device, calls", [("cuda", [("step", 5, "plain"), ("profiled", 6, "plain")]),
-                                           ("cpu", [("profiled", 5, "captured")])])
-def test_the_profiled_step_alone_is_not_captured(monkeypatch, device, calls):
-    made = []
-    trainer = SimpleNamespace(forward="captured", model=SimpleNamespace(forward=None), hp=Hyperparameters(),
+@pytest.mark.parametrize("device, capture, calls", [
+    ("cuda", True, [("step", 5, "plain"), ("profiled", 6, "plain")]), ("cuda", False, [("profiled", 5, "captured")]),
+    ("cpu", True, [("profiled", 5, "captured")])])  # fmt: skip
+def test_the_profiled_step_alone_is_not_captured(monkeypatch, device, capture, calls):
+    made, hp = [], Hyperparameters(train_cuda_graphs=capture)
+    trainer = SimpleNamespace(forward="captured", model=SimpleNamespace(forward=None), hp=hp,
                               dist=SimpleNamespace(device=SimpleNamespace(type=device)))  # fmt: skip
     trainer.train_step = lambda step, *_: made.append(("step", step, trainer.forward))
     monkeypatch.setattr(bench_step, "profile_step", lambda t, step, _: made.append(("profiled", step, t.forward)))
