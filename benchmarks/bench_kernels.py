@@ -31,7 +31,7 @@ def median_ms(function) -> float:
 
 def results(op, args) -> tuple:
     out = op(*args)
-    return tuple(t for t in out if t is not None) if isinstance(out, tuple) else (out,)
+    return out if isinstance(out, tuple) else (out,)
 
 
 def forward_and_backward(op, args):
@@ -152,8 +152,6 @@ def bench_around_attention(report: Report, tokens: int) -> None:
             ("XSA and gate", (tg.gated_xsa, tg.gated_xsa_ref), behind, (2.5 * q_bytes, 6.5 * q_bytes))):
         report.errors(name, *ops, inputs(min(tokens, 8192)))
         report.compare(name, *ops, inputs(tokens), work, "GB/s")
-
-
 
 
 def bench_mlp(report: Report, tokens: int, hidden: int) -> None:
