@@ -951,6 +951,119 @@ def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> tuple[Tens
     _launch_gated_xsa((y, v, logits), (out,), factor)
     return out, y.new_empty(0)
 
+# --- entry of a slot: the stream merges with a skip, mixes with x0, and is normed. The compiler fuses the forward pass
+# well; backward it joins the sums over tokens of several slots in kernels that spill registers: here one kernel a slot.
+
+def enter_ref(x, x0, mix, scale, window, wants, *merge):
+    """x, x0 (B, T, D), mix (2, D), scale (1,), perhaps skip (B, T, D), weight (D,), perhaps gate (D,) -> scaled norm of
+    the mix, its first `window` columns, the mix, and what x merged into; of these two None if not in wants."""
+    if merge:
+        skip, weight, *gate = merge
+        scaled = weight.to(x.dtype) * skip
+        x = torch.lerp(scaled, x, torch.sigmoid(gate[0].to(x.dtype))) if gate else x + scaled
+    x_in = mix[0] * x + mix[1] * x0
+    h = (norm(x_in) * scale).to(x.dtype)
+    return h, h[..., :window], x_in if wants[0] else None, x if wants[1] else None
+
+@jit
+def _enter_kernel(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip, weight, gate, d_x, d_x0, d_skip, sums,
+                  rows, WINDOW: tl.constexpr, MIXED: tl.constexpr, KEPT: tl.constexpr, MERGE: tl.constexpr,
+                  GATED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Gradients of x, x0, skip, and in `sums` a program's share of those of mix (both), weight and gate."""
+    program, column = tl.program_id(0), tl.arange(0, BLOCK)
+    inside, factor = column < D, tl.load(scale)
+    mix_x = tl.load(mix + column, mask=inside, other=0.0).to(tl.float32)
+    mix_0 = tl.load(mix + D + column, mask=inside, other=0.0).to(tl.float32)
+    w, share, rest = mix_x, 1.0, 1.0  # of the skip, of x and of the scaled skip in what they merge into
+    if MERGE:
+        w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        share = tl.sigmoid(tl.load(gate + column, mask=inside, other=0.0).to(tl.float32))
+        rest = 1 - share
+    zero = tl.zeros((BLOCK,), dtype=tl.float32)
+    sum_x, sum_0, sum_w, sum_g = zero, zero, zero, zero
+    for row in tl.range(program, rows, tl.num_programs(0)):
+        at, d, kept = tl.cast(row, tl.int64) * D + column, zero, zero
+        x = tl.load(merged + at, mask=inside, other=0.0).to(tl.float32)
+        e = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(d_h + at, mask=inside, other=0.0).to(tl.float32)
+        g += tl.load(d_start + row * WINDOW + column, mask=column < WINDOW, other=0.0).to(tl.float32)
+        if MIXED:
+            d = tl.load(d_mixed + at, mask=inside, other=0.0).to(tl.float32)
+        if KEPT:  # loads come before the sums of the row, which wait for them
+            kept = tl.load(d_merged + at, mask=inside, other=0.0).to(tl.float32)
+        if MERGE:
+            other = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
+        z = mix_x * x + mix_0 * e
+        inverse = tl.rsqrt(tl.sum(z * z, 0) / D + 1.19e-7)
+        z, g = z * inverse, g * factor
+        d += inverse * (g - z * (tl.sum(g * z, 0) / D))
+        sum_x += d * x
+        sum_0 += d * e
+        tl.store(d_x0 + at, (d * mix_0).to(d_x0.dtype.element_ty), mask=inside)
+        d = d * mix_x + kept
+        if MERGE:
+            sum_w += d * other
+            sum_g += d * (x - w * other)
+            tl.store(d_skip + at, (d * rest * w).to(d_skip.dtype.element_ty), mask=inside)
+        tl.store(d_x + at, (d * share).to(d_x.dtype.element_ty), mask=inside)
+    sums += program * 4 * D + column
+    tl.store(sums, sum_x, mask=inside)
+    tl.store(sums + D, sum_0, mask=inside)
+    tl.store(sums + 2 * D, sum_w * rest, mask=inside)
+    tl.store(sums + 3 * D, sum_g * rest, mask=inside)
+
+def _new_enter_grads(grads, merged, x0, mix, scale, merge, wants):
+    """Empty gradients of x, x0, skip, and sums (programs, 4, D): 8 programs of two warps on a multiprocessor."""
+    programs = 8 * torch.cuda.get_device_properties(x0.device).multi_processor_count if x0.is_cuda else 3
+    shapes = merged.shape, x0.shape, merge[0].shape if merge else (0,)
+    return *map(x0.new_empty, shapes), x0.new_empty(programs, 4, x0.shape[-1], dtype=torch.float32)
+
+@golf_op(_new_enter_grads)
+def _enter_backward(grads: list[Tensor], merged: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, merge: list[Tensor],
+                    wants: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outs, D = _new_enter_grads(grads, merged, x0, mix, scale, merge, wants), x0.shape[-1]
+    grads = [*grads[:2], grads[2] if wants[0] else merged, grads[-1] if wants[1] else merged]
+    inputs = *grads, merged, x0, mix, scale, *merge, *[merged] * (3 - len(merge))
+    block = triton.next_power_of_2(D)
+    _enter_kernel[(len(outs[3]),)](
+        *(t.contiguous() for t in inputs), *outs, merged.numel() // D, WINDOW=grads[1].shape[-1], MIXED=wants[0],
+        KEPT=wants[1], MERGE=len(merge) > 0, GATED=len(merge) > 2, D=D, BLOCK=block, num_warps=max(1, block // 256))
+    return outs
+
+def _open_enter(x, x0, mix, scale, skip, weight, gate, numbers):
+    """enter_ref as a function of tensors, perhaps None, and [window, *wants] -> all four results, unwanted ones empty.
+    The compiler traces this in the place of _enter, so that its operators fuse with what comes before and behind."""
+    merge, (window, *wants) = [t for t in (skip, weight, gate) if t is not None], numbers
+    h, start, *others = enter_ref(x, x0, mix, scale, window, (wants[0], wants[1] or merge), *merge)
+    return h, start, *(x.new_empty(0) if t is None else t for t in others)
+
+def _enter_copies(*inputs):
+    """_open_enter without views of results and inputs, which an operation may not return."""
+    h, start, mixed, merged = _open_enter(*inputs)
+    return h, start.clone(), mixed, merged.clone()
+
+def _enter_kept(needed, x, x0, mix, scale, skip, weight, gate, *results):
+    return x if skip is None else results[3], x0, mix, scale, skip, weight, gate
+
+def _enter_gradients(needed, *args):
+    *grads, merged, x0, mix, scale, skip, weight, gate, (_, *wants) = args
+    merge = [t for t in (skip, weight, gate) if t is not None]
+    d_x, d_x0, d_skip, sums = _enter_backward(grads, merged, x0, mix, scale, merge, list(map(bool, wants)))
+    d_mix, d_weight, d_gate = sums.sum(0).split((2, 1, 1))
+    of_merge = (d_skip, d_weight[0], d_gate[0])[:len(merge)]
+    return d_x, d_x0 if needed[1] else None, d_mix.to(mix.dtype), None, *of_merge
+
+@golf_op(_enter_copies, _enter_gradients, _enter_kept, results=4)
+def _enter(x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, skip: Tensor | None, weight: Tensor | None,
+           gate: Tensor | None, numbers: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _enter_copies(x, x0, mix, scale, skip, weight, gate, numbers)
+
+def enter(x, x0, mix, scale, window, wants, *merge):
+    """As enter_ref, with one kernel for the gradients."""
+    h, start, mixed, merged = _enter(x, x0, mix, scale, *merge, *[None] * (3 - len(merge)), [window, *map(int, wants)])
+    return h, start, mixed if wants[0] else None, merged if wants[1] else None
+
 # --- AdamW without first moment, in place: rows `source` (B,) of values and squares (N, n) into rows `target` (B,), one
 # of which many may share, with gradient (B, n) times `scale`, correction (B,) of the bias, and rates lr, decay, beta2.
 
@@ -1101,6 +1214,7 @@ class Ops:  # what the model calls, the name of each choice, and why an alternat
     notes: tuple = ()
     qkv_heads: Callable = qkv_heads_ref  # qkv, gain, cos, sin, kv_heads
     gated_xsa: Callable = gated_xsa_ref  # y, v, logits, factor
+    enter: Callable = enter_ref  # x, x0, mix, scale, window, wants, *(skip, weight, gate)
     adamw_rows: Callable = adamw_rows_ref  # values, squares, gradient, source, target, correction, scale, rates
 
 def _forward_backward(op, args):
@@ -1161,6 +1275,8 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
         "qkv_heads": (*candidates(qkv_heads, qkv_heads_ref),
                       (raw, gates[0, 0], angles.cos(), angles.sin(), num_kv_heads)),
         "gated_xsa": (*candidates(gated_xsa, gated_xsa_ref), (q, v, gates, 2.0)),
+        "enter": (*candidates(enter, enter_ref), (
+            x, w_up[:200], head[:2], angles[1, :, 0], 9, (True, True), head[200:400], *w_down.float()[:, :2].T)),
         "adamw_rows": (*candidates(adamw_rows, adamw_rows_ref), (
             head.detach().float(), head.detach().float().square(), x.detach()[:2], targets[:2], targets[2:4],
             gates[0, :2, 0].detach().float().square(), 2.0, (0.1, 0.5, 0.9))),
@@ -1230,7 +1346,7 @@ class GPT(nn.Module):
         self.parallel_resid = nn.Parameter(torch.full((L, 2), 1.1))  # (layer, lane)
         self.smear_weight = nn.Parameter(torch.zeros(1, hp.gate_window)) if hp.smear_gate_enabled else None
         self.smear_lambda = nn.Parameter(torch.zeros(1)) if hp.smear_gate_enabled else None
-        scales = [[(layer + 1) ** -0.5 if hp.ln_scale else 1.0] for layer in range(L)]
+        scales = [[(layer + 1) ** -0.5 if hp.ln_scale else 1.0] * 4 for layer in range(L)]  # rows aligned for kernels
         self.register_buffer("depth_scale", torch.tensor(scales), persistent=False)  # no weight: never saved
         longest = max(hp.micro_batch_tokens, hp.eval_seq_len, hp.global_ttt_chunk_tokens + hp.ttt_eval_seq_len)
         for name, table in zip(("cos", "sin"), rotary_tables(torch.arange(longest), hp), strict=True):
@@ -1296,10 +1412,10 @@ class GPT(nn.Module):
             self.parallel_post, self.parallel_resid))
         gates = [None] * L if self.attn_gate is None else self.attn_gate.to(self.dtype).unbind(0)
         return [LayerWeights(qkv[i], out[i], up[i], down[i], q_gain[i], gates[i], attn_scale[i], mlp_scale[i], mix[i],
-                             post[i], resid[i], self.depth_scale[i], i >= L - hp.xsa_last_n) for i in range(L)]
+                             post[i], resid[i], self.depth_scale[i, :1], i >= L - hp.xsa_last_n) for i in range(L)]
 
-    def attention(self, h, x_in, w, rope, packing, tap):
-        """(B, T, D) normalised input h -> (B, T, D). `packing` is (cu_seqlens or None, max_seqlen)."""
+    def attention(self, h, start, x_in, w, rope, packing, tap):
+        """Normed input h (B, T, D), its first columns -> (B, T, D). `packing` is (cu_seqlens or None, max_seqlen)."""
         hp, (B, T, D) = self.hp, h.shape
         qkv = linear(h, w.qkv, tap, "qkv")
         q, k, v = self.ops.qkv_heads(qkv, w.q_gain, *rope, hp.num_kv_heads)
@@ -1310,20 +1426,20 @@ class GPT(nn.Module):
         else:
             y = self.ops.attention(q, k, v, *packing, *((w.extras["window"],) if hp.attn_window else ()))
         if w.xsa and self.gate_kind:
-            y = self.ops.gated_xsa(y, v, *self.head_gates(h, x_in, qkv, w.gate))
+            y = self.ops.gated_xsa(y, v, *self.head_gates(h, start, x_in, qkv, w.gate))
         elif w.xsa:
             y = subtract_own_value(y, v)
         elif self.gate_kind:
-            logits, factor = self.head_gates(h, x_in, qkv, w.gate)
+            logits, factor = self.head_gates(h, start, x_in, qkv, w.gate)
             y = y * (factor * torch.sigmoid(logits))[..., None]
         out = linear(y.reshape(B, T, D), w.out, tap, "attn_proj")
         return out if tap is None else tap("attn_out", h, out, w.attn_scale)
 
-    def head_gates(self, h, x_in, qkv, gate):
+    def head_gates(self, h, start, x_in, qkv, gate):
         """Logits (B, T, H) and the factor of their sigmoids, of whichever gate of the heads' outputs is on."""
         hp = self.hp
         if self.gate_kind == "sparse":
-            return hp.sparse_attn_gate_scale * F.linear(h[..., :hp.gate_window], gate), 1.0
+            return hp.sparse_attn_gate_scale * F.linear(start, gate), 1.0
         if self.gate_kind == "dense":
             return F.linear(h, gate), 1.0
         source = qkv if hp.attn_out_gate_src == "q" else x_in
@@ -1339,14 +1455,18 @@ class GPT(nn.Module):
             out = self.ops.mlp(h, w.up, w.down, slope)
         return out if tap is None else tap("mlp_out", h, out, w.mlp_scale)
 
-    def block(self, x, mlp_lane, x0, w, rope, packing, tap):
-        """One layer: stream x (B, T, D), and the MLP's own lane where the stream has split, else None -> both again."""
+    def enter(self, x, x0, w, wants, *skip):
+        """What a block takes: normed mix of stream x and x0, the first columns of that; if wanted, mix and stream."""
+        return self.ops.enter(x, x0, w.mix, w.depth_scale, self.hp.gate_window, wants, *skip)
+
+    def block(self, entry, mlp_lane, w, rope, packing, tap):
+        """One layer: results of `enter`, and the MLP's own lane where the stream has split, else None -> x, lane."""
 
         def scaled_norm(x):
             return (norm(x) * w.depth_scale).to(x.dtype)
 
-        x_in = w.mix[0] * x + w.mix[1] * x0
-        attn = self.attention(scaled_norm(x_in), x_in, w, rope, packing, tap)
+        h, start, x_in, x = entry
+        attn = self.attention(h, start, x_in, w, rope, packing, tap)
         if mlp_lane is None:
             x = x_in + attn
             return x + self.mlp(scaled_norm(x), w, tap), None
@@ -1366,18 +1486,11 @@ class GPT(nn.Module):
         blocked = tokens == BOS_ID if fresh is None else (tokens == BOS_ID) | fresh
         return e + (self.smear_lambda.to(e.dtype) * gate * previous).masked_fill(blocked[..., None], 0)
 
-    def merge_skip(self, x, skip, weight, gate):
-        """lerp(w * skip, x, sigmoid(g)), or x + w * skip without gates."""
-        scaled = weight.to(x.dtype) * skip
-        if not self.hp.skip_gates_enabled:
-            return x + scaled
-        return torch.lerp(scaled, x, torch.sigmoid(gate.to(x.dtype)))
-
     def forward_hidden(self, tokens, cu_seqlens=None, *, max_seqlen, looping, fresh=None, tap=None, parts=None,
                        on_grid=False):
         """(B, T) ids -> (B, T, D), the final norm's output.
         With cu_seqlens B is 1 and documents are apart, none longer than max_seqlen; without, a row is one document.
-        `parts` has the block and merge_skip of its own, where these alone were compiled.
+        `parts` has enter and block of its own, where these alone were compiled.
         """
         hp, slots, weights, parts = self.hp, self.slots(looping), self.layer_weights(on_grid), parts or self
         packing, rope = (cu_seqlens, max_seqlen), (self.cos[:tokens.size(1)], self.sin[:tokens.size(1)])
@@ -1385,21 +1498,25 @@ class GPT(nn.Module):
             extras = techniques.layer_extras(self, tokens, fresh)
             weights = [w._replace(extras=e) for w, e in zip(weights, extras, strict=True)]
         x = x0 = norm(self.embed(tokens, fresh))
-        mlp_lane, encoder, skips = None, len(slots) // 2, []
-        order = None
+        mlp_lane, encoder, skips, before, order = None, len(slots) // 2, [], -1, None
+        merging = self.skip_weights, *((self.skip_gates,) if hp.skip_gates_enabled else ())
         if hp.extra_eval_loops:  # passes that training did not have count below 0: skips stay where they were
             order, encoder = techniques.extra_passes(self, slots)
         for slot, layer in order or enumerate(slots):
             if layer >= hp.parallel_start_layer and mlp_lane is None:
                 mlp_lane = x  # the stream splits before this slot's skip, which goes to the attention lane only
-            if slot >= encoder and skips:
-                pair = slot - encoder
-                gate = self.skip_gates[pair] if hp.skip_gates_enabled else None
-                x = parts.merge_skip(x, skips.pop(), self.skip_weights[pair], gate)
-            here = tap and tap.at(slot, layer)
-            x, mlp_lane = parts.block(x, mlp_lane, x0, weights[layer], rope, packing, here)
-            if 0 <= slot < encoder:
+            skip, pushes, pair = (), 0 <= before < encoder, slot - encoder
+            if pushes and pair >= 0:
                 skips.append(x.view_as(x))  # the first pair is of the stream with itself: without this, another graph
+            if pair >= 0 and skips:
+                skip = skips.pop(), *(p[pair] for p in merging)
+            lanes, own = mlp_lane is not None, pushes and pair < 0
+            wants = not lanes or self.gate_kind == "output", lanes or own
+            entry = parts.enter(x, x0, weights[layer], wants, *skip)
+            if own:
+                skips.append(entry[3])  # x itself, but so all its gradients meet in the entry's kernel
+            x, mlp_lane = parts.block(entry, mlp_lane, weights[layer], rope, packing, tap and tap.at(slot, layer))
+            before = slot
         if mlp_lane is not None:
             x = {"mean": (x + mlp_lane) / 2, "attn": x, "mlp": mlp_lane}[hp.parallel_final_lane]
         return norm(x)
@@ -1645,6 +1762,8 @@ def compiled(function, hp, dist, dynamic=False, graphs=False):
     graphs: on CUDA it is captured, its backward too, and replayed, so that what it returned before is overwritten."""
     if not compile_wanted(hp, dist):
         return function
+    from torch._inductor.decomposition import decompositions
+    decompositions[torch.ops.golf.enter.default] = _open_enter
     # padding of matrix products would bind a graph to the range of sizes that it was traced at
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options={
         "shape_padding": False, "triton.cudagraphs": graphs and dist.device.type == "cuda"})
@@ -2418,7 +2537,7 @@ class Evaluator:
         self.model, self.validation, self.hp, self.dist = model, validation, hp, dist
         self.packer = WindowPacker(validation, hp.micro_batch_tokens, hp.eval_seq_len, hp.row_segments, dist.device)
         self.parts = SimpleNamespace(**{name: compiled(getattr(model, name), hp, dist) for name in (
-            "block", "merge_skip", "token_losses")})
+            "enter", "block", "token_losses")})
 
     def row_losses(self, row):
         """ScoredRow -> (T,) nats, float32 head."""
@@ -2647,8 +2766,8 @@ class TestTimeTrainer:
         self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device)
         self.lanes = range(dist.rank, hp.ttt_lanes, dist.world_size)
         self.lora = BatchedLoRA(model, self.lanes, hp, dist.device, model.ops.adamw_rows)
-        self.block, self.merge, self.factors, self.head = (compiled(f, hp, dist, dynamic=None) for f in (
-            model.block, model.merge_skip, self.lora.factors,
+        self.enter, self.block, self.factors, self.head = (compiled(f, hp, dist, dynamic=None) for f in (
+            model.enter, model.block, self.lora.factors,
             techniques.with_tilt(model.token_losses) if hp.ngram_tilt_enabled else model.token_losses))
         if hp.ttt_stale_context:
             self.stale = techniques.StaleContext(model, validation.starts, self.lora.flight, dist.device, rotary_tables)
@@ -2658,32 +2777,34 @@ class TestTimeTrainer:
 
     def chunk_losses(self, windows, targets, positions, tap):
         """Windows (B, W), targets and their positions in the windows (B, C), adapters -> (B, C) nats, float32 head."""
-        parts = SimpleNamespace(block=self.dynamic_block, merge_skip=self.dynamic_merge)
+        parts = SimpleNamespace(enter=self.dynamic_enter, block=self.dynamic_block)
         hidden = self.model.forward_hidden(windows, max_seqlen=self.hp.ttt_eval_seq_len, looping=True, tap=tap,
                                            parts=parts)
         scored = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.size(2)))
         self.mark_dynamic([0], scored, targets, *tap.head.matrices())
         return self.head(scored, targets, tap.head)
 
-    # Compiled: GPT.block, merge_skip and token_losses, BatchedLoRA.factors: one graph each for any number of rows and
+    # Compiled: GPT.enter, block and token_losses, BatchedLoRA.factors: one graph each for any number of rows and
     # width of windows; layer by layer, because tracing all slots at once with unknown shapes takes minutes.
 
-    def dynamic_block(self, x, mlp_lane, x0, w, rope, packing, tap):
+    def dynamic_enter(self, x, x0, w, wants, *skip):
         if self.hp.ttt_stale_context:
-            x, mlp_lane, x0, rope, packing = self.stale.of_slot(x, mlp_lane, x0)
+            x, x0 = self.stale.own(x, x0)
+        x = x if x.requires_grad else x.detach().requires_grad_()  # the first layer shares the graph of the others
+        self.mark_dynamic([0, 1], x, x0, *skip[:1])
+        return self.enter(x, x0, w, wants, *skip)
+
+    def dynamic_block(self, entry, mlp_lane, w, rope, packing, tap):
+        if self.hp.ttt_stale_context:
+            mlp_lane, rope, packing = self.stale.of_slot(mlp_lane)
             self.mark_dynamic([0, 1], *rope)
             self.mark_dynamic([0], *packing[1:3])
             self.mark_dynamic([1], packing[3])
-        x = x if x.requires_grad else x.detach().requires_grad_()  # the first layer shares the graph of the others
-        self.mark_dynamic([0, 1], x, x0, mlp_lane)
+        self.mark_dynamic([0, 1], *entry, mlp_lane)
         self.mark_dynamic([0], *rope, *tap.matrices())
         if self.hp.new_values:
             self.mark_dynamic([0, 1], *techniques.streams_of(w.extras))
-        return self.block(x, mlp_lane, x0, w, rope, packing, tap)
-
-    def dynamic_merge(self, x, skip, *weights):
-        self.mark_dynamic([0, 1], x, skip)
-        return self.merge(x, skip, *weights)
+        return self.block(entry, mlp_lane, w, rope, packing, tap)
 
     def mark_dynamic(self, dimensions, *tensors):
         for tensor in tensors:

@@ -154,6 +154,29 @@ def bench_around_attention(report: Report, tokens: int) -> None:
         report.compare(name, *ops, inputs(tokens), work, "GB/s")
 
 
+def bench_entry(report: Report, tokens: int) -> None:
+    scale, stream = torch.full((1,), 0.5, device="cuda"), 2.0 * tokens * DIM
+
+    def inputs(rows, wants, merges):
+        merge = normal(1, rows, DIM), *(normal(DIM).detach().float().requires_grad_() for _ in range(2))
+        return *(normal(1, rows, DIM) for _ in range(2)), normal(2, DIM), scale, 12, wants, *(merge if merges else ())
+
+    for name, wants, merges in (("entry of an encoder slot", (True, True), False),
+                                ("entry with a skip", (True, False), True), ("entry with lanes", (False, True), True)):
+        report.errors(name, tg.enter, tg.enter_ref, inputs(min(tokens, 8192), wants, merges))
+        bench_entry_kernel(report, name, inputs(tokens, wants, merges), stream)
+
+
+def bench_entry_kernel(report: Report, name: str, args, stream: float) -> None:
+    """The gradients' kernel alone: every stream once."""
+    x, x0, mix, scale, window, wants, *merge = (a.detach() if torch.is_tensor(a) else a for a in args)
+    grads = [torch.randn_like(x) for _ in range(1 + sum(wants))]
+    grads.insert(1, grads[0][..., :window].contiguous())
+    ms = median_ms(lambda: tg._enter_backward(grads, x, x0, mix, scale, merge, [*wants]))
+    rate = (5 + sum(wants) + 2 * bool(merge)) * stream / ms / 1e6
+    print(f"{name + ' kernel':34} {ms:8.3f} {rate:7.0f} GB/s    {rate / report.gbytes:9.0%}")
+
+
 def bench_mlp(report: Report, tokens: int, hidden: int) -> None:
     def inputs(rows):
         return normal(rows, DIM), normal(hidden, DIM, scale=DIM**-0.5), normal(DIM, hidden, scale=hidden**-0.5), SLOPE
@@ -216,6 +239,7 @@ def main() -> int:
     bench_cross_entropy(report, options.tokens)
     bench_mlp(report, options.tokens, options.hidden)
     bench_around_attention(report, options.tokens)
+    bench_entry(report, options.tokens)
     bench_attention(report, options.tokens, options.documents)
     print(f"{time.perf_counter() - started:.0f} s in all" + (", something is WRONG" if report.wrong else ""))
     return int(report.wrong)

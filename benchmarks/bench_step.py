@@ -214,6 +214,9 @@ def work_of(operator: tuple, event: Event, hp) -> tuple[float, float]:
         return 2.0 * shapes[0][0] * math.prod(shapes[1]), sum(sizes[:2]) + sizes[0] * hp.mlp_dim / hp.model_dim
     if name == "golf::mlp_backward":  # grad, w_down, act -> grad_pre
         return 2.0 * shapes[0][0] * math.prod(shapes[1]), sum(sizes) + sizes[2]
+    if name == "golf::enter_backward":  # gradients, merged, x0, mix, scale, [skip, ...]; -> those of merged, x0, skip
+        streams = [*shapes[0], *2 * shapes[1:3], *2 * shapes[5][:1]]
+        return 0.0, float(ITEM_BYTES[types[1]]) * sum(map(math.prod, streams))
     if name == "golf::linear_cross_entropy":  # h, weight: logits, read and overwritten
         return 0.0, 2 * sizes[0] * hp.num_embeddings / hp.model_dim
     if name.startswith("golf::"):  # results as large as the first input

@@ -103,6 +103,10 @@ def test_kernels_go_to_the_phase_of_the_operator_that_launched_them():
         ("triton_red_fused_rms_norm_0", [("triton_red_fused_rms_norm_0", [row, row])], "element-wise forward"),
         ("triton_poi_fused_mul_1", [("autograd::engine::evaluate_function: CompiledFunctionBackward", []),
                                     ("triton_poi_fused_mul_1", [row, row])], "element-wise backward"),
+        ("_enter_kernel",
+         [("autograd::engine::evaluate_function: CompiledFunctionBackward", []),
+          ("golf::enter_backward", [(row, (M, 12), row), row, row, (2, D), (1,), (row, (D,)), ()])],
+         "element-wise backward"),
         ("vectorized_elementwise_kernel", [("autograd::engine::evaluate_function: torch::autograd::AccumulateGrad", []),
                                            ("aten::add_", [up, up])], "gradient accumulation"),
         ("nvjet_tst_64x64", [("phase:optimizer", []), ("aten::bmm", [(11, D, F), (11, F, D)])], "Newton-Schulz"),
@@ -128,6 +132,7 @@ def test_kernels_go_to_the_phase_of_the_operator_that_launched_them():
     quack = [event for name, event in found.items() if "quack" in name]
     assert [event.flops for event in quack] == [2 * M * D * F] * 2
     assert sorted(event.nbytes for event in quack) == [2 * (M * D + D * F + n * M * F) for n in (1, 2)]
+    assert found["_enter_kernel"].nbytes == 2 * (8 * M * D + 12 * M)  # 5 streams and the start in, 3 streams out
     assert found["triton_poi_fused_mul_1"].nbytes == 2 * 2 * M * D
     assert bench_step.busy_ms(events) == pytest.approx(5e-3 * len(plan))
 

@@ -145,7 +145,7 @@ def test_a_run_of_a_checkout_ends_with_its_pictures(runs):
 
 
 KEYS = {"version", "device", "world_size", "torch", "python", "commit", "seed", "run", "attention", "mlp",
-        "cross_entropy", "qkv_heads", "gated_xsa", "adamw_rows", "steps", "train_loss", "training_seconds",
+        "cross_entropy", "qkv_heads", "gated_xsa", "adamw_rows", "enter", "steps", "train_loss", "training_seconds",
         "tokens_per_second_by_loop_state", "graphs_compiled", "group_bytes", "scores", "artifact_bytes", "code_bytes",
         "total_bytes", "seconds", "violations"}
 

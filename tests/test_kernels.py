@@ -323,6 +323,91 @@ def test_kernels_around_attention_accept_no_rows():
     assert train_gpt.gated_xsa(*xsa_inputs(1, 0, 4, 2, 8), 1.0).shape == (1, 0, 4, 8)
 
 
+# --- entry of a slot
+
+
+def entry_inputs(shape, merges, **kwargs):
+    """x, x0, mix, scale, window, and what merges: nothing, a skip with its weight, or with a gate too."""
+    streams = [randn(*shape, seed=i, **kwargs) for i in range(3)]
+    vectors = [randn(*size, shape[-1], seed=3 + i, **kwargs) for i, size in enumerate([(2,), (), ()])]
+    merge = {"nothing": (), "added": (streams[2], vectors[1]), "gated": (streams[2], *vectors[1:])}[merges]
+    return *streams[:2], vectors[0], torch.full((1,), 0.6, device=kwargs.get("device", "cpu")), 5, merge
+
+
+def entry_errors(shape, merges, wants, dtype=torch.float32, op=None, **kwargs):
+    """Relative errors of outputs and of all gradients against the reference in float64."""
+    *args, merge = entry_inputs(shape, merges, **kwargs)
+    args = [*(t.detach().to(dtype) for t in args[:3]), *args[3:], wants, *(merge and (merge[0].detach().to(dtype),)),
+            *merge[1:]]
+    found = []
+    for function, exact in ((op or train_gpt.enter, False), (train_gpt.enter_ref, True)):
+        inputs = [(a.detach().double() if exact else a.detach().clone()) if torch.is_tensor(a) else a for a in args]
+        leaves = [a.requires_grad_() for i, a in enumerate(inputs) if torch.is_tensor(a) and i != 3]
+        outs = [t for t in function(*inputs) if t is not None]
+        weights = [torch.linspace(-9, 9, t.numel(), device=t.device).cos().view(t.shape).to(t.dtype) for t in outs]
+        found.append([*outs, *torch.autograd.grad(outs, leaves, weights)])
+    return [relative_error(got, want) for got, want in zip(*found, strict=True)]
+
+
+ENTRIES = [(1, 13, 64), (2, 4, 48), (1, 1, 8), (1, 5, 200)]
+
+
+@interpreted
+@pytest.mark.parametrize("wants", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("merges", ["nothing", "added", "gated"])
+@pytest.mark.parametrize("shape", ENTRIES)
+def test_entry_kernel_matches_float64(shape, merges, wants):
+    assert max(entry_errors(shape, merges, wants)) < 2e-6
+    assert max(entry_errors(shape, merges, wants, torch.bfloat16)) < 1e-2
+
+
+def test_entry_reference_by_hand():
+    x, x0, skip = (torch.tensor([[value]]) for value in ([1.0, 2.0], [3.0, 5.0], [7.0, 1.0]))
+    mix, weight, gate = torch.tensor([[2.0, 1], [1, -1]]), torch.tensor([1.0, 4]), torch.tensor([0.0, 100])
+    merge = skip, weight, gate
+    h, start, mixed, merged = train_gpt.enter_ref(x, x0, mix, torch.full((1,), 0.5), 1, (True, True), *merge)
+    assert merged.flatten().tolist() == [4.0, 2.0] and mixed.flatten().tolist() == [11.0, -3.0]
+    assert torch.allclose(h.flatten(), torch.tensor([11.0, -3.0]) / 65 ** 0.5 / 2) and torch.equal(start, h[..., :1])
+    *_, mixed, merged = train_gpt.enter_ref(x, x0, mix, torch.ones(1), 1, (False, True), skip, weight)
+    assert mixed is None and merged.flatten().tolist() == [8.0, 6.0]
+
+
+@interpreted
+@pytest.mark.parametrize("needed", ["x", "x0 x", "skip x", "mix weight gate"])
+def test_entry_computes_gradients_of_some_inputs(needed):
+    names = "x", "x0", "mix", "skip", "weight", "gate"
+    *args, merge = entry_inputs((2, 5, 24), "gated")
+    tensors = [*args[:3], *merge]
+    found = []
+    for op in (train_gpt.enter, train_gpt.enter_ref):
+        inputs = [t.detach().requires_grad_(name in needed.split()) for name, t in zip(names, tensors, strict=True)]
+        outs = op(*inputs[:3], *args[3:], (True, True), *inputs[3:])
+        found.append(torch.autograd.grad(sum(t.square().sum() for t in outs), [t for t in inputs if t.requires_grad]))
+    assert all(relative_error(got, want) < 1e-5 for got, want in zip(*found, strict=True))
+
+
+@interpreted
+def test_entry_compiles_into_one_graph_for_any_number_of_rows():
+    *args, merge = entry_inputs((2, 9, 16), "gated")
+
+    def step(x, x0, mix, *merge):
+        h, start, mixed, merged = train_gpt.enter(x, x0, mix, *args[3:], (True, True), *merge)
+        return (h * mixed).sum() + (start * merged[..., :5]).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (9, 14):
+        inputs = [randn(2, tokens, 16, seed=i) for i in range(2)] + [args[2], randn(2, tokens, 16, seed=7), *merge[1:]]
+        got, want = (torch.autograd.grad(function(*inputs), inputs) for function in (compiled, step))
+        assert all(relative_error(g, w) < 1e-6 for g, w in zip(got, want, strict=True))
+
+
+@interpreted
+def test_entry_accepts_no_rows():
+    *args, merge = entry_inputs((1, 0, 16), "gated")
+    h, *_ = train_gpt.enter(*args, (True, False), *merge)
+    assert h.shape == (1, 0, 16) and not torch.autograd.grad(h.sum(), merge[1])[0].any()
+
+
 # --- AdamW of rows
 
 
@@ -359,6 +444,10 @@ def test_ops_register_schema_fake_and_autograd_correctly(quack):
     heads = [t.detach() for t in train_gpt.qkv_heads_ref(*inputs, *rest)]
     check(ops.qkv_heads.default, (*inputs, *rest))
     check(ops.qkv_heads_backward.default, (*heads, *(t.detach() for t in inputs), *rest))
+    *args, merge = entry_inputs((2, 5, 24), "gated")
+    x, x0, mix, *merge = (t.detach() for t in (*args[:3], *merge))
+    grads = [x, x[..., :5].contiguous(), x0]
+    check(ops.enter_backward.default, (grads, x, x0, mix, args[3], merge, [True, False]))
     y, v, gates = (t.detach().requires_grad_() for t in xsa_inputs(2, 5, 4, 2, 8))
     check(ops.gated_xsa.default, (y, v, gates, 2.0))
     check(ops.gated_xsa_backward.default, (torch.randn(2, 5, 4, 8), *(t.detach() for t in (y, v, gates)), 2.0))
@@ -612,8 +701,8 @@ def test_auto_on_cpu_takes_the_references():
     ops = select()
     assert (ops.attention, ops.mlp, ops.cross_entropy) == (attention_sdpa, mlp_ref, linear_cross_entropy_ref)
     assert (ops.qkv_heads, ops.gated_xsa) == (train_gpt.qkv_heads_ref, train_gpt.gated_xsa_ref)
-    assert ops.adamw_rows is train_gpt.adamw_rows_ref
-    kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "adamw_rows"
+    assert (ops.enter, ops.adamw_rows) == (train_gpt.enter_ref, train_gpt.adamw_rows_ref)
+    kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows"
     assert ops.names == {"attention": "sdpa"} | dict.fromkeys(kinds, "reference")
 
 
@@ -688,7 +777,7 @@ def select_mlp(monkeypatch, dtype=torch.bfloat16):
     there.device = lambda device: SimpleNamespace(type="cuda")
     monkeypatch.setattr(train_gpt, "torch", there)
     monkeypatch.setattr(train_gpt, "triton", train_gpt.triton or ModuleType("triton"))
-    for name in ("linear_cross_entropy", "qkv_heads", "gated_xsa", "adamw_rows"):
+    for name in ("linear_cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows"):
         monkeypatch.setattr(train_gpt, name, raising)
     ops = select_ops(True, "sdpa", "cpu", dtype, head_dim=8, num_heads=4, num_kv_heads=2)
     assert ops.names["cross_entropy"] == "reference"

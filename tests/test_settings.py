@@ -327,7 +327,7 @@ def test_the_file_imports_without_cuda_group_or_optional_packages_and_does_nothi
                           timeout=120, env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1 and done.stderr == ""
-    kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "adamw_rows"
+    kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows"
     assert json.loads(done.stdout) == {"attention": "sdpa"} | dict.fromkeys(kinds, "reference")
     assert list(tmp_path.iterdir()) == []
 

@@ -181,7 +181,7 @@ def test_what_the_proof_of_a_record_changes_stays_a_setting():
 # words of the source that stand nowhere but in the code of one feature -> settings that switch it on
 MARKERS = {
     "LZMADecompressor": {"COMPRESSOR": "lzma"}, "'lrzip": {"COMPRESSOR": "pergroup"},
-    "pdist": {"COMPRESSOR": "pergroup"}, "lerp(scaled": {}, "is_unused": {"CASEOPS_ENABLED": "0"},
+    "pdist": {"COMPRESSOR": "pergroup"}, "(self.skip_gates,)": {}, "is_unused": {"CASEOPS_ENABLED": "0"},
     "np.interp": {"WD_SCHEDULE_ENABLED": "1"}, "ttt_warm_up": {}, "ttt_global_adaptation": {},
     "eigvalsh": {"LQER_WEIGHTED": "1"}, "permutation(": {"DATA_SEED": "7"}, "np.roll": {"MARKER_FUSION_ENABLED": "1"},
     "clips times": {"TARGET_BYTES": "9"}, "'sliding'": {"SLIDING_WINDOW_ENABLED": "1"},
@@ -223,7 +223,7 @@ def packed(tmp_path_factory):
 
 
 def test_the_packed_script_of_the_defaults_is_small(packed):
-    assert packed.stat().st_size <= 27_000  # the bar is 28,000
+    assert packed.stat().st_size <= 27_950  # the bar is 28,000
 
 
 def test_operators_of_the_packed_script_are_differentiable(packed):

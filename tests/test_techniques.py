@@ -190,16 +190,17 @@ def test_extra_loops_leave_every_skip_between_the_layers_of_training(extra):
     def skips(model):
         merged, runs = [], []
 
-        def block(x, mlp_lane, x0, w, *rest):
+        def block(entry, mlp_lane, *rest):
             runs.append(len(runs))
-            return torch.full_like(x, len(runs) - 1.0), mlp_lane  # the stream says which slot it comes from
+            return torch.full_like(entry[3], len(runs) - 1.0), mlp_lane  # the stream says which slot it comes from
 
-        def merge_skip(x, skip, weight, gate):
-            merged.append((int(weight[0]), len(runs), int(skip[0, 0, 0])))
-            return x
+        def enter(x, x0, w, wants, *merge):
+            if merge:
+                merged.append((int(merge[1][0]), len(runs), int(merge[0][0, 0, 0])))
+            return None, None, None, x
 
         model.skip_weights.data[:] = torch.arange(len(model.skip_weights))[:, None]  # a weight says which pair it is of
-        parts = SimpleNamespace(block=block, merge_skip=merge_skip)
+        parts = SimpleNamespace(enter=enter, block=block)
         model.forward_hidden(torch.ones(1, 3, dtype=torch.long), max_seqlen=3, looping=True, parts=parts)
         slots = model.slots(True)
         return slots, [(pair, to, slots[to], source, slots[source]) for pair, to, source in merged]

@@ -516,12 +516,16 @@ class StaleContext:
         self.rope, self.new = self.rotary_tables(self.positions, self.hp), []
         return self.width
 
+    def own(self, *streams):
+        """Streams (B, T or 1 + T, D), or None -> without the token before."""
+        return [x if x is None else x[:, -self.width:].contiguous() for x in streams]
+
     def of_slot(self, *streams):
-        """Streams (B, T or 1 + T, D), or None -> without the token before, tables and packing of the next slot."""
+        """Streams as `own` takes them -> without the token before, tables and packing of the next slot."""
         self.new.append([])
         of_slot, longest = self.cache[len(self.new) - 1], self.hp.ttt_eval_seq_len
         packing = of_slot, self.places, self.fresh, self.cu_seqlens, longest, self.new[-1]
-        return *(x if x is None else x[:, -self.width:].contiguous() for x in streams), self.rope, packing
+        return *self.own(*streams), self.rope, packing
 
     def end(self, rows):
         """A step ends: the first chunk of its windows, which may lie before the next ones, is kept in rows (B,)."""
