@@ -55,9 +55,10 @@ def test_every_graph_is_compiled_once_and_before_the_clock(tmp_path, device, opt
         trainer.train(None)
     scores = scores_of(model, hp, dist, log)
     assert (log.graphs["warm_up"], log.graphs["train"]) == (2, 0)  # looping off and on
-    # the first layer, whose stream is the embedding; layers before and after the split; pairs of skips; the head
-    assert log.graphs["eval_prequant"] == 5
-    assert log.graphs["eval_ttt"] == 5  # layers before and after the split; pairs; the head; the adapters' factors
+    # entries of the first slot, of one whose stream is a skip, with a skip, after the split; layers before and after
+    # the split; the head
+    assert log.graphs["eval_prequant"] == 7
+    assert log.graphs["eval_ttt"] == 8  # and the adapters' factors
     assert log.graphs["eval_quantized"] == scores["ttt"]["recompilations"] == 0
     eager = scores_of(model, dataclasses.replace(hp, compile="0"), dist, eager_log)
     assert set(eager_log.graphs.values()) == {0}
@@ -112,7 +113,7 @@ def test_compiled_training_with_kernels_has_the_gradients_of_the_references():
 
     def interpreted(ops, E, hp):
         return dataclasses.replace(ops, qkv_heads=train_gpt.qkv_heads, gated_xsa=train_gpt.gated_xsa,
-                                   cross_entropy=train_gpt.linear_cross_entropy)  # fmt: skip
+                                   enter=train_gpt.enter, cross_entropy=train_gpt.linear_cross_entropy)  # fmt: skip
 
     _, fast, slow, rows = models_and_rows("cpu", torch.float32, interpreted, 32, train_seq_len=16)
     torch._dynamo.reset()
