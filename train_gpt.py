@@ -660,10 +660,10 @@ def load_tokenizer(hp):
 jit = (lambda kernel: kernel) if triton is None else triton.jit  # without Triton kernels are defined, never launched
 
 def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors, results=1):
-    """Decorator: function of tensors and, last, one number -> custom op; fake(*inputs) gives its results without data.
-    With gradients(needed, *grads, *kept, number) -> those of the leading inputs, it is differentiable and returns the
-    first of its results, or all where `results` says that they are several and all differentiable;
-    keep(needed, *tensors, *results) -> kept, default everything; needed[i]: input i requires one.
+    """Decorator: function of tensors and, last, one number -> custom op; fake(*inputs), or the function itself, gives
+    its results without data. With gradients(needed, *grads, *kept, number) -> those of the leading inputs, it is
+    differentiable and returns the first of its results, or all where `results` says that they are several and all
+    differentiable; keep(needed, *tensors, *results) -> kept, default everything; needed[i]: input i requires one.
     """
     def setup(ctx, inputs, output):
         *tensors, ctx.number = inputs
@@ -675,7 +675,7 @@ def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors, results
         return *grads, *[None] * (len(needed) - len(grads))
     def register(function):
         op = torch.library.custom_op("golf::" + function.__name__.strip("_"), function, mutates_args=())
-        op.register_fake(fake)
+        op.register_fake(fake or function)
         if gradients is None:
             return op
         op.register_autograd(backward, setup_context=setup)
@@ -1031,37 +1031,29 @@ def _enter_backward(grads: list[Tensor], merged: Tensor, x0: Tensor, mix: Tensor
         KEPT=wants[1], MERGE=len(merge) > 0, GATED=len(merge) > 2, D=D, BLOCK=block, num_warps=max(1, block // 256))
     return outs
 
-def _open_enter(x, x0, mix, scale, skip, weight, gate, numbers):
-    """enter_ref as a function of tensors, perhaps None, and [window, *wants] -> all four results, unwanted ones empty.
-    The compiler traces this in the place of _enter, so that its operators fuse with what comes before and behind."""
-    merge, (window, *wants) = [t for t in (skip, weight, gate) if t is not None], numbers
+def _open_enter(x, x0, mix, scale, merge, numbers):
+    """enter_ref with [window, *wants] as numbers; what is not wanted is empty. The compiler traces this in the place of
+    _enter, so that its operators fuse with what is around them."""
+    window, *wants = numbers
     h, start, *others = enter_ref(x, x0, mix, scale, window, (wants[0], wants[1] or merge), *merge)
     return h, start, *(x.new_empty(0) if t is None else t for t in others)
 
-def _enter_copies(*inputs):
-    """_open_enter without views of results and inputs, which an operation may not return."""
-    h, start, mixed, merged = _open_enter(*inputs)
-    return h, start.clone(), mixed, merged.clone()
-
-def _enter_kept(needed, x, x0, mix, scale, skip, weight, gate, *results):
-    return x if skip is None else results[3], x0, mix, scale, skip, weight, gate
-
 def _enter_gradients(needed, *args):
-    *grads, merged, x0, mix, scale, skip, weight, gate, (_, *wants) = args
-    merge = [t for t in (skip, weight, gate) if t is not None]
-    d_x, d_x0, d_skip, sums = _enter_backward(grads, merged, x0, mix, scale, merge, list(map(bool, wants)))
+    grads, (merged, x0, mix, scale, *merge), (_, *wants) = args[:4], args[4:-1], args[-1]
+    d_x, d_x0, d_skip, sums = _enter_backward([*grads], merged, x0, mix, scale, merge, [want > 0 for want in wants])
     d_mix, d_weight, d_gate = sums.sum(0).split((2, 1, 1))
-    of_merge = (d_skip, d_weight[0], d_gate[0])[:len(merge)]
-    return d_x, d_x0 if needed[1] else None, d_mix.to(mix.dtype), None, *of_merge
+    return d_x, d_x0 if needed[1] else None, d_mix.to(mix.dtype), None, [d_skip, d_weight[0], d_gate[0]][:len(merge)]
 
-@golf_op(_enter_copies, _enter_gradients, _enter_kept, results=4)
-def _enter(x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, skip: Tensor | None, weight: Tensor | None,
-           gate: Tensor | None, numbers: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _enter_copies(x, x0, mix, scale, skip, weight, gate, numbers)
+@golf_op(None, _enter_gradients, lambda needed, x, x0, mix, scale, merge, *results: (
+    results[3] if merge else x, x0, mix, scale, *merge), results=4)
+def _enter(x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, merge: list[Tensor],
+           numbers: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h, start, mixed, merged = _open_enter(x, x0, mix, scale, merge, numbers)
+    return h, start.clone(), mixed, merged.clone()  # an operation returns neither inputs nor views
 
 def enter(x, x0, mix, scale, window, wants, *merge):
     """As enter_ref, with one kernel for the gradients."""
-    h, start, mixed, merged = _enter(x, x0, mix, scale, *merge, *[None] * (3 - len(merge)), [window, *map(int, wants)])
+    h, start, mixed, merged = _enter(x, x0, mix, scale, [*merge], [window, *map(int, wants)])
     return h, start, mixed if wants[0] else None, merged if wants[1] else None
 
 # --- AdamW without first moment, in place: rows `source` (B,) of values and squares (N, n) into rows `target` (B,), one
@@ -1505,11 +1497,10 @@ class GPT(nn.Module):
         for slot, layer in order or enumerate(slots):
             if layer >= hp.parallel_start_layer and mlp_lane is None:
                 mlp_lane = x  # the stream splits before this slot's skip, which goes to the attention lane only
-            skip, pushes, pair = (), 0 <= before < encoder, slot - encoder
+            pushes, pair = 0 <= before < encoder, slot - encoder
             if pushes and pair >= 0:
                 skips.append(x.view_as(x))  # the first pair is of the stream with itself: without this, another graph
-            if pair >= 0 and skips:
-                skip = skips.pop(), *(p[pair] for p in merging)
+            skip = (skips.pop(), *(p[pair] for p in merging)) if pair >= 0 and skips else ()
             lanes, own = mlp_lane is not None, pushes and pair < 0
             wants = not lanes or self.gate_kind == "output", lanes or own
             entry = parts.enter(x, x0, weights[layer], wants, *skip)
@@ -1763,7 +1754,7 @@ def compiled(function, hp, dist, dynamic=False, graphs=False):
     if not compile_wanted(hp, dist):
         return function
     from torch._inductor.decomposition import decompositions
-    decompositions[torch.ops.golf.enter.default] = _open_enter
+    decompositions[torch.ops.golf.enter.default] = _open_enter  # below autograd: the gradients stay those of _enter
     # padding of matrix products would bind a graph to the range of sizes that it was traced at
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options={
         "shape_padding": False, "triton.cudagraphs": graphs and dist.device.type == "cuda"})

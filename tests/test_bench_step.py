@@ -101,6 +101,8 @@ def test_kernels_go_to_the_phase_of_the_operator_that_launched_them():
         ("nvjet_tst_128x64", [("aten::mm", [row, (D, V)])], "head product"),
         ("_ce_kernel", [("golf::linear_cross_entropy", [row, (V, D)])], "cross-entropy"),
         ("triton_red_fused_rms_norm_0", [("triton_red_fused_rms_norm_0", [row, row])], "element-wise forward"),
+        ("triton_per_fused__to_copy_masked_fill_mul_2", [("triton_per_fused__to_copy_masked_fill_mul_2", [row, row])],
+         "element-wise forward"),
         ("triton_poi_fused_mul_1", [("autograd::engine::evaluate_function: CompiledFunctionBackward", []),
                                     ("triton_poi_fused_mul_1", [row, row])], "element-wise backward"),
         ("_enter_kernel",

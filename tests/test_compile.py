@@ -20,7 +20,7 @@ GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 
 def scores_of(model, hp, dist, log):
     """Plain evaluation twice, then test-time training, of a copy of the model -> {name: score}."""
-    model, scores = copy.deepcopy(model), {}
+    model, scores = copy.deepcopy(model, {id(model.ops): model.ops}), {}  # operations cannot be copied
     validation = train_gpt.ValidationSet(hp, None)
     evaluate = train_gpt.Evaluator(model, validation, hp, dist).evaluate_bpb
     for name in ("prequant", "quantized"):
@@ -106,8 +106,11 @@ def models_and_rows(device, dtype, kernels, tokens, **sizes):
     return hp, fast, slow, rows
 
 
-def test_compiled_training_with_kernels_has_the_gradients_of_the_references():
-    """Of the whole model: what is right alone may be wrong in a compiled graph, which differentiates in its own way."""
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
+def test_compiled_training_with_kernels_has_the_gradients_of_the_references(backend, monkeypatch):
+    """Of the whole model: what is right alone may be wrong in a compiled graph, which differentiates in its own way.
+    The second backend has Inductor's decompositions, to which the entry is open, and its choice of what is kept.
+    """
     if train_gpt.triton is None:
         pytest.skip("needs Triton")
 
@@ -115,11 +118,17 @@ def test_compiled_training_with_kernels_has_the_gradients_of_the_references():
         return dataclasses.replace(ops, qkv_heads=train_gpt.qkv_heads, gated_xsa=train_gpt.gated_xsa,
                                    enter=train_gpt.enter, cross_entropy=train_gpt.linear_cross_entropy)  # fmt: skip
 
-    _, fast, slow, rows = models_and_rows("cpu", torch.float32, interpreted, 32, train_seq_len=16)
+    hp, fast, slow, rows = models_and_rows("cpu", torch.float32, interpreted, 32, train_seq_len=16)
     torch._dynamo.reset()
-    forward = torch.compile(fast.forward, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    forward = train_gpt.compiled(fast.forward, hp, train_gpt.Dist("cpu"))
     got, want = gradients(forward, fast, rows[:2], True), gradients(slow.forward, slow, rows[:2], True)
     assert worst(got, want)[0] < 2e-5, worst(got, want)
+    with torch.profiler.profile() as profiler:
+        gradients(forward, fast, rows[:1], True)
+    calls, slots = {event.key: event.count for event in profiler.key_averages()}, len(fast.slots(True))
+    assert calls.get("golf::enter", 0) == (slots if backend == "aot_eager" else 0)
+    assert calls["golf::enter_backward"] == slots
 
 
 @GPU[0]

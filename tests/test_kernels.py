@@ -448,6 +448,9 @@ def test_ops_register_schema_fake_and_autograd_correctly(quack):
     x, x0, mix, *merge = (t.detach() for t in (*args[:3], *merge))
     grads = [x, x[..., :5].contiguous(), x0]
     check(ops.enter_backward.default, (grads, x, x0, mix, args[3], merge, [True, False]))
+    *args, merge = entry_inputs((2, 5, 24), "gated")
+    check(ops.enter.default, (*args[:4], list(merge), [5, 1, 0]))
+    check(ops.enter.default, (*args[:4], [], [5, 1, 1]))
     y, v, gates = (t.detach().requires_grad_() for t in xsa_inputs(2, 5, 4, 2, 8))
     check(ops.gated_xsa.default, (y, v, gates, 2.0))
     check(ops.gated_xsa_backward.default, (torch.randn(2, 5, 4, 8), *(t.detach() for t in (y, v, gates)), 2.0))
