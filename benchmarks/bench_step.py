@@ -59,9 +59,10 @@ class Event:
     name: str
     start: float  # microseconds
     duration: float
-    chain: list  # what was running on the launching thread, outermost first: (name, shapes, types)
+    chain: list  # what was running on the launching thread, outermost first: (name, shapes, types, start)
     phase: str = ""
     shape: str = ""  # of a matrix product
+    source: tuple = ()  # the operator whose work it is
     flops: float = 0.0
     nbytes: float = 0.0
 
@@ -160,7 +161,7 @@ def device_events(trace: dict, cuda: bool) -> list[Event]:
 
 def frame(operator) -> tuple:
     args = operator.get("args", {})
-    return operator["name"], args.get("Input Dims", []), args.get("Input type", [])
+    return operator["name"], args.get("Input Dims", []), args.get("Input type", []), operator["ts"]
 
 
 def attach_chains(operators: list, points: list) -> None:
@@ -202,7 +203,7 @@ def tensor_bytes(shapes: list, types: list) -> list[float]:
 
 def work_of(operator: tuple, event: Event, hp) -> tuple[float, float]:
     """FLOPs of a matrix product, bytes of an operator's operands (each once); attention is counted elsewhere."""
-    name, shapes, types = operator
+    name, shapes, types, _ = operator
     short, sizes, flops = name.split("::")[-1], tensor_bytes(shapes, types), 0.0
     if short in PRODUCTS:
         matrices = [s for s in shapes if len(s) >= 2]
@@ -240,6 +241,7 @@ def classify(event: Event, hp) -> None:
     shaped = [f for f in event.chain if f[1] and not f[0].startswith(("autograd::", "Compiled", "phase:"))]
     operator = shaped[-1] if shaped else None
     if operator:
+        event.source = operator[0], operator[3]
         event.flops, event.nbytes = work_of(operator, event, hp)
     part = re.search(r"phase:(\w+)", names)
     product = operator is not None and operator[0].split("::")[-1] in PRODUCTS
@@ -280,17 +282,30 @@ def attention_phase(event: Event, names: str, backward: bool) -> str:
     return "attention backward" if backward or "bwd" in event.name.lower() else "attention forward"
 
 
+def count_once(events: list[Event]) -> None:
+    """The work of an operator that launched several kernels stays with the longest of them."""
+    longest = {event.source: event for event in sorted(events, key=lambda e: e.duration)}
+    for event in events:
+        if event.source and longest[event.source] is not event:
+            event.flops = event.nbytes = 0.0
+
+
 def add_attention_work(events: list[Event], pairs: float, passes: int, hp, item: int) -> None:
     """Spreads the FLOPs and bytes of attention (causal pairs of the step, per pass) over its events by their time."""
-    widths = hp.num_heads * hp.head_dim, hp.num_kv_heads * hp.head_dim
-    once = 4.0 * pairs * widths[0] * passes
-    tokens = float(hp.train_batch_tokens) * passes * item
-    for phase, flops, nbytes in (("attention forward", once, tokens * (2 * widths[0] + 2 * widths[1])),
-                                 ("attention backward", 2.5 * once, tokens * (4 * widths[0] + 4 * widths[1]))):
-        chosen = [e for e in events if e.phase == phase]
+    heads, kv_heads = hp.num_heads * hp.head_dim, hp.num_kv_heads * hp.head_dim
+    once = 4.0 * pairs * heads * passes
+    tokens = float(hp.train_batch_tokens) * passes
+    around = "attention pre/post-processing"
+    for phase, words, flops, width in (
+        ("attention forward", "", once, item * (2 * heads + 2 * kv_heads)),
+        ("attention backward", "", 2.5 * once, item * (4 * heads + 4 * kv_heads)),
+        (around, "preprocess|dot_do_o", 0.0, (2 * item + 4) * heads),  # out, its gradient; fp32 sums of dq are zeroed
+        (around, "postprocess|convert", 0.0, (4 + item) * heads),  # these sums, dq
+    ):
+        chosen = [e for e in events if e.phase == phase and re.search(words, e.name.lower())]
         total = sum(e.duration for e in chosen) or 1.0
         for event in chosen:
-            event.flops, event.nbytes = (work * event.duration / total for work in (flops, nbytes))
+            event.flops, event.nbytes = (work * event.duration / total for work in (flops, tokens * width))
 
 
 # --- one state
@@ -322,6 +337,7 @@ def profile_step(trainer, step: int, looping: bool) -> list[Event]:
         events = device_events(json.loads(path.read_text()), cuda)
     for event in events:
         classify(event, trainer.hp)
+    count_once(events)
     slots = len(trainer.model.slots(looping))
     item = 2 if trainer.model.dtype == torch.bfloat16 else 4
     add_attention_work(events, causal_pairs(trainer, step), slots, trainer.hp, item)

@@ -139,6 +139,30 @@ def test_kernels_go_to_the_phase_of_the_operator_that_launched_them():
     assert bench_step.busy_ms(events) == pytest.approx(5e-3 * len(plan))
 
 
+def test_work_of_an_operator_is_counted_once():
+    product = ("aten::mm", [(4, 6), (6, 8)])
+    trace = [operator(*product[:1], 0, 50, product[1]), operator(*product[:1], 60, 20, product[1]),
+             *launch("product", 10, 1), *launch("sum_of_splits", 20, 2), *launch("product", 70, 3)]  # fmt: skip
+    trace[5]["dur"] = 2  # the second kernel of the first product
+    events = bench_step.device_events({"traceEvents": trace}, cuda=True)
+    for event in events:
+        bench_step.classify(event, Hyperparameters())
+    bench_step.count_once(events)
+    assert [(e.name, e.flops) for e in sorted(events, key=lambda e: e.start)] == [
+        ("product", 2 * 4 * 6 * 8), ("sum_of_splits", 0), ("product", 2 * 4 * 6 * 8)]  # fmt: skip
+
+
+def test_bytes_around_attention():
+    names = "BackwardPreprocess", "sm90_bwd", "BackwardPostprocess", "BackwardPostprocess", "elementwise"
+    events = [bench_step.Event(name, 0, 10, [], "attention pre/post-processing", nbytes=7.0) for name in names]
+    events[1].phase = "attention backward"
+    hp = Hyperparameters()
+    bench_step.add_attention_work(events, 1000.0, 11, hp, 2)
+    stream = hp.train_batch_tokens * 11 * hp.num_heads * hp.head_dim  # numbers
+    assert [e.nbytes for e in events] == [8 * stream, 12 * stream, 3 * stream, 3 * stream, 7.0]
+    assert [e.flops for e in events] == [0, 10 * 1000.0 * 512 * 11, 0, 0, 0]
+
+
 def test_busy_time_counts_overlapping_kernels_once():
     spans = [(0, 10), (5, 10), (6, 2), (20, 5)]
     assert bench_step.busy_ms([bench_step.Event("k", a, d, []) for a, d in spans]) == pytest.approx(20e-3)
