@@ -1482,7 +1482,8 @@ class GPT(nn.Module):
                        on_grid=False):
         """(B, T) ids -> (B, T, D), the final norm's output.
         With cu_seqlens B is 1 and documents are apart, none longer than max_seqlen; without, a row is one document.
-        `parts` has enter and block of its own, where these alone were compiled.
+        `parts` has enter and block of its own, where these alone were compiled: entries then give all that they can, so
+        that few graphs serve every slot.
         """
         hp, slots, weights, parts = self.hp, self.slots(looping), self.layer_weights(on_grid), parts or self
         packing, rope = (cu_seqlens, max_seqlen), (self.cos[:tokens.size(1)], self.sin[:tokens.size(1)])
@@ -1499,13 +1500,13 @@ class GPT(nn.Module):
                 mlp_lane = x  # the stream splits before this slot's skip, which goes to the attention lane only
             pushes, pair = 0 <= before < encoder, slot - encoder
             if pushes and pair >= 0:
-                skips.append(x.view_as(x))  # the first pair is of the stream with itself: without this, another graph
+                skips.append(x.view_as(x))  # the first pair is of the stream with itself
             skip = (skips.pop(), *(p[pair] for p in merging)) if pair >= 0 and skips else ()
             lanes, own = mlp_lane is not None, pushes and pair < 0
-            wants = not lanes or self.gate_kind == "output", lanes or own
+            wants = parts is not self or not lanes or self.gate_kind == "output", parts is not self or lanes or own
             entry = parts.enter(x, x0, weights[layer], wants, *skip)
             if own:
-                skips.append(entry[3])  # x itself, but so all its gradients meet in the entry's kernel
+                skips.append(entry[3].view_as(x))  # x itself, but so all its gradients meet in the entry's kernel
             x, mlp_lane = parts.block(entry, mlp_lane, weights[layer], rope, packing, tap and tap.at(slot, layer))
             before = slot
         if mlp_lane is not None:
@@ -1754,6 +1755,7 @@ def compiled(function, hp, dist, dynamic=False, graphs=False):
     if not compile_wanted(hp, dist):
         return function
     from torch._inductor.decomposition import decompositions
+    torch._dynamo.config.recompile_limit = 64  # graphs of a function: kinds of layers, of entries, with taps or not
     decompositions[torch.ops.golf.enter.default] = _open_enter  # below autograd: the gradients stay those of _enter
     # padding of matrix products would bind a graph to the range of sizes that it was traced at
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options={

@@ -55,10 +55,11 @@ def test_every_graph_is_compiled_once_and_before_the_clock(tmp_path, device, opt
         trainer.train(None)
     scores = scores_of(model, hp, dist, log)
     assert (log.graphs["warm_up"], log.graphs["train"]) == (2, 0)  # looping off and on
-    # entries of the first slot, of one whose stream is a skip, with a skip, after the split; layers before and after
-    # the split; the head
-    assert log.graphs["eval_prequant"] == 7
-    assert log.graphs["eval_ttt"] == 8  # and the adapters' factors
+    # entries of the first slot, whose stream is the embedding, without a skip and with one; layers before and after the
+    # split; the head
+    assert log.graphs["eval_prequant"] == 6
+    assert log.graphs["eval_ttt"] == 6  # entries without a skip and with one; layers; the head; the adapters' factors
+    assert 4 * max(log.graphs.values()) < torch._dynamo.config.recompile_limit  # or models of more kinds of layers fail
     assert log.graphs["eval_quantized"] == scores["ttt"]["recompilations"] == 0
     eager = scores_of(model, dataclasses.replace(hp, compile="0"), dist, eager_log)
     assert set(eager_log.graphs.values()) == {0}
