@@ -135,7 +135,7 @@ def test_mutated_artifacts_are_refused(compressor):
         started = time.monotonic()
         try:
             found = train_gpt.unpack_weights(mutant)
-        except (train_gpt.ArtifactError, train_gpt.SettingError):  # the second where it would need lrzip and there is none
+        except (train_gpt.ArtifactError, train_gpt.SettingError):  # the second: it wants lrzip, which is missing
             pass
         else:
             # lrzip's own header holds a time and the like: the same weights under a right digest are no damage
