@@ -1498,7 +1498,7 @@ class GPT(nn.Module):
         for slot, layer in order or enumerate(slots):
             if layer >= hp.parallel_start_layer and mlp_lane is None:
                 mlp_lane = x  # the stream splits before this slot's skip, which goes to the attention lane only
-            pushes, pair = 0 <= before < encoder, slot - encoder
+            pushes, pair = 0 <= before < encoder, slot - encoder  # what the slot before gave; of the skip popped here
             if pushes and pair >= 0:
                 skips.append(x.view_as(x))  # the first pair is of the stream with itself
             skip = (skips.pop(), *(p[pair] for p in merging)) if pair >= 0 and skips else ()
@@ -1756,6 +1756,8 @@ def compiled(function, hp, dist, dynamic=False, graphs=False):
         return function
     from torch._inductor.decomposition import decompositions
     torch._dynamo.config.recompile_limit = 64  # graphs of a function: kinds of layers, of entries, with taps or not
+    # caches of compiled graphs do not see gradients and decompositions of our operations: changed ones would not count
+    torch.compiler.config.cache_key_tag = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     decompositions[torch.ops.golf.enter.default] = _open_enter  # below autograd: the gradients stay those of _enter
     # padding of matrix products would bind a graph to the range of sizes that it was traced at
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options={

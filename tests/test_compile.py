@@ -7,6 +7,10 @@ import copy
 import dataclasses
 import functools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,6 +134,34 @@ def test_compiled_training_with_kernels_has_the_gradients_of_the_references(back
     calls, slots = {event.key: event.count for event in profiler.key_averages()}, len(fast.slots(True))
     assert calls.get("golf::enter", 0) == (slots if backend == "aot_eager" else 0)
     assert calls["golf::enter_backward"] == slots
+
+
+EDITED = """
+import sys, torch, train_gpt
+@train_gpt.golf_op(None, lambda needed, grad, x, number: (FACTOR * grad,), lambda needed, x, *_: (x,))
+def twice(x: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return 2 * x, x.new_empty(0)
+hp = train_gpt.Hyperparameters(device="cpu", compile="1")
+x = torch.ones(3, requires_grad=True)
+train_gpt.compiled(lambda x: twice(x, 1).sum(), hp, train_gpt.Dist("cpu"))(x).backward()
+print(x.grad[0].item())
+"""
+
+
+def test_edited_gradients_are_not_taken_from_caches_of_the_code_before(tmp_path):
+    """PyTorch's caches know a compiled graph by its operations' names: their gradients may have been others."""
+    told = []
+    for factor in (2, 5):
+        folder = tmp_path / str(factor)
+        folder.mkdir()
+        (folder / "train_gpt.py").write_text(Path(train_gpt.__file__).read_text() + f"# {factor}\n")
+        environ = os.environ | {"PYTHONPATH": f"{folder}:{Path(train_gpt.__file__).parent}",
+                                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", EDITED.replace("FACTOR", str(factor))], env=environ, cwd=folder,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        told.append(float(done.stdout.split()[-1]))
+    assert told == [2, 5]
 
 
 @GPU[0]
