@@ -22,7 +22,7 @@ import train_gpt as tg
 
 DIM, VOCAB, HEADS, HEAD_DIM, SLOPE, SOFTCAP = 512, 8192, 8, 64, 0.3, 30.0
 MAX_SEQLEN = 2048
-BF16 = {"dtype": torch.bfloat16, "device": "cuda"}
+DEVICE = "cuda"
 
 
 def median_ms(function) -> float:
@@ -31,7 +31,7 @@ def median_ms(function) -> float:
 
 def results(op, args) -> tuple:
     out = op(*args)
-    return out if isinstance(out, tuple) else (out,)
+    return tuple(t for t in (out if isinstance(out, tuple) else (out,)) if t is not None)
 
 
 def forward_and_backward(op, args):
@@ -64,7 +64,7 @@ def relative_errors(op, reference, args) -> list[float]:
 
 
 def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(shape, **BF16) * scale).requires_grad_()
+    return (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) * scale).requires_grad_()
 
 
 def random_documents(tokens: int, documents: int) -> torch.Tensor:
@@ -75,7 +75,7 @@ def random_documents(tokens: int, documents: int) -> torch.Tensor:
         while cut - bounds[-1] > MAX_SEQLEN:
             bounds.append(bounds[-1] + MAX_SEQLEN)
         bounds.append(cut)
-    return torch.tensor(bounds + [tokens] * 64, dtype=torch.int32, device="cuda")
+    return torch.tensor(bounds + [tokens] * 64, dtype=torch.int32, device=DEVICE)
 
 
 def causal_pairs(cu_seqlens: torch.Tensor) -> int:
@@ -88,9 +88,9 @@ class Report:
 
     def __init__(self, compiled: bool):
         self.compiled, self.wrong = compiled, False
-        a, b = torch.randn(8192, 8192, **BF16), torch.randn(8192, 8192, **BF16)
+        a, b = normal(8192, 8192).detach(), normal(8192, 8192).detach()
         self.tflops = 2 * 8192**3 / median_ms(lambda: a @ b) / 1e9
-        source = torch.empty(2**30, dtype=torch.int8, device="cuda")
+        source = torch.empty(2**30, dtype=torch.int8, device=DEVICE)
         target = torch.empty_like(source)
         self.gbytes = 2 * 2**30 / median_ms(lambda: target.copy_(source)) / 1e6
         print(f"ceilings: bf16 product 8192^3 {self.tflops:.0f} TFLOP/s, copy {self.gbytes:.0f} GB/s read + written")
@@ -123,20 +123,20 @@ class Report:
 def bench_cross_entropy(report: Report, tokens: int) -> None:
     def inputs(rows):
         h, weight = normal(rows, DIM), normal(VOCAB, DIM, scale=8 * DIM**-0.5)
-        return h, weight, torch.randint(VOCAB, (rows,), device="cuda"), SOFTCAP
+        return h, weight, torch.randint(VOCAB, (rows,), device=DEVICE), SOFTCAP
 
     ops = tg.linear_cross_entropy, tg.linear_cross_entropy_ref
     report.errors("head + cross-entropy", *ops, inputs(min(tokens, 8192)))
     product = 2.0 * tokens * VOCAB * DIM
     report.compare("head + cross-entropy", *ops, inputs(tokens), (product, 3 * product), "TFLOP/s")
-    logits, targets = normal(tokens, VOCAB, scale=8).detach(), torch.randint(VOCAB, (tokens,), device="cuda")
+    logits, targets = normal(tokens, VOCAB, scale=8).detach(), torch.randint(VOCAB, (tokens,), device=DEVICE)
     ms = median_ms(lambda: tg._launch_ce(logits, targets, SOFTCAP))
     rate = 4.0 * tokens * VOCAB / ms / 1e6  # read and written once
     print(f"{'cross-entropy kernel':34} {ms:8.3f} {rate:7.0f} GB/s    {rate / report.gbytes:9.0%}")
 
 
 def bench_around_attention(report: Report, tokens: int) -> None:
-    angle, kv_heads = torch.rand(tokens, 1, 8, device="cuda"), HEADS // 2
+    angle, kv_heads = torch.rand(tokens, 1, 8, device=DEVICE), HEADS // 2
     table = angle.cos(), angle.sin()
 
     def before(rows):
@@ -155,7 +155,7 @@ def bench_around_attention(report: Report, tokens: int) -> None:
 
 
 def bench_entry(report: Report, tokens: int) -> None:
-    scale, stream = torch.full((1,), 0.5, device="cuda"), 2.0 * tokens * DIM
+    scale, stream = torch.full((1,), 0.5, device=DEVICE), 2.0 * tokens * DIM
 
     def inputs(rows, wants, merges):
         merge = normal(1, rows, DIM), *(normal(DIM).detach().float().requires_grad_() for _ in range(2))
@@ -200,7 +200,7 @@ def bench_mlp(report: Report, tokens: int, hidden: int) -> None:
 
 
 def bench_attention(report: Report, tokens: int, documents: int) -> None:
-    cu_seqlens, device = random_documents(tokens, documents), torch.device("cuda")
+    cu_seqlens, device = random_documents(tokens, documents), torch.device(DEVICE)
     short = random_documents(16384, 24)
     pairs = causal_pairs(cu_seqlens)
     for kv_heads in (4, 8):
