@@ -882,6 +882,17 @@ def test_kernels_around_attention_match_float64_on_the_gpu():
 
 
 @gpu
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("merges", ["nothing", "added", "gated"])
+def test_entry_matches_float64_on_the_gpu(merges, opened):
+    """As an operation, and opened by the compiler."""
+    hp = train_gpt.Hyperparameters(device="cuda", compile="1" if opened else "0")
+    op = train_gpt.compiled(train_gpt.enter, hp, train_gpt.Dist("cuda"))
+    for wants in ((True, False), (False, True), (True, True)):
+        assert max(entry_errors((1, 3001, 512), merges, wants, torch.bfloat16, op, device="cuda")) < 1e-2
+
+
+@gpu
 @pytest.mark.parametrize("heads", [(8, 8), (8, 4)])
 @pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
 def test_attention_backend_matches_float64_on_the_gpu(backend, heads):
