@@ -1032,8 +1032,7 @@ def _enter_backward(grads: list[Tensor], merged: Tensor, x0: Tensor, mix: Tensor
     return outs
 
 def _open_enter(x, x0, mix, scale, merge, numbers):
-    """enter_ref with [window, *wants] as numbers; what is not wanted is empty. The compiler traces this in the place of
-    _enter, so that its operators fuse with what is around them."""
+    """enter_ref with [window, *wants] as numbers, empty where not wanted; the compiler traces it in place of _enter."""
     window, *wants = numbers
     h, start, *others = enter_ref(x, x0, mix, scale, window, (wants[0], wants[1] or merge), *merge)
     return h, start, *(x.new_empty(0) if t is None else t for t in others)
@@ -1482,8 +1481,7 @@ class GPT(nn.Module):
                        on_grid=False):
         """(B, T) ids -> (B, T, D), the final norm's output.
         With cu_seqlens B is 1 and documents are apart, none longer than max_seqlen; without, a row is one document.
-        `parts` has enter and block of its own, where these alone were compiled: entries then give all that they can, so
-        that few graphs serve every slot.
+        `parts` has its own enter and block, where these alone were compiled; entries then give all results: few graphs.
         """
         hp, slots, weights, parts = self.hp, self.slots(looping), self.layer_weights(on_grid), parts or self
         packing, rope = (cu_seqlens, max_seqlen), (self.cos[:tokens.size(1)], self.sin[:tokens.size(1)])
@@ -1503,7 +1501,7 @@ class GPT(nn.Module):
                 skips.append(x.view_as(x))  # the first pair is of the stream with itself
             skip = (skips.pop(), *(p[pair] for p in merging)) if pair >= 0 and skips else ()
             lanes, own = mlp_lane is not None, pushes and pair < 0
-            wants = parts is not self or not lanes or self.gate_kind == "output", parts is not self or lanes or own
+            wants = (not lanes or self.gate_kind == "output", lanes or own) if parts is self else (True, True)
             entry = parts.enter(x, x0, weights[layer], wants, *skip)
             if own:
                 skips.append(entry[3].view_as(x))  # x itself, but so all its gradients meet in the entry's kernel
@@ -1713,8 +1711,8 @@ def loop_is_on(progress, hp):
 
 class TrainingClock:
     """Seconds of training on rank 0, told to every rank, so that schedules and the end are the same everywhere.
-    The host runs at most one step ahead of the device: marking a step waits for the one before, which costs no bubble
-    and keeps the clock honest. paused() keeps evaluations inside training off the clock; `used` were used before.
+    The host runs at most one step ahead of the device: marking a step waits for the one before, which costs no bubble.
+    paused() keeps evaluations inside training off the clock; `used` were used before.
     """
 
     def __init__(self, dist, used=0.0):
@@ -1749,16 +1747,19 @@ class TrainingClock:
 def compile_wanted(hp, dist):
     return dist.device.type == "cuda" if hp.compile == "auto" else hp.compile == "1"
 
+@lru_cache
+def prepare_compiler():
+    from torch._inductor.decomposition import decompositions
+    torch._dynamo.config.recompile_limit = 256  # graphs of a function: kinds of layers, of entries, with taps or not
+    torch.compiler.config.cache_key_tag = digest(Path(__file__).read_bytes()).hex()  # or old gradients come from caches
+    decompositions[torch.ops.golf.enter.default] = _open_enter  # below autograd: the gradients stay those of _enter
+
 def compiled(function, hp, dist, dynamic=False, graphs=False):
     """torch.compile where the settings ask for it, else the function itself; dynamic=None: dimensions may be marked;
     graphs: on CUDA it is captured, its backward too, and replayed, so that what it returned before is overwritten."""
     if not compile_wanted(hp, dist):
         return function
-    from torch._inductor.decomposition import decompositions
-    torch._dynamo.config.recompile_limit = 64  # graphs of a function: kinds of layers, of entries, with taps or not
-    # caches of compiled graphs do not see gradients and decompositions of our operations: changed ones would not count
-    torch.compiler.config.cache_key_tag = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    decompositions[torch.ops.golf.enter.default] = _open_enter  # below autograd: the gradients stay those of _enter
+    prepare_compiler()
     # padding of matrix products would bind a graph to the range of sizes that it was traced at
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options={
         "shape_padding": False, "triton.cudagraphs": graphs and dist.device.type == "cuda"})

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_gpt  # noqa: E402
 from tools import safety  # noqa: E402
+from tools.run_files import settings_of  # noqa: E402
 
 
 def group_of(name: str) -> str:
@@ -94,7 +95,7 @@ class Sweep:
     def measure(self, settings: str) -> dict:
         """Quantizes under "NAME=VALUE ..." -> bytes of the weights, BPB, mean relative weighted error, seconds."""
         hp = train_gpt.Hyperparameters.from_env(dict(os.environ, COMPRESSOR=self.hp.compressor)
-                                                | dict(pair.split("=", 1) for pair in settings.split()))
+                                                | settings_of(settings.split()))
         start = time.perf_counter()
         arrays = train_gpt.quantize_weights(self.weights, self.hessians, hp, self.dist)
         quantized = time.perf_counter()

@@ -31,7 +31,7 @@ def median_ms(function) -> float:
 
 def results(op, args) -> tuple:
     out = op(*args)
-    return tuple(t for t in (out if isinstance(out, tuple) else (out,)) if t is not None)
+    return tuple(t for t in out if t is not None) if isinstance(out, tuple) else (out,)
 
 
 def forward_and_backward(op, args):
@@ -161,9 +161,13 @@ def bench_entry(report: Report, tokens: int) -> None:
         merge = normal(1, rows, DIM), *(normal(DIM).detach().float().requires_grad_() for _ in range(2))
         return *(normal(1, rows, DIM) for _ in range(2)), normal(2, DIM), scale, 12, wants, *(merge if merges else ())
 
-    for name, wants, merges in (("entry of an encoder slot", (True, True), False),
-                                ("entry with a skip", (True, False), True), ("entry with lanes", (False, True), True)):
+    opened = tg.compiled(tg.enter, tg.Hyperparameters(compile="1"), tg.Dist(DEVICE))
+    for name, wants, merges, work in (("entry of an encoder slot", (True, True), False, (4, 11)),
+                                      ("entry with a skip", (True, False), True, (5, 13)),
+                                      ("entry with lanes", (False, True), True, (5, 13))):
         report.errors(name, tg.enter, tg.enter_ref, inputs(min(tokens, 8192), wants, merges))
+        work = [n * stream for n in work]
+        report.compare(name, opened, tg.enter_ref, inputs(tokens, wants, merges), work, "GB/s")
         bench_entry_kernel(report, name, inputs(tokens, wants, merges), stream)
 
 

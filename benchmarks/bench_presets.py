@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.run_files import PRESETS, read_preset  # noqa: E402
+from tools.run_files import PRESETS, read_preset, settings_of  # noqa: E402
 
 SCORES = "prequant", "quantized", "sliding", "ttt"
 HEAD = ("preset", "steps", "tokens/s", *SCORES, "weights", "code", "stages, s")
@@ -45,27 +45,32 @@ def data_of(preset: dict, args) -> dict:
 
 def environment(name: str, gpu: str, args) -> dict:
     """What train_gpt.py is started with."""
-    preset = read_preset(name) | dict(word.split("=", 1) for word in args.set)
+    preset = read_preset(name) | settings_of(args.set)
     ours = {"PRESET": name, "RUN_ID": name, "RUNS_DIR": args.runs, "PLOTS": "0", "CUDA_VISIBLE_DEVICES": gpu}
     ours |= {"MAX_WALLCLOCK_SECONDS": str(args.seconds)} | data_of(preset, args)
     if args.ttt_docs and preset.get("TTT_METHOD", "lora") == "lora":
         ours["TTT_MAX_DOCS"] = str(args.ttt_docs)
-    return os.environ | ours | dict(word.split("=", 1) for word in args.set)
+    return os.environ | ours | settings_of(args.set)
+
+
+def run_script(script: str, environ: dict, folder: Path, tree: Path = ROOT) -> str:
+    """One run of train_gpt.py in `tree`; -> what went wrong, or nothing where it leaves a result in its folder."""
+    done = subprocess.run([sys.executable, script], env=environ, cwd=tree, capture_output=True, text=True)
+    if (folder / "result.json").exists():  # exit code 3 says that the byte cap is broken: a result all the same
+        return ""
+    return f"exit code {done.returncode}: " + " | ".join(done.stderr.strip().splitlines()[-3:])
 
 
 def run(name: str, gpu: str, args) -> str:
     """Runs a preset to its end, unless it has been; -> what went wrong, or nothing."""
-    result = Path(args.runs, name, "result.json")
-    if result.exists():
+    folder = Path(args.runs, name)
+    if (folder / "result.json").exists():
         return ""
     try:
         environ = environment(name, gpu, args)
     except ValueError as error:
         return str(error)
-    done = subprocess.run([sys.executable, args.script], env=environ, cwd=ROOT, capture_output=True, text=True)
-    if result.exists():  # exit code 3 says that the byte cap is broken: a result all the same
-        return ""
-    return f"exit code {done.returncode}: " + " | ".join(done.stderr.strip().splitlines()[-3:])
+    return run_script(args.script, environ, folder)
 
 
 def row_of(name: str, fault: str, args) -> dict:

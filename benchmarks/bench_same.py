@@ -16,38 +16,31 @@ import argparse
 import itertools
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.run_files import Run, read_run  # noqa: E402
+from benchmarks.bench_presets import run_script  # noqa: E402
+from tools.run_files import Run, read_run, settings_of  # noqa: E402
 
 FIXED = {"MAX_WALLCLOCK_SECONDS": "0", "TRAIN_BATCH_TOKENS": "98304", "MICRO_BATCH_TOKENS": "24576",
          "TRAIN_LOG_EVERY": "1", "PREQUANT_ONLY": "1", "PLOTS": "0"}  # fmt: skip
 
 
-def settings_of(words: str) -> dict:
-    """`A=1 B=2` -> {"A": "1", "B": "2"}."""
-    return dict(word.split("=", 1) for word in words.split())
-
-
 def train(variant: str, seed: str, args) -> Run | str:
     """A run to its end, unless it has been; -> the run, or what went wrong."""
-    settings = settings_of(variant)
+    settings = settings_of(variant.split())
     tree = Path(settings.pop("TREE", ROOT)).resolve()
     name = re.sub(r"[^\w.-]+", "_", variant or "default") + "-" + seed
     folder = Path(args.runs, name)
-    ours = FIXED | settings_of(" ".join(args.set)) | settings
+    ours = FIXED | settings_of(args.set) | settings
     ours |= {"SEED": seed, "ITERATIONS": str(args.steps), "RUN_ID": name, "RUNS_DIR": args.runs}
+    fault = ""
     if not (folder / "result.json").exists():
-        script = args.script or str(tree / "train_gpt.py")
-        done = subprocess.run([sys.executable, script], env=os.environ | ours, cwd=tree, capture_output=True, text=True)
-        if not (folder / "result.json").exists():
-            return f"exit code {done.returncode}: " + " | ".join(done.stderr.strip().splitlines()[-3:])
-    return read_run(folder)
+        fault = run_script(args.script or str(tree / "train_gpt.py"), os.environ | ours, folder, tree)
+    return fault or read_run(folder)
 
 
 def difference(one: Run, other: Run) -> tuple[float, float]:

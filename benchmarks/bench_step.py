@@ -267,8 +267,9 @@ def classify(event: Event, hp) -> None:
         event.phase = "cross-entropy"
     elif "AccumulateGrad" in names:
         event.phase = "gradient accumulation"
-    elif re.search("^(?!triton_).*(memcpy|memset|copy|fill|zero|detach|empty|contiguous)", event.name.lower()):
-        event.phase = "copies and fills"  # compiled kernels are called after all that they do, casts too
+    elif not event.name.startswith("triton_") and re.search(  # these are called after all that they do, casts too
+            "memcpy|memset|copy|fill|zero|detach|empty|contiguous", event.name.lower()):  # fmt: skip
+        event.phase = "copies and fills"
     elif re.match("triton_|golf::|aten::", event.name) or "golf::" in names or "elementwise" in event.name:
         event.phase = "element-wise backward" if backward else "element-wise forward"
     else:

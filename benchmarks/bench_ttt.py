@@ -34,6 +34,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as tg
+from tools.run_files import settings_of
 
 PUBLISHED_POSITIONS_PER_S = 240_000  # PR 1855 on 8 H100: 12,400 tokens/s a GPU, 18 to 21 positions a token
 
@@ -169,11 +170,6 @@ def bench_steps(args):
     print(f"graphs compiled after the warm-up: {tg.compiled_graphs() - graphs}{memory}")
 
 
-def settings_of(text):
-    """ "NAME=value NAME=value" -> Hyperparameters of the environment with these on top."""
-    return tg.Hyperparameters.from_env(os.environ | dict(pair.split("=", 1) for pair in text.split()))
-
-
 def reference_score(model, validation, hp, dist):
     """(bpb, seconds) of document_by_document."""
     start = time.perf_counter()
@@ -192,7 +188,6 @@ def bench_runs(args):
                 return token_losses(model, hidden, *rest)
 
         tg.GPT.token_losses = rough
-    torch._dynamo.config.recompile_limit = 256  # other contexts and ranks are other graphs of the same functions
     dist = tg.Dist("cpu" if args.cpu else "auto")
     base = tg.Hyperparameters.from_env()
     validation = tg.ValidationSet(base)
@@ -200,7 +195,7 @@ def bench_runs(args):
     weights = tg.dequantize_weights(tg.unpack_weights(Path(args.artifact).read_bytes()))
     print(f"{'bpb':>9}{'all s':>8}{'compile':>9}{'capture':>9}{'steps s':>9}{'tokens/s':>10}{'positions/s':>13}  what")
     for text in args.settings or [""]:
-        hp = model.hp = settings_of(text)
+        hp = model.hp = tg.Hyperparameters.from_env(os.environ | settings_of(text.split()))
         tg.rebank(model, weights)
         start, log = time.perf_counter(), Lines()
         trainer = tg.TestTimeTrainer(model, validation, hp, dist, log)

@@ -140,8 +140,8 @@ def test_kernels_go_to_the_phase_of_the_operator_that_launched_them():
 
 
 def test_work_of_an_operator_is_counted_once():
-    product = ("aten::mm", [(4, 6), (6, 8)])
-    trace = [operator(*product[:1], 0, 50, product[1]), operator(*product[:1], 60, 20, product[1]),
+    shapes = [(4, 6), (6, 8)]
+    trace = [operator("aten::mm", 0, 50, shapes), operator("aten::mm", 60, 20, shapes),
              *launch("product", 10, 1), *launch("sum_of_splits", 20, 2), *launch("product", 70, 3)]  # fmt: skip
     trace[5]["dur"] = 2  # the second kernel of the first product
     events = bench_step.device_events({"traceEvents": trace}, cuda=True)

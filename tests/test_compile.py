@@ -137,7 +137,7 @@ def test_compiled_training_with_kernels_has_the_gradients_of_the_references(back
 
 
 EDITED = """
-import sys, torch, train_gpt
+import torch, train_gpt
 @train_gpt.golf_op(None, lambda needed, grad, x, number: (FACTOR * grad,), lambda needed, x, *_: (x,))
 def twice(x: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     return 2 * x, x.new_empty(0)

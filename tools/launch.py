@@ -45,7 +45,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.run_files import SettingError, with_preset  # noqa: E402
+from tools.run_files import SettingError, settings_of, with_preset  # noqa: E402
 
 OURS = ("SEEDS", "GPUS", "NPROC", "SCRIPT", "EXTRA_ENV", "VENV", "USE_TMUX", "PLOTS")  # never handed on
 DISK_BYTES_A_RUN = 500_000_000  # a checkpoint of 144 MB, an artifact of 16 MB, compilation caches
@@ -87,7 +87,7 @@ def make_plan(environ):
     if not all(re.match(r"[A-Za-z_]\w*=", word) for word in extra):
         raise LaunchError(f"EXTRA_ENV='{environ['EXTRA_ENV']}': must be NAME=value, separated by blanks")
     try:
-        settings = with_preset(environ) | dict(word.split("=", 1) for word in extra)
+        settings = with_preset(environ) | settings_of(extra)
     except SettingError as error:
         raise LaunchError(str(error)) from None
     name = environ.get("RUN_ID") or time.strftime("seeds-%Y%m%d-%H%M%S")

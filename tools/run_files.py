@@ -35,6 +35,11 @@ class Run(NamedTuple):
         return self.result["seed"]
 
 
+def settings_of(words):
+    """["A=1", "B=2"] -> {"A": "1", "B": "2"}. ValueError for a word without `=`."""
+    return dict(word.split("=", 1) for word in words)
+
+
 def read_preset(name):
     """presets/<name>.env -> {NAME: value}. SettingError, with the names that exist, for an unknown or a damaged one."""
     path = PRESETS / f"{name}.env"
@@ -42,8 +47,7 @@ def read_preset(name):
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.env")))
         raise SettingError(f"PRESET={name}: there is no {path}; there are: {known}")
     try:
-        words = shlex.split(path.read_text(encoding="utf-8"), comments=True)
-        return dict(word.split("=", 1) for word in words)
+        return settings_of(shlex.split(path.read_text(encoding="utf-8"), comments=True))
     except ValueError as error:
         raise SettingError(f"PRESET={name}: {path} is damaged: {error}") from None
 
