@@ -103,7 +103,7 @@ class Hyperparameters:
     compute_dtype: str = env("auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32"))
     compile: str = env("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
     kernels: bool = env(True, "Triton's and Quack's kernels where a trial call works; 0: PyTorch references")
-    train_cuda_graphs: bool = env(False, "training micro-batches are captured and replayed; their memory stays taken")
+    train_cuda_graphs: bool = env(True, "on CUDA training micro-batches are captured and replayed")
     attention_backend: str = env("auto", "packed attention", choices=("auto", "fa3", "fa4", "torch", "sdpa"))
     prequant_only: bool = env(False, "stop after the evaluation of the fp32 model")
     quant_only: bool = env(False, "go on from CHECKPOINT_PATH: Hessians, GPTQ, packing, evaluation")
@@ -149,7 +149,7 @@ class Hyperparameters:
     leaky_relu_slope: float = env(0.3, "negative slope before squaring in the MLP", least=0, most=1)
     parallel_start_layer: int = env(8, "first layer with two residual lanes; NUM_LAYERS: none", least=0)
     parallel_final_lane: str = env("mean", "which lane leaves the stack", choices=("mean", "attn", "mlp"))
-    logit_softcap: float = env(30.0, "logits z become c tanh(z/c)", above=0)
+    logit_softcap: float = env(30.0, "logits z become c tanh(z/c)", above=0, most=64)
     attn_window: int = env(0, "tokens before its own that a token of the early layers sees; 0: all", least=0)
     attn_window_full_layers: int = env(3, "last layers that see all nevertheless", least=0)
     partial_key_offset: bool = env(False, "unrotated dimensions of full layers' keys are the previous token's (1512)")
@@ -659,6 +659,10 @@ def load_tokenizer(hp):
 
 jit = (lambda kernel: kernel) if triton is None else triton.jit  # without Triton kernels are defined, never launched
 
+@jit
+def load_f32(pointers, mask):  # 0 where masked; tl.store casts back by itself
+    return tl.load(pointers, mask, 0.0).to(tl.float32)
+
 def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors, results=1):
     """Decorator: function of tensors and, last, one number -> custom op; fake(*inputs), or the function itself, gives
     its results without data. With gradients(needed, *grads, *kept, number) -> those of the leading inputs, it is
@@ -695,39 +699,35 @@ def linear_cross_entropy_ref(h, weight, targets, softcap):
 
 @jit
 def _ce_kernel(logits, targets, losses, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Losses, and the gradient of each row's loss in place of its logits."""
+    """Losses, and the gradient of each row's loss in place of its logits. The cap bounds exp(z): no peak is sought."""
     row = tl.program_id(0).to(tl.int64)  # 64 bits: rows x vocabulary may exceed 2^31
     logits += row * V
     target = tl.load(targets + row)
     z_target = CAP * (2 * tl.sigmoid(tl.load(logits + target).to(tl.float32) * (2 / CAP)) - 1)
-    peak, total = -float("inf"), 0.0
-    for start in tl.static_range(0, V, BLOCK):  # online log-sum-exp; one turn up to V = 8192
+    total = 0.0
+    for start in tl.static_range(0, V, BLOCK):  # one turn up to V = 8192
         columns = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
+        x = load_f32(logits + columns, columns < V)
         tanh = 2 * tl.sigmoid(x * (2 / CAP)) - 1
-        z = tl.where(columns < V, CAP * tanh, -float("inf"))
-        higher = tl.maximum(peak, tl.max(z, 0))
-        exps = tl.exp(z - higher)
-        total = total * tl.exp(peak - higher) + tl.sum(exps, 0)
-        peak = higher
-    tl.store(losses + row, peak + tl.log(total) - z_target)
+        exps = tl.where(columns < V, tl.exp(CAP * tanh), 0.0)
+        total += tl.sum(exps, 0)
+    tl.store(losses + row, tl.log(total) - z_target)
     for start in tl.static_range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         if V > BLOCK:  # else all is still at hand
-            x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
+            x = load_f32(logits + columns, columns < V)
             tanh = 2 * tl.sigmoid(x * (2 / CAP)) - 1
-            exps = tl.exp(CAP * tanh - peak)
+            exps = tl.exp(CAP * tanh)
         d = (exps * (1 / total) - tl.where(columns == target, 1.0, 0.0)) * (1 - tanh * tanh)
-        tl.store(logits + columns, d.to(logits.dtype.element_ty), mask=columns < V)
+        tl.store(logits + columns, d, mask=columns < V)
 
 def _launch_ce(logits, targets, softcap):
-    """logits (N, V), overwritten, targets (N,) -> losses (N,); a program a row, 32 elements a thread at V = 8,192."""
+    """logits (N, V), overwritten, targets (N,) -> losses (N,); a program a row, 16 logits a thread at V = 8,192."""
     N, V = logits.shape
     losses = logits.new_empty(N, dtype=torch.float32)
     block = min(8192, max(16, triton.next_power_of_2(V)))
     if N > 0:
-        _ce_kernel[(N,)](logits, targets.contiguous(), losses, V=V, CAP=softcap, BLOCK=block,
-                         num_warps=max(1, min(8, block // 1024)))
+        _ce_kernel[N,](logits, targets.contiguous(), losses, V=V, CAP=softcap, BLOCK=block, num_warps=block // 512 or 1)
     return losses
 
 def _ce_gradients(needed, grad, h, weight, unit, softcap):
@@ -852,20 +852,20 @@ def _qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, out, dots, rows, T, H: tl.co
     joint = row[:, None] * E
     angle = (token % T)[:, None] * HALF + e % HALF
     c = tl.load(cos + angle, mask=turning, other=1.0)
-    s = tl.load(sin + angle, mask=turning, other=0.0) * tl.where(e < HALF, 1.0, -1.0)
-    x = tl.load(qkv + joint + e, mask=inside, other=0.0).to(tl.float32)
+    s = load_f32(sin + angle, turning) * tl.where(e < HALF, 1.0, -1.0)
+    x = load_f32(qkv + joint + e, inside)
     scale = tl.rsqrt(tl.sum(x * x, 1) / E + 1.19e-7)[:, None]
     gained = scale * tl.load(gain + head, mask=is_q, other=1.0).to(tl.float32)[:, None]
     if BACKWARD:
-        g = tl.load(split + e, mask=inside, other=0.0).to(tl.float32)
-        turned = g * c - s * tl.load(split + partner, mask=turning, other=0.0).to(tl.float32)  # transposed rotation
+        g = load_f32(split + e, inside)
+        turned = g * c - s * load_f32(split + partner, turning)  # transposed rotation
         dot = tl.sum(x * scale * turned, 1)
         d = tl.where(is_v, g, gained * (turned - x * scale * (dot / E)[:, None]))
-        tl.store(out + joint + e, d.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + joint + e, d, mask=inside)
         tl.store(dots + token * H + head, dot, mask=is_q & (row < rows))
     else:
-        turned = x * c + s * tl.load(qkv + joint + partner, mask=turning, other=0.0).to(tl.float32)
-        tl.store(split + e, tl.where(is_v, x, turned * gained).to(q.dtype.element_ty), mask=inside)
+        turned = x * c + s * load_f32(qkv + joint + partner, turning)
+        tl.store(split + e, tl.where(is_v, x, turned * gained), mask=inside)
 
 def _launch_qkv_heads(inputs, heads, grads=()):
     """inputs qkv, gain, cos, sin; heads q, k, v: fills these or, backward, grads: that of qkv, and of gain per row."""
@@ -903,31 +903,31 @@ def _gated_xsa_kernel(y, v, logits, grad, out, dv, dlogits, rows, FACTOR: tl.con
     """A row is a key/value head, with the GROUP query heads that share it. backward: out is the gradient of y."""
     row, e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)[None, :]
     inside = (row < rows)[:, None] & (e < E)
-    v_hat = tl.load(v + row[:, None] * E + e, mask=inside, other=0.0).to(tl.float32)
+    v_hat = load_f32(v + row[:, None] * E + e, inside)
     inverse = 1 / tl.maximum(tl.sqrt(tl.sum(v_hat * v_hat, 1)), 1e-12)[:, None]
     v_hat *= inverse
     d_hat = tl.zeros((BLOCK, BLOCK_E), dtype=tl.float32)
     for i in tl.static_range(GROUP):
         head = row * GROUP + i
         at = head[:, None] * E + e
-        x = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-        gate = tl.sigmoid(tl.load(logits + head, mask=row < rows, other=0.0).to(tl.float32))
+        x = load_f32(y + at, inside)
+        gate = tl.sigmoid(load_f32(logits + head, row < rows))
         along = tl.sum(x * v_hat, 1)[:, None]
         z = x - along * v_hat
         if BACKWARD:
-            g = FACTOR * tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+            g = FACTOR * load_f32(grad + at, inside)
             slope = gate * (1 - gate) * tl.sum(g * z, 1)
-            tl.store(dlogits + head, slope.to(dlogits.dtype.element_ty), mask=row < rows)
+            tl.store(dlogits + head, slope, mask=row < rows)
             g *= gate[:, None]
             g_along = tl.sum(g * v_hat, 1)[:, None]
             d_hat -= along * g + g_along * x
             z = g - g_along * v_hat
         else:
             z *= FACTOR * gate[:, None]
-        tl.store(out + at, z.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + at, z, mask=inside)
     if BACKWARD:
         d = inverse * (d_hat - tl.sum(d_hat * v_hat, 1)[:, None] * v_hat)
-        tl.store(dv + row[:, None] * E + e, d.to(dv.dtype.element_ty), mask=inside)
+        tl.store(dv + row[:, None] * E + e, d, mask=inside)
 
 def _launch_gated_xsa(inputs, outs, factor, grad=None):
     """inputs y, v, logits: fills outs with the output alone or, given its gradient, with those of the inputs."""
@@ -970,52 +970,52 @@ def _enter_kernel(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip,
                   rows, WINDOW: tl.constexpr, MIXED: tl.constexpr, KEPT: tl.constexpr, MERGE: tl.constexpr,
                   GATED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """Gradients of x, x0, skip, and in `sums` a program's share of those of mix (both), weight and gate."""
-    program, column = tl.program_id(0), tl.arange(0, BLOCK)
+    program, column = tl.program_id(0), tl.arange(0, BLOCK)[None, :]
     inside, factor = column < D, tl.load(scale)
-    mix_x = tl.load(mix + column, mask=inside, other=0.0).to(tl.float32)
-    mix_0 = tl.load(mix + D + column, mask=inside, other=0.0).to(tl.float32)
+    mix_x, mix_0 = load_f32(mix + column, inside), load_f32(mix + D + column, inside)
     w, share, rest = mix_x, 1.0, 1.0  # of the skip, of x and of the scaled skip in what they merge into
     if MERGE:
-        w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        w = load_f32(weight + column, inside)
     if GATED:
-        share = tl.sigmoid(tl.load(gate + column, mask=inside, other=0.0).to(tl.float32))
+        share = tl.sigmoid(load_f32(gate + column, inside))
         rest = 1 - share
-    zero = tl.zeros((BLOCK,), dtype=tl.float32)
+    zero = tl.zeros((2, BLOCK), dtype=tl.float32)
     sum_x, sum_0, sum_w, sum_g = zero, zero, zero, zero
-    for row in tl.range(program, rows, tl.num_programs(0)):
-        at, d, kept = tl.cast(row, tl.int64) * D + column, zero, zero
-        x = tl.load(merged + at, mask=inside, other=0.0).to(tl.float32)
-        e = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(d_h + at, mask=inside, other=0.0).to(tl.float32)
-        g += tl.load(d_start + row * WINDOW + column, mask=column < WINDOW, other=0.0).to(tl.float32)
+    for first in tl.range(2 * program, rows, 2 * tl.num_programs(0), num_stages=3):  # two rows, the next on their way
+        row = first + tl.arange(0, 2)[:, None]
+        valid = inside & (row < rows)
+        at, d, kept = row.to(tl.int64) * D + column, zero, zero
+        x, e = load_f32(merged + at, valid), load_f32(x0 + at, valid)
+        g = load_f32(d_h + at, valid) + load_f32(d_start + row * WINDOW + column, valid & (column < WINDOW))
         if MIXED:
-            d = tl.load(d_mixed + at, mask=inside, other=0.0).to(tl.float32)
-        if KEPT:  # loads come before the sums of the row, which wait for them
-            kept = tl.load(d_merged + at, mask=inside, other=0.0).to(tl.float32)
+            d = load_f32(d_mixed + at, valid)
+        if KEPT:
+            kept = load_f32(d_merged + at, valid)
         if MERGE:
-            other = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
+            other = load_f32(skip + at, valid)
         z = mix_x * x + mix_0 * e
-        inverse = tl.rsqrt(tl.sum(z * z, 0) / D + 1.19e-7)
+        inverse = tl.rsqrt(tl.sum(z * z, 1) / D + 1.19e-7)[:, None]
         z, g = z * inverse, g * factor
-        d += inverse * (g - z * (tl.sum(g * z, 0) / D))
+        d += inverse * (g - z * (tl.sum(g * z, 1) / D)[:, None])
         sum_x += d * x
         sum_0 += d * e
-        tl.store(d_x0 + at, (d * mix_0).to(d_x0.dtype.element_ty), mask=inside)
+        tl.store(d_x0 + at, d * mix_0, mask=valid)
         d = d * mix_x + kept
         if MERGE:
-            sum_w += d * other
-            sum_g += d * (x - w * other)
-            tl.store(d_skip + at, (d * rest * w).to(d_skip.dtype.element_ty), mask=inside)
-        tl.store(d_x + at, (d * share).to(d_x.dtype.element_ty), mask=inside)
+            d_scaled = d * rest
+            sum_w += d_scaled * other
+            sum_g += d_scaled * (x - w * other)
+            tl.store(d_skip + at, d_scaled * w, mask=valid)
+        tl.store(d_x + at, d * share, mask=valid)
     sums += program * 4 * D + column
-    tl.store(sums, sum_x, mask=inside)
-    tl.store(sums + D, sum_0, mask=inside)
-    tl.store(sums + 2 * D, sum_w * rest, mask=inside)
-    tl.store(sums + 3 * D, sum_g * rest, mask=inside)
+    tl.store(sums, tl.sum(sum_x, 0)[None, :], mask=inside)
+    tl.store(sums + D, tl.sum(sum_0, 0)[None, :], mask=inside)
+    tl.store(sums + 2 * D, tl.sum(sum_w, 0)[None, :], mask=inside)
+    tl.store(sums + 3 * D, tl.sum(sum_g, 0)[None, :], mask=inside)
 
 def _new_enter_grads(grads, merged, x0, mix, scale, merge, wants):
-    """Empty gradients of x, x0, skip, and sums (programs, 4, D): 8 programs of two warps on a multiprocessor."""
-    programs = 8 * torch.cuda.get_device_properties(x0.device).multi_processor_count if x0.is_cuda else 3
+    """Empty gradients of x, x0, skip, and sums (programs, 4, D): 2 programs on a multiprocessor."""
+    programs = 2 * torch.cuda.get_device_properties(x0.device).multi_processor_count if x0.is_cuda else 3
     shapes = merged.shape, x0.shape, merge[0].shape if merge else (0,)
     return *map(x0.new_empty, shapes), x0.new_empty(programs, 4, x0.shape[-1], dtype=torch.float32)
 
@@ -1028,7 +1028,7 @@ def _enter_backward(grads: list[Tensor], merged: Tensor, x0: Tensor, mix: Tensor
     block = triton.next_power_of_2(D)
     _enter_kernel[(len(outs[3]),)](
         *(t.contiguous() for t in inputs), *outs, merged.numel() // D, WINDOW=grads[1].shape[-1], MIXED=wants[0],
-        KEPT=wants[1], MERGE=len(merge) > 0, GATED=len(merge) > 2, D=D, BLOCK=block, num_warps=max(1, block // 256))
+        KEPT=wants[1], MERGE=len(merge) > 0, GATED=len(merge) > 2, D=D, BLOCK=block, num_warps=block // 256 or 1)
     return outs
 
 def _open_enter(x, x0, mix, scale, merge, numbers):
@@ -1073,10 +1073,10 @@ def _adamw_kernel(values, squares, gradient, source, target, correction, stride,
     inside = column < width
     old = tl.load(source + row).to(tl.int64) * stride + column
     new = tl.load(target + row).to(tl.int64) * stride + column
-    g = SCALE * tl.load(gradient + row.to(tl.int64) * width + column, mask=inside, other=0.0).to(tl.float32)
-    mean = BETA2 * tl.load(squares + old, mask=inside, other=0.0) + (1 - BETA2) * g * g
+    g = SCALE * load_f32(gradient + row.to(tl.int64) * width + column, inside)
+    mean = BETA2 * load_f32(squares + old, inside) + (1 - BETA2) * g * g
     step = LR * g / (tl.sqrt(mean / tl.load(correction + row)) + 1e-10)
-    tl.store(values + new, (1 - LR * DECAY) * tl.load(values + old, mask=inside, other=0.0) - step, mask=inside)
+    tl.store(values + new, (1 - LR * DECAY) * load_f32(values + old, inside) - step, mask=inside)
     tl.store(squares + new, mean, mask=inside)
 
 def adamw_rows(values, squares, gradient, source, target, correction, scale, rates):
@@ -1762,7 +1762,7 @@ def compiled(function, hp, dist, dynamic=False, graphs=False):
     prepare_compiler()
     # padding of matrix products would bind a graph to the range of sizes that it was traced at
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options={
-        "shape_padding": False, "triton.cudagraphs": graphs and dist.device.type == "cuda"})
+        "shape_padding": False, "triton.cudagraphs": graphs})
 
 class Trainer:
     """Model, optimizers, average and loader of a run, and the one training step."""
@@ -1779,7 +1779,7 @@ class Trainer:
         total = torch.zeros((), device=self.dist.device)
         on_grid = lr_multiplier(progress, self.hp) < self.hp.qat_below_lr  # another value is another graph
         for row in self.loader.step(step):
-            if self.hp.train_cuda_graphs:
+            if compile_wanted(self.hp, self.dist):
                 torch.compiler.cudagraph_mark_step_begin()  # nothing of the row before is read any more
             loss = self.forward(*row, looping, self.hp.train_seq_len, on_grid=on_grid).mean() / self.hp.micro_steps
             loss.backward()
@@ -3131,7 +3131,7 @@ def run(hp, dist):
         log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank}")
         training = train_and_save(trainer, evaluator, checkpoint)
         del trainer
-        if hp.train_cuda_graphs:
+        if compile_wanted(hp, dist):
             torch.compiler.reset()  # the captured micro-batches go, and with them their memory
     if hp.extra_eval_loops:
         model.eval_passes = 1 + hp.extra_eval_loops

@@ -7,8 +7,9 @@ second half, whose losses must agree between rank counts within the noise of the
 and on, a window of --seconds with the clock of a run and one step under torch.profiler. Columns: milliseconds a step,
 tokens/s, efficiency (rate over ranks times the first row's rate a rank), milliseconds of communication on rank 0's
 device and how many of them no other kernel covers, and each collective (launches, milliseconds, uncovered). Waiting
-for slower ranks counts as communication. DATA_PATH and settings as in a run; without DATA_PATH, synthetic shards.
---device cpu measures a small model over gloo, where nothing is covered.
+for slower ranks counts as communication there; the last line of a row tells how long the same collectives take in an
+update that all ranks begin together. DATA_PATH and settings as in a run; without DATA_PATH, synthetic shards. --device
+cpu measures a small model over gloo, where nothing is covered.
 """
 
 import argparse
@@ -32,6 +33,8 @@ from benchmarks.bench_step import (
     Event,
     annotated,
     busy_ms,
+    classify,
+    profile,
     profile_step,
     tokens_per_second,
     write_synthetic_shards,  # fmt: skip
@@ -59,6 +62,20 @@ def communication(events: list[Event], covered: bool) -> dict:
         exposed = busy_ms(group + compute) - busy if covered else sum(e.duration for e in group) / 1e3
         table[name] = {"launches": len(group), "ms": sum(e.duration for e in group) / 1e3, "exposed_ms": exposed}
     return dict(table)
+
+
+def collectives_alone(trainer, step: int, covered: bool) -> dict:
+    """communication() of an update that all ranks begin together: nobody waits for the gradients of a slower one."""
+
+    def update():
+        trainer.dist.barrier()
+        trainer.dist.synchronize()
+        trainer.optimizers.step(0.0, step)
+
+    events = [e for e in profile(trainer.dist, update) if any(frame[0] == "phase:optimizer" for frame in e.chain)]
+    for event in events:
+        classify(event, trainer.hp)
+    return communication(events, covered)
 
 
 def fixed_steps(trainer, steps: int) -> list[float]:
@@ -98,23 +115,30 @@ def worker(args) -> None:
         result["states"][state] = {
             "tokens_per_second": rate, "step_ms": 1e3 * hp.train_batch_tokens / rate,
             "communication": communication(events, cuda),
-            "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0,
+            "peak_gb": torch.cuda.max_memory_reserved() / 1e9 if cuda else 0.0,
         }  # fmt: skip
+    result["collectives_alone"] = collectives_alone(trainer, step, cuda)
     if dist.rank == 0:
         Path(args.out).write_text(json.dumps(result))
     dist.close()
 
 
 def print_row(row: dict, first: dict) -> None:
+    """One line for each state of looping, and one for the collectives alone."""
+
+    def told(parts: dict) -> str:
+        return ", ".join(f"{name} {p['launches']} x, {p['ms']:.1f} ms, {p['exposed_ms']:.1f}"
+                         for name, p in parts.items() if name != "all")  # fmt: skip
+
     for state, figures in row["states"].items():
         alone = first["states"][state]["tokens_per_second"] / first["ranks"]
         share = figures["tokens_per_second"] / row["ranks"] / alone
         parts = {"all": {"ms": 0.0, "exposed_ms": 0.0}} | figures["communication"]
-        total = parts.pop("all")
-        details = ", ".join(f"{name} {p['launches']} x, {p['ms']:.1f} ms, {p['exposed_ms']:.1f}"
-                            for name, p in parts.items())  # fmt: skip
+        total = parts["all"]
         print(f"{row['ranks']:5d} {state:>7} {figures['step_ms']:9.1f} {figures['tokens_per_second']:12,.0f} "
-              f"{share:10.3f} {total['ms']:9.1f} {total['exposed_ms']:9.1f}  {details}", flush=True)  # fmt: skip
+              f"{share:10.3f} {total['ms']:9.1f} {total['exposed_ms']:9.1f}  {told(parts)}", flush=True)  # fmt: skip
+    if row["collectives_alone"]:
+        print(f"{'':14}all ranks at once: {told(row['collectives_alone'])}", flush=True)
 
 
 def main() -> None:

@@ -114,16 +114,20 @@ def seconds_of(function, dist) -> float:
     return best
 
 
+def product_rate(dist, dtype, rows: int = 0, inner: int = 0, columns: int = 0) -> tuple[str, float]:
+    """Name and TFLOP/s of a product, by default a large one."""
+    if not rows:
+        rows = inner = columns = 8192 if dist.device.type == "cuda" else 512
+    a, b = (torch.randn(shape, device=dist.device, dtype=dtype) for shape in ((rows, inner), (inner, columns)))
+    rate = 2e-12 * rows * inner * columns / seconds_of(lambda: a @ b, dist)
+    return f"product {rows}x{inner}x{columns} TFLOP/s", rate
+
+
 def measure_ceilings(hp, dist, dtype) -> dict:
     """{name: TFLOP/s} of a large product and of products over the model's width, and GB/s of a copy."""
-    large, tokens = (8192, hp.micro_batch_tokens) if dist.device.type == "cuda" else (512, 4096)
-    widths = hp.model_dim, hp.mlp_dim, hp.num_embeddings
-    shapes = [(large, large, large), *((tokens, hp.model_dim, n) for n in widths)]
-    ceilings = {}
-    for rows, inner, columns in shapes:
-        a, b = (torch.randn(shape, device=dist.device, dtype=dtype) for shape in ((rows, inner), (inner, columns)))
-        seconds = seconds_of(lambda a=a, b=b: a @ b, dist)
-        ceilings[f"product {rows}x{inner}x{columns} TFLOP/s"] = 2e-12 * rows * inner * columns / seconds
+    tokens = hp.micro_batch_tokens if dist.device.type == "cuda" else 4096
+    shapes = [(), *((tokens, hp.model_dim, n) for n in (hp.model_dim, hp.mlp_dim, hp.num_embeddings))]
+    ceilings = dict(product_rate(dist, dtype, *shape) for shape in shapes)
     source = torch.empty(2**30 if dist.device.type == "cuda" else 2**24, dtype=torch.int8, device=dist.device)
     target = torch.empty_like(source)
     ceilings["copy GB/s"] = 2e-9 * source.numel() / seconds_of(lambda: target.copy_(source), dist)
@@ -220,6 +224,10 @@ def work_of(operator: tuple, event: Event, hp) -> tuple[float, float]:
         return 0.0, float(ITEM_BYTES[types[1]]) * sum(map(math.prod, streams))
     if name == "golf::linear_cross_entropy":  # h, weight: logits, read and overwritten
         return 0.0, 2 * sizes[0] * hp.num_embeddings / hp.model_dim
+    if name == "golf::gated_xsa_backward":  # gradient, y, v, logits; -> those of the last three
+        return 0.0, sum(sizes) + sum(sizes[1:4])
+    if name == "golf::qkv_heads_backward":  # dq, dk, dv, qkv, ...; -> gradient of qkv
+        return 0.0, sum(sizes) + sizes[3]
     if name.startswith("golf::"):  # results as large as the first input
         return 0.0, sum(sizes) + sizes[0]
     if name.startswith("aten::") and not name.endswith("_") and "Memcpy" not in event.name:
@@ -326,16 +334,21 @@ def causal_pairs(trainer, step: int) -> float:
     return sum((n * (n + 1) / 2).sum().item() for n in lengths)
 
 
-def profile_step(trainer, step: int, looping: bool) -> list[Event]:
-    cuda = trainer.dist.device.type == "cuda"
+def profile(dist, work) -> list[Event]:
+    """What the device does for work(), without phases yet."""
+    cuda = dist.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * cuda]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
-        trainer.train_step(step, 0.0, looping)
-        trainer.dist.synchronize()
+        work()
+        dist.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
-        events = device_events(json.loads(path.read_text()), cuda)
+        return device_events(json.loads(path.read_text()), cuda)
+
+
+def profile_step(trainer, step: int, looping: bool) -> list[Event]:
+    events = profile(trainer.dist, lambda: trainer.train_step(step, 0.0, looping))
     for event in events:
         classify(event, trainer.hp)
     count_once(events)
@@ -430,12 +443,13 @@ def bench_state(trainer, looping: bool, seconds: float, ceilings: dict, table: b
     rate, step = tokens_per_second(trainer, looping, seconds, 3)
     # reserved: memory of a captured graph counts as allocated only while it is captured
     peak = torch.cuda.max_memory_reserved() / 1e9 if cuda else 0.0
+    product = product_rate(dist, trainer.model.dtype)[1]  # a long window warms the device, and its clocks fall
     step_ms = 1e3 * hp.train_batch_tokens / rate / dist.world_size
     flops = model_flops(trainer.model, looping, causal_pairs(trainer, step))
     result = {
         "first_losses": torch.stack(losses).tolist(),
         "tokens_per_second": rate, "step_ms": step_ms, "first_step_seconds": times[0],
-        "compile_seconds": times[0] - times[-1], "peak_reserved_gb": peak,
+        "compile_seconds": times[0] - times[-1], "peak_reserved_gb": peak, "large_product_after": product,
         "model_tflops_per_second": flops / step_ms / 1e9,
         "utilisation": flops / step_ms / 1e9 / next(iter(ceilings.values())),
     }  # fmt: skip
@@ -458,7 +472,7 @@ def print_state(name: str, result: dict, micro_steps: int) -> None:
     print("losses of the first steps " + " ".join(f"{loss:.4f}" for loss in result["first_losses"]))
     print(f"peak memory {result['peak_reserved_gb']:.1f} GB reserved; {result['tokens_per_second']:,.0f} tokens/s; "
           f"model FLOPs {result['model_tflops_per_second']:.3g} TFLOP/s, {result['utilisation']:.1%} of the large "
-          "product", flush=True)  # fmt: skip
+          f"product (right after the window: {result['large_product_after']:.3g})", flush=True)  # fmt: skip
 
 
 def print_table(result: dict, micro_steps: int) -> None:

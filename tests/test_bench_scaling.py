@@ -21,7 +21,12 @@ def test_one_and_two_ranks_give_the_same_losses(monkeypatch, tmp_path, capsys):
     assert one["states"]["on"]["communication"] == {}
     names = set(two["states"]["on"]["communication"])
     assert {"all", "allreduce", "reducescatter", "allgather"} <= names
-    assert "4 steps, 2 ranks against 1" in capsys.readouterr().out
+    assert one["collectives_alone"] == {}
+    alone, step = two["collectives_alone"], two["states"]["on"]["communication"]
+    assert {name: part["launches"] for name, part in alone.items() if name in ("reducescatter", "allgather")} == {
+        name: part["launches"] for name, part in step.items() if name in ("reducescatter", "allgather")}  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "4 steps, 2 ranks against 1" in printed and printed.count("all ranks at once: ") == 1
 
 
 def test_the_small_model_has_a_row_for_each_rank():
