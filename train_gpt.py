@@ -98,6 +98,7 @@ class Hyperparameters:
     caseops_enabled: bool = env(True, "validation bytes come from the side-car; 0: from the tokenizer's byte tables")
     marker_fusion_enabled: bool = env(False, "a space and the case marker behind it become one token (PR 2109)")
     data_seed: int = env(0, "order of the training rows; 0: as published", least=0)
+    balance_rows: bool = env(True, "a step's documents are dealt to its rows so that attention has equal work in each")
     doc_shuffle_enabled: bool = env(False, "training documents in another order inside each shard, by DATA_SEED (1512)")
     device: str = env("auto", "where to run; auto: a GPU if there is one", choices=("auto", "cuda", "cpu"))
     compute_dtype: str = env("auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32"))
@@ -546,6 +547,7 @@ def space_id(hp):
 class TrainLoader:
     """Packed training rows by number: T tokens from the first document on that begins in the stream's i-th span.
     A step of n micro-steps takes rows [step n, (step + 1) n), rank r its r-th share: the same rows for any world size.
+    BALANCE_ROWS deals the documents of a step out to its rows anew: ranks wait for the one with the most attention.
     Spans are as long as rows before fusion; DATA_SEED shuffles them, anew in each epoch. The loader has no state but
     read-ahead: the number of a step restores it exactly.
     """
@@ -563,7 +565,7 @@ class TrainLoader:
             sample = stream.read(0, min(stream.size, 1 << 22)).astype(np.int64)
             self.span = self.span * len(sample) // len(techniques.fuse_markers(hp, space_id, sample, sample)[0])
         self.thread = ThreadPoolExecutor(1)
-        self.ahead = {}
+        self.ahead, self.dealt = {}, lru_cache(1)(self.deal)
 
     def start(self, index):
         """Where row `index` begins in the stream: at a BOS, if there is one in its span."""
@@ -573,21 +575,28 @@ class TrainLoader:
             start = int(rng.integers(self.span) + rng.permutation(spans)[index % spans] * self.span)
         return start + int((self.stream.read(start, self.span) == BOS_ID).argmax())
 
+    def deal(self, step):
+        """(2, n, T): inputs and targets of the n rows of a step over all ranks."""
+        hp, length = self.hp, self.hp.micro_batch_tokens
+        count = (length + 1) * (1 + hp.marker_fusion_enabled)  # all pairs, at worst
+        starts = map(self.start, range(step * hp.micro_steps, (step + 1) * hp.micro_steps))
+        rows = np.stack([self.stream.read(start, count) for start in starts])
+        if rows.max() >= hp.vocab_size:
+            raise DataError(f"training token {rows.max()} is outside VOCAB_SIZE={hp.vocab_size}")
+        if hp.marker_fusion_enabled:
+            rows = np.stack([techniques.fuse_markers(hp, space_id, row, row)[0][:length + 1] for row in np.int64(rows)])
+        tokens = np.stack([rows[:, :-1], rows[:, 1:]])
+        return techniques.deal_documents(tokens, hp.train_seq_len) if hp.balance_rows else tokens
+
     def build(self, index):
         """Row `index` as CPU tensors, pinned for CUDA."""
         length, hp = self.hp.micro_batch_tokens, self.hp
-        count = (length + 1) * (1 + hp.marker_fusion_enabled)  # all pairs, at worst
-        tokens = self.stream.read(self.start(index), count).astype(np.int64)
-        if tokens.max() >= hp.vocab_size:
-            raise DataError(f"training token {tokens.max()} is outside VOCAB_SIZE={hp.vocab_size}")
-        if hp.marker_fusion_enabled:
-            tokens = techniques.fuse_markers(hp, space_id, tokens, tokens)[0][:length + 1]
-        starts = np.flatnonzero(tokens[:-1] == BOS_ID)
-        starts = starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])
+        inputs, targets = self.dealt(index // hp.micro_steps)[:, index % hp.micro_steps].astype(np.int64)
+        starts = np.union1d(0, np.flatnonzero(inputs == BOS_ID))
         pieces = cut_pieces(starts, np.append(starts[1:], length), hp.train_seq_len)
         pieces = join_shortest(pieces, length, hp.train_seq_len, hp.row_segments)  # rarely more than attention has
         cu_seqlens = pad_cu_seqlens(pieces, length, hp.row_segments)
-        row = Row(*(torch.from_numpy(a.copy()) for a in (tokens[None, :-1], tokens[1:], cu_seqlens)))
+        row = Row(*map(torch.from_numpy, (inputs[None], targets, cu_seqlens)))
         return Row(*(t.pin_memory() for t in row)) if self.dist.device.type == "cuda" else row
 
     def row(self, index, following=None):
@@ -700,34 +709,25 @@ def linear_cross_entropy_ref(h, weight, targets, softcap):
 @jit
 def _ce_kernel(logits, targets, losses, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
     """Losses, and the gradient of each row's loss in place of its logits. The cap bounds exp(z): no peak is sought."""
-    row = tl.program_id(0).to(tl.int64)  # 64 bits: rows x vocabulary may exceed 2^31
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)  # 64 bits: rows x vocabulary may exceed 2^31
+    inside, target = columns < V, tl.load(targets + row)
     logits += row * V
-    target = tl.load(targets + row)
     z_target = CAP * (2 * tl.sigmoid(tl.load(logits + target).to(tl.float32) * (2 / CAP)) - 1)
-    total = 0.0
-    for start in tl.static_range(0, V, BLOCK):  # one turn up to V = 8192
-        columns = start + tl.arange(0, BLOCK)
-        x = load_f32(logits + columns, columns < V)
-        tanh = 2 * tl.sigmoid(x * (2 / CAP)) - 1
-        exps = tl.where(columns < V, tl.exp(CAP * tanh), 0.0)
-        total += tl.sum(exps, 0)
+    tanh = 2 * tl.sigmoid(load_f32(logits + columns, inside) * (2 / CAP)) - 1
+    exps = tl.where(inside, tl.exp(CAP * tanh), 0.0)
+    total = tl.sum(exps, 0)
     tl.store(losses + row, tl.log(total) - z_target)
-    for start in tl.static_range(0, V, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        if V > BLOCK:  # else all is still at hand
-            x = load_f32(logits + columns, columns < V)
-            tanh = 2 * tl.sigmoid(x * (2 / CAP)) - 1
-            exps = tl.exp(CAP * tanh)
-        d = (exps * (1 / total) - tl.where(columns == target, 1.0, 0.0)) * (1 - tanh * tanh)
-        tl.store(logits + columns, d, mask=columns < V)
+    d = (exps * (1 / total) - tl.where(columns == target, 1.0, 0.0)) * (1 - tanh * tanh)
+    tl.store(logits + columns, d, inside)
 
 def _launch_ce(logits, targets, softcap):
     """logits (N, V), overwritten, targets (N,) -> losses (N,); a program a row, 16 logits a thread at V = 8,192."""
     N, V = logits.shape
     losses = logits.new_empty(N, dtype=torch.float32)
-    block = min(8192, max(16, triton.next_power_of_2(V)))
+    block = triton.next_power_of_2(V)
     if N > 0:
-        _ce_kernel[N,](logits, targets.contiguous(), losses, V=V, CAP=softcap, BLOCK=block, num_warps=block // 512 or 1)
+        _ce_kernel[N,](logits, targets.contiguous(), losses, V=V, CAP=softcap, BLOCK=block,
+                       num_warps=min(32, block // 512 or 1))
     return losses
 
 def _ce_gradients(needed, grad, h, weight, unit, softcap):
@@ -861,11 +861,11 @@ def _qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, out, dots, rows, T, H: tl.co
         turned = g * c - s * load_f32(split + partner, turning)  # transposed rotation
         dot = tl.sum(x * scale * turned, 1)
         d = tl.where(is_v, g, gained * (turned - x * scale * (dot / E)[:, None]))
-        tl.store(out + joint + e, d, mask=inside)
-        tl.store(dots + token * H + head, dot, mask=is_q & (row < rows))
+        tl.store(out + joint + e, d, inside)
+        tl.store(dots + token * H + head, dot, is_q & (row < rows))
     else:
         turned = x * c + s * load_f32(qkv + joint + partner, turning)
-        tl.store(split + e, tl.where(is_v, x, turned * gained), mask=inside)
+        tl.store(split + e, tl.where(is_v, x, turned * gained), inside)
 
 def _launch_qkv_heads(inputs, heads, grads=()):
     """inputs qkv, gain, cos, sin; heads q, k, v: fills these or, backward, grads: that of qkv, and of gain per row."""
@@ -917,17 +917,17 @@ def _gated_xsa_kernel(y, v, logits, grad, out, dv, dlogits, rows, FACTOR: tl.con
         if BACKWARD:
             g = FACTOR * load_f32(grad + at, inside)
             slope = gate * (1 - gate) * tl.sum(g * z, 1)
-            tl.store(dlogits + head, slope, mask=row < rows)
+            tl.store(dlogits + head, slope, row < rows)
             g *= gate[:, None]
             g_along = tl.sum(g * v_hat, 1)[:, None]
             d_hat -= along * g + g_along * x
             z = g - g_along * v_hat
         else:
             z *= FACTOR * gate[:, None]
-        tl.store(out + at, z, mask=inside)
+        tl.store(out + at, z, inside)
     if BACKWARD:
         d = inverse * (d_hat - tl.sum(d_hat * v_hat, 1)[:, None] * v_hat)
-        tl.store(dv + row[:, None] * E + e, d, mask=inside)
+        tl.store(dv + row[:, None] * E + e, d, inside)
 
 def _launch_gated_xsa(inputs, outs, factor, grad=None):
     """inputs y, v, logits: fills outs with the output alone or, given its gradient, with those of the inputs."""
@@ -999,19 +999,19 @@ def _enter_kernel(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip,
         d += inverse * (g - z * (tl.sum(g * z, 1) / D)[:, None])
         sum_x += d * x
         sum_0 += d * e
-        tl.store(d_x0 + at, d * mix_0, mask=valid)
+        tl.store(d_x0 + at, d * mix_0, valid)
         d = d * mix_x + kept
         if MERGE:
             d_scaled = d * rest
             sum_w += d_scaled * other
             sum_g += d_scaled * (x - w * other)
-            tl.store(d_skip + at, d_scaled * w, mask=valid)
-        tl.store(d_x + at, d * share, mask=valid)
+            tl.store(d_skip + at, d_scaled * w, valid)
+        tl.store(d_x + at, d * share, valid)
     sums += program * 4 * D + column
-    tl.store(sums, tl.sum(sum_x, 0)[None, :], mask=inside)
-    tl.store(sums + D, tl.sum(sum_0, 0)[None, :], mask=inside)
-    tl.store(sums + 2 * D, tl.sum(sum_w, 0)[None, :], mask=inside)
-    tl.store(sums + 3 * D, tl.sum(sum_g, 0)[None, :], mask=inside)
+    tl.store(sums, tl.sum(sum_x, 0)[None, :], inside)
+    tl.store(sums + D, tl.sum(sum_0, 0)[None, :], inside)
+    tl.store(sums + 2 * D, tl.sum(sum_w, 0)[None, :], inside)
+    tl.store(sums + 3 * D, tl.sum(sum_g, 0)[None, :], inside)
 
 def _new_enter_grads(grads, merged, x0, mix, scale, merge, wants):
     """Empty gradients of x, x0, skip, and sums (programs, 4, D): 2 programs on a multiprocessor."""
@@ -1076,8 +1076,8 @@ def _adamw_kernel(values, squares, gradient, source, target, correction, stride,
     g = SCALE * load_f32(gradient + row.to(tl.int64) * width + column, inside)
     mean = BETA2 * load_f32(squares + old, inside) + (1 - BETA2) * g * g
     step = LR * g / (tl.sqrt(mean / tl.load(correction + row)) + 1e-10)
-    tl.store(values + new, (1 - LR * DECAY) * load_f32(values + old, inside) - step, mask=inside)
-    tl.store(squares + new, mean, mask=inside)
+    tl.store(values + new, (1 - LR * DECAY) * load_f32(values + old, inside) - step, inside)
+    tl.store(squares + new, mean, inside)
 
 def adamw_rows(values, squares, gradient, source, target, correction, scale, rates):
     (rows, width), (lr, decay, beta2) = gradient.shape, rates

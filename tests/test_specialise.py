@@ -125,12 +125,44 @@ def test_other_values_of_folded_settings_are_refused_and_the_same_ones_are_not()
     ("def f(x):\n    return hp.matrix_lr == 0.026 and 3 in (1, 2) or x", "return x"),
     ("def f(x):\n    for _ in () if hp.gate else x:\n        print(1)", "pass"),
     ("def f(x):\n    while hp.gate:\n        break\n        print(1)", "while True:\n        break"),
+    ("def f(x):\n    return x('' + x) + ''", "return x(x)"),
+    ("def f(x):\n    return x(*() if hp.gate else x) * 1 | {}", "return x()"),
+    ("def f(x):\n    return isinstance(x, int | int), x() | x()", "return (isinstance(x, int), x() | x())"),
+    ("def f(x):\n    return f'{x} {hp.matrix_lr} {3!r} {4:>2}'", "return f'{x} 0.026 {3!r} {4:>2}'"),
+    ("def f(x):\n    y, z = 1, x\n    y, u = 2, 3\n    return x + y + z * u",
+     "y, z = (1, x)\n    y = 2\n    return x + y + z * 3"),
+    ("def f(x):\n    if x or not hp.gate:\n        x = 1\n    elif x:\n        x = 2\n    else:\n        x = 3\n"
+     "    return x",
+     "if x:\n        x = 1\n    else:\n        x = 3\n    return x"),
+    ("def f(x):\n    if x():\n        x = 1\n    elif x():\n        x = 2\n    return x",
+     "if x():\n        x = 1\n    elif x():\n        x = 2\n    return x"),
 ])
 def test_folding(source, wanted):
     text = special(SCRIPT.replace("hp = Hyper", source + "\nprint(f)\nhp = Hyper"))
     found = next(node for node in ast.parse(text).body if getattr(node, "name", "") == "f")
     body = textwrap.dedent(ast.unparse(found).split("\n", 1)[1])
     assert body.endswith(wanted.replace("\n    ", "\n"))
+
+
+def test_what_classes_are_always_given_or_never_asked_for_goes():
+    source = """
+class Told:
+    def __init__(self, mode, count, unread, *, at=0):
+        self.count, self.mode, self.said = count, mode, lambda: print(1)
+        self.entered = at
+
+    def __call__(self):
+        self.entered += 1
+        return self.count * 2 if self.mode == "m" else 3
+
+print(Told("m", len("ab"), "x")(), Told("m", 3, hp.seed)())
+"""
+    text = special(SCRIPT.replace("hp = Hyper", source.replace("hp.seed", "7") + "\nhp = Hyper"))
+    found = next(node for node in ast.parse(text).body if getattr(node, "name", "") == "Told")
+    body = ast.unparse(found)
+    assert "entered" not in body and "said" not in body and "unread" not in body and "mode" in body
+    assert "def __init__(self, count, *, at=0)" in body and "Told(len('ab'))" in text and "Told(3)" in text
+    assert output(text)[:2] == ["4", "6"]
 
 
 # ---- renaming parameters

@@ -55,7 +55,7 @@ def expected_starts(tokens, limit):
 
 def test_a_row_begins_with_the_first_document_of_its_span(tmp_path):
     tokens, _ = write_documents(tmp_path, "train", [50, 100, 7, 300, 60, 200], seed=3)
-    loader = loader_of(tmp_path)
+    loader = loader_of(tmp_path, balance_rows=False)
     rows = [row for step in range(2) for row in loader.step(step)]
     begins = [0, 51 + 101, 256, 51 + 101 + 8 + 301]  # documents begin at 0, 51, 152, 160, 461: none in span 2
     for row, begin in zip(rows, begins, strict=True):
@@ -102,7 +102,7 @@ def test_documents_are_segments_and_long_ones_are_cut(tiny_data):
 
 def test_document_of_exactly_the_limit_is_one_piece(tmp_path):
     write_documents(tmp_path, "train", [31, 32, 63, 64])  # 32, 33, 64 and 65 tokens with BOS
-    loader = loader_of(tmp_path, micro_batch_tokens=194, train_batch_tokens=194, max_row_segments=9)
+    loader = loader_of(tmp_path, micro_batch_tokens=194, train_batch_tokens=194, max_row_segments=9, balance_rows=False)
     assert loader.build(0).cu_seqlens.tolist() == [0, 32, 64, 65, 97, 129, 161, 193, 194, 194]
 
 
@@ -120,6 +120,60 @@ def test_rows_are_the_same_for_any_world_size(world_size, data_seed, tiny_data):
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def parts_of(rows):
+    """Rows of a step -> its documents as pairs of inputs and targets, the pieces that a row's end has cut joined."""
+    inputs, targets = (torch.cat([row[i].flatten() for row in rows]).tolist() for i in (0, 1))
+    starts = [t for t, token in enumerate(inputs) if t == 0 or token == BOS_ID]
+    return [(inputs[a:b], targets[a:b]) for a, b in zip(starts, [*starts[1:], len(inputs)], strict=True)]
+
+
+def attention_work(row):
+    """Causal pairs of a row."""
+    lengths = row.cu_seqlens.diff().double()
+    return (lengths * (lengths + 1) / 2).sum().item()
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_balanced_rows_hold_the_documents_of_their_step_and_equal_work(rows, tmp_path):
+    lengths = np.random.default_rng(rows).lognormal(3, 1, 3000).astype(int).clip(1, 200)
+    write_documents(tmp_path, "train", lengths)
+    settings = {"micro_batch_tokens": 2048, "train_batch_tokens": 2048 * rows, "max_row_segments": 256,
+                "train_seq_len": 64}  # fmt: skip
+    dealt, plain = (loader_of(tmp_path, balance_rows=on, **settings) for on in (True, False))
+    worst, before = [], []
+    for step in range(4):
+        got, want = list(dealt.step(step)), list(plain.step(step))
+        assert sorted(parts_of(got)) == sorted(parts_of(want))  # every token with its own target, once
+        assert [row.inputs.shape for row in got] == [(1, 2048)] * rows
+        assert sum(row.inputs[0, 0].item() != BOS_ID for row in got) < rows  # so many documents are cut, once each
+        for found, most in (got, worst), (want, before):
+            work = [attention_work(row) for row in found]
+            most.append(max(work) / np.mean(work))
+    assert max(worst) < 1.01 < 1.02 < np.mean(before)
+
+
+def test_documents_longer_than_their_row_are_not_dealt(tmp_path):
+    tokens, _ = write_documents(tmp_path, "train", [300, 40, 90])  # rows of 128: the second begins amid a document
+    dealt, plain = (loader_of(tmp_path, balance_rows=on, micro_batch_tokens=64) for on in (True, False))
+    for step in range(3):
+        for row, want in zip(dealt.step(step), plain.step(step), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(row, want, strict=True))
+
+
+def test_a_step_of_balanced_rows_has_the_loss_and_the_gradients_of_its_documents(tmp_path):
+    """Where no row's end cuts one, the sums over a step are those of its documents, in whatever row they are."""
+    write_documents(tmp_path, "train", [31, 63, 15, 15, 127, 63, 31, 31, 15, 15, 31, 31, 7, 7, 15])
+    found = []
+    for on in (True, False):
+        trainer = trainer_of(
+            tmp_path, balance_rows=on, micro_batch_tokens=128, train_batch_tokens=256, train_seq_len=128)
+        rows = list(trainer.loader.step(0))
+        found.append((*summed_gradients(trainer), rows))
+    (*_, got), (*_, want) = found
+    assert all(row.inputs[0, 0] == BOS_ID for row in got) and not torch.equal(got[0].inputs, want[0].inputs)
+    torch.testing.assert_close(found[0][:-1], found[1][:-1], rtol=1e-4, atol=1e-6)
+
+
 def test_world_size_that_does_not_divide_is_refused(tiny_data):
     with pytest.raises(SettingError, match="MICRO_BATCH_TOKENS"):
         loader_of(tiny_data, rank_of(0, 3))
@@ -128,7 +182,7 @@ def test_world_size_that_does_not_divide_is_refused(tiny_data):
 def test_stream_goes_round_at_its_end(tmp_path):
     tokens, _ = write_documents(tmp_path, "train", [60, 70, 66])
     endless = np.tile(tokens, 5)
-    loader = loader_of(tmp_path)
+    loader = loader_of(tmp_path, balance_rows=False)
     for step in range(3):
         for number, row in enumerate(loader.step(step)):
             first = (2 * step + number) * 128
@@ -156,7 +210,8 @@ def test_beyond_the_limit_the_shortest_neighbours_share_a_segment(tmp_path):
     starts = [0, 30, 40, 60, 65, 69, 89, 104, 128]
     for most, gone in ((8, []), (7, [65]), (6, [65, 60])):
         want = [start for start in starts if start not in gone]
-        assert loader_of(tmp_path, max_row_segments=most).build(0).cu_seqlens.tolist() == want
+        loader = loader_of(tmp_path, max_row_segments=most, balance_rows=False)
+        assert loader.build(0).cu_seqlens.tolist() == want
     with pytest.raises(DataError, match="6 documents and pieces, more than 5: raise MAX_ROW_SEGMENTS"):
         list(loader_of(tmp_path, max_row_segments=5).step(0))  # the next would be longer than the sequence length, 32
 

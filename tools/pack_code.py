@@ -8,6 +8,7 @@ never packs anything, so none of this costs a counted byte. What settings take o
 
 import ast
 import builtins
+import itertools
 import os
 import sys
 from collections import defaultdict
@@ -148,8 +149,9 @@ def pack_code(source, settings):
         raise ValueError(f"the script cannot be minified: {error}") from error
     finally:
         clean_shared_nodes(text)
-    modes = (brotli.MODE_GENERIC, brotli.MODE_TEXT, brotli.MODE_FONT)
-    data = min((brotli.compress(small.encode(), mode, quality=11, lgwin=24) for mode in modes), key=len)
+    modes = itertools.product((brotli.MODE_GENERIC, brotli.MODE_TEXT, brotli.MODE_FONT), (0, 16, 17, 18))
+    forms = (brotli.compress(small.encode(), mode, quality=11, lgwin=24, lgblock=block) for mode, block in modes)
+    data = min(forms, key=len)
     return PACKED_START + string_literal(data) + PACKED_END % len(data)
 
 

@@ -30,7 +30,7 @@ OF_A_PROOF = """
 OFF = {"prequant_only": "0", "quant_only": "0", "checkpoint_path": "", "plots": "0", "checkpoint_every": "0",
        "resume": "0", "preset": ""}
 UNSAID = ("plots", "preset")  # of these nothing is told: a packed script has no pictures, and its preset's settings
-LEFT_OUT = ("live",)  # methods: the bar on a terminal
+LEFT_OUT = ("live",)  # methods: the bar on a terminal; what they would be told is not computed
 REFUSE = r'''
 def unknown_settings(environ, cls):
     for name, text in re.findall(r"(\w+)=(.*)  # ", PACKED):
@@ -71,10 +71,9 @@ def specialise(tree, settings):
     values = fold_settings(tree, cls, fields, settings)
     Substitute(take_companions(tree)).visit(tree)
     DropArguments({name for name, setting in ARGUMENTS.items() if values.get(setting) == 0}).visit(tree)
+    LeaveOut().visit(tree)
     for node in walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name in LEFT_OUT:
-            node.body = ast.parse("return ()").body
-        elif isinstance(node, ast.FunctionDef) and node.name == "unknown_settings":
+        if isinstance(node, ast.FunctionDef) and node.name == "unknown_settings":
             node.body = ast.parse(REFUSE).body[0].body
     sizes, chosen = {}, tree.body
     while chosen:  # every step makes something smaller; what the last one did not change waits for a round of all
@@ -192,6 +191,13 @@ class Unqualify(ast.NodeTransformer):
         return ast.Name(node.attr, node.ctx) if getattr(node.value, "id", None) == "techniques" else node
 
 
+class LeaveOut(ast.NodeTransformer):
+    """Methods of LEFT_OUT become None wherever they are named, and statements that call None go (Drop)."""
+
+    def visit_Attribute(self, node):
+        return ast.Constant(None) if node.attr in LEFT_OUT else self.generic_visit(node)
+
+
 class DropArguments(ast.NodeTransformer):
     """Takes out arguments whose setting is off: parameters, what is handed on for them, parts of lists; else a 0."""
 
@@ -270,6 +276,11 @@ def truth(node):
     return None
 
 
+def is_empty_star(node):
+    """Whether an argument or a part of a tuple is `*[]` or `*()`."""
+    return isinstance(node, ast.Starred) and truth(node.value) is False
+
+
 def look_up(table, key, otherwise):
     """The value of a dict of constant keys at a constant key, where nothing else in it has to be evaluated."""
     if not (isinstance(table, ast.Dict) and isinstance(key, ast.Constant) and is_pure(table)):
@@ -339,7 +350,24 @@ class Fold(ast.NodeTransformer):
                 return ast.parse(repr(value), mode="eval").body
         return node
 
-    visit_BinOp = evaluate
+    def visit_BinOp(self, node):
+        """Of `x + ""`, `x * 1`, `x | {}` (nobody writes into such a sum of dicts) and `x | x` what stays is x."""
+        neutral = {ast.Add: "''", ast.Mult: "1", ast.BitOr: "{}"}.get(type(node.op))
+        if neutral == "{}" and is_pure(node) and ast.dump(node.left) == ast.dump(node.right):
+            return self.visit(node.left)
+        for idle, other in (node.left, node.right), (node.right, node.left):
+            if isinstance(idle, (ast.Constant, ast.Dict)) and ast.unparse(idle) == neutral:
+                return self.visit(other)
+        return self.evaluate(node)
+
+    def visit_JoinedStr(self, node):
+        """Constants become a part of the text."""
+        self.generic_visit(node)
+        for at, part in enumerate(node.values):
+            if isinstance(part, ast.FormattedValue) and isinstance(part.value, ast.Constant):
+                if part.conversion == -1 and part.format_spec is None:
+                    node.values[at] = ast.Constant(str(part.value.value))
+        return node
 
     def visit_Compare(self, node):
         """`constant in TABLE` as well."""
@@ -376,13 +404,13 @@ class Fold(ast.NodeTransformer):
     def visit_Tuple(self, node):
         """`*[]` goes."""
         self.generic_visit(node)
-        empty = [isinstance(part, ast.Starred) and truth(part.value) is False for part in node.elts]
-        node.elts = [part for part, is_empty in zip(node.elts, empty, strict=True) if not is_empty]
+        node.elts = [part for part in node.elts if not is_empty_star(part)]
         return node
 
     def visit_Call(self, node):
-        """{literal}.get(constant) -> what stands there; len((literal,)); functions of constants; no `**{}`."""
+        """{literal}.get(constant) -> what stands there; len((literal,)); functions of constants; no `**{}` or `*()`."""
         self.generic_visit(node)
+        node.args = [part for part in node.args if not is_empty_star(part)]
         node.keywords = [k for k in node.keywords if k.arg or not isinstance(k.value, ast.Dict) or k.value.keys]
         if isinstance(node.func, ast.Attribute) and node.func.attr == "get" and len(node.args) == 1:
             return look_up(node.func.value, node.args[0], node)
@@ -397,13 +425,17 @@ class Fold(ast.NodeTransformer):
         return None if truth(node.iter) is False else node
 
     def visit_If(self, node):
-        """The branch that is taken, if that is known; `test and True` is as good as `test` here."""
+        """The branch that is taken, if that is known; `test and True`, `test or False` are as good as `test` here."""
         self.generic_visit(node)
-        if isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And):
-            open_parts = [value for value in node.test.values if truth(value) is not True]
-            node.test.values = open_parts or [ast.Constant(True)]
+        if isinstance(node.test, ast.BoolOp):
+            neutral = isinstance(node.test.op, ast.And)
+            open_parts = [value for value in node.test.values if truth(value) is not neutral]
+            node.test.values = open_parts or [ast.Constant(neutral)]
             node.test = node.test if len(node.test.values) > 1 else node.test.values[0]
-        known = truth(node.test)
+        known, last = truth(node.test), node.orelse
+        if isinstance(last, list) and len(last) == 1 and isinstance(last[0], ast.If) and is_pure(node.test):
+            if ast.dump(last[0].test) == ast.dump(node.test):  # asked already, and not so
+                node.orelse = last[0].orelse
         return node if known is None else node.body if known else node.orelse
 
     visit_IfExp = visit_If
@@ -449,6 +481,10 @@ def fold_locals(function):
     bound = bindings(nodes)
     read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     for node in nodes:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            out = unzip(node, lambda target, value: not (
+                isinstance(value, ast.Constant) and bound[getattr(target, "id", None)] == 1))
+            constants |= {target.id: value.value for target, value in out}
         if isinstance(node, ast.Assign) and bound[name := getattr(node.targets[0], "id", None)] == 1:
             if isinstance(node.value, ast.Constant):
                 constants[name] = node.value.value
@@ -456,6 +492,20 @@ def fold_locals(function):
                 constants[name] = None
     if constants:
         Substitute(constants).visit(function)
+
+
+def unzip(node, stays):
+    """Of `x, y = a, b` goes what does not stay(target, value), but for the last pair -> the pairs that are out."""
+    names, values = getattr(node.targets[0], "elts", ()), node.value.elts
+    if len(names) != len(values) or len(node.targets) > 1 or any(isinstance(n, ast.Starred) for n in (*names, *values)):
+        return []
+    pairs = list(zip(names, values, strict=True))
+    kept = [pair for pair in pairs if stays(*pair)] or pairs[-1:]
+    if len(kept) == 1 < len(pairs):
+        node.targets, node.value = [kept[0][0]], kept[0][1]
+    elif len(kept) < len(pairs):
+        names[:], values[:] = zip(*kept, strict=True)
+    return [pair for pair in pairs if pair not in kept]
 
 
 def argument_of(call, index, name):
@@ -466,8 +516,13 @@ def argument_of(call, index, name):
 
 
 def fold_parameters(tree):
-    """A parameter of a function that every call gives the same constant becomes that constant."""
+    """A parameter of a function or a class that every call gives the same constant becomes that constant; one that is
+    not read goes.
+    """
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.decorator_list}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.decorator_list:
+            functions |= dict((node.name, part) for part in node.body if getattr(part, "name", "") == "__init__")
     calls, uses = {name: [] for name in functions}, Counter()
     for node in walk(tree):
         if isinstance(node, ast.Name):
@@ -482,20 +537,25 @@ def fold_parameters(tree):
 
 
 def fold_parameters_of(function, calls):
-    """The same for one function and all its calls, which have no stars."""
-    spec, bound = function.args, bindings(walk(function))
-    for index in reversed(range(len(spec.args))):
+    """The same for one function and all its calls, which have no stars; of an __init__ they do not name self."""
+    spec, bound, own = function.args, bindings(walk(function)), function.name == "__init__"
+    for index in reversed(range(own, len(spec.args))):
         name, at = spec.args[index].arg, index - len(spec.args) + len(spec.defaults)  # at: of its default, if any
-        values = [argument_of(call, index, name) or (spec.defaults[at] if at >= 0 else None) for call in calls]
+        values = [argument_of(call, index - own, name) or (spec.defaults[at] if at >= 0 else None) for call in calls]
         same = {ast.dump(value) if isinstance(value, ast.Constant) else None for value in values}
-        if len(same) != 1 or None in same or bound[name] != 1:
+        idle = None not in values and all(map(is_pure, values)) and not any(
+            getattr(part, "id", None) == name for part in walk(function))  # fmt: skip
+        if idle:
+            pass
+        elif len(same) != 1 or None in same or bound[name] != 1:
             continue
-        Substitute({name: values[0].value}).visit(function)
+        else:
+            Substitute({name: values[0].value}).visit(function)
         del spec.args[index]
         if at >= 0:
             del spec.defaults[at]
         for call in calls:
-            del call.args[index : index + 1]
+            del call.args[index - own : index - own + 1]
             call.keywords = [keyword for keyword in call.keywords if keyword.arg != name]
 
 
@@ -531,8 +591,13 @@ class Drop(ast.NodeTransformer):
                 self.attributes[node.attr] += 1
             elif isinstance(node, ast.Constant):
                 self.strings[node.value] += 1
+        plain = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.bases]
+        ours = {part.attr for node in plain for part in walk(node)
+                if isinstance(part, ast.Attribute) and getattr(part.value, "id", None) == "self"}  # fmt: skip
+        read = {node.attr for node in walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+        self.unread = ours - read - self.strings.keys()
         functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-        self.idle = {*LEFT_OUT, *(function.name for function in functions if is_idle(function))}
+        self.idle = {function.name for function in functions if is_idle(function)}
 
     def unused(self, node, name):
         """Whether a name stands nowhere outside of what it is the name of."""
@@ -558,13 +623,24 @@ class Drop(ast.NodeTransformer):
         named = self.attributes[name] or self.strings[name]  # Ops(**{"name": ...})
         return field.value is not None and not named and cls.name != "Hyperparameters"
 
+    def is_unread(self, target, value):
+        """Whether `x.name = value` may go: nothing reads the attribute, and objects of our classes alone have it, or it
+        is None.
+        """
+        if not isinstance(target, ast.Attribute):
+            return False
+        is_none = getattr(target.value, "id", None) == "self" and ast.unparse(value) == "None"
+        is_ours = target.attr in self.unread and (is_pure(value) or isinstance(value, ast.Lambda))
+        return is_ours or is_none and self.attributes[target.attr] == 1
+
     def visit_Assign(self, node):
-        """`self.name = None` goes where nothing else names the attribute."""
-        target, value = node.targets[0], node.value
-        idle = isinstance(value, ast.Constant) and value.value is None and getattr(target, "value", None)
-        if idle and getattr(target.value, "id", None) == "self" and self.attributes[target.attr] == 1:
-            return None
-        return self.generic_visit(node)
+        """What sets such attributes goes."""
+        if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
+            unzip(node, lambda target, value: not self.is_unread(target, value))
+        return None if self.is_unread(node.targets[0], node.value) else self.generic_visit(node)
+
+    def visit_AugAssign(self, node):
+        return None if self.is_unread(node.target, node.value) else self.generic_visit(node)
 
     def drop_names(self, tables):
         """Saved names of parameters that no model of these settings has, and their roles."""
@@ -603,6 +679,8 @@ class Drop(ast.NodeTransformer):
     def visit_Expr(self, node):
         """Calls of what does nothing any more."""
         inner = node.value
+        if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Constant):
+            return None
         if isinstance(inner, ast.Call) and all(map(is_pure, inner.args)) and not inner.keywords:
             if getattr(inner.func, "id", getattr(inner.func, "attr", None)) in self.idle:
                 return None

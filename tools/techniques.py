@@ -48,6 +48,24 @@ class ShuffledShards:
         return tokens
 
 
+def deal_documents(tokens, longest):
+    """Inputs and targets (2, rows, T) -> the same documents, dealt so that attention has as much work in every row: the
+    longest first, to the row with the least work that has room. Pieces of `longest` attend only to themselves.
+    """
+    if (tokens[0, :, 0] != BOS_ID).any():
+        return tokens  # a document longer than its row stays where it is
+    rows, total = tokens.shape[1:]
+    flat, dealt, work, room = tokens.reshape(2, -1), [[] for _ in range(rows)], np.zeros(rows), np.full(rows, total)
+    documents = np.split(flat, np.flatnonzero(flat[0] == BOS_ID)[1:], 1)
+    for document in sorted(documents, key=lambda document: -document.shape[1]):
+        whole, rest = divmod(length := document.shape[1], longest)
+        row = np.where(room < length, 1e15 - room, work).argmin()  # without room anywhere: the emptiest
+        dealt[row].append(document)
+        work[row] += whole * longest**2 + rest**2
+        room[row] -= length
+    return np.concatenate(sum(dealt, []), 1).reshape(tokens.shape)
+
+
 def piece_byte_tables(tokenizer):
     """SentencePiece model -> (bytes, leading space, boundary) per id, for data without side-cars."""
     if tokenizer.piece_to_id("\u2581") == tokenizer.unk_id():
