@@ -4,12 +4,12 @@
 
 For each number of ranks this starts itself under torchrun: --losses steps from the same start, looping on for the
 second half, whose losses must agree between rank counts within the noise of the number format; then, for looping off
-and on, a window of --seconds with the clock of a run and one step under torch.profiler. Columns: milliseconds a step,
-tokens/s, efficiency (rate over ranks times the first row's rate a rank), milliseconds of communication on rank 0's
-device and how many of them no other kernel covers, and each collective (launches, milliseconds, uncovered). Waiting
-for slower ranks counts as communication there; the last line of a row tells how long the same collectives take in an
-update that all ranks begin together. DATA_PATH and settings as in a run; without DATA_PATH, synthetic shards. --device
-cpu measures a small model over gloo, where nothing is covered.
+and on, a window of --seconds with the clock of a run and three steps under torch.profiler. Columns: milliseconds a
+step, tokens/s, efficiency (rate over ranks times the first row's rate a rank), and of a profiled step milliseconds of
+communication on rank 0's device, how many of them no other kernel covers, and how many these are on the rank that waits
+least: a collective begins when the slowest rank arrives, the others wait in it. Then each collective: launches,
+milliseconds, uncovered, uncovered where least. DATA_PATH and settings as in a run; without DATA_PATH, synthetic shards.
+--device cpu measures a small model over gloo, where nothing is covered.
 """
 
 import argparse
@@ -33,8 +33,6 @@ from benchmarks.bench_step import (
     Event,
     annotated,
     busy_ms,
-    classify,
-    profile,
     profile_step,
     tokens_per_second,
     write_synthetic_shards,  # fmt: skip
@@ -64,18 +62,17 @@ def communication(events: list[Event], covered: bool) -> dict:
     return dict(table)
 
 
-def collectives_alone(trainer, step: int, covered: bool) -> dict:
-    """communication() of an update that all ranks begin together: nobody waits for the gradients of a slower one."""
-
-    def update():
-        trainer.dist.barrier()
-        trainer.dist.synchronize()
-        trainer.optimizers.step(0.0, step)
-
-    events = [e for e in profile(trainer.dist, update) if any(frame[0] == "phase:optimizer" for frame in e.chain)]
-    for event in events:
-        classify(event, trainer.hp)
-    return communication(events, covered)
+def mean_and_least(ranks: list[list[dict]]) -> dict:
+    """communication() of [rank][step] -> means of rank 0 over the steps, and least_ms: exposed_ms of the rank where it
+    is least in a step, mean over the steps.
+    """
+    table = {}
+    for name, first in ranks[0][0].items():
+        of_steps = [[rank[step][name] for rank in ranks] for step in range(len(ranks[0]))]
+        means = {key: sum(step[0][key] for step in of_steps) / len(of_steps) for key in ("ms", "exposed_ms")}
+        least = sum(min(rank["exposed_ms"] for rank in step) for step in of_steps) / len(of_steps)
+        table[name] = {"launches": first["launches"], **means, "least_ms": least}
+    return table
 
 
 def fixed_steps(trainer, steps: int) -> list[float]:
@@ -111,34 +108,29 @@ def worker(args) -> None:
             step += 1
         dist.synchronize()
         rate, step = tokens_per_second(trainer, looping, args.seconds, step)
-        events = profile_step(trainer, step, looping)
+        profiled = [communication(profile_step(trainer, step + i, looping), cuda) for i in range(3)]
         result["states"][state] = {
             "tokens_per_second": rate, "step_ms": 1e3 * hp.train_batch_tokens / rate,
-            "communication": communication(events, cuda),
+            "communication": mean_and_least(dist.all_gather_object(profiled)),
             "peak_gb": torch.cuda.max_memory_reserved() / 1e9 if cuda else 0.0,
         }  # fmt: skip
-    result["collectives_alone"] = collectives_alone(trainer, step, cuda)
     if dist.rank == 0:
         Path(args.out).write_text(json.dumps(result))
     dist.close()
 
 
 def print_row(row: dict, first: dict) -> None:
-    """One line for each state of looping, and one for the collectives alone."""
-
-    def told(parts: dict) -> str:
-        return ", ".join(f"{name} {p['launches']} x, {p['ms']:.1f} ms, {p['exposed_ms']:.1f}"
-                         for name, p in parts.items() if name != "all")  # fmt: skip
-
+    """One line for each state of looping."""
     for state, figures in row["states"].items():
         alone = first["states"][state]["tokens_per_second"] / first["ranks"]
         share = figures["tokens_per_second"] / row["ranks"] / alone
-        parts = {"all": {"ms": 0.0, "exposed_ms": 0.0}} | figures["communication"]
-        total = parts["all"]
+        parts = {"all": {"ms": 0.0, "exposed_ms": 0.0, "least_ms": 0.0}} | figures["communication"]
+        total = parts.pop("all")
+        told = ", ".join(f"{name} {p['launches']} x {p['ms']:.1f} {p['exposed_ms']:.1f} {p['least_ms']:.1f}"
+                         for name, p in parts.items())  # fmt: skip
         print(f"{row['ranks']:5d} {state:>7} {figures['step_ms']:9.1f} {figures['tokens_per_second']:12,.0f} "
-              f"{share:10.3f} {total['ms']:9.1f} {total['exposed_ms']:9.1f}  {told(parts)}", flush=True)  # fmt: skip
-    if row["collectives_alone"]:
-        print(f"{'':14}all ranks at once: {told(row['collectives_alone'])}", flush=True)
+              f"{share:10.3f} {total['ms']:9.1f} {total['exposed_ms']:9.1f} {total['least_ms']:7.1f}  {told}",
+              flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -153,7 +145,8 @@ def main() -> None:
     if args.worker:
         return worker(args)
     rows = []
-    print("ranks looping   ms/step     tokens/s efficiency   comm ms   exposed  collectives (launches, ms, exposed ms)")
+    print("ranks looping   ms/step     tokens/s efficiency   comm ms   exposed   least  "
+          "collectives (launches, ms, exposed, least)")  # fmt: skip
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         environment = dict(os.environ)
         if "DATA_PATH" not in environment:
