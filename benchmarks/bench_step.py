@@ -13,7 +13,7 @@ this step alone is compiled once more, without capture. Its device work is sorte
 launched it and by its shapes. Columns, of one step:
 
     ms, and ms a micro-batch; launches; GFLOP of matrix products and attention; GB, every operand of a kernel once;
-    floor: the longer of FLOPs at the rate of products and bytes at the rate of copies, measured in the same call; ratio
+    floor: the longer of FLOPs at the rate of a large product and bytes at that of a copy, both of the same call; ratio
 
 `launch gaps` is the step's time in the window minus the time that the device is busy in the profiled one; the line
 behind it says between which phases it was idle under the profiler. Then the longest kernels, those that no phase
@@ -404,10 +404,9 @@ def idle(events: list[Event]) -> dict:
 
 
 def floor_ms(event: Event, ceilings: dict) -> float:
-    rates = [rate for name, rate in ceilings.items() if name.startswith("product")]
-    wide = event.phase == "Newton-Schulz" or event.phase.startswith("attention")  # not bound to the model's width
-    rate = rates[0] if wide else max(rates[1:])
-    return max(event.flops / rate / 1e9, event.nbytes / ceilings["copy GB/s"] / 1e6)
+    """Of whatever shape: products over the model's width are slower with cuBLAS, but not with every kernel."""
+    large = next(iter(ceilings.values()))
+    return max(event.flops / large / 1e9, event.nbytes / ceilings["copy GB/s"] / 1e6)
 
 
 def summarize(events: list[Event], ceilings: dict, by) -> dict:
