@@ -1,8 +1,9 @@
 """Techniques that a run has or has not (docs/PRESETS.md says who uses them); train_gpt.py calls each at its place.
 
-All but StaleContext are off by default. A packed script has those of its settings: tools/specialise.py puts this file
-in the place of its import and drops what the settings leave unused. So a name stands here for one thing, the same as in
-train_gpt.py; `hp.name` is a setting; and nothing is imported from there: what a technique needs of it is an argument.
+All but StaleContext and deal_documents are off by default. A packed script has those of its settings:
+tools/specialise.py puts this file in the place of its import and drops what the settings leave unused. So a name stands
+here for one thing, the same as in train_gpt.py; `hp.name` is a setting; and nothing is imported from there: what a
+technique needs of it is an argument.
 """
 
 import dataclasses
