@@ -565,7 +565,7 @@ class TrainLoader:
             sample = stream.read(0, min(stream.size, 1 << 22)).astype(np.int64)
             self.span = self.span * len(sample) // len(techniques.fuse_markers(hp, space_id, sample, sample)[0])
         self.thread = ThreadPoolExecutor(1)
-        self.ahead, self.dealt = {}, lru_cache(1)(self.deal)
+        self.ahead, self.dealt = {}, lru_cache(1)(self.deal)  # rows read ahead; the last step dealt
 
     def start(self, index):
         """Where row `index` begins in the stream: at a BOS, if there is one in its span."""
