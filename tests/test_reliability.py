@@ -806,6 +806,7 @@ def test_no_work_of_a_run_keeps_the_watchdog_waiting(tiny_data, tmp_path):
 def test_workers_end_when_torchrun_is_killed(world):
     process = faults.start(world, 2, ITERATIONS="100000")
     wait_for(world, "step:12 ")
+    time.sleep(2.5)  # until the workers have looked around in this stage
     workers = [pid for pid in faults.members(process.pid) if pid != process.pid]
     assert len(workers) == 2
     process.kill()
