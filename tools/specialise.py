@@ -545,12 +545,10 @@ def fold_parameters_of(function, calls):
         same = {ast.dump(value) if isinstance(value, ast.Constant) else None for value in values}
         idle = None not in values and all(map(is_pure, values)) and not any(
             getattr(part, "id", None) == name for part in walk(function))  # fmt: skip
-        if idle:
-            pass
-        elif len(same) != 1 or None in same or bound[name] != 1:
-            continue
-        else:
+        if len(same) == 1 and None not in same and bound[name] == 1:
             Substitute({name: values[0].value}).visit(function)
+        elif not idle:
+            continue
         del spec.args[index]
         if at >= 0:
             del spec.defaults[at]
