@@ -334,21 +334,16 @@ def causal_pairs(trainer, step: int) -> float:
     return sum((n * (n + 1) / 2).sum().item() for n in lengths)
 
 
-def profile(dist, work) -> list[Event]:
-    """What the device does for work(), without phases yet."""
-    cuda = dist.device.type == "cuda"
+def profile_step(trainer, step: int, looping: bool) -> list[Event]:
+    cuda = trainer.dist.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * cuda]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
-        work()
-        dist.synchronize()
+        trainer.train_step(step, 0.0, looping)
+        trainer.dist.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
-        return device_events(json.loads(path.read_text()), cuda)
-
-
-def profile_step(trainer, step: int, looping: bool) -> list[Event]:
-    events = profile(trainer.dist, lambda: trainer.train_step(step, 0.0, looping))
+        events = device_events(json.loads(path.read_text()), cuda)
     for event in events:
         classify(event, trainer.hp)
     count_once(events)

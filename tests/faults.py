@@ -77,6 +77,8 @@ def inject(train_gpt, kind, place, rank, step=2):
         armed = place not in REHEARSED or os.environ.get("ARMED")  # the warm-up trains as well
         if left and due and armed and os.environ.get("RANK", "0") == str(rank):
             left.clear()
+            if rank == 0 and kind in ("kill", "exit", "freeze") and "WORLD_SIZE" in os.environ:
+                time.sleep(2.5)  # the store dies with it: until the others have looked what it told of this stage
             note(place)
             if kind == "nan":
                 import torch

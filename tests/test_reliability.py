@@ -672,10 +672,6 @@ def test_the_command_of_a_message_is_safe_for_a_shell(dist, tmp_path):
     assert done.stdout == hostile + "\n" and not list(tmp_path.iterdir()), done.stderr
 
 
-STAGES = "start warm_up train hessians quantize pack eval_prequant unpack eval_quantized eval_ttt".split()
-STAGE_OF = {"save": "train", "eval": "eval_prequant", "adapt": "eval_ttt", "ttt": "eval_ttt"}  # of a place
-
-
 def check_rank_fault(folder, starter, kind, place, rank, **settings):
     """The promise of a rank's fault -> seconds from the fault to the end of all."""
     process = starter.start(folder, 2, f"{kind} {place} {rank}", **settings)
@@ -687,11 +683,8 @@ def check_rank_fault(folder, starter, kind, place, rank, **settings):
     verdicts = [line for line in text.splitlines() if re.match(r"(rank \d+|torchrun) (died|stalls|failed)", line)]
     words = {"kill": "died", "exit": "died", "freeze": "died", "hang": "died", "stall": "stalls"}.get(kind, "failed")
     assert verdicts and all(line.startswith(f"rank {rank} {words}") for line in verdicts), text[-3000:]
-    stage, heard = STAGE_OF.get(place, place), re.search(r"in stage (\w+)", verdicts[0])[1]
-    if "last heard of" in verdicts[0]:  # the store died with rank 0; its news is up to a second old, stages are shorter
-        assert heard in STAGES[:STAGES.index(stage) + 1], verdicts[0]
-    else:
-        assert heard == stage, verdicts[0]
+    stage = {"save": "train", "eval": "eval_prequant", "adapt": "eval_ttt", "ttt": "eval_ttt"}.get(place, place)
+    assert f"in stage {stage}" in verdicts[0], verdicts[0]
     if place not in ("start", "warm_up", "train", "save"):  # from the weights that are safe
         assert commands(text, "QUANT_ONLY") and (folder / "runs/run/model.pt").exists()
     tidy(folder, process)
