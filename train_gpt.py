@@ -8,9 +8,9 @@
     DATA_PATH=data/mine torchrun --standalone --nproc_per_node=8 train_gpt.py
     python train_gpt.py --help                                      # every setting: default, range, meaning
 
-Settings are environment variables; the defaults are the submission, PRESET=name is a published one, tools/techniques.py
-has what only some of those use. A run lives in runs/<RUN_ID>/ (README) and ends with `RESULT {json}`. QUANT_ONLY=1 goes
-on from its model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
+Settings are environment variables; the defaults are the submission, PRESET=name is a published one. The file stands
+alone; in its repository find_guard takes tools/guard.py, which watches the run. A run lives in runs/<RUN_ID>/ (README)
+and ends with `RESULT {json}`. QUANT_ONLY=1 goes on from its model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
 
 Shapes: B rows, T tokens, D model_dim, L layers, S slots (one execution of a layer; a looped one has several), H heads,
 K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
@@ -18,8 +18,10 @@ K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
 
 import contextlib
 import dataclasses
+import difflib
 import glob
 import hashlib
+import importlib.util
 import inspect
 import io
 import json
@@ -27,8 +29,8 @@ import lzma
 import math
 import os
 import re
+import shutil
 import struct
-import subprocess
 import sys
 import time
 import warnings
@@ -36,7 +38,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,13 +54,6 @@ try:
 except ImportError:  # before torch 2.10: selection passes over this backend
     varlen_attn = None
 try:
-    from tools import preflight, safety, techniques, terminal  # checks; watchdog; what a run may have; the live line
-    from tools.preflight import ArtifactError, DataError
-    from tools.run_files import SettingError, with_preset
-except ImportError:  # a packed script goes without, it holds the techniques of its settings
-    preflight = safety = techniques = terminal = None
-    ArtifactError = DataError = SettingError = ValueError
-try:
     import brotli
 except ImportError:  # only the lzma compressor works then, and nothing else is begun
     brotli = None
@@ -72,14 +66,28 @@ except ImportError:  # the kernels stay definable, the references are used
 BOS_ID = 1  # every document starts with exactly one (README: data)
 BYTE_CAP = 16_000_000  # decimal bytes of code + weights, the contest's rule
 RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
-PACKED = ""  # the settings that a packed script is made for, as a table: tools/specialise.py
+PACKED = False  # a script that tools/pack_code.py wrote is its own submission and has nothing beside it
+techniques = None  # what only published systems use: tools/techniques.py puts itself here, where find_guard finds it
+
+class SettingError(ValueError):
+    """A setting, or a combination of settings, that cannot work; the message says what to change."""
+
+class DataError(ValueError):
+    """A dataset or a file that cannot be used as it is; the message names it and says what to do."""
+
+class ArtifactError(ValueError):
+    """Bytes that are no artifact of this program, or a damaged one."""
+
+OUR_ERRORS = SettingError, DataError, ArtifactError  # what a run refuses; any other exception ends with its traceback
 
 # ---- HYPERPARAMETERS -------------------------------------------------------------------------------------------------
 
-def env(default, help, *, above=None, least=None, most=None, choices=None):
-    """One setting; its environment name is the field's in capitals. `above` is exclusive, `least`, `most` inclusive."""
-    bounds = {"help": help, "above": above, "least": least, "most": most, "choices": choices}
-    return dataclasses.field(default=default, metadata=bounds)
+def env(default, help, *, above=None, least=None, most=None, choices=None, published=False):
+    """One setting; its environment name is the field's in capitals. `above` is exclusive, `least`, `most` inclusive.
+    published: only published systems use other values than the default; their code is in tools/techniques.py.
+    """
+    rules = {"above": above, "least": least, "most": most, "choices": choices}
+    return dataclasses.field(default=default, metadata=rules | {"help": help, "published": published})
 
 RESIDUALS = "off", "mix", "gate"  # of values
 
@@ -95,11 +103,14 @@ class Hyperparameters:
     plots: bool = env(True, "pictures of the run at its end, where tools/plot_run.py lies beside this file")
     data_path: str = env("data/datasets/fineweb10B_sp8192_caseops", "folder of fineweb_{train,val,val_bytes}_*.bin")
     tokenizer_path: str = env("", "SentencePiece model; empty: beside the data or in tokenizers/, by manifest hash")
-    caseops_enabled: bool = env(True, "validation bytes come from the side-car; 0: from the tokenizer's byte tables")
-    marker_fusion_enabled: bool = env(False, "a space and the case marker behind it become one token (PR 2109)")
+    caseops_enabled: bool = env(
+        True, "validation bytes come from the side-car; 0: from the tokenizer's byte tables", published=True)
+    marker_fusion_enabled: bool = env(
+        False, "a space and the case marker behind it become one token (PR 2109)", published=True)
     data_seed: int = env(0, "order of the training rows; 0: as published", least=0)
     balance_rows: bool = env(True, "a step's documents are dealt to its rows so that attention has equal work in each")
-    doc_shuffle_enabled: bool = env(False, "training documents in another order inside each shard, by DATA_SEED (1512)")
+    doc_shuffle_enabled: bool = env(
+        False, "training documents in another order inside each shard, by DATA_SEED (1512)", published=True)
     device: str = env("auto", "where to run; auto: a GPU if there is one", choices=("auto", "cuda", "cpu"))
     compute_dtype: str = env("auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32"))
     compile: str = env("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
@@ -151,15 +162,20 @@ class Hyperparameters:
     parallel_start_layer: int = env(8, "first layer with two residual lanes; NUM_LAYERS: none", least=0)
     parallel_final_lane: str = env("mean", "which lane leaves the stack", choices=("mean", "attn", "mlp"))
     logit_softcap: float = env(30.0, "logits z become c tanh(z/c)", above=0, most=64)
-    attn_window: int = env(0, "tokens before its own that a token of the early layers sees; 0: all", least=0)
+    attn_window: int = env(
+        0, "tokens before its own that a token of the early layers sees; 0: all", least=0, published=True)
     attn_window_full_layers: int = env(3, "last layers that see all nevertheless", least=0)
-    partial_key_offset: bool = env(False, "unrotated dimensions of full layers' keys are the previous token's (1512)")
-    value_residual: str = env("off", "mix: values l0 v0 + l1 v, v0 layer 0's; gate: v + s(a) v0", choices=RESIDUALS)
-    bigram_vocab_size: int = env(0, "rows of the hashed bigram embedding; 0: none", least=0)
+    partial_key_offset: bool = env(
+        False, "unrotated dimensions of full layers' keys are the previous token's (1512)", published=True)
+    value_residual: str = env(
+        "off", "mix: values l0 v0 + l1 v, v0 layer 0's; gate: v + s(a) v0", choices=RESIDUALS, published=True)
+    bigram_vocab_size: int = env(0, "rows of the hashed bigram embedding; 0: none", least=0, published=True)
     bigram_dim: int = env(112, "width of that table", least=1)
-    value_embed_layers: str = env("", "layers whose values get a token's own embedding, comma separated")
+    value_embed_layers: str = env(
+        "", "layers whose values get a token's own embedding, comma separated", published=True)
     value_embed_dim: int = env(128, "width of that table", least=1)
-    extra_eval_loops: int = env(0, "passes over the looped layers that training did not have; skips stay", least=0)
+    extra_eval_loops: int = env(
+        0, "passes over the looped layers that training did not have; skips stay", least=0, published=True)
 
     # optimizer and schedule
     max_wallclock_seconds: float = env(600.0, "budget of training, Hessians and GPTQ; 0: ITERATIONS decide", least=0)
@@ -174,8 +190,9 @@ class Hyperparameters:
     muon_wd: float = env(0.095, "decoupled decay of the banks", least=0)
     muon_row_normalize: bool = env(True, "rows of the update get unit norm before orthogonalisation")
     muon_backend_steps: int = env(5, "Newton-Schulz steps", least=1, most=5)
-    muon_head_pairs: bool = env(False, "q and k are orthogonalised by pairs of heads, not whole (PR 1512)")
-    muon_gram_enabled: bool = env(False, "Newton-Schulz steps on X X^T where X is not square")
+    muon_head_pairs: bool = env(
+        False, "q and k are orthogonalised by pairs of heads, not whole (PR 1512)", published=True)
+    muon_gram_enabled: bool = env(False, "Newton-Schulz steps on X X^T where X is not square", published=True)
     muon_dtype: str = env("auto", "Muon's gradients, momentum, products", choices=("auto", "bfloat16", "float32"))
     tied_embed_lr: float = env(0.03, "AdamW learning rate of the embedding", above=0)
     embed_wd: float = env(0.085, "decay of the embedding", least=0)
@@ -185,10 +202,12 @@ class Hyperparameters:
     beta2: float = env(0.99, "AdamW beta2", least=0, most=0.99999)
     grad_clip_norm: float = env(0.3, "global gradient norm at most; 0: off", least=0)
     ema_decay: float = env(0.9965, "decay of the weight average, after its ramp", least=0, most=0.999999)
-    swa_below_lr: float = env(0.0, "below this learning-rate factor: mean of snapshots; 0: EMA", least=0)
+    swa_below_lr: float = env(
+        0.0, "below this learning-rate factor: mean of snapshots; 0: EMA", least=0, published=True)
     swa_every: int = env(50, "steps between snapshots", least=1)
-    qat_below_lr: float = env(0.0, "banks train on their grid below this learning-rate factor; 0: never", least=0)
-    wd_schedule_enabled: bool = env(False, "weight decay falls, then rises (PR 1512)")
+    qat_below_lr: float = env(
+        0.0, "banks train on their grid below this learning-rate factor; 0: never", least=0, published=True)
+    wd_schedule_enabled: bool = env(False, "weight decay falls, then rises (PR 1512)", published=True)
     wd_sched_hold_frac: float = env(0.40, "fraction until which decay keeps its value", least=0, most=1)
     wd_sched_ramp_frac: float = env(0.85, "fraction at which decay is lowest", least=0, most=1)
     wd_sched_low_factor: float = env(0.50, "lowest decay factor", least=0)
@@ -199,7 +218,7 @@ class Hyperparameters:
     # quantization and artifact
     gptq_reserve_seconds: float = env(7.0, "part of the budget kept for Hessians and GPTQ", least=0)
     gptq_calibration_batches: int = env(16, "rows of training tokens for the Hessians, over all ranks", least=1)
-    gptq_self_calibration: bool = env(False, "these rows are written by the model itself (PR 1512)")
+    gptq_self_calibration: bool = env(False, "these rows are written by the model itself (PR 1512)", published=True)
     gptq_all_reduce: bool = env(True, "Hessians are averaged over ranks; 0: each rank's own")
     gptq_damp: float = env(0.01, "share of the mean Hessian diagonal added to it", above=0)
     gptq_block_size: int = env(128, "columns between two batched error updates", least=1)
@@ -208,18 +227,21 @@ class Hyperparameters:
     mlp_clip_sigmas: float = env(13.0, "clip of MLP rows in deviations", above=0)
     attn_clip_sigmas: float = env(14.0, "clip of attention rows in deviations", above=0)
     embed_clip_sigmas: float = env(15.0, "clip of embedding rows in deviations", above=0)
-    hessian_clip_lambda: float = env(0.0, "share of a row's Hessian-weighted size in its clip (PR 1512)", least=0)
+    hessian_clip_lambda: float = env(
+        0.0, "share of a row's Hessian-weighted size in its clip (PR 1512)", least=0, published=True)
     gptq_column_steps: bool = env(True, "steps 2^(k/8) per row and per column instead of fp16 per row")
     gptq_rate_lambda: float = env(0.0, "error against coded bits with column steps: 1 is the coder's slope", least=0)
     gated_attn_quant_gate: bool = env(True, "attention gates as int8 per row; 0: fp16")
     lqer_enabled: bool = env(True, "low-rank correction of the largest quantization errors")
     lqer_top_k: int = env(3, "matrices that get a correction", least=0)
     lqer_rank: int = env(4, "rank of a correction", least=1)
-    lqer_weighted: bool = env(False, "corrections chosen and factored by Hessian-weighted error and gain per byte")
+    lqer_weighted: bool = env(
+        False, "corrections chosen and factored by Hessian-weighted error and gain per byte", published=True)
     lqer_asym_enabled: bool = env(True, "correction as int2 and int4 codes; 0: LQER_FACTOR_BITS for both factors")
     lqer_asym_group: int = env(64, "codes that share a scale in the int4 factor", least=1)
     lqer_factor_bits: int = env(4, "bits of the symmetric factors", least=2, most=8)
-    target_bytes: int = env(0, "scale the clips until code and weights end just under this; 0: off", least=0)
+    target_bytes: int = env(
+        0, "scale the clips until code and weights end just under this; 0: off", least=0, published=True)
     compressor: str = env("entropy", "coder of the artifact: entropy, pergroup (needs lrzip), brotli, lzma")
 
     # evaluation
@@ -230,13 +252,15 @@ class Hyperparameters:
 
     # test-time training
     ttt_enabled: bool = env(True, "score with test-time training")
-    ttt_method: str = env("lora", "lora: an adapter a document; sgd: all weights, by chunks", choices=("lora", "sgd"))
+    ttt_method: str = env(
+        "lora", "lora: an adapter a document; sgd: all weights, by chunks", choices=("lora", "sgd"), published=True)
     ttt_epochs: int = env(3, "SGD steps on a chunk of GLOBAL_TTT_CHUNK_TOKENS, at GLOBAL_TTT_LR", least=1)
     ttt_max_docs: int = env(0, "score only N validation documents, of all lengths, marked partial; 0: all", least=0)
     ttt_eval_seq_len: int = env(2048, "context of a chunk, its own tokens included", least=2)
     ttt_stale_context: int = env(1792, "oldest positions of it with keys and values kept from older adapters", least=0)
     ttt_chunk_size: int = env(12, "tokens scored between two LoRA steps", least=1)
-    ttt_short_chunks: str = env("", "smaller chunks of short documents: 256:8,2000:24 is 8 up to 256 tokens, then 24")
+    ttt_short_chunks: str = env(
+        "", "smaller chunks of short documents: 256:8,2000:24 is 8 up to 256 tokens, then 24", published=True)
     ttt_batch_size: int = env(64, "places of a lane, and documents of a step with whole contexts", least=1)
     ttt_lanes: int = env(8, "fixed groups of places; lane i runs on rank i mod world size", least=1)
     ttt_lora_sites: str = env("q,k,v,o,mlp,head", "where adapters sit, comma separated")
@@ -246,7 +270,8 @@ class Hyperparameters:
     ttt_beta2: float = env(0.99, "AdamW beta2 of the adapters (beta1 is 0)", least=0, most=0.99999)
     ttt_weight_decay: float = env(0.5, "decay of the adapters", least=0)
     ttt_warm_start_a: bool = env(True, "a new document keeps A of the one before it in its place")
-    ngram_tilt_enabled: bool = env(False, "the word that followed the last 15 tokens before gets more probability")
+    ngram_tilt_enabled: bool = env(
+        False, "the word that followed the last 15 tokens before gets more probability", published=True)
     phased_ttt_num_phases: int = env(1, "times the base weights are fine-tuned on scored documents", least=0)
     phased_ttt_prefix_docs: int = env(2500, "documents scored before the last of them, of 50,000 (scaled)", least=0)
     global_ttt_lr: float = env(1e-3, "SGD learning rate of that fine-tuning, cosine to 0", least=0)
@@ -255,11 +280,13 @@ class Hyperparameters:
     global_ttt_chunk_tokens: int = env(32_768, "tokens of one SGD step over all ranks", least=1)
 
     @classmethod
-    def from_env(cls, environ=None):
-        """The environment, checked. Raises SettingError for bad values and for unknown names that look like ours."""
+    def from_env(cls, environ=None, guard=None):
+        """The environment over the settings of its PRESET, which the guard reads; a dictionary may stand for it.
+        Raises SettingError for bad values and for unknown names that look like ours.
+        """
         environ = os.environ if environ is None else environ
-        if preflight:
-            environ = with_preset(environ)
+        if environ.get("PRESET"):
+            environ = (guard or NO_GUARD).read_preset(environ["PRESET"]) | dict(environ)
         values, problems = {}, [*unknown_settings(environ, cls)]
         for field in dataclasses.fields(cls):
             if (text := environ.get(field.name.upper())) is not None:
@@ -272,7 +299,7 @@ class Hyperparameters:
         return cls(**values)
 
     def __post_init__(self):
-        if preflight and (problems := preflight.setting_problems(self, LORA_SITES)):
+        if problems := setting_problems(self):
             raise SettingError("\n".join(problems))
 
     num_embeddings = property(lambda hp: (hp.vocab_size + 10) // 8 * 8 if hp.marker_fusion_enabled else hp.vocab_size)
@@ -296,17 +323,101 @@ def parse_setting(field, text):
         raise ValueError(f"{field.name.upper()}={text!r}: must be {field.type.__name__}") from None
 
 def unknown_settings(environ, cls):
-    """Messages for undeclared variables that look like ours; a packed script refuses other things (specialise.py)."""
-    return preflight.unknown_settings(environ, cls) if preflight else ()
+    """Messages for undeclared variables that look like ours: a family name of ours, or nearly one of our names.
+    First words that other programs use as well (MAX_JOBS, DATA_..., RUN_...) do not make a family by themselves.
+    """
+    ours = [field.name.upper() for field in dataclasses.fields(cls)]
+    shared_words = "MAX MIN NUM RUN RUNS DATA MODEL COMPUTE ENABLE TRAIN VAL CHECKPOINT TOKENIZER ARTIFACT ADAM".split()
+    families = {name.split("_")[0] for name in ours if "_" in name} - set(shared_words)
+    for name in sorted(set(environ) - set(ours)):
+        close = difflib.get_close_matches(name, ours, 1, 0.6)
+        if name.split("_")[0] in families or difflib.get_close_matches(name, ours, 1, 0.88):
+            yield f"{name} is not a setting{f'; did you mean {close[0]}?' if close else ''} (unset it, or see --help)"
+
+def setting_problems(hp):
+    """Messages for values outside their ranges or, where there are none, for combinations that cannot work."""
+    outside = [p for field in dataclasses.fields(hp) for p in range_problems(field, getattr(hp, field.name))]
+    return outside or [message for broken, message in cross_checks(hp) if broken] or [*missing_techniques(hp)]
+
+def range_problems(field, value):
+    """Messages for a value outside its declared range."""
+    rule, name = field.metadata, f"{field.name.upper()}={value!r}"
+    if rule["choices"] and value not in rule["choices"]:
+        yield f"{name}: must be one of {', '.join(rule['choices'])}"
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name}: must be finite"
+    elif rule["above"] is not None and not value > rule["above"]:
+        yield f"{name}: must be above {rule['above']}"
+    elif rule["least"] is not None and value < rule["least"]:
+        yield f"{name}: must be at least {rule['least']}"
+    elif rule["most"] is not None and value > rule["most"]:
+        yield f"{name}: must be at most {rule['most']}"
+
+def cross_checks(hp):
+    """Pairs (is it broken, what to change) for combinations of settings."""
+    yield hp.model_dim % hp.num_heads, f"MODEL_DIM={hp.model_dim} must divide by NUM_HEADS={hp.num_heads}"
+    yield hp.num_heads % hp.num_kv_heads, "NUM_HEADS must divide by NUM_KV_HEADS"
+    yield hp.rope_dims % 2 or hp.rope_dims > hp.head_dim, f"ROPE_DIMS must be even, at most {hp.head_dim}"
+    yield hp.gate_window > hp.model_dim, "GATE_WINDOW must be at most MODEL_DIM"
+    gates = hp.sparse_attn_gate_enabled + hp.gated_attn_enabled + hp.attn_out_gate_enabled
+    yield gates > 1, "SPARSE_ATTN_GATE_ENABLED, GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED exclude each other"
+    looped = hp.loop_start <= hp.loop_end < hp.num_layers
+    yield hp.num_loops and not looped, "LOOP_START..LOOP_END must lie inside NUM_LAYERS (or set NUM_LOOPS=0)"
+    yield hp.parallel_start_layer > hp.num_layers, "PARALLEL_START_LAYER must be at most NUM_LAYERS"
+    yield hp.train_batch_tokens % hp.micro_batch_tokens, "TRAIN_BATCH_TOKENS must divide by MICRO_BATCH_TOKENS"
+    out_of_time = 0 < hp.max_wallclock_seconds <= hp.gptq_reserve_seconds
+    yield out_of_time, "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"
+    yield hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
+    yield hp.ttt_chunk_size > hp.ttt_eval_seq_len, "TTT_CHUNK_SIZE must be at most TTT_EVAL_SEQ_LEN"
+    fits = hp.ttt_chunk_size <= hp.ttt_stale_context <= hp.ttt_eval_seq_len - hp.ttt_chunk_size
+    what = "must be 0, or from TTT_CHUNK_SIZE to TTT_EVAL_SEQ_LEN less that"
+    yield hp.ttt_stale_context and not fits, f"TTT_STALE_CONTEXT={hp.ttt_stale_context} {what}"
+    pairs = re.fullmatch(r"(\d+:[1-9]\d*(,(?=.)|$))*", hp.ttt_short_chunks)
+    yield not pairs, f"TTT_SHORT_CHUNKS={hp.ttt_short_chunks}: must be pairs such as 256:8,2000:24"
+    known = hp.lora_sites and set(hp.lora_sites) <= set(LORA_SITES)
+    yield not known, f"TTT_LORA_SITES={hp.ttt_lora_sites}: must be some of {','.join(LORA_SITES)}"
+    yield hp.marker_fusion_enabled > hp.caseops_enabled, "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1"
+    stale = hp.ttt_stale_context and hp.ttt_enabled and hp.ttt_method == "lora"
+    yield stale and (hp.attn_window or hp.new_values), (
+        "ATTN_WINDOW, PARTIAL_KEY_OFFSET, VALUE_RESIDUAL and VALUE_EMBED_LAYERS need TTT_STALE_CONTEXT=0")
+    layers = hp.value_embed_layers.split(",") if hp.value_embed_layers else []
+    known = all(layer.isdecimal() and int(layer) < hp.num_layers for layer in layers)
+    yield not known, f"VALUE_EMBED_LAYERS={hp.value_embed_layers}: must be numbers of layers, below NUM_LAYERS"
+    yield hp.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE must be 2 at least, or 0"
+    yield hp.extra_eval_loops and not hp.num_loops, "EXTRA_EVAL_LOOPS needs NUM_LOOPS"
+    odd = hp.num_heads % 2 or hp.num_kv_heads % 2
+    yield hp.muon_head_pairs and odd, "MUON_HEAD_PAIRS=1 needs even NUM_HEADS and NUM_KV_HEADS"
+    yield hp.qat_below_lr and hp.gptq_column_steps, "QAT_BELOW_LR trains on the grid of rows: set GPTQ_COLUMN_STEPS=0"
+    yield hp.ttt_method == "sgd" and hp.ttt_max_docs, "TTT_MAX_DOCS goes with TTT_METHOD=lora"
+    modes = hp.prequant_only + hp.quant_only + hp.ttt_eval_only
+    yield modes > 1, "PREQUANT_ONLY, QUANT_ONLY, TTT_EVAL_ONLY exclude each other"
+    goes_on = hp.run_id and not (hp.quant_only or hp.ttt_eval_only)
+    yield hp.resume and not goes_on, "RESUME=1 needs RUN_ID, and neither QUANT_ONLY nor TTT_EVAL_ONLY"
+    yield hp.deterministic and hp.max_wallclock_seconds, "DETERMINISTIC=1 needs MAX_WALLCLOCK_SECONDS=0"
+    yield hp.checkpoint_path and not hp.quant_only, "CHECKPOINT_PATH goes with QUANT_ONLY=1"
+    yield hp.artifact_path and not hp.ttt_eval_only, "ARTIFACT_PATH goes with TTT_EVAL_ONLY=1"
+    yield not re.fullmatch(r"(\w[\w.+-]*)?", hp.run_id), "RUN_ID: letters, digits, '_', then also '.', '+', '-'"
+
+def missing_techniques(hp):
+    """Messages for settings of published systems, where the file with their code is not beside this one."""
+    for field in dataclasses.fields(hp):
+        if techniques is None and field.metadata["published"] and getattr(hp, field.name) != field.default:
+            yield f"{field.name.upper()} needs tools/techniques.py, which is not beside this file"
+
+def limits(field):
+    """The declared range of a setting, for the table: ` [above 0, most 1]`, or nothing."""
+    rule = field.metadata
+    bounds = [f"{key} {rule[key]}" for key in ("above", "least", "most") if rule[key] is not None]
+    text = ", ".join([*bounds, "|".join(rule["choices"] or ())]).strip(", ")
+    return text and f" [{text}]"
 
 def settings_table(hp=None):
     """Every setting, one a line: value (hp's, or the default; a changed one is starred), meaning, range."""
-    lines = PACKED.splitlines()
+    lines = []
     for field in dataclasses.fields(Hyperparameters):
         value = getattr(hp, field.name, field.default)
         star, value = "*" if value != field.default else " ", int(value) if field.type is bool else value
-        about = field.metadata["help"] + preflight.limits(field) if preflight else ""
-        lines.append(f"{star} {field.name.upper()}={value}  # {about}")
+        lines.append(f"{star} {field.name.upper()}={value}  # {field.metadata['help']}{limits(field)}")
     return "\n".join(lines)
 
 # ---- RUNTIME ---------------------------------------------------------------------------------------------------------
@@ -314,10 +425,11 @@ def settings_table(hp=None):
 class Dist:
     """The process group, and the only place that names torch.distributed. One process: every method returns at once.
     Tensors travel over NCCL on CUDA and over gloo on the CPU; objects and the clock travel over gloo, so that they
-    never wait for the GPU's queue. `stage` and `safe` are what a failure is reported with: where, and how to go on.
+    never wait for the GPU's queue.
     """
 
     def __init__(self, device="auto", deterministic=False):
+        self.num_collectives = 0
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -326,8 +438,6 @@ class Dist:
         if deterministic:  # an operation without such a form warns, with its name
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
-        self.stage, self.safe, self.entered, self.signal, self.deferring, self.watchdog = "start", "", 0, 0, False, None
-        self.tell = lambda message: print(message, file=sys.stderr, flush=True)  # until there is a log
         self.device = torch.device("cpu")
         if torch.cuda.is_available() and device != "cpu":
             if local_rank >= torch.cuda.device_count():
@@ -337,20 +447,17 @@ class Dist:
         if self.world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist_backend.init_process_group(backend)
-        if safety and self.world_size > 1:
-            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, timedelta(seconds=30)
-            self.watchdog = safety.Watchdog(self, dist_backend.TCPStore(*address))
 
-    @property
-    def net(self):
-        """torch.distributed; every rank makes the same calls, so their number tells the watchdog who is behind."""
-        self.entered += 1
-        return dist_backend
+    def collective(self, name, *args, **options):
+        """Calls torch.distributed's function of this name. Every rank makes the same calls: their number tells a guard
+        which rank is behind."""
+        self.num_collectives += 1
+        return getattr(dist_backend, name)(*args, **options)
 
     def all_reduce(self, tensor):
         """Sums a tensor over all ranks, in place, and returns it."""
         if self.world_size > 1:
-            self.net.all_reduce(tensor)
+            self.collective("all_reduce", tensor)
         return tensor
 
     def all_reduce_packed(self, tensors):
@@ -365,34 +472,34 @@ class Dist:
         if self.world_size == 1:
             return SimpleNamespace(wait=lambda: None), full
         shard = full.new_empty(full.shape[0] // self.world_size, *full.shape[1:])
-        return self.net.reduce_scatter_tensor(shard, full, async_op=True), shard
+        return self.collective("reduce_scatter_tensor", shard, full, async_op=True), shard
 
     def all_gather(self, shard):
         """(n, ...) of every rank -> handle, (n world, ...), ready after handle.wait()."""
         if self.world_size == 1:
             return SimpleNamespace(wait=lambda: None), shard
         full = shard.new_empty(shard.shape[0] * self.world_size, *shard.shape[1:])
-        return self.net.all_gather_into_tensor(full, shard.contiguous(), async_op=True), full
+        return self.collective("all_gather_into_tensor", full, shard.contiguous(), async_op=True), full
 
     def all_gather_object(self, value):
         """Every rank's value, as a list in rank order; small values only."""
         values = [value]
         if self.world_size > 1:
             values = [None] * self.world_size
-            self.net.all_gather_object(values, value)
+            self.collective("all_gather_object", values, value)
         return values
 
     def agree(self, *numbers):
         """The largest of every rank's numbers, place by place, over the CPU's network."""
         box = torch.tensor(numbers, dtype=torch.float64)
         if self.world_size > 1:
-            self.net.all_reduce(box, dist_backend.ReduceOp.MAX)
+            self.collective("all_reduce", box, dist_backend.ReduceOp.MAX)
         return box.tolist()
 
     def broadcast(self, tensor):
         """Rank 0's tensor on every rank, in place."""
         if self.world_size > 1:
-            self.net.broadcast(tensor, 0)
+            self.collective("broadcast", tensor, 0)
 
     def barrier(self):
         """Waits until every rank is here, over the CPU's network."""
@@ -405,31 +512,125 @@ class Dist:
 
     def close(self):
         if self.world_size > 1:
-            self.barrier()  # rank 0 may hold the store that the watchdogs read
-            if safety and self.watchdog:
-                self.watchdog.done.set()
             dist_backend.destroy_process_group()
+
+class Guard:
+    """What may watch a run from outside. A run calls these hooks at their places; here each does nothing, or the least
+    that is honest. find_guard takes the one of tools/guard.py where it lies beside this file.
+    """
+
+    def read_preset(self, name):
+        """The settings of a preset, {NAME: value}. Raises SettingError."""
+        raise SettingError(f"PRESET={name}: no tools/guard.py beside this file, which reads presets/")
+
+    def start(self, dist):
+        """The process group is up."""
+
+    def check(self, hp, dist, found):
+        """Before anything is written; `found`: what other checks made -> words for the log. Raises SettingError."""
+        if hp.resume or hp.checkpoint_every:
+            raise SettingError("RESUME and CHECKPOINT_EVERY need tools/guard.py, which is not beside this file")
+        return ""
+
+    def lock(self, folder):
+        """The run's folder is made (rank 0). Raises SettingError if another run is using it."""
+
+    def open_log(self, log):
+        """The log of rank 0 is open."""
+
+    def notes(self, hp):
+        """Lines for the log's head."""
+        return ["note: no tools/guard.py beside this file: no training states, no watchdog, no checks of the machine; "
+                "code_bytes are those of this file"]
+
+    def submission(self, script, hp):
+        """Bytes of this script -> bytes of the file that is counted."""
+        return script
+
+    def commit(self):
+        """The commit of the checkout, for RESULT."""
+
+    def enter_stage(self, name):
+        """A stage of the run begins, or goes on."""
+
+    def show(self, name, start, share, detail):
+        """The running stage, when it began (perf_counter), the share that is done."""
+
+    def clear(self):
+        """A line of the log comes."""
+
+    def resume(self, trainer):
+        """Training begins -> steps, seconds, losses that are already done."""
+        return 0, 0.0, []
+
+    def watch(self, model, loss):
+        """A step's gradients are there, the weights not yet updated."""
+
+    def report(self):
+        """-> numbers of this rank, of which every rank gets the largest at the end of a step."""
+        return ()
+
+    def after_step(self, trainer, step, seconds, losses, reports):
+        """A step ended, with the reports of all ranks."""
+
+    def after_last_step(self, trainer, step):
+        """Training ended, its weights not yet averaged."""
+
+    def begin_training(self):
+        """A signal has to wait for the end of a step now."""
+
+    def end_training(self, path):
+        """The weights are in this file."""
+
+    def keep_weights(self, hp, folder, path, log):
+        """A run that fails from here on can go on from this file."""
+
+    def failed(self, error):
+        """The run ends with this exception."""
+
+    def stop(self):
+        """The run ended well; all ranks are here."""
+
+    def finish(self, hp, result):
+        """Rank 0 has written all files."""
+
+NO_GUARD = Guard()
+
+def find_guard():
+    """The guard of tools/guard.py beside this file, else NO_GUARD: the one place that looks for another file of the
+    repository. By path, so that no other package called tools is taken for it. What importing it raises is not caught.
+    """
+    path = Path(__file__).with_name("tools") / "guard.py"
+    if PACKED or not path.exists():
+        return NO_GUARD
+    sys.modules["train_gpt"] = sys.modules[__name__]  # which it imports
+    # as a package of its own, in which `from . import x` means the file beside it
+    spec = importlib.util.spec_from_file_location("golf_guard", path, submodule_search_locations=[str(path.parent)])
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.RunGuard()
 
 class RunLog:
     """Prints on rank 0, and to <folder>/log.txt; `seconds` and `graphs` (newly compiled) are kept for every stage."""
 
-    def __init__(self, folder, dist):
-        self.dist, self.folder, self.seconds, self.graphs = dist, Path(folder), {}, {}
+    def __init__(self, folder, dist, guard=NO_GUARD):
+        self.dist, self.guard, self.folder, self.seconds, self.graphs = dist, guard, Path(folder), {}, {}
         self.file = open(self.folder / "log.txt", "a", encoding="utf-8") if dist.rank == 0 else None
-        dist.tell = self if self.file else dist.tell
-        self.line = terminal.LiveLine() if terminal and self.file and sys.stdout.isatty() else None
         self.running = None
+        if self.file:
+            guard.open_log(self)
 
     def __call__(self, message):
         if self.file:
-            print((self.line.erase if self.line else "") + message, flush=True)
+            self.guard.clear()
+            print(message, flush=True)
             with contextlib.suppress(OSError):  # a full disk does not end a training
                 print(message, file=self.file, flush=True)
 
     def live(self, share, detail=""):
-        """The running stage and its bar, on a terminal only; whatever is printed next takes their place."""
-        if self.line:
-            self.line.show(*self.running, share, detail)
+        """How far the running stage is."""
+        if self.running:
+            self.guard.show(*self.running, share, detail)
 
     @contextlib.contextmanager
     def stage(self, name):
@@ -437,13 +638,12 @@ class RunLog:
         self.dist.synchronize()
         start, graphs = time.perf_counter(), compiled_graphs()
         around, self.running = self.running, (name, start)
-        self.dist.stage = name
-        if safety and self.dist.watchdog:
-            self.dist.watchdog.tell()
+        self.guard.enter_stage(name)
         self.live(0.0)
         yield
         self.dist.synchronize()
-        self.running, self.dist.stage = around, around[0] if around else name  # what follows a stage counts to it
+        self.running = around
+        self.guard.enter_stage(around[0] if around else name)  # what follows a stage counts to it
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
         self.graphs[name] = self.graphs.get(name, 0) + compiled_graphs() - graphs
         self(f"stage:{name} seconds:{self.seconds[name]:.2f} graphs_compiled:{self.graphs[name]}")
@@ -515,6 +715,54 @@ class TokenStream:
             count, start = count - len(part), (start + len(part)) % self.size
         return np.concatenate(parts)
 
+def read_manifest(folder):
+    """manifest.json of a dataset, {} where there is none. DataError unless all that is read of it has its type."""
+    try:
+        manifest = json.loads(Path(folder, "manifest.json").read_text())
+        hash(manifest.get("tokenizer", {}).get("sha256"))
+        if manifest.get("format") == "caseops_shards":
+            values = [about["values"] + len(about["sha256"]) for about in manifest["files"].values()]
+            sum(values, manifest["leaked_documents"] + len({**manifest["splits"]["val"]}))
+        return manifest
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again") from None
+
+def check_manifest(hp, found):
+    """DataError where the dataset is not what its manifest says, so that no BPB of other data is reported.
+    `found` counts what the validation files hold. These are hashed; of training files only the lengths are checked,
+    because hashing them takes minutes (`prepare_caseops_data.py verify` does).
+    """
+    manifest = read_manifest(hp.data_path)
+    if manifest.get("format") != "caseops_shards":
+        return
+    stated, files = manifest["splits"]["val"], manifest["files"]
+    wrong = [f"{count} {name} of validation, not {stated.get(name)}" for name, count in found.items()
+             if stated.get(name) != count]
+    paths = {os.path.basename(path): path for path in glob.glob(os.path.join(hp.data_path, "fineweb_*.bin"))}
+    wrong += [f"{name} is missing" for name in files.keys() - paths.keys()]
+    for name, path in paths.items():
+        same = name in files and len(load_data_shard(path)) == files[name]["values"]
+        if same and "_val_" in name:
+            same = hashlib.sha256(Path(path).read_bytes()).hexdigest() == files[name]["sha256"]
+        if not same:
+            wrong.append(f"{name} is another file")
+    if manifest["leaked_documents"] > 0.01 * found["documents"]:  # a wrong split; sources hold a few documents twice
+        wrong.append(f"{manifest['leaked_documents']} training documents are validation documents")
+    if wrong:
+        raise DataError(f"{hp.data_path} is not what its manifest says: {'; '.join(sorted(wrong)[:5])}. Fetch or make "
+                        "it again; prepare_caseops_data.py verify says more")
+
+# FineWeb's documents and values; targets that whole windows of 2,048 tokens hold, and the bytes of these
+CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499
+
+def is_canonical(tokens, charges):
+    """Whether (N,) tokens are the contest's validation documents as CaseOps stores them, by counts and by bytes."""
+    documents, values, targets, size = CANONICAL
+    counts = (int((tokens == BOS_ID).sum()), len(tokens)) == (documents, values)
+    return counts and int(charges[1:targets + 1].sum(dtype=np.int64)) == size
+
 class Row(NamedTuple):
     """One packed row on the device."""
     inputs: Tensor  # (1, T) int64
@@ -538,6 +786,23 @@ def pad_cu_seqlens(starts, total, entries):
     if len(starts) > entries:
         raise DataError(f"a row holds {len(starts)} documents and pieces, more than {entries}: raise MAX_ROW_SEGMENTS")
     return np.concatenate([starts, np.full(entries + 1 - len(starts), total)]).astype(np.int32)
+
+def deal_documents(tokens, longest):
+    """Inputs and targets (2, rows, T) -> the same documents, dealt so that attention has as much work in every row: the
+    longest first, to the row with the least work that has room. Pieces of `longest` attend only to themselves.
+    """
+    if (tokens[0, :, 0] != BOS_ID).any():
+        return tokens  # a document longer than its row stays where it is
+    rows, total = tokens.shape[1:]
+    flat, dealt, work, room = tokens.reshape(2, -1), [[] for _ in range(rows)], np.zeros(rows), np.full(rows, total)
+    documents = np.split(flat, np.flatnonzero(flat[0] == BOS_ID)[1:], 1)
+    for document in sorted(documents, key=lambda document: -document.shape[1]):
+        whole, rest = divmod(length := document.shape[1], longest)
+        row = np.where(room < length, 1e15 - room, work).argmin()  # without room anywhere: the emptiest
+        dealt[row].append(document)
+        work[row] += whole * longest**2 + rest**2
+        room[row] -= length
+    return np.concatenate(sum(dealt, []), 1).reshape(tokens.shape)
 
 @lru_cache
 def space_id(hp):
@@ -586,7 +851,7 @@ class TrainLoader:
         if hp.marker_fusion_enabled:
             rows = np.stack([techniques.fuse_markers(hp, space_id, row, row)[0][:length + 1] for row in np.int64(rows)])
         tokens = np.stack([rows[:, :-1], rows[:, 1:]])
-        return techniques.deal_documents(tokens, hp.train_seq_len) if hp.balance_rows else tokens
+        return deal_documents(tokens, hp.train_seq_len) if hp.balance_rows else tokens
 
     def build(self, index):
         """Row `index` as CPU tensors, pinned for CUDA."""
@@ -632,17 +897,29 @@ class ValidationSet:
             self.bytes[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
         if len(self.tokens) < 2:
             raise DataError(f"{stream.paths[0]}: a validation stream needs two tokens at least")
-        self.summary = preflight and preflight.check_validation(hp, self.tokens, self.bytes, load_data_shard)
+        self.summary = self.check(hp)
         if hp.marker_fusion_enabled:
             self.tokens, self.bytes = techniques.fuse_markers(hp, space_id, self.tokens, self.bytes)
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
         self.ends = np.append(self.starts[1:], len(self.tokens) - 1)  # the last document has no BOS to predict
 
+    def check(self, hp):
+        """Stream as stored -> a phrase for the log. DataError where the manifest has another one."""
+        documents, size = int((self.tokens == BOS_ID).sum()), int(self.bytes.sum())
+        found = {"documents": documents, "tokens": len(self.tokens)}
+        check_manifest(hp, found | ({"charged_bytes": size} if hp.caseops_enabled else {}))
+        canonical = "yes" if is_canonical(self.tokens, self.bytes) else "no"
+        return f"documents:{documents} values:{len(self.bytes)} bytes:{size} canonical:{canonical}"
+
     def side_car(self, folder, stream):
         """(N,) int64 bytes of each token. Raises DataError where it is missing, of another length, or charges a BOS."""
         paths = shard_paths(folder, "val_bytes")
         parts = [load_data_shard(path) for path in paths]
-        preflight and preflight.check_side_car(folder, paths, parts, stream.shards)
+        if not paths:
+            raise DataError(f"no fineweb_val_bytes_*.bin in {folder}: BPB needs the side-car (or CASEOPS_ENABLED=0)")
+        if [len(part) for part in parts] != [len(shard) for shard in stream.shards]:
+            raise DataError(f"{paths[0]}: side-car lengths {[len(p) for p in parts]} differ from the shards' "
+                            f"{[len(s) for s in stream.shards]}: they are not of one export")
         charges = np.concatenate(parts).astype(np.int64)
         if charges[self.tokens == BOS_ID].any():
             raise DataError(f"{paths[0]}: a BOS is charged bytes; the side-car does not belong to these tokens")
@@ -654,11 +931,35 @@ class ValidationSet:
         starts, ends = self.starts[documents], self.ends[documents]
         return int((ends - starts).sum()), int((sums[ends + 1] - sums[starts + 1]).sum())
 
+def find_tokenizer(hp):
+    """Path of the data's SentencePiece model. DataError if none fits the settings and the manifest."""
+    try:
+        import sentencepiece
+    except ImportError:
+        raise DataError("the sentencepiece package is missing: pip install -r requirements.txt") from None
+    folder = Path(hp.data_path)
+    wanted = read_manifest(folder).get("tokenizer", {}).get("sha256")
+    beside = [folder, *(p / "tokenizers" for p in (folder.parent, folder.parent.parent, Path(__file__).parent))]
+    found = [Path(hp.tokenizer_path)] if hp.tokenizer_path else [p for d in beside for p in sorted(d.glob("*.model"))]
+    for path in found:
+        if not path.exists():
+            raise DataError(f"TOKENIZER_PATH={path} does not exist")
+        if wanted in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+            try:
+                tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+                tokenizer.id_to_piece([*range(tokenizer.vocab_size())])  # a damaged piece may be no text
+            except (RuntimeError, UnicodeDecodeError):
+                raise DataError(f"{path} is no SentencePiece model") from None
+            if tokenizer.vocab_size() != hp.vocab_size:
+                raise DataError(f"{path} has {tokenizer.vocab_size()} pieces, VOCAB_SIZE is {hp.vocab_size}")
+            return path
+    raise DataError(f"no tokenizer for {folder} (the manifest wants sha256 {wanted}; looked at "
+                    f"{[str(p) for p in found]}): set TOKENIZER_PATH")
+
 def load_tokenizer(hp):
-    """The data's SentencePiece model; a packed script is told where it is, or takes one that lies with the data."""
+    """The data's SentencePiece model."""
     import sentencepiece
-    here = hp.tokenizer_path or next(Path(hp.data_path).glob("*.model"), "")
-    return sentencepiece.SentencePieceProcessor(model_file=str(preflight.find_tokenizer(hp) if preflight else here))
+    return sentencepiece.SentencePieceProcessor(model_file=str(find_tokenizer(hp)))
 
 # ---- KERNELS ---------------------------------------------------------------------------------------------------------
 # Each operation stands twice with one signature: the reference (`*_ref`, `attention_sdpa`: any device, any dtype,
@@ -1090,7 +1391,7 @@ def adamw_rows(values, squares, gradient, source, target, correction, scale, rat
 # --- attention over packed documents: causal within documents, scale 1/sqrt(E), query head h on KV head h // (H / K)
 # Every backend: q (B, T, H, E), k and v (B, T, K, E), cu_seqlens (N + 1,) int32 with B = 1, or None: each row is one
 # document; -> (B, T, H, E). cu_seqlens may end in repetitions of T (empty documents). No document exceeds max_seqlen.
-# attn_window: so many keys before a query's own are seen; 0: all. Where the setting is off, packing drops the argument.
+# attn_window: so many keys before a query's own are seen; 0: all.
 _VARLEN_PARAMETERS = tuple(inspect.signature(varlen_attn).parameters) if varlen_attn else ()
 
 def _repeat_kv(q, *kv):
@@ -1134,7 +1435,8 @@ def _on_packed_row(varlen):
     def attention(q, k, v, cu_seqlens, max_seqlen, attn_window=0):
         if cu_seqlens is None:
             cu_seqlens = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * q.size(1)
-        return varlen(*(t.flatten(0, 1) for t in (q, k, v)), cu_seqlens, [max_seqlen, attn_window]).view(q.shape)
+        limits = [max_seqlen, attn_window]  # a list: custom operations take one argument behind the tensors
+        return varlen(*(t.flatten(0, 1) for t in (q, k, v)), cu_seqlens, limits).view(q.shape)
     return attention
 
 @_on_packed_row
@@ -1154,8 +1456,8 @@ def attention_fa3(q, k, v, cu_seqlens, limits):
     """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by FlashAttention-3 (Hopper; arXiv:2407.08608)."""
     from flash_attn_interface import flash_attn_varlen_func
     max_seqlen, attn_window = limits
-    out = flash_attn_varlen_func(q, k, v, *_both(cu_seqlens), max_seqlen, max_seqlen, causal=True,
-                                 **({"window_size": (attn_window, 0)} if attn_window else {}))
+    window = {"window_size": (attn_window, 0)} if attn_window else {}
+    out = flash_attn_varlen_func(q, k, v, *_both(cu_seqlens), max_seqlen, max_seqlen, causal=True, **window)
     return out[0] if isinstance(out, tuple) else out  # some versions return (out, lse)
 
 @golf_op(lambda grad, q, k, v, *_: (
@@ -1166,6 +1468,7 @@ def _fa4_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Ten
     # Query heads that share dk and dv would add them up in fp32 buffers, zeroed before and cast after. A pass for each
     # of a key head's query heads, with gradients of its own, costs less (docs/LOG.md).
     group, (max_seqlen, attn_window), (of_q, of_k) = q.shape[1] // k.shape[1], limits, _both(cu_seqlens)
+    window = {"window_size_left": attn_window} if attn_window else {}
     dq, dk, dv = q.new_empty(q.shape), *(t.new_empty(group, *t.shape) for t in (k, v))
     grad = grad.contiguous()
     for i in range(group):
@@ -1173,7 +1476,7 @@ def _fa4_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Ten
         _flash_attn_bwd(
             q_i, k, v, out_i, grad_i, lse[i::group].contiguous(), softmax_scale=q.shape[-1] ** -0.5, causal=True,
             dq=dq_i, dk=dk[i], dv=dv[i], cu_seqlens_q=of_q, cu_seqlens_k=of_k, max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen, **({"window_size_left": attn_window} if attn_window else {}))
+            max_seqlen_k=max_seqlen, **window)
     return dq, dk, dv
 
 def _fa4_gradients(needed, *saved):
@@ -1187,10 +1490,10 @@ def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, limits: l
     """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by FlashAttention-4 (flash-attn-4; CUDA, 16 bits)."""
     from flash_attn.cute.interface import _flash_attn_fwd
     (max_seqlen, attn_window), (of_q, of_k) = limits, _both(cu_seqlens)
+    window = {"window_size_left": attn_window} if attn_window else {}
     out, lse, *_ = _flash_attn_fwd(
         q, k, v, cu_seqlens_q=of_q, cu_seqlens_k=of_k, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
-        softmax_scale=q.shape[-1] ** -0.5, causal=True, return_lse=True,
-        **({"window_size_left": attn_window} if attn_window else {}))
+        softmax_scale=q.shape[-1] ** -0.5, causal=True, return_lse=True, **window)
     return out, lse  # (tokens, H, E), (H, tokens)
 
 # --- selection, the fastest first
@@ -1260,7 +1563,7 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
     def candidates(kernel, reference, library="triton"):
         return ({library: kernel} if kernels and cuda and triton else {}) | {"reference": reference}, reference
     trials = {  # operation -> candidates, reference, arguments
-        "attention": (attention, attention_sdpa, (q, k, v, cu_seqlens, 128, *([9] if attn_window else []))),
+        "attention": (attention, attention_sdpa, (q, k, v, cu_seqlens, 128, 9 if attn_window else 0)),
         "mlp": (*candidates(leaky_relu_sq_mlp, mlp_ref, "quack"), (x, w_up / 8, w_down / 18, 0.3)),
         "cross_entropy": (*candidates(linear_cross_entropy, linear_cross_entropy_ref), (x, head, targets, 30.0)),
         "qkv_heads": (*candidates(qkv_heads, qkv_heads_ref),
@@ -1413,9 +1716,9 @@ class GPT(nn.Module):
         if hp.new_values:  # PARTIAL_KEY_OFFSET, VALUE_EMBED_LAYERS, VALUE_RESIDUAL
             k, v = techniques.keys_and_values(k, v, w.extras, hp)
         if hp.ttt_enabled and hp.ttt_stale_context and packing[2:]:
-            y = techniques.attention_stale(self.ops, q, k, v, *packing)
+            y = attention_stale(self.ops, q, k, v, packing)
         else:
-            y = self.ops.attention(q, k, v, *packing, *((w.extras["window"],) if hp.attn_window else ()))
+            y = self.ops.attention(q, k, v, *packing, w.extras["window"] if hp.attn_window else 0)
         if w.xsa and self.gate_kind:
             y = self.ops.gated_xsa(y, v, *self.head_gates(h, start, x_in, qkv, w.gate))
         elif w.xsa:
@@ -1767,12 +2070,12 @@ def compiled(function, hp, dist, dynamic=False, graphs=False):
 class Trainer:
     """Model, optimizers, average and loader of a run, and the one training step."""
 
-    def __init__(self, model, loader, hp, dist, log):
-        self.model, self.loader, self.hp, self.dist, self.log = model, loader, hp, dist, log
+    def __init__(self, model, loader, hp, dist, log, guard=NO_GUARD):
+        self.model, self.loader, self.hp, self.dist, self.log, self.guard = model, loader, hp, dist, log, guard
+        self.last_loss = math.nan  # of the last step that was logged
         self.optimizers = Optimizers(model, hp, dist)
         self.ema = EMA(model, hp.ema_decay)
         self.forward = compiled(model.forward, hp, dist, graphs=hp.train_cuda_graphs)
-        self.watched = ["loss"], torch.zeros(1)  # names and norms that safety looks at
 
     def train_step(self, step, progress, looping):
         """Rows of a step -> 0-d tensor, this rank's share of the mean loss in nats; weights and average are updated."""
@@ -1784,8 +2087,7 @@ class Trainer:
             loss = self.forward(*row, looping, self.hp.train_seq_len, on_grid=on_grid).mean() / self.hp.micro_steps
             loss.backward()
             total += loss.detach()
-        if safety:
-            self.watched = safety.watched(self.model, total)
+        self.guard.watch(self.model, total)
         self.optimizers.step(progress, step)
         if not self.hp.swa_below_lr or lr_multiplier(progress, self.hp) >= self.hp.swa_below_lr:
             self.ema.update(step)
@@ -1813,7 +2115,7 @@ class Trainer:
         `evaluate()` scores the current weights; it is called every VAL_LOSS_EVERY steps with the clock stopped.
         """
         hp, log, budget = self.hp, self.log, self.hp.training_seconds
-        first, seconds, losses = safety.load_state(self) if hp.resume else (0, 0.0, [])
+        first, seconds, losses = self.guard.resume(self)
         clock, step, step_seconds = TrainingClock(self.dist, seconds), first, seconds / max(first, 1)
         tokens_at = [(step, seconds)]  # when looping changed, for the rates of both states
         looping = was_looping = loop_is_on(self.progress(step, seconds), hp)
@@ -1824,15 +2126,12 @@ class Trainer:
                 log(f"step:{step} looping:{int(looping)} train_seconds:{seconds:.2f}")
                 tokens_at.append((step, seconds))
                 was_looping = looping
-            watched = self.watched  # of the step before: when this one is marked it has ended, and a look is free
             losses.append(self.train_step(step, progress, looping))
             step += 1
             clock.mark_step()
-            bad = safety.not_finite(watched) if safety else ()
-            now, stop, diverged = clock.look(self.dist.signal, len(bad))
+            now, *reports = clock.look(*self.guard.report())
             step_seconds, seconds = now - seconds, now
-            if safety:
-                safety.after_step(self, write_atomically, step, seconds, losses, stop, bad if diverged else None)
+            self.guard.after_step(self, step, seconds, losses, reports)
             if step <= 5 or step % hp.train_log_every == 0:
                 self.log_step(step, losses[-1], seconds, progress, looping)
             rate = step * hp.train_batch_tokens / seconds
@@ -1840,8 +2139,7 @@ class Trainer:
             if hp.val_loss_every and step % hp.val_loss_every == 0:
                 with clock.paused():
                     evaluate()
-        if safety:
-            safety.check_weights(self, write_atomically, step)
+        self.guard.after_last_step(self, step)
         seconds = clock.seconds()
         if budget and seconds > budget:
             log(f"note: training took {seconds:.2f} s of {budget:.2f}; a step is too long for this budget")
@@ -2025,13 +2323,25 @@ def quantize_small(name, w, hp):
         return dict(zip(("codes", "scale"), quantize_rows(w, -127, 127, 127), strict=True))
     return {"fp16": w.half()}
 
+MAX_FP16_ELEMENTS = 65_536  # a tensor with more elements must have a role in QUANT_TABLE
+
+def check_quantizable(weights, hessians):
+    """ValueError for what quantize_weights cannot keep, on every rank alike."""
+    for name, w in weights.items():
+        if not w.half().isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite or beyond fp16")
+        if quant_role(name) is None and w.numel() > MAX_FP16_ELEMENTS:
+            raise ValueError(f"{name} has {w.numel()} elements and no role in QUANT_TABLE: too large for fp16")
+        if quant_role(name) and (name not in hessians or hessians[name].shape != (w.shape[1], w.shape[1])):
+            raise ValueError(f"{name} {tuple(w.shape)} needs a Hessian of its columns")
+
 @torch.no_grad()
 def quantize_weights(weights, hessians, hp, dist):
     """Saved weights by name, Hessians (C, C) by the same names -> numpy arrays "name:field", the same on every rank.
     Fields: codes, scale, column_steps; LQER_FIELDS; fp16. Every matrix is the work of one rank, small tensors are rank
     0's, and LQER takes the largest gains over all ranks. Raises ValueError, on all ranks, naming the tensors at fault.
     """
-    preflight and preflight.check_quantizable(weights, hessians, quant_role)
+    check_quantizable(weights, hessians)
     matrices = {name: w for name, w in weights.items() if quant_role(name)}
     try:
         mine = share_matrices(matrices, dist.world_size)[dist.rank]
@@ -2068,9 +2378,9 @@ def dequantize_weights(arrays):
         if "fp16" not in fields and not {"codes", "scale"} <= fields.keys():
             raise ValueError(f"{name}: no weight can be made of the fields {sorted(fields)}")
         w = fields["fp16"] if "fp16" in fields else fields["codes"] * fields["scale"][..., None]
-        if "column_steps" in fields and (Hyperparameters.gptq_column_steps or not PACKED):
+        if "column_steps" in fields:
             w = fields["codes"] * STEPS[(fields["scale"][:, None] + fields["column_steps"]).astype(int)]
-        if "lqer_a" in fields and (Hyperparameters.lqer_enabled or not PACKED):
+        if "lqer_a" in fields:
             a, b = unpack_factors(fields)
             for r in range(a.shape[1]):
                 w += a[:, r, None] * b[r]
@@ -2152,6 +2462,12 @@ def brotli_decompress(data, raw_size, shapes=()):
         if len(raw) > raw_size:
             break
     return bytes(raw) if decoder.is_finished() else b""
+
+def lzma_decompress(data, raw_size):
+    """Stream -> raw_size bytes and at most one more, none for one that is cut off or goes on (COMPRESSOR=lzma)."""
+    decoder = lzma.LZMADecompressor(memlimit=2**28)
+    raw = decoder.decompress(data, max_length=raw_size + 1)
+    return raw if decoder.eof and not decoder.unused_data else b""
 
 # --- entropy: rANS (arXiv:1311.2540) in whole numbers, the same on every machine. LANES coders take turns, so that one
 # numpy call serves all. One model, code_matrix, drives both directions: it asks for symbols in contexts and learns.
@@ -2296,7 +2612,7 @@ ENCODERS = {  # raw bytes, shapes of their arrays -> a stream
 }
 DECODERS = {  # the inverse; anything but raw_size bytes: no stream
     "brotli": brotli_decompress, "entropy": entropy_decompress,
-    "lzma": lambda data, raw_size, shapes=(): techniques.lzma_decompress(data, raw_size),
+    "lzma": lambda data, raw_size, shapes=(): lzma_decompress(data, raw_size),
     "lrzip": lambda data, raw_size, shapes=(): techniques.lrzip_decompress(data, raw_size),
 }
 COMPRESSORS = {"brotli": (0, "brotli"), "lzma": (1, "lzma"), "pergroup": (2, "brotli", "lrzip"),
@@ -2311,6 +2627,41 @@ def expand(codec, stored, raw_size, shapes=()):
     if len(raw) != raw_size:
         raise ArtifactError(f"artifact: {codec} data does not expand to the size that the header says")
     return raw
+
+def check_compressor(name):
+    """SettingError, with what to install, for an unknown compressor or missing tools."""
+    if name not in COMPRESSORS:
+        raise SettingError(f"COMPRESSOR={name} is unknown: choose one of {', '.join(COMPRESSORS)}")
+    if "brotli" in COMPRESSORS[name] and brotli is None:
+        raise SettingError("the brotli module is missing: pip install brotli, or set COMPRESSOR=lzma")
+    if "lrzip" in COMPRESSORS[name] and shutil.which("lrzip") is None:
+        raise SettingError("the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)")
+    if "lrzip" in COMPRESSORS[name] and techniques is None:
+        raise SettingError(f"COMPRESSOR={name} needs tools/techniques.py, which is not beside this file")
+
+def try_compressor(name):
+    """check_compressor and a round trip of each of its codecs: a program that is there may still lack a library."""
+    check_compressor(name)
+    sample, shapes = b"1234" * 8, [(4, 8)]
+    for codec in COMPRESSORS[name][1:]:
+        try:
+            fault = expand(codec, ENCODERS[codec](sample, shapes), len(sample), shapes) != sample and "other bytes"
+        except (ArtifactError, OSError) as error:
+            fault = error
+        if fault:
+            raise SettingError(f"COMPRESSOR={name} does not work here, {codec}: {fault}")
+
+MAX_RAW_BYTES, MAX_DIMENSIONS = 2**30, 8  # of an artifact's arrays
+ARRAY_DTYPES = "bool float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
+
+def check_specs(specs):
+    """ValueError for names, dtypes and sizes of arrays (ArraySpec) that no artifact holds: a header may be hostile."""
+    for name, dtype, shape in specs:
+        sized = all(type(n) is int and n >= 0 for n in shape) and math.prod(max(n, 1) for n in shape) <= MAX_RAW_BYTES
+        if type(name) is not str or dtype not in ARRAY_DTYPES or len(shape) > MAX_DIMENSIONS or not sized:
+            raise ValueError(f"{name}: an artifact cannot hold {dtype} {shape}")
+    if len({spec.name for spec in specs}) != len(specs) or sum(spec.num_bytes for spec in specs) > MAX_RAW_BYTES:
+        raise ValueError(f"an array stands twice, or all take more than {MAX_RAW_BYTES} bytes")
 
 class ArraySpec(NamedTuple):
     """Name, dtype and shape of an array as it is stored."""
@@ -2371,9 +2722,8 @@ def split_arrays(raw, specs):
 def pack_weights(arrays, compressor, tell=lambda share: None):
     """Named numpy arrays -> artifact bytes; `tell(share done)` as it goes on. ValueError for what cannot be packed."""
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
-    if preflight:
-        preflight.check_compressor(compressor, COMPRESSORS, brotli)
-        preflight.check_specs(specs)
+    check_compressor(compressor)
+    check_specs(specs)
     plan, packed = plan_sections(specs, compressor), []  # and the bytes of the sections that are done
     sources = {"rest": arrays, "codes": {name: array.T for name, array in arrays.items()}}
     def encode(kind, codec, members):
@@ -2400,16 +2750,14 @@ def read_header(blob):
     magic, number, stored_size, raw_size = PREFIX.unpack(blob[: PREFIX.size].ljust(PREFIX.size, b"\0"))
     stored = blob[start : start + stored_size]
     intact = magic == MAGIC and digest(blob[: PREFIX.size] + stored) == blob[PREFIX.size : start]
-    # a packed script reads its own kind alone
-    compressor = Hyperparameters.compressor if PACKED else {n: c for c, (n, *_) in COMPRESSORS.items()}.get(number)
+    compressor = {n: c for c, (n, *_) in COMPRESSORS.items()}.get(number)
     if not intact or not compressor or number != COMPRESSORS[compressor][0] or raw_size > MAX_HEADER_BYTES:
         raise ArtifactError("artifact: not a file of this program, or its header is damaged or cut off")
-    preflight and preflight.check_compressor(compressor, COMPRESSORS, brotli)
+    check_compressor(compressor)
     try:
         arrays, sections = json.loads(expand(COMPRESSORS[compressor][1], stored, raw_size))
         specs = [ArraySpec(name, dtype, tuple(shape)) for name, dtype, shape in arrays]
-        if preflight:
-            preflight.check_specs(specs)
+        check_specs(specs)
         sizes = [size for size, _, _ in sections]
         whole = all(type(n) is int and n >= 0 for n in sizes) and start + stored_size + sum(sizes) == len(blob)
         plan = plan_sections(specs, compressor)
@@ -2437,7 +2785,7 @@ def unpack_weights(blob):
         for kind, arrays in pool.map(decode, plan, sections, ends[1:]):
             found[kind] |= arrays
     unpacked = found["rest"] | {name: codes.T for name, codes in found["codes"].items()}
-    if not PACKED or Hyperparameters.compressor == "pergroup":
+    if found["orders"]:
         techniques.restore_rows(unpacked, found["orders"])
     return {name: np.array(unpacked[name], dtype, order="C") for name, dtype, _ in specs}
 
@@ -2749,6 +3097,68 @@ def sgd_step(model, packer, windows, optimizer, rate, dist):
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
 
+def attention_stale(ops, q, k, v, packing):
+    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E), causal, of rows behind their older keys and values.
+    packing: of StaleContext.of_slot. Row after row stand the older ones, which are at `places` (N,) of a cache
+    (2, M, K, E), and the row's own, which are at `fresh` (B T,) of the N; cu_seqlens (2, B + 1) counts both. The own
+    ones are left in `new`.
+    """
+    cache, places, fresh, cu_seqlens, max_seqlen, new = packing
+    new += k, v
+    k, v = (c[places].index_copy(0, fresh, t.flatten(0, 1))[None] for c, t in zip(cache, (k, v), strict=True))
+    own = q.flatten(0, 1)[None]
+    if ops.names["attention"] != "sdpa":
+        return ops.attention(own, k, v, cu_seqlens, max_seqlen).view(q.shape)
+    # the reference takes a query for every key; nobody asks what the others find
+    every = own.new_zeros(1, k.size(1), *own.shape[2:]).index_copy(1, fresh, own)
+    return ops.attention(every, k, v, cu_seqlens[1], max_seqlen)[:, fresh].view(q.shape)
+
+class StaleContext:
+    """Keys and values from before the windows, as the last step with these positions in its windows left them
+    [TTT_STALE_CONTEXT]: adapters have learnt since. A row is a document in flight, position p at p mod its length."""
+
+    def __init__(self, model, starts, flight, device):
+        hp = model.hp
+        self.hp, self.length = hp, hp.ttt_stale_context + hp.ttt_chunk_size
+        shape = len(model.slots(looping=True)), 2, (flight + 1) * self.length, hp.num_kv_heads, hp.head_dim
+        self.cache, self.starts = model.cos.new_zeros(shape, dtype=model.dtype), torch.from_numpy(starts).to(device)
+
+    def begin(self, rows, windows, width):
+        """A step begins, with windows (B,) from these places of the stream -> how many positions it computes."""
+        self.width = min(width, self.hp.ttt_eval_seq_len - self.hp.ttt_stale_context)
+        cached = max(width - self.width, self.hp.ttt_chunk_size)
+        before = windows - self.starts[torch.searchsorted(self.starts, windows, right=True) - 1]
+        self.positions = before[:, None] + torch.arange(self.width, device=rows.device)
+        older = before.clamp_max(cached)
+        ends = (older + self.width).cumsum(0)
+        place = torch.arange(len(rows) * (cached + self.width), device=rows.device)
+        row = torch.searchsorted(ends, place, right=True).clamp_max(len(rows) - 1)  # behind the last end nobody looks
+        position = (before + self.width - ends)[row] + place
+        self.places = rows[row] * self.length + position % self.length
+        self.fresh = (ends[:, None] + torch.arange(-self.width, 0, device=rows.device)).flatten()
+        queries = torch.arange(len(rows) + 1, device=rows.device) * self.width
+        self.cu_seqlens = torch.stack((queries, F.pad(ends, (1, 0)))).int()
+        self.rope, self.new = rotary_tables(self.positions, self.hp), []
+        return self.width
+
+    def own(self, *streams):
+        """Streams (B, T or 1 + T, D), or None -> without the token before."""
+        return [x if x is None else x[:, -self.width:].contiguous() for x in streams]
+
+    def of_slot(self, *streams):
+        """Streams as `own` takes them -> without the token before, tables and packing of the next slot."""
+        self.new.append([])
+        of_slot, longest = self.cache[len(self.new) - 1], self.hp.ttt_eval_seq_len
+        packing = of_slot, self.places, self.fresh, self.cu_seqlens, longest, self.new[-1]
+        return *self.own(*streams), self.rope, packing
+
+    def end(self, rows):
+        """A step ends: the first chunk of its windows, which may lie before the next ones, is kept in rows (B,)."""
+        chunk = self.hp.ttt_chunk_size
+        places = rows[:, None] * self.length + self.positions[:, :chunk] % self.length
+        new = [torch.stack([t[:, :chunk].detach() for t in of_slot]) for of_slot in self.new]
+        self.cache[:, :, places], self.new = torch.stack(new), []
+
 class TestTimeTrainer:
     """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between phases."""
 
@@ -2766,7 +3176,7 @@ class TestTimeTrainer:
             model.enter, model.block, self.lora.factors,
             techniques.with_tilt(model.token_losses) if hp.ngram_tilt_enabled else model.token_losses))
         if hp.ttt_stale_context:
-            self.stale = techniques.StaleContext(model, validation.starts, self.lora.flight, dist.device, rotary_tables)
+            self.stale = StaleContext(model, validation.starts, self.lora.flight, dist.device)
         self.score, self.warming_up, self.graphs = Score(dist.device), False, {}
         if hp.ngram_tilt_enabled:  # the stream with the hint at each place
             self.hinted = F.pad(self.packer.tokens[:, None], (0, 1), value=-1)
@@ -2982,12 +3392,12 @@ def run_folder(hp, dist):
     run_id = hp.run_id or time.strftime("%Y%m%d_%H%M%S", time.localtime(started)) + f"_seed{hp.seed}"
     return Path(hp.runs_dir) / run_id
 
-def write_code(folder, hp, dist):
-    """Writes the packed, self-extracting script that is counted; returns its bytes. A packed script counts itself."""
-    packed = Path(__file__).read_bytes() if PACKED else preflight.packed_code(__file__, hp)
+def write_code(folder, hp, dist, guard=NO_GUARD):
+    """Writes the script that is counted, this file or what the guard packs of it; returns its bytes."""
+    script = guard.submission(Path(__file__).read_bytes(), hp)
     if dist.rank == 0:
-        write_atomically(folder / "train_gpt.py", packed)
-    return len(packed)
+        write_atomically(folder / "train_gpt.py", script)
+    return len(script)
 
 def all_at_once(dist, **checks):
     """Calls check(found) -> found[its name], for each. Raises one SettingError with all problems of all ranks."""
@@ -2995,7 +3405,7 @@ def all_at_once(dist, **checks):
     for name, check in checks.items():
         try:
             found[name] = check(found)
-        except (ValueError, OSError) as error:
+        except (*OUR_ERRORS, OSError) as error:
             problems.append(str(error))
     if problems := [*dict.fromkeys(problem for each in dist.all_gather_object(problems) for problem in each)]:
         raise SettingError("\n".join(problems))
@@ -3015,6 +3425,25 @@ def save_checkpoint(path, model, hp):
     torch.save({"weights": weights, "settings": dataclasses.asdict(hp)}, buffer := io.BytesIO())
     write_atomically(path, buffer.getvalue())
 
+def load_checkpoint(path, model):
+    """Loads model.pt into the model. DataError with the path if it is missing or does not fit."""
+    try:
+        rebank(model, torch.load(path, map_location="cpu", weights_only=True)["weights"])
+    except Exception as error:  # a damaged file makes torch raise errors of many classes
+        raise DataError(f"checkpoint {path}: {error!r:.300}") from None
+
+def group_bytes(arrays):
+    """Arrays of quantize_weights -> {role: bytes}, largest first: the order-0 entropy of codes; "rest": all others."""
+    sizes = defaultdict(float)
+    for key, array in arrays.items():
+        name, _, field = key.rpartition(":")
+        if quant_role(name) and field == "codes":
+            share = np.unique(array, return_counts=True)[1] / array.size
+            sizes[quant_role(name)[0]] -= share @ np.log2(share) * array.size / 8
+        else:
+            sizes["rest"] += array.nbytes
+    return {role: round(sizes[role]) for role in sorted(sizes, key=sizes.get, reverse=True)}
+
 def build_artifact(model, loader, hp, dist, log, path, code_bytes):
     """Hessians -> GPTQ and LQER on all ranks -> one file, written by rank 0. Returns its group_bytes."""
     with log.stage("hessians"):
@@ -3033,7 +3462,7 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes):
     if dist.rank == 0:
         write_atomically(path, blob)
     dist.barrier()
-    return safety and safety.group_bytes(arrays, quant_role)
+    return group_bytes(arrays)
 
 def score_stage(name, evaluate, log, scores):
     """Runs evaluate() -> {loss, bpb, tokens, bytes} as stage eval_<name>; logs the score, keeps it in `scores`."""
@@ -3059,8 +3488,9 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
     """The contest's rules that this run breaks, as sentences; an empty list means none of those checked here."""
     broken, seconds, graphs, ttt = [], log.seconds, log.graphs, scores.get("ttt", {})
     if (over := code_bytes + artifact_bytes - BYTE_CAP) > 0:
-        broken.append(f"{code_bytes + artifact_bytes} bytes of code and weights, {over} above the cap of {BYTE_CAP}"
-                      + (safety.advice(training, BYTE_CAP) if safety else ""))
+        largest = ", ".join(f"{role} {size}" for role, size in [*training.get("group_bytes", {}).items()][:3])
+        broken.append(f"{code_bytes + artifact_bytes} bytes of code and weights, {over} above the cap of {BYTE_CAP} "
+                      f"(largest: {largest}); QUANT_ONLY=1 TARGET_BYTES={BYTE_CAP} goes on from the checkpoint")
     used = training.get("training_seconds", 0) + seconds.get("hessians", 0) + seconds.get("quantize", 0)
     if hp.max_wallclock_seconds and used > hp.max_wallclock_seconds:
         broken.append(f"training, Hessians and GPTQ took {used:.1f} s of {hp.max_wallclock_seconds:.1f}")
@@ -3076,46 +3506,42 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
 
 def train_and_save(trainer, evaluator, path):
     """Stages warm_up and train, then model.pt. Returns figures for RESULT. A signal waits for the end of a step."""
-    dist, log = trainer.dist, trainer.log
+    dist, log, guard = trainer.dist, trainer.log, trainer.guard
     with log.stage("warm_up"):
         trainer.warm_up()
-    dist.deferring = True
+    guard.begin_training()
     with log.stage("train"):
         training = trainer.train(lambda: score_stage("training", evaluator.evaluate_bpb, log, {}))
     if dist.rank == 0:
         save_checkpoint(path, trainer.model, trainer.hp)
-    dist.deferring = False
-    if safety:
-        safety.after_training(dist, path)
+    guard.end_training(path)
     return training
 
-def check_all(hp, dist):
+def check_all(hp, dist, guard=NO_GUARD):
     """Everything that can be wrong is found before training, and told at once -> what the checks have made, by name."""
     return all_at_once(
-        dist, tokenizer=lambda found: preflight and preflight.find_tokenizer(hp),
-        compressor=lambda found: preflight and preflight.try_compressor(hp.compressor, COMPRESSORS, ENCODERS, expand),
+        dist, tokenizer=lambda found: find_tokenizer(hp), compressor=lambda found: try_compressor(hp.compressor),
         validation=lambda found: ValidationSet(hp),
         loader=lambda found: hp.ttt_eval_only or TrainLoader(TokenStream(hp.data_path, "train"), hp, dist),
         folder=lambda found: run_folder(hp, dist), model=lambda found: build_model(hp, dist),
-        machine=lambda found: safety and safety.check_machine(sys.modules[__name__], hp, dist, **found))
+        machine=lambda found: guard.check(hp, dist, found))
 
-def run(hp, dist):
+def run(hp, dist, guard=NO_GUARD):
     """The whole run, one call per stage. Returns the RESULT dictionary."""
-    found = check_all(hp, dist)
+    found = check_all(hp, dist, guard)
     validation, loader, folder, model = (found[name] for name in ("validation", "loader", "folder", "model"))
     checkpoint, artifact = hp.checkpoint_path or folder / "model.pt", Path(hp.artifact_path or folder / "artifact.bin")
     found |= all_at_once(dist, made=lambda found: dist.rank or folder.mkdir(parents=True, exist_ok=True),
-                         lock=lambda found: dist.rank or safety and safety.lock(folder))
-    log = RunLog(folder, dist)
-    code_bytes = write_code(folder, hp, dist)
+                         lock=lambda found: dist.rank or guard.lock(folder))
+    log = RunLog(folder, dist, guard)
+    code_bytes = write_code(folder, hp, dist, guard)
     device = torch.cuda.get_device_name() if dist.device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
-    about = {"run": folder.name, "seed": hp.seed, "commit": preflight and preflight.git_commit(), "device": device,
+    about = {"run": folder.name, "seed": hp.seed, "commit": guard.commit(), "device": device,
              "world_size": dist.world_size, "torch": torch.__version__, "python": sys.version.split()[0],
              **model.ops.names}
     log(f"settings (* changed):\n{settings_table(hp)}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
     log("\n".join(f"note: {note}" for note in (*model.ops.notes, "the budget starts after the warm-up")))
-    if hp.preset:
-        log(preflight.preset_note(hp))
+    log("\n".join(guard.notes(hp)))
     log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} "
         f"tokenizer:{found['tokenizer']} validation {validation.summary} tokens:{len(validation.tokens)} "
         f"code_bytes:{code_bytes} {found['machine'] or ''}")
@@ -3123,11 +3549,11 @@ def run(hp, dist):
     # ---- train (or go on from a file)
     evaluator, training, scores, artifact_bytes = Evaluator(model, validation, hp, dist), {}, {}, 0
     if hp.quant_only:
-        all_at_once(dist, weights=lambda found: dist.rank or safety.load_checkpoint(checkpoint, model, rebank))
+        all_at_once(dist, weights=lambda found: dist.rank or load_checkpoint(checkpoint, model))
         for parameter in model.parameters():
             dist.broadcast(parameter.detach())
     elif not hp.ttt_eval_only:
-        trainer = Trainer(model, loader, hp, dist, log)
+        trainer = Trainer(model, loader, hp, dist, log, guard)
         log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank}")
         training = train_and_save(trainer, evaluator, checkpoint)
         del trainer
@@ -3136,9 +3562,7 @@ def run(hp, dist):
     if hp.extra_eval_loops:
         model.eval_passes = 1 + hp.extra_eval_loops
     if not hp.ttt_eval_only:  # what was trained is safe: quantize and pack it, then evaluate it
-        if safety:
-            dist.safe = safety.command(hp, dist, folder, checkpoint, quant_only=True)
-            log(f"checkpoint:{dist.safe}")
+        guard.keep_weights(hp, folder, checkpoint, log)
         if not hp.prequant_only:
             training["group_bytes"] = build_artifact(model, loader, hp, dist, log, artifact, code_bytes)
         score_stage("prequant", evaluator.evaluate_bpb, log, scores)
@@ -3176,22 +3600,22 @@ def main():
         sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
     warnings.filterwarnings("ignore", message="Argument aux_data")  # FlashAttention-4 says so at every compilation
     warnings.filterwarnings("ignore", message="`torch.distributed")  # newer names, which PyTorch 2.11 does not have
-    dist = None
+    guard = find_guard()
     try:
-        hp = Hyperparameters.from_env()
+        hp = Hyperparameters.from_env(guard=guard)
         dist = Dist(hp.device, hp.deterministic)
-        safety and safety.catch_signals(dist)
-        result = run(hp, dist)
+        guard.start(dist)
+        result = run(hp, dist, guard)
     except Exception as error:
-        ours = isinstance(error, SettingError | DataError | ArtifactError)
-        if safety and dist:
-            ours = safety.tell_failure(dist, error, ours)
-        if not ours:
+        guard.failed(error)
+        if not isinstance(error, OUR_ERRORS):
             raise
         sys.exit(f"train_gpt.py cannot run: {error}")
+    dist.barrier()
+    guard.stop()
     dist.close()
-    if hp.plots and dist.rank == 0 and (painter := Path(__file__).with_name("tools") / "plot_run.py").exists():
-        subprocess.run([sys.executable, painter, Path(hp.runs_dir) / result["run"]], stdout=sys.stderr)
+    if dist.rank == 0:
+        guard.finish(hp, result)
     if result["total_bytes"] > BYTE_CAP:
         sys.exit(3)
 

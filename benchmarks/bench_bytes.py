@@ -24,8 +24,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import tools.techniques  # noqa: E402, F401  # settings of published systems need it
 import train_gpt  # noqa: E402
-from tools import safety  # noqa: E402
 from tools.run_files import settings_of  # noqa: E402
 
 
@@ -86,7 +86,7 @@ class Sweep:
         ops = train_gpt.select_ops(hp.kernels, hp.attention_backend, dist.device, dtype, hp.head_dim, hp.num_heads,
                                    hp.num_kv_heads)
         self.model = train_gpt.GPT(hp, ops, dtype).to(dist.device)
-        safety.load_checkpoint(checkpoint, self.model, train_gpt.rebank)
+        train_gpt.load_checkpoint(checkpoint, self.model)
         self.evaluator = train_gpt.Evaluator(self.model, train_gpt.ValidationSet(hp), hp, dist)
         loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
         self.hessians = train_gpt.collect_hessians(self.model, loader, hp, dist)

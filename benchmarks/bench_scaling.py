@@ -37,6 +37,7 @@ from benchmarks.bench_step import (
     tokens_per_second,
     write_synthetic_shards,  # fmt: skip
 )
+from tools.guard import RunGuard
 
 
 def collective_name(event: Event) -> str:
@@ -96,7 +97,7 @@ def worker(args) -> None:
     cuda = dist.device.type == "cuda"
     hp = settings(args)
     loader = tg.TrainLoader(tg.TokenStream(hp.data_path, "train"), hp, dist)
-    trainer = tg.Trainer(tg.build_model(hp, dist), loader, hp, dist, print)
+    trainer = tg.Trainer(tg.build_model(hp, dist), loader, hp, dist, print, RunGuard())
     trainer.optimizers.step = annotated("optimizer", trainer.optimizers.step)
     losses = fixed_steps(trainer, args.losses)
     result = {"ranks": dist.world_size, "device": torch.cuda.get_device_name() if cuda else "cpu", "losses": losses,

@@ -38,7 +38,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import tools.techniques  # noqa: F401  # settings of published systems need it
 import train_gpt as tg
+from tools.guard import RunGuard
 
 SMALL = {"vocab_size": 320, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 8, "mlp_mult": 3.0,
          "num_layers": 4, "loop_start": 1, "loop_end": 2, "num_loops": 1, "parallel_start_layer": 3, "xsa_last_n": 4,
@@ -534,7 +536,7 @@ def measure(hp, dist, args) -> dict:
     result["ceilings"] = measure_ceilings(hp, dist, model.dtype)
     print("ceilings: " + ", ".join(f"{name} {rate:.3g}" for name, rate in result["ceilings"].items()), flush=True)
     loader = tg.TrainLoader(tg.TokenStream(hp.data_path, "train"), hp, dist)
-    trainer = tg.Trainer(model, loader, hp, dist, print)
+    trainer = tg.Trainer(model, loader, hp, dist, print, RunGuard())  # it watches the gradients, as in a run
     trainer.loader.row = annotated("data", trainer.loader.row)
     trainer.optimizers.step = annotated("optimizer", trainer.optimizers.step)
     trainer.ema.update = annotated("ema", trainer.ema.update)

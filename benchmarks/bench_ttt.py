@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import tools.techniques  # noqa: F401  # settings of published systems need it
 import train_gpt as tg
 from tools.run_files import settings_of
 

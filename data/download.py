@@ -33,8 +33,7 @@ from prepare_caseops_data import (  # noqa: E402
     shard_files,
     write_manifest,
 )
-from tools.preflight import is_canonical  # noqa: E402
-from tools.verify_data import find_leaks  # noqa: E402
+from tools.verify_data import find_leaks, is_canonical  # noqa: E402
 
 NetworkError = HfHubHTTPError.__bases__[0]  # HTTPError of the client's library: httpx, or httpx2 since version 2
 HERE = Path(__file__).resolve().parent

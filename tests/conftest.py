@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; must be set before triton is imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import tools.techniques  # noqa: E402, F401  # it puts itself into train_gpt, as it does where main() finds it
 import train_gpt  # noqa: E402
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden"))

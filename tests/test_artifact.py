@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import train_gpt
-from tools import preflight, techniques
+from tools import techniques
 from train_gpt import ArtifactError
 
 brotli = pytest.importorskip("brotli")
@@ -42,8 +42,8 @@ def model_arrays(num_layers=3, seed=0):
 def odd_arrays():
     """Every dtype, empty and 0-d arrays, strides, byte orders, NaN payloads and negative zeros."""
     rng = np.random.default_rng(1)
-    arrays = {f"dtype/{name}": rng.integers(0, 2, (3, 5)).astype(name) for name in preflight.ARRAY_DTYPES}
-    arrays |= {f"scalar/{name}": np.array(1, name) for name in preflight.ARRAY_DTYPES}
+    arrays = {f"dtype/{name}": rng.integers(0, 2, (3, 5)).astype(name) for name in train_gpt.ARRAY_DTYPES}
+    arrays |= {f"scalar/{name}": np.array(1, name) for name in train_gpt.ARRAY_DTYPES}
     arrays |= {"empty": np.zeros((0,), np.int8), "empty/3d": np.zeros((4, 0, 2), np.float16)}
     arrays["nan"] = np.array([0x7FC00001, 0xFF800000, 0x80000000, 0x7FA00000], np.uint32).view(np.float32)
     arrays["strided"] = rng.integers(0, 9, (6, 8)).astype(np.int16)[::2, ::-3]
@@ -373,17 +373,9 @@ def test_damaged_or_hostile_entropy_stream_is_refused():
 # --- compressors
 
 
-def check_compressor(name):
-    preflight.check_compressor(name, train_gpt.COMPRESSORS, train_gpt.brotli)
-
-
-def try_compressor(name):
-    preflight.try_compressor(name, train_gpt.COMPRESSORS, train_gpt.ENCODERS, train_gpt.expand)
-
-
 @pytest.mark.parametrize("name", ["zip", "", "Brotli"])
 def test_unknown_compressor_is_an_error(name):
-    for call in (check_compressor, lambda name: train_gpt.pack_weights({}, name)):
+    for call in (train_gpt.check_compressor, lambda name: train_gpt.pack_weights({}, name)):
         with pytest.raises(ValueError, match="COMPRESSOR"):
             call(name)
 
@@ -391,29 +383,29 @@ def test_unknown_compressor_is_an_error(name):
 def test_missing_lrzip_is_an_early_error_that_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"lrzip.*apt-get install lrzip.*COMPRESSOR=brotli"):
-        check_compressor("pergroup")
-    check_compressor("brotli")
-    check_compressor("lzma")
+        train_gpt.check_compressor("pergroup")
+    train_gpt.check_compressor("brotli")
+    train_gpt.check_compressor("lzma")
 
 
 def test_missing_brotli_is_an_error_for_all_but_lzma(monkeypatch):
     monkeypatch.setattr(train_gpt, "brotli", None)
     for name in ("brotli", "pergroup", "entropy"):
         with pytest.raises(ValueError, match="pip install brotli"):
-            check_compressor(name)
+            train_gpt.check_compressor(name)
     arrays = model_arrays()
     assert_same(train_gpt.unpack_weights(train_gpt.pack_weights(arrays, "lzma")), arrays)
 
 
 def test_a_compressor_that_fails_or_alters_bytes_is_an_early_error(monkeypatch):
     for name in ("entropy", "brotli", "lzma"):
-        try_compressor(name)
+        train_gpt.try_compressor(name)
     monkeypatch.setitem(train_gpt.ENCODERS, "brotli", lambda raw, shapes=(): b"\x07no stream")
     with pytest.raises(train_gpt.SettingError, match="COMPRESSOR=entropy does not work here, brotli"):
-        try_compressor("entropy")
+        train_gpt.try_compressor("entropy")
     monkeypatch.setitem(train_gpt.DECODERS, "lzma", lambda data, raw_size, shapes=(): bytes(raw_size))
     with pytest.raises(train_gpt.SettingError, match="lzma: other bytes"):
-        try_compressor("lzma")
+        train_gpt.try_compressor("lzma")
 
 
 def test_an_lrzip_that_cannot_start_is_an_early_error(monkeypatch, tmp_path):
@@ -421,7 +413,7 @@ def test_an_lrzip_that_cannot_start_is_an_early_error(monkeypatch, tmp_path):
     (tmp_path / "lrzip").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(train_gpt.SettingError, match="lrzip ended with 127.*shared object"):
-        try_compressor("pergroup")
+        train_gpt.try_compressor("pergroup")
 
 
 # --- row order

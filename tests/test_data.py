@@ -11,7 +11,6 @@ from test_prepare_data import DEFAULT_TOKENIZER, TEXTS, build, write_docs
 import train_gpt
 from lossless_caps import decode
 from prepare_caseops_data import load_tokenizer, read_manifest, write_manifest, write_shard
-from tools import preflight
 from tools.techniques import fuse_markers
 from train_gpt import BOS_ID, DataError, SettingError, TokenStream, TrainLoader, ValidationSet, space_id
 
@@ -169,14 +168,14 @@ def test_data_with_a_manifest_of_others_or_none_are_read(copy):
 
 
 def test_canonical_is_told_by_documents_values_and_bytes(folder, monkeypatch):
-    assert preflight.CANONICAL == (50_000, 47_853_344, 47_851_520, 151_074_499)
+    assert train_gpt.CANONICAL == (50_000, 47_853_344, 47_851_520, 151_074_499)
     charges = ValidationSet(hp_of(folder), None).bytes
     values = len(charges)
     counts = [20, values, values - 9, int(charges[1:values - 8].sum())]
     for wrong in range(4):
-        monkeypatch.setattr(preflight, "CANONICAL", tuple(counts))
+        monkeypatch.setattr(train_gpt, "CANONICAL", tuple(counts))
         found = [ValidationSet(hp_of(folder, marker_fusion_enabled=on), None).summary for on in (False, True)]
         assert all("canonical:yes" in summary for summary in found)
         changed = [count - 5 * (number == wrong) for number, count in enumerate(counts)]
-        monkeypatch.setattr(preflight, "CANONICAL", tuple(changed))
+        monkeypatch.setattr(train_gpt, "CANONICAL", tuple(changed))
         assert "canonical:no" in ValidationSet(hp_of(folder), None).summary

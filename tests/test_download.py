@@ -18,7 +18,6 @@ from test_prepare_data import DEFAULT_TOKENIZER, TEXTS, build, write_docs
 import train_gpt
 from prepare_caseops_data import main as prepare
 from prepare_caseops_data import read_manifest, read_shard, write_shard
-from tools import preflight
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("download", ROOT / "data" / "download.py")
@@ -139,7 +138,7 @@ def test_a_dataset_is_fetched_verified_and_read_by_the_trainer(hub, tmp_path, ca
     assert not list(tmp_path.glob("*.part"))
     assert prepare(["verify", str(tmp_path), "--workers", "1"]) == 0
     hp = tiny_hp(data_path=str(tmp_path), vocab_size=8192)
-    assert preflight.find_tokenizer(hp) == tmp_path / "t.model"
+    assert train_gpt.find_tokenizer(hp) == tmp_path / "t.model"
     assert len(train_gpt.ValidationSet(hp, None).starts) == 6
     assert read_manifest(tmp_path)["sources"][0]["revision"] == REVISION
 

@@ -14,6 +14,7 @@ import torch
 from conftest import write_documents, write_shard
 
 import train_gpt
+from tools import guard
 
 pytest.importorskip("brotli")
 pytest.importorskip("sentencepiece")
@@ -115,13 +116,14 @@ def world(tmp_path_factory):
     checkpoint, artifact = str(base / "model.pt"), str(base / "artifact.bin")
     packed = start(base / "train_gpt.py", RUN_ID="packed", **common)
     with pytest.MonkeyPatch.context() as patch:  # the other modes share this process and the code packed above
-        patch.setattr(train_gpt, "write_code", lambda folder, hp, dist: (folder / "train_gpt.py").write_bytes(
+        patch.setattr(train_gpt, "write_code", lambda folder, *_: (folder / "train_gpt.py").write_bytes(
             (base / "train_gpt.py").read_bytes()))
         for name, more in {"quant": {"QUANT_ONLY": "1", "CHECKPOINT_PATH": checkpoint},
                            "prequant": {"PREQUANT_ONLY": "1"},
                            "ttt": {"TTT_EVAL_ONLY": "1", "ARTIFACT_PATH": artifact}}.items():
             hp = train_gpt.Hyperparameters.from_env(SETTINGS | common | more | {"RUN_ID": name})
-            found[name] = json.loads(json.dumps(train_gpt.run(hp, train_gpt.Dist("cpu"))))
+            (watching := QuietGuard()).start(dist := train_gpt.Dist("cpu"))
+            found[name] = json.loads(json.dumps(train_gpt.run(hp, dist, watching)))
     found["packed"] = result_of(packed)
     return {"results": found, "folder": folder, "counts": counts}
 
@@ -263,6 +265,13 @@ def test_prequant_only_stops_after_the_fp32_model(results, runs):
 # ---- refusals: one clear line, exit code 1, nothing trained
 
 
+class QuietGuard(guard.RunGuard):
+    """It catches no signals: this process is not the run's own."""
+
+    def start(self, dist):
+        self.dist = dist
+
+
 @pytest.fixture
 def refuse(tmp_path, monkeypatch, capsys):
     """refuse(damage, NAME=value, ...) -> the error line of a run on data that `damage(folder)` has spoilt."""
@@ -278,8 +287,8 @@ def refuse(tmp_path, monkeypatch, capsys):
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(sys, "argv", ["train_gpt.py"])
-        monkeypatch.setattr(train_gpt, "write_code", lambda folder, hp, dist: 1000)  # seconds of packing, tested above
-        monkeypatch.setattr(train_gpt.safety, "catch_signals", lambda dist: None)  # this process is not the run's own
+        monkeypatch.setattr(train_gpt, "write_code", lambda *_: 1000)  # seconds of packing, tested above
+        monkeypatch.setattr(train_gpt, "find_guard", QuietGuard)
         with pytest.raises(SystemExit) as end:
             train_gpt.main()
         message = end.value.code  # a text: Python prints it to standard error and exits with 1

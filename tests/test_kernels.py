@@ -640,8 +640,6 @@ def test_queries_may_be_fewer_than_keys(backend, compiled, heads, fa3_stub, fa4_
 
 
 def test_stale_context_is_the_same_with_queries_for_the_own_keys_alone(fa4_stub):
-    from tools import techniques
-
     ops = {name: SimpleNamespace(names={"attention": name}, attention=backend) for name, backend in (
         ("sdpa", attention_sdpa), ("fa4", attention_fa4))}  # fmt: skip
     (B, T, older), cache = (3, 5, (0, 4, 9)), torch.randn(2, 30, 2, 8, generator=torch.Generator().manual_seed(1))
@@ -652,8 +650,11 @@ def test_stale_context_is_the_same_with_queries_for_the_own_keys_alone(fa4_stub)
     qkv = [randn(B, T, heads, 8, seed=i) for i, heads in enumerate((4, 2, 2))]
 
     def run(name):
-        return lambda *qkv: techniques.attention_stale(ops[name], *qkv, cache.to(qkv[0].dtype), places, fresh,
-                                                       cu_seqlens, 14, [])  # fmt: skip
+        def attend(*qkv):
+            packing = cache.to(qkv[0].dtype), places, fresh, cu_seqlens, 14, []
+            return train_gpt.attention_stale(ops[name], *qkv, packing)
+
+        return attend
 
     assert max(errors(run("fa4"), run("sdpa"), qkv)) < 1e-5
 

@@ -14,7 +14,7 @@ import faults
 import pytest
 
 import train_gpt
-from tools import launch
+from tools import guard, launch
 from tools.run_files import read_preset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -227,7 +227,7 @@ def test_the_launcher_tells_what_a_run_would_tell(tmp_path):
     wrong = {"ATTENTION_BACKEND": "fa3", "MAX_WALLCLOCK_SECONDS": "9", "GPTQ_RESERVE_SECONDS": "0"}
     environ = faults.SETTINGS | wrong | {"DATA_PATH": str(tmp_path / "data"), "RUNS_DIR": str(tmp_path / "runs")}
     with pytest.raises(train_gpt.SettingError) as told:
-        train_gpt.run(train_gpt.Hyperparameters.from_env(environ), train_gpt.Dist("cpu"))
+        train_gpt.run(train_gpt.Hyperparameters.from_env(environ), train_gpt.Dist("cpu"), guard.RunGuard())
     with pytest.raises(launch.LaunchError) as error:
         preflight_of(tmp_path, **wrong)
     assert [line.removeprefix("  - ") for line in str(error.value).splitlines()[1:]] == str(told.value).splitlines()

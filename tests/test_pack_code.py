@@ -1,23 +1,33 @@
 """Packed code: it runs as its source does, its literal keeps every byte, and a script that runs writes it."""
 
 import ast
+import dataclasses
+import json
 import os
 import random
+import re
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from test_end_to_end import SETTINGS, QuietGuard, make_data
+from test_presets import PUBLISHED, tiny
 
 import train_gpt
+from tools import guard, run_files
 
 pytest.importorskip("brotli")
 pytest.importorskip("python_minifier")
 
+from tools import pack_code as packer  # noqa: E402
 from tools.pack_code import PACKED_END, is_packed, pack_code, string_literal  # noqa: E402
 
 ROOT = Path(train_gpt.__file__).parent
+SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+HERE = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
 SAMPLE = '''
 """A script with what the real one has: a dataclass, a kernel, an operator, slashes \\\\ and quotes."""
 from __future__ import annotations
@@ -153,11 +163,6 @@ def test_docstrings_cost_no_code_bytes():
     assert documented == pack_code(body.format(""), {})
 
 
-def test_help_of_settings_costs_no_code_bytes():
-    body = "def env(default, help, *, least=None):\n    return default, help\nprint(env(1, {}, least=0))\n"
-    assert pack_code(body.format("'a long explanation of one setting'"), {}) == pack_code(body.format("''"), {})
-
-
 def test_source_that_is_not_python_is_an_error():
     with pytest.raises(ValueError, match="minified"):
         pack_code("def f(:\n", {})
@@ -168,20 +173,24 @@ def test_missing_packer_is_an_error_that_says_what_to_do(monkeypatch, tmp_path, 
     monkeypatch.delitem(sys.modules, "tools.pack_code")
     monkeypatch.setitem(sys.modules, module, None)  # makes the import fail
     with pytest.raises(train_gpt.SettingError, match=rf"{module}.*pip install .*packed train_gpt.py"):
-        train_gpt.write_code(tmp_path, train_gpt.Hyperparameters(), dist)
+        train_gpt.write_code(tmp_path, train_gpt.Hyperparameters(), dist, guard.RunGuard())
     assert not list(tmp_path.iterdir())
 
 
 def test_written_code_is_the_packed_script_and_packed_again_itself(monkeypatch, tmp_path, dist):
-    size = train_gpt.write_code(tmp_path, train_gpt.Hyperparameters(), dist)
+    size = train_gpt.write_code(tmp_path, train_gpt.Hyperparameters(), dist, guard.RunGuard())
     written = tmp_path / "train_gpt.py"
     assert written.stat().st_size == size and is_packed(written.read_bytes())
     (tmp_path / "again").mkdir()
     monkeypatch.setattr(train_gpt, "__file__", str(written))
-    monkeypatch.setattr(train_gpt, "PACKED", "what the packer writes there")
-    monkeypatch.setitem(sys.modules, "tools.pack_code", None)
+    assert train_gpt.find_guard() is train_gpt.NO_GUARD
     assert train_gpt.write_code(tmp_path / "again", train_gpt.Hyperparameters(), dist) == size
     assert (tmp_path / "again" / "train_gpt.py").read_bytes() == written.read_bytes()
+
+
+def test_a_packed_script_takes_no_guard_even_beside_one(monkeypatch):
+    monkeypatch.setattr(train_gpt, "PACKED", True)
+    assert train_gpt.find_guard() is train_gpt.NO_GUARD
 
 
 def test_command_line_writes_the_packed_script(tmp_path):
@@ -198,3 +207,222 @@ def test_packing_leaves_nothing_on_the_syntax_nodes_that_python_shares():
     pack_code("def f(x):\n    y = [-a + 1 for a in x if not a or a < 2]\n    del x[0]\n    return y\n", {})
     tree = ast.parse("del a[0]\nb = c and d or not e\nf = g + h * -i < j\nk += ~l in m")
     assert {name for node in ast.walk(tree) if not node._fields for name in vars(node)} == set()
+
+
+# ---- train_gpt.py
+
+
+def packed_text(packed):
+    """What a packed script unpacks to."""
+    names = {}
+    exec(compile(packed.split(b"linecache.cache[")[0], "packed", "exec"), names)
+    return names["S"]
+
+
+def test_parameters_are_renamed_only_where_every_caller_is_seen():
+    source = """
+    import library
+    def called(first_parameter, second_parameter):
+        return first_parameter + first_parameter + second_parameter + second_parameter
+    def by_name(first_parameter, named_parameter):
+        return first_parameter + first_parameter + named_parameter + named_parameter
+    def callback(context_parameter, inputs_parameter):
+        context_parameter.x = inputs_parameter
+        context_parameter.y = inputs_parameter
+    def starred(starred_parameter):
+        return starred_parameter + starred_parameter + starred_parameter
+    class Thing:
+        def __init__(self, built_parameter):
+            self.x = built_parameter + built_parameter
+        def __call__(self, hidden_parameter):
+            return hidden_parameter + hidden_parameter
+        def method(self, hidden_parameter, named_parameter):
+            return hidden_parameter + hidden_parameter + named_parameter + named_parameter
+    library.register(callback, context=callback)
+    library.call(Thing(3).method)
+    print(called(1, 2), by_name(1, named_parameter=2), starred(**{"starred_parameter": 1}), Thing(3).x, Thing(3)(4))
+    """
+    text = packed_text(pack_code(textwrap.dedent(source), {}))
+    kept = {name for name in re.findall(r"\w+_parameter", text)}
+    assert kept == {"named_parameter", "context_parameter", "inputs_parameter", "starred_parameter"}
+
+
+SMALL = """
+techniques = None
+PACKED = False
+class Hyperparameters:
+    seed: int = env(42, "help of the seed")
+    matrix_lr: float = env(0.026, "help of the rate", above=0)
+    gate: bool = env(True, "help of the gate")
+    swa: float = env(0.0, "help of snapshots", published=True)
+    compressor: str = env("entropy", "help of the coder")
+def train(x):
+    return techniques.average(x)
+"""
+
+
+def test_settings_of_a_run_become_defaults_but_for_those_that_belong_to_one_run():
+    settings = {"SEED": "7", "MATRIX_LR": ".05", "GATE": "0", "COMPRESSOR": "lzma", "SWA": "0.0", "PATH": "/bin"}
+    text = packed_text(pack_code(SMALL, settings))
+    assert re.search(r"seed:int=\w+\(42,", text) and re.search(r"matrix_lr:float=\w+\(\.05,", text)
+    assert re.search(r"gate:bool=\w+\(False,", text) and re.search(r"compressor:str=\w+\('lzma',", text)
+    assert text.count("help of") == 5
+    values = {"SEED": 1, "MATRIX_LR": 0.05, "GATE": False, "COMPRESSOR": "lzma"}
+    assert pack_code(SMALL, settings) == pack_code(SMALL, values)
+    assert pack_code(SMALL, {}) == pack_code(SMALL, {"MATRIX_LR": "0.026"}) != pack_code(SMALL, settings)
+
+
+TECHNIQUES = """
+"Techniques."
+import math
+import train_gpt
+from train_gpt import BOS_ID
+def average(x):
+    return math.fsum(x)
+train_gpt.techniques = 1
+"""
+
+
+@pytest.mark.parametrize("settings", [{"SWA": "0.5"}, {"COMPRESSOR": "pergroup"}])
+def test_techniques_are_packed_where_a_setting_needs_them(tmp_path, monkeypatch, settings):
+    (tmp_path / "techniques.py").write_text(TECHNIQUES)
+    monkeypatch.setattr(packer, "TECHNIQUES", tmp_path / "techniques.py")
+    assert "fsum" not in packed_text(pack_code(SMALL, {"MATRIX_LR": "1"}))
+    text = packed_text(pack_code(SMALL, settings))
+    assert "fsum" in text and "train_gpt" not in text and "techniques." not in text
+
+
+def test_a_name_that_would_stand_for_two_things_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "techniques.py").write_text(TECHNIQUES)
+    monkeypatch.setattr(packer, "TECHNIQUES", tmp_path / "techniques.py")
+    for clash in ("average = 1", "def f(average):\n    return average", "def f():\n    average = 1"):
+        with pytest.raises(ValueError, match="both have average"):
+            pack_code(SMALL + clash, {"SWA": "0.5"})
+
+
+def test_settings_that_belong_to_one_run_are_settings():
+    assert set(packer.OF_A_RUN) <= {field.name for field in dataclasses.fields(train_gpt.Hyperparameters)}
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """The packed script of the default settings, in a file."""
+    path = tmp_path_factory.mktemp("packed") / "packed_script.py"
+    path.write_bytes(pack_code(SOURCE, {}))
+    return path
+
+
+def test_operators_of_the_packed_script_are_differentiable(packed):
+    """Kernels in the interpreter: PyTorch calls into them by the names of parameters that it documents."""
+    driver = """
+        import torch, torch.nn.functional as F, packed_script as packed
+        torch.manual_seed(0)
+        h, head = torch.randn(5, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+        targets = torch.arange(5)
+        y, v, gates = (torch.randn(1, 7, *shape, requires_grad=True) for shape in ((4, 8), (2, 8), (4,)))
+        along = F.normalize(v, dim=-1).repeat_interleave(2, 2)
+        xsa = (y - (y * along).sum(-1, keepdim=True) * along) * gates.sigmoid()[..., None]
+        qkv, gain = torch.randn(1, 7, 64, requires_grad=True), torch.ones(4)
+        cos, sin = torch.ones(7, 1, 2), torch.zeros(7, 1, 2)
+        q = F.rms_norm(qkv.unflatten(-1, (8, 8))[:, :, :4], (8,), eps=1.19e-7)
+        pairs = [(packed.linear_cross_entropy(h, head, targets, 30.0), (h, head),
+                  F.cross_entropy(30 * torch.tanh(h @ head.T / 30), targets, reduction="none")),
+                 (packed.gated_xsa(y, v, gates, 1.0), (y, v, gates), xsa),
+                 (packed.qkv_heads(qkv, gain, cos, sin, 2)[0], (qkv,), q)]
+        for got, inputs, want in pairs:
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+            for a, b in zip(*(torch.autograd.grad(out.pow(3).sum(), inputs) for out in (got, want))):
+                torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+        print("equal")
+        """
+    pytest.importorskip("triton")
+    environ = HERE | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(packed.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(driver)], env=environ, capture_output=True, text=True,
+                          timeout=240)
+    assert done.stdout == "equal\n", done.stderr
+
+
+def test_the_packed_script_keeps_the_names_that_quack_calls_operands_by(packed):
+    driver = """
+        import quack_stub, torch, packed_script as packed
+        quack_stub.install()
+        x, up, down = (torch.randn(shape).bfloat16().requires_grad_() for shape in ((6, 16), (32, 16), (16, 32)))
+        outs = [packed._mlp(x, up, down, 0.3),
+                torch.nn.functional.leaky_relu(x @ up.T, 0.3).square() @ down.T]
+        for got, want in zip(*([out, *torch.autograd.grad(out.sum(), (x, up, down))] for out in outs)):
+            assert ((got - want).float().norm() / want.float().norm()).item() < 0.02
+        print(quack_stub.EpiMod.calls)
+        """
+    paths = os.pathsep.join([str(packed.parent), str(Path(__file__).parent)])
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(driver)], capture_output=True, text=True, timeout=240,
+                          env=HERE | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"})
+    assert done.stdout == "[(6, 32, 16, False), (6, 32, 16, True)]\n", done.stderr
+
+
+OTHERWISE = {  # as many other branches as one run can take
+    "COMPRESSOR": "lzma", "SLIDING_WINDOW_ENABLED": "1", "NUM_LOOPS": "0", "PARALLEL_START_LAYER": "3",
+    "XSA_LAST_N": "0", "TIE_EMBEDDINGS": "0", "SKIP_GATES_ENABLED": "0", "SMEAR_GATE_ENABLED": "0",
+    "SPARSE_ATTN_GATE_ENABLED": "0", "ATTN_OUT_GATE_ENABLED": "1", "ATTN_OUT_GATE_SRC": "q", "LN_SCALE": "0",
+    "WD_SCHEDULE_ENABLED": "1", "DATA_SEED": "3",
+    "MARKER_FUSION_ENABLED": "1", "GRAD_CLIP_NORM": "0", "MUON_MOMENTUM_WARMUP_STEPS": "0", "MUON_ROW_NORMALIZE": "0",
+    "GPTQ_COLUMN_STEPS": "0", "LQER_WEIGHTED": "1", "LQER_ASYM_ENABLED": "0", "GATED_ATTN_QUANT_GATE": "0",
+    "ATTN_WINDOW": "9", "PARTIAL_KEY_OFFSET": "1", "VALUE_RESIDUAL": "gate", "BIGRAM_VOCAB_SIZE": "31",
+    "VALUE_EMBED_LAYERS": "1", "MUON_HEAD_PAIRS": "1", "MUON_GRAM_ENABLED": "1", "SWA_BELOW_LR": "0.9",
+    "SWA_EVERY": "1", "QAT_BELOW_LR": "0.5", "HESSIAN_CLIP_LAMBDA": "0.2", "GPTQ_SELF_CALIBRATION": "1",
+    "DOC_SHUFFLE_ENABLED": "1",
+    "PHASED_TTT_NUM_PHASES": "0", "TTT_WARM_START_A": "0", "TTT_LORA_SITES": "q,head", "VAL_LOSS_EVERY": "2",
+    "TTT_STALE_CONTEXT": "0", "TTT_SHORT_CHUNKS": "30:8", "NGRAM_TILT_ENABLED": "1",
+}
+UNLIKE = {"run", "seconds", "training_seconds", "tokens_per_second_by_loop_state", "commit"}
+
+
+def run_both(folder, monkeypatch, settings, run):
+    """Packed script without and source with these settings: the same RESULT and artifact."""
+    script = folder / "packed.py"
+    settings = run_files.with_preset(settings)
+    script.write_bytes(pack_code(SOURCE, settings))
+
+    def call():
+        environ = HERE | run | {"OMP_NUM_THREADS": "1", "RUN_ID": "packed"}
+        return subprocess.run([sys.executable, "-I", script], env=environ, text=True, capture_output=True, timeout=400)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(call)
+        monkeypatch.setattr(train_gpt, "write_code", lambda *_: script.stat().st_size)
+        watching = QuietGuard()
+        watching.start(dist := train_gpt.Dist("cpu"))
+        hp = train_gpt.Hyperparameters.from_env(settings | run | {"RUN_ID": "source"}, watching)
+        wanted = json.loads(json.dumps(train_gpt.run(hp, dist, watching)))
+        done = other.result()
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout.splitlines()[-1].removeprefix("RESULT "))
+    assert got.keys() == wanted.keys() and [key for key in got if key not in UNLIKE and got[key] != wanted[key]] == []
+    assert (folder / "packed" / "artifact.bin").read_bytes() == (folder / "source" / "artifact.bin").read_bytes()
+    return got
+
+
+IN_SOAK = pytest.mark.skipif(not os.environ.get("SOAK"), reason="half a minute each; make soak runs them")
+
+
+@pytest.fixture
+def of_the_run(tmp_path):
+    """Settings of one run: its data and where it writes."""
+    (tmp_path / "data").mkdir()
+    make_data(tmp_path / "data")
+    paths = {"DATA_PATH": str(tmp_path / "data"), "RUNS_DIR": str(tmp_path)}
+    return paths | {"TOKENIZER_PATH": SETTINGS["TOKENIZER_PATH"]}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[IN_SOAK] if n != "pr1493" else []) for n in PUBLISHED])
+def test_a_packed_preset_gives_the_numbers_of_its_source(of_the_run, tmp_path, monkeypatch, name):
+    settings = tiny(name, tmp_path, tmp_path) | {"VOCAB_SIZE": "8192"}
+    settings = {key: value for key, value in settings.items() if key not in (*of_the_run, "RUN_ID")}
+    got = run_both(tmp_path, monkeypatch, settings, of_the_run)
+    assert ("ttt" in got["scores"]) == (name != "pr1512") and got["steps"] == 3
+
+
+def test_a_packed_script_gives_the_numbers_of_its_source(of_the_run, tmp_path, monkeypatch):
+    names = {field.name.upper() for field in dataclasses.fields(train_gpt.Hyperparameters)}
+    settings = {name: value for name, value in SETTINGS.items() if name in names and name not in of_the_run}
+    got = run_both(tmp_path, monkeypatch, settings | OTHERWISE, of_the_run)
+    assert "ttt" in got["scores"] and "sliding" in got["scores"]

@@ -10,7 +10,7 @@ import torch
 from conftest import TINY
 
 import train_gpt
-from tools import preflight, run_files
+from tools import guard, run_files
 from tools.run_files import read_preset
 
 pytest.importorskip("brotli")
@@ -50,10 +50,12 @@ def tiny(name, data, runs):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_preset_runs_every_stage(tiny_data, tmp_path, name, monkeypatch):
     monkeypatch.setattr(train_gpt, "write_code", lambda *_: 1000)  # seconds of packing, tested elsewhere
-    monkeypatch.setattr(preflight, "find_tokenizer", lambda hp: "none")
+    monkeypatch.setattr(train_gpt, "find_tokenizer", lambda hp: "none")
     monkeypatch.setattr(train_gpt, "load_tokenizer", lambda hp: Pieces)
     environ, preset = tiny(name, tiny_data, tmp_path), read_preset(name)
-    result = train_gpt.run(train_gpt.Hyperparameters.from_env(environ), train_gpt.Dist("cpu"))
+    watching = guard.RunGuard()
+    watching.dist = dist = train_gpt.Dist("cpu")
+    result = train_gpt.run(train_gpt.Hyperparameters.from_env(environ, watching), dist, watching)
     stages = ["prequant", "quantized", *["sliding"] * (preset.get("SLIDING_WINDOW_ENABLED") == "1"),
               *["ttt"] * (preset["TTT_ENABLED"] == "1")]  # fmt: skip
     assert list(result["scores"]) == stages
@@ -82,17 +84,18 @@ def test_the_presets_are_those_of_the_documentation():
 @pytest.mark.parametrize("name", [*PUBLISHED, "demo"])
 def test_settings_of_a_preset_are_settings_and_the_environment_wins(name):
     preset = read_preset(name)
-    hp = train_gpt.Hyperparameters.from_env({"PRESET": name})
+    hp = train_gpt.Hyperparameters.from_env({"PRESET": name}, guard.RunGuard())
     for key, value in preset.items():
         found = getattr(hp, key.lower())
         assert same(str(int(found) if isinstance(found, bool) else found), value), key
-    other = train_gpt.Hyperparameters.from_env({"PRESET": name, "TRAIN_LOG_EVERY": "7", "SEED": "3", "BETA1": "0.8"})
+    environ = {"PRESET": name, "TRAIN_LOG_EVERY": "7", "SEED": "3", "BETA1": "0.8"}
+    other = train_gpt.Hyperparameters.from_env(environ, guard.RunGuard())
     assert (other.train_log_every, other.seed, other.beta1) == (7, 3, 0.8)
 
 
 def test_an_unknown_preset_is_refused_with_the_names_there_are():
     with pytest.raises(train_gpt.SettingError, match="PRESET=pr1: there is no .*; there are: demo, pr1493"):
-        train_gpt.Hyperparameters.from_env({"PRESET": "pr1"})
+        train_gpt.Hyperparameters.from_env({"PRESET": "pr1"}, guard.RunGuard())
 
 
 @pytest.mark.parametrize("text", ["NOTHING", "SEED='1"])
@@ -100,4 +103,4 @@ def test_a_preset_that_cannot_be_read_is_refused(text, tmp_path, monkeypatch):
     monkeypatch.setattr(run_files, "PRESETS", tmp_path)
     (tmp_path / "mine.env").write_text(text)
     with pytest.raises(train_gpt.SettingError, match="PRESET=mine: .*mine.env is damaged: "):
-        train_gpt.Hyperparameters.from_env({"PRESET": "mine"})
+        train_gpt.Hyperparameters.from_env({"PRESET": "mine"}, guard.RunGuard())

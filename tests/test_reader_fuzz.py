@@ -21,10 +21,10 @@ from test_artifact import model_arrays
 from test_training import OPS, SMALL
 
 import train_gpt
-from tools import preflight, safety, techniques
+from tools import guard, techniques
 
 SOAK = os.environ.get("SOAK") == "1"
-OURS = train_gpt.SettingError, train_gpt.DataError, train_gpt.ArtifactError, safety.SafetyError
+OURS = train_gpt.SettingError, train_gpt.DataError, train_gpt.ArtifactError, guard.SafetyError
 TRIED = Counter()
 torch.set_num_threads(1)
 
@@ -92,7 +92,7 @@ def trainer(place):
     found = train_gpt.Trainer(train_gpt.GPT(hp, OPS, torch.float32), loader, hp, dist, Log())
     found.train_step(0, 0.0, False)
     train_gpt.save_checkpoint(place / "model.pt", found.model, hp)
-    safety.save_state(found, train_gpt.write_atomically, 1, 0.5, [torch.tensor(1.0)])
+    guard.save_state(found, 1, 0.5, [torch.tensor(1.0)])
     return found
 
 
@@ -121,7 +121,7 @@ def test_checkpoints(place, trainer):
     @tries(100, 8_000)
     def read(damage):
         path.write_bytes(damaged(data, damage))
-        only_ours(safety.load_checkpoint, path, trainer.model, train_gpt.rebank)
+        only_ours(train_gpt.load_checkpoint, path, trainer.model)
 
     read()
 
@@ -134,7 +134,7 @@ def test_training_states_under_a_digest_that_is_right(place, trainer):
     def read(damage):
         data = damaged(sealed, damage)
         path.write_bytes(hashlib.sha256(data).digest() + data)
-        only_ours(safety.load_state, trainer)
+        only_ours(guard.load_state, trainer)
 
     read()
 
@@ -161,7 +161,7 @@ def test_training_states_of_other_content(place, trainer):
     def read(part, tree):
         torch.save(state | {part: tree}, buffer := io.BytesIO())
         path.write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
-        only_ours(safety.load_state, trainer)
+        only_ours(guard.load_state, trainer)
 
     read()
 
@@ -219,8 +219,8 @@ def test_manifests(place, tmp_path):
             yield from paths_into(tree[key], (*at, key))
 
     def read():
-        only_ours(preflight.check_manifest, hp, {"documents": 3, "tokens": 63}, train_gpt.load_data_shard)
-        only_ours(preflight.find_tokenizer, hp)
+        only_ours(train_gpt.check_manifest, hp, {"documents": 3, "tokens": 63})
+        only_ours(train_gpt.find_tokenizer, hp)
 
     @given(st.sampled_from(list(paths_into(whole))), JSON, st.booleans())
     @tries(200, 12_000)

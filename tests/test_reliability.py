@@ -29,7 +29,7 @@ from test_optimizer import run_on_ranks
 from test_training import OPS, SMALL, equal_states, everything
 
 import train_gpt
-from tools import safety
+from tools import guard
 from tools.pack_code import pack_code
 from train_gpt import SettingError
 
@@ -52,7 +52,9 @@ class FolderLog(Lines):
 def trainer_of(data, folder, dist=None, **changes):
     hp, dist = tiny_hp(data_path=str(data), **SMALL | {"iterations": 8} | changes), dist or train_gpt.Dist("cpu")
     loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
-    return train_gpt.Trainer(train_gpt.GPT(hp, OPS, torch.float32), loader, hp, dist, FolderLog(folder))
+    watching = guard.RunGuard()
+    watching.dist = dist
+    return train_gpt.Trainer(train_gpt.GPT(hp, OPS, torch.float32), loader, hp, dist, FolderLog(folder), watching)
 
 
 class Cut(Exception):
@@ -113,11 +115,11 @@ def test_a_torn_state_is_passed_over(tiny_data, tmp_path, tear):
     older, newest = sorted(tmp_path.glob("state-*"))
     newest.write_bytes(tear(newest.read_bytes()))
     again = trainer_of(tiny_data, tmp_path, resume=True, run_id="x")
-    step, seconds, losses = safety.load_state(again)
+    step, seconds, losses = guard.load_state(again)
     assert step == 4 and seconds > 0 and len(losses) == 4
     older.write_bytes(tear(older.read_bytes()))
     with pytest.raises(ValueError, match="no whole training state"):
-        safety.load_state(again)
+        guard.load_state(again)
 
 
 def sealed(value):
@@ -129,7 +131,7 @@ def sealed(value):
 def test_a_forged_state_is_refused_and_runs_no_code(tiny_data, tmp_path, forged):
     (tmp_path / "state-00000009.pt").write_bytes(sealed(forged))
     with pytest.raises(ValueError, match="does not fit these settings"):
-        safety.load_state(trainer_of(tiny_data, tmp_path, resume=True, run_id="x"))
+        guard.load_state(trainer_of(tiny_data, tmp_path, resume=True, run_id="x"))
 
 
 class Evil:
@@ -140,7 +142,7 @@ class Evil:
 def test_a_state_with_code_in_it_is_refused(tiny_data, tmp_path):
     (tmp_path / "state-00000009.pt").write_bytes(sealed({"weights": Evil()}))
     with pytest.raises(ValueError, match="does not fit"):
-        safety.load_state(trainer_of(tiny_data, tmp_path, resume=True, run_id="x"))
+        guard.load_state(trainer_of(tiny_data, tmp_path, resume=True, run_id="x"))
     assert not Path("/tmp/evil-state").exists()
 
 
@@ -216,7 +218,7 @@ def test_what_is_not_finite_ends_training_within_two_steps(tiny_data, tmp_path, 
     assert states == ["diverged.pt", *(f"state-{number:08d}.pt" for number in (step - 1, step) if number > 0)]
     again = trainer_of(tiny_data, tmp_path, resume=True, run_id="x")
     if step:  # the states that are kept are good ones
-        assert safety.load_state(again)[0] == step and all(p.isfinite().all() for p in again.model.parameters())
+        assert guard.load_state(again)[0] == step and all(p.isfinite().all() for p in again.model.parameters())
 
 
 @pytest.mark.parametrize("step", [2, 6])
@@ -230,12 +232,12 @@ def test_divergence_is_named_without_states_too(tiny_data, tmp_path, step):
 # ---- the watchdog's judgement
 
 
-GONE, ALIVE = ("another host", 1, "0"), (safety.host_id(), os.getpid(), safety.process_state(os.getpid())[1])
+GONE, ALIVE = ("another host", 1, "0"), (guard.host_id(), os.getpid(), guard.process_state(os.getpid())[1])
 
 
 def judged(told, silent=(0, 0), idle=(False, False), failing=0):
-    watchdog = safety.Watchdog.__new__(safety.Watchdog)
-    found = safety.Watchdog.judge(watchdog, told, list(silent), list(idle), failing)
+    watchdog = guard.Watchdog.__new__(guard.Watchdog)
+    found = guard.Watchdog.judge(watchdog, told, list(silent), list(idle), failing)
     return f"rank {found[0]} {found[1]}" if found else ""
 
 
@@ -252,7 +254,7 @@ def test_the_watchdog_names_the_dead_the_stalled_and_the_first_to_fail():
 
 
 def test_a_rank_idles_that_does_next_to_nothing_for_as_long_as_looks_go_back():
-    watchdog, looks = safety.Watchdog.__new__(safety.Watchdog), safety.Watchdog.STALLED
+    watchdog, looks = guard.Watchdog.__new__(guard.Watchdog), guard.Watchdog.STALLED
     past = [[[1.0, 5000 + tick, 10]] for tick in range(looks + 1)]
     past[30:] = [[[1.0, look[0][1] + 60, 10]] for look in past[30:]]  # a moment's work: pages come back, threads wake
     assert watchdog.idles(past, 0) and not watchdog.idles(past[1:], 0)
@@ -263,10 +265,11 @@ def test_a_rank_idles_that_does_next_to_nothing_for_as_long_as_looks_go_back():
 def test_a_rank_that_waits_for_a_slow_disk_is_not_taken_for_stalled(dist, monkeypatch):
     told = {}
     store = SimpleNamespace(set=lambda key, text: told.setdefault(key, []).append(json.loads(text)[1]))
-    watchdog = safety.Watchdog.__new__(safety.Watchdog)
+    watchdog = guard.Watchdog.__new__(guard.Watchdog)
     watchdog.dist, watchdog.store, watchdog.error, watchdog.process, watchdog.disk_ticks = dist, store, None, ALIVE, 0
+    watchdog.guard = guard.RunGuard()
     for state in ("S", "D", "D"):
-        monkeypatch.setattr(safety, "process_state", lambda pid, state=state: (state, "0"))
+        monkeypatch.setattr(guard, "process_state", lambda pid, state=state: (state, "0"))
         watchdog.tell()
     asleep, waiting, later = told["golf/rank0"]
     assert waiting >= asleep + 100 and later >= waiting + 100 > watchdog.IDLE_TICKS / watchdog.STALLED
@@ -277,29 +280,29 @@ def test_a_process_that_is_seen_to_live_may_be_silent_for_longer():
     a, b = [1.0, 5, 10, "train", None, GONE], [1.0, 5, 11, "pack", None, ALIVE]
     assert judged([a, b], silent=(0, 39)) == judged([a, b], silent=(0, 5), failing=3) == ""
     assert judged([a, b], silent=(0, 40)) == "rank 1 died or hangs in stage pack"
-    assert safety.lives(*ALIVE) and not safety.lives(*ALIVE[:2], "0") and not safety.lives("elsewhere", *ALIVE[1:])
+    assert guard.lives(*ALIVE) and not guard.lives(*ALIVE[:2], "0") and not guard.lives("elsewhere", *ALIVE[1:])
     with subprocess.Popen(["sleep", "60"]) as child:
-        process = safety.host_id(), child.pid, safety.process_state(child.pid)[1]
-        assert safety.lives(*process)
+        process = guard.host_id(), child.pid, guard.process_state(child.pid)[1]
+        assert guard.lives(*process)
         child.send_signal(signal.SIGSTOP)
-        while safety.process_state(child.pid)[0] != "T":
+        while guard.process_state(child.pid)[0] != "T":
             time.sleep(0.01)
-        assert not safety.lives(*process) and safety.lives(*process, states="T")
+        assert not guard.lives(*process) and guard.lives(*process, states="T")
         child.kill()
-        while safety.process_state(child.pid)[0] != "Z":
+        while guard.process_state(child.pid)[0] != "Z":
             time.sleep(0.01)
-        assert not safety.lives(*process)
+        assert not guard.lives(*process)
 
 
 def test_a_rank_that_works_alone_is_not_taken_for_stalled():
     """Packing keeps rank 0 for a minute: threads, and programs such as lrzip, count as work."""
-    before = safety.cpu_ticks()
+    before = guard.cpu_ticks()
     child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     time.sleep(1.0)
-    grown = safety.cpu_ticks() - before
+    grown = guard.cpu_ticks() - before
     child.kill()
     child.wait()
-    assert grown >= 5 * safety.Watchdog.IDLE_TICKS / safety.Watchdog.STALLED or os.getloadavg()[0] > 2 * os.cpu_count()
+    assert grown >= 5 * guard.Watchdog.IDLE_TICKS / guard.Watchdog.STALLED or os.getloadavg()[0] > 2 * os.cpu_count()
 
 
 # ---- before the clock starts
@@ -308,7 +311,7 @@ def test_a_rank_that_works_alone_is_not_taken_for_stalled():
 def machine(tmp_path, folder="runs/run", **changes):
     hp = tiny_hp(**changes)
     found = {"folder": tmp_path / folder, "model": train_gpt.GPT(hp, OPS, torch.float32), "compressor": None}
-    return safety.check_machine(train_gpt, hp, train_gpt.Dist("cpu"), **found)
+    return guard.check_machine(hp, train_gpt.Dist("cpu"), **found)
 
 
 def test_a_machine_that_will_do_is_described(tmp_path):
@@ -319,9 +322,9 @@ def test_a_machine_that_will_do_is_described(tmp_path):
 
 
 def test_all_problems_are_in_one_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(safety.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
-    monkeypatch.setattr(safety.os, "access", lambda path, mode: False)
-    monkeypatch.setattr(safety.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(guard.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
+    monkeypatch.setattr(guard.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(guard.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(train_gpt, "BYTE_CAP", 1000)
     monkeypatch.setattr(train_gpt, "unpack_weights", lambda blob: {})
     with pytest.raises(ValueError) as error:
@@ -346,7 +349,7 @@ def test_the_trial_packs_what_a_run_packs(changes, dist):
     weights = {name: torch.randn_like(tensor) for name, tensor in train_gpt.unbank(model).items()}
     identity = {name: torch.eye(w.shape[1]) for name, w in weights.items() if train_gpt.quant_role(name)}
     real = train_gpt.quantize_weights(weights, identity, hp, dist)
-    trial, share = safety.trial_arrays(train_gpt, model, hp)
+    trial, share = guard.trial_arrays(model, hp)
     fields = lambda arrays: {name for name in arrays if ":lqer" not in name}  # noqa: E731
     assert fields(trial) == fields(real) and 0 < share < 1
     assert {n.split(":")[1] for n in trial} == {n.split(":")[1] for n in real}
@@ -377,7 +380,7 @@ def test_a_compressor_that_fails_on_the_real_shapes_is_refused(tmp_path, monkeyp
 
 def test_an_artifact_that_cannot_fit_is_refused_and_one_that_may_not_is_noted(tmp_path, monkeypatch):
     hp = tiny_hp()
-    size = safety.projected_bytes(train_gpt.GPT(hp, OPS, torch.float32), hp)
+    size = guard.projected_bytes(train_gpt.GPT(hp, OPS, torch.float32), hp)
     for cap, words in ((size, ""), (round(0.9 * size), "note: the artifact may not fit"), (round(0.7 * size), None)):
         monkeypatch.setattr(train_gpt, "BYTE_CAP", cap)
         if words is None:
@@ -392,9 +395,9 @@ def test_the_submission_is_projected_to_fit():
     hp = train_gpt.Hyperparameters()
     with torch.device("meta"):
         model = train_gpt.GPT(hp, OPS, torch.float32)
-    assert 15_750_000 < safety.projected_bytes(model, hp) < train_gpt.BYTE_CAP
+    assert 15_750_000 < guard.projected_bytes(model, hp) < train_gpt.BYTE_CAP
     hp = dataclasses.replace(hp, embed_bits=7, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0, embed_clip_sigmas=14.0)
-    assert 15_900_000 < safety.projected_bytes(model, hp) < train_gpt.BYTE_CAP  # trained: 15,793,158 (docs/h100)
+    assert 15_900_000 < guard.projected_bytes(model, hp) < train_gpt.BYTE_CAP  # trained: 15,793,158 (docs/h100)
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -416,7 +419,7 @@ def test_a_run_names_every_problem_of_every_check(tmp_path, monkeypatch, dist):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "model.pt").write_bytes(b"")
     with pytest.raises(SettingError) as error:
-        train_gpt.run(train_gpt.Hyperparameters.from_env(environ), dist)
+        train_gpt.run(train_gpt.Hyperparameters.from_env(environ), dist, guard.RunGuard())
     lines = str(error.value).splitlines()
     words = ["/nowhere.model", "COMPRESSOR=zip", "val_bytes", "no fineweb_train", "fa3", "finished training"]
     assert len(lines) == 6 and [word for word, line in zip(words, lines, strict=True) if word not in line] == []
@@ -434,7 +437,7 @@ def test_the_projected_size_is_that_of_gaussian_weights(changes, dist, monkeypat
     weights = {name: tensor.detach() for name, tensor in train_gpt.unbank(model).items()}
     identity = {name: torch.eye(w.shape[1]) for name, w in weights.items() if train_gpt.quant_role(name)}
     size = len(train_gpt.pack_weights(train_gpt.quantize_weights(weights, identity, hp, dist), "entropy"))
-    assert safety.projected_bytes(model, hp) == pytest.approx(size, rel=0.03)
+    assert guard.projected_bytes(model, hp) == pytest.approx(size, rel=0.03)
 
 
 # ---- folders
@@ -442,12 +445,12 @@ def test_the_projected_size_is_that_of_gaussian_weights(changes, dist, monkeypat
 
 def test_two_runs_never_share_a_folder(tmp_path):
     (tmp_path / ".model.pt.77.tmp").write_bytes(b"half of a file, by a run that was killed")
-    held = safety.lock(tmp_path)
+    held = guard.lock(tmp_path)
     assert not list(tmp_path.glob(".*.tmp"))
     with pytest.raises(ValueError, match="in use by another run: choose another RUN_ID"):
-        safety.lock(tmp_path)
+        guard.lock(tmp_path)
     held.close()
-    safety.lock(tmp_path).close()
+    guard.lock(tmp_path).close()
 
 
 def test_a_folder_of_a_run_that_did_not_end_is_not_used_again(tmp_path):
@@ -665,7 +668,7 @@ def test_the_command_of_a_message_is_safe_for_a_shell(dist, tmp_path):
     """Settings are text that a user may have got from elsewhere: none is a command."""
     hostile = f"a b'; touch {tmp_path}/evil; $(touch {tmp_path}/evil) `touch {tmp_path}/evil` \n #"
     hp = tiny_hp(data_path=hostile, runs_dir=hostile, attention_backend="sdpa")
-    _, line = safety.command(hp, dist, Path(hostile) / "run", "it", quant_only=True).split("goes on from it: ", 1)
+    _, line = guard.command(hp, dist, Path(hostile) / "run", "it", quant_only=True).split("goes on from it: ", 1)
     line = line.replace(shlex.quote(sys.argv[0]), "-c 'import os; print(os.environ[\"DATA_PATH\"])'")
     environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(["sh", "-c", line], env=environ, capture_output=True, text=True)
@@ -776,14 +779,14 @@ def compile_a_step(data):
 def test_no_work_of_a_run_keeps_the_watchdog_waiting(tiny_data, tmp_path):
     """What a rank does for long, at the submission's size: its thread must be heard of in much less than DEAD looks."""
     hp = train_gpt.Hyperparameters()
-    arrays, _ = safety.trial_arrays(train_gpt, train_gpt.GPT(hp, OPS, torch.float32), hp)
+    arrays, _ = guard.trial_arrays(train_gpt.GPT(hp, OPS, torch.float32), hp)
     codes = arrays["tok_emb.weight:codes"].tobytes()
     source = Path(train_gpt.__file__).read_text()
-    state = {f"bank {n}": torch.zeros(9_000_000) for n in range(4 * safety.STATE_BYTES_A_WEIGHT // 4)}
+    state = {f"bank {n}": torch.zeros(9_000_000) for n in range(4 * guard.STATE_BYTES_A_WEIGHT // 4)}
     jobs = {
         "entropy": lambda: train_gpt.unpack_weights(train_gpt.pack_weights(arrays, "entropy")),
         "packing the code": lambda: pack_code(source, {}),
-        "a training state": lambda: train_gpt.write_atomically(tmp_path / "state", safety.sealed(state)),
+        "a training state": lambda: train_gpt.write_atomically(tmp_path / "state", guard.sealed(state)),
         "compiling": lambda: compile_a_step(tiny_data),
     }
     for codec in ("brotli", "lzma", *["lrzip"] * bool(shutil.which("lrzip"))):
@@ -792,7 +795,7 @@ def test_no_work_of_a_run_keeps_the_watchdog_waiting(tiny_data, tmp_path):
         start = time.perf_counter()
         gap = longest_gap(work)
         tell(f"heartbeat, {name}: {time.perf_counter() - start:.0f} s, longest gap {gap:.2f} s")
-        assert gap < safety.Watchdog.DEAD / 3
+        assert gap < guard.Watchdog.DEAD / 3
 
 
 @soak

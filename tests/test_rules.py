@@ -83,8 +83,8 @@ def test_a_partial_score_is_marked():
 @pytest.mark.parametrize("total, code", [(16_000_000, None), (16_000_001, 3)])
 def test_exit_code_tells_a_broken_byte_cap(monkeypatch, total, code):
     monkeypatch.setattr("sys.argv", ["train_gpt.py"])
-    monkeypatch.setattr(train_gpt.safety, "catch_signals", lambda dist: None)
-    monkeypatch.setattr(train_gpt, "run", lambda hp, dist: {"total_bytes": total, "run": "any"})
+    monkeypatch.setattr(train_gpt, "find_guard", lambda: train_gpt.NO_GUARD)  # this process is not the run's own
+    monkeypatch.setattr(train_gpt, "run", lambda hp, dist, guard: {"total_bytes": total, "run": "any"})
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DEVICE", "cpu")

@@ -14,6 +14,7 @@ from test_training import quiet, trainer_of
 from test_ttt import ACTIVE, make_validation, run_ttt
 
 import train_gpt
+from tools import guard
 
 
 def screen_of(text):
@@ -36,13 +37,13 @@ MOMENTS = [100.0, 100.0, 110.0, 110.1, 112.0, 112.0, 114.0, 115.0, 130.0, 140.0]
 
 def run_stages(folder, stream, rank=0):
     """Two stages with a live line and a line of the log in each, at MOMENTS -> the log file."""
-    dist, clock = SimpleNamespace(rank=rank, synchronize=lambda: None, watchdog=None, tell=None), iter(MOMENTS)
+    dist, clock, watching = SimpleNamespace(rank=rank, synchronize=lambda: None), iter(MOMENTS), guard.RunGuard()
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
         patch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((100, 24)))
-        log = train_gpt.RunLog(folder, dist)
-        if not log.line:  # where nothing is shown, the live line does not look at the clock more than once
+        log = train_gpt.RunLog(folder, dist, watching)
+        if not watching.line:  # where nothing is shown, the live line does not look at the clock more than once
             log.live = lambda share, detail="": next(clock)
         patch.setattr(train_gpt.time, "perf_counter", lambda: next(clock))
         log("settings")

@@ -1,5 +1,6 @@
 """Fast encoding against the plain one; interrupted runs; what leaks, damage and wrong data look like to `verify`."""
 
+import importlib
 import random
 import subprocess
 import sys
@@ -259,9 +260,9 @@ def test_a_manifest_that_was_edited_is_refused(dataset, capsys):
     assert "changed after it was written" in verified(capsys, dataset)[1]
 
 
-def test_canonical_counts_are_recognised():
-    from tools.preflight import is_canonical
-
+@pytest.mark.parametrize("module", ["tools.verify_data", "train_gpt"])  # each stands without the other
+def test_canonical_counts_are_recognised(module):
+    is_canonical = importlib.import_module(module).is_canonical
     tokens = np.full(47_853_344, 300, dtype=np.uint16)
     tokens[np.linspace(0, len(tokens) - 3_000, 50_000).astype(int)] = 1
     costs = np.full(len(tokens), 3, dtype=np.uint16)
@@ -270,6 +271,6 @@ def test_canonical_counts_are_recognised():
     costs[1 : 1 + missing] += 1
     assert is_canonical(tokens, costs)
     costs[5] += 1
-    assert not is_canonical(tokens, costs) and not is_canonical(tokens[:-1], None)
+    assert not is_canonical(tokens, costs) and not is_canonical(tokens[:-1], costs)
 
 

@@ -45,7 +45,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.run_files import SettingError, settings_of, with_preset  # noqa: E402
+from tools.run_files import PresetError, settings_of, with_preset  # noqa: E402
 
 OURS = ("SEEDS", "GPUS", "NPROC", "SCRIPT", "EXTRA_ENV", "VENV", "USE_TMUX", "PLOTS")  # never handed on
 DISK_BYTES_A_RUN = 500_000_000  # a checkpoint of 144 MB, an artifact of 16 MB, compilation caches
@@ -88,7 +88,7 @@ def make_plan(environ):
         raise LaunchError(f"EXTRA_ENV='{environ['EXTRA_ENV']}': must be NAME=value, separated by blanks")
     try:
         settings = with_preset(environ) | settings_of(extra)
-    except SettingError as error:
+    except PresetError as error:
         raise LaunchError(str(error)) from None
     name = environ.get("RUN_ID") or time.strftime("seeds-%Y%m%d-%H%M%S")
     if not re.fullmatch(r"\w[\w.+-]*", name):
@@ -141,8 +141,9 @@ def check_script(script, count_gpus):
         about["notes"].append(f"{script.name} is not a script of this repository: settings and data are not checked")
     else:
         try:
-            hp = module.Hyperparameters.from_env()
-            found = module.check_all(hp, module.Dist(hp.device))
+            guard = module.find_guard()
+            hp = module.Hyperparameters.from_env(guard=guard)
+            found = module.check_all(hp, module.Dist(hp.device), guard)
             validation, loader = found["validation"], found["loader"]
             tokens = "" if hp.ttt_eval_only else f"{loader.stream.size:,} training tokens, "
             about["notes"].append(
@@ -150,7 +151,9 @@ def check_script(script, count_gpus):
                 f"{int(validation.bytes.sum()):,} bytes in {hp.data_path}"
             )
             about["notes"] += [line for line in found["machine"].splitlines() if line]
-            about["disk_bytes"] = module.safety.wanted_bytes(found["model"], hp)
+            from tools.guard import wanted_bytes  # it imports the script: after that was loaded
+
+            about["disk_bytes"] = wanted_bytes(found["model"], hp)
         except (ValueError, OSError) as error:
             about["problems"] += str(error).splitlines()
     if count_gpus:
@@ -171,8 +174,8 @@ def checked_module(script):
 
 
 def import_file(path):
-    spec = importlib.util.spec_from_file_location("checked_script", path)
-    module = sys.modules["checked_script"] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec = importlib.util.spec_from_file_location("train_gpt", path)
+    module = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)  # dataclasses and the guard look there
     spec.loader.exec_module(module)
     return module
 

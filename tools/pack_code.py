@@ -1,9 +1,10 @@
-"""Packs a script into the file that is counted: without what its settings do not use, minified, brotli, in a literal.
+"""Packs a script into the file that is counted: minified, compressed with brotli, in a literal that unpacks itself.
 
 usage: [NAME=value...] python tools/pack_code.py train_gpt.py OUT
 
-Packed for the settings of the environment, as a run with them packs it. Kept outside train_gpt.py: a packed script
-never packs anything, so none of this costs a counted byte. What settings take out: tools/specialise.py.
+The packed script is the same program: it takes and checks the same settings and prints the same --help. The settings of
+the run that packs it, here those of the environment, are its defaults, so that it repeats the run without any. Where
+the run uses techniques of published systems, tools/techniques.py is in it.
 """
 
 import ast
@@ -17,10 +18,12 @@ from pathlib import Path
 import brotli
 import python_minifier
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.run_files import with_preset  # noqa: E402
-from tools.specialise import specialise  # noqa: E402
-
+# they belong to one run and one machine: packed scripts have the defaults of the source
+OF_A_RUN = """
+    seed preset run_id runs_dir plots data_path tokenizer_path prequant_only quant_only ttt_eval_only checkpoint_path
+    artifact_path checkpoint_every resume
+""".split()
+TECHNIQUES = Path(__file__).with_name("techniques.py")
 PACKED_START = b"#coding:l1\nimport brotli,io,linecache\nn=0\nfor c in'''"
 PACKED_END = b"""''':c=ord(c);n=n*253+c-1-(c>13)-(c>92)
 S=brotli.decompress(n.to_bytes(%d)).decode()
@@ -33,15 +36,111 @@ def is_packed(source):
     return source.startswith(PACKED_START)
 
 
-class DropWords(ast.NodeTransformer):
-    """What documents or asserts only: the help text of a setting, `env(default, help, ...)`, and `zip(strict=True)`."""
+# ---- the settings of the run
+
+
+def declarations(tree):
+    """{name of a setting: its statement `name: type = env(default, ...)`}; {} for another script than train_gpt.py."""
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Hyperparameters"]
+    parts = [part for node in classes for part in node.body]
+    return {part.target.id: part for part in parts if isinstance(part, ast.AnnAssign)}
+
+
+def changed_settings(tree, settings):
+    """{NAME: value or its text} -> {name: value} of those that differ from the defaults in the source."""
+    types = {"int": int, "float": float, "str": str, "bool": lambda text: text == "1"}
+    changed = {}
+    for name, statement in declarations(tree).items():
+        default = ast.literal_eval(statement.value.args[0])
+        value = settings.get(name.upper(), default)
+        if isinstance(value, str):
+            value = types[statement.annotation.id](value)
+        if value != default:
+            changed[name] = value
+    return changed
+
+
+def set_defaults(tree, changed):
+    """Makes changed settings the defaults, but for those that belong to one run."""
+    for name, statement in declarations(tree).items():
+        if name in changed and name not in OF_A_RUN:
+            statement.value.args[0] = ast.parse(repr(changed[name]), mode="eval").body
+
+
+def needs_techniques(tree, changed):
+    """Whether a changed setting is declared with published=True, or is the coder that only published systems use."""
+    published = [
+        name
+        for name, statement in declarations(tree).items()
+        if any(keyword.arg == "published" for keyword in statement.value.keywords)
+    ]
+    return any(name in changed for name in published) or changed.get("compressor") == "pergroup"
+
+
+def bound_names(node):
+    """Names that are bound anywhere in a syntax tree, but for imports."""
+    found = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+            found.add(part.id)
+        elif isinstance(part, ast.arg):
+            found.add(part.arg)
+        elif isinstance(part, (ast.FunctionDef, ast.ClassDef)):
+            found.add(part.name)
+    return found
+
+
+class WithoutPrefix(ast.NodeTransformer):
+    """`techniques.name` -> `name`."""
+
+    def visit_Attribute(self, node):
+        self.generic_visit(node)
+        return ast.Name(node.attr, node.ctx) if getattr(node.value, "id", None) == "techniques" else node
+
+
+def insert_techniques(tree, techniques):
+    """Puts the definitions of techniques.py (a syntax tree) in the place of `techniques = None`.
+
+    ValueError where a name would stand for two things.
+    """
+    place = next(i for i, node in enumerate(tree.body) if ast.unparse(node) == "techniques = None")
+    statements = []
+    for node in techniques.body[1:-1]:  # without the docstring and the line that hands the module to train_gpt
+        ours = isinstance(node, (ast.Import, ast.ImportFrom)) and "train_gpt" in ast.unparse(node)
+        if not ours:
+            statements.append(node)
+    if twice := defined_names(statements) & bound_names(tree):
+        raise ValueError(f"{TECHNIQUES.name} and the script both have {', '.join(sorted(twice))}")
+    WithoutPrefix().visit(tree)
+    tree.body[place : place + 1] = [*statements, *ast.parse("techniques = True").body]
+
+
+def defined_names(statements):
+    """Names of functions, classes and variables at module level, but for imports."""
+    found = set()
+    for node in statements:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            found |= {part.id for part in ast.walk(node.targets[0]) if isinstance(part, ast.Name)}
+    return found
+
+
+def mark_as_packed(tree):
+    for node in tree.body:
+        if ast.unparse(node) == "PACKED = False":
+            node.value = ast.Constant(True)
+
+
+# ---- minifying
+
+
+class DropStrict(ast.NodeTransformer):
+    """`zip(..., strict=True)` asserts only."""
 
     def visit_Call(self, node):
         self.generic_visit(node)
-        name = getattr(node.func, "id", None)
-        if name == "env" and len(node.args) == 2:
-            node.args[1] = ast.Constant("")
-        if name == "zip":
+        if getattr(node.func, "id", None) == "zip":
             node.keywords = [keyword for keyword in node.keywords if keyword.arg != "strict"]
         return node
 
@@ -51,8 +150,9 @@ def free_parameters(tree):
 
     It writes them as plain parameters again. Otherwise it would keep the names, for callers that it cannot see. There
     are none for a function whose name stands nowhere but in calls; one that is handed on may be a library's to call,
-    as PyTorch calls `setup_context(ctx=..., inputs=..., output=...)`. Arguments go in order
-    to lambdas, to what golf_op is given and to the operations among the candidates of select_ops.
+    as PyTorch calls `setup_context(ctx=..., inputs=..., output=...)`. A method that is handed on keeps the names that
+    any call of the script gives: libraries call methods of ours in order. So arguments go to lambdas, to what golf_op
+    is given and to the operations among the candidates of select_ops.
     """
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     in_order = "golf_op", "candidates"
@@ -61,15 +161,21 @@ def free_parameters(tree):
     named = defaultdict(set)
     for call in calls:
         named[name_of(call.func)].update(keyword.arg for keyword in call.keywords)
+    in_any_call = {keyword.arg for call in calls for keyword in call.keywords}
     owner = {part: cls for cls in ast.walk(tree) if isinstance(cls, ast.ClassDef) for part in cls.body}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Lambda):
+        if is_kernel(node):  # tensors and sizes are given in order, constants by name
+            free = sum(argument.annotation is None for argument in node.args.args)
+            node.args.posonlyargs, node.args.args = node.args.args[:free], node.args.args[free:]
+        elif isinstance(node, ast.Lambda):
             node.args.posonlyargs, node.args.args = node.args.args, []
-        elif isinstance(node, ast.FunctionDef) and not node.args.posonlyargs and node.name not in handed_on:
+        elif isinstance(node, ast.FunctionDef) and not node.args.posonlyargs:
             name = owner[node].name if node.name == "__init__" else node.name
-            if name.startswith("__") or None in named[name]:
+            is_handed_on = node.name in handed_on or name.startswith("__")
+            if is_handed_on and node not in owner or None in named[name]:
                 continue
-            names = [argument.arg in named[name] for argument in node.args.args]
+            given = in_any_call if is_handed_on else named[name]
+            names = [argument.arg in given for argument in node.args.args]
             free = names.index(True) if True in names else len(names)
             node.args.posonlyargs, node.args.args = node.args.args[:free], node.args.args[free:]
 
@@ -79,14 +185,18 @@ def name_of(node):
     return getattr(node, "id", getattr(node, "attr", None)) if isinstance(node, (ast.Name, ast.Attribute)) else None
 
 
+def is_kernel(node):
+    """Whether a statement is a Triton kernel, or a function that kernels call."""
+    return isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
+
+
 def names_to_keep(tree):
-    """Named arguments of kernels, and globals that must keep their names.
+    """Named arguments of kernels, and globals that must keep their names; to be asked behind free_parameters.
 
     The minifier's `A=BLOCK` would make a kernel's constexpr a tensor, and a kernel may not read an alias of a builtin.
     Operators and kernels go by their names in profiles; aliases of builtins would cost bytes.
     """
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    kernels = [node for node in functions if any("jit" in ast.unparse(d) for d in node.decorator_list)]
+    kernels = [node for node in ast.walk(tree) if is_kernel(node)]
     arguments = {argument.arg for kernel in kernels for argument in kernel.args.args + kernel.args.kwonlyargs}
     used = {node.id for kernel in kernels for node in ast.walk(kernel) if isinstance(node, ast.Name)}
     named = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
@@ -120,16 +230,22 @@ def clean_shared_nodes(source):
 
 
 def pack_code(source, settings):
-    """Source of a script, {NAME: value or text} -> bytes of a script that does the same with these settings.
+    """Source of a script, {NAME: value or text} -> bytes of a script that does the same, with these as its defaults.
 
-    ValueError if it is not Python. Settings that are not given have their defaults.
-    The code is put in linecache under the script's own name before it runs, because Triton reads the source of its
-    kernels there. Annotations stay: dataclass fields and custom_op schemas are made of them.
+    ValueError if it is not Python. The code is put in linecache under the script's own name before it runs,
+    because Triton reads the source of its kernels there. Annotations stay: dataclass fields and custom_op schemas are
+    made of them.
     """
     try:
-        tree = specialise(DropWords().visit(ast.parse(source)), settings)
+        tree = ast.parse(source)
     except SyntaxError as error:
         raise ValueError(f"the script cannot be minified: {error}") from error
+    changed = changed_settings(tree, settings)
+    if needs_techniques(tree, changed):
+        insert_techniques(tree, ast.parse(TECHNIQUES.read_text(encoding="utf-8")))
+    set_defaults(tree, changed)
+    mark_as_packed(tree)
+    DropStrict().visit(tree)
     free_parameters(tree)
     named_arguments, kept_globals = names_to_keep(tree)
     text = ast.unparse(tree)
@@ -157,6 +273,8 @@ def pack_code(source, settings):
 
 def main():
     """Command line: packs one script and says how many bytes it counts."""
+    from run_files import with_preset  # beside this file
+
     if len(sys.argv) != 3:
         sys.exit("usage: python tools/pack_code.py train_gpt.py OUT")
     script, target = map(Path, sys.argv[1:])

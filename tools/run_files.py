@@ -13,8 +13,8 @@ PRESETS = Path(__file__).resolve().parents[1] / "presets"
 SETTINGS_LINE = "settings (* changed):"  # the first line that a run writes into its log
 
 
-class SettingError(ValueError):
-    """A setting, or a combination of settings, that cannot work; the message says what to change."""
+class PresetError(ValueError):
+    """A preset that is not there or cannot be read; the message says what to change."""
 
 
 class Run(NamedTuple):
@@ -41,19 +41,19 @@ def settings_of(words):
 
 
 def read_preset(name):
-    """presets/<name>.env -> {NAME: value}. SettingError, with the names that exist, for an unknown or a damaged one."""
+    """presets/<name>.env -> {NAME: value}. PresetError, with the names that exist, for an unknown or a damaged one."""
     path = PRESETS / f"{name}.env"
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.env")))
-        raise SettingError(f"PRESET={name}: there is no {path}; there are: {known}")
+        raise PresetError(f"PRESET={name}: there is no {path}; there are: {known}")
     try:
         return settings_of(shlex.split(path.read_text(encoding="utf-8"), comments=True))
     except ValueError as error:
-        raise SettingError(f"PRESET={name}: {path} is damaged: {error}") from None
+        raise PresetError(f"PRESET={name}: {path} is damaged: {error}") from None
 
 
 def with_preset(environ):
-    """The environment over the settings of its PRESET, {NAME: value}. SettingError as read_preset."""
+    """The environment over the settings of its PRESET, {NAME: value}. PresetError as read_preset."""
     return (read_preset(environ["PRESET"]) if environ.get("PRESET") else {}) | dict(environ)
 
 

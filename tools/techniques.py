@@ -1,16 +1,15 @@
-"""Techniques that a run has or has not (docs/PRESETS.md says who uses them); train_gpt.py calls each at its place.
+"""Techniques of published systems, all off by default (docs/PRESETS.md says who uses them).
 
-All but StaleContext and deal_documents are off by default. A packed script has those of its settings:
-tools/specialise.py puts this file in the place of its import and drops what the settings leave unused. So a name stands
-here for one thing, the same as in train_gpt.py; `hp.name` is a setting; and nothing is imported from there: what a
-technique needs of it is an argument.
+train_gpt.py calls each at its place, where this file is found beside it (train_gpt.find_guard). The packed script of a
+run that uses one has this file in it: tools/pack_code.py puts these definitions between those of train_gpt.py. So a
+name stands here for one thing, the same as there, and what a technique needs of train_gpt.py is an argument.
 """
 
 import dataclasses
-import lzma
 import math
 import struct
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tools.preflight import BOS_ID, ArtifactError, DataError
+import train_gpt
+from train_gpt import BOS_ID, FP16_RANGE, ArtifactError, DataError
 
 TARGET_TRIALS = 5  # of clips; bytes are nearly linear in their logarithm
-FP16_RANGE = 2.0**-24, 65504.0  # of scales: 1e-10 would be 0 in fp16, and an all-zero row be divided by it
 
 
 # ---- data
@@ -47,24 +46,6 @@ class ShuffledShards:
             tokens = np.concatenate([documents[i] for i in order])
             self.kept = number, tokens
         return tokens
-
-
-def deal_documents(tokens, longest):
-    """Inputs and targets (2, rows, T) -> the same documents, dealt so that attention has as much work in every row: the
-    longest first, to the row with the least work that has room. Pieces of `longest` attend only to themselves.
-    """
-    if (tokens[0, :, 0] != BOS_ID).any():
-        return tokens  # a document longer than its row stays where it is
-    rows, total = tokens.shape[1:]
-    flat, dealt, work, room = tokens.reshape(2, -1), [[] for _ in range(rows)], np.zeros(rows), np.full(rows, total)
-    documents = np.split(flat, np.flatnonzero(flat[0] == BOS_ID)[1:], 1)
-    for document in sorted(documents, key=lambda document: -document.shape[1]):
-        whole, rest = divmod(length := document.shape[1], longest)
-        row = np.where(room < length, 1e15 - room, work).argmin()  # without room anywhere: the emptiest
-        dealt[row].append(document)
-        work[row] += whole * longest**2 + rest**2
-        room[row] -= length
-    return np.concatenate(sum(dealt, []), 1).reshape(tokens.shape)
 
 
 def piece_byte_tables(tokenizer):
@@ -386,13 +367,6 @@ def run_lrzip(flags, data):
         return target.read_bytes()
 
 
-def lzma_decompress(data, raw_size):
-    """Stream -> raw_size bytes and at most one more, none for one that is cut off or goes on (COMPRESSOR=lzma)."""
-    decoder = lzma.LZMADecompressor(memlimit=2**28)
-    raw = decoder.decompress(data, max_length=raw_size + 1)
-    return raw if decoder.eof and not decoder.unused_data else b""
-
-
 def lrzip_decompress(data, raw_size):
     """The size that lrzip 0.6's own header claims is held to ours before anything is written to disk."""
     if data[:6] == b"LRZI\x00\x06" and struct.unpack_from("<Q", data.ljust(14, b"\0"), 6)[0] != raw_size:
@@ -491,64 +465,4 @@ def ngram_hints(tokens, starts, lengths, phases):
     return torch.full_like(tokens, -1).scatter_(0, at, torch.where(near < 0, far, near))
 
 
-def attention_stale(ops, q, k, v, cache, places, fresh, cu_seqlens, max_seqlen, new):
-    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E), causal, of rows behind their older keys and values.
-
-    Row after row stand the older ones, which are at `places` (N,) of a cache (2, M, K, E), and the row's own, which are
-    at `fresh` (B T,) of the N; cu_seqlens (2, B + 1) counts both. The own ones are left in `new`.
-    """
-    new += k, v
-    k, v = (c[places].index_copy(0, fresh, t.flatten(0, 1))[None] for c, t in zip(cache, (k, v), strict=True))
-    own = q.flatten(0, 1)[None]
-    if ops.names["attention"] != "sdpa":
-        return ops.attention(own, k, v, cu_seqlens, max_seqlen).view(q.shape)
-    # the reference takes a query for every key; nobody asks what the others find
-    every = own.new_zeros(1, k.size(1), *own.shape[2:]).index_copy(1, fresh, own)
-    return ops.attention(every, k, v, cu_seqlens[1], max_seqlen)[:, fresh].view(q.shape)
-
-
-class StaleContext:
-    """Keys and values from before the windows, as the last step with these positions in its windows left them
-    [TTT_STALE_CONTEXT]: adapters have learnt since. A row is a document in flight, position p at p mod its length."""
-
-    def __init__(self, model, starts, flight, device, rotary_tables):
-        hp = model.hp
-        self.hp, self.length, self.rotary_tables = hp, hp.ttt_stale_context + hp.ttt_chunk_size, rotary_tables
-        shape = len(model.slots(looping=True)), 2, (flight + 1) * self.length, hp.num_kv_heads, hp.head_dim
-        self.cache, self.starts = model.cos.new_zeros(shape, dtype=model.dtype), torch.from_numpy(starts).to(device)
-
-    def begin(self, rows, windows, width):
-        """A step begins, with windows (B,) from these places of the stream -> how many positions it computes."""
-        self.width = min(width, self.hp.ttt_eval_seq_len - self.hp.ttt_stale_context)
-        cached = max(width - self.width, self.hp.ttt_chunk_size)
-        before = windows - self.starts[torch.searchsorted(self.starts, windows, right=True) - 1]
-        self.positions = before[:, None] + torch.arange(self.width, device=rows.device)
-        older = before.clamp_max(cached)
-        ends = (older + self.width).cumsum(0)
-        place = torch.arange(len(rows) * (cached + self.width), device=rows.device)
-        row = torch.searchsorted(ends, place, right=True).clamp_max(len(rows) - 1)  # behind the last end nobody looks
-        position = (before + self.width - ends)[row] + place
-        self.places = rows[row] * self.length + position % self.length
-        self.fresh = (ends[:, None] + torch.arange(-self.width, 0, device=rows.device)).flatten()
-        queries = torch.arange(len(rows) + 1, device=rows.device) * self.width
-        self.cu_seqlens = torch.stack((queries, F.pad(ends, (1, 0)))).int()
-        self.rope, self.new = self.rotary_tables(self.positions, self.hp), []
-        return self.width
-
-    def own(self, *streams):
-        """Streams (B, T or 1 + T, D), or None -> without the token before."""
-        return [x if x is None else x[:, -self.width:].contiguous() for x in streams]
-
-    def of_slot(self, *streams):
-        """Streams as `own` takes them -> without the token before, tables and packing of the next slot."""
-        self.new.append([])
-        of_slot, longest = self.cache[len(self.new) - 1], self.hp.ttt_eval_seq_len
-        packing = of_slot, self.places, self.fresh, self.cu_seqlens, longest, self.new[-1]
-        return *self.own(*streams), self.rope, packing
-
-    def end(self, rows):
-        """A step ends: the first chunk of its windows, which may lie before the next ones, is kept in rows (B,)."""
-        chunk = self.hp.ttt_chunk_size
-        places = rows[:, None] * self.length + self.positions[:, :chunk] % self.length
-        new = [torch.stack([t[:, :chunk].detach() for t in of_slot]) for of_slot in self.new]
-        self.cache[:, :, places], self.new = torch.stack(new), []
+train_gpt.techniques = train_gpt.techniques or sys.modules[__name__]

@@ -34,9 +34,21 @@ from prepare_caseops_data import (
     read_shard,
     shard_files,
 )
-from tools.preflight import is_canonical
 
 ESC_ID = 7
+# FineWeb's documents and values; targets that whole windows of 2,048 tokens hold, and the bytes of these. train_gpt.py
+# has these numbers as well: it stands alone, and checking data needs no torch.
+CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499
+
+
+def is_canonical(tokens: np.ndarray, charges: np.ndarray | None) -> bool:
+    """Whether (N,) tokens are the contest's validation documents as CaseOps stores them, by counts and by bytes.
+
+    charges: bytes of each token, (N,), or None where they are not at hand.
+    """
+    documents, values, targets, size = CANONICAL
+    counts = (int((tokens == BOS_ID).sum()), len(tokens)) == (documents, values)
+    return counts and (charges is None or int(charges[1 : targets + 1].sum(dtype=np.int64)) == size)
 
 
 def check_files(folder: Path) -> Iterator[str]:

@@ -1,8 +1,8 @@
-"""What keeps a run safe; train_gpt.py uses it where it lies in its repository, a packed script goes without.
+"""What watches a run from outside: the guard that train_gpt.py finds here, where it lies in its repository.
 
 Watchdog: ends every rank when one has died, failed or stalled. Training states: written whole or not at all, taken up
-again on any number of ranks. Pre-flight: disk, permissions and the artifact's size, before the clock starts.
-docs/RELIABILITY.md says what is promised, and which test breaks it.
+again on any number of ranks. Checks before the clock starts: disk, permissions, packages, the artifact's size. Signals.
+The live line on a terminal. docs/RELIABILITY.md says what is promised, and which test breaks it.
 """
 
 import collections
@@ -19,18 +19,26 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed
 
-from tools.preflight import DataError
-from tools.run_files import SettingError
+import train_gpt  # the running script: train_gpt.find_guard sees to that
+from train_gpt import Guard, SettingError
 
+# the files beside this one, whatever else is called tools: see train_gpt.find_guard
+from . import techniques  # noqa: F401  # it puts itself into train_gpt
+from .run_files import PresetError, read_preset
+
+ROOT = Path(__file__).resolve().parents[1]
 KEPT_STATES = 2  # so that there is one to fall back to where the newest is torn
 STATE_BYTES_A_WEIGHT, STATE_DIGEST_BYTES = 20, 32  # weights, average, momentum and both moments, fp32
 PACKAGES = {"brotli": "brotli", "python-minifier": "python_minifier"}  # of the packed script that every run counts
@@ -41,6 +49,180 @@ GAUSSIAN_BITS = math.log2(math.sqrt(2 * math.pi * math.e))  # entropy of a unit 
 
 class SafetyError(SettingError):
     """A state that cannot be taken up, or a machine that will not do; the message says what to change."""
+
+
+class RunGuard(Guard):
+    """The guard of one run. Stage, resume hint and signal are its state; see train_gpt.Guard for the hooks."""
+
+    def __init__(self):
+        self.dist = None  # until the process group is up
+        self.watchdog = None  # with several ranks
+        self.lock_file = None
+        self.stage = "start"
+        self.resume_hint = ""  # how to go on from what is on disk, a sentence with a command
+        self.signal = 0  # its number, once one was caught
+        self.signals_wait = False  # for the end of a step
+        self.line = None  # on a terminal
+        nothing = ["loss"], torch.zeros(1)
+        self.norms, self.norms_before = nothing, nothing  # names and norms of this step and of the one before
+        self.not_finite = []  # names
+
+    def tell(self, message):
+        """Until there is a log, and on all ranks but the first."""
+        print(message, file=sys.stderr, flush=True)
+
+    def read_preset(self, name):
+        try:
+            return read_preset(name)
+        except PresetError as error:
+            raise SettingError(str(error)) from None
+
+    def start(self, dist):
+        self.dist = dist
+        if dist.world_size > 1:
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, timedelta(seconds=30)
+            self.watchdog = Watchdog(self, torch.distributed.TCPStore(*address))
+        catch_signals(self)
+
+    def check(self, hp, dist, found):
+        return check_machine(hp, dist, **found)
+
+    def lock(self, folder):
+        self.lock_file = lock(folder)
+
+    def open_log(self, log):
+        self.tell = log
+        self.line = LiveLine() if sys.stdout.isatty() else None
+
+    def notes(self, hp):
+        return preset_notes(hp) if hp.preset else []
+
+    def submission(self, script, hp):
+        return packed_code(script, hp)
+
+    def commit(self):
+        return git_commit()
+
+    def enter_stage(self, name):
+        self.stage = name
+        if self.watchdog:
+            self.watchdog.tell()
+
+    def show(self, name, start, share, detail):
+        if self.line:
+            self.line.show(name, start, share, detail)
+
+    def clear(self):
+        if self.line:
+            print(self.line.erase, end="")
+
+    def resume(self, trainer):
+        return load_state(trainer) if trainer.hp.resume else super().resume(trainer)
+
+    def watch(self, model, loss):
+        self.norms_before = self.norms
+        self.norms = watched(model, loss)
+
+    def report(self):
+        # the step before has ended when this one is marked: looking at its norms waits for nothing
+        self.not_finite = not_finite(self.norms_before)
+        return self.signal, len(self.not_finite)
+
+    def after_step(self, trainer, step, seconds, losses, reports):
+        stop, diverged = reports
+        if diverged:
+            diverge(trainer, step - 1, self.not_finite)
+        if stop or trainer.hp.checkpoint_every and step % trainer.hp.checkpoint_every == 0:
+            check_weights(trainer, step)
+            save_state(trainer, step, seconds, losses)
+        if stop:
+            stop_for(self, int(stop))
+
+    def after_last_step(self, trainer, step):
+        check_weights(trainer, step)
+
+    def begin_training(self):
+        self.signals_wait = True
+
+    def end_training(self, path):
+        """The checkpoint stands for the training states, which go; a signal that has waited ends the run."""
+        self.signals_wait = False
+        for state in state_files(path.parent) if self.dist.rank == 0 else ():
+            state.unlink()
+        if self.signal:
+            stop_for(self, self.signal)
+
+    def keep_weights(self, hp, folder, path, log):
+        self.resume_hint = command(hp, self.dist, folder, path, quant_only=True)
+        log(f"checkpoint:{self.resume_hint}")
+
+    def failed(self, error):
+        if self.dist:
+            tell_failure(self, error)
+
+    def stop(self):
+        if self.watchdog:
+            self.watchdog.done.set()
+
+    def finish(self, hp, result):
+        painter = Path(__file__).with_name("plot_run.py")
+        if hp.plots and painter.exists():
+            subprocess.run([sys.executable, painter, Path(hp.runs_dir) / result["run"]], stdout=sys.stderr)
+
+
+class LiveLine:
+    """The running stage, its bar, seconds left; whatever is printed next, after `erase`, takes its place."""
+
+    erase = "\r\x1b[K"
+
+    def __init__(self):
+        self.shown, self.stage = 0.0, None
+
+    def show(self, name, start, share, detail):
+        """Stage and when it began (perf_counter), share done, words; a new stage at once, else five times a second."""
+        now = time.perf_counter()
+        if self.stage != (name, start) or now - self.shown > 0.2:
+            self.shown, self.stage = now, (name, start)
+            left = (now - start) * (1 / share - 1) if share else 0.0
+            bar = f"[{'#' * round(30 * share):.<30}] {share:4.0%}  {left:.0f} s left  {detail}" if share else "..."
+            print(self.erase + f"{name} {bar}"[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+
+
+# ---- the preset, the code and its commit
+
+
+def preset_notes(hp):
+    """Lines for the log: what the run's preset says, and which of it the environment has set otherwise."""
+    given = read_preset(hp.preset)
+    texts = {field.name.upper(): (field.type, getattr(hp, field.name)) for field in dataclasses.fields(hp)}
+    other = [
+        f"{name}={value} (preset {given[name]})"
+        for name, (kind, value) in texts.items()
+        if name in given and value != (given[name] == "1" if kind is bool else kind(given[name]))
+    ]
+    settings = " ".join(f"{name}={value}" for name, value in given.items())
+    return [f"preset {hp.preset}: {settings}", f"preset {hp.preset}, set otherwise: {', '.join(other) or 'nothing'}"]
+
+
+def packed_code(script, hp):
+    """The packed, self-extracting form of a script (bytes) under these settings, bytes."""
+    try:
+        from .pack_code import pack_code
+    except ImportError as error:
+        raise SettingError(
+            f"the code cannot be packed and counted: {error}. Run train_gpt.py from its repository, after pip install "
+            "-r requirements.txt, or copy a run's packed train_gpt.py"
+        ) from None
+    return pack_code(script.decode(), {name.upper(): value for name, value in vars(hp).items()})
+
+
+def git_commit():
+    """The checkout's commit, with + where files differ from it; None outside a checkout."""
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--exclude=*"]
+    return (shutil.which("git") and subprocess.run(command, capture_output=True, text=True).stdout.strip()) or None
+
+
+# ---- the watchdog
 
 
 class Watchdog(threading.Thread):
@@ -56,9 +238,10 @@ class Watchdog(threading.Thread):
     DEAD, DEAD_AFTER_FAILURE, STALLED = 15, 3, 40
     IDLE_TICKS = 4 * STALLED  # of 10 ms: this thread and idle libraries take less, a moment's work among them
 
-    def __init__(self, dist, store):
+    def __init__(self, guard, store):
         super().__init__(daemon=True)
-        self.dist, self.store, self.error, self.done = dist, store, None, threading.Event()
+        self.guard, self.dist, self.store = guard, guard.dist, store
+        self.error, self.done = None, threading.Event()
         self.process, self.disk_ticks = (host_id(), os.getpid(), process_state(os.getpid())[1]), 0
         self.tell()  # before anything can go wrong: the others wait for a first sign of life
         self.holder = json.loads(store.get("golf/rank0"))  # what rank 0 told last
@@ -67,13 +250,14 @@ class Watchdog(threading.Thread):
     def tell(self):
         """Publishes this rank's news; a run does so as well where a stage begins."""
         self.disk_ticks += 100 * (process_state(os.getpid())[0] == "D")  # who waits for a slow disk works: it may save
-        news = time.time(), cpu_ticks() + self.disk_ticks, self.dist.entered, self.dist.stage, self.error, self.process
+        cpu, entered = cpu_ticks() + self.disk_ticks, self.dist.num_collectives
+        news = time.time(), cpu, entered, self.guard.stage, self.error, self.process
         self.store.set(f"golf/rank{self.dist.rank}", json.dumps(news))
 
     def fail(self, message):
         """Called by a rank that failed: the thread ends the process as soon as it is known who failed first."""
         with contextlib.suppress(RuntimeError):  # the store is gone: the thread finds that as well
-            self.error = self.error or (self.store.add("golf/failures", 1), message, self.dist.signal)
+            self.error = self.error or (self.store.add("golf/failures", 1), message, self.guard.signal)
         self.join(self.DEAD)
 
     def run(self):
@@ -119,10 +303,10 @@ class Watchdog(threading.Thread):
             return
         if self.dist.rank == 0:
             time.sleep(2.5)  # it may hold the store, in which the others are to find the same
-        self.dist.tell(f"{verdict}. Rank {self.dist.rank} ends in stage {self.dist.stage}. {self.dist.safe}")
+        self.guard.tell(f"{verdict}. Rank {self.dist.rank} ends in stage {self.guard.stage}. {self.guard.resume_hint}")
         if hung and lives(*hung, states="RSDTt"):  # frozen, it would stay; torchrun takes 30 s to end it
             os.kill(hung[1], signal.SIGKILL)
-        number = self.dist.signal or number
+        number = self.guard.signal or number
         leave(128 + number if number else 1)
 
     def idles(self, past, rank):
@@ -202,44 +386,43 @@ def leave(code):
 # ---- the end of a run that is not its end
 
 
-def catch_signals(dist):
+def catch_signals(guard):
     """The first SIGTERM or SIGINT ends the run by stop_for, training after its step; a second one ends it at once."""
 
     def caught(number, frame):
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
-        dist.signal = number
-        if not dist.deferring:
-            stop_for(dist, number)
+        guard.signal = number
+        if not guard.signals_wait:
+            stop_for(guard, number)
 
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, caught)
 
 
-def stop_for(dist, number):
+def stop_for(guard, number):
     """Ends this process: one line from rank 0, exit code 128 + number."""
     reason = f"stopped by {signal.Signals(number).name}"
-    if dist.watchdog and not dist.deferring:  # torchrun sends SIGTERM as well, where another rank has died
-        dist.watchdog.fail(reason)
-    if dist.rank == 0:
-        dist.tell(f"{reason} in stage {dist.stage}. {dist.safe}")
+    if guard.watchdog and not guard.signals_wait:  # torchrun sends SIGTERM as well, where another rank has died
+        guard.watchdog.fail(reason)
+    if guard.dist.rank == 0:
+        guard.tell(f"{reason} in stage {guard.stage}. {guard.resume_hint}")
     leave(128 + number)
 
 
-def tell_failure(dist, error, expected):
-    """Tells where a run failed and what is safe -> whether the error is one of ours, which needs no traceback.
+def tell_failure(guard, error):
+    """Tells where a run failed and what is safe; a refusal needs no traceback.
 
     With several ranks this ends the process, once it is known who was first.
     """
-    expected = expected or isinstance(error, SafetyError)
+    expected = isinstance(error, train_gpt.OUR_ERRORS)
     reason = str(error) if expected else f"{type(error).__name__}: {error}"
-    if dist.watchdog and not (expected and dist.stage == "start"):  # what is refused at the start all ranks refuse
+    if guard.watchdog and not (expected and guard.stage == "start"):  # what is refused at the start all ranks refuse
         if not expected:
             traceback.print_exception(error)
-        dist.watchdog.fail(reason)
-    if dist.stage != "start":
-        dist.tell(f"failed in stage {dist.stage}: {reason}. {dist.safe}")
-    return expected
+        guard.watchdog.fail(reason)
+    if guard.stage != "start":
+        guard.tell(f"failed in stage {guard.stage}: {reason}. {guard.resume_hint}")
 
 
 # ---- divergence
@@ -257,35 +440,24 @@ def not_finite(watched):
     return [name for name, norm in zip(watched[0], watched[1].tolist(), strict=True) if not math.isfinite(norm)]
 
 
-def after_step(trainer, write, step, seconds, losses, stop, bad):
-    """A step's end: training diverges with `bad` (names, None if no rank has any), writes a state, or stops."""
-    if bad is not None:
-        diverge(trainer, write, step - 1, bad)
-    if stop or trainer.hp.checkpoint_every and step % trainer.hp.checkpoint_every == 0:
-        check_weights(trainer, write, step)
-        save_state(trainer, write, step, seconds, losses)
-    if stop:
-        stop_for(trainer.dist, int(stop))
-
-
-def check_weights(trainer, write, step):
+def check_weights(trainer, step):
     """Waits for the device. Training ends here, on every rank alike, where a weight is not finite."""
     if bad := [name for name, p in trainer.model.named_parameters() if not p.isfinite().all()]:
-        diverge(trainer, write, step, bad)
+        diverge(trainer, step, bad)
 
 
-def diverge(trainer, write, step, names):
+def diverge(trainer, step, names):
     """Ends training on every rank with what is not finite after this step; diverged.pt keeps it for a look."""
     told = trainer.dist.all_gather_object(names)
     found = [f"{', '.join(names[:3])} (rank {rank})" for rank, names in enumerate(told) if names]
-    save_state(trainer, write, step, 0.0, [torch.zeros(())], "diverged.pt")
+    save_state(trainer, step, 0.0, [torch.zeros(())], "diverged.pt")
     raise SafetyError(f"training diverged: after step {step} not finite: {'; '.join(found)}; lower learning rates")
 
 
 # ---- training states
 
 
-def save_state(trainer, write, step, seconds, losses, name=None):
+def save_state(trainer, step, seconds, losses, name=None):
     """Writes all that training goes on from: <sha256><torch.save> in the run's folder, on rank 0's disk; two are kept.
 
     step (the loader's position too), seconds, last losses, weights, average, momentum of all ranks, AdamW's moments,
@@ -310,7 +482,7 @@ def save_state(trainer, write, step, seconds, losses, name=None):
     }
     if dist.rank == 0:
         try:
-            write(log.folder / name, sealed(state))
+            train_gpt.write_atomically(log.folder / name, sealed(state))
         except OSError as error:
             log(f"note: {name} could not be written: {error}")
             return
@@ -318,7 +490,7 @@ def save_state(trainer, write, step, seconds, losses, name=None):
             old.unlink()
         log(f"step:{step} state:{name}")
     if dist.rank == 0 and (kept := state_files(log.folder)):
-        dist.safe = command(trainer.hp, dist, log.folder, kept[0], resume=True)
+        trainer.guard.resume_hint = command(trainer.hp, dist, log.folder, kept[0], resume=True)
 
 
 def sealed(state):
@@ -374,14 +546,6 @@ def load_state(trainer):
     return step, seconds, losses
 
 
-def load_checkpoint(path, model, rebank):
-    """Loads model.pt into the model by train_gpt.rebank. DataError with the path if it is missing or does not fit."""
-    try:
-        rebank(model, torch.load(path, map_location="cpu", weights_only=True)["weights"])
-    except Exception as error:  # a damaged file makes torch raise errors of many classes
-        raise DataError(f"checkpoint {path}: {error!r:.300}") from None
-
-
 def command(hp, dist, folder, whole, **mode):
     """What goes on from a whole file of a run's folder: a sentence with the line for a shell, of the run's settings."""
     (name,) = (key.upper() for key in mode)
@@ -394,34 +558,6 @@ def command(hp, dist, folder, whole, **mode):
     ]
     start = f"torchrun --standalone --nproc_per_node={dist.world_size}" if dist.world_size > 1 else "python"
     return " ".join([f"{whole} is whole; {name}=1 goes on from it:", *words, start, shlex.quote(sys.argv[0])])
-
-
-def after_training(dist, path):
-    """The checkpoint at `path` stands for the training states, which go; a signal that has waited ends the run."""
-    for state in state_files(path.parent) if dist.rank == 0 else ():
-        state.unlink()
-    if dist.signal:
-        stop_for(dist, dist.signal)
-
-
-def group_bytes(arrays, quant_role):
-    """Arrays of quantize_weights -> {role: bytes}, largest first: the order-0 entropy of codes; "rest": all others."""
-    sizes = collections.defaultdict(float)
-    for key, array in arrays.items():
-        name, _, field = key.rpartition(":")
-        if quant_role(name) and field == "codes":
-            share = np.unique(array, return_counts=True)[1] / array.size
-            sizes[quant_role(name)[0]] -= share @ np.log2(share) * array.size / 8
-        else:
-            sizes["rest"] += array.nbytes
-    return {role: round(sizes[role]) for role in sorted(sizes, key=sizes.get, reverse=True)}
-
-
-def advice(training, cap):
-    """What a run whose file is too long is told: the largest groups of codes, if it quantized any, and how to go on."""
-    groups = training.get("group_bytes", {}).items()  # the largest first
-    largest = ", ".join(f"{role} {size}" for role, size in [*groups][:3])
-    return f" (largest: {largest}); QUANT_ONLY=1 TARGET_BYTES={cap} goes on from the checkpoint"
 
 
 # ---- before the clock starts
@@ -441,17 +577,17 @@ def projected_bytes(model, hp):
     return round(bits / 8)
 
 
-def trial_arrays(trainer, model, hp):
+def trial_arrays(model, hp):
     """Random weights as quantize_weights would hand them on -> arrays, share of the real ones' elements.
 
     Names, fields and small tensors are those of the run. Of matrices of one shape the first is whole where the coder
     is fast, all others have few rows.
     """
-    weights, generator, arrays, seen = trainer.unbank(model), torch.Generator().manual_seed(1), {}, set()
+    weights, generator, arrays, seen = train_gpt.unbank(model), torch.Generator().manual_seed(1), {}, set()
     for name, weight in weights.items():
-        role, shape, fields = trainer.quant_role(name), tuple(weight.shape), {}
+        role, shape, fields = train_gpt.quant_role(name), tuple(weight.shape), {}
         if role is None:
-            fields = trainer.quantize_small(name, torch.randn(shape, generator=generator), hp)
+            fields = train_gpt.quantize_small(name, torch.randn(shape, generator=generator), hp)
         else:
             rows = shape[0] if hp.compressor in FAST_COMPRESSORS and shape not in seen else min(TRIAL_ROWS, shape[0])
             deviation = (2 ** (getattr(hp, role[1]) - 1) - 1) / getattr(hp, role[2])
@@ -459,29 +595,30 @@ def trial_arrays(trainer, model, hp):
             scale = torch.rand(rows, generator=generator)
             fields = {"codes": codes.to(torch.int8), "scale": scale.half()}
             if hp.gptq_column_steps:
-                fields |= {"scale": trainer.log_steps(scale), "column_steps": trainer.log_steps(torch.ones(shape[1]))}
+                ones = torch.ones(shape[1])
+                fields |= {"scale": train_gpt.log_steps(scale), "column_steps": train_gpt.log_steps(ones)}
             if hp.lqer_enabled and len(seen) < hp.lqer_top_k and shape not in seen:
                 sizes = (rows, hp.lqer_rank), (hp.lqer_rank, shape[1])
                 a, b = (torch.randn(size, generator=generator) for size in sizes)
-                fields |= trainer.pack_factors(a, b, hp)
+                fields |= train_gpt.pack_factors(a, b, hp)
             seen.add(shape)
         arrays |= {f"{name}:{field}": value.numpy() for field, value in fields.items()}
     return arrays, sum(a.size for a in arrays.values()) / sum(weight.numel() for weight in weights.values())
 
 
-def try_packing(trainer, model, hp):
+def try_packing(model, hp):
     """Packs, unpacks and dequantizes random weights -> a phrase for the log, seconds that unpacking takes at least.
 
     SafetyError where that fails, or other bytes come out.
     """
-    arrays, share = trial_arrays(trainer, model, hp)
+    arrays, share = trial_arrays(model, hp)
     try:
         times = [time.perf_counter()]
-        blob = trainer.pack_weights(arrays, hp.compressor)
+        blob = train_gpt.pack_weights(arrays, hp.compressor)
         times.append(time.perf_counter())
-        found = trainer.unpack_weights(blob)
+        found = train_gpt.unpack_weights(blob)
         times.append(time.perf_counter())
-        trainer.dequantize_weights(found)
+        train_gpt.dequantize_weights(found)
     except Exception as error:  # whatever a library that does not do raises
         raise SafetyError(f"COMPRESSOR={hp.compressor} failed on random weights: {error!r:.300}") from None
     wrong = sorted(arrays.keys() ^ found.keys())
@@ -493,7 +630,7 @@ def try_packing(trainer, model, hp):
     return phrase, unpack / share if hp.compressor in FAST_COMPRESSORS else unpack
 
 
-def check_budgets(trainer, model, hp):
+def check_budgets(model, hp):
     """Budgets that cannot hold, an artifact that cannot fit, a compressor that fails -> problems, words for the log."""
     problems, phrases = [], []
     if hp.prequant_only or hp.ttt_eval_only:
@@ -501,13 +638,13 @@ def check_budgets(trainer, model, hp):
     if hp.max_wallclock_seconds and not hp.gptq_reserve_seconds and not hp.quant_only:
         problems.append("GPTQ_RESERVE_SECONDS=0 leaves Hessians and GPTQ no time of MAX_WALLCLOCK_SECONDS: set it")
     try:
-        phrase, seconds = try_packing(trainer, model, hp)
+        phrase, seconds = try_packing(model, hp)
         phrases.append(phrase)
         if seconds > 2 * hp.eval_budget_seconds:  # not for a moment in which the machine was busy
             problems.append(f"EVAL_BUDGET_SECONDS={hp.eval_budget_seconds}: unpacking takes about {seconds:.0f} s here")
     except SafetyError as error:
         problems.append(str(error))
-    size, cap = projected_bytes(model, hp), trainer.BYTE_CAP
+    size, cap = projected_bytes(model, hp), train_gpt.BYTE_CAP
     phrases.insert(0, f"projected_artifact_bytes:{size}")
     advice = "take fewer weights or wider clips (..._CLIP_SIGMAS), or TARGET_BYTES, which widens them until it fits"
     if not hp.target_bytes and GENEROUS * size > cap:
@@ -546,11 +683,11 @@ def check_folder(folder, model, hp):
     return problems
 
 
-def check_machine(trainer, hp, dist, folder=None, model=None, **found):
+def check_machine(hp, dist, folder=None, model=None, **found):
     """What the settings ask of this machine -> phrases for the log. SafetyError with all that is missing.
 
-    `trainer` is the module train_gpt, `found` what its other checks have made. Packages on every rank; on rank 0 the
-    run's folder, a round trip of random weights through the compressor, budgets, the size of the artifact to come.
+    `found` is what the run's other checks have made. Packages on every rank; on rank 0 the run's folder, a round trip
+    of random weights through the compressor, budgets, the size of the artifact to come.
     """
     problems, phrases = [], []
     if missing := [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]:
@@ -562,7 +699,7 @@ def check_machine(trainer, hp, dist, folder=None, model=None, **found):
         if folder is not None:
             problems += check_folder(folder, model, hp)
         if "compressor" in found:
-            more, phrases = check_budgets(trainer, model, hp)
+            more, phrases = check_budgets(model, hp)
             problems += more
     raise_all(problems)
     return " ".join(phrases)

@@ -1,0 +1,1 @@
+"""Tools around train_gpt.py. This file makes the folder a regular package: no other one called tools comes first."""
