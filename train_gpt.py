@@ -17,6 +17,7 @@ K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
 """
 
 import contextlib
+import copy
 import dataclasses
 import glob
 import hashlib
@@ -210,6 +211,10 @@ class Hyperparameters:
     embed_clip_sigmas: float = env(15.0, "clip of embedding rows in deviations", above=0)
     hessian_clip_lambda: float = env(0.0, "share of a row's Hessian-weighted size in its clip (PR 1512)", least=0)
     gptq_column_steps: bool = env(True, "steps 2^(k/8) per row and per column instead of fp16 per row")
+    gptq_column_power: float = env(0.5, "power of the conditional deviation in a column's step", least=0, most=1)
+    gptq_column_octaves: float = env(3.0, "most octaves between a column's step and its row's", least=0)
+    quant_check_rows: int = env(2, "training rows held out to check the quantized model's loss; 0: no check", least=0)
+    quant_gap_max: float = env(0.02, "nats a token that quantization may add there; else plainer ones", above=0)
     gptq_rate_lambda: float = env(0.0, "error against coded bits with column steps: 1 is the coder's slope", least=0)
     gated_attn_quant_gate: bool = env(True, "attention gates as int8 per row; 0: fp16")
     lqer_enabled: bool = env(True, "low-rank correction of the largest quantization errors")
@@ -501,7 +506,7 @@ class TokenStream:
             raise DataError(f"no fineweb_{split}_*.bin in {folder}: set DATA_PATH, or make the data (README)")
         self.shards = [load_data_shard(path) for path in self.paths]
         self.offsets = np.concatenate([[0], np.cumsum([len(shard) for shard in self.shards])])
-        self.size = int(self.offsets[-1])
+        self.first, self.size = 0, int(self.offsets[-1])  # the stream is this part of the shards
         if self.size == 0 or self.read(0, 1)[0] != BOS_ID:
             raise DataError(f"{self.paths[0]}: the stream must start with BOS (id {BOS_ID}); rebuild the data")
 
@@ -509,11 +514,29 @@ class TokenStream:
         """(count,) uint16 from position `start` on; the stream goes round at its end."""
         parts, start = [], start % self.size
         while count > 0:
-            shard = int(np.searchsorted(self.offsets, start, side="right")) - 1
-            part = self.shards[shard][start - self.offsets[shard]:][:count]
+            position = self.first + start
+            shard = int(np.searchsorted(self.offsets, position, side="right")) - 1
+            part = self.shards[shard][position - self.offsets[shard]:][:min(count, self.size - start)]
             parts.append(part)
             count, start = count - len(part), (start + len(part)) % self.size
         return np.concatenate(parts)
+
+    def hold_out(self, count):
+        """Cuts off the last documents of the stream, `count` tokens or more -> a stream of these."""
+        border, window = self.size - count, 1 << 16
+        begins = np.zeros(0, np.int64)
+        while border > 0 and not len(begins):
+            first = max(0, border - window)
+            begins = first + np.flatnonzero(self.read(first, border - first) == BOS_ID)
+            border = first
+        if not len(begins) or begins[-1] == 0:
+            raise DataError(f"{self.paths[0]}: no document begins before the last {count} tokens: set "
+                            "QUANT_CHECK_ROWS=0")
+        rest = copy.copy(self)
+        rest.first = self.first + int(begins[-1])
+        rest.size = self.size - int(begins[-1])
+        self.size = int(begins[-1])
+        return rest
 
 class Row(NamedTuple):
     """One packed row on the device."""
@@ -564,6 +587,9 @@ class TrainLoader:
         if hp.marker_fusion_enabled:
             sample = stream.read(0, min(stream.size, 1 << 22)).astype(np.int64)
             self.span = self.span * len(sample) // len(techniques.fuse_markers(hp, space_id, sample, sample)[0])
+        self.held_out_rows = min(hp.quant_check_rows, stream.size // (20 * self.span))  # a twentieth at most
+        if self.held_out_rows:
+            self.held_out = stream.hold_out((self.held_out_rows - 1) * self.span + self.tokens_to_read)
         self.thread = ThreadPoolExecutor(1)
         self.ahead, self.dealt = {}, lru_cache(1)(self.deal)  # rows read ahead; the last step dealt
 
@@ -575,23 +601,42 @@ class TrainLoader:
             start = int(rng.integers(self.span) + rng.permutation(spans)[index % spans] * self.span)
         return start + int((self.stream.read(start, self.span) == BOS_ID).argmax())
 
-    def deal(self, step):
-        """(2, n, T): inputs and targets of the n rows of a step over all ranks."""
+    @property
+    def tokens_to_read(self):
+        """Tokens of the stream that fill a row and its last target: all of them are pairs at worst."""
+        return (self.hp.micro_batch_tokens + 1) * (1 + self.hp.marker_fusion_enabled)
+
+    def read_rows(self, stream, starts):
+        """(2, n, T): inputs and targets of the rows that begin at n positions of a stream."""
         hp, length = self.hp, self.hp.micro_batch_tokens
-        count = (length + 1) * (1 + hp.marker_fusion_enabled)  # all pairs, at worst
-        starts = map(self.start, range(step * hp.micro_steps, (step + 1) * hp.micro_steps))
-        rows = np.stack([self.stream.read(start, count) for start in starts])
+        rows = np.stack([stream.read(start, self.tokens_to_read) for start in starts])
         if rows.max() >= hp.vocab_size:
             raise DataError(f"training token {rows.max()} is outside VOCAB_SIZE={hp.vocab_size}")
         if hp.marker_fusion_enabled:
             rows = np.stack([techniques.fuse_markers(hp, space_id, row, row)[0][:length + 1] for row in np.int64(rows)])
-        tokens = np.stack([rows[:, :-1], rows[:, 1:]])
+        return np.stack([rows[:, :-1], rows[:, 1:]])
+
+    def deal(self, step):
+        """(2, n, T): inputs and targets of the n rows of a step over all ranks."""
+        hp = self.hp
+        starts = map(self.start, range(step * hp.micro_steps, (step + 1) * hp.micro_steps))
+        tokens = self.read_rows(self.stream, starts)
         return techniques.deal_documents(tokens, hp.train_seq_len) if hp.balance_rows else tokens
 
     def build(self, index):
         """Row `index` as CPU tensors, pinned for CUDA."""
+        step, number = divmod(index, self.hp.micro_steps)
+        return self.pack(self.dealt(step)[:, number])
+
+    def held_out_row(self, index):
+        """Row `index` of those that neither training nor the Hessians see, on the device."""
+        row = self.pack(self.read_rows(self.held_out, [index * self.span])[:, 0])
+        return Row(*(t.to(self.dist.device) for t in row))
+
+    def pack(self, tokens):
+        """(2, T): inputs and targets of a row -> Row of CPU tensors, pinned for CUDA."""
         length, hp = self.hp.micro_batch_tokens, self.hp
-        inputs, targets = self.dealt(index // hp.micro_steps)[:, index % hp.micro_steps].astype(np.int64)
+        inputs, targets = tokens.astype(np.int64)
         starts = np.union1d(0, np.flatnonzero(inputs == BOS_ID))
         pieces = cut_pieces(starts, np.append(starts[1:], length), hp.train_seq_len)
         pieces = join_shortest(pieces, length, hp.train_seq_len, hp.row_segments)  # rarely more than attention has
@@ -1871,7 +1916,7 @@ class Trainer:
 # ---- QUANTIZATION ----------------------------------------------------------------------------------------------------
 FP16_RANGE = 2.0**-24, 65504.0  # of scales: 1e-10 would be 0 in fp16, and an all-zero row be divided by it
 DAMPING_RETRIES = 4
-STEPS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])  # by code, see log_steps
+STEPS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])  # by code, see to_log2_eighths
 LQER_FIELDS = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
 QUANT_TABLE = {  # saved-weight name -> role, settings of its bits and clip; in the order of the artifact's groups
     "tok_emb.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
@@ -1913,19 +1958,32 @@ def damped_inverse_factor(h, damping, names):
         damping[failed] *= 10
     raise ValueError(f"GPTQ: no Cholesky factor after {DAMPING_RETRIES} retries for {failed_names}")
 
-def log_steps(x):
+def to_log2_eighths(x):
     """Steps x > 0 -> int8 codes k, nearest 2^(k/8): GPTQ works with the rounded step, so the grid costs no error."""
     return (8 * x.float().log2()).round_().clamp_(-127, 127).to(torch.int8)
 
-def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, shaping=None):
+def column_step_codes(upper, power, octaves):
+    """Factor U (N, C, C) of the inverse Hessians -> codes (N, C) of the columns' steps relative to their rows'.
+
+    diag U is a column's conditional deviation: what of its input the columns after it do not predict. Steps that go
+    with it in full (power 1) would cost every column the same error on the calibration rows, the best for an entropy
+    coder, if other text had the same Hessian. It has not: columns that these rows hardly use got steps of many times
+    their weights, and a model of 2,129 steps lost 0.089 BPB (docs/LOG.md). So the power is below 1, and the step
+    within `octaves` of the row's.
+    """
+    log_steps = upper.diagonal(dim1=1, dim2=2).log2()
+    log_steps = power * (log_steps - log_steps.mean(dim=1, keepdim=True))
+    return to_log2_eighths(log_steps.clamp(-octaves, octaves).exp2())
+
+def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column_steps=None, rate_lambda=0.0):
     """w (N, R, C), hessian (N, C, C), N names -> codes int8 (N, R, C), scale fp16 (N, R).
     GPTQ (arXiv:2210.17323), columns in descending order of diag H, and SDClip scales: clip_sigmas standard deviations
     of the original row reach the largest code. The working copy is (N, C, R), so that a column is contiguous, and
     nothing in the column loop waits for the device. Raises ValueError with names if a Hessian cannot be made definite.
 
-    shaping: a rate factor -> codes, row steps, column steps int8 (N, R), (N, C), see log_steps. A column's step is its
-    conditional deviation diag U, so that every column costs the same weighted error: best for an entropy coder. Codes
-    go to the nearest of x / (1 + rate / 12 E[x^2]): error against the bits of a Gaussian, rate 1: at the coder's slope.
+    column_steps: (power, octaves) of column_step_codes -> codes, row steps, column steps int8 (N, R), (N, C), see
+    to_log2_eighths; codes are not clipped then. With rate_lambda codes go to the nearest of x / (1 + rate / 12 E[x^2]):
+    error against the bits of a Gaussian, 1: at the coder's slope.
     """
     num_columns, q_max = w.shape[2], 2 ** (bits - 1) - 1
     scale = (clip_sigmas * w.float().std(dim=2) / q_max).clamp(*FP16_RANGE).half()  # (N, R)
@@ -1942,26 +2000,29 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, shapin
     row_order = order[:, :, None].expand_as(work)
     work = work.gather(1, row_order)  # (N, C, R)
     codes = torch.empty_like(work)
-    if shaping is not None:
-        widths = upper.diagonal(dim1=1, dim2=2).log2()
-        column_steps = log_steps((widths - widths.mean(dim=1, keepdim=True)).exp2())
-        widths, scale, q_max = (column_steps / 8).exp2(), log_steps(scale), 127
-        step, work, upper = (scale / 8).exp2(), work / widths[:, :, None], upper / widths[:, None, :]
-        column_steps = torch.empty_like(column_steps).scatter_(1, order, column_steps)
+    if column_steps is not None:
+        q_max = 127
+        scale = to_log2_eighths(scale)
+        step = (scale / 8).exp2()
+        column_codes = column_step_codes(upper, *column_steps)
+        column_scale = (column_codes / 8).exp2()
+        work = work / column_scale[:, :, None]
+        upper = upper / column_scale[:, None, :]
+        column_codes = torch.empty_like(column_codes).scatter_(1, order, column_codes)
     for start in range(0, num_columns, block_size):
         stop = min(start + block_size, num_columns)
         errors = torch.empty_like(work[:, start:stop])
         for j in range(start, stop):
             target = work[:, j] / step
-            if shaping:
-                target /= 1 + shaping / (12 * target.square().mean(dim=1, keepdim=True)).clamp(min=1e-9)
+            if rate_lambda:
+                target /= 1 + rate_lambda / (12 * target.square().mean(dim=1, keepdim=True)).clamp(min=1e-9)
             codes[:, j] = target.round_().clamp_(-q_max, q_max)
             errors[:, j - start] = error = (work[:, j] - codes[:, j] * step) / upper[:, j, j, None]
             work[:, j + 1 : stop].addcmul_(upper[:, j, j + 1 : stop, None], error[:, None, :], value=-1.0)
         work[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, errors, alpha=-1.0)
     codes = torch.empty_like(codes).scatter_(1, row_order, codes)
     codes = codes.mT.to(torch.int8).contiguous()
-    return (codes, scale) if shaping is None else (codes, scale, column_steps)
+    return (codes, scale) if column_steps is None else (codes, scale, column_codes)
 
 def quantize_rows(x, low, high, steps):
     """x (..., C) -> codes int8 (..., C) in [low, high], scale fp16 (...): largest |x| of the row over `steps`."""
@@ -2008,8 +2069,10 @@ def quantize_matrices(names, weights, hessians, hp):
         w, h = (torch.stack([source[name].float() for name in batch]) for source in (weights, hessians))
         if hp.hessian_clip_lambda and quant_role(batch[0])[0] != "embedding":
             clip_sigmas = techniques.hessian_aware_sigmas(w, h, clip_sigmas, hp.hessian_clip_lambda)
-        shaping = hp.gptq_rate_lambda if hp.gptq_column_steps else None
-        found = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, shaping)
+        column_steps = (hp.gptq_column_power, hp.gptq_column_octaves) if hp.gptq_column_steps else None
+        rate_lambda = hp.gptq_rate_lambda if hp.gptq_column_steps else 0.0
+        found = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, column_steps,
+                              rate_lambda)
         for name, weight, codes, scale, *columns in zip(batch, w, *found, strict=True):
             packed[name] = {"codes": codes, "scale": scale}
             step = scale.float()[:, None]
@@ -2130,6 +2193,86 @@ def collect_hessians(model, loader, hp, dist):
         hessians |= techniques.table_hessians(model)
     # an untied embedding is read one row at a time: every column counts the same
     return {"tok_emb.weight": torch.eye(hp.model_dim, device=dist.device)} | hessians
+
+def held_out_loss(model, loader, hp, dist):
+    """Mean loss, nats a token, on the training rows that were held out, shared out over ranks; None without any.
+
+    On uncompiled code, like the Hessians: there is no graph for this in a few seconds of the reserve.
+    """
+    if not loader.held_out_rows:
+        return None
+    total = torch.zeros((), device=dist.device, dtype=torch.float64)
+    with torch.no_grad():
+        for index in range(dist.rank, loader.held_out_rows, dist.world_size):
+            row = loader.held_out_row(index)
+            hidden = model.forward_hidden(row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True)
+            for h, t in zip(hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True):
+                total += model.token_losses(h, t).sum(dtype=torch.float64)
+    return dist.all_reduce(total).item() / (loader.held_out_rows * hp.micro_batch_tokens)
+
+def plainer_quantizations(hp):
+    """Settings to try in turn where quantization ruins a model: first without column steps, then with more damping.
+
+    Both lean less on the Hessians of the calibration rows; what they give is not longer than what they replace.
+    """
+    plain = dataclasses.replace(hp, gptq_column_steps=False, gptq_rate_lambda=0.0)
+    tried = [plain] if hp.gptq_column_steps else []
+    return [*tried, dataclasses.replace(plain, gptq_damp=10 * hp.gptq_damp)]
+
+class QuantizationCheck:
+    """Compares the loss of the quantized with that of the fp32 model on the training rows that were held out.
+
+    The calibration error cannot tell a bad quantization: it is measured on the rows that the Hessians were made from.
+    """
+
+    def __init__(self, model, loader, hp, dist, log):
+        self.model, self.loader, self.hp, self.dist, self.log = model, loader, hp, dist, log
+        self.weights = {name: tensor.detach().clone() for name, tensor in unbank(model).items()}
+        self.tried = []  # for RESULT: settings and gap of each quantization
+        with log.stage("quant_check"):
+            self.fp32_loss = held_out_loss(model, loader, hp, dist)
+
+    def gap(self, arrays, hp):
+        """Arrays of quantize_weights -> nats a token that they add to the loss; the model keeps its fp32 weights."""
+        with self.log.stage("quant_check"):
+            rebank(self.model, dequantize_weights(arrays))
+            loss = held_out_loss(self.model, self.loader, self.hp, self.dist)
+            rebank(self.model, self.weights)
+        gap = loss - self.fp32_loss
+        changed = [f"{name.upper()}={value:g}" for name, value in vars(hp).items() if value != getattr(self.hp, name)]
+        settings = " ".join(changed) or "as set"
+        self.tried.append({"settings": settings, "gap": round(gap, 6) if math.isfinite(gap) else None})
+        self.log(f"quant_check settings: {settings} fp32_loss:{self.fp32_loss:.6f} gap:{gap:.6f}")
+        return gap if math.isfinite(gap) else math.inf
+
+    def choose(self, quantize, seconds_left):
+        """Quantizes as set and, while the gap is above QUANT_GAP_MAX, in plainer ways -> settings, arrays of the best.
+
+        quantize(hp) -> arrays. No further one is begun when seconds_left() are fewer than the last one took.
+        """
+        hp, arrays = self.hp, quantize(self.hp)
+        if self.fp32_loss is None:
+            return hp, arrays
+        gap = self.gap(arrays, hp)
+        for plainer in plainer_quantizations(self.hp):
+            if gap <= self.hp.quant_gap_max:
+                break
+            started = time.perf_counter()
+            self.log(f"note: quantization adds {gap:.4f} nats a token, more than QUANT_GAP_MAX={self.hp.quant_gap_max}")
+            candidate = quantize(plainer)
+            if (candidate_gap := self.gap(candidate, plainer)) < gap:
+                hp, arrays, gap = plainer, candidate, candidate_gap
+            took = time.perf_counter() - started
+            if seconds_left() < took:
+                break
+        return hp, arrays
+
+    def summary(self):
+        """For RESULT: rows, loss of the fp32 model, the gap that was kept and its settings, and all that was tried."""
+        if self.fp32_loss is None:
+            return None
+        kept = min(self.tried, key=lambda trial: math.inf if trial["gap"] is None else trial["gap"])
+        return {"rows": self.loader.held_out_rows, "fp32_loss": round(self.fp32_loss, 6), **kept, "tried": self.tried}
 
 # ---- ARTIFACT --------------------------------------------------------------------------------------------------------
 # File: magic, number of the compressor, stored and raw size of the header, digest of these and of the stored header;
@@ -3015,25 +3158,41 @@ def save_checkpoint(path, model, hp):
     torch.save({"weights": weights, "settings": dataclasses.asdict(hp)}, buffer := io.BytesIO())
     write_atomically(path, buffer.getvalue())
 
-def build_artifact(model, loader, hp, dist, log, path, code_bytes):
-    """Hessians -> GPTQ and LQER on all ranks -> one file, written by rank 0. Returns its group_bytes."""
+AFTER_TRAINING = "hessians", "quantize", "quant_check"  # stages that MAX_WALLCLOCK_SECONDS pays for, too
+
+def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seconds=0.0):
+    """Hessians -> GPTQ and LQER on all ranks -> one file, written by rank 0. Returns figures for RESULT."""
+    def seconds_left():
+        """Of MAX_WALLCLOCK_SECONDS, the same on every rank; without end where there is no training clock."""
+        if not training_seconds or not hp.max_wallclock_seconds:
+            return math.inf
+        used = training_seconds + sum(log.seconds.get(stage, 0.0) for stage in AFTER_TRAINING)
+        return hp.max_wallclock_seconds - dist.agree(used)[0]
+
+    def quantize(hp):
+        with log.stage("quantize"):
+            return quantize_weights(check.weights, hessians, hp, dist)
+
+    def pack(arrays, hp):
+        with log.stage("pack"):
+            return pack_weights(arrays, hp.compressor, log.live) if dist.rank == 0 else b""
+
     with log.stage("hessians"):
         hessians = collect_hessians(model, loader, hp, dist)
-    weights = {name: tensor.detach() for name, tensor in unbank(model).items()}
-    def attempt(hp):
-        with log.stage("quantize"):
-            arrays = quantize_weights(weights, hessians, hp, dist)
-        with log.stage("pack"):
-            return pack_weights(arrays, hp.compressor, log.live) if dist.rank == 0 else b"", arrays
+    check = QuantizationCheck(model, loader, hp, dist, log)
+    hp, arrays = check.choose(quantize, seconds_left)
+    blob = pack(arrays, hp)
     if hp.target_bytes:
-        clips, size = {clip for _, _, clip in QUANT_TABLE.values()}, sum(w.numel() for w in weights.values())
+        clips, size = {clip for _, _, clip in QUANT_TABLE.values()}, sum(w.numel() for w in check.weights.values())
+
+        def attempt(wider):
+            found = arrays if wider is hp else quantize(wider)
+            return blob if wider is hp else pack(found, wider), found
         blob, arrays = techniques.just_under(attempt, clips, size, code_bytes, hp, dist, log)
-    else:
-        blob, arrays = attempt(hp)
     if dist.rank == 0:
         write_atomically(path, blob)
     dist.barrier()
-    return safety and safety.group_bytes(arrays, quant_role)
+    return {"quant_check": check.summary(), "group_bytes": safety and safety.group_bytes(arrays, quant_role)}
 
 def score_stage(name, evaluate, log, scores):
     """Runs evaluate() -> {loss, bpb, tokens, bytes} as stage eval_<name>; logs the score, keeps it in `scores`."""
@@ -3061,9 +3220,12 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
     if (over := code_bytes + artifact_bytes - BYTE_CAP) > 0:
         broken.append(f"{code_bytes + artifact_bytes} bytes of code and weights, {over} above the cap of {BYTE_CAP}"
                       + (safety.advice(training, BYTE_CAP) if safety else ""))
-    used = training.get("training_seconds", 0) + seconds.get("hessians", 0) + seconds.get("quantize", 0)
+    used = training.get("training_seconds", 0) + sum(seconds.get(stage, 0) for stage in AFTER_TRAINING)
     if hp.max_wallclock_seconds and used > hp.max_wallclock_seconds:
         broken.append(f"training, Hessians and GPTQ took {used:.1f} s of {hp.max_wallclock_seconds:.1f}")
+    check = training.get("quant_check")
+    if check and (check["gap"] is None or check["gap"] > hp.quant_gap_max):
+        broken.append(f"quantization adds {check['gap']} nats a token on held-out rows, more than {hp.quant_gap_max}")
     if (used := seconds.get("unpack", 0) + seconds[f"eval_{list(scores)[-1]}"]) > hp.eval_budget_seconds:
         broken.append(f"unpacking and the final evaluation took {used:.1f} s of {hp.eval_budget_seconds:.1f}")
     if again := graphs.get("train", 0) - graphs.get("eval_training", 0):
@@ -3128,7 +3290,8 @@ def run(hp, dist):
             dist.broadcast(parameter.detach())
     elif not hp.ttt_eval_only:
         trainer = Trainer(model, loader, hp, dist, log)
-        log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank}")
+        log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank} "
+            f"held_out_rows:{loader.held_out_rows}")
         training = train_and_save(trainer, evaluator, checkpoint)
         del trainer
         if compile_wanted(hp, dist):
@@ -3140,7 +3303,8 @@ def run(hp, dist):
             dist.safe = safety.command(hp, dist, folder, checkpoint, quant_only=True)
             log(f"checkpoint:{dist.safe}")
         if not hp.prequant_only:
-            training["group_bytes"] = build_artifact(model, loader, hp, dist, log, artifact, code_bytes)
+            training |= build_artifact(model, loader, hp, dist, log, artifact, code_bytes,
+                                       training.get("training_seconds", 0.0))
         score_stage("prequant", evaluator.evaluate_bpb, log, scores)
 
     # ---- evaluate the file on disk

@@ -65,7 +65,8 @@ def settings(**changes):
     defaults = dict(matrix_bits=6, embed_bits=7, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0, embed_clip_sigmas=14.0)
     defaults |= dict(gptq_damp=0.01, gptq_block_size=32, lqer_enabled=True, lqer_top_k=3, lqer_rank=4)
     defaults |= dict(lqer_asym_enabled=True, lqer_asym_group=64, lqer_factor_bits=4, gated_attn_quant_gate=True)
-    defaults |= dict(lqer_weighted=False, gptq_column_steps=False, gptq_rate_lambda=0.0)
+    defaults |= dict(lqer_weighted=False, gptq_column_steps=False, gptq_rate_lambda=0.0,
+                     gptq_column_power=0.5, gptq_column_octaves=3.0)
     defaults |= {"hessian_clip_lambda": 0.0}
     return SimpleNamespace(**(defaults | changes))
 
@@ -102,11 +103,11 @@ def quantize_alone(weights, hessians, hp):
     return result
 
 
-def gptq(w, hessian, *arguments, names=None, shaping=None):
+def gptq(w, hessian, *arguments, names=None, **steps):
     """gptq_quantize of a batch, or of one matrix."""
     if w.ndim == 2:
-        return (part[0] for part in gptq(w[None], hessian[None], *arguments, names=names, shaping=shaping))
-    return train_gpt.gptq_quantize(w, hessian, *arguments, names or [f"matrix {i}" for i in range(len(w))], shaping)
+        return (part[0] for part in gptq(w[None], hessian[None], *arguments, names=names, **steps))
+    return train_gpt.gptq_quantize(w, hessian, *arguments, names or [f"matrix {i}" for i in range(len(w))], **steps)
 
 
 def unpack(fields):
@@ -270,9 +271,12 @@ def test_gptq_on_the_device_agrees_with_the_cpu():
 # --- steps per row and column, rate-aware rounding
 
 
-def shaped(w, hessian, clip_sigmas, rate):
+FULL_POWER = 1.0, math.inf
+
+
+def shaped(w, hessian, clip_sigmas, rate, column_steps=FULL_POWER):
     """-> weighted error, order-0 bits a code given its column's deviation (of a Gaussian)."""
-    codes, rows, columns = gptq(w, hessian, 6, clip_sigmas, 0.01, 32, shaping=rate)
+    codes, rows, columns = gptq(w, hessian, 6, clip_sigmas, 0.01, 32, column_steps=column_steps, rate_lambda=rate)
     error = w - codes * ((rows.float()[:, None] + columns) / 8).exp2()
     return ((error @ hessian) * error).sum().item(), codes.float().var(dim=0).add(1 / 12).log2().mean().item() / 2
 
@@ -297,7 +301,7 @@ def test_a_shaped_code_costs_no_clipping_and_dead_columns_stay_finite():
     w, hessian = torch.randn(16, 32), correlated_hessian(32)
     hessian[3], hessian[:, 3] = 0, 0
     w[5] = 0
-    codes, rows, columns = gptq(w, hessian, 6, 0.5, 0.01, 32, shaping=1.0)
+    codes, rows, columns = gptq(w, hessian, 6, 0.5, 0.01, 32, column_steps=FULL_POWER, rate_lambda=1.0)
     assert codes.abs().max() > 31 and codes.dtype == rows.dtype == columns.dtype == torch.int8
     assert (codes[5] == 0).all() and (codes[:, 3] == 0).all()
 

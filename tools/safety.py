@@ -459,7 +459,8 @@ def trial_arrays(trainer, model, hp):
             scale = torch.rand(rows, generator=generator)
             fields = {"codes": codes.to(torch.int8), "scale": scale.half()}
             if hp.gptq_column_steps:
-                fields |= {"scale": trainer.log_steps(scale), "column_steps": trainer.log_steps(torch.ones(shape[1]))}
+                fields["scale"] = trainer.to_log2_eighths(scale)
+                fields["column_steps"] = trainer.to_log2_eighths(torch.ones(shape[1]))
             if hp.lqer_enabled and len(seen) < hp.lqer_top_k and shape not in seen:
                 sizes = (rows, hp.lqer_rank), (hp.lqer_rank, shape[1])
                 a, b = (torch.randn(size, generator=generator) for size in sizes)
