@@ -1917,6 +1917,8 @@ class Trainer:
 FP16_RANGE = 2.0**-24, 65504.0  # of scales: 1e-10 would be 0 in fp16, and an all-zero row be divided by it
 DAMPING_RETRIES = 4
 STEPS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])  # by code, see to_log2_eighths
+MAX_SHIFT = 7  # bits of a fine code
+WIDE_CODE = 127 << MAX_SHIFT
 LQER_FIELDS = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
 QUANT_TABLE = {  # saved-weight name -> role, settings of its bits and clip; in the order of the artifact's groups
     "tok_emb.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
@@ -1981,9 +1983,9 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column
     of the original row reach the largest code. The working copy is (N, C, R), so that a column is contiguous, and
     nothing in the column loop waits for the device. Raises ValueError with names if a Hessian cannot be made definite.
 
-    column_steps: (power, octaves) of column_step_codes -> codes, row steps, column steps int8 (N, R), (N, C), see
-    to_log2_eighths; codes are not clipped then. With rate_lambda codes go to the nearest of x / (1 + rate / 12 E[x^2]):
-    error against the bits of a Gaussian, 1: at the coder's slope.
+    column_steps: (power, octaves) of column_step_codes -> codes int16, row steps int8 (N, R), column steps int8 (N, C),
+    see to_log2_eighths; SDClip then sets the steps, but clips nothing. With rate_lambda codes go to the nearest of
+    x / (1 + rate / 12 E[x^2]): error against the bits of a Gaussian, 1: at the coder's slope.
     """
     num_columns, q_max = w.shape[2], 2 ** (bits - 1) - 1
     scale = (clip_sigmas * w.float().std(dim=2) / q_max).clamp(*FP16_RANGE).half()  # (N, R)
@@ -2001,7 +2003,7 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column
     work = work.gather(1, row_order)  # (N, C, R)
     codes = torch.empty_like(work)
     if column_steps is not None:
-        q_max = 127
+        q_max = WIDE_CODE
         scale = to_log2_eighths(scale)
         step = (scale / 8).exp2()
         column_codes = column_step_codes(upper, *column_steps)
@@ -2021,8 +2023,28 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column
             work[:, j + 1 : stop].addcmul_(upper[:, j, j + 1 : stop, None], error[:, None, :], value=-1.0)
         work[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, errors, alpha=-1.0)
     codes = torch.empty_like(codes).scatter_(1, row_order, codes)
-    codes = codes.mT.to(torch.int8).contiguous()
+    codes = codes.mT.to(torch.int8 if column_steps is None else torch.int16).contiguous()
     return (codes, scale) if column_steps is None else (codes, scale, column_codes)
+
+def split_wide_codes(codes, column_steps):
+    """Codes int16 (R, C), column steps int8 (C,) -> fields with int8 codes: code = 2^shift coarse + fine.
+
+    The last norm's output has a few columns of 10 to 30 times the others' deviation; the steps of these columns of the
+    embedding are so small that int8 would cut the codes off at two deviations. What lies below an ordinary step is
+    stored apart for them: fine codes (R, k), their columns and shifts (k,).
+    """
+    wide = (codes.abs().amax(dim=0) > 127).nonzero()[:, 0]
+    if not len(wide):
+        return {"codes": codes.to(torch.int8), "column_steps": column_steps}
+    largest = codes[:, wide].abs().amax(dim=0).float()
+    shift = torch.maximum((largest / 127).log2().ceil(), (-column_steps[wide] / 8).round()).clamp(1, MAX_SHIFT).int()
+    coarse = (codes[:, wide] / 2.0**shift).round().clamp(-127, 127).int()
+    narrow, steps = codes.clone(), column_steps.int()
+    narrow[:, wide] = coarse.to(codes.dtype)
+    steps[wide] += 8 * shift
+    fine = codes[:, wide].int() - (coarse << shift)
+    return {"codes": narrow.to(torch.int8), "column_steps": steps.to(torch.int8), "fine_codes": fine.to(torch.int8),
+            "fine_columns": wide.to(torch.int16), "fine_shift": shift.to(torch.int8)}
 
 def quantize_rows(x, low, high, steps):
     """x (..., C) -> codes int8 (..., C) in [low, high], scale fp16 (...): largest |x| of the row over `steps`."""
@@ -2077,7 +2099,7 @@ def quantize_matrices(names, weights, hessians, hp):
             packed[name] = {"codes": codes, "scale": scale}
             step = scale.float()[:, None]
             if hp.gptq_column_steps:
-                packed[name]["column_steps"] = columns[0]
+                packed[name] |= split_wide_codes(codes, columns[0])
                 step = ((step + columns[0]) / 8).exp2()
             errors[name] = weight - codes * step
     return packed, errors
@@ -2132,7 +2154,12 @@ def dequantize_weights(arrays):
             raise ValueError(f"{name}: no weight can be made of the fields {sorted(fields)}")
         w = fields["fp16"] if "fp16" in fields else fields["codes"] * fields["scale"][..., None]
         if "column_steps" in fields and (Hyperparameters.gptq_column_steps or not PACKED):
-            w = fields["codes"] * STEPS[(fields["scale"][:, None] + fields["column_steps"]).astype(int)]
+            steps = fields["scale"][:, None] + fields["column_steps"]
+            w = fields["codes"] * STEPS[steps.astype(int)]
+            if "fine_codes" in fields:
+                columns = fields["fine_columns"].astype(int)
+                fine_steps = (steps[:, columns] - 8 * fields["fine_shift"]).clip(-256, 255)
+                w[:, columns] += fields["fine_codes"] * STEPS[fine_steps.astype(int)]
         if "lqer_a" in fields and (Hyperparameters.lqer_enabled or not PACKED):
             a, b = unpack_factors(fields)
             for r in range(a.shape[1]):

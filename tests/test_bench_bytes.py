@@ -32,7 +32,6 @@ def test_sweep_measures_bytes_error_and_bpb_of_every_point(monkeypatch, tmp_path
     assert near["bytes"] > coarse["bytes"] and near["weighted_error"] < 0.2 * coarse["weighted_error"]
     assert ours["settings"] == shaped and ours["weighted_error"] < 0.2 * coarse["weighted_error"]
     assert all(-0.1 < point["gap"] < 0.1 for point in (near, coarse, ours))
-    assert abs(near["gap"]) < abs(coarse["gap"])
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     assert abs(near["bpb"] - float(capsys.readouterr().out.split()[2])) < 0.05
 
