@@ -26,6 +26,7 @@ import lzma
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -701,14 +702,14 @@ def noise_rows(runs: list[dict], kind: str, arm: str) -> list[list[str]]:
         for what, (deviation, freedom) in (("repeats of a seed", repeats), ("seeds", seeds)):
             error = deviation * math.sqrt(2 / MIN_PAIRS)
             least = error * stats.t.isf(SIGNIFICANCE, MIN_PAIRS - 1)
-            rows.append([kind, arm, stage, f"{mean:.5f}", what, str(freedom + 1 if freedom else 0),
-                         f"{deviation:.5f}", interval(deviation, freedom), f"{error:.5f}",
+            rows.append([kind, arm, stage, f"{mean:.5f}", what, str(freedom), f"{deviation:.5f}",
+                         interval(deviation, freedom), f"{error:.5f}",
                          f"{max(least, MIN_GAIN_BPB):.5f}"])  # fmt: skip
     return rows
 
 
-NOISE_HEAD = ("kind", "arm", "stage", "mean BPB", "over", "n", "deviation", "90% interval",
-              "error of 3 pairs", "least gain accepted")  # fmt: skip
+NOISE_HEAD = ("kind", "arm", "stage", "mean BPB", "over", "degrees of freedom", "deviation", "90% interval",
+              f"error of {MIN_PAIRS} pairs", "least gain accepted")  # fmt: skip
 
 
 def print_noise(args) -> None:
@@ -746,10 +747,13 @@ def prepare_data(args) -> None:
         validation = Path(scratch, "val.jsonl")
         with opened(args.val, "rt", encoding="utf-8") as lines:
             validation.write_text("".join(itertools.islice(lines, args.val_docs)), encoding="utf-8")
-        command = [sys.executable, str(ROOT / "prepare_caseops_data.py"), "--docs", args.train]
-        done = subprocess.run([*command, "--val-file", str(validation), "--out", str(out)])
+        command = [sys.executable, str(ROOT / "prepare_caseops_data.py"), "--docs", *args.train]
+        command += ["--val-file", str(validation), "--out", str(out)]
+        done = subprocess.run(command + (["--tokenizer", args.tokenizer] if args.tokenizer else []))
     if done.returncode:
         sys.exit(done.returncode)
+    if args.tokenizer:
+        shutil.copy(args.tokenizer, out)  # a run looks for it beside the data
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -777,9 +781,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     noise.add_argument("campaign", metavar="CAMPAIGN")
     data = commands.add_parser("data", help="make the standard data")
     data.add_argument("folder", metavar="DIR")
-    data.add_argument("--train", required=True, metavar="FILE", help="documents, JSON lines, plain, .gz or .xz")
+    data.add_argument("--train", nargs="+", required=True, metavar="FILE",
+                      help="documents, JSON lines, plain, .gz or .xz")  # fmt: skip
     data.add_argument("--val", required=True, metavar="FILE", help="validation documents")
     data.add_argument("--val-docs", type=int, default=500, metavar="N", help="the first N; default: %(default)s")
+    data.add_argument("--tokenizer", metavar="MODEL", help="default: the one in tokenizers/")
     return parser.parse_args(arguments)
 
 
