@@ -333,9 +333,9 @@ def run_once(arm: Arm, recipe: Recipe, seed: int, runs: Path) -> dict:
 
 def figures_of(result: dict, log: str, recipe: Recipe) -> dict:
     """What a record keeps of RESULT, with tokens/s over the whole training and epochs of the training data."""
-    keys = ("commit", "device", "world_size", "torch", "python", "attention", "steps", "training_seconds",
-            "tokens_per_second_by_loop_state", "artifact_bytes", "code_bytes", "total_bytes", "seconds",
-            "violations")  # fmt: skip
+    keys = ("commit", "device", "world_size", "torch", "python", "attention", "mlp", "steps", "train_loss",
+            "training_seconds", "tokens_per_second_by_loop_state", "artifact_bytes", "code_bytes", "total_bytes",
+            "seconds", "violations", "peak_memory_bytes")  # fmt: skip
     figures = {"result_version": result.get("version")}
     figures |= {key: result[key] for key in keys if key in result}
     kept = "bpb", "bytes", "tokens", "partial"
@@ -591,7 +591,8 @@ def left_out(records: list[dict], runs: list[dict], against: str) -> list[str]:
     lines = []
     for record in records:
         if record["status"] == "failed":
-            lines.append(f"failed: {record['arm']}, seed {record['seed']}, go {record['go']}: {record['log'][-1:]}")
+            why = " | ".join(record["log"][-3:])
+            lines.append(f"failed: {record['arm']}, seed {record['seed']}, go {record['go']}: {why}")
     paired_runs = [pairs_of(runs, arm, against) for arm in {run["arm"] for run in runs} - {against}]
     counted = [run for pairs in paired_runs for pair in pairs.values() for run in pair]
     for run in runs:

@@ -217,7 +217,8 @@ def test_a_failed_run_is_recorded_and_the_campaign_goes_on(place, capsys):
     capsys.readouterr()
     table(place)
     told = capsys.readouterr().out
-    assert "failed: bad, seed 1" in told and "not counted, without a partner in its go: base, seed 1" in told
+    assert f"failed: bad, seed 1, go {records[1]['go']}: step:1 train_loss:9.0 | out of | memory\n" in told
+    assert "not counted, without a partner in its go: base, seed 1" in told
 
 
 def test_a_reference_that_fails_spares_its_partners(place):
