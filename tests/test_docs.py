@@ -11,8 +11,8 @@ import train_gpt
 from tools import launch
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "THIRD_PARTY_NOTICES.md", "data/README.md", "docs/LOG.md", "docs/RELIABILITY.md",
-         "docs/RESULT.md", "records/README.md", "tokenizers/README.md"]
+PAGES = ["README.md", "THIRD_PARTY_NOTICES.md", "data/README.md", "docs/LOG.md", "docs/PROXY.md",
+         "docs/RELIABILITY.md", "docs/RESULT.md", "records/README.md", "tokenizers/README.md"]
 SETTINGS = {name.upper() for name in train_gpt.Hyperparameters.__dataclass_fields__}
 OTHER_VARIABLES = {"SOAK", "TORCH_INDEX_URL", "TORCH", "GOLDEN_DIR", "HF_ENDPOINT", "HF_TOKEN", *launch.OURS}
 # what a run, a dataset or a user makes or fetches, so that a checkout does not hold it
