@@ -211,11 +211,9 @@ class Hyperparameters:
     embed_clip_sigmas: float = env(15.0, "clip of embedding rows in deviations", above=0)
     hessian_clip_lambda: float = env(0.0, "share of a row's Hessian-weighted size in its clip (PR 1512)", least=0)
     gptq_column_steps: bool = env(True, "steps 2^(k/8) per row and per column instead of fp16 per row")
-    gptq_column_power: float = env(0.5, "power of the conditional deviation in a column's step", least=0, most=1)
-    gptq_column_octaves: float = env(3.0, "most octaves between a column's step and its row's", least=0)
+    gptq_column_octaves: float = env(2.0, "most octaves between a column's step and its row's", least=0)
     quant_check_rows: int = env(2, "training rows held out to check the quantized model's loss; 0: no check", least=0)
     quant_gap_max: float = env(0.02, "nats a token that quantization may add there; else plainer ones", above=0)
-    gptq_rate_lambda: float = env(0.0, "error against coded bits with column steps: 1 is the coder's slope", least=0)
     gated_attn_quant_gate: bool = env(True, "attention gates as int8 per row; 0: fp16")
     lqer_enabled: bool = env(True, "low-rank correction of the largest quantization errors")
     lqer_top_k: int = env(3, "matrices that get a correction", least=0)
@@ -1964,28 +1962,25 @@ def to_log2_eighths(x):
     """Steps x > 0 -> int8 codes k, nearest 2^(k/8): GPTQ works with the rounded step, so the grid costs no error."""
     return (8 * x.float().log2()).round_().clamp_(-127, 127).to(torch.int8)
 
-def column_step_codes(upper, power, octaves):
-    """Factor U (N, C, C) of the inverse Hessians -> codes (N, C) of the columns' steps relative to their rows'.
+def column_step_codes(upper, octaves):
+    """Factor U (N, C, C) of the inverse Hessians -> codes int8 (N, C) of the columns' steps relative to their rows'.
 
-    diag U is a column's conditional deviation: what of its input the columns after it do not predict. Steps that go
-    with it in full (power 1) would cost every column the same error on the calibration rows, the best for an entropy
-    coder, if other text had the same Hessian. It has not: columns that these rows hardly use got steps of many times
-    their weights, and a model of 2,129 steps lost 0.089 BPB (docs/LOG.md). So the power is below 1, and the step
-    within `octaves` of the row's.
+    diag U is a column's conditional deviation: what the columns after it do not predict of its input, inverted. Steps
+    in proportion to it cost every column the same error, which is the best for an entropy coder. `octaves` bounds how
+    far they are trusted: on other text a column may carry more than on the calibration rows.
     """
     log_steps = upper.diagonal(dim1=1, dim2=2).log2()
-    log_steps = power * (log_steps - log_steps.mean(dim=1, keepdim=True))
+    log_steps = log_steps - log_steps.mean(dim=1, keepdim=True)
     return to_log2_eighths(log_steps.clamp(-octaves, octaves).exp2())
 
-def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column_steps=None, rate_lambda=0.0):
+def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column_octaves=None):
     """w (N, R, C), hessian (N, C, C), N names -> codes int8 (N, R, C), scale fp16 (N, R).
     GPTQ (arXiv:2210.17323), columns in descending order of diag H, and SDClip scales: clip_sigmas standard deviations
     of the original row reach the largest code. The working copy is (N, C, R), so that a column is contiguous, and
     nothing in the column loop waits for the device. Raises ValueError with names if a Hessian cannot be made definite.
 
-    column_steps: (power, octaves) of column_step_codes -> codes int16, row steps int8 (N, R), column steps int8 (N, C),
-    see to_log2_eighths; SDClip then sets the steps, but clips nothing. With rate_lambda codes go to the nearest of
-    x / (1 + rate / 12 E[x^2]): error against the bits of a Gaussian, 1: at the coder's slope.
+    With column_octaves, see column_step_codes -> codes int16, row steps int8 (N, R), column steps int8 (N, C), both as
+    to_log2_eighths: SDClip then sets the steps, but clips nothing.
     """
     num_columns, q_max = w.shape[2], 2 ** (bits - 1) - 1
     scale = (clip_sigmas * w.float().std(dim=2) / q_max).clamp(*FP16_RANGE).half()  # (N, R)
@@ -2002,11 +1997,11 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column
     row_order = order[:, :, None].expand_as(work)
     work = work.gather(1, row_order)  # (N, C, R)
     codes = torch.empty_like(work)
-    if column_steps is not None:
+    if column_octaves is not None:
         q_max = WIDE_CODE
         scale = to_log2_eighths(scale)
         step = (scale / 8).exp2()
-        column_codes = column_step_codes(upper, *column_steps)
+        column_codes = column_step_codes(upper, column_octaves)
         column_scale = (column_codes / 8).exp2()
         work = work / column_scale[:, :, None]
         upper = upper / column_scale[:, None, :]
@@ -2015,23 +2010,20 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column
         stop = min(start + block_size, num_columns)
         errors = torch.empty_like(work[:, start:stop])
         for j in range(start, stop):
-            target = work[:, j] / step
-            if rate_lambda:
-                target /= 1 + rate_lambda / (12 * target.square().mean(dim=1, keepdim=True)).clamp(min=1e-9)
-            codes[:, j] = target.round_().clamp_(-q_max, q_max)
+            codes[:, j] = (work[:, j] / step).round_().clamp_(-q_max, q_max)
             errors[:, j - start] = error = (work[:, j] - codes[:, j] * step) / upper[:, j, j, None]
             work[:, j + 1 : stop].addcmul_(upper[:, j, j + 1 : stop, None], error[:, None, :], value=-1.0)
         work[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, errors, alpha=-1.0)
     codes = torch.empty_like(codes).scatter_(1, row_order, codes)
-    codes = codes.mT.to(torch.int8 if column_steps is None else torch.int16).contiguous()
-    return (codes, scale) if column_steps is None else (codes, scale, column_codes)
+    codes = codes.mT.to(torch.int8 if column_octaves is None else torch.int16).contiguous()
+    return (codes, scale) if column_octaves is None else (codes, scale, column_codes)
 
 def split_wide_codes(codes, column_steps):
     """Codes int16 (R, C), column steps int8 (C,) -> fields with int8 codes: code = 2^shift coarse + fine.
 
-    The last norm's output has a few columns of 10 to 30 times the others' deviation; the steps of these columns of the
-    embedding are so small that int8 would cut the codes off at two deviations. What lies below an ordinary step is
-    stored apart for them: fine codes (R, k), their columns and shifts (k,).
+    The last norm's output has a few columns of 10 to 30 times the others' deviation. The steps of these columns of the
+    embedding are so small that int8 would cut codes off below four deviations of the weights (it cost 0.07 to 0.09 BPB,
+    docs/LOG.md). For them what lies below an ordinary step is stored apart: fine codes (R, k), columns, shifts (k,).
     """
     wide = (codes.abs().amax(dim=0) > 127).nonzero()[:, 0]
     if not len(wide):
@@ -2091,10 +2083,8 @@ def quantize_matrices(names, weights, hessians, hp):
         w, h = (torch.stack([source[name].float() for name in batch]) for source in (weights, hessians))
         if hp.hessian_clip_lambda and quant_role(batch[0])[0] != "embedding":
             clip_sigmas = techniques.hessian_aware_sigmas(w, h, clip_sigmas, hp.hessian_clip_lambda)
-        column_steps = (hp.gptq_column_power, hp.gptq_column_octaves) if hp.gptq_column_steps else None
-        rate_lambda = hp.gptq_rate_lambda if hp.gptq_column_steps else 0.0
-        found = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, column_steps,
-                              rate_lambda)
+        column_octaves = hp.gptq_column_octaves if hp.gptq_column_steps else None
+        found = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, column_octaves)
         for name, weight, codes, scale, *columns in zip(batch, w, *found, strict=True):
             packed[name] = {"codes": codes, "scale": scale}
             step = scale.float()[:, None]
@@ -2141,6 +2131,15 @@ def quantize_weights(weights, hessians, hp, dist):
     packed = {name: fields for part in dist.all_gather_object(packed) for name, fields in part.items()}
     return {f"{name}:{field}": array for name in weights for field, array in packed[name].items()}  # the caller's order
 
+def add_fine_codes(w, name, fields, steps):
+    """Adds what split_wide_codes split off to weights w (R, C), in place; steps (R, C): codes of their steps."""
+    columns, shift = (fields.get(key, np.zeros(0)).astype(int) for key in ("fine_columns", "fine_shift"))
+    fits = fields["fine_codes"].shape == (len(w), columns.size) and columns.shape == shift.shape
+    if not fits or columns.size and not 0 <= columns.min() <= columns.max() < w.shape[1]:
+        raise ValueError(f"{name}: fine codes {fields['fine_codes'].shape} do not fit the matrix {w.shape}")
+    fine_steps = (steps[:, columns] - 8 * shift).clip(-256, 255)
+    w[:, columns] += fields["fine_codes"] * STEPS[fine_steps.astype(int)]
+
 def dequantize_weights(arrays):
     """Arrays of quantize_weights -> saved weights by name, fp32 on the CPU, the same bits on every machine.
     Only elementwise fp32 operations in a fixed order: a matrix product would leave the order of its sums to the BLAS.
@@ -2157,9 +2156,7 @@ def dequantize_weights(arrays):
             steps = fields["scale"][:, None] + fields["column_steps"]
             w = fields["codes"] * STEPS[steps.astype(int)]
             if "fine_codes" in fields:
-                columns = fields["fine_columns"].astype(int)
-                fine_steps = (steps[:, columns] - 8 * fields["fine_shift"]).clip(-256, 255)
-                w[:, columns] += fields["fine_codes"] * STEPS[fine_steps.astype(int)]
+                add_fine_codes(w, name, fields, steps)
         if "lqer_a" in fields and (Hyperparameters.lqer_enabled or not PACKED):
             a, b = unpack_factors(fields)
             for r in range(a.shape[1]):
@@ -2238,13 +2235,12 @@ def held_out_loss(model, loader, hp, dist):
     return dist.all_reduce(total).item() / (loader.held_out_rows * hp.micro_batch_tokens)
 
 def plainer_quantizations(hp):
-    """Settings to try in turn where quantization ruins a model: first without column steps, then with more damping.
-
-    Both lean less on the Hessians of the calibration rows; what they give is not longer than what they replace.
+    """Settings to try in turn where quantization ruins a model: the same step for all columns of a row, then with a
+    damping as large as the mean of the Hessian's diagonal, which leaves little but rounding to the nearest.
     """
-    plain = dataclasses.replace(hp, gptq_column_steps=False, gptq_rate_lambda=0.0)
-    tried = [plain] if hp.gptq_column_steps else []
-    return [*tried, dataclasses.replace(plain, gptq_damp=10 * hp.gptq_damp)]
+    plain = dataclasses.replace(hp, gptq_column_steps=False)
+    ways = [plain, dataclasses.replace(plain, gptq_damp=max(1.0, hp.gptq_damp))]
+    return [way for way in ways if way != hp]
 
 class QuantizationCheck:
     """Compares the loss of the quantized with that of the fp32 model on the training rows that were held out.
@@ -2275,24 +2271,24 @@ class QuantizationCheck:
     def choose(self, quantize, seconds_left):
         """Quantizes as set and, while the gap is above QUANT_GAP_MAX, in plainer ways -> settings, arrays of the best.
 
-        quantize(hp) -> arrays. No further one is begun when seconds_left() are fewer than the last one took.
+        quantize(hp) -> arrays. No other way is begun when seconds_left() are fewer than the last one took.
         """
-        hp, arrays = self.hp, quantize(self.hp)
         if self.fp32_loss is None:
-            return hp, arrays
-        gap = self.gap(arrays, hp)
-        for plainer in plainer_quantizations(self.hp):
-            if gap <= self.hp.quant_gap_max:
-                break
+            return self.hp, quantize(self.hp)
+        best_gap, best = math.inf, None
+        for hp in (self.hp, *plainer_quantizations(self.hp)):
             started = time.perf_counter()
-            self.log(f"note: quantization adds {gap:.4f} nats a token, more than QUANT_GAP_MAX={self.hp.quant_gap_max}")
-            candidate = quantize(plainer)
-            if (candidate_gap := self.gap(candidate, plainer)) < gap:
-                hp, arrays, gap = plainer, candidate, candidate_gap
-            took = time.perf_counter() - started
-            if seconds_left() < took:
+            arrays = quantize(hp)
+            gap = self.gap(arrays, hp)
+            if best is None or gap < best_gap:
+                best_gap, best = gap, (hp, arrays)
+            if best_gap <= self.hp.quant_gap_max:
                 break
-        return hp, arrays
+            self.log(f"note: quantization adds {gap:.4f} nats a token, more than QUANT_GAP_MAX={self.hp.quant_gap_max}")
+            if self.dist.agree(time.perf_counter() - started)[0] > seconds_left():
+                self.log("note: no seconds are left for a plainer quantization")
+                break
+        return best
 
     def summary(self):
         """For RESULT: rows, loss of the fp32 model, the gap that was kept and its settings, and all that was tried."""
@@ -3265,7 +3261,9 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
 
 def train_and_save(trainer, evaluator, path):
     """Stages warm_up and train, then model.pt. Returns figures for RESULT. A signal waits for the end of a step."""
-    dist, log = trainer.dist, trainer.log
+    dist, log, loader = trainer.dist, trainer.log, trainer.loader
+    log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank} "
+        f"held_out_rows:{loader.held_out_rows}")
     with log.stage("warm_up"):
         trainer.warm_up()
     dist.deferring = True
@@ -3317,8 +3315,6 @@ def run(hp, dist):
             dist.broadcast(parameter.detach())
     elif not hp.ttt_eval_only:
         trainer = Trainer(model, loader, hp, dist, log)
-        log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank} "
-            f"held_out_rows:{loader.held_out_rows}")
         training = train_and_save(trainer, evaluator, checkpoint)
         del trainer
         if compile_wanted(hp, dist):
