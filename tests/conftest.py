@@ -15,6 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt  # noqa: E402
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden"))
+# Seconds that tests wait for what must end by itself: a subprocess, another rank, a thread. The longest takes a minute
+# on a quiet machine; a loaded one may need many times that, and only a hang should fail.
+PATIENCE = float(os.environ.get("PATIENCE", 1800))
 TINY = {
     "vocab_size": 97, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.0, "rope_dims": 4,
     "train_batch_tokens": 256, "micro_batch_tokens": 128, "train_seq_len": 32, "eval_seq_len": 32, "eval_stride": 8,

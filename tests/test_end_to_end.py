@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_documents, write_shard
+from conftest import PATIENCE, write_documents, write_shard
 
 import train_gpt
 
@@ -70,7 +70,7 @@ def start(*command, **settings):
 def finish(process):
     """(exit code, standard output, standard error); the process is ended if it hangs."""
     try:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         process.kill()
         raise

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import faults
 import pytest
+from conftest import PATIENCE
 
 import train_gpt
 from tools import launch
@@ -53,7 +54,7 @@ def run(tmp_path):
 
     def call(*words, **variables):
         return subprocess.run([ROOT / "run_3seeds.sh", *words], env=environ | variables, cwd=tmp_path, text=True,
-                              capture_output=True, timeout=90)
+                              capture_output=True, timeout=PATIENCE)
 
     yield call
     for path in tmp_path.glob("runs/*/launch.json"):
@@ -61,7 +62,7 @@ def run(tmp_path):
 
 
 def until(condition):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

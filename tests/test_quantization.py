@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import PATIENCE
 
 import train_gpt
 from tools import techniques
@@ -37,9 +38,9 @@ class FakeDist:
 
     def all_gather_object(self, obj):
         self.slots[self.rank] = obj
-        self.barrier.wait(timeout=60)
+        self.barrier.wait(PATIENCE)
         gathered = list(self.slots)
-        self.barrier.wait(timeout=60)
+        self.barrier.wait(PATIENCE)
         return gathered
 
 
@@ -52,6 +53,9 @@ def on_ranks(world_size, call):
             results[rank] = call(FakeDist(rank, world_size, slots, barrier))
         except ValueError as error:
             results[rank] = error
+        except BaseException:
+            barrier.abort()  # or the others would wait for this rank
+            raise
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
     for thread in threads:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import Lines, tiny_hp, write_documents
+from conftest import PATIENCE, Lines, tiny_hp, write_documents
 from test_optimizer import run_on_ranks
 
 import train_gpt
@@ -244,7 +244,7 @@ def test_the_next_row_is_built_before_it_is_asked_for(tiny_data, monkeypatch):
 
     monkeypatch.setattr(loader, "build", recorded)
     list(loader.step(0))
-    assert arrived.wait(10) and built == [0, 1, 2]
+    assert arrived.wait(PATIENCE) and built == [0, 1, 2]
 
 
 # --- one step
