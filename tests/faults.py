@@ -157,8 +157,9 @@ def main():
 
 def environment(folder, fault=None, **more):
     """What a run gets: our settings, and next to nothing of this process."""
-    environ = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ} | SETTINGS
-    environ |= {"RUNS_DIR": str(folder / "runs"), "DATA_PATH": str(folder / "data"), "RUN_ID": "run"}
+    from conftest import HERE
+
+    environ = HERE | SETTINGS | {"RUNS_DIR": str(folder / "runs"), "DATA_PATH": str(folder / "data"), "RUN_ID": "run"}
     return environ | {"FAULT_NOTES": str(folder)} | ({"FAULT": fault} if fault else {}) | more
 
 
@@ -179,8 +180,9 @@ class Forker:
 
     def __init__(self):
         command = [sys.executable, str(Path(__file__).resolve()), "serve"]
-        environ = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
-        environ["OMP_NUM_THREADS"] = "1"
+        from conftest import HERE
+
+        environ = HERE | {"OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.server = subprocess.Popen(command, env=environ, text=True, **pipes)
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import faults
 import pytest
 from conftest import PATIENCE
@@ -19,7 +20,7 @@ from tools import launch
 from tools.run_files import read_preset
 
 ROOT = Path(__file__).resolve().parents[1]
-HERE = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH", "TERM") if key in os.environ}
+HERE = conftest.HERE | {key: os.environ[key] for key in ("TERM",) if key in os.environ}
 VENV = Path(sys.executable).parents[1]
 WAYS = [pytest.param("0", id="background"),
         pytest.param("1", id="tmux", marks=pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux"))]

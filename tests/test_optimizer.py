@@ -46,11 +46,11 @@ def set_gradients(model, seed, scale=1.0):
 # values amplify. Two bounds on relative errors follow:
 # - in float64 our result is the same on any machine to ten digits, and so is its distance from a golden number, the
 #   golden number's own error: 0.039 for polar_express, 0.045 to 0.049 for a step of Muon.
-# - in bf16 the last bits of a sum differ from CPU to CPU, and a rounding that tips makes another result. Nothing on the
-#   CPU that made the numbers, 0.004 on one without AVX-512, 0.022 with a random last bit in each fp32 sum, 0.030 with
-#   64 times as much: as if no rounding were the same.
+# - in bf16 the last bits of a sum differ from CPU to CPU, and a rounding that tips makes another result: by 0 on the
+#   one that made the numbers, 0.004 on one without AVX-512, at most 0.022 with a random last bit in each fp32 sum and
+#   0.030 with 64 times as much. Two results that share no rounding are sqrt(2) * 0.049 = 0.07 apart.
 GOLDEN_ERROR = 0.05
-BF16_ERROR = 0.04  # ten times bf16's epsilon
+BF16_ERROR = 0.06  # 15 times bf16's epsilon: sees that the 16-bit path is the same method, float64 sees the details
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, GOLDEN_ERROR), (torch.bfloat16, BF16_ERROR)],

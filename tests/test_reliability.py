@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import faults
 import pytest
 import torch
-from conftest import PATIENCE, Lines, tell, tiny_hp
+from conftest import HERE, PATIENCE, Lines, tell, tiny_hp
 from test_optimizer import run_on_ranks
 from test_training import OPS, SMALL, equal_states, everything
 
@@ -530,8 +530,7 @@ def go_on_in_a_fork(folder, command, forker):
 
 def go_on(folder, command):
     """Runs a command that a message gave, as it stands, in a shell -> exit code."""
-    environ = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
-    environ |= {"PATH": f"{Path(sys.executable).parent}:{environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environ = HERE | {"PATH": f"{Path(sys.executable).parent}:{HERE['PATH']}", "OMP_NUM_THREADS": "1"}
     with open(folder / "out", "ab") as out:
         return subprocess.run(["sh", "-c", command], env=environ, stdout=out, stderr=out, timeout=PATIENCE).returncode
 
@@ -866,8 +865,7 @@ def test_two_hosts_run_the_whole_pipeline(base, world):
     script = Path(__file__).with_name("two_hosts.sh")
     done = subprocess.run(["unshare", "-rn", "true"], capture_output=True) if shutil.which("unshare") else None
     prefix = ["unshare", "-rnm"] if done and done.returncode == 0 and shutil.which("ip") else []
-    environ = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
-    environ |= faults.SETTINGS | {"RUN_ID": "run", "PYTHON": sys.executable, "DETERMINISTIC": "1"}
+    environ = HERE | faults.SETTINGS | {"RUN_ID": "run", "PYTHON": sys.executable, "DETERMINISTIC": "1"}
     command = [*prefix, "sh", str(script), str(world), str(world / "far"), "netns" if prefix else "localhost"]
     with open(world / "out", "ab") as out:
         done = subprocess.run(command, env=environ, stdout=out, stderr=out, timeout=PATIENCE)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE
+from conftest import HERE, PATIENCE
 from test_end_to_end import SETTINGS, make_data
 from test_presets import PUBLISHED, tiny
 
@@ -26,7 +26,6 @@ from tools import make_record, pack_code, preflight, run_files, specialise  # no
 ROOT = Path(train_gpt.__file__).parent
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 TECHNIQUES = specialise.COMPANION.read_text(encoding="utf-8")
-HERE = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(train_gpt.Hyperparameters)}
 
 

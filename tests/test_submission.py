@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import PATIENCE
+from conftest import HERE, PATIENCE
 from hub_server import Hub
 from test_end_to_end import SETTINGS, make_data
 
@@ -26,7 +26,6 @@ from tools import make_record, summarize  # noqa: E402
 from tools.run_files import read_run, read_runs  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-HERE = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
 PICTURES = ["bytes.png", "stages.png", "training.png", "ttt.png"]
 
 
