@@ -10,15 +10,17 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import faults
 import pytest
+from conftest import PATIENCE
 
 import train_gpt
 from tools import launch
 from tools.run_files import read_preset
 
 ROOT = Path(__file__).resolve().parents[1]
-HERE = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH", "TERM") if key in os.environ}
+HERE = conftest.HERE | {key: os.environ[key] for key in ("TERM",) if key in os.environ}
 VENV = Path(sys.executable).parents[1]
 WAYS = [pytest.param("0", id="background"),
         pytest.param("1", id="tmux", marks=pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux"))]
@@ -53,7 +55,7 @@ def run(tmp_path):
 
     def call(*words, **variables):
         return subprocess.run([ROOT / "run_3seeds.sh", *words], env=environ | variables, cwd=tmp_path, text=True,
-                              capture_output=True, timeout=90)
+                              capture_output=True, timeout=PATIENCE)
 
     yield call
     for path in tmp_path.glob("runs/*/launch.json"):
@@ -61,7 +63,7 @@ def run(tmp_path):
 
 
 def until(condition):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import faults
 import pytest
 import torch
-from conftest import Lines, tell, tiny_hp
+from conftest import HERE, PATIENCE, Lines, tell, tiny_hp
 from test_optimizer import run_on_ranks
 from test_training import OPS, SMALL, equal_states, everything
 
@@ -133,15 +133,19 @@ def test_a_forged_state_is_refused_and_runs_no_code(tiny_data, tmp_path, forged)
 
 
 class Evil:
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/evil-state",)
+        return os.system, (f"touch {shlex.quote(str(self.path))}",)
 
 
 def test_a_state_with_code_in_it_is_refused(tiny_data, tmp_path):
-    (tmp_path / "state-00000009.pt").write_bytes(sealed({"weights": Evil()}))
+    mark = tmp_path / "evil"
+    (tmp_path / "state-00000009.pt").write_bytes(sealed({"weights": Evil(mark)}))
     with pytest.raises(ValueError, match="does not fit"):
         safety.load_state(trainer_of(tiny_data, tmp_path, resume=True, run_id="x"))
-    assert not Path("/tmp/evil-state").exists()
+    assert not mark.exists()
 
 
 def test_a_disk_that_is_full_ends_no_training(tiny_data, tmp_path, monkeypatch):
@@ -293,13 +297,17 @@ def test_a_process_that_is_seen_to_live_may_be_silent_for_longer():
 
 def test_a_rank_that_works_alone_is_not_taken_for_stalled():
     """Packing keeps rank 0 for a minute: threads, and programs such as lrzip, count as work."""
-    before = safety.cpu_ticks()
+    wanted = 5 * safety.Watchdog.IDLE_TICKS / safety.Watchdog.STALLED
+    before, own = safety.cpu_ticks(), time.process_time()
     child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    time.sleep(1.0)
-    grown = safety.cpu_ticks() - before
-    child.kill()
-    child.wait()
-    assert grown >= 5 * safety.Watchdog.IDLE_TICKS / safety.Watchdog.STALLED or os.getloadavg()[0] > 2 * os.cpu_count()
+    limit = time.time() + PATIENCE
+    try:
+        while safety.cpu_ticks() - before - 100 * (time.process_time() - own) < wanted:  # without what this loop takes
+            assert time.time() < limit
+            time.sleep(0.05)
+    finally:
+        child.kill()
+        child.wait()
 
 
 # ---- before the clock starts
@@ -522,10 +530,9 @@ def go_on_in_a_fork(folder, command, forker):
 
 def go_on(folder, command):
     """Runs a command that a message gave, as it stands, in a shell -> exit code."""
-    environ = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
-    environ |= {"PATH": f"{Path(sys.executable).parent}:{environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environ = HERE | {"PATH": f"{Path(sys.executable).parent}:{HERE['PATH']}", "OMP_NUM_THREADS": "1"}
     with open(folder / "out", "ab") as out:
-        return subprocess.run(["sh", "-c", command], env=environ, stdout=out, stderr=out, timeout=240).returncode
+        return subprocess.run(["sh", "-c", command], env=environ, stdout=out, stderr=out, timeout=PATIENCE).returncode
 
 
 @pytest.fixture(scope="module")
@@ -563,11 +570,22 @@ def loss_lines(folder, run="run"):
     return sorted(set(re.findall(r"^step:(\d+) train_loss:(\S+)", log, re.MULTILINE)))
 
 
-def wait_for(folder, words, seconds=90):
-    limit = time.time() + seconds
-    while words not in (output(folder) if (folder / "out").exists() else ""):
+def until(condition, folder):
+    """Waits for a condition of a run; its output is shown where it does not come true."""
+    limit = time.time() + PATIENCE
+    while not condition():
         assert time.time() < limit, output(folder)[-3000:]
         time.sleep(0.05)
+
+
+def wait_for(folder, words):
+    until(lambda: words in (output(folder) if (folder / "out").exists() else ""), folder)
+
+
+def catches(process, number):
+    """Has the process a handler for this signal? (Linux: a mask in /proc.)"""
+    (mask,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 @pytest.mark.parametrize(
@@ -583,7 +601,7 @@ def test_a_signal_saves_a_state_and_the_message_goes_on(world, forker, name, ran
     process = (faults if ranks > 1 else forker).start(world, ranks, None, ITERATIONS="100000")
     wait_for(world, "step:12 ")
     os.kill(process.pid, number := getattr(signal, name))
-    code = faults.end(process, 60)
+    code = faults.end(process)
     assert code == (128 + number if ranks == 1 else 1)  # torchrun makes 1 of whatever its processes end with
     (line,) = [line for line in output(world).splitlines() if line.startswith("stopped by")]
     assert line.startswith(f"stopped by {name} in stage train. ") and line in (world / "runs/run/log.txt").read_text()
@@ -600,14 +618,14 @@ def test_a_signal_saves_a_state_and_the_message_goes_on(world, forker, name, ran
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=soak)])
 def test_a_second_signal_ends_a_step_that_does_not_end(world, forker, name):
     process = forker.start(world, fault="stall train 0 3")
-    wait_for(world, "step:3 ")
+    until((world / "fault").exists, world)
     number = getattr(signal, name)
-    time.sleep(0.5)
     os.kill(process.pid, number)
+    until(lambda: not catches(process, number), world)  # the first has been heard
     time.sleep(1.0)
     assert process.poll() is None  # a step may take its time
     os.kill(process.pid, number)
-    assert faults.end(process, 10) == -number
+    assert faults.end(process) == -number
     tidy(world, process)
 
 
@@ -615,7 +633,7 @@ def test_a_second_signal_ends_a_step_that_does_not_end(world, forker, name):
 @pytest.mark.parametrize("place", ["warm_up", "hessians", "pack", "eval", "ttt"])
 def test_a_signal_outside_training_ends_at_once(world, forker, place):
     process = forker.start(world, fault=f"int {place} 0")
-    assert faults.end(process, 60) == 130
+    assert faults.end(process) == 130
     (line,) = [line for line in output(world).splitlines() if line.startswith("stopped by")]
     assert ("QUANT_ONLY=1 goes on" in line) == (place != "warm_up")
     tidy(world, process)
@@ -632,10 +650,12 @@ def test_a_signal_ends_all_ranks_with_its_code(world, forker, stage):
     fault, words = (None, "step:12 ") if stage == "train" else ("stall eval 1", "stage:pack ")
     process = forker.start(world, 2, fault, **{"ITERATIONS": "100000"} if stage == "train" else {})
     wait_for(world, words)
+    if stage == "eval":
+        until((world / "fault").exists, world)
     time.sleep(2.0)
     for pid in ranks_of(process)[-1 if stage == "train" else 0:]:
         os.kill(pid, signal.SIGTERM)
-    assert faults.end(process, 60) == 143, output(world)[-3000:]
+    assert faults.end(process) == 143, output(world)[-3000:]
     assert "ranks ended with [143, 143]" in output(world), output(world)[-3000:]
     assert "stopped by SIGTERM" in output(world)
     assert commands(output(world), "RESUME" if stage == "train" else "QUANT_ONLY")
@@ -646,7 +666,7 @@ def test_a_signal_ends_all_ranks_with_its_code(world, forker, stage):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_is_not_finite_on_one_rank_ends_all_within_two_steps(world, forker, rank):
     process = forker.start(world, 2, f"nan train {rank} 4", CHECKPOINT_EVERY="1")
-    assert faults.end(process, 60) == 1 and seconds_since_the_fault(world) < 60
+    assert end_in_a_minute(world, process)[0] == 1
     (told,) = set(re.findall(r"training diverged: after step (\d+) not finite: .*?; lower", output(world)))
     assert 5 <= int(told) <= 6 and f"(rank {rank})" in output(world) and "ranks ended with [1, 1]" in output(world)
     assert (world / "runs/run/diverged.pt").exists() and not (world / "runs/run/model.pt").exists()
@@ -672,14 +692,21 @@ def test_the_command_of_a_message_is_safe_for_a_shell(dist, tmp_path):
     assert done.stdout == hostile + "\n" and not list(tmp_path.iterdir()), done.stderr
 
 
+def end_in_a_minute(folder, process):
+    """-> exit code, seconds from the fault to the end: at most 60, times what the machine is slowed down by others."""
+    with faults.Slowness() as slowness:
+        code = faults.end(process)
+    seconds = seconds_since_the_fault(folder)
+    assert seconds < 60 * slowness.factor(), f"{seconds:.0f} s, {slowness.factor():.1f}: {output(folder)[-3000:]}"
+    return code, seconds
+
+
 def check_rank_fault(folder, starter, kind, place, rank, **settings):
     """The promise of a rank's fault -> seconds from the fault to the end of all."""
     process = starter.start(folder, 2, f"{kind} {place} {rank}", **settings)
-    code = faults.end(process, 150)
-    seconds = seconds_since_the_fault(folder)
+    code, seconds = end_in_a_minute(folder, process)
     text = output(folder)
     assert code not in (0, None), f"exit code {code}: {text[-3000:]}"
-    assert seconds < 60, f"{kind} {place} {rank} took {seconds:.0f} s: {text[-3000:]}"
     verdicts = [line for line in text.splitlines() if re.match(r"(rank \d+|torchrun) (died|stalls|failed)", line)]
     words = {"kill": "died", "exit": "died", "freeze": "died", "hang": "died", "stall": "stalls"}.get(kind, "failed")
     assert verdicts and all(line.startswith(f"rank {rank} {words}") for line in verdicts), text[-3000:]
@@ -740,8 +767,8 @@ def test_a_rank_fault_under_torchrun_ends_all(world, kind, place):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_keeps_pythons_lock_for_long_is_not_taken_for_dead(world, forker, rank):
     process = forker.start(world, 2, f"hold train {rank}")
-    code = faults.end(process)
-    assert code == 0 and 20 < seconds_since_the_fault(world) < 60, output(world)[-3000:]
+    code, seconds = end_in_a_minute(world, process)
+    assert code == 0 and 20 < seconds, output(world)[-3000:]
     tidy(world, process)
 
 
@@ -799,12 +826,13 @@ def test_no_work_of_a_run_keeps_the_watchdog_waiting(tiny_data, tmp_path):
 def test_workers_end_when_torchrun_is_killed(world):
     process = faults.start(world, 2, ITERATIONS="100000")
     wait_for(world, "step:12 ")
-    time.sleep(2.5)  # until the workers have looked around in this stage
+    heard = world / "heard1"  # the workers have looked around in this stage
+    until(lambda: heard.exists() and heard.read_text() == "train", world)
     workers = [pid for pid in faults.members(process.pid) if pid != process.pid]
     assert len(workers) == 2
     process.kill()
     process.wait()
-    limit = time.time() + 60
+    limit = time.time() + PATIENCE
     while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.time() < limit:
         time.sleep(0.2)
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
@@ -837,13 +865,11 @@ def test_two_hosts_run_the_whole_pipeline(base, world):
     script = Path(__file__).with_name("two_hosts.sh")
     done = subprocess.run(["unshare", "-rn", "true"], capture_output=True) if shutil.which("unshare") else None
     prefix = ["unshare", "-rnm"] if done and done.returncode == 0 and shutil.which("ip") else []
-    environ = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
-    environ |= faults.SETTINGS | {"RUN_ID": "run", "PYTHON": sys.executable, "DETERMINISTIC": "1"}
+    environ = HERE | faults.SETTINGS | {"RUN_ID": "run", "PYTHON": sys.executable, "DETERMINISTIC": "1"}
     command = [*prefix, "sh", str(script), str(world), str(world / "far"), "netns" if prefix else "localhost"]
     with open(world / "out", "ab") as out:
-        assert subprocess.run(command, env=environ, stdout=out, stderr=out, timeout=200).returncode == 0, output(world)[
-            -4000:
-        ]
+        done = subprocess.run(command, env=environ, stdout=out, stderr=out, timeout=PATIENCE)
+    assert done.returncode == 0, output(world)[-4000:]
     found, alone = comparable(world), comparable(base)
     tell(f"two hosts: {command[-1]}")
     assert found["world_size"] == 2 and not (world / "far" / "runs").exists()
@@ -878,8 +904,8 @@ def test_fifty_runs_with_a_fault_each(base, tmp_path, forker):
         rank = 0 if place in faults.ON_RANK_0_ONLY else chance.randrange(ranks)
         fault = f"{kind} {place} {rank} {chance.randrange(1, 8)}"
         process = forker.start(folder, ranks, fault, CHECKPOINT_EVERY="1", DETERMINISTIC="1")
-        code, seconds = faults.end(process, 150), seconds_since_the_fault(folder)
-        assert code not in (0, None) and seconds < 60, (fault, ranks, code, seconds, output(folder)[-3000:])
+        code, seconds = end_in_a_minute(folder, process)
+        assert code not in (0, None), (fault, ranks, code, seconds, output(folder)[-3000:])
         tidy_after(folder, process, fault)
         worst, tally[kind] = max(worst, seconds), tally.get(kind, 0) + 1
         mode = bring_to_an_end(folder, forker, ranks, fault)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 import train_gpt
 from train_gpt import Hyperparameters, SettingError
@@ -324,7 +325,8 @@ print(json.dumps(ops.names))
 
 def test_the_file_imports_without_cuda_group_or_optional_packages_and_does_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-B", "-c", BLOCKED_IMPORT], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=120, env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"})
+                          env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"},
+                          timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1 and done.stderr == ""
     kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows"
