@@ -289,7 +289,8 @@ def save_state(trainer, write, step, seconds, losses, name=None):
     """Writes all that training goes on from: <sha256><torch.save> in the run's folder, on rank 0's disk; two are kept.
 
     step (the loader's position too), seconds, last losses, weights, average, momentum of all ranks, AdamW's moments,
-    state of the random numbers. A disk that is full is told and ends nothing.
+    state of the random numbers, looping state and where its stretches began. A disk that is full is told of and ends
+    nothing.
     """
     dist, log, muon, momentum = trainer.dist, trainer.log, trainer.optimizers.muon, []
     for bank, buffer in zip(muon.banks, muon.momentum_buffers, strict=True):
@@ -303,10 +304,12 @@ def save_state(trainer, write, step, seconds, losses, name=None):
         "losses": dist.all_reduce(torch.stack(losses[-20:])),
         "weights": trainer.model.state_dict(),
         "average": trainer.ema.average,
-        "snapshots": getattr(trainer.ema, "snapshots", 0),
+        "snapshots": trainer.ema.snapshots,
         "momentum": momentum,
         "adamw": trainer.optimizers.adamw.state_dict()["state"],
         "rng": torch.get_rng_state(),
+        "looping": trainer.looping,
+        "tokens_at": trainer.tokens_at,
     }
     if dist.rank == 0:
         try:
@@ -367,9 +370,15 @@ def load_state(trainer):
         adamw.load_state_dict(adamw.state_dict() | {"state": state["adamw"]})
         torch.set_rng_state(state["rng"])
         losses = list((state["losses"] / dist.world_size).to(dist.device))  # which the ranks add up again
+        float(losses[-1])  # one loss at least, each of them a number
+        trainer.looping = bool(state["looping"])
+        trainer.tokens_at = [(int(begun), float(used)) for begun, used in state["tokens_at"]]
         step, seconds = int(state["step"]), float(state["seconds"])
     except Exception as error:  # whatever a forged file makes torch raise
         raise SafetyError(f"{name} does not fit these settings: {error!r:.300}") from None
+    if dist.rank == 0:  # what a failure before the next state is told with
+        folder = trainer.log.folder
+        dist.safe = command(trainer.hp, dist, folder, folder / name, resume=True)
     trainer.log(f"step:{step} resumed:{name} train_seconds:{seconds:.2f}")
     return step, seconds, losses
 
