@@ -410,6 +410,40 @@ class Dist:
                 self.watchdog.done.set()
             dist_backend.destroy_process_group()
 
+class LossyStream:
+    """Standard output or error of a run. The log file is the truth: what a lost terminal (a closed pipe, a full disk
+    behind it, a connection that broke) does not take is dropped, and neither the run nor its exit code suffers.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:  # the stream keeps what it could not write: nowhere is where it can go, now and at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+def survive_lost_terminals():
+    """Makes standard output and error LossyStreams, and opens those that were closed when the process started."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # or the next file opened would get this number, and the messages of C libraries with it
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+    if sys.stdout is sys.__stdout__:  # else somebody who imports this module has put a stream of his own there
+        sys.stdout = LossyStream(sys.stdout or open(os.devnull, "w"))
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = LossyStream(sys.stderr or open(os.devnull, "w"))
+
 class RunLog:
     """Prints on rank 0, and to <folder>/log.txt; `seconds` and `graphs` (newly compiled) are kept for every stage."""
 
@@ -3182,6 +3216,7 @@ def run(hp, dist):
 
 def main():
     """Command line: --help, or a run as the environment says. Exit code 1: an error; 3: the byte cap is broken."""
+    survive_lost_terminals()
     if len(sys.argv) > 1:
         print("No arguments; settings are environment variables, here with their defaults:\n" + settings_table())
         sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)

@@ -787,6 +787,32 @@ def test_what_is_not_finite_on_one_rank_ends_all_within_two_steps(world, forker,
     tidy(world, process)
 
 
+LOST = {  # shell: how the terminal of the run "$@" is lost
+    "pipe": '"$@" | grep -m1 step:; exit ${PIPESTATUS[0]}',
+    "full": 'exec "$@" > /dev/full 2>&1',
+    "both in a pipe": '"$@" 2>&1 | grep -m1 step:; exit ${PIPESTATUS[0]}',
+    "closed": 'exec "$@" <&- >&- 2>&-',
+    "no standard error": 'exec "$@" 2>&-',
+}
+
+
+@pytest.mark.parametrize(
+    "way, ranks",
+    [(way, ranks) for way in LOST for ranks in (1, 2)] if SOAK else [("pipe", 1), ("full", 1), ("both in a pipe", 2)],
+)
+def test_a_lost_terminal_ends_no_run(world, way, ranks):
+    """The run goes on to its RESULT, in result.json and in log.txt, which has every line."""
+    launcher = ["bash", "-c", LOST[way], "bash"]
+    process = faults.start(world, ranks, launcher=launcher, CHECKPOINT_EVERY="4", ITERATIONS="40")
+    assert faults.end(process) == 0, output(world)[-3000:]
+    run = world / "runs" / "run"
+    rows = read_run(run)  # refuses a log that does not end with RESULT
+    assert [row["step"] for row in rows.steps] == list(range(1, 41))
+    assert rows.result == json.loads((run / "result.json").read_text()) and "ttt" in rows.result["scores"]
+    assert "Error" not in output(world)
+    tidy(world, process)
+
+
 def test_of_two_runs_at_once_under_one_name_one_is_refused(world, forker):
     first, second = (forker.start(world, DETERMINISTIC="1") for _ in range(2))
     assert sorted([faults.end(first), faults.end(second)]) == [0, 1], output(world)
