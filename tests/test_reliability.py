@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import pty
 import random
 import re
 import shlex
@@ -646,6 +647,8 @@ def wait_for(folder, words, seconds=90):
         pytest.param("SIGINT", 2, marks=soak),
         pytest.param("SIGINT", 1, marks=soak),
         pytest.param("SIGTERM", 2, marks=soak),
+        pytest.param("SIGHUP", 1, marks=soak),
+        pytest.param("SIGHUP", 2, marks=soak),
     ],
 )
 def test_a_signal_saves_a_state_and_the_message_goes_on(world, forker, name, ranks):
@@ -743,6 +746,75 @@ def test_a_second_signal_ends_a_step_that_does_not_end(world, forker, name):
     os.kill(process.pid, number)
     assert faults.end(process, 10) == -number
     tidy(world, process)
+
+
+def test_a_run_saves_a_state_when_its_window_is_closed(world):
+    """The run leads the session of a terminal, as in a window; where that closes, SIGHUP comes and writes fail."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.execve(sys.executable, [sys.executable, faults.__file__], faults.environment(world, ITERATIONS="100000"))
+    seen = b""
+    while b"step:12 " not in seen:
+        assert (more := os.read(terminal, 10_000)), seen
+        seen += more
+    os.close(terminal)
+    limit = time.time() + 60
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        assert time.time() < limit or os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    assert os.waitstatus_to_exitcode(ended[1]) == 129
+    log = (world / "runs/run/log.txt").read_text()
+    last = log.splitlines()[-1]
+    (state,) = (world / "runs" / "run").glob("state-*.pt")
+    assert last.startswith(f"stopped by SIGHUP in stage train. {state} is whole; RESUME=1 goes on from it: ")
+    tidy(world, SimpleNamespace(pid=pid))
+
+
+def test_a_hangup_that_one_rank_gets_stops_both(world, forker):
+    process = forker.start(world, 2, ITERATIONS="100000")
+    wait_for(world, "step:12 ")
+    os.kill(ranks_of(process)[-1], signal.SIGHUP)
+    assert faults.end(process, 60) == 129, output(world)[-3000:]
+    assert "ranks ended with [129, 129]" in output(world) and "stopped by SIGHUP in stage train" in output(world)
+    assert len(list((world / "runs/run").glob("state-*.pt"))) == 1 and commands(output(world), "RESUME")
+    tidy(world, process)
+
+
+def test_a_hangup_is_never_the_second_signal(world, forker):
+    """A lost connection sends several; here they come in a step that does not end, which another signal then ends."""
+    process = forker.start(world, fault="stall train 0 3")
+    wait_for(world, "step:3 ")
+    time.sleep(0.5)
+    for _ in range(3):
+        os.kill(process.pid, signal.SIGHUP)
+        time.sleep(0.5)
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGTERM)
+    assert faults.end(process, 10) == -signal.SIGTERM
+    tidy(world, process)
+
+
+def test_a_hangup_is_ignored_under_nohup(world):
+    process = faults.start(world, launcher=["nohup"], ITERATIONS="60")
+    wait_for(world, "step:12 ")
+    os.kill(process.pid, signal.SIGHUP)
+    assert faults.end(process) == 0, output(world)[-3000:]
+    assert "RESULT {" in output(world) and "stopped by" not in output(world)
+    tidy(world, process)
+
+
+@pytest.mark.parametrize("number, waits", [(signal.SIGHUP, True), (0, False)])
+def test_a_stop_is_finished_where_torchrun_is_gone_before(dist, monkeypatch, number, waits):
+    """torchrun ends at a second SIGHUP, its store with it, while the ranks finish their step and save a state."""
+    watchdog, done = safety.Watchdog.__new__(safety.Watchdog), []
+    watchdog.dist, watchdog.holder, watchdog.end = dist, [0, 0, 0, "train"], lambda verdict, hung: done.append(verdict)
+    dist.signal, dist.deferring = number, True
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(safety.time, "sleep", done.append)
+    watchdog.end_without_store("gone")
+    assert done[:-1] == [watchdog.STOPPING] * waits
+    assert done[-1] == "torchrun died or hangs, last heard of in stage train; it holds the store: gone"
 
 
 @soak

@@ -54,6 +54,7 @@ class Watchdog(threading.Thread):
     """
 
     DEAD, DEAD_AFTER_FAILURE, STALLED = 15, 3, 40
+    STOPPING = 20  # seconds in which a step ends and a state is written
     IDLE_TICKS = 4 * STALLED  # of 10 ms: this thread and idle libraries take less, a moment's work among them
 
     def __init__(self, dist, store):
@@ -109,6 +110,8 @@ class Watchdog(threading.Thread):
     def end_without_store(self, why):
         """Who holds the store has died or hangs: torchrun, or rank 0."""
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if agent and self.dist.signal and self.dist.deferring:
+            time.sleep(self.STOPPING)  # torchrun went when it had told us to stop: we do, with a state (see after_step)
         holder, stage = "torchrun" if agent else "rank 0", self.holder[3]
         verdict = f"{holder} died or hangs, last heard of in stage {stage}; it holds the store: {why}"
         self.end(verdict, None if agent else self.holder[5])
@@ -203,16 +206,24 @@ def leave(code):
 
 
 def catch_signals(dist):
-    """The first SIGTERM or SIGINT ends the run by stop_for, training after its step; a second one ends it at once."""
+    """The first SIGTERM, SIGINT or SIGHUP ends the run by stop_for, training after its step; a second one at once.
+
+    SIGHUP is what a lost connection or a closed window sends, often twice: it is never taken for the second signal.
+    Where it was ignored when the process started (nohup), it stays ignored.
+    """
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
 
     def caught(number, frame):
-        for each in (signal.SIGTERM, signal.SIGINT):
+        for each in signals:
             signal.signal(each, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         dist.signal = number
         if not dist.deferring:
             stop_for(dist, number)
 
-    for each in (signal.SIGTERM, signal.SIGINT):
+    for each in signals:
         signal.signal(each, caught)
 
 
