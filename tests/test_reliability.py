@@ -695,13 +695,17 @@ RESUMES = [
 ]
 
 
+SAMPLE = [(10, 100, 1, "term"), random.Random(SEED).choice([case for case in RESUMES if case[0] < 1000])]
+
+
 @pytest.mark.parametrize(
-    "step, interval, ranks, kind", RESUMES if SOAK else [(10, 100, 1, "term"), (10, 1000, 2, "kill")]
+    "step, interval, ranks, kind", RESUMES if SOAK else [SAMPLE[0], pytest.param(*SAMPLE[1], id="sample")]
 )
 def test_a_resume_ends_with_the_bits_of_an_uninterrupted_run(
     uninterrupted, world, forker, step, interval, ranks, kind
 ):
     """From a state after `step` steps, written for a signal or before a kill, whatever the log interval."""
+    tell(f"{kind} at step {step} of {ranks} rank(s), TRAIN_LOG_EVERY={interval}")
     iterations = step + 12
     settings = {"ITERATIONS": str(iterations), "TRAIN_LOG_EVERY": str(interval), "DETERMINISTIC": "1"}
     if kind == "kill":
@@ -795,6 +799,20 @@ def test_a_hangup_is_never_the_second_signal(world, forker):
     tidy(world, process)
 
 
+def test_a_hangup_that_is_ignored_at_the_start_stays_ignored(dist):
+    """As nohup starts a run."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        safety.catch_signals(dist)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert callable(signal.getsignal(signal.SIGTERM))
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), before, strict=True):
+            signal.signal(number, handler)
+
+
+@soak
 def test_a_hangup_is_ignored_under_nohup(world):
     process = faults.start(world, launcher=["nohup"], ITERATIONS="60")
     wait_for(world, "step:12 ")
@@ -875,11 +893,11 @@ LOST = {  # shell: how the terminal of the run "$@" is lost
 def test_a_lost_terminal_ends_no_run(world, way, ranks):
     """The run goes on to its RESULT, in result.json and in log.txt, which has every line."""
     launcher = ["bash", "-c", LOST[way], "bash"]
-    process = faults.start(world, ranks, launcher=launcher, CHECKPOINT_EVERY="4", ITERATIONS="40")
+    process = faults.start(world, ranks, launcher=launcher, CHECKPOINT_EVERY="4", ITERATIONS="12")
     assert faults.end(process) == 0, output(world)[-3000:]
     run = world / "runs" / "run"
     rows = read_run(run)  # refuses a log that does not end with RESULT
-    assert [row["step"] for row in rows.steps] == list(range(1, 41))
+    assert [row["step"] for row in rows.steps] == list(range(1, 13))
     assert rows.result == json.loads((run / "result.json").read_text()) and "ttt" in rows.result["scores"]
     assert "Error" not in output(world)
     tidy(world, process)

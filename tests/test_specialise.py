@@ -260,9 +260,8 @@ def test_the_packed_script_of_the_defaults_is_small(packed):
 
 def test_a_lost_terminal_does_not_end_a_packed_script(packed):
     with open("/dev/full", "wb") as full:
-        for words, code in ((["--help"], 0), (["--what"], 2)):
-            done = subprocess.run([sys.executable, packed, *words], stdout=full, stderr=full, timeout=120)
-            assert done.returncode == code
+        done = subprocess.run([sys.executable, packed, "--help"], stdout=full, stderr=full, timeout=120)
+    assert done.returncode == 0
 
 
 def test_operators_of_the_packed_script_are_differentiable(packed):

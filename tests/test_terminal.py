@@ -1,12 +1,12 @@
 """The live line: a bar on a terminal that later lines replace, the same log file whether there is a terminal or not."""
 
+import inspect
 import os
 import pty
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -121,11 +121,9 @@ def test_a_lost_terminal_takes_nothing_and_the_log_has_every_line(tmp_path):
 @pytest.mark.parametrize("redirection", ["> /dev/full 2>&1", ">&- 2>&- <&-", "| true"])
 def test_a_lost_terminal_changes_no_exit_code(redirection, tmp_path):
     """No file gets the number of a closed stream, and nothing is left to fail when the interpreter ends."""
-    code = f"""
-import os, sys, time
-sys.path.insert(0, {str(Path(train_gpt.__file__).parent)!r})
-import train_gpt
-train_gpt.survive_lost_terminals()
+    parts = map(inspect.getsource, (train_gpt.LossyStream, train_gpt.survive_lost_terminals))
+    code = "import contextlib, os, sys, time\n" + "".join(parts) + """
+survive_lost_terminals()
 time.sleep(0.2)
 for stream in (sys.stdout, sys.stderr):
     print("x" * 100_000, file=stream)
