@@ -413,6 +413,40 @@ class Dist:
                 self.watchdog.done.set()
             dist_backend.destroy_process_group()
 
+class LossyStream:
+    """Standard output or error of a run. The log file is the truth: what a lost terminal (a closed pipe, a full disk
+    behind it, a connection that broke) does not take is dropped, and neither the run nor its exit code suffers.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:  # the stream keeps what it could not write: nowhere is where it can go, now and at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+def survive_lost_terminals():
+    """Makes standard output and error LossyStreams, and opens those that were closed when the process started."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # or the next file opened would get this number, and the messages of C libraries with it
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+    if sys.stdout is sys.__stdout__:  # else somebody who imports this module has put a stream of his own there
+        sys.stdout = LossyStream(sys.stdout or open(os.devnull, "w"))
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = LossyStream(sys.stderr or open(os.devnull, "w"))
+
 class RunLog:
     """Prints on rank 0, and to <folder>/log.txt; `seconds` and `graphs` (newly compiled) are kept for every stage."""
 
@@ -1723,6 +1757,7 @@ class EMA:
 
     def __init__(self, model, decay):
         self.decay, self.parameters = decay, list(model.parameters())
+        self.snapshots = 0  # of SWA_BELOW_LR: how many the average is the mean of
         self.average = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
@@ -1816,6 +1851,10 @@ class Trainer:
         self.ema = EMA(model, hp.ema_decay)
         self.forward = compiled(model.forward, hp, dist, graphs=hp.train_cuda_graphs)
         self.watched = ["loss"], torch.zeros(1)  # names and norms that safety looks at
+        # Where training is. A training state holds these: training may begin anywhere.
+        self.looping = loop_is_on(0.0, hp)  # in the last step
+        self.tokens_at = [(0, 0.0)]  # step and seconds where each stretch of one looping state began
+        self.last_loss = math.nan  # as last logged, for the live line, which must not wait for the GPU
 
     def train_step(self, step, progress, looping):
         """Rows of a step -> 0-d tensor, this rank's share of the mean loss in nats; weights and average are updated."""
@@ -1857,16 +1896,18 @@ class Trainer:
         """
         hp, log, budget = self.hp, self.log, self.hp.training_seconds
         first, seconds, losses = safety.load_state(self) if hp.resume else (0, 0.0, [])
+        if hp.resume:  # the run that wrote the state may have ended before this step's line and evaluation
+            self.log_step(first, losses[-1], seconds, self.progress(first, seconds), self.looping)
+            if self.evaluation_is_due(first):
+                evaluate()
         clock, step, step_seconds = TrainingClock(self.dist, seconds), first, seconds / max(first, 1)
-        tokens_at = [(step, seconds)]  # when looping changed, for the rates of both states
-        looping = was_looping = loop_is_on(self.progress(step, seconds), hp)
         while step < hp.iterations and not (budget and step and seconds + 2 * step_seconds > budget):
             progress = self.progress(step, seconds)
             looping = loop_is_on(progress, hp)
-            if looping != was_looping:
+            if looping != self.looping:
                 log(f"step:{step} looping:{int(looping)} train_seconds:{seconds:.2f}")
-                tokens_at.append((step, seconds))
-                was_looping = looping
+                self.tokens_at.append((step, seconds))
+                self.looping = looping
             watched = self.watched  # of the step before: when this one is marked it has ended, and a look is free
             losses.append(self.train_step(step, progress, looping))
             step += 1
@@ -1880,7 +1921,7 @@ class Trainer:
                 self.log_step(step, losses[-1], seconds, progress, looping)
             rate = step * hp.train_batch_tokens / seconds
             log.live(progress, f"step:{step} train_loss:{self.last_loss:.4f} tokens_per_s:{rate:.0f}")
-            if hp.val_loss_every and step % hp.val_loss_every == 0:
+            if self.evaluation_is_due(step):
                 with clock.paused():
                     evaluate()
         if safety:
@@ -1888,24 +1929,28 @@ class Trainer:
         seconds = clock.seconds()
         if budget and seconds > budget:
             log(f"note: training took {seconds:.2f} s of {budget:.2f}; a step is too long for this budget")
-        self.log_step(step, losses[-1], seconds, self.progress(step, seconds), looping)
+        self.log_step(step, losses[-1], seconds, self.progress(step, seconds), self.looping)
         self.ema.copy_to_model()
-        return self.summary(step, seconds, tokens_at, losses) | ({"resumed_at_step": first} if hp.resume else {})
+        return self.summary(step, seconds, losses) | ({"resumed_at_step": first} if hp.resume else {})
 
     def progress(self, step, seconds):
         """The training fraction, in [0, 1]: of the budget, or of ITERATIONS where there is none."""
         budget = self.hp.training_seconds
         return min(1.0, seconds / budget if budget else step / self.hp.iterations)
 
+    def evaluation_is_due(self, step):
+        """Whether VAL_LOSS_EVERY asks for a score of the weights after this many steps."""
+        return self.hp.val_loss_every > 0 and step % self.hp.val_loss_every == 0
+
     def log_step(self, step, loss, seconds, progress, looping):
-        self.last_loss = loss = self.dist.all_reduce(loss.clone()).item()  # the live line must not wait for the GPU
-        rate = step * self.hp.train_batch_tokens / seconds
+        self.last_loss = loss = self.dist.all_reduce(loss.clone()).item()
+        rate = step * self.hp.train_batch_tokens / max(seconds, 1e-9)
         self.log(f"step:{step} train_loss:{loss:.4f} train_seconds:{seconds:.2f} progress:{progress:.4f} "
                  f"lr_factor:{lr_multiplier(progress, self.hp):.4f} looping:{int(looping)} tokens_per_s:{rate:.0f}")
 
-    def summary(self, steps, seconds, tokens_at, losses):
+    def summary(self, steps, seconds, losses):
         """Steps, final loss, seconds, and tokens/s of each looping state, as RESULT has them."""
-        stretches = zip(tokens_at, [*tokens_at[1:], (steps, seconds)], strict=True)
+        stretches = zip(self.tokens_at, [*self.tokens_at[1:], (steps, seconds)], strict=True)
         rates = [round((b[0] - a[0]) * self.hp.train_batch_tokens / max(b[1] - a[1], 1e-9)) for a, b in stretches]
         losses = self.dist.all_reduce(torch.stack(losses[-20:])).tolist()
         return {"steps": steps, "train_loss": sum(losses) / len(losses), "training_seconds": round(seconds, 3),
@@ -3358,6 +3403,7 @@ def run(hp, dist):
 
 def main():
     """Command line: --help, or a run as the environment says. Exit code 1: an error; 3: the byte cap is broken."""
+    survive_lost_terminals()
     if len(sys.argv) > 1:
         print("No arguments; settings are environment variables, here with their defaults:\n" + settings_table())
         sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)

@@ -169,7 +169,12 @@ def start(folder, ranks=1, fault=None, launcher=(), **settings):
     command = [*launcher, sys.executable, *torchrun, str(Path(__file__).resolve())]
     with open(folder / "out", "ab") as out:
         environ = environment(folder, fault, **settings)
-        return subprocess.Popen(command, env=environ, stdout=out, stderr=out, start_new_session=True)
+        # no process inherits a handler: the run begins with the default, also where the tests run under nohup
+        before = signal.signal(signal.SIGHUP, lambda number, frame: None)
+        try:
+            return subprocess.Popen(command, env=environ, stdout=out, stderr=out, start_new_session=True)
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
 
 class Forker:
@@ -257,6 +262,7 @@ def wait_for_ranks(pids):
 def in_the_fork(environ, out, ranks):
     """A run in this process, or its ranks in children of it -> exit code, the first that is not 0."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
     output = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number, file in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
         os.dup2(file, number)

@@ -97,6 +97,19 @@ def test_seeds_have_folders_and_exit_codes_and_a_failure_is_told(run, tmp_path, 
     assert "thirteen is not liked" in (folder / "mine-seed13" / "stderr.txt").read_text()
 
 
+def test_a_lost_window_stops_no_lane_and_no_command(tmp_path):
+    """/dev/full is a window that takes nothing; seed 13 fails, which is told on standard error."""
+    (tmp_path / "stub.py").write_text(STUB)
+    about = {"lanes": {"all": {"seeds": [13, 1], "env": {}}}, "plots": False, "tmux": None}
+    about["command"] = [sys.executable, str(tmp_path / "stub.py")]
+    (tmp_path / "launch.json").write_text(json.dumps(about))
+    tool = [sys.executable, str(ROOT / "tools" / "launch.py")]
+    with open("/dev/full", "wb") as full:
+        subprocess.run([*tool, "worker", str(tmp_path), "all"], env=HERE, stdout=full, stderr=full, timeout=90)
+        assert sorted(codes(tmp_path).values()) == ["0", "1"]
+        assert subprocess.run([*tool, "--help"], env=HERE, stdout=full, timeout=90).returncode == 0
+
+
 def test_seeds_in_turn_under_torchrun_and_summary_ends_with_0(run, tmp_path):
     assert run(SEEDS="5", NPROC="2", RUN_ID="two").returncode == 0
     ended = run("wait")

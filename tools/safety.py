@@ -54,6 +54,7 @@ class Watchdog(threading.Thread):
     """
 
     DEAD, DEAD_AFTER_FAILURE, STALLED = 15, 3, 40
+    STOPPING = 20  # seconds in which a step ends and a state is written
     IDLE_TICKS = 4 * STALLED  # of 10 ms: this thread and idle libraries take less, a moment's work among them
 
     def __init__(self, dist, store):
@@ -109,6 +110,8 @@ class Watchdog(threading.Thread):
     def end_without_store(self, why):
         """Who holds the store has died or hangs: torchrun, or rank 0."""
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if agent and self.dist.signal and self.dist.deferring:
+            time.sleep(self.STOPPING)  # torchrun went when it had told us to stop: we do, with a state (see after_step)
         holder, stage = "torchrun" if agent else "rank 0", self.holder[3]
         verdict = f"{holder} died or hangs, last heard of in stage {stage}; it holds the store: {why}"
         self.end(verdict, None if agent else self.holder[5])
@@ -203,16 +206,24 @@ def leave(code):
 
 
 def catch_signals(dist):
-    """The first SIGTERM or SIGINT ends the run by stop_for, training after its step; a second one ends it at once."""
+    """The first SIGTERM, SIGINT or SIGHUP ends the run by stop_for, training after its step; a second one at once.
+
+    SIGHUP is what a lost connection or a closed window sends, often twice: it is never taken for the second signal.
+    Where it was ignored when the process started (nohup), it stays ignored.
+    """
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
 
     def caught(number, frame):
-        for each in (signal.SIGTERM, signal.SIGINT):
+        for each in signals:
             signal.signal(each, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         dist.signal = number
         if not dist.deferring:
             stop_for(dist, number)
 
-    for each in (signal.SIGTERM, signal.SIGINT):
+    for each in signals:
         signal.signal(each, caught)
 
 
@@ -289,7 +300,8 @@ def save_state(trainer, write, step, seconds, losses, name=None):
     """Writes all that training goes on from: <sha256><torch.save> in the run's folder, on rank 0's disk; two are kept.
 
     step (the loader's position too), seconds, last losses, weights, average, momentum of all ranks, AdamW's moments,
-    state of the random numbers. A disk that is full is told and ends nothing.
+    state of the random numbers, looping state and where its stretches began. A disk that is full is told of and ends
+    nothing.
     """
     dist, log, muon, momentum = trainer.dist, trainer.log, trainer.optimizers.muon, []
     for bank, buffer in zip(muon.banks, muon.momentum_buffers, strict=True):
@@ -303,10 +315,12 @@ def save_state(trainer, write, step, seconds, losses, name=None):
         "losses": dist.all_reduce(torch.stack(losses[-20:])),
         "weights": trainer.model.state_dict(),
         "average": trainer.ema.average,
-        "snapshots": getattr(trainer.ema, "snapshots", 0),
+        "snapshots": trainer.ema.snapshots,
         "momentum": momentum,
         "adamw": trainer.optimizers.adamw.state_dict()["state"],
         "rng": torch.get_rng_state(),
+        "looping": trainer.looping,
+        "tokens_at": trainer.tokens_at,
     }
     if dist.rank == 0:
         try:
@@ -367,9 +381,15 @@ def load_state(trainer):
         adamw.load_state_dict(adamw.state_dict() | {"state": state["adamw"]})
         torch.set_rng_state(state["rng"])
         losses = list((state["losses"] / dist.world_size).to(dist.device))  # which the ranks add up again
+        float(losses[-1])  # one loss at least, each of them a number
+        trainer.looping = bool(state["looping"])
+        trainer.tokens_at = [(int(begun), float(used)) for begun, used in state["tokens_at"]]
         step, seconds = int(state["step"]), float(state["seconds"])
     except Exception as error:  # whatever a forged file makes torch raise
         raise SafetyError(f"{name} does not fit these settings: {error!r:.300}") from None
+    if dist.rank == 0:  # what a failure before the next state is told with
+        folder = trainer.log.folder
+        dist.safe = command(trainer.hp, dist, folder, folder / name, resume=True)
     trainer.log(f"step:{step} resumed:{name} train_seconds:{seconds:.2f}")
     return step, seconds, losses
 

@@ -268,7 +268,7 @@ def weight_decay_multiplier(progress, hp):
 @torch.no_grad()
 def add_snapshot(ema):
     """From the first call on the average is the plain mean of the snapshots ("tight SWA", PR 960), in fp32."""
-    ema.snapshots = getattr(ema, "snapshots", 0) + 1
+    ema.snapshots += 1
     torch._foreach_lerp_(ema.average, ema.parameters, 1 / ema.snapshots)
 
 
