@@ -4,7 +4,7 @@
     python prepare_caseops_data.py --docs docs_selected.jsonl --out data/caseops       # first 50,000: validation
     python prepare_caseops_data.py --docs train.jsonl.xz --val-file val.jsonl.xz --out data/caseops
 
-A line is an object with a `text`, or a bare JSON string; files may be plain, .gz or .xz. Each document becomes BOS and
+A line is an object with a `text`, or a bare JSON string; files may be plain, gzip or xz. Each document becomes BOS and
 the tokens of its transformed text (lossless_caps.py). Validation tokens get a side-car with the number of UTF-8 bytes
 of the original text that each token stands for, so that bits per byte are counted on the text and not on the tokens.
 
@@ -48,6 +48,7 @@ BOS_ID = 1
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 HEADER_INTS = 256
 BATCH_BYTES = 1 << 20  # of JSON lines, in one message to a worker
+LONGEST_LINE = 100_000_000  # bytes; a longer one would take more memory than the README promises
 _BOS, _FREE = (np.array([value], dtype=np.uint16).tobytes() for value in (BOS_ID, 0))  # a document's first id and cost
 
 
@@ -319,7 +320,7 @@ class Source(io.RawIOBase):
 
     def __init__(self, path: str):
         self.name, self.digest = path, hashlib.sha256()
-        self.file = sys.stdin.buffer if path == "-" else open(path, "rb", buffering=0)
+        self.file = sys.stdin.buffer if path == "-" else open(path, "rb")
         self.buffered = io.BufferedReader(self, 1 << 20)
 
     def readable(self) -> bool:
@@ -331,14 +332,37 @@ class Source(io.RawIOBase):
         return count
 
     def lines(self) -> Iterator[Line]:
-        """The lines that are not blank, unpacked from .gz or .xz. Raises DataError if they cannot be."""
-        opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(self.name).suffix, lambda file, mode: file)
+        """The lines that are not blank, of plain text, gzip or xz: the first bytes tell which, not the name.
+
+        Raises DataError, with the name of the file, if it is damaged or holds something else than JSON lines.
+        """
         try:
-            for number, content in enumerate(opener(self.buffered, "rb"), 1):
-                if content.strip():
-                    yield Line(self.name, number, content)
-        except (EOFError, lzma.LZMAError, zlib.error) as error:
+            yield from self._lines()
+        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(f"{self.name}: damaged ({error})") from error
+
+    def _lines(self) -> Iterator[Line]:
+        text = self.buffered
+        suffix = Path(self.name).suffix.lower()
+        if text.peek(1).startswith(GZIP_MAGIC):
+            text = gzip.GzipFile(fileobj=self.buffered)
+        elif text.peek(1).startswith(XZ_MAGIC):
+            text = io.BufferedReader(XzReader(self.buffered), 1 << 20)
+        elif suffix in (".gz", ".xz") and not text.peek(1):
+            raise DataError(f"{self.name}: empty, although its name says {suffix}: fetch it again")
+        _refuse_other_formats(self.name, text.peek(1))
+        is_first = True
+        lines = iter(partial(text.readline, LONGEST_LINE + 1), b"")
+        for number, content in enumerate(lines, 1):
+            if len(content) > LONGEST_LINE:
+                raise DataError(f"{self.name}, line {number}: longer than {LONGEST_LINE:,} bytes; is this JSON lines?")
+            if not content.strip():
+                continue
+            line = Line(self.name, number, content)
+            if is_first:  # whatever else is no JSON lines is refused here, before anything is counted
+                parse_text(line)
+                is_first = False
+            yield line
 
     def sha256(self) -> str:
         """Of the whole file; reads what is left of it."""
@@ -347,8 +371,98 @@ class Source(io.RawIOBase):
         return self.digest.hexdigest()
 
 
+GZIP_MAGIC = b"\x1f\x8b"
+XZ_MAGIC = b"\xfd7zXZ\x00"
+OTHER_FORMATS = {  # first bytes -> what starts with them
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"\xff\xff\xff\xff": "Arrow",
+    b"ORC": "ORC",
+    b"Obj\x01": "Avro",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"\x5d\x00\x00": "lzma",
+    GZIP_MAGIC: "gzip inside of another archive",
+    XZ_MAGIC: "xz inside of another archive",
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xef\xbb\xbf": "UTF-8 with a byte order mark",
+    b"<": "HTML or XML",
+    b"[": "a JSON array",
+}
+ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+
+
+def _refuse_other_formats(name: str, head: bytes) -> None:
+    """Raises DataError where the first bytes are those of something else than UTF-8 text, and says of what."""
+    start = head.lstrip(b" \t\r\n")
+    found = next((kind for magic, kind in OTHER_FORMATS.items() if head.startswith(magic)), None)
+    if found is None and start[:1] in (b"<", b"["):
+        found = OTHER_FORMATS[start[:1]]
+    if found is None and ZSTD_SKIPPABLE.match(head):
+        found = "zstd"
+    if found is None and head[257:262] == b"ustar":
+        found = "tar"
+    if found is None and b"\0" in start[:4]:
+        found = "UTF-16, UTF-32 or binary"
+    if found is not None:
+        raise DataError(f"{name}: this is {found}; documents must be JSON lines in UTF-8, one a line, "
+                        "plain or packed with gzip or xz: convert it first")  # fmt: skip
+
+
+class XzReader(io.RawIOBase):
+    """The unpacked bytes of all streams of an .xz file, read like `xz -dc` does.
+
+    Python's own reader ends without a word at padding between streams, at what is no stream, and at a stream whose
+    first bytes are damaged.
+    """
+
+    def __init__(self, file: io.BufferedReader):
+        self.file = file
+        self.stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+        self.packed = b""  # read, but not yet given to the stream
+        self.at_end = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        unpacked = b""
+        while not unpacked and not self.at_end:
+            if self.stream.eof:
+                self._start_next_stream()
+            elif self.stream.needs_input and not self.packed:
+                self.packed = self.file.read1(1 << 16)
+                if not self.packed:
+                    raise EOFError("the file ends inside an xz stream")
+            else:
+                unpacked = self.stream.decompress(self.packed, len(buffer))
+                self.packed = b""
+        buffer[: len(unpacked)] = unpacked
+        return len(unpacked)
+
+    def _start_next_stream(self) -> None:
+        """Skips the padding behind a stream: zero bytes, in fours. What follows must be a stream, or the end."""
+        padding = 0
+        block = self.stream.unused_data or self.file.read1(1 << 16)
+        while block and not block.strip(b"\0"):
+            padding += len(block)
+            block = self.file.read1(1 << 16)
+        self.packed = block.lstrip(b"\0")
+        padding += len(block) - len(self.packed)
+        if padding % 4:
+            raise lzma.LZMAError(f"{padding} zero bytes behind an xz stream; padding comes in fours")
+        self.at_end = not self.packed
+        self.stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+
+
 def read_lines(path: str | Path) -> Iterator[Line]:
-    """The lines of a plain, .gz or .xz file that are not blank. Raises DataError if it cannot be unpacked."""
+    """The lines of a file that are not blank, as Source.lines."""
     return Source(str(path)).lines()
 
 
