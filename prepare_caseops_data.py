@@ -312,7 +312,7 @@ class EncodedBatch(NamedTuple):
     lengths: np.ndarray  # (documents,) tokens
     text_bytes: np.ndarray  # (documents,) of the text that was tokenized
     removed_bytes: np.ndarray  # (documents,) taken out by normalize_text
-    hashes: np.ndarray  # (documents,) uint64, document_hash of the text as it came
+    hashes: np.ndarray  # (documents, 2) uint64, document_hash of the text as it came and as it is stored
 
 
 class Source(io.RawIOBase):
@@ -550,10 +550,11 @@ def encode_batch(tokenizer: str, normalize_train: bool, kept: int, batch: Batch)
                 document_ids = encoder.encode(text)
             if not ids:
                 _compare_with_the_plain_way(encoder.sp, text, document_ids, costs)
-            hashes.append(document_hash(document_ids))
+            hash_as_it_came = document_hash(document_ids)
             cleaned = normalize_text(text) if normalize_train and batch.split == "train" else text
             if cleaned != text:
                 document_ids = encoder.encode(cleaned)
+            hashes.append((hash_as_it_came, document_hash(document_ids) if cleaned != text else hash_as_it_came))
         except DataError as error:
             raise DataError(f"{batch.split} document {document} ({line.file}, line {line.number}): {error}") from error
         ids.append(document_ids)
@@ -778,6 +779,12 @@ def validation_hashes(folder: Path) -> np.ndarray:
     return np.unique(np.array(hashes, dtype=np.uint64))
 
 
+def count_leaks(folder: Path, known: np.ndarray) -> int:
+    """Training documents of the finished shards whose hash is in `known`: what was written, not what was meant."""
+    known = set(known.tolist())
+    return sum(document_hash(ids) in known for _, ids in read_documents(shard_files(folder, "train")))
+
+
 def build_dataset(corpus: Corpus, settings: dict, out: Path, encoder: Callable[[Batch], EncodedBatch], workers: int):
     """Writes all shards of a corpus and their manifest, which is also returned; `encoder` runs in the workers."""
     refuse_used_folder(out)
@@ -787,11 +794,19 @@ def build_dataset(corpus: Corpus, settings: dict, out: Path, encoder: Callable[[
     known = np.zeros(0, dtype=np.uint64)
     for split, lines in (("val", corpus.val), ("train", corpus.train)):
         for batch in map_in_order(encoder, make_batches(split, lines, *dataset.read[split]), workers):
-            dataset.add(batch, np.isin(batch.hashes, known) & (batch.lengths > 1))
+            dataset.add(batch, np.isin(batch.hashes, known).any(axis=1))
         dataset.finish_split(split)
         known = validation_hashes(out)
-    manifest = {"format": "caseops_shards", "version": 1, "text_transform": "lossless_caps_caseops_v1", **settings}
-    manifest |= {"leaked_documents": 0, "sources": corpus.sources(), "splits": dataset.splits, "files": dataset.entries}
+    manifest = {
+        "format": "caseops_shards",
+        "version": 1,
+        "text_transform": "lossless_caps_caseops_v1",
+        **settings,
+        "leaked_documents": count_leaks(out, known),
+        "sources": corpus.sources(),
+        "splits": dataset.splits,
+        "files": dataset.entries,
+    }
     write_manifest(out, manifest)
     (out / PROGRESS).unlink()
     return manifest

@@ -163,6 +163,28 @@ def test_a_validation_document_is_found_in_training_text_that_is_normalized(tmp_
     assert read_manifest(tmp_path / "out")["splits"]["train"]["left_out"] == 1
 
 
+LONG_ADDRESS = f"https://example.org/{'a1' * 30}"
+
+
+@pytest.mark.parametrize("noise", [f" {LONG_ADDRESS}", "\x07", f"\n\n{LONG_ADDRESS} \x01\x02", " " + "Zg8+" * 40])
+def test_what_normalizing_turns_into_a_validation_document_is_left_out(tmp_path, capsys, noise):
+    text = "Every word of this document is for validation."
+    docs = write_docs(tmp_path / "docs.jsonl", [text, "Other words.", text + noise, f"{noise} {text}", text])
+    build(tmp_path / "out", "--docs", docs, "--val-docs", 1, "--normalize-train")
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["splits"]["train"]["documents"] == 1 and manifest["splits"]["train"]["left_out"] == 3
+    assert manifest["leaked_documents"] == 0
+    assert verified(capsys, tmp_path / "out")[0] == 0
+
+
+def test_the_manifest_counts_the_leaks_that_are_in_the_shards(tmp_path, monkeypatch):
+    """Not what should be there: here documents are no longer left out."""
+    monkeypatch.setattr(prepare.np, "isin", lambda hashes, known: np.zeros(hashes.shape, bool))
+    docs = write_docs(tmp_path / "docs.jsonl", [*TEXTS, TEXTS[0], "", TEXTS[4]])
+    build(tmp_path / "out", "--docs", docs, "--val-docs", 6)
+    assert read_manifest(tmp_path / "out")["leaked_documents"] == 2
+
+
 # ---- verify ----------------------------------------------------------------------------------------------------------
 
 

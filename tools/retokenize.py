@@ -104,7 +104,7 @@ def retokenize_batch(old: str, new: str, batch: Batch) -> EncodedBatch:
         np.array([len(part) for part in ids]),
         np.array(sizes),
         np.zeros(len(ids), dtype=np.int64),
-        np.array([document_hash(part) for part in ids], dtype=np.uint64),
+        np.array([[document_hash(part)] for part in ids], dtype=np.uint64),
     )
 
 
