@@ -47,6 +47,7 @@ DEFAULT_TOKENIZER = Path(__file__).resolve().parent / "tokenizers" / "caseops_81
 BOS_ID = 1
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 HEADER_INTS = 256
+MAX_COST = np.iinfo(np.uint16).max  # bytes that one token can stand for in a side-car
 BATCH_BYTES = 1 << 20  # of JSON lines, in one message to a worker
 LONGEST_LINE = 100_000_000  # bytes; a longer one would take more memory than the README promises
 _BOS, _FREE = (np.array([value], dtype=np.uint16).tobytes() for value in (BOS_ID, 0))  # a document's first id and cost
@@ -100,8 +101,11 @@ def encode_document_with_bytes(sp: sentencepiece.SentencePieceProcessor, text: s
     spans = np.array([(0, 0), *spans], dtype=np.int64)  # (tokens, 2), in characters of the transformed text
     size_before = np.concatenate([[0], np.cumsum(_byte_costs(transformed))])
     costs = size_before[spans[:, 1]] - size_before[spans[:, 0]]
-    if costs.max() > np.iinfo(np.uint16).max:
-        raise DataError(f"token {costs.argmax()} stands for {costs.max():,} bytes; the side-car holds at most 65,535")
+    if costs.max() > MAX_COST:
+        raise DataError(
+            f"token {costs.argmax()} stands for {costs.max():,} bytes and the side-car holds at most {MAX_COST:,}: "
+            "the text has a run of blanks or dropped characters that long; shorten it or leave the document out"
+        )
     return np.array([BOS_ID, *ids], dtype=np.uint16), costs.astype(np.uint16)
 
 
@@ -141,7 +145,7 @@ class Encoder:
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """As encode_document_with_bytes."""
-        units = _UNIT.findall(text)
+        units = _UNIT.findall(text.rstrip(_BLANKS))  # in a run of blanks that nothing follows it takes quadratic time
         if units:
             units[0] = units[0].lstrip(_BLANKS)
         found = [self.units_with_costs[unit] for unit in units] if _utf8_size(text) else []
@@ -165,7 +169,10 @@ class Encoder:
         if word.isascii() and word.isprintable():
             ids = np.frombuffer(self.units[" " * bool(blanks) + word], dtype=np.uint16)
             costs = self.piece_bytes[ids]
-            costs[:1] += max(0, blanks - 1)  # a run of blanks is one to the tokenizer
+            if blanks > 1:  # a run of blanks is one to the tokenizer
+                if int(costs[0]) + blanks - 1 > MAX_COST:
+                    return None
+                costs[0] += blanks - 1
         else:
             try:
                 ids, costs = encode_document_with_bytes(self.sp, "a" * bool(blanks) + unit)
