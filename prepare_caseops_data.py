@@ -14,6 +14,7 @@ that the files do not depend on the number of workers. Shard layout: openai/para
 
 import argparse
 import ast
+import contextlib
 import gzip
 import hashlib
 import importlib
@@ -26,6 +27,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 import sysconfig
 import warnings
@@ -33,7 +35,8 @@ import zlib
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -55,6 +58,44 @@ _BOS, _FREE = (np.array([value], dtype=np.uint16).tobytes() for value in (BOS_ID
 
 class DataError(ValueError):
     """Input that cannot be made into shards; the message says where it is."""
+
+
+class WorkerLost(DataError):
+    """A worker process was killed; nothing is wrong with the data."""
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Adds the path to an OSError that has none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def exit_status(command: Callable[[], int], kept_in: Path | None = None) -> int:
+    """Runs a command and returns its exit status; what stops it becomes one line on stderr, without a traceback.
+
+    kept_in: the folder of a dataset in the making, which goes on from there when the command is repeated.
+    """
+    stopped = True  # from outside, and not by the data
+    status = 1
+    try:
+        return command()
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except MemoryError:
+        message = "out of memory: try fewer --workers or smaller --shard-tokens"
+    except (WorkerLost, OSError) as error:
+        message = str(error)
+    except DataError as error:
+        message, stopped = str(error), False
+    print(f"error: {message}", file=sys.stderr)
+    if stopped and kept_in is not None and (kept_in / PROGRESS).exists():
+        print(f"{kept_in} keeps the finished files: repeat the command to go on from there", file=sys.stderr)
+    return status
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -239,22 +280,32 @@ def write_shard(path: str | Path, values: np.ndarray) -> dict:
 
 def read_shard(path: str | Path) -> np.ndarray:
     """A shard file -> values (n,) uint16, mapped. Raises DataError if the header or the size is wrong."""
-    size, header_bytes = os.path.getsize(path), 4 * HEADER_INTS
-    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS) if size >= header_bytes else [0, 0, 0]
-    if (header[0], header[1]) != (SHARD_MAGIC, SHARD_VERSION):
-        raise DataError(f"{path}: not a shard")
-    if size != header_bytes + 2 * int(header[2]):
-        raise DataError(f"{path}: {size:,} bytes do not hold the {header[2]:,} values of its header")
-    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes) if header[2] else np.empty(0, dtype=np.uint16)
+    with naming(path):
+        size, header_bytes = os.path.getsize(path), 4 * HEADER_INTS
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS) if size >= header_bytes else [0, 0, 0]
+        if (header[0], header[1]) != (SHARD_MAGIC, SHARD_VERSION):
+            raise DataError(f"{path}: not a shard")
+        if size != header_bytes + 2 * int(header[2]):
+            raise DataError(f"{path}: {size:,} bytes do not hold the {header[2]:,} values of its header")
+        if not header[2]:
+            return np.empty(0, dtype=np.uint16)
+        return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes)
 
 
 def write_whole(path: str | Path, *parts: bytes | np.ndarray) -> str:
-    """Writes under a temporary name, then renames: a file that has its name is complete. Returns its sha256."""
+    """Writes under a temporary name, then renames: a file that has its name is complete. Returns its sha256.
+
+    Where the disk is full, the OSError names the file, and the part that was written is removed.
+    """
     temporary, digest = Path(f"{path}.tmp"), hashlib.sha256()
-    with temporary.open("wb") as file:
-        for part in parts:
-            file.write(part)
-            digest.update(part)
+    try:
+        with naming(path), temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+                digest.update(part)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.replace(path)
     return digest.hexdigest()
 
@@ -334,7 +385,8 @@ class Source(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
-        count = self.file.readinto(buffer)
+        with naming(self.name):
+            count = self.file.readinto(buffer)
         self.digest.update(memoryview(buffer)[:count])
         return count
 
@@ -579,22 +631,36 @@ def encode_batch(tokenizer: str, normalize_train: bool, kept: int, batch: Batch)
     )
 
 
-def map_in_order(function, items: Iterable, workers: int) -> Iterator:
-    """`map` over processes that keeps the order and reads only a few items ahead; in this process for one worker."""
+def map_in_order(function, batches: Iterable[Batch], workers: int) -> Iterator:
+    """`map` over processes that keeps the order and reads only a few batches ahead; in this process for one worker.
+
+    Raises WorkerLost if a worker is killed.
+    """
     if workers == 1:
-        yield from map(function, items)
+        yield from map(function, batches)
         return
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         pending = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
+        for batch in batches:
+            pending.append(_submit(pool, function, batch))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise WorkerLost("a worker process was killed, perhaps for want of memory: try fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, function, batch: Batch) -> Future:
+    """Ctrl-C reaches all processes of a terminal: workers, which may start here, leave it to this one."""
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(function, batch)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -609,6 +675,7 @@ class Corpus(NamedTuple):
     train: Iterable[Line]
     rule: str  # of the split, in words
     sources: Callable[[], list[dict]]  # for the manifest, once all has been read
+    may_be_empty: frozenset[str] = frozenset()  # splits that were asked to hold nothing
 
 
 def corpus_from_files(docs: list[str], val_file: str | None, val_docs: int, train_docs: int | None) -> Corpus:
@@ -630,7 +697,9 @@ def corpus_from_files(docs: list[str], val_file: str | None, val_docs: int, trai
     def sources() -> list[dict]:
         return [{"file": Path(file.name).name, "role": role, "sha256": file.sha256()} for file, role in files]
 
-    return Corpus(val, itertools.islice(documents, train_docs), rule, sources)
+    asked_for = {"val": val_docs if val_file is None else None, "train": train_docs}
+    may_be_empty = frozenset(split for split, count in asked_for.items() if count == 0)
+    return Corpus(val, itertools.islice(documents, train_docs), rule, sources, may_be_empty)
 
 
 def _same_file(one: str, other: str) -> bool:
@@ -650,7 +719,7 @@ def _first_of(documents: Iterator[Line], count: int) -> Iterator[Line]:
 
 def file_sha256(path: str | Path) -> str:
     """Hex digest of a file of any size."""
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -786,6 +855,20 @@ def validation_hashes(folder: Path) -> np.ndarray:
     return np.unique(np.array(hashes, dtype=np.uint64))
 
 
+SPLIT_NAMES = {"val": "validation", "train": "training"}
+
+
+def refuse_empty_split(split: str, counts: dict) -> None:
+    """Raises DataError where there is nothing to train on, or nothing to score."""
+    name = SPLIT_NAMES[split]
+    if counts.get("left_out") and not counts["documents"]:
+        raise DataError(f"all {counts['left_out']:,} {name} documents are validation documents: nothing is left")
+    if not counts["documents"]:
+        raise DataError(f"there are no {name} documents" + " behind those of validation" * (split == "train"))
+    if counts["tokens"] == counts["documents"]:  # BOS and no more
+        raise DataError(f"all {counts['documents']:,} {name} documents are empty")
+
+
 def count_leaks(folder: Path, known: np.ndarray) -> int:
     """Training documents of the finished shards whose hash is in `known`: what was written, not what was meant."""
     known = set(known.tolist())
@@ -802,6 +885,8 @@ def build_dataset(corpus: Corpus, settings: dict, out: Path, encoder: Callable[[
     for split, lines in (("val", corpus.val), ("train", corpus.train)):
         for batch in map_in_order(encoder, make_batches(split, lines, *dataset.read[split]), workers):
             dataset.add(batch, np.isin(batch.hashes, known).any(axis=1))
+        if split not in corpus.may_be_empty:
+            refuse_empty_split(split, dataset.splits[split])
         dataset.finish_split(split)
         known = validation_hashes(out)
     manifest = {
@@ -968,14 +1053,40 @@ def _as_lines(name: str, texts: list[str]) -> list[Line]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+MAX_SHARD_TOKENS = 2**31 - 1  # the header's int32
+
+
+def whole_number(lowest: int, highest: int = 2**63 - 1) -> Callable[[str], int]:
+    """An argparse type: a whole number from `lowest` to `highest`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or not lowest <= number <= highest:
+            limits = f"from {lowest:,} to {highest:,}" if highest < 2**63 - 1 else f"of {lowest:,} or more"
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number {limits}")
+        return number
+
+    return parse
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Gives a command the argument --workers."""
+    number, cores = whole_number(1, 4096), os.cpu_count() or 1
+    parser.add_argument("--workers", type=number, default=cores, metavar="N", help="default: %(default)s")
+
+
+def add_shard_tokens(parser: argparse.ArgumentParser) -> None:
+    """Gives a command the argument --shard-tokens."""
+    size = whole_number(1, MAX_SHARD_TOKENS)
+    parser.add_argument("--shard-tokens", type=size, default=100_000_000, metavar="N", help="default: %(default)s")
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-
-    def count(text: str) -> int:
-        if int(text) < 0:
-            raise ValueError
-        return int(text)
-
+    count = whole_number(0)
     parser = argparse.ArgumentParser(
         description="Make CaseOps shards from documents.",
         epilog="Two more commands: verify DIR, retokenize DIR; see their --help.",
@@ -989,15 +1100,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     val.add_argument("--val-docs", type=count, metavar="N", help="first documents (default: 50,000; demo: 10)")
     val.add_argument("--val-file", metavar="FILE", help="validation documents, where they have a file of their own")
     parser.add_argument("--train-docs", type=count, metavar="N", help="at most this many training documents")
-    parser.add_argument("--shard-tokens", type=count, default=100_000_000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="default: %(default)s")
+    add_shard_tokens(parser)
+    add_workers(parser)
     parser.add_argument("--normalize-train", action="store_true", help="long URLs and debris out of training text")
     parser.add_argument("--demo-bytes", type=count, default=4_000_000, metavar="N", help="default: %(default)s")
     options = parser.parse_args(arguments)
     if options.demo and (options.val_file is not None or options.train_docs is not None):
         parser.error("--val-file and --train-docs go with --docs")
-    if not options.shard_tokens or not options.workers:
-        parser.error("--shard-tokens and --workers must be at least 1")
     return options
 
 
@@ -1014,23 +1123,23 @@ def main(arguments: list[str] | None = None) -> int:
         tool = importlib.import_module({"verify": "tools.verify_data", "retokenize": "tools.retokenize"}[arguments[0]])
         return tool.main(arguments[1:])
     options = parse_arguments(arguments)
+    return exit_status(partial(prepare, options), kept_in=options.out)
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """Makes a dataset from documents as the command line says; returns the exit status."""
     val_docs = options.val_docs if options.val_docs is not None else 10 if options.demo else 50_000
-    try:
-        refuse_used_folder(options.out)  # before minutes of reading, too
-        if options.demo:
-            corpus = demo_corpus(demo_roots(), options.demo_bytes, val_docs)
-        else:
-            corpus = corpus_from_files(options.docs, options.val_file, val_docs, options.train_docs)
-        print(f"split: {corpus.rule}", flush=True)
-        settings = {"tokenizer": tokenizer_entry(options.tokenizer), "shard_tokens": options.shard_tokens}
-        settings["normalize_train"] = options.normalize_train
-        kept = min(300_000, 2_000_000 // options.workers)  # words: all processes together stay under 2 GB
-        encoder = partial(encode_batch, options.tokenizer, options.normalize_train, kept)
-        manifest = build_dataset(corpus, settings, options.out, encoder, options.workers)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print_counts(manifest)
+    refuse_used_folder(options.out)  # before minutes of reading, too
+    if options.demo:
+        corpus = demo_corpus(demo_roots(), options.demo_bytes, val_docs)
+    else:
+        corpus = corpus_from_files(options.docs, options.val_file, val_docs, options.train_docs)
+    print(f"split: {corpus.rule}", flush=True)
+    settings = {"tokenizer": tokenizer_entry(options.tokenizer), "shard_tokens": options.shard_tokens}
+    settings["normalize_train"] = options.normalize_train
+    kept = min(300_000, 2_000_000 // options.workers)  # words: all processes together stay under 2 GB
+    encoder = partial(encode_batch, options.tokenizer, options.normalize_train, kept)
+    print_counts(build_dataset(corpus, settings, options.out, encoder, options.workers))
     return 0
 
 

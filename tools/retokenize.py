@@ -9,8 +9,6 @@ cut elsewhere; only a document's sum is exact.
 """
 
 import argparse
-import os
-import sys
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,8 +24,11 @@ from prepare_caseops_data import (
     Line,
     _byte_costs,
     _tokenize_with_spans,
+    add_shard_tokens,
+    add_workers,
     build_dataset,
     document_hash,
+    exit_status,
     file_sha256,
     load_tokenizer,
     print_counts,
@@ -119,8 +120,14 @@ def stored_documents(folder: Path, split: str) -> Iterator[Line]:
             content += charges[position : position + len(ids)].tobytes()
             position += len(ids)
         yield Line(path.name, number, content)
-    if split == "val" and position != len(charges):
-        raise DataError(f"{folder}: the side-car has {len(charges):,} values for {position:,} tokens")
+
+
+def check_lengths(folder: Path) -> None:
+    """Raises DataError where the side-car is missing or not as long as the validation shards."""
+    tokens = sum(len(read_shard(path)) for path in shard_files(folder, "val"))
+    charges = sum(len(read_shard(path)) for path in shard_files(folder, "val_bytes"))
+    if tokens != charges:
+        raise DataError(f"{folder}: the side-car (fineweb_val_bytes_*) has {charges:,} values for {tokens:,} tokens")
 
 
 def main(arguments: list[str]) -> int:
@@ -134,23 +141,31 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--old-tokenizer", required=True, metavar="MODEL", help="the one that made the shards")
     parser.add_argument("--tokenizer", required=True, metavar="MODEL", help="the new one")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the shards go; new or empty")
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: %(default)s")
+    add_shard_tokens(parser)
+    add_workers(parser)
     options = parser.parse_args(arguments)
-    try:
-        source = {"folder": options.folder.name, "tokenizer_sha256": file_sha256(options.old_tokenizer)}
-        if (options.folder / "manifest.json").exists():
-            manifest = read_manifest(options.folder)
-            if manifest["tokenizer"]["sha256"] != source["tokenizer_sha256"]:
-                raise DataError(f"{options.old_tokenizer}: the manifest of {options.folder} names another tokenizer")
-            source["split_rule"] = manifest["split_rule"]
-        lines = (stored_documents(options.folder, split) for split in ("val", "train"))
-        corpus = Corpus(*lines, "that of the retokenized shards", lambda: [source])
-        settings = {"tokenizer": tokenizer_entry(options.tokenizer), "shard_tokens": options.shard_tokens}
-        encoder = partial(retokenize_batch, options.old_tokenizer, options.tokenizer)
-        manifest = build_dataset(corpus, settings, options.out, encoder, options.workers)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print_counts(manifest)
+    return exit_status(partial(retokenize, options), kept_in=options.out)
+
+
+def retokenize(options: argparse.Namespace) -> int:
+    """Makes a dataset from shards as the command line says; returns the exit status. Raises DataError, OSError."""
+    source = {"folder": options.folder.name, "tokenizer_sha256": file_sha256(options.old_tokenizer)}
+    if not options.folder.is_dir():
+        raise DataError(f"{options.folder}: no such folder")
+    missing = frozenset(split for split in ("val", "train") if not shard_files(options.folder, split))
+    if len(missing) == 2:
+        raise DataError(f"{options.folder}: no shards, neither fineweb_val_*.bin nor fineweb_train_*.bin")
+    check_lengths(options.folder)
+    if (options.folder / "manifest.json").exists():
+        manifest = read_manifest(options.folder)
+        if manifest["tokenizer"]["sha256"] != source["tokenizer_sha256"]:
+            raise DataError(f"{options.old_tokenizer}: the manifest of {options.folder} names another tokenizer")
+        source["split_rule"] = manifest["split_rule"]
+        if absent := sorted(name for name in manifest["files"] if not (options.folder / name).exists()):
+            raise DataError(f"{options.folder}: {absent[0]} is missing ({len(absent)} files that the manifest names)")
+    lines = (stored_documents(options.folder, split) for split in ("val", "train"))
+    corpus = Corpus(*lines, "that of the retokenized shards", lambda: [source], missing)
+    settings = {"tokenizer": tokenizer_entry(options.tokenizer), "shard_tokens": options.shard_tokens}
+    encoder = partial(retokenize_batch, options.old_tokenizer, options.tokenizer)
+    print_counts(build_dataset(corpus, settings, options.out, encoder, options.workers))
     return 0
