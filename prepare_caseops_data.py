@@ -123,6 +123,30 @@ def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
     return sp
 
 
+def train_sentencepiece(sentences: Iterable[str], **settings) -> bytes:
+    """Trains a SentencePiece model and returns its file's content.
+
+    Raises DataError where SentencePiece cannot; what goes wrong in `sentences` comes out as it is.
+    """
+    faults = []
+
+    def watched() -> Iterator[str]:
+        try:
+            yield from sentences
+        except BaseException as error:  # SentencePiece would make a RuntimeError of it
+            faults.append(error)
+            raise
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=watched(), model_writer=model, **settings)
+    except RuntimeError as error:
+        if faults:
+            raise faults[0] from None
+        raise DataError(f"no tokenizer of {settings['vocab_size']:,} pieces from this text: {error}") from error
+    return model.getvalue()
+
+
 def encode_document(sp: sentencepiece.SentencePieceProcessor, text: str) -> np.ndarray:
     """Text -> ids (tokens,) uint16, BOS first. Raises DataError on a lone surrogate."""
     _utf8_size(text)
@@ -537,6 +561,16 @@ def parse_text(line: Line) -> str:
     text = document["text"] if isinstance(document, dict) else document
     if not isinstance(text, str):
         raise DataError(f"{where}: the text is {type(text).__name__}, not a string")
+    return text
+
+
+def read_text(line: Line) -> str:
+    """As parse_text, and raises DataError on a lone surrogate, too: text that UTF-8 cannot hold."""
+    text = parse_text(line)
+    try:
+        _utf8_size(text)
+    except DataError as error:
+        raise DataError(f"{line.file}, line {line.number}: {error}") from error
     return text
 
 
