@@ -30,6 +30,7 @@ import re
 import signal
 import sys
 import sysconfig
+import unicodedata
 import warnings
 import zlib
 from array import array
@@ -150,7 +151,10 @@ def train_sentencepiece(sentences: Iterable[str], **settings) -> bytes:
 def encode_document(sp: sentencepiece.SentencePieceProcessor, text: str) -> np.ndarray:
     """Text -> ids (tokens,) uint16, BOS first. Raises DataError on a lone surrogate."""
     _utf8_size(text)
-    return np.array([BOS_ID, *sp.encode(encode(text))], dtype=np.uint16)
+    parts = [np.array([BOS_ID], dtype=np.uint16)]
+    for block, anchor in _blocks(sp, encode(text)):
+        parts.append(np.array(sp.encode(anchor + block)[len(anchor) :], dtype=np.uint16))
+    return np.concatenate(parts)
 
 
 def encode_document_with_bytes(sp: sentencepiece.SentencePieceProcessor, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -161,17 +165,103 @@ def encode_document_with_bytes(sp: sentencepiece.SentencePieceProcessor, text: s
     token stands for more than 65,535 bytes.
     """
     _utf8_size(text)
-    transformed = encode(text)
-    ids, spans = _tokenize_with_spans(sp, transformed)
-    spans = np.array([(0, 0), *spans], dtype=np.int64)  # (tokens, 2), in characters of the transformed text
-    size_before = np.concatenate([[0], np.cumsum(_byte_costs(transformed))])
-    costs = size_before[spans[:, 1]] - size_before[spans[:, 0]]
-    if costs.max() > MAX_COST:
-        raise DataError(
-            f"token {costs.argmax()} stands for {costs.max():,} bytes and the side-car holds at most {MAX_COST:,}: "
-            "the text has a run of blanks or dropped characters that long; shorten it or leave the document out"
-        )
-    return np.array([BOS_ID, *ids], dtype=np.uint16), costs.astype(np.uint16)
+    ids_parts = [np.array([BOS_ID], dtype=np.uint16)]
+    costs_parts = [np.array([0], dtype=np.uint16)]
+    tokens = 1
+    for block, ids, spans in tokenize_blocks(sp, encode(text)):
+        size_before = np.concatenate([[0], np.cumsum(_byte_costs(block))])
+        costs = size_before[spans[:, 1]] - size_before[spans[:, 0]]
+        if costs.max(initial=0) > MAX_COST:
+            raise DataError(
+                f"token {tokens + costs.argmax()} stands for {costs.max():,} bytes and the side-car holds at most "
+                f"{MAX_COST:,}: the text has a run of blanks or dropped characters that long; shorten it or leave the "
+                "document out"
+            )
+        ids_parts.append(ids)
+        costs_parts.append(costs.astype(np.uint16))
+        tokens += len(ids)
+    return np.concatenate(ids_parts), np.concatenate(costs_parts)
+
+
+def tokenize_blocks(sp, text: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Transformed text -> its blocks, each with ids (tokens,) uint16 and the source spans (tokens, 2) in it."""
+    for block, anchor in _blocks(sp, text):
+        ids, spans = _tokenize_with_spans(sp, anchor + block)
+        skipped = len(anchor)
+        spans = np.array(spans[skipped:], dtype=np.int64).reshape(-1, 2) - skipped
+        yield block, np.array(ids[skipped:], dtype=np.uint16), spans
+
+
+# SentencePiece needs over 200 bytes for each character that it is given at once. So a long text is given in blocks, cut
+# where neither a rule of the normalizer nor a piece reaches across: then the tokens are those of the whole text.
+BLOCK_CHARS = 1 << 18
+LONGEST_BLOCK_CHARS = 1 << 20  # where a text has no place to cut for that long, it is refused
+ANCHOR = "a"  # stands before a block that begins with a blank, which would else be taken for a leading one
+
+
+def _blocks(sp, text: str) -> Iterator[tuple[str, str]]:
+    """Blocks that make up a transformed text, each with the anchor to put before it: "", or one character and token.
+
+    Raises DataError where there is no place to cut.
+    """
+    if len(text) <= BLOCK_CHARS:
+        yield text, ""
+        return
+    pairs = _pairs_in_pieces(sp)
+    start = 0
+    while start < len(text):
+        end = _end_of_block(sp, pairs, text, start)
+        block = text[start:end]
+        yield block, ANCHOR if start and block[0] in _BLANKS else ""
+        start = end
+
+
+def _end_of_block(sp, pairs: frozenset[str], text: str, start: int) -> int:
+    wanted = start + BLOCK_CHARS
+    if len(text) <= wanted:
+        return len(text)
+    last = min(len(text) - 1, start + LONGEST_BLOCK_CHARS)
+    for end in itertools.chain(range(wanted, start, -1), range(wanted + 1, last + 1)):
+        if _can_cut(sp, pairs, text[end - 1], text[end]):
+            return end
+    if len(text) <= start + LONGEST_BLOCK_CHARS:
+        return len(text)
+    raise DataError(f"{LONGEST_BLOCK_CHARS:,} characters from {text[start : start + 20]!a} on without a place to cut: "
+                    "they cannot be tokenized in little memory; leave the document out")  # fmt: skip
+
+
+def _can_cut(sp, pairs: frozenset[str], before: str, after: str) -> bool:
+    """Whether a text can be tokenized in two parts between these characters."""
+    if not _stands_alone(before):
+        return False
+    if after in _BLANKS:
+        return before + "\u2581" not in pairs and sp.normalize(before) == before
+    return _stands_alone(after) and before + after not in pairs and sp.normalize(before + after) == before + after
+
+
+def _stands_alone(char: str) -> bool:
+    """ASCII signs, markers but ESC, and letters other than Hangul jamo, which join into syllables.
+
+    ESC and its literal belong together; all others may be dropped, or change the character before them.
+    """
+    if char.isascii():
+        return char.isprintable() and char != " "
+    if char in CONTROLS:
+        return char != ESC
+    return unicodedata.category(char) in ("Lo", "Ll") and not "\u1100" <= char <= "\u11ff"
+
+
+@lru_cache(maxsize=4)
+def _pairs_in_pieces(sp) -> frozenset[str]:
+    """All pairs of neighbours in the tokenizer's pieces. Raises DataError if the tokenizer does not suit blocks."""
+    pairs = set()
+    for index in range(sp.get_piece_size()):
+        if not (sp.is_byte(index) or sp.is_control(index) or sp.is_unknown(index)):
+            pairs.update(map("".join, itertools.pairwise(sp.id_to_piece(index))))
+    if ANCHOR + "\u2581" in pairs:
+        raise DataError(f"this tokenizer cannot take a text of more than {BLOCK_CHARS:,} characters: "
+                        "it has pieces that reach over spaces")  # fmt: skip
+    return frozenset(pairs)
 
 
 # Text is cut where no rule of the normalizer and no piece reaches across: at blanks, and between runs of letters,
@@ -200,6 +290,8 @@ class Encoder:
 
     def encode(self, text: str) -> np.ndarray:
         """As encode_document."""
+        if len(text) > BLOCK_CHARS:
+            return encode_document(self.sp, text)  # in little memory
         _utf8_size(text)
         first, *words = text.encode().split() or [b""]
         first = self.sp.encode(encode(first.decode()))
@@ -210,6 +302,8 @@ class Encoder:
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """As encode_document_with_bytes."""
+        if len(text) > BLOCK_CHARS:
+            return encode_document_with_bytes(self.sp, text)
         units = _UNIT.findall(text.rstrip(_BLANKS))  # in a run of blanks that nothing follows it takes quadratic time
         if units:
             units[0] = units[0].lstrip(_BLANKS)
@@ -439,7 +533,7 @@ class Source(io.RawIOBase):
         for number, content in enumerate(lines, 1):
             if len(content) > LONGEST_LINE:
                 raise DataError(f"{self.name}, line {number}: longer than {LONGEST_LINE:,} bytes; is this JSON lines?")
-            if not content.strip():
+            if content.isspace():
                 continue
             line = Line(self.name, number, content)
             if is_first:  # whatever else is no JSON lines is refused here, before anything is counted
@@ -598,6 +692,7 @@ def make_batches(split: str, lines: Iterable[Line], done: int, checksum: int) ->
 _URL = re.compile(r"(?:https?://|www\.)[^\s<>\"]{40,}")
 _BLOB = re.compile(r"[!-~]{100,}")
 _RULER = re.compile(r"([^\sA-Za-z0-9])\1{9,}")
+_BLANK = re.compile("[ \n]")
 _DEBRIS = re.compile("[\0-\x08\x0b\x0e-\x1f\x7f\ufffd]+")
 
 
@@ -606,7 +701,14 @@ def normalize_text(text: str) -> str:
     `https://`, runs of 100 ASCII characters without a blank (encoded files), a sign repeated ten times or more (three
     stay), control characters and U+FFFD. Validation is never normalized.
     """
-    return _DEBRIS.sub("", _RULER.sub(r"\1\1\1", _BLOB.sub("", _URL.sub("", text))))
+    blocks = []
+    start = 0
+    while start < len(text):  # a substitution keeps some hundred bytes for each match; none matches a blank
+        end = _BLANK.search(text, start + BLOCK_CHARS)
+        end = end.start() if end else len(text)
+        blocks.append(_DEBRIS.sub("", _RULER.sub(r"\1\1\1", _BLOB.sub("", _URL.sub("", text[start:end])))))
+        start = end
+    return "".join(blocks)
 
 
 @lru_cache(maxsize=1)
@@ -641,7 +743,7 @@ def encode_batch(tokenizer: str, normalize_train: bool, kept: int, batch: Batch)
                 costs.append(document_costs)
             else:
                 document_ids = encoder.encode(text)
-            if not ids:
+            if not ids and len(text) <= BLOCK_CHARS:  # longer ones have no shortcuts
                 _compare_with_the_plain_way(encoder.sp, text, document_ids, costs)
             hash_as_it_came = document_hash(document_ids)
             cleaned = normalize_text(text) if normalize_train and batch.split == "train" else text
@@ -673,13 +775,17 @@ def map_in_order(function, batches: Iterable[Batch], workers: int) -> Iterator:
     if workers == 1:
         yield from map(function, batches)
         return
+    bytes_ahead = 4 * workers * BATCH_BYTES  # a document of many megabytes goes alone
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
-        pending = deque()
+        pending, sizes = deque(), deque()
         for batch in batches:
-            pending.append(_submit(pool, function, batch))
-            if len(pending) > 2 * workers:
+            size = sum(len(line.content) for line in batch.lines)
+            while len(pending) > 2 * workers or (pending and size + sum(sizes) > bytes_ahead):
+                sizes.popleft()
                 yield pending.popleft().result()
+            pending.append(_submit(pool, function, batch))
+            sizes.append(size)
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
