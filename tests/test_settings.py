@@ -360,10 +360,6 @@ def inside(node, *names):
     return False
 
 
-def test_the_file_has_fewer_than_3200_lines():
-    assert len(SOURCE.splitlines()) < 3200
-
-
 def test_lines_have_at_most_120_columns():
     assert [number for number, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 120] == []
 
