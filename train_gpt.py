@@ -627,7 +627,9 @@ class ValidationSet:
         if hp.caseops_enabled:
             self.bytes = self.side_car(hp.data_path, stream)
         else:
-            count, leading, boundary = techniques.piece_byte_tables(tokenizer or load_tokenizer(hp))
+            tokenizer = tokenizer or load_tokenizer(hp)
+            preflight and preflight.check_byte_counts(hp, tokenizer, self.tokens)
+            count, leading, boundary = techniques.piece_byte_tables(tokenizer)
             self.bytes = count[self.tokens]
             self.bytes[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
         if len(self.tokens) < 2:
@@ -657,8 +659,12 @@ class ValidationSet:
 def load_tokenizer(hp):
     """The data's SentencePiece model; a packed script is told where it is, or takes one that lies with the data."""
     import sentencepiece
-    here = hp.tokenizer_path or next(Path(hp.data_path).glob("*.model"), "")
-    return sentencepiece.SentencePieceProcessor(model_file=str(preflight.find_tokenizer(hp) if preflight else here))
+    if preflight:
+        return sentencepiece.SentencePieceProcessor(model_file=str(preflight.find_tokenizer(hp)))
+    found = [hp.tokenizer_path] if hp.tokenizer_path else [*Path(hp.data_path).glob("*.model")]
+    if len(found) != 1:
+        raise DataError(f"{len(found)} tokenizers (*.model) in {hp.data_path}, not one: set TOKENIZER_PATH")
+    return sentencepiece.SentencePieceProcessor(model_file=str(found[0]))
 
 # ---- KERNELS ---------------------------------------------------------------------------------------------------------
 # Each operation stands twice with one signature: the reference (`*_ref`, `attention_sdpa`: any device, any dtype,

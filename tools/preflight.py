@@ -221,6 +221,44 @@ def check_validation(hp, tokens, charges, read_shard):
     return f"documents:{documents} values:{len(charges)} bytes:{size} canonical:{canonical}"
 
 
+def models_near(folder, nearest):
+    """SentencePiece models in and around a dataset's folder, in order of distance; `nearest`: of one place only.
+
+    DataError where that place holds several different ones: nothing says which of them made the shards.
+    """
+    places = folder, folder.parent / "tokenizers", folder.parent.parent / "tokenizers", ROOT / "tokenizers"
+    groups = [sorted(place.glob("*.model")) for place in places]
+    if not nearest:
+        return sum(groups, [])
+    found = next((group for group in groups if group), [])
+    if len({path.read_bytes() for path in found}) > 1:
+        names = ", ".join(str(path) for path in found)
+        raise DataError(f"{folder}: no manifest names its tokenizer, there are several ({names}): set TOKENIZER_PATH")
+    return found
+
+
+def check_byte_counts(hp, tokenizer, tokens):
+    """DataError unless tokens (N,), which this tokenizer is to count the bytes of, are of its making.
+
+    Without a side-car the tokenizer decides the BPB. One of equal size counts without an error, so the text of some
+    documents is encoded again: only the shards' own tokenizer gives back their tokens.
+    """
+    longest, documents = 512, 256
+    starts = np.flatnonzero(tokens == BOS_ID)[:documents] + 1
+    ends = np.append(starts[1:] - 1, len(tokens))[: len(starts)]
+    same = total = 0
+    for start, end in zip(starts, np.minimum(ends, starts + longest), strict=True):
+        ids = tokens[start:end].tolist()
+        compared = len(ids) if len(ids) < longest else longest - 64  # a cut changes the tokens before it
+        same += compared * (tokenizer.encode(tokenizer.decode(ids))[:compared] == ids[:compared])
+        total += compared
+    if 2 * same < total:  # some texts do not come back from their own tokenizer: unknown characters, odd spaces
+        raise DataError(
+            f"{hp.data_path}: its tokens were not made by the tokenizer found for them, which gives back {same} of "
+            f"{total} when their text is encoded again: set TOKENIZER_PATH to the shards' own"
+        )
+
+
 def find_tokenizer(hp):
     """Path of the data's SentencePiece model. DataError if none fits the settings and the manifest."""
     try:
@@ -229,8 +267,10 @@ def find_tokenizer(hp):
         raise DataError("the sentencepiece package is missing: pip install -r requirements.txt") from None
     folder = Path(hp.data_path)
     wanted = read_manifest(folder).get("tokenizer", {}).get("sha256")
-    beside = [folder, folder.parent / "tokenizers", folder.parent.parent / "tokenizers", ROOT / "tokenizers"]
-    found = [Path(hp.tokenizer_path)] if hp.tokenizer_path else [p for d in beside for p in sorted(d.glob("*.model"))]
+    if hp.tokenizer_path:
+        found = [Path(hp.tokenizer_path)]
+    else:
+        found = models_near(folder, nearest=wanted is None)
     for path in found:
         if not path.exists():
             raise DataError(f"TOKENIZER_PATH={path} does not exist")
