@@ -621,6 +621,7 @@ class ValidationSet:
 
     def __init__(self, hp, tokenizer=None):
         stream = TokenStream(hp.data_path, "val")
+        preflight and preflight.check_data_settings(hp)
         self.tokens = stream.read(0, stream.size).astype(np.int64)
         if self.tokens.max() >= hp.vocab_size:
             raise DataError(f"validation token {self.tokens.max()} is outside VOCAB_SIZE={hp.vocab_size}")

@@ -3,6 +3,9 @@
 Whole runs are processes of their own, so that the tests outlive changes inside the program.
 """
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +112,52 @@ def test_the_own_tokenizer_counts_the_bytes_of_the_text(plain, tmp_path):
     result = result_of(begin(tmp_path, folder, CASEOPS_ENABLED=0, VOCAB_SIZE=size, TTT_ENABLED=0,
                              TOKENIZER_PATH=folder / "own.model"))
     assert result["scores"]["quantized"]["bytes"] == num_bytes
+
+
+# ---- settings against the side-car and the manifest
+
+
+@pytest.fixture(scope="module")
+def caseops(tmp_path_factory):
+    """A CaseOps dataset of 40 training documents and 8 of validation with side-car and manifest."""
+    folder = tmp_path_factory.mktemp("caseops")
+    words = TEXT.split() + ["NASA", "Alps", "Bread"]
+    texts = [" ".join(words[start:start + 30]) + f" {start}" for start in range(48)]
+    (folder / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    subprocess.run([sys.executable, ROOT / "prepare_caseops_data.py", "--docs", folder / "docs.jsonl", "--val-docs",
+                    "8", "--workers", "1", "--out", folder / "data"], check=True, capture_output=True)
+    return folder / "data", sum(len(text.encode()) for text in texts[:8])
+
+
+def copied(source, folder, *patterns):
+    """The files of a dataset, linked into a new folder, but for those of these patterns."""
+    folder.mkdir()
+    left_out = {path for pattern in patterns for path in source.glob(pattern)}
+    for path in set(source.iterdir()) - left_out:
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.mark.parametrize("left_out, words", [
+    ([], "fineweb_val_bytes_000000.bin"), (["fineweb_val_bytes_*"], "lossless_caps_caseops_v1"),
+    (["manifest.json"], "fineweb_val_bytes_000000.bin"), (["fineweb_val_bytes_*", "manifest.json"], "CaseOps' markers"),
+], ids=["both", "manifest", "side-car", "neither"])
+def test_a_tokenizer_does_not_count_the_bytes_of_caseops_shards(caseops, tmp_path, left_out, words):
+    said = refusal(tmp_path, copied(caseops[0], tmp_path / "data", *left_out), CASEOPS_ENABLED=0)
+    assert words in said and "CASEOPS_ENABLED" in said
+
+
+def test_the_side_car_counts_the_bytes_of_the_text(caseops, tmp_path):
+    result = result_of(begin(tmp_path, caseops[0], TTT_ENABLED=0))
+    assert result["scores"]["quantized"]["bytes"] == caseops[1]
+
+
+def test_settings_that_contradict_the_manifest_are_refused(caseops, plain, tmp_path):
+    folder = copied(caseops[0], tmp_path / "data", "manifest.json")
+    manifest = json.loads((caseops[0] / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"text_transform": None}))
+    assert "CASEOPS_ENABLED=0" in refusal(tmp_path, folder)
+    assert "VOCAB_SIZE=8192" in refusal(tmp_path, caseops[0], VOCAB_SIZE=4096)
+    said = refusal(tmp_path, plain[0], TOKENIZER_PATH=plain[0] / "own.model", VOCAB_SIZE=plain[1],
+                   MARKER_FUSION_ENABLED=1)
+    assert "MARKER_FUSION_ENABLED=0" in said

@@ -146,7 +146,7 @@ def unknown_settings(environ, cls):
 def check_side_car(folder, paths, parts, shards):
     """DataError unless the side-car's parts are there and as long as the shards."""
     if not paths:
-        raise DataError(f"no fineweb_val_bytes_*.bin in {folder}: BPB needs the side-car (or CASEOPS_ENABLED=0)")
+        raise DataError(f"no fineweb_val_bytes_*.bin in {folder}: BPB needs the side-car")
     if [len(part) for part in parts] != [len(shard) for shard in shards]:
         raise DataError(
             f"{paths[0]}: side-car lengths {[len(p) for p in parts]} differ from the shards' "
@@ -167,6 +167,25 @@ def read_manifest(folder):
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again") from None
+
+
+def check_data_settings(hp):
+    """DataError where the settings contradict the side-car or the manifest: the bytes would be wrong."""
+    folder = Path(hp.data_path)
+    manifest, wrong = read_manifest(folder), []
+    side_car = next((path.name for path in sorted(folder.glob("fineweb_val_bytes_*.bin"))), None)
+    if side_car and not hp.caseops_enabled:
+        wrong.append(f"{side_car} holds the bytes of its tokens, which CASEOPS_ENABLED=0 would not read: set it to 1")
+    transform = manifest.get("text_transform")
+    if transform and not hp.caseops_enabled:
+        wrong.append(f"its manifest says {transform}, whose tokens a tokenizer cannot count: set CASEOPS_ENABLED=1")
+    if "text_transform" in manifest and not transform and hp.caseops_enabled:
+        wrong.append("its manifest says that the text was not transformed: set CASEOPS_ENABLED=0")
+    size = manifest.get("tokenizer", {}).get("vocab_size", hp.vocab_size)
+    if size != hp.vocab_size:
+        wrong.append(f"its manifest says VOCAB_SIZE={size}, not {hp.vocab_size}")
+    if wrong:
+        raise DataError(f"{folder}: {'; '.join(wrong)}")
 
 
 def check_manifest(hp, found, read_shard):
@@ -237,12 +256,19 @@ def models_near(folder, nearest):
     return found
 
 
+def has_case_markers(tokenizer):
+    """Whether pieces 4 to 7 are CaseOps' markers, which stand for no text (lossless_caps.py)."""
+    return [tokenizer.id_to_piece(token) for token in range(4, 8)] == [*"\ue001\ue002\ue003\ue004"]
+
+
 def check_byte_counts(hp, tokenizer, tokens):
     """DataError unless tokens (N,), which this tokenizer is to count the bytes of, are of its making.
 
     Without a side-car the tokenizer decides the BPB. One of equal size counts without an error, so the text of some
     documents is encoded again: only the shards' own tokenizer gives back their tokens.
     """
+    if has_case_markers(tokenizer) and ((tokens >= 4) & (tokens < 8)).any():
+        raise DataError(f"{hp.data_path}: its tokens hold CaseOps' markers: set CASEOPS_ENABLED=1, with the side-car")
     longest, documents = 512, 256
     starts = np.flatnonzero(tokens == BOS_ID)[:documents] + 1
     ends = np.append(starts[1:] - 1, len(tokens))[: len(starts)]
@@ -282,6 +308,8 @@ def find_tokenizer(hp):
                 raise DataError(f"{path} is no SentencePiece model") from None
             if tokenizer.vocab_size() != hp.vocab_size:
                 raise DataError(f"{path} has {tokenizer.vocab_size()} pieces, VOCAB_SIZE is {hp.vocab_size}")
+            if hp.marker_fusion_enabled and not has_case_markers(tokenizer):
+                raise DataError(f"{path}: pieces 4 to 7 are not CaseOps' markers: set MARKER_FUSION_ENABLED=0")
             return path
     raise DataError(
         f"no tokenizer for {folder} (the manifest wants sha256 {wanted}; looked at "
