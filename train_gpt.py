@@ -318,9 +318,7 @@ class Dist:
     """
 
     def __init__(self, device="auto", deterministic=False):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.rank, self.world_size, local_rank = self.place_in_group()
         if device == "cuda" and not torch.cuda.is_available():
             raise SettingError("DEVICE=cuda, but torch sees none: use DEVICE=cpu, or a CUDA build of torch")
         if deterministic:  # an operation without such a form warns, with its name
@@ -340,6 +338,33 @@ class Dist:
         if safety and self.world_size > 1:
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, timedelta(seconds=30)
             self.watchdog = safety.Watchdog(self, dist_backend.TCPStore(*address))
+
+    def place_in_group(self):
+        """The environment of torchrun, or of none -> rank, world size, local rank. SettingError where it contradicts
+        itself: a rank left over from another run would train without a log, a folder or an end."""
+        names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+        given = {name: os.environ[name] for name in names if name in os.environ}
+        problem = "unset all of these for a run of one process, or start it with torchrun"
+        told = " ".join(f"{name}={value}" for name, value in given.items())
+        self.notes = []
+        if not {*names[:3]} & {*given}:  # MASTER_ADDR and MASTER_PORT alone do no harm: some clusters always set them
+            for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+                if os.environ.get(name, "1") != "1":
+                    self.notes.append(f"{name}={os.environ[name]}, but RANK is not set: this is a run of one process")
+            return 0, 1, 0
+        if missing := [name for name in names[:3] if name not in given]:
+            raise SettingError(f"the environment has {told}, but not {', '.join(missing)}: {problem}")
+        try:
+            rank, world_size, local_rank = (int(given[name]) for name in names[:3])
+        except ValueError:
+            raise SettingError(f"{told}: these must be whole numbers: {problem}") from None
+        if not 0 <= local_rank <= rank < world_size:
+            raise SettingError(f"{told}: LOCAL_RANK is at most RANK, which is below WORLD_SIZE: {problem}")
+        if world_size > 1 and (missing := [name for name in names[3:] if name not in given]):
+            raise SettingError(f"the environment has {told}, but not {', '.join(missing)}: {problem}")
+        if world_size > 1 and not given["MASTER_PORT"].isdecimal():
+            raise SettingError(f"{told}: MASTER_PORT must be a number: {problem}")
+        return rank, world_size, local_rank
 
     @property
     def net(self):
@@ -3120,7 +3145,7 @@ def run(hp, dist):
              "world_size": dist.world_size, "torch": torch.__version__, "python": sys.version.split()[0],
              **model.ops.names}
     log(f"settings (* changed):\n{settings_table(hp)}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
-    log("\n".join(f"note: {note}" for note in (*model.ops.notes, "the budget starts after the warm-up")))
+    log("\n".join(f"note: {note}" for note in (*dist.notes, *model.ops.notes, "the budget starts after the warm-up")))
     if hp.preset:
         log(preflight.preset_note(hp))
     log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} "

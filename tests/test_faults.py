@@ -3,7 +3,11 @@
 Whole runs are processes of their own, so that the tests outlive changes inside the program.
 """
 
+import contextlib
+import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_shard
-from test_end_to_end import finish, make_data, result_of, start
+from test_end_to_end import SETTINGS, finish, make_data, result_of, start
 
 import train_gpt
 
@@ -33,32 +37,43 @@ def data(tmp_path_factory):
     return folder
 
 
+def environ_of(folder, data_path, settings):
+    """{NAME: text} of a tiny run whose runs lie in `folder`; settings with the value None are left out."""
+    paths = {"DATA_PATH": data_path, "RUNS_DIR": folder / "runs", "PLOTS": "0", "SLIDING_WINDOW_ENABLED": "0"}
+    return {name: str(value) for name, value in (SETTINGS | paths | settings).items() if value is not None}
+
+
 def begin(folder, data_path, **settings):
-    """A tiny run whose runs lie in `folder` -> Popen. Settings with the value None are left out of its environment."""
-    settings = {"DATA_PATH": str(data_path), "RUNS_DIR": str(folder / "runs"), "PLOTS": "0",
-                "SLIDING_WINDOW_ENABLED": "0"} | settings
-    left_out = {name: "" for name, value in settings.items() if value is None}
-    command = ["-c", WITHOUT.format(names=[*left_out], script=str(SCRIPT))] if left_out else [SCRIPT]
-    return start(*command, **{name: str(value) for name, value in settings.items() if value is not None})
+    """A tiny run in a process of its own -> Popen."""
+    return start(SCRIPT, **environ_of(folder, data_path, settings))
 
 
-WITHOUT = """
-import os, runpy, sys
-for name in {names}:
-    os.environ.pop(name, None)
-sys.argv = [{script!r}]
-sys.path.insert(0, os.path.dirname({script!r}))
-runpy.run_path({script!r}, run_name="__main__")
-"""
+def main(folder, data_path, **settings):
+    """train_gpt.main() in this process -> (what it exits with, None where it ends well; what it printed)."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    code, out = None, io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        for name in set(os.environ) - {"PATH", "HOME", "LD_LIBRARY_PATH", "TRITON_INTERPRET", "OMP_NUM_THREADS"}:
+            patch.delenv(name)
+        for name, value in environ_of(folder, data_path, settings).items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["train_gpt.py"])
+        try:
+            train_gpt.main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return code, out.getvalue()
 
 
 def refusal(folder, data_path, **settings):
     """What a run says that must be refused before training, in one line for each problem."""
-    code, out, err = finish(begin(folder, data_path, **settings))
-    assert code == 1, out + err
-    assert "Traceback" not in err and "step:" not in out and "RESULT" not in out
-    assert err.startswith("train_gpt.py cannot run: ")
-    return err
+    said, out = main(folder, data_path, **settings)
+    assert isinstance(said, str) and said.startswith("train_gpt.py cannot run: "), out
+    assert "step:" not in out and "RESULT" not in out
+    return said
 
 
 # ---- data without a side-car: the tokenizer counts the bytes
@@ -161,3 +176,23 @@ def test_settings_that_contradict_the_manifest_are_refused(caseops, plain, tmp_p
     said = refusal(tmp_path, plain[0], TOKENIZER_PATH=plain[0] / "own.model", VOCAB_SIZE=plain[1],
                    MARKER_FUSION_ENABLED=1)
     assert "MARKER_FUSION_ENABLED=0" in said
+
+
+# ---- the environment of a launcher
+
+
+@pytest.mark.parametrize("environ, words", [
+    ({"RANK": "1"}, "not WORLD_SIZE, LOCAL_RANK"), ({"WORLD_SIZE": "2"}, "not RANK, LOCAL_RANK"),
+    ({"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "RANK=1 WORLD_SIZE=1"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "not MASTER_ADDR, MASTER_PORT"),
+    ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "whole numbers"),
+], ids=["a rank alone", "a size alone", "a rank too large", "no address", "no number"])
+def test_ranks_that_contradict_each_other_are_refused(data, tmp_path, environ, words):
+    said = refusal(tmp_path, data, **environ)
+    assert words in said and "torchrun" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_tasks_of_slurm_that_know_nothing_of_each_other_are_told(data, tmp_path):
+    code, out, err = finish(begin(tmp_path, data, SLURM_NTASKS=2, PREQUANT_ONLY=1))
+    assert code == 0 and "note: SLURM_NTASKS=2, but RANK is not set: this is a run of one process" in out
