@@ -4,6 +4,7 @@ Whole runs are processes of their own, so that the tests outlive changes inside 
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from conftest import write_shard
 from test_end_to_end import SETTINGS, finish, make_data, result_of, start
 
 import train_gpt
+from tools import safety
 
 pytest.importorskip("brotli")
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -196,3 +198,62 @@ def test_ranks_that_contradict_each_other_are_refused(data, tmp_path, environ, w
 def test_tasks_of_slurm_that_know_nothing_of_each_other_are_told(data, tmp_path):
     code, out, err = finish(begin(tmp_path, data, SLURM_NTASKS=2, PREQUANT_ONLY=1))
     assert code == 0 and "note: SLURM_NTASKS=2, but RANK is not set: this is a run of one process" in out
+
+
+# ---- going on from a file with other settings
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """Folder whose runs/first is a whole run, and runs/stopped one that left a training state."""
+    folder = tmp_path_factory.mktemp("trained")
+    code, out = main(folder, data, RUN_ID="first", TTT_ENABLED=0)
+    assert code is None
+    stop = begin(folder, data, RUN_ID="stopped", ITERATIONS=100_000, CHECKPOINT_EVERY=1)
+    for line in stop.stdout:
+        if line.startswith("step:3 "):
+            break
+    stop.send_signal(signal.SIGTERM)
+    assert finish(stop)[0] == 128 + signal.SIGTERM and list((folder / "runs" / "stopped").glob("state-*.pt"))
+    return folder
+
+
+OTHER_MODEL = {"LOGIT_SOFTCAP": "15.0", "ROPE_BASE": "500.0", "LEAKY_RELU_SLOPE": "0.5", "NUM_LOOPS": "0"}
+MODES = {"QUANT_ONLY": ("CHECKPOINT_PATH", "first/model.pt"), "TTT_EVAL_ONLY": ("ARTIFACT_PATH", "first/artifact.bin"),
+         "RESUME": ("RUN_ID", "stopped")}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_file_is_not_read_as_another_model(data, trained, mode):
+    name, file = MODES[mode]
+    value = file if mode == "RESUME" else trained / "runs" / file
+    said = refusal(trained, data, **{mode: 1, name: value}, **OTHER_MODEL)
+    assert "holds a model of other settings" in said
+    assert all(f"{name}={value} (" in said for name, value in OTHER_MODEL.items())
+
+
+def test_every_setting_of_the_model_is_compared_or_may_change():
+    names = [field.name for field in dataclasses.fields(train_gpt.Hyperparameters)]
+    of_the_model = set(names[names.index("vocab_size"):names.index("max_wallclock_seconds")])
+    may_change = {"tied_embed_init_std", "qk_gain_init", "enable_looping_at", "extra_eval_loops"}
+    assert of_the_model - set(safety.MEANING) == may_change
+
+
+def test_an_artifact_without_its_checkpoint_is_compared_with_its_log(data, trained, tmp_path):
+    for name in ("artifact.bin", "log.txt"):
+        (tmp_path / name).write_bytes((trained / "runs" / "first" / name).read_bytes())
+    said = refusal(tmp_path, data, TTT_EVAL_ONLY=1, ARTIFACT_PATH=tmp_path / "artifact.bin", LOGIT_SOFTCAP=15)
+    assert "LOGIT_SOFTCAP=15.0 (30.0 there)" in said
+    (tmp_path / "log.txt").unlink()
+    code, out = main(tmp_path, data, TTT_EVAL_ONLY=1, ARTIFACT_PATH=tmp_path / "artifact.bin", TTT_ENABLED=0)
+    assert code is None and "note: nothing says which settings" in out
+
+
+def test_what_may_differ_from_a_checkpoint_is_told(data, trained, tmp_path):
+    checkpoint = trained / "runs" / "first" / "model.pt"
+    code, out = main(tmp_path, data, QUANT_ONLY=1, CHECKPOINT_PATH=checkpoint, MATRIX_BITS=5, TTT_ENABLED=0, SEED=7)
+    assert code is None
+    (note,) = [line for line in out.splitlines() if line.startswith("note: settings other than those of")]
+    assert note.endswith(f"{checkpoint}: SEED=7 (42 there), MATRIX_BITS=5 (6 there)")
+    code, out = main(tmp_path, data, QUANT_ONLY=1, CHECKPOINT_PATH=checkpoint, TTT_ENABLED=0, RUN_ID="same")
+    assert code is None and "settings other than" not in out
