@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
+import heapq
 import inspect
 import io
 import json
@@ -119,7 +120,7 @@ class Hyperparameters:
     train_batch_tokens: int = env(786_432, "tokens of a step over all ranks and micro-steps", least=1)
     micro_batch_tokens: int = env(98_304, "tokens of a packed row, the unit of one forward and backward", least=1)
     train_seq_len: int = env(2048, "longer documents are cut in pieces of this length", least=2)
-    max_row_segments: int = env(0, "pieces of a row; above it the shortest see each other; 0: 1 in 512 tokens", least=0)
+    max_row_segments: int = env(0, "pieces of a row; above it the shortest see each other; 0: automatic", least=0)
 
     # model
     vocab_size: int = env(8192, "tokens of the vocabulary", least=9, most=65_536)
@@ -281,7 +282,9 @@ class Hyperparameters:
     mlp_dim = property(lambda hp: int(hp.mlp_mult * hp.model_dim))
     lora_sites = property(lambda hp: tuple(site for site in hp.ttt_lora_sites.split(",") if site))
     micro_steps = property(lambda hp: hp.train_batch_tokens // hp.micro_batch_tokens)  # of a step, over all ranks
-    row_segments = property(lambda hp: hp.max_row_segments or max(64, hp.micro_batch_tokens // 512))
+    # without a limit: enough for any row, as of two neighbouring pieces that are not joined one is over half the length
+    row_segments = property(lambda hp: hp.max_row_segments or max(
+        64, hp.micro_batch_tokens // 512, 2 * -(-hp.micro_batch_tokens // hp.train_seq_len) + 1))
     training_seconds = property(lambda hp: max(0.0, hp.max_wallclock_seconds - hp.gptq_reserve_seconds))  # 0: no limit
 
 LORA_SITES = {"q": "q", "k": "k", "v": "v", "o": "attn_out", "mlp": "mlp_out", "head": "lm_head"}  # setting -> tap site
@@ -553,10 +556,30 @@ def cut_pieces(starts, ends, length):
     return np.repeat(starts, pieces) + length * (np.arange(pieces.sum()) - np.repeat(first, pieces))
 
 def join_shortest(starts, total, longest, most):
-    """Starts of pieces of a row -> at most `most`: the shortest neighbours become one, none longer than `longest`."""
-    while len(starts) > most and (joined := np.append(starts[2:], total) - starts[:-1]).min() <= longest:
-        starts = np.delete(starts, 1 + joined.argmin())
-    return starts
+    """Starts of pieces of a row -> at most `most`: the shortest neighbours become one, none longer than `longest`.
+    Of equal ones the first. Where that does not do, the row is cut in equal pieces: `most` of these must be enough.
+    """
+    count = len(starts)
+    if count <= most:
+        return starts
+    borders = [*starts.tolist(), total]
+    following, before, joined = [*range(1, count + 1)], [*range(-1, count)], [False] * count
+    pairs = [(borders[i + 2] - borders[i], borders[i], i) for i in range(count - 1)]  # length of both, where, the first
+    heapq.heapify(pairs)  # a search through all of them for each join takes seconds for rows of short documents
+    while count > most and pairs and pairs[0][0] <= longest:
+        length, _, first = heapq.heappop(pairs)
+        second = following[first]
+        if joined[first] or second == len(starts) or borders[following[second]] - borders[first] != length:
+            continue  # one of them has grown, or is gone, since this was noted
+        joined[second], count = True, count - 1
+        following[first] = after = following[second]
+        before[after] = first
+        if after < len(starts):
+            heapq.heappush(pairs, (borders[following[after]] - borders[first], borders[first], first))
+        if before[first] >= 0:
+            previous = before[first]
+            heapq.heappush(pairs, (borders[after] - borders[previous], borders[previous], previous))
+    return starts[~np.array(joined)] if count <= most else np.arange(0, total, longest)
 
 def pad_cu_seqlens(starts, total, entries):
     """Segment starts -> (entries + 1,) int32, padded with `total`, so that one graph serves every row."""
@@ -1371,7 +1394,8 @@ class GPT(nn.Module):
         self.smear_lambda = nn.Parameter(torch.zeros(1)) if hp.smear_gate_enabled else None
         scales = [[(layer + 1) ** -0.5 if hp.ln_scale else 1.0] * 4 for layer in range(L)]  # rows aligned for kernels
         self.register_buffer("depth_scale", torch.tensor(scales), persistent=False)  # no weight: never saved
-        longest = max(hp.micro_batch_tokens, hp.eval_seq_len, hp.global_ttt_chunk_tokens + hp.ttt_eval_seq_len)
+        longest = hp.global_ttt_chunk_tokens + max(hp.eval_seq_len, hp.ttt_eval_seq_len)  # of a row that is learnt from
+        longest = max(hp.micro_batch_tokens, longest)
         for name, table in zip(("cos", "sin"), rotary_tables(torch.arange(longest), hp), strict=True):
             self.register_buffer(name, table, persistent=False)
         self.init_weights()
@@ -2563,7 +2587,9 @@ class Evaluator:
 
     def __init__(self, model, validation, hp, dist):
         self.model, self.validation, self.hp, self.dist = model, validation, hp, dist
-        self.packer = WindowPacker(validation, hp.micro_batch_tokens, hp.eval_seq_len, hp.row_segments, dist.device)
+        windows = -(-hp.micro_batch_tokens // hp.eval_seq_len)  # of a row that is full of whole ones, or of padding
+        entries = max(hp.row_segments, 2 * windows + 8)
+        self.packer = WindowPacker(validation, hp.micro_batch_tokens, hp.eval_seq_len, entries, dist.device)
         self.parts = SimpleNamespace(**{name: compiled(getattr(model, name), hp, dist) for name in (
             "enter", "block", "token_losses")})
 

@@ -11,12 +11,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_shard
+from conftest import write_documents, write_shard
 from test_end_to_end import SETTINGS, finish, make_data, result_of, start
 
 import train_gpt
@@ -257,3 +258,53 @@ def test_what_may_differ_from_a_checkpoint_is_told(data, trained, tmp_path):
     assert note.endswith(f"{checkpoint}: SEED=7 (42 there), MATRIX_BITS=5 (6 there)")
     code, out = main(tmp_path, data, QUANT_ONLY=1, CHECKPOINT_PATH=checkpoint, TTT_ENABLED=0, RUN_ID="same")
     assert code is None and "settings other than" not in out
+
+
+# ---- shapes that a later stage needs
+
+
+def test_a_short_context_in_a_long_row_is_evaluated(data, tmp_path):
+    code, out = main(tmp_path, data, EVAL_SEQ_LEN=16, EVAL_STRIDE=8, SLIDING_WINDOW_ENABLED=1, TTT_ENABLED=0,
+                     MICRO_BATCH_TOKENS=2048, TRAIN_BATCH_TOKENS=4096, ITERATIONS=1)
+    assert code is None and "\nsliding val_loss:" in out and "tokens:403 bytes:981" in out
+
+
+@pytest.mark.parametrize("context, segments", [(512, 0), (100, 0), (2048, 48), (1, 0)])
+def test_every_row_fits_whatever_its_documents(context, segments, tmp_path, dist):
+    """Rows of the default size: documents of one length just over half the context cannot be joined at all."""
+    if context == 1 or 0 < segments < 98_304 / context:
+        with pytest.raises(train_gpt.SettingError):
+            train_gpt.Hyperparameters(train_seq_len=context, max_row_segments=segments)
+        return
+    write_documents(tmp_path, "train", [context // 2] * (2 * 98_304 // context + 20))
+    hp = train_gpt.Hyperparameters(data_path=str(tmp_path), train_seq_len=context, max_row_segments=segments,
+                                   train_batch_tokens=98_304, max_wallclock_seconds=0)
+    loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
+    (row,) = loader.step(0)
+    lengths = row.cu_seqlens.diff()
+    assert row.cu_seqlens[-1] == 98_304 and lengths.max() <= context
+    if not segments:
+        assert set(lengths.tolist()) <= {0, context // 2 + 1, 98_304 % (context // 2 + 1)}  # no document sees another
+
+
+def test_rows_of_very_short_documents_take_no_seconds(tmp_path, dist):
+    write_documents(tmp_path, "train", [1] * 60_000)
+    hp = train_gpt.Hyperparameters(data_path=str(tmp_path), train_batch_tokens=98_304, balance_rows=False)
+    loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
+    started = time.process_time()
+    row = loader.build(0)
+    assert time.process_time() - started < 1.0  # 0.3 s; a search through all neighbours for each join took 3 s
+    assert len(row.cu_seqlens) == 193 and row.cu_seqlens[-2] < 98_304
+
+
+def test_joining_gives_what_the_plain_search_gives():
+    rng = np.random.default_rng(9)
+    for _ in range(300):
+        lengths = rng.integers(1, rng.integers(2, 40), rng.integers(1, 60))
+        starts, total, longest = np.cumsum(lengths) - lengths, int(lengths.sum()), int(rng.integers(40, 90))
+        most, want = int(rng.integers(1, 60)), starts
+        while len(want) > most and (joined := np.append(want[2:], total) - want[:-1]).min() <= longest:
+            want = np.delete(want, 1 + joined.argmin())
+        if len(want) > most:
+            want = np.arange(0, total, longest)
+        assert train_gpt.join_shortest(starts, total, longest, most).tolist() == want.tolist()

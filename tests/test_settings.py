@@ -115,7 +115,7 @@ def test_the_environment_sets_every_setting(field):
     else:
         changed = {  # values that fit the other settings
             "model_dim": 1024, "num_heads": 16, "num_kv_heads": 2, "loop_start": 4, "loop_end": 4, "num_layers": 12,
-            "rope_dims": 8, "ttt_stale_context": 512, "iterations": 7,
+            "rope_dims": 8, "ttt_stale_context": 512, "iterations": 7, "max_row_segments": 100,
             "train_batch_tokens": 98_304, "micro_batch_tokens": 49_152,
         }.get(field.name, field.default * 0.9 if field.type is float else field.default - 1 or 1)
         if field.metadata["least"] is not None:

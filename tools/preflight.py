@@ -92,6 +92,9 @@ def cross_checks(hp, sites):
     yield hp.num_loops and not looped, "LOOP_START..LOOP_END must lie inside NUM_LAYERS (or set NUM_LOOPS=0)"
     yield hp.parallel_start_layer > hp.num_layers, "PARALLEL_START_LAYER must be at most NUM_LAYERS"
     yield hp.train_batch_tokens % hp.micro_batch_tokens, "TRAIN_BATCH_TOKENS must divide by MICRO_BATCH_TOKENS"
+    pieces = -(-hp.micro_batch_tokens // hp.train_seq_len)
+    yield 0 < hp.max_row_segments < pieces, (
+        f"MAX_ROW_SEGMENTS={hp.max_row_segments}: a row of MICRO_BATCH_TOKENS has {pieces} pieces of TRAIN_SEQ_LEN")
     out_of_time = 0 < hp.max_wallclock_seconds <= hp.gptq_reserve_seconds
     yield out_of_time, "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"
     yield hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
