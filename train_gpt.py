@@ -686,6 +686,8 @@ class ValidationSet:
         self.summary = preflight and preflight.check_validation(hp, self.tokens, self.bytes, load_data_shard)
         if hp.marker_fusion_enabled:
             self.tokens, self.bytes = techniques.fuse_markers(hp, space_id, self.tokens, self.bytes)
+        if not self.bytes[1:].any():
+            raise DataError(f"{stream.paths[0]}: the validation documents hold no byte of text: no BPB can be counted")
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
         self.ends = np.append(self.starts[1:], len(self.tokens) - 1)  # the last document has no BOS to predict
 
@@ -2807,14 +2809,23 @@ def sgd_step(model, packer, windows, optimizer, rate, dist):
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
 
+def documents_to_score(validation, hp):
+    """Numbers of the documents that test-time training scores: all, or TTT_MAX_DOCS of all lengths.
+    Raises DataError where these hold no byte.
+    """
+    order, count = np.argsort(validation.ends - validation.starts, kind="stable"), len(validation.starts)
+    wanted = min(hp.ttt_max_docs or count, count)
+    documents = np.sort(order[(2 * np.arange(wanted) + 1) * count // (2 * wanted)])
+    if hp.ttt_enabled and not validation.targets_of(documents)[1]:
+        raise DataError(f"TTT_MAX_DOCS={hp.ttt_max_docs}: the documents that are left hold no byte: take more")
+    return documents
+
 class TestTimeTrainer:
     """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between phases."""
 
     def __init__(self, model, validation, hp, dist, log):
         self.model, self.validation, self.hp, self.dist, self.log = model, validation, hp, dist, log
-        order, count = np.argsort(validation.ends - validation.starts, kind="stable"), len(validation.starts)
-        wanted = min(hp.ttt_max_docs or count, count)
-        self.documents = np.sort(order[(2 * np.arange(wanted) + 1) * count // (2 * wanted)])  # of all lengths
+        self.documents = documents_to_score(validation, hp)
         row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.ttt_eval_seq_len
         entries = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
         self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device)
@@ -3153,6 +3164,7 @@ def check_all(hp, dist):
         dist, tokenizer=lambda found: preflight and preflight.find_tokenizer(hp),
         compressor=lambda found: preflight and preflight.try_compressor(hp.compressor, COMPRESSORS, ENCODERS, expand),
         validation=lambda found: ValidationSet(hp),
+        documents=lambda found: "validation" in found and documents_to_score(found["validation"], hp),
         loader=lambda found: hp.ttt_eval_only or TrainLoader(TokenStream(hp.data_path, "train"), hp, dist),
         folder=lambda found: run_folder(hp, dist), model=lambda found: build_model(hp, dist),
         machine=lambda found: safety and safety.check_machine(sys.modules[__name__], hp, dist, **found))

@@ -308,3 +308,24 @@ def test_joining_gives_what_the_plain_search_gives():
         if len(want) > most:
             want = np.arange(0, total, longest)
         assert train_gpt.join_shortest(starts, total, longest, most).tolist() == want.tolist()
+
+
+# ---- validation without text
+
+
+def with_validation(data, folder, lengths):
+    """The dataset with other validation documents, of these lengths."""
+    folder = copied(data, folder, "fineweb_val_*")
+    write_documents(folder, "val", lengths, vocab_size=8192, seed=4)
+    return folder
+
+
+def test_validation_that_holds_no_text_is_refused(data, tmp_path):
+    assert "hold no byte" in refusal(tmp_path, with_validation(data, tmp_path / "data", [0, 0, 0, 0]))
+
+
+def test_a_choice_of_documents_that_holds_no_text_is_refused(data, tmp_path):
+    folder = with_validation(data, tmp_path / "data", [0, 0, 0, 0, 30])
+    assert "TTT_MAX_DOCS=1" in refusal(tmp_path, folder, TTT_MAX_DOCS=1)
+    code, out = main(tmp_path, folder, TTT_MAX_DOCS=5, ITERATIONS=1)
+    assert code is None and "tokens:34 " in out.split("\nttt val_loss")[1].splitlines()[0]
