@@ -285,7 +285,12 @@ class Hyperparameters:
     # without a limit: enough for any row, as of two neighbouring pieces that are not joined one is over half the length
     row_segments = property(lambda hp: hp.max_row_segments or max(
         64, hp.micro_batch_tokens // 512, 2 * -(-hp.micro_batch_tokens // hp.train_seq_len) + 1))
-    training_seconds = property(lambda hp: max(0.0, hp.max_wallclock_seconds - hp.gptq_reserve_seconds))  # 0: no limit
+
+    @property
+    def training_seconds(self):
+        """Seconds of the training loop; None: no limit, ITERATIONS decide. 0 is no time at all: a step is taken."""
+        budget = self.max_wallclock_seconds
+        return max(0.0, budget - self.gptq_reserve_seconds) if budget else None
 
 LORA_SITES = {"q": "q", "k": "k", "v": "v", "o": "attn_out", "mlp": "mlp_out", "head": "lm_head"}  # setting -> tap site
 
@@ -1875,7 +1880,7 @@ class Trainer:
         clock, step, step_seconds = TrainingClock(self.dist, seconds), first, seconds / max(first, 1)
         tokens_at = [(step, seconds)]  # when looping changed, for the rates of both states
         looping = was_looping = loop_is_on(self.progress(step, seconds), hp)
-        while step < hp.iterations and not (budget and step and seconds + 2 * step_seconds > budget):
+        while step < hp.iterations and not (budget is not None and step and seconds + 2 * step_seconds > budget):
             progress = self.progress(step, seconds)
             looping = loop_is_on(progress, hp)
             if looping != was_looping:
@@ -1901,7 +1906,7 @@ class Trainer:
         if safety:
             safety.check_weights(self, write_atomically, step)
         seconds = clock.seconds()
-        if budget and seconds > budget:
+        if budget is not None and seconds > budget:
             log(f"note: training took {seconds:.2f} s of {budget:.2f}; a step is too long for this budget")
         self.log_step(step, losses[-1], seconds, self.progress(step, seconds), looping)
         self.ema.copy_to_model()
@@ -1910,7 +1915,9 @@ class Trainer:
     def progress(self, step, seconds):
         """The training fraction, in [0, 1]: of the budget, or of ITERATIONS where there is none."""
         budget = self.hp.training_seconds
-        return min(1.0, seconds / budget if budget else step / self.hp.iterations)
+        if budget is None:
+            return min(1.0, step / self.hp.iterations)
+        return min(1.0, seconds / budget) if budget else 1.0
 
     def log_step(self, step, loss, seconds, progress, looping):
         self.last_loss = loss = self.dist.all_reduce(loss.clone()).item()  # the live line must not wait for the GPU

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -329,3 +330,24 @@ def test_a_choice_of_documents_that_holds_no_text_is_refused(data, tmp_path):
     assert "TTT_MAX_DOCS=1" in refusal(tmp_path, folder, TTT_MAX_DOCS=1)
     code, out = main(tmp_path, folder, TTT_MAX_DOCS=5, ITERATIONS=1)
     assert code is None and "tokens:34 " in out.split("\nttt val_loss")[1].splitlines()[0]
+
+
+# ---- budgets
+
+
+def test_a_budget_below_the_reserve_is_no_time_and_not_all_time(data, trained, tmp_path):
+    """Of a packed script, which may go without the checks; if it has them, they refuse it."""
+    more = {"MAX_WALLCLOCK_SECONDS": 5, "ITERATIONS": 500, "TTT_ENABLED": 0}
+    script = trained / "runs" / "first" / "train_gpt.py"
+    code, out, err = finish(start(script, **environ_of(tmp_path, data, more)))
+    if code == 1:
+        assert "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS" in err
+    else:
+        assert json.loads(out.splitlines()[-1].removeprefix("RESULT "))["steps"] == 1, out + err
+
+
+def test_no_limit_and_no_time_are_told_apart():
+    seconds = train_gpt.Hyperparameters.training_seconds.fget
+    limits = [(0, None), (5, 0.0), (7, 0.0), (8, 1.0), (600, 593.0)]
+    for budget, want in limits:
+        assert seconds(SimpleNamespace(max_wallclock_seconds=budget, gptq_reserve_seconds=7)) == want
