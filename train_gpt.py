@@ -279,6 +279,8 @@ class Hyperparameters:
     num_embeddings = property(lambda hp: (hp.vocab_size + 10) // 8 * 8 if hp.marker_fusion_enabled else hp.vocab_size)
     head_dim = property(lambda hp: hp.model_dim // hp.num_heads)
     new_values = property(lambda hp: hp.partial_key_offset or hp.value_embed_layers != "" or hp.value_residual != "off")
+    # SEED in the range of all generators, of seeds that are made of it as well; below 2^43 it is SEED itself
+    generator_seed = property(lambda hp: hp.seed % 2**43)
     mlp_dim = property(lambda hp: int(hp.mlp_mult * hp.model_dim))
     lora_sites = property(lambda hp: tuple(site for site in hp.ttt_lora_sites.split(",") if site))
     micro_steps = property(lambda hp: hp.train_batch_tokens // hp.micro_batch_tokens)  # of a step, over all ranks
@@ -1412,7 +1414,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Embedding N(0, std); q, k, v, MLP up orthogonal; both output projections zero; dense gate N(0, 0.01)."""
-        generator = torch.Generator().manual_seed(self.hp.seed)
+        generator = torch.Generator().manual_seed(self.hp.generator_seed)
         for table in (self.tok_emb, self.lm_head):
             if table is not None:
                 table.normal_(0.0, self.hp.tied_embed_init_std, generator=generator)
@@ -2760,7 +2762,7 @@ class BatchedLoRA:
         self.scales = 1.0, 1.0, scale, scale
         self.kept = torch.empty(len(lanes), places, D * head + a, device=device)
         for lane, kept in zip(lanes, self.kept, strict=True):  # the same on any rank
-            generator = torch.Generator(device).manual_seed(hp.seed * 1_000_003 + lane)
+            generator = torch.Generator(device).manual_seed(hp.generator_seed * 1_000_003 + lane)
             kept.uniform_(-D ** -0.5, D ** -0.5, generator=generator)
         self.kept = self.kept.flatten(0, 1)
         self.values, self.squares = (torch.zeros(self.flight + 1, sum(self.parts), device=device) for _ in range(2))

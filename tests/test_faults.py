@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import write_documents, write_shard
+from conftest import tiny_hp, write_documents, write_shard
 from test_end_to_end import SETTINGS, finish, make_data, result_of, start
 
 import train_gpt
@@ -351,3 +351,26 @@ def test_no_limit_and_no_time_are_told_apart():
     limits = [(0, None), (5, 0.0), (7, 0.0), (8, 1.0), (600, 593.0)]
     for budget, want in limits:
         assert seconds(SimpleNamespace(max_wallclock_seconds=budget, gptq_reserve_seconds=7)) == want
+
+
+# ---- seeds
+
+
+@pytest.mark.parametrize("seed", [1_795_000_000_123_456_789, 2**64])
+def test_a_run_takes_any_seed(data, tmp_path, seed):
+    code, out = main(tmp_path, data, SEED=seed, DATA_SEED=seed, ITERATIONS=1, GPTQ_SELF_CALIBRATION=1,
+                     BIGRAM_VOCAB_SIZE=50)
+    assert code is None and "\nttt val_loss:" in out
+    assert json.loads(out.splitlines()[-1].removeprefix("RESULT "))["seed"] == seed
+
+
+def test_seeds_of_usual_size_give_what_they_gave(dist, ops):
+    for seed in (0, 42, 2**31 - 1):
+        model = train_gpt.GPT(tiny_hp(seed=seed), ops, torch.float32)
+        want = torch.empty_like(model.tok_emb)
+        want.normal_(0.0, 0.005, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(model.tok_emb, want)
+        lora = train_gpt.BatchedLoRA(model, range(1, 2), tiny_hp(seed=seed), dist.device, model.ops.adamw_rows)
+        want = torch.empty_like(lora.kept)
+        want.uniform_(-32 ** -0.5, 32 ** -0.5, generator=torch.Generator().manual_seed(seed * 1_000_003 + 1))
+        assert torch.equal(lora.kept, want)
