@@ -2833,6 +2833,7 @@ class TestTimeTrainer:
     """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between phases."""
 
     def __init__(self, model, validation, hp, dist, log):
+        self.started = time.perf_counter()  # tables of adapters and the upload of the stream are of the budget too
         self.model, self.validation, self.hp, self.dist, self.log = model, validation, hp, dist, log
         self.documents = documents_to_score(validation, hp)
         row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.ttt_eval_seq_len
@@ -3017,7 +3018,6 @@ class TestTimeTrainer:
         """Runs the plan -> {loss, bpb, tokens, bytes, documents, partial, recompilations, unadapted_tokens}."""
         hp, stream, dist = self.hp, self.validation, self.dist
         self.model.requires_grad_(False)
-        self.started = time.perf_counter()
         starts, lengths = stream.starts[self.documents], (stream.ends - stream.starts)[self.documents]
         phases = plan_ttt(lengths, hp)
         schedules = [schedule_ttt([documents for lane in self.lanes for documents in phase.lanes[lane]],
@@ -3235,7 +3235,7 @@ def run(hp, dist):
             helpers = document_windows, WindowPacker, sgd_step, Score
             score_stage("ttt", lambda: techniques.evaluate_sgd(evaluator, *helpers), log, scores)
         elif hp.ttt_enabled:
-            score_stage("ttt", TestTimeTrainer(model, validation, hp, dist, log).evaluate, log, scores)
+            score_stage("ttt", lambda: TestTimeTrainer(model, validation, hp, dist, log).evaluate(), log, scores)
 
     result = {"version": RESULT_VERSION, **about, **training, "scores": scores, "artifact_bytes": artifact_bytes,
               "code_bytes": code_bytes, "total_bytes": artifact_bytes + code_bytes, "seconds": log.seconds,

@@ -374,3 +374,21 @@ def test_seeds_of_usual_size_give_what_they_gave(dist, ops):
         want = torch.empty_like(lora.kept)
         want.uniform_(-32 ** -0.5, 32 ** -0.5, generator=torch.Generator().manual_seed(seed * 1_000_003 + 1))
         assert torch.equal(lora.kept, want)
+
+
+# ---- clocks
+
+
+def test_making_the_test_time_trainer_is_of_its_stage_and_its_budget(data, tmp_path, monkeypatch):
+    make = train_gpt.BatchedLoRA.__init__
+
+    def slow(*arguments):
+        time.sleep(3.0)
+        make(*arguments)
+
+    monkeypatch.setattr(train_gpt.BatchedLoRA, "__init__", slow)
+    code, out = main(tmp_path, data, ITERATIONS=1)
+    assert code is None
+    assert json.loads(out.splitlines()[-1].removeprefix("RESULT "))["seconds"]["eval_ttt"] > 3.0
+    first = next(line for line in out.splitlines() if line.startswith("ttt_batch "))
+    assert float(first.split("seconds:")[1]) >= 3.0 and int(first.split("budget_left:")[1].split()[0]) <= 585
