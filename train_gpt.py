@@ -525,6 +525,7 @@ def load_data_shard(path):
 
 def shard_paths(folder, split):
     """The files of split "train", "val" or "val_bytes", in order. The six digits keep side-cars out of "val"."""
+    folder = glob.escape(str(folder))  # a name with brackets is no pattern
     return sorted(glob.glob(os.path.join(folder, f"fineweb_{split}_[0-9][0-9][0-9][0-9][0-9][0-9].bin")))
 
 class TokenStream:

@@ -6,7 +6,6 @@ contest's. Machine: a coder that works. Code: packed, and the commit it is of.
 
 import dataclasses
 import difflib
-import glob
 import hashlib
 import importlib.util
 import json
@@ -206,7 +205,7 @@ def check_manifest(hp, found, read_shard):
         for name, count in found.items()
         if stated.get(name) != count
     ]
-    paths = {os.path.basename(path): path for path in glob.glob(os.path.join(hp.data_path, "fineweb_*.bin"))}
+    paths = {os.path.basename(path): path for path in Path(hp.data_path).glob("fineweb_*.bin")}
     wrong += [f"{name} is missing" for name in files.keys() - paths.keys()]
     for name, path in paths.items():
         if (
