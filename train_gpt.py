@@ -329,6 +329,7 @@ class Dist:
 
     def __init__(self, device="auto", deterministic=False):
         self.rank, self.world_size, local_rank = self.place_in_group()
+        self.notes += preflight.idle_notes(os.environ) if preflight else []
         if device == "cuda" and not torch.cuda.is_available():
             raise SettingError("DEVICE=cuda, but torch sees none: use DEVICE=cpu, or a CUDA build of torch")
         if deterministic:  # an operation without such a form warns, with its name

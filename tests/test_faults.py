@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from conftest import tiny_hp, write_documents, write_shard
 from test_end_to_end import SETTINGS, finish, make_data, result_of, start
 
 import train_gpt
-from tools import safety
+from tools import preflight, safety
 
 pytest.importorskip("brotli")
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -403,3 +404,31 @@ def test_no_tool_searches_a_path_of_the_user_as_a_pattern():
     paths = [path for name in (".", "tools", "data", "benchmarks") for path in (ROOT / name).glob("*.py")]
     found = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines() if "glob.glob(" in line]
     assert found and all("(folder, f" in line or '"/proc/' in line for line in found), found
+
+
+# ---- settings of published commands
+
+
+PUBLISHED = {
+    "QUANTIZE_ONLY": "QUANT_ONLY", "TRAIN_SEQ_SCHEDULE": "TRAIN_SEQ_LEN", "NEGATIVE_SLOPE": "LEAKY_RELU_SLOPE",
+    "VAL_DOC_FRACTION": "TTT_MAX_DOCS", "LOAD_MODEL_PATH": "CHECKPOINT_PATH", "MTP_NUM_HEADS": "nothing",
+    "EVAL_ONLY": "TTT_EVAL_ONLY", "VE_LAYERS": "VALUE_EMBED_LAYERS",
+}
+
+
+@pytest.mark.parametrize("name, instead", PUBLISHED.items())
+def test_a_name_of_published_commands_is_refused_with_what_to_use(name, instead):
+    with pytest.raises(train_gpt.SettingError, match=rf"^{name} is a setting of other scripts; here it is .*{instead}"):
+        train_gpt.Hyperparameters.from_env({name: "1"})
+
+
+def test_what_to_use_instead_is_a_setting_of_ours():
+    ours = {field.name.upper() for field in dataclasses.fields(train_gpt.Hyperparameters)}
+    names = [re.sub("=.*", "", word) for text in preflight.INSTEAD.values() for word in text.split(" and ")]
+    assert {name for name in names if not name.startswith("nothing")} <= ours
+    assert not (set(preflight.INSTEAD) | set(preflight.IDLE)) & ours
+
+
+def test_names_without_a_meaning_here_are_told(data, tmp_path):
+    code, out = main(tmp_path, data, PREQUANT_ONLY=1, ITERATIONS=1, DATA_DIR="data", SKIP_INITIAL_VAL=1)
+    assert code is None and "note: DATA_DIR, SKIP_INITIAL_VAL: of published scripts, without a meaning here" in out

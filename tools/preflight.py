@@ -128,6 +128,34 @@ def cross_checks(hp, sites):
     yield not re.fullmatch(r"(\w[\w.+-]*)?", hp.run_id), "RUN_ID: letters, digits, '_', then also '.', '+', '-'"
 
 
+# Names of published training scripts that do nothing here -> what does. Other unknown names are found by their family.
+INSTEAD = {
+    "ADAM_EPS": "nothing: it is 1e-8", "ALIAS_PREV_SMEAR_SCALE": "nothing", "ASYM_LOGIT_RESCALE": "nothing",
+    "CKPT_PATH": "CHECKPOINT_PATH", "EVAL_ONLY": "TTT_EVAL_ONLY", "EVAL_ONLY_PATH": "QUANT_ONLY and CHECKPOINT_PATH",
+    "DATASETS_DIR": "DATA_PATH", "DOC_SHUFFLE": "DOC_SHUFFLE_ENABLED", "E2E_TTT_ENABLED": "TTT_METHOD=sgd",
+    "FULL_GPTQ_DAMP": "GPTQ_DAMP", "FUSED_CE_ENABLED": "KERNELS", "FUSED_MLP_ENABLED": "KERNELS",
+    "HEAD_LR": "TIED_EMBED_LR", "HEAD_PAIR_NS": "MUON_HEAD_PAIRS", "IHA_ENABLED": "nothing", "IHA_MIX_V": "nothing",
+    "LATE_QAT_THRESHOLD": "QAT_BELOW_LR", "LOAD_MODEL_PATH": "QUANT_ONLY and CHECKPOINT_PATH", "MTP_ENABLED": "nothing",
+    "MTP_LOSS_WEIGHT": "nothing", "MTP_NUM_HEADS": "nothing", "MTP_STEPS": "nothing", "MTP_WEIGHT": "nothing",
+    "NEGATIVE_SLOPE": "LEAKY_RELU_SLOPE", "PAIRED_HEAD_MUON_ENABLED": "MUON_HEAD_PAIRS", "PRUNE_PCT": "TARGET_BYTES",
+    "QUANTIZED_MODEL_PATH": "TTT_EVAL_ONLY and ARTIFACT_PATH", "QUANTIZE_ONLY": "QUANT_ONLY", "RECUR_ALPHA": "nothing",
+    "SKIP_POST_TRAIN_EVAL": "PREQUANT_ONLY", "SPINQUANT_ENABLED": "nothing", "TARGET_MB": "TARGET_BYTES",
+    "TOKEN_BOOST": "NGRAM_TILT_ENABLED", "TOKEN_ORDER": "NGRAM_TILT_ENABLED", "TOKEN_THRESHOLD": "NGRAM_TILT_ENABLED",
+    "TRAIN_SEQ_SCHEDULE": "TRAIN_SEQ_LEN", "VAL_BATCH_SIZE": "MICRO_BATCH_TOKENS",
+    "VAL_BATCH_TOKENS": "MICRO_BATCH_TOKENS", "VAL_DOC_FRACTION": "TTT_MAX_DOCS", "VE_DIM": "VALUE_EMBED_DIM",
+    "VE_ENABLED": "VALUE_EMBED_LAYERS", "VE_LAYERS": "VALUE_EMBED_LAYERS",
+}  # fmt: skip
+# Names that change no result, or that other programs use as well: a note of the log, no refusal.
+IDLE = """ARTIFACT_DIR COMPILE_SHAPE_WARMUP DATA_DIR DYNAMO_CACHE_SIZE_LIMIT GPUS_OVERRIDE MODEL_PATH OUT_PTZ
+    SEEDS_OVERRIDE SKIP_INITIAL_VAL""".split()
+
+
+def idle_notes(environ):
+    """Notes for the log: which settings of published scripts do nothing here."""
+    found = [name for name in IDLE if name in environ]
+    return [f"{', '.join(found)}: of published scripts, without a meaning here"] if found else []
+
+
 def unknown_settings(environ, cls):
     """Messages for undeclared variables that look like ours: a family name of ours, or nearly one of our names.
 
@@ -136,7 +164,10 @@ def unknown_settings(environ, cls):
     ours = [field.name.upper() for field in dataclasses.fields(cls)]
     shared_words = "MAX MIN NUM RUN RUNS DATA MODEL COMPUTE ENABLE TRAIN VAL CHECKPOINT TOKENIZER ARTIFACT ADAM".split()
     families = {name.split("_")[0] for name in ours if "_" in name} - set(shared_words)
-    for name in sorted(set(environ) - set(ours)):
+    for name in sorted(set(environ) - {*ours, *IDLE}):
+        if name in INSTEAD:
+            yield f"{name} is a setting of other scripts; here it is {INSTEAD[name]} (unset it, or see --help)"
+            continue
         close = difflib.get_close_matches(name, ours, 1, 0.6)
         if name.split("_")[0] in families or difflib.get_close_matches(name, ours, 1, 0.88):
             yield f"{name} is not a setting{f'; did you mean {close[0]}?' if close else ''} (unset it, or see --help)"
