@@ -1996,6 +1996,8 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, shapin
     conditional deviation diag U, so that every column costs the same weighted error: best for an entropy coder. Codes
     go to the nearest of x / (1 + rate / 12 E[x^2]): error against the bits of a Gaussian, rate 1: at the coder's slope.
     """
+    if infinite := [name for name, h in zip(names, hessian, strict=True) if h.isinf().any()]:
+        raise ValueError(f"GPTQ: the Hessian of {', '.join(infinite)} has infinite entries")  # codes would be noise
     num_columns, q_max = w.shape[2], 2 ** (bits - 1) - 1
     scale = (clip_sigmas * w.float().std(dim=2) / q_max).clamp(*FP16_RANGE).half()  # (N, R)
     step = scale.float()

@@ -432,3 +432,16 @@ def test_what_to_use_instead_is_a_setting_of_ours():
 def test_names_without_a_meaning_here_are_told(data, tmp_path):
     code, out = main(tmp_path, data, PREQUANT_ONLY=1, ITERATIONS=1, DATA_DIR="data", SKIP_INITIAL_VAL=1)
     assert code is None and "note: DATA_DIR, SKIP_INITIAL_VAL: of published scripts, without a meaning here" in out
+
+
+# ---- quantization
+
+
+@pytest.mark.parametrize("place", [(2, 2), (1, 3)], ids=["on the diagonal", "beside it"])
+def test_an_infinite_entry_of_a_hessian_is_refused_by_name(place):
+    rng = torch.Generator().manual_seed(3)
+    w, x = torch.randn(2, 6, 8, generator=rng), torch.randn(2, 40, 8, generator=rng)
+    hessians = x.mT @ x
+    hessians[1][place] = hessians[1][place[::-1]] = torch.inf
+    with pytest.raises(ValueError, match="Hessian of second has infinite"):
+        train_gpt.gptq_quantize(w, hessians, 6, 12.0, 0.01, 4, ["first", "second"])
