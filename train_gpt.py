@@ -71,6 +71,7 @@ except ImportError:  # the kernels stay definable, the references are used
     triton, tl = None, SimpleNamespace(constexpr=int)
 
 BOS_ID = 1  # every document starts with exactly one (README: data)
+CONTEST_SECONDS = 600.0  # of training, and of evaluation, the contest's rules
 BYTE_CAP = 16_000_000  # decimal bytes of code + weights, the contest's rule
 RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
 PACKED = ""  # the settings that a packed script is made for, as a table: tools/specialise.py
@@ -3156,6 +3157,13 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
         broken.append("test-time training scored part of the validation documents (TTT_MAX_DOCS)")
     return broken
 
+def budget_notes(hp):
+    """Notes for the log: `violations` checks the budgets as they are set, which may be more than the contest allows."""
+    budgets = {"MAX_WALLCLOCK_SECONDS": hp.max_wallclock_seconds, "EVAL_BUDGET_SECONDS": hp.eval_budget_seconds}
+    return [f"{name}={value:g} is {'no limit' if not value else 'more'}, the contest allows {CONTEST_SECONDS:g} s: "
+            "violations are those of the budgets as set" for name, value in budgets.items()
+            if not 0 < value <= CONTEST_SECONDS]
+
 def train_and_save(trainer, evaluator, path):
     """Stages warm_up and train, then model.pt. Returns figures for RESULT. A signal waits for the end of a step."""
     dist, log = trainer.dist, trainer.log
@@ -3196,7 +3204,8 @@ def run(hp, dist):
              "world_size": dist.world_size, "torch": torch.__version__, "python": sys.version.split()[0],
              **model.ops.names}
     log(f"settings (* changed):\n{settings_table(hp)}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
-    log("\n".join(f"note: {note}" for note in (*dist.notes, *model.ops.notes, "the budget starts after the warm-up")))
+    notes = [*dist.notes, *model.ops.notes, *budget_notes(hp), "the budget starts after the warm-up"]
+    log("\n".join(f"note: {note}" for note in notes))
     if hp.preset:
         log(preflight.preset_note(hp))
     log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} "

@@ -434,6 +434,16 @@ def test_names_without_a_meaning_here_are_told(data, tmp_path):
     assert code is None and "note: DATA_DIR, SKIP_INITIAL_VAL: of published scripts, without a meaning here" in out
 
 
+def test_a_budget_above_the_contests_is_told(data, tmp_path):
+    settings = {"PREQUANT_ONLY": 1, "ITERATIONS": 1}
+    code, out = main(tmp_path, data, MAX_WALLCLOCK_SECONDS=1200, EVAL_BUDGET_SECONDS=900, **settings)
+    notes = [line for line in out.splitlines() if "the contest allows 600 s" in line]
+    assert code is None and [line.split(" is ")[0] for line in notes] == [
+        "note: MAX_WALLCLOCK_SECONDS=1200", "note: EVAL_BUDGET_SECONDS=900"]
+    code, out = main(tmp_path, data, MAX_WALLCLOCK_SECONDS=600, RUN_ID="legal", **settings)
+    assert code is None and "the contest allows" not in out
+
+
 # ---- quantization
 
 
