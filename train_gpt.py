@@ -3138,7 +3138,7 @@ def rebuild_model(model, path, dist):
     for parameter in model.parameters():
         dist.broadcast(parameter.detach())
 
-def violations(hp, log, training, code_bytes, artifact_bytes, scores):
+def violations(hp, log, training, code_bytes, artifact_bytes, scores, leaked=0):
     """The contest's rules that this run breaks, as sentences; an empty list means none of those checked here."""
     broken, seconds, graphs, ttt = [], log.seconds, log.graphs, scores.get("ttt", {})
     if (over := code_bytes + artifact_bytes - BYTE_CAP) > 0:
@@ -3155,6 +3155,8 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
         broken.append(f"{again} graphs were compiled in test-time training after its warm-up")
     if ttt.get("partial"):
         broken.append("test-time training scored part of the validation documents (TTT_MAX_DOCS)")
+    if leaked:
+        broken.append(f"{leaked} training documents are validation documents, says the dataset's manifest")
     return broken
 
 def budget_notes(hp):
@@ -3250,10 +3252,12 @@ def run(hp, dist):
         elif hp.ttt_enabled:
             score_stage("ttt", lambda: TestTimeTrainer(model, validation, hp, dist, log).evaluate(), log, scores)
 
+    leaked = preflight.read_manifest(hp.data_path).get("leaked_documents") if preflight else None
+    training |= {} if leaked is None else {"leaked_documents": leaked}
     result = {"version": RESULT_VERSION, **about, **training, "scores": scores, "artifact_bytes": artifact_bytes,
               "code_bytes": code_bytes, "total_bytes": artifact_bytes + code_bytes, "seconds": log.seconds,
               "graphs_compiled": {stage: count for stage, count in log.graphs.items() if count},
-              "violations": violations(hp, log, training, code_bytes, artifact_bytes, scores)}
+              "violations": violations(hp, log, training, code_bytes, artifact_bytes, scores, leaked)}
     if dist.device.type == "cuda":
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     if dist.rank == 0:

@@ -444,6 +444,23 @@ def test_a_budget_above_the_contests_is_told(data, tmp_path):
     assert code is None and "the contest allows" not in out
 
 
+def test_leaked_documents_reach_the_result_and_its_violations(caseops, tmp_path):
+    """Below a hundredth of the documents, above which such data is refused."""
+    folder = copied(caseops[0], tmp_path / "data", "manifest.json")
+    manifest = json.loads((caseops[0] / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"leaked_documents": 3}))
+    settings = {"PREQUANT_ONLY": 1, "ITERATIONS": 1}
+    with pytest.MonkeyPatch.context() as patch:  # eight documents have no hundredth
+        patch.setattr(preflight, "check_manifest", lambda *_: None)
+        code, out = main(tmp_path, folder, **settings)
+    result = json.loads(out.splitlines()[-1].removeprefix("RESULT "))
+    assert code is None and result["leaked_documents"] == 3
+    assert result["violations"] == ["3 training documents are validation documents, says the dataset's manifest"]
+    code, out = main(tmp_path, caseops[0], RUN_ID="none", **settings)
+    result = json.loads(out.splitlines()[-1].removeprefix("RESULT "))
+    assert (result["leaked_documents"], result["violations"]) == (0, [])
+
+
 # ---- quantization
 
 
