@@ -3207,6 +3207,7 @@ def run(hp, dist):
              **model.ops.names}
     log(f"settings (* changed):\n{settings_table(hp)}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
     notes = [*dist.notes, *model.ops.notes, *budget_notes(hp), "the budget starts after the warm-up"]
+    notes += preflight.commit_notes() if preflight else []
     log("\n".join(f"note: {note}" for note in notes))
     if hp.preset:
         log(preflight.preset_note(hp))

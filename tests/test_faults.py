@@ -461,6 +461,13 @@ def test_leaked_documents_reach_the_result_and_its_violations(caseops, tmp_path)
     assert (result["leaked_documents"], result["violations"]) == (0, [])
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a checkout")
+def test_a_checkout_of_another_user_is_told_with_what_helps(data, tmp_path):
+    code, out = main(tmp_path, data, PREQUANT_ONLY=1, ITERATIONS=1, GIT_TEST_ASSUME_DIFFERENT_OWNER=1, HOME=tmp_path)
+    assert code is None and json.loads(out.splitlines()[-1].removeprefix("RESULT "))["commit"] is None
+    assert f"belongs to another user: git config --global --add safe.directory {ROOT}" in out
+
+
 # ---- quantization
 
 

@@ -414,5 +414,23 @@ def packed_code(path, hp):
 
 def git_commit():
     """The checkout's commit, with + where files differ from it; None outside a checkout."""
+    return (describe_commit() or [None])[0] or None
+
+
+def describe_commit():
+    """Standard output and error of git on this checkout; None without git."""
     command = ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--exclude=*"]
-    return (shutil.which("git") and subprocess.run(command, capture_output=True, text=True).stdout.strip()) or None
+    if not shutil.which("git"):
+        return None
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip(), done.stderr.strip()
+
+
+def commit_notes():
+    """Notes for the log where git does not say the commit of this checkout: no record can be made of such a run."""
+    commit, error = describe_commit() or ("", "git is not installed")
+    if commit or not (ROOT / ".git").exists():
+        return []
+    if "dubious ownership" in error:  # as in a container, where the folder belongs to another user
+        return [f"commit unknown, {ROOT} belongs to another user: git config --global --add safe.directory {ROOT}"]
+    return [f"commit unknown, no record can be made of this run: {error.splitlines()[0] if error else 'no commit yet'}"]
