@@ -468,6 +468,11 @@ def test_a_checkout_of_another_user_is_told_with_what_helps(data, tmp_path):
     assert f"belongs to another user: git config --global --add safe.directory {ROOT}" in out
 
 
+def test_compilation_without_a_compiler_is_refused(data, tmp_path):
+    said = refusal(tmp_path, data, COMPILE=1, PATH=tmp_path)
+    assert "torch.compile needs a compiler" in said and "COMPILE=0" in said
+
+
 # ---- quantization
 
 

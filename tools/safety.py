@@ -604,6 +604,16 @@ def check_folder(folder, model, hp):
     return problems, phrase
 
 
+def missing_compiler(device):
+    """What torch.compile lacks on a "cpu" or "cuda" device, None where its compiler is there.
+
+    On the CPU its kernels are C++, on a GPU Triton builds a launcher in C for each of them.
+    """
+    variable, names = ("CC", ("gcc", "clang", "cc")) if device == "cuda" else ("CXX", ("g++",))
+    names = (os.environ[variable],) if os.environ.get(variable) else names
+    return None if any(map(shutil.which, names)) else f"a compiler, and there is no {' or '.join(names)}"
+
+
 def check_machine(trainer, hp, dist, folder=None, model=None, **found):
     """What the settings ask of this machine -> phrases for the log. SafetyError with all that is missing.
 
@@ -613,6 +623,8 @@ def check_machine(trainer, hp, dist, folder=None, model=None, **found):
     problems, phrases = [], []
     if missing := [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]:
         problems.append(f"not installed: {' '.join(missing)} (README: installation)")
+    if missing := trainer.compile_wanted(hp, dist) and missing_compiler(dist.device.type):
+        problems.append(f"torch.compile needs {missing}: apt-get install g++, or set COMPILE=0")
     finished = folder and not dist.rank and (folder / "model.pt").exists()
     if finished and not (hp.quant_only or hp.ttt_eval_only):
         problems.append(f"{folder} holds a finished training: choose another RUN_ID, or go on with QUANT_ONLY=1")
