@@ -21,6 +21,7 @@ import copy
 import dataclasses
 import glob
 import hashlib
+import heapq
 import inspect
 import io
 import json
@@ -71,6 +72,7 @@ except ImportError:  # the kernels stay definable, the references are used
     triton, tl = None, SimpleNamespace(constexpr=int)
 
 BOS_ID = 1  # every document starts with exactly one (README: data)
+CONTEST_SECONDS = 600.0  # of training, and of evaluation, the contest's rules
 BYTE_CAP = 16_000_000  # decimal bytes of code + weights, the contest's rule
 RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
 PACKED = ""  # the settings that a packed script is made for, as a table: tools/specialise.py
@@ -120,7 +122,7 @@ class Hyperparameters:
     train_batch_tokens: int = env(786_432, "tokens of a step over all ranks and micro-steps", least=1)
     micro_batch_tokens: int = env(98_304, "tokens of a packed row, the unit of one forward and backward", least=1)
     train_seq_len: int = env(2048, "longer documents are cut in pieces of this length", least=2)
-    max_row_segments: int = env(0, "pieces of a row; above it the shortest see each other; 0: 1 in 512 tokens", least=0)
+    max_row_segments: int = env(0, "pieces of a row; above it the shortest see each other; 0: automatic", least=0)
 
     # model
     vocab_size: int = env(8192, "tokens of the vocabulary", least=9, most=65_536)
@@ -281,11 +283,20 @@ class Hyperparameters:
     num_embeddings = property(lambda hp: (hp.vocab_size + 10) // 8 * 8 if hp.marker_fusion_enabled else hp.vocab_size)
     head_dim = property(lambda hp: hp.model_dim // hp.num_heads)
     new_values = property(lambda hp: hp.partial_key_offset or hp.value_embed_layers != "" or hp.value_residual != "off")
+    # SEED in the range of all generators, of seeds that are made of it as well; below 2^43 it is SEED itself
+    generator_seed = property(lambda hp: hp.seed % 2**43)
     mlp_dim = property(lambda hp: int(hp.mlp_mult * hp.model_dim))
     lora_sites = property(lambda hp: tuple(site for site in hp.ttt_lora_sites.split(",") if site))
     micro_steps = property(lambda hp: hp.train_batch_tokens // hp.micro_batch_tokens)  # of a step, over all ranks
-    row_segments = property(lambda hp: hp.max_row_segments or max(64, hp.micro_batch_tokens // 512))
-    training_seconds = property(lambda hp: max(0.0, hp.max_wallclock_seconds - hp.gptq_reserve_seconds))  # 0: no limit
+    # without a limit: enough for any row, as of two neighbouring pieces that are not joined one is over half the length
+    row_segments = property(lambda hp: hp.max_row_segments or max(
+        64, hp.micro_batch_tokens // 512, 2 * -(-hp.micro_batch_tokens // hp.train_seq_len) + 1))
+
+    @property
+    def training_seconds(self):
+        """Seconds of the training loop; None: no limit, ITERATIONS decide. 0 is no time at all: a step is taken."""
+        budget = self.max_wallclock_seconds
+        return max(0.0, budget - self.gptq_reserve_seconds) if budget else None
 
 LORA_SITES = {"q": "q", "k": "k", "v": "v", "o": "attn_out", "mlp": "mlp_out", "head": "lm_head"}  # setting -> tap site
 
@@ -321,9 +332,8 @@ class Dist:
     """
 
     def __init__(self, device="auto", deterministic=False):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.rank, self.world_size, local_rank = self.place_in_group()
+        self.notes += preflight.idle_notes(os.environ) if preflight else []
         if device == "cuda" and not torch.cuda.is_available():
             raise SettingError("DEVICE=cuda, but torch sees none: use DEVICE=cpu, or a CUDA build of torch")
         if deterministic:  # an operation without such a form warns, with its name
@@ -343,6 +353,33 @@ class Dist:
         if safety and self.world_size > 1:
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, timedelta(seconds=30)
             self.watchdog = safety.Watchdog(self, dist_backend.TCPStore(*address))
+
+    def place_in_group(self):
+        """The environment of torchrun, or of none -> rank, world size, local rank. SettingError where it contradicts
+        itself: a rank left over from another run would train without a log, a folder or an end."""
+        names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+        given = {name: os.environ[name] for name in names if name in os.environ}
+        problem = "unset all of these for a run of one process, or start it with torchrun"
+        told = " ".join(f"{name}={value}" for name, value in given.items())
+        self.notes = []
+        if not {*names[:3]} & {*given}:  # MASTER_ADDR and MASTER_PORT alone do no harm: some clusters always set them
+            for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+                if os.environ.get(name, "1") != "1":
+                    self.notes.append(f"{name}={os.environ[name]}, but RANK is not set: this is a run of one process")
+            return 0, 1, 0
+        if missing := [name for name in names[:3] if name not in given]:
+            raise SettingError(f"the environment has {told}, but not {', '.join(missing)}: {problem}")
+        try:
+            rank, world_size, local_rank = (int(given[name]) for name in names[:3])
+        except ValueError:
+            raise SettingError(f"{told}: these must be whole numbers: {problem}") from None
+        if not 0 <= local_rank <= rank < world_size:
+            raise SettingError(f"{told}: LOCAL_RANK is at most RANK, which is below WORLD_SIZE: {problem}")
+        if world_size > 1 and (missing := [name for name in names[3:] if name not in given]):
+            raise SettingError(f"the environment has {told}, but not {', '.join(missing)}: {problem}")
+        if world_size > 1 and not given["MASTER_PORT"].isdecimal():
+            raise SettingError(f"{told}: MASTER_PORT must be a number: {problem}")
+        return rank, world_size, local_rank
 
     @property
     def net(self):
@@ -527,6 +564,7 @@ def load_data_shard(path):
 
 def shard_paths(folder, split):
     """The files of split "train", "val" or "val_bytes", in order. The six digits keep side-cars out of "val"."""
+    folder = glob.escape(str(folder))  # a name with brackets is no pattern
     return sorted(glob.glob(os.path.join(folder, f"fineweb_{split}_[0-9][0-9][0-9][0-9][0-9][0-9].bin")))
 
 class TokenStream:
@@ -583,10 +621,30 @@ def cut_pieces(starts, ends, length):
     return np.repeat(starts, pieces) + length * (np.arange(pieces.sum()) - np.repeat(first, pieces))
 
 def join_shortest(starts, total, longest, most):
-    """Starts of pieces of a row -> at most `most`: the shortest neighbours become one, none longer than `longest`."""
-    while len(starts) > most and (joined := np.append(starts[2:], total) - starts[:-1]).min() <= longest:
-        starts = np.delete(starts, 1 + joined.argmin())
-    return starts
+    """Starts of pieces of a row -> at most `most`: the shortest neighbours become one, none longer than `longest`.
+    Of equal ones the first. Where that does not do, the row is cut in equal pieces: `most` of these must be enough.
+    """
+    count = len(starts)
+    if count <= most:
+        return starts
+    borders = [*starts.tolist(), total]
+    following, before, joined = [*range(1, count + 1)], [*range(-1, count)], [False] * count
+    pairs = [(borders[i + 2] - borders[i], borders[i], i) for i in range(count - 1)]  # length of both, where, the first
+    heapq.heapify(pairs)  # a search through all of them for each join takes seconds for rows of short documents
+    while count > most and pairs and pairs[0][0] <= longest:
+        length, _, first = heapq.heappop(pairs)
+        second = following[first]
+        if joined[first] or second == len(starts) or borders[following[second]] - borders[first] != length:
+            continue  # one of them has grown, or is gone, since this was noted
+        joined[second], count = True, count - 1
+        following[first] = after = following[second]
+        before[after] = first
+        if after < len(starts):
+            heapq.heappush(pairs, (borders[following[after]] - borders[first], borders[first], first))
+        if before[first] >= 0:
+            previous = before[first]
+            heapq.heappush(pairs, (borders[after] - borders[previous], borders[previous], previous))
+    return starts[~np.array(joined)] if count <= most else np.arange(0, total, longest)
 
 def pad_cu_seqlens(starts, total, entries):
     """Segment starts -> (entries + 1,) int32, padded with `total`, so that one graph serves every row."""
@@ -698,13 +756,16 @@ class ValidationSet:
 
     def __init__(self, hp, tokenizer=None):
         stream = TokenStream(hp.data_path, "val")
+        preflight and preflight.check_data_settings(hp)
         self.tokens = stream.read(0, stream.size).astype(np.int64)
         if self.tokens.max() >= hp.vocab_size:
             raise DataError(f"validation token {self.tokens.max()} is outside VOCAB_SIZE={hp.vocab_size}")
         if hp.caseops_enabled:
             self.bytes = self.side_car(hp.data_path, stream)
         else:
-            count, leading, boundary = techniques.piece_byte_tables(tokenizer or load_tokenizer(hp))
+            tokenizer = tokenizer or load_tokenizer(hp)
+            preflight and preflight.check_byte_counts(hp, tokenizer, self.tokens)
+            count, leading, boundary = techniques.piece_byte_tables(tokenizer)
             self.bytes = count[self.tokens]
             self.bytes[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
         if len(self.tokens) < 2:
@@ -712,6 +773,8 @@ class ValidationSet:
         self.summary = preflight and preflight.check_validation(hp, self.tokens, self.bytes, load_data_shard)
         if hp.marker_fusion_enabled:
             self.tokens, self.bytes = techniques.fuse_markers(hp, space_id, self.tokens, self.bytes)
+        if not self.bytes[1:].any():
+            raise DataError(f"{stream.paths[0]}: the validation documents hold no byte of text: no BPB can be counted")
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
         self.ends = np.append(self.starts[1:], len(self.tokens) - 1)  # the last document has no BOS to predict
 
@@ -734,8 +797,12 @@ class ValidationSet:
 def load_tokenizer(hp):
     """The data's SentencePiece model; a packed script is told where it is, or takes one that lies with the data."""
     import sentencepiece
-    here = hp.tokenizer_path or next(Path(hp.data_path).glob("*.model"), "")
-    return sentencepiece.SentencePieceProcessor(model_file=str(preflight.find_tokenizer(hp) if preflight else here))
+    if preflight:
+        return sentencepiece.SentencePieceProcessor(model_file=str(preflight.find_tokenizer(hp)))
+    found = [hp.tokenizer_path] if hp.tokenizer_path else [*Path(hp.data_path).glob("*.model")]
+    if len(found) != 1:
+        raise DataError(f"{len(found)} tokenizers (*.model) in {hp.data_path}, not one: set TOKENIZER_PATH")
+    return sentencepiece.SentencePieceProcessor(model_file=str(found[0]))
 
 # ---- KERNELS ---------------------------------------------------------------------------------------------------------
 # Each operation stands twice with one signature: the reference (`*_ref`, `attention_sdpa`: any device, any dtype,
@@ -1416,7 +1483,8 @@ class GPT(nn.Module):
         self.smear_lambda = nn.Parameter(torch.zeros(1)) if hp.smear_gate_enabled else None
         scales = [[(layer + 1) ** -0.5 if hp.ln_scale else 1.0] * 4 for layer in range(L)]  # rows aligned for kernels
         self.register_buffer("depth_scale", torch.tensor(scales), persistent=False)  # no weight: never saved
-        longest = max(hp.micro_batch_tokens, hp.eval_seq_len, hp.global_ttt_chunk_tokens + hp.ttt_eval_seq_len)
+        longest = hp.global_ttt_chunk_tokens + max(hp.eval_seq_len, hp.ttt_eval_seq_len)  # of a row that is learnt from
+        longest = max(hp.micro_batch_tokens, longest)
         for name, table in zip(("cos", "sin"), rotary_tables(torch.arange(longest), hp), strict=True):
             self.register_buffer(name, table, persistent=False)
         self.init_weights()
@@ -1426,7 +1494,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Embedding N(0, std); q, k, v, MLP up orthogonal; both output projections zero; dense gate N(0, 0.01)."""
-        generator = torch.Generator().manual_seed(self.hp.seed)
+        generator = torch.Generator().manual_seed(self.hp.generator_seed)
         for table in (self.tok_emb, self.lm_head):
             if table is not None:
                 table.normal_(0.0, self.hp.tied_embed_init_std, generator=generator)
@@ -1901,7 +1969,7 @@ class Trainer:
             if self.evaluation_is_due(first):
                 evaluate()
         clock, step, step_seconds = TrainingClock(self.dist, seconds), first, seconds / max(first, 1)
-        while step < hp.iterations and not (budget and step and seconds + 2 * step_seconds > budget):
+        while step < hp.iterations and not (budget is not None and step and seconds + 2 * step_seconds > budget):
             progress = self.progress(step, seconds)
             looping = loop_is_on(progress, hp)
             if looping != self.looping:
@@ -1927,7 +1995,7 @@ class Trainer:
         if safety:
             safety.check_weights(self, write_atomically, step)
         seconds = clock.seconds()
-        if budget and seconds > budget:
+        if budget is not None and seconds > budget:
             log(f"note: training took {seconds:.2f} s of {budget:.2f}; a step is too long for this budget")
         self.log_step(step, losses[-1], seconds, self.progress(step, seconds), self.looping)
         self.ema.copy_to_model()
@@ -1936,7 +2004,9 @@ class Trainer:
     def progress(self, step, seconds):
         """The training fraction, in [0, 1]: of the budget, or of ITERATIONS where there is none."""
         budget = self.hp.training_seconds
-        return min(1.0, seconds / budget if budget else step / self.hp.iterations)
+        if budget is None:
+            return min(1.0, step / self.hp.iterations)
+        return min(1.0, seconds / budget) if budget else 1.0
 
     def evaluation_is_due(self, step):
         """Whether VAL_LOSS_EVERY asks for a score of the weights after this many steps."""
@@ -2027,6 +2097,8 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column
     With column_octaves, see column_step_codes -> codes int16, row steps int8 (N, R), column steps int8 (N, C), both as
     to_log2_eighths: SDClip then sets the steps, but clips nothing.
     """
+    if infinite := [name for name, h in zip(names, hessian, strict=True) if h.isinf().any()]:
+        raise ValueError(f"GPTQ: the Hessian of {', '.join(infinite)} has infinite entries")  # codes would be noise
     num_columns, q_max = w.shape[2], 2 ** (bits - 1) - 1
     scale = (clip_sigmas * w.float().std(dim=2) / q_max).clamp(*FP16_RANGE).half()  # (N, R)
     step = scale.float()
@@ -2742,7 +2814,9 @@ class Evaluator:
 
     def __init__(self, model, validation, hp, dist):
         self.model, self.validation, self.hp, self.dist = model, validation, hp, dist
-        self.packer = WindowPacker(validation, hp.micro_batch_tokens, hp.eval_seq_len, hp.row_segments, dist.device)
+        windows = -(-hp.micro_batch_tokens // hp.eval_seq_len)  # of a row that is full of whole ones, or of padding
+        entries = max(hp.row_segments, 2 * windows + 8)
+        self.packer = WindowPacker(validation, hp.micro_batch_tokens, hp.eval_seq_len, entries, dist.device)
         self.parts = SimpleNamespace(**{name: compiled(getattr(model, name), hp, dist) for name in (
             "enter", "block", "token_losses")})
 
@@ -2904,7 +2978,7 @@ class BatchedLoRA:
         self.scales = 1.0, 1.0, scale, scale
         self.kept = torch.empty(len(lanes), places, D * head + a, device=device)
         for lane, kept in zip(lanes, self.kept, strict=True):  # the same on any rank
-            generator = torch.Generator(device).manual_seed(hp.seed * 1_000_003 + lane)
+            generator = torch.Generator(device).manual_seed(hp.generator_seed * 1_000_003 + lane)
             kept.uniform_(-D ** -0.5, D ** -0.5, generator=generator)
         self.kept = self.kept.flatten(0, 1)
         self.values, self.squares = (torch.zeros(self.flight + 1, sum(self.parts), device=device) for _ in range(2))
@@ -2960,14 +3034,24 @@ def sgd_step(model, packer, windows, optimizer, rate, dist):
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
 
+def documents_to_score(validation, hp):
+    """Numbers of the documents that test-time training scores: all, or TTT_MAX_DOCS of all lengths.
+    Raises DataError where these hold no byte.
+    """
+    order, count = np.argsort(validation.ends - validation.starts, kind="stable"), len(validation.starts)
+    wanted = min(hp.ttt_max_docs or count, count)
+    documents = np.sort(order[(2 * np.arange(wanted) + 1) * count // (2 * wanted)])
+    if hp.ttt_enabled and not validation.targets_of(documents)[1]:
+        raise DataError(f"TTT_MAX_DOCS={hp.ttt_max_docs}: the documents that are left hold no byte: take more")
+    return documents
+
 class TestTimeTrainer:
     """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between phases."""
 
     def __init__(self, model, validation, hp, dist, log):
+        self.started = time.perf_counter()  # tables of adapters and the upload of the stream are of the budget too
         self.model, self.validation, self.hp, self.dist, self.log = model, validation, hp, dist, log
-        order, count = np.argsort(validation.ends - validation.starts, kind="stable"), len(validation.starts)
-        wanted = min(hp.ttt_max_docs or count, count)
-        self.documents = np.sort(order[(2 * np.arange(wanted) + 1) * count // (2 * wanted)])  # of all lengths
+        self.documents = documents_to_score(validation, hp)
         row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.ttt_eval_seq_len
         entries = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
         self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device)
@@ -3150,7 +3234,6 @@ class TestTimeTrainer:
         """Runs the plan -> {loss, bpb, tokens, bytes, documents, partial, recompilations, unadapted_tokens}."""
         hp, stream, dist = self.hp, self.validation, self.dist
         self.model.requires_grad_(False)
-        self.started = time.perf_counter()
         starts, lengths = stream.starts[self.documents], (stream.ends - stream.starts)[self.documents]
         phases = plan_ttt(lengths, hp)
         schedules = [schedule_ttt([documents for lane in self.lanes for documents in phase.lanes[lane]],
@@ -3282,7 +3365,7 @@ def rebuild_model(model, path, dist):
     for parameter in model.parameters():
         dist.broadcast(parameter.detach())
 
-def violations(hp, log, training, code_bytes, artifact_bytes, scores):
+def violations(hp, log, training, code_bytes, artifact_bytes, scores, leaked=0):
     """The contest's rules that this run breaks, as sentences; an empty list means none of those checked here."""
     broken, seconds, graphs, ttt = [], log.seconds, log.graphs, scores.get("ttt", {})
     if (over := code_bytes + artifact_bytes - BYTE_CAP) > 0:
@@ -3302,7 +3385,16 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
         broken.append(f"{again} graphs were compiled in test-time training after its warm-up")
     if ttt.get("partial"):
         broken.append("test-time training scored part of the validation documents (TTT_MAX_DOCS)")
+    if leaked:
+        broken.append(f"{leaked} training documents are validation documents, says the dataset's manifest")
     return broken
+
+def budget_notes(hp):
+    """Notes for the log: `violations` checks the budgets as they are set, which may be more than the contest allows."""
+    budgets = {"MAX_WALLCLOCK_SECONDS": hp.max_wallclock_seconds, "EVAL_BUDGET_SECONDS": hp.eval_budget_seconds}
+    return [f"{name}={value:g} is {'no limit' if not value else 'more'}, the contest allows {CONTEST_SECONDS:g} s: "
+            "violations are those of the budgets as set" for name, value in budgets.items()
+            if not 0 < value <= CONTEST_SECONDS]
 
 def train_and_save(trainer, evaluator, path):
     """Stages warm_up and train, then model.pt. Returns figures for RESULT. A signal waits for the end of a step."""
@@ -3327,6 +3419,7 @@ def check_all(hp, dist):
         dist, tokenizer=lambda found: preflight and preflight.find_tokenizer(hp),
         compressor=lambda found: preflight and preflight.try_compressor(hp.compressor, COMPRESSORS, ENCODERS, expand),
         validation=lambda found: ValidationSet(hp),
+        documents=lambda found: "validation" in found and documents_to_score(found["validation"], hp),
         loader=lambda found: hp.ttt_eval_only or TrainLoader(TokenStream(hp.data_path, "train"), hp, dist),
         folder=lambda found: run_folder(hp, dist), model=lambda found: build_model(hp, dist),
         machine=lambda found: safety and safety.check_machine(sys.modules[__name__], hp, dist, **found))
@@ -3345,7 +3438,9 @@ def run(hp, dist):
              "world_size": dist.world_size, "torch": torch.__version__, "python": sys.version.split()[0],
              **model.ops.names}
     log(f"settings (* changed):\n{settings_table(hp)}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
-    log("\n".join(f"note: {note}" for note in (*model.ops.notes, "the budget starts after the warm-up")))
+    notes = [*dist.notes, *model.ops.notes, *budget_notes(hp), "the budget starts after the warm-up"]
+    notes += preflight.commit_notes() if preflight else []
+    log("\n".join(f"note: {note}" for note in notes))
     if hp.preset:
         log(preflight.preset_note(hp))
     log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} "
@@ -3388,12 +3483,14 @@ def run(hp, dist):
             helpers = document_windows, WindowPacker, sgd_step, Score
             score_stage("ttt", lambda: techniques.evaluate_sgd(evaluator, *helpers), log, scores)
         elif hp.ttt_enabled:
-            score_stage("ttt", TestTimeTrainer(model, validation, hp, dist, log).evaluate, log, scores)
+            score_stage("ttt", lambda: TestTimeTrainer(model, validation, hp, dist, log).evaluate(), log, scores)
 
+    leaked = preflight.read_manifest(hp.data_path).get("leaked_documents") if preflight else None
+    training |= {} if leaked is None else {"leaked_documents": leaked}
     result = {"version": RESULT_VERSION, **about, **training, "scores": scores, "artifact_bytes": artifact_bytes,
               "code_bytes": code_bytes, "total_bytes": artifact_bytes + code_bytes, "seconds": log.seconds,
               "graphs_compiled": {stage: count for stage, count in log.graphs.items() if count},
-              "violations": violations(hp, log, training, code_bytes, artifact_bytes, scores)}
+              "violations": violations(hp, log, training, code_bytes, artifact_bytes, scores, leaked)}
     if dist.device.type == "cuda":
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     if dist.rank == 0:
