@@ -30,6 +30,7 @@ import re
 import signal
 import sys
 import sysconfig
+import threading
 import unicodedata
 import warnings
 import zlib
@@ -776,7 +777,8 @@ def map_in_order(function, batches: Iterable[Batch], workers: int) -> Iterator:
         yield from map(function, batches)
         return
     bytes_ahead = 4 * workers * BATCH_BYTES  # a document of many megabytes goes alone
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_the_parent)
     try:
         pending, sizes = deque(), deque()
         for batch in batches:
@@ -792,6 +794,16 @@ def map_in_order(function, batches: Iterable[Batch], workers: int) -> Iterator:
         raise WorkerLost("a worker process was killed, perhaps for want of memory: try fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_the_parent() -> None:
+    """For workers: one whose parent was killed would wait for its next batch forever."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _submit(pool: ProcessPoolExecutor, function, batch: Batch) -> Future:

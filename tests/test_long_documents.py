@@ -151,7 +151,7 @@ def test_documents_ahead_are_few_where_they_are_long(monkeypatch):
     ahead = []
 
     class Pool:
-        def __init__(self, workers, mp_context):
+        def __init__(self, workers, mp_context, initializer):
             pass
 
         def submit(self, function, batch):

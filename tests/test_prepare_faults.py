@@ -208,6 +208,20 @@ def test_a_killed_worker_ends_in_one_line_and_the_command_goes_on_when_repeated(
     assert dataset_of(tmp_path / "out") == expected
 
 
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_a_run_that_is_killed(long_docs, tmp_path, end):
+    docs, _ = long_docs
+    run = start(docs, tmp_path / "out")
+    for line in run.stdout:
+        if line.startswith("fineweb_train_000001.bin: "):
+            break
+    workers = [pid for pid in children(run.pid) if is_worker(pid)]
+    assert workers
+    run.send_signal(end)
+    run.communicate(timeout=60)  # until the last process has closed its pipes
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists() and is_worker(pid)]
+
+
 def test_a_full_disk_is_named_and_the_command_goes_on_when_repeated(long_docs, tmp_path):
     """No file may grow over a size: it takes the shards, and the state of the run only until training is in it."""
     docs, expected = long_docs
