@@ -15,6 +15,8 @@ from test_verify_data import long_corpus, verified
 
 import prepare_caseops_data as prepare
 from prepare_caseops_data import main, read_manifest, write_shard
+from tokenizers import train_tokenizer
+from tools import prepare_plain_data
 
 ROOT = Path(__file__).resolve().parents[1]
 EMPTY = ["", "  ", "\n\n"]
@@ -266,3 +268,22 @@ def test_too_little_memory_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prepare, "build_dataset", no_memory)
     docs = write_docs(tmp_path / "docs.jsonl", TEXTS)
     assert "out of memory" in refused(capsys, "--docs", docs, "--val-docs", 3, "--out", tmp_path / "out")
+
+
+def test_control_c_is_one_line_in_every_command(tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tools.verify_data.verify", interrupted)
+    monkeypatch.setattr("tools.retokenize.check_lengths", interrupted)
+    monkeypatch.setattr(prepare_plain_data, "validation_texts", interrupted)
+    monkeypatch.setattr(train_tokenizer, "read_lines", interrupted)
+    write_shard(tmp_path / "fineweb_val_000000.bin", np.array([1, 300]))
+    for command in (
+        lambda: main(["verify", str(tmp_path)]),
+        lambda: retokenized(tmp_path, tmp_path / "out"),
+        lambda: prepare_plain_data.main(["a", "--val-file", "b", "--out", str(tmp_path / "plain")]),
+        lambda: train_tokenizer.main(["a", "--val-file", "b", "--out", str(tmp_path / "a.model")]),
+    ):
+        assert command() == 130
+        assert capsys.readouterr().err == "error: interrupted\n"
