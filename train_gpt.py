@@ -17,10 +17,12 @@ K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
 """
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import glob
 import hashlib
+import heapq
 import importlib.util
 import inspect
 import io
@@ -64,6 +66,7 @@ except ImportError:  # the kernels stay definable, the references are used
     triton, tl = None, SimpleNamespace(constexpr=int)
 
 BOS_ID = 1  # every document starts with exactly one (README: data)
+CONTEST_SECONDS = 600.0  # of training, and of evaluation, the contest's rules
 BYTE_CAP = 16_000_000  # decimal bytes of code + weights, the contest's rule
 RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
 PACKED = False  # a script that tools/pack_code.py wrote is its own submission and has nothing beside it
@@ -130,7 +133,7 @@ class Hyperparameters:
     train_batch_tokens: int = env(786_432, "tokens of a step over all ranks and micro-steps", least=1)
     micro_batch_tokens: int = env(98_304, "tokens of a packed row, the unit of one forward and backward", least=1)
     train_seq_len: int = env(2048, "longer documents are cut in pieces of this length", least=2)
-    max_row_segments: int = env(0, "pieces of a row; above it the shortest see each other; 0: 1 in 512 tokens", least=0)
+    max_row_segments: int = env(0, "pieces of a row; above it the shortest see each other; 0: automatic", least=0)
 
     # model
     vocab_size: int = env(8192, "tokens of the vocabulary", least=9, most=65_536)
@@ -230,7 +233,9 @@ class Hyperparameters:
     hessian_clip_lambda: float = env(
         0.0, "share of a row's Hessian-weighted size in its clip (PR 1512)", least=0, published=True)
     gptq_column_steps: bool = env(True, "steps 2^(k/8) per row and per column instead of fp16 per row")
-    gptq_rate_lambda: float = env(0.0, "error against coded bits with column steps: 1 is the coder's slope", least=0)
+    gptq_column_octaves: float = env(2.0, "most octaves between a column's step and its row's", least=0)
+    quant_check_rows: int = env(2, "training rows held out to check the quantized model's loss; 0: no check", least=0)
+    quant_gap_max: float = env(0.02, "nats a token that quantization may add there; else plainer ones", above=0)
     gated_attn_quant_gate: bool = env(True, "attention gates as int8 per row; 0: fp16")
     lqer_enabled: bool = env(True, "low-rank correction of the largest quantization errors")
     lqer_top_k: int = env(3, "matrices that get a correction", least=0)
@@ -305,11 +310,20 @@ class Hyperparameters:
     num_embeddings = property(lambda hp: (hp.vocab_size + 10) // 8 * 8 if hp.marker_fusion_enabled else hp.vocab_size)
     head_dim = property(lambda hp: hp.model_dim // hp.num_heads)
     new_values = property(lambda hp: hp.partial_key_offset or hp.value_embed_layers != "" or hp.value_residual != "off")
+    # SEED in the range of all generators, of seeds that are made of it as well; below 2^43 it is SEED itself
+    generator_seed = property(lambda hp: hp.seed % 2**43)
     mlp_dim = property(lambda hp: int(hp.mlp_mult * hp.model_dim))
     lora_sites = property(lambda hp: tuple(site for site in hp.ttt_lora_sites.split(",") if site))
     micro_steps = property(lambda hp: hp.train_batch_tokens // hp.micro_batch_tokens)  # of a step, over all ranks
-    row_segments = property(lambda hp: hp.max_row_segments or max(64, hp.micro_batch_tokens // 512))
-    training_seconds = property(lambda hp: max(0.0, hp.max_wallclock_seconds - hp.gptq_reserve_seconds))  # 0: no limit
+    # without a limit: enough for any row, as of two neighbouring pieces that are not joined one is over half the length
+    row_segments = property(lambda hp: hp.max_row_segments or max(
+        64, hp.micro_batch_tokens // 512, 2 * -(-hp.micro_batch_tokens // hp.train_seq_len) + 1))
+
+    @property
+    def training_seconds(self):
+        """Seconds of the training loop; None: no limit, ITERATIONS decide. 0 is no time at all: a step is taken."""
+        budget = self.max_wallclock_seconds
+        return max(0.0, budget - self.gptq_reserve_seconds) if budget else None
 
 LORA_SITES = {"q": "q", "k": "k", "v": "v", "o": "attn_out", "mlp": "mlp_out", "head": "lm_head"}  # setting -> tap site
 
@@ -322,6 +336,32 @@ def parse_setting(field, text):
     except ValueError:
         raise ValueError(f"{field.name.upper()}={text!r}: must be {field.type.__name__}") from None
 
+# Names of published training scripts that do nothing here -> what does. Other unknown names are found by their family.
+INSTEAD = {
+    "ADAM_EPS": "nothing: it is 1e-8", "ALIAS_PREV_SMEAR_SCALE": "nothing", "ASYM_LOGIT_RESCALE": "nothing",
+    "CKPT_PATH": "CHECKPOINT_PATH", "EVAL_ONLY": "TTT_EVAL_ONLY", "EVAL_ONLY_PATH": "QUANT_ONLY and CHECKPOINT_PATH",
+    "DATASETS_DIR": "DATA_PATH", "DOC_SHUFFLE": "DOC_SHUFFLE_ENABLED", "E2E_TTT_ENABLED": "TTT_METHOD=sgd",
+    "FULL_GPTQ_DAMP": "GPTQ_DAMP", "FUSED_CE_ENABLED": "KERNELS", "FUSED_MLP_ENABLED": "KERNELS",
+    "HEAD_LR": "TIED_EMBED_LR", "HEAD_PAIR_NS": "MUON_HEAD_PAIRS", "IHA_ENABLED": "nothing", "IHA_MIX_V": "nothing",
+    "LATE_QAT_THRESHOLD": "QAT_BELOW_LR", "LOAD_MODEL_PATH": "QUANT_ONLY and CHECKPOINT_PATH", "MTP_ENABLED": "nothing",
+    "MTP_LOSS_WEIGHT": "nothing", "MTP_NUM_HEADS": "nothing", "MTP_STEPS": "nothing", "MTP_WEIGHT": "nothing",
+    "NEGATIVE_SLOPE": "LEAKY_RELU_SLOPE", "PAIRED_HEAD_MUON_ENABLED": "MUON_HEAD_PAIRS", "PRUNE_PCT": "TARGET_BYTES",
+    "QUANTIZED_MODEL_PATH": "TTT_EVAL_ONLY and ARTIFACT_PATH", "QUANTIZE_ONLY": "QUANT_ONLY", "RECUR_ALPHA": "nothing",
+    "SKIP_POST_TRAIN_EVAL": "PREQUANT_ONLY", "SPINQUANT_ENABLED": "nothing", "TARGET_MB": "TARGET_BYTES",
+    "TOKEN_BOOST": "NGRAM_TILT_ENABLED", "TOKEN_ORDER": "NGRAM_TILT_ENABLED", "TOKEN_THRESHOLD": "NGRAM_TILT_ENABLED",
+    "TRAIN_SEQ_SCHEDULE": "TRAIN_SEQ_LEN", "VAL_BATCH_SIZE": "MICRO_BATCH_TOKENS",
+    "VAL_BATCH_TOKENS": "MICRO_BATCH_TOKENS", "VAL_DOC_FRACTION": "TTT_MAX_DOCS", "VE_DIM": "VALUE_EMBED_DIM",
+    "VE_ENABLED": "VALUE_EMBED_LAYERS", "VE_LAYERS": "VALUE_EMBED_LAYERS",
+}  # fmt: skip
+# Names that change no result, or that other programs use as well: a note of the log, no refusal.
+IDLE = """ARTIFACT_DIR COMPILE_SHAPE_WARMUP DATA_DIR DYNAMO_CACHE_SIZE_LIMIT GPUS_OVERRIDE MODEL_PATH OUT_PTZ
+    SEEDS_OVERRIDE SKIP_INITIAL_VAL""".split()
+
+def idle_notes(environ):
+    """Notes for the log: which settings of published scripts do nothing here."""
+    found = [name for name in IDLE if name in environ]
+    return [f"{', '.join(found)}: of published scripts, without a meaning here"] if found else []
+
 def unknown_settings(environ, cls):
     """Messages for undeclared variables that look like ours: a family name of ours, or nearly one of our names.
     First words that other programs use as well (MAX_JOBS, DATA_..., RUN_...) do not make a family by themselves.
@@ -329,7 +369,10 @@ def unknown_settings(environ, cls):
     ours = [field.name.upper() for field in dataclasses.fields(cls)]
     shared_words = "MAX MIN NUM RUN RUNS DATA MODEL COMPUTE ENABLE TRAIN VAL CHECKPOINT TOKENIZER ARTIFACT ADAM".split()
     families = {name.split("_")[0] for name in ours if "_" in name} - set(shared_words)
-    for name in sorted(set(environ) - set(ours)):
+    for name in sorted(set(environ) - {*ours, *IDLE}):
+        if name in INSTEAD:
+            yield f"{name} is a setting of other scripts; here it is {INSTEAD[name]} (unset it, or see --help)"
+            continue
         close = difflib.get_close_matches(name, ours, 1, 0.6)
         if name.split("_")[0] in families or difflib.get_close_matches(name, ours, 1, 0.88):
             yield f"{name} is not a setting{f'; did you mean {close[0]}?' if close else ''} (unset it, or see --help)"
@@ -365,6 +408,9 @@ def cross_checks(hp):
     yield hp.num_loops and not looped, "LOOP_START..LOOP_END must lie inside NUM_LAYERS (or set NUM_LOOPS=0)"
     yield hp.parallel_start_layer > hp.num_layers, "PARALLEL_START_LAYER must be at most NUM_LAYERS"
     yield hp.train_batch_tokens % hp.micro_batch_tokens, "TRAIN_BATCH_TOKENS must divide by MICRO_BATCH_TOKENS"
+    pieces = -(-hp.micro_batch_tokens // hp.train_seq_len)
+    yield 0 < hp.max_row_segments < pieces, (
+        f"MAX_ROW_SEGMENTS={hp.max_row_segments}: a row of MICRO_BATCH_TOKENS has {pieces} pieces of TRAIN_SEQ_LEN")
     out_of_time = 0 < hp.max_wallclock_seconds <= hp.gptq_reserve_seconds
     yield out_of_time, "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"
     yield hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
@@ -430,9 +476,8 @@ class Dist:
 
     def __init__(self, device="auto", deterministic=False):
         self.num_collectives = 0
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.rank, self.world_size, local_rank = self.place_in_group()
+        self.notes += idle_notes(os.environ)
         if device == "cuda" and not torch.cuda.is_available():
             raise SettingError("DEVICE=cuda, but torch sees none: use DEVICE=cpu, or a CUDA build of torch")
         if deterministic:  # an operation without such a form warns, with its name
@@ -447,6 +492,33 @@ class Dist:
         if self.world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist_backend.init_process_group(backend)
+
+    def place_in_group(self):
+        """The environment of torchrun, or of none -> rank, world size, local rank. SettingError where it contradicts
+        itself: a rank left over from another run would train without a log, a folder or an end."""
+        names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+        given = {name: os.environ[name] for name in names if name in os.environ}
+        problem = "unset all of these for a run of one process, or start it with torchrun"
+        told = " ".join(f"{name}={value}" for name, value in given.items())
+        self.notes = []
+        if not {*names[:3]} & {*given}:  # MASTER_ADDR and MASTER_PORT alone do no harm: some clusters always set them
+            for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+                if os.environ.get(name, "1") != "1":
+                    self.notes.append(f"{name}={os.environ[name]}, but RANK is not set: this is a run of one process")
+            return 0, 1, 0
+        if missing := [name for name in names[:3] if name not in given]:
+            raise SettingError(f"the environment has {told}, but not {', '.join(missing)}: {problem}")
+        try:
+            rank, world_size, local_rank = (int(given[name]) for name in names[:3])
+        except ValueError:
+            raise SettingError(f"{told}: these must be whole numbers: {problem}") from None
+        if not 0 <= local_rank <= rank < world_size:
+            raise SettingError(f"{told}: LOCAL_RANK is at most RANK, which is below WORLD_SIZE: {problem}")
+        if world_size > 1 and (missing := [name for name in names[3:] if name not in given]):
+            raise SettingError(f"the environment has {told}, but not {', '.join(missing)}: {problem}")
+        if world_size > 1 and not given["MASTER_PORT"].isdecimal():
+            raise SettingError(f"{told}: MASTER_PORT must be a number: {problem}")
+        return rank, world_size, local_rank
 
     def collective(self, name, *args, **options):
         """Calls torch.distributed's function of this name. Every rank makes the same calls: their number tells a guard
@@ -610,6 +682,40 @@ def find_guard():
     spec.loader.exec_module(module)
     return module.RunGuard()
 
+class LossyStream:
+    """Standard output or error of a run. The log file is the truth: what a lost terminal (a closed pipe, a full disk
+    behind it, a connection that broke) does not take is dropped, and neither the run nor its exit code suffers.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:  # the stream keeps what it could not write: nowhere is where it can go, now and at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+def survive_lost_terminals():
+    """Makes standard output and error LossyStreams, and opens those that were closed when the process started."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # or the next file opened would get this number, and the messages of C libraries with it
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+    if sys.stdout is sys.__stdout__:  # else somebody who imports this module has put a stream of his own there
+        sys.stdout = LossyStream(sys.stdout or open(os.devnull, "w"))
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = LossyStream(sys.stderr or open(os.devnull, "w"))
+
 class RunLog:
     """Prints on rank 0, and to <folder>/log.txt; `seconds` and `graphs` (newly compiled) are kept for every stage."""
 
@@ -690,6 +796,7 @@ def load_data_shard(path):
 
 def shard_paths(folder, split):
     """The files of split "train", "val" or "val_bytes", in order. The six digits keep side-cars out of "val"."""
+    folder = glob.escape(str(folder))  # a name with brackets is no pattern
     return sorted(glob.glob(os.path.join(folder, f"fineweb_{split}_[0-9][0-9][0-9][0-9][0-9][0-9].bin")))
 
 class TokenStream:
@@ -701,7 +808,7 @@ class TokenStream:
             raise DataError(f"no fineweb_{split}_*.bin in {folder}: set DATA_PATH, or make the data (README)")
         self.shards = [load_data_shard(path) for path in self.paths]
         self.offsets = np.concatenate([[0], np.cumsum([len(shard) for shard in self.shards])])
-        self.size = int(self.offsets[-1])
+        self.first, self.size = 0, int(self.offsets[-1])  # the stream is this part of the shards
         if self.size == 0 or self.read(0, 1)[0] != BOS_ID:
             raise DataError(f"{self.paths[0]}: the stream must start with BOS (id {BOS_ID}); rebuild the data")
 
@@ -709,11 +816,29 @@ class TokenStream:
         """(count,) uint16 from position `start` on; the stream goes round at its end."""
         parts, start = [], start % self.size
         while count > 0:
-            shard = int(np.searchsorted(self.offsets, start, side="right")) - 1
-            part = self.shards[shard][start - self.offsets[shard]:][:count]
+            position = self.first + start
+            shard = int(np.searchsorted(self.offsets, position, side="right")) - 1
+            part = self.shards[shard][position - self.offsets[shard]:][:min(count, self.size - start)]
             parts.append(part)
             count, start = count - len(part), (start + len(part)) % self.size
         return np.concatenate(parts)
+
+    def hold_out(self, count):
+        """Cuts off the last documents of the stream, `count` tokens or more -> a stream of these."""
+        border, window = self.size - count, 1 << 16
+        begins = np.zeros(0, np.int64)
+        while border > 0 and not len(begins):
+            first = max(0, border - window)
+            begins = first + np.flatnonzero(self.read(first, border - first) == BOS_ID)
+            border = first
+        if not len(begins) or begins[-1] == 0:
+            raise DataError(f"{self.paths[0]}: no document begins before the last {count} tokens: set "
+                            "QUANT_CHECK_ROWS=0")
+        rest = copy.copy(self)
+        rest.first = self.first + int(begins[-1])
+        rest.size = self.size - int(begins[-1])
+        self.size = int(begins[-1])
+        return rest
 
 def read_manifest(folder):
     """manifest.json of a dataset, {} where there is none. DataError unless all that is read of it has its type."""
@@ -729,6 +854,24 @@ def read_manifest(folder):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again") from None
 
+def check_data_settings(hp):
+    """DataError where the settings contradict the side-car or the manifest: the bytes would be wrong."""
+    folder = Path(hp.data_path)
+    manifest, wrong = read_manifest(folder), []
+    side_car = next((path.name for path in sorted(folder.glob("fineweb_val_bytes_*.bin"))), None)
+    if side_car and not hp.caseops_enabled:
+        wrong.append(f"{side_car} holds the bytes of its tokens, which CASEOPS_ENABLED=0 would not read: set it to 1")
+    transform = manifest.get("text_transform")
+    if transform and not hp.caseops_enabled:
+        wrong.append(f"its manifest says {transform}, whose tokens a tokenizer cannot count: set CASEOPS_ENABLED=1")
+    if "text_transform" in manifest and not transform and hp.caseops_enabled:
+        wrong.append("its manifest says that the text was not transformed: set CASEOPS_ENABLED=0")
+    size = manifest.get("tokenizer", {}).get("vocab_size", hp.vocab_size)
+    if size != hp.vocab_size:
+        wrong.append(f"its manifest says VOCAB_SIZE={size}, not {hp.vocab_size}")
+    if wrong:
+        raise DataError(f"{folder}: {'; '.join(wrong)}")
+
 def check_manifest(hp, found):
     """DataError where the dataset is not what its manifest says, so that no BPB of other data is reported.
     `found` counts what the validation files hold. These are hashed; of training files only the lengths are checked,
@@ -740,7 +883,7 @@ def check_manifest(hp, found):
     stated, files = manifest["splits"]["val"], manifest["files"]
     wrong = [f"{count} {name} of validation, not {stated.get(name)}" for name, count in found.items()
              if stated.get(name) != count]
-    paths = {os.path.basename(path): path for path in glob.glob(os.path.join(hp.data_path, "fineweb_*.bin"))}
+    paths = {path.name: path for path in Path(hp.data_path).glob("fineweb_*.bin")}
     wrong += [f"{name} is missing" for name in files.keys() - paths.keys()]
     for name, path in paths.items():
         same = name in files and len(load_data_shard(path)) == files[name]["values"]
@@ -776,10 +919,30 @@ def cut_pieces(starts, ends, length):
     return np.repeat(starts, pieces) + length * (np.arange(pieces.sum()) - np.repeat(first, pieces))
 
 def join_shortest(starts, total, longest, most):
-    """Starts of pieces of a row -> at most `most`: the shortest neighbours become one, none longer than `longest`."""
-    while len(starts) > most and (joined := np.append(starts[2:], total) - starts[:-1]).min() <= longest:
-        starts = np.delete(starts, 1 + joined.argmin())
-    return starts
+    """Starts of pieces of a row -> at most `most`: the shortest neighbours become one, none longer than `longest`.
+    Of equal ones the first. Where that does not do, the row is cut in equal pieces: `most` of these must be enough.
+    """
+    count = len(starts)
+    if count <= most:
+        return starts
+    borders = [*starts.tolist(), total]
+    following, before, joined = [*range(1, count + 1)], [*range(-1, count)], [False] * count
+    pairs = [(borders[i + 2] - borders[i], borders[i], i) for i in range(count - 1)]  # length of both, where, the first
+    heapq.heapify(pairs)  # a search through all of them for each join takes seconds for rows of short documents
+    while count > most and pairs and pairs[0][0] <= longest:
+        length, _, first = heapq.heappop(pairs)
+        second = following[first]
+        if joined[first] or second == len(starts) or borders[following[second]] - borders[first] != length:
+            continue  # one of them has grown, or is gone, since this was noted
+        joined[second], count = True, count - 1
+        following[first] = after = following[second]
+        before[after] = first
+        if after < len(starts):
+            heapq.heappush(pairs, (borders[following[after]] - borders[first], borders[first], first))
+        if before[first] >= 0:
+            previous = before[first]
+            heapq.heappush(pairs, (borders[after] - borders[previous], borders[previous], previous))
+    return starts[~np.array(joined)] if count <= most else np.arange(0, total, longest)
 
 def pad_cu_seqlens(starts, total, entries):
     """Segment starts -> (entries + 1,) int32, padded with `total`, so that one graph serves every row."""
@@ -829,6 +992,9 @@ class TrainLoader:
         if hp.marker_fusion_enabled:
             sample = stream.read(0, min(stream.size, 1 << 22)).astype(np.int64)
             self.span = self.span * len(sample) // len(techniques.fuse_markers(hp, space_id, sample, sample)[0])
+        self.held_out_rows = min(hp.quant_check_rows, stream.size // (20 * self.span))  # a twentieth at most
+        if self.held_out_rows:
+            self.held_out = stream.hold_out((self.held_out_rows - 1) * self.span + self.tokens_to_read)
         self.thread = ThreadPoolExecutor(1)
         self.ahead, self.dealt = {}, lru_cache(1)(self.deal)  # rows read ahead; the last step dealt
 
@@ -840,23 +1006,42 @@ class TrainLoader:
             start = int(rng.integers(self.span) + rng.permutation(spans)[index % spans] * self.span)
         return start + int((self.stream.read(start, self.span) == BOS_ID).argmax())
 
-    def deal(self, step):
-        """(2, n, T): inputs and targets of the n rows of a step over all ranks."""
+    @property
+    def tokens_to_read(self):
+        """Tokens of the stream that fill a row and its last target: all of them are pairs at worst."""
+        return (self.hp.micro_batch_tokens + 1) * (1 + self.hp.marker_fusion_enabled)
+
+    def read_rows(self, stream, starts):
+        """(2, n, T): inputs and targets of the rows that begin at n positions of a stream."""
         hp, length = self.hp, self.hp.micro_batch_tokens
-        count = (length + 1) * (1 + hp.marker_fusion_enabled)  # all pairs, at worst
-        starts = map(self.start, range(step * hp.micro_steps, (step + 1) * hp.micro_steps))
-        rows = np.stack([self.stream.read(start, count) for start in starts])
+        rows = np.stack([stream.read(start, self.tokens_to_read) for start in starts])
         if rows.max() >= hp.vocab_size:
             raise DataError(f"training token {rows.max()} is outside VOCAB_SIZE={hp.vocab_size}")
         if hp.marker_fusion_enabled:
             rows = np.stack([techniques.fuse_markers(hp, space_id, row, row)[0][:length + 1] for row in np.int64(rows)])
-        tokens = np.stack([rows[:, :-1], rows[:, 1:]])
+        return np.stack([rows[:, :-1], rows[:, 1:]])
+
+    def deal(self, step):
+        """(2, n, T): inputs and targets of the n rows of a step over all ranks."""
+        hp = self.hp
+        starts = map(self.start, range(step * hp.micro_steps, (step + 1) * hp.micro_steps))
+        tokens = self.read_rows(self.stream, starts)
         return deal_documents(tokens, hp.train_seq_len) if hp.balance_rows else tokens
 
     def build(self, index):
         """Row `index` as CPU tensors, pinned for CUDA."""
+        step, number = divmod(index, self.hp.micro_steps)
+        return self.pack(self.dealt(step)[:, number])
+
+    def held_out_row(self, index):
+        """Row `index` of those that neither training nor the Hessians see, on the device."""
+        row = self.pack(self.read_rows(self.held_out, [index * self.span])[:, 0])
+        return Row(*(t.to(self.dist.device) for t in row))
+
+    def pack(self, tokens):
+        """(2, T): inputs and targets of a row -> Row of CPU tensors, pinned for CUDA."""
         length, hp = self.hp.micro_batch_tokens, self.hp
-        inputs, targets = self.dealt(index // hp.micro_steps)[:, index % hp.micro_steps].astype(np.int64)
+        inputs, targets = tokens.astype(np.int64)
         starts = np.union1d(0, np.flatnonzero(inputs == BOS_ID))
         pieces = cut_pieces(starts, np.append(starts[1:], length), hp.train_seq_len)
         pieces = join_shortest(pieces, length, hp.train_seq_len, hp.row_segments)  # rarely more than attention has
@@ -886,13 +1071,16 @@ class ValidationSet:
 
     def __init__(self, hp, tokenizer=None):
         stream = TokenStream(hp.data_path, "val")
+        check_data_settings(hp)
         self.tokens = stream.read(0, stream.size).astype(np.int64)
         if self.tokens.max() >= hp.vocab_size:
             raise DataError(f"validation token {self.tokens.max()} is outside VOCAB_SIZE={hp.vocab_size}")
         if hp.caseops_enabled:
             self.bytes = self.side_car(hp.data_path, stream)
         else:
-            count, leading, boundary = techniques.piece_byte_tables(tokenizer or load_tokenizer(hp))
+            tokenizer = tokenizer or load_tokenizer(hp)
+            check_byte_counts(hp, tokenizer, self.tokens)
+            count, leading, boundary = techniques.piece_byte_tables(tokenizer)
             self.bytes = count[self.tokens]
             self.bytes[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
         if len(self.tokens) < 2:
@@ -900,6 +1088,8 @@ class ValidationSet:
         self.summary = self.check(hp)
         if hp.marker_fusion_enabled:
             self.tokens, self.bytes = techniques.fuse_markers(hp, space_id, self.tokens, self.bytes)
+        if not self.bytes[1:].any():
+            raise DataError(f"{stream.paths[0]}: the validation documents hold no byte of text: no BPB can be counted")
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
         self.ends = np.append(self.starts[1:], len(self.tokens) - 1)  # the last document has no BOS to predict
 
@@ -916,7 +1106,7 @@ class ValidationSet:
         paths = shard_paths(folder, "val_bytes")
         parts = [load_data_shard(path) for path in paths]
         if not paths:
-            raise DataError(f"no fineweb_val_bytes_*.bin in {folder}: BPB needs the side-car (or CASEOPS_ENABLED=0)")
+            raise DataError(f"no fineweb_val_bytes_*.bin in {folder}: BPB needs the side-car")
         if [len(part) for part in parts] != [len(shard) for shard in stream.shards]:
             raise DataError(f"{paths[0]}: side-car lengths {[len(p) for p in parts]} differ from the shards' "
                             f"{[len(s) for s in stream.shards]}: they are not of one export")
@@ -931,6 +1121,48 @@ class ValidationSet:
         starts, ends = self.starts[documents], self.ends[documents]
         return int((ends - starts).sum()), int((sums[ends + 1] - sums[starts + 1]).sum())
 
+def models_near(folder, nearest):
+    """SentencePiece models in and around a dataset's folder, in order of distance; `nearest`: of one place only.
+
+    DataError where that place holds several different ones: nothing says which of them made the shards.
+    """
+    places = folder, *(path / "tokenizers" for path in (folder.parent, folder.parent.parent, Path(__file__).parent))
+    groups = [sorted(place.glob("*.model")) for place in places]
+    if not nearest:
+        return sum(groups, [])
+    found = next((group for group in groups if group), [])
+    if len({path.read_bytes() for path in found}) > 1:
+        names = ", ".join(str(path) for path in found)
+        raise DataError(f"{folder}: no manifest names its tokenizer, there are several ({names}): set TOKENIZER_PATH")
+    return found
+
+def has_case_markers(tokenizer):
+    """Whether pieces 4 to 7 are CaseOps' markers, which stand for no text (lossless_caps.py)."""
+    return [tokenizer.id_to_piece(token) for token in range(4, 8)] == [*"\ue001\ue002\ue003\ue004"]
+
+def check_byte_counts(hp, tokenizer, tokens):
+    """DataError unless tokens (N,), which this tokenizer is to count the bytes of, are of its making.
+
+    Without a side-car the tokenizer decides the BPB. One of equal size counts without an error, so the text of some
+    documents is encoded again: only the shards' own tokenizer gives back their tokens.
+    """
+    if has_case_markers(tokenizer) and ((tokens >= 4) & (tokens < 8)).any():
+        raise DataError(f"{hp.data_path}: its tokens hold CaseOps' markers: set CASEOPS_ENABLED=1, with the side-car")
+    longest, documents = 512, 256
+    starts = np.flatnonzero(tokens == BOS_ID)[:documents] + 1
+    ends = np.append(starts[1:] - 1, len(tokens))[: len(starts)]
+    same = total = 0
+    for start, end in zip(starts, np.minimum(ends, starts + longest), strict=True):
+        ids = tokens[start:end].tolist()
+        compared = len(ids) if len(ids) < longest else longest - 64  # a cut changes the tokens before it
+        same += compared * (tokenizer.encode(tokenizer.decode(ids))[:compared] == ids[:compared])
+        total += compared
+    if 2 * same < total:  # some texts do not come back from their own tokenizer: unknown characters, odd spaces
+        raise DataError(
+            f"{hp.data_path}: its tokens were not made by the tokenizer found for them, which gives back {same} of "
+            f"{total} when their text is encoded again: set TOKENIZER_PATH to the shards' own"
+        )
+
 def find_tokenizer(hp):
     """Path of the data's SentencePiece model. DataError if none fits the settings and the manifest."""
     try:
@@ -939,8 +1171,10 @@ def find_tokenizer(hp):
         raise DataError("the sentencepiece package is missing: pip install -r requirements.txt") from None
     folder = Path(hp.data_path)
     wanted = read_manifest(folder).get("tokenizer", {}).get("sha256")
-    beside = [folder, *(p / "tokenizers" for p in (folder.parent, folder.parent.parent, Path(__file__).parent))]
-    found = [Path(hp.tokenizer_path)] if hp.tokenizer_path else [p for d in beside for p in sorted(d.glob("*.model"))]
+    if hp.tokenizer_path:
+        found = [Path(hp.tokenizer_path)]
+    else:
+        found = models_near(folder, nearest=wanted is None)
     for path in found:
         if not path.exists():
             raise DataError(f"TOKENIZER_PATH={path} does not exist")
@@ -952,6 +1186,8 @@ def find_tokenizer(hp):
                 raise DataError(f"{path} is no SentencePiece model") from None
             if tokenizer.vocab_size() != hp.vocab_size:
                 raise DataError(f"{path} has {tokenizer.vocab_size()} pieces, VOCAB_SIZE is {hp.vocab_size}")
+            if hp.marker_fusion_enabled and not has_case_markers(tokenizer):
+                raise DataError(f"{path}: pieces 4 to 7 are not CaseOps' markers: set MARKER_FUSION_ENABLED=0")
             return path
     raise DataError(f"no tokenizer for {folder} (the manifest wants sha256 {wanted}; looked at "
                     f"{[str(p) for p in found]}): set TOKENIZER_PATH")
@@ -1642,7 +1878,8 @@ class GPT(nn.Module):
         self.smear_lambda = nn.Parameter(torch.zeros(1)) if hp.smear_gate_enabled else None
         scales = [[(layer + 1) ** -0.5 if hp.ln_scale else 1.0] * 4 for layer in range(L)]  # rows aligned for kernels
         self.register_buffer("depth_scale", torch.tensor(scales), persistent=False)  # no weight: never saved
-        longest = max(hp.micro_batch_tokens, hp.eval_seq_len, hp.global_ttt_chunk_tokens + hp.ttt_eval_seq_len)
+        longest = hp.global_ttt_chunk_tokens + max(hp.eval_seq_len, hp.ttt_eval_seq_len)  # of a row that is learnt from
+        longest = max(hp.micro_batch_tokens, longest)
         for name, table in zip(("cos", "sin"), rotary_tables(torch.arange(longest), hp), strict=True):
             self.register_buffer(name, table, persistent=False)
         self.init_weights()
@@ -1652,7 +1889,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Embedding N(0, std); q, k, v, MLP up orthogonal; both output projections zero; dense gate N(0, 0.01)."""
-        generator = torch.Generator().manual_seed(self.hp.seed)
+        generator = torch.Generator().manual_seed(self.hp.generator_seed)
         for table in (self.tok_emb, self.lm_head):
             if table is not None:
                 table.normal_(0.0, self.hp.tied_embed_init_std, generator=generator)
@@ -1983,6 +2220,7 @@ class EMA:
 
     def __init__(self, model, decay):
         self.decay, self.parameters = decay, list(model.parameters())
+        self.snapshots = 0  # of SWA_BELOW_LR: how many the average is the mean of
         self.average = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
@@ -2076,6 +2314,10 @@ class Trainer:
         self.optimizers = Optimizers(model, hp, dist)
         self.ema = EMA(model, hp.ema_decay)
         self.forward = compiled(model.forward, hp, dist, graphs=hp.train_cuda_graphs)
+        # Where training is. A training state holds these: training may begin anywhere.
+        self.looping = loop_is_on(0.0, hp)  # in the last step
+        self.tokens_at = [(0, 0.0)]  # step and seconds where each stretch of one looping state began
+        self.last_loss = math.nan  # as last logged, for the live line, which must not wait for the GPU
 
     def train_step(self, step, progress, looping):
         """Rows of a step -> 0-d tensor, this rank's share of the mean loss in nats; weights and average are updated."""
@@ -2116,16 +2358,18 @@ class Trainer:
         """
         hp, log, budget = self.hp, self.log, self.hp.training_seconds
         first, seconds, losses = self.guard.resume(self)
+        if hp.resume:  # the run that wrote the state may have ended before this step's line and evaluation
+            self.log_step(first, losses[-1], seconds, self.progress(first, seconds), self.looping)
+            if self.evaluation_is_due(first):
+                evaluate()
         clock, step, step_seconds = TrainingClock(self.dist, seconds), first, seconds / max(first, 1)
-        tokens_at = [(step, seconds)]  # when looping changed, for the rates of both states
-        looping = was_looping = loop_is_on(self.progress(step, seconds), hp)
-        while step < hp.iterations and not (budget and step and seconds + 2 * step_seconds > budget):
+        while step < hp.iterations and not (budget is not None and step and seconds + 2 * step_seconds > budget):
             progress = self.progress(step, seconds)
             looping = loop_is_on(progress, hp)
-            if looping != was_looping:
+            if looping != self.looping:
                 log(f"step:{step} looping:{int(looping)} train_seconds:{seconds:.2f}")
-                tokens_at.append((step, seconds))
-                was_looping = looping
+                self.tokens_at.append((step, seconds))
+                self.looping = looping
             losses.append(self.train_step(step, progress, looping))
             step += 1
             clock.mark_step()
@@ -2136,31 +2380,37 @@ class Trainer:
                 self.log_step(step, losses[-1], seconds, progress, looping)
             rate = step * hp.train_batch_tokens / seconds
             log.live(progress, f"step:{step} train_loss:{self.last_loss:.4f} tokens_per_s:{rate:.0f}")
-            if hp.val_loss_every and step % hp.val_loss_every == 0:
+            if self.evaluation_is_due(step):
                 with clock.paused():
                     evaluate()
         self.guard.after_last_step(self, step)
         seconds = clock.seconds()
-        if budget and seconds > budget:
+        if budget is not None and seconds > budget:
             log(f"note: training took {seconds:.2f} s of {budget:.2f}; a step is too long for this budget")
-        self.log_step(step, losses[-1], seconds, self.progress(step, seconds), looping)
+        self.log_step(step, losses[-1], seconds, self.progress(step, seconds), self.looping)
         self.ema.copy_to_model()
-        return self.summary(step, seconds, tokens_at, losses) | ({"resumed_at_step": first} if hp.resume else {})
+        return self.summary(step, seconds, losses) | ({"resumed_at_step": first} if hp.resume else {})
 
     def progress(self, step, seconds):
         """The training fraction, in [0, 1]: of the budget, or of ITERATIONS where there is none."""
         budget = self.hp.training_seconds
-        return min(1.0, seconds / budget if budget else step / self.hp.iterations)
+        if budget is None:
+            return min(1.0, step / self.hp.iterations)
+        return min(1.0, seconds / budget) if budget else 1.0
+
+    def evaluation_is_due(self, step):
+        """Whether VAL_LOSS_EVERY asks for a score of the weights after this many steps."""
+        return self.hp.val_loss_every > 0 and step % self.hp.val_loss_every == 0
 
     def log_step(self, step, loss, seconds, progress, looping):
-        self.last_loss = loss = self.dist.all_reduce(loss.clone()).item()  # the live line must not wait for the GPU
-        rate = step * self.hp.train_batch_tokens / seconds
+        self.last_loss = loss = self.dist.all_reduce(loss.clone()).item()
+        rate = step * self.hp.train_batch_tokens / max(seconds, 1e-9)
         self.log(f"step:{step} train_loss:{loss:.4f} train_seconds:{seconds:.2f} progress:{progress:.4f} "
                  f"lr_factor:{lr_multiplier(progress, self.hp):.4f} looping:{int(looping)} tokens_per_s:{rate:.0f}")
 
-    def summary(self, steps, seconds, tokens_at, losses):
+    def summary(self, steps, seconds, losses):
         """Steps, final loss, seconds, and tokens/s of each looping state, as RESULT has them."""
-        stretches = zip(tokens_at, [*tokens_at[1:], (steps, seconds)], strict=True)
+        stretches = zip(self.tokens_at, [*self.tokens_at[1:], (steps, seconds)], strict=True)
         rates = [round((b[0] - a[0]) * self.hp.train_batch_tokens / max(b[1] - a[1], 1e-9)) for a, b in stretches]
         losses = self.dist.all_reduce(torch.stack(losses[-20:])).tolist()
         return {"steps": steps, "train_loss": sum(losses) / len(losses), "training_seconds": round(seconds, 3),
@@ -2169,7 +2419,9 @@ class Trainer:
 # ---- QUANTIZATION ----------------------------------------------------------------------------------------------------
 FP16_RANGE = 2.0**-24, 65504.0  # of scales: 1e-10 would be 0 in fp16, and an all-zero row be divided by it
 DAMPING_RETRIES = 4
-STEPS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])  # by code, see log_steps
+STEPS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])  # by code, see to_log2_eighths
+MAX_SHIFT = 7  # bits of a fine code
+WIDE_CODE = 127 << MAX_SHIFT
 LQER_FIELDS = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
 QUANT_TABLE = {  # saved-weight name -> role, settings of its bits and clip; in the order of the artifact's groups
     "tok_emb.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
@@ -2211,20 +2463,32 @@ def damped_inverse_factor(h, damping, names):
         damping[failed] *= 10
     raise ValueError(f"GPTQ: no Cholesky factor after {DAMPING_RETRIES} retries for {failed_names}")
 
-def log_steps(x):
+def to_log2_eighths(x):
     """Steps x > 0 -> int8 codes k, nearest 2^(k/8): GPTQ works with the rounded step, so the grid costs no error."""
     return (8 * x.float().log2()).round_().clamp_(-127, 127).to(torch.int8)
 
-def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, shaping=None):
+def column_step_codes(upper, octaves):
+    """Factor U (N, C, C) of the inverse Hessians -> codes int8 (N, C) of the columns' steps relative to their rows'.
+
+    diag U is a column's conditional deviation: what the columns after it do not predict of its input, inverted. Steps
+    in proportion to it cost every column the same error, which is the best for an entropy coder. `octaves` bounds how
+    far they are trusted: on other text a column may carry more than on the calibration rows.
+    """
+    log_steps = upper.diagonal(dim1=1, dim2=2).log2()
+    log_steps = log_steps - log_steps.mean(dim=1, keepdim=True)
+    return to_log2_eighths(log_steps.clamp(-octaves, octaves).exp2())
+
+def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column_octaves=None):
     """w (N, R, C), hessian (N, C, C), N names -> codes int8 (N, R, C), scale fp16 (N, R).
     GPTQ (arXiv:2210.17323), columns in descending order of diag H, and SDClip scales: clip_sigmas standard deviations
     of the original row reach the largest code. The working copy is (N, C, R), so that a column is contiguous, and
     nothing in the column loop waits for the device. Raises ValueError with names if a Hessian cannot be made definite.
 
-    shaping: a rate factor -> codes, row steps, column steps int8 (N, R), (N, C), see log_steps. A column's step is its
-    conditional deviation diag U, so that every column costs the same weighted error: best for an entropy coder. Codes
-    go to the nearest of x / (1 + rate / 12 E[x^2]): error against the bits of a Gaussian, rate 1: at the coder's slope.
+    With column_octaves, see column_step_codes -> codes int16, row steps int8 (N, R), column steps int8 (N, C), both as
+    to_log2_eighths: SDClip then sets the steps, but clips nothing.
     """
+    if infinite := [name for name, h in zip(names, hessian, strict=True) if h.isinf().any()]:
+        raise ValueError(f"GPTQ: the Hessian of {', '.join(infinite)} has infinite entries")  # codes would be noise
     num_columns, q_max = w.shape[2], 2 ** (bits - 1) - 1
     scale = (clip_sigmas * w.float().std(dim=2) / q_max).clamp(*FP16_RANGE).half()  # (N, R)
     step = scale.float()
@@ -2240,26 +2504,46 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, shapin
     row_order = order[:, :, None].expand_as(work)
     work = work.gather(1, row_order)  # (N, C, R)
     codes = torch.empty_like(work)
-    if shaping is not None:
-        widths = upper.diagonal(dim1=1, dim2=2).log2()
-        column_steps = log_steps((widths - widths.mean(dim=1, keepdim=True)).exp2())
-        widths, scale, q_max = (column_steps / 8).exp2(), log_steps(scale), 127
-        step, work, upper = (scale / 8).exp2(), work / widths[:, :, None], upper / widths[:, None, :]
-        column_steps = torch.empty_like(column_steps).scatter_(1, order, column_steps)
+    if column_octaves is not None:
+        q_max = WIDE_CODE
+        scale = to_log2_eighths(scale)
+        step = (scale / 8).exp2()
+        column_codes = column_step_codes(upper, column_octaves)
+        column_scale = (column_codes / 8).exp2()
+        work = work / column_scale[:, :, None]
+        upper = upper / column_scale[:, None, :]
+        column_codes = torch.empty_like(column_codes).scatter_(1, order, column_codes)
     for start in range(0, num_columns, block_size):
         stop = min(start + block_size, num_columns)
         errors = torch.empty_like(work[:, start:stop])
         for j in range(start, stop):
-            target = work[:, j] / step
-            if shaping:
-                target /= 1 + shaping / (12 * target.square().mean(dim=1, keepdim=True)).clamp(min=1e-9)
-            codes[:, j] = target.round_().clamp_(-q_max, q_max)
+            codes[:, j] = (work[:, j] / step).round_().clamp_(-q_max, q_max)
             errors[:, j - start] = error = (work[:, j] - codes[:, j] * step) / upper[:, j, j, None]
             work[:, j + 1 : stop].addcmul_(upper[:, j, j + 1 : stop, None], error[:, None, :], value=-1.0)
         work[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, errors, alpha=-1.0)
     codes = torch.empty_like(codes).scatter_(1, row_order, codes)
-    codes = codes.mT.to(torch.int8).contiguous()
-    return (codes, scale) if shaping is None else (codes, scale, column_steps)
+    codes = codes.mT.to(torch.int8 if column_octaves is None else torch.int16).contiguous()
+    return (codes, scale) if column_octaves is None else (codes, scale, column_codes)
+
+def split_wide_codes(codes, column_steps):
+    """Codes int16 (R, C), column steps int8 (C,) -> fields with int8 codes: code = 2^shift coarse + fine.
+
+    The last norm's output has a few columns of 10 to 30 times the others' deviation. The steps of these columns of the
+    embedding are so small that int8 would cut codes off below four deviations of the weights (it cost 0.07 to 0.09 BPB,
+    docs/LOG.md). For them what lies below an ordinary step is stored apart: fine codes (R, k), columns, shifts (k,).
+    """
+    wide = (codes.abs().amax(dim=0) > 127).nonzero()[:, 0]
+    if not len(wide):
+        return {"codes": codes.to(torch.int8), "column_steps": column_steps}
+    largest = codes[:, wide].abs().amax(dim=0).float()
+    shift = torch.maximum((largest / 127).log2().ceil(), (-column_steps[wide] / 8).round()).clamp(1, MAX_SHIFT).int()
+    coarse = (codes[:, wide] / 2.0**shift).round().clamp(-127, 127).int()
+    narrow, steps = codes.clone(), column_steps.int()
+    narrow[:, wide] = coarse.to(codes.dtype)
+    steps[wide] += 8 * shift
+    fine = codes[:, wide].int() - (coarse << shift)
+    return {"codes": narrow.to(torch.int8), "column_steps": steps.to(torch.int8), "fine_codes": fine.to(torch.int8),
+            "fine_columns": wide.to(torch.int16), "fine_shift": shift.to(torch.int8)}
 
 def quantize_rows(x, low, high, steps):
     """x (..., C) -> codes int8 (..., C) in [low, high], scale fp16 (...): largest |x| of the row over `steps`."""
@@ -2306,13 +2590,13 @@ def quantize_matrices(names, weights, hessians, hp):
         w, h = (torch.stack([source[name].float() for name in batch]) for source in (weights, hessians))
         if hp.hessian_clip_lambda and quant_role(batch[0])[0] != "embedding":
             clip_sigmas = techniques.hessian_aware_sigmas(w, h, clip_sigmas, hp.hessian_clip_lambda)
-        shaping = hp.gptq_rate_lambda if hp.gptq_column_steps else None
-        found = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, shaping)
+        column_octaves = hp.gptq_column_octaves if hp.gptq_column_steps else None
+        found = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, column_octaves)
         for name, weight, codes, scale, *columns in zip(batch, w, *found, strict=True):
             packed[name] = {"codes": codes, "scale": scale}
             step = scale.float()[:, None]
             if hp.gptq_column_steps:
-                packed[name]["column_steps"] = columns[0]
+                packed[name] |= split_wide_codes(codes, columns[0])
                 step = ((step + columns[0]) / 8).exp2()
             errors[name] = weight - codes * step
     return packed, errors
@@ -2366,6 +2650,15 @@ def quantize_weights(weights, hessians, hp, dist):
     packed = {name: fields for part in dist.all_gather_object(packed) for name, fields in part.items()}
     return {f"{name}:{field}": array for name in weights for field, array in packed[name].items()}  # the caller's order
 
+def add_fine_codes(w, name, fields, steps):
+    """Adds what split_wide_codes split off to weights w (R, C), in place; steps (R, C): codes of their steps."""
+    columns, shift = (fields.get(key, np.zeros(0)).astype(int) for key in ("fine_columns", "fine_shift"))
+    fits = fields["fine_codes"].shape == (len(w), columns.size) and columns.shape == shift.shape
+    if not fits or columns.size and not 0 <= columns.min() <= columns.max() < w.shape[1]:
+        raise ValueError(f"{name}: fine codes {fields['fine_codes'].shape} do not fit the matrix {w.shape}")
+    fine_steps = (steps[:, columns] - 8 * shift).clip(-256, 255)
+    w[:, columns] += fields["fine_codes"] * STEPS[fine_steps.astype(int)]
+
 def dequantize_weights(arrays):
     """Arrays of quantize_weights -> saved weights by name, fp32 on the CPU, the same bits on every machine.
     Only elementwise fp32 operations in a fixed order: a matrix product would leave the order of its sums to the BLAS.
@@ -2379,7 +2672,10 @@ def dequantize_weights(arrays):
             raise ValueError(f"{name}: no weight can be made of the fields {sorted(fields)}")
         w = fields["fp16"] if "fp16" in fields else fields["codes"] * fields["scale"][..., None]
         if "column_steps" in fields:
-            w = fields["codes"] * STEPS[(fields["scale"][:, None] + fields["column_steps"]).astype(int)]
+            steps = fields["scale"][:, None] + fields["column_steps"]
+            w = fields["codes"] * STEPS[steps.astype(int)]
+            if "fine_codes" in fields:
+                add_fine_codes(w, name, fields, steps)
         if "lqer_a" in fields:
             a, b = unpack_factors(fields)
             for r in range(a.shape[1]):
@@ -2440,6 +2736,85 @@ def collect_hessians(model, loader, hp, dist):
         hessians |= techniques.table_hessians(model)
     # an untied embedding is read one row at a time: every column counts the same
     return {"tok_emb.weight": torch.eye(hp.model_dim, device=dist.device)} | hessians
+
+def held_out_loss(model, loader, hp, dist):
+    """Mean loss, nats a token, on the training rows that were held out, shared out over ranks; None without any.
+
+    On uncompiled code, like the Hessians: there is no graph for this in a few seconds of the reserve.
+    """
+    if not loader.held_out_rows:
+        return None
+    total = torch.zeros((), device=dist.device, dtype=torch.float64)
+    with torch.no_grad():
+        for index in range(dist.rank, loader.held_out_rows, dist.world_size):
+            row = loader.held_out_row(index)
+            hidden = model.forward_hidden(row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True)
+            for h, t in zip(hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True):
+                total += model.token_losses(h, t).sum(dtype=torch.float64)
+    return dist.all_reduce(total).item() / (loader.held_out_rows * hp.micro_batch_tokens)
+
+def plainer_quantizations(hp):
+    """Settings to try in turn where quantization ruins a model: the same step for all columns of a row, then with a
+    damping as large as the mean of the Hessian's diagonal, which leaves little but rounding to the nearest.
+    """
+    plain = dataclasses.replace(hp, gptq_column_steps=False)
+    ways = [plain, dataclasses.replace(plain, gptq_damp=max(1.0, hp.gptq_damp))]
+    return [way for way in ways if way != hp]
+
+class QuantizationCheck:
+    """Compares the loss of the quantized with that of the fp32 model on the training rows that were held out.
+
+    The calibration error cannot tell a bad quantization: it is measured on the rows that the Hessians were made from.
+    """
+
+    def __init__(self, model, loader, hp, dist, log):
+        self.model, self.loader, self.hp, self.dist, self.log = model, loader, hp, dist, log
+        self.weights = {name: tensor.detach().clone() for name, tensor in unbank(model).items()}
+        self.tried = []  # for RESULT: settings and gap of each quantization
+        with log.stage("quant_check"):
+            self.fp32_loss = held_out_loss(model, loader, hp, dist)
+
+    def gap(self, arrays, hp):
+        """Arrays of quantize_weights -> nats a token that they add to the loss; the model keeps its fp32 weights."""
+        with self.log.stage("quant_check"):
+            rebank(self.model, dequantize_weights(arrays))
+            loss = held_out_loss(self.model, self.loader, self.hp, self.dist)
+            rebank(self.model, self.weights)
+        gap = loss - self.fp32_loss
+        changed = [f"{name.upper()}={value:g}" for name, value in vars(hp).items() if value != getattr(self.hp, name)]
+        settings = " ".join(changed) or "as set"
+        self.tried.append({"settings": settings, "gap": round(gap, 6) if math.isfinite(gap) else None})
+        self.log(f"quant_check settings: {settings} fp32_loss:{self.fp32_loss:.6f} gap:{gap:.6f}")
+        return gap if math.isfinite(gap) else math.inf
+
+    def choose(self, quantize, seconds_left):
+        """Quantizes as set and, while the gap is above QUANT_GAP_MAX, in plainer ways -> settings, arrays of the best.
+
+        quantize(hp) -> arrays. No other way is begun when seconds_left() are fewer than the last one took.
+        """
+        if self.fp32_loss is None:
+            return self.hp, quantize(self.hp)
+        best_gap, best = math.inf, None
+        for hp in (self.hp, *plainer_quantizations(self.hp)):
+            started = time.perf_counter()
+            arrays = quantize(hp)
+            gap = self.gap(arrays, hp)
+            if best is None or gap < best_gap:
+                best_gap, best = gap, (hp, arrays)
+            if best_gap <= self.hp.quant_gap_max:
+                break
+            self.log(f"note: quantization adds {gap:.4f} nats a token, more than QUANT_GAP_MAX={self.hp.quant_gap_max}")
+            if self.dist.agree(time.perf_counter() - started)[0] > seconds_left():
+                self.log("note: no seconds are left for a plainer quantization")
+                break
+        return best
+
+    def summary(self):
+        """For RESULT: rows, loss of the fp32 model, the gap that was kept and its settings, and all that was tried."""
+        if self.fp32_loss is None:
+            return None
+        kept = min(self.tried, key=lambda trial: math.inf if trial["gap"] is None else trial["gap"])
+        return {"rows": self.loader.held_out_rows, "fp32_loss": round(self.fp32_loss, 6), **kept, "tried": self.tried}
 
 # ---- ARTIFACT --------------------------------------------------------------------------------------------------------
 # File: magic, number of the compressor, stored and raw size of the header, digest of these and of the stored header;
@@ -2879,7 +3254,9 @@ class Evaluator:
 
     def __init__(self, model, validation, hp, dist):
         self.model, self.validation, self.hp, self.dist = model, validation, hp, dist
-        self.packer = WindowPacker(validation, hp.micro_batch_tokens, hp.eval_seq_len, hp.row_segments, dist.device)
+        windows = -(-hp.micro_batch_tokens // hp.eval_seq_len)  # of a row that is full of whole ones, or of padding
+        entries = max(hp.row_segments, 2 * windows + 8)
+        self.packer = WindowPacker(validation, hp.micro_batch_tokens, hp.eval_seq_len, entries, dist.device)
         self.parts = SimpleNamespace(**{name: compiled(getattr(model, name), hp, dist) for name in (
             "enter", "block", "token_losses")})
 
@@ -3041,7 +3418,7 @@ class BatchedLoRA:
         self.scales = 1.0, 1.0, scale, scale
         self.kept = torch.empty(len(lanes), places, D * head + a, device=device)
         for lane, kept in zip(lanes, self.kept, strict=True):  # the same on any rank
-            generator = torch.Generator(device).manual_seed(hp.seed * 1_000_003 + lane)
+            generator = torch.Generator(device).manual_seed(hp.generator_seed * 1_000_003 + lane)
             kept.uniform_(-D ** -0.5, D ** -0.5, generator=generator)
         self.kept = self.kept.flatten(0, 1)
         self.values, self.squares = (torch.zeros(self.flight + 1, sum(self.parts), device=device) for _ in range(2))
@@ -3159,14 +3536,24 @@ class StaleContext:
         new = [torch.stack([t[:, :chunk].detach() for t in of_slot]) for of_slot in self.new]
         self.cache[:, :, places], self.new = torch.stack(new), []
 
+def documents_to_score(validation, hp):
+    """Numbers of the documents that test-time training scores: all, or TTT_MAX_DOCS of all lengths.
+    Raises DataError where these hold no byte.
+    """
+    order, count = np.argsort(validation.ends - validation.starts, kind="stable"), len(validation.starts)
+    wanted = min(hp.ttt_max_docs or count, count)
+    documents = np.sort(order[(2 * np.arange(wanted) + 1) * count // (2 * wanted)])
+    if hp.ttt_enabled and not validation.targets_of(documents)[1]:
+        raise DataError(f"TTT_MAX_DOCS={hp.ttt_max_docs}: the documents that are left hold no byte: take more")
+    return documents
+
 class TestTimeTrainer:
     """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between phases."""
 
     def __init__(self, model, validation, hp, dist, log):
+        self.started = time.perf_counter()  # tables of adapters and the upload of the stream are of the budget too
         self.model, self.validation, self.hp, self.dist, self.log = model, validation, hp, dist, log
-        order, count = np.argsort(validation.ends - validation.starts, kind="stable"), len(validation.starts)
-        wanted = min(hp.ttt_max_docs or count, count)
-        self.documents = np.sort(order[(2 * np.arange(wanted) + 1) * count // (2 * wanted)])  # of all lengths
+        self.documents = documents_to_score(validation, hp)
         row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.ttt_eval_seq_len
         entries = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
         self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device)
@@ -3349,7 +3736,6 @@ class TestTimeTrainer:
         """Runs the plan -> {loss, bpb, tokens, bytes, documents, partial, recompilations, unadapted_tokens}."""
         hp, stream, dist = self.hp, self.validation, self.dist
         self.model.requires_grad_(False)
-        self.started = time.perf_counter()
         starts, lengths = stream.starts[self.documents], (stream.ends - stream.starts)[self.documents]
         phases = plan_ttt(lengths, hp)
         schedules = [schedule_ttt([documents for lane in self.lanes for documents in phase.lanes[lane]],
@@ -3444,25 +3830,41 @@ def group_bytes(arrays):
             sizes["rest"] += array.nbytes
     return {role: round(sizes[role]) for role in sorted(sizes, key=sizes.get, reverse=True)}
 
-def build_artifact(model, loader, hp, dist, log, path, code_bytes):
-    """Hessians -> GPTQ and LQER on all ranks -> one file, written by rank 0. Returns its group_bytes."""
+AFTER_TRAINING = "hessians", "quantize", "quant_check"  # stages that MAX_WALLCLOCK_SECONDS pays for, too
+
+def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seconds=0.0):
+    """Hessians -> GPTQ and LQER on all ranks -> one file, written by rank 0. Returns figures for RESULT."""
+    def seconds_left():
+        """Of MAX_WALLCLOCK_SECONDS, the same on every rank; without end where there is no training clock."""
+        if not training_seconds or not hp.max_wallclock_seconds:
+            return math.inf
+        used = training_seconds + sum(log.seconds.get(stage, 0.0) for stage in AFTER_TRAINING)
+        return hp.max_wallclock_seconds - dist.agree(used)[0]
+
+    def quantize(hp):
+        with log.stage("quantize"):
+            return quantize_weights(check.weights, hessians, hp, dist)
+
+    def pack(arrays, hp):
+        with log.stage("pack"):
+            return pack_weights(arrays, hp.compressor, log.live) if dist.rank == 0 else b""
+
     with log.stage("hessians"):
         hessians = collect_hessians(model, loader, hp, dist)
-    weights = {name: tensor.detach() for name, tensor in unbank(model).items()}
-    def attempt(hp):
-        with log.stage("quantize"):
-            arrays = quantize_weights(weights, hessians, hp, dist)
-        with log.stage("pack"):
-            return pack_weights(arrays, hp.compressor, log.live) if dist.rank == 0 else b"", arrays
+    check = QuantizationCheck(model, loader, hp, dist, log)
+    hp, arrays = check.choose(quantize, seconds_left)
+    blob = pack(arrays, hp)
     if hp.target_bytes:
-        clips, size = {clip for _, _, clip in QUANT_TABLE.values()}, sum(w.numel() for w in weights.values())
+        clips, size = {clip for _, _, clip in QUANT_TABLE.values()}, sum(w.numel() for w in check.weights.values())
+
+        def attempt(wider):
+            found = arrays if wider is hp else quantize(wider)
+            return blob if wider is hp else pack(found, wider), found
         blob, arrays = techniques.just_under(attempt, clips, size, code_bytes, hp, dist, log)
-    else:
-        blob, arrays = attempt(hp)
     if dist.rank == 0:
         write_atomically(path, blob)
     dist.barrier()
-    return group_bytes(arrays)
+    return {"quant_check": check.summary(), "group_bytes": group_bytes(arrays)}
 
 def score_stage(name, evaluate, log, scores):
     """Runs evaluate() -> {loss, bpb, tokens, bytes} as stage eval_<name>; logs the score, keeps it in `scores`."""
@@ -3484,16 +3886,19 @@ def rebuild_model(model, path, dist):
     for parameter in model.parameters():
         dist.broadcast(parameter.detach())
 
-def violations(hp, log, training, code_bytes, artifact_bytes, scores):
+def violations(hp, log, training, code_bytes, artifact_bytes, scores, leaked=0):
     """The contest's rules that this run breaks, as sentences; an empty list means none of those checked here."""
     broken, seconds, graphs, ttt = [], log.seconds, log.graphs, scores.get("ttt", {})
     if (over := code_bytes + artifact_bytes - BYTE_CAP) > 0:
         largest = ", ".join(f"{role} {size}" for role, size in [*training.get("group_bytes", {}).items()][:3])
         broken.append(f"{code_bytes + artifact_bytes} bytes of code and weights, {over} above the cap of {BYTE_CAP} "
                       f"(largest: {largest}); QUANT_ONLY=1 TARGET_BYTES={BYTE_CAP} goes on from the checkpoint")
-    used = training.get("training_seconds", 0) + seconds.get("hessians", 0) + seconds.get("quantize", 0)
+    used = training.get("training_seconds", 0) + sum(seconds.get(stage, 0) for stage in AFTER_TRAINING)
     if hp.max_wallclock_seconds and used > hp.max_wallclock_seconds:
         broken.append(f"training, Hessians and GPTQ took {used:.1f} s of {hp.max_wallclock_seconds:.1f}")
+    check = training.get("quant_check")
+    if check and (check["gap"] is None or check["gap"] > hp.quant_gap_max):
+        broken.append(f"quantization adds {check['gap']} nats a token on held-out rows, more than {hp.quant_gap_max}")
     if (used := seconds.get("unpack", 0) + seconds[f"eval_{list(scores)[-1]}"]) > hp.eval_budget_seconds:
         broken.append(f"unpacking and the final evaluation took {used:.1f} s of {hp.eval_budget_seconds:.1f}")
     if again := graphs.get("train", 0) - graphs.get("eval_training", 0):
@@ -3502,11 +3907,22 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
         broken.append(f"{again} graphs were compiled in test-time training after its warm-up")
     if ttt.get("partial"):
         broken.append("test-time training scored part of the validation documents (TTT_MAX_DOCS)")
+    if leaked:
+        broken.append(f"{leaked} training documents are validation documents, says the dataset's manifest")
     return broken
+
+def budget_notes(hp):
+    """Notes for the log: `violations` checks the budgets as they are set, which may be more than the contest allows."""
+    budgets = {"MAX_WALLCLOCK_SECONDS": hp.max_wallclock_seconds, "EVAL_BUDGET_SECONDS": hp.eval_budget_seconds}
+    return [f"{name}={value:g} is {'no limit' if not value else 'more'}, the contest allows {CONTEST_SECONDS:g} s: "
+            "violations are those of the budgets as set" for name, value in budgets.items()
+            if not 0 < value <= CONTEST_SECONDS]
 
 def train_and_save(trainer, evaluator, path):
     """Stages warm_up and train, then model.pt. Returns figures for RESULT. A signal waits for the end of a step."""
-    dist, log, guard = trainer.dist, trainer.log, trainer.guard
+    dist, log, loader, guard = trainer.dist, trainer.log, trainer.loader, trainer.guard
+    log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank} "
+        f"held_out_rows:{loader.held_out_rows}")
     with log.stage("warm_up"):
         trainer.warm_up()
     guard.begin_training()
@@ -3522,6 +3938,7 @@ def check_all(hp, dist, guard=NO_GUARD):
     return all_at_once(
         dist, tokenizer=lambda found: find_tokenizer(hp), compressor=lambda found: try_compressor(hp.compressor),
         validation=lambda found: ValidationSet(hp),
+        documents=lambda found: "validation" in found and documents_to_score(found["validation"], hp),
         loader=lambda found: hp.ttt_eval_only or TrainLoader(TokenStream(hp.data_path, "train"), hp, dist),
         folder=lambda found: run_folder(hp, dist), model=lambda found: build_model(hp, dist),
         machine=lambda found: guard.check(hp, dist, found))
@@ -3540,7 +3957,8 @@ def run(hp, dist, guard=NO_GUARD):
              "world_size": dist.world_size, "torch": torch.__version__, "python": sys.version.split()[0],
              **model.ops.names}
     log(f"settings (* changed):\n{settings_table(hp)}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
-    log("\n".join(f"note: {note}" for note in (*model.ops.notes, "the budget starts after the warm-up")))
+    notes = [*dist.notes, *model.ops.notes, *budget_notes(hp), "the budget starts after the warm-up"]
+    log("\n".join(f"note: {note}" for note in notes))
     log("\n".join(guard.notes(hp)))
     log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} "
         f"tokenizer:{found['tokenizer']} validation {validation.summary} tokens:{len(validation.tokens)} "
@@ -3554,7 +3972,6 @@ def run(hp, dist, guard=NO_GUARD):
             dist.broadcast(parameter.detach())
     elif not hp.ttt_eval_only:
         trainer = Trainer(model, loader, hp, dist, log, guard)
-        log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank}")
         training = train_and_save(trainer, evaluator, checkpoint)
         del trainer
         if compile_wanted(hp, dist):
@@ -3564,7 +3981,8 @@ def run(hp, dist, guard=NO_GUARD):
     if not hp.ttt_eval_only:  # what was trained is safe: quantize and pack it, then evaluate it
         guard.keep_weights(hp, folder, checkpoint, log)
         if not hp.prequant_only:
-            training["group_bytes"] = build_artifact(model, loader, hp, dist, log, artifact, code_bytes)
+            training |= build_artifact(model, loader, hp, dist, log, artifact, code_bytes,
+                                       training.get("training_seconds", 0.0))
         score_stage("prequant", evaluator.evaluate_bpb, log, scores)
 
     # ---- evaluate the file on disk
@@ -3580,12 +3998,14 @@ def run(hp, dist, guard=NO_GUARD):
             helpers = document_windows, WindowPacker, sgd_step, Score
             score_stage("ttt", lambda: techniques.evaluate_sgd(evaluator, *helpers), log, scores)
         elif hp.ttt_enabled:
-            score_stage("ttt", TestTimeTrainer(model, validation, hp, dist, log).evaluate, log, scores)
+            score_stage("ttt", lambda: TestTimeTrainer(model, validation, hp, dist, log).evaluate(), log, scores)
 
+    leaked = read_manifest(hp.data_path).get("leaked_documents")
+    training |= {} if leaked is None else {"leaked_documents": leaked}
     result = {"version": RESULT_VERSION, **about, **training, "scores": scores, "artifact_bytes": artifact_bytes,
               "code_bytes": code_bytes, "total_bytes": artifact_bytes + code_bytes, "seconds": log.seconds,
               "graphs_compiled": {stage: count for stage, count in log.graphs.items() if count},
-              "violations": violations(hp, log, training, code_bytes, artifact_bytes, scores)}
+              "violations": violations(hp, log, training, code_bytes, artifact_bytes, scores, leaked)}
     if dist.device.type == "cuda":
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     if dist.rank == 0:
@@ -3595,6 +4015,7 @@ def run(hp, dist, guard=NO_GUARD):
 
 def main():
     """Command line: --help, or a run as the environment says. Exit code 1: an error; 3: the byte cap is broken."""
+    survive_lost_terminals()
     if len(sys.argv) > 1:
         print("No arguments; settings are environment variables, here with their defaults:\n" + settings_table())
         sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)

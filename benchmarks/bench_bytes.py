@@ -3,11 +3,13 @@
     python benchmarks/bench_bytes.py codes runs/ID/artifact.bin        # every compressor on the arrays of an artifact
     DATA_PATH=... python benchmarks/bench_bytes.py sweep runs/ID/model.pt --out sweep.png \\
         --curve plain "MLP_CLIP_SIGMAS=10 ATTN_CLIP_SIGMAS=11.5" "" \\
-        --curve ours "COMPRESSOR=entropy GPTQ_COLUMN_STEPS=1 GPTQ_RATE_LAMBDA=1"
+        --curve ours "COMPRESSOR=entropy GPTQ_COLUMN_STEPS=1"
 
 `codes` prints bytes by group of tensors beside the order-0 entropy of its codes, and the seconds to pack and unpack.
 `sweep` is the harness behind QUANT_ONLY=1: Hessians once, then GPTQ, packing, rebuilding and evaluation for every point
 of every curve (settings as in the environment, which holds for all points); a table, a .json and a .png beside it.
+`gap` is what quantization adds to the loss, in nats a token, on the training rows that neither training nor the
+Hessians have seen (QUANT_CHECK_ROWS of them): a low error on the calibration rows alone is no evidence.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import os
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +78,24 @@ def compare_codes(path: Path, compressors: list[str]) -> None:
         print(f"{compressor:18} {len(blob):10d} B  {seconds}  {groups}", flush=True)
 
 
+SWEPT = ("matrix_bits", "embed_bits", "mlp_clip_sigmas", "attn_clip_sigmas", "embed_clip_sigmas", "hessian_clip_lambda",
+         "gptq_damp", "gptq_block_size", "gptq_column_steps", "gptq_column_octaves",
+         "gated_attn_quant_gate", "lqer_enabled", "lqer_top_k", "lqer_rank", "lqer_weighted",
+         "lqer_asym_enabled", "lqer_asym_group", "lqer_factor_bits", "compressor")  # fmt: skip
+
+
+def check_points(points: list[str]) -> None:
+    """SettingError for settings of a point that a sweep cannot vary: its model, rows and Hessians are made once."""
+    for settings in points:
+        for name in settings_of(settings.split()):
+            if name.lower() not in SWEPT:
+                raise train_gpt.SettingError(
+                    f"{name} cannot differ between the points of a sweep: set it in the environment, for all of them"
+                )
+
+
 class Sweep:
-    """One checkpoint, its Hessians, and the points measured so far."""
+    """One checkpoint, its Hessians, its loss on the rows that were held out, and a thread that packs meanwhile."""
 
     def __init__(self, checkpoint: Path, compressor: str):
         self.hp = train_gpt.Hyperparameters.from_env()
@@ -91,25 +110,28 @@ class Sweep:
         loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
         self.hessians = train_gpt.collect_hessians(self.model, loader, hp, dist)
         self.weights = {name: w.detach().clone() for name, w in train_gpt.unbank(self.model).items()}
+        self.loader, self.packing = loader, ThreadPoolExecutor(1)
+        self.fp32_loss = train_gpt.held_out_loss(self.model, loader, hp, dist)
 
     def measure(self, settings: str) -> dict:
-        """Quantizes under "NAME=VALUE ..." -> bytes of the weights, BPB, mean relative weighted error, seconds."""
+        """Quantizes under "NAME=VALUE ..." -> the file, bytes of it to come, BPB, gap, mean relative weighted error."""
         hp = train_gpt.Hyperparameters.from_env(dict(os.environ, COMPRESSOR=self.hp.compressor)
                                                 | settings_of(settings.split()))
         start = time.perf_counter()
         arrays = train_gpt.quantize_weights(self.weights, self.hessians, hp, self.dist)
         quantized = time.perf_counter()
-        blob = train_gpt.pack_weights(arrays, hp.compressor)
-        packed = time.perf_counter()
-        rebuilt = train_gpt.dequantize_weights(train_gpt.unpack_weights(blob))
+        size = self.packing.submit(lambda: len(train_gpt.pack_weights(arrays, hp.compressor)))
+        rebuilt = train_gpt.dequantize_weights(arrays)
         error = 0.0
         for name, hessian in self.hessians.items():
             e, w = (x.to(hessian) for x in (self.weights[name] - rebuilt[name].to(hessian), self.weights[name]))
             error += float(((e @ hessian) * e).sum() / ((w @ hessian) * w).sum())
         train_gpt.rebank(self.model, rebuilt)
-        return {"settings": settings, "bytes": len(blob), "weighted_error": error / len(self.hessians),
+        loss = train_gpt.held_out_loss(self.model, self.loader, self.hp, self.dist)
+        return {"settings": settings, "weighted_error": error / len(self.hessians),
+                "gap": None if loss is None else loss - self.fp32_loss,
                 "bpb": self.evaluator.evaluate_bpb()["bpb"], "seconds_quantize": quantized - start,
-                "seconds_pack": packed - quantized}
+                "bytes": size.result()}
 
 
 def plot(curves: dict[str, list[dict]], path: Path) -> None:
@@ -145,14 +167,16 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "codes":
         return compare_codes(options.artifact, options.compressors)
+    check_points([settings for _, *points in options.curve for settings in points])
     harness, curves = Sweep(options.checkpoint, "entropy"), defaultdict(list)
-    print(f"fp32: bpb {harness.evaluator.evaluate_bpb()['bpb']:.6f}", flush=True)
+    print(f"fp32: bpb {harness.evaluator.evaluate_bpb()['bpb']:.6f}  held-out loss {harness.fp32_loss}", flush=True)
     for name, *points in options.curve:
         for settings in points:
             point = harness.measure(settings)
             curves[name].append(point)
-            print(f"{name:12} {point['bytes']:10d} B  bpb {point['bpb']:.6f}  error {point['weighted_error']:.3e}  "
-                  f"GPTQ {point['seconds_quantize']:.1f} s  pack {point['seconds_pack']:.1f} s  {settings}", flush=True)
+            gap = "none" if point["gap"] is None else f"{point['gap']:.5f}"
+            print(f"{name:12} {point['bytes']:10d} B  bpb {point['bpb']:.6f}  gap {gap}  error "
+                  f"{point['weighted_error']:.3e}  GPTQ {point['seconds_quantize']:.1f} s  {settings}", flush=True)
         options.out.with_suffix(".json").write_text(json.dumps(curves, indent=1))
     plot(curves, options.out.with_suffix(".png"))
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 from test_end_to_end import SETTINGS, make_data
 
 import train_gpt
@@ -38,7 +39,7 @@ def start(folder, *command, **settings):
 def finish(process):
     """(exit code, standard output, standard error)"""
     try:
-        out, err = process.communicate(timeout=400)
+        out, err = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         process.kill()
         raise

@@ -31,8 +31,18 @@ def test_sweep_measures_bytes_error_and_bpb_of_every_point(monkeypatch, tmp_path
     (near, coarse), (ours,) = curves["plain"], curves["ours"]
     assert near["bytes"] > coarse["bytes"] and near["weighted_error"] < 0.2 * coarse["weighted_error"]
     assert ours["settings"] == shaped and ours["weighted_error"] < 0.2 * coarse["weighted_error"]
+    assert all(-0.1 < point["gap"] < 0.1 for point in (near, coarse, ours))
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     assert abs(near["bpb"] - float(capsys.readouterr().out.split()[2])) < 0.05
+
+
+@pytest.mark.parametrize("setting", ["GPTQ_CALIBRATION_BATCHES=64", "MICRO_BATCH_TOKENS=64", "SEED=2", "NOSUCH=1"])
+def test_a_setting_that_a_sweep_cannot_vary_is_refused(setting, monkeypatch, tmp_path):
+    """Its Hessians are made once: every point would have given the same bytes."""
+    command = ["bench", "sweep", str(tmp_path / "absent.pt"), "--curve", "ours", "", f"GPTQ_DAMP=0.1 {setting}"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(train_gpt.SettingError, match=f"{setting.split('=')[0]} cannot differ"):
+        bench_bytes.main()
 
 
 def test_codes_compares_compressors_on_the_same_arrays(tmp_path, capsys):

@@ -11,8 +11,8 @@ import train_gpt
 from tools import launch
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "THIRD_PARTY_NOTICES.md", "data/README.md", "docs/LOG.md", "docs/RELIABILITY.md",
-         "docs/RESULT.md", "records/README.md", "tokenizers/README.md"]
+PAGES = ["README.md", "THIRD_PARTY_NOTICES.md", "data/README.md", "docs/LOG.md", "docs/PROXY.md",
+         "docs/RELIABILITY.md", "docs/RESULT.md", "records/README.md", "tokenizers/README.md"]
 SETTINGS = {name.upper() for name in train_gpt.Hyperparameters.__dataclass_fields__}
 OTHER_VARIABLES = {"SOAK", "TORCH_INDEX_URL", "TORCH", "GOLDEN_DIR", "HF_ENDPOINT", "HF_TOKEN", *launch.OURS}
 # what a run, a dataset or a user makes or fetches, so that a checkout does not hold it
@@ -135,7 +135,7 @@ def test_every_key_of_result_is_described(source):
     produced |= assigned(source["select_ops"], "trials")  # **ops.names
     assert {"version", "violations", "steps", "attention", "peak_memory_bytes"} <= produced
     # run and Trainer.train put these into what Trainer.summary made
-    assert described("Keys") == produced | {"group_bytes", "resumed_at_step"}
+    assert described("Keys") == produced | {"group_bytes", "quant_check", "resumed_at_step"}
 
 
 def test_every_score_and_its_fields_are_described(source):
@@ -147,7 +147,7 @@ def test_every_score_and_its_fields_are_described(source):
 
 def test_every_stage_is_described(source):
     stages = called_with(source, "stage") | {f"eval_{name}" for name in called_with(source, "score_stage")}
-    assert described("Seconds") == stages and len(stages) == 11
+    assert described("Seconds") == stages and len(stages) == 12
 
 
 def test_result_page_has_the_version_and_the_cap():

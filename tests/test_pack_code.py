@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import HERE, PATIENCE
 from test_end_to_end import SETTINGS, QuietGuard, make_data
 from test_presets import PUBLISHED, tiny
 
@@ -27,7 +28,6 @@ from tools.pack_code import PACKED_END, is_packed, pack_code, string_literal  # 
 
 ROOT = Path(train_gpt.__file__).parent
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
-HERE = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
 SAMPLE = '''
 """A script with what the real one has: a dataclass, a kernel, an operator, slashes \\\\ and quotes."""
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _(long_argument, other_argument):
 def run_script(path, *arguments):
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, path, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -199,7 +199,7 @@ def test_command_line_writes_the_packed_script(tmp_path):
     assert run_script(tool, script, tmp_path / "out.py").strip().endswith(" bytes")
     assert run_script(tmp_path / "out.py") == f"packed {tmp_path / 'out.py'}\n"
     for arguments in [[], [tmp_path / "absent.py", tmp_path / "out.py"], [tool, tmp_path / "absent" / "out.py"]]:
-        done = subprocess.run([sys.executable, tool, *arguments], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, tool, *arguments], capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 1 and "pack_code.py" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -312,6 +312,12 @@ def packed(tmp_path_factory):
     return path
 
 
+def test_a_lost_terminal_does_not_end_a_packed_script(packed):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, packed, "--help"], stdout=full, stderr=full, timeout=PATIENCE)
+    assert done.returncode == 0
+
+
 def test_operators_of_the_packed_script_are_differentiable(packed):
     """Kernels in the interpreter: PyTorch calls into them by the names of parameters that it documents."""
     driver = """
@@ -338,7 +344,7 @@ def test_operators_of_the_packed_script_are_differentiable(packed):
     pytest.importorskip("triton")
     environ = HERE | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(packed.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(driver)], env=environ, capture_output=True, text=True,
-                          timeout=240)
+                          timeout=PATIENCE)
     assert done.stdout == "equal\n", done.stderr
 
 
@@ -354,8 +360,8 @@ def test_the_packed_script_keeps_the_names_that_quack_calls_operands_by(packed):
         print(quack_stub.EpiMod.calls)
         """
     paths = os.pathsep.join([str(packed.parent), str(Path(__file__).parent)])
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(driver)], capture_output=True, text=True, timeout=240,
-                          env=HERE | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"})
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(driver)], capture_output=True, text=True,
+                          timeout=PATIENCE, env=HERE | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"})
     assert done.stdout == "[(6, 32, 16, False), (6, 32, 16, True)]\n", done.stderr
 
 
@@ -384,7 +390,8 @@ def run_both(folder, monkeypatch, settings, run):
 
     def call():
         environ = HERE | run | {"OMP_NUM_THREADS": "1", "RUN_ID": "packed"}
-        return subprocess.run([sys.executable, "-I", script], env=environ, text=True, capture_output=True, timeout=400)
+        return subprocess.run([sys.executable, "-I", script], env=environ, text=True, capture_output=True,
+                              timeout=PATIENCE)
 
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(call)

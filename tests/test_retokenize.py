@@ -10,9 +10,11 @@ import pytest
 import sentencepiece
 from test_prepare_data import DEFAULT_TOKENIZER, TEXTS, build, stream, write_docs
 
+import prepare_caseops_data as prepare
 from lossless_caps import CONTROLS, decode
 from prepare_caseops_data import DataError, encode_document, load_tokenizer, main, read_manifest, write_shard
 from tokenizers.train_tokenizer import check_layout
+from tools import retokenize
 from tools.retokenize import charges_of_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +66,24 @@ def test_documents_bos_and_bytes_are_kept(small, tmp_path, workers):
     manifest = read_manifest(tmp_path / "new")
     assert manifest["tokenizer"]["vocab_size"] == 320
     assert manifest["sources"][0]["split_rule"].startswith("the first 12 documents")
+
+
+def test_long_documents_are_retokenized_in_blocks_as_if_whole(small, tmp_path, monkeypatch):
+    rng = random.Random(4)
+    odd = ["\u6771\u4eac", "\u00bd", "e\u0301t", "  ", "\ue001", "Me", "\x07", "\u3000", "12", "\U0001f5fc", "\n"]
+    texts = ["".join(rng.choice([*odd, " the Shape", " of", " ARRAY"]) for _ in range(60)) for _ in range(40)]
+    docs = write_docs(tmp_path / "docs.jsonl", texts)
+    build(tmp_path / "old", "--docs", docs, "--val-docs", 30)
+
+    def retokenized(name):
+        command = ["retokenize", str(tmp_path / "old"), "--old-tokenizer", str(DEFAULT_TOKENIZER), "--tokenizer"]
+        assert main([*command, str(small), "--out", str(tmp_path / name), "--workers", "1"]) == 0
+        return {path.name: path.read_bytes() for path in sorted((tmp_path / name).iterdir())}
+
+    whole = retokenized("whole")
+    monkeypatch.setattr(prepare, "BLOCK_CHARS", 9)
+    monkeypatch.setattr(retokenize, "PIECES_AT_ONCE", 5)
+    assert retokenized("blocks") == whole
 
 
 def test_charges_are_laid_on_bytes_with_the_same_sum():
@@ -125,3 +145,47 @@ def test_no_documents_behind_validation_are_an_error(tmp_path):
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize("wrong", [b'"a lone \\ud83d"', b'{"title": "no text"}', b'{"text": "cut'])
+@pytest.mark.parametrize("in_validation", [False, True])
+def test_a_document_that_cannot_be_read_is_named_and_the_old_model_stays(tmp_path, wrong, in_validation):
+    """It was a traceback, and --out, by default the repository's own tokenizer, was left with 0 bytes."""
+    model, docs = tmp_path / "a.model", tmp_path / "docs.jsonl"
+    model.write_bytes(b"what was there")
+    lines = [b'"a sentence of some words"'] * 20
+    lines[3 if in_validation else 12] = wrong
+    docs.write_bytes(b"\n".join(lines))
+    run = train(model, docs, "--val-docs", "5")
+    number = 4 if in_validation else 13
+    assert run.returncode == 1 and f"docs.jsonl, line {number}: " in run.stderr
+    assert "Traceback" not in run.stderr
+    assert model.read_bytes() == b"what was there" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_vocabulary_that_cannot_be_trained_is_one_message_and_the_old_model_stays(tmp_path):
+    model = tmp_path / "a.model"
+    model.write_bytes(b"what was there")
+    docs = write_docs(tmp_path / "docs.jsonl", ["".join(map(chr, range(0x4E00, 0x4F00)))] * 20)
+    run = train(model, docs, "--val-docs", "0", "--vocab-size", "265")
+    assert run.returncode == 1 and "error: no tokenizer of 265 pieces from this text" in run.stderr
+    assert "Traceback" not in run.stderr and model.read_bytes() == b"what was there"
+
+
+@pytest.mark.parametrize("copy", ["{}\n", "  {}", "{}\0", "\t{} \n"])
+def test_a_copy_with_other_blanks_around_it_is_not_trained_on(tmp_path, copy):
+    """What is trained on is stripped, so it is a validation document to the letter."""
+    secret = "xylophone zugzwang " * 30
+    docs = write_docs(tmp_path / "docs.jsonl", [secret, *SENTENCES[:50], copy.format(secret)])
+    run = train(tmp_path / "a.model", docs, "--val-docs", "1")
+    assert run.returncode == 0 and "50 documents" in run.stdout and "1 training document that is" in run.stdout
+
+
+@pytest.mark.parametrize("option", ["--vocab-size=abc", "--vocab-size=264", "--vocab-size=1e4", "--val-docs=-1"])
+def test_arguments_that_make_no_sense_are_refused_by_name(tmp_path, option):
+    run = train(tmp_path / "a.model", "nowhere.jsonl", option)
+    name, value = option.split("=")
+    assert run.returncode == 2 and f"argument {name}: {value} is not a whole number" in run.stderr
+
+
+def test_a_folder_that_is_not_there_is_said_before_training(tmp_path):
+    run = train(tmp_path / "nowhere" / "a.model", "docs.jsonl")
+    assert run.returncode == 1 and "nowhere: no such folder (--out)" in run.stderr

@@ -1,0 +1,476 @@
+"""benchmarks/bench_recipe.py: pairs, goes, what is missing after a kill, refusals, verdicts, tables; one real pair."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE, TINY, write_documents
+
+import prepare_caseops_data
+from benchmarks import bench_recipe
+
+# Stands in for train_gpt.py: BPB is 1.2 + SEED / 100 - GAIN, and nothing is trained.
+STUB = """
+import dataclasses, json, os, pathlib, sys, time
+
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters:
+    seed: int = 42
+    data_path: str = ""
+    run_id: str = ""
+    runs_dir: str = ""
+    plots: int = 1
+    train_batch_tokens: int = 10
+    micro_batch_tokens: int = 10
+    max_wallclock_seconds: float = 600.0
+    gptq_reserve_seconds: float = 7.0
+    prequant_only: int = 0
+    gain: float = 0.0
+    speed: float = 1.0
+    sleep: float = 0.0
+    broken: int = 0
+
+    @classmethod
+    def from_env(cls, environ):
+        fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
+        if unknown := [name for name in environ if name.startswith("GAIN") and name not in fields]:
+            raise ValueError(f"{unknown[0]} is not a setting")
+        return cls(**{f.name: f.type(environ[name]) for name, f in fields.items() if name in environ})
+
+if __name__ == "__main__":
+    hp = Hyperparameters.from_env(os.environ)
+    time.sleep(hp.sleep)
+    if hp.broken == hp.seed:
+        print("step:1 train_loss:9.0")
+        sys.exit("out of\\nmemory")
+    folder = pathlib.Path(hp.runs_dir, hp.run_id)
+    folder.mkdir(parents=True)
+    bpb = 1.2 + hp.seed / 100 - hp.gain
+    stages = {"prequant": bpb} if hp.prequant_only else {"prequant": bpb, "quantized": bpb + 0.005, "ttt": bpb - 0.01}
+    (folder / "log.txt").write_text("train_shards:1 train_tokens:9830400 rows_a_step:1\\n")
+    (folder / "result.json").write_text(json.dumps({
+        "version": 2, "commit": None, "device": "stub", "torch": "0", "python": "3", "steps": int(1000 * hp.speed),
+        "training_seconds": 100.0, "artifact_bytes": 0 if hp.prequant_only else 15_000_000, "code_bytes": 20_000,
+        "total_bytes": 15_020_000, "seconds": {"train": 100.0}, "violations": [],
+        "scores": {stage: {"bpb": value, "bytes": 1000, "tokens": 300} for stage, value in stages.items()}}))
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with checkouts of the stub (base, other) and data; every test is a machine of its own."""
+    for name in ("base", "other", "data", "tmp"):
+        (tmp_path / name).mkdir()
+    for name in ("base", "other"):
+        (tmp_path / name / "train_gpt.py").write_text(STUB)
+    write_documents(tmp_path / "data", "train", [50, 60], seed=1)
+    write_documents(tmp_path / "data", "val", [20], seed=2)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    return tmp_path
+
+
+def words(place, *arms, kind="screen", seeds="1 2 3", options=()):
+    """The command line of `run`; an arm is a pair of a name, in the checkout `base`, and settings."""
+    line = ["run", str(place / "c.jsonl"), "--kind", kind, "--data", str(place / "data")]
+    line += ["--runs", str(place / "runs"), "--seeds", *seeds.split(), *options]
+    for name, settings in arms:
+        line += ["--arm", name if "@" in name else f"{name}@{place / 'base'}", settings]
+    return line
+
+
+def run(place, *arms, **rest):
+    """-> (exit code or message, records of the campaign)."""
+    with pytest.raises(SystemExit) as ended:
+        bench_recipe.main(words(place, *arms, **rest))
+    return ended.value.code, bench_recipe.read_campaign(place / "c.jsonl")
+
+
+def new_machine(place):
+    for path in (place / "tmp").iterdir():
+        path.unlink()
+
+
+def table(place, *options):
+    bench_recipe.main(["table", str(place / "c.jsonl"), *options])
+
+
+BASE, BETTER = ("base", ""), ("better", "GAIN=0.002")
+
+
+# ---- runs and pairs
+
+
+def test_arms_alternate_and_every_run_is_one_line(place):
+    code, records = run(place, BASE, BETTER)
+    assert code == 0
+    assert [(r["arm"], r["seed"]) for r in records] == [("base", 1), ("better", 1), ("better", 2), ("base", 2),
+                                                        ("base", 3), ("better", 3)]  # fmt: skip
+    first = records[0]
+    assert first["status"] == "ok" and first["steps"] == 1000 and first["scores"]["prequant"]["bpb"] == 1.21
+    assert first["tokens_per_second"] == 983_040 and first["epochs"] == 10.0 and first["train_tokens"] == 9_830_400
+    assert first["changed"]["MAX_WALLCLOCK_SECONDS"] == 120 and first["changed"]["PREQUANT_ONLY"] == 1
+    assert "GAIN" not in first["changed"] and records[1]["changed"]["GAIN"] == 0.002
+    assert first["data"]["train_tokens"] == 112 and len({r["go"] for r in records}) == 1
+    assert [r["position"] for r in records] == [0, 1, 2, 3, 4, 5]
+    assert run(place, BASE, BETTER) == (0, records)  # nothing is missing
+
+
+def test_settings_of_the_environment_do_not_reach_a_run(place, monkeypatch):
+    monkeypatch.setenv("GAIN", "0.7")
+    _, records = run(place, BASE, seeds="1")
+    assert records[0]["scores"]["prequant"]["bpb"] == 1.21
+
+
+def test_a_final_has_all_stages_and_set_goes_to_every_arm(place):
+    _, records = run(place, BASE, BETTER, kind="final", seeds="1", options=["--set", "SPEED=2"])
+    assert [list(r["scores"]) for r in records] == [["prequant", "quantized", "ttt"]] * 2
+    assert [r["steps"] for r in records] == [2000, 2000] and records[0]["changed"]["MAX_WALLCLOCK_SECONDS"] == 200
+
+
+def test_another_checkout_is_an_arm(place):
+    (place / "other" / "train_gpt.py").write_text(STUB.replace("1.2 +", "1.1 +"))
+    _, records = run(place, BASE, (f"old@{place / 'other'}", ""), seeds="1")
+    assert records[1]["scores"]["prequant"]["bpb"] == pytest.approx(1.11)
+    assert records[0]["code"] != records[1]["code"]
+
+
+def test_the_code_is_known_by_what_it_imports(place):
+    recipe = bench_recipe.check_arm(bench_recipe.Arm("base", {}, place / "base"), {})
+    (place / "base" / "notes.py").write_text("")
+    assert bench_recipe.check_arm(bench_recipe.Arm("base", {}, place / "base"), {}) == recipe
+    (place / "base" / "train_gpt.py").write_text("import notes\n" + STUB)
+    imported = bench_recipe.check_arm(bench_recipe.Arm("base", {}, place / "base"), {}).code
+    (place / "base" / "notes.py").write_text("x = 1\n")
+    assert bench_recipe.check_arm(bench_recipe.Arm("base", {}, place / "base"), {}).code != imported != recipe.code
+
+
+def test_a_half_pair_of_another_machine_is_run_again(place):
+    _, records = run(place, BASE, BETTER, seeds="1 2")
+    lines = (place / "c.jsonl").read_text().splitlines(keepends=True)
+    (place / "c.jsonl").write_text("".join(lines[:3]))  # base 1, better 1, better 2
+    _, same = run(place, BASE, BETTER, seeds="1 2")
+    assert [(r["arm"], r["seed"]) for r in same[3:]] == [("base", 2)]  # the same go: only its other half is missing
+    (place / "c.jsonl").write_text("".join(lines[:3]))
+    new_machine(place)
+    _, records = run(place, BASE, BETTER, seeds="1 2")
+    assert [(r["arm"], r["seed"]) for r in records[3:]] == [("better", 2), ("base", 2)]
+    assert len({r["go"] for r in records}) == 2
+    pairs = bench_recipe.pairs_of(records, "better", "base")
+    assert {seed: (a["go"], b["go"]) for seed, (a, b) in pairs.items()} == {
+        1: (records[0]["go"],) * 2, 2: (records[3]["go"],) * 2}  # fmt: skip
+
+
+def test_a_pause_ends_a_go(place, monkeypatch):
+    first = bench_recipe.current_go()
+    assert bench_recipe.current_go() == first
+    (path,) = (place / "tmp").iterdir()
+    os.utime(path, (time.time() - bench_recipe.MAX_PAUSE_SECONDS - 5,) * 2)
+    assert bench_recipe.current_go() != first
+
+
+def test_an_arm_that_joins_later_gets_its_partners_in_its_own_go(place):
+    run(place, BASE, BETTER, seeds="1")
+    new_machine(place)
+    _, records = run(place, BASE, BETTER, ("third", "GAIN=0.1"), seeds="1")
+    assert [r["arm"] for r in records] == ["base", "better", "base", "third"]
+
+
+def test_a_killed_call_loses_only_the_run_in_flight(place):
+    line = words(place, BASE, ("slow", "SLEEP=60"), seeds="1 2")
+    script = [sys.executable, str(bench_recipe.ROOT / "benchmarks" / "bench_recipe.py"), *line]
+    process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not bench_recipe.read_campaign(place / "c.jsonl") and time.time() < deadline:
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text() and time.time() < deadline:
+        time.sleep(0.1)
+    child = int(children.read_text().split()[0])
+    process.send_signal(signal.SIGTERM)
+    assert "call again to go on" in process.communicate(timeout=PATIENCE)[1]
+    assert not Path(f"/proc/{child}").exists()  # the run has ended with the call
+    assert [r["arm"] for r in bench_recipe.read_campaign(place / "c.jsonl")] == ["base"]
+    with (place / "c.jsonl").open("a") as file:
+        file.write('{"version": 1, "kind": "scr')  # as if a line had been cut off, too
+    code, records = run(place, BASE, ("quick", "GAIN=0.1"), seeds="1")
+    assert code == 0 and [(r["arm"], r["seed"]) for r in records] == [("base", 1), ("quick", 1)]
+
+
+def test_a_failed_run_is_recorded_and_the_campaign_goes_on(place, capsys):
+    arms = BASE, ("bad", "BROKEN=1")
+    code, records = run(place, *arms, seeds="1 2")
+    assert code == 1
+    assert [(r["arm"], r["seed"], r["status"]) for r in records] == [
+        ("base", 1, "ok"), ("bad", 1, "failed"), ("bad", 2, "ok"), ("base", 2, "ok")]  # fmt: skip
+    assert records[1]["exit_code"] == 1 and records[1]["log"] == ["step:1 train_loss:9.0", "out of", "memory"]
+    code, records = run(place, *arms, seeds="1 2")  # once more, and then it is left alone
+    assert code == 1 and [(r["arm"], r["seed"]) for r in records[4:]] == [("bad", 1)]
+    assert run(place, *arms, seeds="1 2") == (0, records)
+    capsys.readouterr()
+    table(place)
+    told = capsys.readouterr().out
+    assert f"failed: bad, seed 1, go {records[1]['go']}: step:1 train_loss:9.0 | out of | memory\n" in told
+    assert "not counted, without a partner in its go: base, seed 1" in told
+
+
+def test_a_reference_that_fails_spares_its_partners(place):
+    _, records = run(place, ("base", "BROKEN=1"), BETTER, seeds="1")
+    assert [r["arm"] for r in records] == ["base"]
+
+
+def test_no_pair_begins_that_would_not_end_before_the_limit(place, capsys):
+    code, records = run(place, BASE, BETTER, options=["--limit-seconds", "400"])
+    assert code == 0 and records == []  # 2 x (120 + 120) s with cold caches
+    assert "base and better would take about 480 s" in capsys.readouterr().out
+    _, records = run(place, BASE, BETTER, options=["--limit-seconds", "500"])
+    assert len(records) == 6  # the stub is quick, which is known after the first pair
+
+
+def test_split_judges_single_runs_by_the_limit(place):
+    arms = ("base", "SLEEP=1.5"), BETTER
+    assert run(place, *arms, options=["--limit-seconds", "241"])[1] == []
+    _, records = run(place, *arms, options=["--limit-seconds", "241", "--split"])
+    assert [r["arm"] for r in records] == ["base"]  # after it, 240 s more would be too many
+    _, records = run(place, *arms, seeds="1", options=["--limit-seconds", "241", "--split"])
+    assert [r["arm"] for r in records] == ["base", "better"] and records[0]["go"] == records[1]["go"]
+
+
+def test_noise_repeats_a_seed(place):
+    _, records = run(place, BASE, kind="noise", seeds="1 1 1 2 3")
+    assert [r["seed"] for r in records] == [1, 1, 1, 2, 3]
+    new_machine(place)
+    _, more = run(place, BASE, kind="noise", seeds="1 1 1 1 2 3")
+    assert [r["seed"] for r in more[5:]] == [1]
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("name", ["MAX_WALLCLOCK_SECONDS", "SEED", "DATA_PATH", "TRAIN_BATCH_TOKENS", "PREQUANT_ONLY"])
+def test_an_arm_that_breaks_the_comparison_is_refused(place, name):
+    code, records = run(place, BASE, ("odd", f"{name}=5"))
+    assert f"arm odd sets {name}" in code and f"--allow {name}" in code and records == []
+
+
+def test_allow_lets_it_pass(place):
+    code, records = run(place, BASE, ("odd", "TRAIN_BATCH_TOKENS=5"), seeds="1",
+                        options=["--allow", "TRAIN_BATCH_TOKENS"])  # fmt: skip
+    assert code == 0 and records[1]["changed"]["TRAIN_BATCH_TOKENS"] == 5 and records[1]["tokens_per_second"] == 50
+
+
+@pytest.mark.parametrize(("arms", "sentence"), [
+    ([BASE, ("odd", "GAIN_RATE=1")], "arm odd: GAIN_RATE is not a setting"),
+    ([BASE, ("odd", "GAIN=much")], "arm odd: could not convert string to float"),
+    ([BASE, ("odd", "RUN_ID=x")], "arm odd sets RUN_ID: this script sets these itself"),
+    ([BASE, ("odd", "GAIN")], "arm odd: 'GAIN' must be words such as NAME=value"),
+    ([BASE, BASE], "arms need different names"),
+    ([BASE, ("a/b", "")], "arm 'a/b': a name has"),
+    ([BASE, ("odd@/nowhere", "")], "there is no train_gpt.py in /nowhere"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_before_anything_runs(place, arms, sentence):
+    code, records = run(place, *arms)
+    assert sentence in code and records == []
+
+
+def test_seeds_and_data_are_checked(place):
+    assert "a seed stands twice" in run(place, BASE, BETTER, seeds="1 1")[0]
+    for path in (place / "data").glob("fineweb_train*"):
+        path.unlink()
+    assert "are not both there" in run(place, BASE, BETTER)[0]
+
+
+def test_an_arm_keeps_its_recipe_in_a_campaign(place):
+    _, records = run(place, BASE, BETTER, seeds="1")
+    code, after = run(place, BASE, ("better", "GAIN=0.003"), seeds="2")
+    assert "arm better has runs in this campaign with other changed" in code and after == records
+    (place / "base" / "train_gpt.py").write_text(STUB + "\n# changed\n")
+    code, after = run(place, BASE, BETTER, seeds="2")
+    assert "arm base has runs in this campaign with other code" in code and after == records
+    (place / "base" / "train_gpt.py").write_text(STUB)
+    write_documents(place / "data", "train", [50, 61], seed=1)
+    assert "with other data" in run(place, BASE, BETTER, seeds="2")[0]
+
+
+def test_a_second_call_on_the_same_file_is_refused(place):
+    with bench_recipe.locked(place / "c.jsonl"):
+        assert "is in use by another call" in run(place, BASE, BETTER)[0]
+
+
+def test_a_file_of_another_version_is_refused(place):
+    (place / "c.jsonl").write_text('{"version": 99}\n')
+    with pytest.raises(SystemExit, match="version 99, this script reads 1"):
+        table(place)
+
+
+# ---- statistics
+
+
+def pairs(*values, **more):
+    """(BPB of the arm, of the reference) of each seed -> pairs as pairs_of makes them."""
+    sides = [[{"arm": name, "scores": {"prequant": {"bpb": bpb, "bytes": 1000}}, **more} for name, bpb in
+              zip(("arm", "base"), value, strict=True)] for value in values]  # fmt: skip
+    return dict(enumerate(map(tuple, sides)))
+
+
+def test_the_verdicts_arithmetic_against_numbers_by_hand():
+    # differences -0.001, -0.002, -0.003: mean -0.002, deviation 0.001, error 0.001 / sqrt(3), t = 2 sqrt(3).
+    found = bench_recipe.compare(pairs((1.099, 1.1), (1.198, 1.2), (1.297, 1.3)), "prequant")
+    assert found.n == 3 and found.mean == pytest.approx(1.198) and found.difference == pytest.approx(-0.002)
+    assert found.error == pytest.approx(0.001 / math.sqrt(3)) and found.t == pytest.approx(2 * math.sqrt(3))
+    # Student's t with 2 degrees of freedom: P(T > t) = 1/2 - t / (2 sqrt(2 + t^2)); t^2 = 12.
+    assert found.p == pytest.approx(0.5 - math.sqrt(12) / (2 * math.sqrt(14)))
+    assert found.verdict == "accept"
+
+
+def three(mean, t):
+    """Three differences with this mean gain and this t."""
+    deviation = mean * math.sqrt(3) / t
+    return pairs(*[(1 - mean + shift * deviation, 1.0) for shift in (-1, 0, 1)])
+
+
+@pytest.mark.parametrize(("mean", "t", "verdict"), [
+    (0.002, 2.93, "accept"), (0.002, 2.91, "undecided"),  # the bound is 2.920
+    (0.0006, 50, "accept"), (0.0004, 5, "undecided"),  # a sure gain, but 0.0005 is not excluded either
+    (0.0004, 50, "reject"), (-0.002, -5, "reject"), (-0.002, -0.5, "undecided"),
+])  # fmt: skip
+def test_accept_needs_both_a_sure_gain_and_a_large_one(mean, t, verdict):
+    found = bench_recipe.compare(three(mean, t), "prequant")
+    assert found.t == pytest.approx(t) and found.verdict == verdict
+
+
+def test_few_pairs_and_no_spread():
+    single = bench_recipe.compare(pairs((1.0, 1.5)), "prequant")
+    assert single.verdict == "undecided" and math.isnan(single.error) and math.isnan(single.p)
+    assert bench_recipe.compare(pairs((1.0, 1.5), (1.0, 1.51)), "prequant").verdict == "undecided"
+    exact = bench_recipe.compare(pairs(*[(1.0, 1.5)] * 3), "prequant")
+    assert (exact.t, exact.p, exact.verdict) == (math.inf, 0.0, "accept")
+    same = bench_recipe.compare(pairs(*[(1.5, 1.5)] * 3), "prequant")
+    assert (same.p, same.verdict) == (1.0, "reject")
+
+
+def test_different_text_is_not_compared():
+    both = pairs((1.0, 1.1))
+    both[0][1]["scores"]["prequant"]["bytes"] = 999
+    with pytest.raises(ValueError, match="arm was scored on 1,000 bytes of text in prequant, base on 999"):
+        bench_recipe.compare(both, "prequant")
+
+
+def test_deviations_are_pooled_over_repeats():
+    # (1, 3) and (2, 4, 6): squares 2 and 8, degrees of freedom 1 and 2.
+    assert bench_recipe.pooled_deviation([[1.0, 3.0], [2.0, 4.0, 6.0], [9.0]]) == (pytest.approx(math.sqrt(10 / 3)), 3)
+    assert math.isnan(bench_recipe.pooled_deviation([[1.0], [2.0]])[0])
+
+
+# ---- tables
+
+
+def write_runs(place, kind, values, arms=("base", "arm")):
+    """Records {arm: BPB of seed 1, 2, ...}, all in one go."""
+    for arm in arms:
+        for seed, bpb in enumerate(values[arm], 1):
+            bench_recipe.append_record(place / "c.jsonl", {
+                "version": 1, "kind": kind, "arm": arm, "seed": seed, "go": "g", "status": "ok", "settings": {},
+                "commit": "abc", "code": "123", "steps": 1000, "tokens_per_second": 900, "epochs": 3.5,
+                "total_bytes": 100, "violations": [], "scores": {"prequant": {"bpb": bpb, "bytes": 7}}})  # fmt: skip
+
+
+def test_a_planted_difference_is_found_and_noise_is_not_accepted(place, capsys):
+    noise = [0.0003, -0.0002, -0.0001]
+    base = [1.15, 1.16, 1.17]
+    write_runs(place, "screen", {"base": base, "arm": [b - 0.002 + n for b, n in zip(base, noise, strict=True)],
+                                 "same": [b + n for b, n in zip(base, noise, strict=True)]},
+               ("base", "arm", "same"))  # fmt: skip
+    table(place)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[1] == ("| arm | prequant | 3 | 1.15800 | -0.00200 | 0.00015 | 13.09 | 0.0029 | 1.000 | 1.000 | +0 | "
+                       "3.50 | accept |")  # fmt: skip
+    assert rows[2].startswith("| same | prequant | 3 | 1.16000 | +0.00000 |") and "accept" not in rows[2]
+
+
+def test_the_table_of_a_final(place, capsys):
+    run(place, ("old", ""), ("fast", "GAIN=0.003 SPEED=1.1"), kind="final", seeds="1 2 3")
+    capsys.readouterr()
+    table(place)
+    told = capsys.readouterr().out
+    rows = [line.split(" | ") for line in told.splitlines() if line.startswith("| fast")]
+    assert [row[1] for row in rows] == ["prequant", "quantized", "ttt"]
+    assert [row[-1] for row in rows] == ["- |", "- |", "accept |"]
+    assert [row[4] for row in rows] == ["-0.00300"] * 3 and rows[0][8:10] == ["1.100", "1.100"]
+    assert "final against old, on stub" in told and "fast: GAIN=0.003 SPEED=1.1; commit" in told
+    assert "accept: n at least 3, p < 0.05 (with n = 3 t beyond 2.92) and a gain of at least 0.0005 BPB" in told
+    table(place, "--against", "fast")
+    assert "| old | ttt | 3 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--against nobody: final has the arms old, fast"):
+        table(place, "--against", "nobody")
+
+
+def test_an_arm_that_breaks_a_rule_is_not_accepted(place, capsys):
+    write_runs(place, "final", {"base": [1.0, 1.1, 1.2], "arm": [0.9, 1.01, 1.1]})
+    records = bench_recipe.read_campaign(place / "c.jsonl")
+    records[-1]["violations"] = ["too many bytes"]
+    (place / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    table(place)
+    told = capsys.readouterr().out
+    assert "| undecided (breaks rules, see below) |" in told and "arm breaks a rule in 1 runs: too many bytes" in told
+
+
+def test_noise_of_repeats_and_of_seeds(place, capsys):
+    for seed, bpb in ((1, 1.001), (1, 1.003), (2, 1.011), (3, 1.021)):
+        write_runs(place, "noise", {"base": [bpb]}, ("base",))
+        records = bench_recipe.read_campaign(place / "c.jsonl")
+        records[-1]["seed"] = seed
+        (place / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    bench_recipe.main(["noise", str(place / "c.jsonl")])
+    told = capsys.readouterr().out
+    # Repeats: sqrt(2) x 0.001 with one degree of freedom. First runs of seeds: 1.001, 1.011, 1.021.
+    assert "| noise | base | prequant | 1.00900 | repeats of a seed | 1 | 0.00141 |" in told
+    assert "| noise | base | prequant | 1.00900 | seeds | 2 | 0.01000 |" in told
+    assert "| 0.00816 | 0.02384 |" in told  # 0.01 sqrt(2/3), and 2.92 times that
+    assert "noise base: 4 runs in 1 goes, steps 1,000 to 1,000" in told
+    with pytest.raises(SystemExit, match="runs of --kind noise only"):
+        table(place)
+    with pytest.raises(SystemExit, match="no runs there"):
+        bench_recipe.main(["table", str(place / "nothing.jsonl")])
+
+
+# ---- data, and real runs
+
+
+def test_the_standard_data_take_the_first_validation_documents(tmp_path):
+    for name, count in (("train", 30), ("val", 20)):
+        texts = [json.dumps({"text": f"Document {number} of {name}."}) + "\n" for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(texts))
+    line = ["data", str(tmp_path / "out"), "--train", str(tmp_path / "train.jsonl"), "--val",
+            str(tmp_path / "val.jsonl"), "--val-docs", "5", "--tokenizer", str(prepare_caseops_data.DEFAULT_TOKENIZER)]
+    bench_recipe.main(line)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["splits"]["val"]["documents"] == 5 and manifest["splits"]["train"]["documents"] == 30
+    assert (tmp_path / "out" / "caseops_8192.model").exists()
+    bench_recipe.main(line)  # they are there already
+
+
+def test_a_real_pair(tiny_data, place, capsys):
+    settings = {name.upper(): value for name, value in TINY.items() if name != "vocab_size"}
+    settings |= {"ITERATIONS": 3, "GPTQ_RESERVE_SECONDS": 0, "OMP_NUM_THREADS": 1}
+    line = words(place, ("base@" + str(bench_recipe.ROOT), ""), ("slow@" + str(bench_recipe.ROOT), "MATRIX_LR=0.001"),
+                 seeds="1", options=["--set", *(f"{name}={value}" for name, value in settings.items())])  # fmt: skip
+    line[line.index(str(place / "data"))] = str(tiny_data)
+    with pytest.raises(SystemExit) as ended:
+        bench_recipe.main(line)
+    records = bench_recipe.read_campaign(place / "c.jsonl")
+    assert ended.value.code == 0, records
+    assert [(r["arm"], r["steps"], list(r["scores"])) for r in records] == [("base", 3, ["prequant"]),
+                                                                           ("slow", 3, ["prequant"])]  # fmt: skip
+    assert records[0]["scores"] != records[1]["scores"] and records[1]["changed"]["MATRIX_LR"] == 0.001
+    assert records[0]["code"] == records[1]["code"] and records[0]["epochs"] == pytest.approx(
+        3 * 256 / records[0]["train_tokens"], abs=1e-3)  # fmt: skip
+    table(place)
+    assert "| slow | prequant | 1 |" in capsys.readouterr().out
