@@ -3958,8 +3958,7 @@ def run(hp, dist, guard=NO_GUARD):
              **model.ops.names}
     log(f"settings (* changed):\n{settings_table(hp)}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
     notes = [*dist.notes, *model.ops.notes, *budget_notes(hp), "the budget starts after the warm-up"]
-    log("\n".join(f"note: {note}" for note in notes))
-    log("\n".join(guard.notes(hp)))
+    log("\n".join([*(f"note: {note}" for note in notes), *guard.notes(hp)]))
     log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} "
         f"tokenizer:{found['tokenizer']} validation {validation.summary} tokens:{len(validation.tokens)} "
         f"code_bytes:{code_bytes} {found['machine'] or ''}")
