@@ -448,7 +448,7 @@ def missing_techniques(hp):
     """Messages for settings of published systems, where the file with their code is not beside this one."""
     for field in dataclasses.fields(hp):
         if techniques is None and field.metadata["published"] and getattr(hp, field.name) != field.default:
-            yield f"{field.name.upper()} needs tools/techniques.py, which is not beside this file"
+            yield f"{field.name.upper()} needs tools/techniques.py beside this file"
 
 def limits(field):
     """The declared range of a setting, for the table: ` [above 0, most 1]`, or nothing."""
@@ -593,7 +593,7 @@ class Guard:
 
     def read_preset(self, name):
         """The settings of a preset, {NAME: value}. Raises SettingError."""
-        raise SettingError(f"PRESET={name}: no tools/guard.py beside this file, which reads presets/")
+        raise SettingError(f"PRESET={name} needs tools/guard.py and presets/ beside this file")
 
     def start(self, dist):
         """The process group is up."""
@@ -601,7 +601,7 @@ class Guard:
     def check(self, hp, dist, found):
         """Before anything is written; `found`: what other checks made -> words for the log. Raises SettingError."""
         if hp.resume or hp.checkpoint_every:
-            raise SettingError("RESUME and CHECKPOINT_EVERY need tools/guard.py, which is not beside this file")
+            raise SettingError("RESUME and CHECKPOINT_EVERY need tools/guard.py beside this file")
         return ""
 
     def lock(self, folder):
@@ -3012,7 +3012,7 @@ def check_compressor(name):
     if "lrzip" in COMPRESSORS[name] and shutil.which("lrzip") is None:
         raise SettingError("the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)")
     if "lrzip" in COMPRESSORS[name] and techniques is None:
-        raise SettingError(f"COMPRESSOR={name} needs tools/techniques.py, which is not beside this file")
+        raise SettingError(f"COMPRESSOR={name} needs tools/techniques.py beside this file")
 
 def try_compressor(name):
     """check_compressor and a round trip of each of its codecs: a program that is there may still lack a library."""

@@ -438,7 +438,7 @@ def prove(folder, settings):
             folder,
         )
         paths = {"DATA_PATH": str(data), "RUNS_DIR": scratch, "RUN_ID": "proof"}
-        # what a record has switched off by a 0 stays off: the packed script has no code for it
+        # what a record has switched off by a 0 stays off
         tiny = {name: "0" if settings.get(name) == "0" else value for name, value in TINY.items()}
         output = call(["train_gpt.py"], folder, **settings | tiny | paths)
         result = json.loads(output.splitlines()[-1].removeprefix("RESULT "))

@@ -135,8 +135,13 @@ def mark_as_packed(tree):
 # ---- minifying
 
 
-class DropStrict(ast.NodeTransformer):
-    """`zip(..., strict=True)` asserts only."""
+class DropWords(ast.NodeTransformer):
+    """What asserts or documents only: `zip(..., strict=True)`, and the cause in `raise error from cause`."""
+
+    def visit_Raise(self, node):
+        self.generic_visit(node)
+        node.cause = None
+        return node
 
     def visit_Call(self, node):
         self.generic_visit(node)
@@ -150,9 +155,10 @@ def free_parameters(tree):
 
     It writes them as plain parameters again. Otherwise it would keep the names, for callers that it cannot see. There
     are none for a function whose name stands nowhere but in calls; one that is handed on may be a library's to call,
-    as PyTorch calls `setup_context(ctx=..., inputs=..., output=...)`. A method that is handed on keeps the names that
-    any call of the script gives: libraries call methods of ours in order. So arguments go to lambdas, to what golf_op
-    is given and to the operations among the candidates of select_ops.
+    as PyTorch calls `setup_context(ctx=..., inputs=..., output=...)`. So it keeps its names if it is defined inside of
+    another one, as in golf_op, or is an argument where the script calls what it does not define. All others that are
+    handed on keep the names that any call of the script gives. Arguments go in order to lambdas, to what golf_op is
+    given and to the operations among the candidates of select_ops.
     """
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     in_order = "golf_op", "candidates"
@@ -162,6 +168,10 @@ def free_parameters(tree):
     for call in calls:
         named[name_of(call.func)].update(keyword.arg for keyword in call.keywords)
     in_any_call = {keyword.arg for call in calls for keyword in call.keywords}
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    foreign = [call for call in calls if name_of(call.func) not in defined]
+    given_away = {name_of(node) for call in foreign for node in [*call.args, *(k.value for k in call.keywords)]}
+    at_top = {node for node in tree.body if getattr(node, "name", None) not in given_away}
     owner = {part: cls for cls in ast.walk(tree) if isinstance(cls, ast.ClassDef) for part in cls.body}
     for node in ast.walk(tree):
         if is_kernel(node):  # tensors and sizes are given in order, constants by name
@@ -172,7 +182,7 @@ def free_parameters(tree):
         elif isinstance(node, ast.FunctionDef) and not node.args.posonlyargs:
             name = owner[node].name if node.name == "__init__" else node.name
             is_handed_on = node.name in handed_on or name.startswith("__")
-            if is_handed_on and node not in owner or None in named[name]:
+            if is_handed_on and node not in owner and node not in at_top or None in named[name]:
                 continue
             given = in_any_call if is_handed_on else named[name]
             names = [argument.arg in given for argument in node.args.args]
@@ -185,9 +195,14 @@ def name_of(node):
     return getattr(node, "id", getattr(node, "attr", None)) if isinstance(node, (ast.Name, ast.Attribute)) else None
 
 
+def decorators(function):
+    """The names of a function's decorators."""
+    return {name_of(getattr(node, "func", node)) for node in function.decorator_list}
+
+
 def is_kernel(node):
     """Whether a statement is a Triton kernel, or a function that kernels call."""
-    return isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
+    return isinstance(node, ast.FunctionDef) and "jit" in decorators(node)
 
 
 def names_to_keep(tree):
@@ -199,7 +214,8 @@ def names_to_keep(tree):
     kernels = [node for node in ast.walk(tree) if is_kernel(node)]
     arguments = {argument.arg for kernel in kernels for argument in kernel.args.args + kernel.args.kwonlyargs}
     used = {node.id for kernel in kernels for node in ast.walk(kernel) if isinstance(node, ast.Name)}
-    named = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    named = [node.name for node in functions if decorators(node) & {"golf_op", "jit"}]
     return sorted(arguments), sorted(used.union(named, dir(builtins)))
 
 
@@ -245,7 +261,7 @@ def pack_code(source, settings):
         insert_techniques(tree, ast.parse(TECHNIQUES.read_text(encoding="utf-8")))
     set_defaults(tree, changed)
     mark_as_packed(tree)
-    DropStrict().visit(tree)
+    DropWords().visit(tree)
     free_parameters(tree)
     named_arguments, kept_globals = names_to_keep(tree)
     text = ast.unparse(tree)
