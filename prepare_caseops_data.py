@@ -955,13 +955,21 @@ class Dataset:
 
     def _load(self) -> None:
         head, _, values = (self.folder / PROGRESS).read_bytes().partition(b"\n")
-        state = json.loads(head)
+        try:
+            state = json.loads(head)
+        except ValueError as error:
+            raise DataError(f"{self.folder / PROGRESS}: damaged; remove the folder's files and begin anew") from error
         if not sum(read for read, _ in state["read"].values()):
             return
         if state["settings"] != self.settings:
             other = [key for key in self.settings if self.settings[key] != state["settings"].get(key)]
             raise DataError(f"{self.folder} holds an interrupted run with another {', '.join(other)}: "
                             "repeat its command to go on, or remove its files")
+        for name, entry in itertools.chain.from_iterable(files.items() for files in state["entries"].values()):
+            path = self.folder / name
+            if not path.exists() or len(read_shard(path)) != entry["values"]:
+                raise DataError(f"{path}: missing or changed since the interrupted run wrote it; remove the folder's "
+                                "files and begin anew")  # fmt: skip
         self.splits, self.read, start = state["splits"], state["read"], 0
         for stream, writer in self.writers.items():
             writer.entries = state["entries"][stream]

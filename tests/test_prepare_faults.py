@@ -244,6 +244,25 @@ def test_a_full_disk_is_named_and_the_command_goes_on_when_repeated(long_docs, t
     assert dataset_of(tmp_path / "out") == expected
 
 
+def test_a_run_does_not_go_on_over_files_that_are_gone_or_a_damaged_state(long_docs, tmp_path, capsys):
+    docs, _ = long_docs
+    out = tmp_path / "out"
+    run = start(docs, out)
+    for line in run.stdout:
+        if line.startswith("fineweb_train_000001.bin: "):
+            break
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+    command = ["--docs", docs, "--val-docs", 40, "--shard-tokens", 20_000, "--out", out]
+    first = out / "fineweb_val_000000.bin"  # in the state that was saved before training documents were read
+    first.unlink()
+    assert f"{first}: missing or changed" in refused(capsys, *command)
+    write_shard(first, np.array([1, 300]))
+    assert f"{first}: missing or changed" in refused(capsys, *command)
+    (out / prepare.PROGRESS).write_bytes(b"no state")
+    assert f"{out / prepare.PROGRESS}: damaged" in refused(capsys, *command)
+
+
 def test_a_file_that_cannot_be_read_to_its_end_is_named(tmp_path, capsys, monkeypatch):
     docs = write_docs(tmp_path / "docs.jsonl", TEXTS)
 
