@@ -202,6 +202,12 @@ def read_manifest(folder):
         raise DataError(f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again") from None
 
 
+def leaked_documents(hp):
+    """{"leaked_documents": number} for RESULT, where the dataset's manifest has counted them."""
+    manifest = read_manifest(hp.data_path)
+    return {name: manifest[name] for name in ("leaked_documents",) if name in manifest}
+
+
 def check_data_settings(hp):
     """DataError where the settings contradict the side-car or the manifest: the bytes would be wrong."""
     folder = Path(hp.data_path)
