@@ -854,6 +854,11 @@ def read_manifest(folder):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again") from None
 
+def leaked_documents(hp):
+    """{"leaked_documents": number} for RESULT, where the dataset's manifest has counted them."""
+    manifest = read_manifest(hp.data_path)
+    return {name: manifest[name] for name in ("leaked_documents",) if name in manifest}
+
 def check_data_settings(hp):
     """DataError where the settings contradict the side-car or the manifest: the bytes would be wrong."""
     folder = Path(hp.data_path)
@@ -3886,7 +3891,7 @@ def rebuild_model(model, path, dist):
     for parameter in model.parameters():
         dist.broadcast(parameter.detach())
 
-def violations(hp, log, training, code_bytes, artifact_bytes, scores, leaked=0):
+def violations(hp, log, training, code_bytes, artifact_bytes, scores):
     """The contest's rules that this run breaks, as sentences; an empty list means none of those checked here."""
     broken, seconds, graphs, ttt = [], log.seconds, log.graphs, scores.get("ttt", {})
     if (over := code_bytes + artifact_bytes - BYTE_CAP) > 0:
@@ -3907,16 +3912,21 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores, leaked=0):
         broken.append(f"{again} graphs were compiled in test-time training after its warm-up")
     if ttt.get("partial"):
         broken.append("test-time training scored part of the validation documents (TTT_MAX_DOCS)")
-    if leaked:
+    if leaked := training.get("leaked_documents"):
         broken.append(f"{leaked} training documents are validation documents, says the dataset's manifest")
     return broken
 
-def budget_notes(hp):
-    """Notes for the log: `violations` checks the budgets as they are set, which may be more than the contest allows."""
+def run_notes(hp, dist, model):
+    """Notes for the head of the log: what is not as a submission or a record needs it, and is no error."""
+    notes = [*dist.notes, *model.ops.notes]
     budgets = {"MAX_WALLCLOCK_SECONDS": hp.max_wallclock_seconds, "EVAL_BUDGET_SECONDS": hp.eval_budget_seconds}
-    return [f"{name}={value:g} is {'no limit' if not value else 'more'}, the contest allows {CONTEST_SECONDS:g} s: "
-            "violations are those of the budgets as set" for name, value in budgets.items()
-            if not 0 < value <= CONTEST_SECONDS]
+    for name, value in budgets.items():  # violations checks the budgets as they are set
+        if not 0 < value <= CONTEST_SECONDS:
+            more = "more" if value else "no limit"
+            notes.append(f"{name}={value:g} is {more}, the contest allows {CONTEST_SECONDS:g} s: "
+                         "violations are those of the budgets as set")
+    notes.append("the budget starts after the warm-up")
+    return notes
 
 def train_and_save(trainer, evaluator, path):
     """Stages warm_up and train, then model.pt. Returns figures for RESULT. A signal waits for the end of a step."""
@@ -3957,8 +3967,7 @@ def run(hp, dist, guard=NO_GUARD):
              "world_size": dist.world_size, "torch": torch.__version__, "python": sys.version.split()[0],
              **model.ops.names}
     log(f"settings (* changed):\n{settings_table(hp)}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
-    notes = [*dist.notes, *model.ops.notes, *budget_notes(hp), "the budget starts after the warm-up"]
-    log("\n".join([*(f"note: {note}" for note in notes), *guard.notes(hp)]))
+    log("\n".join([*(f"note: {note}" for note in run_notes(hp, dist, model)), *guard.notes(hp)]))
     log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} "
         f"tokenizer:{found['tokenizer']} validation {validation.summary} tokens:{len(validation.tokens)} "
         f"code_bytes:{code_bytes} {found['machine'] or ''}")
@@ -3999,12 +4008,11 @@ def run(hp, dist, guard=NO_GUARD):
         elif hp.ttt_enabled:
             score_stage("ttt", lambda: TestTimeTrainer(model, validation, hp, dist, log).evaluate(), log, scores)
 
-    leaked = read_manifest(hp.data_path).get("leaked_documents")
-    training |= {} if leaked is None else {"leaked_documents": leaked}
+    training |= leaked_documents(hp)
     result = {"version": RESULT_VERSION, **about, **training, "scores": scores, "artifact_bytes": artifact_bytes,
               "code_bytes": code_bytes, "total_bytes": artifact_bytes + code_bytes, "seconds": log.seconds,
               "graphs_compiled": {stage: count for stage, count in log.graphs.items() if count},
-              "violations": violations(hp, log, training, code_bytes, artifact_bytes, scores, leaked)}
+              "violations": violations(hp, log, training, code_bytes, artifact_bytes, scores)}
     if dist.device.type == "cuda":
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     if dist.rank == 0:

@@ -176,6 +176,8 @@ class RunGuard(Guard):
     def stop(self):
         if self.watchdog:
             self.watchdog.done.set()
+        if self.lock_file:
+            self.lock_file.close()
 
     def finish(self, hp, result):
         painter = Path(__file__).with_name("plot_run.py")
