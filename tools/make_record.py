@@ -28,6 +28,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from tools import command_line  # noqa: E402
+
+if __name__ == "__main__":
+    command_line.begin("make_record.py")
+
 from tools import plot_run, summarize  # noqa: E402
 from tools.pack_code import pack_code  # noqa: E402
 from tools.run_files import read_runs  # noqa: E402
@@ -526,4 +531,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, "make_record.py")

@@ -11,14 +11,19 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
-import numpy as np
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools import command_line  # noqa: E402
+
+if __name__ == "__main__":
+    command_line.begin("plot_run.py")
+
+import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.run_files import read_runs  # noqa: E402
 
 STYLE = {
@@ -392,4 +397,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, "plot_run.py")

@@ -16,10 +16,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools import command_line  # noqa: E402
+
+if __name__ == "__main__":
+    command_line.begin("publish.py")
+
+from huggingface_hub import HfApi  # noqa: E402
+from huggingface_hub.errors import HfHubHTTPError  # noqa: E402
+
 from tools.run_files import read_run  # noqa: E402
 
 FILES = ("model.pt", "artifact.bin", "train_gpt.py", "log.txt", "result.json")
@@ -100,4 +105,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, "publish.py")

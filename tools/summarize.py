@@ -18,10 +18,15 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from scipy import stats
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools import command_line  # noqa: E402
+
+if __name__ == "__main__":
+    command_line.begin("summarize.py")
+
+import numpy as np  # noqa: E402
+from scipy import stats  # noqa: E402
+
 from tools.run_files import read_runs  # noqa: E402
 
 RULE_NATS, RULE_P = 0.005, 0.01  # of the contest: improvement at least, at a probability below
@@ -231,4 +236,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, "summarize.py")
