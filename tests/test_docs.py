@@ -134,8 +134,9 @@ def test_every_key_of_result_is_described(source):
     produced = assigned(source["run"], "about") | assigned(source["run"], "result") | keys_of(source["Trainer.summary"])
     produced |= assigned(source["select_ops"], "trials")  # **ops.names
     assert {"version", "violations", "steps", "attention", "peak_memory_bytes"} <= produced
-    # run and Trainer.train put these into what Trainer.summary made
-    assert described("Keys") == produced | {"group_bytes", "resumed_at_step"}
+    # run, build_artifact and Trainer.train put these into what Trainer.summary made
+    produced |= keys_of(source["build_artifact"])
+    assert described("Keys") == produced | {"resumed_at_step"}
 
 
 def test_every_score_and_its_fields_are_described(source):
@@ -145,9 +146,14 @@ def test_every_score_and_its_fields_are_described(source):
     assert described("Scores", 1) == fields
 
 
+def test_every_field_of_the_quantization_check_is_described(source):
+    fields = keys_of(source["QuantizationCheck.summary"]) | keys_of(source["QuantizationCheck.gap"])
+    assert described("Quantization check") == fields and "gap" in fields
+
+
 def test_every_stage_is_described(source):
     stages = called_with(source, "stage") | {f"eval_{name}" for name in called_with(source, "score_stage")}
-    assert described("Seconds") == stages and len(stages) == 11
+    assert described("Seconds") == stages and len(stages) == 12
 
 
 def test_result_page_has_the_version_and_the_cap():
