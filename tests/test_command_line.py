@@ -110,3 +110,12 @@ def test_an_interrupt_while_modules_are_imported_is_one_line(tool, module, tmp_p
     environ = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, TOOLS / tool, "x"], env=environ, capture_output=True, timeout=120)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, f"{tool}: interrupted\n".encode())
+
+
+def test_pictures_do_not_depend_on_the_backend_of_a_notebook(tmp_path):
+    run = make_run(tmp_path / "run")
+    environ = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    done = subprocess.run([sys.executable, TOOLS / "plot_run.py", run], env=environ, capture_output=True, text=True,
+                          timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in run.glob("*.png")) == ["stages.png", "training.png"]

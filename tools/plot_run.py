@@ -7,6 +7,7 @@ They go into the run's folder, or into the folder that holds the runs. run_3seed
 
 import argparse
 import math
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -17,10 +18,12 @@ from tools import command_line  # noqa: E402
 if __name__ == "__main__":
     command_line.begin("plot_run.py")
 
+os.environ["MPLBACKEND"] = "Agg"  # a notebook's own backend need not exist in this environment
+
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # where it was imported before with another one
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
