@@ -33,6 +33,7 @@ from prepare_caseops_data import (  # noqa: E402
     shard_files,
     write_manifest,
 )
+from tools import hub as hub_errors  # noqa: E402
 from tools.preflight import is_canonical  # noqa: E402
 from tools.verify_data import find_leaks  # noqa: E402
 
@@ -196,6 +197,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except RepositoryNotFoundError as error:
         print(f"error: no such repository, or not for you: HF_TOKEN, or `hf auth login` ({error})", file=sys.stderr)
+        return 1
+    except (ImportError, hub_errors.InvalidURL) as error:
+        print(f"error: {hub_errors.explain(error)}", file=sys.stderr)
         return 1
     except (DataError, OSError, HfHubHTTPError, NetworkError, HFValidationError) as error:
         print(f"error: {error}\nRun the command again: it goes on where it stopped.", file=sys.stderr)
