@@ -50,8 +50,25 @@ def _mark_start(capitals: str) -> str:
     return TITLE + lower[0] + _mark_inside(capitals[1:-1]) + lower[-1]
 
 
+_BLOCK = 1 << 18  # characters; the substitutions keep some hundred bytes for each match
+_NO_LETTER = re.compile("[^A-Za-z]")
+
+
 def encode(text: str) -> str:
     """Any text in, text without A-Z out."""
+    if len(text) <= _BLOCK:
+        return _encode_block(text)
+    blocks = []
+    start = 0
+    while start < len(text):  # no rule reaches across the end of a word
+        end = _NO_LETTER.search(text, start + _BLOCK)
+        end = end.start() if end else len(text)
+        blocks.append(_encode_block(text[start:end]))
+        start = end
+    return "".join(blocks)
+
+
+def _encode_block(text: str) -> str:
     if any(control in text for control in CONTROLS):
         text = _CONTROL.sub(rf"{ESC}\g<0>", text)
     text = _INSIDE.sub(lambda match: _mark_inside(match[0]), text)

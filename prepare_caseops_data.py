@@ -4,7 +4,7 @@
     python prepare_caseops_data.py --docs docs_selected.jsonl --out data/caseops       # first 50,000: validation
     python prepare_caseops_data.py --docs train.jsonl.xz --val-file val.jsonl.xz --out data/caseops
 
-A line is an object with a `text`, or a bare JSON string; files may be plain, .gz or .xz. Each document becomes BOS and
+A line is an object with a `text`, or a bare JSON string; files may be plain, gzip or xz. Each document becomes BOS and
 the tokens of its transformed text (lossless_caps.py). Validation tokens get a side-car with the number of UTF-8 bytes
 of the original text that each token stands for, so that bits per byte are counted on the text and not on the tokens.
 
@@ -14,6 +14,7 @@ that the files do not depend on the number of workers. Shard layout: openai/para
 
 import argparse
 import ast
+import contextlib
 import gzip
 import hashlib
 import importlib
@@ -26,14 +27,17 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 import sysconfig
+import unicodedata
 import warnings
 import zlib
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -47,12 +51,52 @@ DEFAULT_TOKENIZER = Path(__file__).resolve().parent / "tokenizers" / "caseops_81
 BOS_ID = 1
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 HEADER_INTS = 256
+MAX_COST = np.iinfo(np.uint16).max  # bytes that one token can stand for in a side-car
 BATCH_BYTES = 1 << 20  # of JSON lines, in one message to a worker
+LONGEST_LINE = 100_000_000  # bytes; a longer one would take more memory than the README promises
 _BOS, _FREE = (np.array([value], dtype=np.uint16).tobytes() for value in (BOS_ID, 0))  # a document's first id and cost
 
 
 class DataError(ValueError):
     """Input that cannot be made into shards; the message says where it is."""
+
+
+class WorkerLost(DataError):
+    """A worker process was killed; nothing is wrong with the data."""
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Adds the path to an OSError that has none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def exit_status(command: Callable[[], int], kept_in: Path | None = None) -> int:
+    """Runs a command and returns its exit status; what stops it becomes one line on stderr, without a traceback.
+
+    kept_in: the folder of a dataset in the making, which goes on from there when the command is repeated.
+    """
+    stopped = True  # from outside, and not by the data
+    status = 1
+    try:
+        return command()
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except MemoryError:
+        message = "out of memory: try fewer --workers or smaller --shard-tokens"
+    except (WorkerLost, OSError) as error:
+        message = str(error)
+    except DataError as error:
+        message, stopped = str(error), False
+    print(f"error: {message}", file=sys.stderr)
+    if stopped and kept_in is not None and (kept_in / PROGRESS).exists():
+        print(f"{kept_in} keeps the finished files: repeat the command to go on from there", file=sys.stderr)
+    return status
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,10 +124,37 @@ def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
     return sp
 
 
+def train_sentencepiece(sentences: Iterable[str], **settings) -> bytes:
+    """Trains a SentencePiece model and returns its file's content.
+
+    Raises DataError where SentencePiece cannot; what goes wrong in `sentences` comes out as it is.
+    """
+    faults = []
+
+    def watched() -> Iterator[str]:
+        try:
+            yield from sentences
+        except BaseException as error:  # SentencePiece would make a RuntimeError of it
+            faults.append(error)
+            raise
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=watched(), model_writer=model, **settings)
+    except RuntimeError as error:
+        if faults:
+            raise faults[0] from None
+        raise DataError(f"no tokenizer of {settings['vocab_size']:,} pieces from this text: {error}") from error
+    return model.getvalue()
+
+
 def encode_document(sp: sentencepiece.SentencePieceProcessor, text: str) -> np.ndarray:
     """Text -> ids (tokens,) uint16, BOS first. Raises DataError on a lone surrogate."""
     _utf8_size(text)
-    return np.array([BOS_ID, *sp.encode(encode(text))], dtype=np.uint16)
+    parts = [np.array([BOS_ID], dtype=np.uint16)]
+    for block, anchor in _blocks(sp, encode(text)):
+        parts.append(np.array(sp.encode(anchor + block)[len(anchor) :], dtype=np.uint16))
+    return np.concatenate(parts)
 
 
 def encode_document_with_bytes(sp: sentencepiece.SentencePieceProcessor, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -94,14 +165,103 @@ def encode_document_with_bytes(sp: sentencepiece.SentencePieceProcessor, text: s
     token stands for more than 65,535 bytes.
     """
     _utf8_size(text)
-    transformed = encode(text)
-    ids, spans = _tokenize_with_spans(sp, transformed)
-    spans = np.array([(0, 0), *spans], dtype=np.int64)  # (tokens, 2), in characters of the transformed text
-    size_before = np.concatenate([[0], np.cumsum(_byte_costs(transformed))])
-    costs = size_before[spans[:, 1]] - size_before[spans[:, 0]]
-    if costs.max() > np.iinfo(np.uint16).max:
-        raise DataError(f"token {costs.argmax()} stands for {costs.max():,} bytes; the side-car holds at most 65,535")
-    return np.array([BOS_ID, *ids], dtype=np.uint16), costs.astype(np.uint16)
+    ids_parts = [np.array([BOS_ID], dtype=np.uint16)]
+    costs_parts = [np.array([0], dtype=np.uint16)]
+    tokens = 1
+    for block, ids, spans in tokenize_blocks(sp, encode(text)):
+        size_before = np.concatenate([[0], np.cumsum(_byte_costs(block))])
+        costs = size_before[spans[:, 1]] - size_before[spans[:, 0]]
+        if costs.max(initial=0) > MAX_COST:
+            raise DataError(
+                f"token {tokens + costs.argmax()} stands for {costs.max():,} bytes and the side-car holds at most "
+                f"{MAX_COST:,}: the text has a run of blanks or dropped characters that long; shorten it or leave the "
+                "document out"
+            )
+        ids_parts.append(ids)
+        costs_parts.append(costs.astype(np.uint16))
+        tokens += len(ids)
+    return np.concatenate(ids_parts), np.concatenate(costs_parts)
+
+
+def tokenize_blocks(sp, text: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Transformed text -> its blocks, each with ids (tokens,) uint16 and the source spans (tokens, 2) in it."""
+    for block, anchor in _blocks(sp, text):
+        ids, spans = _tokenize_with_spans(sp, anchor + block)
+        skipped = len(anchor)
+        spans = np.array(spans[skipped:], dtype=np.int64).reshape(-1, 2) - skipped
+        yield block, np.array(ids[skipped:], dtype=np.uint16), spans
+
+
+# SentencePiece needs over 200 bytes for each character that it is given at once. So a long text is given in blocks, cut
+# where neither a rule of the normalizer nor a piece reaches across: then the tokens are those of the whole text.
+BLOCK_CHARS = 1 << 18
+LONGEST_BLOCK_CHARS = 1 << 20  # where a text has no place to cut for that long, it is refused
+ANCHOR = "a"  # stands before a block that begins with a blank, which would else be taken for a leading one
+
+
+def _blocks(sp, text: str) -> Iterator[tuple[str, str]]:
+    """Blocks that make up a transformed text, each with the anchor to put before it: "", or one character and token.
+
+    Raises DataError where there is no place to cut.
+    """
+    if len(text) <= BLOCK_CHARS:
+        yield text, ""
+        return
+    pairs = _pairs_in_pieces(sp)
+    start = 0
+    while start < len(text):
+        end = _end_of_block(sp, pairs, text, start)
+        block = text[start:end]
+        yield block, ANCHOR if start and block[0] in _BLANKS else ""
+        start = end
+
+
+def _end_of_block(sp, pairs: frozenset[str], text: str, start: int) -> int:
+    wanted = start + BLOCK_CHARS
+    if len(text) <= wanted:
+        return len(text)
+    last = min(len(text) - 1, start + LONGEST_BLOCK_CHARS)
+    for end in itertools.chain(range(wanted, start, -1), range(wanted + 1, last + 1)):
+        if _can_cut(sp, pairs, text[end - 1], text[end]):
+            return end
+    if len(text) <= start + LONGEST_BLOCK_CHARS:
+        return len(text)
+    raise DataError(f"{LONGEST_BLOCK_CHARS:,} characters from {text[start : start + 20]!a} on without a place to cut: "
+                    "they cannot be tokenized in little memory; leave the document out")  # fmt: skip
+
+
+def _can_cut(sp, pairs: frozenset[str], before: str, after: str) -> bool:
+    """Whether a text can be tokenized in two parts between these characters."""
+    if not _stands_alone(before):
+        return False
+    if after in _BLANKS:
+        return before + "\u2581" not in pairs and sp.normalize(before) == before
+    return _stands_alone(after) and before + after not in pairs and sp.normalize(before + after) == before + after
+
+
+def _stands_alone(char: str) -> bool:
+    """ASCII signs, markers but ESC, and letters other than Hangul jamo, which join into syllables.
+
+    ESC and its literal belong together; all others may be dropped, or change the character before them.
+    """
+    if char.isascii():
+        return char.isprintable() and char != " "
+    if char in CONTROLS:
+        return char != ESC
+    return unicodedata.category(char) in ("Lo", "Ll") and not "\u1100" <= char <= "\u11ff"
+
+
+@lru_cache(maxsize=4)
+def _pairs_in_pieces(sp) -> frozenset[str]:
+    """All pairs of neighbours in the tokenizer's pieces. Raises DataError if the tokenizer does not suit blocks."""
+    pairs = set()
+    for index in range(sp.get_piece_size()):
+        if not (sp.is_byte(index) or sp.is_control(index) or sp.is_unknown(index)):
+            pairs.update(map("".join, itertools.pairwise(sp.id_to_piece(index))))
+    if ANCHOR + "\u2581" in pairs:
+        raise DataError(f"this tokenizer cannot take a text of more than {BLOCK_CHARS:,} characters: "
+                        "it has pieces that reach over spaces")  # fmt: skip
+    return frozenset(pairs)
 
 
 # Text is cut where no rule of the normalizer and no piece reaches across: at blanks, and between runs of letters,
@@ -130,6 +290,8 @@ class Encoder:
 
     def encode(self, text: str) -> np.ndarray:
         """As encode_document."""
+        if len(text) > BLOCK_CHARS:
+            return encode_document(self.sp, text)  # in little memory
         _utf8_size(text)
         first, *words = text.encode().split() or [b""]
         first = self.sp.encode(encode(first.decode()))
@@ -140,7 +302,9 @@ class Encoder:
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """As encode_document_with_bytes."""
-        units = _UNIT.findall(text)
+        if len(text) > BLOCK_CHARS:
+            return encode_document_with_bytes(self.sp, text)
+        units = _UNIT.findall(text.rstrip(_BLANKS))  # in a run of blanks that nothing follows it takes quadratic time
         if units:
             units[0] = units[0].lstrip(_BLANKS)
         found = [self.units_with_costs[unit] for unit in units] if _utf8_size(text) else []
@@ -164,7 +328,10 @@ class Encoder:
         if word.isascii() and word.isprintable():
             ids = np.frombuffer(self.units[" " * bool(blanks) + word], dtype=np.uint16)
             costs = self.piece_bytes[ids]
-            costs[:1] += max(0, blanks - 1)  # a run of blanks is one to the tokenizer
+            if blanks > 1:  # a run of blanks is one to the tokenizer
+                if int(costs[0]) + blanks - 1 > MAX_COST:
+                    return None
+                costs[0] += blanks - 1
         else:
             try:
                 ids, costs = encode_document_with_bytes(self.sp, "a" * bool(blanks) + unit)
@@ -231,22 +398,32 @@ def write_shard(path: str | Path, values: np.ndarray) -> dict:
 
 def read_shard(path: str | Path) -> np.ndarray:
     """A shard file -> values (n,) uint16, mapped. Raises DataError if the header or the size is wrong."""
-    size, header_bytes = os.path.getsize(path), 4 * HEADER_INTS
-    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS) if size >= header_bytes else [0, 0, 0]
-    if (header[0], header[1]) != (SHARD_MAGIC, SHARD_VERSION):
-        raise DataError(f"{path}: not a shard")
-    if size != header_bytes + 2 * int(header[2]):
-        raise DataError(f"{path}: {size:,} bytes do not hold the {header[2]:,} values of its header")
-    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes) if header[2] else np.empty(0, dtype=np.uint16)
+    with naming(path):
+        size, header_bytes = os.path.getsize(path), 4 * HEADER_INTS
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS) if size >= header_bytes else [0, 0, 0]
+        if (header[0], header[1]) != (SHARD_MAGIC, SHARD_VERSION):
+            raise DataError(f"{path}: not a shard")
+        if size != header_bytes + 2 * int(header[2]):
+            raise DataError(f"{path}: {size:,} bytes do not hold the {header[2]:,} values of its header")
+        if not header[2]:
+            return np.empty(0, dtype=np.uint16)
+        return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes)
 
 
 def write_whole(path: str | Path, *parts: bytes | np.ndarray) -> str:
-    """Writes under a temporary name, then renames: a file that has its name is complete. Returns its sha256."""
+    """Writes under a temporary name, then renames: a file that has its name is complete. Returns its sha256.
+
+    Where the disk is full, the OSError names the file, and the part that was written is removed.
+    """
     temporary, digest = Path(f"{path}.tmp"), hashlib.sha256()
-    with temporary.open("wb") as file:
-        for part in parts:
-            file.write(part)
-            digest.update(part)
+    try:
+        with naming(path), temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+                digest.update(part)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.replace(path)
     return digest.hexdigest()
 
@@ -311,7 +488,7 @@ class EncodedBatch(NamedTuple):
     lengths: np.ndarray  # (documents,) tokens
     text_bytes: np.ndarray  # (documents,) of the text that was tokenized
     removed_bytes: np.ndarray  # (documents,) taken out by normalize_text
-    hashes: np.ndarray  # (documents,) uint64, document_hash of the text as it came
+    hashes: np.ndarray  # (documents, 2) uint64, document_hash of the text as it came and as it is stored
 
 
 class Source(io.RawIOBase):
@@ -319,26 +496,50 @@ class Source(io.RawIOBase):
 
     def __init__(self, path: str):
         self.name, self.digest = path, hashlib.sha256()
-        self.file = sys.stdin.buffer if path == "-" else open(path, "rb", buffering=0)
+        self.file = sys.stdin.buffer if path == "-" else open(path, "rb")
         self.buffered = io.BufferedReader(self, 1 << 20)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        count = self.file.readinto(buffer)
+        with naming(self.name):
+            count = self.file.readinto(buffer)
         self.digest.update(memoryview(buffer)[:count])
         return count
 
     def lines(self) -> Iterator[Line]:
-        """The lines that are not blank, unpacked from .gz or .xz. Raises DataError if they cannot be."""
-        opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(self.name).suffix, lambda file, mode: file)
+        """The lines that are not blank, of plain text, gzip or xz: the first bytes tell which, not the name.
+
+        Raises DataError, with the name of the file, if it is damaged or holds something else than JSON lines.
+        """
         try:
-            for number, content in enumerate(opener(self.buffered, "rb"), 1):
-                if content.strip():
-                    yield Line(self.name, number, content)
-        except (EOFError, lzma.LZMAError, zlib.error) as error:
+            yield from self._lines()
+        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(f"{self.name}: damaged ({error})") from error
+
+    def _lines(self) -> Iterator[Line]:
+        text = self.buffered
+        suffix = Path(self.name).suffix.lower()
+        if text.peek(1).startswith(GZIP_MAGIC):
+            text = gzip.GzipFile(fileobj=self.buffered)
+        elif text.peek(1).startswith(XZ_MAGIC):
+            text = io.BufferedReader(XzReader(self.buffered), 1 << 20)
+        elif suffix in (".gz", ".xz") and not text.peek(1):
+            raise DataError(f"{self.name}: empty, although its name says {suffix}: fetch it again")
+        _refuse_other_formats(self.name, text.peek(1))
+        is_first = True
+        lines = iter(partial(text.readline, LONGEST_LINE + 1), b"")
+        for number, content in enumerate(lines, 1):
+            if len(content) > LONGEST_LINE:
+                raise DataError(f"{self.name}, line {number}: longer than {LONGEST_LINE:,} bytes; is this JSON lines?")
+            if content.isspace():
+                continue
+            line = Line(self.name, number, content)
+            if is_first:  # whatever else is no JSON lines is refused here, before anything is counted
+                parse_text(line)
+                is_first = False
+            yield line
 
     def sha256(self) -> str:
         """Of the whole file; reads what is left of it."""
@@ -347,8 +548,98 @@ class Source(io.RawIOBase):
         return self.digest.hexdigest()
 
 
+GZIP_MAGIC = b"\x1f\x8b"
+XZ_MAGIC = b"\xfd7zXZ\x00"
+OTHER_FORMATS = {  # first bytes -> what starts with them
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"\xff\xff\xff\xff": "Arrow",
+    b"ORC": "ORC",
+    b"Obj\x01": "Avro",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"\x5d\x00\x00": "lzma",
+    GZIP_MAGIC: "gzip inside of another archive",
+    XZ_MAGIC: "xz inside of another archive",
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xef\xbb\xbf": "UTF-8 with a byte order mark",
+    b"<": "HTML or XML",
+    b"[": "a JSON array",
+}
+ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+
+
+def _refuse_other_formats(name: str, head: bytes) -> None:
+    """Raises DataError where the first bytes are those of something else than UTF-8 text, and says of what."""
+    start = head.lstrip(b" \t\r\n")
+    found = next((kind for magic, kind in OTHER_FORMATS.items() if head.startswith(magic)), None)
+    if found is None and start[:1] in (b"<", b"["):
+        found = OTHER_FORMATS[start[:1]]
+    if found is None and ZSTD_SKIPPABLE.match(head):
+        found = "zstd"
+    if found is None and head[257:262] == b"ustar":
+        found = "tar"
+    if found is None and b"\0" in start[:4]:
+        found = "UTF-16, UTF-32 or binary"
+    if found is not None:
+        raise DataError(f"{name}: this is {found}; documents must be JSON lines in UTF-8, one a line, "
+                        "plain or packed with gzip or xz: convert it first")  # fmt: skip
+
+
+class XzReader(io.RawIOBase):
+    """The unpacked bytes of all streams of an .xz file, read like `xz -dc` does.
+
+    Python's own reader ends without a word at padding between streams, at what is no stream, and at a stream whose
+    first bytes are damaged.
+    """
+
+    def __init__(self, file: io.BufferedReader):
+        self.file = file
+        self.stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+        self.packed = b""  # read, but not yet given to the stream
+        self.at_end = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        unpacked = b""
+        while not unpacked and not self.at_end:
+            if self.stream.eof:
+                self._start_next_stream()
+            elif self.stream.needs_input and not self.packed:
+                self.packed = self.file.read1(1 << 16)
+                if not self.packed:
+                    raise EOFError("the file ends inside an xz stream")
+            else:
+                unpacked = self.stream.decompress(self.packed, len(buffer))
+                self.packed = b""
+        buffer[: len(unpacked)] = unpacked
+        return len(unpacked)
+
+    def _start_next_stream(self) -> None:
+        """Skips the padding behind a stream: zero bytes, in fours. What follows must be a stream, or the end."""
+        padding = 0
+        block = self.stream.unused_data or self.file.read1(1 << 16)
+        while block and not block.strip(b"\0"):
+            padding += len(block)
+            block = self.file.read1(1 << 16)
+        self.packed = block.lstrip(b"\0")
+        padding += len(block) - len(self.packed)
+        if padding % 4:
+            raise lzma.LZMAError(f"{padding} zero bytes behind an xz stream; padding comes in fours")
+        self.at_end = not self.packed
+        self.stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+
+
 def read_lines(path: str | Path) -> Iterator[Line]:
-    """The lines of a plain, .gz or .xz file that are not blank. Raises DataError if it cannot be unpacked."""
+    """The lines of a file that are not blank, as Source.lines."""
     return Source(str(path)).lines()
 
 
@@ -364,6 +655,16 @@ def parse_text(line: Line) -> str:
     text = document["text"] if isinstance(document, dict) else document
     if not isinstance(text, str):
         raise DataError(f"{where}: the text is {type(text).__name__}, not a string")
+    return text
+
+
+def read_text(line: Line) -> str:
+    """As parse_text, and raises DataError on a lone surrogate, too: text that UTF-8 cannot hold."""
+    text = parse_text(line)
+    try:
+        _utf8_size(text)
+    except DataError as error:
+        raise DataError(f"{line.file}, line {line.number}: {error}") from error
     return text
 
 
@@ -391,6 +692,7 @@ def make_batches(split: str, lines: Iterable[Line], done: int, checksum: int) ->
 _URL = re.compile(r"(?:https?://|www\.)[^\s<>\"]{40,}")
 _BLOB = re.compile(r"[!-~]{100,}")
 _RULER = re.compile(r"([^\sA-Za-z0-9])\1{9,}")
+_BLANK = re.compile("[ \n]")
 _DEBRIS = re.compile("[\0-\x08\x0b\x0e-\x1f\x7f\ufffd]+")
 
 
@@ -399,7 +701,14 @@ def normalize_text(text: str) -> str:
     `https://`, runs of 100 ASCII characters without a blank (encoded files), a sign repeated ten times or more (three
     stay), control characters and U+FFFD. Validation is never normalized.
     """
-    return _DEBRIS.sub("", _RULER.sub(r"\1\1\1", _BLOB.sub("", _URL.sub("", text))))
+    blocks = []
+    start = 0
+    while start < len(text):  # a substitution keeps some hundred bytes for each match; none matches a blank
+        end = _BLANK.search(text, start + BLOCK_CHARS)
+        end = end.start() if end else len(text)
+        blocks.append(_DEBRIS.sub("", _RULER.sub(r"\1\1\1", _BLOB.sub("", _URL.sub("", text[start:end])))))
+        start = end
+    return "".join(blocks)
 
 
 @lru_cache(maxsize=1)
@@ -434,12 +743,13 @@ def encode_batch(tokenizer: str, normalize_train: bool, kept: int, batch: Batch)
                 costs.append(document_costs)
             else:
                 document_ids = encoder.encode(text)
-            if not ids:
+            if not ids and len(text) <= BLOCK_CHARS:  # longer ones have no shortcuts
                 _compare_with_the_plain_way(encoder.sp, text, document_ids, costs)
-            hashes.append(document_hash(document_ids))
+            hash_as_it_came = document_hash(document_ids)
             cleaned = normalize_text(text) if normalize_train and batch.split == "train" else text
             if cleaned != text:
                 document_ids = encoder.encode(cleaned)
+            hashes.append((hash_as_it_came, document_hash(document_ids) if cleaned != text else hash_as_it_came))
         except DataError as error:
             raise DataError(f"{batch.split} document {document} ({line.file}, line {line.number}): {error}") from error
         ids.append(document_ids)
@@ -457,22 +767,40 @@ def encode_batch(tokenizer: str, normalize_train: bool, kept: int, batch: Batch)
     )
 
 
-def map_in_order(function, items: Iterable, workers: int) -> Iterator:
-    """`map` over processes that keeps the order and reads only a few items ahead; in this process for one worker."""
+def map_in_order(function, batches: Iterable[Batch], workers: int) -> Iterator:
+    """`map` over processes that keeps the order and reads only a few batches ahead; in this process for one worker.
+
+    Raises WorkerLost if a worker is killed.
+    """
     if workers == 1:
-        yield from map(function, items)
+        yield from map(function, batches)
         return
+    bytes_ahead = 4 * workers * BATCH_BYTES  # a document of many megabytes goes alone
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
-        pending = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 2 * workers:
+        pending, sizes = deque(), deque()
+        for batch in batches:
+            size = sum(len(line.content) for line in batch.lines)
+            while len(pending) > 2 * workers or (pending and size + sum(sizes) > bytes_ahead):
+                sizes.popleft()
                 yield pending.popleft().result()
+            pending.append(_submit(pool, function, batch))
+            sizes.append(size)
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise WorkerLost("a worker process was killed, perhaps for want of memory: try fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, function, batch: Batch) -> Future:
+    """Ctrl-C reaches all processes of a terminal: workers, which may start here, leave it to this one."""
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(function, batch)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -487,6 +815,7 @@ class Corpus(NamedTuple):
     train: Iterable[Line]
     rule: str  # of the split, in words
     sources: Callable[[], list[dict]]  # for the manifest, once all has been read
+    may_be_empty: frozenset[str] = frozenset()  # splits that were asked to hold nothing
 
 
 def corpus_from_files(docs: list[str], val_file: str | None, val_docs: int, train_docs: int | None) -> Corpus:
@@ -508,7 +837,9 @@ def corpus_from_files(docs: list[str], val_file: str | None, val_docs: int, trai
     def sources() -> list[dict]:
         return [{"file": Path(file.name).name, "role": role, "sha256": file.sha256()} for file, role in files]
 
-    return Corpus(val, itertools.islice(documents, train_docs), rule, sources)
+    asked_for = {"val": val_docs if val_file is None else None, "train": train_docs}
+    may_be_empty = frozenset(split for split, count in asked_for.items() if count == 0)
+    return Corpus(val, itertools.islice(documents, train_docs), rule, sources, may_be_empty)
 
 
 def _same_file(one: str, other: str) -> bool:
@@ -528,7 +859,7 @@ def _first_of(documents: Iterator[Line], count: int) -> Iterator[Line]:
 
 def file_sha256(path: str | Path) -> str:
     """Hex digest of a file of any size."""
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -664,6 +995,26 @@ def validation_hashes(folder: Path) -> np.ndarray:
     return np.unique(np.array(hashes, dtype=np.uint64))
 
 
+SPLIT_NAMES = {"val": "validation", "train": "training"}
+
+
+def refuse_empty_split(split: str, counts: dict) -> None:
+    """Raises DataError where there is nothing to train on, or nothing to score."""
+    name = SPLIT_NAMES[split]
+    if counts.get("left_out") and not counts["documents"]:
+        raise DataError(f"all {counts['left_out']:,} {name} documents are validation documents: nothing is left")
+    if not counts["documents"]:
+        raise DataError(f"there are no {name} documents" + " behind those of validation" * (split == "train"))
+    if counts["tokens"] == counts["documents"]:  # BOS and no more
+        raise DataError(f"all {counts['documents']:,} {name} documents are empty")
+
+
+def count_leaks(folder: Path, known: np.ndarray) -> int:
+    """Training documents of the finished shards whose hash is in `known`: what was written, not what was meant."""
+    known = set(known.tolist())
+    return sum(document_hash(ids) in known for _, ids in read_documents(shard_files(folder, "train")))
+
+
 def build_dataset(corpus: Corpus, settings: dict, out: Path, encoder: Callable[[Batch], EncodedBatch], workers: int):
     """Writes all shards of a corpus and their manifest, which is also returned; `encoder` runs in the workers."""
     refuse_used_folder(out)
@@ -673,11 +1024,21 @@ def build_dataset(corpus: Corpus, settings: dict, out: Path, encoder: Callable[[
     known = np.zeros(0, dtype=np.uint64)
     for split, lines in (("val", corpus.val), ("train", corpus.train)):
         for batch in map_in_order(encoder, make_batches(split, lines, *dataset.read[split]), workers):
-            dataset.add(batch, np.isin(batch.hashes, known) & (batch.lengths > 1))
+            dataset.add(batch, np.isin(batch.hashes, known).any(axis=1))
+        if split not in corpus.may_be_empty:
+            refuse_empty_split(split, dataset.splits[split])
         dataset.finish_split(split)
         known = validation_hashes(out)
-    manifest = {"format": "caseops_shards", "version": 1, "text_transform": "lossless_caps_caseops_v1", **settings}
-    manifest |= {"leaked_documents": 0, "sources": corpus.sources(), "splits": dataset.splits, "files": dataset.entries}
+    manifest = {
+        "format": "caseops_shards",
+        "version": 1,
+        "text_transform": "lossless_caps_caseops_v1",
+        **settings,
+        "leaked_documents": count_leaks(out, known),
+        "sources": corpus.sources(),
+        "splits": dataset.splits,
+        "files": dataset.entries,
+    }
     write_manifest(out, manifest)
     (out / PROGRESS).unlink()
     return manifest
@@ -832,14 +1193,40 @@ def _as_lines(name: str, texts: list[str]) -> list[Line]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+MAX_SHARD_TOKENS = 2**31 - 1  # the header's int32
+
+
+def whole_number(lowest: int, highest: int = 2**63 - 1) -> Callable[[str], int]:
+    """An argparse type: a whole number from `lowest` to `highest`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or not lowest <= number <= highest:
+            limits = f"from {lowest:,} to {highest:,}" if highest < 2**63 - 1 else f"of {lowest:,} or more"
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number {limits}")
+        return number
+
+    return parse
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Gives a command the argument --workers."""
+    number, cores = whole_number(1, 4096), os.cpu_count() or 1
+    parser.add_argument("--workers", type=number, default=cores, metavar="N", help="default: %(default)s")
+
+
+def add_shard_tokens(parser: argparse.ArgumentParser) -> None:
+    """Gives a command the argument --shard-tokens."""
+    size = whole_number(1, MAX_SHARD_TOKENS)
+    parser.add_argument("--shard-tokens", type=size, default=100_000_000, metavar="N", help="default: %(default)s")
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-
-    def count(text: str) -> int:
-        if int(text) < 0:
-            raise ValueError
-        return int(text)
-
+    count = whole_number(0)
     parser = argparse.ArgumentParser(
         description="Make CaseOps shards from documents.",
         epilog="Two more commands: verify DIR, retokenize DIR; see their --help.",
@@ -853,15 +1240,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     val.add_argument("--val-docs", type=count, metavar="N", help="first documents (default: 50,000; demo: 10)")
     val.add_argument("--val-file", metavar="FILE", help="validation documents, where they have a file of their own")
     parser.add_argument("--train-docs", type=count, metavar="N", help="at most this many training documents")
-    parser.add_argument("--shard-tokens", type=count, default=100_000_000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--workers", type=count, default=os.cpu_count() or 1, metavar="N", help="default: %(default)s")
+    add_shard_tokens(parser)
+    add_workers(parser)
     parser.add_argument("--normalize-train", action="store_true", help="long URLs and debris out of training text")
     parser.add_argument("--demo-bytes", type=count, default=4_000_000, metavar="N", help="default: %(default)s")
     options = parser.parse_args(arguments)
     if options.demo and (options.val_file is not None or options.train_docs is not None):
         parser.error("--val-file and --train-docs go with --docs")
-    if not options.shard_tokens or not options.workers:
-        parser.error("--shard-tokens and --workers must be at least 1")
     return options
 
 
@@ -878,23 +1263,23 @@ def main(arguments: list[str] | None = None) -> int:
         tool = importlib.import_module({"verify": "tools.verify_data", "retokenize": "tools.retokenize"}[arguments[0]])
         return tool.main(arguments[1:])
     options = parse_arguments(arguments)
+    return exit_status(partial(prepare, options), kept_in=options.out)
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """Makes a dataset from documents as the command line says; returns the exit status."""
     val_docs = options.val_docs if options.val_docs is not None else 10 if options.demo else 50_000
-    try:
-        refuse_used_folder(options.out)  # before minutes of reading, too
-        if options.demo:
-            corpus = demo_corpus(demo_roots(), options.demo_bytes, val_docs)
-        else:
-            corpus = corpus_from_files(options.docs, options.val_file, val_docs, options.train_docs)
-        print(f"split: {corpus.rule}", flush=True)
-        settings = {"tokenizer": tokenizer_entry(options.tokenizer), "shard_tokens": options.shard_tokens}
-        settings["normalize_train"] = options.normalize_train
-        kept = min(300_000, 2_000_000 // options.workers)  # words: all processes together stay under 2 GB
-        encoder = partial(encode_batch, options.tokenizer, options.normalize_train, kept)
-        manifest = build_dataset(corpus, settings, options.out, encoder, options.workers)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print_counts(manifest)
+    refuse_used_folder(options.out)  # before minutes of reading, too
+    if options.demo:
+        corpus = demo_corpus(demo_roots(), options.demo_bytes, val_docs)
+    else:
+        corpus = corpus_from_files(options.docs, options.val_file, val_docs, options.train_docs)
+    print(f"split: {corpus.rule}", flush=True)
+    settings = {"tokenizer": tokenizer_entry(options.tokenizer), "shard_tokens": options.shard_tokens}
+    settings["normalize_train"] = options.normalize_train
+    kept = min(300_000, 2_000_000 // options.workers)  # words: all processes together stay under 2 GB
+    encoder = partial(encode_batch, options.tokenizer, options.normalize_train, kept)
+    print_counts(build_dataset(corpus, settings, options.out, encoder, options.workers))
     return 0
 
 

@@ -21,6 +21,7 @@ import copy
 import dataclasses
 import glob
 import hashlib
+import heapq
 import inspect
 import io
 import json
@@ -71,6 +72,7 @@ except ImportError:  # the kernels stay definable, the references are used
     triton, tl = None, SimpleNamespace(constexpr=int)
 
 BOS_ID = 1  # every document starts with exactly one (README: data)
+CONTEST_SECONDS = 600.0  # of training, and of evaluation, the contest's rules
 BYTE_CAP = 16_000_000  # decimal bytes of code + weights, the contest's rule
 RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
 PACKED = ""  # the settings that a packed script is made for, as a table: tools/specialise.py
@@ -120,7 +122,7 @@ class Hyperparameters:
     train_batch_tokens: int = env(786_432, "tokens of a step over all ranks and micro-steps", least=1)
     micro_batch_tokens: int = env(98_304, "tokens of a packed row, the unit of one forward and backward", least=1)
     train_seq_len: int = env(2048, "longer documents are cut in pieces of this length", least=2)
-    max_row_segments: int = env(0, "pieces of a row; above it the shortest see each other; 0: 1 in 512 tokens", least=0)
+    max_row_segments: int = env(0, "pieces of a row; above it the shortest see each other; 0: automatic", least=0)
 
     # model
     vocab_size: int = env(8192, "tokens of the vocabulary", least=9, most=65_536)
@@ -211,11 +213,9 @@ class Hyperparameters:
     embed_clip_sigmas: float = env(15.0, "clip of embedding rows in deviations", above=0)
     hessian_clip_lambda: float = env(0.0, "share of a row's Hessian-weighted size in its clip (PR 1512)", least=0)
     gptq_column_steps: bool = env(True, "steps 2^(k/8) per row and per column instead of fp16 per row")
-    gptq_column_power: float = env(0.5, "power of the conditional deviation in a column's step", least=0, most=1)
-    gptq_column_octaves: float = env(3.0, "most octaves between a column's step and its row's", least=0)
+    gptq_column_octaves: float = env(2.0, "most octaves between a column's step and its row's", least=0)
     quant_check_rows: int = env(2, "training rows held out to check the quantized model's loss; 0: no check", least=0)
     quant_gap_max: float = env(0.02, "nats a token that quantization may add there; else plainer ones", above=0)
-    gptq_rate_lambda: float = env(0.0, "error against coded bits with column steps: 1 is the coder's slope", least=0)
     gated_attn_quant_gate: bool = env(True, "attention gates as int8 per row; 0: fp16")
     lqer_enabled: bool = env(True, "low-rank correction of the largest quantization errors")
     lqer_top_k: int = env(3, "matrices that get a correction", least=0)
@@ -283,11 +283,20 @@ class Hyperparameters:
     num_embeddings = property(lambda hp: (hp.vocab_size + 10) // 8 * 8 if hp.marker_fusion_enabled else hp.vocab_size)
     head_dim = property(lambda hp: hp.model_dim // hp.num_heads)
     new_values = property(lambda hp: hp.partial_key_offset or hp.value_embed_layers != "" or hp.value_residual != "off")
+    # SEED in the range of all generators, of seeds that are made of it as well; below 2^43 it is SEED itself
+    generator_seed = property(lambda hp: hp.seed % 2**43)
     mlp_dim = property(lambda hp: int(hp.mlp_mult * hp.model_dim))
     lora_sites = property(lambda hp: tuple(site for site in hp.ttt_lora_sites.split(",") if site))
     micro_steps = property(lambda hp: hp.train_batch_tokens // hp.micro_batch_tokens)  # of a step, over all ranks
-    row_segments = property(lambda hp: hp.max_row_segments or max(64, hp.micro_batch_tokens // 512))
-    training_seconds = property(lambda hp: max(0.0, hp.max_wallclock_seconds - hp.gptq_reserve_seconds))  # 0: no limit
+    # without a limit: enough for any row, as of two neighbouring pieces that are not joined one is over half the length
+    row_segments = property(lambda hp: hp.max_row_segments or max(
+        64, hp.micro_batch_tokens // 512, 2 * -(-hp.micro_batch_tokens // hp.train_seq_len) + 1))
+
+    @property
+    def training_seconds(self):
+        """Seconds of the training loop; None: no limit, ITERATIONS decide. 0 is no time at all: a step is taken."""
+        budget = self.max_wallclock_seconds
+        return max(0.0, budget - self.gptq_reserve_seconds) if budget else None
 
 LORA_SITES = {"q": "q", "k": "k", "v": "v", "o": "attn_out", "mlp": "mlp_out", "head": "lm_head"}  # setting -> tap site
 
@@ -323,9 +332,8 @@ class Dist:
     """
 
     def __init__(self, device="auto", deterministic=False):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.rank, self.world_size, local_rank = self.place_in_group()
+        self.notes += preflight.idle_notes(os.environ) if preflight else []
         if device == "cuda" and not torch.cuda.is_available():
             raise SettingError("DEVICE=cuda, but torch sees none: use DEVICE=cpu, or a CUDA build of torch")
         if deterministic:  # an operation without such a form warns, with its name
@@ -345,6 +353,33 @@ class Dist:
         if safety and self.world_size > 1:
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, timedelta(seconds=30)
             self.watchdog = safety.Watchdog(self, dist_backend.TCPStore(*address))
+
+    def place_in_group(self):
+        """The environment of torchrun, or of none -> rank, world size, local rank. SettingError where it contradicts
+        itself: a rank left over from another run would train without a log, a folder or an end."""
+        names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+        given = {name: os.environ[name] for name in names if name in os.environ}
+        problem = "unset all of these for a run of one process, or start it with torchrun"
+        told = " ".join(f"{name}={value}" for name, value in given.items())
+        self.notes = []
+        if not {*names[:3]} & {*given}:  # MASTER_ADDR and MASTER_PORT alone do no harm: some clusters always set them
+            for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+                if os.environ.get(name, "1") != "1":
+                    self.notes.append(f"{name}={os.environ[name]}, but RANK is not set: this is a run of one process")
+            return 0, 1, 0
+        if missing := [name for name in names[:3] if name not in given]:
+            raise SettingError(f"the environment has {told}, but not {', '.join(missing)}: {problem}")
+        try:
+            rank, world_size, local_rank = (int(given[name]) for name in names[:3])
+        except ValueError:
+            raise SettingError(f"{told}: these must be whole numbers: {problem}") from None
+        if not 0 <= local_rank <= rank < world_size:
+            raise SettingError(f"{told}: LOCAL_RANK is at most RANK, which is below WORLD_SIZE: {problem}")
+        if world_size > 1 and (missing := [name for name in names[3:] if name not in given]):
+            raise SettingError(f"the environment has {told}, but not {', '.join(missing)}: {problem}")
+        if world_size > 1 and not given["MASTER_PORT"].isdecimal():
+            raise SettingError(f"{told}: MASTER_PORT must be a number: {problem}")
+        return rank, world_size, local_rank
 
     @property
     def net(self):
@@ -414,6 +449,40 @@ class Dist:
             if safety and self.watchdog:
                 self.watchdog.done.set()
             dist_backend.destroy_process_group()
+
+class LossyStream:
+    """Standard output or error of a run. The log file is the truth: what a lost terminal (a closed pipe, a full disk
+    behind it, a connection that broke) does not take is dropped, and neither the run nor its exit code suffers.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:  # the stream keeps what it could not write: nowhere is where it can go, now and at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+def survive_lost_terminals():
+    """Makes standard output and error LossyStreams, and opens those that were closed when the process started."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # or the next file opened would get this number, and the messages of C libraries with it
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+    if sys.stdout is sys.__stdout__:  # else somebody who imports this module has put a stream of his own there
+        sys.stdout = LossyStream(sys.stdout or open(os.devnull, "w"))
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = LossyStream(sys.stderr or open(os.devnull, "w"))
 
 class RunLog:
     """Prints on rank 0, and to <folder>/log.txt; `seconds` and `graphs` (newly compiled) are kept for every stage."""
@@ -495,6 +564,7 @@ def load_data_shard(path):
 
 def shard_paths(folder, split):
     """The files of split "train", "val" or "val_bytes", in order. The six digits keep side-cars out of "val"."""
+    folder = glob.escape(str(folder))  # a name with brackets is no pattern
     return sorted(glob.glob(os.path.join(folder, f"fineweb_{split}_[0-9][0-9][0-9][0-9][0-9][0-9].bin")))
 
 class TokenStream:
@@ -551,10 +621,30 @@ def cut_pieces(starts, ends, length):
     return np.repeat(starts, pieces) + length * (np.arange(pieces.sum()) - np.repeat(first, pieces))
 
 def join_shortest(starts, total, longest, most):
-    """Starts of pieces of a row -> at most `most`: the shortest neighbours become one, none longer than `longest`."""
-    while len(starts) > most and (joined := np.append(starts[2:], total) - starts[:-1]).min() <= longest:
-        starts = np.delete(starts, 1 + joined.argmin())
-    return starts
+    """Starts of pieces of a row -> at most `most`: the shortest neighbours become one, none longer than `longest`.
+    Of equal ones the first. Where that does not do, the row is cut in equal pieces: `most` of these must be enough.
+    """
+    count = len(starts)
+    if count <= most:
+        return starts
+    borders = [*starts.tolist(), total]
+    following, before, joined = [*range(1, count + 1)], [*range(-1, count)], [False] * count
+    pairs = [(borders[i + 2] - borders[i], borders[i], i) for i in range(count - 1)]  # length of both, where, the first
+    heapq.heapify(pairs)  # a search through all of them for each join takes seconds for rows of short documents
+    while count > most and pairs and pairs[0][0] <= longest:
+        length, _, first = heapq.heappop(pairs)
+        second = following[first]
+        if joined[first] or second == len(starts) or borders[following[second]] - borders[first] != length:
+            continue  # one of them has grown, or is gone, since this was noted
+        joined[second], count = True, count - 1
+        following[first] = after = following[second]
+        before[after] = first
+        if after < len(starts):
+            heapq.heappush(pairs, (borders[following[after]] - borders[first], borders[first], first))
+        if before[first] >= 0:
+            previous = before[first]
+            heapq.heappush(pairs, (borders[after] - borders[previous], borders[previous], previous))
+    return starts[~np.array(joined)] if count <= most else np.arange(0, total, longest)
 
 def pad_cu_seqlens(starts, total, entries):
     """Segment starts -> (entries + 1,) int32, padded with `total`, so that one graph serves every row."""
@@ -666,13 +756,16 @@ class ValidationSet:
 
     def __init__(self, hp, tokenizer=None):
         stream = TokenStream(hp.data_path, "val")
+        preflight and preflight.check_data_settings(hp)
         self.tokens = stream.read(0, stream.size).astype(np.int64)
         if self.tokens.max() >= hp.vocab_size:
             raise DataError(f"validation token {self.tokens.max()} is outside VOCAB_SIZE={hp.vocab_size}")
         if hp.caseops_enabled:
             self.bytes = self.side_car(hp.data_path, stream)
         else:
-            count, leading, boundary = techniques.piece_byte_tables(tokenizer or load_tokenizer(hp))
+            tokenizer = tokenizer or load_tokenizer(hp)
+            preflight and preflight.check_byte_counts(hp, tokenizer, self.tokens)
+            count, leading, boundary = techniques.piece_byte_tables(tokenizer)
             self.bytes = count[self.tokens]
             self.bytes[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
         if len(self.tokens) < 2:
@@ -680,6 +773,8 @@ class ValidationSet:
         self.summary = preflight and preflight.check_validation(hp, self.tokens, self.bytes, load_data_shard)
         if hp.marker_fusion_enabled:
             self.tokens, self.bytes = techniques.fuse_markers(hp, space_id, self.tokens, self.bytes)
+        if not self.bytes[1:].any():
+            raise DataError(f"{stream.paths[0]}: the validation documents hold no byte of text: no BPB can be counted")
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
         self.ends = np.append(self.starts[1:], len(self.tokens) - 1)  # the last document has no BOS to predict
 
@@ -702,8 +797,12 @@ class ValidationSet:
 def load_tokenizer(hp):
     """The data's SentencePiece model; a packed script is told where it is, or takes one that lies with the data."""
     import sentencepiece
-    here = hp.tokenizer_path or next(Path(hp.data_path).glob("*.model"), "")
-    return sentencepiece.SentencePieceProcessor(model_file=str(preflight.find_tokenizer(hp) if preflight else here))
+    if preflight:
+        return sentencepiece.SentencePieceProcessor(model_file=str(preflight.find_tokenizer(hp)))
+    found = [hp.tokenizer_path] if hp.tokenizer_path else [*Path(hp.data_path).glob("*.model")]
+    if len(found) != 1:
+        raise DataError(f"{len(found)} tokenizers (*.model) in {hp.data_path}, not one: set TOKENIZER_PATH")
+    return sentencepiece.SentencePieceProcessor(model_file=str(found[0]))
 
 # ---- KERNELS ---------------------------------------------------------------------------------------------------------
 # Each operation stands twice with one signature: the reference (`*_ref`, `attention_sdpa`: any device, any dtype,
@@ -1384,7 +1483,8 @@ class GPT(nn.Module):
         self.smear_lambda = nn.Parameter(torch.zeros(1)) if hp.smear_gate_enabled else None
         scales = [[(layer + 1) ** -0.5 if hp.ln_scale else 1.0] * 4 for layer in range(L)]  # rows aligned for kernels
         self.register_buffer("depth_scale", torch.tensor(scales), persistent=False)  # no weight: never saved
-        longest = max(hp.micro_batch_tokens, hp.eval_seq_len, hp.global_ttt_chunk_tokens + hp.ttt_eval_seq_len)
+        longest = hp.global_ttt_chunk_tokens + max(hp.eval_seq_len, hp.ttt_eval_seq_len)  # of a row that is learnt from
+        longest = max(hp.micro_batch_tokens, longest)
         for name, table in zip(("cos", "sin"), rotary_tables(torch.arange(longest), hp), strict=True):
             self.register_buffer(name, table, persistent=False)
         self.init_weights()
@@ -1394,7 +1494,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Embedding N(0, std); q, k, v, MLP up orthogonal; both output projections zero; dense gate N(0, 0.01)."""
-        generator = torch.Generator().manual_seed(self.hp.seed)
+        generator = torch.Generator().manual_seed(self.hp.generator_seed)
         for table in (self.tok_emb, self.lm_head):
             if table is not None:
                 table.normal_(0.0, self.hp.tied_embed_init_std, generator=generator)
@@ -1725,6 +1825,7 @@ class EMA:
 
     def __init__(self, model, decay):
         self.decay, self.parameters = decay, list(model.parameters())
+        self.snapshots = 0  # of SWA_BELOW_LR: how many the average is the mean of
         self.average = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
@@ -1818,6 +1919,10 @@ class Trainer:
         self.ema = EMA(model, hp.ema_decay)
         self.forward = compiled(model.forward, hp, dist, graphs=hp.train_cuda_graphs)
         self.watched = ["loss"], torch.zeros(1)  # names and norms that safety looks at
+        # Where training is. A training state holds these: training may begin anywhere.
+        self.looping = loop_is_on(0.0, hp)  # in the last step
+        self.tokens_at = [(0, 0.0)]  # step and seconds where each stretch of one looping state began
+        self.last_loss = math.nan  # as last logged, for the live line, which must not wait for the GPU
 
     def train_step(self, step, progress, looping):
         """Rows of a step -> 0-d tensor, this rank's share of the mean loss in nats; weights and average are updated."""
@@ -1859,16 +1964,18 @@ class Trainer:
         """
         hp, log, budget = self.hp, self.log, self.hp.training_seconds
         first, seconds, losses = safety.load_state(self) if hp.resume else (0, 0.0, [])
+        if hp.resume:  # the run that wrote the state may have ended before this step's line and evaluation
+            self.log_step(first, losses[-1], seconds, self.progress(first, seconds), self.looping)
+            if self.evaluation_is_due(first):
+                evaluate()
         clock, step, step_seconds = TrainingClock(self.dist, seconds), first, seconds / max(first, 1)
-        tokens_at = [(step, seconds)]  # when looping changed, for the rates of both states
-        looping = was_looping = loop_is_on(self.progress(step, seconds), hp)
-        while step < hp.iterations and not (budget and step and seconds + 2 * step_seconds > budget):
+        while step < hp.iterations and not (budget is not None and step and seconds + 2 * step_seconds > budget):
             progress = self.progress(step, seconds)
             looping = loop_is_on(progress, hp)
-            if looping != was_looping:
+            if looping != self.looping:
                 log(f"step:{step} looping:{int(looping)} train_seconds:{seconds:.2f}")
-                tokens_at.append((step, seconds))
-                was_looping = looping
+                self.tokens_at.append((step, seconds))
+                self.looping = looping
             watched = self.watched  # of the step before: when this one is marked it has ended, and a look is free
             losses.append(self.train_step(step, progress, looping))
             step += 1
@@ -1882,32 +1989,38 @@ class Trainer:
                 self.log_step(step, losses[-1], seconds, progress, looping)
             rate = step * hp.train_batch_tokens / seconds
             log.live(progress, f"step:{step} train_loss:{self.last_loss:.4f} tokens_per_s:{rate:.0f}")
-            if hp.val_loss_every and step % hp.val_loss_every == 0:
+            if self.evaluation_is_due(step):
                 with clock.paused():
                     evaluate()
         if safety:
             safety.check_weights(self, write_atomically, step)
         seconds = clock.seconds()
-        if budget and seconds > budget:
+        if budget is not None and seconds > budget:
             log(f"note: training took {seconds:.2f} s of {budget:.2f}; a step is too long for this budget")
-        self.log_step(step, losses[-1], seconds, self.progress(step, seconds), looping)
+        self.log_step(step, losses[-1], seconds, self.progress(step, seconds), self.looping)
         self.ema.copy_to_model()
-        return self.summary(step, seconds, tokens_at, losses) | ({"resumed_at_step": first} if hp.resume else {})
+        return self.summary(step, seconds, losses) | ({"resumed_at_step": first} if hp.resume else {})
 
     def progress(self, step, seconds):
         """The training fraction, in [0, 1]: of the budget, or of ITERATIONS where there is none."""
         budget = self.hp.training_seconds
-        return min(1.0, seconds / budget if budget else step / self.hp.iterations)
+        if budget is None:
+            return min(1.0, step / self.hp.iterations)
+        return min(1.0, seconds / budget) if budget else 1.0
+
+    def evaluation_is_due(self, step):
+        """Whether VAL_LOSS_EVERY asks for a score of the weights after this many steps."""
+        return self.hp.val_loss_every > 0 and step % self.hp.val_loss_every == 0
 
     def log_step(self, step, loss, seconds, progress, looping):
-        self.last_loss = loss = self.dist.all_reduce(loss.clone()).item()  # the live line must not wait for the GPU
-        rate = step * self.hp.train_batch_tokens / seconds
+        self.last_loss = loss = self.dist.all_reduce(loss.clone()).item()
+        rate = step * self.hp.train_batch_tokens / max(seconds, 1e-9)
         self.log(f"step:{step} train_loss:{loss:.4f} train_seconds:{seconds:.2f} progress:{progress:.4f} "
                  f"lr_factor:{lr_multiplier(progress, self.hp):.4f} looping:{int(looping)} tokens_per_s:{rate:.0f}")
 
-    def summary(self, steps, seconds, tokens_at, losses):
+    def summary(self, steps, seconds, losses):
         """Steps, final loss, seconds, and tokens/s of each looping state, as RESULT has them."""
-        stretches = zip(tokens_at, [*tokens_at[1:], (steps, seconds)], strict=True)
+        stretches = zip(self.tokens_at, [*self.tokens_at[1:], (steps, seconds)], strict=True)
         rates = [round((b[0] - a[0]) * self.hp.train_batch_tokens / max(b[1] - a[1], 1e-9)) for a, b in stretches]
         losses = self.dist.all_reduce(torch.stack(losses[-20:])).tolist()
         return {"steps": steps, "train_loss": sum(losses) / len(losses), "training_seconds": round(seconds, 3),
@@ -1964,29 +2077,28 @@ def to_log2_eighths(x):
     """Steps x > 0 -> int8 codes k, nearest 2^(k/8): GPTQ works with the rounded step, so the grid costs no error."""
     return (8 * x.float().log2()).round_().clamp_(-127, 127).to(torch.int8)
 
-def column_step_codes(upper, power, octaves):
-    """Factor U (N, C, C) of the inverse Hessians -> codes (N, C) of the columns' steps relative to their rows'.
+def column_step_codes(upper, octaves):
+    """Factor U (N, C, C) of the inverse Hessians -> codes int8 (N, C) of the columns' steps relative to their rows'.
 
-    diag U is a column's conditional deviation: what of its input the columns after it do not predict. Steps that go
-    with it in full (power 1) would cost every column the same error on the calibration rows, the best for an entropy
-    coder, if other text had the same Hessian. It has not: columns that these rows hardly use got steps of many times
-    their weights, and a model of 2,129 steps lost 0.089 BPB (docs/LOG.md). So the power is below 1, and the step
-    within `octaves` of the row's.
+    diag U is a column's conditional deviation: what the columns after it do not predict of its input, inverted. Steps
+    in proportion to it cost every column the same error, which is the best for an entropy coder. `octaves` bounds how
+    far they are trusted: on other text a column may carry more than on the calibration rows.
     """
     log_steps = upper.diagonal(dim1=1, dim2=2).log2()
-    log_steps = power * (log_steps - log_steps.mean(dim=1, keepdim=True))
+    log_steps = log_steps - log_steps.mean(dim=1, keepdim=True)
     return to_log2_eighths(log_steps.clamp(-octaves, octaves).exp2())
 
-def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column_steps=None, rate_lambda=0.0):
+def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column_octaves=None):
     """w (N, R, C), hessian (N, C, C), N names -> codes int8 (N, R, C), scale fp16 (N, R).
     GPTQ (arXiv:2210.17323), columns in descending order of diag H, and SDClip scales: clip_sigmas standard deviations
     of the original row reach the largest code. The working copy is (N, C, R), so that a column is contiguous, and
     nothing in the column loop waits for the device. Raises ValueError with names if a Hessian cannot be made definite.
 
-    column_steps: (power, octaves) of column_step_codes -> codes int16, row steps int8 (N, R), column steps int8 (N, C),
-    see to_log2_eighths; SDClip then sets the steps, but clips nothing. With rate_lambda codes go to the nearest of
-    x / (1 + rate / 12 E[x^2]): error against the bits of a Gaussian, 1: at the coder's slope.
+    With column_octaves, see column_step_codes -> codes int16, row steps int8 (N, R), column steps int8 (N, C), both as
+    to_log2_eighths: SDClip then sets the steps, but clips nothing.
     """
+    if infinite := [name for name, h in zip(names, hessian, strict=True) if h.isinf().any()]:
+        raise ValueError(f"GPTQ: the Hessian of {', '.join(infinite)} has infinite entries")  # codes would be noise
     num_columns, q_max = w.shape[2], 2 ** (bits - 1) - 1
     scale = (clip_sigmas * w.float().std(dim=2) / q_max).clamp(*FP16_RANGE).half()  # (N, R)
     step = scale.float()
@@ -2002,11 +2114,11 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column
     row_order = order[:, :, None].expand_as(work)
     work = work.gather(1, row_order)  # (N, C, R)
     codes = torch.empty_like(work)
-    if column_steps is not None:
+    if column_octaves is not None:
         q_max = WIDE_CODE
         scale = to_log2_eighths(scale)
         step = (scale / 8).exp2()
-        column_codes = column_step_codes(upper, *column_steps)
+        column_codes = column_step_codes(upper, column_octaves)
         column_scale = (column_codes / 8).exp2()
         work = work / column_scale[:, :, None]
         upper = upper / column_scale[:, None, :]
@@ -2015,23 +2127,20 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column
         stop = min(start + block_size, num_columns)
         errors = torch.empty_like(work[:, start:stop])
         for j in range(start, stop):
-            target = work[:, j] / step
-            if rate_lambda:
-                target /= 1 + rate_lambda / (12 * target.square().mean(dim=1, keepdim=True)).clamp(min=1e-9)
-            codes[:, j] = target.round_().clamp_(-q_max, q_max)
+            codes[:, j] = (work[:, j] / step).round_().clamp_(-q_max, q_max)
             errors[:, j - start] = error = (work[:, j] - codes[:, j] * step) / upper[:, j, j, None]
             work[:, j + 1 : stop].addcmul_(upper[:, j, j + 1 : stop, None], error[:, None, :], value=-1.0)
         work[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, errors, alpha=-1.0)
     codes = torch.empty_like(codes).scatter_(1, row_order, codes)
-    codes = codes.mT.to(torch.int8 if column_steps is None else torch.int16).contiguous()
-    return (codes, scale) if column_steps is None else (codes, scale, column_codes)
+    codes = codes.mT.to(torch.int8 if column_octaves is None else torch.int16).contiguous()
+    return (codes, scale) if column_octaves is None else (codes, scale, column_codes)
 
 def split_wide_codes(codes, column_steps):
     """Codes int16 (R, C), column steps int8 (C,) -> fields with int8 codes: code = 2^shift coarse + fine.
 
-    The last norm's output has a few columns of 10 to 30 times the others' deviation; the steps of these columns of the
-    embedding are so small that int8 would cut the codes off at two deviations. What lies below an ordinary step is
-    stored apart for them: fine codes (R, k), their columns and shifts (k,).
+    The last norm's output has a few columns of 10 to 30 times the others' deviation. The steps of these columns of the
+    embedding are so small that int8 would cut codes off below four deviations of the weights (it cost 0.07 to 0.09 BPB,
+    docs/LOG.md). For them what lies below an ordinary step is stored apart: fine codes (R, k), columns, shifts (k,).
     """
     wide = (codes.abs().amax(dim=0) > 127).nonzero()[:, 0]
     if not len(wide):
@@ -2091,10 +2200,8 @@ def quantize_matrices(names, weights, hessians, hp):
         w, h = (torch.stack([source[name].float() for name in batch]) for source in (weights, hessians))
         if hp.hessian_clip_lambda and quant_role(batch[0])[0] != "embedding":
             clip_sigmas = techniques.hessian_aware_sigmas(w, h, clip_sigmas, hp.hessian_clip_lambda)
-        column_steps = (hp.gptq_column_power, hp.gptq_column_octaves) if hp.gptq_column_steps else None
-        rate_lambda = hp.gptq_rate_lambda if hp.gptq_column_steps else 0.0
-        found = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, column_steps,
-                              rate_lambda)
+        column_octaves = hp.gptq_column_octaves if hp.gptq_column_steps else None
+        found = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, column_octaves)
         for name, weight, codes, scale, *columns in zip(batch, w, *found, strict=True):
             packed[name] = {"codes": codes, "scale": scale}
             step = scale.float()[:, None]
@@ -2141,6 +2248,15 @@ def quantize_weights(weights, hessians, hp, dist):
     packed = {name: fields for part in dist.all_gather_object(packed) for name, fields in part.items()}
     return {f"{name}:{field}": array for name in weights for field, array in packed[name].items()}  # the caller's order
 
+def add_fine_codes(w, name, fields, steps):
+    """Adds what split_wide_codes split off to weights w (R, C), in place; steps (R, C): codes of their steps."""
+    columns, shift = (fields.get(key, np.zeros(0)).astype(int) for key in ("fine_columns", "fine_shift"))
+    fits = fields["fine_codes"].shape == (len(w), columns.size) and columns.shape == shift.shape
+    if not fits or columns.size and not 0 <= columns.min() <= columns.max() < w.shape[1]:
+        raise ValueError(f"{name}: fine codes {fields['fine_codes'].shape} do not fit the matrix {w.shape}")
+    fine_steps = (steps[:, columns] - 8 * shift).clip(-256, 255)
+    w[:, columns] += fields["fine_codes"] * STEPS[fine_steps.astype(int)]
+
 def dequantize_weights(arrays):
     """Arrays of quantize_weights -> saved weights by name, fp32 on the CPU, the same bits on every machine.
     Only elementwise fp32 operations in a fixed order: a matrix product would leave the order of its sums to the BLAS.
@@ -2157,9 +2273,7 @@ def dequantize_weights(arrays):
             steps = fields["scale"][:, None] + fields["column_steps"]
             w = fields["codes"] * STEPS[steps.astype(int)]
             if "fine_codes" in fields:
-                columns = fields["fine_columns"].astype(int)
-                fine_steps = (steps[:, columns] - 8 * fields["fine_shift"]).clip(-256, 255)
-                w[:, columns] += fields["fine_codes"] * STEPS[fine_steps.astype(int)]
+                add_fine_codes(w, name, fields, steps)
         if "lqer_a" in fields and (Hyperparameters.lqer_enabled or not PACKED):
             a, b = unpack_factors(fields)
             for r in range(a.shape[1]):
@@ -2238,13 +2352,12 @@ def held_out_loss(model, loader, hp, dist):
     return dist.all_reduce(total).item() / (loader.held_out_rows * hp.micro_batch_tokens)
 
 def plainer_quantizations(hp):
-    """Settings to try in turn where quantization ruins a model: first without column steps, then with more damping.
-
-    Both lean less on the Hessians of the calibration rows; what they give is not longer than what they replace.
+    """Settings to try in turn where quantization ruins a model: the same step for all columns of a row, then with a
+    damping as large as the mean of the Hessian's diagonal, which leaves little but rounding to the nearest.
     """
-    plain = dataclasses.replace(hp, gptq_column_steps=False, gptq_rate_lambda=0.0)
-    tried = [plain] if hp.gptq_column_steps else []
-    return [*tried, dataclasses.replace(plain, gptq_damp=10 * hp.gptq_damp)]
+    plain = dataclasses.replace(hp, gptq_column_steps=False)
+    ways = [plain, dataclasses.replace(plain, gptq_damp=max(1.0, hp.gptq_damp))]
+    return [way for way in ways if way != hp]
 
 class QuantizationCheck:
     """Compares the loss of the quantized with that of the fp32 model on the training rows that were held out.
@@ -2275,24 +2388,24 @@ class QuantizationCheck:
     def choose(self, quantize, seconds_left):
         """Quantizes as set and, while the gap is above QUANT_GAP_MAX, in plainer ways -> settings, arrays of the best.
 
-        quantize(hp) -> arrays. No further one is begun when seconds_left() are fewer than the last one took.
+        quantize(hp) -> arrays. No other way is begun when seconds_left() are fewer than the last one took.
         """
-        hp, arrays = self.hp, quantize(self.hp)
         if self.fp32_loss is None:
-            return hp, arrays
-        gap = self.gap(arrays, hp)
-        for plainer in plainer_quantizations(self.hp):
-            if gap <= self.hp.quant_gap_max:
-                break
+            return self.hp, quantize(self.hp)
+        best_gap, best = math.inf, None
+        for hp in (self.hp, *plainer_quantizations(self.hp)):
             started = time.perf_counter()
-            self.log(f"note: quantization adds {gap:.4f} nats a token, more than QUANT_GAP_MAX={self.hp.quant_gap_max}")
-            candidate = quantize(plainer)
-            if (candidate_gap := self.gap(candidate, plainer)) < gap:
-                hp, arrays, gap = plainer, candidate, candidate_gap
-            took = time.perf_counter() - started
-            if seconds_left() < took:
+            arrays = quantize(hp)
+            gap = self.gap(arrays, hp)
+            if best is None or gap < best_gap:
+                best_gap, best = gap, (hp, arrays)
+            if best_gap <= self.hp.quant_gap_max:
                 break
-        return hp, arrays
+            self.log(f"note: quantization adds {gap:.4f} nats a token, more than QUANT_GAP_MAX={self.hp.quant_gap_max}")
+            if self.dist.agree(time.perf_counter() - started)[0] > seconds_left():
+                self.log("note: no seconds are left for a plainer quantization")
+                break
+        return best
 
     def summary(self):
         """For RESULT: rows, loss of the fp32 model, the gap that was kept and its settings, and all that was tried."""
@@ -2701,7 +2814,9 @@ class Evaluator:
 
     def __init__(self, model, validation, hp, dist):
         self.model, self.validation, self.hp, self.dist = model, validation, hp, dist
-        self.packer = WindowPacker(validation, hp.micro_batch_tokens, hp.eval_seq_len, hp.row_segments, dist.device)
+        windows = -(-hp.micro_batch_tokens // hp.eval_seq_len)  # of a row that is full of whole ones, or of padding
+        entries = max(hp.row_segments, 2 * windows + 8)
+        self.packer = WindowPacker(validation, hp.micro_batch_tokens, hp.eval_seq_len, entries, dist.device)
         self.parts = SimpleNamespace(**{name: compiled(getattr(model, name), hp, dist) for name in (
             "enter", "block", "token_losses")})
 
@@ -2863,7 +2978,7 @@ class BatchedLoRA:
         self.scales = 1.0, 1.0, scale, scale
         self.kept = torch.empty(len(lanes), places, D * head + a, device=device)
         for lane, kept in zip(lanes, self.kept, strict=True):  # the same on any rank
-            generator = torch.Generator(device).manual_seed(hp.seed * 1_000_003 + lane)
+            generator = torch.Generator(device).manual_seed(hp.generator_seed * 1_000_003 + lane)
             kept.uniform_(-D ** -0.5, D ** -0.5, generator=generator)
         self.kept = self.kept.flatten(0, 1)
         self.values, self.squares = (torch.zeros(self.flight + 1, sum(self.parts), device=device) for _ in range(2))
@@ -2919,14 +3034,24 @@ def sgd_step(model, packer, windows, optimizer, rate, dist):
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
 
+def documents_to_score(validation, hp):
+    """Numbers of the documents that test-time training scores: all, or TTT_MAX_DOCS of all lengths.
+    Raises DataError where these hold no byte.
+    """
+    order, count = np.argsort(validation.ends - validation.starts, kind="stable"), len(validation.starts)
+    wanted = min(hp.ttt_max_docs or count, count)
+    documents = np.sort(order[(2 * np.arange(wanted) + 1) * count // (2 * wanted)])
+    if hp.ttt_enabled and not validation.targets_of(documents)[1]:
+        raise DataError(f"TTT_MAX_DOCS={hp.ttt_max_docs}: the documents that are left hold no byte: take more")
+    return documents
+
 class TestTimeTrainer:
     """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between phases."""
 
     def __init__(self, model, validation, hp, dist, log):
+        self.started = time.perf_counter()  # tables of adapters and the upload of the stream are of the budget too
         self.model, self.validation, self.hp, self.dist, self.log = model, validation, hp, dist, log
-        order, count = np.argsort(validation.ends - validation.starts, kind="stable"), len(validation.starts)
-        wanted = min(hp.ttt_max_docs or count, count)
-        self.documents = np.sort(order[(2 * np.arange(wanted) + 1) * count // (2 * wanted)])  # of all lengths
+        self.documents = documents_to_score(validation, hp)
         row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.ttt_eval_seq_len
         entries = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
         self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device)
@@ -3109,7 +3234,6 @@ class TestTimeTrainer:
         """Runs the plan -> {loss, bpb, tokens, bytes, documents, partial, recompilations, unadapted_tokens}."""
         hp, stream, dist = self.hp, self.validation, self.dist
         self.model.requires_grad_(False)
-        self.started = time.perf_counter()
         starts, lengths = stream.starts[self.documents], (stream.ends - stream.starts)[self.documents]
         phases = plan_ttt(lengths, hp)
         schedules = [schedule_ttt([documents for lane in self.lanes for documents in phase.lanes[lane]],
@@ -3241,7 +3365,7 @@ def rebuild_model(model, path, dist):
     for parameter in model.parameters():
         dist.broadcast(parameter.detach())
 
-def violations(hp, log, training, code_bytes, artifact_bytes, scores):
+def violations(hp, log, training, code_bytes, artifact_bytes, scores, leaked=0):
     """The contest's rules that this run breaks, as sentences; an empty list means none of those checked here."""
     broken, seconds, graphs, ttt = [], log.seconds, log.graphs, scores.get("ttt", {})
     if (over := code_bytes + artifact_bytes - BYTE_CAP) > 0:
@@ -3261,11 +3385,22 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
         broken.append(f"{again} graphs were compiled in test-time training after its warm-up")
     if ttt.get("partial"):
         broken.append("test-time training scored part of the validation documents (TTT_MAX_DOCS)")
+    if leaked:
+        broken.append(f"{leaked} training documents are validation documents, says the dataset's manifest")
     return broken
+
+def budget_notes(hp):
+    """Notes for the log: `violations` checks the budgets as they are set, which may be more than the contest allows."""
+    budgets = {"MAX_WALLCLOCK_SECONDS": hp.max_wallclock_seconds, "EVAL_BUDGET_SECONDS": hp.eval_budget_seconds}
+    return [f"{name}={value:g} is {'no limit' if not value else 'more'}, the contest allows {CONTEST_SECONDS:g} s: "
+            "violations are those of the budgets as set" for name, value in budgets.items()
+            if not 0 < value <= CONTEST_SECONDS]
 
 def train_and_save(trainer, evaluator, path):
     """Stages warm_up and train, then model.pt. Returns figures for RESULT. A signal waits for the end of a step."""
-    dist, log = trainer.dist, trainer.log
+    dist, log, loader = trainer.dist, trainer.log, trainer.loader
+    log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank} "
+        f"held_out_rows:{loader.held_out_rows}")
     with log.stage("warm_up"):
         trainer.warm_up()
     dist.deferring = True
@@ -3284,6 +3419,7 @@ def check_all(hp, dist):
         dist, tokenizer=lambda found: preflight and preflight.find_tokenizer(hp),
         compressor=lambda found: preflight and preflight.try_compressor(hp.compressor, COMPRESSORS, ENCODERS, expand),
         validation=lambda found: ValidationSet(hp),
+        documents=lambda found: "validation" in found and documents_to_score(found["validation"], hp),
         loader=lambda found: hp.ttt_eval_only or TrainLoader(TokenStream(hp.data_path, "train"), hp, dist),
         folder=lambda found: run_folder(hp, dist), model=lambda found: build_model(hp, dist),
         machine=lambda found: safety and safety.check_machine(sys.modules[__name__], hp, dist, **found))
@@ -3302,7 +3438,9 @@ def run(hp, dist):
              "world_size": dist.world_size, "torch": torch.__version__, "python": sys.version.split()[0],
              **model.ops.names}
     log(f"settings (* changed):\n{settings_table(hp)}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
-    log("\n".join(f"note: {note}" for note in (*model.ops.notes, "the budget starts after the warm-up")))
+    notes = [*dist.notes, *model.ops.notes, *budget_notes(hp), "the budget starts after the warm-up"]
+    notes += preflight.commit_notes() if preflight else []
+    log("\n".join(f"note: {note}" for note in notes))
     if hp.preset:
         log(preflight.preset_note(hp))
     log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} "
@@ -3317,8 +3455,6 @@ def run(hp, dist):
             dist.broadcast(parameter.detach())
     elif not hp.ttt_eval_only:
         trainer = Trainer(model, loader, hp, dist, log)
-        log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank} "
-            f"held_out_rows:{loader.held_out_rows}")
         training = train_and_save(trainer, evaluator, checkpoint)
         del trainer
         if compile_wanted(hp, dist):
@@ -3347,12 +3483,14 @@ def run(hp, dist):
             helpers = document_windows, WindowPacker, sgd_step, Score
             score_stage("ttt", lambda: techniques.evaluate_sgd(evaluator, *helpers), log, scores)
         elif hp.ttt_enabled:
-            score_stage("ttt", TestTimeTrainer(model, validation, hp, dist, log).evaluate, log, scores)
+            score_stage("ttt", lambda: TestTimeTrainer(model, validation, hp, dist, log).evaluate(), log, scores)
 
+    leaked = preflight.read_manifest(hp.data_path).get("leaked_documents") if preflight else None
+    training |= {} if leaked is None else {"leaked_documents": leaked}
     result = {"version": RESULT_VERSION, **about, **training, "scores": scores, "artifact_bytes": artifact_bytes,
               "code_bytes": code_bytes, "total_bytes": artifact_bytes + code_bytes, "seconds": log.seconds,
               "graphs_compiled": {stage: count for stage, count in log.graphs.items() if count},
-              "violations": violations(hp, log, training, code_bytes, artifact_bytes, scores)}
+              "violations": violations(hp, log, training, code_bytes, artifact_bytes, scores, leaked)}
     if dist.device.type == "cuda":
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     if dist.rank == 0:
@@ -3362,6 +3500,7 @@ def run(hp, dist):
 
 def main():
     """Command line: --help, or a run as the environment says. Exit code 1: an error; 3: the byte cap is broken."""
+    survive_lost_terminals()
     if len(sys.argv) > 1:
         print("No arguments; settings are environment variables, here with their defaults:\n" + settings_table())
         sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)

@@ -3,7 +3,7 @@
     python benchmarks/bench_bytes.py codes runs/ID/artifact.bin        # every compressor on the arrays of an artifact
     DATA_PATH=... python benchmarks/bench_bytes.py sweep runs/ID/model.pt --out sweep.png \\
         --curve plain "MLP_CLIP_SIGMAS=10 ATTN_CLIP_SIGMAS=11.5" "" \\
-        --curve ours "COMPRESSOR=entropy GPTQ_COLUMN_STEPS=1 GPTQ_RATE_LAMBDA=1"
+        --curve ours "COMPRESSOR=entropy GPTQ_COLUMN_STEPS=1"
 
 `codes` prints bytes by group of tensors beside the order-0 entropy of its codes, and the seconds to pack and unpack.
 `sweep` is the harness behind QUANT_ONLY=1: Hessians once, then GPTQ, packing, rebuilding and evaluation for every point
@@ -79,8 +79,8 @@ def compare_codes(path: Path, compressors: list[str]) -> None:
 
 
 SWEPT = ("matrix_bits", "embed_bits", "mlp_clip_sigmas", "attn_clip_sigmas", "embed_clip_sigmas", "hessian_clip_lambda",
-         "gptq_damp", "gptq_block_size", "gptq_column_steps", "gptq_column_power", "gptq_column_octaves",
-         "gptq_rate_lambda", "gated_attn_quant_gate", "lqer_enabled", "lqer_top_k", "lqer_rank", "lqer_weighted",
+         "gptq_damp", "gptq_block_size", "gptq_column_steps", "gptq_column_octaves",
+         "gated_attn_quant_gate", "lqer_enabled", "lqer_top_k", "lqer_rank", "lqer_weighted",
          "lqer_asym_enabled", "lqer_asym_group", "lqer_factor_bits", "compressor")  # fmt: skip
 
 

@@ -28,14 +28,16 @@ from prepare_caseops_data import (  # noqa: E402
     BOS_ID,
     DataError,
     file_sha256,
+    naming,
     read_manifest,
     read_shard,
     shard_files,
+    whole_number,
     write_manifest,
 )
 from tools import hub as hub_errors  # noqa: E402
 from tools.preflight import is_canonical  # noqa: E402
-from tools.verify_data import find_leaks  # noqa: E402
+from tools.verify_data import check_contents, find_leaks  # noqa: E402
 
 NetworkError = HfHubHTTPError.__bases__[0]  # HTTPError of the client's library: httpx, or httpx2 since version 2
 HERE = Path(__file__).resolve().parent
@@ -79,7 +81,7 @@ class Hub:
             part.unlink()
             have = 0
         url = hf_hub_url(self.repo, info.path, repo_type="dataset", revision=self.revision, endpoint=self.endpoint)
-        with part.open("ab") as file:
+        with naming(part), part.open("ab") as file:
             http_get(url, file, resume_size=have, headers=build_hf_headers(), expected_size=info.size)
         if info.lfs is not None and file_sha256(part) != info.lfs.sha256:
             part.unlink()
@@ -121,7 +123,10 @@ def download(variant: str, folder: Path, repo: str | None, train_shards: int | N
     folder.mkdir(parents=True, exist_ok=True)
     published = folder / "published_manifest.json"
     hub.fetch(hub.look_up([f"{PREFIX}manifest.json"])[f"{PREFIX}manifest.json"], published)
-    entry, tokenizer, files = choose(json.loads(published.read_bytes()), dataset, train_shards)
+    try:
+        entry, tokenizer, files = choose(json.loads(published.read_bytes()), dataset, train_shards)
+    except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, StopIteration) as error:
+        raise DataError(f"{published}: not the index of such a repository ({error!r})") from error
     infos = {files[path]: info for path, info in hub.look_up(list(files)).items()}
     known = read_manifest(folder)["files"] if (folder / "manifest.json").exists() else {}
     wanted = {name: info for name, info in infos.items() if not is_whole(folder / name, info, known)}
@@ -137,6 +142,8 @@ def download(variant: str, folder: Path, repo: str | None, train_shards: int | N
         hub.fetch(info, folder / name)
     print("counting, and searching the training documents for validation documents", flush=True)
     manifest = describe(folder, hub, entry, tokenizer, infos)
+    for problem in check_contents(folder):
+        raise DataError(f"{folder}: {problem}")
     check_stats(manifest["splits"], entry["stats"], manifest["train_shards"] == entry["stats"]["files_train"])
     write_manifest(folder, manifest)
     return manifest
@@ -185,13 +192,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Fetch published token shards.")
     parser.add_argument("--variant", default="caseops", metavar="NAME", help="caseops, or sp1024, sp8192, ... (plain)")
-    parser.add_argument("--train-shards", type=int, metavar="N", help="the first N; default: all that are published")
+    count = whole_number(0)
+    parser.add_argument("--train-shards", type=count, metavar="N", help="the first N; default: all that are published")
     parser.add_argument("--local-dir", type=Path, metavar="DIR", help="default: data/datasets/ and the dataset's name")
     parser.add_argument("--repo", metavar="OWNER/NAME", help="another repository with the same layout")
     options = parser.parse_args(arguments)
     folder = options.local_dir or HERE / "datasets" / source_of(options.variant)[2]
     try:
         manifest = download(options.variant, folder, options.repo, options.train_shards)
+    except KeyboardInterrupt:
+        print("error: interrupted\nRun the command again: it goes on where it stopped.", file=sys.stderr)
+        return 130
     except GatedRepoError as error:
         print(f"error: the repository asks for permission on its web page ({error})", file=sys.stderr)
         return 1

@@ -15,6 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt  # noqa: E402
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden"))
+# Seconds that tests wait for what must end by itself: a subprocess, another rank, a thread. The longest takes a minute
+# on a quiet machine; a loaded one may need many times that, and only a hang should fail.
+PATIENCE = float(os.environ.get("PATIENCE", 1800))
+# What a subprocess gets of this environment: none of our settings, but what picks the arithmetic of a CPU, or else its
+# numbers could not be compared with this process's.
+HERE = {key: os.environ[key] for key in (
+    "PATH", "HOME", "LD_LIBRARY_PATH", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "OPENBLAS_CORETYPE",
+) if key in os.environ}  # fmt: skip
 TINY = {
     "vocab_size": 97, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.0, "rope_dims": 4,
     "train_batch_tokens": 256, "micro_batch_tokens": 128, "train_seq_len": 32, "eval_seq_len": 32, "eval_stride": 8,

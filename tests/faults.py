@@ -78,7 +78,7 @@ def inject(train_gpt, kind, place, rank, step=2):
         if left and due and armed and os.environ.get("RANK", "0") == str(rank):
             left.clear()
             if rank == 0 and kind in ("kill", "exit", "freeze") and "WORLD_SIZE" in os.environ:
-                time.sleep(2.5)  # the store dies with it: until the others have looked what it told of this stage
+                wait_until_heard()  # the store dies with it: the others must have read what it told of this stage
             note(place)
             if kind == "nan":
                 import torch
@@ -109,6 +109,30 @@ def arm_after(owner, name):
     setattr(owner, name, arming)
 
 
+WATCHDOGS = []  # this process's, once it has looked around
+
+
+def note_what_is_heard():
+    """Each rank's watchdog writes the stage that it last heard of rank 0 to <FAULT_NOTES>/heard<rank>."""
+    from tools.safety import Watchdog
+
+    judge = Watchdog.judge
+
+    def noting(watchdog, told, *others):
+        WATCHDOGS[:] = [watchdog]
+        Path(os.environ["FAULT_NOTES"], f"heard{watchdog.dist.rank}").write_text(told[0][3])
+        return judge(watchdog, told, *others)
+
+    Watchdog.judge = noting
+
+
+def wait_until_heard():
+    """Returns when rank 1's watchdog has heard of the stage in which this rank, 0, is; however slow the machine."""
+    heard = Path(os.environ["FAULT_NOTES"], "heard1")
+    while not (WATCHDOGS and heard.exists() and heard.read_text() == WATCHDOGS[0].dist.stage):
+        time.sleep(0.05)
+
+
 def write_code(folder, hp, dist):
     if dist.rank == 0:
         (folder / "train_gpt.py").write_bytes(b"code")
@@ -120,6 +144,8 @@ def main():
 
     train_gpt.torch.set_num_threads(1)
     train_gpt.write_code = write_code
+    if "FAULT_NOTES" in os.environ:
+        note_what_is_heard()
     if "FAULT" in os.environ:
         kind, place, rank, *step = os.environ["FAULT"].split()
         inject(train_gpt, kind, place, int(rank), *map(int, step))
@@ -131,8 +157,9 @@ def main():
 
 def environment(folder, fault=None, **more):
     """What a run gets: our settings, and next to nothing of this process."""
-    environ = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ} | SETTINGS
-    environ |= {"RUNS_DIR": str(folder / "runs"), "DATA_PATH": str(folder / "data"), "RUN_ID": "run"}
+    from conftest import HERE
+
+    environ = HERE | SETTINGS | {"RUNS_DIR": str(folder / "runs"), "DATA_PATH": str(folder / "data"), "RUN_ID": "run"}
     return environ | {"FAULT_NOTES": str(folder)} | ({"FAULT": fault} if fault else {}) | more
 
 
@@ -142,7 +169,12 @@ def start(folder, ranks=1, fault=None, launcher=(), **settings):
     command = [*launcher, sys.executable, *torchrun, str(Path(__file__).resolve())]
     with open(folder / "out", "ab") as out:
         environ = environment(folder, fault, **settings)
-        return subprocess.Popen(command, env=environ, stdout=out, stderr=out, start_new_session=True)
+        # no process inherits a handler: the run begins with the default, also where the tests run under nohup
+        before = signal.signal(signal.SIGHUP, lambda number, frame: None)
+        try:
+            return subprocess.Popen(command, env=environ, stdout=out, stderr=out, start_new_session=True)
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
 
 class Forker:
@@ -153,8 +185,9 @@ class Forker:
 
     def __init__(self):
         command = [sys.executable, str(Path(__file__).resolve()), "serve"]
-        environ = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
-        environ["OMP_NUM_THREADS"] = "1"
+        from conftest import HERE
+
+        environ = HERE | {"OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.server = subprocess.Popen(command, env=environ, text=True, **pipes)
 
@@ -229,6 +262,7 @@ def wait_for_ranks(pids):
 def in_the_fork(environ, out, ranks):
     """A run in this process, or its ranks in children of it -> exit code, the first that is not 0."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
     output = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number, file in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
         os.dup2(file, number)
@@ -260,15 +294,49 @@ def in_the_fork(environ, out, ranks):
     return 0
 
 
-def end(process, seconds=120):
-    """Exit code of a run that ends by itself; one that does not is killed, and None."""
+def end(process, seconds=None):
+    """Exit code of a run that ends by itself; one that does not within PATIENCE is killed, and None."""
+    from conftest import PATIENCE
+
     try:
-        return process.wait(timeout=seconds)
+        return process.wait(timeout=seconds or PATIENCE)
     except subprocess.TimeoutExpired:
         for pid in members(process.pid):
             os.kill(pid, signal.SIGKILL)
         process.wait()
         return None
+
+
+class Slowness(threading.Thread):
+    """Measures, for as long as a `with` block runs, how much slower this machine is than one with a core to spare.
+
+    A promise in seconds is one for a machine that is not overloaded. `factor()` is the mean ratio of the time that a
+    busy loop takes to the CPU time that it gets: 1 where nobody else wants the core, 4 where four share it.
+    """
+
+    BUSY = 0.1  # seconds of CPU time: longer than the scheduler favours a thread that has slept
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.ratios, self.done = [], threading.Event()
+
+    def run(self):
+        while not self.done.wait(2.0):
+            wall, cpu = time.perf_counter(), time.thread_time()
+            while time.thread_time() < cpu + self.BUSY:
+                pass
+            self.ratios.append((time.perf_counter() - wall) / (time.thread_time() - cpu))
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.join()
+
+    def factor(self):
+        return max(1.0, sum(self.ratios) / max(1, len(self.ratios)))
 
 
 def members(session):

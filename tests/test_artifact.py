@@ -364,10 +364,10 @@ def test_damaged_or_hostile_entropy_stream_is_refused():
     for stored in (b"", b"junk", good[:-4], good[:-3], good + bytes(4), good[: 8 * train_gpt.LANES - 1], bytes(10**5)):
         with pytest.raises(ArtifactError):
             train_gpt.expand("entropy", stored, len(raw), shapes)
-    started = time.monotonic()
+    started = time.process_time()  # not what other processes take
     with pytest.raises(ArtifactError):  # a small file that claims the most an artifact may hold
         train_gpt.expand("entropy", good, 2**30, [(2**16, 2**14)])
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 60  # usually 3; hours if it believed the claim
 
 
 # --- compressors

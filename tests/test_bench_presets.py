@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import PATIENCE
 
 from benchmarks import bench_presets
 from tools import prepare_plain_data
@@ -99,7 +100,7 @@ def test_presets_without_caseops_run_from_documents_to_the_table(plain, tmp_path
     script = [sys.executable, "benchmarks/bench_presets.py", "pr960", "pr1512", "--plain", str(plain), "--seconds", "4",
               "--gpus", "0,1", "--runs", str(tmp_path), "--out", str(tmp_path / "out.json"),
               "--set", *(f"{name}={value}" for name, value in SMALL.items())]  # fmt: skip
-    done = subprocess.run(script, cwd=bench_presets.ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(script, cwd=bench_presets.ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = json.loads((tmp_path / "out.json").read_text())
     assert list(first["bpb"]) == ["prequant", "quantized", "sliding", "ttt"] and list(second["bpb"])[-1] == "sliding"

@@ -134,9 +134,8 @@ def test_every_key_of_result_is_described(source):
     produced = assigned(source["run"], "about") | assigned(source["run"], "result") | keys_of(source["Trainer.summary"])
     produced |= assigned(source["select_ops"], "trials")  # **ops.names
     assert {"version", "violations", "steps", "attention", "peak_memory_bytes"} <= produced
-    # run, build_artifact and Trainer.train put these into what Trainer.summary made
-    produced |= keys_of(source["build_artifact"])
-    assert described("Keys") == produced | {"resumed_at_step"}
+    # run and Trainer.train put these into what Trainer.summary made
+    assert described("Keys") == produced | {"group_bytes", "quant_check", "resumed_at_step"}
 
 
 def test_every_score_and_its_fields_are_described(source):
@@ -144,11 +143,6 @@ def test_every_score_and_its_fields_are_described(source):
     assert described("Scores", 0) == names and len(names) == 4
     fields = keys_of(source["Score.total"]) | keys_of(source["TestTimeTrainer.evaluate"].body[-1])
     assert described("Scores", 1) == fields
-
-
-def test_every_field_of_the_quantization_check_is_described(source):
-    fields = keys_of(source["QuantizationCheck.summary"]) | keys_of(source["QuantizationCheck.gap"])
-    assert described("Quantization check") == fields and "gap" in fields
 
 
 def test_every_stage_is_described(source):

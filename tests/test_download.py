@@ -151,12 +151,13 @@ def test_a_plain_variant_has_no_side_car(hub, tmp_path, capsys):
     index = json.loads(hub.files["datasets/manifest.json"])
     entry = index["datasets"][0]
     entry["name"] = "fineweb10B_sp1024"
-    del entry["val_bytes_glob"]
+    del entry["val_bytes_glob"], entry["text_transform"]
     hub.files["datasets/manifest.json"] = json.dumps(index).encode()
     assert fetch(tmp_path, "--variant", "sp1024") == 0
     assert not list(tmp_path.glob("*bytes*")) and "charged_bytes" not in read_manifest(tmp_path)["splits"]["val"]
     hp = tiny_hp(data_path=str(tmp_path), vocab_size=8192, caseops_enabled=False)
-    assert len(train_gpt.ValidationSet(hp).starts) == 6
+    with pytest.raises(train_gpt.DataError, match="tokens hold CaseOps' markers"):  # this hub has no other tokens
+        train_gpt.ValidationSet(hp)
     assert fetch(tmp_path) == 1 and "no fineweb10B_sp8192_lossless" in capsys.readouterr().err
 
 
@@ -284,3 +285,44 @@ def test_a_published_leak_is_counted_and_refused_by_the_trainer(hub, tmp_path, c
     assert "1 training documents are validation documents too" in capsys.readouterr().out
     with pytest.raises(train_gpt.DataError, match="1 training documents are validation documents"):
         train_gpt.ValidationSet(tiny_hp(data_path=str(tmp_path / "data"), vocab_size=8192), None)
+
+
+@pytest.mark.parametrize("content", [b"<html>not here</html>", b"[]", b"{}", b'{"datasets": [1]}', b"\xff\xfe"])
+def test_an_index_that_is_none_is_one_message(hub, tmp_path, capsys, content):
+    hub.files["datasets/manifest.json"] = content
+    assert "published_manifest.json: not the index" in failed(capsys, tmp_path)
+
+
+def test_validation_of_empty_documents_is_an_error(hub, tmp_path, capsys):
+    for name, value in (("val", 1), ("val_bytes", 0)):
+        shard = tmp_path / "shard.bin"
+        write_shard(shard, np.full(50, value))
+        hub.files[f"{FOLDER}/fineweb_{name}_000000.bin"] = shard.read_bytes()
+    (tmp_path / "data").mkdir()
+    assert "validation holds empty documents only" in failed(capsys, tmp_path / "data")
+
+
+@pytest.mark.parametrize("value", ["-1", "all", "1e2"])
+def test_a_number_of_shards_that_makes_no_sense_is_refused_by_its_name(tmp_path, capsys, value):
+    with pytest.raises(SystemExit):
+        fetch(tmp_path, f"--train-shards={value}")
+    assert f"argument --train-shards: {value} is not a whole number" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named(hub, tmp_path, capsys, monkeypatch):
+    def no_room(url, file, **arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(download, "http_get", no_room)
+    message = failed(capsys, tmp_path)
+    assert "No space left" in message and f"{tmp_path}/published_manifest.json.part" in message
+    assert "Run the command again" in message
+
+
+def test_control_c_is_one_message(hub, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(download, "http_get", interrupted)
+    assert fetch(tmp_path) == 130
+    assert "error: interrupted\nRun the command again" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """The script as a user runs it: whole runs in processes of their own, the packed script, two ranks, clear refusals."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_documents, write_shard
+from conftest import HERE, PATIENCE, write_documents, write_shard
 
 import train_gpt
 
@@ -62,15 +61,14 @@ train_gpt.main()
 
 def start(*command, **settings):
     """A run in a process of its own, with our settings and next to nothing else in its environment -> Popen."""
-    environ = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
-    return subprocess.Popen([sys.executable, *map(str, command)], env=environ | SETTINGS | settings, text=True,
+    return subprocess.Popen([sys.executable, *map(str, command)], env=HERE | SETTINGS | settings, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process):
     """(exit code, standard output, standard error); the process is ended if it hangs."""
     try:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         process.kill()
         raise

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_hp, write_documents, write_shard
+from conftest import PATIENCE, tiny_hp, write_documents, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -61,9 +61,9 @@ class ThreadRank:
     def all_reduce(self, tensor, op="sum"):
         assert op == "sum"
         self.box[self.rank] = tensor.detach().clone()
-        self.meet.wait(60)
+        self.meet.wait(PATIENCE)
         total = torch.stack(self.box).sum(0)
-        self.meet.wait(60)
+        self.meet.wait(PATIENCE)
         tensor.copy_(total)
         return tensor
 
@@ -73,9 +73,9 @@ class ThreadRank:
 
     def all_gather_object(self, value):
         self.box[self.rank] = value
-        self.meet.wait(60)
+        self.meet.wait(PATIENCE)
         values = list(self.box)
-        self.meet.wait(60)
+        self.meet.wait(PATIENCE)
         return values
 
 

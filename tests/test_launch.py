@@ -10,15 +10,17 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import faults
 import pytest
+from conftest import PATIENCE
 
 import train_gpt
 from tools import launch
 from tools.run_files import read_preset
 
 ROOT = Path(__file__).resolve().parents[1]
-HERE = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH", "TERM") if key in os.environ}
+HERE = conftest.HERE | {key: os.environ[key] for key in ("TERM",) if key in os.environ}
 VENV = Path(sys.executable).parents[1]
 WAYS = [pytest.param("0", id="background"),
         pytest.param("1", id="tmux", marks=pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux"))]
@@ -53,7 +55,7 @@ def run(tmp_path):
 
     def call(*words, **variables):
         return subprocess.run([ROOT / "run_3seeds.sh", *words], env=environ | variables, cwd=tmp_path, text=True,
-                              capture_output=True, timeout=90)
+                              capture_output=True, timeout=PATIENCE)
 
     yield call
     for path in tmp_path.glob("runs/*/launch.json"):
@@ -61,7 +63,7 @@ def run(tmp_path):
 
 
 def until(condition):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -93,6 +95,19 @@ def test_seeds_have_folders_and_exit_codes_and_a_failure_is_told(run, tmp_path, 
     table = [line.split() for line in ended.stdout.splitlines() if line.startswith("scores.ttt.bpb")]
     assert table == [["scores.ttt.bpb", "1.01000", "1.02000", "1.01500", "0.00707"]]
     assert "thirteen is not liked" in (folder / "mine-seed13" / "stderr.txt").read_text()
+
+
+def test_a_lost_window_stops_no_lane_and_no_command(tmp_path):
+    """/dev/full is a window that takes nothing; seed 13 fails, which is told on standard error."""
+    (tmp_path / "stub.py").write_text(STUB)
+    about = {"lanes": {"all": {"seeds": [13, 1], "env": {}}}, "plots": False, "tmux": None}
+    about["command"] = [sys.executable, str(tmp_path / "stub.py")]
+    (tmp_path / "launch.json").write_text(json.dumps(about))
+    tool = [sys.executable, str(ROOT / "tools" / "launch.py")]
+    with open("/dev/full", "wb") as full:
+        subprocess.run([*tool, "worker", str(tmp_path), "all"], env=HERE, stdout=full, stderr=full, timeout=90)
+        assert sorted(codes(tmp_path).values()) == ["0", "1"]
+        assert subprocess.run([*tool, "--help"], env=HERE, stdout=full, timeout=90).returncode == 0
 
 
 def test_seeds_in_turn_under_torchrun_and_summary_ends_with_0(run, tmp_path):

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -214,9 +215,20 @@ def test_the_encoders_output_is_decoded_on_the_fast_path(vector, monkeypatch):
     assert decode(vector["encoded"]) == vector["text"]
 
 
+def cpu_seconds(length):
+    """CPU time that words of this length take there and back: the least of three, each of other letters."""
+    seconds = []
+    for letter in "ABC":
+        text = letter * length + " " + f"x{letter}" * (length // 2) + " " + letter.lower() * length
+        start = time.process_time()
+        assert decode(encode(text)) == text
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
 def test_long_words_take_linear_time():
-    text = "A" * 300_000 + " " + "aB" * 150_000 + " " + "a" * 300_000
-    assert decode(encode(text)) == text  # quadratic time would be minutes
+    """16 times the length takes about 16 times as long; quadratic time would be 256 times as long."""
+    assert cpu_seconds(320_000) < 64 * cpu_seconds(20_000)
 
 
 def test_pieces_encode_like_the_whole_where_a_word_ends():

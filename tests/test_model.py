@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -141,13 +142,22 @@ def test_every_golden_number_is_compared():
     assert len(golden_keys()) == 69
 
 
+def golden_bound(key):
+    """What fp32 promises on any CPU.
+
+    The last bits of sums move most arrays by 1e-6 at most, two kinds by 1e-5: the gradients of adapters, whose scale
+    of 36 multiplies roundings in every slot, and that of smear_lambda, one number that is the small sum of large ones.
+    """
+    return 1e-4 if re.search(r"lora/.*/grad_[AB]$|smear_lambda$", key) else 1e-5
+
+
 @pytest.mark.parametrize("key", golden_keys())
 def test_agrees_with_golden_number(key, rel):
     want, got = golden_arrays()[key], computed(key.split("/")[0])[key]
     assert got.shape == want.shape
     if want.norm() == 0:
         assert got.norm() == 0
-    assert rel(got, want) < 1e-5
+    assert rel(got, want) < golden_bound(key)
 
 
 def test_q_k_and_v_share_one_hessian():

@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 import train_gpt
 
@@ -76,7 +77,7 @@ def _(long_argument, other_argument):
 def run_script(path, *arguments):
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, path, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -190,7 +191,7 @@ def test_command_line_writes_the_packed_script(tmp_path):
     assert run_script(tool, script, tmp_path / "out.py").strip().endswith(" bytes")
     assert run_script(tmp_path / "out.py") == f"packed {tmp_path / 'out.py'}\n"
     for arguments in [[], [tmp_path / "absent.py", tmp_path / "out.py"], [tool, tmp_path / "absent" / "out.py"]]:
-        done = subprocess.run([sys.executable, tool, *arguments], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, tool, *arguments], capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 1 and "pack_code.py" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -149,7 +149,7 @@ TREES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=6,
 )
-PARTS = ["step", "seconds", "losses", "weights", "average", "momentum", "adamw", "rng"]
+PARTS = ["step", "seconds", "losses", "weights", "average", "momentum", "adamw", "rng", "looping", "tokens_at"]
 
 
 def test_training_states_of_other_content(place, trainer):

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import pty
 import random
 import re
 import shlex
@@ -24,13 +25,14 @@ from types import SimpleNamespace
 import faults
 import pytest
 import torch
-from conftest import Lines, tell, tiny_hp
+from conftest import HERE, PATIENCE, Lines, tell, tiny_hp
 from test_optimizer import run_on_ranks
 from test_training import OPS, SMALL, equal_states, everything
 
 import train_gpt
 from tools import safety
 from tools.pack_code import pack_code
+from tools.run_files import read_run
 from train_gpt import SettingError
 
 pytest.importorskip("brotli")
@@ -133,15 +135,19 @@ def test_a_forged_state_is_refused_and_runs_no_code(tiny_data, tmp_path, forged)
 
 
 class Evil:
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/evil-state",)
+        return os.system, (f"touch {shlex.quote(str(self.path))}",)
 
 
 def test_a_state_with_code_in_it_is_refused(tiny_data, tmp_path):
-    (tmp_path / "state-00000009.pt").write_bytes(sealed({"weights": Evil()}))
+    mark = tmp_path / "evil"
+    (tmp_path / "state-00000009.pt").write_bytes(sealed({"weights": Evil(mark)}))
     with pytest.raises(ValueError, match="does not fit"):
         safety.load_state(trainer_of(tiny_data, tmp_path, resume=True, run_id="x"))
-    assert not Path("/tmp/evil-state").exists()
+    assert not mark.exists()
 
 
 def test_a_disk_that_is_full_ends_no_training(tiny_data, tmp_path, monkeypatch):
@@ -184,6 +190,74 @@ def test_two_ranks_go_on_bit_for_bit_and_so_can_one(tiny_data, tmp_path):
     for name, tensor in everything(alone).items():
         if not name.startswith("momentum"):  # each rank had its own slices
             torch.testing.assert_close(tensor, first[2][name], rtol=2e-3, atol=2e-4)
+
+
+def logged_steps(lines):
+    """(step, loss as text) of the lines of training; a step that was logged twice once, if it came to the same."""
+    found = re.findall(r"^step:(\d+) train_loss:(\S+)", "\n".join(lines), re.MULTILINE)
+    return sorted({(int(step), loss) for step, loss in found})
+
+
+def test_training_goes_on_with_any_log_interval(tiny_data, tmp_path):
+    """Also where the first step after the state is not logged, and past the next step that is."""
+    settings = {"iterations": 25, "enable_looping_at": 0.25}  # looping from step 7 on
+    (tmp_path / "whole").mkdir()
+    whole = trainer_of(tiny_data, tmp_path / "whole", **settings)
+    losses, figures = train(whole)
+    train(trainer_of(tiny_data, tmp_path, checkpoint_every=10, **settings), 11)
+    for interval in (1, 7, 100, 1000):
+        again = trainer_of(tiny_data, tmp_path, resume=True, run_id="x", train_log_every=interval, **settings)
+        went_on, same = train(again)
+        assert went_on == losses[10:] and equal_states(everything(again), everything(whole))
+        logged = {10, *range(10 // interval * interval + interval, 26, interval), 25}  # the state's step comes first
+        assert logged_steps(again.log) == [pair for pair in logged_steps(whole.log) if pair[0] in logged]
+        details = [detail for _, detail in again.log.shares]
+        assert len(details) == 15 and not any("nan" in detail for detail in details)
+        assert [step for step, _ in again.tokens_at] == [step for step, _ in whole.tokens_at] == [0, 7]
+        rates = [len(result["tokens_per_second_by_loop_state"]) for result in (same, figures)]
+        assert rates == [2, 2]  # of the whole training, not of what was left of it
+
+
+def test_looping_that_begins_right_after_the_state_is_logged_and_timed(tiny_data, tmp_path):
+    settings = {"iterations": 8, "enable_looping_at": 0.5}  # from step 4 on
+    train(trainer_of(tiny_data, tmp_path, checkpoint_every=4, **settings), 4)
+    again = trainer_of(tiny_data, tmp_path, resume=True, run_id="x", **settings)
+    train(again)
+    assert [step for step, _ in again.tokens_at] == [0, 4]
+    assert sum(line.startswith("step:4 looping:1") for line in again.log) == 1
+
+
+def test_the_snapshots_of_the_average_are_counted_on(tiny_data, tmp_path):
+    """SWA_BELOW_LR: a count that began anew would drop all snapshots from before the state."""
+    settings = {"swa_below_lr": 0.9, "swa_every": 1, "warmdown_frac": 1.0, "min_lr": 0.0}
+    (tmp_path / "whole").mkdir()
+    whole = trainer_of(tiny_data, tmp_path / "whole", **settings)
+    train(whole)
+    train(trainer_of(tiny_data, tmp_path, checkpoint_every=4, **settings), 5)
+    again = trainer_of(tiny_data, tmp_path, resume=True, run_id="x", **settings)
+    train(again)
+    assert again.ema.snapshots == whole.ema.snapshots > 4
+    assert equal_states(everything(again), everything(whole))
+
+
+def test_an_evaluation_that_a_kill_cut_off_is_done_by_the_resume(tiny_data, tmp_path):
+    settings = {"checkpoint_every": 4, "val_loss_every": 4}
+
+    def killed():
+        raise Cut
+
+    with pytest.raises(Cut):
+        trainer_of(tiny_data, tmp_path, **settings).train(killed)
+    again, evaluated = trainer_of(tiny_data, tmp_path, resume=True, run_id="x", **settings), []
+    again.train(lambda: evaluated.append(logged_steps(again.log)[-1][0]))
+    assert evaluated == [4, 8]
+
+
+def test_a_failure_after_a_resume_is_told_with_the_state(tiny_data, tmp_path):
+    train(trainer_of(tiny_data, tmp_path, checkpoint_every=4), 5)
+    again = trainer_of(tiny_data, tmp_path, resume=True, run_id="x")
+    safety.load_state(again)
+    assert again.dist.safe.startswith(f"{tmp_path}/state-00000004.pt is whole; RESUME=1 goes on from it: ")
 
 
 # ---- numbers that are not finite
@@ -293,13 +367,17 @@ def test_a_process_that_is_seen_to_live_may_be_silent_for_longer():
 
 def test_a_rank_that_works_alone_is_not_taken_for_stalled():
     """Packing keeps rank 0 for a minute: threads, and programs such as lrzip, count as work."""
-    before = safety.cpu_ticks()
+    wanted = 5 * safety.Watchdog.IDLE_TICKS / safety.Watchdog.STALLED
+    before, own = safety.cpu_ticks(), time.process_time()
     child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    time.sleep(1.0)
-    grown = safety.cpu_ticks() - before
-    child.kill()
-    child.wait()
-    assert grown >= 5 * safety.Watchdog.IDLE_TICKS / safety.Watchdog.STALLED or os.getloadavg()[0] > 2 * os.cpu_count()
+    limit = time.time() + PATIENCE
+    try:
+        while safety.cpu_ticks() - before - 100 * (time.process_time() - own) < wanted:  # without what this loop takes
+            assert time.time() < limit
+            time.sleep(0.05)
+    finally:
+        child.kill()
+        child.wait()
 
 
 # ---- before the clock starts
@@ -522,10 +600,9 @@ def go_on_in_a_fork(folder, command, forker):
 
 def go_on(folder, command):
     """Runs a command that a message gave, as it stands, in a shell -> exit code."""
-    environ = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
-    environ |= {"PATH": f"{Path(sys.executable).parent}:{environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environ = HERE | {"PATH": f"{Path(sys.executable).parent}:{HERE['PATH']}", "OMP_NUM_THREADS": "1"}
     with open(folder / "out", "ab") as out:
-        return subprocess.run(["sh", "-c", command], env=environ, stdout=out, stderr=out, timeout=240).returncode
+        return subprocess.run(["sh", "-c", command], env=environ, stdout=out, stderr=out, timeout=PATIENCE).returncode
 
 
 @pytest.fixture(scope="module")
@@ -563,11 +640,22 @@ def loss_lines(folder, run="run"):
     return sorted(set(re.findall(r"^step:(\d+) train_loss:(\S+)", log, re.MULTILINE)))
 
 
-def wait_for(folder, words, seconds=90):
-    limit = time.time() + seconds
-    while words not in (output(folder) if (folder / "out").exists() else ""):
+def until(condition, folder):
+    """Waits for a condition of a run; its output is shown where it does not come true."""
+    limit = time.time() + PATIENCE
+    while not condition():
         assert time.time() < limit, output(folder)[-3000:]
         time.sleep(0.05)
+
+
+def wait_for(folder, words):
+    until(lambda: words in (output(folder) if (folder / "out").exists() else ""), folder)
+
+
+def catches(process, number):
+    """Has the process a handler for this signal? (Linux: a mask in /proc.)"""
+    (mask,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 @pytest.mark.parametrize(
@@ -577,13 +665,15 @@ def wait_for(folder, words, seconds=90):
         pytest.param("SIGINT", 2, marks=soak),
         pytest.param("SIGINT", 1, marks=soak),
         pytest.param("SIGTERM", 2, marks=soak),
+        pytest.param("SIGHUP", 1, marks=soak),
+        pytest.param("SIGHUP", 2, marks=soak),
     ],
 )
 def test_a_signal_saves_a_state_and_the_message_goes_on(world, forker, name, ranks):
     process = (faults if ranks > 1 else forker).start(world, ranks, None, ITERATIONS="100000")
     wait_for(world, "step:12 ")
     os.kill(process.pid, number := getattr(signal, name))
-    code = faults.end(process, 60)
+    code = faults.end(process)
     assert code == (128 + number if ranks == 1 else 1)  # torchrun makes 1 of whatever its processes end with
     (line,) = [line for line in output(world).splitlines() if line.startswith("stopped by")]
     assert line.startswith(f"stopped by {name} in stage train. ") and line in (world / "runs/run/log.txt").read_text()
@@ -597,25 +687,177 @@ def test_a_signal_saves_a_state_and_the_message_goes_on(world, forker, name, ran
     assert f"step:{saved} resumed:" in output(world) and f"step:{saved + 2} " in output(world)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, forker):
+    """uninterrupted(iterations, ranks) -> folder of a run that met no fault, DETERMINISTIC=1; made once."""
+    made = {}
+
+    def find(iterations, ranks):
+        if (iterations, ranks) not in made:
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            faults.make_data(folder / "data")
+            process = forker.start(folder, ranks, ITERATIONS=str(iterations), DETERMINISTIC="1")
+            assert faults.end(process, 600) == 0, output(folder)[-3000:]
+            made[iterations, ranks] = folder
+        return made[iterations, ranks]
+
+    return find
+
+
+RESUMES = [
+    (step, interval, ranks, kind)
+    for step in (10, 100, 1000)
+    for interval in (1, 7, 100, 1000)
+    for ranks in (1, 2)
+    for kind in ("term", "kill", *["int"] * (step == 10))
+]
+
+
+SAMPLE = [(10, 100, 1, "term"), random.Random(SEED).choice([case for case in RESUMES if case[0] < 1000])]
+
+
+@pytest.mark.parametrize(
+    "step, interval, ranks, kind", RESUMES if SOAK else [SAMPLE[0], pytest.param(*SAMPLE[1], id="sample")]
+)
+def test_a_resume_ends_with_the_bits_of_an_uninterrupted_run(
+    uninterrupted, world, forker, step, interval, ranks, kind
+):
+    """From a state after `step` steps, written for a signal or before a kill, whatever the log interval."""
+    tell(f"{kind} at step {step} of {ranks} rank(s), TRAIN_LOG_EVERY={interval}")
+    iterations = step + 12
+    settings = {"ITERATIONS": str(iterations), "TRAIN_LOG_EVERY": str(interval), "DETERMINISTIC": "1"}
+    if kind == "kill":
+        at, settings["CHECKPOINT_EVERY"] = step + 1, str(step)
+    else:
+        at = step - 1  # the step that the signal comes in is finished
+    rank = random.Random(f"{SEED}{step}{interval}").randrange(ranks)
+    starter = faults if SOAK and ranks == 2 else forker  # with torchrun, or with nobody who would help
+    process = starter.start(world, ranks, f"{kind} train {rank} {at}", **settings)
+    code = faults.end(process, 600)
+    wanted = {"kill": -signal.SIGKILL, "term": 143, "int": 130}[kind]
+    assert code == wanted if ranks == 1 else code not in (0, None), output(world)[-3000:]
+    assert [path.name for path in (world / "runs/run").glob("state-*")] == [f"state-{step:08d}.pt"]
+    tidy_after(world, process, kind)
+    process = starter.start(world, ranks, RESUME="1", **settings)
+    assert faults.end(process, 600) == 0, output(world)[-3000:]
+    tidy(world, process)
+    whole = uninterrupted(iterations, ranks)
+    assert f"step:{step} resumed:state-{step:08d}.pt" in output(world) and "RESULT {" in output(world)
+    assert comparable(world) == comparable(whole)
+    results = [json.loads((folder / "runs/run/result.json").read_text()) for folder in (world, whole)]
+    assert [len(result["tokens_per_second_by_loop_state"]) for result in results] == [2, 2]
+    steps = [read_run(folder / "runs/run").steps for folder in (world, whole)]
+    found, known = ({row["step"]: row["train_loss"] for row in rows} for rows in steps)
+    logged = {*range(1, 6), *range(interval, iterations, interval), step, iterations}
+    assert found == {number: known[number] for number in logged}
+    assert (world / "runs/run/artifact.bin").read_bytes() == (whole / "runs/run/artifact.bin").read_bytes()
+    weights = [torch.load(f / "runs/run/model.pt", weights_only=True)["weights"] for f in (world, whole)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=soak)])
 def test_a_second_signal_ends_a_step_that_does_not_end(world, forker, name):
     process = forker.start(world, fault="stall train 0 3")
-    wait_for(world, "step:3 ")
+    until((world / "fault").exists, world)
     number = getattr(signal, name)
-    time.sleep(0.5)
     os.kill(process.pid, number)
+    until(lambda: not catches(process, number), world)  # the first has been heard
     time.sleep(1.0)
     assert process.poll() is None  # a step may take its time
     os.kill(process.pid, number)
-    assert faults.end(process, 10) == -number
+    assert faults.end(process) == -number
     tidy(world, process)
+
+
+def test_a_run_saves_a_state_when_its_window_is_closed(world):
+    """The run leads the session of a terminal, as in a window; where that closes, SIGHUP comes and writes fail."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.execve(sys.executable, [sys.executable, faults.__file__], faults.environment(world, ITERATIONS="100000"))
+    seen = b""
+    while b"step:12 " not in seen:
+        assert (more := os.read(terminal, 10_000)), seen
+        seen += more
+    os.close(terminal)
+    limit = time.time() + 60
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        assert time.time() < limit or os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    assert os.waitstatus_to_exitcode(ended[1]) == 129
+    log = (world / "runs/run/log.txt").read_text()
+    last = log.splitlines()[-1]
+    (state,) = (world / "runs" / "run").glob("state-*.pt")
+    assert last.startswith(f"stopped by SIGHUP in stage train. {state} is whole; RESUME=1 goes on from it: ")
+    tidy(world, SimpleNamespace(pid=pid))
+
+
+def test_a_hangup_that_one_rank_gets_stops_both(world, forker):
+    process = forker.start(world, 2, ITERATIONS="100000")
+    wait_for(world, "step:12 ")
+    os.kill(ranks_of(process)[-1], signal.SIGHUP)
+    assert faults.end(process, 60) == 129, output(world)[-3000:]
+    assert "ranks ended with [129, 129]" in output(world) and "stopped by SIGHUP in stage train" in output(world)
+    assert len(list((world / "runs/run").glob("state-*.pt"))) == 1 and commands(output(world), "RESUME")
+    tidy(world, process)
+
+
+def test_a_hangup_is_never_the_second_signal(world, forker):
+    """A lost connection sends several; here they come in a step that does not end, which another signal then ends."""
+    process = forker.start(world, fault="stall train 0 3")
+    wait_for(world, "step:3 ")
+    time.sleep(0.5)
+    for _ in range(3):
+        os.kill(process.pid, signal.SIGHUP)
+        time.sleep(0.5)
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGTERM)
+    assert faults.end(process, 10) == -signal.SIGTERM
+    tidy(world, process)
+
+
+def test_a_hangup_that_is_ignored_at_the_start_stays_ignored(dist):
+    """As nohup starts a run."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        safety.catch_signals(dist)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert callable(signal.getsignal(signal.SIGTERM))
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), before, strict=True):
+            signal.signal(number, handler)
+
+
+@soak
+def test_a_hangup_is_ignored_under_nohup(world):
+    process = faults.start(world, launcher=["nohup"], ITERATIONS="60")
+    wait_for(world, "step:12 ")
+    os.kill(process.pid, signal.SIGHUP)
+    assert faults.end(process) == 0, output(world)[-3000:]
+    assert "RESULT {" in output(world) and "stopped by" not in output(world)
+    tidy(world, process)
+
+
+@pytest.mark.parametrize("number, waits", [(signal.SIGHUP, True), (0, False)])
+def test_a_stop_is_finished_where_torchrun_is_gone_before(dist, monkeypatch, number, waits):
+    """torchrun ends at a second SIGHUP, its store with it, while the ranks finish their step and save a state."""
+    watchdog, done = safety.Watchdog.__new__(safety.Watchdog), []
+    watchdog.dist, watchdog.holder, watchdog.end = dist, [0, 0, 0, "train"], lambda verdict, hung: done.append(verdict)
+    dist.signal, dist.deferring = number, True
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(safety.time, "sleep", done.append)
+    watchdog.end_without_store("gone")
+    assert done[:-1] == [watchdog.STOPPING] * waits
+    assert done[-1] == "torchrun died or hangs, last heard of in stage train; it holds the store: gone"
 
 
 @soak
 @pytest.mark.parametrize("place", ["warm_up", "hessians", "pack", "eval", "ttt"])
 def test_a_signal_outside_training_ends_at_once(world, forker, place):
     process = forker.start(world, fault=f"int {place} 0")
-    assert faults.end(process, 60) == 130
+    assert faults.end(process) == 130
     (line,) = [line for line in output(world).splitlines() if line.startswith("stopped by")]
     assert ("QUANT_ONLY=1 goes on" in line) == (place != "warm_up")
     tidy(world, process)
@@ -632,10 +874,12 @@ def test_a_signal_ends_all_ranks_with_its_code(world, forker, stage):
     fault, words = (None, "step:12 ") if stage == "train" else ("stall eval 1", "stage:pack ")
     process = forker.start(world, 2, fault, **{"ITERATIONS": "100000"} if stage == "train" else {})
     wait_for(world, words)
+    if stage == "eval":
+        until((world / "fault").exists, world)
     time.sleep(2.0)
     for pid in ranks_of(process)[-1 if stage == "train" else 0:]:
         os.kill(pid, signal.SIGTERM)
-    assert faults.end(process, 60) == 143, output(world)[-3000:]
+    assert faults.end(process) == 143, output(world)[-3000:]
     assert "ranks ended with [143, 143]" in output(world), output(world)[-3000:]
     assert "stopped by SIGTERM" in output(world)
     assert commands(output(world), "RESUME" if stage == "train" else "QUANT_ONLY")
@@ -646,10 +890,36 @@ def test_a_signal_ends_all_ranks_with_its_code(world, forker, stage):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_is_not_finite_on_one_rank_ends_all_within_two_steps(world, forker, rank):
     process = forker.start(world, 2, f"nan train {rank} 4", CHECKPOINT_EVERY="1")
-    assert faults.end(process, 60) == 1 and seconds_since_the_fault(world) < 60
+    assert end_in_a_minute(world, process)[0] == 1
     (told,) = set(re.findall(r"training diverged: after step (\d+) not finite: .*?; lower", output(world)))
     assert 5 <= int(told) <= 6 and f"(rank {rank})" in output(world) and "ranks ended with [1, 1]" in output(world)
     assert (world / "runs/run/diverged.pt").exists() and not (world / "runs/run/model.pt").exists()
+    tidy(world, process)
+
+
+LOST = {  # shell: how the terminal of the run "$@" is lost
+    "pipe": '"$@" | grep -m1 step:; exit ${PIPESTATUS[0]}',
+    "full": 'exec "$@" > /dev/full 2>&1',
+    "both in a pipe": '"$@" 2>&1 | grep -m1 step:; exit ${PIPESTATUS[0]}',
+    "closed": 'exec "$@" <&- >&- 2>&-',
+    "no standard error": 'exec "$@" 2>&-',
+}
+
+
+@pytest.mark.parametrize(
+    "way, ranks",
+    [(way, ranks) for way in LOST for ranks in (1, 2)] if SOAK else [("pipe", 1), ("full", 1), ("both in a pipe", 2)],
+)
+def test_a_lost_terminal_ends_no_run(world, way, ranks):
+    """The run goes on to its RESULT, in result.json and in log.txt, which has every line."""
+    launcher = ["bash", "-c", LOST[way], "bash"]
+    process = faults.start(world, ranks, launcher=launcher, CHECKPOINT_EVERY="4", ITERATIONS="12")
+    assert faults.end(process) == 0, output(world)[-3000:]
+    run = world / "runs" / "run"
+    rows = read_run(run)  # refuses a log that does not end with RESULT
+    assert [row["step"] for row in rows.steps] == list(range(1, 13))
+    assert rows.result == json.loads((run / "result.json").read_text()) and "ttt" in rows.result["scores"]
+    assert "Error" not in output(world)
     tidy(world, process)
 
 
@@ -672,14 +942,21 @@ def test_the_command_of_a_message_is_safe_for_a_shell(dist, tmp_path):
     assert done.stdout == hostile + "\n" and not list(tmp_path.iterdir()), done.stderr
 
 
+def end_in_a_minute(folder, process):
+    """-> exit code, seconds from the fault to the end: at most 60, times what the machine is slowed down by others."""
+    with faults.Slowness() as slowness:
+        code = faults.end(process)
+    seconds = seconds_since_the_fault(folder)
+    assert seconds < 60 * slowness.factor(), f"{seconds:.0f} s, {slowness.factor():.1f}: {output(folder)[-3000:]}"
+    return code, seconds
+
+
 def check_rank_fault(folder, starter, kind, place, rank, **settings):
     """The promise of a rank's fault -> seconds from the fault to the end of all."""
     process = starter.start(folder, 2, f"{kind} {place} {rank}", **settings)
-    code = faults.end(process, 150)
-    seconds = seconds_since_the_fault(folder)
+    code, seconds = end_in_a_minute(folder, process)
     text = output(folder)
     assert code not in (0, None), f"exit code {code}: {text[-3000:]}"
-    assert seconds < 60, f"{kind} {place} {rank} took {seconds:.0f} s: {text[-3000:]}"
     verdicts = [line for line in text.splitlines() if re.match(r"(rank \d+|torchrun) (died|stalls|failed)", line)]
     words = {"kill": "died", "exit": "died", "freeze": "died", "hang": "died", "stall": "stalls"}.get(kind, "failed")
     assert verdicts and all(line.startswith(f"rank {rank} {words}") for line in verdicts), text[-3000:]
@@ -740,8 +1017,8 @@ def test_a_rank_fault_under_torchrun_ends_all(world, kind, place):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_keeps_pythons_lock_for_long_is_not_taken_for_dead(world, forker, rank):
     process = forker.start(world, 2, f"hold train {rank}")
-    code = faults.end(process)
-    assert code == 0 and 20 < seconds_since_the_fault(world) < 60, output(world)[-3000:]
+    code, seconds = end_in_a_minute(world, process)
+    assert code == 0 and 20 < seconds, output(world)[-3000:]
     tidy(world, process)
 
 
@@ -799,12 +1076,13 @@ def test_no_work_of_a_run_keeps_the_watchdog_waiting(tiny_data, tmp_path):
 def test_workers_end_when_torchrun_is_killed(world):
     process = faults.start(world, 2, ITERATIONS="100000")
     wait_for(world, "step:12 ")
-    time.sleep(2.5)  # until the workers have looked around in this stage
+    heard = world / "heard1"  # the workers have looked around in this stage
+    until(lambda: heard.exists() and heard.read_text() == "train", world)
     workers = [pid for pid in faults.members(process.pid) if pid != process.pid]
     assert len(workers) == 2
     process.kill()
     process.wait()
-    limit = time.time() + 60
+    limit = time.time() + PATIENCE
     while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.time() < limit:
         time.sleep(0.2)
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
@@ -837,13 +1115,11 @@ def test_two_hosts_run_the_whole_pipeline(base, world):
     script = Path(__file__).with_name("two_hosts.sh")
     done = subprocess.run(["unshare", "-rn", "true"], capture_output=True) if shutil.which("unshare") else None
     prefix = ["unshare", "-rnm"] if done and done.returncode == 0 and shutil.which("ip") else []
-    environ = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
-    environ |= faults.SETTINGS | {"RUN_ID": "run", "PYTHON": sys.executable, "DETERMINISTIC": "1"}
+    environ = HERE | faults.SETTINGS | {"RUN_ID": "run", "PYTHON": sys.executable, "DETERMINISTIC": "1"}
     command = [*prefix, "sh", str(script), str(world), str(world / "far"), "netns" if prefix else "localhost"]
     with open(world / "out", "ab") as out:
-        assert subprocess.run(command, env=environ, stdout=out, stderr=out, timeout=200).returncode == 0, output(world)[
-            -4000:
-        ]
+        done = subprocess.run(command, env=environ, stdout=out, stderr=out, timeout=PATIENCE)
+    assert done.returncode == 0, output(world)[-4000:]
     found, alone = comparable(world), comparable(base)
     tell(f"two hosts: {command[-1]}")
     assert found["world_size"] == 2 and not (world / "far" / "runs").exists()
@@ -878,8 +1154,8 @@ def test_fifty_runs_with_a_fault_each(base, tmp_path, forker):
         rank = 0 if place in faults.ON_RANK_0_ONLY else chance.randrange(ranks)
         fault = f"{kind} {place} {rank} {chance.randrange(1, 8)}"
         process = forker.start(folder, ranks, fault, CHECKPOINT_EVERY="1", DETERMINISTIC="1")
-        code, seconds = faults.end(process, 150), seconds_since_the_fault(folder)
-        assert code not in (0, None) and seconds < 60, (fault, ranks, code, seconds, output(folder)[-3000:])
+        code, seconds = end_in_a_minute(folder, process)
+        assert code not in (0, None), (fault, ranks, code, seconds, output(folder)[-3000:])
         tidy_after(folder, process, fault)
         worst, tally[kind] = max(worst, seconds), tally.get(kind, 0) + 1
         mode = bring_to_an_end(folder, forker, ranks, fault)

@@ -125,3 +125,47 @@ def test_no_documents_behind_validation_are_an_error(tmp_path):
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize("wrong", [b'"a lone \\ud83d"', b'{"title": "no text"}', b'{"text": "cut'])
+@pytest.mark.parametrize("in_validation", [False, True])
+def test_a_document_that_cannot_be_read_is_named_and_the_old_model_stays(tmp_path, wrong, in_validation):
+    """It was a traceback, and --out, by default the repository's own tokenizer, was left with 0 bytes."""
+    model, docs = tmp_path / "a.model", tmp_path / "docs.jsonl"
+    model.write_bytes(b"what was there")
+    lines = [b'"a sentence of some words"'] * 20
+    lines[3 if in_validation else 12] = wrong
+    docs.write_bytes(b"\n".join(lines))
+    run = train(model, docs, "--val-docs", "5")
+    number = 4 if in_validation else 13
+    assert run.returncode == 1 and f"docs.jsonl, line {number}: " in run.stderr
+    assert "Traceback" not in run.stderr
+    assert model.read_bytes() == b"what was there" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_vocabulary_that_cannot_be_trained_is_one_message_and_the_old_model_stays(tmp_path):
+    model = tmp_path / "a.model"
+    model.write_bytes(b"what was there")
+    docs = write_docs(tmp_path / "docs.jsonl", ["".join(map(chr, range(0x4E00, 0x4F00)))] * 20)
+    run = train(model, docs, "--val-docs", "0", "--vocab-size", "265")
+    assert run.returncode == 1 and "error: no tokenizer of 265 pieces from this text" in run.stderr
+    assert "Traceback" not in run.stderr and model.read_bytes() == b"what was there"
+
+
+@pytest.mark.parametrize("copy", ["{}\n", "  {}", "{}\0", "\t{} \n"])
+def test_a_copy_with_other_blanks_around_it_is_not_trained_on(tmp_path, copy):
+    """What is trained on is stripped, so it is a validation document to the letter."""
+    secret = "xylophone zugzwang " * 30
+    docs = write_docs(tmp_path / "docs.jsonl", [secret, *SENTENCES[:50], copy.format(secret)])
+    run = train(tmp_path / "a.model", docs, "--val-docs", "1")
+    assert run.returncode == 0 and "50 documents" in run.stdout and "1 training document that is" in run.stdout
+
+
+@pytest.mark.parametrize("option", ["--vocab-size=abc", "--vocab-size=264", "--vocab-size=1e4", "--val-docs=-1"])
+def test_arguments_that_make_no_sense_are_refused_by_name(tmp_path, option):
+    run = train(tmp_path / "a.model", "nowhere.jsonl", option)
+    name, value = option.split("=")
+    assert run.returncode == 2 and f"argument {name}: {value} is not a whole number" in run.stderr
+
+
+def test_a_folder_that_is_not_there_is_said_before_training(tmp_path):
+    run = train(tmp_path / "nowhere" / "a.model", "docs.jsonl")
+    assert run.returncode == 1 and "nowhere: no such folder (--out)" in run.stderr

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import HERE, PATIENCE
 from hub_server import Hub
 from test_end_to_end import SETTINGS, make_data
 
@@ -26,7 +27,6 @@ from tools import make_record, summarize  # noqa: E402
 from tools.run_files import read_run, read_runs  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-HERE = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
 PICTURES = ["bytes.png", "stages.png", "training.png", "ttt.png"]
 
 
@@ -53,7 +53,7 @@ def launch_two_seeds(folder):
     environ = HERE | SETTINGS | {"DATA_PATH": str(folder / "data"), "RUNS_DIR": str(folder / "runs"), "USE_TMUX": "0",
                                  "VENV": str(Path(sys.executable).parents[1]), "VAL_LOSS_EVERY": "2",
                                  "SLIDING_WINDOW_ENABLED": "0"}
-    script, options = ROOT / "run_3seeds.sh", {"cwd": folder, "capture_output": True, "text": True, "timeout": 240}
+    script, options = ROOT / "run_3seeds.sh", {"cwd": folder, "capture_output": True, "text": True, "timeout": PATIENCE}
     started = subprocess.run([script], env=environ | {"SEEDS": "7 3", "GPUS": "cpu cpu", "RUN_ID": "set"}, **options)
     assert started.returncode == 0, started.stderr
     ended = subprocess.run([script, "wait"], env=environ, **options)
@@ -332,7 +332,7 @@ def publish():
     def call(*words, token=None):
         command = [sys.executable, str(ROOT / "tools" / "publish.py"), *map(str, words)]
         done = subprocess.run(command, env=environ | ({"HF_TOKEN": token} if token else {}), text=True,
-                              capture_output=True, timeout=120)
+                              capture_output=True, timeout=PATIENCE)
         assert TOKEN not in done.stdout + done.stderr
         return done
 

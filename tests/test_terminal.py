@@ -1,9 +1,11 @@
 """The live line: a bar on a terminal that later lines replace, the same log file whether there is a terminal or not."""
 
+import inspect
 import os
 import pty
 import re
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -97,6 +99,44 @@ def test_other_ranks_show_nothing(terminal, tmp_path):
     stream, read = terminal
     run_stages(tmp_path / "run", stream, rank=1)
     assert read() == ""
+
+
+def test_a_lost_terminal_takes_nothing_and_the_log_has_every_line(tmp_path):
+    """The live line as well: the other end of the terminal is closed while a stage runs."""
+    ours, theirs = pty.openpty()
+    dist = SimpleNamespace(rank=0, synchronize=lambda: None, watchdog=None, tell=None)
+    with pytest.MonkeyPatch.context() as patch, os.fdopen(theirs, "w") as stream:
+        patch.setattr(sys, "stdout", train_gpt.LossyStream(stream))
+        log = train_gpt.RunLog(tmp_path, dist)
+        assert log.line
+        with log.stage("train"):
+            log("before")
+            os.close(ours)
+            log.live(0.5, "nobody sees this")
+            log("after")
+        print("no newline and no flush", end="")
+    assert re.fullmatch(r"before\nafter\nstage:train seconds:.*\n", (tmp_path / "log.txt").read_text())
+
+
+@pytest.mark.parametrize("redirection", ["> /dev/full 2>&1", ">&- 2>&- <&-", "| true"])
+def test_a_lost_terminal_changes_no_exit_code(redirection, tmp_path):
+    """No file gets the number of a closed stream, and nothing is left to fail when the interpreter ends."""
+    parts = map(inspect.getsource, (train_gpt.LossyStream, train_gpt.survive_lost_terminals))
+    code = "import contextlib, os, sys, time\n" + "".join(parts) + """
+survive_lost_terminals()
+time.sleep(0.2)
+for stream in (sys.stdout, sys.stderr):
+    print("x" * 100_000, file=stream)
+    print("a line", file=stream, flush=True)
+    print("not flushed", file=stream, end="")
+assert os.open(os.devnull, os.O_RDONLY) > 2
+sys.exit(7)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    command = f'"$0" "$1" {redirection}; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command, sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 7 and "Error" not in done.stderr
 
 
 def test_training_packing_and_test_time_training_tell_how_far_they_are(tiny_data, tmp_path):

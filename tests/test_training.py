@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import Lines, tiny_hp, write_documents
+from conftest import PATIENCE, Lines, tiny_hp, write_documents
 from test_optimizer import run_on_ranks
 
 import train_gpt
@@ -212,8 +212,8 @@ def test_beyond_the_limit_the_shortest_neighbours_share_a_segment(tmp_path):
         want = [start for start in starts if start not in gone]
         loader = loader_of(tmp_path, max_row_segments=most, balance_rows=False)
         assert loader.build(0).cu_seqlens.tolist() == want
-    with pytest.raises(DataError, match="6 documents and pieces, more than 5: raise MAX_ROW_SEGMENTS"):
-        list(loader_of(tmp_path, max_row_segments=5).step(0))  # the next would be longer than the sequence length, 32
+    loader = loader_of(tmp_path, max_row_segments=5, balance_rows=False)  # the next would be longer than 32
+    assert loader.build(0).cu_seqlens.tolist() == [0, 32, 64, 96, 128, 128]
 
 
 def test_token_outside_the_vocabulary_is_refused(tmp_path):
@@ -244,7 +244,7 @@ def test_the_next_row_is_built_before_it_is_asked_for(tiny_data, monkeypatch):
 
     monkeypatch.setattr(loader, "build", recorded)
     list(loader.step(0))
-    assert arrived.wait(10) and built == [0, 1, 2]
+    assert arrived.wait(PATIENCE) and built == [0, 1, 2]
 
 
 # --- one step
@@ -512,10 +512,13 @@ def test_schedule_and_end_follow_the_clock_of_rank_0(tiny_data, fake_time, monke
 
 def test_short_run_ends_in_time(tiny_data):
     trainer = trainer_of(tiny_data, max_wallclock_seconds=1.5, gptq_reserve_seconds=0.2, iterations=1_000_000)
-    start = time.perf_counter()
+    step, starts = trainer.train_step, []
+    trainer.train_step = lambda *arguments: starts.append(time.perf_counter()) or step(*arguments)
     figures = trainer.train(quiet)
-    assert time.perf_counter() - start < 1.5 + 2.0  # two seconds for a machine that is busy elsewhere
-    assert figures["steps"] >= 1 and figures["training_seconds"] > 0.3
+    # However slow the steps are: no step starts late, but for the one that was begun when its clock was looked at; and
+    # training goes on until two more steps like the last would be too long.
+    assert len(starts) == figures["steps"] >= 1 and ([starts[0], *starts][-2] - starts[0]) < 1.3
+    assert figures["training_seconds"] > 1.3 / 3
 
 
 # --- two ranks

@@ -1,4 +1,4 @@
-"""Trains `caseops_8192.model`, a CaseOps tokenizer, on documents (JSON lines, plain, .gz or .xz).
+"""Trains `caseops_8192.model`, a CaseOps tokenizer, on documents (JSON lines, plain, gzip or xz).
 
     python tokenizers/train_tokenizer.py docs_selected.jsonl                      # all but the first 50,000
     python tokenizers/train_tokenizer.py docs_train.jsonl.xz --val-file docs_val.jsonl.xz
@@ -15,25 +15,37 @@ import itertools
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
-
-import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lossless_caps import CONTROLS, encode  # noqa: E402
-from prepare_caseops_data import DataError, Line, file_sha256, load_tokenizer, parse_text, read_lines  # noqa: E402
+from prepare_caseops_data import (  # noqa: E402
+    DataError,
+    Line,
+    exit_status,
+    file_sha256,
+    load_tokenizer,
+    naming,
+    read_lines,
+    read_text,
+    train_sentencepiece,
+    whole_number,
+)
 
 
 def text_hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    """Of the words alone: blanks around and between them are no difference to the tokenizer."""
+    words = " ".join(text.replace("\0", " ").split())
+    return hashlib.blake2b(words.encode(), digest_size=8).digest()
 
 
 def training_sentences(lines: Iterable[Line], validation: set[bytes]) -> Iterator[str]:
     """One sentence a document: stripped first, then transformed; empty ones and those of `validation` dropped."""
     documents = text_bytes = copies = 0
     for line in lines:
-        text = parse_text(line)
+        text = read_text(line)
         if text_hash(text) in validation:
             copies += 1
             continue
@@ -59,56 +71,64 @@ def check_layout(path: Path) -> None:
         raise DataError(f"{path}: the space mark is no piece of its own")
 
 
-def main() -> None:
-    """Runs the command line."""
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    size, count = whole_number(265, 1 << 16), whole_number(0)
     parser = argparse.ArgumentParser(description="Train a CaseOps tokenizer.")
     parser.add_argument("docs", nargs="+", metavar="FILE")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("caseops_8192.model"), metavar="MODEL")
-    parser.add_argument("--vocab-size", type=int, default=8192, metavar="N")
+    parser.add_argument("--vocab-size", type=size, default=8192, metavar="N", help="default: %(default)s")
     val = parser.add_mutually_exclusive_group()
-    val.add_argument("--val-docs", type=int, default=50_000, metavar="N", help="first documents; default: %(default)s")
+    val.add_argument("--val-docs", type=count, default=50_000, metavar="N", help="first documents, by default 50,000")
     val.add_argument("--val-file", metavar="FILE", help="validation documents, where they have a file of their own")
-    options = parser.parse_args()
-    try:
-        train(options)
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+    return exit_status(partial(train, parser.parse_args(arguments)))
 
 
-def train(options: argparse.Namespace) -> None:
-    """Trains and checks the tokenizer. Raises DataError if nothing is left to train on."""
+def train(options: argparse.Namespace) -> int:
+    """Trains and checks the tokenizer; only then does it take the place of what --out held. Returns the exit status.
+
+    Raises DataError if nothing is left to train on.
+    """
+    if not options.out.parent.is_dir():
+        raise DataError(f"{options.out.parent}: no such folder (--out)")
     lines = itertools.chain.from_iterable(map(read_lines, options.docs))
     held_out = read_lines(options.val_file) if options.val_file else itertools.islice(lines, options.val_docs)
-    validation = {text_hash(parse_text(line)) for line in held_out}
+    validation = {text_hash(read_text(line)) for line in held_out}
     first = next(lines, None)
     if first is None:
         raise DataError(f"no documents behind the {len(validation):,} of validation (--val-docs)")
-    with options.out.open("wb") as model:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=training_sentences(itertools.chain([first], lines), validation),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=options.vocab_size,
-            character_coverage=0.999,
-            byte_fallback=True,
-            split_digits=True,
-            hard_vocab_limit=False,
-            pad_id=0,
-            bos_id=1,
-            eos_id=2,
-            unk_id=3,
-            normalization_rule_name="nmt_nfkc",
-            add_dummy_prefix=False,
-            user_defined_symbols=list(CONTROLS),
-            max_sentence_length=1 << 30,
-            num_threads=2,
-            minloglevel=1,
-        )
-    check_layout(options.out)
+    model = train_sentencepiece(
+        training_sentences(itertools.chain([first], lines), validation),
+        model_type="bpe",
+        vocab_size=options.vocab_size,
+        character_coverage=0.999,
+        byte_fallback=True,
+        split_digits=True,
+        hard_vocab_limit=False,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        normalization_rule_name="nmt_nfkc",
+        add_dummy_prefix=False,
+        user_defined_symbols=list(CONTROLS),
+        max_sentence_length=1 << 30,
+        num_threads=2,
+        minloglevel=1,
+    )
+    unchecked = options.out.with_name(options.out.name + ".tmp")
+    try:
+        with naming(unchecked):
+            unchecked.write_bytes(model)
+        check_layout(unchecked)
+        unchecked.replace(options.out)
+    finally:
+        unchecked.unlink(missing_ok=True)
     pieces = load_tokenizer(options.out).get_piece_size()
     print(f"layout: ids 0-263 and the rules of the pieces are those of the published tokenizer\n"
           f"{options.out.name}: {pieces:,} pieces, {options.out.stat().st_size:,} bytes, {file_sha256(options.out)}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

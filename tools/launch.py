@@ -62,6 +62,15 @@ class LaunchError(Exception):
         self.code = code
 
 
+def say(*words, file=None):
+    """Prints for somebody who may have gone: a window that is closed or a full disk behind it ends nothing."""
+    file = file or sys.stdout
+    try:
+        print(*words, file=file, flush=True)
+    except OSError:  # the stream keeps what it could not write: nowhere is where it can go, now and at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
 class Plan(NamedTuple):
     """What `start` is to do, from the environment."""
 
@@ -260,13 +269,13 @@ def start(environ):
             raise LaunchError(f"a worker did not start: see {plan.folder}", code=1)
         time.sleep(0.05)
     for note in notes:
-        print(f"run_3seeds.sh: {note}")
+        say(f"run_3seeds.sh: {note}")
     for lane, about in plan.lanes.items():
         where = f"{nproc} process(es)" if lane == "all" else lane
-        print(f"run_3seeds.sh: seed(s) {' '.join(map(str, about['seeds']))} on {where}")
-    print(f"run_3seeds.sh: started {plan.folder} in {'tmux windows' if socket else 'the background'}; next:")
+        say(f"run_3seeds.sh: seed(s) {' '.join(map(str, about['seeds']))} on {where}")
+    say(f"run_3seeds.sh: started {plan.folder} in {'tmux windows' if socket else 'the background'}; next:")
     for word in ("status", "attach", "wait", "stop"):
-        print(f"  ./run_3seeds.sh {word} {plan.folder}")
+        say(f"  ./run_3seeds.sh {word} {plan.folder}")
     return 0
 
 
@@ -326,7 +335,7 @@ def worker(folder, lane):
         run = run_folder(folder, seed)
         run.mkdir()
         environ = os.environ | launch["lanes"][lane]["env"] | run_environ(folder, seed)
-        print(f"\n==== seed {seed} -> {run}", flush=True)
+        say(f"\n==== seed {seed} -> {run}")
         # in a tmux window the run's own live line shows, and its log.txt keeps the lines
         output = None if sys.stdout.isatty() else open(run / "stdout.txt", "wb")
         files = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.PIPE}
@@ -336,14 +345,15 @@ def worker(folder, lane):
         with open(run / "stderr.txt", "wb") as errors:
             for line in child.stderr:
                 for file in (errors, sys.stderr.buffer):
-                    file.write(line)
-                    file.flush()
+                    with contextlib.suppress(OSError):  # a window that is closed, or a full disk, stops no lane
+                        file.write(line)
+                        file.flush()
         code = child.wait()
         signal.alarm(0)
         code = 143 if stopped and code else code if code >= 0 else 128 - code  # torchrun makes 1 of a signal
         write_atomically(run / "exit_code", str(code))
         erase = "\r\x1b[K" if output is None else ""  # of a live line that a crash left behind
-        print(f"{erase}==== seed {seed} ended with exit code {code}", flush=True)
+        say(f"{erase}==== seed {seed} ended with exit code {code}")
         if launch["plots"] and (run / "result.json").exists():
             draw([run])
     return 0
@@ -354,7 +364,7 @@ def draw(paths, python=sys.executable):
     done = subprocess.run(
         [python, str(ROOT / "tools" / "plot_run.py"), *map(str, paths)], capture_output=True, text=True
     )
-    print(done.stdout if done.returncode == 0 else f"no pictures: {done.stderr.strip()[-300:]}", flush=True)
+    say(done.stdout if done.returncode == 0 else f"no pictures: {done.stderr.strip()[-300:]}")
 
 
 # ---- sets that were started
@@ -433,9 +443,9 @@ def last_words(run, state):
 
 def status(folder):
     states = read_states(folder)
-    print(f"{folder}")
+    say(f"{folder}")
     for seed, lane, state in states:
-        print(f"  seed {seed:<6} {lane:<6} {state:<20} {last_words(run_folder(folder, seed), state)}")
+        say(f"  seed {seed:<6} {lane:<6} {state:<20} {last_words(run_folder(folder, seed), state)}")
     return states
 
 
@@ -483,7 +493,7 @@ def wait(folder):
         for seed, _, state in states:
             if state not in ("running", "waiting") and seed not in told:
                 told[seed] = state
-                print(f"run_3seeds.sh: seed {seed}: {state}", flush=True)
+                say(f"run_3seeds.sh: seed {seed}: {state}")
         if len(told) == len(states):
             break
         time.sleep(0.5)
@@ -500,7 +510,7 @@ def summary(folder):
     states = status(folder)
     ended = [run_folder(folder, seed) for seed, _, _ in states if (run_folder(folder, seed) / "result.json").exists()]
     if ended:
-        print(flush=True)
+        say()
         launch = read_launch(folder)
         python = launch["command"][0]  # the runs' own: it has what the tools need
         subprocess.run([python, str(ROOT / "tools" / "summarize.py"), *map(str, ended)])
@@ -508,7 +518,7 @@ def summary(folder):
             draw(ended, python)
     unfinished = [f"seed {seed} ({state})" for seed, _, state in states if state != "done"]
     if unfinished:
-        print(f"run_3seeds.sh: not done: {', '.join(unfinished)}", file=sys.stderr)
+        say(f"run_3seeds.sh: not done: {', '.join(unfinished)}", file=sys.stderr)
     return 1 if unfinished else 0
 
 
@@ -520,7 +530,7 @@ def main(arguments, environ):
         print(json.dumps(check_script(Path(rest[0]), rest[1] == "1")))
         return 0
     if command in ("--help", "-h", "help"):
-        print(__doc__)
+        say(__doc__)
         return 0
     commands = {"status": status, "attach": attach, "stop": stop, "wait": wait, "summary": summary}
     try:
@@ -531,7 +541,7 @@ def main(arguments, environ):
         found = commands[command](find_set(environ, *rest))
         return found if isinstance(found, int) else 0
     except LaunchError as error:
-        print(f"run_3seeds.sh: {error}", file=sys.stderr)
+        say(f"run_3seeds.sh: {error}", file=sys.stderr)
         return error.code
 
 

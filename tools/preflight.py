@@ -6,7 +6,6 @@ contest's. Machine: a coder that works. Code: packed, and the commit it is of.
 
 import dataclasses
 import difflib
-import glob
 import hashlib
 import importlib.util
 import json
@@ -92,6 +91,9 @@ def cross_checks(hp, sites):
     yield hp.num_loops and not looped, "LOOP_START..LOOP_END must lie inside NUM_LAYERS (or set NUM_LOOPS=0)"
     yield hp.parallel_start_layer > hp.num_layers, "PARALLEL_START_LAYER must be at most NUM_LAYERS"
     yield hp.train_batch_tokens % hp.micro_batch_tokens, "TRAIN_BATCH_TOKENS must divide by MICRO_BATCH_TOKENS"
+    pieces = -(-hp.micro_batch_tokens // hp.train_seq_len)
+    yield 0 < hp.max_row_segments < pieces, (
+        f"MAX_ROW_SEGMENTS={hp.max_row_segments}: a row of MICRO_BATCH_TOKENS has {pieces} pieces of TRAIN_SEQ_LEN")
     out_of_time = 0 < hp.max_wallclock_seconds <= hp.gptq_reserve_seconds
     yield out_of_time, "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"
     yield hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
@@ -126,6 +128,34 @@ def cross_checks(hp, sites):
     yield not re.fullmatch(r"(\w[\w.+-]*)?", hp.run_id), "RUN_ID: letters, digits, '_', then also '.', '+', '-'"
 
 
+# Names of published training scripts that do nothing here -> what does. Other unknown names are found by their family.
+INSTEAD = {
+    "ADAM_EPS": "nothing: it is 1e-8", "ALIAS_PREV_SMEAR_SCALE": "nothing", "ASYM_LOGIT_RESCALE": "nothing",
+    "CKPT_PATH": "CHECKPOINT_PATH", "EVAL_ONLY": "TTT_EVAL_ONLY", "EVAL_ONLY_PATH": "QUANT_ONLY and CHECKPOINT_PATH",
+    "DATASETS_DIR": "DATA_PATH", "DOC_SHUFFLE": "DOC_SHUFFLE_ENABLED", "E2E_TTT_ENABLED": "TTT_METHOD=sgd",
+    "FULL_GPTQ_DAMP": "GPTQ_DAMP", "FUSED_CE_ENABLED": "KERNELS", "FUSED_MLP_ENABLED": "KERNELS",
+    "HEAD_LR": "TIED_EMBED_LR", "HEAD_PAIR_NS": "MUON_HEAD_PAIRS", "IHA_ENABLED": "nothing", "IHA_MIX_V": "nothing",
+    "LATE_QAT_THRESHOLD": "QAT_BELOW_LR", "LOAD_MODEL_PATH": "QUANT_ONLY and CHECKPOINT_PATH", "MTP_ENABLED": "nothing",
+    "MTP_LOSS_WEIGHT": "nothing", "MTP_NUM_HEADS": "nothing", "MTP_STEPS": "nothing", "MTP_WEIGHT": "nothing",
+    "NEGATIVE_SLOPE": "LEAKY_RELU_SLOPE", "PAIRED_HEAD_MUON_ENABLED": "MUON_HEAD_PAIRS", "PRUNE_PCT": "TARGET_BYTES",
+    "QUANTIZED_MODEL_PATH": "TTT_EVAL_ONLY and ARTIFACT_PATH", "QUANTIZE_ONLY": "QUANT_ONLY", "RECUR_ALPHA": "nothing",
+    "SKIP_POST_TRAIN_EVAL": "PREQUANT_ONLY", "SPINQUANT_ENABLED": "nothing", "TARGET_MB": "TARGET_BYTES",
+    "TOKEN_BOOST": "NGRAM_TILT_ENABLED", "TOKEN_ORDER": "NGRAM_TILT_ENABLED", "TOKEN_THRESHOLD": "NGRAM_TILT_ENABLED",
+    "TRAIN_SEQ_SCHEDULE": "TRAIN_SEQ_LEN", "VAL_BATCH_SIZE": "MICRO_BATCH_TOKENS",
+    "VAL_BATCH_TOKENS": "MICRO_BATCH_TOKENS", "VAL_DOC_FRACTION": "TTT_MAX_DOCS", "VE_DIM": "VALUE_EMBED_DIM",
+    "VE_ENABLED": "VALUE_EMBED_LAYERS", "VE_LAYERS": "VALUE_EMBED_LAYERS",
+}  # fmt: skip
+# Names that change no result, or that other programs use as well: a note of the log, no refusal.
+IDLE = """ARTIFACT_DIR COMPILE_SHAPE_WARMUP DATA_DIR DYNAMO_CACHE_SIZE_LIMIT GPUS_OVERRIDE MODEL_PATH OUT_PTZ
+    SEEDS_OVERRIDE SKIP_INITIAL_VAL""".split()
+
+
+def idle_notes(environ):
+    """Notes for the log: which settings of published scripts do nothing here."""
+    found = [name for name in IDLE if name in environ]
+    return [f"{', '.join(found)}: of published scripts, without a meaning here"] if found else []
+
+
 def unknown_settings(environ, cls):
     """Messages for undeclared variables that look like ours: a family name of ours, or nearly one of our names.
 
@@ -134,7 +164,10 @@ def unknown_settings(environ, cls):
     ours = [field.name.upper() for field in dataclasses.fields(cls)]
     shared_words = "MAX MIN NUM RUN RUNS DATA MODEL COMPUTE ENABLE TRAIN VAL CHECKPOINT TOKENIZER ARTIFACT ADAM".split()
     families = {name.split("_")[0] for name in ours if "_" in name} - set(shared_words)
-    for name in sorted(set(environ) - set(ours)):
+    for name in sorted(set(environ) - {*ours, *IDLE}):
+        if name in INSTEAD:
+            yield f"{name} is a setting of other scripts; here it is {INSTEAD[name]} (unset it, or see --help)"
+            continue
         close = difflib.get_close_matches(name, ours, 1, 0.6)
         if name.split("_")[0] in families or difflib.get_close_matches(name, ours, 1, 0.88):
             yield f"{name} is not a setting{f'; did you mean {close[0]}?' if close else ''} (unset it, or see --help)"
@@ -146,7 +179,7 @@ def unknown_settings(environ, cls):
 def check_side_car(folder, paths, parts, shards):
     """DataError unless the side-car's parts are there and as long as the shards."""
     if not paths:
-        raise DataError(f"no fineweb_val_bytes_*.bin in {folder}: BPB needs the side-car (or CASEOPS_ENABLED=0)")
+        raise DataError(f"no fineweb_val_bytes_*.bin in {folder}: BPB needs the side-car")
     if [len(part) for part in parts] != [len(shard) for shard in shards]:
         raise DataError(
             f"{paths[0]}: side-car lengths {[len(p) for p in parts]} differ from the shards' "
@@ -169,6 +202,25 @@ def read_manifest(folder):
         raise DataError(f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again") from None
 
 
+def check_data_settings(hp):
+    """DataError where the settings contradict the side-car or the manifest: the bytes would be wrong."""
+    folder = Path(hp.data_path)
+    manifest, wrong = read_manifest(folder), []
+    side_car = next((path.name for path in sorted(folder.glob("fineweb_val_bytes_*.bin"))), None)
+    if side_car and not hp.caseops_enabled:
+        wrong.append(f"{side_car} holds the bytes of its tokens, which CASEOPS_ENABLED=0 would not read: set it to 1")
+    transform = manifest.get("text_transform")
+    if transform and not hp.caseops_enabled:
+        wrong.append(f"its manifest says {transform}, whose tokens a tokenizer cannot count: set CASEOPS_ENABLED=1")
+    if "text_transform" in manifest and not transform and hp.caseops_enabled:
+        wrong.append("its manifest says that the text was not transformed: set CASEOPS_ENABLED=0")
+    size = manifest.get("tokenizer", {}).get("vocab_size", hp.vocab_size)
+    if size != hp.vocab_size:
+        wrong.append(f"its manifest says VOCAB_SIZE={size}, not {hp.vocab_size}")
+    if wrong:
+        raise DataError(f"{folder}: {'; '.join(wrong)}")
+
+
 def check_manifest(hp, found, read_shard):
     """DataError where the dataset is not what its manifest says, so that no BPB of other data is reported.
 
@@ -184,7 +236,7 @@ def check_manifest(hp, found, read_shard):
         for name, count in found.items()
         if stated.get(name) != count
     ]
-    paths = {os.path.basename(path): path for path in glob.glob(os.path.join(hp.data_path, "fineweb_*.bin"))}
+    paths = {os.path.basename(path): path for path in Path(hp.data_path).glob("fineweb_*.bin")}
     wrong += [f"{name} is missing" for name in files.keys() - paths.keys()]
     for name, path in paths.items():
         if (
@@ -221,6 +273,51 @@ def check_validation(hp, tokens, charges, read_shard):
     return f"documents:{documents} values:{len(charges)} bytes:{size} canonical:{canonical}"
 
 
+def models_near(folder, nearest):
+    """SentencePiece models in and around a dataset's folder, in order of distance; `nearest`: of one place only.
+
+    DataError where that place holds several different ones: nothing says which of them made the shards.
+    """
+    places = folder, folder.parent / "tokenizers", folder.parent.parent / "tokenizers", ROOT / "tokenizers"
+    groups = [sorted(place.glob("*.model")) for place in places]
+    if not nearest:
+        return sum(groups, [])
+    found = next((group for group in groups if group), [])
+    if len({path.read_bytes() for path in found}) > 1:
+        names = ", ".join(str(path) for path in found)
+        raise DataError(f"{folder}: no manifest names its tokenizer, there are several ({names}): set TOKENIZER_PATH")
+    return found
+
+
+def has_case_markers(tokenizer):
+    """Whether pieces 4 to 7 are CaseOps' markers, which stand for no text (lossless_caps.py)."""
+    return [tokenizer.id_to_piece(token) for token in range(4, 8)] == [*"\ue001\ue002\ue003\ue004"]
+
+
+def check_byte_counts(hp, tokenizer, tokens):
+    """DataError unless tokens (N,), which this tokenizer is to count the bytes of, are of its making.
+
+    Without a side-car the tokenizer decides the BPB. One of equal size counts without an error, so the text of some
+    documents is encoded again: only the shards' own tokenizer gives back their tokens.
+    """
+    if has_case_markers(tokenizer) and ((tokens >= 4) & (tokens < 8)).any():
+        raise DataError(f"{hp.data_path}: its tokens hold CaseOps' markers: set CASEOPS_ENABLED=1, with the side-car")
+    longest, documents = 512, 256
+    starts = np.flatnonzero(tokens == BOS_ID)[:documents] + 1
+    ends = np.append(starts[1:] - 1, len(tokens))[: len(starts)]
+    same = total = 0
+    for start, end in zip(starts, np.minimum(ends, starts + longest), strict=True):
+        ids = tokens[start:end].tolist()
+        compared = len(ids) if len(ids) < longest else longest - 64  # a cut changes the tokens before it
+        same += compared * (tokenizer.encode(tokenizer.decode(ids))[:compared] == ids[:compared])
+        total += compared
+    if 2 * same < total:  # some texts do not come back from their own tokenizer: unknown characters, odd spaces
+        raise DataError(
+            f"{hp.data_path}: its tokens were not made by the tokenizer found for them, which gives back {same} of "
+            f"{total} when their text is encoded again: set TOKENIZER_PATH to the shards' own"
+        )
+
+
 def find_tokenizer(hp):
     """Path of the data's SentencePiece model. DataError if none fits the settings and the manifest."""
     try:
@@ -229,8 +326,10 @@ def find_tokenizer(hp):
         raise DataError("the sentencepiece package is missing: pip install -r requirements.txt") from None
     folder = Path(hp.data_path)
     wanted = read_manifest(folder).get("tokenizer", {}).get("sha256")
-    beside = [folder, folder.parent / "tokenizers", folder.parent.parent / "tokenizers", ROOT / "tokenizers"]
-    found = [Path(hp.tokenizer_path)] if hp.tokenizer_path else [p for d in beside for p in sorted(d.glob("*.model"))]
+    if hp.tokenizer_path:
+        found = [Path(hp.tokenizer_path)]
+    else:
+        found = models_near(folder, nearest=wanted is None)
     for path in found:
         if not path.exists():
             raise DataError(f"TOKENIZER_PATH={path} does not exist")
@@ -242,6 +341,8 @@ def find_tokenizer(hp):
                 raise DataError(f"{path} is no SentencePiece model") from None
             if tokenizer.vocab_size() != hp.vocab_size:
                 raise DataError(f"{path} has {tokenizer.vocab_size()} pieces, VOCAB_SIZE is {hp.vocab_size}")
+            if hp.marker_fusion_enabled and not has_case_markers(tokenizer):
+                raise DataError(f"{path}: pieces 4 to 7 are not CaseOps' markers: set MARKER_FUSION_ENABLED=0")
             return path
     raise DataError(
         f"no tokenizer for {folder} (the manifest wants sha256 {wanted}; looked at "
@@ -313,5 +414,23 @@ def packed_code(path, hp):
 
 def git_commit():
     """The checkout's commit, with + where files differ from it; None outside a checkout."""
+    return (describe_commit() or [None])[0] or None
+
+
+def describe_commit():
+    """Standard output and error of git on this checkout; None without git."""
     command = ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--exclude=*"]
-    return (shutil.which("git") and subprocess.run(command, capture_output=True, text=True).stdout.strip()) or None
+    if not shutil.which("git"):
+        return None
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip(), done.stderr.strip()
+
+
+def commit_notes():
+    """Notes for the log where git does not say the commit of this checkout: no record can be made of such a run."""
+    commit, error = describe_commit() or ("", "git is not installed")
+    if commit or not (ROOT / ".git").exists():
+        return []
+    if "dubious ownership" in error:  # as in a container, where the folder belongs to another user
+        return [f"commit unknown, {ROOT} belongs to another user: git config --global --add safe.directory {ROOT}"]
+    return [f"commit unknown, no record can be made of this run: {error.splitlines()[0] if error else 'no commit yet'}"]

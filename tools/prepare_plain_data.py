@@ -5,15 +5,19 @@
 
 For each --vocab-sizes N the folder DIR/spN gets a BPE tokenizer, trained on the first --tokenizer-bytes of training
 text, and shards of it without side-cars. Text is taken as it is, so the bytes that train_gpt.py counts by pieces are
-the text's own, but for a space that begins a document. Documents of validation are left out of training, copies too.
+the text's own, but for a space that begins a document; validation is counted here, too, and refused where that is not
+so. SentencePiece writes a space as U+2581 and cannot tell it from that character in a text: training documents get a
+space in its place, validation documents are refused. Documents of validation are left out of training, copies too.
 Lines are as for prepare_caseops_data.py.
 """
 
 import argparse
 import itertools
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +25,41 @@ import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from prepare_caseops_data import BOS_ID, DataError, parse_text, read_lines, write_shard  # noqa: E402
+from prepare_caseops_data import (  # noqa: E402
+    BOS_ID,
+    DataError,
+    exit_status,
+    naming,
+    read_lines,
+    read_text,
+    train_sentencepiece,
+    whole_number,
+    write_shard,
+)
 
 BATCH = 4096  # documents that are encoded at once
 SHARD_TOKENS = 100_000_000
+SPACE_MARK = "\u2581"  # SentencePiece's sign for a space
 
 
-def texts_of(paths: Iterable[str], without: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Texts of all documents that are not empty and not among `without`."""
+def training_texts(paths: Iterable[str], held_out: frozenset[str]) -> Iterator[str]:
+    """Texts of all documents that are not empty and not among `held_out`."""
     for line in itertools.chain.from_iterable(map(read_lines, paths)):
-        text = parse_text(line)
-        if text.strip() and text not in without:
+        text = read_text(line).replace(SPACE_MARK, " ")
+        if text.strip() and text not in held_out:
+            yield text
+
+
+def validation_texts(path: str) -> Iterator[str]:
+    """Texts of all documents that are not empty. Raises DataError where a text's bytes could not be counted."""
+    for line in read_lines(path):
+        text = read_text(line)
+        if SPACE_MARK in text:
+            raise DataError(
+                f"{path}, line {line.number}: U+2581 at character {text.index(SPACE_MARK)}: a plain tokenizer takes it "
+                "for a space, and its bytes could not be counted; leave the document out, or use CaseOps data"
+            )
+        if text.strip():
             yield text
 
 
@@ -46,26 +74,46 @@ def first_bytes(texts: Iterable[str], size: int) -> Iterator[str]:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     """Writes a BPE model of exactly vocab_size pieces that gives every text back as it is."""
-    with path.open("wb") as model:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            character_coverage=0.999,
-            byte_fallback=True,
-            split_digits=True,
-            pad_id=0,
-            bos_id=BOS_ID,
-            eos_id=2,
-            unk_id=3,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            max_sentence_length=1 << 20,
-            num_threads=os.cpu_count() or 1,
-            minloglevel=2,
-        )
+    model = train_sentencepiece(
+        texts,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        character_coverage=0.999,
+        byte_fallback=True,
+        split_digits=True,
+        pad_id=0,
+        bos_id=BOS_ID,
+        eos_id=2,
+        unk_id=3,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        max_sentence_length=1 << 20,
+        num_threads=os.cpu_count() or 1,
+        minloglevel=2,
+    )
+    with naming(path):
+        path.write_bytes(model)
+
+
+def piece_bytes(tokenizer) -> np.ndarray:
+    """Bytes of text (pieces,) that each id stands for."""
+    sizes = np.zeros(tokenizer.vocab_size(), dtype=np.int64)
+    for token in range(len(sizes)):
+        if tokenizer.is_byte(token):
+            sizes[token] = 1
+        elif not tokenizer.is_control(token) and not tokenizer.is_unknown(token):
+            sizes[token] = len(tokenizer.id_to_piece(token).replace(SPACE_MARK, " ").encode())
+    return sizes
+
+
+def check_bytes(tokenizer, texts: Iterable[str]) -> None:
+    """Raises DataError where the pieces of a text do not stand for its bytes, all of them and no others."""
+    sizes = piece_bytes(tokenizer)
+    for number, text in enumerate(texts):
+        counted, size = int(sizes[tokenizer.encode(text)].sum()), len(text.encode())
+        if counted != size:
+            raise DataError(f"validation document {number}: its pieces stand for {counted:,} bytes, it has {size:,}")
 
 
 def write_split(tokenizer, texts: Iterable[str], folder: Path, split: str) -> int:
@@ -82,30 +130,51 @@ def write_split(tokenizer, texts: Iterable[str], folder: Path, split: str) -> in
     return len(tokens)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line. Exit code 1 with a message for input that cannot be used."""
+def vocab_sizes(text: str) -> list[int]:
+    """An argparse type: whole numbers with commas between them."""
+    sizes = [whole_number(265, 1 << 16)(part) for part in text.split(",")]
+    if len(set(sizes)) < len(sizes):
+        raise argparse.ArgumentTypeError(f"{text} names a size twice")
+    return sizes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status: 1 with a message for input that cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("docs", nargs="+", metavar="FILE", help="training documents: JSON lines, plain, .gz or .xz")
+    parser.add_argument("docs", nargs="+", metavar="FILE", help="training documents: JSON lines, plain, gzip or xz")
     parser.add_argument("--val-file", required=True, metavar="FILE", help="validation documents")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets a folder spN for each vocabulary")
-    parser.add_argument("--vocab-sizes", default="8192,1024", metavar="N,..", help="default: %(default)s")
-    parser.add_argument("--tokenizer-bytes", type=int, default=20_000_000, metavar="N", help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    try:
-        validation = list(texts_of([options.val_file]))
-        held_out = frozenset(validation)
-        for size in map(int, options.vocab_sizes.split(",")):
-            folder = options.out / f"sp{size}"
-            folder.mkdir(parents=True)
-            sample = first_bytes(texts_of(options.docs, held_out), options.tokenizer_bytes)
-            train_tokenizer(sample, size, folder / f"plain_{size}.model")
-            tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / f"plain_{size}.model"))
-            train = write_split(tokenizer, texts_of(options.docs, held_out), folder, "train")
-            val = write_split(tokenizer, validation, folder, "val")
-            print(f"{folder}: {train:,} training tokens, {val:,} of validation in {len(validation):,} documents")
-    except (DataError, OSError, RuntimeError) as error:
-        sys.exit(f"prepare_plain_data.py: {error}")
+    parser.add_argument(
+        "--vocab-sizes", type=vocab_sizes, default="8192,1024", metavar="N,..", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--tokenizer-bytes", type=whole_number(1), default=20_000_000, metavar="N", help="default: %(default)s"
+    )
+    return exit_status(partial(prepare, parser.parse_args(arguments)))
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """Makes the datasets; a folder spN appears when it is whole. Returns the exit status."""
+    folders = {size: options.out / f"sp{size}" for size in options.vocab_sizes}
+    for folder in folders.values():
+        if folder.exists():
+            raise DataError(f"{folder} is there already: remove it or change --out")
+    validation = list(validation_texts(options.val_file))
+    held_out = frozenset(validation)
+    for size, folder in folders.items():
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        model = unfinished / f"plain_{size}.model"
+        train_tokenizer(first_bytes(training_texts(options.docs, held_out), options.tokenizer_bytes), size, model)
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        check_bytes(tokenizer, validation)
+        train = write_split(tokenizer, training_texts(options.docs, held_out), unfinished, "train")
+        val = write_split(tokenizer, validation, unfinished, "val")
+        unfinished.rename(folder)
+        print(f"{folder}: {train:,} training tokens, {val:,} of validation in {len(validation):,} documents")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,8 +9,6 @@ cut elsewhere; only a document's sum is exact.
 """
 
 import argparse
-import os
-import sys
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,15 +17,18 @@ import numpy as np
 
 from prepare_caseops_data import (
     BOS_ID,
+    MAX_COST,
     Batch,
     Corpus,
     DataError,
     EncodedBatch,
     Line,
     _byte_costs,
-    _tokenize_with_spans,
+    add_shard_tokens,
+    add_workers,
     build_dataset,
     document_hash,
+    exit_status,
     file_sha256,
     load_tokenizer,
     print_counts,
@@ -35,8 +36,11 @@ from prepare_caseops_data import (
     read_manifest,
     read_shard,
     shard_files,
+    tokenize_blocks,
     tokenizer_entry,
 )
+
+PIECES_AT_ONCE = 1 << 16
 
 
 @lru_cache(maxsize=1)
@@ -51,13 +55,25 @@ def _tokenizers(old: str, new: str) -> tuple:
 def charges_of_bytes(pieces: list[bytes], charges: np.ndarray) -> np.ndarray:
     """Pieces of a text and what each is charged -> charges (bytes,) with the same sum: one each as far as they go, and
     on the last byte what is left."""
-    parts = []
-    for piece, charge in zip(pieces, charges.tolist(), strict=True):
-        part = np.zeros(len(piece), dtype=np.int64)
-        part[:charge] = 1
-        part[-1] += max(0, charge - len(piece))
-        parts.append(part)
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+    charges = charges.astype(np.int64)
+    ends = np.cumsum(lengths)
+    place = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)  # of each byte in its piece
+    spread = (place < np.repeat(charges, lengths)).astype(np.int64)
+    spread[ends - 1] += np.maximum(0, charges - lengths)
+    return spread
+
+
+def cumulative_charges(pieces: list[bytes], charges: np.ndarray) -> np.ndarray:
+    """Sums (bytes + 1,) uint32 of what the bytes before each place of a text are charged."""
+    sums = np.zeros(sum(map(len, pieces)) + 1, dtype=np.uint32)
+    position = 0
+    for start in range(0, len(pieces), PIECES_AT_ONCE):
+        part = charges_of_bytes(pieces[start : start + PIECES_AT_ONCE], charges[start : start + PIECES_AT_ONCE])
+        end = position + len(part)
+        sums[position + 1 : end + 1] = sums[position] + np.cumsum(part)
+        position = end
+    return sums
 
 
 def retokenize_document(old: list[bytes], sp, ids: np.ndarray, charges: np.ndarray | None) -> tuple:
@@ -70,18 +86,31 @@ def retokenize_document(old: list[bytes], sp, ids: np.ndarray, charges: np.ndarr
         text = b"".join(pieces).decode()
     except UnicodeDecodeError as error:
         raise DataError(f"not the tokenizer of these shards ({error})") from error
-    if charges is None:
-        return np.array([BOS_ID, *sp.encode(text)], dtype=np.uint16), None, int(_byte_costs(text).sum())
-    new_ids, spans = _tokenize_with_spans(sp, text)
-    bytes_before = np.cumsum([0, *(len(char.encode()) for char in text)])
-    sums = np.concatenate([[0], np.cumsum(charges_of_bytes(pieces, charges[1:]))])
-    ends = np.array([0, *(end for _, end in spans)])
-    ends[-1] = len(text)  # the last token takes what the new normalization drops behind it
-    new_charges = np.diff(sums[bytes_before[ends]])
-    if sums[-1] != new_charges.sum() or new_charges.max(initial=0) > np.iinfo(np.uint16).max:
+    new_ids, new_charges = [[BOS_ID]], [[0]]
+    sums = None if charges is None else cumulative_charges(pieces, charges[1:])
+    del pieces
+    size = position = charged = 0
+    for block, block_ids, spans in tokenize_blocks(sp, text):
+        new_ids.append(block_ids)
+        size += int(_byte_costs(block).sum())
+        if sums is None:
+            continue
+        bytes_before = np.cumsum([0, *(len(char.encode()) for char in block)])
+        sums_at_ends = sums[position + bytes_before[spans[:, 1]]].astype(np.int64)
+        new_charges.append(np.diff(sums_at_ends, prepend=charged))
+        position += bytes_before[-1]
+        if len(sums_at_ends):
+            charged = int(sums_at_ends[-1])
+    new_ids = np.concatenate(new_ids).astype(np.uint16)
+    if sums is None:
+        return new_ids, None, size
+    new_charges = np.concatenate(new_charges)
+    total = int(sums[-1])
+    if len(new_charges) > 1:
+        new_charges[-1] += total - charged  # the last token takes what the new normalization drops behind it
+    if total != new_charges.sum() or new_charges.max() > MAX_COST:
         raise DataError("the bytes of the side-car cannot be kept")
-    new_ids = np.array([BOS_ID, *new_ids], dtype=np.uint16)
-    return new_ids, np.array([0, *new_charges], dtype=np.uint16), int(sums[-1])
+    return new_ids, new_charges.astype(np.uint16), total
 
 
 def retokenize_batch(old: str, new: str, batch: Batch) -> EncodedBatch:
@@ -104,7 +133,7 @@ def retokenize_batch(old: str, new: str, batch: Batch) -> EncodedBatch:
         np.array([len(part) for part in ids]),
         np.array(sizes),
         np.zeros(len(ids), dtype=np.int64),
-        np.array([document_hash(part) for part in ids], dtype=np.uint64),
+        np.array([[document_hash(part)] for part in ids], dtype=np.uint64),
     )
 
 
@@ -119,8 +148,14 @@ def stored_documents(folder: Path, split: str) -> Iterator[Line]:
             content += charges[position : position + len(ids)].tobytes()
             position += len(ids)
         yield Line(path.name, number, content)
-    if split == "val" and position != len(charges):
-        raise DataError(f"{folder}: the side-car has {len(charges):,} values for {position:,} tokens")
+
+
+def check_lengths(folder: Path) -> None:
+    """Raises DataError where the side-car is missing or not as long as the validation shards."""
+    tokens = sum(len(read_shard(path)) for path in shard_files(folder, "val"))
+    charges = sum(len(read_shard(path)) for path in shard_files(folder, "val_bytes"))
+    if tokens != charges:
+        raise DataError(f"{folder}: the side-car (fineweb_val_bytes_*) has {charges:,} values for {tokens:,} tokens")
 
 
 def main(arguments: list[str]) -> int:
@@ -134,23 +169,31 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--old-tokenizer", required=True, metavar="MODEL", help="the one that made the shards")
     parser.add_argument("--tokenizer", required=True, metavar="MODEL", help="the new one")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the shards go; new or empty")
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: %(default)s")
+    add_shard_tokens(parser)
+    add_workers(parser)
     options = parser.parse_args(arguments)
-    try:
-        source = {"folder": options.folder.name, "tokenizer_sha256": file_sha256(options.old_tokenizer)}
-        if (options.folder / "manifest.json").exists():
-            manifest = read_manifest(options.folder)
-            if manifest["tokenizer"]["sha256"] != source["tokenizer_sha256"]:
-                raise DataError(f"{options.old_tokenizer}: the manifest of {options.folder} names another tokenizer")
-            source["split_rule"] = manifest["split_rule"]
-        lines = (stored_documents(options.folder, split) for split in ("val", "train"))
-        corpus = Corpus(*lines, "that of the retokenized shards", lambda: [source])
-        settings = {"tokenizer": tokenizer_entry(options.tokenizer), "shard_tokens": options.shard_tokens}
-        encoder = partial(retokenize_batch, options.old_tokenizer, options.tokenizer)
-        manifest = build_dataset(corpus, settings, options.out, encoder, options.workers)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print_counts(manifest)
+    return exit_status(partial(retokenize, options), kept_in=options.out)
+
+
+def retokenize(options: argparse.Namespace) -> int:
+    """Makes a dataset from shards as the command line says; returns the exit status. Raises DataError, OSError."""
+    source = {"folder": options.folder.name, "tokenizer_sha256": file_sha256(options.old_tokenizer)}
+    if not options.folder.is_dir():
+        raise DataError(f"{options.folder}: no such folder")
+    missing = frozenset(split for split in ("val", "train") if not shard_files(options.folder, split))
+    if len(missing) == 2:
+        raise DataError(f"{options.folder}: no shards, neither fineweb_val_*.bin nor fineweb_train_*.bin")
+    check_lengths(options.folder)
+    if (options.folder / "manifest.json").exists():
+        manifest = read_manifest(options.folder)
+        if manifest["tokenizer"]["sha256"] != source["tokenizer_sha256"]:
+            raise DataError(f"{options.old_tokenizer}: the manifest of {options.folder} names another tokenizer")
+        source["split_rule"] = manifest["split_rule"]
+        if absent := sorted(name for name in manifest["files"] if not (options.folder / name).exists()):
+            raise DataError(f"{options.folder}: {absent[0]} is missing ({len(absent)} files that the manifest names)")
+    lines = (stored_documents(options.folder, split) for split in ("val", "train"))
+    corpus = Corpus(*lines, "that of the retokenized shards", lambda: [source], missing)
+    settings = {"tokenizer": tokenizer_entry(options.tokenizer), "shard_tokens": options.shard_tokens}
+    encoder = partial(retokenize_batch, options.old_tokenizer, options.tokenizer)
+    print_counts(build_dataset(corpus, settings, options.out, encoder, options.workers))
     return 0

@@ -28,7 +28,7 @@ class Run(NamedTuple):
     evaluations: list[dict]  # evaluations inside training: step, train_seconds, val_loss, val_bpb
     ttt: list[dict]  # batches of test-time training: running_tokens, running_bpb, seconds; {"adapted": documents}
     result: dict
-    parts: int  # how often something ran in this folder; QUANT_ONLY=1 goes on in the same log
+    parts: int  # how often something ran in this folder; QUANT_ONLY=1 and RESUME=1 go on in the same log
 
     @property
     def seed(self):
@@ -88,6 +88,23 @@ def read_rows(lines):
     return steps, switches, evaluations, ttt
 
 
+def training_of(parts):
+    """Lines of a run's parts -> rows of its training: (steps, switches, evaluations), of the last part that trained.
+
+    Where that part went on from a training state (RESUME=1), the rows that led to the state come before its own.
+    """
+    trained = [], [], []
+    for part in parts:
+        rows = read_rows(part)[:3]
+        resumed = next((key_values(line)["step"] for line in part if re.match(r"step:\d+ resumed:", line)), None)
+        if resumed is not None:  # a resumed part begins with the rows of the state's own step
+            before = ([row for row in kind if row["step"] < resumed] for kind in trained)
+            trained = tuple(old + new for old, new in zip(before, rows, strict=True))
+        elif rows[0]:
+            trained = rows
+    return trained
+
+
 def read_run(folder):
     """Folder -> Run. Raises ValueError where the run has not ended (no RESULT line) or the log is not one of ours."""
     path = Path(folder) / "log.txt"
@@ -100,11 +117,9 @@ def read_run(folder):
     if not heads or not results or lines[-1] != "RESULT " + results[-1]:
         raise ValueError(f"{path}: no RESULT line at its end: the run has not ended, or not well")
     parts = [lines[a:b] for a, b in zip(heads, [*heads[1:], len(lines)], strict=True)]
-    rows = [read_rows(part) for part in parts]
-    trained = next((part for part in reversed(rows) if part[0]), ([], [], []))  # the part that trained, the last one
-    ttt = next((part[3] for part in reversed(rows) if part[3]), [])
+    ttt = next((rows for part in reversed(parts) if (rows := read_rows(part)[3])), [])
     settings, changed = read_settings(parts[-1])
-    return Run(Path(folder), settings, changed, *trained[:3], ttt, json.loads(results[-1]), len(parts))
+    return Run(Path(folder), settings, changed, *training_of(parts), ttt, json.loads(results[-1]), len(parts))
 
 
 def by_number(folder):

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from tools.preflight import DataError
-from tools.run_files import SettingError
+from tools.run_files import SettingError, read_settings
 
 KEPT_STATES = 2  # so that there is one to fall back to where the newest is torn
 STATE_BYTES_A_WEIGHT, STATE_DIGEST_BYTES = 20, 32  # weights, average, momentum and both moments, fp32
@@ -37,6 +37,18 @@ PACKAGES = {"brotli": "brotli", "python-minifier": "python_minifier"}  # of the 
 FAST_COMPRESSORS, TRIAL_ROWS = ("entropy",), 8  # 5 MB/s or more; the others take minutes for a whole model
 GENEROUS = 0.8  # an artifact of trained weights has 0.99 of the projected size, one of other statistics may have less
 GAUSSIAN_BITS = math.log2(math.sqrt(2 * math.pi * math.e))  # entropy of a unit Gaussian, steps of 1
+
+
+# Settings that a model's weights have a meaning with: another value loads and computes something else.
+MEANING = """caseops_enabled marker_fusion_enabled vocab_size model_dim num_layers num_heads num_kv_heads mlp_mult
+    tie_embeddings smear_gate_enabled gate_window loop_start loop_end num_loops skip_gates_enabled ln_scale rope_dims
+    rope_base xsa_last_n sparse_attn_gate_enabled sparse_attn_gate_scale gated_attn_enabled attn_out_gate_enabled
+    attn_out_gate_src leaky_relu_slope parallel_start_layer parallel_final_lane logit_softcap attn_window
+    attn_window_full_layers partial_key_offset value_residual bigram_vocab_size bigram_dim value_embed_layers
+    value_embed_dim""".split()
+# Settings that say where a run lies and what it does: going on from a file means to change them.
+OF_THE_RUN = """run_id runs_dir preset plots prequant_only quant_only ttt_eval_only checkpoint_path artifact_path
+    resume""".split()
 
 
 class SafetyError(SettingError):
@@ -54,6 +66,7 @@ class Watchdog(threading.Thread):
     """
 
     DEAD, DEAD_AFTER_FAILURE, STALLED = 15, 3, 40
+    STOPPING = 20  # seconds in which a step ends and a state is written
     IDLE_TICKS = 4 * STALLED  # of 10 ms: this thread and idle libraries take less, a moment's work among them
 
     def __init__(self, dist, store):
@@ -109,6 +122,8 @@ class Watchdog(threading.Thread):
     def end_without_store(self, why):
         """Who holds the store has died or hangs: torchrun, or rank 0."""
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if agent and self.dist.signal and self.dist.deferring:
+            time.sleep(self.STOPPING)  # torchrun went when it had told us to stop: we do, with a state (see after_step)
         holder, stage = "torchrun" if agent else "rank 0", self.holder[3]
         verdict = f"{holder} died or hangs, last heard of in stage {stage}; it holds the store: {why}"
         self.end(verdict, None if agent else self.holder[5])
@@ -203,16 +218,24 @@ def leave(code):
 
 
 def catch_signals(dist):
-    """The first SIGTERM or SIGINT ends the run by stop_for, training after its step; a second one ends it at once."""
+    """The first SIGTERM, SIGINT or SIGHUP ends the run by stop_for, training after its step; a second one at once.
+
+    SIGHUP is what a lost connection or a closed window sends, often twice: it is never taken for the second signal.
+    Where it was ignored when the process started (nohup), it stays ignored.
+    """
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
 
     def caught(number, frame):
-        for each in (signal.SIGTERM, signal.SIGINT):
+        for each in signals:
             signal.signal(each, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         dist.signal = number
         if not dist.deferring:
             stop_for(dist, number)
 
-    for each in (signal.SIGTERM, signal.SIGINT):
+    for each in signals:
         signal.signal(each, caught)
 
 
@@ -289,7 +312,8 @@ def save_state(trainer, write, step, seconds, losses, name=None):
     """Writes all that training goes on from: <sha256><torch.save> in the run's folder, on rank 0's disk; two are kept.
 
     step (the loader's position too), seconds, last losses, weights, average, momentum of all ranks, AdamW's moments,
-    state of the random numbers. A disk that is full is told and ends nothing.
+    state of the random numbers, looping state and where its stretches began. A disk that is full is told of and ends
+    nothing.
     """
     dist, log, muon, momentum = trainer.dist, trainer.log, trainer.optimizers.muon, []
     for bank, buffer in zip(muon.banks, muon.momentum_buffers, strict=True):
@@ -298,15 +322,18 @@ def save_state(trainer, write, step, seconds, losses, name=None):
         momentum.append(full[: len(bank)])
     name = name or f"state-{step:08d}.pt"
     state = {
+        "settings": dataclasses.asdict(trainer.hp),
         "step": step,
         "seconds": seconds,
         "losses": dist.all_reduce(torch.stack(losses[-20:])),
         "weights": trainer.model.state_dict(),
         "average": trainer.ema.average,
-        "snapshots": getattr(trainer.ema, "snapshots", 0),
+        "snapshots": trainer.ema.snapshots,
         "momentum": momentum,
         "adamw": trainer.optimizers.adamw.state_dict()["state"],
         "rng": torch.get_rng_state(),
+        "looping": trainer.looping,
+        "tokens_at": trainer.tokens_at,
     }
     if dist.rank == 0:
         try:
@@ -367,9 +394,15 @@ def load_state(trainer):
         adamw.load_state_dict(adamw.state_dict() | {"state": state["adamw"]})
         torch.set_rng_state(state["rng"])
         losses = list((state["losses"] / dist.world_size).to(dist.device))  # which the ranks add up again
+        float(losses[-1])  # one loss at least, each of them a number
+        trainer.looping = bool(state["looping"])
+        trainer.tokens_at = [(int(begun), float(used)) for begun, used in state["tokens_at"]]
         step, seconds = int(state["step"]), float(state["seconds"])
     except Exception as error:  # whatever a forged file makes torch raise
         raise SafetyError(f"{name} does not fit these settings: {error!r:.300}") from None
+    if dist.rank == 0:  # what a failure before the next state is told with
+        folder = trainer.log.folder
+        dist.safe = command(trainer.hp, dist, folder, folder / name, resume=True)
     trainer.log(f"step:{step} resumed:{name} train_seconds:{seconds:.2f}")
     return step, seconds, losses
 
@@ -380,6 +413,47 @@ def load_checkpoint(path, model, rebank):
         rebank(model, torch.load(path, map_location="cpu", weights_only=True)["weights"])
     except Exception as error:  # a damaged file makes torch raise errors of many classes
         raise DataError(f"checkpoint {path}: {error!r:.300}") from None
+
+
+def settings_of_file(path, hp):
+    """Settings {field: value} that a file to go on from was made with, {} where nothing says it.
+
+    A checkpoint or a training state holds them. Of an artifact they are those of the model.pt beside it, or else of the
+    log beside it: its own bytes count, so it has none.
+    """
+    if hp.resume:
+        return torch.load(io.BytesIO(path.read_bytes()[STATE_DIGEST_BYTES:]), weights_only=True).get("settings", {})
+    checkpoint = path if hp.quant_only else path.with_name("model.pt")
+    if checkpoint.is_file():
+        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("settings", {})
+    if path.with_name("log.txt").is_file():
+        lines = path.with_name("log.txt").read_text(encoding="utf-8").splitlines()
+        texts = read_settings(lines)[0]  # of the last table, which the others stand before
+        kinds = {field.name: field.type for field in dataclasses.fields(hp) if field.name.upper() in texts}
+        texts = {name: texts[name.upper()] for name in kinds}
+        return {name: kind(int(texts[name])) if kind is bool else kind(texts[name]) for name, kind in kinds.items()}
+    return {}
+
+
+def compare_settings(path, hp):
+    """A file to go on from against the settings -> list of problems, phrase for the log. A damaged file: no problem.
+
+    What gives the weights another meaning is a problem: they would load, and score something else in silence. What
+    else differs is told.
+    """
+    try:
+        settings = settings_of_file(path, hp)
+        other = {name: value for name, value in settings.items() if getattr(hp, name, value) != value}
+    except Exception:  # whatever a damaged file makes torch raise: the error is told where the weights are read
+        return [], ""
+    if not settings:
+        return [], f"\nnote: nothing says which settings {path} was made with; they must be the same"
+    told = [f"{name.upper()}={getattr(hp, name)} ({value} there)" for name, value in other.items() if name in MEANING]
+    if told:
+        return [f"{path} holds a model of other settings: {', '.join(told)}: set them as they are there"], ""
+    rest = [name for name in other if name not in OF_THE_RUN]
+    told = ", ".join(f"{name.upper()}={getattr(hp, name)} ({other[name]} there)" for name in rest)
+    return [], f"\nnote: settings other than those of {path}: {told}" if told else ""
 
 
 def command(hp, dist, folder, whole, **mode):
@@ -525,8 +599,8 @@ def wanted_bytes(model, hp):
 
 
 def check_folder(folder, model, hp):
-    """Room and permission for the run's folder, files in it that the settings go on from -> list of problems."""
-    problems, goes_on = [], hp.quant_only or hp.ttt_eval_only
+    """Room and permission for the run's folder, the file that a run goes on from -> problems, phrase for the log."""
+    problems, phrase, goes_on = [], "", hp.quant_only or hp.ttt_eval_only
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         problems.append(f"{place} cannot be written to: set RUNS_DIR, or change its permissions")
@@ -534,6 +608,9 @@ def check_folder(folder, model, hp):
     source = {hp.ttt_eval_only: hp.artifact_path or folder / "artifact.bin"} | source
     if goes_on and not Path(source[True]).is_file():
         problems.append(f"{source[True]} does not exist: set the RUN_ID of a finished run, or the file's own path")
+    elif goes_on:
+        more, phrase = compare_settings(Path(source[True]), hp)
+        problems += more
     if (folder / "log.txt").exists() and not (goes_on or hp.resume or (folder / "model.pt").exists()):
         problems.append(f"{folder} holds a run that did not end: choose another RUN_ID, or go on with RESUME=1")
     wanted, free = wanted_bytes(model, hp), shutil.disk_usage(place).free
@@ -541,10 +618,21 @@ def check_folder(folder, model, hp):
         problems.append(f"{place} has {free / 1e9:.2f} GB free, this run may write {wanted / 1e9:.2f} GB: make room")
     if hp.resume:
         try:
-            newest_state(folder)
+            more, phrase = compare_settings(folder / newest_state(folder)[0], hp)
+            problems += more
         except (SafetyError, OSError) as error:
             problems.append(str(error))
-    return problems
+    return problems, phrase
+
+
+def missing_compiler(device):
+    """What torch.compile lacks on a "cpu" or "cuda" device, None where its compiler is there.
+
+    On the CPU its kernels are C++, on a GPU Triton builds a launcher in C for each of them.
+    """
+    variable, names = ("CC", ("gcc", "clang", "cc")) if device == "cuda" else ("CXX", ("g++",))
+    names = (os.environ[variable],) if os.environ.get(variable) else names
+    return None if any(map(shutil.which, names)) else f"a compiler, and there is no {' or '.join(names)}"
 
 
 def check_machine(trainer, hp, dist, folder=None, model=None, **found):
@@ -556,17 +644,22 @@ def check_machine(trainer, hp, dist, folder=None, model=None, **found):
     problems, phrases = [], []
     if missing := [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]:
         problems.append(f"not installed: {' '.join(missing)} (README: installation)")
+    if missing := trainer.compile_wanted(hp, dist) and missing_compiler(dist.device.type):
+        problems.append(f"torch.compile needs {missing}: apt-get install g++, or set COMPILE=0")
     finished = folder and not dist.rank and (folder / "model.pt").exists()
     if finished and not (hp.quant_only or hp.ttt_eval_only):
         problems.append(f"{folder} holds a finished training: choose another RUN_ID, or go on with QUANT_ONLY=1")
     if model is not None and not dist.rank:  # what is wrong with the model has been told already
         if folder is not None:
-            problems += check_folder(folder, model, hp)
-        if "compressor" in found:
-            more, phrases = check_budgets(trainer, model, hp)
+            more, phrase = check_folder(folder, model, hp)
             problems += more
+            phrases.append(phrase)
+        if "compressor" in found:
+            more, told = check_budgets(trainer, model, hp)
+            problems += more
+            phrases = told + phrases
     raise_all(problems)
-    return " ".join(phrases)
+    return " ".join(phrases).rstrip()
 
 
 def lock(folder):

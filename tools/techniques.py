@@ -108,7 +108,7 @@ def init_pairs(hp, space_of, table):
 def add_parameters(model):
     """Gives a GPT the parameters of BIGRAM_VOCAB_SIZE, VALUE_EMBED_LAYERS and VALUE_RESIDUAL."""
     hp, L = model.hp, model.hp.num_layers
-    generator = torch.Generator().manual_seed(hp.seed + 1)
+    generator = torch.Generator().manual_seed(hp.generator_seed + 1)
     if hp.bigram_vocab_size:  # the table is zero: with a projection of zeros neither would ever learn
         projection = torch.empty(hp.model_dim, hp.bigram_dim)
         model.bigram_table = nn.Parameter(torch.zeros(hp.bigram_vocab_size, hp.bigram_dim))
@@ -268,7 +268,7 @@ def weight_decay_multiplier(progress, hp):
 @torch.no_grad()
 def add_snapshot(ema):
     """From the first call on the average is the plain mean of the snapshots ("tight SWA", PR 960), in fp32."""
-    ema.snapshots = getattr(ema, "snapshots", 0) + 1
+    ema.snapshots += 1
     torch._foreach_lerp_(ema.average, ema.parameters, 1 / ema.snapshots)
 
 
@@ -287,7 +287,7 @@ def written_row(model, number):
     GPTQ_SELF_CALIBRATION (PR 1512): no data is read. A row is one document, so there are no `cu_seqlens`.
     """
     hp, device = model.hp, model.tok_emb.device
-    generator = torch.Generator(device).manual_seed(hp.seed * 1_000_003 + number)
+    generator = torch.Generator(device).manual_seed(hp.generator_seed * 1_000_003 + number)
     length = min(hp.train_seq_len, hp.micro_batch_tokens)
     tokens = torch.full((hp.micro_batch_tokens // length, length), BOS_ID, device=device)
     for t in range(1, length):

@@ -7,7 +7,6 @@ where one is given; and every training document against all of validation. Memor
 
 import argparse
 import itertools
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,10 +19,13 @@ from lossless_caps import CapsError, decode
 from prepare_caseops_data import (
     BOS_ID,
     DEFAULT_TOKENIZER,
+    SPLIT_NAMES,
     DataError,
+    add_workers,
     document_hash,
     encode_batch,
     encode_document_with_bytes,
+    exit_status,
     file_sha256,
     load_tokenizer,
     make_batches,
@@ -33,6 +35,7 @@ from prepare_caseops_data import (
     read_manifest,
     read_shard,
     shard_files,
+    whole_number,
 )
 from tools.preflight import is_canonical
 
@@ -82,12 +85,24 @@ def check_counts(folder: Path, tokens: np.ndarray, costs: np.ndarray | None, tra
                 yield f"{split}: {count:,} {name}, the manifest says {stated[split].get(name)}"
 
 
+def check_contents(folder: Path) -> Iterator[str]:
+    """Splits that hold no text: there is nothing to score, or nothing to train on. Having no training files is fine."""
+    for split, name in SPLIT_NAMES.items():
+        shards = [read_shard(path) for path in shard_files(folder, split)]
+        if not sum(map(len, shards)) and (shards or split == "val"):
+            yield f"{name} holds no documents"
+        elif shards and all((shard == BOS_ID).all() for shard in shards):
+            yield f"{name} holds empty documents only"
+
+
 def check_samples(sp, tokens: np.ndarray, costs: np.ndarray, count: int) -> Iterator[str]:
     """Decodes documents spread over validation and encodes them again: most must give the same tokens and bytes.
 
     Not all: SentencePiece's normalization keeps neither blanks nor ligatures as they were.
     """
     starts = np.flatnonzero(tokens == BOS_ID)
+    if not len(starts) or not count:
+        return
     ends = np.append(starts[1:], len(tokens))
     sampled = np.unique(np.linspace(0, len(starts) - 1, count).astype(int))
     same_tokens = same_bytes = 0
@@ -153,6 +168,7 @@ def verify(folder: Path, tokenizer: str, source: Iterator | None = None, samples
     val, side_car = ([read_shard(path) for path in shard_files(folder, stream)] for stream in ("val", "val_bytes"))
     if not val:
         raise DataError(f"{folder}: no fineweb_val_*.bin")
+    problems += check_contents(folder)
     tokens, costs = np.concatenate(val), None
     if not side_car:
         print("no side-car: a dataset of plain SentencePiece; bytes are not checked")
@@ -183,9 +199,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--docs", nargs="+", metavar="FILE", help="source; its first documents must be validation")
     parser.add_argument("--tokenizer", default=str(DEFAULT_TOKENIZER), metavar="MODEL", help="default: %(default)s")
-    parser.add_argument("--samples", type=int, default=200, metavar="N", help="documents to decode; %(default)s")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: %(default)s")
+    count = whole_number(0)
+    parser.add_argument("--samples", type=count, default=200, metavar="N", help="documents to decode; %(default)s")
+    add_workers(parser)
     options = parser.parse_args(arguments)
+    return exit_status(partial(report, options))
+
+
+def report(options: argparse.Namespace) -> int:
+    """Verifies as the command line says and prints the problems; returns the exit status."""
     source = options.docs and itertools.chain.from_iterable(map(read_lines, options.docs))
     try:
         problems = verify(options.folder, options.tokenizer, source, options.samples, options.workers)

@@ -1,0 +1,486 @@
+"""Faults that real use has found: each test is the case as a user met it, with the right answer.
+
+Whole runs are processes of their own, so that the tests outlive changes inside the program.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_hp, write_documents, write_shard
+from test_end_to_end import SETTINGS, finish, make_data, result_of, start
+
+import train_gpt
+from tools import preflight, safety
+
+pytest.importorskip("brotli")
+sentencepiece = pytest.importorskip("sentencepiece")
+pytest.importorskip("python_minifier")
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "train_gpt.py"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A CaseOps dataset of 40 small training documents and 10 of validation, with a side-car and no manifest."""
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder)
+    return folder
+
+
+def environ_of(folder, data_path, settings):
+    """{NAME: text} of a tiny run whose runs lie in `folder`; settings with the value None are left out."""
+    paths = {"DATA_PATH": data_path, "RUNS_DIR": folder / "runs", "PLOTS": "0", "SLIDING_WINDOW_ENABLED": "0"}
+    return {name: str(value) for name, value in (SETTINGS | paths | settings).items() if value is not None}
+
+
+def begin(folder, data_path, **settings):
+    """A tiny run in a process of its own -> Popen."""
+    return start(SCRIPT, **environ_of(folder, data_path, settings))
+
+
+def main(folder, data_path, **settings):
+    """train_gpt.main() in this process -> (what it exits with, None where it ends well; what it printed)."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    code, out = None, io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        for name in set(os.environ) - {"PATH", "HOME", "LD_LIBRARY_PATH", "TRITON_INTERPRET", "OMP_NUM_THREADS"}:
+            patch.delenv(name)
+        for name, value in environ_of(folder, data_path, settings).items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["train_gpt.py"])
+        try:
+            train_gpt.main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return code, out.getvalue()
+
+
+def refusal(folder, data_path, **settings):
+    """What a run says that must be refused before training, in one line for each problem."""
+    said, out = main(folder, data_path, **settings)
+    assert isinstance(said, str) and said.startswith("train_gpt.py cannot run: "), out
+    assert "step:" not in out and "RESULT" not in out
+    return said
+
+
+# ---- data without a side-car: the tokenizer counts the bytes
+
+
+TEXT = """The byte counts of a text come from the pieces that its own tokenizer made of it, and another tokenizer of the
+same size counts other bytes without any error. Rivers carry sand and stones from the mountains to the plains, where the
+water is slow; in spring the snow melts and the meadows are flooded. A letter takes four days to the coast, but only two
+in summer, when the road over the pass is open. Bread is made of flour, water, salt and time."""
+
+
+def train_model(path, text, size):
+    sentences = [text[start:start + 60] for start in range(0, len(text) - 60, 3)]
+    with open(path, "wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=model, vocab_size=size, model_type="bpe", pad_id=0,
+            bos_id=1, eos_id=2, unk_id=3, byte_fallback=True, hard_vocab_limit=False,
+            normalization_rule_name="identity", minloglevel=2)
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Plain shards, their tokenizer own.model, another.model of equal size in the same folder, the text's bytes."""
+    folder = tmp_path_factory.mktemp("plain")
+    own = train_model(folder / "own.model", TEXT, 320)
+    other = train_model(folder / "another.model", TEXT[::-1].upper(), 320)
+    assert own.vocab_size() == other.vocab_size()
+    words = TEXT.split()
+    texts = [" ".join(words[start:start + 24]) for start in range(40)]
+    ids = [[train_gpt.BOS_ID, *own.encode(text)] for text in texts]
+    write_shard(folder / "fineweb_train_000000.bin", np.concatenate(ids * 3))
+    write_shard(folder / "fineweb_val_000000.bin", np.concatenate(ids))
+    return folder, own.vocab_size(), sum(len(text.encode()) for text in texts)
+
+
+def test_a_tokenizer_is_not_guessed_among_several(plain, tmp_path):
+    folder, size, _ = plain
+    said = refusal(tmp_path, folder, CASEOPS_ENABLED=0, VOCAB_SIZE=size, TOKENIZER_PATH=None)
+    assert "own.model" in said and "another.model" in said and "set TOKENIZER_PATH" in said
+
+
+def test_a_foreign_tokenizer_of_equal_size_counts_no_bytes(plain, tmp_path):
+    folder, size, _ = plain
+    said = refusal(tmp_path, folder, CASEOPS_ENABLED=0, VOCAB_SIZE=size, TOKENIZER_PATH=folder / "another.model")
+    assert "not made by the tokenizer" in said
+
+
+def test_the_own_tokenizer_counts_the_bytes_of_the_text(plain, tmp_path):
+    folder, size, num_bytes = plain
+    result = result_of(begin(tmp_path, folder, CASEOPS_ENABLED=0, VOCAB_SIZE=size, TTT_ENABLED=0,
+                             TOKENIZER_PATH=folder / "own.model"))
+    assert result["scores"]["quantized"]["bytes"] == num_bytes
+
+
+# ---- settings against the side-car and the manifest
+
+
+@pytest.fixture(scope="module")
+def caseops(tmp_path_factory):
+    """A CaseOps dataset of 40 training documents and 8 of validation with side-car and manifest."""
+    folder = tmp_path_factory.mktemp("caseops")
+    words = TEXT.split() + ["NASA", "Alps", "Bread"]
+    texts = [" ".join(words[start:start + 30]) + f" {start}" for start in range(48)]
+    (folder / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    subprocess.run([sys.executable, ROOT / "prepare_caseops_data.py", "--docs", folder / "docs.jsonl", "--val-docs",
+                    "8", "--workers", "1", "--out", folder / "data"], check=True, capture_output=True)
+    return folder / "data", sum(len(text.encode()) for text in texts[:8])
+
+
+def copied(source, folder, *patterns):
+    """The files of a dataset, linked into a new folder, but for those of these patterns."""
+    folder.mkdir()
+    left_out = {path for pattern in patterns for path in source.glob(pattern)}
+    for path in set(source.iterdir()) - left_out:
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.mark.parametrize("left_out, words", [
+    ([], "fineweb_val_bytes_000000.bin"), (["fineweb_val_bytes_*"], "lossless_caps_caseops_v1"),
+    (["manifest.json"], "fineweb_val_bytes_000000.bin"), (["fineweb_val_bytes_*", "manifest.json"], "CaseOps' markers"),
+], ids=["both", "manifest", "side-car", "neither"])
+def test_a_tokenizer_does_not_count_the_bytes_of_caseops_shards(caseops, tmp_path, left_out, words):
+    said = refusal(tmp_path, copied(caseops[0], tmp_path / "data", *left_out), CASEOPS_ENABLED=0)
+    assert words in said and "CASEOPS_ENABLED" in said
+
+
+def test_the_side_car_counts_the_bytes_of_the_text(caseops, tmp_path):
+    result = result_of(begin(tmp_path, caseops[0], TTT_ENABLED=0))
+    assert result["scores"]["quantized"]["bytes"] == caseops[1]
+
+
+def test_settings_that_contradict_the_manifest_are_refused(caseops, plain, tmp_path):
+    folder = copied(caseops[0], tmp_path / "data", "manifest.json")
+    manifest = json.loads((caseops[0] / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"text_transform": None}))
+    assert "CASEOPS_ENABLED=0" in refusal(tmp_path, folder)
+    assert "VOCAB_SIZE=8192" in refusal(tmp_path, caseops[0], VOCAB_SIZE=4096)
+    said = refusal(tmp_path, plain[0], TOKENIZER_PATH=plain[0] / "own.model", VOCAB_SIZE=plain[1],
+                   MARKER_FUSION_ENABLED=1)
+    assert "MARKER_FUSION_ENABLED=0" in said
+
+
+# ---- the environment of a launcher
+
+
+@pytest.mark.parametrize("environ, words", [
+    ({"RANK": "1"}, "not WORLD_SIZE, LOCAL_RANK"), ({"WORLD_SIZE": "2"}, "not RANK, LOCAL_RANK"),
+    ({"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "RANK=1 WORLD_SIZE=1"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "not MASTER_ADDR, MASTER_PORT"),
+    ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "whole numbers"),
+], ids=["a rank alone", "a size alone", "a rank too large", "no address", "no number"])
+def test_ranks_that_contradict_each_other_are_refused(data, tmp_path, environ, words):
+    said = refusal(tmp_path, data, **environ)
+    assert words in said and "torchrun" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_tasks_of_slurm_that_know_nothing_of_each_other_are_told(data, tmp_path):
+    code, out, err = finish(begin(tmp_path, data, SLURM_NTASKS=2, PREQUANT_ONLY=1))
+    assert code == 0 and "note: SLURM_NTASKS=2, but RANK is not set: this is a run of one process" in out
+
+
+# ---- going on from a file with other settings
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """Folder whose runs/first is a whole run, and runs/stopped one that left a training state."""
+    folder = tmp_path_factory.mktemp("trained")
+    code, out = main(folder, data, RUN_ID="first", TTT_ENABLED=0)
+    assert code is None
+    stop = begin(folder, data, RUN_ID="stopped", ITERATIONS=100_000, CHECKPOINT_EVERY=1)
+    for line in stop.stdout:
+        if line.startswith("step:3 "):
+            break
+    stop.send_signal(signal.SIGTERM)
+    assert finish(stop)[0] == 128 + signal.SIGTERM and list((folder / "runs" / "stopped").glob("state-*.pt"))
+    return folder
+
+
+OTHER_MODEL = {"LOGIT_SOFTCAP": "15.0", "ROPE_BASE": "500.0", "LEAKY_RELU_SLOPE": "0.5", "NUM_LOOPS": "0"}
+MODES = {"QUANT_ONLY": ("CHECKPOINT_PATH", "first/model.pt"), "TTT_EVAL_ONLY": ("ARTIFACT_PATH", "first/artifact.bin"),
+         "RESUME": ("RUN_ID", "stopped")}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_file_is_not_read_as_another_model(data, trained, mode):
+    name, file = MODES[mode]
+    value = file if mode == "RESUME" else trained / "runs" / file
+    said = refusal(trained, data, **{mode: 1, name: value}, **OTHER_MODEL)
+    assert "holds a model of other settings" in said
+    assert all(f"{name}={value} (" in said for name, value in OTHER_MODEL.items())
+
+
+def test_every_setting_of_the_model_is_compared_or_may_change():
+    names = [field.name for field in dataclasses.fields(train_gpt.Hyperparameters)]
+    of_the_model = set(names[names.index("vocab_size"):names.index("max_wallclock_seconds")])
+    may_change = {"tied_embed_init_std", "qk_gain_init", "enable_looping_at", "extra_eval_loops"}
+    assert of_the_model - set(safety.MEANING) == may_change
+
+
+def test_an_artifact_without_its_checkpoint_is_compared_with_its_log(data, trained, tmp_path):
+    for name in ("artifact.bin", "log.txt"):
+        (tmp_path / name).write_bytes((trained / "runs" / "first" / name).read_bytes())
+    said = refusal(tmp_path, data, TTT_EVAL_ONLY=1, ARTIFACT_PATH=tmp_path / "artifact.bin", LOGIT_SOFTCAP=15)
+    assert "LOGIT_SOFTCAP=15.0 (30.0 there)" in said
+    (tmp_path / "log.txt").unlink()
+    code, out = main(tmp_path, data, TTT_EVAL_ONLY=1, ARTIFACT_PATH=tmp_path / "artifact.bin", TTT_ENABLED=0)
+    assert code is None and "note: nothing says which settings" in out
+
+
+def test_what_may_differ_from_a_checkpoint_is_told(data, trained, tmp_path):
+    checkpoint = trained / "runs" / "first" / "model.pt"
+    code, out = main(tmp_path, data, QUANT_ONLY=1, CHECKPOINT_PATH=checkpoint, MATRIX_BITS=5, TTT_ENABLED=0, SEED=7)
+    assert code is None
+    (note,) = [line for line in out.splitlines() if line.startswith("note: settings other than those of")]
+    assert note.endswith(f"{checkpoint}: SEED=7 (42 there), MATRIX_BITS=5 (6 there)")
+    code, out = main(tmp_path, data, QUANT_ONLY=1, CHECKPOINT_PATH=checkpoint, TTT_ENABLED=0, RUN_ID="same")
+    assert code is None and "settings other than" not in out
+
+
+# ---- shapes that a later stage needs
+
+
+def test_a_short_context_in_a_long_row_is_evaluated(data, tmp_path):
+    code, out = main(tmp_path, data, EVAL_SEQ_LEN=16, EVAL_STRIDE=8, SLIDING_WINDOW_ENABLED=1, TTT_ENABLED=0,
+                     MICRO_BATCH_TOKENS=2048, TRAIN_BATCH_TOKENS=4096, ITERATIONS=1)
+    assert code is None and "\nsliding val_loss:" in out and "tokens:403 bytes:981" in out
+
+
+@pytest.mark.parametrize("context, segments", [(512, 0), (100, 0), (2048, 48), (1, 0)])
+def test_every_row_fits_whatever_its_documents(context, segments, tmp_path, dist):
+    """Rows of the default size: documents of one length just over half the context cannot be joined at all."""
+    if context == 1 or 0 < segments < 98_304 / context:
+        with pytest.raises(train_gpt.SettingError):
+            train_gpt.Hyperparameters(train_seq_len=context, max_row_segments=segments)
+        return
+    write_documents(tmp_path, "train", [context // 2] * (2 * 98_304 // context + 20))
+    hp = train_gpt.Hyperparameters(data_path=str(tmp_path), train_seq_len=context, max_row_segments=segments,
+                                   train_batch_tokens=98_304, max_wallclock_seconds=0)
+    loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
+    (row,) = loader.step(0)
+    lengths = row.cu_seqlens.diff()
+    assert row.cu_seqlens[-1] == 98_304 and lengths.max() <= context
+    if not segments:
+        assert set(lengths.tolist()) <= {0, context // 2 + 1, 98_304 % (context // 2 + 1)}  # no document sees another
+
+
+def test_rows_of_very_short_documents_take_no_seconds(tmp_path, dist):
+    write_documents(tmp_path, "train", [1] * 60_000)
+    hp = train_gpt.Hyperparameters(data_path=str(tmp_path), train_batch_tokens=98_304, balance_rows=False)
+    loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
+    started = time.process_time()
+    row = loader.build(0)
+    assert time.process_time() - started < 1.0  # 0.3 s; a search through all neighbours for each join took 3 s
+    assert len(row.cu_seqlens) == 193 and row.cu_seqlens[-2] < 98_304
+
+
+def test_joining_gives_what_the_plain_search_gives():
+    rng = np.random.default_rng(9)
+    for _ in range(300):
+        lengths = rng.integers(1, rng.integers(2, 40), rng.integers(1, 60))
+        starts, total, longest = np.cumsum(lengths) - lengths, int(lengths.sum()), int(rng.integers(40, 90))
+        most, want = int(rng.integers(1, 60)), starts
+        while len(want) > most and (joined := np.append(want[2:], total) - want[:-1]).min() <= longest:
+            want = np.delete(want, 1 + joined.argmin())
+        if len(want) > most:
+            want = np.arange(0, total, longest)
+        assert train_gpt.join_shortest(starts, total, longest, most).tolist() == want.tolist()
+
+
+# ---- validation without text
+
+
+def with_validation(data, folder, lengths):
+    """The dataset with other validation documents, of these lengths."""
+    folder = copied(data, folder, "fineweb_val_*")
+    write_documents(folder, "val", lengths, vocab_size=8192, seed=4)
+    return folder
+
+
+def test_validation_that_holds_no_text_is_refused(data, tmp_path):
+    assert "hold no byte" in refusal(tmp_path, with_validation(data, tmp_path / "data", [0, 0, 0, 0]))
+
+
+def test_a_choice_of_documents_that_holds_no_text_is_refused(data, tmp_path):
+    folder = with_validation(data, tmp_path / "data", [0, 0, 0, 0, 30])
+    assert "TTT_MAX_DOCS=1" in refusal(tmp_path, folder, TTT_MAX_DOCS=1)
+    code, out = main(tmp_path, folder, TTT_MAX_DOCS=5, ITERATIONS=1)
+    assert code is None and "tokens:34 " in out.split("\nttt val_loss")[1].splitlines()[0]
+
+
+# ---- budgets
+
+
+def test_no_limit_and_no_time_are_told_apart():
+    seconds = train_gpt.Hyperparameters.training_seconds.fget
+    limits = [(0, None), (5, 0.0), (7, 0.0), (8, 1.0), (600, 593.0)]
+    for budget, want in limits:
+        assert seconds(SimpleNamespace(max_wallclock_seconds=budget, gptq_reserve_seconds=7)) == want
+
+
+# ---- seeds
+
+
+@pytest.mark.parametrize("seed", [1_795_000_000_123_456_789, 2**64])
+def test_a_run_takes_any_seed(data, tmp_path, seed):
+    code, out = main(tmp_path, data, SEED=seed, DATA_SEED=seed, ITERATIONS=1, GPTQ_SELF_CALIBRATION=1,
+                     BIGRAM_VOCAB_SIZE=50)
+    assert code is None and "\nttt val_loss:" in out
+    assert json.loads(out.splitlines()[-1].removeprefix("RESULT "))["seed"] == seed
+
+
+def test_seeds_of_usual_size_give_what_they_gave(dist, ops):
+    for seed in (0, 42, 2**31 - 1):
+        model = train_gpt.GPT(tiny_hp(seed=seed), ops, torch.float32)
+        want = torch.empty_like(model.tok_emb)
+        want.normal_(0.0, 0.005, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(model.tok_emb, want)
+        lora = train_gpt.BatchedLoRA(model, range(1, 2), tiny_hp(seed=seed), dist.device, model.ops.adamw_rows)
+        want = torch.empty_like(lora.kept)
+        want.uniform_(-32 ** -0.5, 32 ** -0.5, generator=torch.Generator().manual_seed(seed * 1_000_003 + 1))
+        assert torch.equal(lora.kept, want)
+
+
+# ---- clocks
+
+
+def test_making_the_test_time_trainer_is_of_its_stage_and_its_budget(data, tmp_path, monkeypatch):
+    make = train_gpt.BatchedLoRA.__init__
+
+    def slow(*arguments):
+        time.sleep(3.0)
+        make(*arguments)
+
+    monkeypatch.setattr(train_gpt.BatchedLoRA, "__init__", slow)
+    code, out = main(tmp_path, data, ITERATIONS=1)
+    assert code is None
+    assert json.loads(out.splitlines()[-1].removeprefix("RESULT "))["seconds"]["eval_ttt"] > 3.0
+    first = next(line for line in out.splitlines() if line.startswith("ttt_batch "))
+    assert float(first.split("seconds:")[1]) >= 3.0 and int(first.split("budget_left:")[1].split()[0]) <= 585
+
+
+# ---- paths
+
+
+@pytest.mark.parametrize("name", ["data [v2] 100%", "what*is?this", "[abc]"])
+def test_folders_may_have_any_name(caseops, tmp_path, name):
+    (tmp_path / name).mkdir()
+    folder = copied(caseops[0], tmp_path / name / "data")
+    code, out = main(tmp_path / name, folder, PREQUANT_ONLY=1, ITERATIONS=1, RUN_ID="one")
+    assert code is None and (tmp_path / name / "runs" / "one" / "result.json").exists()
+    done = subprocess.run([sys.executable, ROOT / "prepare_caseops_data.py", "verify", folder, "--workers", "1"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert main(tmp_path / name, folder, QUANT_ONLY=1, RUN_ID="one", TTT_ENABLED=0)[0] is None
+
+
+def test_no_tool_searches_a_path_of_the_user_as_a_pattern():
+    """glob.glob takes brackets in a folder's name for a pattern; Path.glob does not."""
+    paths = [path for name in (".", "tools", "data", "benchmarks") for path in (ROOT / name).glob("*.py")]
+    found = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines() if "glob.glob(" in line]
+    assert found and all("(folder, f" in line or '"/proc/' in line for line in found), found
+
+
+# ---- settings of published commands
+
+
+PUBLISHED = {
+    "QUANTIZE_ONLY": "QUANT_ONLY", "TRAIN_SEQ_SCHEDULE": "TRAIN_SEQ_LEN", "NEGATIVE_SLOPE": "LEAKY_RELU_SLOPE",
+    "VAL_DOC_FRACTION": "TTT_MAX_DOCS", "LOAD_MODEL_PATH": "CHECKPOINT_PATH", "MTP_NUM_HEADS": "nothing",
+    "EVAL_ONLY": "TTT_EVAL_ONLY", "VE_LAYERS": "VALUE_EMBED_LAYERS",
+}
+
+
+@pytest.mark.parametrize("name, instead", PUBLISHED.items())
+def test_a_name_of_published_commands_is_refused_with_what_to_use(name, instead):
+    with pytest.raises(train_gpt.SettingError, match=rf"^{name} is a setting of other scripts; here it is .*{instead}"):
+        train_gpt.Hyperparameters.from_env({name: "1"})
+
+
+def test_what_to_use_instead_is_a_setting_of_ours():
+    ours = {field.name.upper() for field in dataclasses.fields(train_gpt.Hyperparameters)}
+    names = [re.sub("=.*", "", word) for text in preflight.INSTEAD.values() for word in text.split(" and ")]
+    assert {name for name in names if not name.startswith("nothing")} <= ours
+    assert not (set(preflight.INSTEAD) | set(preflight.IDLE)) & ours
+
+
+def test_names_without_a_meaning_here_are_told(data, tmp_path):
+    code, out = main(tmp_path, data, PREQUANT_ONLY=1, ITERATIONS=1, DATA_DIR="data", SKIP_INITIAL_VAL=1)
+    assert code is None and "note: DATA_DIR, SKIP_INITIAL_VAL: of published scripts, without a meaning here" in out
+
+
+def test_a_budget_above_the_contests_is_told(data, tmp_path):
+    settings = {"PREQUANT_ONLY": 1, "ITERATIONS": 1}
+    code, out = main(tmp_path, data, MAX_WALLCLOCK_SECONDS=1200, EVAL_BUDGET_SECONDS=900, **settings)
+    notes = [line for line in out.splitlines() if "the contest allows 600 s" in line]
+    assert code is None and [line.split(" is ")[0] for line in notes] == [
+        "note: MAX_WALLCLOCK_SECONDS=1200", "note: EVAL_BUDGET_SECONDS=900"]
+    code, out = main(tmp_path, data, MAX_WALLCLOCK_SECONDS=600, RUN_ID="legal", **settings)
+    assert code is None and "the contest allows" not in out
+
+
+def test_leaked_documents_reach_the_result_and_its_violations(caseops, tmp_path):
+    """Below a hundredth of the documents, above which such data is refused."""
+    folder = copied(caseops[0], tmp_path / "data", "manifest.json")
+    manifest = json.loads((caseops[0] / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"leaked_documents": 3}))
+    settings = {"PREQUANT_ONLY": 1, "ITERATIONS": 1}
+    with pytest.MonkeyPatch.context() as patch:  # eight documents have no hundredth
+        patch.setattr(preflight, "check_manifest", lambda *_: None)
+        code, out = main(tmp_path, folder, **settings)
+    result = json.loads(out.splitlines()[-1].removeprefix("RESULT "))
+    assert code is None and result["leaked_documents"] == 3
+    assert result["violations"] == ["3 training documents are validation documents, says the dataset's manifest"]
+    code, out = main(tmp_path, caseops[0], RUN_ID="none", **settings)
+    result = json.loads(out.splitlines()[-1].removeprefix("RESULT "))
+    assert (result["leaked_documents"], result["violations"]) == (0, [])
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a checkout")
+def test_a_checkout_of_another_user_is_told_with_what_helps(data, tmp_path):
+    code, out = main(tmp_path, data, PREQUANT_ONLY=1, ITERATIONS=1, GIT_TEST_ASSUME_DIFFERENT_OWNER=1, HOME=tmp_path)
+    assert code is None and json.loads(out.splitlines()[-1].removeprefix("RESULT "))["commit"] is None
+    assert f"belongs to another user: git config --global --add safe.directory {ROOT}" in out
+
+
+def test_compilation_without_a_compiler_is_refused(data, tmp_path):
+    said = refusal(tmp_path, data, COMPILE=1, PATH=tmp_path)
+    assert "torch.compile needs a compiler" in said and "COMPILE=0" in said
+
+
+# ---- quantization
+
+
+@pytest.mark.parametrize("place", [(2, 2), (1, 3)], ids=["on the diagonal", "beside it"])
+def test_an_infinite_entry_of_a_hessian_is_refused_by_name(place):
+    rng = torch.Generator().manual_seed(3)
+    w, x = torch.randn(2, 6, 8, generator=rng), torch.randn(2, 40, 8, generator=rng)
+    hessians = x.mT @ x
+    hessians[1][place] = hessians[1][place[::-1]] = torch.inf
+    with pytest.raises(ValueError, match="Hessian of second has infinite"):
+        train_gpt.gptq_quantize(w, hessians, 6, 12.0, 0.01, 4, ["first", "second"])
