@@ -205,12 +205,22 @@ def test_commands_without_a_set_or_with_a_wrong_name_are_refused(run):
     ({"SEEDS": "1 1"}, "none twice"), ({"SEEDS": "1 01"}, "none twice"), ({"SEEDS": " "}, "one seed at least"),
     ({"SEEDS": "a"}, "whole numbers"), ({"NPROC": "0"}, "1 or more"), ({"NPROC": "two"}, "1 or more"),
     ({"GPUS": "0 0"}, "none twice"), ({"GPUS": "0", "NPROC": "8"}, "goes without GPUS"),
-    ({"EXTRA_ENV": "fast"}, "NAME=value"), ({"PRESET": "nothing"}, "there are: "), ({"RUN_ID": "../x"}, "RUN_ID"),
+    ({"EXTRA_ENV": "fast"}, "NAME=value"), ({"EXTRA_ENV": 'A="x'}, 'EXTRA_ENV=A="x: No closing quotation'),
+    ({"EXTRA_ENV": "A=x\\"}, "No escaped character"), ({"RUN_ID": 300 * "x"}, "too long"),
+    ({"RUN_ID": 100 * "\u00e9"}, "209 bytes with the seed"), ({"SEEDS": 300 * "1"}, "too long"),
+    ({"PRESET": "nothing"}, "there are: "), ({"RUN_ID": "../x"}, "RUN_ID"),
 ])
 def test_what_cannot_be_meant_is_refused(variables, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert launch.main(["start"], variables) == 2
     assert words in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_takes_no_folder_is_told_in_one_line(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run(RUNS_DIR=str(tmp_path / "file"), GPUS="cpu", RUN_ID="mine")
+    assert done.returncode == 1 and done.stderr.startswith("run_3seeds.sh: ") and done.stderr.count("\n") == 1
+    assert str(tmp_path / "file") in done.stderr
 
 
 def test_a_venv_without_python_is_refused(run, tmp_path):

@@ -50,6 +50,7 @@ from tools.run_files import SettingError, settings_of, with_preset  # noqa: E402
 OURS = ("SEEDS", "GPUS", "NPROC", "SCRIPT", "EXTRA_ENV", "VENV", "USE_TMUX", "PLOTS")  # never handed on
 DISK_BYTES_A_RUN = 500_000_000  # a checkpoint of 144 MB, an artifact of 16 MB, compilation caches
 GPU_IDLE_MIB = 1024  # a driver keeps some memory of an idle GPU
+LONGEST_NAME = 200  # bytes of a run's folder; file systems take 255, some with encryption fewer
 STOP_SECONDS = 45  # torchrun takes 30 s to give up on its processes
 MODULES = ("numpy", "torch")  # without which train_gpt.py cannot be imported; it names all others itself
 
@@ -92,7 +93,10 @@ def make_plan(environ):
     if not seeds or not all(seed.isdecimal() for seed in seeds) or len(set(map(int, seeds))) < len(seeds):
         raise LaunchError(f"SEEDS='{environ.get('SEEDS')}': must name one seed at least, whole numbers, none twice")
     seeds = [int(seed) for seed in seeds]
-    extra = shlex.split(environ.get("EXTRA_ENV", ""))
+    try:
+        extra = shlex.split(environ.get("EXTRA_ENV", ""))
+    except ValueError as error:  # a quotation mark without its other half
+        raise LaunchError(f"EXTRA_ENV={environ['EXTRA_ENV']}: {error}") from None
     if not all(re.match(r"[A-Za-z_]\w*=", word) for word in extra):
         raise LaunchError(f"EXTRA_ENV='{environ['EXTRA_ENV']}': must be NAME=value, separated by blanks")
     try:
@@ -102,6 +106,9 @@ def make_plan(environ):
     name = environ.get("RUN_ID") or time.strftime("seeds-%Y%m%d-%H%M%S")
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise LaunchError(f"RUN_ID={name}: letters, digits, '_', then also '.', '+', '-'")
+    longest = max((os.fsencode(run_folder(Path(name), seed).name) for seed in seeds), key=len)
+    if len(longest) > LONGEST_NAME:
+        raise LaunchError(f"RUN_ID={name}: too long: {len(longest)} bytes with the seed, {LONGEST_NAME} at most")
     script = Path(environ.get("SCRIPT") or ROOT / "train_gpt.py").absolute()
     nproc, lanes = read_lanes(environ, seeds)
     return Plan(
@@ -543,6 +550,9 @@ def main(arguments, environ):
     except LaunchError as error:
         say(f"run_3seeds.sh: {error}", file=sys.stderr)
         return error.code
+    except OSError as error:  # a folder without permission, a name that is too long, a disk that is full
+        say(f"run_3seeds.sh: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
