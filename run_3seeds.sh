@@ -6,7 +6,7 @@
 #   ./run_3seeds.sh status | attach | stop | wait | summary              # of the newest set, or of the set named after
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")  # also where a symbolic link to this file is called
 python=${VENV:-$here/.venv}/bin/python
 if [[ ! -x $python ]]; then
     if [[ -n ${VENV:-} ]]; then

@@ -223,6 +223,57 @@ def test_a_place_that_takes_no_folder_is_told_in_one_line(run, tmp_path):
     assert str(tmp_path / "file") in done.stderr
 
 
+@pytest.mark.parametrize("body, words", [
+    ("import sys\nsys.exit(3)", "it ends with exit code 3 when it is imported"),
+    ("import sys\nsys.exit(0)", "it ends with exit code 0 when it is imported"),
+    ("import os\nos.kill(os.getpid(), 9)", "it was ended by SIGKILL"),
+    ("1 / 0", "ZeroDivisionError: division by zero"),
+    ("import os\nos.write(2, b'bad \\xff byte')\nos._exit(1)", "bad \ufffd byte"),
+])
+def test_a_script_that_ends_when_it_is_checked_is_a_problem_with_a_name(run, tmp_path, body, words):
+    (tmp_path / "odd.py").write_text(f"{body}\ndef check_all(hp, dist): pass\n")
+    done = run(SCRIPT=str(tmp_path / "odd.py"), GPUS="cpu")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == f"  - odd.py cannot be checked: {words}"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_a_script_prints_is_not_taken_for_the_answer(tmp_path):
+    body = "import atexit\nprint('{}')\natexit.register(print, '{}')\n"
+    (tmp_path / "loud.py").write_text(f"{body}def check_all(hp, dist): raise ValueError('no data')\n"
+                                      "class Hyperparameters:\n    device = None\n"
+                                      "    from_env = classmethod(lambda c: c)\n"
+                                      "class Dist:\n    def __init__(self, device): pass\n")
+    plan = launch.make_plan(HERE | {"SCRIPT": str(tmp_path / "loud.py"), "GPUS": "cpu"})
+    assert launch.checked_elsewhere(plan, False)["problems"] == ["no data"]
+
+
+# ---- names with blanks, quotes and brackets; links
+
+
+def test_names_with_blanks_quotes_and_brackets_work_and_printed_commands_can_be_pasted(run, tmp_path):
+    folder = tmp_path / "my 'odd' [1] folder"
+    folder.mkdir()
+    (folder / "a stub.py").write_text(STUB)
+    started = run(SEEDS="1", GPUS="cpu", RUN_ID="mine", SCRIPT=str(folder / "a stub.py"), RUNS_DIR=str(folder))
+    assert started.returncode == 0, started.stderr
+    commands = {line.split()[1]: line for line in started.stdout.splitlines() if "run_3seeds.sh" in line.split()[0]
+                and line.startswith("  ")}
+    environ = HERE | {"VENV": str(VENV)}
+    done = subprocess.run(commands["wait"], shell=True, env=environ, cwd=tmp_path, text=True, capture_output=True,
+                          timeout=90)
+    assert done.returncode == 0 and "seed 1: done" in done.stdout, done.stderr
+    assert run("status", RUNS_DIR=str(folder)).returncode == 0  # the newest set of such a folder is found
+    subprocess.run(commands["stop"], shell=True, env=environ, cwd=tmp_path, timeout=90, capture_output=True)
+
+
+def test_it_is_found_through_a_symbolic_link(tmp_path):
+    (tmp_path / "seeds").symlink_to(ROOT / "run_3seeds.sh")
+    done = subprocess.run([tmp_path / "seeds", "--help"], env=HERE | {"VENV": str(VENV)}, cwd=tmp_path, timeout=90,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("Starts the seeds")
+
+
 def test_a_venv_without_python_is_refused(run, tmp_path):
     done = run(VENV=str(tmp_path))
     assert done.returncode == 2 and "has no bin/python" in done.stderr

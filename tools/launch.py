@@ -52,6 +52,7 @@ DISK_BYTES_A_RUN = 500_000_000  # a checkpoint of 144 MB, an artifact of 16 MB, 
 GPU_IDLE_MIB = 1024  # a driver keeps some memory of an idle GPU
 LONGEST_NAME = 200  # bytes of a run's folder; file systems take 255, some with encryption fewer
 STOP_SECONDS = 45  # torchrun takes 30 s to give up on its processes
+CHECKED = "run_3seeds.sh checked: "  # before the answer of check-script, as the script may print as well
 MODULES = ("numpy", "torch")  # without which train_gpt.py cannot be imported; it names all others itself
 
 
@@ -193,6 +194,24 @@ def import_file(path):
     return module
 
 
+def checked_elsewhere(plan, count_gpus):
+    """check_script in a process with the environment of the first run. LaunchError where it says nothing of use."""
+    command = [sys.executable, __file__, "check-script", str(plan.script), str(int(count_gpus))]
+    lane = next(iter(plan.lanes.values()))
+    environ = plan.environ | lane["env"] | run_environ(plan.folder, plan.seeds[0])
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, errors="replace")
+    answers = [line.removeprefix(CHECKED) for line in done.stdout.splitlines() if line.startswith(CHECKED)]
+    if done.returncode == 0 and answers:
+        return json.loads(answers[-1])
+    if done.stderr.strip():
+        why = done.stderr.strip().splitlines()[-1]
+    elif done.returncode < 0:
+        why = f"it was ended by {signal.Signals(-done.returncode).name}"
+    else:
+        why = f"it ends with exit code {done.returncode} when it is imported"
+    raise LaunchError(f"{plan.script.name} cannot be checked: {why}")
+
+
 def gpus_in_use(plan):
     """Messages for GPUs of the plan that do not exist or that another program uses, as nvidia-smi knows them."""
     if shutil.which("nvidia-smi") is None or plan.environ.get("DEVICE") == "cpu":
@@ -223,15 +242,11 @@ def preflight(plan):
         problems.append(f"SCRIPT={plan.script} does not exist")
     else:
         on_all = "all" in plan.lanes and plan.environ.get("DEVICE") != "cpu"
-        command = [sys.executable, __file__, "check-script", str(plan.script), str(int(on_all))]
-        lane = next(iter(plan.lanes.values()))
-        environ = plan.environ | lane["env"] | run_environ(plan.folder, plan.seeds[0])
-        done = subprocess.run(command, env=environ, capture_output=True, text=True)
-        if done.returncode:
-            problems.append(f"{plan.script.name} cannot be checked: {done.stderr.strip().splitlines()[-1]}")
-        else:
-            about = json.loads(done.stdout.splitlines()[-1])
+        try:
+            about = checked_elsewhere(plan, on_all)
             problems += about["problems"]
+        except LaunchError as error:
+            problems.append(str(error))
     if "all" in plan.lanes and about["gpus"] and plan.nproc > about["gpus"] and plan.environ.get("DEVICE") != "cpu":
         problems.append(f"NPROC={plan.nproc}, but torch sees {about['gpus']} GPU(s)")
     problems += gpus_in_use(plan)
@@ -282,8 +297,14 @@ def start(environ):
         say(f"run_3seeds.sh: seed(s) {' '.join(map(str, about['seeds']))} on {where}")
     say(f"run_3seeds.sh: started {plan.folder} in {'tmux windows' if socket else 'the background'}; next:")
     for word in ("status", "attach", "wait", "stop"):
-        say(f"  ./run_3seeds.sh {word} {plan.folder}")
+        say(f"  {command_line_of(word, plan.folder)}")
     return 0
+
+
+def command_line_of(word, folder):
+    """What to type in this folder for a command about a set, quoted for a shell."""
+    script = "./run_3seeds.sh" if Path.cwd() == ROOT else str(ROOT / "run_3seeds.sh")
+    return shlex.join([script, word, str(folder)])
 
 
 def start_worker(plan, lane, socket):
@@ -534,7 +555,7 @@ def main(arguments, environ):
     if command == "worker":
         return worker(Path(rest[0]), rest[1])
     if command == "check-script":
-        print(json.dumps(check_script(Path(rest[0]), rest[1] == "1")))
+        print(CHECKED + json.dumps(check_script(Path(rest[0]), rest[1] == "1")), flush=True)
         return 0
     if command in ("--help", "-h", "help"):
         say(__doc__)
