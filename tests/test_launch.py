@@ -165,6 +165,28 @@ def test_stop_ends_its_own_set_and_nothing_else(run, tmp_path, tmux):
         assert alive == [False, True]
 
 
+@pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux")
+def test_a_long_name_has_a_tmux_server(run, tmp_path):
+    name = 150 * "x"
+    done = run(SEEDS="1", GPUS="cpu", RUN_ID=name, USE_TMUX="1")
+    assert done.returncode == 0, done.stderr
+    assert run("wait", name).returncode == 0
+
+
+@pytest.mark.parametrize("fails", ["new-session", "new-window"])
+def test_a_tmux_that_does_not_start_leaves_nothing_behind(run, tmp_path, fails):
+    """The stand-in for tmux starts nothing, and fails at the first window or at the second."""
+    (tmp_path / "bin").mkdir()
+    script = f"#!/bin/sh\ncase \"$*\" in *{fails}*) echo 'no sockets' >&2; exit 1;; esac\n"
+    (tmp_path / "bin" / "tmux").write_text(script)
+    (tmp_path / "bin" / "tmux").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{HERE['PATH']}"
+    done = run(SEEDS="1 2", GPUS="cpu cpu", RUN_ID="mine", USE_TMUX="1", PATH=path)
+    assert done.returncode == 1
+    assert done.stderr == "run_3seeds.sh: tmux does not start a window: no sockets; USE_TMUX=0 does without\n"
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def test_attach_follows_the_logs_where_there_is_no_tmux(run, tmp_path):
     assert run(SEEDS="99", GPUS="cpu", RUN_ID="mine").returncode == 0
     until(lambda: (tmp_path / "runs/mine/mine-seed99/log.txt").exists())

@@ -278,13 +278,18 @@ def start(environ):
         plan.folder.mkdir(parents=True)  # of two launchers with one name, one ends here
     except FileExistsError:
         raise LaunchError(f"{plan.folder} exists: choose another RUN_ID", code=1) from None
-    socket = f"golf-{re.sub(r'[^A-Za-z0-9_-]', '_', plan.folder.name)}-{os.getpid()}" if plan.use_tmux else None
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", plan.folder.name)[:30]  # a socket's whole path has 107 bytes at most
+    socket = f"golf-{name}-{os.getpid()}" if plan.use_tmux else None
     launch = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "seeds": plan.seeds, "lanes": plan.lanes}
     launch |= {"command": [sys.executable, *torchrun, str(plan.script)], "tmux": socket}
     launch["plots"] = environ.get("PLOTS", "1") != "0"
     write_atomically(plan.folder / "launch.json", json.dumps(launch, indent=1))
-    for lane in plan.lanes:
-        start_worker(plan, lane, socket)
+    try:
+        for lane in plan.lanes:
+            start_worker(plan, lane, socket)
+    except BaseException:  # an interrupt as well
+        undo_start(plan.folder, socket)
+        raise
     deadline = time.monotonic() + 30
     while not all((plan.folder / f"{lane}.pid").exists() for lane in plan.lanes):
         if time.monotonic() > deadline:
@@ -299,6 +304,14 @@ def start(environ):
     for word in ("status", "attach", "wait", "stop"):
         say(f"  {command_line_of(word, plan.folder)}")
     return 0
+
+
+def undo_start(folder, socket):
+    """Ends what a start that failed has begun; its folder goes, so that the name is free, unless a run is in it."""
+    end_workers(folder)
+    end_tmux(socket)
+    if not any(path.is_dir() for path in folder.iterdir()):
+        shutil.rmtree(folder)
 
 
 def command_line_of(word, folder):
@@ -322,7 +335,10 @@ def start_worker(plan, lane, socket):
         tmux += [";", "set-option", "-g", "remain-on-exit", "on"]
     else:
         tmux += ["new-window", "-d", "-t", "golf", "-n", lane, *worker]
-    subprocess.run(tmux, env=plan.environ, check=True)
+    done = subprocess.run(tmux, env=plan.environ, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        why = done.stderr.strip() or f"exit code {done.returncode}"
+        raise LaunchError(f"tmux does not start a window: {why}; USE_TMUX=0 does without", code=1)
 
 
 # ---- the worker: one lane's seeds in turn
@@ -496,21 +512,32 @@ def attach(folder):
 
 def stop(folder):
     """Ends this set's workers, which end their runs; then its own tmux server."""
-    launch = read_launch(folder)
-    for lane in launch["lanes"]:
+    end_workers(folder)
+    end_tmux(read_launch(folder)["tmux"])
+    status(folder)
+    return 0
+
+
+def end_workers(folder):
+    """Ends a set's workers and waits for them. LaunchError where one stays."""
+    lanes = read_launch(folder)["lanes"]
+    for lane in lanes:
         if (pid := worker_pid(folder, lane)) is not None:
             os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + STOP_SECONDS + 15
-    while any(worker_pid(folder, lane) for lane in launch["lanes"]):
+    while any(worker_pid(folder, lane) for lane in lanes):
         if time.monotonic() > deadline:
             raise LaunchError(f"{folder}: a worker does not end; see its .pid file", code=1)
         time.sleep(0.1)
-    if launch["tmux"] and shutil.which("tmux"):
-        subprocess.run(["tmux", "-L", launch["tmux"], "kill-server"], capture_output=True)
-        sockets = Path(os.environ.get("TMUX_TMPDIR", "/tmp"), f"tmux-{os.getuid()}")  # tmux leaves the name behind
-        (sockets / launch["tmux"]).unlink(missing_ok=True)
-    status(folder)
-    return 0
+
+
+def end_tmux(socket):
+    """Ends the tmux server of a set, None where it has none."""
+    if not socket or not shutil.which("tmux"):
+        return
+    subprocess.run(["tmux", "-L", socket, "kill-server"], capture_output=True)
+    sockets = Path(os.environ.get("TMUX_TMPDIR", "/tmp"), f"tmux-{os.getuid()}")  # tmux leaves the name behind
+    (sockets / socket).unlink(missing_ok=True)
 
 
 def wait(folder):
