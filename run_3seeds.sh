@@ -15,5 +15,9 @@ if [[ ! -x $python ]]; then
     fi
     python=python3  # the environment that is active
 fi
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "run_3seeds.sh: $python is no Python of version 3.11 or later: VENV=... names another environment" >&2
+    exit 2
+fi
 unset VENV
 exec "$python" "$here/tools/launch.py" "$@"

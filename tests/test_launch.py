@@ -187,6 +187,42 @@ def test_a_tmux_that_does_not_start_leaves_nothing_behind(run, tmp_path, fails):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+@pytest.mark.parametrize("text", ["", '{"scores": {"ttt"', "[]", '{"scores": {}}', '{"scores": {"a": {"bpb": null}}}'])
+def test_a_damaged_result_does_not_hide_the_other_seeds(tmp_path, capsys, text):
+    launch.write_atomically(tmp_path / "launch.json", json.dumps(
+        {"lanes": {"all": {"seeds": [1, 2], "env": {}}}, "seeds": [1, 2], "tmux": None, "plots": False}))
+    for seed in (1, 2):
+        run = launch.run_folder(tmp_path, seed)
+        run.mkdir()
+        (run / "exit_code").write_text("0")
+        scores = {"scores": {"ttt": {"bpb": 1.25}}, "total_bytes": 5, "violations": []}
+        (run / "result.json").write_text(text if seed == 1 else json.dumps(scores))
+    assert launch.main(["status", str(tmp_path)], {}) == 0
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert first.endswith("result.json is damaged; the log has what was printed") and "ttt 1.25000" in second
+
+
+def test_an_interrupt_of_wait_is_one_line_and_the_runs_go_on(run, tmp_path):
+    assert run(SEEDS="99", GPUS="cpu", RUN_ID="mine").returncode == 0
+    environ = HERE | {"VENV": str(VENV), "RUNS_DIR": str(tmp_path / "runs")}
+    with subprocess.Popen([ROOT / "run_3seeds.sh", "wait"], env=environ, stderr=subprocess.PIPE, text=True) as waiting:
+        until(lambda: b"launch.py" in Path(f"/proc/{waiting.pid}/cmdline").read_bytes())
+        time.sleep(2)
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.communicate(timeout=60)[1] == "run_3seeds.sh: interrupted; what was started goes on\n"
+    assert waiting.returncode == 130
+    assert launch.worker_pid(tmp_path / "runs" / "mine", "cpu0") is not None
+
+
+def test_a_python_that_is_too_old_is_named(run, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    done = run("status", VENV=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"run_3seeds.sh: {tmp_path}/bin/python is no Python of version 3.11 or later")
+
+
 def test_attach_follows_the_logs_where_there_is_no_tmux(run, tmp_path):
     assert run(SEEDS="99", GPUS="cpu", RUN_ID="mine").returncode == 0
     until(lambda: (tmp_path / "runs/mine/mine-seed99/log.txt").exists())

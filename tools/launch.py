@@ -470,9 +470,12 @@ def read_states(folder):
 def last_words(run, state):
     """What there is to say of a run: its score, or of a failed one its last error line, else its last log line."""
     if state == "done" and (run / "result.json").exists():
-        result = json.loads((run / "result.json").read_text())
-        scores = " ".join(f"{name} {score['bpb']:.5f}" for name, score in result["scores"].items())
-        return f"BPB {scores}, {result['total_bytes']:,} bytes, {len(result['violations'])} violation(s)"
+        try:
+            result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+            scores = " ".join(f"{name} {score['bpb']:.5f}" for name, score in result["scores"].items())
+            return f"BPB {scores}, {result['total_bytes']:,} bytes, {len(result['violations'])} violation(s)"
+        except (ValueError, LookupError, TypeError, AttributeError):  # torn, or of an older version
+            return "result.json is damaged; the log has what was printed"
     for name in ("stderr.txt", "log.txt") if state.startswith("failed") else ("log.txt", "stderr.txt"):
         path = run / name
         if path.exists() and path.stat().st_size:
@@ -598,6 +601,10 @@ def main(arguments, environ):
     except LaunchError as error:
         say(f"run_3seeds.sh: {error}", file=sys.stderr)
         return error.code
+    except KeyboardInterrupt:
+        goes_on = "; what was started goes on" if command == "wait" else ""
+        say(f"run_3seeds.sh: interrupted{goes_on}", file=sys.stderr)
+        return 130
     except OSError as error:  # a folder without permission, a name that is too long, a disk that is full
         say(f"run_3seeds.sh: {error}", file=sys.stderr)
         return 1
