@@ -7,7 +7,7 @@ SETTINGS = {"SEED": "1", "MATRIX_LR": "0.02", "MAX_WALLCLOCK_SECONDS": "600.0", 
 
 
 def make_result(name, seed, **changes):
-    """RESULT of a run of eight H100 that breaks no rule; `changes` replace keys, None removes one."""
+    """RESULT of a run of eight H100 that breaks no rule; `changes` replace keys."""
     score = {"loss": 2.3 + seed / 1000, "bpb": 1.06 + seed / 1000, "tokens": 1000, "bytes": 3000}
     result = {
         "version": 2, "run": name, "seed": seed, "commit": "abc1234", "device": "NVIDIA H100 80GB HBM3",
@@ -21,19 +21,20 @@ def make_result(name, seed, **changes):
                     "eval_prequant": 1.0, "eval_quantized": 1.0, "eval_ttt": 300.0},
         "violations": [],
     }
-    return {key: value for key, value in (result | changes).items() if value is not None}
+    return result | changes
 
 
-def make_run(folder, seed=1, settings=None, steps=(4.0, 3.0), **changes):
-    """A folder as a run leaves it, without artifact.bin and model.pt -> the folder."""
+def make_run(folder, seed=1, settings=None, losses=(4.0, 3.0), without=(), **changes):
+    """A folder as a run leaves it, but for artifact.bin and model.pt -> the folder; `without` names keys of RESULT."""
     folder.mkdir(parents=True)
     result = make_result(folder.name, seed, **changes)
+    result = {key: value for key, value in result.items() if key not in without}
     lines = ["settings (* changed):"]
     lines += [f"  {name}={value}  # text" for name, value in SETTINGS.items() if name not in (settings or {})]
     lines += [f"* {name}={value}  # text" for name, value in (settings or {}).items()]
     lines += ["parameters:1000 slots:[0, 1] tokenizer:tokenizers/x.model validation documents:50000 tokens:1001"]
-    for number, loss in enumerate(steps, 1):
-        lines.append(f"step:{number} train_loss:{loss} train_seconds:{number} progress:{number / len(steps)} "
+    for number, loss in enumerate(losses, 1):
+        lines.append(f"step:{number} train_loss:{loss} train_seconds:{number} progress:{number / len(losses)} "
                      "lr_factor:1.0 looping:0 tokens_per_s:1000")
     lines += ["RESULT " + json.dumps(result)]
     (folder / "log.txt").write_text("\n".join(lines) + "\n")
