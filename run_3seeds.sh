@@ -6,7 +6,7 @@
 #   ./run_3seeds.sh status | attach | stop | wait | summary              # of the newest set, or of the set named after
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")  # also where a symbolic link to this file is called
 python=${VENV:-$here/.venv}/bin/python
 if [[ ! -x $python ]]; then
     if [[ -n ${VENV:-} ]]; then
@@ -14,6 +14,10 @@ if [[ ! -x $python ]]; then
         exit 2
     fi
     python=python3  # the environment that is active
+fi
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "run_3seeds.sh: $python is no Python of version 3.11 or later: VENV=... names another environment" >&2
+    exit 2
 fi
 unset VENV
 exec "$python" "$here/tools/launch.py" "$@"

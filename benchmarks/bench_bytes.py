@@ -136,9 +136,7 @@ class Sweep:
 
 def plot(curves: dict[str, list[dict]], path: Path) -> None:
     """BPB, and the mean relative Hessian-weighted error, against bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's own backend need not exist in this environment
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(12, 5))

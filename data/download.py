@@ -35,6 +35,7 @@ from prepare_caseops_data import (  # noqa: E402
     whole_number,
     write_manifest,
 )
+from tools import hub as hub_errors  # noqa: E402
 from tools.verify_data import check_contents, find_leaks, is_canonical  # noqa: E402
 
 NetworkError = HfHubHTTPError.__bases__[0]  # HTTPError of the client's library: httpx, or httpx2 since version 2
@@ -206,6 +207,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except RepositoryNotFoundError as error:
         print(f"error: no such repository, or not for you: HF_TOKEN, or `hf auth login` ({error})", file=sys.stderr)
+        return 1
+    except (ImportError, hub_errors.InvalidURL) as error:
+        print(f"error: {hub_errors.explain(error)}", file=sys.stderr)
         return 1
     except (DataError, OSError, HfHubHTTPError, NetworkError, HFValidationError) as error:
         print(f"error: {error}\nRun the command again: it goes on where it stopped.", file=sys.stderr)

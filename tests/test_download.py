@@ -3,8 +3,11 @@
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -234,6 +237,19 @@ def test_a_missing_file_is_named(hub, tmp_path, capsys):
 def test_no_server_is_one_message(hub, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert failed(capsys, tmp_path).startswith("error: ")
+
+@pytest.mark.parametrize("variable, value, words", [
+    ("ALL_PROXY", "socks5://localhost:1", "pip install socksio, or unset ALL_PROXY"),
+    ("HTTP_PROXY", "http://localhost:x", "through the proxy of HTTP_PROXY: Invalid port")])
+def test_a_proxy_that_cannot_be_used_is_named(tmp_path, variable, value, words):
+    if "socksio" in words and importlib.util.find_spec("socksio"):
+        pytest.skip("socksio is installed")
+    environ = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
+    environ |= {"HF_ENDPOINT": "http://hub.invalid", variable: value}
+    command = [sys.executable, str(ROOT / "data" / "download.py"), "--local-dir", str(tmp_path)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1 and words in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_too_little_space_is_said_before_anything_is_fetched(hub, tmp_path, capsys, monkeypatch):

@@ -165,6 +165,64 @@ def test_stop_ends_its_own_set_and_nothing_else(run, tmp_path, tmux):
         assert alive == [False, True]
 
 
+@pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux")
+def test_a_long_name_has_a_tmux_server(run, tmp_path):
+    name = 150 * "x"
+    done = run(SEEDS="1", GPUS="cpu", RUN_ID=name, USE_TMUX="1")
+    assert done.returncode == 0, done.stderr
+    assert run("wait", name).returncode == 0
+
+
+@pytest.mark.parametrize("fails", ["new-session", "new-window"])
+def test_a_tmux_that_does_not_start_leaves_nothing_behind(run, tmp_path, fails):
+    """The stand-in for tmux starts nothing, and fails at the first window or at the second."""
+    (tmp_path / "bin").mkdir()
+    script = f"#!/bin/sh\ncase \"$*\" in *{fails}*) echo 'no sockets' >&2; exit 1;; esac\n"
+    (tmp_path / "bin" / "tmux").write_text(script)
+    (tmp_path / "bin" / "tmux").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{HERE['PATH']}"
+    done = run(SEEDS="1 2", GPUS="cpu cpu", RUN_ID="mine", USE_TMUX="1", PATH=path)
+    assert done.returncode == 1
+    assert done.stderr == "run_3seeds.sh: tmux does not start a window: no sockets; USE_TMUX=0 does without\n"
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", '{"scores": {"ttt"', "[]", '{"scores": {}}', '{"scores": {"a": {"bpb": null}}}'])
+def test_a_damaged_result_does_not_hide_the_other_seeds(tmp_path, capsys, text):
+    launch.write_atomically(tmp_path / "launch.json", json.dumps(
+        {"lanes": {"all": {"seeds": [1, 2], "env": {}}}, "seeds": [1, 2], "tmux": None, "plots": False}))
+    for seed in (1, 2):
+        run = launch.run_folder(tmp_path, seed)
+        run.mkdir()
+        (run / "exit_code").write_text("0")
+        scores = {"scores": {"ttt": {"bpb": 1.25}}, "total_bytes": 5, "violations": []}
+        (run / "result.json").write_text(text if seed == 1 else json.dumps(scores))
+    assert launch.main(["status", str(tmp_path)], {}) == 0
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert first.endswith("result.json is damaged; the log has what was printed") and "ttt 1.25000" in second
+
+
+def test_an_interrupt_of_wait_is_one_line_and_the_runs_go_on(run, tmp_path):
+    assert run(SEEDS="99", GPUS="cpu", RUN_ID="mine").returncode == 0
+    environ = HERE | {"VENV": str(VENV), "RUNS_DIR": str(tmp_path / "runs")}
+    with subprocess.Popen([ROOT / "run_3seeds.sh", "wait"], env=environ, stderr=subprocess.PIPE, text=True) as waiting:
+        until(lambda: b"launch.py" in Path(f"/proc/{waiting.pid}/cmdline").read_bytes())
+        time.sleep(2)
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.communicate(timeout=60)[1] == "run_3seeds.sh: interrupted; what was started goes on\n"
+    assert waiting.returncode == 130
+    assert launch.worker_pid(tmp_path / "runs" / "mine", "cpu0") is not None
+
+
+def test_a_python_that_is_too_old_is_named(run, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    done = run("status", VENV=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"run_3seeds.sh: {tmp_path}/bin/python is no Python of version 3.11 or later")
+
+
 def test_attach_follows_the_logs_where_there_is_no_tmux(run, tmp_path):
     assert run(SEEDS="99", GPUS="cpu", RUN_ID="mine").returncode == 0
     until(lambda: (tmp_path / "runs/mine/mine-seed99/log.txt").exists())
@@ -205,12 +263,73 @@ def test_commands_without_a_set_or_with_a_wrong_name_are_refused(run):
     ({"SEEDS": "1 1"}, "none twice"), ({"SEEDS": "1 01"}, "none twice"), ({"SEEDS": " "}, "one seed at least"),
     ({"SEEDS": "a"}, "whole numbers"), ({"NPROC": "0"}, "1 or more"), ({"NPROC": "two"}, "1 or more"),
     ({"GPUS": "0 0"}, "none twice"), ({"GPUS": "0", "NPROC": "8"}, "goes without GPUS"),
-    ({"EXTRA_ENV": "fast"}, "NAME=value"), ({"PRESET": "nothing"}, "there are: "), ({"RUN_ID": "../x"}, "RUN_ID"),
+    ({"EXTRA_ENV": "fast"}, "NAME=value"), ({"EXTRA_ENV": 'A="x'}, 'EXTRA_ENV=A="x: No closing quotation'),
+    ({"EXTRA_ENV": "A=x\\"}, "No escaped character"), ({"RUN_ID": 300 * "x"}, "too long"),
+    ({"RUN_ID": 100 * "\u00e9"}, "209 bytes with the seed"), ({"SEEDS": 300 * "1"}, "too long"),
+    ({"PRESET": "nothing"}, "there are: "), ({"RUN_ID": "../x"}, "RUN_ID"),
 ])
 def test_what_cannot_be_meant_is_refused(variables, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert launch.main(["start"], variables) == 2
     assert words in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_takes_no_folder_is_told_in_one_line(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run(RUNS_DIR=str(tmp_path / "file"), GPUS="cpu", RUN_ID="mine")
+    assert done.returncode == 1 and done.stderr.startswith("run_3seeds.sh: ") and done.stderr.count("\n") == 1
+    assert str(tmp_path / "file") in done.stderr
+
+
+@pytest.mark.parametrize("body, words", [
+    ("import sys\nsys.exit(3)", "it ends with exit code 3 when it is imported"),
+    ("import sys\nsys.exit(0)", "it ends with exit code 0 when it is imported"),
+    ("import os\nos.kill(os.getpid(), 9)", "it was ended by SIGKILL"),
+    ("1 / 0", "ZeroDivisionError: division by zero"),
+    ("import os\nos.write(2, b'bad \\xff byte')\nos._exit(1)", "bad \ufffd byte"),
+])
+def test_a_script_that_ends_when_it_is_checked_is_a_problem_with_a_name(run, tmp_path, body, words):
+    (tmp_path / "odd.py").write_text(f"{body}\ndef check_all(hp, dist): pass\n")
+    done = run(SCRIPT=str(tmp_path / "odd.py"), GPUS="cpu")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == f"  - odd.py cannot be checked: {words}"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_a_script_prints_is_not_taken_for_the_answer(tmp_path):
+    body = "import atexit\nprint('{}')\natexit.register(print, '{}')\n"
+    (tmp_path / "loud.py").write_text(f"{body}def check_all(hp, dist): raise ValueError('no data')\n"
+                                      "class Hyperparameters:\n    device = None\n"
+                                      "    from_env = classmethod(lambda c: c)\n"
+                                      "class Dist:\n    def __init__(self, device): pass\n")
+    plan = launch.make_plan(HERE | {"SCRIPT": str(tmp_path / "loud.py"), "GPUS": "cpu"})
+    assert launch.checked_elsewhere(plan, False)["problems"] == ["no data"]
+
+
+# ---- names with blanks, quotes and brackets; links
+
+
+def test_names_with_blanks_quotes_and_brackets_work_and_printed_commands_can_be_pasted(run, tmp_path):
+    folder = tmp_path / "my 'odd' [1] folder"
+    folder.mkdir()
+    (folder / "a stub.py").write_text(STUB)
+    started = run(SEEDS="1", GPUS="cpu", RUN_ID="mine", SCRIPT=str(folder / "a stub.py"), RUNS_DIR=str(folder))
+    assert started.returncode == 0, started.stderr
+    commands = {line.split()[1]: line for line in started.stdout.splitlines() if "run_3seeds.sh" in line.split()[0]
+                and line.startswith("  ")}
+    environ = HERE | {"VENV": str(VENV)}
+    done = subprocess.run(commands["wait"], shell=True, env=environ, cwd=tmp_path, text=True, capture_output=True,
+                          timeout=90)
+    assert done.returncode == 0 and "seed 1: done" in done.stdout, done.stderr
+    assert run("status", RUNS_DIR=str(folder)).returncode == 0  # the newest set of such a folder is found
+    subprocess.run(commands["stop"], shell=True, env=environ, cwd=tmp_path, timeout=90, capture_output=True)
+
+
+def test_it_is_found_through_a_symbolic_link(tmp_path):
+    (tmp_path / "seeds").symlink_to(ROOT / "run_3seeds.sh")
+    done = subprocess.run([tmp_path / "seeds", "--help"], env=HERE | {"VENV": str(VENV)}, cwd=tmp_path, timeout=90,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("Starts the seeds")
 
 
 def test_a_venv_without_python_is_refused(run, tmp_path):

@@ -1,6 +1,7 @@
 """From runs to a submission: real runs through the launcher, their table, tests, pictures, record, and the hub."""
 
 import fcntl
+import importlib.util
 import json
 import math
 import os
@@ -335,7 +336,7 @@ def publish():
         assert TOKEN not in done.stdout + done.stderr
         return done
 
-    call.hub = hub
+    call.hub, call.environ = hub, environ
     yield call
     hub.shutdown()
 
@@ -365,6 +366,26 @@ def test_without_the_right_token_nothing_is_uploaded(publish, runs):
     wrong = publish("upload", runs[0].folder, "--repo", "me/golf", token="hf_wrong")
     assert wrong.returncode == 1 and "401" in wrong.stderr and "hf_wrong" not in wrong.stderr
     assert publish.hub.files == {}
+
+
+@pytest.mark.parametrize("variables, words", [
+    ({"ALL_PROXY": "socks5://me:secret@localhost:1"}, "ALL_PROXY names a SOCKS proxy"),
+    ({"https_proxy": "SOCKS5H://localhost:1", "http_proxy": "socks5://localhost:1"}, "https_proxy names a SOCKS proxy"),
+    ({"HTTP_PROXY": "http://localhost:1"}, "through the proxy of HTTP_PROXY: "),
+    ({"HTTP_PROXY": "http://localhost:x"}, "through the proxy of HTTP_PROXY: Invalid port"),
+    ({"HF_ENDPOINT": "localhost"}, "localhost cannot be reached: "),
+])
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(publish, tmp_path, variables, words):
+    if "SOCKS" in words and importlib.util.find_spec("socksio"):
+        pytest.skip("socksio is installed")
+    publish.environ.update(variables)
+    if "HF_ENDPOINT" not in variables:
+        publish.environ["HF_ENDPOINT"] = "http://hub.invalid"  # proxies are not asked for localhost
+    got = publish("fetch", "a", "--repo", "me/golf", "--runs-dir", tmp_path, token=TOKEN)
+    assert got.returncode == 1 and words in got.stderr, got.stderr
+    *retries, told = got.stderr.splitlines()  # the library tells of each time that it tries again
+    assert told.startswith("publish.py: ") and "Traceback" not in got.stderr and "secret" not in got.stderr
+    assert ("pip install socksio, or unset" in got.stderr) == ("SOCKS" in words)
 
 
 def test_a_damaged_file_from_the_hub_is_refused(publish, runs, tmp_path):

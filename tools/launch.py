@@ -50,7 +50,9 @@ from tools.run_files import PresetError, settings_of, with_preset  # noqa: E402
 OURS = ("SEEDS", "GPUS", "NPROC", "SCRIPT", "EXTRA_ENV", "VENV", "USE_TMUX", "PLOTS")  # never handed on
 DISK_BYTES_A_RUN = 500_000_000  # a checkpoint of 144 MB, an artifact of 16 MB, compilation caches
 GPU_IDLE_MIB = 1024  # a driver keeps some memory of an idle GPU
+LONGEST_NAME = 200  # bytes of a run's folder; file systems take 255, some with encryption fewer
 STOP_SECONDS = 45  # torchrun takes 30 s to give up on its processes
+CHECKED = "run_3seeds.sh checked: "  # before the answer of check-script, as the script may print as well
 MODULES = ("numpy", "torch")  # without which train_gpt.py cannot be imported; it names all others itself
 
 
@@ -92,7 +94,10 @@ def make_plan(environ):
     if not seeds or not all(seed.isdecimal() for seed in seeds) or len(set(map(int, seeds))) < len(seeds):
         raise LaunchError(f"SEEDS='{environ.get('SEEDS')}': must name one seed at least, whole numbers, none twice")
     seeds = [int(seed) for seed in seeds]
-    extra = shlex.split(environ.get("EXTRA_ENV", ""))
+    try:
+        extra = shlex.split(environ.get("EXTRA_ENV", ""))
+    except ValueError as error:  # a quotation mark without its other half
+        raise LaunchError(f"EXTRA_ENV={environ['EXTRA_ENV']}: {error}") from None
     if not all(re.match(r"[A-Za-z_]\w*=", word) for word in extra):
         raise LaunchError(f"EXTRA_ENV='{environ['EXTRA_ENV']}': must be NAME=value, separated by blanks")
     try:
@@ -102,6 +107,9 @@ def make_plan(environ):
     name = environ.get("RUN_ID") or time.strftime("seeds-%Y%m%d-%H%M%S")
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise LaunchError(f"RUN_ID={name}: letters, digits, '_', then also '.', '+', '-'")
+    longest = max((os.fsencode(run_folder(Path(name), seed).name) for seed in seeds), key=len)
+    if len(longest) > LONGEST_NAME:
+        raise LaunchError(f"RUN_ID={name}: too long: {len(longest)} bytes with the seed, {LONGEST_NAME} at most")
     script = Path(environ.get("SCRIPT") or ROOT / "train_gpt.py").absolute()
     nproc, lanes = read_lanes(environ, seeds)
     return Plan(
@@ -189,6 +197,24 @@ def import_file(path):
     return module
 
 
+def checked_elsewhere(plan, count_gpus):
+    """check_script in a process with the environment of the first run. LaunchError where it says nothing of use."""
+    command = [sys.executable, __file__, "check-script", str(plan.script), str(int(count_gpus))]
+    lane = next(iter(plan.lanes.values()))
+    environ = plan.environ | lane["env"] | run_environ(plan.folder, plan.seeds[0])
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, errors="replace")
+    answers = [line.removeprefix(CHECKED) for line in done.stdout.splitlines() if line.startswith(CHECKED)]
+    if done.returncode == 0 and answers:
+        return json.loads(answers[-1])
+    if done.stderr.strip():
+        why = done.stderr.strip().splitlines()[-1]
+    elif done.returncode < 0:
+        why = f"it was ended by {signal.Signals(-done.returncode).name}"
+    else:
+        why = f"it ends with exit code {done.returncode} when it is imported"
+    raise LaunchError(f"{plan.script.name} cannot be checked: {why}")
+
+
 def gpus_in_use(plan):
     """Messages for GPUs of the plan that do not exist or that another program uses, as nvidia-smi knows them."""
     if shutil.which("nvidia-smi") is None or plan.environ.get("DEVICE") == "cpu":
@@ -219,15 +245,11 @@ def preflight(plan):
         problems.append(f"SCRIPT={plan.script} does not exist")
     else:
         on_all = "all" in plan.lanes and plan.environ.get("DEVICE") != "cpu"
-        command = [sys.executable, __file__, "check-script", str(plan.script), str(int(on_all))]
-        lane = next(iter(plan.lanes.values()))
-        environ = plan.environ | lane["env"] | run_environ(plan.folder, plan.seeds[0])
-        done = subprocess.run(command, env=environ, capture_output=True, text=True)
-        if done.returncode:
-            problems.append(f"{plan.script.name} cannot be checked: {done.stderr.strip().splitlines()[-1]}")
-        else:
-            about = json.loads(done.stdout.splitlines()[-1])
+        try:
+            about = checked_elsewhere(plan, on_all)
             problems += about["problems"]
+        except LaunchError as error:
+            problems.append(str(error))
     if "all" in plan.lanes and about["gpus"] and plan.nproc > about["gpus"] and plan.environ.get("DEVICE") != "cpu":
         problems.append(f"NPROC={plan.nproc}, but torch sees {about['gpus']} GPU(s)")
     problems += gpus_in_use(plan)
@@ -259,13 +281,18 @@ def start(environ):
         plan.folder.mkdir(parents=True)  # of two launchers with one name, one ends here
     except FileExistsError:
         raise LaunchError(f"{plan.folder} exists: choose another RUN_ID", code=1) from None
-    socket = f"golf-{re.sub(r'[^A-Za-z0-9_-]', '_', plan.folder.name)}-{os.getpid()}" if plan.use_tmux else None
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", plan.folder.name)[:30]  # a socket's whole path has 107 bytes at most
+    socket = f"golf-{name}-{os.getpid()}" if plan.use_tmux else None
     launch = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "seeds": plan.seeds, "lanes": plan.lanes}
     launch |= {"command": [sys.executable, *torchrun, str(plan.script)], "tmux": socket}
     launch["plots"] = environ.get("PLOTS", "1") != "0"
     write_atomically(plan.folder / "launch.json", json.dumps(launch, indent=1))
-    for lane in plan.lanes:
-        start_worker(plan, lane, socket)
+    try:
+        for lane in plan.lanes:
+            start_worker(plan, lane, socket)
+    except BaseException:  # an interrupt as well
+        undo_start(plan.folder, socket)
+        raise
     deadline = time.monotonic() + 30
     while not all((plan.folder / f"{lane}.pid").exists() for lane in plan.lanes):
         if time.monotonic() > deadline:
@@ -278,8 +305,22 @@ def start(environ):
         say(f"run_3seeds.sh: seed(s) {' '.join(map(str, about['seeds']))} on {where}")
     say(f"run_3seeds.sh: started {plan.folder} in {'tmux windows' if socket else 'the background'}; next:")
     for word in ("status", "attach", "wait", "stop"):
-        say(f"  ./run_3seeds.sh {word} {plan.folder}")
+        say(f"  {command_line_of(word, plan.folder)}")
     return 0
+
+
+def undo_start(folder, socket):
+    """Ends what a start that failed has begun; its folder goes, so that the name is free, unless a run is in it."""
+    end_workers(folder)
+    end_tmux(socket)
+    if not any(path.is_dir() for path in folder.iterdir()):
+        shutil.rmtree(folder)
+
+
+def command_line_of(word, folder):
+    """What to type in this folder for a command about a set, quoted for a shell."""
+    script = "./run_3seeds.sh" if Path.cwd() == ROOT else str(ROOT / "run_3seeds.sh")
+    return shlex.join([script, word, str(folder)])
 
 
 def start_worker(plan, lane, socket):
@@ -297,7 +338,10 @@ def start_worker(plan, lane, socket):
         tmux += [";", "set-option", "-g", "remain-on-exit", "on"]
     else:
         tmux += ["new-window", "-d", "-t", "golf", "-n", lane, *worker]
-    subprocess.run(tmux, env=plan.environ, check=True)
+    done = subprocess.run(tmux, env=plan.environ, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        why = done.stderr.strip() or f"exit code {done.returncode}"
+        raise LaunchError(f"tmux does not start a window: {why}; USE_TMUX=0 does without", code=1)
 
 
 # ---- the worker: one lane's seeds in turn
@@ -429,9 +473,12 @@ def read_states(folder):
 def last_words(run, state):
     """What there is to say of a run: its score, or of a failed one its last error line, else its last log line."""
     if state == "done" and (run / "result.json").exists():
-        result = json.loads((run / "result.json").read_text())
-        scores = " ".join(f"{name} {score['bpb']:.5f}" for name, score in result["scores"].items())
-        return f"BPB {scores}, {result['total_bytes']:,} bytes, {len(result['violations'])} violation(s)"
+        try:
+            result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+            scores = " ".join(f"{name} {score['bpb']:.5f}" for name, score in result["scores"].items())
+            return f"BPB {scores}, {result['total_bytes']:,} bytes, {len(result['violations'])} violation(s)"
+        except (ValueError, LookupError, TypeError, AttributeError):  # torn, or of an older version
+            return "result.json is damaged; the log has what was printed"
     for name in ("stderr.txt", "log.txt") if state.startswith("failed") else ("log.txt", "stderr.txt"):
         path = run / name
         if path.exists() and path.stat().st_size:
@@ -471,21 +518,32 @@ def attach(folder):
 
 def stop(folder):
     """Ends this set's workers, which end their runs; then its own tmux server."""
-    launch = read_launch(folder)
-    for lane in launch["lanes"]:
+    end_workers(folder)
+    end_tmux(read_launch(folder)["tmux"])
+    status(folder)
+    return 0
+
+
+def end_workers(folder):
+    """Ends a set's workers and waits for them. LaunchError where one stays."""
+    lanes = read_launch(folder)["lanes"]
+    for lane in lanes:
         if (pid := worker_pid(folder, lane)) is not None:
             os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + STOP_SECONDS + 15
-    while any(worker_pid(folder, lane) for lane in launch["lanes"]):
+    while any(worker_pid(folder, lane) for lane in lanes):
         if time.monotonic() > deadline:
             raise LaunchError(f"{folder}: a worker does not end; see its .pid file", code=1)
         time.sleep(0.1)
-    if launch["tmux"] and shutil.which("tmux"):
-        subprocess.run(["tmux", "-L", launch["tmux"], "kill-server"], capture_output=True)
-        sockets = Path(os.environ.get("TMUX_TMPDIR", "/tmp"), f"tmux-{os.getuid()}")  # tmux leaves the name behind
-        (sockets / launch["tmux"]).unlink(missing_ok=True)
-    status(folder)
-    return 0
+
+
+def end_tmux(socket):
+    """Ends the tmux server of a set, None where it has none."""
+    if not socket or not shutil.which("tmux"):
+        return
+    subprocess.run(["tmux", "-L", socket, "kill-server"], capture_output=True)
+    sockets = Path(os.environ.get("TMUX_TMPDIR", "/tmp"), f"tmux-{os.getuid()}")  # tmux leaves the name behind
+    (sockets / socket).unlink(missing_ok=True)
 
 
 def wait(folder):
@@ -530,7 +588,7 @@ def main(arguments, environ):
     if command == "worker":
         return worker(Path(rest[0]), rest[1])
     if command == "check-script":
-        print(json.dumps(check_script(Path(rest[0]), rest[1] == "1")))
+        print(CHECKED + json.dumps(check_script(Path(rest[0]), rest[1] == "1")), flush=True)
         return 0
     if command in ("--help", "-h", "help"):
         say(__doc__)
@@ -546,6 +604,13 @@ def main(arguments, environ):
     except LaunchError as error:
         say(f"run_3seeds.sh: {error}", file=sys.stderr)
         return error.code
+    except KeyboardInterrupt:
+        goes_on = "; what was started goes on" if command == "wait" else ""
+        say(f"run_3seeds.sh: interrupted{goes_on}", file=sys.stderr)
+        return 130
+    except OSError as error:  # a folder without permission, a name that is too long, a disk that is full
+        say(f"run_3seeds.sh: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -28,13 +28,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from tools import command_line  # noqa: E402
+
+if __name__ == "__main__":
+    command_line.begin("make_record.py")
+
 from tools import plot_run, summarize  # noqa: E402
 from tools.pack_code import pack_code  # noqa: E402
-from tools.run_files import read_runs  # noqa: E402
+from tools.run_files import own_settings, read_runs  # noqa: E402
 
 TRACK, OTHER_TRACK = "track_10min_16mb", "track_non_record_16mb"
 BYTE_CAP, BUDGET_SECONDS, SEEDS, GPUS, DOCUMENTS = 16_000_000, 600.0, 3, 8, 50_000  # the contest's rules
-OF_A_RUN = {"SEED", "RUN_ID", "RUNS_DIR", "DATA_PATH", "TOKENIZER_PATH", "PLOTS"}  # may differ between seeds
 DATA_TOOLS = ("prepare_caseops_data.py", "lossless_caps.py")
 TINY = {  # sizes of the proof; what the record set besides stays as it is
     "DEVICE": "cpu",
@@ -86,11 +90,6 @@ class RecordError(Exception):
 def final_score(result):
     """Name and score of a run's last evaluation, the one that counts."""
     return list(result["scores"].items())[-1]
-
-
-def own_settings(run):
-    """What a run set otherwise than by default, but for what belongs to the run: {NAME: value}."""
-    return {name: run.settings[name] for name in run.changed if name not in OF_A_RUN}
 
 
 def disagreements(runs):
@@ -526,4 +525,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, "make_record.py")

@@ -6,20 +6,29 @@ They go into the run's folder, or into the folder that holds the runs. run_3seed
 """
 
 import argparse
+import itertools
 import math
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
-import numpy as np
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools import command_line  # noqa: E402
 
-matplotlib.use("Agg")
+if __name__ == "__main__":
+    command_line.begin("plot_run.py")
+
+os.environ["MPLBACKEND"] = "Agg"  # a notebook's own backend need not exist in this environment
+
+import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
+
+matplotlib.use("Agg")  # where it was imported before with another one
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.run_files import read_runs  # noqa: E402
+from tools.run_files import RunError, flatten, is_number, read_runs  # noqa: E402
 
 STYLE = {
     "axes.spines.top": False,
@@ -36,6 +45,11 @@ COLORS = plt.get_cmap("tab10").colors
 RED = "#cc3311"
 PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}  # under text that lines may cross
 THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
+
+
+def in_colors(items):
+    """-> (color, item) for each; after the last color the first comes again."""
+    return zip(itertools.cycle(COLORS), items, strict=False)
 
 
 def title(runs):
@@ -73,7 +87,7 @@ def plot_training(runs, path):
 def draw_losses(axis, runs):
     factor, longest = bpb_factor(runs[0].result), max(runs, key=lambda run: run.steps[-1]["train_seconds"])
     early, lowest = [], []
-    for color, run in zip(COLORS, runs, strict=False):
+    for color, run in in_colors(runs):
         seconds, losses = ([row[key] for row in run.steps] for key in ("train_seconds", "train_loss"))
         final = f", {run.result['steps']:,} steps, {run.result['training_seconds']:,.0f} s"
         axis.plot(seconds, losses, color=color, linewidth=1.2, alpha=0.9, label=f"training, seed {run.seed}{final}")
@@ -107,7 +121,7 @@ def draw_losses(axis, runs):
 
 
 def draw_schedule(axis, runs):
-    for color, run in zip(COLORS, runs, strict=False):
+    for color, run in in_colors(runs):
         axis.plot([row["train_seconds"] for row in run.steps], [row["lr_factor"] for row in run.steps], color=color)
     axis.set_ylim(0, 1.08)
     axis.set_yticks([0, 0.5, 1])
@@ -120,7 +134,7 @@ def mark_looping(axes, runs):
     onsets = [next((row["train_seconds"] for row in run.switches if row["looping"]), None) for run in runs]
     end = 1.02 * max(run.steps[-1]["train_seconds"] for run in runs)
     for axis in axes:
-        for color, onset in zip(COLORS, onsets, strict=False):
+        for color, onset in in_colors(onsets):
             if onset is not None:
                 axis.axvline(onset, color=color, linestyle="--", linewidth=1)
         if all(onset is not None for onset in onsets):
@@ -135,7 +149,7 @@ def draw_scores(axis, runs):
     """BPB after each stage, a line for each seed, the mean written at each stage."""
     names = [name for name in runs[0].result["scores"] if all(name in run.result["scores"] for run in runs)]
     bpb = np.array([[run.result["scores"][name]["bpb"] for name in names] for run in runs])
-    for color, values in zip(COLORS, bpb, strict=False):
+    for color, values in in_colors(bpb):
         axis.plot(values, "o-", color=color, linewidth=1, markersize=6)
     for place, name in enumerate(names):
         partial = " *" if any(run.result["scores"][name].get("partial") for run in runs) else ""
@@ -160,7 +174,7 @@ def budgets(run):
     seconds, result = run.result["seconds"], run.result
     final = f"eval_{list(result['scores'])[-1]}"
     trained = [("training", result["training_seconds"])] if "training_seconds" in result else []
-    train = trained + [(name, seconds[name]) for name in ("hessians", "quantize") if name in seconds]
+    train = trained + [(name, seconds[name]) for name in ("hessians", "quant_check", "quantize") if name in seconds]
     score = [(name, seconds[name]) for name in ("unpack", final) if name in seconds]
     counted = {"train", *(name for name, _ in train + score)}
     rest = [(name, value) for name, value in seconds.items() if name not in counted]
@@ -226,7 +240,7 @@ def plot_ttt(runs, path):
     """Running BPB over the tokens that rank 0 has scored; fine-tuning of the base weights and end scores marked."""
     figure, axis = plt.subplots(figsize=(12, 4.6), layout="constrained")
     every = []
-    for color, run in zip(COLORS, runs, strict=False):
+    for color, run in in_colors(runs):
         batches = [row for row in run.ttt if "running_bpb" in row]
         tokens, running = ([row[key] for row in batches] for key in ("running_tokens", "running_bpb"))
         axis.plot(tokens, running, ".-" if len(tokens) < 100 else "-", color=color, label=f"running, seed {run.seed}")
@@ -286,7 +300,10 @@ def bytes_by_group(path):
     """
     import train_gpt
 
-    _, plan, sections, start = train_gpt.read_header(Path(path).read_bytes())
+    try:
+        _, plan, sections, start = train_gpt.read_header(Path(path).read_bytes())
+    except (ValueError, OSError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
 
     def group(spec):
         role = train_gpt.quant_role(spec.name.rpartition(":")[0])
@@ -347,7 +364,7 @@ def plot_bytes(runs, path):
 
 
 def draw(runs, out):
-    """Every picture that these runs have the data for -> paths of the pictures."""
+    """Every picture that these runs have the data for -> paths of the pictures; a line tells what keeps one away."""
     pictures = {
         "training.png": (plot_training, all(run.steps and run.result["scores"] for run in runs)),
         "stages.png": (plot_stages, all(run.result["scores"] for run in runs)),
@@ -357,10 +374,26 @@ def draw(runs, out):
     drawn = []
     with plt.rc_context(STYLE):
         for name, (plot, possible) in pictures.items():
-            if possible:
+            if not possible:
+                continue
+            try:
+                check_finite(runs)
                 plot(runs, out / name)
                 drawn.append(out / name)
+            except RunError as error:  # the other pictures may have all that they need
+                command_line.tell(f"plot_run.py: no {name}: {error}")
+                plt.close("all")
     return drawn
+
+
+def check_finite(runs):
+    """RunError where a number that pictures show is NaN or infinite: axes have no place for it."""
+    for run in runs:
+        found = [(name, value) for name, value in flatten(run.result).items() if is_number(value)]
+        found += [(name, value) for row in run.steps + run.ttt for name, value in row.items()]
+        for name, value in found:
+            if not math.isfinite(value):
+                raise RunError(f"{run.folder}: {name} is {value}")
 
 
 def print_scores(run):
@@ -381,15 +414,15 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         runs = read_runs(options.runs)
-    except ValueError as error:
+        out = options.out or (runs[0].folder if len(runs) == 1 else runs[0].folder.parent)
+        out.mkdir(parents=True, exist_ok=True)
+        drawn = draw(runs, out)
+        if len(runs) == 1:
+            print_scores(runs[0])
+    except RunError as error:
         sys.exit(f"plot_run.py: {error}")
-    out = options.out or (runs[0].folder if len(runs) == 1 else runs[0].folder.parent)
-    out.mkdir(parents=True, exist_ok=True)
-    drawn = draw(runs, out)
-    if len(runs) == 1:
-        print_scores(runs[0])
-    print(f"     plots: {', '.join(map(str, drawn))}")
+    print(f"     plots: {', '.join(map(str, drawn)) or 'none'}")
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, "plot_run.py")

@@ -16,10 +16,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools import command_line  # noqa: E402
+
+if __name__ == "__main__":
+    command_line.begin("publish.py")
+
+from huggingface_hub import HfApi  # noqa: E402
+
+from tools import hub  # noqa: E402
 from tools.run_files import read_run  # noqa: E402
 
 FILES = ("model.pt", "artifact.bin", "train_gpt.py", "log.txt", "result.json")
@@ -73,6 +78,11 @@ def commands(run):
             yield f"{mode}=1 {path}={run.folder / file} {given} DATA_PATH=... python train_gpt.py"
 
 
+def fail(message, token):
+    """Ends the program with a message in which the token does not show."""
+    sys.exit(f"publish.py: {message.replace(token, '***') if token else message}")
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     actions = parser.add_subparsers(dest="action", required=True)
@@ -95,9 +105,11 @@ def main(arguments=None):
         else:
             for command in commands(fetch(api, options.run, options.repo, options.runs_dir)):
                 print(command)
-    except (PublishError, ValueError, OSError, HfHubHTTPError) as error:
-        sys.exit(f"publish.py: {error if not token else str(error).replace(token, '***')}")
+    except hub.ERRORS as error:
+        fail(hub.explain(error), token)
+    except (PublishError, ValueError, OSError) as error:
+        fail(str(error), token)
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, "publish.py")

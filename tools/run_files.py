@@ -10,11 +10,29 @@ from pathlib import Path
 from typing import NamedTuple
 
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
+RESULT_VERSION = 2  # that of train_gpt.py, see docs/RESULT.md
+OF_A_RUN = {"SEED", "RUN_ID", "RUNS_DIR", "DATA_PATH", "TOKENIZER_PATH", "PLOTS"}  # may differ between seeds
+OF_A_SCORE = "loss", "bpb", "tokens", "bytes"
 SETTINGS_LINE = "settings (* changed):"  # the first line that a run writes into its log
 
 
 class PresetError(ValueError):
     """A preset that is not there or cannot be read; the message says what to change."""
+
+
+class RunError(ValueError):
+    """A run whose files do not say what is asked of them; the message names the run and what it lacks."""
+
+
+class Record(dict):
+    """A dictionary that was read from a run's files: a key that is not there is a RunError that names the run."""
+
+    def __init__(self, items, where):
+        super().__init__(items)
+        self.where = where
+
+    def __missing__(self, key):
+        raise RunError(f"{self.where} has no {key}: made by another version, or not to its end; run it again")
 
 
 class Run(NamedTuple):
@@ -74,16 +92,16 @@ def read_rows(lines):
     steps, switches, evaluations, ttt = [], [], [], []
     for line in lines:
         row = key_values(line)
-        if "train_loss" in row:
+        if "train_loss" in row and "step" in row:
             if not steps or steps[-1]["step"] != row["step"]:  # the last step may be logged twice
                 steps.append(row)
-        elif line.startswith("step:") and "looping" in row:
+        elif "step" in row and "looping" in row:
             switches.append(row)
         elif line.startswith("training val_loss:") and steps:
-            evaluations.append({name: steps[-1][name] for name in ("step", "train_seconds")} | row)
+            evaluations.append({name: steps[-1].get(name, 0.0) for name in ("step", "train_seconds")} | row)
         elif line.startswith("ttt_batch "):
             ttt.append(row)
-        elif line.startswith("ttt_global_adaptation "):
+        elif line.startswith("ttt_global_adaptation ") and "documents" in row:
             ttt.append({"adapted": row["documents"]})
     return steps, switches, evaluations, ttt
 
@@ -105,21 +123,63 @@ def training_of(parts):
     return trained
 
 
+def read_result(text, path):
+    """What stands behind RESULT in a log -> Record. RunError for damage, or for a version that reads otherwise."""
+    where = f"{path}: RESULT"
+    try:
+        result = json.loads(text, object_hook=lambda items: Record(items, where))
+    except ValueError as error:
+        raise RunError(f"{where} is damaged: {error}") from None
+    if not isinstance(result, Record):
+        raise RunError(f"{where} is damaged: it is no object")
+    if result["version"] != RESULT_VERSION:
+        raise RunError(f"{where} is of version {result['version']}, these tools read version {RESULT_VERSION}: "
+                       f"check out commit {result.get('commit')}, which made it")
+    for name in ("scores", "seconds"):
+        if not isinstance(result[name], dict):
+            raise RunError(f"{where} is damaged: {name} is no object")
+    for stage, score in result["scores"].items():
+        if not isinstance(score, dict) or not all(is_number(score[name]) for name in OF_A_SCORE):
+            raise RunError(f"{where} is damaged: the {stage} score has no numbers")
+    return result
+
+
+def is_number(value):
+    """NaN and infinities are numbers, too: a run may have them."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def read_run(folder):
-    """Folder -> Run. Raises ValueError where the run has not ended (no RESULT line) or the log is not one of ours."""
+    """Folder -> Run. Raises RunError where the run has not ended (no RESULT line) or the log is not one of ours."""
     path = Path(folder) / "log.txt"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise RunError(f"{path} cannot be read: {error.strerror}") from None
     heads = [number for number, line in enumerate(lines) if line == SETTINGS_LINE]
     results = [line.removeprefix("RESULT ") for line in lines if line.startswith("RESULT ")]
     if not heads or not results or lines[-1] != "RESULT " + results[-1]:
-        raise ValueError(f"{path}: no RESULT line at its end: the run has not ended, or not well")
+        raise RunError(f"{path}: no RESULT line at its end: the run has not ended, or not well")
     parts = [lines[a:b] for a, b in zip(heads, [*heads[1:], len(lines)], strict=True)]
     ttt = next((rows for part in reversed(parts) if (rows := read_rows(part)[3])), [])
     settings, changed = read_settings(parts[-1])
-    return Run(Path(folder), settings, changed, *training_of(parts), ttt, json.loads(results[-1]), len(parts))
+    settings = Record(settings, f"{path}: the table of settings")
+    *trained, ttt = ([Record(row, f"{path}: a line") for row in rows] for rows in (*training_of(parts), ttt))
+    return Run(Path(folder), settings, changed, *trained, ttt, read_result(results[-1], path), len(parts))
+
+
+def own_settings(run):
+    """What a run set otherwise than by default, but for what belongs to the run: {NAME: value}."""
+    return {name: run.settings[name] for name in run.changed if name not in OF_A_RUN}
+
+
+def flatten(value, name=""):
+    """RESULT -> {"scores.ttt.bpb": number or text}; lists of numbers by position, other lists by their length."""
+    if isinstance(value, dict):
+        return {k: v for key, part in value.items() for k, v in flatten(part, f"{name}.{key}".lstrip(".")).items()}
+    if isinstance(value, list) and value and all(map(is_number, value)):
+        return {f"{name}.{number}": part for number, part in enumerate(value)}
+    return {name: len(value) if isinstance(value, list) else value}
 
 
 def by_number(folder):
@@ -128,17 +188,17 @@ def by_number(folder):
 
 
 def run_folders(paths):
-    """Runs or sets of runs -> folders of runs, those of a set by name and number. ValueError if one is neither."""
+    """Runs or sets of runs -> folders of runs, those of a set by name and number. RunError if one is neither."""
     folders = []
     for path in map(Path, paths):
         inside = sorted((log.parent for log in path.glob("*/log.txt")), key=by_number)
         inside = [path] if (path / "log.txt").exists() else inside
         if not inside:
-            raise ValueError(f"{path} is neither a run nor a set of runs: no log.txt there")
+            raise RunError(f"{path} is neither a run nor a set of runs: no log.txt there")
         folders += inside
     return folders
 
 
 def read_runs(paths):
-    """Runs or sets -> Runs. Raises ValueError for a run that has not ended."""
+    """Runs or sets -> Runs. Raises RunError for a run that has not ended."""
     return [read_run(folder) for folder in run_folders(paths)]

@@ -18,28 +18,18 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from scipy import stats
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.run_files import read_runs  # noqa: E402
+from tools import command_line  # noqa: E402
+
+if __name__ == "__main__":
+    command_line.begin("summarize.py")
+
+import numpy as np  # noqa: E402
+from scipy import stats  # noqa: E402
+
+from tools.run_files import flatten, is_number, own_settings, read_runs  # noqa: E402
 
 RULE_NATS, RULE_P = 0.005, 0.01  # of the contest: improvement at least, at a probability below
-
-
-def flatten(value, name=""):
-    """RESULT -> {"scores.ttt.bpb": number or text}; lists of numbers by position, `violations` by their number."""
-    if isinstance(value, dict):
-        return {k: v for key, part in value.items() for k, v in flatten(part, f"{name}.{key}".lstrip(".")).items()}
-    if name == "violations":
-        return {name: len(value)}
-    if isinstance(value, list):
-        return {f"{name}.{number}": part for number, part in enumerate(value)}
-    return {name: value}
-
-
-def is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def show(number):
@@ -58,6 +48,11 @@ class Row(NamedTuple):
     std: float | None
 
 
+def deviation(values):
+    """Sample standard deviation; NaN where a value is not finite, at which statistics.stdev fails."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
 def tabulate(results):
     """RESULT dictionaries -> Rows in the order of the fields; a field that a run lacks is None there."""
     flat = [flatten(result) for result in results]
@@ -65,7 +60,7 @@ def tabulate(results):
     for name in dict.fromkeys(name for fields in flat for name in fields):
         values = [fields.get(name) for fields in flat]
         numbers = all(map(is_number, values)) and name not in ("seed", "version")
-        spread = statistics.stdev(values) if numbers and len(values) > 1 else None
+        spread = deviation(values) if numbers and len(values) > 1 else None
         rows.append(Row(name, values, statistics.fmean(values) if numbers else None, spread))
     return rows
 
@@ -93,6 +88,21 @@ def table_lines(results):
     for result in results:
         lines += [f"violation, seed {result['seed']}: {sentence}" for sentence in result["violations"]]
     return lines
+
+
+def differences(runs):
+    """Lines that say in what these runs are no seeds of one method: commit, software, hardware, settings."""
+    sides = [{name: run.result.get(name) for name in ("commit", "device", "world_size", "torch")} for run in runs]
+    names = {name for run in runs for name in own_settings(run)}
+    for side, run in zip(sides, runs, strict=True):
+        side |= {name: run.settings.get(name) for name in sorted(names)}
+    for name in sides[0]:
+        seeds = {}
+        for side, run in zip(sides, runs, strict=True):
+            seeds.setdefault(side[name], []).append(str(run.seed))
+        if len(seeds) > 1:
+            told = "; ".join(f"{value} (seed {', '.join(group)})" for value, group in seeds.items())
+            yield f"note: {name} differs, so that the mean is of no one method: {told}"
 
 
 class Sample(NamedTuple):
@@ -124,6 +134,8 @@ def sample(results, stage, tokens, num_bytes):
                 f"{result['run']} scored {score['bytes']:,} bytes, the first run {num_bytes:,}: they "
                 "were not scored on the same text"
             )
+        if not math.isfinite(score["loss"]):
+            raise ValueError(f"{result['run']}: its {stage} loss is {score['loss']}, which compares with nothing")
         if result["seed"] in losses:
             raise ValueError(f"seed {result['seed']} stands twice")
         losses[result["seed"]] = score["loss"] * score["tokens"] / tokens
@@ -222,8 +234,9 @@ def main(arguments=None):
     add_reference(parser)
     options = parser.parse_args(arguments)
     try:
-        results = [run.result for run in read_runs(options.runs)]
-        print("\n".join(table_lines(results)))
+        runs = read_runs(options.runs)
+        results = [run.result for run in runs]
+        print("\n".join([*table_lines(results), *differences(runs)]))
         if options.against or options.published is not None:
             print("\n" + "\n".join(compare(results, options)[0]))
     except ValueError as error:
@@ -231,4 +244,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, "summarize.py")
