@@ -2786,7 +2786,8 @@ class QuantizationCheck:
             loss = held_out_loss(self.model, self.loader, self.hp, self.dist)
             rebank(self.model, self.weights)
         gap = loss - self.fp32_loss
-        changed = [f"{name.upper()}={value:g}" for name, value in vars(hp).items() if value != getattr(self.hp, name)]
+        settings = dataclasses.asdict(hp).items()
+        changed = [f"{name.upper()}={value:g}" for name, value in settings if value != getattr(self.hp, name)]
         settings = " ".join(changed) or "as set"
         self.tried.append({"settings": settings, "gap": round(gap, 6) if math.isfinite(gap) else None})
         self.log(f"quant_check settings: {settings} fp32_loss:{self.fp32_loss:.6f} gap:{gap:.6f}")
