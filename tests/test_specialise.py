@@ -255,7 +255,7 @@ def packed(tmp_path_factory):
 
 
 def test_the_packed_script_of_the_defaults_is_small(packed):
-    assert packed.stat().st_size <= 28_900  # the bar is 28,000
+    assert packed.stat().st_size <= 28_900
 
 
 def test_operators_of_the_packed_script_are_differentiable(packed):
