@@ -133,6 +133,8 @@ def fold_settings(tree, cls, fields, settings):
     """
     outside = [node for statement in tree.body if statement is not cls for node in walk(statement)]
     by_name = {node.value for node in outside if isinstance(node, ast.Constant)}  # of getattr(hp, name)
+    calls = [node for node in outside if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "replace"]
+    by_name |= {word.arg for call in calls for word in call.keywords}  # dataclasses.replace(hp, name=...)
     folded, lines, nodes = {}, {}, {node.target.id: node for node in cls.body if isinstance(node, ast.AnnAssign)}
     for name, (kind, default) in fields.items():
         given = default if name in OF_A_RUN else OFF.get(name, settings.get(name.upper(), default))
