@@ -30,6 +30,7 @@ import re
 import signal
 import sys
 import sysconfig
+import threading
 import unicodedata
 import warnings
 import zlib
@@ -53,7 +54,8 @@ SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 HEADER_INTS = 256
 MAX_COST = np.iinfo(np.uint16).max  # bytes that one token can stand for in a side-car
 BATCH_BYTES = 1 << 20  # of JSON lines, in one message to a worker
-LONGEST_LINE = 100_000_000  # bytes; a longer one would take more memory than the README promises
+LONGEST_TEXT = 64_000_000  # bytes; a longer one would take more memory than the README promises
+LONGEST_LINE = 150_000_000  # bytes; JSON may need more than twice the bytes of its text
 _BOS, _FREE = (np.array([value], dtype=np.uint16).tobytes() for value in (BOS_ID, 0))  # a document's first id and cost
 
 
@@ -130,9 +132,14 @@ def train_sentencepiece(sentences: Iterable[str], **settings) -> bytes:
     Raises DataError where SentencePiece cannot; what goes wrong in `sentences` comes out as it is.
     """
     faults = []
+    sentences = iter(sentences)
+    first = next(sentences, None)
+    if first is None:
+        raise DataError("there is no text to train a tokenizer on")
 
     def watched() -> Iterator[str]:
         try:
+            yield first
             yield from sentences
         except BaseException as error:  # SentencePiece would make a RuntimeError of it
             faults.append(error)
@@ -495,7 +502,7 @@ class Source(io.RawIOBase):
     """A file that is read once, from start to end, and hashed on the way: a pipe will do. `-` is the standard input."""
 
     def __init__(self, path: str):
-        self.name, self.digest = path, hashlib.sha256()
+        self.name, self.digest = "standard input" if path == "-" else path, hashlib.sha256()
         self.file = sys.stdin.buffer if path == "-" else open(path, "rb")
         self.buffered = io.BufferedReader(self, 1 << 20)
 
@@ -738,6 +745,8 @@ def encode_batch(tokenizer: str, normalize_train: bool, kept: int, batch: Batch)
     for document, line in enumerate(batch.lines, batch.first_document):
         text = parse_text(line)
         try:
+            if _utf8_size(text) > LONGEST_TEXT:
+                raise DataError(f"a text of more than {LONGEST_TEXT:,} bytes; split it or leave it out")
             if batch.split == "val":
                 document_ids, document_costs = encoder.encode_with_bytes(text)
                 costs.append(document_costs)
@@ -776,7 +785,8 @@ def map_in_order(function, batches: Iterable[Batch], workers: int) -> Iterator:
         yield from map(function, batches)
         return
     bytes_ahead = 4 * workers * BATCH_BYTES  # a document of many megabytes goes alone
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_the_parent)
     try:
         pending, sizes = deque(), deque()
         for batch in batches:
@@ -792,6 +802,16 @@ def map_in_order(function, batches: Iterable[Batch], workers: int) -> Iterator:
         raise WorkerLost("a worker process was killed, perhaps for want of memory: try fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_the_parent() -> None:
+    """For workers: one whose parent was killed would wait for its next batch forever."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _submit(pool: ProcessPoolExecutor, function, batch: Batch) -> Future:

@@ -8,8 +8,10 @@ import lzma
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import zipfile
+from pathlib import Path
 
 import pytest
 from test_prepare_data import TEXTS, refused
@@ -17,6 +19,7 @@ from test_prepare_data import TEXTS, refused
 import prepare_caseops_data as prepare
 from prepare_caseops_data import DataError, parse_text, read_lines
 
+ROOT = Path(__file__).resolve().parents[1]
 PARTS = [[f"document {number} of part {part}" for number in range(10)] for part in range(3)]
 ALL = [text for part in PARTS for text in part]
 
@@ -192,3 +195,9 @@ def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(tmp_path, m
         texts_in(path)
     path.write_bytes(json_lines(["short", "x" * (999 - len(json_lines([""])))]) + json_lines(TEXTS))
     assert len(texts_in(path)) == 2 + len(TEXTS)
+
+
+def test_what_comes_through_a_pipe_is_called_standard_input(tmp_path):
+    command = [sys.executable, "prepare_caseops_data.py", "--docs", "-", "--val-docs", "2", "--out", tmp_path / "out"]
+    run = subprocess.run(command, input=OTHERS["Parquet"], cwd=ROOT, capture_output=True)
+    assert run.returncode == 1 and run.stderr.startswith(b"error: standard input: this is Parquet")

@@ -145,13 +145,20 @@ def test_memory_grows_by_little_for_a_long_document(tmp_path, make, size):
     assert grown < 40 * size + 150_000_000
 
 
+def test_a_text_that_would_take_more_memory_is_refused_with_its_document(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "LONGEST_TEXT", 100)
+    docs = write_docs(tmp_path / "docs.jsonl", ["one", "\u6771" * 33 + "a", "\u6771" * 33 + "ab"])
+    message = refused(capsys, "--docs", docs, "--val-docs", 1, "--out", tmp_path / "out")
+    assert "train document 1 (" in message and "line 4): a text of more than 100 bytes" in message
+
+
 def test_documents_ahead_are_few_where_they_are_long(monkeypatch):
     """A worker's queue is bounded in bytes, not only in batches."""
     monkeypatch.setattr(prepare, "BATCH_BYTES", 100)
     ahead = []
 
     class Pool:
-        def __init__(self, workers, mp_context):
+        def __init__(self, workers, mp_context, initializer):
             pass
 
         def submit(self, function, batch):

@@ -15,6 +15,8 @@ from test_verify_data import long_corpus, verified
 
 import prepare_caseops_data as prepare
 from prepare_caseops_data import main, read_manifest, write_shard
+from tokenizers import train_tokenizer
+from tools import prepare_plain_data
 
 ROOT = Path(__file__).resolve().parents[1]
 EMPTY = ["", "  ", "\n\n"]
@@ -208,6 +210,20 @@ def test_a_killed_worker_ends_in_one_line_and_the_command_goes_on_when_repeated(
     assert dataset_of(tmp_path / "out") == expected
 
 
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_a_run_that_is_killed(long_docs, tmp_path, end):
+    docs, _ = long_docs
+    run = start(docs, tmp_path / "out")
+    for line in run.stdout:
+        if line.startswith("fineweb_train_000001.bin: "):
+            break
+    workers = [pid for pid in children(run.pid) if is_worker(pid)]
+    assert workers
+    run.send_signal(end)
+    run.communicate(timeout=60)  # until the last process has closed its pipes
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists() and is_worker(pid)]
+
+
 def test_a_full_disk_is_named_and_the_command_goes_on_when_repeated(long_docs, tmp_path):
     """No file may grow over a size: it takes the shards, and the state of the run only until training is in it."""
     docs, expected = long_docs
@@ -252,3 +268,22 @@ def test_too_little_memory_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prepare, "build_dataset", no_memory)
     docs = write_docs(tmp_path / "docs.jsonl", TEXTS)
     assert "out of memory" in refused(capsys, "--docs", docs, "--val-docs", 3, "--out", tmp_path / "out")
+
+
+def test_control_c_is_one_line_in_every_command(tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tools.verify_data.verify", interrupted)
+    monkeypatch.setattr("tools.retokenize.check_lengths", interrupted)
+    monkeypatch.setattr(prepare_plain_data, "validation_texts", interrupted)
+    monkeypatch.setattr(train_tokenizer, "read_lines", interrupted)
+    write_shard(tmp_path / "fineweb_val_000000.bin", np.array([1, 300]))
+    for command in (
+        lambda: main(["verify", str(tmp_path)]),
+        lambda: retokenized(tmp_path, tmp_path / "out"),
+        lambda: prepare_plain_data.main(["a", "--val-file", "b", "--out", str(tmp_path / "plain")]),
+        lambda: train_tokenizer.main(["a", "--val-file", "b", "--out", str(tmp_path / "a.model")]),
+    ):
+        assert command() == 130
+        assert capsys.readouterr().err == "error: interrupted\n"

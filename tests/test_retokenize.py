@@ -10,9 +10,11 @@ import pytest
 import sentencepiece
 from test_prepare_data import DEFAULT_TOKENIZER, TEXTS, build, stream, write_docs
 
+import prepare_caseops_data as prepare
 from lossless_caps import CONTROLS, decode
 from prepare_caseops_data import DataError, encode_document, load_tokenizer, main, read_manifest, write_shard
 from tokenizers.train_tokenizer import check_layout
+from tools import retokenize
 from tools.retokenize import charges_of_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +66,24 @@ def test_documents_bos_and_bytes_are_kept(small, tmp_path, workers):
     manifest = read_manifest(tmp_path / "new")
     assert manifest["tokenizer"]["vocab_size"] == 320
     assert manifest["sources"][0]["split_rule"].startswith("the first 12 documents")
+
+
+def test_long_documents_are_retokenized_in_blocks_as_if_whole(small, tmp_path, monkeypatch):
+    rng = random.Random(4)
+    odd = ["\u6771\u4eac", "\u00bd", "e\u0301t", "  ", "\ue001", "Me", "\x07", "\u3000", "12", "\U0001f5fc", "\n"]
+    texts = ["".join(rng.choice([*odd, " the Shape", " of", " ARRAY"]) for _ in range(60)) for _ in range(40)]
+    docs = write_docs(tmp_path / "docs.jsonl", texts)
+    build(tmp_path / "old", "--docs", docs, "--val-docs", 30)
+
+    def retokenized(name):
+        command = ["retokenize", str(tmp_path / "old"), "--old-tokenizer", str(DEFAULT_TOKENIZER), "--tokenizer"]
+        assert main([*command, str(small), "--out", str(tmp_path / name), "--workers", "1"]) == 0
+        return {path.name: path.read_bytes() for path in sorted((tmp_path / name).iterdir())}
+
+    whole = retokenized("whole")
+    monkeypatch.setattr(prepare, "BLOCK_CHARS", 9)
+    monkeypatch.setattr(retokenize, "PIECES_AT_ONCE", 5)
+    assert retokenized("blocks") == whole
 
 
 def test_charges_are_laid_on_bytes_with_the_same_sum():

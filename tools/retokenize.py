@@ -64,14 +64,21 @@ def charges_of_bytes(pieces: list[bytes], charges: np.ndarray) -> np.ndarray:
     return spread
 
 
-def cumulative_charges(pieces: list[bytes], charges: np.ndarray) -> np.ndarray:
-    """Sums (bytes + 1,) uint32 of what the bytes before each place of a text are charged."""
-    sums = np.zeros(sum(map(len, pieces)) + 1, dtype=np.uint32)
-    position = 0
-    for start in range(0, len(pieces), PIECES_AT_ONCE):
-        part = charges_of_bytes(pieces[start : start + PIECES_AT_ONCE], charges[start : start + PIECES_AT_ONCE])
+def pieces_of(old: list[bytes], ids: np.ndarray) -> Iterator[list[bytes]]:
+    """The pieces of ids (tokens,), some thousands at a time."""
+    for start in range(0, len(ids), PIECES_AT_ONCE):
+        yield [old[token] for token in ids[start : start + PIECES_AT_ONCE].tolist()]
+
+
+def cumulative_charges(old: list[bytes], ids: np.ndarray, charges: np.ndarray, size: int) -> np.ndarray:
+    """Sums (size + 1,) uint32 of what the bytes before each place of a text of `size` bytes are charged."""
+    sums = np.zeros(size + 1, dtype=np.uint32)
+    token = position = 0
+    for pieces in pieces_of(old, ids):
+        part = charges_of_bytes(pieces, charges[token : token + len(pieces)])
         end = position + len(part)
         sums[position + 1 : end + 1] = sums[position] + np.cumsum(part)
+        token += len(pieces)
         position = end
     return sums
 
@@ -81,14 +88,15 @@ def retokenize_document(old: list[bytes], sp, ids: np.ndarray, charges: np.ndarr
 
     Raises DataError where the ids are no text, that is, of another tokenizer.
     """
-    pieces = [old[token] for token in ids[1:].tolist()]
+    text_bytes = b"".join(map(b"".join, pieces_of(old, ids[1:])))
     try:
-        text = b"".join(pieces).decode()
+        text = text_bytes.decode()
     except UnicodeDecodeError as error:
         raise DataError(f"not the tokenizer of these shards ({error})") from error
-    new_ids, new_charges = [[BOS_ID]], [[0]]
-    sums = None if charges is None else cumulative_charges(pieces, charges[1:])
-    del pieces
+    new_ids = [np.array([BOS_ID], dtype=np.uint16)]
+    new_charges = [np.array([0], dtype=np.int32)]
+    sums = None if charges is None else cumulative_charges(old, ids[1:], charges[1:], len(text_bytes))
+    del text_bytes
     size = position = charged = 0
     for block, block_ids, spans in tokenize_blocks(sp, text):
         new_ids.append(block_ids)
@@ -97,18 +105,18 @@ def retokenize_document(old: list[bytes], sp, ids: np.ndarray, charges: np.ndarr
             continue
         bytes_before = np.cumsum([0, *(len(char.encode()) for char in block)])
         sums_at_ends = sums[position + bytes_before[spans[:, 1]]].astype(np.int64)
-        new_charges.append(np.diff(sums_at_ends, prepend=charged))
+        new_charges.append(np.diff(sums_at_ends, prepend=charged).astype(np.int32))
         position += bytes_before[-1]
         if len(sums_at_ends):
             charged = int(sums_at_ends[-1])
-    new_ids = np.concatenate(new_ids).astype(np.uint16)
+    new_ids = np.concatenate(new_ids)
     if sums is None:
         return new_ids, None, size
     new_charges = np.concatenate(new_charges)
     total = int(sums[-1])
     if len(new_charges) > 1:
         new_charges[-1] += total - charged  # the last token takes what the new normalization drops behind it
-    if total != new_charges.sum() or new_charges.max() > MAX_COST:
+    if total != new_charges.sum(dtype=np.int64) or new_charges.max() > MAX_COST:
         raise DataError("the bytes of the side-car cannot be kept")
     return new_ids, new_charges.astype(np.uint16), total
 
