@@ -347,6 +347,16 @@ def test_every_problem_is_named_before_the_start(run, tmp_path):
     assert os.listdir(tmp_path / "runs" / "taken") == []
 
 
+def test_a_name_that_is_taken_is_told_once(tmp_path):
+    faults.make_data(tmp_path / "data")
+    folder = tmp_path / "runs" / "set" / "set-seed42"
+    folder.mkdir(parents=True)
+    (folder / "model.pt").write_bytes(b"")  # of a finished training, of which a run would tell
+    with pytest.raises(launch.LaunchError) as error:
+        preflight_of(tmp_path)
+    assert str(error.value).splitlines()[1:] == [f"  - {tmp_path / 'runs' / 'set'} exists: choose another RUN_ID"]
+
+
 def preflight_of(tmp_path, **variables):
     plan = launch.make_plan(HERE | faults.SETTINGS | {
         "DATA_PATH": str(tmp_path / "data"), "RUNS_DIR": str(tmp_path / "runs"), "GPUS": "cpu", "RUN_ID": "set"}

@@ -221,13 +221,14 @@ def kept(monkeypatch, runs):
 @pytest.mark.parametrize("changes, words", [
     ({"world_size": 4}, "ran on 4 x"), ({"device": "NVIDIA A100"}, "not on 8 x H100"), ({"commit": "abc+"}, "clean"),
     ({"commit": None}, "clean"), ({"total_bytes": 5}, "RESULT says 5"), ({"training_seconds": 600.5}, "took 600."),
+    ({"training_seconds": math.nan}, "took nan"),
 ])
 def test_each_rule_of_a_run_is_checked(kept, changes, words):
     (sentence,) = make_record.broken_rules([*kept[:2], kept[2]._replace(result=kept[2].result | changes)])
     assert sentence.startswith("seed 1: ") and words in sentence
 
 
-@pytest.mark.parametrize("name", ["unpack", "eval_ttt", "hessians", "quantize"])
+@pytest.mark.parametrize("name", ["unpack", "eval_ttt", "hessians", "quantize", "quant_check"])
 def test_the_600_seconds_hold_whatever_budget_was_set(kept, name):
     late = kept[2].result | {"seconds": kept[2].result["seconds"] | {name: 600.0}}
     (sentence,) = make_record.broken_rules([*kept[:2], kept[2]._replace(result=late)])
@@ -261,6 +262,50 @@ def test_runs_of_another_method_are_refused(runs, tmp_path):
     assert "artifact.bin is missing" in next(make_record.disagreements([first, other]))
 
 
+def test_what_the_runs_found_themselves_is_kept_apart_from_broken_rules(kept):
+    gap, leak = "quantization adds 0.5 nats a token on held-out rows", "3 training documents are validation documents"
+    known = ["16000001 bytes of code and weights, 1 above", "unpacking and the final evaluation took 601.0 s of 600.0",
+             "test-time training scored part of the validation documents (TTT_MAX_DOCS)"]
+    for run, violations in zip(kept, ([gap, *known], [gap, leak], []), strict=True):
+        run.result["violations"] = violations
+    seeds = [run.seed for run in kept]
+    assert make_record.remarks(kept) == [f"seed {seeds[0]}, {seeds[1]}: {gap}", f"seed {seeds[1]}: {leak}"]
+    assert list(make_record.broken_rules(kept)) == []
+
+
+def test_the_gap_of_each_seed_stands_in_the_records_table(kept):
+    gaps = [run.result["quant_check"]["gap"] for run in kept]
+    head, _, *rows = make_record.results_table(kept)
+    assert head.endswith("| quantization gap, nats |")
+    assert [row.split("|")[-2].strip() for row in rows[:3]] == [f"{gap:.5f}" for gap in gaps]
+    kept[1].result["quant_check"] = None
+    assert "quantization gap" not in make_record.results_table(kept)[0]
+
+
+def test_a_score_that_is_not_finite_makes_no_record_of_any_kind(kept):
+    scores = kept[2].result["scores"]
+    other = kept[2].result | {"scores": scores | {"ttt": scores["ttt"] | {"loss": math.nan}}}
+    assert f"{kept[2].folder}: a score is not finite" in make_record.disagreements(
+        [*kept[:2], kept[2]._replace(result=other)])
+
+
+@pytest.mark.parametrize("text", ["", "parameters:5 slots:[0]"])
+def test_a_log_without_the_line_about_the_data_is_refused(runs, tmp_path, text):
+    (tmp_path / "log.txt").write_text(text)
+    for name in ("documents", "tokenizer"):
+        with pytest.raises(make_record.RecordError, match=f"does not say {name}"):
+            make_record.log_word(runs[0]._replace(folder=tmp_path), name)
+
+
+def test_a_record_has_an_author_and_git_is_not_needed_to_name_one(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git there
+    words = [str(finished[1]), "--name", "x", "--records", str(tmp_path)]
+    with pytest.raises(SystemExit, match="--author is empty"):
+        make_record.main(words)
+    with pytest.raises(SystemExit, match="a record needs 3"):
+        make_record.main([*words, "--author", "A"])
+
+
 @pytest.fixture(scope="module")
 def record(finished, tmp_path_factory):
     """A record folder of the launched runs, made as non-record and proved."""
@@ -272,7 +317,7 @@ def record(finished, tmp_path_factory):
 
 def test_rules_refuse_a_record_unless_it_is_marked(finished, tmp_path):
     with pytest.raises(SystemExit) as refused:
-        make_record.main([str(finished[1]), "--name", "x", "--records", str(tmp_path)])
+        make_record.main([str(finished[1]), "--name", "x", "--author", "A", "--records", str(tmp_path)])
     assert "a record needs 3" in refused.value.code and "not on 8 x H100" in refused.value.code
     assert list(tmp_path.iterdir()) == []
 

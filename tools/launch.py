@@ -247,7 +247,8 @@ def preflight(plan):
         on_all = "all" in plan.lanes and plan.environ.get("DEVICE") != "cpu"
         try:
             about = checked_elsewhere(plan, on_all)
-            problems += about["problems"]
+            taken = plan.folder.exists()  # what a run would say of its folder in there helps nobody
+            problems += [line for line in about["problems"] if not (taken and line.startswith(str(plan.folder)))]
         except LaunchError as error:
             problems.append(str(error))
     if "all" in plan.lanes and about["gpus"] and plan.nproc > about["gpus"] and plan.environ.get("DEVICE") != "cpu":
