@@ -245,8 +245,7 @@ class Hyperparameters:
     lqer_asym_enabled: bool = env(True, "correction as int2 and int4 codes; 0: LQER_FACTOR_BITS for both factors")
     lqer_asym_group: int = env(64, "codes that share a scale in the int4 factor", least=1)
     lqer_factor_bits: int = env(4, "bits of the symmetric factors", least=2, most=8)
-    target_bytes: int = env(
-        0, "scale the clips until code and weights end just under this; 0: off", least=0, published=True)
+    target_bytes: int = env(0, "scale the clips until code and weights end just under this; 0: off", least=0)
     compressor: str = env("entropy", "coder of the artifact: entropy, pergroup (needs lrzip), brotli, lzma")
 
     # evaluation
@@ -2790,7 +2789,7 @@ class QuantizationCheck:
         changed = [f"{name.upper()}={value:g}" for name, value in settings if value != getattr(self.hp, name)]
         settings = " ".join(changed) or "as set"
         self.tried.append({"settings": settings, "gap": round(gap, 6) if math.isfinite(gap) else None})
-        self.log(f"quant_check settings: {settings} fp32_loss:{self.fp32_loss:.6f} gap:{gap:.6f}")
+        self.log(f"quant_check fp32_loss:{self.fp32_loss:.6f} gap:{gap:.6f} settings:{settings}")
         return gap if math.isfinite(gap) else math.inf
 
     def choose(self, quantize, seconds_left):
@@ -3836,6 +3835,26 @@ def group_bytes(arrays):
             sizes["rest"] += array.nbytes
     return {role: round(sizes[role]) for role in sorted(sizes, key=sizes.get, reverse=True)}
 
+TARGET_TRIALS = 5  # of clips; bytes are nearly linear in their logarithm
+
+def fit_target_bytes(attempt, num_weights, code_bytes, hp, dist, log):
+    """TARGET_BYTES: scales all clips and tries again, until code and file end within 0.05% below it.
+
+    attempt(hp) -> file (rank 0's), arrays. Returns those of the nearest below the target, else of the shortest.
+    """
+    clips = {clip for _, _, clip in QUANT_TABLE.values()}
+    trials = []
+    for _ in range(TARGET_TRIALS):
+        blob, arrays = attempt(hp)
+        spare = dist.agree(hp.target_bytes - code_bytes - len(blob) if dist.rank == 0 else -math.inf)[0]
+        trials.append(((spare < 0, abs(spare)), blob, arrays))
+        if 0 <= spare <= hp.target_bytes / 2000:
+            break
+        wider = 2 ** ((hp.target_bytes / 4000 - spare) * 8 / num_weights)  # half the step: a bit more for each code
+        log(f"target_bytes:{hp.target_bytes} spare:{spare:.0f} clips times {wider:.4f}")
+        hp = dataclasses.replace(hp, **{name: getattr(hp, name) * wider for name in clips})
+    return min(trials, key=lambda trial: trial[0])[1:]
+
 AFTER_TRAINING = "hessians", "quantize", "quant_check"  # stages that MAX_WALLCLOCK_SECONDS pays for, too
 
 def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seconds=0.0):
@@ -3861,12 +3880,12 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
     hp, arrays = check.choose(quantize, seconds_left)
     blob = pack(arrays, hp)
     if hp.target_bytes:
-        clips, size = {clip for _, _, clip in QUANT_TABLE.values()}, sum(w.numel() for w in check.weights.values())
+        def attempt(scaled):
+            found = arrays if scaled is hp else quantize(scaled)
+            return blob if scaled is hp else pack(found, scaled), found
 
-        def attempt(wider):
-            found = arrays if wider is hp else quantize(wider)
-            return blob if wider is hp else pack(found, wider), found
-        blob, arrays = techniques.just_under(attempt, clips, size, code_bytes, hp, dist, log)
+        num_weights = sum(w.numel() for w in check.weights.values())
+        blob, arrays = fit_target_bytes(attempt, num_weights, code_bytes, hp, dist, log)
     if dist.rank == 0:
         write_atomically(path, blob)
     dist.barrier()

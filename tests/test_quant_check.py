@@ -191,7 +191,7 @@ def test_a_quantization_that_is_good_is_kept_and_told(learnt, model, dist, tmp_p
     check = figures["quant_check"]
     assert check["rows"] == 2 and abs(check["gap"]) < 0.02
     assert check["settings"] == "as set" and len(check["tried"]) == 1
-    assert any(line.startswith("quant_check settings: as set") for line in log)
+    assert any(line.startswith("quant_check fp32_loss:") and line.endswith("settings:as set") for line in log)
     for name, tensor in train_gpt.unbank(model).items():
         assert torch.equal(tensor, learnt.weights[name]), name  # the model holds its fp32 weights again
 

@@ -5,7 +5,6 @@ run that uses one has this file in it: tools/pack_code.py puts these definitions
 name stands here for one thing, the same as there, and what a technique needs of train_gpt.py is an argument.
 """
 
-import dataclasses
 import math
 import struct
 import subprocess
@@ -21,9 +20,6 @@ from torch import nn
 
 import train_gpt
 from train_gpt import BOS_ID, FP16_RANGE, ArtifactError, DataError
-
-TARGET_TRIALS = 5  # of clips; bytes are nearly linear in their logarithm
-
 
 # ---- data
 
@@ -302,24 +298,6 @@ def table_hessians(model):
     if hp.value_embed_layers:
         found["value_embed.weight"] = torch.eye(hp.value_embed_dim, device=device)
     return found
-
-
-def just_under(attempt, clips, size, code_bytes, hp, dist, log):
-    """TARGET_BYTES: scales the clips (their settings' names) and tries again, until a file ends within 0.05% below it.
-
-    attempt(hp) -> file (rank 0's), arrays; of `size` weights. Returns the nearest below, or the least too long.
-    """
-    trials = []
-    for _ in range(TARGET_TRIALS):
-        blob, arrays = attempt(hp)
-        spare = dist.agree(hp.target_bytes - code_bytes - len(blob) if dist.rank == 0 else -math.inf)[0]
-        trials.append(((spare < 0, abs(spare)), blob, arrays))
-        if 0 <= spare <= hp.target_bytes / 2000:
-            break
-        wider = 2 ** ((hp.target_bytes / 4000 - spare) * 8 / size)  # a code takes a bit more at half the step
-        log(f"target_bytes:{hp.target_bytes} spare:{spare:.0f} clips times {wider:.4f}")
-        hp = dataclasses.replace(hp, **{name: getattr(hp, name) * wider for name in clips})
-    return min(trials, key=lambda trial: trial[0])[1:]
 
 
 def greedy_row_order(codes):
