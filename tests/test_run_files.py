@@ -35,7 +35,6 @@ def test_the_version_is_that_of_the_trainer():
     ("", "RESULT is damaged: "), (json.dumps(make_result("run", 1, version=1)), "RESULT is of version 1, these tools"),
     (json.dumps(make_result("run", 1, seconds=[1])), "RESULT is damaged: seconds is no object"),
     (json.dumps(make_result("run", 1, scores={"ttt": 1.0})), "RESULT is damaged: the ttt score has no numbers"),
-    (json.dumps(make_result("run", 1, scores={"ttt": {"loss": 1.0}})), "RESULT has no bpb"),
 ])
 def test_a_damaged_result_names_the_run(tmp_path, text, words):
     with pytest.raises(RunError, match="log.txt: ") as error:

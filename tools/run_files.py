@@ -142,7 +142,7 @@ def read_result(text, path):
         if not isinstance(result.get(name, {}), dict):
             raise RunError(f"{where} is damaged: {name} is no object")
     for stage, score in result.get("scores", {}).items():
-        if not isinstance(score, dict) or not all(is_number(score[name]) for name in OF_A_SCORE):
+        if not isinstance(score, dict) or not all(is_number(score[name]) for name in OF_A_SCORE if name in score):
             raise RunError(f"{where} is damaged: the {stage} score has no numbers")
     return result
 
