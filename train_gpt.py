@@ -20,6 +20,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import errno
 import glob
 import hashlib
 import heapq
@@ -778,8 +779,9 @@ def write_atomically(path, data):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # where the disk is full
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name too is to outlive a crash of the machine
-    os.fsync(folder)
+    folder = os.open(path.parent, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # the new name too is to outlive a crash, where the file system can do that
+        os.fsync(folder)
     os.close(folder)
 
 # ---- DATA ------------------------------------------------------------------------------------------------------------
@@ -791,7 +793,25 @@ def load_data_shard(path):
     header = np.fromfile(path, "<i4", 3).tolist()
     if header != (due := [SHARD_MAGIC, SHARD_VERSION, (os.path.getsize(path) - SHARD_HEADER_BYTES) / 2]):
         raise DataError(f"{path}: magic, version and tokens {header} are not {due}: no shard, or torn; fetch it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+    try:
+        return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.EINVAL):
+            raise
+        return np.fromfile(path, "<u2", offset=SHARD_HEADER_BYTES)  # a file system that maps no files
+
+class MappedShards:
+    """The shards at these paths, as a sequence. Few are mapped at a time: each map keeps a file open."""
+
+    def __init__(self, paths):
+        self.paths = paths
+        self.load = lru_cache(64)(load_data_shard)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, number):
+        return self.load(self.paths[number])
 
 def shard_paths(folder, split):
     """The files of split "train", "val" or "val_bytes", in order. The six digits keep side-cars out of "val"."""
@@ -805,7 +825,7 @@ class TokenStream:
         self.paths = shard_paths(folder, split)
         if not self.paths:
             raise DataError(f"no fineweb_{split}_*.bin in {folder}: set DATA_PATH, or make the data (README)")
-        self.shards = [load_data_shard(path) for path in self.paths]
+        self.shards = MappedShards(self.paths)
         self.offsets = np.concatenate([[0], np.cumsum([len(shard) for shard in self.shards])])
         self.first, self.size = 0, int(self.offsets[-1])  # the stream is this part of the shards
         if self.size == 0 or self.read(0, 1)[0] != BOS_ID:

@@ -5,10 +5,12 @@ Whole runs are processes of their own, so that the tests outlive changes inside 
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -429,6 +431,48 @@ def test_what_to_use_instead_is_a_setting_of_ours():
     names = [re.sub("=.*", "", word) for text in train_gpt.INSTEAD.values() for word in text.split(" and ")]
     assert {name for name in names if not name.startswith("nothing")} <= ours
     assert not (set(train_gpt.INSTEAD) | set(train_gpt.IDLE)) & ours
+
+
+def test_more_shards_than_a_process_may_open(tmp_path):
+    """A map keeps its file open, and `ulimit -n` is 1024 on many machines."""
+    tokens, _ = write_documents(tmp_path, "train", [30] * 70, shard_sizes=[15, *[31] * 69, 16])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 68, limits[1]))
+        stream = train_gpt.TokenStream(tmp_path, "train")
+        assert [int(stream.read(position, 1)[0]) for position in range(stream.size)] == tokens.tolist()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_file_system_without_maps_or_syncs_of_folders_does(tmp_path, monkeypatch):
+    def refuse(number):
+        def call(*arguments, **options):
+            raise OSError(number, os.strerror(number))
+        return call
+
+    tokens, _ = write_documents(tmp_path, "train", [30] * 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "memmap", refuse(errno.ENODEV))
+        assert train_gpt.TokenStream(tmp_path, "train").read(0, len(tokens)).tolist() == tokens.tolist()
+        patch.setattr(np, "memmap", refuse(errno.EIO))
+        with pytest.raises(OSError, match="Input/output error"):
+            train_gpt.TokenStream(tmp_path, "train")
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: refuse(errno.EINVAL)() if os.path.isdir(
+        f"/proc/self/fd/{number}") else sync(number))
+    train_gpt.write_atomically(tmp_path / "file", b"whole")
+    assert (tmp_path / "file").read_bytes() == b"whole"
+
+
+def test_a_file_system_without_locks_is_told_and_does(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(guard.fcntl, "flock", no_locks)
+    guard.lock(tmp_path).close()
+    assert f"note: {tmp_path}: this file system has no locks" in capsys.readouterr().err
 
 
 def test_names_without_a_meaning_here_are_told(data, tmp_path):

@@ -40,7 +40,8 @@ print("settings (* changed):\\n* SEED=1  # seed", file=log, flush=True)
 if seed == 99:
     time.sleep(600)
 scores = {"ttt": {"bpb": 1 + seed / 100, "loss": 2.0 + seed, "tokens": 10, "bytes": 40}}
-result = {"seed": seed, "run": folder.name, "scores": scores, "total_bytes": 15_000_000, "violations": []}
+result = {"version": 2, "seed": seed, "run": folder.name, "scores": scores, "seconds": {}, "total_bytes": 15_000_000,
+          "violations": []}
 (folder / "result.json").write_text(json.dumps(result))
 print("RESULT " + json.dumps(result), file=log)
 """

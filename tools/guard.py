@@ -8,6 +8,7 @@ The live line on a terminal. docs/RELIABILITY.md says what is promised, and whic
 import collections
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import glob
 import hashlib
@@ -826,6 +827,10 @@ def lock(folder):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SafetyError(f"{folder} is in use by another run: choose another RUN_ID") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        print(f"note: {folder}: this file system has no locks, keep other runs out of it", file=sys.stderr)
     for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
         left.unlink()
     return file

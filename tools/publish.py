@@ -10,6 +10,7 @@ HF_TOKEN and from nowhere else, and is never printed; a public repository is fet
 """
 
 import argparse
+import glob
 import os
 import shlex
 import sys
@@ -40,9 +41,10 @@ def upload(api, folder, repo, private):
     read_run(folder)  # ValueError where the run has not ended well
     name = folder.resolve().name
     files = [file for file in FILES if (folder / file).exists()] + [path.name for path in sorted(folder.glob("*.png"))]
+    patterns = [glob.escape(file) for file in files]
     api.create_repo(repo, private=private, exist_ok=True)
     done = api.upload_folder(
-        repo_id=repo, folder_path=folder, path_in_repo=name, allow_patterns=files, commit_message=f"Run {name}"
+        repo_id=repo, folder_path=folder, path_in_repo=name, allow_patterns=patterns, commit_message=f"Run {name}"
     )
     print(f"uploaded to {repo}/{name}: {', '.join(files)}")
     return done.commit_url
@@ -71,11 +73,13 @@ def fetch(api, name, repo, runs_dir):
 def commands(run):
     """Command lines that go on from a fetched run, with what it set otherwise than by default."""
     settings = {name: run.settings[name] for name in run.changed if name not in OF_A_PLACE}
-    given = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
+    given = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
     ways = {"model.pt": ("QUANT_ONLY", "CHECKPOINT_PATH"), "artifact.bin": ("TTT_EVAL_ONLY", "ARTIFACT_PATH")}
     for file, (mode, path) in ways.items():
         if (run.folder / file).exists():
-            yield f"{mode}=1 {path}={run.folder / file} {given} DATA_PATH=... python train_gpt.py"
+            source = shlex.quote(str(run.folder / file))
+            words = [f"{mode}=1", f"{path}={source}", *given, "DATA_PATH=...", "python train_gpt.py"]
+            yield " ".join(words)
 
 
 def fail(message, token):

@@ -124,7 +124,10 @@ def training_of(parts):
 
 
 def read_result(text, path):
-    """What stands behind RESULT in a log -> Record. RunError for damage, or for a version that reads otherwise."""
+    """What stands behind RESULT in a log -> Record. RunError for damage, or for a version that reads otherwise.
+
+    A key that is missing is an error only where a tool asks for it.
+    """
     where = f"{path}: RESULT"
     try:
         result = json.loads(text, object_hook=lambda items: Record(items, where))
@@ -132,14 +135,14 @@ def read_result(text, path):
         raise RunError(f"{where} is damaged: {error}") from None
     if not isinstance(result, Record):
         raise RunError(f"{where} is damaged: it is no object")
-    if result["version"] != RESULT_VERSION:
+    if result.get("version", RESULT_VERSION) != RESULT_VERSION:
         raise RunError(f"{where} is of version {result['version']}, these tools read version {RESULT_VERSION}: "
                        f"check out commit {result.get('commit')}, which made it")
     for name in ("scores", "seconds"):
-        if not isinstance(result[name], dict):
+        if not isinstance(result.get(name, {}), dict):
             raise RunError(f"{where} is damaged: {name} is no object")
-    for stage, score in result["scores"].items():
-        if not isinstance(score, dict) or not all(is_number(score[name]) for name in OF_A_SCORE):
+    for stage, score in result.get("scores", {}).items():
+        if not isinstance(score, dict) or not all(is_number(score[name]) for name in OF_A_SCORE if name in score):
             raise RunError(f"{where} is damaged: the {stage} score has no numbers")
     return result
 
