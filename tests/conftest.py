@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: a tiny configuration, a tiny dataset, one process without a process group."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it sends to the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that a test interrupts inherit what is ignored
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; must be set before triton is imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
