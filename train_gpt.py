@@ -476,6 +476,7 @@ class Dist:
 
     def __init__(self, device="auto", deterministic=False):
         self.num_collectives = 0
+        self.notes = []  # for the log
         self.rank, self.world_size, local_rank = self.place_in_group()
         self.notes += idle_notes(os.environ)
         if device == "cuda" and not torch.cuda.is_available():
@@ -500,7 +501,6 @@ class Dist:
         given = {name: os.environ[name] for name in names if name in os.environ}
         problem = "unset all of these for a run of one process, or start it with torchrun"
         told = " ".join(f"{name}={value}" for name, value in given.items())
-        self.notes = []
         if not {*names[:3]} & {*given}:  # MASTER_ADDR and MASTER_PORT alone do no harm: some clusters always set them
             for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
                 if os.environ.get(name, "1") != "1":
@@ -2334,7 +2334,6 @@ class Trainer:
 
     def __init__(self, model, loader, hp, dist, log, guard=NO_GUARD):
         self.model, self.loader, self.hp, self.dist, self.log, self.guard = model, loader, hp, dist, log, guard
-        self.last_loss = math.nan  # of the last step that was logged
         self.optimizers = Optimizers(model, hp, dist)
         self.ema = EMA(model, hp.ema_decay)
         self.forward = compiled(model.forward, hp, dist, graphs=hp.train_cuda_graphs)
@@ -2500,7 +2499,8 @@ def column_step_codes(upper, octaves):
     """
     log_steps = upper.diagonal(dim1=1, dim2=2).log2()
     log_steps = log_steps - log_steps.mean(dim=1, keepdim=True)
-    return to_log2_eighths(log_steps.clamp(-octaves, octaves).exp2())
+    codes = to_log2_eighths(log_steps.clamp(-octaves, octaves).exp2())
+    return codes.clamp_(max=127 - 8 * MAX_SHIFT)  # room for split_wide_codes
 
 def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column_octaves=None):
     """w (N, R, C), hessian (N, C, C), N names -> codes int8 (N, R, C), scale fp16 (N, R).
@@ -2674,11 +2674,27 @@ def quantize_weights(weights, hessians, hp, dist):
     packed = {name: fields for part in dist.all_gather_object(packed) for name, fields in part.items()}
     return {f"{name}:{field}": array for name in weights for field, array in packed[name].items()}  # the caller's order
 
+def check_fields(name, fields):
+    """ValueError for fields of which no weight can be made: an artifact may hold any names and shapes."""
+    shape = {field: array.shape for field, array in fields.items()}
+    codes, scale = shape.get("codes", ()), shape.get("scale")
+    fits = shape.keys() == {"fp16"} or len(codes) > 0 and scale == codes[:-1] and "fp16" not in shape
+    if shape.keys() - {"fp16", "codes", "scale"}:
+        fits = fits and len(codes) == 2 and shape.get("column_steps", codes[1:]) == codes[1:]
+    if "fine_codes" in shape:
+        fits = fits and "column_steps" in shape
+    if fits and shape.keys() & set(LQER_FIELDS):
+        a, a_scale, b, b_scale = (shape.get(field) for field in LQER_FIELDS)
+        fits = a and b and (a[0], *b[1:]) == codes and a[1:] == b[:1]
+        fits = fits and (a_scale == () and b_scale or (a_scale, b_scale) == (a[:1], b[:1]))
+    if not fits:
+        raise ValueError(f"{name}: no weight can be made of the fields {shape}")
+
 def add_fine_codes(w, name, fields, steps):
     """Adds what split_wide_codes split off to weights w (R, C), in place; steps (R, C): codes of their steps."""
     columns, shift = (fields.get(key, np.zeros(0)).astype(int) for key in ("fine_columns", "fine_shift"))
-    fits = fields["fine_codes"].shape == (len(w), columns.size) and columns.shape == shift.shape
-    if not fits or columns.size and not 0 <= columns.min() <= columns.max() < w.shape[1]:
+    fits = columns.ndim == 1 and columns.shape == shift.shape and fields["fine_codes"].shape == (len(w), columns.size)
+    if not fits or (np.diff(columns) <= 0).any() or columns.size and not 0 <= columns[0] <= columns[-1] < w.shape[1]:
         raise ValueError(f"{name}: fine codes {fields['fine_codes'].shape} do not fit the matrix {w.shape}")
     fine_steps = (steps[:, columns] - 8 * shift).clip(-256, 255)
     w[:, columns] += fields["fine_codes"] * STEPS[fine_steps.astype(int)]
@@ -2692,12 +2708,11 @@ def dequantize_weights(arrays):
         name, _, field = key.rpartition(":")
         entries[name][field] = array.astype(np.float32)
     for name, fields in entries.items():
-        if "fp16" not in fields and not {"codes", "scale"} <= fields.keys():
-            raise ValueError(f"{name}: no weight can be made of the fields {sorted(fields)}")
+        check_fields(name, fields)
         w = fields["fp16"] if "fp16" in fields else fields["codes"] * fields["scale"][..., None]
         if "column_steps" in fields:
             steps = fields["scale"][:, None] + fields["column_steps"]
-            w = fields["codes"] * STEPS[steps.astype(int)]
+            w = fields["codes"] * STEPS[steps.clip(-256, 255).astype(int)]
             if "fine_codes" in fields:
                 add_fine_codes(w, name, fields, steps)
         if "lqer_a" in fields:
@@ -2795,6 +2810,7 @@ class QuantizationCheck:
         self.model, self.loader, self.hp, self.dist, self.log = model, loader, hp, dist, log
         self.weights = {name: tensor.detach().clone() for name, tensor in unbank(model).items()}
         self.tried = []  # for RESULT: settings and gap of each quantization
+        self.kept = None  # the one of them that is written
         with log.stage("quant_check"):
             self.fp32_loss = held_out_loss(model, loader, hp, dist)
 
@@ -2826,6 +2842,7 @@ class QuantizationCheck:
             gap = self.gap(arrays, hp)
             if best is None or gap < best_gap:
                 best_gap, best = gap, (hp, arrays)
+                self.kept = self.tried[-1]
             if best_gap <= self.hp.quant_gap_max:
                 break
             self.log(f"note: quantization adds {gap:.4f} nats a token, more than QUANT_GAP_MAX={self.hp.quant_gap_max}")
@@ -2838,8 +2855,8 @@ class QuantizationCheck:
         """For RESULT: rows, loss of the fp32 model, the gap that was kept and its settings, and all that was tried."""
         if self.fp32_loss is None:
             return None
-        kept = min(self.tried, key=lambda trial: math.inf if trial["gap"] is None else trial["gap"])
-        return {"rows": self.loader.held_out_rows, "fp32_loss": round(self.fp32_loss, 6), **kept, "tried": self.tried}
+        rows, loss = self.loader.held_out_rows, round(self.fp32_loss, 6)
+        return {"rows": rows, "fp32_loss": loss, **self.kept, "tried": self.tried}
 
 # ---- ARTIFACT --------------------------------------------------------------------------------------------------------
 # File: magic, number of the compressor, stored and raw size of the header, digest of these and of the stored header;
@@ -3860,14 +3877,14 @@ TARGET_TRIALS = 5  # of clips; bytes are nearly linear in their logarithm
 def fit_target_bytes(attempt, num_weights, code_bytes, hp, dist, log):
     """TARGET_BYTES: scales all clips and tries again, until code and file end within 0.05% below it.
 
-    attempt(hp) -> file (rank 0's), arrays. Returns those of the nearest below the target, else of the shortest.
+    attempt(hp) -> file (rank 0's), arrays. Returns these and hp of the nearest below the target, else of the shortest.
     """
     clips = {clip for _, _, clip in QUANT_TABLE.values()}
     trials = []
     for _ in range(TARGET_TRIALS):
         blob, arrays = attempt(hp)
         spare = dist.agree(hp.target_bytes - code_bytes - len(blob) if dist.rank == 0 else -math.inf)[0]
-        trials.append(((spare < 0, abs(spare)), blob, arrays))
+        trials.append(((spare < 0, abs(spare)), blob, arrays, hp))
         if 0 <= spare <= hp.target_bytes / 2000:
             break
         wider = 2 ** ((hp.target_bytes / 4000 - spare) * 8 / num_weights)  # half the step: a bit more for each code
@@ -3905,7 +3922,11 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
             return blob if scaled is hp else pack(found, scaled), found
 
         num_weights = sum(w.numel() for w in check.weights.values())
-        blob, arrays = fit_target_bytes(attempt, num_weights, code_bytes, hp, dist, log)
+        first = arrays
+        blob, arrays, hp = fit_target_bytes(attempt, num_weights, code_bytes, hp, dist, log)
+        if arrays is not first and check.fp32_loss is not None:  # other clips, another gap
+            check.gap(arrays, hp)
+            check.kept = check.tried[-1]
     if dist.rank == 0:
         write_atomically(path, blob)
     dist.barrier()

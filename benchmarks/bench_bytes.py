@@ -27,8 +27,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import tools.techniques  # noqa: E402, F401  # settings of published systems need it
 import train_gpt  # noqa: E402
+from tools.guard import RunGuard  # noqa: E402
 from tools.run_files import settings_of  # noqa: E402
 
 
@@ -98,7 +98,7 @@ class Sweep:
     """One checkpoint, its Hessians, its loss on the rows that were held out, and a thread that packs meanwhile."""
 
     def __init__(self, checkpoint: Path, compressor: str):
-        self.hp = train_gpt.Hyperparameters.from_env()
+        self.hp = train_gpt.Hyperparameters.from_env(guard=RunGuard())
         self.hp = self.hp if "COMPRESSOR" in os.environ else dataclasses.replace(self.hp, compressor=compressor)
         self.dist = dist = train_gpt.Dist(self.hp.device)
         hp, dtype = self.hp, torch.bfloat16 if dist.device.type == "cuda" else torch.float32
@@ -115,8 +115,8 @@ class Sweep:
 
     def measure(self, settings: str) -> dict:
         """Quantizes under "NAME=VALUE ..." -> the file, bytes of it to come, BPB, gap, mean relative weighted error."""
-        hp = train_gpt.Hyperparameters.from_env(dict(os.environ, COMPRESSOR=self.hp.compressor)
-                                                | settings_of(settings.split()))
+        environ = dict(os.environ, COMPRESSOR=self.hp.compressor) | settings_of(settings.split())
+        hp = train_gpt.Hyperparameters.from_env(environ, RunGuard())
         start = time.perf_counter()
         arrays = train_gpt.quantize_weights(self.weights, self.hessians, hp, self.dist)
         quantized = time.perf_counter()

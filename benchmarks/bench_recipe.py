@@ -43,7 +43,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.run_files import SettingError, settings_of  # noqa: E402
+from tools.run_files import settings_of  # noqa: E402
 from tools.summarize import Sample, paired  # noqa: E402
 
 LINE_VERSION = 1
@@ -87,8 +87,10 @@ import train_gpt
 fields = dataclasses.fields(train_gpt.Hyperparameters)
 names = [field.name.upper() for field in fields]
 environ = {name: value for name, value in os.environ.items() if name not in names}
+find_guard = getattr(train_gpt, "find_guard", None)  # an older checkout has none
+beside = {"guard": find_guard()} if find_guard else {}  # with it come the files beside the script, code of the arm too
 try:
-    hp = train_gpt.Hyperparameters.from_env(environ | json.loads(sys.argv[1]))
+    hp = train_gpt.Hyperparameters.from_env(environ | json.loads(sys.argv[1]), **beside)
 except ValueError as error:
     sys.exit(str(error))
 values = {field.name.upper(): getattr(hp, field.name) for field in fields}
@@ -802,7 +804,7 @@ def main(arguments: list[str] | None = None) -> None:
             signal.signal(signal.SIGTERM, stop)
             sys.exit(run_campaign(args))
         {"table": print_table, "noise": print_noise, "data": prepare_data}[args.command](args)
-    except (ValueError, SettingError) as error:
+    except ValueError as error:
         sys.exit(f"bench_recipe.py: {error}")
     except KeyboardInterrupt:
         sys.exit("bench_recipe.py: stopped; call again to go on")

@@ -84,7 +84,7 @@ def fixed_steps(trainer, steps: int) -> list[float]:
 
 def settings(args) -> tg.Hyperparameters:
     """Those of a run; on a CPU a small model, with a row for each of the most ranks."""
-    hp = replace(tg.Hyperparameters.from_env(), device=args.device)
+    hp = replace(tg.Hyperparameters.from_env(guard=RunGuard()), device=args.device)
     if args.device != "cpu" and torch.cuda.is_available():
         return hp
     most = max(2, *map(int, args.ranks.split(",")))

@@ -38,7 +38,6 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import tools.techniques  # noqa: F401  # settings of published systems need it
 import train_gpt as tg
 from tools.guard import RunGuard
 
@@ -507,7 +506,7 @@ def main() -> None:
             os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
         dist = tg.Dist(args.device)
         cuda = dist.device.type == "cuda"
-        hp = replace(tg.Hyperparameters.from_env(), device=args.device, **({} if cuda else SMALL))
+        hp = replace(tg.Hyperparameters.from_env(guard=RunGuard()), device=args.device, **({} if cuda else SMALL))
         if "DATA_PATH" not in os.environ:
             hp = replace(hp, data_path=folder)
             write_synthetic_shards(folder, max(2**21, 40 * hp.train_batch_tokens) if cuda else 2**16, hp.vocab_size)

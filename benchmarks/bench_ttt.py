@@ -33,8 +33,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import tools.techniques  # noqa: F401  # settings of published systems need it
 import train_gpt as tg
+from tools.guard import RunGuard
 from tools.run_files import settings_of
 
 PUBLISHED_POSITIONS_PER_S = 240_000  # PR 1855 on 8 H100: 12,400 tokens/s a GPU, 18 to 21 positions a token
@@ -62,7 +62,7 @@ def continued(model, tokens, start, window, kept):
     if before:
         row.embed = lambda inputs, fresh: model.embed(tokens[None, window - 1 : window + inputs.size(1)], fresh)[:, 1:]
 
-    def attention(q, k, v, cu_seqlens, max_seqlen):
+    def attention(q, k, v, cu_seqlens, max_seqlen, attn_window):
         turn = model.cos[before : before + 1], model.sin[before : before + 1]
         q, k = tg.apply_rotary_emb(q, *turn), tg.apply_rotary_emb(k, *turn)
         slot, first, row_end = next(slots), max(0, before - model.hp.ttt_stale_context), before + k.size(1)
@@ -121,7 +121,7 @@ def document_by_document(model, validation, hp, dist):
 
 def bench_steps(args):
     """Milliseconds of steps of every shape, launched and captured."""
-    hp, dist = tg.Hyperparameters.from_env(), tg.Dist("cpu" if args.cpu else "auto")
+    hp, dist = tg.Hyperparameters.from_env(guard=RunGuard()), tg.Dist("cpu" if args.cpu else "auto")
     model = tg.build_model(hp, dist).requires_grad_(False)
     with torch.no_grad():
         for p in model.parameters():
@@ -132,6 +132,7 @@ def bench_steps(args):
     tokens[starts] = tg.BOS_ID
     charges = np.full(len(tokens), 3)
     validation = SimpleNamespace(tokens=tokens, bytes=charges, starts=starts, ends=starts + length)
+    validation.targets_of = lambda documents: (length * len(documents), 3 * length * len(documents))
     trainer = tg.TestTimeTrainer(model, validation, hp, dist, Lines())
     start = time.perf_counter()
     if tg.compile_wanted(hp, dist):
@@ -190,13 +191,13 @@ def bench_runs(args):
 
         tg.GPT.token_losses = rough
     dist = tg.Dist("cpu" if args.cpu else "auto")
-    base = tg.Hyperparameters.from_env()
+    base = tg.Hyperparameters.from_env(guard=RunGuard())
     validation = tg.ValidationSet(base)
     model = tg.build_model(base, dist)
     weights = tg.dequantize_weights(tg.unpack_weights(Path(args.artifact).read_bytes()))
     print(f"{'bpb':>9}{'all s':>8}{'compile':>9}{'capture':>9}{'steps s':>9}{'tokens/s':>10}{'positions/s':>13}  what")
     for text in args.settings or [""]:
-        hp = model.hp = tg.Hyperparameters.from_env(os.environ | settings_of(text.split()))
+        hp = model.hp = tg.Hyperparameters.from_env(os.environ | settings_of(text.split()), RunGuard())
         tg.rebank(model, weights)
         start, log = time.perf_counter(), Lines()
         trainer = tg.TestTimeTrainer(model, validation, hp, dist, log)

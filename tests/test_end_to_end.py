@@ -147,7 +147,7 @@ def test_a_run_of_a_checkout_ends_with_its_pictures(runs):
 KEYS = {"version", "device", "world_size", "torch", "python", "commit", "seed", "run", "attention", "mlp",
         "cross_entropy", "qkv_heads", "gated_xsa", "adamw_rows", "enter", "steps", "train_loss", "training_seconds",
         "tokens_per_second_by_loop_state", "graphs_compiled", "group_bytes", "scores", "artifact_bytes", "code_bytes",
-        "total_bytes", "seconds", "violations"}
+        "total_bytes", "seconds", "violations", "quant_check"}
 
 
 def test_result_has_the_documented_keys(results):
@@ -354,7 +354,7 @@ def test_unusable_data_is_refused_before_training(refuse, damage, words):
     ({"TTT_LORA_RNAK": "8"}, "did you mean TTT_LORA_RANK?"), ({"ATTENTION_BACKEND": "fa3"}, "ATTENTION_BACKEND"),
     ({"DATA_PATH": "/nowhere"}, "/nowhere"), ({"QUANT_ONLY": "1", "CHECKPOINT_PATH": "/nowhere.pt"}, "/nowhere.pt"),
     ({"TTT_EVAL_ONLY": "1", "ARTIFACT_PATH": "/nowhere.bin"}, "/nowhere.bin"),
-    ({"MAX_ROW_SEGMENTS": "2"}, "MAX_ROW_SEGMENTS"),
+    ({"MAX_ROW_SEGMENTS": "1"}, "MAX_ROW_SEGMENTS"),
     ({"QUANT_ONLY": "1", "CHECKPOINT_PATH": str(ROOT / "train_gpt.py")}, "train_gpt.py"),
     ({"TTT_EVAL_ONLY": "1", "ARTIFACT_PATH": str(ROOT / "train_gpt.py")}, ""),
 ], ids=lambda value: " ".join(value) if isinstance(value, dict) else "")

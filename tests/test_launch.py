@@ -299,9 +299,10 @@ def test_a_script_that_ends_when_it_is_checked_is_a_problem_with_a_name(run, tmp
 
 def test_what_a_script_prints_is_not_taken_for_the_answer(tmp_path):
     body = "import atexit\nprint('{}')\natexit.register(print, '{}')\n"
-    (tmp_path / "loud.py").write_text(f"{body}def check_all(hp, dist): raise ValueError('no data')\n"
+    (tmp_path / "loud.py").write_text(f"{body}def check_all(hp, dist, guard): raise ValueError('no data')\n"
+                                      "def find_guard(): pass\n"
                                       "class Hyperparameters:\n    device = None\n"
-                                      "    from_env = classmethod(lambda c: c)\n"
+                                      "    from_env = classmethod(lambda c, guard: c)\n"
                                       "class Dist:\n    def __init__(self, device): pass\n")
     plan = launch.make_plan(HERE | {"SCRIPT": str(tmp_path / "loud.py"), "GPUS": "cpu"})
     assert launch.checked_elsewhere(plan, False)["problems"] == ["no data"]

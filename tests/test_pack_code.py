@@ -422,7 +422,7 @@ def of_the_run(tmp_path):
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[IN_SOAK] if n != "pr1493" else []) for n in PUBLISHED])
 def test_a_packed_preset_gives_the_numbers_of_its_source(of_the_run, tmp_path, monkeypatch, name):
-    settings = tiny(name, tmp_path, tmp_path) | {"VOCAB_SIZE": "8192"}
+    settings = tiny(name, tmp_path, tmp_path) | {"VOCAB_SIZE": "8192", "CASEOPS_ENABLED": "1"}  # as its data are
     settings = {key: value for key, value in settings.items() if key not in (*of_the_run, "RUN_ID")}
     got = run_both(tmp_path, monkeypatch, settings, of_the_run)
     assert ("ttt" in got["scores"]) == (name != "pr1512") and got["steps"] == 3

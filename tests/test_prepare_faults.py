@@ -171,7 +171,6 @@ def test_control_c_ends_in_one_line_and_the_command_goes_on_when_repeated(long_d
             break
     while not (tmp_path / "out" / prepare.PROGRESS).exists():
         time.sleep(0.01)
-    time.sleep(0.3)
     os.killpg(run.pid, signal.SIGINT)
     _, errors = run.communicate(timeout=PATIENCE)
     assert run.returncode == 130

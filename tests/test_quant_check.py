@@ -273,7 +273,14 @@ def test_target_bytes_keeps_the_quantization_that_was_chosen(learnt, model, dist
     figures, _, _ = build(learnt, model, dist, tmp_path, monkeypatch, target_bytes=14_000)
     assert abs((tmp_path / "artifact.bin").stat().st_size + 1000 - 14_000) < 100
     arrays = train_gpt.unpack_weights((tmp_path / "artifact.bin").read_bytes())
-    assert figures["quant_check"]["settings"] == "GPTQ_DAMP=1 GPTQ_COLUMN_STEPS=0"
+    check = figures["quant_check"]
+    assert check["tried"][2]["settings"] == "GPTQ_DAMP=1 GPTQ_COLUMN_STEPS=0"
+    assert check["settings"] == check["tried"][3]["settings"] and "GPTQ_COLUMN_STEPS=0" in check["settings"]
+    assert "MLP_CLIP_SIGMAS=" in check["settings"]  # the gap is that of the file, whose clips are others
+    before = train_gpt.held_out_loss(model, learnt.trainer.loader, learnt.trainer.hp, dist)
+    train_gpt.rebuild_model(model, tmp_path / "artifact.bin", dist)
+    after = train_gpt.held_out_loss(model, learnt.trainer.loader, learnt.trainer.hp, dist)
+    assert check["gap"] == pytest.approx(after - before, abs=1e-5)
     assert not any(name.endswith(":column_steps") for name in arrays)
 
 

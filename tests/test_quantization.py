@@ -377,7 +377,9 @@ def test_rebuilding_refuses_fine_codes_that_do_not_fit():
     assert rebuild()[:, 2].tolist() == [2.0**-32] * 4  # a step below the table's smallest is the smallest
     for changes in ({"fine_columns": np.array([3], np.int16)}, {"fine_columns": np.array([-1], np.int16)},
                     {"fine_codes": np.ones((5, 1), np.int8)}, {"fine_shift": np.array([7, 7], np.int8)},
-                    {"fine_columns": None}):
+                    {"fine_columns": None}, {"fine_columns": np.array([[2]], np.int16)},
+                    {"fine_columns": np.array([2, 2], np.int16), "fine_shift": np.array([7, 7], np.int8),
+                     "fine_codes": np.ones((4, 2), np.int8)}):
         broken = {name: array for name, array in (arrays | changes).items() if array is not None}
         with pytest.raises(ValueError, match="tok_emb.weight: fine codes"):
             train_gpt.dequantize_weights({f"tok_emb.weight:{field}": array for field, array in broken.items()})
@@ -599,6 +601,35 @@ def test_number_that_fp16_cannot_hold_is_an_error(name, value):
     weights[name].view(-1)[3] = value
     with pytest.raises(ValueError, match=name):
         quantize_alone(weights, hessians, settings())
+
+
+def array_of(shape, dtype=np.int8):
+    return np.ones(shape, dtype)
+
+
+HOSTILE = {
+    "no scale": {"codes": array_of((4, 3))},
+    "both kinds": {"fp16": array_of((4, 3), np.float16), "codes": array_of((4, 3)), "scale": array_of(4)},
+    "column steps of fp16": {"fp16": array_of((4, 3), np.float16), "column_steps": array_of(3)},
+    "codes without a dimension": {"codes": array_of(()), "scale": array_of(())},
+    "scale without a dimension": {"codes": array_of((4, 3)), "scale": array_of(()), "column_steps": array_of(3)},
+    "terabytes by broadcasting": {"codes": array_of((1, 2**22)), "scale": array_of(2**22)},
+    "short column steps": {"codes": array_of((4, 3)), "scale": array_of(4), "column_steps": array_of(2)},
+    "fine codes without column steps": {"codes": array_of((4, 3)), "scale": array_of(4),
+                                        "fine_codes": array_of((4, 1))},
+    "half a correction": {"codes": array_of((4, 3)), "scale": array_of(4), "lqer_a": array_of((4, 2))},
+    "flat correction": {"codes": array_of((4, 3)), "scale": array_of(4), "lqer_a": array_of(4),
+                        "lqer_a_scale": array_of(()), "lqer_b": array_of((2, 3)), "lqer_b_scale": array_of(1)},
+    "short correction": {"codes": array_of((4, 3)), "scale": array_of(4), "lqer_a": array_of((4, 2)),
+                         "lqer_a_scale": array_of(4), "lqer_b": array_of((1, 3)), "lqer_b_scale": array_of(1)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", HOSTILE.values(), ids=HOSTILE)
+def test_fields_of_which_no_weight_can_be_made_are_refused_by_name(fields):
+    arrays = {f"blocks.0.mlp.c_fc.weight:{field}": array for field, array in fields.items()}
+    with pytest.raises(ValueError, match="blocks.0.mlp.c_fc.weight: no weight can be made"):
+        train_gpt.dequantize_weights(arrays)
 
 
 def test_unknown_fields_are_an_error():

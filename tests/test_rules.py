@@ -46,7 +46,8 @@ def test_target_bytes_ends_just_under_the_target_whatever_the_clips(monkeypatch,
         torch.nn.init.normal_(parameter, std=0.02)
     identity = {n: torch.eye(w.shape[-1]) for n, w in train_gpt.unbank(model).items() if train_gpt.quant_role(n)}
     monkeypatch.setattr(train_gpt, "collect_hessians", lambda *_: identity)
-    groups = train_gpt.build_artifact(model, None, hp, dist, train_gpt.RunLog(tmp_path, dist), tmp_path / "a", 20_000)
+    log, loader = train_gpt.RunLog(tmp_path, dist), SimpleNamespace(held_out_rows=0)
+    groups = train_gpt.build_artifact(model, loader, hp, dist, log, tmp_path / "a", 20_000)["group_bytes"]
     assert 600_000 * 0.999 <= 20_000 + (tmp_path / "a").stat().st_size <= 600_000
     assert {"up", "down", "embedding", "q", "k", "v", "out", "rest"} == set(groups) and min(groups.values()) > 0
 
@@ -58,7 +59,8 @@ def test_of_all_trials_the_one_that_is_nearest_below_the_target_is_kept(monkeypa
     monkeypatch.setattr(train_gpt, "pack_weights", lambda *_: bytes(next(sizes)))
     hp = tiny_hp(target_bytes=600_000)
     model = train_gpt.build_model(hp, dist)
-    train_gpt.build_artifact(model, None, hp, dist, train_gpt.RunLog(tmp_path, dist), tmp_path / "a", 20_000)
+    log, loader = train_gpt.RunLog(tmp_path, dist), SimpleNamespace(held_out_rows=0)
+    train_gpt.build_artifact(model, loader, hp, dist, log, tmp_path / "a", 20_000)
     assert (tmp_path / "a").stat().st_size == 579_000
 
 

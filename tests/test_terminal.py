@@ -105,11 +105,11 @@ def test_other_ranks_show_nothing(terminal, tmp_path):
 def test_a_lost_terminal_takes_nothing_and_the_log_has_every_line(tmp_path):
     """The live line as well: the other end of the terminal is closed while a stage runs."""
     ours, theirs = pty.openpty()
-    dist = SimpleNamespace(rank=0, synchronize=lambda: None, watchdog=None, tell=None)
+    dist, watching = SimpleNamespace(rank=0, synchronize=lambda: None), guard.RunGuard()
     with pytest.MonkeyPatch.context() as patch, os.fdopen(theirs, "w") as stream:
         patch.setattr(sys, "stdout", train_gpt.LossyStream(stream))
-        log = train_gpt.RunLog(tmp_path, dist)
-        assert log.line
+        log = train_gpt.RunLog(tmp_path, dist, watching)
+        assert watching.line
         with log.stage("train"):
             log("before")
             os.close(ours)
