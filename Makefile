@@ -28,10 +28,11 @@ lint: $(VENV)/.ready
 test: lint
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu" tests
 
-# all faults, 50 runs with a fault each, 106,000 inputs for the readers, instead of the samples in make test
+# all faults, 50 runs with a fault each, 106,000 inputs for the readers, instead of the samples in make test; and tests
+# that make test leaves out because they take long
 soak: $(VENV)/.ready
 	SOAK=1 SOAK_MUTATIONS=5000 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -s -v -rs -n 2 --dist worksteal --durations=15 \
-		tests/test_reliability.py tests/test_reader_fuzz.py tests/test_artifact_fuzz.py
+		-m "not gpu" tests
 
 # on a machine with a GPU and its own torch: make gpu-test VENV=... or run these lines with its python
 gpu-test:

@@ -27,6 +27,8 @@ PATIENCE = float(os.environ.get("PATIENCE", 1800))
 HERE = {key: os.environ[key] for key in (
     "PATH", "HOME", "LD_LIBRARY_PATH", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "OPENBLAS_CORETYPE",
 ) if key in os.environ}  # fmt: skip
+# Tests that take long and seldom find what others do not: `make soak` runs them.
+IN_SOAK = pytest.mark.skipif(not os.environ.get("SOAK"), reason="takes long; make soak runs it")
 TINY = {
     "vocab_size": 97, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.0, "rope_dims": 4,
     "train_batch_tokens": 256, "micro_batch_tokens": 128, "train_seq_len": 32, "eval_seq_len": 32, "eval_stride": 8,

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import write_documents
+from conftest import IN_SOAK, write_documents
 
 from benchmarks import bench_same
 
@@ -56,6 +56,7 @@ def test_a_run_that_fails_is_named(tmp_path):
     assert ended.value.code == 2
 
 
+@IN_SOAK
 def test_logs_of_real_runs_are_read(tmp_path):
     write_documents(tmp_path, "train", [29, 40, 90, 7, 200, 64, 33] * 6, seed=1)
     write_documents(tmp_path, "val", [50, 20], seed=2)

@@ -5,11 +5,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from conftest import IN_SOAK
 
 from benchmarks import bench_scaling
 from benchmarks.bench_step import Event
 
 
+@IN_SOAK
 def test_one_and_two_ranks_give_the_same_losses(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("DATA_PATH", raising=False)
     monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--ranks", "1,2", "--seconds", "0.1", "--losses", "4",

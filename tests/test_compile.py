@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_hp, write_documents
+from conftest import IN_SOAK, tiny_hp, write_documents
 
 import train_gpt
 
@@ -148,6 +148,7 @@ print(x.grad[0].item())
 """
 
 
+@IN_SOAK
 def test_edited_gradients_are_not_taken_from_caches_of_the_code_before(tmp_path):
     """PyTorch's caches know a compiled graph by its operations' names: their gradients may have been others."""
     told = []

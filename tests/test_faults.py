@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import Lines, tiny_hp, write_documents, write_shard
+from conftest import IN_SOAK, Lines, tiny_hp, write_documents, write_shard
 from test_end_to_end import SETTINGS, finish, make_data, result_of, start, torchrun
 from test_evaluation import make_model, make_validation, on_ranks, small_hp
 
@@ -350,7 +350,7 @@ def test_no_limit_and_no_time_are_told_apart():
 # ---- seeds
 
 
-@pytest.mark.parametrize("seed", [1_795_000_000_123_456_789, 2**64])
+@pytest.mark.parametrize("seed", [pytest.param(1_795_000_000_123_456_789, marks=IN_SOAK), 2**64])
 def test_a_run_takes_any_seed(data, tmp_path, seed):
     code, out = main(tmp_path, data, SEED=seed, DATA_SEED=seed, ITERATIONS=1, GPTQ_SELF_CALIBRATION=1,
                      BIGRAM_VOCAB_SIZE=50)
@@ -391,7 +391,7 @@ def test_making_the_test_time_trainer_is_of_its_stage_and_its_budget(data, tmp_p
 # ---- paths
 
 
-@pytest.mark.parametrize("name", ["data [v2] 100%", "[abc]"])
+@pytest.mark.parametrize("name", ["data [v2] 100%", pytest.param("[abc]", marks=IN_SOAK)])
 def test_folders_may_have_any_name(caseops, tmp_path, name):
     (tmp_path / name).mkdir()
     folder = copied(caseops[0], tmp_path / name / "data")

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import HERE, PATIENCE
+from conftest import HERE, IN_SOAK, PATIENCE
 from test_end_to_end import SETTINGS, QuietGuard, make_data
 from test_presets import PUBLISHED, tiny
 
@@ -406,9 +406,6 @@ def run_both(folder, monkeypatch, settings, run):
     assert got.keys() == wanted.keys() and [key for key in got if key not in UNLIKE and got[key] != wanted[key]] == []
     assert (folder / "packed" / "artifact.bin").read_bytes() == (folder / "source" / "artifact.bin").read_bytes()
     return got
-
-
-IN_SOAK = pytest.mark.skipif(not os.environ.get("SOAK"), reason="half a minute each; make soak runs them")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import HERE, PATIENCE
+from conftest import HERE, IN_SOAK, PATIENCE
 from hub_server import Hub
 from test_end_to_end import SETTINGS, make_data
 
@@ -416,7 +416,7 @@ def test_without_the_right_token_nothing_is_uploaded(publish, runs):
 @pytest.mark.parametrize("variables, words", [
     ({"ALL_PROXY": "socks5://me:secret@localhost:1"}, "ALL_PROXY names a SOCKS proxy"),
     ({"https_proxy": "SOCKS5H://localhost:1", "http_proxy": "socks5://localhost:1"}, "https_proxy names a SOCKS proxy"),
-    ({"HTTP_PROXY": "http://localhost:1"}, "through the proxy of HTTP_PROXY: "),
+    pytest.param({"HTTP_PROXY": "http://localhost:1"}, "through the proxy of HTTP_PROXY: ", marks=IN_SOAK),
     ({"HTTP_PROXY": "http://localhost:x"}, "through the proxy of HTTP_PROXY: Invalid port"),
     ({"HF_ENDPOINT": "localhost"}, "localhost cannot be reached: "),
 ])
