@@ -9,7 +9,6 @@ the run uses techniques of published systems, tools/techniques.py is in it.
 
 import ast
 import builtins
-import itertools
 import os
 import sys
 from collections import defaultdict
@@ -281,9 +280,7 @@ def pack_code(source, settings):
         raise ValueError(f"the script cannot be minified: {error}") from error
     finally:
         clean_shared_nodes(text)
-    modes = itertools.product((brotli.MODE_GENERIC, brotli.MODE_TEXT, brotli.MODE_FONT), (0, 16, 17, 18))
-    forms = (brotli.compress(small.encode(), mode, quality=11, lgwin=24, lgblock=block) for mode, block in modes)
-    data = min(forms, key=len)
+    data = brotli.compress(small.encode(), quality=11, lgwin=24, lgblock=16)
     return PACKED_START + string_literal(data) + PACKED_END % len(data)
 
 
