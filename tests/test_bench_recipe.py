@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, TINY, write_documents
+from conftest import IN_SOAK, PATIENCE, TINY, write_documents
 
 import prepare_caseops_data
 from benchmarks import bench_recipe
@@ -457,6 +457,7 @@ def test_the_standard_data_take_the_first_validation_documents(tmp_path):
     bench_recipe.main(line)  # they are there already
 
 
+@IN_SOAK
 def test_a_real_pair(tiny_data, place, capsys):
     settings = {name.upper(): value for name, value in TINY.items() if name != "vocab_size"}
     settings |= {"ITERATIONS": 3, "GPTQ_RESERVE_SECONDS": 0, "OMP_NUM_THREADS": 1}

@@ -48,7 +48,8 @@ def data(tmp_path_factory):
 
 def environ_of(folder, data_path, settings):
     """{NAME: text} of a tiny run whose runs lie in `folder`; settings with the value None are left out."""
-    paths = {"DATA_PATH": data_path, "RUNS_DIR": folder / "runs", "PLOTS": "0", "SLIDING_WINDOW_ENABLED": "0"}
+    paths = {"DATA_PATH": data_path, "RUNS_DIR": folder / "runs", "PLOTS": "0", "SLIDING_WINDOW_ENABLED": "0",
+             "KERNELS": "0"}
     return {name: str(value) for name, value in (SETTINGS | paths | settings).items() if value is not None}
 
 
