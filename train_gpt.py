@@ -2493,9 +2493,9 @@ def to_log2_eighths(x):
 def column_step_codes(upper, octaves):
     """Factor U (N, C, C) of the inverse Hessians -> codes int8 (N, C) of the columns' steps relative to their rows'.
 
-    diag U is a column's conditional deviation: what the columns after it do not predict of its input, inverted. Steps
-    in proportion to it cost every column the same error, which is the best for an entropy coder. `octaves` bounds how
-    far they are trusted: on other text a column may carry more than on the calibration rows.
+    diag U is the inverse of a column's conditional deviation: the part of its input that the columns after it do not
+    predict. With steps proportional to it every column costs the same weighted error, which is optimal for an entropy
+    coder. `octaves` limits the range, because other text may use a column more than the calibration rows did.
     """
     log_steps = upper.diagonal(dim1=1, dim2=2).log2()
     log_steps = log_steps - log_steps.mean(dim=1, keepdim=True)
@@ -2846,6 +2846,7 @@ class QuantizationCheck:
             if best_gap <= self.hp.quant_gap_max:
                 break
             self.log(f"note: quantization adds {gap:.4f} nats a token, more than QUANT_GAP_MAX={self.hp.quant_gap_max}")
+            # clocks of ranks differ: all must agree, or one would wait for the others in a collective
             if self.dist.agree(time.perf_counter() - started)[0] > seconds_left():
                 self.log("note: no seconds are left for a plainer quantization")
                 break
