@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -11,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import IN_SOAK, PATIENCE
-from test_end_to_end import SETTINGS, make_data
+from conftest import IN_SOAK
+from test_end_to_end import SETTINGS, finish, make_data, result_of
 
 import train_gpt
 
@@ -34,22 +33,6 @@ def start(folder, *command, **settings):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-I", "-B", *map(str, command or ["train_gpt.py"])]
     return subprocess.Popen(command, cwd=folder, env=HERE | {"OMP_NUM_THREADS": "1"} | settings, text=True, **pipes)
-
-
-def finish(process):
-    """(exit code, standard output, standard error)"""
-    try:
-        out, err = process.communicate(timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return process.returncode, out, err
-
-
-def result_of(process):
-    code, out, err = finish(process)
-    assert code == 0, err
-    return json.loads(out.splitlines()[-1].removeprefix("RESULT "))
 
 
 @pytest.fixture(scope="module")
