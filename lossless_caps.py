@@ -1,7 +1,8 @@
 """Lossless capitals: `lossless_caps_caseops_v1`, the text transform of the CaseOps data.
 
-A tokenizer that sees `the`, `The` and `THE` spends three pieces on one word. Here capitals become lower-case letters
-behind a marker, so that the words share pieces and the case is a token of its own (openai/parameter-golf, PR 1729):
+A tokenizer that sees `the`, `The` and `THE` spends three pieces on one word. Here capitals become
+lower-case letters behind a marker, so that the words share pieces and the case is a token of its
+own (openai/parameter-golf, PR 1729):
 
     The NASA Launch on eBay   ->   <T>the <A>nasa <T>launch on e<C>bay
 
@@ -10,8 +11,8 @@ behind a marker, so that the words share pieces and the case is a token of its o
     U+E003 <C> CAPNEXT   the next letter is a capital inside a word
     U+E004 <E> ESC       the next character is a literal (a control character found in the text)
 
-A letter is A-Z or a-z, a word is a maximal run of letters. Everything else, accented letters included, passes through
-unchanged and ends a word. `decode(encode(s)) == s` for every `str`.
+A letter is A-Z or a-z, a word is a maximal run of letters. Everything else, accented letters
+included, passes through unchanged and ends a word. `decode(encode(s)) == s` for every `str`.
 """
 
 import re
@@ -26,9 +27,10 @@ class CapsError(ValueError):
     """Text that `encode` cannot have made and `decode` cannot read."""
 
 
-# Capitals inside a word are marked first. Those left start their word, and the character after the run of capitals
-# tells ALLCAPS from mixed case, so that `Th` is all there is to look up for `The`. The patterns start with [A-Z], which
-# lets the regex engine jump from capital to capital; that is why the look-behind stands after the letter it asks about.
+# Capitals inside a word are marked first. Those left start their word, and the character after the
+# run of capitals tells ALLCAPS from mixed case, so that `Th` is all there is to look up for `The`.
+# The patterns start with [A-Z], which lets the regex engine jump from capital to capital; that is
+# why the look-behind stands after the letter it asks about.
 _CONTROL = re.compile(f"[{CONTROLS}]")
 _INSIDE = re.compile("[A-Z](?<=[a-z][A-Z])[A-Z]*")
 _START = re.compile("[A-Z]+[a-z]?")
@@ -75,8 +77,9 @@ def _encode_block(text: str) -> str:
     return _START.sub(lambda match: _mark_start(match[0]), text)
 
 
-# What the encoder writes, and no more: a control character that fits none of these is matched alone, and the text is
-# left to the state machine. ALLCAPS must not run into a CAPNEXT, because letters after that would be capitals too.
+# What the encoder writes, and no more: a control character that fits none of these is matched
+# alone, and the text is left to the state machine. ALLCAPS must not run into a CAPNEXT, because
+# letters after that would be capitals too.
 _MARKED = re.compile(
     f"{TITLE}(?<![A-Za-z]{TITLE})[A-Za-z]"
     f"|{ALLCAPS}(?<![A-Za-z]{ALLCAPS})[A-Za-z]+(?![A-Za-z{CAPNEXT}])"
@@ -98,9 +101,11 @@ def _unmark(marked: str) -> str:
 
 
 def decode(text: str) -> str:
-    """The text that was encoded. Raises CapsError, with position and reason, where a marker has nothing to mark.
+    """The text that was encoded. Raises CapsError, with position and reason, where a marker has
+    nothing to mark.
 
-    Some texts that `encode` never makes can be read too: A-Z as they are, ALLCAPS before one letter and the like.
+    Some texts that `encode` never makes can be read too: A-Z as they are, ALLCAPS before one letter
+    and the like.
     """
     try:
         return _MARKED.sub(lambda match: _unmark(match[0]), text)
@@ -121,7 +126,9 @@ def _decode_exactly(text: str) -> str:
     for position, char in enumerate(text):
         is_letter = char.isascii() and char.isalpha()
         if escaped:
-            _refuse_if(mode and not is_letter, position, "TITLE or ALLCAPS before an escaped character")
+            _refuse_if(
+                mode and not is_letter, position, "TITLE or ALLCAPS before an escaped character"
+            )
             escaped = False
             in_word = is_letter
             shouting = shouting and is_letter

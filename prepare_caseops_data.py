@@ -1,15 +1,19 @@
-"""Documents in, CaseOps shards out: the token files that `train_gpt.py` reads, made from JSON lines.
+"""Documents in, CaseOps shards out: the token files that `train_gpt.py` reads, made from JSON
+lines.
 
-    python prepare_caseops_data.py --demo --out data/demo                              # no download, seconds
-    python prepare_caseops_data.py --docs docs_selected.jsonl --out data/caseops       # first 50,000: validation
+    python prepare_caseops_data.py --demo --out data/demo  # no download, seconds
+    python prepare_caseops_data.py --docs docs_selected.jsonl --out data/caseops
+        # first 50,000: validation
     python prepare_caseops_data.py --docs train.jsonl.xz --val-file val.jsonl.xz --out data/caseops
 
-A line is an object with a `text`, or a bare JSON string; files may be plain, gzip or xz. Each document becomes BOS and
-the tokens of its transformed text (lossless_caps.py). Validation tokens get a side-car with the number of UTF-8 bytes
-of the original text that each token stands for, so that bits per byte are counted on the text and not on the tokens.
+A line is an object with a `text`, or a bare JSON string; files may be plain, gzip or xz. Each
+document becomes BOS and the tokens of its transformed text (lossless_caps.py). Validation tokens
+get a side-car with the number of UTF-8 bytes of the original text that each token stands for, so
+that bits per byte are counted on the text and not on the tokens.
 
-Lines are read and cut into batches here, parsed and encoded in worker processes, and written here in their order, so
-that the files do not depend on the number of workers. Shard layout: openai/parameter-golf, PR 1729.
+Lines are read and cut into batches here, parsed and encoded in worker processes, and written here
+in their order, so that the files do not depend on the number of workers. Shard layout:
+openai/parameter-golf, PR 1729.
 """
 
 import argparse
@@ -56,7 +60,8 @@ MAX_COST = np.iinfo(np.uint16).max  # bytes that one token can stand for in a si
 BATCH_BYTES = 1 << 20  # of JSON lines, in one message to a worker
 LONGEST_TEXT = 64_000_000  # bytes; a longer one would take more memory than the README promises
 LONGEST_LINE = 150_000_000  # bytes; JSON may need more than twice the bytes of its text
-_BOS, _FREE = (np.array([value], dtype=np.uint16).tobytes() for value in (BOS_ID, 0))  # a document's first id and cost
+# a document's first id and cost
+_BOS, _FREE = (np.array([value], dtype=np.uint16).tobytes() for value in (BOS_ID, 0))
 
 
 class DataError(ValueError):
@@ -79,9 +84,12 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def exit_status(command: Callable[[], int], kept_in: Path | None = None) -> int:
-    """Runs a command and returns its exit status; what stops it becomes one line on stderr, without a traceback.
+    """Runs a command and returns its exit status; what stops it becomes one line on stderr, without
+    a
+    traceback.
 
-    kept_in: the folder of a dataset in the making, which goes on from there when the command is repeated.
+    kept_in: the folder of a dataset in the making, which goes on from there when the command is
+    repeated.
     """
     stopped = True  # from outside, and not by the data
     status = 1
@@ -97,32 +105,51 @@ def exit_status(command: Callable[[], int], kept_in: Path | None = None) -> int:
         message, stopped = str(error), False
     print(f"error: {message}", file=sys.stderr)
     if stopped and kept_in is not None and (kept_in / PROGRESS).exists():
-        print(f"{kept_in} keeps the finished files: repeat the command to go on from there", file=sys.stderr)
+        print(
+            f"{kept_in} keeps the finished files: repeat the command to go on from there",
+            file=sys.stderr,
+        )
     return status
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # TOKENIZER
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
-    """The SentencePiece model at `path`. Raises DataError if its first 264 ids are not those of CaseOps."""
+    """The SentencePiece model at `path`.
+
+    Raises DataError if its first 264 ids are not those of CaseOps.
+    """
     if not Path(path).is_file():
         raise DataError(f"{path}: no such tokenizer")
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except RuntimeError as error:
         raise DataError(f"{path}: not a SentencePiece model ({error})") from error
-    layout = ["<pad>", "<s>", "</s>", "<unk>", *CONTROLS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    layout = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        *CONTROLS,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+    ]
     if not len(layout) < sp.get_piece_size() <= 1 << 16:
         raise DataError(f"{path}: {sp.get_piece_size()} pieces, CaseOps takes 265 to 65,536")
     for index, piece in enumerate(layout):
         if sp.id_to_piece(index) != piece:
-            raise DataError(f"{path}: not a CaseOps tokenizer: id {index} is {sp.id_to_piece(index)!a}, not {piece!a}")
-    # The same names do not make them markers: a user-defined symbol is never normalized nor merged with its neighbours.
+            raise DataError(
+                f"{path}: not a CaseOps tokenizer: id {index} is {sp.id_to_piece(index)!a}, not"
+                f" {piece!a}"
+            )
+    # The same names do not make them markers: a user-defined symbol is never normalized nor merged
+    # with its neighbours.
     if sp.encode(CONTROLS * 2) != [4, 5, 6, 7] * 2:
-        raise DataError(f"{path}: not a CaseOps tokenizer: the case markers are not user-defined symbols")
+        raise DataError(
+            f"{path}: not a CaseOps tokenizer: the case markers are not user-defined symbols"
+        )
     return sp
 
 
@@ -147,11 +174,15 @@ def train_sentencepiece(sentences: Iterable[str], **settings) -> bytes:
 
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=watched(), model_writer=model, **settings)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=watched(), model_writer=model, **settings
+        )
     except RuntimeError as error:
         if faults:
             raise faults[0] from None
-        raise DataError(f"no tokenizer of {settings['vocab_size']:,} pieces from this text: {error}") from error
+        raise DataError(
+            f"no tokenizer of {settings['vocab_size']:,} pieces from this text: {error}"
+        ) from error
     return model.getvalue()
 
 
@@ -164,12 +195,14 @@ def encode_document(sp: sentencepiece.SentencePieceProcessor, text: str) -> np.n
     return np.concatenate(parts)
 
 
-def encode_document_with_bytes(sp: sentencepiece.SentencePieceProcessor, text: str) -> tuple[np.ndarray, np.ndarray]:
+def encode_document_with_bytes(
+    sp: sentencepiece.SentencePieceProcessor, text: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Text -> ids (tokens,) and bytes (tokens,), both uint16, BOS with 0 bytes first.
 
-    A token is charged the UTF-8 size of the original text it came from; markers are free. Only leading and trailing
-    characters that the tokenizer drops are charged to nobody. Raises DataError on a lone surrogate, and where one
-    token stands for more than 65,535 bytes.
+    A token is charged the UTF-8 size of the original text it came from; markers are free. Only
+    leading and trailing characters that the tokenizer drops are charged to nobody. Raises DataError
+    on a lone surrogate, and where one token stands for more than 65,535 bytes.
     """
     _utf8_size(text)
     ids_parts = [np.array([BOS_ID], dtype=np.uint16)]
@@ -180,9 +213,9 @@ def encode_document_with_bytes(sp: sentencepiece.SentencePieceProcessor, text: s
         costs = size_before[spans[:, 1]] - size_before[spans[:, 0]]
         if costs.max(initial=0) > MAX_COST:
             raise DataError(
-                f"token {tokens + costs.argmax()} stands for {costs.max():,} bytes and the side-car holds at most "
-                f"{MAX_COST:,}: the text has a run of blanks or dropped characters that long; shorten it or leave the "
-                "document out"
+                f"token {tokens + costs.argmax()} stands for {costs.max():,} bytes and the side-car"
+                f" holds at most {MAX_COST:,}: the text has a run of blanks or dropped characters"
+                " that long; shorten it or leave the document out"
             )
         ids_parts.append(ids)
         costs_parts.append(costs.astype(np.uint16))
@@ -191,7 +224,9 @@ def encode_document_with_bytes(sp: sentencepiece.SentencePieceProcessor, text: s
 
 
 def tokenize_blocks(sp, text: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Transformed text -> its blocks, each with ids (tokens,) uint16 and the source spans (tokens, 2) in it."""
+    """Transformed text -> its blocks, each with ids (tokens,) uint16 and the source spans
+    (tokens, 2) in it.
+    """
     for block, anchor in _blocks(sp, text):
         ids, spans = _tokenize_with_spans(sp, anchor + block)
         skipped = len(anchor)
@@ -199,15 +234,18 @@ def tokenize_blocks(sp, text: str) -> Iterator[tuple[str, np.ndarray, np.ndarray
         yield block, np.array(ids[skipped:], dtype=np.uint16), spans
 
 
-# SentencePiece needs over 200 bytes for each character that it is given at once. So a long text is given in blocks, cut
-# where neither a rule of the normalizer nor a piece reaches across: then the tokens are those of the whole text.
+# SentencePiece needs over 200 bytes for each character that it is given at once. So a long text is
+# given in blocks, cut where neither a rule of the normalizer nor a piece reaches across: then the
+# tokens are those of the whole text.
 BLOCK_CHARS = 1 << 18
 LONGEST_BLOCK_CHARS = 1 << 20  # where a text has no place to cut for that long, it is refused
-ANCHOR = "a"  # stands before a block that begins with a blank, which would else be taken for a leading one
+# stands before a block that begins with a blank, which would else be taken for a leading one
+ANCHOR = "a"
 
 
 def _blocks(sp, text: str) -> Iterator[tuple[str, str]]:
-    """Blocks that make up a transformed text, each with the anchor to put before it: "", or one character and token.
+    """Blocks that make up a transformed text, each with the anchor to put before it: "", or one
+    character and token.
 
     Raises DataError where there is no place to cut.
     """
@@ -233,8 +271,10 @@ def _end_of_block(sp, pairs: frozenset[str], text: str, start: int) -> int:
             return end
     if len(text) <= start + LONGEST_BLOCK_CHARS:
         return len(text)
-    raise DataError(f"{LONGEST_BLOCK_CHARS:,} characters from {text[start : start + 20]!a} on without a place to cut: "
-                    "they cannot be tokenized in little memory; leave the document out")  # fmt: skip
+    raise DataError(
+        f"{LONGEST_BLOCK_CHARS:,} characters from {text[start : start + 20]!a} on without a place"
+        " to cut: they cannot be tokenized in little memory; leave the document out"
+    )
 
 
 def _can_cut(sp, pairs: frozenset[str], before: str, after: str) -> bool:
@@ -243,13 +283,18 @@ def _can_cut(sp, pairs: frozenset[str], before: str, after: str) -> bool:
         return False
     if after in _BLANKS:
         return before + "\u2581" not in pairs and sp.normalize(before) == before
-    return _stands_alone(after) and before + after not in pairs and sp.normalize(before + after) == before + after
+    return (
+        _stands_alone(after)
+        and before + after not in pairs
+        and sp.normalize(before + after) == before + after
+    )
 
 
 def _stands_alone(char: str) -> bool:
     """ASCII signs, markers but ESC, and letters other than Hangul jamo, which join into syllables.
 
-    ESC and its literal belong together; all others may be dropped, or change the character before them.
+    ESC and its literal belong together; all others may be dropped, or change the character before
+    them.
     """
     if char.isascii():
         return char.isprintable() and char != " "
@@ -260,20 +305,26 @@ def _stands_alone(char: str) -> bool:
 
 @lru_cache(maxsize=4)
 def _pairs_in_pieces(sp) -> frozenset[str]:
-    """All pairs of neighbours in the tokenizer's pieces. Raises DataError if the tokenizer does not suit blocks."""
+    """All pairs of neighbours in the tokenizer's pieces.
+
+    Raises DataError if the tokenizer does not suit blocks.
+    """
     pairs = set()
     for index in range(sp.get_piece_size()):
         if not (sp.is_byte(index) or sp.is_control(index) or sp.is_unknown(index)):
             pairs.update(map("".join, itertools.pairwise(sp.id_to_piece(index))))
     if ANCHOR + "\u2581" in pairs:
-        raise DataError(f"this tokenizer cannot take a text of more than {BLOCK_CHARS:,} characters: "
-                        "it has pieces that reach over spaces")  # fmt: skip
+        raise DataError(
+            f"this tokenizer cannot take a text of more than {BLOCK_CHARS:,} characters: "
+            "it has pieces that reach over spaces"
+        )
     return frozenset(pairs)
 
 
-# Text is cut where no rule of the normalizer and no piece reaches across: at blanks, and between runs of letters,
-# single digits and runs of punctuation, unless a character follows that may change its neighbour, such as a combining
-# mark: all up to the next blank is then one unit. A hundred thousand units make up nearly all of a text.
+# Text is cut where no rule of the normalizer and no piece reaches across: at blanks, and between
+# runs of letters, single digits and runs of punctuation, unless a character follows that may change
+# its neighbour, such as a combining mark: all up to the next blank is then one unit. A hundred
+# thousand units make up nearly all of a text.
 _BLANKS = " \t\n\r\f"
 _MARKS = "!-/:-@\\[-`{-~‘’“”–—…"
 _JOINING = f"(?![^{_BLANKS}A-Za-z0-9{_MARKS}])"
@@ -281,7 +332,9 @@ _UNIT = re.compile(f"[{_BLANKS}]*(?:(?:[A-Za-z]++|[0-9]|[{_MARKS}]++){_JOINING}|
 
 
 class Encoder:
-    """encode_document and encode_document_with_bytes several times faster: a unit of text is tokenized once, then kept.
+    """encode_document and encode_document_with_bytes several times faster: a unit of text is
+    tokenized
+    once, then kept.
 
     Training documents are looked up word by word, and what a new word is made of, unit by unit.
     """
@@ -289,11 +342,14 @@ class Encoder:
     def __init__(self, sp: sentencepiece.SentencePieceProcessor, kept: int = 150_000):
         self.sp = sp
         pieces = [sp.id_to_piece(index) for index in range(sp.get_piece_size())]
-        self.piece_bytes = np.array([len(piece) for piece in pieces], dtype=np.uint16)  # of ASCII pieces
+        # of ASCII pieces
+        self.piece_bytes = np.array([len(piece) for piece in pieces], dtype=np.uint16)
         self.piece_bytes[4:264] = [0] * len(CONTROLS) + [1] * 256
         self.words: dict[bytes, bytes] = _Kept(self._word_ids, kept)  # behind a blank
         self.units: dict[str, bytes] = _Kept(self._unit_ids, kept)
-        self.units_with_costs: dict[str, tuple[bytes, bytes] | None] = _Kept(self._unit_ids_and_costs, kept)
+        self.units_with_costs: dict[str, tuple[bytes, bytes] | None] = _Kept(
+            self._unit_ids_and_costs, kept
+        )
 
     def encode(self, text: str) -> np.ndarray:
         """As encode_document."""
@@ -302,7 +358,8 @@ class Encoder:
         _utf8_size(text)
         first, *words = text.encode().split() or [b""]
         first = self.sp.encode(encode(first.decode()))
-        if not first or "\v" in text:  # a word that the tokenizer drops; a blank that is none for the tokenizer
+        # a word that the tokenizer drops; a blank that is none for the tokenizer
+        if not first or "\v" in text:
             return encode_document(self.sp, text)
         ids = array("H", [BOS_ID, *first]).tobytes() + b"".join(map(self.words.__getitem__, words))
         return np.frombuffer(ids, dtype=np.uint16)
@@ -311,7 +368,8 @@ class Encoder:
         """As encode_document_with_bytes."""
         if len(text) > BLOCK_CHARS:
             return encode_document_with_bytes(self.sp, text)
-        units = _UNIT.findall(text.rstrip(_BLANKS))  # in a run of blanks that nothing follows it takes quadratic time
+        # in a run of blanks that nothing follows it takes quadratic time
+        units = _UNIT.findall(text.rstrip(_BLANKS))
         if units:
             units[0] = units[0].lstrip(_BLANKS)
         found = [self.units_with_costs[unit] for unit in units] if _utf8_size(text) else []
@@ -345,12 +403,17 @@ class Encoder:
             except DataError:
                 return None
             ids, costs = ids[1 + bool(blanks) :], costs[1 + bool(blanks) :]
-        return (ids.tobytes(), costs.tobytes()) if costs.sum(dtype=np.int64) == len(unit.encode()) else None
+        return (
+            (ids.tobytes(), costs.tobytes())
+            if costs.sum(dtype=np.int64) == len(unit.encode())
+            else None
+        )
 
 
 class _Kept(dict):
-    """A dictionary that makes what is missing, and keeps the first of it, so that a stream of rare words does not drive
-    out the common ones; 150,000 take 30 MB."""
+    """A dictionary that makes what is missing, and keeps the first of it, so that a stream of rare
+    words does not drive out the common ones; 150,000 take 30 MB.
+    """
 
     def __init__(self, make, kept: int):
         super().__init__()
@@ -367,7 +430,9 @@ def _utf8_size(text: str) -> int:
     try:
         return len(text.encode())
     except UnicodeEncodeError as error:
-        raise DataError(f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}") from error
+        raise DataError(
+            f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
+        ) from error
 
 
 def _tokenize_with_spans(sp, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -379,7 +444,9 @@ def _tokenize_with_spans(sp, text: str) -> tuple[list[int], list[tuple[int, int]
 
 
 def _byte_costs(transformed: str) -> np.ndarray:
-    """UTF-8 bytes (characters,) that each character of an encoded text had in the original: markers had none."""
+    """UTF-8 bytes (characters,) that each character of an encoded text had in the original:
+    markers had none.
+    """
     points = np.frombuffer(transformed.encode("utf-32-le"), dtype=np.uint32)
     costs = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
     costs[(points >= ord(CONTROLS[0])) & (points <= ord(CONTROLS[-1]))] = 0
@@ -388,37 +455,52 @@ def _byte_costs(transformed: str) -> np.ndarray:
     return costs
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # SHARDS
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def write_shard(path: str | Path, values: np.ndarray) -> dict:
-    """Values (n,) that fit uint16 -> one shard file; returns its manifest entry. The name appears when it is whole."""
+    """Values (n,) that fit uint16 -> one shard file; returns its manifest entry.
+
+    The name appears when it is whole.
+    """
     values = np.asarray(values)
     if values.size and not 0 <= values.min() <= values.max() <= np.iinfo(np.uint16).max:
         raise DataError(f"{path}: values outside 0..65535")
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, len(values)
-    return {"values": len(values), "sha256": write_whole(path, header, values.astype("<u2", copy=False))}
+    return {
+        "values": len(values),
+        "sha256": write_whole(path, header, values.astype("<u2", copy=False)),
+    }
 
 
 def read_shard(path: str | Path) -> np.ndarray:
-    """A shard file -> values (n,) uint16, mapped. Raises DataError if the header or the size is wrong."""
+    """A shard file -> values (n,) uint16, mapped.
+
+    Raises DataError if the header or the size is wrong.
+    """
     with naming(path):
         size, header_bytes = os.path.getsize(path), 4 * HEADER_INTS
-        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS) if size >= header_bytes else [0, 0, 0]
+        header = (
+            np.fromfile(path, dtype="<i4", count=HEADER_INTS) if size >= header_bytes else [0, 0, 0]
+        )
         if (header[0], header[1]) != (SHARD_MAGIC, SHARD_VERSION):
             raise DataError(f"{path}: not a shard")
         if size != header_bytes + 2 * int(header[2]):
-            raise DataError(f"{path}: {size:,} bytes do not hold the {header[2]:,} values of its header")
+            raise DataError(
+                f"{path}: {size:,} bytes do not hold the {header[2]:,} values of its header"
+            )
         if not header[2]:
             return np.empty(0, dtype=np.uint16)
         return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes)
 
 
 def write_whole(path: str | Path, *parts: bytes | np.ndarray) -> str:
-    """Writes under a temporary name, then renames: a file that has its name is complete. Returns its sha256.
+    """Writes under a temporary name, then renames: a file that has its name is complete. Returns
+    its
+    sha256.
 
     Where the disk is full, the OSError names the file, and the part that was written is removed.
     """
@@ -436,7 +518,9 @@ def write_whole(path: str | Path, *parts: bytes | np.ndarray) -> str:
 
 
 class ShardWriter:
-    """Cuts a stream of values into `fineweb_<stream>_<number>.bin`; all but the last hold exactly `shard_tokens`."""
+    """Cuts a stream of values into `fineweb_<stream>_<number>.bin`; all but the last hold
+    exactly `shard_tokens`.
+    """
 
     def __init__(self, folder: Path, stream: str, shard_tokens: int):
         self.folder, self.stream = folder, stream
@@ -463,9 +547,9 @@ class ShardWriter:
             self.filled = 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # DOCUMENTS
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Line(NamedTuple):
@@ -495,11 +579,15 @@ class EncodedBatch(NamedTuple):
     lengths: np.ndarray  # (documents,) tokens
     text_bytes: np.ndarray  # (documents,) of the text that was tokenized
     removed_bytes: np.ndarray  # (documents,) taken out by normalize_text
-    hashes: np.ndarray  # (documents, 2) uint64, document_hash of the text as it came and as it is stored
+    # (documents, 2) uint64, document_hash of the text as it came and as it is stored
+    hashes: np.ndarray
 
 
 class Source(io.RawIOBase):
-    """A file that is read once, from start to end, and hashed on the way: a pipe will do. `-` is the standard input."""
+    """A file that is read once, from start to end, and hashed on the way: a pipe will do.
+
+    `-` is the standard input.
+    """
 
     def __init__(self, path: str):
         self.name, self.digest = "standard input" if path == "-" else path, hashlib.sha256()
@@ -516,9 +604,12 @@ class Source(io.RawIOBase):
         return count
 
     def lines(self) -> Iterator[Line]:
-        """The lines that are not blank, of plain text, gzip or xz: the first bytes tell which, not the name.
+        """The lines that are not blank, of plain text, gzip or xz: the first bytes tell which, not
+        the
+        name.
 
-        Raises DataError, with the name of the file, if it is damaged or holds something else than JSON lines.
+        Raises DataError, with the name of the file, if it is damaged or holds something else than
+        JSON lines.
         """
         try:
             yield from self._lines()
@@ -539,11 +630,16 @@ class Source(io.RawIOBase):
         lines = iter(partial(text.readline, LONGEST_LINE + 1), b"")
         for number, content in enumerate(lines, 1):
             if len(content) > LONGEST_LINE:
-                raise DataError(f"{self.name}, line {number}: longer than {LONGEST_LINE:,} bytes; is this JSON lines?")
+                raise DataError(
+                    f"{self.name}, line {number}: longer than {LONGEST_LINE:,} bytes; is this JSON"
+                    " lines?"
+                )
             if content.isspace():
                 continue
             line = Line(self.name, number, content)
-            if is_first:  # whatever else is no JSON lines is refused here, before anything is counted
+            # whatever else is no JSON lines is refused here, before anything is
+            # counted
+            if is_first:
                 parse_text(line)
                 is_first = False
             yield line
@@ -583,7 +679,9 @@ ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 
 
 def _refuse_other_formats(name: str, head: bytes) -> None:
-    """Raises DataError where the first bytes are those of something else than UTF-8 text, and says of what."""
+    """Raises DataError where the first bytes are those of something else than UTF-8 text, and
+    says of what.
+    """
     start = head.lstrip(b" \t\r\n")
     found = next((kind for magic, kind in OTHER_FORMATS.items() if head.startswith(magic)), None)
     if found is None and start[:1] in (b"<", b"["):
@@ -595,15 +693,17 @@ def _refuse_other_formats(name: str, head: bytes) -> None:
     if found is None and b"\0" in start[:4]:
         found = "UTF-16, UTF-32 or binary"
     if found is not None:
-        raise DataError(f"{name}: this is {found}; documents must be JSON lines in UTF-8, one a line, "
-                        "plain or packed with gzip or xz: convert it first")  # fmt: skip
+        raise DataError(
+            f"{name}: this is {found}; documents must be JSON lines in UTF-8, one a line, "
+            "plain or packed with gzip or xz: convert it first"
+        )
 
 
 class XzReader(io.RawIOBase):
     """The unpacked bytes of all streams of an .xz file, read like `xz -dc` does.
 
-    Python's own reader ends without a word at padding between streams, at what is no stream, and at a stream whose
-    first bytes are damaged.
+    Python's own reader ends without a word at padding between streams, at what is no stream, and at
+    a stream whose first bytes are damaged.
     """
 
     def __init__(self, file: io.BufferedReader):
@@ -631,7 +731,10 @@ class XzReader(io.RawIOBase):
         return len(unpacked)
 
     def _start_next_stream(self) -> None:
-        """Skips the padding behind a stream: zero bytes, in fours. What follows must be a stream, or the end."""
+        """Skips the padding behind a stream: zero bytes, in fours.
+
+        What follows must be a stream, or the end.
+        """
         padding = 0
         block = self.stream.unused_data or self.file.read1(1 << 16)
         while block and not block.strip(b"\0"):
@@ -640,7 +743,9 @@ class XzReader(io.RawIOBase):
         self.packed = block.lstrip(b"\0")
         padding += len(block) - len(self.packed)
         if padding % 4:
-            raise lzma.LZMAError(f"{padding} zero bytes behind an xz stream; padding comes in fours")
+            raise lzma.LZMAError(
+                f"{padding} zero bytes behind an xz stream; padding comes in fours"
+            )
         self.at_end = not self.packed
         self.stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
 
@@ -676,7 +781,8 @@ def read_text(line: Line) -> str:
 
 
 def make_batches(split: str, lines: Iterable[Line], done: int, checksum: int) -> Iterator[Batch]:
-    """Lines -> batches of about BATCH_BYTES, without the first `done` lines, whose checksum must be the one given.
+    """Lines -> batches of about BATCH_BYTES, without the first `done` lines, whose checksum must be
+    the one given.
 
     Raises DataError if it is not: the input is not the one that an interrupted run has read.
     """
@@ -684,7 +790,9 @@ def make_batches(split: str, lines: Iterable[Line], done: int, checksum: int) ->
     for line in itertools.islice(lines, done):
         total = zlib.crc32(line.content, total)
     if total != checksum:
-        raise DataError(f"these are not the {done:,} {split} documents that the interrupted run has read")
+        raise DataError(
+            f"these are not the {done:,} {split} documents that the interrupted run has read"
+        )
     for line in lines:
         total = zlib.crc32(line.content, total)
         batch.append(line)
@@ -704,16 +812,21 @@ _DEBRIS = re.compile("[\0-\x08\x0b\x0e-\x1f\x7f\ufffd]+")
 
 
 def normalize_text(text: str) -> str:
-    """A training text without what no model can learn from: addresses longer than 40 characters behind `www.` or
-    `https://`, runs of 100 ASCII characters without a blank (encoded files), a sign repeated ten times or more (three
-    stay), control characters and U+FFFD. Validation is never normalized.
+    """A training text without what no model can learn from: addresses longer than 40 characters
+    behind
+    `www.` or `https://`, runs of 100 ASCII characters without a blank (encoded files), a sign
+    repeated ten times or more (three stay), control characters and U+FFFD. Validation is never
+    normalized.
     """
     blocks = []
     start = 0
-    while start < len(text):  # a substitution keeps some hundred bytes for each match; none matches a blank
+    # a substitution keeps some hundred bytes for each match; none matches a blank
+    while start < len(text):
         end = _BLANK.search(text, start + BLOCK_CHARS)
         end = end.start() if end else len(text)
-        blocks.append(_DEBRIS.sub("", _RULER.sub(r"\1\1\1", _BLOB.sub("", _URL.sub("", text[start:end])))))
+        blocks.append(
+            _DEBRIS.sub("", _RULER.sub(r"\1\1\1", _BLOB.sub("", _URL.sub("", text[start:end]))))
+        )
         start = end
     return "".join(blocks)
 
@@ -724,21 +837,30 @@ def _encoder_of_process(tokenizer: str, kept: int) -> Encoder:
 
 
 def document_hash(ids: np.ndarray) -> int:
-    """64 bits of a document's ids (tokens,) uint16: two of 15 million documents and 50,000 others collide by chance
-    once in 20 million datasets."""
+    """64 bits of a document's ids (tokens,) uint16: two of 15 million documents and 50,000 others
+    collide by chance once in 20 million datasets.
+    """
     return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
 
 
 def _compare_with_the_plain_way(sp, text: str, ids: np.ndarray, costs: list[np.ndarray]) -> None:
-    plain_ids, plain_costs = encode_document_with_bytes(sp, text) if costs else (encode_document(sp, text), None)
+    plain_ids, plain_costs = (
+        encode_document_with_bytes(sp, text) if costs else (encode_document(sp, text), None)
+    )
     if not np.array_equal(ids, plain_ids) or (costs and not np.array_equal(costs[0], plain_costs)):
-        raise DataError("this tokenizer cannot be taken word by word: its pieces or rules reach over their borders")
+        raise DataError(
+            "this tokenizer cannot be taken word by word: its pieces or rules reach over their"
+            " borders"
+        )
 
 
 def encode_batch(tokenizer: str, normalize_train: bool, kept: int, batch: Batch) -> EncodedBatch:
-    """Parses and encodes a batch, with the tokenizer at that path. Raises DataError naming document, file and line.
+    """Parses and encodes a batch, with the tokenizer at that path. Raises DataError naming
+    document,
+    file and line.
 
-    The first document is encoded without the shortcuts of Encoder as well, and must come out the same.
+    The first document is encoded without the shortcuts of Encoder as well, and must come out the
+    same.
     """
     encoder = _encoder_of_process(tokenizer, kept)
     ids, costs, sizes, removed, hashes = [], [], [], [], []
@@ -746,7 +868,9 @@ def encode_batch(tokenizer: str, normalize_train: bool, kept: int, batch: Batch)
         text = parse_text(line)
         try:
             if _utf8_size(text) > LONGEST_TEXT:
-                raise DataError(f"a text of more than {LONGEST_TEXT:,} bytes; split it or leave it out")
+                raise DataError(
+                    f"a text of more than {LONGEST_TEXT:,} bytes; split it or leave it out"
+                )
             if batch.split == "val":
                 document_ids, document_costs = encoder.encode_with_bytes(text)
                 costs.append(document_costs)
@@ -758,9 +882,16 @@ def encode_batch(tokenizer: str, normalize_train: bool, kept: int, batch: Batch)
             cleaned = normalize_text(text) if normalize_train and batch.split == "train" else text
             if cleaned != text:
                 document_ids = encoder.encode(cleaned)
-            hashes.append((hash_as_it_came, document_hash(document_ids) if cleaned != text else hash_as_it_came))
+            hashes.append(
+                (
+                    hash_as_it_came,
+                    document_hash(document_ids) if cleaned != text else hash_as_it_came,
+                )
+            )
         except DataError as error:
-            raise DataError(f"{batch.split} document {document} ({line.file}, line {line.number}): {error}") from error
+            raise DataError(
+                f"{batch.split} document {document} ({line.file}, line {line.number}): {error}"
+            ) from error
         ids.append(document_ids)
         sizes.append(_utf8_size(cleaned))
         removed.append(_utf8_size(text) - sizes[-1])
@@ -777,7 +908,8 @@ def encode_batch(tokenizer: str, normalize_train: bool, kept: int, batch: Batch)
 
 
 def map_in_order(function, batches: Iterable[Batch], workers: int) -> Iterator:
-    """`map` over processes that keeps the order and reads only a few batches ahead; in this process for one worker.
+    """`map` over processes that keeps the order and reads only a few batches ahead; in this process
+    for one worker.
 
     Raises WorkerLost if a worker is killed.
     """
@@ -799,7 +931,9 @@ def map_in_order(function, batches: Iterable[Batch], workers: int) -> Iterator:
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise WorkerLost("a worker process was killed, perhaps for want of memory: try fewer --workers") from error
+        raise WorkerLost(
+            "a worker process was killed, perhaps for want of memory: try fewer --workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -815,7 +949,9 @@ def _end_with_the_parent() -> None:
 
 
 def _submit(pool: ProcessPoolExecutor, function, batch: Batch) -> Future:
-    """Ctrl-C reaches all processes of a terminal: workers, which may start here, leave it to this one."""
+    """Ctrl-C reaches all processes of a terminal: workers, which may start here, leave it to
+    this one.
+    """
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return pool.submit(function, batch)
@@ -823,9 +959,9 @@ def _submit(pool: ProcessPoolExecutor, function, batch: Batch) -> Future:
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # DATASET
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Corpus(NamedTuple):
@@ -838,8 +974,12 @@ class Corpus(NamedTuple):
     may_be_empty: frozenset[str] = frozenset()  # splits that were asked to hold nothing
 
 
-def corpus_from_files(docs: list[str], val_file: str | None, val_docs: int, train_docs: int | None) -> Corpus:
-    """The corpus of `--docs`: its first `val_docs` documents are validation, unless there is a `val_file`."""
+def corpus_from_files(
+    docs: list[str], val_file: str | None, val_docs: int, train_docs: int | None
+) -> Corpus:
+    """The corpus of `--docs`: its first `val_docs` documents are validation, unless there is a
+    `val_file`.
+    """
     files = [(Source(path), "docs") for path in docs]
     documents = itertools.chain.from_iterable([source.lines() for source, _ in files])
     if val_file is not None:
@@ -847,7 +987,10 @@ def corpus_from_files(docs: list[str], val_file: str | None, val_docs: int, trai
             raise DataError(f"{val_file}: the same file is given for training and for validation")
         files.insert(0, (Source(val_file), "val"))
         val = files[0][0].lines()
-        rule = f"all documents of {Path(val_file).name} are validation, documents of the others are train"
+        rule = (
+            f"all documents of {Path(val_file).name} are validation, documents of the others are"
+            " train"
+        )
     else:
         val = _first_of(documents, val_docs)
         rule = f"the first {val_docs:,} documents are validation, those after them are train"
@@ -855,7 +998,10 @@ def corpus_from_files(docs: list[str], val_file: str | None, val_docs: int, trai
         rule += f", at most {train_docs:,}"
 
     def sources() -> list[dict]:
-        return [{"file": Path(file.name).name, "role": role, "sha256": file.sha256()} for file, role in files]
+        return [
+            {"file": Path(file.name).name, "role": role, "sha256": file.sha256()}
+            for file, role in files
+        ]
 
     asked_for = {"val": val_docs if val_file is None else None, "train": train_docs}
     may_be_empty = frozenset(split for split, count in asked_for.items() if count == 0)
@@ -863,7 +1009,9 @@ def corpus_from_files(docs: list[str], val_file: str | None, val_docs: int, trai
 
 
 def _same_file(one: str, other: str) -> bool:
-    if not (Path(one).is_file() and Path(other).is_file()) or os.path.getsize(one) != os.path.getsize(other):
+    if not (Path(one).is_file() and Path(other).is_file()) or os.path.getsize(
+        one
+    ) != os.path.getsize(other):
         return False
     return file_sha256(one) == file_sha256(other)
 
@@ -874,7 +1022,10 @@ def _first_of(documents: Iterator[Line], count: int) -> Iterator[Line]:
         yield document
         missing -= 1
     if missing:
-        raise DataError(f"{count - missing:,} documents are fewer than the {count:,} for validation (--val-docs)")
+        raise DataError(
+            f"{count - missing:,} documents are fewer than the {count:,} for validation"
+            " (--val-docs)"
+        )
 
 
 def file_sha256(path: str | Path) -> str:
@@ -884,28 +1035,42 @@ def file_sha256(path: str | Path) -> str:
 
 
 def refuse_used_folder(folder: Path) -> None:
-    """Raises DataError if there are shards of a run that ended: two runs in one folder would be read as one dataset."""
-    used = sorted(path.name for pattern in ("fineweb_*", "manifest.json*") for path in folder.glob(pattern))
+    """Raises DataError if there are shards of a run that ended: two runs in one folder would be
+    read as one dataset.
+    """
+    used = sorted(
+        path.name for pattern in ("fineweb_*", "manifest.json*") for path in folder.glob(pattern)
+    )
     if used and ((folder / "manifest.json").exists() or not (folder / PROGRESS).exists()):
-        raise DataError(f"{folder} already holds {used[0]} ({len(used)} files in all): remove them or change --out")
+        raise DataError(
+            f"{folder} already holds {used[0]} ({len(used)} files in all): remove them or change"
+            " --out"
+        )
 
 
-PROGRESS = "progress.bin"  # what an interrupted run needs to go on; gone when the manifest is written
+# what an interrupted run needs to go on; gone when the manifest is written
+PROGRESS = "progress.bin"
 
 
 class Dataset:
-    """A dataset in the making: counts, finished files, and the values that wait for the next file of each stream.
+    """A dataset in the making: counts, finished files, and the values that wait for the next file
+    of
+    each stream.
 
-    `save` puts all of that on the disk when files have been finished; a run that finds it goes on from there.
+    `save` puts all of that on the disk when files have been finished; a run that finds it goes on
+    from there.
     """
 
     def __init__(self, folder: Path, settings: dict):
         self.folder, self.settings = folder, settings
         self.splits = {"val": dict.fromkeys(("documents", "tokens", "bytes", "charged_bytes"), 0)}
-        self.splits["train"] = dict.fromkeys(("documents", "tokens", "bytes", "left_out", "removed_bytes"), 0)
+        self.splits["train"] = dict.fromkeys(
+            ("documents", "tokens", "bytes", "left_out", "removed_bytes"), 0
+        )
         self.read = {"val": [0, 0], "train": [0, 0]}  # documents, checksum of their lines
         self.writers = {
-            stream: ShardWriter(folder, stream, settings["shard_tokens"]) for stream in ("val", "val_bytes", "train")
+            stream: ShardWriter(folder, stream, settings["shard_tokens"])
+            for stream in ("val", "val_bytes", "train")
         }
         if (folder / PROGRESS).exists():
             self._load()
@@ -915,7 +1080,9 @@ class Dataset:
         self.save()
 
     def add(self, batch: EncodedBatch, is_validation: np.ndarray) -> None:
-        """Appends a batch; training documents that are validation documents (documents,) are left out and counted."""
+        """Appends a batch; training documents that are validation documents (documents,)
+        are left out and counted.
+        """
         if batch.split == "train" and is_validation.any():
             batch = _without(batch, is_validation)
         counts, finished = self.splits[batch.split], len(self.entries)
@@ -944,10 +1111,16 @@ class Dataset:
     @property
     def entries(self) -> dict[str, dict]:
         """File name -> manifest entry."""
-        return {name: entry for writer in self.writers.values() for name, entry in writer.entries.items()}
+        return {
+            name: entry
+            for writer in self.writers.values()
+            for name, entry in writer.entries.items()
+        }
 
     def save(self) -> None:
-        waiting = {stream: writer.buffer[: writer.filled] for stream, writer in self.writers.items()}
+        waiting = {
+            stream: writer.buffer[: writer.filled] for stream, writer in self.writers.items()
+        }
         state = {"settings": self.settings, "splits": self.splits, "read": self.read}
         state["entries"] = {stream: writer.entries for stream, writer in self.writers.items()}
         state["waiting"] = {stream: len(values) for stream, values in waiting.items()}
@@ -958,25 +1131,38 @@ class Dataset:
         try:
             state = json.loads(head)
         except ValueError as error:
-            raise DataError(f"{self.folder / PROGRESS}: damaged; remove the folder's files and begin anew") from error
+            raise DataError(
+                f"{self.folder / PROGRESS}: damaged; remove the folder's files and begin anew"
+            ) from error
         if not sum(read for read, _ in state["read"].values()):
             return
         if state["settings"] != self.settings:
-            other = [key for key in self.settings if self.settings[key] != state["settings"].get(key)]
-            raise DataError(f"{self.folder} holds an interrupted run with another {', '.join(other)}: "
-                            "repeat its command to go on, or remove its files")
-        for name, entry in itertools.chain.from_iterable(files.items() for files in state["entries"].values()):
+            other = [
+                key for key in self.settings if self.settings[key] != state["settings"].get(key)
+            ]
+            raise DataError(
+                f"{self.folder} holds an interrupted run with another {', '.join(other)}: "
+                "repeat its command to go on, or remove its files"
+            )
+        for name, entry in itertools.chain.from_iterable(
+            files.items() for files in state["entries"].values()
+        ):
             path = self.folder / name
             if not path.exists() or len(read_shard(path)) != entry["values"]:
-                raise DataError(f"{path}: missing or changed since the interrupted run wrote it; remove the folder's "
-                                "files and begin anew")  # fmt: skip
+                raise DataError(
+                    f"{path}: missing or changed since the interrupted run wrote it; remove the"
+                    " folder's files and begin anew"
+                )
         self.splits, self.read, start = state["splits"], state["read"], 0
         for stream, writer in self.writers.items():
             writer.entries = state["entries"][stream]
             end = start + 2 * state["waiting"][stream]
             writer.add(np.frombuffer(values[start:end], dtype=np.uint16))
             start = end
-        print(f"going on behind {self.read['val'][0]:,} + {self.read['train'][0]:,} documents", flush=True)
+        print(
+            f"going on behind {self.read['val'][0]:,} + {self.read['train'][0]:,} documents",
+            flush=True,
+        )
 
 
 def _without(batch: EncodedBatch, left_out: np.ndarray) -> EncodedBatch:
@@ -996,9 +1182,11 @@ def shard_files(folder: str | Path, stream: str) -> list[Path]:
 
 
 def read_documents(paths: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
-    """The documents of a stream, each with the file in which it begins, ids (tokens,) uint16, BOS first.
+    """The documents of a stream, each with the file in which it begins, ids (tokens,) uint16, BOS
+    first.
 
-    Reads a few megabytes at a time. Raises DataError where a file is damaged or the stream does not begin with BOS.
+    Reads a few megabytes at a time. Raises DataError where a file is damaged or the stream does not
+    begin with BOS.
     """
     begun_in, parts = None, []
     for path in paths:
@@ -1019,7 +1207,9 @@ def read_documents(paths: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
 
 def validation_hashes(folder: Path) -> np.ndarray:
     """Sorted hashes (documents,) uint64 of the validation documents that hold anything."""
-    hashes = [document_hash(ids) for _, ids in read_documents(shard_files(folder, "val")) if len(ids) > 1]
+    hashes = [
+        document_hash(ids) for _, ids in read_documents(shard_files(folder, "val")) if len(ids) > 1
+    ]
     return np.unique(np.array(hashes, dtype=np.uint64))
 
 
@@ -1030,28 +1220,46 @@ def refuse_empty_split(split: str, counts: dict) -> None:
     """Raises DataError where there is nothing to train on, or nothing to score."""
     name = SPLIT_NAMES[split]
     if counts.get("left_out") and not counts["documents"]:
-        raise DataError(f"all {counts['left_out']:,} {name} documents are validation documents: nothing is left")
+        raise DataError(
+            f"all {counts['left_out']:,} {name} documents are validation documents: nothing is left"
+        )
     if not counts["documents"]:
-        raise DataError(f"there are no {name} documents" + " behind those of validation" * (split == "train"))
+        raise DataError(
+            f"there are no {name} documents" + " behind those of validation" * (split == "train")
+        )
     if counts["tokens"] == counts["documents"]:  # BOS and no more
         raise DataError(f"all {counts['documents']:,} {name} documents are empty")
 
 
 def count_leaks(folder: Path, known: np.ndarray) -> int:
-    """Training documents of the finished shards whose hash is in `known`: what was written, not what was meant."""
+    """Training documents of the finished shards whose hash is in `known`: what was written, not
+    what was meant.
+    """
     known = set(known.tolist())
-    return sum(document_hash(ids) in known for _, ids in read_documents(shard_files(folder, "train")))
+    return sum(
+        document_hash(ids) in known for _, ids in read_documents(shard_files(folder, "train"))
+    )
 
 
-def build_dataset(corpus: Corpus, settings: dict, out: Path, encoder: Callable[[Batch], EncodedBatch], workers: int):
-    """Writes all shards of a corpus and their manifest, which is also returned; `encoder` runs in the workers."""
+def build_dataset(
+    corpus: Corpus,
+    settings: dict,
+    out: Path,
+    encoder: Callable[[Batch], EncodedBatch],
+    workers: int,
+):
+    """Writes all shards of a corpus and their manifest, which is also returned; `encoder` runs
+    in the workers.
+    """
     refuse_used_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     settings = {"split_rule": corpus.rule, **settings}
     dataset = Dataset(out, settings)
     known = np.zeros(0, dtype=np.uint64)
     for split, lines in (("val", corpus.val), ("train", corpus.train)):
-        for batch in map_in_order(encoder, make_batches(split, lines, *dataset.read[split]), workers):
+        for batch in map_in_order(
+            encoder, make_batches(split, lines, *dataset.read[split]), workers
+        ):
             dataset.add(batch, np.isin(batch.hashes, known).any(axis=1))
         if split not in corpus.may_be_empty:
             refuse_empty_split(split, dataset.splits[split])
@@ -1078,14 +1286,19 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 
 
 def read_manifest(folder: Path) -> dict:
-    """manifest.json of a dataset. Raises DataError if it is missing, or if a single byte is not as it was written."""
+    """manifest.json of a dataset.
+
+    Raises DataError if it is missing, or if a single byte is not as it was written.
+    """
     path = folder / "manifest.json"
     try:
         content = path.read_bytes()
         manifest = json.loads(content)
         seal = manifest.pop("seal")
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{path}: missing, damaged, or not made by this repository ({error!r})") from error
+        raise DataError(
+            f"{path}: missing, damaged, or not made by this repository ({error!r})"
+        ) from error
     if seal != _seal(manifest) or content != _render(manifest | {"seal": seal}):
         raise DataError(f"{path}: changed after it was written")
     return manifest
@@ -1102,26 +1315,44 @@ def _seal(manifest: dict) -> str:
 def tokenizer_entry(tokenizer: str) -> dict:
     """For the manifest."""
     vocab_size = load_tokenizer(tokenizer).get_piece_size()
-    return {"file": Path(tokenizer).name, "sha256": file_sha256(tokenizer), "vocab_size": vocab_size}
+    return {
+        "file": Path(tokenizer).name,
+        "sha256": file_sha256(tokenizer),
+        "vocab_size": vocab_size,
+    }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # DEMO
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 DEMO_DOCUMENT_CHARS = 400, 20_000
 DEMO_VAL_CHARS = 1_000, 2_200  # about 500 tokens
-DEMO_SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "pip", "_vendor"}
+DEMO_SKIPPED_FOLDERS = {
+    "__pycache__",
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "pip",
+    "_vendor",
+}
 
 
 def demo_roots() -> list[Path]:
     """Where the running interpreter keeps its standard library and its packages."""
     paths = sysconfig.get_paths()
-    return [Path(root) for root in dict.fromkeys(paths[name] for name in ("stdlib", "purelib", "platlib"))]
+    return [
+        Path(root)
+        for root in dict.fromkeys(paths[name] for name in ("stdlib", "purelib", "platlib"))
+    ]
 
 
 def demo_corpus(roots: list[Path], size: int, val_docs: int) -> Corpus:
-    """The documentation of installed Python packages: real prose that is already here. Same packages, same corpus.
+    """The documentation of installed Python packages: real prose that is already here. Same
+    packages,
+    same corpus.
 
     Validation is `val_docs` short documents, picked by hash. `size` is in characters.
     """
@@ -1130,10 +1361,19 @@ def demo_corpus(roots: list[Path], size: int, val_docs: int) -> Corpus:
     candidates = [text for text in documents if shortest <= len(text) <= longest]
     val = sorted(candidates, key=_text_hash)[:val_docs]
     if len(val) < val_docs:
-        raise DataError(f"only {len(val)} documents have {shortest:,} to {longest:,} characters; --val-docs {val_docs}")
+        raise DataError(
+            f"only {len(val)} documents have {shortest:,} to {longest:,} characters; --val-docs"
+            f" {val_docs}"
+        )
     train = [text for text in documents if text not in val]
     rule = f"{val_docs} short documents, picked by hash, are validation, the others are train"
-    sources = [{"file": "documentation of the installed packages", "role": "docs", "sha256": _text_hash(*documents)}]
+    sources = [
+        {
+            "file": "documentation of the installed packages",
+            "role": "docs",
+            "sha256": _text_hash(*documents),
+        }
+    ]
     return Corpus(_as_lines("demo val", val), _as_lines("demo train", train), rule, lambda: sources)
 
 
@@ -1146,7 +1386,9 @@ def demo_documents(roots: list[Path], size: int) -> list[str]:
     for text in itertools.chain(_package_descriptions(roots), _module_docstrings(roots)):
         if size <= 0:
             break
-        paragraphs = {_normalize(part): part for part in re.split(r"\n\s*\n", text) if _is_prose(part)}
+        paragraphs = {
+            _normalize(part): part for part in re.split(r"\n\s*\n", text) if _is_prose(part)
+        }
         document = "\n\n".join(paragraphs[key] for key in paragraphs if key not in seen)
         document = document[: DEMO_DOCUMENT_CHARS[1]].strip()
         if len(document) >= DEMO_DOCUMENT_CHARS[0]:
@@ -1159,20 +1401,30 @@ def demo_documents(roots: list[Path], size: int) -> list[str]:
 
 def _package_descriptions(roots: list[Path]) -> Iterator[str]:
     found = importlib.metadata.distributions(path=[str(root) for root in roots])
-    metadata = sorted((package.metadata for package in found), key=lambda fields: str(fields["Name"]).lower())
+    metadata = sorted(
+        (package.metadata for package in found), key=lambda fields: str(fields["Name"]).lower()
+    )
     yield from (str(fields["Description"] or fields.get_payload()) for fields in metadata)
 
 
 def _module_docstrings(roots: list[Path]) -> Iterator[str]:
-    """One text a module, from its source. In order of hashed names, so that whatever fits is a fair sample."""
-    modules = [(path.relative_to(root).as_posix(), path) for root in roots for path in _python_files(root)]
+    """One text a module, from its source.
+
+    In order of hashed names, so that whatever fits is a fair sample.
+    """
+    modules = [
+        (path.relative_to(root).as_posix(), path) for root in roots for path in _python_files(root)
+    ]
     for _, path in sorted(modules, key=lambda module: (_text_hash(module[0]), module)):
         try:
             source = path.read_bytes()
             quoted = sum(map(len, re.findall(rb'"""(.*?)"""', source, re.DOTALL)))
             if quoted < max(DEMO_DOCUMENT_CHARS[0], len(source) // 4):
-                continue  # parsing takes far longer than this look, so parse what is mostly documentation
-            with warnings.catch_warnings(action="ignore"):  # of invalid escapes in other people's strings
+                # parsing takes far longer than this look, so parse what is mostly
+                # documentation
+                continue
+            # of invalid escapes in other people's strings
+            with warnings.catch_warnings(action="ignore"):
                 tree = ast.parse(source)
         except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
             continue
@@ -1216,9 +1468,9 @@ def _as_lines(name: str, texts: list[str]) -> list[Line]:
     return [Line(name, number, json.dumps(text).encode()) for number, text in enumerate(texts, 1)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # MAIN
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's int32
@@ -1233,7 +1485,11 @@ def whole_number(lowest: int, highest: int = 2**63 - 1) -> Callable[[str], int]:
         except ValueError:
             number = None
         if number is None or not lowest <= number <= highest:
-            limits = f"from {lowest:,} to {highest:,}" if highest < 2**63 - 1 else f"of {lowest:,} or more"
+            limits = (
+                f"from {lowest:,} to {highest:,}"
+                if highest < 2**63 - 1
+                else f"of {lowest:,} or more"
+            )
             raise argparse.ArgumentTypeError(f"{text} is not a whole number {limits}")
         return number
 
@@ -1243,13 +1499,17 @@ def whole_number(lowest: int, highest: int = 2**63 - 1) -> Callable[[str], int]:
 def add_workers(parser: argparse.ArgumentParser) -> None:
     """Gives a command the argument --workers."""
     number, cores = whole_number(1, 4096), os.cpu_count() or 1
-    parser.add_argument("--workers", type=number, default=cores, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--workers", type=number, default=cores, metavar="N", help="default: %(default)s"
+    )
 
 
 def add_shard_tokens(parser: argparse.ArgumentParser) -> None:
     """Gives a command the argument --shard-tokens."""
     size = whole_number(1, MAX_SHARD_TOKENS)
-    parser.add_argument("--shard-tokens", type=size, default=100_000_000, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--shard-tokens", type=size, default=100_000_000, metavar="N", help="default: %(default)s"
+    )
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -1260,18 +1520,41 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         epilog="Two more commands: verify DIR, retokenize DIR; see their --help.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--docs", nargs="+", metavar="FILE", help="JSON lines, plain, .gz, .xz, or - (stdin), in order")
-    source.add_argument("--demo", action="store_true", help="documentation of the installed Python packages")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the shards go; new or empty")
-    parser.add_argument("--tokenizer", default=str(DEFAULT_TOKENIZER), metavar="MODEL", help="default: %(default)s")
+    source.add_argument(
+        "--docs",
+        nargs="+",
+        metavar="FILE",
+        help="JSON lines, plain, .gz, .xz, or - (stdin), in order",
+    )
+    source.add_argument(
+        "--demo", action="store_true", help="documentation of the installed Python packages"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where the shards go; new or empty"
+    )
+    parser.add_argument(
+        "--tokenizer", default=str(DEFAULT_TOKENIZER), metavar="MODEL", help="default: %(default)s"
+    )
     val = parser.add_mutually_exclusive_group()
-    val.add_argument("--val-docs", type=count, metavar="N", help="first documents (default: 50,000; demo: 10)")
-    val.add_argument("--val-file", metavar="FILE", help="validation documents, where they have a file of their own")
-    parser.add_argument("--train-docs", type=count, metavar="N", help="at most this many training documents")
+    val.add_argument(
+        "--val-docs", type=count, metavar="N", help="first documents (default: 50,000; demo: 10)"
+    )
+    val.add_argument(
+        "--val-file",
+        metavar="FILE",
+        help="validation documents, where they have a file of their own",
+    )
+    parser.add_argument(
+        "--train-docs", type=count, metavar="N", help="at most this many training documents"
+    )
     add_shard_tokens(parser)
     add_workers(parser)
-    parser.add_argument("--normalize-train", action="store_true", help="long URLs and debris out of training text")
-    parser.add_argument("--demo-bytes", type=count, default=4_000_000, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--normalize-train", action="store_true", help="long URLs and debris out of training text"
+    )
+    parser.add_argument(
+        "--demo-bytes", type=count, default=4_000_000, metavar="N", help="default: %(default)s"
+    )
     options = parser.parse_args(arguments)
     if options.demo and (options.val_file is not None or options.train_docs is not None):
         parser.error("--val-file and --train-docs go with --docs")
@@ -1288,7 +1571,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] in (["verify"], ["retokenize"]):
-        tool = importlib.import_module({"verify": "tools.verify_data", "retokenize": "tools.retokenize"}[arguments[0]])
+        tool = importlib.import_module(
+            {"verify": "tools.verify_data", "retokenize": "tools.retokenize"}[arguments[0]]
+        )
         return tool.main(arguments[1:])
     options = parse_arguments(arguments)
     return exit_status(partial(prepare, options), kept_in=options.out)
@@ -1303,13 +1588,18 @@ def prepare(options: argparse.Namespace) -> int:
     else:
         corpus = corpus_from_files(options.docs, options.val_file, val_docs, options.train_docs)
     print(f"split: {corpus.rule}", flush=True)
-    settings = {"tokenizer": tokenizer_entry(options.tokenizer), "shard_tokens": options.shard_tokens}
+    settings = {
+        "tokenizer": tokenizer_entry(options.tokenizer),
+        "shard_tokens": options.shard_tokens,
+    }
     settings["normalize_train"] = options.normalize_train
-    kept = min(300_000, 2_000_000 // options.workers)  # words: all processes together stay under 2 GB
+    # words: all processes together stay under 2 GB
+    kept = min(300_000, 2_000_000 // options.workers)
     encoder = partial(encode_batch, options.tokenizer, options.normalize_train, kept)
     print_counts(build_dataset(corpus, settings, options.out, encoder, options.workers))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(importlib.import_module("prepare_caseops_data").main())  # the module that tools and workers import
+    # the module that tools and workers import
+    sys.exit(importlib.import_module("prepare_caseops_data").main())

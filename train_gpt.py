@@ -1,19 +1,21 @@
-"""Train, quantize, pack and score a small language model: one file, the whole of a Parameter Golf submission.
+"""Train, quantize, pack and score a small language model: a whole Parameter Golf submission.
 
-    text -> shards (prepare_caseops_data.py) -> train -> EMA -> GPTQ + LQER -> artifact on disk -> rebuilt model
-         -> bits per byte (BPB) of the validation documents -> the same with score-first test-time training (TTT)
+    text -> shards (prepare_caseops_data.py) -> train -> EMA -> GPTQ + LQER -> artifact on disk
+         -> rebuilt model -> bits per byte (BPB) of the validation documents
+         -> the same with score-first test-time training (TTT)
 
-    make demo                                                       # CPU or GPU, a few minutes, nothing to download
-    DATA_PATH=data/mine python train_gpt.py                         # one GPU (or the CPU)
+    make demo                                    # CPU or GPU, a few minutes, nothing to download
+    DATA_PATH=data/mine python train_gpt.py      # one GPU (or the CPU)
     DATA_PATH=data/mine torchrun --standalone --nproc_per_node=8 train_gpt.py
-    python train_gpt.py --help                                      # every setting: default, range, meaning
+    python train_gpt.py --help                   # every setting: default, range, meaning
 
-Settings are environment variables; the defaults are the submission, PRESET=name is a published one. The file stands
-alone; in its repository find_guard takes tools/guard.py, which watches the run. A run lives in runs/<RUN_ID>/ (README)
-and ends with `RESULT {json}`. QUANT_ONLY=1 goes on from its model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
+Settings are environment variables; the defaults are the submission, PRESET=name is a published one.
+The file stands alone; in its repository find_guard takes tools/guard.py, which watches the run. A
+run lives in runs/<RUN_ID>/ (README) and ends with `RESULT {json}`. QUANT_ONLY=1 goes on from its
+model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
 
-Shapes: B rows, T tokens, D model_dim, L layers, S slots (one execution of a layer; a looped one has several), H heads,
-K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
+Shapes: B rows, T tokens, D model_dim, L layers, S slots (one execution of a layer; a looped one has
+several), H heads, K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
 """
 
 import contextlib
@@ -70,71 +72,128 @@ BOS_ID = 1  # every document starts with exactly one (README: data)
 CONTEST_SECONDS = 600.0  # of training, and of evaluation, the contest's rules
 BYTE_CAP = 16_000_000  # decimal bytes of code + weights, the contest's rule
 RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
-PACKED = False  # a script that tools/pack_code.py wrote is its own submission and has nothing beside it
-techniques = None  # what only published systems use: tools/techniques.py puts itself here, where find_guard finds it
+# a script that tools/pack_code.py wrote is its own submission and has nothing beside it
+PACKED = False
+# what only published systems use: tools/techniques.py puts itself here, where find_guard finds it
+techniques = None
+
 
 class SettingError(ValueError):
-    """A setting, or a combination of settings, that cannot work; the message says what to change."""
+    """A setting, or a combination of settings, that cannot work; the message says what to
+    change.
+    """
+
 
 class DataError(ValueError):
-    """A dataset or a file that cannot be used as it is; the message names it and says what to do."""
+    """A dataset or a file that cannot be used as it is; the message names it and says what to
+    do.
+    """
+
 
 class ArtifactError(ValueError):
     """Bytes that are no artifact of this program, or a damaged one."""
 
-OUR_ERRORS = SettingError, DataError, ArtifactError  # what a run refuses; any other exception ends with its traceback
 
-# ---- HYPERPARAMETERS -------------------------------------------------------------------------------------------------
+# what a run refuses; any other exception ends with its traceback
+OUR_ERRORS = SettingError, DataError, ArtifactError
+
+# ---- HYPERPARAMETERS -----------------------------------------------------------------------------
+
 
 def env(default, help, *, above=None, least=None, most=None, choices=None, published=False):
-    """One setting; its environment name is the field's in capitals. `above` is exclusive, `least`, `most` inclusive.
-    published: only published systems use other values than the default; their code is in tools/techniques.py.
+    """One setting; its environment name is the field's in capitals. `above` is exclusive, `least`,
+    `most` inclusive. published: only published systems use other values than the default; their
+    code is in tools/techniques.py.
     """
     rules = {"above": above, "least": least, "most": most, "choices": choices}
-    return dataclasses.field(default=default, metadata=rules | {"help": help, "published": published})
+    return dataclasses.field(
+        default=default, metadata=rules | {"help": help, "published": published}
+    )
+
 
 RESIDUALS = "off", "mix", "gate"  # of values
 
+
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Every setting of a run, declared once: name, type, default, meaning, range. Raises SettingError on bad values."""
+    """Every setting of a run, declared once: name, type, default, meaning, range.
+
+    Raises SettingError on bad values.
+    """
 
     # run
     seed: int = env(42, "seed of the initial weights and of the LoRA matrices", least=0)
     preset: str = env("", "settings of presets/NAME.env; what the environment sets wins")
     run_id: str = env("", "name of the run's folder; empty: a time stamp with the seed")
     runs_dir: str = env("runs", "folder that holds the runs")
-    plots: bool = env(True, "pictures of the run at its end, where tools/plot_run.py lies beside this file")
-    data_path: str = env("data/datasets/fineweb10B_sp8192_caseops", "folder of fineweb_{train,val,val_bytes}_*.bin")
-    tokenizer_path: str = env("", "SentencePiece model; empty: beside the data or in tokenizers/, by manifest hash")
+    plots: bool = env(
+        True, "pictures of the run at its end, where tools/plot_run.py lies beside this file"
+    )
+    data_path: str = env(
+        "data/datasets/fineweb10B_sp8192_caseops", "folder of fineweb_{train,val,val_bytes}_*.bin"
+    )
+    tokenizer_path: str = env(
+        "", "SentencePiece model; empty: beside the data or in tokenizers/, by manifest hash"
+    )
     caseops_enabled: bool = env(
-        True, "validation bytes come from the side-car; 0: from the tokenizer's byte tables", published=True)
+        True,
+        "validation bytes come from the side-car; 0: from the tokenizer's byte tables",
+        published=True,
+    )
     marker_fusion_enabled: bool = env(
-        False, "a space and the case marker behind it become one token (PR 2109)", published=True)
+        False, "a space and the case marker behind it become one token (PR 2109)", published=True
+    )
     data_seed: int = env(0, "order of the training rows; 0: as published", least=0)
-    balance_rows: bool = env(True, "a step's documents are dealt to its rows so that attention has equal work in each")
+    balance_rows: bool = env(
+        True, "a step's documents are dealt to its rows so that attention has equal work in each"
+    )
     doc_shuffle_enabled: bool = env(
-        False, "training documents in another order inside each shard, by DATA_SEED (1512)", published=True)
-    device: str = env("auto", "where to run; auto: a GPU if there is one", choices=("auto", "cuda", "cpu"))
-    compute_dtype: str = env("auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32"))
+        False,
+        "training documents in another order inside each shard, by DATA_SEED (1512)",
+        published=True,
+    )
+    device: str = env(
+        "auto", "where to run; auto: a GPU if there is one", choices=("auto", "cuda", "cpu")
+    )
+    compute_dtype: str = env(
+        "auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32")
+    )
     compile: str = env("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
-    kernels: bool = env(True, "Triton's and Quack's kernels where a trial call works; 0: PyTorch references")
+    kernels: bool = env(
+        True, "Triton's and Quack's kernels where a trial call works; 0: PyTorch references"
+    )
     train_cuda_graphs: bool = env(True, "on CUDA training micro-batches are captured and replayed")
-    attention_backend: str = env("auto", "packed attention", choices=("auto", "fa3", "fa4", "torch", "sdpa"))
+    attention_backend: str = env(
+        "auto", "packed attention", choices=("auto", "fa3", "fa4", "torch", "sdpa")
+    )
     prequant_only: bool = env(False, "stop after the evaluation of the fp32 model")
     quant_only: bool = env(False, "go on from CHECKPOINT_PATH: Hessians, GPTQ, packing, evaluation")
     ttt_eval_only: bool = env(False, "go on from ARTIFACT_PATH: evaluation and test-time training")
-    checkpoint_path: str = env("", "fp32 model that QUANT_ONLY reads; empty: model.pt of the run's folder")
-    artifact_path: str = env("", "packed model that TTT_EVAL_ONLY reads; empty: artifact.bin of the run's folder")
-    checkpoint_every: int = env(0, "steps between training states, of which two are kept; 0: on a signal only", least=0)
+    checkpoint_path: str = env(
+        "", "fp32 model that QUANT_ONLY reads; empty: model.pt of the run's folder"
+    )
+    artifact_path: str = env(
+        "", "packed model that TTT_EVAL_ONLY reads; empty: artifact.bin of the run's folder"
+    )
+    checkpoint_every: int = env(
+        0, "steps between training states, of which two are kept; 0: on a signal only", least=0
+    )
     resume: bool = env(False, "go on from the newest whole training state of RUN_ID")
-    deterministic: bool = env(False, "the same RESULT from run to run: CPU all bits, GPU as far as PyTorch can")
+    deterministic: bool = env(
+        False, "the same RESULT from run to run: CPU all bits, GPU as far as PyTorch can"
+    )
 
     # data and batches
-    train_batch_tokens: int = env(786_432, "tokens of a step over all ranks and micro-steps", least=1)
-    micro_batch_tokens: int = env(98_304, "tokens of a packed row, the unit of one forward and backward", least=1)
+    train_batch_tokens: int = env(
+        786_432, "tokens of a step over all ranks and micro-steps", least=1
+    )
+    micro_batch_tokens: int = env(
+        98_304, "tokens of a packed row, the unit of one forward and backward", least=1
+    )
     train_seq_len: int = env(2048, "longer documents are cut in pieces of this length", least=2)
-    max_row_segments: int = env(0, "pieces of a row; above it the shortest see each other; 0: automatic", least=0)
+    max_row_segments: int = env(
+        0, "pieces of a row; above it the shortest see each other; 0: automatic", least=0
+    )
 
     # model
     vocab_size: int = env(8192, "tokens of the vocabulary", least=9, most=65_536)
@@ -145,59 +204,102 @@ class Hyperparameters:
     mlp_mult: float = env(4.0, "MLP width over model width", above=0)
     tie_embeddings: bool = env(True, "the embedding is the output projection too")
     tied_embed_init_std: float = env(0.005, "deviation of the initial embedding", above=0)
-    smear_gate_enabled: bool = env(True, "SmearGate: add a gated share of the previous token's embedding")
+    smear_gate_enabled: bool = env(
+        True, "SmearGate: add a gated share of the previous token's embedding"
+    )
     gate_window: int = env(12, "input dimensions that the gates read", least=1)
     loop_start: int = env(3, "first looped layer", least=0)
     loop_end: int = env(5, "last looped layer", least=0)
     num_loops: int = env(2, "extra passes over the looped layers; 0: no depth recurrence", least=0)
-    enable_looping_at: float = env(0.35, "training fraction at which looping starts", least=0, most=1)
+    enable_looping_at: float = env(
+        0.35, "training fraction at which looping starts", least=0, most=1
+    )
     skip_gates_enabled: bool = env(True, "U-Net skips merge through a gated lerp; 0: by addition")
     ln_scale: bool = env(True, "normalised inputs are divided by sqrt(layer + 1)")
     rope_dims: int = env(16, "rotary dimensions of each head", least=2)
     rope_base: float = env(10_000.0, "rotary base", above=1)
     qk_gain_init: float = env(5.0, "initial gain of each query head", above=0)
-    xsa_last_n: int = env(11, "last layers with XSA: a head's output loses its part along its own value", least=0)
-    sparse_attn_gate_enabled: bool = env(True, "per-head output gate read from GATE_WINDOW dimensions")
+    xsa_last_n: int = env(
+        11, "last layers with XSA: a head's output loses its part along its own value", least=0
+    )
+    sparse_attn_gate_enabled: bool = env(
+        True, "per-head output gate read from GATE_WINDOW dimensions"
+    )
     sparse_attn_gate_scale: float = env(0.5, "factor inside the sparse gate's sigmoid", above=0)
     gated_attn_enabled: bool = env(False, "per-head output gate read from all dimensions")
     attn_out_gate_enabled: bool = env(False, "per-head output gate 2 sigmoid(W src[:GATE_WINDOW])")
-    attn_out_gate_src: str = env("block", "source of that gate: block input or raw q", choices=("block", "q"))
+    attn_out_gate_src: str = env(
+        "block", "source of that gate: block input or raw q", choices=("block", "q")
+    )
     leaky_relu_slope: float = env(0.3, "negative slope before squaring in the MLP", least=0, most=1)
-    parallel_start_layer: int = env(8, "first layer with two residual lanes; NUM_LAYERS: none", least=0)
-    parallel_final_lane: str = env("mean", "which lane leaves the stack", choices=("mean", "attn", "mlp"))
+    parallel_start_layer: int = env(
+        8, "first layer with two residual lanes; NUM_LAYERS: none", least=0
+    )
+    parallel_final_lane: str = env(
+        "mean", "which lane leaves the stack", choices=("mean", "attn", "mlp")
+    )
     logit_softcap: float = env(30.0, "logits z become c tanh(z/c)", above=0, most=64)
     attn_window: int = env(
-        0, "tokens before its own that a token of the early layers sees; 0: all", least=0, published=True)
+        0,
+        "tokens before its own that a token of the early layers sees; 0: all",
+        least=0,
+        published=True,
+    )
     attn_window_full_layers: int = env(3, "last layers that see all nevertheless", least=0)
     partial_key_offset: bool = env(
-        False, "unrotated dimensions of full layers' keys are the previous token's (1512)", published=True)
+        False,
+        "unrotated dimensions of full layers' keys are the previous token's (1512)",
+        published=True,
+    )
     value_residual: str = env(
-        "off", "mix: values l0 v0 + l1 v, v0 layer 0's; gate: v + s(a) v0", choices=RESIDUALS, published=True)
-    bigram_vocab_size: int = env(0, "rows of the hashed bigram embedding; 0: none", least=0, published=True)
+        "off",
+        "mix: values l0 v0 + l1 v, v0 layer 0's; gate: v + s(a) v0",
+        choices=RESIDUALS,
+        published=True,
+    )
+    bigram_vocab_size: int = env(
+        0, "rows of the hashed bigram embedding; 0: none", least=0, published=True
+    )
     bigram_dim: int = env(112, "width of that table", least=1)
     value_embed_layers: str = env(
-        "", "layers whose values get a token's own embedding, comma separated", published=True)
+        "", "layers whose values get a token's own embedding, comma separated", published=True
+    )
     value_embed_dim: int = env(128, "width of that table", least=1)
     extra_eval_loops: int = env(
-        0, "passes over the looped layers that training did not have; skips stay", least=0, published=True)
+        0,
+        "passes over the looped layers that training did not have; skips stay",
+        least=0,
+        published=True,
+    )
 
     # optimizer and schedule
-    max_wallclock_seconds: float = env(600.0, "budget of training, Hessians and GPTQ; 0: ITERATIONS decide", least=0)
+    max_wallclock_seconds: float = env(
+        600.0, "budget of training, Hessians and GPTQ; 0: ITERATIONS decide", least=0
+    )
     iterations: int = env(20_000, "steps at most", least=1)
     warmup_steps: int = env(3, "throw-away steps per graph before the clock starts", least=0)
-    warmdown_frac: float = env(0.85, "last fraction of training in which the learning rates fall", above=0, most=1)
+    warmdown_frac: float = env(
+        0.85, "last fraction of training in which the learning rates fall", above=0, most=1
+    )
     min_lr: float = env(0.1, "floor of the learning-rate factor", least=0, most=1)
     matrix_lr: float = env(0.026, "Muon learning rate", above=0)
     muon_momentum: float = env(0.97, "Nesterov momentum after its warm-up", least=0, most=1)
     muon_momentum_warmup_start: float = env(0.92, "momentum at step 0", least=0, most=1)
     muon_momentum_warmup_steps: int = env(1500, "steps of the linear momentum warm-up", least=0)
     muon_wd: float = env(0.095, "decoupled decay of the banks", least=0)
-    muon_row_normalize: bool = env(True, "rows of the update get unit norm before orthogonalisation")
+    muon_row_normalize: bool = env(
+        True, "rows of the update get unit norm before orthogonalisation"
+    )
     muon_backend_steps: int = env(5, "Newton-Schulz steps", least=1, most=5)
     muon_head_pairs: bool = env(
-        False, "q and k are orthogonalised by pairs of heads, not whole (PR 1512)", published=True)
-    muon_gram_enabled: bool = env(False, "Newton-Schulz steps on X X^T where X is not square", published=True)
-    muon_dtype: str = env("auto", "Muon's gradients, momentum, products", choices=("auto", "bfloat16", "float32"))
+        False, "q and k are orthogonalised by pairs of heads, not whole (PR 1512)", published=True
+    )
+    muon_gram_enabled: bool = env(
+        False, "Newton-Schulz steps on X X^T where X is not square", published=True
+    )
+    muon_dtype: str = env(
+        "auto", "Muon's gradients, momentum, products", choices=("auto", "bfloat16", "float32")
+    )
     tied_embed_lr: float = env(0.03, "AdamW learning rate of the embedding", above=0)
     embed_wd: float = env(0.085, "decay of the embedding", least=0)
     scalar_lr: float = env(0.02, "AdamW learning rate of scalars and gates", above=0)
@@ -205,24 +307,41 @@ class Hyperparameters:
     beta1: float = env(0.9, "AdamW beta1", least=0, most=0.9999)
     beta2: float = env(0.99, "AdamW beta2", least=0, most=0.99999)
     grad_clip_norm: float = env(0.3, "global gradient norm at most; 0: off", least=0)
-    ema_decay: float = env(0.9965, "decay of the weight average, after its ramp", least=0, most=0.999999)
+    ema_decay: float = env(
+        0.9965, "decay of the weight average, after its ramp", least=0, most=0.999999
+    )
     swa_below_lr: float = env(
-        0.0, "below this learning-rate factor: mean of snapshots; 0: EMA", least=0, published=True)
+        0.0, "below this learning-rate factor: mean of snapshots; 0: EMA", least=0, published=True
+    )
     swa_every: int = env(50, "steps between snapshots", least=1)
     qat_below_lr: float = env(
-        0.0, "banks train on their grid below this learning-rate factor; 0: never", least=0, published=True)
-    wd_schedule_enabled: bool = env(False, "weight decay falls, then rises (PR 1512)", published=True)
-    wd_sched_hold_frac: float = env(0.40, "fraction until which decay keeps its value", least=0, most=1)
+        0.0,
+        "banks train on their grid below this learning-rate factor; 0: never",
+        least=0,
+        published=True,
+    )
+    wd_schedule_enabled: bool = env(
+        False, "weight decay falls, then rises (PR 1512)", published=True
+    )
+    wd_sched_hold_frac: float = env(
+        0.40, "fraction until which decay keeps its value", least=0, most=1
+    )
     wd_sched_ramp_frac: float = env(0.85, "fraction at which decay is lowest", least=0, most=1)
     wd_sched_low_factor: float = env(0.50, "lowest decay factor", least=0)
     wd_sched_high_factor: float = env(1.75, "decay factor at the end", least=0)
     train_log_every: int = env(100, "steps between log lines", least=1)
-    val_loss_every: int = env(0, "steps between evaluations inside training, off the clock; 0: none", least=0)
+    val_loss_every: int = env(
+        0, "steps between evaluations inside training, off the clock; 0: none", least=0
+    )
 
     # quantization and artifact
     gptq_reserve_seconds: float = env(7.0, "part of the budget kept for Hessians and GPTQ", least=0)
-    gptq_calibration_batches: int = env(16, "rows of training tokens for the Hessians, over all ranks", least=1)
-    gptq_self_calibration: bool = env(False, "these rows are written by the model itself (PR 1512)", published=True)
+    gptq_calibration_batches: int = env(
+        16, "rows of training tokens for the Hessians, over all ranks", least=1
+    )
+    gptq_self_calibration: bool = env(
+        False, "these rows are written by the model itself (PR 1512)", published=True
+    )
     gptq_all_reduce: bool = env(True, "Hessians are averaged over ranks; 0: each rank's own")
     gptq_damp: float = env(0.01, "share of the mean Hessian diagonal added to it", above=0)
     gptq_block_size: int = env(128, "columns between two batched error updates", least=1)
@@ -232,41 +351,76 @@ class Hyperparameters:
     attn_clip_sigmas: float = env(14.0, "clip of attention rows in deviations", above=0)
     embed_clip_sigmas: float = env(15.0, "clip of embedding rows in deviations", above=0)
     hessian_clip_lambda: float = env(
-        0.0, "share of a row's Hessian-weighted size in its clip (PR 1512)", least=0, published=True)
-    gptq_column_steps: bool = env(True, "steps 2^(k/8) per row and per column instead of fp16 per row")
-    gptq_column_octaves: float = env(2.0, "most octaves between a column's step and its row's", least=0)
-    quant_check_rows: int = env(2, "training rows held out to check the quantized model's loss; 0: no check", least=0)
-    quant_gap_max: float = env(0.02, "nats a token that quantization may add there; else plainer ones", above=0)
+        0.0, "share of a row's Hessian-weighted size in its clip (PR 1512)", least=0, published=True
+    )
+    gptq_column_steps: bool = env(
+        True, "steps 2^(k/8) per row and per column instead of fp16 per row"
+    )
+    gptq_column_octaves: float = env(
+        2.0, "most octaves between a column's step and its row's", least=0
+    )
+    quant_check_rows: int = env(
+        2, "training rows held out to check the quantized model's loss; 0: no check", least=0
+    )
+    quant_gap_max: float = env(
+        0.02, "nats a token that quantization may add there; else plainer ones", above=0
+    )
     gated_attn_quant_gate: bool = env(True, "attention gates as int8 per row; 0: fp16")
     lqer_enabled: bool = env(True, "low-rank correction of the largest quantization errors")
     lqer_top_k: int = env(3, "matrices that get a correction", least=0)
     lqer_rank: int = env(4, "rank of a correction", least=1)
     lqer_weighted: bool = env(
-        False, "corrections chosen and factored by Hessian-weighted error and gain per byte", published=True)
-    lqer_asym_enabled: bool = env(True, "correction as int2 and int4 codes; 0: LQER_FACTOR_BITS for both factors")
+        False,
+        "corrections chosen and factored by Hessian-weighted error and gain per byte",
+        published=True,
+    )
+    lqer_asym_enabled: bool = env(
+        True, "correction as int2 and int4 codes; 0: LQER_FACTOR_BITS for both factors"
+    )
     lqer_asym_group: int = env(64, "codes that share a scale in the int4 factor", least=1)
     lqer_factor_bits: int = env(4, "bits of the symmetric factors", least=2, most=8)
-    target_bytes: int = env(0, "scale the clips until code and weights end just under this; 0: off", least=0)
-    compressor: str = env("entropy", "coder of the artifact: entropy, pergroup (needs lrzip), brotli, lzma")
+    target_bytes: int = env(
+        0, "scale the clips until code and weights end just under this; 0: off", least=0
+    )
+    compressor: str = env(
+        "entropy", "coder of the artifact: entropy, pergroup (needs lrzip), brotli, lzma"
+    )
 
     # evaluation
     eval_seq_len: int = env(2048, "context of plain and sliding evaluation", least=2)
     sliding_window_enabled: bool = env(False, "also evaluate with overlapping windows")
     eval_stride: int = env(64, "advance of the sliding window", least=1)
-    eval_budget_seconds: float = env(600.0, "seconds of unpacking and final evaluation, or a violation", above=0)
+    eval_budget_seconds: float = env(
+        600.0, "seconds of unpacking and final evaluation, or a violation", above=0
+    )
 
     # test-time training
     ttt_enabled: bool = env(True, "score with test-time training")
     ttt_method: str = env(
-        "lora", "lora: an adapter a document; sgd: all weights, by chunks", choices=("lora", "sgd"), published=True)
-    ttt_epochs: int = env(3, "SGD steps on a chunk of GLOBAL_TTT_CHUNK_TOKENS, at GLOBAL_TTT_LR", least=1)
-    ttt_max_docs: int = env(0, "score only N validation documents, of all lengths, marked partial; 0: all", least=0)
+        "lora",
+        "lora: an adapter a document; sgd: all weights, by chunks",
+        choices=("lora", "sgd"),
+        published=True,
+    )
+    ttt_epochs: int = env(
+        3, "SGD steps on a chunk of GLOBAL_TTT_CHUNK_TOKENS, at GLOBAL_TTT_LR", least=1
+    )
+    ttt_max_docs: int = env(
+        0, "score only N validation documents, of all lengths, marked partial; 0: all", least=0
+    )
     ttt_eval_seq_len: int = env(2048, "context of a chunk, its own tokens included", least=2)
-    ttt_stale_context: int = env(1792, "oldest positions of it with keys and values kept from older adapters", least=0)
+    ttt_stale_context: int = env(
+        1792, "oldest positions of it with keys and values kept from older adapters", least=0
+    )
     ttt_chunk_size: int = env(12, "tokens scored between two LoRA steps", least=1)
     ttt_short_chunks: str = env(
-        "", "smaller chunks of short documents: 256:8,2000:24 is 8 up to 256 tokens, then 24", published=True)
-    ttt_batch_size: int = env(64, "places of a lane, and documents of a step with whole contexts", least=1)
+        "",
+        "smaller chunks of short documents: 256:8,2000:24 is 8 up to 256 tokens, then 24",
+        published=True,
+    )
+    ttt_batch_size: int = env(
+        64, "places of a lane, and documents of a step with whole contexts", least=1
+    )
     ttt_lanes: int = env(8, "fixed groups of places; lane i runs on rank i mod world size", least=1)
     ttt_lora_sites: str = env("q,k,v,o,mlp,head", "where adapters sit, comma separated")
     ttt_lora_rank: int = env(80, "rank of an adapter", least=1)
@@ -276,9 +430,16 @@ class Hyperparameters:
     ttt_weight_decay: float = env(0.5, "decay of the adapters", least=0)
     ttt_warm_start_a: bool = env(True, "a new document keeps A of the one before it in its place")
     ngram_tilt_enabled: bool = env(
-        False, "the word that followed the last 15 tokens before gets more probability", published=True)
-    phased_ttt_num_phases: int = env(1, "times the base weights are fine-tuned on scored documents", least=0)
-    phased_ttt_prefix_docs: int = env(2500, "documents scored before the last of them, of 50,000 (scaled)", least=0)
+        False,
+        "the word that followed the last 15 tokens before gets more probability",
+        published=True,
+    )
+    phased_ttt_num_phases: int = env(
+        1, "times the base weights are fine-tuned on scored documents", least=0
+    )
+    phased_ttt_prefix_docs: int = env(
+        2500, "documents scored before the last of them, of 50,000 (scaled)", least=0
+    )
     global_ttt_lr: float = env(1e-3, "SGD learning rate of that fine-tuning, cosine to 0", least=0)
     global_ttt_momentum: float = env(0.9, "its momentum", least=0, most=0.9999)
     global_ttt_grad_clip: float = env(1.0, "its global gradient norm at most", above=0)
@@ -286,8 +447,8 @@ class Hyperparameters:
 
     @classmethod
     def from_env(cls, environ=None, guard=None):
-        """The environment over the settings of its PRESET, which the guard reads; a dictionary may stand for it.
-        Raises SettingError for bad values and for unknown names that look like ours.
+        """The environment over the settings of its PRESET, which the guard reads; a dictionary may
+        stand for it. Raises SettingError for bad values and for unknown names that look like ours.
         """
         environ = os.environ if environ is None else environ
         if environ.get("PRESET"):
@@ -307,25 +468,48 @@ class Hyperparameters:
         if problems := setting_problems(self):
             raise SettingError("\n".join(problems))
 
-    num_embeddings = property(lambda hp: (hp.vocab_size + 10) // 8 * 8 if hp.marker_fusion_enabled else hp.vocab_size)
+    num_embeddings = property(
+        lambda hp: (hp.vocab_size + 10) // 8 * 8 if hp.marker_fusion_enabled else hp.vocab_size
+    )
     head_dim = property(lambda hp: hp.model_dim // hp.num_heads)
-    new_values = property(lambda hp: hp.partial_key_offset or hp.value_embed_layers != "" or hp.value_residual != "off")
-    # SEED in the range of all generators, of seeds that are made of it as well; below 2^43 it is SEED itself
+    new_values = property(
+        lambda hp: (
+            hp.partial_key_offset or hp.value_embed_layers != "" or hp.value_residual != "off"
+        )
+    )
+    # SEED in the range of all generators, of seeds that are made of it as well; below 2^43 it is
+    # SEED itself
     generator_seed = property(lambda hp: hp.seed % 2**43)
     mlp_dim = property(lambda hp: int(hp.mlp_mult * hp.model_dim))
     lora_sites = property(lambda hp: tuple(site for site in hp.ttt_lora_sites.split(",") if site))
-    micro_steps = property(lambda hp: hp.train_batch_tokens // hp.micro_batch_tokens)  # of a step, over all ranks
-    # without a limit: enough for any row, as of two neighbouring pieces that are not joined one is over half the length
-    row_segments = property(lambda hp: hp.max_row_segments or max(
-        64, hp.micro_batch_tokens // 512, 2 * -(-hp.micro_batch_tokens // hp.train_seq_len) + 1))
+    # of a step, over all ranks
+    micro_steps = property(lambda hp: hp.train_batch_tokens // hp.micro_batch_tokens)
+    # without a limit: enough for any row, as of two neighbouring pieces that are not joined one is
+    # over half the length
+    row_segments = property(
+        lambda hp: (
+            hp.max_row_segments
+            or max(
+                64,
+                hp.micro_batch_tokens // 512,
+                2 * -(-hp.micro_batch_tokens // hp.train_seq_len) + 1,
+            )
+        )
+    )
 
     @property
     def training_seconds(self):
-        """Seconds of the training loop; None: no limit, ITERATIONS decide. 0 is no time at all: a step is taken."""
+        """Seconds of the training loop; None: no limit, ITERATIONS decide.
+
+        0 is no time at all: a step is taken.
+        """
         budget = self.max_wallclock_seconds
         return max(0.0, budget - self.gptq_reserve_seconds) if budget else None
 
-LORA_SITES = {"q": "q", "k": "k", "v": "v", "o": "attn_out", "mlp": "mlp_out", "head": "lm_head"}  # setting -> tap site
+
+# setting -> tap site
+LORA_SITES = {"q": "q", "k": "k", "v": "v", "o": "attn_out", "mlp": "mlp_out", "head": "lm_head"}
+
 
 def parse_setting(field, text):
     """The typed value of one variable's text. Raises ValueError that names the variable."""
@@ -336,51 +520,107 @@ def parse_setting(field, text):
     except ValueError:
         raise ValueError(f"{field.name.upper()}={text!r}: must be {field.type.__name__}") from None
 
-# Names of published training scripts that do nothing here -> what does. Other unknown names are found by their family.
+
+# Names of published training scripts that do nothing here -> what does. Other unknown names are
+# found by their family.
 INSTEAD = {
-    "ADAM_EPS": "nothing: it is 1e-8", "ALIAS_PREV_SMEAR_SCALE": "nothing", "ASYM_LOGIT_RESCALE": "nothing",
-    "CKPT_PATH": "CHECKPOINT_PATH", "EVAL_ONLY": "TTT_EVAL_ONLY", "EVAL_ONLY_PATH": "QUANT_ONLY and CHECKPOINT_PATH",
-    "DATASETS_DIR": "DATA_PATH", "DOC_SHUFFLE": "DOC_SHUFFLE_ENABLED", "E2E_TTT_ENABLED": "TTT_METHOD=sgd",
-    "FULL_GPTQ_DAMP": "GPTQ_DAMP", "FUSED_CE_ENABLED": "KERNELS", "FUSED_MLP_ENABLED": "KERNELS",
-    "HEAD_LR": "TIED_EMBED_LR", "HEAD_PAIR_NS": "MUON_HEAD_PAIRS", "IHA_ENABLED": "nothing", "IHA_MIX_V": "nothing",
-    "LATE_QAT_THRESHOLD": "QAT_BELOW_LR", "LOAD_MODEL_PATH": "QUANT_ONLY and CHECKPOINT_PATH", "MTP_ENABLED": "nothing",
-    "MTP_LOSS_WEIGHT": "nothing", "MTP_NUM_HEADS": "nothing", "MTP_STEPS": "nothing", "MTP_WEIGHT": "nothing",
-    "NEGATIVE_SLOPE": "LEAKY_RELU_SLOPE", "PAIRED_HEAD_MUON_ENABLED": "MUON_HEAD_PAIRS", "PRUNE_PCT": "TARGET_BYTES",
-    "QUANTIZED_MODEL_PATH": "TTT_EVAL_ONLY and ARTIFACT_PATH", "QUANTIZE_ONLY": "QUANT_ONLY", "RECUR_ALPHA": "nothing",
-    "SKIP_POST_TRAIN_EVAL": "PREQUANT_ONLY", "SPINQUANT_ENABLED": "nothing", "TARGET_MB": "TARGET_BYTES",
-    "TOKEN_BOOST": "NGRAM_TILT_ENABLED", "TOKEN_ORDER": "NGRAM_TILT_ENABLED", "TOKEN_THRESHOLD": "NGRAM_TILT_ENABLED",
-    "TRAIN_SEQ_SCHEDULE": "TRAIN_SEQ_LEN", "VAL_BATCH_SIZE": "MICRO_BATCH_TOKENS",
-    "VAL_BATCH_TOKENS": "MICRO_BATCH_TOKENS", "VAL_DOC_FRACTION": "TTT_MAX_DOCS", "VE_DIM": "VALUE_EMBED_DIM",
-    "VE_ENABLED": "VALUE_EMBED_LAYERS", "VE_LAYERS": "VALUE_EMBED_LAYERS",
-}  # fmt: skip
+    "ADAM_EPS": "nothing: it is 1e-8",
+    "ALIAS_PREV_SMEAR_SCALE": "nothing",
+    "ASYM_LOGIT_RESCALE": "nothing",
+    "CKPT_PATH": "CHECKPOINT_PATH",
+    "EVAL_ONLY": "TTT_EVAL_ONLY",
+    "EVAL_ONLY_PATH": "QUANT_ONLY and CHECKPOINT_PATH",
+    "DATASETS_DIR": "DATA_PATH",
+    "DOC_SHUFFLE": "DOC_SHUFFLE_ENABLED",
+    "E2E_TTT_ENABLED": "TTT_METHOD=sgd",
+    "FULL_GPTQ_DAMP": "GPTQ_DAMP",
+    "FUSED_CE_ENABLED": "KERNELS",
+    "FUSED_MLP_ENABLED": "KERNELS",
+    "HEAD_LR": "TIED_EMBED_LR",
+    "HEAD_PAIR_NS": "MUON_HEAD_PAIRS",
+    "IHA_ENABLED": "nothing",
+    "IHA_MIX_V": "nothing",
+    "LATE_QAT_THRESHOLD": "QAT_BELOW_LR",
+    "LOAD_MODEL_PATH": "QUANT_ONLY and CHECKPOINT_PATH",
+    "MTP_ENABLED": "nothing",
+    "MTP_LOSS_WEIGHT": "nothing",
+    "MTP_NUM_HEADS": "nothing",
+    "MTP_STEPS": "nothing",
+    "MTP_WEIGHT": "nothing",
+    "NEGATIVE_SLOPE": "LEAKY_RELU_SLOPE",
+    "PAIRED_HEAD_MUON_ENABLED": "MUON_HEAD_PAIRS",
+    "PRUNE_PCT": "TARGET_BYTES",
+    "QUANTIZED_MODEL_PATH": "TTT_EVAL_ONLY and ARTIFACT_PATH",
+    "QUANTIZE_ONLY": "QUANT_ONLY",
+    "RECUR_ALPHA": "nothing",
+    "SKIP_POST_TRAIN_EVAL": "PREQUANT_ONLY",
+    "SPINQUANT_ENABLED": "nothing",
+    "TARGET_MB": "TARGET_BYTES",
+    "TOKEN_BOOST": "NGRAM_TILT_ENABLED",
+    "TOKEN_ORDER": "NGRAM_TILT_ENABLED",
+    "TOKEN_THRESHOLD": "NGRAM_TILT_ENABLED",
+    "TRAIN_SEQ_SCHEDULE": "TRAIN_SEQ_LEN",
+    "VAL_BATCH_SIZE": "MICRO_BATCH_TOKENS",
+    "VAL_BATCH_TOKENS": "MICRO_BATCH_TOKENS",
+    "VAL_DOC_FRACTION": "TTT_MAX_DOCS",
+    "VE_DIM": "VALUE_EMBED_DIM",
+    "VE_ENABLED": "VALUE_EMBED_LAYERS",
+    "VE_LAYERS": "VALUE_EMBED_LAYERS",
+}
 # Names that change no result, or that other programs use as well: a note of the log, no refusal.
-IDLE = """ARTIFACT_DIR COMPILE_SHAPE_WARMUP DATA_DIR DYNAMO_CACHE_SIZE_LIMIT GPUS_OVERRIDE MODEL_PATH OUT_PTZ
+IDLE = """ARTIFACT_DIR COMPILE_SHAPE_WARMUP DATA_DIR DYNAMO_CACHE_SIZE_LIMIT GPUS_OVERRIDE
+    MODEL_PATH OUT_PTZ
     SEEDS_OVERRIDE SKIP_INITIAL_VAL""".split()
+
 
 def idle_notes(environ):
     """Notes for the log: which settings of published scripts do nothing here."""
     found = [name for name in IDLE if name in environ]
     return [f"{', '.join(found)}: of published scripts, without a meaning here"] if found else []
 
+
 def unknown_settings(environ, cls):
-    """Messages for undeclared variables that look like ours: a family name of ours, or nearly one of our names.
-    First words that other programs use as well (MAX_JOBS, DATA_..., RUN_...) do not make a family by themselves.
+    """Messages for undeclared variables that look like ours: a family name of ours, or nearly one
+    of
+    our names. First words that other programs use as well (MAX_JOBS, DATA_..., RUN_...) do not make
+    a family by themselves.
     """
     ours = [field.name.upper() for field in dataclasses.fields(cls)]
-    shared_words = "MAX MIN NUM RUN RUNS DATA MODEL COMPUTE ENABLE TRAIN VAL CHECKPOINT TOKENIZER ARTIFACT ADAM".split()
+    shared_words = (
+        "MAX MIN NUM RUN RUNS DATA MODEL COMPUTE ENABLE TRAIN VAL CHECKPOINT TOKENIZER ARTIFACT"
+        " ADAM".split()
+    )
     families = {name.split("_")[0] for name in ours if "_" in name} - set(shared_words)
     for name in sorted(set(environ) - {*ours, *IDLE}):
         if name in INSTEAD:
-            yield f"{name} is a setting of other scripts; here it is {INSTEAD[name]} (unset it, or see --help)"
+            yield (
+                f"{name} is a setting of other scripts; here it is {INSTEAD[name]} (unset it, or"
+                " see --help)"
+            )
             continue
         close = difflib.get_close_matches(name, ours, 1, 0.6)
         if name.split("_")[0] in families or difflib.get_close_matches(name, ours, 1, 0.88):
-            yield f"{name} is not a setting{f'; did you mean {close[0]}?' if close else ''} (unset it, or see --help)"
+            yield (
+                f"{name} is not a setting{f'; did you mean {close[0]}?' if close else ''} (unset"
+                " it, or see --help)"
+            )
+
 
 def setting_problems(hp):
-    """Messages for values outside their ranges or, where there are none, for combinations that cannot work."""
-    outside = [p for field in dataclasses.fields(hp) for p in range_problems(field, getattr(hp, field.name))]
-    return outside or [message for broken, message in cross_checks(hp) if broken] or [*missing_techniques(hp)]
+    """Messages for values outside their ranges or, where there are none, for combinations that
+    cannot work.
+    """
+    outside = [
+        p
+        for field in dataclasses.fields(hp)
+        for p in range_problems(field, getattr(hp, field.name))
+    ]
+    return (
+        outside
+        or [message for broken, message in cross_checks(hp) if broken]
+        or [*missing_techniques(hp)]
+    )
+
 
 def range_problems(field, value):
     """Messages for a value outside its declared range."""
@@ -396,21 +636,42 @@ def range_problems(field, value):
     elif rule["most"] is not None and value > rule["most"]:
         yield f"{name}: must be at most {rule['most']}"
 
+
 def cross_checks(hp):
     """Pairs (is it broken, what to change) for combinations of settings."""
-    yield hp.model_dim % hp.num_heads, f"MODEL_DIM={hp.model_dim} must divide by NUM_HEADS={hp.num_heads}"
+    yield (
+        hp.model_dim % hp.num_heads,
+        f"MODEL_DIM={hp.model_dim} must divide by NUM_HEADS={hp.num_heads}",
+    )
     yield hp.num_heads % hp.num_kv_heads, "NUM_HEADS must divide by NUM_KV_HEADS"
-    yield hp.rope_dims % 2 or hp.rope_dims > hp.head_dim, f"ROPE_DIMS must be even, at most {hp.head_dim}"
+    yield (
+        hp.rope_dims % 2 or hp.rope_dims > hp.head_dim,
+        f"ROPE_DIMS must be even, at most {hp.head_dim}",
+    )
     yield hp.gate_window > hp.model_dim, "GATE_WINDOW must be at most MODEL_DIM"
     gates = hp.sparse_attn_gate_enabled + hp.gated_attn_enabled + hp.attn_out_gate_enabled
-    yield gates > 1, "SPARSE_ATTN_GATE_ENABLED, GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED exclude each other"
+    yield (
+        gates > 1,
+        "SPARSE_ATTN_GATE_ENABLED, GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED exclude each other",
+    )
     looped = hp.loop_start <= hp.loop_end < hp.num_layers
-    yield hp.num_loops and not looped, "LOOP_START..LOOP_END must lie inside NUM_LAYERS (or set NUM_LOOPS=0)"
+    yield (
+        hp.num_loops and not looped,
+        "LOOP_START..LOOP_END must lie inside NUM_LAYERS (or set NUM_LOOPS=0)",
+    )
     yield hp.parallel_start_layer > hp.num_layers, "PARALLEL_START_LAYER must be at most NUM_LAYERS"
-    yield hp.train_batch_tokens % hp.micro_batch_tokens, "TRAIN_BATCH_TOKENS must divide by MICRO_BATCH_TOKENS"
+    yield (
+        hp.train_batch_tokens % hp.micro_batch_tokens,
+        "TRAIN_BATCH_TOKENS must divide by MICRO_BATCH_TOKENS",
+    )
     pieces = -(-hp.micro_batch_tokens // hp.train_seq_len)
-    yield 0 < hp.max_row_segments < pieces, (
-        f"MAX_ROW_SEGMENTS={hp.max_row_segments}: a row of MICRO_BATCH_TOKENS has {pieces} pieces of TRAIN_SEQ_LEN")
+    yield (
+        0 < hp.max_row_segments < pieces,
+        (
+            f"MAX_ROW_SEGMENTS={hp.max_row_segments}: a row of MICRO_BATCH_TOKENS has {pieces}"
+            " pieces of TRAIN_SEQ_LEN"
+        ),
+    )
     out_of_time = 0 < hp.max_wallclock_seconds <= hp.gptq_reserve_seconds
     yield out_of_time, "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"
     yield hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
@@ -422,33 +683,64 @@ def cross_checks(hp):
     yield not pairs, f"TTT_SHORT_CHUNKS={hp.ttt_short_chunks}: must be pairs such as 256:8,2000:24"
     known = hp.lora_sites and set(hp.lora_sites) <= set(LORA_SITES)
     yield not known, f"TTT_LORA_SITES={hp.ttt_lora_sites}: must be some of {','.join(LORA_SITES)}"
-    yield hp.marker_fusion_enabled > hp.caseops_enabled, "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1"
+    yield (
+        hp.marker_fusion_enabled > hp.caseops_enabled,
+        "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1",
+    )
     stale = hp.ttt_stale_context and hp.ttt_enabled and hp.ttt_method == "lora"
-    yield stale and (hp.attn_window or hp.new_values), (
-        "ATTN_WINDOW, PARTIAL_KEY_OFFSET, VALUE_RESIDUAL and VALUE_EMBED_LAYERS need TTT_STALE_CONTEXT=0")
+    yield (
+        stale and (hp.attn_window or hp.new_values),
+        (
+            "ATTN_WINDOW, PARTIAL_KEY_OFFSET, VALUE_RESIDUAL and VALUE_EMBED_LAYERS need"
+            " TTT_STALE_CONTEXT=0"
+        ),
+    )
     layers = hp.value_embed_layers.split(",") if hp.value_embed_layers else []
     known = all(layer.isdecimal() and int(layer) < hp.num_layers for layer in layers)
-    yield not known, f"VALUE_EMBED_LAYERS={hp.value_embed_layers}: must be numbers of layers, below NUM_LAYERS"
+    yield (
+        not known,
+        f"VALUE_EMBED_LAYERS={hp.value_embed_layers}: must be numbers of layers, below NUM_LAYERS",
+    )
     yield hp.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE must be 2 at least, or 0"
     yield hp.extra_eval_loops and not hp.num_loops, "EXTRA_EVAL_LOOPS needs NUM_LOOPS"
     odd = hp.num_heads % 2 or hp.num_kv_heads % 2
     yield hp.muon_head_pairs and odd, "MUON_HEAD_PAIRS=1 needs even NUM_HEADS and NUM_KV_HEADS"
-    yield hp.qat_below_lr and hp.gptq_column_steps, "QAT_BELOW_LR trains on the grid of rows: set GPTQ_COLUMN_STEPS=0"
+    yield (
+        hp.qat_below_lr and hp.gptq_column_steps,
+        "QAT_BELOW_LR trains on the grid of rows: set GPTQ_COLUMN_STEPS=0",
+    )
     yield hp.ttt_method == "sgd" and hp.ttt_max_docs, "TTT_MAX_DOCS goes with TTT_METHOD=lora"
     modes = hp.prequant_only + hp.quant_only + hp.ttt_eval_only
     yield modes > 1, "PREQUANT_ONLY, QUANT_ONLY, TTT_EVAL_ONLY exclude each other"
     goes_on = hp.run_id and not (hp.quant_only or hp.ttt_eval_only)
-    yield hp.resume and not goes_on, "RESUME=1 needs RUN_ID, and neither QUANT_ONLY nor TTT_EVAL_ONLY"
-    yield hp.deterministic and hp.max_wallclock_seconds, "DETERMINISTIC=1 needs MAX_WALLCLOCK_SECONDS=0"
+    yield (
+        hp.resume and not goes_on,
+        "RESUME=1 needs RUN_ID, and neither QUANT_ONLY nor TTT_EVAL_ONLY",
+    )
+    yield (
+        hp.deterministic and hp.max_wallclock_seconds,
+        "DETERMINISTIC=1 needs MAX_WALLCLOCK_SECONDS=0",
+    )
     yield hp.checkpoint_path and not hp.quant_only, "CHECKPOINT_PATH goes with QUANT_ONLY=1"
     yield hp.artifact_path and not hp.ttt_eval_only, "ARTIFACT_PATH goes with TTT_EVAL_ONLY=1"
-    yield not re.fullmatch(r"(\w[\w.+-]*)?", hp.run_id), "RUN_ID: letters, digits, '_', then also '.', '+', '-'"
+    yield (
+        not re.fullmatch(r"(\w[\w.+-]*)?", hp.run_id),
+        "RUN_ID: letters, digits, '_', then also '.', '+', '-'",
+    )
+
 
 def missing_techniques(hp):
-    """Messages for settings of published systems, where the file with their code is not beside this one."""
+    """Messages for settings of published systems, where the file with their code is not beside
+    this one.
+    """
     for field in dataclasses.fields(hp):
-        if techniques is None and field.metadata["published"] and getattr(hp, field.name) != field.default:
+        if (
+            techniques is None
+            and field.metadata["published"]
+            and getattr(hp, field.name) != field.default
+        ):
             yield f"{field.name.upper()} needs tools/techniques.py beside this file"
+
 
 def limits(field):
     """The declared range of a setting, for the table: ` [above 0, most 1]`, or nothing."""
@@ -457,21 +749,31 @@ def limits(field):
     text = ", ".join([*bounds, "|".join(rule["choices"] or ())]).strip(", ")
     return text and f" [{text}]"
 
+
 def settings_table(hp=None):
-    """Every setting, one a line: value (hp's, or the default; a changed one is starred), meaning, range."""
+    """Every setting, one a line: value (hp's, or the default; a changed one is starred),
+    meaning, range.
+    """
     lines = []
     for field in dataclasses.fields(Hyperparameters):
         value = getattr(hp, field.name, field.default)
-        star, value = "*" if value != field.default else " ", int(value) if field.type is bool else value
-        lines.append(f"{star} {field.name.upper()}={value}  # {field.metadata['help']}{limits(field)}")
+        star, value = (
+            "*" if value != field.default else " ",
+            (int(value) if field.type is bool else value),
+        )
+        lines.append(
+            f"{star} {field.name.upper()}={value}  # {field.metadata['help']}{limits(field)}"
+        )
     return "\n".join(lines)
 
-# ---- RUNTIME ---------------------------------------------------------------------------------------------------------
+
+# ---- RUNTIME -------------------------------------------------------------------------------------
+
 
 class Dist:
-    """The process group, and the only place that names torch.distributed. One process: every method returns at once.
-    Tensors travel over NCCL on CUDA and over gloo on the CPU; objects and the clock travel over gloo, so that they
-    never wait for the GPU's queue.
+    """The process group, and the only place that names torch.distributed. One process: every method
+    returns at once. Tensors travel over NCCL on CUDA and over gloo on the CPU; objects and the
+    clock travel over gloo, so that they never wait for the GPU's queue.
     """
 
     def __init__(self, device="auto", deterministic=False):
@@ -480,14 +782,18 @@ class Dist:
         self.rank, self.world_size, local_rank = self.place_in_group()
         self.notes += idle_notes(os.environ)
         if device == "cuda" and not torch.cuda.is_available():
-            raise SettingError("DEVICE=cuda, but torch sees none: use DEVICE=cpu, or a CUDA build of torch")
+            raise SettingError(
+                "DEVICE=cuda, but torch sees none: use DEVICE=cpu, or a CUDA build of torch"
+            )
         if deterministic:  # an operation without such a form warns, with its name
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
         self.device = torch.device("cpu")
         if torch.cuda.is_available() and device != "cpu":
             if local_rank >= torch.cuda.device_count():
-                raise SettingError(f"LOCAL_RANK={local_rank}, but this host has {torch.cuda.device_count()} GPUs")
+                raise SettingError(
+                    f"LOCAL_RANK={local_rank}, but this host has {torch.cuda.device_count()} GPUs"
+                )
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
@@ -495,34 +801,48 @@ class Dist:
             dist_backend.init_process_group(backend)
 
     def place_in_group(self):
-        """The environment of torchrun, or of none -> rank, world size, local rank. SettingError where it contradicts
-        itself: a rank left over from another run would train without a log, a folder or an end."""
+        """The environment of torchrun, or of none -> rank, world size, local rank. SettingError
+        where
+        it contradicts itself: a rank left over from another run would train without a log, a folder
+        or an end.
+        """
         names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
         given = {name: os.environ[name] for name in names if name in os.environ}
         problem = "unset all of these for a run of one process, or start it with torchrun"
         told = " ".join(f"{name}={value}" for name, value in given.items())
-        if not {*names[:3]} & {*given}:  # MASTER_ADDR and MASTER_PORT alone do no harm: some clusters always set them
+        # MASTER_ADDR and MASTER_PORT alone do no harm: some clusters always set them
+        if not {*names[:3]} & {*given}:
             for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
                 if os.environ.get(name, "1") != "1":
-                    self.notes.append(f"{name}={os.environ[name]}, but RANK is not set: this is a run of one process")
+                    self.notes.append(
+                        f"{name}={os.environ[name]}, but RANK is not set: this is a run of one"
+                        " process"
+                    )
             return 0, 1, 0
         if missing := [name for name in names[:3] if name not in given]:
-            raise SettingError(f"the environment has {told}, but not {', '.join(missing)}: {problem}")
+            raise SettingError(
+                f"the environment has {told}, but not {', '.join(missing)}: {problem}"
+            )
         try:
             rank, world_size, local_rank = (int(given[name]) for name in names[:3])
         except ValueError:
             raise SettingError(f"{told}: these must be whole numbers: {problem}") from None
         if not 0 <= local_rank <= rank < world_size:
-            raise SettingError(f"{told}: LOCAL_RANK is at most RANK, which is below WORLD_SIZE: {problem}")
+            raise SettingError(
+                f"{told}: LOCAL_RANK is at most RANK, which is below WORLD_SIZE: {problem}"
+            )
         if world_size > 1 and (missing := [name for name in names[3:] if name not in given]):
-            raise SettingError(f"the environment has {told}, but not {', '.join(missing)}: {problem}")
+            raise SettingError(
+                f"the environment has {told}, but not {', '.join(missing)}: {problem}"
+            )
         if world_size > 1 and not given["MASTER_PORT"].isdecimal():
             raise SettingError(f"{told}: MASTER_PORT must be a number: {problem}")
         return rank, world_size, local_rank
 
     def collective(self, name, *args, **options):
-        """Calls torch.distributed's function of this name. Every rank makes the same calls: their number tells a guard
-        which rank is behind."""
+        """Calls torch.distributed's function of this name. Every rank makes the same calls: their
+        number tells a guard which rank is behind.
+        """
         self.num_collectives += 1
         return getattr(dist_backend, name)(*args, **options)
 
@@ -540,7 +860,9 @@ class Dist:
                 tensor.copy_(part.view_as(tensor))
 
     def reduce_scatter(self, full):
-        """(n world, ...) on every rank -> handle, (n, ...): this rank's slice of the sum, ready after handle.wait()."""
+        """(n world, ...) on every rank -> handle, (n, ...): this rank's slice of the sum,
+        ready after handle.wait().
+        """
         if self.world_size == 1:
             return SimpleNamespace(wait=lambda: None), full
         shard = full.new_empty(full.shape[0] // self.world_size, *full.shape[1:])
@@ -551,7 +873,10 @@ class Dist:
         if self.world_size == 1:
             return SimpleNamespace(wait=lambda: None), shard
         full = shard.new_empty(shard.shape[0] * self.world_size, *shard.shape[1:])
-        return self.collective("all_gather_into_tensor", full, shard.contiguous(), async_op=True), full
+        return (
+            self.collective("all_gather_into_tensor", full, shard.contiguous(), async_op=True),
+            full,
+        )
 
     def all_gather_object(self, value):
         """Every rank's value, as a list in rank order; small values only."""
@@ -586,9 +911,11 @@ class Dist:
         if self.world_size > 1:
             dist_backend.destroy_process_group()
 
+
 class Guard:
-    """What may watch a run from outside. A run calls these hooks at their places; here each does nothing, or the least
-    that is honest. find_guard takes the one of tools/guard.py where it lies beside this file.
+    """What may watch a run from outside. A run calls these hooks at their places; here each does
+    nothing, or the least that is honest. find_guard takes the one of tools/guard.py where it lies
+    beside this file.
     """
 
     def read_preset(self, name):
@@ -599,7 +926,10 @@ class Guard:
         """The process group is up."""
 
     def check(self, hp, dist, found):
-        """Before anything is written; `found`: what other checks made -> words for the log. Raises SettingError."""
+        """Before anything is written; `found`: what other checks made -> words for the log.
+
+        Raises SettingError.
+        """
         if hp.resume or hp.checkpoint_every:
             raise SettingError("RESUME and CHECKPOINT_EVERY need tools/guard.py beside this file")
         return ""
@@ -612,8 +942,10 @@ class Guard:
 
     def notes(self, hp):
         """Lines for the log's head."""
-        return ["note: no tools/guard.py beside this file: no training states, no watchdog, no checks of the machine; "
-                "code_bytes are those of this file"]
+        return [
+            "note: no tools/guard.py beside this file: no training states, no watchdog, no checks"
+            " of the machine; code_bytes are those of this file"
+        ]
 
     def submission(self, script, hp):
         """Bytes of this script -> bytes of the file that is counted."""
@@ -666,25 +998,32 @@ class Guard:
     def finish(self, hp, result):
         """Rank 0 has written all files."""
 
+
 NO_GUARD = Guard()
 
+
 def find_guard():
-    """The guard of tools/guard.py beside this file, else NO_GUARD: the one place that looks for another file of the
-    repository. By path, so that no other package called tools is taken for it. What importing it raises is not caught.
+    """The guard of tools/guard.py beside this file, else NO_GUARD: the one place that looks for
+    another file of the repository. By path, so that no other package called tools is taken for it.
+    What importing it raises is not caught.
     """
     path = Path(__file__).with_name("tools") / "guard.py"
     if PACKED or not path.exists():
         return NO_GUARD
     sys.modules["train_gpt"] = sys.modules[__name__]  # which it imports
     # as a package of its own, in which `from . import x` means the file beside it
-    spec = importlib.util.spec_from_file_location("golf_guard", path, submodule_search_locations=[str(path.parent)])
+    spec = importlib.util.spec_from_file_location(
+        "golf_guard", path, submodule_search_locations=[str(path.parent)]
+    )
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.RunGuard()
 
+
 class LossyStream:
-    """Standard output or error of a run. The log file is the truth: what a lost terminal (a closed pipe, a full disk
-    behind it, a connection that broke) does not take is dropped, and neither the run nor its exit code suffers.
+    """Standard output or error of a run. The log file is the truth: what a lost terminal (a closed
+    pipe, a full disk behind it, a connection that broke) does not take is dropped, and neither the
+    run nor its exit code suffers.
     """
 
     def __init__(self, stream):
@@ -698,29 +1037,46 @@ class LossyStream:
     def flush(self):
         try:
             self.stream.flush()
-        except OSError:  # the stream keeps what it could not write: nowhere is where it can go, now and at exit
+        # the stream keeps what it could not write: nowhere is where it can go, now and at
+        # exit
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
+
 def survive_lost_terminals():
-    """Makes standard output and error LossyStreams, and opens those that were closed when the process started."""
+    """Makes standard output and error LossyStreams, and opens those that were closed when the
+    process started.
+    """
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # or the next file opened would get this number, and the messages of C libraries with it
+        # or the next file opened would get this number, and the messages of C libraries
+        # with it
+        except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
-    if sys.stdout is sys.__stdout__:  # else somebody who imports this module has put a stream of his own there
+    # else somebody who imports this module has put a stream of his own there
+    if sys.stdout is sys.__stdout__:
         sys.stdout = LossyStream(sys.stdout or open(os.devnull, "w"))
     if sys.stderr is sys.__stderr__:
         sys.stderr = LossyStream(sys.stderr or open(os.devnull, "w"))
 
+
 class RunLog:
-    """Prints on rank 0, and to <folder>/log.txt; `seconds` and `graphs` (newly compiled) are kept for every stage."""
+    """Prints on rank 0, and to <folder>/log.txt; `seconds` and `graphs` (newly compiled) are
+    kept for every stage.
+    """
 
     def __init__(self, folder, dist, guard=NO_GUARD):
-        self.dist, self.guard, self.folder, self.seconds, self.graphs = dist, guard, Path(folder), {}, {}
+        self.dist, self.guard, self.folder, self.seconds, self.graphs = (
+            dist,
+            guard,
+            Path(folder),
+            {},
+            {},
+        )
         self.file = open(self.folder / "log.txt", "a", encoding="utf-8") if dist.rank == 0 else None
         self.running = None
         if self.file:
@@ -754,18 +1110,27 @@ class RunLog:
         self.graphs[name] = self.graphs.get(name, 0) + compiled_graphs() - graphs
         self(f"stage:{name} seconds:{self.seconds[name]:.2f} graphs_compiled:{self.graphs[name]}")
 
+
 def compiled_graphs():
     """Number of graphs that torch.compile has made in this process."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
+    return (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        if "torch._dynamo" in sys.modules
+        else 0
+    )
+
 
 def balance(items, cost, bins):
-    """Items in order, each into the bin with the least cost so far (ties: the first) -> list of bins."""
+    """Items in order, each into the bin with the least cost so far (ties: the first) -> list of
+    bins.
+    """
     shares, load = [[] for _ in range(bins)], [0] * bins
     for item in items:
         lightest = load.index(min(load))
         shares[lightest].append(item)
         load[lightest] += cost(item)
     return shares
+
 
 def write_atomically(path, data):
     """Bytes to a file that is either whole or absent: temporary name, sync, rename."""
@@ -780,28 +1145,44 @@ def write_atomically(path, data):
     finally:
         temporary.unlink(missing_ok=True)  # where the disk is full
     folder = os.open(path.parent, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # the new name too is to outlive a crash, where the file system can do that
+    # the new name too is to outlive a crash, where the file system can do that
+    with contextlib.suppress(OSError):
         os.fsync(folder)
     os.close(folder)
 
-# ---- DATA ------------------------------------------------------------------------------------------------------------
+
+# ---- DATA ----------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
+
 def load_data_shard(path):
-    """File -> (n,) uint16, memory-mapped. Raises DataError on a wrong magic, version or size (README: data)."""
+    """File -> (n,) uint16, memory-mapped.
+
+    Raises DataError on a wrong magic, version or size (README: data).
+    """
     header = np.fromfile(path, "<i4", 3).tolist()
-    if header != (due := [SHARD_MAGIC, SHARD_VERSION, (os.path.getsize(path) - SHARD_HEADER_BYTES) / 2]):
-        raise DataError(f"{path}: magic, version and tokens {header} are not {due}: no shard, or torn; fetch it again")
+    if header != (
+        due := [SHARD_MAGIC, SHARD_VERSION, (os.path.getsize(path) - SHARD_HEADER_BYTES) / 2]
+    ):
+        raise DataError(
+            f"{path}: magic, version and tokens {header} are not {due}: no shard, or torn; fetch it"
+            " again"
+        )
     try:
         return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
     except OSError as error:
         if error.errno not in (errno.ENODEV, errno.EINVAL):
             raise
-        return np.fromfile(path, "<u2", offset=SHARD_HEADER_BYTES)  # a file system that maps no files
+        # a file system that maps no files
+        return np.fromfile(path, "<u2", offset=SHARD_HEADER_BYTES)
+
 
 class MappedShards:
-    """The shards at these paths, as a sequence. Few are mapped at a time: each map keeps a file open."""
+    """The shards at these paths, as a sequence.
+
+    Few are mapped at a time: each map keeps a file open.
+    """
 
     def __init__(self, paths):
         self.paths = paths
@@ -813,23 +1194,36 @@ class MappedShards:
     def __getitem__(self, number):
         return self.load(self.paths[number])
 
+
 def shard_paths(folder, split):
-    """The files of split "train", "val" or "val_bytes", in order. The six digits keep side-cars out of "val"."""
+    """The files of split "train", "val" or "val_bytes", in order.
+
+    The six digits keep side-cars out of "val".
+    """
     folder = glob.escape(str(folder))  # a name with brackets is no pattern
-    return sorted(glob.glob(os.path.join(folder, f"fineweb_{split}_[0-9][0-9][0-9][0-9][0-9][0-9].bin")))
+    return sorted(
+        glob.glob(os.path.join(folder, f"fineweb_{split}_[0-9][0-9][0-9][0-9][0-9][0-9].bin"))
+    )
+
 
 class TokenStream:
-    """All shards of a split as one endless stream: document and row borders may lie anywhere, nothing is dropped."""
+    """All shards of a split as one endless stream: document and row borders may lie anywhere,
+    nothing is dropped.
+    """
 
     def __init__(self, folder, split):
         self.paths = shard_paths(folder, split)
         if not self.paths:
-            raise DataError(f"no fineweb_{split}_*.bin in {folder}: set DATA_PATH, or make the data (README)")
+            raise DataError(
+                f"no fineweb_{split}_*.bin in {folder}: set DATA_PATH, or make the data (README)"
+            )
         self.shards = MappedShards(self.paths)
         self.offsets = np.concatenate([[0], np.cumsum([len(shard) for shard in self.shards])])
         self.first, self.size = 0, int(self.offsets[-1])  # the stream is this part of the shards
         if self.size == 0 or self.read(0, 1)[0] != BOS_ID:
-            raise DataError(f"{self.paths[0]}: the stream must start with BOS (id {BOS_ID}); rebuild the data")
+            raise DataError(
+                f"{self.paths[0]}: the stream must start with BOS (id {BOS_ID}); rebuild the data"
+            )
 
     def read(self, start, count):
         """(count,) uint16 from position `start` on; the stream goes round at its end."""
@@ -837,13 +1231,17 @@ class TokenStream:
         while count > 0:
             position = self.first + start
             shard = int(np.searchsorted(self.offsets, position, side="right")) - 1
-            part = self.shards[shard][position - self.offsets[shard]:][:min(count, self.size - start)]
+            part = self.shards[shard][position - self.offsets[shard] :][
+                : min(count, self.size - start)
+            ]
             parts.append(part)
             count, start = count - len(part), (start + len(part)) % self.size
         return np.concatenate(parts)
 
     def hold_out(self, count):
-        """Cuts off the last documents of the stream, `count` tokens or more -> a stream of these."""
+        """Cuts off the last documents of the stream, `count` tokens or more -> a stream of
+        these.
+        """
         border, window = self.size - count, 1 << 16
         begins = np.zeros(0, np.int64)
         while border > 0 and not len(begins):
@@ -851,43 +1249,63 @@ class TokenStream:
             begins = first + np.flatnonzero(self.read(first, border - first) == BOS_ID)
             border = first
         if not len(begins) or begins[-1] == 0:
-            raise DataError(f"{self.paths[0]}: no document begins before the last {count} tokens: set "
-                            "QUANT_CHECK_ROWS=0")
+            raise DataError(
+                f"{self.paths[0]}: no document begins before the last {count} tokens: set "
+                "QUANT_CHECK_ROWS=0"
+            )
         rest = copy.copy(self)
         rest.first = self.first + int(begins[-1])
         rest.size = self.size - int(begins[-1])
         self.size = int(begins[-1])
         return rest
 
+
 def read_manifest(folder):
-    """manifest.json of a dataset, {} where there is none. DataError unless all that is read of it has its type."""
+    """manifest.json of a dataset, {} where there is none.
+
+    DataError unless all that is read of it has its type.
+    """
     try:
         manifest = json.loads(Path(folder, "manifest.json").read_text())
         hash(manifest.get("tokenizer", {}).get("sha256"))
         if manifest.get("format") == "caseops_shards":
-            values = [about["values"] + len(about["sha256"]) for about in manifest["files"].values()]
+            values = [
+                about["values"] + len(about["sha256"]) for about in manifest["files"].values()
+            ]
             sum(values, manifest["leaked_documents"] + len({**manifest["splits"]["val"]}))
         return manifest
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again") from None
+        raise DataError(
+            f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again"
+        ) from None
+
 
 def leaked_documents(hp):
     """{"leaked_documents": number} for RESULT, where the dataset's manifest has counted them."""
     manifest = read_manifest(hp.data_path)
     return {name: manifest[name] for name in ("leaked_documents",) if name in manifest}
 
+
 def check_data_settings(hp):
-    """DataError where the settings contradict the side-car or the manifest: the bytes would be wrong."""
+    """DataError where the settings contradict the side-car or the manifest: the bytes would be
+    wrong.
+    """
     folder = Path(hp.data_path)
     manifest, wrong = read_manifest(folder), []
     side_car = next((path.name for path in sorted(folder.glob("fineweb_val_bytes_*.bin"))), None)
     if side_car and not hp.caseops_enabled:
-        wrong.append(f"{side_car} holds the bytes of its tokens, which CASEOPS_ENABLED=0 would not read: set it to 1")
+        wrong.append(
+            f"{side_car} holds the bytes of its tokens, which CASEOPS_ENABLED=0 would not read: set"
+            " it to 1"
+        )
     transform = manifest.get("text_transform")
     if transform and not hp.caseops_enabled:
-        wrong.append(f"its manifest says {transform}, whose tokens a tokenizer cannot count: set CASEOPS_ENABLED=1")
+        wrong.append(
+            f"its manifest says {transform}, whose tokens a tokenizer cannot count: set"
+            " CASEOPS_ENABLED=1"
+        )
     if "text_transform" in manifest and not transform and hp.caseops_enabled:
         wrong.append("its manifest says that the text was not transformed: set CASEOPS_ENABLED=0")
     size = manifest.get("tokenizer", {}).get("vocab_size", hp.vocab_size)
@@ -896,17 +1314,22 @@ def check_data_settings(hp):
     if wrong:
         raise DataError(f"{folder}: {'; '.join(wrong)}")
 
+
 def check_manifest(hp, found):
-    """DataError where the dataset is not what its manifest says, so that no BPB of other data is reported.
-    `found` counts what the validation files hold. These are hashed; of training files only the lengths are checked,
-    because hashing them takes minutes (`prepare_caseops_data.py verify` does).
+    """DataError where the dataset is not what its manifest says, so that no BPB of other data is
+    reported. `found` counts what the validation files hold. These are hashed; of training files
+    only the lengths are checked, because hashing them takes minutes (`prepare_caseops_data.py
+    verify` does).
     """
     manifest = read_manifest(hp.data_path)
     if manifest.get("format") != "caseops_shards":
         return
     stated, files = manifest["splits"]["val"], manifest["files"]
-    wrong = [f"{count} {name} of validation, not {stated.get(name)}" for name, count in found.items()
-             if stated.get(name) != count]
+    wrong = [
+        f"{count} {name} of validation, not {stated.get(name)}"
+        for name, count in found.items()
+        if stated.get(name) != count
+    ]
     paths = {path.name: path for path in Path(hp.data_path).glob("fineweb_*.bin")}
     wrong += [f"{name} is missing" for name in files.keys() - paths.keys()]
     for name, path in paths.items():
@@ -915,26 +1338,37 @@ def check_manifest(hp, found):
             same = hashlib.sha256(Path(path).read_bytes()).hexdigest() == files[name]["sha256"]
         if not same:
             wrong.append(f"{name} is another file")
-    if manifest["leaked_documents"] > 0.01 * found["documents"]:  # a wrong split; sources hold a few documents twice
+    # a wrong split; sources hold a few documents twice
+    if manifest["leaked_documents"] > 0.01 * found["documents"]:
         wrong.append(f"{manifest['leaked_documents']} training documents are validation documents")
     if wrong:
-        raise DataError(f"{hp.data_path} is not what its manifest says: {'; '.join(sorted(wrong)[:5])}. Fetch or make "
-                        "it again; prepare_caseops_data.py verify says more")
+        raise DataError(
+            f"{hp.data_path} is not what its manifest says: {'; '.join(sorted(wrong)[:5])}. Fetch"
+            " or make it again; prepare_caseops_data.py verify says more"
+        )
 
-# FineWeb's documents and values; targets that whole windows of 2,048 tokens hold, and the bytes of these
+
+# FineWeb's documents and values; targets that whole windows of 2,048 tokens hold, and the bytes of
+# these
 CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499
 
+
 def is_canonical(tokens, charges):
-    """Whether (N,) tokens are the contest's validation documents as CaseOps stores them, by counts and by bytes."""
+    """Whether (N,) tokens are the contest's validation documents as CaseOps stores them, by
+    counts and by bytes.
+    """
     documents, values, targets, size = CANONICAL
     counts = (int((tokens == BOS_ID).sum()), len(tokens)) == (documents, values)
-    return counts and int(charges[1:targets + 1].sum(dtype=np.int64)) == size
+    return counts and int(charges[1 : targets + 1].sum(dtype=np.int64)) == size
+
 
 class Row(NamedTuple):
     """One packed row on the device."""
+
     inputs: Tensor  # (1, T) int64
     targets: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (N + 1,) int32: where each document or piece starts, padded by repeating T
+
 
 def cut_pieces(starts, ends, length):
     """Starts and ends of segments -> starts of their pieces, none longer than `length`."""
@@ -942,66 +1376,95 @@ def cut_pieces(starts, ends, length):
     first = np.cumsum(pieces) - pieces
     return np.repeat(starts, pieces) + length * (np.arange(pieces.sum()) - np.repeat(first, pieces))
 
+
 def join_shortest(starts, total, longest, most):
-    """Starts of pieces of a row -> at most `most`: the shortest neighbours become one, none longer than `longest`.
-    Of equal ones the first. Where that does not do, the row is cut in equal pieces: `most` of these must be enough.
+    """Starts of pieces of a row -> at most `most`: the shortest neighbours become one, none longer
+    than `longest`. Of equal ones the first. Where that does not do, the row is cut in equal pieces:
+    `most` of these must be enough.
     """
     count = len(starts)
     if count <= most:
         return starts
     borders = [*starts.tolist(), total]
     following, before, joined = [*range(1, count + 1)], [*range(-1, count)], [False] * count
-    pairs = [(borders[i + 2] - borders[i], borders[i], i) for i in range(count - 1)]  # length of both, where, the first
-    heapq.heapify(pairs)  # a search through all of them for each join takes seconds for rows of short documents
+    # length of both, where, the first
+    pairs = [(borders[i + 2] - borders[i], borders[i], i) for i in range(count - 1)]
+    # a search through all of them for each join takes seconds for rows of short documents
+    heapq.heapify(pairs)
     while count > most and pairs and pairs[0][0] <= longest:
         length, _, first = heapq.heappop(pairs)
         second = following[first]
-        if joined[first] or second == len(starts) or borders[following[second]] - borders[first] != length:
+        if (
+            joined[first]
+            or second == len(starts)
+            or borders[following[second]] - borders[first] != length
+        ):
             continue  # one of them has grown, or is gone, since this was noted
         joined[second], count = True, count - 1
         following[first] = after = following[second]
         before[after] = first
         if after < len(starts):
-            heapq.heappush(pairs, (borders[following[after]] - borders[first], borders[first], first))
+            heapq.heappush(
+                pairs, (borders[following[after]] - borders[first], borders[first], first)
+            )
         if before[first] >= 0:
             previous = before[first]
             heapq.heappush(pairs, (borders[after] - borders[previous], borders[previous], previous))
     return starts[~np.array(joined)] if count <= most else np.arange(0, total, longest)
 
+
 def pad_cu_seqlens(starts, total, entries):
-    """Segment starts -> (entries + 1,) int32, padded with `total`, so that one graph serves every row."""
+    """Segment starts -> (entries + 1,) int32, padded with `total`, so that one graph serves
+    every row.
+    """
     if len(starts) > entries:
-        raise DataError(f"a row holds {len(starts)} documents and pieces, more than {entries}: raise MAX_ROW_SEGMENTS")
+        raise DataError(
+            f"a row holds {len(starts)} documents and pieces, more than {entries}: raise"
+            " MAX_ROW_SEGMENTS"
+        )
     return np.concatenate([starts, np.full(entries + 1 - len(starts), total)]).astype(np.int32)
 
+
 def deal_documents(tokens, longest):
-    """Inputs and targets (2, rows, T) -> the same documents, dealt so that attention has as much work in every row: the
-    longest first, to the row with the least work that has room. Pieces of `longest` attend only to themselves.
+    """Inputs and targets (2, rows, T) -> the same documents, dealt so that attention has as much
+    work
+    in every row: the longest first, to the row with the least work that has room. Pieces of
+    `longest` attend only to themselves.
     """
     if (tokens[0, :, 0] != BOS_ID).any():
         return tokens  # a document longer than its row stays where it is
     rows, total = tokens.shape[1:]
-    flat, dealt, work, room = tokens.reshape(2, -1), [[] for _ in range(rows)], np.zeros(rows), np.full(rows, total)
+    flat, dealt, work, room = (
+        tokens.reshape(2, -1),
+        [[] for _ in range(rows)],
+        np.zeros(rows),
+        np.full(rows, total),
+    )
     documents = np.split(flat, np.flatnonzero(flat[0] == BOS_ID)[1:], 1)
     for document in sorted(documents, key=lambda document: -document.shape[1]):
         whole, rest = divmod(length := document.shape[1], longest)
-        row = np.where(room < length, 1e15 - room, work).argmin()  # without room anywhere: the emptiest
+        # without room anywhere: the emptiest
+        row = np.where(room < length, 1e15 - room, work).argmin()
         dealt[row].append(document)
         work[row] += whole * longest**2 + rest**2
         room[row] -= length
     return np.concatenate(sum(dealt, []), 1).reshape(tokens.shape)
+
 
 @lru_cache
 def space_id(hp):
     """The id of a lone space."""
     return load_tokenizer(hp).piece_to_id("\u2581")
 
+
 class TrainLoader:
-    """Packed training rows by number: T tokens from the first document on that begins in the stream's i-th span.
-    A step of n micro-steps takes rows [step n, (step + 1) n), rank r its r-th share: the same rows for any world size.
-    BALANCE_ROWS deals the documents of a step out to its rows anew: ranks wait for the one with the most attention.
-    Spans are as long as rows before fusion; DATA_SEED shuffles them, anew in each epoch. The loader has no state but
-    read-ahead: the number of a step restores it exactly.
+    """Packed training rows by number: T tokens from the first document on that begins in the
+    stream's
+    i-th span. A step of n micro-steps takes rows [step n, (step + 1) n), rank r its r-th share: the
+    same rows for any world size. BALANCE_ROWS deals the documents of a step out to its rows anew:
+    ranks wait for the one with the most attention. Spans are as long as rows before fusion;
+    DATA_SEED shuffles them, anew in each epoch. The loader has no state but read-ahead: the number
+    of a step restores it exactly.
     """
 
     def __init__(self, stream, hp, dist):
@@ -1009,16 +1472,25 @@ class TrainLoader:
         if hp.doc_shuffle_enabled:
             stream.shards = techniques.ShuffledShards(stream.shards, hp.data_seed)
         if (steps := hp.train_batch_tokens / hp.micro_batch_tokens) % dist.world_size:
-            raise SettingError(f"{steps:g} micro-batches a step (TRAIN_BATCH_TOKENS/MICRO_BATCH_TOKENS) do not "
-                               f"divide by {dist.world_size} ranks: change MICRO_BATCH_TOKENS")
+            raise SettingError(
+                f"{steps:g} micro-batches a step (TRAIN_BATCH_TOKENS/MICRO_BATCH_TOKENS) do not "
+                f"divide by {dist.world_size} ranks: change MICRO_BATCH_TOKENS"
+            )
         self.per_rank = hp.micro_steps // dist.world_size
         self.span = hp.micro_batch_tokens
         if hp.marker_fusion_enabled:
             sample = stream.read(0, min(stream.size, 1 << 22)).astype(np.int64)
-            self.span = self.span * len(sample) // len(techniques.fuse_markers(hp, space_id, sample, sample)[0])
-        self.held_out_rows = min(hp.quant_check_rows, stream.size // (20 * self.span))  # a twentieth at most
+            self.span = (
+                self.span
+                * len(sample)
+                // len(techniques.fuse_markers(hp, space_id, sample, sample)[0])
+            )
+        # a twentieth at most
+        self.held_out_rows = min(hp.quant_check_rows, stream.size // (20 * self.span))
         if self.held_out_rows:
-            self.held_out = stream.hold_out((self.held_out_rows - 1) * self.span + self.tokens_to_read)
+            self.held_out = stream.hold_out(
+                (self.held_out_rows - 1) * self.span + self.tokens_to_read
+            )
         self.thread = ThreadPoolExecutor(1)
         self.ahead, self.dealt = {}, lru_cache(1)(self.deal)  # rows read ahead; the last step dealt
 
@@ -1032,7 +1504,9 @@ class TrainLoader:
 
     @property
     def tokens_to_read(self):
-        """Tokens of the stream that fill a row and its last target: all of them are pairs at worst."""
+        """Tokens of the stream that fill a row and its last target: all of them are pairs
+        at worst.
+        """
         return (self.hp.micro_batch_tokens + 1) * (1 + self.hp.marker_fusion_enabled)
 
     def read_rows(self, stream, starts):
@@ -1042,7 +1516,12 @@ class TrainLoader:
         if rows.max() >= hp.vocab_size:
             raise DataError(f"training token {rows.max()} is outside VOCAB_SIZE={hp.vocab_size}")
         if hp.marker_fusion_enabled:
-            rows = np.stack([techniques.fuse_markers(hp, space_id, row, row)[0][:length + 1] for row in np.int64(rows)])
+            rows = np.stack(
+                [
+                    techniques.fuse_markers(hp, space_id, row, row)[0][: length + 1]
+                    for row in np.int64(rows)
+                ]
+            )
         return np.stack([rows[:, :-1], rows[:, 1:]])
 
     def deal(self, step):
@@ -1068,7 +1547,8 @@ class TrainLoader:
         inputs, targets = tokens.astype(np.int64)
         starts = np.union1d(0, np.flatnonzero(inputs == BOS_ID))
         pieces = cut_pieces(starts, np.append(starts[1:], length), hp.train_seq_len)
-        pieces = join_shortest(pieces, length, hp.train_seq_len, hp.row_segments)  # rarely more than attention has
+        # rarely more than attention has
+        pieces = join_shortest(pieces, length, hp.train_seq_len, hp.row_segments)
         cu_seqlens = pad_cu_seqlens(pieces, length, hp.row_segments)
         row = Row(*map(torch.from_numpy, (inputs[None], targets, cu_seqlens)))
         return Row(*(t.pin_memory() for t in row)) if self.dist.device.type == "cuda" else row
@@ -1077,7 +1557,9 @@ class TrainLoader:
         """Row `index` on the device; `following` is read ahead meanwhile."""
         future = self.ahead.pop(index, None) or self.thread.submit(self.build, index)
         row = future.result()
-        self.ahead = {following: self.thread.submit(self.build, following)} if following is not None else {}
+        self.ahead = (
+            {following: self.thread.submit(self.build, following)} if following is not None else {}
+        )
         return Row(*(t.to(self.dist.device, non_blocking=True) for t in row))
 
     def step(self, step):
@@ -1087,10 +1569,13 @@ class TrainLoader:
             last = index == first + self.per_rank - 1
             yield self.row(index, first + self.hp.micro_steps if last else index + 1)
 
+
 class ValidationSet:
-    """The validation stream: tokens (N,), bytes charged to each token (N,), the documents' input spans [start, end).
-    A document's targets are its tokens after BOS and the BOS that follows it, so every token but the first is a target
-    of exactly one document. `summary` is for the log. Raises DataError before anything is trained.
+    """The validation stream: tokens (N,), bytes charged to each token (N,), the documents' input
+    spans
+    [start, end). A document's targets are its tokens after BOS and the BOS that follows it, so
+    every token but the first is a target of exactly one document. `summary` is for the log. Raises
+    DataError before anything is trained.
     """
 
     def __init__(self, hp, tokenizer=None):
@@ -1098,7 +1583,9 @@ class ValidationSet:
         check_data_settings(hp)
         self.tokens = stream.read(0, stream.size).astype(np.int64)
         if self.tokens.max() >= hp.vocab_size:
-            raise DataError(f"validation token {self.tokens.max()} is outside VOCAB_SIZE={hp.vocab_size}")
+            raise DataError(
+                f"validation token {self.tokens.max()} is outside VOCAB_SIZE={hp.vocab_size}"
+            )
         if hp.caseops_enabled:
             self.bytes = self.side_car(hp.data_path, stream)
         else:
@@ -1113,12 +1600,19 @@ class ValidationSet:
         if hp.marker_fusion_enabled:
             self.tokens, self.bytes = techniques.fuse_markers(hp, space_id, self.tokens, self.bytes)
         if not self.bytes[1:].any():
-            raise DataError(f"{stream.paths[0]}: the validation documents hold no byte of text: no BPB can be counted")
+            raise DataError(
+                f"{stream.paths[0]}: the validation documents hold no byte of text: no BPB can be"
+                " counted"
+            )
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
-        self.ends = np.append(self.starts[1:], len(self.tokens) - 1)  # the last document has no BOS to predict
+        # the last document has no BOS to predict
+        self.ends = np.append(self.starts[1:], len(self.tokens) - 1)
 
     def check(self, hp):
-        """Stream as stored -> a phrase for the log. DataError where the manifest has another one."""
+        """Stream as stored -> a phrase for the log.
+
+        DataError where the manifest has another one.
+        """
         documents, size = int((self.tokens == BOS_ID).sum()), int(self.bytes.sum())
         found = {"documents": documents, "tokens": len(self.tokens)}
         check_manifest(hp, found | ({"charged_bytes": size} if hp.caseops_enabled else {}))
@@ -1126,17 +1620,24 @@ class ValidationSet:
         return f"documents:{documents} values:{len(self.bytes)} bytes:{size} canonical:{canonical}"
 
     def side_car(self, folder, stream):
-        """(N,) int64 bytes of each token. Raises DataError where it is missing, of another length, or charges a BOS."""
+        """(N,) int64 bytes of each token.
+
+        Raises DataError where it is missing, of another length, or charges a BOS.
+        """
         paths = shard_paths(folder, "val_bytes")
         parts = [load_data_shard(path) for path in paths]
         if not paths:
             raise DataError(f"no fineweb_val_bytes_*.bin in {folder}: BPB needs the side-car")
         if [len(part) for part in parts] != [len(shard) for shard in stream.shards]:
-            raise DataError(f"{paths[0]}: side-car lengths {[len(p) for p in parts]} differ from the shards' "
-                            f"{[len(s) for s in stream.shards]}: they are not of one export")
+            raise DataError(
+                f"{paths[0]}: side-car lengths {[len(p) for p in parts]} differ from the shards' "
+                f"{[len(s) for s in stream.shards]}: they are not of one export"
+            )
         charges = np.concatenate(parts).astype(np.int64)
         if charges[self.tokens == BOS_ID].any():
-            raise DataError(f"{paths[0]}: a BOS is charged bytes; the side-car does not belong to these tokens")
+            raise DataError(
+                f"{paths[0]}: a BOS is charged bytes; the side-car does not belong to these tokens"
+            )
         return charges
 
     def targets_of(self, documents):
@@ -1145,54 +1646,83 @@ class ValidationSet:
         starts, ends = self.starts[documents], self.ends[documents]
         return int((ends - starts).sum()), int((sums[ends + 1] - sums[starts + 1]).sum())
 
-def models_near(folder, nearest):
-    """SentencePiece models in and around a dataset's folder, in order of distance; `nearest`: of one place only.
 
-    DataError where that place holds several different ones: nothing says which of them made the shards.
+def models_near(folder, nearest):
+    """SentencePiece models in and around a dataset's folder, in order of distance; `nearest`: of
+    one
+    place only.
+
+    DataError where that place holds several different ones: nothing says which of them made the
+    shards.
     """
-    places = folder, *(path / "tokenizers" for path in (folder.parent, folder.parent.parent, Path(__file__).parent))
+    places = (
+        folder,
+        *(
+            path / "tokenizers"
+            for path in (folder.parent, folder.parent.parent, Path(__file__).parent)
+        ),
+    )
     groups = [sorted(place.glob("*.model")) for place in places]
     if not nearest:
         return sum(groups, [])
     found = next((group for group in groups if group), [])
     if len({path.read_bytes() for path in found}) > 1:
         names = ", ".join(str(path) for path in found)
-        raise DataError(f"{folder}: no manifest names its tokenizer, there are several ({names}): set TOKENIZER_PATH")
+        raise DataError(
+            f"{folder}: no manifest names its tokenizer, there are several ({names}): set"
+            " TOKENIZER_PATH"
+        )
     return found
+
 
 def has_case_markers(tokenizer):
     """Whether pieces 4 to 7 are CaseOps' markers, which stand for no text (lossless_caps.py)."""
     return [tokenizer.id_to_piece(token) for token in range(4, 8)] == [*"\ue001\ue002\ue003\ue004"]
 
-def check_byte_counts(hp, tokenizer, tokens):
-    """DataError unless tokens (N,), which this tokenizer is to count the bytes of, are of its making.
 
-    Without a side-car the tokenizer decides the BPB. One of equal size counts without an error, so the text of some
-    documents is encoded again: only the shards' own tokenizer gives back their tokens.
+def check_byte_counts(hp, tokenizer, tokens):
+    """DataError unless tokens (N,), which this tokenizer is to count the bytes of, are of its
+    making.
+
+    Without a side-car the tokenizer decides the BPB. One of equal size counts without an error, so
+    the text of some documents is encoded again: only the shards' own tokenizer gives back their
+    tokens.
     """
     if has_case_markers(tokenizer) and ((tokens >= 4) & (tokens < 8)).any():
-        raise DataError(f"{hp.data_path}: its tokens hold CaseOps' markers: set CASEOPS_ENABLED=1, with the side-car")
+        raise DataError(
+            f"{hp.data_path}: its tokens hold CaseOps' markers: set CASEOPS_ENABLED=1, with the"
+            " side-car"
+        )
     longest, documents = 512, 256
     starts = np.flatnonzero(tokens == BOS_ID)[:documents] + 1
     ends = np.append(starts[1:] - 1, len(tokens))[: len(starts)]
     same = total = 0
     for start, end in zip(starts, np.minimum(ends, starts + longest), strict=True):
         ids = tokens[start:end].tolist()
-        compared = len(ids) if len(ids) < longest else longest - 64  # a cut changes the tokens before it
+        # a cut changes the tokens before it
+        compared = len(ids) if len(ids) < longest else longest - 64
         same += compared * (tokenizer.encode(tokenizer.decode(ids))[:compared] == ids[:compared])
         total += compared
-    if 2 * same < total:  # some texts do not come back from their own tokenizer: unknown characters, odd spaces
+    # some texts do not come back from their own tokenizer: unknown characters, odd spaces
+    if 2 * same < total:
         raise DataError(
-            f"{hp.data_path}: its tokens were not made by the tokenizer found for them, which gives back {same} of "
-            f"{total} when their text is encoded again: set TOKENIZER_PATH to the shards' own"
+            f"{hp.data_path}: its tokens were not made by the tokenizer found for them, which gives"
+            f" back {same} of {total} when their text is encoded again: set TOKENIZER_PATH to the"
+            " shards' own"
         )
 
+
 def find_tokenizer(hp):
-    """Path of the data's SentencePiece model. DataError if none fits the settings and the manifest."""
+    """Path of the data's SentencePiece model.
+
+    DataError if none fits the settings and the manifest.
+    """
     try:
         import sentencepiece
     except ImportError:
-        raise DataError("the sentencepiece package is missing: pip install -r requirements.txt") from None
+        raise DataError(
+            "the sentencepiece package is missing: pip install -r requirements.txt"
+        ) from None
     folder = Path(hp.data_path)
     wanted = read_manifest(folder).get("tokenizer", {}).get("sha256")
     if hp.tokenizer_path:
@@ -1205,72 +1735,114 @@ def find_tokenizer(hp):
         if wanted in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
             try:
                 tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-                tokenizer.id_to_piece([*range(tokenizer.vocab_size())])  # a damaged piece may be no text
+                # a damaged piece may be no text
+                tokenizer.id_to_piece([*range(tokenizer.vocab_size())])
             except (RuntimeError, UnicodeDecodeError):
                 raise DataError(f"{path} is no SentencePiece model") from None
             if tokenizer.vocab_size() != hp.vocab_size:
-                raise DataError(f"{path} has {tokenizer.vocab_size()} pieces, VOCAB_SIZE is {hp.vocab_size}")
+                raise DataError(
+                    f"{path} has {tokenizer.vocab_size()} pieces, VOCAB_SIZE is {hp.vocab_size}"
+                )
             if hp.marker_fusion_enabled and not has_case_markers(tokenizer):
-                raise DataError(f"{path}: pieces 4 to 7 are not CaseOps' markers: set MARKER_FUSION_ENABLED=0")
+                raise DataError(
+                    f"{path}: pieces 4 to 7 are not CaseOps' markers: set MARKER_FUSION_ENABLED=0"
+                )
             return path
-    raise DataError(f"no tokenizer for {folder} (the manifest wants sha256 {wanted}; looked at "
-                    f"{[str(p) for p in found]}): set TOKENIZER_PATH")
+    raise DataError(
+        f"no tokenizer for {folder} (the manifest wants sha256 {wanted}; looked at "
+        f"{[str(p) for p in found]}): set TOKENIZER_PATH"
+    )
+
 
 def load_tokenizer(hp):
     """The data's SentencePiece model."""
     import sentencepiece
+
     return sentencepiece.SentencePieceProcessor(model_file=str(find_tokenizer(hp)))
 
-# ---- KERNELS ---------------------------------------------------------------------------------------------------------
-# Each operation stands twice with one signature: the reference (`*_ref`, `attention_sdpa`: any device, any dtype,
-# autograd for free) and the fast version, a custom op that torch.compile takes as one node. `select_ops` chooses.
-# Inside kernels no Python global and no True/False/None: a minifier may move those to module level, where Triton
-# refuses them. Annotations stand where they are read at run time (tl.constexpr, op schemas): the minifier keeps them.
 
-jit = (lambda kernel: kernel) if triton is None else triton.jit  # without Triton kernels are defined, never launched
+# ---- KERNELS -------------------------------------------------------------------------------------
+# Each operation stands twice with one signature: the reference (`*_ref`, `attention_sdpa`: any
+# device, any dtype, autograd for free) and the fast version, a custom op that torch.compile takes
+# as one node. `select_ops` chooses. Inside kernels no Python global and no True/False/None: a
+# minifier may move those to module level, where Triton refuses them. Annotations stand where they
+# are read at run time (tl.constexpr, op schemas): the minifier keeps them.
+
+# without Triton kernels are defined, never launched
+jit = (lambda kernel: kernel) if triton is None else triton.jit
+
 
 @jit
 def load_f32(pointers, mask):  # 0 where masked; tl.store casts back by itself
     return tl.load(pointers, mask, 0.0).to(tl.float32)
 
+
 def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors, results=1):
-    """Decorator: function of tensors and, last, one number -> custom op; fake(*inputs), or the function itself, gives
-    its results without data. With gradients(needed, *grads, *kept, number) -> those of the leading inputs, it is
-    differentiable and returns the first of its results, or all where `results` says that they are several and all
-    differentiable; keep(needed, *tensors, *results) -> kept, default everything; needed[i]: input i requires one.
+    """Decorator: function of tensors and, last, one number -> custom op; fake(*inputs), or the
+    function itself, gives its results without data. With gradients(needed, *grads, *kept, number)
+    -> those of the leading inputs, it is differentiable and returns the first of its results, or
+    all where `results` says that they are several and all differentiable; keep(needed, *tensors,
+    *results) -> kept, default everything; needed[i]: input i requires one.
     """
+
     def setup(ctx, inputs, output):
         *tensors, ctx.number = inputs
-        ctx.set_materialize_grads(results > 1)  # or autograd fills zeros for the results that nobody differentiates
+        # or autograd fills zeros for the results that nobody differentiates
+        ctx.set_materialize_grads(results > 1)
         ctx.save_for_backward(*keep(ctx.needs_input_grad, *tensors, *output))
+
     def backward(ctx, *grads):
         needed = ctx.needs_input_grad
-        grads = () if grads[0] is None else gradients(needed, *grads[:results], *ctx.saved_tensors, ctx.number)
+        grads = (
+            ()
+            if grads[0] is None
+            else gradients(needed, *grads[:results], *ctx.saved_tensors, ctx.number)
+        )
         return *grads, *[None] * (len(needed) - len(grads))
+
     def register(function):
-        op = torch.library.custom_op("golf::" + function.__name__.strip("_"), function, mutates_args=())
+        op = torch.library.custom_op(
+            "golf::" + function.__name__.strip("_"), function, mutates_args=()
+        )
         op.register_fake(fake or function)
         if gradients is None:
             return op
         op.register_autograd(backward, setup_context=setup)
         return op if results > 1 else lambda *inputs: op(*inputs)[0]
+
     return register
 
-# --- head with softcapped cross-entropy: z = softcap * tanh(h @ weight.T / softcap), loss = logsumexp(z) - z[target]
-# One pass over the logits puts the gradients of the losses in their place; backward, the loss's own scale the products.
+
+# --- head with softcapped cross-entropy: z = softcap * tanh(h @ weight.T / softcap), loss =
+# logsumexp(z) - z[target] One pass over the logits puts the gradients of the losses in their place;
+# backward, the loss's own scale the products.
+
 
 def softcapped_cross_entropy_ref(logits, targets, softcap):
-    """logits (N, V), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats. The definition of the operation."""
-    return F.cross_entropy(softcap * torch.tanh(logits.float() / softcap), targets, reduction="none")
+    """logits (N, V), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats.
+
+    The definition of the operation.
+    """
+    return F.cross_entropy(
+        softcap * torch.tanh(logits.float() / softcap), targets, reduction="none"
+    )
+
 
 def linear_cross_entropy_ref(h, weight, targets, softcap):
-    """h (N, D), weight (V, D), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats; logits in the dtype of h."""
+    """h (N, D), weight (V, D), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats;
+    logits in the dtype of h.
+    """
     return softcapped_cross_entropy_ref(F.linear(h, weight), targets, softcap)
+
 
 @jit
 def _ce_kernel(logits, targets, losses, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Losses, and the gradient of each row's loss in place of its logits. The cap bounds exp(z): no peak is sought."""
-    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)  # 64 bits: rows x vocabulary may exceed 2^31
+    """Losses, and the gradient of each row's loss in place of its logits.
+
+    The cap bounds exp(z): no peak is sought.
+    """
+    # 64 bits: rows x vocabulary may exceed 2^31
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside, target = columns < V, tl.load(targets + row)
     logits += row * V
     z_target = CAP * (2 * tl.sigmoid(tl.load(logits + target).to(tl.float32) * (2 / CAP)) - 1)
@@ -1281,67 +1853,118 @@ def _ce_kernel(logits, targets, losses, V: tl.constexpr, CAP: tl.constexpr, BLOC
     d = (exps * (1 / total) - tl.where(columns == target, 1.0, 0.0)) * (1 - tanh * tanh)
     tl.store(logits + columns, d, inside)
 
+
 def _launch_ce(logits, targets, softcap):
-    """logits (N, V), overwritten, targets (N,) -> losses (N,); a program a row, 16 logits a thread at V = 8,192."""
+    """logits (N, V), overwritten, targets (N,) -> losses (N,); a program a row, 16 logits a
+    thread at V = 8,192.
+    """
     N, V = logits.shape
     losses = logits.new_empty(N, dtype=torch.float32)
     block = triton.next_power_of_2(V)
     if N > 0:
-        _ce_kernel[N,](logits, targets.contiguous(), losses, V=V, CAP=softcap, BLOCK=block,
-                       num_warps=min(32, block // 512 or 1))
+        _ce_kernel[N,](
+            logits,
+            targets.contiguous(),
+            losses,
+            V=V,
+            CAP=softcap,
+            BLOCK=block,
+            num_warps=min(32, block // 512 or 1),
+        )
     return losses
+
 
 def _ce_gradients(needed, grad, h, weight, unit, softcap):
     grad_h = ((unit @ weight) * grad[:, None]).to(h.dtype) if needed[0] else None
     return grad_h, unit.T @ (h * grad[:, None]).to(h.dtype) if needed[1] else None
 
-@golf_op(lambda h, weight, *_: (h.new_empty(h.shape[0], dtype=torch.float32), h.new_empty(h.shape[0], weight.shape[0])),
-         _ce_gradients, lambda needed, h, weight, targets, losses, unit: (h, weight, unit))
-def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """h (N, D), weight (V, D), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats; logits in the dtype of h."""
+
+@golf_op(
+    lambda h, weight, *_: (
+        h.new_empty(h.shape[0], dtype=torch.float32),
+        h.new_empty(h.shape[0], weight.shape[0]),
+    ),
+    _ce_gradients,
+    lambda needed, h, weight, targets, losses, unit: (h, weight, unit),
+)
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """h (N, D), weight (V, D), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats;
+    logits in the dtype of h.
+    """
     logits = h @ weight.T
     return _launch_ce(logits, targets, softcap), logits
 
-# --- squared leaky ReLU MLP: leaky_relu(x @ w_up.T, slope)^2 @ w_down.T. Quack's products (quack-kernels) end with the
-# activation or, backward, its derivative; others are cuBLAS. For the derivative the activation alone is kept: its root
-# is the size of the first product, its lowest bit stores the sign.
+
+# --- squared leaky ReLU MLP: leaky_relu(x @ w_up.T, slope)^2 @ w_down.T. Quack's products
+# (quack-kernels) end with the activation or, backward, its derivative; others are cuBLAS. For the
+# derivative the activation alone is kept: its root is the size of the first product, its lowest bit
+# stores the sign.
+
 
 def mlp_ref(x, w_up, w_down, slope):
     """x (..., D), w_up (F, D), w_down (D, F) -> (..., D). The definition of the operation."""
     return F.linear(F.leaky_relu(F.linear(x, w_up), slope).square(), w_down)
 
+
 @lru_cache
 def mlp_products(slope, dtype):
-    """0 <= slope <= 1 -> forward: act of a @ b.T; backward: (a @ b) act'. Operands of an epilogue go by name: acc, c.
-    Compiled when first called, 10 s for all ranks of a host, then cached on disk. ValueError: another GPU or dtype.
+    """0 <= slope <= 1 -> forward: act of a @ b.T; backward: (a @ b) act'. Operands of an epilogue
+    go
+    by name: acc, c. Compiled when first called, 10 s for all ranks of a host, then cached on disk.
+    ValueError: another GPU or dtype.
     """
     if torch.cuda.get_device_capability()[0] != 9 or dtype != torch.bfloat16:
         raise ValueError("needs sm_90 and bfloat16")
     import cutlass
     from quack.epilogue import EpiMod
+
     def forward(acc):  # to the nearest number of 16 bits whose lowest tells the side
         left = acc.bitcast(cutlass.Int32) >> 15 & 65536
         leaky = cutlass.cute.arch.fmax(acc, acc * slope)
-        return {"D": ((leaky * leaky).bitcast(cutlass.Int32) + 65536 - left & -131072 | left).bitcast(cutlass.Float32)}
+        return {
+            "D": (
+                ((leaky * leaky).bitcast(cutlass.Int32) + 65536 - left & -131072 | left).bitcast(
+                    cutlass.Float32
+                )
+            )
+        }
+
     def backward(acc, c):  # c: act; the derivative is 2 sqrt(act), times -slope on the left
         side = cutlass.select_(c.bitcast(cutlass.Int32) & 65536 == 0, 2.0, -2.0 * slope)
         return {"D": acc * (cutlass.cute.math.sqrt(c, fastmath=True) * cutlass.Float32(side))}
+
     return EpiMod(forward), EpiMod(backward)
 
+
 def _launch_mlp(a, b, act, slope):
-    """a (M, K), b (N, K), None -> act (M, N); a (M, K), b (K, N), act (M, N) -> (M, N): backward."""
+    """a (M, K), b (N, K), None -> act (M, N); a (M, K), b (K, N), act (M, N) -> (M, N):
+    backward.
+    """
     backward = act is not None
     tensors = [a, b, a.new_empty(a.shape[0], b.shape[backward]), *((act,) if backward else ())]
-    for i, t in enumerate(tensors):  # rows and a base that TMA can address; one row is contiguous whatever its stride
+    # rows and a base that TMA can address; one row is contiguous whatever its stride
+    for i, t in enumerate(tensors):
         t = t.detach().contiguous().flatten().view(t.shape)
         tensors[i] = t if t.data_ptr() % 16 == 0 else t.clone()
-    mlp_products(slope, a.dtype)[backward].gemm(*tensors, epi_args={}, tile_M=192, tile_N=128, cluster_M=1, cluster_N=2,
-                                                pingpong=True, b_kn=backward)
+    mlp_products(slope, a.dtype)[backward].gemm(
+        *tensors,
+        epi_args={},
+        tile_M=192,
+        tile_N=128,
+        cluster_M=1,
+        cluster_N=2,
+        pingpong=True,
+        b_kn=backward,
+    )
     return tensors[2]
+
 
 @golf_op(lambda grad, w_down, act, _: torch.empty_like(act))
 def _mlp_backward(grad: Tensor, w_down: Tensor, act: Tensor, slope: float) -> Tensor:
     return _launch_mlp(grad, w_down, act, slope)
+
 
 def _mlp_gradients(needed, grad, x, w_up, w_down, act, slope):
     grad_down = grad.T @ act if needed[2] else None
@@ -1349,66 +1972,131 @@ def _mlp_gradients(needed, grad, x, w_up, w_down, act, slope):
     grad_up = grad_pre.T @ x if needed[1] else None
     return grad_pre @ w_up if needed[0] else None, grad_up, grad_down
 
-@golf_op(lambda x, w_up, w_down, _: tuple(x.new_empty(x.shape[0], w.shape[0]) for w in (w_down, w_up)),
-         _mlp_gradients, lambda needed, x, w_up, w_down, out, act: (x, w_up, w_down, act))
+
+@golf_op(
+    lambda x, w_up, w_down, _: tuple(x.new_empty(x.shape[0], w.shape[0]) for w in (w_down, w_up)),
+    _mlp_gradients,
+    lambda needed, x, w_up, w_down, out, act: (x, w_up, w_down, act),
+)
 def _mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     act = _launch_mlp(x, w_up, None, slope)
     return act @ w_down.T, act
 
+
 def leaky_relu_sq_mlp(x, w_up, w_down, slope):
-    """x (..., D), w_up (F, D), w_down (D, F), of one dtype -> (..., D). What TMA cannot address takes the reference."""
+    """x (..., D), w_up (F, D), w_down (D, F), of one dtype -> (..., D).
+
+    What TMA cannot address takes the reference.
+    """
     width, hidden = w_down.shape
     if width % 8 or hidden % 8 or x.numel() == 0:  # rows of n * 16 bytes
         return mlp_ref(x, w_up, w_down, slope)
     return _mlp(x.reshape(-1, width), w_up, w_down, abs(slope)).view(x.shape)
 
-# --- around attention: before it, q and k get a norm for each head, partial rotary positions and q its gain; behind it,
-# XSA takes its own value's part out of each head's output, and a gate scales it. Rows of the tiles are heads.
+
+# --- around attention: before it, q and k get a norm for each head, partial rotary positions and q
+# its gain; behind it, XSA takes its own value's part out of each head's output, and a gate scales
+# it. Rows of the tiles are heads.
+
 
 def norm(x):
     """(..., D) -> (..., D): RMS norm without a weight, eps of F.rms_norm for float32."""
     return F.rms_norm(x, (x.size(-1),), eps=1.19e-7)
 
+
 def apply_rotary_emb(x, cos, sin):
-    """(B, T, H, E) -> the same: rotates dims i and i + rope_dims/2 of the first rope_dims (partial RoPE)."""
+    """(B, T, H, E) -> the same: rotates dims i and i + rope_dims/2 of the first rope_dims
+    (partial RoPE).
+    """
     cos, sin, half = cos.to(x.dtype), sin.to(x.dtype), cos.size(-1)
-    x1, x2, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
 
+
 def qkv_heads_ref(qkv, gain, cos, sin, kv_heads):
-    """qkv (B, T, (H + 2 K) E), gain (H,), cos, sin ([B,] T, 1, rope_dims / 2) -> q (B, T, H, E), k, v (B, T, K, E)."""
+    """qkv (B, T, (H + 2 K) E), gain (H,), cos, sin ([B,] T, 1, rope_dims / 2) -> q (B, T, H,
+    E), k, v (B, T, K, E).
+    """
     heads = gain.numel(), kv_heads, kv_heads
     q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(heads, dim=-2)
-    return apply_rotary_emb(norm(q), cos, sin) * gain[:, None], apply_rotary_emb(norm(k), cos, sin), v
+    return (
+        apply_rotary_emb(norm(q), cos, sin) * gain[:, None],
+        apply_rotary_emb(norm(k), cos, sin),
+        v,
+    )
+
 
 def gated_xsa_ref(y, v, logits, factor):
-    """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> XSA (arXiv:2603.09078) times factor sigmoid(logits)."""
+    """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> XSA (arXiv:2603.09078) times factor
+    sigmoid(logits).
+    """
     return subtract_own_value(y, v) * (factor * torch.sigmoid(logits))[..., None]
 
+
 def subtract_own_value(y, v):
-    """(B, T, H, E), (B, T, K, E) -> (B, T, H, E), heads' outputs without the part along their own value."""
+    """(B, T, H, E), (B, T, K, E) -> (B, T, H, E), heads' outputs without the part along their
+    own value.
+    """
     v_hat = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, E)
     grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, E)
     return (grouped - (grouped * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3)
 
+
 def _launch_rows(kernel, tensors, rows, E, warps, *sizes, **constants):
-    """kernel on rows of E numbers, 1,024 numbers a program; its arguments: tensors, rows, sizes, constants."""
+    """kernel on rows of E numbers, 1,024 numbers a program; its arguments: tensors, rows,
+    sizes, constants.
+    """
     block_e = triton.next_power_of_2(E)
     block = max(1, 1024 // block_e)
     if rows > 0:
-        kernel[(triton.cdiv(rows, block),)](*(t.contiguous() for t in tensors), rows, *sizes, **constants, E=E,
-                                            BLOCK_E=block_e, BLOCK=block, num_warps=warps)
+        kernel[(triton.cdiv(rows, block),)](
+            *(t.contiguous() for t in tensors),
+            rows,
+            *sizes,
+            **constants,
+            E=E,
+            BLOCK_E=block_e,
+            BLOCK=block,
+            num_warps=warps,
+        )
+
 
 @jit
-def _qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, out, dots, rows, T, H: tl.constexpr, K: tl.constexpr,
-                      HALF: tl.constexpr, BACKWARD: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
-                      BLOCK: tl.constexpr):
-    """forward: qkv -> q, k, v. backward: q, k, v hold their gradients; out is that of qkv, dots sum to that of gain."""
-    row, e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)[None, :]
+def _qkv_heads_kernel(
+    qkv,
+    gain,
+    cos,
+    sin,
+    q,
+    k,
+    v,
+    out,
+    dots,
+    rows,
+    T,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HALF: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """forward: qkv -> q, k, v.
+
+    backward: q, k, v hold their gradients; out is that of qkv, dots sum to that of gain.
+    """
+    row, e = (
+        tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK),
+        tl.arange(0, BLOCK_E)[None, :],
+    )
     token, head = row // (H + 2 * K), row % (H + 2 * K)
     is_q, is_v, inside = head < H, (head >= H + K)[:, None], (row < rows)[:, None] & (e < E)
-    turning, partner = inside & (e < 2 * HALF), tl.where(e < HALF, e + HALF, e - HALF)  # what turns, and with
-    split = tl.where(head < H + K, k + (token * K + head - H) * E, v + (token * K + head - H - K) * E)
+    # what turns, and with
+    turning, partner = inside & (e < 2 * HALF), tl.where(e < HALF, e + HALF, e - HALF)
+    split = tl.where(
+        head < H + K, k + (token * K + head - H) * E, v + (token * K + head - H - K) * E
+    )
     split = tl.where(is_q, q + (token * H + head) * E, split)[:, None]
     joint = row[:, None] * E
     angle = (token % T)[:, None] * HALF + e % HALF
@@ -1428,11 +2116,25 @@ def _qkv_heads_kernel(qkv, gain, cos, sin, q, k, v, out, dots, rows, T, H: tl.co
         turned = x * c + s * load_f32(qkv + joint + partner, turning)
         tl.store(split + e, tl.where(is_v, x, turned * gained), inside)
 
+
 def _launch_qkv_heads(inputs, heads, grads=()):
-    """inputs qkv, gain, cos, sin; heads q, k, v: fills these or, backward, grads: that of qkv, and of gain per row."""
+    """inputs qkv, gain, cos, sin; heads q, k, v: fills these or, backward, grads: that of qkv,
+    and of gain per row.
+    """
     (qkv, _, cos, _), (H, E) = inputs, heads[0].shape[2:]
-    _launch_rows(_qkv_heads_kernel, (*inputs, *heads, *(grads or (qkv, qkv))), qkv.numel() // E, E, 1,
-                 cos[..., 0].numel(), H=H, K=heads[1].shape[2], HALF=cos.shape[-1], BACKWARD=bool(grads))
+    _launch_rows(
+        _qkv_heads_kernel,
+        (*inputs, *heads, *(grads or (qkv, qkv))),
+        qkv.numel() // E,
+        E,
+        1,
+        cos[..., 0].numel(),
+        H=H,
+        K=heads[1].shape[2],
+        HALF=cos.shape[-1],
+        BACKWARD=bool(grads),
+    )
+
 
 def _new_heads(qkv, gain, cos, sin, kv_heads):
     """Empty q, k, v."""
@@ -1440,29 +2142,70 @@ def _new_heads(qkv, gain, cos, sin, kv_heads):
     E = qkv.shape[-1] // (H + 2 * kv_heads)
     return tuple(qkv.new_empty(*qkv.shape[:2], heads, E) for heads in (H, kv_heads, kv_heads))
 
-@golf_op(lambda dq, dk, dv, qkv, *_: (qkv.new_empty(qkv.shape), dq.new_empty(dq.shape[:3], dtype=torch.float32)))
-def _qkv_heads_backward(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor,
-                        kv_heads: int) -> tuple[Tensor, Tensor]:
+
+@golf_op(
+    lambda dq, dk, dv, qkv, *_: (
+        qkv.new_empty(qkv.shape),
+        dq.new_empty(dq.shape[:3], dtype=torch.float32),
+    )
+)
+def _qkv_heads_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kv_heads: int,
+) -> tuple[Tensor, Tensor]:
     grad, dots = qkv.new_empty(qkv.shape), dq.new_empty(dq.shape[:3], dtype=torch.float32)
     _launch_qkv_heads((qkv, gain, cos, sin), (dq, dk, dv), (grad, dots))
     return grad, dots
+
 
 def _qkv_heads_gradients(needed, *grads_and_saved):
     grad, dots = _qkv_heads_backward(*grads_and_saved)
     return grad, dots.sum((0, 1)).to(grad.dtype) if needed[1] else None
 
+
 @golf_op(_new_heads, _qkv_heads_gradients, lambda needed, *tensors: tensors[:4], results=3)
-def qkv_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv (B, T, (H + 2 K) E), gain (H,), cos and sin (T, 1, rope_dims / 2) -> q (B, T, H, E), k, v (B, T, K, E)."""
+def qkv_heads(
+    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (B, T, (H + 2 K) E), gain (H,), cos and sin (T, 1, rope_dims / 2) -> q (B, T, H, E),
+    k, v (B, T, K, E).
+    """
     heads = _new_heads(qkv, gain, cos, sin, kv_heads)
     _launch_qkv_heads((qkv, gain, cos, sin), heads)
     return heads
 
+
 @jit
-def _gated_xsa_kernel(y, v, logits, grad, out, dv, dlogits, rows, FACTOR: tl.constexpr, GROUP: tl.constexpr,
-                      BACKWARD: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr):
-    """A row is a key/value head, with the GROUP query heads that share it. backward: out is the gradient of y."""
-    row, e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)[None, :]
+def _gated_xsa_kernel(
+    y,
+    v,
+    logits,
+    grad,
+    out,
+    dv,
+    dlogits,
+    rows,
+    FACTOR: tl.constexpr,
+    GROUP: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A row is a key/value head, with the GROUP query heads that share it.
+
+    backward: out is the gradient of y.
+    """
+    row, e = (
+        tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK),
+        tl.arange(0, BLOCK_E)[None, :],
+    )
     inside = (row < rows)[:, None] & (e < E)
     v_hat = load_f32(v + row[:, None] * E + e, inside)
     inverse = 1 / tl.maximum(tl.sqrt(tl.sum(v_hat * v_hat, 1)), 1e-12)[:, None]
@@ -1490,34 +2233,59 @@ def _gated_xsa_kernel(y, v, logits, grad, out, dv, dlogits, rows, FACTOR: tl.con
         d = inverse * (d_hat - tl.sum(d_hat * v_hat, 1)[:, None] * v_hat)
         tl.store(dv + row[:, None] * E + e, d, inside)
 
+
 def _launch_gated_xsa(inputs, outs, factor, grad=None):
-    """inputs y, v, logits: fills outs with the output alone or, given its gradient, with those of the inputs."""
+    """inputs y, v, logits: fills outs with the output alone or, given its gradient, with those
+    of the inputs.
+    """
     y, v, _ = inputs
     tensors = (*inputs, y, *outs, y, y) if grad is None else (*inputs, grad, *outs)
-    _launch_rows(_gated_xsa_kernel, tensors, v.numel() // v.shape[-1], v.shape[-1], 4, FACTOR=factor,
-                 GROUP=y.shape[-2] // v.shape[-2], BACKWARD=grad is not None)
+    _launch_rows(
+        _gated_xsa_kernel,
+        tensors,
+        v.numel() // v.shape[-1],
+        v.shape[-1],
+        4,
+        FACTOR=factor,
+        GROUP=y.shape[-2] // v.shape[-2],
+        BACKWARD=grad is not None,
+    )
+
 
 @golf_op(lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:3]))
-def _gated_xsa_backward(grad: Tensor, y: Tensor, v: Tensor, logits: Tensor,
-                        factor: float) -> tuple[Tensor, Tensor, Tensor]:
+def _gated_xsa_backward(
+    grad: Tensor, y: Tensor, v: Tensor, logits: Tensor, factor: float
+) -> tuple[Tensor, Tensor, Tensor]:
     grads = tuple(t.new_empty(t.shape) for t in (y, v, logits))
     _launch_gated_xsa((y, v, logits), grads, factor, grad)
     return grads
 
-@golf_op(lambda y, *_: (y.new_empty(y.shape), y.new_empty(0)),
-         lambda needed, *saved: _gated_xsa_backward(*saved), lambda needed, *tensors: tensors[:3])
+
+@golf_op(
+    lambda y, *_: (y.new_empty(y.shape), y.new_empty(0)),
+    lambda needed, *saved: _gated_xsa_backward(*saved),
+    lambda needed, *tensors: tensors[:3],
+)
 def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> XSA (arXiv:2603.09078) times factor sigmoid(logits)."""
+    """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> XSA (arXiv:2603.09078) times factor
+    sigmoid(logits).
+    """
     out = y.new_empty(y.shape)
     _launch_gated_xsa((y, v, logits), (out,), factor)
     return out, y.new_empty(0)
 
-# --- entry of a slot: the stream merges with a skip, mixes with x0, and is normed. The compiler fuses the forward pass
-# well; backward it joins the sums over tokens of several slots in kernels that spill registers: here one kernel a slot.
+
+# --- entry of a slot: the stream merges with a skip, mixes with x0, and is normed. The compiler
+# fuses the forward pass well; backward it joins the sums over tokens of several slots in kernels
+# that spill registers: here one kernel a slot.
+
 
 def enter_ref(x, x0, mix, scale, window, wants, *merge):
-    """x, x0 (B, T, D), mix (2, D), scale (1,), perhaps skip (B, T, D), weight (D,), perhaps gate (D,) -> scaled norm of
-    the mix, its first `window` columns, the mix, and what x merged into; of these two None if not in wants."""
+    """x, x0 (B, T, D), mix (2, D), scale (1,), perhaps skip (B, T, D), weight (D,), perhaps gate
+    (D,)
+    -> scaled norm of the mix, its first `window` columns, the mix, and what x merged into; of these
+    two None if not in wants.
+    """
     if merge:
         skip, weight, *gate = merge
         scaled = weight.to(x.dtype) * skip
@@ -1526,15 +2294,41 @@ def enter_ref(x, x0, mix, scale, window, wants, *merge):
     h = (norm(x_in) * scale).to(x.dtype)
     return h, h[..., :window], x_in if wants[0] else None, x if wants[1] else None
 
+
 @jit
-def _enter_kernel(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip, weight, gate, d_x, d_x0, d_skip, sums,
-                  rows, WINDOW: tl.constexpr, MIXED: tl.constexpr, KEPT: tl.constexpr, MERGE: tl.constexpr,
-                  GATED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradients of x, x0, skip, and in `sums` a program's share of those of mix (both), weight and gate."""
+def _enter_kernel(
+    d_h,
+    d_start,
+    d_mixed,
+    d_merged,
+    merged,
+    x0,
+    mix,
+    scale,
+    skip,
+    weight,
+    gate,
+    d_x,
+    d_x0,
+    d_skip,
+    sums,
+    rows,
+    WINDOW: tl.constexpr,
+    MIXED: tl.constexpr,
+    KEPT: tl.constexpr,
+    MERGE: tl.constexpr,
+    GATED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of x, x0, skip, and in `sums` a program's share of those of mix (both), weight
+    and gate.
+    """
     program, column = tl.program_id(0), tl.arange(0, BLOCK)[None, :]
     inside, factor = column < D, tl.load(scale)
     mix_x, mix_0 = load_f32(mix + column, inside), load_f32(mix + D + column, inside)
-    w, share, rest = mix_x, 1.0, 1.0  # of the skip, of x and of the scaled skip in what they merge into
+    # of the skip, of x and of the scaled skip in what they merge into
+    w, share, rest = mix_x, 1.0, 1.0
     if MERGE:
         w = load_f32(weight + column, inside)
     if GATED:
@@ -1542,12 +2336,15 @@ def _enter_kernel(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip,
         rest = 1 - share
     zero = tl.zeros((2, BLOCK), dtype=tl.float32)
     sum_x, sum_0, sum_w, sum_g = zero, zero, zero, zero
-    for first in tl.range(2 * program, rows, 2 * tl.num_programs(0), num_stages=3):  # two rows, the next on their way
+    # two rows, the next on their way
+    for first in tl.range(2 * program, rows, 2 * tl.num_programs(0), num_stages=3):
         row = first + tl.arange(0, 2)[:, None]
         valid = inside & (row < rows)
         at, d, kept = row.to(tl.int64) * D + column, zero, zero
         x, e = load_f32(merged + at, valid), load_f32(x0 + at, valid)
-        g = load_f32(d_h + at, valid) + load_f32(d_start + row * WINDOW + column, valid & (column < WINDOW))
+        g = load_f32(d_h + at, valid) + load_f32(
+            d_start + row * WINDOW + column, valid & (column < WINDOW)
+        )
         if MIXED:
             d = load_f32(d_mixed + at, valid)
         if KEPT:
@@ -1574,50 +2371,99 @@ def _enter_kernel(d_h, d_start, d_mixed, d_merged, merged, x0, mix, scale, skip,
     tl.store(sums + 2 * D, tl.sum(sum_w, 0)[None, :], inside)
     tl.store(sums + 3 * D, tl.sum(sum_g, 0)[None, :], inside)
 
+
 def _new_enter_grads(grads, merged, x0, mix, scale, merge, wants):
     """Empty gradients of x, x0, skip, and sums (programs, 4, D): 2 programs on a multiprocessor."""
-    programs = 2 * torch.cuda.get_device_properties(x0.device).multi_processor_count if x0.is_cuda else 3
+    programs = (
+        2 * torch.cuda.get_device_properties(x0.device).multi_processor_count if x0.is_cuda else 3
+    )
     shapes = merged.shape, x0.shape, merge[0].shape if merge else (0,)
     return *map(x0.new_empty, shapes), x0.new_empty(programs, 4, x0.shape[-1], dtype=torch.float32)
 
+
 @golf_op(_new_enter_grads)
-def _enter_backward(grads: list[Tensor], merged: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, merge: list[Tensor],
-                    wants: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _enter_backward(
+    grads: list[Tensor],
+    merged: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    scale: Tensor,
+    merge: list[Tensor],
+    wants: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outs, D = _new_enter_grads(grads, merged, x0, mix, scale, merge, wants), x0.shape[-1]
     grads = [*grads[:2], grads[2] if wants[0] else merged, grads[-1] if wants[1] else merged]
     inputs = *grads, merged, x0, mix, scale, *merge, *[merged] * (3 - len(merge))
     block = triton.next_power_of_2(D)
     _enter_kernel[(len(outs[3]),)](
-        *(t.contiguous() for t in inputs), *outs, merged.numel() // D, WINDOW=grads[1].shape[-1], MIXED=wants[0],
-        KEPT=wants[1], MERGE=len(merge) > 0, GATED=len(merge) > 2, D=D, BLOCK=block, num_warps=block // 256 or 1)
+        *(t.contiguous() for t in inputs),
+        *outs,
+        merged.numel() // D,
+        WINDOW=grads[1].shape[-1],
+        MIXED=wants[0],
+        KEPT=wants[1],
+        MERGE=len(merge) > 0,
+        GATED=len(merge) > 2,
+        D=D,
+        BLOCK=block,
+        num_warps=block // 256 or 1,
+    )
     return outs
 
+
 def _open_enter(x, x0, mix, scale, merge, numbers):
-    """enter_ref with [window, *wants] as numbers, empty where not wanted; the compiler traces it in place of _enter."""
+    """enter_ref with [window, *wants] as numbers, empty where not wanted; the compiler traces
+    it in place of _enter.
+    """
     window, *wants = numbers
     h, start, *others = enter_ref(x, x0, mix, scale, window, (wants[0], wants[1] or merge), *merge)
     return h, start, *(x.new_empty(0) if t is None else t for t in others)
 
+
 def _enter_gradients(needed, *args):
     grads, (merged, x0, mix, scale, *merge), (_, *wants) = args[:4], args[4:-1], args[-1]
-    d_x, d_x0, d_skip, sums = _enter_backward([*grads], merged, x0, mix, scale, merge, [want > 0 for want in wants])
+    d_x, d_x0, d_skip, sums = _enter_backward(
+        [*grads], merged, x0, mix, scale, merge, [want > 0 for want in wants]
+    )
     d_mix, d_weight, d_gate = sums.sum(0).split((2, 1, 1))
-    return d_x, d_x0 if needed[1] else None, d_mix.to(mix.dtype), None, [d_skip, d_weight[0], d_gate[0]][:len(merge)]
+    return (
+        d_x,
+        d_x0 if needed[1] else None,
+        d_mix.to(mix.dtype),
+        None,
+        [d_skip, d_weight[0], d_gate[0]][: len(merge)],
+    )
 
-@golf_op(None, _enter_gradients, lambda needed, x, x0, mix, scale, merge, *results: (
-    results[3] if merge else x, x0, mix, scale, *merge), results=4)
-def _enter(x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, merge: list[Tensor],
-           numbers: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+@golf_op(
+    None,
+    _enter_gradients,
+    lambda needed, x, x0, mix, scale, merge, *results: (
+        results[3] if merge else x,
+        x0,
+        mix,
+        scale,
+        *merge,
+    ),
+    results=4,
+)
+def _enter(
+    x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, merge: list[Tensor], numbers: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h, start, mixed, merged = _open_enter(x, x0, mix, scale, merge, numbers)
     return h, start.clone(), mixed, merged.clone()  # an operation returns neither inputs nor views
+
 
 def enter(x, x0, mix, scale, window, wants, *merge):
     """As enter_ref, with one kernel for the gradients."""
     h, start, mixed, merged = _enter(x, x0, mix, scale, [*merge], [window, *map(int, wants)])
     return h, start, mixed if wants[0] else None, merged if wants[1] else None
 
-# --- AdamW without first moment, in place: rows `source` (B,) of values and squares (N, n) into rows `target` (B,), one
-# of which many may share, with gradient (B, n) times `scale`, correction (B,) of the bias, and rates lr, decay, beta2.
+
+# --- AdamW without first moment, in place: rows `source` (B,) of values and squares (N, n) into
+# rows `target` (B,), one of which many may share, with gradient (B, n) times `scale`, correction
+# (B,) of the bias, and rates lr, decay, beta2.
+
 
 def adamw_rows_ref(values, squares, gradient, source, target, correction, scale, rates):
     (lr, decay, beta2), gradient = rates, scale * gradient.to(values.dtype)
@@ -1627,9 +2473,23 @@ def adamw_rows_ref(values, squares, gradient, source, target, correction, scale,
     squares[target] = mean
     return values, squares
 
+
 @jit
-def _adamw_kernel(values, squares, gradient, source, target, correction, stride, width, SCALE: tl.constexpr,
-                  LR: tl.constexpr, DECAY: tl.constexpr, BETA2: tl.constexpr, BLOCK: tl.constexpr):
+def _adamw_kernel(
+    values,
+    squares,
+    gradient,
+    source,
+    target,
+    correction,
+    stride,
+    width,
+    SCALE: tl.constexpr,
+    LR: tl.constexpr,
+    DECAY: tl.constexpr,
+    BETA2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row, column = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     old = tl.load(source + row).to(tl.int64) * stride + column
@@ -1640,124 +2500,234 @@ def _adamw_kernel(values, squares, gradient, source, target, correction, stride,
     tl.store(values + new, (1 - LR * DECAY) * load_f32(values + old, inside) - step, inside)
     tl.store(squares + new, mean, inside)
 
+
 def adamw_rows(values, squares, gradient, source, target, correction, scale, rates):
     (rows, width), (lr, decay, beta2) = gradient.shape, rates
     if width:
         _adamw_kernel[(triton.cdiv(width, 1024), rows)](
-            values, squares, *(t.contiguous() for t in (gradient, source, target, correction)), values.stride(0), width,
-            SCALE=scale, LR=lr, DECAY=decay, BETA2=beta2, BLOCK=1024)
+            values,
+            squares,
+            *(t.contiguous() for t in (gradient, source, target, correction)),
+            values.stride(0),
+            width,
+            SCALE=scale,
+            LR=lr,
+            DECAY=decay,
+            BETA2=beta2,
+            BLOCK=1024,
+        )
     return values, squares
 
-# --- attention over packed documents: causal within documents, scale 1/sqrt(E), query head h on KV head h // (H / K)
-# Every backend: q (B, T, H, E), k and v (B, T, K, E), cu_seqlens (N + 1,) int32 with B = 1, or None: each row is one
-# document; -> (B, T, H, E). cu_seqlens may end in repetitions of T (empty documents). No document exceeds max_seqlen.
-# attn_window: so many keys before a query's own are seen; 0: all.
+
+# --- attention over packed documents: causal within documents, scale 1/sqrt(E), query head h on KV
+# head h // (H / K) Every backend: q (B, T, H, E), k and v (B, T, K, E), cu_seqlens (N + 1,) int32
+# with B = 1, or None: each row is one document; -> (B, T, H, E). cu_seqlens may end in repetitions
+# of T (empty documents). No document exceeds max_seqlen. attn_window: so many keys before a query's
+# own are seen; 0: all.
 _VARLEN_PARAMETERS = tuple(inspect.signature(varlen_attn).parameters) if varlen_attn else ()
 
+
 def _repeat_kv(q, *kv):
-    """q (..., H, E), k and v (..., K, E) -> k and v (..., H, E) for backends without grouped heads."""
+    """q (..., H, E), k and v (..., K, E) -> k and v (..., H, E) for backends without grouped
+    heads.
+    """
     repeats = q.shape[-2] // kv[0].shape[-2]
     return kv if repeats == 1 else [t.repeat_interleave(repeats, -2) for t in kv]
 
+
 def attention_sdpa(q, k, v, cu_seqlens, max_seqlen, attn_window=0):
-    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E): the reference; any device and dtype, no host synchronisation.
-    In blocks of W = max_seqlen queries, each sees keys of its block and the one before: a mask of T x 2W, not T x T.
+    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E): the reference; any device and dtype, no
+    host
+    synchronisation. In blocks of W = max_seqlen queries, each sees keys of its block and the one
+    before: a mask of T x 2W, not T x T.
     """
     k, v = _repeat_kv(q, k, v)
     if cu_seqlens is None and attn_window:
         rows = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * q.size(1)
-        return attention_sdpa(*(t.flatten(0, 1)[None] for t in (q, k, v)), rows, q.size(1), attn_window).view(q.shape)
+        return attention_sdpa(
+            *(t.flatten(0, 1)[None] for t in (q, k, v)), rows, q.size(1), attn_window
+        ).view(q.shape)
     if cu_seqlens is None:
-        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
+        return F.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True
+        ).transpose(1, 2)
     _, T, H, E = q.shape
     W = min(max_seqlen, T)
     blocks = (T + W - 1) // W
-    # Padding lies past the last document: it forms one of its own and attends to itself, so that no row is all masked.
-    q, k, v = (F.pad(t[0], (0, 0, 0, 0, 0, blocks * W - T)).view(blocks, W, H, E) for t in (q, k, v))
+    # Padding lies past the last document: it forms one of its own and attends to itself, so that no
+    # row is all masked.
+    q, k, v = (
+        F.pad(t[0], (0, 0, 0, 0, 0, blocks * W - T)).view(blocks, W, H, E) for t in (q, k, v)
+    )
     positions = torch.arange(blocks * W, dtype=cu_seqlens.dtype, device=q.device)
-    document = torch.searchsorted(cu_seqlens, positions, right=True).view(blocks, W)  # from 1; 0 is before the row
+    # from 1; 0 is before the row
+    document = torch.searchsorted(cu_seqlens, positions, right=True).view(blocks, W)
+
     def with_previous(t):  # (blocks, W, ...) -> (blocks, 2W, ...)
         return torch.cat((torch.cat((torch.zeros_like(t[:1]), t[:-1])), t), dim=1)
+
     offset = torch.arange(2 * W, device=q.device)
-    mask = (document[:, :, None] == with_previous(document)[:, None]) & (offset <= offset[:W, None] + W)
+    mask = (document[:, :, None] == with_previous(document)[:, None]) & (
+        offset <= offset[:W, None] + W
+    )
     if attn_window:
         mask &= offset >= offset[:W, None] + W - attn_window
     q, k, v = (t.transpose(1, 2) for t in (q, with_previous(k), with_previous(v)))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # out (blocks, H, W, E)
     return out.transpose(1, 2).reshape(1, blocks * W, H, E)[:, :T]
 
+
 def _both(cu_seqlens):
-    """cu_seqlens (N + 1,) twice, or (2, N + 1) of queries and of keys: a document's queries are at its last keys."""
+    """cu_seqlens (N + 1,) twice, or (2, N + 1) of queries and of keys: a document's queries are
+    at its last keys.
+    """
     return cu_seqlens if cu_seqlens.dim() == 2 else (cu_seqlens, cu_seqlens)
 
+
 def _on_packed_row(varlen):
-    """Decorator: attention over one row of documents, (tokens, H, E) -> (tokens, H, E), becomes a backend as above."""
+    """Decorator: attention over one row of documents, (tokens, H, E) -> (tokens, H, E), becomes
+    a backend as above.
+    """
+
     def attention(q, k, v, cu_seqlens, max_seqlen, attn_window=0):
         if cu_seqlens is None:
             cu_seqlens = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * q.size(1)
-        limits = [max_seqlen, attn_window]  # a list: custom operations take one argument behind the tensors
+        # a list: custom operations take one argument behind the tensors
+        limits = [max_seqlen, attn_window]
         return varlen(*(t.flatten(0, 1) for t in (q, k, v)), cu_seqlens, limits).view(q.shape)
+
     return attention
+
 
 @_on_packed_row
 def attention_torch(q, k, v, cu_seqlens, limits):
-    """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by torch's varlen_attn (torch >= 2.10, CUDA, 16 bits)."""
+    """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by torch's varlen_attn (torch >=
+    2.10, CUDA, 16 bits).
+    """
     max_seqlen, attn_window = limits
-    options = {"is_causal": True} if "is_causal" in _VARLEN_PARAMETERS and not attn_window else {
-        "window_size": (attn_window or -1, 0)}  # 2.10, which has no windows, or later
+    options = (
+        {"is_causal": True}
+        if "is_causal" in _VARLEN_PARAMETERS and not attn_window
+        else {"window_size": (attn_window or -1, 0)}
+    )  # 2.10, which has no windows, or later
     if "enable_gqa" in _VARLEN_PARAMETERS:
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     else:
         k, v = _repeat_kv(q, k, v)
     return varlen_attn(q, k, v, *_both(cu_seqlens), max_seqlen, max_seqlen, **options)
 
+
 @_on_packed_row
 def attention_fa3(q, k, v, cu_seqlens, limits):
-    """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by FlashAttention-3 (Hopper; arXiv:2407.08608)."""
+    """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by FlashAttention-3 (Hopper;
+    arXiv:2407.08608).
+    """
     from flash_attn_interface import flash_attn_varlen_func
+
     max_seqlen, attn_window = limits
     window = {"window_size": (attn_window, 0)} if attn_window else {}
-    out = flash_attn_varlen_func(q, k, v, *_both(cu_seqlens), max_seqlen, max_seqlen, causal=True, **window)
+    out = flash_attn_varlen_func(
+        q, k, v, *_both(cu_seqlens), max_seqlen, max_seqlen, causal=True, **window
+    )
     return out[0] if isinstance(out, tuple) else out  # some versions return (out, lse)
 
-@golf_op(lambda grad, q, k, v, *_: (
-    q.new_empty(q.shape), *(t.new_empty(q.shape[1] // k.shape[1], *t.shape) for t in (k, v))))
-def _fa4_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor,
-                  limits: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+
+@golf_op(
+    lambda grad, q, k, v, *_: (
+        q.new_empty(q.shape),
+        *(t.new_empty(q.shape[1] // k.shape[1], *t.shape) for t in (k, v)),
+    )
+)
+def _fa4_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    limits: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
-    # Query heads that share dk and dv would add them up in fp32 buffers, zeroed before and cast after. A pass for each
-    # of a key head's query heads, with gradients of its own, costs less (docs/LOG.md).
-    group, (max_seqlen, attn_window), (of_q, of_k) = q.shape[1] // k.shape[1], limits, _both(cu_seqlens)
+
+    # Query heads that share dk and dv would add them up in fp32 buffers, zeroed before and cast
+    # after. A pass for each of a key head's query heads, with gradients of its own, costs less
+    # (docs/LOG.md).
+    group, (max_seqlen, attn_window), (of_q, of_k) = (
+        q.shape[1] // k.shape[1],
+        limits,
+        _both(cu_seqlens),
+    )
     window = {"window_size_left": attn_window} if attn_window else {}
     dq, dk, dv = q.new_empty(q.shape), *(t.new_empty(group, *t.shape) for t in (k, v))
     grad = grad.contiguous()
     for i in range(group):
         q_i, out_i, grad_i, dq_i = (t[:, i::group] for t in (q, out, grad, dq))
         _flash_attn_bwd(
-            q_i, k, v, out_i, grad_i, lse[i::group].contiguous(), softmax_scale=q.shape[-1] ** -0.5, causal=True,
-            dq=dq_i, dk=dk[i], dv=dv[i], cu_seqlens_q=of_q, cu_seqlens_k=of_k, max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen, **window)
+            q_i,
+            k,
+            v,
+            out_i,
+            grad_i,
+            lse[i::group].contiguous(),
+            softmax_scale=q.shape[-1] ** -0.5,
+            causal=True,
+            dq=dq_i,
+            dk=dk[i],
+            dv=dv[i],
+            cu_seqlens_q=of_q,
+            cu_seqlens_k=of_k,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen,
+            **window,
+        )
     return dq, dk, dv
+
 
 def _fa4_gradients(needed, *saved):
     dq, *shared = _fa4_backward(*saved)
     return dq, *(parts.sum(0) if len(parts) > 1 else parts[0] for parts in shared)
 
+
 @_on_packed_row
-@golf_op(lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)),
-         _fa4_gradients)
-def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, limits: list[int]) -> tuple[Tensor, Tensor]:
-    """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by FlashAttention-4 (flash-attn-4; CUDA, 16 bits)."""
+@golf_op(
+    lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)),
+    _fa4_gradients,
+)
+def attention_fa4(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, limits: list[int]
+) -> tuple[Tensor, Tensor]:
+    """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by FlashAttention-4 (flash-attn-4;
+    CUDA, 16 bits).
+    """
     from flash_attn.cute.interface import _flash_attn_fwd
+
     (max_seqlen, attn_window), (of_q, of_k) = limits, _both(cu_seqlens)
     window = {"window_size_left": attn_window} if attn_window else {}
     out, lse, *_ = _flash_attn_fwd(
-        q, k, v, cu_seqlens_q=of_q, cu_seqlens_k=of_k, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
-        softmax_scale=q.shape[-1] ** -0.5, causal=True, return_lse=True, **window)
+        q,
+        k,
+        v,
+        cu_seqlens_q=of_q,
+        cu_seqlens_k=of_k,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        softmax_scale=q.shape[-1] ** -0.5,
+        causal=True,
+        return_lse=True,
+        **window,
+    )
     return out, lse  # (tokens, H, E), (H, tokens)
 
+
 # --- selection, the fastest first
-ATTENTION_BACKENDS = {"fa3": attention_fa3, "fa4": attention_fa4, "torch": attention_torch, "sdpa": attention_sdpa}
+ATTENTION_BACKENDS = {
+    "fa3": attention_fa3,
+    "fa4": attention_fa4,
+    "torch": attention_torch,
+    "sdpa": attention_sdpa,
+}
+
 
 @dataclass(frozen=True)
 class Ops:  # what the model calls, the name of each choice, and why an alternative was refused
@@ -1769,46 +2739,77 @@ class Ops:  # what the model calls, the name of each choice, and why an alternat
     qkv_heads: Callable = qkv_heads_ref  # qkv, gain, cos, sin, kv_heads
     gated_xsa: Callable = gated_xsa_ref  # y, v, logits, factor
     enter: Callable = enter_ref  # x, x0, mix, scale, window, wants, *(skip, weight, gate)
-    adamw_rows: Callable = adamw_rows_ref  # values, squares, gradient, source, target, correction, scale, rates
+    # values, squares, gradient, source, target, correction, scale, rates
+    adamw_rows: Callable = adamw_rows_ref
+
 
 def _forward_backward(op, args):
-    """op and its arguments -> its outputs and its gradients for arguments that require one, under one fixed loss."""
-    args = [a.detach().clone().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in args]
+    """op and its arguments -> its outputs and its gradients for arguments that require one,
+    under one fixed loss.
+    """
+    args = [
+        a.detach().clone().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a
+        for a in args
+    ]
     with torch.enable_grad():
         outs = op(*args)
     outs = outs if isinstance(outs, tuple) else (outs,)
-    grads = [torch.linspace(-1, 1, t.numel(), device=t.device).cos().view(t.shape).to(t.dtype) for t in outs]
+    grads = [
+        torch.linspace(-1, 1, t.numel(), device=t.device).cos().view(t.shape).to(t.dtype)
+        for t in outs
+    ]
     leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
-    return [*(t.detach() for t in outs), *(torch.autograd.grad(outs, leaves, grads) if leaves else ())]
+    return [
+        *(t.detach() for t in outs),
+        *(torch.autograd.grad(outs, leaves, grads) if leaves else ()),
+    ]
+
 
 def _first_that_works(kind, candidates, reference, args, notes, tolerance=0.03):
-    """Candidates by name, trial arguments -> name of the first that agrees with reference, or None; adds to notes."""
+    """Candidates by name, trial arguments -> name of the first that agrees with reference, or
+    None; adds to notes.
+    """
     for name, op in candidates.items():
         if op is reference:
             return name
         try:
-            pairs = zip(_forward_backward(op, args), _forward_backward(reference, args), strict=True)
-            errors = [((got - want).float().norm() / want.float().norm()).item() for got, want in pairs]
-            # relative Frobenius errors: bf16 rounding on both sides stays below the tolerance, a wrong mask does not
+            pairs = zip(
+                _forward_backward(op, args), _forward_backward(reference, args), strict=True
+            )
+            errors = [
+                ((got - want).float().norm() / want.float().norm()).item() for got, want in pairs
+            ]
+            # relative Frobenius errors: bf16 rounding on both sides stays below the tolerance, a
+            # wrong mask does not
             if all(error <= tolerance for error in errors):  # False for NaN
                 return name
-            fault = "disagrees with the reference, relative errors " + " ".join(f"{error:.1e}" for error in errors)
-        except Exception as error:  # a library may raise anything (missing, wrong version, wrong device): not here
+            fault = "disagrees with the reference, relative errors " + " ".join(
+                f"{error:.1e}" for error in errors
+            )
+        # a library may raise anything (missing, wrong version, wrong device): not here
+        except Exception as error:
             fault = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
         notes.append(f"{kind} {name}: {fault}")
     return None
 
-def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, num_kv_heads, attn_window=0):
-    """Settings KERNELS and ATTENTION_BACKEND, shapes -> Ops, each fast version tried on `device` against its reference.
-    The random state of the run stays as it is. SettingError: a named backend is unknown or does not work here.
+
+def select_ops(
+    kernels, attention_backend, device, dtype, head_dim, num_heads, num_kv_heads, attn_window=0
+):
+    """Settings KERNELS and ATTENTION_BACKEND, shapes -> Ops, each fast version tried on `device`
+    against its reference. The random state of the run stays as it is. SettingError: a named backend
+    is unknown or does not work here.
     """
     if attention_backend not in ("auto", *ATTENTION_BACKENDS):
-        raise SettingError(f"ATTENTION_BACKEND={attention_backend}: expected auto, {', '.join(ATTENTION_BACKENDS)}")
+        raise SettingError(
+            f"ATTENTION_BACKEND={attention_backend}: expected auto, {', '.join(ATTENTION_BACKENDS)}"
+        )
     cuda = torch.device(device).type == "cuda"
     attention = ATTENTION_BACKENDS if cuda else {"sdpa": attention_sdpa}
     if attention_backend != "auto":
         attention = {attention_backend: ATTENTION_BACKENDS[attention_backend]}
-    elif cuda and torch.cuda.get_device_capability(device)[0] != 9:  # FlashAttention-3 is for Hopper alone
+    # FlashAttention-3 is for Hopper alone
+    elif cuda and torch.cuda.get_device_capability(device)[0] != 9:
         attention = {name: op for name, op in attention.items() if name != "fa3"}
     notes = ["kernels: Triton is not installed"] if kernels and cuda and triton is None else []
     generator = torch.Generator(device).manual_seed(0)
@@ -1817,41 +2818,92 @@ def select_ops(kernels, attention_backend, device, dtype, head_dim, num_heads, n
     shapes = [(1, 256, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
     shapes += (200, 64), (320, 64), (64, 320), (1000, 64), (1, 256, num_heads)
     q, k, v, x, w_up, w_down, head, gates = (
-        torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for shape in shapes)
-    angles = torch.arange(256, device=device)[:, None, None] * torch.tensor([1.0, 0.03], device=device)
+        torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
+        for shape in shapes
+    )
+    angles = torch.arange(256, device=device)[:, None, None] * torch.tensor(
+        [1.0, 0.03], device=device
+    )
     raw = torch.cat([t.detach().flatten(2) for t in (q, k, v)], dim=2).requires_grad_()
+
     def candidates(kernel, reference, library="triton"):
-        return ({library: kernel} if kernels and cuda and triton else {}) | {"reference": reference}, reference
+        return ({library: kernel} if kernels and cuda and triton else {}) | {
+            "reference": reference
+        }, reference
+
     trials = {  # operation -> candidates, reference, arguments
-        "attention": (attention, attention_sdpa, (q, k, v, cu_seqlens, 128, 9 if attn_window else 0)),
+        "attention": (
+            attention,
+            attention_sdpa,
+            (q, k, v, cu_seqlens, 128, 9 if attn_window else 0),
+        ),
         "mlp": (*candidates(leaky_relu_sq_mlp, mlp_ref, "quack"), (x, w_up / 8, w_down / 18, 0.3)),
-        "cross_entropy": (*candidates(linear_cross_entropy, linear_cross_entropy_ref), (x, head, targets, 30.0)),
-        "qkv_heads": (*candidates(qkv_heads, qkv_heads_ref),
-                      (raw, gates[0, 0], angles.cos(), angles.sin(), num_kv_heads)),
+        "cross_entropy": (
+            *candidates(linear_cross_entropy, linear_cross_entropy_ref),
+            (x, head, targets, 30.0),
+        ),
+        "qkv_heads": (
+            *candidates(qkv_heads, qkv_heads_ref),
+            (raw, gates[0, 0], angles.cos(), angles.sin(), num_kv_heads),
+        ),
         "gated_xsa": (*candidates(gated_xsa, gated_xsa_ref), (q, v, gates, 2.0)),
-        "enter": (*candidates(enter, enter_ref), (
-            x, w_up[:200], head[:2], angles[1, :, 0], 9, (True, True), head[200:400], *w_down.float()[:, :2].T)),
-        "adamw_rows": (*candidates(adamw_rows, adamw_rows_ref), (
-            head.detach().float(), head.detach().float().square(), x.detach()[:2], targets[:2], targets[2:4],
-            gates[0, :2, 0].detach().float().square(), 2.0, (0.1, 0.5, 0.9))),
+        "enter": (
+            *candidates(enter, enter_ref),
+            (
+                x,
+                w_up[:200],
+                head[:2],
+                angles[1, :, 0],
+                9,
+                (True, True),
+                head[200:400],
+                *w_down.float()[:, :2].T,
+            ),
+        ),
+        "adamw_rows": (
+            *candidates(adamw_rows, adamw_rows_ref),
+            (
+                head.detach().float(),
+                head.detach().float().square(),
+                x.detach()[:2],
+                targets[:2],
+                targets[2:4],
+                gates[0, :2, 0].detach().float().square(),
+                2.0,
+                (0.1, 0.5, 0.9),
+            ),
+        ),
     }
     names = {kind: _first_that_works(kind, *trial, notes) for kind, trial in trials.items()}
     if names["attention"] is None:
-        raise SettingError(f"ATTENTION_BACKEND={attention_backend} does not work here: {'; '.join(notes)}")
-    return Ops(**{kind: trials[kind][0][name] for kind, name in names.items()}, names=names, notes=tuple(notes))
+        raise SettingError(
+            f"ATTENTION_BACKEND={attention_backend} does not work here: {'; '.join(notes)}"
+        )
+    return Ops(
+        **{kind: trials[kind][0][name] for kind, name in names.items()},
+        names=names,
+        notes=tuple(notes),
+    )
 
-# ---- MODEL -----------------------------------------------------------------------------------------------------------
+
+# ---- MODEL ---------------------------------------------------------------------------------------
+
 
 def rotary_tables(positions, hp):
-    """cos and sin of positions (..., T) -> (..., T, 1, rope_dims / 2) float32 each, from float64 angles.
-    Made once: traced into a graph, the compiler computes them anew for every head, in float64 on the GPU.
+    """cos and sin of positions (..., T) -> (..., T, 1, rope_dims / 2) float32 each, from float64
+    angles. Made once: traced into a graph, the compiler computes them anew for every head, in
+    float64 on the GPU.
     """
     step = torch.arange(0, hp.rope_dims, 2, device=positions.device).double() / hp.rope_dims
-    angle = positions[..., None, None] * hp.rope_base ** -step
+    angle = positions[..., None, None] * hp.rope_base**-step
     return angle.cos().float(), angle.sin().float()
 
+
 class LayerWeights(NamedTuple):
-    """What one layer computes with: views of the banks and of the small parameters, in the compute dtype."""
+    """What one layer computes with: views of the banks and of the small parameters, in the
+    compute dtype.
+    """
+
     qkv: Tensor  # (D + 2 K E, D): q, k and v below each other, one product
     out: Tensor  # (D, D), times attn_scale
     up: Tensor  # (F, D)
@@ -1867,44 +2919,62 @@ class LayerWeights(NamedTuple):
     xsa: bool
     extras: dict | None = None  # what a few layers' settings ask for: techniques.layer_extras
 
+
 class GPT(nn.Module):
-    """The 11-layer recurrent GPT: one forward pass for training, evaluation, calibration and TTT.
-    A tap, where given, is asked for tap.at(slot, layer), which is called at each site of that slot as (site, x, y) -> y
-    with its input and output. Sites: qkv, attn_proj, mlp_up, mlp_down (matrix products), attn_out, mlp_out (whole
-    sublayers; also told the (D,) scale that y has already been multiplied by); token_losses calls its own at lm_head.
-    Without a tap nothing is traced. `splits_mlp` asks for the unfused MLP, whose hidden layer can be seen.
+    """The 11-layer recurrent GPT: one forward pass for training, evaluation, calibration and TTT. A
+    tap, where given, is asked for tap.at(slot, layer), which is called at each site of that slot as
+    (site, x, y) -> y with its input and output. Sites: qkv, attn_proj, mlp_up, mlp_down (matrix
+    products), attn_out, mlp_out (whole sublayers; also told the (D,) scale that y has already been
+    multiplied by); token_losses calls its own at lm_head. Without a tap nothing is traced.
+    `splits_mlp` asks for the unfused MLP, whose hidden layer can be seen.
     """
 
     def __init__(self, hp, ops, dtype):
         super().__init__()
         self.hp, self.ops, self.dtype = hp, ops, dtype
-        self.eval_passes = None  # over the looped layers, beyond NUM_LOOPS, once training is over: 1 + EXTRA_EVAL_LOOPS
+        # over the looped layers, beyond NUM_LOOPS, once training is over: 1 +
+        # EXTRA_EVAL_LOOPS
+        self.eval_passes = None
         D, L, H, kv_dim = hp.model_dim, hp.num_layers, hp.num_heads, hp.num_kv_heads * hp.head_dim
         slots = self.slots(looping=True)
         num_skips = min(len(slots) // 2, len(slots) - len(slots) // 2)
         self.tok_emb = nn.Parameter(torch.empty(hp.num_embeddings, D))
-        self.lm_head = None if hp.tie_embeddings else nn.Parameter(torch.empty(hp.num_embeddings, D))
-        self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))  # q of every layer, then output projections
+        self.lm_head = (
+            None if hp.tie_embeddings else nn.Parameter(torch.empty(hp.num_embeddings, D))
+        )
+        # q of every layer, then output projections
+        self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))
         self.kv_bank = nn.Parameter(torch.empty(2 * L, kv_dim, D))  # k of every layer, then v
         self.mlp_up_bank = nn.Parameter(torch.empty(L, hp.mlp_dim, D))
         self.mlp_down_bank = nn.Parameter(torch.empty(L, D, hp.mlp_dim))
         self.q_gain = nn.Parameter(torch.full((L, H), hp.qk_gain_init))
-        gate_width = {"sparse": hp.gate_window, "output": hp.gate_window, "dense": D}.get(self.gate_kind)
+        gate_width = {"sparse": hp.gate_window, "output": hp.gate_window, "dense": D}.get(
+            self.gate_kind
+        )
         self.attn_gate = nn.Parameter(torch.zeros(L, H, gate_width)) if gate_width else None
         self.attn_scale = nn.Parameter(torch.ones(L, D))
         self.mlp_scale = nn.Parameter(torch.ones(L, D))
-        self.resid_mix = nn.Parameter(torch.stack([torch.ones(L, D), torch.zeros(L, D)], dim=1))  # (L, 2, D)
+        # (L, 2, D)
+        self.resid_mix = nn.Parameter(torch.stack([torch.ones(L, D), torch.zeros(L, D)], dim=1))
         self.skip_weights = nn.Parameter(torch.ones(num_skips, D))
         self.skip_gates = nn.Parameter(torch.zeros(num_skips, D)) if hp.skip_gates_enabled else None
-        self.parallel_post = nn.Parameter(torch.ones(L, 2, 2))  # (layer, attention / MLP, target lane)
+        # (layer, attention / MLP, target lane)
+        self.parallel_post = nn.Parameter(torch.ones(L, 2, 2))
         self.parallel_resid = nn.Parameter(torch.full((L, 2), 1.1))  # (layer, lane)
-        self.smear_weight = nn.Parameter(torch.zeros(1, hp.gate_window)) if hp.smear_gate_enabled else None
+        self.smear_weight = (
+            nn.Parameter(torch.zeros(1, hp.gate_window)) if hp.smear_gate_enabled else None
+        )
         self.smear_lambda = nn.Parameter(torch.zeros(1)) if hp.smear_gate_enabled else None
-        scales = [[(layer + 1) ** -0.5 if hp.ln_scale else 1.0] * 4 for layer in range(L)]  # rows aligned for kernels
-        self.register_buffer("depth_scale", torch.tensor(scales), persistent=False)  # no weight: never saved
-        longest = hp.global_ttt_chunk_tokens + max(hp.eval_seq_len, hp.ttt_eval_seq_len)  # of a row that is learnt from
+        # rows aligned for kernels
+        scales = [[(layer + 1) ** -0.5 if hp.ln_scale else 1.0] * 4 for layer in range(L)]
+        # no weight: never saved
+        self.register_buffer("depth_scale", torch.tensor(scales), persistent=False)
+        # of a row that is learnt from
+        longest = hp.global_ttt_chunk_tokens + max(hp.eval_seq_len, hp.ttt_eval_seq_len)
         longest = max(hp.micro_batch_tokens, longest)
-        for name, table in zip(("cos", "sin"), rotary_tables(torch.arange(longest), hp), strict=True):
+        for name, table in zip(
+            ("cos", "sin"), rotary_tables(torch.arange(longest), hp), strict=True
+        ):
             self.register_buffer(name, table, persistent=False)
         self.init_weights()
         if hp.bigram_vocab_size or hp.new_values:
@@ -1912,7 +2982,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Embedding N(0, std); q, k, v, MLP up orthogonal; both output projections zero; dense gate N(0, 0.01)."""
+        """Embedding N(0, std); q, k, v, MLP up orthogonal; both output projections zero;
+        dense gate N(0, 0.01).
+        """
         generator = torch.Generator().manual_seed(self.hp.generator_seed)
         for table in (self.tok_emb, self.lm_head):
             if table is not None:
@@ -1947,30 +3019,71 @@ class GPT(nn.Module):
         if not (looping and hp.num_loops):
             return layers
         first, last = hp.loop_start, hp.loop_end + 1
-        return layers[:first] + layers[first:last] * (hp.num_loops + (self.eval_passes or 1)) + layers[last:]
+        return (
+            layers[:first]
+            + layers[first:last] * (hp.num_loops + (self.eval_passes or 1))
+            + layers[last:]
+        )
 
     def layer_weights(self, on_grid=False):
-        """LayerWeights of every layer. Unbinding once makes a bank's gradient one stack, not a sum of padded slices.
-        The scales of the sublayers' outputs are multiplied into the matrices before: no output, and no gradient of one,
-        is written once more for them.
+        """LayerWeights of every layer. Unbinding once makes a bank's gradient one stack, not a sum
+        of
+        padded slices. The scales of the sublayers' outputs are multiplied into the matrices before:
+        no output, and no gradient of one, is written once more for them.
         """
         hp, L = self.hp, self.hp.num_layers
         qo, kv, up, down = self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank
         if on_grid:  # QAT_BELOW_LR: as quantization will have them
-            qo, kv = (techniques.fake_quantize(bank, hp.matrix_bits, hp.attn_clip_sigmas) for bank in (qo, kv))
-            up, down = (techniques.fake_quantize(bank, hp.matrix_bits, hp.mlp_clip_sigmas) for bank in (up, down))
+            qo, kv = (
+                techniques.fake_quantize(bank, hp.matrix_bits, hp.attn_clip_sigmas)
+                for bank in (qo, kv)
+            )
+            up, down = (
+                techniques.fake_quantize(bank, hp.matrix_bits, hp.mlp_clip_sigmas)
+                for bank in (up, down)
+            )
         (q, out), (k, v) = qo.split(L), kv.split(L)
         out, down = out * self.attn_scale[..., None], down * self.mlp_scale[..., None]
         qkv = torch.cat([p.to(self.dtype) for p in (q, k, v)], dim=1).unbind(0)
-        out, up, down, q_gain, attn_scale, mlp_scale, mix, post, resid = (p.to(self.dtype).unbind(0) for p in (
-            out, up, down, self.q_gain, self.attn_scale, self.mlp_scale, self.resid_mix,
-            self.parallel_post, self.parallel_resid))
+        out, up, down, q_gain, attn_scale, mlp_scale, mix, post, resid = (
+            p.to(self.dtype).unbind(0)
+            for p in (
+                out,
+                up,
+                down,
+                self.q_gain,
+                self.attn_scale,
+                self.mlp_scale,
+                self.resid_mix,
+                self.parallel_post,
+                self.parallel_resid,
+            )
+        )
         gates = [None] * L if self.attn_gate is None else self.attn_gate.to(self.dtype).unbind(0)
-        return [LayerWeights(qkv[i], out[i], up[i], down[i], q_gain[i], gates[i], attn_scale[i], mlp_scale[i], mix[i],
-                             post[i], resid[i], self.depth_scale[i, :1], i >= L - hp.xsa_last_n) for i in range(L)]
+        return [
+            LayerWeights(
+                qkv[i],
+                out[i],
+                up[i],
+                down[i],
+                q_gain[i],
+                gates[i],
+                attn_scale[i],
+                mlp_scale[i],
+                mix[i],
+                post[i],
+                resid[i],
+                self.depth_scale[i, :1],
+                i >= L - hp.xsa_last_n,
+            )
+            for i in range(L)
+        ]
 
     def attention(self, h, start, x_in, w, rope, packing, tap):
-        """Normed input h (B, T, D), its first columns -> (B, T, D). `packing` is (cu_seqlens or None, max_seqlen)."""
+        """Normed input h (B, T, D), its first columns -> (B, T, D).
+
+        `packing` is (cu_seqlens or None, max_seqlen).
+        """
         hp, (B, T, D) = self.hp, h.shape
         qkv = linear(h, w.qkv, tap, "qkv")
         q, k, v = self.ops.qkv_heads(qkv, w.q_gain, *rope, hp.num_kv_heads)
@@ -1991,14 +3104,16 @@ class GPT(nn.Module):
         return out if tap is None else tap("attn_out", h, out, w.attn_scale)
 
     def head_gates(self, h, start, x_in, qkv, gate):
-        """Logits (B, T, H) and the factor of their sigmoids, of whichever gate of the heads' outputs is on."""
+        """Logits (B, T, H) and the factor of their sigmoids, of whichever gate of the
+        heads' outputs is on.
+        """
         hp = self.hp
         if self.gate_kind == "sparse":
             return hp.sparse_attn_gate_scale * F.linear(start, gate), 1.0
         if self.gate_kind == "dense":
             return F.linear(h, gate), 1.0
         source = qkv if hp.attn_out_gate_src == "q" else x_in
-        return F.linear(source[..., :hp.gate_window], gate), 2.0
+        return F.linear(source[..., : hp.gate_window], gate), 2.0
 
     def mlp(self, h, w, tap):
         """(B, T, D) normalised input -> (B, T, D): W_down leaky_relu(W_up h)^2."""
@@ -2011,11 +3126,15 @@ class GPT(nn.Module):
         return out if tap is None else tap("mlp_out", h, out, w.mlp_scale)
 
     def enter(self, x, x0, w, wants, *skip):
-        """What a block takes: normed mix of stream x and x0, the first columns of that; if wanted, mix and stream."""
+        """What a block takes: normed mix of stream x and x0, the first columns of that; if
+        wanted, mix and stream.
+        """
         return self.ops.enter(x, x0, w.mix, w.depth_scale, self.hp.gate_window, wants, *skip)
 
     def block(self, entry, mlp_lane, w, rope, packing, tap):
-        """One layer: results of `enter`, and the MLP's own lane where the stream has split, else None -> x, lane."""
+        """One layer: results of `enter`, and the MLP's own lane where the stream has split,
+        else None -> x, lane.
+        """
 
         def scaled_norm(x):
             return (norm(x) * w.depth_scale).to(x.dtype)
@@ -2026,75 +3145,130 @@ class GPT(nn.Module):
             x = x_in + attn
             return x + self.mlp(scaled_norm(x), w, tap), None
         mlp = self.mlp(scaled_norm(mlp_lane), w, tap)
-        return (w.resid[0] * x + w.post[0, 0] * attn + w.post[1, 0] * mlp,
-                w.resid[1] * mlp_lane + w.post[0, 1] * attn + w.post[1, 1] * mlp)
+        return (
+            w.resid[0] * x + w.post[0, 0] * attn + w.post[1, 0] * mlp,
+            w.resid[1] * mlp_lane + w.post[0, 1] * attn + w.post[1, 1] * mlp,
+        )
 
     def embed(self, tokens, fresh):
-        """(B, T) ids -> (B, T, D) raw embedding with SmearGate; none at BOS, t = 0, and where `fresh` (B, T) is set."""
+        """(B, T) ids -> (B, T, D) raw embedding with SmearGate; none at BOS, t = 0, and
+        where `fresh` (B, T) is set.
+        """
         e = F.embedding(tokens, self.tok_emb).to(self.dtype)
         if self.hp.bigram_vocab_size:
             e = e + techniques.bigram_embedding(self, tokens, fresh)
         if not self.hp.smear_gate_enabled:
             return e
         previous = F.pad(e[:, :-1], (0, 0, 1, 0))
-        gate = torch.sigmoid(F.linear(e[..., :self.hp.gate_window], self.smear_weight.to(e.dtype)))  # (B, T, 1)
+        # (B, T, 1)
+        gate = torch.sigmoid(F.linear(e[..., : self.hp.gate_window], self.smear_weight.to(e.dtype)))
         blocked = tokens == BOS_ID if fresh is None else (tokens == BOS_ID) | fresh
-        return e + (self.smear_lambda.to(e.dtype) * gate * previous).masked_fill(blocked[..., None], 0)
+        return e + (self.smear_lambda.to(e.dtype) * gate * previous).masked_fill(
+            blocked[..., None], 0
+        )
 
-    def forward_hidden(self, tokens, cu_seqlens=None, *, max_seqlen, looping, fresh=None, tap=None, parts=None,
-                       on_grid=False):
-        """(B, T) ids -> (B, T, D), the final norm's output.
-        With cu_seqlens B is 1 and documents are apart, none longer than max_seqlen; without, a row is one document.
-        `parts` has its own enter and block, where these alone were compiled; entries then give all results: few graphs.
+    def forward_hidden(
+        self,
+        tokens,
+        cu_seqlens=None,
+        *,
+        max_seqlen,
+        looping,
+        fresh=None,
+        tap=None,
+        parts=None,
+        on_grid=False,
+    ):
+        """(B, T) ids -> (B, T, D), the final norm's output. With cu_seqlens B is 1 and documents
+        are
+        apart, none longer than max_seqlen; without, a row is one document. `parts` has its own
+        enter and block, where these alone were compiled; entries then give all results: few graphs.
         """
-        hp, slots, weights, parts = self.hp, self.slots(looping), self.layer_weights(on_grid), parts or self
-        packing, rope = (cu_seqlens, max_seqlen), (self.cos[:tokens.size(1)], self.sin[:tokens.size(1)])
+        hp, slots, weights, parts = (
+            self.hp,
+            self.slots(looping),
+            self.layer_weights(on_grid),
+            parts or self,
+        )
+        packing, rope = (
+            (cu_seqlens, max_seqlen),
+            (
+                self.cos[: tokens.size(1)],
+                self.sin[: tokens.size(1)],
+            ),
+        )
         if hp.attn_window or hp.new_values:
             extras = techniques.layer_extras(self, tokens, fresh)
             weights = [w._replace(extras=e) for w, e in zip(weights, extras, strict=True)]
         x = x0 = norm(self.embed(tokens, fresh))
         mlp_lane, encoder, skips, before, order = None, len(slots) // 2, [], -1, None
         merging = self.skip_weights, *((self.skip_gates,) if hp.skip_gates_enabled else ())
-        if hp.extra_eval_loops:  # passes that training did not have count below 0: skips stay where they were
+        # passes that training did not have count below 0: skips stay where they were
+        if hp.extra_eval_loops:
             order, encoder = techniques.extra_passes(self, slots)
         for slot, layer in order or enumerate(slots):
             if layer >= hp.parallel_start_layer and mlp_lane is None:
-                mlp_lane = x  # the stream splits before this slot's skip, which goes to the attention lane only
-            pushes, pair = 0 <= before < encoder, slot - encoder  # what the slot before gave; of the skip popped here
+                # the stream splits before this slot's skip, which goes to the
+                # attention lane only
+                mlp_lane = x
+            # what the slot before gave; of the skip popped here
+            pushes, pair = 0 <= before < encoder, slot - encoder
             if pushes and pair >= 0:
                 skips.append(x.view_as(x))  # the first pair is of the stream with itself
             skip = (skips.pop(), *(p[pair] for p in merging)) if pair >= 0 and skips else ()
             lanes, own = mlp_lane is not None, pushes and pair < 0
-            wants = (not lanes or self.gate_kind == "output", lanes or own) if parts is self else (True, True)
+            wants = (
+                (not lanes or self.gate_kind == "output", lanes or own)
+                if parts is self
+                else (True, True)
+            )
             entry = parts.enter(x, x0, weights[layer], wants, *skip)
             if own:
-                skips.append(entry[3].view_as(x))  # x itself, but so all its gradients meet in the entry's kernel
-            x, mlp_lane = parts.block(entry, mlp_lane, weights[layer], rope, packing, tap and tap.at(slot, layer))
+                # x itself, but so all its gradients meet in the entry's kernel
+                skips.append(entry[3].view_as(x))
+            x, mlp_lane = parts.block(
+                entry, mlp_lane, weights[layer], rope, packing, tap and tap.at(slot, layer)
+            )
             before = slot
         if mlp_lane is not None:
             x = {"mean": (x + mlp_lane) / 2, "attn": x, "mlp": mlp_lane}[hp.parallel_final_lane]
         return norm(x)
 
     def forward(self, inputs, targets, cu_seqlens, looping, max_seqlen, fresh=None, on_grid=False):
-        """(1, T) ids, (T,) targets -> (T,) cross-entropy in nats, logits in the compute dtype: for gradients."""
-        h = self.forward_hidden(inputs, cu_seqlens, max_seqlen=max_seqlen, looping=looping, fresh=fresh,
-                                on_grid=on_grid)
-        return self.ops.cross_entropy(h.flatten(0, 1), self.head_weight.to(self.dtype), targets, self.hp.logit_softcap)
+        """(1, T) ids, (T,) targets -> (T,) cross-entropy in nats, logits in the compute
+        dtype: for gradients.
+        """
+        h = self.forward_hidden(
+            inputs, cu_seqlens, max_seqlen=max_seqlen, looping=looping, fresh=fresh, on_grid=on_grid
+        )
+        return self.ops.cross_entropy(
+            h.flatten(0, 1), self.head_weight.to(self.dtype), targets, self.hp.logit_softcap
+        )
 
     def token_losses(self, hidden, targets, tap=None):
-        """(..., D) outputs of the final norm, (...) targets -> (...) nats, with head, softcap and loss in float32."""
+        """(..., D) outputs of the final norm, (...) targets -> (...) nats, with head,
+        softcap and loss in float32.
+        """
         hidden = hidden.float()
         logits = linear(hidden, self.head_weight, tap, "lm_head")
-        losses = softcapped_cross_entropy_ref(logits.flatten(0, -2), targets.flatten(), self.hp.logit_softcap)
+        losses = softcapped_cross_entropy_ref(
+            logits.flatten(0, -2), targets.flatten(), self.hp.logit_softcap
+        )
         return losses.view(targets.shape)
 
+
 def linear(x, w, tap, site):
-    """x (..., in), w (out, in) -> (..., out): the one matrix product of the model that a tap can watch or add to."""
+    """x (..., in), w (out, in) -> (..., out): the one matrix product of the model that a tap
+    can watch or add to.
+    """
     y = F.linear(x, w)
     return y if tap is None else tap(site, x, y)
 
+
 def unbank(model):
-    """GPT -> {saved name: fp32 view}: quantization and packing see matrices under names of their own, not banks."""
+    """GPT -> {saved name: fp32 view}: quantization and packing see matrices under names of
+    their own, not banks.
+    """
     L, state = model.hp.num_layers, {}
     for name, tensor in model.state_dict().items():
         if names := BANK_NAMES.get(name):
@@ -2103,17 +3277,26 @@ def unbank(model):
             state[HEAD_NAMES.get(name, name)] = tensor
     return state
 
+
 def rebank(model, state):
-    """Loads {saved name: tensor} into a GPT. Raises ValueError where names or shapes differ from the model's."""
+    """Loads {saved name: tensor} into a GPT.
+
+    Raises ValueError where names or shapes differ from the model's.
+    """
     wanted = {name: tensor.shape for name, tensor in unbank(model).items()}
     given = {name: tensor.shape for name, tensor in state.items()}
     if wanted != given:
-        differ = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
-        raise ValueError(f"the saved model does not fit these settings: {len(differ)} tensors differ, {differ[:5]} "
-                         "among them; use the settings it was trained with")
+        differ = sorted(
+            name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)
+        )
+        raise ValueError(
+            f"the saved model does not fit these settings: {len(differ)} tensors differ,"
+            f" {differ[:5]} among them; use the settings it was trained with"
+        )
     with torch.no_grad():
         for name, tensor in unbank(model).items():
             tensor.copy_(state[name])
+
 
 BANK_NAMES = {
     "qo_bank": ("blocks.{}.attn.c_q.weight", "blocks.{}.attn.c_proj.weight"),
@@ -2121,10 +3304,14 @@ BANK_NAMES = {
     "mlp_up_bank": ("blocks.{}.mlp.c_fc.weight",),
     "mlp_down_bank": ("blocks.{}.mlp.c_proj.weight",),
 }
-HEAD_NAMES = {"tok_emb": "tok_emb.weight", "lm_head": "lm_head.weight", "bigram_table": "bigram.weight",
-              "value_table": "value_embed.weight"}
+HEAD_NAMES = {
+    "tok_emb": "tok_emb.weight",
+    "lm_head": "lm_head.weight",
+    "bigram_table": "bigram.weight",
+    "value_table": "value_embed.weight",
+}
 
-# ---- OPTIMIZER -------------------------------------------------------------------------------------------------------
+# ---- OPTIMIZER -----------------------------------------------------------------------------------
 
 # Polar Express (arXiv:2505.16932): one (a, b, c) per Newton-Schulz step
 POLAR_EXPRESS = (
@@ -2136,10 +3323,14 @@ POLAR_EXPRESS = (
 )
 
 BANKS = tuple(BANK_NAMES)  # Muon's parameters
-EMBEDDINGS = tuple(HEAD_NAMES)  # AdamW with TIED_EMBED_LR; every other parameter: AdamW with SCALAR_LR
+# AdamW with TIED_EMBED_LR; every other parameter: AdamW with SCALAR_LR
+EMBEDDINGS = tuple(HEAD_NAMES)
+
 
 def polar_express(x, steps):
-    """(N, R, C) -> (N, R, C) orthogonalised: X <- aX + (bA + cA^2)X with A = XX^T, on X/|X|_F; tall ones transposed."""
+    """(N, R, C) -> (N, R, C) orthogonalised: X <- aX + (bA + cA^2)X with A = XX^T, on X/|X|_F;
+    tall ones transposed.
+    """
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -2148,28 +3339,39 @@ def polar_express(x, steps):
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
 
+
 def muon_update(grad, momentum_buffer, momentum, steps, row_normalize, orthogonalise=None):
-    """(N, R, C) gradients -> (N, R, C) orthogonalised Nesterov updates, in the gradients' dtype; updates the buffer."""
+    """(N, R, C) gradients -> (N, R, C) orthogonalised Nesterov updates, in the gradients'
+    dtype; updates the buffer.
+    """
     momentum_buffer.mul_(momentum).add_(grad)
     update = grad.add(momentum_buffer, alpha=momentum)
     if row_normalize:
         update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
     return (orthogonalise or polar_express)(update, steps)
 
+
 class Muon:
-    """Muon on the banks, sharded over ranks along the banks' first dimension (padded to the world size).
-    launch() starts the reduce-scatter of every bank's gradient; step() orthogonalises this rank's slices bank by bank
-    and gathers the result, so that one bank travels while the next is computed. One rank runs the same lines.
+    """Muon on the banks, sharded over ranks along the banks' first dimension (padded to the world
+    size). launch() starts the reduce-scatter of every bank's gradient; step() orthogonalises this
+    rank's slices bank by bank and gathers the result, so that one bank travels while the next is
+    computed. One rank runs the same lines.
     """
 
     def __init__(self, banks, hp, dist, dtype):
         self.banks, self.hp, self.dist, self.dtype = banks, hp, dist, dtype
-        self.momentum_buffers = [torch.zeros_like(self.padded(bank).chunk(dist.world_size)[0]) for bank in banks]
+        self.momentum_buffers = [
+            torch.zeros_like(self.padded(bank).chunk(dist.world_size)[0]) for bank in banks
+        ]
         self.in_flight = []
 
     def padded(self, bank):
-        """A bank-shaped tensor in Muon's dtype, its first dimension zero-padded to a multiple of the world size."""
-        return F.pad(bank.detach().to(self.dtype), (0, 0, 0, 0, 0, -bank.size(0) % self.dist.world_size))
+        """A bank-shaped tensor in Muon's dtype, its first dimension zero-padded to a
+        multiple of the world size.
+        """
+        return F.pad(
+            bank.detach().to(self.dtype), (0, 0, 0, 0, 0, -bank.size(0) % self.dist.world_size)
+        )
 
     def launch(self):
         """Starts the reduction of every bank's gradient."""
@@ -2183,23 +3385,37 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr, momentum, weight_decay, clip):
-        """p <- p (1 - lr wd) - lr sqrt(max(1, rows/cols)) O; `clip` (a 0-d tensor or None) multiplies the gradients."""
+        """p <- p (1 - lr wd) - lr sqrt(max(1, rows/cols)) O; `clip` (a 0-d tensor or None)
+        multiplies the gradients.
+        """
         gathers = []
         for buffer, shard in zip(self.momentum_buffers, self.shards(), strict=True):
             shard = shard if clip is None else shard * clip.to(shard.dtype)
-            other = techniques.orthogonaliser(self, buffer, polar_express, POLAR_EXPRESS) if (
-                self.hp.muon_head_pairs or self.hp.muon_gram_enabled) else None
-            update = muon_update(shard, buffer, momentum, self.hp.muon_backend_steps, self.hp.muon_row_normalize, other)
+            other = (
+                techniques.orthogonaliser(self, buffer, polar_express, POLAR_EXPRESS)
+                if (self.hp.muon_head_pairs or self.hp.muon_gram_enabled)
+                else None
+            )
+            update = muon_update(
+                shard,
+                buffer,
+                momentum,
+                self.hp.muon_backend_steps,
+                self.hp.muon_row_normalize,
+                other,
+            )
             gathers.append(self.dist.all_gather(update))
         for bank, (handle, update) in zip(self.banks, gathers, strict=True):
             handle.wait()
             scale = max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5
-            bank.mul_(1 - lr * weight_decay).add_(update[:bank.size(0)], alpha=-lr * scale)
+            bank.mul_(1 - lr * weight_decay).add_(update[: bank.size(0)], alpha=-lr * scale)
         self.in_flight = []
 
+
 class Optimizers:
-    """Muon for the banks, AdamW for the embedding and for scalars and gates; every parameter in exactly one group.
-    step() is the whole update: reduction over ranks, one global clip factor, schedules, both optimizers.
+    """Muon for the banks, AdamW for the embedding and for scalars and gates; every parameter in
+    exactly one group. step() is the whole update: reduction over ranks, one global clip factor,
+    schedules, both optimizers.
     """
 
     def __init__(self, model, hp, dist):
@@ -2209,23 +3425,34 @@ class Optimizers:
         self.muon = Muon([parameters.pop(name) for name in BANKS], hp, dist, dtype)
         embeddings = [parameters.pop(name) for name in EMBEDDINGS if name in parameters]
         self.replicated = [*embeddings, *parameters.values()]
-        groups = [{"params": embeddings, "base_lr": hp.tied_embed_lr, "base_wd": hp.embed_wd},
-                  {"params": list(parameters.values()), "base_lr": hp.scalar_lr, "base_wd": hp.adam_wd}]
-        self.adamw = torch.optim.AdamW(groups, betas=(hp.beta1, hp.beta2), eps=1e-8, fused=dist.device.type == "cuda")
+        groups = [
+            {"params": embeddings, "base_lr": hp.tied_embed_lr, "base_wd": hp.embed_wd},
+            {"params": list(parameters.values()), "base_lr": hp.scalar_lr, "base_wd": hp.adam_wd},
+        ]
+        self.adamw = torch.optim.AdamW(
+            groups, betas=(hp.beta1, hp.beta2), eps=1e-8, fused=dist.device.type == "cuda"
+        )
         for p in model.parameters():
-            p.grad = torch.zeros_like(p)  # kept, and added to: what a captured backward returns is overwritten
+            # kept, and added to: what a captured backward returns is overwritten
+            p.grad = torch.zeros_like(p)
 
     def clip_factor(self):
-        """0-d tensor: GRAD_CLIP_NORM over the norm of the reduced gradient, at most 1; the same on every rank."""
+        """0-d tensor: GRAD_CLIP_NORM over the norm of the reduced gradient, at most 1; the
+        same on every rank.
+        """
         if not self.hp.grad_clip_norm:
             return None
-        squares = self.dist.all_reduce(sum(shard.float().square().sum() for shard in self.muon.shards()))
+        squares = self.dist.all_reduce(
+            sum(shard.float().square().sum() for shard in self.muon.shards())
+        )
         squares = squares + sum(p.grad.square().sum() for p in self.replicated)
         return (self.hp.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp_max(1.0)
 
     @torch.no_grad()
     def step(self, progress, step):
-        """One update at training fraction `progress`; gradients are sums over this rank's micro-steps, zero after."""
+        """One update at training fraction `progress`; gradients are sums over this rank's
+        micro-steps, zero after.
+        """
         hp, lr = self.hp, lr_multiplier(progress, self.hp)
         decay = techniques.weight_decay_multiplier(progress, hp) if hp.wd_schedule_enabled else 1.0
         self.muon.launch()
@@ -2239,8 +3466,11 @@ class Optimizers:
         self.muon.step(hp.matrix_lr * lr, muon_momentum(step, hp), hp.muon_wd * decay, clip)
         torch._foreach_zero_([p.grad for p in (*self.replicated, *self.muon.banks)])
 
+
 class EMA:
-    """Exponential average of all weights in fp32, decay min(EMA_DECAY, (1 + n) / (10 + n)) at step n."""
+    """Exponential average of all weights in fp32, decay min(EMA_DECAY, (1 + n) / (10 + n)) at
+    step n.
+    """
 
     def __init__(self, model, decay):
         self.decay, self.parameters = decay, list(model.parameters())
@@ -2256,28 +3486,36 @@ class EMA:
     def copy_to_model(self):
         torch._foreach_copy_(self.parameters, self.average)
 
-# ---- SCHEDULE --------------------------------------------------------------------------------------------------------
-# Pure functions of the training fraction in [0, 1] (or of the step): every rank and every test computes the same.
+
+# ---- SCHEDULE ------------------------------------------------------------------------------------
+# Pure functions of the training fraction in [0, 1] (or of the step): every rank and every test
+# computes the same.
+
 
 def lr_multiplier(progress, hp):
     """1 until 1 - WARMDOWN_FRAC, then linear to 0, never below MIN_LR."""
     return max(hp.min_lr, min(1.0, (1.0 - progress) / hp.warmdown_frac))
+
 
 def muon_momentum(step, hp):
     """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over the warm-up steps."""
     share = min(1.0, step / hp.muon_momentum_warmup_steps) if hp.muon_momentum_warmup_steps else 1.0
     return (1 - share) * hp.muon_momentum_warmup_start + share * hp.muon_momentum
 
+
 def loop_is_on(progress, hp):
     """Whether the looped layers run several times at this training fraction."""
     return hp.num_loops > 0 and progress >= hp.enable_looping_at
 
-# ---- TRAINING --------------------------------------------------------------------------------------------------------
+
+# ---- TRAINING ------------------------------------------------------------------------------------
+
 
 class TrainingClock:
-    """Seconds of training on rank 0, told to every rank, so that schedules and the end are the same everywhere.
-    The host runs at most one step ahead of the device: marking a step waits for the one before, which costs no bubble.
-    paused() keeps evaluations inside training off the clock; `used` were used before.
+    """Seconds of training on rank 0, told to every rank, so that schedules and the end are the same
+    everywhere. The host runs at most one step ahead of the device: marking a step waits for the one
+    before, which costs no bubble. paused() keeps evaluations inside training off the clock; `used`
+    were used before.
     """
 
     def __init__(self, dist, used=0.0):
@@ -2295,7 +3533,9 @@ class TrainingClock:
                 self.queue.pop(0).synchronize()
 
     def look(self, *numbers):
-        """[seconds on rank 0, *the largest of every rank's numbers]: what a step has to tell travels at once."""
+        """[seconds on rank 0, *the largest of every rank's numbers]: what a step has to
+        tell travels at once.
+        """
         return self.dist.agree((time.perf_counter() - self.start) * (self.dist.rank == 0), *numbers)
 
     def seconds(self):
@@ -2309,47 +3549,78 @@ class TrainingClock:
         self.dist.synchronize()
         self.start += time.perf_counter() - since
 
+
 def compile_wanted(hp, dist):
     return dist.device.type == "cuda" if hp.compile == "auto" else hp.compile == "1"
+
 
 @lru_cache
 def prepare_compiler():
     from torch._inductor.decomposition import decompositions
-    torch._dynamo.config.recompile_limit = 256  # graphs of a function: kinds of layers, of entries, with taps or not
-    torch.compiler.config.cache_key_tag = digest(Path(__file__).read_bytes()).hex()  # or old gradients come from caches
-    decompositions[torch.ops.golf.enter.default] = _open_enter  # below autograd: the gradients stay those of _enter
+
+    # graphs of a function: kinds of layers, of entries, with taps or not
+    torch._dynamo.config.recompile_limit = 256
+    # or old gradients come from caches
+    torch.compiler.config.cache_key_tag = digest(Path(__file__).read_bytes()).hex()
+    # below autograd: the gradients stay those of _enter
+    decompositions[torch.ops.golf.enter.default] = _open_enter
+
 
 def compiled(function, hp, dist, dynamic=False, graphs=False):
-    """torch.compile where the settings ask for it, else the function itself; dynamic=None: dimensions may be marked;
-    graphs: on CUDA it is captured, its backward too, and replayed, so that what it returned before is overwritten."""
+    """torch.compile where the settings ask for it, else the function itself; dynamic=None:
+    dimensions
+    may be marked; graphs: on CUDA it is captured, its backward too, and replayed, so that what it
+    returned before is overwritten.
+    """
     if not compile_wanted(hp, dist):
         return function
     prepare_compiler()
     # padding of matrix products would bind a graph to the range of sizes that it was traced at
-    return torch.compile(function, fullgraph=True, dynamic=dynamic, options={
-        "shape_padding": False, "triton.cudagraphs": graphs})
+    return torch.compile(
+        function,
+        fullgraph=True,
+        dynamic=dynamic,
+        options={"shape_padding": False, "triton.cudagraphs": graphs},
+    )
+
 
 class Trainer:
     """Model, optimizers, average and loader of a run, and the one training step."""
 
     def __init__(self, model, loader, hp, dist, log, guard=NO_GUARD):
-        self.model, self.loader, self.hp, self.dist, self.log, self.guard = model, loader, hp, dist, log, guard
+        self.model, self.loader, self.hp, self.dist, self.log, self.guard = (
+            model,
+            loader,
+            hp,
+            dist,
+            log,
+            guard,
+        )
         self.optimizers = Optimizers(model, hp, dist)
         self.ema = EMA(model, hp.ema_decay)
         self.forward = compiled(model.forward, hp, dist, graphs=hp.train_cuda_graphs)
         # Where training is. A training state holds these: training may begin anywhere.
         self.looping = loop_is_on(0.0, hp)  # in the last step
-        self.tokens_at = [(0, 0.0)]  # step and seconds where each stretch of one looping state began
-        self.last_loss = math.nan  # as last logged, for the live line, which must not wait for the GPU
+        # step and seconds where each stretch of one looping state began
+        self.tokens_at = [(0, 0.0)]
+        # as last logged, for the live line, which must not wait for the GPU
+        self.last_loss = math.nan
 
     def train_step(self, step, progress, looping):
-        """Rows of a step -> 0-d tensor, this rank's share of the mean loss in nats; weights and average are updated."""
+        """Rows of a step -> 0-d tensor, this rank's share of the mean loss in nats; weights
+        and average are updated.
+        """
         total = torch.zeros((), device=self.dist.device)
-        on_grid = lr_multiplier(progress, self.hp) < self.hp.qat_below_lr  # another value is another graph
+        # another value is another graph
+        on_grid = lr_multiplier(progress, self.hp) < self.hp.qat_below_lr
         for row in self.loader.step(step):
             if compile_wanted(self.hp, self.dist):
-                torch.compiler.cudagraph_mark_step_begin()  # nothing of the row before is read any more
-            loss = self.forward(*row, looping, self.hp.train_seq_len, on_grid=on_grid).mean() / self.hp.micro_steps
+                # nothing of the row before is read any more
+                torch.compiler.cudagraph_mark_step_begin()
+            loss = (
+                self.forward(*row, looping, self.hp.train_seq_len, on_grid=on_grid).mean()
+                / self.hp.micro_steps
+            )
             loss.backward()
             total += loss.detach()
         self.guard.watch(self.model, total)
@@ -2361,7 +3632,9 @@ class Trainer:
         return total
 
     def warm_up(self):
-        """Compiles every graph on throw-away steps, then restores weights, optimizers, average and RNG bit for bit."""
+        """Compiles every graph on throw-away steps, then restores weights, optimizers,
+        average and RNG bit for bit.
+        """
         weights = [p.detach().clone() for p in self.model.parameters()]
         rng = torch.get_rng_state()
         for looping in sorted({loop_is_on(0.0, self.hp), loop_is_on(1.0, self.hp)}):
@@ -2376,17 +3649,27 @@ class Trainer:
         self.ema = EMA(self.model, self.hp.ema_decay)
 
     def train(self, evaluate):
-        """Trains until the budget or ITERATIONS end; the model then holds the average. Returns figures for RESULT.
-        `evaluate()` scores the current weights; it is called every VAL_LOSS_EVERY steps with the clock stopped.
+        """Trains until the budget or ITERATIONS end; the model then holds the average. Returns
+        figures
+        for RESULT. `evaluate()` scores the current weights; it is called every VAL_LOSS_EVERY steps
+        with the clock stopped.
         """
         hp, log, budget = self.hp, self.log, self.hp.training_seconds
         first, seconds, losses = self.guard.resume(self)
-        if hp.resume:  # the run that wrote the state may have ended before this step's line and evaluation
+        # the run that wrote the state may have ended before this step's line and
+        # evaluation
+        if hp.resume:
             self.log_step(first, losses[-1], seconds, self.progress(first, seconds), self.looping)
             if self.evaluation_is_due(first):
                 evaluate()
-        clock, step, step_seconds = TrainingClock(self.dist, seconds), first, seconds / max(first, 1)
-        while step < hp.iterations and not (budget is not None and step and seconds + 2 * step_seconds > budget):
+        clock, step, step_seconds = (
+            TrainingClock(self.dist, seconds),
+            first,
+            seconds / max(first, 1),
+        )
+        while step < hp.iterations and not (
+            budget is not None and step and seconds + 2 * step_seconds > budget
+        ):
             progress = self.progress(step, seconds)
             looping = loop_is_on(progress, hp)
             if looping != self.looping:
@@ -2402,17 +3685,24 @@ class Trainer:
             if step <= 5 or step % hp.train_log_every == 0:
                 self.log_step(step, losses[-1], seconds, progress, looping)
             rate = step * hp.train_batch_tokens / seconds
-            log.live(progress, f"step:{step} train_loss:{self.last_loss:.4f} tokens_per_s:{rate:.0f}")
+            log.live(
+                progress, f"step:{step} train_loss:{self.last_loss:.4f} tokens_per_s:{rate:.0f}"
+            )
             if self.evaluation_is_due(step):
                 with clock.paused():
                     evaluate()
         self.guard.after_last_step(self, step)
         seconds = clock.seconds()
         if budget is not None and seconds > budget:
-            log(f"note: training took {seconds:.2f} s of {budget:.2f}; a step is too long for this budget")
+            log(
+                f"note: training took {seconds:.2f} s of {budget:.2f}; a step is too long for this"
+                " budget"
+            )
         self.log_step(step, losses[-1], seconds, self.progress(step, seconds), self.looping)
         self.ema.copy_to_model()
-        return self.summary(step, seconds, losses) | ({"resumed_at_step": first} if hp.resume else {})
+        return self.summary(step, seconds, losses) | (
+            {"resumed_at_step": first} if hp.resume else {}
+        )
 
     def progress(self, step, seconds):
         """The training fraction, in [0, 1]: of the budget, or of ITERATIONS where there is none."""
@@ -2428,25 +3718,39 @@ class Trainer:
     def log_step(self, step, loss, seconds, progress, looping):
         self.last_loss = loss = self.dist.all_reduce(loss.clone()).item()
         rate = step * self.hp.train_batch_tokens / max(seconds, 1e-9)
-        self.log(f"step:{step} train_loss:{loss:.4f} train_seconds:{seconds:.2f} progress:{progress:.4f} "
-                 f"lr_factor:{lr_multiplier(progress, self.hp):.4f} looping:{int(looping)} tokens_per_s:{rate:.0f}")
+        self.log(
+            f"step:{step} train_loss:{loss:.4f} train_seconds:{seconds:.2f} progress:{progress:.4f}"
+            f" lr_factor:{lr_multiplier(progress, self.hp):.4f} looping:{int(looping)}"
+            f" tokens_per_s:{rate:.0f}"
+        )
 
     def summary(self, steps, seconds, losses):
         """Steps, final loss, seconds, and tokens/s of each looping state, as RESULT has them."""
         stretches = zip(self.tokens_at, [*self.tokens_at[1:], (steps, seconds)], strict=True)
-        rates = [round((b[0] - a[0]) * self.hp.train_batch_tokens / max(b[1] - a[1], 1e-9)) for a, b in stretches]
+        rates = [
+            round((b[0] - a[0]) * self.hp.train_batch_tokens / max(b[1] - a[1], 1e-9))
+            for a, b in stretches
+        ]
         losses = self.dist.all_reduce(torch.stack(losses[-20:])).tolist()
-        return {"steps": steps, "train_loss": sum(losses) / len(losses), "training_seconds": round(seconds, 3),
-                "tokens_per_second_by_loop_state": rates}
+        return {
+            "steps": steps,
+            "train_loss": sum(losses) / len(losses),
+            "training_seconds": round(seconds, 3),
+            "tokens_per_second_by_loop_state": rates,
+        }
 
-# ---- QUANTIZATION ----------------------------------------------------------------------------------------------------
-FP16_RANGE = 2.0**-24, 65504.0  # of scales: 1e-10 would be 0 in fp16, and an all-zero row be divided by it
+
+# ---- QUANTIZATION --------------------------------------------------------------------------------
+# of scales: 1e-10 would be 0 in fp16, and an all-zero row be divided by it
+FP16_RANGE = 2.0**-24, 65504.0
 DAMPING_RETRIES = 4
-STEPS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])  # by code, see to_log2_eighths
+# by code, see to_log2_eighths
+STEPS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])
 MAX_SHIFT = 7  # bits of a fine code
 WIDE_CODE = 127 << MAX_SHIFT
 LQER_FIELDS = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
-QUANT_TABLE = {  # saved-weight name -> role, settings of its bits and clip; in the order of the artifact's groups
+# saved-weight name -> role, settings of its bits and clip; in the order of the artifact's groups
+QUANT_TABLE = {
     "tok_emb.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
     "lm_head.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),  # TIE_EMBEDDINGS=0
     "bigram.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
@@ -2459,60 +3763,85 @@ QUANT_TABLE = {  # saved-weight name -> role, settings of its bits and clip; in 
     "blocks.{}.mlp.c_proj.weight": ("down", "matrix_bits", "mlp_clip_sigmas"),
 }
 
+
 def quant_role(name):
-    """Saved-weight name -> its row of QUANT_TABLE, None for a tensor that stays fp16 (or is an attention gate)."""
+    """Saved-weight name -> its row of QUANT_TABLE, None for a tensor that stays fp16 (or is an
+    attention gate).
+    """
     return QUANT_TABLE.get(re.sub(r"^blocks\.[0-9]+\.", "blocks.{}.", name))
 
+
 def inverse_cholesky_upper(h):
-    """(..., C, C) -> U (..., C, C), upper triangular, H^-1 = U^T U; NaN where H is not positive definite."""
-    # H = P P^T, P upper triangular, U = P^-1: half the work of inverting H and factoring the inverse
+    """(..., C, C) -> U (..., C, C), upper triangular, H^-1 = U^T U; NaN where H is not positive
+    definite.
+    """
+    # H = P P^T, P upper triangular, U = P^-1: half the work of inverting H and factoring the
+    # inverse
     lower, info = torch.linalg.cholesky_ex(h.flip(-2, -1))
-    lower = lower.masked_fill((info != 0)[..., None, None], math.nan)  # no synchronisation with the host
+    # no synchronisation with the host
+    lower = lower.masked_fill((info != 0)[..., None, None], math.nan)
     eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device).expand_as(h)
     return torch.linalg.solve_triangular(lower.flip(-2, -1), eye, upper=True)
 
+
 def damped_inverse_factor(h, damping, names):
-    """h (N, C, C), damping (N,), both overwritten -> U of (h + damping I)^-1; damping grows where there is none."""
+    """h (N, C, C), damping (N,), both overwritten -> U of (h + damping I)^-1; damping grows
+    where there is none.
+    """
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     undamped = diagonal.clone()
     for retry in range(DAMPING_RETRIES + 1):
         diagonal.copy_(undamped + damping[:, None])
         upper = inverse_cholesky_upper(h)
         failed = ~upper.isfinite().flatten(1).all(dim=1)
-        failed_names = ", ".join(name for name, bad in zip(names, failed.tolist(), strict=True) if bad)
+        failed_names = ", ".join(
+            name for name, bad in zip(names, failed.tolist(), strict=True) if bad
+        )
         if not failed_names:
             return upper
-        warnings.warn(f"GPTQ: damping raised tenfold, retry {retry + 1}: {failed_names}", stacklevel=2)
+        warnings.warn(
+            f"GPTQ: damping raised tenfold, retry {retry + 1}: {failed_names}", stacklevel=2
+        )
         damping[failed] *= 10
     raise ValueError(f"GPTQ: no Cholesky factor after {DAMPING_RETRIES} retries for {failed_names}")
 
+
 def to_log2_eighths(x):
-    """Steps x > 0 -> int8 codes k, nearest 2^(k/8): GPTQ works with the rounded step, so the grid costs no error."""
+    """Steps x > 0 -> int8 codes k, nearest 2^(k/8): GPTQ works with the rounded step, so the
+    grid costs no error.
+    """
     return (8 * x.float().log2()).round_().clamp_(-127, 127).to(torch.int8)
 
-def column_step_codes(upper, octaves):
-    """Factor U (N, C, C) of the inverse Hessians -> codes int8 (N, C) of the columns' steps relative to their rows'.
 
-    diag U is the inverse of a column's conditional deviation: the part of its input that the columns after it do not
-    predict. With steps proportional to it every column costs the same weighted error, which is optimal for an entropy
-    coder. `octaves` limits the range, because other text may use a column more than the calibration rows did.
+def column_step_codes(upper, octaves):
+    """Factor U (N, C, C) of the inverse Hessians -> codes int8 (N, C) of the columns' steps
+    relative
+    to their rows'.
+
+    diag U is the inverse of a column's conditional deviation: the part of its input that the
+    columns after it do not predict. With steps proportional to it every column costs the same
+    weighted error, which is optimal for an entropy coder. `octaves` limits the range, because other
+    text may use a column more than the calibration rows did.
     """
     log_steps = upper.diagonal(dim1=1, dim2=2).log2()
     log_steps = log_steps - log_steps.mean(dim=1, keepdim=True)
     codes = to_log2_eighths(log_steps.clamp(-octaves, octaves).exp2())
     return codes.clamp_(max=127 - 8 * MAX_SHIFT)  # room for split_wide_codes
 
-def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column_octaves=None):
-    """w (N, R, C), hessian (N, C, C), N names -> codes int8 (N, R, C), scale fp16 (N, R).
-    GPTQ (arXiv:2210.17323), columns in descending order of diag H, and SDClip scales: clip_sigmas standard deviations
-    of the original row reach the largest code. The working copy is (N, C, R), so that a column is contiguous, and
-    nothing in the column loop waits for the device. Raises ValueError with names if a Hessian cannot be made definite.
 
-    With column_octaves, see column_step_codes -> codes int16, row steps int8 (N, R), column steps int8 (N, C), both as
-    to_log2_eighths: SDClip then sets the steps, but clips nothing.
+def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column_octaves=None):
+    """w (N, R, C), hessian (N, C, C), N names -> codes int8 (N, R, C), scale fp16 (N, R). GPTQ
+    (arXiv:2210.17323), columns in descending order of diag H, and SDClip scales: clip_sigmas
+    standard deviations of the original row reach the largest code. The working copy is (N, C, R),
+    so that a column is contiguous, and nothing in the column loop waits for the device. Raises
+    ValueError with names if a Hessian cannot be made definite.
+
+    With column_octaves, see column_step_codes -> codes int16, row steps int8 (N, R), column steps
+    int8 (N, C), both as to_log2_eighths: SDClip then sets the steps, but clips nothing.
     """
     if infinite := [name for name, h in zip(names, hessian, strict=True) if h.isinf().any()]:
-        raise ValueError(f"GPTQ: the Hessian of {', '.join(infinite)} has infinite entries")  # codes would be noise
+        # codes would be noise
+        raise ValueError(f"GPTQ: the Hessian of {', '.join(infinite)} has infinite entries")
     num_columns, q_max = w.shape[2], 2 ** (bits - 1) - 1
     scale = (clip_sigmas * w.float().std(dim=2) / q_max).clamp(*FP16_RANGE).half()  # (N, R)
     step = scale.float()
@@ -2543,79 +3872,125 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column
         for j in range(start, stop):
             codes[:, j] = (work[:, j] / step).round_().clamp_(-q_max, q_max)
             errors[:, j - start] = error = (work[:, j] - codes[:, j] * step) / upper[:, j, j, None]
-            work[:, j + 1 : stop].addcmul_(upper[:, j, j + 1 : stop, None], error[:, None, :], value=-1.0)
+            work[:, j + 1 : stop].addcmul_(
+                upper[:, j, j + 1 : stop, None], error[:, None, :], value=-1.0
+            )
         work[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, errors, alpha=-1.0)
     codes = torch.empty_like(codes).scatter_(1, row_order, codes)
     codes = codes.mT.to(torch.int8 if column_octaves is None else torch.int16).contiguous()
     return (codes, scale) if column_octaves is None else (codes, scale, column_codes)
 
-def split_wide_codes(codes, column_steps):
-    """Codes int16 (R, C), column steps int8 (C,) -> fields with int8 codes: code = 2^shift coarse + fine.
 
-    The last norm's output has a few columns of 10 to 30 times the others' deviation. The steps of these columns of the
-    embedding are so small that int8 would cut codes off below four deviations of the weights (it cost 0.07 to 0.09 BPB,
-    docs/LOG.md). For them what lies below an ordinary step is stored apart: fine codes (R, k), columns, shifts (k,).
+def split_wide_codes(codes, column_steps):
+    """Codes int16 (R, C), column steps int8 (C,) -> fields with int8 codes: code = 2^shift coarse +
+    fine.
+
+    The last norm's output has a few columns of 10 to 30 times the others' deviation. The steps of
+    these columns of the embedding are so small that int8 would cut codes off below four deviations
+    of the weights (it cost 0.07 to 0.09 BPB, docs/LOG.md). For them what lies below an ordinary
+    step is stored apart: fine codes (R, k), columns, shifts (k,).
     """
     wide = (codes.abs().amax(dim=0) > 127).nonzero()[:, 0]
     if not len(wide):
         return {"codes": codes.to(torch.int8), "column_steps": column_steps}
     largest = codes[:, wide].abs().amax(dim=0).float()
-    shift = torch.maximum((largest / 127).log2().ceil(), (-column_steps[wide] / 8).round()).clamp(1, MAX_SHIFT).int()
+    shift = (
+        torch.maximum((largest / 127).log2().ceil(), (-column_steps[wide] / 8).round())
+        .clamp(1, MAX_SHIFT)
+        .int()
+    )
     coarse = (codes[:, wide] / 2.0**shift).round().clamp(-127, 127).int()
     narrow, steps = codes.clone(), column_steps.int()
     narrow[:, wide] = coarse.to(codes.dtype)
     steps[wide] += 8 * shift
     fine = codes[:, wide].int() - (coarse << shift)
-    return {"codes": narrow.to(torch.int8), "column_steps": steps.to(torch.int8), "fine_codes": fine.to(torch.int8),
-            "fine_columns": wide.to(torch.int16), "fine_shift": shift.to(torch.int8)}
+    return {
+        "codes": narrow.to(torch.int8),
+        "column_steps": steps.to(torch.int8),
+        "fine_codes": fine.to(torch.int8),
+        "fine_columns": wide.to(torch.int16),
+        "fine_shift": shift.to(torch.int8),
+    }
+
 
 def quantize_rows(x, low, high, steps):
-    """x (..., C) -> codes int8 (..., C) in [low, high], scale fp16 (...): largest |x| of the row over `steps`."""
+    """x (..., C) -> codes int8 (..., C) in [low, high], scale fp16 (...): largest |x| of the
+    row over `steps`.
+    """
     scale = (x.float().abs().amax(dim=-1) / steps).clamp(*FP16_RANGE).half()
     return (x.float() / scale.float()[..., None]).round_().clamp_(low, high).to(torch.int8), scale
 
+
 def lqer_factors(error, rank, root=None):
-    """error (R, C) -> A (R, rank), B (rank, C), the best A B in the Frobenius norm (LQER, arXiv:2402.02446).
-    With root (C, C), H = root root^T: the best for the error of the outputs, |(error - A B) root|.
+    """error (R, C) -> A (R, rank), B (rank, C), the best A B in the Frobenius norm (LQER,
+    arXiv:2402.02446). With root (C, C), H = root root^T: the best for the error of the outputs,
+    |(error - A B) root|.
     """
-    u, s, vh = torch.linalg.svd(error.float() if root is None else error.float() @ root, full_matrices=False)
-    b = vh[:rank] if root is None else torch.linalg.solve_triangular(root, vh[:rank], upper=False, left=False)
+    u, s, vh = torch.linalg.svd(
+        error.float() if root is None else error.float() @ root, full_matrices=False
+    )
+    b = (
+        vh[:rank]
+        if root is None
+        else torch.linalg.solve_triangular(root, vh[:rank], upper=False, left=False)
+    )
     return u[:, :rank] * s[:rank], b
 
+
 def pack_factors(a, b, hp):
-    """a (R, r), b (r, C) -> LQER_FIELDS: codes int8, scales fp16, () and (groups,) if asymmetric, or (R,), (r,)."""
+    """a (R, r), b (r, C) -> LQER_FIELDS: codes int8, scales fp16, () and (groups,) if
+    asymmetric, or (R,), (r,).
+    """
     if hp.lqer_asym_enabled and b.numel() % hp.lqer_asym_group == 0:
         a_codes, a_scale = quantize_rows(a.flatten(), -2, 1, 1.5)
-        b_codes, b_scale = quantize_rows(b.reshape(-1, hp.lqer_asym_group), -8, 7, 7.5)  # groups may cross rows of b
+        # groups may cross rows of b
+        b_codes, b_scale = quantize_rows(b.reshape(-1, hp.lqer_asym_group), -8, 7, 7.5)
     else:
         q_max = 2 ** (hp.lqer_factor_bits - 1) - 1
-        (a_codes, a_scale), (b_codes, b_scale) = (quantize_rows(x, -q_max, q_max, q_max) for x in (a, b))
-    return dict(zip(LQER_FIELDS, (a_codes.view_as(a), a_scale, b_codes.view_as(b), b_scale), strict=True))
+        (a_codes, a_scale), (b_codes, b_scale) = (
+            quantize_rows(x, -q_max, q_max, q_max) for x in (a, b)
+        )
+    return dict(
+        zip(LQER_FIELDS, (a_codes.view_as(a), a_scale, b_codes.view_as(b), b_scale), strict=True)
+    )
+
 
 def unpack_factors(fields):
-    """LQER_FIELDS of a matrix in fp32 -> A (R, r), B (r, C); a 0-d scale of A tells the asymmetric packing."""
+    """LQER_FIELDS of a matrix in fp32 -> A (R, r), B (r, C); a 0-d scale of A tells the
+    asymmetric packing.
+    """
     a, a_scale, b, b_scale = (fields[key] for key in LQER_FIELDS)
     if a_scale.ndim == 0:
         return a * a_scale, (b.reshape(b_scale.size, -1) * b_scale[:, None]).reshape(b.shape)
     return a * a_scale[:, None], b * b_scale[:, None]
 
+
 def share_matrices(matrices, world_size):
-    """{name: (R, C)} -> names per rank, dearest first onto the least loaded rank; the same on every rank."""
+    """{name: (R, C)} -> names per rank, dearest first onto the least loaded rank; the same on
+    every rank.
+    """
     cost = {name: w.shape[0] * w.shape[1] ** 2 for name, w in matrices.items()}
     return balance(sorted(cost, key=lambda name: (-cost[name], name)), cost.get, world_size)
 
+
 def quantize_matrices(names, weights, hessians, hp):
-    """Names -> {name: fields codes, scale}, {name: E = W - codes scale (R, C)}; matrices of one shape share a batch."""
+    """Names -> {name: fields codes, scale}, {name: E = W - codes scale (R, C)}; matrices of one
+    shape share a batch.
+    """
     batches, packed, errors = defaultdict(list), {}, {}
     for name in names:
         _, bits, clip = quant_role(name)
         batches[weights[name].shape, getattr(hp, bits), getattr(hp, clip)].append(name)
     for (_, bits, clip_sigmas), batch in batches.items():
-        w, h = (torch.stack([source[name].float() for name in batch]) for source in (weights, hessians))
+        w, h = (
+            torch.stack([source[name].float() for name in batch]) for source in (weights, hessians)
+        )
         if hp.hessian_clip_lambda and quant_role(batch[0])[0] != "embedding":
             clip_sigmas = techniques.hessian_aware_sigmas(w, h, clip_sigmas, hp.hessian_clip_lambda)
         column_octaves = hp.gptq_column_octaves if hp.gptq_column_steps else None
-        found = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, column_octaves)
+        found = gptq_quantize(
+            w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, column_octaves
+        )
         for name, weight, codes, scale, *columns in zip(batch, w, *found, strict=True):
             packed[name] = {"codes": codes, "scale": scale}
             step = scale.float()[:, None]
@@ -2625,13 +4000,18 @@ def quantize_matrices(names, weights, hessians, hp):
             errors[name] = weight - codes * step
     return packed, errors
 
+
 def quantize_small(name, w, hp):
-    """A tensor without a role -> its fields, in its own shape: int8 rows (attention gates) or fp16."""
+    """A tensor without a role -> its fields, in its own shape: int8 rows (attention gates) or
+    fp16.
+    """
     if name.endswith("attn_gate") and hp.gated_attn_quant_gate:
         return dict(zip(("codes", "scale"), quantize_rows(w, -127, 127, 127), strict=True))
     return {"fp16": w.half()}
 
+
 MAX_FP16_ELEMENTS = 65_536  # a tensor with more elements must have a role in QUANT_TABLE
+
 
 def check_quantizable(weights, hessians):
     """ValueError for what quantize_weights cannot keep, on every rank alike."""
@@ -2639,46 +4019,72 @@ def check_quantizable(weights, hessians):
         if not w.half().isfinite().all():
             raise ValueError(f"{name} holds numbers that are not finite or beyond fp16")
         if quant_role(name) is None and w.numel() > MAX_FP16_ELEMENTS:
-            raise ValueError(f"{name} has {w.numel()} elements and no role in QUANT_TABLE: too large for fp16")
-        if quant_role(name) and (name not in hessians or hessians[name].shape != (w.shape[1], w.shape[1])):
+            raise ValueError(
+                f"{name} has {w.numel()} elements and no role in QUANT_TABLE: too large for fp16"
+            )
+        if quant_role(name) and (
+            name not in hessians or hessians[name].shape != (w.shape[1], w.shape[1])
+        ):
             raise ValueError(f"{name} {tuple(w.shape)} needs a Hessian of its columns")
+
 
 @torch.no_grad()
 def quantize_weights(weights, hessians, hp, dist):
-    """Saved weights by name, Hessians (C, C) by the same names -> numpy arrays "name:field", the same on every rank.
-    Fields: codes, scale, column_steps; LQER_FIELDS; fp16. Every matrix is the work of one rank, small tensors are rank
-    0's, and LQER takes the largest gains over all ranks. Raises ValueError, on all ranks, naming the tensors at fault.
+    """Saved weights by name, Hessians (C, C) by the same names -> numpy arrays "name:field", the
+    same
+    on every rank. Fields: codes, scale, column_steps; LQER_FIELDS; fp16. Every matrix is the work
+    of one rank, small tensors are rank 0's, and LQER takes the largest gains over all ranks. Raises
+    ValueError, on all ranks, naming the tensors at fault.
     """
     check_quantizable(weights, hessians)
     matrices = {name: w for name, w in weights.items() if quant_role(name)}
     try:
         mine = share_matrices(matrices, dist.world_size)[dist.rank]
         packed, errors = quantize_matrices(mine, weights, hessians, hp)
-        outcome = {name: error.norm().item() for name, error in errors.items()}  # the largest get a correction
+        # the largest get a correction
+        outcome = {name: error.norm().item() for name, error in errors.items()}
         if hp.lqer_weighted:
-            outcome = {name: techniques.weighted_gain(error, hessians[name], hp) for name, error in errors.items()}
+            outcome = {
+                name: techniques.weighted_gain(error, hessians[name], hp)
+                for name, error in errors.items()
+            }
     except ValueError as error:  # told to the other ranks, which would wait for this one's part
         outcome = str(error)
     outcomes = dist.all_gather_object(outcome)
     if failures := [outcome for outcome in outcomes if isinstance(outcome, str)]:
         raise ValueError("; ".join(failures))
     if dist.rank == 0:
-        packed |= {name: quantize_small(name, w, hp) for name, w in weights.items() if name not in matrices}
+        packed |= {
+            name: quantize_small(name, w, hp) for name, w in weights.items() if name not in matrices
+        }
     if hp.lqer_enabled:
         gains = {name: gain for part in outcomes for name, gain in part.items()}
         chosen = sorted(gains, key=lambda name: (-gains[name], name))[: hp.lqer_top_k]
         for name in set(chosen) & set(errors):
-            root = techniques.hessian_root(hessians[name], hp.gptq_damp) if hp.lqer_weighted else None
+            root = (
+                techniques.hessian_root(hessians[name], hp.gptq_damp) if hp.lqer_weighted else None
+            )
             packed[name] |= pack_factors(*lqer_factors(errors[name], hp.lqer_rank, root), hp)
-    packed = {name: {field: x.cpu().numpy() for field, x in fields.items()} for name, fields in packed.items()}
-    packed = {name: fields for part in dist.all_gather_object(packed) for name, fields in part.items()}
-    return {f"{name}:{field}": array for name in weights for field, array in packed[name].items()}  # the caller's order
+    packed = {
+        name: {field: x.cpu().numpy() for field, x in fields.items()}
+        for name, fields in packed.items()
+    }
+    packed = {
+        name: fields for part in dist.all_gather_object(packed) for name, fields in part.items()
+    }
+    # the caller's order
+    return {f"{name}:{field}": array for name in weights for field, array in packed[name].items()}
+
 
 def check_fields(name, fields):
-    """ValueError for fields of which no weight can be made: an artifact may hold any names and shapes."""
+    """ValueError for fields of which no weight can be made: an artifact may hold any names and
+    shapes.
+    """
     shape = {field: array.shape for field, array in fields.items()}
     codes, scale = shape.get("codes", ()), shape.get("scale")
-    fits = shape.keys() == {"fp16"} or len(codes) > 0 and scale == codes[:-1] and "fp16" not in shape
+    fits = (
+        shape.keys() == {"fp16"} or len(codes) > 0 and scale == codes[:-1] and "fp16" not in shape
+    )
     if shape.keys() - {"fp16", "codes", "scale"}:
         fits = fits and len(codes) == 2 and shape.get("column_steps", codes[1:]) == codes[1:]
     if "fine_codes" in shape:
@@ -2690,18 +4096,36 @@ def check_fields(name, fields):
     if not fits:
         raise ValueError(f"{name}: no weight can be made of the fields {shape}")
 
+
 def add_fine_codes(w, name, fields, steps):
-    """Adds what split_wide_codes split off to weights w (R, C), in place; steps (R, C): codes of their steps."""
-    columns, shift = (fields.get(key, np.zeros(0)).astype(int) for key in ("fine_columns", "fine_shift"))
-    fits = columns.ndim == 1 and columns.shape == shift.shape and fields["fine_codes"].shape == (len(w), columns.size)
-    if not fits or (np.diff(columns) <= 0).any() or columns.size and not 0 <= columns[0] <= columns[-1] < w.shape[1]:
-        raise ValueError(f"{name}: fine codes {fields['fine_codes'].shape} do not fit the matrix {w.shape}")
+    """Adds what split_wide_codes split off to weights w (R, C), in place; steps (R, C): codes
+    of their steps.
+    """
+    columns, shift = (
+        fields.get(key, np.zeros(0)).astype(int) for key in ("fine_columns", "fine_shift")
+    )
+    fits = (
+        columns.ndim == 1
+        and columns.shape == shift.shape
+        and fields["fine_codes"].shape == (len(w), columns.size)
+    )
+    if (
+        not fits
+        or (np.diff(columns) <= 0).any()
+        or columns.size
+        and not 0 <= columns[0] <= columns[-1] < w.shape[1]
+    ):
+        raise ValueError(
+            f"{name}: fine codes {fields['fine_codes'].shape} do not fit the matrix {w.shape}"
+        )
     fine_steps = (steps[:, columns] - 8 * shift).clip(-256, 255)
     w[:, columns] += fields["fine_codes"] * STEPS[fine_steps.astype(int)]
 
+
 def dequantize_weights(arrays):
-    """Arrays of quantize_weights -> saved weights by name, fp32 on the CPU, the same bits on every machine.
-    Only elementwise fp32 operations in a fixed order: a matrix product would leave the order of its sums to the BLAS.
+    """Arrays of quantize_weights -> saved weights by name, fp32 on the CPU, the same bits on every
+    machine. Only elementwise fp32 operations in a fixed order: a matrix product would leave the
+    order of its sums to the BLAS.
     """
     entries, weights = defaultdict(dict), {}
     for key, array in arrays.items():
@@ -2722,12 +4146,19 @@ def dequantize_weights(arrays):
         weights[name] = torch.from_numpy(w)
     return weights
 
+
 class HessianTap:
-    """Adds up x^T x over tokens for the input of every matrix, in float32; passes of a looped layer add to one sum."""
+    """Adds up x^T x over tokens for the input of every matrix, in float32; passes of a looped
+    layer add to one sum.
+    """
 
     splits_mlp = True
-    WATCHED = {"qkv": ("attn.c_q", "attn.c_k", "attn.c_v"), "attn_proj": ("attn.c_proj",), "mlp_up": ("mlp.c_fc",),
-               "mlp_down": ("mlp.c_proj",)}
+    WATCHED = {
+        "qkv": ("attn.c_q", "attn.c_k", "attn.c_v"),
+        "attn_proj": ("attn.c_proj",),
+        "mlp_up": ("mlp.c_fc",),
+        "mlp_down": ("mlp.c_proj",),
+    }
 
     def __init__(self, sums=None, layer=None):
         self.sums, self.layer = {} if sums is None else sums, layer
@@ -2742,8 +4173,11 @@ class HessianTap:
 
     def add(self, key, x):
         x = x.flatten(0, -2)
-        tensor_cores = x.is_cuda and x.dtype == torch.bfloat16  # sums in float32, as in the other branch
-        gram = torch.mm(x.T, x, out_dtype=torch.float32) if tensor_cores else x.float().T @ x.float()
+        # sums in float32, as in the other branch
+        tensor_cores = x.is_cuda and x.dtype == torch.bfloat16
+        gram = (
+            torch.mm(x.T, x, out_dtype=torch.float32) if tensor_cores else x.float().T @ x.float()
+        )
         self.sums[key] = self.sums[key] + gram if key in self.sums else gram
 
     def hessians(self, head_name):
@@ -2754,17 +4188,27 @@ class HessianTap:
             by_name |= dict.fromkeys(names or [head_name], gram)
         return by_name
 
+
 @torch.no_grad()
 def collect_hessians(model, loader, hp, dist):
-    """Hessians of every matrix from GPTQ_CALIBRATION_BATCHES packed training rows, the same rows for any world size.
-    -> {saved weight name: (in, in) float32, mean over rows}; rows are shared out over ranks, sums all-reduced.
+    """Hessians of every matrix from GPTQ_CALIBRATION_BATCHES packed training rows, the same rows
+    for
+    any world size. -> {saved weight name: (in, in) float32, mean over rows}; rows are shared out
+    over ranks, sums all-reduced.
     """
     tap = HessianTap()
     mine = range(dist.rank, hp.gptq_calibration_batches, dist.world_size)
     for index in mine or [0]:  # a rank without a row of its own takes part in the sums with zeros
-        row = techniques.written_row(model, index) if hp.gptq_self_calibration else loader.row(
-            index, index + dist.world_size if index + dist.world_size in mine else None)
-        hidden = model.forward_hidden(row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True, tap=tap)
+        row = (
+            techniques.written_row(model, index)
+            if hp.gptq_self_calibration
+            else loader.row(
+                index, index + dist.world_size if index + dist.world_size in mine else None
+            )
+        )
+        hidden = model.forward_hidden(
+            row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True, tap=tap
+        )
         tap.add(("lm_head", 0), hidden)
     for gram in tap.sums.values():
         gram /= hp.gptq_calibration_batches if hp.gptq_all_reduce else max(1, len(mine))
@@ -2776,10 +4220,13 @@ def collect_hessians(model, loader, hp, dist):
     # an untied embedding is read one row at a time: every column counts the same
     return {"tok_emb.weight": torch.eye(hp.model_dim, device=dist.device)} | hessians
 
-def held_out_loss(model, loader, hp, dist):
-    """Mean loss, nats a token, on the training rows that were held out, shared out over ranks; None without any.
 
-    On uncompiled code, like the Hessians: there is no graph for this in a few seconds of the reserve.
+def held_out_loss(model, loader, hp, dist):
+    """Mean loss, nats a token, on the training rows that were held out, shared out over ranks; None
+    without any.
+
+    On uncompiled code, like the Hessians: there is no graph for this in a few seconds of the
+    reserve.
     """
     if not loader.held_out_rows:
         return None
@@ -2787,23 +4234,32 @@ def held_out_loss(model, loader, hp, dist):
     with torch.no_grad():
         for index in range(dist.rank, loader.held_out_rows, dist.world_size):
             row = loader.held_out_row(index)
-            hidden = model.forward_hidden(row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True)
-            for h, t in zip(hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True):
+            hidden = model.forward_hidden(
+                row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True
+            )
+            for h, t in zip(
+                hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True
+            ):
                 total += model.token_losses(h, t).sum(dtype=torch.float64)
     return dist.all_reduce(total).item() / (loader.held_out_rows * hp.micro_batch_tokens)
 
+
 def plainer_quantizations(hp):
-    """Settings to try in turn where quantization ruins a model: the same step for all columns of a row, then with a
-    damping as large as the mean of the Hessian's diagonal, which leaves little but rounding to the nearest.
+    """Settings to try in turn where quantization ruins a model: the same step for all columns of a
+    row, then with a damping as large as the mean of the Hessian's diagonal, which leaves little but
+    rounding to the nearest.
     """
     plain = dataclasses.replace(hp, gptq_column_steps=False)
     ways = [plain, dataclasses.replace(plain, gptq_damp=max(1.0, hp.gptq_damp))]
     return [way for way in ways if way != hp]
 
-class QuantizationCheck:
-    """Compares the loss of the quantized with that of the fp32 model on the training rows that were held out.
 
-    The calibration error cannot tell a bad quantization: it is measured on the rows that the Hessians were made from.
+class QuantizationCheck:
+    """Compares the loss of the quantized with that of the fp32 model on the training rows that were
+    held out.
+
+    The calibration error cannot tell a bad quantization: it is measured on the rows that the
+    Hessians were made from.
     """
 
     def __init__(self, model, loader, hp, dist, log):
@@ -2815,23 +4271,33 @@ class QuantizationCheck:
             self.fp32_loss = held_out_loss(model, loader, hp, dist)
 
     def gap(self, arrays, hp):
-        """Arrays of quantize_weights -> nats a token that they add to the loss; the model keeps its fp32 weights."""
+        """Arrays of quantize_weights -> nats a token that they add to the loss; the model
+        keeps its fp32 weights.
+        """
         with self.log.stage("quant_check"):
             rebank(self.model, dequantize_weights(arrays))
             loss = held_out_loss(self.model, self.loader, self.hp, self.dist)
             rebank(self.model, self.weights)
         gap = loss - self.fp32_loss
         settings = dataclasses.asdict(hp).items()
-        changed = [f"{name.upper()}={value:g}" for name, value in settings if value != getattr(self.hp, name)]
+        changed = [
+            f"{name.upper()}={value:g}"
+            for name, value in settings
+            if value != getattr(self.hp, name)
+        ]
         settings = " ".join(changed) or "as set"
-        self.tried.append({"settings": settings, "gap": round(gap, 6) if math.isfinite(gap) else None})
+        self.tried.append(
+            {"settings": settings, "gap": round(gap, 6) if math.isfinite(gap) else None}
+        )
         self.log(f"quant_check fp32_loss:{self.fp32_loss:.6f} gap:{gap:.6f} settings:{settings}")
         return gap if math.isfinite(gap) else math.inf
 
     def choose(self, quantize, seconds_left):
-        """Quantizes as set and, while the gap is above QUANT_GAP_MAX, in plainer ways -> settings, arrays of the best.
+        """Quantizes as set and, while the gap is above QUANT_GAP_MAX, in plainer ways -> settings,
+        arrays of the best.
 
-        quantize(hp) -> arrays. No other way is begun when seconds_left() are fewer than the last one took.
+        quantize(hp) -> arrays. No other way is begun when seconds_left() are fewer than the last
+        one took.
         """
         if self.fp32_loss is None:
             return self.hp, quantize(self.hp)
@@ -2845,35 +4311,48 @@ class QuantizationCheck:
                 self.kept = self.tried[-1]
             if best_gap <= self.hp.quant_gap_max:
                 break
-            self.log(f"note: quantization adds {gap:.4f} nats a token, more than QUANT_GAP_MAX={self.hp.quant_gap_max}")
-            # clocks of ranks differ: all must agree, or one would wait for the others in a collective
+            self.log(
+                f"note: quantization adds {gap:.4f} nats a token, more than"
+                f" QUANT_GAP_MAX={self.hp.quant_gap_max}"
+            )
+            # clocks of ranks differ: all must agree, or one would wait for the others in a
+            # collective
             if self.dist.agree(time.perf_counter() - started)[0] > seconds_left():
                 self.log("note: no seconds are left for a plainer quantization")
                 break
         return best
 
     def summary(self):
-        """For RESULT: rows, loss of the fp32 model, the gap that was kept and its settings, and all that was tried."""
+        """For RESULT: rows, loss of the fp32 model, the gap that was kept and its settings,
+        and all that was tried.
+        """
         if self.fp32_loss is None:
             return None
         rows, loss = self.loader.held_out_rows, round(self.fp32_loss, 6)
         return {"rows": rows, "fp32_loss": loss, **self.kept, "tried": self.tried}
 
-# ---- ARTIFACT --------------------------------------------------------------------------------------------------------
-# File: magic, number of the compressor, stored and raw size of the header, digest of these and of the stored header;
-# the header, JSON [[[name, dtype, shape], ...], [[size, digest as stored, digest expanded], ...]]; the sections back to
-# back. What a section holds follows from the arrays (plan_sections). The two digests let neither a damaged file nor a
-# decoder of another version give wrong weights.
+
+# ---- ARTIFACT ------------------------------------------------------------------------------------
+# File: magic, number of the compressor, stored and raw size of the header, digest of these and of
+# the stored header; the header, JSON [[[name, dtype, shape], ...], [[size, digest as stored, digest
+# expanded], ...]]; the sections back to back. What a section holds follows from the arrays
+# (plan_sections). The two digests let neither a damaged file nor a decoder of another version give
+# wrong weights.
 MAGIC, PREFIX, DIGEST_BYTES = b"GLF1", struct.Struct("<4sBII"), 8
 MAX_HEADER_BYTES = 2**20
-CODEC_THREADS = min(8, os.cpu_count() or 1)  # a thread per group, and ZPAQ takes up to a gigabyte for each
+# a thread per group, and ZPAQ takes up to a gigabyte for each
+CODEC_THREADS = min(8, os.cpu_count() or 1)
+
 
 def digest(data):
     """Start of SHA-256: finds damage, does not authenticate."""
     return hashlib.sha256(data).digest()[:DIGEST_BYTES]
 
+
 def brotli_decompress(data, raw_size, shapes=()):
-    """Fed in small pieces, as a stream of a few bytes can claim gigabytes and brotli has no portable output limit."""
+    """Fed in small pieces, as a stream of a few bytes can claim gigabytes and brotli has no
+    portable output limit.
+    """
     decoder, raw = brotli.Decompressor(), bytearray()
     for start in range(0, len(data), 64):
         raw += decoder.process(data[start : start + 64])
@@ -2881,31 +4360,45 @@ def brotli_decompress(data, raw_size, shapes=()):
             break
     return bytes(raw) if decoder.is_finished() else b""
 
+
 def lzma_decompress(data, raw_size):
-    """Stream -> raw_size bytes and at most one more, none for one that is cut off or goes on (COMPRESSOR=lzma)."""
+    """Stream -> raw_size bytes and at most one more, none for one that is cut off or goes on
+    (COMPRESSOR=lzma).
+    """
     decoder = lzma.LZMADecompressor(memlimit=2**28)
     raw = decoder.decompress(data, max_length=raw_size + 1)
     return raw if decoder.eof and not decoder.unused_data else b""
 
-# --- entropy: rANS (arXiv:1311.2540) in whole numbers, the same on every machine. LANES coders take turns, so that one
-# numpy call serves all. One model, code_matrix, drives both directions: it asks for symbols in contexts and learns.
+
+# --- entropy: rANS (arXiv:1311.2540) in whole numbers, the same on every machine. LANES coders take
+# turns, so that one numpy call serves all. One model, code_matrix, drives both directions: it asks
+# for symbols in contexts and learns.
 LANES, SYMBOLS, ESCAPE = 512, np.arange(-128, 128), -128  # no code is -128; a lane costs 6 bytes
-VARIANCES = 0.04 * np.cumprod(np.full(60, 1.15))  # of codes, the contexts; cumprod is exact everywhere, powers are not
+# of codes, the contexts; cumprod is exact everywhere, powers are not
+VARIANCES = 0.04 * np.cumprod(np.full(60, 1.15))
+
 
 class SymbolEncoder:
     def __init__(self):
         self.slots = []
 
     def use(self, counts):
-        """Counts (contexts, 256) -> whole frequencies: 2^16 in each context, at least 1 where a count is positive."""
+        """Counts (contexts, 256) -> whole frequencies: 2^16 in each context, at least 1
+        where a count is positive.
+        """
         total = counts.sum(1, keepdims=True)
         frequencies = np.maximum((counts * 2**16 + total // 2) // total, counts > 0)
         frequencies[np.arange(len(counts)), frequencies.argmax(1)] += 2**16 - frequencies.sum(1)
-        self.starts, self.frequencies = (frequencies.cumsum(1) - frequencies).ravel(), frequencies.ravel()
+        self.starts, self.frequencies = (
+            (frequencies.cumsum(1) - frequencies).ravel(),
+            frequencies.ravel(),
+        )
 
     def __call__(self, contexts, symbols):
         index = contexts * 256 + symbols + 128
-        self.slots.append((self.starts[index].astype(np.uint16), self.frequencies[index].astype(np.uint16)))
+        self.slots.append(
+            (self.starts[index].astype(np.uint16), self.frequencies[index].astype(np.uint16))
+        )
         return symbols
 
     def finish(self):
@@ -2920,6 +4413,7 @@ class SymbolEncoder:
                 lanes[full] >>= 32
                 lanes += lanes // f * (2**16 - f) + starts[at : at + LANES]
         return b"".join([state.astype("<i8"), *words[::-1]])
+
 
 class SymbolDecoder(SymbolEncoder):
     def __init__(self, data):
@@ -2944,18 +4438,24 @@ class SymbolDecoder(SymbolEncoder):
             self.at += len(low)
         return (index & 255) - 128
 
+
 def initial_counts():
-    """-> int64 (contexts, 256), 64 a symbol, as if some were seen: nearly Gaussian, ESCAPE beyond 4.5 deviations."""
+    """-> int64 (contexts, 256), 64 a symbol, as if some were seen: nearly Gaussian, ESCAPE
+    beyond 4.5 deviations.
+    """
     tails = 1 + SYMBOLS**2 / (29 * VARIANCES[:, None])
     for _ in range(4):
         tails *= tails
     counts = np.where(SYMBOLS**2 <= 20 * VARIANCES[:, None], 1 + 32_000 / tails, 0)
     counts[:, 0] = 3
-    return np.vstack([counts, np.ones(256)]).astype(np.int64)  # the last context: what an ESCAPE stands for
+    # the last context: what an ESCAPE stands for
+    return np.vstack([counts, np.ones(256)]).astype(np.int64)
+
 
 def column_predictor(gram, rows):
-    """gram (C, C), sum of x x^T over rows x -> P (C, C): x_j is about P[j, :j] x[:j]. Multiples of 2^-12: exact sums.
-    Elimination by elementwise operations in a fixed order, as LAPACK's last bits differ between machines.
+    """gram (C, C), sum of x x^T over rows x -> P (C, C): x_j is about P[j, :j] x[:j]. Multiples of
+    2^-12: exact sums. Elimination by elementwise operations in a fixed order, as LAPACK's last bits
+    differ between machines.
     """
     size = len(gram)
     ridge = 1 + 800 / rows * np.trace(gram) / size  # no pivot is 0, also where all codes are
@@ -2965,16 +4465,22 @@ def column_predictor(gram, rows):
         part -= part[:, :1] / work[j, j] * work[j, j : size + j + 1]
     return np.rint(-4096 * np.tril(work[:, size:].astype(np.float64), -1)) / 4096
 
+
 def code_matrix(coder, counts, codes):
-    """Codes (R, C) int8 through a coder that reads or fills them; a code's context: its column's variance so far.
-    Where there are far more rows than columns (the embedding), what is coded is the rest of a linear prediction of each
-    column from those before it, learnt from the rows before, as long as that pays.
+    """Codes (R, C) int8 through a coder that reads or fills them; a code's context: its column's
+    variance so far. Where there are far more rows than columns (the embedding), what is coded is
+    the rest of a linear prediction of each column from those before it, learnt from the rows
+    before, as long as that pays.
     """
     rows, columns = codes.shape
     energy, seen, row, learns = np.full(columns, 7.5 * 16), 16, 0, rows >= 8 * columns > 0
 
     def code(block, levels):
-        contexts, known = np.tile(levels, len(block)), block.astype(np.int8).astype(np.int64).ravel()  # modulo 256
+        # modulo 256
+        contexts, known = (
+            np.tile(levels, len(block)),
+            block.astype(np.int8).astype(np.int64).ravel(),
+        )
         symbols = coder(contexts, np.where(known**2 <= 20 * VARIANCES[contexts], known, ESCAPE))
         np.add.at(counts.ravel(), contexts * 256 + symbols + 128, 64)
         hidden = (symbols == ESCAPE).nonzero()[0]
@@ -2983,18 +4489,26 @@ def code_matrix(coder, counts, codes):
 
     while row < rows:
         predicts = learns and row >= 128
-        block = codes[row : row + max(1, row // 2 if predicts else min(8 + row // 4, 2**20 // max(1, columns)))]
+        block = codes[
+            row : row
+            + max(1, row // 2 if predicts else min(8 + row // 4, 2**20 // max(1, columns)))
+        ]
         if not predicts:
             block[:] = rest = code(block, np.searchsorted(VARIANCES[:-1], energy / seen))
         else:
-            before, (values, rest) = codes[:row].astype(np.float64), np.empty((2, columns, len(block))).mT
+            before, (values, rest) = (
+                codes[:row].astype(np.float64),
+                np.empty((2, columns, len(block))).mT,
+            )
             predictor = column_predictor(before.T @ before, row)
             energy, seen = energy // 2, seen // 2  # of a worse prediction
             levels = np.searchsorted(VARIANCES[:-1], energy / seen)
             for j in range(columns):
                 if j % 16 == 0:
                     means = values[:, :j] @ predictor[j : j + 16, :j].T
-                mean = np.rint(means[:, j % 16] + values[:, j - j % 16 : j] @ predictor[j, j - j % 16 : j])[:, None]
+                mean = np.rint(
+                    means[:, j % 16] + values[:, j - j % 16 : j] @ predictor[j, j - j % 16 : j]
+                )[:, None]
                 rest[:, j : j + 1] = code(block[:, j : j + 1] - mean, levels[j : j + 1])
                 block[:, j] = (rest[:, j] + mean[:, 0]).astype(np.int64)
                 values[:, j] = block[:, j]
@@ -3002,8 +4516,11 @@ def code_matrix(coder, counts, codes):
         energy += (rest * rest).sum(0)
         row, seen = row + len(block), seen + len(block)
 
+
 def code_matrices(coder, raw, shapes):
-    """Bytes of int8 matrices, each stored transposed, through a coder; -> the bytes that came out of it."""
+    """Bytes of int8 matrices, each stored transposed, through a coder; -> the bytes that came
+    out of it.
+    """
     codes, counts, start = np.array(np.frombuffer(raw, np.int8)), initial_counts(), 0
     for shape in shapes:
         size = math.prod(shape)
@@ -3012,15 +4529,18 @@ def code_matrices(coder, raw, shapes):
         start += size
     return codes.tobytes()
 
+
 def entropy_compress(raw, shapes):
     coder = SymbolEncoder()
     code_matrices(coder, raw, shapes)
     return coder.finish()
 
+
 def entropy_decompress(data, raw_size, shapes):
     coder = SymbolDecoder(data)
     raw = code_matrices(coder, bytes(raw_size), shapes)
     return raw if coder.at == len(coder.words) else b""
+
 
 ENCODERS = {  # raw bytes, shapes of their arrays -> a stream
     "brotli": lambda raw, shapes=(): brotli.compress(raw, quality=11, lgwin=24),
@@ -3029,60 +4549,102 @@ ENCODERS = {  # raw bytes, shapes of their arrays -> a stream
     "entropy": entropy_compress,
 }
 DECODERS = {  # the inverse; anything but raw_size bytes: no stream
-    "brotli": brotli_decompress, "entropy": entropy_decompress,
+    "brotli": brotli_decompress,
+    "entropy": entropy_decompress,
     "lzma": lambda data, raw_size, shapes=(): lzma_decompress(data, raw_size),
     "lrzip": lambda data, raw_size, shapes=(): techniques.lrzip_decompress(data, raw_size),
 }
-COMPRESSORS = {"brotli": (0, "brotli"), "lzma": (1, "lzma"), "pergroup": (2, "brotli", "lrzip"),
-               "entropy": (3, "brotli", "entropy")}  # number in the file, codecs; header in the first
+COMPRESSORS = {
+    "brotli": (0, "brotli"),
+    "lzma": (1, "lzma"),
+    "pergroup": (2, "brotli", "lrzip"),
+    # number in the file, codecs; header in the first
+    "entropy": (3, "brotli", "entropy"),
+}
+
 
 def expand(codec, stored, raw_size, shapes=()):
-    """Stored bytes -> exactly raw_size bytes. Raises ArtifactError if that is not what comes out."""
+    """Stored bytes -> exactly raw_size bytes.
+
+    Raises ArtifactError if that is not what comes out.
+    """
     try:
         raw = DECODERS[codec](stored, raw_size, shapes) if raw_size else b""
     except Exception as error:  # each library has its own classes of errors
         raise ArtifactError(f"artifact: {codec} data does not expand: {error}") from error
     if len(raw) != raw_size:
-        raise ArtifactError(f"artifact: {codec} data does not expand to the size that the header says")
+        raise ArtifactError(
+            f"artifact: {codec} data does not expand to the size that the header says"
+        )
     return raw
+
 
 def check_compressor(name):
     """SettingError, with what to install, for an unknown compressor or missing tools."""
     if name not in COMPRESSORS:
         raise SettingError(f"COMPRESSOR={name} is unknown: choose one of {', '.join(COMPRESSORS)}")
     if "brotli" in COMPRESSORS[name] and brotli is None:
-        raise SettingError("the brotli module is missing: pip install brotli, or set COMPRESSOR=lzma")
+        raise SettingError(
+            "the brotli module is missing: pip install brotli, or set COMPRESSOR=lzma"
+        )
     if "lrzip" in COMPRESSORS[name] and shutil.which("lrzip") is None:
-        raise SettingError("the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)")
+        raise SettingError(
+            "the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)"
+        )
     if "lrzip" in COMPRESSORS[name] and techniques is None:
         raise SettingError(f"COMPRESSOR={name} needs tools/techniques.py beside this file")
 
+
 def try_compressor(name):
-    """check_compressor and a round trip of each of its codecs: a program that is there may still lack a library."""
+    """check_compressor and a round trip of each of its codecs: a program that is there may
+    still lack a library.
+    """
     check_compressor(name)
     sample, shapes = b"1234" * 8, [(4, 8)]
     for codec in COMPRESSORS[name][1:]:
         try:
-            fault = expand(codec, ENCODERS[codec](sample, shapes), len(sample), shapes) != sample and "other bytes"
+            fault = (
+                expand(codec, ENCODERS[codec](sample, shapes), len(sample), shapes) != sample
+                and "other bytes"
+            )
         except (ArtifactError, OSError) as error:
             fault = error
         if fault:
             raise SettingError(f"COMPRESSOR={name} does not work here, {codec}: {fault}")
 
+
 MAX_RAW_BYTES, MAX_DIMENSIONS = 2**30, 8  # of an artifact's arrays
-ARRAY_DTYPES = "bool float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
+ARRAY_DTYPES = (
+    "bool float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
+)
+
 
 def check_specs(specs):
-    """ValueError for names, dtypes and sizes of arrays (ArraySpec) that no artifact holds: a header may be hostile."""
+    """ValueError for names, dtypes and sizes of arrays (ArraySpec) that no artifact holds: a
+    header may be hostile.
+    """
     for name, dtype, shape in specs:
-        sized = all(type(n) is int and n >= 0 for n in shape) and math.prod(max(n, 1) for n in shape) <= MAX_RAW_BYTES
-        if type(name) is not str or dtype not in ARRAY_DTYPES or len(shape) > MAX_DIMENSIONS or not sized:
+        sized = (
+            all(type(n) is int and n >= 0 for n in shape)
+            and math.prod(max(n, 1) for n in shape) <= MAX_RAW_BYTES
+        )
+        if (
+            type(name) is not str
+            or dtype not in ARRAY_DTYPES
+            or len(shape) > MAX_DIMENSIONS
+            or not sized
+        ):
             raise ValueError(f"{name}: an artifact cannot hold {dtype} {shape}")
-    if len({spec.name for spec in specs}) != len(specs) or sum(spec.num_bytes for spec in specs) > MAX_RAW_BYTES:
+    if (
+        len({spec.name for spec in specs}) != len(specs)
+        or sum(spec.num_bytes for spec in specs) > MAX_RAW_BYTES
+    ):
         raise ValueError(f"an array stands twice, or all take more than {MAX_RAW_BYTES} bytes")
+
 
 class ArraySpec(NamedTuple):
     """Name, dtype and shape of an array as it is stored."""
+
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -3091,64 +4653,102 @@ class ArraySpec(NamedTuple):
     def num_bytes(self):
         return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
+
 def plan_sections(specs, compressor):
-    """Specs of the arrays -> (kind, codec, specs as stored) per section; packing and unpacking both follow this plan.
-    pergroup (PR 1855): "codes" of one role, layers in order, transposed; "orders" of re-ordered rows; the "rest".
-    entropy: all "codes" in the same order as one section, the "rest".
+    """Specs of the arrays -> (kind, codec, specs as stored) per section; packing and unpacking both
+    follow this plan. pergroup (PR 1855): "codes" of one role, layers in order, transposed; "orders"
+    of re-ordered rows; the "rest". entropy: all "codes" in the same order as one section, the
+    "rest".
     """
     if len(COMPRESSORS[compressor]) == 2:
         return [("rest", compressor, specs)]
     roles = {}
     for spec in specs:
         name, _, field = spec.name.rpartition(":")
-        is_matrix = field == "codes" and spec.dtype == "int8" and len(spec.shape) == 2 and max(spec.shape) <= 2**16
+        is_matrix = (
+            field == "codes"
+            and spec.dtype == "int8"
+            and len(spec.shape) == 2
+            and max(spec.shape) <= 2**16
+        )
         roles[spec.name] = quant_role(name)[0] if is_matrix and quant_role(name) else None
     groups = []
     for role in dict.fromkeys(role for role, _, _ in QUANT_TABLE.values()):
-        groups.append([spec._replace(shape=spec.shape[::-1]) for spec in specs if roles[spec.name] == role])
-        groups[-1].sort(key=lambda spec: int("0" + re.sub(r"\D", "", spec.name)))  # blocks.2 before blocks.10
+        groups.append(
+            [spec._replace(shape=spec.shape[::-1]) for spec in specs if roles[spec.name] == role]
+        )
+        # blocks.2 before blocks.10
+        groups[-1].sort(key=lambda spec: int("0" + re.sub(r"\D", "", spec.name)))
     rest = ("rest", "brotli", [spec for spec in specs if roles[spec.name] is None])
     if compressor == "entropy":
         return [("codes", "entropy", sum(groups, [])), rest]
-    orders = [ArraySpec(name, "uint16", shape[:1]) for name, _, shape in specs
-              if roles[name] in ("embedding", "q", "up") and shape[0]]
-    return [*(("codes", "lrzip", group) for group in groups if group), ("orders", "brotli", orders), rest]
+    orders = [
+        ArraySpec(name, "uint16", shape[:1])
+        for name, _, shape in specs
+        if roles[name] in ("embedding", "q", "up") and shape[0]
+    ]
+    return [
+        *(("codes", "lrzip", group) for group in groups if group),
+        ("orders", "brotli", orders),
+        rest,
+    ]
+
 
 def by_item_size(specs):
     """Specs -> (item size, specs of that size), smallest first: the layout inside a section."""
-    return [(size, [spec for spec in specs if np.dtype(spec.dtype).itemsize == size]) for size in (1, 2, 4, 8)]
+    return [
+        (size, [spec for spec in specs if np.dtype(spec.dtype).itemsize == size])
+        for size in (1, 2, 4, 8)
+    ]
+
 
 def join_arrays(arrays, specs):
-    """Arrays -> bytes, little endian; per item size all lowest bytes stand first, then all next ones (byte shuffle)."""
+    """Arrays -> bytes, little endian; per item size all lowest bytes stand first, then all next
+    ones (byte shuffle).
+    """
     planes = []
     for size, group in by_item_size(specs):
-        raw = b"".join(arrays[s.name].astype(np.dtype(s.dtype).newbyteorder("<"), copy=False).tobytes() for s in group)
+        raw = b"".join(
+            arrays[s.name].astype(np.dtype(s.dtype).newbyteorder("<"), copy=False).tobytes()
+            for s in group
+        )
         planes.append(np.frombuffer(raw, np.uint8).reshape(-1, size).T.tobytes())
     return b"".join(planes)
+
 
 def split_arrays(raw, specs):
     """The inverse of join_arrays; the arrays are read-only and little endian."""
     arrays, raw = {}, io.BytesIO(raw)
     for size, group in by_item_size(specs):
-        planes = np.frombuffer(raw.read(sum(spec.num_bytes for spec in group)), np.uint8).reshape(size, -1)
+        planes = np.frombuffer(raw.read(sum(spec.num_bytes for spec in group)), np.uint8).reshape(
+            size, -1
+        )
         data = io.BytesIO(planes.T.tobytes())
         for spec in group:
             flat = np.frombuffer(data.read(spec.num_bytes), np.dtype(spec.dtype).newbyteorder("<"))
             arrays[spec.name] = flat.reshape(spec.shape)
     return arrays
 
+
 def pack_weights(arrays, compressor, tell=lambda share: None):
-    """Named numpy arrays -> artifact bytes; `tell(share done)` as it goes on. ValueError for what cannot be packed."""
+    """Named numpy arrays -> artifact bytes; `tell(share done)` as it goes on.
+
+    ValueError for what cannot be packed.
+    """
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
     check_compressor(compressor)
     check_specs(specs)
-    plan, packed = plan_sections(specs, compressor), []  # and the bytes of the sections that are done
+    # and the bytes of the sections that are done
+    plan, packed = plan_sections(specs, compressor), []
     sources = {"rest": arrays, "codes": {name: array.T for name, array in arrays.items()}}
+
     def encode(kind, codec, members):
         raw = join_arrays(sources[kind], members)
         stored = ENCODERS[codec](raw, [spec.shape for spec in members]) if raw else b""
         packed.append(len(raw))
-        tell(sum(packed) / max(1, sum(spec.num_bytes for _, _, members in plan for spec in members)))
+        tell(
+            sum(packed) / max(1, sum(spec.num_bytes for _, _, members in plan for spec in members))
+        )
         return stored, [len(stored), digest(stored).hex(), digest(raw).hex()]
 
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
@@ -3157,27 +4757,43 @@ def pack_weights(arrays, compressor, tell=lambda share: None):
         sections = list(pool.map(encode, *zip(*plan, strict=True)))
     raw = json.dumps([specs, [about for _, about in sections]], separators=(",", ":")).encode()
     if len(raw) > MAX_HEADER_BYTES:
-        raise ValueError(f"the names and shapes of {len(arrays)} arrays do not fit an artifact's header")
+        raise ValueError(
+            f"the names and shapes of {len(arrays)} arrays do not fit an artifact's header"
+        )
     stored = ENCODERS[COMPRESSORS[compressor][1]](raw)
     prefix = PREFIX.pack(MAGIC, COMPRESSORS[compressor][0], len(stored), len(raw))
     return b"".join([prefix, digest(prefix + stored), stored, *(data for data, _ in sections)])
 
+
 def read_header(blob):
-    """Artifact -> specs, plan_sections of them, [size, digests] per section, start of the first; all sizes checked."""
+    """Artifact -> specs, plan_sections of them, [size, digests] per section, start of the
+    first; all sizes checked.
+    """
     start = PREFIX.size + DIGEST_BYTES
-    magic, number, stored_size, raw_size = PREFIX.unpack(blob[: PREFIX.size].ljust(PREFIX.size, b"\0"))
+    magic, number, stored_size, raw_size = PREFIX.unpack(
+        blob[: PREFIX.size].ljust(PREFIX.size, b"\0")
+    )
     stored = blob[start : start + stored_size]
     intact = magic == MAGIC and digest(blob[: PREFIX.size] + stored) == blob[PREFIX.size : start]
     compressor = {n: c for c, (n, *_) in COMPRESSORS.items()}.get(number)
-    if not intact or not compressor or number != COMPRESSORS[compressor][0] or raw_size > MAX_HEADER_BYTES:
-        raise ArtifactError("artifact: not a file of this program, or its header is damaged or cut off")
+    if (
+        not intact
+        or not compressor
+        or number != COMPRESSORS[compressor][0]
+        or raw_size > MAX_HEADER_BYTES
+    ):
+        raise ArtifactError(
+            "artifact: not a file of this program, or its header is damaged or cut off"
+        )
     check_compressor(compressor)
     try:
         arrays, sections = json.loads(expand(COMPRESSORS[compressor][1], stored, raw_size))
         specs = [ArraySpec(name, dtype, tuple(shape)) for name, dtype, shape in arrays]
         check_specs(specs)
         sizes = [size for size, _, _ in sections]
-        whole = all(type(n) is int and n >= 0 for n in sizes) and start + stored_size + sum(sizes) == len(blob)
+        whole = all(type(n) is int and n >= 0 for n in sizes) and start + stored_size + sum(
+            sizes
+        ) == len(blob)
         plan = plan_sections(specs, compressor)
         if not whole or len(sections) != len(plan):
             raise ValueError("its sections are not those of its arrays, or not as long as the file")
@@ -3185,10 +4801,15 @@ def read_header(blob):
         raise ArtifactError(f"artifact: the header is wrong: {error}") from error
     return specs, plan, sections, start + stored_size
 
+
 def unpack_weights(blob):
-    """Artifact bytes -> the packed arrays, bit for bit, in order. ArtifactError if pack_weights did not write them."""
+    """Artifact bytes -> the packed arrays, bit for bit, in order.
+
+    ArtifactError if pack_weights did not write them.
+    """
     specs, plan, sections, start = read_header(blob)
     ends = np.cumsum([start] + [size for size, _, _ in sections]).tolist()
+
     def decode(planned, section, end):
         (kind, codec, members), (size, stored_digest, raw_digest) = planned, section
         stored, raw_size = blob[end - size : end], sum(spec.num_bytes for spec in members)
@@ -3207,11 +4828,14 @@ def unpack_weights(blob):
         techniques.restore_rows(unpacked, found["orders"])
     return {name: np.array(unpacked[name], dtype, order="C") for name, dtype, _ in specs}
 
-# ---- EVALUATION ------------------------------------------------------------------------------------------------------
+
+# ---- EVALUATION ----------------------------------------------------------------------------------
 HEAD_CHUNK = 8192  # positions whose float32 logits exist at a time
+
 
 def bits_per_byte(nats, charges):
     return nats / math.log(2) / charges
+
 
 class Score:
     """Sums of a scoring: nats, tokens and bytes, kept on the device in float64."""
@@ -3225,17 +4849,25 @@ class Score:
         self.sums += torch.stack([losses, scored.sum(), torch.where(scored, charges, 0).sum()])
 
     def total(self, dist, expected):
-        """Sums over ranks -> {loss, bpb, tokens, bytes}. Raises RuntimeError unless (tokens, bytes) are as expected."""
+        """Sums over ranks -> {loss, bpb, tokens, bytes}.
+
+        Raises RuntimeError unless (tokens, bytes) are as expected.
+        """
         nats, tokens, charges = dist.all_reduce(self.sums.clone()).tolist()
         if (int(tokens), int(charges)) != tuple(expected):
-            raise RuntimeError(f"scored {int(tokens)} tokens and {int(charges)} bytes, the documents have {expected}")
+            raise RuntimeError(
+                f"scored {int(tokens)} tokens and {int(charges)} bytes, the documents have"
+                f" {expected}"
+            )
         bpb = bits_per_byte(nats, charges)
         return {"loss": nats / tokens, "bpb": bpb, "tokens": int(tokens), "bytes": int(charges)}
 
+
 def document_windows(starts, ends, length, stride):
     """Input spans of documents -> (n, 3) int64 windows: start, end, first input that is scored.
-    Windows advance by the stride; the first scores all its inputs, the others the last `stride` that no window before
-    them scored: every target is scored once, with the longest context. stride = length gives disjoint pieces.
+    Windows advance by the stride; the first scores all its inputs, the others the last `stride`
+    that no window before them scored: every target is scored once, with the longest context. stride
+    = length gives disjoint pieces.
     """
     targets = ends - starts
     count = np.where(targets > 0, np.maximum(1, 1 - (length - targets) // stride), 0)
@@ -3245,8 +4877,10 @@ def document_windows(starts, ends, length, stride):
     first = np.where(number == 0, start, start + length - stride)
     return np.stack([start, np.minimum(start + length, ends[document]), first], axis=1)
 
+
 class ScoredRow(NamedTuple):
     """Windows packed in one row, padded to a fixed length; windows never attend to each other."""
+
     inputs: Tensor  # (1, T) int64
     targets: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (N + 1,) int32
@@ -3254,11 +4888,18 @@ class ScoredRow(NamedTuple):
     scored: Tensor  # (T,) bool
     charges: Tensor  # (T,) int64 bytes of the target
 
+
 class WindowPacker:
-    """Packs windows of the validation stream, in order, into rows of one shape; the stream lives on the device."""
+    """Packs windows of the validation stream, in order, into rows of one shape; the stream
+    lives on the device.
+    """
 
     def __init__(self, validation, row_tokens, max_window, entries, device):
-        self.row_tokens, self.max_window, self.entries = max(row_tokens, max_window), max_window, entries
+        self.row_tokens, self.max_window, self.entries = (
+            max(row_tokens, max_window),
+            max_window,
+            entries,
+        )
         self.device, self.end = device, len(validation.tokens) - 1
         self.tokens = torch.from_numpy(validation.tokens).to(device)
         self.bytes = torch.from_numpy(validation.bytes).to(device)
@@ -3266,7 +4907,8 @@ class WindowPacker:
     def rows(self, windows):
         """(n, 3) windows -> list of (first, last) window numbers of each row."""
         rows, first, filled = [], 0, 0
-        most = self.entries - -(-self.row_tokens // self.max_window)  # the padding is cut in pieces, too
+        # the padding is cut in pieces, too
+        most = self.entries - -(-self.row_tokens // self.max_window)
         for number, length in enumerate((windows[:, 1] - windows[:, 0]).tolist()):
             if number > first and (filled + length > self.row_tokens or number - first >= most):
                 rows.append((first, number))
@@ -3281,125 +4923,202 @@ class WindowPacker:
         borders = np.concatenate([[0], np.cumsum(lengths)])
         filled = int(borders[-1])
         padding = np.arange(filled, self.row_tokens, self.max_window)
-        cu_seqlens = pad_cu_seqlens(np.concatenate([borders[:-1], padding]), self.row_tokens, self.entries)
-        source = np.full(self.row_tokens, self.end)  # padding reads the stream's last token and is not scored
+        cu_seqlens = pad_cu_seqlens(
+            np.concatenate([borders[:-1], padding]), self.row_tokens, self.entries
+        )
+        # padding reads the stream's last token and is not scored
+        source = np.full(self.row_tokens, self.end)
         source[:filled] = np.repeat(start - borders[:-1], lengths) + np.arange(filled)
         scored = np.zeros(self.row_tokens, bool)
         scored[:filled] = source[:filled] >= np.repeat(first, lengths)
         fresh = np.zeros(self.row_tokens, bool)
         fresh[borders[:-1]] = True
-        source, scored, fresh, cu = (torch.from_numpy(a).to(self.device) for a in (source, scored, fresh, cu_seqlens))
+        source, scored, fresh, cu = (
+            torch.from_numpy(a).to(self.device) for a in (source, scored, fresh, cu_seqlens)
+        )
         target = (source + 1).clamp_max(self.end)
-        return ScoredRow(self.tokens[source][None], self.tokens[target], cu, fresh[None], scored, self.bytes[target])
+        return ScoredRow(
+            self.tokens[source][None],
+            self.tokens[target],
+            cu,
+            fresh[None],
+            scored,
+            self.bytes[target],
+        )
+
 
 class Evaluator:
-    """Plain and sliding-window BPB of a model: packed rows shared out over ranks, every target scored exactly once."""
+    """Plain and sliding-window BPB of a model: packed rows shared out over ranks, every target
+    scored exactly once.
+    """
 
     def __init__(self, model, validation, hp, dist):
         self.model, self.validation, self.hp, self.dist = model, validation, hp, dist
-        windows = -(-hp.micro_batch_tokens // hp.eval_seq_len)  # of a row that is full of whole ones, or of padding
+        # of a row that is full of whole ones, or of padding
+        windows = -(-hp.micro_batch_tokens // hp.eval_seq_len)
         entries = max(hp.row_segments, 2 * windows + 8)
-        self.packer = WindowPacker(validation, hp.micro_batch_tokens, hp.eval_seq_len, entries, dist.device)
-        self.parts = SimpleNamespace(**{name: compiled(getattr(model, name), hp, dist) for name in (
-            "enter", "block", "token_losses")})
+        self.packer = WindowPacker(
+            validation, hp.micro_batch_tokens, hp.eval_seq_len, entries, dist.device
+        )
+        self.parts = SimpleNamespace(
+            **{
+                name: compiled(getattr(model, name), hp, dist)
+                for name in ("enter", "block", "token_losses")
+            }
+        )
 
     def row_losses(self, row):
         """ScoredRow -> (T,) nats, float32 head."""
-        hidden = self.model.forward_hidden(row.inputs, row.cu_seqlens, max_seqlen=self.hp.eval_seq_len, looping=True,
-                                           fresh=row.fresh, parts=self.parts)
+        hidden = self.model.forward_hidden(
+            row.inputs,
+            row.cu_seqlens,
+            max_seqlen=self.hp.eval_seq_len,
+            looping=True,
+            fresh=row.fresh,
+            parts=self.parts,
+        )
         pairs = zip(hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True)
         return torch.cat([self.parts.token_losses(h, t) for h, t in pairs])
 
     @torch.no_grad()
     def count(self, windows, score, first_row=0, every=1):
-        """Adds the losses of windows to a score: of every row they fill, or of one row in `every`."""
+        """Adds the losses of windows to a score: of every row they fill, or of one row in
+        `every`.
+        """
         for first, last in self.packer.rows(windows)[first_row::every]:
             row = self.packer.build(windows[first:last])
             score.add(self.row_losses(row), row.scored, row.charges)
 
     def evaluate_bpb(self, stride=None):
-        """Scores the whole validation set -> {loss, bpb, tokens, bytes}; with a stride: sliding windows."""
+        """Scores the whole validation set -> {loss, bpb, tokens, bytes}; with a stride:
+        sliding windows.
+        """
         stream, length = self.validation, self.hp.eval_seq_len
         windows = document_windows(stream.starts, stream.ends, length, stride or length)
         score = Score(self.dist.device)
         self.count(windows, score, self.dist.rank, self.dist.world_size)
         return score.total(self.dist, stream.targets_of(np.arange(len(stream.starts))))
 
-# ---- TEST-TIME TRAINING ----------------------------------------------------------------------------------------------
-# Score first: a chunk's loss is added to the score before anything trains on the chunk. What is handed on is fixed
-# before the loop: documents, longest first -> phases -> lanes -> places. A place is a sequence of documents on a rank;
-# only LoRA's A is handed on, inside a place; base weights change between phases, from documents already scored. Places
-# are scored side by side, in steps of few static shapes; who shares a step with whom changes rounding, nothing else.
+
+# ---- TEST-TIME TRAINING --------------------------------------------------------------------------
+# Score first: a chunk's loss is added to the score before anything trains on the chunk. What is
+# handed on is fixed before the loop: documents, longest first -> phases -> lanes -> places. A place
+# is a sequence of documents on a rank; only LoRA's A is handed on, inside a place; base weights
+# change between phases, from documents already scored. Places are scored side by side, in steps of
+# few static shapes; who shares a step with whom changes rounding, nothing else.
+
 
 class Phase(NamedTuple):
-    """Documents that are scored with the same base weights; afterwards they fine-tune it if `adapt` is set."""
+    """Documents that are scored with the same base weights; afterwards they fine-tune it if
+    `adapt` is set.
+    """
+
     lanes: list  # for each lane its places, for each place the numbers of its documents
     documents: np.ndarray
     adapt: bool
 
+
 def plan_ttt(lengths, hp):
     """(n,) targets of each document -> list of Phase, the same for every world size."""
     order, costs = np.argsort(-lengths, kind="stable"), window_positions(lengths, hp).tolist()
-    prefix, number = min(len(order), round(hp.phased_ttt_prefix_docs * len(order) / 50_000)), hp.phased_ttt_num_phases
+    prefix, number = (
+        min(len(order), round(hp.phased_ttt_prefix_docs * len(order) / 50_000)),
+        hp.phased_ttt_num_phases,
+    )
     borders, phases = [prefix * (i + 1) // number for i in range(number)], []
     for number, (first, last) in enumerate(zip([0, *borders], [*borders, len(order)], strict=True)):
-        places = balance(order[first:last].tolist(), costs.__getitem__, hp.ttt_lanes * hp.ttt_batch_size)
-        lanes = [places[lane::hp.ttt_lanes] for lane in range(hp.ttt_lanes)]
+        places = balance(
+            order[first:last].tolist(), costs.__getitem__, hp.ttt_lanes * hp.ttt_batch_size
+        )
+        lanes = [places[lane :: hp.ttt_lanes] for lane in range(hp.ttt_lanes)]
         if last > first:
             phases.append(Phase(lanes, order[first:last], adapt=number < len(borders)))
     return phases
 
+
 def window_positions(lengths, hp):
-    """(n,) targets -> (n,) window positions that scoring these documents computes: the cost of a document."""
+    """(n,) targets -> (n,) window positions that scoring these documents computes: the cost of
+    a document.
+    """
     chunk = techniques.chunk_size(lengths, hp) if hp.ttt_short_chunks else hp.ttt_chunk_size
-    context = hp.ttt_eval_seq_len - hp.ttt_stale_context if hp.ttt_stale_context else hp.ttt_eval_seq_len
+    context = (
+        hp.ttt_eval_seq_len - hp.ttt_stale_context if hp.ttt_stale_context else hp.ttt_eval_seq_len
+    )
     chunks = -(-lengths // chunk)
     growing = np.minimum(chunks, context // chunk)
     return chunk * growing * (growing + 1) // 2 + (chunks - growing) * context
 
+
 class Step(NamedTuple):
     """Chunks of several documents, scored and learned from together."""
+
     table: np.ndarray  # (B, 6) int64, see TestTimeTrainer.chunk_step
     begins: np.ndarray  # (n, 2) state row, place: documents that begin with this step
     ends: np.ndarray  # (n, 2) documents that end with it
     width: int  # of the windows, stale context included
     cost: float = 0.0  # seconds, of step_cost
 
+
 def step_cost(rows, width, fresh=0):
-    """Seconds of a step of the default model on an H100: launches, adapters, positions (`fresh` at most), attention."""
+    """Seconds of a step of the default model on an H100: launches, adapters, positions (`fresh`
+    at most), attention.
+    """
     if fresh and width > fresh:
         return step_cost(rows, fresh) + 1.5e-3 + rows * (width - fresh) * (8e-9 + 3.2e-10 * fresh)
     return 3e-3 + rows * (7e-5 + width * (1.08e-6 + 5.5e-11 * width))
 
+
 def schedule_ttt(places, starts, lengths, flight, hp):
-    """Documents of each place, (n,) inputs' starts and targets of all -> list of Step, on `flight` state rows at most.
-    The next step is of the width whose rows cost least more than in a full step, with the places in it that have most
-    chunks left, so that none is left alone at the end."""
+    """Documents of each place, (n,) inputs' starts and targets of all -> list of Step, on `flight`
+    state rows at most. The next step is of the width whose rows cost least more than in a full
+    step, with the places in it that have most chunks left, so that none is left alone at the end.
+    """
     context, batch = hp.ttt_eval_seq_len, hp.ttt_batch_size
     fresh = hp.ttt_stale_context and context - hp.ttt_stale_context
-    widths = sorted({max(hp.ttt_chunk_size, -(-context * share // 16)) for share in (1, 2, 4, 8, 12, 16)})
+    widths = sorted(
+        {max(hp.ttt_chunk_size, -(-context * share // 16)) for share in (1, 2, 4, 8, 12, 16)}
+    )
     row_counts = sorted({max(2, batch // share) for share in (16, 4, 1)})
     starts, lengths = starts.tolist(), lengths.tolist()
+
     def chunks(document):  # context, whether it is the last, what follows the rows in the table
         length = lengths[document]
         size = int(techniques.chunk_size(length, hp)) if hp.ttt_short_chunks else hp.ttt_chunk_size
         for number, first in enumerate(range(0, length, size), 1):
             end = min(first + size, length)
             window = max(0, end - (fresh or context))
-            yield min(end, context), end == length, starts[document] + window, first - window, end - first, number
-    left = [[chunk for document in documents for chunk in chunks(document)][::-1] for documents in places]
-    waiting = sorted((place for place, chunks in enumerate(left) if chunks), key=lambda place: len(left[place]))
+            yield (
+                min(end, context),
+                end == length,
+                starts[document] + window,
+                first - window,
+                end - first,
+                number,
+            )
+
+    left = [
+        [chunk for document in documents for chunk in chunks(document)][::-1]
+        for documents in places
+    ]
+    waiting = sorted(
+        (place for place, chunks in enumerate(left) if chunks), key=lambda place: len(left[place])
+    )
     steps, free, ready = [], list(range(flight)), [[] for _ in widths]
+
     def enqueue(row, place):
         ready[sum(width < left[place][-1][0] for width in widths)].append((row, place))
+
     def waste(choice):
         i, rows = choice
         part = step_cost(rows, widths[i], fresh) / step_cost(row_counts[-1], widths[i], fresh)
         return part / min(len(ready[i]), rows)
+
     while waiting or any(ready):
         while waiting and free:
             enqueue(free.pop(), waiting.pop())
-        number, rows = min(((i, rows) for i, queue in enumerate(ready) if queue for rows in row_counts), key=waste)
+        number, rows = min(
+            ((i, rows) for i, queue in enumerate(ready) if queue for rows in row_counts), key=waste
+        )
         queue, width = sorted(ready[number], key=lambda pair: -len(left[pair[1]])), widths[number]
         taken, ready[number] = queue[:rows], queue[rows:]
         table, begins, ends = [(flight, flight, 0, 0, 0, 1)] * (rows - len(taken)), [], []
@@ -3413,12 +5132,15 @@ def schedule_ttt(places, starts, lengths, flight, hp):
         steps.append(Step(np.array(table), begins, ends, width, step_cost(rows, width, fresh)))
     return steps
 
+
 LORA_INPUTS = (("q", "k", "v", "attn_out"), ("mlp_out",))  # sites that read the same tensor
 
+
 class SlotLoRA:
-    """Adds (x A) B at the sites of one slot, one pair (A, B) for each row of the batch.
-    a: [(sites that read the same x, (B, in, sites R))]: one product serves them all, from the first of them on;
-    b: {site: (B, R, out)}, alpha / rank included; out is what `widths` says."""
+    """Adds (x A) B at the sites of one slot, one pair (A, B) for each row of the batch. a: [(sites
+    that read the same x, (B, in, sites R))]: one product serves them all, from the first of them
+    on; b: {site: (B, R, out)}, alpha / rank included; out is what `widths` says.
+    """
 
     splits_mlp = False
 
@@ -3436,25 +5158,58 @@ class SlotLoRA:
         for reading, a in self.a:
             if reading[0] in present:
                 self.low.update(zip(reading, (x @ a).chunk(len(reading), -1), strict=True))
-        # small matrices are scaled, not streams: the gradient of y then is that of each product as it stands
-        added = [self.low.pop(name) @ (self.b[name] * size) if name in self.b
-                 else x.new_zeros(*x.shape[:-1], self.widths[name]) for name in sites]
+        # small matrices are scaled, not streams: the gradient of y then is that of each product as
+        # it stands
+        added = [
+            (
+                self.low.pop(name) @ (self.b[name] * size)
+                if name in self.b
+                else x.new_zeros(*x.shape[:-1], self.widths[name])
+            )
+            for name in sites
+        ]
         return y + torch.cat(added, -1)
 
+
 class BatchedLoRA:
-    """The adapters of a rank's documents, and their AdamW (beta1 = 0), in flat float32 rows.
-    A row is a document in flight, the last one scratch: A of the head, A of every slot, B of every slot, B of the head;
-    matrices are (in, out), as their gradients come. `kept` holds A of every place between its documents."""
+    """The adapters of a rank's documents, and their AdamW (beta1 = 0), in flat float32 rows. A row
+    is
+    a document in flight, the last one scratch: A of the head, A of every slot, B of every slot, B
+    of the head; matrices are (in, out), as their gradients come. `kept` holds A of every place
+    between its documents.
+    """
 
     def __init__(self, model, lanes, hp, device, update):
-        D, R, kv_dim, places = hp.model_dim, hp.ttt_lora_rank, hp.num_kv_heads * hp.head_dim, hp.ttt_batch_size
-        self.hp, self.dtype, self.slots, self.update = hp, model.dtype, len(model.slots(looping=True)), update
+        D, R, kv_dim, places = (
+            hp.model_dim,
+            hp.ttt_lora_rank,
+            hp.num_kv_heads * hp.head_dim,
+            hp.ttt_batch_size,
+        )
+        self.hp, self.dtype, self.slots, self.update = (
+            hp,
+            model.dtype,
+            len(model.slots(looping=True)),
+            update,
+        )
         self.flight = min(2 * places, places * len(lanes))
-        self.widths = {"q": D, "k": kv_dim, "v": kv_dim, "attn_out": D, "mlp_out": D, "lm_head": hp.num_embeddings}
-        self.sites = [site for name, site in LORA_SITES.items() if name in hp.lora_sites and site != "lm_head"]
+        self.widths = {
+            "q": D,
+            "k": kv_dim,
+            "v": kv_dim,
+            "attn_out": D,
+            "mlp_out": D,
+            "lm_head": hp.num_embeddings,
+        }
+        self.sites = [
+            site for name, site in LORA_SITES.items() if name in hp.lora_sites and site != "lm_head"
+        ]
         reads = (tuple(site for site in sites if site in self.sites) for sites in LORA_INPUTS)
         self.reads = [sites for sites in reads if sites]
-        self.shapes = [(D, len(sites) * R) for sites in self.reads], [(R, self.widths[site]) for site in self.sites]
+        self.shapes = (
+            [(D, len(sites) * R) for sites in self.reads],
+            [(R, self.widths[site]) for site in self.sites],
+        )
         a, b = (self.slots * sum(map(math.prod, shapes)) for shapes in self.shapes)
         head = R if "head" in hp.lora_sites else 0
         self.parts, scale = (D * head, a, b, head * hp.num_embeddings), hp.ttt_lora_alpha / R
@@ -3462,9 +5217,11 @@ class BatchedLoRA:
         self.kept = torch.empty(len(lanes), places, D * head + a, device=device)
         for lane, kept in zip(lanes, self.kept, strict=True):  # the same on any rank
             generator = torch.Generator(device).manual_seed(hp.generator_seed * 1_000_003 + lane)
-            kept.uniform_(-D ** -0.5, D ** -0.5, generator=generator)
+            kept.uniform_(-(D**-0.5), D**-0.5, generator=generator)
         self.kept = self.kept.flatten(0, 1)
-        self.values, self.squares = (torch.zeros(self.flight + 1, sum(self.parts), device=device) for _ in range(2))
+        self.values, self.squares = (
+            torch.zeros(self.flight + 1, sum(self.parts), device=device) for _ in range(2)
+        )
 
     def begin(self, rows, places):
         """New documents in these rows: A as their place has kept it, B zero, no squares."""
@@ -3474,38 +5231,75 @@ class BatchedLoRA:
     def end(self, rows, places):
         """Leaves A of finished documents to the next document in their place."""
         if self.hp.ttt_warm_start_a:
-            self.kept[places] = self.values[rows, :self.kept.size(1)]
+            self.kept[places] = self.values[rows, : self.kept.size(1)]
 
     def factors(self, values, rows):
-        """Flat rows of these numbers -> their parts as the model takes them: the slots' cast, B times alpha / rank."""
+        """Flat rows of these numbers -> their parts as the model takes them: the slots'
+        cast, B times alpha / rank.
+        """
         parts = zip(values[rows].split(self.parts, 1), self.scales, strict=True)
-        return [(part * scale).to(self.dtype if 0 < i < 3 else part.dtype) for i, (part, scale) in enumerate(parts)]
+        return [
+            (part * scale).to(self.dtype if 0 < i < 3 else part.dtype)
+            for i, (part, scale) in enumerate(parts)
+        ]
 
     def tap(self, factors):
-        """Factors of rows -> what GPT asks for them: a SlotLoRA of each slot, and the head's in float32."""
+        """Factors of rows -> what GPT asks for them: a SlotLoRA of each slot, and the
+        head's in float32.
+        """
         R, pieces = self.hp.ttt_lora_rank, []
         for part, shapes in zip(factors[1:3], self.shapes, strict=True):
             shapes = shapes * self.slots
-            pieces += [t.unflatten(1, s) for t, s in zip(part.split([*map(math.prod, shapes)], 1), shapes, strict=True)]
+            pieces += [
+                t.unflatten(1, s)
+                for t, s in zip(part.split([*map(math.prod, shapes)], 1), shapes, strict=True)
+            ]
         matrices = iter(pieces)
         a = [[(sites, next(matrices)) for sites in self.reads] for _ in range(self.slots)]
-        slots = [SlotLoRA(of_slot, {site: next(matrices) for site in self.sites}, self.widths) for of_slot in a]
-        of_head, site = (factors[0].unflatten(1, (-1, R)), factors[3].unflatten(1, (R, -1))), "lm_head"
-        head = SlotLoRA([((site,), of_head[0])], {site: of_head[1]}, {}) if self.parts[0] else SlotLoRA([], {}, {})
+        slots = [
+            SlotLoRA(of_slot, {site: next(matrices) for site in self.sites}, self.widths)
+            for of_slot in a
+        ]
+        of_head, site = (
+            (
+                factors[0].unflatten(1, (-1, R)),
+                factors[3].unflatten(1, (R, -1)),
+            ),
+            "lm_head",
+        )
+        head = (
+            SlotLoRA([((site,), of_head[0])], {site: of_head[1]}, {})
+            if self.parts[0]
+            else SlotLoRA([], {}, {})
+        )
         return SimpleNamespace(slots=slots, at=lambda slot, layer: slots[slot], head=head)
 
     @torch.no_grad()
     def step(self, gradients, source, target, number):
-        """One AdamW step of state rows `source` (B,), their `number`-th (B,), into rows `target` (B,)."""
+        """One AdamW step of state rows `source` (B,), their `number`-th (B,), into rows
+        `target` (B,).
+        """
         rates, first = (self.hp.ttt_lora_lr, self.hp.ttt_weight_decay, self.hp.ttt_beta2), 0
         correction = (1 - rates[2] ** number.double()).to(self.values.dtype)
         for gradient, scale in zip(gradients, self.scales, strict=True):
             part = slice(first, first := first + gradient.size(1))
-            self.update(self.values[:, part], self.squares[:, part], gradient, source, target, correction, scale, rates)
+            self.update(
+                self.values[:, part],
+                self.squares[:, part],
+                gradient,
+                source,
+                target,
+                correction,
+                scale,
+                rates,
+            )
+
 
 def sgd_step(model, packer, windows, optimizer, rate, dist):
-    """One SGD step at learning rate `rate` of all ranks on the mean loss of windows (n, 3); one flat all-reduce."""
-    mine, tokens = windows[dist.rank::dist.world_size], int((windows[:, 1] - windows[:, 0]).sum())
+    """One SGD step at learning rate `rate` of all ranks on the mean loss of windows (n, 3); one
+    flat all-reduce.
+    """
+    mine, tokens = windows[dist.rank :: dist.world_size], int((windows[:, 1] - windows[:, 0]).sum())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     for first, last in packer.rows(mine):
@@ -3517,15 +5311,19 @@ def sgd_step(model, packer, windows, optimizer, rate, dist):
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
 
+
 def attention_stale(ops, q, k, v, packing):
-    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E), causal, of rows behind their older keys and values.
-    packing: of StaleContext.of_slot. Row after row stand the older ones, which are at `places` (N,) of a cache
-    (2, M, K, E), and the row's own, which are at `fresh` (B T,) of the N; cu_seqlens (2, B + 1) counts both. The own
-    ones are left in `new`.
+    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E), causal, of rows behind their older keys and
+    values. packing: of StaleContext.of_slot. Row after row stand the older ones, which are at
+    `places` (N,) of a cache (2, M, K, E), and the row's own, which are at `fresh` (B T,) of the N;
+    cu_seqlens (2, B + 1) counts both. The own ones are left in `new`.
     """
     cache, places, fresh, cu_seqlens, max_seqlen, new = packing
     new += k, v
-    k, v = (c[places].index_copy(0, fresh, t.flatten(0, 1))[None] for c, t in zip(cache, (k, v), strict=True))
+    k, v = (
+        c[places].index_copy(0, fresh, t.flatten(0, 1))[None]
+        for c, t in zip(cache, (k, v), strict=True)
+    )
     own = q.flatten(0, 1)[None]
     if ops.names["attention"] != "sdpa":
         return ops.attention(own, k, v, cu_seqlens, max_seqlen).view(q.shape)
@@ -3533,18 +5331,32 @@ def attention_stale(ops, q, k, v, packing):
     every = own.new_zeros(1, k.size(1), *own.shape[2:]).index_copy(1, fresh, own)
     return ops.attention(every, k, v, cu_seqlens[1], max_seqlen)[:, fresh].view(q.shape)
 
+
 class StaleContext:
-    """Keys and values from before the windows, as the last step with these positions in its windows left them
-    [TTT_STALE_CONTEXT]: adapters have learnt since. A row is a document in flight, position p at p mod its length."""
+    """Keys and values from before the windows, as the last step with these positions in its windows
+    left them [TTT_STALE_CONTEXT]: adapters have learnt since. A row is a document in flight,
+    position p at p mod its length.
+    """
 
     def __init__(self, model, starts, flight, device):
         hp = model.hp
         self.hp, self.length = hp, hp.ttt_stale_context + hp.ttt_chunk_size
-        shape = len(model.slots(looping=True)), 2, (flight + 1) * self.length, hp.num_kv_heads, hp.head_dim
-        self.cache, self.starts = model.cos.new_zeros(shape, dtype=model.dtype), torch.from_numpy(starts).to(device)
+        shape = (
+            len(model.slots(looping=True)),
+            2,
+            (flight + 1) * self.length,
+            hp.num_kv_heads,
+            hp.head_dim,
+        )
+        self.cache, self.starts = (
+            model.cos.new_zeros(shape, dtype=model.dtype),
+            torch.from_numpy(starts).to(device),
+        )
 
     def begin(self, rows, windows, width):
-        """A step begins, with windows (B,) from these places of the stream -> how many positions it computes."""
+        """A step begins, with windows (B,) from these places of the stream -> how many
+        positions it computes.
+        """
         self.width = min(width, self.hp.ttt_eval_seq_len - self.hp.ttt_stale_context)
         cached = max(width - self.width, self.hp.ttt_chunk_size)
         before = windows - self.starts[torch.searchsorted(self.starts, windows, right=True) - 1]
@@ -3552,7 +5364,8 @@ class StaleContext:
         older = before.clamp_max(cached)
         ends = (older + self.width).cumsum(0)
         place = torch.arange(len(rows) * (cached + self.width), device=rows.device)
-        row = torch.searchsorted(ends, place, right=True).clamp_max(len(rows) - 1)  # behind the last end nobody looks
+        # behind the last end nobody looks
+        row = torch.searchsorted(ends, place, right=True).clamp_max(len(rows) - 1)
         position = (before + self.width - ends)[row] + place
         self.places = rows[row] * self.length + position % self.length
         self.fresh = (ends[:, None] + torch.arange(-self.width, 0, device=rows.device)).flatten()
@@ -3563,48 +5376,74 @@ class StaleContext:
 
     def own(self, *streams):
         """Streams (B, T or 1 + T, D), or None -> without the token before."""
-        return [x if x is None else x[:, -self.width:].contiguous() for x in streams]
+        return [x if x is None else x[:, -self.width :].contiguous() for x in streams]
 
     def of_slot(self, *streams):
-        """Streams as `own` takes them -> without the token before, tables and packing of the next slot."""
+        """Streams as `own` takes them -> without the token before, tables and packing of
+        the next slot.
+        """
         self.new.append([])
         of_slot, longest = self.cache[len(self.new) - 1], self.hp.ttt_eval_seq_len
         packing = of_slot, self.places, self.fresh, self.cu_seqlens, longest, self.new[-1]
         return *self.own(*streams), self.rope, packing
 
     def end(self, rows):
-        """A step ends: the first chunk of its windows, which may lie before the next ones, is kept in rows (B,)."""
+        """A step ends: the first chunk of its windows, which may lie before the next ones,
+        is kept in rows (B,).
+        """
         chunk = self.hp.ttt_chunk_size
         places = rows[:, None] * self.length + self.positions[:, :chunk] % self.length
         new = [torch.stack([t[:, :chunk].detach() for t in of_slot]) for of_slot in self.new]
         self.cache[:, :, places], self.new = torch.stack(new), []
 
+
 def documents_to_score(validation, hp):
     """Numbers of the documents that test-time training scores: all, or TTT_MAX_DOCS of all lengths.
     Raises DataError where these hold no byte.
     """
-    order, count = np.argsort(validation.ends - validation.starts, kind="stable"), len(validation.starts)
+    order, count = (
+        np.argsort(validation.ends - validation.starts, kind="stable"),
+        len(validation.starts),
+    )
     wanted = min(hp.ttt_max_docs or count, count)
     documents = np.sort(order[(2 * np.arange(wanted) + 1) * count // (2 * wanted)])
     if hp.ttt_enabled and not validation.targets_of(documents)[1]:
-        raise DataError(f"TTT_MAX_DOCS={hp.ttt_max_docs}: the documents that are left hold no byte: take more")
+        raise DataError(
+            f"TTT_MAX_DOCS={hp.ttt_max_docs}: the documents that are left hold no byte: take more"
+        )
     return documents
 
+
 class TestTimeTrainer:
-    """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between phases."""
+    """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between
+    phases.
+    """
 
     def __init__(self, model, validation, hp, dist, log):
-        self.started = time.perf_counter()  # tables of adapters and the upload of the stream are of the budget too
+        # tables of adapters and the upload of the stream are of the budget too
+        self.started = time.perf_counter()
         self.model, self.validation, self.hp, self.dist, self.log = model, validation, hp, dist, log
         self.documents = documents_to_score(validation, hp)
         row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.ttt_eval_seq_len
         entries = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
-        self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device)
+        self.packer = WindowPacker(
+            validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device
+        )
         self.lanes = range(dist.rank, hp.ttt_lanes, dist.world_size)
         self.lora = BatchedLoRA(model, self.lanes, hp, dist.device, model.ops.adamw_rows)
-        self.enter, self.block, self.factors, self.head = (compiled(f, hp, dist, dynamic=None) for f in (
-            model.enter, model.block, self.lora.factors,
-            techniques.with_tilt(model.token_losses) if hp.ngram_tilt_enabled else model.token_losses))
+        self.enter, self.block, self.factors, self.head = (
+            compiled(f, hp, dist, dynamic=None)
+            for f in (
+                model.enter,
+                model.block,
+                self.lora.factors,
+                (
+                    techniques.with_tilt(model.token_losses)
+                    if hp.ngram_tilt_enabled
+                    else model.token_losses
+                ),
+            )
+        )
         if hp.ttt_stale_context:
             self.stale = StaleContext(model, validation.starts, self.lora.flight, dist.device)
         self.score, self.warming_up, self.graphs = Score(dist.device), False, {}
@@ -3612,21 +5451,26 @@ class TestTimeTrainer:
             self.hinted = F.pad(self.packer.tokens[:, None], (0, 1), value=-1)
 
     def chunk_losses(self, windows, targets, positions, tap):
-        """Windows (B, W), targets and their positions in the windows (B, C), adapters -> (B, C) nats, float32 head."""
+        """Windows (B, W), targets and their positions in the windows (B, C), adapters ->
+        (B, C) nats, float32 head.
+        """
         parts = SimpleNamespace(enter=self.dynamic_enter, block=self.dynamic_block)
-        hidden = self.model.forward_hidden(windows, max_seqlen=self.hp.ttt_eval_seq_len, looping=True, tap=tap,
-                                           parts=parts)
+        hidden = self.model.forward_hidden(
+            windows, max_seqlen=self.hp.ttt_eval_seq_len, looping=True, tap=tap, parts=parts
+        )
         scored = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.size(2)))
         self.mark_dynamic([0], scored, targets, *tap.head.matrices())
         return self.head(scored, targets, tap.head)
 
-    # Compiled: GPT.enter, block and token_losses, BatchedLoRA.factors: one graph each for any number of rows and
-    # width of windows; layer by layer, because tracing all slots at once with unknown shapes takes minutes.
+    # Compiled: GPT.enter, block and token_losses, BatchedLoRA.factors: one graph each for any
+    # number of rows and width of windows; layer by layer, because tracing all slots at once with
+    # unknown shapes takes minutes.
 
     def dynamic_enter(self, x, x0, w, wants, *skip):
         if self.hp.ttt_stale_context:
             x, x0 = self.stale.own(x, x0)
-        x = x if x.requires_grad else x.detach().requires_grad_()  # the first layer shares the graph of the others
+        # the first layer shares the graph of the others
+        x = x if x.requires_grad else x.detach().requires_grad_()
         self.mark_dynamic([0, 1], x, x0, *skip[:1])
         return self.enter(x, x0, w, wants, *skip)
 
@@ -3644,7 +5488,8 @@ class TestTimeTrainer:
 
     def mark_dynamic(self, dimensions, *tensors):
         for tensor in tensors:
-            if self.warming_up and tensor is not None:  # later tensors need no marks, and marking takes time
+            # later tensors need no marks, and marking takes time
+            if self.warming_up and tensor is not None:
                 torch._dynamo.mark_dynamic(tensor, dimensions)
 
     def no_chunks(self, rows):
@@ -3652,7 +5497,9 @@ class TestTimeTrainer:
         return torch.tensor([[self.lora.flight] * 2 + [0, 0, 0, 1]] * rows, device=self.dist.device)
 
     def warm_up(self):
-        """Compiles the graphs of all steps on the largest shape: kernels are chosen for where the time goes."""
+        """Compiles the graphs of all steps on the largest shape: kernels are chosen for
+        where the time goes.
+        """
         self.warming_up, rows = True, max(2, self.hp.ttt_batch_size)
         if self.hp.ttt_stale_context:  # sizes that are equal here are taken to be equal always
             rows += rows == self.hp.ttt_eval_seq_len - self.hp.ttt_stale_context
@@ -3660,41 +5507,67 @@ class TestTimeTrainer:
         self.warming_up = False
 
     def chunk_step(self, table, width):
-        """Counts the chunks of a table, then learns from them. The host knows the shapes only and waits for nothing.
-        Columns of the table (B, 6): state row, row to write to (scratch: the chunk is a document's last, there is no
-        step), place of the window in the stream, of the chunk in the window, targets, which step of the document it is.
-        A row without targets is padding."""
-        source, target, window, first, count, number = table.T.contiguous()  # each column, for the kernel
+        """Counts the chunks of a table, then learns from them. The host knows the shapes only and
+        waits for nothing. Columns of the table (B, 6): state row, row to write to (scratch: the
+        chunk is a document's last, there is no step), place of the window in the stream, of the
+        chunk in the window, targets, which step of the document it is. A row without targets is
+        padding.
+        """
+        # each column, for the kernel
+        source, target, window, first, count, number = table.T.contiguous()
         device, tokens = table.device, self.packer.tokens
         if self.hp.ttt_stale_context:
             width = self.stale.begin(source, window, width)
-        offset, last = torch.arange(self.hp.ttt_chunk_size, device=device), (first + count - 1).clamp_min(0)[:, None]
-        # short windows repeat their last input behind it, unseen; behind stale context SmearGate reads the token before
+        offset, last = (
+            torch.arange(self.hp.ttt_chunk_size, device=device),
+            (first + count - 1).clamp_min(0)[:, None],
+        )
+        # short windows repeat their last input behind it, unseen; behind stale context SmearGate
+        # reads the token before
         columns = torch.arange(-1 if self.hp.ttt_stale_context else 0, width, device=device)
         inputs = window[:, None] + torch.minimum(columns, last)
         positions = torch.minimum(first[:, None] + offset, last)
         targets, scored = window[:, None] + positions + 1, offset < count[:, None]
         self.mark_dynamic([0], source)
         factors = [part.requires_grad_() for part in self.factors(self.lora.values, source)]
-        losses = self.chunk_losses(tokens[inputs], (self.hinted if self.hp.ngram_tilt_enabled else tokens)[targets],
-                                   positions, self.lora.tap(factors))
+        losses = self.chunk_losses(
+            tokens[inputs],
+            (self.hinted if self.hp.ngram_tilt_enabled else tokens)[targets],
+            positions,
+            self.lora.tap(factors),
+        )
         if self.hp.ngram_tilt_enabled:
             losses, tilted = losses
-        self.score.add((tilted if self.hp.ngram_tilt_enabled else losses).detach(), scored, self.packer.bytes[targets])
+        self.score.add(
+            (tilted if self.hp.ngram_tilt_enabled else losses).detach(),
+            scored,
+            self.packer.bytes[targets],
+        )
         means = torch.where(scored, losses, 0.0).sum(1) / count.clamp_min(1)
         loss = torch.where(target < self.lora.flight, means, 0.0).sum()
-        self.lora.step(torch.autograd.grad(loss, factors, materialize_grads=True), source, target, number)
+        self.lora.step(
+            torch.autograd.grad(loss, factors, materialize_grads=True), source, target, number
+        )
         if self.hp.ttt_stale_context:
             self.stale.end(target)
 
     def capture(self, steps):
-        """Records chunk_step as a CUDA graph for each shape of these steps; where that fails, they run as they are.
-        Every shape runs once before, on a side stream, as torch asks for. They share one pool, the largest first."""
+        """Records chunk_step as a CUDA graph for each shape of these steps; where that fails, they
+        run
+        as they are. Every shape runs once before, on a side stream, as torch asks for. They share
+        one pool, the largest first.
+        """
         if self.dist.device.type != "cuda" or not self.hp.kernels:
             return
         shapes = {(len(step.table), step.width) for step in steps}
-        tables = {shape: self.no_chunks(shape[0]) for shape in sorted(shapes, key=math.prod, reverse=True)}
-        pool, side, started = torch.cuda.graph_pool_handle(), torch.cuda.Stream(), time.perf_counter()
+        tables = {
+            shape: self.no_chunks(shape[0]) for shape in sorted(shapes, key=math.prod, reverse=True)
+        }
+        pool, side, started = (
+            torch.cuda.graph_pool_handle(),
+            torch.cuda.Stream(),
+            time.perf_counter(),
+        )
         torch.cuda.empty_cache()
         try:
             side.wait_stream(torch.cuda.current_stream())
@@ -3710,16 +5583,24 @@ class TestTimeTrainer:
         except RuntimeError as error:
             self.graphs.clear()
             self.log(f"note: test-time training runs without CUDA graphs: {error}")
-        self.log(f"ttt_graphs captured:{len(self.graphs)} of:{len(shapes)} seconds:{time.perf_counter() - started:.1f}")
+        self.log(
+            f"ttt_graphs captured:{len(self.graphs)} of:{len(shapes)}"
+            f" seconds:{time.perf_counter() - started:.1f}"
+        )
 
     def run_steps(self, steps):
-        """Counts and learns in the steps' order until the budget ends -> steps left. Tables are copied all at once."""
+        """Counts and learns in the steps' order until the budget ends -> steps left.
+
+        Tables are copied all at once.
+        """
         self.capture(steps)
         self.stepping = time.perf_counter() - self.spent
-        uploads = [torch.from_numpy(np.concatenate(parts)).to(self.dist.device).split([*map(len, parts)])
-                   for parts in zip(*(step[:3] for step in steps), strict=True)]
+        uploads = [
+            torch.from_numpy(np.concatenate(parts)).to(self.dist.device).split([*map(len, parts)])
+            for parts in zip(*(step[:3] for step in steps), strict=True)
+        ]
         for number, (step, table, begins, ends) in enumerate(zip(steps, *uploads, strict=True)):
-            if number % 8 == 0 and self.late(sum(step.cost for step in steps[number:number + 8])):
+            if number % 8 == 0 and self.late(sum(step.cost for step in steps[number : number + 8])):
                 return steps[number:]
             self.lora.begin(*begins.unbind(1))
             graph, buffer = self.graphs.get((len(table), step.width), (None, None))
@@ -3733,16 +5614,25 @@ class TestTimeTrainer:
         return []
 
     def late(self, cost):
-        """Waits for the device, tells how far it is -> is the budget too short for `cost` more and the rest unadapted?
-        Costs are seconds of step_cost, taken at the pace of this run so far. The rest costs a step's share a token,
-        which is more than a plain forward takes; a fiftieth of the budget stays in reserve."""
+        """Waits for the device, tells how far it is -> is the budget too short for `cost` more and
+        the
+        rest unadapted? Costs are seconds of step_cost, taken at the pace of this run so far. The
+        rest costs a step's share a token, which is more than a plain forward takes; a fiftieth of
+        the budget stays in reserve.
+        """
         nats, tokens, charges = self.score.sums.tolist()
         now = time.perf_counter()
-        left = self.hp.eval_budget_seconds * 0.98 - self.log.seconds.get("unpack", 0.0) - (now - self.started)
+        left = (
+            self.hp.eval_budget_seconds * 0.98
+            - self.log.seconds.get("unpack", 0.0)
+            - (now - self.started)
+        )
         seconds, share = max(now - self.stepping, 1e-9), round(self.done / self.cost, 6)
         self.spent, bpb = seconds, bits_per_byte(nats, max(charges, 1))
-        words = (f"{self.phase} documents:{self.ended} running_tokens:{tokens:.0f} running_bpb:{bpb:.5f} "
-                 f"tokens_per_s:{tokens / seconds:.0f} budget_left:{left:.0f}")
+        words = (
+            f"{self.phase} documents:{self.ended} running_tokens:{tokens:.0f} running_bpb:{bpb:.5f}"
+            f" tokens_per_s:{tokens / seconds:.0f} budget_left:{left:.0f}"
+        )
         self.log.live(share, words)
         if share >= self.told or share == 1.0:
             self.told = share + 0.05
@@ -3752,53 +5642,97 @@ class TestTimeTrainer:
 
     @torch.no_grad()
     def score_unadapted(self, steps):
-        """Scores the targets of these steps by plain forward passes, when the budget ends -> their number."""
+        """Scores the targets of these steps by plain forward passes, when the budget ends
+        -> their number.
+        """
         stream, table = self.validation, np.concatenate([step.table for step in steps])
         document = np.searchsorted(stream.starts, table[:, 2], "right") - 1
         left = np.bincount(document, table[:, 4], len(stream.starts)).astype(int)
         hp = dataclasses.replace(self.hp, eval_seq_len=self.hp.ttt_eval_seq_len, compile="0")
-        windows = document_windows(stream.ends - left, stream.ends, hp.eval_seq_len, hp.eval_seq_len)
+        windows = document_windows(
+            stream.ends - left, stream.ends, hp.eval_seq_len, hp.eval_seq_len
+        )
         Evaluator(self.model, stream, hp, self.dist).count(windows, self.score)
         return int(left.sum())
 
     def global_adapt(self, documents):
         """Fine-tunes the base weights on documents already scored: one epoch of sgd_step."""
-        hp, stream, parameters = self.hp, self.validation, self.model.requires_grad_(True).parameters()
-        optimizer = torch.optim.SGD(parameters, lr=hp.global_ttt_lr, momentum=hp.global_ttt_momentum)
-        windows = document_windows(stream.starts[documents], stream.ends[documents], *[hp.ttt_eval_seq_len] * 2)
+        hp, stream, parameters = (
+            self.hp,
+            self.validation,
+            self.model.requires_grad_(True).parameters(),
+        )
+        optimizer = torch.optim.SGD(
+            parameters, lr=hp.global_ttt_lr, momentum=hp.global_ttt_momentum
+        )
+        windows = document_windows(
+            stream.starts[documents], stream.ends[documents], *[hp.ttt_eval_seq_len] * 2
+        )
         lengths = windows[:, 1] - windows[:, 0]
         chunk_of = (np.cumsum(lengths) - lengths) // hp.global_ttt_chunk_tokens
         chunks = [windows[chunk_of == number] for number in np.unique(chunk_of)]
         for number, chunk in enumerate(chunks):
             cosine = 0.5 * (1 + math.cos(math.pi * number / max(1, len(chunks) - 1)))
-            sgd_step(self.model, self.packer, chunk, optimizer, hp.global_ttt_lr * cosine, self.dist)
+            sgd_step(
+                self.model, self.packer, chunk, optimizer, hp.global_ttt_lr * cosine, self.dist
+            )
         self.model.requires_grad_(False).zero_grad(set_to_none=True)
         self.log(f"ttt_global_adaptation documents:{len(documents)} chunks:{len(chunks)}")
 
     def evaluate(self):
-        """Runs the plan -> {loss, bpb, tokens, bytes, documents, partial, recompilations, unadapted_tokens}."""
+        """Runs the plan -> {loss, bpb, tokens, bytes, documents, partial, recompilations,
+        unadapted_tokens}.
+        """
         hp, stream, dist = self.hp, self.validation, self.dist
         self.model.requires_grad_(False)
-        starts, lengths = stream.starts[self.documents], (stream.ends - stream.starts)[self.documents]
+        starts, lengths = (
+            stream.starts[self.documents],
+            (stream.ends - stream.starts)[self.documents],
+        )
         phases = plan_ttt(lengths, hp)
-        schedules = [schedule_ttt([documents for lane in self.lanes for documents in phase.lanes[lane]],
-                                  starts, lengths, self.lora.flight, hp) for phase in phases]
+        schedules = [
+            schedule_ttt(
+                [documents for lane in self.lanes for documents in phase.lanes[lane]],
+                starts,
+                lengths,
+                self.lora.flight,
+                hp,
+            )
+            for phase in phases
+        ]
         self.cost = sum(step.cost for step in sum(schedules, [])) or 1.0
         self.tokens = sum(step.table[:, 4].sum() for step in sum(schedules, []))
-        self.done, self.ended, self.told, self.spent, self.stepping, rest = 0.0, 0, 0.0, 0.0, self.started, []
+        self.done, self.ended, self.told, self.spent, self.stepping, rest = (
+            0.0,
+            0,
+            0.0,
+            0.0,
+            self.started,
+            [],
+        )
         if hp.ngram_tilt_enabled:
-            self.hinted[:, 1] = hints = techniques.ngram_hints(self.packer.tokens, starts, lengths, phases)
-            self.log(f"ttt_ngram hints:{(hints >= 0).sum()} seconds:{time.perf_counter() - self.started:.1f}")
+            self.hinted[:, 1] = hints = techniques.ngram_hints(
+                self.packer.tokens, starts, lengths, phases
+            )
+            self.log(
+                f"ttt_ngram hints:{(hints >= 0).sum()}"
+                f" seconds:{time.perf_counter() - self.started:.1f}"
+            )
         if compile_wanted(hp, dist):
             self.warm_up()
         graphs = compiled_graphs()
-        self.log(f"ttt_warm_up seconds:{time.perf_counter() - self.started:.1f} steps:{sum(map(len, schedules))}")
+        self.log(
+            f"ttt_warm_up seconds:{time.perf_counter() - self.started:.1f}"
+            f" steps:{sum(map(len, schedules))}"
+        )
         for number, (phase, steps) in enumerate(zip(phases, schedules, strict=True)):
             self.phase = f"phase:{number + 1}/{len(phases)}"
             rest += steps if rest else self.run_steps(steps)
             self.graphs.clear()  # their memory is for the fine-tuning
             tokens = lengths[phase.documents].sum()
-            late = self.late(3e-6 * tokens / dist.world_size + 0.3 * tokens / hp.global_ttt_chunk_tokens)
+            late = self.late(
+                3e-6 * tokens / dist.world_size + 0.3 * tokens / hp.global_ttt_chunk_tokens
+            )
             if phase.adapt and any(dist.all_gather_object(late or bool(rest))):
                 self.log("note: no time to fine-tune the base weights")
                 if hp.ngram_tilt_enabled:
@@ -3809,50 +5743,82 @@ class TestTimeTrainer:
         self.model.requires_grad_(True)
         total = self.score.total(dist, stream.targets_of(self.documents))
         if unadapted := sum(dist.all_gather_object(unadapted)):
-            self.log(f"note: EVAL_BUDGET_SECONDS did not do: {unadapted} tokens were scored without adaptation")
-        return total | {"documents": len(self.documents), "partial": len(self.documents) < len(stream.starts),
-                        "recompilations": compiled_graphs() - graphs, "unadapted_tokens": unadapted}
+            self.log(
+                f"note: EVAL_BUDGET_SECONDS did not do: {unadapted} tokens were scored without"
+                " adaptation"
+            )
+        return total | {
+            "documents": len(self.documents),
+            "partial": len(self.documents) < len(stream.starts),
+            "recompilations": compiled_graphs() - graphs,
+            "unadapted_tokens": unadapted,
+        }
 
-# ---- MAIN ------------------------------------------------------------------------------------------------------------
+
+# ---- MAIN ----------------------------------------------------------------------------------------
+
 
 def run_folder(hp, dist):
     """The run's own folder, not made yet."""
     started = dist.agree(time.time())[0]
-    run_id = hp.run_id or time.strftime("%Y%m%d_%H%M%S", time.localtime(started)) + f"_seed{hp.seed}"
+    run_id = (
+        hp.run_id or time.strftime("%Y%m%d_%H%M%S", time.localtime(started)) + f"_seed{hp.seed}"
+    )
     return Path(hp.runs_dir) / run_id
 
+
 def write_code(folder, hp, dist, guard=NO_GUARD):
-    """Writes the script that is counted, this file or what the guard packs of it; returns its bytes."""
+    """Writes the script that is counted, this file or what the guard packs of it; returns its
+    bytes.
+    """
     script = guard.submission(Path(__file__).read_bytes(), hp)
     if dist.rank == 0:
         write_atomically(folder / "train_gpt.py", script)
     return len(script)
 
+
 def all_at_once(dist, **checks):
-    """Calls check(found) -> found[its name], for each. Raises one SettingError with all problems of all ranks."""
+    """Calls check(found) -> found[its name], for each.
+
+    Raises one SettingError with all problems of all ranks.
+    """
     found, problems = {}, []
     for name, check in checks.items():
         try:
             found[name] = check(found)
         except (*OUR_ERRORS, OSError) as error:
             problems.append(str(error))
-    if problems := [*dict.fromkeys(problem for each in dist.all_gather_object(problems) for problem in each)]:
+    if problems := [
+        *dict.fromkeys(problem for each in dist.all_gather_object(problems) for problem in each)
+    ]:
         raise SettingError("\n".join(problems))
     return found
+
 
 def build_model(hp, dist):
     """A new GPT on the device, with the fastest operations that work there."""
     dtype = {"auto": torch.bfloat16 if dist.device.type == "cuda" else torch.float32}.get(
-        hp.compute_dtype, getattr(torch, hp.compute_dtype, None))
-    ops = select_ops(hp.kernels, hp.attention_backend, dist.device, dtype, hp.head_dim, hp.num_heads, hp.num_kv_heads,
-                     attn_window=hp.attn_window)
+        hp.compute_dtype, getattr(torch, hp.compute_dtype, None)
+    )
+    ops = select_ops(
+        hp.kernels,
+        hp.attention_backend,
+        dist.device,
+        dtype,
+        hp.head_dim,
+        hp.num_heads,
+        hp.num_kv_heads,
+        attn_window=hp.attn_window,
+    )
     return GPT(hp, ops, dtype).to(dist.device)
+
 
 def save_checkpoint(path, model, hp):
     """The averaged fp32 weights and the settings they were trained with."""
     weights = {name: tensor.cpu() for name, tensor in unbank(model).items()}
     torch.save({"weights": weights, "settings": dataclasses.asdict(hp)}, buffer := io.BytesIO())
     write_atomically(path, buffer.getvalue())
+
 
 def load_checkpoint(path, model):
     """Loads model.pt into the model. DataError with the path if it is missing or does not fit."""
@@ -3861,8 +5827,11 @@ def load_checkpoint(path, model):
     except Exception as error:  # a damaged file makes torch raise errors of many classes
         raise DataError(f"checkpoint {path}: {error!r:.300}") from None
 
+
 def group_bytes(arrays):
-    """Arrays of quantize_weights -> {role: bytes}, largest first: the order-0 entropy of codes; "rest": all others."""
+    """Arrays of quantize_weights -> {role: bytes}, largest first: the order-0 entropy of codes;
+    "rest": all others.
+    """
     sizes = defaultdict(float)
     for key, array in arrays.items():
         name, _, field = key.rpartition(":")
@@ -3873,32 +5842,48 @@ def group_bytes(arrays):
             sizes["rest"] += array.nbytes
     return {role: round(sizes[role]) for role in sorted(sizes, key=sizes.get, reverse=True)}
 
+
 TARGET_TRIALS = 5  # of clips; bytes are nearly linear in their logarithm
 
-def fit_target_bytes(attempt, num_weights, code_bytes, hp, dist, log):
-    """TARGET_BYTES: scales all clips and tries again, until code and file end within 0.05% below it.
 
-    attempt(hp) -> file (rank 0's), arrays. Returns these and hp of the nearest below the target, else of the shortest.
+def fit_target_bytes(attempt, num_weights, code_bytes, hp, dist, log):
+    """TARGET_BYTES: scales all clips and tries again, until code and file end within 0.05% below
+    it.
+
+    attempt(hp) -> file (rank 0's), arrays. Returns these and hp of the nearest below the target,
+    else of the shortest.
     """
     clips = {clip for _, _, clip in QUANT_TABLE.values()}
     trials = []
     for _ in range(TARGET_TRIALS):
         blob, arrays = attempt(hp)
-        spare = dist.agree(hp.target_bytes - code_bytes - len(blob) if dist.rank == 0 else -math.inf)[0]
+        spare = dist.agree(
+            hp.target_bytes - code_bytes - len(blob) if dist.rank == 0 else -math.inf
+        )[0]
         trials.append(((spare < 0, abs(spare)), blob, arrays, hp))
         if 0 <= spare <= hp.target_bytes / 2000:
             break
-        wider = 2 ** ((hp.target_bytes / 4000 - spare) * 8 / num_weights)  # half the step: a bit more for each code
+        # half the step: a bit more for each code
+        wider = 2 ** ((hp.target_bytes / 4000 - spare) * 8 / num_weights)
         log(f"target_bytes:{hp.target_bytes} spare:{spare:.0f} clips times {wider:.4f}")
         hp = dataclasses.replace(hp, **{name: getattr(hp, name) * wider for name in clips})
     return min(trials, key=lambda trial: trial[0])[1:]
 
-AFTER_TRAINING = "hessians", "quantize", "quant_check"  # stages that MAX_WALLCLOCK_SECONDS pays for, too
+
+# stages that MAX_WALLCLOCK_SECONDS pays for, too
+AFTER_TRAINING = "hessians", "quantize", "quant_check"
+
 
 def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seconds=0.0):
-    """Hessians -> GPTQ and LQER on all ranks -> one file, written by rank 0. Returns figures for RESULT."""
+    """Hessians -> GPTQ and LQER on all ranks -> one file, written by rank 0.
+
+    Returns figures for RESULT.
+    """
+
     def seconds_left():
-        """Of MAX_WALLCLOCK_SECONDS, the same on every rank; without end where there is no training clock."""
+        """Of MAX_WALLCLOCK_SECONDS, the same on every rank; without end where there is no
+        training clock.
+        """
         if not training_seconds or not hp.max_wallclock_seconds:
             return math.inf
         used = training_seconds + sum(log.seconds.get(stage, 0.0) for stage in AFTER_TRAINING)
@@ -3918,6 +5903,7 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
     hp, arrays = check.choose(quantize, seconds_left)
     blob = pack(arrays, hp)
     if hp.target_bytes:
+
         def attempt(scaled):
             found = arrays if scaled is hp else quantize(scaled)
             return blob if scaled is hp else pack(found, scaled), found
@@ -3933,15 +5919,21 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
     dist.barrier()
     return {"quant_check": check.summary(), "group_bytes": group_bytes(arrays)}
 
+
 def score_stage(name, evaluate, log, scores):
-    """Runs evaluate() -> {loss, bpb, tokens, bytes} as stage eval_<name>; logs the score, keeps it in `scores`."""
+    """Runs evaluate() -> {loss, bpb, tokens, bytes} as stage eval_<name>; logs the score, keeps
+    it in `scores`.
+    """
     with log.stage(f"eval_{name}"):
         score = scores[name] = evaluate()
     counts = f"tokens:{score['tokens']} bytes:{score['bytes']}"
     log(f"{name} val_loss:{score['loss']:.6f} val_bpb:{score['bpb']:.6f} {counts}")
 
+
 def rebuild_model(model, path, dist):
-    """Loads the artifact on disk into the model: decoded once, on rank 0, the same bits on every rank."""
+    """Loads the artifact on disk into the model: decoded once, on rank 0, the same bits on
+    every rank.
+    """
     fault = None
     if dist.rank == 0:
         try:
@@ -3953,21 +5945,40 @@ def rebuild_model(model, path, dist):
     for parameter in model.parameters():
         dist.broadcast(parameter.detach())
 
+
 def violations(hp, log, training, code_bytes, artifact_bytes, scores):
-    """The contest's rules that this run breaks, as sentences; an empty list means none of those checked here."""
+    """The contest's rules that this run breaks, as sentences; an empty list means none of those
+    checked here.
+    """
     broken, seconds, graphs, ttt = [], log.seconds, log.graphs, scores.get("ttt", {})
     if (over := code_bytes + artifact_bytes - BYTE_CAP) > 0:
-        largest = ", ".join(f"{role} {size}" for role, size in [*training.get("group_bytes", {}).items()][:3])
-        broken.append(f"{code_bytes + artifact_bytes} bytes of code and weights, {over} above the cap of {BYTE_CAP} "
-                      f"(largest: {largest}); QUANT_ONLY=1 TARGET_BYTES={BYTE_CAP} goes on from the checkpoint")
-    used = training.get("training_seconds", 0) + sum(seconds.get(stage, 0) for stage in AFTER_TRAINING)
+        largest = ", ".join(
+            f"{role} {size}" for role, size in [*training.get("group_bytes", {}).items()][:3]
+        )
+        broken.append(
+            f"{code_bytes + artifact_bytes} bytes of code and weights, {over} above the cap of"
+            f" {BYTE_CAP} (largest: {largest}); QUANT_ONLY=1 TARGET_BYTES={BYTE_CAP} goes on from"
+            " the checkpoint"
+        )
+    used = training.get("training_seconds", 0) + sum(
+        seconds.get(stage, 0) for stage in AFTER_TRAINING
+    )
     if hp.max_wallclock_seconds and used > hp.max_wallclock_seconds:
-        broken.append(f"training, Hessians and GPTQ took {used:.1f} s of {hp.max_wallclock_seconds:.1f}")
+        broken.append(
+            f"training, Hessians and GPTQ took {used:.1f} s of {hp.max_wallclock_seconds:.1f}"
+        )
     check = training.get("quant_check")
     if check and (check["gap"] is None or check["gap"] > hp.quant_gap_max):
-        broken.append(f"quantization adds {check['gap']} nats a token on held-out rows, more than {hp.quant_gap_max}")
-    if (used := seconds.get("unpack", 0) + seconds[f"eval_{list(scores)[-1]}"]) > hp.eval_budget_seconds:
-        broken.append(f"unpacking and the final evaluation took {used:.1f} s of {hp.eval_budget_seconds:.1f}")
+        broken.append(
+            f"quantization adds {check['gap']} nats a token on held-out rows, more than"
+            f" {hp.quant_gap_max}"
+        )
+    if (
+        used := seconds.get("unpack", 0) + seconds[f"eval_{list(scores)[-1]}"]
+    ) > hp.eval_budget_seconds:
+        broken.append(
+            f"unpacking and the final evaluation took {used:.1f} s of {hp.eval_budget_seconds:.1f}"
+        )
     if again := graphs.get("train", 0) - graphs.get("eval_training", 0):
         broken.append(f"{again} graphs were compiled while the training clock ran")
     if again := ttt.get("recompilations"):
@@ -3975,26 +5986,42 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
     if ttt.get("partial"):
         broken.append("test-time training scored part of the validation documents (TTT_MAX_DOCS)")
     if leaked := training.get("leaked_documents"):
-        broken.append(f"{leaked} training documents are validation documents, says the dataset's manifest")
+        broken.append(
+            f"{leaked} training documents are validation documents, says the dataset's manifest"
+        )
     return broken
 
+
 def run_notes(hp, dist, model):
-    """Notes for the head of the log: what is not as a submission or a record needs it, and is no error."""
+    """Notes for the head of the log: what is not as a submission or a record needs it, and is
+    no error.
+    """
     notes = [*dist.notes, *model.ops.notes]
-    budgets = {"MAX_WALLCLOCK_SECONDS": hp.max_wallclock_seconds, "EVAL_BUDGET_SECONDS": hp.eval_budget_seconds}
+    budgets = {
+        "MAX_WALLCLOCK_SECONDS": hp.max_wallclock_seconds,
+        "EVAL_BUDGET_SECONDS": hp.eval_budget_seconds,
+    }
     for name, value in budgets.items():  # violations checks the budgets as they are set
         if not 0 < value <= CONTEST_SECONDS:
             more = "more" if value else "no limit"
-            notes.append(f"{name}={value:g} is {more}, the contest allows {CONTEST_SECONDS:g} s: "
-                         "violations are those of the budgets as set")
+            notes.append(
+                f"{name}={value:g} is {more}, the contest allows {CONTEST_SECONDS:g} s: "
+                "violations are those of the budgets as set"
+            )
     notes.append("the budget starts after the warm-up")
     return notes
 
+
 def train_and_save(trainer, evaluator, path):
-    """Stages warm_up and train, then model.pt. Returns figures for RESULT. A signal waits for the end of a step."""
+    """Stages warm_up and train, then model.pt.
+
+    Returns figures for RESULT. A signal waits for the end of a step.
+    """
     dist, log, loader, guard = trainer.dist, trainer.log, trainer.loader, trainer.guard
-    log(f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size} rows_a_step:{loader.per_rank} "
-        f"held_out_rows:{loader.held_out_rows}")
+    log(
+        f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size}"
+        f" rows_a_step:{loader.per_rank} held_out_rows:{loader.held_out_rows}"
+    )
     with log.stage("warm_up"):
         trainer.warm_up()
     guard.begin_training()
@@ -4005,34 +6032,70 @@ def train_and_save(trainer, evaluator, path):
     guard.end_training(path)
     return training
 
+
 def check_all(hp, dist, guard=NO_GUARD):
-    """Everything that can be wrong is found before training, and told at once -> what the checks have made, by name."""
+    """Everything that can be wrong is found before training, and told at once -> what the
+    checks have made, by name.
+    """
     return all_at_once(
-        dist, tokenizer=lambda found: find_tokenizer(hp), compressor=lambda found: try_compressor(hp.compressor),
+        dist,
+        tokenizer=lambda found: find_tokenizer(hp),
+        compressor=lambda found: try_compressor(hp.compressor),
         validation=lambda found: ValidationSet(hp),
-        documents=lambda found: "validation" in found and documents_to_score(found["validation"], hp),
-        loader=lambda found: hp.ttt_eval_only or TrainLoader(TokenStream(hp.data_path, "train"), hp, dist),
-        folder=lambda found: run_folder(hp, dist), model=lambda found: build_model(hp, dist),
-        machine=lambda found: guard.check(hp, dist, found))
+        documents=lambda found: (
+            "validation" in found and documents_to_score(found["validation"], hp)
+        ),
+        loader=lambda found: (
+            hp.ttt_eval_only or TrainLoader(TokenStream(hp.data_path, "train"), hp, dist)
+        ),
+        folder=lambda found: run_folder(hp, dist),
+        model=lambda found: build_model(hp, dist),
+        machine=lambda found: guard.check(hp, dist, found),
+    )
+
 
 def run(hp, dist, guard=NO_GUARD):
     """The whole run, one call per stage. Returns the RESULT dictionary."""
     found = check_all(hp, dist, guard)
-    validation, loader, folder, model = (found[name] for name in ("validation", "loader", "folder", "model"))
-    checkpoint, artifact = hp.checkpoint_path or folder / "model.pt", Path(hp.artifact_path or folder / "artifact.bin")
-    found |= all_at_once(dist, made=lambda found: dist.rank or folder.mkdir(parents=True, exist_ok=True),
-                         lock=lambda found: dist.rank or guard.lock(folder))
+    validation, loader, folder, model = (
+        found[name] for name in ("validation", "loader", "folder", "model")
+    )
+    checkpoint, artifact = (
+        hp.checkpoint_path or folder / "model.pt",
+        Path(hp.artifact_path or folder / "artifact.bin"),
+    )
+    found |= all_at_once(
+        dist,
+        made=lambda found: dist.rank or folder.mkdir(parents=True, exist_ok=True),
+        lock=lambda found: dist.rank or guard.lock(folder),
+    )
     log = RunLog(folder, dist, guard)
     code_bytes = write_code(folder, hp, dist, guard)
-    device = torch.cuda.get_device_name() if dist.device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
-    about = {"run": folder.name, "seed": hp.seed, "commit": guard.commit(), "device": device,
-             "world_size": dist.world_size, "torch": torch.__version__, "python": sys.version.split()[0],
-             **model.ops.names}
-    log(f"settings (* changed):\n{settings_table(hp)}\n" + " ".join(f"{key}:{value}" for key, value in about.items()))
+    device = (
+        torch.cuda.get_device_name()
+        if dist.device.type == "cuda"
+        else f"cpu x{torch.get_num_threads()}"
+    )
+    about = {
+        "run": folder.name,
+        "seed": hp.seed,
+        "commit": guard.commit(),
+        "device": device,
+        "world_size": dist.world_size,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        **model.ops.names,
+    }
+    log(
+        f"settings (* changed):\n{settings_table(hp)}\n"
+        + " ".join(f"{key}:{value}" for key, value in about.items())
+    )
     log("\n".join([*(f"note: {note}" for note in run_notes(hp, dist, model)), *guard.notes(hp)]))
-    log(f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)} "
-        f"tokenizer:{found['tokenizer']} validation {validation.summary} tokens:{len(validation.tokens)} "
-        f"code_bytes:{code_bytes} {found['machine'] or ''}")
+    log(
+        f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)}"
+        f" tokenizer:{found['tokenizer']} validation {validation.summary}"
+        f" tokens:{len(validation.tokens)} code_bytes:{code_bytes} {found['machine'] or ''}"
+    )
 
     # ---- train (or go on from a file)
     evaluator, training, scores, artifact_bytes = Evaluator(model, validation, hp, dist), {}, {}, 0
@@ -4051,8 +6114,16 @@ def run(hp, dist, guard=NO_GUARD):
     if not hp.ttt_eval_only:  # what was trained is safe: quantize and pack it, then evaluate it
         guard.keep_weights(hp, folder, checkpoint, log)
         if not hp.prequant_only:
-            training |= build_artifact(model, loader, hp, dist, log, artifact, code_bytes,
-                                       training.get("training_seconds", 0.0))
+            training |= build_artifact(
+                model,
+                loader,
+                hp,
+                dist,
+                log,
+                artifact,
+                code_bytes,
+                training.get("training_seconds", 0.0),
+            )
         score_stage("prequant", evaluator.evaluate_bpb, log, scores)
 
     # ---- evaluate the file on disk
@@ -4060,7 +6131,10 @@ def run(hp, dist, guard=NO_GUARD):
         with log.stage("unpack"):
             rebuild_model(model, artifact, dist)
         artifact_bytes = int(dist.agree(artifact.stat().st_size if dist.rank == 0 else 0)[0])
-        log(f"artifact_bytes:{artifact_bytes} code_bytes:{code_bytes} total_bytes:{artifact_bytes + code_bytes}")
+        log(
+            f"artifact_bytes:{artifact_bytes} code_bytes:{code_bytes}"
+            f" total_bytes:{artifact_bytes + code_bytes}"
+        )
         score_stage("quantized", evaluator.evaluate_bpb, log, scores)
         if hp.sliding_window_enabled:
             score_stage("sliding", lambda: evaluator.evaluate_bpb(hp.eval_stride), log, scores)
@@ -4068,13 +6142,26 @@ def run(hp, dist, guard=NO_GUARD):
             helpers = document_windows, WindowPacker, sgd_step, Score
             score_stage("ttt", lambda: techniques.evaluate_sgd(evaluator, *helpers), log, scores)
         elif hp.ttt_enabled:
-            score_stage("ttt", lambda: TestTimeTrainer(model, validation, hp, dist, log).evaluate(), log, scores)
+            score_stage(
+                "ttt",
+                lambda: TestTimeTrainer(model, validation, hp, dist, log).evaluate(),
+                log,
+                scores,
+            )
 
     training |= leaked_documents(hp)
-    result = {"version": RESULT_VERSION, **about, **training, "scores": scores, "artifact_bytes": artifact_bytes,
-              "code_bytes": code_bytes, "total_bytes": artifact_bytes + code_bytes, "seconds": log.seconds,
-              "graphs_compiled": {stage: count for stage, count in log.graphs.items() if count},
-              "violations": violations(hp, log, training, code_bytes, artifact_bytes, scores)}
+    result = {
+        "version": RESULT_VERSION,
+        **about,
+        **training,
+        "scores": scores,
+        "artifact_bytes": artifact_bytes,
+        "code_bytes": code_bytes,
+        "total_bytes": artifact_bytes + code_bytes,
+        "seconds": log.seconds,
+        "graphs_compiled": {stage: count for stage, count in log.graphs.items() if count},
+        "violations": violations(hp, log, training, code_bytes, artifact_bytes, scores),
+    }
     if dist.device.type == "cuda":
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     if dist.rank == 0:
@@ -4082,14 +6169,23 @@ def run(hp, dist, guard=NO_GUARD):
     log("RESULT " + json.dumps(result))
     return result
 
+
 def main():
-    """Command line: --help, or a run as the environment says. Exit code 1: an error; 3: the byte cap is broken."""
+    """Command line: --help, or a run as the environment says.
+
+    Exit code 1: an error; 3: the byte cap is broken.
+    """
     survive_lost_terminals()
     if len(sys.argv) > 1:
-        print("No arguments; settings are environment variables, here with their defaults:\n" + settings_table())
+        print(
+            "No arguments; settings are environment variables, here with their defaults:\n"
+            + settings_table()
+        )
         sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
-    warnings.filterwarnings("ignore", message="Argument aux_data")  # FlashAttention-4 says so at every compilation
-    warnings.filterwarnings("ignore", message="`torch.distributed")  # newer names, which PyTorch 2.11 does not have
+    # FlashAttention-4 says so at every compilation
+    warnings.filterwarnings("ignore", message="Argument aux_data")
+    # newer names, which PyTorch 2.11 does not have
+    warnings.filterwarnings("ignore", message="`torch.distributed")
     guard = find_guard()
     try:
         hp = Hyperparameters.from_env(guard=guard)
@@ -4108,6 +6204,7 @@ def main():
         guard.finish(hp, result)
     if result["total_bytes"] > BYTE_CAP:
         sys.exit(3)
+
 
 if __name__ == "__main__":
     main()

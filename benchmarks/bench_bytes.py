@@ -1,15 +1,18 @@
-"""Bytes of a trained model: compressors on the same codes, and BPB against bytes over quantization settings.
+"""Bytes of a trained model: compressors on the same codes, and BPB against bytes over quantization
+settings.
 
-    python benchmarks/bench_bytes.py codes runs/ID/artifact.bin        # every compressor on the arrays of an artifact
+    python benchmarks/bench_bytes.py codes runs/ID/artifact.bin
+        # every compressor on the arrays of an artifact
     DATA_PATH=... python benchmarks/bench_bytes.py sweep runs/ID/model.pt --out sweep.png \\
         --curve plain "MLP_CLIP_SIGMAS=10 ATTN_CLIP_SIGMAS=11.5" "" \\
         --curve ours "COMPRESSOR=entropy GPTQ_COLUMN_STEPS=1"
 
-`codes` prints bytes by group of tensors beside the order-0 entropy of its codes, and the seconds to pack and unpack.
-`sweep` is the harness behind QUANT_ONLY=1: Hessians once, then GPTQ, packing, rebuilding and evaluation for every point
-of every curve (settings as in the environment, which holds for all points); a table, a .json and a .png beside it.
-`gap` is what quantization adds to the loss, in nats a token, on the training rows that neither training nor the
-Hessians have seen (QUANT_CHECK_ROWS of them): a low error on the calibration rows alone is no evidence.
+`codes` prints bytes by group of tensors beside the order-0 entropy of its codes, and the seconds to
+pack and unpack. `sweep` is the harness behind QUANT_ONLY=1: Hessians once, then GPTQ, packing,
+rebuilding and evaluation for every point of every curve (settings as in the environment, which
+holds for all points); a table, a .json and a .png beside it. `gap` is what quantization adds to the
+loss, in nats a token, on the training rows that neither training nor the Hessians have seen
+(QUANT_CHECK_ROWS of them): a low error on the calibration rows alone is no evidence.
 """
 
 import argparse
@@ -33,7 +36,9 @@ from tools.run_files import settings_of  # noqa: E402
 
 
 def group_of(name: str) -> str:
-    """Role of an array of codes; "scales" for the other fields of quantized matrices; "small" for the rest."""
+    """Role of an array of codes; "scales" for the other fields of quantized matrices; "small"
+    for the rest.
+    """
     tensor, _, field = name.rpartition(":")
     role = train_gpt.quant_role(tensor)
     return "small" if role is None else role[0] if field == "codes" else "scales"
@@ -63,58 +68,104 @@ def compare_codes(path: Path, compressors: list[str]) -> None:
     groups = defaultdict(float)
     for name, array in arrays.items():
         groups[group_of(name)] += entropy_bytes(array) if name.endswith(":codes") else array.nbytes
-    print(f"{len(arrays)} arrays, {sum(a.size for a in arrays.values())} numbers, {os.cpu_count()} CPUs")
-    print(f"{'order-0, raw rest':18} {sum(groups.values()):10.0f} B  {' ' * 26}"
-          + " ".join(f"{group}:{size:.0f}" for group, size in groups.items()))
+    print(
+        f"{len(arrays)} arrays, {sum(a.size for a in arrays.values())} numbers, {os.cpu_count()}"
+        " CPUs"
+    )
+    print(
+        f"{'order-0, raw rest':18} {sum(groups.values()):10.0f} B  {' ' * 26}"
+        + " ".join(f"{group}:{size:.0f}" for group, size in groups.items())
+    )
     for compressor in compressors:
         start = time.perf_counter()
         blob = train_gpt.pack_weights(arrays, compressor)
         packed = time.perf_counter()
         rebuilt = train_gpt.unpack_weights(blob)
         unpacked = time.perf_counter()
-        assert all(np.array_equal(rebuilt[name], array) for name, array in arrays.items()), "not exact"
-        groups = " ".join(f"{group}:{size}" for group, size in packed_groups(arrays, compressor).items())
+        assert all(np.array_equal(rebuilt[name], array) for name, array in arrays.items()), (
+            "not exact"
+        )
+        groups = " ".join(
+            f"{group}:{size}" for group, size in packed_groups(arrays, compressor).items()
+        )
         seconds = f"pack {packed - start:6.1f} s  unpack {unpacked - packed:5.1f} s"
         print(f"{compressor:18} {len(blob):10d} B  {seconds}  {groups}", flush=True)
 
 
-SWEPT = ("matrix_bits", "embed_bits", "mlp_clip_sigmas", "attn_clip_sigmas", "embed_clip_sigmas", "hessian_clip_lambda",
-         "gptq_damp", "gptq_block_size", "gptq_column_steps", "gptq_column_octaves",
-         "gated_attn_quant_gate", "lqer_enabled", "lqer_top_k", "lqer_rank", "lqer_weighted",
-         "lqer_asym_enabled", "lqer_asym_group", "lqer_factor_bits", "compressor")  # fmt: skip
+SWEPT = (
+    "matrix_bits",
+    "embed_bits",
+    "mlp_clip_sigmas",
+    "attn_clip_sigmas",
+    "embed_clip_sigmas",
+    "hessian_clip_lambda",
+    "gptq_damp",
+    "gptq_block_size",
+    "gptq_column_steps",
+    "gptq_column_octaves",
+    "gated_attn_quant_gate",
+    "lqer_enabled",
+    "lqer_top_k",
+    "lqer_rank",
+    "lqer_weighted",
+    "lqer_asym_enabled",
+    "lqer_asym_group",
+    "lqer_factor_bits",
+    "compressor",
+)
 
 
 def check_points(points: list[str]) -> None:
-    """SettingError for settings of a point that a sweep cannot vary: its model, rows and Hessians are made once."""
+    """SettingError for settings of a point that a sweep cannot vary: its model, rows and
+    Hessians are made once.
+    """
     for settings in points:
         for name in settings_of(settings.split()):
             if name.lower() not in SWEPT:
                 raise train_gpt.SettingError(
-                    f"{name} cannot differ between the points of a sweep: set it in the environment, for all of them"
+                    f"{name} cannot differ between the points of a sweep: set it in the"
+                    " environment, for all of them"
                 )
 
 
 class Sweep:
-    """One checkpoint, its Hessians, its loss on the rows that were held out, and a thread that packs meanwhile."""
+    """One checkpoint, its Hessians, its loss on the rows that were held out, and a thread that
+    packs meanwhile.
+    """
 
     def __init__(self, checkpoint: Path, compressor: str):
         self.hp = train_gpt.Hyperparameters.from_env(guard=RunGuard())
-        self.hp = self.hp if "COMPRESSOR" in os.environ else dataclasses.replace(self.hp, compressor=compressor)
+        self.hp = (
+            self.hp
+            if "COMPRESSOR" in os.environ
+            else dataclasses.replace(self.hp, compressor=compressor)
+        )
         self.dist = dist = train_gpt.Dist(self.hp.device)
         hp, dtype = self.hp, torch.bfloat16 if dist.device.type == "cuda" else torch.float32
-        ops = train_gpt.select_ops(hp.kernels, hp.attention_backend, dist.device, dtype, hp.head_dim, hp.num_heads,
-                                   hp.num_kv_heads)
+        ops = train_gpt.select_ops(
+            hp.kernels,
+            hp.attention_backend,
+            dist.device,
+            dtype,
+            hp.head_dim,
+            hp.num_heads,
+            hp.num_kv_heads,
+        )
         self.model = train_gpt.GPT(hp, ops, dtype).to(dist.device)
         train_gpt.load_checkpoint(checkpoint, self.model)
         self.evaluator = train_gpt.Evaluator(self.model, train_gpt.ValidationSet(hp), hp, dist)
         loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
         self.hessians = train_gpt.collect_hessians(self.model, loader, hp, dist)
-        self.weights = {name: w.detach().clone() for name, w in train_gpt.unbank(self.model).items()}
+        self.weights = {
+            name: w.detach().clone() for name, w in train_gpt.unbank(self.model).items()
+        }
         self.loader, self.packing = loader, ThreadPoolExecutor(1)
         self.fp32_loss = train_gpt.held_out_loss(self.model, loader, hp, dist)
 
     def measure(self, settings: str) -> dict:
-        """Quantizes under "NAME=VALUE ..." -> the file, bytes of it to come, BPB, gap, mean relative weighted error."""
+        """Quantizes under "NAME=VALUE ..." -> the file, bytes of it to come, BPB, gap, mean
+        relative weighted error.
+        """
         environ = dict(os.environ, COMPRESSOR=self.hp.compressor) | settings_of(settings.split())
         hp = train_gpt.Hyperparameters.from_env(environ, RunGuard())
         start = time.perf_counter()
@@ -124,14 +175,21 @@ class Sweep:
         rebuilt = train_gpt.dequantize_weights(arrays)
         error = 0.0
         for name, hessian in self.hessians.items():
-            e, w = (x.to(hessian) for x in (self.weights[name] - rebuilt[name].to(hessian), self.weights[name]))
+            e, w = (
+                x.to(hessian)
+                for x in (self.weights[name] - rebuilt[name].to(hessian), self.weights[name])
+            )
             error += float(((e @ hessian) * e).sum() / ((w @ hessian) * w).sum())
         train_gpt.rebank(self.model, rebuilt)
         loss = train_gpt.held_out_loss(self.model, self.loader, self.hp, self.dist)
-        return {"settings": settings, "weighted_error": error / len(self.hessians),
-                "gap": None if loss is None else loss - self.fp32_loss,
-                "bpb": self.evaluator.evaluate_bpb()["bpb"], "seconds_quantize": quantized - start,
-                "bytes": size.result()}
+        return {
+            "settings": settings,
+            "weighted_error": error / len(self.hessians),
+            "gap": None if loss is None else loss - self.fp32_loss,
+            "bpb": self.evaluator.evaluate_bpb()["bpb"],
+            "seconds_quantize": quantized - start,
+            "bytes": size.result(),
+        }
 
 
 def plot(curves: dict[str, list[dict]], path: Path) -> None:
@@ -143,8 +201,13 @@ def plot(curves: dict[str, list[dict]], path: Path) -> None:
     for panel, key in zip(panels, ("bpb", "weighted_error"), strict=True):
         for name, points in curves.items():
             points = sorted(points, key=lambda point: point["bytes"])
-            panel.plot([p["bytes"] / 1e6 for p in points], [p[key] for p in points], "o-", label=name)
-        panel.set(xlabel="megabytes of weights", ylabel={"bpb": "bits per byte"}.get(key, "weighted error / energy"))
+            panel.plot(
+                [p["bytes"] / 1e6 for p in points], [p[key] for p in points], "o-", label=name
+            )
+        panel.set(
+            xlabel="megabytes of weights",
+            ylabel={"bpb": "bits per byte"}.get(key, "weighted error / energy"),
+        )
         panel.legend()
     panels[1].set_yscale("log")
     figure.tight_layout()
@@ -153,28 +216,40 @@ def plot(curves: dict[str, list[dict]], path: Path) -> None:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     codes = commands.add_parser("codes")
     codes.add_argument("artifact", type=Path)
     codes.add_argument("--compressors", nargs="+", default=["entropy", "pergroup", "brotli"])
     sweep = commands.add_parser("sweep")
     sweep.add_argument("checkpoint", type=Path)
-    sweep.add_argument("--curve", nargs="+", action="append", required=True, metavar=("NAME", "SETTINGS"))
+    sweep.add_argument(
+        "--curve", nargs="+", action="append", required=True, metavar=("NAME", "SETTINGS")
+    )
     sweep.add_argument("--out", type=Path, default=Path("sweep.png"))
     options = parser.parse_args()
     if options.command == "codes":
         return compare_codes(options.artifact, options.compressors)
     check_points([settings for _, *points in options.curve for settings in points])
     harness, curves = Sweep(options.checkpoint, "entropy"), defaultdict(list)
-    print(f"fp32: bpb {harness.evaluator.evaluate_bpb()['bpb']:.6f}  held-out loss {harness.fp32_loss}", flush=True)
+    print(
+        f"fp32: bpb {harness.evaluator.evaluate_bpb()['bpb']:.6f}  held-out loss"
+        f" {harness.fp32_loss}",
+        flush=True,
+    )
     for name, *points in options.curve:
         for settings in points:
             point = harness.measure(settings)
             curves[name].append(point)
             gap = "none" if point["gap"] is None else f"{point['gap']:.5f}"
-            print(f"{name:12} {point['bytes']:10d} B  bpb {point['bpb']:.6f}  gap {gap}  error "
-                  f"{point['weighted_error']:.3e}  GPTQ {point['seconds_quantize']:.1f} s  {settings}", flush=True)
+            print(
+                f"{name:12} {point['bytes']:10d} B  bpb {point['bpb']:.6f}  gap {gap}  error "
+                f"{point['weighted_error']:.3e}  GPTQ {point['seconds_quantize']:.1f} s "
+                f" {settings}",
+                flush=True,
+            )
         options.out.with_suffix(".json").write_text(json.dumps(curves, indent=1))
     plot(curves, options.out.with_suffix(".png"))
 

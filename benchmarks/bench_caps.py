@@ -1,6 +1,6 @@
 """Throughput of the capitals transform, beside a plain loop over characters in the same run.
 
-    python benchmarks/bench_caps.py                      # on the demo corpus: documentation of the installed packages
+    python benchmarks/bench_caps.py  # on the demo corpus: documentation of the installed packages
     python benchmarks/bench_caps.py docs_val.jsonl.xz    # on documents
 
 Prints MB of UTF-8 text per second of CPU time in one process, the best of several passes.
@@ -61,7 +61,10 @@ def main() -> None:
     else:
         texts = demo_documents(demo_roots(), 3_000_000)
     encoded = [encode(text) for text in texts]
-    if encoded != [encode_by_character(text) for text in texts] or [decode(text) for text in encoded] != texts:
+    if (
+        encoded != [encode_by_character(text) for text in texts]
+        or [decode(text) for text in encoded] != texts
+    ):
         sys.exit("error: encode, decode and the plain loop disagree")
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     print(f"{len(texts):,} documents, {megabytes:.1f} MB")

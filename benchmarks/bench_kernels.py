@@ -1,13 +1,16 @@
-"""Every fast operation of train_gpt.py against its reference on one GPU, at the sizes of a training micro-batch.
+"""Every fast operation of train_gpt.py against its reference on one GPU, at the sizes of a training
+micro-batch.
 
-    python benchmarks/bench_kernels.py [--tokens 98304] [--hidden 2048] [--documents 122] [--compiled]
+    python benchmarks/bench_kernels.py [--tokens 98304] [--hidden 2048] \\
+        [--documents 122] [--compiled]
 
-Correctness comes first: fresh random inputs each run, relative Frobenius error of the output and of every gradient
-against the reference in fp32 (on fewer tokens); an operation over 1e-2 is marked WRONG (exit status 1). Then median
-milliseconds of forward and of forward + backward, the rate, and two ratios: rate over the ceiling measured in the same
-run (a bf16 product of 8192^3, a copy of 1 GiB), and reference time over this time. What is not installed, or not for
-this GPU, is "not here". --compiled times the references under torch.compile instead of eagerly (slower to start).
-Without CUDA it says so and exits 0.
+Correctness comes first: fresh random inputs each run, relative Frobenius error of the output and of
+every gradient against the reference in fp32 (on fewer tokens); an operation over 1e-2 is marked
+WRONG (exit status 1). Then median milliseconds of forward and of forward + backward, the rate, and
+two ratios: rate over the ceiling measured in the same run (a bf16 product of 8192^3, a copy of 1
+GiB), and reference time over this time. What is not installed, or not for this GPU, is "not here".
+--compiled times the references under torch.compile instead of eagerly (slower to start). Without
+CUDA it says so and exits 0.
 """
 
 import argparse
@@ -35,7 +38,9 @@ def results(op, args) -> tuple:
 
 
 def forward_and_backward(op, args):
-    """op and its arguments -> two closures: forward without autograd, and forward + backward for a fixed gradient."""
+    """op and its arguments -> two closures: forward without autograd, and forward + backward
+    for a fixed gradient.
+    """
     leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
     with torch.no_grad():
         grads = [torch.randn_like(t) for t in results(op, args)]
@@ -52,13 +57,23 @@ def forward_and_backward(op, args):
 
 
 def relative_errors(op, reference, args) -> list[float]:
-    """Errors of op in the dtype of args against the reference in fp32: outputs, then each gradient."""
-    full = [a.detach().float().requires_grad_() if torch.is_tensor(a) and a.requires_grad else a for a in args]
+    """Errors of op in the dtype of args against the reference in fp32: outputs, then each
+    gradient.
+    """
+    full = [
+        a.detach().float().requires_grad_() if torch.is_tensor(a) and a.requires_grad else a
+        for a in args
+    ]
     got, want = results(op, args), results(reference, full)
     weights = [torch.randn_like(t) for t in got]
-    grads = torch.autograd.grad(got, [a for a in args if torch.is_tensor(a) and a.requires_grad], weights)
-    wanted = torch.autograd.grad(want, [a for a in full if torch.is_tensor(a) and a.requires_grad],
-                                 [w.float() for w in weights])  # fmt: skip
+    grads = torch.autograd.grad(
+        got, [a for a in args if torch.is_tensor(a) and a.requires_grad], weights
+    )
+    wanted = torch.autograd.grad(
+        want,
+        [a for a in full if torch.is_tensor(a) and a.requires_grad],
+        [w.float() for w in weights],
+    )
     pairs = zip((*got, *grads), (*want, *wanted), strict=True)
     return [((g.float() - w).norm() / w.norm().clamp_min(1e-20)).item() for g, w in pairs]
 
@@ -68,7 +83,9 @@ def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def random_documents(tokens: int, documents: int) -> torch.Tensor:
-    """(documents + padding + 1,) int32: uneven documents of at most MAX_SEQLEN tokens, the end padded with `tokens`."""
+    """(documents + padding + 1,) int32: uneven documents of at most MAX_SEQLEN tokens, the end
+    padded with `tokens`.
+    """
     cuts = torch.randint(1, tokens, (documents - 1,)).tolist()
     bounds = [0]
     for cut in sorted({*cuts, tokens}):
@@ -93,23 +110,39 @@ class Report:
         source = torch.empty(2**30, dtype=torch.int8, device=DEVICE)
         target = torch.empty_like(source)
         self.gbytes = 2 * 2**30 / median_ms(lambda: target.copy_(source)) / 1e6
-        print(f"ceilings: bf16 product 8192^3 {self.tflops:.0f} TFLOP/s, copy {self.gbytes:.0f} GB/s read + written")
-        print(f"{'operation':34} {'ms':>8} {'rate':>14} {'of ceiling':>10} {'reference ms':>12} {'faster':>7}")
+        print(
+            f"ceilings: bf16 product 8192^3 {self.tflops:.0f} TFLOP/s, copy {self.gbytes:.0f} GB/s"
+            " read + written"
+        )
+        print(
+            f"{'operation':34} {'ms':>8} {'rate':>14} {'of ceiling':>10} {'reference ms':>12}"
+            f" {'faster':>7}"
+        )
 
     def errors(self, name: str, op, reference, args) -> None:
         """Checks op; prints the errors of the output and of the gradients."""
         errors = relative_errors(op, reference, args)
         good = all(e < 1e-2 for e in errors)
         self.wrong |= not good
-        print(f"{name:34} {'ok   ' if good else 'WRONG'} relative errors " + " ".join(f"{e:.1e}" for e in errors))
+        print(
+            f"{name:34} {'ok   ' if good else 'WRONG'} relative errors "
+            + " ".join(f"{e:.1e}" for e in errors)
+        )
 
-    def times(self, name: str, op, args, work: tuple[float, float], unit: str, reference_ms=None) -> list[float]:
-        """Times op; work is that of the forward and of forward + backward in FLOP or bytes. -> the two times in ms."""
+    def times(
+        self, name: str, op, args, work: tuple[float, float], unit: str, reference_ms=None
+    ) -> list[float]:
+        """Times op; work is that of the forward and of forward + backward in FLOP or bytes.
+
+        -> the two times in ms.
+        """
         times = [median_ms(function) for function in forward_and_backward(op, args)]
         ceiling = self.tflops if unit == "TFLOP/s" else self.gbytes
         for i, (label, ms) in enumerate(zip(("forward", "forward + backward"), times, strict=True)):
             rate = work[i] / ms / (1e9 if unit == "TFLOP/s" else 1e6)
-            against = f"{reference_ms[i]:12.3f} {reference_ms[i] / ms:6.2f}x" if reference_ms else ""
+            against = (
+                f"{reference_ms[i]:12.3f} {reference_ms[i] / ms:6.2f}x" if reference_ms else ""
+            )
             label = f"{name} {'fwd' if label == 'forward' else 'fwd+bwd'}"
             print(f"{label:34} {ms:8.3f} {rate:7.0f} {unit:7} {rate / ceiling:9.0%} {against}")
         return times
@@ -129,7 +162,10 @@ def bench_cross_entropy(report: Report, tokens: int) -> None:
     report.errors("head + cross-entropy", *ops, inputs(min(tokens, 8192)))
     product = 2.0 * tokens * VOCAB * DIM
     report.compare("head + cross-entropy", *ops, inputs(tokens), (product, 3 * product), "TFLOP/s")
-    logits, targets = normal(tokens, VOCAB, scale=8).detach(), torch.randint(VOCAB, (tokens,), device=DEVICE)
+    logits, targets = (
+        normal(tokens, VOCAB, scale=8).detach(),
+        torch.randint(VOCAB, (tokens,), device=DEVICE),
+    )
     ms = median_ms(lambda: tg._launch_ce(logits, targets, SOFTCAP))
     rate = 4.0 * tokens * VOCAB / ms / 1e6  # read and written once
     print(f"{'cross-entropy kernel':34} {ms:8.3f} {rate:7.0f} GB/s    {rate / report.gbytes:9.0%}")
@@ -141,15 +177,30 @@ def bench_around_attention(report: Report, tokens: int) -> None:
 
     def before(rows):
         gain = normal(HEADS)
-        return normal(1, rows, (HEADS + 2 * kv_heads) * HEAD_DIM), gain, *(t[:rows] for t in table), kv_heads
+        return (
+            normal(1, rows, (HEADS + 2 * kv_heads) * HEAD_DIM),
+            gain,
+            *(t[:rows] for t in table),
+            kv_heads,
+        )
 
     def behind(rows):
-        return *(normal(1, rows, n, HEAD_DIM) for n in (HEADS, kv_heads)), normal(1, rows, HEADS), 1.0
+        return (
+            *(normal(1, rows, n, HEAD_DIM) for n in (HEADS, kv_heads)),
+            normal(1, rows, HEADS),
+            1.0,
+        )
 
     q_bytes = 2.0 * tokens * HEADS * HEAD_DIM  # of q; k and v: half of it each
     for name, ops, inputs, work in (
-            ("q/k norm, rotary, gain", (tg.qkv_heads, tg.qkv_heads_ref), before, (4 * q_bytes, 9.5 * q_bytes)),
-            ("XSA and gate", (tg.gated_xsa, tg.gated_xsa_ref), behind, (2.5 * q_bytes, 6.5 * q_bytes))):
+        (
+            "q/k norm, rotary, gain",
+            (tg.qkv_heads, tg.qkv_heads_ref),
+            before,
+            (4 * q_bytes, 9.5 * q_bytes),
+        ),
+        ("XSA and gate", (tg.gated_xsa, tg.gated_xsa_ref), behind, (2.5 * q_bytes, 6.5 * q_bytes)),
+    ):
         report.errors(name, *ops, inputs(min(tokens, 8192)))
         report.compare(name, *ops, inputs(tokens), work, "GB/s")
 
@@ -158,13 +209,25 @@ def bench_entry(report: Report, tokens: int) -> None:
     scale, stream = torch.full((1,), 0.5, device=DEVICE), 2.0 * tokens * DIM
 
     def inputs(rows, wants, merges):
-        merge = normal(1, rows, DIM), *(normal(DIM).detach().float().requires_grad_() for _ in range(2))
-        return *(normal(1, rows, DIM) for _ in range(2)), normal(2, DIM), scale, 12, wants, *(merge if merges else ())
+        merge = (
+            normal(1, rows, DIM),
+            *(normal(DIM).detach().float().requires_grad_() for _ in range(2)),
+        )
+        return (
+            *(normal(1, rows, DIM) for _ in range(2)),
+            normal(2, DIM),
+            scale,
+            12,
+            wants,
+            *(merge if merges else ()),
+        )
 
     opened = tg.compiled(tg.enter, tg.Hyperparameters(compile="1"), tg.Dist(DEVICE))
-    for name, wants, merges, work in (("entry of an encoder slot", (True, True), False, (4, 11)),
-                                      ("entry with a skip", (True, False), True, (5, 13)),
-                                      ("entry with lanes", (False, True), True, (5, 13))):
+    for name, wants, merges, work in (
+        ("entry of an encoder slot", (True, True), False, (4, 11)),
+        ("entry with a skip", (True, False), True, (5, 13)),
+        ("entry with lanes", (False, True), True, (5, 13)),
+    ):
         report.errors(name, tg.enter, tg.enter_ref, inputs(min(tokens, 8192), wants, merges))
         work = [n * stream for n in work]
         report.compare(name, opened, tg.enter_ref, inputs(tokens, wants, merges), work, "GB/s")
@@ -173,7 +236,9 @@ def bench_entry(report: Report, tokens: int) -> None:
 
 def bench_entry_kernel(report: Report, name: str, args, stream: float) -> None:
     """The gradients' kernel alone: every stream once."""
-    x, x0, mix, scale, window, wants, *merge = (a.detach() if torch.is_tensor(a) else a for a in args)
+    x, x0, mix, scale, window, wants, *merge = (
+        a.detach() if torch.is_tensor(a) else a for a in args
+    )
     grads = [torch.randn_like(x) for _ in range(1 + sum(wants))]
     grads.insert(1, grads[0][..., :window].contiguous())
     ms = median_ms(lambda: tg._enter_backward(grads, x, x0, mix, scale, merge, [*wants]))
@@ -183,7 +248,12 @@ def bench_entry_kernel(report: Report, name: str, args, stream: float) -> None:
 
 def bench_mlp(report: Report, tokens: int, hidden: int) -> None:
     def inputs(rows):
-        return normal(rows, DIM), normal(hidden, DIM, scale=DIM**-0.5), normal(DIM, hidden, scale=hidden**-0.5), SLOPE
+        return (
+            normal(rows, DIM),
+            normal(hidden, DIM, scale=DIM**-0.5),
+            normal(DIM, hidden, scale=hidden**-0.5),
+            SLOPE,
+        )
 
     ops, product = (tg.leaky_relu_sq_mlp, tg.mlp_ref), 2.0 * tokens * DIM * hidden
     try:
@@ -199,8 +269,11 @@ def bench_mlp(report: Report, tokens: int, hidden: int) -> None:
     for name, operands in (("forward", (w_up, None)), ("backward", (w_down, act))):
         ms = median_ms(lambda operands=operands: tg._launch_mlp(x, *operands, SLOPE))
         rate = product / ms / 1e9
-        print(f"{'MLP quack kernel ' + name:34} {ms:8.3f} {rate:7.0f} TFLOP/s {rate / report.tflops:9.0%} "
-              f"{cublas:12.3f} {cublas / ms:6.2f}x (cuBLAS, product alone)")  # fmt: skip
+        print(
+            f"{'MLP quack kernel ' + name:34} {ms:8.3f} {rate:7.0f} TFLOP/s"
+            f" {rate / report.tflops:9.0%} {cublas:12.3f} {cublas / ms:6.2f}x (cuBLAS, product"
+            " alone)"
+        )
 
 
 def bench_attention(report: Report, tokens: int, documents: int) -> None:
@@ -208,12 +281,19 @@ def bench_attention(report: Report, tokens: int, documents: int) -> None:
     short = random_documents(16384, 24)
     pairs = causal_pairs(cu_seqlens)
     for kv_heads in (4, 8):
+
         def inputs(length, cu, kv_heads=kv_heads):
-            return *(normal(1, length, n, HEAD_DIM) for n in (HEADS, kv_heads, kv_heads)), cu, MAX_SEQLEN
+            return (
+                *(normal(1, length, n, HEAD_DIM) for n in (HEADS, kv_heads, kv_heads)),
+                cu,
+                MAX_SEQLEN,
+            )
 
         args, flops = inputs(tokens, cu_seqlens), 4.0 * pairs * HEADS * HEAD_DIM
         work = flops, 3.5 * flops  # five products backward against two forward
-        reference_ms = report.times(f"attention KV={kv_heads} sdpa", tg.attention_sdpa, args, work, "TFLOP/s")
+        reference_ms = report.times(
+            f"attention KV={kv_heads} sdpa", tg.attention_sdpa, args, work, "TFLOP/s"
+        )
         for name, backend in tg.ATTENTION_BACKENDS.items():
             if name == "sdpa":
                 continue
@@ -222,12 +302,18 @@ def bench_attention(report: Report, tokens: int, documents: int) -> None:
             except ValueError as error:
                 print(f"attention KV={kv_heads} {name}: not here ({str(error)[:150]})")
                 continue
-            report.errors(f"attention KV={kv_heads} {name}", backend, tg.attention_sdpa, inputs(16384, short))
-            report.times(f"attention KV={kv_heads} {name}", backend, args, work, "TFLOP/s", reference_ms)
+            report.errors(
+                f"attention KV={kv_heads} {name}", backend, tg.attention_sdpa, inputs(16384, short)
+            )
+            report.times(
+                f"attention KV={kv_heads} {name}", backend, args, work, "TFLOP/s", reference_ms
+            )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=98304)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--documents", type=int, default=122)
@@ -237,15 +323,21 @@ def main() -> int:
         print("bench_kernels: needs a CUDA device and Triton; nothing was measured")
         return 0
     started = time.perf_counter()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {tg.triton.__version__}, "
-          f"{options.tokens} tokens x {DIM}, F {options.hidden}, V {VOCAB}, {options.documents} documents")  # fmt: skip
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton"
+        f" {tg.triton.__version__}, {options.tokens} tokens x {DIM}, F {options.hidden}, V {VOCAB},"
+        f" {options.documents} documents"
+    )
     report = Report(options.compiled)
     bench_cross_entropy(report, options.tokens)
     bench_mlp(report, options.tokens, options.hidden)
     bench_around_attention(report, options.tokens)
     bench_entry(report, options.tokens)
     bench_attention(report, options.tokens, options.documents)
-    print(f"{time.perf_counter() - started:.0f} s in all" + (", something is WRONG" if report.wrong else ""))
+    print(
+        f"{time.perf_counter() - started:.0f} s in all"
+        + (", something is WRONG" if report.wrong else "")
+    )
     return int(report.wrong)
 
 

@@ -1,17 +1,22 @@
-"""Does a change of the recipe help? Arms and seeds in paired runs on one GPU, with equal seconds: the proxy.
+"""Does a change of the recipe help? Arms and seeds in paired runs on one GPU, with equal seconds:
+the
+proxy.
 
-    python benchmarks/bench_recipe.py data data/proxy --train docs_train.jsonl.xz --val docs_val.jsonl.xz
+    python benchmarks/bench_recipe.py data data/proxy --train docs_train.jsonl.xz \\
+        --val docs_val.jsonl.xz
     python benchmarks/bench_recipe.py run fusion --kind screen --data data/proxy --seeds 1 2 3 \\
         --arm base "" --arm fused "MARKER_FUSION_ENABLED=1" --arm before@../before ""
     python benchmarks/bench_recipe.py table fusion
     python benchmarks/bench_recipe.py noise noise
 
-An arm is a name with settings of train_gpt.py; NAME@DIR takes the train_gpt.py of another checkout. The first arm of
-`run` is the reference. Every finished run becomes one line of the campaign file, docs/campaigns/NAME.jsonl (or the path
-that is given instead of a name), and a later call with the same plan runs only what is missing there.
+An arm is a name with settings of train_gpt.py; NAME@DIR takes the train_gpt.py of another checkout.
+The first arm of `run` is the reference. Every finished run becomes one line of the campaign file,
+docs/campaigns/NAME.jsonl (or the path that is given instead of a name), and a later call with the
+same plan runs only what is missing there.
 
-Runs count as a pair if they have the same seed and ran in one go: on one machine, with pauses of at most ten minutes.
-A half pair whose other half never came in its go is run again. docs/PROXY.md says when the results may be believed.
+Runs count as a pair if they have the same seed and ran in one go: on one machine, with pauses of at
+most ten minutes. A half pair whose other half never came in its go is run again. docs/PROXY.md says
+when the results may be believed.
 """
 
 import argparse
@@ -51,7 +56,8 @@ STAGES = "prequant", "quantized", "sliding", "ttt"
 
 # Settings of every run: one micro-batch a step, so that a short run has thousands of steps.
 STANDARD = {"TRAIN_BATCH_TOKENS": "98304", "MICRO_BATCH_TOKENS": "98304", "PLOTS": "0"}
-# Nothing is quantized in a screen; one second stays as a margin, so that no run oversteps its budget by a slow step.
+# Nothing is quantized in a screen; one second stays as a margin, so that no run oversteps its
+# budget by a slow step.
 SCREEN = {"MAX_WALLCLOCK_SECONDS": "120", "GPTQ_RESERVE_SECONDS": "1", "PREQUANT_ONLY": "1"}
 KINDS = {
     "screen": SCREEN,
@@ -59,15 +65,26 @@ KINDS = {
     "long": {"MAX_WALLCLOCK_SECONDS": "600"},
     "noise": SCREEN,
 }
-# What a run takes beyond MAX_WALLCLOCK_SECONDS with cold caches; used until a run of the arm has been timed.
+# What a run takes beyond MAX_WALLCLOCK_SECONDS with cold caches; used until a run of the arm has
+# been timed.
 OVERHEAD_SECONDS = {"screen": 120, "final": 240, "long": 260, "noise": 120}
 
-# An arm that changes one of these is not compared at equal seconds, on equal data or with equal seeds.
+# An arm that changes one of these is not compared at equal seconds, on equal data or with equal
+# seeds.
 PROTECTED = (
-    "MAX_WALLCLOCK_SECONDS", "SEED", "DATA_PATH", "TRAIN_BATCH_TOKENS", "PREQUANT_ONLY", "QUANT_ONLY", "TTT_EVAL_ONLY",
-    "TTT_MAX_DOCS", "ITERATIONS", "DETERMINISTIC",
-)  # fmt: skip
-OURS_ALONE = "RUN_ID", "RUNS_DIR", "RESUME", "CHECKPOINT_PATH", "ARTIFACT_PATH"  # never settings of an arm
+    "MAX_WALLCLOCK_SECONDS",
+    "SEED",
+    "DATA_PATH",
+    "TRAIN_BATCH_TOKENS",
+    "PREQUANT_ONLY",
+    "QUANT_ONLY",
+    "TTT_EVAL_ONLY",
+    "TTT_MAX_DOCS",
+    "ITERATIONS",
+    "DETERMINISTIC",
+)
+# never settings of an arm
+OURS_ALONE = "RUN_ID", "RUNS_DIR", "RESUME", "CHECKPOINT_PATH", "ARTIFACT_PATH"
 NOT_PART_OF_A_RECIPE = ("SEED", "DATA_PATH", "TOKENIZER_PATH", "PLOTS", *OURS_ALONE)
 
 MIN_GAIN_BPB = 0.0005
@@ -77,7 +94,8 @@ MAX_PAUSE_SECONDS = 600  # between two runs of one go
 MAX_FAILURES = 2  # of one arm and seed; after these it is left alone
 LOG_LINES = 15  # of a failed run, kept in the campaign file
 
-# Runs inside an arm's checkout: its own Hyperparameters judge the settings; the files that this imports are its code.
+# Runs inside an arm's checkout: its own Hyperparameters judge the settings; the files that this
+# imports are its code.
 CHECK = """
 import dataclasses, hashlib, json, os, sys
 from pathlib import Path
@@ -88,17 +106,20 @@ fields = dataclasses.fields(train_gpt.Hyperparameters)
 names = [field.name.upper() for field in fields]
 environ = {name: value for name, value in os.environ.items() if name not in names}
 find_guard = getattr(train_gpt, "find_guard", None)  # an older checkout has none
-beside = {"guard": find_guard()} if find_guard else {}  # with it come the files beside the script, code of the arm too
+# with the guard come the files beside the script: they are code of the arm too
+beside = {"guard": find_guard()} if find_guard else {}
 try:
     hp = train_gpt.Hyperparameters.from_env(environ | json.loads(sys.argv[1]), **beside)
 except ValueError as error:
     sys.exit(str(error))
 values = {field.name.upper(): getattr(hp, field.name) for field in fields}
-changed = {field.name.upper(): getattr(hp, field.name) for field in fields if getattr(hp, field.name) != field.default}
+defaults = {field.name.upper(): field.default for field in fields}
+changed = {name: value for name, value in values.items() if value != defaults[name]}
 code = hashlib.sha256()
 for path in sorted({Path(module.__file__).resolve() for module in sys.modules.values()
                     if getattr(module, "__file__", None)}):
-    inside = path.is_file() and path.is_relative_to(root) and path.relative_to(root).parts  # torch has names of no file
+    # torch has modules that name no file
+    inside = path.is_file() and path.is_relative_to(root) and path.relative_to(root).parts
     if inside and not any(part.startswith(".") or part == "site-packages" for part in inside):
         code.update(path.read_bytes())
 print(json.dumps({"names": names, "changed": changed, "code": code.hexdigest()[:12],
@@ -124,7 +145,9 @@ class Recipe(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """An arm against the reference in one stage; differences are arm minus reference, so negative is better."""
+    """An arm against the reference in one stage; differences are arm minus reference, so
+    negative is better.
+    """
 
     n: int
     mean: float  # of the arm, in BPB
@@ -146,7 +169,10 @@ def campaign_path(name: str) -> Path:
 
 
 def read_campaign(path: Path) -> list[dict]:
-    """All whole lines of a campaign file; none if it is missing. A line that a kill cut off is passed over."""
+    """All whole lines of a campaign file; none if it is missing.
+
+    A line that a kill cut off is passed over.
+    """
     if not path.exists():
         return []
     records = []
@@ -160,7 +186,10 @@ def read_campaign(path: Path) -> list[dict]:
             print(f"{path}, line {number}: damaged, passed over", file=sys.stderr)
             continue
         if record["version"] != LINE_VERSION:
-            raise ValueError(f"{path}, line {number}: version {record['version']}, this script reads {LINE_VERSION}")
+            raise ValueError(
+                f"{path}, line {number}: version {record['version']}, this script reads"
+                f" {LINE_VERSION}"
+            )
         records.append(record)
     return records
 
@@ -176,7 +205,10 @@ def append_record(path: Path, record: dict) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path):
-    """Holds the campaign file against a second call on this machine. ValueError if another one has it."""
+    """Holds the campaign file against a second call on this machine.
+
+    ValueError if another one has it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
@@ -192,7 +224,9 @@ def succeeded(records: list[dict], kind: str) -> list[dict]:
 
 
 def pairs_of(runs: list[dict], arm: str, against: str) -> dict[int, tuple[dict, dict]]:
-    """Runs of one kind -> {seed: (run of the arm, run of the reference)}, the first pair that ran in one go."""
+    """Runs of one kind -> {seed: (run of the arm, run of the reference)}, the first pair that
+    ran in one go.
+    """
     first = {}
     for run in runs:
         first.setdefault((run["seed"], run["go"], run["arm"]), run)
@@ -208,7 +242,10 @@ def pairs_of(runs: list[dict], arm: str, against: str) -> dict[int, tuple[dict, 
 
 
 def parse_arm(words: list[str]) -> Arm:
-    """["NAME" or "NAME@DIR", "SETTING=value ..."] -> Arm. ValueError for a name or a word that cannot be one."""
+    """["NAME" or "NAME@DIR", "SETTING=value ..."] -> Arm.
+
+    ValueError for a name or a word that cannot be one.
+    """
     name, _, tree = words[0].partition("@")
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise ValueError(f"arm {name!r}: a name has letters, digits, '_', then also '.', '+', '-'")
@@ -230,16 +267,22 @@ def refuse_unequal(arms: list[Arm], kind: str, allowed: list[str]) -> None:
         raise ValueError(f"arms need different names, these are {', '.join(names)}")
     for arm in arms:
         if taken := sorted(set(arm.settings) & set(OURS_ALONE)):
-            raise ValueError(f"arm {arm.name} sets {', '.join(taken)}: this script sets these itself")
+            raise ValueError(
+                f"arm {arm.name} sets {', '.join(taken)}: this script sets these itself"
+            )
         if unequal := sorted(set(arm.settings) & protected):
-            raise ValueError(f"arm {arm.name} sets {', '.join(unequal)}: then the arms are not compared at equal "
-                             f"seconds and data; --allow {' '.join(unequal)} if that is what you want")  # fmt: skip
+            raise ValueError(
+                f"arm {arm.name} sets {', '.join(unequal)}: then the arms are not compared at equal"
+                f" seconds and data; --allow {' '.join(unequal)} if that is what you want"
+            )
 
 
 def check_arm(arm: Arm, shared: dict[str, str]) -> Recipe:
-    """Asks the arm's checkout about the settings. ValueError, with its message, where it refuses them.
+    """Asks the arm's checkout about the settings. ValueError, with its message, where it refuses
+    them.
 
-    Settings come from `shared` and the arm alone: what the environment says about settings is dropped.
+    Settings come from `shared` and the arm alone: what the environment says about settings is
+    dropped.
     """
     ours = shared | arm.settings
     command = [sys.executable, "-c", CHECK, json.dumps(ours)]
@@ -248,36 +291,50 @@ def check_arm(arm: Arm, shared: dict[str, str]) -> Recipe:
         raise ValueError(f"arm {arm.name}: " + "\n".join(done.stderr.strip().splitlines()[-5:]))
     found = json.loads(done.stdout.splitlines()[-1])
     environ = {name: value for name, value in os.environ.items() if name not in found["names"]}
-    changed = {name: value for name, value in found["changed"].items() if name not in NOT_PART_OF_A_RECIPE}
+    changed = {
+        name: value for name, value in found["changed"].items() if name not in NOT_PART_OF_A_RECIPE
+    }
     return Recipe(environ | ours, changed, found["code"], found["seconds"])
 
 
-def refuse_another_recipe(records: list[dict], kind: str, arm: Arm, recipe: Recipe, data: dict) -> None:
+def refuse_another_recipe(
+    records: list[dict], kind: str, arm: Arm, recipe: Recipe, data: dict
+) -> None:
     """ValueError where the campaign has runs of this arm with other settings, code or data."""
     for record in records:
         if (record["kind"], record["arm"]) != (kind, arm.name):
             continue
         for what, now in (("changed", recipe.changed), ("code", recipe.code), ("data", data)):
             if record[what] != now:
-                raise ValueError(f"arm {arm.name} has runs in this campaign with other {what}: {record[what]}, now "
-                                 f"{now}; choose another name for the arm, or another campaign")  # fmt: skip
+                raise ValueError(
+                    f"arm {arm.name} has runs in this campaign with other {what}: {record[what]},"
+                    f" now {now}; choose another name for the arm, or another campaign"
+                )
 
 
 def data_identity(folder: Path) -> dict:
-    """What tells datasets apart: tokens, and a hash of the shards' own hashes (of their sizes without a manifest)."""
+    """What tells datasets apart: tokens, and a hash of the shards' own hashes (of their sizes
+    without a manifest).
+    """
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("fineweb_*.bin"))}
     train = [size for name, size in sizes.items() if name.startswith("fineweb_train_")]
     if not train or not any(name.startswith("fineweb_val_") for name in sizes):
-        raise ValueError(f"--data {folder}: fineweb_train_*.bin and fineweb_val_*.bin are not both there; see `data`")
+        raise ValueError(
+            f"--data {folder}: fineweb_train_*.bin and fineweb_val_*.bin are not both there; see"
+            " `data`"
+        )
     files = sizes
     if (folder / "manifest.json").exists():
         files = json.loads((folder / "manifest.json").read_text())["files"]
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
-    return {"train_tokens": sum((size - 1024) // 2 for size in train), "files": digest}  # 1,024 bytes of head, uint16
+    # 1,024 bytes of head, uint16
+    return {"train_tokens": sum((size - 1024) // 2 for size in train), "files": digest}
 
 
 def commit_of(tree: Path) -> str | None:
-    """Abbreviated commit of a checkout, with + where tracked files differ from it; None where git cannot say."""
+    """Abbreviated commit of a checkout, with + where tracked files differ from it; None where
+    git cannot say.
+    """
     command = ["git", "-C", str(tree), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
@@ -290,7 +347,9 @@ def commit_of(tree: Path) -> str | None:
 
 
 def current_go() -> str:
-    """The name of the go that runs now; a new one on a new machine or after a pause of more than ten minutes."""
+    """The name of the go that runs now; a new one on a new machine or after a pause of more
+    than ten minutes.
+    """
     path = Path(tempfile.gettempdir(), f"bench_recipe_go.{os.getuid()}")
     recent = path.exists() and time.time() - path.stat().st_mtime < MAX_PAUSE_SECONDS
     go = path.read_text() if recent else uuid.uuid4().hex[:8]
@@ -305,9 +364,14 @@ def last_lines(path: Path) -> list[str]:
 
 
 def call_script(tree: Path, environ: dict[str, str], output: Path) -> int:
-    """train_gpt.py of a checkout, its output into a file -> exit code. Whatever ends this ends the run, too."""
+    """train_gpt.py of a checkout, its output into a file -> exit code.
+
+    Whatever ends this ends the run, too.
+    """
     with output.open("w") as file:
-        process = subprocess.Popen([sys.executable, "train_gpt.py"], cwd=tree, env=environ, stdout=file, stderr=file)
+        process = subprocess.Popen(
+            [sys.executable, "train_gpt.py"], cwd=tree, env=environ, stdout=file, stderr=file
+        )
         try:
             return process.wait()
         finally:
@@ -317,7 +381,9 @@ def call_script(tree: Path, environ: dict[str, str], output: Path) -> int:
 
 
 def run_once(arm: Arm, recipe: Recipe, seed: int, runs: Path) -> dict:
-    """One run to its end -> its part of a record: status, and figures of RESULT or the last lines of the log."""
+    """One run to its end -> its part of a record: status, and figures of RESULT or the last
+    lines of the log.
+    """
     runs.mkdir(parents=True, exist_ok=True)
     name = f"{arm.name}-{seed}-{uuid.uuid4().hex[:6]}"
     ours = {"SEED": str(seed), "RUN_ID": name, "RUNS_DIR": str(runs)}
@@ -326,7 +392,8 @@ def run_once(arm: Arm, recipe: Recipe, seed: int, runs: Path) -> dict:
     code = call_script(arm.tree, recipe.environ | ours | arm.settings, output)
     wall = {"wall_seconds": round(time.monotonic() - start, 1)}
     result = runs / name / "result.json"
-    if code not in (0, 3) or not result.exists():  # 3: the byte cap is broken, which RESULT says as well
+    # 3: the byte cap is broken, which RESULT says as well
+    if code not in (0, 3) or not result.exists():
         return {"status": "failed", **wall, "exit_code": code, "log": last_lines(output)}
     log = runs / name / "log.txt"
     text = log.read_text(encoding="utf-8") if log.exists() else ""
@@ -334,15 +401,34 @@ def run_once(arm: Arm, recipe: Recipe, seed: int, runs: Path) -> dict:
 
 
 def figures_of(result: dict, log: str, recipe: Recipe) -> dict:
-    """What a record keeps of RESULT, with tokens/s over the whole training and epochs of the training data."""
-    keys = ("commit", "device", "world_size", "torch", "python", "attention", "mlp", "steps", "train_loss",
-            "training_seconds", "tokens_per_second_by_loop_state", "artifact_bytes", "code_bytes", "total_bytes",
-            "seconds", "violations", "peak_memory_bytes")  # fmt: skip
+    """What a record keeps of RESULT, with tokens/s over the whole training and epochs of the
+    training data.
+    """
+    keys = (
+        "commit",
+        "device",
+        "world_size",
+        "torch",
+        "python",
+        "attention",
+        "mlp",
+        "steps",
+        "train_loss",
+        "training_seconds",
+        "tokens_per_second_by_loop_state",
+        "artifact_bytes",
+        "code_bytes",
+        "total_bytes",
+        "seconds",
+        "violations",
+        "peak_memory_bytes",
+    )
     figures = {"result_version": result.get("version")}
     figures |= {key: result[key] for key in keys if key in result}
     kept = "bpb", "bytes", "tokens", "partial"
     figures["scores"] = {
-        stage: {key: score[key] for key in kept if key in score} for stage, score in result["scores"].items()
+        stage: {key: score[key] for key in kept if key in score}
+        for stage, score in result["scores"].items()
     }
     if result.get("steps") and result.get("training_seconds"):
         tokens = result["steps"] * int(recipe.environ["TRAIN_BATCH_TOKENS"])
@@ -356,26 +442,41 @@ def figures_of(result: dict, log: str, recipe: Recipe) -> dict:
 # ---- what is missing
 
 
-def missing_pairs(records: list[dict], kind: str, seed: int, names: list[str], go: str) -> list[str]:
-    """Arms that must run in this go so that every arm has a pair for the seed. The first name is the reference."""
+def missing_pairs(
+    records: list[dict], kind: str, seed: int, names: list[str], go: str
+) -> list[str]:
+    """Arms that must run in this go so that every arm has a pair for the seed.
+
+    The first name is the reference.
+    """
     runs = [run for run in succeeded(records, kind) if run["seed"] == seed]
-    failures = Counter(r["arm"] for r in records if (r["kind"], r["seed"], r["status"]) == (kind, seed, "failed"))
+    failures = Counter(
+        r["arm"] for r in records if (r["kind"], r["seed"], r["status"]) == (kind, seed, "failed")
+    )
     hopeless = {name for name, count in failures.items() if count >= MAX_FAILURES}
     reference, *others = names
     if reference in hopeless:
         return []
     if not others:
         return [] if runs else [reference]
-    unpaired = [name for name in others if name not in hopeless and not pairs_of(runs, name, reference)]
+    unpaired = [
+        name for name in others if name not in hopeless and not pairs_of(runs, name, reference)
+    ]
     here = {run["arm"] for run in runs if run["go"] == go}
     wanted = [reference, *unpaired] if unpaired else []
     return [name for name in wanted if name not in here]
 
 
-def missing_repeats(records: list[dict], kind: str, seeds: list[int], names: list[str]) -> list[tuple[int, str]]:
-    """(seed, arm) of each run that a plan of repeats still lacks: every arm runs as often as a seed is named."""
+def missing_repeats(
+    records: list[dict], kind: str, seeds: list[int], names: list[str]
+) -> list[tuple[int, str]]:
+    """(seed, arm) of each run that a plan of repeats still lacks: every arm runs as often as a
+    seed is named.
+    """
     done = Counter((run["seed"], run["arm"]) for run in succeeded(records, kind))
-    failed = Counter((r["seed"], r["arm"]) for r in records if (r["kind"], r["status"]) == (kind, "failed"))
+    failed = Counter(
+        (r["seed"], r["arm"]) for r in records if (r["kind"], r["status"]) == (kind, "failed")
+    )
     missing = []
     planned = Counter()
     for seed, name in itertools.product(seeds, names):
@@ -388,7 +489,8 @@ def missing_repeats(records: list[dict], kind: str, seeds: list[int], names: lis
 def groups_missing(records: list[dict], args, go: str) -> list[list[tuple[int, str]]]:
     """Groups of (seed, arm) that belong together, in the order in which they run.
 
-    Every second seed takes its arms in reverse, so that a drift of the machine does not favour one of them.
+    Every second seed takes its arms in reverse, so that a drift of the machine does not favour one
+    of them.
     """
     names = [arm.name for arm in args.arms]
     if args.kind == "noise":
@@ -404,13 +506,21 @@ def groups_missing(records: list[dict], args, go: str) -> list[list[tuple[int, s
 
 
 def expected_seconds(records: list[dict], kind: str, name: str, go: str, recipe: Recipe) -> float:
-    """How long a run will take: as the arm's last one in this go, or, before there is one, with cold caches."""
-    timed = [run["wall_seconds"] for run in succeeded(records, kind) if (run["arm"], run["go"]) == (name, go)]
+    """How long a run will take: as the arm's last one in this go, or, before there is one, with
+    cold caches.
+    """
+    timed = [
+        run["wall_seconds"]
+        for run in succeeded(records, kind)
+        if (run["arm"], run["go"]) == (name, go)
+    ]
     return timed[-1] if timed else recipe.seconds + OVERHEAD_SECONDS[kind]
 
 
 class Campaign:
-    """The runs of one call: what is missing is run, one run after another, and every end is written down."""
+    """The runs of one call: what is missing is run, one run after another, and every end is
+    written down.
+    """
 
     def __init__(self, args, recipes: dict[str, Recipe], data: dict):
         self.args = args
@@ -426,12 +536,16 @@ class Campaign:
         """Whether runs of these arms would end before --limit-seconds."""
         if not self.args.limit_seconds:
             return True
-        needed = sum(expected_seconds(records, self.args.kind, n, self.go, self.recipes[n]) for n in names)
+        needed = sum(
+            expected_seconds(records, self.args.kind, n, self.go, self.recipes[n]) for n in names
+        )
         used = time.monotonic() - self.started
         if used + needed <= self.args.limit_seconds:
             return True
-        print(f"stopped: {' and '.join(names)} would take about {needed:.0f} s, {used:.0f} s of "
-              f"{self.args.limit_seconds:.0f} s are used; call again to go on")  # fmt: skip
+        print(
+            f"stopped: {' and '.join(names)} would take about {needed:.0f} s, {used:.0f} s of "
+            f"{self.args.limit_seconds:.0f} s are used; call again to go on"
+        )
         return False
 
     def run(self) -> int:
@@ -456,9 +570,18 @@ class Campaign:
     def run_one(self, seed: int, name: str) -> dict:
         """One run; -> its record, which is then in the campaign file."""
         arm, recipe = self.arms[name], self.recipes[name]
-        record = {"version": LINE_VERSION, "kind": self.args.kind, "arm": name, "seed": seed, "go": self.go,
-                  "position": self.position, "code": recipe.code, "data": self.data, "settings": arm.settings,
-                  "changed": recipe.changed}  # fmt: skip
+        record = {
+            "version": LINE_VERSION,
+            "kind": self.args.kind,
+            "arm": name,
+            "seed": seed,
+            "go": self.go,
+            "position": self.position,
+            "code": recipe.code,
+            "data": self.data,
+            "settings": arm.settings,
+            "changed": recipe.changed,
+        }
         record |= run_once(arm, recipe, seed, Path(self.args.runs).resolve())
         record["commit"] = record.get("commit") or commit_of(arm.tree) or self.args.commit
         record["ended"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -471,7 +594,9 @@ class Campaign:
 
 def describe(record: dict) -> str:
     """A record in one line for the terminal."""
-    head = f"{record['kind']} {record['arm']}, seed {record['seed']}, {record['wall_seconds']:.0f} s: "
+    head = (
+        f"{record['kind']} {record['arm']}, seed {record['seed']}, {record['wall_seconds']:.0f} s: "
+    )
     if record["status"] == "failed":
         return head + f"FAILED, exit code {record['exit_code']}: " + " | ".join(record["log"][-3:])
     scores = [f"{stage} {score['bpb']:.5f}" for stage, score in record["scores"].items()]
@@ -479,7 +604,10 @@ def describe(record: dict) -> str:
 
 
 def run_campaign(args) -> int:
-    """`run`; -> exit code. ValueError before the first run for a plan that cannot be compared or cannot work."""
+    """`run`; -> exit code.
+
+    ValueError before the first run for a plan that cannot be compared or cannot work.
+    """
     args.arms = [parse_arm(words) for words in args.arm]
     refuse_unequal(args.arms, args.kind, args.allow)
     if args.kind != "noise" and len(set(args.seeds)) < len(args.seeds):
@@ -526,12 +654,17 @@ def p_beyond(arm: Sample, reference: Sample, margin: float) -> float:
 
 
 def compare(pairs: dict[int, tuple[dict, dict]], stage: str) -> Comparison:
-    """Paired comparison of one stage. ValueError where the two sides of a pair were scored on different text."""
+    """Paired comparison of one stage.
+
+    ValueError where the two sides of a pair were scored on different text.
+    """
     for seed, (run, partner) in pairs.items():
         sizes = run["scores"][stage].get("bytes"), partner["scores"][stage].get("bytes")
         if sizes[0] != sizes[1]:
-            raise ValueError(f"seed {seed}: {run['arm']} was scored on {sizes[0]:,} bytes of text in {stage}, "
-                             f"{partner['arm']} on {sizes[1]:,}: these cannot be compared")  # fmt: skip
+            raise ValueError(
+                f"seed {seed}: {run['arm']} was scored on {sizes[0]:,} bytes of text in {stage}, "
+                f"{partner['arm']} on {sizes[1]:,}: these cannot be compared"
+            )
     sides = []
     for side in (0, 1):
         losses = {seed: pair[side]["scores"][stage]["bpb"] for seed, pair in pairs.items()}
@@ -541,14 +674,24 @@ def compare(pairs: dict[int, tuple[dict, dict]], stage: str) -> Comparison:
     difference = statistics.fmean(differences)
     n = len(differences)
     error = statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
-    t = -difference / error if error else math.copysign(math.inf, -difference) if difference else math.nan
+    t = (
+        -difference / error
+        if error
+        else math.copysign(math.inf, -difference)
+        if difference
+        else math.nan
+    )
     p_none = p_beyond(arm, reference, 0.0)
     p_enough = 1 - p_beyond(arm, reference, MIN_GAIN_BPB)
-    return Comparison(n, arm.mean, difference, error, t, p_none, verdict_of(n, -difference, p_none, p_enough))
+    return Comparison(
+        n, arm.mean, difference, error, t, p_none, verdict_of(n, -difference, p_none, p_enough)
+    )
 
 
 def ratio(pairs: dict[int, tuple[dict, dict]], key: str) -> float:
-    """Mean of a figure over the arm's runs, as a ratio to that of the reference; nan where a run lacks it."""
+    """Mean of a figure over the arm's runs, as a ratio to that of the reference; nan where a
+    run lacks it.
+    """
     sides = [[pair[side].get(key) for pair in pairs.values()] for side in (0, 1)]
     if any(value is None for side in sides for value in side):
         return math.nan
@@ -561,26 +704,47 @@ def breaks_more_rules(pairs: dict[int, tuple[dict, dict]]) -> bool:
     return any(arm > reference for arm, reference in counts)
 
 
-HEAD = ("arm", "stage", "n", "mean BPB", "difference", "standard error", "t", "p", "steps", "tokens/s", "bytes",
-        "epochs", "verdict")  # fmt: skip
+HEAD = (
+    "arm",
+    "stage",
+    "n",
+    "mean BPB",
+    "difference",
+    "standard error",
+    "t",
+    "p",
+    "steps",
+    "tokens/s",
+    "bytes",
+    "epochs",
+    "verdict",
+)
 
 
 def table_rows(runs: list[dict], arm: str, against: str) -> list[list[str]]:
-    """Cells of an arm, one row for each stage that all its pairs have; the last stage bears the verdict."""
+    """Cells of an arm, one row for each stage that all its pairs have; the last stage bears the
+    verdict.
+    """
     pairs = pairs_of(runs, arm, against)
     if not pairs:
         return [[arm, "-", "0", *["-"] * (len(HEAD) - 4), "undecided"]]
     both = [run for pair in pairs.values() for run in pair]
     stages = [stage for stage in STAGES if all(stage in run["scores"] for run in both)]
     epochs = [pair[0]["epochs"] for pair in pairs.values() if "epochs" in pair[0]]
-    sizes = [pair[0].get("total_bytes", 0) - pair[1].get("total_bytes", 0) for pair in pairs.values()]
+    sizes = [
+        pair[0].get("total_bytes", 0) - pair[1].get("total_bytes", 0) for pair in pairs.values()
+    ]
     rows = []
     for stage in stages:
         found = compare(pairs, stage)
         cells = [arm, stage, str(found.n), f"{found.mean:.5f}", f"{found.difference:+.5f}"]
         cells += [f"{found.error:.5f}", f"{found.t:.2f}", f"{found.p:.2g}"]
         cells += [f"{ratio(pairs, 'steps'):.3f}", f"{ratio(pairs, 'tokens_per_second'):.3f}"]
-        cells += [f"{statistics.fmean(sizes):+,.0f}", f"{statistics.fmean(epochs):.2f}" if epochs else "-", "-"]
+        cells += [
+            f"{statistics.fmean(sizes):+,.0f}",
+            f"{statistics.fmean(epochs):.2f}" if epochs else "-",
+            "-",
+        ]
         rows.append(cells)
     rows[-1][-1] = found.verdict
     if found.verdict == "accept" and breaks_more_rules(pairs):
@@ -589,19 +753,31 @@ def table_rows(runs: list[dict], arm: str, against: str) -> list[list[str]]:
 
 
 def left_out(records: list[dict], runs: list[dict], against: str) -> list[str]:
-    """Sentences about what the table of one kind does not count, and about rules that its runs break."""
+    """Sentences about what the table of one kind does not count, and about rules that its runs
+    break.
+    """
     lines = []
     for record in records:
         if record["status"] == "failed":
             why = " | ".join(record["log"][-3:])
-            lines.append(f"failed: {record['arm']}, seed {record['seed']}, go {record['go']}: {why}")
+            lines.append(
+                f"failed: {record['arm']}, seed {record['seed']}, go {record['go']}: {why}"
+            )
     paired_runs = [pairs_of(runs, arm, against) for arm in {run["arm"] for run in runs} - {against}]
     counted = [run for pairs in paired_runs for pair in pairs.values() for run in pair]
     for run in runs:
         if not any(run is other for other in counted):
-            lines.append(f"not counted, without a partner in its go: {run['arm']}, seed {run['seed']}, go {run['go']}")
-    broken = Counter((run["arm"], sentence) for run in runs for sentence in run.get("violations", ()))
-    lines += [f"{arm} breaks a rule in {count} runs: {sentence}" for (arm, sentence), count in broken.items()]
+            lines.append(
+                f"not counted, without a partner in its go: {run['arm']}, seed {run['seed']}, go"
+                f" {run['go']}"
+            )
+    broken = Counter(
+        (run["arm"], sentence) for run in runs for sentence in run.get("violations", ())
+    )
+    lines += [
+        f"{arm} breaks a rule in {count} runs: {sentence}"
+        for (arm, sentence), count in broken.items()
+    ]
     return lines
 
 
@@ -614,12 +790,15 @@ def markdown(head, rows: list[list[str]]) -> list[str]:
 def rule(against: str) -> str:
     """What the table means."""
     bound = stats.t.isf(SIGNIFICANCE, MIN_PAIRS - 1)
-    return (f"Differences are arm minus {against}, over pairs of one seed in one go: negative is better. t and the "
-            f"one-sided p are of the hypothesis that there is no gain. steps, tokens/s: arm over {against}; bytes: of "
-            f"code and weights, arm minus {against}; epochs: of the training data, of the arm.\n"
-            f"accept: n at least {MIN_PAIRS}, p < {SIGNIFICANCE} (with n = {MIN_PAIRS} t beyond {bound:.2f}) and a "
-            f"gain of at least {MIN_GAIN_BPB} BPB. reject: a gain of {MIN_GAIN_BPB} BPB is excluded at p < "
-            f"{SIGNIFICANCE}. undecided: neither.")  # fmt: skip
+    return (
+        f"Differences are arm minus {against}, over pairs of one seed in one go: negative is"
+        " better. t and the one-sided p are of the hypothesis that there is no gain. steps,"
+        f" tokens/s: arm over {against}; bytes: of code and weights, arm minus {against}; epochs:"
+        f" of the training data, of the arm.\naccept: n at least {MIN_PAIRS}, p < {SIGNIFICANCE}"
+        f" (with n = {MIN_PAIRS} t beyond {bound:.2f}) and a gain of at least {MIN_GAIN_BPB} BPB."
+        f" reject: a gain of {MIN_GAIN_BPB} BPB is excluded at p < {SIGNIFICANCE}. undecided:"
+        " neither."
+    )
 
 
 def print_table(args) -> None:
@@ -657,7 +836,9 @@ def settings_text(records: list[dict], name: str) -> str:
     """Settings, commit and code of an arm in words."""
     record = next(record for record in records if record["arm"] == name)
     settings = " ".join(f"{key}={value}" for key, value in record["settings"].items())
-    return f"{settings or 'no settings of its own'}; commit {record['commit']}, code {record['code']}"
+    return (
+        f"{settings or 'no settings of its own'}; commit {record['commit']}, code {record['code']}"
+    )
 
 
 def read_records(campaign: str) -> list[dict]:
@@ -673,11 +854,15 @@ def read_records(campaign: str) -> list[dict]:
 
 
 def pooled_deviation(groups: list[list[float]]) -> tuple[float, int]:
-    """Standard deviation inside groups, and its degrees of freedom; nan and 0 where no group has two values."""
+    """Standard deviation inside groups, and its degrees of freedom; nan and 0 where no group
+    has two values.
+    """
     freedom = sum(len(group) - 1 for group in groups)
     if not freedom:
         return math.nan, 0
-    squares = sum((len(group) - 1) * statistics.variance(group) for group in groups if len(group) > 1)
+    squares = sum(
+        (len(group) - 1) * statistics.variance(group) for group in groups if len(group) > 1
+    )
     return math.sqrt(squares / freedom), freedom
 
 
@@ -705,14 +890,35 @@ def noise_rows(runs: list[dict], kind: str, arm: str) -> list[list[str]]:
         for what, (deviation, freedom) in (("repeats of a seed", repeats), ("seeds", seeds)):
             error = deviation * math.sqrt(2 / MIN_PAIRS)
             least = error * stats.t.isf(SIGNIFICANCE, MIN_PAIRS - 1)
-            rows.append([kind, arm, stage, f"{mean:.5f}", what, str(freedom), f"{deviation:.5f}",
-                         interval(deviation, freedom), f"{error:.5f}",
-                         f"{max(least, MIN_GAIN_BPB):.5f}"])  # fmt: skip
+            rows.append(
+                [
+                    kind,
+                    arm,
+                    stage,
+                    f"{mean:.5f}",
+                    what,
+                    str(freedom),
+                    f"{deviation:.5f}",
+                    interval(deviation, freedom),
+                    f"{error:.5f}",
+                    f"{max(least, MIN_GAIN_BPB):.5f}",
+                ]
+            )
     return rows
 
 
-NOISE_HEAD = ("kind", "arm", "stage", "mean BPB", "over", "degrees of freedom", "deviation", "90% interval",
-              f"error of {MIN_PAIRS} pairs", "least gain accepted")  # fmt: skip
+NOISE_HEAD = (
+    "kind",
+    "arm",
+    "stage",
+    "mean BPB",
+    "over",
+    "degrees of freedom",
+    "deviation",
+    "90% interval",
+    f"error of {MIN_PAIRS} pairs",
+    "least gain accepted",
+)
 
 
 def print_noise(args) -> None:
@@ -730,10 +936,12 @@ def print_noise(args) -> None:
             lines.append(f"{kind} {arm}: {len(mine)} runs in {len(goes)} goes{extent}")
     print("\n".join(markdown(NOISE_HEAD, rows)) + "\n")
     print("\n".join(lines))
-    print(f"\nerror of {MIN_PAIRS} pairs: standard error of a mean difference if both arms scatter like this and "
-          f"independently. least gain accepted: what such a campaign must measure at least to be accepted. Seeds "
-          f"scatter by their own part and by that of repeats; pairing takes out what a seed does to both arms "
-          f"alike.")  # fmt: skip
+    print(
+        f"\nerror of {MIN_PAIRS} pairs: standard error of a mean difference if both arms scatter"
+        " like this and independently. least gain accepted: what such a campaign must measure at"
+        " least to be accepted. Seeds scatter by their own part and by that of repeats; pairing"
+        " takes out what a seed does to both arms alike."
+    )
 
 
 # ---- data
@@ -761,33 +969,73 @@ def prepare_data(args) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run what is missing of a plan")
     run.add_argument("campaign", metavar="CAMPAIGN", help="a name, or a path that ends in .jsonl")
     run.add_argument("--kind", choices=list(KINDS), required=True)
-    run.add_argument("--arm", nargs=2, action="append", required=True, metavar=("NAME[@DIR]", "SETTINGS"))
-    run.add_argument("--seeds", nargs="+", type=int, required=True, metavar="N", help="--kind noise may name one twice")
+    run.add_argument(
+        "--arm", nargs=2, action="append", required=True, metavar=("NAME[@DIR]", "SETTINGS")
+    )
+    run.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        required=True,
+        metavar="N",
+        help="--kind noise may name one twice",
+    )
     run.add_argument("--data", required=True, metavar="DIR", help="shards, as `data` makes them")
-    run.add_argument("--set", nargs="+", default=[], metavar="NAME=value", help="settings of every arm")
-    run.add_argument("--allow", nargs="+", default=[], metavar="NAME", help="settings that an arm may change after all")
-    run.add_argument("--limit-seconds", type=float, default=0, metavar="S",
-                     help="begin no pair that would not end so long after the start; 0: no limit")  # fmt: skip
-    run.add_argument("--split", action="store_true",
-                     help="judge single runs by that limit: the next call on this machine ends the pair")  # fmt: skip
-    run.add_argument("--runs", default=str(ROOT / "runs" / "recipe"), metavar="DIR", help="folder of the runs")
-    run.add_argument("--commit", metavar="TEXT", help="commit of the code, where there is no git checkout")
+    run.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=value", help="settings of every arm"
+    )
+    run.add_argument(
+        "--allow",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="settings that an arm may change after all",
+    )
+    run.add_argument(
+        "--limit-seconds",
+        type=float,
+        default=0,
+        metavar="S",
+        help="begin no pair that would not end so long after the start; 0: no limit",
+    )
+    run.add_argument(
+        "--split",
+        action="store_true",
+        help="judge single runs by that limit: the next call on this machine ends the pair",
+    )
+    run.add_argument(
+        "--runs", default=str(ROOT / "runs" / "recipe"), metavar="DIR", help="folder of the runs"
+    )
+    run.add_argument(
+        "--commit", metavar="TEXT", help="commit of the code, where there is no git checkout"
+    )
     table = commands.add_parser("table", help="paired differences and verdicts")
     table.add_argument("campaign", metavar="CAMPAIGN")
-    table.add_argument("--against", metavar="ARM", help="the reference; default: base, or else the first arm")
+    table.add_argument(
+        "--against", metavar="ARM", help="the reference; default: base, or else the first arm"
+    )
     noise = commands.add_parser("noise", help="deviations over repeats of a seed and over seeds")
     noise.add_argument("campaign", metavar="CAMPAIGN")
     data = commands.add_parser("data", help="make the standard data")
     data.add_argument("folder", metavar="DIR")
-    data.add_argument("--train", nargs="+", required=True, metavar="FILE",
-                      help="documents, JSON lines, plain, .gz or .xz")  # fmt: skip
+    data.add_argument(
+        "--train",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="documents, JSON lines, plain, .gz or .xz",
+    )
     data.add_argument("--val", required=True, metavar="FILE", help="validation documents")
-    data.add_argument("--val-docs", type=int, default=500, metavar="N", help="the first N; default: %(default)s")
+    data.add_argument(
+        "--val-docs", type=int, default=500, metavar="N", help="the first N; default: %(default)s"
+    )
     data.add_argument("--tokenizer", metavar="MODEL", help="default: the one in tokenizers/")
     return parser.parse_args(arguments)
 

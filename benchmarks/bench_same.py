@@ -1,15 +1,20 @@
-"""Do two ways of training train the same? Losses of fixed steps, data and seeds against the spread of two seeds.
+"""Do two ways of training train the same? Losses of fixed steps, data and seeds against the spread
+of
+two seeds.
 
-    python benchmarks/bench_same.py "TRAIN_CUDA_GRAPHS=1" "KERNELS=0 ATTENTION_BACKEND=torch" "TREE=../before"
+    python benchmarks/bench_same.py "TRAIN_CUDA_GRAPHS=1" "KERNELS=0 ATTENTION_BACKEND=torch" \\
+        "TREE=../before"
 
-Each argument is a variant: settings of train_gpt.py, "" for none; TREE=DIR takes the one of another checkout. The runs
-follow one another, every variant with every seed of --seeds: --steps steps of 98,304 tokens in four micro-batches, then
-the evaluation before quantization. --set goes to every run and wins over that; DATA_PATH as in a run. A run lives in
-RUNS/<variant>-<seed>; one that has ended is not run again.
+Each argument is a variant: settings of train_gpt.py, "" for none; TREE=DIR takes the one of another
+checkout. The runs follow one another, every variant with every seed of --seeds: --steps steps of
+98,304 tokens in four micro-batches, then the evaluation before quantization. --set goes to every
+run and wins over that; DATA_PATH as in a run. A run lives in RUNS/<variant>-<seed>; one that has
+ended is not run again.
 
-For each variant but the first, seed by seed: the mean difference of a step's training loss from the first variant's and
-that of the validation loss, beside the same two between the first variant's seeds. Exit code 1 if a run failed or a
-variant differs by more than the seeds do; differences of rounding are far smaller.
+For each variant but the first, seed by seed: the mean difference of a step's training loss from the
+first variant's and that of the validation loss, beside the same two between the first variant's
+seeds. Exit code 1 if a run failed or a variant differs by more than the seeds do; differences of
+rounding are far smaller.
 """
 
 import argparse
@@ -25,8 +30,14 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.bench_presets import run_script  # noqa: E402
 from tools.run_files import Run, read_run, settings_of  # noqa: E402
 
-FIXED = {"MAX_WALLCLOCK_SECONDS": "0", "TRAIN_BATCH_TOKENS": "98304", "MICRO_BATCH_TOKENS": "24576",
-         "TRAIN_LOG_EVERY": "1", "PREQUANT_ONLY": "1", "PLOTS": "0"}  # fmt: skip
+FIXED = {
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "TRAIN_BATCH_TOKENS": "98304",
+    "MICRO_BATCH_TOKENS": "24576",
+    "TRAIN_LOG_EVERY": "1",
+    "PREQUANT_ONLY": "1",
+    "PLOTS": "0",
+}
 
 
 def train(variant: str, seed: str, args) -> Run | str:
@@ -39,43 +50,74 @@ def train(variant: str, seed: str, args) -> Run | str:
     ours |= {"SEED": seed, "ITERATIONS": str(args.steps), "RUN_ID": name, "RUNS_DIR": args.runs}
     fault = ""
     if not (folder / "result.json").exists():
-        fault = run_script(args.script or str(tree / "train_gpt.py"), os.environ | ours, folder, tree)
+        fault = run_script(
+            args.script or str(tree / "train_gpt.py"), os.environ | ours, folder, tree
+        )
     return fault or read_run(folder)
 
 
 def difference(one: Run, other: Run) -> tuple[float, float]:
-    """Mean absolute difference of the training losses step by step, and that of the validation losses, in nats."""
+    """Mean absolute difference of the training losses step by step, and that of the validation
+    losses, in nats.
+    """
     pairs = list(zip(one.steps, other.steps, strict=True))
     assert all(a["step"] == b["step"] for a, b in pairs), "the logs are of different steps"
     training = sum(abs(a["train_loss"] - b["train_loss"]) for a, b in pairs) / len(pairs)
-    return training, abs(one.result["scores"]["prequant"]["loss"] - other.result["scores"]["prequant"]["loss"])
+    return training, abs(
+        one.result["scores"]["prequant"]["loss"] - other.result["scores"]["prequant"]["loss"]
+    )
 
 
 def report(runs: dict, variants: list[str], seeds: list[str]) -> bool:
-    """Prints losses and differences -> whether every variant differs by no more than the first one's seeds."""
+    """Prints losses and differences -> whether every variant differs by no more than the first
+    one's seeds.
+    """
     for (variant, seed), run in runs.items():
         first = " ".join(f"{row['train_loss']:.4f}" for row in run.steps[:5])
-        print(f"{variant or 'default'}, seed {seed}: first losses {first}, last {run.steps[-1]['train_loss']:.4f}, "
-              f"validation {run.result['scores']['prequant']['loss']:.4f} nats")  # fmt: skip
-    spread = [max(column) for column in zip(*(difference(runs[variants[0], a], runs[variants[0], b])
-              for a, b in itertools.combinations(seeds, 2)), strict=True)]  # fmt: skip
-    print(f"between seeds of {variants[0] or 'default'}: training {spread[0]:.5f}, validation {spread[1]:.5f} nats")
+        print(
+            f"{variant or 'default'}, seed {seed}: first losses {first}, last"
+            f" {run.steps[-1]['train_loss']:.4f}, validation"
+            f" {run.result['scores']['prequant']['loss']:.4f} nats"
+        )
+    spread = [
+        max(column)
+        for column in zip(
+            *(
+                difference(runs[variants[0], a], runs[variants[0], b])
+                for a, b in itertools.combinations(seeds, 2)
+            ),
+            strict=True,
+        )
+    ]
+    print(
+        f"between seeds of {variants[0] or 'default'}: training {spread[0]:.5f}, validation"
+        f" {spread[1]:.5f} nats"
+    )
     same = True
     for variant, seed in itertools.product(variants[1:], seeds):
         found = difference(runs[variants[0], seed], runs[variant, seed])
         within = all(a <= b for a, b in zip(found, spread, strict=True))
         same &= within
-        print(f"{variant or 'default'} against {variants[0] or 'default'}, seed {seed}: training {found[0]:.5f}, "
-              f"validation {found[1]:.5f} nats: {'within' if within else 'BEYOND'} the spread of seeds")  # fmt: skip
+        print(
+            f"{variant or 'default'} against {variants[0] or 'default'}, seed {seed}: training"
+            f" {found[0]:.5f}, validation {found[1]:.5f} nats: {'within' if within else 'BEYOND'}"
+            " the spread of seeds"
+        )
     return same
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="+", metavar="SETTINGS", help='"NAME=value NAME=value TREE=DIR", or ""')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "variants", nargs="+", metavar="SETTINGS", help='"NAME=value NAME=value TREE=DIR", or ""'
+    )
     parser.add_argument("--seeds", default="42,43", help="at least two; default: %(default)s")
     parser.add_argument("--steps", type=int, default=300, help="default: %(default)s")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=value", help="settings of every run")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=value", help="settings of every run"
+    )
     parser.add_argument("--runs", default="runs/same", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--script", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

@@ -1,15 +1,18 @@
 """The default training step on 1, 2, 4 and 8 ranks of one host, the same tokens a step in all.
 
-    python benchmarks/bench_scaling.py [--ranks 1,2,4,8] [--seconds 20] [--losses 60] [--out FILE.json]
+    python benchmarks/bench_scaling.py [--ranks 1,2,4,8] [--seconds 20] [--losses 60] \\
+        [--out FILE.json]
 
-For each number of ranks this starts itself under torchrun: --losses steps from the same start, looping on for the
-second half, whose losses must agree between rank counts within the noise of the number format; then, for looping off
-and on, a window of --seconds with the clock of a run and three steps under torch.profiler. Columns: milliseconds a
-step, tokens/s, efficiency (rate over ranks times the first row's rate a rank), and of a profiled step milliseconds of
-communication on rank 0's device, how many of them no other kernel covers, and how many these are on the rank that waits
-least: a collective begins when the slowest rank arrives, the others wait in it. Then each collective: launches,
-milliseconds, uncovered, uncovered where least. DATA_PATH and settings as in a run; without DATA_PATH, synthetic shards.
---device cpu measures a small model over gloo, where nothing is covered.
+For each number of ranks this starts itself under torchrun: --losses steps from the same start,
+looping on for the second half, whose losses must agree between rank counts within the noise of the
+number format; then, for looping off and on, a window of --seconds with the clock of a run and three
+steps under torch.profiler. Columns: milliseconds a step, tokens/s, efficiency (rate over ranks
+times the first row's rate a rank), and of a profiled step milliseconds of communication on rank 0's
+device, how many of them no other kernel covers, and how many these are on the rank that waits
+least: a collective begins when the slowest rank arrives, the others wait in it. Then each
+collective: launches, milliseconds, uncovered, uncovered where least. DATA_PATH and settings as in a
+run; without DATA_PATH, synthetic shards. --device cpu measures a small model over gloo, where
+nothing is covered.
 """
 
 import argparse
@@ -35,7 +38,7 @@ from benchmarks.bench_step import (
     busy_ms,
     profile_step,
     tokens_per_second,
-    write_synthetic_shards,  # fmt: skip
+    write_synthetic_shards,
 )
 from tools.guard import RunGuard
 
@@ -48,7 +51,9 @@ def collective_name(event: Event) -> str:
 
 
 def communication(events: list[Event], covered: bool) -> dict:
-    """{collective: launches, ms, exposed_ms} and the total "all"; without `covered`, nothing hides anything."""
+    """{collective: launches, ms, exposed_ms} and the total "all"; without `covered`, nothing
+    hides anything.
+    """
     compute = [e for e in events if e.phase != "collectives"]
     table = defaultdict(lambda: {"launches": 0, "ms": 0.0, "exposed_ms": 0.0})
     groups = defaultdict(list)
@@ -58,19 +63,29 @@ def communication(events: list[Event], covered: bool) -> dict:
             groups["all"].append(event)
     busy = busy_ms(compute)
     for name, group in groups.items():
-        exposed = busy_ms(group + compute) - busy if covered else sum(e.duration for e in group) / 1e3
-        table[name] = {"launches": len(group), "ms": sum(e.duration for e in group) / 1e3, "exposed_ms": exposed}
+        exposed = (
+            busy_ms(group + compute) - busy if covered else sum(e.duration for e in group) / 1e3
+        )
+        table[name] = {
+            "launches": len(group),
+            "ms": sum(e.duration for e in group) / 1e3,
+            "exposed_ms": exposed,
+        }
     return dict(table)
 
 
 def mean_and_least(ranks: list[list[dict]]) -> dict:
-    """communication() of [rank][step] -> means of rank 0 over the steps, and least_ms: exposed_ms of the rank where it
-    is least in a step, mean over the steps.
+    """communication() of [rank][step] -> means of rank 0 over the steps, and least_ms: exposed_ms
+    of
+    the rank where it is least in a step, mean over the steps.
     """
     table = {}
     for name, first in ranks[0][0].items():
         of_steps = [[rank[step][name] for rank in ranks] for step in range(len(ranks[0]))]
-        means = {key: sum(step[0][key] for step in of_steps) / len(of_steps) for key in ("ms", "exposed_ms")}
+        means = {
+            key: sum(step[0][key] for step in of_steps) / len(of_steps)
+            for key in ("ms", "exposed_ms")
+        }
         least = sum(min(rank["exposed_ms"] for rank in step) for step in of_steps) / len(of_steps)
         table[name] = {"launches": first["launches"], **means, "least_ms": least}
     return table
@@ -100,8 +115,12 @@ def worker(args) -> None:
     trainer = tg.Trainer(tg.build_model(hp, dist), loader, hp, dist, print, RunGuard())
     trainer.optimizers.step = annotated("optimizer", trainer.optimizers.step)
     losses = fixed_steps(trainer, args.losses)
-    result = {"ranks": dist.world_size, "device": torch.cuda.get_device_name() if cuda else "cpu", "losses": losses,
-              "states": {}}  # fmt: skip
+    result = {
+        "ranks": dist.world_size,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "losses": losses,
+        "states": {},
+    }
     for state, looping in (("off", False), ("on", True)):
         step = args.losses
         for _ in range(3):
@@ -111,10 +130,11 @@ def worker(args) -> None:
         rate, step = tokens_per_second(trainer, looping, args.seconds, step)
         profiled = [communication(profile_step(trainer, step + i, looping), cuda) for i in range(3)]
         result["states"][state] = {
-            "tokens_per_second": rate, "step_ms": 1e3 * hp.train_batch_tokens / rate,
+            "tokens_per_second": rate,
+            "step_ms": 1e3 * hp.train_batch_tokens / rate,
             "communication": mean_and_least(dist.all_gather_object(profiled)),
             "peak_gb": torch.cuda.max_memory_reserved() / 1e9 if cuda else 0.0,
-        }  # fmt: skip
+        }
     if dist.rank == 0:
         Path(args.out).write_text(json.dumps(result))
     dist.close()
@@ -127,27 +147,40 @@ def print_row(row: dict, first: dict) -> None:
         share = figures["tokens_per_second"] / row["ranks"] / alone
         parts = {"all": {"ms": 0.0, "exposed_ms": 0.0, "least_ms": 0.0}} | figures["communication"]
         total = parts.pop("all")
-        told = ", ".join(f"{name} {p['launches']} x {p['ms']:.1f} {p['exposed_ms']:.1f} {p['least_ms']:.1f}"
-                         for name, p in parts.items())  # fmt: skip
-        print(f"{row['ranks']:5d} {state:>7} {figures['step_ms']:9.1f} {figures['tokens_per_second']:12,.0f} "
-              f"{share:10.3f} {total['ms']:9.1f} {total['exposed_ms']:9.1f} {total['least_ms']:7.1f}  {told}",
-              flush=True)  # fmt: skip
+        told = ", ".join(
+            f"{name} {p['launches']} x {p['ms']:.1f} {p['exposed_ms']:.1f} {p['least_ms']:.1f}"
+            for name, p in parts.items()
+        )
+        print(
+            f"{row['ranks']:5d} {state:>7} {figures['step_ms']:9.1f}"
+            f" {figures['tokens_per_second']:12,.0f} {share:10.3f} {total['ms']:9.1f}"
+            f" {total['exposed_ms']:9.1f} {total['least_ms']:7.1f}  {told}",
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    parser.add_argument("--ranks", default="1,2,4,8", help="numbers of ranks; the first is the reference")
+    parser.add_argument(
+        "--ranks", default="1,2,4,8", help="numbers of ranks; the first is the reference"
+    )
     parser.add_argument("--seconds", type=float, default=20.0, help="window of each rate")
-    parser.add_argument("--losses", type=int, default=60, help="steps whose losses are compared; 0: none")
+    parser.add_argument(
+        "--losses", type=int, default=60, help="steps whose losses are compared; 0: none"
+    )
     parser.add_argument("--out", default="scaling.json", help="file for the figures as JSON")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return worker(args)
     rows = []
-    print("ranks looping   ms/step     tokens/s efficiency   comm ms   exposed   least  "
-          "collectives (launches, ms, exposed, least)")  # fmt: skip
+    print(
+        "ranks looping   ms/step     tokens/s efficiency   comm ms   exposed   least  "
+        "collectives (launches, ms, exposed, least)"
+    )
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         environment = dict(os.environ)
         if "DATA_PATH" not in environment:
@@ -156,18 +189,40 @@ def main() -> None:
             write_synthetic_shards(folder, 90 * hp.train_batch_tokens, hp.vocab_size)
         for ranks in map(int, args.ranks.split(",")):
             part = Path(folder, "row.json")
-            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                            __file__, "--worker", "--device", args.device, "--seconds", str(args.seconds),
-                            "--losses", str(args.losses), "--ranks", args.ranks, "--out", str(part)],
-                           env=environment, check=True)  # fmt: skip
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    f"--nproc_per_node={ranks}",
+                    __file__,
+                    "--worker",
+                    "--device",
+                    args.device,
+                    "--seconds",
+                    str(args.seconds),
+                    "--losses",
+                    str(args.losses),
+                    "--ranks",
+                    args.ranks,
+                    "--out",
+                    str(part),
+                ],
+                env=environment,
+                check=True,
+            )
             rows.append(json.loads(part.read_text()))
             print_row(rows[-1], rows[0])
             Path(args.out).write_text(json.dumps(rows, indent=1))
     if args.losses and len(rows) > 1:
         for row in rows[1:]:
             gaps = [abs(a - b) for a, b in zip(row["losses"], rows[0]["losses"], strict=True)]
-            print(f"losses of {args.losses} steps, {row['ranks']} ranks against {rows[0]['ranks']}: at most "
-                  f"{max(gaps):.2g} nats apart, {gaps[-1]:.2g} at the last ({row['losses'][-1]:.4f})")  # fmt: skip
+            print(
+                f"losses of {args.losses} steps, {row['ranks']} ranks against {rows[0]['ranks']}:"
+                f" at most {max(gaps):.2g} nats apart, {gaps[-1]:.2g} at the last"
+                f" ({row['losses'][-1]:.4f})"
+            )
             assert math.isfinite(max(gaps)), "training diverged"
 
 

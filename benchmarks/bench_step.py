@@ -1,25 +1,31 @@
-"""Where the time of a training step goes: one table for the default model with looping off, one with looping on.
+"""Where the time of a training step goes: one table for the default model with looping off, one
+with
+looping on.
 
-    python benchmarks/bench_step.py [--seconds 60] [--states off,on] [--no-table] [--caches] [--loader] [--out FILE]
+    python benchmarks/bench_step.py [--seconds 60] [--states off,on] [--no-table] \\
+        [--caches] [--loader] [--out FILE]
 
-The trainer's own step runs on DATA_PATH, or on synthetic shards with documents of realistic lengths; settings come from
-the environment as in a run. For each state: seconds until the first step is done (compilation and capture, with empty
-caches unless --caches), then tokens per second in a window of --seconds with the clock of a run, and the peak of
-reserved memory up to its end. The losses of the first three steps are told as well: from the same data and seed, trees
-that differ there by more than rounding do not train the same, and their rates compare nothing.
+The trainer's own step runs on DATA_PATH, or on synthetic shards with documents of realistic
+lengths; settings come from the environment as in a run. For each state: seconds until the first
+step is done (compilation and capture, with empty caches unless --caches), then tokens per second in
+a window of --seconds with the clock of a run, and the peak of reserved memory up to its end. The
+losses of the first three steps are told as well: from the same data and seed, trees that differ
+there by more than rounding do not train the same, and their rates compare nothing.
 
-Then one step under torch.profiler. Replayed kernels have no operators around them, so that with TRAIN_CUDA_GRAPHS=1
-this step alone is compiled once more, without capture. Its device work is sorted into phases by the operator that
-launched it and by its shapes. Columns, of one step:
+Then one step under torch.profiler. Replayed kernels have no operators around them, so that with
+TRAIN_CUDA_GRAPHS=1 this step alone is compiled once more, without capture. Its device work is
+sorted into phases by the operator that launched it and by its shapes. Columns, of one step:
 
-    ms, and ms a micro-batch; launches; GFLOP of matrix products and attention; GB, every operand of a kernel once;
-    floor: the longer of FLOPs at the rate of a large product and bytes at that of a copy, both of the same call; ratio
+    ms, and ms a micro-batch; launches; GFLOP of matrix products and attention;
+    GB, every operand of a kernel once; floor: the longer of FLOPs at the rate of a large
+    product and bytes at that of a copy, both of the same call; ratio
 
-`launch gaps` is the step's time in the window minus the time that the device is busy in the profiled one; the line
-behind it says between which phases it was idle under the profiler. Then the longest kernels, those that no phase
-claims, losses, memory, tokens/s and model FLOPs utilisation. --no-table leaves the profiled step out. --loader measures
-only the loader. On a CPU a small model is measured, operators stand in for kernels, and what Python and autograd take
-between them counts as launch gaps.
+`launch gaps` is the step's time in the window minus the time that the device is busy in the
+profiled one; the line behind it says between which phases it was idle under the profiler. Then the
+longest kernels, those that no phase claims, losses, memory, tokens/s and model FLOPs utilisation.
+--no-table leaves the profiled step out. --loader measures only the loader. On a CPU a small model
+is measured, operators stand in for kernels, and what Python and autograd take between them counts
+as launch gaps.
 """
 
 import argparse
@@ -41,16 +47,57 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as tg
 from tools.guard import RunGuard
 
-SMALL = {"vocab_size": 320, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 8, "mlp_mult": 3.0,
-         "num_layers": 4, "loop_start": 1, "loop_end": 2, "num_loops": 1, "parallel_start_layer": 3, "xsa_last_n": 4,
-         "train_batch_tokens": 1024, "micro_batch_tokens": 512, "train_seq_len": 128}  # fmt: skip
-ITEM_BYTES = {"c10::BFloat16": 2, "c10::Half": 2, "float": 4, "int": 4, "long int": 8, "long": 8, "double": 8,
-              "bool": 1, "unsigned char": 1, "signed char": 1}  # fmt: skip
+SMALL = {
+    "vocab_size": 320,
+    "model_dim": 64,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "rope_dims": 8,
+    "mlp_mult": 3.0,
+    "num_layers": 4,
+    "loop_start": 1,
+    "loop_end": 2,
+    "num_loops": 1,
+    "parallel_start_layer": 3,
+    "xsa_last_n": 4,
+    "train_batch_tokens": 1024,
+    "micro_batch_tokens": 512,
+    "train_seq_len": 128,
+}
+ITEM_BYTES = {
+    "c10::BFloat16": 2,
+    "c10::Half": 2,
+    "float": 4,
+    "int": 4,
+    "long int": 8,
+    "long": 8,
+    "double": 8,
+    "bool": 1,
+    "unsigned char": 1,
+    "signed char": 1,
+}
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
-PHASES = ("attention forward", "attention backward", "attention pre/post-processing", "MLP kernels", "MLP products",
-          "projections", "head product", "cross-entropy", "element-wise forward", "element-wise backward",
-          "gradient accumulation", "Newton-Schulz", "AdamW", "collectives", "optimizer, rest", "EMA", "data",
-          "copies and fills", "other")  # fmt: skip
+PHASES = (
+    "attention forward",
+    "attention backward",
+    "attention pre/post-processing",
+    "MLP kernels",
+    "MLP products",
+    "projections",
+    "head product",
+    "cross-entropy",
+    "element-wise forward",
+    "element-wise backward",
+    "gradient accumulation",
+    "Newton-Schulz",
+    "AdamW",
+    "collectives",
+    "optimizer, rest",
+    "EMA",
+    "data",
+    "copies and fills",
+    "other",
+)
 
 
 @dataclass
@@ -60,7 +107,8 @@ class Event:
     name: str
     start: float  # microseconds
     duration: float
-    chain: list  # what was running on the launching thread, outermost first: (name, shapes, types, start)
+    # what was running on the launching thread, outermost first: (name, shapes, types, start)
+    chain: list
     phase: str = ""
     shape: str = ""  # of a matrix product
     source: tuple = ()  # the operator whose work it is
@@ -72,7 +120,9 @@ class Event:
 
 
 def write_synthetic_shards(folder: str, tokens: int, vocab_size: int) -> None:
-    """Documents with lengths like web text (median 520, mean 1,300 tokens) and Zipf-like tokens, as one train shard."""
+    """Documents with lengths like web text (median 520, mean 1,300 tokens) and Zipf-like
+    tokens, as one train shard.
+    """
     rng = np.random.default_rng(0)
     values = np.minimum(8 + rng.zipf(1.3, tokens) % (vocab_size - 8), vocab_size - 1)
     lengths = np.maximum(2, rng.lognormal(math.log(520), 1.35, 1 + tokens // 200)).astype(np.int64)
@@ -80,7 +130,9 @@ def write_synthetic_shards(folder: str, tokens: int, vocab_size: int) -> None:
     values[starts[starts < tokens]] = tg.BOS_ID
     header = np.zeros(256, dtype="<i4")
     header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, tokens
-    Path(folder, "fineweb_train_000000.bin").write_bytes(header.tobytes() + values.astype("<u2").tobytes())
+    Path(folder, "fineweb_train_000000.bin").write_bytes(
+        header.tobytes() + values.astype("<u2").tobytes()
+    )
 
 
 def bench_loader(hp, dist, seconds: float) -> float:
@@ -119,17 +171,27 @@ def product_rate(dist, dtype, rows: int = 0, inner: int = 0, columns: int = 0) -
     """Name and TFLOP/s of a product, by default a large one."""
     if not rows:
         rows = inner = columns = 8192 if dist.device.type == "cuda" else 512
-    a, b = (torch.randn(shape, device=dist.device, dtype=dtype) for shape in ((rows, inner), (inner, columns)))
+    a, b = (
+        torch.randn(shape, device=dist.device, dtype=dtype)
+        for shape in ((rows, inner), (inner, columns))
+    )
     rate = 2e-12 * rows * inner * columns / seconds_of(lambda: a @ b, dist)
     return f"product {rows}x{inner}x{columns} TFLOP/s", rate
 
 
 def measure_ceilings(hp, dist, dtype) -> dict:
-    """{name: TFLOP/s} of a large product and of products over the model's width, and GB/s of a copy."""
+    """{name: TFLOP/s} of a large product and of products over the model's width, and GB/s of a
+    copy.
+    """
     tokens = hp.micro_batch_tokens if dist.device.type == "cuda" else 4096
-    shapes = [(), *((tokens, hp.model_dim, n) for n in (hp.model_dim, hp.mlp_dim, hp.num_embeddings))]
+    shapes = [
+        (),
+        *((tokens, hp.model_dim, n) for n in (hp.model_dim, hp.mlp_dim, hp.num_embeddings)),
+    ]
     ceilings = dict(product_rate(dist, dtype, *shape) for shape in shapes)
-    source = torch.empty(2**30 if dist.device.type == "cuda" else 2**24, dtype=torch.int8, device=dist.device)
+    source = torch.empty(
+        2**30 if dist.device.type == "cuda" else 2**24, dtype=torch.int8, device=dist.device
+    )
     target = torch.empty_like(source)
     ceilings["copy GB/s"] = 2e-9 * source.numel() / seconds_of(lambda: target.copy_(source), dist)
     return ceilings
@@ -139,7 +201,9 @@ def measure_ceilings(hp, dist, dtype) -> dict:
 
 
 def device_events(trace: dict, cuda: bool) -> list[Event]:
-    """Chrome trace of torch.profiler -> device work, each with the operators that enclose its launch."""
+    """Chrome trace of torch.profiler -> device work, each with the operators that enclose its
+    launch.
+    """
     threads, launches, work = defaultdict(list), {}, []
     for event in trace["traceEvents"]:
         category, args = event.get("cat"), event.get("args", {})
@@ -170,7 +234,9 @@ def frame(operator) -> tuple:
 
 
 def attach_chains(operators: list, points: list) -> None:
-    """Sorted operators of a thread, sorted (time, Event) of its launches: sets Event.chain to the open operators."""
+    """Sorted operators of a thread, sorted (time, Event) of its launches: sets Event.chain to
+    the open operators.
+    """
     stack, position = [], 0
     for ts, event in points:
         while position < len(operators) and operators[position]["ts"] <= ts:
@@ -182,10 +248,16 @@ def attach_chains(operators: list, points: list) -> None:
 
 
 def own_times(operators: list) -> list[Event]:
-    """Sorted operators of a thread -> one Event each, with the time outside the operators it encloses."""
+    """Sorted operators of a thread -> one Event each, with the time outside the operators it
+    encloses.
+    """
     events, stack = [], []
     for operator in operators:
-        stack = [pair for pair in stack if pair[0]["ts"] + pair[0]["dur"] >= operator["ts"] + operator["dur"]]
+        stack = [
+            pair
+            for pair in stack
+            if pair[0]["ts"] + pair[0]["dur"] >= operator["ts"] + operator["dur"]
+        ]
         chain = [frame(o) for o, _ in stack] + [frame(operator)]
         event = Event(operator["name"], operator["ts"], operator["dur"], chain)
         if stack:
@@ -207,20 +279,28 @@ def tensor_bytes(shapes: list, types: list) -> list[float]:
 
 
 def work_of(operator: tuple, event: Event, hp) -> tuple[float, float]:
-    """FLOPs of a matrix product, bytes of an operator's operands (each once); attention is counted elsewhere."""
+    """FLOPs of a matrix product, bytes of an operator's operands (each once); attention is
+    counted elsewhere.
+    """
     name, shapes, types, _ = operator
     short, sizes, flops = name.split("::")[-1], tensor_bytes(shapes, types), 0.0
     if short in PRODUCTS:
         matrices = [s for s in shapes if len(s) >= 2]
-        a, b = matrices[1:3] if short in ("addmm", "baddbmm") and len(matrices) > 2 else matrices[:2]
+        a, b = (
+            matrices[1:3] if short in ("addmm", "baddbmm") and len(matrices) > 2 else matrices[:2]
+        )
         flops = 2.0 * math.prod(a) * b[-1]
         item = sizes[0] / max(1, math.prod(shapes[0]))
         return flops, item * (math.prod(a) + math.prod(b) + math.prod(a[:-1]) * b[-1])
     if name == "golf::mlp":  # x, w_up, w_down -> act
-        return 2.0 * shapes[0][0] * math.prod(shapes[1]), sum(sizes[:2]) + sizes[0] * hp.mlp_dim / hp.model_dim
+        return (
+            2.0 * shapes[0][0] * math.prod(shapes[1]),
+            sum(sizes[:2]) + sizes[0] * hp.mlp_dim / hp.model_dim,
+        )
     if name == "golf::mlp_backward":  # grad, w_down, act -> grad_pre
         return 2.0 * shapes[0][0] * math.prod(shapes[1]), sum(sizes) + sizes[2]
-    if name == "golf::enter_backward":  # gradients, merged, x0, mix, scale, [skip, ...]; -> those of merged, x0, skip
+    # gradients, merged, x0, mix, scale, [skip, ...]; -> those of merged, x0, skip
+    if name == "golf::enter_backward":
         streams = [*shapes[0], *2 * shapes[1:3], *2 * shapes[5][:1]]
         return 0.0, float(ITEM_BYTES[types[1]]) * sum(map(math.prod, streams))
     if name == "golf::linear_cross_entropy":  # h, weight: logits, read and overwritten
@@ -247,7 +327,9 @@ def product_phase(shapes: list, hp) -> str:
 def classify(event: Event, hp) -> None:
     """Sets phase, FLOPs and bytes of an event from the operators around its launch."""
     names = " ".join(frame[0] for frame in event.chain)
-    shaped = [f for f in event.chain if f[1] and not f[0].startswith(("autograd::", "Compiled", "phase:"))]
+    shaped = [
+        f for f in event.chain if f[1] and not f[0].startswith(("autograd::", "Compiled", "phase:"))
+    ]
     operator = shaped[-1] if shaped else None
     if operator:
         event.source = operator[0], operator[3]
@@ -263,8 +345,17 @@ def classify(event: Event, hp) -> None:
         event.phase = {"ema": "EMA", "data": "data"}[part[1]]
     elif part:
         adam = "adam" in (names + event.name).lower()
-        event.phase = "Newton-Schulz" if product or "golf::" in names else "AdamW" if adam else "optimizer, rest"
-    elif re.search(r"attention_(fa|torch)|fa4_backward|flash|scaled_dot_product|varlen_attn", names + event.name):
+        event.phase = (
+            "Newton-Schulz"
+            if product or "golf::" in names
+            else "AdamW"
+            if adam
+            else "optimizer, rest"
+        )
+    elif re.search(
+        r"attention_(fa|torch)|fa4_backward|flash|scaled_dot_product|varlen_attn",
+        names + event.name,
+    ):
         event.phase = attention_phase(event, names, backward)
     elif "golf::linear_cross_entropy" in names:
         event.phase = "head product" if product else "cross-entropy"
@@ -276,10 +367,16 @@ def classify(event: Event, hp) -> None:
         event.phase = "cross-entropy"
     elif "AccumulateGrad" in names:
         event.phase = "gradient accumulation"
-    elif not event.name.startswith("triton_") and re.search(  # these are called after all that they do, casts too
-            "memcpy|memset|copy|fill|zero|detach|empty|contiguous", event.name.lower()):  # fmt: skip
+    # these are called after all that they do, casts too
+    elif not event.name.startswith("triton_") and re.search(
+        "memcpy|memset|copy|fill|zero|detach|empty|contiguous", event.name.lower()
+    ):
         event.phase = "copies and fills"
-    elif re.match("triton_|golf::|aten::", event.name) or "golf::" in names or "elementwise" in event.name:
+    elif (
+        re.match("triton_|golf::|aten::", event.name)
+        or "golf::" in names
+        or "elementwise" in event.name
+    ):
         event.phase = "element-wise backward" if backward else "element-wise forward"
     else:
         event.phase = "other"
@@ -301,7 +398,9 @@ def count_once(events: list[Event]) -> None:
 
 
 def add_attention_work(events: list[Event], pairs: float, passes: int, hp, item: int) -> None:
-    """Spreads the FLOPs and bytes of attention (causal pairs of the step, per pass) over its events by their time."""
+    """Spreads the FLOPs and bytes of attention (causal pairs of the step, per pass) over its
+    events by their time.
+    """
     heads, kv_heads = hp.num_heads * hp.head_dim, hp.num_kv_heads * hp.head_dim
     once = 4.0 * pairs * heads * passes
     tokens = float(hp.train_batch_tokens) * passes
@@ -309,13 +408,16 @@ def add_attention_work(events: list[Event], pairs: float, passes: int, hp, item:
     for phase, words, flops, width in (
         ("attention forward", "", once, item * (2 * heads + 2 * kv_heads)),
         ("attention backward", "", 2.5 * once, item * (4 * heads + 4 * kv_heads)),
-        (around, "preprocess|dot_do_o", 0.0, (2 * item + 4) * heads),  # out, its gradient; fp32 sums of dq are zeroed
+        # out, its gradient; fp32 sums of dq are zeroed
+        (around, "preprocess|dot_do_o", 0.0, (2 * item + 4) * heads),
         (around, "postprocess|convert", 0.0, (4 + item) * heads),  # these sums, dq
     ):
         chosen = [e for e in events if e.phase == phase and re.search(words, e.name.lower())]
         total = sum(e.duration for e in chosen) or 1.0
         for event in chosen:
-            event.flops, event.nbytes = (work * event.duration / total for work in (flops, tokens * width))
+            event.flops, event.nbytes = (
+                work * event.duration / total for work in (flops, tokens * width)
+            )
 
 
 # --- one state
@@ -337,7 +439,10 @@ def causal_pairs(trainer, step: int) -> float:
 
 def profile_step(trainer, step: int, looping: bool) -> list[Event]:
     cuda = trainer.dist.device.type == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * cuda]
+    activities = [
+        torch.profiler.ProfilerActivity.CPU,
+        *[torch.profiler.ProfilerActivity.CUDA] * cuda,
+    ]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         trainer.train_step(step, 0.0, looping)
         trainer.dist.synchronize()
@@ -355,7 +460,9 @@ def profile_step(trainer, step: int, looping: bool) -> list[Event]:
 
 
 def profile_uncaptured(trainer, step: int, looping: bool) -> list[Event]:
-    """profile_step of kernels that operators launch; the captured micro-batches stay for the steps that follow."""
+    """profile_step of kernels that operators launch; the captured micro-batches stay for the
+    steps that follow.
+    """
     captured = trainer.forward
     hp, dist = trainer.hp, trainer.dist
     if hp.train_cuda_graphs and dist.device.type == "cuda" and tg.compile_wanted(hp, dist):
@@ -387,7 +494,9 @@ def busy_ms(events: list[Event]) -> float:
 
 
 def idle(events: list[Event]) -> dict:
-    """{(phase before, phase behind): ms, gaps} of the time between events in which none was running, longest first."""
+    """{(phase before, phase behind): ms, gaps} of the time between events in which none was
+    running, longest first.
+    """
     table, last = defaultdict(lambda: {"ms": 0.0, "gaps": 0}), None
     for event in sorted(events, key=lambda e: e.start):
         if last and event.start > last.start + last.duration:
@@ -400,33 +509,57 @@ def idle(events: list[Event]) -> dict:
 
 
 def floor_ms(event: Event, ceilings: dict) -> float:
-    """Of whatever shape: products over the model's width are slower with cuBLAS, but not with every kernel."""
+    """Of whatever shape: products over the model's width are slower with cuBLAS, but not with
+    every kernel.
+    """
     large = next(iter(ceilings.values()))
     return max(event.flops / large / 1e9, event.nbytes / ceilings["copy GB/s"] / 1e6)
 
 
 def summarize(events: list[Event], ceilings: dict, by) -> dict:
     """{key: ms, launches, gflop, gbyte, floor_ms}, longest first."""
-    table = defaultdict(lambda: {"ms": 0.0, "launches": 0, "gflop": 0.0, "gbyte": 0.0, "floor_ms": 0.0})
+    table = defaultdict(
+        lambda: {"ms": 0.0, "launches": 0, "gflop": 0.0, "gbyte": 0.0, "floor_ms": 0.0}
+    )
     for event in events:
         row = table[by(event)]
-        for key, value in (("ms", event.duration / 1e3), ("launches", 1), ("gflop", event.flops / 1e9),
-                           ("gbyte", event.nbytes / 1e9), ("floor_ms", floor_ms(event, ceilings))):  # fmt: skip
+        for key, value in (
+            ("ms", event.duration / 1e3),
+            ("launches", 1),
+            ("gflop", event.flops / 1e9),
+            ("gbyte", event.nbytes / 1e9),
+            ("floor_ms", floor_ms(event, ceilings)),
+        ):
             row[key] += value
     return dict(sorted(table.items(), key=lambda item: -item[1]["ms"]))
 
 
 def model_flops(model, looping: bool, pairs: float) -> float:
-    """FLOPs of a step that the model asks for: 6 a weight in play and token, 3.5 forward passes of causal attention."""
+    """FLOPs of a step that the model asks for: 6 a weight in play and token, 3.5 forward passes
+    of causal attention.
+    """
     hp, slots = model.hp, len(model.slots(looping))
-    layer = 2 * hp.model_dim**2 + 2 * hp.model_dim * hp.num_kv_heads * hp.head_dim + 2 * hp.model_dim * hp.mlp_dim
+    layer = (
+        2 * hp.model_dim**2
+        + 2 * hp.model_dim * hp.num_kv_heads * hp.head_dim
+        + 2 * hp.model_dim * hp.mlp_dim
+    )
     weights = slots * layer + hp.num_embeddings * hp.model_dim
-    return 6.0 * weights * hp.train_batch_tokens + 3.5 * 4.0 * pairs * hp.num_heads * hp.head_dim * slots
+    return (
+        6.0 * weights * hp.train_batch_tokens
+        + 3.5 * 4.0 * pairs * hp.num_heads * hp.head_dim * slots
+    )
 
 
 def bench_state(trainer, looping: bool, seconds: float, ceilings: dict, table: bool) -> dict:
     """Figures of the step as it is trained; with `table` also those of a profiled one."""
-    dist, hp, times, losses, cuda = trainer.dist, trainer.hp, [], [], trainer.dist.device.type == "cuda"
+    dist, hp, times, losses, cuda = (
+        trainer.dist,
+        trainer.hp,
+        [],
+        [],
+        trainer.dist.device.type == "cuda",
+    )
     if cuda:
         torch.cuda.empty_cache()  # what a profiled step or the ceilings left
         torch.cuda.reset_peak_memory_stats()
@@ -438,78 +571,127 @@ def bench_state(trainer, looping: bool, seconds: float, ceilings: dict, table: b
     rate, step = tokens_per_second(trainer, looping, seconds, 3)
     # reserved: memory of a captured graph counts as allocated only while it is captured
     peak = torch.cuda.max_memory_reserved() / 1e9 if cuda else 0.0
-    product = product_rate(dist, trainer.model.dtype)[1]  # a long window warms the device, and its clocks fall
+    # a long window warms the device, and its clocks fall
+    product = product_rate(dist, trainer.model.dtype)[1]
     step_ms = 1e3 * hp.train_batch_tokens / rate / dist.world_size
     flops = model_flops(trainer.model, looping, causal_pairs(trainer, step))
     result = {
         "first_losses": torch.stack(losses).tolist(),
-        "tokens_per_second": rate, "step_ms": step_ms, "first_step_seconds": times[0],
-        "compile_seconds": times[0] - times[-1], "peak_reserved_gb": peak, "large_product_after": product,
+        "tokens_per_second": rate,
+        "step_ms": step_ms,
+        "first_step_seconds": times[0],
+        "compile_seconds": times[0] - times[-1],
+        "peak_reserved_gb": peak,
+        "large_product_after": product,
         "model_tflops_per_second": flops / step_ms / 1e9,
         "utilisation": flops / step_ms / 1e9 / next(iter(ceilings.values())),
-    }  # fmt: skip
+    }
     if not table:
         return result
     events = profile_uncaptured(trainer, step, looping)
     busy = busy_ms(events) if cuda else sum(e.duration for e in events) / 1e3
     names = summarize(events, ceilings, lambda e: (f"{e.shape} {e.name}".strip(), e.phase))
     return result | {
-        "busy_ms": busy, "launch_gaps_ms": step_ms - busy, "phases": summarize(events, ceilings, lambda e: e.phase),
+        "busy_ms": busy,
+        "launch_gaps_ms": step_ms - busy,
+        "phases": summarize(events, ceilings, lambda e: e.phase),
         "idle": [{"between": pair, **row} for pair, row in idle(events).items()],
         "kernels": [{"name": name, "phase": phase, **row} for (name, phase), row in names.items()],
-    }  # fmt: skip
+    }
 
 
 def print_state(name: str, result: dict, micro_steps: int) -> None:
-    print(f"\nlooping {name}: {result['step_ms']:.1f} ms a step, compile {result['compile_seconds']:.1f} s")
+    print(
+        f"\nlooping {name}: {result['step_ms']:.1f} ms a step, compile"
+        f" {result['compile_seconds']:.1f} s"
+    )
     if "phases" in result:
         print_table(result, micro_steps)
     print("losses of the first steps " + " ".join(f"{loss:.4f}" for loss in result["first_losses"]))
-    print(f"peak memory {result['peak_reserved_gb']:.1f} GB reserved; {result['tokens_per_second']:,.0f} tokens/s; "
-          f"model FLOPs {result['model_tflops_per_second']:.3g} TFLOP/s, {result['utilisation']:.1%} of the large "
-          f"product (right after the window: {result['large_product_after']:.3g})", flush=True)  # fmt: skip
+    print(
+        f"peak memory {result['peak_reserved_gb']:.1f} GB reserved;"
+        f" {result['tokens_per_second']:,.0f} tokens/s; model FLOPs"
+        f" {result['model_tflops_per_second']:.3g} TFLOP/s, {result['utilisation']:.1%} of the"
+        f" large product (right after the window: {result['large_product_after']:.3g})",
+        flush=True,
+    )
 
 
 def print_table(result: dict, micro_steps: int) -> None:
-    print(f"{'phase':32}{'ms':>9}{'a micro':>9}{'launches':>9}{'GFLOP':>10}{'GB':>9}{'floor ms':>10}{'ratio':>7}")
+    print(
+        f"{'phase':32}{'ms':>9}{'a micro':>9}{'launches':>9}"
+        f"{'GFLOP':>10}{'GB':>9}{'floor ms':>10}{'ratio':>7}"
+    )
     rows = [*((p, result["phases"][p]) for p in PHASES if p in result["phases"])]
     keys = "ms", "launches", "gflop", "gbyte", "floor_ms"
     rows.append(("device work", {key: sum(row[key] for _, row in rows) for key in keys}))
     for phase, row in rows:
         ratio = f"{row['ms'] / row['floor_ms']:7.2f}" if row["floor_ms"] else ""
-        print(f"{phase:32}{row['ms']:9.2f}{row['ms'] / micro_steps:9.3f}{row['launches']:9d}{row['gflop']:10.0f}"
-              f"{row['gbyte']:9.2f}{row['floor_ms']:10.2f}{ratio}")  # fmt: skip
+        print(
+            f"{phase:32}{row['ms']:9.2f}{row['ms'] / micro_steps:9.3f}{row['launches']:9d}"
+            f"{row['gflop']:10.0f}{row['gbyte']:9.2f}{row['floor_ms']:10.2f}{ratio}"
+        )
     gaps = result["launch_gaps_ms"]
-    print(f"{'launch gaps':32}{gaps:9.2f}{gaps / micro_steps:9.3f}   (device busy {result['busy_ms']:.2f} ms)")
-    idle = [f"{row['ms']:.2f} ms in {row['gaps']}, {' - '.join(row['between'])}" for row in result["idle"][:8]]
+    print(
+        f"{'launch gaps':32}{gaps:9.2f}{gaps / micro_steps:9.3f}   (device busy"
+        f" {result['busy_ms']:.2f} ms)"
+    )
+    idle = [
+        f"{row['ms']:.2f} ms in {row['gaps']}, {' - '.join(row['between'])}"
+        for row in result["idle"][:8]
+    ]
     print("idle under the profiler, between: " + "; ".join(idle))
     print("longest kernels (ms, launches, GB/s, TFLOP/s, phase, name):")
     for row in result["kernels"][:30]:
-        print(f"{row['ms']:9.2f}{row['launches']:6d}{row['gbyte'] / row['ms'] * 1e3:7.0f}"
-              f"{row['gflop'] / row['ms']:6.0f}  {row['phase']:24} {row['name'][:110]}")  # fmt: skip
-    unknown = [f"{row['ms']:.2f} {row['name'][:80]}" for row in result["kernels"] if row["phase"] == "other"]
+        print(
+            f"{row['ms']:9.2f}{row['launches']:6d}{row['gbyte'] / row['ms'] * 1e3:7.0f}"
+            f"{row['gflop'] / row['ms']:6.0f}  {row['phase']:24} {row['name'][:110]}"
+        )
+    unknown = [
+        f"{row['ms']:.2f} {row['name'][:80]}"
+        for row in result["kernels"]
+        if row["phase"] == "other"
+    ]
     print("in no phase (ms, name): " + ("; ".join(unknown[:12]) or "none"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    parser.add_argument("--seconds", type=float, default=10.0, help="window of each rate; 60 for reported figures")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="window of each rate; 60 for reported figures"
+    )
     parser.add_argument("--states", default="off,on", help="looping off, on, or both")
-    parser.add_argument("--no-table", action="store_true", help="no profiled step: rates, compile seconds, memory")
-    parser.add_argument("--caches", action="store_true", help="use the compile caches of this machine")
+    parser.add_argument(
+        "--no-table", action="store_true", help="no profiled step: rates, compile seconds, memory"
+    )
+    parser.add_argument(
+        "--caches", action="store_true", help="use the compile caches of this machine"
+    )
     parser.add_argument("--loader", action="store_true", help="measure only the loader")
     parser.add_argument("--out", help="file for the figures as JSON")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # compile workers may still write
+    # compile workers may still write
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         if not args.caches:
-            os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+            os.environ |= {
+                "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+                "TRITON_CACHE_DIR": f"{folder}/triton",
+            }
         dist = tg.Dist(args.device)
         cuda = dist.device.type == "cuda"
-        hp = replace(tg.Hyperparameters.from_env(guard=RunGuard()), device=args.device, **({} if cuda else SMALL))
+        hp = replace(
+            tg.Hyperparameters.from_env(guard=RunGuard()),
+            device=args.device,
+            **({} if cuda else SMALL),
+        )
         if "DATA_PATH" not in os.environ:
             hp = replace(hp, data_path=folder)
-            write_synthetic_shards(folder, max(2**21, 40 * hp.train_batch_tokens) if cuda else 2**16, hp.vocab_size)
+            write_synthetic_shards(
+                folder, max(2**21, 40 * hp.train_batch_tokens) if cuda else 2**16, hp.vocab_size
+            )
         result = measure(hp, dist, args)
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1))
@@ -519,8 +701,10 @@ def main() -> None:
 def measure(hp, dist, args) -> dict:
     """Everything that was asked for, printed as it comes -> the figures."""
     name = torch.cuda.get_device_name() if dist.device.type == "cuda" else "cpu"
-    print(f"{name}, torch {torch.__version__}, {hp.micro_steps} micro-batches of {hp.micro_batch_tokens} tokens, "
-          f"{dist.world_size} ranks")  # fmt: skip
+    print(
+        f"{name}, torch {torch.__version__}, {hp.micro_steps} micro-batches of"
+        f" {hp.micro_batch_tokens} tokens, {dist.world_size} ranks"
+    )
     result = {"device": name, "torch": torch.__version__, "states": {}}
     result["loader_tokens_per_second"] = bench_loader(hp, dist, min(args.seconds, 5.0))
     print(f"loader alone {result['loader_tokens_per_second']:,.0f} tokens/s")
@@ -531,21 +715,34 @@ def measure(hp, dist, args) -> dict:
     result["model_seconds"] = time.perf_counter() - start
     print(f"model and trial calls of its operations {result['model_seconds']:.1f} s")
     result["operations"], result["notes"] = model.ops.names, model.ops.notes
-    print("operations " + " ".join(f"{k}:{v}" for k, v in model.ops.names.items()), *model.ops.notes, sep="\n  ")
+    print(
+        "operations " + " ".join(f"{k}:{v}" for k, v in model.ops.names.items()),
+        *model.ops.notes,
+        sep="\n  ",
+    )
     result["ceilings"] = measure_ceilings(hp, dist, model.dtype)
-    print("ceilings: " + ", ".join(f"{name} {rate:.3g}" for name, rate in result["ceilings"].items()), flush=True)
+    print(
+        "ceilings: " + ", ".join(f"{name} {rate:.3g}" for name, rate in result["ceilings"].items()),
+        flush=True,
+    )
     loader = tg.TrainLoader(tg.TokenStream(hp.data_path, "train"), hp, dist)
-    trainer = tg.Trainer(model, loader, hp, dist, print, RunGuard())  # it watches the gradients, as in a run
+    # it watches the gradients, as in a run
+    trainer = tg.Trainer(model, loader, hp, dist, print, RunGuard())
     trainer.loader.row = annotated("data", trainer.loader.row)
     trainer.optimizers.step = annotated("optimizer", trainer.optimizers.step)
     trainer.ema.update = annotated("ema", trainer.ema.update)
     for state in args.states.split(","):
         result["states"][state] = bench_state(
-            trainer, state == "on", args.seconds, result["ceilings"], not args.no_table)
+            trainer, state == "on", args.seconds, result["ceilings"], not args.no_table
+        )
         if dist.rank == 0:
             print_state(state, result["states"][state], hp.micro_steps // dist.world_size)
     states = result["states"].values()
-    rate = result["loader_tokens_per_second"] * dist.world_size / max(s["tokens_per_second"] for s in states)
+    rate = (
+        result["loader_tokens_per_second"]
+        * dist.world_size
+        / max(s["tokens_per_second"] for s in states)
+    )
     seconds = sum(s["compile_seconds"] for s in states)
     print(f"\nloader over training: {rate:.1f}x; compile of all graphs {seconds:.1f} s")
     return result

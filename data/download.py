@@ -4,9 +4,10 @@
     python data/download.py --train-shards 10                 # the first ten, and all of validation
     python data/download.py --variant sp1024                  # plain SentencePiece
 
-Run it again to go on where it broke off, or to have more shards. Every file is checked: size, header, the hub's sha256
-and the publisher's counts. `manifest.json` then states what is there, and how many training documents are validation
-documents too; train_gpt.py holds the dataset to it. HF_ENDPOINT names another hub, HF_TOKEN a token.
+Run it again to go on where it broke off, or to have more shards. Every file is checked: size,
+header, the hub's sha256 and the publisher's counts. `manifest.json` then states what is there, and
+how many training documents are validation documents too; train_gpt.py holds the dataset to it.
+HF_ENDPOINT names another hub, HF_TOKEN a token.
 """
 
 import argparse
@@ -18,7 +19,12 @@ from pathlib import Path
 
 import numpy as np
 from huggingface_hub import HfApi, hf_hub_url
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
@@ -38,7 +44,8 @@ from prepare_caseops_data import (  # noqa: E402
 from tools import hub as hub_errors  # noqa: E402
 from tools.verify_data import check_contents, find_leaks, is_canonical  # noqa: E402
 
-NetworkError = HfHubHTTPError.__bases__[0]  # HTTPError of the client's library: httpx, or httpx2 since version 2
+# HTTPError of the client's library: httpx, or httpx2 since version 2
+NetworkError = HfHubHTTPError.__bases__[0]
 HERE = Path(__file__).resolve().parent
 PREFIX = "datasets/"  # of every path in these repositories
 CASEOPS = "romeerp/parameter-golf-caseops-v1", "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
@@ -61,7 +68,10 @@ class Hub:
         self.revision = self.api.dataset_info(repo).sha
 
     def look_up(self, paths: list[str]) -> dict:
-        """Path -> what the hub says of the file (size, lfs.sha256). Raises DataError where one is missing."""
+        """Path -> what the hub says of the file (size, lfs.sha256).
+
+        Raises DataError where one is missing.
+        """
         found = {}
         for start in range(0, len(paths), 100):
             answer = self.api.get_paths_info(
@@ -73,27 +83,48 @@ class Hub:
         return found
 
     def fetch(self, info, target: Path) -> None:
-        """Downloads a file, going on behind what an earlier attempt left. Raises DataError if it is not the hub's."""
+        """Downloads a file, going on behind what an earlier attempt left.
+
+        Raises DataError if it is not the hub's.
+        """
         part = target.with_name(f"{target.name}.part")
         have = part.stat().st_size if part.exists() else 0
         if have > info.size:
             part.unlink()
             have = 0
-        url = hf_hub_url(self.repo, info.path, repo_type="dataset", revision=self.revision, endpoint=self.endpoint)
+        url = hf_hub_url(
+            self.repo,
+            info.path,
+            repo_type="dataset",
+            revision=self.revision,
+            endpoint=self.endpoint,
+        )
         with naming(part), part.open("ab") as file:
-            http_get(url, file, resume_size=have, headers=build_hf_headers(), expected_size=info.size)
+            http_get(
+                url, file, resume_size=have, headers=build_hf_headers(), expected_size=info.size
+            )
         if info.lfs is not None and file_sha256(part) != info.lfs.sha256:
             part.unlink()
-            raise DataError(f"{target.name}: not the hub's file (another sha256); thrown away, run the command again")
+            raise DataError(
+                f"{target.name}: not the hub's file (another sha256); thrown away, run the command"
+                " again"
+            )
         part.replace(target)
 
 
 def choose(manifest: dict, dataset: str, train_shards: int | None) -> tuple[dict, dict, dict]:
-    """The publisher's entries of a dataset and its tokenizer, and {path on the hub: file name here}."""
+    """The publisher's entries of a dataset and its tokenizer, and {path on the hub: file name
+    here}.
+    """
     entry = next((entry for entry in manifest["datasets"] if entry["name"] == dataset), None)
     if entry is None:
-        raise DataError(f"no {dataset} in the repository, only {[entry['name'] for entry in manifest['datasets']]}")
-    tokenizer = next(spec for spec in manifest["tokenizers"] if spec["name"] == entry["tokenizer_name"])
+        raise DataError(
+            f"no {dataset} in the repository, only"
+            f" {[entry['name'] for entry in manifest['datasets']]}"
+        )
+    tokenizer = next(
+        spec for spec in manifest["tokenizers"] if spec["name"] == entry["tokenizer_name"]
+    )
     stats = entry["stats"]
     if train_shards is None:
         train_shards = stats["files_train"]
@@ -102,13 +133,23 @@ def choose(manifest: dict, dataset: str, train_shards: int | None) -> tuple[dict
     streams = {"val": stats["files_val"], "train": train_shards}
     if "val_bytes_glob" in entry:
         streams["val_bytes"] = stats["files_val"]
-    names = [f"fineweb_{stream}_{number:06d}.bin" for stream, count in streams.items() for number in range(count)]
+    names = [
+        f"fineweb_{stream}_{number:06d}.bin"
+        for stream, count in streams.items()
+        for number in range(count)
+    ]
     model = tokenizer["model_path"]
-    return entry, tokenizer, {PREFIX + model: Path(model).name} | {f"{PREFIX}{entry['path']}/{n}": n for n in names}
+    return (
+        entry,
+        tokenizer,
+        {PREFIX + model: Path(model).name} | {f"{PREFIX}{entry['path']}/{n}": n for n in names},
+    )
 
 
 def is_whole(path: Path, info, known: dict) -> bool:
-    """Whether a file is the hub's: by its size and its sha256, which is not computed again where a manifest has it."""
+    """Whether a file is the hub's: by its size and its sha256, which is not computed again
+    where a manifest has it.
+    """
     if not path.exists() or path.stat().st_size != info.size:
         return False
     stated = known.get(path.name, {}).get("sha256")
@@ -124,18 +165,33 @@ def download(variant: str, folder: Path, repo: str | None, train_shards: int | N
     hub.fetch(hub.look_up([f"{PREFIX}manifest.json"])[f"{PREFIX}manifest.json"], published)
     try:
         entry, tokenizer, files = choose(json.loads(published.read_bytes()), dataset, train_shards)
-    except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, StopIteration) as error:
+    except (
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        LookupError,
+        TypeError,
+        StopIteration,
+    ) as error:
         raise DataError(f"{published}: not the index of such a repository ({error!r})") from error
     infos = {files[path]: info for path, info in hub.look_up(list(files)).items()}
     known = read_manifest(folder)["files"] if (folder / "manifest.json").exists() else {}
-    wanted = {name: info for name, info in infos.items() if not is_whole(folder / name, info, known)}
-    if others := sorted(path.name for path in folder.glob("fineweb_*.bin") if path.name not in infos):
-        raise DataError(f"{folder} has {others[0]}, which is not asked for ({len(others)} such files)")
+    wanted = {
+        name: info for name, info in infos.items() if not is_whole(folder / name, info, known)
+    }
+    if others := sorted(
+        path.name for path in folder.glob("fineweb_*.bin") if path.name not in infos
+    ):
+        raise DataError(
+            f"{folder} has {others[0]}, which is not asked for ({len(others)} such files)"
+        )
     (folder / "manifest.json").unlink(missing_ok=True)  # not true while files change
     size, free = sum(info.size for info in wanted.values()), shutil.disk_usage(folder).free
     print(f"{len(infos)} files, {len(wanted)} of them to fetch: {size / 1e9:.2f} GB", flush=True)
     if size > free - (1 << 30):
-        raise DataError(f"{folder}: {size / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free, one of which must stay so")
+        raise DataError(
+            f"{folder}: {size / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free, one of which must"
+            " stay so"
+        )
     for number, (name, info) in enumerate(wanted.items(), 1):
         print(f"{number}/{len(wanted)} {name}", flush=True)
         hub.fetch(info, folder / name)
@@ -143,7 +199,11 @@ def download(variant: str, folder: Path, repo: str | None, train_shards: int | N
     manifest = describe(folder, hub, entry, tokenizer, infos)
     for problem in check_contents(folder):
         raise DataError(f"{folder}: {problem}")
-    check_stats(manifest["splits"], entry["stats"], manifest["train_shards"] == entry["stats"]["files_train"])
+    check_stats(
+        manifest["splits"],
+        entry["stats"],
+        manifest["train_shards"] == entry["stats"]["files_train"],
+    )
     write_manifest(folder, manifest)
     return manifest
 
@@ -155,7 +215,10 @@ def describe(folder: Path, hub: Hub, entry: dict, tokenizer: dict, infos: dict) 
         counts = {"documents": 0, "tokens": 0}
         for path in shard_files(folder, stream):
             values, lfs = read_shard(path), infos[path.name].lfs
-            files[path.name] = {"values": len(values), "sha256": lfs.sha256 if lfs else file_sha256(path)}
+            files[path.name] = {
+                "values": len(values),
+                "sha256": lfs.sha256 if lfs else file_sha256(path),
+            }
             counts["documents"] += int((values == BOS_ID).sum())
             counts["tokens"] += len(values)
             if stream == "val_bytes":
@@ -168,7 +231,11 @@ def describe(folder: Path, hub: Hub, entry: dict, tokenizer: dict, infos: dict) 
         "format": "caseops_shards",
         "version": 1,
         "text_transform": entry.get("text_transform"),
-        "tokenizer": {"file": model.name, "sha256": file_sha256(model), "vocab_size": tokenizer["vocab_size"]},
+        "tokenizer": {
+            "file": model.name,
+            "sha256": file_sha256(model),
+            "vocab_size": tokenizer["vocab_size"],
+        },
         "split_rule": "as published",
         "train_shards": len(shard_files(folder, "train")),
         "leaked_documents": len(find_leaks(folder)[1]),
@@ -179,46 +246,83 @@ def describe(folder: Path, hub: Hub, entry: dict, tokenizer: dict, infos: dict) 
 
 
 def check_stats(splits: dict, stats: dict, whole: bool) -> None:
-    """Raises DataError where counts are not those that the publisher states; training is counted if it is all here."""
+    """Raises DataError where counts are not those that the publisher states; training is
+    counted if it is all here.
+    """
     for split in ("val", "train") if whole else ("val",):
         for kind, count in (("docs", "documents"), ("tokens", "tokens")):
             stated = stats.get(f"{kind}_{split}")
             if stated not in (None, splits[split][count]):
-                raise DataError(f"{split}: {splits[split][count]:,} {count}, the publisher states {stated:,}")
+                raise DataError(
+                    f"{split}: {splits[split][count]:,} {count}, the publisher states {stated:,}"
+                )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Fetch published token shards.")
-    parser.add_argument("--variant", default="caseops", metavar="NAME", help="caseops, or sp1024, sp8192, ... (plain)")
+    parser.add_argument(
+        "--variant",
+        default="caseops",
+        metavar="NAME",
+        help="caseops, or sp1024, sp8192, ... (plain)",
+    )
     count = whole_number(0)
-    parser.add_argument("--train-shards", type=count, metavar="N", help="the first N; default: all that are published")
-    parser.add_argument("--local-dir", type=Path, metavar="DIR", help="default: data/datasets/ and the dataset's name")
-    parser.add_argument("--repo", metavar="OWNER/NAME", help="another repository with the same layout")
+    parser.add_argument(
+        "--train-shards",
+        type=count,
+        metavar="N",
+        help="the first N; default: all that are published",
+    )
+    parser.add_argument(
+        "--local-dir",
+        type=Path,
+        metavar="DIR",
+        help="default: data/datasets/ and the dataset's name",
+    )
+    parser.add_argument(
+        "--repo", metavar="OWNER/NAME", help="another repository with the same layout"
+    )
     options = parser.parse_args(arguments)
     folder = options.local_dir or HERE / "datasets" / source_of(options.variant)[2]
     try:
         manifest = download(options.variant, folder, options.repo, options.train_shards)
     except KeyboardInterrupt:
-        print("error: interrupted\nRun the command again: it goes on where it stopped.", file=sys.stderr)
+        print(
+            "error: interrupted\nRun the command again: it goes on where it stopped.",
+            file=sys.stderr,
+        )
         return 130
     except GatedRepoError as error:
-        print(f"error: the repository asks for permission on its web page ({error})", file=sys.stderr)
+        print(
+            f"error: the repository asks for permission on its web page ({error})", file=sys.stderr
+        )
         return 1
     except RepositoryNotFoundError as error:
-        print(f"error: no such repository, or not for you: HF_TOKEN, or `hf auth login` ({error})", file=sys.stderr)
+        print(
+            f"error: no such repository, or not for you: HF_TOKEN, or `hf auth login` ({error})",
+            file=sys.stderr,
+        )
         return 1
     except (ImportError, hub_errors.InvalidURL) as error:
         print(f"error: {hub_errors.explain(error)}", file=sys.stderr)
         return 1
     except (DataError, OSError, HfHubHTTPError, NetworkError, HFValidationError) as error:
-        print(f"error: {error}\nRun the command again: it goes on where it stopped.", file=sys.stderr)
+        print(
+            f"error: {error}\nRun the command again: it goes on where it stopped.", file=sys.stderr
+        )
         return 1
     for split, counts in manifest["splits"].items():
         print(f"{split}: " + ", ".join(f"{number:,} {name}" for name, number in counts.items()))
-    val, costs = (np.concatenate([read_shard(p) for p in shard_files(folder, s)] or [[]]) for s in ("val", "val_bytes"))
-    print(f"{manifest['leaked_documents']} training documents are validation documents too; "
-          f"canonical: {'yes' if is_canonical(val, costs if len(costs) else None) else 'no'}; {folder}")  # fmt: skip
+    val, costs = (
+        np.concatenate([read_shard(p) for p in shard_files(folder, s)] or [[]])
+        for s in ("val", "val_bytes")
+    )
+    print(
+        f"{manifest['leaked_documents']} training documents are validation documents too;"
+        f" canonical: {'yes' if is_canonical(val, costs if len(costs) else None) else 'no'};"
+        f" {folder}"
+    )
     return 0
 
 

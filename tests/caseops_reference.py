@@ -1,7 +1,10 @@
-"""Tokens and bytes of a document by the rules of the format, without the code under test and without SentencePiece.
+"""Tokens and bytes of a document by the rules of the format, without the code under test and
+without
+SentencePiece.
 
-Slow and plain: characters, one at a time. Of a tokenizer it needs the pieces, their scores and their kinds. Python's
-own NFKC stands in for the normalizer's table, so texts with characters on which the two differ are not for it.
+Slow and plain: characters, one at a time. Of a tokenizer it needs the pieces, their scores and
+their kinds. Python's own NFKC stands in for the normalizer's table, so texts with characters on
+which the two differ are not for it.
 """
 
 import struct
@@ -10,8 +13,29 @@ import unicodedata
 MARKERS = "\ue001\ue002\ue003\ue004"
 ESC = MARKERS[3]
 DELETED = {chr(code) for code in (*range(0x01, 0x09), 0x0B, *range(0x0E, 0x20), 0x7F, 0x8F, 0x9F)}
-SPACES = {chr(code) for code in (*range(0x2000, 0x200D), 0x09, 0x0A, 0x0C, 0x0D, 0x20, 0xA0, 0x1680, 0x200E, 0x200F,
-                                 0x2028, 0x2029, 0x202F, 0x205F, 0x2581, 0x3000, 0xFEFF, 0xFFFD)}  # fmt: skip
+SPACES = {
+    chr(code)
+    for code in (
+        *range(0x2000, 0x200D),
+        0x09,
+        0x0A,
+        0x0C,
+        0x0D,
+        0x20,
+        0xA0,
+        0x1680,
+        0x200E,
+        0x200F,
+        0x2028,
+        0x2029,
+        0x202F,
+        0x205F,
+        0x2581,
+        0x3000,
+        0xFEFF,
+        0xFFFD,
+    )
+}
 SPACE_MARK = "\u2581"
 
 
@@ -20,7 +44,9 @@ def is_letter(char):
 
 
 def transform(text):
-    """Text -> list of (character, bytes of the original that it stands for, whether it is a marker that marks)."""
+    """Text -> list of (character, bytes of the original that it stands for, whether it is a
+    marker that marks).
+    """
     out = []
     position = 0
     while position < len(text):
@@ -53,11 +79,15 @@ def nfkc(text):
 
 
 def clusters(characters):
-    """Characters that are normalized together: one, and the combining ones behind it that change with it."""
+    """Characters that are normalized together: one, and the combining ones behind it that
+    change with it.
+    """
     cluster = []
     for char, size, is_marker in characters:
         before = "".join(part[0] for part in cluster)
-        if cluster and not (unicodedata.combining(char) and nfkc(before + char) != nfkc(before) + nfkc(char)):
+        if cluster and not (
+            unicodedata.combining(char) and nfkc(before + char) != nfkc(before) + nfkc(char)
+        ):
             yield cluster
             cluster = []
         cluster.append((char, size, is_marker))
@@ -66,7 +96,9 @@ def clusters(characters):
 
 
 def normalize(characters):
-    """What the tokenizer sees: list of [character, bytes, is_marker]; a marker is never changed or merged."""
+    """What the tokenizer sees: list of [character, bytes, is_marker]; a marker is never changed
+    or merged.
+    """
     out = []
     for cluster in clusters(characters):
         size = sum(part[1] for part in cluster)
@@ -93,7 +125,9 @@ def normalize(characters):
 
 
 def merge(characters, scores):
-    """Byte pair encoding: the neighbours with the best piece become one, the first where several are as good."""
+    """Byte pair encoding: the neighbours with the best piece become one, the first where
+    several are as good.
+    """
     parts = [list(part) for part in characters]
     while True:
         best = None

@@ -1,4 +1,6 @@
-"""Fixtures shared by all tests: a tiny configuration, a tiny dataset, one process without a process group."""
+"""Fixtures shared by all tests: a tiny configuration, a tiny dataset, one process without a process
+group.
+"""
 
 import os
 import signal
@@ -9,33 +11,66 @@ import numpy as np
 import pytest
 import torch
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it sends to the background
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that a test interrupts inherit what is ignored
+# as a shell starts what it sends to the background
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # programs that a test interrupts inherit what is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; must be set before triton is imported
+    # kernels run on the CPU; must be set before triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tools.techniques  # noqa: E402, F401  # it puts itself into train_gpt, as it does where main() finds it
 import train_gpt  # noqa: E402
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden"))
-# Seconds that tests wait for what must end by itself: a subprocess, another rank, a thread. The longest takes a minute
-# on a quiet machine; a loaded one may need many times that, and only a hang should fail.
+# Seconds that tests wait for what must end by itself: a subprocess, another rank, a thread. The
+# longest takes a minute on a quiet machine; a loaded one may need many times that, and only a hang
+# should fail.
 PATIENCE = float(os.environ.get("PATIENCE", 1800))
-# What a subprocess gets of this environment: none of our settings, but what picks the arithmetic of a CPU, or else its
-# numbers could not be compared with this process's.
-HERE = {key: os.environ[key] for key in (
-    "PATH", "HOME", "LD_LIBRARY_PATH", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "OPENBLAS_CORETYPE",
-) if key in os.environ}  # fmt: skip
+# What a subprocess gets of this environment: none of our settings, but what picks the arithmetic of
+# a CPU, or else its numbers could not be compared with this process's.
+HERE = {
+    key: os.environ[key]
+    for key in (
+        "PATH",
+        "HOME",
+        "LD_LIBRARY_PATH",
+        "ATEN_CPU_CAPABILITY",
+        "ONEDNN_MAX_CPU_ISA",
+        "MKL_CBWR",
+        "OPENBLAS_CORETYPE",
+    )
+    if key in os.environ
+}
 # Tests that take long and seldom find what others do not: `make soak` runs them.
 IN_SOAK = pytest.mark.skipif(not os.environ.get("SOAK"), reason="takes long; make soak runs it")
 TINY = {
-    "vocab_size": 97, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.0, "rope_dims": 4,
-    "train_batch_tokens": 256, "micro_batch_tokens": 128, "train_seq_len": 32, "eval_seq_len": 32, "eval_stride": 8,
-    "max_wallclock_seconds": 0.0, "iterations": 4, "warmup_steps": 1, "gptq_calibration_batches": 4,
+    "vocab_size": 97,
+    "model_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mlp_mult": 2.0,
+    "rope_dims": 4,
+    "train_batch_tokens": 256,
+    "micro_batch_tokens": 128,
+    "train_seq_len": 32,
+    "eval_seq_len": 32,
+    "eval_stride": 8,
+    "max_wallclock_seconds": 0.0,
+    "iterations": 4,
+    "warmup_steps": 1,
+    "gptq_calibration_batches": 4,
     "compressor": "brotli",
-    "ttt_eval_seq_len": 32, "ttt_stale_context": 0, "ttt_chunk_size": 8, "ttt_batch_size": 4, "ttt_lanes": 2,
-    "ttt_lora_rank": 4, "phased_ttt_prefix_docs": 20_000, "global_ttt_chunk_tokens": 128, "train_log_every": 1,
+    "ttt_eval_seq_len": 32,
+    "ttt_stale_context": 0,
+    "ttt_chunk_size": 8,
+    "ttt_batch_size": 4,
+    "ttt_lanes": 2,
+    "ttt_lora_rank": 4,
+    "phased_ttt_prefix_docs": 20_000,
+    "global_ttt_chunk_tokens": 128,
+    "train_log_every": 1,
     "device": "cpu",
 }
 
@@ -51,7 +86,9 @@ def tell(line):
 
 
 class Lines(list):
-    """Stands in for RunLog: keeps the lines, and what the live line was told as (share, detail); no stage has run."""
+    """Stands in for RunLog: keeps the lines, and what the live line was told as (share,
+    detail); no stage has run.
+    """
 
     def __init__(self):
         self.shares, self.seconds = [], {}
@@ -64,21 +101,27 @@ class Lines(list):
 
 
 def write_shard(path, values):
-    """A shard file as the README (Data) describes it, written independently of the code under test."""
+    """A shard file as the README (Data) describes it, written independently of the code under
+    test.
+    """
     header = np.zeros(256, dtype="<i4")
     header[:3] = 20240520, 1, len(values)
     path.write_bytes(header.tobytes() + np.asarray(values, dtype="<u2").tobytes())
 
 
 def write_documents(folder, split, lengths, vocab_size=97, seed=0, shard_sizes=None):
-    """Documents of the given lengths (tokens after BOS) as shards, side-cars for "val"; -> tokens, bytes of the stream.
+    """Documents of the given lengths (tokens after BOS) as shards, side-cars for "val"; -> tokens,
+    bytes of the stream.
 
-    Tokens follow a noisy cycle, so that there is something to learn. `shard_sizes` cuts the stream anywhere.
+    Tokens follow a noisy cycle, so that there is something to learn. `shard_sizes` cuts the stream
+    anywhere.
     """
     rng = np.random.default_rng(seed)
     tokens = []
     for length in lengths:
-        walk = 8 + (rng.integers(80) + np.cumsum(rng.choice([1, 1, 1, 2], length))) % (vocab_size - 8)
+        walk = 8 + (rng.integers(80) + np.cumsum(rng.choice([1, 1, 1, 2], length))) % (
+            vocab_size - 8
+        )
         tokens += [train_gpt.BOS_ID, *walk.tolist()]
     tokens = np.array(tokens)
     charges = np.where(tokens == train_gpt.BOS_ID, 0, rng.integers(0, 6, len(tokens)))
@@ -92,11 +135,15 @@ def write_documents(folder, split, lengths, vocab_size=97, seed=0, shard_sizes=N
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """Folder with about 8,000 training tokens and 12 validation documents, tails and one-token documents among them."""
+    """Folder with about 8,000 training tokens and 12 validation documents, tails and one-token
+    documents among them.
+    """
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(7)
     write_documents(folder, "train", rng.integers(3, 120, 130), seed=1)
-    write_documents(folder, "val", [90, 33, 1, 8, 0, 64, 7, 31, 32, 17, 100, 1], seed=2, shard_sizes=[150, 246])
+    write_documents(
+        folder, "val", [90, 33, 1, 8, 0, 64, 7, 31, 32, 17, 100, 1], seed=2, shard_sizes=[150, 246]
+    )
     return folder
 
 
@@ -115,6 +162,7 @@ def ops():
 @pytest.fixture(scope="session")
 def golden():
     """golden("model") -> {key: tensor} of GOLDEN_DIR/model.npz."""
+
     def load(name):
         with np.load(GOLDEN_DIR / f"{name}.npz") as arrays:
             return {key: torch.from_numpy(np.array(arrays[key])) for key in arrays}
@@ -125,4 +173,6 @@ def golden():
 @pytest.fixture
 def rel():
     """Relative Frobenius error of two tensors."""
-    return lambda got, want: ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item()
+    return lambda got, want: (
+        (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)
+    ).item()

@@ -1,10 +1,12 @@
-"""train_gpt.py with a fault in it, as a process: `python tests/faults.py`, told by FAULT="kind place rank [step]".
+"""train_gpt.py with a fault in it, as a process: `python tests/faults.py`, told by FAULT="kind
+place
+rank [step]".
 
-Kinds: kill (SIGKILL), exit, raise, stall (sleeps for ever), freeze (SIGSTOP), hold and hang (keeps Python's lock, for
-20 s or for ever), term and int (the signal, to itself), nan (a loss that is not finite), full (no room on the disk).
-Places are functions that a run calls, see PLACES. The time of the fault is written to the file of that name in the
-folder FAULT_NOTES. Without FAULT the run is as it is, but that the code is not packed, which takes seconds and is
-tested elsewhere.
+Kinds: kill (SIGKILL), exit, raise, stall (sleeps for ever), freeze (SIGSTOP), hold and hang (keeps
+Python's lock, for 20 s or for ever), term and int (the signal, to itself), nan (a loss that is not
+finite), full (no room on the disk). Places are functions that a run calls, see PLACES. The time of
+the fault is written to the file of that name in the folder FAULT_NOTES. Without FAULT the run is as
+it is, but that the code is not packed, which takes seconds and is tested elsewhere.
 """
 
 import ctypes
@@ -26,23 +28,62 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 SETTINGS = {
-    "TOKENIZER_PATH": str(ROOT / "tokenizers" / "caseops_8192.model"), "VOCAB_SIZE": "8192", "DEVICE": "cpu",
-    "MODEL_DIM": "16", "NUM_LAYERS": "3", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "MLP_MULT": "2", "ROPE_DIMS": "4",
-    "LOOP_START": "1", "LOOP_END": "1", "NUM_LOOPS": "1", "PARALLEL_START_LAYER": "2", "XSA_LAST_N": "2",
-    "TRAIN_BATCH_TOKENS": "256", "MICRO_BATCH_TOKENS": "128", "TRAIN_SEQ_LEN": "64", "MAX_WALLCLOCK_SECONDS": "0",
-    "ITERATIONS": "8", "WARMUP_STEPS": "1", "TRAIN_LOG_EVERY": "1", "GPTQ_CALIBRATION_BATCHES": "2",
-    "COMPRESSOR": "brotli", "EVAL_SEQ_LEN": "64", "PLOTS": "0", "ENABLE_LOOPING_AT": "0.5", "TTT_LORA_SITES": "q,head",
-    "TTT_EVAL_SEQ_LEN": "64", "TTT_STALE_CONTEXT": "32", "TTT_CHUNK_SIZE": "32", "TTT_BATCH_SIZE": "2",
-    "TTT_LANES": "2", "TTT_LORA_RANK": "2",
-    "PHASED_TTT_PREFIX_DOCS": "25000", "GLOBAL_TTT_CHUNK_TOKENS": "128", "OMP_NUM_THREADS": "1",
-}  # fmt: skip
+    "TOKENIZER_PATH": str(ROOT / "tokenizers" / "caseops_8192.model"),
+    "VOCAB_SIZE": "8192",
+    "DEVICE": "cpu",
+    "MODEL_DIM": "16",
+    "NUM_LAYERS": "3",
+    "NUM_HEADS": "2",
+    "NUM_KV_HEADS": "1",
+    "MLP_MULT": "2",
+    "ROPE_DIMS": "4",
+    "LOOP_START": "1",
+    "LOOP_END": "1",
+    "NUM_LOOPS": "1",
+    "PARALLEL_START_LAYER": "2",
+    "XSA_LAST_N": "2",
+    "TRAIN_BATCH_TOKENS": "256",
+    "MICRO_BATCH_TOKENS": "128",
+    "TRAIN_SEQ_LEN": "64",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "ITERATIONS": "8",
+    "WARMUP_STEPS": "1",
+    "TRAIN_LOG_EVERY": "1",
+    "GPTQ_CALIBRATION_BATCHES": "2",
+    "COMPRESSOR": "brotli",
+    "EVAL_SEQ_LEN": "64",
+    "PLOTS": "0",
+    "ENABLE_LOOPING_AT": "0.5",
+    "TTT_LORA_SITES": "q,head",
+    "TTT_EVAL_SEQ_LEN": "64",
+    "TTT_STALE_CONTEXT": "32",
+    "TTT_CHUNK_SIZE": "32",
+    "TTT_BATCH_SIZE": "2",
+    "TTT_LANES": "2",
+    "TTT_LORA_RANK": "2",
+    "PHASED_TTT_PREFIX_DOCS": "25000",
+    "GLOBAL_TTT_CHUNK_TOKENS": "128",
+    "OMP_NUM_THREADS": "1",
+}
 PLACES = {  # name -> object of train_gpt, its function, a stage's line of which the log may speak
-    "start": (None, "build_model"), "warm_up": ("Trainer", "warm_up"), "train": ("Trainer", "train_step"),
-    "save": (None, "save_checkpoint"), "hessians": (None, "collect_hessians"), "quantize": (None, "quantize_weights"),
-    "pack": (None, "pack_weights"), "unpack": (None, "unpack_weights"), "eval": ("Evaluator", "evaluate_bpb"),
-    "ttt": ("TestTimeTrainer", "chunk_step"), "adapt": ("TestTimeTrainer", "global_adapt"),
-}  # fmt: skip
-REHEARSED = {"train": ("Trainer", "warm_up"), "pack": (None, "check_all"), "unpack": (None, "check_all")}  # after these
+    "start": (None, "build_model"),
+    "warm_up": ("Trainer", "warm_up"),
+    "train": ("Trainer", "train_step"),
+    "save": (None, "save_checkpoint"),
+    "hessians": (None, "collect_hessians"),
+    "quantize": (None, "quantize_weights"),
+    "pack": (None, "pack_weights"),
+    "unpack": (None, "unpack_weights"),
+    "eval": ("Evaluator", "evaluate_bpb"),
+    "ttt": ("TestTimeTrainer", "chunk_step"),
+    "adapt": ("TestTimeTrainer", "global_adapt"),
+}
+# after these
+REHEARSED = {
+    "train": ("Trainer", "warm_up"),
+    "pack": (None, "check_all"),
+    "unpack": (None, "check_all"),
+}
 ON_RANK_0_ONLY = ("save", "pack", "unpack")
 
 
@@ -53,7 +94,12 @@ def note(place):
 
 def happen(kind):
     if kind in ("kill", "freeze", "term", "int"):
-        numbers = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "term": signal.SIGTERM, "int": signal.SIGINT}
+        numbers = {
+            "kill": signal.SIGKILL,
+            "freeze": signal.SIGSTOP,
+            "term": signal.SIGTERM,
+            "int": signal.SIGINT,
+        }
         os.kill(os.getpid(), numbers[kind])
     elif kind == "exit":
         os._exit(7)
@@ -68,17 +114,23 @@ def happen(kind):
 
 
 def inject(train_gpt, kind, place, rank, step=2):
-    """Puts the fault into the module: at the place's first call, in training at the step, on one rank."""
+    """Puts the fault into the module: at the place's first call, in training at the step, on
+    one rank.
+    """
     owner, name = found(train_gpt, PLACES[place])
     function, left = getattr(owner, name), [1]
 
     def faulty(*arguments, **named):
-        due = place != "train" or (arguments[1] == step and threading.current_thread() is threading.main_thread())
+        due = place != "train" or (
+            arguments[1] == step and threading.current_thread() is threading.main_thread()
+        )
         armed = place not in REHEARSED or os.environ.get("ARMED")  # the warm-up trains as well
         if left and due and armed and os.environ.get("RANK", "0") == str(rank):
             left.clear()
             if rank == 0 and kind in ("kill", "exit", "freeze") and "WORLD_SIZE" in os.environ:
-                wait_until_heard()  # the store dies with it: the others must have read what it told of this stage
+                # the store dies with it: the others must have read what it told
+                # of this stage
+                wait_until_heard()
             note(place)
             if kind == "nan":
                 import torch
@@ -113,7 +165,9 @@ WATCHDOGS = []  # this process's, once it has looked around
 
 
 def note_what_is_heard():
-    """Each rank's watchdog writes the stage that it last heard of rank 0 to <FAULT_NOTES>/heard<rank>."""
+    """Each rank's watchdog writes the stage that it last heard of rank 0 to
+    <FAULT_NOTES>/heard<rank>.
+    """
     import train_gpt
 
     find_guard = train_gpt.find_guard
@@ -139,7 +193,9 @@ def note_before(judge):
 
 
 def wait_until_heard():
-    """Returns when rank 1's watchdog has heard of the stage in which this rank, 0, is; however slow the machine."""
+    """Returns when rank 1's watchdog has heard of the stage in which this rank, 0, is; however
+    slow the machine.
+    """
     heard = Path(os.environ["FAULT_NOTES"], "heard1")
     while not (WATCHDOGS and heard.exists() and heard.read_text() == WATCHDOGS[0].guard.stage):
         time.sleep(0.05)
@@ -171,28 +227,45 @@ def environment(folder, fault=None, **more):
     """What a run gets: our settings, and next to nothing of this process."""
     from conftest import HERE
 
-    environ = HERE | SETTINGS | {"RUNS_DIR": str(folder / "runs"), "DATA_PATH": str(folder / "data"), "RUN_ID": "run"}
+    environ = (
+        HERE
+        | SETTINGS
+        | {
+            "RUNS_DIR": str(folder / "runs"),
+            "DATA_PATH": str(folder / "data"),
+            "RUN_ID": "run",
+        }
+    )
     return environ | {"FAULT_NOTES": str(folder)} | ({"FAULT": fault} if fault else {}) | more
 
 
 def start(folder, ranks=1, fault=None, launcher=(), **settings):
     """A run as a user starts it, a session of its own -> Popen; its output goes to <folder>/out."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if ranks > 1
+        else []
+    )
     command = [*launcher, sys.executable, *torchrun, str(Path(__file__).resolve())]
     with open(folder / "out", "ab") as out:
         environ = environment(folder, fault, **settings)
-        # no process inherits a handler: the run begins with the default, also where the tests run under nohup
+        # no process inherits a handler: the run begins with the default, also where the tests run
+        # under nohup
         before = signal.signal(signal.SIGHUP, lambda number, frame: None)
         try:
-            return subprocess.Popen(command, env=environ, stdout=out, stderr=out, start_new_session=True)
+            return subprocess.Popen(
+                command, env=environ, stdout=out, stderr=out, start_new_session=True
+            )
         finally:
             signal.signal(signal.SIGHUP, before)
 
 
 class Forker:
-    """Starts runs as forks of a process that has imported everything: what takes seconds is done once.
+    """Starts runs as forks of a process that has imported everything: what takes seconds is done
+    once.
 
-    Several ranks have no torchrun then: nobody ends the others where one has died, so that they must do it themselves.
+    Several ranks have no torchrun then: nobody ends the others where one has died, so that they
+    must do it themselves.
     """
 
     def __init__(self):
@@ -237,7 +310,9 @@ class Fork:
 
 
 def serve():
-    """The process that Forker forks: a request a line, {environ, out, ranks} -> pid, {pid} -> its exit code or null."""
+    """The process that Forker forks: a request a line, {environ, out, ranks} -> pid, {pid} ->
+    its exit code or null.
+    """
     import sentencepiece  # noqa: F401
     import torch._dynamo
     import torch.distributed
@@ -260,7 +335,10 @@ def serve():
 
 
 def wait_for_ranks(pids):
-    """-> the first exit code that is not 0; prints all. Ends nobody: also a rank that is frozen the others must end."""
+    """-> the first exit code that is not 0; prints all.
+
+    Ends nobody: also a rank that is frozen the others must end.
+    """
     codes = []
     while len(codes) < len(pids):
         pid, status = os.waitpid(-1, os.WNOHANG)
@@ -272,7 +350,9 @@ def wait_for_ranks(pids):
 
 
 def in_the_fork(environ, out, ranks):
-    """A run in this process, or its ranks in children of it -> exit code, the first that is not 0."""
+    """A run in this process, or its ranks in children of it -> exit code, the first that is not
+    0.
+    """
     os.setsid()
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
     output = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -307,7 +387,9 @@ def in_the_fork(environ, out, ranks):
 
 
 def end(process, seconds=None):
-    """Exit code of a run that ends by itself; one that does not within PATIENCE is killed, and None."""
+    """Exit code of a run that ends by itself; one that does not within PATIENCE is killed, and
+    None.
+    """
     from conftest import PATIENCE
 
     try:
@@ -320,10 +402,12 @@ def end(process, seconds=None):
 
 
 class Slowness(threading.Thread):
-    """Measures, for as long as a `with` block runs, how much slower this machine is than one with a core to spare.
+    """Measures, for as long as a `with` block runs, how much slower this machine is than one with a
+    core to spare.
 
-    A promise in seconds is one for a machine that is not overloaded. `factor()` is the mean ratio of the time that a
-    busy loop takes to the CPU time that it gets: 1 where nobody else wants the core, 4 where four share it.
+    A promise in seconds is one for a machine that is not overloaded. `factor()` is the mean ratio
+    of the time that a busy loop takes to the CPU time that it gets: 1 where nobody else wants the
+    core, 4 where four share it.
     """
 
     BUSY = 0.1  # seconds of CPU time: longer than the scheduler favours a thread that has slept
@@ -352,7 +436,9 @@ class Slowness(threading.Thread):
 
 
 def members(session):
-    """Processes that belong to a run: its session's, and those of torchrun's workers, which have their own."""
+    """Processes that belong to a run: its session's, and those of torchrun's workers, which
+    have their own.
+    """
     table = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -362,7 +448,10 @@ def members(session):
         if fields[0] not in "ZX":
             table[int(path.parent.name)] = int(fields[1]), int(fields[3])
     found = {pid for pid, (_, own) in table.items() if own == session}
-    while more := {pid for pid, (parent, own) in table.items() if parent in found or own in found} - found:
+    while (
+        more := {pid for pid, (parent, own) in table.items() if parent in found or own in found}
+        - found
+    ):
         found |= more
     return sorted(found)
 
@@ -371,7 +460,9 @@ def make_data(folder, seed=1):
     from conftest import write_documents
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_documents(folder, "train", np.random.default_rng(3).integers(3, 150, 40), vocab_size=8192, seed=seed)
+    write_documents(
+        folder, "train", np.random.default_rng(3).integers(3, 150, 40), vocab_size=8192, seed=seed
+    )
     write_documents(folder, "val", [60, 10, 0, 90, 25, 40], vocab_size=8192, seed=2)
 
 

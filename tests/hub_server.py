@@ -1,7 +1,9 @@
-"""A Hugging Face hub on localhost, as much of it as tools/publish.py calls: create, upload (LFS and regular), download.
+"""A Hugging Face hub on localhost, as much of it as tools/publish.py calls: create, upload (LFS and
+regular), download.
 
-Written against the requests that huggingface_hub sends with HF_HUB_DISABLE_XET=1: /api/repos/create, preupload, the
-LFS batch call, PUT of each object, commit, tree, resolve. Everything lives in memory; a wrong token is answered 401.
+Written against the requests that huggingface_hub sends with HF_HUB_DISABLE_XET=1:
+/api/repos/create, preupload, the LFS batch call, PUT of each object, commit, tree, resolve.
+Everything lives in memory; a wrong token is answered 401.
 """
 
 import base64
@@ -15,7 +17,9 @@ COMMIT = "c" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """`files`: {repository: {path: bytes}}; `private`: repositories that need the token; `requests`: what was asked."""
+    """`files`: {repository: {path: bytes}}; `private`: repositories that need the token;
+    `requests`: what was asked.
+    """
 
     def __init__(self, token):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -31,7 +35,11 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, body=b"", code=200, **headers):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(code)
-        for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, **headers}.items():
+        for name, value in {
+            "Content-Length": str(len(body)),
+            "X-Repo-Commit": COMMIT,
+            **headers,
+        }.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
@@ -62,24 +70,43 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"url": f"{self.server.address}/{repo}"})
         if path.endswith(".git/info/lfs/objects/batch"):
             wanted = json.loads(body)["objects"]
-            put = [{**o, "actions": {"upload": {"href": f"{self.server.address}/put/{o['oid']}"}}} for o in wanted]
+            put = [
+                {**o, "actions": {"upload": {"href": f"{self.server.address}/put/{o['oid']}"}}}
+                for o in wanted
+            ]
             return self.answer({"transfer": "basic", "objects": put})
         _, _, _, user, name, call, *_ = path.split("/")
         if call == "preupload":
-            modes = [{"path": file["path"], "shouldIgnore": False,
-                      "uploadMode": "lfs" if file["path"].endswith((".pt", ".bin", ".png")) else "regular"}
-                     for file in json.loads(body)["files"]]
+            modes = [
+                {
+                    "path": file["path"],
+                    "shouldIgnore": False,
+                    "uploadMode": (
+                        "lfs" if file["path"].endswith((".pt", ".bin", ".png")) else "regular"
+                    ),
+                }
+                for file in json.loads(body)["files"]
+            ]
             return self.answer({"files": modes})
         if call == "commit":
             for line in body.splitlines():
                 about = json.loads(line)
                 value = about["value"]
                 if about["key"] == "file":
-                    self.server.files[f"{user}/{name}"][value["path"]] = base64.b64decode(value["content"])
+                    self.server.files[f"{user}/{name}"][value["path"]] = base64.b64decode(
+                        value["content"]
+                    )
                 elif about["key"] == "lfsFile":
-                    self.server.files[f"{user}/{name}"][value["path"]] = self.server.objects[value["oid"]]
-            return self.answer({"commitUrl": f"{self.server.address}/{user}/{name}/commit/{COMMIT}",
-                                "commitOid": COMMIT, "success": True})
+                    self.server.files[f"{user}/{name}"][value["path"]] = self.server.objects[
+                        value["oid"]
+                    ]
+            return self.answer(
+                {
+                    "commitUrl": f"{self.server.address}/{user}/{name}/commit/{COMMIT}",
+                    "commitOid": COMMIT,
+                    "success": True,
+                }
+            )
         return self.refuse(404, "NotFound")
 
     def do_PUT(self):
@@ -99,10 +126,21 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "RepoNotFound")
         files = self.server.files[repo]
         if parts[0] == "api" and parts[4:5] == ["tree"]:
-            return self.answer([{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                                for name, data in files.items()])
+            return self.answer(
+                [
+                    {
+                        "type": "file",
+                        "path": name,
+                        "size": len(data),
+                        "oid": hashlib.sha1(data).hexdigest(),
+                    }
+                    for name, data in files.items()
+                ]
+            )
         if parts[0] == "api":
-            return self.answer({"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
+            return self.answer(
+                {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+            )
         data = files.get("/".join(parts[4:])) if parts[2] == "resolve" else None
         if data is None:
             return self.refuse(404, "EntryNotFound")

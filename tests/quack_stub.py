@@ -1,4 +1,6 @@
-"""The part of quack 0.6.5 and of cutlass that train_gpt.py calls, on the CPU: the epilogue runs on whole tensors."""
+"""The part of quack 0.6.5 and of cutlass that train_gpt.py calls, on the CPU: the epilogue runs on
+whole tensors.
+"""
 
 import inspect
 import sys
@@ -26,7 +28,9 @@ class Element(torch.Tensor):
 
 
 class EpiMod:
-    """quack.epilogue.EpiMod of a function of acc and perhaps c; refuses the operands that the GPU's would."""
+    """quack.epilogue.EpiMod of a function of acc and perhaps c; refuses the operands that the
+    GPU's would.
+    """
 
     calls = []  # (rows, N, K, whether the epilogue reads c)
 
@@ -34,16 +38,42 @@ class EpiMod:
         self.function, self.names = function, list(inspect.signature(function).parameters)
         assert self.names[0] == "acc" and set(self.names) <= {"acc", "c"}, self.names
 
-    def gemm(self, A, B, D, C=None, *, epi_args, tile_M, tile_N, cluster_M, cluster_N, pingpong, b_kn=False):  # noqa: N803
-        assert (tile_M, tile_N, cluster_M, cluster_N, pingpong, epi_args) == (192, 128, 1, 2, True, {})
+    def gemm(
+        self,
+        A,
+        B,
+        D,
+        C=None,
+        *,
+        epi_args,
+        tile_M,
+        tile_N,
+        cluster_M,
+        cluster_N,
+        pingpong,
+        b_kn=False,
+    ):  # noqa: N803
+        assert (tile_M, tile_N, cluster_M, cluster_N, pingpong, epi_args) == (
+            192,
+            128,
+            1,
+            2,
+            True,
+            {},
+        )
         assert (C is not None) == ("c" in self.names)
         for tensor in (A, B, D) + (C,) * (C is not None):
             assert tensor.dtype == torch.bfloat16 and not tensor.requires_grad
-            assert tensor.stride() == (tensor.shape[1], 1) and tensor.data_ptr() % 16 == 0 == tensor.shape[1] % 8
+            assert (
+                tensor.stride() == (tensor.shape[1], 1)
+                and tensor.data_ptr() % 16 == 0 == tensor.shape[1] % 8
+            )
         acc = A.float() @ (B if b_kn else B.T).float()
         assert acc.shape == D.shape and (C is None or C.shape == D.shape)
         operands = {"acc": acc, "c": C if C is None else C.float()}
-        value = self.function(**{name: operands[name].as_subclass(Element) for name in self.names})["D"]
+        value = self.function(**{name: operands[name].as_subclass(Element) for name in self.names})[
+            "D"
+        ]
         D.copy_(value.as_subclass(torch.Tensor))
         self.calls.append((*D.shape, A.shape[1], C is not None))
 
@@ -53,8 +83,10 @@ def modules():
     cutlass, quack, epilogue = (ModuleType(name) for name in ("cutlass", "quack", "quack.epilogue"))
     cutlass.Int32, cutlass.Float32 = Number(torch.int32), Number(torch.float32)
     cutlass.select_ = torch.where
-    cutlass.cute = SimpleNamespace(arch=SimpleNamespace(fmax=torch.maximum),
-                                   math=SimpleNamespace(sqrt=lambda x, fastmath: x.sqrt()))  # fmt: skip
+    cutlass.cute = SimpleNamespace(
+        arch=SimpleNamespace(fmax=torch.maximum),
+        math=SimpleNamespace(sqrt=lambda x, fastmath: x.sqrt()),
+    )
     cutlass.__spec__ = ModuleSpec("cutlass", None)  # Inductor asks whether there is one
     epilogue.EpiMod = EpiMod
     EpiMod.calls.clear()

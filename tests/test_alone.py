@@ -1,4 +1,6 @@
-"""train_gpt.py alone: copied into an empty folder, and packed, it does what it does in its repository."""
+"""train_gpt.py alone: copied into an empty folder, and packed, it does what it does in its
+repository.
+"""
 
 import ast
 import dataclasses
@@ -32,12 +34,16 @@ def start(folder, *command, **settings):
     """python -I in this folder, with next to nothing in its environment -> Popen."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-I", "-B", *map(str, command or ["train_gpt.py"])]
-    return subprocess.Popen(command, cwd=folder, env=HERE | {"OMP_NUM_THREADS": "1"} | settings, text=True, **pipes)
+    return subprocess.Popen(
+        command, cwd=folder, env=HERE | {"OMP_NUM_THREADS": "1"} | settings, text=True, **pipes
+    )
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A run of the checkout, of the copied file and of the packed script; where the two files lie."""
+    """A run of the checkout, of the copied file and of the packed script; where the two files
+    lie.
+    """
     folder = tmp_path_factory.mktemp("world")
     (folder / "data").mkdir()
     make_data(folder / "data")
@@ -48,7 +54,9 @@ def world(tmp_path_factory):
     checkout = start(ROOT, RUN_ID="checkout", **common)
     alone = start(folder / "alone", RUN_ID="alone", **common)
     found = {"checkout": result_of(checkout)}
-    shutil.copyfile(folder / "runs" / "checkout" / "train_gpt.py", folder / "packed" / "train_gpt.py")
+    shutil.copyfile(
+        folder / "runs" / "checkout" / "train_gpt.py", folder / "packed" / "train_gpt.py"
+    )
     # without its settings: they are its defaults now, but for paths
     paths = {name: common[name] for name in ("DATA_PATH", "RUNS_DIR", "TOKENIZER_PATH")}
     found["packed"] = result_of(start(folder / "packed", RUN_ID="packed", **paths))
@@ -80,10 +88,18 @@ def test_result_and_artifact_are_those_of_the_checkout(world, name):
     wanted, got = found["checkout"], found[name]
     assert wanted.keys() == got.keys() and list(got["scores"]) == ["prequant", "quantized", "ttt"]
     assert [key for key in wanted if key not in UNLIKE and wanted[key] != got[key]] == []
-    artifacts = [(folder / "runs" / run / "artifact.bin").read_bytes() for run in ("checkout", name)]
+    artifacts = [
+        (folder / "runs" / run / "artifact.bin").read_bytes() for run in ("checkout", name)
+    ]
     assert artifacts[0] == artifacts[1]
-    losses = [re.findall(r"^step:.* train_loss:(\S+)", (folder / "runs" / run / "log.txt").read_text(), re.MULTILINE)
-              for run in ("checkout", name)]
+    losses = [
+        re.findall(
+            r"^step:.* train_loss:(\S+)",
+            (folder / "runs" / run / "log.txt").read_text(),
+            re.MULTILINE,
+        )
+        for run in ("checkout", name)
+    ]
     assert losses[0] == losses[1] != []
 
 
@@ -117,34 +133,63 @@ def test_help_is_complete(place, world):
     code, out, err = finish(start(place, "train_gpt.py", "--help"))
     assert code == 0, err
     wanted, shown = table_of(train_gpt.settings_table()), table_of(out)
-    assert {name: about for name, (_, about) in shown.items()} == {name: about for name, (_, about) in wanted.items()}
+    assert {name: about for name, (_, about) in shown.items()} == {
+        name: about for name, (_, about) in wanted.items()
+    }
     assert len(shown) == len(dataclasses.fields(train_gpt.Hyperparameters))
     if place.name == "packed":  # the settings of its run are its defaults
         of_a_run = {"RUN_ID", "RUNS_DIR", "DATA_PATH", "TOKENIZER_PATH", "PLOTS"}
         log = table_of((world[0] / "runs" / "checkout" / "log.txt").read_text())
         wanted = {name: wanted[name] if name in of_a_run else log[name] for name in wanted}
-    assert {name: value for name, (value, _) in shown.items()} == {name: value for name, (value, _) in wanted.items()}
+    assert {name: value for name, (value, _) in shown.items()} == {
+        name: value for name, (value, _) in wanted.items()
+    }
 
 
 # ---- refusals
 
 FIELDS = dataclasses.fields(train_gpt.Hyperparameters)
 MISSPELT = {"TTT_LORA_RNAK": "3", "GPTQ_X": "1", "SEED": "x", "KERNELS": "yes", "NUM_LAYERS": "2.5"}
-LEAST = {field.name.upper(): field.metadata["least"] for field in FIELDS if field.metadata["least"] is not None}
+LEAST = {
+    field.name.upper(): field.metadata["least"]
+    for field in FIELDS
+    if field.metadata["least"] is not None
+}
 OUTSIDE = {name: str(least - 1) for name, least in LEAST.items()}
 OUTSIDE |= {"MATRIX_LR": "-5", "DEVICE": "abacus", "ROPE_BASE": "nan"}
 CANNOT_WORK = {
-    "NUM_HEADS": "7", "NUM_KV_HEADS": "3", "ROPE_DIMS": "15", "GATE_WINDOW": "513", "GATED_ATTN_ENABLED": "1",
-    "LOOP_END": "11", "PARALLEL_START_LAYER": "12", "TRAIN_BATCH_TOKENS": "786433", "MAX_WALLCLOCK_SECONDS": "7",
-    "GPTQ_RESERVE_SECONDS": "7", "EVAL_STRIDE": "4000", "TTT_STALE_CONTEXT": "2037", "TTT_SHORT_CHUNKS": "256",
-    "TTT_LORA_SITES": "q,w", "VALUE_EMBED_LAYERS": "9,", "BIGRAM_VOCAB_SIZE": "1", "QAT_BELOW_LR": "0.1",
-    "PREQUANT_ONLY": "1", "QUANT_ONLY": "1", "RUN_ID": "../x", "RESUME": "1", "CHECKPOINT_PATH": "x",
-    "ARTIFACT_PATH": "x", "SPARSE_ATTN_GATE_ENABLED": "1",
-}  # fmt: skip
+    "NUM_HEADS": "7",
+    "NUM_KV_HEADS": "3",
+    "ROPE_DIMS": "15",
+    "GATE_WINDOW": "513",
+    "GATED_ATTN_ENABLED": "1",
+    "LOOP_END": "11",
+    "PARALLEL_START_LAYER": "12",
+    "TRAIN_BATCH_TOKENS": "786433",
+    "MAX_WALLCLOCK_SECONDS": "7",
+    "GPTQ_RESERVE_SECONDS": "7",
+    "EVAL_STRIDE": "4000",
+    "TTT_STALE_CONTEXT": "2037",
+    "TTT_SHORT_CHUNKS": "256",
+    "TTT_LORA_SITES": "q,w",
+    "VALUE_EMBED_LAYERS": "9,",
+    "BIGRAM_VOCAB_SIZE": "1",
+    "QAT_BELOW_LR": "0.1",
+    "PREQUANT_ONLY": "1",
+    "QUANT_ONLY": "1",
+    "RUN_ID": "../x",
+    "RESUME": "1",
+    "CHECKPOINT_PATH": "x",
+    "ARTIFACT_PATH": "x",
+    "SPARSE_ATTN_GATE_ENABLED": "1",
+}
 
 
-@pytest.mark.parametrize("wrong", [pytest.param(MISSPELT, marks=IN_SOAK), OUTSIDE, CANNOT_WORK],
-                         ids=["misspelt", "outside", "cannot work"])
+@pytest.mark.parametrize(
+    "wrong",
+    [pytest.param(MISSPELT, marks=IN_SOAK), OUTSIDE, CANNOT_WORK],
+    ids=["misspelt", "outside", "cannot work"],
+)
 def test_bad_settings_are_refused_with_the_messages_of_the_checkout(place, wrong):
     settings = TINY | wrong
     with pytest.raises(train_gpt.SettingError) as error:
@@ -157,24 +202,36 @@ def test_bad_settings_are_refused_with_the_messages_of_the_checkout(place, wrong
 @pytest.mark.parametrize("seconds", [pytest.param("5", marks=IN_SOAK), "7"])
 def test_a_wall_clock_at_or_below_the_reserve_is_refused(place, seconds):
     code, out, err = finish(start(place, MAX_WALLCLOCK_SECONDS=seconds))
-    assert (code, out) == (1, "") and "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS" in err
+    assert (code, out) == (
+        1,
+        "",
+    ) and "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS" in err
 
 
 def test_a_preset_is_refused_with_the_reason(folder):
     code, out, err = finish(start(folder, PRESET="pr1512"))
     assert (code, out) == (1, "")
-    assert err == "train_gpt.py cannot run: PRESET=pr1512 needs tools/guard.py and presets/ beside this file\n"
+    assert (
+        err
+        == "train_gpt.py cannot run: PRESET=pr1512 needs tools/guard.py and presets/ beside this"
+        " file\n"
+    )
 
 
 def test_techniques_of_published_systems_are_refused_with_the_reason(folder):
     code, out, err = finish(start(folder, WD_SCHEDULE_ENABLED="1", TTT_METHOD="sgd"))
     assert (code, out) == (1, "") and err.splitlines() == [
         "train_gpt.py cannot run: WD_SCHEDULE_ENABLED needs tools/techniques.py beside this file",
-        "TTT_METHOD needs tools/techniques.py beside this file"]
+        "TTT_METHOD needs tools/techniques.py beside this file",
+    ]
 
 
 def test_resuming_is_refused_with_the_reason(world):
-    settings = TINY | {"DATA_PATH": str(world[0] / "data"), "RUNS_DIR": str(world[0] / "other"), "RUN_ID": "x"}
+    settings = TINY | {
+        "DATA_PATH": str(world[0] / "data"),
+        "RUNS_DIR": str(world[0] / "other"),
+        "RUN_ID": "x",
+    }
     code, out, err = finish(start(world[0] / "alone", RESUME="1", **settings))
     assert (code, out) == (1, "") and "RESUME and CHECKPOINT_EVERY need tools/guard.py" in err
     assert not (world[0] / "other").exists()
@@ -202,15 +259,30 @@ def test_missing_packages_are_named(world):
 # ---- bugs are not refusals
 
 
-@pytest.mark.parametrize("function", ["def check_all(hp, dist, guard=NO_GUARD):",
-                                      "def collect_hessians(model, loader, hp, dist):"])
+@pytest.mark.parametrize(
+    "function",
+    ["def check_all(hp, dist, guard=NO_GUARD):", "def collect_hessians(model, loader, hp, dist):"],
+)
 def test_a_bug_ends_with_its_traceback(world, tmp_path, function):
     start_of_body = re.search(re.escape(function) + r'\n    """.*?"""\n', SOURCE, re.DOTALL)
-    planted = SOURCE[:start_of_body.end()] + '    raise ValueError("planted")\n' + SOURCE[start_of_body.end():]
+    planted = (
+        SOURCE[: start_of_body.end()]
+        + '    raise ValueError("planted")\n'
+        + SOURCE[start_of_body.end() :]
+    )
     (tmp_path / "train_gpt.py").write_text(planted)
-    settings = TINY | {"DATA_PATH": str(world[0] / "data"), "RUNS_DIR": str(tmp_path / "runs"), "TTT_ENABLED": "0"}
+    settings = TINY | {
+        "DATA_PATH": str(world[0] / "data"),
+        "RUNS_DIR": str(tmp_path / "runs"),
+        "TTT_ENABLED": "0",
+    }
     code, out, err = finish(start(tmp_path, **settings))
-    assert code == 1 and "Traceback" in err and err.endswith("ValueError: planted\n") and "cannot run" not in err
+    assert (
+        code == 1
+        and "Traceback" in err
+        and err.endswith("ValueError: planted\n")
+        and "cannot run" not in err
+    )
     assert "RESULT {" not in out
 
 
@@ -219,7 +291,11 @@ def test_a_guard_that_cannot_be_imported_ends_the_run(tmp_path):
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "guard.py").write_text("import a_package_that_is_not_there\n")
     code, out, err = finish(start(tmp_path))
-    assert (code, out) == (1, "") and "Traceback" in err and "No module named 'a_package_that_is_not_there'" in err
+    assert (
+        (code, out) == (1, "")
+        and "Traceback" in err
+        and "No module named 'a_package_that_is_not_there'" in err
+    )
 
 
 # ---- other packages under our names
@@ -231,15 +307,29 @@ def test_packages_under_our_names_change_nothing(world, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"raise ImportError('the foreign {name}')")
         for module in ("guard", "run_files", "techniques", "pack_code"):
-            (tmp_path / name / f"{module}.py").write_text(f"raise ImportError('the foreign {name}.{module}')")
-    settings = TINY | {"DATA_PATH": str(folder / "data"), "RUNS_DIR": str(folder / "runs"), "RUN_ID": "collides"}
+            (tmp_path / name / f"{module}.py").write_text(
+                f"raise ImportError('the foreign {name}.{module}')"
+            )
+    settings = TINY | {
+        "DATA_PATH": str(folder / "data"),
+        "RUNS_DIR": str(folder / "runs"),
+        "RUN_ID": "collides",
+    }
     settings |= {"PYTHONPATH": str(tmp_path), "PRESET": "demo", "PLOTS": "1"}
-    demo = {line.split("=")[0] for line in (ROOT / "presets" / "demo.env").read_text().splitlines() if "=" in line}
+    demo = {
+        line.split("=")[0]
+        for line in (ROOT / "presets" / "demo.env").read_text().splitlines()
+        if "=" in line
+    }
     defaults = {field.name.upper(): field for field in FIELDS}
     for name in demo - settings.keys():  # the preset must be found, and change nothing
-        settings[name] = str(int(defaults[name].default) if defaults[name].type is bool else defaults[name].default)
+        settings[name] = str(
+            int(defaults[name].default) if defaults[name].type is bool else defaults[name].default
+        )
     command = [sys.executable, "-B", str(ROOT / "train_gpt.py")]
-    process = subprocess.Popen(command, env=HERE | settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, env=HERE | settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     got, wanted = result_of(process), found["checkout"]
     same = UNLIKE - {"commit", "code_bytes", "total_bytes"}
     assert [key for key in wanted if key not in same and wanted[key] != got[key]] == []
@@ -259,25 +349,52 @@ def imports_of(source):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add("a relative import" if node.level else node.module.split(".")[0])
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+            "import_module",
+            "__import__",
+        ):
             names.add(ast.unparse(node.args[0]).strip("'\"").split(".")[0])
-    ours = {path.stem for path in ROOT.glob("*.py")} | {path.name for path in ROOT.iterdir() if path.is_dir()}
+    ours = {path.stem for path in ROOT.glob("*.py")} | {
+        path.name for path in ROOT.iterdir() if path.is_dir()
+    }
     return names & (ours | {"a relative import"})
 
 
 def test_the_file_imports_nothing_of_the_repository():
     assert imports_of(SOURCE) == set()
-    loaders = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Attribute)
-               and node.attr in ("spec_from_file_location", "exec_module", "run_path", "exec", "SourceFileLoader")]
-    look = next(node for node in ast.parse(SOURCE).body if getattr(node, "name", "") == "find_guard")
-    assert len(loaders) == 2 and all(look.lineno <= node.lineno <= look.end_lineno for node in loaders)
+    loaders = [
+        node
+        for node in ast.walk(ast.parse(SOURCE))
+        if isinstance(node, ast.Attribute)
+        and node.attr
+        in (
+            "spec_from_file_location",
+            "exec_module",
+            "run_path",
+            "exec",
+            "SourceFileLoader",
+        )
+    ]
+    look = next(
+        node for node in ast.parse(SOURCE).body if getattr(node, "name", "") == "find_guard"
+    )
+    assert len(loaders) == 2 and all(
+        look.lineno <= node.lineno <= look.end_lineno for node in loaders
+    )
 
 
-@pytest.mark.parametrize("planted", [
-    "import tools.techniques", "from tools import guard", "def f():\n    from lossless_caps import decode",
-    "import importlib\nimportlib.import_module('prepare_caseops_data')", "from . import guard",
-    "try:\n    import presets\nexcept ImportError:\n    pass", "__import__('tests.conftest')",
-])
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "import tools.techniques",
+        "from tools import guard",
+        "def f():\n    from lossless_caps import decode",
+        "import importlib\nimportlib.import_module('prepare_caseops_data')",
+        "from . import guard",
+        "try:\n    import presets\nexcept ImportError:\n    pass",
+        "__import__('tests.conftest')",
+    ],
+)
 def test_an_import_of_the_repository_is_found(planted):
     assert imports_of(SOURCE + "\n" + planted) != set()
 

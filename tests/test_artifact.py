@@ -1,4 +1,6 @@
-"""The artifact: exact round trips, damaged and hostile files, compressors and their tools, row order."""
+"""The artifact: exact round trips, damaged and hostile files, compressors and their tools, row
+order.
+"""
 
 import json
 import math
@@ -17,18 +19,34 @@ from train_gpt import ArtifactError
 
 brotli = pytest.importorskip("brotli")
 
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden")) / "quantization.npz"
-needs_lrzip = pytest.mark.skipif(shutil.which("lrzip") is None, reason="the lrzip program is not installed")
+GOLDEN = (
+    Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden"))
+    / "quantization.npz"
+)
+needs_lrzip = pytest.mark.skipif(
+    shutil.which("lrzip") is None, reason="the lrzip program is not installed"
+)
 COMPRESSORS = ["brotli", "lzma", "entropy", pytest.param("pergroup", marks=needs_lrzip)]
 
 
 def model_arrays(num_layers=3, seed=0):
-    """Arrays as quantize_weights returns them, of a tiny model; the gate's codes are no matrix of a role."""
+    """Arrays as quantize_weights returns them, of a tiny model; the gate's codes are no matrix
+    of a role.
+    """
     rng = np.random.default_rng(seed)
-    shapes = {"attn.c_q": (24, 16), "attn.c_k": (8, 16), "attn.c_v": (8, 16), "attn.c_proj": (16, 24)}
+    shapes = {
+        "attn.c_q": (24, 16),
+        "attn.c_k": (8, 16),
+        "attn.c_v": (8, 16),
+        "attn.c_proj": (16, 24),
+    }
     shapes |= {"mlp.c_fc": (40, 16), "mlp.c_proj": (16, 40)}
     names = {"tok_emb.weight": (50, 16)}
-    names |= {f"blocks.{i}.{name}.weight": shape for i in reversed(range(num_layers)) for name, shape in shapes.items()}
+    names |= {
+        f"blocks.{i}.{name}.weight": shape
+        for i in reversed(range(num_layers))
+        for name, shape in shapes.items()
+    }
     arrays = {}
     for name, shape in names.items():
         arrays[f"{name}:codes"] = np.clip(rng.normal(size=shape) * 5, -31, 31).astype(np.int8)
@@ -42,10 +60,14 @@ def model_arrays(num_layers=3, seed=0):
 def odd_arrays():
     """Every dtype, empty and 0-d arrays, strides, byte orders, NaN payloads and negative zeros."""
     rng = np.random.default_rng(1)
-    arrays = {f"dtype/{name}": rng.integers(0, 2, (3, 5)).astype(name) for name in train_gpt.ARRAY_DTYPES}
+    arrays = {
+        f"dtype/{name}": rng.integers(0, 2, (3, 5)).astype(name) for name in train_gpt.ARRAY_DTYPES
+    }
     arrays |= {f"scalar/{name}": np.array(1, name) for name in train_gpt.ARRAY_DTYPES}
     arrays |= {"empty": np.zeros((0,), np.int8), "empty/3d": np.zeros((4, 0, 2), np.float16)}
-    arrays["nan"] = np.array([0x7FC00001, 0xFF800000, 0x80000000, 0x7FA00000], np.uint32).view(np.float32)
+    arrays["nan"] = np.array([0x7FC00001, 0xFF800000, 0x80000000, 0x7FA00000], np.uint32).view(
+        np.float32
+    )
     arrays["strided"] = rng.integers(0, 9, (6, 8)).astype(np.int16)[::2, ::-3]
     arrays["fortran"] = np.asfortranarray(rng.random((4, 6)))
     arrays["big_endian"] = np.arange(6, dtype=">u4").reshape(2, 3)
@@ -77,7 +99,9 @@ def test_pack_unpack_is_exact(compressor, make):
 
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_unpacked_arrays_are_contiguous_and_writable(compressor):
-    for array in train_gpt.unpack_weights(train_gpt.pack_weights(model_arrays(), compressor)).values():
+    for array in train_gpt.unpack_weights(
+        train_gpt.pack_weights(model_arrays(), compressor)
+    ).values():
         assert array.flags.c_contiguous and array.flags.writeable
 
 
@@ -103,13 +127,19 @@ def test_byte_shuffle_puts_low_bytes_before_high_bytes():
 
 def test_pergroup_gathers_roles_in_order_and_layers_by_number():
     arrays = model_arrays(num_layers=12)
-    specs = [train_gpt.ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
+    specs = [
+        train_gpt.ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()
+    ]
     plan = train_gpt.plan_sections(specs, "pergroup")
     assert [kind for kind, _, _ in plan] == ["codes"] * 7 + ["orders", "rest"]
     assert [codec for _, codec, _ in plan] == ["lrzip"] * 7 + ["brotli"] * 2
-    firsts = ["tok_emb"] + [f"blocks.0.{n}" for n in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj")]
+    firsts = ["tok_emb"] + [
+        f"blocks.0.{n}" for n in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj")
+    ]
     firsts += ["blocks.0.mlp.c_fc", "blocks.0.mlp.c_proj"]
-    assert [members[0].name for _, _, members in plan[:7]] == [f"{name}.weight:codes" for name in firsts]
+    assert [members[0].name for _, _, members in plan[:7]] == [
+        f"{name}.weight:codes" for name in firsts
+    ]
     for _, _, members in plan[1:7]:
         assert [int(spec.name.split(".")[1]) for spec in members] == list(range(12))
         assert members[0].shape == arrays[members[0].name].shape[::-1]
@@ -148,7 +178,9 @@ def test_damage_in_any_part_is_refused(compressor):
 def test_truncated_or_lengthened_file_is_refused(compressor):
     blob = train_gpt.pack_weights(model_arrays(), compressor)
     chance = random.Random(2)
-    for length in [0, 1, 4, 12, 13, 20, 21, len(blob) - 1] + [chance.randrange(len(blob)) for _ in range(100)]:
+    for length in [0, 1, 4, 12, 13, 20, 21, len(blob) - 1] + [
+        chance.randrange(len(blob)) for _ in range(100)
+    ]:
         assert_refused(blob[:length])
     assert_refused(blob + b"\0")
 
@@ -180,7 +212,9 @@ def forge(header, sections=b"", number=1, raw_size=None):
     """An lzma artifact (or another `number`) around any header, with the right digest."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     stored = train_gpt.ENCODERS["lzma"](raw) if number == 1 else train_gpt.ENCODERS["brotli"](raw)
-    prefix = train_gpt.PREFIX.pack(train_gpt.MAGIC, number, len(stored), len(raw) if raw_size is None else raw_size)
+    prefix = train_gpt.PREFIX.pack(
+        train_gpt.MAGIC, number, len(stored), len(raw) if raw_size is None else raw_size
+    )
     return prefix + train_gpt.digest(prefix + stored) + stored + sections
 
 
@@ -190,7 +224,9 @@ def section_of(stored, raw):
 
 def test_forged_file_with_right_content_is_read():
     stored = train_gpt.ENCODERS["lzma"](b"\1\2")
-    found = train_gpt.unpack_weights(forge([[["x", "int8", [2]]], [section_of(stored, b"\1\2")]], stored))
+    found = train_gpt.unpack_weights(
+        forge([[["x", "int8", [2]]], [section_of(stored, b"\1\2")]], stored)
+    )
     assert found["x"].tolist() == [1, 2]
 
 
@@ -253,13 +289,19 @@ def test_unknown_compressor_number_is_refused():
 
 def codec_forgery(codec, stored, raw, shape):
     """A file whose only array stands in a section of `codec`."""
-    return forge([[["x", "int8", shape]], [section_of(stored, raw)]], stored, ["brotli", "lzma"].index(codec))
+    return forge(
+        [[["x", "int8", shape]], [section_of(stored, raw)]], stored, ["brotli", "lzma"].index(codec)
+    )
 
 
 @pytest.mark.parametrize("codec", ["brotli", "lzma"])
 def test_section_of_another_size_or_no_stream_is_refused(codec):
     compress = train_gpt.ENCODERS[codec]
-    for stored, raw, size in [(compress(b"ab"), b"ab", 3), (compress(b"abc"), b"abc", 2), (b"junk", b"junk", 4)]:
+    for stored, raw, size in [
+        (compress(b"ab"), b"ab", 3),
+        (compress(b"abc"), b"abc", 2),
+        (b"junk", b"junk", 4),
+    ]:
         assert_refused(codec_forgery(codec, stored, raw, [size]))
     assert_refused(codec_forgery(codec, compress(b"abc")[:-2], b"abc", [3]))
     assert_refused(codec_forgery(codec, b"", b"", [3]))
@@ -276,14 +318,24 @@ def test_section_bomb_stops_near_the_size_it_claims(codec):
 def test_hostile_lrzip_section_is_refused():
     good = train_gpt.ENCODERS["lrzip"](b"abcdef" * 50)
     assert train_gpt.expand("lrzip", good, 300) == b"abcdef" * 50
-    for stored, size in [(good, 299), (good, 2**29), (good[: len(good) // 2], 300), (b"junk", 4), (b"", 4)]:
+    for stored, size in [
+        (good, 299),
+        (good, 2**29),
+        (good[: len(good) // 2], 300),
+        (b"junk", 4),
+        (b"", 4),
+    ]:
         with pytest.raises(ArtifactError):
             train_gpt.expand("lrzip", stored, size)
 
 
 @needs_lrzip
 def test_row_order_that_is_no_permutation_is_refused():
-    codes, order, header = bytes(range(6)), bytes([0, 0, 0, 0]), [["tok_emb.weight:codes", "int8", [2, 3]]]
+    codes, order, header = (
+        bytes(range(6)),
+        bytes([0, 0, 0, 0]),
+        [["tok_emb.weight:codes", "int8", [2, 3]]],
+    )
     stored = [train_gpt.ENCODERS["lrzip"](codes), train_gpt.ENCODERS["brotli"](order), b""]
     sections = [section_of(*pair) for pair in zip(stored, [codes, order, b""], strict=True)]
     assert_refused(forge([header, sections], b"".join(stored), 2))
@@ -293,8 +345,14 @@ def test_row_order_that_is_no_permutation_is_refused():
 
 
 def entropy_trip(matrices):
-    """Matrices int8 -> the size of their stream, after it was read back exactly. Stored are their transposes."""
-    raw, shapes = b"".join(matrix.T.tobytes() for matrix in matrices), [matrix.shape[::-1] for matrix in matrices]
+    """Matrices int8 -> the size of their stream, after it was read back exactly.
+
+    Stored are their transposes.
+    """
+    raw, shapes = (
+        b"".join(matrix.T.tobytes() for matrix in matrices),
+        [matrix.shape[::-1] for matrix in matrices],
+    )
     stored = train_gpt.ENCODERS["entropy"](raw, shapes)
     assert train_gpt.expand("entropy", stored, len(raw), shapes) == raw
     return len(stored)
@@ -304,16 +362,24 @@ def uneven_codes(rows, columns, seed=0):
     """Gaussian codes with a deviation of each column, and that deviation (columns,)."""
     rng = np.random.default_rng(seed)
     deviation = 3 * np.exp(0.5 * rng.normal(size=columns))
-    return np.clip(np.rint(rng.normal(size=(rows, columns)) * deviation), -127, 127).astype(np.int8), deviation
+    return (
+        np.clip(np.rint(rng.normal(size=(rows, columns)) * deviation), -127, 127).astype(np.int8),
+        deviation,
+    )
 
 
 def test_entropy_coder_is_exact_on_any_codes():
     rng = np.random.default_rng(5)
     every = np.arange(-128, 128).astype(np.int8)
     matrices = [rng.integers(-128, 128, (40, 90)).astype(np.int8), every[None], every[:, None]]
-    matrices += [np.zeros(shape, np.int8) for shape in ((700, 3), (0, 4), (4, 0))] + [np.full((5, 5), -128, np.int8)]
+    matrices += [np.zeros(shape, np.int8) for shape in ((700, 3), (0, 4), (4, 0))] + [
+        np.full((5, 5), -128, np.int8)
+    ]
     matrices += [np.repeat(rng.integers(-128, 128, (400, 5)), 3, axis=1).astype(np.int8)]
-    matrices += [uneven_codes(int(rng.integers(1, 300)), int(rng.integers(1, 70)), seed)[0] for seed in range(5)]
+    matrices += [
+        uneven_codes(int(rng.integers(1, 300)), int(rng.integers(1, 70)), seed)[0]
+        for seed in range(5)
+    ]
     for matrix in matrices:
         entropy_trip([matrix])
     entropy_trip(matrices)
@@ -322,7 +388,9 @@ def test_entropy_coder_is_exact_on_any_codes():
 def test_entropy_coder_is_within_half_a_percent_of_the_entropy_given_the_columns_deviations():
     codes, deviation = uneven_codes(4096, 256)
     edges = np.arange(-127.5, 128)[:, None] / deviation
-    share = np.diff([[math.erf(x / math.sqrt(2)) / 2 for x in row] for row in edges.tolist()], axis=0)
+    share = np.diff(
+        [[math.erf(x / math.sqrt(2)) / 2 for x in row] for row in edges.tolist()], axis=0
+    )
     bits = -np.log2(np.maximum(share, 1e-12))[codes.astype(int) + 127, np.arange(256)].sum()
     lanes = 6 * train_gpt.LANES  # what each lane's state holds beyond the codes
     assert bits / 8 < entropy_trip([codes]) < 1.005 * bits / 8 + lanes
@@ -334,15 +402,20 @@ def test_entropy_coder_learns_what_the_columns_of_an_embedding_share():
     codes = np.clip(np.rint(4 * rng.normal(size=(3000, 48)) @ mix.T), -127, 127).astype(np.int8)
     correlations = np.corrcoef(codes.astype(float).T)
     alone = entropy_trip([np.stack([rng.permutation(column) for column in codes.T], axis=1)])
-    shared = -np.linalg.slogdet(correlations)[1] / 2 / math.log(2) / 8 * len(codes)  # bytes, if they were Gaussian
+    # bytes, if they were Gaussian
+    shared = -np.linalg.slogdet(correlations)[1] / 2 / math.log(2) / 8 * len(codes)
     assert shared > 0.1 * alone and entropy_trip([codes]) < alone - 0.5 * shared
 
 
 def test_predictor_is_the_conditional_mean_in_fixed_point():
-    x = np.random.default_rng(8).normal(size=(5000, 12)) @ np.random.default_rng(9).normal(size=(12, 12))
+    x = np.random.default_rng(8).normal(size=(5000, 12)) @ np.random.default_rng(9).normal(
+        size=(12, 12)
+    )
     x = np.rint(5 * x)
     predictor = train_gpt.column_predictor(x.T @ x, 10**9)
-    assert np.array_equal(predictor * 4096, np.rint(predictor * 4096)) and not np.triu(predictor).any()
+    assert (
+        np.array_equal(predictor * 4096, np.rint(predictor * 4096)) and not np.triu(predictor).any()
+    )
     for j in range(1, 12):
         expected = np.linalg.lstsq(x[:, :j], x[:, j], rcond=None)[0]
         assert np.allclose(predictor[j, :j], expected, atol=3e-3)
@@ -350,9 +423,15 @@ def test_predictor_is_the_conditional_mean_in_fixed_point():
 
 def test_entropy_stream_is_the_same_on_every_machine():
     rng = np.random.default_rng(6)
-    codes = [(rng.integers(-9, 10, (40, 700)) * np.arange(1, 41)[:, None] // 7).astype(np.int8) for _ in range(2)]
-    codes[1][1:] = codes[1][1:] // 2 + codes[1][:-1]  # 700 rows once transposed; of 40 columns one follows another
-    stored = train_gpt.ENCODERS["entropy"](b"".join(x.tobytes() for x in codes), [x.shape for x in codes])
+    codes = [
+        (rng.integers(-9, 10, (40, 700)) * np.arange(1, 41)[:, None] // 7).astype(np.int8)
+        for _ in range(2)
+    ]
+    # 700 rows once transposed; of 40 columns one follows another
+    codes[1][1:] = codes[1][1:] // 2 + codes[1][:-1]
+    stored = train_gpt.ENCODERS["entropy"](
+        b"".join(x.tobytes() for x in codes), [x.shape for x in codes]
+    )
     assert train_gpt.digest(stored).hex() == "df0d165ca49de5c6"
 
 
@@ -361,7 +440,15 @@ def test_damaged_or_hostile_entropy_stream_is_refused():
     raw, shapes = codes.tobytes(), [codes.shape]
     good = train_gpt.ENCODERS["entropy"](raw, shapes)
     assert train_gpt.expand("entropy", good, len(raw), shapes) == raw
-    for stored in (b"", b"junk", good[:-4], good[:-3], good + bytes(4), good[: 8 * train_gpt.LANES - 1], bytes(10**5)):
+    for stored in (
+        b"",
+        b"junk",
+        good[:-4],
+        good[:-3],
+        good + bytes(4),
+        good[: 8 * train_gpt.LANES - 1],
+        bytes(10**5),
+    ):
         with pytest.raises(ArtifactError):
             train_gpt.expand("entropy", stored, len(raw), shapes)
     started = time.process_time()  # not what other processes take
@@ -401,15 +488,21 @@ def test_a_compressor_that_fails_or_alters_bytes_is_an_early_error(monkeypatch):
     for name in ("entropy", "brotli", "lzma"):
         train_gpt.try_compressor(name)
     monkeypatch.setitem(train_gpt.ENCODERS, "brotli", lambda raw, shapes=(): b"\x07no stream")
-    with pytest.raises(train_gpt.SettingError, match="COMPRESSOR=entropy does not work here, brotli"):
+    with pytest.raises(
+        train_gpt.SettingError, match="COMPRESSOR=entropy does not work here, brotli"
+    ):
         train_gpt.try_compressor("entropy")
-    monkeypatch.setitem(train_gpt.DECODERS, "lzma", lambda data, raw_size, shapes=(): bytes(raw_size))
+    monkeypatch.setitem(
+        train_gpt.DECODERS, "lzma", lambda data, raw_size, shapes=(): bytes(raw_size)
+    )
     with pytest.raises(train_gpt.SettingError, match="lzma: other bytes"):
         train_gpt.try_compressor("lzma")
 
 
 def test_an_lrzip_that_cannot_start_is_an_early_error(monkeypatch, tmp_path):
-    (tmp_path / "lrzip").write_text("#!/bin/sh\necho cannot open shared object file >&2\nexit 127\n")
+    (tmp_path / "lrzip").write_text(
+        "#!/bin/sh\necho cannot open shared object file >&2\nexit 127\n"
+    )
     (tmp_path / "lrzip").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(train_gpt.SettingError, match="lrzip ended with 127.*shared object"):

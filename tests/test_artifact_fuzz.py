@@ -1,4 +1,7 @@
-"""Mutated artifacts: each is refused with an ArtifactError, soon and in bounded memory. `make soak` tries 5,000."""
+"""Mutated artifacts: each is refused with an ArtifactError, soon and in bounded memory.
+
+`make soak` tries 5,000.
+"""
 
 import json
 import lzma
@@ -19,7 +22,25 @@ pytest.importorskip("brotli")
 MUTATIONS = int(os.environ.get("SOAK_MUTATIONS", 240))  # over all compressors
 COMPRESSORS = ["entropy", "brotli", "lzma"] + ["pergroup"] * bool(shutil.which("lrzip"))
 SECONDS, MEMORY = 60, 2**31  # at most, of CPU time and bytes, for one file of a few kilobytes
-SIZES = [-1, 0, 1, 2, 2**16 - 1, 2**16, 2**20, 2**28, 2**30, 2**31, 2**32, 2**62, 2**64, 1.5, None, "7", [3]]
+SIZES = [
+    -1,
+    0,
+    1,
+    2,
+    2**16 - 1,
+    2**16,
+    2**20,
+    2**28,
+    2**30,
+    2**31,
+    2**32,
+    2**62,
+    2**64,
+    1.5,
+    None,
+    "7",
+    [3],
+]
 
 
 class Parts:
@@ -27,9 +48,15 @@ class Parts:
 
     def __init__(self, blob):
         _, _, self.sections, end = train_gpt.read_header(blob)
-        _, self.number, stored_size, self.raw_size = train_gpt.PREFIX.unpack(blob[: train_gpt.PREFIX.size])
-        self.codec = next(codecs[0] for number, *codecs in train_gpt.COMPRESSORS.values() if number == self.number)
-        self.arrays = json.loads(train_gpt.expand(self.codec, blob[end - stored_size : end], self.raw_size))[0]
+        _, self.number, stored_size, self.raw_size = train_gpt.PREFIX.unpack(
+            blob[: train_gpt.PREFIX.size]
+        )
+        self.codec = next(
+            codecs[0] for number, *codecs in train_gpt.COMPRESSORS.values() if number == self.number
+        )
+        self.arrays = json.loads(
+            train_gpt.expand(self.codec, blob[end - stored_size : end], self.raw_size)
+        )[0]
         self.data, self.claimed_size = [], None
         for size, _, _ in self.sections:
             self.data.append(blob[end : end + size])
@@ -37,7 +64,11 @@ class Parts:
 
     def signed(self):
         raw = json.dumps([self.arrays, self.sections]).encode()
-        stored = lzma.compress(raw, preset=0) if self.codec == "lzma" else train_gpt.ENCODERS[self.codec](raw)
+        stored = (
+            lzma.compress(raw, preset=0)
+            if self.codec == "lzma"
+            else train_gpt.ENCODERS[self.codec](raw)
+        )
         claimed = len(raw) if self.claimed_size is None else self.claimed_size
         prefix = train_gpt.PREFIX.pack(train_gpt.MAGIC, self.number, len(stored), claimed)
         return prefix + train_gpt.digest(prefix + stored) + stored + b"".join(self.data)
@@ -52,11 +83,15 @@ def flip(data, chance):
 
 def cut_or_grow(data, chance):
     at = chance.randrange(len(data))
-    return chance.choice([data[:at], data[at:], data + data[at:], data[:at] + chance.randbytes(9) + data[at:]])
+    return chance.choice(
+        [data[:at], data[at:], data + data[at:], data[:at] + chance.randbytes(9) + data[at:]]
+    )
 
 
 def damage(blob, chance):
-    """No digest is mended: flips, truncations, insertions, a stretch of the file moved elsewhere."""
+    """No digest is mended: flips, truncations, insertions, a stretch of the file moved
+    elsewhere.
+    """
     if chance.random() < 0.6:
         return chance.choice([flip, cut_or_grow])(blob, chance)
     a, b, c = sorted(chance.choices(range(len(blob)), k=3))
@@ -64,7 +99,9 @@ def damage(blob, chance):
 
 
 def damage_section(blob, chance):
-    """A section's content is changed under a stored digest and a size that are right: the decoder gets to see it."""
+    """A section's content is changed under a stored digest and a size that are right: the
+    decoder gets to see it.
+    """
     parts = Parts(blob)
     number = chance.choice([i for i, data in enumerate(parts.data) if data])
     data = parts.data[number] = chance.choice([flip, cut_or_grow])(parts.data[number], chance)
@@ -73,7 +110,9 @@ def damage_section(blob, chance):
 
 
 def swap_sections(blob, chance):
-    """Two sections change places, with or without their sizes in the header; or one stands twice, or is gone."""
+    """Two sections change places, with or without their sizes in the header; or one stands
+    twice, or is gone.
+    """
     parts = Parts(blob)
     a, b = chance.choices(range(len(parts.data)), k=2)
     parts.data[a], parts.data[b] = parts.data[b], parts.data[a]
@@ -99,7 +138,9 @@ def forge_lengths(blob, chance):
     elif kind == 2 and array[2]:
         array[2][chance.randrange(len(array[2]))] = chance.choice(SIZES)
     elif kind == 3:
-        array[2] = chance.choice([[], [2**16, 2**14], [2**14, 2**16], [0, 2**62], [1] * 9, 5, "55", None])
+        array[2] = chance.choice(
+            [[], [2**16, 2**14], [2**14, 2**16], [0, 2**62], [1] * 9, 5, "55", None]
+        )
     elif kind == 4:
         array[1] = chance.choice(["float64", "object", "i1,i1", 3, None, ["int8"]])
     else:
@@ -110,11 +151,22 @@ def forge_lengths(blob, chance):
 def forge_compressor(blob, chance):
     """Another compressor's number over the same sections."""
     parts = Parts(blob)
-    parts.number = chance.choice([n for n in range(256) if n != parts.number][: chance.choice([3, 255])])
+    parts.number = chance.choice(
+        [n for n in range(256) if n != parts.number][: chance.choice([3, 255])]
+    )
     return parts.signed()
 
 
-KINDS = [damage, damage, damage_section, damage_section, swap_sections, forge_lengths, forge_lengths, forge_compressor]
+KINDS = [
+    damage,
+    damage,
+    damage_section,
+    damage_section,
+    swap_sections,
+    forge_lengths,
+    forge_lengths,
+    forge_compressor,
+]
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS)
@@ -135,14 +187,21 @@ def test_mutated_artifacts_are_refused(compressor):
         started = time.process_time()
         try:
             found = train_gpt.unpack_weights(mutant)
-        except (train_gpt.ArtifactError, train_gpt.SettingError):  # the second: it wants lrzip, which is missing
+        # the second: it wants lrzip, which is missing
+        except (train_gpt.ArtifactError, train_gpt.SettingError):
             pass
         else:
-            # lrzip's own header holds a time and the like: the same weights under a right digest are no damage
-            if kind is not damage_section or not all(np.array_equal(found.get(n), a) for n, a in arrays.items()):
+            # lrzip's own header holds a time and the like: the same weights under a right digest
+            # are no damage
+            if kind is not damage_section or not all(
+                np.array_equal(found.get(n), a) for n, a in arrays.items()
+            ):
                 passed.append((kind.__name__, tried))
         seconds = max(seconds, time.process_time() - started)
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    tell(f"mutated artifacts, {compressor}: {tried} mutants, {seconds:.2f} s at most, {grown / 2**20:.0f} MiB more")
+    tell(
+        f"mutated artifacts, {compressor}: {tried} mutants, {seconds:.2f} s at most,"
+        f" {grown / 2**20:.0f} MiB more"
+    )
     assert not passed, f"accepted: {passed}"
     assert seconds < SECONDS and grown < MEMORY

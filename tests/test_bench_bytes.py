@@ -1,4 +1,6 @@
-"""benchmarks/bench_bytes.py on a tiny checkpoint: it measures what the trainer makes, and refuses what is not exact."""
+"""benchmarks/bench_bytes.py on a tiny checkpoint: it measures what the trainer makes, and refuses
+what is not exact.
+"""
 
 import json
 
@@ -13,9 +15,13 @@ from tests.test_artifact import model_arrays
 pytest.importorskip("brotli")
 
 
-def test_sweep_measures_bytes_error_and_bpb_of_every_point(monkeypatch, tmp_path, tiny_data, ops, capsys):
+def test_sweep_measures_bytes_error_and_bpb_of_every_point(
+    monkeypatch, tmp_path, tiny_data, ops, capsys
+):
     pytest.importorskip("matplotlib")
-    for name, value in (TINY | {"data_path": tiny_data, "caseops_enabled": True, "lqer_top_k": 0}).items():
+    for name, value in (
+        TINY | {"data_path": tiny_data, "caseops_enabled": True, "lqer_top_k": 0}
+    ).items():
         monkeypatch.setenv(name.upper(), str(int(value) if isinstance(value, bool) else value))
     model = train_gpt.GPT(tiny_hp(), ops, torch.float32)
     for parameter in model.parameters():
@@ -29,17 +35,29 @@ def test_sweep_measures_bytes_error_and_bpb_of_every_point(monkeypatch, tmp_path
     bench_bytes.main()
     curves = json.loads((tmp_path / "sweep.json").read_text())
     (near, coarse), (ours,) = curves["plain"], curves["ours"]
-    assert near["bytes"] > coarse["bytes"] and near["weighted_error"] < 0.2 * coarse["weighted_error"]
+    assert (
+        near["bytes"] > coarse["bytes"] and near["weighted_error"] < 0.2 * coarse["weighted_error"]
+    )
     assert ours["settings"] == shaped and ours["weighted_error"] < 0.2 * coarse["weighted_error"]
     assert all(-0.1 < point["gap"] < 0.1 for point in (near, coarse, ours))
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     assert abs(near["bpb"] - float(capsys.readouterr().out.split()[2])) < 0.05
 
 
-@pytest.mark.parametrize("setting", ["GPTQ_CALIBRATION_BATCHES=64", "MICRO_BATCH_TOKENS=64", "SEED=2", "NOSUCH=1"])
+@pytest.mark.parametrize(
+    "setting", ["GPTQ_CALIBRATION_BATCHES=64", "MICRO_BATCH_TOKENS=64", "SEED=2", "NOSUCH=1"]
+)
 def test_a_setting_that_a_sweep_cannot_vary_is_refused(setting, monkeypatch, tmp_path):
     """Its Hessians are made once: every point would have given the same bytes."""
-    command = ["bench", "sweep", str(tmp_path / "absent.pt"), "--curve", "ours", "", f"GPTQ_DAMP=0.1 {setting}"]
+    command = [
+        "bench",
+        "sweep",
+        str(tmp_path / "absent.pt"),
+        "--curve",
+        "ours",
+        "",
+        f"GPTQ_DAMP=0.1 {setting}",
+    ]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(train_gpt.SettingError, match=f"{setting.split('=')[0]} cannot differ"):
         bench_bytes.main()

@@ -1,4 +1,6 @@
-"""benchmarks/bench_kernels.py without a clock, by Triton's interpreter: inputs fit the operations, errors are seen."""
+"""benchmarks/bench_kernels.py without a clock, by Triton's interpreter: inputs fit the operations,
+errors are seen.
+"""
 
 import pytest
 import torch
@@ -26,7 +28,12 @@ def test_operations_are_compared_with_their_references(report, capsys):
     bench_kernels.bench_entry(report, 24)
     told = capsys.readouterr().out
     assert told.count(" ok ") == 6 and "WRONG" not in told and not report.wrong
-    for name in ("head + cross-entropy fwd+bwd", "cross-entropy kernel", "XSA and gate fwd", "entry with lanes kernel"):
+    for name in (
+        "head + cross-entropy fwd+bwd",
+        "cross-entropy kernel",
+        "XSA and gate fwd",
+        "entry with lanes kernel",
+    ):
         assert f"\n{name} " in told
 
 

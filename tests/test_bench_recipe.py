@@ -1,4 +1,6 @@
-"""benchmarks/bench_recipe.py: pairs, goes, what is missing after a kill, refusals, verdicts, tables; one real pair."""
+"""benchmarks/bench_recipe.py: pairs, goes, what is missing after a kill, refusals, verdicts,
+tables; one real pair.
+"""
 
 import json
 import math
@@ -65,7 +67,9 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with checkouts of the stub (base, other) and data; every test is a machine of its own."""
+    """A folder with checkouts of the stub (base, other) and data; every test is a machine of
+    its own.
+    """
     for name in ("base", "other", "data", "tmp"):
         (tmp_path / name).mkdir()
     for name in ("base", "other"):
@@ -78,7 +82,9 @@ def place(tmp_path, monkeypatch):
 
 
 def words(place, *arms, kind="screen", seeds="1 2 3", options=()):
-    """The command line of `run`; an arm is a pair of a name, in the checkout `base`, and settings."""
+    """The command line of `run`; an arm is a pair of a name, in the checkout `base`, and
+    settings.
+    """
     line = ["run", str(place / "c.jsonl"), "--kind", kind, "--data", str(place / "data")]
     line += ["--runs", str(place / "runs"), "--seeds", *seeds.split(), *options]
     for name, settings in arms:
@@ -111,12 +117,28 @@ BASE, BETTER = ("base", ""), ("better", "GAIN=0.002")
 def test_arms_alternate_and_every_run_is_one_line(place):
     code, records = run(place, BASE, BETTER)
     assert code == 0
-    assert [(r["arm"], r["seed"]) for r in records] == [("base", 1), ("better", 1), ("better", 2), ("base", 2),
-                                                        ("base", 3), ("better", 3)]  # fmt: skip
+    assert [(r["arm"], r["seed"]) for r in records] == [
+        ("base", 1),
+        ("better", 1),
+        ("better", 2),
+        ("base", 2),
+        ("base", 3),
+        ("better", 3),
+    ]
     first = records[0]
-    assert first["status"] == "ok" and first["steps"] == 1000 and first["scores"]["prequant"]["bpb"] == 1.21
-    assert first["tokens_per_second"] == 983_040 and first["epochs"] == 10.0 and first["train_tokens"] == 9_830_400
-    assert first["changed"]["MAX_WALLCLOCK_SECONDS"] == 120 and first["changed"]["PREQUANT_ONLY"] == 1
+    assert (
+        first["status"] == "ok"
+        and first["steps"] == 1000
+        and first["scores"]["prequant"]["bpb"] == 1.21
+    )
+    assert (
+        first["tokens_per_second"] == 983_040
+        and first["epochs"] == 10.0
+        and first["train_tokens"] == 9_830_400
+    )
+    assert (
+        first["changed"]["MAX_WALLCLOCK_SECONDS"] == 120 and first["changed"]["PREQUANT_ONLY"] == 1
+    )
     assert "GAIN" not in first["changed"] and records[1]["changed"]["GAIN"] == 0.002
     assert first["data"]["train_tokens"] == 112 and len({r["go"] for r in records}) == 1
     assert [r["position"] for r in records] == [0, 1, 2, 3, 4, 5]
@@ -132,7 +154,9 @@ def test_settings_of_the_environment_do_not_reach_a_run(place, monkeypatch):
 def test_a_final_has_all_stages_and_set_goes_to_every_arm(place):
     _, records = run(place, BASE, BETTER, kind="final", seeds="1", options=["--set", "SPEED=2"])
     assert [list(r["scores"]) for r in records] == [["prequant", "quantized", "ttt"]] * 2
-    assert [r["steps"] for r in records] == [2000, 2000] and records[0]["changed"]["MAX_WALLCLOCK_SECONDS"] == 200
+    assert [r["steps"] for r in records] == [2000, 2000] and records[0]["changed"][
+        "MAX_WALLCLOCK_SECONDS"
+    ] == 200
 
 
 def test_another_checkout_is_an_arm(place):
@@ -149,7 +173,11 @@ def test_the_code_is_known_by_what_it_imports(place):
     (place / "base" / "train_gpt.py").write_text("import notes\n" + STUB)
     imported = bench_recipe.check_arm(bench_recipe.Arm("base", {}, place / "base"), {}).code
     (place / "base" / "notes.py").write_text("x = 1\n")
-    assert bench_recipe.check_arm(bench_recipe.Arm("base", {}, place / "base"), {}).code != imported != recipe.code
+    assert (
+        bench_recipe.check_arm(bench_recipe.Arm("base", {}, place / "base"), {}).code
+        != imported
+        != recipe.code
+    )
 
 
 def test_a_half_pair_of_another_machine_is_run_again(place):
@@ -157,7 +185,8 @@ def test_a_half_pair_of_another_machine_is_run_again(place):
     lines = (place / "c.jsonl").read_text().splitlines(keepends=True)
     (place / "c.jsonl").write_text("".join(lines[:3]))  # base 1, better 1, better 2
     _, same = run(place, BASE, BETTER, seeds="1 2")
-    assert [(r["arm"], r["seed"]) for r in same[3:]] == [("base", 2)]  # the same go: only its other half is missing
+    # the same go: only its other half is missing
+    assert [(r["arm"], r["seed"]) for r in same[3:]] == [("base", 2)]
     (place / "c.jsonl").write_text("".join(lines[:3]))
     new_machine(place)
     _, records = run(place, BASE, BETTER, seeds="1 2")
@@ -165,7 +194,9 @@ def test_a_half_pair_of_another_machine_is_run_again(place):
     assert len({r["go"] for r in records}) == 2
     pairs = bench_recipe.pairs_of(records, "better", "base")
     assert {seed: (a["go"], b["go"]) for seed, (a, b) in pairs.items()} == {
-        1: (records[0]["go"],) * 2, 2: (records[3]["go"],) * 2}  # fmt: skip
+        1: (records[0]["go"],) * 2,
+        2: (records[3]["go"],) * 2,
+    }
 
 
 def test_a_pause_ends_a_go(place, monkeypatch):
@@ -209,15 +240,26 @@ def test_a_failed_run_is_recorded_and_the_campaign_goes_on(place, capsys):
     code, records = run(place, *arms, seeds="1 2")
     assert code == 1
     assert [(r["arm"], r["seed"], r["status"]) for r in records] == [
-        ("base", 1, "ok"), ("bad", 1, "failed"), ("bad", 2, "ok"), ("base", 2, "ok")]  # fmt: skip
-    assert records[1]["exit_code"] == 1 and records[1]["log"] == ["step:1 train_loss:9.0", "out of", "memory"]
+        ("base", 1, "ok"),
+        ("bad", 1, "failed"),
+        ("bad", 2, "ok"),
+        ("base", 2, "ok"),
+    ]
+    assert records[1]["exit_code"] == 1 and records[1]["log"] == [
+        "step:1 train_loss:9.0",
+        "out of",
+        "memory",
+    ]
     code, records = run(place, *arms, seeds="1 2")  # once more, and then it is left alone
     assert code == 1 and [(r["arm"], r["seed"]) for r in records[4:]] == [("bad", 1)]
     assert run(place, *arms, seeds="1 2") == (0, records)
     capsys.readouterr()
     table(place)
     told = capsys.readouterr().out
-    assert f"failed: bad, seed 1, go {records[1]['go']}: step:1 train_loss:9.0 | out of | memory\n" in told
+    assert (
+        f"failed: bad, seed 1, go {records[1]['go']}: step:1 train_loss:9.0 | out of | memory\n"
+        in told
+    )
     assert "not counted, without a partner in its go: base, seed 1" in told
 
 
@@ -240,7 +282,9 @@ def test_split_judges_single_runs_by_the_limit(place):
     _, records = run(place, *arms, options=["--limit-seconds", "241", "--split"])
     assert [r["arm"] for r in records] == ["base"]  # after it, 240 s more would be too many
     _, records = run(place, *arms, seeds="1", options=["--limit-seconds", "241", "--split"])
-    assert [r["arm"] for r in records] == ["base", "better"] and records[0]["go"] == records[1]["go"]
+    assert [r["arm"] for r in records] == ["base", "better"] and records[0]["go"] == records[1][
+        "go"
+    ]
 
 
 def test_noise_repeats_a_seed(place):
@@ -254,27 +298,41 @@ def test_noise_repeats_a_seed(place):
 # ---- refusals
 
 
-@pytest.mark.parametrize("name", ["MAX_WALLCLOCK_SECONDS", "SEED", "DATA_PATH", "TRAIN_BATCH_TOKENS", "PREQUANT_ONLY"])
+@pytest.mark.parametrize(
+    "name", ["MAX_WALLCLOCK_SECONDS", "SEED", "DATA_PATH", "TRAIN_BATCH_TOKENS", "PREQUANT_ONLY"]
+)
 def test_an_arm_that_breaks_the_comparison_is_refused(place, name):
     code, records = run(place, BASE, ("odd", f"{name}=5"))
     assert f"arm odd sets {name}" in code and f"--allow {name}" in code and records == []
 
 
 def test_allow_lets_it_pass(place):
-    code, records = run(place, BASE, ("odd", "TRAIN_BATCH_TOKENS=5"), seeds="1",
-                        options=["--allow", "TRAIN_BATCH_TOKENS"])  # fmt: skip
-    assert code == 0 and records[1]["changed"]["TRAIN_BATCH_TOKENS"] == 5 and records[1]["tokens_per_second"] == 50
+    code, records = run(
+        place,
+        BASE,
+        ("odd", "TRAIN_BATCH_TOKENS=5"),
+        seeds="1",
+        options=["--allow", "TRAIN_BATCH_TOKENS"],
+    )
+    assert (
+        code == 0
+        and records[1]["changed"]["TRAIN_BATCH_TOKENS"] == 5
+        and records[1]["tokens_per_second"] == 50
+    )
 
 
-@pytest.mark.parametrize(("arms", "sentence"), [
-    ([BASE, ("odd", "GAIN_RATE=1")], "arm odd: GAIN_RATE is not a setting"),
-    ([BASE, ("odd", "GAIN=much")], "arm odd: could not convert string to float"),
-    ([BASE, ("odd", "RUN_ID=x")], "arm odd sets RUN_ID: this script sets these itself"),
-    ([BASE, ("odd", "GAIN")], "arm odd: 'GAIN' must be words such as NAME=value"),
-    ([BASE, BASE], "arms need different names"),
-    ([BASE, ("a/b", "")], "arm 'a/b': a name has"),
-    ([BASE, ("odd@/nowhere", "")], "there is no train_gpt.py in /nowhere"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arms", "sentence"),
+    [
+        ([BASE, ("odd", "GAIN_RATE=1")], "arm odd: GAIN_RATE is not a setting"),
+        ([BASE, ("odd", "GAIN=much")], "arm odd: could not convert string to float"),
+        ([BASE, ("odd", "RUN_ID=x")], "arm odd sets RUN_ID: this script sets these itself"),
+        ([BASE, ("odd", "GAIN")], "arm odd: 'GAIN' must be words such as NAME=value"),
+        ([BASE, BASE], "arms need different names"),
+        ([BASE, ("a/b", "")], "arm 'a/b': a name has"),
+        ([BASE, ("odd@/nowhere", "")], "there is no train_gpt.py in /nowhere"),
+    ],
+)
 def test_what_cannot_work_is_refused_before_anything_runs(place, arms, sentence):
     code, records = run(place, *arms)
     assert sentence in code and records == []
@@ -315,16 +373,28 @@ def test_a_file_of_another_version_is_refused(place):
 
 def pairs(*values, **more):
     """(BPB of the arm, of the reference) of each seed -> pairs as pairs_of makes them."""
-    sides = [[{"arm": name, "scores": {"prequant": {"bpb": bpb, "bytes": 1000}}, **more} for name, bpb in
-              zip(("arm", "base"), value, strict=True)] for value in values]  # fmt: skip
+    sides = [
+        [
+            {"arm": name, "scores": {"prequant": {"bpb": bpb, "bytes": 1000}}, **more}
+            for name, bpb in zip(("arm", "base"), value, strict=True)
+        ]
+        for value in values
+    ]
     return dict(enumerate(map(tuple, sides)))
 
 
 def test_the_verdicts_arithmetic_against_numbers_by_hand():
-    # differences -0.001, -0.002, -0.003: mean -0.002, deviation 0.001, error 0.001 / sqrt(3), t = 2 sqrt(3).
+    # differences -0.001, -0.002, -0.003: mean -0.002, deviation 0.001, error 0.001 / sqrt(3), t = 2
+    # sqrt(3).
     found = bench_recipe.compare(pairs((1.099, 1.1), (1.198, 1.2), (1.297, 1.3)), "prequant")
-    assert found.n == 3 and found.mean == pytest.approx(1.198) and found.difference == pytest.approx(-0.002)
-    assert found.error == pytest.approx(0.001 / math.sqrt(3)) and found.t == pytest.approx(2 * math.sqrt(3))
+    assert (
+        found.n == 3
+        and found.mean == pytest.approx(1.198)
+        and found.difference == pytest.approx(-0.002)
+    )
+    assert found.error == pytest.approx(0.001 / math.sqrt(3)) and found.t == pytest.approx(
+        2 * math.sqrt(3)
+    )
     # Student's t with 2 degrees of freedom: P(T > t) = 1/2 - t / (2 sqrt(2 + t^2)); t^2 = 12.
     assert found.p == pytest.approx(0.5 - math.sqrt(12) / (2 * math.sqrt(14)))
     assert found.verdict == "accept"
@@ -336,11 +406,19 @@ def three(mean, t):
     return pairs(*[(1 - mean + shift * deviation, 1.0) for shift in (-1, 0, 1)])
 
 
-@pytest.mark.parametrize(("mean", "t", "verdict"), [
-    (0.002, 2.93, "accept"), (0.002, 2.91, "undecided"),  # the bound is 2.920
-    (0.0006, 50, "accept"), (0.0004, 5, "undecided"),  # a sure gain, but 0.0005 is not excluded either
-    (0.0004, 50, "reject"), (-0.002, -5, "reject"), (-0.002, -0.5, "undecided"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mean", "t", "verdict"),
+    [
+        (0.002, 2.93, "accept"),
+        (0.002, 2.91, "undecided"),  # the bound is 2.920
+        # a sure gain, but 0.0005 is not excluded either
+        (0.0006, 50, "accept"),
+        (0.0004, 5, "undecided"),
+        (0.0004, 50, "reject"),
+        (-0.002, -5, "reject"),
+        (-0.002, -0.5, "undecided"),
+    ],
+)
 def test_accept_needs_both_a_sure_gain_and_a_large_one(mean, t, verdict):
     found = bench_recipe.compare(three(mean, t), "prequant")
     assert found.t == pytest.approx(t) and found.verdict == verdict
@@ -359,13 +437,18 @@ def test_few_pairs_and_no_spread():
 def test_different_text_is_not_compared():
     both = pairs((1.0, 1.1))
     both[0][1]["scores"]["prequant"]["bytes"] = 999
-    with pytest.raises(ValueError, match="arm was scored on 1,000 bytes of text in prequant, base on 999"):
+    with pytest.raises(
+        ValueError, match="arm was scored on 1,000 bytes of text in prequant, base on 999"
+    ):
         bench_recipe.compare(both, "prequant")
 
 
 def test_deviations_are_pooled_over_repeats():
     # (1, 3) and (2, 4, 6): squares 2 and 8, degrees of freedom 1 and 2.
-    assert bench_recipe.pooled_deviation([[1.0, 3.0], [2.0, 4.0, 6.0], [9.0]]) == (pytest.approx(math.sqrt(10 / 3)), 3)
+    assert bench_recipe.pooled_deviation([[1.0, 3.0], [2.0, 4.0, 6.0], [9.0]]) == (
+        pytest.approx(math.sqrt(10 / 3)),
+        3,
+    )
     assert math.isnan(bench_recipe.pooled_deviation([[1.0], [2.0]])[0])
 
 
@@ -376,23 +459,52 @@ def write_runs(place, kind, values, arms=("base", "arm")):
     """Records {arm: BPB of seed 1, 2, ...}, all in one go."""
     for arm in arms:
         for seed, bpb in enumerate(values[arm], 1):
-            bench_recipe.append_record(place / "c.jsonl", {
-                "version": 1, "kind": kind, "arm": arm, "seed": seed, "go": "g", "status": "ok", "settings": {},
-                "commit": "abc", "code": "123", "steps": 1000, "tokens_per_second": 900, "epochs": 3.5,
-                "total_bytes": 100, "violations": [], "scores": {"prequant": {"bpb": bpb, "bytes": 7}}})  # fmt: skip
+            bench_recipe.append_record(
+                place / "c.jsonl",
+                {
+                    "version": 1,
+                    "kind": kind,
+                    "arm": arm,
+                    "seed": seed,
+                    "go": "g",
+                    "status": "ok",
+                    "settings": {},
+                    "commit": "abc",
+                    "code": "123",
+                    "steps": 1000,
+                    "tokens_per_second": 900,
+                    "epochs": 3.5,
+                    "total_bytes": 100,
+                    "violations": [],
+                    "scores": {"prequant": {"bpb": bpb, "bytes": 7}},
+                },
+            )
 
 
 def test_a_planted_difference_is_found_and_noise_is_not_accepted(place, capsys):
     noise = [0.0003, -0.0002, -0.0001]
     base = [1.15, 1.16, 1.17]
-    write_runs(place, "screen", {"base": base, "arm": [b - 0.002 + n for b, n in zip(base, noise, strict=True)],
-                                 "same": [b + n for b, n in zip(base, noise, strict=True)]},
-               ("base", "arm", "same"))  # fmt: skip
+    write_runs(
+        place,
+        "screen",
+        {
+            "base": base,
+            "arm": [b - 0.002 + n for b, n in zip(base, noise, strict=True)],
+            "same": [b + n for b, n in zip(base, noise, strict=True)],
+        },
+        ("base", "arm", "same"),
+    )
     table(place)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert rows[1] == ("| arm | prequant | 3 | 1.15800 | -0.00200 | 0.00015 | 13.09 | 0.0029 | 1.000 | 1.000 | +0 | "
-                       "3.50 | accept |")  # fmt: skip
-    assert rows[2].startswith("| same | prequant | 3 | 1.16000 | +0.00000 |") and "accept" not in rows[2]
+    assert (
+        rows[1]
+        == "| arm | prequant | 3 | 1.15800 | -0.00200 | 0.00015 | 13.09 | 0.0029 | 1.000 | 1.000 |"
+        " +0 | 3.50 | accept |"
+    )
+    assert (
+        rows[2].startswith("| same | prequant | 3 | 1.16000 | +0.00000 |")
+        and "accept" not in rows[2]
+    )
 
 
 def test_the_table_of_a_final(place, capsys):
@@ -405,7 +517,10 @@ def test_the_table_of_a_final(place, capsys):
     assert [row[-1] for row in rows] == ["- |", "- |", "accept |"]
     assert [row[4] for row in rows] == ["-0.00300"] * 3 and rows[0][8:10] == ["1.100", "1.100"]
     assert "final against old, on stub" in told and "fast: GAIN=0.003 SPEED=1.1; commit" in told
-    assert "accept: n at least 3, p < 0.05 (with n = 3 t beyond 2.92) and a gain of at least 0.0005 BPB" in told
+    assert (
+        "accept: n at least 3, p < 0.05 (with n = 3 t beyond 2.92) and a gain of at least"
+        " 0.0005 BPB" in told
+    )
     table(place, "--against", "fast")
     assert "| old | ttt | 3 |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--against nobody: final has the arms old, fast"):
@@ -419,7 +534,10 @@ def test_an_arm_that_breaks_a_rule_is_not_accepted(place, capsys):
     (place / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     table(place)
     told = capsys.readouterr().out
-    assert "| undecided (breaks rules, see below) |" in told and "arm breaks a rule in 1 runs: too many bytes" in told
+    assert (
+        "| undecided (breaks rules, see below) |" in told
+        and "arm breaks a rule in 1 runs: too many bytes" in told
+    )
 
 
 def test_noise_of_repeats_and_of_seeds(place, capsys):
@@ -446,13 +564,28 @@ def test_noise_of_repeats_and_of_seeds(place, capsys):
 
 def test_the_standard_data_take_the_first_validation_documents(tmp_path):
     for name, count in (("train", 30), ("val", 20)):
-        texts = [json.dumps({"text": f"Document {number} of {name}."}) + "\n" for number in range(count)]
+        texts = [
+            json.dumps({"text": f"Document {number} of {name}."}) + "\n" for number in range(count)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("".join(texts))
-    line = ["data", str(tmp_path / "out"), "--train", str(tmp_path / "train.jsonl"), "--val",
-            str(tmp_path / "val.jsonl"), "--val-docs", "5", "--tokenizer", str(prepare_caseops_data.DEFAULT_TOKENIZER)]
+    line = [
+        "data",
+        str(tmp_path / "out"),
+        "--train",
+        str(tmp_path / "train.jsonl"),
+        "--val",
+        str(tmp_path / "val.jsonl"),
+        "--val-docs",
+        "5",
+        "--tokenizer",
+        str(prepare_caseops_data.DEFAULT_TOKENIZER),
+    ]
     bench_recipe.main(line)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["splits"]["val"]["documents"] == 5 and manifest["splits"]["train"]["documents"] == 30
+    assert (
+        manifest["splits"]["val"]["documents"] == 5
+        and manifest["splits"]["train"]["documents"] == 30
+    )
     assert (tmp_path / "out" / "caseops_8192.model").exists()
     bench_recipe.main(line)  # they are there already
 
@@ -461,17 +594,27 @@ def test_the_standard_data_take_the_first_validation_documents(tmp_path):
 def test_a_real_pair(tiny_data, place, capsys):
     settings = {name.upper(): value for name, value in TINY.items() if name != "vocab_size"}
     settings |= {"ITERATIONS": 3, "GPTQ_RESERVE_SECONDS": 0, "OMP_NUM_THREADS": 1}
-    line = words(place, ("base@" + str(bench_recipe.ROOT), ""), ("slow@" + str(bench_recipe.ROOT), "MATRIX_LR=0.001"),
-                 seeds="1", options=["--set", *(f"{name}={value}" for name, value in settings.items())])  # fmt: skip
+    line = words(
+        place,
+        ("base@" + str(bench_recipe.ROOT), ""),
+        ("slow@" + str(bench_recipe.ROOT), "MATRIX_LR=0.001"),
+        seeds="1",
+        options=["--set", *(f"{name}={value}" for name, value in settings.items())],
+    )
     line[line.index(str(place / "data"))] = str(tiny_data)
     with pytest.raises(SystemExit) as ended:
         bench_recipe.main(line)
     records = bench_recipe.read_campaign(place / "c.jsonl")
     assert ended.value.code == 0, records
-    assert [(r["arm"], r["steps"], list(r["scores"])) for r in records] == [("base", 3, ["prequant"]),
-                                                                           ("slow", 3, ["prequant"])]  # fmt: skip
-    assert records[0]["scores"] != records[1]["scores"] and records[1]["changed"]["MATRIX_LR"] == 0.001
+    assert [(r["arm"], r["steps"], list(r["scores"])) for r in records] == [
+        ("base", 3, ["prequant"]),
+        ("slow", 3, ["prequant"]),
+    ]
+    assert (
+        records[0]["scores"] != records[1]["scores"] and records[1]["changed"]["MATRIX_LR"] == 0.001
+    )
     assert records[0]["code"] == records[1]["code"] and records[0]["epochs"] == pytest.approx(
-        3 * 256 / records[0]["train_tokens"], abs=1e-3)  # fmt: skip
+        3 * 256 / records[0]["train_tokens"], abs=1e-3
+    )
     table(place)
     assert "| slow | prequant | 1 |" in capsys.readouterr().out

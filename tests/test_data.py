@@ -12,15 +12,27 @@ import train_gpt
 from lossless_caps import decode
 from prepare_caseops_data import load_tokenizer, read_manifest, write_manifest, write_shard
 from tools.techniques import fuse_markers
-from train_gpt import BOS_ID, DataError, SettingError, TokenStream, TrainLoader, ValidationSet, space_id
+from train_gpt import (
+    BOS_ID,
+    DataError,
+    SettingError,
+    TokenStream,
+    TrainLoader,
+    ValidationSet,
+    space_id,
+)
 
-PROSE = [f"In {1900 + n} The City of NEW York and iPhone users met Mr. McDonald {n} times. They LEFT."
-         for n in range(60)]
+PROSE = [
+    f"In {1900 + n} The City of NEW York and iPhone users met Mr. McDonald {n} times. They LEFT."
+    for n in range(60)
+]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Validation: literal markers, ligatures, empty documents and some of PROSE; the rest of it is training."""
+    """Validation: literal markers, ligatures, empty documents and some of PROSE; the rest of it
+    is training.
+    """
     folder = tmp_path_factory.mktemp("fused")
     docs = write_docs(folder / "docs.jsonl", TEXTS[:7] + PROSE)
     build(folder / "data", "--docs", docs, "--val-docs", 20, "--shard-tokens", 200)
@@ -38,18 +50,27 @@ def unfused(tokens, space):
 
 
 def test_fused_and_stored_validation_carry_the_same_text_and_bytes(folder):
-    plain, fused = (ValidationSet(hp_of(folder, marker_fusion_enabled=on), None) for on in (False, True))
+    plain, fused = (
+        ValidationSet(hp_of(folder, marker_fusion_enabled=on), None) for on in (False, True)
+    )
     space, sp = space_id(hp_of(folder)), load_tokenizer(DEFAULT_TOKENIZER)
     assert unfused(fused.tokens, space) == plain.tokens.tolist()
     assert fused.summary == plain.summary and f"values:{len(plain.tokens)} " in plain.summary
     assert len(fused.tokens) < 0.95 * len(plain.tokens)
-    assert set(fused.tokens[fused.tokens >= 8192]) == {8192, 8193}  # CAPNEXT stands inside words, behind no space
+    # CAPNEXT stands inside words, behind no space
+    assert set(fused.tokens[fused.tokens >= 8192]) == {8192, 8193}
     assert len(fused.starts) == len(plain.starts) == 20
     for document in range(20):
-        assert fused.targets_of(np.array([document]))[1] == plain.targets_of(np.array([document]))[1]
-        texts = [decode(sp.decode(tokens)) for tokens in (
-            unfused(fused.tokens[fused.starts[document]:fused.ends[document]], space),
-            plain.tokens[plain.starts[document]:plain.ends[document]].tolist())]
+        assert (
+            fused.targets_of(np.array([document]))[1] == plain.targets_of(np.array([document]))[1]
+        )
+        texts = [
+            decode(sp.decode(tokens))
+            for tokens in (
+                unfused(fused.tokens[fused.starts[document] : fused.ends[document]], space),
+                plain.tokens[plain.starts[document] : plain.ends[document]].tolist(),
+            )
+        ]
         assert texts[0] == texts[1]
     assert texts[0].startswith("In 1912 The City of NEW York and iPhone")
     alias = fused.tokens >= 8192
@@ -66,7 +87,13 @@ def test_a_pair_takes_its_bytes_along_and_other_neighbours_stay(folder):
 
 
 def test_fused_rows_are_full_and_follow_the_stream(folder, dist):
-    hp = hp_of(folder, marker_fusion_enabled=True, micro_batch_tokens=64, train_batch_tokens=64, balance_rows=False)
+    hp = hp_of(
+        folder,
+        marker_fusion_enabled=True,
+        micro_batch_tokens=64,
+        train_batch_tokens=64,
+        balance_rows=False,
+    )
     stream = TokenStream(folder, "train")
     loader, space = TrainLoader(stream, hp, dist), space_id(hp)
     assert 64 < loader.span < 80
@@ -89,11 +116,20 @@ def test_embeddings_of_pairs_begin_between_space_and_marker(folder, ops):
 
 
 def test_a_fused_model_trains_and_adapts(folder, ops, dist, tmp_path):
-    hp = hp_of(folder, marker_fusion_enabled=True, iterations=2, micro_batch_tokens=64, train_batch_tokens=64,
-               ttt_batch_size=8, phased_ttt_num_phases=0)
+    hp = hp_of(
+        folder,
+        marker_fusion_enabled=True,
+        iterations=2,
+        micro_batch_tokens=64,
+        train_batch_tokens=64,
+        ttt_batch_size=8,
+        phased_ttt_num_phases=0,
+    )
     model = train_gpt.GPT(hp, ops, torch.float32)
     log, validation = train_gpt.RunLog(tmp_path, dist), ValidationSet(hp, None)
-    train_gpt.Trainer(model, TrainLoader(TokenStream(hp.data_path, "train"), hp, dist), hp, dist, log).train(None)
+    train_gpt.Trainer(
+        model, TrainLoader(TokenStream(hp.data_path, "train"), hp, dist), hp, dist, log
+    ).train(None)
     plain = train_gpt.Evaluator(model, validation, hp, dist).evaluate_bpb()
     adapted = train_gpt.TestTimeTrainer(model, validation, hp, dist, log).evaluate()
     assert plain["tokens"] == adapted["tokens"] == len(validation.tokens) - 1
@@ -117,6 +153,7 @@ def copy(folder, tmp_path):
 
 def restate(change):
     """Changes the manifest, sealing it again."""
+
     def damage(folder):
         manifest = read_manifest(folder)
         change(manifest)
@@ -137,15 +174,37 @@ def another_token(folder):
     write_shard(folder / "fineweb_val_000000.bin", values)
 
 
-@pytest.mark.parametrize("damage, words", [
-    (restate(lambda m: m["splits"]["val"].update(documents=50_000)), "20 documents of validation, not 50000"),
-    (restate(lambda m: m["splits"]["val"].update(tokens=47_853_344)), "tokens of validation, not 47853344"),
-    (restate(lambda m: m.update(leaked_documents=1)), "1 training documents are validation documents"),
-    (lambda folder: (folder / "fineweb_train_000001.bin").unlink(), "fineweb_train_000001.bin is missing"),
-    (lambda folder: write_shard(folder / "fineweb_train_000001.bin", [1, 2]), "train_000001.bin is another file"),
-    (lambda folder: write_shard(folder / "fineweb_train_000050.bin", [1, 2]), "train_000050.bin is another file"),
-    (one_byte_more, "charged_bytes of validation"), (another_token, "fineweb_val_000000.bin is another file"),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (
+            restate(lambda m: m["splits"]["val"].update(documents=50_000)),
+            "20 documents of validation, not 50000",
+        ),
+        (
+            restate(lambda m: m["splits"]["val"].update(tokens=47_853_344)),
+            "tokens of validation, not 47853344",
+        ),
+        (
+            restate(lambda m: m.update(leaked_documents=1)),
+            "1 training documents are validation documents",
+        ),
+        (
+            lambda folder: (folder / "fineweb_train_000001.bin").unlink(),
+            "fineweb_train_000001.bin is missing",
+        ),
+        (
+            lambda folder: write_shard(folder / "fineweb_train_000001.bin", [1, 2]),
+            "train_000001.bin is another file",
+        ),
+        (
+            lambda folder: write_shard(folder / "fineweb_train_000050.bin", [1, 2]),
+            "train_000050.bin is another file",
+        ),
+        (one_byte_more, "charged_bytes of validation"),
+        (another_token, "fineweb_val_000000.bin is another file"),
+    ],
+)
 def test_data_that_are_not_what_the_manifest_says_are_refused(copy, damage, words):
     hp = hp_of(copy)
     assert "canonical:no" in ValidationSet(hp, None).summary
@@ -171,10 +230,13 @@ def test_canonical_is_told_by_documents_values_and_bytes(folder, monkeypatch):
     assert train_gpt.CANONICAL == (50_000, 47_853_344, 47_851_520, 151_074_499)
     charges = ValidationSet(hp_of(folder), None).bytes
     values = len(charges)
-    counts = [20, values, values - 9, int(charges[1:values - 8].sum())]
+    counts = [20, values, values - 9, int(charges[1 : values - 8].sum())]
     for wrong in range(4):
         monkeypatch.setattr(train_gpt, "CANONICAL", tuple(counts))
-        found = [ValidationSet(hp_of(folder, marker_fusion_enabled=on), None).summary for on in (False, True)]
+        found = [
+            ValidationSet(hp_of(folder, marker_fusion_enabled=on), None).summary
+            for on in (False, True)
+        ]
         assert all("canonical:yes" in summary for summary in found)
         changed = [count - 5 * (number == wrong) for number, count in enumerate(counts)]
         monkeypatch.setattr(train_gpt, "CANONICAL", tuple(changed))

@@ -11,10 +11,27 @@ import train_gpt
 from tools import launch
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "THIRD_PARTY_NOTICES.md", "data/README.md", "docs/LOG.md", "docs/PROXY.md",
-         "docs/RELIABILITY.md", "docs/RESULT.md", "records/README.md", "tokenizers/README.md"]
+PAGES = [
+    "README.md",
+    "THIRD_PARTY_NOTICES.md",
+    "data/README.md",
+    "docs/LOG.md",
+    "docs/PROXY.md",
+    "docs/RELIABILITY.md",
+    "docs/RESULT.md",
+    "records/README.md",
+    "tokenizers/README.md",
+]
 SETTINGS = {name.upper() for name in train_gpt.Hyperparameters.__dataclass_fields__}
-OTHER_VARIABLES = {"SOAK", "TORCH_INDEX_URL", "TORCH", "GOLDEN_DIR", "HF_ENDPOINT", "HF_TOKEN", *launch.OURS}
+OTHER_VARIABLES = {
+    "SOAK",
+    "TORCH_INDEX_URL",
+    "TORCH",
+    "GOLDEN_DIR",
+    "HF_ENDPOINT",
+    "HF_TOKEN",
+    *launch.OURS,
+}
 # what a run, a dataset or a user makes or fetches, so that a checkout does not hold it
 MADE = """log.txt model.pt artifact.bin result.json stderr.txt manifest.json submission.json
     docs_train.jsonl.xz docs_selected.jsonl train.jsonl.xz val.jsonl.xz
@@ -30,7 +47,9 @@ def read(page):
 def code_in(text):
     """What stands between backticks, in lines or in blocks."""
     blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return blocks + re.findall(r"`([^`\n]+)`", re.sub(r"^```\n.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    return blocks + re.findall(
+        r"`([^`\n]+)`", re.sub(r"^```\n.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    )
 
 
 # ---- files, targets, settings
@@ -39,16 +58,24 @@ def code_in(text):
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_names_exist(page):
     words = {word.removeprefix("./") for code in code_in(read(page)) for word in code.split()}
-    paths = {word for word in words if re.fullmatch(r"[\w./-]+(\.[a-z]+|/)", word) and not word.startswith(("/", "."))}
+    paths = {
+        word
+        for word in words
+        if re.fullmatch(r"[\w./-]+(\.[a-z]+|/)", word) and not word.startswith(("/", "."))
+    }
     kept = {path for path in paths if path not in MADE and not path.startswith(MADE_UNDER)}
     files = {path for path in kept if Path(path).suffix in KEPT_TYPES or path.endswith("/")}
     folders = ROOT, (ROOT / page).parent
-    assert {path for path in files if not any((folder / path).exists() for folder in folders)} == set()
+    assert {
+        path for path in files if not any((folder / path).exists() for folder in folders)
+    } == set()
 
 
 def test_readme_names_every_tool_preset_and_page():
     patterns = ("tools/*.py", "presets/*.env", "docs/*.md", "*.py", "*.sh")
-    names = [path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)]
+    names = [
+        path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)
+    ]
     assert len(names) >= 8
     assert [name for name in names if f"`{name}`" not in read("README.md")] == []
 
@@ -56,13 +83,19 @@ def test_readme_names_every_tool_preset_and_page():
 @pytest.mark.parametrize("page", PAGES)
 def test_make_targets_that_a_page_names_exist(page):
     targets = set(re.findall(r"^([a-z][\w-]*):", read("Makefile"), re.MULTILINE))
-    named = {target for code in code_in(read(page)) for target in re.findall(r"\bmake ([a-z][\w-]*)", code)}
+    named = {
+        target
+        for code in code_in(read(page))
+        for target in re.findall(r"\bmake ([a-z][\w-]*)", code)
+    }
     assert named <= targets
     if page == "README.md":
         assert {"demo", "test", "gpu-test", "bench", "clean"} <= named
 
 
-@pytest.mark.parametrize("page", [*PAGES, *(f"presets/{path.name}" for path in ROOT.glob("presets/*.env"))])
+@pytest.mark.parametrize(
+    "page", [*PAGES, *(f"presets/{path.name}" for path in ROOT.glob("presets/*.env"))]
+)
 def test_settings_that_a_page_names_are_declared(page):
     text = read(page)
     named = set(re.findall(r"(?<![\w<])([A-Z][A-Z0-9_]+)=", text))
@@ -72,7 +105,9 @@ def test_settings_that_a_page_names_are_declared(page):
 
 @pytest.mark.parametrize("preset", sorted(path.name for path in ROOT.glob("presets/*.env")))
 def test_presets_are_settings_that_work(preset):
-    lines = [line for line in read(f"presets/{preset}").splitlines() if line and not line.startswith("#")]
+    lines = [
+        line for line in read(f"presets/{preset}").splitlines() if line and not line.startswith("#")
+    ]
     values = dict(shlex.split(line)[0].split("=", 1) for line in lines)
     assert len(values) == len(lines)
     train_gpt.Hyperparameters.from_env(values)
@@ -107,9 +142,18 @@ def assigned(tree, name):
 
 def called_with(source, name):
     """Constant first arguments of the calls of a function or method `name`."""
-    calls = [node for function in source.values() for node in ast.walk(function) if isinstance(node, ast.Call)]
-    return {call.args[0].value for call in calls if isinstance(call.args[0] if call.args else None, ast.Constant)
-            and name in (getattr(call.func, "attr", ""), getattr(call.func, "id", ""))}
+    calls = [
+        node
+        for function in source.values()
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call)
+    ]
+    return {
+        call.args[0].value
+        for call in calls
+        if isinstance(call.args[0] if call.args else None, ast.Constant)
+        and name in (getattr(call.func, "attr", ""), getattr(call.func, "id", ""))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +163,9 @@ def source():
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
-            functions |= {f"{node.name}.{f.name}": f for f in node.body if isinstance(f, ast.FunctionDef)}
+            functions |= {
+                f"{node.name}.{f.name}": f for f in node.body if isinstance(f, ast.FunctionDef)
+            }
     return functions
 
 
@@ -131,25 +177,39 @@ def described(heading, table=0):
 
 
 def test_every_key_of_result_is_described(source):
-    produced = assigned(source["run"], "about") | assigned(source["run"], "result") | keys_of(source["Trainer.summary"])
+    produced = (
+        assigned(source["run"], "about")
+        | assigned(source["run"], "result")
+        | keys_of(source["Trainer.summary"])
+    )
     produced |= assigned(source["select_ops"], "trials")  # **ops.names
     assert {"version", "violations", "steps", "attention", "peak_memory_bytes"} <= produced
     # run and Trainer.train put these into what Trainer.summary made
-    assert described("Keys") == produced | {"group_bytes", "leaked_documents", "quant_check", "resumed_at_step"}
+    assert described("Keys") == produced | {
+        "group_bytes",
+        "leaked_documents",
+        "quant_check",
+        "resumed_at_step",
+    }
 
 
 def test_every_score_and_its_fields_are_described(source):
-    names = called_with(source, "score_stage") - {"training"}  # evaluations inside training are logged only
+    # evaluations inside training are logged only
+    names = called_with(source, "score_stage") - {"training"}
     assert described("Scores", 0) == names and len(names) == 4
     fields = keys_of(source["Score.total"]) | keys_of(source["TestTimeTrainer.evaluate"].body[-1])
     assert described("Scores", 1) == fields
 
 
 def test_every_stage_is_described(source):
-    stages = called_with(source, "stage") | {f"eval_{name}" for name in called_with(source, "score_stage")}
+    stages = called_with(source, "stage") | {
+        f"eval_{name}" for name in called_with(source, "score_stage")
+    }
     assert described("Seconds") == stages and len(stages) == 12
 
 
 def test_result_page_has_the_version_and_the_cap():
-    assert read("docs/RESULT.md").startswith(f"# The RESULT line, version {train_gpt.RESULT_VERSION}\n")
+    assert read("docs/RESULT.md").startswith(
+        f"# The RESULT line, version {train_gpt.RESULT_VERSION}\n"
+    )
     assert all(f"{train_gpt.BYTE_CAP:,}" in read(page) for page in ("README.md", "docs/RESULT.md"))

@@ -1,4 +1,6 @@
-"""Files of documents: packed ones are read to their end or refused; what holds no JSON lines is called by its name."""
+"""Files of documents: packed ones are read to their end or refused; what holds no JSON lines is
+called by its name.
+"""
 
 import bz2
 import gzip
@@ -32,7 +34,7 @@ def texts_in(path):
     return [parse_text(line) for line in read_lines(path)]
 
 
-# ---- several streams, and what lies between and behind them ----------------------------------------------------------
+# ---- several streams, and what lies between and behind them --------------------------------------
 
 
 @pytest.mark.parametrize("padding", [0, 4, 8, 1 << 17])
@@ -64,7 +66,10 @@ def damaged_streams(compress):
     yield "a second stream cut in the middle", first + second[: len(second) // 2]
     yield "a second stream cut before its end", first + second[:-1]
     yield "a second stream that begins wrong", first + second[:2] + b"\xff" + second[3:]
-    yield "a second stream with a wrong byte", first + second[:40] + bytes([second[40] ^ 64]) + second[41:]
+    yield (
+        "a second stream with a wrong byte",
+        first + second[:40] + bytes([second[40] ^ 64]) + second[41:],
+    )
     yield "a first stream cut", first[:-1]
     yield "a first stream cut in its header", first[:8]
     yield "text first", b"x" + first
@@ -98,10 +103,12 @@ def test_an_empty_packed_file_is_refused(tmp_path, suffix):
         texts_in(path)
 
 
-# ---- the first bytes tell what a file is, not its name ---------------------------------------------------------------
+# ---- the first bytes tell what a file is, not its name -------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["docs.JSONL.GZ", "docs.jsonl.Xz", "docs.jsonl", "docs.gz", "docs.xz"])
+@pytest.mark.parametrize(
+    "name", ["docs.JSONL.GZ", "docs.jsonl.Xz", "docs.jsonl", "docs.gz", "docs.xz"]
+)
 @pytest.mark.parametrize("compress", [bytes, gzip.compress, lzma.compress])
 def test_any_name_will_do(tmp_path, name, compress):
     path = tmp_path / name
@@ -179,7 +186,9 @@ NO_DOCUMENTS = [b"just text\n" * 9, b"\x07\x80\x99" * 20, b'{"a": 1}\n' * 9, b"t
 
 
 @pytest.mark.parametrize("content", NO_DOCUMENTS)
-def test_a_first_line_that_is_no_document_is_named_before_documents_are_counted(tmp_path, capsys, content):
+def test_a_first_line_that_is_no_document_is_named_before_documents_are_counted(
+    tmp_path, capsys, content
+):
     """It was "1 documents are fewer than the 50 for validation"."""
     path = tmp_path / "docs.jsonl"
     path.write_bytes(b"\n" + content)
@@ -198,6 +207,15 @@ def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(tmp_path, m
 
 
 def test_what_comes_through_a_pipe_is_called_standard_input(tmp_path):
-    command = [sys.executable, "prepare_caseops_data.py", "--docs", "-", "--val-docs", "2", "--out", tmp_path / "out"]
+    command = [
+        sys.executable,
+        "prepare_caseops_data.py",
+        "--docs",
+        "-",
+        "--val-docs",
+        "2",
+        "--out",
+        tmp_path / "out",
+    ]
     run = subprocess.run(command, input=OTHERS["Parquet"], cwd=ROOT, capture_output=True)
     assert run.returncode == 1 and run.stderr.startswith(b"error: standard input: this is Parquet")

@@ -57,9 +57,21 @@ class Handler(BaseHTTPRequestHandler):
         form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
         if self.refused():
             return
-        entries = [{"type": "file", "path": path, "size": len(data), "oid": "0" * 40,
-                    "lfs": {"size": len(data), "oid": hashlib.sha256(data).hexdigest(), "pointerSize": 130}}
-                   for path in form["paths"] if (data := self.server.files.get(path)) is not None]
+        entries = [
+            {
+                "type": "file",
+                "path": path,
+                "size": len(data),
+                "oid": "0" * 40,
+                "lfs": {
+                    "size": len(data),
+                    "oid": hashlib.sha256(data).hexdigest(),
+                    "pointerSize": 130,
+                },
+            }
+            for path in form["paths"]
+            if (data := self.server.files.get(path)) is not None
+        ]
         self.answer(200, json.dumps(entries).encode())
 
     def do_GET(self):  # noqa: N802
@@ -90,19 +102,35 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """{path on the hub: bytes}: six validation documents, training in shards of 100 values, a tokenizer, a manifest."""
+    """{path on the hub: bytes}: six validation documents, training in shards of 100 values, a
+    tokenizer, a manifest.
+    """
     folder = tmp_path_factory.mktemp("hub")
     docs = write_docs(folder / "docs.jsonl", TEXTS)
     files = build(folder / "data", "--docs", docs, "--val-docs", 6, "--shard-tokens", 200)
     manifest = json.loads(files.pop("manifest.json"))
     streams = [name.rsplit("_", 1)[0] for name in files]
-    stats = {"docs_val": 6, "docs_train": manifest["splits"]["train"]["documents"],
-             "tokens_val": manifest["splits"]["val"]["tokens"], "tokens_train": manifest["splits"]["train"]["tokens"],
-             "files_val": streams.count("fineweb_val"), "files_train": streams.count("fineweb_train")}
+    stats = {
+        "docs_val": 6,
+        "docs_train": manifest["splits"]["train"]["documents"],
+        "tokens_val": manifest["splits"]["val"]["tokens"],
+        "tokens_train": manifest["splits"]["train"]["tokens"],
+        "files_val": streams.count("fineweb_val"),
+        "files_train": streams.count("fineweb_train"),
+    }
     assert stats["files_train"] > 3
-    entry = {"name": download.CASEOPS[1], "path": FOLDER.removeprefix("datasets/"), "tokenizer_name": "t",
-             "val_bytes_glob": "fineweb_val_bytes_*.bin", "text_transform": "lossless_caps_caseops_v1", "stats": stats}
-    index = {"datasets": [entry], "tokenizers": [{"name": "t", "vocab_size": 8192, "model_path": "tokenizers/t.model"}]}
+    entry = {
+        "name": download.CASEOPS[1],
+        "path": FOLDER.removeprefix("datasets/"),
+        "tokenizer_name": "t",
+        "val_bytes_glob": "fineweb_val_bytes_*.bin",
+        "text_transform": "lossless_caps_caseops_v1",
+        "stats": stats,
+    }
+    index = {
+        "datasets": [entry],
+        "tokenizers": [{"name": "t", "vocab_size": 8192, "model_path": "tokenizers/t.model"}],
+    }
     hub = {"datasets/manifest.json": json.dumps(index).encode()}
     hub["datasets/tokenizers/t.model"] = DEFAULT_TOKENIZER.read_bytes()
     return hub | {f"{FOLDER}/{name}": data for name, data in files.items()}
@@ -111,7 +139,13 @@ def published(tmp_path_factory):
 @pytest.fixture
 def hub(published, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.served, server.drops, server.status, server.requests = dict(published), {}, {}, None, []
+    server.files, server.served, server.drops, server.status, server.requests = (
+        dict(published),
+        {},
+        {},
+        None,
+        [],
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_TOKEN", "hf_test")
@@ -134,7 +168,10 @@ def failed(capsys, folder, *arguments):
 
 def test_a_dataset_is_fetched_verified_and_read_by_the_trainer(hub, tmp_path, capsys):
     assert fetch(tmp_path) == 0
-    assert "0 training documents are validation documents too; canonical: no" in capsys.readouterr().out
+    assert (
+        "0 training documents are validation documents too; canonical: no"
+        in capsys.readouterr().out
+    )
     for path, data in hub.files.items():
         if FOLDER in path:
             assert (tmp_path / Path(path).name).read_bytes() == data
@@ -153,9 +190,13 @@ def test_a_plain_variant_has_no_side_car(hub, tmp_path, capsys):
     del entry["val_bytes_glob"], entry["text_transform"]
     hub.files["datasets/manifest.json"] = json.dumps(index).encode()
     assert fetch(tmp_path, "--variant", "sp1024") == 0
-    assert not list(tmp_path.glob("*bytes*")) and "charged_bytes" not in read_manifest(tmp_path)["splits"]["val"]
+    assert (
+        not list(tmp_path.glob("*bytes*"))
+        and "charged_bytes" not in read_manifest(tmp_path)["splits"]["val"]
+    )
     hp = tiny_hp(data_path=str(tmp_path), vocab_size=8192, caseops_enabled=False)
-    with pytest.raises(train_gpt.DataError, match="tokens hold CaseOps' markers"):  # this hub has no other tokens
+    # this hub has no other tokens
+    with pytest.raises(train_gpt.DataError, match="tokens hold CaseOps' markers"):
         train_gpt.ValidationSet(hp)
     assert fetch(tmp_path) == 1 and "no fineweb10B_sp8192_lossless" in capsys.readouterr().err
 
@@ -163,7 +204,11 @@ def test_a_plain_variant_has_no_side_car(hub, tmp_path, capsys):
 def test_default_folders_are_where_the_trainer_looks():
     default = train_gpt.Hyperparameters.__dataclass_fields__["data_path"].default
     assert f"data/datasets/{download.source_of('caseops')[2]}" == default
-    assert download.source_of("sp1024") == ("willdepueoai/parameter-golf", "fineweb10B_sp1024", "fineweb10B_sp1024")
+    assert download.source_of("sp1024") == (
+        "willdepueoai/parameter-golf",
+        "fineweb10B_sp1024",
+        "fineweb10B_sp1024",
+    )
 
 
 def test_more_shards_come_later_and_what_is_there_stays(hub, tmp_path, capsys):
@@ -172,11 +217,19 @@ def test_more_shards_come_later_and_what_is_there_stays(hub, tmp_path, capsys):
     hub.requests.clear()
     assert fetch(tmp_path, "--train-shards", 3) == 0
     assert [name for name, _ in hub.requests if name.endswith(".bin")] == [
-        "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+        "fineweb_train_000001.bin",
+        "fineweb_train_000002.bin",
+    ]
     assert read_manifest(tmp_path)["train_shards"] == 3
-    assert fetch(tmp_path, "--train-shards", 2) == 1 and "000002.bin, which is not asked for" in capsys.readouterr().err
+    assert (
+        fetch(tmp_path, "--train-shards", 2) == 1
+        and "000002.bin, which is not asked for" in capsys.readouterr().err
+    )
     assert read_manifest(tmp_path)["train_shards"] == 3
-    assert fetch(tmp_path, "--train-shards", 999) == 1 and "the repository has" in capsys.readouterr().err
+    assert (
+        fetch(tmp_path, "--train-shards", 999) == 1
+        and "the repository has" in capsys.readouterr().err
+    )
 
 
 def test_a_damaged_file_is_fetched_again(hub, tmp_path):
@@ -192,7 +245,8 @@ def test_a_damaged_file_is_fetched_again(hub, tmp_path):
 
 
 def test_a_dropped_connection_goes_on_by_range(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 64)  # what is kept of a broken answer
+    # what is kept of a broken answer
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 64)
     hub.drops = {"fineweb_train_000000.bin": 2}
     assert fetch(tmp_path) == 0
     starts = [start for name, start in hub.requests if name == "fineweb_train_000000.bin"]
@@ -218,12 +272,16 @@ def test_bytes_that_are_not_the_hubs_are_thrown_away(hub, tmp_path, capsys):
     path = f"{FOLDER}/fineweb_val_bytes_000000.bin"
     hub.served[path] = bytes(len(hub.files[path]))
     assert "another sha256" in failed(capsys, tmp_path)
-    assert not (tmp_path / "fineweb_val_bytes_000000.bin").exists() and not list(tmp_path.glob("*bytes*.part"))
+    assert not (tmp_path / "fineweb_val_bytes_000000.bin").exists() and not list(
+        tmp_path.glob("*bytes*.part")
+    )
     hub.served.clear()
     assert fetch(tmp_path) == 0
 
 
-@pytest.mark.parametrize("status, words", [(401, "HF_TOKEN"), (404, "no such repository"), (403, "permission")])
+@pytest.mark.parametrize(
+    "status, words", [(401, "HF_TOKEN"), (404, "no such repository"), (403, "permission")]
+)
 def test_a_repository_that_is_refused_says_what_to_do(hub, tmp_path, capsys, status, words):
     hub.status = status
     assert words in failed(capsys, tmp_path)
@@ -238,13 +296,20 @@ def test_no_server_is_one_message(hub, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert failed(capsys, tmp_path).startswith("error: ")
 
-@pytest.mark.parametrize("variable, value, words", [
-    ("ALL_PROXY", "socks5://localhost:1", "pip install socksio, or unset ALL_PROXY"),
-    ("HTTP_PROXY", "http://localhost:x", "through the proxy of HTTP_PROXY: Invalid port")])
+
+@pytest.mark.parametrize(
+    "variable, value, words",
+    [
+        ("ALL_PROXY", "socks5://localhost:1", "pip install socksio, or unset ALL_PROXY"),
+        ("HTTP_PROXY", "http://localhost:x", "through the proxy of HTTP_PROXY: Invalid port"),
+    ],
+)
 def test_a_proxy_that_cannot_be_used_is_named(tmp_path, variable, value, words):
     if "socksio" in words and importlib.util.find_spec("socksio"):
         pytest.skip("socksio is installed")
-    environ = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
+    environ = {
+        key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ
+    }
     environ |= {"HF_ENDPOINT": "http://hub.invalid", variable: value}
     command = [sys.executable, str(ROOT / "data" / "download.py"), "--local-dir", str(tmp_path)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
@@ -259,8 +324,13 @@ def test_too_little_space_is_said_before_anything_is_fetched(hub, tmp_path, caps
     assert [name for name, _ in hub.requests] == ["manifest.json"]
 
 
-@pytest.mark.parametrize("key, words", [("docs_val", "val: 6 documents, the publisher states 10"),
-                                        ("tokens_train", "the publisher states 10")])
+@pytest.mark.parametrize(
+    "key, words",
+    [
+        ("docs_val", "val: 6 documents, the publisher states 10"),
+        ("tokens_train", "the publisher states 10"),
+    ],
+)
 def test_counts_other_than_the_publishers_are_an_error(hub, tmp_path, capsys, key, words):
     index = json.loads(hub.files["datasets/manifest.json"])
     index["datasets"][0]["stats"][key] = 10
@@ -270,7 +340,12 @@ def test_counts_other_than_the_publishers_are_an_error(hub, tmp_path, capsys, ke
 
 def test_a_published_leak_is_counted_and_refused_by_the_trainer(hub, tmp_path, capsys):
     name = f"{FOLDER}/fineweb_train_000000.bin"
-    val = np.concatenate([np.frombuffer(hub.files[f"{FOLDER}/fineweb_val_{n:06d}.bin"], "<u2")[512:] for n in range(1)])
+    val = np.concatenate(
+        [
+            np.frombuffer(hub.files[f"{FOLDER}/fineweb_val_{n:06d}.bin"], "<u2")[512:]
+            for n in range(1)
+        ]
+    )
     first = val[: np.flatnonzero(val == 1)[1]]
     shard = tmp_path / "shard.bin"
     old = np.frombuffer(hub.files[name], "<u2")[512:]
@@ -286,7 +361,9 @@ def test_a_published_leak_is_counted_and_refused_by_the_trainer(hub, tmp_path, c
         train_gpt.ValidationSet(tiny_hp(data_path=str(tmp_path / "data"), vocab_size=8192), None)
 
 
-@pytest.mark.parametrize("content", [b"<html>not here</html>", b"[]", b"{}", b'{"datasets": [1]}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", [b"<html>not here</html>", b"[]", b"{}", b'{"datasets": [1]}', b"\xff\xfe"]
+)
 def test_an_index_that_is_none_is_one_message(hub, tmp_path, capsys, content):
     hub.files["datasets/manifest.json"] = content
     assert "published_manifest.json: not the index" in failed(capsys, tmp_path)

@@ -1,4 +1,6 @@
-"""The script as a user runs it: whole runs in processes of their own, the packed script, two ranks, clear refusals."""
+"""The script as a user runs it: whole runs in processes of their own, the packed script, two ranks,
+clear refusals.
+"""
 
 import json
 import re
@@ -22,15 +24,41 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
-    "TOKENIZER_PATH": str(ROOT / "tokenizers" / "caseops_8192.model"), "VOCAB_SIZE": "8192", "DEVICE": "cpu",
-    "MODEL_DIM": "32", "NUM_LAYERS": "3", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "MLP_MULT": "2", "ROPE_DIMS": "4",
-    "LOOP_START": "1", "LOOP_END": "1", "NUM_LOOPS": "1", "PARALLEL_START_LAYER": "2", "XSA_LAST_N": "2",
-    "TRAIN_BATCH_TOKENS": "512", "MICRO_BATCH_TOKENS": "128", "TRAIN_SEQ_LEN": "64", "MAX_WALLCLOCK_SECONDS": "0",
-    "ITERATIONS": "4", "WARMUP_STEPS": "1", "TRAIN_LOG_EVERY": "2", "GPTQ_CALIBRATION_BATCHES": "4",
-    "COMPRESSOR": "brotli", "EVAL_SEQ_LEN": "64",
-    "SLIDING_WINDOW_ENABLED": "1", "EVAL_STRIDE": "24", "TTT_EVAL_SEQ_LEN": "64",
-    "TTT_STALE_CONTEXT": "32", "TTT_CHUNK_SIZE": "16", "TTT_BATCH_SIZE": "2", "TTT_LANES": "3", "TTT_LORA_RANK": "4",
-    "PHASED_TTT_PREFIX_DOCS": "25000", "GLOBAL_TTT_CHUNK_TOKENS": "128", "OMP_NUM_THREADS": "1",
+    "TOKENIZER_PATH": str(ROOT / "tokenizers" / "caseops_8192.model"),
+    "VOCAB_SIZE": "8192",
+    "DEVICE": "cpu",
+    "MODEL_DIM": "32",
+    "NUM_LAYERS": "3",
+    "NUM_HEADS": "4",
+    "NUM_KV_HEADS": "2",
+    "MLP_MULT": "2",
+    "ROPE_DIMS": "4",
+    "LOOP_START": "1",
+    "LOOP_END": "1",
+    "NUM_LOOPS": "1",
+    "PARALLEL_START_LAYER": "2",
+    "XSA_LAST_N": "2",
+    "TRAIN_BATCH_TOKENS": "512",
+    "MICRO_BATCH_TOKENS": "128",
+    "TRAIN_SEQ_LEN": "64",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "ITERATIONS": "4",
+    "WARMUP_STEPS": "1",
+    "TRAIN_LOG_EVERY": "2",
+    "GPTQ_CALIBRATION_BATCHES": "4",
+    "COMPRESSOR": "brotli",
+    "EVAL_SEQ_LEN": "64",
+    "SLIDING_WINDOW_ENABLED": "1",
+    "EVAL_STRIDE": "24",
+    "TTT_EVAL_SEQ_LEN": "64",
+    "TTT_STALE_CONTEXT": "32",
+    "TTT_CHUNK_SIZE": "16",
+    "TTT_BATCH_SIZE": "2",
+    "TTT_LANES": "3",
+    "TTT_LORA_RANK": "4",
+    "PHASED_TTT_PREFIX_DOCS": "25000",
+    "GLOBAL_TTT_CHUNK_TOKENS": "128",
+    "OMP_NUM_THREADS": "1",
 }
 LENGTHS = [60, 10, 0, 130, 25, 90, 40, 5, 1, 33]
 STAGES = ["prequant", "quantized", "sliding", "ttt"]
@@ -61,9 +89,16 @@ train_gpt.main()
 
 
 def start(*command, **settings):
-    """A run in a process of its own, with our settings and next to nothing else in its environment -> Popen."""
-    return subprocess.Popen([sys.executable, *map(str, command)], env=HERE | SETTINGS | settings, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    """A run in a process of its own, with our settings and next to nothing else in its
+    environment -> Popen.
+    """
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=HERE | SETTINGS | settings,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(process):
@@ -81,23 +116,38 @@ def result_of(process):
     code, out, err = finish(process)
     assert code == 0, err
     lines = out.splitlines()
-    assert lines[-1].startswith("RESULT ") and sum(line.startswith("RESULT ") for line in lines) == 1
+    assert (
+        lines[-1].startswith("RESULT ") and sum(line.startswith("RESULT ") for line in lines) == 1
+    )
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 
 def torchrun(ranks, script, **settings):
-    return start("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", script, **settings)
+    return start(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        script,
+        **settings,
+    )
 
 
 def make_data(folder):
-    write_documents(folder, "train", np.random.default_rng(3).integers(3, 150, 40), vocab_size=8192, seed=1)
-    tokens, charges = write_documents(folder, "val", LENGTHS, vocab_size=8192, seed=2, shard_sizes=[150, 500])
+    write_documents(
+        folder, "train", np.random.default_rng(3).integers(3, 150, 40), vocab_size=8192, seed=1
+    )
+    tokens, charges = write_documents(
+        folder, "val", LENGTHS, vocab_size=8192, seed=2, shard_sizes=[150, 500]
+    )
     return len(tokens) - 1, int(charges.sum())
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Every run of this file, made once: RESULT dictionaries by name, the folder, the counts of the validation set."""
+    """Every run of this file, made once: RESULT dictionaries by name, the folder, the counts of
+    the validation set.
+    """
     folder = tmp_path_factory.mktemp("world")
     (folder / "data").mkdir()
     counts = make_data(folder / "data")
@@ -109,16 +159,26 @@ def world(tmp_path_factory):
         with ThreadPoolExecutor(len(processes)) as pool:
             return dict(zip(processes, pool.map(result_of, processes.values()), strict=True))
 
-    found = together(base=start(ROOT / "train_gpt.py", RUN_ID="base", **common | {"PLOTS": "1"}),
-                     two=torchrun(2, folder / "driver.py", RUN_ID="two", **common))
+    found = together(
+        base=start(ROOT / "train_gpt.py", RUN_ID="base", **common | {"PLOTS": "1"}),
+        two=torchrun(2, folder / "driver.py", RUN_ID="two", **common),
+    )
     checkpoint, artifact = str(base / "model.pt"), str(base / "artifact.bin")
     packed = start(base / "train_gpt.py", RUN_ID="packed", **common)
-    with pytest.MonkeyPatch.context() as patch:  # the other modes share this process and the code packed above
-        patch.setattr(train_gpt, "write_code", lambda folder, *_: (folder / "train_gpt.py").write_bytes(
-            (base / "train_gpt.py").read_bytes()))
-        for name, more in {"quant": {"QUANT_ONLY": "1", "CHECKPOINT_PATH": checkpoint},
-                           "prequant": {"PREQUANT_ONLY": "1"},
-                           "ttt": {"TTT_EVAL_ONLY": "1", "ARTIFACT_PATH": artifact}}.items():
+    # the other modes share this process and the code packed above
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            train_gpt,
+            "write_code",
+            lambda folder, *_: (folder / "train_gpt.py").write_bytes(
+                (base / "train_gpt.py").read_bytes()
+            ),
+        )
+        for name, more in {
+            "quant": {"QUANT_ONLY": "1", "CHECKPOINT_PATH": checkpoint},
+            "prequant": {"PREQUANT_ONLY": "1"},
+            "ttt": {"TTT_EVAL_ONLY": "1", "ARTIFACT_PATH": artifact},
+        }.items():
             hp = train_gpt.Hyperparameters.from_env(SETTINGS | common | more | {"RUN_ID": name})
             (watching := QuietGuard()).start(dist := train_gpt.Dist("cpu"))
             found[name] = json.loads(json.dumps(train_gpt.run(hp, dist, watching)))
@@ -140,20 +200,56 @@ def runs(world):
 
 
 def test_a_run_of_a_checkout_ends_with_its_pictures(runs):
-    assert {path.stem for path in (runs / "base").glob("*.png")} >= {"training", "stages", "ttt", "bytes"}
+    assert {path.stem for path in (runs / "base").glob("*.png")} >= {
+        "training",
+        "stages",
+        "ttt",
+        "bytes",
+    }
     assert not list((runs / "packed").glob("*.png"))  # the packed script alone draws nothing
 
 
-KEYS = {"version", "device", "world_size", "torch", "python", "commit", "seed", "run", "attention", "mlp",
-        "cross_entropy", "qkv_heads", "gated_xsa", "adamw_rows", "enter", "steps", "train_loss", "training_seconds",
-        "tokens_per_second_by_loop_state", "graphs_compiled", "group_bytes", "scores", "artifact_bytes", "code_bytes",
-        "total_bytes", "seconds", "violations", "quant_check"}
+KEYS = {
+    "version",
+    "device",
+    "world_size",
+    "torch",
+    "python",
+    "commit",
+    "seed",
+    "run",
+    "attention",
+    "mlp",
+    "cross_entropy",
+    "qkv_heads",
+    "gated_xsa",
+    "adamw_rows",
+    "enter",
+    "steps",
+    "train_loss",
+    "training_seconds",
+    "tokens_per_second_by_loop_state",
+    "graphs_compiled",
+    "group_bytes",
+    "scores",
+    "artifact_bytes",
+    "code_bytes",
+    "total_bytes",
+    "seconds",
+    "violations",
+    "quant_check",
+}
 
 
 def test_result_has_the_documented_keys(results):
     result = results["base"]
     assert set(result) == KEYS
-    assert (result["version"], result["world_size"], result["seed"], result["run"]) == (2, 1, 42, "base")
+    assert (result["version"], result["world_size"], result["seed"], result["run"]) == (
+        2,
+        1,
+        42,
+        "base",
+    )
     assert list(result["scores"]) == STAGES and result["steps"] == 4 and result["violations"] == []
     document = ROOT / "docs" / "RESULT.md"
     if document.exists():
@@ -165,8 +261,13 @@ def test_every_stage_counts_the_whole_validation_set(results, world):
     for result in results.values():
         for score in result["scores"].values():
             assert (score["tokens"], score["bytes"]) == world["counts"]
-            assert score["bpb"] == pytest.approx(score["loss"] / np.log(2) * score["tokens"] / score["bytes"])
-    assert (results["base"]["scores"]["ttt"]["documents"], results["base"]["scores"]["ttt"]["partial"]) == (10, False)
+            assert score["bpb"] == pytest.approx(
+                score["loss"] / np.log(2) * score["tokens"] / score["bytes"]
+            )
+    assert (
+        results["base"]["scores"]["ttt"]["documents"],
+        results["base"]["scores"]["ttt"]["partial"],
+    ) == (10, False)
 
 
 def test_training_learns_and_quantization_keeps_what_was_learnt(results):
@@ -194,10 +295,24 @@ def test_the_log_holds_settings_stages_and_result(results, runs):
     log = (runs / "base" / "log.txt").read_text()
     assert "* MODEL_DIM=32" in log and "  SEED=42" in log
     assert log.splitlines()[-1] == "RESULT " + json.dumps(results["base"])
-    for stage in ("warm_up", "train", "hessians", "quantize", "pack", "eval_prequant", "unpack", "eval_quantized",
-                  "eval_sliding", "eval_ttt"):
+    for stage in (
+        "warm_up",
+        "train",
+        "hessians",
+        "quantize",
+        "pack",
+        "eval_prequant",
+        "unpack",
+        "eval_quantized",
+        "eval_sliding",
+        "eval_ttt",
+    ):
         assert f"stage:{stage} seconds:" in log and stage in results["base"]["seconds"]
-    assert re.search(r"^step:4 train_loss:\d", log, re.MULTILINE) and "looping:1" in log and "looping:0" in log
+    assert (
+        re.search(r"^step:4 train_loss:\d", log, re.MULTILINE)
+        and "looping:1" in log
+        and "looping:0" in log
+    )
 
 
 def test_no_temporary_files_are_left(results, runs):
@@ -212,9 +327,16 @@ def test_no_temporary_files_are_left(results, runs):
 def test_the_packed_script_gives_the_same_scores_and_bytes(results, runs):
     base, packed = results["base"], results["packed"]
     assert packed["scores"] == base["scores"]
-    assert (packed["artifact_bytes"], packed["code_bytes"]) == (base["artifact_bytes"], base["code_bytes"])
-    assert (runs / "packed" / "artifact.bin").read_bytes() == (runs / "base" / "artifact.bin").read_bytes()
-    assert (runs / "packed" / "train_gpt.py").read_bytes() == (runs / "base" / "train_gpt.py").read_bytes()
+    assert (packed["artifact_bytes"], packed["code_bytes"]) == (
+        base["artifact_bytes"],
+        base["code_bytes"],
+    )
+    assert (runs / "packed" / "artifact.bin").read_bytes() == (
+        runs / "base" / "artifact.bin"
+    ).read_bytes()
+    assert (runs / "packed" / "train_gpt.py").read_bytes() == (
+        runs / "base" / "train_gpt.py"
+    ).read_bytes()
     assert packed["code_bytes"] < (ROOT / "train_gpt.py").stat().st_size / 3
 
 
@@ -226,7 +348,9 @@ def test_two_ranks_give_the_scores_of_one(results):
     assert two["world_size"] == 2
     assert two["train_loss"] == pytest.approx(base["train_loss"], abs=2e-4)
     for stage in STAGES:
-        assert two["scores"][stage]["loss"] == pytest.approx(base["scores"][stage]["loss"], rel=5e-4), stage
+        assert two["scores"][stage]["loss"] == pytest.approx(
+            base["scores"][stage]["loss"], rel=5e-4
+        ), stage
     assert two["artifact_bytes"] == pytest.approx(base["artifact_bytes"], rel=0.01)
 
 
@@ -243,7 +367,9 @@ def test_both_ranks_rebuild_and_adapt_the_same_bits(world, results):
 def test_quant_only_goes_on_from_the_checkpoint(results, runs):
     base, quant = results["base"], results["quant"]
     assert quant["scores"] == base["scores"] and "steps" not in quant
-    assert (runs / "quant" / "artifact.bin").read_bytes() == (runs / "base" / "artifact.bin").read_bytes()
+    assert (runs / "quant" / "artifact.bin").read_bytes() == (
+        runs / "base" / "artifact.bin"
+    ).read_bytes()
     assert not (runs / "quant" / "model.pt").exists()
 
 
@@ -272,7 +398,9 @@ class QuietGuard(guard.RunGuard):
 
 @pytest.fixture
 def refuse(tmp_path, monkeypatch, capsys):
-    """refuse(damage, NAME=value, ...) -> the error line of a run on data that `damage(folder)` has spoilt."""
+    """refuse(damage, NAME=value, ...) -> the error line of a run on data that `damage(folder)`
+    has spoilt.
+    """
     data = tmp_path / "data"
     data.mkdir()
     make_data(data)
@@ -285,7 +413,8 @@ def refuse(tmp_path, monkeypatch, capsys):
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(sys, "argv", ["train_gpt.py"])
-        monkeypatch.setattr(train_gpt, "write_code", lambda *_: 1000)  # seconds of packing, tested above
+        # seconds of packing, tested above
+        monkeypatch.setattr(train_gpt, "write_code", lambda *_: 1000)
         monkeypatch.setattr(train_gpt, "find_guard", QuietGuard)
         with pytest.raises(SystemExit) as end:
             train_gpt.main()
@@ -293,7 +422,9 @@ def refuse(tmp_path, monkeypatch, capsys):
         assert isinstance(message, str) and message.startswith("train_gpt.py cannot run: ")
         assert all(len(line) < 500 for line in message.splitlines())  # one for each problem
         assert not re.search("^step:", capsys.readouterr().out, re.MULTILINE)
-        assert not list(tmp_path.glob("runs/*/model.pt")) and not list(tmp_path.glob("runs/*/result.json"))
+        assert not list(tmp_path.glob("runs/*/model.pt")) and not list(
+            tmp_path.glob("runs/*/result.json")
+        )
         return message
 
     return attempt
@@ -302,7 +433,7 @@ def refuse(tmp_path, monkeypatch, capsys):
 def header(position, value, name="fineweb_val_000000.bin"):
     def damage(folder):
         data = bytearray((folder / name).read_bytes())
-        data[4 * position:4 * position + 4] = int(value).to_bytes(4, "little")
+        data[4 * position : 4 * position + 4] = int(value).to_bytes(4, "little")
         (folder / name).write_bytes(data)
 
     return damage
@@ -332,32 +463,67 @@ def foreign_token(folder):
     write_shard(folder / "fineweb_train_000000.bin", tokens)
 
 
-@pytest.mark.parametrize("damage, words", [
-    (remove("fineweb_train_*"), "no fineweb_train_"), (remove("fineweb_val_0*"), "no fineweb_val_"),
-    (header(0, 20240521), "magic"), (header(1, 2), "[20240520, 2, "), (header(2, 149), "are not [20240520, 1, "),
-    (cut("fineweb_val_000000.bin"), "or torn"), (cut("fineweb_val_bytes_000001.bin"), "or torn"),
-    (header(0, 7, "fineweb_train_000000.bin"), "magic"), (header(0, 7, "fineweb_val_bytes_000001.bin"), "magic"),
-    (lambda folder: (folder / "fineweb_val_000000.bin").write_bytes(b""), "magic"),
-    (side_car_of_another_length, "side-car lengths"), (remove("fineweb_val_bytes_*"), "val_bytes"),
-    (remove("fineweb_val_bytes_000001*"), "side-car lengths"), (without_first_bos, "must start with BOS"),
-    (foreign_token, "training token 9000"),
-], ids=["no train", "no val", "magic", "version", "size", "cut", "cut side-car", "train magic", "side-car magic",
-        "empty file", "side-car length", "no side-car", "half a side-car", "no BOS first", "foreign token"])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (remove("fineweb_train_*"), "no fineweb_train_"),
+        (remove("fineweb_val_0*"), "no fineweb_val_"),
+        (header(0, 20240521), "magic"),
+        (header(1, 2), "[20240520, 2, "),
+        (header(2, 149), "are not [20240520, 1, "),
+        (cut("fineweb_val_000000.bin"), "or torn"),
+        (cut("fineweb_val_bytes_000001.bin"), "or torn"),
+        (header(0, 7, "fineweb_train_000000.bin"), "magic"),
+        (header(0, 7, "fineweb_val_bytes_000001.bin"), "magic"),
+        (lambda folder: (folder / "fineweb_val_000000.bin").write_bytes(b""), "magic"),
+        (side_car_of_another_length, "side-car lengths"),
+        (remove("fineweb_val_bytes_*"), "val_bytes"),
+        (remove("fineweb_val_bytes_000001*"), "side-car lengths"),
+        (without_first_bos, "must start with BOS"),
+        (foreign_token, "training token 9000"),
+    ],
+    ids=[
+        "no train",
+        "no val",
+        "magic",
+        "version",
+        "size",
+        "cut",
+        "cut side-car",
+        "train magic",
+        "side-car magic",
+        "empty file",
+        "side-car length",
+        "no side-car",
+        "half a side-car",
+        "no BOS first",
+        "foreign token",
+    ],
+)
 def test_unusable_data_is_refused_before_training(refuse, damage, words):
     assert words in refuse(damage)
 
 
-@pytest.mark.parametrize("settings, words", [
-    ({"VOCAB_SIZE": "4096"}, "8192 pieces, VOCAB_SIZE is 4096"), ({"TOKENIZER_PATH": "/nowhere.model"}, "/nowhere"),
-    ({"TOKENIZER_PATH": str(ROOT / "train_gpt.py")}, "train_gpt.py"), ({"COMPRESSOR": "zip"}, "zip"),
-    ({"TRAIN_BATCH_TOKENS": "500"}, "TRAIN_BATCH_TOKENS"), ({"MATRIX_LRR": "0.1"}, "did you mean MATRIX_LR?"),
-    ({"TTT_LORA_RNAK": "8"}, "did you mean TTT_LORA_RANK?"), ({"ATTENTION_BACKEND": "fa3"}, "ATTENTION_BACKEND"),
-    ({"DATA_PATH": "/nowhere"}, "/nowhere"), ({"QUANT_ONLY": "1", "CHECKPOINT_PATH": "/nowhere.pt"}, "/nowhere.pt"),
-    ({"TTT_EVAL_ONLY": "1", "ARTIFACT_PATH": "/nowhere.bin"}, "/nowhere.bin"),
-    ({"MAX_ROW_SEGMENTS": "1"}, "MAX_ROW_SEGMENTS"),
-    ({"QUANT_ONLY": "1", "CHECKPOINT_PATH": str(ROOT / "train_gpt.py")}, "train_gpt.py"),
-    ({"TTT_EVAL_ONLY": "1", "ARTIFACT_PATH": str(ROOT / "train_gpt.py")}, ""),
-], ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"VOCAB_SIZE": "4096"}, "8192 pieces, VOCAB_SIZE is 4096"),
+        ({"TOKENIZER_PATH": "/nowhere.model"}, "/nowhere"),
+        ({"TOKENIZER_PATH": str(ROOT / "train_gpt.py")}, "train_gpt.py"),
+        ({"COMPRESSOR": "zip"}, "zip"),
+        ({"TRAIN_BATCH_TOKENS": "500"}, "TRAIN_BATCH_TOKENS"),
+        ({"MATRIX_LRR": "0.1"}, "did you mean MATRIX_LR?"),
+        ({"TTT_LORA_RNAK": "8"}, "did you mean TTT_LORA_RANK?"),
+        ({"ATTENTION_BACKEND": "fa3"}, "ATTENTION_BACKEND"),
+        ({"DATA_PATH": "/nowhere"}, "/nowhere"),
+        ({"QUANT_ONLY": "1", "CHECKPOINT_PATH": "/nowhere.pt"}, "/nowhere.pt"),
+        ({"TTT_EVAL_ONLY": "1", "ARTIFACT_PATH": "/nowhere.bin"}, "/nowhere.bin"),
+        ({"MAX_ROW_SEGMENTS": "1"}, "MAX_ROW_SEGMENTS"),
+        ({"QUANT_ONLY": "1", "CHECKPOINT_PATH": str(ROOT / "train_gpt.py")}, "train_gpt.py"),
+        ({"TTT_EVAL_ONLY": "1", "ARTIFACT_PATH": str(ROOT / "train_gpt.py")}, ""),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
 def test_unusable_settings_are_refused_before_training(refuse, settings, words):
     assert words in refuse(**settings)
 
@@ -378,14 +544,19 @@ def test_a_finished_run_is_not_overwritten(refuse, runs):
     assert {path.name: path.read_bytes() for path in (runs / "base").iterdir()} == before
 
 
-@pytest.mark.parametrize("mode, path", [("QUANT_ONLY", "CHECKPOINT_PATH"), ("TTT_EVAL_ONLY", "ARTIFACT_PATH")])
+@pytest.mark.parametrize(
+    "mode, path", [("QUANT_ONLY", "CHECKPOINT_PATH"), ("TTT_EVAL_ONLY", "ARTIFACT_PATH")]
+)
 def test_a_file_of_other_settings_is_refused(refuse, runs, mode, path):
     file = runs / "base" / {"QUANT_ONLY": "model.pt", "TTT_EVAL_ONLY": "artifact.bin"}[mode]
     assert "settings" in refuse(**{mode: "1", path: str(file), "MLP_MULT": "3"})
 
 
 def test_a_process_ends_with_1_and_a_line_for_each_problem(world):
-    common = {"DATA_PATH": str(world["folder"] / "nothing"), "RUNS_DIR": str(world["folder"] / "refused")}
+    common = {
+        "DATA_PATH": str(world["folder"] / "nothing"),
+        "RUNS_DIR": str(world["folder"] / "refused"),
+    }
     code, out, err = finish(start(ROOT / "train_gpt.py", **common))
     assert code == 1 and out == ""
     one, other = err.strip().splitlines()  # a line for each problem
@@ -394,8 +565,13 @@ def test_a_process_ends_with_1_and_a_line_for_each_problem(world):
 
 
 def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(world):
-    process = torchrun(2, ROOT / "train_gpt.py", DATA_PATH=str(world["folder"] / "data"), TRAIN_BATCH_TOKENS="384",
-                       RUNS_DIR=str(world["folder"] / "refused_ranks"))
+    process = torchrun(
+        2,
+        ROOT / "train_gpt.py",
+        DATA_PATH=str(world["folder"] / "data"),
+        TRAIN_BATCH_TOKENS="384",
+        RUNS_DIR=str(world["folder"] / "refused_ranks"),
+    )
     code, out, err = finish(process)
     assert code == 1 and "step:" not in out and "RESULT" not in out
     assert "3 micro-batches a step" in err and "do not divide by 2 ranks" in err

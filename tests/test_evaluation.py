@@ -1,4 +1,6 @@
-"""Plain and sliding evaluation against slow references, coverage on several ranks, causality, BPB, byte tables."""
+"""Plain and sliding evaluation against slow references, coverage on several ranks, causality, BPB,
+byte tables.
+"""
 
 import math
 import threading
@@ -18,8 +20,16 @@ from train_gpt import BOS_ID, DataError, Dist, Evaluator, Score, ValidationSet, 
 
 torch.set_num_threads(1)
 
-SMALL = {"num_layers": 3, "loop_start": 1, "loop_end": 1, "num_loops": 1, "parallel_start_layer": 2, "xsa_last_n": 2}
-LENGTHS = [90, 33, 1, 8, 0, 64, 7, 0, 31, 32, 17, 100, 1]  # tokens after BOS; two lone BOS, one-token documents, tails
+SMALL = {
+    "num_layers": 3,
+    "loop_start": 1,
+    "loop_end": 1,
+    "num_loops": 1,
+    "parallel_start_layer": 2,
+    "xsa_last_n": 2,
+}
+# tokens after BOS; two lone BOS, one-token documents, tails
+LENGTHS = [90, 33, 1, 8, 0, 64, 7, 0, 31, 32, 17, 100, 1]
 TOKENIZER = Path(__file__).resolve().parents[1] / "tokenizers" / "caseops_8192.model"
 
 
@@ -32,7 +42,9 @@ def small_hp(**changes):
 
 
 def make_model(hp, seed=0):
-    """A model whose every part matters: the projections that start at zero are random, gates are off their middle."""
+    """A model whose every part matters: the projections that start at zero are random, gates
+    are off their middle.
+    """
     shapes = hp.head_dim, hp.num_heads, hp.num_kv_heads
     ops = train_gpt.select_ops(False, "sdpa", torch.device("cpu"), torch.float32, *shapes)
     model = train_gpt.GPT(hp, ops, torch.float32)
@@ -45,13 +57,17 @@ def make_model(hp, seed=0):
 
 
 def make_validation(folder, hp, lengths=LENGTHS, **kwargs):
-    """ValidationSet of new documents in `folder`; the side-car's charges are random, 0 at every BOS."""
+    """ValidationSet of new documents in `folder`; the side-car's charges are random, 0 at every
+    BOS.
+    """
     write_documents(folder, "val", lengths, **kwargs)
     return ValidationSet(hp, None)
 
 
 class ThreadRank:
-    """Stands for Dist on one of several ranks that run as threads of this process and add up in rank order."""
+    """Stands for Dist on one of several ranks that run as threads of this process and add up in
+    rank order.
+    """
 
     device = torch.device("cpu")
 
@@ -146,21 +162,44 @@ def document_spans(tokens):
 
 
 CASES = [  # context, row, stride (None: plain), settings of the row
-    (32, 128, None, {}), (32, 128, 8, {}), (32, 16, None, {}), (32, 16, 5, {}), (7, 64, None, {}), (7, 64, 7, {}),
-    (7, 64, 1, {}), (500, 512, None, {}), (500, 16, 100, {}), (2, 4, None, {}), (2, 4, 1, {}), (32, 256, 31, {}),
-    (32, 512, None, {"max_row_segments": 18}), (32, 512, 8, {"max_row_segments": 17}),
+    (32, 128, None, {}),
+    (32, 128, 8, {}),
+    (32, 16, None, {}),
+    (32, 16, 5, {}),
+    (7, 64, None, {}),
+    (7, 64, 7, {}),
+    (7, 64, 1, {}),
+    (500, 512, None, {}),
+    (500, 16, 100, {}),
+    (2, 4, None, {}),
+    (2, 4, 1, {}),
+    (32, 256, 31, {}),
+    (32, 512, None, {"max_row_segments": 18}),
+    (32, 512, 8, {"max_row_segments": 17}),
 ]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("context, row, stride, more", CASES)
-def test_every_token_but_the_first_is_scored_once(tmp_path, counted, context, row, stride, more, world_size):
-    hp = small_hp(data_path=str(tmp_path), eval_seq_len=context, eval_stride=1, micro_batch_tokens=row,
-                  train_batch_tokens=row, **more)
+def test_every_token_but_the_first_is_scored_once(
+    tmp_path, counted, context, row, stride, more, world_size
+):
+    hp = small_hp(
+        data_path=str(tmp_path),
+        eval_seq_len=context,
+        eval_stride=1,
+        micro_batch_tokens=row,
+        train_batch_tokens=row,
+        **more,
+    )
     tokens, charges = write_documents(tmp_path, "val", LENGTHS, shard_sizes=[90, 100, 500])
     validation, model = ValidationSet(hp, None), make_model(hp)
-    scores = on_ranks(world_size, lambda dist: Evaluator(model, validation, hp, dist).evaluate_bpb(stride))
-    assert sorted(position for call in counted for position, _ in call) == list(range(1, len(tokens)))
+    scores = on_ranks(
+        world_size, lambda dist: Evaluator(model, validation, hp, dist).evaluate_bpb(stride)
+    )
+    assert sorted(position for call in counted for position, _ in call) == list(
+        range(1, len(tokens))
+    )
     assert all(score == scores[0] for score in scores)
     assert (scores[0]["tokens"], scores[0]["bytes"]) == (len(tokens) - 1, charges.sum())
     assert scores[0]["loss"] == pytest.approx(np.mean(list(flat(counted).values())), rel=1e-6)
@@ -181,7 +220,9 @@ def test_uncounted_tokens_raise(tmp_path, monkeypatch, dist):
     hp = small_hp(data_path=str(tmp_path))
     validation = make_validation(tmp_path, hp)
     rows = train_gpt.WindowPacker.rows
-    monkeypatch.setattr(train_gpt.WindowPacker, "rows", lambda packer, windows: rows(packer, windows)[:-1])
+    monkeypatch.setattr(
+        train_gpt.WindowPacker, "rows", lambda packer, windows: rows(packer, windows)[:-1]
+    )
     with pytest.raises(RuntimeError, match="scored"):
         Evaluator(make_model(hp), validation, hp, dist).evaluate_bpb()
 
@@ -191,13 +232,22 @@ def test_uncounted_tokens_raise(tmp_path, monkeypatch, dist):
 
 @pytest.mark.parametrize("context, row", [(32, 128), (7, 64), (64, 32), (500, 1024)])
 def test_plain_evaluation_equals_every_piece_alone(tmp_path, context, row, dist):
-    hp = small_hp(data_path=str(tmp_path), eval_seq_len=context, eval_stride=1, micro_batch_tokens=row,
-                  train_batch_tokens=row)
+    hp = small_hp(
+        data_path=str(tmp_path),
+        eval_seq_len=context,
+        eval_stride=1,
+        micro_batch_tokens=row,
+        train_batch_tokens=row,
+    )
     validation, model = make_validation(tmp_path, hp), make_model(hp)
     total = 0.0
     for start, end in document_spans(validation.tokens):
         for first in range(start, end, context):
-            total += piece_losses(model, validation.tokens[first:min(first + context, end) + 1]).sum().item()
+            total += (
+                piece_losses(model, validation.tokens[first : min(first + context, end) + 1])
+                .sum()
+                .item()
+            )
     score = Evaluator(model, validation, hp, dist).evaluate_bpb()
     assert score["loss"] == pytest.approx(total / (len(validation.tokens) - 1), rel=1e-6)
     assert score["bpb"] == pytest.approx(total / math.log(2) / validation.bytes.sum(), rel=1e-6)
@@ -209,9 +259,10 @@ def test_sliding_evaluation_equals_every_token_alone(tmp_path, context, stride, 
     validation, model = make_validation(tmp_path, hp, [40, 3, 0, 33, 32, 1]), make_model(hp)
     total = 0.0
     for start, end in document_spans(validation.tokens):
-        for i in range(start, end):  # its window starts at the first multiple of the stride that still reaches i
+        # its window starts at the first multiple of the stride that still reaches i
+        for i in range(start, end):
             window = start + -(-max(0, i - start + 1 - context) // stride) * stride
-            total += piece_losses(model, validation.tokens[window:i + 2])[-1].item()
+            total += piece_losses(model, validation.tokens[window : i + 2])[-1].item()
     score = Evaluator(model, validation, hp, dist).evaluate_bpb(stride)
     assert score["loss"] == pytest.approx(total / (len(validation.tokens) - 1), rel=1e-6)
 
@@ -227,7 +278,11 @@ def test_result_does_not_depend_on_the_row_size(tmp_path, dist):
     losses = []
     for row in (8, 32, 96, 1024):
         hp = small_hp(data_path=str(tmp_path), micro_batch_tokens=row, train_batch_tokens=row)
-        losses.append(Evaluator(make_model(hp), make_validation(tmp_path, hp), hp, dist).evaluate_bpb()["loss"])
+        losses.append(
+            Evaluator(make_model(hp), make_validation(tmp_path, hp), hp, dist).evaluate_bpb()[
+                "loss"
+            ]
+        )
     assert losses == pytest.approx([losses[0]] * 4, rel=2e-7)
 
 
@@ -235,6 +290,7 @@ def test_result_does_not_depend_on_the_number_of_ranks(tmp_path):
     hp = small_hp(data_path=str(tmp_path))
     validation, model = make_validation(tmp_path, hp), make_model(hp)
     for stride in (None, 8):
+
         def work(dist, stride=stride):
             return Evaluator(model, validation, hp, dist).evaluate_bpb(stride)["bpb"]
 
@@ -248,14 +304,17 @@ def test_result_does_not_depend_on_the_number_of_ranks(tmp_path):
 @pytest.mark.parametrize("stride", [None, 8])
 @pytest.mark.parametrize("document, offset", [(0, 1), (0, 40), (0, 90), (5, 20), (11, 99), (2, 1)])
 def test_a_changed_token_changes_no_earlier_loss_and_no_other_document(
-        tmp_path, counted, dist, stride, document, offset):
+    tmp_path, counted, dist, stride, document, offset
+):
     hp = small_hp(data_path=str(tmp_path))
     model, validation = make_model(hp), make_validation(tmp_path, hp)
     start, end = document_spans(validation.tokens)[document]
     place = start + offset
     losses = []
     for change in (0, 1):
-        validation.tokens[place] += change if validation.tokens[place] < hp.vocab_size - 1 else -change
+        validation.tokens[place] += (
+            change if validation.tokens[place] < hp.vocab_size - 1 else -change
+        )
         counted.clear()
         Evaluator(model, validation, hp, dist).evaluate_bpb(stride)
         losses.append(flat(counted))
@@ -298,20 +357,29 @@ def test_each_target_is_in_one_window_with_the_longest_context(lengths, context,
 def test_windows_with_the_contexts_stride_are_disjoint_pieces(lengths, context):
     borders = np.cumsum([0, *lengths])
     windows = document_windows(borders[:-1], borders[1:], context, context)
-    pieces = [(i, min(i + context, end), i) for start, end in zip(borders, borders[1:], strict=False)
-              for i in range(start, end, context)]
+    pieces = [
+        (i, min(i + context, end), i)
+        for start, end in zip(borders, borders[1:], strict=False)
+        for i in range(start, end, context)
+    ]
     assert windows.tolist() == [list(map(int, piece)) for piece in pieces]
 
 
 @settings(max_examples=60, deadline=None)
 @given(DOCUMENTS, st.integers(2, 24), st.integers(1, 100), st.integers(0, 9), st.data())
-def test_packed_rows_hold_every_window_in_order_within_bounds(lengths, context, row_tokens, spare, data):
+def test_packed_rows_hold_every_window_in_order_within_bounds(
+    lengths, context, row_tokens, spare, data
+):
     stride = data.draw(st.integers(1, context))
     borders = np.cumsum([0, *lengths])
     windows = document_windows(borders[:-1], borders[1:], context, stride)
     row_tokens = max(row_tokens, context)
     entries = -(-row_tokens // context) + 1 + spare
-    stream = type("Stream", (), {"tokens": np.arange(borders[-1] + 1), "bytes": np.ones(borders[-1] + 1, np.int64)})
+    stream = type(
+        "Stream",
+        (),
+        {"tokens": np.arange(borders[-1] + 1), "bytes": np.ones(borders[-1] + 1, np.int64)},
+    )
     packer = train_gpt.WindowPacker(stream, row_tokens, context, entries, torch.device("cpu"))
     rows = packer.rows(windows)
     assert [i for first, last in rows for i in range(first, last)] == list(range(len(windows)))
@@ -323,8 +391,11 @@ def test_packed_rows_hold_every_window_in_order_within_bounds(lengths, context, 
         assert row.cu_seqlens[0] == 0 and row.cu_seqlens[-1] == row_tokens
         assert 0 <= spans.min() and spans.max() <= context
         assert not row.scored[filled:].any()
-        assert (row.targets - row.inputs[0])[:filled].tolist() == [1] * filled  # tokens are their own positions here
-        assert set(row.fresh[0].nonzero()[:, 0].tolist()) == set(row.cu_seqlens.tolist()) & set(range(filled))
+        # tokens are their own positions here
+        assert (row.targets - row.inputs[0])[:filled].tolist() == [1] * filled
+        assert set(row.fresh[0].nonzero()[:, 0].tolist()) == set(row.cu_seqlens.tolist()) & set(
+            range(filled)
+        )
 
 
 # ---- BPB
@@ -332,8 +403,12 @@ def test_packed_rows_hold_every_window_in_order_within_bounds(lengths, context, 
 
 def test_bpb_is_nats_over_ln2_over_bytes(dist):
     score = Score("cpu")
-    score.add(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([True, False, True]), torch.tensor([3, 100, 0]))
-    score.add(torch.tensor([[0.5], [7.0]]), torch.tensor([[True], [False]]), torch.tensor([[2], [50]]))
+    score.add(
+        torch.tensor([1.0, 2.0, 4.0]), torch.tensor([True, False, True]), torch.tensor([3, 100, 0])
+    )
+    score.add(
+        torch.tensor([[0.5], [7.0]]), torch.tensor([[True], [False]]), torch.tensor([[2], [50]])
+    )
     total = score.total(dist, (3, 5))
     assert total["loss"] == pytest.approx(5.5 / 3) and (total["tokens"], total["bytes"]) == (3, 5)
     assert total["bpb"] == pytest.approx(5.5 / 0.6931471805599453 / 5)
@@ -351,17 +426,21 @@ def test_score_refuses_other_counts_than_the_side_cars(dist, expected):
 
 def test_score_ignores_what_is_not_scored_even_infinities(dist):
     score = Score("cpu")
-    score.add(torch.tensor([1.0, math.inf, math.nan]), torch.tensor([True, False, False]), torch.tensor([1, 9, 9]))
+    score.add(
+        torch.tensor([1.0, math.inf, math.nan]),
+        torch.tensor([True, False, False]),
+        torch.tensor([1, 9, 9]),
+    )
     assert score.total(dist, (1, 1))["loss"] == 1.0
 
 
 def test_score_adds_in_float64(dist):
     score = Score("cpu")
-    score.add(torch.tensor([2.0 ** 25]), torch.tensor([True]), torch.tensor([1]))
+    score.add(torch.tensor([2.0**25]), torch.tensor([True]), torch.tensor([1]))
     for _ in range(4):
         score.add(torch.ones(1), torch.tensor([True]), torch.tensor([0]))
-    score.add(torch.tensor([2.0 ** 25, 1.0]), torch.tensor([True, True]), torch.tensor([0, 0]))
-    assert score.total(dist, (7, 1))["loss"] * 7 == pytest.approx(2 ** 26 + 5, rel=1e-15)
+    score.add(torch.tensor([2.0**25, 1.0]), torch.tensor([True, True]), torch.tensor([0, 0]))
+    assert score.total(dist, (7, 1))["loss"] * 7 == pytest.approx(2**26 + 5, rel=1e-15)
 
 
 def test_totals_of_part_of_the_documents(tmp_path):
@@ -370,14 +449,21 @@ def test_totals_of_part_of_the_documents(tmp_path):
     validation, spans = ValidationSet(hp, None), document_spans(tokens)
     for count in range(len(spans) + 1):
         last = spans[count - 1][1] if count else 0
-        assert validation.targets_of(np.arange(count)) == (last, charges[1:last + 1].sum())
+        assert validation.targets_of(np.arange(count)) == (last, charges[1 : last + 1].sum())
 
 
 # ---- byte tables of plain SentencePiece (CASEOPS_ENABLED=0)
 
 
-TEXTS = ["the quick brown fox, 1984: a  tale\nof two cities", "naïve café costs 5 € – “really” … ½ cup", "x",
-         "日本語 and Ωmega", "  padded  text  ", "emoji 🙂 \U0001f468\u200d\U0001f469 ok", "tabs\tand\x07bells"]
+TEXTS = [
+    "the quick brown fox, 1984: a  tale\nof two cities",
+    "naïve café costs 5 € – “really” … ½ cup",
+    "x",
+    "日本語 and Ωmega",
+    "  padded  text  ",
+    "emoji 🙂 \U0001f468\u200d\U0001f469 ok",
+    "tabs\tand\x07bells",
+]
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +472,9 @@ def tokenizer():
 
 
 def byte_charged(tables, ids):
-    """Bytes of each target of BOS, ids, BOS, one after the other as README (bits per byte) words it."""
+    """Bytes of each target of BOS, ids, BOS, one after the other as README (bits per byte)
+    words it.
+    """
     count, leading, boundary = tables
     stream = [BOS_ID, *ids, BOS_ID]
     pairs = zip(stream, stream[1:], strict=False)
@@ -428,8 +516,12 @@ def test_tables_tell_kinds_of_pieces_apart(tokenizer):
 def test_validation_bytes_come_from_the_tables_without_caseops(tmp_path, tokenizer):
     ids = [token for text in TEXTS for token in (BOS_ID, *tokenizer.encode(text))]
     write_shard(tmp_path / "fineweb_val_000000.bin", ids)
-    validation = ValidationSet(tiny_hp(data_path=str(tmp_path), vocab_size=8192, caseops_enabled=False), tokenizer)
-    assert validation.bytes.sum() == sum(len(tokenizer.decode(tokenizer.encode(text)).encode()) for text in TEXTS)
+    validation = ValidationSet(
+        tiny_hp(data_path=str(tmp_path), vocab_size=8192, caseops_enabled=False), tokenizer
+    )
+    assert validation.bytes.sum() == sum(
+        len(tokenizer.decode(tokenizer.encode(text)).encode()) for text in TEXTS
+    )
     tables = techniques.piece_byte_tables(tokenizer)
     assert validation.bytes[1:].tolist() == byte_charged(tables, ids[1:])[:-1]
     assert validation.targets_of(np.arange(len(TEXTS))) == (len(ids) - 1, validation.bytes.sum())

@@ -40,17 +40,30 @@ SCRIPT = ROOT / "train_gpt.py"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A CaseOps dataset of 40 small training documents and 10 of validation, with a side-car and no manifest."""
+    """A CaseOps dataset of 40 small training documents and 10 of validation, with a side-car
+    and no manifest.
+    """
     folder = tmp_path_factory.mktemp("data")
     make_data(folder)
     return folder
 
 
 def environ_of(folder, data_path, settings):
-    """{NAME: text} of a tiny run whose runs lie in `folder`; settings with the value None are left out."""
-    paths = {"DATA_PATH": data_path, "RUNS_DIR": folder / "runs", "PLOTS": "0", "SLIDING_WINDOW_ENABLED": "0",
-             "KERNELS": "0"}
-    return {name: str(value) for name, value in (SETTINGS | paths | settings).items() if value is not None}
+    """{NAME: text} of a tiny run whose runs lie in `folder`; settings with the value None are
+    left out.
+    """
+    paths = {
+        "DATA_PATH": data_path,
+        "RUNS_DIR": folder / "runs",
+        "PLOTS": "0",
+        "SLIDING_WINDOW_ENABLED": "0",
+        "KERNELS": "0",
+    }
+    return {
+        name: str(value)
+        for name, value in (SETTINGS | paths | settings).items()
+        if value is not None
+    }
 
 
 def begin(folder, data_path, **settings):
@@ -59,16 +72,25 @@ def begin(folder, data_path, **settings):
 
 
 def main(folder, data_path, **settings):
-    """train_gpt.main() in this process -> (what it exits with, None where it ends well; what it printed)."""
+    """train_gpt.main() in this process -> (what it exits with, None where it ends well; what it
+    printed).
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     code, out = None, io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        for name in set(os.environ) - {"PATH", "HOME", "LD_LIBRARY_PATH", "TRITON_INTERPRET", "OMP_NUM_THREADS"}:
+        for name in set(os.environ) - {
+            "PATH",
+            "HOME",
+            "LD_LIBRARY_PATH",
+            "TRITON_INTERPRET",
+            "OMP_NUM_THREADS",
+        }:
             patch.delenv(name)
         for name, value in environ_of(folder, data_path, settings).items():
             patch.setenv(name, value)
         patch.setattr(sys, "argv", ["train_gpt.py"])
-        patch.setattr(train_gpt, "write_code", lambda *_: 1000)  # seconds of packing, tested elsewhere
+        # seconds of packing, tested elsewhere
+        patch.setattr(train_gpt, "write_code", lambda *_: 1000)
         try:
             train_gpt.main()
         except SystemExit as end:
@@ -97,24 +119,36 @@ in summer, when the road over the pass is open. Bread is made of flour, water, s
 
 
 def train_model(path, text, size):
-    sentences = [text[start:start + 60] for start in range(0, len(text) - 60, 3)]
+    sentences = [text[start : start + 60] for start in range(0, len(text) - 60, 3)]
     with open(path, "wb") as model:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences), model_writer=model, vocab_size=size, model_type="bpe", pad_id=0,
-            bos_id=1, eos_id=2, unk_id=3, byte_fallback=True, hard_vocab_limit=False,
-            normalization_rule_name="identity", minloglevel=2)
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            vocab_size=size,
+            model_type="bpe",
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",
+            minloglevel=2,
+        )
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Plain shards, their tokenizer own.model, another.model of equal size in the same folder, the text's bytes."""
+    """Plain shards, their tokenizer own.model, another.model of equal size in the same folder,
+    the text's bytes.
+    """
     folder = tmp_path_factory.mktemp("plain")
     own = train_model(folder / "own.model", TEXT, 320)
     other = train_model(folder / "another.model", TEXT[::-1].upper(), 320)
     assert own.vocab_size() == other.vocab_size()
     words = TEXT.split()
-    texts = [" ".join(words[start:start + 24]) for start in range(40)]
+    texts = [" ".join(words[start : start + 24]) for start in range(40)]
     ids = [[train_gpt.BOS_ID, *own.encode(text)] for text in texts]
     write_shard(folder / "fineweb_train_000000.bin", np.concatenate(ids * 3))
     write_shard(folder / "fineweb_val_000000.bin", np.concatenate(ids))
@@ -129,14 +163,28 @@ def test_a_tokenizer_is_not_guessed_among_several(plain, tmp_path):
 
 def test_a_foreign_tokenizer_of_equal_size_counts_no_bytes(plain, tmp_path):
     folder, size, _ = plain
-    said = refusal(tmp_path, folder, CASEOPS_ENABLED=0, VOCAB_SIZE=size, TOKENIZER_PATH=folder / "another.model")
+    said = refusal(
+        tmp_path,
+        folder,
+        CASEOPS_ENABLED=0,
+        VOCAB_SIZE=size,
+        TOKENIZER_PATH=folder / "another.model",
+    )
     assert "not made by the tokenizer" in said
 
 
 def test_the_own_tokenizer_counts_the_bytes_of_the_text(plain, tmp_path):
     folder, size, num_bytes = plain
-    result = result_of(begin(tmp_path, folder, CASEOPS_ENABLED=0, VOCAB_SIZE=size, TTT_ENABLED=0,
-                             TOKENIZER_PATH=folder / "own.model"))
+    result = result_of(
+        begin(
+            tmp_path,
+            folder,
+            CASEOPS_ENABLED=0,
+            VOCAB_SIZE=size,
+            TTT_ENABLED=0,
+            TOKENIZER_PATH=folder / "own.model",
+        )
+    )
     assert result["scores"]["quantized"]["bytes"] == num_bytes
 
 
@@ -148,10 +196,24 @@ def caseops(tmp_path_factory):
     """A CaseOps dataset of 40 training documents and 8 of validation with side-car and manifest."""
     folder = tmp_path_factory.mktemp("caseops")
     words = TEXT.split() + ["NASA", "Alps", "Bread"]
-    texts = [" ".join(words[start:start + 30]) + f" {start}" for start in range(48)]
+    texts = [" ".join(words[start : start + 30]) + f" {start}" for start in range(48)]
     (folder / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    subprocess.run([sys.executable, ROOT / "prepare_caseops_data.py", "--docs", folder / "docs.jsonl", "--val-docs",
-                    "8", "--workers", "1", "--out", folder / "data"], check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            ROOT / "prepare_caseops_data.py",
+            "--docs",
+            folder / "docs.jsonl",
+            "--val-docs",
+            "8",
+            "--workers",
+            "1",
+            "--out",
+            folder / "data",
+        ],
+        check=True,
+        capture_output=True,
+    )
     return folder / "data", sum(len(text.encode()) for text in texts[:8])
 
 
@@ -164,10 +226,16 @@ def copied(source, folder, *patterns):
     return folder
 
 
-@pytest.mark.parametrize("left_out, words", [
-    ([], "fineweb_val_bytes_000000.bin"), (["fineweb_val_bytes_*"], "lossless_caps_caseops_v1"),
-    (["manifest.json"], "fineweb_val_bytes_000000.bin"), (["fineweb_val_bytes_*", "manifest.json"], "CaseOps' markers"),
-], ids=["both", "manifest", "side-car", "neither"])
+@pytest.mark.parametrize(
+    "left_out, words",
+    [
+        ([], "fineweb_val_bytes_000000.bin"),
+        (["fineweb_val_bytes_*"], "lossless_caps_caseops_v1"),
+        (["manifest.json"], "fineweb_val_bytes_000000.bin"),
+        (["fineweb_val_bytes_*", "manifest.json"], "CaseOps' markers"),
+    ],
+    ids=["both", "manifest", "side-car", "neither"],
+)
 def test_a_tokenizer_does_not_count_the_bytes_of_caseops_shards(caseops, tmp_path, left_out, words):
     said = refusal(tmp_path, copied(caseops[0], tmp_path / "data", *left_out), CASEOPS_ENABLED=0)
     assert words in said and "CASEOPS_ENABLED" in said
@@ -184,20 +252,30 @@ def test_settings_that_contradict_the_manifest_are_refused(caseops, plain, tmp_p
     (folder / "manifest.json").write_text(json.dumps(manifest | {"text_transform": None}))
     assert "CASEOPS_ENABLED=0" in refusal(tmp_path, folder)
     assert "VOCAB_SIZE=8192" in refusal(tmp_path, caseops[0], VOCAB_SIZE=4096)
-    said = refusal(tmp_path, plain[0], TOKENIZER_PATH=plain[0] / "own.model", VOCAB_SIZE=plain[1],
-                   MARKER_FUSION_ENABLED=1)
+    said = refusal(
+        tmp_path,
+        plain[0],
+        TOKENIZER_PATH=plain[0] / "own.model",
+        VOCAB_SIZE=plain[1],
+        MARKER_FUSION_ENABLED=1,
+    )
     assert "MARKER_FUSION_ENABLED=0" in said
 
 
 # ---- the environment of a launcher
 
 
-@pytest.mark.parametrize("environ, words", [
-    ({"RANK": "1"}, "not WORLD_SIZE, LOCAL_RANK"), ({"WORLD_SIZE": "2"}, "not RANK, LOCAL_RANK"),
-    ({"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "RANK=1 WORLD_SIZE=1"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "not MASTER_ADDR, MASTER_PORT"),
-    ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "whole numbers"),
-], ids=["a rank alone", "a size alone", "a rank too large", "no address", "no number"])
+@pytest.mark.parametrize(
+    "environ, words",
+    [
+        ({"RANK": "1"}, "not WORLD_SIZE, LOCAL_RANK"),
+        ({"WORLD_SIZE": "2"}, "not RANK, LOCAL_RANK"),
+        ({"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "RANK=1 WORLD_SIZE=1"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "not MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "whole numbers"),
+    ],
+    ids=["a rank alone", "a size alone", "a rank too large", "no address", "no number"],
+)
 def test_ranks_that_contradict_each_other_are_refused(data, tmp_path, environ, words):
     said = refusal(tmp_path, data, **environ)
     assert words in said and "torchrun" in said
@@ -206,7 +284,10 @@ def test_ranks_that_contradict_each_other_are_refused(data, tmp_path, environ, w
 
 def test_tasks_of_slurm_that_know_nothing_of_each_other_are_told(data, tmp_path):
     code, out, err = finish(begin(tmp_path, data, SLURM_NTASKS=2, PREQUANT_ONLY=1))
-    assert code == 0 and "note: SLURM_NTASKS=2, but RANK is not set: this is a run of one process" in out
+    assert (
+        code == 0
+        and "note: SLURM_NTASKS=2, but RANK is not set: this is a run of one process" in out
+    )
 
 
 # ---- going on from a file with other settings
@@ -223,13 +304,23 @@ def trained(data, tmp_path_factory):
         if line.startswith("step:3 "):
             break
     stop.send_signal(signal.SIGTERM)
-    assert finish(stop)[0] == 128 + signal.SIGTERM and list((folder / "runs" / "stopped").glob("state-*.pt"))
+    assert finish(stop)[0] == 128 + signal.SIGTERM and list(
+        (folder / "runs" / "stopped").glob("state-*.pt")
+    )
     return folder
 
 
-OTHER_MODEL = {"LOGIT_SOFTCAP": "15.0", "ROPE_BASE": "500.0", "LEAKY_RELU_SLOPE": "0.5", "NUM_LOOPS": "0"}
-MODES = {"QUANT_ONLY": ("CHECKPOINT_PATH", "first/model.pt"), "TTT_EVAL_ONLY": ("ARTIFACT_PATH", "first/artifact.bin"),
-         "RESUME": ("RUN_ID", "stopped")}
+OTHER_MODEL = {
+    "LOGIT_SOFTCAP": "15.0",
+    "ROPE_BASE": "500.0",
+    "LEAKY_RELU_SLOPE": "0.5",
+    "NUM_LOOPS": "0",
+}
+MODES = {
+    "QUANT_ONLY": ("CHECKPOINT_PATH", "first/model.pt"),
+    "TTT_EVAL_ONLY": ("ARTIFACT_PATH", "first/artifact.bin"),
+    "RESUME": ("RUN_ID", "stopped"),
+}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -243,7 +334,7 @@ def test_a_file_is_not_read_as_another_model(data, trained, mode):
 
 def test_every_setting_of_the_model_is_compared_or_may_change():
     names = [field.name for field in dataclasses.fields(train_gpt.Hyperparameters)]
-    of_the_model = set(names[names.index("vocab_size"):names.index("max_wallclock_seconds")])
+    of_the_model = set(names[names.index("vocab_size") : names.index("max_wallclock_seconds")])
     may_change = {"tied_embed_init_std", "qk_gain_init", "enable_looping_at", "extra_eval_loops"}
     assert of_the_model - set(guard.MEANING) == may_change
 
@@ -251,20 +342,36 @@ def test_every_setting_of_the_model_is_compared_or_may_change():
 def test_an_artifact_without_its_checkpoint_is_compared_with_its_log(data, trained, tmp_path):
     for name in ("artifact.bin", "log.txt"):
         (tmp_path / name).write_bytes((trained / "runs" / "first" / name).read_bytes())
-    said = refusal(tmp_path, data, TTT_EVAL_ONLY=1, ARTIFACT_PATH=tmp_path / "artifact.bin", LOGIT_SOFTCAP=15)
+    said = refusal(
+        tmp_path, data, TTT_EVAL_ONLY=1, ARTIFACT_PATH=tmp_path / "artifact.bin", LOGIT_SOFTCAP=15
+    )
     assert "LOGIT_SOFTCAP=15.0 (30.0 there)" in said
     (tmp_path / "log.txt").unlink()
-    code, out = main(tmp_path, data, TTT_EVAL_ONLY=1, ARTIFACT_PATH=tmp_path / "artifact.bin", TTT_ENABLED=0)
+    code, out = main(
+        tmp_path, data, TTT_EVAL_ONLY=1, ARTIFACT_PATH=tmp_path / "artifact.bin", TTT_ENABLED=0
+    )
     assert code is None and "note: nothing says which settings" in out
 
 
 def test_what_may_differ_from_a_checkpoint_is_told(data, trained, tmp_path):
     checkpoint = trained / "runs" / "first" / "model.pt"
-    code, out = main(tmp_path, data, QUANT_ONLY=1, CHECKPOINT_PATH=checkpoint, MATRIX_BITS=5, TTT_ENABLED=0, SEED=7)
+    code, out = main(
+        tmp_path,
+        data,
+        QUANT_ONLY=1,
+        CHECKPOINT_PATH=checkpoint,
+        MATRIX_BITS=5,
+        TTT_ENABLED=0,
+        SEED=7,
+    )
     assert code is None
-    (note,) = [line for line in out.splitlines() if line.startswith("note: settings other than those of")]
+    (note,) = [
+        line for line in out.splitlines() if line.startswith("note: settings other than those of")
+    ]
     assert note.endswith(f"{checkpoint}: SEED=7 (42 there), MATRIX_BITS=5 (6 there)")
-    code, out = main(tmp_path, data, QUANT_ONLY=1, CHECKPOINT_PATH=checkpoint, TTT_ENABLED=0, RUN_ID="same")
+    code, out = main(
+        tmp_path, data, QUANT_ONLY=1, CHECKPOINT_PATH=checkpoint, TTT_ENABLED=0, RUN_ID="same"
+    )
     assert code is None and "settings other than" not in out
 
 
@@ -272,36 +379,56 @@ def test_what_may_differ_from_a_checkpoint_is_told(data, trained, tmp_path):
 
 
 def test_a_short_context_in_a_long_row_is_evaluated(data, tmp_path):
-    code, out = main(tmp_path, data, EVAL_SEQ_LEN=16, EVAL_STRIDE=8, SLIDING_WINDOW_ENABLED=1, TTT_ENABLED=0,
-                     MICRO_BATCH_TOKENS=2048, TRAIN_BATCH_TOKENS=4096, ITERATIONS=1)
+    code, out = main(
+        tmp_path,
+        data,
+        EVAL_SEQ_LEN=16,
+        EVAL_STRIDE=8,
+        SLIDING_WINDOW_ENABLED=1,
+        TTT_ENABLED=0,
+        MICRO_BATCH_TOKENS=2048,
+        TRAIN_BATCH_TOKENS=4096,
+        ITERATIONS=1,
+    )
     assert code is None and "\nsliding val_loss:" in out and "tokens:403 bytes:981" in out
 
 
 @pytest.mark.parametrize("context, segments", [(512, 0), (100, 0), (2048, 48), (1, 0)])
 def test_every_row_fits_whatever_its_documents(context, segments, tmp_path, dist):
-    """Rows of the default size: documents of one length just over half the context cannot be joined at all."""
+    """Rows of the default size: documents of one length just over half the context cannot be
+    joined at all.
+    """
     if context == 1 or 0 < segments < 98_304 / context:
         with pytest.raises(train_gpt.SettingError):
             train_gpt.Hyperparameters(train_seq_len=context, max_row_segments=segments)
         return
     write_documents(tmp_path, "train", [context // 2] * (2 * 98_304 // context + 20))
-    hp = train_gpt.Hyperparameters(data_path=str(tmp_path), train_seq_len=context, max_row_segments=segments,
-                                   train_batch_tokens=98_304, max_wallclock_seconds=0)
+    hp = train_gpt.Hyperparameters(
+        data_path=str(tmp_path),
+        train_seq_len=context,
+        max_row_segments=segments,
+        train_batch_tokens=98_304,
+        max_wallclock_seconds=0,
+    )
     loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
     (row,) = loader.step(0)
     lengths = row.cu_seqlens.diff()
     assert row.cu_seqlens[-1] == 98_304 and lengths.max() <= context
     if not segments:
-        assert set(lengths.tolist()) <= {0, context // 2 + 1, 98_304 % (context // 2 + 1)}  # no document sees another
+        # no document sees another
+        assert set(lengths.tolist()) <= {0, context // 2 + 1, 98_304 % (context // 2 + 1)}
 
 
 def test_rows_of_very_short_documents_take_no_seconds(tmp_path, dist):
     write_documents(tmp_path, "train", [1] * 60_000)
-    hp = train_gpt.Hyperparameters(data_path=str(tmp_path), train_batch_tokens=98_304, balance_rows=False)
+    hp = train_gpt.Hyperparameters(
+        data_path=str(tmp_path), train_batch_tokens=98_304, balance_rows=False
+    )
     loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
     started = time.process_time()
     row = loader.build(0)
-    assert time.process_time() - started < 1.0  # 0.3 s; a search through all neighbours for each join took 3 s
+    # 0.3 s; a search through all neighbours for each join took 3 s
+    assert time.process_time() - started < 1.0
     assert len(row.cu_seqlens) == 193 and row.cu_seqlens[-2] < 98_304
 
 
@@ -309,9 +436,15 @@ def test_joining_gives_what_the_plain_search_gives():
     rng = np.random.default_rng(9)
     for _ in range(300):
         lengths = rng.integers(1, rng.integers(2, 40), rng.integers(1, 60))
-        starts, total, longest = np.cumsum(lengths) - lengths, int(lengths.sum()), int(rng.integers(40, 90))
+        starts, total, longest = (
+            np.cumsum(lengths) - lengths,
+            int(lengths.sum()),
+            int(rng.integers(40, 90)),
+        )
         most, want = int(rng.integers(1, 60)), starts
-        while len(want) > most and (joined := np.append(want[2:], total) - want[:-1]).min() <= longest:
+        while (
+            len(want) > most and (joined := np.append(want[2:], total) - want[:-1]).min() <= longest
+        ):
             want = np.delete(want, 1 + joined.argmin())
         if len(want) > most:
             want = np.arange(0, total, longest)
@@ -329,7 +462,9 @@ def with_validation(data, folder, lengths):
 
 
 def test_validation_that_holds_no_text_is_refused(data, tmp_path):
-    assert "hold no byte" in refusal(tmp_path, with_validation(data, tmp_path / "data", [0, 0, 0, 0]))
+    assert "hold no byte" in refusal(
+        tmp_path, with_validation(data, tmp_path / "data", [0, 0, 0, 0])
+    )
 
 
 def test_a_choice_of_documents_that_holds_no_text_is_refused(data, tmp_path):
@@ -346,7 +481,9 @@ def test_no_limit_and_no_time_are_told_apart():
     seconds = train_gpt.Hyperparameters.training_seconds.fget
     limits = [(0, None), (5, 0.0), (7, 0.0), (8, 1.0), (600, 593.0)]
     for budget, want in limits:
-        assert seconds(SimpleNamespace(max_wallclock_seconds=budget, gptq_reserve_seconds=7)) == want
+        assert (
+            seconds(SimpleNamespace(max_wallclock_seconds=budget, gptq_reserve_seconds=7)) == want
+        )
 
 
 # ---- seeds
@@ -354,8 +491,15 @@ def test_no_limit_and_no_time_are_told_apart():
 
 @pytest.mark.parametrize("seed", [pytest.param(1_795_000_000_123_456_789, marks=IN_SOAK), 2**64])
 def test_a_run_takes_any_seed(data, tmp_path, seed):
-    code, out = main(tmp_path, data, SEED=seed, DATA_SEED=seed, ITERATIONS=1, GPTQ_SELF_CALIBRATION=1,
-                     BIGRAM_VOCAB_SIZE=50)
+    code, out = main(
+        tmp_path,
+        data,
+        SEED=seed,
+        DATA_SEED=seed,
+        ITERATIONS=1,
+        GPTQ_SELF_CALIBRATION=1,
+        BIGRAM_VOCAB_SIZE=50,
+    )
     assert code is None and "\nttt val_loss:" in out
     assert json.loads(out.splitlines()[-1].removeprefix("RESULT "))["seed"] == seed
 
@@ -366,9 +510,13 @@ def test_seeds_of_usual_size_give_what_they_gave(dist, ops):
         want = torch.empty_like(model.tok_emb)
         want.normal_(0.0, 0.005, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(model.tok_emb, want)
-        lora = train_gpt.BatchedLoRA(model, range(1, 2), tiny_hp(seed=seed), dist.device, model.ops.adamw_rows)
+        lora = train_gpt.BatchedLoRA(
+            model, range(1, 2), tiny_hp(seed=seed), dist.device, model.ops.adamw_rows
+        )
         want = torch.empty_like(lora.kept)
-        want.uniform_(-32 ** -0.5, 32 ** -0.5, generator=torch.Generator().manual_seed(seed * 1_000_003 + 1))
+        want.uniform_(
+            -(32**-0.5), 32**-0.5, generator=torch.Generator().manual_seed(seed * 1_000_003 + 1)
+        )
         assert torch.equal(lora.kept, want)
 
 
@@ -387,7 +535,10 @@ def test_making_the_test_time_trainer_is_of_its_stage_and_its_budget(data, tmp_p
     assert code is None
     assert json.loads(out.splitlines()[-1].removeprefix("RESULT "))["seconds"]["eval_ttt"] > 3.0
     first = next(line for line in out.splitlines() if line.startswith("ttt_batch "))
-    assert float(first.split("seconds:")[1]) >= 3.0 and int(first.split("budget_left:")[1].split()[0]) <= 585
+    assert (
+        float(first.split("seconds:")[1]) >= 3.0
+        and int(first.split("budget_left:")[1].split()[0]) <= 585
+    )
 
 
 # ---- paths
@@ -399,16 +550,26 @@ def test_folders_may_have_any_name(caseops, tmp_path, name):
     folder = copied(caseops[0], tmp_path / name / "data")
     code, out = main(tmp_path / name, folder, PREQUANT_ONLY=1, ITERATIONS=1, RUN_ID="one")
     assert code is None and (tmp_path / name / "runs" / "one" / "result.json").exists()
-    done = subprocess.run([sys.executable, ROOT / "prepare_caseops_data.py", "verify", folder, "--workers", "1"],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "prepare_caseops_data.py", "verify", folder, "--workers", "1"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert main(tmp_path / name, folder, QUANT_ONLY=1, RUN_ID="one", TTT_ENABLED=0)[0] is None
 
 
 def test_no_tool_searches_a_path_of_the_user_as_a_pattern():
     """glob.glob takes brackets in a folder's name for a pattern; Path.glob does not."""
-    paths = [path for name in (".", "tools", "data", "benchmarks") for path in (ROOT / name).glob("*.py")]
-    found = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines() if "glob.glob(" in line]
+    paths = [
+        path for name in (".", "tools", "data", "benchmarks") for path in (ROOT / name).glob("*.py")
+    ]
+    found = [
+        line
+        for path in paths
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "glob.glob(" in line
+    ]
     assert found and all("(folder, f" in line or '"/proc/' in line for line in found), found
 
 
@@ -416,21 +577,33 @@ def test_no_tool_searches_a_path_of_the_user_as_a_pattern():
 
 
 PUBLISHED = {
-    "QUANTIZE_ONLY": "QUANT_ONLY", "TRAIN_SEQ_SCHEDULE": "TRAIN_SEQ_LEN", "NEGATIVE_SLOPE": "LEAKY_RELU_SLOPE",
-    "VAL_DOC_FRACTION": "TTT_MAX_DOCS", "LOAD_MODEL_PATH": "CHECKPOINT_PATH", "MTP_NUM_HEADS": "nothing",
-    "EVAL_ONLY": "TTT_EVAL_ONLY", "VE_LAYERS": "VALUE_EMBED_LAYERS",
+    "QUANTIZE_ONLY": "QUANT_ONLY",
+    "TRAIN_SEQ_SCHEDULE": "TRAIN_SEQ_LEN",
+    "NEGATIVE_SLOPE": "LEAKY_RELU_SLOPE",
+    "VAL_DOC_FRACTION": "TTT_MAX_DOCS",
+    "LOAD_MODEL_PATH": "CHECKPOINT_PATH",
+    "MTP_NUM_HEADS": "nothing",
+    "EVAL_ONLY": "TTT_EVAL_ONLY",
+    "VE_LAYERS": "VALUE_EMBED_LAYERS",
 }
 
 
 @pytest.mark.parametrize("name, instead", PUBLISHED.items())
 def test_a_name_of_published_commands_is_refused_with_what_to_use(name, instead):
-    with pytest.raises(train_gpt.SettingError, match=rf"^{name} is a setting of other scripts; here it is .*{instead}"):
+    with pytest.raises(
+        train_gpt.SettingError,
+        match=rf"^{name} is a setting of other scripts; here it is .*{instead}",
+    ):
         train_gpt.Hyperparameters.from_env({name: "1"})
 
 
 def test_what_to_use_instead_is_a_setting_of_ours():
     ours = {field.name.upper() for field in dataclasses.fields(train_gpt.Hyperparameters)}
-    names = [re.sub("=.*", "", word) for text in train_gpt.INSTEAD.values() for word in text.split(" and ")]
+    names = [
+        re.sub("=.*", "", word)
+        for text in train_gpt.INSTEAD.values()
+        for word in text.split(" and ")
+    ]
     assert {name for name in names if not name.startswith("nothing")} <= ours
     assert not (set(train_gpt.INSTEAD) | set(train_gpt.IDLE)) & ours
 
@@ -443,7 +616,9 @@ def test_more_shards_than_a_process_may_open(tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 68, limits[1]))
         stream = train_gpt.TokenStream(tmp_path, "train")
-        assert [int(stream.read(position, 1)[0]) for position in range(stream.size)] == tokens.tolist()
+        assert [
+            int(stream.read(position, 1)[0]) for position in range(stream.size)
+        ] == tokens.tolist()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
@@ -452,18 +627,27 @@ def test_a_file_system_without_maps_or_syncs_of_folders_does(tmp_path, monkeypat
     def refuse(number):
         def call(*arguments, **options):
             raise OSError(number, os.strerror(number))
+
         return call
 
     tokens, _ = write_documents(tmp_path, "train", [30] * 5)
     with monkeypatch.context() as patch:
         patch.setattr(np, "memmap", refuse(errno.ENODEV))
-        assert train_gpt.TokenStream(tmp_path, "train").read(0, len(tokens)).tolist() == tokens.tolist()
+        assert (
+            train_gpt.TokenStream(tmp_path, "train").read(0, len(tokens)).tolist()
+            == tokens.tolist()
+        )
         patch.setattr(np, "memmap", refuse(errno.EIO))
         with pytest.raises(OSError, match="Input/output error"):
             train_gpt.TokenStream(tmp_path, "train")
     sync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda number: refuse(errno.EINVAL)() if os.path.isdir(
-        f"/proc/self/fd/{number}") else sync(number))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda number: (
+            refuse(errno.EINVAL)() if os.path.isdir(f"/proc/self/fd/{number}") else sync(number)
+        ),
+    )
     train_gpt.write_atomically(tmp_path / "file", b"whole")
     assert (tmp_path / "file").read_bytes() == b"whole"
 
@@ -478,16 +662,25 @@ def test_a_file_system_without_locks_is_told_and_does(tmp_path, monkeypatch, cap
 
 
 def test_names_without_a_meaning_here_are_told(data, tmp_path):
-    code, out = main(tmp_path, data, PREQUANT_ONLY=1, ITERATIONS=1, DATA_DIR="data", SKIP_INITIAL_VAL=1)
-    assert code is None and "note: DATA_DIR, SKIP_INITIAL_VAL: of published scripts, without a meaning here" in out
+    code, out = main(
+        tmp_path, data, PREQUANT_ONLY=1, ITERATIONS=1, DATA_DIR="data", SKIP_INITIAL_VAL=1
+    )
+    assert (
+        code is None
+        and "note: DATA_DIR, SKIP_INITIAL_VAL: of published scripts, without a meaning here" in out
+    )
 
 
 def test_a_budget_above_the_contests_is_told(data, tmp_path):
     settings = {"PREQUANT_ONLY": 1, "ITERATIONS": 1}
-    code, out = main(tmp_path, data, MAX_WALLCLOCK_SECONDS=1200, EVAL_BUDGET_SECONDS=900, **settings)
+    code, out = main(
+        tmp_path, data, MAX_WALLCLOCK_SECONDS=1200, EVAL_BUDGET_SECONDS=900, **settings
+    )
     notes = [line for line in out.splitlines() if "the contest allows 600 s" in line]
     assert code is None and [line.split(" is ")[0] for line in notes] == [
-        "note: MAX_WALLCLOCK_SECONDS=1200", "note: EVAL_BUDGET_SECONDS=900"]
+        "note: MAX_WALLCLOCK_SECONDS=1200",
+        "note: EVAL_BUDGET_SECONDS=900",
+    ]
     code, out = main(tmp_path, data, MAX_WALLCLOCK_SECONDS=600, RUN_ID="legal", **settings)
     assert code is None and "the contest allows" not in out
 
@@ -503,7 +696,9 @@ def test_leaked_documents_reach_the_result_and_its_violations(caseops, tmp_path)
         code, out = main(tmp_path, folder, **settings)
     result = json.loads(out.splitlines()[-1].removeprefix("RESULT "))
     assert code is None and result["leaked_documents"] == 3
-    assert result["violations"] == ["3 training documents are validation documents, says the dataset's manifest"]
+    assert result["violations"] == [
+        "3 training documents are validation documents, says the dataset's manifest"
+    ]
     code, out = main(tmp_path, caseops[0], RUN_ID="none", **settings)
     result = json.loads(out.splitlines()[-1].removeprefix("RESULT "))
     assert (result["leaked_documents"], result["violations"]) == (0, [])
@@ -511,8 +706,17 @@ def test_leaked_documents_reach_the_result_and_its_violations(caseops, tmp_path)
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a checkout")
 def test_a_checkout_of_another_user_is_told_with_what_helps(data, tmp_path):
-    code, out = main(tmp_path, data, PREQUANT_ONLY=1, ITERATIONS=1, GIT_TEST_ASSUME_DIFFERENT_OWNER=1, HOME=tmp_path)
-    assert code is None and json.loads(out.splitlines()[-1].removeprefix("RESULT "))["commit"] is None
+    code, out = main(
+        tmp_path,
+        data,
+        PREQUANT_ONLY=1,
+        ITERATIONS=1,
+        GIT_TEST_ASSUME_DIFFERENT_OWNER=1,
+        HOME=tmp_path,
+    )
+    assert (
+        code is None and json.loads(out.splitlines()[-1].removeprefix("RESULT "))["commit"] is None
+    )
     assert f"belongs to another user: git config --global --add safe.directory {ROOT}" in out
 
 
@@ -535,7 +739,9 @@ def test_an_infinite_entry_of_a_hessian_is_refused_by_name(place):
 
 
 def test_dead_columns_count_in_the_mean_that_damps(monkeypatch):
-    """Damping is a share of the mean over all columns, those that no input reaches among them with 0."""
+    """Damping is a share of the mean over all columns, those that no input reaches among them
+    with 0.
+    """
     x = torch.randn(1, 40, 8, generator=torch.Generator().manual_seed(3))
     x[..., 4:] = 0.0
     hessian, seen, factor = x.mT @ x, [], train_gpt.damped_inverse_factor
@@ -550,7 +756,9 @@ def test_dead_columns_count_in_the_mean_that_damps(monkeypatch):
 
 
 def test_calibration_sees_documents_apart_and_every_pass_of_a_loop(tmp_path, dist):
-    """Packed rows give the Hessians of their documents one by one, head included, with all passes of the loop."""
+    """Packed rows give the Hessians of their documents one by one, head included, with all
+    passes of the loop.
+    """
     write_documents(tmp_path, "train", [20, 28, 9, 31, 14, 25, 30, 17, 11] * 8, seed=5)
     hp = small_hp(data_path=str(tmp_path), gptq_calibration_batches=3, balance_rows=False)
     model = make_model(hp)
@@ -563,14 +771,18 @@ def test_calibration_sees_documents_apart_and_every_pass_of_a_loop(tmp_path, dis
             borders = row.cu_seqlens.unique().tolist()
             for start, end in zip(borders, borders[1:], strict=False):
                 inputs = row.inputs[:, start:end]
-                hidden = model.forward_hidden(inputs, max_seqlen=hp.train_seq_len, looping=True, tap=tap)
+                hidden = model.forward_hidden(
+                    inputs, max_seqlen=hp.train_seq_len, looping=True, tap=tap
+                )
                 tap.add(("lm_head", 0), hidden)
                 documents += 1
     assert documents > 12
     want = {name: gram / 3 for name, gram in tap.hessians("tok_emb.weight").items()}
     assert found.keys() == want.keys() and "tok_emb.weight" in want
     for name, gram in want.items():
-        torch.testing.assert_close(found[name], gram, rtol=1e-4, atol=1e-4 * gram.diagonal().max().item())
+        torch.testing.assert_close(
+            found[name], gram, rtol=1e-4, atol=1e-4 * gram.diagonal().max().item()
+        )
 
 
 # ---- optimizer
@@ -581,10 +793,16 @@ def test_tables_that_are_read_row_by_row_learn_at_the_embeddings_rate(dist):
     model = make_model(hp)
     groups = train_gpt.Optimizers(model, hp, dist).adamw.param_groups
     names = {id(p): name for name, p in model.named_parameters()}
-    rates = {names[id(p)]: (group["base_lr"], group["base_wd"]) for group in groups for p in group["params"]}
+    rates = {
+        names[id(p)]: (group["base_lr"], group["base_wd"])
+        for group in groups
+        for p in group["params"]
+    }
     tables = {name for name, rate in rates.items() if rate == (hp.tied_embed_lr, hp.embed_wd)}
     assert tables == {"tok_emb", "lm_head", "bigram_table", "value_table"}
-    assert {rate for name, rate in rates.items() if name not in tables} == {(hp.scalar_lr, hp.adam_wd)}
+    assert {rate for name, rate in rates.items() if name not in tables} == {
+        (hp.scalar_lr, hp.adam_wd)
+    }
 
 
 # ---- files that mean harm
@@ -606,7 +824,9 @@ def test_a_checkpoint_runs_no_code(data, trained, tmp_path):
 
 
 def test_a_bomb_of_brotli_takes_little_memory():
-    """A few hundred bytes that expand to half a gigabyte, of which a thousand bytes are asked for."""
+    """A few hundred bytes that expand to half a gigabyte, of which a thousand bytes are asked
+    for.
+    """
     bomb = train_gpt.brotli.compress(bytes(2**29), quality=5)
     assert len(bomb) < 10_000
     tracemalloc.start()
@@ -623,7 +843,9 @@ def test_a_header_that_claims_more_than_a_gigabyte_in_all_is_refused():
     specs = [[f"w{number}", "int8", [half]] for number in range(3)]  # each of them alone is allowed
     stored = train_gpt.brotli.compress(json.dumps([specs, [[4, "00" * 8, "00" * 8]]]).encode())
     raw_size = len(json.dumps([specs, [[4, "00" * 8, "00" * 8]]]))
-    prefix = train_gpt.PREFIX.pack(train_gpt.MAGIC, train_gpt.COMPRESSORS["brotli"][0], len(stored), raw_size)
+    prefix = train_gpt.PREFIX.pack(
+        train_gpt.MAGIC, train_gpt.COMPRESSORS["brotli"][0], len(stored), raw_size
+    )
     blob = prefix + train_gpt.digest(prefix + stored) + stored + b"bomb"
     with pytest.raises(train_gpt.ArtifactError, match="more than 1073741824 bytes"):
         train_gpt.unpack_weights(blob)
@@ -648,11 +870,21 @@ def test_base_weights_are_fine_tuned_on_all_ranks_or_on_none(tmp_path, monkeypat
     late = lambda trainer, cost: trainer.dist.rank == 1 and not scoring[1]  # noqa: E731
     monkeypatch.setattr(train_gpt.TestTimeTrainer, "run_steps", noted_steps)
     monkeypatch.setattr(train_gpt.TestTimeTrainer, "late", late)
-    monkeypatch.setattr(train_gpt.TestTimeTrainer, "global_adapt", lambda trainer, _: adapted.append(trainer.dist.rank))
+    monkeypatch.setattr(
+        train_gpt.TestTimeTrainer,
+        "global_adapt",
+        lambda trainer, _: adapted.append(trainer.dist.rank),
+    )
     logs = [Lines(), Lines()]
-    on_ranks(2, lambda dist: train_gpt.TestTimeTrainer(
-        models[dist.rank], validation, hp, dist, logs[dist.rank]).evaluate())
-    assert adapted == [] and all("note: no time to fine-tune the base weights" in log for log in logs)
+    on_ranks(
+        2,
+        lambda dist: train_gpt.TestTimeTrainer(
+            models[dist.rank], validation, hp, dist, logs[dist.rank]
+        ).evaluate(),
+    )
+    assert adapted == [] and all(
+        "note: no time to fine-tune the base weights" in log for log in logs
+    )
 
 
 def test_quant_only_gives_every_rank_the_weights_of_the_checkpoint(data, trained, tmp_path):
@@ -660,4 +892,6 @@ def test_quant_only_gives_every_rank_the_weights_of_the_checkpoint(data, trained
     one = json.loads((trained / "runs" / "first" / "result.json").read_text())
     more = {"QUANT_ONLY": 1, "CHECKPOINT_PATH": checkpoint, "TTT_ENABLED": 0, "SEED": 7}
     two = result_of(torchrun(2, SCRIPT, **environ_of(tmp_path, data, more)))
-    assert two["scores"]["prequant"]["loss"] == pytest.approx(one["scores"]["prequant"]["loss"], rel=1e-6)
+    assert two["scores"]["prequant"]["loss"] == pytest.approx(
+        one["scores"]["prequant"]["loss"], rel=1e-6
+    )

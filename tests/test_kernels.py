@@ -1,7 +1,8 @@
 """KERNELS: every fast operation against its reference, and the choice between them.
 
-The Triton kernels run on the CPU in Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported: conftest.py),
-in fp32 against float64. Tests marked `gpu` run the compiled kernels in bf16: TRITON_INTERPRET=0 pytest -m gpu.
+The Triton kernels run on the CPU in Triton's interpreter (TRITON_INTERPRET=1 before Triton is
+imported: conftest.py), in fp32 against float64. Tests marked `gpu` run the compiled kernels in
+bf16: TRITON_INTERPRET=0 pytest -m gpu.
 """
 
 import math
@@ -33,9 +34,13 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET
 
 
 def gpu(test):
-    """Marker `gpu`: skipped where there is none, and an error, not a skip, if the kernels would be interpreted."""
+    """Marker `gpu`: skipped where there is none, and an error, not a skip, if the kernels would
+    be interpreted.
+    """
     test = pytest.mark.usefixtures("compiled_kernels")(test)
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")(test))
+    return pytest.mark.gpu(
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")(test)
+    )
 
 
 @pytest.fixture
@@ -44,7 +49,9 @@ def compiled_kernels():
         pytest.fail("the kernels are interpreted: run the GPU tests with TRITON_INTERPRET=0")
 
 
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
+def randn(
+    *shape: int, seed: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+):
     """Fresh normal numbers of a fixed seed, as a leaf that requires a gradient."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return values.to(device, dtype).requires_grad_()
@@ -56,12 +63,16 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def errors(op, reference, inputs, *rest, seed=9):
-    """Relative errors of op's output and of its gradients for `inputs` against the reference in float64."""
+    """Relative errors of op's output and of its gradients for `inputs` against the reference in
+    float64.
+    """
     doubles = [t.detach().double().requires_grad_() for t in inputs]
     got, want = op(*inputs, *rest), reference(*doubles, *rest)
     got, want = (t if isinstance(t, tuple) else (t,) for t in (got, want))
     generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(t.shape, generator=generator).to(g) for t, g in zip(want, got, strict=True)]
+    weights = [
+        torch.randn(t.shape, generator=generator).to(g) for t, g in zip(want, got, strict=True)
+    ]
     grads = torch.autograd.grad(got, inputs, weights)
     wanted = torch.autograd.grad(want, doubles, [w.double() for w in weights])
     return [relative_error(g, w) for g, w in zip((*got, *grads), (*want, *wanted), strict=True)]
@@ -83,7 +94,9 @@ def attention_by_document(q, k, v, cu_seqlens, max_seqlen):
         for h in range(H):
             group = h // (H // k.shape[2])
             scores = q[0, start:end, h] @ k[0, start:end, group].T / math.sqrt(E)
-            out[0, start:end, h] = scores.masked_fill(future, -math.inf).softmax(-1) @ v[0, start:end, group]
+            out[0, start:end, h] = (
+                scores.masked_fill(future, -math.inf).softmax(-1) @ v[0, start:end, group]
+            )
     return out
 
 
@@ -96,8 +109,16 @@ def packed_qkv(T, H, K, E=8, seed=0, **kwargs):
 
 def test_cross_entropy_reference_matches_float64():
     logits, targets = randn(6, 50, seed=1), torch.tensor([0, 49, 3, 3, 7, 20])
-    assert max(errors(lambda x: softcapped_cross_entropy_ref(x, targets, 4.0), lambda x: ce_float64(x, targets, 4.0),
-                      [logits])) < 1e-6  # fmt: skip
+    assert (
+        max(
+            errors(
+                lambda x: softcapped_cross_entropy_ref(x, targets, 4.0),
+                lambda x: ce_float64(x, targets, 4.0),
+                [logits],
+            )
+        )
+        < 1e-6
+    )
 
 
 def head_inputs(rows, width, vocab, spread, **kwargs):
@@ -115,7 +136,14 @@ def linear_ce_float64(h, weight, targets, softcap):
 @interpreted
 @pytest.mark.parametrize(
     ("rows", "vocab", "softcap", "spread"),
-    [(5, 1, 30, 1), (4, 70, 30, 40), (3, 1000, 15, 5), (2, 4096, 30, 200), (3, 9001, 2.5, 3), (2, 20000, 30, 20)],
+    [
+        (5, 1, 30, 1),
+        (4, 70, 30, 40),
+        (3, 1000, 15, 5),
+        (2, 4096, 30, 200),
+        (3, 9001, 2.5, 3),
+        (2, 20000, 30, 20),
+    ],
 )
 def test_cross_entropy_kernel_matches_float64(rows, vocab, softcap, spread):
     inputs, targets = head_inputs(rows, 6, vocab, spread)
@@ -139,8 +167,10 @@ def test_cross_entropy_computes_only_what_is_needed(needed):
 @interpreted
 def test_cross_entropy_takes_strided_inputs_and_an_expanded_gradient():
     (wide, weight), targets = head_inputs(6, 80, 50, 5)
-    got, want = (torch.autograd.grad(op(wide[:, 7:57], weight[:, :50], targets, 30.0).mean(), wide)[0]
-                 for op in (linear_cross_entropy, linear_ce_float64))  # fmt: skip
+    got, want = (
+        torch.autograd.grad(op(wide[:, 7:57], weight[:, :50], targets, 30.0).mean(), wide)[0]
+        for op in (linear_cross_entropy, linear_ce_float64)
+    )
     assert relative_error(got, want) < 1e-5
 
 
@@ -154,13 +184,20 @@ def test_cross_entropy_accepts_no_rows():
 
 
 def mlp_inputs(M, D, hidden, **kwargs):
-    return [randn(*shape, seed=i, **kwargs) for i, shape in enumerate([(M, D), (hidden, D), (D, hidden)])]
+    return [
+        randn(*shape, seed=i, **kwargs)
+        for i, shape in enumerate([(M, D), (hidden, D), (D, hidden)])
+    ]
 
 
 def scaled_mlp_inputs(M, D, hidden, **kwargs):
     scales = 1, D**-0.5, hidden**-0.5
-    return [(t.detach() * scale).requires_grad_() for t, scale in zip(
-        mlp_inputs(M, D, hidden, dtype=torch.bfloat16, **kwargs), scales, strict=True)]  # fmt: skip
+    return [
+        (t.detach() * scale).requires_grad_()
+        for t, scale in zip(
+            mlp_inputs(M, D, hidden, dtype=torch.bfloat16, **kwargs), scales, strict=True
+        )
+    ]
 
 
 @pytest.fixture
@@ -174,8 +211,10 @@ def quack(monkeypatch):
     train_gpt.mlp_products.cache_clear()
 
 
-@pytest.mark.parametrize(("M", "D", "hidden", "slope"), [(200, 64, 320, 0.3), (33, 40, 56, 0.0), (1, 8, 8, 1.0),
-                                                         (97, 16, 304, -0.2)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("M", "D", "hidden", "slope"),
+    [(200, 64, 320, 0.3), (33, 40, 56, 0.0), (1, 8, 8, 1.0), (97, 16, 304, -0.2)],
+)
 def test_mlp_matches_float64(quack, M, D, hidden, slope):
     assert max(errors(leaky_relu_sq_mlp, mlp_ref, scaled_mlp_inputs(M, D, hidden), slope)) < 1e-2
     assert quack_stub.EpiMod.calls == [(M, hidden, D, False), (M, hidden, D, True)]
@@ -192,8 +231,14 @@ def test_mlp_keeps_leading_dimensions_and_strides(quack):
 def test_mlp_takes_a_misaligned_base_and_an_odd_stride(quack):
     x, w_up, w_down = (t.detach() for t in scaled_mlp_inputs(30, 24, 40))
     base = torch.cat([x.flatten()[:1], x.flatten()])
-    for rows in (base[1:].view(30, 24), base.as_strided((1, 24), (3, 1))):  # the second counts as contiguous
-        assert relative_error(leaky_relu_sq_mlp(rows, w_up, w_down, 0.3), mlp_ref(rows, w_up, w_down, 0.3)) < 1e-2
+    # the second counts as contiguous
+    for rows in (base[1:].view(30, 24), base.as_strided((1, 24), (3, 1))):
+        assert (
+            relative_error(
+                leaky_relu_sq_mlp(rows, w_up, w_down, 0.3), mlp_ref(rows, w_up, w_down, 0.3)
+            )
+            < 1e-2
+        )
 
 
 @pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)])
@@ -213,7 +258,9 @@ def test_mlp_computes_only_what_is_needed(quack, needed):
 
 
 def check_activation_with_sign(inputs):
-    """The saved activation: its lowest bit is the sign of the first product, its size right to a unit, unbiased."""
+    """The saved activation: its lowest bit is the sign of the first product, its size right to
+    a unit, unbiased.
+    """
     x, w_up, w_down = (t.detach() for t in inputs)
     act, pre = torch.ops.golf.mlp.default(x, w_up, w_down, 0.3)[1], x.double() @ w_up.double().T
     sure = pre.abs() > 1e-3 * pre.std()  # farther from zero than the product's own rounding
@@ -230,16 +277,28 @@ def test_mlp_activation_holds_the_sign_of_the_first_product(quack):
 
 @pytest.mark.parametrize(("rows", "width"), [(5, 6), (0, 16)])
 def test_mlp_with_unaligned_width_or_no_rows_takes_the_reference(rows, width):
-    inputs = mlp_inputs(rows, width, 8)  # rows of 12 bytes in 16 bits: no TMA; this runs without Quack or a GPU
+    # rows of 12 bytes in 16 bits: no TMA; this runs without Quack or a GPU
+    inputs = mlp_inputs(rows, width, 8)
     out = leaky_relu_sq_mlp(*inputs, 0.3)
-    assert torch.equal(out, mlp_ref(*inputs, 0.3)) and torch.autograd.grad(out.sum(), inputs[1])[0].any() == (rows > 0)
+    assert torch.equal(out, mlp_ref(*inputs, 0.3)) and torch.autograd.grad(out.sum(), inputs[1])[
+        0
+    ].any() == (rows > 0)
 
 
 def test_mlp_compiles_into_one_graph(quack):
     compiled = torch.compile(leaky_relu_sq_mlp, fullgraph=True, backend="aot_eager")
     for tokens in (9, 14):
         inputs = scaled_mlp_inputs(tokens, 16, 24)
-        assert max(errors(lambda *inputs: compiled(*inputs, 0.3), lambda *inputs: mlp_ref(*inputs, 0.3), inputs)) < 1e-2
+        assert (
+            max(
+                errors(
+                    lambda *inputs: compiled(*inputs, 0.3),
+                    lambda *inputs: mlp_ref(*inputs, 0.3),
+                    inputs,
+                )
+            )
+            < 1e-2
+        )
     assert len(quack_stub.EpiMod.calls) == 4
 
 
@@ -254,10 +313,19 @@ def heads_inputs(B, T, H, K, E, half, **kwargs):
 
 
 def xsa_inputs(B, T, H, K, E, **kwargs):
-    return [randn(*shape, seed=i, **kwargs) for i, shape in enumerate([(B, T, H, E), (B, T, K, E), (B, T, H)])]
+    return [
+        randn(*shape, seed=i, **kwargs)
+        for i, shape in enumerate([(B, T, H, E), (B, T, K, E), (B, T, H)])
+    ]
 
 
-HEADS = [(1, 70, 8, 4, 8, 2), (2, 9, 4, 4, 6, 1), (3, 5, 3, 1, 10, 5), (1, 1, 2, 1, 64, 8), (1, 40, 6, 2, 16, 8)]
+HEADS = [
+    (1, 70, 8, 4, 8, 2),
+    (2, 9, 4, 4, 6, 1),
+    (3, 5, 3, 1, 10, 5),
+    (1, 1, 2, 1, 64, 8),
+    (1, 40, 6, 2, 16, 8),
+]
 
 
 @interpreted
@@ -277,20 +345,30 @@ def test_qkv_heads_kernel_takes_positions_of_every_row():
 
 
 def test_qkv_heads_reference_by_hand():
-    """One head each: q has unit mean square, turned by its position's angle, times the gain; v is left alone."""
-    qkv, angle = torch.tensor([[[3.0, 4.0, 12.0, 0, 5.0, 0, 0, 1.0, 7.0, 8.0, 9.0, 1.0]]]), torch.full((1, 1, 1), 0.5)
+    """One head each: q has unit mean square, turned by its position's angle, times the gain; v
+    is left alone.
+    """
+    qkv, angle = (
+        torch.tensor([[[3.0, 4.0, 12.0, 0, 5.0, 0, 0, 1.0, 7.0, 8.0, 9.0, 1.0]]]),
+        torch.full((1, 1, 1), 0.5),
+    )
     q, k, v = train_gpt.qkv_heads_ref(qkv, torch.tensor([2.0]), angle.cos(), angle.sin(), 1)
     scale = 2 / 6.5  # sqrt((9 + 16 + 144) / 4)
     turned = [3 * math.cos(0.5) + 4 * math.sin(0.5), 4 * math.cos(0.5) - 3 * math.sin(0.5), 12, 0]
     assert torch.allclose(q.flatten(), scale * torch.tensor(turned))
-    assert torch.allclose(k.square().mean(), torch.tensor(1.0)) and torch.equal(v.flatten(), qkv[0, 0, 8:])
+    assert torch.allclose(k.square().mean(), torch.tensor(1.0)) and torch.equal(
+        v.flatten(), qkv[0, 0, 8:]
+    )
 
 
 @interpreted
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 @pytest.mark.parametrize("shape", HEADS)
 def test_gated_xsa_kernel_matches_float64(shape, factor):
-    assert max(errors(train_gpt.gated_xsa, train_gpt.gated_xsa_ref, xsa_inputs(*shape[:5]), factor)) < 2e-6
+    assert (
+        max(errors(train_gpt.gated_xsa, train_gpt.gated_xsa_ref, xsa_inputs(*shape[:5]), factor))
+        < 2e-6
+    )
 
 
 @interpreted
@@ -306,9 +384,12 @@ def test_gated_xsa_of_a_zero_value_only_gates():
 @interpreted
 def test_kernels_around_attention_take_strided_inputs():
     inputs, rest = heads_inputs(2, 6, 4, 2, 8, 2)
-    wide = torch.cat([inputs[0], inputs[0]], dim=-1)[..., :inputs[0].shape[-1]]
-    for got, want in zip(train_gpt.qkv_heads(wide, inputs[1], *rest), train_gpt.qkv_heads_ref(wide, inputs[1], *rest),
-                         strict=True):  # fmt: skip
+    wide = torch.cat([inputs[0], inputs[0]], dim=-1)[..., : inputs[0].shape[-1]]
+    for got, want in zip(
+        train_gpt.qkv_heads(wide, inputs[1], *rest),
+        train_gpt.qkv_heads_ref(wide, inputs[1], *rest),
+        strict=True,
+    ):
         assert relative_error(got, want) < 1e-6
     y, v, logits = xsa_inputs(2, 6, 4, 2, 8)
     strided = v.expand(3, *v.shape).movedim(0, -1)[..., 1], logits.mT.contiguous().mT
@@ -319,7 +400,11 @@ def test_kernels_around_attention_take_strided_inputs():
 @interpreted
 def test_kernels_around_attention_accept_no_rows():
     inputs, rest = heads_inputs(1, 0, 4, 2, 8, 2)
-    assert [t.shape for t in train_gpt.qkv_heads(*inputs, *rest)] == [(1, 0, 4, 8), (1, 0, 2, 8), (1, 0, 2, 8)]
+    assert [t.shape for t in train_gpt.qkv_heads(*inputs, *rest)] == [
+        (1, 0, 4, 8),
+        (1, 0, 2, 8),
+        (1, 0, 2, 8),
+    ]
     assert train_gpt.gated_xsa(*xsa_inputs(1, 0, 4, 2, 8), 1.0).shape == (1, 0, 4, 8)
 
 
@@ -327,24 +412,47 @@ def test_kernels_around_attention_accept_no_rows():
 
 
 def entry_inputs(shape, merges, **kwargs):
-    """x, x0, mix, scale, window, and what merges: nothing, a skip with its weight, or with a gate too."""
+    """x, x0, mix, scale, window, and what merges: nothing, a skip with its weight, or with a
+    gate too.
+    """
     streams = [randn(*shape, seed=i, **kwargs) for i in range(3)]
-    vectors = [randn(*size, shape[-1], seed=3 + i, **kwargs) for i, size in enumerate([(2,), (), ()])]
-    merge = {"nothing": (), "added": (streams[2], vectors[1]), "gated": (streams[2], *vectors[1:])}[merges]
-    return *streams[:2], vectors[0], torch.full((1,), 0.6, device=kwargs.get("device", "cpu")), 5, merge
+    vectors = [
+        randn(*size, shape[-1], seed=3 + i, **kwargs) for i, size in enumerate([(2,), (), ()])
+    ]
+    merge = {"nothing": (), "added": (streams[2], vectors[1]), "gated": (streams[2], *vectors[1:])}[
+        merges
+    ]
+    return (
+        *streams[:2],
+        vectors[0],
+        torch.full((1,), 0.6, device=kwargs.get("device", "cpu")),
+        5,
+        merge,
+    )
 
 
 def entry_errors(shape, merges, wants, dtype=torch.float32, op=None, **kwargs):
     """Relative errors of outputs and of all gradients against the reference in float64."""
     *args, merge = entry_inputs(shape, merges, **kwargs)
-    args = [*(t.detach().to(dtype) for t in args[:3]), *args[3:], wants, *(merge and (merge[0].detach().to(dtype),)),
-            *merge[1:]]
+    args = [
+        *(t.detach().to(dtype) for t in args[:3]),
+        *args[3:],
+        wants,
+        *(merge and (merge[0].detach().to(dtype),)),
+        *merge[1:],
+    ]
     found = []
     for function, exact in ((op or train_gpt.enter, False), (train_gpt.enter_ref, True)):
-        inputs = [(a.detach().double() if exact else a.detach().clone()) if torch.is_tensor(a) else a for a in args]
+        inputs = [
+            (a.detach().double() if exact else a.detach().clone()) if torch.is_tensor(a) else a
+            for a in args
+        ]
         leaves = [a.requires_grad_() for i, a in enumerate(inputs) if torch.is_tensor(a) and i != 3]
         outs = [t for t in function(*inputs) if t is not None]
-        weights = [torch.linspace(-9, 9, t.numel(), device=t.device).cos().view(t.shape).to(t.dtype) for t in outs]
+        weights = [
+            torch.linspace(-9, 9, t.numel(), device=t.device).cos().view(t.shape).to(t.dtype)
+            for t in outs
+        ]
         found.append([*outs, *torch.autograd.grad(outs, leaves, weights)])
     return [relative_error(got, want) for got, want in zip(*found, strict=True)]
 
@@ -363,12 +471,22 @@ def test_entry_kernel_matches_float64(shape, merges, wants):
 
 def test_entry_reference_by_hand():
     x, x0, skip = (torch.tensor([[value]]) for value in ([1.0, 2.0], [3.0, 5.0], [7.0, 1.0]))
-    mix, weight, gate = torch.tensor([[2.0, 1], [1, -1]]), torch.tensor([1.0, 4]), torch.tensor([0.0, 100])
+    mix, weight, gate = (
+        torch.tensor([[2.0, 1], [1, -1]]),
+        torch.tensor([1.0, 4]),
+        torch.tensor([0.0, 100]),
+    )
     merge = skip, weight, gate
-    h, start, mixed, merged = train_gpt.enter_ref(x, x0, mix, torch.full((1,), 0.5), 1, (True, True), *merge)
+    h, start, mixed, merged = train_gpt.enter_ref(
+        x, x0, mix, torch.full((1,), 0.5), 1, (True, True), *merge
+    )
     assert merged.flatten().tolist() == [4.0, 2.0] and mixed.flatten().tolist() == [11.0, -3.0]
-    assert torch.allclose(h.flatten(), torch.tensor([11.0, -3.0]) / 65 ** 0.5 / 2) and torch.equal(start, h[..., :1])
-    *_, mixed, merged = train_gpt.enter_ref(x, x0, mix, torch.ones(1), 1, (False, True), skip, weight)
+    assert torch.allclose(h.flatten(), torch.tensor([11.0, -3.0]) / 65**0.5 / 2) and torch.equal(
+        start, h[..., :1]
+    )
+    *_, mixed, merged = train_gpt.enter_ref(
+        x, x0, mix, torch.ones(1), 1, (False, True), skip, weight
+    )
     assert mixed is None and merged.flatten().tolist() == [8.0, 6.0]
 
 
@@ -380,9 +498,16 @@ def test_entry_computes_gradients_of_some_inputs(needed):
     tensors = [*args[:3], *merge]
     found = []
     for op in (train_gpt.enter, train_gpt.enter_ref):
-        inputs = [t.detach().requires_grad_(name in needed.split()) for name, t in zip(names, tensors, strict=True)]
+        inputs = [
+            t.detach().requires_grad_(name in needed.split())
+            for name, t in zip(names, tensors, strict=True)
+        ]
         outs = op(*inputs[:3], *args[3:], (True, True), *inputs[3:])
-        found.append(torch.autograd.grad(sum(t.square().sum() for t in outs), [t for t in inputs if t.requires_grad]))
+        found.append(
+            torch.autograd.grad(
+                sum(t.square().sum() for t in outs), [t for t in inputs if t.requires_grad]
+            )
+        )
     assert all(relative_error(got, want) < 1e-5 for got, want in zip(*found, strict=True))
 
 
@@ -396,8 +521,14 @@ def test_entry_compiles_into_one_graph_for_any_number_of_rows():
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (9, 14):
-        inputs = [randn(2, tokens, 16, seed=i) for i in range(2)] + [args[2], randn(2, tokens, 16, seed=7), *merge[1:]]
-        got, want = (torch.autograd.grad(function(*inputs), inputs) for function in (compiled, step))
+        inputs = [randn(2, tokens, 16, seed=i) for i in range(2)] + [
+            args[2],
+            randn(2, tokens, 16, seed=7),
+            *merge[1:],
+        ]
+        got, want = (
+            torch.autograd.grad(function(*inputs), inputs) for function in (compiled, step)
+        )
         assert all(relative_error(g, w) < 1e-6 for g, w in zip(got, want, strict=True))
 
 
@@ -415,11 +546,16 @@ def test_entry_accepts_no_rows():
 @pytest.mark.parametrize(("rows", "width"), [(3, 7), (1, 1024), (5, 2500), (2, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_kernel_matches_float64_in_some_columns_of_its_rows(rows, width, dtype):
-    whole, part = [randn(rows + 1, width + 5, seed=i).detach() for i in range(2)], slice(3, 3 + width)
+    whole, part = (
+        [randn(rows + 1, width + 5, seed=i).detach() for i in range(2)],
+        slice(3, 3 + width),
+    )
     whole[1] = whole[1].square()
     before = [t.double() for t in whole]
-    table = torch.stack([torch.randperm(rows), torch.arange(rows) + 1], 1)  # reads its columns, which are strided
-    table[:, 1] = table[:, 0].where(table[:, 0] > 0, torch.tensor(rows))  # one document ends: its row stays
+    # reads its columns, which are strided
+    table = torch.stack([torch.randperm(rows), torch.arange(rows) + 1], 1)
+    # one document ends: its row stays
+    table[:, 1] = table[:, 0].where(table[:, 0] > 0, torch.tensor(rows))
     gradient, correction = randn(rows, width, seed=2, dtype=dtype).detach(), torch.rand(rows) + 0.1
     rest = gradient, *table.unbind(1), correction, 1.8, (0.1, 0.5, 0.9)
     train_gpt.adamw_rows(*(t[:, part] for t in whole), *rest)
@@ -453,7 +589,10 @@ def test_ops_register_schema_fake_and_autograd_correctly(quack):
     check(ops.enter.default, (*args[:4], [], [5, 1, 1]))
     y, v, gates = (t.detach().requires_grad_() for t in xsa_inputs(2, 5, 4, 2, 8))
     check(ops.gated_xsa.default, (y, v, gates, 2.0))
-    check(ops.gated_xsa_backward.default, (torch.randn(2, 5, 4, 8), *(t.detach() for t in (y, v, gates)), 2.0))
+    check(
+        ops.gated_xsa_backward.default,
+        (torch.randn(2, 5, 4, 8), *(t.detach() for t in (y, v, gates)), 2.0),
+    )
 
 
 @interpreted
@@ -469,7 +608,9 @@ def test_ops_compile_into_one_graph(dynamic):
         targets = torch.arange(2 * tokens)
         got, want = compiled(*inputs, targets), step(*inputs, targets)
         assert torch.allclose(got, want)
-        for g, w in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True):
+        for g, w in zip(
+            torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True
+        ):
             assert relative_error(g, w) < 1e-6
 
 
@@ -493,7 +634,9 @@ def test_packed_sdpa_matches_a_loop_over_documents(name, heads):
     bounds, max_seqlen = SEGMENTATIONS[name]
     inputs = packed_qkv(40, *heads, dtype=torch.float64)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    assert max(errors(attention_sdpa, attention_by_document, inputs, cu_seqlens, max_seqlen)) < 1e-12
+    assert (
+        max(errors(attention_sdpa, attention_by_document, inputs, cu_seqlens, max_seqlen)) < 1e-12
+    )
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
@@ -534,10 +677,16 @@ def dense_varlen(q, k, v, cu_seqlens, window=0, of_keys=None):
     """Stand-in for a varlen library: q (tokens, H, E) -> out (tokens, H, E), lse (H, tokens)."""
     (tokens, H, E), of_keys = q.shape, cu_seqlens if of_keys is None else of_keys
     k, v = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v))
-    mine, yours = (torch.searchsorted(cu, torch.arange(n).to(cu.dtype), right=True)
-                   for cu, n in ((cu_seqlens, tokens), (of_keys, len(k))))  # fmt: skip
-    to_end, ends = (torch.nn.functional.pad(cu, (0, 1), value=n) for cu, n in ((cu_seqlens, tokens), (of_keys, len(k))))
-    at = (torch.arange(tokens) - to_end[mine] + ends[mine])[:, None]  # the last query is at the last key
+    mine, yours = (
+        torch.searchsorted(cu, torch.arange(n).to(cu.dtype), right=True)
+        for cu, n in ((cu_seqlens, tokens), (of_keys, len(k)))
+    )
+    to_end, ends = (
+        torch.nn.functional.pad(cu, (0, 1), value=n)
+        for cu, n in ((cu_seqlens, tokens), (of_keys, len(k)))
+    )
+    # the last query is at the last key
+    at = (torch.arange(tokens) - to_end[mine] + ends[mine])[:, None]
     key = torch.arange(len(k))
     hidden = (mine[:, None] != yours) | (at < key) | (at > key + (window or len(k)))
     scores = (torch.einsum("qhe,khe->hqk", q, k) / math.sqrt(E)).masked_fill(hidden, -math.inf)
@@ -557,21 +706,67 @@ def fa3_stub(monkeypatch):
 
 @pytest.fixture
 def fa4_stub(monkeypatch):
-    """The two functions of flash-attn-4 4.0.0b36 that we call, with the names and results of that version."""
+    """The two functions of flash-attn-4 4.0.0b36 that we call, with the names and results of
+    that version.
+    """
 
-    def _flash_attn_fwd(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-                        return_lse, window_size_left=None):  # fmt: skip
-        assert causal and return_lse and max_seqlen_q == max_seqlen_k and softmax_scale == q.shape[-1] ** -0.5
-        return *dense_varlen(q, k, v, cu_seqlens_q, window_size_left, cu_seqlens_k), None, None, None
+    def _flash_attn_fwd(
+        q,
+        k,
+        v,
+        *,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        causal,
+        return_lse,
+        window_size_left=None,
+    ):
+        assert (
+            causal
+            and return_lse
+            and max_seqlen_q == max_seqlen_k
+            and softmax_scale == q.shape[-1] ** -0.5
+        )
+        return (
+            *dense_varlen(q, k, v, cu_seqlens_q, window_size_left, cu_seqlens_k),
+            None,
+            None,
+            None,
+        )
 
-    def _flash_attn_bwd(q, k, v, out, dout, lse, *, softmax_scale, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                        max_seqlen_k, dq, dk, dv, window_size_left=None):  # fmt: skip
-        assert q.shape[1] == k.shape[1]  # or FlashAttention-4 adds in fp32 buffers, which takes longer
+    def _flash_attn_bwd(
+        q,
+        k,
+        v,
+        out,
+        dout,
+        lse,
+        *,
+        softmax_scale,
+        causal,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dq,
+        dk,
+        dv,
+        window_size_left=None,
+    ):
+        # or FlashAttention-4 adds in fp32 buffers, which takes longer
+        assert q.shape[1] == k.shape[1]
         again, lse_again = dense_varlen(q, k, v, cu_seqlens_q, window_size_left, cu_seqlens_k)
         assert torch.allclose(again, out, atol=1e-5) and torch.allclose(lse_again, lse, atol=1e-5)
         # through vjp: inside a custom op plain autograd is switched off
-        _, vjp = torch.func.vjp(lambda *qkv: dense_varlen(*qkv, cu_seqlens_q, window_size_left, cu_seqlens_k)[0],
-                                q, k, v)  # fmt: skip
+        _, vjp = torch.func.vjp(
+            lambda *qkv: dense_varlen(*qkv, cu_seqlens_q, window_size_left, cu_seqlens_k)[0],
+            q,
+            k,
+            v,
+        )
         for into, grad in zip((dq, dk, dv), vjp(dout), strict=True):
             into.copy_(grad)
         return dq, dk, dv
@@ -588,12 +783,17 @@ def fa4_stub(monkeypatch):
 def test_flash_backends_pass_packed_documents_and_rows_on(backend, heads, fa3_stub, fa4_stub):
     bounds, max_seqlen = SEGMENTATIONS["padded"]
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    assert max(errors(backend, attention_by_document, packed_qkv(40, *heads), cu_seqlens, max_seqlen)) < 1e-5
+    assert (
+        max(errors(backend, attention_by_document, packed_qkv(40, *heads), cu_seqlens, max_seqlen))
+        < 1e-5
+    )
     rows = [randn(3, 10, n, 8, seed=i) for i, n in enumerate((heads[0], heads[1], heads[1]))]
     assert max(errors(backend, attention_sdpa, rows, None, 10)) < 1e-5
 
 
-@pytest.mark.parametrize("backend", [attention_sdpa, attention_fa3, attention_fa4], ids=["sdpa", "fa3", "fa4"])
+@pytest.mark.parametrize(
+    "backend", [attention_sdpa, attention_fa3, attention_fa4], ids=["sdpa", "fa3", "fa4"]
+)
 @pytest.mark.parametrize("window", [1, 3, 9, 50])
 def test_windows_hide_what_lies_further_back(backend, window, fa3_stub, fa4_stub):
     bounds, max_seqlen = SEGMENTATIONS["padded"]
@@ -618,12 +818,20 @@ BACKENDS = {"torch": train_gpt.attention_torch, "fa3": attention_fa3, "fa4": att
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 def test_queries_may_be_fewer_than_keys(backend, compiled, heads, fa3_stub, fa4_stub, monkeypatch):
-    """They are at the last positions of their document; what lies behind the last document gets no gradient."""
+    """They are at the last positions of their document; what lies behind the last document gets
+    no gradient.
+    """
     of_q, of_k = [0, 5, 6, 10, 14], [0, 5, 17, 21, 34]  # as many, one, as many, fewer
     monkeypatch.setattr(train_gpt, "_VARLEN_PARAMETERS", ("is_causal",))
-    monkeypatch.setattr(train_gpt, "varlen_attn", lambda q, k, v, cu_q, cu_k, *_, is_causal: dense_varlen(
-        q, k, v, cu_q, 0, cu_k)[0])  # fmt: skip
-    q, k, v = (randn(1, n, h, 8, seed=i) for i, (n, h) in enumerate(((14, heads[0]), (40, heads[1]), (40, heads[1]))))
+    monkeypatch.setattr(
+        train_gpt,
+        "varlen_attn",
+        lambda q, k, v, cu_q, cu_k, *_, is_causal: dense_varlen(q, k, v, cu_q, 0, cu_k)[0],
+    )
+    q, k, v = (
+        randn(1, n, h, 8, seed=i)
+        for i, (n, h) in enumerate(((14, heads[0]), (40, heads[1]), (40, heads[1])))
+    )
 
     def by_document(q, k, v, cu_seqlens, max_seqlen):
         k, v = (t.repeat_interleave(heads[0] // heads[1], 2) for t in (k, v))
@@ -631,18 +839,31 @@ def test_queries_may_be_fewer_than_keys(backend, compiled, heads, fa3_stub, fa4_
         for a, b, c, d in zip(of_q, of_q[1:], of_k, of_k[1:], strict=False):
             seen = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - b + a)
             scores = torch.einsum("qhe,khe->hqk", q[0, a:b], k[0, c:d]) / 8**0.5
-            outs.append(torch.einsum("hqk,khe->qhe", scores.masked_fill(~seen, -math.inf).softmax(-1), v[0, c:d]))
+            outs.append(
+                torch.einsum(
+                    "hqk,khe->qhe", scores.masked_fill(~seen, -math.inf).softmax(-1), v[0, c:d]
+                )
+            )
         return torch.cat(outs)[None]
 
-    op = torch.compile(BACKENDS[backend], backend="aot_eager", fullgraph=True) if compiled else BACKENDS[backend]
+    op = (
+        torch.compile(BACKENDS[backend], backend="aot_eager", fullgraph=True)
+        if compiled
+        else BACKENDS[backend]
+    )
     cu_seqlens = torch.tensor([of_q, of_k], dtype=torch.int32)
     assert max(errors(op, by_document, (q, k, v), cu_seqlens, 13)) < 1e-5
 
 
 def test_stale_context_is_the_same_with_queries_for_the_own_keys_alone(fa4_stub):
-    ops = {name: SimpleNamespace(names={"attention": name}, attention=backend) for name, backend in (
-        ("sdpa", attention_sdpa), ("fa4", attention_fa4))}  # fmt: skip
-    (B, T, older), cache = (3, 5, (0, 4, 9)), torch.randn(2, 30, 2, 8, generator=torch.Generator().manual_seed(1))
+    ops = {
+        name: SimpleNamespace(names={"attention": name}, attention=backend)
+        for name, backend in (("sdpa", attention_sdpa), ("fa4", attention_fa4))
+    }
+    (B, T, older), cache = (
+        (3, 5, (0, 4, 9)),
+        torch.randn(2, 30, 2, 8, generator=torch.Generator().manual_seed(1)),
+    )
     ends = torch.tensor(older).add(T).cumsum(0)
     cu_seqlens = torch.stack((torch.arange(B + 1) * T, torch.nn.functional.pad(ends, (1, 0)))).int()
     places = torch.randint(30, (B * 14,), generator=torch.Generator().manual_seed(2))
@@ -680,7 +901,9 @@ def test_fa4_op_compiles_into_one_dynamic_graph(fa4_stub):
         assert max(errors(packed, attention_by_document, packed_qkv(40, 4, 2), *args)) < 1e-5
 
 
-@pytest.mark.parametrize("parameters", [("is_causal",), ("window_size",), ("window_size", "enable_gqa")])
+@pytest.mark.parametrize(
+    "parameters", [("is_causal",), ("window_size",), ("window_size", "enable_gqa")]
+)
 def test_torch_backend_follows_the_signature_of_the_installed_version(parameters, monkeypatch):
     def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options):
         assert set(options) == set(parameters)
@@ -691,7 +914,18 @@ def test_torch_backend_follows_the_signature_of_the_installed_version(parameters
     monkeypatch.setattr(train_gpt, "varlen_attn", varlen_attn)
     monkeypatch.setattr(train_gpt, "_VARLEN_PARAMETERS", parameters)
     cu_seqlens = torch.tensor([0, 7, 20, 40, 40], dtype=torch.int32)
-    assert max(errors(train_gpt.attention_torch, attention_by_document, packed_qkv(40, 4, 2), cu_seqlens, 20)) < 1e-5
+    assert (
+        max(
+            errors(
+                train_gpt.attention_torch,
+                attention_by_document,
+                packed_qkv(40, 4, 2),
+                cu_seqlens,
+                20,
+            )
+        )
+        < 1e-5
+    )
 
 
 # --- selection
@@ -703,7 +937,11 @@ def select(backend="auto", kernels=True, device=CPU, dtype=torch.float32):
 
 def test_auto_on_cpu_takes_the_references():
     ops = select()
-    assert (ops.attention, ops.mlp, ops.cross_entropy) == (attention_sdpa, mlp_ref, linear_cross_entropy_ref)
+    assert (ops.attention, ops.mlp, ops.cross_entropy) == (
+        attention_sdpa,
+        mlp_ref,
+        linear_cross_entropy_ref,
+    )
     assert (ops.qkv_heads, ops.gated_xsa) == (train_gpt.qkv_heads_ref, train_gpt.gated_xsa_ref)
     assert (ops.enter, ops.adamw_rows) == (train_gpt.enter_ref, train_gpt.adamw_rows_ref)
     kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows"
@@ -724,7 +962,9 @@ def test_fa3_is_selected_by_name_where_it_can_be_imported(fa3_stub):
 def test_named_backend_that_does_not_work_is_an_error_with_its_reason(backend, monkeypatch):
     for module in ("flash_attn_interface", "flash_attn"):
         monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
-    with pytest.raises(ValueError, match=rf"={backend} does not work here: attention {backend}: \w+Error: \w"):
+    with pytest.raises(
+        ValueError, match=rf"={backend} does not work here: attention {backend}: \w+Error: \w"
+    ):
         select(backend)
 
 
@@ -741,11 +981,15 @@ def no_backward(*args):
     return attention_sdpa(*args).detach()
 
 
-@pytest.mark.parametrize(("candidate", "reason"), [(one_document, "disagrees"), (no_backward, "RuntimeError")])
+@pytest.mark.parametrize(
+    ("candidate", "reason"), [(one_document, "disagrees"), (no_backward, "RuntimeError")]
+)
 def test_wrong_attention_backend_is_passed_over(candidate, reason):
     args, notes = (*packed_qkv(40, 4, 2), torch.tensor([0, 20, 40], dtype=torch.int32), 20), []
     candidates = {"fa3": candidate, "sdpa": attention_sdpa}
-    assert train_gpt._first_that_works("attention", candidates, attention_sdpa, args, notes) == "sdpa"
+    assert (
+        train_gpt._first_that_works("attention", candidates, attention_sdpa, args, notes) == "sdpa"
+    )
     assert len(notes) == 1 and f"attention fa3: {reason}" in notes[0]
 
 
@@ -758,7 +1002,10 @@ def raising(*_):
     [
         (raising, "mlp triton: RuntimeError: out of resource: shared memory"),
         (lambda x, u, d, slope: mlp_ref(x, u, d, 0.0), "mlp triton: disagrees with the reference"),
-        (lambda x, u, d, slope: mlp_ref(x, u, d, slope) * math.nan, "mlp triton: disagrees with the reference"),
+        (
+            lambda x, u, d, slope: mlp_ref(x, u, d, slope) * math.nan,
+            "mlp triton: disagrees with the reference",
+        ),
     ],
 )
 def test_reference_is_used_when_a_kernels_trial_fails(kernel, note):
@@ -771,11 +1018,16 @@ def test_reference_is_used_when_a_kernels_trial_fails(kernel, note):
 def test_kernel_that_agrees_is_used():
     args, notes = (*mlp_inputs(10, 8, 12), 0.3), []
     candidates = {"triton": lambda *inputs: mlp_ref(*inputs) * 1.001, "reference": mlp_ref}
-    assert train_gpt._first_that_works("mlp", candidates, mlp_ref, args, notes) == "triton" and not notes
+    assert (
+        train_gpt._first_that_works("mlp", candidates, mlp_ref, args, notes) == "triton"
+        and not notes
+    )
 
 
 def select_mlp(monkeypatch, dtype=torch.bfloat16):
-    """-> name and notes of the MLP that select_ops takes where PyTorch says that the CPU is a GPU; no Triton."""
+    """-> name and notes of the MLP that select_ops takes where PyTorch says that the CPU is a
+    GPU; no Triton.
+    """
     there = ModuleType("torch")
     there.__getattr__ = lambda name: getattr(torch, name)
     there.device = lambda device: SimpleNamespace(type="cuda")
@@ -791,23 +1043,30 @@ def select_mlp(monkeypatch, dtype=torch.bfloat16):
 def test_quack_is_taken_where_it_works(quack, monkeypatch):
     ops, notes = select_mlp(monkeypatch)
     assert ops.names["mlp"] == "quack" and not notes
-    assert quack_stub.EpiMod.calls == [(200, 320, 64, False), (200, 320, 64, True)]  # edges of tiles both ways
+    # edges of tiles both ways
+    assert quack_stub.EpiMod.calls == [(200, 320, 64, False), (200, 320, 64, True)]
     inputs = scaled_mlp_inputs(50, 16, 24)
     assert max(errors(ops.mlp, mlp_ref, inputs, 0.3)) < 1e-2
     assert quack_stub.EpiMod.calls[2:] == [(50, 24, 16, False), (50, 24, 16, True)]
 
 
 def fingerprint(function):
-    raise TypeError("epilogue fn depends on <ContextVar name='x'>, which has no fail-closed semantic key. Supported:")
+    raise TypeError(
+        "epilogue fn depends on <ContextVar name='x'>, which has no fail-closed semantic key."
+        " Supported:"
+    )
 
 
-@pytest.mark.parametrize(("fault", "note"), [
-    ("missing", "mlp quack: ModuleNotFoundError: import of cutlass halted"),
-    ("capability", "mlp quack: ValueError: needs sm_90 and bfloat16"),
-    ("dtype", "mlp quack: ValueError: needs sm_90 and bfloat16"),
-    ("fingerprint", "mlp quack: TypeError: epilogue fn depends on <ContextVar"),
-    ("wrong", "mlp quack: disagrees with the reference, relative errors "),
-])
+@pytest.mark.parametrize(
+    ("fault", "note"),
+    [
+        ("missing", "mlp quack: ModuleNotFoundError: import of cutlass halted"),
+        ("capability", "mlp quack: ValueError: needs sm_90 and bfloat16"),
+        ("dtype", "mlp quack: ValueError: needs sm_90 and bfloat16"),
+        ("fingerprint", "mlp quack: TypeError: epilogue fn depends on <ContextVar"),
+        ("wrong", "mlp quack: disagrees with the reference, relative errors "),
+    ],
+)
 def test_quack_is_refused_with_a_note(quack, monkeypatch, fault, note):
     if fault == "missing":
         monkeypatch.setitem(sys.modules, "cutlass", None)
@@ -816,7 +1075,9 @@ def test_quack_is_refused_with_a_note(quack, monkeypatch, fault, note):
     elif fault == "fingerprint":
         monkeypatch.setattr(sys.modules["quack.epilogue"], "EpiMod", fingerprint)
     elif fault == "wrong":
-        monkeypatch.setattr(sys.modules["cutlass"], "select_", lambda condition, right, left: torch.tensor(right))
+        monkeypatch.setattr(
+            sys.modules["cutlass"], "select_", lambda condition, right, left: torch.tensor(right)
+        )
     ops, notes = select_mlp(monkeypatch, torch.float32 if fault == "dtype" else torch.bfloat16)
     assert ops.names["mlp"] == "reference" and len(notes) == 1 and notes[0].startswith(note)
 
@@ -838,10 +1099,15 @@ def quack_on_the_gpu():
 
 
 @gpu
-@pytest.mark.parametrize(("M", "D", "hidden"), [(4096, 512, 2048), (1000, 512, 1792), (777, 264, 1032), (1, 64, 72)])
+@pytest.mark.parametrize(
+    ("M", "D", "hidden"), [(4096, 512, 2048), (1000, 512, 1792), (777, 264, 1032), (1, 64, 72)]
+)
 def test_mlp_matches_float64_on_the_gpu(M, D, hidden):
     quack_on_the_gpu()
-    assert max(errors(leaky_relu_sq_mlp, mlp_ref, scaled_mlp_inputs(M, D, hidden, device="cuda"), 0.3)) < 1e-2
+    assert (
+        max(errors(leaky_relu_sq_mlp, mlp_ref, scaled_mlp_inputs(M, D, hidden, device="cuda"), 0.3))
+        < 1e-2
+    )
 
 
 @gpu
@@ -851,13 +1117,17 @@ def test_mlp_activation_holds_the_sign_of_the_first_product_on_the_gpu():
 
 
 @gpu
-@pytest.mark.parametrize(("M", "D", "hidden"), [(4096, 512, 2048), (1000, 512, 1792), (777, 264, 1032), (1, 64, 72)])
+@pytest.mark.parametrize(
+    ("M", "D", "hidden"), [(4096, 512, 2048), (1000, 512, 1792), (777, 264, 1032), (1, 64, 72)]
+)
 def test_mlp_on_the_gpu_has_the_bits_of_its_stand_in(M, D, hidden, request):
     """Where the products are exact, whatever the order of their sums: few bits in each operand."""
     quack_on_the_gpu()
     generator = torch.Generator().manual_seed(M)
-    x, grad, w_up, w_down = ((torch.randint(-8, 9, shape, generator=generator) / 8).bfloat16()
-                             for shape in ((M, D), (M, D), (hidden, D), (D, hidden)))  # fmt: skip
+    x, grad, w_up, w_down = (
+        (torch.randint(-8, 9, shape, generator=generator) / 8).bfloat16()
+        for shape in ((M, D), (M, D), (hidden, D), (D, hidden))
+    )
     act = torch.ops.golf.mlp.default(*(t.cuda() for t in (x, w_up, w_down)), 0.3)[1]
     got = act, torch.ops.golf.mlp_backward.default(grad.cuda(), w_down.cuda(), act, 0.3)
     request.getfixturevalue("quack")
@@ -879,7 +1149,17 @@ def test_kernels_around_attention_match_float64_on_the_gpu():
     kwargs = {"dtype": torch.bfloat16, "device": "cuda"}
     inputs, rest = heads_inputs(2, 777, 8, 4, 64, 8, **kwargs)
     assert max(errors(train_gpt.qkv_heads, train_gpt.qkv_heads_ref, inputs, *rest)) < 1e-2
-    assert max(errors(train_gpt.gated_xsa, train_gpt.gated_xsa_ref, xsa_inputs(2, 777, 8, 4, 64, **kwargs), 1.0)) < 1e-2
+    assert (
+        max(
+            errors(
+                train_gpt.gated_xsa,
+                train_gpt.gated_xsa_ref,
+                xsa_inputs(2, 777, 8, 4, 64, **kwargs),
+                1.0,
+            )
+        )
+        < 1e-2
+    )
 
 
 @gpu
@@ -890,7 +1170,10 @@ def test_entry_matches_float64_on_the_gpu(merges, opened):
     hp = train_gpt.Hyperparameters(device="cuda", compile="1" if opened else "0")
     op = train_gpt.compiled(train_gpt.enter, hp, train_gpt.Dist("cuda"))
     for wants in ((True, False), (False, True), (True, True)):
-        assert max(entry_errors((1, 3001, 512), merges, wants, torch.bfloat16, op, device="cuda")) < 1e-2
+        assert (
+            max(entry_errors((1, 3001, 512), merges, wants, torch.bfloat16, op, device="cuda"))
+            < 1e-2
+        )
 
 
 @gpu
@@ -902,17 +1185,23 @@ def test_attention_backend_matches_float64_on_the_gpu(backend, heads):
     except ValueError as error:
         pytest.skip(str(error))
     inputs = packed_qkv(3000, *heads, E=64, dtype=torch.bfloat16, device="cuda")
-    cu_seqlens = torch.tensor([0, 700, 701, 1213, 2000, 3000, 3000, 3000], dtype=torch.int32, device="cuda")
+    cu_seqlens = torch.tensor(
+        [0, 700, 701, 1213, 2000, 3000, 3000, 3000], dtype=torch.int32, device="cuda"
+    )
     assert max(errors(ops.attention, attention_sdpa, inputs, cu_seqlens, 1000)) < 1e-2
-    rows = [randn(3, 500, n, 64, seed=i, dtype=torch.bfloat16, device="cuda") for i, n in
-            enumerate((heads[0], heads[1], heads[1]))]  # fmt: skip
+    rows = [
+        randn(3, 500, n, 64, seed=i, dtype=torch.bfloat16, device="cuda")
+        for i, n in enumerate((heads[0], heads[1], heads[1]))
+    ]
     assert max(errors(ops.attention, attention_sdpa, rows, None, 500)) < 1e-2
 
 
 @gpu
 def test_auto_takes_the_kernels_and_compiles_into_one_graph_on_the_gpu():
     ops = select_ops(True, "auto", torch.device("cuda"), torch.bfloat16, 64, 8, 4)
-    assert all(name in ("triton", "quack") for kind, name in ops.names.items() if kind != "attention"), ops.notes
+    assert all(
+        name in ("triton", "quack") for kind, name in ops.names.items() if kind != "attention"
+    ), ops.notes
     assert ops.names["attention"] != "sdpa", ops.notes
 
     def step(q, k, v, w_up, w_down, head, targets, cu_seqlens):
@@ -921,13 +1210,17 @@ def test_auto_takes_the_kernels_and_compiles_into_one_graph_on_the_gpu():
 
     kwargs = {"dtype": torch.bfloat16, "device": "cuda"}
     inputs = packed_qkv(1024, 8, 4, E=64, **kwargs)
-    weights = [(randn(*shape, seed=1).detach() / 23).to(**kwargs).requires_grad_()
-               for shape in ((2048, 512), (512, 2048), (8192, 512))]  # fmt: skip
+    weights = [
+        (randn(*shape, seed=1).detach() / 23).to(**kwargs).requires_grad_()
+        for shape in ((2048, 512), (512, 2048), (8192, 512))
+    ]
     targets = torch.arange(1024, device="cuda")
     cu_seqlens = torch.tensor([0, 100, 612, 1024, 1024], dtype=torch.int32, device="cuda")
     args = (*inputs, *weights, targets, cu_seqlens)
     got, want = torch.compile(step, fullgraph=True)(*args), step(*args)
     assert relative_error(got, want) < 1e-2
     leaves = [*inputs, *weights]
-    for g, w in zip(torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True):
+    for g, w in zip(
+        torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True
+    ):
         assert relative_error(g, w) < 1e-2

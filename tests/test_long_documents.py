@@ -36,7 +36,10 @@ def odd_texts(count):
         if number % 2:
             yield "".join(rng.choices(CHARACTERS, k=rng.randrange(120)))
         else:
-            yield "".join(rng.choice(WORDS) + rng.choice(["", " ", " ", "\n", "  "]) for _ in range(rng.randrange(30)))
+            yield "".join(
+                rng.choice(WORDS) + rng.choice(["", " ", " ", "\n", "  "])
+                for _ in range(rng.randrange(30))
+            )
 
 
 def take_small_blocks(monkeypatch, size):
@@ -77,7 +80,15 @@ def test_blocks_give_the_tokens_and_bytes_of_the_whole(monkeypatch, path, size):
 
 def test_normalizing_by_blocks_gives_what_the_whole_gives(monkeypatch):
     rng = random.Random(6)
-    parts = ["www.x.org/" + "a" * 50, "https://y.org/" + "b1" * 30, "=" * 12, "Zq+/" * 40, "\x07", "word", *" \n\t"]
+    parts = [
+        "www.x.org/" + "a" * 50,
+        "https://y.org/" + "b1" * 30,
+        "=" * 12,
+        "Zq+/" * 40,
+        "\x07",
+        "word",
+        *" \n\t",
+    ]
     texts = ["".join(rng.choices(parts, k=rng.randrange(30))) for _ in range(300)]
     whole = [normalize_text(text) for text in texts]
     monkeypatch.setattr(prepare, "BLOCK_CHARS", 7)
@@ -88,16 +99,31 @@ def test_a_text_without_a_place_to_cut_is_refused_with_its_document(tmp_path, ca
     take_small_blocks(monkeypatch, 50)
     docs = write_docs(tmp_path / "docs.jsonl", ["one", "two " * 200, "ab" * 400, "four"])
     for val_docs, document in ((1, "train document 1"), (3, "val document 2")):
-        message = refused(capsys, "--docs", docs, "--val-docs", val_docs, "--out", tmp_path / f"out{val_docs}")
+        message = refused(
+            capsys, "--docs", docs, "--val-docs", val_docs, "--out", tmp_path / f"out{val_docs}"
+        )
         assert document in message and "line 4" in message
-        assert "500 characters from 'ababababababababab" in message and "without a place to cut" in message
+        assert (
+            "500 characters from 'ababababababababab" in message
+            and "without a place to cut" in message
+        )
 
 
 def test_a_tokenizer_that_does_not_suit_blocks_is_refused(tmp_path, monkeypatch):
     settings = dict(
-        model_type="bpe", vocab_size=290, byte_fallback=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
-        add_dummy_prefix=False, hard_vocab_limit=False, user_defined_symbols=list(CONTROLS), split_by_whitespace=False,
-    )  # fmt: skip
+        model_type="bpe",
+        vocab_size=290,
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+        add_dummy_prefix=False,
+        hard_vocab_limit=False,
+        user_defined_symbols=list(CONTROLS),
+        split_by_whitespace=False,
+    )
     model = tmp_path / "phrases.model"
     model.write_bytes(prepare.train_sentencepiece(["a cat a cat a cat and a dog"] * 20, **settings))
     sp = load_tokenizer(model)
@@ -106,7 +132,7 @@ def test_a_tokenizer_that_does_not_suit_blocks_is_refused(tmp_path, monkeypatch)
         encode_document(sp, "the cat sat on the mat and so on")
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 MEASURE = """
 import resource, sys
@@ -121,7 +147,11 @@ print("grown by", (high - low) << 10)
 def grown_by(*arguments):
     """Bytes by which the largest process of a command grew over what its imports take."""
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEASURE, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return int(run.stdout.split()[-1])
 
@@ -137,7 +167,10 @@ def ideographs(rng, size):
 
 @pytest.mark.parametrize(("make", "size"), [(prose, 4_000_000), (ideographs, 2_000_000)])
 def test_memory_grows_by_little_for_a_long_document(tmp_path, make, size):
-    """2 GB for 50 MB leaves 40 bytes a byte, and a block of 100 MB or so whatever the size. It was over 200 a byte."""
+    """2 GB for 50 MB leaves 40 bytes a byte, and a block of 100 MB or so whatever the size.
+
+    It was over 200 a byte.
+    """
     documents = [make(random.Random(1), size), "a short document"]
     docs = tmp_path / "docs.jsonl"
     docs.write_text("".join(json.dumps(text, ensure_ascii=False) + "\n" for text in documents))
@@ -145,7 +178,9 @@ def test_memory_grows_by_little_for_a_long_document(tmp_path, make, size):
     assert grown < 40 * size + 150_000_000
 
 
-def test_a_text_that_would_take_more_memory_is_refused_with_its_document(tmp_path, capsys, monkeypatch):
+def test_a_text_that_would_take_more_memory_is_refused_with_its_document(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(prepare, "LONGEST_TEXT", 100)
     docs = write_docs(tmp_path / "docs.jsonl", ["one", "\u6771" * 33 + "a", "\u6771" * 33 + "ab"])
     message = refused(capsys, "--docs", docs, "--val-docs", 1, "--out", tmp_path / "out")
@@ -170,7 +205,10 @@ def test_documents_ahead_are_few_where_they_are_long(monkeypatch):
 
     monkeypatch.setattr(prepare, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(prepare.Future, "result", lambda future: ahead.pop(0))
-    lines = [prepare.Line("docs", number, b"x" * size) for number, size in enumerate([90, 90, 5000, 5000, 90, 90] * 5)]
+    lines = [
+        prepare.Line("docs", number, b"x" * size)
+        for number, size in enumerate([90, 90, 5000, 5000, 90, 90] * 5)
+    ]
     most = 0
     for _ in prepare.map_in_order(len, prepare.make_batches("train", lines, 0, 0), 2):
         most = max(most, sum(len(line.content) for batch in ahead for line in batch.lines))

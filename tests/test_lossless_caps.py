@@ -1,4 +1,6 @@
-"""The capitals transform against the published vectors, and against a second implementation, written rule by rule."""
+"""The capitals transform against the published vectors, and against a second implementation,
+written rule by rule.
+"""
 
 import itertools
 import json
@@ -14,12 +16,16 @@ from hypothesis import strategies as st
 import lossless_caps
 from lossless_caps import ALLCAPS, CAPNEXT, CONTROLS, ESC, TITLE, CapsError, decode, encode
 
-VECTORS = json.loads((Path(__file__).parent / "data" / "caseops_vectors.json").read_text(encoding="utf-8"))
+VECTORS = json.loads(
+    (Path(__file__).parent / "data" / "caseops_vectors.json").read_text(encoding="utf-8")
+)
 SMALL, CAPITALS = "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-ADVERSARIAL = "abzABZ" + CONTROLS + " 1'-_\0\n\ue000\ue005éÉßıİſKσΣdžDžfiA𝐀\u0301\u2019\ud800\udfff\U0010ffff"
+ADVERSARIAL = (
+    "abzABZ" + CONTROLS + " 1'-_\0\n\ue000\ue005éÉßıİſKσΣdžDžfiA𝐀\u0301\u2019\ud800\udfff\U0010ffff"
+)
 
 
-# ---- the second implementation ---------------------------------------------------------------------------------------
+# ---- the second implementation -------------------------------------------------------------------
 
 
 def is_letter(char):
@@ -52,7 +58,10 @@ def plain_encode_word(word):
         return word
     if len(word) >= 2 and all(char in CAPITALS for char in word):
         return ALLCAPS + word.lower()
-    marks = [(TITLE if index == 0 else CAPNEXT) if char in CAPITALS else "" for index, char in enumerate(word)]
+    marks = [
+        (TITLE if index == 0 else CAPNEXT) if char in CAPITALS else ""
+        for index, char in enumerate(word)
+    ]
     return "".join(mark + char.lower() for mark, char in zip(marks, word, strict=True))
 
 
@@ -104,7 +113,7 @@ def decode_or_none(text):
         return None
 
 
-# ---- vectors ---------------------------------------------------------------------------------------------------------
+# ---- vectors -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vector", VECTORS["vectors"], ids=lambda vector: vector["name"])
@@ -119,7 +128,9 @@ def test_what_the_published_decoder_rejects_is_rejected_with_its_position(vector
         decode(vector["encoded"])
 
 
-@pytest.mark.parametrize("vector", VECTORS["decode_accepts_noncanonical"], ids=lambda vector: ascii(vector["encoded"]))
+@pytest.mark.parametrize(
+    "vector", VECTORS["decode_accepts_noncanonical"], ids=lambda vector: ascii(vector["encoded"])
+)
 def test_what_the_published_decoder_reads_leniently_is_read(vector):
     assert decode(vector["encoded"]) == vector["text"]
 
@@ -133,11 +144,15 @@ def test_an_error_says_where(encoded, position):
         decode(encoded)
 
 
-# ---- every character, every short string -----------------------------------------------------------------------------
+# ---- every character, every short string ---------------------------------------------------------
 
 
 def test_every_code_point_between_capitals():
-    ordinary = [char for char in map(chr, range(sys.maxunicode + 1)) if not is_letter(char) and char not in CONTROLS]
+    ordinary = [
+        char
+        for char in map(chr, range(sys.maxunicode + 1))
+        if not is_letter(char) and char not in CONTROLS
+    ]
     assert len(ordinary) == 1_114_112 - 52 - 4
     text = "".join(f"A{char}B " for char in ordinary)
     encoded = encode(text)
@@ -171,7 +186,7 @@ def test_every_short_string_encodes_as_the_rules_say():
             assert encode(text) == plain_encode(text), ascii(text)
 
 
-# ---- random strings --------------------------------------------------------------------------------------------------
+# ---- random strings ------------------------------------------------------------------------------
 
 
 @settings(max_examples=500, deadline=None)
@@ -194,7 +209,9 @@ def test_decode_agrees_with_the_rules_on_any_text(text):
 def test_decode_agrees_with_the_rules_on_damaged_encodings(text, data):
     encoded = encode(text)
     cut = data.draw(st.integers(0, len(encoded)))
-    damaged = encoded[:cut] + data.draw(st.sampled_from(["", *CONTROLS, "a", " "])) + encoded[cut + 1 :]
+    damaged = (
+        encoded[:cut] + data.draw(st.sampled_from(["", *CONTROLS, "a", " "])) + encoded[cut + 1 :]
+    )
     assert decode_or_none(damaged) == plain_decode(damaged)
 
 
@@ -206,7 +223,7 @@ def test_long_random_texts_agree_with_the_rules():
         assert decode(encode(text)) == text
 
 
-# ---- the shortcuts of the implementation -----------------------------------------------------------------------------
+# ---- the shortcuts of the implementation ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("vector", VECTORS["vectors"], ids=lambda vector: vector["name"])
@@ -216,7 +233,9 @@ def test_the_encoders_output_is_decoded_on_the_fast_path(vector, monkeypatch):
 
 
 def cpu_seconds(length):
-    """CPU time that words of this length take there and back: the least of three, each of other letters."""
+    """CPU time that words of this length take there and back: the least of three, each of other
+    letters.
+    """
     seconds = []
     for letter in "ABC":
         text = letter * length + " " + f"x{letter}" * (length // 2) + " " + letter.lower() * length
@@ -227,7 +246,9 @@ def cpu_seconds(length):
 
 
 def test_long_words_take_linear_time():
-    """16 times the length takes about 16 times as long; quadratic time would be 256 times as long."""
+    """16 times the length takes about 16 times as long; quadratic time would be 256 times as
+    long.
+    """
     assert cpu_seconds(320_000) < 64 * cpu_seconds(20_000)
 
 

@@ -1,4 +1,6 @@
-"""The model: golden numbers, a second forward, written apart from the code, in float64, documents apart, taps, init."""
+"""The model: golden numbers, a second forward, written apart from the code, in float64, documents
+apart, taps, init.
+"""
 
 import functools
 import math
@@ -16,7 +18,10 @@ from train_gpt import BOS_ID, GPT, LORA_INPUTS, HessianTap, SlotLoRA
 
 torch.set_num_threads(1)
 OPS = train_gpt.Ops(
-    train_gpt.attention_sdpa, train_gpt.mlp_ref, train_gpt.linear_cross_entropy_ref, names={"attention": "sdpa"}
+    train_gpt.attention_sdpa,
+    train_gpt.mlp_ref,
+    train_gpt.linear_cross_entropy_ref,
+    names={"attention": "sdpa"},
 )
 PER_LAYER_SITES = ("q", "k", "v", "attn_out", "mlp_out")
 LOOPED_SLOTS = [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
@@ -39,7 +44,9 @@ def random_tokens(*shape, seed=0):
 
 
 def random_documents(lengths, seed=0):
-    """One row (1, T) of documents, each starting with BOS; their cu_seqlens, padded by two entries."""
+    """One row (1, T) of documents, each starting with BOS; their cu_seqlens, padded by two
+    entries.
+    """
     borders = np.cumsum([0, *lengths])
     tokens = random_tokens(1, borders[-1], seed=seed)
     tokens[0, borders[:-1]] = BOS_ID
@@ -69,7 +76,9 @@ def golden_arrays():
 def golden_keys():
     given = ("param/", "input/")
     with np.load(GOLDEN_DIR / "model.npz") as archive:
-        return [key for key in archive if not key.startswith(given) and not key.endswith(("/A", "/B"))]
+        return [
+            key for key in archive if not key.startswith(given) and not key.endswith(("/A", "/B"))
+        ]
 
 
 def golden_model(arrays):
@@ -81,19 +90,28 @@ def golden_model(arrays):
 
 
 def lora_tap(adapters, scale):
-    """{site: (A (S, B, R, in), B (S, B, out, R))} -> a tap of SlotLoRA, as BatchedLoRA.tap makes it of flat rows."""
+    """{site: (A (S, B, R, in), B (S, B, out, R))} -> a tap of SlotLoRA, as BatchedLoRA.tap
+    makes it of flat rows.
+    """
     widths = {site: b.size(-2) for site, (_, b) in adapters.items()}
-    widths |= {"q": 32, "k": 16, "v": 16} if len(adapters) == 1 else {}  # without adapters: tiny_hp's
+    # without adapters: tiny_hp's
+    widths |= {"q": 32, "k": 16, "v": 16} if len(adapters) == 1 else {}
 
     def slot_lora(slot, inputs, b):
         reads = [tuple(site for site in sites if site in b) for sites in inputs]
-        a = [(sites, torch.cat([adapters[site][0][slot] for site in sites], -2).mT) for sites in reads if sites]
+        a = [
+            (sites, torch.cat([adapters[site][0][slot] for site in sites], -2).mT)
+            for sites in reads
+            if sites
+        ]
         return SlotLoRA(a, {site: scale * adapters[site][1][slot].mT for site in b}, widths)
 
     def at(slot, layer):
         return slot_lora(slot, LORA_INPUTS, [site for site in PER_LAYER_SITES if site in adapters])
 
-    return SimpleNamespace(at=at, head=slot_lora(0, [("lm_head",)], [site for site in adapters if site == "lm_head"]))
+    return SimpleNamespace(
+        at=at, head=slot_lora(0, [("lm_head",)], [site for site in adapters if site == "lm_head"])
+    )
 
 
 def golden_adapters(arrays, state):
@@ -111,8 +129,10 @@ def computed(state):
     arrays, looping = golden_arrays(), state == "on"
     model, rows = golden_model(arrays), arrays["input/rows"]
     cu_seqlens, targets = arrays["input/cu_seqlens"], arrays["input/targets"]
-    ours = {"logits_rows": logits_of(model, hidden(model, rows, looping=looping)),
-            "logits_packed": logits_of(model, hidden(model, rows[:1], cu_seqlens, looping))}
+    ours = {
+        "logits_rows": logits_of(model, hidden(model, rows, looping=looping)),
+        "logits_packed": logits_of(model, hidden(model, rows[:1], cu_seqlens, looping)),
+    }
     loss = model(rows[:1], targets[0], cu_seqlens, looping, 40).mean()
     loss.backward()
     ours["loss_packed"] = loss.detach()
@@ -130,9 +150,15 @@ def computed(state):
         tap = HessianTap()
         tap.add(("lm_head", 0), hidden(model, rows, looping=True, tap=tap))
         found = tap.hessians("tok_emb.weight")
-        for key, matrix in {"attn_in": "attn.c_v", "attn_proj_in": "attn.c_proj", "mlp_up_in": "mlp.c_fc",
-                            "mlp_down_in": "mlp.c_proj"}.items():
-            ours[f"hessian/{key}"] = torch.stack([found[f"blocks.{layer}.{matrix}.weight"] for layer in range(11)])
+        for key, matrix in {
+            "attn_in": "attn.c_v",
+            "attn_proj_in": "attn.c_proj",
+            "mlp_up_in": "mlp.c_fc",
+            "mlp_down_in": "mlp.c_proj",
+        }.items():
+            ours[f"hessian/{key}"] = torch.stack(
+                [found[f"blocks.{layer}.{matrix}.weight"] for layer in range(11)]
+            )
         ours["hessian/final_norm_out"] = found["tok_emb.weight"]
     return {f"{state}/{key}": value for key, value in ours.items()}
 
@@ -145,8 +171,9 @@ def test_every_golden_number_is_compared():
 def golden_bound(key):
     """What fp32 promises on any CPU.
 
-    The last bits of sums move most arrays by 1e-6 at most, two kinds by 1e-5: the gradients of adapters, whose scale
-    of 36 multiplies roundings in every slot, and that of smear_lambda, one number that is the small sum of large ones.
+    The last bits of sums move most arrays by 1e-6 at most, two kinds by 1e-5: the gradients of
+    adapters, whose scale of 36 multiplies roundings in every slot, and that of smear_lambda, one
+    number that is the small sum of large ones.
     """
     return 1e-4 if re.search(r"lora/.*/grad_[AB]$|smear_lambda$", key) else 1e-5
 
@@ -175,7 +202,11 @@ def test_q_k_and_v_share_one_hessian():
 def reference_attention(h, x_in, layer, p, hp):
     """(T, D) -> (T, D): heads by hand, with rotation, XSA and whichever gate is on."""
     T, E, L, groups = len(h), hp.head_dim, hp.num_layers, hp.num_heads // hp.num_kv_heads
-    q_raw, k, v = h @ p["qo_bank"][layer].T, h @ p["kv_bank"][layer].T, h @ p["kv_bank"][L + layer].T
+    q_raw, k, v = (
+        h @ p["qo_bank"][layer].T,
+        h @ p["kv_bank"][layer].T,
+        h @ p["kv_bank"][L + layer].T,
+    )
     half, heads = hp.rope_dims // 2, []
 
     def rotated(x):
@@ -189,8 +220,16 @@ def reference_attention(h, x_in, layer, p, hp):
         return out
 
     for head in range(hp.num_heads):
-        of_head, of_group = slice(head * E, (head + 1) * E), slice(head // groups * E, (head // groups + 1) * E)
-        scores = p["q_gain"][layer, head] * rotated(q_raw[:, of_head]) @ rotated(k[:, of_group]).T / math.sqrt(E)
+        of_head, of_group = (
+            slice(head * E, (head + 1) * E),
+            slice(head // groups * E, (head // groups + 1) * E),
+        )
+        scores = (
+            p["q_gain"][layer, head]
+            * rotated(q_raw[:, of_head])
+            @ rotated(k[:, of_group]).T
+            / math.sqrt(E)
+        )
         future = torch.ones(T, T).triu(1).bool()
         y = scores.masked_fill(future, -math.inf).softmax(-1) @ v[:, of_group]
         if layer >= L - hp.xsa_last_n:
@@ -198,7 +237,12 @@ def reference_attention(h, x_in, layer, p, hp):
             y = y - (y * unit).sum(-1, keepdim=True) * unit
         window = hp.gate_window
         if hp.sparse_attn_gate_enabled:
-            y = y * torch.sigmoid(hp.sparse_attn_gate_scale * h[:, :window] @ p["attn_gate"][layer, head])[:, None]
+            y = (
+                y
+                * torch.sigmoid(
+                    hp.sparse_attn_gate_scale * h[:, :window] @ p["attn_gate"][layer, head]
+                )[:, None]
+            )
         if hp.gated_attn_enabled:
             y = y * torch.sigmoid(h @ p["attn_gate"][layer, head])[:, None]
         if hp.attn_out_gate_enabled:
@@ -214,7 +258,7 @@ def reference_embedding(tokens, p, hp):
     e = raw.clone()
     for t in range(1, len(tokens)):
         if hp.smear_gate_enabled and tokens[t] != BOS_ID:
-            gate = torch.sigmoid(p["smear_weight"][0] @ raw[t, :hp.gate_window])
+            gate = torch.sigmoid(p["smear_weight"][0] @ raw[t, : hp.gate_window])
             e[t] = raw[t] + p["smear_lambda"] * gate * raw[t - 1]
     return e / (e.square().mean(-1, keepdim=True) + 1.19e-7).sqrt()
 
@@ -224,11 +268,15 @@ def reference_logits(model, tokens, looping):
     hp, p = model.hp, {name: w.detach().double() for name, w in model.named_parameters()}
     slots = list(range(hp.num_layers))
     if looping:
-        looped = slots[hp.loop_start:hp.loop_end + 1]
-        slots = slots[:hp.loop_start] + (1 + hp.num_loops) * looped + slots[hp.loop_end + 1:]
+        looped = slots[hp.loop_start : hp.loop_end + 1]
+        slots = slots[: hp.loop_start] + (1 + hp.num_loops) * looped + slots[hp.loop_end + 1 :]
 
     def normed(x, layer):
-        return x / (x.square().mean(-1, keepdim=True) + 1.19e-7).sqrt() / (math.sqrt(layer + 1) if hp.ln_scale else 1)
+        return (
+            x
+            / (x.square().mean(-1, keepdim=True) + 1.19e-7).sqrt()
+            / (math.sqrt(layer + 1) if hp.ln_scale else 1)
+        )
 
     def mlp(x, layer):
         u = normed(x, layer) @ p["mlp_up_bank"][layer].T
@@ -237,7 +285,9 @@ def reference_logits(model, tokens, looping):
 
     def attention(x, layer):
         x_in = p["resid_mix"][layer, 0] * x + p["resid_mix"][layer, 1] * x0
-        return x_in, p["attn_scale"][layer] * reference_attention(normed(x_in, layer), x_in, layer, p, hp)
+        return x_in, p["attn_scale"][layer] * reference_attention(
+            normed(x_in, layer), x_in, layer, p, hp
+        )
 
     x0 = reference_embedding(tokens, p, hp)
     lane0, lane1, kept = x0, None, []
@@ -254,9 +304,15 @@ def reference_logits(model, tokens, looping):
             lane0 = x_in + attn
             lane0 = lane0 + mlp(lane0, layer)
         else:
-            both, post, resid = (attn, mlp(lane1, layer)), p["parallel_post"][layer], p["parallel_resid"][layer]
-            lane0, lane1 = (resid[j] * lane + post[0, j] * both[0] + post[1, j] * both[1]
-                            for j, lane in enumerate((lane0, lane1)))
+            both, post, resid = (
+                (attn, mlp(lane1, layer)),
+                p["parallel_post"][layer],
+                p["parallel_resid"][layer],
+            )
+            lane0, lane1 = (
+                resid[j] * lane + post[0, j] * both[0] + post[1, j] * both[1]
+                for j, lane in enumerate((lane0, lane1))
+            )
         if slot < len(slots) // 2:
             kept.append(lane0)
     if lane1 is not None:
@@ -293,7 +349,13 @@ VARIANTS = {
     "softcap_3": {"logit_softcap": 3.0},
     "one_extra_loop": {"num_loops": 1},
     "loops_1_to_2": {"loop_start": 1, "loop_end": 2},
-    "four_layers": {"num_layers": 4, "loop_start": 1, "loop_end": 2, "parallel_start_layer": 3, "xsa_last_n": 2},
+    "four_layers": {
+        "num_layers": 4,
+        "loop_start": 1,
+        "loop_end": 2,
+        "parallel_start_layer": 3,
+        "xsa_last_n": 2,
+    },
 }
 
 
@@ -309,7 +371,10 @@ def variant_tokens():
 
 
 def test_default_model_equals_the_reference_forward(rel):
-    assert rel(default_logits(), reference_logits(random_model(), variant_tokens(), looping=True)) < 1e-5
+    assert (
+        rel(default_logits(), reference_logits(random_model(), variant_tokens(), looping=True))
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -350,7 +415,9 @@ def test_loops_give_17_slots_and_none_11():
 
 @pytest.mark.parametrize("looping, used", [(False, 5), (True, 8)])
 def test_skip_pairs_used(looping, used):
-    """8 pairs exist; without loops the first five merge, and the last decoder pass never has a skip."""
+    """8 pairs exist; without loops the first five merge, and the last decoder pass never has a
+    skip.
+    """
     model = random_model()
     tokens, cu_seqlens = random_documents([20])
     model(tokens, random_tokens(20, seed=1), cu_seqlens, looping, 20).mean().backward()
@@ -380,28 +447,39 @@ def test_smear_gate_is_masked_at_bos_at_the_row_start_and_at_fresh():
         full = raw + 0.7 * gate[..., None] * raw.roll(1, dims=1)
         blocked = fresh | (tokens == BOS_ID)
         blocked[:, 0] = True
-        torch.testing.assert_close(model.embed(tokens, fresh), torch.where(blocked[..., None], raw, full))
+        torch.testing.assert_close(
+            model.embed(tokens, fresh), torch.where(blocked[..., None], raw, full)
+        )
         assert blocked.sum() == 6
         unmarked = model.embed(tokens, None)
     torch.testing.assert_close(unmarked[fresh], full[fresh])
 
 
 def test_smear_gate_crosses_pieces_of_one_document_but_not_fresh_ones():
-    """The only thing that a piece sees of the piece before it is the last token, through SmearGate."""
+    """The only thing that a piece sees of the piece before it is the last token, through
+    SmearGate.
+    """
     model, tokens = smear_model(), random_tokens(1, 20)
     tokens[0, 0] = BOS_ID
     changed, pieces = tokens.clone(), torch.tensor([0, 10, 20], dtype=torch.int32)
     changed[0, 9] += 1
     fresh = torch.zeros(1, 20, dtype=torch.bool)
     fresh[0, 10] = True
-    before, after = hidden(model, tokens, pieces, max_seqlen=10), hidden(model, changed, pieces, max_seqlen=10)
+    before, after = (
+        hidden(model, tokens, pieces, max_seqlen=10),
+        hidden(model, changed, pieces, max_seqlen=10),
+    )
     assert not torch.equal(before[:, 10], after[:, 10])
-    before, after = (hidden(model, t, pieces, max_seqlen=10, fresh=fresh) for t in (tokens, changed))
+    before, after = (
+        hidden(model, t, pieces, max_seqlen=10, fresh=fresh) for t in (tokens, changed)
+    )
     assert torch.equal(before[:, 10:], after[:, 10:])
     changed = tokens.clone()
     changed[0, 8] += 1
-    assert torch.equal(hidden(model, tokens, pieces, max_seqlen=10)[:, 10:],
-                       hidden(model, changed, pieces, max_seqlen=10)[:, 10:])
+    assert torch.equal(
+        hidden(model, tokens, pieces, max_seqlen=10)[:, 10:],
+        hidden(model, changed, pieces, max_seqlen=10)[:, 10:],
+    )
 
 
 # --- documents apart, no look into the future
@@ -414,10 +492,12 @@ def test_no_document_sees_another(changed, looping):
     tokens, cu_seqlens = random_documents(lengths)
     first, last = cu_seqlens[changed].item(), cu_seqlens[changed + 1].item()
     other = tokens.clone()
-    other[:, first:last] = 2 + (other[:, first:last] + 40) % 95  # its BOS too: nothing of the document stays
+    # its BOS too: nothing of the document stays
+    other[:, first:last] = 2 + (other[:, first:last] + 40) % 95
     if changed:
-        other[:, first] = BOS_ID  # or else SmearGate would rightly take this for one document with the one before
-    other[:, first + 1:last] += 1
+        # or else SmearGate would rightly take this for one document with the one before
+        other[:, first] = BOS_ID
+    other[:, first + 1 : last] += 1
     other.clamp_(max=96)
     before, after = (hidden(model, t, cu_seqlens, looping, max_seqlen=12) for t in (tokens, other))
     outside = torch.ones(32, dtype=torch.bool)
@@ -443,7 +523,9 @@ def test_packed_documents_equal_rows_of_their_own(looping, rel):
     lengths, model = [5, 1, 11, 2, 13], smear_model()
     tokens, cu_seqlens = random_documents(lengths)
     packed = hidden(model, tokens, cu_seqlens, looping, max_seqlen=13)
-    for part, document in zip(packed.split(lengths, dim=1), tokens.split(lengths, dim=1), strict=True):
+    for part, document in zip(
+        packed.split(lengths, dim=1), tokens.split(lengths, dim=1), strict=True
+    ):
         assert rel(part, hidden(model, document, looping=looping)) < 1e-5
 
 
@@ -461,7 +543,14 @@ def test_rows_of_a_batch_are_apart():
 def random_adapters(model, rows, zero_b=False, seed=0):
     generator = torch.Generator().manual_seed(seed)
     adapters, D, kv_dim = {}, model.hp.model_dim, model.hp.num_kv_heads * model.hp.head_dim
-    widths = {"q": D, "k": kv_dim, "v": kv_dim, "attn_out": D, "mlp_out": D, "lm_head": model.hp.vocab_size}
+    widths = {
+        "q": D,
+        "k": kv_dim,
+        "v": kv_dim,
+        "attn_out": D,
+        "mlp_out": D,
+        "lm_head": model.hp.vocab_size,
+    }
     for site, out in widths.items():
         slots = 1 if site == "lm_head" else len(model.slots(looping=True))
         a = torch.randn(slots, rows, 4, D, generator=generator)
@@ -475,7 +564,9 @@ def test_zero_lora_equals_the_plain_forward_bit_for_bit():
     assert set(adapters) == {*PER_LAYER_SITES, "lm_head"}
     tap, plain = lora_tap(adapters, 36.0), hidden(model, tokens)
     assert torch.equal(hidden(model, tokens, tap=tap), plain)
-    assert torch.equal(model.token_losses(plain, tokens, tap.head), model.token_losses(plain, tokens))
+    assert torch.equal(
+        model.token_losses(plain, tokens, tap.head), model.token_losses(plain, tokens)
+    )
 
 
 @pytest.mark.parametrize("site", [*PER_LAYER_SITES, "lm_head"])
@@ -519,15 +610,21 @@ class RecordingTap:
 def test_looped_hessian_counts_every_pass(rel):
     model, (tokens, cu_seqlens) = random_model(), random_documents([9, 14])
     tap, record = HessianTap(), RecordingTap()
-    watched, recorded, plain = (hidden(model, tokens, cu_seqlens, tap=t) for t in (tap, record, None))
+    watched, recorded, plain = (
+        hidden(model, tokens, cu_seqlens, tap=t) for t in (tap, record, None)
+    )
     assert rel(watched, plain) < 1e-6 and rel(recorded, plain) < 1e-6
     found = tap.hessians("tok_emb.weight")
     assert len(found) == 11 * 6
     for layer in range(11):
         passes = [slot for slot, run in enumerate(LOOPED_SLOTS) if run == layer]
         assert len(passes) == (3 if 3 <= layer <= 5 else 1)
-        for site, matrix in {"qkv": "attn.c_q", "attn_proj": "attn.c_proj", "mlp_up": "mlp.c_fc",
-                             "mlp_down": "mlp.c_proj"}.items():
+        for site, matrix in {
+            "qkv": "attn.c_q",
+            "attn_proj": "attn.c_proj",
+            "mlp_up": "mlp.c_fc",
+            "mlp_down": "mlp.c_proj",
+        }.items():
             inputs = [record.inputs[site, slot][0] for slot in passes]  # (T, in) of each pass
             want = sum(x.double().T @ x.double() for x in inputs)
             assert rel(found[f"blocks.{layer}.{matrix}.weight"], want) < 1e-5
@@ -552,16 +649,34 @@ def test_input_matrices_start_orthogonal_and_output_projections_zero():
 
 def test_scalars_and_gates_start_as_specified():
     model = GPT(tiny_hp(qk_gain_init=4.5), OPS, torch.float32)
-    values = {"q_gain": 4.5, "attn_gate": 0, "attn_scale": 1, "mlp_scale": 1, "skip_weights": 1, "skip_gates": 0,
-              "parallel_post": 1, "parallel_resid": 1.1, "smear_weight": 0, "smear_lambda": 0}
+    values = {
+        "q_gain": 4.5,
+        "attn_gate": 0,
+        "attn_scale": 1,
+        "mlp_scale": 1,
+        "skip_weights": 1,
+        "skip_gates": 0,
+        "parallel_post": 1,
+        "parallel_resid": 1.1,
+        "smear_weight": 0,
+        "smear_lambda": 0,
+    }
     for name, value in values.items():
-        torch.testing.assert_close(getattr(model, name).data, torch.full_like(getattr(model, name), value))
+        torch.testing.assert_close(
+            getattr(model, name).data, torch.full_like(getattr(model, name), value)
+        )
     assert (model.resid_mix[:, 0] == 1).all() and (model.resid_mix[:, 1] == 0).all()
     assert train_gpt.Hyperparameters().qk_gain_init == 5.0
 
 
 def test_embeddings_and_dense_gate_start_normal_with_the_stated_deviation():
-    hp = tiny_hp(vocab_size=4000, tied_embed_init_std=0.02, tie_embeddings=False, gated_attn_enabled=True, **NO_GATE)
+    hp = tiny_hp(
+        vocab_size=4000,
+        tied_embed_init_std=0.02,
+        tie_embeddings=False,
+        gated_attn_enabled=True,
+        **NO_GATE,
+    )
     model = GPT(hp, OPS, torch.float32)
     for tensor, std in ((model.tok_emb, 0.02), (model.lm_head, 0.02), (model.attn_gate, 0.01)):
         spread = 5 / math.sqrt(tensor.numel())  # five standard errors
@@ -576,7 +691,10 @@ def test_init_depends_on_the_seed_alone():
     first = GPT(tiny_hp(seed=5), OPS, torch.float32)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    again, other = GPT(tiny_hp(seed=5), OPS, torch.float32), GPT(tiny_hp(seed=6), OPS, torch.float32)
+    again, other = (
+        GPT(tiny_hp(seed=5), OPS, torch.float32),
+        GPT(tiny_hp(seed=6), OPS, torch.float32),
+    )
     for name, p in first.named_parameters():
         assert torch.equal(p, again.get_parameter(name))
         drawn = name in ("tok_emb", "qo_bank", "kv_bank", "mlp_up_bank")
@@ -585,7 +703,9 @@ def test_init_depends_on_the_seed_alone():
 
 def test_first_loss_is_that_of_a_uniform_guess():
     model = GPT(tiny_hp(), OPS, torch.float32)
-    loss = model.token_losses(hidden(model, random_tokens(1, 30)), random_tokens(1, 30, seed=1)).mean()
+    loss = model.token_losses(
+        hidden(model, random_tokens(1, 30)), random_tokens(1, 30, seed=1)
+    ).mean()
     assert loss.item() == pytest.approx(math.log(97), abs=0.05)
 
 
@@ -595,7 +715,9 @@ def test_first_loss_is_that_of_a_uniform_guess():
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}], ids=["tied", "untied"])
 def test_unbank_then_rebank_is_exact(changes):
     model, other = random_model(seed=1, **changes), random_model(seed=2, **changes)
-    train_gpt.rebank(other, {name: tensor.clone() for name, tensor in train_gpt.unbank(model).items()})
+    train_gpt.rebank(
+        other, {name: tensor.clone() for name, tensor in train_gpt.unbank(model).items()}
+    )
     for name, p in model.named_parameters():
         assert torch.equal(p, other.get_parameter(name))
 
@@ -605,11 +727,18 @@ def test_saved_names_hold_one_matrix_each():
     state, L = train_gpt.unbank(model), 11
     assert state["tok_emb.weight"].equal(model.tok_emb.data)
     for layer in range(L):
-        for name, matrix in {"attn.c_q": model.qo_bank[layer], "attn.c_proj": model.qo_bank[L + layer],
-                             "attn.c_k": model.kv_bank[layer], "attn.c_v": model.kv_bank[L + layer],
-                             "mlp.c_fc": model.mlp_up_bank[layer], "mlp.c_proj": model.mlp_down_bank[layer]}.items():
+        for name, matrix in {
+            "attn.c_q": model.qo_bank[layer],
+            "attn.c_proj": model.qo_bank[L + layer],
+            "attn.c_k": model.kv_bank[layer],
+            "attn.c_v": model.kv_bank[L + layer],
+            "mlp.c_fc": model.mlp_up_bank[layer],
+            "mlp.c_proj": model.mlp_down_bank[layer],
+        }.items():
             assert state[f"blocks.{layer}.{name}.weight"].equal(matrix.data)
-    assert sum(tensor.numel() for tensor in state.values()) == sum(p.numel() for p in model.parameters())
+    assert sum(tensor.numel() for tensor in state.values()) == sum(
+        p.numel() for p in model.parameters()
+    )
 
 
 def missing(state):
@@ -624,7 +753,9 @@ def misshapen(state):
     state["blocks.4.attn.c_k.weight"] = state["blocks.4.attn.c_k.weight"].T
 
 
-@pytest.mark.parametrize("damage, culprit", [(missing, "c_k"), (surplus, "c_extra"), (misshapen, "c_k")])
+@pytest.mark.parametrize(
+    "damage, culprit", [(missing, "c_k"), (surplus, "c_extra"), (misshapen, "c_k")]
+)
 def test_rebank_refuses_another_models_weights(damage, culprit):
     model = random_model()
     state = dict(train_gpt.unbank(random_model(seed=3)))
@@ -667,4 +798,7 @@ def test_bf16_model_runs_on_the_cpu_close_to_fp32():
         loss.mean().backward()
     for name, p in rough.named_parameters():
         assert p.dtype == p.grad.dtype == torch.float32
-        assert F.cosine_similarity(p.grad.flatten(), exact.get_parameter(name).grad.flatten(), dim=0) > 0.95, name
+        assert (
+            F.cosine_similarity(p.grad.flatten(), exact.get_parameter(name).grad.flatten(), dim=0)
+            > 0.95
+        ), name

@@ -1,4 +1,6 @@
-"""Packed code: it runs as its source does, its literal keeps every byte, and a script that runs writes it."""
+"""Packed code: it runs as its source does, its literal keeps every byte, and a script that runs
+writes it.
+"""
 
 import ast
 import dataclasses
@@ -86,15 +88,20 @@ def _(long_argument, other_argument):
 def run_script(path, *arguments):
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, path, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def test_packed_code_runs_as_its_source_does(tmp_path):
     pytest.importorskip("triton")
-    # custom_op reads real annotations, so the sample is the script without the future import that makes them text
-    source = SAMPLE.replace("OPERATOR", OPERATOR).replace("from __future__ import annotations\n", "")
+    # custom_op reads real annotations, so the sample is the script without the future import that
+    # makes them text
+    source = SAMPLE.replace("OPERATOR", OPERATOR).replace(
+        "from __future__ import annotations\n", ""
+    )
     (tmp_path / "plain").mkdir()
     (tmp_path / "packed").mkdir()
     plain, packed = (tmp_path / folder / "script.py" for folder in ("plain", "packed"))
@@ -124,10 +131,22 @@ QUOTE = ord("'") - 2
 RANDOM = random.Random(7).randbytes(10_000)
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"'", b"\0\0", b"\0\0\1", RANDOM, RANDOM[::-1], b"\xff" * 500, of_digits(*range(1, 253)),
-    of_digits(*[QUOTE] * 7), of_digits(9, 9, 12, 9, QUOTE, QUOTE), of_digits(252, 90, 89),
-])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"'",
+        b"\0\0",
+        b"\0\0\1",
+        RANDOM,
+        RANDOM[::-1],
+        b"\xff" * 500,
+        of_digits(*range(1, 253)),
+        of_digits(*[QUOTE] * 7),
+        of_digits(9, 9, 12, 9, QUOTE, QUOTE),
+        of_digits(252, 90, 89),
+    ],
+)
 def test_literal_keeps_every_byte_even_where_a_copy_changes_line_ends(tmp_path, data):
     script = tmp_path / "literal.py"
     decode = PACKED_END.split(b"\n")[0] + b"\nDATA=n.to_bytes(%d)\n" % len(data)
@@ -149,12 +168,15 @@ def test_packed_module_can_be_imported_and_shows_its_lines(tmp_path):
     (tmp_path / "sample_module.py").write_bytes(pack_code(source, {}))
     (tmp_path / "use.py").write_text(
         "import traceback, sample_module\n"
-        "Sample = next(value for value in vars(sample_module).values() if hasattr(value, 'fail'))\n"  # renamed
+        # renamed
+        "Sample = next(value for value in vars(sample_module).values() if hasattr(value, 'fail'))\n"
         "print(repr(Sample.value), sample_module.__name__)\n"
         "try:\n    Sample.fail(1)\nexcept KeyError:\n    print(traceback.format_exc())\n"
     )
     output = run_script(tmp_path / "use.py")
-    assert output.startswith("'\\x0c\\u2028' sample_module") and "raise KeyError('here')if " in output
+    assert (
+        output.startswith("'\\x0c\\u2028' sample_module") and "raise KeyError('here')if " in output
+    )
 
 
 def test_docstrings_cost_no_code_bytes():
@@ -172,7 +194,9 @@ def test_source_that_is_not_python_is_an_error():
 def test_missing_packer_is_an_error_that_says_what_to_do(monkeypatch, tmp_path, dist, module):
     monkeypatch.delitem(sys.modules, "tools.pack_code")
     monkeypatch.setitem(sys.modules, module, None)  # makes the import fail
-    with pytest.raises(train_gpt.SettingError, match=rf"{module}.*pip install .*packed train_gpt.py"):
+    with pytest.raises(
+        train_gpt.SettingError, match=rf"{module}.*pip install .*packed train_gpt.py"
+    ):
         train_gpt.write_code(tmp_path, train_gpt.Hyperparameters(), dist, guard.RunGuard())
     assert not list(tmp_path.iterdir())
 
@@ -198,13 +222,25 @@ def test_command_line_writes_the_packed_script(tmp_path):
     script.write_text("print('packed', __file__)\n")
     assert run_script(tool, script, tmp_path / "out.py").strip().endswith(" bytes")
     assert run_script(tmp_path / "out.py") == f"packed {tmp_path / 'out.py'}\n"
-    for arguments in [[], [tmp_path / "absent.py", tmp_path / "out.py"], [tool, tmp_path / "absent" / "out.py"]]:
-        done = subprocess.run([sys.executable, tool, *arguments], capture_output=True, text=True, timeout=PATIENCE)
-        assert done.returncode == 1 and "pack_code.py" in done.stderr and "Traceback" not in done.stderr
+    for arguments in [
+        [],
+        [tmp_path / "absent.py", tmp_path / "out.py"],
+        [tool, tmp_path / "absent" / "out.py"],
+    ]:
+        done = subprocess.run(
+            [sys.executable, tool, *arguments], capture_output=True, text=True, timeout=PATIENCE
+        )
+        assert (
+            done.returncode == 1
+            and "pack_code.py" in done.stderr
+            and "Traceback" not in done.stderr
+        )
 
 
 def test_packing_leaves_nothing_on_the_syntax_nodes_that_python_shares():
-    pack_code("def f(x):\n    y = [-a + 1 for a in x if not a or a < 2]\n    del x[0]\n    return y\n", {})
+    pack_code(
+        "def f(x):\n    y = [-a + 1 for a in x if not a or a < 2]\n    del x[0]\n    return y\n", {}
+    )
     tree = ast.parse("del a[0]\nb = c and d or not e\nf = g + h * -i < j\nk += ~l in m")
     assert {name for node in ast.walk(tree) if not node._fields for name in vars(node)} == set()
 
@@ -262,14 +298,27 @@ def train(x):
 
 
 def test_settings_of_a_run_become_defaults_but_for_those_that_belong_to_one_run():
-    settings = {"SEED": "7", "MATRIX_LR": ".05", "GATE": "0", "COMPRESSOR": "lzma", "SWA": "0.0", "PATH": "/bin"}
+    settings = {
+        "SEED": "7",
+        "MATRIX_LR": ".05",
+        "GATE": "0",
+        "COMPRESSOR": "lzma",
+        "SWA": "0.0",
+        "PATH": "/bin",
+    }
     text = packed_text(pack_code(SMALL, settings))
     assert re.search(r"seed:int=\w+\(42,", text) and re.search(r"matrix_lr:float=\w+\(\.05,", text)
-    assert re.search(r"gate:bool=\w+\(False,", text) and re.search(r"compressor:str=\w+\('lzma',", text)
+    assert re.search(r"gate:bool=\w+\(False,", text) and re.search(
+        r"compressor:str=\w+\('lzma',", text
+    )
     assert text.count("help of") == 5
     values = {"SEED": 1, "MATRIX_LR": 0.05, "GATE": False, "COMPRESSOR": "lzma"}
     assert pack_code(SMALL, settings) == pack_code(SMALL, values)
-    assert pack_code(SMALL, {}) == pack_code(SMALL, {"MATRIX_LR": "0.026"}) != pack_code(SMALL, settings)
+    assert (
+        pack_code(SMALL, {})
+        == pack_code(SMALL, {"MATRIX_LR": "0.026"})
+        != pack_code(SMALL, settings)
+    )
 
 
 TECHNIQUES = """
@@ -295,13 +344,19 @@ def test_techniques_are_packed_where_a_setting_needs_them(tmp_path, monkeypatch,
 def test_a_name_that_would_stand_for_two_things_is_refused(tmp_path, monkeypatch):
     (tmp_path / "techniques.py").write_text(TECHNIQUES)
     monkeypatch.setattr(packer, "TECHNIQUES", tmp_path / "techniques.py")
-    for clash in ("average = 1", "def f(average):\n    return average", "def f():\n    average = 1"):
+    for clash in (
+        "average = 1",
+        "def f(average):\n    return average",
+        "def f():\n    average = 1",
+    ):
         with pytest.raises(ValueError, match="both have average"):
             pack_code(SMALL + clash, {"SWA": "0.5"})
 
 
 def test_settings_that_belong_to_one_run_are_settings():
-    assert set(packer.OF_A_RUN) <= {field.name for field in dataclasses.fields(train_gpt.Hyperparameters)}
+    assert set(packer.OF_A_RUN) <= {
+        field.name for field in dataclasses.fields(train_gpt.Hyperparameters)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -314,12 +369,16 @@ def packed(tmp_path_factory):
 
 def test_a_lost_terminal_does_not_end_a_packed_script(packed):
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, packed, "--help"], stdout=full, stderr=full, timeout=PATIENCE)
+        done = subprocess.run(
+            [sys.executable, packed, "--help"], stdout=full, stderr=full, timeout=PATIENCE
+        )
     assert done.returncode == 0
 
 
 def test_operators_of_the_packed_script_are_differentiable(packed):
-    """Kernels in the interpreter: PyTorch calls into them by the names of parameters that it documents."""
+    """Kernels in the interpreter: PyTorch calls into them by the names of parameters that it
+    documents.
+    """
     driver = """
         import torch, torch.nn.functional as F, packed_script as packed
         torch.manual_seed(0)
@@ -342,9 +401,18 @@ def test_operators_of_the_packed_script_are_differentiable(packed):
         print("equal")
         """
     pytest.importorskip("triton")
-    environ = HERE | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(packed.parent), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(driver)], env=environ, capture_output=True, text=True,
-                          timeout=PATIENCE)
+    environ = HERE | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": str(packed.parent),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(driver)],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     assert done.stdout == "equal\n", done.stderr
 
 
@@ -360,24 +428,59 @@ def test_the_packed_script_keeps_the_names_that_quack_calls_operands_by(packed):
         print(quack_stub.EpiMod.calls)
         """
     paths = os.pathsep.join([str(packed.parent), str(Path(__file__).parent)])
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(driver)], capture_output=True, text=True,
-                          timeout=PATIENCE, env=HERE | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(driver)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=HERE | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
     assert done.stdout == "[(6, 32, 16, False), (6, 32, 16, True)]\n", done.stderr
 
 
 OTHERWISE = {  # as many other branches as one run can take
-    "COMPRESSOR": "lzma", "SLIDING_WINDOW_ENABLED": "1", "NUM_LOOPS": "0", "PARALLEL_START_LAYER": "3",
-    "XSA_LAST_N": "0", "TIE_EMBEDDINGS": "0", "SKIP_GATES_ENABLED": "0", "SMEAR_GATE_ENABLED": "0",
-    "SPARSE_ATTN_GATE_ENABLED": "0", "ATTN_OUT_GATE_ENABLED": "1", "ATTN_OUT_GATE_SRC": "q", "LN_SCALE": "0",
-    "WD_SCHEDULE_ENABLED": "1", "DATA_SEED": "3",
-    "MARKER_FUSION_ENABLED": "1", "GRAD_CLIP_NORM": "0", "MUON_MOMENTUM_WARMUP_STEPS": "0", "MUON_ROW_NORMALIZE": "0",
-    "GPTQ_COLUMN_STEPS": "0", "LQER_WEIGHTED": "1", "LQER_ASYM_ENABLED": "0", "GATED_ATTN_QUANT_GATE": "0",
-    "ATTN_WINDOW": "9", "PARTIAL_KEY_OFFSET": "1", "VALUE_RESIDUAL": "gate", "BIGRAM_VOCAB_SIZE": "31",
-    "VALUE_EMBED_LAYERS": "1", "MUON_HEAD_PAIRS": "1", "MUON_GRAM_ENABLED": "1", "SWA_BELOW_LR": "0.9",
-    "SWA_EVERY": "1", "QAT_BELOW_LR": "0.5", "HESSIAN_CLIP_LAMBDA": "0.2", "GPTQ_SELF_CALIBRATION": "1",
+    "COMPRESSOR": "lzma",
+    "SLIDING_WINDOW_ENABLED": "1",
+    "NUM_LOOPS": "0",
+    "PARALLEL_START_LAYER": "3",
+    "XSA_LAST_N": "0",
+    "TIE_EMBEDDINGS": "0",
+    "SKIP_GATES_ENABLED": "0",
+    "SMEAR_GATE_ENABLED": "0",
+    "SPARSE_ATTN_GATE_ENABLED": "0",
+    "ATTN_OUT_GATE_ENABLED": "1",
+    "ATTN_OUT_GATE_SRC": "q",
+    "LN_SCALE": "0",
+    "WD_SCHEDULE_ENABLED": "1",
+    "DATA_SEED": "3",
+    "MARKER_FUSION_ENABLED": "1",
+    "GRAD_CLIP_NORM": "0",
+    "MUON_MOMENTUM_WARMUP_STEPS": "0",
+    "MUON_ROW_NORMALIZE": "0",
+    "GPTQ_COLUMN_STEPS": "0",
+    "LQER_WEIGHTED": "1",
+    "LQER_ASYM_ENABLED": "0",
+    "GATED_ATTN_QUANT_GATE": "0",
+    "ATTN_WINDOW": "9",
+    "PARTIAL_KEY_OFFSET": "1",
+    "VALUE_RESIDUAL": "gate",
+    "BIGRAM_VOCAB_SIZE": "31",
+    "VALUE_EMBED_LAYERS": "1",
+    "MUON_HEAD_PAIRS": "1",
+    "MUON_GRAM_ENABLED": "1",
+    "SWA_BELOW_LR": "0.9",
+    "SWA_EVERY": "1",
+    "QAT_BELOW_LR": "0.5",
+    "HESSIAN_CLIP_LAMBDA": "0.2",
+    "GPTQ_SELF_CALIBRATION": "1",
     "DOC_SHUFFLE_ENABLED": "1",
-    "PHASED_TTT_NUM_PHASES": "0", "TTT_WARM_START_A": "0", "TTT_LORA_SITES": "q,head", "VAL_LOSS_EVERY": "2",
-    "TTT_STALE_CONTEXT": "0", "TTT_SHORT_CHUNKS": "30:8", "NGRAM_TILT_ENABLED": "1",
+    "PHASED_TTT_NUM_PHASES": "0",
+    "TTT_WARM_START_A": "0",
+    "TTT_LORA_SITES": "q,head",
+    "VAL_LOSS_EVERY": "2",
+    "TTT_STALE_CONTEXT": "0",
+    "TTT_SHORT_CHUNKS": "30:8",
+    "NGRAM_TILT_ENABLED": "1",
 }
 UNLIKE = {"run", "seconds", "training_seconds", "tokens_per_second_by_loop_state", "commit"}
 
@@ -390,8 +493,13 @@ def run_both(folder, monkeypatch, settings, run):
 
     def call():
         environ = HERE | run | {"OMP_NUM_THREADS": "1", "RUN_ID": "packed"}
-        return subprocess.run([sys.executable, "-I", script], env=environ, text=True, capture_output=True,
-                              timeout=PATIENCE)
+        return subprocess.run(
+            [sys.executable, "-I", script],
+            env=environ,
+            text=True,
+            capture_output=True,
+            timeout=PATIENCE,
+        )
 
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(call)
@@ -403,8 +511,13 @@ def run_both(folder, monkeypatch, settings, run):
         done = other.result()
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout.splitlines()[-1].removeprefix("RESULT "))
-    assert got.keys() == wanted.keys() and [key for key in got if key not in UNLIKE and got[key] != wanted[key]] == []
-    assert (folder / "packed" / "artifact.bin").read_bytes() == (folder / "source" / "artifact.bin").read_bytes()
+    assert (
+        got.keys() == wanted.keys()
+        and [key for key in got if key not in UNLIKE and got[key] != wanted[key]] == []
+    )
+    assert (folder / "packed" / "artifact.bin").read_bytes() == (
+        folder / "source" / "artifact.bin"
+    ).read_bytes()
     return got
 
 
@@ -417,9 +530,12 @@ def of_the_run(tmp_path):
     return paths | {"TOKENIZER_PATH": SETTINGS["TOKENIZER_PATH"]}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[IN_SOAK] if n != "pr1493" else []) for n in PUBLISHED])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[IN_SOAK] if n != "pr1493" else []) for n in PUBLISHED]
+)
 def test_a_packed_preset_gives_the_numbers_of_its_source(of_the_run, tmp_path, monkeypatch, name):
-    settings = tiny(name, tmp_path, tmp_path) | {"VOCAB_SIZE": "8192", "CASEOPS_ENABLED": "1"}  # as its data are
+    # as its data are
+    settings = tiny(name, tmp_path, tmp_path) | {"VOCAB_SIZE": "8192", "CASEOPS_ENABLED": "1"}
     settings = {key: value for key, value in settings.items() if key not in (*of_the_run, "RUN_ID")}
     got = run_both(tmp_path, monkeypatch, settings, of_the_run)
     assert ("ttt" in got["scores"]) == (name != "pr1512") and got["steps"] == 3
@@ -427,6 +543,8 @@ def test_a_packed_preset_gives_the_numbers_of_its_source(of_the_run, tmp_path, m
 
 def test_a_packed_script_gives_the_numbers_of_its_source(of_the_run, tmp_path, monkeypatch):
     names = {field.name.upper() for field in dataclasses.fields(train_gpt.Hyperparameters)}
-    settings = {name: value for name, value in SETTINGS.items() if name in names and name not in of_the_run}
+    settings = {
+        name: value for name, value in SETTINGS.items() if name in names and name not in of_the_run
+    }
     got = run_both(tmp_path, monkeypatch, settings | OTHERWISE, of_the_run)
     assert "ttt" in got["scores"] and "sliding" in got["scores"]

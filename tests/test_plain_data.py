@@ -35,13 +35,19 @@ def write(path, texts):
 def make(folder, train, val, *arguments):
     """Exit status of the command; its data are in folder/plain."""
     files = [write(folder / "train.jsonl", train), "--val-file", write(folder / "val.jsonl", val)]
-    return prepare_plain_data.main([*files, "--out", str(folder / "plain"), "--vocab-sizes", "300", *arguments])
+    return prepare_plain_data.main(
+        [*files, "--out", str(folder / "plain"), "--vocab-sizes", "300", *arguments]
+    )
 
 
 def test_the_trainer_counts_the_bytes_of_every_odd_text(tmp_path):
-    """All but a space that begins a document, which goes uncounted: a byte too many would flatter."""
+    """All but a space that begins a document, which goes uncounted: a byte too many would
+    flatter.
+    """
     assert make(tmp_path, TRAIN, ODD) == 0
-    hp = Hyperparameters(caseops_enabled=False, vocab_size=300, data_path=str(tmp_path / "plain" / "sp300"))
+    hp = Hyperparameters(
+        caseops_enabled=False, vocab_size=300, data_path=str(tmp_path / "plain" / "sp300")
+    )
     validation = ValidationSet(hp)
     counted = [validation.targets_of(np.array([number]))[1] for number in range(len(ODD))]
     assert counted == [len(text.encode()) - text.startswith(" ") for text in ODD]
@@ -64,12 +70,16 @@ def test_a_space_mark_in_training_is_a_space_and_hides_no_copy(tmp_path):
     stream = TokenStream(str(folder), "train")
     tokens = stream.read(0, stream.size)
     assert (tokens == BOS_ID).sum() == len(TRAIN) + 1
-    model = prepare_plain_data.sentencepiece.SentencePieceProcessor(model_file=str(folder / "plain_300.model"))
+    model = prepare_plain_data.sentencepiece.SentencePieceProcessor(
+        model_file=str(folder / "plain_300.model")
+    )
     assert model.decode(tokens[np.flatnonzero(tokens == BOS_ID)[-1] + 1 :].tolist()) == "two words"
 
 
 def test_pieces_that_do_not_stand_for_the_text_are_noticed():
-    """A tokenizer that folds spaces and characters: whatever the reason, no wrong count is written."""
+    """A tokenizer that folds spaces and characters: whatever the reason, no wrong count is
+    written.
+    """
     tokenizer = load_tokenizer(DEFAULT_TOKENIZER)
     prepare_plain_data.check_bytes(tokenizer, ["plain words"])
     for text in ("two  spaces", "\ufb01ne", "line\n"):
@@ -90,7 +100,10 @@ def test_a_lone_surrogate_is_refused_with_file_and_line(tmp_path, capsys, file):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--vocab-sizes=abc", "argument --vocab-sizes: abc is not a whole number from 265 to 65,536"),
+        (
+            "--vocab-sizes=abc",
+            "argument --vocab-sizes: abc is not a whole number from 265 to 65,536",
+        ),
         ("--vocab-sizes=300,", "argument --vocab-sizes:  is not a whole number"),
         ("--vocab-sizes=300,0", "argument --vocab-sizes: 0 is not a whole number"),
         ("--vocab-sizes=1e3", "argument --vocab-sizes: 1e3 is not a whole number"),
@@ -120,5 +133,7 @@ NO_VALIDATION, NO_TRAINING = (TRAIN, ["", " \n"], "val"), ([TRAIN[0]] * 9, [TRAI
 def test_a_split_without_documents_is_an_error(tmp_path, capsys, train, val, split):
     assert make(tmp_path, train, val) == 1
     message = capsys.readouterr().err
-    assert {"val": "no documents for val", "train": "there is no text to train a tokenizer on"}[split] in message
+    assert {"val": "no documents for val", "train": "there is no text to train a tokenizer on"}[
+        split
+    ] in message
     assert not (tmp_path / "plain" / "sp300").exists()

@@ -1,4 +1,6 @@
-"""Documents to shards: tokens, byte side-cars, files, the split, what is refused, and the demo corpus."""
+"""Documents to shards: tokens, byte side-cars, files, the split, what is refused, and the demo
+corpus.
+"""
 
 import gzip
 import hashlib
@@ -28,15 +30,19 @@ from prepare_caseops_data import (
     write_shard,
 )
 
-VECTORS = json.loads((Path(__file__).parent / "data" / "caseops_vectors.json").read_text(encoding="utf-8"))
+VECTORS = json.loads(
+    (Path(__file__).parent / "data" / "caseops_vectors.json").read_text(encoding="utf-8")
+)
 PUBLISHED_NAME = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "tokenizers"
 PUBLISHED = Path(os.environ.get("PUBLISHED_TOKENIZER", SHARED / PUBLISHED_NAME))
 needs_published = pytest.mark.skipif(
     not PUBLISHED.is_file(),
-    reason=f"missing: the published tokenizer {PUBLISHED_NAME} (366,510 bytes), which is not in this repository; it "
-    f"was looked for at {PUBLISHED}. data/download.py fetches it with the published data; "
-    "PUBLISHED_TOKENIZER names a copy",
+    reason=(
+        f"missing: the published tokenizer {PUBLISHED_NAME} (366,510 bytes), which is not in this"
+        f" repository; it was looked for at {PUBLISHED}. data/download.py fetches it with the"
+        " published data; PUBLISHED_TOKENIZER names a copy"
+    ),
 )
 TEXTS = [
     "The NASA Launch was seen by 1,200 people.",
@@ -67,7 +73,14 @@ def write_docs(path, documents):
 
 def build(out, *arguments):
     """Runs the tool in this process; the folder's files by name."""
-    status = main([*map(str, arguments), "--out", str(out), *([] if "--workers" in arguments else ["--workers", "1"])])
+    status = main(
+        [
+            *map(str, arguments),
+            "--out",
+            str(out),
+            *([] if "--workers" in arguments else ["--workers", "1"]),
+        ]
+    )
     assert status == 0
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
@@ -81,15 +94,19 @@ def refused(capsys, *arguments):
 def stream(folder, name):
     """All shards of a stream, joined."""
     paths = sorted(folder.glob(f"fineweb_{name}_[0-9]*.bin"))
-    return np.concatenate([read_shard(path) for path in paths]), [len(read_shard(path)) for path in paths]
+    return np.concatenate([read_shard(path) for path in paths]), [
+        len(read_shard(path)) for path in paths
+    ]
 
 
-# ---- the format as published -----------------------------------------------------------------------------------------
+# ---- the format as published ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vector", VECTORS["vectors"], ids=lambda vector: vector["name"])
 def test_texts_of_the_published_vectors_give_the_ids_and_bytes_of_the_reference(sp, vector):
-    """With our tokenizer, so nothing from outside is needed; the published ids hold the reference itself, below."""
+    """With our tokenizer, so nothing from outside is needed; the published ids hold the
+    reference itself, below.
+    """
     expected_ids, expected_costs = caseops_reference.tokens_and_bytes(sp, vector["text"])
     ids, costs = encode_document_with_bytes(sp, vector["text"])
     assert ids.tolist() == expected_ids
@@ -103,7 +120,11 @@ def test_random_texts_give_the_ids_and_bytes_of_the_reference(sp):
     words = " ".join(texts).split(" ")
     alphabet = "".join(texts) + "  \n\u0301\u3000\u200b"
     for number in range(300):
-        text = " ".join(rng.choices(words, k=8)) if number % 2 else "".join(rng.choices(alphabet, k=40))
+        text = (
+            " ".join(rng.choices(words, k=8))
+            if number % 2
+            else "".join(rng.choices(alphabet, k=40))
+        )
         expected_ids, expected_costs = caseops_reference.tokens_and_bytes(sp, text)
         ids, costs = encode_document_with_bytes(sp, text)
         assert (ids.tolist(), costs.tolist()) == (expected_ids, expected_costs), ascii(text)
@@ -124,7 +145,9 @@ def test_shards_are_those_of_the_reference_byte_for_byte(sp, tmp_path, shard_tok
             content = caseops_reference.shard(values[start : start + shard_tokens])
             expected[f"fineweb_{name}_{number:06d}.bin"] = content
     path = write_docs(tmp_path / "docs.jsonl", docs)
-    files = build(tmp_path / "out", "--docs", path, "--val-docs", val_docs, "--shard-tokens", shard_tokens)
+    files = build(
+        tmp_path / "out", "--docs", path, "--val-docs", val_docs, "--shard-tokens", shard_tokens
+    )
     del files["manifest.json"]
     assert files == expected
 
@@ -146,7 +169,15 @@ def test_published_shards_are_reproduced_byte_for_byte(tmp_path):
     assert hashlib.sha256(PUBLISHED.read_bytes()).hexdigest() == VECTORS["tokenizer_sha256"]
     expected = VECTORS["shards"]
     docs = write_docs(tmp_path / "docs.jsonl", expected["docs"])
-    files = build(tmp_path / "out", "--docs", docs, "--val-docs", expected["num_val_docs"], "--tokenizer", PUBLISHED)
+    files = build(
+        tmp_path / "out",
+        "--docs",
+        docs,
+        "--val-docs",
+        expected["num_val_docs"],
+        "--tokenizer",
+        PUBLISHED,
+    )
     assert set(files) == {*expected["files"], "manifest.json"}
     for name, facts in expected["files"].items():
         assert len(files[name]) == facts["size"]
@@ -155,22 +186,32 @@ def test_published_shards_are_reproduced_byte_for_byte(tmp_path):
         assert read_shard(tmp_path / "out" / name).tolist() == facts["values"]
 
 
-# ---- tokenizers ------------------------------------------------------------------------------------------------------
+# ---- tokenizers ----------------------------------------------------------------------------------
 
 
 def test_our_tokenizer_has_the_caseops_layout(sp):
     assert sp.get_piece_size() == 8192
     assert [sp.id_to_piece(index) for index in range(4)] == ["<pad>", "<s>", "</s>", "<unk>"]
-    assert [sp.is_control(index) for index in range(5)] == [True, True, True, False, False] and sp.is_unknown(3)
+    assert [sp.is_control(index) for index in range(5)] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ] and sp.is_unknown(3)
     assert "".join(sp.id_to_piece(index) for index in range(4, 8)) == CONTROLS
-    assert [sp.id_to_piece(index) for index in range(8, 264)] == [f"<0x{byte:02X}>" for byte in range(256)]
+    assert [sp.id_to_piece(index) for index in range(8, 264)] == [
+        f"<0x{byte:02X}>" for byte in range(256)
+    ]
     assert all(sp.is_byte(index) == (8 <= index < 264) for index in range(8192))
     assert sp.get_score(264) == 0 and sp.get_score(265) == -1
 
 
 def test_our_pieces_hold_no_capitals_markers_or_runs_of_digits(sp):
     pieces = [sp.id_to_piece(index) for index in range(264, 8192)]
-    assert not [piece for piece in pieces if re.search(f"[A-Z{CONTROLS}]|[0-9].|.[0-9]|.\u2581", piece)]
+    assert not [
+        piece for piece in pieces if re.search(f"[A-Z{CONTROLS}]|[0-9].|.[0-9]|.\u2581", piece)
+    ]
     assert "\u2581" in pieces and len(set(pieces)) == len(pieces)
 
 
@@ -189,11 +230,22 @@ def test_readme_states_the_hash_of_our_tokenizer():
 def train_tiny(path, **changes):
     model = io.BytesIO()
     settings = dict(
-        model_type="bpe", vocab_size=290, byte_fallback=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
-        add_dummy_prefix=False, hard_vocab_limit=False, user_defined_symbols=list(CONTROLS),
-    )  # fmt: skip
+        model_type="bpe",
+        vocab_size=290,
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+        add_dummy_prefix=False,
+        hard_vocab_limit=False,
+        user_defined_symbols=list(CONTROLS),
+    )
     sentences = iter(["the cat sat on the mat and the dog ran"] * 20)
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=model, **(settings | changes))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_writer=model, **(settings | changes)
+    )
     path.write_bytes(model.getvalue())
     return path
 
@@ -210,7 +262,10 @@ def test_another_caseops_tokenizer_is_taken(tmp_path):
         ({"user_defined_symbols": list(reversed(CONTROLS))}, "id 4 is '\\ue004', not '\\ue001'"),
         ({"byte_fallback": False, "vocab_size": 30}, "CaseOps takes 265 to 65,536"),
         ({"pad_id": -1, "unk_id": 0}, "id 0 is '<unk>', not '<pad>'"),
-        ({"user_defined_symbols": [], "control_symbols": list(CONTROLS)}, "not user-defined symbols"),
+        (
+            {"user_defined_symbols": [], "control_symbols": list(CONTROLS)},
+            "not user-defined symbols",
+        ),
     ],
 )
 def test_a_tokenizer_of_another_layout_is_refused(tmp_path, changes, message):
@@ -224,12 +279,22 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, capsys):
     text_file = tmp_path / "text.model"
     text_file.write_text("no model")
     for tokenizer in (text_file, tmp_path / "missing.model"):
-        message = refused(capsys, "--docs", docs, "--out", tmp_path / "out", "--val-docs", 3, "--tokenizer", tokenizer)
+        message = refused(
+            capsys,
+            "--docs",
+            docs,
+            "--out",
+            tmp_path / "out",
+            "--val-docs",
+            3,
+            "--tokenizer",
+            tokenizer,
+        )
         assert message.startswith("error: ") and tokenizer.name in message
     assert not (tmp_path / "out").exists()
 
 
-# ---- the byte side-car -----------------------------------------------------------------------------------------------
+# ---- the byte side-car ---------------------------------------------------------------------------
 
 
 def test_side_car_sums_to_the_bytes_of_the_text_minus_the_trim(sp):
@@ -268,7 +333,7 @@ def test_more_bytes_than_a_side_car_value_holds_are_refused_with_the_document(sp
     assert "val document 2 (" in message and "65,536 bytes" in message and "line 4" in message
 
 
-# ---- shards ----------------------------------------------------------------------------------------------------------
+# ---- shards --------------------------------------------------------------------------------------
 
 
 def test_shard_header_and_round_trip(tmp_path):
@@ -325,11 +390,17 @@ def test_no_empty_file_is_written_when_the_tokens_fill_the_shards_exactly(sp, tm
     docs = write_docs(tmp_path / "docs.jsonl", ["same words", "same number", "same size"])
     size = len(encode_document(sp, "same words"))
     files = build(tmp_path / "out", "--docs", docs, "--val-docs", 1, "--shard-tokens", size)
-    assert [name for name in files if "train" in name] == ["fineweb_train_000000.bin", "fineweb_train_000001.bin"]
-    assert [name for name in files if "val" in name] == ["fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"]
+    assert [name for name in files if "train" in name] == [
+        "fineweb_train_000000.bin",
+        "fineweb_train_000001.bin",
+    ]
+    assert [name for name in files if "val" in name] == [
+        "fineweb_val_000000.bin",
+        "fineweb_val_bytes_000000.bin",
+    ]
 
 
-# ---- the split and the manifest --------------------------------------------------------------------------------------
+# ---- the split and the manifest ------------------------------------------------------------------
 
 
 def test_the_split_is_exact_over_several_files(sp, tmp_path, capsys):
@@ -339,8 +410,13 @@ def test_the_split_is_exact_over_several_files(sp, tmp_path, capsys):
     assert "the first 8 documents are validation" in capsys.readouterr().out
     val, _ = stream(tmp_path / "out", "val")
     train, _ = stream(tmp_path / "out", "train")
-    assert val.tolist() == np.concatenate([encode_document(sp, text) for text in TEXTS[:8]]).tolist()
-    assert train.tolist() == np.concatenate([encode_document(sp, text) for text in TEXTS[8:18]]).tolist()
+    assert (
+        val.tolist() == np.concatenate([encode_document(sp, text) for text in TEXTS[:8]]).tolist()
+    )
+    assert (
+        train.tolist()
+        == np.concatenate([encode_document(sp, text) for text in TEXTS[8:18]]).tolist()
+    )
 
 
 def test_packed_and_plain_documents_give_the_same_shards(tmp_path):
@@ -353,10 +429,16 @@ def test_packed_and_plain_documents_give_the_same_shards(tmp_path):
 
 
 def test_validation_from_a_file_of_its_own(sp, tmp_path):
-    docs, val = write_docs(tmp_path / "docs.jsonl", TEXTS[6:]), write_docs(tmp_path / "val.jsonl.xz", TEXTS[:6])
+    docs, val = (
+        write_docs(tmp_path / "docs.jsonl", TEXTS[6:]),
+        write_docs(tmp_path / "val.jsonl.xz", TEXTS[:6]),
+    )
     files = build(tmp_path / "out", "--docs", docs, "--val-file", val)
     tokens, _ = stream(tmp_path / "out", "val")
-    assert tokens.tolist() == np.concatenate([encode_document(sp, text) for text in TEXTS[:6]]).tolist()
+    assert (
+        tokens.tolist()
+        == np.concatenate([encode_document(sp, text) for text in TEXTS[:6]]).tolist()
+    )
     manifest = json.loads(files["manifest.json"])
     assert manifest["splits"]["train"]["documents"] == len(TEXTS) - 6
     assert [(source["file"], source["role"]) for source in manifest["sources"]] == [
@@ -368,7 +450,9 @@ def test_validation_from_a_file_of_its_own(sp, tmp_path):
 def test_the_training_file_is_not_taken_as_validation_too(tmp_path, capsys):
     docs = write_docs(tmp_path / "docs.jsonl", TEXTS)
     copy = write_docs(tmp_path / "copy.jsonl", TEXTS)
-    assert "same file" in refused(capsys, "--docs", docs, "--val-file", copy, "--out", tmp_path / "out")
+    assert "same file" in refused(
+        capsys, "--docs", docs, "--val-file", copy, "--out", tmp_path / "out"
+    )
 
 
 def test_too_few_documents_for_the_validation_split_are_an_error(tmp_path, capsys):
@@ -389,9 +473,15 @@ def test_the_manifest_states_what_is_in_the_folder(tmp_path):
         assert counts["documents"] == len(texts)
         assert counts["bytes"] == sum(len(text.encode()) for text in texts)
         assert counts["tokens"] == len(stream(tmp_path / "out", split)[0])
-    assert manifest["splits"]["val"]["charged_bytes"] == stream(tmp_path / "out", "val_bytes")[0].sum()
+    assert (
+        manifest["splits"]["val"]["charged_bytes"] == stream(tmp_path / "out", "val_bytes")[0].sum()
+    )
     assert manifest["text_transform"] == "lossless_caps_caseops_v1"
-    assert (manifest["format"], manifest["version"], manifest["shard_tokens"]) == ("caseops_shards", 1, 50)
+    assert (manifest["format"], manifest["version"], manifest["shard_tokens"]) == (
+        "caseops_shards",
+        1,
+        50,
+    )
     assert manifest["tokenizer"] == {
         "file": "caseops_8192.model",
         "sha256": hashlib.sha256(DEFAULT_TOKENIZER.read_bytes()).hexdigest(),
@@ -405,15 +495,21 @@ def test_the_manifest_states_what_is_in_the_folder(tmp_path):
 def test_any_number_of_workers_gives_the_same_files(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH_BYTES", 300)
     docs = write_docs(tmp_path / "docs.jsonl", TEXTS * 3)
-    one = build(tmp_path / "one", "--docs", docs, "--val-docs", 20, "--shard-tokens", 100, "--workers", "1")
-    two = build(tmp_path / "two", "--docs", docs, "--val-docs", 20, "--shard-tokens", 100, "--workers", "2")
+    one = build(
+        tmp_path / "one", "--docs", docs, "--val-docs", 20, "--shard-tokens", 100, "--workers", "1"
+    )
+    two = build(
+        tmp_path / "two", "--docs", docs, "--val-docs", 20, "--shard-tokens", 100, "--workers", "2"
+    )
     assert one == two
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fineweb_train_000007.bin", "fineweb_val_000000.bin.tmp", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["fineweb_train_000007.bin", "fineweb_val_000000.bin.tmp", "manifest.json"]
+)
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path, capsys, name):
     docs = write_docs(tmp_path / "docs.jsonl", TEXTS)
     out = tmp_path / "out"
@@ -446,7 +542,10 @@ def test_a_bad_line_is_an_error_that_names_file_and_line(tmp_path, capsys, line,
 
 def test_an_error_in_a_worker_comes_back(tmp_path, capsys):
     docs = write_docs(tmp_path / "docs.jsonl", ["good", None])
-    assert main(["--docs", docs, "--val-docs", "1", "--out", str(tmp_path / "out"), "--workers", "2"]) == 1
+    assert (
+        main(["--docs", docs, "--val-docs", "1", "--out", str(tmp_path / "out"), "--workers", "2"])
+        == 1
+    )
     assert "docs.jsonl, line 3: the text is NoneType" in capsys.readouterr().err
 
 
@@ -466,10 +565,12 @@ def test_a_damaged_archive_is_refused_by_name(tmp_path, capsys, suffix):
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path, capsys):
-    assert "nowhere.jsonl" in refused(capsys, "--docs", tmp_path / "nowhere.jsonl", "--out", tmp_path / "out")
+    assert "nowhere.jsonl" in refused(
+        capsys, "--docs", tmp_path / "nowhere.jsonl", "--out", tmp_path / "out"
+    )
 
 
-# ---- the demo --------------------------------------------------------------------------------------------------------
+# ---- the demo ------------------------------------------------------------------------------------
 
 WORDS = "the shape of an array is kept while rows and columns are read from left to right".split()
 
@@ -487,9 +588,10 @@ def packages(tmp_path):
         package = root / f"package{number % 4}"
         package.mkdir(parents=True, exist_ok=True)
         source = (
-            f'"""{prose(seed)}"""\nraise RuntimeError("never run")\n'
-            f'class Thing:\n    """{prose(seed + 1)}"""\n    def act(self):\n        """{prose(seed + 2)}\n\n'
-            f'        >>> x[0], y[1:2], z = (1, 2, 3), [4, 5], {{}}  # == != <= >= no prose at all here\n        """\n'
+            f'"""{prose(seed)}"""\nraise RuntimeError("never run")\nclass Thing:\n   '
+            f' """{prose(seed + 1)}"""\n    def act(self):\n        """{prose(seed + 2)}\n\n       '
+            " >>> x[0], y[1:2], z = (1, 2, 3), [4, 5], {}  # == != <= >= no prose at all here\n "
+            '       """\n'
         )
         (package / f"module{number}.py").write_text(source)
     (root / "package0" / "broken.py").write_text('"""' + prose(999) * 2 + '"""\ndef (:\n')
@@ -497,7 +599,9 @@ def packages(tmp_path):
     (root / "package0" / "tests" / "test_x.py").write_text(f'"""{prose(998, 200)}"""\n')
     info = root / "thing-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n\n{prose(997, 200)}\n")
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n\n{prose(997, 200)}\n"
+    )
     return root
 
 

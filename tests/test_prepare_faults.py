@@ -1,4 +1,6 @@
-"""Data preparation where something is missing, empty, wrong on the command line, or ended from outside."""
+"""Data preparation where something is missing, empty, wrong on the command line, or ended from
+outside.
+"""
 
 import os
 import resource
@@ -23,13 +25,15 @@ ROOT = Path(__file__).resolve().parents[1]
 EMPTY = ["", "  ", "\n\n"]
 
 
-# ---- nothing there ---------------------------------------------------------------------------------------------------
+# ---- nothing there -------------------------------------------------------------------------------
 
 
 def retokenized(folder, out, *arguments):
     """Exit status of the command."""
     tokenizers = ["--old-tokenizer", str(DEFAULT_TOKENIZER), "--tokenizer", str(DEFAULT_TOKENIZER)]
-    return main(["retokenize", str(folder), *tokenizers, "--out", str(out), "--workers", "1", *arguments])
+    return main(
+        ["retokenize", str(folder), *tokenizers, "--out", str(out), "--workers", "1", *arguments]
+    )
 
 
 def test_retokenizing_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
@@ -64,10 +68,18 @@ def test_verifying_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("texts", "arguments", "message"),
     [
-        (TEXTS[:6], ["--val-docs", 6], "there are no training documents behind those of validation"),
+        (
+            TEXTS[:6],
+            ["--val-docs", 6],
+            "there are no training documents behind those of validation",
+        ),
         ([*TEXTS[:6], *EMPTY], ["--val-docs", 6], "all 3 training documents are empty"),
         ([*EMPTY, *TEXTS], ["--val-docs", 3], "all 3 validation documents are empty"),
-        ([TEXTS[0], TEXTS[0], TEXTS[0]], ["--val-docs", 1], "all 2 training documents are validation documents"),
+        (
+            [TEXTS[0], TEXTS[0], TEXTS[0]],
+            ["--val-docs", 1],
+            "all 2 training documents are validation documents",
+        ),
         ([], ["--val-docs", 0], "there are no training documents"),
     ],
 )
@@ -98,14 +110,17 @@ def test_verify_finds_splits_that_hold_empty_documents_only(tmp_path, capsys):
             write_shard(tmp_path / f"fineweb_{split}_bytes_000000.bin", np.zeros(50, np.int64))
     status, output = verified(capsys, tmp_path)
     assert status == 1
-    assert "validation holds empty documents only" in output and "training holds empty documents only" in output
+    assert (
+        "validation holds empty documents only" in output
+        and "training holds empty documents only" in output
+    )
     for name in ("val", "val_bytes"):
         write_shard(tmp_path / f"fineweb_{name}_000000.bin", np.zeros(0, np.int64))
     status, output = verified(capsys, tmp_path)
     assert status == 1 and "validation holds no documents" in output
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -126,11 +141,22 @@ def test_verify_finds_splits_that_hold_empty_documents_only(tmp_path, capsys):
         for value in values
     ],
 )
-def test_an_argument_that_makes_no_sense_is_refused_by_its_name(tmp_path, capsys, command, option, value):
+def test_an_argument_that_makes_no_sense_is_refused_by_its_name(
+    tmp_path, capsys, command, option, value
+):
     common = {
         "prepare": ["--docs", "nowhere.jsonl", "--out", str(tmp_path / "out")],
         "verify": ["verify", str(tmp_path)],
-        "retokenize": ["retokenize", str(tmp_path), "--old-tokenizer", "a", "--tokenizer", "b", "--out", "c"],
+        "retokenize": [
+            "retokenize",
+            str(tmp_path),
+            "--old-tokenizer",
+            "a",
+            "--tokenizer",
+            "b",
+            "--out",
+            "c",
+        ],
     }[command]
     with pytest.raises(SystemExit) as ended:
         main([*common, f"{option}={value}"])
@@ -139,11 +165,20 @@ def test_an_argument_that_makes_no_sense_is_refused_by_its_name(tmp_path, capsys
     assert f"argument {option}: {value} is not a whole number" in message
 
 
-# ---- ended from outside ----------------------------------------------------------------------------------------------
+# ---- ended from outside --------------------------------------------------------------------------
 
 
 def start(docs, out, workers="2", **options):
-    command = [sys.executable, "prepare_caseops_data.py", "--docs", docs, "--out", str(out), "--val-docs", "40"]
+    command = [
+        sys.executable,
+        "prepare_caseops_data.py",
+        "--docs",
+        docs,
+        "--out",
+        str(out),
+        "--val-docs",
+        "40",
+    ]
     command += ["--shard-tokens", "20000", "--workers", workers]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes, **options)
@@ -162,8 +197,12 @@ def long_docs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("moment", ["split: ", "fineweb_train_000001.bin: "])
-def test_control_c_ends_in_one_line_and_the_command_goes_on_when_repeated(long_docs, tmp_path, moment):
-    """At the first moment the workers start, at the second they work; on a terminal all of them get the signal."""
+def test_control_c_ends_in_one_line_and_the_command_goes_on_when_repeated(
+    long_docs, tmp_path, moment
+):
+    """At the first moment the workers start, at the second they work; on a terminal all of them
+    get the signal.
+    """
     docs, expected = long_docs
     run = start(docs, tmp_path / "out")
     for line in run.stdout:
@@ -193,7 +232,9 @@ def is_worker(pid):
     return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-def test_a_killed_worker_ends_in_one_line_and_the_command_goes_on_when_repeated(long_docs, tmp_path):
+def test_a_killed_worker_ends_in_one_line_and_the_command_goes_on_when_repeated(
+    long_docs, tmp_path
+):
     docs, expected = long_docs
     run = start(docs, tmp_path / "out")
     for line in run.stdout:
@@ -225,9 +266,13 @@ def test_no_worker_outlives_a_run_that_is_killed(long_docs, tmp_path, end):
 
 
 def test_a_full_disk_is_named_and_the_command_goes_on_when_repeated(long_docs, tmp_path):
-    """No file may grow over a size: it takes the shards, and the state of the run only until training is in it."""
+    """No file may grow over a size: it takes the shards, and the state of the run only until
+    training is in it.
+    """
     docs, expected = long_docs
-    limit = max(len(content) for name, content in expected.items() if name != "manifest.json") - 1000
+    limit = (
+        max(len(content) for name, content in expected.items() if name != "manifest.json") - 1000
+    )
 
     def no_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -243,7 +288,9 @@ def test_a_full_disk_is_named_and_the_command_goes_on_when_repeated(long_docs, t
     assert dataset_of(tmp_path / "out") == expected
 
 
-def test_a_run_does_not_go_on_over_files_that_are_gone_or_a_damaged_state(long_docs, tmp_path, capsys):
+def test_a_run_does_not_go_on_over_files_that_are_gone_or_a_damaged_state(
+    long_docs, tmp_path, capsys
+):
     docs, _ = long_docs
     out = tmp_path / "out"
     run = start(docs, out)
@@ -253,7 +300,8 @@ def test_a_run_does_not_go_on_over_files_that_are_gone_or_a_damaged_state(long_d
     os.killpg(run.pid, signal.SIGKILL)
     run.communicate()
     command = ["--docs", docs, "--val-docs", 40, "--shard-tokens", 20_000, "--out", out]
-    first = out / "fineweb_val_000000.bin"  # in the state that was saved before training documents were read
+    # in the state that was saved before training documents were read
+    first = out / "fineweb_val_000000.bin"
     first.unlink()
     assert f"{first}: missing or changed" in refused(capsys, *command)
     write_shard(first, np.array([1, 300]))
@@ -286,7 +334,9 @@ def test_too_little_memory_is_one_line(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(prepare, "build_dataset", no_memory)
     docs = write_docs(tmp_path / "docs.jsonl", TEXTS)
-    assert "out of memory" in refused(capsys, "--docs", docs, "--val-docs", 3, "--out", tmp_path / "out")
+    assert "out of memory" in refused(
+        capsys, "--docs", docs, "--val-docs", 3, "--out", tmp_path / "out"
+    )
 
 
 def test_control_c_is_one_line_in_every_command(tmp_path, capsys, monkeypatch):

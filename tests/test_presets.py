@@ -1,4 +1,6 @@
-"""Every published system as a preset: its settings are taken, win over defaults and lose against the environment."""
+"""Every published system as a preset: its settings are taken, win over defaults and lose against
+the environment.
+"""
 
 import math
 import re
@@ -19,9 +21,24 @@ pytest.importorskip("python_minifier")
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
-PUBLISHED = ["pr1493", "pr1512", "pr1787", "pr1851", "pr1855", "pr1938", "pr1948", "pr1987", "pr2135", "pr960"]
+PUBLISHED = [
+    "pr1493",
+    "pr1512",
+    "pr1787",
+    "pr1851",
+    "pr1855",
+    "pr1938",
+    "pr1948",
+    "pr1987",
+    "pr2135",
+    "pr960",
+]
+
+
 class Pieces:
-    """A tokenizer of as many pieces as the tiny data have tokens: two bytes each, every third begins with a space."""
+    """A tokenizer of as many pieces as the tiny data have tokens: two bytes each, every third
+    begins with a space.
+    """
 
     vocab_size = staticmethod(lambda: 97)
     piece_to_id = staticmethod(lambda piece: 9)
@@ -33,16 +50,43 @@ class Pieces:
 
 
 def tiny(name, data, runs):
-    """The environment that makes a preset run in seconds: sizes alone, what makes the system stays the preset's."""
-    preset, sizes = read_preset(name), {key.upper(): str(value) for key, value in TINY.items() if key != "compressor"}
-    sizes |= {"NUM_LAYERS": "3", "LOOP_START": "1", "LOOP_END": "1", "ITERATIONS": "3", "BIGRAM_VOCAB_SIZE": "31",
-              "ATTN_WINDOW": "8", "ATTN_WINDOW_FULL_LAYERS": "1", "SWA_EVERY": "1", "VALUE_EMBED_LAYERS": "1,2",
-              "NUM_LOOPS": str(min(1, int(preset["NUM_LOOPS"]))), "EVAL_STRIDE": "24",
-              "NUM_KV_HEADS": str(int(preset["NUM_KV_HEADS"]) // 2),
-              "PARALLEL_START_LAYER": "3" if preset["PARALLEL_START_LAYER"] == "11" else "2"}  # fmt: skip
-    features = "BIGRAM_VOCAB_SIZE", "ATTN_WINDOW", "ATTN_WINDOW_FULL_LAYERS", "SWA_EVERY", "VALUE_EMBED_LAYERS"
+    """The environment that makes a preset run in seconds: sizes alone, what makes the system
+    stays the preset's.
+    """
+    preset, sizes = (
+        read_preset(name),
+        {key.upper(): str(value) for key, value in TINY.items() if key != "compressor"},
+    )
+    sizes |= {
+        "NUM_LAYERS": "3",
+        "LOOP_START": "1",
+        "LOOP_END": "1",
+        "ITERATIONS": "3",
+        "BIGRAM_VOCAB_SIZE": "31",
+        "ATTN_WINDOW": "8",
+        "ATTN_WINDOW_FULL_LAYERS": "1",
+        "SWA_EVERY": "1",
+        "VALUE_EMBED_LAYERS": "1,2",
+        "NUM_LOOPS": str(min(1, int(preset["NUM_LOOPS"]))),
+        "EVAL_STRIDE": "24",
+        "NUM_KV_HEADS": str(int(preset["NUM_KV_HEADS"]) // 2),
+        "PARALLEL_START_LAYER": "3" if preset["PARALLEL_START_LAYER"] == "11" else "2",
+    }
+    features = (
+        "BIGRAM_VOCAB_SIZE",
+        "ATTN_WINDOW",
+        "ATTN_WINDOW_FULL_LAYERS",
+        "SWA_EVERY",
+        "VALUE_EMBED_LAYERS",
+    )
     environ = {key: value for key, value in sizes.items() if key in preset or key not in features}
-    environ |= {"PRESET": name, "KERNELS": "0", "PLOTS": "0", "GPTQ_RESERVE_SECONDS": "0", "XSA_LAST_N": "2"}
+    environ |= {
+        "PRESET": name,
+        "KERNELS": "0",
+        "PLOTS": "0",
+        "GPTQ_RESERVE_SECONDS": "0",
+        "XSA_LAST_N": "2",
+    }
     if preset["COMPRESSOR"] == "pergroup" and not shutil.which("lrzip"):
         environ["COMPRESSOR"] = "brotli"
     return environ | {"DATA_PATH": str(data), "RUNS_DIR": str(runs), "RUN_ID": name}
@@ -57,7 +101,8 @@ def plain_data(tiny_data, tmp_path_factory):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_preset_runs_every_stage(tiny_data, plain_data, tmp_path, name, monkeypatch):
-    monkeypatch.setattr(train_gpt, "write_code", lambda *_: 1000)  # seconds of packing, tested elsewhere
+    # seconds of packing, tested elsewhere
+    monkeypatch.setattr(train_gpt, "write_code", lambda *_: 1000)
     monkeypatch.setattr(train_gpt, "find_tokenizer", lambda hp: "none")
     monkeypatch.setattr(train_gpt, "load_tokenizer", lambda hp: Pieces)
     preset = read_preset(name)
@@ -65,11 +110,17 @@ def test_every_preset_runs_every_stage(tiny_data, plain_data, tmp_path, name, mo
     watching = guard.RunGuard()
     watching.dist = dist = train_gpt.Dist("cpu")
     result = train_gpt.run(train_gpt.Hyperparameters.from_env(environ, watching), dist, watching)
-    stages = ["prequant", "quantized", *["sliding"] * (preset.get("SLIDING_WINDOW_ENABLED") == "1"),
-              *["ttt"] * (preset["TTT_ENABLED"] == "1")]  # fmt: skip
+    stages = [
+        "prequant",
+        "quantized",
+        *["sliding"] * (preset.get("SLIDING_WINDOW_ENABLED") == "1"),
+        *["ttt"] * (preset["TTT_ENABLED"] == "1"),
+    ]
     assert list(result["scores"]) == stages
     counts = {(score["tokens"], score["bytes"]) for score in result["scores"].values()}
-    assert len(counts) == 1 and all(math.isfinite(score["loss"]) for score in result["scores"].values())
+    assert len(counts) == 1 and all(
+        math.isfinite(score["loss"]) for score in result["scores"].values()
+    )
     log = (tmp_path / name / "log.txt").read_text()
     table = dict(re.findall(r"^[* ] ([A-Z][A-Z0-9_]*)=(\S*)  # ", log, re.MULTILINE))
     kept = {key: value for key, value in preset.items() if key not in environ}
@@ -86,7 +137,9 @@ def same(a, b):
 
 def test_the_presets_are_those_of_the_documentation():
     text = (ROOT / "docs" / "PRESETS.md").read_text(encoding="utf-8")
-    assert sorted(path.stem for path in (ROOT / "presets").glob("*.env")) == sorted([*PUBLISHED, "demo"])
+    assert sorted(path.stem for path in (ROOT / "presets").glob("*.env")) == sorted(
+        [*PUBLISHED, "demo"]
+    )
     assert all(f"`{name}`" in text for name in PUBLISHED)
 
 
@@ -103,7 +156,9 @@ def test_settings_of_a_preset_are_settings_and_the_environment_wins(name):
 
 
 def test_an_unknown_preset_is_refused_with_the_names_there_are():
-    with pytest.raises(train_gpt.SettingError, match="PRESET=pr1: there is no .*; there are: demo, pr1493"):
+    with pytest.raises(
+        train_gpt.SettingError, match="PRESET=pr1: there is no .*; there are: demo, pr1493"
+    ):
         train_gpt.Hyperparameters.from_env({"PRESET": "pr1"}, guard.RunGuard())
 
 

@@ -1,4 +1,6 @@
-"""Held-out training rows and the check of the quantized model's loss on them: nothing sees the rows, a run notices."""
+"""Held-out training rows and the check of the quantized model's loss on them: nothing sees the
+rows, a run notices.
+"""
 
 import dataclasses
 import json
@@ -31,9 +33,13 @@ class StageLog(Lines):
 
 
 def numbered_documents(folder, lengths, shard_sizes=None):
-    """Training shards in which every token but BOS is another id, so that a token tells its place in the stream."""
+    """Training shards in which every token but BOS is another id, so that a token tells its
+    place in the stream.
+    """
     ids = iter(range(100, 65_000))
-    tokens = np.array([token for length in lengths for token in [BOS_ID, *(next(ids) for _ in range(length))]])
+    tokens = np.array(
+        [token for length in lengths for token in [BOS_ID, *(next(ids) for _ in range(length))]]
+    )
     borders = np.cumsum([0, *(shard_sizes or [len(tokens)])])
     for number, (first, last) in enumerate(zip(borders, borders[1:], strict=False)):
         write_shard(folder / f"fineweb_train_{number:06d}.bin", tokens[first:last])
@@ -43,9 +49,13 @@ def numbered_documents(folder, lengths, shard_sizes=None):
 # --- rows that are held out
 
 
-ORDERS = {"default": {}, "shuffled_spans": {"data_seed": 5}, "as_stored": {"balance_rows": False},
-          "shuffled_documents": {"doc_shuffle_enabled": True, "data_seed": 3},
-          "larger_steps": {"train_batch_tokens": 512}}
+ORDERS = {
+    "default": {},
+    "shuffled_spans": {"data_seed": 5},
+    "as_stored": {"balance_rows": False},
+    "shuffled_documents": {"doc_shuffle_enabled": True, "data_seed": 3},
+    "larger_steps": {"train_batch_tokens": 512},
+}
 
 
 @pytest.mark.parametrize("changes", ORDERS.values(), ids=ORDERS)
@@ -54,7 +64,9 @@ def test_neither_training_nor_the_hessians_see_the_rows_that_are_held_out(change
     numbered_documents(tmp_path, lengths, shard_sizes=[3000, 2500, int(lengths.sum()) + 150 - 5500])
     loader = loader_of(tmp_path, vocab_size=65_536, quant_check_rows=3, **changes)
     assert loader.held_out_rows == 3
-    held_out = {int(t) for i in range(3) for t in loader.held_out_row(i).inputs.flatten()} - {BOS_ID}
+    held_out = {int(t) for i in range(3) for t in loader.held_out_row(i).inputs.flatten()} - {
+        BOS_ID
+    }
     assert len(held_out) > 3 * 128 - 30
     steps = 3 * loader.stream.size // loader.hp.train_batch_tokens  # three epochs
     rows = [row for step in range(steps) for row in loader.step(step)]
@@ -104,7 +116,13 @@ def test_held_out_documents_see_only_themselves(tmp_path):
 
 def trained_model(folder, **changes):
     """A trainer of a small model that has learnt something, so that bad weights cost it a lot."""
-    quick = {"train_seq_len": 128, "iterations": 150, "matrix_lr": 0.05, "warmdown_frac": 0.5, "ema_decay": 0.8}
+    quick = {
+        "train_seq_len": 128,
+        "iterations": 150,
+        "matrix_lr": 0.05,
+        "warmdown_frac": 0.5,
+        "ema_decay": 0.8,
+    }
     trainer = trainer_of(folder, train_log_every=50, **quick | changes)
     trainer.train(quiet)
     return trainer
@@ -133,7 +151,9 @@ def plain_loss(model, loader):
         row = loader.held_out_row(index)
         borders = row.cu_seqlens.unique().tolist()
         for start, end in zip(borders, borders[1:], strict=False):
-            hidden = model.forward_hidden(row.inputs[:, start:end], max_seqlen=end - start, looping=True)
+            hidden = model.forward_hidden(
+                row.inputs[:, start:end], max_seqlen=end - start, looping=True
+            )
             total += model.token_losses(hidden[0], row.targets[start:end]).sum().item()
     return total / (loader.held_out_rows * loader.hp.micro_batch_tokens)
 
@@ -164,7 +184,9 @@ def test_any_number_of_ranks_finds_the_same_loss(rows, learnt, tmp_path):
 
 
 def misleading_hessians(hessians):
-    """Hessians in which all columns seem to follow the first at a thousandth: GPTQ moves them to make up for it."""
+    """Hessians in which all columns seem to follow the first at a thousandth: GPTQ moves them
+    to make up for it.
+    """
     planted = {}
     for name, hessian in hessians.items():
         direction = torch.ones(len(hessian))
@@ -173,16 +195,33 @@ def misleading_hessians(hessians):
     return planted
 
 
-def build(learnt, model, dist, tmp_path, monkeypatch, plant=misleading_hessians, seconds=0.0, **changes):
-    """build_artifact of the trained model, its Hessians changed by `plant` -> figures, log lines, settings."""
-    hp = dataclasses.replace(learnt.trainer.hp, **{"lqer_enabled": False, "matrix_bits": 4, "embed_bits": 8,
-                                                   "mlp_clip_sigmas": 6.0, "attn_clip_sigmas": 6.0,
-                                                   "quant_gap_max": 0.08} | changes)  # fmt: skip
+def build(
+    learnt, model, dist, tmp_path, monkeypatch, plant=misleading_hessians, seconds=0.0, **changes
+):
+    """build_artifact of the trained model, its Hessians changed by `plant` -> figures, log
+    lines, settings.
+    """
+    hp = dataclasses.replace(
+        learnt.trainer.hp,
+        **{
+            "lqer_enabled": False,
+            "matrix_bits": 4,
+            "embed_bits": 8,
+            "mlp_clip_sigmas": 6.0,
+            "attn_clip_sigmas": 6.0,
+            "quant_gap_max": 0.08,
+        }
+        | changes,
+    )
     collect = train_gpt.collect_hessians
-    monkeypatch.setattr(train_gpt, "collect_hessians", lambda *arguments: plant(collect(*arguments)))
+    monkeypatch.setattr(
+        train_gpt, "collect_hessians", lambda *arguments: plant(collect(*arguments))
+    )
     log = StageLog()
     path = tmp_path / "artifact.bin"
-    figures = train_gpt.build_artifact(model, learnt.trainer.loader, hp, dist, log, path, 1000, seconds)
+    figures = train_gpt.build_artifact(
+        model, learnt.trainer.loader, hp, dist, log, path, 1000, seconds
+    )
     return figures, log, hp
 
 
@@ -191,13 +230,19 @@ def test_a_quantization_that_is_good_is_kept_and_told(learnt, model, dist, tmp_p
     check = figures["quant_check"]
     assert check["rows"] == 2 and abs(check["gap"]) < 0.02
     assert check["settings"] == "as set" and len(check["tried"]) == 1
-    assert any(line.startswith("quant_check fp32_loss:") and line.endswith("settings:as set") for line in log)
+    assert any(
+        line.startswith("quant_check fp32_loss:") and line.endswith("settings:as set")
+        for line in log
+    )
     for name, tensor in train_gpt.unbank(model).items():
-        assert torch.equal(tensor, learnt.weights[name]), name  # the model holds its fp32 weights again
+        # the model holds its fp32 weights again
+        assert torch.equal(tensor, learnt.weights[name]), name
 
 
 def test_the_gap_is_that_of_the_file_on_disk(learnt, model, dist, tmp_path, monkeypatch):
-    figures, _, hp = build(learnt, model, dist, tmp_path, monkeypatch, plant=dict, quant_gap_max=100.0)
+    figures, _, hp = build(
+        learnt, model, dist, tmp_path, monkeypatch, plant=dict, quant_gap_max=100.0
+    )
     before = train_gpt.held_out_loss(model, learnt.trainer.loader, hp, dist)
     train_gpt.rebuild_model(model, tmp_path / "artifact.bin", dist)
     after = train_gpt.held_out_loss(model, learnt.trainer.loader, hp, dist)
@@ -210,7 +255,10 @@ def test_a_planted_bad_hessian_is_noticed_and_repaired(learnt, model, dist, tmp_
     check = figures["quant_check"]
     gaps = [trial["gap"] for trial in check["tried"]]
     assert gaps[0] > hp.quant_gap_max and len(gaps) == 3
-    assert check["gap"] == min(gaps) < hp.quant_gap_max and check["settings"] == "GPTQ_DAMP=1 GPTQ_COLUMN_STEPS=0"
+    assert (
+        check["gap"] == min(gaps) < hp.quant_gap_max
+        and check["settings"] == "GPTQ_DAMP=1 GPTQ_COLUMN_STEPS=0"
+    )
     assert not violations_of(figures, hp)
     assert any("more than QUANT_GAP_MAX" in line for line in log)
     train_gpt.rebuild_model(model, tmp_path / "artifact.bin", dist)  # the best of them is on disk
@@ -237,21 +285,42 @@ def test_a_loss_that_is_not_finite_is_the_worst_gap(learnt, model, dist, tmp_pat
     def broken_at_first(weights, hessians, hp, dist):
         arrays = quantize(weights, hessians, hp, dist)
         calls.append(hp)
-        return arrays if len(calls) > 1 else {
-            name: np.full_like(array, np.nan) if name == "resid_mix:fp16" else array for name, array in arrays.items()}
+        return (
+            arrays
+            if len(calls) > 1
+            else {
+                name: np.full_like(array, np.nan) if name == "resid_mix:fp16" else array
+                for name, array in arrays.items()
+            }
+        )
 
     monkeypatch.setattr(train_gpt, "quantize_weights", broken_at_first)
     figures, _, hp = build(learnt, model, dist, tmp_path, monkeypatch, plant=dict, matrix_bits=6)
     check = figures["quant_check"]
-    assert check["tried"][0]["gap"] is None and math.isfinite(check["gap"]) and len(check["tried"]) == 2
+    assert (
+        check["tried"][0]["gap"] is None
+        and math.isfinite(check["gap"])
+        and len(check["tried"]) == 2
+    )
     assert not violations_of(figures, hp)
     json.dumps(check, allow_nan=False)
 
 
-def test_no_other_quantization_is_begun_without_seconds_left(learnt, model, dist, tmp_path, monkeypatch):
+def test_no_other_quantization_is_begun_without_seconds_left(
+    learnt, model, dist, tmp_path, monkeypatch
+):
     for seconds, tries in ((99.0, 3), (100.0, 1)):
-        figures, log, _ = build(learnt, model, dist, tmp_path, monkeypatch, seconds=seconds, quant_gap_max=1e-9,
-                                max_wallclock_seconds=100.0, gptq_reserve_seconds=1.0)  # fmt: skip
+        figures, log, _ = build(
+            learnt,
+            model,
+            dist,
+            tmp_path,
+            monkeypatch,
+            seconds=seconds,
+            quant_gap_max=1e-9,
+            max_wallclock_seconds=100.0,
+            gptq_reserve_seconds=1.0,
+        )
         if tries == 1:
             assert len(figures["quant_check"]["tried"]) == 1
             assert any("no seconds are left" in line for line in log)
@@ -265,18 +334,33 @@ def test_plainer_quantizations_are_never_longer(learnt, model, dist, tmp_path, m
     plainer = train_gpt.plainer_quantizations(learnt.trainer.hp)
     assert [(hp.gptq_column_steps, hp.gptq_damp) for hp in plainer] == [(False, 0.01), (False, 1.0)]
     for hp in plainer:
-        build(learnt, model, dist, tmp_path, monkeypatch, plant=dict, gptq_column_steps=False, gptq_damp=hp.gptq_damp)
+        build(
+            learnt,
+            model,
+            dist,
+            tmp_path,
+            monkeypatch,
+            plant=dict,
+            gptq_column_steps=False,
+            gptq_damp=hp.gptq_damp,
+        )
         assert (tmp_path / "artifact.bin").stat().st_size < 1.01 * first
 
 
-def test_target_bytes_keeps_the_quantization_that_was_chosen(learnt, model, dist, tmp_path, monkeypatch):
+def test_target_bytes_keeps_the_quantization_that_was_chosen(
+    learnt, model, dist, tmp_path, monkeypatch
+):
     figures, _, _ = build(learnt, model, dist, tmp_path, monkeypatch, target_bytes=14_000)
     assert abs((tmp_path / "artifact.bin").stat().st_size + 1000 - 14_000) < 100
     arrays = train_gpt.unpack_weights((tmp_path / "artifact.bin").read_bytes())
     check = figures["quant_check"]
     assert check["tried"][2]["settings"] == "GPTQ_DAMP=1 GPTQ_COLUMN_STEPS=0"
-    assert check["settings"] == check["tried"][3]["settings"] and "GPTQ_COLUMN_STEPS=0" in check["settings"]
-    assert "MLP_CLIP_SIGMAS=" in check["settings"]  # the gap is that of the file, whose clips are others
+    assert (
+        check["settings"] == check["tried"][3]["settings"]
+        and "GPTQ_COLUMN_STEPS=0" in check["settings"]
+    )
+    # the gap is that of the file, whose clips are others
+    assert "MLP_CLIP_SIGMAS=" in check["settings"]
     before = train_gpt.held_out_loss(model, learnt.trainer.loader, learnt.trainer.hp, dist)
     train_gpt.rebuild_model(model, tmp_path / "artifact.bin", dist)
     after = train_gpt.held_out_loss(model, learnt.trainer.loader, learnt.trainer.hp, dist)
@@ -288,5 +372,7 @@ def test_without_held_out_rows_there_is_no_check(learnt, model, dist, tmp_path, 
     hp = dataclasses.replace(learnt.trainer.hp, quant_check_rows=0)
     loader = TrainLoader(TokenStream(learnt.folder, "train"), hp, dist)
     log = StageLog()
-    figures = train_gpt.build_artifact(model, loader, hp, dist, log, tmp_path / "artifact.bin", 1000)
+    figures = train_gpt.build_artifact(
+        model, loader, hp, dist, log, tmp_path / "artifact.bin", 1000
+    )
     assert figures["quant_check"] is None and not violations_of(figures, hp)

@@ -1,4 +1,6 @@
-"""Quantisation: GPTQ, scales, LQER, the table of roles, sharing over ranks, and rebuilding the weights."""
+"""Quantisation: GPTQ, scales, LQER, the table of roles, sharing over ranks, and rebuilding the
+weights.
+"""
 
 import os
 import threading
@@ -13,9 +15,17 @@ from conftest import PATIENCE
 import train_gpt
 from tools import techniques
 
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden")) / "quantization.npz"
+GOLDEN = (
+    Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden"))
+    / "quantization.npz"
+)
 GPTQ_CASES = {"int6_k12.85": (6, 12.85), "int7_k14.0": (7, 14.0), "int4_k3.0": (4, 3.0)}
-LQER_KEYS = {"lqer_a": "A_codes", "lqer_a_scale": "A_scale", "lqer_b": "B_codes", "lqer_b_scale": "B_scale"}
+LQER_KEYS = {
+    "lqer_a": "A_codes",
+    "lqer_a_scale": "A_scale",
+    "lqer_b": "B_codes",
+    "lqer_b_scale": "B_scale",
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +55,11 @@ class FakeDist:
 
 def on_ranks(world_size, call):
     """call(dist) on every rank -> results or exceptions by rank."""
-    slots, barrier, results = [None] * world_size, threading.Barrier(world_size), [None] * world_size
+    slots, barrier, results = (
+        [None] * world_size,
+        threading.Barrier(world_size),
+        [None] * world_size,
+    )
 
     def work(rank):
         try:
@@ -65,9 +79,19 @@ def on_ranks(world_size, call):
 
 
 def settings(**changes):
-    defaults = dict(matrix_bits=6, embed_bits=7, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0, embed_clip_sigmas=14.0)
-    defaults |= dict(gptq_damp=0.01, gptq_block_size=32, lqer_enabled=True, lqer_top_k=3, lqer_rank=4)
-    defaults |= dict(lqer_asym_enabled=True, lqer_asym_group=64, lqer_factor_bits=4, gated_attn_quant_gate=True)
+    defaults = dict(
+        matrix_bits=6,
+        embed_bits=7,
+        mlp_clip_sigmas=11.5,
+        attn_clip_sigmas=13.0,
+        embed_clip_sigmas=14.0,
+    )
+    defaults |= dict(
+        gptq_damp=0.01, gptq_block_size=32, lqer_enabled=True, lqer_top_k=3, lqer_rank=4
+    )
+    defaults |= dict(
+        lqer_asym_enabled=True, lqer_asym_group=64, lqer_factor_bits=4, gated_attn_quant_gate=True
+    )
     defaults |= dict(lqer_weighted=False, gptq_column_steps=False, gptq_column_octaves=2.0)
     defaults |= {"hessian_clip_lambda": 0.0}
     return SimpleNamespace(**(defaults | changes))
@@ -76,26 +100,42 @@ def settings(**changes):
 def correlated_hessian(columns, tokens=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=generator) / columns**0.5
-    x = torch.randn(tokens or 4 * columns, columns, generator=generator) @ (mix + 0.1 * torch.eye(columns))
+    x = torch.randn(tokens or 4 * columns, columns, generator=generator) @ (
+        mix + 0.1 * torch.eye(columns)
+    )
     hessian = x.T @ x / len(x)
     return (hessian + hessian.T) / 2  # a product by parts need not be symmetric to the last bit
 
 
 def small_model(num_layers=3):
     """Weights of a tiny model with every kind of saved tensor, and Hessians for its matrices."""
-    shapes = {"attn.c_q": (32, 32), "attn.c_k": (16, 32), "attn.c_v": (16, 32), "attn.c_proj": (32, 32)}
+    shapes = {
+        "attn.c_q": (32, 32),
+        "attn.c_k": (16, 32),
+        "attn.c_v": (16, 32),
+        "attn.c_proj": (32, 32),
+    }
     shapes |= {"mlp.c_fc": (64, 32), "mlp.c_proj": (32, 64)}
     weights = {"tok_emb.weight": torch.randn(97, 32)}
     for layer in range(num_layers):
-        weights |= {f"blocks.{layer}.{name}.weight": 0.1 * torch.randn(shape) for name, shape in shapes.items()}
-    hessians = {name: correlated_hessian(w.shape[1], seed=i) for i, (name, w) in enumerate(weights.items())}
-    weights |= {"attn_gate": torch.randn(num_layers, 4, 12), "resid_mix": torch.randn(num_layers, 2, 32)}
+        weights |= {
+            f"blocks.{layer}.{name}.weight": 0.1 * torch.randn(shape)
+            for name, shape in shapes.items()
+        }
+    hessians = {
+        name: correlated_hessian(w.shape[1], seed=i) for i, (name, w) in enumerate(weights.items())
+    }
+    weights |= {
+        "attn_gate": torch.randn(num_layers, 4, 12),
+        "resid_mix": torch.randn(num_layers, 2, 32),
+    }
     return weights | {"smear_lambda": torch.tensor(0.25)}, hessians
 
 
 def same_arrays(a, b):
     return list(a) == list(b) and all(
-        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and a[k].tobytes() == b[k].tobytes() for k in a
+        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and a[k].tobytes() == b[k].tobytes()
+        for k in a
     )
 
 
@@ -110,11 +150,15 @@ def gptq(w, hessian, *arguments, names=None, **steps):
     """gptq_quantize of a batch, or of one matrix."""
     if w.ndim == 2:
         return (part[0] for part in gptq(w[None], hessian[None], *arguments, names=names, **steps))
-    return train_gpt.gptq_quantize(w, hessian, *arguments, names or [f"matrix {i}" for i in range(len(w))], **steps)
+    return train_gpt.gptq_quantize(
+        w, hessian, *arguments, names or [f"matrix {i}" for i in range(len(w))], **steps
+    )
 
 
 def unpack(fields):
-    return train_gpt.unpack_factors({key: np.asarray(value, np.float32) for key, value in fields.items()})
+    return train_gpt.unpack_factors(
+        {key: np.asarray(value, np.float32) for key, value in fields.items()}
+    )
 
 
 def weighted_error(w, codes, scale, hessian):
@@ -123,16 +167,20 @@ def weighted_error(w, codes, scale, hessian):
 
 
 def assert_equal_up_to_ties(codes, scale, want_codes, want_scale, w, hessian):
-    """Codes of one matrix: the same row for row, but that one row in sixteen may have met a tie, and as good in sum.
+    """Codes of one matrix: the same row for row, but that one row in sixteen may have met a tie,
+    and
+    as good in sum.
 
-    A number half-way between two codes goes to either by the last bit of a sum, which depends on the CPU and the shape
-    of a batch. GPTQ then spreads another error over the columns that follow, but never over other rows. So is a scale
-    half-way between two numbers of 16 bits.
+    A number half-way between two codes goes to either by the last bit of a sum, which depends on
+    the CPU and the shape of a batch. GPTQ then spreads another error over the columns that follow,
+    but never over other rows. So is a scale half-way between two numbers of 16 bits.
     """
     torch.testing.assert_close(scale, want_scale, atol=0, rtol=2**-10)
     others = (codes != want_codes).any(dim=1) | (scale != want_scale)
     assert others.sum() <= max(1, len(codes) // 16), f"{others.sum()} of {len(codes)} rows differ"
-    error, want = (weighted_error(w, c, s, hessian) for c, s in ((codes, scale), (want_codes, want_scale)))
+    error, want = (
+        weighted_error(w, c, s, hessian) for c, s in ((codes, scale), (want_codes, want_scale))
+    )
     assert not others.any() or error == pytest.approx(want, rel=0.05)
 
 
@@ -171,7 +219,9 @@ def test_lqer_packing_equals_golden(golden, form):
 
 def test_gate_rows_equal_golden(golden):
     fields = train_gpt.quantize_small("attn_gate", golden["gate/W"], settings())
-    assert torch.equal(fields["codes"], golden["gate/codes"]) and torch.equal(fields["scale"], golden["gate/scale"])
+    assert torch.equal(fields["codes"], golden["gate/codes"]) and torch.equal(
+        fields["scale"], golden["gate/scale"]
+    )
 
 
 # --- GPTQ
@@ -201,7 +251,9 @@ def test_reversed_cholesky_equals_inverse_then_cholesky(columns):
     upper = train_gpt.inverse_cholesky_upper(h)
     assert torch.equal(upper, upper.triu())
     torch.testing.assert_close(upper, expected, atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(upper.mT @ upper @ h, torch.eye(columns, dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        upper.mT @ upper @ h, torch.eye(columns, dtype=torch.float64), atol=1e-9, rtol=0
+    )
 
 
 def test_inverse_cholesky_marks_only_the_indefinite_matrix():
@@ -217,7 +269,8 @@ def test_dead_columns_get_code_zero_and_change_no_other_column():
     codes, scale = gptq(w, hessian, 6, 12.85, 0.01, 8)
     assert (codes[:, dead] == 0).all() and (codes[:, alive] != 0).any()
     want = (12.85 * w.std(dim=1) / 31).half()
-    torch.testing.assert_close(scale, want, atol=0, rtol=2**-10)  # of the original row, dead columns included
+    # of the original row, dead columns included
+    torch.testing.assert_close(scale, want, atol=0, rtol=2**-10)
     moved = w.clone()
     moved[:, dead] = moved[:, dead[::-1]]  # the rows keep their standard deviation up to rounding
     again = gptq(moved, hessian, 6, 12.85, 0.01, 8)
@@ -236,7 +289,9 @@ def test_zero_and_tiny_rows_have_finite_scales_and_no_nan():
     assert (scale > 0).all() and scale.isfinite().all()
     assert (codes[1:3] == 0).all() and (codes[0] != 0).any()
     gate_codes, gate_scale = train_gpt.quantize_rows(w, -127, 127, 127)
-    assert (gate_scale > 0).all() and (gate_codes[1] == 0).all() and gate_codes[0].abs().max() == 127
+    assert (
+        (gate_scale > 0).all() and (gate_codes[1] == 0).all() and gate_codes[0].abs().max() == 127
+    )
 
 
 def test_huge_rows_do_not_overflow_the_scale():
@@ -246,7 +301,8 @@ def test_huge_rows_do_not_overflow_the_scale():
 
 def test_damping_is_retried_on_an_indefinite_hessian_and_reported():
     w, hessian = torch.randn(2, 8, 16), torch.stack([correlated_hessian(16), torch.eye(16)])
-    hessian[1, 0, 1] = hessian[1, 1, 0] = 1.05  # smallest eigenvalue -0.05: damping 0.01 fails, 0.1 does
+    # smallest eigenvalue -0.05: damping 0.01 fails, 0.1 does
+    hessian[1, 0, 1] = hessian[1, 1, 0] = 1.05
     with pytest.warns(UserWarning, match="retry 1: bad$"):
         codes, scale = gptq(w, hessian, 6, 12.85, 0.01, 8, names=["good", "bad"])
     for i, damp in enumerate((0.01, 0.1)):
@@ -262,7 +318,10 @@ def test_hopeless_hessian_is_an_error_with_the_name_of_the_matrix(hessian):
 
 
 def test_batched_gptq_equals_one_by_one():
-    w, hessian = torch.randn(5, 24, 40), torch.stack([correlated_hessian(40, seed=i) for i in range(5)])
+    w, hessian = (
+        torch.randn(5, 24, 40),
+        torch.stack([correlated_hessian(40, seed=i) for i in range(5)]),
+    )
     codes, scale = gptq(w, hessian, 5, 6.0, 0.01, 16)
     for i in range(5):
         alone = gptq(w[i], hessian[i], 5, 6.0, 0.01, 16)
@@ -280,7 +339,10 @@ def test_gptq_leaves_its_inputs_alone():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_gptq_on_the_device_agrees_with_the_cpu():
-    w, hessian = torch.randn(3, 64, 128), torch.stack([correlated_hessian(128, seed=i) for i in range(3)])
+    w, hessian = (
+        torch.randn(3, 64, 128),
+        torch.stack([correlated_hessian(128, seed=i) for i in range(3)]),
+    )
     codes, scale = gptq(w, hessian, 6, 12.85, 0.01, 32)
     on_device, device_scale = gptq(w.cuda(), hessian.cuda(), 6, 12.85, 0.01, 32)
     assert (on_device.cpu() != codes).float().mean() < 5e-3
@@ -296,9 +358,13 @@ def test_column_steps_lower_the_weighted_error_at_equal_bits():
     plain_bits = codes.float().var(dim=0).add(1 / 12).log2().mean().item() / 2
     codes, rows, columns = gptq(w, hessian, 6, 11.5, 0.01, 32, column_octaves=2.0)
     error = w - codes * ((rows.float()[:, None] + columns) / 8).exp2()
-    bits = codes.float().var(dim=0).add(1 / 12).log2().mean().item() / 2  # of a Gaussian with each column's deviation
+    # of a Gaussian with each column's deviation
+    bits = codes.float().var(dim=0).add(1 / 12).log2().mean().item() / 2
     plain_error = weighted_error(w, *gptq(w, hessian, 6, 11.5, 0.01, 32), hessian)
-    assert abs(bits - plain_bits) < 0.02 and ((error @ hessian) * error).sum().item() < 0.9 * plain_error
+    assert (
+        abs(bits - plain_bits) < 0.02
+        and ((error @ hessian) * error).sum().item() < 0.9 * plain_error
+    )
 
 
 def test_a_shaped_code_costs_no_clipping_and_dead_columns_stay_finite():
@@ -306,14 +372,20 @@ def test_a_shaped_code_costs_no_clipping_and_dead_columns_stay_finite():
     hessian[3], hessian[:, 3] = 0, 0
     w[5] = 0
     codes, rows, columns = gptq(w, hessian, 6, 0.5, 0.01, 32, column_octaves=2.0)
-    assert codes.abs().max() > 31 and codes.dtype == torch.int16 and rows.dtype == columns.dtype == torch.int8
+    assert (
+        codes.abs().max() > 31
+        and codes.dtype == torch.int16
+        and rows.dtype == columns.dtype == torch.int8
+    )
     assert (codes[5] == 0).all() and (codes[:, 3] == 0).all()
 
 
 def uneven_inputs(columns, seed):
-    """Hessians of calibration and of validation inputs; conditional variances span 2^12, as in the last norm's output.
+    """Hessians of calibration and of validation inputs; conditional variances span 2^12, as in the
+    last norm's output.
 
-    Three columns carry most of the energy. A twentieth of the validation inputs uses all columns alike.
+    Three columns carry most of the energy. A twentieth of the validation inputs uses all columns
+    alike.
     """
     generator = torch.Generator().manual_seed(seed)
     variances = 2.0 ** (2 * torch.rand(columns, generator=generator))
@@ -327,11 +399,17 @@ def uneven_inputs(columns, seed):
 
 
 def validation_error_at_equal_bits(octaves, seed):
-    """Weighted error of an embedding of 8 bits on validation inputs, its bits a code taken off at 6 dB a bit."""
+    """Weighted error of an embedding of 8 bits on validation inputs, its bits a code taken off
+    at 6 dB a bit.
+    """
     w = torch.randn(512, 256, generator=torch.Generator().manual_seed(seed))
     calibration, validation = uneven_inputs(256, seed)
     codes, rows, *columns = gptq(w, calibration, 8, 15.0, 0.01, 64, column_octaves=octaves)
-    step = rows.float()[:, None] if octaves is None else ((rows.float()[:, None] + columns[0]) / 8).exp2()
+    step = (
+        rows.float()[:, None]
+        if octaves is None
+        else ((rows.float()[:, None] + columns[0]) / 8).exp2()
+    )
     error = w - codes * step
     bits = codes.float().var(dim=0).add(1 / 12).log2().mean().item() / 2
     return ((error @ validation) * error).sum().item() * 4**bits
@@ -339,7 +417,9 @@ def validation_error_at_equal_bits(octaves, seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_column_steps_hold_on_inputs_that_differ_from_the_calibration(seed, monkeypatch):
-    """int8 codes with steps in full proportion to the deviation, the rule before, lose to equal steps; ours win."""
+    """int8 codes with steps in full proportion to the deviation, the rule before, lose to equal
+    steps; ours win.
+    """
     plain = validation_error_at_equal_bits(None, seed)
     ours = validation_error_at_equal_bits(2.0, seed)
     monkeypatch.setattr(train_gpt, "WIDE_CODE", 127)
@@ -351,45 +431,75 @@ def test_column_steps_hold_on_inputs_that_differ_from_the_calibration(seed, monk
 def test_wide_codes_are_stored_in_two_parts_that_give_the_same_weights(octaves):
     weights = {"tok_emb.weight": torch.randn(8192, 64)}
     hessians = {"tok_emb.weight": uneven_inputs(64, seed=0)[0]}
-    hp = settings(gptq_column_steps=True, gptq_column_octaves=octaves, gptq_damp=1e-6, embed_bits=8,
-                  embed_clip_sigmas=15.0, lqer_enabled=False)
+    hp = settings(
+        gptq_column_steps=True,
+        gptq_column_octaves=octaves,
+        gptq_damp=1e-6,
+        embed_bits=8,
+        embed_clip_sigmas=15.0,
+        lqer_enabled=False,
+    )
     arrays = quantize_alone(weights, hessians, hp)
     fine = {key.rpartition(":")[2]: array for key, array in arrays.items()}
-    assert fine["codes"].dtype == fine["fine_codes"].dtype == np.int8 and set(fine["fine_columns"]) <= {0, 1, 2}
+    assert fine["codes"].dtype == fine["fine_codes"].dtype == np.int8 and set(
+        fine["fine_columns"]
+    ) <= {0, 1, 2}
     assert np.abs(fine["fine_codes"].astype(int)).max() <= 2 ** fine["fine_shift"].max() // 2
     assert fine["codes"][:, fine["fine_columns"]].std() < 4 * fine["codes"][:, 5].std()
     assert fine["fine_shift"].min() >= 1
-    rebuilt = train_gpt.dequantize_weights(train_gpt.unpack_weights(train_gpt.pack_weights(arrays, "entropy")))
+    rebuilt = train_gpt.dequantize_weights(
+        train_gpt.unpack_weights(train_gpt.pack_weights(arrays, "entropy"))
+    )
     _, errors = train_gpt.quantize_matrices(["tok_emb.weight"], weights, hessians, hp)
-    assert torch.allclose(weights["tok_emb.weight"] - errors["tok_emb.weight"], rebuilt["tok_emb.weight"], atol=1e-6)
+    assert torch.allclose(
+        weights["tok_emb.weight"] - errors["tok_emb.weight"], rebuilt["tok_emb.weight"], atol=1e-6
+    )
     assert errors["tok_emb.weight"][:, 0].std() < 0.1  # no code is cut off
 
 
 def test_rebuilding_refuses_fine_codes_that_do_not_fit():
-    arrays = {"codes": np.zeros((4, 3), np.int8), "scale": np.full(4, -127, np.int8),
-              "column_steps": np.full(3, -127, np.int8), "fine_codes": np.ones((4, 1), np.int8),
-              "fine_columns": np.array([2], np.int16), "fine_shift": np.array([7], np.int8)}
+    arrays = {
+        "codes": np.zeros((4, 3), np.int8),
+        "scale": np.full(4, -127, np.int8),
+        "column_steps": np.full(3, -127, np.int8),
+        "fine_codes": np.ones((4, 1), np.int8),
+        "fine_columns": np.array([2], np.int16),
+        "fine_shift": np.array([7], np.int8),
+    }
 
     def rebuild(**changes):
         named = {f"tok_emb.weight:{field}": array for field, array in (arrays | changes).items()}
         return train_gpt.dequantize_weights(named)["tok_emb.weight"]
 
-    assert rebuild()[:, 2].tolist() == [2.0**-32] * 4  # a step below the table's smallest is the smallest
-    for changes in ({"fine_columns": np.array([3], np.int16)}, {"fine_columns": np.array([-1], np.int16)},
-                    {"fine_codes": np.ones((5, 1), np.int8)}, {"fine_shift": np.array([7, 7], np.int8)},
-                    {"fine_columns": None}, {"fine_columns": np.array([[2]], np.int16)},
-                    {"fine_columns": np.array([2, 2], np.int16), "fine_shift": np.array([7, 7], np.int8),
-                     "fine_codes": np.ones((4, 2), np.int8)}):
+    # a step below the table's smallest is the smallest
+    assert rebuild()[:, 2].tolist() == [2.0**-32] * 4
+    for changes in (
+        {"fine_columns": np.array([3], np.int16)},
+        {"fine_columns": np.array([-1], np.int16)},
+        {"fine_codes": np.ones((5, 1), np.int8)},
+        {"fine_shift": np.array([7, 7], np.int8)},
+        {"fine_columns": None},
+        {"fine_columns": np.array([[2]], np.int16)},
+        {
+            "fine_columns": np.array([2, 2], np.int16),
+            "fine_shift": np.array([7, 7], np.int8),
+            "fine_codes": np.ones((4, 2), np.int8),
+        },
+    ):
         broken = {name: array for name, array in (arrays | changes).items() if array is not None}
         with pytest.raises(ValueError, match="tok_emb.weight: fine codes"):
-            train_gpt.dequantize_weights({f"tok_emb.weight:{field}": array for field, array in broken.items()})
+            train_gpt.dequantize_weights(
+                {f"tok_emb.weight:{field}": array for field, array in broken.items()}
+            )
 
 
 def test_shaped_weights_are_rebuilt_as_gptq_saw_them():
     weights, hessians = small_model()
     hp = settings(gptq_column_steps=True, lqer_top_k=1)
     arrays = quantize_alone(weights, hessians, hp)
-    rebuilt = train_gpt.dequantize_weights(train_gpt.unpack_weights(train_gpt.pack_weights(arrays, "entropy")))
+    rebuilt = train_gpt.dequantize_weights(
+        train_gpt.unpack_weights(train_gpt.pack_weights(arrays, "entropy"))
+    )
     packed, errors = train_gpt.quantize_matrices(list(hessians), weights, hessians, hp)
     for name, error in errors.items():
         assert arrays[f"{name}:scale"].dtype == arrays[f"{name}:column_steps"].dtype == np.int8
@@ -400,7 +510,11 @@ def test_shaped_weights_are_rebuilt_as_gptq_saw_them():
 def test_steps_are_the_same_on_every_machine():
     for number in range(-254, 255):  # a power that is an ulp off must not round to another float32
         power = 2.0 ** (number / 8)
-        assert np.float32(power * (1 - 1e-14)) == np.float32(power * (1 + 1e-14)) == train_gpt.STEPS[number]
+        assert (
+            np.float32(power * (1 - 1e-14))
+            == np.float32(power * (1 + 1e-14))
+            == train_gpt.STEPS[number]
+        )
 
 
 # --- LQER
@@ -415,14 +529,18 @@ def test_weighted_lqer_lowers_the_weighted_error_more():
 
     weighted = left(*train_gpt.lqer_factors(error, 4, root))
     best = torch.linalg.svdvals(error @ root)[4:].norm()
-    assert torch.isclose(weighted, best, rtol=1e-3) and weighted < 0.98 * left(*train_gpt.lqer_factors(error, 4))
+    assert torch.isclose(weighted, best, rtol=1e-3) and weighted < 0.98 * left(
+        *train_gpt.lqer_factors(error, 4)
+    )
 
 
 def test_weighted_lqer_takes_the_matrix_with_most_to_gain_per_byte():
     weights, hessians = small_model()
     hessians["blocks.1.mlp.c_proj.weight"] = 1e4 * hessians["blocks.1.mlp.c_proj.weight"]
     arrays = quantize_alone(weights, hessians, settings(lqer_top_k=1, lqer_weighted=True))
-    assert [name for name in arrays if name.endswith("lqer_a")] == ["blocks.1.mlp.c_proj.weight:lqer_a"]
+    assert [name for name in arrays if name.endswith("lqer_a")] == [
+        "blocks.1.mlp.c_proj.weight:lqer_a"
+    ]
 
 
 def test_lqer_lowers_the_error_in_both_packings():
@@ -440,8 +558,12 @@ def test_unpacked_factors_are_within_half_a_step():
     a, b = torch.randn(20, 4), torch.randn(4, 48)
     packed = train_gpt.pack_factors(a, b, settings(lqer_asym_enabled=False, lqer_factor_bits=6))
     a_back, b_back = unpack(packed)
-    assert ((torch.from_numpy(a_back) - a).abs() <= 0.505 * packed["lqer_a_scale"].float()[:, None]).all()
-    assert ((torch.from_numpy(b_back) - b).abs() <= 0.505 * packed["lqer_b_scale"].float()[:, None]).all()
+    assert (
+        (torch.from_numpy(a_back) - a).abs() <= 0.505 * packed["lqer_a_scale"].float()[:, None]
+    ).all()
+    assert (
+        (torch.from_numpy(b_back) - b).abs() <= 0.505 * packed["lqer_b_scale"].float()[:, None]
+    ).all()
 
 
 def test_asymmetric_groups_cross_the_rows_of_b():
@@ -457,7 +579,10 @@ def test_lqer_corrects_the_largest_errors_only_and_lowers_them():
     plain = quantize_alone(weights, hessians, settings(lqer_enabled=False))
     arrays = quantize_alone(weights, hessians, settings(lqer_top_k=3, matrix_bits=4))
     before = quantize_alone(weights, hessians, settings(lqer_enabled=False, matrix_bits=4))
-    rebuilt, uncorrected = train_gpt.dequantize_weights(arrays), train_gpt.dequantize_weights(before)
+    rebuilt, uncorrected = (
+        train_gpt.dequantize_weights(arrays),
+        train_gpt.dequantize_weights(before),
+    )
     errors = {name: (weights[name] - uncorrected[name]).norm().item() for name in hessians}
     largest = set(sorted(errors, key=errors.get)[-3:])
     assert {key.split(":")[0] for key in arrays if ":lqer" in key} == largest
@@ -472,7 +597,8 @@ def test_lqer_corrects_the_largest_errors_only_and_lowers_them():
 def test_lqer_is_symmetric_where_the_group_does_not_divide():
     weights, hessians = small_model()
     arrays = quantize_alone(weights, hessians, settings(lqer_asym_group=96))
-    assert all(arrays[key].ndim == 1 for key in arrays if key.endswith("lqer_a_scale"))  # 4 x 32 or 64 values of B
+    # 4 x 32 or 64 values of B
+    assert all(arrays[key].ndim == 1 for key in arrays if key.endswith("lqer_a_scale"))
     arrays = quantize_alone(weights, hessians, settings(lqer_asym_group=64))
     assert all(arrays[key].ndim == 0 for key in arrays if key.endswith("lqer_a_scale"))
 
@@ -482,12 +608,18 @@ def test_lqer_is_symmetric_where_the_group_does_not_divide():
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_any_number_of_ranks_gives_the_arrays_of_one(world_size):
-    """All ranks hold the same bits; those of one rank may differ by a tie, for its batches have other shapes."""
+    """All ranks hold the same bits; those of one rank may differ by a tie, for its batches have
+    other shapes.
+    """
     weights, hessians = small_model()
     alone = quantize_alone(weights, hessians, settings())
-    found = on_ranks(world_size, lambda dist: train_gpt.quantize_weights(weights, hessians, settings(), dist))
+    found = on_ranks(
+        world_size, lambda dist: train_gpt.quantize_weights(weights, hessians, settings(), dist)
+    )
     assert all(same_arrays(arrays, found[0]) for arrays in found)
-    assert {key: (a.dtype, a.shape) for key, a in found[0].items()} == {k: (a.dtype, a.shape) for k, a in alone.items()}
+    assert {key: (a.dtype, a.shape) for key, a in found[0].items()} == {
+        k: (a.dtype, a.shape) for k, a in alone.items()
+    }
     assert list(found[0]) == list(alone)
     rebuilt, want = (train_gpt.dequantize_weights(arrays) for arrays in (found[0], alone))
     for name, w in weights.items():  # one tied row of sixteen: a third of the error of quantization
@@ -499,7 +631,10 @@ def test_every_matrix_is_one_ranks_work_and_loads_are_even(world_size):
     weights, hessians = small_model(11)
     shares = train_gpt.share_matrices({name: weights[name] for name in hessians}, world_size)
     assert sorted(name for share in shares for name in share) == sorted(hessians)
-    load = [sum(weights[name].shape[0] * weights[name].shape[1] ** 2 for name in share) for share in shares]
+    load = [
+        sum(weights[name].shape[0] * weights[name].shape[1] ** 2 for name in share)
+        for share in shares
+    ]
     assert max(load) <= 1.35 * sum(load) / world_size
 
 
@@ -507,13 +642,17 @@ def test_every_matrix_is_one_ranks_work_and_loads_are_even(world_size):
 def test_failure_of_one_rank_is_raised_on_all():
     weights, hessians = small_model()
     hessians["blocks.1.mlp.c_fc.weight"] = -torch.eye(32)
-    for error in on_ranks(3, lambda dist: train_gpt.quantize_weights(weights, hessians, settings(), dist)):
+    for error in on_ranks(
+        3, lambda dist: train_gpt.quantize_weights(weights, hessians, settings(), dist)
+    ):
         assert isinstance(error, ValueError) and "blocks.1.mlp.c_fc.weight" in str(error)
 
 
 def test_each_role_uses_its_own_bits_and_clip():
     weights, hessians = small_model()
-    hp = settings(lqer_enabled=False, matrix_bits=5, embed_bits=8, mlp_clip_sigmas=2.0, attn_clip_sigmas=3.0)
+    hp = settings(
+        lqer_enabled=False, matrix_bits=5, embed_bits=8, mlp_clip_sigmas=2.0, attn_clip_sigmas=3.0
+    )
     arrays = quantize_alone(weights, hessians, hp)
     for name in hessians:
         is_embedding = name == "tok_emb.weight"
@@ -527,7 +666,10 @@ def test_each_role_uses_its_own_bits_and_clip():
 def test_small_tensors_keep_shape_and_gates_are_int8_only_if_asked():
     weights, hessians = small_model()
     arrays = quantize_alone(weights, hessians, settings())
-    assert arrays["attn_gate:codes"].shape == (3, 4, 12) and arrays["attn_gate:scale"].shape == (3, 4)
+    assert arrays["attn_gate:codes"].shape == (3, 4, 12) and arrays["attn_gate:scale"].shape == (
+        3,
+        4,
+    )
     assert arrays["smear_lambda:fp16"].shape == () and arrays["resid_mix:fp16"].dtype == np.float16
     arrays = quantize_alone(weights, hessians, settings(gated_attn_quant_gate=False))
     assert arrays["attn_gate:fp16"].shape == (3, 4, 12) and "attn_gate:codes" not in arrays
@@ -549,20 +691,35 @@ def test_dequantize_is_deterministic_whatever_threads_and_order():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if threads > 1 else 2)
-        second = train_gpt.dequantize_weights({key: arrays[key].copy(order="F") for key in reversed(arrays)})
+        second = train_gpt.dequantize_weights(
+            {key: arrays[key].copy(order="F") for key in reversed(arrays)}
+        )
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(first[name].view(torch.int32), second[name].view(torch.int32)) for name in first)
+    assert all(
+        torch.equal(first[name].view(torch.int32), second[name].view(torch.int32)) for name in first
+    )
 
 
 def test_dequantize_adds_the_correction_rank_by_rank():
     weights, hessians = small_model()
     arrays = quantize_alone(weights, hessians, settings(lqer_top_k=1))
     name = next(key for key in arrays if key.endswith(":lqer_a")).removesuffix(":lqer_a")
-    a, b = unpack({key.split(":")[1]: array for key, array in arrays.items() if key.startswith(f"{name}:lqer")})
-    expected = arrays[f"{name}:codes"].astype(np.float64) * arrays[f"{name}:scale"].astype(np.float64)[:, None]
+    a, b = unpack(
+        {
+            key.split(":")[1]: array
+            for key, array in arrays.items()
+            if key.startswith(f"{name}:lqer")
+        }
+    )
+    expected = (
+        arrays[f"{name}:codes"].astype(np.float64)
+        * arrays[f"{name}:scale"].astype(np.float64)[:, None]
+    )
     expected += a.astype(np.float64) @ b.astype(np.float64)
-    np.testing.assert_allclose(train_gpt.dequantize_weights(arrays)[name].numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        train_gpt.dequantize_weights(arrays)[name].numpy(), expected, atol=1e-6
+    )
 
 
 def test_large_tensor_without_a_role_is_an_error():
@@ -609,20 +766,51 @@ def array_of(shape, dtype=np.int8):
 
 HOSTILE = {
     "no scale": {"codes": array_of((4, 3))},
-    "both kinds": {"fp16": array_of((4, 3), np.float16), "codes": array_of((4, 3)), "scale": array_of(4)},
+    "both kinds": {
+        "fp16": array_of((4, 3), np.float16),
+        "codes": array_of((4, 3)),
+        "scale": array_of(4),
+    },
     "column steps of fp16": {"fp16": array_of((4, 3), np.float16), "column_steps": array_of(3)},
     "codes without a dimension": {"codes": array_of(()), "scale": array_of(())},
-    "scale without a dimension": {"codes": array_of((4, 3)), "scale": array_of(()), "column_steps": array_of(3)},
+    "scale without a dimension": {
+        "codes": array_of((4, 3)),
+        "scale": array_of(()),
+        "column_steps": array_of(3),
+    },
     "terabytes by broadcasting": {"codes": array_of((1, 2**22)), "scale": array_of(2**22)},
-    "short column steps": {"codes": array_of((4, 3)), "scale": array_of(4), "column_steps": array_of(2)},
-    "fine codes without column steps": {"codes": array_of((4, 3)), "scale": array_of(4),
-                                        "fine_codes": array_of((4, 1))},
-    "half a correction": {"codes": array_of((4, 3)), "scale": array_of(4), "lqer_a": array_of((4, 2))},
-    "flat correction": {"codes": array_of((4, 3)), "scale": array_of(4), "lqer_a": array_of(4),
-                        "lqer_a_scale": array_of(()), "lqer_b": array_of((2, 3)), "lqer_b_scale": array_of(1)},
-    "short correction": {"codes": array_of((4, 3)), "scale": array_of(4), "lqer_a": array_of((4, 2)),
-                         "lqer_a_scale": array_of(4), "lqer_b": array_of((1, 3)), "lqer_b_scale": array_of(1)},
-}  # fmt: skip
+    "short column steps": {
+        "codes": array_of((4, 3)),
+        "scale": array_of(4),
+        "column_steps": array_of(2),
+    },
+    "fine codes without column steps": {
+        "codes": array_of((4, 3)),
+        "scale": array_of(4),
+        "fine_codes": array_of((4, 1)),
+    },
+    "half a correction": {
+        "codes": array_of((4, 3)),
+        "scale": array_of(4),
+        "lqer_a": array_of((4, 2)),
+    },
+    "flat correction": {
+        "codes": array_of((4, 3)),
+        "scale": array_of(4),
+        "lqer_a": array_of(4),
+        "lqer_a_scale": array_of(()),
+        "lqer_b": array_of((2, 3)),
+        "lqer_b_scale": array_of(1),
+    },
+    "short correction": {
+        "codes": array_of((4, 3)),
+        "scale": array_of(4),
+        "lqer_a": array_of((4, 2)),
+        "lqer_a_scale": array_of(4),
+        "lqer_b": array_of((1, 3)),
+        "lqer_b_scale": array_of(1),
+    },
+}
 
 
 @pytest.mark.parametrize("fields", HOSTILE.values(), ids=HOSTILE)

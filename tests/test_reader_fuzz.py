@@ -1,7 +1,9 @@
-"""Files and settings that nobody wrote: every reader ends with its value or with an error of ours, never another one.
+"""Files and settings that nobody wrote: every reader ends with its value or with an error of ours,
+never another one.
 
-`make test` tries a sample, the same in every run; `make soak` tries 100,000 inputs, others each time. Artifacts that
-are wrong under digests that are right have a file of their own, test_artifact_fuzz.py.
+`make test` tries a sample, the same in every run; `make soak` tries 100,000 inputs, others each
+time. Artifacts that are wrong under digests that are right have a file of their own,
+test_artifact_fuzz.py.
 """
 
 import hashlib
@@ -88,7 +90,9 @@ def trainer(place):
         def __call__(self, line):
             pass
 
-    loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist := train_gpt.Dist("cpu"))
+    loader = train_gpt.TrainLoader(
+        train_gpt.TokenStream(hp.data_path, "train"), hp, dist := train_gpt.Dist("cpu")
+    )
     found = train_gpt.Trainer(train_gpt.GPT(hp, OPS, torch.float32), loader, hp, dist, Log())
     found.train_step(0, 0.0, False)
     train_gpt.save_checkpoint(place / "model.pt", found.model, hp)
@@ -127,7 +131,10 @@ def test_checkpoints(place, trainer):
 
 
 def test_training_states_under_a_digest_that_is_right(place, trainer):
-    path, sealed = place / "state-00000002.pt", next(place.glob("state-00000001.pt")).read_bytes()[32:]
+    path, sealed = (
+        place / "state-00000002.pt",
+        next(place.glob("state-00000001.pt")).read_bytes()[32:],
+    )
 
     @given(DAMAGE)
     @tries(100, 8_000)
@@ -146,14 +153,30 @@ TREES = st.recursive(
     | st.floats()
     | st.text(max_size=4)
     | st.builds(lambda n: torch.zeros(n), st.integers(0, 3)),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=6,
 )
-PARTS = ["step", "seconds", "losses", "weights", "average", "momentum", "adamw", "rng", "looping", "tokens_at"]
+PARTS = [
+    "step",
+    "seconds",
+    "losses",
+    "weights",
+    "average",
+    "momentum",
+    "adamw",
+    "rng",
+    "looping",
+    "tokens_at",
+]
 
 
 def test_training_states_of_other_content(place, trainer):
-    path, sealed = place / "state-00000002.pt", next(place.glob("state-00000001.pt")).read_bytes()[32:]
+    path, sealed = (
+        place / "state-00000002.pt",
+        next(place.glob("state-00000001.pt")).read_bytes()[32:],
+    )
     state = torch.load(io.BytesIO(sealed), weights_only=True)
 
     @given(st.sampled_from(PARTS), TREES)
@@ -171,7 +194,9 @@ def test_shards(place):
     header[:3] = 20240520, 1, 40
     data, path = header.tobytes() + np.arange(40, dtype="<u2").tobytes(), place / "shard.bin"
 
-    @given(DAMAGE, st.lists(st.tuples(st.integers(0, 3), st.integers(-(2**31), 2**31 - 1)), max_size=2))
+    @given(
+        DAMAGE, st.lists(st.tuples(st.integers(0, 3), st.integers(-(2**31), 2**31 - 1)), max_size=2)
+    )
     @tries(400, 25_000)
     def read(damage, words):
         changed = np.frombuffer(data, "<i4", 256).copy()
@@ -186,7 +211,9 @@ def test_shards(place):
 LEAVES = st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.text(max_size=5)
 JSON = st.recursive(
     LEAVES,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -254,7 +281,9 @@ def test_tokenizers(place):
     pytest.importorskip("sentencepiece")
     data = (Path(__file__).parents[1] / "tokenizers" / "caseops_8192.model").read_bytes()
     path = place / "damaged.model"
-    hp = tiny_hp(data_path=str(place), tokenizer_path=str(path), vocab_size=8192, caseops_enabled=False)
+    hp = tiny_hp(
+        data_path=str(place), tokenizer_path=str(path), vocab_size=8192, caseops_enabled=False
+    )
 
     def read():
         techniques.piece_byte_tables(train_gpt.load_tokenizer(hp))
@@ -273,7 +302,8 @@ def test_tokenizers(place):
 
     damaged_ones()
     of_any_bytes()
-    path.write_bytes(data.replace("\u2581the".encode(), b"\xe2(\x81the", 1))  # loads, and has a piece that is no text
+    # loads, and has a piece that is no text
+    path.write_bytes(data.replace("\u2581the".encode(), b"\xe2(\x81the", 1))
     with pytest.raises(train_gpt.DataError, match="is no SentencePiece model"):
         read()
 
@@ -290,7 +320,11 @@ TEXTS = (
 )
 
 
-@given(st.dictionaries(st.sampled_from(NAMES) | st.text("ABCDEFGT_", min_size=1, max_size=16), TEXTS, max_size=4))
+@given(
+    st.dictionaries(
+        st.sampled_from(NAMES) | st.text("ABCDEFGT_", min_size=1, max_size=16), TEXTS, max_size=4
+    )
+)
 @tries(200, 9_000)
 def test_settings(environ):
     only_ours(train_gpt.Hyperparameters.from_env, environ)

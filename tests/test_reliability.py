@@ -1,4 +1,6 @@
-"""Faults injected into runs, and what is promised of each (docs/RELIABILITY.md). SOAK=1, as in `make soak`: all.
+"""Faults injected into runs, and what is promised of each (docs/RELIABILITY.md). SOAK=1, as in
+`make
+soak`: all.
 
 `make test` takes a sample, another one in each run; a failure shows which.
 """
@@ -52,11 +54,16 @@ class FolderLog(Lines):
 
 
 def trainer_of(data, folder, dist=None, **changes):
-    hp, dist = tiny_hp(data_path=str(data), **SMALL | {"iterations": 8} | changes), dist or train_gpt.Dist("cpu")
+    hp, dist = (
+        tiny_hp(data_path=str(data), **SMALL | {"iterations": 8} | changes),
+        dist or train_gpt.Dist("cpu"),
+    )
     loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
     watching = guard.RunGuard()
     watching.dist = dist
-    return train_gpt.Trainer(train_gpt.GPT(hp, OPS, torch.float32), loader, hp, dist, FolderLog(folder), watching)
+    return train_gpt.Trainer(
+        train_gpt.GPT(hp, OPS, torch.float32), loader, hp, dist, FolderLog(folder), watching
+    )
 
 
 class Cut(Exception):
@@ -64,7 +71,9 @@ class Cut(Exception):
 
 
 def train(trainer, cut=None):
-    """-> losses of the steps, and figures; with `cut`, training breaks off before that step, as by a kill."""
+    """-> losses of the steps, and figures; with `cut`, training breaks off before that step, as
+    by a kill.
+    """
     step, losses = trainer.train_step, []
 
     def watched(number, progress, looping):
@@ -83,9 +92,13 @@ def train(trainer, cut=None):
 # ---- training states
 
 
-@pytest.mark.parametrize("changes", [{}, {"data_seed": 3, "grad_clip_norm": 0.0}, {"muon_dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"data_seed": 3, "grad_clip_norm": 0.0}, {"muon_dtype": "bfloat16"}]
+)
 def test_training_goes_on_bit_for_bit_from_a_state(tiny_data, tmp_path, changes):
-    """Losses, weights, average, momenta and the schedule, whatever the step at which training was cut."""
+    """Losses, weights, average, momenta and the schedule, whatever the step at which training
+    was cut.
+    """
     (tmp_path / "whole").mkdir()
     whole = trainer_of(tiny_data, tmp_path / "whole", **changes)
     losses, figures = train(whole)
@@ -110,7 +123,8 @@ def flip_a_bit(data):
 
 
 @pytest.mark.parametrize(
-    "tear", [lambda data: data[: len(data) // 2], lambda data: b"", flip_a_bit, lambda data: data[:20]]
+    "tear",
+    [lambda data: data[: len(data) // 2], lambda data: b"", flip_a_bit, lambda data: data[:20]],
 )
 def test_a_torn_state_is_passed_over(tiny_data, tmp_path, tear):
     train(trainer_of(tiny_data, tmp_path, checkpoint_every=2), 7)
@@ -129,7 +143,9 @@ def sealed(value):
     return hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
 
 
-@pytest.mark.parametrize("forged", [{}, {"weights": {}}, [1, 2], {"step": SimpleNamespace()}, "text", torch.zeros(3)])
+@pytest.mark.parametrize(
+    "forged", [{}, {"weights": {}}, [1, 2], {"step": SimpleNamespace()}, "text", torch.zeros(3)]
+)
 def test_a_forged_state_is_refused_and_runs_no_code(tiny_data, tmp_path, forged):
     (tmp_path / "state-00000009.pt").write_bytes(sealed(forged))
     with pytest.raises(ValueError, match="does not fit these settings"):
@@ -172,7 +188,9 @@ def test_a_file_is_whole_or_absent_and_nothing_is_left(tmp_path, monkeypatch, ki
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(train_gpt.os, kind, broken)
         train_gpt.write_atomically(tmp_path / "file", b"new")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (
+        tmp_path / "file"
+    ).read_bytes() == b"old"
 
 
 def two_ranks_in_two_parts(dist, data, folder):
@@ -181,7 +199,11 @@ def two_ranks_in_two_parts(dist, data, folder):
     train(trainer_of(data, folder, dist, checkpoint_every=4), 6)
     again = trainer_of(data, folder, dist, resume=True, run_id="x")
     went_on, _ = train(again)
-    return went_on == losses[4:], equal_states(everything(again), everything(whole)), everything(whole)
+    return (
+        went_on == losses[4:],
+        equal_states(everything(again), everything(whole)),
+        everything(whole),
+    )
 
 
 def test_two_ranks_go_on_bit_for_bit_and_so_can_one(tiny_data, tmp_path):
@@ -195,7 +217,9 @@ def test_two_ranks_go_on_bit_for_bit_and_so_can_one(tiny_data, tmp_path):
 
 
 def logged_steps(lines):
-    """(step, loss as text) of the lines of training; a step that was logged twice once, if it came to the same."""
+    """(step, loss as text) of the lines of training; a step that was logged twice once, if it
+    came to the same.
+    """
     found = re.findall(r"^step:(\d+) train_loss:(\S+)", "\n".join(lines), re.MULTILINE)
     return sorted({(int(step), loss) for step, loss in found})
 
@@ -208,14 +232,21 @@ def test_training_goes_on_with_any_log_interval(tiny_data, tmp_path):
     losses, figures = train(whole)
     train(trainer_of(tiny_data, tmp_path, checkpoint_every=10, **settings), 11)
     for interval in (1, 7, 100, 1000):
-        again = trainer_of(tiny_data, tmp_path, resume=True, run_id="x", train_log_every=interval, **settings)
+        again = trainer_of(
+            tiny_data, tmp_path, resume=True, run_id="x", train_log_every=interval, **settings
+        )
         went_on, same = train(again)
         assert went_on == losses[10:] and equal_states(everything(again), everything(whole))
-        logged = {10, *range(10 // interval * interval + interval, 26, interval), 25}  # the state's step comes first
-        assert logged_steps(again.log) == [pair for pair in logged_steps(whole.log) if pair[0] in logged]
+        # the state's step comes first
+        logged = {10, *range(10 // interval * interval + interval, 26, interval), 25}
+        assert logged_steps(again.log) == [
+            pair for pair in logged_steps(whole.log) if pair[0] in logged
+        ]
         details = [detail for _, detail in again.log.shares]
         assert len(details) == 15 and not any("nan" in detail for detail in details)
-        assert [step for step, _ in again.tokens_at] == [step for step, _ in whole.tokens_at] == [0, 7]
+        assert (
+            [step for step, _ in again.tokens_at] == [step for step, _ in whole.tokens_at] == [0, 7]
+        )
         rates = [len(result["tokens_per_second_by_loop_state"]) for result in (same, figures)]
         assert rates == [2, 2]  # of the whole training, not of what was left of it
 
@@ -259,7 +290,9 @@ def test_a_failure_after_a_resume_is_told_with_the_state(tiny_data, tmp_path):
     train(trainer_of(tiny_data, tmp_path, checkpoint_every=4), 5)
     again = trainer_of(tiny_data, tmp_path, resume=True, run_id="x")
     guard.load_state(again)
-    assert again.guard.resume_hint.startswith(f"{tmp_path}/state-00000004.pt is whole; RESUME=1 goes on from it: ")
+    assert again.guard.resume_hint.startswith(
+        f"{tmp_path}/state-00000004.pt is whole; RESUME=1 goes on from it: "
+    )
 
 
 # ---- numbers that are not finite
@@ -274,39 +307,59 @@ def poison(trainer, step, what):
             with torch.no_grad():
                 trainer.model.attn_scale[1, 3] = math.nan
         if number == step and what == "gradient":
-            trainer.model.mlp_up_bank.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), math.inf))
+            trainer.model.mlp_up_bank.register_hook(
+                lambda grad: grad.index_fill(0, torch.tensor([0]), math.inf)
+            )
         return train_step(number, progress, looping)
 
     trainer.train_step = poisoned
 
 
-@pytest.mark.parametrize("what, named", [("weight", "loss"), ("gradient", "gradient of mlp_up_bank")])
+@pytest.mark.parametrize(
+    "what, named", [("weight", "loss"), ("gradient", "gradient of mlp_up_bank")]
+)
 @pytest.mark.parametrize("step", [0, 4, 6, 7])
 def test_what_is_not_finite_ends_training_within_two_steps(tiny_data, tmp_path, what, named, step):
     trainer = trainer_of(tiny_data, tmp_path, checkpoint_every=1)
     poison(trainer, step, what)
-    with pytest.raises(SettingError, match=f"training diverged: after step {step + 1} not finite: ") as error:
+    with pytest.raises(
+        SettingError, match=f"training diverged: after step {step + 1} not finite: "
+    ) as error:
         trainer.train(None)
     assert step == 7 or named in str(error.value) or "bank" in str(error.value)
     states = sorted(path.name for path in tmp_path.iterdir())
-    assert states == ["diverged.pt", *(f"state-{number:08d}.pt" for number in (step - 1, step) if number > 0)]
+    assert states == [
+        "diverged.pt",
+        *(f"state-{number:08d}.pt" for number in (step - 1, step) if number > 0),
+    ]
     again = trainer_of(tiny_data, tmp_path, resume=True, run_id="x")
     if step:  # the states that are kept are good ones
-        assert guard.load_state(again)[0] == step and all(p.isfinite().all() for p in again.model.parameters())
+        assert guard.load_state(again)[0] == step and all(
+            p.isfinite().all() for p in again.model.parameters()
+        )
 
 
 @pytest.mark.parametrize("step", [2, 6])
 def test_divergence_is_named_without_states_too(tiny_data, tmp_path, step):
     trainer = trainer_of(tiny_data, tmp_path)
     poison(trainer, step, "gradient")
-    with pytest.raises(SettingError, match=f"after step {step + 1} not finite: gradient of mlp_up_bank .rank 0."):
+    with pytest.raises(
+        SettingError, match=f"after step {step + 1} not finite: gradient of mlp_up_bank .rank 0."
+    ):
         trainer.train(None)
 
 
 # ---- the watchdog's judgement
 
 
-GONE, ALIVE = ("another host", 1, "0"), (guard.host_id(), os.getpid(), guard.process_state(os.getpid())[1])
+GONE, ALIVE = (
+    ("another host", 1, "0"),
+    (
+        guard.host_id(),
+        os.getpid(),
+        guard.process_state(os.getpid())[1],
+    ),
+)
 
 
 def judged(told, silent=(0, 0), idle=(False, False), failing=0):
@@ -320,8 +373,11 @@ def test_the_watchdog_names_the_dead_the_stalled_and_the_first_to_fail():
     second, first = [*a[:4], [2, "lost its peer", 0], GONE], [*b[:4], [1, "no room", 0], GONE]
     assert judged([a, b]) == judged([a, b], idle=(False, True), silent=(14, 14)) == ""
     assert judged([a, b], silent=(0, 15)) == "rank 1 died or hangs in stage pack"
-    assert judged([a, b], idle=(True, True)) == "rank 0 stalls in stage train, the others wait for it"
-    assert judged([a, [1.0, 5, 10, "train", None, GONE]], idle=(True, True)) == ""  # all wait in one place: the network
+    assert (
+        judged([a, b], idle=(True, True)) == "rank 0 stalls in stage train, the others wait for it"
+    )
+    # all wait in one place: the network
+    assert judged([a, [1.0, 5, 10, "train", None, GONE]], idle=(True, True)) == ""
     assert judged([second, first], failing=4) == ""
     assert judged([second, first], failing=5) == "rank 1 failed in stage pack: no room"
     assert judged([second, b], silent=(0, 3), failing=4) == "rank 1 died or hangs in stage pack"
@@ -330,23 +386,35 @@ def test_the_watchdog_names_the_dead_the_stalled_and_the_first_to_fail():
 def test_a_rank_idles_that_does_next_to_nothing_for_as_long_as_looks_go_back():
     watchdog, looks = guard.Watchdog.__new__(guard.Watchdog), guard.Watchdog.STALLED
     past = [[[1.0, 5000 + tick, 10]] for tick in range(looks + 1)]
-    past[30:] = [[[1.0, look[0][1] + 60, 10]] for look in past[30:]]  # a moment's work: pages come back, threads wake
+    # a moment's work: pages come back, threads wake
+    past[30:] = [[[1.0, look[0][1] + 60, 10]] for look in past[30:]]
     assert watchdog.idles(past, 0) and not watchdog.idles(past[1:], 0)
-    for ticks, entered in ((5000 + watchdog.IDLE_TICKS, 10), (5100, 11), (4000, 10)):  # works, goes on, a child ended
+    # works, goes on, a child ended
+    for ticks, entered in ((5000 + watchdog.IDLE_TICKS, 10), (5100, 11), (4000, 10)):
         assert not watchdog.idles([*past[:-1], [[1.0, ticks, entered]]], 0)
 
 
 def test_a_rank_that_waits_for_a_slow_disk_is_not_taken_for_stalled(dist, monkeypatch):
     told = {}
-    store = SimpleNamespace(set=lambda key, text: told.setdefault(key, []).append(json.loads(text)[1]))
+    store = SimpleNamespace(
+        set=lambda key, text: told.setdefault(key, []).append(json.loads(text)[1])
+    )
     watchdog = guard.Watchdog.__new__(guard.Watchdog)
-    watchdog.dist, watchdog.store, watchdog.error, watchdog.process, watchdog.disk_ticks = dist, store, None, ALIVE, 0
+    watchdog.dist, watchdog.store, watchdog.error, watchdog.process, watchdog.disk_ticks = (
+        dist,
+        store,
+        None,
+        ALIVE,
+        0,
+    )
     watchdog.guard = guard.RunGuard()
     for state in ("S", "D", "D"):
         monkeypatch.setattr(guard, "process_state", lambda pid, state=state: (state, "0"))
         watchdog.tell()
     asleep, waiting, later = told["golf/rank0"]
-    assert waiting >= asleep + 100 and later >= waiting + 100 > watchdog.IDLE_TICKS / watchdog.STALLED
+    assert (
+        waiting >= asleep + 100 and later >= waiting + 100 > watchdog.IDLE_TICKS / watchdog.STALLED
+    )
 
 
 def test_a_process_that_is_seen_to_live_may_be_silent_for_longer():
@@ -354,7 +422,11 @@ def test_a_process_that_is_seen_to_live_may_be_silent_for_longer():
     a, b = [1.0, 5, 10, "train", None, GONE], [1.0, 5, 11, "pack", None, ALIVE]
     assert judged([a, b], silent=(0, 39)) == judged([a, b], silent=(0, 5), failing=3) == ""
     assert judged([a, b], silent=(0, 40)) == "rank 1 died or hangs in stage pack"
-    assert guard.lives(*ALIVE) and not guard.lives(*ALIVE[:2], "0") and not guard.lives("elsewhere", *ALIVE[1:])
+    assert (
+        guard.lives(*ALIVE)
+        and not guard.lives(*ALIVE[:2], "0")
+        and not guard.lives("elsewhere", *ALIVE[1:])
+    )
     with subprocess.Popen(["sleep", "60"]) as child:
         process = guard.host_id(), child.pid, guard.process_state(child.pid)[1]
         assert guard.lives(*process)
@@ -375,7 +447,8 @@ def test_a_rank_that_works_alone_is_not_taken_for_stalled():
     child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     limit = time.time() + PATIENCE
     try:
-        while guard.cpu_ticks() - before - 100 * (time.process_time() - own) < wanted:  # without what this loop takes
+        # without what this loop takes
+        while guard.cpu_ticks() - before - 100 * (time.process_time() - own) < wanted:
             assert time.time() < limit
             time.sleep(0.05)
     finally:
@@ -388,13 +461,20 @@ def test_a_rank_that_works_alone_is_not_taken_for_stalled():
 
 def machine(tmp_path, folder="runs/run", **changes):
     hp = tiny_hp(**changes)
-    found = {"folder": tmp_path / folder, "model": train_gpt.GPT(hp, OPS, torch.float32), "compressor": None}
+    found = {
+        "folder": tmp_path / folder,
+        "model": train_gpt.GPT(hp, OPS, torch.float32),
+        "compressor": None,
+    }
     return guard.check_machine(hp, train_gpt.Dist("cpu"), **found)
 
 
 def test_a_machine_that_will_do_is_described(tmp_path):
     before = torch.get_rng_state()
-    words = r"projected_artifact_bytes:\d+ trial_packing share:[\d.]+ pack_seconds:[\d.]+ unpack_seconds:[\d.]+"
+    words = (
+        r"projected_artifact_bytes:\d+ trial_packing share:[\d.]+ pack_seconds:[\d.]+"
+        r" unpack_seconds:[\d.]+"
+    )
     assert re.fullmatch(words, machine(tmp_path))
     assert torch.equal(torch.get_rng_state(), before)  # the run's random numbers are not touched
 
@@ -406,38 +486,73 @@ def test_all_problems_are_in_one_report(tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt, "BYTE_CAP", 1000)
     monkeypatch.setattr(train_gpt, "unpack_weights", lambda blob: {})
     with pytest.raises(ValueError) as error:
-        machine(tmp_path, resume=True, run_id="run", max_wallclock_seconds=9.0, gptq_reserve_seconds=0.0)
-    words = ["not installed: brotli python-minifier", "cannot be written to", "GB free", "no whole training state",
-             "GPTQ_RESERVE_SECONDS=0", "COMPRESSOR=brotli gave back other", "the artifact will have about"]
-    assert [word for word, line in zip(words, str(error.value).splitlines(), strict=True) if word not in line] == []
+        machine(
+            tmp_path, resume=True, run_id="run", max_wallclock_seconds=9.0, gptq_reserve_seconds=0.0
+        )
+    words = [
+        "not installed: brotli python-minifier",
+        "cannot be written to",
+        "GB free",
+        "no whole training state",
+        "GPTQ_RESERVE_SECONDS=0",
+        "COMPRESSOR=brotli gave back other",
+        "the artifact will have about",
+    ]
+    assert [
+        word
+        for word, line in zip(words, str(error.value).splitlines(), strict=True)
+        if word not in line
+    ] == []
 
 
 # ---- what will be packed: random weights before the clock
 
 
-FORMS = [{"gptq_column_steps": False}, {"lqer_asym_enabled": False, "tie_embeddings": False}, {"lqer_enabled": False},
-         {"sparse_attn_gate_enabled": False, "gated_attn_enabled": True}]
+FORMS = [
+    {"gptq_column_steps": False},
+    {"lqer_asym_enabled": False, "tie_embeddings": False},
+    {"lqer_enabled": False},
+    {"sparse_attn_gate_enabled": False, "gated_attn_enabled": True},
+]
 
 
 @pytest.mark.parametrize("changes", FORMS)
 def test_the_trial_packs_what_a_run_packs(changes, dist):
-    """Names, types and shapes are those of quantize_weights, but that only matrices of a fast coder are whole."""
+    """Names, types and shapes are those of quantize_weights, but that only matrices of a fast
+    coder are whole.
+    """
     hp = tiny_hp(compressor="entropy", **changes)
     model = train_gpt.GPT(hp, OPS, torch.float32)
     weights = {name: torch.randn_like(tensor) for name, tensor in train_gpt.unbank(model).items()}
-    identity = {name: torch.eye(w.shape[1]) for name, w in weights.items() if train_gpt.quant_role(name)}
+    identity = {
+        name: torch.eye(w.shape[1]) for name, w in weights.items() if train_gpt.quant_role(name)
+    }
     real = train_gpt.quantize_weights(weights, identity, hp, dist)
     trial, share = guard.trial_arrays(model, hp)
     fields = lambda arrays: {name for name in arrays if ":lqer" not in name}  # noqa: E731
     assert fields(trial) == fields(real) and 0 < share < 1
     assert {n.split(":")[1] for n in trial} == {n.split(":")[1] for n in real}
-    assert all(trial[name].dtype == real[name].dtype and trial[name].ndim == real[name].ndim for name in fields(trial))
-    whole = {real[n].shape for n in fields(trial) if n.endswith(":codes") and trial[n].shape == real[n].shape}
+    assert all(
+        trial[name].dtype == real[name].dtype and trial[name].ndim == real[name].ndim
+        for name in fields(trial)
+    )
+    whole = {
+        real[n].shape
+        for n in fields(trial)
+        if n.endswith(":codes") and trial[n].shape == real[n].shape
+    }
     assert whole >= {real[n].shape for n in fields(real) if n.endswith("weight:codes")}
 
 
-@pytest.mark.parametrize("name", ["brotli", "lzma", "entropy",
-                                  pytest.param("pergroup", marks=[] if shutil.which("lrzip") else pytest.mark.skip)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "brotli",
+        "lzma",
+        "entropy",
+        pytest.param("pergroup", marks=[] if shutil.which("lrzip") else pytest.mark.skip),
+    ],
+)
 def test_a_compressor_that_fails_on_the_real_shapes_is_refused(tmp_path, monkeypatch, name):
     assert "trial_packing" in machine(tmp_path, compressor=name)
     unpack = train_gpt.unpack_weights
@@ -448,21 +563,33 @@ def test_a_compressor_that_fails_on_the_real_shapes_is_refused(tmp_path, monkeyp
         return arrays
 
     monkeypatch.setattr(train_gpt, "unpack_weights", other_bytes)
-    with pytest.raises(ValueError, match=f"COMPRESSOR={name} gave back other values than it got: .*:codes"):
+    with pytest.raises(
+        ValueError, match=f"COMPRESSOR={name} gave back other values than it got: .*:codes"
+    ):
         machine(tmp_path, compressor=name)
     monkeypatch.setattr(train_gpt, "pack_weights", lambda *_: bytes(10**15))
-    with pytest.raises(ValueError, match=f"COMPRESSOR={name} failed on random weights: MemoryError"):
+    with pytest.raises(
+        ValueError, match=f"COMPRESSOR={name} failed on random weights: MemoryError"
+    ):
         machine(tmp_path, compressor=name)
     assert machine(tmp_path, compressor=name, prequant_only=True) == ""  # nothing will be packed
 
 
-def test_an_artifact_that_cannot_fit_is_refused_and_one_that_may_not_is_noted(tmp_path, monkeypatch):
+def test_an_artifact_that_cannot_fit_is_refused_and_one_that_may_not_is_noted(
+    tmp_path, monkeypatch
+):
     hp = tiny_hp()
     size = guard.projected_bytes(train_gpt.GPT(hp, OPS, torch.float32), hp)
-    for cap, words in ((size, ""), (round(0.9 * size), "note: the artifact may not fit"), (round(0.7 * size), None)):
+    for cap, words in (
+        (size, ""),
+        (round(0.9 * size), "note: the artifact may not fit"),
+        (round(0.7 * size), None),
+    ):
         monkeypatch.setattr(train_gpt, "BYTE_CAP", cap)
         if words is None:
-            with pytest.raises(ValueError, match=f"will have about {size:,} bytes, the cap is {cap:,}: take fewer"):
+            with pytest.raises(
+                ValueError, match=f"will have about {size:,} bytes, the cap is {cap:,}: take fewer"
+            ):
                 machine(tmp_path)
         else:
             assert words in machine(tmp_path) and ("note" in machine(tmp_path)) == bool(words)
@@ -474,14 +601,26 @@ def test_the_submission_is_projected_to_fit():
     with torch.device("meta"):
         model = train_gpt.GPT(hp, OPS, torch.float32)
     assert 15_750_000 < guard.projected_bytes(model, hp) < train_gpt.BYTE_CAP
-    hp = dataclasses.replace(hp, embed_bits=7, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0, embed_clip_sigmas=14.0)
-    assert 15_900_000 < guard.projected_bytes(model, hp) < train_gpt.BYTE_CAP  # trained: 15,793,158 (docs/h100)
+    hp = dataclasses.replace(
+        hp, embed_bits=7, mlp_clip_sigmas=11.5, attn_clip_sigmas=13.0, embed_clip_sigmas=14.0
+    )
+    # trained: 15,793,158 (docs/h100)
+    assert 15_900_000 < guard.projected_bytes(model, hp) < train_gpt.BYTE_CAP
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"max_wallclock_seconds": 9.0, "gptq_reserve_seconds": 0.0}, "GPTQ_RESERVE_SECONDS=0 leaves"),
-    ({"eval_budget_seconds": 1e-6, "compressor": "entropy"}, "EVAL_BUDGET_SECONDS=1e-06: unpacking takes about"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"max_wallclock_seconds": 9.0, "gptq_reserve_seconds": 0.0},
+            "GPTQ_RESERVE_SECONDS=0 leaves",
+        ),
+        (
+            {"eval_budget_seconds": 1e-6, "compressor": "entropy"},
+            "EVAL_BUDGET_SECONDS=1e-06: unpacking takes about",
+        ),
+    ],
+)
 def test_a_budget_that_cannot_hold_is_refused(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         machine(tmp_path, **changes)
@@ -492,29 +631,55 @@ def test_a_run_names_every_problem_of_every_check(tmp_path, monkeypatch, dist):
     faults.make_data(tmp_path / "data")
     (tmp_path / "data" / "fineweb_train_000000.bin").unlink()
     (tmp_path / "data" / "fineweb_val_bytes_000000.bin").unlink()
-    environ = faults.SETTINGS | {"DATA_PATH": str(tmp_path / "data"), "RUNS_DIR": str(tmp_path), "RUN_ID": "taken"}
+    environ = faults.SETTINGS | {
+        "DATA_PATH": str(tmp_path / "data"),
+        "RUNS_DIR": str(tmp_path),
+        "RUN_ID": "taken",
+    }
     environ |= {"COMPRESSOR": "zip", "TOKENIZER_PATH": "/nowhere.model", "ATTENTION_BACKEND": "fa3"}
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "model.pt").write_bytes(b"")
     with pytest.raises(SettingError) as error:
         train_gpt.run(train_gpt.Hyperparameters.from_env(environ), dist, guard.RunGuard())
     lines = str(error.value).splitlines()
-    words = ["/nowhere.model", "COMPRESSOR=zip", "val_bytes", "no fineweb_train", "fa3", "finished training"]
-    assert len(lines) == 6 and [word for word, line in zip(words, lines, strict=True) if word not in line] == []
+    words = [
+        "/nowhere.model",
+        "COMPRESSOR=zip",
+        "val_bytes",
+        "no fineweb_train",
+        "fa3",
+        "finished training",
+    ]
+    assert (
+        len(lines) == 6
+        and [word for word, line in zip(words, lines, strict=True) if word not in line] == []
+    )
 
 
-@pytest.mark.parametrize("changes", [{}, {"matrix_bits": 5, "embed_bits": 8, "mlp_clip_sigmas": 9.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"matrix_bits": 5, "embed_bits": 8, "mlp_clip_sigmas": 9.0}]
+)
 def test_the_projected_size_is_that_of_gaussian_weights(changes, dist, monkeypatch):
     hp = tiny_hp(
-        model_dim=128, num_heads=4, num_kv_heads=2, vocab_size=1024, compressor="entropy", lqer_enabled=False, **changes
+        model_dim=128,
+        num_heads=4,
+        num_kv_heads=2,
+        vocab_size=1024,
+        compressor="entropy",
+        lqer_enabled=False,
+        **changes,
     )
     model = train_gpt.GPT(hp, OPS, torch.float32)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02, generator=generator)
     weights = {name: tensor.detach() for name, tensor in train_gpt.unbank(model).items()}
-    identity = {name: torch.eye(w.shape[1]) for name, w in weights.items() if train_gpt.quant_role(name)}
-    size = len(train_gpt.pack_weights(train_gpt.quantize_weights(weights, identity, hp, dist), "entropy"))
+    identity = {
+        name: torch.eye(w.shape[1]) for name, w in weights.items() if train_gpt.quant_role(name)
+    }
+    size = len(
+        train_gpt.pack_weights(train_gpt.quantize_weights(weights, identity, hp, dist), "entropy")
+    )
     assert guard.projected_bytes(model, hp) == pytest.approx(size, rel=0.03)
 
 
@@ -534,7 +699,10 @@ def test_two_runs_never_share_a_folder(tmp_path):
 def test_a_folder_of_a_run_that_did_not_end_is_not_used_again(tmp_path):
     (tmp_path / "runs" / "run").mkdir(parents=True)
     (tmp_path / "runs" / "run" / "log.txt").write_text("step:3")
-    with pytest.raises(ValueError, match="holds a run that did not end: choose another RUN_ID, or go on with RESUME=1"):
+    with pytest.raises(
+        ValueError,
+        match="holds a run that did not end: choose another RUN_ID, or go on with RESUME=1",
+    ):
         machine(tmp_path)
     train_gpt.write_atomically(tmp_path / "runs" / "run" / "state-00000001.pt", sealed({}))
     assert machine(tmp_path, resume=True, run_id="run")
@@ -566,7 +734,14 @@ def seconds_since_the_fault(folder):
     return time.time() - float((folder / "fault").read_text().split()[0])
 
 
-UNLIKE = {"training_seconds", "tokens_per_second_by_loop_state", "seconds", "commit", "resumed_at_step", "run"}
+UNLIKE = {
+    "training_seconds",
+    "tokens_per_second_by_loop_state",
+    "seconds",
+    "commit",
+    "resumed_at_step",
+    "run",
+}
 
 
 def comparable(folder, run="run"):
@@ -591,21 +766,36 @@ def commands(text, mode):
 
 
 def go_on_in_a_fork(folder, command, forker):
-    """Runs a command that a message gave: its settings and its number of ranks, but in a fork -> exit code."""
+    """Runs a command that a message gave: its settings and its number of ranks, but in a fork
+    -> exit code.
+    """
     words = shlex.split(command)
     given = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_0-9]+=", word))
-    ranks = next((int(word.split("=")[1]) for word in words if word.startswith("--nproc_per_node=")), 1)
+    ranks = next(
+        (int(word.split("=")[1]) for word in words if word.startswith("--nproc_per_node=")), 1
+    )
     assert words[-1] == str(Path(faults.__file__).resolve())
-    environ = {name: value for name, value in faults.environment(folder).items() if name not in faults.SETTINGS}
-    pid = forker.ask(environ=environ | {"OMP_NUM_THREADS": "1"} | given, out=str(folder / "out"), ranks=ranks)
+    environ = {
+        name: value
+        for name, value in faults.environment(folder).items()
+        if name not in faults.SETTINGS
+    }
+    pid = forker.ask(
+        environ=environ | {"OMP_NUM_THREADS": "1"} | given, out=str(folder / "out"), ranks=ranks
+    )
     return faults.end(faults.Fork(forker, pid))
 
 
 def go_on(folder, command):
     """Runs a command that a message gave, as it stands, in a shell -> exit code."""
-    environ = HERE | {"PATH": f"{Path(sys.executable).parent}:{HERE['PATH']}", "OMP_NUM_THREADS": "1"}
+    environ = HERE | {
+        "PATH": f"{Path(sys.executable).parent}:{HERE['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
     with open(folder / "out", "ab") as out:
-        return subprocess.run(["sh", "-c", command], env=environ, stdout=out, stderr=out, timeout=PATIENCE).returncode
+        return subprocess.run(
+            ["sh", "-c", command], env=environ, stdout=out, stderr=out, timeout=PATIENCE
+        ).returncode
 
 
 @pytest.fixture(scope="module")
@@ -617,21 +807,33 @@ def base(tmp_path_factory, forker):
     return folder
 
 
-def test_killed_at_a_random_step_then_out_of_disk_a_run_ends_with_the_same_bits(base, world, forker):
-    """kill -9 and RESUME=1, a full disk while packing and the command that the message gave: as if nothing had been."""
+def test_killed_at_a_random_step_then_out_of_disk_a_run_ends_with_the_same_bits(
+    base, world, forker
+):
+    """kill -9 and RESUME=1, a full disk while packing and the command that the message gave: as
+    if nothing had been.
+    """
     step = random.Random(SEED).randrange(1, 8)
-    process = forker.start(world, fault=f"kill train 0 {step}", CHECKPOINT_EVERY="1", DETERMINISTIC="1")
+    process = forker.start(
+        world, fault=f"kill train 0 {step}", CHECKPOINT_EVERY="1", DETERMINISTIC="1"
+    )
     assert faults.end(process) == -signal.SIGKILL
     tidy_after(world, process, "kill")
     process = forker.start(world, fault="full pack 0", RESUME="1", DETERMINISTIC="1")
     assert faults.end(process) == 1
     assert f"step:{step} resumed:state-{step:08d}.pt" in output(world)
     assert "failed in stage pack: OSError: [Errno 28] No space left on device. " in output(world)
-    assert go_on_in_a_fork(world, commands(output(world), "QUANT_ONLY")[-1], forker) == 0, output(world)[-3000:]
+    assert go_on_in_a_fork(world, commands(output(world), "QUANT_ONLY")[-1], forker) == 0, output(
+        world
+    )[-3000:]
     assert comparable(world)["scores"] == comparable(base)["scores"]
     assert loss_lines(world) == loss_lines(base)
-    assert (world / "runs/run/artifact.bin").read_bytes() == (base / "runs/run/artifact.bin").read_bytes()
-    weights = [torch.load(f / "runs/run/model.pt", weights_only=True)["weights"] for f in (world, base)]
+    assert (world / "runs/run/artifact.bin").read_bytes() == (
+        base / "runs/run/artifact.bin"
+    ).read_bytes()
+    weights = [
+        torch.load(f / "runs/run/model.pt", weights_only=True)["weights"] for f in (world, base)
+    ]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     tidy(world, process)
     assert not list((world / "runs/run").glob("state-*"))
@@ -657,7 +859,9 @@ def wait_for(folder, words):
 
 def catches(process, number):
     """Has the process a handler for this signal? (Linux: a mask in /proc.)"""
-    (mask,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    (mask,) = re.findall(
+        r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE
+    )
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
@@ -677,9 +881,13 @@ def test_a_signal_saves_a_state_and_the_message_goes_on(world, forker, name, ran
     wait_for(world, "step:12 ")
     os.kill(process.pid, number := getattr(signal, name))
     code = faults.end(process)
-    assert code == (128 + number if ranks == 1 else 1)  # torchrun makes 1 of whatever its processes end with
+    # torchrun makes 1 of whatever its processes end with
+    assert code == (128 + number if ranks == 1 else 1)
     (line,) = [line for line in output(world).splitlines() if line.startswith("stopped by")]
-    assert line.startswith(f"stopped by {name} in stage train. ") and line in (world / "runs/run/log.txt").read_text()
+    assert (
+        line.startswith(f"stopped by {name} in stage train. ")
+        and line in (world / "runs/run/log.txt").read_text()
+    )
     assert "Traceback" not in output(world) or ranks == 2
     tidy(world, process)
     (state,) = (world / "runs" / "run").glob("state-*.pt")
@@ -692,7 +900,9 @@ def test_a_signal_saves_a_state_and_the_message_goes_on(world, forker, name, ran
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, forker):
-    """uninterrupted(iterations, ranks) -> folder of a run that met no fault, DETERMINISTIC=1; made once."""
+    """uninterrupted(iterations, ranks) -> folder of a run that met no fault, DETERMINISTIC=1;
+    made once.
+    """
     made = {}
 
     def find(iterations, ranks):
@@ -716,25 +926,36 @@ RESUMES = [
 ]
 
 
-SAMPLE = [(10, 100, 1, "term"), random.Random(SEED).choice([case for case in RESUMES if case[0] < 1000])]
+SAMPLE = [
+    (10, 100, 1, "term"),
+    random.Random(SEED).choice([case for case in RESUMES if case[0] < 1000]),
+]
 
 
 @pytest.mark.parametrize(
-    "step, interval, ranks, kind", RESUMES if SOAK else [SAMPLE[0], pytest.param(*SAMPLE[1], id="sample")]
+    "step, interval, ranks, kind",
+    RESUMES if SOAK else [SAMPLE[0], pytest.param(*SAMPLE[1], id="sample")],
 )
 def test_a_resume_ends_with_the_bits_of_an_uninterrupted_run(
     uninterrupted, world, forker, step, interval, ranks, kind
 ):
-    """From a state after `step` steps, written for a signal or before a kill, whatever the log interval."""
+    """From a state after `step` steps, written for a signal or before a kill, whatever the log
+    interval.
+    """
     tell(f"{kind} at step {step} of {ranks} rank(s), TRAIN_LOG_EVERY={interval}")
     iterations = step + 12
-    settings = {"ITERATIONS": str(iterations), "TRAIN_LOG_EVERY": str(interval), "DETERMINISTIC": "1"}
+    settings = {
+        "ITERATIONS": str(iterations),
+        "TRAIN_LOG_EVERY": str(interval),
+        "DETERMINISTIC": "1",
+    }
     if kind == "kill":
         at, settings["CHECKPOINT_EVERY"] = step + 1, str(step)
     else:
         at = step - 1  # the step that the signal comes in is finished
     rank = random.Random(f"{SEED}{step}{interval}").randrange(ranks)
-    starter = faults if SOAK and ranks == 2 else forker  # with torchrun, or with nobody who would help
+    # with torchrun, or with nobody who would help
+    starter = faults if SOAK and ranks == 2 else forker
     process = starter.start(world, ranks, f"{kind} train {rank} {at}", **settings)
     code = faults.end(process, 600)
     wanted = {"kill": -signal.SIGKILL, "term": 143, "int": 130}[kind]
@@ -745,16 +966,24 @@ def test_a_resume_ends_with_the_bits_of_an_uninterrupted_run(
     assert faults.end(process, 600) == 0, output(world)[-3000:]
     tidy(world, process)
     whole = uninterrupted(iterations, ranks)
-    assert f"step:{step} resumed:state-{step:08d}.pt" in output(world) and "RESULT {" in output(world)
+    assert f"step:{step} resumed:state-{step:08d}.pt" in output(world) and "RESULT {" in output(
+        world
+    )
     assert comparable(world) == comparable(whole)
-    results = [json.loads((folder / "runs/run/result.json").read_text()) for folder in (world, whole)]
+    results = [
+        json.loads((folder / "runs/run/result.json").read_text()) for folder in (world, whole)
+    ]
     assert [len(result["tokens_per_second_by_loop_state"]) for result in results] == [2, 2]
     steps = [read_run(folder / "runs/run").steps for folder in (world, whole)]
     found, known = ({row["step"]: row["train_loss"] for row in rows} for rows in steps)
     logged = {*range(1, 6), *range(interval, iterations, interval), step, iterations}
     assert found == {number: known[number] for number in logged}
-    assert (world / "runs/run/artifact.bin").read_bytes() == (whole / "runs/run/artifact.bin").read_bytes()
-    weights = [torch.load(f / "runs/run/model.pt", weights_only=True)["weights"] for f in (world, whole)]
+    assert (world / "runs/run/artifact.bin").read_bytes() == (
+        whole / "runs/run/artifact.bin"
+    ).read_bytes()
+    weights = [
+        torch.load(f / "runs/run/model.pt", weights_only=True)["weights"] for f in (world, whole)
+    ]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
@@ -774,11 +1003,17 @@ def test_a_second_signal_ends_a_step_that_does_not_end(world, forker, name):
 
 
 def test_a_run_saves_a_state_when_its_window_is_closed(world):
-    """The run leads the session of a terminal, as in a window; where that closes, SIGHUP comes and writes fail."""
+    """The run leads the session of a terminal, as in a window; where that closes, SIGHUP comes
+    and writes fail.
+    """
     pid, terminal = pty.fork()
     if pid == 0:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        os.execve(sys.executable, [sys.executable, faults.__file__], faults.environment(world, ITERATIONS="100000"))
+        os.execve(
+            sys.executable,
+            [sys.executable, faults.__file__],
+            faults.environment(world, ITERATIONS="100000"),
+        )
     seen = b""
     while b"step:12 " not in seen:
         assert (more := os.read(terminal, 10_000)), seen
@@ -792,7 +1027,9 @@ def test_a_run_saves_a_state_when_its_window_is_closed(world):
     log = (world / "runs/run/log.txt").read_text()
     last = log.splitlines()[-1]
     (state,) = (world / "runs" / "run").glob("state-*.pt")
-    assert last.startswith(f"stopped by SIGHUP in stage train. {state} is whole; RESUME=1 goes on from it: ")
+    assert last.startswith(
+        f"stopped by SIGHUP in stage train. {state} is whole; RESUME=1 goes on from it: "
+    )
     tidy(world, SimpleNamespace(pid=pid))
 
 
@@ -801,13 +1038,19 @@ def test_a_hangup_that_one_rank_gets_stops_both(world, forker):
     wait_for(world, "step:12 ")
     os.kill(ranks_of(process)[-1], signal.SIGHUP)
     assert faults.end(process, 60) == 129, output(world)[-3000:]
-    assert "ranks ended with [129, 129]" in output(world) and "stopped by SIGHUP in stage train" in output(world)
-    assert len(list((world / "runs/run").glob("state-*.pt"))) == 1 and commands(output(world), "RESUME")
+    assert "ranks ended with [129, 129]" in output(
+        world
+    ) and "stopped by SIGHUP in stage train" in output(world)
+    assert len(list((world / "runs/run").glob("state-*.pt"))) == 1 and commands(
+        output(world), "RESUME"
+    )
     tidy(world, process)
 
 
 def test_a_hangup_is_never_the_second_signal(world, forker):
-    """A lost connection sends several; here they come in a step that does not end, which another signal then ends."""
+    """A lost connection sends several; here they come in a step that does not end, which
+    another signal then ends.
+    """
     process = forker.start(world, fault="stall train 0 3")
     wait_for(world, "step:3 ")
     time.sleep(0.5)
@@ -829,7 +1072,9 @@ def test_a_hangup_that_is_ignored_at_the_start_stays_ignored():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         assert callable(signal.getsignal(signal.SIGTERM))
     finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), before, strict=True):
+        for number, handler in zip(
+            (signal.SIGTERM, signal.SIGINT, signal.SIGHUP), before, strict=True
+        ):
             signal.signal(number, handler)
 
 
@@ -845,15 +1090,23 @@ def test_a_hangup_is_ignored_under_nohup(world):
 
 @pytest.mark.parametrize("number, waits", [(signal.SIGHUP, True), (0, False)])
 def test_a_stop_is_finished_where_torchrun_is_gone_before(dist, monkeypatch, number, waits):
-    """torchrun ends at a second SIGHUP, its store with it, while the ranks finish their step and save a state."""
+    """torchrun ends at a second SIGHUP, its store with it, while the ranks finish their step
+    and save a state.
+    """
     watchdog, done = guard.Watchdog.__new__(guard.Watchdog), []
-    watchdog.dist, watchdog.holder, watchdog.end = dist, [0, 0, 0, "train"], lambda verdict, hung: done.append(verdict)
+    watchdog.dist, watchdog.holder, watchdog.end = (
+        dist,
+        [0, 0, 0, "train"],
+        lambda verdict, hung: done.append(verdict),
+    )
     watchdog.guard = SimpleNamespace(signal=number, signals_wait=True)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setattr(guard.time, "sleep", done.append)
     watchdog.end_without_store("gone")
     assert done[:-1] == [watchdog.STOPPING] * waits
-    assert done[-1] == "torchrun died or hangs, last heard of in stage train; it holds the store: gone"
+    assert (
+        done[-1] == "torchrun died or hangs, last heard of in stage train; it holds the store: gone"
+    )
 
 
 @soak
@@ -873,14 +1126,16 @@ def ranks_of(process):
 @soak
 @pytest.mark.parametrize("stage", ["train", "eval"])
 def test_a_signal_ends_all_ranks_with_its_code(world, forker, stage):
-    """In training one rank's is enough; elsewhere a rank that waits in a library hears of it from the watchdog."""
+    """In training one rank's is enough; elsewhere a rank that waits in a library hears of it
+    from the watchdog.
+    """
     fault, words = (None, "step:12 ") if stage == "train" else ("stall eval 1", "stage:pack ")
     process = forker.start(world, 2, fault, **{"ITERATIONS": "100000"} if stage == "train" else {})
     wait_for(world, words)
     if stage == "eval":
         until((world / "fault").exists, world)
     time.sleep(2.0)
-    for pid in ranks_of(process)[-1 if stage == "train" else 0:]:
+    for pid in ranks_of(process)[-1 if stage == "train" else 0 :]:
         os.kill(pid, signal.SIGTERM)
     assert faults.end(process) == 143, output(world)[-3000:]
     assert "ranks ended with [143, 143]" in output(world), output(world)[-3000:]
@@ -894,8 +1149,14 @@ def test_a_signal_ends_all_ranks_with_its_code(world, forker, stage):
 def test_what_is_not_finite_on_one_rank_ends_all_within_two_steps(world, forker, rank):
     process = forker.start(world, 2, f"nan train {rank} 4", CHECKPOINT_EVERY="1")
     assert end_in_a_minute(world, process)[0] == 1
-    (told,) = set(re.findall(r"training diverged: after step (\d+) not finite: .*?; lower", output(world)))
-    assert 5 <= int(told) <= 6 and f"(rank {rank})" in output(world) and "ranks ended with [1, 1]" in output(world)
+    (told,) = set(
+        re.findall(r"training diverged: after step (\d+) not finite: .*?; lower", output(world))
+    )
+    assert (
+        5 <= int(told) <= 6
+        and f"(rank {rank})" in output(world)
+        and "ranks ended with [1, 1]" in output(world)
+    )
     assert (world / "runs/run/diverged.pt").exists() and not (world / "runs/run/model.pt").exists()
     tidy(world, process)
 
@@ -911,7 +1172,11 @@ LOST = {  # shell: how the terminal of the run "$@" is lost
 
 @pytest.mark.parametrize(
     "way, ranks",
-    [(way, ranks) for way in LOST for ranks in (1, 2)] if SOAK else [("pipe", 1), ("full", 1), ("both in a pipe", 2)],
+    (
+        [(way, ranks) for way in LOST for ranks in (1, 2)]
+        if SOAK
+        else [("pipe", 1), ("full", 1), ("both in a pipe", 2)]
+    ),
 )
 def test_a_lost_terminal_ends_no_run(world, way, ranks):
     """The run goes on to its RESULT, in result.json and in log.txt, which has every line."""
@@ -921,7 +1186,10 @@ def test_a_lost_terminal_ends_no_run(world, way, ranks):
     run = world / "runs" / "run"
     rows = read_run(run)  # refuses a log that does not end with RESULT
     assert [row["step"] for row in rows.steps] == list(range(1, 13))
-    assert rows.result == json.loads((run / "result.json").read_text()) and "ttt" in rows.result["scores"]
+    assert (
+        rows.result == json.loads((run / "result.json").read_text())
+        and "ttt" in rows.result["scores"]
+    )
     assert "Error" not in output(world)
     tidy(world, process)
 
@@ -938,19 +1206,27 @@ def test_the_command_of_a_message_is_safe_for_a_shell(dist, tmp_path):
     """Settings are text that a user may have got from elsewhere: none is a command."""
     hostile = f"a b'; touch {tmp_path}/evil; $(touch {tmp_path}/evil) `touch {tmp_path}/evil` \n #"
     hp = tiny_hp(data_path=hostile, runs_dir=hostile, attention_backend="sdpa")
-    _, line = guard.command(hp, dist, Path(hostile) / "run", "it", quant_only=True).split("goes on from it: ", 1)
-    line = line.replace(shlex.quote(sys.argv[0]), "-c 'import os; print(os.environ[\"DATA_PATH\"])'")
+    _, line = guard.command(hp, dist, Path(hostile) / "run", "it", quant_only=True).split(
+        "goes on from it: ", 1
+    )
+    line = line.replace(
+        shlex.quote(sys.argv[0]), "-c 'import os; print(os.environ[\"DATA_PATH\"])'"
+    )
     environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(["sh", "-c", line], env=environ, capture_output=True, text=True)
     assert done.stdout == hostile + "\n" and not list(tmp_path.iterdir()), done.stderr
 
 
 def end_in_a_minute(folder, process):
-    """-> exit code, seconds from the fault to the end: at most 60, times what the machine is slowed down by others."""
+    """-> exit code, seconds from the fault to the end: at most 60, times what the machine is
+    slowed down by others.
+    """
     with faults.Slowness() as slowness:
         code = faults.end(process)
     seconds = seconds_since_the_fault(folder)
-    assert seconds < 60 * slowness.factor(), f"{seconds:.0f} s, {slowness.factor():.1f}: {output(folder)[-3000:]}"
+    assert seconds < 60 * slowness.factor(), (
+        f"{seconds:.0f} s, {slowness.factor():.1f}: {output(folder)[-3000:]}"
+    )
     return code, seconds
 
 
@@ -960,10 +1236,24 @@ def check_rank_fault(folder, starter, kind, place, rank, **settings):
     code, seconds = end_in_a_minute(folder, process)
     text = output(folder)
     assert code not in (0, None), f"exit code {code}: {text[-3000:]}"
-    verdicts = [line for line in text.splitlines() if re.match(r"(rank \d+|torchrun) (died|stalls|failed)", line)]
-    words = {"kill": "died", "exit": "died", "freeze": "died", "hang": "died", "stall": "stalls"}.get(kind, "failed")
-    assert verdicts and all(line.startswith(f"rank {rank} {words}") for line in verdicts), text[-3000:]
-    stage = {"save": "train", "eval": "eval_prequant", "adapt": "eval_ttt", "ttt": "eval_ttt"}.get(place, place)
+    verdicts = [
+        line
+        for line in text.splitlines()
+        if re.match(r"(rank \d+|torchrun) (died|stalls|failed)", line)
+    ]
+    words = {
+        "kill": "died",
+        "exit": "died",
+        "freeze": "died",
+        "hang": "died",
+        "stall": "stalls",
+    }.get(kind, "failed")
+    assert verdicts and all(line.startswith(f"rank {rank} {words}") for line in verdicts), text[
+        -3000:
+    ]
+    stage = {"save": "train", "eval": "eval_prequant", "adapt": "eval_ttt", "ttt": "eval_ttt"}.get(
+        place, place
+    )
     assert f"in stage {stage}" in verdicts[0], verdicts[0]
     if place not in ("start", "warm_up", "train", "save"):  # from the weights that are safe
         assert commands(text, "QUANT_ONLY") and (folder / "runs/run/model.pt").exists()
@@ -971,13 +1261,19 @@ def check_rank_fault(folder, starter, kind, place, rank, **settings):
     return seconds
 
 
-RANK_FAULTS = [(kind, place) for kind in ("kill", "raise", "exit", "freeze", "stall") for place in faults.PLACES]
+RANK_FAULTS = [
+    (kind, place)
+    for kind in ("kill", "raise", "exit", "freeze", "stall")
+    for place in faults.PLACES
+]
 QUICK = [fault for fault in RANK_FAULTS if fault[0] in ("kill", "raise", "exit")]
 
 
 @pytest.mark.parametrize("place", faults.PLACES)
 def test_a_fault_happens_at_every_place(place, monkeypatch, tmp_path):
-    """A place that a rewrite has renamed would fail only where the sample of `make test` comes by."""
+    """A place that a rewrite has renamed would fail only where the sample of `make test` comes
+    by.
+    """
     owner, name = faults.found(train_gpt, faults.PLACES[place])
     assert callable(getattr(owner, name))
     monkeypatch.setattr(owner, name, lambda *_: "went on")
@@ -1000,7 +1296,9 @@ def rank_for(place):
     return 0 if place in faults.ON_RANK_0_ONLY else random.Random(f"{SEED}{place}").randrange(2)
 
 
-@pytest.mark.parametrize("fault", RANK_FAULTS if SOAK else [None], ids=lambda fault: "-".join(fault or ("sample",)))
+@pytest.mark.parametrize(
+    "fault", RANK_FAULTS if SOAK else [None], ids=lambda fault: "-".join(fault or ("sample",))
+)
 def test_a_rank_that_dies_raises_or_stalls_ends_all(world, forker, fault):
     """Without torchrun, which would help."""
     kind, place = fault or random.Random(SEED).choice(QUICK)
@@ -1009,11 +1307,24 @@ def test_a_rank_that_dies_raises_or_stalls_ends_all(world, forker, fault):
 
 
 @soak
-@pytest.mark.parametrize("kind, place", [("kill", "train"), ("raise", "pack"), ("exit", "ttt"), ("freeze", "hessians"),
-                                         ("stall", "eval"), ("kill", "start"), ("hang", "train")])
+@pytest.mark.parametrize(
+    "kind, place",
+    [
+        ("kill", "train"),
+        ("raise", "pack"),
+        ("exit", "ttt"),
+        ("freeze", "hessians"),
+        ("stall", "eval"),
+        ("kill", "start"),
+        ("hang", "train"),
+    ],
+)
 def test_a_rank_fault_under_torchrun_ends_all(world, kind, place):
     rank = rank_for(place)
-    tell(f"torchrun: {kind} {place} rank {rank}: {check_rank_fault(world, faults, kind, place, rank):.1f} s")
+    tell(
+        f"torchrun: {kind} {place} rank {rank}:"
+        f" {check_rank_fault(world, faults, kind, place, rank):.1f} s"
+    )
 
 
 @soak
@@ -1026,7 +1337,9 @@ def test_a_rank_that_keeps_pythons_lock_for_long_is_not_taken_for_dead(world, fo
 
 
 def longest_gap(work):
-    """The longest time in seconds that a thread which ticks every 0.1 s was kept waiting while work() ran."""
+    """The longest time in seconds that a thread which ticks every 0.1 s was kept waiting while
+    work() ran.
+    """
     ticks, done = [time.perf_counter()], threading.Event()
 
     def tick():
@@ -1038,15 +1351,22 @@ def longest_gap(work):
     work()
     done.set()
     thread.join()
-    return max(later - earlier for earlier, later in zip(ticks, [*ticks[1:], time.perf_counter()], strict=True))
+    return max(
+        later - earlier
+        for earlier, later in zip(ticks, [*ticks[1:], time.perf_counter()], strict=True)
+    )
 
 
 def compile_a_step(data):
     """A training step of a small model by torch.compile in full."""
     cuda = torch.cuda.is_available()
     small = SMALL | {"num_layers": 3, "loop_start": 1, "loop_end": 1, "parallel_start_layer": 2}
-    hp = tiny_hp(**small | {"data_path": str(data), "compile": "1", "device": "cuda" if cuda else "cpu"})
-    loader = train_gpt.TrainLoader(train_gpt.TokenStream(data, "train"), hp, dist := train_gpt.Dist(hp.device))
+    hp = tiny_hp(
+        **small | {"data_path": str(data), "compile": "1", "device": "cuda" if cuda else "cpu"}
+    )
+    loader = train_gpt.TrainLoader(
+        train_gpt.TokenStream(data, "train"), hp, dist := train_gpt.Dist(hp.device)
+    )
     trainer = train_gpt.Trainer(train_gpt.build_model(hp, dist), loader, hp, dist, Lines())
     torch._dynamo.reset()
     trainer.train_step(0, 0.0, True)
@@ -1054,20 +1374,28 @@ def compile_a_step(data):
 
 @soak
 def test_no_work_of_a_run_keeps_the_watchdog_waiting(tiny_data, tmp_path):
-    """What a rank does for long, at the submission's size: its thread must be heard of in much less than DEAD looks."""
+    """What a rank does for long, at the submission's size: its thread must be heard of in much
+    less than DEAD looks.
+    """
     hp = train_gpt.Hyperparameters()
     arrays, _ = guard.trial_arrays(train_gpt.GPT(hp, OPS, torch.float32), hp)
     codes = arrays["tok_emb.weight:codes"].tobytes()
     source = Path(train_gpt.__file__).read_text()
-    state = {f"bank {n}": torch.zeros(9_000_000) for n in range(4 * guard.STATE_BYTES_A_WEIGHT // 4)}
+    state = {
+        f"bank {n}": torch.zeros(9_000_000) for n in range(4 * guard.STATE_BYTES_A_WEIGHT // 4)
+    }
     jobs = {
         "entropy": lambda: train_gpt.unpack_weights(train_gpt.pack_weights(arrays, "entropy")),
         "packing the code": lambda: pack_code(source, {}),
-        "a training state": lambda: train_gpt.write_atomically(tmp_path / "state", guard.sealed(state)),
+        "a training state": lambda: train_gpt.write_atomically(
+            tmp_path / "state", guard.sealed(state)
+        ),
         "compiling": lambda: compile_a_step(tiny_data),
     }
     for codec in ("brotli", "lzma", *["lrzip"] * bool(shutil.which("lrzip"))):
-        jobs[codec] = lambda codec=codec: train_gpt.expand(codec, train_gpt.ENCODERS[codec](codes), len(codes))
+        jobs[codec] = lambda codec=codec: train_gpt.expand(
+            codec, train_gpt.ENCODERS[codec](codes), len(codes)
+        )
     for name, work in jobs.items():
         start = time.perf_counter()
         gap = longest_gap(work)
@@ -1093,15 +1421,22 @@ def test_workers_end_when_torchrun_is_killed(world):
 
 
 def in_a_mount(folder, options):
-    """Command prefix: a file system of its own over <folder>/runs, in name spaces of their own; None if not allowed."""
+    """Command prefix: a file system of its own over <folder>/runs, in name spaces of their own;
+    None if not allowed.
+    """
     script = f'mount -t tmpfs -o {options} none {folder}/runs && exec "$@"'
     prefix = ["unshare", "-rm", "sh", "-c", script, "sh"]
-    allowed = shutil.which("unshare") and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
+    allowed = (
+        shutil.which("unshare")
+        and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
+    )
     return prefix if allowed else None
 
 
 @soak
-@pytest.mark.parametrize("options, words", [("ro", "cannot be written to"), ("size=9m", "GB free, this run may write")])
+@pytest.mark.parametrize(
+    "options, words", [("ro", "cannot be written to"), ("size=9m", "GB free, this run may write")]
+)
 def test_a_disk_that_will_not_do_is_refused_before_training(world, options, words):
     (world / "runs").mkdir()
     if (prefix := in_a_mount(world, options)) is None:
@@ -1112,14 +1447,29 @@ def test_a_disk_that_will_not_do_is_refused_before_training(world, options, word
 
 @soak
 def test_two_hosts_run_the_whole_pipeline(base, world):
-    """Two agents of torchrun, each with a folder of its own, in network name spaces of their own where allowed."""
+    """Two agents of torchrun, each with a folder of its own, in network name spaces of their
+    own where allowed.
+    """
     (world / "far").mkdir()
     shutil.copytree(world / "data", world / "far" / "data")
     script = Path(__file__).with_name("two_hosts.sh")
-    done = subprocess.run(["unshare", "-rn", "true"], capture_output=True) if shutil.which("unshare") else None
+    done = (
+        subprocess.run(["unshare", "-rn", "true"], capture_output=True)
+        if shutil.which("unshare")
+        else None
+    )
     prefix = ["unshare", "-rnm"] if done and done.returncode == 0 and shutil.which("ip") else []
-    environ = HERE | faults.SETTINGS | {"RUN_ID": "run", "PYTHON": sys.executable, "DETERMINISTIC": "1"}
-    command = [*prefix, "sh", str(script), str(world), str(world / "far"), "netns" if prefix else "localhost"]
+    environ = (
+        HERE | faults.SETTINGS | {"RUN_ID": "run", "PYTHON": sys.executable, "DETERMINISTIC": "1"}
+    )
+    command = [
+        *prefix,
+        "sh",
+        str(script),
+        str(world),
+        str(world / "far"),
+        "netns" if prefix else "localhost",
+    ]
     with open(world / "out", "ab") as out:
         done = subprocess.run(command, env=environ, stdout=out, stderr=out, timeout=PATIENCE)
     assert done.returncode == 0, output(world)[-4000:]
@@ -1134,7 +1484,9 @@ def test_two_hosts_run_the_whole_pipeline(base, world):
 def test_two_deterministic_runs_are_equal(base, world):
     assert faults.end(faults.start(world, DETERMINISTIC="1")) == 0
     assert comparable(world) == comparable(base)
-    assert (world / "runs/run/artifact.bin").read_bytes() == (base / "runs/run/artifact.bin").read_bytes()
+    assert (world / "runs/run/artifact.bin").read_bytes() == (
+        base / "runs/run/artifact.bin"
+    ).read_bytes()
 
 
 # ---- the soak: runs in a row, each with a fault by chance
@@ -1142,10 +1494,11 @@ def test_two_deterministic_runs_are_equal(base, world):
 
 @soak
 def test_fifty_runs_with_a_fault_each(base, tmp_path, forker):
-    """Nothing promised is lost, no process and no file is left, whatever the fault; each run is brought to its end.
+    """Nothing promised is lost, no process and no file is left, whatever the fault; each run is
+    brought to its end.
 
-    States are written at every step: at most the step that was cut is done again, and the end is bit for bit that of
-    the run that met no fault, on one rank; on two, its counts.
+    States are written at every step: at most the step that was cut is done again, and the end is
+    bit for bit that of the run that met no fault, on one rank; on two, its counts.
     """
     chance, worst, tally = random.Random(SEED), 0.0, {}
     tell(f"\nfifty runs, seed {SEED}")
@@ -1153,7 +1506,9 @@ def test_fifty_runs_with_a_fault_each(base, tmp_path, forker):
         folder = tmp_path / str(number)
         faults.make_data(folder / "data")
         ranks, place = chance.choice([1, 1, 2]), chance.choice(list(faults.PLACES))
-        kind = chance.choice(["kill", "raise", "exit", "term", "full"] + ["stall", "freeze", "hang"] * (ranks > 1))
+        kind = chance.choice(
+            ["kill", "raise", "exit", "term", "full"] + ["stall", "freeze", "hang"] * (ranks > 1)
+        )
         rank = 0 if place in faults.ON_RANK_0_ONLY else chance.randrange(ranks)
         fault = f"{kind} {place} {rank} {chance.randrange(1, 8)}"
         process = forker.start(folder, ranks, fault, CHECKPOINT_EVERY="1", DETERMINISTIC="1")
@@ -1165,7 +1520,9 @@ def test_fifty_runs_with_a_fault_each(base, tmp_path, forker):
         ended, wanted, run = comparable(folder), comparable(base), folder / "runs" / "run"
         if ranks == 1:
             assert ended["scores"] == wanted["scores"], (fault, mode)
-            assert (run / "artifact.bin").read_bytes() == (base / "runs/run/artifact.bin").read_bytes(), (fault, mode)
+            assert (run / "artifact.bin").read_bytes() == (
+                base / "runs/run/artifact.bin"
+            ).read_bytes(), (fault, mode)
         assert ended["scores"]["ttt"]["tokens"] == wanted["scores"]["ttt"]["tokens"]
         tidy_after(folder, process, fault)
         tell(f"{number + 1}: {fault} of {ranks}: {seconds:.1f} s, gone on by {mode}")
@@ -1174,9 +1531,17 @@ def test_fifty_runs_with_a_fault_each(base, tmp_path, forker):
 
 
 def bring_to_an_end(folder, forker, ranks, fault):
-    """Goes on from what a fault left, by the message's command where there was time for one -> how."""
+    """Goes on from what a fault left, by the message's command where there was time for one ->
+    how.
+    """
     run = folder / "runs" / "run"
-    mode = "QUANT_ONLY" if (run / "model.pt").exists() else "RESUME" if any(run.glob("state-*.pt")) else None
+    mode = (
+        "QUANT_ONLY"
+        if (run / "model.pt").exists()
+        else "RESUME"
+        if any(run.glob("state-*.pt"))
+        else None
+    )
     kind, place, _, step = fault.split()
     if mode == "RESUME" and place == "train":
         last = max(int(path.stem.removeprefix("state-")) for path in run.glob("state-*.pt"))

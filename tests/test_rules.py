@@ -1,4 +1,6 @@
-"""The contest's budgets: what RESULT names as a violation, and the exit code where the byte cap is broken."""
+"""The contest's budgets: what RESULT names as a violation, and the exit code where the byte cap is
+broken.
+"""
 
 from types import SimpleNamespace
 
@@ -8,19 +10,39 @@ from conftest import tiny_hp
 
 import train_gpt
 
-GOOD = {"training_seconds": 590.0, "hessians": 4.0, "quantize": 6.0, "unpack": 20.0, "scoring": 580.0,
-        "code_bytes": 34_000, "artifact_bytes": 15_966_000, "partial": False, "recompilations": 0,
-        "graphs": {}}
+GOOD = {
+    "training_seconds": 590.0,
+    "hessians": 4.0,
+    "quantize": 6.0,
+    "unpack": 20.0,
+    "scoring": 580.0,
+    "code_bytes": 34_000,
+    "artifact_bytes": 15_966_000,
+    "partial": False,
+    "recompilations": 0,
+    "graphs": {},
+}
 
 
 def broken(final="ttt", **changes):
     """Violations of a run that keeps every rule exactly, but for the changes."""
     run = GOOD | changes
     hp = tiny_hp(max_wallclock_seconds=600.0, gptq_reserve_seconds=7.0, eval_budget_seconds=600.0)
-    seconds = {"hessians": run["hessians"], "quantize": run["quantize"], "unpack": run["unpack"],
-               "eval_prequant": 1e6, f"eval_{final}": run["scoring"]}
-    scores = {"prequant": {}, final: {"partial": run["partial"], "recompilations": run["recompilations"]}}
-    training = {"training_seconds": run["training_seconds"], "group_bytes": {"up": 5, "down": 4, "rest": 3, "k": 2}}
+    seconds = {
+        "hessians": run["hessians"],
+        "quantize": run["quantize"],
+        "unpack": run["unpack"],
+        "eval_prequant": 1e6,
+        f"eval_{final}": run["scoring"],
+    }
+    scores = {
+        "prequant": {},
+        final: {"partial": run["partial"], "recompilations": run["recompilations"]},
+    }
+    training = {
+        "training_seconds": run["training_seconds"],
+        "group_bytes": {"up": 5, "down": 4, "rest": 3, "k": 2},
+    }
     log = SimpleNamespace(seconds=seconds, graphs=run["graphs"])
     return train_gpt.violations(hp, log, training, run["code_bytes"], run["artifact_bytes"], scores)
 
@@ -38,21 +60,35 @@ def test_one_byte_above_the_cap_is_a_violation(key):
 
 
 @pytest.mark.parametrize("first_clip", [4.0, 50.0])  # far too large a file, far too small a one
-def test_target_bytes_ends_just_under_the_target_whatever_the_clips(monkeypatch, tmp_path, dist, first_clip):
+def test_target_bytes_ends_just_under_the_target_whatever_the_clips(
+    monkeypatch, tmp_path, dist, first_clip
+):
     clips = dict.fromkeys(("mlp_clip_sigmas", "attn_clip_sigmas", "embed_clip_sigmas"), first_clip)
     hp = tiny_hp(target_bytes=600_000, compressor="entropy", model_dim=128, **clips)
-    model = train_gpt.GPT(hp, train_gpt.select_ops(False, "sdpa", dist.device, torch.float32, 32, 4, 2), torch.float32)
+    model = train_gpt.GPT(
+        hp, train_gpt.select_ops(False, "sdpa", dist.device, torch.float32, 32, 4, 2), torch.float32
+    )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    identity = {n: torch.eye(w.shape[-1]) for n, w in train_gpt.unbank(model).items() if train_gpt.quant_role(n)}
+    identity = {
+        n: torch.eye(w.shape[-1])
+        for n, w in train_gpt.unbank(model).items()
+        if train_gpt.quant_role(n)
+    }
     monkeypatch.setattr(train_gpt, "collect_hessians", lambda *_: identity)
     log, loader = train_gpt.RunLog(tmp_path, dist), SimpleNamespace(held_out_rows=0)
-    groups = train_gpt.build_artifact(model, loader, hp, dist, log, tmp_path / "a", 20_000)["group_bytes"]
+    groups = train_gpt.build_artifact(model, loader, hp, dist, log, tmp_path / "a", 20_000)[
+        "group_bytes"
+    ]
     assert 600_000 * 0.999 <= 20_000 + (tmp_path / "a").stat().st_size <= 600_000
-    assert {"up", "down", "embedding", "q", "k", "v", "out", "rest"} == set(groups) and min(groups.values()) > 0
+    assert {"up", "down", "embedding", "q", "k", "v", "out", "rest"} == set(groups) and min(
+        groups.values()
+    ) > 0
 
 
-def test_of_all_trials_the_one_that_is_nearest_below_the_target_is_kept(monkeypatch, tmp_path, dist):
+def test_of_all_trials_the_one_that_is_nearest_below_the_target_is_kept(
+    monkeypatch, tmp_path, dist
+):
     sizes = iter([700_000, 570_000, 580_010, 579_000, 580_001])
     monkeypatch.setattr(train_gpt, "collect_hessians", lambda *_: {})
     monkeypatch.setattr(train_gpt, "quantize_weights", lambda *_: {})
@@ -85,8 +121,11 @@ def test_a_partial_score_is_marked():
 @pytest.mark.parametrize("total, code", [(16_000_000, None), (16_000_001, 3)])
 def test_exit_code_tells_a_broken_byte_cap(monkeypatch, total, code):
     monkeypatch.setattr("sys.argv", ["train_gpt.py"])
-    monkeypatch.setattr(train_gpt, "find_guard", lambda: train_gpt.NO_GUARD)  # this process is not the run's own
-    monkeypatch.setattr(train_gpt, "run", lambda hp, dist, guard: {"total_bytes": total, "run": "any"})
+    # this process is not the run's own
+    monkeypatch.setattr(train_gpt, "find_guard", lambda: train_gpt.NO_GUARD)
+    monkeypatch.setattr(
+        train_gpt, "run", lambda hp, dist, guard: {"total_bytes": total, "run": "any"}
+    )
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DEVICE", "cpu")
@@ -102,15 +141,23 @@ def test_exit_code_tells_a_broken_byte_cap(monkeypatch, total, code):
 WARM = {"warm_up": 2, "eval_prequant": 3, "eval_ttt": 4}
 
 
-@pytest.mark.parametrize("graphs", [WARM, WARM | {"train": 1, "eval_training": 1, "eval_prequant": 0}])
+@pytest.mark.parametrize(
+    "graphs", [WARM, WARM | {"train": 1, "eval_training": 1, "eval_prequant": 0}]
+)
 def test_graphs_of_a_warm_up_are_no_violation(graphs):
     assert broken(graphs=graphs) == []
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    ({"graphs": {"train": 1}}, "1 graphs were compiled while the training clock ran"),
-    ({"graphs": {"train": 3, "eval_training": 1}}, "2 graphs were compiled while the training clock ran"),
-    ({"recompilations": 2}, "2 graphs were compiled in test-time training after its warm-up"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"graphs": {"train": 1}}, "1 graphs were compiled while the training clock ran"),
+        (
+            {"graphs": {"train": 3, "eval_training": 1}},
+            "2 graphs were compiled while the training clock ran",
+        ),
+        ({"recompilations": 2}, "2 graphs were compiled in test-time training after its warm-up"),
+    ],
+)
 def test_compiling_under_a_clock_is_a_violation(change, sentence):
     assert broken(**change) == [sentence]

@@ -1,4 +1,6 @@
-"""Runs that the tools did not expect: damaged, of an older version, of different commits, with scores of NaN."""
+"""Runs that the tools did not expect: damaged, of an older version, of different commits, with
+scores of NaN.
+"""
 
 import fnmatch
 import json
@@ -30,12 +32,20 @@ def test_the_version_is_that_of_the_trainer():
     assert run_files.RESULT_VERSION == train_gpt.RESULT_VERSION
 
 
-@pytest.mark.parametrize("text, words", [
-    ('{"seed": 1, "scores": {"ttt"', "RESULT is damaged: "), ("[1]", "RESULT is damaged: it is no object"),
-    ("", "RESULT is damaged: "), (json.dumps(make_result("run", 1, version=1)), "RESULT is of version 1, these tools"),
-    (json.dumps(make_result("run", 1, seconds=[1])), "RESULT is damaged: seconds is no object"),
-    (json.dumps(make_result("run", 1, scores={"ttt": 1.0})), "RESULT is damaged: the ttt score has no numbers"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"seed": 1, "scores": {"ttt"', "RESULT is damaged: "),
+        ("[1]", "RESULT is damaged: it is no object"),
+        ("", "RESULT is damaged: "),
+        (json.dumps(make_result("run", 1, version=1)), "RESULT is of version 1, these tools"),
+        (json.dumps(make_result("run", 1, seconds=[1])), "RESULT is damaged: seconds is no object"),
+        (
+            json.dumps(make_result("run", 1, scores={"ttt": 1.0})),
+            "RESULT is damaged: the ttt score has no numbers",
+        ),
+    ],
+)
 def test_a_damaged_result_names_the_run(tmp_path, text, words):
     with pytest.raises(RunError, match="log.txt: ") as error:
         read_run(with_result(tmp_path / "run", text))
@@ -44,9 +54,15 @@ def test_a_damaged_result_names_the_run(tmp_path, text, words):
 
 def test_a_key_that_is_missing_anywhere_in_result_or_settings_names_the_run(tmp_path):
     run = read_run(make_run(tmp_path / "run", without=["world_size"]))
-    for look in (lambda: run.result["world_size"], lambda: run.result["scores"]["ttt"]["documents"],
-                 lambda: run.settings["NEW_SETTING"], lambda: run.steps[0]["new_column"]):
-        with pytest.raises(RunError, match="run/log.txt: .* has no (world_size|documents|NEW_SETTING|new_column)"):
+    for look in (
+        lambda: run.result["world_size"],
+        lambda: run.result["scores"]["ttt"]["documents"],
+        lambda: run.settings["NEW_SETTING"],
+        lambda: run.steps[0]["new_column"],
+    ):
+        with pytest.raises(
+            RunError, match="run/log.txt: .* has no (world_size|documents|NEW_SETTING|new_column)"
+        ):
             look()
     assert run.result.get("world_size") is None and "world_size" not in run.result
 
@@ -66,9 +82,15 @@ def test_a_set_in_a_folder_with_brackets_is_found(tmp_path):
 @pytest.mark.parametrize("key", sorted(make_result("run", 1)))
 @pytest.mark.parametrize("name", ["summarize.py", "plot_run.py", "make_record.py"])
 def test_no_missing_key_ends_in_a_traceback(tmp_path, name, key):
-    module = {"summarize.py": summarize, "plot_run.py": plot_run, "make_record.py": make_record}[name]
+    module = {"summarize.py": summarize, "plot_run.py": plot_run, "make_record.py": make_record}[
+        name
+    ]
     folder = make_run(tmp_path / "run", without=[key])
-    words = ["--name", "x", "--author", "A", "--records", str(tmp_path / "records")] if name == "make_record.py" else []
+    words = (
+        ["--name", "x", "--author", "A", "--records", str(tmp_path / "records")]
+        if name == "make_record.py"
+        else []
+    )
     try:
         module.main([str(folder), *words])
     except SystemExit as error:
@@ -79,21 +101,32 @@ def test_no_missing_key_ends_in_a_traceback(tmp_path, name, key):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_scores_that_are_not_finite_are_shown_and_neither_compared_nor_drawn(tmp_path, capsys, value):
+def test_scores_that_are_not_finite_are_shown_and_neither_compared_nor_drawn(
+    tmp_path, capsys, value
+):
     scores = make_result("b", 2)["scores"]
     scores["ttt"] = scores["ttt"] | {"loss": value, "bpb": value}
     for seed, changes in ((1, {}), (2, {"scores": scores}), (3, {})):
         make_run(tmp_path / "set" / f"seed{seed}", seed, **changes)
     summarize.main([str(tmp_path / "set")])
-    row = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("scores.ttt.bpb"))
+    row = next(
+        line.split()
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("scores.ttt.bpb")
+    )
     assert row == ["scores.ttt.bpb", "1.06100", str(value), "1.06300", str(value), "nan"]
-    with pytest.raises(SystemExit, match=f"summarize.py: seed2: its ttt loss is {value}, which compares with nothing"):
+    with pytest.raises(
+        SystemExit,
+        match=f"summarize.py: seed2: its ttt loss is {value}, which compares with nothing",
+    ):
         summarize.main([str(tmp_path / "set"), "--published", "1.1"])
     plot_run.main([str(tmp_path / "set")])
     shown = capsys.readouterr()
     assert "plots: none" in shown.out and f"seed2: scores.ttt.loss is {value}" in shown.err
     with pytest.raises(SystemExit, match="make_record.py: "):
-        make_record.main([str(tmp_path / "set"), "--name", "x", "--author", "A", "--records", str(tmp_path)])
+        make_record.main(
+            [str(tmp_path / "set"), "--name", "x", "--author", "A", "--records", str(tmp_path)]
+        )
 
 
 def test_one_loss_that_is_not_finite_is_named(tmp_path, capsys):
@@ -109,7 +142,10 @@ def test_a_damaged_artifact_keeps_away_its_own_picture_only(tmp_path, capsys):
     (folder / "artifact.bin").write_bytes(b"GLF1 and no more")
     plot_run.main([str(folder)])
     assert sorted(path.name for path in folder.glob("*.png")) == ["stages.png", "training.png"]
-    assert f"plot_run.py: no bytes.png: {folder / 'artifact.bin'} cannot be read: " in capsys.readouterr().err
+    assert (
+        f"plot_run.py: no bytes.png: {folder / 'artifact.bin'} cannot be read: "
+        in capsys.readouterr().err
+    )
 
 
 def test_every_seed_of_many_is_drawn(tmp_path, monkeypatch):
@@ -133,21 +169,32 @@ def test_the_quantization_check_counts_to_the_training_budget(tmp_path):
 
 def test_runs_that_are_no_seeds_of_one_method_are_told(tmp_path, capsys):
     make_run(tmp_path / "set" / "a", 1)
-    make_run(tmp_path / "set" / "b", 2, commit="fff0000", settings={"MATRIX_LR": "0.03", "DATA_PATH": "elsewhere"})
+    make_run(
+        tmp_path / "set" / "b",
+        2,
+        commit="fff0000",
+        settings={"MATRIX_LR": "0.03", "DATA_PATH": "elsewhere"},
+    )
     summarize.main([str(tmp_path / "set")])
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     same = "differs, so that the mean is of no one method"
-    assert notes == [f"note: commit {same}: abc1234 (seed 1); fff0000 (seed 2)",
-                     f"note: MATRIX_LR {same}: 0.02 (seed 1); 0.03 (seed 2)"]
+    assert notes == [
+        f"note: commit {same}: abc1234 (seed 1); fff0000 (seed 2)",
+        f"note: MATRIX_LR {same}: 0.02 (seed 1); 0.03 (seed 2)",
+    ]
 
 
 def test_the_gap_of_each_seed_stands_in_the_table(tmp_path, capsys):
     make_run(tmp_path / "set" / "a", 1, leaked_documents=3)
-    make_run(tmp_path / "set" / "b", 2, leaked_documents=3, violations=["quantization adds 0.5 nats"])
+    make_run(
+        tmp_path / "set" / "b", 2, leaked_documents=3, violations=["quantization adds 0.5 nats"]
+    )
     summarize.main([str(tmp_path / "set")])
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines}
-    assert rows["quant_check.gap"][:2] == ["0.00410", "0.00420"] and rows["leaked_documents"][:2] == ["3", "3"]
+    assert rows["quant_check.gap"][:2] == ["0.00410", "0.00420"] and rows["leaked_documents"][
+        :2
+    ] == ["3", "3"]
     assert rows["quant_check.tried"][:2] == ["1", "1"]
     assert "violation, seed 2: quantization adds 0.5 nats" in lines
 
@@ -156,19 +203,34 @@ def test_the_gap_of_each_seed_stands_in_the_table(tmp_path, capsys):
 
 
 def test_commands_that_go_on_from_a_run_can_be_pasted(tmp_path):
-    folder = make_run(tmp_path / "my 'odd' [1] runs" / "run", settings={"PRESET": "a b", "MATRIX_LR": "0.03"})
+    folder = make_run(
+        tmp_path / "my 'odd' [1] runs" / "run", settings={"PRESET": "a b", "MATRIX_LR": "0.03"}
+    )
     (folder / "model.pt").write_bytes(b"")
     (command,) = publish.commands(read_run(folder))
-    assert shlex.split(command) == ["QUANT_ONLY=1", f"CHECKPOINT_PATH={folder / 'model.pt'}", "PRESET=a b",
-                                    "MATRIX_LR=0.03", "DATA_PATH=...", "python", "train_gpt.py"]
+    assert shlex.split(command) == [
+        "QUANT_ONLY=1",
+        f"CHECKPOINT_PATH={folder / 'model.pt'}",
+        "PRESET=a b",
+        "MATRIX_LR=0.03",
+        "DATA_PATH=...",
+        "python",
+        "train_gpt.py",
+    ]
 
 
 def test_pictures_whose_names_have_brackets_are_uploaded(tmp_path):
     folder = make_run(tmp_path / "run")
     (folder / "loss [1].png").write_bytes(b"")
     sent = []
-    api = SimpleNamespace(create_repo=lambda *words, **options: None, upload_folder=lambda **options: sent.append(
-        options["allow_patterns"]) or SimpleNamespace(commit_url=""))
+    api = SimpleNamespace(
+        create_repo=lambda *words, **options: None,
+        upload_folder=lambda **options: (
+            sent.append(options["allow_patterns"]) or SimpleNamespace(commit_url="")
+        ),
+    )
     publish.upload(api, folder, "me/golf", True)
     names = ["log.txt", "result.json", "loss [1].png"]
-    assert [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in sent[0])] == []
+    assert [
+        name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in sent[0])
+    ] == []

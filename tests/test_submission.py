@@ -1,4 +1,6 @@
-"""From runs to a submission: real runs through the launcher, their table, tests, pictures, record, and the hub."""
+"""From runs to a submission: real runs through the launcher, their table, tests, pictures, record,
+and the hub.
+"""
 
 import fcntl
 import importlib.util
@@ -32,7 +34,8 @@ PICTURES = ["bytes.png", "stages.png", "training.png", "ttt.png"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(what `wait` printed, the set's folder): two seeds of a tiny model, side by side on the CPU, with pictures.
+    """(what `wait` printed, the set's folder): two seeds of a tiny model, side by side on the CPU,
+    with pictures.
 
     Made once for all workers of pytest-xdist, which share the parent of their folders.
     """
@@ -50,11 +53,30 @@ def finished(tmp_path_factory):
 def launch_two_seeds(folder):
     """Through run_3seeds.sh, into folder/runs/set -> what `wait` printed."""
     make_data(folder / "data")
-    environ = HERE | SETTINGS | {"DATA_PATH": str(folder / "data"), "RUNS_DIR": str(folder / "runs"), "USE_TMUX": "0",
-                                 "VENV": str(Path(sys.executable).parents[1]), "VAL_LOSS_EVERY": "2",
-                                 "SLIDING_WINDOW_ENABLED": "0"}
-    script, options = ROOT / "run_3seeds.sh", {"cwd": folder, "capture_output": True, "text": True, "timeout": PATIENCE}
-    started = subprocess.run([script], env=environ | {"SEEDS": "7 3", "GPUS": "cpu cpu", "RUN_ID": "set"}, **options)
+    environ = (
+        HERE
+        | SETTINGS
+        | {
+            "DATA_PATH": str(folder / "data"),
+            "RUNS_DIR": str(folder / "runs"),
+            "USE_TMUX": "0",
+            "VENV": str(Path(sys.executable).parents[1]),
+            "VAL_LOSS_EVERY": "2",
+            "SLIDING_WINDOW_ENABLED": "0",
+        }
+    )
+    script, options = (
+        ROOT / "run_3seeds.sh",
+        {
+            "cwd": folder,
+            "capture_output": True,
+            "text": True,
+            "timeout": PATIENCE,
+        },
+    )
+    started = subprocess.run(
+        [script], env=environ | {"SEEDS": "7 3", "GPUS": "cpu cpu", "RUN_ID": "set"}, **options
+    )
     assert started.returncode == 0, started.stderr
     ended = subprocess.run([script, "wait"], env=environ, **options)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -71,8 +93,14 @@ def runs(finished):
 
 def test_launched_runs_are_summed_up_with_the_figures_of_their_results(finished):
     printed, folder = finished
-    results = [json.loads((folder / f"set-seed{seed}" / "result.json").read_text()) for seed in (7, 3)]
-    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.startswith(("scores", "total"))}
+    results = [
+        json.loads((folder / f"set-seed{seed}" / "result.json").read_text()) for seed in (7, 3)
+    ]
+    rows = {
+        line.split()[0]: line.split()[1:]
+        for line in printed.splitlines()
+        if line.startswith(("scores", "total"))
+    }
     for stage in results[0]["scores"]:
         bpb = [result["scores"][stage]["bpb"] for result in results]
         shown = [float(text) for text in rows[f"scores.{stage}.bpb"]]
@@ -83,7 +111,9 @@ def test_launched_runs_are_summed_up_with_the_figures_of_their_results(finished)
 def test_every_field_of_result_stands_in_the_table(runs):
     text = "\n".join(summarize.table_lines([run.result for run in runs]))
     for name in summarize.flatten(runs[0].result):
-        assert name in ("seed", "version") or re.search(rf"^{re.escape(name)}[: ]", text, re.MULTILINE), name
+        assert name in ("seed", "version") or re.search(
+            rf"^{re.escape(name)}[: ]", text, re.MULTILINE
+        ), name
 
 
 # ---- the contest's rule; critical values of t are from printed tables: one-sided 0.01
@@ -92,15 +122,25 @@ def test_every_field_of_result_stands_in_the_table(runs):
 def results_of(losses, tokens=1000, num_bytes=3000):
     """RESULTs of seeds 0, 1, ... with these losses."""
     score = {"tokens": tokens, "bytes": num_bytes}
-    return [{"run": f"run{seed}", "seed": seed, "scores": {"ttt": score | {"loss": loss, "bpb": 1.0}}}
-            for seed, loss in enumerate(losses)]
+    return [
+        {"run": f"run{seed}", "seed": seed, "scores": {"ttt": score | {"loss": loss, "bpb": 1.0}}}
+        for seed, loss in enumerate(losses)
+    ]
 
 
 def answer(results, **reference):
     """(lines, whether the rule is met) of a comparison; `against` takes RESULTs."""
     against = reference.pop("against", None)
-    options = SimpleNamespace(**{"against": against and ["them"], "published": None, "published_std": None,
-                                 "published_n": None, "stage": None} | reference)
+    options = SimpleNamespace(
+        **{
+            "against": against and ["them"],
+            "published": None,
+            "published_std": None,
+            "published_n": None,
+            "stage": None,
+        }
+        | reference
+    )
     with pytest.MonkeyPatch.context() as patch:
         runs = [SimpleNamespace(result=result) for result in against or []]
         patch.setattr(summarize, "read_runs", lambda paths: runs)
@@ -113,10 +153,13 @@ def test_welch_decides_at_the_tabulated_critical_value(factor, met):
     gain = 0.005 + factor * 3.7469 * 0.001 * math.sqrt(2 / 3)  # t of 4 degrees of freedom
     lines, found = answer(results_of(2.3 + spread), against=results_of(2.3 + gain + spread))
     assert found is met and lines[-1].startswith(
-        f"contest's rule, at least 0.005 nats better at p < 0.01: {'yes' if met else 'no'}")
+        f"contest's rule, at least 0.005 nats better at p < 0.01: {'yes' if met else 'no'}"
+    )
     bpb = (2.3 + gain) / math.log(2) * 1000 / 3000
     std = 0.001 / math.log(2) * 1000 / 3000
-    assert answer(results_of(2.3 + spread), published=bpb, published_std=std, published_n=3)[1] is met
+    assert (
+        answer(results_of(2.3 + spread), published=bpb, published_std=std, published_n=3)[1] is met
+    )
 
 
 @pytest.mark.parametrize("factor, met", [(1.01, True), (0.99, False)])
@@ -155,9 +198,15 @@ def test_one_run_alone_shows_nothing():
     assert not met and "no test is possible" in lines[-1]
 
 
-@pytest.mark.parametrize("reference", [{"published": 1.0, "published_std": 0.1}, {"published": 1.0, "published_n": 3},
-                                       {"published": 1.0, "published_std": 0.1, "published_n": 1},
-                                       {"against": [], "published_std": 0.1, "published_n": 3}])
+@pytest.mark.parametrize(
+    "reference",
+    [
+        {"published": 1.0, "published_std": 0.1},
+        {"published": 1.0, "published_n": 3},
+        {"published": 1.0, "published_std": 0.1, "published_n": 1},
+        {"against": [], "published_std": 0.1, "published_n": 3},
+    ],
+)
 def test_half_a_reference_is_refused(reference):
     with pytest.raises(ValueError, match="go together"):
         answer(results_of([2.0, 2.1]), **reference)
@@ -170,7 +219,9 @@ def test_pictures_are_drawn_after_each_run_and_over_the_seeds(finished):
     for folder in (finished[1], *finished[1].glob("set-seed*")):
         assert sorted(path.name for path in folder.glob("*.png")) == PICTURES
         for path in folder.glob("*.png"):
-            width, height = (int.from_bytes(path.read_bytes()[at:at + 4], "big") for at in (16, 20))
+            width, height = (
+                int.from_bytes(path.read_bytes()[at : at + 4], "big") for at in (16, 20)
+            )
             assert width > 900 and height > 300
 
 
@@ -184,7 +235,8 @@ def test_what_the_pictures_show_is_what_the_log_and_the_file_say(runs):
     seconds = run.result["seconds"]
     assert set(budget["evaluation budget"]) == {"unpack", "eval_ttt"}
     assert sum(map(sum, (part.values() for part in budget.values()))) == pytest.approx(
-        sum(seconds.values()) - seconds["train"] + run.result["training_seconds"])
+        sum(seconds.values()) - seconds["train"] + run.result["training_seconds"]
+    )
     raw, stored = plot_run.bytes_by_group(run.folder / "artifact.bin")
     assert sum(stored.values()) == run.result["artifact_bytes"] and raw["embedding"] == 8192 * 32
     told = (run.folder / "log.txt").read_text().count("\nttt_batch ")
@@ -193,7 +245,7 @@ def test_what_the_pictures_show_is_what_the_log_and_the_file_say(runs):
 
 def test_a_run_that_has_not_ended_is_refused(runs, tmp_path):
     text = (runs[0].folder / "log.txt").read_text()
-    (tmp_path / "log.txt").write_text(text[:text.index("RESULT")])
+    (tmp_path / "log.txt").write_text(text[: text.index("RESULT")])
     with pytest.raises(ValueError, match="has not ended"):
         read_run(tmp_path)
     with pytest.raises(ValueError, match="neither a run nor a set"):
@@ -205,8 +257,11 @@ def test_a_run_that_has_not_ended_is_refused(runs, tmp_path):
 
 def legal(run, **changes):
     """The run as if it had kept every rule, but for the changes to its RESULT."""
-    return run._replace(result=run.result | {"world_size": 8, "device": "NVIDIA H100 80GB HBM3", "commit": "abc1234"}
-                        | changes)
+    return run._replace(
+        result=run.result
+        | {"world_size": 8, "device": "NVIDIA H100 80GB HBM3", "commit": "abc1234"}
+        | changes
+    )
 
 
 @pytest.fixture
@@ -218,13 +273,22 @@ def kept(monkeypatch, runs):
     return runs
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"world_size": 4}, "ran on 4 x"), ({"device": "NVIDIA A100"}, "not on 8 x H100"), ({"commit": "abc+"}, "clean"),
-    ({"commit": None}, "clean"), ({"total_bytes": 5}, "RESULT says 5"), ({"training_seconds": 600.5}, "took 600."),
-    ({"training_seconds": math.nan}, "took nan"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"world_size": 4}, "ran on 4 x"),
+        ({"device": "NVIDIA A100"}, "not on 8 x H100"),
+        ({"commit": "abc+"}, "clean"),
+        ({"commit": None}, "clean"),
+        ({"total_bytes": 5}, "RESULT says 5"),
+        ({"training_seconds": 600.5}, "took 600."),
+        ({"training_seconds": math.nan}, "took nan"),
+    ],
+)
 def test_each_rule_of_a_run_is_checked(kept, changes, words):
-    (sentence,) = make_record.broken_rules([*kept[:2], kept[2]._replace(result=kept[2].result | changes)])
+    (sentence,) = make_record.broken_rules(
+        [*kept[:2], kept[2]._replace(result=kept[2].result | changes)]
+    )
     assert sentence.startswith("seed 1: ") and words in sentence
 
 
@@ -238,9 +302,13 @@ def test_the_600_seconds_hold_whatever_budget_was_set(kept, name):
 def test_seeds_counts_and_partial_scores_are_checked(kept, monkeypatch):
     assert list(make_record.broken_rules(kept[:2])) == ["2 seed(s); a record needs 3"]
     score = kept[2].result["scores"]["ttt"]
-    other = kept[2].result | {"scores": kept[2].result["scores"] | {"ttt": score | {"tokens": 1, "partial": True}}}
+    other = kept[2].result | {
+        "scores": kept[2].result["scores"] | {"ttt": score | {"tokens": 1, "partial": True}}
+    }
     sentences = list(make_record.broken_rules([*kept[:2], kept[2]._replace(result=other)]))
-    assert len(sentences) == 2 and "tokens and bytes" in sentences[0] and "only part" in sentences[1]
+    assert (
+        len(sentences) == 2 and "tokens and bytes" in sentences[0] and "only part" in sentences[1]
+    )
     monkeypatch.setattr(make_record, "BYTE_CAP", 1000)
     assert all("the cap is 1,000" in sentence for sentence in make_record.broken_rules(kept))
     monkeypatch.setattr(make_record, "validation_documents", lambda run: 10)
@@ -250,10 +318,14 @@ def test_seeds_counts_and_partial_scores_are_checked(kept, monkeypatch):
 def test_runs_of_another_method_are_refused(runs, tmp_path):
     first, second = runs
     assert list(make_record.disagreements(runs)) == []
-    changed = second._replace(settings=second.settings | {"MATRIX_LR": "0.5"}, changed=(*second.changed, "MATRIX_LR"))
+    changed = second._replace(
+        settings=second.settings | {"MATRIX_LR": "0.5"}, changed=(*second.changed, "MATRIX_LR")
+    )
     assert "MATRIX_LR is 0.5" in next(make_record.disagreements([first, changed]))
     assert "a seed stands twice" in list(make_record.disagreements([first, first]))
-    assert "2 runs stand in one log" in next(make_record.disagreements([first, second._replace(parts=2)]))
+    assert "2 runs stand in one log" in next(
+        make_record.disagreements([first, second._replace(parts=2)])
+    )
     shutil.copytree(second.folder, tmp_path / "copy")
     (tmp_path / "copy" / "train_gpt.py").write_bytes(b"pass")
     other = second._replace(folder=tmp_path / "copy")
@@ -263,13 +335,22 @@ def test_runs_of_another_method_are_refused(runs, tmp_path):
 
 
 def test_what_the_runs_found_themselves_is_kept_apart_from_broken_rules(kept):
-    gap, leak = "quantization adds 0.5 nats a token on held-out rows", "3 training documents are validation documents"
-    known = ["16000001 bytes of code and weights, 1 above", "unpacking and the final evaluation took 601.0 s of 600.0",
-             "test-time training scored part of the validation documents (TTT_MAX_DOCS)"]
+    gap, leak = (
+        "quantization adds 0.5 nats a token on held-out rows",
+        "3 training documents are validation documents",
+    )
+    known = [
+        "16000001 bytes of code and weights, 1 above",
+        "unpacking and the final evaluation took 601.0 s of 600.0",
+        "test-time training scored part of the validation documents (TTT_MAX_DOCS)",
+    ]
     for run, violations in zip(kept, ([gap, *known], [gap, leak], []), strict=True):
         run.result["violations"] = violations
     seeds = [run.seed for run in kept]
-    assert make_record.remarks(kept) == [f"seed {seeds[0]}, {seeds[1]}: {gap}", f"seed {seeds[1]}: {leak}"]
+    assert make_record.remarks(kept) == [
+        f"seed {seeds[0]}, {seeds[1]}: {gap}",
+        f"seed {seeds[1]}: {leak}",
+    ]
     assert list(make_record.broken_rules(kept)) == []
 
 
@@ -286,7 +367,8 @@ def test_a_score_that_is_not_finite_makes_no_record_of_any_kind(kept):
     scores = kept[2].result["scores"]
     other = kept[2].result | {"scores": scores | {"ttt": scores["ttt"] | {"loss": math.nan}}}
     assert f"{kept[2].folder}: a score is not finite" in make_record.disagreements(
-        [*kept[:2], kept[2]._replace(result=other)])
+        [*kept[:2], kept[2]._replace(result=other)]
+    )
 
 
 @pytest.mark.parametrize("text", ["", "parameters:5 slots:[0]"])
@@ -310,37 +392,70 @@ def test_a_record_has_an_author_and_git_is_not_needed_to_name_one(finished, tmp_
 def record(finished, tmp_path_factory):
     """A record folder of the launched runs, made as non-record and proved."""
     folder = tmp_path_factory.mktemp("records")
-    options = make_record.parse_arguments([str(finished[1]), "--name", "Tiny: two seeds!", "--records", str(folder),
-                                           "--author", "A. Person", "--date", "2026-01-31", "--non-record"])
+    options = make_record.parse_arguments(
+        [
+            str(finished[1]),
+            "--name",
+            "Tiny: two seeds!",
+            "--records",
+            str(folder),
+            "--author",
+            "A. Person",
+            "--date",
+            "2026-01-31",
+            "--non-record",
+        ]
+    )
     return make_record.make_record(options)
 
 
 def test_rules_refuse_a_record_unless_it_is_marked(finished, tmp_path):
     with pytest.raises(SystemExit) as refused:
-        make_record.main([str(finished[1]), "--name", "x", "--author", "A", "--records", str(tmp_path)])
+        make_record.main(
+            [str(finished[1]), "--name", "x", "--author", "A", "--records", str(tmp_path)]
+        )
     assert "a record needs 3" in refused.value.code and "not on 8 x H100" in refused.value.code
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_record_holds_everything_and_says_that_it_is_none(record, runs):
-    assert record.parent.name == "track_non_record_16mb" and record.name == "2026-01-31_Tiny_two_seeds"
+    assert (
+        record.parent.name == "track_non_record_16mb" and record.name == "2026-01-31_Tiny_two_seeds"
+    )
     assert [path.name for path in record.parent.iterdir()] == [record.name]
     names = {path.relative_to(record).as_posix() for path in record.rglob("*") if path.is_file()}
-    wanted = {"README.md", "submission.json", "settings.env", "train_gpt.py", "source/train_gpt.py", "train_seed7.log",
-              "train_seed3.log", "requirements.txt", "prepare_caseops_data.py", "lossless_caps.py",
-              "tokenizers/caseops_8192.model", *PICTURES}
+    wanted = {
+        "README.md",
+        "submission.json",
+        "settings.env",
+        "train_gpt.py",
+        "source/train_gpt.py",
+        "train_seed7.log",
+        "train_seed3.log",
+        "requirements.txt",
+        "prepare_caseops_data.py",
+        "lossless_caps.py",
+        "tokenizers/caseops_8192.model",
+        *PICTURES,
+    }
     assert wanted <= names
     assert (record / "train_gpt.py").read_bytes() == (runs[0].folder / "train_gpt.py").read_bytes()
     assert (record / "source" / "train_gpt.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()
     about = json.loads((record / "submission.json").read_text())
     scores = [run.result["scores"]["ttt"] for run in runs]
     assert about["val_bpb"] == pytest.approx(np.mean([score["bpb"] for score in scores]), abs=1e-8)
-    assert about["val_loss_std"] == pytest.approx(np.std([score["loss"] for score in scores], ddof=1), abs=1e-8)
+    assert about["val_loss_std"] == pytest.approx(
+        np.std([score["loss"] for score in scores], ddof=1), abs=1e-8
+    )
     assert (about["author"], about["record"], about["seeds"]) == ("A. Person", False, [3, 7])
     assert about["bytes_total"] == max(run.result["total_bytes"] for run in runs)
     text = (record / "README.md").read_text()
-    assert "**Not a record.**" in text and "MODEL_DIM=32" in text and f"{scores[0]['bpb']:.5f}" in text
-    assert all(f"`{name}`" in text for name in names if name.endswith((".py", ".log", ".json", ".env")))
+    assert (
+        "**Not a record.**" in text and "MODEL_DIM=32" in text and f"{scores[0]['bpb']:.5f}" in text
+    )
+    assert all(
+        f"`{name}`" in text for name in names if name.endswith((".py", ".log", ".json", ".env"))
+    )
     assert all(f"### {section}" in text for section in ("Data", "Model", "Training", "Evaluation"))
 
 
@@ -357,10 +472,13 @@ def test_the_proof_finds_a_script_that_does_not_run(tmp_path):
 
 def test_a_packed_script_without_its_source_is_refused(monkeypatch):
     tried = []
-    monkeypatch.setattr(make_record, "pack_code", lambda source, settings: tried.append(source) or b"another")
+    monkeypatch.setattr(
+        make_record, "pack_code", lambda source, settings: tried.append(source) or b"another"
+    )
     with pytest.raises(make_record.RecordError, match="check out the source"):
         make_record.readable_source(b"something else", "HEAD+", {})
-    assert len(tried) == 2 and all("Train, quantize, pack" in source for source in tried)  # this one and the commit's
+    # this one and the commit's
+    assert len(tried) == 2 and all("Train, quantize, pack" in source for source in tried)
 
 
 # ---- the hub
@@ -370,14 +488,25 @@ TOKEN = "hf_aVerySecretToken"
 
 @pytest.fixture
 def publish():
-    """publish(words, token) -> the finished tools/publish.py, talking to a hub on localhost; `.hub` is that hub."""
+    """publish(words, token) -> the finished tools/publish.py, talking to a hub on localhost;
+    `.hub` is that hub.
+    """
     hub = Hub(TOKEN)
-    environ = HERE | {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environ = HERE | {
+        "HF_ENDPOINT": hub.address,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
 
     def call(*words, token=None):
         command = [sys.executable, str(ROOT / "tools" / "publish.py"), *map(str, words)]
-        done = subprocess.run(command, env=environ | ({"HF_TOKEN": token} if token else {}), text=True,
-                              capture_output=True, timeout=PATIENCE)
+        done = subprocess.run(
+            command,
+            env=environ | ({"HF_TOKEN": token} if token else {}),
+            text=True,
+            capture_output=True,
+            timeout=PATIENCE,
+        )
         assert TOKEN not in done.stdout + done.stderr
         return done
 
@@ -392,7 +521,9 @@ def test_a_run_goes_to_the_hub_and_comes_back(publish, runs, tmp_path):
     assert sent.returncode == 0, sent.stderr
     there = publish.hub.files["me/golf"]
     assert publish.hub.private == {"me/golf"}
-    assert {f"{folder.name}/{name}" for name in ("model.pt", "artifact.bin", "log.txt", "result.json")} <= set(there)
+    assert {
+        f"{folder.name}/{name}" for name in ("model.pt", "artifact.bin", "log.txt", "result.json")
+    } <= set(there)
     assert not any(name.endswith(("exit_code", "stderr.txt")) for name in there)
     got = publish("fetch", folder.name, "--repo", "me/golf", "--runs-dir", tmp_path, token=TOKEN)
     assert got.returncode == 0, got.stderr
@@ -400,26 +531,40 @@ def test_a_run_goes_to_the_hub_and_comes_back(publish, runs, tmp_path):
         assert (tmp_path / name).read_bytes() == data == (folder.parent / name).read_bytes()
     assert f"QUANT_ONLY=1 CHECKPOINT_PATH={tmp_path}/{folder.name}/model.pt" in got.stdout
     assert f"TTT_EVAL_ONLY=1 ARTIFACT_PATH={tmp_path}/{folder.name}/artifact.bin" in got.stdout
-    assert "MODEL_DIM=32" in got.stdout and [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert "MODEL_DIM=32" in got.stdout and [path.name for path in tmp_path.iterdir()] == [
+        folder.name
+    ]
     again = publish("fetch", folder.name, "--repo", "me/golf", "--runs-dir", tmp_path, token=TOKEN)
     assert again.returncode == 1 and "exists" in again.stderr
 
 
 def test_without_the_right_token_nothing_is_uploaded(publish, runs):
     missing = publish("upload", runs[0].folder, "--repo", "me/golf")
-    assert missing.returncode == 1 and "HF_TOKEN is not set" in missing.stderr and publish.hub.requests == []
+    assert (
+        missing.returncode == 1
+        and "HF_TOKEN is not set" in missing.stderr
+        and publish.hub.requests == []
+    )
     wrong = publish("upload", runs[0].folder, "--repo", "me/golf", token="hf_wrong")
     assert wrong.returncode == 1 and "401" in wrong.stderr and "hf_wrong" not in wrong.stderr
     assert publish.hub.files == {}
 
 
-@pytest.mark.parametrize("variables, words", [
-    ({"ALL_PROXY": "socks5://me:secret@localhost:1"}, "ALL_PROXY names a SOCKS proxy"),
-    ({"https_proxy": "SOCKS5H://localhost:1", "http_proxy": "socks5://localhost:1"}, "https_proxy names a SOCKS proxy"),
-    pytest.param({"HTTP_PROXY": "http://localhost:1"}, "through the proxy of HTTP_PROXY: ", marks=IN_SOAK),
-    ({"HTTP_PROXY": "http://localhost:x"}, "through the proxy of HTTP_PROXY: Invalid port"),
-    ({"HF_ENDPOINT": "localhost"}, "localhost cannot be reached: "),
-])
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"ALL_PROXY": "socks5://me:secret@localhost:1"}, "ALL_PROXY names a SOCKS proxy"),
+        (
+            {"https_proxy": "SOCKS5H://localhost:1", "http_proxy": "socks5://localhost:1"},
+            "https_proxy names a SOCKS proxy",
+        ),
+        pytest.param(
+            {"HTTP_PROXY": "http://localhost:1"}, "through the proxy of HTTP_PROXY: ", marks=IN_SOAK
+        ),
+        ({"HTTP_PROXY": "http://localhost:x"}, "through the proxy of HTTP_PROXY: Invalid port"),
+        ({"HF_ENDPOINT": "localhost"}, "localhost cannot be reached: "),
+    ],
+)
 def test_a_hub_that_cannot_be_reached_is_told_in_one_line(publish, tmp_path, variables, words):
     if "SOCKS" in words and importlib.util.find_spec("socksio"):
         pytest.skip("socksio is installed")
@@ -429,14 +574,22 @@ def test_a_hub_that_cannot_be_reached_is_told_in_one_line(publish, tmp_path, var
     got = publish("fetch", "a", "--repo", "me/golf", "--runs-dir", tmp_path, token=TOKEN)
     assert got.returncode == 1 and words in got.stderr, got.stderr
     *retries, told = got.stderr.splitlines()  # the library tells of each time that it tries again
-    assert told.startswith("publish.py: ") and "Traceback" not in got.stderr and "secret" not in got.stderr
+    assert (
+        told.startswith("publish.py: ")
+        and "Traceback" not in got.stderr
+        and "secret" not in got.stderr
+    )
     assert ("pip install socksio, or unset" in got.stderr) == ("SOCKS" in words)
 
 
 def test_a_damaged_file_from_the_hub_is_refused(publish, runs, tmp_path):
     name = runs[0].folder.name
-    publish.hub.files["me/golf"] = {f"{name}/{file}": (runs[0].folder / file).read_bytes()
-                                    for file in ("log.txt", "artifact.bin")}
+    publish.hub.files["me/golf"] = {
+        f"{name}/{file}": (runs[0].folder / file).read_bytes()
+        for file in ("log.txt", "artifact.bin")
+    }
     publish.hub.files["me/golf"][f"{name}/artifact.bin"] += b"x"
     got = publish("fetch", name, "--repo", "me/golf", "--runs-dir", tmp_path)
-    assert got.returncode == 1 and "its RESULT says" in got.stderr and list(tmp_path.iterdir()) == []
+    assert (
+        got.returncode == 1 and "its RESULT says" in got.stderr and list(tmp_path.iterdir()) == []
+    )

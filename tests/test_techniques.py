@@ -1,4 +1,6 @@
-"""What the presets need beyond the default, each against a small reference that is written out independently."""
+"""What the presets need beyond the default, each against a small reference that is written out
+independently.
+"""
 
 import os
 from types import SimpleNamespace
@@ -16,25 +18,41 @@ from train_gpt import BOS_ID
 
 torch.set_num_threads(1)
 EVERYTHING = {
-    "attn_window": 5, "attn_window_full_layers": 1, "partial_key_offset": True, "bigram_vocab_size": 31,
-    "bigram_dim": 6, "value_embed_layers": "0,2", "value_embed_dim": 5,
-}  # fmt: skip
+    "attn_window": 5,
+    "attn_window_full_layers": 1,
+    "partial_key_offset": True,
+    "bigram_vocab_size": 31,
+    "bigram_dim": 6,
+    "value_embed_layers": "0,2",
+    "value_embed_dim": 5,
+}
 
 
 def tokens_of(*lengths, seed=0):
     """Documents of these lengths, BOS included, in one row (1, T) -> tokens, cu_seqlens."""
     generator = torch.Generator().manual_seed(seed)
-    parts = [torch.cat((torch.tensor([BOS_ID]), torch.randint(8, 97, (n - 1,), generator=generator))) for n in lengths]
+    parts = [
+        torch.cat((torch.tensor([BOS_ID]), torch.randint(8, 97, (n - 1,), generator=generator)))
+        for n in lengths
+    ]
     return torch.cat(parts)[None], torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
 
 
 class Recorder:
-    """A tap that keeps what the value projections gave, and an attention that keeps what it was given."""
+    """A tap that keeps what the value projections gave, and an attention that keeps what it was
+    given.
+    """
 
     splits_mlp = False
 
     def __init__(self, model):
-        self.raw, self.keys, self.values, self.windows, self.attention = [], [], [], [], model.ops.attention
+        self.raw, self.keys, self.values, self.windows, self.attention = (
+            [],
+            [],
+            [],
+            [],
+            model.ops.attention,
+        )
         self.v_width = model.hp.num_kv_heads * model.hp.head_dim
         model.ops = SimpleNamespace(**vars(model.ops) | {"attention": self.attend})
 
@@ -43,7 +61,7 @@ class Recorder:
 
     def __call__(self, site, x, y, scale=None):
         if site == "qkv":
-            self.raw.append(y[..., -self.v_width:])
+            self.raw.append(y[..., -self.v_width :])
         return y
 
     def attend(self, q, k, v, cu_seqlens, max_seqlen, window=0):
@@ -59,7 +77,9 @@ class Recorder:
 @pytest.mark.parametrize("residual", ["off", "mix", "gate"])
 @pytest.mark.parametrize("looping", [False, True])
 def test_packed_rows_fresh_windows_and_single_documents_are_one_function(residual, looping):
-    """Training, calibration and evaluation pack documents, test-time training does not: all features, all the same."""
+    """Training, calibration and evaluation pack documents, test-time training does not: all
+    features, all the same.
+    """
     model = make_model(small_hp(value_residual=residual, **EVERYTHING))
     tokens, cu_seqlens = tokens_of(9, 14, 1, 6)
     with torch.no_grad():
@@ -70,10 +90,17 @@ def test_packed_rows_fresh_windows_and_single_documents_are_one_function(residua
         window = tokens[:, 12:20]  # inside the second document
         fresh = torch.zeros(1, 16, dtype=torch.bool)
         fresh[0, [0, 8]] = True
-        twice = model.forward_hidden(torch.cat((window, window), 1), torch.tensor([0, 8, 16]), max_seqlen=8,
-                                     looping=looping, fresh=fresh)
+        twice = model.forward_hidden(
+            torch.cat((window, window), 1),
+            torch.tensor([0, 8, 16]),
+            max_seqlen=8,
+            looping=looping,
+            fresh=fresh,
+        )
         alone = model.forward_hidden(window, max_seqlen=8, looping=looping)
-        torch.testing.assert_close(twice.view(2, 8, -1), alone.expand(2, -1, -1), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            twice.view(2, 8, -1), alone.expand(2, -1, -1), atol=2e-5, rtol=1e-4
+        )
 
 
 def test_a_later_token_changes_nothing_before_it_and_no_other_document():
@@ -82,7 +109,10 @@ def test_a_later_token_changes_nothing_before_it_and_no_other_document():
     changed = tokens.clone()
     changed[0, 15] += 1
     with torch.no_grad():
-        before, after = (model.forward_hidden(t, cu_seqlens, max_seqlen=14, looping=True) for t in (tokens, changed))
+        before, after = (
+            model.forward_hidden(t, cu_seqlens, max_seqlen=14, looping=True)
+            for t in (tokens, changed)
+        )
     differs = (before != after).any(-1)[0]
     assert differs[15:23].all() and not differs[:15].any() and not differs[23:].any()
 
@@ -95,21 +125,30 @@ def test_early_layers_have_windows_and_the_last_ones_have_none():
 
 
 @pytest.mark.parametrize("rope_dims, kept", [(4, 4), (8, 4), (2, 2)])
-def test_offset_keys_are_the_previous_tokens_but_for_rotary_dimensions_and_first_tokens(rope_dims, kept):
-    plain, shifted = (make_model(small_hp(rope_dims=rope_dims, partial_key_offset=on)) for on in (False, True))
+def test_offset_keys_are_the_previous_tokens_but_for_rotary_dimensions_and_first_tokens(
+    rope_dims, kept
+):
+    plain, shifted = (
+        make_model(small_hp(rope_dims=rope_dims, partial_key_offset=on)) for on in (False, True)
+    )
     tokens, cu_seqlens = tokens_of(4, 6, 1, 3)
     recorders = Recorder(plain), Recorder(shifted)
     for model, recorder in zip((plain, shifted), recorders, strict=True):
         model.forward_hidden(tokens, cu_seqlens, max_seqlen=6, looping=False, tap=recorder)
-    k, found = recorders[0].keys[0][0], recorders[1].keys[0][0]  # of layer 0, whose input is the same
+    # of layer 0, whose input is the same
+    k, found = recorders[0].keys[0][0], recorders[1].keys[0][0]
     for t in range(tokens.size(1)):
         source = t if t in cu_seqlens else t - 1
-        assert torch.equal(found[t, :, :kept], k[t, :, :kept]) and torch.equal(found[t, :, kept:], k[source, :, kept:])
+        assert torch.equal(found[t, :, :kept], k[t, :, :kept]) and torch.equal(
+            found[t, :, kept:], k[source, :, kept:]
+        )
 
 
 @pytest.mark.parametrize("residual", ["mix", "gate"])
 def test_values_are_their_own_their_embeddings_and_layer_0s(residual):
-    model = make_model(small_hp(value_residual=residual, value_embed_layers="0,2", value_embed_dim=5))
+    model = make_model(
+        small_hp(value_residual=residual, value_embed_layers="0,2", value_embed_dim=5)
+    )
     recorder, (tokens, _) = Recorder(model), tokens_of(11)
     model.forward_hidden(tokens, max_seqlen=11, looping=True, tap=recorder)
     heads = recorder.values[0].shape[2:]
@@ -153,7 +192,9 @@ def test_bigram_buckets_are_the_hash_of_two_tokens_and_one_of_their_own_at_first
 @pytest.mark.skipif(not os.environ.get("SOAK"), reason="half a minute each; make soak runs them")
 @pytest.mark.parametrize("residual", ["mix", "gate"])
 def test_all_of_it_compiles_into_whole_graphs_that_give_the_same(residual):
-    """Training compiles the whole forward pass, evaluation and test-time training a layer, for all layers the same."""
+    """Training compiles the whole forward pass, evaluation and test-time training a layer, for
+    all layers the same.
+    """
     model = make_model(small_hp(value_residual=residual, **EVERYTHING))
     tokens, cu_seqlens = tokens_of(9, 14, 10)
     arguments = tokens[:, :-1], tokens[0, 1:], cu_seqlens.clamp(max=32), True, 14
@@ -164,18 +205,27 @@ def test_all_of_it_compiles_into_whole_graphs_that_give_the_same(residual):
     for forward in (model.forward, compiled[0]):
         model.zero_grad()
         forward(*arguments).mean().backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    assert {"bigram_table", "bigram_scale", "value_table", "value_proj", "value_mix"} <= set(gradients[0])
+        gradients.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
+    assert {"bigram_table", "bigram_scale", "value_table", "value_proj", "value_mix"} <= set(
+        gradients[0]
+    )
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3)
     with torch.no_grad():
-        plain, by_layers = (model.forward_hidden(tokens, cu_seqlens, max_seqlen=14, looping=True, block=block)
-                            for block in (None, compiled[1]))  # fmt: skip
+        plain, by_layers = (
+            model.forward_hidden(tokens, cu_seqlens, max_seqlen=14, looping=True, block=block)
+            for block in (None, compiled[1])
+        )
     torch.testing.assert_close(by_layers, plain, atol=1e-5, rtol=1e-4)
 
 
 def test_rotary_angles_do_not_depend_on_any_length():
-    hps = [tiny_hp(micro_batch_tokens=n, train_batch_tokens=n, eval_seq_len=m) for n, m in ((128, 32), (4096, 4096))]
+    hps = [
+        tiny_hp(micro_batch_tokens=n, train_batch_tokens=n, eval_seq_len=m)
+        for n, m in ((128, 32), (4096, 4096))
+    ]
     tables = [(model.cos, model.sin) for model in map(make_model, hps)]
     for short, long in zip(*tables, strict=True):
         assert torch.equal(short, long[: len(short)])
@@ -192,16 +242,20 @@ def test_extra_loops_leave_every_skip_between_the_layers_of_training(extra):
 
         def block(entry, mlp_lane, *rest):
             runs.append(len(runs))
-            return torch.full_like(entry[3], len(runs) - 1.0), mlp_lane  # the stream says which slot it comes from
+            # the stream says which slot it comes from
+            return torch.full_like(entry[3], len(runs) - 1.0), mlp_lane
 
         def enter(x, x0, w, wants, *merge):
             if merge:
                 merged.append((int(merge[1][0]), len(runs), int(merge[0][0, 0, 0])))
             return None, None, None, x
 
-        model.skip_weights.data[:] = torch.arange(len(model.skip_weights))[:, None]  # a weight says which pair it is of
+        # a weight says which pair it is of
+        model.skip_weights.data[:] = torch.arange(len(model.skip_weights))[:, None]
         parts = SimpleNamespace(enter=enter, block=block)
-        model.forward_hidden(torch.ones(1, 3, dtype=torch.long), max_seqlen=3, looping=True, parts=parts)
+        model.forward_hidden(
+            torch.ones(1, 3, dtype=torch.long), max_seqlen=3, looping=True, parts=parts
+        )
         slots = model.slots(True)
         return slots, [(pair, to, slots[to], source, slots[source]) for pair, to, source in merged]
 
@@ -210,7 +264,10 @@ def test_extra_loops_leave_every_skip_between_the_layers_of_training(extra):
     model.eval_passes = 1 + extra
     slots, found = skips(model)
     assert slots == [0, 1, 2, *[3, 4, 5] * (3 + extra), 6, 7, 8, 9, 10] and len(trained) == 17
-    late = [(pair, to + 3 * extra if to >= 12 else to, layer, source, of) for pair, to, layer, source, of in pairs]
+    late = [
+        (pair, to + 3 * extra if to >= 12 else to, layer, source, of)
+        for pair, to, layer, source, of in pairs
+    ]
     assert found == late and len(pairs) == 8
     assert model.slots(False) == list(range(11))
 
@@ -236,7 +293,9 @@ def test_q_and_k_are_orthogonalised_by_pairs_of_heads_and_nothing_else(rank, wor
     muon = train_gpt.Muon(banks, hp, SimpleNamespace(rank=rank, world_size=world), torch.float64)
     for number, (bank, buffer) in enumerate(zip(banks, muon.momentum_buffers, strict=True)):
         shard = muon.padded(bank).chunk(world)[rank]
-        orthogonalise = techniques.orthogonaliser(muon, buffer, train_gpt.polar_express, train_gpt.POLAR_EXPRESS)
+        orthogonalise = techniques.orthogonaliser(
+            muon, buffer, train_gpt.polar_express, train_gpt.POLAR_EXPRESS
+        )
         found = train_gpt.muon_update(shard, buffer, 0.0, 5, False, orthogonalise)
         for i, (matrix, got) in enumerate(zip(shard, found, strict=True)):
             in_pairs = number < 2 and rank * len(shard) + i < 3
@@ -246,7 +305,9 @@ def test_q_and_k_are_orthogonalised_by_pairs_of_heads_and_nothing_else(rank, wor
 
 
 def test_tight_swa_is_the_plain_mean_of_its_snapshots(tiny_data):
-    trainer = trainer_of(tiny_data, iterations=10, swa_below_lr=0.6, swa_every=2, min_lr=0.0, warmdown_frac=1.0)
+    trainer = trainer_of(
+        tiny_data, iterations=10, swa_below_lr=0.6, swa_every=2, min_lr=0.0, warmdown_frac=1.0
+    )
     seen, step = [], trainer.optimizers.step
 
     def noted(progress, number):
@@ -277,7 +338,11 @@ def test_late_qat_computes_with_weights_on_the_grid_and_passes_gradients_straigh
             bank.copy_(on_its_grid(bank, 4, sigmas))
     (tokens, cu_seqlens), losses = tokens_of(9, 14, 9), {}
     arguments = tokens[:, :-1], tokens[0, 1:], cu_seqlens.clamp(max=31), True, 14
-    for label, m, on_grid in (("qat", model, True), ("rounded", rounded, False), ("plain", model, False)):
+    for label, m, on_grid in (
+        ("qat", model, True),
+        ("rounded", rounded, False),
+        ("plain", model, False),
+    ):
         m.zero_grad()
         losses[label] = m(*arguments, None, on_grid)
         losses[label].mean().backward()
@@ -290,8 +355,18 @@ def test_late_qat_computes_with_weights_on_the_grid_and_passes_gradients_straigh
 
 
 def test_late_qat_runs_a_second_graph_that_the_warm_up_has_made(tiny_data):
-    trainer = trainer_of(tiny_data, iterations=10, qat_below_lr=0.35, gptq_column_steps=False, min_lr=0.0, loop_end=1,
-                         warmdown_frac=1.0, num_layers=2, loop_start=1, parallel_start_layer=1)  # fmt: skip
+    trainer = trainer_of(
+        tiny_data,
+        iterations=10,
+        qat_below_lr=0.35,
+        gptq_column_steps=False,
+        min_lr=0.0,
+        loop_end=1,
+        warmdown_frac=1.0,
+        num_layers=2,
+        loop_start=1,
+        parallel_start_layer=1,
+    )
     graphs, flags = [], []
 
     def backend(graph, inputs):
@@ -308,7 +383,8 @@ def test_late_qat_runs_a_second_graph_that_the_warm_up_has_made(tiny_data):
     trainer.forward = noted
     trainer.warm_up()
     made = len(graphs)
-    assert made == 4 and set(flags) == {False, True}  # looping off and on, each with and without the grid
+    # looping off and on, each with and without the grid
+    assert made == 4 and set(flags) == {False, True}
     flags.clear()
     trainer.train(None)
     steps = flags[:: len(flags) // 10]
@@ -326,18 +402,29 @@ def documents_of(tokens):
 def test_shuffled_shards_hold_the_same_documents_in_another_order(tmp_path):
     lengths = np.random.default_rng(1).integers(3, 40, 60)
     size = int((lengths + 1).sum())
-    tokens, _ = write_documents(tmp_path, "train", lengths, shard_sizes=[size // 2, size - size // 2])
+    tokens, _ = write_documents(
+        tmp_path, "train", lengths, shard_sizes=[size // 2, size - size // 2]
+    )
     plain = train_gpt.TokenStream(tmp_path, "train")
     hp = tiny_hp(data_path=str(tmp_path), doc_shuffle_enabled=True, data_seed=3)
-    loader = train_gpt.TrainLoader(train_gpt.TokenStream(tmp_path, "train"), hp, train_gpt.Dist("cpu"))
+    loader = train_gpt.TrainLoader(
+        train_gpt.TokenStream(tmp_path, "train"), hp, train_gpt.Dist("cpu")
+    )
     borders = 0, size // 2, size
     for first, last in zip(borders, borders[1:], strict=False):
         before, after = (list(s.read(first, last - first)) for s in (plain, loader.stream))
         cut = before.index(BOS_ID)  # what the border has cut is a document of its own, somewhere
         assert before != after and sorted(before) == sorted(after)
-        assert set(documents_of(before[cut:])[:-1]) - set(documents_of(after)) <= {documents_of(before[cut:])[0]}
-    again = train_gpt.TrainLoader(train_gpt.TokenStream(tmp_path, "train"), hp, train_gpt.Dist("cpu"))
-    assert torch.equal(loader.row(2).inputs, again.row(2).inputs) and loader.row(0).inputs[0, 0] == BOS_ID
+        assert set(documents_of(before[cut:])[:-1]) - set(documents_of(after)) <= {
+            documents_of(before[cut:])[0]
+        }
+    again = train_gpt.TrainLoader(
+        train_gpt.TokenStream(tmp_path, "train"), hp, train_gpt.Dist("cpu")
+    )
+    assert (
+        torch.equal(loader.row(2).inputs, again.row(2).inputs)
+        and loader.row(0).inputs[0, 0] == BOS_ID
+    )
 
 
 # ---- quantization
@@ -346,7 +433,10 @@ def test_shuffled_shards_hold_the_same_documents_in_another_order(tmp_path):
 def test_hessian_aware_clips_follow_the_weighted_size_of_a_row():
     generator = torch.Generator().manual_seed(0)
     name = "blocks.0.attn.c_q.weight"
-    w, h = torch.randn(6, 10, generator=generator), torch.rand(10, generator=generator).diag() + 0.01 * torch.eye(10)
+    w, h = (
+        torch.randn(6, 10, generator=generator),
+        torch.rand(10, generator=generator).diag() + 0.01 * torch.eye(10),
+    )
     scales = {}
     for factor in (0.0, 0.2):
         hp = tiny_hp(hessian_clip_lambda=factor, gptq_column_steps=False)
@@ -357,13 +447,22 @@ def test_hessian_aware_clips_follow_the_weighted_size_of_a_row():
     want = [1 + 0.2 * (i / np.mean(importance) - 1) for i in importance]
     np.testing.assert_allclose((scales[0.2] / scales[0.0]).numpy(), want, rtol=2e-3)
     embedding = "tok_emb.weight"
-    found = [train_gpt.quantize_matrices([embedding], {embedding: w}, {embedding: h}, tiny_hp(hessian_clip_lambda=x))
-             for x in (0.0, 0.2)]  # fmt: skip
+    found = [
+        train_gpt.quantize_matrices(
+            [embedding], {embedding: w}, {embedding: h}, tiny_hp(hessian_clip_lambda=x)
+        )
+        for x in (0.0, 0.2)
+    ]
     assert torch.equal(*(packed[embedding]["scale"] for packed, _ in found))
 
 
 def test_self_calibration_samples_documents_of_the_model_and_touches_no_data(dist, monkeypatch):
-    hp = small_hp(gptq_self_calibration=True, gptq_calibration_batches=2, train_seq_len=16, micro_batch_tokens=64)
+    hp = small_hp(
+        gptq_self_calibration=True,
+        gptq_calibration_batches=2,
+        train_seq_len=16,
+        micro_batch_tokens=64,
+    )
     model, draws, multinomial = make_model(hp), [], torch.multinomial
 
     def noted(p, *rest, **named):
@@ -383,7 +482,9 @@ def test_self_calibration_samples_documents_of_the_model_and_touches_no_data(dis
     torch.testing.assert_close(draws[14], z.softmax(1), atol=1e-5, rtol=1e-3)
     rows = torch.cat([techniques.written_row(model, i).inputs for i in range(2)])
     final = model.forward_hidden(rows, max_seqlen=16, looping=True).flatten(0, 1).detach()
-    torch.testing.assert_close(hessians["tok_emb.weight"], final.T @ final / 2, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        hessians["tok_emb.weight"], final.T @ final / 2, atol=1e-3, rtol=1e-4
+    )
 
 
 def test_tables_of_bigrams_and_values_are_quantized_and_come_back(dist):
@@ -403,18 +504,29 @@ def test_tables_of_bigrams_and_values_are_quantized_and_come_back(dist):
 # ---- test-time training by SGD
 
 
-SGD = {"ttt_method": "sgd", "ttt_epochs": 2, "global_ttt_chunk_tokens": 48, "global_ttt_lr": 0.05, "eval_seq_len": 16,
-       "eval_stride": 5}  # fmt: skip
+SGD = {
+    "ttt_method": "sgd",
+    "ttt_epochs": 2,
+    "global_ttt_chunk_tokens": 48,
+    "global_ttt_lr": 0.05,
+    "eval_seq_len": 16,
+    "eval_stride": 5,
+}
 
 
 SGD_PARTS = train_gpt.document_windows, train_gpt.WindowPacker, train_gpt.sgd_step, train_gpt.Score
 
 
 def sgd_reference(model, validation, hp):
-    """Window by window and document by document, with plain autograd -> losses by target, in the stream's order."""
+    """Window by window and document by document, with plain autograd -> losses by target, in
+    the stream's order.
+    """
     starts, ends, losses = validation.starts, validation.ends, {}
     tokens = torch.from_numpy(validation.tokens)
-    optimizer, windows = torch.optim.SGD(model.parameters(), lr=0.0, momentum=hp.global_ttt_momentum), []
+    optimizer, windows = (
+        torch.optim.SGD(model.parameters(), lr=0.0, momentum=hp.global_ttt_momentum),
+        [],
+    )
     for start, end in zip(starts, ends, strict=True):
         first, at = start, start
         while first < end:
@@ -481,10 +593,17 @@ def test_sgd_test_time_training_equals_the_reference(tmp_path):
     hp = small_hp(data_path=str(tmp_path), **SGD)
     found, evaluator, score = recorded_sgd(tmp_path, hp)
     want = sgd_reference(make_model(hp), evaluator.validation, hp)
-    assert sorted(found) == sorted(want) and score["tokens"] == len(want) == len(evaluator.validation.tokens) - 1
-    np.testing.assert_allclose([found[i] for i in sorted(found)], [want[i] for i in sorted(want)], rtol=2e-3, atol=2e-3)
+    assert (
+        sorted(found) == sorted(want)
+        and score["tokens"] == len(want) == len(evaluator.validation.tokens) - 1
+    )
+    np.testing.assert_allclose(
+        [found[i] for i in sorted(found)], [want[i] for i in sorted(want)], rtol=2e-3, atol=2e-3
+    )
     plain = evaluator.validation
-    unadapted = train_gpt.Evaluator(make_model(hp), plain, hp, train_gpt.Dist("cpu")).evaluate_bpb(hp.eval_stride)
+    unadapted = train_gpt.Evaluator(make_model(hp), plain, hp, train_gpt.Dist("cpu")).evaluate_bpb(
+        hp.eval_stride
+    )
     assert score["loss"] < unadapted["loss"] and score["bytes"] == unadapted["bytes"]
 
 
@@ -494,5 +613,6 @@ def test_sgd_test_time_training_learns_from_nothing_before_it_is_scored(tmp_path
     order = list(before)
     assert order == list(after)
     changed = [i for i in order if before[i] != after[i]]
-    assert min(changed) == place - 1 and len(changed) > 100  # its own prediction is the first to change
+    # its own prediction is the first to change
+    assert min(changed) == place - 1 and len(changed) > 100
     assert all(before[i] == after[i] for i in order[: order.index(place - 1)])

@@ -1,4 +1,6 @@
-"""The live line: a bar on a terminal that later lines replace, the same log file whether there is a terminal or not."""
+"""The live line: a bar on a terminal that later lines replace, the same log file whether there is a
+terminal or not.
+"""
 
 import inspect
 import os
@@ -20,7 +22,9 @@ from tools import guard
 
 
 def screen_of(text):
-    """What a terminal shows after this text: carriage return, erase to the end of the line, new line."""
+    """What a terminal shows after this text: carriage return, erase to the end of the line, new
+    line.
+    """
     lines, column = [""], 0
     for part in re.findall(r"\r|\n|\x1b\[K|[^\r\n\x1b]+", text):
         if part == "\n":
@@ -28,7 +32,7 @@ def screen_of(text):
         elif part == "\x1b[K":
             lines[-1] = lines[-1][:column]
         elif part != "\r":
-            lines[-1] = lines[-1][:column] + part + lines[-1][column + len(part):]
+            lines[-1] = lines[-1][:column] + part + lines[-1][column + len(part) :]
         column = 0 if part in "\r\n" else column + len(part) * (part[0] != "\x1b")
     return lines
 
@@ -39,13 +43,18 @@ MOMENTS = [100.0, 100.0, 110.0, 110.1, 112.0, 112.0, 114.0, 115.0, 130.0, 140.0]
 
 def run_stages(folder, stream, rank=0):
     """Two stages with a live line and a line of the log in each, at MOMENTS -> the log file."""
-    dist, clock, watching = SimpleNamespace(rank=rank, synchronize=lambda: None), iter(MOMENTS), guard.RunGuard()
+    dist, clock, watching = (
+        SimpleNamespace(rank=rank, synchronize=lambda: None),
+        iter(MOMENTS),
+        guard.RunGuard(),
+    )
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
         patch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((100, 24)))
         log = train_gpt.RunLog(folder, dist, watching)
-        if not watching.line:  # where nothing is shown, the live line does not look at the clock more than once
+        # where nothing is shown, the live line does not look at the clock more than once
+        if not watching.line:
             log.live = lambda share, detail="": next(clock)
         patch.setattr(train_gpt.time, "perf_counter", lambda: next(clock))
         log("settings")
@@ -83,8 +92,12 @@ def test_a_terminal_shows_the_bar_and_ends_with_the_lines_of_the_log(terminal, t
     assert screen_of(shown) == kept.split("\n")
     bars = re.findall(r"\r\x1b\[K(\w+ (?:\[[#.]{30}\]|\.\.\.)[^\r\n]*)", shown)
     assert [re.sub(r"[.#]{30}", "", bar)[:41] for bar in bars] == [
-        "train ...", "train []  25%  30 s left  step:1 " + "x" * 8, "eval_training ...",
-        "eval_training []  50%  2 s left  inside", "train []  75%  10 s left  outside again"]
+        "train ...",
+        "train []  25%  30 s left  step:1 " + "x" * 8,
+        "eval_training ...",
+        "eval_training []  50%  2 s left  inside",
+        "train []  75%  10 s left  outside again",
+    ]
     assert bars[1].count("#") == 8 and max(map(len, bars)) == 99
 
 
@@ -116,14 +129,21 @@ def test_a_lost_terminal_takes_nothing_and_the_log_has_every_line(tmp_path):
             log.live(0.5, "nobody sees this")
             log("after")
         print("no newline and no flush", end="")
-    assert re.fullmatch(r"before\nafter\nstage:train seconds:.*\n", (tmp_path / "log.txt").read_text())
+    assert re.fullmatch(
+        r"before\nafter\nstage:train seconds:.*\n", (tmp_path / "log.txt").read_text()
+    )
 
 
 @pytest.mark.parametrize("redirection", ["> /dev/full 2>&1", ">&- 2>&- <&-", "| true"])
 def test_a_lost_terminal_changes_no_exit_code(redirection, tmp_path):
-    """No file gets the number of a closed stream, and nothing is left to fail when the interpreter ends."""
+    """No file gets the number of a closed stream, and nothing is left to fail when the
+    interpreter ends.
+    """
     parts = map(inspect.getsource, (train_gpt.LossyStream, train_gpt.survive_lost_terminals))
-    code = "import contextlib, os, sys, time\n" + "".join(parts) + """
+    code = (
+        "import contextlib, os, sys, time\n"
+        + "".join(parts)
+        + """
 survive_lost_terminals()
 time.sleep(0.2)
 for stream in (sys.stdout, sys.stderr):
@@ -133,6 +153,7 @@ for stream in (sys.stdout, sys.stderr):
 assert os.open(os.devnull, os.O_RDONLY) > 2
 sys.exit(7)
 """
+    )
     script = tmp_path / "script.py"
     script.write_text(code)
     command = f'"$0" "$1" {redirection}; exit ${{PIPESTATUS[0]}}'
@@ -145,16 +166,23 @@ def test_training_packing_and_test_time_training_tell_how_far_they_are(tiny_data
     log = Lines()
     trainer_of(tiny_data, log=log, iterations=4).train(quiet)
     assert [share for share, _ in log.shares] == [0.0, 0.25, 0.5, 0.75]
-    assert all(re.fullmatch(r"step:\d+ train_loss:\d+\.\d{4} tokens_per_s:\d+", detail) for _, detail in log.shares)
+    assert all(
+        re.fullmatch(r"step:\d+ train_loss:\d+\.\d{4} tokens_per_s:\d+", detail)
+        for _, detail in log.shares
+    )
     told = []
     train_gpt.pack_weights({"x": np.zeros((4, 4), np.int8)}, "brotli", told.append)
     assert told == [1.0]
     if shutil.which("lrzip"):
         names = ("tok_emb.weight:codes", "blocks.0.attn.c_q.weight:codes", "q_gain:fp16")
         told.clear()
-        train_gpt.pack_weights({name: np.zeros((4, 4), np.int8) for name in names}, "pergroup", told.append)
+        train_gpt.pack_weights(
+            {name: np.zeros((4, 4), np.int8) for name in names}, "pergroup", told.append
+        )
         assert told == sorted(told) and len(told) == 4 and told[-1] == 1.0
     log, hp = Lines(), tiny_hp(data_path=str(tmp_path), ttt_lanes=2, ttt_batch_size=2, **ACTIVE)
     run_ttt(hp, make_validation(tmp_path, hp), log=log)
     shares = [share for share, _ in log.shares]
-    assert shares == sorted(shares) and len(set(shares)) > 3 and (shares[0], shares[-1]) == (0.0, 1.0)
+    assert (
+        shares == sorted(shares) and len(set(shares)) > 3 and (shares[0], shares[-1]) == (0.0, 1.0)
+    )

@@ -12,13 +12,26 @@ from conftest import PATIENCE, Lines, tiny_hp, write_documents
 from test_optimizer import run_on_ranks
 
 import train_gpt
-from train_gpt import BOS_ID, GPT, DataError, SettingError, TokenStream, Trainer, TrainingClock, TrainLoader
+from train_gpt import (
+    BOS_ID,
+    GPT,
+    DataError,
+    SettingError,
+    TokenStream,
+    Trainer,
+    TrainingClock,
+    TrainLoader,
+)
 
 torch.set_num_threads(1)
 OPS = train_gpt.Ops(
-    train_gpt.attention_sdpa, train_gpt.mlp_ref, train_gpt.linear_cross_entropy_ref, names={"attention": "sdpa"}
+    train_gpt.attention_sdpa,
+    train_gpt.mlp_ref,
+    train_gpt.linear_cross_entropy_ref,
+    names={"attention": "sdpa"},
 )
-SMALL = {"num_layers": 4, "loop_start": 1, "loop_end": 2, "parallel_start_layer": 3}  # trains in milliseconds
+# trains in milliseconds
+SMALL = {"num_layers": 4, "loop_start": 1, "loop_end": 2, "parallel_start_layer": 3}
 
 
 def rank_of(rank=0, world_size=1):
@@ -57,22 +70,28 @@ def test_a_row_begins_with_the_first_document_of_its_span(tmp_path):
     tokens, _ = write_documents(tmp_path, "train", [50, 100, 7, 300, 60, 200], seed=3)
     loader = loader_of(tmp_path, balance_rows=False)
     rows = [row for step in range(2) for row in loader.step(step)]
-    begins = [0, 51 + 101, 256, 51 + 101 + 8 + 301]  # documents begin at 0, 51, 152, 160, 461: none in span 2
+    # documents begin at 0, 51, 152, 160, 461: none in span 2
+    begins = [0, 51 + 101, 256, 51 + 101 + 8 + 301]
     for row, begin in zip(rows, begins, strict=True):
-        assert row.inputs[0].tolist() == tokens[begin:begin + 128].tolist()
-        assert row.targets.tolist() == tokens[begin + 1:begin + 129].tolist()
+        assert row.inputs[0].tolist() == tokens[begin : begin + 128].tolist()
+        assert row.targets.tolist() == tokens[begin + 1 : begin + 129].tolist()
         assert row.inputs.dtype == row.targets.dtype == torch.int64
 
 
 def test_data_seed_shuffles_the_spans_of_every_epoch(tiny_data):
     published, one, two = (loader_of(tiny_data, data_seed=seed) for seed in (0, 1, 2))
     epoch = published.stream.size // 128
-    orders = [[loader.start(index) for index in range(2 * epoch)] for loader in (published, one, two)]
+    orders = [
+        [loader.start(index) for index in range(2 * epoch)] for loader in (published, one, two)
+    ]
     assert sorted(orders[0]) == orders[0] and len({tuple(order) for order in orders}) == 3
     for order in orders[1:]:
         assert order[:epoch] != order[epoch:]  # another order, from another offset
         for part in (order[:epoch], order[epoch:]):  # every span once
-            assert np.diff(sorted(part)).max() < 2 * 128 + 120 and max(part) - min(part) > 0.9 * published.stream.size
+            assert (
+                np.diff(sorted(part)).max() < 2 * 128 + 120
+                and max(part) - min(part) > 0.9 * published.stream.size
+            )
     again = loader_of(tiny_data, data_seed=1)
     assert [again.start(index) for index in range(2 * epoch)] == orders[1]
     assert torch.equal(again.build(7).inputs, one.build(7).inputs)
@@ -85,8 +104,11 @@ def test_a_step_number_restores_the_loader(tiny_data):
         used, fresh = loader_of(tiny_data, data_seed=seed), loader_of(tiny_data, data_seed=seed)
         for step in range(40, 200, 50):
             list(used.step(step))
-        assert all(torch.equal(a, b) for rows in zip(used.step(97), fresh.step(97), strict=True)
-                   for a, b in zip(*rows, strict=True))
+        assert all(
+            torch.equal(a, b)
+            for rows in zip(used.step(97), fresh.step(97), strict=True)
+            for a, b in zip(*rows, strict=True)
+        )
 
 
 def test_documents_are_segments_and_long_ones_are_cut(tiny_data):
@@ -102,16 +124,28 @@ def test_documents_are_segments_and_long_ones_are_cut(tiny_data):
 
 def test_document_of_exactly_the_limit_is_one_piece(tmp_path):
     write_documents(tmp_path, "train", [31, 32, 63, 64])  # 32, 33, 64 and 65 tokens with BOS
-    loader = loader_of(tmp_path, micro_batch_tokens=194, train_batch_tokens=194, max_row_segments=9, balance_rows=False)
+    loader = loader_of(
+        tmp_path,
+        micro_batch_tokens=194,
+        train_batch_tokens=194,
+        max_row_segments=9,
+        balance_rows=False,
+    )
     assert loader.build(0).cu_seqlens.tolist() == [0, 32, 64, 65, 97, 129, 161, 193, 194, 194]
 
 
 @pytest.mark.parametrize("data_seed", [0, 3])
 @pytest.mark.parametrize("world_size", [2, 4, 16])  # 16: two hosts of eight
 def test_rows_are_the_same_for_any_world_size(world_size, data_seed, tiny_data):
-    settings = {"micro_batch_tokens": 64, "train_batch_tokens": 64 * max(4, world_size), "data_seed": data_seed}
+    settings = {
+        "micro_batch_tokens": 64,
+        "train_batch_tokens": 64 * max(4, world_size),
+        "data_seed": data_seed,
+    }
     alone = loader_of(tiny_data, **settings)
-    ranks = [loader_of(tiny_data, rank_of(rank, world_size), **settings) for rank in range(world_size)]
+    ranks = [
+        loader_of(tiny_data, rank_of(rank, world_size), **settings) for rank in range(world_size)
+    ]
     for step in range(3):
         want = list(alone.step(step))
         got = [row for loader in ranks for row in loader.step(step)]
@@ -121,10 +155,14 @@ def test_rows_are_the_same_for_any_world_size(world_size, data_seed, tiny_data):
 
 
 def parts_of(rows):
-    """Rows of a step -> its documents as pairs of inputs and targets, the pieces that a row's end has cut joined."""
+    """Rows of a step -> its documents as pairs of inputs and targets, the pieces that a row's
+    end has cut joined.
+    """
     inputs, targets = (torch.cat([row[i].flatten() for row in rows]).tolist() for i in (0, 1))
     starts = [t for t, token in enumerate(inputs) if t == 0 or token == BOS_ID]
-    return [(inputs[a:b], targets[a:b]) for a, b in zip(starts, [*starts[1:], len(inputs)], strict=True)]
+    return [
+        (inputs[a:b], targets[a:b]) for a, b in zip(starts, [*starts[1:], len(inputs)], strict=True)
+    ]
 
 
 def attention_work(row):
@@ -137,15 +175,21 @@ def attention_work(row):
 def test_balanced_rows_hold_the_documents_of_their_step_and_equal_work(rows, tmp_path):
     lengths = np.random.default_rng(rows).lognormal(3, 1, 3000).astype(int).clip(1, 200)
     write_documents(tmp_path, "train", lengths)
-    settings = {"micro_batch_tokens": 2048, "train_batch_tokens": 2048 * rows, "max_row_segments": 256,
-                "train_seq_len": 64}  # fmt: skip
+    settings = {
+        "micro_batch_tokens": 2048,
+        "train_batch_tokens": 2048 * rows,
+        "max_row_segments": 256,
+        "train_seq_len": 64,
+    }
     dealt, plain = (loader_of(tmp_path, balance_rows=on, **settings) for on in (True, False))
     worst, before = [], []
     for step in range(4):
         got, want = list(dealt.step(step)), list(plain.step(step))
-        assert sorted(parts_of(got)) == sorted(parts_of(want))  # every token with its own target, once
+        # every token with its own target, once
+        assert sorted(parts_of(got)) == sorted(parts_of(want))
         assert [row.inputs.shape for row in got] == [(1, 2048)] * rows
-        assert sum(row.inputs[0, 0].item() != BOS_ID for row in got) < rows  # so many documents are cut, once each
+        # so many documents are cut, once each
+        assert sum(row.inputs[0, 0].item() != BOS_ID for row in got) < rows
         for found, most in (got, worst), (want, before):
             work = [attention_work(row) for row in found]
             most.append(max(work) / np.mean(work))
@@ -153,24 +197,36 @@ def test_balanced_rows_hold_the_documents_of_their_step_and_equal_work(rows, tmp
 
 
 def test_documents_longer_than_their_row_are_not_dealt(tmp_path):
-    tokens, _ = write_documents(tmp_path, "train", [300, 40, 90])  # rows of 128: the second begins amid a document
-    dealt, plain = (loader_of(tmp_path, balance_rows=on, micro_batch_tokens=64) for on in (True, False))
+    # rows of 128: the second begins amid a document
+    tokens, _ = write_documents(tmp_path, "train", [300, 40, 90])
+    dealt, plain = (
+        loader_of(tmp_path, balance_rows=on, micro_batch_tokens=64) for on in (True, False)
+    )
     for step in range(3):
         for row, want in zip(dealt.step(step), plain.step(step), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(row, want, strict=True))
 
 
 def test_a_step_of_balanced_rows_has_the_loss_and_the_gradients_of_its_documents(tmp_path):
-    """Where no row's end cuts one, the sums over a step are those of its documents, in whatever row they are."""
+    """Where no row's end cuts one, the sums over a step are those of its documents, in whatever
+    row they are.
+    """
     write_documents(tmp_path, "train", [31, 63, 15, 15, 127, 63, 31, 31, 15, 15, 31, 31, 7, 7, 15])
     found = []
     for on in (True, False):
         trainer = trainer_of(
-            tmp_path, balance_rows=on, micro_batch_tokens=128, train_batch_tokens=256, train_seq_len=128)
+            tmp_path,
+            balance_rows=on,
+            micro_batch_tokens=128,
+            train_batch_tokens=256,
+            train_seq_len=128,
+        )
         rows = list(trainer.loader.step(0))
         found.append((*summed_gradients(trainer), rows))
     (*_, got), (*_, want) = found
-    assert all(row.inputs[0, 0] == BOS_ID for row in got) and not torch.equal(got[0].inputs, want[0].inputs)
+    assert all(row.inputs[0, 0] == BOS_ID for row in got) and not torch.equal(
+        got[0].inputs, want[0].inputs
+    )
     torch.testing.assert_close(found[0][:-1], found[1][:-1], rtol=1e-4, atol=1e-6)
 
 
@@ -186,10 +242,11 @@ def test_stream_goes_round_at_its_end(tmp_path):
     for step in range(3):
         for number, row in enumerate(loader.step(step)):
             first = (2 * step + number) * 128
-            first += np.flatnonzero(endless[first:first + 128] == BOS_ID)[0]
-            assert row.inputs[0].tolist() == endless[first:first + 128].tolist()
-            assert row.targets.tolist() == endless[first + 1:first + 129].tolist()
-    assert len(tokens) == 199  # the second row, which begins with the third document, already goes round
+            first += np.flatnonzero(endless[first : first + 128] == BOS_ID)[0]
+            assert row.inputs[0].tolist() == endless[first : first + 128].tolist()
+            assert row.targets.tolist() == endless[first + 1 : first + 129].tolist()
+    # the second row, which begins with the third document, already goes round
+    assert len(tokens) == 199
     assert 199 - 132 in loader.build(1).cu_seqlens
 
 
@@ -198,21 +255,27 @@ def test_shards_cut_anywhere_give_the_same_rows(sizes, tmp_path):
     folders = [tmp_path / "one", tmp_path / "many"]
     for folder, cuts in zip(folders, (None, sizes), strict=True):
         folder.mkdir()
-        tokens, _ = write_documents(folder, "train", [90, 33, 1, 8, 0, 64, 100, 95], shard_sizes=cuts)
+        tokens, _ = write_documents(
+            folder, "train", [90, 33, 1, 8, 0, 64, 100, 95], shard_sizes=cuts
+        )
     assert len(tokens) == sum(sizes) and len(list(folders[1].iterdir())) == len(sizes)
     one, many = (loader_of(folder) for folder in folders)
     for index in range(7):
-        assert all(torch.equal(a, b) for a, b in zip(one.build(index), many.build(index), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(one.build(index), many.build(index), strict=True)
+        )
 
 
 def test_beyond_the_limit_the_shortest_neighbours_share_a_segment(tmp_path):
-    write_documents(tmp_path, "train", [29, 9, 19, 4, 3, 19, 14, 23] * 2)  # one token more each, 128 in all
+    # one token more each, 128 in all
+    write_documents(tmp_path, "train", [29, 9, 19, 4, 3, 19, 14, 23] * 2)
     starts = [0, 30, 40, 60, 65, 69, 89, 104, 128]
     for most, gone in ((8, []), (7, [65]), (6, [65, 60])):
         want = [start for start in starts if start not in gone]
         loader = loader_of(tmp_path, max_row_segments=most, balance_rows=False)
         assert loader.build(0).cu_seqlens.tolist() == want
-    loader = loader_of(tmp_path, max_row_segments=5, balance_rows=False)  # the next would be longer than 32
+    # the next would be longer than 32
+    loader = loader_of(tmp_path, max_row_segments=5, balance_rows=False)
     assert loader.build(0).cu_seqlens.tolist() == [0, 32, 64, 96, 128, 128]
 
 
@@ -254,8 +317,17 @@ def summed_gradients(trainer, step=0):
     """Gradients that a step hands to the optimizers, and its loss."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.optimizers, "step", lambda progress, number: found.update(
-            {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}))
+        patch.setattr(
+            trainer.optimizers,
+            "step",
+            lambda progress, number: found.update(
+                {
+                    name: p.grad.clone()
+                    for name, p in trainer.model.named_parameters()
+                    if p.grad is not None
+                }
+            ),
+        )
         loss = trainer.train_step(step, 0.0, True)
     return loss, found
 
@@ -279,7 +351,9 @@ def roughened(trainer):
 
 @pytest.mark.parametrize("micro", [64, 128])
 def test_accumulation_equals_one_large_micro_batch(micro, aligned_data, rel):
-    whole, cut = (roughened(trainer_of(aligned_data, micro_batch_tokens=tokens)) for tokens in (256, micro))
+    whole, cut = (
+        roughened(trainer_of(aligned_data, micro_batch_tokens=tokens)) for tokens in (256, micro)
+    )
     assert cut.hp.micro_steps == 256 // micro and whole.hp.micro_steps == 1
     for step in range(2):
         (loss, want), (accumulated, got) = (summed_gradients(t, step) for t in (whole, cut))
@@ -303,7 +377,9 @@ def test_training_learns_more_than_token_frequencies(tmp_path):
     tokens, _ = write_documents(tmp_path, "train", [63] * 200, seed=5)
     shares = np.bincount(tokens) / len(tokens)
     unigram_entropy = -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
-    trainer = trainer_of(tmp_path, iterations=30, train_batch_tokens=512, micro_batch_tokens=512, train_seq_len=64)
+    trainer = trainer_of(
+        tmp_path, iterations=30, train_batch_tokens=512, micro_batch_tokens=512, train_seq_len=64
+    )
     losses = [trainer.train_step(step, step / 30, step >= 11).item() for step in range(30)]
     assert losses[0] == pytest.approx(math.log(97), abs=0.1)
     assert np.mean(losses[-5:]) < 0.5 * unigram_entropy
@@ -320,7 +396,9 @@ def test_training_ends_with_the_average_of_the_weights(tiny_data):
     trainer.ema.update = keep_weights
     figures = trainer.train(quiet)
     assert figures["steps"] == 4
-    for average, (name, p) in zip(trainer.ema.average, trainer.model.named_parameters(), strict=True):
+    for average, (name, p) in zip(
+        trainer.ema.average, trainer.model.named_parameters(), strict=True
+    ):
         assert torch.equal(p, average)
         assert name.startswith("skip") or not torch.equal(p, weights[name])
 
@@ -329,7 +407,9 @@ def test_looping_begins_at_its_fraction_of_the_iterations(tiny_data, monkeypatch
     log, calls = Lines(), []
     trainer = trainer_of(tiny_data, log=log, iterations=10, enable_looping_at=0.35)
     step = trainer.train_step
-    monkeypatch.setattr(trainer, "train_step", lambda *arguments: calls.append(arguments) or step(*arguments))
+    monkeypatch.setattr(
+        trainer, "train_step", lambda *arguments: calls.append(arguments) or step(*arguments)
+    )
     figures = trainer.train(quiet)
     assert calls == [(n, n / 10, n >= 4) for n in range(10)]
     assert any("step:4 looping:1" in line for line in log)
@@ -350,7 +430,9 @@ def everything(trainer):
 
 
 def equal_states(one, other):
-    return one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(t, other[name]) for name, t in one.items()
+    )
 
 
 def test_warm_up_trains_in_both_loop_states_and_restores_every_bit(tiny_data, monkeypatch):
@@ -391,7 +473,11 @@ def test_training_after_a_warm_up_equals_training_without(tiny_data):
 def test_warm_up_without_loops_or_with_loops_from_the_start_takes_one_state(tiny_data, monkeypatch):
     for changes, want in (({"num_loops": 0}, [False]), ({"enable_looping_at": 0.0}, [True])):
         trainer, loops = trainer_of(tiny_data, warmup_steps=1, **changes), []
-        monkeypatch.setattr(trainer, "train_step", lambda step, progress, looping, loops=loops: loops.append(looping))
+        monkeypatch.setattr(
+            trainer,
+            "train_step",
+            lambda step, progress, looping, loops=loops: loops.append(looping),
+        )
         trainer.warm_up()
         assert loops == want
 
@@ -432,7 +518,9 @@ def test_paused_time_does_not_count(fake_time, dist):
 
 
 def slow_steps(trainer, fake_time, seconds, monkeypatch):
-    """Replaces the training step by one that takes `seconds`(step) -> list of (progress, looping)."""
+    """Replaces the training step by one that takes `seconds`(step) -> list of (progress,
+    looping).
+    """
     calls = []
 
     def step(number, progress, looping):
@@ -444,10 +532,15 @@ def slow_steps(trainer, fake_time, seconds, monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("seconds", [lambda n: 1.0, lambda n: 0.3, lambda n: 1.0 if n < 6 else 2.0],
-                         ids=["even", "short", "slower_with_loops"])
+@pytest.mark.parametrize(
+    "seconds",
+    [lambda n: 1.0, lambda n: 0.3, lambda n: 1.0 if n < 6 else 2.0],
+    ids=["even", "short", "slower_with_loops"],
+)
 def test_training_keeps_its_budget_less_the_reserve(seconds, tiny_data, fake_time, monkeypatch):
-    trainer = trainer_of(tiny_data, max_wallclock_seconds=20.0, gptq_reserve_seconds=5.0, iterations=10_000)
+    trainer = trainer_of(
+        tiny_data, max_wallclock_seconds=20.0, gptq_reserve_seconds=5.0, iterations=10_000
+    )
     calls = slow_steps(trainer, fake_time, seconds, monkeypatch)
     figures = trainer.train(quiet)
     assert 15 - 2.5 * seconds(len(calls)) <= figures["training_seconds"] <= 15
@@ -458,7 +551,9 @@ def test_training_keeps_its_budget_less_the_reserve(seconds, tiny_data, fake_tim
 
 
 def test_iterations_end_a_run_before_its_budget(tiny_data, fake_time, monkeypatch):
-    trainer = trainer_of(tiny_data, max_wallclock_seconds=20.0, gptq_reserve_seconds=5.0, iterations=7)
+    trainer = trainer_of(
+        tiny_data, max_wallclock_seconds=20.0, gptq_reserve_seconds=5.0, iterations=7
+    )
     calls = slow_steps(trainer, fake_time, lambda n: 0.01, monkeypatch)
     assert trainer.train(quiet)["steps"] == len(calls) == 7
 
@@ -472,8 +567,13 @@ def test_a_step_longer_than_the_budget_is_noted(tiny_data, fake_time, monkeypatc
 
 
 def test_evaluations_inside_training_are_off_the_clock(tiny_data, fake_time, monkeypatch):
-    trainer = trainer_of(tiny_data, max_wallclock_seconds=20.0, gptq_reserve_seconds=5.0, iterations=10_000,
-                         val_loss_every=4)
+    trainer = trainer_of(
+        tiny_data,
+        max_wallclock_seconds=20.0,
+        gptq_reserve_seconds=5.0,
+        iterations=10_000,
+        val_loss_every=4,
+    )
     calls = slow_steps(trainer, fake_time, lambda n: 1.0, monkeypatch)
     evaluations = []
 
@@ -484,7 +584,9 @@ def test_evaluations_inside_training_are_off_the_clock(tiny_data, fake_time, mon
 
     figures = trainer.train(evaluate)
     assert evaluations == [4, 8, 12]
-    assert 12 <= figures["steps"] <= 15 and figures["training_seconds"] == pytest.approx(figures["steps"])
+    assert 12 <= figures["steps"] <= 15 and figures["training_seconds"] == pytest.approx(
+        figures["steps"]
+    )
 
 
 class Follower(train_gpt.Dist):
@@ -503,7 +605,13 @@ class Follower(train_gpt.Dist):
 
 def test_schedule_and_end_follow_the_clock_of_rank_0(tiny_data, fake_time, monkeypatch):
     told = [2.0, 4.0, 6.0, 8.0, 12.0, 14.5, 14.5]
-    trainer = trainer_of(tiny_data, Follower(told), max_wallclock_seconds=20.0, gptq_reserve_seconds=5.0, iterations=99)
+    trainer = trainer_of(
+        tiny_data,
+        Follower(told),
+        max_wallclock_seconds=20.0,
+        gptq_reserve_seconds=5.0,
+        iterations=99,
+    )
     calls = slow_steps(trainer, fake_time, lambda n: 0.001, monkeypatch)
     figures = trainer.train(quiet)
     assert [progress for progress, _ in calls] == pytest.approx([0, 2 / 15, 4 / 15, 6 / 15, 8 / 15])
@@ -511,12 +619,14 @@ def test_schedule_and_end_follow_the_clock_of_rank_0(tiny_data, fake_time, monke
 
 
 def test_short_run_ends_in_time(tiny_data):
-    trainer = trainer_of(tiny_data, max_wallclock_seconds=1.5, gptq_reserve_seconds=0.2, iterations=1_000_000)
+    trainer = trainer_of(
+        tiny_data, max_wallclock_seconds=1.5, gptq_reserve_seconds=0.2, iterations=1_000_000
+    )
     step, starts = trainer.train_step, []
     trainer.train_step = lambda *arguments: starts.append(time.perf_counter()) or step(*arguments)
     figures = trainer.train(quiet)
-    # However slow the steps are: no step starts late, but for the one that was begun when its clock was looked at; and
-    # training goes on until two more steps like the last would be too long.
+    # However slow the steps are: no step starts late, but for the one that was begun when its clock
+    # was looked at; and training goes on until two more steps like the last would be too long.
     assert len(starts) == figures["steps"] >= 1 and ([starts[0], *starts][-2] - starts[0]) < 1.3
     assert figures["training_seconds"] > 1.3 / 3
 
@@ -527,7 +637,9 @@ def test_short_run_ends_in_time(tiny_data):
 def train_on(dist, folder):
     """Losses over all ranks and the final average of five steps."""
     trainer = trainer_of(folder, dist, iterations=5)
-    losses = [dist.all_reduce(trainer.train_step(step, step / 5, step > 1)).item() for step in range(5)]
+    losses = [
+        dist.all_reduce(trainer.train_step(step, step / 5, step > 1)).item() for step in range(5)
+    ]
     return losses, trainer.ema.average
 
 
@@ -542,7 +654,12 @@ class RecordingDist:
     """Rank `rank` of `world_size` on the CPU; keeps what it would add to each sum over ranks."""
 
     def __init__(self, rank, world_size):
-        self.rank, self.world_size, self.device, self.sums = rank, world_size, torch.device("cpu"), []
+        self.rank, self.world_size, self.device, self.sums = (
+            rank,
+            world_size,
+            torch.device("cpu"),
+            [],
+        )
 
     def all_reduce(self, tensor):
         self.sums.append(tensor.clone())
@@ -562,7 +679,10 @@ def test_hessians_are_those_of_one_rank_for_any_world_size(tiny_data, ops, world
         return dist.sums
 
     whole = parts(0, 1)
-    shared = [sum(tensors) for tensors in zip(*(parts(rank, world_size) for rank in range(world_size)), strict=True)]
+    shared = [
+        sum(tensors)
+        for tensors in zip(*(parts(rank, world_size) for rank in range(world_size)), strict=True)
+    ]
     assert len(shared) == len(whole) == 4 * hp.num_layers + 1
     for got, want in zip(shared, whole, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,6 @@
-"""Test-time training: legality (score first), coverage, ranks, the plan, the adapters' optimizer, adaptation."""
+"""Test-time training: legality (score first), coverage, ranks, the plan, the adapters' optimizer,
+adaptation.
+"""
 
 import copy
 import dataclasses
@@ -22,13 +24,23 @@ from test_evaluation import document_spans, make_model, on_ranks, piece_losses, 
 import train_gpt
 from benchmarks.bench_ttt import document_by_document
 from tools import techniques
-from train_gpt import BatchedLoRA, Dist, Evaluator, ValidationSet, plan_ttt, schedule_ttt, window_positions
+from train_gpt import (
+    BatchedLoRA,
+    Dist,
+    Evaluator,
+    ValidationSet,
+    plan_ttt,
+    schedule_ttt,
+    window_positions,
+)
 
 torch.set_num_threads(1)
 TTT = train_gpt.TestTimeTrainer  # under its own name pytest would take it for a class of tests
 
-LENGTHS = [40, 17, 1, 8, 0, 33, 7, 0, 25, 1]  # tokens after BOS; two lone BOS, one-token documents, tails
-ACTIVE = {"ttt_lora_lr": 0.02, "global_ttt_lr": 0.05, "global_ttt_chunk_tokens": 64}  # rates that matter
+# tokens after BOS; two lone BOS, one-token documents, tails
+LENGTHS = [40, 17, 1, 8, 0, 33, 7, 0, 25, 1]
+# rates that matter
+ACTIVE = {"ttt_lora_lr": 0.02, "global_ttt_lr": 0.05, "global_ttt_chunk_tokens": 64}
 
 
 def make_validation(folder, hp, lengths=LENGTHS):
@@ -40,18 +52,24 @@ def make_lora(hp, lanes=(0, 1), update=train_gpt.adamw_rows_ref):
 
 
 def run_ttt(hp, validation, world_size=1, log=None):
-    """Test-time training from make_model's weights on every rank -> [score of each rank], [model of each rank]."""
+    """Test-time training from make_model's weights on every rank -> [score of each rank],
+    [model of each rank].
+    """
     models = [make_model(hp) for _ in range(world_size)]
 
     def work(dist):
-        return TTT(models[dist.rank], validation, hp, dist, Lines() if log is None else log).evaluate()
+        return TTT(
+            models[dist.rank], validation, hp, dist, Lines() if log is None else log
+        ).evaluate()
 
     return on_ranks(world_size, work), models
 
 
 @pytest.fixture
 def counted(monkeypatch):
-    """[{(document, target position): loss}], one dictionary per call of Score.add, in the order of the calls."""
+    """[{(document, target position): loss}], one dictionary per call of Score.add, in the order
+    of the calls.
+    """
     calls, waiting = [], threading.local()
     chunk_step, add = TTT.chunk_step, train_gpt.Score.add
 
@@ -85,13 +103,15 @@ def flat(calls):
 
 
 def chunked_losses(model, validation, hp, document):
-    """{(document, target position): nats} of a document scored in chunks, each by a forward of its window alone."""
+    """{(document, target position): nats} of a document scored in chunks, each by a forward of
+    its window alone.
+    """
     start, end = document_spans(validation.tokens)[document]
     found = {}
     for first in range(start, end, hp.ttt_chunk_size):
         last = min(first + hp.ttt_chunk_size, end)
         window = max(start, last - hp.ttt_eval_seq_len)
-        losses = piece_losses(model, validation.tokens[window:last + 1])[first - window:]
+        losses = piece_losses(model, validation.tokens[window : last + 1])[first - window :]
         found |= {(document, first + i + 1): loss for i, loss in enumerate(losses.tolist())}
     return found
 
@@ -100,32 +120,55 @@ def chunked_losses(model, validation, hp, document):
 
 
 COVERAGE = [
-    {}, {"ttt_batch_size": 1}, {"ttt_batch_size": 64}, {"ttt_batch_size": 3, "ttt_lanes": 1}, {"ttt_lanes": 5},
-    {"ttt_chunk_size": 7}, {"ttt_chunk_size": 1, "ttt_eval_seq_len": 5, "ttt_max_docs": 2, "ttt_batch_size": 2},
+    {},
+    {"ttt_batch_size": 1},
+    {"ttt_batch_size": 64},
+    {"ttt_batch_size": 3, "ttt_lanes": 1},
+    {"ttt_lanes": 5},
+    {"ttt_chunk_size": 7},
+    {"ttt_chunk_size": 1, "ttt_eval_seq_len": 5, "ttt_max_docs": 2, "ttt_batch_size": 2},
     {"ttt_chunk_size": 32},
-    {"ttt_chunk_size": 30, "ttt_eval_seq_len": 31}, {"ttt_eval_seq_len": 500}, {"ttt_max_docs": 1}, {"ttt_max_docs": 5},
-    {"ttt_max_docs": 500}, {"phased_ttt_num_phases": 0}, {"phased_ttt_num_phases": 2}, {"phased_ttt_prefix_docs": 0},
+    {"ttt_chunk_size": 30, "ttt_eval_seq_len": 31},
+    {"ttt_eval_seq_len": 500},
+    {"ttt_max_docs": 1},
+    {"ttt_max_docs": 5},
+    {"ttt_max_docs": 500},
+    {"phased_ttt_num_phases": 0},
+    {"phased_ttt_num_phases": 2},
+    {"phased_ttt_prefix_docs": 0},
     {"phased_ttt_num_phases": 3, "phased_ttt_prefix_docs": 50_000, "ttt_max_docs": 7},
-    {"phased_ttt_num_phases": 9, "phased_ttt_prefix_docs": 20_000}, {"phased_ttt_prefix_docs": 1_000_000},
-    {"ttt_lora_sites": "q,head"}, {"ttt_warm_start_a": False}, {"ttt_short_chunks": "8:2,30:3", "ttt_stale_context": 9},
+    {"phased_ttt_num_phases": 9, "phased_ttt_prefix_docs": 20_000},
+    {"phased_ttt_prefix_docs": 1_000_000},
+    {"ttt_lora_sites": "q,head"},
+    {"ttt_warm_start_a": False},
+    {"ttt_short_chunks": "8:2,30:3", "ttt_stale_context": 9},
     {"ngram_tilt_enabled": True, "ttt_stale_context": 24, "ttt_batch_size": 1},
 ]
 
 
-@pytest.mark.parametrize("changes", COVERAGE, ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()))
+@pytest.mark.parametrize(
+    "changes", COVERAGE, ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items())
+)
 def test_every_token_is_scored_once(tmp_path, counted, changes):
     hp = small_hp(data_path=str(tmp_path), **ACTIVE | changes)
     tokens, charges = write_documents(tmp_path, "val", LENGTHS, shard_sizes=[100, 91, 500])
     (score,), _ = run_ttt(hp, ValidationSet(hp, None))
     spans = document_spans(tokens)
     chosen = sorted({document for document, _ in flat(counted)})
-    targets = [(document, place) for document in chosen
-               for place in range(spans[document][0] + 1, spans[document][1] + 1)]
+    targets = [
+        (document, place)
+        for document in chosen
+        for place in range(spans[document][0] + 1, spans[document][1] + 1)
+    ]
     assert sorted(flat(counted)) == targets
-    assert (score["tokens"], score["bytes"]) == (len(targets), sum(charges[place] for _, place in targets))
+    assert (score["tokens"], score["bytes"]) == (
+        len(targets),
+        sum(charges[place] for _, place in targets),
+    )
     wanted = min(hp.ttt_max_docs or len(LENGTHS), len(LENGTHS))
     assert (score["documents"], score["partial"]) == (wanted, wanted < len(LENGTHS))
-    assert len(chosen) in (wanted, wanted - 1)  # the last document has no targets where it is a lone BOS
+    # the last document has no targets where it is a lone BOS
+    assert len(chosen) in (wanted, wanted - 1)
     sizes = [LENGTHS[document] for document in chosen]
     assert len(chosen) < 5 or min(sizes) < 7 < 25 < max(sizes)  # of all lengths
     assert score["loss"] == pytest.approx(np.mean(list(flat(counted).values())), rel=1e-6)
@@ -136,7 +179,9 @@ def test_odd_streams_are_scored_whole(tmp_path, counted, lengths):
     hp = small_hp(data_path=str(tmp_path), phased_ttt_prefix_docs=25_000, **ACTIVE)
     validation = make_validation(tmp_path, hp, lengths)
     (score,), _ = run_ttt(hp, validation)
-    assert sorted(position for _, position in flat(counted)) == list(range(1, len(validation.tokens)))
+    assert sorted(position for _, position in flat(counted)) == list(
+        range(1, len(validation.tokens))
+    )
     assert (score["tokens"], score["bytes"]) == (len(validation.tokens) - 1, validation.bytes.sum())
 
 
@@ -165,24 +210,44 @@ def test_a_lost_token_raises(tmp_path, monkeypatch):
 # ---- legality: a token may be learnt from only after its loss has been counted
 
 
-LEGAL = {"phased_ttt_num_phases": 2, "phased_ttt_prefix_docs": 25_000, "ttt_batch_size": 2, "ttt_lanes": 2, **ACTIVE}
-LEGAL_LENGTHS = [30, 45, 9, 38, 22, 50, 3, 17]  # the plan: 5 1 | 3 0 | 4 7 and 2 6 (prefix of 4, two phases)
+LEGAL = {
+    "phased_ttt_num_phases": 2,
+    "phased_ttt_prefix_docs": 25_000,
+    "ttt_batch_size": 2,
+    "ttt_lanes": 2,
+    **ACTIVE,
+}
+# the plan: 5 1 | 3 0 | 4 7 and 2 6 (prefix of 4, two phases)
+LEGAL_LENGTHS = [30, 45, 9, 38, 22, 50, 3, 17]
 
 
-@pytest.mark.parametrize("document, offset, reaches_others", [
-    (5, 1, True),  # the first token of the first document
-    (5, 20, True), (5, 50, False),  # the last token is learnt by the base (and only there)
-    (1, 13, True), (3, 8, True), (4, 9, False), (6, 1, False),
-])
-def test_a_changed_token_changes_no_loss_counted_before_it(tmp_path, counted, document, offset, reaches_others):
+@pytest.mark.parametrize(
+    "document, offset, reaches_others",
+    [
+        (5, 1, True),  # the first token of the first document
+        (5, 20, True),
+        (5, 50, False),  # the last token is learnt by the base (and only there)
+        (1, 13, True),
+        (3, 8, True),
+        (4, 9, False),
+        (6, 1, False),
+    ],
+)
+def test_a_changed_token_changes_no_loss_counted_before_it(
+    tmp_path, counted, document, offset, reaches_others
+):
     check_changed_token(tmp_path, counted, document, offset, reaches_others)
 
 
 OPTIONS = {"ngram_tilt_enabled": True, "ttt_stale_context": 17, "ttt_short_chunks": "20:3,30:5"}
 
 
-@pytest.mark.parametrize("document, offset, reaches_others", [(5, 20, True), (1, 13, True), (4, 9, False)])
-def test_nor_does_it_with_hints_and_stale_context(tmp_path, monkeypatch, counted, document, offset, reaches_others):
+@pytest.mark.parametrize(
+    "document, offset, reaches_others", [(5, 20, True), (1, 13, True), (4, 9, False)]
+)
+def test_nor_does_it_with_hints_and_stale_context(
+    tmp_path, monkeypatch, counted, document, offset, reaches_others
+):
     monkeypatch.setattr(techniques.NGRAM, "context", 2)
     check_changed_token(tmp_path, counted, document, offset, reaches_others, **OPTIONS)
 
@@ -193,11 +258,14 @@ def check_changed_token(tmp_path, counted, document, offset, reaches_others, **o
     place = int(validation.starts[document]) + offset
     runs = []
     for change in (0, 1):
-        validation.tokens[place] += change if validation.tokens[place] < hp.vocab_size - 1 else -change
+        validation.tokens[place] += (
+            change if validation.tokens[place] < hp.vocab_size - 1 else -change
+        )
         counted.clear()
         run_ttt(hp, validation)
         runs.append(list(counted))
-    assert [list(call) for call in runs[0]] == [list(call) for call in runs[1]]  # the order does not depend on contents
+    # the order does not depend on contents
+    assert [list(call) for call in runs[0]] == [list(call) for call in runs[1]]
     moment = next(i for i, call in enumerate(runs[0]) if (document, place) in call)
     for number, (before, after) in enumerate(zip(*runs, strict=True)):
         differ = {key for key in before if before[key] != after[key]}
@@ -208,15 +276,21 @@ def check_changed_token(tmp_path, counted, document, offset, reaches_others, **o
             before_it = [key for key in differ if key[0] != document or key[1] < place]
             assert not before_it, "a token had an effect before it was counted"
     if reaches_others:
-        later = [key for before, after in zip(*(run[moment + 1:] for run in runs), strict=True)
-                 for key in before if before[key] != after[key]]
+        later = [
+            key
+            for before, after in zip(*(run[moment + 1 :] for run in runs), strict=True)
+            for key in before
+            if before[key] != after[key]
+        ]
         assert later, "nothing ever learnt from this token: the test would notice nothing"
 
 
 class Recorder:
-    """The total order of a run, as it happens: when each target was counted and when weights first learnt from it.
+    """The total order of a run, as it happens: when each target was counted and when weights first
+    learnt from it.
 
-    Targets are positions in the stream. `learnt` are [(place in the order, targets)], of LoRA steps and of SGD steps.
+    Targets are positions in the stream. `learnt` are [(place in the order, targets)], of LoRA steps
+    and of SGD steps.
     """
 
     def __init__(self, monkeypatch):
@@ -240,7 +314,9 @@ class Recorder:
             self.learn(self.targets(lambda row: row[1] < lora.flight))
 
         def note_build(packer, windows):
-            row.extend(target for start, end, _ in windows.tolist() for target in range(start + 1, end + 1))
+            row.extend(
+                target for start, end, _ in windows.tolist() for target in range(start + 1, end + 1)
+            )
             return build(packer, windows)
 
         def note_sgd_step(optimizer, *args, **kwargs):
@@ -248,9 +324,13 @@ class Recorder:
             row.clear()
             return sgd_step(optimizer, *args, **kwargs)
 
-        for owner, name, note in ((TTT, "chunk_step", note_step), (train_gpt.Score, "add", note_add),
-                                  (BatchedLoRA, "step", note_learning), (train_gpt.WindowPacker, "build", note_build),
-                                  (torch.optim.SGD, "step", note_sgd_step)):  # fmt: skip
+        for owner, name, note in (
+            (TTT, "chunk_step", note_step),
+            (train_gpt.Score, "add", note_add),
+            (BatchedLoRA, "step", note_learning),
+            (train_gpt.WindowPacker, "build", note_build),
+            (torch.optim.SGD, "step", note_sgd_step),
+        ):
             monkeypatch.setattr(owner, name, note)
 
     def targets(self, wanted):
@@ -262,12 +342,18 @@ class Recorder:
 
     def violations(self):
         """Targets that something learnt from before they were counted."""
-        return {target for moment, targets in self.learnt for target in targets
-                if self.counted.get(target, math.inf) >= moment}
+        return {
+            target
+            for moment, targets in self.learnt
+            for target in targets
+            if self.counted.get(target, math.inf) >= moment
+        }
 
 
 def learn_then_count(chunk_step):
-    """The rule broken: every chunk is learnt first, and counted when it is gone through once more."""
+    """The rule broken: every chunk is learnt first, and counted when it is gone through once
+    more.
+    """
 
     def illegal(trainer, table, width):
         score, trainer.score = trainer.score, SimpleNamespace(add=lambda *_: None)
@@ -295,23 +381,35 @@ def test_nothing_is_learnt_before_it_is_counted(tmp_path, monkeypatch, lengths):
     validation, recorder = make_validation(tmp_path, hp, lengths), Recorder(monkeypatch)
     (score,), _ = run_ttt(hp, validation)
     assert sorted(recorder.counted) == list(range(1, len(validation.tokens)))
-    assert validation.bytes[sorted(recorder.counted)].sum() == validation.bytes.sum() == score["bytes"]
+    assert (
+        validation.bytes[sorted(recorder.counted)].sum() == validation.bytes.sum() == score["bytes"]
+    )
     assert not recorder.violations()
     once = [target for _, targets in recorder.learnt for target in targets]
-    assert len(once) > len(set(once)) > 0.5 * len(recorder.counted)  # by adapters, and again by the base
+    # by adapters, and again by the base
+    assert len(once) > len(set(once)) > 0.5 * len(recorder.counted)
 
 
 def slow_hints(validation, hp):
     """{target: (hint, targets that it was found at)}, token by token in the order of the plan."""
-    tokens, context, found, before = validation.tokens.tolist(), techniques.NGRAM.context, {}, defaultdict(list)
+    tokens, context, found, before = (
+        validation.tokens.tolist(),
+        techniques.NGRAM.context,
+        {},
+        defaultdict(list),
+    )
     for phase in plan_ttt(validation.ends - validation.starts, hp):
         of_phase = []
         for document in phase.documents:
             own = defaultdict(list)
-            for target in range(validation.starts[document] + context, validation.ends[document] + 1):
-                key = tuple(tokens[target - context:target])
+            for target in range(
+                validation.starts[document] + context, validation.ends[document] + 1
+            ):
+                key = tuple(tokens[target - context : target])
                 for cases in (before[key], own[key]):
-                    (hint, most), = Counter(tokens[case] for case in cases).most_common(1) or [(None, -1)]
+                    ((hint, most),) = Counter(tokens[case] for case in cases).most_common(1) or [
+                        (None, -1)
+                    ]
                     if most >= 0.8 * len(cases):
                         found[target] = hint, list(cases)
                 own[key].append(target)
@@ -329,7 +427,9 @@ def test_hints_come_from_what_was_counted_before(tmp_path, monkeypatch):
     hints, others = slow_hints(validation, hp), 0
     assert len(hints) > 20 and not recorder.violations()
     for target, (_, cases) in hints.items():
-        own, *of_cases = np.searchsorted(validation.starts, [target - 1, *[case - 1 for case in cases]], "right")
+        own, *of_cases = np.searchsorted(
+            validation.starts, [target - 1, *[case - 1 for case in cases]], "right"
+        )
         for case, document in zip(cases, of_cases, strict=True):
             same = document == own and case < target  # of the same chunk at the latest
             assert recorder.counted[case] < recorder.counted[target] + same
@@ -337,7 +437,9 @@ def test_hints_come_from_what_was_counted_before(tmp_path, monkeypatch):
     assert others > 5
 
 
-ILLEGAL = pytest.mark.parametrize("name, illegal", [("chunk_step", learn_then_count), ("run_steps", adapt_then_score)])
+ILLEGAL = pytest.mark.parametrize(
+    "name, illegal", [("chunk_step", learn_then_count), ("run_steps", adapt_then_score)]
+)
 
 
 @ILLEGAL
@@ -360,7 +462,9 @@ def test_a_changed_token_finds_hints_in_the_order_of_the_stream(tmp_path, monkey
     ngram_hints = techniques.ngram_hints
 
     def illegal(tokens, starts, lengths, phases):
-        return ngram_hints(tokens, starts, lengths, [SimpleNamespace(documents=np.array([d])) for d in range(8)])
+        return ngram_hints(
+            tokens, starts, lengths, [SimpleNamespace(documents=np.array([d])) for d in range(8)]
+        )
 
     monkeypatch.setattr(techniques.NGRAM, "context", 2)
     monkeypatch.setattr(techniques, "ngram_hints", illegal)
@@ -377,7 +481,9 @@ def test_a_prefix_token_reaches_the_next_phase_and_no_other_lane_before(tmp_path
     place = int(validation.ends[document]) - 2
     runs = []
     for change in (0, 1):
-        validation.tokens[place] += change if validation.tokens[place] < hp.vocab_size - 1 else -change
+        validation.tokens[place] += (
+            change if validation.tokens[place] < hp.vocab_size - 1 else -change
+        )
         counted.clear()
         run_ttt(hp, validation)
         runs.append(flat(counted))
@@ -395,7 +501,9 @@ def test_first_losses_are_the_untrained_models(tmp_path, counted):
     for document, (start, _) in enumerate(document_spans(validation.tokens)):
         plain = chunked_losses(model, validation, hp, document)
         first = [key for key in plain if key[1] <= start + hp.ttt_chunk_size]
-        assert [losses[key] for key in first] == pytest.approx([plain[key] for key in first], rel=1e-4, abs=1e-5)
+        assert [losses[key] for key in first] == pytest.approx(
+            [plain[key] for key in first], rel=1e-4, abs=1e-5
+        )
         rest = [key for key in plain if key not in first]
         assert not rest or max(abs(losses[key] - plain[key]) for key in rest) > 1e-3
 
@@ -404,7 +512,12 @@ def test_first_losses_are_the_untrained_models(tmp_path, counted):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 60), min_size=1, max_size=9), st.integers(2, 4), st.integers(0, 3), st.integers(0, 99))
+@given(
+    st.lists(st.integers(0, 60), min_size=1, max_size=9),
+    st.integers(2, 4),
+    st.integers(0, 3),
+    st.integers(0, 99),
+)
 def test_hints_are_what_mostly_followed_before(sizes, letters, phases, seed):
     hp = small_hp(phased_ttt_num_phases=phases, phased_ttt_prefix_docs=30_000)
     starts = np.cumsum([0, *(size + 1 for size in sizes)])
@@ -418,11 +531,14 @@ def test_hints_are_what_mostly_followed_before(sizes, letters, phases, seed):
             phases = plan_ttt(ends - starts, hp)
             found = techniques.ngram_hints(torch.from_numpy(tokens), starts, ends - starts, phases)
         assert {place: hint for place, hint in enumerate(found.tolist()) if hint >= 0} == {
-            place: hint for place, (hint, _) in wanted.items()}
+            place: hint for place, (hint, _) in wanted.items()
+        }
 
 
 def test_the_tilted_distribution_sums_to_one(tmp_path):
-    """For every hint; a hint's odds are e^boost times what they were, and without one nothing changes."""
+    """For every hint; a hint's odds are e^boost times what they were, and without one nothing
+    changes.
+    """
     hp = small_hp(data_path=str(tmp_path), ngram_tilt_enabled=True)
     trainer = TTT(make_model(hp), make_validation(tmp_path, hp), hp, Dist("cpu"), Lines())
     generator, V = torch.Generator().manual_seed(1), hp.vocab_size
@@ -433,9 +549,13 @@ def test_the_tilted_distribution_sums_to_one(tmp_path):
     targets = torch.stack((torch.arange(V).expand(4, V), hints[:, None].expand(4, V)), -1)
     plain, tilted = trainer.head(hidden, targets, head)
     assert torch.equal(plain, trainer.model.token_losses(hidden, targets[..., 0], head))
-    assert torch.allclose((-tilted).double().exp().sum(1), torch.ones(4, dtype=torch.float64), atol=1e-5)
+    assert torch.allclose(
+        (-tilted).double().exp().sum(1), torch.ones(4, dtype=torch.float64), atol=1e-5
+    )
     gains = (plain - tilted) - (plain - tilted).amin(1, keepdim=True)  # of logits
-    wanted = techniques.NGRAM.boost * torch.nn.functional.one_hot(hints % V, V) * (hints >= 0)[:, None]
+    wanted = (
+        techniques.NGRAM.boost * torch.nn.functional.one_hot(hints % V, V) * (hints >= 0)[:, None]
+    )
     assert torch.allclose(gains, wanted, atol=1e-4)
     assert torch.equal(plain[0], tilted[0])
 
@@ -443,7 +563,12 @@ def test_the_tilted_distribution_sums_to_one(tmp_path):
 def test_hints_change_the_score_of_their_tokens_and_nothing_else(tmp_path, counted):
     scores, losses = {}, {}
     for tilt in (False, True):
-        hp = small_hp(data_path=str(tmp_path), ngram_tilt_enabled=tilt, phased_ttt_prefix_docs=25_000, **ACTIVE)
+        hp = small_hp(
+            data_path=str(tmp_path),
+            ngram_tilt_enabled=tilt,
+            phased_ttt_prefix_docs=25_000,
+            **ACTIVE,
+        )
         tokens, log = repetitive(tmp_path), Lines()
         validation = ValidationSet(hp, None)
         validation.tokens[:] = tokens
@@ -462,12 +587,17 @@ def test_hints_change_the_score_of_their_tokens_and_nothing_else(tmp_path, count
 
 
 class Clock:
-    """Stands for the module `time`, one for each rank's thread: a step takes `step` seconds, a plain row `row`."""
+    """Stands for the module `time`, one for each rank's thread: a step takes `step` seconds, a
+    plain row `row`.
+    """
 
     def __init__(self, monkeypatch, step=1.0, row=0.5, adaptation=3.0, slow=None):
         self.seconds, self.slow, self.ranks = defaultdict(float), slow, {}
-        for owner, name, cost in ((TTT, "chunk_step", step), (Evaluator, "row_losses", row),
-                                  (TTT, "global_adapt", adaptation)):  # fmt: skip
+        for owner, name, cost in (
+            (TTT, "chunk_step", step),
+            (Evaluator, "row_losses", row),
+            (TTT, "global_adapt", adaptation),
+        ):
             monkeypatch.setattr(owner, name, self.takes(cost, getattr(owner, name)))
         monkeypatch.setattr(train_gpt, "time", self)
 
@@ -487,7 +617,9 @@ LONGER = [190, 33, 1, 8, 0, 64, 7, 131, 120, 17, 100, 1]
 
 
 @pytest.mark.parametrize("budget", [1.0, 20.0, 50.0])
-def test_what_the_budget_leaves_is_scored_without_adaptation(tmp_path, monkeypatch, counted, budget):
+def test_what_the_budget_leaves_is_scored_without_adaptation(
+    tmp_path, monkeypatch, counted, budget
+):
     hp = small_hp(data_path=str(tmp_path), eval_budget_seconds=budget, ttt_batch_size=2, **ACTIVE)
     validation, log, model = make_validation(tmp_path, hp, LONGER), Lines(), make_model(hp)
     clock = Clock(monkeypatch)
@@ -502,13 +634,18 @@ def test_what_the_budget_leaves_is_scored_without_adaptation(tmp_path, monkeypat
     assert (score["tokens"], score["bytes"]) == (len(validation.tokens) - 1, validation.bytes.sum())
     assert 0 < score["unadapted_tokens"] == sum(int(row.scored.sum()) for row, _ in plain)
     assert score["unadapted_tokens"] + len(flat(counted)) == score["tokens"]
-    assert any(f"{score['unadapted_tokens']} tokens were scored without adaptation" in line for line in log)
-    assert clock.perf_counter() <= max(budget, 11)  # the first look at the clock comes after 8 steps
+    assert any(
+        f"{score['unadapted_tokens']} tokens were scored without adaptation" in line for line in log
+    )
+    # the first look at the clock comes after 8 steps
+    assert clock.perf_counter() <= max(budget, 11)
     adapted = any(line.startswith("ttt_global_adaptation") for line in log)
     assert adapted <= (budget == 50)
     if not adapted:  # what is scored plainly is scored by the base as it was given
         for row, losses in plain:
-            hidden = model.forward_hidden(row.inputs, row.cu_seqlens, max_seqlen=32, looping=True, fresh=row.fresh)
+            hidden = model.forward_hidden(
+                row.inputs, row.cu_seqlens, max_seqlen=32, looping=True, fresh=row.fresh
+            )
             assert torch.allclose(losses, model.token_losses(hidden[0], row.targets), atol=1e-4)
 
 
@@ -545,7 +682,9 @@ def test_a_rank_that_is_late_keeps_no_other_waiting(tmp_path, monkeypatch):
 
 
 def test_without_adaptation_there_are_no_hints_from_what_is_left(tmp_path, monkeypatch):
-    hp = small_hp(data_path=str(tmp_path), eval_budget_seconds=60.0, ngram_tilt_enabled=True, **ACTIVE)
+    hp = small_hp(
+        data_path=str(tmp_path), eval_budget_seconds=60.0, ngram_tilt_enabled=True, **ACTIVE
+    )
     validation, hinted, run_steps = make_validation(tmp_path, hp), [], TTT.run_steps
 
     def note(trainer, steps):
@@ -556,7 +695,10 @@ def test_without_adaptation_there_are_no_hints_from_what_is_left(tmp_path, monke
     monkeypatch.setattr(techniques.NGRAM, "context", 2)
     monkeypatch.setattr(TTT, "run_steps", note)
     run_ttt(hp, validation, world_size=2)
-    assert {phase: number > 0 for phase, number in hinted} == {"phase:1/2": True, "phase:2/2": False}
+    assert {phase: number > 0 for phase, number in hinted} == {
+        "phase:1/2": True,
+        "phase:2/2": False,
+    }
 
 
 def test_progress_lines_say_how_far_it_is(tmp_path):
@@ -564,8 +706,11 @@ def test_progress_lines_say_how_far_it_is(tmp_path):
     validation, log = make_validation(tmp_path, hp), Lines()
     (score,), _ = run_ttt(hp, validation, log=log)
     lines = [line for line in log if line.startswith("ttt_batch ")]
-    pattern = (r"ttt_batch phase:(\d)/2 documents:(\d+) running_tokens:(\d+) running_bpb:([\d.]+) tokens_per_s:\d+ "
-               r"budget_left:5\d\d seconds:[\d.]+")
+    pattern = (
+        r"ttt_batch phase:(\d)/2 documents:(\d+) running_tokens:(\d+) running_bpb:([\d.]+)"
+        r" tokens_per_s:\d+ "
+        r"budget_left:5\d\d seconds:[\d.]+"
+    )
     rows = [re.fullmatch(pattern, line).groups() for line in lines]
     assert len(rows) > 2 and rows == sorted(rows, key=lambda row: [*map(int, row[:3])])
     assert rows[-1] == ("2", "10", str(score["tokens"]), f"{score['bpb']:.5f}")
@@ -575,9 +720,16 @@ def test_progress_lines_say_how_far_it_is(tmp_path):
 # ---- values
 
 
-@pytest.mark.parametrize("changes", [{}, {"ttt_eval_seq_len": 20, "ttt_batch_size": 3}, {"ttt_chunk_size": 32},
-                                     {"ttt_eval_seq_len": 100, "ttt_stale_context": 90},
-                                     {"ttt_chunk_size": 7, "ttt_eval_seq_len": 100, "ttt_batch_size": 64}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ttt_eval_seq_len": 20, "ttt_batch_size": 3},
+        {"ttt_chunk_size": 32},
+        {"ttt_eval_seq_len": 100, "ttt_stale_context": 90},
+        {"ttt_chunk_size": 7, "ttt_eval_seq_len": 100, "ttt_batch_size": 64},
+    ],
+)
 def test_without_learning_it_is_plain_scoring_of_windows(tmp_path, counted, changes):
     hp = small_hp(data_path=str(tmp_path), ttt_lora_lr=0.0, global_ttt_lr=0.0, **changes)
     validation, model = make_validation(tmp_path, hp), make_model(hp)
@@ -592,9 +744,16 @@ def test_without_learning_it_is_plain_scoring_of_windows(tmp_path, counted, chan
 
 
 def test_one_lora_step_is_the_gradient_step_on_the_chunk_alone(tmp_path, counted):
-    """Second chunk of the only document, by hand: AdamW's first step on A, B with explicit products."""
-    hp = small_hp(data_path=str(tmp_path), ttt_lora_lr=0.05, ttt_lora_sites="head",
-                  phased_ttt_num_phases=0, ttt_lanes=1)
+    """Second chunk of the only document, by hand: AdamW's first step on A, B with explicit
+    products.
+    """
+    hp = small_hp(
+        data_path=str(tmp_path),
+        ttt_lora_lr=0.05,
+        ttt_lora_sites="head",
+        phased_ttt_num_phases=0,
+        ttt_lanes=1,
+    )
     validation, model = make_validation(tmp_path, hp, [15]), make_model(hp)
     run_ttt(hp, validation)
     lora = make_lora(hp, lanes=[0])
@@ -609,7 +768,9 @@ def test_one_lora_step_is_the_gradient_step_on_the_chunk_alone(tmp_path, counted
         logits = hp.logit_softcap * torch.tanh(logits / hp.logit_softcap)
         return torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
 
-    optimizer = torch.optim.AdamW([a, b], hp.ttt_lora_lr, (0.0, hp.ttt_beta2), 1e-10, hp.ttt_weight_decay)
+    optimizer = torch.optim.AdamW(
+        [a, b], hp.ttt_lora_lr, (0.0, hp.ttt_beta2), 1e-10, hp.ttt_weight_decay
+    )
     first = losses()
     first[:8].mean().backward()
     optimizer.step()
@@ -622,15 +783,30 @@ def repetitive(tmp_path, documents=4, length=50):
     """Every document repeats one and the same walk of 10 tokens."""
     tokens, charges = write_documents(tmp_path, "val", [length] * documents)
     for start, _ in document_spans(tokens):
-        tokens[start + 1:start + 1 + length] = 10 + np.arange(length) % 10 * 7
+        tokens[start + 1 : start + 1 + length] = 10 + np.arange(length) % 10 * 7
     return tokens
 
 
 def test_learning_improves_the_loss_on_repetitive_text(tmp_path):
-    losses, rates = {}, {"none": (0.0, 0.0), "lora": (0.005, 0.0), "global": (0.0, 0.05), "both": (0.005, 0.05)}
+    losses, rates = (
+        {},
+        {
+            "none": (0.0, 0.0),
+            "lora": (0.005, 0.0),
+            "global": (0.0, 0.05),
+            "both": (0.005, 0.05),
+        },
+    )
     for name, changes in rates.items():
-        hp = small_hp(data_path=str(tmp_path), ttt_lora_lr=changes[0], global_ttt_lr=changes[1],
-                      global_ttt_chunk_tokens=64, phased_ttt_prefix_docs=25_000, ttt_batch_size=2, ttt_chunk_size=10)
+        hp = small_hp(
+            data_path=str(tmp_path),
+            ttt_lora_lr=changes[0],
+            global_ttt_lr=changes[1],
+            global_ttt_chunk_tokens=64,
+            phased_ttt_prefix_docs=25_000,
+            ttt_batch_size=2,
+            ttt_chunk_size=10,
+        )
         tokens = repetitive(tmp_path)
         validation = ValidationSet(hp, None)
         validation.tokens[:] = tokens
@@ -646,16 +822,26 @@ def test_two_runs_give_the_same_number(tmp_path):
     (first,), (model,) = run_ttt(hp, validation)
     (again,), (same,) = run_ttt(hp, validation)
     assert first == again
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same.parameters(), strict=True))
-    other = small_hp(data_path=str(tmp_path), seed=43, **ACTIVE)  # another A: the comparison can tell runs apart
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), same.parameters(), strict=True)
+    )
+    # another A: the comparison can tell runs apart
+    other = small_hp(data_path=str(tmp_path), seed=43, **ACTIVE)
     assert run_ttt(other, validation)[0][0]["loss"] != first["loss"]
 
 
 @pytest.mark.parametrize("options", [{}, OPTIONS], ids=["", "options"])
 def test_the_answer_does_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch, counted, options):
-    """Who shares a step with whom depends on it, and the order of the sums of the adaptation: rounding, no more."""
-    hp = small_hp(data_path=str(tmp_path), ttt_lanes=4, ttt_batch_size=2, phased_ttt_num_phases=2,
-                  **ACTIVE | {"ttt_lora_lr": 1e-3} | options)
+    """Who shares a step with whom depends on it, and the order of the sums of the adaptation:
+    rounding, no more.
+    """
+    hp = small_hp(
+        data_path=str(tmp_path),
+        ttt_lanes=4,
+        ttt_batch_size=2,
+        phased_ttt_num_phases=2,
+        **ACTIVE | {"ttt_lora_lr": 1e-3} | options,
+    )
     monkeypatch.setattr(techniques.NGRAM, "context", 2)
     validation = make_validation(tmp_path, hp)
     (alone,), (model,) = run_ttt(hp, validation)
@@ -674,17 +860,28 @@ def test_the_answer_does_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch
         assert max(abs(found[key] - losses[key]) for key in losses) < 1e-2
         for name, p in model.named_parameters():
             states = [dict(other.named_parameters())[name] for other in models]
-            assert all(torch.equal(state, states[0]) for state in states)  # ranks stay equal bit for bit
+            # ranks stay equal bit for bit
+            assert all(torch.equal(state, states[0]) for state in states)
             assert torch.allclose(states[0], p, atol=1e-4)
 
 
 def test_lane_i_runs_on_rank_i_mod_world_size_in_the_plans_order(tmp_path, monkeypatch):
-    hp = small_hp(data_path=str(tmp_path), ttt_lanes=5, ttt_batch_size=1, phased_ttt_num_phases=2, global_ttt_lr=0.0)
+    hp = small_hp(
+        data_path=str(tmp_path),
+        ttt_lanes=5,
+        ttt_batch_size=1,
+        phased_ttt_num_phases=2,
+        global_ttt_lr=0.0,
+    )
     validation, scored = make_validation(tmp_path, hp), {}
 
     def note(trainer, steps):
-        documents = {int(np.searchsorted(validation.starts, row[2], "right")) - 1
-                     for step in steps for row in step.table if row[4]}
+        documents = {
+            int(np.searchsorted(validation.starts, row[2], "right")) - 1
+            for step in steps
+            for row in step.table
+            if row[4]
+        }
         scored.setdefault(trainer.dist.rank, []).append(documents)
         return []
 
@@ -697,25 +894,57 @@ def test_lane_i_runs_on_rank_i_mod_world_size_in_the_plans_order(tmp_path, monke
         scored.clear()
         run_ttt(hp, validation, world_size)
         for rank in range(world_size):
-            assert scored[rank] == [{d for lane in range(rank, 5, world_size) for place in phase.lanes[lane]
-                                     for d in place if lengths[d]} for phase in phases]
+            assert scored[rank] == [
+                {
+                    d
+                    for lane in range(rank, 5, world_size)
+                    for place in phase.lanes[lane]
+                    for d in place
+                    if lengths[d]
+                }
+                for phase in phases
+            ]
 
 
 # ---- against a scorer that knows no batches, no padding and no schedule
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"ttt_batch_size": 1, "ttt_lanes": 1}, {"ttt_batch_size": 2, "ttt_lanes": 1, "ttt_warm_start_a": False},
-    {"ttt_batch_size": 13, "ttt_chunk_size": 7, "ttt_eval_seq_len": 20}, {"ttt_lora_sites": "k,v,mlp"},
-    {"ttt_lora_sites": "o,head", "phased_ttt_num_phases": 0, "ttt_lanes": 1, "ttt_batch_size": 3},
-    {"ttt_stale_context": 24, "ttt_short_chunks": "8:3,17:5"},
-    {"ttt_stale_context": 8, "ttt_chunk_size": 7, "ttt_eval_seq_len": 20, "ttt_batch_size": 2, "ttt_lanes": 1},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ttt_batch_size": 1, "ttt_lanes": 1},
+        {"ttt_batch_size": 2, "ttt_lanes": 1, "ttt_warm_start_a": False},
+        {"ttt_batch_size": 13, "ttt_chunk_size": 7, "ttt_eval_seq_len": 20},
+        {"ttt_lora_sites": "k,v,mlp"},
+        {
+            "ttt_lora_sites": "o,head",
+            "phased_ttt_num_phases": 0,
+            "ttt_lanes": 1,
+            "ttt_batch_size": 3,
+        },
+        {"ttt_stale_context": 24, "ttt_short_chunks": "8:3,17:5"},
+        {
+            "ttt_stale_context": 8,
+            "ttt_chunk_size": 7,
+            "ttt_eval_seq_len": 20,
+            "ttt_batch_size": 2,
+            "ttt_lanes": 1,
+        },
+    ],
+)
 def test_losses_are_those_of_documents_scored_one_by_one(tmp_path, counted, changes):
-    """Small rates: an update divided by its own size turns rounding of a gradient near 0 into a step of full size."""
-    hp = small_hp(data_path=str(tmp_path), **ACTIVE | {"ttt_lora_lr": 2e-3, "phased_ttt_num_phases": 2} | changes)
+    """Small rates: an update divided by its own size turns rounding of a gradient near 0 into a
+    step of full size.
+    """
+    hp = small_hp(
+        data_path=str(tmp_path),
+        **ACTIVE | {"ttt_lora_lr": 2e-3, "phased_ttt_num_phases": 2} | changes,
+    )
     validation = make_validation(tmp_path, hp, [40, 17, 1, 8, 0, 33, 7, 0, 25, 66, 12, 30, 21, 9])
-    plain = document_by_document(make_model(hp), validation, dataclasses.replace(hp, ttt_lora_lr=0.0), Dist("cpu"))
+    plain = document_by_document(
+        make_model(hp), validation, dataclasses.replace(hp, ttt_lora_lr=0.0), Dist("cpu")
+    )
     wanted = document_by_document(make_model(hp), validation, hp, Dist("cpu"))
     for world_size in (1, 2):
         counted.clear()
@@ -728,11 +957,24 @@ def test_losses_are_those_of_documents_scored_one_by_one(tmp_path, counted, chan
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 130), max_size=4), min_size=1, max_size=9), st.integers(1, 5),
-       st.sampled_from([(8, 32), (7, 30), (1, 3), (5, 64)]), st.integers(1, 20), st.booleans(), st.booleans())
-def test_the_schedule_runs_every_chunk_once_each_place_in_order(places, batch, sizes, flight, short, stale):
-    hp = small_hp(ttt_batch_size=batch, ttt_chunk_size=sizes[0], ttt_eval_seq_len=sizes[1],
-                  ttt_stale_context=sizes[0] + 1 if stale else 0, ttt_short_chunks="20:2,60:5" if short else "")
+@given(
+    st.lists(st.lists(st.integers(0, 130), max_size=4), min_size=1, max_size=9),
+    st.integers(1, 5),
+    st.sampled_from([(8, 32), (7, 30), (1, 3), (5, 64)]),
+    st.integers(1, 20),
+    st.booleans(),
+    st.booleans(),
+)
+def test_the_schedule_runs_every_chunk_once_each_place_in_order(
+    places, batch, sizes, flight, short, stale
+):
+    hp = small_hp(
+        ttt_batch_size=batch,
+        ttt_chunk_size=sizes[0],
+        ttt_eval_seq_len=sizes[1],
+        ttt_stale_context=sizes[0] + 1 if stale else 0,
+        ttt_short_chunks="20:2,60:5" if short else "",
+    )
     lengths = np.array([length for place in places for length in place])
     starts = np.cumsum(lengths) - lengths
     numbers = iter(range(len(lengths)))
@@ -746,7 +988,8 @@ def test_the_schedule_runs_every_chunk_once_each_place_in_order(places, batch, s
             found.setdefault(place, []).append([])
         ends = dict(step.ends.tolist())
         live = [row for row in step.table.tolist() if row[4]]
-        assert 0 < len(live) and len({row[0] for row in live}) == len(live)  # rows never meet in a step
+        # rows never meet in a step
+        assert 0 < len(live) and len({row[0] for row in live}) == len(live)
         assert all(row == [flight, flight, 0, 0, 0, 1] for row in step.table.tolist() if not row[4])
         for source, target, window, first, count, number in live:
             assert target == (flight if source in ends else source) and first + count <= step.width
@@ -769,7 +1012,9 @@ def test_the_schedule_runs_every_chunk_once_each_place_in_order(places, batch, s
         assert found.get(place, []) == wanted
 
 
-@pytest.mark.parametrize("changes", [{}, {"ttt_stale_context": 0, "ttt_chunk_size": 48}], ids=["defaults", "fresh"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"ttt_stale_context": 0, "ttt_chunk_size": 48}], ids=["defaults", "fresh"]
+)
 def test_documents_of_a_phase_step_together(changes):
     """On lengths like those of web text few steps are small and little is padding."""
     lengths = np.random.default_rng(0).lognormal(6.4, 1.0, 1500).astype(int) + 1
@@ -790,8 +1035,16 @@ def test_documents_of_a_phase_step_together(changes):
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_stays_in_its_place_and_b_starts_at_zero(tmp_path, monkeypatch, warm):
-    """A shadow of every place's A: a document starts from what the one before it in its place left, and from B = 0."""
-    hp = small_hp(data_path=str(tmp_path), ttt_lanes=2, ttt_batch_size=2, ttt_warm_start_a=warm, ttt_lora_lr=0.02)
+    """A shadow of every place's A: a document starts from what the one before it in its place
+    left, and from B = 0.
+    """
+    hp = small_hp(
+        data_path=str(tmp_path),
+        ttt_lanes=2,
+        ttt_batch_size=2,
+        ttt_warm_start_a=warm,
+        ttt_lora_lr=0.02,
+    )
     validation, events = make_validation(tmp_path, hp), []
     begin, end = BatchedLoRA.begin, BatchedLoRA.end
 
@@ -813,7 +1066,13 @@ def test_a_stays_in_its_place_and_b_starts_at_zero(tmp_path, monkeypatch, warm):
     shadow = [a.clone() for a in make_lora(hp).kept]
     size = len(shadow[0])
     began = [place for kind, place, *_ in events if kind == "begin"]
-    assert len(began) == np.count_nonzero(validation.ends - validation.starts) > len(set(began)) == len(shadow) == 4
+    assert (
+        len(began)
+        == np.count_nonzero(validation.ends - validation.starts)
+        > len(set(began))
+        == len(shadow)
+        == 4
+    )
     for kind, place, value, square in events:
         if kind == "begin":
             assert torch.equal(value[:size], shadow[place])
@@ -826,11 +1085,16 @@ def test_a_stays_in_its_place_and_b_starts_at_zero(tmp_path, monkeypatch, warm):
 @pytest.mark.parametrize("seed, lane", [(0, 0), (3, 7)])
 def test_initial_a_is_uniform_within_one_over_root_in(seed, lane):
     hp = small_hp(seed=seed, ttt_batch_size=8, ttt_lora_rank=16)
-    one, again, pair, other = (make_lora(hp, lanes).kept for lanes in ([lane], [lane], [lane - 1, lane], [lane + 1]))
-    bound = hp.model_dim ** -0.5
+    one, again, pair, other = (
+        make_lora(hp, lanes).kept for lanes in ([lane], [lane], [lane - 1, lane], [lane + 1])
+    )
+    bound = hp.model_dim**-0.5
     assert one.shape == (8, (1 + 4 * 5) * 16 * hp.model_dim)
     assert 0.99 * bound < one.abs().max() <= bound
-    assert one.std() == pytest.approx(bound / math.sqrt(3), rel=0.05) and abs(one.mean()) < 0.05 * bound
+    assert (
+        one.std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        and abs(one.mean()) < 0.05 * bound
+    )
     assert torch.equal(one, again) and torch.equal(one, pair[8:]) and not torch.equal(one, other)
 
 
@@ -843,9 +1107,12 @@ def test_every_slot_and_site_has_an_adapter_of_its_own():
     tokens = torch.randint(8, hp.vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
     base = model.token_losses(model.forward_hidden(tokens, max_seqlen=12, looping=True), tokens)
     leaf, seen = torch.zeros(2, lora.values.size(1)), set()
-    leaf[:, :lora.kept.size(1)] = 1.0
+    leaf[:, : lora.kept.size(1)] = 1.0
     widths = {"q": 32, "k": 16, "v": 16, "attn_out": 32, "mlp_out": 32}
-    for slot, (site, width) in [*itertools.product(range(slots), widths.items()), (None, ("lm_head", hp.vocab_size))]:
+    for slot, (site, width) in [
+        *itertools.product(range(slots), widths.items()),
+        (None, ("lm_head", hp.vocab_size)),
+    ]:
         tap = lora.tap(lora.factors(leaf.clone(), slice(None)))
         matrix = (tap.head if slot is None else tap.slots[slot]).b[site]
         assert matrix.shape == (2, hp.ttt_lora_rank, width) and not matrix.any()
@@ -862,24 +1129,30 @@ def test_every_slot_and_site_has_an_adapter_of_its_own():
 
 
 @pytest.mark.parametrize("update", [train_gpt.adamw_rows_ref, train_gpt.adamw_rows])
-@pytest.mark.parametrize("lr, beta2, decay", [(1e-4, 0.99, 0.5), (0.03, 0.9, 0.0), (0.01, 0.0, 2.0)])
+@pytest.mark.parametrize(
+    "lr, beta2, decay", [(1e-4, 0.99, 0.5), (0.03, 0.9, 0.0), (0.01, 0.0, 2.0)]
+)
 def test_the_lora_step_is_adamw_without_first_moment_on_rows_of_any_age(update, lr, beta2, decay):
     """In columns 2 to 9 of wider states, of which the others stay as they are."""
     generator = torch.Generator().manual_seed(5)
     all_values, all_squares = torch.randn(6, 12, generator=generator), torch.zeros(6, 12)
     values, squares, before = all_values[:, 2:9], all_squares[:, 2:9], all_values.clone()
     twins = [torch.nn.Parameter(value.clone()) for value in values[:5]]
-    optimizers = [torch.optim.AdamW([twin], lr=lr, betas=(0.0, beta2), eps=1e-10, weight_decay=decay) for twin in twins]
+    optimizers = [
+        torch.optim.AdamW([twin], lr=lr, betas=(0.0, beta2), eps=1e-10, weight_decay=decay)
+        for twin in twins
+    ]
     ages = [0] * 5
     for step, rows in enumerate([[0, 1, 2], [2, 0], [4, 3, 2, 1], [2], [0, 1, 2, 3, 4]]):
-        gradients = torch.randn(len(rows) + 1, 7, generator=generator) * 10.0 ** -step
+        gradients = torch.randn(len(rows) + 1, 7, generator=generator) * 10.0**-step
         gradients[0, :3] = 0
         for row, gradient in zip(rows, gradients[:-1], strict=True):
             ages[row] += 1
             twins[row].grad = gradient.clone()
             optimizers[row].step()
         number = torch.tensor([ages[row] for row in rows] + [9])
-        table = torch.tensor([[*rows, rows[0]], [*rows, 5]]).T.contiguous()  # the last: to scratch, no step
+        # the last: to scratch, no step
+        table = torch.tensor([[*rows, rows[0]], [*rows, 5]]).T.contiguous()
         source, target = table.unbind(1)  # columns of a table, as chunk_step has them
         correction = (1 - beta2 ** number.double()).float()
         update(values, squares, gradients / 3, source, target, correction, 3.0, (lr, decay, beta2))
@@ -894,13 +1167,19 @@ def test_the_lora_step_is_adamw_without_first_moment_on_rows_of_any_age(update, 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("clip, chunk_tokens", [(0.05, 64), (100.0, 64), (1.0, 10_000), (1.0, 1)])
 def test_global_adaptation_is_a_plain_sgd_loop(tmp_path, clip, chunk_tokens, world_size):
-    hp = small_hp(data_path=str(tmp_path), global_ttt_lr=0.02, global_ttt_grad_clip=clip,
-                  global_ttt_chunk_tokens=chunk_tokens)
+    hp = small_hp(
+        data_path=str(tmp_path),
+        global_ttt_lr=0.02,
+        global_ttt_grad_clip=clip,
+        global_ttt_chunk_tokens=chunk_tokens,
+    )
     validation = make_validation(tmp_path, hp, [90, 33, 1, 8, 64, 7, 31])
     documents = np.array([4, 1, 6, 3])
     models = [make_model(hp) for _ in range(world_size)]
-    on_ranks(world_size, lambda dist: TTT(
-        models[dist.rank], validation, hp, dist, Lines()).global_adapt(documents))
+    on_ranks(
+        world_size,
+        lambda dist: TTT(models[dist.rank], validation, hp, dist, Lines()).global_adapt(documents),
+    )
 
     model = make_model(hp)
     start_values = copy.deepcopy(dict(model.named_parameters()))
@@ -916,10 +1195,13 @@ def test_global_adaptation_is_a_plain_sgd_loop(tmp_path, clip, chunk_tokens, wor
         tokens = sum(last - first for first, last in pieces)
         model.zero_grad()
         for first, last in pieces:
-            piece = torch.from_numpy(validation.tokens[first:last + 1])
+            piece = torch.from_numpy(validation.tokens[first : last + 1])
             hidden = model.forward_hidden(piece[None, :-1], max_seqlen=len(piece), looping=True)
             (model.token_losses(hidden[0], piece[1:]).sum() / tokens).backward()
-        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+        gradients = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad
+            for name, p in model.named_parameters()
+        }
         norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
         rate = 0.02 * 0.5 * (1 + math.cos(math.pi * number / max(1, len(chunks) - 1)))
         with torch.no_grad():
@@ -940,18 +1222,33 @@ def test_global_adaptation_runs_once_per_phase_on_what_was_scored_since(tmp_path
     order = []
 
     def note(trainer, steps):
-        order.append(sorted({int(np.searchsorted(trainer.validation.starts, row[2], "right")) - 1
-                             for step in steps for row in step.table if row[4]}))
+        order.append(
+            sorted(
+                {
+                    int(np.searchsorted(trainer.validation.starts, row[2], "right")) - 1
+                    for step in steps
+                    for row in step.table
+                    if row[4]
+                }
+            )
+        )
         return []
 
     monkeypatch.setattr(TTT, "run_steps", note)
-    monkeypatch.setattr(TTT, "global_adapt",
-                        lambda trainer, documents: order.append(("adapt", sorted(documents.tolist()))))
+    monkeypatch.setattr(
+        TTT,
+        "global_adapt",
+        lambda trainer, documents: order.append(("adapt", sorted(documents.tolist()))),
+    )
     monkeypatch.setattr(train_gpt.Score, "total", lambda score, dist, expected: {})
     for phases, adaptations in ((0, 0), (1, 1), (2, 2), (3, 3)):
         order.clear()
-        hp = small_hp(data_path=str(tmp_path), phased_ttt_num_phases=phases, phased_ttt_prefix_docs=25_000,
-                      ttt_batch_size=2)
+        hp = small_hp(
+            data_path=str(tmp_path),
+            phased_ttt_num_phases=phases,
+            phased_ttt_prefix_docs=25_000,
+            ttt_batch_size=2,
+        )
         run_ttt(hp, make_validation(tmp_path, hp))
         since, found, trained = [], 0, []
         for event in order:
@@ -972,9 +1269,15 @@ SIZES = st.lists(st.integers(0, 400), min_size=1, max_size=60)
 
 @settings(max_examples=150, deadline=None)
 @given(SIZES, st.integers(1, 9), st.integers(1, 6), st.integers(0, 4), st.integers(0, 70_000))
-def test_the_plan_holds_every_document_once_longest_first_in_balanced_lanes(sizes, batch_size, lanes, phases, prefix):
-    hp = small_hp(ttt_batch_size=batch_size, ttt_lanes=lanes, phased_ttt_num_phases=phases,
-                  phased_ttt_prefix_docs=prefix)
+def test_the_plan_holds_every_document_once_longest_first_in_balanced_lanes(
+    sizes, batch_size, lanes, phases, prefix
+):
+    hp = small_hp(
+        ttt_batch_size=batch_size,
+        ttt_lanes=lanes,
+        phased_ttt_num_phases=phases,
+        phased_ttt_prefix_docs=prefix,
+    )
     lengths = np.array(sizes)
     plan = plan_ttt(lengths, hp)
     everything = np.concatenate([phase.documents for phase in plan])
@@ -988,18 +1291,33 @@ def test_the_plan_holds_every_document_once_longest_first_in_balanced_lanes(size
     for phase in plan:
         assert len(phase.lanes) == lanes and {len(places) for places in phase.lanes} == {batch_size}
         places = [documents for lane in phase.lanes for documents in lane]
-        assert sorted(d for documents in places for d in documents) == sorted(phase.documents.tolist())
+        assert sorted(d for documents in places for d in documents) == sorted(
+            phase.documents.tolist()
+        )
         assert all((np.diff(lengths[documents]) <= 0).all() for documents in places if documents)
         loads = [int(costs[documents].sum()) if documents else 0 for documents in places]
-        assert max(loads) - min(loads) <= costs[phase.documents].max()  # none could give its last document to another
+        # none could give its last document to another
+        assert max(loads) - min(loads) <= costs[phase.documents].max()
         longest = {d for d in phase.documents[:lanes].tolist() if lengths[d]}
-        assert len(longest) == sum(any(longest & set(documents) for documents in places) for places in phase.lanes)
+        assert len(longest) == sum(
+            any(longest & set(documents) for documents in places) for places in phase.lanes
+        )
 
 
-@pytest.mark.parametrize("count, phases, borders", [
-    (50_000, 1, [2500]), (1500, 1, [75]), (1500, 3, [25, 50, 75]), (1500, 2, [37, 75]), (50_000, 3, [833, 1666, 2500])])
+@pytest.mark.parametrize(
+    "count, phases, borders",
+    [
+        (50_000, 1, [2500]),
+        (1500, 1, [75]),
+        (1500, 3, [25, 50, 75]),
+        (1500, 2, [37, 75]),
+        (50_000, 3, [833, 1666, 2500]),
+    ],
+)
 def test_phase_borders_are_floors_of_the_scaled_prefix(count, phases, borders):
-    hp = small_hp(phased_ttt_prefix_docs=2500, phased_ttt_num_phases=phases, ttt_batch_size=64, ttt_lanes=8)
+    hp = small_hp(
+        phased_ttt_prefix_docs=2500, phased_ttt_num_phases=phases, ttt_batch_size=64, ttt_lanes=8
+    )
     plan = plan_ttt(np.random.default_rng(0).integers(1, 4000, count), hp)
     assert np.cumsum([len(phase.documents) for phase in plan]).tolist() == [*borders, count]
     assert [phase.adapt for phase in plan] == [True] * phases + [False]
@@ -1016,8 +1334,12 @@ def test_the_plan_knows_nothing_of_ranks_and_contents():
 @settings(max_examples=100, deadline=None)
 @given(SIZES, st.integers(1, 40), st.integers(0, 200), st.booleans())
 def test_window_positions_counts_the_windows(sizes, chunk, more, stale):
-    hp = small_hp(ttt_chunk_size=chunk, ttt_eval_seq_len=max(2, chunk + more), ttt_short_chunks="9:2,100:30",
-                  ttt_stale_context=more if stale and more >= chunk else 0)
+    hp = small_hp(
+        ttt_chunk_size=chunk,
+        ttt_eval_seq_len=max(2, chunk + more),
+        ttt_short_chunks="9:2,100:30",
+        ttt_stale_context=more if stale and more >= chunk else 0,
+    )
     counts = []
     for size in sizes:
         step = min(chunk, 2 if size <= 9 else 30 if size <= 100 else chunk)

@@ -1,4 +1,6 @@
-"""Fast encoding against the plain one; interrupted runs; what leaks, damage and wrong data look like to `verify`."""
+"""Fast encoding against the plain one; interrupted runs; what leaks, damage and wrong data look
+like to `verify`.
+"""
 
 import importlib
 import random
@@ -50,28 +52,37 @@ def verified(capsys, folder, *arguments):
     return status, "".join(capsys.readouterr())
 
 
-# ---- the fast encoder ------------------------------------------------------------------------------------------------
+# ---- the fast encoder ----------------------------------------------------------------------------
 
 
 def test_the_fast_encoder_gives_what_the_plain_one_gives(sp):
     rng, encoder = random.Random(3), Encoder(sp)
-    alphabet = "abAB  \n\t\r\v\f.,('1é東🗼½ﬁ…’\u0301\u0308\u0338\x07\xa0\u3000\u2581\u200b\x1c\x85<Z=" + CONTROLS
+    alphabet = (
+        "abAB  \n\t\r\v\f.,('1é東🗼½ﬁ…’\u0301\u0308\u0338\x07\xa0\u3000\u2581\u200b\x1c\x85<Z="
+        + CONTROLS
+    )
     texts = ["".join(rng.choices(alphabet, k=rng.randrange(14))) for _ in range(3_000)] + TEXTS
     for text in texts:
         ids, costs = encode_document_with_bytes(sp, text)
         assert encoder.encode(text).tolist() == ids.tolist(), ascii(text)
         fast_ids, fast_costs = encoder.encode_with_bytes(text)
-        assert (fast_ids.tolist(), fast_costs.tolist()) == (ids.tolist(), costs.tolist()), ascii(text)
+        assert (fast_ids.tolist(), fast_costs.tolist()) == (ids.tolist(), costs.tolist()), ascii(
+            text
+        )
 
 
 @pytest.mark.parametrize("blank", [" ", "\n", "\x07", "\u3000"])
 @pytest.mark.parametrize("charge", [65_535, 65_536, 65_537, 70_001, 200_001])
 def test_a_charge_is_exact_up_to_what_a_side_car_holds_and_then_refused(sp, blank, charge):
     """A token is charged the run of blanks before it, or the dropped characters behind it."""
-    own = blank == "\x07"  # which follows the "1" to its token; blanks before a digit have one of their own
+    # which follows the "1" to its token; blanks before a digit have one of their own
+    own = blank == "\x07"
     text = "1" + blank * ((charge - own) // len(blank.encode())) + "2"
     largest = len(text.encode()) - 2 + own
-    for encode_with_bytes in (lambda text: encode_document_with_bytes(sp, text), Encoder(sp).encode_with_bytes):
+    for encode_with_bytes in (
+        lambda text: encode_document_with_bytes(sp, text),
+        Encoder(sp).encode_with_bytes,
+    ):
         if largest <= 65_535:
             costs = encode_with_bytes(text)[1]
             assert costs.sum(dtype=np.int64) == len(text.encode()) and costs.max() == largest
@@ -81,9 +92,15 @@ def test_a_charge_is_exact_up_to_what_a_side_car_holds_and_then_refused(sp, blan
 
 
 def test_a_document_with_a_run_of_blanks_that_cannot_be_charged_is_named(tmp_path, capsys):
-    docs = write_docs(tmp_path / "docs.jsonl", ["one", "two", "some" + " " * 70_000 + "more", "four"])
+    docs = write_docs(
+        tmp_path / "docs.jsonl", ["one", "two", "some" + " " * 70_000 + "more", "four"]
+    )
     message = refused(capsys, "--docs", docs, "--val-docs", 3, "--out", tmp_path / "out")
-    assert "val document 2 (" in message and "docs.jsonl, line 4" in message and "stands for 70,004 bytes" in message
+    assert (
+        "val document 2 (" in message
+        and "docs.jsonl, line 4" in message
+        and "stands for 70,004 bytes" in message
+    )
     build(tmp_path / "train", "--docs", docs, "--val-docs", 2)  # training text is not charged
 
 
@@ -101,21 +118,30 @@ def uncharged(encoder, text):
     return ids, np.where(costs > 1, 0, costs)
 
 
-@pytest.mark.parametrize("way, wrong", [
-    ("encode", lambda encoder, text: encode_document(encoder.sp, text)[::-1]), ("encode_with_bytes", uncharged)])
+@pytest.mark.parametrize(
+    "way, wrong",
+    [
+        ("encode", lambda encoder, text: encode_document(encoder.sp, text)[::-1]),
+        ("encode_with_bytes", uncharged),
+    ],
+)
 def test_a_wrong_shortcut_is_noticed(tmp_path, capsys, monkeypatch, way, wrong):
     monkeypatch.setattr(Encoder, way, wrong)
     docs = write_docs(tmp_path / "docs.jsonl", TEXTS)
-    assert "word by word" in refused(capsys, "--docs", docs, "--val-docs", 6, "--out", tmp_path / "out")
+    assert "word by word" in refused(
+        capsys, "--docs", docs, "--val-docs", 6, "--out", tmp_path / "out"
+    )
 
 
-# ---- interrupted runs, pipes -----------------------------------------------------------------------------------------
+# ---- interrupted runs, pipes ---------------------------------------------------------------------
 
 
 def long_corpus(path, documents=3_000):
     rng = random.Random(1)
     words = [f"word{number}" for number in range(400)]
-    return write_docs(path, [" ".join(rng.choices(words, k=60)) + f" Number {n}" for n in range(documents)])
+    return write_docs(
+        path, [" ".join(rng.choices(words, k=60)) + f" Number {n}" for n in range(documents)]
+    )
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_files(tmp_path, capsys):
@@ -134,11 +160,16 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(tmp_path, capsys):
     assert not (out / "manifest.json").exists()
     assert build(out, *settings) == expected
     going_on = capsys.readouterr().out
-    assert "going on behind 40 + " in going_on and "fineweb_train_000002.bin" not in going_on.split("going on")[1]
+    assert (
+        "going on behind 40 + " in going_on
+        and "fineweb_train_000002.bin" not in going_on.split("going on")[1]
+    )
 
 
 @pytest.mark.parametrize("change", ["input", "settings"])
-def test_an_interrupted_run_does_not_go_on_with_something_else(tmp_path, capsys, monkeypatch, change):
+def test_an_interrupted_run_does_not_go_on_with_something_else(
+    tmp_path, capsys, monkeypatch, change
+):
     monkeypatch.setattr(prepare, "BATCH_BYTES", 300)
     docs = write_docs(tmp_path / "docs.jsonl", [*TEXTS, None])
     settings = ["--docs", docs, "--val-docs", 6, "--out", tmp_path / "out", "--shard-tokens"]
@@ -153,32 +184,54 @@ def test_an_interrupted_run_does_not_go_on_with_something_else(tmp_path, capsys,
 def test_documents_come_through_a_pipe(tmp_path):
     docs = write_docs(tmp_path / "docs.jsonl", TEXTS)
     expected = build(tmp_path / "file", "--docs", docs, "--val-docs", 6)
-    command = [sys.executable, "prepare_caseops_data.py", "--docs", "-", "--val-docs", "6", "--workers", "2"]
+    command = [
+        sys.executable,
+        "prepare_caseops_data.py",
+        "--docs",
+        "-",
+        "--val-docs",
+        "6",
+        "--workers",
+        "2",
+    ]
     with open(docs, "rb") as pipe:
-        subprocess.run([*command, "--out", tmp_path / "pipe"], stdin=pipe, cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(
+            [*command, "--out", tmp_path / "pipe"],
+            stdin=pipe,
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+        )
     got = {path.name: path.read_bytes() for path in (tmp_path / "pipe").iterdir()}
     expected["manifest.json"], got["manifest.json"] = (
-        {**read_manifest(tmp_path / name), "sources": read_manifest(tmp_path / name)["sources"][0]["sha256"]}
+        {
+            **read_manifest(tmp_path / name),
+            "sources": read_manifest(tmp_path / name)["sources"][0]["sha256"],
+        }
         for name in ("file", "pipe")
     )
     assert got == expected
 
 
-# ---- training text ---------------------------------------------------------------------------------------------------
+# ---- training text -------------------------------------------------------------------------------
 
 
 def test_validation_documents_are_left_out_of_training(tmp_path, sp):
     docs = write_docs(tmp_path / "docs.jsonl", [*TEXTS, TEXTS[0], "", TEXTS[4]])
     build(tmp_path / "out", "--docs", docs, "--val-docs", 6)
     train, _ = stream(tmp_path / "out", "train")
-    wanted = [encode_document(sp, text) for text in [*TEXTS[6:], ""]]  # an empty document gives nothing away
+    # an empty document gives nothing away
+    wanted = [encode_document(sp, text) for text in [*TEXTS[6:], ""]]
     assert train.tolist() == np.concatenate(wanted).tolist()
     counts = read_manifest(tmp_path / "out")["splits"]["train"]
     assert (counts["left_out"], counts["documents"]) == (2, 41)
 
 
 def test_normalizing_takes_debris_out_of_training_only(tmp_path, sp):
-    text = f"See https://example.org/{'a1' * 30} and {'Zg8+' * 40} here\x07 ===== {'=' * 30} https://short.org end"
+    text = (
+        f"See https://example.org/{'a1' * 30} and {'Zg8+' * 40} here\x07 ===== {'=' * 30}"
+        " https://short.org end"
+    )
     cleaned = "See  and  here ===== === https://short.org end"
     assert normalize_text(text) == cleaned
     assert all(normalize_text(plain) == plain for plain in TEXTS)
@@ -187,7 +240,9 @@ def test_normalizing_takes_debris_out_of_training_only(tmp_path, sp):
     assert stream(tmp_path / "out", "val")[0].tolist() == encode_document(sp, text + "!").tolist()
     assert stream(tmp_path / "out", "train")[0].tolist() == encode_document(sp, cleaned).tolist()
     manifest = read_manifest(tmp_path / "out")
-    assert manifest["normalize_train"] and manifest["splits"]["train"]["removed_bytes"] == len(text) - len(cleaned)
+    assert manifest["normalize_train"] and manifest["splits"]["train"]["removed_bytes"] == len(
+        text
+    ) - len(cleaned)
 
 
 def test_a_validation_document_is_found_in_training_text_that_is_normalized(tmp_path):
@@ -200,13 +255,20 @@ def test_a_validation_document_is_found_in_training_text_that_is_normalized(tmp_
 LONG_ADDRESS = f"https://example.org/{'a1' * 30}"
 
 
-@pytest.mark.parametrize("noise", [f" {LONG_ADDRESS}", "\0", f"\n\n{LONG_ADDRESS} \x01\x02", " " + "Zg8+" * 40])
+@pytest.mark.parametrize(
+    "noise", [f" {LONG_ADDRESS}", "\0", f"\n\n{LONG_ADDRESS} \x01\x02", " " + "Zg8+" * 40]
+)
 def test_what_normalizing_turns_into_a_validation_document_is_left_out(tmp_path, capsys, noise):
     text = "Every word of this document is for validation."
-    docs = write_docs(tmp_path / "docs.jsonl", [text, "Other words.", text + noise, f"{noise} {text}", text])
+    docs = write_docs(
+        tmp_path / "docs.jsonl", [text, "Other words.", text + noise, f"{noise} {text}", text]
+    )
     build(tmp_path / "out", "--docs", docs, "--val-docs", 1, "--normalize-train")
     manifest = read_manifest(tmp_path / "out")
-    assert manifest["splits"]["train"]["documents"] == 1 and manifest["splits"]["train"]["left_out"] == 3
+    assert (
+        manifest["splits"]["train"]["documents"] == 1
+        and manifest["splits"]["train"]["left_out"] == 3
+    )
     assert manifest["leaked_documents"] == 0
     assert verified(capsys, tmp_path / "out")[0] == 0
 
@@ -219,7 +281,7 @@ def test_the_manifest_counts_the_leaks_that_are_in_the_shards(tmp_path, monkeypa
     assert read_manifest(tmp_path / "out")["leaked_documents"] == 2
 
 
-# ---- verify ----------------------------------------------------------------------------------------------------------
+# ---- verify --------------------------------------------------------------------------------------
 
 
 def test_a_dataset_in_order_is_verified_against_its_source(dataset, capsys):
@@ -266,18 +328,28 @@ def test_a_planted_leak_is_found_and_named(dataset, capsys):
     in_shard = int((train[200:place] == 1).sum())
     number = int((train[:place] == 1).sum())
     assert status == 1 and output.count("leak:") == 1
-    assert f"000002.bin, document {in_shard} of it ({number} of training): validation document 4\n" in output
+    assert (
+        f"000002.bin, document {in_shard} of it ({number} of training): validation document 4\n"
+        in output
+    )
 
 
 @pytest.mark.parametrize(
     ("position_of", "charge", "message"),
-    [(1, 1, "BOS is charged"), (4, 2, "a case marker is charged"), ("literal", 2, "escaped marker is charged less")],
+    [
+        (1, 1, "BOS is charged"),
+        (4, 2, "a case marker is charged"),
+        ("literal", 2, "escaped marker is charged less"),
+    ],
 )
 def test_a_side_car_that_breaks_a_rule_is_found(dataset, capsys, position_of, charge, message):
     (dataset / "manifest.json").unlink()
     tokens, costs = stream(dataset, "val")[0], stream(dataset, "val_bytes")[0].copy()
-    position = np.flatnonzero(tokens == 7)[0] + 1 if position_of == "literal" else np.flatnonzero(
-        tokens == position_of)[0]  # fmt: skip
+    position = (
+        np.flatnonzero(tokens == 7)[0] + 1
+        if position_of == "literal"
+        else np.flatnonzero(tokens == position_of)[0]
+    )
     costs[position] = charge
     for number, start in enumerate(range(0, len(costs), 100)):
         write_shard(dataset / f"fineweb_val_bytes_{number:06d}.bin", costs[start : start + 100])
@@ -290,7 +362,9 @@ def test_another_source_and_another_tokenizer_are_found(dataset, capsys, tmp_pat
     status, output = verified(capsys, dataset, "--docs", other)
     assert status == 1 and "validation document 5 is not the one of the source" in output
     short = write_docs(tmp_path / "short.jsonl", TEXTS[:4])
-    assert "6 validation documents, the source has 4" in verified(capsys, dataset, "--docs", short)[1]
+    assert (
+        "6 validation documents, the source has 4" in verified(capsys, dataset, "--docs", short)[1]
+    )
 
 
 def test_shuffled_tokens_do_not_pass_as_documents(dataset, capsys):
@@ -315,7 +389,8 @@ def test_a_manifest_that_was_edited_is_refused(dataset, capsys):
     assert "changed after it was written" in verified(capsys, dataset)[1]
 
 
-@pytest.mark.parametrize("module", ["tools.verify_data", "train_gpt"])  # each stands without the other
+# each stands without the other
+@pytest.mark.parametrize("module", ["tools.verify_data", "train_gpt"])
 def test_canonical_counts_are_recognised(module):
     is_canonical = importlib.import_module(module).is_canonical
     tokens = np.full(47_853_344, 300, dtype=np.uint16)
@@ -327,5 +402,3 @@ def test_canonical_counts_are_recognised(module):
     assert is_canonical(tokens, costs)
     costs[5] += 1
     assert not is_canonical(tokens, costs) and not is_canonical(tokens[:-1], costs)
-
-

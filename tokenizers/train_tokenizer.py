@@ -1,12 +1,13 @@
 """Trains `caseops_8192.model`, a CaseOps tokenizer, on documents (JSON lines, plain, gzip or xz).
 
-    python tokenizers/train_tokenizer.py docs_selected.jsonl                      # all but the first 50,000
+    python tokenizers/train_tokenizer.py docs_selected.jsonl  # all but the first 50,000
     python tokenizers/train_tokenizer.py docs_train.jsonl.xz --val-file docs_val.jsonl.xz
 
-Validation documents are never trained on, nor are copies of them among the others: pieces are parameters that training
-chooses. The settings are those of the published tokenizer (openai/parameter-golf, PR 1729) but for two:
-`max_sentence_length` does not skip documents over 4,192 bytes, and `num_threads` is 2, not 16. A second run writes the
-same file; the pieces do not depend on the number of threads.
+Validation documents are never trained on, nor are copies of them among the others: pieces are
+parameters that training chooses. The settings are those of the published tokenizer
+(openai/parameter-golf, PR 1729) but for two: `max_sentence_length` does not skip documents over
+4,192 bytes, and `num_threads` is 2, not 16. A second run writes the same file; the pieces do not
+depend on the number of threads.
 """
 
 import argparse
@@ -42,7 +43,9 @@ def text_hash(text: str) -> bytes:
 
 
 def training_sentences(lines: Iterable[Line], validation: set[bytes]) -> Iterator[str]:
-    """One sentence a document: stripped first, then transformed; empty ones and those of `validation` dropped."""
+    """One sentence a document: stripped first, then transformed; empty ones and those of
+    `validation` dropped.
+    """
     documents = text_bytes = copies = 0
     for line in lines:
         text = read_text(line)
@@ -55,15 +58,24 @@ def training_sentences(lines: Iterable[Line], validation: set[bytes]) -> Iterato
             yield encode(text)
     print(f"{documents:,} documents, {text_bytes:,} bytes", flush=True)
     if copies:
-        print(f"left out {copies:,} training document{'s that are' if copies > 1 else ' that is'} in validation too")
+        print(
+            f"left out {copies:,} training document{'s that are' if copies > 1 else ' that is'} in"
+            " validation too"
+        )
 
 
 def check_layout(path: Path) -> None:
-    """Raises DataError where pieces break what the published tokenizer holds to: see tokenizers/README.md."""
+    """Raises DataError where pieces break what the published tokenizer holds to: see
+    tokenizers/README.md.
+    """
     sp = load_tokenizer(path)  # ids 0 to 263
     pieces = [sp.id_to_piece(index) for index in range(264, sp.get_piece_size())]
-    rules = {"A-Z": "[A-Z]", "a case marker": f"[{CONTROLS}]", "a digit beside others": ".[0-9]|[0-9].",
-             "a space mark inside": ".\u2581"}  # fmt: skip
+    rules = {
+        "A-Z": "[A-Z]",
+        "a case marker": f"[{CONTROLS}]",
+        "a digit beside others": ".[0-9]|[0-9].",
+        "a space mark inside": ".\u2581",
+    }
     for rule, pattern in rules.items():
         if wrong := [piece for piece in pieces if re.search(pattern, piece)]:
             raise DataError(f"{path}: {len(wrong)} pieces with {rule}, such as {wrong[0]!a}")
@@ -76,23 +88,42 @@ def main(arguments: list[str] | None = None) -> int:
     size, count = whole_number(265, 1 << 16), whole_number(0)
     parser = argparse.ArgumentParser(description="Train a CaseOps tokenizer.")
     parser.add_argument("docs", nargs="+", metavar="FILE")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("caseops_8192.model"), metavar="MODEL")
-    parser.add_argument("--vocab-size", type=size, default=8192, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).with_name("caseops_8192.model"), metavar="MODEL"
+    )
+    parser.add_argument(
+        "--vocab-size", type=size, default=8192, metavar="N", help="default: %(default)s"
+    )
     val = parser.add_mutually_exclusive_group()
-    val.add_argument("--val-docs", type=count, default=50_000, metavar="N", help="first documents, by default 50,000")
-    val.add_argument("--val-file", metavar="FILE", help="validation documents, where they have a file of their own")
+    val.add_argument(
+        "--val-docs",
+        type=count,
+        default=50_000,
+        metavar="N",
+        help="first documents, by default 50,000",
+    )
+    val.add_argument(
+        "--val-file",
+        metavar="FILE",
+        help="validation documents, where they have a file of their own",
+    )
     return exit_status(partial(train, parser.parse_args(arguments)))
 
 
 def train(options: argparse.Namespace) -> int:
-    """Trains and checks the tokenizer; only then does it take the place of what --out held. Returns the exit status.
+    """Trains and checks the tokenizer; only then does it take the place of what --out held. Returns
+    the exit status.
 
     Raises DataError if nothing is left to train on.
     """
     if not options.out.parent.is_dir():
         raise DataError(f"{options.out.parent}: no such folder (--out)")
     lines = itertools.chain.from_iterable(map(read_lines, options.docs))
-    held_out = read_lines(options.val_file) if options.val_file else itertools.islice(lines, options.val_docs)
+    held_out = (
+        read_lines(options.val_file)
+        if options.val_file
+        else itertools.islice(lines, options.val_docs)
+    )
     validation = {text_hash(read_text(line)) for line in held_out}
     first = next(lines, None)
     if first is None:
@@ -125,8 +156,11 @@ def train(options: argparse.Namespace) -> int:
     finally:
         unchecked.unlink(missing_ok=True)
     pieces = load_tokenizer(options.out).get_piece_size()
-    print(f"layout: ids 0-263 and the rules of the pieces are those of the published tokenizer\n"
-          f"{options.out.name}: {pieces:,} pieces, {options.out.stat().st_size:,} bytes, {file_sha256(options.out)}")
+    print(
+        "layout: ids 0-263 and the rules of the pieces are those of the published"
+        f" tokenizer\n{options.out.name}: {pieces:,} pieces, {options.out.stat().st_size:,} bytes,"
+        f" {file_sha256(options.out)}"
+    )
     return 0
 
 

@@ -1,1 +1,4 @@
-"""Tools around train_gpt.py. This file makes the folder a regular package: no other one called tools comes first."""
+"""Tools around train_gpt.py.
+
+This file makes the folder a regular package: no other one called tools comes first.
+"""

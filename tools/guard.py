@@ -1,8 +1,10 @@
-"""What watches a run from outside: the guard that train_gpt.py finds here, where it lies in its repository.
+"""What watches a run from outside: the guard that train_gpt.py finds here, where it lies in its
+repository.
 
-Watchdog: ends every rank when one has died, failed or stalled. Training states: written whole or not at all, taken up
-again on any number of ranks. Checks before the clock starts: disk, permissions, packages, the artifact's size. Signals.
-The live line on a terminal. docs/RELIABILITY.md says what is promised, and which test breaks it.
+Watchdog: ends every rank when one has died, failed or stalled. Training states: written whole or
+not at all, taken up again on any number of ranks. Checks before the clock starts: disk,
+permissions, packages, the artifact's size. Signals. The live line on a terminal.
+docs/RELIABILITY.md says what is promised, and which test breaks it.
 """
 
 import collections
@@ -41,31 +43,48 @@ from .run_files import PresetError, read_preset, read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT_STATES = 2  # so that there is one to fall back to where the newest is torn
-STATE_BYTES_A_WEIGHT, STATE_DIGEST_BYTES = 20, 32  # weights, average, momentum and both moments, fp32
-PACKAGES = {"brotli": "brotli", "python-minifier": "python_minifier"}  # of the packed script that every run counts
-FAST_COMPRESSORS, TRIAL_ROWS = ("entropy",), 8  # 5 MB/s or more; the others take minutes for a whole model
-GENEROUS = 0.8  # an artifact of trained weights has 0.99 of the projected size, one of other statistics may have less
+# weights, average, momentum and both moments, fp32
+STATE_BYTES_A_WEIGHT, STATE_DIGEST_BYTES = 20, 32
+# of the packed script that every run counts
+PACKAGES = {"brotli": "brotli", "python-minifier": "python_minifier"}
+# 5 MB/s or more; the others take minutes for a whole model
+FAST_COMPRESSORS, TRIAL_ROWS = ("entropy",), 8
+# an artifact of trained weights has 0.99 of the projected size, one of other statistics may have
+# less
+GENEROUS = 0.8
 GAUSSIAN_BITS = math.log2(math.sqrt(2 * math.pi * math.e))  # entropy of a unit Gaussian, steps of 1
 
 
-# Settings that a model's weights have a meaning with: another value loads and computes something else.
-MEANING = """caseops_enabled marker_fusion_enabled vocab_size model_dim num_layers num_heads num_kv_heads mlp_mult
-    tie_embeddings smear_gate_enabled gate_window loop_start loop_end num_loops skip_gates_enabled ln_scale rope_dims
-    rope_base xsa_last_n sparse_attn_gate_enabled sparse_attn_gate_scale gated_attn_enabled attn_out_gate_enabled
-    attn_out_gate_src leaky_relu_slope parallel_start_layer parallel_final_lane logit_softcap attn_window
-    attn_window_full_layers partial_key_offset value_residual bigram_vocab_size bigram_dim value_embed_layers
+# Settings that a model's weights have a meaning with: another value loads and computes something
+# else.
+MEANING = """caseops_enabled marker_fusion_enabled vocab_size model_dim num_layers num_heads
+    num_kv_heads mlp_mult
+    tie_embeddings smear_gate_enabled gate_window loop_start loop_end num_loops skip_gates_enabled
+    ln_scale rope_dims
+    rope_base xsa_last_n sparse_attn_gate_enabled sparse_attn_gate_scale gated_attn_enabled
+    attn_out_gate_enabled
+    attn_out_gate_src leaky_relu_slope parallel_start_layer parallel_final_lane logit_softcap
+    attn_window
+    attn_window_full_layers partial_key_offset value_residual bigram_vocab_size bigram_dim
+    value_embed_layers
     value_embed_dim""".split()
 # Settings that say where a run lies and what it does: going on from a file means to change them.
-OF_THE_RUN = """run_id runs_dir preset plots prequant_only quant_only ttt_eval_only checkpoint_path artifact_path
+OF_THE_RUN = """run_id runs_dir preset plots prequant_only quant_only ttt_eval_only checkpoint_path
+    artifact_path
     resume""".split()
 
 
 class SafetyError(SettingError):
-    """A state that cannot be taken up, or a machine that will not do; the message says what to change."""
+    """A state that cannot be taken up, or a machine that will not do; the message says what to
+    change.
+    """
 
 
 class RunGuard(Guard):
-    """The guard of one run. Stage, resume hint and signal are its state; see train_gpt.Guard for the hooks."""
+    """The guard of one run.
+
+    Stage, resume hint and signal are its state; see train_gpt.Guard for the hooks.
+    """
 
     def __init__(self):
         self.dist = None  # until the process group is up
@@ -77,7 +96,8 @@ class RunGuard(Guard):
         self.signals_wait = False  # for the end of a step
         self.line = None  # on a terminal
         nothing = ["loss"], torch.zeros(1)
-        self.norms, self.norms_before = nothing, nothing  # names and norms of this step and of the one before
+        # names and norms of this step and of the one before
+        self.norms, self.norms_before = nothing, nothing
         self.not_finite = []  # names
 
     def tell(self, message):
@@ -93,7 +113,13 @@ class RunGuard(Guard):
     def start(self, dist):
         self.dist = dist
         if dist.world_size > 1:
-            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, timedelta(seconds=30)
+            address = (
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                None,
+                False,
+                timedelta(seconds=30),
+            )
             self.watchdog = Watchdog(self, torch.distributed.TCPStore(*address))
         catch_signals(self)
 
@@ -159,7 +185,9 @@ class RunGuard(Guard):
         self.signals_wait = True
 
     def end_training(self, path):
-        """The checkpoint stands for the training states, which go; a signal that has waited ends the run."""
+        """The checkpoint stands for the training states, which go; a signal that has waited
+        ends the run.
+        """
         self.signals_wait = False
         for state in state_files(path.parent) if self.dist.rank == 0 else ():
             state.unlink()
@@ -183,11 +211,15 @@ class RunGuard(Guard):
     def finish(self, hp, result):
         painter = Path(__file__).with_name("plot_run.py")
         if hp.plots and painter.exists():
-            subprocess.run([sys.executable, painter, Path(hp.runs_dir) / result["run"]], stdout=sys.stderr)
+            subprocess.run(
+                [sys.executable, painter, Path(hp.runs_dir) / result["run"]], stdout=sys.stderr
+            )
 
 
 class LiveLine:
-    """The running stage, its bar, seconds left; whatever is printed next, after `erase`, takes its place."""
+    """The running stage, its bar, seconds left; whatever is printed next, after `erase`, takes
+    its place.
+    """
 
     erase = "\r\x1b[K"
 
@@ -195,29 +227,47 @@ class LiveLine:
         self.shown, self.stage = 0.0, None
 
     def show(self, name, start, share, detail):
-        """Stage and when it began (perf_counter), share done, words; a new stage at once, else five times a second."""
+        """Stage and when it began (perf_counter), share done, words; a new stage at once,
+        else five times a second.
+        """
         now = time.perf_counter()
         if self.stage != (name, start) or now - self.shown > 0.2:
             self.shown, self.stage = now, (name, start)
             left = (now - start) * (1 / share - 1) if share else 0.0
-            bar = f"[{'#' * round(30 * share):.<30}] {share:4.0%}  {left:.0f} s left  {detail}" if share else "..."
-            print(self.erase + f"{name} {bar}"[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+            bar = (
+                f"[{'#' * round(30 * share):.<30}] {share:4.0%}  {left:.0f} s left  {detail}"
+                if share
+                else "..."
+            )
+            print(
+                self.erase + f"{name} {bar}"[: shutil.get_terminal_size().columns - 1],
+                end="",
+                flush=True,
+            )
 
 
 # ---- the preset, the code and its commit
 
 
 def preset_notes(hp):
-    """Lines for the log: what the run's preset says, and which of it the environment has set otherwise."""
+    """Lines for the log: what the run's preset says, and which of it the environment has set
+    otherwise.
+    """
     given = read_preset(hp.preset)
-    texts = {field.name.upper(): (field.type, getattr(hp, field.name)) for field in dataclasses.fields(hp)}
+    texts = {
+        field.name.upper(): (field.type, getattr(hp, field.name))
+        for field in dataclasses.fields(hp)
+    }
     other = [
         f"{name}={value} (preset {given[name]})"
         for name, (kind, value) in texts.items()
         if name in given and value != (given[name] == "1" if kind is bool else kind(given[name]))
     ]
     settings = " ".join(f"{name}={value}" for name, value in given.items())
-    return [f"preset {hp.preset}: {settings}", f"preset {hp.preset}, set otherwise: {', '.join(other) or 'nothing'}"]
+    return [
+        f"preset {hp.preset}: {settings}",
+        f"preset {hp.preset}, set otherwise: {', '.join(other) or 'nothing'}",
+    ]
 
 
 def packed_code(script, hp):
@@ -226,8 +276,8 @@ def packed_code(script, hp):
         from .pack_code import pack_code
     except ImportError as error:
         raise SettingError(
-            f"the code cannot be packed and counted: {error}. Run train_gpt.py from its repository, after pip install "
-            "-r requirements.txt, or copy a run's packed train_gpt.py"
+            f"the code cannot be packed and counted: {error}. Run train_gpt.py from its repository,"
+            " after pip install -r requirements.txt, or copy a run's packed train_gpt.py"
         ) from None
     return pack_code(script.decode(), {name.upper(): value for name, value in vars(hp).items()})
 
@@ -247,31 +297,42 @@ def describe_commit():
 
 
 def commit_notes():
-    """Notes for the log where git does not say the commit of this checkout: no record can be made of such a run."""
+    """Notes for the log where git does not say the commit of this checkout: no record can be
+    made of such a run.
+    """
     commit, error = describe_commit() or ("", "git is not installed")
     if commit or not (ROOT / ".git").exists():
         return []
     if "dubious ownership" in error:  # as in a container, where the folder belongs to another user
-        return [f"commit unknown, {ROOT} belongs to another user: git config --global --add safe.directory {ROOT}"]
-    return [f"commit unknown, no record can be made of this run: {error.splitlines()[0] if error else 'no commit yet'}"]
+        return [
+            f"commit unknown, {ROOT} belongs to another user: git config --global --add"
+            f" safe.directory {ROOT}"
+        ]
+    return [
+        "commit unknown, no record can be made of this run:"
+        f" {error.splitlines()[0] if error else 'no commit yet'}"
+    ]
 
 
 # ---- the watchdog
 
 
 class Watchdog(threading.Thread):
-    """Ends this process where another rank has died, failed or stalled, with a line that names rank and stage.
+    """Ends this process where another rank has died, failed or stalled, with a line that names rank
+    and stage.
 
-    Each second every rank tells the process group's store: the time, its CPU time, how many collectives it entered,
-    its stage, its error, its process. Dead: no news in DEAD looks, or in STALLED where its process is seen to live on
-    this host: a library may keep Python's lock. Stalled: no collective and next to no work for the CPU in STALLED
-    looks, while others are further on. Looks are counted, not seconds: where all ranks are held up alike, by a
-    compiler that keeps Python's lock or a machine that sleeps, nobody is missed.
+    Each second every rank tells the process group's store: the time, its CPU time, how many
+    collectives it entered, its stage, its error, its process. Dead: no news in DEAD looks, or in
+    STALLED where its process is seen to live on this host: a library may keep Python's lock.
+    Stalled: no collective and next to no work for the CPU in STALLED looks, while others are
+    further on. Looks are counted, not seconds: where all ranks are held up alike, by a compiler
+    that keeps Python's lock or a machine that sleeps, nobody is missed.
     """
 
     DEAD, DEAD_AFTER_FAILURE, STALLED = 15, 3, 40
     STOPPING = 20  # seconds in which a step ends and a state is written
-    IDLE_TICKS = 4 * STALLED  # of 10 ms: this thread and idle libraries take less, a moment's work among them
+    # of 10 ms: this thread and idle libraries take less, a moment's work among them
+    IDLE_TICKS = 4 * STALLED
 
     def __init__(self, guard, store):
         super().__init__(daemon=True)
@@ -284,20 +345,32 @@ class Watchdog(threading.Thread):
 
     def tell(self):
         """Publishes this rank's news; a run does so as well where a stage begins."""
-        self.disk_ticks += 100 * (process_state(os.getpid())[0] == "D")  # who waits for a slow disk works: it may save
+        # who waits for a slow disk works: it may save
+        self.disk_ticks += 100 * (process_state(os.getpid())[0] == "D")
         cpu, entered = cpu_ticks() + self.disk_ticks, self.dist.num_collectives
         news = time.time(), cpu, entered, self.guard.stage, self.error, self.process
         self.store.set(f"golf/rank{self.dist.rank}", json.dumps(news))
 
     def fail(self, message):
-        """Called by a rank that failed: the thread ends the process as soon as it is known who failed first."""
+        """Called by a rank that failed: the thread ends the process as soon as it is known
+        who failed first.
+        """
         with contextlib.suppress(RuntimeError):  # the store is gone: the thread finds that as well
-            self.error = self.error or (self.store.add("golf/failures", 1), message, self.guard.signal)
+            self.error = self.error or (
+                self.store.add("golf/failures", 1),
+                message,
+                self.guard.signal,
+            )
         self.join(self.DEAD)
 
     def run(self):
         keys = [f"golf/rank{rank}" for rank in range(self.dist.world_size)]
-        silent, failing, found, past = [0] * len(keys), 0, None, collections.deque(maxlen=self.STALLED + 1)
+        silent, failing, found, past = (
+            [0] * len(keys),
+            0,
+            None,
+            collections.deque(maxlen=self.STALLED + 1),
+        )
         while not found and not self.done.wait(1.0):
             answered = threading.Event()
             threading.Thread(target=self.await_store, args=[answered], daemon=True).start()
@@ -311,16 +384,20 @@ class Watchdog(threading.Thread):
                 silent[rank] = silent[rank] + 1 if new[0] == old[0] else 0
             past.append(told)
             failing, self.holder = failing + any(new[4] for new in told), told[0]
-            found = self.judge(told, silent, [self.idles(past, rank) for rank in range(len(keys))], failing)
+            found = self.judge(
+                told, silent, [self.idles(past, rank) for rank in range(len(keys))], failing
+            )
         if found:
             (rank, words), (*_, error, process) = found, told[found[0]]
             hung = process if silent[rank] >= self.DEAD_AFTER_FAILURE else None
             self.end(f"rank {rank} {words}", hung, error[2] if error else 0)
 
     def await_store(self, answered):
-        """A store whose process is frozen answers nothing, and its client waits for ever: this ends the process.
+        """A store whose process is frozen answers nothing, and its client waits for ever: this ends
+        the process.
 
-        Waits are counted like looks: where Python's lock was kept for long, the answer may be there and gets its turn.
+        Waits are counted like looks: where Python's lock was kept for long, the answer may be there
+        and gets its turn.
         """
         if not any(answered.wait(1.0) for _ in range(2 * self.DEAD)):
             self.end_without_store("it does not answer")
@@ -329,32 +406,47 @@ class Watchdog(threading.Thread):
         """Who holds the store has died or hangs: torchrun, or rank 0."""
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if agent and self.guard.signal and self.guard.signals_wait:
-            time.sleep(self.STOPPING)  # torchrun went when it had told us to stop: we do, with a state (see after_step)
+            # torchrun went when it had told us to stop: we do, with a state (see
+            # after_step)
+            time.sleep(self.STOPPING)
         holder, stage = "torchrun" if agent else "rank 0", self.holder[3]
-        verdict = f"{holder} died or hangs, last heard of in stage {stage}; it holds the store: {why}"
+        verdict = (
+            f"{holder} died or hangs, last heard of in stage {stage}; it holds the store: {why}"
+        )
         self.end(verdict, None if agent else self.holder[5])
 
     def end(self, verdict, hung=None, number=0):
-        """Ends this process with a verdict, by the signal that ended the other if it is one, and who hangs here."""
+        """Ends this process with a verdict, by the signal that ended the other if it is
+        one, and who hangs here.
+        """
         if self.done.is_set():
             return
         if self.dist.rank == 0:
             time.sleep(2.5)  # it may hold the store, in which the others are to find the same
-        self.guard.tell(f"{verdict}. Rank {self.dist.rank} ends in stage {self.guard.stage}. {self.guard.resume_hint}")
-        if hung and lives(*hung, states="RSDTt"):  # frozen, it would stay; torchrun takes 30 s to end it
+        self.guard.tell(
+            f"{verdict}. Rank {self.dist.rank} ends in stage {self.guard.stage}."
+            f" {self.guard.resume_hint}"
+        )
+        # frozen, it would stay; torchrun takes 30 s to end it
+        if hung and lives(*hung, states="RSDTt"):
             os.kill(hung[1], signal.SIGKILL)
         number = self.guard.signal or number
         leave(128 + number if number else 1)
 
     def idles(self, past, rank):
-        """Did a rank enter no collective and use next to no CPU, programs that ended included, in STALLED looks?"""
+        """Did a rank enter no collective and use next to no CPU, programs that ended
+        included, in STALLED looks?
+        """
         (_, used, entered, *_), (_, uses, enters, *_) = past[0][rank], past[-1][rank]
         return len(past) > self.STALLED and enters == entered and 0 <= uses - used < self.IDLE_TICKS
 
     def judge(self, told, silent, idle, failing):
-        """What the ranks told, looks without news, who idles, looks since a failure -> (rank, words), or None.
+        """What the ranks told, looks without news, who idles, looks since a failure -> (rank,
+        words),
+        or None.
 
-        A rank that lost its peer fails as well, so the dead one is looked for first, then who failed first.
+        A rank that lost its peer fails as well, so the dead one is looked for first, then who
+        failed first.
         """
         furthest = max(new[2] for new in told)
         for rank, (_, _, entered, stage, _, process) in enumerate(told):
@@ -364,15 +456,21 @@ class Watchdog(threading.Thread):
             elif idle[rank] and entered < furthest:
                 return rank, f"stalls in stage {stage}, the others wait for it"
         if failing > self.DEAD_AFTER_FAILURE + 1:
-            (_, why, _), rank, stage = min((new[4], rank, new[3]) for rank, new in enumerate(told) if new[4])
+            (_, why, _), rank, stage = min(
+                (new[4], rank, new[3]) for rank, new in enumerate(told) if new[4]
+            )
             return rank, f"failed in stage {stage}: {why}"
         return None
 
 
 def host_id():
-    """What processes that see each other under the same numbers have in common; "" where there is no /proc."""
+    """What processes that see each other under the same numbers have in common; "" where there
+    is no /proc.
+    """
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink(
+            "/proc/self/ns/pid"
+        )
     except OSError:
         return ""
 
@@ -406,12 +504,16 @@ def cpu_ticks():
     total = 0
     for pid in ("self", *children()):
         with contextlib.suppress(OSError):
-            total += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+            total += sum(
+                map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])
+            )
     return total
 
 
 def leave(code):
-    """Ends this process at once, whatever its threads wait for, and the programs that it has started."""
+    """Ends this process at once, whatever its threads wait for, and the programs that it has
+    started.
+    """
     for pid in children():
         with contextlib.suppress(OSError):
             os.kill(int(pid), signal.SIGTERM)
@@ -424,10 +526,12 @@ def leave(code):
 
 
 def catch_signals(guard):
-    """The first SIGTERM, SIGINT or SIGHUP ends the run by stop_for, training after its step; a second one at once.
+    """The first SIGTERM, SIGINT or SIGHUP ends the run by stop_for, training after its step; a
+    second
+    one at once.
 
-    SIGHUP is what a lost connection or a closed window sends, often twice: it is never taken for the second signal.
-    Where it was ignored when the process started (nohup), it stays ignored.
+    SIGHUP is what a lost connection or a closed window sends, often twice: it is never taken for
+    the second signal. Where it was ignored when the process started (nohup), it stays ignored.
     """
     signals = [signal.SIGTERM, signal.SIGINT]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -448,7 +552,8 @@ def catch_signals(guard):
 def stop_for(guard, number):
     """Ends this process: one line from rank 0, exit code 128 + number."""
     reason = f"stopped by {signal.Signals(number).name}"
-    if guard.watchdog and not guard.signals_wait:  # torchrun sends SIGTERM as well, where another rank has died
+    # torchrun sends SIGTERM as well, where another rank has died
+    if guard.watchdog and not guard.signals_wait:
         guard.watchdog.fail(reason)
     if guard.dist.rank == 0:
         guard.tell(f"{reason} in stage {guard.stage}. {guard.resume_hint}")
@@ -462,7 +567,8 @@ def tell_failure(guard, error):
     """
     expected = isinstance(error, train_gpt.OUR_ERRORS)
     reason = str(error) if expected else f"{type(error).__name__}: {error}"
-    if guard.watchdog and not (expected and guard.stage == "start"):  # what is refused at the start all ranks refuse
+    # what is refused at the start all ranks refuse
+    if guard.watchdog and not (expected and guard.stage == "start"):
         if not expected:
             traceback.print_exception(error)
         guard.watchdog.fail(reason)
@@ -476,38 +582,54 @@ def tell_failure(guard, error):
 def watched(model, loss):
     """Loss and gradients -> names, their norms on the way to the CPU."""
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    norms = torch.stack([loss, *torch._foreach_norm([*grads.values()])]).to("cpu", non_blocking=True)
+    norms = torch.stack([loss, *torch._foreach_norm([*grads.values()])]).to(
+        "cpu", non_blocking=True
+    )
     return ["loss", *(f"gradient of {name}" for name in grads)], norms
 
 
 def not_finite(watched):
-    """Names of what is not finite; to be asked when the step that was watched has ended, as then a look is free."""
-    return [name for name, norm in zip(watched[0], watched[1].tolist(), strict=True) if not math.isfinite(norm)]
+    """Names of what is not finite; to be asked when the step that was watched has ended, as
+    then a look is free.
+    """
+    return [
+        name
+        for name, norm in zip(watched[0], watched[1].tolist(), strict=True)
+        if not math.isfinite(norm)
+    ]
 
 
 def check_weights(trainer, step):
-    """Waits for the device. Training ends here, on every rank alike, where a weight is not finite."""
+    """Waits for the device.
+
+    Training ends here, on every rank alike, where a weight is not finite.
+    """
     if bad := [name for name, p in trainer.model.named_parameters() if not p.isfinite().all()]:
         diverge(trainer, step, bad)
 
 
 def diverge(trainer, step, names):
-    """Ends training on every rank with what is not finite after this step; diverged.pt keeps it for a look."""
+    """Ends training on every rank with what is not finite after this step; diverged.pt keeps it
+    for a look.
+    """
     told = trainer.dist.all_gather_object(names)
     found = [f"{', '.join(names[:3])} (rank {rank})" for rank, names in enumerate(told) if names]
     save_state(trainer, step, 0.0, [torch.zeros(())], "diverged.pt")
-    raise SafetyError(f"training diverged: after step {step} not finite: {'; '.join(found)}; lower learning rates")
+    raise SafetyError(
+        f"training diverged: after step {step} not finite: {'; '.join(found)}; lower learning rates"
+    )
 
 
 # ---- training states
 
 
 def save_state(trainer, step, seconds, losses, name=None):
-    """Writes all that training goes on from: <sha256><torch.save> in the run's folder, on rank 0's disk; two are kept.
+    """Writes all that training goes on from: <sha256><torch.save> in the run's folder, on rank 0's
+    disk; two are kept.
 
-    step (the loader's position too), seconds, last losses, weights, average, momentum of all ranks, AdamW's moments,
-    state of the random numbers, looping state and where its stretches began. A disk that is full is told of and ends
-    nothing.
+    step (the loader's position too), seconds, last losses, weights, average, momentum of all ranks,
+    AdamW's moments, state of the random numbers, looping state and where its stretches began. A
+    disk that is full is told of and ends nothing.
     """
     dist, log, muon, momentum = trainer.dist, trainer.log, trainer.optimizers.muon, []
     for bank, buffer in zip(muon.banks, muon.momentum_buffers, strict=True):
@@ -543,7 +665,9 @@ def save_state(trainer, step, seconds, losses, name=None):
 
 
 def sealed(state):
-    """-> bytes <sha256><torch.save>, in one buffer: copies of a gigabyte would keep Python's lock for seconds."""
+    """-> bytes <sha256><torch.save>, in one buffer: copies of a gigabyte would keep Python's
+    lock for seconds.
+    """
     buffer = io.BytesIO(bytes(STATE_DIGEST_BYTES))
     buffer.seek(STATE_DIGEST_BYTES)
     torch.save(state, buffer)
@@ -558,7 +682,10 @@ def state_files(folder):
 
 
 def newest_state(folder):
-    """-> name and content of the newest whole training state; torn ones are passed over. SafetyError if none is."""
+    """-> name and content of the newest whole training state; torn ones are passed over.
+
+    SafetyError if none is.
+    """
     for path in state_files(folder):
         data = path.read_bytes()
         sealed, content = data[:STATE_DIGEST_BYTES], data[STATE_DIGEST_BYTES:]
@@ -568,7 +695,8 @@ def newest_state(folder):
 
 
 def load_state(trainer):
-    """Takes up the newest whole state of the run's folder on rank 0 -> step, seconds, losses, or SafetyError.
+    """Takes up the newest whole state of the run's folder on rank 0 -> step, seconds, losses, or
+    SafetyError.
 
     Only tensors and numbers are read, never code (torch.load with weights_only).
     """
@@ -587,7 +715,8 @@ def load_state(trainer):
         trainer.ema.snapshots = int(state["snapshots"])
         adamw.load_state_dict(adamw.state_dict() | {"state": state["adamw"]})
         torch.set_rng_state(state["rng"])
-        losses = list((state["losses"] / dist.world_size).to(dist.device))  # which the ranks add up again
+        # which the ranks add up again
+        losses = list((state["losses"] / dist.world_size).to(dist.device))
         float(losses[-1])  # one loss at least, each of them a number
         trainer.looping = bool(state["looping"])
         trainer.tokens_at = [(int(begun), float(used)) for begun, used in state["tokens_at"]]
@@ -604,90 +733,151 @@ def load_state(trainer):
 def settings_of_file(path, hp):
     """Settings {field: value} that a file to go on from was made with, {} where nothing says it.
 
-    A checkpoint or a training state holds them. Of an artifact they are those of the model.pt beside it, or else of the
-    log beside it: its own bytes count, so it has none.
+    A checkpoint or a training state holds them. Of an artifact they are those of the model.pt
+    beside it, or else of the log beside it: its own bytes count, so it has none.
     """
     if hp.resume:
-        return torch.load(io.BytesIO(path.read_bytes()[STATE_DIGEST_BYTES:]), weights_only=True).get("settings", {})
+        return torch.load(
+            io.BytesIO(path.read_bytes()[STATE_DIGEST_BYTES:]), weights_only=True
+        ).get("settings", {})
     checkpoint = path if hp.quant_only else path.with_name("model.pt")
     if checkpoint.is_file():
-        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("settings", {})
+        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(
+            "settings", {}
+        )
     if path.with_name("log.txt").is_file():
         lines = path.with_name("log.txt").read_text(encoding="utf-8").splitlines()
         texts = read_settings(lines)[0]  # of the last table, which the others stand before
-        kinds = {field.name: field.type for field in dataclasses.fields(hp) if field.name.upper() in texts}
+        kinds = {
+            field.name: field.type
+            for field in dataclasses.fields(hp)
+            if field.name.upper() in texts
+        }
         texts = {name: texts[name.upper()] for name in kinds}
-        return {name: kind(int(texts[name])) if kind is bool else kind(texts[name]) for name, kind in kinds.items()}
+        return {
+            name: kind(int(texts[name])) if kind is bool else kind(texts[name])
+            for name, kind in kinds.items()
+        }
     return {}
 
 
 def compare_settings(path, hp):
-    """A file to go on from against the settings -> list of problems, phrase for the log. A damaged file: no problem.
+    """A file to go on from against the settings -> list of problems, phrase for the log. A damaged
+    file: no problem.
 
-    What gives the weights another meaning is a problem: they would load, and score something else in silence. What
-    else differs is told.
+    What gives the weights another meaning is a problem: they would load, and score something else
+    in silence. What else differs is told.
     """
     try:
         settings = settings_of_file(path, hp)
-        other = {name: value for name, value in settings.items() if getattr(hp, name, value) != value}
-    except Exception:  # whatever a damaged file makes torch raise: the error is told where the weights are read
+        other = {
+            name: value for name, value in settings.items() if getattr(hp, name, value) != value
+        }
+    # whatever a damaged file makes torch raise: the error is told where the weights are read
+    except Exception:
         return [], ""
     if not settings:
-        return [], f"\nnote: nothing says which settings {path} was made with; they must be the same"
-    told = [f"{name.upper()}={getattr(hp, name)} ({value} there)" for name, value in other.items() if name in MEANING]
+        return (
+            [],
+            f"\nnote: nothing says which settings {path} was made with; they must be the same",
+        )
+    told = [
+        f"{name.upper()}={getattr(hp, name)} ({value} there)"
+        for name, value in other.items()
+        if name in MEANING
+    ]
     if told:
-        return [f"{path} holds a model of other settings: {', '.join(told)}: set them as they are there"], ""
+        return [
+            f"{path} holds a model of other settings: {', '.join(told)}: set them as they are there"
+        ], ""
     rest = [name for name in other if name not in OF_THE_RUN]
     told = ", ".join(f"{name.upper()}={getattr(hp, name)} ({other[name]} there)" for name in rest)
     return [], f"\nnote: settings other than those of {path}: {told}" if told else ""
 
 
 def command(hp, dist, folder, whole, **mode):
-    """What goes on from a whole file of a run's folder: a sentence with the line for a shell, of the run's settings."""
+    """What goes on from a whole file of a run's folder: a sentence with the line for a shell,
+    of the run's settings.
+    """
     (name,) = (key.upper() for key in mode)
-    hp = dataclasses.replace(hp, **{"run_id": folder.name, "resume": False, "prequant_only": False} | mode)
-    values = {field.name.upper(): (getattr(hp, field.name), field) for field in dataclasses.fields(hp)}
+    hp = dataclasses.replace(
+        hp, **{"run_id": folder.name, "resume": False, "prequant_only": False} | mode
+    )
+    values = {
+        field.name.upper(): (getattr(hp, field.name), field) for field in dataclasses.fields(hp)
+    }
     words = [
         f"{name}={shlex.quote(str(int(value) if field.type is bool else value))}"
         for name, (value, field) in values.items()
         if value != field.default
     ]
-    start = f"torchrun --standalone --nproc_per_node={dist.world_size}" if dist.world_size > 1 else "python"
-    return " ".join([f"{whole} is whole; {name}=1 goes on from it:", *words, start, shlex.quote(sys.argv[0])])
+    start = (
+        f"torchrun --standalone --nproc_per_node={dist.world_size}"
+        if dist.world_size > 1
+        else "python"
+    )
+    return " ".join(
+        [f"{whole} is whole; {name}=1 goes on from it:", *words, start, shlex.quote(sys.argv[0])]
+    )
 
 
 # ---- before the clock starts
 
 
 def projected_bytes(model, hp):
-    """Size of the artifact from shapes and settings alone: Gaussian rows at their entropy, small tensors as fp16."""
+    """Size of the artifact from shapes and settings alone: Gaussian rows at their entropy,
+    small tensors as fp16.
+    """
     bits = 0.0
     for name, weight in model.named_parameters():
-        kind = "embed" if name in ("tok_emb", "lm_head") else "mlp" if name.startswith("mlp") else "attn"
+        kind = (
+            "embed"
+            if name in ("tok_emb", "lm_head")
+            else "mlp"
+            if name.startswith("mlp")
+            else "attn"
+        )
         if kind == "embed" or name.endswith("_bank"):
             step = getattr(hp, f"{kind}_clip_sigmas")  # in deviations, of the largest code
             step /= 2 ** ((hp.embed_bits if kind == "embed" else hp.matrix_bits) - 1) - 1
-            bits += max(0.0, GAUSSIAN_BITS - math.log2(step)) * weight.numel() + 16 * weight.numel() / weight.shape[-1]
+            bits += (
+                max(0.0, GAUSSIAN_BITS - math.log2(step)) * weight.numel()
+                + 16 * weight.numel() / weight.shape[-1]
+            )
         else:
             bits += 16 * weight.numel()
     return round(bits / 8)
 
 
 def trial_arrays(model, hp):
-    """Random weights as quantize_weights would hand them on -> arrays, share of the real ones' elements.
+    """Random weights as quantize_weights would hand them on -> arrays, share of the real ones'
+    elements.
 
-    Names, fields and small tensors are those of the run. Of matrices of one shape the first is whole where the coder
-    is fast, all others have few rows.
+    Names, fields and small tensors are those of the run. Of matrices of one shape the first is
+    whole where the coder is fast, all others have few rows.
     """
-    weights, generator, arrays, seen = train_gpt.unbank(model), torch.Generator().manual_seed(1), {}, set()
+    weights, generator, arrays, seen = (
+        train_gpt.unbank(model),
+        torch.Generator().manual_seed(1),
+        {},
+        set(),
+    )
     for name, weight in weights.items():
         role, shape, fields = train_gpt.quant_role(name), tuple(weight.shape), {}
         if role is None:
             fields = train_gpt.quantize_small(name, torch.randn(shape, generator=generator), hp)
         else:
-            rows = shape[0] if hp.compressor in FAST_COMPRESSORS and shape not in seen else min(TRIAL_ROWS, shape[0])
+            rows = (
+                shape[0]
+                if hp.compressor in FAST_COMPRESSORS and shape not in seen
+                else min(TRIAL_ROWS, shape[0])
+            )
             deviation = (2 ** (getattr(hp, role[1]) - 1) - 1) / getattr(hp, role[2])
-            codes = (torch.randn(rows, shape[1], generator=generator) * deviation).round_().clamp_(-127, 127)
+            codes = (
+                (torch.randn(rows, shape[1], generator=generator) * deviation)
+                .round_()
+                .clamp_(-127, 127)
+            )
             scale = torch.rand(rows, generator=generator)
             fields = {"codes": codes.to(torch.int8), "scale": scale.half()}
             if hp.gptq_column_steps:
@@ -699,11 +889,14 @@ def trial_arrays(model, hp):
                 fields |= train_gpt.pack_factors(a, b, hp)
             seen.add(shape)
         arrays |= {f"{name}:{field}": value.numpy() for field, value in fields.items()}
-    return arrays, sum(a.size for a in arrays.values()) / sum(weight.numel() for weight in weights.values())
+    return arrays, sum(a.size for a in arrays.values()) / sum(
+        weight.numel() for weight in weights.values()
+    )
 
 
 def try_packing(model, hp):
-    """Packs, unpacks and dequantizes random weights -> a phrase for the log, seconds that unpacking takes at least.
+    """Packs, unpacks and dequantizes random weights -> a phrase for the log, seconds that unpacking
+    takes at least.
 
     SafetyError where that fails, or other bytes come out.
     """
@@ -716,48 +909,78 @@ def try_packing(model, hp):
         times.append(time.perf_counter())
         train_gpt.dequantize_weights(found)
     except Exception as error:  # whatever a library that does not do raises
-        raise SafetyError(f"COMPRESSOR={hp.compressor} failed on random weights: {error!r:.300}") from None
+        raise SafetyError(
+            f"COMPRESSOR={hp.compressor} failed on random weights: {error!r:.300}"
+        ) from None
     wrong = sorted(arrays.keys() ^ found.keys())
-    wrong = wrong or [n for n, a in arrays.items() if found[n].dtype != a.dtype or not np.array_equal(found[n], a)]
+    wrong = wrong or [
+        n for n, a in arrays.items() if found[n].dtype != a.dtype or not np.array_equal(found[n], a)
+    ]
     if wrong:
-        raise SafetyError(f"COMPRESSOR={hp.compressor} gave back other values than it got: {', '.join(wrong[:3])}")
+        raise SafetyError(
+            f"COMPRESSOR={hp.compressor} gave back other values than it got: {', '.join(wrong[:3])}"
+        )
     pack, unpack = np.diff(times)
     phrase = f"trial_packing share:{share:.3f} pack_seconds:{pack:.2f} unpack_seconds:{unpack:.2f}"
     return phrase, unpack / share if hp.compressor in FAST_COMPRESSORS else unpack
 
 
 def check_budgets(model, hp):
-    """Budgets that cannot hold, an artifact that cannot fit, a compressor that fails -> problems, words for the log."""
+    """Budgets that cannot hold, an artifact that cannot fit, a compressor that fails ->
+    problems, words for the log.
+    """
     problems, phrases = [], []
     if hp.prequant_only or hp.ttt_eval_only:
         return problems, phrases
     if hp.max_wallclock_seconds and not hp.gptq_reserve_seconds and not hp.quant_only:
-        problems.append("GPTQ_RESERVE_SECONDS=0 leaves Hessians and GPTQ no time of MAX_WALLCLOCK_SECONDS: set it")
+        problems.append(
+            "GPTQ_RESERVE_SECONDS=0 leaves Hessians and GPTQ no time of MAX_WALLCLOCK_SECONDS:"
+            " set it"
+        )
     try:
         phrase, seconds = try_packing(model, hp)
         phrases.append(phrase)
         if seconds > 2 * hp.eval_budget_seconds:  # not for a moment in which the machine was busy
-            problems.append(f"EVAL_BUDGET_SECONDS={hp.eval_budget_seconds}: unpacking takes about {seconds:.0f} s here")
+            problems.append(
+                f"EVAL_BUDGET_SECONDS={hp.eval_budget_seconds}: unpacking takes about {seconds:.0f}"
+                " s here"
+            )
     except SafetyError as error:
         problems.append(str(error))
     size, cap = projected_bytes(model, hp), train_gpt.BYTE_CAP
     phrases.insert(0, f"projected_artifact_bytes:{size}")
-    advice = "take fewer weights or wider clips (..._CLIP_SIGMAS), or TARGET_BYTES, which widens them until it fits"
+    advice = (
+        "take fewer weights or wider clips (..._CLIP_SIGMAS), or TARGET_BYTES, which widens them"
+        " until it fits"
+    )
     if not hp.target_bytes and GENEROUS * size > cap:
-        problems.append(f"the artifact will have about {size:,} bytes, the cap is {cap:,}: {advice}")
+        problems.append(
+            f"the artifact will have about {size:,} bytes, the cap is {cap:,}: {advice}"
+        )
     elif not hp.target_bytes and size > cap:
-        phrases.append(f"\nnote: the artifact may not fit, about {size:,} bytes, the cap is {cap:,}: {advice}")
+        phrases.append(
+            f"\nnote: the artifact may not fit, about {size:,} bytes, the cap is {cap:,}: {advice}"
+        )
     return problems, phrases
 
 
 def wanted_bytes(model, hp):
-    """What a run may write to its folder at most: model.pt, training states, artifact, code, log."""
-    states = 0 if hp.quant_only or hp.ttt_eval_only else KEPT_STATES + 1 if hp.checkpoint_every else 1
-    return sum(p.numel() for p in model.parameters()) * (4 + STATE_BYTES_A_WEIGHT * states) + 50_000_000
+    """What a run may write to its folder at most: model.pt, training states, artifact, code,
+    log.
+    """
+    states = (
+        0 if hp.quant_only or hp.ttt_eval_only else KEPT_STATES + 1 if hp.checkpoint_every else 1
+    )
+    return (
+        sum(p.numel() for p in model.parameters()) * (4 + STATE_BYTES_A_WEIGHT * states)
+        + 50_000_000
+    )
 
 
 def check_folder(folder, model, hp):
-    """Room and permission for the run's folder, the file that a run goes on from -> problems, phrase for the log."""
+    """Room and permission for the run's folder, the file that a run goes on from -> problems,
+    phrase for the log.
+    """
     problems, phrase, goes_on = [], "", hp.quant_only or hp.ttt_eval_only
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
@@ -765,15 +988,25 @@ def check_folder(folder, model, hp):
     source = {hp.quant_only: hp.checkpoint_path or folder / "model.pt"}
     source = {hp.ttt_eval_only: hp.artifact_path or folder / "artifact.bin"} | source
     if goes_on and not Path(source[True]).is_file():
-        problems.append(f"{source[True]} does not exist: set the RUN_ID of a finished run, or the file's own path")
+        problems.append(
+            f"{source[True]} does not exist: set the RUN_ID of a finished run, or the file's own"
+            " path"
+        )
     elif goes_on:
         more, phrase = compare_settings(Path(source[True]), hp)
         problems += more
-    if (folder / "log.txt").exists() and not (goes_on or hp.resume or (folder / "model.pt").exists()):
-        problems.append(f"{folder} holds a run that did not end: choose another RUN_ID, or go on with RESUME=1")
+    if (folder / "log.txt").exists() and not (
+        goes_on or hp.resume or (folder / "model.pt").exists()
+    ):
+        problems.append(
+            f"{folder} holds a run that did not end: choose another RUN_ID, or go on with RESUME=1"
+        )
     wanted, free = wanted_bytes(model, hp), shutil.disk_usage(place).free
     if free < wanted:
-        problems.append(f"{place} has {free / 1e9:.2f} GB free, this run may write {wanted / 1e9:.2f} GB: make room")
+        problems.append(
+            f"{place} has {free / 1e9:.2f} GB free, this run may write {wanted / 1e9:.2f} GB: make"
+            " room"
+        )
     if hp.resume:
         try:
             more, phrase = compare_settings(folder / newest_state(folder)[0], hp)
@@ -790,23 +1023,33 @@ def missing_compiler(device):
     """
     variable, names = ("CC", ("gcc", "clang", "cc")) if device == "cuda" else ("CXX", ("g++",))
     names = (os.environ[variable],) if os.environ.get(variable) else names
-    return None if any(map(shutil.which, names)) else f"a compiler, and there is no {' or '.join(names)}"
+    return (
+        None
+        if any(map(shutil.which, names))
+        else f"a compiler, and there is no {' or '.join(names)}"
+    )
 
 
 def check_machine(hp, dist, folder=None, model=None, **found):
-    """What the settings ask of this machine -> phrases for the log. SafetyError with all that is missing.
+    """What the settings ask of this machine -> phrases for the log. SafetyError with all that is
+    missing.
 
-    `found` is what the run's other checks have made. Packages on every rank; on rank 0 the run's folder, a round trip
-    of random weights through the compressor, budgets, the size of the artifact to come.
+    `found` is what the run's other checks have made. Packages on every rank; on rank 0 the run's
+    folder, a round trip of random weights through the compressor, budgets, the size of the artifact
+    to come.
     """
     problems, phrases = [], []
-    if missing := [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]:
+    if missing := [
+        name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None
+    ]:
         problems.append(f"not installed: {' '.join(missing)} (README: installation)")
     if missing := train_gpt.compile_wanted(hp, dist) and missing_compiler(dist.device.type):
         problems.append(f"torch.compile needs {missing}: apt-get install g++, or set COMPILE=0")
     finished = folder and not dist.rank and (folder / "model.pt").exists()
     if finished and not (hp.quant_only or hp.ttt_eval_only):
-        problems.append(f"{folder} holds a finished training: choose another RUN_ID, or go on with QUANT_ONLY=1")
+        problems.append(
+            f"{folder} holds a finished training: choose another RUN_ID, or go on with QUANT_ONLY=1"
+        )
     if model is not None and not dist.rank:  # what is wrong with the model has been told already
         if folder is not None:
             more, phrase = check_folder(folder, model, hp)
@@ -821,7 +1064,9 @@ def check_machine(hp, dist, folder=None, model=None, **found):
 
 
 def lock(folder):
-    """Locks a run's folder until this process ends, however it does -> the file that must stay open, or SafetyError."""
+    """Locks a run's folder until this process ends, however it does -> the file that must stay
+    open, or SafetyError.
+    """
     file = open(folder / "log.txt", "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -830,7 +1075,10 @@ def lock(folder):
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        print(f"note: {folder}: this file system has no locks, keep other runs out of it", file=sys.stderr)
+        print(
+            f"note: {folder}: this file system has no locks, keep other runs out of it",
+            file=sys.stderr,
+        )
     for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
         left.unlink()
     return file

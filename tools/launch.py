@@ -1,31 +1,34 @@
-"""Starts the seeds of one set of settings, each in a folder of its own, watches them, stops them, sums them up.
+"""Starts the seeds of one set of settings, watches them, stops them, sums them up.
 
 usage: ./run_3seeds.sh [start | status | attach | stop | wait | summary] [SET]
 
     start    checks everything first, then starts the runs detached and returns
     status   a line for each seed: state, exit code, last line of its log
-    attach   the running seeds' windows (tmux; leave with C-b d), or the ends of their logs (C-c leaves)
+    attach   the running seeds' windows (tmux; leave with C-b d), or the ends of their logs
     stop     ends what this set still runs, nothing else
     wait     returns when all seeds have ended, then does what summary does
-    summary  table with mean and standard deviation, pictures; exit code 1 if a seed failed or has not ended
+    summary  table with mean and standard deviation, pictures; exit code 1 unless all seeds ended
 
-SET is a set's name or folder; without it RUN_ID, or else the newest set in RUNS_DIR. `start` reads the environment:
+SET is a set's name or folder; without it RUN_ID, or else the newest set in RUNS_DIR. `start` reads
+the environment:
 
     SEEDS="42 0 1234"    seeds, each once
-    GPUS="0 1 2"         one process per GPU, side by side; "cpu cpu" is two on the CPU; more seeds than GPUs wait
-    NPROC=8              without GPUS: seeds one after another, each on so many processes (default: every GPU)
+    GPUS="0 1 2"         one process per GPU, further seeds wait; "cpu cpu" is two on the CPU
+    NPROC=8              without GPUS: seeds in turn, each on so many processes (default: all GPUs)
     SCRIPT=...           another script than train_gpt.py, a packed one for example
     PRESET=name          settings from presets/name.env; what the environment sets already wins
     EXTRA_ENV="A=1 B=2"  settings that win over both
     VENV=...             environment whose bin/python runs everything (default: .venv, else python3)
-    RUN_ID=...           name of the set (default: seeds-<time>); runs are <RUNS_DIR>/<RUN_ID>/<RUN_ID>-seed<SEED>/
+    RUN_ID=...           name of the set (default: seeds-<time>); its runs are
+                         <RUNS_DIR>/<RUN_ID>/<RUN_ID>-seed<SEED>/
     USE_TMUX=0           plain background processes; the default where tmux is not installed
     PLOTS=0              no pictures, neither after a run nor in the summary
 
-Every other setting goes to the script as it is. A tmux server of the set's own holds one window for each process that
-runs side by side, so that no other session is ever touched. Files of a set: launch.json; <lane>.pid and, without tmux,
-<lane>.txt (what the launcher itself had to say). Of a run, besides the script's own: exit_code (128 + n after signal
-n), stderr.txt and, without tmux, stdout.txt.
+Every other setting goes to the script as it is. A tmux server of the set's own holds one window for
+each process that runs side by side, so that no other session is ever touched. Files of a set:
+launch.json; <lane>.pid and, without tmux, <lane>.txt (what the launcher itself had to say). Of a
+run, besides the script's own: exit_code (128 + n after signal n), stderr.txt and, without tmux,
+stdout.txt.
 """
 
 import contextlib
@@ -47,13 +50,16 @@ sys.path.insert(0, str(ROOT))
 
 from tools.run_files import PresetError, settings_of, with_preset  # noqa: E402
 
-OURS = ("SEEDS", "GPUS", "NPROC", "SCRIPT", "EXTRA_ENV", "VENV", "USE_TMUX", "PLOTS")  # never handed on
+# never handed on
+OURS = ("SEEDS", "GPUS", "NPROC", "SCRIPT", "EXTRA_ENV", "VENV", "USE_TMUX", "PLOTS")
 DISK_BYTES_A_RUN = 500_000_000  # a checkpoint of 144 MB, an artifact of 16 MB, compilation caches
 GPU_IDLE_MIB = 1024  # a driver keeps some memory of an idle GPU
 LONGEST_NAME = 200  # bytes of a run's folder; file systems take 255, some with encryption fewer
 STOP_SECONDS = 45  # torchrun takes 30 s to give up on its processes
-CHECKED = "run_3seeds.sh checked: "  # before the answer of check-script, as the script may print as well
-MODULES = ("numpy", "torch")  # without which train_gpt.py cannot be imported; it names all others itself
+# before the answer of check-script, as the script may print as well
+CHECKED = "run_3seeds.sh checked: "
+# without which train_gpt.py cannot be imported; it names all others itself
+MODULES = ("numpy", "torch")
 
 
 class LaunchError(Exception):
@@ -65,11 +71,14 @@ class LaunchError(Exception):
 
 
 def say(*words, file=None):
-    """Prints for somebody who may have gone: a window that is closed or a full disk behind it ends nothing."""
+    """Prints for somebody who may have gone: a window that is closed or a full disk behind it
+    ends nothing.
+    """
     file = file or sys.stdout
     try:
         print(*words, file=file, flush=True)
-    except OSError:  # the stream keeps what it could not write: nowhere is where it can go, now and at exit
+    # the stream keeps what it could not write: nowhere is where it can go, now and at exit
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
@@ -78,7 +87,8 @@ class Plan(NamedTuple):
 
     folder: Path  # of the set
     seeds: list[int]
-    lanes: dict[str, dict]  # name -> {"seeds": [...], "env": {...}}; lanes run side by side, a lane's seeds in turn
+    # name -> {"seeds": [...], "env": {...}}; lanes run side by side, a lane's seeds in turn
+    lanes: dict[str, dict]
     nproc: int
     script: Path
     environ: dict[str, str]  # of every run, but for what its lane and seed add
@@ -91,15 +101,24 @@ class Plan(NamedTuple):
 def make_plan(environ):
     """The environment -> Plan. LaunchError for what cannot be meant."""
     seeds = environ.get("SEEDS", "42 0 1234").split()
-    if not seeds or not all(seed.isdecimal() for seed in seeds) or len(set(map(int, seeds))) < len(seeds):
-        raise LaunchError(f"SEEDS='{environ.get('SEEDS')}': must name one seed at least, whole numbers, none twice")
+    if (
+        not seeds
+        or not all(seed.isdecimal() for seed in seeds)
+        or len(set(map(int, seeds))) < len(seeds)
+    ):
+        raise LaunchError(
+            f"SEEDS='{environ.get('SEEDS')}': must name one seed at least, whole numbers, none"
+            " twice"
+        )
     seeds = [int(seed) for seed in seeds]
     try:
         extra = shlex.split(environ.get("EXTRA_ENV", ""))
     except ValueError as error:  # a quotation mark without its other half
         raise LaunchError(f"EXTRA_ENV={environ['EXTRA_ENV']}: {error}") from None
     if not all(re.match(r"[A-Za-z_]\w*=", word) for word in extra):
-        raise LaunchError(f"EXTRA_ENV='{environ['EXTRA_ENV']}': must be NAME=value, separated by blanks")
+        raise LaunchError(
+            f"EXTRA_ENV='{environ['EXTRA_ENV']}': must be NAME=value, separated by blanks"
+        )
     try:
         settings = with_preset(environ) | settings_of(extra)
     except PresetError as error:
@@ -109,7 +128,9 @@ def make_plan(environ):
         raise LaunchError(f"RUN_ID={name}: letters, digits, '_', then also '.', '+', '-'")
     longest = max((os.fsencode(run_folder(Path(name), seed).name) for seed in seeds), key=len)
     if len(longest) > LONGEST_NAME:
-        raise LaunchError(f"RUN_ID={name}: too long: {len(longest)} bytes with the seed, {LONGEST_NAME} at most")
+        raise LaunchError(
+            f"RUN_ID={name}: too long: {len(longest)} bytes with the seed, {LONGEST_NAME} at most"
+        )
     script = Path(environ.get("SCRIPT") or ROOT / "train_gpt.py").absolute()
     nproc, lanes = read_lanes(environ, seeds)
     return Plan(
@@ -125,7 +146,9 @@ def make_plan(environ):
 
 
 def read_lanes(environ, seeds):
-    """GPUS or NPROC -> (processes of a run, lanes); NPROC is 0 where the number of GPUs is to decide."""
+    """GPUS or NPROC -> (processes of a run, lanes); NPROC is 0 where the number of GPUs is to
+    decide.
+    """
     nproc, gpus = environ.get("NPROC", ""), environ.get("GPUS", "").split()
     if not gpus:
         if not re.fullmatch(r"([1-9]\d*)?", nproc):
@@ -133,11 +156,20 @@ def read_lanes(environ, seeds):
         return int(nproc or 0), {"all": {"seeds": seeds, "env": {}}}
     devices = [gpu for gpu in gpus if gpu != "cpu"]
     if nproc not in ("", "1") or len(set(devices)) < len(devices):
-        raise LaunchError("GPUS names one GPU for each process, none twice; NPROC goes without GPUS")
+        raise LaunchError(
+            "GPUS names one GPU for each process, none twice; NPROC goes without GPUS"
+        )
     lanes = {}
     for number, gpu in enumerate(gpus[: len(seeds)]):
-        env = {"DEVICE": "cpu"} if gpu == "cpu" else {"CUDA_VISIBLE_DEVICES": gpu, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-        lanes[f"cpu{number}" if gpu == "cpu" else f"gpu{gpu}"] = {"seeds": seeds[number :: len(gpus)], "env": env}
+        env = (
+            {"DEVICE": "cpu"}
+            if gpu == "cpu"
+            else {"CUDA_VISIBLE_DEVICES": gpu, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        )
+        lanes[f"cpu{number}" if gpu == "cpu" else f"gpu{gpu}"] = {
+            "seeds": seeds[number :: len(gpus)],
+            "env": env,
+        }
     return 1, lanes
 
 
@@ -145,9 +177,12 @@ def read_lanes(environ, seeds):
 
 
 def check_script(script, count_gpus):
-    """Runs in a process of its own, with the first run's environment -> {"problems", "notes", "gpus", "disk_bytes"}.
+    """Runs in a process of its own, with the first run's environment -> {"problems", "notes",
+    "gpus",
+    "disk_bytes"}.
 
-    A train_gpt.py of ours makes the checks itself that it makes before training; for a packed one this checkout's does.
+    A train_gpt.py of ours makes the checks itself that it makes before training; for a packed one
+    this checkout's does.
     """
     about = {"problems": [], "notes": [], "gpus": 0, "disk_bytes": DISK_BYTES_A_RUN}
     if missing := [name for name in MODULES if importlib.util.find_spec(name) is None]:
@@ -155,7 +190,9 @@ def check_script(script, count_gpus):
         return about
     sys.path.insert(0, str(ROOT))
     if (module := checked_module(script)) is None:
-        about["notes"].append(f"{script.name} is not a script of this repository: settings and data are not checked")
+        about["notes"].append(
+            f"{script.name} is not a script of this repository: settings and data are not checked"
+        )
     else:
         try:
             guard = module.find_guard()
@@ -181,7 +218,9 @@ def check_script(script, count_gpus):
 
 
 def checked_module(script):
-    """The script as a module where it makes checks, for a packed one this checkout's; None for one of other making."""
+    """The script as a module where it makes checks, for a packed one this checkout's; None for
+    one of other making.
+    """
     source = script.read_bytes()
     if b"def check_all(" in source:
         return import_file(script)
@@ -192,18 +231,24 @@ def checked_module(script):
 
 def import_file(path):
     spec = importlib.util.spec_from_file_location("train_gpt", path)
-    module = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)  # dataclasses and the guard look there
+    # dataclasses and the guard look there
+    module = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def checked_elsewhere(plan, count_gpus):
-    """check_script in a process with the environment of the first run. LaunchError where it says nothing of use."""
+    """check_script in a process with the environment of the first run.
+
+    LaunchError where it says nothing of use.
+    """
     command = [sys.executable, __file__, "check-script", str(plan.script), str(int(count_gpus))]
     lane = next(iter(plan.lanes.values()))
     environ = plan.environ | lane["env"] | run_environ(plan.folder, plan.seeds[0])
     done = subprocess.run(command, env=environ, capture_output=True, text=True, errors="replace")
-    answers = [line.removeprefix(CHECKED) for line in done.stdout.splitlines() if line.startswith(CHECKED)]
+    answers = [
+        line.removeprefix(CHECKED) for line in done.stdout.splitlines() if line.startswith(CHECKED)
+    ]
     if done.returncode == 0 and answers:
         return json.loads(answers[-1])
     if done.stderr.strip():
@@ -216,28 +261,46 @@ def checked_elsewhere(plan, count_gpus):
 
 
 def gpus_in_use(plan):
-    """Messages for GPUs of the plan that do not exist or that another program uses, as nvidia-smi knows them."""
+    """Messages for GPUs of the plan that do not exist or that another program uses, as
+    nvidia-smi knows them.
+    """
     if shutil.which("nvidia-smi") is None or plan.environ.get("DEVICE") == "cpu":
         return
     query = ["nvidia-smi", "--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True)
-    rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == 2]
-    used = {name: int(mib) for index, uuid, mib in rows for name in (index, uuid) if mib.isdecimal()}
+    rows = [
+        [part.strip() for part in line.split(",")]
+        for line in done.stdout.splitlines()
+        if line.count(",") == 2
+    ]
+    used = {
+        name: int(mib) for index, uuid, mib in rows for name in (index, uuid) if mib.isdecimal()
+    }
     wanted = [
-        env["CUDA_VISIBLE_DEVICES"] for lane in plan.lanes.values() if "CUDA_VISIBLE_DEVICES" in (env := lane["env"])
+        env["CUDA_VISIBLE_DEVICES"]
+        for lane in plan.lanes.values()
+        if "CUDA_VISIBLE_DEVICES" in (env := lane["env"])
     ]
     if "all" in plan.lanes:
         visible = plan.environ.get("CUDA_VISIBLE_DEVICES")
         wanted = (visible.split(",") if visible else [row[0] for row in rows])[: plan.nproc or None]
     for gpu in wanted:
         if gpu not in used:
-            yield f"GPU {gpu} does not exist: nvidia-smi lists {', '.join(row[0] for row in rows) or 'none'}"
+            yield (
+                f"GPU {gpu} does not exist: nvidia-smi lists"
+                f" {', '.join(row[0] for row in rows) or 'none'}"
+            )
         elif used[gpu] > GPU_IDLE_MIB:
-            yield f"GPU {gpu} is in use: {used[gpu]:,} MiB are taken (nvidia-smi names the programs)"
+            yield (
+                f"GPU {gpu} is in use: {used[gpu]:,} MiB are taken (nvidia-smi names the programs)"
+            )
 
 
 def preflight(plan):
-    """What can be known before a start -> (number of GPUs, notes). LaunchError names all problems at once."""
+    """What can be known before a start -> (number of GPUs, notes).
+
+    LaunchError names all problems at once.
+    """
     problems, about = [], {"gpus": 0, "notes": [], "disk_bytes": DISK_BYTES_A_RUN}
     if plan.folder.exists():
         problems.append(f"{plan.folder} exists: choose another RUN_ID")
@@ -248,18 +311,33 @@ def preflight(plan):
         try:
             about = checked_elsewhere(plan, on_all)
             taken = plan.folder.exists()  # what a run would say of its folder in there helps nobody
-            problems += [line for line in about["problems"] if not (taken and line.startswith(str(plan.folder)))]
+            problems += [
+                line
+                for line in about["problems"]
+                if not (taken and line.startswith(str(plan.folder)))
+            ]
         except LaunchError as error:
             problems.append(str(error))
-    if "all" in plan.lanes and about["gpus"] and plan.nproc > about["gpus"] and plan.environ.get("DEVICE") != "cpu":
+    if (
+        "all" in plan.lanes
+        and about["gpus"]
+        and plan.nproc > about["gpus"]
+        and plan.environ.get("DEVICE") != "cpu"
+    ):
         problems.append(f"NPROC={plan.nproc}, but torch sees {about['gpus']} GPU(s)")
     problems += gpus_in_use(plan)
     place = next(p for p in plan.folder.parents if p.exists())
     free, wanted = shutil.disk_usage(place).free, about["disk_bytes"] * len(plan.seeds)
-    if free < wanted and not any("GB free" in problem for problem in problems):  # for one run the script has said it
-        problems.append(f"{place} has {free / 1e9:.1f} GB free, {len(plan.seeds)} runs want {wanted / 1e9:.1f} GB")
+    # for one run the script has said it
+    if free < wanted and not any("GB free" in problem for problem in problems):
+        problems.append(
+            f"{place} has {free / 1e9:.1f} GB free, {len(plan.seeds)} runs want"
+            f" {wanted / 1e9:.1f} GB"
+        )
     if problems:
-        raise LaunchError("nothing was started:\n" + "\n".join(f"  - {problem}" for problem in problems), code=1)
+        raise LaunchError(
+            "nothing was started:\n" + "\n".join(f"  - {problem}" for problem in problems), code=1
+        )
     return about["gpus"], about["notes"]
 
 
@@ -277,14 +355,23 @@ def start(environ):
     plan = make_plan(environ)
     gpus, notes = preflight(plan)
     nproc = plan.nproc or (1 if plan.environ.get("DEVICE") == "cpu" else max(1, gpus))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+        if nproc > 1
+        else []
+    )
     try:
         plan.folder.mkdir(parents=True)  # of two launchers with one name, one ends here
     except FileExistsError:
         raise LaunchError(f"{plan.folder} exists: choose another RUN_ID", code=1) from None
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", plan.folder.name)[:30]  # a socket's whole path has 107 bytes at most
+    # a socket's whole path has 107 bytes at most
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", plan.folder.name)[:30]
     socket = f"golf-{name}-{os.getpid()}" if plan.use_tmux else None
-    launch = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "seeds": plan.seeds, "lanes": plan.lanes}
+    launch = {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "seeds": plan.seeds,
+        "lanes": plan.lanes,
+    }
     launch |= {"command": [sys.executable, *torchrun, str(plan.script)], "tmux": socket}
     launch["plots"] = environ.get("PLOTS", "1") != "0"
     write_atomically(plan.folder / "launch.json", json.dumps(launch, indent=1))
@@ -304,14 +391,19 @@ def start(environ):
     for lane, about in plan.lanes.items():
         where = f"{nproc} process(es)" if lane == "all" else lane
         say(f"run_3seeds.sh: seed(s) {' '.join(map(str, about['seeds']))} on {where}")
-    say(f"run_3seeds.sh: started {plan.folder} in {'tmux windows' if socket else 'the background'}; next:")
+    say(
+        f"run_3seeds.sh: started {plan.folder} in {'tmux windows' if socket else 'the background'};"
+        " next:"
+    )
     for word in ("status", "attach", "wait", "stop"):
         say(f"  {command_line_of(word, plan.folder)}")
     return 0
 
 
 def undo_start(folder, socket):
-    """Ends what a start that failed has begun; its folder goes, so that the name is free, unless a run is in it."""
+    """Ends what a start that failed has begun; its folder goes, so that the name is free,
+    unless a run is in it.
+    """
     end_workers(folder)
     end_tmux(socket)
     if not any(path.is_dir() for path in folder.iterdir()):
@@ -325,14 +417,17 @@ def command_line_of(word, folder):
 
 
 def start_worker(plan, lane, socket):
-    """A lane's worker, detached: in a window of the set's own tmux server, or as the leader of a session of its own."""
+    """A lane's worker, detached: in a window of the set's own tmux server, or as the leader of
+    a session of its own.
+    """
     worker = [sys.executable, os.path.abspath(__file__), "worker", str(plan.folder), lane]
     if socket is None:
         with open(plan.folder / f"{lane}.txt", "w") as output:
             files = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
             subprocess.Popen(worker, env=plan.environ, start_new_session=True, **files)
         return
-    # a server of its own has this environment, where one that runs already would hand on its old one
+    # a server of its own has this environment, where one that runs already would hand on its old
+    # one
     tmux = ["tmux", "-L", socket, "-f", "/dev/null"]
     if lane == next(iter(plan.lanes)):
         tmux += ["new-session", "-d", "-s", "golf", "-x", "160", "-y", "48", "-n", lane, *worker]
@@ -362,7 +457,10 @@ def run_environ(folder, seed):
 
 
 def worker(folder, lane):
-    """Runs the seeds of a lane one after another and keeps their exit codes. A signal stops the lane, a failure not."""
+    """Runs the seeds of a lane one after another and keeps their exit codes.
+
+    A signal stops the lane, a failure not.
+    """
     launch = read_launch(folder)
     child, stopped = None, False
 
@@ -393,12 +491,14 @@ def worker(folder, lane):
         with open(run / "stderr.txt", "wb") as errors:
             for line in child.stderr:
                 for file in (errors, sys.stderr.buffer):
-                    with contextlib.suppress(OSError):  # a window that is closed, or a full disk, stops no lane
+                    # a window that is closed, or a full disk, stops no lane
+                    with contextlib.suppress(OSError):
                         file.write(line)
                         file.flush()
         code = child.wait()
         signal.alarm(0)
-        code = 143 if stopped and code else code if code >= 0 else 128 - code  # torchrun makes 1 of a signal
+        # torchrun makes 1 of a signal
+        code = 143 if stopped and code else code if code >= 0 else 128 - code
         write_atomically(run / "exit_code", str(code))
         erase = "\r\x1b[K" if output is None else ""  # of a live line that a crash left behind
         say(f"{erase}==== seed {seed} ended with exit code {code}")
@@ -408,9 +508,13 @@ def worker(folder, lane):
 
 
 def draw(paths, python=sys.executable):
-    """Pictures of runs, in a process of its own: whatever goes wrong there, a run has not failed by it."""
+    """Pictures of runs, in a process of its own: whatever goes wrong there, a run has not
+    failed by it.
+    """
     done = subprocess.run(
-        [python, str(ROOT / "tools" / "plot_run.py"), *map(str, paths)], capture_output=True, text=True
+        [python, str(ROOT / "tools" / "plot_run.py"), *map(str, paths)],
+        capture_output=True,
+        text=True,
     )
     say(done.stdout if done.returncode == 0 else f"no pictures: {done.stderr.strip()[-300:]}")
 
@@ -419,7 +523,9 @@ def draw(paths, python=sys.executable):
 
 
 def process_start(pid):
-    """When a process started, in ticks since boot: with it a number that is used again is not mistaken. None: gone."""
+    """When a process started, in ticks since boot: with it a number that is used again is not
+    mistaken. None: gone.
+    """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     except OSError:
@@ -441,9 +547,14 @@ def find_set(environ, name=None):
     runs_dir = Path(environ.get("RUNS_DIR", "runs")).absolute()
     name = name or environ.get("RUN_ID")
     if name:
-        folder = next((p for p in (runs_dir / name, Path(name).absolute()) if (p / "launch.json").exists()), None)
+        folder = next(
+            (p for p in (runs_dir / name, Path(name).absolute()) if (p / "launch.json").exists()),
+            None,
+        )
         if folder is None:
-            raise LaunchError(f"{name} is no set of runs that was started here (RUNS_DIR={runs_dir})")
+            raise LaunchError(
+                f"{name} is no set of runs that was started here (RUNS_DIR={runs_dir})"
+            )
         return folder
     sets = sorted(runs_dir.glob("*/launch.json"), key=lambda path: path.stat().st_mtime)
     if not sets:
@@ -452,7 +563,9 @@ def find_set(environ, name=None):
 
 
 def read_states(folder):
-    """Set -> [(seed, lane, state)] in the order of SEEDS; states: done, running, waiting, failed, stopped, lost."""
+    """Set -> [(seed, lane, state)] in the order of SEEDS; states: done, running, waiting,
+    failed, stopped, lost.
+    """
     launch = read_launch(folder)
     states = {}
     for lane, about in launch["lanes"].items():
@@ -461,32 +574,52 @@ def read_states(folder):
             run = run_folder(folder, seed)
             try:
                 code = int((run / "exit_code").read_text())
-                words = {128 + number: f"failed: {128 + number}, {number.name}" for number in signal.Signals}
+                words = {
+                    128 + number: f"failed: {128 + number}, {number.name}"
+                    for number in signal.Signals
+                }
                 words |= {0: "done", 3: "failed: 3, the byte cap is broken", 143: "stopped: 143"}
                 state = words.get(code, f"failed: {code}")
             except OSError:
                 begun = run.exists()
-                state = ("running" if begun else "waiting") if alive else ("lost" if begun else "not started")
+                state = (
+                    ("running" if begun else "waiting")
+                    if alive
+                    else ("lost" if begun else "not started")
+                )
             states[seed] = (seed, lane, state)
     return [states[seed] for seed in launch["seeds"]]
 
 
 def last_words(run, state):
-    """What there is to say of a run: its score, or of a failed one its last error line, else its last log line."""
+    """What there is to say of a run: its score, or of a failed one its last error line, else
+    its last log line.
+    """
     if state == "done" and (run / "result.json").exists():
         try:
             result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-            scores = " ".join(f"{name} {score['bpb']:.5f}" for name, score in result["scores"].items())
-            return f"BPB {scores}, {result['total_bytes']:,} bytes, {len(result['violations'])} violation(s)"
+            scores = " ".join(
+                f"{name} {score['bpb']:.5f}" for name, score in result["scores"].items()
+            )
+            return (
+                f"BPB {scores}, {result['total_bytes']:,} bytes, {len(result['violations'])}"
+                " violation(s)"
+            )
         except (ValueError, LookupError, TypeError, AttributeError):  # torn, or of an older version
             return "result.json is damaged; the log has what was printed"
-    for name in ("stderr.txt", "log.txt") if state.startswith("failed") else ("log.txt", "stderr.txt"):
+    for name in (
+        ("stderr.txt", "log.txt") if state.startswith("failed") else ("log.txt", "stderr.txt")
+    ):
         path = run / name
         if path.exists() and path.stat().st_size:
             with open(path, "rb") as file:
                 file.seek(max(0, path.stat().st_size - 20_000))
                 lines = file.read().decode(errors="replace").strip().splitlines()
-            said = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Interrupt)|train_gpt.py cannot", line)]
+            said = [
+                line
+                for line in lines
+                if re.match(r"[A-Za-z_][\w.]*(Error|Interrupt)|train_gpt.py cannot", line)
+            ]
             if lines:
                 return (said or lines)[-1][:110]
     return ""
@@ -503,8 +636,13 @@ def status(folder):
 def attach(folder):
     """Shows what runs, in place of this process."""
     socket = read_launch(folder)["tmux"]
-    if socket and subprocess.run(["tmux", "-L", socket, "has-session"], capture_output=True).returncode == 0:
-        environ = {key: value for key, value in os.environ.items() if key != "TMUX"}  # it is another server's
+    if (
+        socket
+        and subprocess.run(["tmux", "-L", socket, "has-session"], capture_output=True).returncode
+        == 0
+    ):
+        # it is another server's
+        environ = {key: value for key, value in os.environ.items() if key != "TMUX"}
         os.execvpe("tmux", ["tmux", "-L", socket, "attach"], environ)
     logs = [
         run_folder(folder, seed) / name
@@ -543,7 +681,8 @@ def end_tmux(socket):
     if not socket or not shutil.which("tmux"):
         return
     subprocess.run(["tmux", "-L", socket, "kill-server"], capture_output=True)
-    sockets = Path(os.environ.get("TMUX_TMPDIR", "/tmp"), f"tmux-{os.getuid()}")  # tmux leaves the name behind
+    # tmux leaves the name behind
+    sockets = Path(os.environ.get("TMUX_TMPDIR", "/tmp"), f"tmux-{os.getuid()}")
     (sockets / socket).unlink(missing_ok=True)
 
 
@@ -570,7 +709,11 @@ def wait(folder):
 def summary(folder):
     """States, table, pictures. Exit code 1 unless every seed is done."""
     states = status(folder)
-    ended = [run_folder(folder, seed) for seed, _, _ in states if (run_folder(folder, seed) / "result.json").exists()]
+    ended = [
+        run_folder(folder, seed)
+        for seed, _, _ in states
+        if (run_folder(folder, seed) / "result.json").exists()
+    ]
     if ended:
         say()
         launch = read_launch(folder)
@@ -599,7 +742,9 @@ def main(arguments, environ):
         if command == "start" and not rest:
             return start(environ)
         if command not in commands or len(rest) > 1:
-            raise LaunchError(f"{' '.join(arguments)}: must be start, {', '.join(commands)}, then a set (--help)")
+            raise LaunchError(
+                f"{' '.join(arguments)}: must be start, {', '.join(commands)}, then a set (--help)"
+            )
         found = commands[command](find_set(environ, *rest))
         return found if isinstance(found, int) else 0
     except LaunchError as error:
@@ -609,7 +754,8 @@ def main(arguments, environ):
         goes_on = "; what was started goes on" if command == "wait" else ""
         say(f"run_3seeds.sh: interrupted{goes_on}", file=sys.stderr)
         return 130
-    except OSError as error:  # a folder without permission, a name that is too long, a disk that is full
+    # a folder without permission, a name that is too long, a disk that is full
+    except OSError as error:
         say(f"run_3seeds.sh: {error}", file=sys.stderr)
         return 1
 

@@ -1,15 +1,19 @@
-"""Makes records/<track>/<date>_<name>/ from finished runs of several seeds, then proves that the folder works alone.
+"""Makes records/<track>/<date>_<name>/ from finished runs of several seeds, then proves that the
+folder works alone.
 
-usage: python tools/make_record.py RUNS... --name NAME [--author A --github-id G] [--blurb TEXT] [--non-record]
+usage: python tools/make_record.py RUNS... --name NAME [--author A --github-id G] [--blurb TEXT]
+[--non-record]
            [--published BPB [--published-std S --published-n N] | --against OTHER...]
 
-The contest's rules are checked from the files, not from what the runs say: bytes on disk, seconds against 600 whatever
-budget was set, seeds, counts, hardware. A broken rule is refused; with --non-record the folder goes under the track
-track_non_record_16mb and names every broken rule. Whatever the folder could not be trusted with is refused either way:
-runs of different settings or code, a packed script whose readable source is not found.
+The contest's rules are checked from the files, not from what the runs say: bytes on disk, seconds
+against 600 whatever budget was set, seeds, counts, hardware. A broken rule is refused; with
+--non-record the folder goes under the track track_non_record_16mb and names every broken rule.
+Whatever the folder could not be trusted with is refused either way: runs of different settings or
+code, a packed script whose readable source is not found.
 
-The proof: in fresh processes, from inside the folder, its data tools make a tiny dataset of the record's own text, and
-its packed script trains, packs and scores a tiny model with the record's other settings.
+The proof: in fresh processes, from inside the folder, its data tools make a tiny dataset of the
+record's own text, and its packed script trains, packs and scores a tiny model with the record's
+other settings.
 """
 
 import argparse
@@ -38,8 +42,10 @@ from tools.pack_code import pack_code  # noqa: E402
 from tools.run_files import own_settings, read_runs  # noqa: E402
 
 TRACK, OTHER_TRACK = "track_10min_16mb", "track_non_record_16mb"
-BYTE_CAP, BUDGET_SECONDS, SEEDS, GPUS, DOCUMENTS = 16_000_000, 600.0, 3, 8, 50_000  # the contest's rules
-CHECKED_HERE = "bytes of code and weights|took .* s of|scored part of"  # violations, with the contest's limits
+# the contest's rules
+BYTE_CAP, BUDGET_SECONDS, SEEDS, GPUS, DOCUMENTS = 16_000_000, 600.0, 3, 8, 50_000
+# violations, with the contest's limits
+CHECKED_HERE = "bytes of code and weights|took .* s of|scored part of"
 DATA_TOOLS = ("prepare_caseops_data.py", "lossless_caps.py")
 TINY = {  # sizes of the proof; what the record set besides stays as it is
     "DEVICE": "cpu",
@@ -98,7 +104,10 @@ def disagreements(runs):
     first = runs[0]
     for run in runs:
         if run.parts != 1:
-            yield f"{run.folder}: {run.parts} runs stand in one log; a record needs runs that did all in one go"
+            yield (
+                f"{run.folder}: {run.parts} runs stand in one log; a record needs runs that did all"
+                " in one go"
+            )
         if "steps" not in run.result or not run.result["scores"]:
             yield f"{run.folder}: it did not train, or has no score"
         if not all(math.isfinite(score["loss"]) for score in run.result["scores"].values()):
@@ -107,14 +116,28 @@ def disagreements(runs):
             if not (run.folder / name).exists():
                 yield f"{run.folder}: {name} is missing"
         mine, other = own_settings(run), own_settings(first)
-        for name in sorted(name for name in set(mine) | set(other) if mine.get(name) != other.get(name)):
+        for name in sorted(
+            name for name in set(mine) | set(other) if mine.get(name) != other.get(name)
+        ):
             here, there = run.settings.get(name), first.settings.get(name)
             yield f"{run.folder}: {name} is {here}, {first.folder.name} has {there}"
         if list(run.result["scores"]) != list(first.result["scores"]):
             yield f"{run.folder}: other evaluations than {first.folder.name}"
-    if len({(run.folder / "train_gpt.py").read_bytes() for run in runs if (run.folder / "train_gpt.py").exists()}) > 1:
+    if (
+        len(
+            {
+                (run.folder / "train_gpt.py").read_bytes()
+                for run in runs
+                if (run.folder / "train_gpt.py").exists()
+            }
+        )
+        > 1
+    ):
         commits = ", ".join(sorted({str(run.result.get("commit")) for run in runs}))
-        yield f"the runs' packed scripts differ: they were not made from one source (commits: {commits})"
+        yield (
+            "the runs' packed scripts differ: they were not made from one source (commits:"
+            f" {commits})"
+        )
     if len({run.seed for run in runs}) < len(runs):
         yield "a seed stands twice"
 
@@ -123,7 +146,9 @@ def broken_rules(runs):
     """The contest's rules that these runs break, as sentences."""
     if len(runs) < SEEDS:
         yield f"{len(runs)} seed(s); a record needs {SEEDS}"
-    counts = {(score["tokens"], score["bytes"]) for run in runs for score in run.result["scores"].values()}
+    counts = {
+        (score["tokens"], score["bytes"]) for run in runs for score in run.result["scores"].values()
+    }
     if len(counts) > 1:
         yield f"tokens and bytes scored differ between runs or evaluations: {sorted(counts)}"
     found = {}
@@ -165,10 +190,13 @@ def broken_by(run):
 
 
 def remarks(runs):
-    """What the runs themselves found that no rule of the contest forbids, as sentences: it is written down.
+    """What the runs themselves found that no rule of the contest forbids, as sentences: it is
+    written
+    down.
 
-    These are their violations, but for those that broken_by looks for itself: much is lost by quantization, training
-    documents are in the validation text, graphs were compiled under the clock.
+    These are their violations, but for those that broken_by looks for itself: much is lost by
+    quantization, training documents are in the validation text, graphs were compiled under the
+    clock.
     """
     found = {}
     for run in runs:
@@ -179,17 +207,24 @@ def remarks(runs):
 
 
 def quant_gap(run):
-    """What quantization adds to the loss of held-out training rows, nats per token; None where it was not checked."""
+    """What quantization adds to the loss of held-out training rows, nats per token; None where
+    it was not checked.
+    """
     return (run.result.get("quant_check") or {}).get("gap")
 
 
 def log_word(run, name):
-    """`name:value` from the log's line about the model and the data. RecordError where there is none."""
+    """`name:value` from the log's line about the model and the data.
+
+    RecordError where there is none.
+    """
     lines = (run.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     line = next((line for line in lines if line.startswith("parameters:")), "")
     found = re.search(rf"\b{name}:(.*?)(?= \w+:| validation |$)", line)
     if found is None:
-        raise RecordError(f"{run.folder}/log.txt does not say {name}: made by another version; run it again")
+        raise RecordError(
+            f"{run.folder}/log.txt does not say {name}: made by another version; run it again"
+        )
     return found[1]
 
 
@@ -201,7 +236,9 @@ def validation_documents(run):
 
 
 def readable_source(packed, commit, settings):
-    """Packed script -> the source that packs to it with the runs' settings: this checkout's, or their commit's."""
+    """Packed script -> the source that packs to it with the runs' settings: this checkout's, or
+    their commit's.
+    """
     candidates = [(ROOT / "train_gpt.py").read_bytes()]
     if commit and shutil.which("git"):
         show = ["git", "-C", ROOT, "show", f"{commit.rstrip('+')}:train_gpt.py"]
@@ -210,8 +247,8 @@ def readable_source(packed, commit, settings):
         if source and pack_code(source.decode(), settings) == packed:
             return source
     raise RecordError(
-        f"the readable source of the packed script is neither this checkout's train_gpt.py nor that of "
-        f"commit {commit}: check out the source that the runs were made from"
+        "the readable source of the packed script is neither this checkout's train_gpt.py nor that"
+        f" of commit {commit}: check out the source that the runs were made from"
     )
 
 
@@ -224,7 +261,13 @@ def copy_files(runs, folder):
     (folder / "train_gpt.py").write_bytes(packed)
     for run in runs:
         shutil.copyfile(run.folder / "log.txt", folder / f"train_seed{run.seed}.log")
-    for name in (*DATA_TOOLS, "requirements.txt", "requirements-gpu.txt", "LICENSE", "THIRD_PARTY_NOTICES.md"):
+    for name in (
+        *DATA_TOOLS,
+        "requirements.txt",
+        "requirements-gpu.txt",
+        "LICENSE",
+        "THIRD_PARTY_NOTICES.md",
+    ):
         shutil.copyfile(ROOT / name, folder / name)
     tokenizer = Path(log_word(runs[0], "tokenizer"))
     if not tokenizer.exists():
@@ -235,7 +278,9 @@ def copy_files(runs, folder):
     if manifest.exists():
         shutil.copyfile(manifest, folder / "data_manifest.json")
     settings = own_settings(runs[0]).items()
-    (folder / "settings.env").write_text("".join(f"{name}={shlex.quote(value)}\n" for name, value in settings))
+    (folder / "settings.env").write_text(
+        "".join(f"{name}={shlex.quote(value)}\n" for name, value in settings)
+    )
     return plot_run.draw(runs, folder)
 
 
@@ -289,8 +334,14 @@ def submission(runs, options, reasons):
 
 
 def method(s):
-    """Settings {NAME: value} -> the method in sections, as lines of Markdown; what is switched off is left out."""
-    loops, lanes, ttt = s["NUM_LOOPS"] != "0", int(s["PARALLEL_START_LAYER"]) < int(s["NUM_LAYERS"]), s["TTT_ENABLED"]
+    """Settings {NAME: value} -> the method in sections, as lines of Markdown; what is switched
+    off is left out.
+    """
+    loops, lanes, ttt = (
+        s["NUM_LOOPS"] != "0",
+        int(s["PARALLEL_START_LAYER"]) < int(s["NUM_LAYERS"]),
+        s["TTT_ENABLED"],
+    )
     gates = {
         "SPARSE_ATTN_GATE_ENABLED": "sparse attention gate",
         "GATED_ATTN_ENABLED": "dense attention gate",
@@ -300,31 +351,99 @@ def method(s):
     gates = ", ".join(words for name, words in gates.items() if s[name] == "1")
     sentences = [  # section, whether it applies, what it says
         ("Data", s["CASEOPS_ENABLED"] == "1", "CaseOps shards; validation bytes from the side-car"),
-        ("Data", s["CASEOPS_ENABLED"] == "0", "plain SentencePiece shards; bytes from the tokenizer's pieces"),
-        ("Model", True, "{NUM_LAYERS} layers, width {MODEL_DIM}, {NUM_HEADS} query and {NUM_KV_HEADS} key/value heads"),
-        ("Model", True, "MLP {MLP_MULT} times as wide, leaky ReLU squared, slope {LEAKY_RELU_SLOPE}"),
+        (
+            "Data",
+            s["CASEOPS_ENABLED"] == "0",
+            "plain SentencePiece shards; bytes from the tokenizer's pieces",
+        ),
+        (
+            "Model",
+            True,
+            (
+                "{NUM_LAYERS} layers, width {MODEL_DIM}, {NUM_HEADS} query and {NUM_KV_HEADS}"
+                " key/value heads"
+            ),
+        ),
+        (
+            "Model",
+            True,
+            "MLP {MLP_MULT} times as wide, leaky ReLU squared, slope {LEAKY_RELU_SLOPE}",
+        ),
         ("Model", True, "vocabulary of {VOCAB_SIZE}, logits capped at {LOGIT_SOFTCAP}"),
-        ("Model", loops, "layers {LOOP_START}-{LOOP_END} {NUM_LOOPS} more times from {ENABLE_LOOPING_AT} on"),
+        (
+            "Model",
+            loops,
+            "layers {LOOP_START}-{LOOP_END} {NUM_LOOPS} more times from {ENABLE_LOOPING_AT} on",
+        ),
         ("Model", lanes, "two residual lanes from layer {PARALLEL_START_LAYER} on"),
         ("Model", s["XSA_LAST_N"] != "0", "XSA on the last {XSA_LAST_N} layers"),
         ("Model", gates, gates),
-        ("Training", True, "Muon on matrices: learning rate {MATRIX_LR}, momentum {MUON_MOMENTUM}, decay {MUON_WD}"),
-        ("Training", True, "AdamW on the rest: embedding {TIED_EMBED_LR}, scalars and gates {SCALAR_LR}"),
-        ("Training", True, "{TRAIN_BATCH_TOKENS} tokens a step, documents cut at {TRAIN_SEQ_LEN} tokens"),
-        ("Training", True, "learning rate falls over the last {WARMDOWN_FRAC} of the time to {MIN_LR} of itself"),
+        (
+            "Training",
+            True,
+            (
+                "Muon on matrices: learning rate {MATRIX_LR}, momentum {MUON_MOMENTUM}, decay"
+                " {MUON_WD}"
+            ),
+        ),
+        (
+            "Training",
+            True,
+            "AdamW on the rest: embedding {TIED_EMBED_LR}, scalars and gates {SCALAR_LR}",
+        ),
+        (
+            "Training",
+            True,
+            "{TRAIN_BATCH_TOKENS} tokens a step, documents cut at {TRAIN_SEQ_LEN} tokens",
+        ),
+        (
+            "Training",
+            True,
+            "learning rate falls over the last {WARMDOWN_FRAC} of the time to {MIN_LR} of itself",
+        ),
         ("Training", True, "weights averaged with decay {EMA_DECAY}"),
         ("Quantization", True, "GPTQ: {MATRIX_BITS} bits, embedding {EMBED_BITS}"),
-        ("Quantization", True, "calibrated on {GPTQ_CALIBRATION_BATCHES} rows of training tokens, in the budget"),
-        ("Quantization", s["LQER_ENABLED"] == "1", "rank {LQER_RANK} for the {LQER_TOP_K} largest errors (LQER)"),
-        ("Quantization", True, "file coded with `{COMPRESSOR}`; the script minified and compressed"),
-        ("Evaluation", True, "context {EVAL_SEQ_LEN}; every validation token but the first is scored once"),
-        ("Evaluation", ttt == "1", "a LoRA of rank {TTT_LORA_RANK} for each document, on {TTT_LORA_SITES}"),
-        ("Evaluation", ttt == "1", "chunks of {TTT_CHUNK_SIZE} tokens, each scored before anything learns from it"),
-        ("Evaluation", ttt == "1", "base weights tuned {PHASED_TTT_NUM_PHASES} time(s) on documents already scored"),
+        (
+            "Quantization",
+            True,
+            "calibrated on {GPTQ_CALIBRATION_BATCHES} rows of training tokens, in the budget",
+        ),
+        (
+            "Quantization",
+            s["LQER_ENABLED"] == "1",
+            "rank {LQER_RANK} for the {LQER_TOP_K} largest errors (LQER)",
+        ),
+        (
+            "Quantization",
+            True,
+            "file coded with `{COMPRESSOR}`; the script minified and compressed",
+        ),
+        (
+            "Evaluation",
+            True,
+            "context {EVAL_SEQ_LEN}; every validation token but the first is scored once",
+        ),
+        (
+            "Evaluation",
+            ttt == "1",
+            "a LoRA of rank {TTT_LORA_RANK} for each document, on {TTT_LORA_SITES}",
+        ),
+        (
+            "Evaluation",
+            ttt == "1",
+            "chunks of {TTT_CHUNK_SIZE} tokens, each scored before anything learns from it",
+        ),
+        (
+            "Evaluation",
+            ttt == "1",
+            "base weights tuned {PHASED_TTT_NUM_PHASES} time(s) on documents already scored",
+        ),
     ]
     lines = []
     for section in dict.fromkeys(section for section, _, _ in sentences):
-        said = [words.format(**s) for name, applies, words in sentences if name == section and applies]
+        said = [
+            words.format(**s) for name, applies, words in sentences if name == section and applies
+        ]
         lines += [f"### {section}", "", *(f"- {words}" for words in said), ""]
     return lines
 
@@ -333,7 +452,15 @@ def results_table(runs):
     """Markdown table: a row for each seed, then mean and deviation."""
     stages = list(runs[0].result["scores"])
     last = stages[-1]
-    head = ["seed", *(f"{stage} BPB" for stage in stages), f"{last} loss", "steps", "training s", "eval s", "bytes"]
+    head = [
+        "seed",
+        *(f"{stage} BPB" for stage in stages),
+        f"{last} loss",
+        "steps",
+        "training s",
+        "eval s",
+        "bytes",
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     rows = [
         [
@@ -354,9 +481,16 @@ def results_table(runs):
         formats.append("{:.5f}")
     named = [(str(run.seed), row) for run, row in zip(runs, rows, strict=True)]
     columns = list(zip(*rows, strict=True))
-    named += [("**mean**", [statistics.fmean(c) for c in columns]), ("std (n - 1)", [spread(c) for c in columns])]
+    named += [
+        ("**mean**", [statistics.fmean(c) for c in columns]),
+        ("std (n - 1)", [spread(c) for c in columns]),
+    ]
     for name, row in named:
-        lines.append(f"| {name} | " + " | ".join(f.format(value) for f, value in zip(formats, row, strict=True)) + " |")
+        lines.append(
+            f"| {name} | "
+            + " | ".join(f.format(value) for f, value in zip(formats, row, strict=True))
+            + " |"
+        )
     return lines
 
 
@@ -369,9 +503,11 @@ def readme(runs, options, about, pictures, comparison):
     lines = [
         f"# {options.name}",
         "",
-        f"{about['scored_by']}: **{about['val_bpb']:.5f} BPB** (std {about['val_bpb_std']:.5f}, "
-        f"{len(runs)} seed(s)), {about['bytes_total']:,} bytes at most, {about['hardware']}, torch {torch}, "
-        f"commit `{result['commit']}`.",
+        (
+            f"{about['scored_by']}: **{about['val_bpb']:.5f} BPB** (std {about['val_bpb_std']:.5f},"
+            f" {len(runs)} seed(s)), {about['bytes_total']:,} bytes at most, {about['hardware']},"
+            f" torch {torch}, commit `{result['commit']}`."
+        ),
         "",
     ]
     lines += [options.blurb, ""] if options.blurb else []
@@ -383,15 +519,33 @@ def readme(runs, options, about, pictures, comparison):
             "",
         ]
     if about["remarks"]:
-        lines += ["What the runs found themselves:", "", *(f"- {remark}" for remark in about["remarks"]), ""]
+        lines += [
+            "What the runs found themselves:",
+            "",
+            *(f"- {remark}" for remark in about["remarks"]),
+            "",
+        ]
     lines += ["## Results", "", *results_table(runs), ""]
     lines += ["```", *comparison, "```", ""] if comparison else []
     lines += [line for path in pictures for line in (f"![{path.stem}]({path.name})", "")]
-    changed = ["```", *(f"{name}={value}" for name, value in settings.items()), "```"] if settings else ["None."]
+    changed = (
+        ["```", *(f"{name}={value}" for name, value in settings.items()), "```"]
+        if settings
+        else ["None."]
+    )
     commands = [
-        f"pip install torch=={torch.split('+')[0]} -r requirements.txt   # the build that fits the machine",
-        f"# documents in the order of the challenge; {validation_documents(first):,} of them were scored",
-        f"python prepare_caseops_data.py --docs docs_selected.jsonl --out data --tokenizer {tokenizer}",
+        (
+            f"pip install torch=={torch.split('+')[0]} -r requirements.txt   # the build that fits"
+            " the machine"
+        ),
+        (
+            f"# documents in the order of the challenge; {validation_documents(first):,} of them"
+            " were scored"
+        ),
+        (
+            "python prepare_caseops_data.py --docs docs_selected.jsonl --out data --tokenizer"
+            f" {tokenizer}"
+        ),
     ]
     commands += ["set -a; . ./settings.env; set +a"] if settings else []
     commands += [f"SEED={run.seed} DATA_PATH=data {launch} train_gpt.py" for run in runs]
@@ -430,24 +584,45 @@ def readme(runs, options, about, pictures, comparison):
 
 
 def call(command, folder, **environ):
-    """A fresh process in the folder with next to nothing in its environment -> its output. RecordError if it fails."""
-    kept = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH", "OMP_NUM_THREADS") if key in os.environ}
+    """A fresh process in the folder with next to nothing in its environment -> its output.
+
+    RecordError if it fails.
+    """
+    kept = {
+        key: os.environ[key]
+        for key in ("PATH", "HOME", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
+        if key in os.environ
+    }
     done = subprocess.run(
-        [sys.executable, "-B", *map(str, command)], cwd=folder, env=kept | environ, capture_output=True, text=True
+        [sys.executable, "-B", *map(str, command)],
+        cwd=folder,
+        env=kept | environ,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
-        raise RecordError(f"the proof failed: {command[0]} ended with {done.returncode}: {done.stderr.strip()[-1500:]}")
+        raise RecordError(
+            f"the proof failed: {command[0]} ended with {done.returncode}:"
+            f" {done.stderr.strip()[-1500:]}"
+        )
     return done.stdout
 
 
 def prove(folder, settings):
-    """Runs the folder's own data tools and packed script on a tiny dataset. RecordError unless all is as it must be."""
+    """Runs the folder's own data tools and packed script on a tiny dataset.
+
+    RecordError unless all is as it must be.
+    """
     tokenizer = next((folder / "tokenizers").iterdir()).relative_to(folder)
     with tempfile.TemporaryDirectory(prefix="record-") as scratch:
         text = (folder / "source" / "train_gpt.py").read_text(encoding="utf-8")
         documents = Path(scratch, "docs.jsonl")
         documents.write_text(
-            "".join(json.dumps({"text": part.strip()}) + "\n" for part in text.split("\n\n") if part.strip()),
+            "".join(
+                json.dumps({"text": part.strip()}) + "\n"
+                for part in text.split("\n\n")
+                if part.strip()
+            ),
             encoding="utf-8",
         )
         data = Path(scratch, "data")
@@ -504,10 +679,14 @@ def parse_arguments(arguments):
     parser.add_argument("--name", required=True, help="name of the record, also of its folder")
     parser.add_argument("--author", default=git_name(), help="default: git's user.name")
     parser.add_argument("--github-id", default="", metavar="G")
-    parser.add_argument("--blurb", default="", metavar="TEXT", help="a sentence or two: what is new")
+    parser.add_argument(
+        "--blurb", default="", metavar="TEXT", help="a sentence or two: what is new"
+    )
     parser.add_argument("--date", default=datetime.date.today().isoformat(), metavar="YYYY-MM-DD")
     parser.add_argument("--records", type=Path, default=ROOT / "records", metavar="FOLDER")
-    parser.add_argument("--non-record", action="store_true", help="make it although rules are broken, and say so")
+    parser.add_argument(
+        "--non-record", action="store_true", help="make it although rules are broken, and say so"
+    )
     summarize.add_reference(parser)
     return parser.parse_args(arguments)
 
@@ -522,7 +701,9 @@ def make_record(options):
     reasons, comparison = list(broken_rules(runs)), []
     if options.against or options.published is not None:
         comparison, better = summarize.compare([run.result for run in runs], options)
-        reasons += [] if better else ["not shown to be better than the reference by the contest's rule"]
+        reasons += (
+            [] if better else ["not shown to be better than the reference by the contest's rule"]
+        )
     if reasons and not options.non_record:
         raise RecordError(
             "no record, these rules are broken (--non-record makes the folder and says so):\n"
@@ -539,10 +720,15 @@ def make_record(options):
         pictures = copy_files(runs, built)
         about = submission(runs, options, reasons)
         (built / "submission.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        (built / "README.md").write_text(readme(runs, options, about, pictures, comparison), encoding="utf-8")
+        (built / "README.md").write_text(
+            readme(runs, options, about, pictures, comparison), encoding="utf-8"
+        )
         proof = prove(built, own_settings(runs[0]))
         built.rename(folder)
-    print(f"{folder}: {'record' if not reasons else 'non-record'}, {about['val_bpb']:.5f} BPB over {len(runs)} seed(s)")
+    print(
+        f"{folder}: {'record' if not reasons else 'non-record'}, {about['val_bpb']:.5f} BPB over"
+        f" {len(runs)} seed(s)"
+    )
     for reason in reasons:
         print(f"  broken: {reason}")
     for remark in about["remarks"]:

@@ -1,10 +1,12 @@
-"""Packs a script into the file that is counted: minified, compressed with brotli, in a literal that unpacks itself.
+"""Packs a script into the file that is counted: minified, compressed with brotli, in a literal that
+unpacks itself.
 
 usage: [NAME=value...] python tools/pack_code.py train_gpt.py OUT
 
-The packed script is the same program: it takes and checks the same settings and prints the same --help. The settings of
-the run that packs it, here those of the environment, are its defaults, so that it repeats the run without any. Where
-the run uses techniques of published systems, tools/techniques.py is in it.
+The packed script is the same program: it takes and checks the same settings and prints the same
+--help. The settings of the run that packs it, here those of the environment, are its defaults, so
+that it repeats the run without any. Where the run uses techniques of published systems,
+tools/techniques.py is in it.
 """
 
 import ast
@@ -19,7 +21,8 @@ import python_minifier
 
 # they belong to one run and one machine: packed scripts have the defaults of the source
 OF_A_RUN = """
-    seed preset run_id runs_dir plots data_path tokenizer_path prequant_only quant_only ttt_eval_only checkpoint_path
+    seed preset run_id runs_dir plots data_path tokenizer_path prequant_only quant_only
+    ttt_eval_only checkpoint_path
     artifact_path checkpoint_every resume
 """.split()
 TECHNIQUES = Path(__file__).with_name("techniques.py")
@@ -39,14 +42,22 @@ def is_packed(source):
 
 
 def declarations(tree):
-    """{name of a setting: its statement `name: type = env(default, ...)`}; {} for another script than train_gpt.py."""
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Hyperparameters"]
+    """{name of a setting: its statement `name: type = env(default, ...)`}; {} for another
+    script than train_gpt.py.
+    """
+    classes = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "Hyperparameters"
+    ]
     parts = [part for node in classes for part in node.body]
     return {part.target.id: part for part in parts if isinstance(part, ast.AnnAssign)}
 
 
 def changed_settings(tree, settings):
-    """{NAME: value or its text} -> {name: value} of those that differ from the defaults in the source."""
+    """{NAME: value or its text} -> {name: value} of those that differ from the defaults in the
+    source.
+    """
     types = {"int": int, "float": float, "str": str, "bool": lambda text: text == "1"}
     changed = {}
     for name, statement in declarations(tree).items():
@@ -67,7 +78,9 @@ def set_defaults(tree, changed):
 
 
 def needs_techniques(tree, changed):
-    """Whether a changed setting is declared with published=True, or is the coder that only published systems use."""
+    """Whether a changed setting is declared with published=True, or is the coder that only
+    published systems use.
+    """
     published = [
         name
         for name, statement in declarations(tree).items()
@@ -94,7 +107,11 @@ class WithoutPrefix(ast.NodeTransformer):
 
     def visit_Attribute(self, node):
         self.generic_visit(node)
-        return ast.Name(node.attr, node.ctx) if getattr(node.value, "id", None) == "techniques" else node
+        return (
+            ast.Name(node.attr, node.ctx)
+            if getattr(node.value, "id", None) == "techniques"
+            else node
+        )
 
 
 def insert_techniques(tree, techniques):
@@ -104,7 +121,8 @@ def insert_techniques(tree, techniques):
     """
     place = next(i for i, node in enumerate(tree.body) if ast.unparse(node) == "techniques = None")
     statements = []
-    for node in techniques.body[1:-1]:  # without the docstring and the line that hands the module to train_gpt
+    # without the docstring and the line that hands the module to train_gpt
+    for node in techniques.body[1:-1]:
         ours = isinstance(node, (ast.Import, ast.ImportFrom)) and "train_gpt" in ast.unparse(node)
         if not ours:
             statements.append(node)
@@ -135,7 +153,9 @@ def mark_as_packed(tree):
 
 
 class DropWords(ast.NodeTransformer):
-    """What asserts or documents only: `zip(..., strict=True)`, and the cause in `raise error from cause`."""
+    """What asserts or documents only: `zip(..., strict=True)`, and the cause in `raise error
+    from cause`.
+    """
 
     def visit_Raise(self, node):
         self.generic_visit(node)
@@ -150,28 +170,44 @@ class DropWords(ast.NodeTransformer):
 
 
 def free_parameters(tree):
-    """Makes parameters positional-only up to the first that a call names: the minifier then renames them.
+    """Makes parameters positional-only up to the first that a call names: the minifier then renames
+    them.
 
-    It writes them as plain parameters again. Otherwise it would keep the names, for callers that it cannot see. There
-    are none for a function whose name stands nowhere but in calls; one that is handed on may be a library's to call,
-    as PyTorch calls `setup_context(ctx=..., inputs=..., output=...)`. So it keeps its names if it is defined inside of
-    another one, as in golf_op, or is an argument where the script calls what it does not define. All others that are
-    handed on keep the names that any call of the script gives. Arguments go in order to lambdas, to what golf_op is
-    given and to the operations among the candidates of select_ops.
+    It writes them as plain parameters again. Otherwise it would keep the names, for callers that it
+    cannot see. There are none for a function whose name stands nowhere but in calls; one that is
+    handed on may be a library's to call, as PyTorch calls `setup_context(ctx=..., inputs=...,
+    output=...)`. So it keeps its names if it is defined inside of another one, as in golf_op, or is
+    an argument where the script calls what it does not define. All others that are handed on keep
+    the names that any call of the script gives. Arguments go in order to lambdas, to what golf_op
+    is given and to the operations among the candidates of select_ops.
     """
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     in_order = "golf_op", "candidates"
-    known = {id(node) for call in calls for node in [call.func] + call.args * (name_of(call.func) in in_order)}
-    handed_on = {name_of(node) for node in ast.walk(tree) if name_of(node) and id(node) not in known}
+    known = {
+        id(node)
+        for call in calls
+        for node in [call.func] + call.args * (name_of(call.func) in in_order)
+    }
+    handed_on = {
+        name_of(node) for node in ast.walk(tree) if name_of(node) and id(node) not in known
+    }
     named = defaultdict(set)
     for call in calls:
         named[name_of(call.func)].update(keyword.arg for keyword in call.keywords)
     in_any_call = {keyword.arg for call in calls for keyword in call.keywords}
-    defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    defined = {
+        node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
     foreign = [call for call in calls if name_of(call.func) not in defined]
-    given_away = {name_of(node) for call in foreign for node in [*call.args, *(k.value for k in call.keywords)]}
+    given_away = {
+        name_of(node)
+        for call in foreign
+        for node in [*call.args, *(k.value for k in call.keywords)]
+    }
     at_top = {node for node in tree.body if getattr(node, "name", None) not in given_away}
-    owner = {part: cls for cls in ast.walk(tree) if isinstance(cls, ast.ClassDef) for part in cls.body}
+    owner = {
+        part: cls for cls in ast.walk(tree) if isinstance(cls, ast.ClassDef) for part in cls.body
+    }
     for node in ast.walk(tree):
         if is_kernel(node):  # tensors and sizes are given in order, constants by name
             free = sum(argument.annotation is None for argument in node.args.args)
@@ -191,7 +227,11 @@ def free_parameters(tree):
 
 def name_of(node):
     """The name of a variable or an attribute that is read, None for other expressions."""
-    return getattr(node, "id", getattr(node, "attr", None)) if isinstance(node, (ast.Name, ast.Attribute)) else None
+    return (
+        getattr(node, "id", getattr(node, "attr", None))
+        if isinstance(node, (ast.Name, ast.Attribute))
+        else None
+    )
 
 
 def decorators(function):
@@ -205,23 +245,32 @@ def is_kernel(node):
 
 
 def names_to_keep(tree):
-    """Named arguments of kernels, and globals that must keep their names; to be asked behind free_parameters.
+    """Named arguments of kernels, and globals that must keep their names; to be asked behind
+    free_parameters.
 
-    The minifier's `A=BLOCK` would make a kernel's constexpr a tensor, and a kernel may not read an alias of a builtin.
-    Operators and kernels go by their names in profiles; aliases of builtins would cost bytes.
+    The minifier's `A=BLOCK` would make a kernel's constexpr a tensor, and a kernel may not read an
+    alias of a builtin. Operators and kernels go by their names in profiles; aliases of builtins
+    would cost bytes.
     """
     kernels = [node for node in ast.walk(tree) if is_kernel(node)]
-    arguments = {argument.arg for kernel in kernels for argument in kernel.args.args + kernel.args.kwonlyargs}
-    used = {node.id for kernel in kernels for node in ast.walk(kernel) if isinstance(node, ast.Name)}
+    arguments = {
+        argument.arg for kernel in kernels for argument in kernel.args.args + kernel.args.kwonlyargs
+    }
+    used = {
+        node.id for kernel in kernels for node in ast.walk(kernel) if isinstance(node, ast.Name)
+    }
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     named = [node.name for node in functions if decorators(node) & {"golf_op", "jit"}]
     return sorted(arguments), sorted(used.union(named, dir(builtins)))
 
 
 def string_literal(data):
-    """Bytes -> the inside of a '''literal''' of a latin-1 source: a number of digits 0..252, highest first.
+    """Bytes -> the inside of a '''literal''' of a latin-1 source: a number of digits 0..252,
+    highest
+    first.
 
-    The digits are the 256 characters without NUL, CR and the backslash, which Python reads as something else.
+    The digits are the 256 characters without NUL, CR and the backslash, which Python reads as
+    something else.
     """
     digits, number = bytearray(), int.from_bytes(data)
     while number:
@@ -234,10 +283,12 @@ def string_literal(data):
 
 
 def clean_shared_nodes(source):
-    """CPython shares nodes without fields (Load, Add) between all trees, and the minifier hangs its tree on them.
+    """CPython shares nodes without fields (Load, Add) between all trees, and the minifier hangs its
+    tree on them.
 
-    Left there, every later copy.deepcopy of any syntax tree in this process would copy our whole script with it:
-    FlashAttention-4 copies trees while it compiles, which took minutes instead of seconds.
+    Left there, every later copy.deepcopy of any syntax tree in this process would copy our whole
+    script with it: FlashAttention-4 copies trees while it compiles, which took minutes instead of
+    seconds.
     """
     for node in ast.walk(ast.parse(source)):
         if not node._fields:
@@ -245,11 +296,13 @@ def clean_shared_nodes(source):
 
 
 def pack_code(source, settings):
-    """Source of a script, {NAME: value or text} -> bytes of a script that does the same, with these as its defaults.
+    """Source of a script, {NAME: value or text} -> bytes of a script that does the same, with these
+    as
+    its defaults.
 
-    ValueError if it is not Python. The code is put in linecache under the script's own name before it runs,
-    because Triton reads the source of its kernels there. Annotations stay: dataclass fields and custom_op schemas are
-    made of them.
+    ValueError if it is not Python. The code is put in linecache under the script's own name before
+    it runs, because Triton reads the source of its kernels there. Annotations stay: dataclass
+    fields and custom_op schemas are made of them.
     """
     try:
         tree = ast.parse(source)

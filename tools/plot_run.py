@@ -2,7 +2,8 @@
 
 usage: python tools/plot_run.py RUNS... [--out FOLDER]      runs, or sets of runs (folders of runs)
 
-They go into the run's folder, or into the folder that holds the runs. run_3seeds.sh and `make demo` draw after a run.
+They go into the run's folder, or into the folder that holds the runs. run_3seeds.sh and `make demo`
+draw after a run.
 """
 
 import argparse
@@ -43,7 +44,8 @@ STYLE = {
 }
 COLORS = plt.get_cmap("tab10").colors
 RED = "#cc3311"
-PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}  # under text that lines may cross
+# under text that lines may cross
+PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 
@@ -55,8 +57,14 @@ def in_colors(items):
 def title(runs):
     """Head line of every picture: which runs, on what."""
     first = runs[0].result
-    device = f"{first['world_size']} x {first['device']}" if first["world_size"] > 1 else first["device"]
-    name = first["run"] if len(runs) == 1 else f"{runs[0].folder.resolve().parent.name}, {len(runs)} seeds"
+    device = (
+        f"{first['world_size']} x {first['device']}" if first["world_size"] > 1 else first["device"]
+    )
+    name = (
+        first["run"]
+        if len(runs) == 1
+        else f"{runs[0].folder.resolve().parent.name}, {len(runs)} seeds"
+    )
     return f"{name} · {device} · torch {first['torch']} · commit {first['commit']}"
 
 
@@ -70,7 +78,9 @@ def bpb_factor(result):
 
 
 def plot_training(runs, path):
-    """Loss against seconds (below) and steps (above), in nats (left) and BPB (right); schedule; scores by stage."""
+    """Loss against seconds (below) and steps (above), in nats (left) and BPB (right); schedule;
+    scores by stage.
+    """
     figure = plt.figure(figsize=(12, 6.2), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=[3, 1.15], height_ratios=[4, 1])
     loss, scores = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[:, 1])
@@ -85,12 +95,24 @@ def plot_training(runs, path):
 
 
 def draw_losses(axis, runs):
-    factor, longest = bpb_factor(runs[0].result), max(runs, key=lambda run: run.steps[-1]["train_seconds"])
+    factor, longest = (
+        bpb_factor(runs[0].result),
+        max(runs, key=lambda run: run.steps[-1]["train_seconds"]),
+    )
     early, lowest = [], []
     for color, run in in_colors(runs):
-        seconds, losses = ([row[key] for row in run.steps] for key in ("train_seconds", "train_loss"))
+        seconds, losses = (
+            [row[key] for row in run.steps] for key in ("train_seconds", "train_loss")
+        )
         final = f", {run.result['steps']:,} steps, {run.result['training_seconds']:,.0f} s"
-        axis.plot(seconds, losses, color=color, linewidth=1.2, alpha=0.9, label=f"training, seed {run.seed}{final}")
+        axis.plot(
+            seconds,
+            losses,
+            color=color,
+            linewidth=1.2,
+            alpha=0.9,
+            label=f"training, seed {run.seed}{final}",
+        )
         if run.evaluations:
             axis.plot(
                 [row["train_seconds"] for row in run.evaluations],
@@ -101,20 +123,31 @@ def draw_losses(axis, runs):
                 markeredgecolor="black",
                 label="validation" if run is runs[0] else None,
             )
-        early.append(next((row["train_loss"] for row in run.steps if row["progress"] > 0.03), losses[0]))
+        early.append(
+            next((row["train_loss"] for row in run.steps if row["progress"] > 0.03), losses[0])
+        )
         lowest += [*losses, *(row["val_loss"] for row in run.evaluations)]
-    bottom, top = np.nanmin(lowest), max(early)  # the first steps fall from ln(vocabulary) and would flatten the rest
+    # the first steps fall from ln(vocabulary) and would flatten the rest
+    bottom, top = np.nanmin(lowest), max(early)
     axis.set_ylim(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
     axis.set_ylabel("nats per token")
     axis.tick_params(labelbottom=False)
     axis.legend(loc="upper right", fontsize=9, ncols=1 if len(runs) < 4 else 2)
-    bpb = axis.secondary_yaxis("right", functions=(lambda nats: nats * factor, lambda bpb: bpb / factor))
+    bpb = axis.secondary_yaxis(
+        "right", functions=(lambda nats: nats * factor, lambda bpb: bpb / factor)
+    )
     bpb.set_ylabel("BPB, at the validation text's bytes per token")
     times = np.array([0.0, *(row["train_seconds"] for row in longest.steps)])
     steps = np.array([0.0, *(row["step"] for row in longest.steps)])
     rate = steps[-1] / times[-1]  # beyond the data, so that both functions stay invertible
-    times, steps = np.append(times, 2 * times[-1] + 1), np.append(steps, steps[-1] + rate * (times[-1] + 1))
-    functions = (lambda seconds: np.interp(seconds, times, steps), lambda step: np.interp(step, steps, times))
+    times, steps = (
+        np.append(times, 2 * times[-1] + 1),
+        np.append(steps, steps[-1] + rate * (times[-1] + 1)),
+    )
+    functions = (
+        lambda seconds: np.interp(seconds, times, steps),
+        lambda step: np.interp(step, steps, times),
+    )
     above = axis.secondary_xaxis("top", functions=functions)
     above.xaxis.set_major_locator(MaxNLocator(integer=True))
     above.set_xlabel("optimizer steps" + (f" (seed {longest.seed})" if len(runs) > 1 else ""))
@@ -122,7 +155,11 @@ def draw_losses(axis, runs):
 
 def draw_schedule(axis, runs):
     for color, run in in_colors(runs):
-        axis.plot([row["train_seconds"] for row in run.steps], [row["lr_factor"] for row in run.steps], color=color)
+        axis.plot(
+            [row["train_seconds"] for row in run.steps],
+            [row["lr_factor"] for row in run.steps],
+            color=color,
+        )
     axis.set_ylim(0, 1.08)
     axis.set_yticks([0, 0.5, 1])
     axis.set_ylabel("learning-rate\nfactor")
@@ -130,8 +167,12 @@ def draw_schedule(axis, runs):
 
 
 def mark_looping(axes, runs):
-    """A line for each run where looping begins, and a shade over the part of training that has it in all runs."""
-    onsets = [next((row["train_seconds"] for row in run.switches if row["looping"]), None) for run in runs]
+    """A line for each run where looping begins, and a shade over the part of training that has
+    it in all runs.
+    """
+    onsets = [
+        next((row["train_seconds"] for row in run.switches if row["looping"]), None) for run in runs
+    ]
     end = 1.02 * max(run.steps[-1]["train_seconds"] for run in runs)
     for axis in axes:
         for color, onset in in_colors(onsets):
@@ -142,19 +183,27 @@ def mark_looping(axes, runs):
         axis.set_xlim(0, end)
     known = [onset for onset in onsets if onset is not None]
     if known:
-        axes[0].text(max(known), 0.02, " looping on →", transform=axes[0].get_xaxis_transform(), fontsize=9)
+        axes[0].text(
+            max(known), 0.02, " looping on →", transform=axes[0].get_xaxis_transform(), fontsize=9
+        )
 
 
 def draw_scores(axis, runs):
     """BPB after each stage, a line for each seed, the mean written at each stage."""
-    names = [name for name in runs[0].result["scores"] if all(name in run.result["scores"] for run in runs)]
+    names = [
+        name
+        for name in runs[0].result["scores"]
+        if all(name in run.result["scores"] for run in runs)
+    ]
     bpb = np.array([[run.result["scores"][name]["bpb"] for name in names] for run in runs])
     for color, values in in_colors(bpb):
         axis.plot(values, "o-", color=color, linewidth=1, markersize=6)
     for place, name in enumerate(names):
         partial = " *" if any(run.result["scores"][name].get("partial") for run in runs) else ""
         mean = bpb[:, place].mean()
-        words = f"{mean:.4f}" if len(runs) == 1 else f"{mean:.4f}\n± {bpb[:, place].std(ddof=1):.4f}"
+        words = (
+            f"{mean:.4f}" if len(runs) == 1 else f"{mean:.4f}\n± {bpb[:, place].std(ddof=1):.4f}"
+        )
         top = (place, bpb[:, place].max())
         style = {"ha": "center", "fontsize": 9.5, "fontweight": "bold", "bbox": PLATE}
         axis.annotate(words + partial, top, xytext=(0, 9), textcoords="offset points", **style)
@@ -170,15 +219,22 @@ def draw_scores(axis, runs):
 
 
 def budgets(run):
-    """-> [(heading, limit or None, [(stage, seconds)])]: both budgets as docs/RESULT.md defines them, and the rest."""
+    """-> [(heading, limit or None, [(stage, seconds)])]: both budgets as docs/RESULT.md defines
+    them, and the rest.
+    """
     seconds, result = run.result["seconds"], run.result
     final = f"eval_{list(result['scores'])[-1]}"
     trained = [("training", result["training_seconds"])] if "training_seconds" in result else []
-    train = trained + [(name, seconds[name]) for name in ("hessians", "quant_check", "quantize") if name in seconds]
+    train = trained + [
+        (name, seconds[name]) for name in ("hessians", "quant_check", "quantize") if name in seconds
+    ]
     score = [(name, seconds[name]) for name in ("unpack", final) if name in seconds]
     counted = {"train", *(name for name, _ in train + score)}
     rest = [(name, value) for name, value in seconds.items() if name not in counted]
-    limits = [float(run.settings.get(name, 0)) or None for name in ("MAX_WALLCLOCK_SECONDS", "EVAL_BUDGET_SECONDS")]
+    limits = [
+        float(run.settings.get(name, 0)) or None
+        for name in ("MAX_WALLCLOCK_SECONDS", "EVAL_BUDGET_SECONDS")
+    ]
     return [
         ("training budget", limits[0], train),
         ("evaluation budget", limits[1], score),
@@ -190,10 +246,20 @@ def plot_stages(runs, path):
     """One bar for each budget and seed, its stages one after another, the limit as a line."""
     tables = [budgets(run) for run in runs]
     limits = [limit or 0 for table in tables for _, limit, _ in table]
-    widest = 1.3 * max(limits + [sum(value for _, value in stages) for table in tables for *_, stages in table])
-    figure, axis = plt.subplots(figsize=(12, 0.5 * len(runs) * len(tables[0]) + 2.2), layout="constrained")
+    widest = 1.3 * max(
+        limits + [sum(value for _, value in stages) for table in tables for *_, stages in table]
+    )
+    figure, axis = plt.subplots(
+        figsize=(12, 0.5 * len(runs) * len(tables[0]) + 2.2), layout="constrained"
+    )
     names = dict.fromkeys(name for table in tables for *_, stages in table for name, _ in stages)
-    colors = dict(zip(names, plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2], strict=False))
+    colors = dict(
+        zip(
+            names,
+            plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2],
+            strict=False,
+        )
+    )
     place, ticks = 0.0, []
     for budget in zip(*tables, strict=True):
         first = place
@@ -218,18 +284,25 @@ def plot_stages(runs, path):
 
 
 def draw_stages(axis, place, stages, limit, widest, colors):
-    """One bar: seconds inside the parts that are wide enough, the sum behind it, in red above the limit."""
+    """One bar: seconds inside the parts that are wide enough, the sum behind it, in red above
+    the limit.
+    """
     left = 0.0
     for name, value in stages:
         axis.barh(place, value, left=left, height=0.8, color=colors[name], edgecolor="white")
         if value > 0.05 * widest:
-            axis.text(left + value / 2, place, f"{value:,.1f}", ha="center", va="center", fontsize=9)
+            axis.text(
+                left + value / 2, place, f"{value:,.1f}", ha="center", va="center", fontsize=9
+            )
         left += value
     if not stages:
         return
     over = limit and left > limit
-    words = f"  {left:,.1f}" + (f" of {limit:,.0f} s" + ("  OVER" if over else "") if limit else " s")
-    behind = max(left, limit or 0) if left > 0.7 * (limit or np.inf) else left  # not across the red line
+    words = f"  {left:,.1f}" + (
+        f" of {limit:,.0f} s" + ("  OVER" if over else "") if limit else " s"
+    )
+    # not across the red line
+    behind = max(left, limit or 0) if left > 0.7 * (limit or np.inf) else left
     axis.text(behind, place, words, va="center", fontweight="bold", color=RED if over else "black")
 
 
@@ -237,13 +310,23 @@ def draw_stages(axis, place, stages, limit, widest, colors):
 
 
 def plot_ttt(runs, path):
-    """Running BPB over the tokens that rank 0 has scored; fine-tuning of the base weights and end scores marked."""
+    """Running BPB over the tokens that rank 0 has scored; fine-tuning of the base weights and
+    end scores marked.
+    """
     figure, axis = plt.subplots(figsize=(12, 4.6), layout="constrained")
     every = []
     for color, run in in_colors(runs):
         batches = [row for row in run.ttt if "running_bpb" in row]
-        tokens, running = ([row[key] for row in batches] for key in ("running_tokens", "running_bpb"))
-        axis.plot(tokens, running, ".-" if len(tokens) < 100 else "-", color=color, label=f"running, seed {run.seed}")
+        tokens, running = (
+            [row[key] for row in batches] for key in ("running_tokens", "running_bpb")
+        )
+        axis.plot(
+            tokens,
+            running,
+            ".-" if len(tokens) < 100 else "-",
+            color=color,
+            label=f"running, seed {run.seed}",
+        )
         every += running
         for before, row in zip(run.ttt, run.ttt[1:], strict=False):
             if "adapted" in row and "running_tokens" in before:
@@ -261,12 +344,16 @@ def plot_ttt(runs, path):
                         fontsize=9,
                     )
     ends = {"without": "quantized", "with": "ttt"}
-    ends = {word: np.mean([run.result["scores"][name]["bpb"] for run in runs]) for word, name in ends.items()}
+    ends = {
+        word: np.mean([run.result["scores"][name]["bpb"] for run in runs])
+        for word, name in ends.items()
+    }
     for word, value in ends.items():
         axis.axhline(value, color="black", linestyle=":" if word == "without" else "-", linewidth=1)
         upper = value == max(ends.values())
         axis.annotate(
-            f"{value:.4f} {word} test-time training, whole text" + (", mean" if len(runs) > 1 else ""),
+            f"{value:.4f} {word} test-time training, whole text"
+            + (", mean" if len(runs) > 1 else ""),
             (1, value),
             xycoords=("axes fraction", "data"),
             xytext=(-6, 3 if upper else -3),
@@ -294,7 +381,8 @@ def plot_ttt(runs, path):
 
 
 def bytes_by_group(path):
-    """Artifact -> ({group: bytes before compression}, {group: bytes in the file}), from its header alone.
+    """Artifact -> ({group: bytes before compression}, {group: bytes in the file}), from its header
+    alone.
 
     Groups that the compressor does not keep apart stand together in the second one.
     """
@@ -310,7 +398,9 @@ def bytes_by_group(path):
         field = spec.name.rpartition(":")[2]
         if field.startswith("lqer"):
             return "LQER"
-        return role[0] if role and field == "codes" else "scales of rows" if role else "small tensors"
+        return (
+            role[0] if role and field == "codes" else "scales of rows" if role else "small tensors"
+        )
 
     raw, stored = defaultdict(int), defaultdict(int)
     for (kind, _, members), (size, _, _) in zip(plan, sections, strict=True):
@@ -325,23 +415,35 @@ def bytes_by_group(path):
 
 
 def plot_bytes(runs, path):
-    """Bars by tensor group: stored and before compression; code; how much of the cap is used. Means over seeds."""
+    """Bars by tensor group: stored and before compression; code; how much of the cap is used.
+
+    Means over seeds.
+    """
     import train_gpt
 
     tables = [bytes_by_group(run.folder / "artifact.bin") for run in runs]
     code = np.mean([run.result["code_bytes"] for run in runs])
     raw, stored = (
-        {name: np.mean([table.get(name, 0) for table in side]) for name in dict.fromkeys(sum(map(list, side), []))}
+        {
+            name: np.mean([table.get(name, 0) for table in side])
+            for name in dict.fromkeys(sum(map(list, side), []))
+        }
         for side in zip(*tables, strict=True)
     )
     stored["code"] = code
-    names = sorted(stored, key=lambda name: -stored[name]) + sorted(set(raw) - set(stored), key=lambda name: -raw[name])
+    names = sorted(stored, key=lambda name: -stored[name]) + sorted(
+        set(raw) - set(stored), key=lambda name: -raw[name]
+    )
     figure, axis = plt.subplots(figsize=(12, 0.42 * len(names) + 1.9), layout="constrained")
     for place, name in enumerate(names):
         if name in raw:
             axis.barh(place, raw[name], height=0.75, color="#dddddd")
         axis.barh(place, stored.get(name, 0), height=0.75, color="#4477aa")
-        words = f"  {stored[name]:,.0f}" if name in stored else f"  ({raw[name]:,.0f}, stored together with others)"
+        words = (
+            f"  {stored[name]:,.0f}"
+            if name in stored
+            else f"  ({raw[name]:,.0f}, stored together with others)"
+        )
         words += f"  of {raw[name]:,.0f}" if name in stored and name in raw else ""
         axis.text(max(stored.get(name, 0), raw.get(name, 0)), place, words, va="center", fontsize=9)
     axis.barh(0, 0, color="#4477aa", label="in the file")
@@ -364,7 +466,9 @@ def plot_bytes(runs, path):
 
 
 def draw(runs, out):
-    """Every picture that these runs have the data for -> paths of the pictures; a line tells what keeps one away."""
+    """Every picture that these runs have the data for -> paths of the pictures; a line tells
+    what keeps one away.
+    """
     pictures = {
         "training.png": (plot_training, all(run.steps and run.result["scores"] for run in runs)),
         "stages.png": (plot_stages, all(run.result["scores"] for run in runs)),
@@ -401,10 +505,19 @@ def print_scores(run):
     result = run.result
     if run.steps and result["scores"]:
         untrained = run.steps[0]["train_loss"] * bpb_factor(result)
-        print(f" untrained: {untrained:.4f} BPB (first training step, at the validation set's bytes per token)")
+        print(
+            f" untrained: {untrained:.4f} BPB (first training step, at the validation set's bytes"
+            " per token)"
+        )
     for name, score in result["scores"].items():
-        print(f"{name:>10}: {score['bpb']:.4f} BPB ({score['tokens']:,} tokens, {score['bytes']:,} bytes)")
-    print(f"  artifact: {result['artifact_bytes']:,} bytes + code {result['code_bytes']:,} = {result['total_bytes']:,}")
+        print(
+            f"{name:>10}: {score['bpb']:.4f} BPB ({score['tokens']:,} tokens, {score['bytes']:,}"
+            " bytes)"
+        )
+    print(
+        f"  artifact: {result['artifact_bytes']:,} bytes + code {result['code_bytes']:,} ="
+        f" {result['total_bytes']:,}"
+    )
 
 
 def main(arguments=None):

@@ -1,14 +1,17 @@
-"""Documents in, shards of plain SentencePiece tokenizers out: data for the presets without CaseOps (docs/PRESETS.md).
+"""Documents in, shards of plain SentencePiece tokenizers out: data for the presets without CaseOps
+(docs/PRESETS.md).
 
-    python tools/prepare_plain_data.py docs_train.jsonl.xz --val-file docs_val.jsonl.xz --out data/plain
+    python tools/prepare_plain_data.py docs_train.jsonl.xz --val-file docs_val.jsonl.xz \\
+        --out data/plain
     PRESET=pr1493 DATA_PATH=data/plain/sp8192 python train_gpt.py
 
-For each --vocab-sizes N the folder DIR/spN gets a BPE tokenizer, trained on the first --tokenizer-bytes of training
-text, and shards of it without side-cars. Text is taken as it is, so the bytes that train_gpt.py counts by pieces are
-the text's own, but for a space that begins a document; validation is counted here, too, and refused where that is not
-so. SentencePiece writes a space as U+2581 and cannot tell it from that character in a text: training documents get a
-space in its place, validation documents are refused. Documents of validation are left out of training, copies too.
-Lines are as for prepare_caseops_data.py.
+For each --vocab-sizes N the folder DIR/spN gets a BPE tokenizer, trained on the first
+--tokenizer-bytes of training text, and shards of it without side-cars. Text is taken as it is, so
+the bytes that train_gpt.py counts by pieces are the text's own, but for a space that begins a
+document; validation is counted here, too, and refused where that is not so. SentencePiece writes a
+space as U+2581 and cannot tell it from that character in a text: training documents get a space in
+its place, validation documents are refused. Documents of validation are left out of training,
+copies too. Lines are as for prepare_caseops_data.py.
 """
 
 import argparse
@@ -51,20 +54,26 @@ def training_texts(paths: Iterable[str], held_out: frozenset[str]) -> Iterator[s
 
 
 def validation_texts(path: str) -> Iterator[str]:
-    """Texts of all documents that are not empty. Raises DataError where a text's bytes could not be counted."""
+    """Texts of all documents that are not empty.
+
+    Raises DataError where a text's bytes could not be counted.
+    """
     for line in read_lines(path):
         text = read_text(line)
         if SPACE_MARK in text:
             raise DataError(
-                f"{path}, line {line.number}: U+2581 at character {text.index(SPACE_MARK)}: a plain tokenizer takes it "
-                "for a space, and its bytes could not be counted; leave the document out, or use CaseOps data"
+                f"{path}, line {line.number}: U+2581 at character {text.index(SPACE_MARK)}: a plain"
+                " tokenizer takes it for a space, and its bytes could not be counted; leave the"
+                " document out, or use CaseOps data"
             )
         if text.strip():
             yield text
 
 
 def first_bytes(texts: Iterable[str], size: int) -> Iterator[str]:
-    """Lines of texts until `size` bytes are reached: SentencePiece wants sentences, not documents."""
+    """Lines of texts until `size` bytes are reached: SentencePiece wants sentences, not
+    documents.
+    """
     for text in texts:
         if size <= 0:
             return
@@ -108,12 +117,17 @@ def piece_bytes(tokenizer) -> np.ndarray:
 
 
 def check_bytes(tokenizer, texts: Iterable[str]) -> None:
-    """Raises DataError where the pieces of a text do not stand for its bytes, all of them and no others."""
+    """Raises DataError where the pieces of a text do not stand for its bytes, all of them and
+    no others.
+    """
     sizes = piece_bytes(tokenizer)
     for number, text in enumerate(texts):
         counted, size = int(sizes[tokenizer.encode(text)].sum()), len(text.encode())
         if counted != size:
-            raise DataError(f"validation document {number}: its pieces stand for {counted:,} bytes, it has {size:,}")
+            raise DataError(
+                f"validation document {number}: its pieces stand for {counted:,} bytes, it has"
+                f" {size:,}"
+            )
 
 
 def write_split(tokenizer, texts: Iterable[str], folder: Path, split: str) -> int:
@@ -126,7 +140,9 @@ def write_split(tokenizer, texts: Iterable[str], folder: Path, split: str) -> in
         raise DataError(f"no documents for {split}")
     tokens = np.concatenate(parts)
     for number, start in enumerate(range(0, len(tokens), SHARD_TOKENS)):
-        write_shard(folder / f"fineweb_{split}_{number:06d}.bin", tokens[start : start + SHARD_TOKENS])
+        write_shard(
+            folder / f"fineweb_{split}_{number:06d}.bin", tokens[start : start + SHARD_TOKENS]
+        )
     return len(tokens)
 
 
@@ -140,15 +156,33 @@ def vocab_sizes(text: str) -> list[int]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status: 1 with a message for input that cannot be used."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("docs", nargs="+", metavar="FILE", help="training documents: JSON lines, plain, gzip or xz")
-    parser.add_argument("--val-file", required=True, metavar="FILE", help="validation documents")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets a folder spN for each vocabulary")
-    parser.add_argument(
-        "--vocab-sizes", type=vocab_sizes, default="8192,1024", metavar="N,..", help="default: %(default)s"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--tokenizer-bytes", type=whole_number(1), default=20_000_000, metavar="N", help="default: %(default)s"
+        "docs", nargs="+", metavar="FILE", help="training documents: JSON lines, plain, gzip or xz"
+    )
+    parser.add_argument("--val-file", required=True, metavar="FILE", help="validation documents")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="gets a folder spN for each vocabulary",
+    )
+    parser.add_argument(
+        "--vocab-sizes",
+        type=vocab_sizes,
+        default="8192,1024",
+        metavar="N,..",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--tokenizer-bytes",
+        type=whole_number(1),
+        default=20_000_000,
+        metavar="N",
+        help="default: %(default)s",
     )
     return exit_status(partial(prepare, parser.parse_args(arguments)))
 
@@ -166,13 +200,20 @@ def prepare(options: argparse.Namespace) -> int:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         model = unfinished / f"plain_{size}.model"
-        train_tokenizer(first_bytes(training_texts(options.docs, held_out), options.tokenizer_bytes), size, model)
+        train_tokenizer(
+            first_bytes(training_texts(options.docs, held_out), options.tokenizer_bytes),
+            size,
+            model,
+        )
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
         check_bytes(tokenizer, validation)
         train = write_split(tokenizer, training_texts(options.docs, held_out), unfinished, "train")
         val = write_split(tokenizer, validation, unfinished, "val")
         unfinished.rename(folder)
-        print(f"{folder}: {train:,} training tokens, {val:,} of validation in {len(validation):,} documents")
+        print(
+            f"{folder}: {train:,} training tokens, {val:,} of validation in {len(validation):,}"
+            " documents"
+        )
     return 0
 
 

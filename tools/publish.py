@@ -3,10 +3,11 @@
 usage: HF_TOKEN=... python tools/publish.py upload runs/<RUN_ID> --repo you/golf-runs [--public]
        [HF_TOKEN=...] python tools/publish.py fetch <RUN_ID> --repo you/golf-runs [--runs-dir runs]
 
-upload puts model.pt, artifact.bin, train_gpt.py, log.txt, result.json and the pictures into the folder <RUN_ID> of a
-model repository, which is made where it is missing: private, unless --public. fetch writes runs/<RUN_ID>/ and prints
-the commands that go on from it (QUANT_ONLY=1, TTT_EVAL_ONLY=1) with the settings of that run. The token is read from
-HF_TOKEN and from nowhere else, and is never printed; a public repository is fetched without one.
+upload puts model.pt, artifact.bin, train_gpt.py, log.txt, result.json and the pictures into the
+folder <RUN_ID> of a model repository, which is made where it is missing: private, unless --public.
+fetch writes runs/<RUN_ID>/ and prints the commands that go on from it (QUANT_ONLY=1,
+TTT_EVAL_ONLY=1) with the settings of that run. The token is read from HF_TOKEN and from nowhere
+else, and is never printed; a public repository is fetched without one.
 """
 
 import argparse
@@ -29,7 +30,15 @@ from tools import hub  # noqa: E402
 from tools.run_files import read_run  # noqa: E402
 
 FILES = ("model.pt", "artifact.bin", "train_gpt.py", "log.txt", "result.json")
-OF_A_PLACE = {"RUN_ID", "RUNS_DIR", "DATA_PATH", "TOKENIZER_PATH", "DEVICE", "CHECKPOINT_PATH", "ARTIFACT_PATH"}
+OF_A_PLACE = {
+    "RUN_ID",
+    "RUNS_DIR",
+    "DATA_PATH",
+    "TOKENIZER_PATH",
+    "DEVICE",
+    "CHECKPOINT_PATH",
+    "ARTIFACT_PATH",
+}
 
 
 class PublishError(Exception):
@@ -40,11 +49,17 @@ def upload(api, folder, repo, private):
     """One run's files in one commit -> its address."""
     read_run(folder)  # ValueError where the run has not ended well
     name = folder.resolve().name
-    files = [file for file in FILES if (folder / file).exists()] + [path.name for path in sorted(folder.glob("*.png"))]
+    files = [file for file in FILES if (folder / file).exists()] + [
+        path.name for path in sorted(folder.glob("*.png"))
+    ]
     patterns = [glob.escape(file) for file in files]
     api.create_repo(repo, private=private, exist_ok=True)
     done = api.upload_folder(
-        repo_id=repo, folder_path=folder, path_in_repo=name, allow_patterns=patterns, commit_message=f"Run {name}"
+        repo_id=repo,
+        folder_path=folder,
+        path_in_repo=name,
+        allow_patterns=patterns,
+        commit_message=f"Run {name}",
     )
     print(f"uploaded to {repo}/{name}: {', '.join(files)}")
     return done.commit_url
@@ -54,17 +69,29 @@ def fetch(api, name, repo, runs_dir):
     """A run's files of the repository -> its folder here; sizes are compared with its RESULT."""
     folder = runs_dir / name
     if folder.exists():
-        raise PublishError(f"{folder} exists: it would be mixed with what is fetched; move it away, or --runs-dir")
-    there = [path for path in api.list_repo_files(repo) if path.startswith(f"{name}/") and path.count("/") == 1]
+        raise PublishError(
+            f"{folder} exists: it would be mixed with what is fetched; move it away, or --runs-dir"
+        )
+    there = [
+        path
+        for path in api.list_repo_files(repo)
+        if path.startswith(f"{name}/") and path.count("/") == 1
+    ]
     if f"{name}/log.txt" not in there:
         raise PublishError(f"{repo} holds no run {name}")
     runs_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=runs_dir) as scratch:
         for path in there:
             api.hf_hub_download(repo, path, local_dir=scratch)
-        wanted, artifact = read_run(Path(scratch, name)).result["artifact_bytes"], Path(scratch, name, "artifact.bin")
+        wanted, artifact = (
+            read_run(Path(scratch, name)).result["artifact_bytes"],
+            Path(scratch, name, "artifact.bin"),
+        )
         if artifact.exists() and artifact.stat().st_size != wanted:
-            raise PublishError(f"{repo}: artifact.bin has {artifact.stat().st_size} bytes, its RESULT says {wanted}")
+            raise PublishError(
+                f"{repo}: artifact.bin has {artifact.stat().st_size} bytes, its RESULT says"
+                f" {wanted}"
+            )
         Path(scratch, name).rename(folder)
     print(f"fetched {folder}: {', '.join(Path(path).name for path in there)}")
     return read_run(folder)
@@ -74,11 +101,20 @@ def commands(run):
     """Command lines that go on from a fetched run, with what it set otherwise than by default."""
     settings = {name: run.settings[name] for name in run.changed if name not in OF_A_PLACE}
     given = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
-    ways = {"model.pt": ("QUANT_ONLY", "CHECKPOINT_PATH"), "artifact.bin": ("TTT_EVAL_ONLY", "ARTIFACT_PATH")}
+    ways = {
+        "model.pt": ("QUANT_ONLY", "CHECKPOINT_PATH"),
+        "artifact.bin": ("TTT_EVAL_ONLY", "ARTIFACT_PATH"),
+    }
     for file, (mode, path) in ways.items():
         if (run.folder / file).exists():
             source = shlex.quote(str(run.folder / file))
-            words = [f"{mode}=1", f"{path}={source}", *given, "DATA_PATH=...", "python train_gpt.py"]
+            words = [
+                f"{mode}=1",
+                f"{path}={source}",
+                *given,
+                "DATA_PATH=...",
+                "python train_gpt.py",
+            ]
             yield " ".join(words)
 
 
@@ -100,11 +136,14 @@ def main(arguments=None):
         action.add_argument("--repo", required=True, metavar="USER/NAME")
     options = parser.parse_args(arguments)
     token = os.environ.get("HF_TOKEN")
-    api = HfApi(token=token or False)  # False: not the token that a login may have left on this machine
+    # False: not the token that a login may have left on this machine
+    api = HfApi(token=token or False)
     try:
         if options.action == "upload":
             if not token:
-                raise PublishError("HF_TOKEN is not set: make a token with write access in the hub's settings")
+                raise PublishError(
+                    "HF_TOKEN is not set: make a token with write access in the hub's settings"
+                )
             print(upload(api, options.run, options.repo, not options.public))
         else:
             for command in commands(fetch(api, options.run, options.repo, options.runs_dir)):

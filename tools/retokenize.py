@@ -1,11 +1,13 @@
-"""Shards to another tokenizer: `python prepare_caseops_data.py retokenize data/mine --tokenizer NEW --out data/new`.
+"""Shards to another tokenizer: `python prepare_caseops_data.py retokenize data/mine --tokenizer NEW
+--out data/new`.
 
-From documents there is nothing special to do: `prepare_caseops_data.py --docs ... --tokenizer NEW`. Where only shards
-are left, their documents are put together from their pieces and cut anew. Documents, their order, BOS and the bytes of
-each validation document stay the same. What the first tokenizer's normalization took away does not come back: line
-breaks and runs of blanks are single blanks, ligatures and wide forms are plain characters, control characters are gone.
-So training text is not quite what it was, and the charges of validation tokens follow the old tokens' where these were
-cut elsewhere; only a document's sum is exact.
+From documents there is nothing special to do: `prepare_caseops_data.py --docs ... --tokenizer NEW`.
+Where only shards are left, their documents are put together from their pieces and cut anew.
+Documents, their order, BOS and the bytes of each validation document stay the same. What the first
+tokenizer's normalization took away does not come back: line breaks and runs of blanks are single
+blanks, ligatures and wide forms are plain characters, control characters are gone. So training text
+is not quite what it was, and the charges of validation tokens follow the old tokens' where these
+were cut elsewhere; only a document's sum is exact.
 """
 
 import argparse
@@ -47,18 +49,24 @@ PIECES_AT_ONCE = 1 << 16
 def _tokenizers(old: str, new: str) -> tuple:
     """UTF-8 (pieces of the old one) of each id, with blanks for U+2581, and the new tokenizer."""
     sp = load_tokenizer(old)
-    pieces = [sp.id_to_piece(index).replace("\u2581", " ").encode() for index in range(sp.get_piece_size())]
+    pieces = [
+        sp.id_to_piece(index).replace("\u2581", " ").encode()
+        for index in range(sp.get_piece_size())
+    ]
     pieces[8:264] = (bytes([byte]) for byte in range(256))
     return pieces, load_tokenizer(new)
 
 
 def charges_of_bytes(pieces: list[bytes], charges: np.ndarray) -> np.ndarray:
-    """Pieces of a text and what each is charged -> charges (bytes,) with the same sum: one each as far as they go, and
-    on the last byte what is left."""
+    """Pieces of a text and what each is charged -> charges (bytes,) with the same sum: one each as
+    far
+    as they go, and on the last byte what is left.
+    """
     lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
     charges = charges.astype(np.int64)
     ends = np.cumsum(lengths)
-    place = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)  # of each byte in its piece
+    # of each byte in its piece
+    place = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
     spread = (place < np.repeat(charges, lengths)).astype(np.int64)
     spread[ends - 1] += np.maximum(0, charges - lengths)
     return spread
@@ -70,8 +78,12 @@ def pieces_of(old: list[bytes], ids: np.ndarray) -> Iterator[list[bytes]]:
         yield [old[token] for token in ids[start : start + PIECES_AT_ONCE].tolist()]
 
 
-def cumulative_charges(old: list[bytes], ids: np.ndarray, charges: np.ndarray, size: int) -> np.ndarray:
-    """Sums (size + 1,) uint32 of what the bytes before each place of a text of `size` bytes are charged."""
+def cumulative_charges(
+    old: list[bytes], ids: np.ndarray, charges: np.ndarray, size: int
+) -> np.ndarray:
+    """Sums (size + 1,) uint32 of what the bytes before each place of a text of `size` bytes are
+    charged.
+    """
     sums = np.zeros(size + 1, dtype=np.uint32)
     token = position = 0
     for pieces in pieces_of(old, ids):
@@ -84,7 +96,8 @@ def cumulative_charges(old: list[bytes], ids: np.ndarray, charges: np.ndarray, s
 
 
 def retokenize_document(old: list[bytes], sp, ids: np.ndarray, charges: np.ndarray | None) -> tuple:
-    """Old ids (tokens,), BOS first, and their charges -> new ids, new charges or None, and bytes of text.
+    """Old ids (tokens,), BOS first, and their charges -> new ids, new charges or None, and bytes of
+    text.
 
     Raises DataError where the ids are no text, that is, of another tokenizer.
     """
@@ -95,7 +108,9 @@ def retokenize_document(old: list[bytes], sp, ids: np.ndarray, charges: np.ndarr
         raise DataError(f"not the tokenizer of these shards ({error})") from error
     new_ids = [np.array([BOS_ID], dtype=np.uint16)]
     new_charges = [np.array([0], dtype=np.int32)]
-    sums = None if charges is None else cumulative_charges(old, ids[1:], charges[1:], len(text_bytes))
+    sums = (
+        None if charges is None else cumulative_charges(old, ids[1:], charges[1:], len(text_bytes))
+    )
     del text_bytes
     size = position = charged = 0
     for block, block_ids, spans in tokenize_blocks(sp, text):
@@ -115,7 +130,8 @@ def retokenize_document(old: list[bytes], sp, ids: np.ndarray, charges: np.ndarr
     new_charges = np.concatenate(new_charges)
     total = int(sums[-1])
     if len(new_charges) > 1:
-        new_charges[-1] += total - charged  # the last token takes what the new normalization drops behind it
+        # the last token takes what the new normalization drops behind it
+        new_charges[-1] += total - charged
     if total != new_charges.sum(dtype=np.int64) or new_charges.max() > MAX_COST:
         raise DataError("the bytes of the side-car cannot be kept")
     return new_ids, new_charges.astype(np.uint16), total
@@ -147,7 +163,9 @@ def retokenize_batch(old: str, new: str, batch: Batch) -> EncodedBatch:
 
 def stored_documents(folder: Path, split: str) -> Iterator[Line]:
     """The documents of a split as lines of ids, with their charges behind them in validation."""
-    charges = [read_shard(path) for path in shard_files(folder, "val_bytes")] if split == "val" else []
+    charges = (
+        [read_shard(path) for path in shard_files(folder, "val_bytes")] if split == "val" else []
+    )
     charges = np.concatenate(charges) if charges else np.zeros(0, dtype=np.uint16)
     position = 0
     for number, (path, ids) in enumerate(read_documents(shard_files(folder, split))):
@@ -163,7 +181,10 @@ def check_lengths(folder: Path) -> None:
     tokens = sum(len(read_shard(path)) for path in shard_files(folder, "val"))
     charges = sum(len(read_shard(path)) for path in shard_files(folder, "val_bytes"))
     if tokens != charges:
-        raise DataError(f"{folder}: the side-car (fineweb_val_bytes_*) has {charges:,} values for {tokens:,} tokens")
+        raise DataError(
+            f"{folder}: the side-car (fineweb_val_bytes_*) has {charges:,} values for {tokens:,}"
+            " tokens"
+        )
 
 
 def main(arguments: list[str]) -> int:
@@ -171,12 +192,19 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="prepare_caseops_data.py retokenize",
         description="Cut the documents of shards with another tokenizer.",
-        epilog="Line breaks, runs of blanks and what SentencePiece normalizes do not come back from shards.",
+        epilog=(
+            "Line breaks, runs of blanks and what SentencePiece normalizes do not come back from"
+            " shards."
+        ),
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--old-tokenizer", required=True, metavar="MODEL", help="the one that made the shards")
+    parser.add_argument(
+        "--old-tokenizer", required=True, metavar="MODEL", help="the one that made the shards"
+    )
     parser.add_argument("--tokenizer", required=True, metavar="MODEL", help="the new one")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the shards go; new or empty")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where the shards go; new or empty"
+    )
     add_shard_tokens(parser)
     add_workers(parser)
     options = parser.parse_args(arguments)
@@ -184,24 +212,41 @@ def main(arguments: list[str]) -> int:
 
 
 def retokenize(options: argparse.Namespace) -> int:
-    """Makes a dataset from shards as the command line says; returns the exit status. Raises DataError, OSError."""
+    """Makes a dataset from shards as the command line says; returns the exit status.
+
+    Raises DataError, OSError.
+    """
     source = {"folder": options.folder.name, "tokenizer_sha256": file_sha256(options.old_tokenizer)}
     if not options.folder.is_dir():
         raise DataError(f"{options.folder}: no such folder")
-    missing = frozenset(split for split in ("val", "train") if not shard_files(options.folder, split))
+    missing = frozenset(
+        split for split in ("val", "train") if not shard_files(options.folder, split)
+    )
     if len(missing) == 2:
-        raise DataError(f"{options.folder}: no shards, neither fineweb_val_*.bin nor fineweb_train_*.bin")
+        raise DataError(
+            f"{options.folder}: no shards, neither fineweb_val_*.bin nor fineweb_train_*.bin"
+        )
     check_lengths(options.folder)
     if (options.folder / "manifest.json").exists():
         manifest = read_manifest(options.folder)
         if manifest["tokenizer"]["sha256"] != source["tokenizer_sha256"]:
-            raise DataError(f"{options.old_tokenizer}: the manifest of {options.folder} names another tokenizer")
+            raise DataError(
+                f"{options.old_tokenizer}: the manifest of {options.folder} names another tokenizer"
+            )
         source["split_rule"] = manifest["split_rule"]
-        if absent := sorted(name for name in manifest["files"] if not (options.folder / name).exists()):
-            raise DataError(f"{options.folder}: {absent[0]} is missing ({len(absent)} files that the manifest names)")
+        if absent := sorted(
+            name for name in manifest["files"] if not (options.folder / name).exists()
+        ):
+            raise DataError(
+                f"{options.folder}: {absent[0]} is missing ({len(absent)} files that the manifest"
+                " names)"
+            )
     lines = (stored_documents(options.folder, split) for split in ("val", "train"))
     corpus = Corpus(*lines, "that of the retokenized shards", lambda: [source], missing)
-    settings = {"tokenizer": tokenizer_entry(options.tokenizer), "shard_tokens": options.shard_tokens}
+    settings = {
+        "tokenizer": tokenizer_entry(options.tokenizer),
+        "shard_tokens": options.shard_tokens,
+    }
     encoder = partial(retokenize_batch, options.old_tokenizer, options.tokenizer)
     print_counts(build_dataset(corpus, settings, options.out, encoder, options.workers))
     return 0

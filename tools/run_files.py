@@ -1,6 +1,9 @@
-"""What a finished run leaves in its folder, read back: settings and `key:value` lines of log.txt, and RESULT; presets.
+"""What a finished run leaves in its folder, read back: settings and `key:value` lines of log.txt,
+and
+RESULT; presets.
 
-A set of runs is a folder of run folders, as run_3seeds.sh makes it. Used by the other tools; standard library only.
+A set of runs is a folder of run folders, as run_3seeds.sh makes it. Used by the other tools;
+standard library only.
 """
 
 import json
@@ -11,7 +14,8 @@ from typing import NamedTuple
 
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
 RESULT_VERSION = 2  # that of train_gpt.py, see docs/RESULT.md
-OF_A_RUN = {"SEED", "RUN_ID", "RUNS_DIR", "DATA_PATH", "TOKENIZER_PATH", "PLOTS"}  # may differ between seeds
+# may differ between seeds
+OF_A_RUN = {"SEED", "RUN_ID", "RUNS_DIR", "DATA_PATH", "TOKENIZER_PATH", "PLOTS"}
 OF_A_SCORE = "loss", "bpb", "tokens", "bytes"
 SETTINGS_LINE = "settings (* changed):"  # the first line that a run writes into its log
 
@@ -21,18 +25,24 @@ class PresetError(ValueError):
 
 
 class RunError(ValueError):
-    """A run whose files do not say what is asked of them; the message names the run and what it lacks."""
+    """A run whose files do not say what is asked of them; the message names the run and what it
+    lacks.
+    """
 
 
 class Record(dict):
-    """A dictionary that was read from a run's files: a key that is not there is a RunError that names the run."""
+    """A dictionary that was read from a run's files: a key that is not there is a RunError that
+    names the run.
+    """
 
     def __init__(self, items, where):
         super().__init__(items)
         self.where = where
 
     def __missing__(self, key):
-        raise RunError(f"{self.where} has no {key}: made by another version, or not to its end; run it again")
+        raise RunError(
+            f"{self.where} has no {key}: made by another version, or not to its end; run it again"
+        )
 
 
 class Run(NamedTuple):
@@ -41,12 +51,17 @@ class Run(NamedTuple):
     folder: Path
     settings: dict[str, str]  # every setting in capitals, as text
     changed: tuple[str, ...]  # names of the settings that differ from the defaults
-    steps: list[dict]  # training lines: step, train_loss, train_seconds, progress, lr_factor, looping, tokens_per_s
+    # training lines: step, train_loss, train_seconds, progress, lr_factor, looping,
+    # tokens_per_s
+    steps: list[dict]
     switches: list[dict]  # where looping was switched: step, looping, train_seconds
     evaluations: list[dict]  # evaluations inside training: step, train_seconds, val_loss, val_bpb
-    ttt: list[dict]  # batches of test-time training: running_tokens, running_bpb, seconds; {"adapted": documents}
+    # batches of test-time training: running_tokens, running_bpb, seconds; {"adapted":
+    # documents}
+    ttt: list[dict]
     result: dict
-    parts: int  # how often something ran in this folder; QUANT_ONLY=1 and RESUME=1 go on in the same log
+    # how often something ran in this folder; QUANT_ONLY=1 and RESUME=1 go on in the same log
+    parts: int
 
     @property
     def seed(self):
@@ -59,7 +74,10 @@ def settings_of(words):
 
 
 def read_preset(name):
-    """presets/<name>.env -> {NAME: value}. PresetError, with the names that exist, for an unknown or a damaged one."""
+    """presets/<name>.env -> {NAME: value}.
+
+    PresetError, with the names that exist, for an unknown or a damaged one.
+    """
     path = PRESETS / f"{name}.env"
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.env")))
@@ -71,7 +89,10 @@ def read_preset(name):
 
 
 def with_preset(environ):
-    """The environment over the settings of its PRESET, {NAME: value}. PresetError as read_preset."""
+    """The environment over the settings of its PRESET, {NAME: value}.
+
+    PresetError as read_preset.
+    """
     return (read_preset(environ["PRESET"]) if environ.get("PRESET") else {}) | dict(environ)
 
 
@@ -83,12 +104,16 @@ def key_values(line):
 
 def read_settings(lines):
     """The table at the head of a log -> ({NAME: value}, names of the changed ones)."""
-    found = [match for line in lines if (match := re.match(r"([* ]) ([A-Z][A-Z0-9_]*)=(.*?)  # ", line))]
+    found = [
+        match for line in lines if (match := re.match(r"([* ]) ([A-Z][A-Z0-9_]*)=(.*?)  # ", line))
+    ]
     return {m[2]: m[3] for m in found}, tuple(m[2] for m in found if m[1] == "*")
 
 
 def read_rows(lines):
-    """Lines of one part of a log -> (training steps, switches of looping, evaluations, test-time training)."""
+    """Lines of one part of a log -> (training steps, switches of looping, evaluations,
+    test-time training).
+    """
     steps, switches, evaluations, ttt = [], [], [], []
     for line in lines:
         row = key_values(line)
@@ -98,7 +123,9 @@ def read_rows(lines):
         elif "step" in row and "looping" in row:
             switches.append(row)
         elif line.startswith("training val_loss:") and steps:
-            evaluations.append({name: steps[-1].get(name, 0.0) for name in ("step", "train_seconds")} | row)
+            evaluations.append(
+                {name: steps[-1].get(name, 0.0) for name in ("step", "train_seconds")} | row
+            )
         elif line.startswith("ttt_batch "):
             ttt.append(row)
         elif line.startswith("ttt_global_adaptation ") and "documents" in row:
@@ -107,14 +134,20 @@ def read_rows(lines):
 
 
 def training_of(parts):
-    """Lines of a run's parts -> rows of its training: (steps, switches, evaluations), of the last part that trained.
+    """Lines of a run's parts -> rows of its training: (steps, switches, evaluations), of the last
+    part
+    that trained.
 
-    Where that part went on from a training state (RESUME=1), the rows that led to the state come before its own.
+    Where that part went on from a training state (RESUME=1), the rows that led to the state come
+    before its own.
     """
     trained = [], [], []
     for part in parts:
         rows = read_rows(part)[:3]
-        resumed = next((key_values(line)["step"] for line in part if re.match(r"step:\d+ resumed:", line)), None)
+        resumed = next(
+            (key_values(line)["step"] for line in part if re.match(r"step:\d+ resumed:", line)),
+            None,
+        )
         if resumed is not None:  # a resumed part begins with the rows of the state's own step
             before = ([row for row in kind if row["step"] < resumed] for kind in trained)
             trained = tuple(old + new for old, new in zip(before, rows, strict=True))
@@ -124,7 +157,9 @@ def training_of(parts):
 
 
 def read_result(text, path):
-    """What stands behind RESULT in a log -> Record. RunError for damage, or for a version that reads otherwise.
+    """What stands behind RESULT in a log -> Record. RunError for damage, or for a version that
+    reads
+    otherwise.
 
     A key that is missing is an error only where a tool asks for it.
     """
@@ -136,13 +171,17 @@ def read_result(text, path):
     if not isinstance(result, Record):
         raise RunError(f"{where} is damaged: it is no object")
     if result.get("version", RESULT_VERSION) != RESULT_VERSION:
-        raise RunError(f"{where} is of version {result['version']}, these tools read version {RESULT_VERSION}: "
-                       f"check out commit {result.get('commit')}, which made it")
+        raise RunError(
+            f"{where} is of version {result['version']}, these tools read version {RESULT_VERSION}:"
+            f" check out commit {result.get('commit')}, which made it"
+        )
     for name in ("scores", "seconds"):
         if not isinstance(result.get(name, {}), dict):
             raise RunError(f"{where} is damaged: {name} is no object")
     for stage, score in result.get("scores", {}).items():
-        if not isinstance(score, dict) or not all(is_number(score[name]) for name in OF_A_SCORE if name in score):
+        if not isinstance(score, dict) or not all(
+            is_number(score[name]) for name in OF_A_SCORE if name in score
+        ):
             raise RunError(f"{where} is damaged: the {stage} score has no numbers")
     return result
 
@@ -153,7 +192,10 @@ def is_number(value):
 
 
 def read_run(folder):
-    """Folder -> Run. Raises RunError where the run has not ended (no RESULT line) or the log is not one of ours."""
+    """Folder -> Run.
+
+    Raises RunError where the run has not ended (no RESULT line) or the log is not one of ours.
+    """
     path = Path(folder) / "log.txt"
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -167,8 +209,12 @@ def read_run(folder):
     ttt = next((rows for part in reversed(parts) if (rows := read_rows(part)[3])), [])
     settings, changed = read_settings(parts[-1])
     settings = Record(settings, f"{path}: the table of settings")
-    *trained, ttt = ([Record(row, f"{path}: a line") for row in rows] for rows in (*training_of(parts), ttt))
-    return Run(Path(folder), settings, changed, *trained, ttt, read_result(results[-1], path), len(parts))
+    *trained, ttt = (
+        [Record(row, f"{path}: a line") for row in rows] for rows in (*training_of(parts), ttt)
+    )
+    return Run(
+        Path(folder), settings, changed, *trained, ttt, read_result(results[-1], path), len(parts)
+    )
 
 
 def own_settings(run):
@@ -177,9 +223,15 @@ def own_settings(run):
 
 
 def flatten(value, name=""):
-    """RESULT -> {"scores.ttt.bpb": number or text}; lists of numbers by position, other lists by their length."""
+    """RESULT -> {"scores.ttt.bpb": number or text}; lists of numbers by position, other lists
+    by their length.
+    """
     if isinstance(value, dict):
-        return {k: v for key, part in value.items() for k, v in flatten(part, f"{name}.{key}".lstrip(".")).items()}
+        return {
+            k: v
+            for key, part in value.items()
+            for k, v in flatten(part, f"{name}.{key}".lstrip(".")).items()
+        }
     if isinstance(value, list) and value and all(map(is_number, value)):
         return {f"{name}.{number}": part for number, part in enumerate(value)}
     return {name: len(value) if isinstance(value, list) else value}
@@ -187,11 +239,16 @@ def flatten(value, name=""):
 
 def by_number(folder):
     """Sorts seed5 before seed42."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", folder.name)]
+    return [
+        (int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", folder.name)
+    ]
 
 
 def run_folders(paths):
-    """Runs or sets of runs -> folders of runs, those of a set by name and number. RunError if one is neither."""
+    """Runs or sets of runs -> folders of runs, those of a set by name and number.
+
+    RunError if one is neither.
+    """
     folders = []
     for path in map(Path, paths):
         inside = sorted((log.parent for log in path.glob("*/log.txt")), key=by_number)

@@ -1,8 +1,9 @@
 """Checks a dataset: `python prepare_caseops_data.py verify data/mine [--docs docs_selected.jsonl]`.
 
-Every file against the manifest's hashes; every document against the rules of the format; validation against its source,
-where one is given; and every training document against all of validation. Memory does not grow with the training data:
-64 bits for each validation document and a few megabytes of one shard are held at a time.
+Every file against the manifest's hashes; every document against the rules of the format; validation
+against its source, where one is given; and every training document against all of validation.
+Memory does not grow with the training data: 64 bits for each validation document and a few
+megabytes of one shard are held at a time.
 """
 
 import argparse
@@ -39,13 +40,15 @@ from prepare_caseops_data import (
 )
 
 ESC_ID = 7
-# FineWeb's documents and values; targets that whole windows of 2,048 tokens hold, and the bytes of these. train_gpt.py
-# has these numbers as well: it stands alone, and checking data needs no torch.
+# FineWeb's documents and values; targets that whole windows of 2,048 tokens hold, and the bytes of
+# these. train_gpt.py has these numbers as well: it stands alone, and checking data needs no torch.
 CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499
 
 
 def is_canonical(tokens: np.ndarray, charges: np.ndarray | None) -> bool:
-    """Whether (N,) tokens are the contest's validation documents as CaseOps stores them, by counts and by bytes.
+    """Whether (N,) tokens are the contest's validation documents as CaseOps stores them, by counts
+    and
+    by bytes.
 
     charges: bytes of each token, (N,), or None where they are not at hand.
     """
@@ -69,7 +72,9 @@ def check_files(folder: Path) -> Iterator[str]:
 
 
 def check_side_car(tokens: np.ndarray, costs: np.ndarray) -> Iterator[str]:
-    """Problems of a side-car (tokens,): BOS and markers are free; a marker behind an odd number of ESC is a literal."""
+    """Problems of a side-car (tokens,): BOS and markers are free; a marker behind an odd number
+    of ESC is a literal.
+    """
     positions = np.arange(len(tokens))
     last_other = np.maximum.accumulate(np.where(tokens == ESC_ID, -1, positions))
     escapes_before = np.concatenate([[0], (positions - last_other)[:-1]])
@@ -77,13 +82,17 @@ def check_side_car(tokens: np.ndarray, costs: np.ndarray) -> Iterator[str]:
     for name, wrong in {
         "BOS is charged": (tokens == BOS_ID) & (costs > 0),
         "a case marker is charged": marker & (escapes_before % 2 == 0) & (costs > 0),
-        "an escaped marker is charged less than its 3 bytes": marker & (escapes_before % 2 == 1) & (costs < 3),
+        "an escaped marker is charged less than its 3 bytes": (
+            marker & (escapes_before % 2 == 1) & (costs < 3)
+        ),
     }.items():
         if wrong.any():
             yield f"side-car: {name} {wrong.sum():,} times, first at value {wrong.argmax():,}"
 
 
-def check_counts(folder: Path, tokens: np.ndarray, costs: np.ndarray | None, train_documents: int) -> Iterator[str]:
+def check_counts(
+    folder: Path, tokens: np.ndarray, costs: np.ndarray | None, train_documents: int
+) -> Iterator[str]:
     """Differences between the manifest's counts and what is there."""
     found = {"val": {"documents": int((tokens == BOS_ID).sum()), "tokens": len(tokens)}}
     found["train"] = {"documents": train_documents}
@@ -98,7 +107,10 @@ def check_counts(folder: Path, tokens: np.ndarray, costs: np.ndarray | None, tra
 
 
 def check_contents(folder: Path) -> Iterator[str]:
-    """Splits that hold no text: there is nothing to score, or nothing to train on. Having no training files is fine."""
+    """Splits that hold no text: there is nothing to score, or nothing to train on.
+
+    Having no training files is fine.
+    """
     for split, name in SPLIT_NAMES.items():
         shards = [read_shard(path) for path in shard_files(folder, split)]
         if not sum(map(len, shards)) and (shards or split == "val"):
@@ -108,7 +120,9 @@ def check_contents(folder: Path) -> Iterator[str]:
 
 
 def check_samples(sp, tokens: np.ndarray, costs: np.ndarray, count: int) -> Iterator[str]:
-    """Decodes documents spread over validation and encodes them again: most must give the same tokens and bytes.
+    """Decodes documents spread over validation and encodes them again: most must give the same
+    tokens
+    and bytes.
 
     Not all: SentencePiece's normalization keeps neither blanks nor ligatures as they were.
     """
@@ -120,15 +134,23 @@ def check_samples(sp, tokens: np.ndarray, costs: np.ndarray, count: int) -> Iter
     same_tokens = same_bytes = 0
     for start, end in zip(starts[sampled], ends[sampled], strict=True):
         try:
-            ids, charges = encode_document_with_bytes(sp, decode(sp.decode(tokens[start:end].tolist())))
+            ids, charges = encode_document_with_bytes(
+                sp, decode(sp.decode(tokens[start:end].tolist()))
+            )
         except (CapsError, IndexError):
             continue
         if np.array_equal(ids, tokens[start:end]):
             same_tokens += 1
             same_bytes += np.mean(charges == costs[start:end]) > 0.9
-    print(f"of {len(sampled)} decoded documents {same_tokens} encode to their tokens, {same_bytes} to their bytes too")
+    print(
+        f"of {len(sampled)} decoded documents {same_tokens} encode to their tokens, {same_bytes} to"
+        " their bytes too"
+    )
     if min(same_tokens, same_bytes) < 0.8 * len(sampled):
-        yield "decoded validation documents do not encode to what they were: another tokenizer, or a broken side-car"
+        yield (
+            "decoded validation documents do not encode to what they were: another tokenizer, or a"
+            " broken side-car"
+        )
 
 
 def check_source(
@@ -138,13 +160,17 @@ def check_source(
     position, document = 0, 0
     documents = int((tokens == BOS_ID).sum())
     encoder = partial(encode_batch, tokenizer, False, 150_000)
-    for batch in map_in_order(encoder, make_batches("val", itertools.islice(lines, documents), 0, 0), workers):
+    for batch in map_in_order(
+        encoder, make_batches("val", itertools.islice(lines, documents), 0, 0), workers
+    ):
         end = position + len(batch.ids)
         wrong = tokens[position:end] != batch.ids if end <= len(tokens) else np.ones(1, bool)
         if costs is not None and not wrong.any():
             wrong = costs[position:end] != batch.costs
         if wrong.any():
-            number = document + int(np.searchsorted(np.cumsum(batch.lengths), wrong.argmax(), side="right"))
+            number = document + int(
+                np.searchsorted(np.cumsum(batch.lengths), wrong.argmax(), side="right")
+            )
             yield f"validation document {number:,} is not the one of the source"
             return
         position, document = end, document + len(batch.lengths)
@@ -154,7 +180,9 @@ def check_source(
 
 
 def find_leaks(folder: Path) -> tuple[int, list[str]]:
-    """Number of training documents, and those whose tokens are a validation document's: shard, number, which one."""
+    """Number of training documents, and those whose tokens are a validation document's: shard,
+    number, which one.
+    """
     known = {}
     for number, (_, ids) in enumerate(read_documents(shard_files(folder, "val"))):
         if len(ids) > 1:  # an empty document has nothing to leak
@@ -164,20 +192,34 @@ def find_leaks(folder: Path) -> tuple[int, list[str]]:
         if path != current:
             current, first = path, total
         if len(ids) > 1 and (number := known.get(document_hash(ids))) is not None:
-            leaks.append(f"{path.name}, document {total - first:,} of it ({total:,} of training): "
-                         f"validation document {number:,}")  # fmt: skip
+            leaks.append(
+                f"{path.name}, document {total - first:,} of it ({total:,} of training): "
+                f"validation document {number:,}"
+            )
         total += 1
     return total, leaks
 
 
-def verify(folder: Path, tokenizer: str, source: Iterator | None = None, samples: int = 200, workers: int = 1) -> list:
-    """All problems of a dataset, as sentences. Raises DataError where a file cannot be read at all."""
+def verify(
+    folder: Path,
+    tokenizer: str,
+    source: Iterator | None = None,
+    samples: int = 200,
+    workers: int = 1,
+) -> list:
+    """All problems of a dataset, as sentences.
+
+    Raises DataError where a file cannot be read at all.
+    """
     problems, has_manifest = [], (folder / "manifest.json").exists()
     if has_manifest:
         problems += check_files(folder)
     else:
         print("no manifest.json: neither hashes nor counts are stated, none are checked")
-    val, side_car = ([read_shard(path) for path in shard_files(folder, stream)] for stream in ("val", "val_bytes"))
+    val, side_car = (
+        [read_shard(path) for path in shard_files(folder, stream)]
+        for stream in ("val", "val_bytes")
+    )
     if not val:
         raise DataError(f"{folder}: no fineweb_val_*.bin")
     problems += check_contents(folder)
@@ -195,24 +237,37 @@ def verify(folder: Path, tokenizer: str, source: Iterator | None = None, samples
     start = time.perf_counter()
     documents, leaks = find_leaks(folder)
     seconds = time.perf_counter() - start
-    print(f"{documents:,} training documents searched for validation documents in {seconds:.1f} s, {len(leaks)} found")
+    print(
+        f"{documents:,} training documents searched for validation documents in {seconds:.1f} s,"
+        f" {len(leaks)} found"
+    )
     problems += [f"leak: {leak}" for leak in leaks]
     if has_manifest:
         problems += check_counts(folder, tokens, costs, documents)
     total = f", {int(costs.sum(dtype=np.int64)):,} bytes" if costs is not None else ""
-    print(f"validation: {int((tokens == BOS_ID).sum()):,} documents, {len(tokens):,} values{total}; "
-          f"canonical: {'yes' if is_canonical(tokens, costs) else 'no'}")  # fmt: skip
+    print(
+        f"validation: {int((tokens == BOS_ID).sum()):,} documents, {len(tokens):,} values{total}; "
+        f"canonical: {'yes' if is_canonical(tokens, costs) else 'no'}"
+    )
     return problems
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status: 0 if the dataset is in order, 1 if not."""
-    parser = argparse.ArgumentParser(prog="prepare_caseops_data.py verify", description="Check a dataset.")
+    parser = argparse.ArgumentParser(
+        prog="prepare_caseops_data.py verify", description="Check a dataset."
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--docs", nargs="+", metavar="FILE", help="source; its first documents must be validation")
-    parser.add_argument("--tokenizer", default=str(DEFAULT_TOKENIZER), metavar="MODEL", help="default: %(default)s")
+    parser.add_argument(
+        "--docs", nargs="+", metavar="FILE", help="source; its first documents must be validation"
+    )
+    parser.add_argument(
+        "--tokenizer", default=str(DEFAULT_TOKENIZER), metavar="MODEL", help="default: %(default)s"
+    )
     count = whole_number(0)
-    parser.add_argument("--samples", type=count, default=200, metavar="N", help="documents to decode; %(default)s")
+    parser.add_argument(
+        "--samples", type=count, default=200, metavar="N", help="documents to decode; %(default)s"
+    )
     add_workers(parser)
     options = parser.parse_args(arguments)
     return exit_status(partial(report, options))
@@ -222,7 +277,9 @@ def report(options: argparse.Namespace) -> int:
     """Verifies as the command line says and prints the problems; returns the exit status."""
     source = options.docs and itertools.chain.from_iterable(map(read_lines, options.docs))
     try:
-        problems = verify(options.folder, options.tokenizer, source, options.samples, options.workers)
+        problems = verify(
+            options.folder, options.tokenizer, source, options.samples, options.workers
+        )
     except (DataError, OSError) as error:
         problems = [str(error)]
     for problem in problems:
