@@ -1762,19 +1762,38 @@ def load_tokenizer(hp):
 
 
 # ---- KERNELS -------------------------------------------------------------------------------------
-# Each operation stands twice with one signature: the reference (`*_ref`, `attention_sdpa`: any
-# device, any dtype, autograd for free) and the fast version, a custom op that torch.compile takes
-# as one node. `select_ops` chooses. Inside kernels no Python global and no True/False/None: a
-# minifier may move those to module level, where Triton refuses them. Annotations stand where they
-# are read at run time (tl.constexpr, op schemas): the minifier keeps them.
+# Each operation is written twice, with the same signature: the reference (`*_ref`,
+# `attention_sdpa`) defines it on any device, in any dtype, and is differentiated by autograd; the
+# fast version is a custom op, which torch.compile treats as one node. `*_trial_inputs` makes the
+# arguments with which select_ops tries the fast version against the reference.
+#
+# Kernels read no Python global and contain no True/False/None, because a minifier may move those
+# to module level, where Triton refuses them. Only annotations that are read at run time are
+# written (tl.constexpr, the schemas of custom ops), because the minifier keeps them all.
 
-# without Triton kernels are defined, never launched
-jit = (lambda kernel: kernel) if triton is None else triton.jit
+
+def jit(kernel):
+    """triton.jit; without Triton the kernels are defined but never launched."""
+    return kernel if triton is None else triton.jit(kernel)
 
 
 @jit
-def load_f32(pointers, mask):  # 0 where masked; tl.store casts back by itself
+def load_f32(pointers, mask):
+    """tl.load as float32, 0 where masked; tl.store casts back by itself."""
     return tl.load(pointers, mask, 0.0).to(tl.float32)
+
+
+def trial_tensors(device, dtype, *shapes):
+    """Tensors of normal numbers that require gradients, for the trials of select_ops.
+
+    They are the same at every call, and the random state of the run stays as it is.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = []
+    for shape in shapes:
+        numbers = torch.randn(shape, generator=generator, device=device)
+        tensors.append(numbers.to(dtype).requires_grad_())
+    return tensors
 
 
 def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors, results=1):
@@ -1813,142 +1832,191 @@ def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors, results
     return register
 
 
-# --- head with softcapped cross-entropy: z = softcap * tanh(h @ weight.T / softcap), loss =
-# logsumexp(z) - z[target] One pass over the logits puts the gradients of the losses in their place;
-# backward, the loss's own scale the products.
+# --- lm_head with softcapped cross-entropy
+# z = softcap * tanh(h @ weight.T / softcap), loss = logsumexp(z) - z[target]. Forward overwrites
+# the logits with their gradients; backward only scales two matmuls by the incoming gradient.
 
 
 def softcapped_cross_entropy_ref(logits, targets, softcap):
-    """logits (N, V), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats.
-
-    The definition of the operation.
-    """
-    return F.cross_entropy(
-        softcap * torch.tanh(logits.float() / softcap), targets, reduction="none"
-    )
+    """Losses (N,) in nats, fp32, of logits (N, V) and targets (N,) int64 in [0, V)."""
+    capped = softcap * torch.tanh(logits.float() / softcap)
+    return F.cross_entropy(capped, targets, reduction="none")
 
 
 def linear_cross_entropy_ref(h, weight, targets, softcap):
-    """h (N, D), weight (V, D), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats;
-    logits in the dtype of h.
+    """Losses (N,) in nats, fp32, of h (N, D), weight (V, D) and targets (N,) int64 in [0, V).
+
+    The logits have the dtype of h.
     """
     return softcapped_cross_entropy_ref(F.linear(h, weight), targets, softcap)
 
 
+def cross_entropy_trial_inputs(hp, device, dtype):
+    h, weight = trial_tensors(device, dtype, (200, 64), (1000, 64))
+    targets = torch.arange(0, 1000, 5, device=device)
+    return h, weight, targets, 30.0
+
+
+@jit
+def softcap_tanh(logits, CAP: tl.constexpr):
+    """tanh(logits / CAP), written with the sigmoid, which Triton has on every device."""
+    return 2 * tl.sigmoid(logits * (2 / CAP)) - 1
+
+
 @jit
 def _ce_kernel(logits, targets, losses, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Losses, and the gradient of each row's loss in place of its logits.
+    """One program per row: its loss, and the gradient of that loss in place of its logits.
 
-    The cap bounds exp(z): no peak is sought.
+    The softcap bounds exp(z), so no running maximum is needed.
     """
-    # 64 bits: rows x vocabulary may exceed 2^31
-    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside, target = columns < V, tl.load(targets + row)
+    row = tl.program_id(0).to(tl.int64)  # 64 bits: rows x vocabulary may exceed 2^31
+    columns = tl.arange(0, BLOCK)
+    inside = columns < V
+    target = tl.load(targets + row)
     logits += row * V
-    z_target = CAP * (2 * tl.sigmoid(tl.load(logits + target).to(tl.float32) * (2 / CAP)) - 1)
-    tanh = 2 * tl.sigmoid(load_f32(logits + columns, inside) * (2 / CAP)) - 1
+
+    # loss = log(sum of exp(z)) - z[target]
+    z_target = CAP * softcap_tanh(tl.load(logits + target).to(tl.float32), CAP)
+    tanh = softcap_tanh(load_f32(logits + columns, inside), CAP)
     exps = tl.where(inside, tl.exp(CAP * tanh), 0.0)
     total = tl.sum(exps, 0)
     tl.store(losses + row, tl.log(total) - z_target)
-    d = (exps * (1 / total) - tl.where(columns == target, 1.0, 0.0)) * (1 - tanh * tanh)
-    tl.store(logits + columns, d, inside)
+
+    # gradient for logits: (softmax(z) - one_hot(target)) * dz/dlogits, where the last is 1 - tanh^2
+    softmax = exps * (1 / total)
+    d_z = softmax - tl.where(columns == target, 1.0, 0.0)
+    tl.store(logits + columns, d_z * (1 - tanh * tanh), inside)
 
 
 def _launch_ce(logits, targets, softcap):
-    """logits (N, V), overwritten, targets (N,) -> losses (N,); a program a row, 16 logits a
-    thread at V = 8,192.
-    """
+    """Losses (N,) of targets (N,); logits (N, V) become their gradients."""
     N, V = logits.shape
     losses = logits.new_empty(N, dtype=torch.float32)
+    if N == 0:
+        return losses
     block = triton.next_power_of_2(V)
-    if N > 0:
-        _ce_kernel[N,](
-            logits,
-            targets.contiguous(),
-            losses,
-            V=V,
-            CAP=softcap,
-            BLOCK=block,
-            num_warps=min(32, block // 512 or 1),
-        )
+    num_warps = min(32, max(1, block // 512))  # 16 logits per thread at V = 8,192
+    _ce_kernel[N,](
+        logits,
+        targets.contiguous(),
+        losses,
+        V=V,
+        CAP=softcap,
+        BLOCK=block,
+        num_warps=num_warps,
+    )
     return losses
 
 
-def _ce_gradients(needed, grad, h, weight, unit, softcap):
-    grad_h = ((unit @ weight) * grad[:, None]).to(h.dtype) if needed[0] else None
-    return grad_h, unit.T @ (h * grad[:, None]).to(h.dtype) if needed[1] else None
-
-
-@golf_op(
-    lambda h, weight, *_: (
-        h.new_empty(h.shape[0], dtype=torch.float32),
-        h.new_empty(h.shape[0], weight.shape[0]),
-    ),
-    _ce_gradients,
-    lambda needed, h, weight, targets, losses, unit: (h, weight, unit),
-)
-def linear_cross_entropy(
+@torch.library.custom_op("golf::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
     h: Tensor, weight: Tensor, targets: Tensor, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """h (N, D), weight (V, D), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats;
-    logits in the dtype of h.
-    """
+    """Losses (N,), and the gradient (N, V) of each row's loss with respect to its logits."""
     logits = h @ weight.T
-    return _launch_ce(logits, targets, softcap), logits
+    losses = _launch_ce(logits, targets, softcap)
+    return losses, logits
 
 
-# --- squared leaky ReLU MLP: leaky_relu(x @ w_up.T, slope)^2 @ w_down.T. Quack's products
-# (quack-kernels) end with the activation or, backward, its derivative; others are cuBLAS. For the
-# derivative the activation alone is kept: its root is the size of the first product, its lowest bit
-# stores the sign.
+@_linear_cross_entropy.register_fake
+def _linear_cross_entropy_fake(h, weight, targets, softcap):
+    rows = h.shape[0]
+    return h.new_empty(rows, dtype=torch.float32), h.new_empty(rows, weight.shape[0])
+
+
+def _linear_cross_entropy_setup(ctx, inputs, output):
+    h, weight, *_ = inputs
+    ctx.set_materialize_grads(False)  # or autograd fills zeros for the second output
+    ctx.save_for_backward(h, weight, output[1])
+
+
+def _linear_cross_entropy_gradients(ctx, grad, _):
+    """Gradients of h and weight, from grad (N,) of the losses."""
+    if grad is None:
+        return None, None, None, None
+    h, weight, grad_logits = ctx.saved_tensors
+    grad_h = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_h = ((grad_logits @ weight) * grad[:, None]).to(h.dtype)
+    if ctx.needs_input_grad[1]:
+        scaled_h = (h * grad[:, None]).to(h.dtype)
+        grad_weight = grad_logits.T @ scaled_h
+    return grad_h, grad_weight, None, None
+
+
+_linear_cross_entropy.register_autograd(
+    _linear_cross_entropy_gradients, setup_context=_linear_cross_entropy_setup
+)
+
+
+def linear_cross_entropy(h, weight, targets, softcap):
+    """As linear_cross_entropy_ref; the (N, V) logits are written once and overwritten once."""
+    return _linear_cross_entropy(h, weight, targets, softcap)[0]
+
+
+# --- squared leaky ReLU MLP: leaky_relu(x @ w_up.T, slope)^2 @ w_down.T
+# Quack's GEMMs (quack-kernels) fuse the activation or, in backward, its derivative; the other
+# matmuls are cuBLAS. Only the activation is saved: its square root is the magnitude of the
+# pre-activation, up to the slope, and its lowest bit is the sign.
 
 
 def mlp_ref(x, w_up, w_down, slope):
-    """x (..., D), w_up (F, D), w_down (D, F) -> (..., D). The definition of the operation."""
-    return F.linear(F.leaky_relu(F.linear(x, w_up), slope).square(), w_down)
+    """(..., D) of x (..., D), w_up (F, D), w_down (D, F)."""
+    hidden = F.leaky_relu(F.linear(x, w_up), slope)
+    return F.linear(hidden.square(), w_down)
+
+
+def mlp_trial_inputs(hp, device, dtype):
+    x, w_up, w_down = trial_tensors(device, dtype, (200, 64), (320, 64), (64, 320))
+    return x, w_up / 8, w_down / 18, 0.3
 
 
 @lru_cache
-def mlp_products(slope, dtype):
-    """0 <= slope <= 1 -> forward: act of a @ b.T; backward: (a @ b) act'. Operands of an epilogue
-    go
-    by name: acc, c. Compiled when first called, 10 s for all ranks of a host, then cached on disk.
-    ValueError: another GPU or dtype.
+def mlp_gemms(slope, dtype):
+    """Quack's GEMMs act(a @ b.T) and, for backward, (a @ b) * act'; slope from 0 to 1.
+
+    Compiled when first called, 10 s for all ranks of a host, then cached on disk. ValueError:
+    another GPU or dtype.
     """
     if torch.cuda.get_device_capability()[0] != 9 or dtype != torch.bfloat16:
         raise ValueError("needs sm_90 and bfloat16")
     import cutlass
     from quack.epilogue import EpiMod
 
-    def forward(acc):  # to the nearest number of 16 bits whose lowest tells the side
-        left = acc.bitcast(cutlass.Int32) >> 15 & 65536
+    # Quack passes operands by name: acc, the sum in fp32, and c. Bit 16 of an fp32 number is the
+    # lowest bit of its bf16 form.
+    def forward(acc):
+        negative = (acc.bitcast(cutlass.Int32) >> 15) & 65536  # bit 16 = sign of acc
         leaky = cutlass.cute.arch.fmax(acc, acc * slope)
-        return {
-            "D": (
-                ((leaky * leaky).bitcast(cutlass.Int32) + 65536 - left & -131072 | left).bitcast(
-                    cutlass.Float32
-                )
-            )
-        }
+        act = (leaky * leaky).bitcast(cutlass.Int32)
+        # to the nearest of the bf16 numbers whose lowest bit is that sign
+        rounded = ((act + 65536 - negative) & -131072) | negative
+        return {"D": rounded.bitcast(cutlass.Float32)}
 
-    def backward(acc, c):  # c: act; the derivative is 2 sqrt(act), times -slope on the left
-        side = cutlass.select_(c.bitcast(cutlass.Int32) & 65536 == 0, 2.0, -2.0 * slope)
-        return {"D": acc * (cutlass.cute.math.sqrt(c, fastmath=True) * cutlass.Float32(side))}
+    def backward(acc, c):  # c: act; act' = 2 sqrt(act), times -slope where the sign is set
+        positive = c.bitcast(cutlass.Int32) & 65536 == 0
+        factor = cutlass.select_(positive, 2.0, -2.0 * slope)
+        root = cutlass.cute.math.sqrt(c, fastmath=True)
+        return {"D": acc * (root * cutlass.Float32(factor))}
 
     return EpiMod(forward), EpiMod(backward)
 
 
+def _for_tma(t):
+    """t (M, N), or a copy, with rows and a base that TMA can address."""
+    # even a single row, which is contiguous whatever its stride, gets the stride N
+    t = t.detach().contiguous().flatten().view(t.shape)
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
 def _launch_mlp(a, b, act, slope):
-    """a (M, K), b (N, K), None -> act (M, N); a (M, K), b (K, N), act (M, N) -> (M, N):
-    backward.
-    """
+    """act (M, N) of a (M, K), b (N, K) and None; in backward (M, N) of a, b (K, N) and act."""
     backward = act is not None
-    tensors = [a, b, a.new_empty(a.shape[0], b.shape[backward]), *((act,) if backward else ())]
-    # rows and a base that TMA can address; one row is contiguous whatever its stride
-    for i, t in enumerate(tensors):
-        t = t.detach().contiguous().flatten().view(t.shape)
-        tensors[i] = t if t.data_ptr() % 16 == 0 else t.clone()
-    mlp_products(slope, a.dtype)[backward].gemm(
+    out = a.new_empty(a.shape[0], b.shape[1 if backward else 0])
+    tensors = [_for_tma(a), _for_tma(b), out]
+    if backward:
+        tensors.append(_for_tma(act))
+    mlp_gemms(slope, a.dtype)[1 if backward else 0].gemm(
         *tensors,
         epi_args={},
         tile_M=192,
@@ -1958,40 +2026,68 @@ def _launch_mlp(a, b, act, slope):
         pingpong=True,
         b_kn=backward,
     )
-    return tensors[2]
+    return out
 
 
-@golf_op(lambda grad, w_down, act, _: torch.empty_like(act))
+@torch.library.custom_op("golf::mlp_backward", mutates_args=())
 def _mlp_backward(grad: Tensor, w_down: Tensor, act: Tensor, slope: float) -> Tensor:
+    """Gradient (M, F) of the pre-activation, from grad (M, D) of the output."""
     return _launch_mlp(grad, w_down, act, slope)
 
 
-def _mlp_gradients(needed, grad, x, w_up, w_down, act, slope):
-    grad_down = grad.T @ act if needed[2] else None
-    grad_pre = _mlp_backward(grad, w_down, act, slope) if needed[0] or needed[1] else None
-    grad_up = grad_pre.T @ x if needed[1] else None
-    return grad_pre @ w_up if needed[0] else None, grad_up, grad_down
+@_mlp_backward.register_fake
+def _mlp_backward_fake(grad, w_down, act, slope):
+    return torch.empty_like(act)
 
 
-@golf_op(
-    lambda x, w_up, w_down, _: tuple(x.new_empty(x.shape[0], w.shape[0]) for w in (w_down, w_up)),
-    _mlp_gradients,
-    lambda needed, x, w_up, w_down, out, act: (x, w_up, w_down, act),
-)
+@torch.library.custom_op("golf::mlp", mutates_args=())
 def _mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """Output (M, D), and the activation (M, F) that backward needs, of x (M, D)."""
     act = _launch_mlp(x, w_up, None, slope)
     return act @ w_down.T, act
 
 
-def leaky_relu_sq_mlp(x, w_up, w_down, slope):
-    """x (..., D), w_up (F, D), w_down (D, F), of one dtype -> (..., D).
+@_mlp.register_fake
+def _mlp_fake(x, w_up, w_down, slope):
+    rows = x.shape[0]
+    return x.new_empty(rows, w_down.shape[0]), x.new_empty(rows, w_up.shape[0])
 
-    What TMA cannot address takes the reference.
-    """
+
+def _mlp_setup(ctx, inputs, output):
+    *tensors, ctx.slope = inputs
+    ctx.set_materialize_grads(False)  # or autograd fills zeros for the activation
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _mlp_gradients(ctx, grad, _):
+    if grad is None:
+        return None, None, None, None
+    x, w_up = ctx.saved_tensors[:2]
+    w_down, act = ctx.saved_tensors[2:]
+    needs_x, needs_up, needs_down = ctx.needs_input_grad[:3]
+    grad_x = grad_up = grad_down = None
+    if needs_down:
+        grad_down = grad.T @ act
+    if needs_x or needs_up:
+        grad_pre = _mlp_backward(grad, w_down, act, ctx.slope)
+    if needs_up:
+        grad_up = grad_pre.T @ x
+    if needs_x:
+        grad_x = grad_pre @ w_up
+    return grad_x, grad_up, grad_down, None
+
+
+_mlp.register_autograd(_mlp_gradients, setup_context=_mlp_setup)
+
+
+def leaky_relu_sq_mlp(x, w_up, w_down, slope):
+    """As mlp_ref, of tensors of one dtype. Shapes that TMA cannot address take the reference."""
     width, hidden = w_down.shape
-    if width % 8 or hidden % 8 or x.numel() == 0:  # rows of n * 16 bytes
+    if width % 8 or hidden % 8 or x.numel() == 0:  # TMA needs rows of n * 16 bytes
         return mlp_ref(x, w_up, w_down, slope)
-    return _mlp(x.reshape(-1, width), w_up, w_down, abs(slope)).view(x.shape)
+    # the square does not see the sign of the slope
+    out = _mlp(x.reshape(-1, width), w_up, w_down, abs(slope))[0]
+    return out.view(x.shape)
 
 
 # --- around attention: before it, q and k get a norm for each head, partial rotary positions and q
@@ -2026,11 +2122,26 @@ def qkv_heads_ref(qkv, gain, cos, sin, kv_heads):
     )
 
 
+def qkv_heads_trial_inputs(hp, device, dtype):
+    heads = hp.num_heads + 2 * hp.num_kv_heads
+    qkv, gain = trial_tensors(device, dtype, (1, 256, heads * hp.head_dim), (hp.num_heads,))
+    frequencies = torch.tensor([1.0, 0.03], device=device)
+    angles = torch.arange(256, device=device)[:, None, None] * frequencies
+    return qkv, gain, angles.cos(), angles.sin(), hp.num_kv_heads
+
+
 def gated_xsa_ref(y, v, logits, factor):
     """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> XSA (arXiv:2603.09078) times factor
     sigmoid(logits).
     """
     return subtract_own_value(y, v) * (factor * torch.sigmoid(logits))[..., None]
+
+
+def gated_xsa_trial_inputs(hp, device, dtype):
+    queries = (1, 256, hp.num_heads, hp.head_dim)
+    values = (1, 256, hp.num_kv_heads, hp.head_dim)
+    y, v, logits = trial_tensors(device, dtype, queries, values, queries[:3])
+    return y, v, logits, 2.0
 
 
 def subtract_own_value(y, v):
@@ -2295,6 +2406,14 @@ def enter_ref(x, x0, mix, scale, window, wants, *merge):
     return h, h[..., :window], x_in if wants[0] else None, x if wants[1] else None
 
 
+def enter_trial_inputs(hp, device, dtype):
+    stream = (200, 64)
+    x, x0, skip, mix = trial_tensors(device, dtype, stream, stream, stream, (2, 64))
+    weight, gate = trial_tensors(device, torch.float32, (64,), (64,))
+    scale = torch.ones(1, device=device)
+    return x, x0, mix, scale, 9, (True, True), skip, weight, gate
+
+
 @jit
 def _enter_kernel(
     d_h,
@@ -2474,6 +2593,17 @@ def adamw_rows_ref(values, squares, gradient, source, target, correction, scale,
     return values, squares
 
 
+def adamw_rows_trial_inputs(hp, device, dtype):
+    values, roots = trial_tensors(device, torch.float32, (1000, 64), (1000, 64))
+    (gradient,) = trial_tensors(device, dtype, (2, 64))
+    source = torch.tensor([990, 3], device=device)
+    target = torch.tensor([990, 500], device=device)
+    correction = torch.tensor([0.1, 0.75], device=device)
+    squares = roots.detach().square()
+    rows = source, target, correction
+    return values.detach(), squares, gradient.detach(), *rows, 2.0, (0.1, 0.5, 0.9)
+
+
 @jit
 def _adamw_kernel(
     values,
@@ -2575,6 +2705,15 @@ def attention_sdpa(q, k, v, cu_seqlens, max_seqlen, attn_window=0):
     q, k, v = (t.transpose(1, 2) for t in (q, with_previous(k), with_previous(v)))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # out (blocks, H, W, E)
     return out.transpose(1, 2).reshape(1, blocks * W, H, E)[:, :T]
+
+
+def attention_trial_inputs(hp, device, dtype):
+    queries = (1, 256, hp.num_heads, hp.head_dim)
+    keys = (1, 256, hp.num_kv_heads, hp.head_dim)
+    q, k, v = trial_tensors(device, dtype, queries, keys, keys)
+    # the last documents are empty, as where a row has fewer than its limit
+    cu_seqlens = torch.tensor([0, 37, 38, 166, 256, 256, 256], dtype=torch.int32, device=device)
+    return q, k, v, cu_seqlens, 128, 9 if hp.attn_window else 0
 
 
 def _both(cu_seqlens):
@@ -2720,8 +2859,8 @@ def attention_fa4(
     return out, lse  # (tokens, H, E), (H, tokens)
 
 
-# --- selection, the fastest first
-ATTENTION_BACKENDS = {
+# --- selection
+ATTENTION_BACKENDS = {  # the fastest first
     "fa3": attention_fa3,
     "fa4": attention_fa4,
     "torch": attention_torch,
@@ -2730,12 +2869,14 @@ ATTENTION_BACKENDS = {
 
 
 @dataclass(frozen=True)
-class Ops:  # what the model calls, the name of each choice, and why an alternative was refused
+class Ops:
+    """The operations that the model calls, as select_ops chose them."""
+
     attention: Callable  # q, k, v, cu_seqlens, max_seqlen, attn_window
     mlp: Callable  # x, w_up, w_down, slope
     cross_entropy: Callable  # h, weight, targets, softcap
-    names: dict
-    notes: tuple = ()
+    names: dict  # operation -> name of the chosen candidate
+    notes: tuple = ()  # why faster candidates were refused
     qkv_heads: Callable = qkv_heads_ref  # qkv, gain, cos, sin, kv_heads
     gated_xsa: Callable = gated_xsa_ref  # y, v, logits, factor
     enter: Callable = enter_ref  # x, x0, mix, scale, window, wants, *(skip, weight, gate)
@@ -2743,147 +2884,136 @@ class Ops:  # what the model calls, the name of each choice, and why an alternat
     adamw_rows: Callable = adamw_rows_ref
 
 
+class Operation(NamedTuple):
+    """What select_ops has to choose from for one operation."""
+
+    candidates: dict  # name -> function, the fastest first
+    reference: Callable
+    trial_inputs: Callable  # (hp, device, dtype) -> arguments
+    # relative Frobenius error: bf16 rounding on both sides stays below it, a wrong mask does not
+    tolerance: float = 0.03
+
+
+def attention_candidates(hp, device):
+    """The backends that ATTENTION_BACKEND allows on this device."""
+    if hp.attention_backend != "auto":
+        return {hp.attention_backend: ATTENTION_BACKENDS[hp.attention_backend]}
+    if device.type != "cuda":
+        return {"sdpa": attention_sdpa}
+    candidates = dict(ATTENTION_BACKENDS)
+    if torch.cuda.get_device_capability(device)[0] != 9:  # FlashAttention-3 is for Hopper alone
+        del candidates["fa3"]
+    return candidates
+
+
+def use_kernels(hp, device):
+    """Whether KERNELS=1 is set and can be followed."""
+    return hp.kernels and device.type == "cuda" and triton is not None
+
+
+def operations(hp, device):
+    """{field of Ops: Operation}"""
+    with_kernels = use_kernels(hp, device)
+
+    def with_reference(library, kernel, reference, trial_inputs):
+        candidates = {library: kernel} if with_kernels else {}
+        candidates["reference"] = reference
+        return Operation(candidates, reference, trial_inputs)
+
+    return {
+        "attention": Operation(
+            attention_candidates(hp, device), attention_sdpa, attention_trial_inputs
+        ),
+        "mlp": with_reference("quack", leaky_relu_sq_mlp, mlp_ref, mlp_trial_inputs),
+        "cross_entropy": with_reference(
+            "triton", linear_cross_entropy, linear_cross_entropy_ref, cross_entropy_trial_inputs
+        ),
+        "qkv_heads": with_reference("triton", qkv_heads, qkv_heads_ref, qkv_heads_trial_inputs),
+        "gated_xsa": with_reference("triton", gated_xsa, gated_xsa_ref, gated_xsa_trial_inputs),
+        "enter": with_reference("triton", enter, enter_ref, enter_trial_inputs),
+        "adamw_rows": with_reference("triton", adamw_rows, adamw_rows_ref, adamw_rows_trial_inputs),
+    }
+
+
 def _forward_backward(op, args):
-    """op and its arguments -> its outputs and its gradients for arguments that require one,
-    under one fixed loss.
-    """
-    args = [
-        a.detach().clone().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a
-        for a in args
-    ]
+    """Outputs of op and, under one fixed loss, gradients of the args that require them."""
+    args = list(args)
+    leaves = []
+    for i, arg in enumerate(args):
+        if torch.is_tensor(arg):
+            args[i] = arg.detach().clone().requires_grad_(arg.requires_grad)
+            if arg.requires_grad:
+                leaves.append(args[i])
     with torch.enable_grad():
         outs = op(*args)
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    grads = [
-        torch.linspace(-1, 1, t.numel(), device=t.device).cos().view(t.shape).to(t.dtype)
-        for t in outs
-    ]
-    leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
-    return [
-        *(t.detach() for t in outs),
-        *(torch.autograd.grad(outs, leaves, grads) if leaves else ()),
-    ]
+    if not isinstance(outs, tuple):
+        outs = (outs,)
+    results = [out.detach() for out in outs]
+    if leaves:
+        grads = []
+        for out in outs:
+            weights = torch.linspace(-1, 1, out.numel(), device=out.device).cos()
+            grads.append(weights.view(out.shape).to(out.dtype))
+        results += torch.autograd.grad(outs, leaves, grads)
+    return results
+
+
+def _disagreement(op, reference, args, tolerance):
+    """How outputs and gradients of op differ from the reference's; empty if they agree."""
+    pairs = zip(_forward_backward(op, args), _forward_backward(reference, args), strict=True)
+    errors = []
+    for got, want in pairs:
+        error = (got - want).float().norm() / want.float().norm()
+        errors.append(error.item())
+    if all(error <= tolerance for error in errors):  # False for NaN
+        return ""
+    listed = " ".join(f"{error:.1e}" for error in errors)
+    return f"disagrees with the reference, relative errors {listed}"
 
 
 def _first_that_works(kind, candidates, reference, args, notes, tolerance=0.03):
-    """Candidates by name, trial arguments -> name of the first that agrees with reference, or
-    None; adds to notes.
-    """
+    """Name of the first candidate that agrees with the reference, or None; refusals go to notes."""
     for name, op in candidates.items():
         if op is reference:
             return name
         try:
-            pairs = zip(
-                _forward_backward(op, args), _forward_backward(reference, args), strict=True
-            )
-            errors = [
-                ((got - want).float().norm() / want.float().norm()).item() for got, want in pairs
-            ]
-            # relative Frobenius errors: bf16 rounding on both sides stays below the tolerance, a
-            # wrong mask does not
-            if all(error <= tolerance for error in errors):  # False for NaN
-                return name
-            fault = "disagrees with the reference, relative errors " + " ".join(
-                f"{error:.1e}" for error in errors
-            )
-        # a library may raise anything (missing, wrong version, wrong device): not here
-        except Exception as error:
-            fault = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+            fault = _disagreement(op, reference, args, tolerance)
+        except Exception as error:  # a library may raise anything: missing, old, wrong device
+            lines = str(error).strip().splitlines() or [""]
+            fault = f"{type(error).__name__}: {lines[0][:200]}"
+        if not fault:
+            return name
         notes.append(f"{kind} {name}: {fault}")
     return None
 
 
-def select_ops(
-    kernels, attention_backend, device, dtype, head_dim, num_heads, num_kv_heads, attn_window=0
-):
-    """Settings KERNELS and ATTENTION_BACKEND, shapes -> Ops, each fast version tried on `device`
-    against its reference. The random state of the run stays as it is. SettingError: a named backend
-    is unknown or does not work here.
+def select_ops(hp, device, dtype):
+    """Ops for hp: of each operation the fastest candidate that agrees with its reference.
+
+    They are tried on `device` in `dtype`. SettingError: ATTENTION_BACKEND does not work here.
     """
-    if attention_backend not in ("auto", *ATTENTION_BACKENDS):
-        raise SettingError(
-            f"ATTENTION_BACKEND={attention_backend}: expected auto, {', '.join(ATTENTION_BACKENDS)}"
+    device = torch.device(device)
+    notes = []
+    if hp.kernels and device.type == "cuda" and triton is None:
+        notes.append("kernels: Triton is not installed")
+    chosen = {}
+    names = {}
+    for kind, operation in operations(hp, device).items():
+        name = _first_that_works(
+            kind,
+            operation.candidates,
+            operation.reference,
+            operation.trial_inputs(hp, device, dtype),
+            notes,
+            operation.tolerance,
         )
-    cuda = torch.device(device).type == "cuda"
-    attention = ATTENTION_BACKENDS if cuda else {"sdpa": attention_sdpa}
-    if attention_backend != "auto":
-        attention = {attention_backend: ATTENTION_BACKENDS[attention_backend]}
-    # FlashAttention-3 is for Hopper alone
-    elif cuda and torch.cuda.get_device_capability(device)[0] != 9:
-        attention = {name: op for name, op in attention.items() if name != "fa3"}
-    notes = ["kernels: Triton is not installed"] if kernels and cuda and triton is None else []
-    generator = torch.Generator(device).manual_seed(0)
-    targets = torch.randint(1000, (200,), generator=generator, device=device)
-    cu_seqlens = torch.tensor([0, 37, 38, 166, 256, 256, 256], dtype=torch.int32, device=device)
-    shapes = [(1, 256, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
-    shapes += (200, 64), (320, 64), (64, 320), (1000, 64), (1, 256, num_heads)
-    q, k, v, x, w_up, w_down, head, gates = (
-        torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
-        for shape in shapes
-    )
-    angles = torch.arange(256, device=device)[:, None, None] * torch.tensor(
-        [1.0, 0.03], device=device
-    )
-    raw = torch.cat([t.detach().flatten(2) for t in (q, k, v)], dim=2).requires_grad_()
-
-    def candidates(kernel, reference, library="triton"):
-        return ({library: kernel} if kernels and cuda and triton else {}) | {
-            "reference": reference
-        }, reference
-
-    trials = {  # operation -> candidates, reference, arguments
-        "attention": (
-            attention,
-            attention_sdpa,
-            (q, k, v, cu_seqlens, 128, 9 if attn_window else 0),
-        ),
-        "mlp": (*candidates(leaky_relu_sq_mlp, mlp_ref, "quack"), (x, w_up / 8, w_down / 18, 0.3)),
-        "cross_entropy": (
-            *candidates(linear_cross_entropy, linear_cross_entropy_ref),
-            (x, head, targets, 30.0),
-        ),
-        "qkv_heads": (
-            *candidates(qkv_heads, qkv_heads_ref),
-            (raw, gates[0, 0], angles.cos(), angles.sin(), num_kv_heads),
-        ),
-        "gated_xsa": (*candidates(gated_xsa, gated_xsa_ref), (q, v, gates, 2.0)),
-        "enter": (
-            *candidates(enter, enter_ref),
-            (
-                x,
-                w_up[:200],
-                head[:2],
-                angles[1, :, 0],
-                9,
-                (True, True),
-                head[200:400],
-                *w_down.float()[:, :2].T,
-            ),
-        ),
-        "adamw_rows": (
-            *candidates(adamw_rows, adamw_rows_ref),
-            (
-                head.detach().float(),
-                head.detach().float().square(),
-                x.detach()[:2],
-                targets[:2],
-                targets[2:4],
-                gates[0, :2, 0].detach().float().square(),
-                2.0,
-                (0.1, 0.5, 0.9),
-            ),
-        ),
-    }
-    names = {kind: _first_that_works(kind, *trial, notes) for kind, trial in trials.items()}
-    if names["attention"] is None:
-        raise SettingError(
-            f"ATTENTION_BACKEND={attention_backend} does not work here: {'; '.join(notes)}"
-        )
-    return Ops(
-        **{kind: trials[kind][0][name] for kind, name in names.items()},
-        names=names,
-        notes=tuple(notes),
-    )
+        if name is None:  # attention alone has candidates without the reference
+            raise SettingError(
+                f"ATTENTION_BACKEND={hp.attention_backend} does not work here: {'; '.join(notes)}"
+            )
+        names[kind] = name
+        chosen[kind] = operation.candidates[name]
+    return Ops(**chosen, names=names, notes=tuple(notes))
 
 
 # ---- MODEL ---------------------------------------------------------------------------------------
@@ -5800,16 +5930,7 @@ def build_model(hp, dist):
     dtype = {"auto": torch.bfloat16 if dist.device.type == "cuda" else torch.float32}.get(
         hp.compute_dtype, getattr(torch, hp.compute_dtype, None)
     )
-    ops = select_ops(
-        hp.kernels,
-        hp.attention_backend,
-        dist.device,
-        dtype,
-        hp.head_dim,
-        hp.num_heads,
-        hp.num_kv_heads,
-        attn_window=hp.attn_window,
-    )
+    ops = select_ops(hp, dist.device, dtype)
     return GPT(hp, ops, dtype).to(dist.device)
 
 
