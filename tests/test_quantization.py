@@ -147,12 +147,12 @@ def quantize_alone(weights, hessians, hp):
 
 
 def gptq(w, hessian, *arguments, names=None, **steps):
-    """gptq_quantize of a batch, or of one matrix."""
+    """The tensors of gptq_quantize for a batch, or for one matrix; no column steps without octaves."""
     if w.ndim == 2:
-        return (part[0] for part in gptq(w[None], hessian[None], *arguments, names=names, **steps))
-    return train_gpt.gptq_quantize(
-        w, hessian, *arguments, names or [f"matrix {i}" for i in range(len(w))], **steps
-    )
+        return [part[0] for part in gptq(w[None], hessian[None], *arguments, names=names, **steps)]
+    names = names or [f"matrix {i}" for i in range(len(w))]
+    found = train_gpt.gptq_quantize(w, hessian, *arguments, names, **steps)
+    return [part for part in found if part is not None]
 
 
 def unpack(fields):
@@ -422,7 +422,7 @@ def test_column_steps_hold_on_inputs_that_differ_from_the_calibration(seed, monk
     """
     plain = validation_error_at_equal_bits(None, seed)
     ours = validation_error_at_equal_bits(2.0, seed)
-    monkeypatch.setattr(train_gpt, "WIDE_CODE", 127)
+    monkeypatch.setattr(train_gpt, "MAX_WIDE_CODE", 127)
     before = validation_error_at_equal_bits(100.0, seed)
     assert before > 1.5 * plain and ours < 0.8 * plain
 
@@ -513,7 +513,7 @@ def test_steps_are_the_same_on_every_machine():
         assert (
             np.float32(power * (1 - 1e-14))
             == np.float32(power * (1 + 1e-14))
-            == train_gpt.STEPS[number]
+            == train_gpt.EXP2_EIGHTHS[number]
         )
 
 
