@@ -802,6 +802,14 @@ HOSTILE = {
         "lqer_b": array_of((2, 3)),
         "lqer_b_scale": array_of(1),
     },
+    "terabytes by a scale of two dimensions": {
+        "codes": array_of((4, 2**18)),
+        "scale": array_of(4),
+        "lqer_a": array_of((4, 4)),
+        "lqer_a_scale": array_of(()),
+        "lqer_b": array_of((4, 2**18)),
+        "lqer_b_scale": array_of((2**10, 2**10)),
+    },
     "short correction": {
         "codes": array_of((4, 3)),
         "scale": array_of(4),
@@ -818,6 +826,17 @@ def test_fields_of_which_no_weight_can_be_made_are_refused_by_name(fields):
     arrays = {f"blocks.0.mlp.c_fc.weight:{field}": array for field, array in fields.items()}
     with pytest.raises(ValueError, match="blocks.0.mlp.c_fc.weight: no weight can be made"):
         train_gpt.dequantize_weights(arrays)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_step_codes_that_are_not_finite_are_harmless(value):
+    fields = {
+        "codes": array_of((4, 3)),
+        "scale": np.full(4, value, np.float16),
+        "column_steps": array_of(3),
+    }
+    arrays = {f"tok_emb.weight:{field}": array for field, array in fields.items()}
+    assert train_gpt.dequantize_weights(arrays)["tok_emb.weight"].isfinite().all()
 
 
 def test_unknown_fields_are_an_error():
