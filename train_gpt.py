@@ -3755,7 +3755,7 @@ MAX_FP16_ELEMENTS = 65_536  # a tensor with more elements must have a role in QU
 
 
 class QuantRole(NamedTuple):
-    """What a matrix is to the quantizer: its group in the artifact, and the settings it obeys."""
+    """How a matrix is quantized: its group in the artifact and the names of its settings."""
 
     group: str
     bits: str
@@ -3871,7 +3871,7 @@ def order_columns(w, hessian, damp, names):
     h = hessian.float().clone()
     diagonal = h.diagonal(dim1=1, dim2=2)
     damping = damp * diagonal.mean(dim=1)
-    dead = diagonal == 0  # no calibration token has an input there: any weight does, 0 is shortest
+    dead = diagonal == 0  # inputs that are 0 for all calibration tokens: their weights become 0
     diagonal.masked_fill_(dead, 1.0)
     order = diagonal.argsort(dim=1, descending=True, stable=True)
     h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None, :].expand_as(h))
@@ -3909,14 +3909,14 @@ def quantize_columns(weights, upper, step, max_code, block_size):
 
 
 class QuantizedMatrices(NamedTuple):
-    """Codes of gptq_quantize; column_steps is None if all columns of a row share the row's step."""
+    """What gptq_quantize returns; no column_steps if all columns of a row share the row's step."""
 
     codes: Tensor  # (N, R, C): int8, int16 with column steps
     scale: Tensor  # (N, R): fp16 step sizes, with column steps int8 codes of to_log2_eighths
     column_steps: Tensor | None = None  # (N, C): int8 codes of to_log2_eighths
 
     def step_sizes(self):
-        """Of every weight, float32, shape (N, R, 1) or (N, R, C)."""
+        """The step size of every weight in float32, shape (N, R, 1) or (N, R, C)."""
         rows = self.scale.float()[..., None]
         if self.column_steps is None:
             return rows
@@ -3926,10 +3926,10 @@ class QuantizedMatrices(NamedTuple):
 def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column_octaves=None):
     """GPTQ (arXiv:2210.17323) of w (N, R, C) with Hessians (N, C, C) -> QuantizedMatrices.
 
-    SDClip sets the step sizes of rows: clip_sigmas standard deviations of the original
-    row reach the largest code. With column_octaves, columns have steps, too (column_step_grid);
-    SDClip then only sets the step sizes, as codes have room for all weights. ValueError with the
-    names of matrices whose Hessian is infinite or cannot be made positive definite.
+    SDClip sets the step sizes of rows: clip_sigmas standard deviations of the original row reach
+    the largest code. With column_octaves columns have steps, too (column_step_grid), and nothing is
+    clipped, because codes may be wide (split_wide_codes). ValueError with the names of matrices
+    whose Hessian is infinite or cannot be made positive definite.
     """
     infinite = [name for name, h in zip(names, hessian, strict=True) if h.isinf().any()]
     if infinite:  # the codes would be noise
@@ -3942,10 +3942,10 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column
         codes = quantize_columns(weights, upper, scale.float(), max_code, block_size)
     else:
         scale, column_steps = column_step_grid(upper, scale, column_octaves)
-        # in units of the column steps, only those of rows are left
-        units = from_log2_eighths(column_steps)
-        weights = weights / units[:, :, None]
-        upper = upper / units[:, None, :]
+        # dividing by the column steps leaves a step that all columns of a row share
+        column_scale = from_log2_eighths(column_steps)
+        weights = weights / column_scale[:, :, None]
+        upper = upper / column_scale[:, None, :]
         codes = quantize_columns(
             weights, upper, from_log2_eighths(scale), MAX_WIDE_CODE, block_size
         )
@@ -3971,7 +3971,7 @@ def split_wide_codes(codes, column_steps):
     wide = codes[:, columns]
     largest = wide.abs().amax(dim=0).float()
     needed_shift = (largest / 127).log2().ceil()
-    ordinary_shift = (-column_steps[columns] / 8).round()  # up to the row's own step
+    ordinary_shift = (-column_steps[columns] / 8).round()  # the step becomes that of the row
     shift = torch.maximum(needed_shift, ordinary_shift).clamp(1, MAX_SHIFT).int()
     coarse = (wide / 2.0**shift).round().clamp(-127, 127).int()
     fine = wide.int() - (coarse << shift)
@@ -4496,7 +4496,7 @@ ESCAPE = -128  # announces a symbol that is too rare for its context
 # Variances of codes, the contexts. cumprod is exact on every machine, powers are not.
 VARIANCES = 0.04 * np.cumprod(np.full(60, 1.15))
 ESCAPED_CONTEXT = len(VARIANCES)  # of symbols after an ESCAPE, all equally frequent at first
-MAX_SQUARE = 20  # over the variance: codes beyond are escaped
+MAX_SQUARE = 20  # in units of the context's variance; codes with a larger square are escaped
 
 
 class Intervals(NamedTuple):
@@ -4568,7 +4568,7 @@ class SymbolDecoder:
     def use(self, counts):
         """From now on symbols are coded with these counts (contexts, 256)."""
         self.table = interval_table(counts)
-        # of every point of [0, 2^16) in each context: the index of its interval
+        # for each context and point of [0, 2^16), the index of the interval that it lies in
         self.index_at = np.arange(counts.size, dtype=np.int16).repeat(self.table.frequencies)
 
     def code(self, contexts, _):
@@ -4590,6 +4590,7 @@ class SymbolDecoder:
         return (index & 255) - 128
 
     def is_finished(self):
+        """Whether all words were used."""
         return self.words_used == len(self.words)
 
 
@@ -4628,21 +4629,24 @@ class ColumnModel:
 
     def __init__(self, coder, counts, columns):
         self.coder = coder
-        self.counts = counts  # shared by all matrices; each begins with what those before taught
+        self.counts = counts  # shared by all matrices, so that a matrix starts with learnt counts
         self.sum_squares = np.full(columns, 7.5 * 16)
         self.rows_seen = 16
 
     def contexts(self):
-        """Of each column."""
+        """The context of each column."""
         return np.searchsorted(VARIANCES[:-1], self.sum_squares / self.rows_seen)
 
     def add(self, residual):
-        """Counts residuals (rows, columns) that were coded in the variances."""
+        """Adds residuals (rows, columns), which both sides know by now, to the variances."""
         self.sum_squares += (residual * residual).sum(0)
         self.rows_seen += len(residual)
 
     def code_block(self, block, contexts):
-        """Integers (rows, columns) in their columns' contexts -> those coded, modulo 256."""
+        """Codes integers (rows, columns) in the contexts of their columns, modulo 256.
+
+        Returns them as int64; when decoding, those that come out of the stream.
+        """
         contexts = np.tile(contexts, len(block))
         symbols = block.astype(np.int8).astype(np.int64).ravel()
         is_frequent = symbols**2 <= MAX_SQUARE * VARIANCES[contexts]
@@ -4653,15 +4657,15 @@ class ColumnModel:
         return coded.reshape(block.shape)
 
     def code_plain_block(self, block):
-        """Codes block (rows, columns) as it is, and fills it when decoding."""
+        """Codes the block (rows, columns) itself, which is its own residual."""
         block[:] = residual = self.code_block(block, self.contexts())
         self.add(residual)
 
     def code_predicted_block(self, before, block):
-        """Codes what a linear prediction of each column from those before it leaves of a block.
+        """Codes each column of the block minus its linear prediction from the columns before it.
 
-        The predictor is fitted to the rows before. Returns whether the residuals are smaller than
-        the codes, so that prediction pays.
+        The predictor is fitted to the rows `before`. Returns whether it pays: whether the residuals
+        have a smaller sum of squares than the codes.
         """
         before = before.astype(np.float64)
         predictor = column_predictor(before.T @ before, len(before))
@@ -4678,9 +4682,9 @@ class ColumnModel:
                 means = values[:, :j] @ predictor[j : j + 16, :j].T
             mean = means[:, j - group] + values[:, group:j] @ predictor[j, group:j]
             mean = np.rint(mean).astype(np.int64)
-            rest = self.code_block((block[:, j] - mean)[:, None], contexts[j : j + 1])[:, 0]
-            residual[:, j] = rest
-            block[:, j] = rest + mean
+            coded = self.code_block((block[:, j] - mean)[:, None], contexts[j : j + 1])
+            residual[:, j] = coded[:, 0]
+            block[:, j] = coded[:, 0] + mean
             values[:, j] = block[:, j]
         self.add(residual)
         return (residual * residual).sum() < (values * values).sum()
@@ -4689,9 +4693,9 @@ class ColumnModel:
 def code_matrix(coder, counts, codes):
     """Sends codes (R, C) int8 through a coder, which reads (SymbolEncoder) or fills them.
 
-    Blocks of rows are coded one after another, each with what the rows before it taught. A matrix
-    with far more rows than columns (the embedding) is predicted from column to column as long as
-    that pays.
+    Blocks of rows are coded in turn, each with variances of the rows before it. In a matrix with
+    far more rows than columns (the embedding), columns are predicted from those before them as long
+    as that pays.
     """
     rows, columns = codes.shape
     model = ColumnModel(coder, counts, columns)
@@ -4786,9 +4790,10 @@ class Compressor(NamedTuple):
 
     number: int  # in the file
     codec: str  # of the header, and of all sections but codes
-    codes_codec: str | None = None  # of int8 codes of matrices, which have sections of their own
+    codes_codec: str | None = None  # of matrices of int8 codes; None: they have no own section
 
     def codecs(self):
+        """Names of all its codecs."""
         return [self.codec] if self.codes_codec is None else [self.codec, self.codes_codec]
 
 
@@ -4877,7 +4882,7 @@ def is_valid_spec(spec):
         return False
     if not all(type(n) is int and n >= 0 for n in spec.shape):
         return False
-    # empty arrays, too, must have lengths that a computer can handle
+    # max: the other lengths of an empty array are limited, too
     return math.prod(max(n, 1) for n in spec.shape) <= MAX_RAW_BYTES
 
 
@@ -4888,10 +4893,11 @@ def check_specs(specs):
             raise ValueError(f"{spec.name}: an artifact cannot hold {spec.dtype} {spec.shape}")
     is_unique = len({spec.name for spec in specs}) == len(specs)
     if not is_unique or total_bytes(specs) > MAX_RAW_BYTES:
-        raise ValueError(f"an array stands twice, or all take more than {MAX_RAW_BYTES} bytes")
+        raise ValueError(f"two arrays have one name, or all take more than {MAX_RAW_BYTES} bytes")
 
 
 def total_bytes(specs):
+    """Bytes of all arrays, not compressed."""
     return sum(spec.num_bytes for spec in specs)
 
 
