@@ -3871,52 +3871,67 @@ class Trainer:
 
 
 # ---- QUANTIZATION --------------------------------------------------------------------------------
-# of scales: 1e-10 would be 0 in fp16, and an all-zero row be divided by it
+# Limits of scales: fp16 would round a smaller one to 0, by which an all-zero row would be divided.
 FP16_RANGE = 2.0**-24, 65504.0
 DAMPING_RETRIES = 4
-# by code, see to_log2_eighths
-STEPS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])
-MAX_SHIFT = 7  # bits of a fine code
-WIDE_CODE = 127 << MAX_SHIFT
+# Step sizes are stored as int8 codes k for 2^(k/8). The step of a weight is its row's times its
+# column's: a sum of two codes, -256 to 255. Negative k index EXP2_EIGHTHS from its end, so that
+# EXP2_EIGHTHS[k] is 2^(k/8) for them, too.
+EXP2_EIGHTHS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])
+MAX_SHIFT = 7  # bits of a fine code, see split_wide_codes
+MAX_WIDE_CODE = 127 << MAX_SHIFT
 LQER_FIELDS = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
-# saved-weight name -> role, settings of its bits and clip; in the order of the artifact's groups
+MAX_FP16_ELEMENTS = 65_536  # a tensor with more elements must have a role in QUANT_TABLE
+
+
+class QuantRole(NamedTuple):
+    """How a matrix is quantized: its group in the artifact and the names of its settings."""
+
+    group: str
+    bits: str
+    clip_sigmas: str
+
+
+EMBEDDING_ROLE = QuantRole("embedding", "embed_bits", "embed_clip_sigmas")
+# by the name of the saved weight, in the order of the artifact's groups
 QUANT_TABLE = {
-    "tok_emb.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
-    "lm_head.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),  # TIE_EMBEDDINGS=0
-    "bigram.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
-    "value_embed.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
-    "blocks.{}.attn.c_q.weight": ("q", "matrix_bits", "attn_clip_sigmas"),
-    "blocks.{}.attn.c_k.weight": ("k", "matrix_bits", "attn_clip_sigmas"),
-    "blocks.{}.attn.c_v.weight": ("v", "matrix_bits", "attn_clip_sigmas"),
-    "blocks.{}.attn.c_proj.weight": ("out", "matrix_bits", "attn_clip_sigmas"),
-    "blocks.{}.mlp.c_fc.weight": ("up", "matrix_bits", "mlp_clip_sigmas"),
-    "blocks.{}.mlp.c_proj.weight": ("down", "matrix_bits", "mlp_clip_sigmas"),
+    "tok_emb.weight": EMBEDDING_ROLE,
+    "lm_head.weight": EMBEDDING_ROLE,  # TIE_EMBEDDINGS=0
+    "bigram.weight": EMBEDDING_ROLE,
+    "value_embed.weight": EMBEDDING_ROLE,
+    "blocks.{}.attn.c_q.weight": QuantRole("q", "matrix_bits", "attn_clip_sigmas"),
+    "blocks.{}.attn.c_k.weight": QuantRole("k", "matrix_bits", "attn_clip_sigmas"),
+    "blocks.{}.attn.c_v.weight": QuantRole("v", "matrix_bits", "attn_clip_sigmas"),
+    "blocks.{}.attn.c_proj.weight": QuantRole("out", "matrix_bits", "attn_clip_sigmas"),
+    "blocks.{}.mlp.c_fc.weight": QuantRole("up", "matrix_bits", "mlp_clip_sigmas"),
+    "blocks.{}.mlp.c_proj.weight": QuantRole("down", "matrix_bits", "mlp_clip_sigmas"),
 }
 
 
 def quant_role(name):
-    """Saved-weight name -> its row of QUANT_TABLE, None for a tensor that stays fp16 (or is an
-    attention gate).
-    """
+    """QuantRole of a saved weight; None for tensors that stay fp16 and for attention gates."""
     return QUANT_TABLE.get(re.sub(r"^blocks\.[0-9]+\.", "blocks.{}.", name))
 
 
+# --- GPTQ
+
+
 def inverse_cholesky_upper(h):
-    """(..., C, C) -> U (..., C, C), upper triangular, H^-1 = U^T U; NaN where H is not positive
-    definite.
-    """
-    # H = P P^T, P upper triangular, U = P^-1: half the work of inverting H and factoring the
-    # inverse
+    """Upper triangular U (..., C, C) with H^-1 = U^T U; NaN where H is not positive definite."""
+    # H = P P^T with P upper triangular gives U = P^-1: half the work of inverting H and factoring
+    # the inverse.
     lower, info = torch.linalg.cholesky_ex(h.flip(-2, -1))
-    # no synchronisation with the host
+    # a mask instead of an `if`, which would wait for the device
     lower = lower.masked_fill((info != 0)[..., None, None], math.nan)
     eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device).expand_as(h)
     return torch.linalg.solve_triangular(lower.flip(-2, -1), eye, upper=True)
 
 
 def damped_inverse_factor(h, damping, names):
-    """h (N, C, C), damping (N,), both overwritten -> U of (h + damping I)^-1; damping grows
-    where there is none.
+    """inverse_cholesky_upper of h (N, C, C) + damping (N,) times I; overwrites both arguments.
+
+    The damping of matrices without a factor grows tenfold, up to DAMPING_RETRIES times. ValueError
+    with their names if that does not help.
     """
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     undamped = diagonal.clone()
@@ -3924,11 +3939,10 @@ def damped_inverse_factor(h, damping, names):
         diagonal.copy_(undamped + damping[:, None])
         upper = inverse_cholesky_upper(h)
         failed = ~upper.isfinite().flatten(1).all(dim=1)
-        failed_names = ", ".join(
-            name for name, bad in zip(names, failed.tolist(), strict=True) if bad
-        )
+        failed_names = [name for name, bad in zip(names, failed.tolist(), strict=True) if bad]
         if not failed_names:
             return upper
+        failed_names = ", ".join(failed_names)
         warnings.warn(
             f"GPTQ: damping raised tenfold, retry {retry + 1}: {failed_names}", stacklevel=2
         )
@@ -3937,118 +3951,184 @@ def damped_inverse_factor(h, damping, names):
 
 
 def to_log2_eighths(x):
-    """Steps x > 0 -> int8 codes k, nearest 2^(k/8): GPTQ works with the rounded step, so the
-    grid costs no error.
+    """Positive step sizes -> int8 codes k with the nearest 2^(k/8).
+
+    GPTQ works with the rounded step sizes, so that rounding them adds no error.
     """
     return (8 * x.float().log2()).round_().clamp_(-127, 127).to(torch.int8)
 
 
-def column_step_codes(upper, octaves):
-    """Factor U (N, C, C) of the inverse Hessians -> codes int8 (N, C) of the columns' steps
-    relative
-    to their rows'.
+def from_log2_eighths(codes):
+    """Codes of to_log2_eighths, or sums of them -> step sizes in float32."""
+    return (codes / 8).exp2()
 
-    diag U is the inverse of a column's conditional deviation: the part of its input that the
-    columns after it do not predict. With steps proportional to it every column costs the same
+
+class StepGrid(NamedTuple):
+    """Step sizes as codes of to_log2_eighths: a weight's is that of its row times its column's."""
+
+    row_steps: Tensor  # int8 (N, R)
+    column_steps: Tensor  # int8 (N, C)
+
+
+def column_step_grid(upper, row_scale, octaves):
+    """StepGrid from factors U (N, C, C) of inverse Hessians and SDClip scales of rows (N, R).
+
+    diag U is the inverse of a column's conditional deviation, the part of its input that the
+    columns after it do not predict. With steps proportional to diag U every column adds the same
     weighted error, which is optimal for an entropy coder. `octaves` limits the range, because other
     text may use a column more than the calibration rows did.
     """
-    log_steps = upper.diagonal(dim1=1, dim2=2).log2()
-    log_steps = log_steps - log_steps.mean(dim=1, keepdim=True)
-    codes = to_log2_eighths(log_steps.clamp(-octaves, octaves).exp2())
-    return codes.clamp_(max=127 - 8 * MAX_SHIFT)  # room for split_wide_codes
+    log2_steps = upper.diagonal(dim1=1, dim2=2).log2()
+    log2_steps = log2_steps - log2_steps.mean(dim=1, keepdim=True)
+    column_steps = to_log2_eighths(log2_steps.clamp(-octaves, octaves).exp2())
+    column_steps.clamp_(max=127 - 8 * MAX_SHIFT)  # split_wide_codes may add 8 * MAX_SHIFT
+    return StepGrid(to_log2_eighths(row_scale), column_steps)
 
 
-def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column_octaves=None):
-    """w (N, R, C), hessian (N, C, C), N names -> codes int8 (N, R, C), scale fp16 (N, R). GPTQ
-    (arXiv:2210.17323), columns in descending order of diag H, and SDClip scales: clip_sigmas
-    standard deviations of the original row reach the largest code. The working copy is (N, C, R),
-    so that a column is contiguous, and nothing in the column loop waits for the device. Raises
-    ValueError with names if a Hessian cannot be made definite.
+class OrderedColumns(NamedTuple):
+    """Matrices with their columns in the order in which GPTQ quantizes them."""
 
-    With column_octaves, see column_step_codes -> codes int16, row steps int8 (N, R), column steps
-    int8 (N, C), both as to_log2_eighths: SDClip then sets the steps, but clips nothing.
+    weights: Tensor  # (N, C, R): transposed, so that a column is contiguous
+    upper: Tensor  # (N, C, C): factors of the damped inverse Hessians
+    order: Tensor  # (N, C): original index of each column
+
+
+def order_columns(w, hessian, damp, names):
+    """w (N, R, C) and hessian (N, C, C), both kept -> OrderedColumns, by descending diag H.
+
+    damp: share of the mean of diag H that is added to it.
     """
-    if infinite := [name for name, h in zip(names, hessian, strict=True) if h.isinf().any()]:
-        # codes would be noise
-        raise ValueError(f"GPTQ: the Hessian of {', '.join(infinite)} has infinite entries")
-    num_columns, q_max = w.shape[2], 2 ** (bits - 1) - 1
-    scale = (clip_sigmas * w.float().std(dim=2) / q_max).clamp(*FP16_RANGE).half()  # (N, R)
-    step = scale.float()
     h = hessian.float().clone()
     diagonal = h.diagonal(dim1=1, dim2=2)
     damping = damp * diagonal.mean(dim=1)
-    dead = diagonal == 0  # (N, C)
+    dead = diagonal == 0  # inputs that are 0 for all calibration tokens: their weights become 0
     diagonal.masked_fill_(dead, 1.0)
     order = diagonal.argsort(dim=1, descending=True, stable=True)
     h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None, :].expand_as(h))
     upper = damped_inverse_factor(h, damping, names)
-    work = w.float().mT.masked_fill(dead[:, :, None], 0.0)
-    row_order = order[:, :, None].expand_as(work)
-    work = work.gather(1, row_order)  # (N, C, R)
-    codes = torch.empty_like(work)
-    if column_octaves is not None:
-        q_max = WIDE_CODE
-        scale = to_log2_eighths(scale)
-        step = (scale / 8).exp2()
-        column_codes = column_step_codes(upper, column_octaves)
-        column_scale = (column_codes / 8).exp2()
-        work = work / column_scale[:, :, None]
-        upper = upper / column_scale[:, None, :]
-        column_codes = torch.empty_like(column_codes).scatter_(1, order, column_codes)
+    weights = w.float().mT.masked_fill(dead[:, :, None], 0.0)
+    weights = weights.gather(1, order[:, :, None].expand_as(weights))
+    return OrderedColumns(weights, upper, order)
+
+
+def quantize_column(column, step, max_code):
+    """One column of all rows (N, R) and their step sizes (N, R) -> codes (N, R) in float32."""
+    return (column / step).round_().clamp_(-max_code, max_code)
+
+
+def quantize_columns(weights, upper, step, max_code, block_size):
+    """The loop of GPTQ: quantizes column by column, later columns make up for the error so far.
+
+    weights (N, C, R), overwritten, upper (N, C, C), step (N, R) -> codes (N, C, R) in float32.
+    Later columns of a block are updated at once, all others at its end with one matmul. Nothing
+    here waits for the device.
+    """
+    num_columns = weights.shape[1]
+    codes = torch.empty_like(weights)
     for start in range(0, num_columns, block_size):
         stop = min(start + block_size, num_columns)
-        errors = torch.empty_like(work[:, start:stop])
+        errors = torch.empty_like(weights[:, start:stop])
         for j in range(start, stop):
-            codes[:, j] = (work[:, j] / step).round_().clamp_(-q_max, q_max)
-            errors[:, j - start] = error = (work[:, j] - codes[:, j] * step) / upper[:, j, j, None]
-            work[:, j + 1 : stop].addcmul_(
-                upper[:, j, j + 1 : stop, None], error[:, None, :], value=-1.0
-            )
-        work[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, errors, alpha=-1.0)
-    codes = torch.empty_like(codes).scatter_(1, row_order, codes)
-    codes = codes.mT.to(torch.int8 if column_octaves is None else torch.int16).contiguous()
-    return (codes, scale) if column_octaves is None else (codes, scale, column_codes)
+            codes[:, j] = quantize_column(weights[:, j], step, max_code)
+            error = (weights[:, j] - codes[:, j] * step) / upper[:, j, j, None]
+            errors[:, j - start] = error
+            later = slice(j + 1, stop)
+            weights[:, later].addcmul_(upper[:, j, later, None], error[:, None, :], value=-1.0)
+        weights[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, errors, alpha=-1.0)
+    return codes
+
+
+class QuantizedMatrices(NamedTuple):
+    """What gptq_quantize returns; no column_steps if all columns of a row share the row's step."""
+
+    codes: Tensor  # (N, R, C): int8, int16 with column steps
+    scale: Tensor  # (N, R): fp16 step sizes, with column steps int8 codes of to_log2_eighths
+    column_steps: Tensor | None = None  # (N, C): int8 codes of to_log2_eighths
+
+    def step_sizes(self):
+        """The step size of every weight in float32, shape (N, R, 1) or (N, R, C)."""
+        rows = self.scale.float()[..., None]
+        if self.column_steps is None:
+            return rows
+        return from_log2_eighths(rows + self.column_steps[:, None])
+
+
+def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column_octaves=None):
+    """GPTQ (arXiv:2210.17323) of w (N, R, C) with Hessians (N, C, C) -> QuantizedMatrices.
+
+    SDClip sets the step sizes of rows: clip_sigmas standard deviations of the original row reach
+    the largest code. With column_octaves columns have steps, too (column_step_grid), and nothing is
+    clipped, because codes may be wide (split_wide_codes). ValueError with the names of matrices
+    whose Hessian is infinite or cannot be made positive definite.
+    """
+    infinite = [name for name, h in zip(names, hessian, strict=True) if h.isinf().any()]
+    if infinite:  # the codes would be noise
+        raise ValueError(f"GPTQ: the Hessian of {', '.join(infinite)} has infinite entries")
+    max_code = 2 ** (bits - 1) - 1
+    scale = (clip_sigmas * w.float().std(dim=2) / max_code).clamp(*FP16_RANGE).half()
+    weights, upper, order = order_columns(w, hessian, damp, names)
+    if column_octaves is None:
+        column_steps = None
+        codes = quantize_columns(weights, upper, scale.float(), max_code, block_size)
+    else:
+        scale, column_steps = column_step_grid(upper, scale, column_octaves)
+        # dividing by the column steps leaves a step that all columns of a row share
+        column_scale = from_log2_eighths(column_steps)
+        weights = weights / column_scale[:, :, None]
+        upper = upper / column_scale[:, None, :]
+        codes = quantize_columns(
+            weights, upper, from_log2_eighths(scale), MAX_WIDE_CODE, block_size
+        )
+        column_steps = torch.empty_like(column_steps).scatter_(1, order, column_steps)
+    codes = torch.empty_like(codes).scatter_(1, order[:, :, None].expand_as(codes), codes)
+    dtype = torch.int8 if column_steps is None else torch.int16
+    return QuantizedMatrices(codes.mT.to(dtype).contiguous(), scale, column_steps)
 
 
 def split_wide_codes(codes, column_steps):
-    """Codes int16 (R, C), column steps int8 (C,) -> fields with int8 codes: code = 2^shift coarse +
-    fine.
+    """Codes int16 (R, C), column steps int8 (C,) -> artifact fields in which all codes are int8.
 
     The last norm's output has a few columns of 10 to 30 times the others' deviation. The steps of
-    these columns of the embedding are so small that int8 would cut codes off below four deviations
-    of the weights (it cost 0.07 to 0.09 BPB, docs/LOG.md). For them what lies below an ordinary
-    step is stored apart: fine codes (R, k), columns, shifts (k,).
+    these columns of the embedding are so small that int8 would clip codes below four deviations
+    of the weights (it cost 0.07 to 0.09 BPB, docs/LOG.md). Their codes are split: code = 2^shift
+    coarse + fine, with the column's step 2^shift times as large in "column_steps", and the fields
+    "fine_codes" (R, k), "fine_columns" (k,), "fine_shift" (k,).
     """
-    wide = (codes.abs().amax(dim=0) > 127).nonzero()[:, 0]
-    if not len(wide):
+    is_wide = codes.abs().amax(dim=0) > 127
+    columns = is_wide.nonzero()[:, 0]
+    if not len(columns):
         return {"codes": codes.to(torch.int8), "column_steps": column_steps}
-    largest = codes[:, wide].abs().amax(dim=0).float()
-    shift = (
-        torch.maximum((largest / 127).log2().ceil(), (-column_steps[wide] / 8).round())
-        .clamp(1, MAX_SHIFT)
-        .int()
-    )
-    coarse = (codes[:, wide] / 2.0**shift).round().clamp(-127, 127).int()
-    narrow, steps = codes.clone(), column_steps.int()
-    narrow[:, wide] = coarse.to(codes.dtype)
-    steps[wide] += 8 * shift
-    fine = codes[:, wide].int() - (coarse << shift)
+    wide = codes[:, columns]
+    largest = wide.abs().amax(dim=0).float()
+    needed_shift = (largest / 127).log2().ceil()
+    ordinary_shift = (-column_steps[columns] / 8).round()  # the step becomes that of the row
+    shift = torch.maximum(needed_shift, ordinary_shift).clamp(1, MAX_SHIFT).int()
+    coarse = (wide / 2.0**shift).round().clamp(-127, 127).int()
+    fine = wide.int() - (coarse << shift)
+    coarse_codes = codes.clone()
+    coarse_codes[:, columns] = coarse.to(codes.dtype)
+    coarse_steps = column_steps.int()
+    coarse_steps[columns] += 8 * shift
     return {
-        "codes": narrow.to(torch.int8),
-        "column_steps": steps.to(torch.int8),
+        "codes": coarse_codes.to(torch.int8),
+        "column_steps": coarse_steps.to(torch.int8),
         "fine_codes": fine.to(torch.int8),
-        "fine_columns": wide.to(torch.int16),
+        "fine_columns": columns.to(torch.int16),
         "fine_shift": shift.to(torch.int8),
     }
 
 
-def quantize_rows(x, low, high, steps):
-    """x (..., C) -> codes int8 (..., C) in [low, high], scale fp16 (...): largest |x| of the
-    row over `steps`.
+# --- LQER
+
+
+def quantize_rows(x, low, high, max_level):
+    """x (..., C) -> codes int8 (..., C) in [low, high], scale fp16 (...).
+
+    The largest |x| of a row is max_level times its scale.
     """
-    scale = (x.float().abs().amax(dim=-1) / steps).clamp(*FP16_RANGE).half()
-    return (x.float() / scale.float()[..., None]).round_().clamp_(low, high).to(torch.int8), scale
+    scale = (x.float().abs().amax(dim=-1) / max_level).clamp(*FP16_RANGE).half()
+    codes = (x.float() / scale.float()[..., None]).round_().clamp_(low, high)
+    return codes.to(torch.int8), scale
 
 
 def lqer_factors(error, rank, root=None):
@@ -4068,218 +4148,247 @@ def lqer_factors(error, rank, root=None):
 
 
 def pack_factors(a, b, hp):
-    """a (R, r), b (r, C) -> LQER_FIELDS: codes int8, scales fp16, () and (groups,) if
-    asymmetric, or (R,), (r,).
+    """LQER factors a (R, r), b (r, C) -> LQER_FIELDS: int8 codes and fp16 scales.
+
+    With LQER_ASYM_ENABLED a has 2 bits and one scale, b 4 bits and a scale for every
+    LQER_ASYM_GROUP elements; else, or if the groups do not divide b, both have LQER_FACTOR_BITS and
+    a scale for every row.
     """
     if hp.lqer_asym_enabled and b.numel() % hp.lqer_asym_group == 0:
         a_codes, a_scale = quantize_rows(a.flatten(), -2, 1, 1.5)
-        # groups may cross rows of b
-        b_codes, b_scale = quantize_rows(b.reshape(-1, hp.lqer_asym_group), -8, 7, 7.5)
+        groups = b.reshape(-1, hp.lqer_asym_group)  # a group may cross rows
+        b_codes, b_scale = quantize_rows(groups, -8, 7, 7.5)
     else:
-        q_max = 2 ** (hp.lqer_factor_bits - 1) - 1
-        (a_codes, a_scale), (b_codes, b_scale) = (
-            quantize_rows(x, -q_max, q_max, q_max) for x in (a, b)
-        )
-    return dict(
-        zip(LQER_FIELDS, (a_codes.view_as(a), a_scale, b_codes.view_as(b), b_scale), strict=True)
-    )
+        max_code = 2 ** (hp.lqer_factor_bits - 1) - 1
+        a_codes, a_scale = quantize_rows(a, -max_code, max_code, max_code)
+        b_codes, b_scale = quantize_rows(b, -max_code, max_code, max_code)
+    values = a_codes.view_as(a), a_scale, b_codes.view_as(b), b_scale
+    return dict(zip(LQER_FIELDS, values, strict=True))
 
 
 def unpack_factors(fields):
-    """LQER_FIELDS of a matrix in fp32 -> A (R, r), B (r, C); a 0-d scale of A tells the
-    asymmetric packing.
-    """
-    a, a_scale, b, b_scale = (fields[key] for key in LQER_FIELDS)
-    if a_scale.ndim == 0:
-        return a * a_scale, (b.reshape(b_scale.size, -1) * b_scale[:, None]).reshape(b.shape)
+    """LQER_FIELDS of a matrix in fp32 -> A (R, r), B (r, C)."""
+    a = fields["lqer_a"]
+    a_scale = fields["lqer_a_scale"]
+    b = fields["lqer_b"]
+    b_scale = fields["lqer_b_scale"]
+    if a_scale.ndim == 0:  # LQER_ASYM_ENABLED
+        groups = b.reshape(b_scale.size, -1) * b_scale[:, None]
+        return a * a_scale, groups.reshape(b.shape)
     return a * a_scale[:, None], b * b_scale[:, None]
 
 
+# --- all weights of a model
+
+
 def share_matrices(matrices, world_size):
-    """{name: (R, C)} -> names per rank, dearest first onto the least loaded rank; the same on
-    every rank.
-    """
+    """{name: (R, C)} -> names of each rank, loads balanced; the same on every rank."""
     cost = {name: w.shape[0] * w.shape[1] ** 2 for name, w in matrices.items()}
-    return balance(sorted(cost, key=lambda name: (-cost[name], name)), cost.get, world_size)
+    by_cost = sorted(cost, key=lambda name: (-cost[name], name))
+    return balance(by_cost, cost.get, world_size)
 
 
 def quantize_matrices(names, weights, hessians, hp):
-    """Names -> {name: fields codes, scale}, {name: E = W - codes scale (R, C)}; matrices of one
-    shape share a batch.
+    """GPTQ of the named matrices -> {name: its fields}, {name: error W - dequantized W (R, C)}.
+
+    Matrices with the same shape and settings are quantized as one batch.
     """
-    batches, packed, errors = defaultdict(list), {}, {}
+    batches = defaultdict(list)
     for name in names:
-        _, bits, clip = quant_role(name)
-        batches[weights[name].shape, getattr(hp, bits), getattr(hp, clip)].append(name)
+        role = quant_role(name)
+        key = weights[name].shape, getattr(hp, role.bits), getattr(hp, role.clip_sigmas)
+        batches[key].append(name)
+    column_octaves = hp.gptq_column_octaves if hp.gptq_column_steps else None
+    fields = {}
+    errors = {}
     for (_, bits, clip_sigmas), batch in batches.items():
-        w, h = (
-            torch.stack([source[name].float() for name in batch]) for source in (weights, hessians)
-        )
-        if hp.hessian_clip_lambda and quant_role(batch[0])[0] != "embedding":
+        w = torch.stack([weights[name].float() for name in batch])
+        h = torch.stack([hessians[name].float() for name in batch])
+        if hp.hessian_clip_lambda and quant_role(batch[0]) != EMBEDDING_ROLE:
             clip_sigmas = techniques.hessian_aware_sigmas(w, h, clip_sigmas, hp.hessian_clip_lambda)
-        column_octaves = hp.gptq_column_octaves if hp.gptq_column_steps else None
-        found = gptq_quantize(
+        quantized = gptq_quantize(
             w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, column_octaves
         )
-        for name, weight, codes, scale, *columns in zip(batch, w, *found, strict=True):
-            packed[name] = {"codes": codes, "scale": scale}
-            step = scale.float()[:, None]
-            if hp.gptq_column_steps:
-                packed[name] |= split_wide_codes(codes, columns[0])
-                step = ((step + columns[0]) / 8).exp2()
-            errors[name] = weight - codes * step
-    return packed, errors
+        error = w - quantized.codes * quantized.step_sizes()
+        for i, name in enumerate(batch):
+            fields[name] = {"codes": quantized.codes[i], "scale": quantized.scale[i]}
+            if quantized.column_steps is not None:
+                fields[name] |= split_wide_codes(quantized.codes[i], quantized.column_steps[i])
+            errors[name] = error[i]
+    return fields, errors
 
 
 def quantize_small(name, w, hp):
-    """A tensor without a role -> its fields, in its own shape: int8 rows (attention gates) or
-    fp16.
-    """
+    """Fields, in its own shape, of a tensor without a role: int8 rows of attention gates, fp16."""
     if name.endswith("attn_gate") and hp.gated_attn_quant_gate:
-        return dict(zip(("codes", "scale"), quantize_rows(w, -127, 127, 127), strict=True))
+        codes, scale = quantize_rows(w, -127, 127, 127)
+        return {"codes": codes, "scale": scale}
     return {"fp16": w.half()}
 
 
-MAX_FP16_ELEMENTS = 65_536  # a tensor with more elements must have a role in QUANT_TABLE
-
-
 def check_quantizable(weights, hessians):
-    """ValueError for what quantize_weights cannot keep, on every rank alike."""
+    """ValueError for weights that quantize_weights cannot store; the same on every rank."""
     for name, w in weights.items():
         if not w.half().isfinite().all():
             raise ValueError(f"{name} holds numbers that are not finite or beyond fp16")
-        if quant_role(name) is None and w.numel() > MAX_FP16_ELEMENTS:
-            raise ValueError(
-                f"{name} has {w.numel()} elements and no role in QUANT_TABLE: too large for fp16"
-            )
-        if quant_role(name) and (
-            name not in hessians or hessians[name].shape != (w.shape[1], w.shape[1])
-        ):
+        if quant_role(name) is None:
+            if w.numel() > MAX_FP16_ELEMENTS:
+                raise ValueError(
+                    f"{name} has {w.numel()} elements and no role in QUANT_TABLE: too large for"
+                    " fp16"
+                )
+        elif name not in hessians or hessians[name].shape != (w.shape[1], w.shape[1]):
             raise ValueError(f"{name} {tuple(w.shape)} needs a Hessian of its columns")
+
+
+def merge_dicts(dicts):
+    """One dict with the items of all."""
+    merged = {}
+    for items in dicts:
+        merged |= items
+    return merged
 
 
 @torch.no_grad()
 def quantize_weights(weights, hessians, hp, dist):
-    """Saved weights by name, Hessians (C, C) by the same names -> numpy arrays "name:field", the
-    same
-    on every rank. Fields: codes, scale, column_steps; LQER_FIELDS; fp16. Every matrix is the work
-    of one rank, small tensors are rank 0's, and LQER takes the largest gains over all ranks. Raises
-    ValueError, on all ranks, naming the tensors at fault.
+    """Saved weights and Hessians (C, C), by name -> numpy arrays "name:field", on every rank.
+
+    Fields: codes, scale, column_steps, fine_*; LQER_FIELDS; fp16. Each matrix is quantized by one
+    rank, small tensors by rank 0, and LQER corrects the matrices with the largest errors over all
+    ranks. ValueError with the names of the tensors at fault, raised on all ranks.
     """
     check_quantizable(weights, hessians)
     matrices = {name: w for name, w in weights.items() if quant_role(name)}
     try:
         mine = share_matrices(matrices, dist.world_size)[dist.rank]
-        packed, errors = quantize_matrices(mine, weights, hessians, hp)
-        # the largest get a correction
+        fields, errors = quantize_matrices(mine, weights, hessians, hp)
         outcome = {name: error.norm().item() for name, error in errors.items()}
         if hp.lqer_weighted:
             outcome = {
                 name: techniques.weighted_gain(error, hessians[name], hp)
                 for name, error in errors.items()
             }
-    except ValueError as error:  # told to the other ranks, which would wait for this one's part
+    except ValueError as error:  # goes to the other ranks, which would wait for this one's part
         outcome = str(error)
     outcomes = dist.all_gather_object(outcome)
-    if failures := [outcome for outcome in outcomes if isinstance(outcome, str)]:
+    failures = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    if failures:
         raise ValueError("; ".join(failures))
     if dist.rank == 0:
-        packed |= {
-            name: quantize_small(name, w, hp) for name, w in weights.items() if name not in matrices
-        }
+        for name in weights.keys() - matrices.keys():
+            fields[name] = quantize_small(name, weights[name], hp)
     if hp.lqer_enabled:
-        gains = {name: gain for part in outcomes for name, gain in part.items()}
-        chosen = sorted(gains, key=lambda name: (-gains[name], name))[: hp.lqer_top_k]
-        for name in set(chosen) & set(errors):
+        gains = merge_dicts(outcomes)
+        by_gain = sorted(gains, key=lambda name: (-gains[name], name))
+        for name in set(by_gain[: hp.lqer_top_k]) & set(errors):
             root = (
                 techniques.hessian_root(hessians[name], hp.gptq_damp) if hp.lqer_weighted else None
             )
-            packed[name] |= pack_factors(*lqer_factors(errors[name], hp.lqer_rank, root), hp)
-    packed = {
-        name: {field: x.cpu().numpy() for field, x in fields.items()}
-        for name, fields in packed.items()
-    }
-    packed = {
-        name: fields for part in dist.all_gather_object(packed) for name, fields in part.items()
-    }
-    # the caller's order
-    return {f"{name}:{field}": array for name in weights for field, array in packed[name].items()}
+            fields[name] |= pack_factors(*lqer_factors(errors[name], hp.lqer_rank, root), hp)
+    arrays = {}
+    for name, tensors in fields.items():
+        arrays[name] = {field: tensor.cpu().numpy() for field, tensor in tensors.items()}
+    arrays = merge_dicts(dist.all_gather_object(arrays))
+    return {f"{name}:{field}": array for name in weights for field, array in arrays[name].items()}
 
 
-def check_fields(name, fields):
-    """ValueError for fields of which no weight can be made: an artifact may hold any names and
-    shapes.
+# --- rebuilding the weights
+
+
+def fields_fit(shapes):
+    """Whether a weight can be made of fields of these shapes: an artifact may hold any."""
+    if shapes.keys() == {"fp16"}:
+        return True
+    codes = shapes.get("codes", ())
+    if "fp16" in shapes or not codes or shapes.get("scale") != codes[:-1]:
+        return False
+    if shapes.keys() == {"codes", "scale"}:
+        return True
+    if len(codes) != 2 or shapes.get("column_steps", codes[1:]) != codes[1:]:
+        return False
+    if "fine_codes" in shapes and "column_steps" not in shapes:
+        return False  # add_fine_codes checks their shapes
+    if not shapes.keys() & set(LQER_FIELDS):
+        return True
+    a, b = shapes.get("lqer_a"), shapes.get("lqer_b")
+    if not a or not b or (a[0], *b[1:]) != codes or a[1:] != b[:1]:
+        return False
+    scales = shapes.get("lqer_a_scale"), shapes.get("lqer_b_scale")
+    is_asymmetric = scales[0] == () and scales[1] is not None and len(scales[1]) == 1
+    return is_asymmetric or scales == (a[:1], b[:1])
+
+
+def table_steps(codes):
+    """Sums of step codes, any float32 numbers -> step sizes, the same bits on every machine."""
+    codes = np.nan_to_num(codes).clip(-256, 255)
+    return EXP2_EIGHTHS[codes.astype(int)]
+
+
+def add_fine_codes(w, name, fields, step_codes):
+    """Adds the fine codes of split_wide_codes to weights w (R, C), in place.
+
+    step_codes (R, C): what the steps of the coarse codes are in the table.
     """
-    shape = {field: array.shape for field, array in fields.items()}
-    codes, scale = shape.get("codes", ()), shape.get("scale")
-    fits = (
-        shape.keys() == {"fp16"} or len(codes) > 0 and scale == codes[:-1] and "fp16" not in shape
-    )
-    if shape.keys() - {"fp16", "codes", "scale"}:
-        fits = fits and len(codes) == 2 and shape.get("column_steps", codes[1:]) == codes[1:]
-    if "fine_codes" in shape:
-        fits = fits and "column_steps" in shape
-    if fits and shape.keys() & set(LQER_FIELDS):
-        a, a_scale, b, b_scale = (shape.get(field) for field in LQER_FIELDS)
-        fits = a and b and (a[0], *b[1:]) == codes and a[1:] == b[:1]
-        fits = fits and (a_scale == () and b_scale or (a_scale, b_scale) == (a[:1], b[:1]))
+    absent = np.zeros(0)
+    columns = fields.get("fine_columns", absent).astype(int)
+    shift = fields.get("fine_shift", absent).astype(int)
+    fine_codes = fields["fine_codes"]
+    fits = columns.ndim == 1 and shift.shape == columns.shape
+    fits = fits and fine_codes.shape == (len(w), len(columns))
+    if fits and len(columns):
+        is_ascending = (np.diff(columns) > 0).all()
+        fits = is_ascending and columns[0] >= 0 and columns[-1] < w.shape[1]
     if not fits:
-        raise ValueError(f"{name}: no weight can be made of the fields {shape}")
+        raise ValueError(f"{name}: fine codes {fine_codes.shape} do not fit the matrix {w.shape}")
+    w[:, columns] += fine_codes * table_steps(step_codes[:, columns] - 8 * shift)
 
 
-def add_fine_codes(w, name, fields, steps):
-    """Adds what split_wide_codes split off to weights w (R, C), in place; steps (R, C): codes
-    of their steps.
-    """
-    columns, shift = (
-        fields.get(key, np.zeros(0)).astype(int) for key in ("fine_columns", "fine_shift")
-    )
-    fits = (
-        columns.ndim == 1
-        and columns.shape == shift.shape
-        and fields["fine_codes"].shape == (len(w), columns.size)
-    )
-    if (
-        not fits
-        or (np.diff(columns) <= 0).any()
-        or columns.size
-        and not 0 <= columns[0] <= columns[-1] < w.shape[1]
-    ):
-        raise ValueError(
-            f"{name}: fine codes {fields['fine_codes'].shape} do not fit the matrix {w.shape}"
-        )
-    fine_steps = (steps[:, columns] - 8 * shift).clip(-256, 255)
-    w[:, columns] += fields["fine_codes"] * STEPS[fine_steps.astype(int)]
+def dequantize_fields(name, fields):
+    """Fields of a weight in float32 -> the weight in float32. ValueError if they do not fit."""
+    shapes = {field: array.shape for field, array in fields.items()}
+    if not fields_fit(shapes):
+        raise ValueError(f"{name}: no weight can be made of the fields {shapes}")
+    if "fp16" in fields:
+        return fields["fp16"]
+    codes = fields["codes"]
+    scale = fields["scale"][..., None]
+    if "column_steps" in fields:
+        step_codes = scale + fields["column_steps"]
+        w = codes * table_steps(step_codes)
+    else:
+        w = codes * scale
+    if "fine_codes" in fields:
+        add_fine_codes(w, name, fields, step_codes)
+    if "lqer_a" in fields:
+        a, b = unpack_factors(fields)
+        for r in range(a.shape[1]):
+            w += a[:, r, None] * b[r]
+    return w
 
 
 def dequantize_weights(arrays):
-    """Arrays of quantize_weights -> saved weights by name, fp32 on the CPU, the same bits on every
-    machine. Only elementwise fp32 operations in a fixed order: a matrix product would leave the
-    order of its sums to the BLAS.
+    """Arrays of quantize_weights -> saved weights by name, float32 on the CPU.
+
+    The same bits on every machine: only elementwise float32 operations in a fixed order, as a
+    matmul would leave the order of its sums to the BLAS. ValueError for arrays that do not fit.
     """
-    entries, weights = defaultdict(dict), {}
+    fields = defaultdict(dict)
     for key, array in arrays.items():
         name, _, field = key.rpartition(":")
-        entries[name][field] = array.astype(np.float32)
-    for name, fields in entries.items():
-        check_fields(name, fields)
-        w = fields["fp16"] if "fp16" in fields else fields["codes"] * fields["scale"][..., None]
-        if "column_steps" in fields:
-            steps = fields["scale"][:, None] + fields["column_steps"]
-            w = fields["codes"] * STEPS[steps.clip(-256, 255).astype(int)]
-            if "fine_codes" in fields:
-                add_fine_codes(w, name, fields, steps)
-        if "lqer_a" in fields:
-            a, b = unpack_factors(fields)
-            for r in range(a.shape[1]):
-                w += a[:, r, None] * b[r]
-        weights[name] = torch.from_numpy(w)
+        fields[name][field] = array.astype(np.float32)
+    weights = {}
+    for name, tensors in fields.items():
+        weights[name] = torch.from_numpy(dequantize_fields(name, tensors))
     return weights
 
 
+# --- calibration and the check of the result
+
+
 class HessianTap:
-    """Adds up x^T x over tokens for the input of every matrix, in float32; passes of a looped
-    layer add to one sum.
+    """Adds up x^T x over tokens for the input x of every matrix, in float32.
+
+    Passes of a looped layer add to the same sum.
     """
 
     splits_mlp = True
@@ -4291,7 +4400,8 @@ class HessianTap:
     }
 
     def __init__(self, sums=None, layer=None):
-        self.sums, self.layer = {} if sums is None else sums, layer
+        self.sums = {} if sums is None else sums
+        self.layer = layer
 
     def at(self, slot, layer):
         return HessianTap(self.sums, layer)
@@ -4303,15 +4413,14 @@ class HessianTap:
 
     def add(self, key, x):
         x = x.flatten(0, -2)
-        # sums in float32, as in the other branch
-        tensor_cores = x.is_cuda and x.dtype == torch.bfloat16
-        gram = (
-            torch.mm(x.T, x, out_dtype=torch.float32) if tensor_cores else x.float().T @ x.float()
-        )
+        if x.is_cuda and x.dtype == torch.bfloat16:  # tensor cores, which sum in float32
+            gram = torch.mm(x.T, x, out_dtype=torch.float32)
+        else:
+            gram = x.float().T @ x.float()
         self.sums[key] = self.sums[key] + gram if key in self.sums else gram
 
     def hessians(self, head_name):
-        """{saved weight name: (in, in) sum}."""
+        """{saved weight name: sum (in, in)}; head_name: the weight that makes the logits."""
         by_name = {}
         for (site, layer), gram in self.sums.items():
             names = [f"blocks.{layer}.{matrix}.weight" for matrix in self.WATCHED.get(site, ())]
@@ -4321,10 +4430,10 @@ class HessianTap:
 
 @torch.no_grad()
 def collect_hessians(model, loader, hp, dist):
-    """Hessians of every matrix from GPTQ_CALIBRATION_BATCHES packed training rows, the same rows
-    for
-    any world size. -> {saved weight name: (in, in) float32, mean over rows}; rows are shared out
-    over ranks, sums all-reduced.
+    """{saved weight name: Hessian (in, in) in float32}, means over rows of training data.
+
+    GPTQ_CALIBRATION_BATCHES packed rows, the same for any world size, are shared out over ranks;
+    the sums are all-reduced.
     """
     tap = HessianTap()
     mine = range(dist.rank, hp.gptq_calibration_batches, dist.world_size)
@@ -4341,9 +4450,11 @@ def collect_hessians(model, loader, hp, dist):
         )
         tap.add(("lm_head", 0), hidden)
     for gram in tap.sums.values():
-        gram /= hp.gptq_calibration_batches if hp.gptq_all_reduce else max(1, len(mine))
         if hp.gptq_all_reduce:
+            gram /= hp.gptq_calibration_batches
             dist.all_reduce(gram if mine else gram.zero_())
+        else:
+            gram /= max(1, len(mine))
     hessians = tap.hessians("tok_emb.weight" if hp.tie_embeddings else "lm_head.weight")
     if hp.bigram_vocab_size or hp.value_embed_layers:
         hessians |= techniques.table_hessians(model)
@@ -4351,127 +4462,145 @@ def collect_hessians(model, loader, hp, dist):
     return {"tok_emb.weight": torch.eye(hp.model_dim, device=dist.device)} | hessians
 
 
+@torch.no_grad()
 def held_out_loss(model, loader, hp, dist):
-    """Mean loss, nats a token, on the training rows that were held out, shared out over ranks; None
-    without any.
+    """Mean loss in nats per token on the held-out training rows, the same on every rank.
 
-    On uncompiled code, like the Hessians: there is no graph for this in a few seconds of the
-    reserve.
+    None without held-out rows. The code is not compiled, like that of the Hessians: there is no
+    graph for it, and compiling would take longer than the reserve.
     """
     if not loader.held_out_rows:
         return None
     total = torch.zeros((), device=dist.device, dtype=torch.float64)
-    with torch.no_grad():
-        for index in range(dist.rank, loader.held_out_rows, dist.world_size):
-            row = loader.held_out_row(index)
-            hidden = model.forward_hidden(
-                row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True
-            )
-            for h, t in zip(
-                hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True
-            ):
-                total += model.token_losses(h, t).sum(dtype=torch.float64)
+    for index in range(dist.rank, loader.held_out_rows, dist.world_size):
+        row = loader.held_out_row(index)
+        hidden = model.forward_hidden(
+            row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True
+        )
+        chunks = zip(hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True)
+        for h, targets in chunks:
+            total += model.token_losses(h, targets).sum(dtype=torch.float64)
     return dist.all_reduce(total).item() / (loader.held_out_rows * hp.micro_batch_tokens)
 
 
 def plainer_quantizations(hp):
-    """Settings to try in turn where quantization ruins a model: the same step for all columns of a
-    row, then with a damping as large as the mean of the Hessian's diagonal, which leaves little but
-    rounding to the nearest.
+    """Settings to try in turn if quantization as set ruins the model.
+
+    First one step for all columns of a row. Then also a damping as large as the mean of the
+    Hessian's diagonal, which leaves little more than rounding to the nearest code.
     """
-    plain = dataclasses.replace(hp, gptq_column_steps=False)
-    ways = [plain, dataclasses.replace(plain, gptq_damp=max(1.0, hp.gptq_damp))]
-    return [way for way in ways if way != hp]
+    row_steps = dataclasses.replace(hp, gptq_column_steps=False)
+    damped = dataclasses.replace(row_steps, gptq_damp=max(1.0, hp.gptq_damp))
+    return [plainer for plainer in (row_steps, damped) if plainer != hp]
+
+
+class CheckedQuantization(NamedTuple):
+    """Arrays of quantize_weights, the settings they were made with, and their gap."""
+
+    hp: Hyperparameters
+    arrays: dict
+    gap: (
+        float  # nats per token that quantization adds to the held-out loss, inf if it is not finite
+    )
 
 
 class QuantizationCheck:
-    """Compares the loss of the quantized with that of the fp32 model on the training rows that were
-    held out.
+    """Compares the losses of the quantized and the fp32 model on the held-out training rows.
 
-    The calibration error cannot tell a bad quantization: it is measured on the rows that the
-    Hessians were made from.
+    The calibration error cannot reveal a bad quantization, because it is measured on the rows that
+    the Hessians were made from.
     """
 
     def __init__(self, model, loader, hp, dist, log):
-        self.model, self.loader, self.hp, self.dist, self.log = model, loader, hp, dist, log
+        self.model = model
+        self.loader = loader
+        self.hp = hp
+        self.dist = dist
+        self.log = log
         self.weights = {name: tensor.detach().clone() for name, tensor in unbank(model).items()}
         self.tried = []  # for RESULT: settings and gap of each quantization
-        self.kept = None  # the one of them that is written
+        self.kept = None  # the item of `tried` that is written
         with log.stage("quant_check"):
             self.fp32_loss = held_out_loss(model, loader, hp, dist)
 
     def gap(self, arrays, hp):
-        """Arrays of quantize_weights -> nats a token that they add to the loss; the model
-        keeps its fp32 weights.
+        """Loss in nats per token that the arrays add, inf if it is not finite; notes it in `tried`.
+
+        The model gets its fp32 weights back.
         """
         with self.log.stage("quant_check"):
             rebank(self.model, dequantize_weights(arrays))
             loss = held_out_loss(self.model, self.loader, self.hp, self.dist)
             rebank(self.model, self.weights)
         gap = loss - self.fp32_loss
-        settings = dataclasses.asdict(hp).items()
-        changed = [
-            f"{name.upper()}={value:g}"
-            for name, value in settings
-            if value != getattr(self.hp, name)
-        ]
+        is_finite = math.isfinite(gap)
+        changed = []
+        for name, value in dataclasses.asdict(hp).items():
+            if value != getattr(self.hp, name):
+                changed.append(f"{name.upper()}={value:g}")
         settings = " ".join(changed) or "as set"
-        self.tried.append(
-            {"settings": settings, "gap": round(gap, 6) if math.isfinite(gap) else None}
-        )
+        self.tried.append({"settings": settings, "gap": round(gap, 6) if is_finite else None})
         self.log(f"quant_check fp32_loss:{self.fp32_loss:.6f} gap:{gap:.6f} settings:{settings}")
-        return gap if math.isfinite(gap) else math.inf
+        return gap if is_finite else math.inf
 
     def choose(self, quantize, seconds_left):
-        """Quantizes as set and, while the gap is above QUANT_GAP_MAX, in plainer ways -> settings,
-        arrays of the best.
+        """Quantizes as set, then in plainer ways until the gap is at most QUANT_GAP_MAX.
 
-        quantize(hp) -> arrays. No other way is begun when seconds_left() are fewer than the last
-        one took.
+        quantize(hp) -> arrays. Stops early if seconds_left() is less than the last attempt took.
+        Returns the settings and arrays with the smallest gap.
         """
         if self.fp32_loss is None:
             return self.hp, quantize(self.hp)
-        best_gap, best = math.inf, None
+        best = None
         for hp in (self.hp, *plainer_quantizations(self.hp)):
             started = time.perf_counter()
             arrays = quantize(hp)
             gap = self.gap(arrays, hp)
-            if best is None or gap < best_gap:
-                best_gap, best = gap, (hp, arrays)
+            if best is None or gap < best.gap:
+                best = CheckedQuantization(hp, arrays, gap)
                 self.kept = self.tried[-1]
-            if best_gap <= self.hp.quant_gap_max:
+            if best.gap <= self.hp.quant_gap_max:
                 break
             self.log(
                 f"note: quantization adds {gap:.4f} nats a token, more than"
                 f" QUANT_GAP_MAX={self.hp.quant_gap_max}"
             )
-            # clocks of ranks differ: all must agree, or one would wait for the others in a
-            # collective
-            if self.dist.agree(time.perf_counter() - started)[0] > seconds_left():
+            # Clocks differ: all ranks must decide the same, or one would wait in a collective.
+            (seconds_used,) = self.dist.agree(time.perf_counter() - started)
+            if seconds_used > seconds_left():
                 self.log("note: no seconds are left for a plainer quantization")
                 break
-        return best
+        return best.hp, best.arrays
 
     def summary(self):
-        """For RESULT: rows, loss of the fp32 model, the gap that was kept and its settings,
-        and all that was tried.
-        """
+        """For RESULT: the loss of the fp32 model, the quantization that was kept, and all tried."""
         if self.fp32_loss is None:
             return None
-        rows, loss = self.loader.held_out_rows, round(self.fp32_loss, 6)
-        return {"rows": rows, "fp32_loss": loss, **self.kept, "tried": self.tried}
+        return {
+            "rows": self.loader.held_out_rows,
+            "fp32_loss": round(self.fp32_loss, 6),
+            **self.kept,
+            "tried": self.tried,
+        }
 
 
 # ---- ARTIFACT ------------------------------------------------------------------------------------
-# File: magic, number of the compressor, stored and raw size of the header, digest of these and of
-# the stored header; the header, JSON [[[name, dtype, shape], ...], [[size, digest as stored, digest
-# expanded], ...]]; the sections back to back. What a section holds follows from the arrays
-# (plan_sections). The two digests let neither a damaged file nor a decoder of another version give
-# wrong weights.
-MAGIC, PREFIX, DIGEST_BYTES = b"GLF1", struct.Struct("<4sBII"), 8
+# The file: magic, number of the compressor, stored and raw size of the header, digest of these and
+# of the stored header; the header, JSON [[[name, dtype, shape], ...], [[size, digest of the stored
+# bytes, digest of the raw bytes], ...]]; the sections, one after another. The list of arrays says
+# what the sections hold (plan_sections). Thanks to the two digests neither a damaged file nor a
+# decoder of another version can give wrong weights.
+MAGIC = b"GLF1"
+PREFIX = struct.Struct("<4sBII")
+DIGEST_BYTES = 8
 MAX_HEADER_BYTES = 2**20
-# a thread per group, and ZPAQ takes up to a gigabyte for each
-CODEC_THREADS = min(8, os.cpu_count() or 1)
+MAX_RAW_BYTES = 2**30  # of all arrays
+MAX_DIMENSIONS = 8
+# a list: hostile dtypes need not be hashable
+ARRAY_DTYPES = (
+    "bool float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
+)
+CODEC_THREADS = min(8, os.cpu_count() or 1)  # at most 8: lrzip takes up to a gigabyte in each
 
 
 def digest(data):
@@ -4479,11 +4608,281 @@ def digest(data):
     return hashlib.sha256(data).digest()[:DIGEST_BYTES]
 
 
-def brotli_decompress(data, raw_size, shapes=()):
-    """Fed in small pieces, as a stream of a few bytes can claim gigabytes and brotli has no
-    portable output limit.
+# --- entropy: the codec of int8 codes, rANS (range asymmetric numeral systems, arXiv:1311.2540).
+# In each context every symbol owns an interval of [0, 2^16) whose length is its frequency. The
+# coder is an integer, its state. Encoding a symbol with interval [start, start + f) turns state x
+# into
+#     x // f * 2^16 + x % f + start,
+# which adds log2(2^16 / f) bits, the symbol's information. Decoding inverts this: the low 16 bits
+# of the state lie in the symbol's interval. States stay in [2^31, 2^63): before a state would grow
+# beyond, encoding moves its low 32 bits to the stream as a word; when a state falls below, decoding
+# takes a word back. The symbol that is encoded last is decoded first, so the encoder collects all
+# intervals and encodes them backwards. RANS_LANES independent states take turns, so that one numpy
+# call codes that many symbols. All arithmetic is on integers, so it is the same on every machine.
+# One model, code_matrix, drives both directions: it asks the encoder or decoder for symbols.
+RANS_LANES = 512  # a lane costs 6 bytes of stream
+SYMBOLS = np.arange(-128, 128)
+ESCAPE = -128  # announces a symbol that is too rare for its context
+# Variances of codes, the contexts. cumprod is exact on every machine, powers are not.
+VARIANCES = 0.04 * np.cumprod(np.full(60, 1.15))
+ESCAPED_CONTEXT = len(VARIANCES)  # of symbols after an ESCAPE, all equally frequent at first
+MAX_SQUARE = 20  # in units of the context's variance; codes with a larger square are escaped
+
+
+class Intervals(NamedTuple):
+    """Intervals [start, start + frequency) of [0, 2^16), one for each entry of flat arrays."""
+
+    starts: np.ndarray
+    frequencies: np.ndarray
+
+    def take(self, index):
+        return Intervals(self.starts.take(index), self.frequencies.take(index))
+
+
+def interval_table(counts):
+    """Counts (contexts, 256) -> Intervals, at index 256 * context + symbol + 128.
+
+    The frequencies of a context add up to 2^16; symbols with a positive count get at least 1.
     """
-    decoder, raw = brotli.Decompressor(), bytearray()
+    total = counts.sum(1, keepdims=True)
+    frequencies = np.maximum((counts * 2**16 + total // 2) // total, counts > 0)
+    largest = np.arange(len(counts)), frequencies.argmax(1)
+    frequencies[largest] += 2**16 - frequencies.sum(1)
+    starts = frequencies.cumsum(1) - frequencies
+    return Intervals(starts.ravel(), frequencies.ravel())
+
+
+class SymbolEncoder:
+    """Collects the intervals of symbols, from which finish() makes the stream."""
+
+    def __init__(self):
+        self.chunks = []
+
+    def use(self, counts):
+        """From now on symbols are coded with these counts (contexts, 256)."""
+        self.table = interval_table(counts)
+
+    def code(self, contexts, symbols):
+        """Contexts (n,) and symbols (n,) -> the symbols."""
+        intervals = self.table.take(contexts * 256 + symbols + 128)
+        self.chunks.append(
+            Intervals(intervals.starts.astype(np.uint16), intervals.frequencies.astype(np.uint16))
+        )
+        return symbols
+
+    def finish(self):
+        """The stream: the final states, then the words in the order in which they are decoded."""
+        states = np.full(RANS_LANES, 2**31)
+        words = []
+        for chunk in reversed(self.chunks):
+            for begin in reversed(range(0, len(chunk.starts), RANS_LANES)):
+                turn = slice(begin, begin + RANS_LANES)
+                f = chunk.frequencies[turn].astype(np.int64)
+                x = states[: len(f)]
+                full = (x >> 47 >= f).nonzero()[0]
+                words.append(x[full].astype("<u4"))
+                x[full] >>= 32
+                x += x // f * (2**16 - f) + chunk.starts[turn]
+        return b"".join([states.astype("<i8"), *reversed(words)])
+
+
+class SymbolDecoder:
+    """The inverse of SymbolEncoder, with the same methods: symbols come out of the stream."""
+
+    def __init__(self, stream):
+        size = 8 * RANS_LANES
+        self.states = np.frombuffer(stream[:size], "<i8").astype(np.int64)
+        self.words = np.frombuffer(stream[size:], "<u4").astype(np.int64)
+        self.words_used = 0
+
+    def use(self, counts):
+        """From now on symbols are coded with these counts (contexts, 256)."""
+        self.table = interval_table(counts)
+        # for each context and point of [0, 2^16), the index of the interval that it lies in
+        self.index_at = np.arange(counts.size, dtype=np.int16).repeat(self.table.frequencies)
+
+    def code(self, contexts, _):
+        """Contexts (n,) -> symbols (n,)."""
+        index = np.empty(contexts.size, np.int64)
+        for begin in range(0, contexts.size, RANS_LANES):
+            turn = slice(begin, begin + RANS_LANES)
+            x = self.states[: contexts.size - begin]
+            points = x & 65535
+            index[turn] = found = self.index_at.take((contexts[turn] << 16) + points)
+            intervals = self.table.take(found)
+            x >>= 16
+            x *= intervals.frequencies
+            x += points - intervals.starts
+            low = (x < 2**31).nonzero()[0]
+            used = self.words_used + len(low)
+            x[low] = x[low] << 32 | self.words[self.words_used : used]
+            self.words_used = used
+        return (index & 255) - 128
+
+    def is_finished(self):
+        """Whether all words were used."""
+        return self.words_used == len(self.words)
+
+
+def initial_counts():
+    """Counts int64 (contexts, 256) before any code, 64 for each symbol that is taken as seen.
+
+    Nearly Gaussian, without symbols beyond 4.5 deviations, which are escaped.
+    """
+    squares = SYMBOLS**2
+    tails = 1 + squares / (29 * VARIANCES[:, None])
+    for _ in range(4):  # to the 16th power, exactly
+        tails *= tails
+    counts = np.where(squares <= MAX_SQUARE * VARIANCES[:, None], 1 + 32_000 / tails, 0)
+    counts[:, ESCAPE + 128] = 3
+    return np.vstack([counts, np.ones(256)]).astype(np.int64)
+
+
+def column_predictor(gram, rows):
+    """gram (C, C), the sum of x x^T over rows x -> P (C, C): x_j is about P[j, :j] x[:j].
+
+    In multiples of 2^-12, so that sums of products with codes are exact. Elimination by elementwise
+    operations in a fixed order, as the last bits of LAPACK differ between machines.
+    """
+    size = len(gram)
+    ridge = 1 + 800 / rows * np.trace(gram) / size  # keeps pivots positive, even if all codes are 0
+    work = np.hstack([gram + ridge * np.eye(size), np.eye(size)]).astype(np.float32)
+    for j in range(size):
+        part = work[j + 1 :, j : size + j + 1]
+        part -= part[:, :1] / work[j, j] * work[j, j : size + j + 1]
+    eliminated = work[:, size:].astype(np.float64)
+    return np.rint(-4096 * np.tril(eliminated, -1)) / 4096
+
+
+class ColumnModel:
+    """Codes one matrix; the context of a code is the variance of its column in the rows so far."""
+
+    def __init__(self, coder, counts, columns):
+        self.coder = coder
+        self.counts = counts  # shared by all matrices, so that a matrix starts with learnt counts
+        self.sum_squares = np.full(columns, 7.5 * 16)
+        self.rows_seen = 16
+
+    def contexts(self):
+        """The context of each column."""
+        return np.searchsorted(VARIANCES[:-1], self.sum_squares / self.rows_seen)
+
+    def add(self, residual):
+        """Adds residuals (rows, columns), which both sides know by now, to the variances."""
+        self.sum_squares += (residual * residual).sum(0)
+        self.rows_seen += len(residual)
+
+    def code_block(self, block, contexts):
+        """Codes integers (rows, columns) in the contexts of their columns, modulo 256.
+
+        Returns them as int64; when decoding, those that come out of the stream.
+        """
+        contexts = np.tile(contexts, len(block))
+        symbols = block.astype(np.int8).astype(np.int64).ravel()
+        is_frequent = symbols**2 <= MAX_SQUARE * VARIANCES[contexts]
+        coded = self.coder.code(contexts, np.where(is_frequent, symbols, ESCAPE))
+        np.add.at(self.counts.ravel(), contexts * 256 + coded + 128, 64)
+        escaped = (coded == ESCAPE).nonzero()[0]
+        coded[escaped] = self.coder.code(np.full(len(escaped), ESCAPED_CONTEXT), symbols[escaped])
+        return coded.reshape(block.shape)
+
+    def code_plain_block(self, block):
+        """Codes the block (rows, columns) itself, which is its own residual."""
+        block[:] = residual = self.code_block(block, self.contexts())
+        self.add(residual)
+
+    def code_predicted_block(self, before, block):
+        """Codes each column of the block minus its linear prediction from the columns before it.
+
+        The predictor is fitted to the rows `before`. Returns whether it pays: whether the residuals
+        have a smaller sum of squares than the codes.
+        """
+        before = before.astype(np.float64)
+        predictor = column_predictor(before.T @ before, len(before))
+        # half the weight for the rows so far, whose predictions were worse
+        self.sum_squares //= 2
+        self.rows_seen //= 2
+        contexts = self.contexts()
+        rows, columns = block.shape
+        values = np.empty((columns, rows)).T  # a column is contiguous
+        residual = np.empty((columns, rows)).T
+        for j in range(columns):
+            group = j - j % 16
+            if j == group:  # one matmul for 16 columns
+                means = values[:, :j] @ predictor[j : j + 16, :j].T
+            mean = means[:, j - group] + values[:, group:j] @ predictor[j, group:j]
+            mean = np.rint(mean).astype(np.int64)
+            coded = self.code_block((block[:, j] - mean)[:, None], contexts[j : j + 1])
+            residual[:, j] = coded[:, 0]
+            block[:, j] = coded[:, 0] + mean
+            values[:, j] = block[:, j]
+        self.add(residual)
+        return (residual * residual).sum() < (values * values).sum()
+
+
+def code_matrix(coder, counts, codes):
+    """Sends codes (R, C) int8 through a coder, which reads (SymbolEncoder) or fills them.
+
+    Blocks of rows are coded in turn, each with variances of the rows before it. In a matrix with
+    far more rows than columns (the embedding), columns are predicted from those before them as long
+    as that pays.
+    """
+    rows, columns = codes.shape
+    model = ColumnModel(coder, counts, columns)
+    use_prediction = rows >= 8 * columns > 0
+    start = 0
+    while start < rows:
+        if use_prediction and start >= 128:
+            block = codes[start : start + start // 2]
+            use_prediction = model.code_predicted_block(codes[:start], block)
+        else:
+            size = min(8 + start // 4, 2**20 // max(1, columns))
+            block = codes[start : start + max(1, size)]
+            model.code_plain_block(block)
+        start += len(block)
+
+
+def code_matrices(coder, raw, shapes):
+    """Sends bytes of int8 matrices, each stored transposed, through a coder -> bytes as coded."""
+    codes = np.array(np.frombuffer(raw, np.int8))
+    counts = initial_counts()
+    start = 0
+    for shape in shapes:
+        end = start + math.prod(shape)
+        coder.use(counts)
+        code_matrix(coder, counts, codes[start:end].reshape(shape).T)
+        start = end
+    return codes.tobytes()
+
+
+def entropy_compress(raw, shapes):
+    """Bytes of int8 matrices of these shapes, each transposed -> their stream."""
+    encoder = SymbolEncoder()
+    code_matrices(encoder, raw, shapes)
+    return encoder.finish()
+
+
+def entropy_decompress(data, raw_size, shapes):
+    """The inverse of entropy_compress; no bytes if words of the stream are left over."""
+    decoder = SymbolDecoder(data)
+    raw = code_matrices(decoder, bytes(raw_size), shapes)
+    return raw if decoder.is_finished() else b""
+
+
+# --- codecs and compressors
+
+
+def brotli_compress(raw, shapes=()):
+    return brotli.compress(raw, quality=11, lgwin=24)
+
+
+def brotli_decompress(data, raw_size, shapes=()):
+    """Stops soon after raw_size bytes: a few bytes of brotli can claim to expand to gigabytes.
+
+    brotli has no portable limit of its output, but small pieces of input give little at a time.
+    """
+    decoder = brotli.Decompressor()
+    raw = bytearray()
     for start in range(0, len(data), 64):
         raw += decoder.process(data[start : start + 64])
         if len(raw) > raw_size:
@@ -4491,213 +4890,53 @@ def brotli_decompress(data, raw_size, shapes=()):
     return bytes(raw) if decoder.is_finished() else b""
 
 
-def lzma_decompress(data, raw_size):
-    """Stream -> raw_size bytes and at most one more, none for one that is cut off or goes on
-    (COMPRESSOR=lzma).
-    """
+def lzma_compress(raw, shapes=()):
+    return lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)
+
+
+def lzma_decompress(data, raw_size, shapes=()):
+    """At most raw_size + 1 bytes; none if the stream is cut off or something follows it."""
     decoder = lzma.LZMADecompressor(memlimit=2**28)
     raw = decoder.decompress(data, max_length=raw_size + 1)
     return raw if decoder.eof and not decoder.unused_data else b""
 
 
-# --- entropy: rANS (arXiv:1311.2540) in whole numbers, the same on every machine. LANES coders take
-# turns, so that one numpy call serves all. One model, code_matrix, drives both directions: it asks
-# for symbols in contexts and learns.
-LANES, SYMBOLS, ESCAPE = 512, np.arange(-128, 128), -128  # no code is -128; a lane costs 6 bytes
-# of codes, the contexts; cumprod is exact everywhere, powers are not
-VARIANCES = 0.04 * np.cumprod(np.full(60, 1.15))
-
-
-class SymbolEncoder:
-    def __init__(self):
-        self.slots = []
-
-    def use(self, counts):
-        """Counts (contexts, 256) -> whole frequencies: 2^16 in each context, at least 1
-        where a count is positive.
-        """
-        total = counts.sum(1, keepdims=True)
-        frequencies = np.maximum((counts * 2**16 + total // 2) // total, counts > 0)
-        frequencies[np.arange(len(counts)), frequencies.argmax(1)] += 2**16 - frequencies.sum(1)
-        self.starts, self.frequencies = (
-            (frequencies.cumsum(1) - frequencies).ravel(),
-            frequencies.ravel(),
-        )
-
-    def __call__(self, contexts, symbols):
-        index = contexts * 256 + symbols + 128
-        self.slots.append(
-            (self.starts[index].astype(np.uint16), self.frequencies[index].astype(np.uint16))
-        )
-        return symbols
-
-    def finish(self):
-        """-> bytes; what is coded last is decoded first."""
-        state, words = np.full(LANES, 2**31), []
-        for starts, frequencies in reversed(self.slots):
-            for at in reversed(range(0, len(starts), LANES)):
-                f = frequencies[at : at + LANES].astype(np.int64)
-                lanes = state[: len(f)]
-                full = (lanes >> 47 >= f).nonzero()[0]
-                words.append(lanes[full].astype("<u4"))
-                lanes[full] >>= 32
-                lanes += lanes // f * (2**16 - f) + starts[at : at + LANES]
-        return b"".join([state.astype("<i8"), *words[::-1]])
-
-
-class SymbolDecoder(SymbolEncoder):
-    def __init__(self, data):
-        self.state = np.frombuffer(data[: 8 * LANES], "<i8").astype(np.int64)
-        self.words, self.at = np.frombuffer(data[8 * LANES :], "<u4").astype(np.int64), 0
-
-    def use(self, counts):
-        super().use(counts)
-        self.symbols = np.arange(counts.size, dtype=np.int16).repeat(self.frequencies)
-
-    def __call__(self, contexts, _):
-        index, first_slots = np.empty(contexts.size, np.int64), contexts << 16
-        for at in range(0, contexts.size, LANES):
-            lanes = self.state[: contexts.size - at]
-            slots = lanes & 65535
-            index[at : at + LANES] = i = self.symbols.take(first_slots[at : at + LANES] + slots)
-            lanes >>= 16
-            lanes *= self.frequencies.take(i)
-            lanes += slots - self.starts.take(i)
-            low = (lanes < 2**31).nonzero()[0]
-            lanes[low] = lanes[low] << 32 | self.words[self.at : self.at + len(low)]
-            self.at += len(low)
-        return (index & 255) - 128
-
-
-def initial_counts():
-    """-> int64 (contexts, 256), 64 a symbol, as if some were seen: nearly Gaussian, ESCAPE
-    beyond 4.5 deviations.
-    """
-    tails = 1 + SYMBOLS**2 / (29 * VARIANCES[:, None])
-    for _ in range(4):
-        tails *= tails
-    counts = np.where(SYMBOLS**2 <= 20 * VARIANCES[:, None], 1 + 32_000 / tails, 0)
-    counts[:, 0] = 3
-    # the last context: what an ESCAPE stands for
-    return np.vstack([counts, np.ones(256)]).astype(np.int64)
-
-
-def column_predictor(gram, rows):
-    """gram (C, C), sum of x x^T over rows x -> P (C, C): x_j is about P[j, :j] x[:j]. Multiples of
-    2^-12: exact sums. Elimination by elementwise operations in a fixed order, as LAPACK's last bits
-    differ between machines.
-    """
-    size = len(gram)
-    ridge = 1 + 800 / rows * np.trace(gram) / size  # no pivot is 0, also where all codes are
-    work = np.hstack([gram + ridge * np.eye(size), np.eye(size)]).astype(np.float32)
-    for j in range(size):
-        part = work[j + 1 :, j : size + j + 1]
-        part -= part[:, :1] / work[j, j] * work[j, j : size + j + 1]
-    return np.rint(-4096 * np.tril(work[:, size:].astype(np.float64), -1)) / 4096
-
-
-def code_matrix(coder, counts, codes):
-    """Codes (R, C) int8 through a coder that reads or fills them; a code's context: its column's
-    variance so far. Where there are far more rows than columns (the embedding), what is coded is
-    the rest of a linear prediction of each column from those before it, learnt from the rows
-    before, as long as that pays.
-    """
-    rows, columns = codes.shape
-    energy, seen, row, learns = np.full(columns, 7.5 * 16), 16, 0, rows >= 8 * columns > 0
-
-    def code(block, levels):
-        # modulo 256
-        contexts, known = (
-            np.tile(levels, len(block)),
-            block.astype(np.int8).astype(np.int64).ravel(),
-        )
-        symbols = coder(contexts, np.where(known**2 <= 20 * VARIANCES[contexts], known, ESCAPE))
-        np.add.at(counts.ravel(), contexts * 256 + symbols + 128, 64)
-        hidden = (symbols == ESCAPE).nonzero()[0]
-        symbols[hidden] = coder(np.full(len(hidden), len(VARIANCES)), known[hidden])
-        return symbols.reshape(block.shape)
-
-    while row < rows:
-        predicts = learns and row >= 128
-        block = codes[
-            row : row
-            + max(1, row // 2 if predicts else min(8 + row // 4, 2**20 // max(1, columns)))
-        ]
-        if not predicts:
-            block[:] = rest = code(block, np.searchsorted(VARIANCES[:-1], energy / seen))
-        else:
-            before, (values, rest) = (
-                codes[:row].astype(np.float64),
-                np.empty((2, columns, len(block))).mT,
-            )
-            predictor = column_predictor(before.T @ before, row)
-            energy, seen = energy // 2, seen // 2  # of a worse prediction
-            levels = np.searchsorted(VARIANCES[:-1], energy / seen)
-            for j in range(columns):
-                if j % 16 == 0:
-                    means = values[:, :j] @ predictor[j : j + 16, :j].T
-                mean = np.rint(
-                    means[:, j % 16] + values[:, j - j % 16 : j] @ predictor[j, j - j % 16 : j]
-                )[:, None]
-                rest[:, j : j + 1] = code(block[:, j : j + 1] - mean, levels[j : j + 1])
-                block[:, j] = (rest[:, j] + mean[:, 0]).astype(np.int64)
-                values[:, j] = block[:, j]
-            learns = (rest * rest).sum() < (values * values).sum()
-        energy += (rest * rest).sum(0)
-        row, seen = row + len(block), seen + len(block)
-
-
-def code_matrices(coder, raw, shapes):
-    """Bytes of int8 matrices, each stored transposed, through a coder; -> the bytes that came
-    out of it.
-    """
-    codes, counts, start = np.array(np.frombuffer(raw, np.int8)), initial_counts(), 0
-    for shape in shapes:
-        size = math.prod(shape)
-        coder.use(counts)
-        code_matrix(coder, counts, codes[start : start + size].reshape(shape).T)
-        start += size
-    return codes.tobytes()
-
-
-def entropy_compress(raw, shapes):
-    coder = SymbolEncoder()
-    code_matrices(coder, raw, shapes)
-    return coder.finish()
-
-
-def entropy_decompress(data, raw_size, shapes):
-    coder = SymbolDecoder(data)
-    raw = code_matrices(coder, bytes(raw_size), shapes)
-    return raw if coder.at == len(coder.words) else b""
-
-
-ENCODERS = {  # raw bytes, shapes of their arrays -> a stream
-    "brotli": lambda raw, shapes=(): brotli.compress(raw, quality=11, lgwin=24),
-    "lzma": lambda raw, shapes=(): lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
+ENCODERS = {  # (raw bytes, shapes of their arrays) -> stream
+    "brotli": brotli_compress,
+    "lzma": lzma_compress,
     "lrzip": lambda raw, shapes=(): techniques.run_lrzip(["-z", "-L", "9"], raw),
     "entropy": entropy_compress,
 }
-DECODERS = {  # the inverse; anything but raw_size bytes: no stream
+DECODERS = {  # (stream, raw size, shapes) -> raw bytes; another number of bytes means a bad stream
     "brotli": brotli_decompress,
-    "entropy": entropy_decompress,
-    "lzma": lambda data, raw_size, shapes=(): lzma_decompress(data, raw_size),
+    "lzma": lzma_decompress,
     "lrzip": lambda data, raw_size, shapes=(): techniques.lrzip_decompress(data, raw_size),
+    "entropy": entropy_decompress,
 }
+
+
+class Compressor(NamedTuple):
+    """A value of COMPRESSOR."""
+
+    number: int  # in the file
+    codec: str  # of the header, and of all sections but codes
+    codes_codec: str | None = None  # of matrices of int8 codes; None: they have no own section
+
+    def codecs(self):
+        """Names of all its codecs."""
+        return [self.codec] if self.codes_codec is None else [self.codec, self.codes_codec]
+
+
 COMPRESSORS = {
-    "brotli": (0, "brotli"),
-    "lzma": (1, "lzma"),
-    "pergroup": (2, "brotli", "lrzip"),
-    # number in the file, codecs; header in the first
-    "entropy": (3, "brotli", "entropy"),
+    "brotli": Compressor(0, "brotli"),
+    "lzma": Compressor(1, "lzma"),
+    "pergroup": Compressor(2, "brotli", "lrzip"),
+    "entropy": Compressor(3, "brotli", "entropy"),
 }
 
 
 def expand(codec, stored, raw_size, shapes=()):
-    """Stored bytes -> exactly raw_size bytes.
-
-    Raises ArtifactError if that is not what comes out.
-    """
+    """Stored bytes -> exactly raw_size bytes, or ArtifactError."""
     try:
         raw = DECODERS[codec](stored, raw_size, shapes) if raw_size else b""
     except Exception as error:  # each library has its own classes of errors
@@ -4710,66 +4949,39 @@ def expand(codec, stored, raw_size, shapes=()):
 
 
 def check_compressor(name):
-    """SettingError, with what to install, for an unknown compressor or missing tools."""
+    """SettingError, which says what to install, for an unknown compressor or missing tools."""
     if name not in COMPRESSORS:
         raise SettingError(f"COMPRESSOR={name} is unknown: choose one of {', '.join(COMPRESSORS)}")
-    if "brotli" in COMPRESSORS[name] and brotli is None:
+    codecs = COMPRESSORS[name].codecs()
+    if "brotli" in codecs and brotli is None:
         raise SettingError(
             "the brotli module is missing: pip install brotli, or set COMPRESSOR=lzma"
         )
-    if "lrzip" in COMPRESSORS[name] and shutil.which("lrzip") is None:
+    if "lrzip" in codecs and shutil.which("lrzip") is None:
         raise SettingError(
             "the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)"
         )
-    if "lrzip" in COMPRESSORS[name] and techniques is None:
+    if "lrzip" in codecs and techniques is None:
         raise SettingError(f"COMPRESSOR={name} needs tools/techniques.py beside this file")
 
 
 def try_compressor(name):
-    """check_compressor and a round trip of each of its codecs: a program that is there may
-    still lack a library.
-    """
+    """check_compressor, and a round trip with each codec: an installed program may still fail."""
     check_compressor(name)
-    sample, shapes = b"1234" * 8, [(4, 8)]
-    for codec in COMPRESSORS[name][1:]:
+    sample = b"1234" * 8
+    shapes = [(4, 8)]
+    for codec in COMPRESSORS[name].codecs():
         try:
-            fault = (
-                expand(codec, ENCODERS[codec](sample, shapes), len(sample), shapes) != sample
-                and "other bytes"
-            )
+            stored = ENCODERS[codec](sample, shapes)
+            is_same = expand(codec, stored, len(sample), shapes) == sample
+            fault = None if is_same else "other bytes"
         except (ArtifactError, OSError) as error:
             fault = error
         if fault:
             raise SettingError(f"COMPRESSOR={name} does not work here, {codec}: {fault}")
 
 
-MAX_RAW_BYTES, MAX_DIMENSIONS = 2**30, 8  # of an artifact's arrays
-ARRAY_DTYPES = (
-    "bool float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
-)
-
-
-def check_specs(specs):
-    """ValueError for names, dtypes and sizes of arrays (ArraySpec) that no artifact holds: a
-    header may be hostile.
-    """
-    for name, dtype, shape in specs:
-        sized = (
-            all(type(n) is int and n >= 0 for n in shape)
-            and math.prod(max(n, 1) for n in shape) <= MAX_RAW_BYTES
-        )
-        if (
-            type(name) is not str
-            or dtype not in ARRAY_DTYPES
-            or len(shape) > MAX_DIMENSIONS
-            or not sized
-        ):
-            raise ValueError(f"{name}: an artifact cannot hold {dtype} {shape}")
-    if (
-        len({spec.name for spec in specs}) != len(specs)
-        or sum(spec.num_bytes for spec in specs) > MAX_RAW_BYTES
-    ):
-        raise ValueError(f"an array stands twice, or all take more than {MAX_RAW_BYTES} bytes")
+# --- the file
 
 
 class ArraySpec(NamedTuple):
@@ -4781,182 +4993,257 @@ class ArraySpec(NamedTuple):
 
     @property
     def num_bytes(self):
-        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
+        return self.item_size * math.prod(self.shape)
+
+    @property
+    def item_size(self):
+        return np.dtype(self.dtype).itemsize
+
+    @property
+    def stored_dtype(self):
+        return np.dtype(self.dtype).newbyteorder("<")
+
+
+def is_valid_spec(spec):
+    """Whether an artifact can hold such an array; the fields may be any values of JSON."""
+    if type(spec.name) is not str or spec.dtype not in ARRAY_DTYPES:
+        return False
+    if len(spec.shape) > MAX_DIMENSIONS:
+        return False
+    if not all(type(n) is int and n >= 0 for n in spec.shape):
+        return False
+    # max: the other lengths of an empty array are limited, too
+    return math.prod(max(n, 1) for n in spec.shape) <= MAX_RAW_BYTES
+
+
+def check_specs(specs):
+    """ValueError for ArraySpecs of arrays that no artifact holds: a header may be hostile."""
+    for spec in specs:
+        if not is_valid_spec(spec):
+            raise ValueError(f"{spec.name}: an artifact cannot hold {spec.dtype} {spec.shape}")
+    is_unique = len({spec.name for spec in specs}) == len(specs)
+    if not is_unique or total_bytes(specs) > MAX_RAW_BYTES:
+        raise ValueError(f"two arrays have one name, or all take more than {MAX_RAW_BYTES} bytes")
+
+
+def total_bytes(specs):
+    """Bytes of all arrays, not compressed."""
+    return sum(spec.num_bytes for spec in specs)
+
+
+class Section(NamedTuple):
+    """A part of the file that is compressed by itself."""
+
+    kind: str  # codes (transposed), orders (of rows, pergroup), rest
+    codec: str
+    specs: list[ArraySpec]  # of its arrays, as they are stored
+
+
+def codes_group(spec):
+    """Group of the matrix whose codes this array holds; None if it is to be stored as it is."""
+    name, _, field = spec.name.rpartition(":")
+    role = quant_role(name)
+    is_codes = role and field == "codes" and spec.dtype == "int8"
+    is_matrix = is_codes and len(spec.shape) == 2 and max(spec.shape) <= 2**16
+    return role.group if is_matrix else None
+
+
+def layer_number(spec):
+    return int("0" + re.sub(r"\D", "", spec.name))
 
 
 def plan_sections(specs, compressor):
-    """Specs of the arrays -> (kind, codec, specs as stored) per section; packing and unpacking both
-    follow this plan. pergroup (PR 1855): "codes" of one role, layers in order, transposed; "orders"
-    of re-ordered rows; the "rest". entropy: all "codes" in the same order as one section, the
-    "rest".
+    """ArraySpecs -> Sections; packing and unpacking both follow this plan.
+
+    entropy: all "codes" in one section, by group and layer, then the "rest". pergroup (PR 1855):
+    a section of "codes" for each group, "orders" of re-ordered rows, and the "rest".
     """
-    if len(COMPRESSORS[compressor]) == 2:
-        return [("rest", compressor, specs)]
-    roles = {}
+    codec = COMPRESSORS[compressor].codec
+    codes_codec = COMPRESSORS[compressor].codes_codec
+    if codes_codec is None:
+        return [Section("rest", codec, specs)]
+    groups = {role.group: [] for role in QUANT_TABLE.values()}
+    rest = []
     for spec in specs:
-        name, _, field = spec.name.rpartition(":")
-        is_matrix = (
-            field == "codes"
-            and spec.dtype == "int8"
-            and len(spec.shape) == 2
-            and max(spec.shape) <= 2**16
-        )
-        roles[spec.name] = quant_role(name)[0] if is_matrix and quant_role(name) else None
-    groups = []
-    for role in dict.fromkeys(role for role, _, _ in QUANT_TABLE.values()):
-        groups.append(
-            [spec._replace(shape=spec.shape[::-1]) for spec in specs if roles[spec.name] == role]
-        )
-        # blocks.2 before blocks.10
-        groups[-1].sort(key=lambda spec: int("0" + re.sub(r"\D", "", spec.name)))
-    rest = ("rest", "brotli", [spec for spec in specs if roles[spec.name] is None])
+        group = codes_group(spec)
+        if group is None:
+            rest.append(spec)
+        else:
+            groups[group].append(spec._replace(shape=spec.shape[::-1]))
+    for group in groups.values():
+        group.sort(key=layer_number)
+    rest = Section("rest", codec, rest)
     if compressor == "entropy":
-        return [("codes", "entropy", sum(groups, [])), rest]
+        members = [spec for group in groups.values() for spec in group]
+        return [Section("codes", codes_codec, members), rest]
     orders = [
-        ArraySpec(name, "uint16", shape[:1])
-        for name, _, shape in specs
-        if roles[name] in ("embedding", "q", "up") and shape[0]
+        ArraySpec(spec.name, "uint16", spec.shape[:1])
+        for spec in specs
+        if codes_group(spec) in ("embedding", "q", "up") and spec.shape[0]
     ]
-    return [
-        *(("codes", "lrzip", group) for group in groups if group),
-        ("orders", "brotli", orders),
-        rest,
-    ]
+    codes = [Section("codes", codes_codec, group) for group in groups.values() if group]
+    return [*codes, Section("orders", codec, orders), rest]
 
 
 def by_item_size(specs):
-    """Specs -> (item size, specs of that size), smallest first: the layout inside a section."""
-    return [
-        (size, [spec for spec in specs if np.dtype(spec.dtype).itemsize == size])
-        for size in (1, 2, 4, 8)
-    ]
+    """Specs -> [(item size, specs of that size)]: the layout inside a section."""
+    return [(size, [spec for spec in specs if spec.item_size == size]) for size in (1, 2, 4, 8)]
 
 
 def join_arrays(arrays, specs):
-    """Arrays -> bytes, little endian; per item size all lowest bytes stand first, then all next
-    ones (byte shuffle).
+    """Arrays by name -> bytes, little endian.
+
+    Within each item size all lowest bytes come first, then all second ones and so on (byte
+    shuffle), as bytes of the same significance compress better together.
     """
     planes = []
     for size, group in by_item_size(specs):
-        raw = b"".join(
-            arrays[s.name].astype(np.dtype(s.dtype).newbyteorder("<"), copy=False).tobytes()
-            for s in group
-        )
-        planes.append(np.frombuffer(raw, np.uint8).reshape(-1, size).T.tobytes())
+        stored = [arrays[s.name].astype(s.stored_dtype, copy=False).tobytes() for s in group]
+        items = np.frombuffer(b"".join(stored), np.uint8).reshape(-1, size)
+        planes.append(items.T.tobytes())
     return b"".join(planes)
 
 
 def split_arrays(raw, specs):
     """The inverse of join_arrays; the arrays are read-only and little endian."""
-    arrays, raw = {}, io.BytesIO(raw)
+    arrays = {}
+    source = io.BytesIO(raw)
     for size, group in by_item_size(specs):
-        planes = np.frombuffer(raw.read(sum(spec.num_bytes for spec in group)), np.uint8).reshape(
-            size, -1
-        )
-        data = io.BytesIO(planes.T.tobytes())
+        planes = np.frombuffer(source.read(total_bytes(group)), np.uint8).reshape(size, -1)
+        items = io.BytesIO(planes.T.tobytes())
         for spec in group:
-            flat = np.frombuffer(data.read(spec.num_bytes), np.dtype(spec.dtype).newbyteorder("<"))
+            flat = np.frombuffer(items.read(spec.num_bytes), spec.stored_dtype)
             arrays[spec.name] = flat.reshape(spec.shape)
     return arrays
 
 
-def pack_weights(arrays, compressor, tell=lambda share: None):
-    """Named numpy arrays -> artifact bytes; `tell(share done)` as it goes on.
+class SectionRecord(NamedTuple):
+    """What the header says about the bytes of a section; the digests are hexadecimal."""
 
-    ValueError for what cannot be packed.
+    size: int
+    stored_digest: str
+    raw_digest: str
+
+
+def pack_weights(arrays, compressor, on_progress=lambda share: None):
+    """Numpy arrays by name -> artifact bytes. ValueError for arrays that cannot be packed.
+
+    on_progress(share) is called after each section with the share of raw bytes that are packed.
     """
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
     check_compressor(compressor)
     check_specs(specs)
-    # and the bytes of the sections that are done
-    plan, packed = plan_sections(specs, compressor), []
+    plan = plan_sections(specs, compressor)
     sources = {"rest": arrays, "codes": {name: array.T for name, array in arrays.items()}}
+    sizes_done = []
 
-    def encode(kind, codec, members):
-        raw = join_arrays(sources[kind], members)
-        stored = ENCODERS[codec](raw, [spec.shape for spec in members]) if raw else b""
-        packed.append(len(raw))
-        tell(
-            sum(packed) / max(1, sum(spec.num_bytes for _, _, members in plan for spec in members))
-        )
-        return stored, [len(stored), digest(stored).hex(), digest(raw).hex()]
+    def encode(section):
+        raw = join_arrays(sources[section.kind], section.specs)
+        shapes = [spec.shape for spec in section.specs]
+        stored = ENCODERS[section.codec](raw, shapes) if raw else b""
+        sizes_done.append(len(raw))
+        on_progress(sum(sizes_done) / max(1, sum(total_bytes(s.specs) for s in plan)))
+        return stored, SectionRecord(len(stored), digest(stored).hex(), digest(raw).hex())
 
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
         if compressor == "pergroup":
-            techniques.order_rows(arrays, sources, plan[-2][2], pool)
-        sections = list(pool.map(encode, *zip(*plan, strict=True)))
-    raw = json.dumps([specs, [about for _, about in sections]], separators=(",", ":")).encode()
-    if len(raw) > MAX_HEADER_BYTES:
+            techniques.order_rows(arrays, sources, plan[-2].specs, pool)
+        encoded = list(pool.map(encode, plan))
+    records = [record for _, record in encoded]
+    header = json.dumps([specs, records], separators=(",", ":")).encode()
+    if len(header) > MAX_HEADER_BYTES:
         raise ValueError(
             f"the names and shapes of {len(arrays)} arrays do not fit an artifact's header"
         )
-    stored = ENCODERS[COMPRESSORS[compressor][1]](raw)
-    prefix = PREFIX.pack(MAGIC, COMPRESSORS[compressor][0], len(stored), len(raw))
-    return b"".join([prefix, digest(prefix + stored), stored, *(data for data, _ in sections)])
+    number = COMPRESSORS[compressor].number
+    stored = ENCODERS[COMPRESSORS[compressor].codec](header)
+    prefix = PREFIX.pack(MAGIC, number, len(stored), len(header))
+    return b"".join([prefix, digest(prefix + stored), stored, *(data for data, _ in encoded)])
+
+
+class PrefixFields(NamedTuple):
+    """What PREFIX packs."""
+
+    magic: bytes
+    number: int  # of the compressor
+    stored_size: int  # of the header
+    raw_size: int
+
+
+class Header(NamedTuple):
+    """What an artifact says about itself, all sizes checked."""
+
+    specs: list[ArraySpec]
+    plan: list[Section]
+    records: list[SectionRecord]
+    start: int  # of the first section
 
 
 def read_header(blob):
-    """Artifact -> specs, plan_sections of them, [size, digests] per section, start of the
-    first; all sizes checked.
-    """
+    """Artifact bytes -> Header. ArtifactError if they are damaged or hostile."""
     start = PREFIX.size + DIGEST_BYTES
-    magic, number, stored_size, raw_size = PREFIX.unpack(
-        blob[: PREFIX.size].ljust(PREFIX.size, b"\0")
-    )
-    stored = blob[start : start + stored_size]
-    intact = magic == MAGIC and digest(blob[: PREFIX.size] + stored) == blob[PREFIX.size : start]
-    compressor = {n: c for c, (n, *_) in COMPRESSORS.items()}.get(number)
-    if (
-        not intact
-        or not compressor
-        or number != COMPRESSORS[compressor][0]
-        or raw_size > MAX_HEADER_BYTES
-    ):
+    prefix = blob[: PREFIX.size].ljust(PREFIX.size, b"\0")
+    fields = PrefixFields(*PREFIX.unpack(prefix))
+    stored = blob[start : start + fields.stored_size]
+    is_intact = fields.magic == MAGIC and digest(prefix + stored) == blob[PREFIX.size : start]
+    names = {compressor.number: name for name, compressor in COMPRESSORS.items()}
+    if not is_intact or fields.number not in names or fields.raw_size > MAX_HEADER_BYTES:
         raise ArtifactError(
             "artifact: not a file of this program, or its header is damaged or cut off"
         )
+    compressor = names[fields.number]
     check_compressor(compressor)
     try:
-        arrays, sections = json.loads(expand(COMPRESSORS[compressor][1], stored, raw_size))
+        raw = expand(COMPRESSORS[compressor].codec, stored, fields.raw_size)
+        arrays, sections = json.loads(raw)
         specs = [ArraySpec(name, dtype, tuple(shape)) for name, dtype, shape in arrays]
+        records = [SectionRecord(*section) for section in sections]
         check_specs(specs)
-        sizes = [size for size, _, _ in sections]
-        whole = all(type(n) is int and n >= 0 for n in sizes) and start + stored_size + sum(
-            sizes
-        ) == len(blob)
         plan = plan_sections(specs, compressor)
-        if not whole or len(sections) != len(plan):
+        start += fields.stored_size
+        is_sized = all(type(record.size) is int and record.size >= 0 for record in records)
+        is_sized = is_sized and start + sum(record.size for record in records) == len(blob)
+        if not is_sized or len(records) != len(plan):
             raise ValueError("its sections are not those of its arrays, or not as long as the file")
     except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"artifact: the header is wrong: {error}") from error
-    return specs, plan, sections, start + stored_size
+    return Header(specs, plan, records, start)
+
+
+def unpack_section(stored, section, record):
+    """Stored bytes -> {name: array as stored}. ArtifactError if a digest differs."""
+    is_intact = digest(stored).hex() == record.stored_digest
+    if is_intact:
+        shapes = [spec.shape for spec in section.specs]
+        raw = expand(section.codec, stored, total_bytes(section.specs), shapes)
+        is_intact = digest(raw).hex() == record.raw_digest
+    if not is_intact:
+        raise ArtifactError(f"artifact: a section of {section.codec} data is damaged")
+    return split_arrays(raw, section.specs)
 
 
 def unpack_weights(blob):
-    """Artifact bytes -> the packed arrays, bit for bit, in order.
+    """Artifact bytes -> the packed arrays, bit for bit and in their order.
 
-    ArtifactError if pack_weights did not write them.
+    ArtifactError if pack_weights did not write these bytes.
     """
-    specs, plan, sections, start = read_header(blob)
-    ends = np.cumsum([start] + [size for size, _, _ in sections]).tolist()
+    header = read_header(blob)
+    ends = np.cumsum([header.start] + [record.size for record in header.records]).tolist()
 
-    def decode(planned, section, end):
-        (kind, codec, members), (size, stored_digest, raw_digest) = planned, section
-        stored, raw_size = blob[end - size : end], sum(spec.num_bytes for spec in members)
-        if digest(stored).hex() == stored_digest:
-            raw = expand(codec, stored, raw_size, [spec.shape for spec in members])
-        if digest(stored).hex() != stored_digest or digest(raw).hex() != raw_digest:
-            raise ArtifactError(f"artifact: a section of {codec} data is damaged")
-        return kind, split_arrays(raw, members)
+    def decode(section, record, end):
+        return unpack_section(blob[end - record.size : end], section, record)
 
-    found = {"rest": {}, "codes": {}, "orders": {}}
+    arrays = {"rest": {}, "codes": {}, "orders": {}}
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
-        for kind, arrays in pool.map(decode, plan, sections, ends[1:]):
-            found[kind] |= arrays
-    unpacked = found["rest"] | {name: codes.T for name, codes in found["codes"].items()}
-    if found["orders"]:
-        techniques.restore_rows(unpacked, found["orders"])
-    return {name: np.array(unpacked[name], dtype, order="C") for name, dtype, _ in specs}
+        decoded = pool.map(decode, header.plan, header.records, ends[1:])
+        for section, unpacked in zip(header.plan, decoded, strict=True):
+            arrays[section.kind] |= unpacked
+    unpacked = arrays["rest"] | {name: codes.T for name, codes in arrays["codes"].items()}
+    if arrays["orders"]:
+        techniques.restore_rows(unpacked, arrays["orders"])
+    return {
+        spec.name: np.array(unpacked[spec.name], spec.dtype, order="C") for spec in header.specs
+    }
 
 
 # ---- EVALUATION ----------------------------------------------------------------------------------
@@ -5958,7 +6245,7 @@ def group_bytes(arrays):
         name, _, field = key.rpartition(":")
         if quant_role(name) and field == "codes":
             share = np.unique(array, return_counts=True)[1] / array.size
-            sizes[quant_role(name)[0]] -= share @ np.log2(share) * array.size / 8
+            sizes[quant_role(name).group] -= share @ np.log2(share) * array.size / 8
         else:
             sizes["rest"] += array.nbytes
     return {role: round(sizes[role]) for role in sorted(sizes, key=sizes.get, reverse=True)}
@@ -5974,7 +6261,7 @@ def fit_target_bytes(attempt, num_weights, code_bytes, hp, dist, log):
     attempt(hp) -> file (rank 0's), arrays. Returns these and hp of the nearest below the target,
     else of the shortest.
     """
-    clips = {clip for _, _, clip in QUANT_TABLE.values()}
+    clips = {role.clip_sigmas for role in QUANT_TABLE.values()}
     trials = []
     for _ in range(TARGET_TRIALS):
         blob, arrays = attempt(hp)
