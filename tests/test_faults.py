@@ -667,7 +667,7 @@ def test_names_without_a_meaning_here_are_told(data, tmp_path):
     )
     assert (
         code is None
-        and "note: DATA_DIR, SKIP_INITIAL_VAL: of published scripts, without a meaning here" in out
+        and "note: DATA_DIR, SKIP_INITIAL_VAL: settings of other scripts, no effect here" in out
     )
 
 
