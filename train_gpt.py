@@ -355,6 +355,9 @@ class Hyperparameters:
     gptq_column_octaves: float = env(
         2.0, "maximum log2 ratio of a column's step to its row's", least=0
     )
+    gptq_trellis: bool = env(
+        False, "with column steps: trellis-coded quantization, eight states along a column's rows"
+    )
     quant_check_rows: int = env(
         2, "training rows held out to check the quantized model's loss; 0: no check", least=0
     )
@@ -2927,6 +2930,108 @@ def attention_fa4(
     return out, lse  # (tokens, H, E), (H, tokens)
 
 
+# --- trellis-coded quantization
+# A value is rounded to a level, a whole number, but not freely: in a state with an even number only
+# even levels may be taken, with an odd number only odd ones. So half of the level, rounded down, is
+# enough for its code, and costs the bits of a quantizer with a step of two levels. A code leads to
+# the next state, and all levels of a sequence are chosen together, so that the error is that of a
+# finer step. (Marcellin and Fischer 1990; eight states as in dependent quantization of the NNC
+# standard.)
+#     level = 2 code + state % 2;  next state = (state >> 1) ^ 5 (state % 2) ^ 2 (code % 2)
+# A state is reached from two states that are both even (states 0 to 3) or both odd (4 to 7): from
+# one of them by an even code, from the other one by an odd code.
+TRELLIS_SEGMENT = 256  # values of a sequence at most: then the next one begins, in state 0
+
+
+def trellis_round_ref(values):
+    """Levels (B, T) int32 with the least sum of squared errors from each sequence of values (B, T).
+
+    The Viterbi algorithm; values are in units of a level.
+    """
+    B, T = values.shape
+    state = torch.arange(8, device=values.device)
+    odd = state >> 2  # of the states before it
+    even_code_from = 2 * (state ^ (5 * odd)) + odd
+    before = torch.stack([even_code_from, even_code_from ^ 4], dim=1)  # (8, 2): by code % 2
+    remainder = torch.stack([odd, odd + 2], dim=1)  # (8, 2): level % 4
+
+    shift = torch.arange(4, device=values.device)
+    levels = 4 * torch.floor((values[..., None] - shift) / 4 + 0.5) + shift  # (B, T, 4)
+    error = values[..., None] - levels
+    costs = (error * error)[..., remainder.flatten()].unbind(1)  # for each t (B, 16)
+
+    total = torch.full((B, 8), 1e30, device=values.device)
+    total[:, 0] = 0.0
+    ways = []  # for each t (B, 8): code % 2 on the best way to each state
+    for cost in costs:
+        sums = total.index_select(1, before.flatten()) + cost
+        total, way = sums.view(B, 8, 2).min(dim=2)
+        ways.append(way)
+
+    chosen = torch.empty(B, T, dtype=torch.int32, device=values.device)
+    at = total.argmin(dim=1)
+    batch = torch.arange(B, device=values.device)
+    for t in reversed(range(T)):
+        way = ways[t][batch, at]
+        chosen[:, t] = levels[batch, t, remainder[at, way]]
+        at = before[at, way]
+    return chosen
+
+
+def trellis_round_trial_inputs(hp, device, dtype):
+    """Multiples of 1/64: their sums are exact, so that the levels must be equal."""
+    (values,) = trial_tensors(device, torch.float32, (3, 200))
+    return ((256 * values.detach()).round() / 64,)
+
+
+@jit
+def _nearest_level(value, remainder):
+    """The level next to the value with this remainder modulo 4."""
+    return 4 * tl.floor((value - remainder) / 4 + 0.5) + remainder
+
+
+@jit
+def _trellis_kernel(values, history, levels, T):
+    """One program per sequence; arithmetic as in trellis_round_ref."""
+    first = tl.program_id(0) * T
+    state = tl.arange(0, 8)
+    odd = state >> 2
+    even_code_from = 2 * (state ^ (5 * odd)) + odd
+    remainder = odd.to(tl.float32)
+
+    total = tl.where(state == 0, 0.0, 1e30)
+    for t in range(T):
+        value = tl.load(values + first + t)
+        even_error = value - _nearest_level(value, remainder)
+        odd_error = value - _nearest_level(value, remainder + 2)
+        by_even_code = tl.gather(total, even_code_from, 0) + even_error * even_error
+        by_odd_code = tl.gather(total, even_code_from ^ 4, 0) + odd_error * odd_error
+        way = (by_odd_code < by_even_code).to(tl.int32)
+        total = tl.minimum(by_odd_code, by_even_code)
+        tl.store(history + first + t, tl.sum(way << state, 0))  # a bit for each state
+    tl.debug_barrier()  # other threads read the history
+
+    at = tl.argmin(total, 0)
+    for step in range(T):
+        t = T - 1 - step
+        way = (tl.load(history + first + t) >> at) & 1
+        odd_before = at >> 2
+        level = _nearest_level(tl.load(values + first + t), (odd_before + 2 * way).to(tl.float32))
+        tl.store(levels + first + t, level.to(tl.int32))
+        at = (2 * (at ^ (5 * odd_before)) + odd_before) ^ (4 * way)
+
+
+def trellis_round(values):
+    """As trellis_round_ref, to the bit: without fused multiply-adds the sums are equal."""
+    B, T = values.shape
+    levels = torch.empty(B, T, dtype=torch.int32, device=values.device)
+    history = torch.empty_like(levels)
+    _trellis_kernel[B,](
+        values.contiguous(), history, levels, T, num_warps=1, enable_fp_fusion=False
+    )
+    return levels
+
+
 # --- selection
 ATTENTION_BACKENDS = {  # the fastest first
     "fa3": attention_fa3,
@@ -2950,6 +3055,7 @@ class Ops:
     enter: Callable = enter_ref  # x, x0, mix, scale, window, wants, *(skip, weight, gate)
     # values, squares, gradient, source, target, correction, scale, rates
     adamw_rows: Callable = adamw_rows_ref
+    trellis_round: Callable = trellis_round_ref  # values
 
 
 class Operation(NamedTuple):
@@ -3000,6 +3106,12 @@ def operations(hp, device):
         "gated_xsa": with_reference("triton", gated_xsa, gated_xsa_ref, gated_xsa_trial_inputs),
         "enter": with_reference("triton", enter, enter_ref, enter_trial_inputs),
         "adamw_rows": with_reference("triton", adamw_rows, adamw_rows_ref, adamw_rows_trial_inputs),
+        "trellis_round": with_reference(
+            "triton",
+            trellis_round,
+            trellis_round_ref,
+            trellis_round_trial_inputs,
+        ),
     }
 
 
@@ -4081,17 +4193,61 @@ def order_columns(w, hessian, damp, names):
     return OrderedColumns(weights, upper, order)
 
 
-def quantize_column(column, step, max_code):
-    """One column of all rows (N, R) and their step sizes (N, R) -> codes (N, R) in float32."""
-    return (column / step).round_().clamp_(-max_code, max_code)
+def trellis_levels(codes):
+    """Codes (..., R, C), whole numbers -> their levels, float32, as the trellis of each column has
+    them. In NumPy's integers: exact on every machine.
+    """
+    codes = np.nan_to_num(codes).clip(-(2**20), 2**20)  # those of a damaged artifact, too
+    rows = codes.shape[-2]
+    levels = np.empty(codes.shape, np.float32)
+    for first in range(0, min(rows, TRELLIS_SEGMENT)):  # this row of all segments at once
+        segment_rows = codes[..., first::TRELLIS_SEGMENT, :].astype(np.int32)
+        if first == 0:
+            state = np.zeros_like(segment_rows)
+        state = state[..., : segment_rows.shape[-2], :]  # the last segment may be shorter
+        is_odd = state & 1
+        levels[..., first::TRELLIS_SEGMENT, :] = 2 * segment_rows + is_odd
+        state = (state >> 1) ^ (5 * is_odd) ^ (2 * (segment_rows & 1))
+    return levels
 
 
-def quantize_columns(weights, upper, step, max_code, block_size):
+class NearestCode:
+    """Scalar quantization: each weight gets the code next to it, independently of the others."""
+
+    def __init__(self, step, max_code):
+        self.step = step  # (N, R)
+        self.max_code = max_code
+
+    def __call__(self, column):
+        """A column of all rows (N, R) -> its codes and what they stand for, both float32 (N, R)."""
+        codes = (column / self.step).round_().clamp_(-self.max_code, self.max_code)
+        return codes, codes * self.step
+
+
+class TrellisCode:
+    """Trellis-coded quantization: the trellis runs along the rows of a column."""
+
+    def __init__(self, step, max_code, trellis_round):
+        self.level_size = step / 2  # (N, R)
+        self.max_level = 2 * max_code - 2  # the chosen level is at most two away from the value
+        self.trellis_round = trellis_round
+
+    def __call__(self, column):
+        """A column of all rows (N, R) -> its levels and what they stand for, both float32."""
+        N, R = column.shape
+        length = min(R, TRELLIS_SEGMENT)
+        values = (column / self.level_size).clamp_(-self.max_level, self.max_level)
+        sequences = F.pad(values, (0, -R % length)).view(-1, length)
+        levels = self.trellis_round(sequences).view(N, -1)[:, :R].float()
+        return levels, levels * self.level_size
+
+
+def quantize_columns(weights, upper, quantize_column, block_size):
     """The loop of GPTQ: quantizes column by column, later columns make up for the error so far.
 
-    weights (N, C, R), overwritten, upper (N, C, C), step (N, R) -> codes (N, C, R) in float32.
-    Later columns of a block are updated at once, all others at its end with one matmul. Nothing
-    here waits for the device.
+    weights (N, C, R), overwritten, upper (N, C, C), quantize_column: a NearestCode or TrellisCode
+    -> its codes or levels (N, C, R) in float32. Later columns of a block are updated at once, all
+    others at its end with one matmul. Nothing here waits for the device.
     """
     num_columns = weights.shape[1]
     codes = torch.empty_like(weights)
@@ -4099,8 +4255,8 @@ def quantize_columns(weights, upper, step, max_code, block_size):
         stop = min(start + block_size, num_columns)
         errors = torch.empty_like(weights[:, start:stop])
         for j in range(start, stop):
-            codes[:, j] = quantize_column(weights[:, j], step, max_code)
-            error = (weights[:, j] - codes[:, j] * step) / upper[:, j, j, None]
+            codes[:, j], rounded = quantize_column(weights[:, j])
+            error = (weights[:, j] - rounded) / upper[:, j, j, None]
             errors[:, j - start] = error
             later = slice(j + 1, stop)
             weights[:, later].addcmul_(upper[:, j, later, None], error[:, None, :], value=-1.0)
@@ -4114,6 +4270,12 @@ class QuantizedMatrices(NamedTuple):
     codes: Tensor  # (N, R, C): int8, int16 with column steps
     scale: Tensor  # (N, R): fp16 step sizes, with column steps int8 codes of to_log2_eighths
     column_steps: Tensor | None = None  # (N, C): int8 codes of to_log2_eighths
+    levels: Tensor | None = None  # (N, R, C): int16, of the trellis; a code is half its level
+
+    def weights(self):
+        """The weights (N, R, C) that the codes stand for, in float32."""
+        steps = self.codes if self.levels is None else self.levels / 2
+        return steps * self.step_sizes()
 
     def step_sizes(self):
         """The step size of every weight in float32, shape (N, R, 1) or (N, R, C)."""
@@ -4123,13 +4285,24 @@ class QuantizedMatrices(NamedTuple):
         return from_log2_eighths(rows + self.column_steps[:, None])
 
 
-def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column_octaves=None):
+def gptq_quantize(
+    w,
+    hessian,
+    bits,
+    clip_sigmas,
+    damp,
+    block_size,
+    names,
+    column_octaves=None,
+    trellis_round=None,
+):
     """GPTQ (arXiv:2210.17323) of w (N, R, C) with Hessians (N, C, C) -> QuantizedMatrices.
 
     SDClip sets the step sizes of rows: clip_sigmas standard deviations of the original row reach
     the largest code. With column_octaves columns have steps, too (column_step_grid), and nothing is
-    clipped, because codes may be wide (split_wide_codes). ValueError with the names of matrices
-    whose Hessian is infinite or cannot be made positive definite.
+    clipped, because codes may be wide (split_wide_codes); then trellis_round, an operation of Ops,
+    asks for trellis-coded quantization. ValueError with the names of matrices whose Hessian is
+    infinite or cannot be made positive definite.
     """
     infinite = [name for name, h in zip(names, hessian, strict=True) if h.isinf().any()]
     if infinite:  # the codes would be noise
@@ -4139,20 +4312,26 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column
     weights, upper, order = order_columns(w, hessian, damp, names)
     if column_octaves is None:
         column_steps = None
-        codes = quantize_columns(weights, upper, scale.float(), max_code, block_size)
+        codes = quantize_columns(weights, upper, NearestCode(scale.float(), max_code), block_size)
     else:
         scale, column_steps = column_step_grid(upper, scale, column_octaves)
         # dividing by the column steps leaves a step that all columns of a row share
         column_scale = from_log2_eighths(column_steps)
         weights = weights / column_scale[:, :, None]
         upper = upper / column_scale[:, None, :]
-        codes = quantize_columns(
-            weights, upper, from_log2_eighths(scale), MAX_WIDE_CODE, block_size
-        )
+        step = from_log2_eighths(scale)
+        if trellis_round is None:
+            quantize_column = NearestCode(step, MAX_WIDE_CODE)
+        else:
+            quantize_column = TrellisCode(step, MAX_WIDE_CODE, trellis_round)
+        codes = quantize_columns(weights, upper, quantize_column, block_size)
         column_steps = torch.empty_like(column_steps).scatter_(1, order, column_steps)
     codes = torch.empty_like(codes).scatter_(1, order[:, :, None].expand_as(codes), codes)
-    dtype = torch.int8 if column_steps is None else torch.int16
-    return QuantizedMatrices(codes.mT.to(dtype).contiguous(), scale, column_steps)
+    codes = codes.mT.to(torch.int8 if column_steps is None else torch.int16).contiguous()
+    if trellis_round is None:
+        return QuantizedMatrices(codes, scale, column_steps)
+    levels = codes
+    return QuantizedMatrices(levels >> 1, scale, column_steps, levels)
 
 
 def split_wide_codes(codes, column_steps):
@@ -4258,7 +4437,7 @@ def share_matrices(matrices, world_size):
     return balance(by_cost, cost.get, world_size)
 
 
-def quantize_matrices(names, weights, hessians, hp):
+def quantize_matrices(names, weights, hessians, hp, trellis_round):
     """GPTQ of the named matrices -> {name: its fields}, {name: error W - dequantized W (R, C)}.
 
     Matrices with the same shape and settings are quantized as one batch.
@@ -4269,6 +4448,8 @@ def quantize_matrices(names, weights, hessians, hp):
         key = weights[name].shape, getattr(hp, role.bits), getattr(hp, role.clip_sigmas)
         batches[key].append(name)
     column_octaves = hp.gptq_column_octaves if hp.gptq_column_steps else None
+    if not (hp.gptq_trellis and hp.gptq_column_steps):
+        trellis_round = None
     fields = {}
     errors = {}
     for (_, bits, clip_sigmas), batch in batches.items():
@@ -4277,13 +4458,23 @@ def quantize_matrices(names, weights, hessians, hp):
         if hp.hessian_clip_lambda and quant_role(batch[0]) != EMBEDDING_ROLE:
             clip_sigmas = techniques.hessian_aware_sigmas(w, h, clip_sigmas, hp.hessian_clip_lambda)
         quantized = gptq_quantize(
-            w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, column_octaves
+            w,
+            h,
+            bits,
+            clip_sigmas,
+            hp.gptq_damp,
+            hp.gptq_block_size,
+            batch,
+            column_octaves,
+            trellis_round,
         )
-        error = w - quantized.codes * quantized.step_sizes()
+        error = w - quantized.weights()
         for i, name in enumerate(batch):
             fields[name] = {"codes": quantized.codes[i], "scale": quantized.scale[i]}
             if quantized.column_steps is not None:
                 fields[name] |= split_wide_codes(quantized.codes[i], quantized.column_steps[i])
+            if quantized.levels is not None:
+                fields[name]["trellis"] = torch.ones((), dtype=torch.int8)
             errors[name] = error[i]
     return fields, errors
 
@@ -4320,10 +4511,11 @@ def merge_dicts(dicts):
 
 
 @torch.no_grad()
-def quantize_weights(weights, hessians, hp, dist):
+def quantize_weights(weights, hessians, hp, dist, trellis_round=trellis_round_ref):
     """Saved weights and Hessians (C, C), by name -> numpy arrays "name:field", on every rank.
 
-    Fields: codes, scale, column_steps, fine_*; LQER_FIELDS; fp16. Each matrix is quantized by one
+    Fields: codes, scale, column_steps, fine_*, trellis; LQER_FIELDS; fp16. trellis_round is the
+    model's operation for the trellis. Each matrix is quantized by one
     rank, small tensors by rank 0, and LQER corrects the matrices with the largest errors over all
     ranks. ValueError with the names of the tensors at fault, raised on all ranks.
     """
@@ -4331,7 +4523,7 @@ def quantize_weights(weights, hessians, hp, dist):
     matrices = {name: w for name, w in weights.items() if quant_role(name)}
     try:
         mine = share_matrices(matrices, dist.world_size)[dist.rank]
-        fields, errors = quantize_matrices(mine, weights, hessians, hp)
+        fields, errors = quantize_matrices(mine, weights, hessians, hp, trellis_round)
         outcome = {name: error.norm().item() for name, error in errors.items()}
         if hp.lqer_weighted:
             outcome = {
@@ -4377,7 +4569,9 @@ def fields_fit(shapes):
     if len(codes) != 2 or shapes.get("column_steps", codes[1:]) != codes[1:]:
         return False
     if "fine_codes" in shapes and "column_steps" not in shapes:
-        return False  # add_fine_codes checks their shapes
+        return False  # join_wide_codes checks their shapes
+    if "trellis" in shapes and (shapes["trellis"] != () or "column_steps" not in shapes):
+        return False
     if not shapes.keys() & set(LQER_FIELDS):
         return True
     a, b = shapes.get("lqer_a"), shapes.get("lqer_b")
@@ -4394,23 +4588,31 @@ def table_steps(codes):
     return EXP2_EIGHTHS[codes.astype(int)]
 
 
-def add_fine_codes(w, name, fields, step_codes):
-    """Adds the fine codes of split_wide_codes to weights w (R, C), in place.
-
-    step_codes (R, C): what the steps of the coarse codes are in the table.
-    """
+def join_wide_codes(name, fields):
+    """The inverse of split_wide_codes: fields -> codes (R, C) and column steps (C,), float32."""
+    codes = fields["codes"]
+    column_steps = fields["column_steps"]
+    if "fine_codes" not in fields:
+        return codes, column_steps
     absent = np.zeros(0)
     columns = fields.get("fine_columns", absent).astype(int)
     shift = fields.get("fine_shift", absent).astype(int)
     fine_codes = fields["fine_codes"]
     fits = columns.ndim == 1 and shift.shape == columns.shape
-    fits = fits and fine_codes.shape == (len(w), len(columns))
+    fits = fits and fine_codes.shape == (len(codes), len(columns))
     if fits and len(columns):
         is_ascending = (np.diff(columns) > 0).all()
-        fits = is_ascending and columns[0] >= 0 and columns[-1] < w.shape[1]
+        fits = is_ascending and columns[0] >= 0 and columns[-1] < codes.shape[1]
+        fits = fits and shift.min() >= 0 and shift.max() <= MAX_SHIFT
     if not fits:
-        raise ValueError(f"{name}: fine codes {fine_codes.shape} do not fit the matrix {w.shape}")
-    w[:, columns] += fine_codes * table_steps(step_codes[:, columns] - 8 * shift)
+        raise ValueError(
+            f"{name}: fine codes {fine_codes.shape} do not fit the matrix {codes.shape}"
+        )
+    codes = codes.copy()
+    codes[:, columns] = codes[:, columns] * 2**shift + fine_codes
+    column_steps = column_steps.copy()
+    column_steps[columns] -= 8 * shift
+    return codes, column_steps
 
 
 def dequantize_fields(name, fields):
@@ -4423,12 +4625,12 @@ def dequantize_fields(name, fields):
     codes = fields["codes"]
     scale = fields["scale"][..., None]
     if "column_steps" in fields:
-        step_codes = scale + fields["column_steps"]
-        w = codes * table_steps(step_codes)
+        codes, column_steps = join_wide_codes(name, fields)
+        if "trellis" in fields:
+            codes = trellis_levels(codes) / 2
+        w = codes * table_steps(scale + column_steps)
     else:
         w = codes * scale
-    if "fine_codes" in fields:
-        add_fine_codes(w, name, fields, step_codes)
     if "lqer_a" in fields:
         a, b = unpack_factors(fields)
         for r in range(a.shape[1]):
@@ -6437,7 +6639,7 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
 
     def quantize(hp):
         with log.stage("quantize"):
-            return quantize_weights(check.weights, hessians, hp, dist)
+            return quantize_weights(check.weights, hessians, hp, dist, model.ops.trellis_round)
 
     def pack(hp, arrays):
         with log.stage("pack"):

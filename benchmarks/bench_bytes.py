@@ -103,6 +103,7 @@ SWEPT = (
     "gptq_block_size",
     "gptq_column_steps",
     "gptq_column_octaves",
+    "gptq_trellis",
     "gated_attn_quant_gate",
     "lqer_enabled",
     "lqer_top_k",
@@ -161,7 +162,9 @@ class Sweep:
         environ = dict(os.environ, COMPRESSOR=self.hp.compressor) | settings_of(settings.split())
         hp = train_gpt.Hyperparameters.from_env(environ, RunGuard())
         start = time.perf_counter()
-        arrays = train_gpt.quantize_weights(self.weights, self.hessians, hp, self.dist)
+        arrays = train_gpt.quantize_weights(
+            self.weights, self.hessians, hp, self.dist, self.model.ops.trellis_round
+        )
         quantized = time.perf_counter()
         size = self.packing.submit(lambda: len(train_gpt.pack_weights(arrays, hp.compressor)))
         rebuilt = train_gpt.dequantize_weights(arrays)
