@@ -151,14 +151,16 @@ def test_the_artifact_gives_back_the_weights_of_the_trellis(compressor):
 
 def test_wide_codes_pass_through_the_trellis():
     w, hessian = uneven_problem(rows=300)
-    w[0, :, 3] *= 400  # far beyond int8 in the step of its row
+    w[0, :, 3] *= 6  # beyond int8 with the small step that the column gets for its large inputs
+    hessian[0, 3, :] *= 60
+    hessian[0, :, 3] *= 60
     hp = train_gpt.Hyperparameters(device="cpu", gptq_trellis=True)
     weights = {"tok_emb.weight": w[0]}
     arrays = train_gpt.quantize_weights(weights, {"tok_emb.weight": hessian[0]}, hp, OneRank())
     assert "tok_emb.weight:fine_codes" in arrays
     rebuilt = train_gpt.dequantize_weights(arrays)["tok_emb.weight"]
     error = (rebuilt - w[0]).square().mean(dim=0)
-    assert error[3] / w[0, :, 3].square().mean() < 1e-2
+    assert error[3] / w[0, :, 3].square().mean() < 1e-4
 
 
 def test_without_column_steps_there_is_no_trellis():
