@@ -10,6 +10,7 @@
     python train_gpt.py --help                   # every setting: default, range, meaning
 
 Settings are environment variables; the defaults are the submission, PRESET=name a published one.
+presets/published.py runs published systems that need code of their own.
 This file needs no other; in its repository tools/guard.py watches the run. A run writes its files
 to runs/<RUN_ID>/ (README) and ends with the line `RESULT {json}`. QUANT_ONLY=1 continues from its
 model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
@@ -34,7 +35,6 @@ import lzma
 import math
 import os
 import re
-import shutil
 import struct
 import sys
 import time
@@ -78,8 +78,6 @@ CONTEST_SECONDS = 600.0  # limit of training, and of evaluation, in the contest'
 BYTE_CAP = 16_000_000  # limit of code + weights in the contest's rules, decimal
 RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
 PACKED = False  # tools/pack_code.py sets this in the script that it writes: that one stands alone
-# what only published systems use: tools/techniques.py puts itself here, where find_guard finds it
-techniques = None
 
 
 class SettingError(ValueError):
@@ -100,18 +98,13 @@ OUR_ERRORS = SettingError, DataError, ArtifactError
 # ---- HYPERPARAMETERS -----------------------------------------------------------------------------
 
 
-def env(default, help, *, above=None, least=None, most=None, choices=None, published=False):
+def env(default, help, *, above=None, least=None, most=None, choices=None):
     """Declares a setting; its environment variable is the field's name in capitals.
 
-    above: exclusive bound; least, most: inclusive bounds. published: only published systems change
-    the default; their code is in tools/techniques.py.
+    above: exclusive bound; least, most: inclusive bounds.
     """
     rules = {"above": above, "least": least, "most": most, "choices": choices}
-    rules |= {"help": help, "published": published}
-    return dataclasses.field(default=default, metadata=rules)
-
-
-RESIDUALS = "off", "mix", "gate"  # of values
+    return dataclasses.field(default=default, metadata=rules | {"help": help})
 
 
 @dataclass(frozen=True)
@@ -133,22 +126,9 @@ class Hyperparameters:
     tokenizer_path: str = env(
         "", "SentencePiece model; empty: searched near the data and in tokenizers/"
     )
-    caseops_enabled: bool = env(
-        True,
-        "validation bytes come from the side-car; 0: from the tokenizer's byte tables",
-        published=True,
-    )
-    marker_fusion_enabled: bool = env(
-        False, "a space and the case marker behind it become one token (PR 2109)", published=True
-    )
     data_seed: int = env(0, "shuffles the training rows; 0: order of the stream", least=0)
     balance_rows: bool = env(
         True, "distribute a step's documents so that all rows have equal attention cost"
-    )
-    doc_shuffle_enabled: bool = env(
-        False,
-        "training documents in another order inside each shard, by DATA_SEED (1512)",
-        published=True,
     )
     device: str = env("auto", "auto: a GPU if there is one", choices=("auto", "cuda", "cpu"))
     compute_dtype: str = env(
@@ -235,38 +215,6 @@ class Hyperparameters:
         "mean", "lane that becomes the output", choices=("mean", "attn", "mlp")
     )
     logit_softcap: float = env(30.0, "logits z become c tanh(z/c)", above=0, most=64)
-    attn_window: int = env(
-        0,
-        "tokens before its own that a token of the early layers sees; 0: all",
-        least=0,
-        published=True,
-    )
-    attn_window_full_layers: int = env(3, "last layers that see all nevertheless", least=0)
-    partial_key_offset: bool = env(
-        False,
-        "unrotated dimensions of full layers' keys are the previous token's (1512)",
-        published=True,
-    )
-    value_residual: str = env(
-        "off",
-        "mix: values l0 v0 + l1 v, v0 layer 0's; gate: v + s(a) v0",
-        choices=RESIDUALS,
-        published=True,
-    )
-    bigram_vocab_size: int = env(
-        0, "rows of the hashed bigram embedding; 0: none", least=0, published=True
-    )
-    bigram_dim: int = env(112, "width of that table", least=1)
-    value_embed_layers: str = env(
-        "", "layers whose values get a token's own embedding, comma separated", published=True
-    )
-    value_embed_dim: int = env(128, "width of that table", least=1)
-    extra_eval_loops: int = env(
-        0,
-        "passes over the looped layers that training did not have; skips stay",
-        least=0,
-        published=True,
-    )
 
     # optimizer and schedule
     max_wallclock_seconds: float = env(
@@ -285,12 +233,6 @@ class Hyperparameters:
     muon_wd: float = env(0.095, "decoupled weight decay of the matrix banks", least=0)
     muon_row_normalize: bool = env(True, "normalize update rows before orthogonalization")
     muon_backend_steps: int = env(5, "Newton-Schulz steps", least=1, most=5)
-    muon_head_pairs: bool = env(
-        False, "q and k are orthogonalised by pairs of heads, not whole (PR 1512)", published=True
-    )
-    muon_gram_enabled: bool = env(
-        False, "Newton-Schulz steps on X X^T where X is not square", published=True
-    )
     muon_dtype: str = env(
         "auto",
         "dtype of Muon's gradients, momentum and matmuls",
@@ -304,25 +246,6 @@ class Hyperparameters:
     beta2: float = env(0.99, "AdamW beta2", least=0, most=0.99999)
     grad_clip_norm: float = env(0.3, "maximum global gradient norm; 0: off", least=0)
     ema_decay: float = env(0.9965, "decay of the weight EMA after its ramp", least=0, most=0.999999)
-    swa_below_lr: float = env(
-        0.0, "below this learning-rate factor: mean of snapshots; 0: EMA", least=0, published=True
-    )
-    swa_every: int = env(50, "steps between snapshots", least=1)
-    qat_below_lr: float = env(
-        0.0,
-        "banks train on their grid below this learning-rate factor; 0: never",
-        least=0,
-        published=True,
-    )
-    wd_schedule_enabled: bool = env(
-        False, "weight decay falls, then rises (PR 1512)", published=True
-    )
-    wd_sched_hold_frac: float = env(
-        0.40, "fraction until which decay keeps its value", least=0, most=1
-    )
-    wd_sched_ramp_frac: float = env(0.85, "fraction at which decay is lowest", least=0, most=1)
-    wd_sched_low_factor: float = env(0.50, "lowest decay factor", least=0)
-    wd_sched_high_factor: float = env(1.75, "decay factor at the end", least=0)
     train_log_every: int = env(100, "steps between log lines", least=1)
     val_loss_every: int = env(
         0, "steps between evaluations during training (clock stopped); 0: none", least=0
@@ -335,9 +258,6 @@ class Hyperparameters:
     gptq_calibration_batches: int = env(
         16, "rows of training tokens for the Hessians, over all ranks", least=1
     )
-    gptq_self_calibration: bool = env(
-        False, "these rows are written by the model itself (PR 1512)", published=True
-    )
     gptq_all_reduce: bool = env(True, "average Hessians over ranks; 0: each rank uses its own")
     gptq_damp: float = env(0.01, "damping, as a fraction of the mean Hessian diagonal", above=0)
     gptq_block_size: int = env(128, "columns per batched error update", least=1)
@@ -346,9 +266,6 @@ class Hyperparameters:
     mlp_clip_sigmas: float = env(13.0, "clip of MLP rows in standard deviations", above=0)
     attn_clip_sigmas: float = env(14.0, "clip of attention rows in standard deviations", above=0)
     embed_clip_sigmas: float = env(15.0, "clip of embedding rows in standard deviations", above=0)
-    hessian_clip_lambda: float = env(
-        0.0, "share of a row's Hessian-weighted size in its clip (PR 1512)", least=0, published=True
-    )
     gptq_column_steps: bool = env(
         True, "quantization steps 2^(k/8) per row and column; 0: fp16 steps per row"
     )
@@ -367,11 +284,6 @@ class Hyperparameters:
     lqer_enabled: bool = env(True, "low-rank correction of the largest quantization errors")
     lqer_top_k: int = env(3, "matrices that get a correction", least=0)
     lqer_rank: int = env(4, "rank of a correction", least=1)
-    lqer_weighted: bool = env(
-        False,
-        "corrections chosen and factored by Hessian-weighted error and gain per byte",
-        published=True,
-    )
     lqer_asym_enabled: bool = env(
         True, "correction as int2 and int4 codes; 0: LQER_FACTOR_BITS for both factors"
     )
@@ -380,9 +292,7 @@ class Hyperparameters:
     target_bytes: int = env(
         0, "scale the clips until code + weights fit just under this; 0: off", least=0
     )
-    compressor: str = env(
-        "entropy", "artifact coder: entropy, pergroup (needs lrzip), brotli, lzma"
-    )
+    compressor: str = env("entropy", "artifact coder: entropy, brotli, lzma")
 
     # evaluation
     eval_seq_len: int = env(2048, "context of plain and sliding evaluation", least=2)
@@ -394,15 +304,6 @@ class Hyperparameters:
 
     # test-time training
     ttt_enabled: bool = env(True, "score with test-time training")
-    ttt_method: str = env(
-        "lora",
-        "lora: an adapter a document; sgd: all weights, by chunks",
-        choices=("lora", "sgd"),
-        published=True,
-    )
-    ttt_epochs: int = env(
-        3, "SGD steps on a chunk of GLOBAL_TTT_CHUNK_TOKENS, at GLOBAL_TTT_LR", least=1
-    )
     ttt_max_docs: int = env(
         0, "score only N documents of all lengths (marked partial); 0: all", least=0
     )
@@ -411,11 +312,6 @@ class Hyperparameters:
         1792, "oldest context positions whose keys and values are reused, not recomputed", least=0
     )
     ttt_chunk_size: int = env(12, "tokens scored between two LoRA steps", least=1)
-    ttt_short_chunks: str = env(
-        "",
-        "smaller chunks of short documents: 256:8,2000:24 is 8 up to 256 tokens, then 24",
-        published=True,
-    )
     ttt_batch_size: int = env(64, "documents per group, and per step with full contexts", least=1)
     ttt_lanes: int = env(
         8, "fixed groups of documents; group i runs on rank i mod world size", least=1
@@ -427,11 +323,6 @@ class Hyperparameters:
     ttt_beta2: float = env(0.99, "AdamW beta2 of the adapters (beta1 is 0)", least=0, most=0.99999)
     ttt_weight_decay: float = env(0.5, "weight decay of the adapters", least=0)
     ttt_warm_start_a: bool = env(True, "a new document starts with its predecessor's A")
-    ngram_tilt_enabled: bool = env(
-        False,
-        "the word that followed the last 15 tokens before gets more probability",
-        published=True,
-    )
     phased_ttt_num_phases: int = env(
         1, "times the base weights are fine-tuned on scored documents", least=0
     )
@@ -473,11 +364,11 @@ class Hyperparameters:
         if problems:
             raise SettingError("\n".join(problems))
 
+    attn_window = 0  # number of earlier keys that a query sees; 0: all
+
     @property
     def num_embeddings(self):
-        """Rows of the embedding table: fused pairs have ids above VOCAB_SIZE."""
-        if self.marker_fusion_enabled:
-            return (self.vocab_size + 10) // 8 * 8
+        """Rows of the embedding table."""
         return self.vocab_size
 
     @property
@@ -487,12 +378,6 @@ class Hyperparameters:
     @property
     def mlp_dim(self):
         return int(self.mlp_mult * self.model_dim)
-
-    @property
-    def new_values(self):
-        """Whether a published setting changes the keys or values of attention."""
-        embedded = self.value_embed_layers != ""
-        return self.partial_key_offset or embedded or self.value_residual != "off"
 
     @property
     def generator_seed(self):
@@ -527,6 +412,12 @@ class Hyperparameters:
             return None
         return max(0.0, self.max_wallclock_seconds - self.gptq_reserve_seconds)
 
+    def chunk_size_of(self, length):
+        """Tokens scored between two LoRA steps in a document of `length` targets, or in an array of
+        documents.
+        """
+        return self.ttt_chunk_size
+
 
 # setting -> tap site
 LORA_SITES = {"q": "q", "k": "k", "v": "v", "o": "attn_out", "mlp": "mlp_out", "head": "lm_head"}
@@ -555,7 +446,7 @@ INSTEAD = {
     "EVAL_ONLY": "TTT_EVAL_ONLY",
     "EVAL_ONLY_PATH": "QUANT_ONLY and CHECKPOINT_PATH",
     "DATASETS_DIR": "DATA_PATH",
-    "DOC_SHUFFLE": "DOC_SHUFFLE_ENABLED",
+    "DOC_SHUFFLE": "nothing",
     "E2E_TTT_ENABLED": "TTT_METHOD=sgd",
     "FULL_GPTQ_DAMP": "GPTQ_DAMP",
     "FUSED_CE_ENABLED": "KERNELS",
@@ -637,9 +528,7 @@ def setting_problems(hp):
         problems += range_problems(field, getattr(hp, field.name))
     if problems:
         return problems
-    for check in CROSS_CHECKS:
-        problems += check(hp)
-    return problems or [*missing_techniques(hp)]
+    return [*cross_checks(hp)]
 
 
 def range_problems(field, value):
@@ -656,6 +545,14 @@ def range_problems(field, value):
         yield f"{name}: must be at least {rule['least']}"
     elif rule["most"] is not None and value > rule["most"]:
         yield f"{name}: must be at most {rule['most']}"
+
+
+def cross_checks(hp):
+    """Yields messages for combinations of settings that cannot work."""
+    yield from model_problems(hp)
+    yield from batch_problems(hp)
+    yield from evaluation_problems(hp)
+    yield from mode_problems(hp)
 
 
 def model_problems(hp):
@@ -722,58 +619,6 @@ def mode_problems(hp):
         yield "ARTIFACT_PATH goes with TTT_EVAL_ONLY=1"
     if not re.fullmatch(r"(\w[\w.+-]*)?", hp.run_id):
         yield "RUN_ID: letters, digits, '_', then also '.', '+', '-'"
-
-
-def published_problems(hp):
-    """Yields messages for settings that only published systems use."""
-    if not re.fullmatch(r"(\d+:[1-9]\d*(,(?=.)|$))*", hp.ttt_short_chunks):
-        yield f"TTT_SHORT_CHUNKS={hp.ttt_short_chunks}: must be pairs such as 256:8,2000:24"
-    if hp.marker_fusion_enabled and not hp.caseops_enabled:
-        yield "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1"
-    stale = hp.ttt_stale_context and hp.ttt_enabled and hp.ttt_method == "lora"
-    if stale and (hp.attn_window or hp.new_values):
-        yield (
-            "ATTN_WINDOW, PARTIAL_KEY_OFFSET, VALUE_RESIDUAL and VALUE_EMBED_LAYERS need"
-            " TTT_STALE_CONTEXT=0"
-        )
-    layers = hp.value_embed_layers.split(",") if hp.value_embed_layers else []
-    if not all(layer.isdecimal() and int(layer) < hp.num_layers for layer in layers):
-        yield (
-            f"VALUE_EMBED_LAYERS={hp.value_embed_layers}: must be numbers of layers, below"
-            " NUM_LAYERS"
-        )
-    if hp.bigram_vocab_size == 1:
-        yield "BIGRAM_VOCAB_SIZE must be 2 at least, or 0"
-    if hp.extra_eval_loops and not hp.num_loops:
-        yield "EXTRA_EVAL_LOOPS needs NUM_LOOPS"
-    if hp.muon_head_pairs and (hp.num_heads % 2 or hp.num_kv_heads % 2):
-        yield "MUON_HEAD_PAIRS=1 needs even NUM_HEADS and NUM_KV_HEADS"
-    if hp.qat_below_lr and hp.gptq_column_steps:
-        yield "QAT_BELOW_LR trains on the grid of rows: set GPTQ_COLUMN_STEPS=0"
-    if hp.ttt_method == "sgd" and hp.ttt_max_docs:
-        yield "TTT_MAX_DOCS goes with TTT_METHOD=lora"
-
-
-CROSS_CHECKS = [
-    model_problems,
-    batch_problems,
-    evaluation_problems,
-    mode_problems,
-    published_problems,
-]
-
-
-def missing_techniques(hp):
-    """Messages for settings of published systems, where the file with their code is not beside
-    this one.
-    """
-    for field in dataclasses.fields(hp):
-        if (
-            techniques is None
-            and field.metadata["published"]
-            and getattr(hp, field.name) != field.default
-        ):
-            yield f"{field.name.upper()} needs tools/techniques.py beside this file"
 
 
 def range_text(field):
@@ -1346,29 +1191,20 @@ def leaked_documents(hp):
     return {name: manifest[name] for name in ("leaked_documents",) if name in manifest}
 
 
+def text_problems(hp, manifest):
+    """Yields messages if the bytes of these tokens cannot be those of a side-car."""
+    if not manifest.get("text_transform", True):
+        yield (
+            "its manifest says that the text was not transformed: run presets/published.py with"
+            " CASEOPS_ENABLED=0"
+        )
+
+
 def check_data_settings(hp):
-    """Raises DataError if the settings contradict the side-car or the manifest: the bytes would be
-    wrong.
-    """
+    """Raises DataError if the settings contradict the manifest: the bytes would be wrong."""
     folder = Path(hp.data_path)
     manifest = read_manifest(folder)
-    problems = []
-    side_cars = sorted(folder.glob("fineweb_val_bytes_*.bin"))
-    if side_cars and not hp.caseops_enabled:
-        problems.append(
-            f"{side_cars[0].name} holds the bytes of its tokens, which CASEOPS_ENABLED=0 would not"
-            " read: set it to 1"
-        )
-    transform = manifest.get("text_transform")
-    if transform and not hp.caseops_enabled:
-        problems.append(
-            f"its manifest says {transform}, whose tokens a tokenizer cannot count: set"
-            " CASEOPS_ENABLED=1"
-        )
-    if "text_transform" in manifest and not transform and hp.caseops_enabled:
-        problems.append(
-            "its manifest says that the text was not transformed: set CASEOPS_ENABLED=0"
-        )
+    problems = [*text_problems(hp, manifest)]
     size = manifest.get("tokenizer", {}).get("vocab_size", hp.vocab_size)
     if size != hp.vocab_size:
         problems.append(f"its manifest says VOCAB_SIZE={size}, not {hp.vocab_size}")
@@ -1520,29 +1356,21 @@ def balance_documents(tokens, longest):
     return np.concatenate(sum(rows, []), 1).reshape(tokens.shape)
 
 
-@lru_cache
-def space_id(hp):
-    """The id of a lone space."""
-    return load_tokenizer(hp).piece_to_id("\u2581")
-
-
 class TrainLoader:
     """Packed training rows by number.
 
     Row i holds T tokens, from the first document that begins in span i of the stream. A step of n
     micro-steps takes rows [step n, (step + 1) n), of which rank r takes the r-th share: any world
     size trains on the same rows. BALANCE_ROWS redistributes a step's documents over its rows, as
-    ranks wait for the one with the most attention. A span is as long as a row before fusion.
-    DATA_SEED shuffles the spans in each epoch. The loader has no state except what it has read
-    ahead, so the number of a step restores it exactly.
+    ranks wait for the one with the most attention.
+    A span is as long as a row. DATA_SEED shuffles the spans in each epoch. The loader has no state
+    except what it has read ahead, so the number of a step restores it exactly.
     """
 
     def __init__(self, stream, hp, dist):
         self.stream = stream
         self.hp = hp
         self.dist = dist
-        if hp.doc_shuffle_enabled:
-            stream.shards = techniques.ShuffledShards(stream.shards, hp.data_seed)
         micro_steps = hp.train_batch_tokens / hp.micro_batch_tokens
         if micro_steps % dist.world_size:
             raise SettingError(
@@ -1550,11 +1378,7 @@ class TrainLoader:
                 f" not divide by {dist.world_size} ranks: change MICRO_BATCH_TOKENS"
             )
         self.per_rank = hp.micro_steps // dist.world_size
-        self.span = hp.micro_batch_tokens
-        if hp.marker_fusion_enabled:
-            sample = stream.read(0, min(stream.size, 1 << 22)).astype(np.int64)
-            fused = techniques.fuse_markers(hp, space_id, sample, sample)[0]
-            self.span = self.span * len(sample) // len(fused)
+        self.span = self.span_length()
         # at most a twentieth of the data
         self.held_out_rows = min(hp.quant_check_rows, stream.size // (20 * self.span))
         if self.held_out_rows:
@@ -1563,6 +1387,10 @@ class TrainLoader:
         self.thread = ThreadPoolExecutor(1)
         self.ahead = {}  # row number -> future of a row that is read ahead
         self.cached_rows = lru_cache(1)(self.rows_of_step)
+
+    def span_length(self):
+        """Tokens of the stream from the start of a span to the next."""
+        return self.hp.micro_batch_tokens
 
     def row_offset(self, index):
         """Where row `index` begins in the stream: at the first BOS of its span, if there is one."""
@@ -1577,19 +1405,20 @@ class TrainLoader:
 
     @property
     def tokens_to_read(self):
-        """Tokens of the stream that fill a row and its last target, even if all are fused."""
-        return (self.hp.micro_batch_tokens + 1) * (1 + self.hp.marker_fusion_enabled)
+        """Tokens of the stream that fill a row and its last target."""
+        return self.hp.micro_batch_tokens + 1
+
+    def read_row(self, stream, start):
+        """(T + 1,) tokens of the row that begins at this position of a stream."""
+        tokens = stream.read(start, self.tokens_to_read)
+        largest = tokens.max()
+        if largest >= self.hp.vocab_size:
+            raise DataError(f"training token {largest} is outside VOCAB_SIZE={self.hp.vocab_size}")
+        return tokens
 
     def read_rows(self, stream, starts):
         """(2, n, T): inputs and targets of the rows that begin at n positions of a stream."""
-        hp = self.hp
-        rows = np.stack([stream.read(start, self.tokens_to_read) for start in starts])
-        if rows.max() >= hp.vocab_size:
-            raise DataError(f"training token {rows.max()} is outside VOCAB_SIZE={hp.vocab_size}")
-        if hp.marker_fusion_enabled:
-            rows = np.int64(rows)
-            fused = [techniques.fuse_markers(hp, space_id, row, row)[0] for row in rows]
-            rows = np.stack([row[: hp.micro_batch_tokens + 1] for row in fused])
+        rows = np.stack([self.read_row(stream, start) for start in starts])
         return np.stack([rows[:, :-1], rows[:, 1:]])
 
     def rows_of_step(self, step):
@@ -1651,45 +1480,51 @@ class ValidationSet:
     Raises DataError if anything is wrong with the files.
     """
 
-    def __init__(self, hp, tokenizer=None):
+    def __init__(self, hp):
         stream = TokenStream(hp.data_path, "val")
         check_data_settings(hp)
         self.tokens = stream.read(0, stream.size).astype(np.int64)
         largest = self.tokens.max()
         if largest >= hp.vocab_size:
             raise DataError(f"validation token {largest} is outside VOCAB_SIZE={hp.vocab_size}")
-        if hp.caseops_enabled:
-            self.bytes = self.side_car(hp.data_path, stream)
-        else:
-            tokenizer = tokenizer or load_tokenizer(hp)
-            check_byte_counts(hp, tokenizer, self.tokens)
-            count, leading, boundary = techniques.piece_byte_tables(tokenizer)
-            self.bytes = count[self.tokens]
-            self.bytes[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
+        self.bytes = self.count_bytes(hp, stream)
         if len(self.tokens) < 2:
             raise DataError(f"{stream.paths[0]}: a validation stream needs two tokens at least")
         self.summary = self.check(hp)
-        if hp.marker_fusion_enabled:
-            self.tokens, self.bytes = techniques.fuse_markers(hp, space_id, self.tokens, self.bytes)
         if not self.bytes[1:].any():
             raise DataError(
                 f"{stream.paths[0]}: the validation documents hold no byte of text: no BPB can be"
                 " counted"
             )
+        self.find_documents()
+
+    def find_documents(self):
+        """Sets starts and ends of the documents, (n,) each."""
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
         # no BOS follows the last document
         self.ends = np.append(self.starts[1:], len(self.tokens) - 1)
 
+    def figures(self):
+        """What a manifest states about the stored stream."""
+        return {
+            "documents": int((self.tokens == BOS_ID).sum()),
+            "tokens": len(self.tokens),
+            "charged_bytes": int(self.bytes.sum()),
+        }
+
+    def count_bytes(self, hp, stream):
+        """(N,) int64 bytes charged to each token of the stream."""
+        return self.side_car(hp.data_path, stream)
+
     def check(self, hp):
         """Compares the stored stream with the manifest -> words for the log. Raises DataError."""
-        documents = int((self.tokens == BOS_ID).sum())
-        size = int(self.bytes.sum())
-        counts = {"documents": documents, "tokens": len(self.tokens)}
-        if hp.caseops_enabled:
-            counts["charged_bytes"] = size
-        check_manifest(hp, counts)
+        figures = self.figures()
+        check_manifest(hp, figures)
         canonical = "yes" if is_canonical(self.tokens, self.bytes) else "no"
-        return f"documents:{documents} values:{len(self.bytes)} bytes:{size} canonical:{canonical}"
+        return (
+            f"documents:{figures['documents']} values:{len(self.bytes)} bytes:{self.bytes.sum()}"
+            f" canonical:{canonical}"
+        )
 
     def side_car(self, folder, stream):
         """(N,) int64 bytes of each token.
@@ -1744,45 +1579,6 @@ def models_near(folder, nearest):
     return closest
 
 
-def has_case_markers(tokenizer):
-    """Whether pieces 4 to 7 are CaseOps' markers, which stand for no text (lossless_caps.py)."""
-    return [tokenizer.id_to_piece(token) for token in range(4, 8)] == [*"\ue001\ue002\ue003\ue004"]
-
-
-def check_byte_counts(hp, tokenizer, tokens):
-    """Raises DataError unless this tokenizer, which will count the bytes of tokens (N,), made them.
-
-    Without a side-car the tokenizer decides the BPB, and another one of the same size would raise
-    no error. So the text of some documents is encoded again: only the right tokenizer gives back
-    their tokens.
-    """
-    if has_case_markers(tokenizer) and ((tokens >= 4) & (tokens < 8)).any():
-        raise DataError(
-            f"{hp.data_path}: its tokens hold CaseOps' markers: set CASEOPS_ENABLED=1, with the"
-            " side-car"
-        )
-    max_documents = 256
-    max_tokens = 512
-    starts = np.flatnonzero(tokens == BOS_ID)[:max_documents] + 1
-    ends = np.append(starts[1:] - 1, len(tokens))[: len(starts)]
-    same = 0
-    total = 0
-    for start, end in zip(starts, np.minimum(ends, starts + max_tokens), strict=True):
-        ids = tokens[start:end].tolist()
-        # cutting a document changes the tokens before the cut
-        compared = len(ids) if len(ids) < max_tokens else max_tokens - 64
-        encoded = tokenizer.encode(tokenizer.decode(ids))
-        same += compared * (encoded[:compared] == ids[:compared])
-        total += compared
-    # even the right one does not restore every text: unknown characters, odd spaces
-    if 2 * same < total:
-        raise DataError(
-            f"{hp.data_path}: its tokens were not made by the tokenizer found for them, which gives"
-            f" back {same} of {total} when their text is encoded again: set TOKENIZER_PATH to the"
-            " shards' own"
-        )
-
-
 def find_tokenizer(hp):
     """Path of the data's SentencePiece model.
 
@@ -1818,10 +1614,6 @@ def check_tokenizer(hp, path):
         raise DataError(f"{path} is no SentencePiece model") from None
     if size != hp.vocab_size:
         raise DataError(f"{path} has {size} pieces, VOCAB_SIZE is {hp.vocab_size}")
-    if hp.marker_fusion_enabled and not has_case_markers(tokenizer):
-        raise DataError(
-            f"{path}: pieces 4 to 7 are not CaseOps' markers: set MARKER_FUSION_ENABLED=0"
-        )
 
 
 def load_tokenizer(hp):
@@ -2985,7 +2777,6 @@ class LayerWeights(NamedTuple):
     resid: Tensor  # (2,): lane
     depth_scale: Tensor  # (1,) float32, of both norms
     xsa: bool
-    extras: dict | None = None  # what a few layers' settings ask for: techniques.layer_extras
 
 
 class GPT(nn.Module):
@@ -3000,9 +2791,6 @@ class GPT(nn.Module):
     def __init__(self, hp, ops, dtype):
         super().__init__()
         self.hp, self.ops, self.dtype = hp, ops, dtype
-        # over the looped layers, beyond NUM_LOOPS, once training is over: 1 +
-        # EXTRA_EVAL_LOOPS
-        self.eval_passes = None
         D, L, H, kv_dim = hp.model_dim, hp.num_layers, hp.num_heads, hp.num_kv_heads * hp.head_dim
         slots = self.slots(looping=True)
         num_skips = min(len(slots) // 2, len(slots) - len(slots) // 2)
@@ -3045,8 +2833,6 @@ class GPT(nn.Module):
         ):
             self.register_buffer(name, table, persistent=False)
         self.init_weights()
-        if hp.bigram_vocab_size or hp.new_values:
-            techniques.add_parameters(self)
 
     @torch.no_grad()
     def init_weights(self):
@@ -3057,8 +2843,6 @@ class GPT(nn.Module):
         for table in (self.tok_emb, self.lm_head):
             if table is not None:
                 table.normal_(0.0, self.hp.tied_embed_init_std, generator=generator)
-                if self.hp.marker_fusion_enabled:
-                    techniques.init_pairs(self.hp, space_id, table)
         L = self.hp.num_layers
         for bank in (self.qo_bank[:L], self.kv_bank[:L], self.kv_bank[L:], self.mlp_up_bank):
             for matrix in bank:
@@ -3087,29 +2871,33 @@ class GPT(nn.Module):
         if not (looping and hp.num_loops):
             return layers
         first, last = hp.loop_start, hp.loop_end + 1
-        return (
-            layers[:first]
-            + layers[first:last] * (hp.num_loops + (self.eval_passes or 1))
-            + layers[last:]
-        )
+        return layers[:first] + layers[first:last] * (hp.num_loops + 1) + layers[last:]
 
-    def layer_weights(self, on_grid=False):
+    def slot_order(self, slots):
+        """Slots -> their numbers with their layers, how many of these are encoders: they keep the
+        skips that the others take.
+        """
+        return enumerate(slots), len(slots) // 2
+
+    def leave_training(self):
+        """Called when training is over: calibration and evaluation follow."""
+
+    def banks(self):
+        """The four banks that a forward pass computes with."""
+        return self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank
+
+    def weights_for(self, tokens, fresh):
+        """LayerWeights of every layer for tokens (B, T), on which they do not depend here."""
+        return self.layer_weights()
+
+    def layer_weights(self):
         """LayerWeights of every layer. Unbinding once makes a bank's gradient one stack, not a sum
         of
         padded slices. The scales of the sublayers' outputs are multiplied into the matrices before:
         no output, and no gradient of one, is written once more for them.
         """
         hp, L = self.hp, self.hp.num_layers
-        qo, kv, up, down = self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank
-        if on_grid:  # QAT_BELOW_LR: as quantization will have them
-            qo, kv = (
-                techniques.fake_quantize(bank, hp.matrix_bits, hp.attn_clip_sigmas)
-                for bank in (qo, kv)
-            )
-            up, down = (
-                techniques.fake_quantize(bank, hp.matrix_bits, hp.mlp_clip_sigmas)
-                for bank in (up, down)
-            )
+        qo, kv, up, down = self.banks()
         (q, out), (k, v) = qo.split(L), kv.split(L)
         out, down = out * self.attn_scale[..., None], down * self.mlp_scale[..., None]
         qkv = torch.cat([p.to(self.dtype) for p in (q, k, v)], dim=1).unbind(0)
@@ -3155,12 +2943,8 @@ class GPT(nn.Module):
         hp, (B, T, D) = self.hp, h.shape
         qkv = linear(h, w.qkv, tap, "qkv")
         q, k, v = self.ops.qkv_heads(qkv, w.q_gain, *rope, hp.num_kv_heads)
-        if hp.new_values:  # PARTIAL_KEY_OFFSET, VALUE_EMBED_LAYERS, VALUE_RESIDUAL
-            k, v = techniques.keys_and_values(k, v, w.extras, hp)
-        if hp.ttt_enabled and hp.ttt_stale_context and packing[2:]:
-            y = attention_stale(self.ops, q, k, v, packing)
-        else:
-            y = self.ops.attention(q, k, v, *packing, w.extras["window"] if hp.attn_window else 0)
+        k, v = self.keys_and_values(k, v, w)
+        y = self.attend(q, k, v, packing, w)
         if w.xsa and self.gate_kind:
             y = self.ops.gated_xsa(y, v, *self.head_gates(h, start, x_in, qkv, w.gate))
         elif w.xsa:
@@ -3170,6 +2954,16 @@ class GPT(nn.Module):
             y = y * (factor * torch.sigmoid(logits))[..., None]
         out = linear(y.reshape(B, T, D), w.out, tap, "attn_proj")
         return out if tap is None else tap("attn_out", h, out, w.attn_scale)
+
+    def keys_and_values(self, k, v, w):
+        """Keys and values (B, T, K, E) of a layer -> those that its attention sees."""
+        return k, v
+
+    def attend(self, q, k, v, packing, w):
+        """(B, T, H, E) queries, (B, T, K, E) keys and values -> (B, T, H, E)."""
+        if self.hp.ttt_enabled and self.hp.ttt_stale_context and packing[2:]:
+            return attention_stale(self.ops, q, k, v, packing)
+        return self.ops.attention(q, k, v, *packing)
 
     def head_gates(self, h, start, x_in, qkv, gate):
         """Logits (B, T, H) and the factor of their sigmoids, of whichever gate of the
@@ -3218,13 +3012,15 @@ class GPT(nn.Module):
             w.resid[1] * mlp_lane + w.post[0, 1] * attn + w.post[1, 1] * mlp,
         )
 
+    def token_embedding(self, tokens, fresh):
+        """(B, T) ids -> (B, T, D), before SmearGate."""
+        return F.embedding(tokens, self.tok_emb).to(self.dtype)
+
     def embed(self, tokens, fresh):
         """(B, T) ids -> (B, T, D) raw embedding with SmearGate; none at BOS, t = 0, and
         where `fresh` (B, T) is set.
         """
-        e = F.embedding(tokens, self.tok_emb).to(self.dtype)
-        if self.hp.bigram_vocab_size:
-            e = e + techniques.bigram_embedding(self, tokens, fresh)
+        e = self.token_embedding(tokens, fresh)
         if not self.hp.smear_gate_enabled:
             return e
         previous = F.pad(e[:, :-1], (0, 0, 1, 0))
@@ -3245,7 +3041,6 @@ class GPT(nn.Module):
         fresh=None,
         tap=None,
         parts=None,
-        on_grid=False,
     ):
         """(B, T) ids -> (B, T, D), the final norm's output. With cu_seqlens B is 1 and documents
         are
@@ -3255,7 +3050,7 @@ class GPT(nn.Module):
         hp, slots, weights, parts = (
             self.hp,
             self.slots(looping),
-            self.layer_weights(on_grid),
+            self.weights_for(tokens, fresh),
             parts or self,
         )
         packing, rope = (
@@ -3265,16 +3060,11 @@ class GPT(nn.Module):
                 self.sin[: tokens.size(1)],
             ),
         )
-        if hp.attn_window or hp.new_values:
-            extras = techniques.layer_extras(self, tokens, fresh)
-            weights = [w._replace(extras=e) for w, e in zip(weights, extras, strict=True)]
         x = x0 = norm(self.embed(tokens, fresh))
-        mlp_lane, encoder, skips, before, order = None, len(slots) // 2, [], -1, None
+        mlp_lane, skips, before = None, [], -1
+        order, encoder = self.slot_order(slots)
         merging = self.skip_weights, *((self.skip_gates,) if hp.skip_gates_enabled else ())
-        # passes that training did not have count below 0: skips stay where they were
-        if hp.extra_eval_loops:
-            order, encoder = techniques.extra_passes(self, slots)
-        for slot, layer in order or enumerate(slots):
+        for slot, layer in order:
             if layer >= hp.parallel_start_layer and mlp_lane is None:
                 # the stream splits before this slot's skip, which goes to the
                 # attention lane only
@@ -3302,12 +3092,12 @@ class GPT(nn.Module):
             x = {"mean": (x + mlp_lane) / 2, "attn": x, "mlp": mlp_lane}[hp.parallel_final_lane]
         return norm(x)
 
-    def forward(self, inputs, targets, cu_seqlens, looping, max_seqlen, fresh=None, on_grid=False):
+    def forward(self, inputs, targets, cu_seqlens, looping, max_seqlen, fresh=None):
         """(1, T) ids, (T,) targets -> (T,) cross-entropy in nats, logits in the compute
         dtype: for gradients.
         """
         h = self.forward_hidden(
-            inputs, cu_seqlens, max_seqlen=max_seqlen, looping=looping, fresh=fresh, on_grid=on_grid
+            inputs, cu_seqlens, max_seqlen=max_seqlen, looping=looping, fresh=fresh
         )
         return self.ops.cross_entropy(
             h.flatten(0, 1), self.head_weight.to(self.dtype), targets, self.hp.logit_softcap
@@ -3375,8 +3165,6 @@ BANK_NAMES = {
 HEAD_NAMES = {
     "tok_emb": "tok_emb.weight",
     "lm_head": "lm_head.weight",
-    "bigram_table": "bigram.weight",
-    "value_table": "value_embed.weight",
 }
 
 # ---- OPTIMIZER -----------------------------------------------------------------------------------
@@ -3408,7 +3196,7 @@ def polar_express(x, steps):
     return x.mT if tall else x
 
 
-def muon_update(grad, momentum_buffer, momentum, steps, row_normalize, orthogonalise=None):
+def muon_update(grad, momentum_buffer, momentum, steps, row_normalize, orthogonalise=polar_express):
     """(N, R, C) gradients -> (N, R, C) orthogonalised Nesterov updates, in the gradients'
     dtype; updates the buffer.
     """
@@ -3416,7 +3204,7 @@ def muon_update(grad, momentum_buffer, momentum, steps, row_normalize, orthogona
     update = grad.add(momentum_buffer, alpha=momentum)
     if row_normalize:
         update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return (orthogonalise or polar_express)(update, steps)
+    return orthogonalise(update, steps)
 
 
 class Muon:
@@ -3451,6 +3239,10 @@ class Muon:
             handle.wait()
         return [shard for _, shard in self.in_flight]
 
+    def orthogonaliser(self, buffer):
+        """The function (updates (N, R, C), steps) for the bank with this momentum buffer."""
+        return polar_express
+
     @torch.no_grad()
     def step(self, lr, momentum, weight_decay, clip):
         """p <- p (1 - lr wd) - lr sqrt(max(1, rows/cols)) O; `clip` (a 0-d tensor or None)
@@ -3459,18 +3251,13 @@ class Muon:
         gathers = []
         for buffer, shard in zip(self.momentum_buffers, self.shards(), strict=True):
             shard = shard if clip is None else shard * clip.to(shard.dtype)
-            other = (
-                techniques.orthogonaliser(self, buffer, polar_express, POLAR_EXPRESS)
-                if (self.hp.muon_head_pairs or self.hp.muon_gram_enabled)
-                else None
-            )
             update = muon_update(
                 shard,
                 buffer,
                 momentum,
                 self.hp.muon_backend_steps,
                 self.hp.muon_row_normalize,
-                other,
+                self.orthogonaliser(buffer),
             )
             gathers.append(self.dist.all_gather(update))
         for bank, (handle, update) in zip(self.banks, gathers, strict=True):
@@ -3522,7 +3309,7 @@ class Optimizers:
         micro-steps, zero after.
         """
         hp, lr = self.hp, lr_multiplier(progress, self.hp)
-        decay = techniques.weight_decay_multiplier(progress, hp) if hp.wd_schedule_enabled else 1.0
+        decay = decay_multiplier(progress, hp)
         self.muon.launch()
         self.dist.all_reduce_packed([p.grad for p in self.replicated])
         clip = self.clip_factor()
@@ -3542,7 +3329,6 @@ class EMA:
 
     def __init__(self, model, decay):
         self.decay, self.parameters = decay, list(model.parameters())
-        self.snapshots = 0  # of SWA_BELOW_LR: how many the average is the mean of
         self.average = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
@@ -3563,6 +3349,11 @@ class EMA:
 def lr_multiplier(progress, hp):
     """1 until 1 - WARMDOWN_FRAC, then linear to 0, never below MIN_LR."""
     return max(hp.min_lr, min(1.0, (1.0 - progress) / hp.warmdown_frac))
+
+
+def decay_multiplier(progress, hp):
+    """Of the weight decay, which is constant here."""
+    return 1.0
 
 
 def muon_momentum(step, hp):
@@ -3604,9 +3395,8 @@ class TrainingClock:
         """[seconds on rank 0, *the largest of every rank's numbers]: what a step has to
         tell travels at once.
         """
-        return self.dist.max_over_ranks(
-            (time.perf_counter() - self.start) * (self.dist.rank == 0), *numbers
-        )
+        seconds = (time.perf_counter() - self.start) * (self.dist.rank == 0)
+        return self.dist.max_over_ranks(seconds, *numbers)
 
     def seconds(self):
         return self.look()[0]
@@ -3681,25 +3471,25 @@ class Trainer:
         and average are updated.
         """
         total = torch.zeros((), device=self.dist.device)
-        # another value is another graph
-        on_grid = lr_multiplier(progress, self.hp) < self.hp.qat_below_lr
         for row in self.loader.step(step):
             if compile_wanted(self.hp, self.dist):
                 # nothing of the row before is read any more
                 torch.compiler.cudagraph_mark_step_begin()
-            loss = (
-                self.forward(*row, looping, self.hp.train_seq_len, on_grid=on_grid).mean()
-                / self.hp.micro_steps
-            )
+            loss = self.forward(*row, looping, self.hp.train_seq_len).mean() / self.hp.micro_steps
             loss.backward()
             total += loss.detach()
         self.guard.watch(self.model, total)
         self.optimizers.step(progress, step)
-        if not self.hp.swa_below_lr or lr_multiplier(progress, self.hp) >= self.hp.swa_below_lr:
-            self.ema.update(step)
-        elif step % self.hp.swa_every == 0:
-            techniques.add_snapshot(self.ema)
+        self.update_average(step, progress)
         return total
+
+    def update_average(self, step, progress):
+        """The weights of a step join the average."""
+        self.ema.update(step)
+
+    def warm_up_step(self, step, looping):
+        """Throw-away steps on every graph with or without looping."""
+        self.train_step(step, 0.0, looping)
 
     def warm_up(self):
         """Compiles every graph on throw-away steps, then restores weights, optimizers,
@@ -3709,9 +3499,7 @@ class Trainer:
         rng = torch.get_rng_state()
         for looping in sorted({loop_is_on(0.0, self.hp), loop_is_on(1.0, self.hp)}):
             for step in range(self.hp.warmup_steps):
-                self.train_step(step, 0.0, looping)
-                if self.hp.qat_below_lr:  # the graph on the grid
-                    self.train_step(step, 1.0, looping)
+                self.warm_up_step(step, looping)
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), weights)
         torch.set_rng_state(rng)
@@ -3823,8 +3611,6 @@ LQER_FIELDS = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
 QUANT_TABLE = {
     "tok_emb.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
     "lm_head.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),  # TIE_EMBEDDINGS=0
-    "bigram.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
-    "value_embed.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
     "blocks.{}.attn.c_q.weight": ("q", "matrix_bits", "attn_clip_sigmas"),
     "blocks.{}.attn.c_k.weight": ("k", "matrix_bits", "attn_clip_sigmas"),
     "blocks.{}.attn.c_v.weight": ("v", "matrix_bits", "attn_clip_sigmas"),
@@ -3991,20 +3777,12 @@ def quantize_rows(x, low, high, steps):
     return (x.float() / scale.float()[..., None]).round_().clamp_(low, high).to(torch.int8), scale
 
 
-def lqer_factors(error, rank, root=None):
+def lqer_factors(error, rank):
     """error (R, C) -> A (R, rank), B (rank, C), the best A B in the Frobenius norm (LQER,
-    arXiv:2402.02446). With root (C, C), H = root root^T: the best for the error of the outputs,
-    |(error - A B) root|.
+    arXiv:2402.02446).
     """
-    u, s, vh = torch.linalg.svd(
-        error.float() if root is None else error.float() @ root, full_matrices=False
-    )
-    b = (
-        vh[:rank]
-        if root is None
-        else torch.linalg.solve_triangular(root, vh[:rank], upper=False, left=False)
-    )
-    return u[:, :rank] * s[:rank], b
+    u, s, vh = torch.linalg.svd(error.float(), full_matrices=False)
+    return u[:, :rank] * s[:rank], vh[:rank]
 
 
 def pack_factors(a, b, hp):
@@ -4055,8 +3833,6 @@ def quantize_matrices(names, weights, hessians, hp):
         w, h = (
             torch.stack([source[name].float() for name in batch]) for source in (weights, hessians)
         )
-        if hp.hessian_clip_lambda and quant_role(batch[0])[0] != "embedding":
-            clip_sigmas = techniques.hessian_aware_sigmas(w, h, clip_sigmas, hp.hessian_clip_lambda)
         column_octaves = hp.gptq_column_octaves if hp.gptq_column_steps else None
         found = gptq_quantize(
             w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, column_octaves
@@ -4113,11 +3889,6 @@ def quantize_weights(weights, hessians, hp, dist):
         packed, errors = quantize_matrices(mine, weights, hessians, hp)
         # the largest get a correction
         outcome = {name: error.norm().item() for name, error in errors.items()}
-        if hp.lqer_weighted:
-            outcome = {
-                name: techniques.weighted_gain(error, hessians[name], hp)
-                for name, error in errors.items()
-            }
     except ValueError as error:  # told to the other ranks, which would wait for this one's part
         outcome = str(error)
     outcomes = dist.all_gather_object(outcome)
@@ -4131,10 +3902,7 @@ def quantize_weights(weights, hessians, hp, dist):
         gains = {name: gain for part in outcomes for name, gain in part.items()}
         chosen = sorted(gains, key=lambda name: (-gains[name], name))[: hp.lqer_top_k]
         for name in set(chosen) & set(errors):
-            root = (
-                techniques.hessian_root(hessians[name], hp.gptq_damp) if hp.lqer_weighted else None
-            )
-            packed[name] |= pack_factors(*lqer_factors(errors[name], hp.lqer_rank, root), hp)
+            packed[name] |= pack_factors(*lqer_factors(errors[name], hp.lqer_rank), hp)
     packed = {
         name: {field: x.cpu().numpy() for field, x in fields.items()}
         for name, fields in packed.items()
@@ -4259,6 +4027,18 @@ class HessianTap:
         return by_name
 
 
+def calibration_row(model, loader, index, following):
+    """Row `index` that Hessians are collected on; `following` is read ahead."""
+    return loader.row(index, following)
+
+
+def table_hessians(model):
+    """{saved name: identity} of tables that are read one row at a time: every column counts the
+    same.
+    """
+    return {"tok_emb.weight": torch.eye(model.hp.model_dim, device=model.tok_emb.device)}
+
+
 @torch.no_grad()
 def collect_hessians(model, loader, hp, dist):
     """Hessians of every matrix from GPTQ_CALIBRATION_BATCHES packed training rows, the same rows
@@ -4269,13 +4049,8 @@ def collect_hessians(model, loader, hp, dist):
     tap = HessianTap()
     mine = range(dist.rank, hp.gptq_calibration_batches, dist.world_size)
     for index in mine or [0]:  # a rank without a row of its own takes part in the sums with zeros
-        row = (
-            techniques.written_row(model, index)
-            if hp.gptq_self_calibration
-            else loader.row(
-                index, index + dist.world_size if index + dist.world_size in mine else None
-            )
-        )
+        following = index + dist.world_size
+        row = calibration_row(model, loader, index, following if following in mine else None)
         hidden = model.forward_hidden(
             row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True, tap=tap
         )
@@ -4284,11 +4059,8 @@ def collect_hessians(model, loader, hp, dist):
         gram /= hp.gptq_calibration_batches if hp.gptq_all_reduce else max(1, len(mine))
         if hp.gptq_all_reduce:
             dist.all_reduce(gram if mine else gram.zero_())
-    hessians = tap.hessians("tok_emb.weight" if hp.tie_embeddings else "lm_head.weight")
-    if hp.bigram_vocab_size or hp.value_embed_layers:
-        hessians |= techniques.table_hessians(model)
-    # an untied embedding is read one row at a time: every column counts the same
-    return {"tok_emb.weight": torch.eye(hp.model_dim, device=dist.device)} | hessians
+    head = "tok_emb.weight" if hp.tie_embeddings else "lm_head.weight"
+    return table_hessians(model) | tap.hessians(head)
 
 
 def held_out_loss(model, loader, hp, dist):
@@ -4615,20 +4387,17 @@ def entropy_decompress(data, raw_size, shapes):
 ENCODERS = {  # raw bytes, shapes of their arrays -> a stream
     "brotli": lambda raw, shapes=(): brotli.compress(raw, quality=11, lgwin=24),
     "lzma": lambda raw, shapes=(): lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
-    "lrzip": lambda raw, shapes=(): techniques.run_lrzip(["-z", "-L", "9"], raw),
     "entropy": entropy_compress,
 }
 DECODERS = {  # the inverse; anything but raw_size bytes: no stream
     "brotli": brotli_decompress,
     "entropy": entropy_decompress,
     "lzma": lambda data, raw_size, shapes=(): lzma_decompress(data, raw_size),
-    "lrzip": lambda data, raw_size, shapes=(): techniques.lrzip_decompress(data, raw_size),
 }
 COMPRESSORS = {
     "brotli": (0, "brotli"),
     "lzma": (1, "lzma"),
-    "pergroup": (2, "brotli", "lrzip"),
-    # number in the file, codecs; header in the first
+    # number in the file (2: presets/published.py), codecs; header in the first
     "entropy": (3, "brotli", "entropy"),
 }
 
@@ -4657,12 +4426,6 @@ def check_compressor(name):
         raise SettingError(
             "the brotli module is missing: pip install brotli, or set COMPRESSOR=lzma"
         )
-    if "lrzip" in COMPRESSORS[name] and shutil.which("lrzip") is None:
-        raise SettingError(
-            "the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)"
-        )
-    if "lrzip" in COMPRESSORS[name] and techniques is None:
-        raise SettingError(f"COMPRESSOR={name} needs tools/techniques.py beside this file")
 
 
 def try_compressor(name):
@@ -4724,14 +4487,8 @@ class ArraySpec(NamedTuple):
         return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
 
-def plan_sections(specs, compressor):
-    """Specs of the arrays -> (kind, codec, specs as stored) per section; packing and unpacking both
-    follow this plan. pergroup (PR 1855): "codes" of one role, layers in order, transposed; "orders"
-    of re-ordered rows; the "rest". entropy: all "codes" in the same order as one section, the
-    "rest".
-    """
-    if len(COMPRESSORS[compressor]) == 2:
-        return [("rest", compressor, specs)]
+def roles_of(specs):
+    """{name: role of the matrix} of the specs that are matrices of int8 codes."""
     roles = {}
     for spec in specs:
         name, _, field = spec.name.rpartition(":")
@@ -4741,27 +4498,49 @@ def plan_sections(specs, compressor):
             and len(spec.shape) == 2
             and max(spec.shape) <= 2**16
         )
-        roles[spec.name] = quant_role(name)[0] if is_matrix and quant_role(name) else None
+        if is_matrix and quant_role(name):
+            roles[spec.name] = quant_role(name)[0]
+    return roles
+
+
+def codes_by_role(specs, roles):
+    """One list for each role: specs of its codes, layers in order, transposed."""
     groups = []
     for role in dict.fromkeys(role for role, _, _ in QUANT_TABLE.values()):
         groups.append(
-            [spec._replace(shape=spec.shape[::-1]) for spec in specs if roles[spec.name] == role]
+            [
+                spec._replace(shape=spec.shape[::-1])
+                for spec in specs
+                if roles.get(spec.name) == role
+            ]
         )
         # blocks.2 before blocks.10
         groups[-1].sort(key=lambda spec: int("0" + re.sub(r"\D", "", spec.name)))
-    rest = ("rest", "brotli", [spec for spec in specs if roles[spec.name] is None])
-    if compressor == "entropy":
-        return [("codes", "entropy", sum(groups, [])), rest]
-    orders = [
-        ArraySpec(name, "uint16", shape[:1])
-        for name, _, shape in specs
-        if roles[name] in ("embedding", "q", "up") and shape[0]
-    ]
+    return groups
+
+
+def plan_sections(specs, compressor):
+    """Specs of the arrays -> (kind, codec, specs as stored) per section; packing and unpacking both
+    follow this plan. entropy: the "codes" of all roles as one section, the "rest".
+    """
+    if len(COMPRESSORS[compressor]) == 2:
+        return [("rest", compressor, specs)]
+    roles = roles_of(specs)
+    codes = sum(codes_by_role(specs, roles), [])
     return [
-        *(("codes", "lrzip", group) for group in groups if group),
-        ("orders", "brotli", orders),
-        rest,
+        ("codes", "entropy", codes),
+        ("rest", "brotli", [spec for spec in specs if spec.name not in roles]),
     ]
+
+
+def section_sources(arrays, plan):
+    """{kind of section: {name: array as it is stored there}} of the arrays that are packed."""
+    return {"rest": arrays, "codes": {name: array.T for name, array in arrays.items()}}
+
+
+def join_sections(found):
+    """{kind of section: {name: array as stored}} -> {name: array}, the inverse."""
+    return found["rest"] | {name: codes.T for name, codes in found["codes"].items()}
 
 
 def by_item_size(specs):
@@ -4810,7 +4589,7 @@ def pack_weights(arrays, compressor, tell=lambda share: None):
     check_specs(specs)
     # and the bytes of the sections that are done
     plan, packed = plan_sections(specs, compressor), []
-    sources = {"rest": arrays, "codes": {name: array.T for name, array in arrays.items()}}
+    sources = section_sources(arrays, plan)
 
     def encode(kind, codec, members):
         raw = join_arrays(sources[kind], members)
@@ -4822,8 +4601,6 @@ def pack_weights(arrays, compressor, tell=lambda share: None):
         return stored, [len(stored), digest(stored).hex(), digest(raw).hex()]
 
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
-        if compressor == "pergroup":
-            techniques.order_rows(arrays, sources, plan[-2][2], pool)
         sections = list(pool.map(encode, *zip(*plan, strict=True)))
     raw = json.dumps([specs, [about for _, about in sections]], separators=(",", ":")).encode()
     if len(raw) > MAX_HEADER_BYTES:
@@ -4889,13 +4666,11 @@ def unpack_weights(blob):
             raise ArtifactError(f"artifact: a section of {codec} data is damaged")
         return kind, split_arrays(raw, members)
 
-    found = {"rest": {}, "codes": {}, "orders": {}}
+    found = defaultdict(dict)
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
         for kind, arrays in pool.map(decode, plan, sections, ends[1:]):
             found[kind] |= arrays
-    unpacked = found["rest"] | {name: codes.T for name, codes in found["codes"].items()}
-    if found["orders"]:
-        techniques.restore_rows(unpacked, found["orders"])
+    unpacked = join_sections(found)
     return {name: np.array(unpacked[name], dtype, order="C") for name, dtype, _ in specs}
 
 
@@ -5110,7 +4885,7 @@ def window_positions(lengths, hp):
     """(n,) targets -> (n,) window positions that scoring these documents computes: the cost of
     a document.
     """
-    chunk = techniques.chunk_size(lengths, hp) if hp.ttt_short_chunks else hp.ttt_chunk_size
+    chunk = hp.chunk_size_of(lengths)
     context = (
         hp.ttt_eval_seq_len - hp.ttt_stale_context if hp.ttt_stale_context else hp.ttt_eval_seq_len
     )
@@ -5153,7 +4928,7 @@ def schedule_ttt(places, starts, lengths, flight, hp):
 
     def chunks(document):  # context, whether it is the last, what follows the rows in the table
         length = lengths[document]
-        size = int(techniques.chunk_size(length, hp)) if hp.ttt_short_chunks else hp.ttt_chunk_size
+        size = int(hp.chunk_size_of(length))
         for number, first in enumerate(range(0, length, size), 1):
             end = min(first + size, length)
             window = max(0, end - (fresh or context))
@@ -5503,22 +5278,30 @@ class TestTimeTrainer:
         self.lora = BatchedLoRA(model, self.lanes, hp, dist.device, model.ops.adamw_rows)
         self.enter, self.block, self.factors, self.head = (
             compiled(f, hp, dist, dynamic=None)
-            for f in (
-                model.enter,
-                model.block,
-                self.lora.factors,
-                (
-                    techniques.with_tilt(model.token_losses)
-                    if hp.ngram_tilt_enabled
-                    else model.token_losses
-                ),
-            )
+            for f in (model.enter, model.block, self.lora.factors, self.head_function())
         )
         if hp.ttt_stale_context:
             self.stale = StaleContext(model, validation.starts, self.lora.flight, dist.device)
         self.score, self.warming_up, self.graphs = Score(dist.device), False, {}
-        if hp.ngram_tilt_enabled:  # the stream with the hint at each place
-            self.hinted = F.pad(self.packer.tokens[:, None], (0, 1), value=-1)
+
+    def head_function(self):
+        """What makes losses (B, C) of hidden states, targets and a tap."""
+        return self.model.token_losses
+
+    def targets_at(self, places):
+        """Targets of the head at these places (B, C) of the stream."""
+        return self.packer.tokens[places]
+
+    def learned_and_counted(self, losses):
+        """What the head gave -> losses (B, C) that are learned from and that are counted."""
+        return losses, losses
+
+    def plan_made(self, starts, lengths, phases):
+        """Called before the first chunk is scored, with the documents and the plan."""
+
+    def skip_fine_tuning(self):
+        """Called where no time is left to fine-tune the base weights between two phases."""
+        self.log("note: no time to fine-tune the base weights")
 
     def chunk_losses(self, windows, targets, positions, tap):
         """Windows (B, W), targets and their positions in the windows (B, C), adapters ->
@@ -5552,8 +5335,6 @@ class TestTimeTrainer:
             self.mark_dynamic([1], packing[3])
         self.mark_dynamic([0, 1], *entry, mlp_lane)
         self.mark_dynamic([0], *rope, *tap.matrices())
-        if self.hp.new_values:
-            self.mark_dynamic([0, 1], *techniques.streams_of(w.extras))
         return self.block(entry, mlp_lane, w, rope, packing, tap)
 
     def mark_dynamic(self, dimensions, *tensors):
@@ -5602,17 +5383,12 @@ class TestTimeTrainer:
         factors = [part.requires_grad_() for part in self.factors(self.lora.values, source)]
         losses = self.chunk_losses(
             tokens[inputs],
-            (self.hinted if self.hp.ngram_tilt_enabled else tokens)[targets],
+            self.targets_at(targets),
             positions,
             self.lora.tap(factors),
         )
-        if self.hp.ngram_tilt_enabled:
-            losses, tilted = losses
-        self.score.add(
-            (tilted if self.hp.ngram_tilt_enabled else losses).detach(),
-            scored,
-            self.packer.bytes[targets],
-        )
+        losses, counted = self.learned_and_counted(losses)
+        self.score.add(counted.detach(), scored, self.packer.bytes[targets])
         means = torch.where(scored, losses, 0.0).sum(1) / count.clamp_min(1)
         loss = torch.where(target < self.lora.flight, means, 0.0).sum()
         self.lora.step(
@@ -5780,14 +5556,7 @@ class TestTimeTrainer:
             self.started,
             [],
         )
-        if hp.ngram_tilt_enabled:
-            self.hinted[:, 1] = hints = techniques.ngram_hints(
-                self.packer.tokens, starts, lengths, phases
-            )
-            self.log(
-                f"ttt_ngram hints:{(hints >= 0).sum()}"
-                f" seconds:{time.perf_counter() - self.started:.1f}"
-            )
+        self.plan_made(starts, lengths, phases)
         if compile_wanted(hp, dist):
             self.warm_up()
         graphs = compiled_graphs()
@@ -5804,9 +5573,7 @@ class TestTimeTrainer:
                 3e-6 * tokens / dist.world_size + 0.3 * tokens / hp.global_ttt_chunk_tokens
             )
             if phase.adapt and any(dist.all_gather_object(late or bool(rest))):
-                self.log("note: no time to fine-tune the base weights")
-                if hp.ngram_tilt_enabled:
-                    self.hinted[:, 1] = -1  # documents of this phase may be left to the end
+                self.skip_fine_tuning()
             elif phase.adapt:
                 self.global_adapt(self.documents[phase.documents])
         unadapted = self.score_unadapted(rest) if rest else 0
@@ -5823,6 +5590,14 @@ class TestTimeTrainer:
             "recompilations": compiled_graphs() - graphs,
             "unadapted_tokens": unadapted,
         }
+
+
+def evaluate_adapted(evaluator, log):
+    """The score of test-time training on what an Evaluator scores -> {loss, bpb, tokens, bytes,
+    ...}.
+    """
+    e = evaluator
+    return TestTimeTrainer(e.model, e.validation, e.hp, e.dist, log).evaluate()
 
 
 # ---- MAIN ----------------------------------------------------------------------------------------
@@ -6280,15 +6055,9 @@ class Stages:
 
     def test_time_train(self):
         """Scores with test-time training, the final score."""
-
-        def evaluate():
-            if self.hp.ttt_method == "sgd":
-                helpers = document_windows, WindowPacker, sgd_step, Score
-                return techniques.evaluate_sgd(self.evaluator, *helpers)
-            validation = self.prepared.validation
-            return TestTimeTrainer(self.model, validation, self.hp, self.dist, self.log).evaluate()
-
-        score_stage("ttt", evaluate, self.log, self.scores)
+        score_stage(
+            "ttt", lambda: evaluate_adapted(self.evaluator, self.log), self.log, self.scores
+        )
 
     def result(self, run_info):
         """Writes result.json and logs the RESULT line -> its dictionary."""
@@ -6325,8 +6094,7 @@ def run(hp, dist, guard=NO_GUARD):
         stages.load_weights()
     elif not hp.ttt_eval_only:
         stages.train()
-    if hp.extra_eval_loops:
-        stages.model.eval_passes = 1 + hp.extra_eval_loops
+    stages.model.leave_training()
     if not hp.ttt_eval_only:
         guard.keep_weights(hp, stages.folder, stages.checkpoint, stages.log)
         if not hp.prequant_only:
