@@ -22,10 +22,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import IN_SOAK, Lines, tiny_hp, write_documents, write_shard
+from conftest import IN_SOAK, Lines, install_published, tiny_hp, write_documents, write_shard
 from test_end_to_end import SETTINGS, finish, make_data, result_of, start, torchrun
 from test_evaluation import make_model, make_validation, on_ranks, small_hp
 
+import presets.published
 import train_gpt
 from tools import guard
 
@@ -155,13 +156,13 @@ def plain(tmp_path_factory):
     return folder, own.vocab_size(), sum(len(text.encode()) for text in texts)
 
 
-def test_a_tokenizer_is_not_guessed_among_several(plain, tmp_path):
+def test_a_tokenizer_is_not_guessed_among_several(plain, tmp_path, published):
     folder, size, _ = plain
     said = refusal(tmp_path, folder, CASEOPS_ENABLED=0, VOCAB_SIZE=size, TOKENIZER_PATH=None)
     assert "own.model" in said and "another.model" in said and "set TOKENIZER_PATH" in said
 
 
-def test_a_foreign_tokenizer_of_equal_size_counts_no_bytes(plain, tmp_path):
+def test_a_foreign_tokenizer_of_equal_size_counts_no_bytes(plain, tmp_path, published):
     folder, size, _ = plain
     said = refusal(
         tmp_path,
@@ -236,7 +237,9 @@ def copied(source, folder, *patterns):
     ],
     ids=["both", "manifest", "side-car", "neither"],
 )
-def test_a_tokenizer_does_not_count_the_bytes_of_caseops_shards(caseops, tmp_path, left_out, words):
+def test_a_tokenizer_does_not_count_the_bytes_of_caseops_shards(
+    caseops, tmp_path, left_out, words, published
+):
     said = refusal(tmp_path, copied(caseops[0], tmp_path / "data", *left_out), CASEOPS_ENABLED=0)
     assert words in said and "CASEOPS_ENABLED" in said
 
@@ -246,12 +249,14 @@ def test_the_side_car_counts_the_bytes_of_the_text(caseops, tmp_path):
     assert result["scores"]["quantized"]["bytes"] == caseops[1]
 
 
-def test_settings_that_contradict_the_manifest_are_refused(caseops, plain, tmp_path):
+def test_settings_that_contradict_the_manifest_are_refused(caseops, plain, tmp_path, monkeypatch):
     folder = copied(caseops[0], tmp_path / "data", "manifest.json")
     manifest = json.loads((caseops[0] / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"text_transform": None}))
-    assert "CASEOPS_ENABLED=0" in refusal(tmp_path, folder)
+    assert "published.py with CASEOPS_ENABLED=0" in refusal(tmp_path, folder)
     assert "VOCAB_SIZE=8192" in refusal(tmp_path, caseops[0], VOCAB_SIZE=4096)
+    install_published(monkeypatch)
+    assert "set CASEOPS_ENABLED=0" in refusal(tmp_path, folder)
     said = refusal(
         tmp_path,
         plain[0],
@@ -335,8 +340,14 @@ def test_a_file_is_not_read_as_another_model(data, trained, mode):
 def test_every_setting_of_the_model_is_compared_or_may_change():
     names = [field.name for field in dataclasses.fields(train_gpt.Hyperparameters)]
     of_the_model = set(names[names.index("vocab_size") : names.index("max_wallclock_seconds")])
-    may_change = {"tied_embed_init_std", "qk_gain_init", "enable_looping_at", "extra_eval_loops"}
+    may_change = {"tied_embed_init_std", "qk_gain_init", "enable_looping_at"}
     assert of_the_model - set(guard.MEANING) == may_change
+    parts = {field.name: field for field in dataclasses.fields(presets.published.Hyperparameters)}
+    theirs = [name for name in guard.MEANING if name not in names]
+    assert {name: parts[name].default for name in theirs if name in guard.WITHOUT} == guard.WITHOUT
+    # of these the ones that matter are compared where the setting that they belong to is on
+    belong = {"attn_window_full_layers", "bigram_dim", "value_embed_dim"}
+    assert set(theirs) - set(guard.WITHOUT) == belong
 
 
 def test_an_artifact_without_its_checkpoint_is_compared_with_its_log(data, trained, tmp_path):
@@ -788,7 +799,7 @@ def test_calibration_sees_documents_apart_and_every_pass_of_a_loop(tmp_path, dis
 # ---- optimizer
 
 
-def test_tables_that_are_read_row_by_row_learn_at_the_embeddings_rate(dist):
+def test_tables_that_are_read_row_by_row_learn_at_the_embeddings_rate(dist, published):
     hp = small_hp(bigram_vocab_size=20, value_embed_layers="0,2", tie_embeddings=False)
     model = make_model(hp)
     groups = train_gpt.Optimizers(model, hp, dist).adamw.param_groups
