@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import train_gpt
-from tools import techniques
+from presets import published
 from train_gpt import ArtifactError
 
 brotli = pytest.importorskip("brotli")
@@ -522,7 +522,7 @@ def plain_row_order(codes):
 
 def test_row_order_equals_golden():
     with np.load(GOLDEN) as archive:
-        order = techniques.greedy_row_order(archive["row_order/codes"])
+        order = published.greedy_row_order(archive["row_order/codes"])
         assert order.dtype == np.uint16 and np.array_equal(order, archive["row_order/order"])
 
 
@@ -531,9 +531,9 @@ def test_row_order_equals_the_plain_search_with_ties(seed):
     rng = np.random.default_rng(seed)
     shape = (int(rng.integers(1, 40)), int(rng.integers(1, 6)))
     codes = rng.integers(-3, 4, shape).astype(np.int8) * np.int8(rng.choice([1, 42]))
-    assert techniques.greedy_row_order(codes).tolist() == plain_row_order(codes)
+    assert published.greedy_row_order(codes).tolist() == plain_row_order(codes)
 
 
 def test_row_order_distances_are_wide():
     codes = np.array([[-128, -128], [127, 127], [-128, 127], [-127, -127]], np.int8)
-    assert techniques.greedy_row_order(codes).tolist() == [0, 3, 2, 1]
+    assert published.greedy_row_order(codes).tolist() == [0, 3, 2, 1]

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from tools.techniques import weight_decay_multiplier
-from train_gpt import GPT, Muon, Optimizers, lr_multiplier, muon_momentum, polar_express
+from presets.published import decay_multiplier as weight_decay_multiplier
+from train_gpt import Muon, Optimizers, lr_multiplier, muon_momentum, polar_express
 
 torch.set_num_threads(1)
 OPS = train_gpt.Ops(
@@ -30,7 +30,7 @@ steadily = settings(max_examples=60, deadline=None, derandomize=True, database=N
 
 def random_model(seed=0, **changes):
     """A tiny GPT with a random gradient on every parameter."""
-    model = GPT(tiny_hp(**ODD | changes), OPS, torch.float32)
+    model = train_gpt.GPT(tiny_hp(**ODD | changes), OPS, torch.float32)
     set_gradients(model, seed)
     return model
 
@@ -420,7 +420,7 @@ def three_steps(dist, shares):
     """Three optimizer steps; this rank's gradients are the sum of its share of `shares` random
     ones.
     """
-    model = GPT(tiny_hp(**ODD), OPS, torch.float32)
+    model = train_gpt.GPT(tiny_hp(**ODD), OPS, torch.float32)
     optimizers, factors = Optimizers(model, model.hp, dist), []
     clip_factor = optimizers.clip_factor
     optimizers.clip_factor = lambda: factors.append(clip_factor()) or factors[-1]
@@ -456,7 +456,7 @@ def test_two_ranks_hold_the_same_weights_bit_for_bit(on_two_ranks):
 
 
 def test_two_ranks_equal_one_rank(on_two_ranks, on_one_rank, rel):
-    start = dict(GPT(tiny_hp(**ODD), OPS, torch.float32).named_parameters())
+    start = dict(train_gpt.GPT(tiny_hp(**ODD), OPS, torch.float32).named_parameters())
     for name, p in on_one_rank.weights.items():
         assert rel(on_two_ranks[0].weights[name] - start[name].data, p - start[name].data) < 1e-4, (
             name
@@ -474,7 +474,7 @@ def test_ranks_share_the_momentum_of_odd_banks(on_two_ranks, on_one_rank):
 
 
 def test_clip_factor_comes_from_the_reduced_gradient_on_every_rank(on_two_ranks, on_one_rank):
-    model = GPT(tiny_hp(**ODD), OPS, torch.float32)
+    model = train_gpt.GPT(tiny_hp(**ODD), OPS, torch.float32)
     for step in range(3):
         total = [
             a + b
