@@ -46,7 +46,7 @@ def unfused(tokens, space):
     return [token for part in parts for token in part]
 
 
-def test_fused_and_stored_validation_carry_the_same_text_and_bytes(folder):
+def test_fused_and_stored_validation_carry_the_same_text_and_bytes(folder, published):
     plain, fused = (
         train_gpt.ValidationSet(hp_of(folder, marker_fusion_enabled=on)) for on in (False, True)
     )
@@ -74,7 +74,7 @@ def test_fused_and_stored_validation_carry_the_same_text_and_bytes(folder):
     assert (fused.bytes[alias] == 1).all() and fused.bytes.sum() == plain.bytes.sum()
 
 
-def test_a_pair_takes_its_bytes_along_and_other_neighbours_stay(folder):
+def test_a_pair_takes_its_bytes_along_and_other_neighbours_stay(folder, published):
     hp, space = hp_of(folder, marker_fusion_enabled=True), space_id(hp_of(folder))
     tokens = np.array([1, space, 4, 300, space, space, 5, 7, 4, 6, space, 7, space])
     charges = np.array([0, 2, 0, 3, 1, 1, 0, 0, 3, 0, 1, 0, 9])
@@ -83,7 +83,7 @@ def test_a_pair_takes_its_bytes_along_and_other_neighbours_stay(folder):
     assert bytes_.tolist() == [0, 2, 3, 1, 1, 0, 3, 0, 1, 0, 9]
 
 
-def test_fused_rows_are_full_and_follow_the_stream(folder, dist):
+def test_fused_rows_are_full_and_follow_the_stream(folder, dist, published):
     hp = hp_of(
         folder,
         marker_fusion_enabled=True,
@@ -102,7 +102,7 @@ def test_fused_rows_are_full_and_follow_the_stream(folder, dist):
         assert stored == stream.read(loader.start(index), len(stored)).tolist()
 
 
-def test_embeddings_of_pairs_begin_between_space_and_marker(folder, ops):
+def test_embeddings_of_pairs_begin_between_space_and_marker(folder, ops, published):
     hp = hp_of(folder, marker_fusion_enabled=True)
     table, space = train_gpt.GPT(hp, ops, torch.float32).tok_emb.detach(), space_id(hp)
     assert table.shape == (8200, 32) and table.shape[0] % 8 == 0
@@ -112,7 +112,7 @@ def test_embeddings_of_pairs_begin_between_space_and_marker(folder, ops):
     assert train_gpt.GPT(hp_of(folder), ops, torch.float32).tok_emb.shape == (8192, 32)
 
 
-def test_a_fused_model_trains_and_adapts(folder, ops, dist, tmp_path):
+def test_a_fused_model_trains_and_adapts(folder, ops, dist, tmp_path, published):
     hp = hp_of(
         folder,
         marker_fusion_enabled=True,
@@ -133,7 +133,7 @@ def test_a_fused_model_trains_and_adapts(folder, ops, dist, tmp_path):
     assert plain["bytes"] == adapted["bytes"] == validation.bytes.sum()
 
 
-def test_fusion_needs_caseops(folder):
+def test_fusion_needs_caseops(folder, published):
     with pytest.raises(SettingError, match="CASEOPS_ENABLED=1"):
         tiny_hp(marker_fusion_enabled=True, caseops_enabled=False)
 
@@ -223,7 +223,7 @@ def test_data_with_a_manifest_of_others_or_none_are_read(copy):
     assert len(train_gpt.ValidationSet(hp_of(copy)).starts) == 20
 
 
-def test_canonical_is_told_by_documents_values_and_bytes(folder, monkeypatch):
+def test_canonical_is_told_by_documents_values_and_bytes(folder, monkeypatch, published):
     assert train_gpt.CANONICAL == (50_000, 47_853_344, 47_851_520, 151_074_499)
     charges = train_gpt.ValidationSet(hp_of(folder)).bytes
     values = len(charges)

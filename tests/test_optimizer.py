@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_hp
+from conftest import TINY, tiny_hp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import presets.published
 import train_gpt
 from presets.published import decay_multiplier as weight_decay_multiplier
 from train_gpt import Muon, Optimizers, lr_multiplier, muon_momentum, polar_express
@@ -26,6 +27,11 @@ OPS = train_gpt.Ops(
 # banks of 3: padded on two ranks
 ODD = {"num_layers": 3, "loop_start": 1, "loop_end": 1, "parallel_start_layer": 2}
 steadily = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+def published_hp(**changes):
+    """tiny_hp with the settings of presets/published.py."""
+    return presets.published.Hyperparameters(**(TINY | changes))
 
 
 def random_model(seed=0, **changes):
@@ -257,7 +263,7 @@ def test_every_parameter_is_in_exactly_one_group(dist):
         )
 
 
-def test_adamw_groups_have_their_learning_rates_and_decays(dist):
+def test_adamw_groups_have_their_learning_rates_and_decays(dist, published):
     model = random_model(tie_embeddings=False, warmdown_frac=0.5, wd_schedule_enabled=True)
     hp = model.hp
     optimizers = Optimizers(model, hp, dist)
@@ -274,7 +280,7 @@ def test_adamw_groups_have_their_learning_rates_and_decays(dist):
     assert {id(p) for p in optimizers.muon.banks}.isdisjoint(rates)
 
 
-def test_step_equals_plain_adamw_with_schedules_and_clears_gradients(dist, rel):
+def test_step_equals_plain_adamw_with_schedules_and_clears_gradients(dist, rel, published):
     model = random_model(
         warmdown_frac=0.5, wd_schedule_enabled=True, grad_clip_norm=0.0, embed_wd=2.0, adam_wd=3.0
     )
@@ -311,7 +317,7 @@ def test_step_equals_plain_adamw_with_schedules_and_clears_gradients(dist, rel):
         assert rel(p, want) < 1e-5
 
 
-def test_muon_inside_step_follows_its_schedules(dist, rel):
+def test_muon_inside_step_follows_its_schedules(dist, rel, published):
     model = random_model(
         warmdown_frac=0.5,
         wd_schedule_enabled=True,
@@ -587,7 +593,7 @@ def test_muon_momentum_stays_between_its_ends(step, warmup, start, end):
     "progress, want",
     [(0, 1), (0.39, 1), (0.4, 1), (0.625, 0.75), (0.85, 0.5), (0.925, 1.125), (1, 1.75)],
 )
-def test_weight_decay_multiplier_corners(progress, want):
+def test_weight_decay_multiplier_corners(progress, want, published):
     hp = train_gpt.Hyperparameters(wd_schedule_enabled=True)
     assert weight_decay_multiplier(progress, hp) == pytest.approx(want)
 
@@ -595,7 +601,7 @@ def test_weight_decay_multiplier_corners(progress, want):
 @steadily
 @given(fractions, fractions, fractions, st.floats(0, 3), st.floats(0, 3))
 def test_weight_decay_multiplier_stays_between_its_ends(progress, hold, ramp, low, high):
-    hp = tiny_hp(
+    hp = published_hp(
         wd_schedule_enabled=True,
         wd_sched_hold_frac=hold,
         wd_sched_ramp_frac=ramp,
@@ -610,7 +616,7 @@ def test_weight_decay_multiplier_stays_between_its_ends(progress, hold, ramp, lo
 @settings(steadily, max_examples=15)
 @given(st.floats(0, 0.4), st.floats(0.5, 0.9), st.floats(0.1, 1))
 def test_schedules_have_no_jumps(hold, ramp, warmdown):
-    hp = tiny_hp(
+    hp = published_hp(
         wd_schedule_enabled=True,
         wd_sched_hold_frac=hold,
         wd_sched_ramp_frac=ramp,

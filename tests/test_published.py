@@ -2,6 +2,7 @@
 independently.
 """
 
+import dataclasses
 import os
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from test_training import trainer_of
 
 import train_gpt
 from presets import published as parts
+from tools.run_files import published_settings
 from train_gpt import BOS_ID
 
 torch.set_num_threads(1)
@@ -70,6 +72,82 @@ class Recorder:
         self.values.append(v)
         self.windows.append(window)
         return self.attention(q, k, v, cu_seqlens, max_seqlen, window)
+
+
+# ---- settings
+
+FIELDS = [
+    field
+    for field in dataclasses.fields(parts.Hyperparameters)
+    if not hasattr(train_gpt.Hyperparameters, field.name) or field.name == "attn_window"
+]
+
+
+def test_its_settings_have_a_meaning_a_type_a_default_of_that_type_and_a_bound():
+    assert len(FIELDS) == 25 and {field.name.upper() for field in FIELDS} == published_settings()
+    for field in FIELDS:
+        assert field.type in (int, float, bool, str) and type(field.default) is field.type
+        assert len(field.metadata["help"]) > 3
+        assert field.type not in (int, float) or field.metadata["least"] is not None
+
+
+VALUES = {  # of settings whose next number, or another text, is not one
+    "VALUE_EMBED_LAYERS": "1,2",
+    "TTT_SHORT_CHUNKS": "256:8",
+    "VALUE_RESIDUAL": "gate",
+    "TTT_METHOD": "sgd",
+    "BIGRAM_VOCAB_SIZE": "2",
+}
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name.upper())
+def test_the_environment_sets_every_setting(field):
+    name = field.name.upper()
+    if field.type is bool:
+        text = str(int(not field.default))
+    elif name in VALUES:
+        text = VALUES[name]
+    else:
+        text = "0.5" if field.metadata["most"] else str(field.default + 1)
+    more = {"TTT_STALE_CONTEXT": "0", "GPTQ_COLUMN_STEPS": "0"}
+    hp = train_gpt.Hyperparameters.from_env({name: text} | more)
+    assert getattr(hp, field.name) != field.default
+    assert f"* {name}={text}  # " in train_gpt.settings_table(hp)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"TTT_SHORT_CHUNKS": "256"}, "TTT_SHORT_CHUNKS"),
+        ({"TTT_SHORT_CHUNKS": "256:0"}, "TTT_SHORT_CHUNKS"),
+        ({"TTT_SHORT_CHUNKS": "256:8,"}, "TTT_SHORT_CHUNKS"),
+        ({"TTT_SHORT_CHUNKS": "a:b"}, "TTT_SHORT_CHUNKS"),
+        ({"VALUE_EMBED_LAYERS": "9,11"}, "VALUE_EMBED_LAYERS"),
+        ({"VALUE_EMBED_LAYERS": "9,"}, "VALUE_EMBED_LAYERS"),
+        ({"BIGRAM_VOCAB_SIZE": "1"}, "BIGRAM_VOCAB_SIZE"),
+        ({"EXTRA_EVAL_LOOPS": "1", "NUM_LOOPS": "0"}, "NUM_LOOPS"),
+        ({"MUON_HEAD_PAIRS": "1", "NUM_KV_HEADS": "1"}, "MUON_HEAD_PAIRS"),
+        ({"QAT_BELOW_LR": "0.1"}, "GPTQ_COLUMN_STEPS"),
+        ({"TTT_METHOD": "sgd", "TTT_MAX_DOCS": "9"}, "TTT_MAX_DOCS"),
+        ({"ATTN_WINDOW": "9"}, "TTT_STALE_CONTEXT=0"),
+        ({"VALUE_RESIDUAL": "mix"}, "TTT_STALE_CONTEXT=0"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(train_gpt.SettingError, match=message):
+        train_gpt.Hyperparameters.from_env(changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ATTN_WINDOW": "9", "TTT_ENABLED": "0"},
+        {"ATTN_WINDOW": "9", "TTT_METHOD": "sgd"},
+        {"TTT_SHORT_CHUNKS": "256:8,2000:24"},
+    ],
+)
+def test_combinations_that_work_are_taken(changes):
+    train_gpt.Hyperparameters.from_env(changes)
 
 
 # ---- model
