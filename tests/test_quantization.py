@@ -92,7 +92,6 @@ def settings(**changes):
         lqer_asym_enabled=True, lqer_asym_group=64, lqer_factor_bits=4, gated_attn_quant_gate=True
     )
     defaults |= dict(gptq_column_steps=False, gptq_column_octaves=2.0)
-    defaults |= {"hessian_clip_lambda": 0.0}
     return SimpleNamespace(**(defaults | changes))
 
 
