@@ -3618,15 +3618,11 @@ def from_log2_eighths(codes):
     return (codes / 8).exp2()
 
 
-class StepGrid(NamedTuple):
-    """Step sizes as codes of to_log2_eighths: a weight's is that of its row times its column's."""
-
-    row_steps: Tensor  # int8 (N, R)
-    column_steps: Tensor  # int8 (N, C)
-
-
 def column_step_grid(upper, row_scale, octaves):
-    """StepGrid from factors U (N, C, C) of inverse Hessians and SDClip scales of rows (N, R).
+    """Steps of rows (N, R) and columns (N, C), the step of a weight is their product.
+
+    They are codes of to_log2_eighths. upper: factors U (N, C, C) of the inverse Hessians;
+    row_scale: SDClip's scales (N, R).
 
     diag U is the inverse of a column's conditional deviation, the part of its input that the
     columns after it do not predict. With steps proportional to diag U every column adds the same
@@ -3637,21 +3633,15 @@ def column_step_grid(upper, row_scale, octaves):
     log2_steps = log2_steps - log2_steps.mean(dim=1, keepdim=True)
     column_steps = to_log2_eighths(log2_steps.clamp(-octaves, octaves).exp2())
     column_steps.clamp_(max=127 - 8 * MAX_SHIFT)  # split_wide_codes may add 8 * MAX_SHIFT
-    return StepGrid(to_log2_eighths(row_scale), column_steps)
-
-
-class OrderedColumns(NamedTuple):
-    """Matrices with their columns in the order in which GPTQ quantizes them."""
-
-    weights: Tensor  # (N, C, R): transposed, so that a column is contiguous
-    upper: Tensor  # (N, C, C): factors of the damped inverse Hessians
-    order: Tensor  # (N, C): original index of each column
+    return to_log2_eighths(row_scale), column_steps
 
 
 def order_columns(w, hessian, damp, names):
-    """w (N, R, C) and hessian (N, C, C), both kept -> OrderedColumns, by descending diag H.
+    """Puts columns in the order in which GPTQ quantizes them: by descending diagonal of H.
 
-    damp: share of the mean of diag H that is added to it.
+    w (N, R, C) and hessian (N, C, C), neither is changed; damp: share of the mean of diag H that is
+    added to it. Returns weights (N, C, R), transposed so that a column is contiguous, factors of
+    the damped inverse Hessians (N, C, C), and the original index of each column (N, C).
     """
     h = hessian.float().clone()
     diagonal = h.diagonal(dim1=1, dim2=2)
@@ -3663,7 +3653,7 @@ def order_columns(w, hessian, damp, names):
     upper = damped_inverse_factor(h, damping, names)
     weights = w.float().mT.masked_fill(dead[:, :, None], 0.0)
     weights = weights.gather(1, order[:, :, None].expand_as(weights))
-    return OrderedColumns(weights, upper, order)
+    return weights, upper, order
 
 
 def quantize_column(column, step, max_code):
