@@ -71,7 +71,7 @@ def continued(model, tokens, start, window, kept):
             tokens[None, window - 1 : window + inputs.size(1)], fresh
         )[:, 1:]
 
-    def attention(q, k, v, cu_seqlens, max_seqlen, attn_window):
+    def attention(q, k, v, cu_seqlens, max_seqlen, attn_window=0):
         turn = model.cos[before : before + 1], model.sin[before : before + 1]
         q, k = tg.apply_rotary_emb(q, *turn), tg.apply_rotary_emb(k, *turn)
         slot, first, row_end = (
@@ -107,10 +107,9 @@ def document_by_document(model, validation, hp, dist):
     trainer = tg.TestTimeTrainer(model, validation, hp, dist, Lines())
     lora = tg.BatchedLoRA(model, range(hp.ttt_lanes), hp, dist.device, tg.adamw_rows_ref)
     model.requires_grad_(False)
-    chosen, pairs = (
-        trainer.documents,
-        [[*map(int, p.split(":"))] for p in hp.ttt_short_chunks.split(",") if p],
-    )
+    chosen = trainer.documents
+    short_chunks = getattr(hp, "ttt_short_chunks", "")  # of presets/published.py
+    pairs = [[*map(int, p.split(":"))] for p in short_chunks.split(",") if p]
     for phase in tg.plan_ttt((validation.ends - validation.starts)[chosen], hp):
         for place, documents in enumerate(
             [documents for lane in phase.lanes for documents in lane]
