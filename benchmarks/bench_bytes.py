@@ -41,7 +41,7 @@ def group_of(name: str) -> str:
     """
     tensor, _, field = name.rpartition(":")
     role = train_gpt.quant_role(tensor)
-    return "small" if role is None else role[0] if field == "codes" else "scales"
+    return "small" if role is None else role.group if field == "codes" else "scales"
 
 
 def entropy_bytes(codes: np.ndarray) -> float:
@@ -98,7 +98,6 @@ SWEPT = (
     "mlp_clip_sigmas",
     "attn_clip_sigmas",
     "embed_clip_sigmas",
-    "hessian_clip_lambda",
     "gptq_damp",
     "gptq_block_size",
     "gptq_column_steps",
@@ -107,7 +106,6 @@ SWEPT = (
     "lqer_enabled",
     "lqer_top_k",
     "lqer_rank",
-    "lqer_weighted",
     "lqer_asym_enabled",
     "lqer_asym_group",
     "lqer_factor_bits",

@@ -614,8 +614,8 @@ class Trainer(train_gpt.Trainer):
 # ---- quantization and artifact
 
 QUANT_TABLE = train_gpt.QUANT_TABLE | {
-    "bigram.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
-    "value_embed.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
+    "bigram.weight": train_gpt.EMBEDDING_ROLE,
+    "value_embed.weight": train_gpt.EMBEDDING_ROLE,
 }
 
 
@@ -716,7 +716,7 @@ def lrzip_decompress(data, raw_size, shapes=()):
 
 ENCODERS = train_gpt.ENCODERS | {"lrzip": lrzip_compress}
 DECODERS = train_gpt.DECODERS | {"lrzip": lrzip_decompress}
-COMPRESSORS = train_gpt.COMPRESSORS | {"pergroup": (2, "brotli", "lrzip")}
+COMPRESSORS = train_gpt.COMPRESSORS | {"pergroup": train_gpt.Compressor(2, "brotli", "lrzip")}
 own_check_compressor = train_gpt.check_compressor
 own_plan_sections = train_gpt.plan_sections
 own_section_sources = train_gpt.section_sources
@@ -726,7 +726,7 @@ own_join_sections = train_gpt.join_sections
 def check_compressor(name):
     """SettingError, with what to install, for an unknown compressor or missing tools."""
     own_check_compressor(name)
-    if "lrzip" in COMPRESSORS[name] and shutil.which("lrzip") is None:
+    if "lrzip" in COMPRESSORS[name].codecs() and shutil.which("lrzip") is None:
         raise SettingError(
             "the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)"
         )
@@ -736,23 +736,25 @@ def plan_sections(specs, compressor):
     """pergroup (PR 1855): the "codes" of each role; "orders" of re-ordered rows; the "rest"."""
     if compressor != "pergroup":
         return own_plan_sections(specs, compressor)
-    roles = train_gpt.roles_of(specs)
-    orders = [
-        train_gpt.ArraySpec(name, "uint16", shape[:1])
-        for name, _, shape in specs
-        if roles.get(name) in ("embedding", "q", "up") and shape[0]
-    ]
-    return [
-        *(("codes", "lrzip", group) for group in train_gpt.codes_by_role(specs, roles) if group),
-        ("orders", "brotli", orders),
-        ("rest", "brotli", [spec for spec in specs if spec.name not in roles]),
-    ]
+    groups, others = train_gpt.group_codes(specs)
+    plan = [train_gpt.Section("codes", "lrzip", group) for group in groups.values() if group]
+    ordered = {spec.name for role in ("embedding", "q", "up") for spec in groups[role]}
+    orders = []
+    for spec in specs:
+        if spec.name in ordered and spec.shape[0]:
+            orders.append(train_gpt.ArraySpec(spec.name, "uint16", spec.shape[:1]))
+    plan.append(train_gpt.Section("orders", "brotli", orders))
+    plan.append(train_gpt.Section("rest", "brotli", others))
+    return plan
 
 
 def section_sources(arrays, plan):
     """Adds the "orders" of a plan: their "codes" get their rows in that order."""
     sources = own_section_sources(arrays, plan)
-    names = [spec.name for kind, _, specs in plan if kind == "orders" for spec in specs]
+    names = []
+    for section in plan:
+        if section.kind == "orders":
+            names += [spec.name for spec in section.specs]
     with ThreadPoolExecutor(train_gpt.CODEC_THREADS) as pool:
         orders = pool.map(greedy_row_order, [arrays[name] for name in names])
         sources["orders"] = dict(zip(names, orders, strict=True))
@@ -760,10 +762,10 @@ def section_sources(arrays, plan):
     return sources
 
 
-def join_sections(found):
+def join_sections(sources):
     """Puts the rows of re-ordered arrays back. ArtifactError where an order is no permutation."""
-    arrays = own_join_sections(found)
-    for name, order in found.get("orders", {}).items():
+    arrays = own_join_sections(sources)
+    for name, order in sources.get("orders", {}).items():
         if not np.array_equal(np.sort(order), np.arange(len(order))):
             raise ArtifactError(f"artifact: the row order of {name} is no permutation")
         arrays[name] = arrays[name][np.argsort(order)]

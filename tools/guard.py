@@ -897,7 +897,7 @@ def trial_arrays(model, hp):
                 if hp.compressor in FAST_COMPRESSORS and shape not in seen
                 else min(TRIAL_ROWS, shape[0])
             )
-            deviation = (2 ** (getattr(hp, role[1]) - 1) - 1) / getattr(hp, role[2])
+            deviation = (2 ** (getattr(hp, role.bits) - 1) - 1) / getattr(hp, role.clip_sigmas)
             codes = (
                 (torch.randn(rows, shape[1], generator=generator) * deviation)
                 .round_()
