@@ -644,7 +644,7 @@ def test_what_the_budget_leaves_is_scored_without_adaptation(
     if not adapted:  # what is scored plainly is scored by the base as it was given
         for row, losses in plain:
             hidden = model.forward_hidden(
-                row.inputs, row.cu_seqlens, max_seqlen=32, looping=True, fresh=row.fresh
+                row.inputs, row.cu_seqlens, max_seqlen=32, looping=True, window_start=row.fresh
             )
             assert torch.allclose(losses, model.token_losses(hidden[0], row.targets), atol=1e-4)
 
