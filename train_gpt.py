@@ -2982,6 +2982,7 @@ class LayerWeights(NamedTuple):
     up: Tensor  # (F, D)
     down: Tensor  # (D, F), times mlp_scale
     q_gain: Tensor  # (H,)
+    gate: Tensor | None  # (H, window) or (H, D)
     attn_scale: Tensor  # (D,)
     mlp_scale: Tensor  # (D,)
     mix: Tensor  # (2, D): factors of stream and embedding
@@ -2989,7 +2990,6 @@ class LayerWeights(NamedTuple):
     resid: Tensor  # (2,): factor of each lane
     depth_scale: Tensor  # (1,) float32, scales both norms
     xsa: bool
-    gate: Tensor | None = None  # (H, window) or (H, D)
     extras: dict | None = None  # what a few layers' settings ask for: techniques.layer_extras
 
 
@@ -3077,7 +3077,7 @@ class GPT(nn.Module):
                 table.normal_(0.0, self.hp.tied_embed_init_std, generator=generator)
                 if self.hp.marker_fusion_enabled:
                     techniques.init_pairs(self.hp, space_id, table)
-        matrices = self.matrices()
+        matrices = self.matrices(self.banks())
         for role in ("q", "k", "v", "up"):
             for matrix in matrices[role]:
                 nn.init.orthogonal_(matrix, generator=generator)
@@ -3112,6 +3112,13 @@ class GPT(nn.Module):
         passes = hp.num_loops + (self.eval_passes or 1)
         return layers[:first] + layers[first:end] * passes + layers[end:]
 
+    def slot_order(self, slots):
+        """Layers in execution order -> their (slot, layer) pairs, number of encoder slots."""
+        # passes that training did not have count below 0: skips stay where they were
+        if self.hp.extra_eval_loops:
+            return techniques.extra_passes(self, slots)
+        return enumerate(slots), len(slots) // 2
+
     def slot_plan(self, looping):
         """A SlotPlan for every slot, from the settings alone.
 
@@ -3122,19 +3129,13 @@ class GPT(nn.Module):
         is the stream with itself. The stream splits before a skip is merged, so that skips go to
         the attention lane only.
         """
-        hp = self.hp
-        slots = self.slots(looping)
-        num_encoders = len(slots) // 2
-        order = enumerate(slots)
-        # passes that training did not have count below 0: skips stay where they were
-        if hp.extra_eval_loops:
-            order, num_encoders = techniques.extra_passes(self, slots)
+        order, num_encoders = self.slot_order(self.slots(looping))
         plans = []
         previous_slot = -1
         num_stored = 0
         has_lanes = False
         for slot, layer in order:
-            splits_lanes = layer >= hp.parallel_start_layer and not has_lanes
+            splits_lanes = layer >= self.hp.parallel_start_layer and not has_lanes
             has_lanes = has_lanes or splits_lanes
             decoder_index = slot - num_encoders
             is_decoder = decoder_index >= 0
@@ -3158,19 +3159,34 @@ class GPT(nn.Module):
             previous_slot = slot
         return plans
 
-    def matrices(self, on_grid=False):
-        """{role: (L, rows, columns)}: the matrices of all layers, views of the banks."""
+    def banks(self, on_grid=False):
+        """The banks that a forward pass computes with, in the order of BANKS."""
         hp = self.hp
+        banks = [self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank]
+        if on_grid:  # QAT_BELOW_LR: as quantization will have them
+            bits = hp.matrix_bits
+            sigmas = [hp.attn_clip_sigmas] * 2 + [hp.mlp_clip_sigmas] * 2
+            pairs = zip(banks, sigmas, strict=True)
+            banks = [techniques.fake_quantize(bank, bits, clip) for bank, clip in pairs]
+        return banks
+
+    def matrices(self, banks):
+        """Banks -> {role: (L, rows, columns)}, views of the matrices of all layers."""
         found = {}
-        for name, kinds in BANKS.items():
-            bank = getattr(self, name)
-            if on_grid:  # QAT_BELOW_LR: as quantization will have them
-                sigmas = hp.mlp_clip_sigmas if name.startswith("mlp") else hp.attn_clip_sigmas
-                bank = techniques.fake_quantize(bank, hp.matrix_bits, sigmas)
-            # a bank of one kind is not split: the backward of that would copy its gradient
-            parts = bank.split(hp.num_layers) if len(kinds) > 1 else [bank]
-            found |= {kind.role: part for kind, part in zip(kinds, parts, strict=True)}
+        for kinds, bank in zip(BANKS.values(), banks, strict=True):
+            # A bank of one kind is not split, because the backward of that would copy its gradient
+            parts = bank.split(self.hp.num_layers) if len(kinds) > 1 else [bank]
+            for kind, part in zip(kinds, parts, strict=True):
+                found[kind.role] = part
         return found
+
+    def weights_for(self, tokens, window_start, on_grid):
+        """A LayerWeights for every layer; here they do not depend on the tokens (B, T)."""
+        weights = self.layer_weights(on_grid)
+        if self.hp.attn_window or self.hp.new_values:
+            extras = techniques.layer_extras(self, tokens, window_start)
+            weights = [w._replace(extras=e) for w, e in zip(weights, extras, strict=True)]
+        return weights
 
     def layer_weights(self, on_grid=False):
         """A LayerWeights for every layer.
@@ -3180,7 +3196,7 @@ class GPT(nn.Module):
         costs no extra pass over activations, forward or backward.
         """
         hp = self.hp
-        matrices = self.matrices(on_grid)
+        matrices = self.matrices(self.banks(on_grid))
         qkv = torch.cat([matrices[role].to(self.dtype) for role in ("q", "k", "v")], dim=1)
         stacked = {
             "qkv": qkv,
@@ -3194,9 +3210,10 @@ class GPT(nn.Module):
             "post": self.parallel_post,
             "resid": self.parallel_resid,
         }
-        if self.attn_gate is not None:
-            stacked["gate"] = self.attn_gate
         columns = {name: tensor.to(self.dtype).unbind(0) for name, tensor in stacked.items()}
+        columns["gate"] = [None] * hp.num_layers
+        if self.attn_gate is not None:
+            columns["gate"] = self.attn_gate.to(self.dtype).unbind(0)
         weights = []
         for layer in range(hp.num_layers):
             own = {name: column[layer] for name, column in columns.items()}
@@ -3218,10 +3235,8 @@ class GPT(nn.Module):
         cos, sin = rope
         qkv = linear(h, w.qkv, tap, "qkv")
         q, k, v = self.ops.qkv_heads(qkv, w.q_gain, cos, sin, hp.num_kv_heads)
-        if hp.new_values:  # PARTIAL_KEY_OFFSET, VALUE_EMBED_LAYERS, VALUE_RESIDUAL
-            k, v = techniques.keys_and_values(k, v, w.extras, hp)
-        attn_window = w.extras["window"] if hp.attn_window else 0
-        y = segments.attend(self.ops, q, k, v, attn_window)
+        k, v = self.attended_keys_and_values(k, v, w)
+        y = self.attend(q, k, v, segments, w)
         if self.gate_kind:
             logits, factor = self.head_gates(entry, qkv, w.gate)
             if w.xsa:
@@ -3232,6 +3247,17 @@ class GPT(nn.Module):
             y = subtract_own_value(y, v)
         out = linear(y.reshape(h.shape), w.out, tap, "attn_proj")
         return out if tap is None else tap("attn_out", h, out, w.attn_scale)
+
+    def attended_keys_and_values(self, k, v, w):
+        """Keys and values (B, T, K, E) of a layer -> those that its attention reads."""
+        if self.hp.new_values:  # PARTIAL_KEY_OFFSET, VALUE_EMBED_LAYERS, VALUE_RESIDUAL
+            k, v = techniques.keys_and_values(k, v, w.extras, self.hp)
+        return k, v
+
+    def attend(self, q, k, v, segments, w):
+        """q (B, T, H, E), k and v (B, T, K, E) -> (B, T, H, E)."""
+        attn_window = w.extras["window"] if self.hp.attn_window else 0
+        return segments.attend(self.ops, q, k, v, attn_window)
 
     def head_gates(self, entry, qkv, gate):
         """Gate logits (B, T, H) of the heads' outputs, and the factor of their sigmoids."""
@@ -3269,14 +3295,19 @@ class GPT(nn.Module):
         mlp_lane = w.resid[1] * mlp_lane + w.post[0, 1] * attn + w.post[1, 1] * mlp
         return x, mlp_lane
 
+    def token_embedding(self, tokens, window_start):
+        """(B, T) ids -> (B, T, D), the embedding before SmearGate."""
+        e = F.embedding(tokens, self.tok_emb).to(self.dtype)
+        if self.hp.bigram_vocab_size:
+            e = e + techniques.bigram_embedding(self, tokens, window_start)
+        return e
+
     def embed(self, tokens, window_start):
         """(B, T) ids -> (B, T, D) raw embedding, to which SmearGate adds the previous token's.
 
         Nothing is added at BOS, at t = 0 and where `window_start` (B, T) is set.
         """
-        e = F.embedding(tokens, self.tok_emb).to(self.dtype)
-        if self.hp.bigram_vocab_size:
-            e = e + techniques.bigram_embedding(self, tokens, window_start)
+        e = self.token_embedding(tokens, window_start)
         if not self.hp.smear_gate_enabled:
             return e
         previous = F.pad(e[:, :-1], (0, 0, 1, 0))
@@ -3307,16 +3338,12 @@ class GPT(nn.Module):
         given, replace slot_input and block; slot_input then returns every output, which keeps the
         number of graphs small.
         """
-        hp = self.hp
         parts = compiled_parts or self
         return_all = compiled_parts is not None
         segments = Segments(cu_seqlens, max_seqlen)
         length = tokens.size(1)
         rope = (self.cos[:length], self.sin[:length])
-        weights = self.layer_weights(on_grid)
-        if hp.attn_window or hp.new_values:
-            extras = techniques.layer_extras(self, tokens, window_start)
-            weights = [w._replace(extras=e) for w, e in zip(weights, extras, strict=True)]
+        weights = self.weights_for(tokens, window_start, on_grid)
         x = x0 = norm(self.embed(tokens, window_start))
         mlp_lane = None
         skips = []
@@ -5436,31 +5463,31 @@ def sgd_step(model, packer, windows, optimizer, rate, dist):
 class StaleSegments(NamedTuple):
     """Segments of rows whose older keys and values come from a cache (see StaleContext).
 
-    For each row the N keys hold its older ones, then its own.
+    For each row the N keys hold its older ones, then its new ones.
     """
 
     cache: Tensor  # (2, M, K, E): older keys and values of one slot
-    cache_rows: Tensor  # (N,): where the keys are in the cache; own ones are overwritten
-    own_rows: Tensor  # (B T,): which of the N are the rows' own
+    key_rows: Tensor  # (N,): where the keys are in the cache; new ones are overwritten
+    new_key_rows: Tensor  # (B T,): which of the N are new, that is, the rows' own
     cu_seqlens: Tensor  # (2, B + 1) int32: borders of queries and of keys
     max_seqlen: int  # no row has more keys
-    collected: list  # attend leaves the rows' own keys and values here
+    new_kv: list  # attend leaves the new keys and values here
 
     def attend(self, ops, q, k, v, attn_window=0):
-        """q (B, T, H, E), own k and v (B, T, K, E) -> (B, T, H, E), causal; without windows."""
-        self.collected.extend((k, v))
+        """q (B, T, H, E), new k and v (B, T, K, E) -> (B, T, H, E), causal; without windows."""
+        self.new_kv.extend((k, v))
         older_k, older_v = self.cache
-        all_k = older_k[self.cache_rows].index_copy(0, self.own_rows, k.flatten(0, 1))[None]
-        all_v = older_v[self.cache_rows].index_copy(0, self.own_rows, v.flatten(0, 1))[None]
-        own_q = q.flatten(0, 1)[None]
+        all_k = older_k[self.key_rows].index_copy(0, self.new_key_rows, k.flatten(0, 1))[None]
+        all_v = older_v[self.key_rows].index_copy(0, self.new_key_rows, v.flatten(0, 1))[None]
+        row_q = q.flatten(0, 1)[None]
         if ops.names["attention"] != "sdpa":
-            y = ops.attention(own_q, all_k, all_v, self.cu_seqlens, self.max_seqlen)
+            y = ops.attention(row_q, all_k, all_v, self.cu_seqlens, self.max_seqlen)
             return y.view(q.shape)
         # The reference takes a query for every key: the others are zero, their outputs unused
-        all_q = own_q.new_zeros(1, all_k.size(1), *own_q.shape[2:])
-        all_q = all_q.index_copy(1, self.own_rows, own_q)
+        all_q = row_q.new_zeros(1, all_k.size(1), *row_q.shape[2:])
+        all_q = all_q.index_copy(1, self.new_key_rows, row_q)
         y = ops.attention(all_q, all_k, all_v, self.cu_seqlens[1], self.max_seqlen)
-        return y[:, self.own_rows].view(q.shape)
+        return y[:, self.new_key_rows].view(q.shape)
 
 
 class StaleContext:
@@ -5515,13 +5542,13 @@ class StaleContext:
         """
         segments = StaleSegments(
             cache=self.cache[len(self.new)],
-            cache_rows=self.places,
-            own_rows=self.fresh,
+            key_rows=self.places,
+            new_key_rows=self.fresh,
             cu_seqlens=self.cu_seqlens,
             max_seqlen=self.hp.ttt_eval_seq_len,
-            collected=[],
+            new_kv=[],
         )
-        self.new.append(segments.collected)
+        self.new.append(segments.new_kv)
         return *self.own(*streams), self.rope, segments
 
     def end(self, rows):
@@ -5618,7 +5645,7 @@ class TestTimeTrainer:
         if self.hp.ttt_stale_context:
             mlp_lane, rope, segments = self.stale.of_slot(mlp_lane)
             self.mark_dynamic([0, 1], *rope)
-            self.mark_dynamic([0], segments.cache_rows, segments.own_rows)
+            self.mark_dynamic([0], segments.key_rows, segments.new_key_rows)
             self.mark_dynamic([1], segments.cu_seqlens)
         self.mark_dynamic([0, 1], *entry, mlp_lane)
         self.mark_dynamic([0], *rope, *tap.matrices())
