@@ -18,6 +18,7 @@ Shapes: B rows, T tokens, D model_dim, L layers, S slots (one execution of a lay
 several), H heads, K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
 """
 
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -3146,13 +3147,6 @@ class SlotPlan(NamedTuple):
     return_merged: bool  # the layer or a skip reads SlotInput.merged
 
 
-class CompiledParts(NamedTuple):
-    """GPT.slot_input and GPT.block, each compiled by itself."""
-
-    slot_input: Callable
-    block: Callable
-
-
 class LayerWeights(NamedTuple):
     """Weights of one layer, in the compute dtype: views of the banks and small parameters."""
 
@@ -3514,9 +3508,9 @@ class GPT(nn.Module):
         """(B, T) ids -> (B, T, D), the output of the final norm.
 
         With cu_seqlens, B is 1 and the documents between these borders do not see each other; none
-        is longer than max_seqlen. Without it every row is one document. compiled_parts, where
-        given, replace slot_input and block; slot_input then returns every output, which keeps the
-        number of graphs small.
+        is longer than max_seqlen. Without it every row is one document. compiled_parts
+        has a slot_input and a block that were compiled by themselves; slot_input then returns every
+        output, which keeps the number of graphs small.
         """
         parts = compiled_parts or self
         return_all = compiled_parts is not None
@@ -5161,49 +5155,55 @@ def unpack_weights(blob):
 HEAD_CHUNK = 8192  # positions whose float32 logits exist at a time
 
 
-def bits_per_byte(nats, charges):
-    return nats / math.log(2) / charges
+def bits_per_byte(nats, num_bytes):
+    return nats / math.log(2) / num_bytes
 
 
 class Score:
-    """Sums of a scoring: nats, tokens and bytes, kept on the device in float64."""
+    """Sums of nats, tokens and bytes over scored targets, kept on the device in float64."""
 
     def __init__(self, device):
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
-    def add(self, losses, scored, charges):
-        """(...) nats, bool, bytes: counts the scored positions."""
-        losses = torch.where(scored, losses, 0.0).double().sum()
-        self.sums += torch.stack([losses, scored.sum(), torch.where(scored, charges, 0).sum()])
+    def add(self, losses, scored, target_bytes):
+        """Adds the targets that `scored` (bool) marks: nats and bytes, all of one shape."""
+        nats = torch.where(scored, losses, 0.0).double().sum()
+        num_bytes = torch.where(scored, target_bytes, 0).sum()
+        self.sums += torch.stack([nats, scored.sum(), num_bytes])
 
     def total(self, dist, expected):
         """Sums over ranks -> {loss, bpb, tokens, bytes}.
 
         Raises RuntimeError unless (tokens, bytes) are as expected.
         """
-        nats, tokens, charges = dist.all_reduce(self.sums.clone()).tolist()
-        if (int(tokens), int(charges)) != tuple(expected):
+        nats, tokens, num_bytes = dist.all_reduce(self.sums.clone()).tolist()
+        tokens = int(tokens)
+        num_bytes = int(num_bytes)
+        if (tokens, num_bytes) != tuple(expected):
             raise RuntimeError(
-                f"scored {int(tokens)} tokens and {int(charges)} bytes, the documents have"
-                f" {expected}"
+                f"scored {tokens} tokens and {num_bytes} bytes, the documents have {expected}"
             )
-        bpb = bits_per_byte(nats, charges)
-        return {"loss": nats / tokens, "bpb": bpb, "tokens": int(tokens), "bytes": int(charges)}
+        bpb = bits_per_byte(nats, num_bytes)
+        return {"loss": nats / tokens, "bpb": bpb, "tokens": tokens, "bytes": num_bytes}
 
 
 def document_windows(starts, ends, length, stride):
-    """Input spans of documents -> (n, 3) int64 windows: start, end, first input that is scored.
-    Windows advance by the stride; the first scores all its inputs, the others the last `stride`
-    that no window before them scored: every target is scored once, with the longest context. stride
-    = length gives disjoint pieces.
+    """Input spans of documents -> (n, 3) int64 windows: start, end, first scored input.
+
+    Windows advance by the stride. The first window of a document scores all its inputs, each later
+    one those that no earlier window scored, at most `stride`: every target is scored once, with the
+    longest context. stride = length gives disjoint windows.
     """
     targets = ends - starts
-    count = np.where(targets > 0, np.maximum(1, 1 - (length - targets) // stride), 0)
-    document = np.repeat(np.arange(len(starts)), count)
-    number = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    num_windows = np.maximum(1, 1 - (length - targets) // stride)
+    num_windows = np.where(targets > 0, num_windows, 0)
+    document = np.repeat(np.arange(len(starts)), num_windows)
+    first_window = np.cumsum(num_windows) - num_windows
+    number = np.arange(num_windows.sum()) - np.repeat(first_window, num_windows)
     start = starts[document] + number * stride
-    first = np.where(number == 0, start, start + length - stride)
-    return np.stack([start, np.minimum(start + length, ends[document]), first], axis=1)
+    end = np.minimum(start + length, ends[document])
+    first_scored = np.where(number == 0, start, start + length - stride)
+    return np.stack([start, end, first_scored], axis=1)
 
 
 class ScoredRow(NamedTuple):
@@ -5212,425 +5212,546 @@ class ScoredRow(NamedTuple):
     inputs: Tensor  # (1, T) int64
     targets: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (N + 1,) int32
-    fresh: Tensor  # (1, T) bool: a window starts here, there is no previous token
+    window_start: Tensor  # (1, T) bool: first input of a window, which has no previous token
     scored: Tensor  # (T,) bool
-    charges: Tensor  # (T,) int64 bytes of the target
+    target_bytes: Tensor  # (T,) int64
 
 
 class WindowPacker:
-    """Packs windows of the validation stream, in order, into rows of one shape; the stream
-    lives on the device.
-    """
+    """Packs windows of the validation stream, in order, into rows of one shape on the device."""
 
-    def __init__(self, validation, row_tokens, max_window, entries, device):
-        self.row_tokens, self.max_window, self.entries = (
-            max(row_tokens, max_window),
-            max_window,
-            entries,
-        )
-        self.device, self.end = device, len(validation.tokens) - 1
+    def __init__(self, validation, row_tokens, max_window, max_segments, device):
+        self.row_tokens = max(row_tokens, max_window)
+        self.max_window = max_window
+        self.max_segments = max_segments
+        self.device = device
+        self.end = len(validation.tokens) - 1
         self.tokens = torch.from_numpy(validation.tokens).to(device)
         self.bytes = torch.from_numpy(validation.bytes).to(device)
 
     def rows(self, windows):
         """(n, 3) windows -> list of (first, last) window numbers of each row."""
-        rows, first, filled = [], 0, 0
-        # the padding is cut in pieces, too
-        most = self.entries - -(-self.row_tokens // self.max_window)
-        for number, length in enumerate((windows[:, 1] - windows[:, 0]).tolist()):
-            if number > first and (filled + length > self.row_tokens or number - first >= most):
+        rows = []
+        first = 0
+        filled = 0
+        # padding is cut into segments of at most max_window, too
+        max_windows = self.max_segments - -(-self.row_tokens // self.max_window)
+        lengths = windows[:, 1] - windows[:, 0]
+        for number, length in enumerate(lengths.tolist()):
+            is_full = filled + length > self.row_tokens or number - first >= max_windows
+            if number > first and is_full:
                 rows.append((first, number))
-                first, filled = number, 0
+                first = number
+                filled = 0
             filled += length
-        return [*rows, (first, len(windows))] if len(windows) else []
+        if len(windows):
+            rows.append((first, len(windows)))
+        return rows
 
     def build(self, windows):
-        """Windows of one row -> ScoredRow."""
-        start, end, first = windows.T
+        """Packs the windows of one row -> ScoredRow."""
+        start, end, first_scored = windows.T
         lengths = end - start
         borders = np.concatenate([[0], np.cumsum(lengths)])
+        offsets = borders[:-1]
         filled = int(borders[-1])
         padding = np.arange(filled, self.row_tokens, self.max_window)
-        cu_seqlens = pad_cu_seqlens(
-            np.concatenate([borders[:-1], padding]), self.row_tokens, self.entries
-        )
+        segments = np.concatenate([offsets, padding])
+        cu_seqlens = pad_cu_seqlens(segments, self.row_tokens, self.max_segments)
         # padding reads the stream's last token and is not scored
         source = np.full(self.row_tokens, self.end)
-        source[:filled] = np.repeat(start - borders[:-1], lengths) + np.arange(filled)
+        source[:filled] = np.repeat(start - offsets, lengths) + np.arange(filled)
         scored = np.zeros(self.row_tokens, bool)
-        scored[:filled] = source[:filled] >= np.repeat(first, lengths)
-        fresh = np.zeros(self.row_tokens, bool)
-        fresh[borders[:-1]] = True
-        source, scored, fresh, cu = (
-            torch.from_numpy(a).to(self.device) for a in (source, scored, fresh, cu_seqlens)
-        )
+        scored[:filled] = source[:filled] >= np.repeat(first_scored, lengths)
+        window_start = np.zeros(self.row_tokens, bool)
+        window_start[offsets] = True
+        source = self.upload(source)
         target = (source + 1).clamp_max(self.end)
         return ScoredRow(
             self.tokens[source][None],
             self.tokens[target],
-            cu,
-            fresh[None],
-            scored,
+            self.upload(cu_seqlens),
+            self.upload(window_start)[None],
+            self.upload(scored),
             self.bytes[target],
         )
 
+    def upload(self, array):
+        return torch.from_numpy(array).to(self.device)
+
 
 class Evaluator:
-    """Plain and sliding-window BPB of a model: packed rows shared out over ranks, every target
-    scored exactly once.
+    """Plain and sliding-window BPB of a model.
+
+    Windows are packed into rows, rows are shared out over the ranks, every target is scored once.
     """
 
     def __init__(self, model, validation, hp, dist):
-        self.model, self.validation, self.hp, self.dist = model, validation, hp, dist
-        # of a row that is full of whole ones, or of padding
-        windows = -(-hp.micro_batch_tokens // hp.eval_seq_len)
-        entries = max(hp.row_segments, 2 * windows + 8)
+        self.model = model
+        self.validation = validation
+        self.hp = hp
+        self.dist = dist
+        # windows of full length in a row, or segments of its padding
+        full_windows = -(-hp.micro_batch_tokens // hp.eval_seq_len)
+        max_segments = max(hp.row_segments, 2 * full_windows + 8)
         self.packer = WindowPacker(
-            validation, hp.micro_batch_tokens, hp.eval_seq_len, entries, dist.device
+            validation, hp.micro_batch_tokens, hp.eval_seq_len, max_segments, dist.device
         )
-        self.token_losses = compiled(model.token_losses, hp, dist)
-        self.compiled_parts = CompiledParts(
-            compiled(model.slot_input, hp, dist), compiled(model.block, hp, dist)
-        )
+        self.compiled = SimpleNamespace()
+        for name in ("slot_input", "block", "token_losses"):
+            setattr(self.compiled, name, compiled(getattr(model, name), hp, dist))
 
     def row_losses(self, row):
-        """ScoredRow -> (T,) nats, float32 head."""
+        """ScoredRow -> (T,) nats, with float32 logits."""
         hidden = self.model.forward_hidden(
             row.inputs,
             row.cu_seqlens,
             max_seqlen=self.hp.eval_seq_len,
             looping=True,
-            window_start=row.fresh,
-            compiled_parts=self.compiled_parts,
+            window_start=row.window_start,
+            compiled_parts=self.compiled,
         )
+        losses = []
         pairs = zip(hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True)
-        return torch.cat([self.token_losses(h, t) for h, t in pairs])
+        for hidden_chunk, targets in pairs:
+            losses.append(self.compiled.token_losses(hidden_chunk, targets))
+        return torch.cat(losses)
 
     @torch.no_grad()
-    def count(self, windows, score, first_row=0, every=1):
-        """Adds the losses of windows to a score: of every row they fill, or of one row in
-        `every`.
-        """
+    def add_losses(self, windows, score, first_row=0, every=1):
+        """Adds the losses of windows to a score, for one row in `every` from first_row on."""
         for first, last in self.packer.rows(windows)[first_row::every]:
             row = self.packer.build(windows[first:last])
-            score.add(self.row_losses(row), row.scored, row.charges)
+            score.add(self.row_losses(row), row.scored, row.target_bytes)
 
     def evaluate_bpb(self, stride=None):
-        """Scores the whole validation set -> {loss, bpb, tokens, bytes}; with a stride:
-        sliding windows.
+        """Scores all validation documents -> {loss, bpb, tokens, bytes}.
+
+        Without a stride in disjoint windows, with one in sliding windows.
         """
-        stream, length = self.validation, self.hp.eval_seq_len
+        stream = self.validation
+        length = self.hp.eval_seq_len
         windows = document_windows(stream.starts, stream.ends, length, stride or length)
         score = Score(self.dist.device)
-        self.count(windows, score, self.dist.rank, self.dist.world_size)
-        return score.total(self.dist, stream.targets_of(np.arange(len(stream.starts))))
+        self.add_losses(windows, score, self.dist.rank, self.dist.world_size)
+        documents = np.arange(len(stream.starts))
+        return score.total(self.dist, stream.targets_of(documents))
 
 
 # ---- TEST-TIME TRAINING --------------------------------------------------------------------------
-# Score first: a chunk's loss is added to the score before anything trains on the chunk. What is
-# handed on is fixed before the loop: documents, longest first -> phases -> lanes -> places. A place
-# is a sequence of documents on a rank; only LoRA's A is handed on, inside a place; base weights
-# change between phases, from documents already scored. Places are scored side by side, in steps of
-# few static shapes; who shares a step with whom changes rounding, nothing else.
+# Score first: the loss of a chunk is added to the score before anything trains on the chunk.
+#
+# The plan is fixed before the first step and depends on lengths alone: documents, longest first, go
+# to phases, lanes and queues. A queue is a sequence of documents on one rank; a document inherits
+# the adapters' A from the one before it in its queue, and nothing else. Base weights change between
+# phases only, on documents already scored. Chunks of many queues run together in steps of few
+# static shapes: which queues share a step changes rounding and nothing else.
+
+
+def chunk_size_of(length, hp):
+    """Targets in each chunk of a document of this length (int or array)."""
+    return techniques.chunk_size(length, hp) if hp.ttt_short_chunks else hp.ttt_chunk_size
+
+
+def recomputed_context(hp):
+    """Positions computed at the end of a window: all, or those after the stale context."""
+    return hp.ttt_eval_seq_len - hp.ttt_stale_context
 
 
 class Phase(NamedTuple):
-    """Documents that are scored with the same base weights; afterwards they fine-tune it if
-    `adapt` is set.
-    """
+    """Documents scored with the same base weights, which they fine-tune afterwards if `adapt`."""
 
-    lanes: list  # for each lane its places, for each place the numbers of its documents
+    lanes: list  # for each lane its queues, for each queue the numbers of its documents
     documents: np.ndarray
     adapt: bool
 
 
 def plan_ttt(lengths, hp):
     """(n,) targets of each document -> list of Phase, the same for every world size."""
-    order, costs = np.argsort(-lengths, kind="stable"), window_positions(lengths, hp).tolist()
-    prefix, number = (
-        min(len(order), round(hp.phased_ttt_prefix_docs * len(order) / 50_000)),
-        hp.phased_ttt_num_phases,
-    )
-    borders, phases = [prefix * (i + 1) // number for i in range(number)], []
-    for number, (first, last) in enumerate(zip([0, *borders], [*borders, len(order)], strict=True)):
-        places = balance(
-            order[first:last].tolist(), costs.__getitem__, hp.ttt_lanes * hp.ttt_batch_size
-        )
-        lanes = [places[lane :: hp.ttt_lanes] for lane in range(hp.ttt_lanes)]
+    order = np.argsort(-lengths, kind="stable")
+    costs = window_positions(lengths, hp).tolist()
+    num_adapting = hp.phased_ttt_num_phases
+    scaled_prefix = round(hp.phased_ttt_prefix_docs * len(order) / 50_000)
+    prefix = min(len(order), scaled_prefix)
+    borders = [prefix * (i + 1) // num_adapting for i in range(num_adapting)]
+    borders.append(len(order))
+    phases = []
+    first = 0
+    for number, last in enumerate(borders):
         if last > first:
-            phases.append(Phase(lanes, order[first:last], adapt=number < len(borders)))
+            documents = order[first:last]
+            num_queues = hp.ttt_lanes * hp.ttt_batch_size
+            queues = balance(documents.tolist(), costs.__getitem__, num_queues)
+            lanes = [queues[lane :: hp.ttt_lanes] for lane in range(hp.ttt_lanes)]
+            phases.append(Phase(lanes, documents, adapt=number < num_adapting))
+        first = last
     return phases
 
 
 def window_positions(lengths, hp):
-    """(n,) targets -> (n,) window positions that scoring these documents computes: the cost of
-    a document.
-    """
-    chunk = techniques.chunk_size(lengths, hp) if hp.ttt_short_chunks else hp.ttt_chunk_size
-    context = (
-        hp.ttt_eval_seq_len - hp.ttt_stale_context if hp.ttt_stale_context else hp.ttt_eval_seq_len
-    )
-    chunks = -(-lengths // chunk)
-    growing = np.minimum(chunks, context // chunk)
-    return chunk * growing * (growing + 1) // 2 + (chunks - growing) * context
+    """(n,) targets -> (n,) window positions computed to score these documents: their cost."""
+    size = chunk_size_of(lengths, hp)
+    context = recomputed_context(hp)
+    num_chunks = -(-lengths // size)
+    # windows grow by a chunk each until they reach the context
+    num_growing = np.minimum(num_chunks, context // size)
+    growing = size * num_growing * (num_growing + 1) // 2
+    return growing + (num_chunks - num_growing) * context
+
+
+class StepRow(NamedTuple):
+    """A chunk of one document in a step: ints on the host, on the device columns (B,)."""
+
+    source: int  # state row that the step reads
+    target: int  # state row it writes; scratch after the last chunk, from which nothing is learned
+    window: int  # first input of the window, a position in the stream
+    first: int  # first input of the chunk, a position in the window
+    count: int  # targets of the chunk, 0 in a row of padding
+    number: int  # of the chunk in its document, from 1: AdamW's step
 
 
 class Step(NamedTuple):
     """Chunks of several documents, scored and learned from together."""
 
-    table: np.ndarray  # (B, 6) int64, see TestTimeTrainer.chunk_step
-    begins: np.ndarray  # (n, 2) state row, place: documents that begin with this step
-    ends: np.ndarray  # (n, 2) documents that end with it
+    table: np.ndarray  # (B, 6) int64, one StepRow in each row
+    begins: np.ndarray  # (n, 2) state row and queue of documents that begin with this step
+    ends: np.ndarray  # (n, 2) the same for documents that end with it
     width: int  # of the windows, stale context included
-    cost: float = 0.0  # seconds, of step_cost
+    cost: float = 0.0  # step_seconds
 
 
-def step_cost(rows, width, fresh=0):
-    """Seconds of a step of the default model on an H100: launches, adapters, positions (`fresh`
-    at most), attention.
+def step_seconds(rows, width, recomputed=math.inf):
+    """Fitted cost model: seconds of one step of the default model on an H100.
+
+    Of each window the last `recomputed` positions are computed, the older ones only attended to.
     """
-    if fresh and width > fresh:
-        return step_cost(rows, fresh) + 1.5e-3 + rows * (width - fresh) * (8e-9 + 3.2e-10 * fresh)
-    return 3e-3 + rows * (7e-5 + width * (1.08e-6 + 5.5e-11 * width))
+    if width > recomputed:
+        # copying a cached position, and every recomputed position attending to it
+        per_cached = 8e-9 + 3.2e-10 * recomputed
+        cached = rows * (width - recomputed) * per_cached
+        return step_seconds(rows, recomputed) + 1.5e-3 + cached
+    # matmuls of a position, and its attention
+    per_position = 1.08e-6 + 5.5e-11 * width
+    # adapters of a row and their AdamW, and its positions
+    per_row = 7e-5 + width * per_position
+    return 3e-3 + rows * per_row  # launches
 
 
-def schedule_ttt(places, starts, lengths, flight, hp):
-    """Documents of each place, (n,) inputs' starts and targets of all -> list of Step, on `flight`
-    state rows at most. The next step is of the width whose rows cost least more than in a full
-    step, with the places in it that have most chunks left, so that none is left alone at the end.
+class Chunk(NamedTuple):
+    """A chunk of a document before the scheduler has given it a state row; see StepRow."""
+
+    width: int  # of its window, stale context included
+    is_last: bool
+    window: int
+    first: int
+    count: int
+    number: int
+
+
+def document_chunks(start, length, hp):
+    """First input of a document in the stream, its number of targets -> list of Chunk."""
+    size = int(chunk_size_of(length, hp))
+    context = hp.ttt_eval_seq_len
+    recomputed = recomputed_context(hp)
+    chunks = []
+    for number, first in enumerate(range(0, length, size), 1):
+        end = min(first + size, length)
+        window = max(0, end - recomputed)
+        width = min(end, context)
+        is_last = end == length
+        chunks.append(Chunk(width, is_last, start + window, first - window, end - first, number))
+    return chunks
+
+
+def num_state_rows(num_lanes, hp):
+    """State rows of a rank: two full steps' worth, so that steps of one width can fill up."""
+    return hp.ttt_batch_size * min(2, num_lanes)
+
+
+class Scheduler:
+    """Packs the chunks of a rank's queues into steps of few static shapes; needs lengths only.
+
+    queues: lists of document numbers; starts, lengths (n,): first inputs and targets of all
+    documents. A queue holds one of num_rows state rows from its first chunk to its last, and its
+    chunks keep their order. Greedy: each step has the shape with the least cost per useful row, and
+    takes the queues with the most chunks left, so that no long queue remains alone at the end.
     """
-    context, batch = hp.ttt_eval_seq_len, hp.ttt_batch_size
-    fresh = hp.ttt_stale_context and context - hp.ttt_stale_context
-    widths = sorted(
-        {max(hp.ttt_chunk_size, -(-context * share // 16)) for share in (1, 2, 4, 8, 12, 16)}
-    )
-    row_counts = sorted({max(2, batch // share) for share in (16, 4, 1)})
-    starts, lengths = starts.tolist(), lengths.tolist()
 
-    def chunks(document):  # context, whether it is the last, what follows the rows in the table
-        length = lengths[document]
-        size = int(techniques.chunk_size(length, hp)) if hp.ttt_short_chunks else hp.ttt_chunk_size
-        for number, first in enumerate(range(0, length, size), 1):
-            end = min(first + size, length)
-            window = max(0, end - (fresh or context))
-            yield (
-                min(end, context),
-                end == length,
-                starts[document] + window,
-                first - window,
-                end - first,
-                number,
-            )
+    def __init__(self, queues, starts, lengths, num_rows, hp):
+        context = hp.ttt_eval_seq_len
+        shares = (1, 2, 4, 8, 12, 16)
+        self.widths = sorted({max(hp.ttt_chunk_size, -(-context * n // 16)) for n in shares})
+        self.row_counts = sorted({max(2, hp.ttt_batch_size // n) for n in (16, 4, 1)})
+        self.costs = {}  # (index of the width, rows) -> step_seconds
+        for index, width in enumerate(self.widths):
+            for rows in self.row_counts:
+                self.costs[index, rows] = step_seconds(rows, width, recomputed_context(hp))
+        self.scratch_row = num_rows
+        self.free_rows = list(range(num_rows))
+        self.chunks_left = []  # of each queue, the next one last
+        for documents in queues:
+            chunks = []
+            for document in documents:
+                chunks += document_chunks(int(starts[document]), int(lengths[document]), hp)
+            self.chunks_left.append(chunks[::-1])
+        waiting = [queue for queue, chunks in enumerate(self.chunks_left) if chunks]
+        self.waiting = sorted(waiting, key=self.num_chunks_left)
+        self.ready = [[] for _ in self.widths]  # for each width its (state row, queue)
 
-    left = [
-        [chunk for document in documents for chunk in chunks(document)][::-1]
-        for documents in places
-    ]
-    waiting = sorted(
-        (place for place, chunks in enumerate(left) if chunks), key=lambda place: len(left[place])
-    )
-    steps, free, ready = [], list(range(flight)), [[] for _ in widths]
+    def num_chunks_left(self, queue):
+        return len(self.chunks_left[queue])
 
-    def enqueue(row, place):
-        ready[sum(width < left[place][-1][0] for width in widths)].append((row, place))
+    def steps(self):
+        """Empties the queues -> list of Step."""
+        steps = []
+        while self.waiting or any(self.ready):
+            while self.waiting and self.free_rows:
+                self.make_ready(self.free_rows.pop(), self.waiting.pop())
+            steps.append(self.emit(*self.next_shape()))
+        return steps
 
-    def waste(choice):
-        i, rows = choice
-        part = step_cost(rows, widths[i], fresh) / step_cost(row_counts[-1], widths[i], fresh)
-        return part / min(len(ready[i]), rows)
+    def make_ready(self, row, queue):
+        """Files a queue under the width that its next chunk needs."""
+        needed = self.chunks_left[queue][-1].width
+        self.ready[bisect.bisect_left(self.widths, needed)].append((row, queue))
 
-    while waiting or any(ready):
-        while waiting and free:
-            enqueue(free.pop(), waiting.pop())
-        number, rows = min(
-            ((i, rows) for i, queue in enumerate(ready) if queue for rows in row_counts), key=waste
-        )
-        queue, width = sorted(ready[number], key=lambda pair: -len(left[pair[1]])), widths[number]
-        taken, ready[number] = queue[:rows], queue[rows:]
-        table, begins, ends = [(flight, flight, 0, 0, 0, 1)] * (rows - len(taken)), [], []
-        for row, place in taken:
-            _, last, *columns = left[place].pop()
-            table.append((row, flight if last else row, *columns))
-            begins += [(row, place)] * (columns[-1] == 1)
-            ends += [(row, place)] * last
-            enqueue(row, place) if left[place] else free.append(row)
-        begins, ends = (np.array(pairs, np.int64).reshape(-1, 2) for pairs in (begins, ends))
-        steps.append(Step(np.array(table), begins, ends, width, step_cost(rows, width, fresh)))
-    return steps
+    def next_shape(self):
+        """The shape with the least cost per useful row -> (index of its width, rows)."""
+        shapes = []
+        for index, ready in enumerate(self.ready):
+            if ready:
+                shapes += [(index, rows) for rows in self.row_counts]
+        return min(shapes, key=self.cost_per_useful_row)
+
+    def cost_per_useful_row(self, shape):
+        """Cost of a step of this shape in full steps of its width, per row that is not padding."""
+        index, rows = shape
+        full_step = self.costs[index, self.row_counts[-1]]
+        return self.costs[shape] / full_step / min(len(self.ready[index]), rows)
+
+    def emit(self, index, rows):
+        """Takes the next chunks of the ready queues with most chunks left -> Step of this shape."""
+        longest_first = sorted(self.ready[index], key=lambda pair: -self.num_chunks_left(pair[1]))
+        taken = longest_first[:rows]
+        self.ready[index] = longest_first[rows:]
+        padding = StepRow(self.scratch_row, self.scratch_row, 0, 0, 0, 1)
+        table = [padding] * (rows - len(taken))
+        begins = []
+        ends = []
+        for row, queue in taken:
+            chunk = self.chunks_left[queue].pop()
+            target = self.scratch_row if chunk.is_last else row
+            table.append(StepRow(row, target, chunk.window, chunk.first, chunk.count, chunk.number))
+            if chunk.number == 1:
+                begins.append((row, queue))
+            if chunk.is_last:
+                ends.append((row, queue))
+            if self.chunks_left[queue]:
+                self.make_ready(row, queue)
+            else:
+                self.free_rows.append(row)
+        begins = np.array(begins, np.int64).reshape(-1, 2)
+        ends = np.array(ends, np.int64).reshape(-1, 2)
+        return Step(np.array(table), begins, ends, self.widths[index], self.costs[index, rows])
+
+
+def schedule_rank(phases, starts, lengths, rank, world_size, hp):
+    """Steps of one rank for each phase of plan_ttt, from (n,) first inputs and targets alone."""
+    lanes = range(rank, hp.ttt_lanes, world_size)
+    schedules = []
+    for phase in phases:
+        queues = []
+        for lane in lanes:
+            queues += phase.lanes[lane]
+        scheduler = Scheduler(queues, starts, lengths, num_state_rows(len(lanes), hp), hp)
+        schedules.append(scheduler.steps())
+    return schedules
 
 
 LORA_INPUTS = (("q", "k", "v", "attn_out"), ("mlp_out",))  # sites that read the same tensor
+FUSED_SITES = {"qkv": ("q", "k", "v")}  # matmuls of the model that serve several sites at once
 
 
 class SlotLoRA:
-    """Adds (x A) B at the sites of one slot, one pair (A, B) for each row of the batch. a: [(sites
-    that read the same x, (B, in, sites R))]: one product serves them all, from the first of them
-    on; b: {site: (B, R, out)}, alpha / rank included; out is what `widths` says.
+    """Adds (x A) B at the sites of one slot, with a pair (A, B) for each row of the batch.
+
+    a: [(sites that read the same x, (B, in, sites R))]: one matmul at the first of these sites
+    serves all of them. b: {site: (B, R, out)}, alpha / rank included. widths: {site: out}.
     """
 
     splits_mlp = False
 
     def __init__(self, a, b, widths):
-        self.a, self.b, self.widths, self.low = a, b, widths, {}
+        self.a = a
+        self.b = b
+        self.widths = widths
+        self.x_a = {}  # x A of sites that the forward has not reached yet
 
     def matrices(self):
         return [*(matrix for _, matrix in self.a), *self.b.values()]
 
     def __call__(self, site, x, y, size=1.0):
-        sites = [*site] if site == "qkv" else [site]
-        present = [name for name in sites if name in self.b]
-        if not present:
+        sites = FUSED_SITES.get(site, (site,))
+        adapted = [name for name in sites if name in self.b]
+        if not adapted:
             return y
-        for reading, a in self.a:
-            if reading[0] in present:
-                self.low.update(zip(reading, (x @ a).chunk(len(reading), -1), strict=True))
-        # small matrices are scaled, not streams: the gradient of y then is that of each product as
-        # it stands
-        added = [
-            (
-                self.low.pop(name) @ (self.b[name] * size)
-                if name in self.b
-                else x.new_zeros(*x.shape[:-1], self.widths[name])
-            )
-            for name in sites
-        ]
-        return y + torch.cat(added, -1)
+        for readers, a in self.a:
+            if readers[0] in adapted:
+                pieces = (x @ a).chunk(len(readers), -1)
+                self.x_a.update(zip(readers, pieces, strict=True))
+        outputs = []
+        for name in sites:
+            if name in self.b:
+                # B is scaled, not the activations: dL/dy is then the gradient of every matmul
+                outputs.append(self.x_a.pop(name) @ (self.b[name] * size))
+            else:
+                outputs.append(x.new_zeros(*x.shape[:-1], self.widths[name]))
+        return y + torch.cat(outputs, -1)
+
+
+class LoRALayout:
+    """Where the adapters' matrices lie in a flat row; all are (in, out), as their gradients come.
+
+    A row has four parts: A of lm_head, A of every slot, B of every slot, B of lm_head. The first
+    two are what a document can inherit.
+    """
+
+    def __init__(self, hp, num_slots):
+        D = hp.model_dim
+        R = hp.ttt_lora_rank
+        kv_dim = hp.num_kv_heads * hp.head_dim
+        self.rank = R
+        self.num_slots = num_slots
+        self.widths = {"q": D, "k": kv_dim, "v": kv_dim, "attn_out": D, "mlp_out": D}
+        chosen = [site for name, site in LORA_SITES.items() if name in hp.lora_sites]
+        self.sites = [site for site in chosen if site != "lm_head"]
+        self.readers = []  # sites of a slot that share a matmul with A
+        for sites in LORA_INPUTS:
+            present = tuple(site for site in sites if site in self.sites)
+            if present:
+                self.readers.append(present)
+        self.a_shapes = [(D, len(sites) * R) for sites in self.readers]
+        self.b_shapes = [(R, self.widths[site]) for site in self.sites]
+        self.has_head = "lm_head" in chosen
+        head_rank = R if self.has_head else 0
+        a_size = num_slots * sum(map(math.prod, self.a_shapes))
+        b_size = num_slots * sum(map(math.prod, self.b_shapes))
+        self.sizes = (D * head_rank, a_size, b_size, head_rank * hp.num_embeddings)
+        self.a_total = D * head_rank + a_size
+
+    def slices(self):
+        """Columns of the four parts in a row."""
+        ends = np.cumsum(self.sizes).tolist()
+        return [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+
+    def matrices(self, part, shapes):
+        """(B, n), a part with matrices of these shapes for every slot -> for each slot its list.
+
+        One split makes all the views, so that backward writes the gradient of the part once.
+        """
+        pieces = part.split([*map(math.prod, shapes)] * self.num_slots, 1)
+        slots = []
+        for slot in range(self.num_slots):
+            own = pieces[slot * len(shapes) : (slot + 1) * len(shapes)]
+            slots.append([t.unflatten(1, shape) for t, shape in zip(own, shapes, strict=True)])
+        return slots
 
 
 class BatchedLoRA:
-    """The adapters of a rank's documents, and their AdamW (beta1 = 0), in flat float32 rows. A row
-    is
-    a document in flight, the last one scratch: A of the head, A of every slot, B of every slot, B
-    of the head; matrices are (in, out), as their gradients come. `kept` holds A of every place
-    between its documents.
+    """Adapters of a rank's documents and their AdamW (beta1 = 0), in flat float32 rows.
+
+    values and squares (rows + 1, n): one state row for each document in flight and a scratch row,
+    the last; LoRALayout says what a row holds. warm_a: A of every queue between its documents.
     """
 
     def __init__(self, model, lanes, hp, device, update):
-        D, R, kv_dim, places = (
-            hp.model_dim,
-            hp.ttt_lora_rank,
-            hp.num_kv_heads * hp.head_dim,
-            hp.ttt_batch_size,
-        )
-        self.hp, self.dtype, self.slots, self.update = (
-            hp,
-            model.dtype,
-            len(model.slots(looping=True)),
-            update,
-        )
-        self.flight = min(2 * places, places * len(lanes))
-        self.widths = {
-            "q": D,
-            "k": kv_dim,
-            "v": kv_dim,
-            "attn_out": D,
-            "mlp_out": D,
-            "lm_head": hp.num_embeddings,
-        }
-        self.sites = [
-            site for name, site in LORA_SITES.items() if name in hp.lora_sites and site != "lm_head"
-        ]
-        reads = (tuple(site for site in sites if site in self.sites) for sites in LORA_INPUTS)
-        self.reads = [sites for sites in reads if sites]
-        self.shapes = (
-            [(D, len(sites) * R) for sites in self.reads],
-            [(R, self.widths[site]) for site in self.sites],
-        )
-        a, b = (self.slots * sum(map(math.prod, shapes)) for shapes in self.shapes)
-        head = R if "head" in hp.lora_sites else 0
-        self.parts, scale = (D * head, a, b, head * hp.num_embeddings), hp.ttt_lora_alpha / R
-        self.scales = 1.0, 1.0, scale, scale
-        self.kept = torch.empty(len(lanes), places, D * head + a, device=device)
-        for lane, kept in zip(lanes, self.kept, strict=True):  # the same on any rank
+        self.hp = hp
+        self.update = update
+        self.layout = LoRALayout(hp, len(model.slots(looping=True)))
+        scale = hp.ttt_lora_alpha / hp.ttt_lora_rank
+        self.scales = (1.0, 1.0, scale, scale)
+        self.dtypes = (torch.float32, model.dtype, model.dtype, torch.float32)
+        self.scratch_row = num_state_rows(len(lanes), hp)
+        bound = hp.model_dim**-0.5
+        warm_a = torch.empty(len(lanes), hp.ttt_batch_size, self.layout.a_total, device=device)
+        for lane, of_lane in zip(lanes, warm_a, strict=True):
+            # by lane, so that queues start alike whatever the number of ranks
             generator = torch.Generator(device).manual_seed(hp.generator_seed * 1_000_003 + lane)
-            kept.uniform_(-(D**-0.5), D**-0.5, generator=generator)
-        self.kept = self.kept.flatten(0, 1)
-        self.values, self.squares = (
-            torch.zeros(self.flight + 1, sum(self.parts), device=device) for _ in range(2)
-        )
+            of_lane.uniform_(-bound, bound, generator=generator)
+        self.warm_a = warm_a.flatten(0, 1)
+        shape = (self.scratch_row + 1, sum(self.layout.sizes))
+        self.values = torch.zeros(shape, device=device)
+        self.squares = torch.zeros(shape, device=device)
 
-    def begin(self, rows, places):
-        """New documents in these rows: A as their place has kept it, B zero, no squares."""
-        self.values[rows] = F.pad(self.kept[places], (0, self.values.size(1) - self.kept.size(1)))
+    def begin(self, rows, queues):
+        """New documents in these rows: A from their queue, B zero, no squares."""
+        b_total = self.values.size(1) - self.layout.a_total
+        self.values[rows] = F.pad(self.warm_a[queues], (0, b_total))
         self.squares[rows] = 0.0
 
-    def end(self, rows, places):
-        """Leaves A of finished documents to the next document in their place."""
+    def end(self, rows, queues):
+        """Leaves A of finished documents to the next document of their queue."""
         if self.hp.ttt_warm_start_a:
-            self.kept[places] = self.values[rows, : self.kept.size(1)]
+            self.warm_a[queues] = self.values[rows, : self.layout.a_total]
 
-    def factors(self, values, rows):
-        """Flat rows of these numbers -> their parts as the model takes them: the slots'
-        cast, B times alpha / rank.
-        """
-        parts = zip(values[rows].split(self.parts, 1), self.scales, strict=True)
-        return [
-            (part * scale).to(self.dtype if 0 < i < 3 else part.dtype)
-            for i, (part, scale) in enumerate(parts)
-        ]
+    def scaled_parts(self, values, rows):
+        """Parts of these rows as the model takes them: slots cast, B times alpha / rank."""
+        scaled = []
+        parts = values[rows].split(self.layout.sizes, 1)
+        for part, scale, dtype in zip(parts, self.scales, self.dtypes, strict=True):
+            scaled.append((part * scale).to(dtype))
+        return scaled
 
-    def tap(self, factors):
-        """Factors of rows -> what GPT asks for them: a SlotLoRA of each slot, and the
-        head's in float32.
-        """
-        R, pieces = self.hp.ttt_lora_rank, []
-        for part, shapes in zip(factors[1:3], self.shapes, strict=True):
-            shapes = shapes * self.slots
-            pieces += [
-                t.unflatten(1, s)
-                for t, s in zip(part.split([*map(math.prod, shapes)], 1), shapes, strict=True)
-            ]
-        matrices = iter(pieces)
-        a = [[(sites, next(matrices)) for sites in self.reads] for _ in range(self.slots)]
-        slots = [
-            SlotLoRA(of_slot, {site: next(matrices) for site in self.sites}, self.widths)
-            for of_slot in a
-        ]
-        of_head, site = (
-            (
-                factors[0].unflatten(1, (-1, R)),
-                factors[3].unflatten(1, (R, -1)),
-            ),
-            "lm_head",
+    def tap(self, parts):
+        """scaled_parts -> tap for GPT: a SlotLoRA for each slot, float32 for the head."""
+        layout = self.layout
+        head_a, slots_a, slots_b, head_b = parts
+        slots = []
+        of_slots = zip(
+            layout.matrices(slots_a, layout.a_shapes),
+            layout.matrices(slots_b, layout.b_shapes),
+            strict=True,
         )
-        head = (
-            SlotLoRA([((site,), of_head[0])], {site: of_head[1]}, {})
-            if self.parts[0]
-            else SlotLoRA([], {}, {})
-        )
+        for a, b in of_slots:
+            readers_a = list(zip(layout.readers, a, strict=True))
+            sites_b = dict(zip(layout.sites, b, strict=True))
+            slots.append(SlotLoRA(readers_a, sites_b, layout.widths))
+        head = SlotLoRA([], {}, {})
+        if layout.has_head:
+            a = head_a.unflatten(1, (-1, layout.rank))
+            b = head_b.unflatten(1, (layout.rank, -1))
+            head = SlotLoRA([(("lm_head",), a)], {"lm_head": b}, {})
         return SimpleNamespace(slots=slots, at=lambda slot, layer: slots[slot], head=head)
 
     @torch.no_grad()
     def step(self, gradients, source, target, number):
-        """One AdamW step of state rows `source` (B,), their `number`-th (B,), into rows
-        `target` (B,).
+        """One AdamW step from state rows `source` (B,) into rows `target` (B,).
+
+        gradients: of scaled_parts; number (B,): which step of its document this is, from 1.
         """
-        rates, first = (self.hp.ttt_lora_lr, self.hp.ttt_weight_decay, self.hp.ttt_beta2), 0
-        correction = (1 - rates[2] ** number.double()).to(self.values.dtype)
-        for gradient, scale in zip(gradients, self.scales, strict=True):
-            part = slice(first, first := first + gradient.size(1))
-            self.update(
-                self.values[:, part],
-                self.squares[:, part],
-                gradient,
-                source,
-                target,
-                correction,
-                scale,
-                rates,
-            )
+        hp = self.hp
+        rates = (hp.ttt_lora_lr, hp.ttt_weight_decay, hp.ttt_beta2)
+        correction = 1 - hp.ttt_beta2 ** number.double()
+        correction = correction.to(self.values.dtype)
+        of_parts = zip(gradients, self.layout.slices(), self.scales, strict=True)
+        for gradient, columns, scale in of_parts:
+            values = self.values[:, columns]
+            squares = self.squares[:, columns]
+            self.update(values, squares, gradient, source, target, correction, scale, rates)
 
 
 def sgd_step(model, packer, windows, optimizer, rate, dist):
-    """One SGD step at learning rate `rate` of all ranks on the mean loss of windows (n, 3); one
-    flat all-reduce.
-    """
-    mine, tokens = windows[dist.rank :: dist.world_size], int((windows[:, 1] - windows[:, 0]).sum())
+    """One SGD step of all ranks on the mean loss of windows (n, 3), at learning rate `rate`."""
+    num_tokens = int((windows[:, 1] - windows[:, 0]).sum())
+    own_windows = windows[dist.rank :: dist.world_size]
     reset_gradients(model.parameters())
-    for first, last in packer.rows(mine):
-        row = packer.build(mine[first:last])
-        losses = model(row.inputs, row.targets, row.cu_seqlens, True, packer.max_window, row.fresh)
-        (torch.where(row.scored, losses, 0.0).sum() / tokens).backward()
+    for first, last in packer.rows(own_windows):
+        row = packer.build(own_windows[first:last])
+        losses = model(
+            row.inputs, row.targets, row.cu_seqlens, True, packer.max_window, row.window_start
+        )
+        loss = torch.where(row.scored, losses, 0.0).sum() / num_tokens
+        loss.backward()
     dist.all_reduce_packed([p.grad for p in model.parameters()])
     torch.nn.utils.clip_grad_norm_(model.parameters(), model.hp.global_ttt_grad_clip)
     optimizer.param_groups[0]["lr"] = rate
@@ -5668,86 +5789,93 @@ class StaleSegments(NamedTuple):
 
 
 class StaleContext:
-    """Keys and values from before the windows, as the last step with these positions in its windows
-    left them [TTT_STALE_CONTEXT]: adapters have learnt since. A row is a document in flight,
-    position p at p mod its length.
+    """Keys and values from before the windows, from the last step that had them in its windows.
+
+    Adapters have learned since, so they are stale [TTT_STALE_CONTEXT]. Each state row has `length`
+    places in the cache; position p of its document is at p modulo `length`.
     """
 
-    def __init__(self, model, starts, flight, device):
+    def __init__(self, model, starts, num_rows, device):
         hp = model.hp
-        self.hp, self.length = hp, hp.ttt_stale_context + hp.ttt_chunk_size
-        shape = (
-            len(model.slots(looping=True)),
-            2,
-            (flight + 1) * self.length,
-            hp.num_kv_heads,
-            hp.head_dim,
-        )
-        self.cache, self.starts = (
-            model.cos.new_zeros(shape, dtype=model.dtype),
-            torch.from_numpy(starts).to(device),
-        )
+        self.hp = hp
+        self.length = hp.ttt_stale_context + hp.ttt_chunk_size
+        num_slots = len(model.slots(looping=True))
+        shape = (num_slots, 2, (num_rows + 1) * self.length, hp.num_kv_heads, hp.head_dim)
+        self.cache = model.cos.new_zeros(shape, dtype=model.dtype)
+        self.starts = torch.from_numpy(starts).to(device)
 
     def begin(self, rows, windows, width):
-        """A step begins, with windows (B,) from these places of the stream -> how many
-        positions it computes.
+        """Begins a step of state rows (B,) with windows (B,) in the stream -> computed positions.
+
+        Sets the index tensors that all slots of the step share.
         """
-        self.width = min(width, self.hp.ttt_eval_seq_len - self.hp.ttt_stale_context)
-        cached = max(width - self.width, self.hp.ttt_chunk_size)
-        before = windows - self.starts[torch.searchsorted(self.starts, windows, right=True) - 1]
-        self.positions = before[:, None] + torch.arange(self.width, device=rows.device)
-        older = before.clamp_max(cached)
-        ends = (older + self.width).cumsum(0)
-        place = torch.arange(len(rows) * (cached + self.width), device=rows.device)
-        # behind the last end nobody looks
-        row = torch.searchsorted(ends, place, right=True).clamp_max(len(rows) - 1)
-        position = (before + self.width - ends)[row] + place
-        self.places = rows[row] * self.length + position % self.length
-        self.fresh = (ends[:, None] + torch.arange(-self.width, 0, device=rows.device)).flatten()
-        queries = torch.arange(len(rows) + 1, device=rows.device) * self.width
+        device = rows.device
+        chunk = self.hp.ttt_chunk_size
+        self.width = min(width, recomputed_context(self.hp))
+        max_cached = max(width - self.width, chunk)
+        document = torch.searchsorted(self.starts, windows, right=True) - 1
+        before = windows - self.starts[document]
+        self.positions = before[:, None] + torch.arange(self.width, device=device)
+        # keys of a row of the batch: cached ones, then those of its window; rows follow each other
+        cached = before.clamp_max(max_cached)
+        ends = (cached + self.width).cumsum(0)
+        key = torch.arange(len(rows) * (max_cached + self.width), device=device)
+        # nothing reads the keys after the last end
+        key_row = torch.searchsorted(ends, key, right=True).clamp_max(len(rows) - 1)
+        key_position = (before + self.width - ends)[key_row] + key
+        self.key_rows = rows[key_row] * self.length + key_position % self.length
+        new_keys = torch.arange(-self.width, 0, device=device)
+        self.new_key_rows = (ends[:, None] + new_keys).flatten()
+        queries = torch.arange(len(rows) + 1, device=device) * self.width
         self.cu_seqlens = torch.stack((queries, F.pad(ends, (1, 0)))).int()
-        self.rope, self.new = rotary_tables(self.positions, self.hp), []
+        self.rope = rotary_tables(self.positions, self.hp)
+        self.new = []
         return self.width
 
-    def own(self, *streams):
-        """Streams (B, T or 1 + T, D), or None -> without the token before."""
+    def drop_lookback(self, *streams):
+        """Streams (B, T or 1 + T, D), or None -> the same without the token before the window."""
         return [x if x is None else x[:, -self.width :].contiguous() for x in streams]
 
     def of_slot(self, *streams):
-        """Streams as `own` takes them -> without the token before, rotary tables, StaleSegments
+        """Streams as drop_lookback takes them -> without that token, rotary tables, StaleSegments
         of the next slot.
         """
         segments = StaleSegments(
             cache=self.cache[len(self.new)],
-            key_rows=self.places,
-            new_key_rows=self.fresh,
+            key_rows=self.key_rows,
+            new_key_rows=self.new_key_rows,
             cu_seqlens=self.cu_seqlens,
             max_seqlen=self.hp.ttt_eval_seq_len,
             new_kv=[],
         )
         self.new.append(segments.new_kv)
-        return *self.own(*streams), self.rope, segments
+        return *self.drop_lookback(*streams), self.rope, segments
 
     def end(self, rows):
-        """A step ends: the first chunk of its windows, which may lie before the next ones,
-        is kept in rows (B,).
+        """Ends a step: caches the first chunk of its windows in state rows (B,).
+
+        Those positions may lie before the next windows, later ones do not.
         """
         chunk = self.hp.ttt_chunk_size
-        places = rows[:, None] * self.length + self.positions[:, :chunk] % self.length
-        new = [torch.stack([t[:, :chunk].detach() for t in of_slot]) for of_slot in self.new]
-        self.cache[:, :, places], self.new = torch.stack(new), []
+        cache_rows = rows[:, None] * self.length + self.positions[:, :chunk] % self.length
+        new = []
+        for keys_values in self.new:
+            new.append(torch.stack([t[:, :chunk].detach() for t in keys_values]))
+        self.cache[:, :, cache_rows] = torch.stack(new)
+        self.new = []
 
 
 def documents_to_score(validation, hp):
-    """Numbers of the documents that test-time training scores: all, or TTT_MAX_DOCS of all lengths.
-    Raises DataError where these hold no byte.
+    """Numbers of the documents to score: all, or TTT_MAX_DOCS of evenly spread lengths.
+
+    Raises DataError where they hold no byte.
     """
-    order, count = (
-        np.argsort(validation.ends - validation.starts, kind="stable"),
-        len(validation.starts),
-    )
+    lengths = validation.ends - validation.starts
+    order = np.argsort(lengths, kind="stable")
+    count = len(order)
     wanted = min(hp.ttt_max_docs or count, count)
-    documents = np.sort(order[(2 * np.arange(wanted) + 1) * count // (2 * wanted)])
+    quantiles = (2 * np.arange(wanted) + 1) * count // (2 * wanted)
+    documents = np.sort(order[quantiles])
     if hp.ttt_enabled and not validation.targets_of(documents)[1]:
         raise DataError(
             f"TTT_MAX_DOCS={hp.ttt_max_docs}: the documents that are left hold no byte: take more"
@@ -5755,68 +5883,146 @@ def documents_to_score(validation, hp):
     return documents
 
 
+class Progress:
+    """Budget, clock and progress lines of one rank's test-time training.
+
+    Costs are in step_seconds, of another GPU perhaps: the pace of this run converts them.
+    """
+
+    def __init__(self, score, hp, log):
+        self.started = time.perf_counter()
+        self.score = score
+        self.log = log
+        # 2% stay in reserve
+        self.budget = hp.eval_budget_seconds * 0.98 - log.seconds.get("unpack", 0.0)
+        self.budget_left = self.budget
+        self.cost_total = 1.0
+        self.cost_done = 0.0
+        self.tokens_total = 0
+        self.tokens_done = 0
+        self.documents_done = 0
+        self.steps_started = self.started
+        self.seconds_used = 0.0  # by steps so far
+        self.next_report = 0.0  # share of the cost
+        self.phase = ""
+
+    def plan(self, steps):
+        """Takes the totals of all steps to come."""
+        self.cost_total = sum(step.cost for step in steps) or 1.0
+        self.tokens_total = sum(int(StepRow(*step.table.T).count.sum()) for step in steps)
+
+    def begin_steps(self):
+        """Starts the clock of the steps where it stopped; other work in between is left out."""
+        self.steps_started = time.perf_counter() - self.seconds_used
+
+    def add(self, step):
+        """Counts a step that has been launched."""
+        self.cost_done += step.cost
+        self.documents_done += len(step.ends)
+
+    def seconds(self):
+        """Since the start of test-time training."""
+        return time.perf_counter() - self.started
+
+    def report(self):
+        """Waits for the device; updates the live line, and the log after every 5% of the work."""
+        nats, tokens, num_bytes = self.score.sums.tolist()
+        now = time.perf_counter()
+        seconds = now - self.started
+        self.tokens_done = tokens
+        self.seconds_used = max(now - self.steps_started, 1e-9)
+        self.budget_left = self.budget - seconds
+        share = round(self.cost_done / self.cost_total, 6)
+        bpb = bits_per_byte(nats, max(num_bytes, 1))
+        rate = tokens / self.seconds_used
+        line = (
+            f"{self.phase} documents:{self.documents_done} running_tokens:{tokens:.0f}"
+            f" running_bpb:{bpb:.5f} tokens_per_s:{rate:.0f} budget_left:{self.budget_left:.0f}"
+        )
+        self.log.live(share, line)
+        if share >= self.next_report or share == 1.0:
+            self.next_report = share + 0.05
+            self.log(f"ttt_batch {line} seconds:{seconds:.1f}")
+
+    def is_short_for(self, cost):
+        """Can the budget of the last report not pay `cost` more and plain scoring of the rest?
+
+        The rest costs a token's share of a full step: a plain forward takes less than that.
+        """
+        if not self.cost_done:
+            return False
+        tokens_left = self.tokens_total - self.tokens_done
+        rest = tokens_left * step_seconds(64, 2048) / 64 / 2048
+        pace = self.seconds_used / self.cost_done
+        return self.budget_left < pace * (cost + rest)
+
+
 class TestTimeTrainer:
-    """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between
-    phases.
+    """Scores documents chunk by chunk, with one LoRA step after each scored chunk.
+
+    Between phases the base weights are fine-tuned on documents already scored.
     """
 
     def __init__(self, model, validation, hp, dist, log):
-        # tables of adapters and the upload of the stream are of the budget too
-        self.started = time.perf_counter()
-        self.model, self.validation, self.hp, self.dist, self.log = model, validation, hp, dist, log
+        self.model = model
+        self.validation = validation
+        self.hp = hp
+        self.dist = dist
+        self.log = log
+        self.score = Score(dist.device)
+        # first of all: the adapters' tables and the upload of the stream count to the budget
+        self.progress = Progress(self.score, hp, log)
         self.documents = documents_to_score(validation, hp)
         row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.ttt_eval_seq_len
-        entries = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
+        max_segments = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
         self.packer = WindowPacker(
-            validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device
+            validation, row_tokens, hp.ttt_eval_seq_len, max_segments, dist.device
         )
-        self.lanes = range(dist.rank, hp.ttt_lanes, dist.world_size)
-        self.lora = BatchedLoRA(model, self.lanes, hp, dist.device, model.ops.adamw_rows)
-        self.slot_input, self.block, self.factors, self.head = (
-            compiled(f, hp, dist, dynamic=None)
-            for f in (
-                model.slot_input,
-                model.block,
-                self.lora.factors,
-                (
-                    techniques.with_tilt(model.token_losses)
-                    if hp.ngram_tilt_enabled
-                    else model.token_losses
-                ),
-            )
-        )
+        lanes = range(dist.rank, hp.ttt_lanes, dist.world_size)
+        self.lora = BatchedLoRA(model, lanes, hp, dist.device, model.ops.adamw_rows)
         if hp.ttt_stale_context:
-            self.stale = StaleContext(model, validation.starts, self.lora.flight, dist.device)
-        self.score, self.warming_up, self.graphs = Score(dist.device), False, {}
+            num_rows = self.lora.scratch_row
+            self.stale = StaleContext(model, validation.starts, num_rows, dist.device)
+        # One graph each for any number of rows and width of windows. Layer by layer, because
+        # tracing all slots at once with unknown shapes takes minutes.
+        token_losses = model.token_losses
+        if hp.ngram_tilt_enabled:
+            token_losses = techniques.with_tilt(token_losses)
+        self.compiled = SimpleNamespace(
+            slot_input=compiled(model.slot_input, hp, dist, dynamic=None),
+            block=compiled(model.block, hp, dist, dynamic=None),
+            scaled_parts=compiled(self.lora.scaled_parts, hp, dist, dynamic=None),
+            token_losses=compiled(token_losses, hp, dist, dynamic=None),
+        )
+        self.warming_up = False
+        self.graphs = {}  # (rows, width) -> CUDA graph of chunk_step, table that it reads
         if hp.ngram_tilt_enabled:  # the stream with the hint at each place
             self.hinted = F.pad(self.packer.tokens[:, None], (0, 1), value=-1)
 
     def chunk_losses(self, windows, targets, positions, tap):
-        """Windows (B, W), targets and their positions in the windows (B, C), adapters ->
-        (B, C) nats, float32 head.
+        """Losses of chunks with these adapters, with float32 logits -> (B, C) nats.
+
+        windows (B, W) ids; targets (B, C) ids; positions (B, C) of their inputs in the windows.
         """
+        parts = SimpleNamespace(slot_input=self.dynamic_slot_input, block=self.dynamic_block)
         hidden = self.model.forward_hidden(
             windows,
             max_seqlen=self.hp.ttt_eval_seq_len,
             looping=True,
             tap=tap,
-            compiled_parts=CompiledParts(self.dynamic_slot_input, self.dynamic_block),
+            compiled_parts=parts,
         )
         scored = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.size(2)))
         self.mark_dynamic([0], scored, targets, *tap.head.matrices())
-        return self.head(scored, targets, tap.head)
-
-    # Compiled: GPT.slot_input, block and token_losses, BatchedLoRA.factors: one graph each for any
-    # number of rows and width of windows; layer by layer, because tracing all slots at once with
-    # unknown shapes takes minutes.
+        return self.compiled.token_losses(scored, targets, tap.head)
 
     def dynamic_slot_input(self, x, x0, w, return_mix, return_merged, *skip):
         if self.hp.ttt_stale_context:
-            x, x0 = self.stale.own(x, x0)
+            x, x0 = self.stale.drop_lookback(x, x0)
         # the first layer shares the graph of the others
         x = x if x.requires_grad else x.detach().requires_grad_()
         self.mark_dynamic([0, 1], x, x0, *skip[:1])
-        return self.slot_input(x, x0, w, return_mix, return_merged, *skip)
+        return self.compiled.slot_input(x, x0, w, return_mix, return_merged, *skip)
 
     def dynamic_block(self, entry, mlp_lane, w, rope, segments, tap):
         if self.hp.ttt_stale_context:
@@ -5828,102 +6034,87 @@ class TestTimeTrainer:
         self.mark_dynamic([0], *rope, *tap.matrices())
         if self.hp.new_values:
             self.mark_dynamic([0, 1], *techniques.streams_of(w.extras))
-        return self.block(entry, mlp_lane, w, rope, segments, tap)
+        return self.compiled.block(entry, mlp_lane, w, rope, segments, tap)
 
     def mark_dynamic(self, dimensions, *tensors):
+        if not self.warming_up:  # later tensors need no marks, and marking takes time
+            return
         for tensor in tensors:
-            # later tensors need no marks, and marking takes time
-            if self.warming_up and tensor is not None:
+            if tensor is not None:
                 torch._dynamo.mark_dynamic(tensor, dimensions)
 
-    def no_chunks(self, rows):
-        """(B, 6) table whose rows count nothing and learn nothing."""
-        return torch.tensor([[self.lora.flight] * 2 + [0, 0, 0, 1]] * rows, device=self.dist.device)
+    def padding_table(self, rows):
+        """(B, 6) table whose rows score nothing and learn nothing."""
+        scratch = self.lora.scratch_row
+        padding = StepRow(scratch, scratch, 0, 0, 0, 1)
+        return torch.tensor([padding] * rows, device=self.dist.device)
 
     def warm_up(self):
-        """Compiles the graphs of all steps on the largest shape: kernels are chosen for
-        where the time goes.
-        """
-        self.warming_up, rows = True, max(2, self.hp.ttt_batch_size)
-        if self.hp.ttt_stale_context:  # sizes that are equal here are taken to be equal always
-            rows += rows == self.hp.ttt_eval_seq_len - self.hp.ttt_stale_context
-        self.chunk_step(self.no_chunks(rows), self.hp.ttt_eval_seq_len)
+        """Compiles the graphs of all steps at the largest shape, for which kernels are tuned."""
+        rows = max(2, self.hp.ttt_batch_size)
+        # torch.compile assumes that sizes equal during the warm-up are always equal
+        if self.hp.ttt_stale_context and rows == recomputed_context(self.hp):
+            rows += 1
+        self.warming_up = True
+        self.chunk_step(self.padding_table(rows), self.hp.ttt_eval_seq_len)
         self.warming_up = False
 
     def chunk_step(self, table, width):
-        """Counts the chunks of a table, then learns from them. The host knows the shapes only and
-        waits for nothing. Columns of the table (B, 6): state row, row to write to (scratch: the
-        chunk is a document's last, there is no step), place of the window in the stream, of the
-        chunk in the window, targets, which step of the document it is. A row without targets is
-        padding.
+        """Scores the chunks of a table (B, 6) of StepRow, then learns from them.
+
+        Depends on the host for shapes only and never waits for the device, so that it can be
+        captured as a CUDA graph.
         """
-        # each column, for the kernel
-        source, target, window, first, count, number = table.T.contiguous()
-        device, tokens = table.device, self.packer.tokens
-        if self.hp.ttt_stale_context:
-            width = self.stale.begin(source, window, width)
-        offset, last = (
-            torch.arange(self.hp.ttt_chunk_size, device=device),
-            (first + count - 1).clamp_min(0)[:, None],
-        )
-        # short windows repeat their last input behind it, unseen; behind stale context SmearGate
-        # reads the token before
-        columns = torch.arange(-1 if self.hp.ttt_stale_context else 0, width, device=device)
-        inputs = window[:, None] + torch.minimum(columns, last)
-        positions = torch.minimum(first[:, None] + offset, last)
-        targets, scored = window[:, None] + positions + 1, offset < count[:, None]
-        self.mark_dynamic([0], source)
-        factors = [part.requires_grad_() for part in self.factors(self.lora.values, source)]
-        losses = self.chunk_losses(
-            tokens[inputs],
-            (self.hinted if self.hp.ngram_tilt_enabled else tokens)[targets],
-            positions,
-            self.lora.tap(factors),
-        )
-        if self.hp.ngram_tilt_enabled:
-            losses, tilted = losses
-        self.score.add(
-            (tilted if self.hp.ngram_tilt_enabled else losses).detach(),
-            scored,
-            self.packer.bytes[targets],
-        )
-        means = torch.where(scored, losses, 0.0).sum(1) / count.clamp_min(1)
-        loss = torch.where(target < self.lora.flight, means, 0.0).sum()
-        self.lora.step(
-            torch.autograd.grad(loss, factors, materialize_grads=True), source, target, number
-        )
-        if self.hp.ttt_stale_context:
-            self.stale.end(target)
+        hp = self.hp
+        tokens = self.packer.tokens
+        # contiguous columns, which the kernels want
+        row = StepRow(*table.T.contiguous())
+        if hp.ttt_stale_context:
+            width = self.stale.begin(row.source, row.window, width)
+        # Positions after the last input repeat it, unseen by what is scored. SmearGate needs the
+        # token before a window that continues a document.
+        lookback = 1 if hp.ttt_stale_context else 0
+        columns = torch.arange(-lookback, width, device=table.device)
+        offset = torch.arange(hp.ttt_chunk_size, device=table.device)
+        last = (row.first + row.count - 1).clamp_min(0)[:, None]
+        window = row.window[:, None]
+        inputs = window + torch.minimum(columns, last)
+        positions = torch.minimum(row.first[:, None] + offset, last)
+        targets = window + positions + 1
+        scored = offset < row.count[:, None]
+        self.mark_dynamic([0], row.source)
+        parts = self.compiled.scaled_parts(self.lora.values, row.source)
+        for part in parts:
+            part.requires_grad_()
+        target_ids = (self.hinted if hp.ngram_tilt_enabled else tokens)[targets]
+        losses = self.chunk_losses(tokens[inputs], target_ids, positions, self.lora.tap(parts))
+        counted = losses
+        if hp.ngram_tilt_enabled:
+            losses, counted = losses
+        self.score.add(counted.detach(), scored, self.packer.bytes[targets])
+        # scored: from here on the adapters may learn
+        means = torch.where(scored, losses, 0.0).sum(1) / row.count.clamp_min(1)
+        loss = torch.where(row.target != self.lora.scratch_row, means, 0.0).sum()
+        gradients = torch.autograd.grad(loss, parts, materialize_grads=True)
+        self.lora.step(gradients, row.source, row.target, row.number)
+        if hp.ttt_stale_context:
+            self.stale.end(row.target)
 
     def capture(self, steps):
-        """Records chunk_step as a CUDA graph for each shape of these steps; where that fails, they
-        run
-        as they are. Every shape runs once before, on a side stream, as torch asks for. They share
-        one pool, the largest first.
+        """Records chunk_step as a CUDA graph for each shape of these steps.
+
+        Where that fails, steps are launched as they are.
         """
         if self.dist.device.type != "cuda" or not self.hp.kernels:
             return
+        started = time.perf_counter()
         shapes = {(len(step.table), step.width) for step in steps}
-        tables = {
-            shape: self.no_chunks(shape[0]) for shape in sorted(shapes, key=math.prod, reverse=True)
-        }
-        pool, side, started = (
-            torch.cuda.graph_pool_handle(),
-            torch.cuda.Stream(),
-            time.perf_counter(),
-        )
+        tables = {}  # the graphs share one memory pool, which the largest shape opens
+        for shape in sorted(shapes, key=math.prod, reverse=True):
+            tables[shape] = self.padding_table(shape[0])
         torch.cuda.empty_cache()
         try:
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for shape, table in tables.items():
-                    self.chunk_step(table, shape[1])
-            torch.cuda.current_stream().wait_stream(side)
-            for shape, table in tables.items():
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                    self.chunk_step(table, shape[1])
-                self.graphs[shape] = graph, table
+            self.record_graphs(tables)
         except RuntimeError as error:
             self.graphs.clear()
             self.log(f"note: test-time training runs without CUDA graphs: {error}")
@@ -5932,169 +6123,163 @@ class TestTimeTrainer:
             f" seconds:{time.perf_counter() - started:.1f}"
         )
 
-    def run_steps(self, steps):
-        """Counts and learns in the steps' order until the budget ends -> steps left.
+    def record_graphs(self, tables):
+        """{(rows, width): table that the graph of this shape will read} -> self.graphs."""
+        pool = torch.cuda.graph_pool_handle()
+        # torch asks for a run of every shape on a side stream before the capture
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for shape, table in tables.items():
+                self.chunk_step(table, shape[1])
+        torch.cuda.current_stream().wait_stream(side)
+        for shape, table in tables.items():
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self.chunk_step(table, shape[1])
+            self.graphs[shape] = (graph, table)
 
-        Tables are copied all at once.
-        """
+    def upload(self, arrays):
+        """Arrays -> their tensors on the device, in one copy."""
+        joined = torch.from_numpy(np.concatenate(arrays)).to(self.dist.device)
+        return joined.split([*map(len, arrays)])
+
+    def run_steps(self, steps):
+        """Scores and learns in the order of the steps until the budget ends -> steps left."""
         self.capture(steps)
-        self.stepping = time.perf_counter() - self.spent
-        uploads = [
-            torch.from_numpy(np.concatenate(parts)).to(self.dist.device).split([*map(len, parts)])
-            for parts in zip(*(step[:3] for step in steps), strict=True)
-        ]
-        for number, (step, table, begins, ends) in enumerate(zip(steps, *uploads, strict=True)):
-            if number % 8 == 0 and self.late(sum(step.cost for step in steps[number : number + 8])):
-                return steps[number:]
-            self.lora.begin(*begins.unbind(1))
-            graph, buffer = self.graphs.get((len(table), step.width), (None, None))
-            if graph:
-                buffer.copy_(table)
-                graph.replay()
-            else:
-                self.chunk_step(table, step.width)
-            self.lora.end(*ends.unbind(1))
-            self.done, self.ended = self.done + step.cost, self.ended + len(ends)
+        self.progress.begin_steps()
+        if not steps:
+            return []
+        tables = self.upload([step.table for step in steps])
+        begins = self.upload([step.begins for step in steps])
+        ends = self.upload([step.ends for step in steps])
+        for number, step in enumerate(steps):
+            if number % 8 == 0:
+                self.progress.report()
+                cost = sum(step.cost for step in steps[number : number + 8])
+                if self.progress.is_short_for(cost):
+                    return steps[number:]
+            self.lora.begin(*begins[number].unbind(1))
+            self.launch(tables[number], step.width)
+            self.lora.end(*ends[number].unbind(1))
+            self.progress.add(step)
         return []
 
-    def late(self, cost):
-        """Waits for the device, tells how far it is -> is the budget too short for `cost` more and
-        the
-        rest unadapted? Costs are seconds of step_cost, taken at the pace of this run so far. The
-        rest costs a step's share a token, which is more than a plain forward takes; a fiftieth of
-        the budget stays in reserve.
-        """
-        nats, tokens, charges = self.score.sums.tolist()
-        now = time.perf_counter()
-        left = (
-            self.hp.eval_budget_seconds * 0.98
-            - self.log.seconds.get("unpack", 0.0)
-            - (now - self.started)
-        )
-        seconds, share = max(now - self.stepping, 1e-9), round(self.done / self.cost, 6)
-        self.spent, bpb = seconds, bits_per_byte(nats, max(charges, 1))
-        words = (
-            f"{self.phase} documents:{self.ended} running_tokens:{tokens:.0f} running_bpb:{bpb:.5f}"
-            f" tokens_per_s:{tokens / seconds:.0f} budget_left:{left:.0f}"
-        )
-        self.log.live(share, words)
-        if share >= self.told or share == 1.0:
-            self.told = share + 0.05
-            self.log(f"ttt_batch {words} seconds:{now - self.started:.1f}")
-        rest = (self.tokens - tokens) * step_cost(64, 2048) / 64 / 2048
-        return self.done > 0 and left < seconds / self.done * (cost + rest)
+    def launch(self, table, width):
+        """chunk_step, replayed where its shape was captured."""
+        shape = (len(table), width)
+        if shape not in self.graphs:
+            self.chunk_step(table, width)
+            return
+        graph, graph_table = self.graphs[shape]
+        graph_table.copy_(table)
+        graph.replay()
 
     @torch.no_grad()
     def score_unadapted(self, steps):
-        """Scores the targets of these steps by plain forward passes, when the budget ends
-        -> their number.
+        """Scores the targets of steps that the budget did not allow by plain forward passes.
+
+        Returns their number.
         """
-        stream, table = self.validation, np.concatenate([step.table for step in steps])
-        document = np.searchsorted(stream.starts, table[:, 2], "right") - 1
-        left = np.bincount(document, table[:, 4], len(stream.starts)).astype(int)
-        hp = dataclasses.replace(self.hp, eval_seq_len=self.hp.ttt_eval_seq_len, compile="0")
-        windows = document_windows(
-            stream.ends - left, stream.ends, hp.eval_seq_len, hp.eval_seq_len
-        )
-        Evaluator(self.model, stream, hp, self.dist).count(windows, self.score)
+        stream = self.validation
+        rows = StepRow(*np.concatenate([step.table for step in steps]).T)
+        document = np.searchsorted(stream.starts, rows.window, "right") - 1
+        # what is left of a document is its end
+        left = np.bincount(document, rows.count, len(stream.starts)).astype(int)
+        context = self.hp.ttt_eval_seq_len
+        windows = document_windows(stream.ends - left, stream.ends, context, context)
+        hp = dataclasses.replace(self.hp, eval_seq_len=context, compile="0")
+        Evaluator(self.model, stream, hp, self.dist).add_losses(windows, self.score)
         return int(left.sum())
 
     def global_adapt(self, documents):
-        """Fine-tunes the base weights on documents already scored: one epoch of sgd_step."""
-        hp, stream, parameters = (
-            self.hp,
-            self.validation,
-            self.model.requires_grad_(True).parameters(),
-        )
+        """Fine-tunes the base weights on scored documents: one epoch of sgd_step, cosine to 0."""
+        hp = self.hp
+        stream = self.validation
+        context = hp.ttt_eval_seq_len
+        self.model.requires_grad_(True)
         optimizer = torch.optim.SGD(
-            parameters, lr=hp.global_ttt_lr, momentum=hp.global_ttt_momentum
+            self.model.parameters(), lr=hp.global_ttt_lr, momentum=hp.global_ttt_momentum
         )
         windows = document_windows(
-            stream.starts[documents], stream.ends[documents], *[hp.ttt_eval_seq_len] * 2
+            stream.starts[documents], stream.ends[documents], context, context
         )
         lengths = windows[:, 1] - windows[:, 0]
         chunk_of = (np.cumsum(lengths) - lengths) // hp.global_ttt_chunk_tokens
-        chunks = [windows[chunk_of == number] for number in np.unique(chunk_of)]
+        chunks = np.unique(chunk_of)
         for number, chunk in enumerate(chunks):
             cosine = 0.5 * (1 + math.cos(math.pi * number / max(1, len(chunks) - 1)))
-            sgd_step(
-                self.model, self.packer, chunk, optimizer, hp.global_ttt_lr * cosine, self.dist
-            )
+            rate = hp.global_ttt_lr * cosine
+            of_chunk = windows[chunk_of == chunk]
+            sgd_step(self.model, self.packer, of_chunk, optimizer, rate, self.dist)
         self.model.requires_grad_(False).zero_grad(set_to_none=True)
         self.log(f"ttt_global_adaptation documents:{len(documents)} chunks:{len(chunks)}")
+
+    def adapt_base(self, phase, tokens, steps_left):
+        """global_adapt on a phase of `tokens` targets, where every rank has the time for it."""
+        hp = self.hp
+        # of all documents this rank trains on a share; each SGD step takes a while on all ranks
+        cost = 3e-6 * tokens / self.dist.world_size + 0.3 * tokens / hp.global_ttt_chunk_tokens
+        is_short = bool(steps_left) or self.progress.is_short_for(cost)
+        if not any(self.dist.all_gather_object(is_short)):
+            self.global_adapt(self.documents[phase.documents])
+            return
+        self.log("note: no time to fine-tune the base weights")
+        if hp.ngram_tilt_enabled:
+            self.hinted[:, 1] = -1  # documents of this phase may be left to the end
 
     def evaluate(self):
         """Runs the plan -> {loss, bpb, tokens, bytes, documents, partial, recompilations,
         unadapted_tokens}.
         """
-        hp, stream, dist = self.hp, self.validation, self.dist
+        hp = self.hp
+        stream = self.validation
+        dist = self.dist
+        progress = self.progress
         self.model.requires_grad_(False)
-        starts, lengths = (
-            stream.starts[self.documents],
-            (stream.ends - stream.starts)[self.documents],
-        )
+
+        starts = stream.starts[self.documents]
+        lengths = stream.ends[self.documents] - starts
         phases = plan_ttt(lengths, hp)
-        schedules = [
-            schedule_ttt(
-                [documents for lane in self.lanes for documents in phase.lanes[lane]],
-                starts,
-                lengths,
-                self.lora.flight,
-                hp,
-            )
-            for phase in phases
-        ]
-        self.cost = sum(step.cost for step in sum(schedules, [])) or 1.0
-        self.tokens = sum(step.table[:, 4].sum() for step in sum(schedules, []))
-        self.done, self.ended, self.told, self.spent, self.stepping, rest = (
-            0.0,
-            0,
-            0.0,
-            0.0,
-            self.started,
-            [],
-        )
+        schedules = schedule_rank(phases, starts, lengths, dist.rank, dist.world_size, hp)
+        all_steps = sum(schedules, [])
+        progress.plan(all_steps)
         if hp.ngram_tilt_enabled:
             self.hinted[:, 1] = hints = techniques.ngram_hints(
                 self.packer.tokens, starts, lengths, phases
             )
-            self.log(
-                f"ttt_ngram hints:{(hints >= 0).sum()}"
-                f" seconds:{time.perf_counter() - self.started:.1f}"
-            )
+            self.log(f"ttt_ngram hints:{(hints >= 0).sum()} seconds:{progress.seconds():.1f}")
+
         if compile_wanted(hp, dist):
             self.warm_up()
-        graphs = compiled_graphs()
-        self.log(
-            f"ttt_warm_up seconds:{time.perf_counter() - self.started:.1f}"
-            f" steps:{sum(map(len, schedules))}"
-        )
+        num_graphs = compiled_graphs()
+        self.log(f"ttt_warm_up seconds:{progress.seconds():.1f} steps:{len(all_steps)}")
+
+        steps_left = []
         for number, (phase, steps) in enumerate(zip(phases, schedules, strict=True)):
-            self.phase = f"phase:{number + 1}/{len(phases)}"
-            rest += steps if rest else self.run_steps(steps)
-            self.graphs.clear()  # their memory is for the fine-tuning
-            tokens = lengths[phase.documents].sum()
-            late = self.late(
-                3e-6 * tokens / dist.world_size + 0.3 * tokens / hp.global_ttt_chunk_tokens
-            )
-            if phase.adapt and any(dist.all_gather_object(late or bool(rest))):
-                self.log("note: no time to fine-tune the base weights")
-                if hp.ngram_tilt_enabled:
-                    self.hinted[:, 1] = -1  # documents of this phase may be left to the end
-            elif phase.adapt:
-                self.global_adapt(self.documents[phase.documents])
-        unadapted = self.score_unadapted(rest) if rest else 0
+            progress.phase = f"phase:{number + 1}/{len(phases)}"
+            if steps_left:
+                steps_left += steps
+            else:
+                steps_left = self.run_steps(steps)
+            self.graphs.clear()  # the fine-tuning needs their memory
+            progress.report()
+            if phase.adapt:
+                self.adapt_base(phase, int(lengths[phase.documents].sum()), steps_left)
+
+        unadapted = self.score_unadapted(steps_left) if steps_left else 0
         self.model.requires_grad_(True)
         total = self.score.total(dist, stream.targets_of(self.documents))
-        if unadapted := sum(dist.all_gather_object(unadapted)):
+        unadapted = sum(dist.all_gather_object(unadapted))
+        if unadapted:
             self.log(
-                f"note: EVAL_BUDGET_SECONDS did not do: {unadapted} tokens were scored without"
+                f"note: EVAL_BUDGET_SECONDS was too short: {unadapted} tokens were scored without"
                 " adaptation"
             )
         return total | {
             "documents": len(self.documents),
             "partial": len(self.documents) < len(stream.starts),
-            "recompilations": compiled_graphs() - graphs,
+            "recompilations": compiled_graphs() - num_graphs,
             "unadapted_tokens": unadapted,
         }
 

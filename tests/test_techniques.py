@@ -252,7 +252,7 @@ def test_extra_loops_leave_every_skip_between_the_layers_of_training(extra):
 
         # a weight says which pair it is of
         model.skip_weights.data[:] = torch.arange(len(model.skip_weights))[:, None]
-        parts = train_gpt.CompiledParts(slot_input, block)
+        parts = SimpleNamespace(slot_input=slot_input, block=block)
         model.forward_hidden(
             torch.ones(1, 3, dtype=torch.long), max_seqlen=3, looping=True, compiled_parts=parts
         )

@@ -472,7 +472,7 @@ def evaluate_sgd(evaluator, windows_of, packer_of, learn, score_of):
         model.parameters(), lr=hp.global_ttt_lr, momentum=hp.global_ttt_momentum
     )
     for number, chunk in enumerate(chunks):
-        evaluator.count(chunk, score, dist.rank, dist.world_size)
+        evaluator.add_losses(chunk, score, dist.rank, dist.world_size)
         if number + 1 < len(chunks):
             joined = chunk[1:, 2] == chunk[:-1, 1]  # windows that go on where the one before ended
             starts, ends = chunk[np.append(True, ~joined), 2], chunk[np.append(~joined, True), 1]
