@@ -10,6 +10,7 @@
     python train_gpt.py --help                   # every setting: default, range, meaning
 
 Settings are environment variables; the defaults are the submission, PRESET=name is a published one.
+presets/published.py runs published systems that need parts of their own.
 The file stands alone; in its repository find_guard takes tools/guard.py, which watches the run. A
 run lives in runs/<RUN_ID>/ (README) and ends with `RESULT {json}`. QUANT_ONLY=1 goes on from its
 model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
@@ -35,7 +36,6 @@ import lzma
 import math
 import os
 import re
-import shutil
 import struct
 import sys
 import time
@@ -75,8 +75,6 @@ BYTE_CAP = 16_000_000  # decimal bytes of code + weights, the contest's rule
 RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
 # a script that tools/pack_code.py wrote is its own submission and has nothing beside it
 PACKED = False
-# what only published systems use: tools/techniques.py puts itself here, where find_guard finds it
-techniques = None
 
 
 class SettingError(ValueError):
@@ -101,18 +99,12 @@ OUR_ERRORS = SettingError, DataError, ArtifactError
 # ---- HYPERPARAMETERS -----------------------------------------------------------------------------
 
 
-def env(default, help, *, above=None, least=None, most=None, choices=None, published=False):
+def env(default, help, *, above=None, least=None, most=None, choices=None):
     """One setting; its environment name is the field's in capitals. `above` is exclusive, `least`,
-    `most` inclusive. published: only published systems use other values than the default; their
-    code is in tools/techniques.py.
+    `most` inclusive.
     """
     rules = {"above": above, "least": least, "most": most, "choices": choices}
-    return dataclasses.field(
-        default=default, metadata=rules | {"help": help, "published": published}
-    )
-
-
-RESIDUALS = "off", "mix", "gate"  # of values
+    return dataclasses.field(default=default, metadata=rules | {"help": help})
 
 
 @dataclass(frozen=True)
@@ -136,22 +128,9 @@ class Hyperparameters:
     tokenizer_path: str = env(
         "", "SentencePiece model; empty: beside the data or in tokenizers/, by manifest hash"
     )
-    caseops_enabled: bool = env(
-        True,
-        "validation bytes come from the side-car; 0: from the tokenizer's byte tables",
-        published=True,
-    )
-    marker_fusion_enabled: bool = env(
-        False, "a space and the case marker behind it become one token (PR 2109)", published=True
-    )
     data_seed: int = env(0, "order of the training rows; 0: as published", least=0)
     balance_rows: bool = env(
         True, "a step's documents are dealt to its rows so that attention has equal work in each"
-    )
-    doc_shuffle_enabled: bool = env(
-        False,
-        "training documents in another order inside each shard, by DATA_SEED (1512)",
-        published=True,
     )
     device: str = env(
         "auto", "where to run; auto: a GPU if there is one", choices=("auto", "cuda", "cpu")
@@ -240,38 +219,6 @@ class Hyperparameters:
         "mean", "which lane leaves the stack", choices=("mean", "attn", "mlp")
     )
     logit_softcap: float = env(30.0, "logits z become c tanh(z/c)", above=0, most=64)
-    attn_window: int = env(
-        0,
-        "tokens before its own that a token of the early layers sees; 0: all",
-        least=0,
-        published=True,
-    )
-    attn_window_full_layers: int = env(3, "last layers that see all nevertheless", least=0)
-    partial_key_offset: bool = env(
-        False,
-        "unrotated dimensions of full layers' keys are the previous token's (1512)",
-        published=True,
-    )
-    value_residual: str = env(
-        "off",
-        "mix: values l0 v0 + l1 v, v0 layer 0's; gate: v + s(a) v0",
-        choices=RESIDUALS,
-        published=True,
-    )
-    bigram_vocab_size: int = env(
-        0, "rows of the hashed bigram embedding; 0: none", least=0, published=True
-    )
-    bigram_dim: int = env(112, "width of that table", least=1)
-    value_embed_layers: str = env(
-        "", "layers whose values get a token's own embedding, comma separated", published=True
-    )
-    value_embed_dim: int = env(128, "width of that table", least=1)
-    extra_eval_loops: int = env(
-        0,
-        "passes over the looped layers that training did not have; skips stay",
-        least=0,
-        published=True,
-    )
 
     # optimizer and schedule
     max_wallclock_seconds: float = env(
@@ -292,12 +239,6 @@ class Hyperparameters:
         True, "rows of the update get unit norm before orthogonalisation"
     )
     muon_backend_steps: int = env(5, "Newton-Schulz steps", least=1, most=5)
-    muon_head_pairs: bool = env(
-        False, "q and k are orthogonalised by pairs of heads, not whole (PR 1512)", published=True
-    )
-    muon_gram_enabled: bool = env(
-        False, "Newton-Schulz steps on X X^T where X is not square", published=True
-    )
     muon_dtype: str = env(
         "auto", "Muon's gradients, momentum, products", choices=("auto", "bfloat16", "float32")
     )
@@ -311,25 +252,6 @@ class Hyperparameters:
     ema_decay: float = env(
         0.9965, "decay of the weight average, after its ramp", least=0, most=0.999999
     )
-    swa_below_lr: float = env(
-        0.0, "below this learning-rate factor: mean of snapshots; 0: EMA", least=0, published=True
-    )
-    swa_every: int = env(50, "steps between snapshots", least=1)
-    qat_below_lr: float = env(
-        0.0,
-        "banks train on their grid below this learning-rate factor; 0: never",
-        least=0,
-        published=True,
-    )
-    wd_schedule_enabled: bool = env(
-        False, "weight decay falls, then rises (PR 1512)", published=True
-    )
-    wd_sched_hold_frac: float = env(
-        0.40, "fraction until which decay keeps its value", least=0, most=1
-    )
-    wd_sched_ramp_frac: float = env(0.85, "fraction at which decay is lowest", least=0, most=1)
-    wd_sched_low_factor: float = env(0.50, "lowest decay factor", least=0)
-    wd_sched_high_factor: float = env(1.75, "decay factor at the end", least=0)
     train_log_every: int = env(100, "steps between log lines", least=1)
     val_loss_every: int = env(
         0, "steps between evaluations inside training, off the clock; 0: none", least=0
@@ -340,9 +262,6 @@ class Hyperparameters:
     gptq_calibration_batches: int = env(
         16, "rows of training tokens for the Hessians, over all ranks", least=1
     )
-    gptq_self_calibration: bool = env(
-        False, "these rows are written by the model itself (PR 1512)", published=True
-    )
     gptq_all_reduce: bool = env(True, "Hessians are averaged over ranks; 0: each rank's own")
     gptq_damp: float = env(0.01, "share of the mean Hessian diagonal added to it", above=0)
     gptq_block_size: int = env(128, "columns between two batched error updates", least=1)
@@ -351,9 +270,6 @@ class Hyperparameters:
     mlp_clip_sigmas: float = env(13.0, "clip of MLP rows in deviations", above=0)
     attn_clip_sigmas: float = env(14.0, "clip of attention rows in deviations", above=0)
     embed_clip_sigmas: float = env(15.0, "clip of embedding rows in deviations", above=0)
-    hessian_clip_lambda: float = env(
-        0.0, "share of a row's Hessian-weighted size in its clip (PR 1512)", least=0, published=True
-    )
     gptq_column_steps: bool = env(
         True, "steps 2^(k/8) per row and per column instead of fp16 per row"
     )
@@ -370,11 +286,6 @@ class Hyperparameters:
     lqer_enabled: bool = env(True, "low-rank correction of the largest quantization errors")
     lqer_top_k: int = env(3, "matrices that get a correction", least=0)
     lqer_rank: int = env(4, "rank of a correction", least=1)
-    lqer_weighted: bool = env(
-        False,
-        "corrections chosen and factored by Hessian-weighted error and gain per byte",
-        published=True,
-    )
     lqer_asym_enabled: bool = env(
         True, "correction as int2 and int4 codes; 0: LQER_FACTOR_BITS for both factors"
     )
@@ -383,9 +294,7 @@ class Hyperparameters:
     target_bytes: int = env(
         0, "scale the clips until code and weights end just under this; 0: off", least=0
     )
-    compressor: str = env(
-        "entropy", "coder of the artifact: entropy, pergroup (needs lrzip), brotli, lzma"
-    )
+    compressor: str = env("entropy", "coder of the artifact: entropy, brotli, lzma")
 
     # evaluation
     eval_seq_len: int = env(2048, "context of plain and sliding evaluation", least=2)
@@ -397,15 +306,6 @@ class Hyperparameters:
 
     # test-time training
     ttt_enabled: bool = env(True, "score with test-time training")
-    ttt_method: str = env(
-        "lora",
-        "lora: an adapter a document; sgd: all weights, by chunks",
-        choices=("lora", "sgd"),
-        published=True,
-    )
-    ttt_epochs: int = env(
-        3, "SGD steps on a chunk of GLOBAL_TTT_CHUNK_TOKENS, at GLOBAL_TTT_LR", least=1
-    )
     ttt_max_docs: int = env(
         0, "score only N validation documents, of all lengths, marked partial; 0: all", least=0
     )
@@ -414,11 +314,6 @@ class Hyperparameters:
         1792, "oldest positions of it with keys and values kept from older adapters", least=0
     )
     ttt_chunk_size: int = env(12, "tokens scored between two LoRA steps", least=1)
-    ttt_short_chunks: str = env(
-        "",
-        "smaller chunks of short documents: 256:8,2000:24 is 8 up to 256 tokens, then 24",
-        published=True,
-    )
     ttt_batch_size: int = env(
         64, "places of a lane, and documents of a step with whole contexts", least=1
     )
@@ -430,11 +325,6 @@ class Hyperparameters:
     ttt_beta2: float = env(0.99, "AdamW beta2 of the adapters (beta1 is 0)", least=0, most=0.99999)
     ttt_weight_decay: float = env(0.5, "decay of the adapters", least=0)
     ttt_warm_start_a: bool = env(True, "a new document keeps A of the one before it in its place")
-    ngram_tilt_enabled: bool = env(
-        False,
-        "the word that followed the last 15 tokens before gets more probability",
-        published=True,
-    )
     phased_ttt_num_phases: int = env(
         1, "times the base weights are fine-tuned on scored documents", least=0
     )
@@ -469,16 +359,10 @@ class Hyperparameters:
         if problems := setting_problems(self):
             raise SettingError("\n".join(problems))
 
-    num_embeddings = property(
-        lambda hp: (hp.vocab_size + 10) // 8 * 8 if hp.marker_fusion_enabled else hp.vocab_size
-    )
+    attn_window = 0  # tokens before its own that a token sees, 0: all; attention is tried with it
+    num_embeddings = property(lambda hp: hp.vocab_size)  # rows of the embedding
     head_dim = property(lambda hp: hp.model_dim // hp.num_heads)
     kv_dim = property(lambda hp: hp.num_kv_heads * hp.head_dim)
-    new_values = property(
-        lambda hp: (
-            hp.partial_key_offset or hp.value_embed_layers != "" or hp.value_residual != "off"
-        )
-    )
     # SEED in the range of all generators, of seeds that are made of it as well; below 2^43 it is
     # SEED itself
     generator_seed = property(lambda hp: hp.seed % 2**43)
@@ -508,6 +392,10 @@ class Hyperparameters:
         budget = self.max_wallclock_seconds
         return max(0.0, budget - self.gptq_reserve_seconds) if budget else None
 
+    def chunk_size_of(self, length):
+        """Targets of a document, or of an array of them -> tokens scored between two LoRA steps."""
+        return self.ttt_chunk_size
+
 
 # setting -> tap site
 LORA_SITES = {"q": "q", "k": "k", "v": "v", "o": "attn_out", "mlp": "mlp_out", "head": "lm_head"}
@@ -533,7 +421,7 @@ INSTEAD = {
     "EVAL_ONLY": "TTT_EVAL_ONLY",
     "EVAL_ONLY_PATH": "QUANT_ONLY and CHECKPOINT_PATH",
     "DATASETS_DIR": "DATA_PATH",
-    "DOC_SHUFFLE": "DOC_SHUFFLE_ENABLED",
+    "DOC_SHUFFLE": "nothing",
     "E2E_TTT_ENABLED": "TTT_METHOD=sgd",
     "FULL_GPTQ_DAMP": "GPTQ_DAMP",
     "FUSED_CE_ENABLED": "KERNELS",
@@ -617,11 +505,7 @@ def setting_problems(hp):
         for field in dataclasses.fields(hp)
         for p in range_problems(field, getattr(hp, field.name))
     ]
-    return (
-        outside
-        or [message for broken, message in cross_checks(hp) if broken]
-        or [*missing_techniques(hp)]
-    )
+    return outside or [message for broken, message in cross_checks(hp) if broken]
 
 
 def range_problems(field, value):
@@ -681,37 +565,8 @@ def cross_checks(hp):
     fits = hp.ttt_chunk_size <= hp.ttt_stale_context <= hp.ttt_eval_seq_len - hp.ttt_chunk_size
     what = "must be 0, or from TTT_CHUNK_SIZE to TTT_EVAL_SEQ_LEN less that"
     yield hp.ttt_stale_context and not fits, f"TTT_STALE_CONTEXT={hp.ttt_stale_context} {what}"
-    pairs = re.fullmatch(r"(\d+:[1-9]\d*(,(?=.)|$))*", hp.ttt_short_chunks)
-    yield not pairs, f"TTT_SHORT_CHUNKS={hp.ttt_short_chunks}: must be pairs such as 256:8,2000:24"
     known = hp.lora_sites and set(hp.lora_sites) <= set(LORA_SITES)
     yield not known, f"TTT_LORA_SITES={hp.ttt_lora_sites}: must be some of {','.join(LORA_SITES)}"
-    yield (
-        hp.marker_fusion_enabled > hp.caseops_enabled,
-        "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1",
-    )
-    stale = hp.ttt_stale_context and hp.ttt_enabled and hp.ttt_method == "lora"
-    yield (
-        stale and (hp.attn_window or hp.new_values),
-        (
-            "ATTN_WINDOW, PARTIAL_KEY_OFFSET, VALUE_RESIDUAL and VALUE_EMBED_LAYERS need"
-            " TTT_STALE_CONTEXT=0"
-        ),
-    )
-    layers = hp.value_embed_layers.split(",") if hp.value_embed_layers else []
-    known = all(layer.isdecimal() and int(layer) < hp.num_layers for layer in layers)
-    yield (
-        not known,
-        f"VALUE_EMBED_LAYERS={hp.value_embed_layers}: must be numbers of layers, below NUM_LAYERS",
-    )
-    yield hp.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE must be 2 at least, or 0"
-    yield hp.extra_eval_loops and not hp.num_loops, "EXTRA_EVAL_LOOPS needs NUM_LOOPS"
-    odd = hp.num_heads % 2 or hp.num_kv_heads % 2
-    yield hp.muon_head_pairs and odd, "MUON_HEAD_PAIRS=1 needs even NUM_HEADS and NUM_KV_HEADS"
-    yield (
-        hp.qat_below_lr and hp.gptq_column_steps,
-        "QAT_BELOW_LR trains on the grid of rows: set GPTQ_COLUMN_STEPS=0",
-    )
-    yield hp.ttt_method == "sgd" and hp.ttt_max_docs, "TTT_MAX_DOCS goes with TTT_METHOD=lora"
     modes = hp.prequant_only + hp.quant_only + hp.ttt_eval_only
     yield modes > 1, "PREQUANT_ONLY, QUANT_ONLY, TTT_EVAL_ONLY exclude each other"
     goes_on = hp.run_id and not (hp.quant_only or hp.ttt_eval_only)
@@ -729,19 +584,6 @@ def cross_checks(hp):
         not re.fullmatch(r"(\w[\w.+-]*)?", hp.run_id),
         "RUN_ID: letters, digits, '_', then also '.', '+', '-'",
     )
-
-
-def missing_techniques(hp):
-    """Messages for settings of published systems, where the file with their code is not beside
-    this one.
-    """
-    for field in dataclasses.fields(hp):
-        if (
-            techniques is None
-            and field.metadata["published"]
-            and getattr(hp, field.name) != field.default
-        ):
-            yield f"{field.name.upper()} needs tools/techniques.py beside this file"
 
 
 def limits(field):
@@ -1290,26 +1132,22 @@ def leaked_documents(hp):
     return {name: manifest[name] for name in ("leaked_documents",) if name in manifest}
 
 
+def text_problems(hp, manifest):
+    """Messages where the bytes of these tokens cannot be those of the side-car."""
+    if not manifest.get("text_transform", True):
+        yield (
+            "its manifest says that the text was not transformed: run presets/published.py with"
+            " CASEOPS_ENABLED=0"
+        )
+
+
 def check_data_settings(hp):
     """DataError where the settings contradict the side-car or the manifest: the bytes would be
     wrong.
     """
     folder = Path(hp.data_path)
-    manifest, wrong = read_manifest(folder), []
-    side_car = next((path.name for path in sorted(folder.glob("fineweb_val_bytes_*.bin"))), None)
-    if side_car and not hp.caseops_enabled:
-        wrong.append(
-            f"{side_car} holds the bytes of its tokens, which CASEOPS_ENABLED=0 would not read: set"
-            " it to 1"
-        )
-    transform = manifest.get("text_transform")
-    if transform and not hp.caseops_enabled:
-        wrong.append(
-            f"its manifest says {transform}, whose tokens a tokenizer cannot count: set"
-            " CASEOPS_ENABLED=1"
-        )
-    if "text_transform" in manifest and not transform and hp.caseops_enabled:
-        wrong.append("its manifest says that the text was not transformed: set CASEOPS_ENABLED=0")
+    manifest = read_manifest(folder)
+    wrong = [*text_problems(hp, manifest)]
     size = manifest.get("tokenizer", {}).get("vocab_size", hp.vocab_size)
     if size != hp.vocab_size:
         wrong.append(f"its manifest says VOCAB_SIZE={size}, not {hp.vocab_size}")
@@ -1453,40 +1291,25 @@ def deal_documents(tokens, longest):
     return np.concatenate(sum(dealt, []), 1).reshape(tokens.shape)
 
 
-@lru_cache
-def space_id(hp):
-    """The id of a lone space."""
-    return load_tokenizer(hp).piece_to_id("\u2581")
-
-
 class TrainLoader:
     """Packed training rows by number: T tokens from the first document on that begins in the
     stream's
     i-th span. A step of n micro-steps takes rows [step n, (step + 1) n), rank r its r-th share: the
     same rows for any world size. BALANCE_ROWS deals the documents of a step out to its rows anew:
-    ranks wait for the one with the most attention. Spans are as long as rows before fusion;
+    ranks wait for the one with the most attention. Spans are as long as rows;
     DATA_SEED shuffles them, anew in each epoch. The loader has no state but read-ahead: the number
     of a step restores it exactly.
     """
 
     def __init__(self, stream, hp, dist):
         self.stream, self.hp, self.dist = stream, hp, dist
-        if hp.doc_shuffle_enabled:
-            stream.shards = techniques.ShuffledShards(stream.shards, hp.data_seed)
         if (steps := hp.train_batch_tokens / hp.micro_batch_tokens) % dist.world_size:
             raise SettingError(
                 f"{steps:g} micro-batches a step (TRAIN_BATCH_TOKENS/MICRO_BATCH_TOKENS) do not "
                 f"divide by {dist.world_size} ranks: change MICRO_BATCH_TOKENS"
             )
         self.per_rank = hp.micro_steps // dist.world_size
-        self.span = hp.micro_batch_tokens
-        if hp.marker_fusion_enabled:
-            sample = stream.read(0, min(stream.size, 1 << 22)).astype(np.int64)
-            self.span = (
-                self.span
-                * len(sample)
-                // len(techniques.fuse_markers(hp, space_id, sample, sample)[0])
-            )
+        self.span = self.span_length()
         # a twentieth at most
         self.held_out_rows = min(hp.quant_check_rows, stream.size // (20 * self.span))
         if self.held_out_rows:
@@ -1495,6 +1318,10 @@ class TrainLoader:
             )
         self.thread = ThreadPoolExecutor(1)
         self.ahead, self.dealt = {}, lru_cache(1)(self.deal)  # rows read ahead; the last step dealt
+
+    def span_length(self):
+        """Tokens of the stream from one row's span to the next."""
+        return self.hp.micro_batch_tokens
 
     def start(self, index):
         """Where row `index` begins in the stream: at a BOS, if there is one in its span."""
@@ -1506,24 +1333,21 @@ class TrainLoader:
 
     @property
     def tokens_to_read(self):
-        """Tokens of the stream that fill a row and its last target: all of them are pairs
-        at worst.
-        """
-        return (self.hp.micro_batch_tokens + 1) * (1 + self.hp.marker_fusion_enabled)
+        """Tokens of the stream that fill a row and its last target."""
+        return self.hp.micro_batch_tokens + 1
+
+    def read_row(self, stream, start):
+        """(T + 1,) tokens of the row that begins at this position of a stream."""
+        tokens = stream.read(start, self.tokens_to_read)
+        if tokens.max() >= self.hp.vocab_size:
+            raise DataError(
+                f"training token {tokens.max()} is outside VOCAB_SIZE={self.hp.vocab_size}"
+            )
+        return tokens
 
     def read_rows(self, stream, starts):
         """(2, n, T): inputs and targets of the rows that begin at n positions of a stream."""
-        hp, length = self.hp, self.hp.micro_batch_tokens
-        rows = np.stack([stream.read(start, self.tokens_to_read) for start in starts])
-        if rows.max() >= hp.vocab_size:
-            raise DataError(f"training token {rows.max()} is outside VOCAB_SIZE={hp.vocab_size}")
-        if hp.marker_fusion_enabled:
-            rows = np.stack(
-                [
-                    techniques.fuse_markers(hp, space_id, row, row)[0][: length + 1]
-                    for row in np.int64(rows)
-                ]
-            )
+        rows = np.stack([self.read_row(stream, start) for start in starts])
         return np.stack([rows[:, :-1], rows[:, 1:]])
 
     def deal(self, step):
@@ -1580,7 +1404,7 @@ class ValidationSet:
     DataError before anything is trained.
     """
 
-    def __init__(self, hp, tokenizer=None):
+    def __init__(self, hp):
         stream = TokenStream(hp.data_path, "val")
         check_data_settings(hp)
         self.tokens = stream.read(0, stream.size).astype(np.int64)
@@ -1588,38 +1412,45 @@ class ValidationSet:
             raise DataError(
                 f"validation token {self.tokens.max()} is outside VOCAB_SIZE={hp.vocab_size}"
             )
-        if hp.caseops_enabled:
-            self.bytes = self.side_car(hp.data_path, stream)
-        else:
-            tokenizer = tokenizer or load_tokenizer(hp)
-            check_byte_counts(hp, tokenizer, self.tokens)
-            count, leading, boundary = techniques.piece_byte_tables(tokenizer)
-            self.bytes = count[self.tokens]
-            self.bytes[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
+        self.bytes = self.count_bytes(hp, stream)
         if len(self.tokens) < 2:
             raise DataError(f"{stream.paths[0]}: a validation stream needs two tokens at least")
         self.summary = self.check(hp)
-        if hp.marker_fusion_enabled:
-            self.tokens, self.bytes = techniques.fuse_markers(hp, space_id, self.tokens, self.bytes)
         if not self.bytes[1:].any():
             raise DataError(
                 f"{stream.paths[0]}: the validation documents hold no byte of text: no BPB can be"
                 " counted"
             )
+        self.find_documents()
+
+    def find_documents(self):
+        """Sets the documents' starts and ends, (n,) each."""
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
         # the last document has no BOS to predict
         self.ends = np.append(self.starts[1:], len(self.tokens) - 1)
+
+    def figures(self):
+        """What a manifest states of the stream as it is stored."""
+        documents, size = int((self.tokens == BOS_ID).sum()), int(self.bytes.sum())
+        return {"documents": documents, "tokens": len(self.tokens), "charged_bytes": size}
+
+    def count_bytes(self, hp, stream):
+        """(N,) int64 bytes charged to each token of the stream."""
+        return self.side_car(hp.data_path, stream)
 
     def check(self, hp):
         """Stream as stored -> a phrase for the log.
 
         DataError where the manifest has another one.
         """
-        documents, size = int((self.tokens == BOS_ID).sum()), int(self.bytes.sum())
-        found = {"documents": documents, "tokens": len(self.tokens)}
-        check_manifest(hp, found | ({"charged_bytes": size} if hp.caseops_enabled else {}))
+        found = self.figures()
+        check_manifest(hp, found)
         canonical = "yes" if is_canonical(self.tokens, self.bytes) else "no"
-        return f"documents:{documents} values:{len(self.bytes)} bytes:{size} canonical:{canonical}"
+        size = int(self.bytes.sum())
+        return (
+            f"documents:{found['documents']} values:{len(self.bytes)} bytes:{size}"
+            f" canonical:{canonical}"
+        )
 
     def side_car(self, folder, stream):
         """(N,) int64 bytes of each token.
@@ -1677,43 +1508,6 @@ def models_near(folder, nearest):
     return found
 
 
-def has_case_markers(tokenizer):
-    """Whether pieces 4 to 7 are CaseOps' markers, which stand for no text (lossless_caps.py)."""
-    return [tokenizer.id_to_piece(token) for token in range(4, 8)] == [*"\ue001\ue002\ue003\ue004"]
-
-
-def check_byte_counts(hp, tokenizer, tokens):
-    """DataError unless tokens (N,), which this tokenizer is to count the bytes of, are of its
-    making.
-
-    Without a side-car the tokenizer decides the BPB. One of equal size counts without an error, so
-    the text of some documents is encoded again: only the shards' own tokenizer gives back their
-    tokens.
-    """
-    if has_case_markers(tokenizer) and ((tokens >= 4) & (tokens < 8)).any():
-        raise DataError(
-            f"{hp.data_path}: its tokens hold CaseOps' markers: set CASEOPS_ENABLED=1, with the"
-            " side-car"
-        )
-    longest, documents = 512, 256
-    starts = np.flatnonzero(tokens == BOS_ID)[:documents] + 1
-    ends = np.append(starts[1:] - 1, len(tokens))[: len(starts)]
-    same = total = 0
-    for start, end in zip(starts, np.minimum(ends, starts + longest), strict=True):
-        ids = tokens[start:end].tolist()
-        # a cut changes the tokens before it
-        compared = len(ids) if len(ids) < longest else longest - 64
-        same += compared * (tokenizer.encode(tokenizer.decode(ids))[:compared] == ids[:compared])
-        total += compared
-    # some texts do not come back from their own tokenizer: unknown characters, odd spaces
-    if 2 * same < total:
-        raise DataError(
-            f"{hp.data_path}: its tokens were not made by the tokenizer found for them, which gives"
-            f" back {same} of {total} when their text is encoded again: set TOKENIZER_PATH to the"
-            " shards' own"
-        )
-
-
 def find_tokenizer(hp):
     """Path of the data's SentencePiece model.
 
@@ -1744,10 +1538,6 @@ def find_tokenizer(hp):
             if tokenizer.vocab_size() != hp.vocab_size:
                 raise DataError(
                     f"{path} has {tokenizer.vocab_size()} pieces, VOCAB_SIZE is {hp.vocab_size}"
-                )
-            if hp.marker_fusion_enabled and not has_case_markers(tokenizer):
-                raise DataError(
-                    f"{path}: pieces 4 to 7 are not CaseOps' markers: set MARKER_FUSION_ENABLED=0"
                 )
             return path
     raise DataError(
@@ -3106,8 +2896,6 @@ BANKS = {
 HEAD_NAMES = {
     "tok_emb": "tok_emb.weight",
     "lm_head": "lm_head.weight",
-    "bigram_table": "bigram.weight",
-    "value_table": "value_embed.weight",
 }
 
 
@@ -3163,7 +2951,6 @@ class LayerWeights(NamedTuple):
     resid: Tensor  # (2,): factor of each lane
     depth_scale: Tensor  # (1,) float32, scales both norms
     xsa: bool
-    extras: dict | None = None  # what a few layers' settings ask for: techniques.layer_extras
 
 
 class GPT(nn.Module):
@@ -3181,9 +2968,6 @@ class GPT(nn.Module):
         self.hp = hp
         self.ops = ops
         self.dtype = dtype
-        # over the looped layers, beyond NUM_LOOPS, once training is over: 1 +
-        # EXTRA_EVAL_LOOPS
-        self.eval_passes = None
         self.make_parameters()
         # Four equal numbers a layer: kernels want aligned rows
         scales = [[(layer + 1) ** -0.5] * 4 for layer in range(hp.num_layers)]
@@ -3197,8 +2981,6 @@ class GPT(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.init_weights()
-        if hp.bigram_vocab_size or hp.new_values:
-            techniques.add_parameters(self)
 
     def make_parameters(self):
         """Makes the parameters; their order is that of checkpoints and training states."""
@@ -3248,8 +3030,6 @@ class GPT(nn.Module):
         for table in (self.tok_emb, self.lm_head):
             if table is not None:
                 table.normal_(0.0, self.hp.tied_embed_init_std, generator=generator)
-                if self.hp.marker_fusion_enabled:
-                    techniques.init_pairs(self.hp, space_id, table)
         matrices = self.matrices(self.banks())
         for role in ("q", "k", "v", "up"):
             for matrix in matrices[role]:
@@ -3282,14 +3062,14 @@ class GPT(nn.Module):
             return layers
         first = hp.loop_start
         end = hp.loop_end + 1
-        passes = hp.num_loops + (self.eval_passes or 1)
+        passes = hp.num_loops + 1
         return layers[:first] + layers[first:end] * passes + layers[end:]
+
+    def leave_training(self):
+        """Called after training, before calibration and evaluation."""
 
     def slot_order(self, slots):
         """Layers in execution order -> their (slot, layer) pairs, number of encoder slots."""
-        # passes that training did not have count below 0: skips stay where they were
-        if self.hp.extra_eval_loops:
-            return techniques.extra_passes(self, slots)
         return enumerate(slots), len(slots) // 2
 
     def slot_plan(self, looping):
@@ -3332,16 +3112,9 @@ class GPT(nn.Module):
             previous_slot = slot
         return plans
 
-    def banks(self, on_grid=False):
+    def banks(self):
         """The banks that a forward pass computes with, in the order of BANKS."""
-        hp = self.hp
-        banks = [self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank]
-        if on_grid:  # QAT_BELOW_LR: as quantization will have them
-            bits = hp.matrix_bits
-            sigmas = [hp.attn_clip_sigmas] * 2 + [hp.mlp_clip_sigmas] * 2
-            pairs = zip(banks, sigmas, strict=True)
-            banks = [techniques.fake_quantize(bank, bits, clip) for bank, clip in pairs]
-        return banks
+        return self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank
 
     def matrices(self, banks):
         """Banks -> {role: (L, rows, columns)}, views of the matrices of all layers."""
@@ -3353,15 +3126,11 @@ class GPT(nn.Module):
                 found[kind.role] = part
         return found
 
-    def weights_for(self, tokens, window_start, on_grid):
+    def weights_for(self, tokens, window_start):
         """A LayerWeights for every layer; here they do not depend on the tokens (B, T)."""
-        weights = self.layer_weights(on_grid)
-        if self.hp.attn_window or self.hp.new_values:
-            extras = techniques.layer_extras(self, tokens, window_start)
-            weights = [w._replace(extras=e) for w, e in zip(weights, extras, strict=True)]
-        return weights
+        return self.layer_weights()
 
-    def layer_weights(self, on_grid=False):
+    def layer_weights(self):
         """A LayerWeights for every layer.
 
         Tensors are unbound once, so that the gradient of a bank is one stack, not a sum of padded
@@ -3369,7 +3138,7 @@ class GPT(nn.Module):
         costs no extra pass over activations, forward or backward.
         """
         hp = self.hp
-        matrices = self.matrices(self.banks(on_grid))
+        matrices = self.matrices(self.banks())
         qkv = torch.cat([matrices[role].to(self.dtype) for role in ("q", "k", "v")], dim=1)
         stacked = {
             "qkv": qkv,
@@ -3409,7 +3178,7 @@ class GPT(nn.Module):
         cos, sin = rope
         qkv = linear(h, w.qkv, tap, "qkv")
         q, k, v = self.ops.qkv_heads(qkv, w.q_gain, cos, sin, hp.num_kv_heads)
-        k, v = self.attended_keys_and_values(k, v, w)
+        k, v = self.keys_and_values(k, v, w)
         y = self.attend(q, k, v, segments, w)
         if self.gate_kind:
             logits, factor = self.head_gates(entry, qkv, w.gate)
@@ -3422,16 +3191,13 @@ class GPT(nn.Module):
         out = linear(y.reshape(h.shape), w.out, tap, "attn_proj")
         return out if tap is None else tap("attn_out", h, out, w.attn_scale)
 
-    def attended_keys_and_values(self, k, v, w):
+    def keys_and_values(self, k, v, w):
         """Keys and values (B, T, K, E) of a layer -> those that its attention reads."""
-        if self.hp.new_values:  # PARTIAL_KEY_OFFSET, VALUE_EMBED_LAYERS, VALUE_RESIDUAL
-            k, v = techniques.keys_and_values(k, v, w.extras, self.hp)
         return k, v
 
     def attend(self, q, k, v, segments, w):
         """q (B, T, H, E), k and v (B, T, K, E) -> (B, T, H, E)."""
-        attn_window = w.extras["window"] if self.hp.attn_window else 0
-        return segments.attend(self.ops, q, k, v, attn_window)
+        return segments.attend(self.ops, q, k, v)
 
     def head_gates(self, entry, qkv, gate):
         """Gate logits (B, T, H) of the heads' outputs, and the factor of their sigmoids."""
@@ -3471,10 +3237,7 @@ class GPT(nn.Module):
 
     def token_embedding(self, tokens, window_start):
         """(B, T) ids -> (B, T, D), the embedding before SmearGate."""
-        e = F.embedding(tokens, self.tok_emb).to(self.dtype)
-        if self.hp.bigram_vocab_size:
-            e = e + techniques.bigram_embedding(self, tokens, window_start)
-        return e
+        return F.embedding(tokens, self.tok_emb).to(self.dtype)
 
     def embed(self, tokens, window_start):
         """(B, T) ids -> (B, T, D) raw embedding, to which SmearGate adds the previous token's.
@@ -3503,7 +3266,6 @@ class GPT(nn.Module):
         window_start=None,
         tap=None,
         compiled_parts=None,
-        on_grid=False,
     ):
         """(B, T) ids -> (B, T, D), the output of the final norm.
 
@@ -3517,7 +3279,7 @@ class GPT(nn.Module):
         segments = Segments(cu_seqlens, max_seqlen)
         length = tokens.size(1)
         rope = (self.cos[:length], self.sin[:length])
-        weights = self.weights_for(tokens, window_start, on_grid)
+        weights = self.weights_for(tokens, window_start)
         x = x0 = norm(self.embed(tokens, window_start))
         mlp_lane = None
         skips = []
@@ -3553,9 +3315,7 @@ class GPT(nn.Module):
             return mlp_lane
         return (x + mlp_lane) / 2
 
-    def forward(
-        self, inputs, targets, cu_seqlens, looping, max_seqlen, window_start=None, on_grid=False
-    ):
+    def forward(self, inputs, targets, cu_seqlens, looping, max_seqlen, window_start=None):
         """(1, T) ids, (T,) targets -> (T,) cross-entropy in nats, differentiable.
 
         The logits are in the compute dtype. The other arguments are those of forward_hidden.
@@ -3566,7 +3326,6 @@ class GPT(nn.Module):
             max_seqlen=max_seqlen,
             looping=looping,
             window_start=window_start,
-            on_grid=on_grid,
         )
         weight = self.head_weight.to(self.dtype)
         return self.ops.cross_entropy(hidden.flatten(0, 1), weight, targets, self.hp.logit_softcap)
@@ -3650,7 +3409,7 @@ def polar_express(x, steps):
     return x.mT if tall else x
 
 
-def muon_update(grad, momentum_buffer, momentum, steps, row_normalize, orthogonalise=None):
+def muon_update(grad, momentum_buffer, momentum, steps, row_normalize, orthogonalise=polar_express):
     """(N, R, C) gradients -> (N, R, C) orthogonalised Nesterov updates, in the gradients' dtype.
 
     Updates the momentum buffer in place.
@@ -3659,7 +3418,7 @@ def muon_update(grad, momentum_buffer, momentum, steps, row_normalize, orthogona
     update = grad.add(momentum_buffer, alpha=momentum)
     if row_normalize:
         update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return (orthogonalise or polar_express)(update, steps)
+    return orthogonalise(update, steps)
 
 
 def reset_gradients(parameters):
@@ -3703,6 +3462,10 @@ class Muon:
             handle.wait()
         return [shard for _, shard in self.in_flight]
 
+    def orthogonaliser(self, buffer):
+        """The function (updates (N, R, C), steps) for the bank with this momentum buffer."""
+        return polar_express
+
     @torch.no_grad()
     def step(self, lr, momentum, weight_decay, clip):
         """p <- p (1 - lr wd) - lr sqrt(max(1, rows / cols)) O, with O from muon_update.
@@ -3714,13 +3477,13 @@ class Muon:
         for buffer, shard in zip(self.momentum_buffers, self.shards(), strict=True):
             if clip is not None:
                 shard = shard * clip.to(shard.dtype)
-            other = (
-                techniques.orthogonaliser(self, buffer, polar_express, POLAR_EXPRESS)
-                if (self.hp.muon_head_pairs or self.hp.muon_gram_enabled)
-                else None
-            )
             update = muon_update(
-                shard, buffer, momentum, hp.muon_backend_steps, hp.muon_row_normalize, other
+                shard,
+                buffer,
+                momentum,
+                hp.muon_backend_steps,
+                hp.muon_row_normalize,
+                self.orthogonaliser(buffer),
             )
             gathers.append(self.dist.all_gather(update))
         for bank, (handle, update) in zip(self.banks, gathers, strict=True):
@@ -3778,7 +3541,7 @@ class Optimizers:
         """
         hp = self.hp
         multiplier = lr_multiplier(progress, hp)
-        decay = techniques.weight_decay_multiplier(progress, hp) if hp.wd_schedule_enabled else 1.0
+        decay = decay_multiplier(progress, hp)
         replicated_grads = [p.grad for p in self.replicated]
         self.muon.launch()
         self.dist.all_reduce_packed(replicated_grads)
@@ -3803,7 +3566,6 @@ class EMA:
     def __init__(self, model, decay):
         self.decay = decay
         self.parameters = list(model.parameters())
-        self.snapshots = 0  # of SWA_BELOW_LR: how many the average is the mean of
         self.average = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
@@ -3824,6 +3586,11 @@ class EMA:
 def lr_multiplier(progress, hp):
     """1 until 1 - WARMDOWN_FRAC, then linear to 0, never below MIN_LR."""
     return max(hp.min_lr, min(1.0, (1.0 - progress) / hp.warmdown_frac))
+
+
+def decay_multiplier(progress, hp):
+    """Factor of the weight decay, which is constant here."""
+    return 1.0
 
 
 def muon_momentum(step, hp):
@@ -3934,23 +3701,26 @@ class Trainer:
         """One optimizer step -> 0-d tensor, this rank's share of the mean loss in nats."""
         hp = self.hp
         total = torch.zeros((), device=self.dist.device)
-        # another value is another graph
-        on_grid = lr_multiplier(progress, self.hp) < self.hp.qat_below_lr
         for row in self.loader.step(step):
             if compile_wanted(hp, self.dist):
                 # The outputs of the last replay are not needed any more
                 torch.compiler.cudagraph_mark_step_begin()
-            losses = self.forward(*row, looping, hp.train_seq_len, on_grid=on_grid)
+            losses = self.forward(*row, looping, hp.train_seq_len)
             loss = losses.mean() / hp.micro_steps
             loss.backward()
             total += loss.detach()
         self.guard.watch(self.model, total)
         self.optimizers.step(progress, step)
-        if not self.hp.swa_below_lr or lr_multiplier(progress, self.hp) >= self.hp.swa_below_lr:
-            self.ema.update(step)
-        elif step % self.hp.swa_every == 0:
-            techniques.add_snapshot(self.ema)
+        self.update_average(step, progress)
         return total
+
+    def update_average(self, step, progress):
+        """The weights of a step join the average."""
+        self.ema.update(step)
+
+    def warm_up_step(self, step, looping):
+        """Throw-away steps on every graph with or without looping."""
+        self.train_step(step, 0.0, looping)
 
     def warm_up(self):
         """Compiles every graph by throw-away steps, then restores the run bit for bit.
@@ -3961,9 +3731,7 @@ class Trainer:
         rng = torch.get_rng_state()
         for looping in sorted({loop_is_on(0.0, self.hp), loop_is_on(1.0, self.hp)}):
             for step in range(self.hp.warmup_steps):
-                self.train_step(step, 0.0, looping)
-                if self.hp.qat_below_lr:  # the graph on the grid
-                    self.train_step(step, 1.0, looping)
+                self.warm_up_step(step, looping)
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), weights)
         torch.set_rng_state(rng)
@@ -4075,8 +3843,6 @@ LQER_FIELDS = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
 QUANT_TABLE = {
     "tok_emb.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
     "lm_head.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),  # TIE_EMBEDDINGS=0
-    "bigram.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
-    "value_embed.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
     "blocks.{}.attn.c_q.weight": ("q", "matrix_bits", "attn_clip_sigmas"),
     "blocks.{}.attn.c_k.weight": ("k", "matrix_bits", "attn_clip_sigmas"),
     "blocks.{}.attn.c_v.weight": ("v", "matrix_bits", "attn_clip_sigmas"),
@@ -4243,20 +4009,12 @@ def quantize_rows(x, low, high, steps):
     return (x.float() / scale.float()[..., None]).round_().clamp_(low, high).to(torch.int8), scale
 
 
-def lqer_factors(error, rank, root=None):
+def lqer_factors(error, rank):
     """error (R, C) -> A (R, rank), B (rank, C), the best A B in the Frobenius norm (LQER,
-    arXiv:2402.02446). With root (C, C), H = root root^T: the best for the error of the outputs,
-    |(error - A B) root|.
+    arXiv:2402.02446).
     """
-    u, s, vh = torch.linalg.svd(
-        error.float() if root is None else error.float() @ root, full_matrices=False
-    )
-    b = (
-        vh[:rank]
-        if root is None
-        else torch.linalg.solve_triangular(root, vh[:rank], upper=False, left=False)
-    )
-    return u[:, :rank] * s[:rank], b
+    u, s, vh = torch.linalg.svd(error.float(), full_matrices=False)
+    return u[:, :rank] * s[:rank], vh[:rank]
 
 
 def pack_factors(a, b, hp):
@@ -4307,8 +4065,6 @@ def quantize_matrices(names, weights, hessians, hp):
         w, h = (
             torch.stack([source[name].float() for name in batch]) for source in (weights, hessians)
         )
-        if hp.hessian_clip_lambda and quant_role(batch[0])[0] != "embedding":
-            clip_sigmas = techniques.hessian_aware_sigmas(w, h, clip_sigmas, hp.hessian_clip_lambda)
         column_octaves = hp.gptq_column_octaves if hp.gptq_column_steps else None
         found = gptq_quantize(
             w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, column_octaves
@@ -4365,11 +4121,6 @@ def quantize_weights(weights, hessians, hp, dist):
         packed, errors = quantize_matrices(mine, weights, hessians, hp)
         # the largest get a correction
         outcome = {name: error.norm().item() for name, error in errors.items()}
-        if hp.lqer_weighted:
-            outcome = {
-                name: techniques.weighted_gain(error, hessians[name], hp)
-                for name, error in errors.items()
-            }
     except ValueError as error:  # told to the other ranks, which would wait for this one's part
         outcome = str(error)
     outcomes = dist.all_gather_object(outcome)
@@ -4383,10 +4134,7 @@ def quantize_weights(weights, hessians, hp, dist):
         gains = {name: gain for part in outcomes for name, gain in part.items()}
         chosen = sorted(gains, key=lambda name: (-gains[name], name))[: hp.lqer_top_k]
         for name in set(chosen) & set(errors):
-            root = (
-                techniques.hessian_root(hessians[name], hp.gptq_damp) if hp.lqer_weighted else None
-            )
-            packed[name] |= pack_factors(*lqer_factors(errors[name], hp.lqer_rank, root), hp)
+            packed[name] |= pack_factors(*lqer_factors(errors[name], hp.lqer_rank), hp)
     packed = {
         name: {field: x.cpu().numpy() for field, x in fields.items()}
         for name, fields in packed.items()
@@ -4511,6 +4259,18 @@ class HessianTap:
         return by_name
 
 
+def calibration_row(model, loader, index, following):
+    """Row `index` that Hessians are collected on; `following` is read ahead."""
+    return loader.row(index, following)
+
+
+def table_hessians(model):
+    """{saved name: identity} of tables that are read one row at a time: every column counts the
+    same.
+    """
+    return {"tok_emb.weight": torch.eye(model.hp.model_dim, device=model.tok_emb.device)}
+
+
 @torch.no_grad()
 def collect_hessians(model, loader, hp, dist):
     """Hessians of every matrix from GPTQ_CALIBRATION_BATCHES packed training rows, the same rows
@@ -4521,13 +4281,8 @@ def collect_hessians(model, loader, hp, dist):
     tap = HessianTap()
     mine = range(dist.rank, hp.gptq_calibration_batches, dist.world_size)
     for index in mine or [0]:  # a rank without a row of its own takes part in the sums with zeros
-        row = (
-            techniques.written_row(model, index)
-            if hp.gptq_self_calibration
-            else loader.row(
-                index, index + dist.world_size if index + dist.world_size in mine else None
-            )
-        )
+        following = index + dist.world_size
+        row = calibration_row(model, loader, index, following if following in mine else None)
         hidden = model.forward_hidden(
             row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True, tap=tap
         )
@@ -4536,11 +4291,8 @@ def collect_hessians(model, loader, hp, dist):
         gram /= hp.gptq_calibration_batches if hp.gptq_all_reduce else max(1, len(mine))
         if hp.gptq_all_reduce:
             dist.all_reduce(gram if mine else gram.zero_())
-    hessians = tap.hessians("tok_emb.weight" if hp.tie_embeddings else "lm_head.weight")
-    if hp.bigram_vocab_size or hp.value_embed_layers:
-        hessians |= techniques.table_hessians(model)
-    # an untied embedding is read one row at a time: every column counts the same
-    return {"tok_emb.weight": torch.eye(hp.model_dim, device=dist.device)} | hessians
+    head = "tok_emb.weight" if hp.tie_embeddings else "lm_head.weight"
+    return table_hessians(model) | tap.hessians(head)
 
 
 def held_out_loss(model, loader, hp, dist):
@@ -4867,20 +4619,17 @@ def entropy_decompress(data, raw_size, shapes):
 ENCODERS = {  # raw bytes, shapes of their arrays -> a stream
     "brotli": lambda raw, shapes=(): brotli.compress(raw, quality=11, lgwin=24),
     "lzma": lambda raw, shapes=(): lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
-    "lrzip": lambda raw, shapes=(): techniques.run_lrzip(["-z", "-L", "9"], raw),
     "entropy": entropy_compress,
 }
 DECODERS = {  # the inverse; anything but raw_size bytes: no stream
     "brotli": brotli_decompress,
     "entropy": entropy_decompress,
     "lzma": lambda data, raw_size, shapes=(): lzma_decompress(data, raw_size),
-    "lrzip": lambda data, raw_size, shapes=(): techniques.lrzip_decompress(data, raw_size),
 }
 COMPRESSORS = {
     "brotli": (0, "brotli"),
     "lzma": (1, "lzma"),
-    "pergroup": (2, "brotli", "lrzip"),
-    # number in the file, codecs; header in the first
+    # number in the file (2: presets/published.py), codecs; header in the first
     "entropy": (3, "brotli", "entropy"),
 }
 
@@ -4909,12 +4658,6 @@ def check_compressor(name):
         raise SettingError(
             "the brotli module is missing: pip install brotli, or set COMPRESSOR=lzma"
         )
-    if "lrzip" in COMPRESSORS[name] and shutil.which("lrzip") is None:
-        raise SettingError(
-            "the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)"
-        )
-    if "lrzip" in COMPRESSORS[name] and techniques is None:
-        raise SettingError(f"COMPRESSOR={name} needs tools/techniques.py beside this file")
 
 
 def try_compressor(name):
@@ -4976,14 +4719,8 @@ class ArraySpec(NamedTuple):
         return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
 
-def plan_sections(specs, compressor):
-    """Specs of the arrays -> (kind, codec, specs as stored) per section; packing and unpacking both
-    follow this plan. pergroup (PR 1855): "codes" of one role, layers in order, transposed; "orders"
-    of re-ordered rows; the "rest". entropy: all "codes" in the same order as one section, the
-    "rest".
-    """
-    if len(COMPRESSORS[compressor]) == 2:
-        return [("rest", compressor, specs)]
+def roles_of(specs):
+    """{name: role of the matrix} of the specs that are matrices of int8 codes."""
     roles = {}
     for spec in specs:
         name, _, field = spec.name.rpartition(":")
@@ -4993,27 +4730,49 @@ def plan_sections(specs, compressor):
             and len(spec.shape) == 2
             and max(spec.shape) <= 2**16
         )
-        roles[spec.name] = quant_role(name)[0] if is_matrix and quant_role(name) else None
+        if is_matrix and quant_role(name):
+            roles[spec.name] = quant_role(name)[0]
+    return roles
+
+
+def codes_by_role(specs, roles):
+    """One list for each role: specs of its codes, layers in order, transposed."""
     groups = []
     for role in dict.fromkeys(role for role, _, _ in QUANT_TABLE.values()):
         groups.append(
-            [spec._replace(shape=spec.shape[::-1]) for spec in specs if roles[spec.name] == role]
+            [
+                spec._replace(shape=spec.shape[::-1])
+                for spec in specs
+                if roles.get(spec.name) == role
+            ]
         )
         # blocks.2 before blocks.10
         groups[-1].sort(key=lambda spec: int("0" + re.sub(r"\D", "", spec.name)))
-    rest = ("rest", "brotli", [spec for spec in specs if roles[spec.name] is None])
-    if compressor == "entropy":
-        return [("codes", "entropy", sum(groups, [])), rest]
-    orders = [
-        ArraySpec(name, "uint16", shape[:1])
-        for name, _, shape in specs
-        if roles[name] in ("embedding", "q", "up") and shape[0]
-    ]
+    return groups
+
+
+def plan_sections(specs, compressor):
+    """Specs of the arrays -> (kind, codec, specs as stored) per section; packing and unpacking both
+    follow this plan. entropy: the "codes" of all roles as one section, the "rest".
+    """
+    if len(COMPRESSORS[compressor]) == 2:
+        return [("rest", compressor, specs)]
+    roles = roles_of(specs)
+    codes = sum(codes_by_role(specs, roles), [])
     return [
-        *(("codes", "lrzip", group) for group in groups if group),
-        ("orders", "brotli", orders),
-        rest,
+        ("codes", "entropy", codes),
+        ("rest", "brotli", [spec for spec in specs if spec.name not in roles]),
     ]
+
+
+def section_sources(arrays, plan):
+    """{kind of section: {name: array as it is stored there}} of the arrays that are packed."""
+    return {"rest": arrays, "codes": {name: array.T for name, array in arrays.items()}}
+
+
+def join_sections(found):
+    """{kind of section: {name: array as stored}} -> {name: array}, the inverse."""
+    return found["rest"] | {name: codes.T for name, codes in found["codes"].items()}
 
 
 def by_item_size(specs):
@@ -5062,7 +4821,7 @@ def pack_weights(arrays, compressor, tell=lambda share: None):
     check_specs(specs)
     # and the bytes of the sections that are done
     plan, packed = plan_sections(specs, compressor), []
-    sources = {"rest": arrays, "codes": {name: array.T for name, array in arrays.items()}}
+    sources = section_sources(arrays, plan)
 
     def encode(kind, codec, members):
         raw = join_arrays(sources[kind], members)
@@ -5074,8 +4833,6 @@ def pack_weights(arrays, compressor, tell=lambda share: None):
         return stored, [len(stored), digest(stored).hex(), digest(raw).hex()]
 
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
-        if compressor == "pergroup":
-            techniques.order_rows(arrays, sources, plan[-2][2], pool)
         sections = list(pool.map(encode, *zip(*plan, strict=True)))
     raw = json.dumps([specs, [about for _, about in sections]], separators=(",", ":")).encode()
     if len(raw) > MAX_HEADER_BYTES:
@@ -5141,13 +4898,11 @@ def unpack_weights(blob):
             raise ArtifactError(f"artifact: a section of {codec} data is damaged")
         return kind, split_arrays(raw, members)
 
-    found = {"rest": {}, "codes": {}, "orders": {}}
+    found = defaultdict(dict)
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
         for kind, arrays in pool.map(decode, plan, sections, ends[1:]):
             found[kind] |= arrays
-    unpacked = found["rest"] | {name: codes.T for name, codes in found["codes"].items()}
-    if found["orders"]:
-        techniques.restore_rows(unpacked, found["orders"])
+    unpacked = join_sections(found)
     return {name: np.array(unpacked[name], dtype, order="C") for name, dtype, _ in specs}
 
 
@@ -5348,11 +5103,6 @@ class Evaluator:
 # static shapes: which queues share a step changes rounding and nothing else.
 
 
-def chunk_size_of(length, hp):
-    """Targets in each chunk of a document of this length (int or array)."""
-    return techniques.chunk_size(length, hp) if hp.ttt_short_chunks else hp.ttt_chunk_size
-
-
 def recomputed_context(hp):
     """Positions computed at the end of a window: all, or those after the stale context."""
     return hp.ttt_eval_seq_len - hp.ttt_stale_context
@@ -5390,7 +5140,7 @@ def plan_ttt(lengths, hp):
 
 def window_positions(lengths, hp):
     """(n,) targets -> (n,) window positions computed to score these documents: their cost."""
-    size = chunk_size_of(lengths, hp)
+    size = hp.chunk_size_of(lengths)
     context = recomputed_context(hp)
     num_chunks = -(-lengths // size)
     # windows grow by a chunk each until they reach the context
@@ -5450,7 +5200,7 @@ class Chunk(NamedTuple):
 
 def document_chunks(start, length, hp):
     """First input of a document in the stream, its number of targets -> list of Chunk."""
-    size = int(chunk_size_of(length, hp))
+    size = int(hp.chunk_size_of(length))
     context = hp.ttt_eval_seq_len
     recomputed = recomputed_context(hp)
     chunks = []
@@ -5985,19 +5735,33 @@ class TestTimeTrainer:
             self.stale = StaleContext(model, validation.starts, num_rows, dist.device)
         # One graph each for any number of rows and width of windows. Layer by layer, because
         # tracing all slots at once with unknown shapes takes minutes.
-        token_losses = model.token_losses
-        if hp.ngram_tilt_enabled:
-            token_losses = techniques.with_tilt(token_losses)
         self.compiled = SimpleNamespace(
             slot_input=compiled(model.slot_input, hp, dist, dynamic=None),
             block=compiled(model.block, hp, dist, dynamic=None),
             scaled_parts=compiled(self.lora.scaled_parts, hp, dist, dynamic=None),
-            token_losses=compiled(token_losses, hp, dist, dynamic=None),
+            token_losses=compiled(self.head_function(), hp, dist, dynamic=None),
         )
         self.warming_up = False
         self.graphs = {}  # (rows, width) -> CUDA graph of chunk_step, table that it reads
-        if hp.ngram_tilt_enabled:  # the stream with the hint at each place
-            self.hinted = F.pad(self.packer.tokens[:, None], (0, 1), value=-1)
+
+    def head_function(self):
+        """The function of hidden states, targets and a tap that gives losses (B, C)."""
+        return self.model.token_losses
+
+    def targets_at(self, positions):
+        """Targets of the head at positions (B, C) of the stream."""
+        return self.packer.tokens[positions]
+
+    def learned_and_counted(self, losses):
+        """Results of head_function -> losses (B, C) to learn from, losses (B, C) to score."""
+        return losses, losses
+
+    def plan_made(self, starts, lengths, phases):
+        """Called with documents and plan before the first chunk is scored."""
+
+    def skip_fine_tuning(self):
+        """Called if there is no time to fine-tune the base weights between two phases."""
+        self.log("note: no time to fine-tune the base weights")
 
     def chunk_losses(self, windows, targets, positions, tap):
         """Losses of chunks with these adapters, with float32 logits -> (B, C) nats.
@@ -6032,8 +5796,6 @@ class TestTimeTrainer:
             self.mark_dynamic([1], segments.cu_seqlens)
         self.mark_dynamic([0, 1], *entry, mlp_lane)
         self.mark_dynamic([0], *rope, *tap.matrices())
-        if self.hp.new_values:
-            self.mark_dynamic([0, 1], *techniques.streams_of(w.extras))
         return self.compiled.block(entry, mlp_lane, w, rope, segments, tap)
 
     def mark_dynamic(self, dimensions, *tensors):
@@ -6086,11 +5848,9 @@ class TestTimeTrainer:
         parts = self.compiled.scaled_parts(self.lora.values, row.source)
         for part in parts:
             part.requires_grad_()
-        target_ids = (self.hinted if hp.ngram_tilt_enabled else tokens)[targets]
-        losses = self.chunk_losses(tokens[inputs], target_ids, positions, self.lora.tap(parts))
-        counted = losses
-        if hp.ngram_tilt_enabled:
-            losses, counted = losses
+        target_ids = self.targets_at(targets)
+        found = self.chunk_losses(tokens[inputs], target_ids, positions, self.lora.tap(parts))
+        losses, counted = self.learned_and_counted(found)
         self.score.add(counted.detach(), scored, self.packer.bytes[targets])
         # scored: from here on the adapters may learn
         means = torch.where(scored, losses, 0.0).sum(1) / row.count.clamp_min(1)
@@ -6224,9 +5984,7 @@ class TestTimeTrainer:
         if not any(self.dist.all_gather_object(is_short)):
             self.global_adapt(self.documents[phase.documents])
             return
-        self.log("note: no time to fine-tune the base weights")
-        if hp.ngram_tilt_enabled:
-            self.hinted[:, 1] = -1  # documents of this phase may be left to the end
+        self.skip_fine_tuning()
 
     def evaluate(self):
         """Runs the plan -> {loss, bpb, tokens, bytes, documents, partial, recompilations,
@@ -6244,11 +6002,7 @@ class TestTimeTrainer:
         schedules = schedule_rank(phases, starts, lengths, dist.rank, dist.world_size, hp)
         all_steps = sum(schedules, [])
         progress.plan(all_steps)
-        if hp.ngram_tilt_enabled:
-            self.hinted[:, 1] = hints = techniques.ngram_hints(
-                self.packer.tokens, starts, lengths, phases
-            )
-            self.log(f"ttt_ngram hints:{(hints >= 0).sum()} seconds:{progress.seconds():.1f}")
+        self.plan_made(starts, lengths, phases)
 
         if compile_wanted(hp, dist):
             self.warm_up()
@@ -6282,6 +6036,14 @@ class TestTimeTrainer:
             "recompilations": compiled_graphs() - num_graphs,
             "unadapted_tokens": unadapted,
         }
+
+
+def evaluate_adapted(evaluator, log):
+    """The score of test-time training on what an Evaluator scores -> {loss, bpb, tokens, bytes,
+    ...}.
+    """
+    e = evaluator
+    return TestTimeTrainer(e.model, e.validation, e.hp, e.dist, log).evaluate()
 
 
 # ---- MAIN ----------------------------------------------------------------------------------------
@@ -6638,8 +6400,7 @@ def run(hp, dist, guard=NO_GUARD):
         del trainer
         if compile_wanted(hp, dist):
             torch.compiler.reset()  # the captured micro-batches go, and with them their memory
-    if hp.extra_eval_loops:
-        model.eval_passes = 1 + hp.extra_eval_loops
+    model.leave_training()
     if not hp.ttt_eval_only:  # what was trained is safe: quantize and pack it, then evaluate it
         guard.keep_weights(hp, folder, checkpoint, log)
         if not hp.prequant_only:
@@ -6667,16 +6428,8 @@ def run(hp, dist, guard=NO_GUARD):
         score_stage("quantized", evaluator.evaluate_bpb, log, scores)
         if hp.sliding_window_enabled:
             score_stage("sliding", lambda: evaluator.evaluate_bpb(hp.eval_stride), log, scores)
-        if hp.ttt_enabled and hp.ttt_method == "sgd":
-            helpers = document_windows, WindowPacker, sgd_step, Score
-            score_stage("ttt", lambda: techniques.evaluate_sgd(evaluator, *helpers), log, scores)
-        elif hp.ttt_enabled:
-            score_stage(
-                "ttt",
-                lambda: TestTimeTrainer(model, validation, hp, dist, log).evaluate(),
-                log,
-                scores,
-            )
+        if hp.ttt_enabled:
+            score_stage("ttt", lambda: evaluate_adapted(evaluator, log), log, scores)
 
     training |= leaked_documents(hp)
     result = {

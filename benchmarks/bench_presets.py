@@ -1,6 +1,4 @@
-"""Published systems side by side: every preset through train_gpt.py to its end, one process a GPU,
-as
-a table.
+"""Published systems side by side: every preset to its end, one process a GPU, as a table.
 
     python benchmarks/bench_presets.py --caseops data/mine --plain data/plain \\
         --gpus 0,1,2,3 --seconds 120
@@ -29,7 +27,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.run_files import PRESETS, read_preset, settings_of  # noqa: E402
+from tools.run_files import (  # noqa: E402
+    PRESETS,
+    read_preset,
+    script_of,
+    settings_of,
+    with_preset,
+)
 
 SCORES = "prequant", "quantized", "sliding", "ttt"
 HEAD = ("preset", "steps", "tokens/s", *SCORES, "weights", "code", "stages, s")
@@ -89,7 +93,8 @@ def run(name: str, gpu: str, args) -> str:
         environ = environment(name, gpu, args)
     except ValueError as error:
         return str(error)
-    return run_script(args.script, environ, folder)
+    script = args.script or str(script_of(with_preset(environ)))
+    return run_script(script, environ, folder)
 
 
 def row_of(name: str, fault: str, args) -> dict:
@@ -175,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", default="presets.json", metavar="FILE", help="default: %(default)s"
     )
-    parser.add_argument("--script", default=str(ROOT / "train_gpt.py"), help=argparse.SUPPRESS)
+    parser.add_argument("--script", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     args.runs = str(Path(args.runs).resolve())
     for key in ("caseops", "plain", "tokenizer"):

@@ -48,7 +48,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.run_files import settings_of  # noqa: E402
+from tools.run_files import script_of, settings_of, with_preset  # noqa: E402
 from tools.summarize import Sample, paired  # noqa: E402
 
 LINE_VERSION = 1
@@ -102,6 +102,10 @@ from pathlib import Path
 root = Path.cwd().resolve()
 sys.path.insert(0, str(root))
 import train_gpt
+settings = json.loads(sys.argv[1])
+if sys.argv[2] != "train_gpt.py":
+    from presets import published
+    published.install()
 fields = dataclasses.fields(train_gpt.Hyperparameters)
 names = [field.name.upper() for field in fields]
 environ = {name: value for name, value in os.environ.items() if name not in names}
@@ -109,7 +113,7 @@ find_guard = getattr(train_gpt, "find_guard", None)  # an older checkout has non
 # with the guard come the files beside the script: they are code of the arm too
 beside = {"guard": find_guard()} if find_guard else {}
 try:
-    hp = train_gpt.Hyperparameters.from_env(environ | json.loads(sys.argv[1]), **beside)
+    hp = train_gpt.Hyperparameters.from_env(environ | settings, **beside)
 except ValueError as error:
     sys.exit(str(error))
 values = {field.name.upper(): getattr(hp, field.name) for field in fields}
@@ -142,6 +146,7 @@ class Recipe(NamedTuple):
     changed: dict  # the settings that differ from the checkout's defaults
     code: str  # hash of the files that train_gpt.py imports, and of itself
     seconds: float  # MAX_WALLCLOCK_SECONDS
+    script: str = "train_gpt.py"  # of the checkout, or presets/published.py
 
 
 class Comparison(NamedTuple):
@@ -285,7 +290,8 @@ def check_arm(arm: Arm, shared: dict[str, str]) -> Recipe:
     dropped.
     """
     ours = shared | arm.settings
-    command = [sys.executable, "-c", CHECK, json.dumps(ours)]
+    script = script_in(arm.tree, ours)
+    command = [sys.executable, "-c", CHECK, json.dumps(ours), script]
     done = subprocess.run(command, cwd=arm.tree, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"arm {arm.name}: " + "\n".join(done.stderr.strip().splitlines()[-5:]))
@@ -294,7 +300,13 @@ def check_arm(arm: Arm, shared: dict[str, str]) -> Recipe:
     changed = {
         name: value for name, value in found["changed"].items() if name not in NOT_PART_OF_A_RECIPE
     }
-    return Recipe(environ | ours, changed, found["code"], found["seconds"])
+    return Recipe(environ | ours, changed, found["code"], found["seconds"], script)
+
+
+def script_in(tree: Path, settings: dict[str, str]) -> str:
+    """Which script of a checkout runs with these settings; older ones have one alone."""
+    script = str(script_of(with_preset(settings)).relative_to(ROOT))
+    return script if (tree / script).exists() else "train_gpt.py"
 
 
 def refuse_another_recipe(
@@ -363,14 +375,14 @@ def last_lines(path: Path) -> list[str]:
     return [line[:300] for line in lines if line.strip()][-LOG_LINES:]
 
 
-def call_script(tree: Path, environ: dict[str, str], output: Path) -> int:
-    """train_gpt.py of a checkout, its output into a file -> exit code.
+def call_script(tree: Path, script: str, environ: dict[str, str], output: Path) -> int:
+    """A script of a checkout, its output into a file -> exit code.
 
     Whatever ends this ends the run, too.
     """
     with output.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "train_gpt.py"], cwd=tree, env=environ, stdout=file, stderr=file
+            [sys.executable, script], cwd=tree, env=environ, stdout=file, stderr=file
         )
         try:
             return process.wait()
@@ -389,7 +401,7 @@ def run_once(arm: Arm, recipe: Recipe, seed: int, runs: Path) -> dict:
     ours = {"SEED": str(seed), "RUN_ID": name, "RUNS_DIR": str(runs)}
     output = runs / f"{name}.txt"
     start = time.monotonic()
-    code = call_script(arm.tree, recipe.environ | ours | arm.settings, output)
+    code = call_script(arm.tree, recipe.script, recipe.environ | ours | arm.settings, output)
     wall = {"wall_seconds": round(time.monotonic() - start, 1)}
     result = runs / name / "result.json"
     # 3: the byte cap is broken, which RESULT says as well

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import tools.techniques  # noqa: E402, F401  # it puts itself into train_gpt, as it does where main() finds it
+import presets.published  # noqa: E402
 import train_gpt  # noqa: E402
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden"))
@@ -145,6 +145,19 @@ def tiny_data(tmp_path_factory):
         folder, "val", [90, 33, 1, 8, 0, 64, 7, 31, 32, 17, 100, 1], seed=2, shard_sizes=[150, 246]
     )
     return folder
+
+
+def install_published(monkeypatch):
+    """Puts the parts of presets/published.py in the place of train_gpt.py's until the test ends."""
+    for name, part in presets.published.PARTS.items():
+        monkeypatch.setattr(train_gpt, name, part)
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """presets/published.py, installed."""
+    install_published(monkeypatch)
+    return presets.published
 
 
 @pytest.fixture

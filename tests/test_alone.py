@@ -170,11 +170,7 @@ CANNOT_WORK = {
     "GPTQ_RESERVE_SECONDS": "7",
     "EVAL_STRIDE": "4000",
     "TTT_STALE_CONTEXT": "2037",
-    "TTT_SHORT_CHUNKS": "256",
     "TTT_LORA_SITES": "q,w",
-    "VALUE_EMBED_LAYERS": "9,",
-    "BIGRAM_VOCAB_SIZE": "1",
-    "QAT_BELOW_LR": "0.1",
     "PREQUANT_ONLY": "1",
     "QUANT_ONLY": "1",
     "RUN_ID": "../x",
@@ -218,12 +214,20 @@ def test_a_preset_is_refused_with_the_reason(folder):
     )
 
 
-def test_techniques_of_published_systems_are_refused_with_the_reason(folder):
-    code, out, err = finish(start(folder, WD_SCHEDULE_ENABLED="1", TTT_METHOD="sgd"))
-    assert (code, out) == (1, "") and err.splitlines() == [
-        "train_gpt.py cannot run: WD_SCHEDULE_ENABLED needs tools/techniques.py beside this file",
-        "TTT_METHOD needs tools/techniques.py beside this file",
-    ]
+def test_settings_of_published_systems_are_unknown(folder):
+    code, out, err = finish(start(folder, BIGRAM_VOCAB_SIZE="99", TTT_METHOD="sgd"))
+    assert (code, out) == (1, "") and err.count("TTT_METHOD is not a setting") == 1
+
+
+def test_the_repository_names_the_script_that_knows_a_setting():
+    code, out, err = finish(start(ROOT, BIGRAM_VOCAB_SIZE="99", TTT_METHOD="sgd"))
+    assert (code, out) == (1, "") and err.count("one of presets/published.py") == 2
+
+
+def test_a_preset_that_needs_parts_is_refused_with_the_command():
+    code, out, err = finish(start(ROOT, PRESET="pr1512"))
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert "run presets/published.py pr1512" in err
 
 
 def test_resuming_is_refused_with_the_reason(world):
@@ -306,7 +310,7 @@ def test_packages_under_our_names_change_nothing(world, tmp_path):
     for name in ("tools", "data", "tokenizers", "presets"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"raise ImportError('the foreign {name}')")
-        for module in ("guard", "run_files", "techniques", "pack_code"):
+        for module in ("guard", "run_files", "published", "pack_code"):
             (tmp_path / name / f"{module}.py").write_text(
                 f"raise ImportError('the foreign {name}.{module}')"
             )
@@ -386,7 +390,7 @@ def test_the_file_imports_nothing_of_the_repository():
 @pytest.mark.parametrize(
     "planted",
     [
-        "import tools.techniques",
+        "import presets.published",
         "from tools import guard",
         "def f():\n    from lossless_caps import decode",
         "import importlib\nimportlib.import_module('prepare_caseops_data')",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import train_gpt
-from tools import techniques
+from presets import published
 from train_gpt import ArtifactError
 
 brotli = pytest.importorskip("brotli")
@@ -125,7 +125,7 @@ def test_byte_shuffle_puts_low_bytes_before_high_bytes():
     assert train_gpt.join_arrays(arrays, specs) == bytes([2, 4, 6, 1, 3, 5])
 
 
-def test_pergroup_gathers_roles_in_order_and_layers_by_number():
+def test_pergroup_gathers_roles_in_order_and_layers_by_number(published):
     arrays = model_arrays(num_layers=12)
     specs = [
         train_gpt.ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()
@@ -467,7 +467,7 @@ def test_unknown_compressor_is_an_error(name):
             call(name)
 
 
-def test_missing_lrzip_is_an_early_error_that_says_what_to_do(monkeypatch, tmp_path):
+def test_missing_lrzip_is_an_early_error_that_says_what_to_do(monkeypatch, tmp_path, published):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"lrzip.*apt-get install lrzip.*COMPRESSOR=brotli"):
         train_gpt.check_compressor("pergroup")
@@ -475,7 +475,7 @@ def test_missing_lrzip_is_an_early_error_that_says_what_to_do(monkeypatch, tmp_p
     train_gpt.check_compressor("lzma")
 
 
-def test_missing_brotli_is_an_error_for_all_but_lzma(monkeypatch):
+def test_missing_brotli_is_an_error_for_all_but_lzma(monkeypatch, published):
     monkeypatch.setattr(train_gpt, "brotli", None)
     for name in ("brotli", "pergroup", "entropy"):
         with pytest.raises(ValueError, match="pip install brotli"):
@@ -499,7 +499,7 @@ def test_a_compressor_that_fails_or_alters_bytes_is_an_early_error(monkeypatch):
         train_gpt.try_compressor("lzma")
 
 
-def test_an_lrzip_that_cannot_start_is_an_early_error(monkeypatch, tmp_path):
+def test_an_lrzip_that_cannot_start_is_an_early_error(monkeypatch, tmp_path, published):
     (tmp_path / "lrzip").write_text(
         "#!/bin/sh\necho cannot open shared object file >&2\nexit 127\n"
     )
@@ -522,7 +522,7 @@ def plain_row_order(codes):
 
 def test_row_order_equals_golden():
     with np.load(GOLDEN) as archive:
-        order = techniques.greedy_row_order(archive["row_order/codes"])
+        order = published.greedy_row_order(archive["row_order/codes"])
         assert order.dtype == np.uint16 and np.array_equal(order, archive["row_order/order"])
 
 
@@ -531,9 +531,9 @@ def test_row_order_equals_the_plain_search_with_ties(seed):
     rng = np.random.default_rng(seed)
     shape = (int(rng.integers(1, 40)), int(rng.integers(1, 6)))
     codes = rng.integers(-3, 4, shape).astype(np.int8) * np.int8(rng.choice([1, 42]))
-    assert techniques.greedy_row_order(codes).tolist() == plain_row_order(codes)
+    assert published.greedy_row_order(codes).tolist() == plain_row_order(codes)
 
 
 def test_row_order_distances_are_wide():
     codes = np.array([[-128, -128], [127, 127], [-128, 127], [-127, -127]], np.int8)
-    assert techniques.greedy_row_order(codes).tolist() == [0, 3, 2, 1]
+    assert published.greedy_row_order(codes).tolist() == [0, 3, 2, 1]

@@ -30,7 +30,7 @@ def scores_of(model, hp, dist, log):
     """Plain evaluation twice, then test-time training, of a copy of the model -> {name: score}."""
     # operations cannot be copied
     model, scores = copy.deepcopy(model, {id(model.ops): model.ops}), {}
-    validation = train_gpt.ValidationSet(hp, None)
+    validation = train_gpt.ValidationSet(hp)
     evaluate = train_gpt.Evaluator(model, validation, hp, dist).evaluate_bpb
     for name in ("prequant", "quantized"):
         train_gpt.score_stage(name, evaluate, log, scores)

@@ -179,7 +179,7 @@ def test_a_dataset_is_fetched_verified_and_read_by_the_trainer(hub, tmp_path, ca
     assert prepare(["verify", str(tmp_path), "--workers", "1"]) == 0
     hp = tiny_hp(data_path=str(tmp_path), vocab_size=8192)
     assert train_gpt.find_tokenizer(hp) == tmp_path / "t.model"
-    assert len(train_gpt.ValidationSet(hp, None).starts) == 6
+    assert len(train_gpt.ValidationSet(hp).starts) == 6
     assert read_manifest(tmp_path)["sources"][0]["revision"] == REVISION
 
 
@@ -358,7 +358,7 @@ def test_a_published_leak_is_counted_and_refused_by_the_trainer(hub, tmp_path, c
     assert fetch(tmp_path / "data") == 0
     assert "1 training documents are validation documents too" in capsys.readouterr().out
     with pytest.raises(train_gpt.DataError, match="1 training documents are validation documents"):
-        train_gpt.ValidationSet(tiny_hp(data_path=str(tmp_path / "data"), vocab_size=8192), None)
+        train_gpt.ValidationSet(tiny_hp(data_path=str(tmp_path / "data"), vocab_size=8192))
 
 
 @pytest.mark.parametrize(

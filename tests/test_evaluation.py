@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from tools import techniques
-from train_gpt import BOS_ID, DataError, Dist, Evaluator, Score, ValidationSet, document_windows
+from presets import published
+from train_gpt import BOS_ID, DataError, Dist, Evaluator, Score, document_windows
 
 torch.set_num_threads(1)
 
@@ -61,7 +61,7 @@ def make_validation(folder, hp, lengths=LENGTHS, **kwargs):
     BOS.
     """
     write_documents(folder, "val", lengths, **kwargs)
-    return ValidationSet(hp, None)
+    return train_gpt.ValidationSet(hp)
 
 
 class ThreadRank:
@@ -193,7 +193,7 @@ def test_every_token_but_the_first_is_scored_once(
         **more,
     )
     tokens, target_bytes = write_documents(tmp_path, "val", LENGTHS, shard_sizes=[90, 100, 500])
-    validation, model = ValidationSet(hp, None), make_model(hp)
+    validation, model = train_gpt.ValidationSet(hp), make_model(hp)
     scores = on_ranks(
         world_size, lambda dist: Evaluator(model, validation, hp, dist).evaluate_bpb(stride)
     )
@@ -446,7 +446,7 @@ def test_score_adds_in_float64(dist):
 def test_totals_of_part_of_the_documents(tmp_path):
     hp = small_hp(data_path=str(tmp_path))
     tokens, target_bytes = write_documents(tmp_path, "val", LENGTHS)
-    validation, spans = ValidationSet(hp, None), document_spans(tokens)
+    validation, spans = train_gpt.ValidationSet(hp), document_spans(tokens)
     for count in range(len(spans) + 1):
         last = spans[count - 1][1] if count else 0
         assert validation.targets_of(np.arange(count)) == (last, target_bytes[1 : last + 1].sum())
@@ -485,12 +485,12 @@ def byte_charged(tables, ids):
 def test_table_bytes_of_a_text_sum_to_its_normalised_size(tokenizer, text):
     normalised = tokenizer.decode(tokenizer.encode(text))
     assert normalised == tokenizer.normalize(text).replace("\u2581", " ")
-    tables = techniques.piece_byte_tables(tokenizer)
+    tables = published.piece_byte_tables(tokenizer)
     assert sum(byte_charged(tables, tokenizer.encode(text))) == len(normalised.encode())
 
 
 def test_a_leading_space_counts_once_and_not_after_a_boundary(tokenizer):
-    tables = techniques.piece_byte_tables(tokenizer)
+    tables = published.piece_byte_tables(tokenizer)
     the, space, a = (tokenizer.piece_to_id(piece) for piece in ("\u2581the", "\u2581", "a"))
     assert byte_charged(tables, [a, the]) == [1, 4, 0]
     assert byte_charged(tables, [the, the]) == [3, 4, 0]
@@ -499,7 +499,7 @@ def test_a_leading_space_counts_once_and_not_after_a_boundary(tokenizer):
 
 
 def test_tables_tell_kinds_of_pieces_apart(tokenizer):
-    count, leading, boundary = techniques.piece_byte_tables(tokenizer)
+    count, leading, boundary = published.piece_byte_tables(tokenizer)
     assert (len(count), len(leading), len(boundary)) == (8192,) * 3
     for token in range(8192):
         if tokenizer.is_control(token) or tokenizer.is_unknown(token):
@@ -513,16 +513,19 @@ def test_tables_tell_kinds_of_pieces_apart(tokenizer):
             assert count[token] == len(piece.encode()) - 3 * spaced
 
 
-def test_validation_bytes_come_from_the_tables_without_caseops(tmp_path, tokenizer):
+def test_validation_bytes_come_from_the_tables_without_caseops(
+    tmp_path, tokenizer, published, monkeypatch
+):
+    monkeypatch.setattr(train_gpt, "load_tokenizer", lambda hp: tokenizer)
     ids = [token for text in TEXTS for token in (BOS_ID, *tokenizer.encode(text))]
     write_shard(tmp_path / "fineweb_val_000000.bin", ids)
-    validation = ValidationSet(
-        tiny_hp(data_path=str(tmp_path), vocab_size=8192, caseops_enabled=False), tokenizer
+    validation = train_gpt.ValidationSet(
+        tiny_hp(data_path=str(tmp_path), vocab_size=8192, caseops_enabled=False)
     )
     assert validation.bytes.sum() == sum(
         len(tokenizer.decode(tokenizer.encode(text)).encode()) for text in TEXTS
     )
-    tables = techniques.piece_byte_tables(tokenizer)
+    tables = published.piece_byte_tables(tokenizer)
     assert validation.bytes[1:].tolist() == byte_charged(tables, ids[1:])[:-1]
     assert validation.targets_of(np.arange(len(TEXTS))) == (len(ids) - 1, validation.bytes.sum())
 
@@ -539,4 +542,4 @@ def test_tables_refuse_a_tokenizer_without_a_space_piece():
             return 6
 
     with pytest.raises(DataError, match="space"):
-        techniques.piece_byte_tables(NoSpace())
+        published.piece_byte_tables(NoSpace())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, install_published
 
 import train_gpt
 from tools import guard, run_files
@@ -92,6 +92,12 @@ def tiny(name, data, runs):
     return environ | {"DATA_PATH": str(data), "RUNS_DIR": str(runs), "RUN_ID": name}
 
 
+def with_parts(preset, monkeypatch):
+    """Installs presets/published.py where the preset is not settings of train_gpt.py alone."""
+    if run_files.script_of(preset).name == "published.py":
+        install_published(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def plain_data(tiny_data, tmp_path_factory):
     """tiny_data without its side-car, for systems without CaseOps."""
@@ -106,7 +112,9 @@ def test_every_preset_runs_every_stage(tiny_data, plain_data, tmp_path, name, mo
     monkeypatch.setattr(train_gpt, "find_tokenizer", lambda hp: "none")
     monkeypatch.setattr(train_gpt, "load_tokenizer", lambda hp: Pieces)
     preset = read_preset(name)
-    environ = tiny(name, plain_data if preset["CASEOPS_ENABLED"] == "0" else tiny_data, tmp_path)
+    with_parts(preset, monkeypatch)
+    caseops = preset.get("CASEOPS_ENABLED", "1") == "1"
+    environ = tiny(name, tiny_data if caseops else plain_data, tmp_path)
     watching = guard.RunGuard()
     watching.dist = dist = train_gpt.Dist("cpu")
     result = train_gpt.run(train_gpt.Hyperparameters.from_env(environ, watching), dist, watching)
@@ -144,8 +152,9 @@ def test_the_presets_are_those_of_the_documentation():
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "demo"])
-def test_settings_of_a_preset_are_settings_and_the_environment_wins(name):
+def test_settings_of_a_preset_are_settings_and_the_environment_wins(name, monkeypatch):
     preset = read_preset(name)
+    with_parts(preset, monkeypatch)
     hp = train_gpt.Hyperparameters.from_env({"PRESET": name}, guard.RunGuard())
     for key, value in preset.items():
         found = getattr(hp, key.lower())
@@ -153,6 +162,16 @@ def test_settings_of_a_preset_are_settings_and_the_environment_wins(name):
     environ = {"PRESET": name, "TRAIN_LOG_EVERY": "7", "SEED": "3", "BETA1": "0.8"}
     other = train_gpt.Hyperparameters.from_env(environ, guard.RunGuard())
     assert (other.train_log_every, other.seed, other.beta1) == (7, 3, 0.8)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "demo"])
+def test_a_preset_with_parts_is_refused_by_train_gpt_alone_with_the_command(name):
+    script = run_files.script_of(read_preset(name))
+    if script.name == "train_gpt.py":
+        train_gpt.Hyperparameters.from_env({"PRESET": name}, guard.RunGuard())
+        return
+    with pytest.raises(train_gpt.SettingError, match=f"run presets/published.py {name}$"):
+        train_gpt.Hyperparameters.from_env({"PRESET": name}, guard.RunGuard())
 
 
 def test_an_unknown_preset_is_refused_with_the_names_there_are():

@@ -23,7 +23,8 @@ from test_artifact import model_arrays
 from test_training import OPS, SMALL
 
 import train_gpt
-from tools import guard, techniques
+from presets import published
+from tools import guard
 
 SOAK = os.environ.get("SOAK") == "1"
 OURS = train_gpt.SettingError, train_gpt.DataError, train_gpt.ArtifactError, guard.SafetyError
@@ -286,7 +287,7 @@ def test_tokenizers(place):
     )
 
     def read():
-        techniques.piece_byte_tables(train_gpt.load_tokenizer(hp))
+        published.piece_byte_tables(train_gpt.load_tokenizer(hp))
 
     @given(DAMAGE)
     @tries(20, 1_000)

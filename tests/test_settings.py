@@ -113,11 +113,6 @@ SPEC_DEFAULTS = {
     "ITERATIONS": 20_000,
     "WARMDOWN_FRAC": 0.85,
     "MIN_LR": 0.1,
-    "WD_SCHEDULE_ENABLED": False,
-    "WD_SCHED_HOLD_FRAC": 0.4,
-    "WD_SCHED_RAMP_FRAC": 0.85,
-    "WD_SCHED_LOW_FACTOR": 0.5,
-    "WD_SCHED_HIGH_FACTOR": 1.75,
     "WARMUP_STEPS": 3,
     "EMA_DECAY": 0.9965,
     "GPTQ_RESERVE_SECONDS": 7.0,
@@ -159,7 +154,6 @@ SPEC_DEFAULTS = {
     "GLOBAL_TTT_GRAD_CLIP": 1.0,
     "SEED": 42,
     "DATA_PATH": "data/datasets/fineweb10B_sp8192_caseops",
-    "CASEOPS_ENABLED": True,
     "TTT_ENABLED": True,
     "SLIDING_WINDOW_ENABLED": False,
     "VAL_LOSS_EVERY": 0,
@@ -195,7 +189,6 @@ def test_every_setting_has_a_meaning_a_type_and_a_default_of_that_type():
         assert len(field.metadata["help"]) > 3
 
 
-VALUE_SETTINGS = "partial_key_offset", "value_residual", "value_embed_layers"
 # which sets others as well: tests/test_presets.py
 ALONE = [field for field in FIELDS if field.name != "preset"]
 
@@ -209,8 +202,6 @@ def test_the_environment_sets_every_setting(field):
     elif field.type is str:
         texts = {
             "ttt_lora_sites": "q,head",
-            "value_embed_layers": "1,2",
-            "ttt_short_chunks": "256:8",
         }
         changed = texts.get(field.name, "elsewhere")
     else:
@@ -230,17 +221,15 @@ def test_the_environment_sets_every_setting(field):
         }.get(field.name, field.default * 0.9 if field.type is float else field.default - 1 or 1)
         if field.metadata["least"] is not None:
             changed = max(changed, field.metadata["least"])
-        changed += (changed == field.default) + (field.name == "bigram_vocab_size")
+        changed += changed == field.default
     more = {
         "gated_attn_enabled": {"SPARSE_ATTN_GATE_ENABLED": "0"},
         "checkpoint_path": {"QUANT_ONLY": "1"},
         "attn_out_gate_enabled": {"SPARSE_ATTN_GATE_ENABLED": "0"},
         "artifact_path": {"TTT_EVAL_ONLY": "1"},
         "resume": {"RUN_ID": "cut-short"},
-        "qat_below_lr": {"GPTQ_COLUMN_STEPS": "0"},
         "deterministic": {"MAX_WALLCLOCK_SECONDS": "0"},
     }
-    more |= dict.fromkeys(("attn_window", *VALUE_SETTINGS), {"TTT_STALE_CONTEXT": "0"})
     more = more.get(field.name, {})
     text = str(int(changed)) if field.type is bool else str(changed)
     hp = Hyperparameters.from_env({field.name.upper(): text} | more)
@@ -300,7 +289,6 @@ def test_derived_sizes():
         ("LQER_TOPK", "LQER_TOP_K"),
         ("EMA_DECAYS", "EMA_DECAY"),
         ("SLIDING_WINDOW", "SLIDING_WINDOW_ENABLED"),
-        ("CASEOPS", "CASEOPS_ENABLED"),
         ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"),
         ("WARMDOWN_FRACTION", "WARMDOWN_FRAC"),
     ],
@@ -407,11 +395,8 @@ def test_numbers_that_are_not_finite_are_refused(field, text):
 )
 def test_choices_are_the_declared_ones(field):
     for choice in field.metadata["choices"]:
-        more = {"TTT_STALE_CONTEXT": "0"} if field.name in VALUE_SETTINGS else {}
-        assert (
-            getattr(Hyperparameters.from_env({field.name.upper(): choice} | more), field.name)
-            == choice
-        )
+        hp = Hyperparameters.from_env({field.name.upper(): choice})
+        assert getattr(hp, field.name) == choice
     with pytest.raises(SettingError, match=f"{field.name.upper()}='Nope': must be one of"):
         Hyperparameters.from_env({field.name.upper(): "Nope"})
 
@@ -453,21 +438,8 @@ def test_every_number_has_a_lower_bound():
         ({"TTT_LORA_SITES": "q,w"}, "TTT_LORA_SITES"),
         ({"TTT_STALE_CONTEXT": "11"}, "TTT_STALE_CONTEXT"),
         ({"TTT_STALE_CONTEXT": "2037"}, "TTT_STALE_CONTEXT"),
-        ({"TTT_SHORT_CHUNKS": "256"}, "TTT_SHORT_CHUNKS"),
-        ({"TTT_SHORT_CHUNKS": "256:0"}, "TTT_SHORT_CHUNKS"),
-        ({"TTT_SHORT_CHUNKS": "256:8,"}, "TTT_SHORT_CHUNKS"),
-        ({"TTT_SHORT_CHUNKS": "a:b"}, "TTT_SHORT_CHUNKS"),
         ({"PREQUANT_ONLY": "1", "QUANT_ONLY": "1"}, "exclude each other"),
         ({"RUN_ID": "../x"}, "RUN_ID"),
-        ({"VALUE_EMBED_LAYERS": "9,11"}, "VALUE_EMBED_LAYERS"),
-        ({"VALUE_EMBED_LAYERS": "9,"}, "VALUE_EMBED_LAYERS"),
-        ({"BIGRAM_VOCAB_SIZE": "1"}, "BIGRAM_VOCAB_SIZE"),
-        ({"EXTRA_EVAL_LOOPS": "1", "NUM_LOOPS": "0"}, "NUM_LOOPS"),
-        ({"MUON_HEAD_PAIRS": "1", "NUM_KV_HEADS": "1"}, "MUON_HEAD_PAIRS"),
-        ({"QAT_BELOW_LR": "0.1"}, "GPTQ_COLUMN_STEPS"),
-        ({"TTT_METHOD": "sgd", "TTT_MAX_DOCS": "9"}, "TTT_MAX_DOCS"),
-        ({"ATTN_WINDOW": "9"}, "TTT_STALE_CONTEXT=0"),
-        ({"VALUE_RESIDUAL": "mix"}, "TTT_STALE_CONTEXT=0"),
         ({"QUANT_ONLY": "1", "TTT_EVAL_ONLY": "1"}, "exclude each other"),
         ({"RUN_ID": "a b"}, "RUN_ID"),
     ],
@@ -489,11 +461,8 @@ def test_combinations_that_cannot_work_are_refused(changes, message):
         {"TTT_LORA_SITES": "head"},
         {"EVAL_STRIDE": "2048"},
         {"TTT_LORA_LR": "0"},
-        {"ATTN_WINDOW": "9", "TTT_ENABLED": "0"},
-        {"ATTN_WINDOW": "9", "TTT_METHOD": "sgd"},
         {"TTT_STALE_CONTEXT": "12"},
         {"TTT_STALE_CONTEXT": "2036"},
-        {"TTT_SHORT_CHUNKS": "256:8,2000:24"},
     ],
 )
 def test_combinations_that_work_are_taken(changes):
@@ -652,7 +621,7 @@ def test_only_dist_names_torch_distributed():
 
 
 def test_every_declared_setting_is_read_somewhere():
-    companions = [ROOT / "tools" / name for name in ("guard.py", "techniques.py")]
+    companions = [ROOT / "tools" / "guard.py", ROOT / "presets" / "published.py"]
     companion = [
         node
         for path in companions

@@ -14,13 +14,10 @@ from test_optimizer import run_on_ranks
 import train_gpt
 from train_gpt import (
     BOS_ID,
-    GPT,
     DataError,
     SettingError,
     TokenStream,
-    Trainer,
     TrainingClock,
-    TrainLoader,
 )
 
 torch.set_num_threads(1)
@@ -40,14 +37,18 @@ def rank_of(rank=0, world_size=1):
 
 
 def loader_of(folder, dist=None, **changes):
-    return TrainLoader(TokenStream(folder, "train"), tiny_hp(**changes), dist or rank_of())
+    return train_gpt.TrainLoader(
+        TokenStream(folder, "train"), tiny_hp(**changes), dist or rank_of()
+    )
 
 
 def trainer_of(folder, dist=None, log=None, **changes):
     """A Trainer of a small model; every log line is appended to `log`."""
     hp, dist = tiny_hp(data_path=str(folder), **SMALL | changes), dist or train_gpt.Dist("cpu")
-    loader = TrainLoader(TokenStream(folder, "train"), hp, dist)
-    return Trainer(GPT(hp, OPS, torch.float32), loader, hp, dist, Lines() if log is None else log)
+    loader = train_gpt.TrainLoader(TokenStream(folder, "train"), hp, dist)
+    return train_gpt.Trainer(
+        train_gpt.GPT(hp, OPS, torch.float32), loader, hp, dist, Lines() if log is None else log
+    )
 
 
 def quiet():

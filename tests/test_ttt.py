@@ -23,14 +23,13 @@ from test_evaluation import document_spans, make_model, on_ranks, piece_losses, 
 
 import train_gpt
 from benchmarks.bench_ttt import document_by_document
-from tools import techniques
+from presets import published as parts
 from train_gpt import (
     BatchedLoRA,
     Dist,
     Evaluator,
     Scheduler,
     StepRow,
-    ValidationSet,
     plan_ttt,
     schedule_rank,
     window_positions,
@@ -161,7 +160,7 @@ COVERAGE = [
 def test_every_token_is_scored_once(tmp_path, counted, changes):
     hp = small_hp(data_path=str(tmp_path), **ACTIVE | changes)
     tokens, target_bytes = write_documents(tmp_path, "val", LENGTHS, shard_sizes=[100, 91, 500])
-    (score,), _ = run_ttt(hp, ValidationSet(hp, None))
+    (score,), _ = run_ttt(hp, train_gpt.ValidationSet(hp))
     spans = document_spans(tokens)
     chosen = sorted({document for document, _ in flat(counted)})
     targets = [
@@ -257,7 +256,7 @@ OPTIONS = {"ngram_tilt_enabled": True, "ttt_stale_context": 17, "ttt_short_chunk
 def test_nor_does_it_with_hints_and_stale_context(
     tmp_path, monkeypatch, counted, document, offset, reaches_others
 ):
-    monkeypatch.setattr(techniques.NGRAM, "context", 2)
+    monkeypatch.setattr(parts.NGRAM, "context", 2)
     check_changed_token(tmp_path, counted, document, offset, reaches_others, **OPTIONS)
 
 
@@ -408,7 +407,7 @@ def slow_hints(validation, hp):
     """{target: (hint, targets that it was found at)}, token by token in the order of the plan."""
     tokens, context, found, before = (
         validation.tokens.tolist(),
-        techniques.NGRAM.context,
+        parts.NGRAM.context,
         {},
         defaultdict(list),
     )
@@ -434,7 +433,7 @@ def slow_hints(validation, hp):
 
 
 def test_hints_come_from_what_was_counted_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(techniques.NGRAM, "context", 2)
+    monkeypatch.setattr(parts.NGRAM, "context", 2)
     hp = small_hp(data_path=str(tmp_path), **LEGAL | OPTIONS)
     validation, recorder = make_validation(tmp_path, hp, LEGAL_LENGTHS), Recorder(monkeypatch)
     run_ttt(hp, validation)
@@ -473,15 +472,15 @@ def test_a_changed_token_finds_what_breaks_the_rule(tmp_path, monkeypatch, count
 
 
 def test_a_changed_token_finds_hints_in_the_order_of_the_stream(tmp_path, monkeypatch, counted):
-    ngram_hints = techniques.ngram_hints
+    ngram_hints = parts.ngram_hints
 
     def illegal(tokens, starts, lengths, phases):
         return ngram_hints(
             tokens, starts, lengths, [SimpleNamespace(documents=np.array([d])) for d in range(8)]
         )
 
-    monkeypatch.setattr(techniques.NGRAM, "context", 2)
-    monkeypatch.setattr(techniques, "ngram_hints", illegal)
+    monkeypatch.setattr(parts.NGRAM, "context", 2)
+    monkeypatch.setattr(parts, "ngram_hints", illegal)
     with pytest.raises(AssertionError, match="before it was counted"):
         check_changed_token(tmp_path, counted, 0, 20, False, ngram_tilt_enabled=True)
 
@@ -540,10 +539,10 @@ def test_hints_are_what_mostly_followed_before(sizes, letters, phases, seed):
     starts, ends = starts[:-1], starts[1:]
     for context in (1, 3, 15):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(techniques.NGRAM, "context", context)
+            patch.setattr(parts.NGRAM, "context", context)
             wanted = slow_hints(SimpleNamespace(tokens=tokens, starts=starts, ends=ends), hp)
             phases = plan_ttt(ends - starts, hp)
-            found = techniques.ngram_hints(torch.from_numpy(tokens), starts, ends - starts, phases)
+            found = parts.ngram_hints(torch.from_numpy(tokens), starts, ends - starts, phases)
         assert {place: hint for place, hint in enumerate(found.tolist()) if hint >= 0} == {
             place: hint for place, (hint, _) in wanted.items()
         }
@@ -567,9 +566,7 @@ def test_the_tilted_distribution_sums_to_one(tmp_path):
         (-tilted).double().exp().sum(1), torch.ones(4, dtype=torch.float64), atol=1e-5
     )
     gains = (plain - tilted) - (plain - tilted).amin(1, keepdim=True)  # of logits
-    wanted = (
-        techniques.NGRAM.boost * torch.nn.functional.one_hot(hints % V, V) * (hints >= 0)[:, None]
-    )
+    wanted = parts.NGRAM.boost * torch.nn.functional.one_hot(hints % V, V) * (hints >= 0)[:, None]
     assert torch.allclose(gains, wanted, atol=1e-4)
     assert torch.equal(plain[0], tilted[0])
 
@@ -584,7 +581,7 @@ def test_hints_change_the_score_of_their_tokens_and_nothing_else(tmp_path, count
             **ACTIVE,
         )
         tokens, log = repetitive(tmp_path), Lines()
-        validation = ValidationSet(hp, None)
+        validation = train_gpt.ValidationSet(hp)
         validation.tokens[:] = tokens
         counted.clear()
         (scores[tilt],), _ = run_ttt(hp, validation, log=log)
@@ -710,7 +707,7 @@ def test_without_adaptation_there_are_no_hints_from_what_is_left(tmp_path, monke
         return run_steps(trainer, steps)
 
     Clock(monkeypatch, slow=1)
-    monkeypatch.setattr(techniques.NGRAM, "context", 2)
+    monkeypatch.setattr(parts.NGRAM, "context", 2)
     monkeypatch.setattr(TTT, "run_steps", note)
     run_ttt(hp, validation, world_size=2)
     assert {phase: number > 0 for phase, number in hinted} == {
@@ -826,7 +823,7 @@ def test_learning_improves_the_loss_on_repetitive_text(tmp_path):
             ttt_chunk_size=10,
         )
         tokens = repetitive(tmp_path)
-        validation = ValidationSet(hp, None)
+        validation = train_gpt.ValidationSet(hp)
         validation.tokens[:] = tokens
         losses[name] = run_ttt(hp, validation)[0][0]["loss"]
     assert losses["lora"] < losses["none"] - 0.1
@@ -860,7 +857,7 @@ def test_the_answer_does_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch
         phased_ttt_num_phases=2,
         **ACTIVE | {"ttt_lora_lr": 1e-3} | options,
     )
-    monkeypatch.setattr(techniques.NGRAM, "context", 2)
+    monkeypatch.setattr(parts.NGRAM, "context", 2)
     validation = make_validation(tmp_path, hp)
     (alone,), (model,) = run_ttt(hp, validation)
     losses = flat(counted)

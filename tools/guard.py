@@ -38,8 +38,7 @@ import train_gpt  # the running script: train_gpt.find_guard sees to that
 from train_gpt import Guard, SettingError
 
 # the files beside this one, whatever else is called tools: see train_gpt.find_guard
-from . import techniques  # noqa: F401  # it puts itself into train_gpt
-from .run_files import PresetError, read_preset, read_settings
+from .run_files import PresetError, published_settings, read_preset, read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT_STATES = 2  # so that there is one to fall back to where the newest is torn
@@ -68,10 +67,24 @@ MEANING = """caseops_enabled marker_fusion_enabled vocab_size model_dim num_laye
     attn_window_full_layers partial_key_offset value_residual bigram_vocab_size bigram_dim
     value_embed_layers
     value_embed_dim""".split()
+# What a script computes with that lacks these settings: those of presets/published.py that give
+# weights another meaning.
+WITHOUT = {
+    "caseops_enabled": True,
+    "marker_fusion_enabled": False,
+    "attn_window": 0,
+    "partial_key_offset": False,
+    "value_residual": "off",
+    "bigram_vocab_size": 0,
+    "value_embed_layers": "",
+}
 # Settings that say where a run lies and what it does: going on from a file means to change them.
 OF_THE_RUN = """run_id runs_dir preset plots prequant_only quant_only ttt_eval_only checkpoint_path
     artifact_path
     resume""".split()
+
+# how train_gpt.py answers them, where it runs without that file
+train_gpt.INSTEAD |= dict.fromkeys(published_settings(), "one of presets/published.py")
 
 
 class SafetyError(SettingError):
@@ -106,9 +119,16 @@ class RunGuard(Guard):
 
     def read_preset(self, name):
         try:
-            return read_preset(name)
+            settings = read_preset(name)
         except PresetError as error:
             raise SettingError(str(error)) from None
+        known = {field.name.upper() for field in dataclasses.fields(train_gpt.Hyperparameters)}
+        lacks = (settings.keys() & published_settings()) - known
+        if lacks or settings.get("COMPRESSOR", "entropy") not in train_gpt.COMPRESSORS:
+            raise SettingError(
+                f"PRESET={name} has parts that train_gpt.py lacks: run presets/published.py {name}"
+            )
+        return settings
 
     def start(self, dist):
         self.dist = dist
@@ -644,7 +664,7 @@ def save_state(trainer, step, seconds, losses, name=None):
         "losses": dist.all_reduce(torch.stack(losses[-20:])),
         "weights": trainer.model.state_dict(),
         "average": trainer.ema.average,
-        "snapshots": trainer.ema.snapshots,
+        "snapshots": getattr(trainer.ema, "snapshots", 0),  # presets/published.py
         "momentum": momentum,
         "adamw": trainer.optimizers.adamw.state_dict()["state"],
         "rng": torch.get_rng_state(),
@@ -753,6 +773,7 @@ def settings_of_file(path, hp):
             for field in dataclasses.fields(hp)
             if field.name.upper() in texts
         }
+        kinds |= {name: type(value) for name, value in WITHOUT.items() if name.upper() in texts}
         texts = {name: texts[name.upper()] for name in kinds}
         return {
             name: kind(int(texts[name])) if kind is bool else kind(texts[name])
@@ -770,8 +791,11 @@ def compare_settings(path, hp):
     """
     try:
         settings = settings_of_file(path, hp)
+        ours = WITHOUT | vars(hp)
         other = {
-            name: value for name, value in settings.items() if getattr(hp, name, value) != value
+            name: value
+            for name, value in ((WITHOUT | settings) if settings else {}).items()
+            if ours.get(name, value) != value
         }
     # whatever a damaged file makes torch raise: the error is told where the weights are read
     except Exception:
@@ -782,7 +806,7 @@ def compare_settings(path, hp):
             f"\nnote: nothing says which settings {path} was made with; they must be the same",
         )
     told = [
-        f"{name.upper()}={getattr(hp, name)} ({value} there)"
+        f"{name.upper()}={ours[name]} ({value} there)"
         for name, value in other.items()
         if name in MEANING
     ]

@@ -48,7 +48,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.run_files import PresetError, settings_of, with_preset  # noqa: E402
+from tools.run_files import PRESETS, PresetError, script_of, settings_of, with_preset  # noqa: E402
 
 # never handed on
 OURS = ("SEEDS", "GPUS", "NPROC", "SCRIPT", "EXTRA_ENV", "VENV", "USE_TMUX", "PLOTS")
@@ -131,7 +131,7 @@ def make_plan(environ):
         raise LaunchError(
             f"RUN_ID={name}: too long: {len(longest)} bytes with the seed, {LONGEST_NAME} at most"
         )
-    script = Path(environ.get("SCRIPT") or ROOT / "train_gpt.py").absolute()
+    script = Path(environ.get("SCRIPT") or script_of(settings)).absolute()
     nproc, lanes = read_lanes(environ, seeds)
     return Plan(
         Path(settings.get("RUNS_DIR", "runs")).absolute() / name,
@@ -224,6 +224,12 @@ def checked_module(script):
     source = script.read_bytes()
     if b"def check_all(" in source:
         return import_file(script)
+    if script.resolve() == PRESETS / "published.py":
+        module = import_file(ROOT / "train_gpt.py")
+        from presets import published
+
+        published.install()
+        return module
     from tools.pack_code import is_packed  # needs packages that train_gpt.py can do without
 
     return import_file(ROOT / "train_gpt.py") if is_packed(source) else None

@@ -88,6 +88,23 @@ def read_preset(name):
         raise PresetError(f"PRESET={name}: {path} is damaged: {error}") from None
 
 
+def published_settings():
+    """Names of the settings that presets/published.py adds to those of train_gpt.py."""
+    text = (PRESETS / "published.py").read_text(encoding="utf-8")
+    return {name.upper() for name in re.findall(r"^    (\w+): \w+ = env\(", text, re.M)} - {
+        "COMPRESSOR"  # takes one value more
+    }
+
+
+def script_of(settings):
+    """{NAME: text} -> path of the script that knows these settings: train_gpt.py, or
+    presets/published.py.
+    """
+    if settings.keys() & published_settings() or settings.get("COMPRESSOR") == "pergroup":
+        return PRESETS / "published.py"
+    return PRESETS.parent / "train_gpt.py"
+
+
 def with_preset(environ):
     """The environment over the settings of its PRESET, {NAME: value}.
 
