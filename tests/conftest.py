@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import presets.published  # noqa: E402
 import train_gpt  # noqa: E402
+from tools.run_files import script_of  # noqa: E402
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden"))
 # Seconds that tests wait for what must end by itself: a subprocess, another rank, a thread. The
@@ -151,6 +152,13 @@ def install_published(monkeypatch):
     """Puts the parts of presets/published.py in the place of train_gpt.py's until the test ends."""
     for name, part in presets.published.PARTS.items():
         monkeypatch.setattr(train_gpt, name, part)
+
+
+def install_parts_for(settings, monkeypatch):
+    """install_published where {name: value} are not settings of train_gpt.py alone."""
+    settings = {name.upper(): value for name, value in settings.items()}
+    if script_of(settings).name == "published.py":
+        install_published(monkeypatch)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ GOLDEN = (
 needs_lrzip = pytest.mark.skipif(
     shutil.which("lrzip") is None, reason="the lrzip program is not installed"
 )
+pytestmark = pytest.mark.usefixtures("published")  # which has one more compressor
 COMPRESSORS = ["brotli", "lzma", "entropy", pytest.param("pergroup", marks=needs_lrzip)]
 
 

@@ -19,6 +19,7 @@ from test_artifact import model_arrays
 import train_gpt
 
 pytest.importorskip("brotli")
+pytestmark = pytest.mark.usefixtures("published")
 MUTATIONS = int(os.environ.get("SOAK_MUTATIONS", 240))  # over all compressors
 COMPRESSORS = ["entropy", "brotli", "lzma"] + ["pergroup"] * bool(shutil.which("lrzip"))
 SECONDS, MEMORY = 60, 2**31  # at most, of CPU time and bytes, for one file of a few kilobytes

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IN_SOAK, tiny_hp, write_documents
+from conftest import IN_SOAK, install_parts_for, tiny_hp, write_documents
 
 import train_gpt
 
@@ -48,6 +48,7 @@ OPTIONS = {"ttt_stale_context": 16, "ttt_short_chunks": "40:4", "ngram_tilt_enab
     [("cpu", {}), pytest.param("cuda", {}, marks=GPU), pytest.param("cuda", OPTIONS, marks=GPU)],
 )
 def test_every_graph_is_compiled_once_and_before_the_clock(tmp_path, device, options, monkeypatch):
+    install_parts_for(options, monkeypatch)
     if device == "cpu":
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()

@@ -183,7 +183,7 @@ def test_a_dataset_is_fetched_verified_and_read_by_the_trainer(hub, tmp_path, ca
     assert read_manifest(tmp_path)["sources"][0]["revision"] == REVISION
 
 
-def test_a_plain_variant_has_no_side_car(hub, tmp_path, capsys):
+def test_a_plain_variant_has_no_side_car(hub, tmp_path, capsys, published):
     index = json.loads(hub.files["datasets/manifest.json"])
     entry = index["datasets"][0]
     entry["name"] = "fineweb10B_sp1024"

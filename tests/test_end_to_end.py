@@ -533,7 +533,7 @@ def test_cuda_is_refused_where_there_is_none(refuse):
     assert "DEVICE=cuda" in refuse(DEVICE="cuda")
 
 
-def test_a_missing_lrzip_is_told_before_training(refuse, tmp_path):
+def test_a_missing_lrzip_is_told_before_training(refuse, tmp_path, published):
     message = refuse(COMPRESSOR="pergroup", PATH=str(tmp_path))
     assert "lrzip" in message and "COMPRESSOR" in message
 

@@ -26,6 +26,7 @@ from conftest import IN_SOAK, Lines, tiny_hp, write_documents, write_shard
 from test_end_to_end import SETTINGS, finish, make_data, result_of, start, torchrun
 from test_evaluation import make_model, make_validation, on_ranks, small_hp
 
+import presets.published
 import train_gpt
 from tools import guard
 
@@ -335,8 +336,14 @@ def test_a_file_is_not_read_as_another_model(data, trained, mode):
 def test_every_setting_of_the_model_is_compared_or_may_change():
     names = [field.name for field in dataclasses.fields(train_gpt.Hyperparameters)]
     of_the_model = set(names[names.index("vocab_size") : names.index("max_wallclock_seconds")])
-    may_change = {"tied_embed_init_std", "qk_gain_init", "enable_looping_at", "extra_eval_loops"}
+    may_change = {"tied_embed_init_std", "qk_gain_init", "enable_looping_at"}
     assert of_the_model - set(guard.MEANING) == may_change
+    parts = {field.name: field for field in dataclasses.fields(presets.published.Hyperparameters)}
+    theirs = [name for name in guard.MEANING if name not in names]
+    assert {name: parts[name].default for name in theirs if name in guard.WITHOUT} == guard.WITHOUT
+    # of these the ones that matter are compared where the setting that they belong to is on
+    belong = {"attn_window_full_layers", "bigram_dim", "value_embed_dim"}
+    assert set(theirs) - set(guard.WITHOUT) == belong
 
 
 def test_an_artifact_without_its_checkpoint_is_compared_with_its_log(data, trained, tmp_path):
@@ -788,7 +795,7 @@ def test_calibration_sees_documents_apart_and_every_pass_of_a_loop(tmp_path, dis
 # ---- optimizer
 
 
-def test_tables_that_are_read_row_by_row_learn_at_the_embeddings_rate(dist):
+def test_tables_that_are_read_row_by_row_learn_at_the_embeddings_rate(dist, published):
     hp = small_hp(bigram_vocab_size=20, value_embed_layers="0,2", tie_embeddings=False)
     model = make_model(hp)
     groups = train_gpt.Optimizers(model, hp, dist).adamw.param_groups

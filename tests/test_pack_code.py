@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import HERE, IN_SOAK, PATIENCE, install_published
+from conftest import HERE, IN_SOAK, PATIENCE, install_parts_for
 from test_end_to_end import SETTINGS, QuietGuard, make_data
 from test_presets import PUBLISHED, tiny
 
@@ -497,8 +497,7 @@ def run_both(folder, monkeypatch, settings, run):
     """Packed script without and source with these settings: the same RESULT and artifact."""
     script = folder / "packed.py"
     settings = run_files.with_preset(settings)
-    if run_files.script_of(settings).name == "published.py":
-        install_published(monkeypatch)
+    install_parts_for(settings, monkeypatch)
     script.write_bytes(pack_code(SOURCE, settings))
 
     def call():

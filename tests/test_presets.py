@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, install_published
+from conftest import TINY, install_parts_for
 
 import train_gpt
 from tools import guard, run_files
@@ -92,12 +92,6 @@ def tiny(name, data, runs):
     return environ | {"DATA_PATH": str(data), "RUNS_DIR": str(runs), "RUN_ID": name}
 
 
-def with_parts(preset, monkeypatch):
-    """Installs presets/published.py where the preset is not settings of train_gpt.py alone."""
-    if run_files.script_of(preset).name == "published.py":
-        install_published(monkeypatch)
-
-
 @pytest.fixture(scope="module")
 def plain_data(tiny_data, tmp_path_factory):
     """tiny_data without its side-car, for systems without CaseOps."""
@@ -112,7 +106,7 @@ def test_every_preset_runs_every_stage(tiny_data, plain_data, tmp_path, name, mo
     monkeypatch.setattr(train_gpt, "find_tokenizer", lambda hp: "none")
     monkeypatch.setattr(train_gpt, "load_tokenizer", lambda hp: Pieces)
     preset = read_preset(name)
-    with_parts(preset, monkeypatch)
+    install_parts_for(preset, monkeypatch)
     caseops = preset.get("CASEOPS_ENABLED", "1") == "1"
     environ = tiny(name, tiny_data if caseops else plain_data, tmp_path)
     watching = guard.RunGuard()
@@ -154,7 +148,7 @@ def test_the_presets_are_those_of_the_documentation():
 @pytest.mark.parametrize("name", [*PUBLISHED, "demo"])
 def test_settings_of_a_preset_are_settings_and_the_environment_wins(name, monkeypatch):
     preset = read_preset(name)
-    with_parts(preset, monkeypatch)
+    install_parts_for(preset, monkeypatch)
     hp = train_gpt.Hyperparameters.from_env({"PRESET": name}, guard.RunGuard())
     for key, value in preset.items():
         found = getattr(hp, key.lower())

@@ -53,7 +53,6 @@ ORDERS = {
     "default": {},
     "shuffled_spans": {"data_seed": 5},
     "as_stored": {"balance_rows": False},
-    "shuffled_documents": {"doc_shuffle_enabled": True, "data_seed": 3},
     "larger_steps": {"train_batch_tokens": 512},
 }
 

@@ -282,9 +282,7 @@ def test_tokenizers(place):
     pytest.importorskip("sentencepiece")
     data = (Path(__file__).parents[1] / "tokenizers" / "caseops_8192.model").read_bytes()
     path = place / "damaged.model"
-    hp = tiny_hp(
-        data_path=str(place), tokenizer_path=str(path), vocab_size=8192, caseops_enabled=False
-    )
+    hp = tiny_hp(data_path=str(place), tokenizer_path=str(path), vocab_size=8192)
 
     def read():
         published.piece_byte_tables(train_gpt.load_tokenizer(hp))

@@ -27,7 +27,7 @@ from types import SimpleNamespace
 import faults
 import pytest
 import torch
-from conftest import HERE, PATIENCE, Lines, tell, tiny_hp
+from conftest import HERE, PATIENCE, Lines, install_parts_for, tell, tiny_hp
 from test_optimizer import run_on_ranks
 from test_training import OPS, SMALL, equal_states, everything
 
@@ -260,7 +260,7 @@ def test_looping_that_begins_right_after_the_state_is_logged_and_timed(tiny_data
     assert sum(line.startswith("step:4 looping:1") for line in again.log) == 1
 
 
-def test_the_snapshots_of_the_average_are_counted_on(tiny_data, tmp_path):
+def test_the_snapshots_of_the_average_are_counted_on(tiny_data, tmp_path, published):
     """SWA_BELOW_LR: a count that began anew would drop all snapshots from before the state."""
     settings = {"swa_below_lr": 0.9, "swa_every": 1, "warmdown_frac": 1.0, "min_lr": 0.0}
     (tmp_path / "whole").mkdir()
@@ -554,6 +554,7 @@ def test_the_trial_packs_what_a_run_packs(changes, dist):
     ],
 )
 def test_a_compressor_that_fails_on_the_real_shapes_is_refused(tmp_path, monkeypatch, name):
+    install_parts_for({"COMPRESSOR": name}, monkeypatch)
     assert "trial_packing" in machine(tmp_path, compressor=name)
     unpack = train_gpt.unpack_weights
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import test_evaluation
 import torch
-from conftest import Lines, write_documents
+from conftest import TINY, Lines, install_parts_for, write_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluation import document_spans, make_model, on_ranks, piece_losses, small_hp
@@ -44,6 +44,11 @@ LENGTHS = [40, 17, 1, 8, 0, 33, 7, 0, 25, 1]
 ACTIVE = {"ttt_lora_lr": 0.02, "global_ttt_lr": 0.05, "global_ttt_chunk_tokens": 64}
 
 
+def published_hp(**changes):
+    """small_hp with the settings of presets/published.py."""
+    return parts.Hyperparameters(**(TINY | test_evaluation.SMALL | changes))
+
+
 def make_validation(folder, hp, lengths=LENGTHS):
     return test_evaluation.make_validation(folder, hp, lengths)
 
@@ -59,7 +64,7 @@ def run_ttt(hp, validation, world_size=1, log=None):
     models = [make_model(hp) for _ in range(world_size)]
 
     def work(dist):
-        return TTT(
+        return train_gpt.TestTimeTrainer(
             models[dist.rank], validation, hp, dist, Lines() if log is None else log
         ).evaluate()
 
@@ -157,7 +162,8 @@ COVERAGE = [
 @pytest.mark.parametrize(
     "changes", COVERAGE, ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items())
 )
-def test_every_token_is_scored_once(tmp_path, counted, changes):
+def test_every_token_is_scored_once(tmp_path, counted, changes, monkeypatch):
+    install_parts_for(changes, monkeypatch)
     hp = small_hp(data_path=str(tmp_path), **ACTIVE | changes)
     tokens, target_bytes = write_documents(tmp_path, "val", LENGTHS, shard_sizes=[100, 91, 500])
     (score,), _ = run_ttt(hp, train_gpt.ValidationSet(hp))
@@ -254,7 +260,7 @@ OPTIONS = {"ngram_tilt_enabled": True, "ttt_stale_context": 17, "ttt_short_chunk
     "document, offset, reaches_others", [(5, 20, True), (1, 13, True), (4, 9, False)]
 )
 def test_nor_does_it_with_hints_and_stale_context(
-    tmp_path, monkeypatch, counted, document, offset, reaches_others
+    tmp_path, monkeypatch, counted, document, offset, reaches_others, published
 ):
     monkeypatch.setattr(parts.NGRAM, "context", 2)
     check_changed_token(tmp_path, counted, document, offset, reaches_others, **OPTIONS)
@@ -432,7 +438,7 @@ def slow_hints(validation, hp):
     return found
 
 
-def test_hints_come_from_what_was_counted_before(tmp_path, monkeypatch):
+def test_hints_come_from_what_was_counted_before(tmp_path, monkeypatch, published):
     monkeypatch.setattr(parts.NGRAM, "context", 2)
     hp = small_hp(data_path=str(tmp_path), **LEGAL | OPTIONS)
     validation, recorder = make_validation(tmp_path, hp, LEGAL_LENGTHS), Recorder(monkeypatch)
@@ -471,7 +477,9 @@ def test_a_changed_token_finds_what_breaks_the_rule(tmp_path, monkeypatch, count
         check_changed_token(tmp_path, counted, 0, 20, False)
 
 
-def test_a_changed_token_finds_hints_in_the_order_of_the_stream(tmp_path, monkeypatch, counted):
+def test_a_changed_token_finds_hints_in_the_order_of_the_stream(
+    tmp_path, monkeypatch, counted, published
+):
     ngram_hints = parts.ngram_hints
 
     def illegal(tokens, starts, lengths, phases):
@@ -548,12 +556,14 @@ def test_hints_are_what_mostly_followed_before(sizes, letters, phases, seed):
         }
 
 
-def test_the_tilted_distribution_sums_to_one(tmp_path):
+def test_the_tilted_distribution_sums_to_one(tmp_path, published):
     """For every hint; a hint's odds are e^boost times what they were, and without one nothing
     changes.
     """
     hp = small_hp(data_path=str(tmp_path), ngram_tilt_enabled=True)
-    trainer = TTT(make_model(hp), make_validation(tmp_path, hp), hp, Dist("cpu"), Lines())
+    trainer = train_gpt.TestTimeTrainer(
+        make_model(hp), make_validation(tmp_path, hp), hp, Dist("cpu"), Lines()
+    )
     generator, V = torch.Generator().manual_seed(1), hp.vocab_size
     rows = torch.randn(4, trainer.lora.values.size(1), generator=generator)
     head = trainer.lora.tap(trainer.lora.scaled_parts(rows, slice(None))).head
@@ -571,7 +581,7 @@ def test_the_tilted_distribution_sums_to_one(tmp_path):
     assert torch.equal(plain[0], tilted[0])
 
 
-def test_hints_change_the_score_of_their_tokens_and_nothing_else(tmp_path, counted):
+def test_hints_change_the_score_of_their_tokens_and_nothing_else(tmp_path, counted, published):
     scores, losses = {}, {}
     for tilt in (False, True):
         hp = small_hp(
@@ -948,10 +958,11 @@ def test_lane_i_runs_on_rank_i_mod_world_size_in_the_plans_order(tmp_path, monke
         },
     ],
 )
-def test_losses_are_those_of_documents_scored_one_by_one(tmp_path, counted, changes):
+def test_losses_are_those_of_documents_scored_one_by_one(tmp_path, counted, changes, monkeypatch):
     """Small rates: an update divided by its own size turns rounding of a gradient near 0 into a
     step of full size.
     """
+    install_parts_for(changes, monkeypatch)
     hp = small_hp(
         data_path=str(tmp_path),
         **ACTIVE | {"ttt_lora_lr": 2e-3, "phased_ttt_num_phases": 2} | changes,
@@ -983,7 +994,7 @@ def test_losses_are_those_of_documents_scored_one_by_one(tmp_path, counted, chan
 def test_the_schedule_runs_every_chunk_once_each_queue_in_order(
     queues, batch, sizes, num_rows, short, stale
 ):
-    hp = small_hp(
+    hp = published_hp(
         ttt_batch_size=batch,
         ttt_chunk_size=sizes[0],
         ttt_eval_seq_len=sizes[1],
@@ -1376,7 +1387,7 @@ def test_the_plan_knows_nothing_of_ranks_and_contents():
 @settings(max_examples=100, deadline=None)
 @given(SIZES, st.integers(1, 40), st.integers(0, 200), st.booleans())
 def test_window_positions_counts_the_windows(sizes, chunk, more, stale):
-    hp = small_hp(
+    hp = published_hp(
         ttt_chunk_size=chunk,
         ttt_eval_seq_len=max(2, chunk + more),
         ttt_short_chunks="9:2,100:30",
