@@ -3158,10 +3158,10 @@ class GPT(nn.Module):
             columns["gate"] = self.attn_gate.to(self.dtype).unbind(0)
         weights = []
         for layer in range(hp.num_layers):
-            own = {name: column[layer] for name, column in columns.items()}
+            fields = {name: column[layer] for name, column in columns.items()}
+            scale = self.depth_scale[layer, :1]
             xsa = layer >= hp.num_layers - hp.xsa_last_n
-            own_scale = self.depth_scale[layer, :1]
-            weights.append(LayerWeights(depth_scale=own_scale, xsa=xsa, **own))
+            weights.append(LayerWeights(depth_scale=scale, xsa=xsa, **fields))
         return weights
 
     def slot_input(self, x, x0, w, return_mix, return_merged, *skip):
@@ -3270,8 +3270,8 @@ class GPT(nn.Module):
         """(B, T) ids -> (B, T, D), the output of the final norm.
 
         With cu_seqlens, B is 1 and the documents between these borders do not see each other; none
-        is longer than max_seqlen. Without it every row is one document. compiled_parts
-        has a slot_input and a block that were compiled by themselves; slot_input then returns every
+        is longer than max_seqlen. Without it every row is one document. compiled_parts has a
+        slot_input and a block that were compiled by themselves; slot_input then returns every
         output, which keeps the number of graphs small.
         """
         parts = compiled_parts or self
