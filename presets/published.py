@@ -18,7 +18,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -348,7 +347,6 @@ HEAD_NAMES = train_gpt.HEAD_NAMES | {
     "bigram_table": "bigram.weight",
     "value_table": "value_embed.weight",
 }
-EMBEDDINGS = tuple(HEAD_NAMES)
 
 
 class GPT(train_gpt.GPT):
@@ -425,16 +423,16 @@ class GPT(train_gpt.GPT):
             fake_quantize(self.mlp_down_bank, bits, hp.mlp_clip_sigmas),
         )
 
-    def weights_for(self, tokens, fresh):
-        weights = super().weights_for(tokens, fresh)
+    def weights_for(self, tokens, window_start):
+        weights = super().weights_for(tokens, window_start)
         if not (self.hp.attn_window or self.hp.new_values):
             return weights
-        extras = layer_extras(self, tokens, fresh)
+        extras = layer_extras(self, tokens, window_start)
         return [w._replace(extras=e) for w, e in zip(weights, extras, strict=True)]
 
-    def token_embedding(self, tokens, fresh):
-        e = super().token_embedding(tokens, fresh)
-        return e + bigram_embedding(self, tokens, fresh) if self.hp.bigram_vocab_size else e
+    def token_embedding(self, tokens, window_start):
+        e = super().token_embedding(tokens, window_start)
+        return e + bigram_embedding(self, tokens, window_start) if self.hp.bigram_vocab_size else e
 
     def keys_and_values(self, k, v, w):
         """PARTIAL_KEY_OFFSET, VALUE_EMBED_LAYERS, VALUE_RESIDUAL."""
@@ -449,33 +447,35 @@ class GPT(train_gpt.GPT):
             extras["first"]["values"] = v
         return k, v
 
-    def attend(self, q, k, v, packing, w):
+    def attend(self, q, k, v, segments, w):
         if not self.hp.attn_window:
-            return super().attend(q, k, v, packing, w)
-        return self.ops.attention(q, k, v, *packing, w.extras["window"])
+            return super().attend(q, k, v, segments, w)
+        return segments.attend(self.ops, q, k, v, w.extras["window"])
 
 
-def lacks_previous(tokens, fresh):
-    """(B, T) ids -> (B, T) bool: BOS, and where `fresh` is set, or a row starts: there is no
+def lacks_previous(tokens, window_start):
+    """(B, T) ids -> (B, T) bool: BOS, and where `window_start` is set, or a row starts: there is no
     previous token.
     """
     starts = (tokens == BOS_ID) | (torch.arange(tokens.size(1), device=tokens.device) == 0)
-    return starts if fresh is None else starts | fresh
+    return starts if window_start is None else starts | window_start
 
 
-def bigram_embedding(model, tokens, fresh):
+def bigram_embedding(model, tokens, window_start):
     """(B, T) ids -> (B, T, D): embedding of the hashed pair of a token and the one before (PRs
     960, 1512).
     """
     last, previous = model.hp.bigram_vocab_size - 1, F.pad(tokens[:, :-1], (1, 0))
     bucket = ((36313 * tokens) ^ (27191 * previous)) % last
-    rows = F.embedding(torch.where(lacks_previous(tokens, fresh), last, bucket), model.bigram_table)
+    rows = F.embedding(
+        torch.where(lacks_previous(tokens, window_start), last, bucket), model.bigram_table
+    )
     return model.bigram_scale.to(model.dtype) * F.linear(
         rows.to(model.dtype), model.bigram_proj.to(model.dtype)
     )
 
 
-def layer_extras(model, tokens, fresh):
+def layer_extras(model, tokens, window_start):
     """(B, T) ids -> for every layer what keys_and_values and its attention need, by name.
 
     window: tokens that it sees before its own, 0: all; begins (B, T), where keys are offset;
@@ -487,7 +487,7 @@ def layer_extras(model, tokens, fresh):
         {"window": hp.attn_window * (layer < L - hp.attn_window_full_layers)} for layer in range(L)
     ]
     if hp.partial_key_offset:
-        offset = {"begins": lacks_previous(tokens, fresh)}
+        offset = {"begins": lacks_previous(tokens, window_start)}
         found = [extras if extras["window"] else extras | offset for extras in found]
     if hp.value_embed_layers:
         rows = F.linear(
@@ -797,7 +797,7 @@ def evaluate_sgd(evaluator):
         model.parameters(), lr=hp.global_ttt_lr, momentum=hp.global_ttt_momentum
     )
     for number, chunk in enumerate(chunks):
-        evaluator.count(chunk, score, dist.rank, dist.world_size)
+        evaluator.add_losses(chunk, score, dist.rank, dist.world_size)
         if number + 1 < len(chunks):
             joined = chunk[1:, 2] == chunk[:-1, 1]  # windows that go on where the one before ended
             starts, ends = chunk[np.append(True, ~joined), 2], chunk[np.append(~joined, True), 1]
@@ -831,8 +831,10 @@ class TestTimeTrainer(train_gpt.TestTimeTrainer):
         losses = super().head_function()
         return with_tilt(losses) if self.hp.ngram_tilt_enabled else losses
 
-    def targets_at(self, places):
-        return self.hinted[places] if self.hp.ngram_tilt_enabled else super().targets_at(places)
+    def targets_at(self, positions):
+        if self.hp.ngram_tilt_enabled:
+            return self.hinted[positions]
+        return super().targets_at(positions)
 
     def learned_and_counted(self, losses):
         return losses if self.hp.ngram_tilt_enabled else super().learned_and_counted(losses)
@@ -841,7 +843,7 @@ class TestTimeTrainer(train_gpt.TestTimeTrainer):
         if self.hp.ngram_tilt_enabled:
             hints = ngram_hints(self.packer.tokens, starts, lengths, phases)
             self.hinted[:, 1] = hints
-            seconds = time.perf_counter() - self.started
+            seconds = self.progress.seconds()
             self.log(f"ttt_ngram hints:{(hints >= 0).sum()} seconds:{seconds:.1f}")
 
     def skip_fine_tuning(self):
@@ -849,10 +851,10 @@ class TestTimeTrainer(train_gpt.TestTimeTrainer):
         if self.hp.ngram_tilt_enabled:
             self.hinted[:, 1] = -1  # documents of this phase may be left to the end
 
-    def dynamic_block(self, entry, mlp_lane, w, rope, packing, tap):
+    def dynamic_block(self, entry, mlp_lane, w, rope, segments, tap):
         if self.hp.new_values:
             self.mark_dynamic([0, 1], *streams_of(w.extras))
-        return super().dynamic_block(entry, mlp_lane, w, rope, packing, tap)
+        return super().dynamic_block(entry, mlp_lane, w, rope, segments, tap)
 
 
 # Tokens before a hint, its least share of the cases so far, what its logit gains; keys are
@@ -941,7 +943,6 @@ PARTS = {
     "ValidationSet": ValidationSet,
     "LayerWeights": LayerWeights,
     "HEAD_NAMES": HEAD_NAMES,
-    "EMBEDDINGS": EMBEDDINGS,
     "GPT": GPT,
     "Muon": Muon,
     "decay_multiplier": decay_multiplier,

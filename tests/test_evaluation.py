@@ -57,7 +57,7 @@ def make_model(hp, seed=0):
 
 
 def make_validation(folder, hp, lengths=LENGTHS, **kwargs):
-    """ValidationSet of new documents in `folder`; the side-car's charges are random, 0 at every
+    """ValidationSet of new documents in `folder`; the side-car's target_bytes are random, 0 at every
     BOS.
     """
     write_documents(folder, "val", lengths, **kwargs)
@@ -125,8 +125,8 @@ def counted(monkeypatch):
         waiting.scored = waiting.inputs >= first
         return build(packer, windows)
 
-    def note_add(score, losses, scored, charges):
-        add(score, losses, scored, charges)
+    def note_add(score, losses, scored, target_bytes):
+        add(score, losses, scored, target_bytes)
         positions = 1 + waiting.inputs[waiting.scored]
         values = losses[scored].tolist()
         assert len(values) == len(positions)
@@ -192,7 +192,7 @@ def test_every_token_but_the_first_is_scored_once(
         train_batch_tokens=row,
         **more,
     )
-    tokens, charges = write_documents(tmp_path, "val", LENGTHS, shard_sizes=[90, 100, 500])
+    tokens, target_bytes = write_documents(tmp_path, "val", LENGTHS, shard_sizes=[90, 100, 500])
     validation, model = train_gpt.ValidationSet(hp), make_model(hp)
     scores = on_ranks(
         world_size, lambda dist: Evaluator(model, validation, hp, dist).evaluate_bpb(stride)
@@ -201,7 +201,7 @@ def test_every_token_but_the_first_is_scored_once(
         range(1, len(tokens))
     )
     assert all(score == scores[0] for score in scores)
-    assert (scores[0]["tokens"], scores[0]["bytes"]) == (len(tokens) - 1, charges.sum())
+    assert (scores[0]["tokens"], scores[0]["bytes"]) == (len(tokens) - 1, target_bytes.sum())
     assert scores[0]["loss"] == pytest.approx(np.mean(list(flat(counted).values())), rel=1e-6)
 
 
@@ -393,9 +393,9 @@ def test_packed_rows_hold_every_window_in_order_within_bounds(
         assert not row.scored[filled:].any()
         # tokens are their own positions here
         assert (row.targets - row.inputs[0])[:filled].tolist() == [1] * filled
-        assert set(row.fresh[0].nonzero()[:, 0].tolist()) == set(row.cu_seqlens.tolist()) & set(
-            range(filled)
-        )
+        assert set(row.window_start[0].nonzero()[:, 0].tolist()) == set(
+            row.cu_seqlens.tolist()
+        ) & set(range(filled))
 
 
 # ---- BPB
@@ -445,11 +445,11 @@ def test_score_adds_in_float64(dist):
 
 def test_totals_of_part_of_the_documents(tmp_path):
     hp = small_hp(data_path=str(tmp_path))
-    tokens, charges = write_documents(tmp_path, "val", LENGTHS)
+    tokens, target_bytes = write_documents(tmp_path, "val", LENGTHS)
     validation, spans = train_gpt.ValidationSet(hp), document_spans(tokens)
     for count in range(len(spans) + 1):
         last = spans[count - 1][1] if count else 0
-        assert validation.targets_of(np.arange(count)) == (last, charges[1 : last + 1].sum())
+        assert validation.targets_of(np.arange(count)) == (last, target_bytes[1 : last + 1].sum())
 
 
 # ---- byte tables of plain SentencePiece (CASEOPS_ENABLED=0)

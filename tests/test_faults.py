@@ -524,11 +524,11 @@ def test_seeds_of_usual_size_give_what_they_gave(dist, ops):
         lora = train_gpt.BatchedLoRA(
             model, range(1, 2), tiny_hp(seed=seed), dist.device, model.ops.adamw_rows
         )
-        want = torch.empty_like(lora.kept)
+        want = torch.empty_like(lora.warm_a)
         want.uniform_(
             -(32**-0.5), 32**-0.5, generator=torch.Generator().manual_seed(seed * 1_000_003 + 1)
         )
-        assert torch.equal(lora.kept, want)
+        assert torch.equal(lora.warm_a, want)
 
 
 # ---- clocks
@@ -878,15 +878,18 @@ def test_base_weights_are_fine_tuned_on_all_ranks_or_on_none(tmp_path, monkeypat
         scoring[trainer.dist.rank] = False
         return rest
 
-    late = lambda trainer, cost: trainer.dist.rank == 1 and not scoring[1]  # noqa: E731
+    logs = [Lines(), Lines()]
+
+    def is_short_for(progress, cost):
+        return progress.log is logs[1] and not scoring[1]
+
     monkeypatch.setattr(train_gpt.TestTimeTrainer, "run_steps", noted_steps)
-    monkeypatch.setattr(train_gpt.TestTimeTrainer, "late", late)
+    monkeypatch.setattr(train_gpt.Progress, "is_short_for", is_short_for)
     monkeypatch.setattr(
         train_gpt.TestTimeTrainer,
         "global_adapt",
         lambda trainer, _: adapted.append(trainer.dist.rank),
     )
-    logs = [Lines(), Lines()]
     on_ranks(
         2,
         lambda dist: train_gpt.TestTimeTrainer(

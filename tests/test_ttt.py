@@ -28,8 +28,10 @@ from train_gpt import (
     BatchedLoRA,
     Dist,
     Evaluator,
+    Scheduler,
+    StepRow,
     plan_ttt,
-    schedule_ttt,
+    schedule_rank,
     window_positions,
 )
 
@@ -81,22 +83,29 @@ def counted(monkeypatch):
         waiting.table, waiting.starts = table.numpy(), trainer.validation.starts
         return chunk_step(trainer, table, width)
 
-    def note_add(score, losses, scored, charges):
-        add(score, losses, scored, charges)
+    def note_add(score, losses, scored, target_bytes):
+        add(score, losses, scored, target_bytes)
         if losses.dim() == 1:  # a row of plain scoring, when the budget ends
             return
         call = {}
-        for row, (_, _, window, first, count, _) in enumerate(waiting.table.tolist()):
-            assert scored[row].tolist() == [column < count for column in range(scored.size(1))]
-            document = int(np.searchsorted(waiting.starts, window, "right")) - 1
-            for column in range(count):
-                call[document, window + first + column + 1] = losses[row, column].item()
+        for number, row in enumerate(waiting.table.tolist()):
+            row = StepRow(*row)
+            columns = range(scored.size(1))
+            assert scored[number].tolist() == [column < row.count for column in columns]
+            document = int(np.searchsorted(waiting.starts, row.window, "right")) - 1
+            for column in range(row.count):
+                target = row.window + row.first + column + 1
+                call[document, target] = losses[number, column].item()
         assert len(call) == scored.sum()
         calls.append(call)
 
     monkeypatch.setattr(TTT, "chunk_step", note_step)
     monkeypatch.setattr(train_gpt.Score, "add", note_add)
     return calls
+
+
+def step_rows(step):
+    return [StepRow(*row) for row in step.table.tolist()]
 
 
 def flat(calls):
@@ -156,7 +165,7 @@ COVERAGE = [
 def test_every_token_is_scored_once(tmp_path, counted, changes, monkeypatch):
     install_parts_for(changes, monkeypatch)
     hp = small_hp(data_path=str(tmp_path), **ACTIVE | changes)
-    tokens, charges = write_documents(tmp_path, "val", LENGTHS, shard_sizes=[100, 91, 500])
+    tokens, target_bytes = write_documents(tmp_path, "val", LENGTHS, shard_sizes=[100, 91, 500])
     (score,), _ = run_ttt(hp, train_gpt.ValidationSet(hp))
     spans = document_spans(tokens)
     chosen = sorted({document for document, _ in flat(counted)})
@@ -168,7 +177,7 @@ def test_every_token_is_scored_once(tmp_path, counted, changes, monkeypatch):
     assert sorted(flat(counted)) == targets
     assert (score["tokens"], score["bytes"]) == (
         len(targets),
-        sum(charges[place] for _, place in targets),
+        sum(target_bytes[place] for _, place in targets),
     )
     wanted = min(hp.ttt_max_docs or len(LENGTHS), len(LENGTHS))
     assert (score["documents"], score["partial"]) == (wanted, wanted < len(LENGTHS))
@@ -204,7 +213,7 @@ def test_a_lost_token_raises(tmp_path, monkeypatch):
     chunk_step = TTT.chunk_step
 
     def forgetful(trainer, table, width):
-        table[:, 4] = table[:, 4].clamp_max(7)
+        StepRow(*table.T).count.clamp_max_(7)
         return chunk_step(trainer, table, width)
 
     monkeypatch.setattr(TTT, "chunk_step", forgetful)
@@ -304,11 +313,11 @@ class Recorder:
         build, sgd_step, row = train_gpt.WindowPacker.build, torch.optim.SGD.step, []
 
         def note_step(trainer, table, width):
-            self.table = table.tolist()
+            self.rows = [StepRow(*row) for row in table.tolist()]
             chunk_step(trainer, table, width)
 
-        def note_add(score, losses, scored, charges):
-            add(score, losses, scored, charges)
+        def note_add(score, losses, scored, target_bytes):
+            add(score, losses, scored, target_bytes)
             self.clock += 1
             for target in self.targets(lambda row: True):
                 assert target not in self.counted, "counted twice"
@@ -316,7 +325,7 @@ class Recorder:
 
         def note_learning(lora, gradient, source, target, number):
             step(lora, gradient, source, target, number)
-            self.learn(self.targets(lambda row: row[1] < lora.flight))
+            self.learn(self.targets(lambda row: row.target != lora.scratch_row))
 
         def note_build(packer, windows):
             row.extend(
@@ -339,7 +348,12 @@ class Recorder:
             monkeypatch.setattr(owner, name, note)
 
     def targets(self, wanted):
-        return [row[2] + row[3] + 1 + i for row in self.table if wanted(row) for i in range(row[4])]
+        targets = []
+        for row in self.rows:
+            if wanted(row):
+                first = row.window + row.first + 1
+                targets += range(first, first + row.count)
+        return targets
 
     def learn(self, targets):
         self.clock += 1
@@ -373,7 +387,7 @@ def adapt_then_score(run_steps):
     """The rule broken: the base is fine-tuned on the first documents before they are counted."""
 
     def illegal(trainer, steps):
-        if trainer.done == 0:
+        if trainer.progress.cost_done == 0:
             trainer.global_adapt(trainer.documents[:2])
         return run_steps(trainer, steps)
 
@@ -552,11 +566,11 @@ def test_the_tilted_distribution_sums_to_one(tmp_path, published):
     )
     generator, V = torch.Generator().manual_seed(1), hp.vocab_size
     rows = torch.randn(4, trainer.lora.values.size(1), generator=generator)
-    head = trainer.lora.tap(trainer.lora.factors(rows, slice(None))).head
+    head = trainer.lora.tap(trainer.lora.scaled_parts(rows, slice(None))).head
     hidden = torch.randn(4, 1, hp.model_dim, generator=generator).expand(-1, V, -1)
     hints = torch.tensor([-1, 0, 50, V - 1])
     targets = torch.stack((torch.arange(V).expand(4, V), hints[:, None].expand(4, V)), -1)
-    plain, tilted = trainer.head(hidden, targets, head)
+    plain, tilted = trainer.compiled.token_losses(hidden, targets, head)
     assert torch.equal(plain, trainer.model.token_losses(hidden, targets[..., 0], head))
     assert torch.allclose(
         (-tilted).double().exp().sum(1), torch.ones(4, dtype=torch.float64), atol=1e-5
@@ -651,7 +665,11 @@ def test_what_the_budget_leaves_is_scored_without_adaptation(
     if not adapted:  # what is scored plainly is scored by the base as it was given
         for row, losses in plain:
             hidden = model.forward_hidden(
-                row.inputs, row.cu_seqlens, max_seqlen=32, looping=True, fresh=row.fresh
+                row.inputs,
+                row.cu_seqlens,
+                max_seqlen=32,
+                looping=True,
+                window_start=row.window_start,
             )
             assert torch.allclose(losses, model.token_losses(hidden[0], row.targets), atol=1e-4)
 
@@ -695,7 +713,7 @@ def test_without_adaptation_there_are_no_hints_from_what_is_left(tmp_path, monke
     validation, hinted, run_steps = make_validation(tmp_path, hp), [], TTT.run_steps
 
     def note(trainer, steps):
-        hinted.append((trainer.phase, int((trainer.hinted[:, 1] >= 0).sum())))
+        hinted.append((trainer.progress.phase, int((trainer.hinted[:, 1] >= 0).sum())))
         return run_steps(trainer, steps)
 
     Clock(monkeypatch, slow=1)
@@ -764,7 +782,7 @@ def test_one_lora_step_is_the_gradient_step_on_the_chunk_alone(tmp_path, counted
     validation, model = make_validation(tmp_path, hp, [15]), make_model(hp)
     run_ttt(hp, validation)
     lora = make_lora(hp, lanes=[0])
-    a = torch.nn.Parameter(lora.kept[0].view(hp.model_dim, hp.ttt_lora_rank).T.clone())
+    a = torch.nn.Parameter(lora.warm_a[0].view(hp.model_dim, hp.ttt_lora_rank).T.clone())
     b = torch.nn.Parameter(torch.zeros(hp.vocab_size, hp.ttt_lora_rank))
     tokens = torch.from_numpy(validation.tokens)
     scale = hp.ttt_lora_alpha / hp.ttt_lora_rank
@@ -788,7 +806,7 @@ def test_one_lora_step_is_the_gradient_step_on_the_chunk_alone(tmp_path, counted
 
 def repetitive(tmp_path, documents=4, length=50):
     """Every document repeats one and the same walk of 10 tokens."""
-    tokens, charges = write_documents(tmp_path, "val", [length] * documents)
+    tokens, target_bytes = write_documents(tmp_path, "val", [length] * documents)
     for start, _ in document_spans(tokens):
         tokens[start + 1 : start + 1 + length] = 10 + np.arange(length) % 10 * 7
     return tokens
@@ -885,10 +903,10 @@ def test_lane_i_runs_on_rank_i_mod_world_size_in_the_plans_order(tmp_path, monke
 
     def note(trainer, steps):
         documents = {
-            int(np.searchsorted(validation.starts, row[2], "right")) - 1
+            int(np.searchsorted(validation.starts, row.window, "right")) - 1
             for step in steps
-            for row in step.table
-            if row[4]
+            for row in step_rows(step)
+            if row.count
         }
         scored.setdefault(trainer.dist.rank, []).append(documents)
         return []
@@ -897,7 +915,7 @@ def test_lane_i_runs_on_rank_i_mod_world_size_in_the_plans_order(tmp_path, monke
     monkeypatch.setattr(train_gpt.Score, "total", lambda score, dist, expected: {})
     lengths = validation.ends - validation.starts
     phases = plan_ttt(lengths, hp)
-    assert max(len(place) for phase in phases for lane in phase.lanes for place in lane) > 1
+    assert max(len(queue) for phase in phases for lane in phase.lanes for queue in lane) > 1
     for world_size in (1, 2, 3, 6):
         scored.clear()
         run_ttt(hp, validation, world_size)
@@ -906,8 +924,8 @@ def test_lane_i_runs_on_rank_i_mod_world_size_in_the_plans_order(tmp_path, monke
                 {
                     d
                     for lane in range(rank, 5, world_size)
-                    for place in phase.lanes[lane]
-                    for d in place
+                    for queue in phase.lanes[lane]
+                    for d in queue
                     if lengths[d]
                 }
                 for phase in phases
@@ -974,8 +992,8 @@ def test_losses_are_those_of_documents_scored_one_by_one(tmp_path, counted, chan
     st.booleans(),
     st.booleans(),
 )
-def test_the_schedule_runs_every_chunk_once_each_place_in_order(
-    places, batch, sizes, flight, short, stale
+def test_the_schedule_runs_every_chunk_once_each_queue_in_order(
+    queues, batch, sizes, num_rows, short, stale
 ):
     hp = published_hp(
         ttt_batch_size=batch,
@@ -984,31 +1002,37 @@ def test_the_schedule_runs_every_chunk_once_each_place_in_order(
         ttt_stale_context=sizes[0] + 1 if stale else 0,
         ttt_short_chunks="20:2,60:5" if short else "",
     )
-    lengths = np.array([length for place in places for length in place])
+    lengths = np.array([length for queue in queues for length in queue])
     starts = np.cumsum(lengths) - lengths
     numbers = iter(range(len(lengths)))
-    places = [[next(numbers) for _ in place] for place in places]
-    found, at, shapes = {}, {}, set()
-    for step in schedule_ttt(places, starts, lengths, flight, hp):
+    queues = [[next(numbers) for _ in queue] for queue in queues]
+    scratch = num_rows
+    padding = StepRow(scratch, scratch, 0, 0, 0, 1)
+    found, queue_of_row, shapes = {}, {}, set()
+    for step in Scheduler(queues, starts, lengths, num_rows, hp).steps():
         shapes.add((len(step.table), step.width))
-        for row, place in step.begins.tolist():
-            assert row not in at and place not in at.values() and 0 <= row < flight
-            at[row] = place
-            found.setdefault(place, []).append([])
+        for row, queue in step.begins.tolist():
+            assert row not in queue_of_row and queue not in queue_of_row.values()
+            assert 0 <= row < num_rows
+            queue_of_row[row] = queue
+            found.setdefault(queue, []).append([])
         ends = dict(step.ends.tolist())
-        live = [row for row in step.table.tolist() if row[4]]
+        rows = step_rows(step)
+        live = [row for row in rows if row.count]
         # rows never meet in a step
-        assert 0 < len(live) and len({row[0] for row in live}) == len(live)
-        assert all(row == [flight, flight, 0, 0, 0, 1] for row in step.table.tolist() if not row[4])
-        for source, target, window, first, count, number in live:
-            assert target == (flight if source in ends else source) and first + count <= step.width
-            found[at[source]][-1].append((window, first, count))
-            assert number == len(found[at[source]][-1])
-        for row, place in ends.items():
-            assert at.pop(row) == place
-    assert not at and len(shapes) <= 18
+        assert 0 < len(live) and len({row.source for row in live}) == len(live)
+        assert all(row == padding for row in rows if not row.count)
+        for row in live:
+            assert row.target == (scratch if row.source in ends else row.source)
+            assert row.first + row.count <= step.width
+            document = found[queue_of_row[row.source]][-1]
+            document.append((row.window, row.first, row.count))
+            assert row.number == len(document)
+        for row, queue in ends.items():
+            assert queue_of_row.pop(row) == queue
+    assert not queue_of_row and len(shapes) <= 18
     context = sizes[1] - hp.ttt_stale_context
-    for place, documents in enumerate(places):
+    for queue, documents in enumerate(queues):
         wanted = []
         for document in documents:
             start, length, chunks = int(starts[document]), int(lengths[document]), []
@@ -1018,33 +1042,54 @@ def test_the_schedule_runs_every_chunk_once_each_place_in_order(
                 begin = max(0, end - context)
                 chunks.append((start + begin, first - begin, end - first))
             wanted += [chunks] * bool(chunks)
-        assert found.get(place, []) == wanted
+        assert found.get(queue, []) == wanted
+
+
+def test_the_steps_of_every_rank_are_planned_from_lengths_alone():
+    """No model, no device: 500 documents on 3 ranks, each of them in the steps of one rank."""
+    lengths = np.random.default_rng(0).lognormal(5, 1, 500).astype(int)
+    starts = np.cumsum(lengths + 1) - lengths - 1
+    hp = small_hp(ttt_lanes=5, ttt_batch_size=4, phased_ttt_prefix_docs=20_000)
+    phases = plan_ttt(lengths, hp)
+    scored = np.zeros(starts[-1] + lengths[-1], int)
+    for rank in range(3):
+        schedules = schedule_rank(phases, starts, lengths, rank, 3, hp)
+        for phase, steps in zip(phases, schedules, strict=True):
+            for row in (row for step in steps for row in step_rows(step)):
+                chunk = row.window + row.first + np.arange(row.count)
+                scored[chunk] += 1
+                document = np.searchsorted(starts, row.window, "right") - 1
+                assert not row.count or document in phase.documents
+    wanted = np.concatenate(
+        [start + np.arange(n) for start, n in zip(starts, lengths, strict=True)]
+    )
+    assert (np.flatnonzero(scored) == wanted).all() and scored.max() == 1
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"ttt_stale_context": 0, "ttt_chunk_size": 48}], ids=["defaults", "fresh"]
+    "changes", [{}, {"ttt_stale_context": 0, "ttt_chunk_size": 48}], ids=["defaults", "recomputed"]
 )
 def test_documents_of_a_phase_step_together(changes):
     """On lengths like those of web text few steps are small and little is padding."""
     lengths = np.random.default_rng(0).lognormal(6.4, 1.0, 1500).astype(int) + 1
     hp = train_gpt.Hyperparameters(**changes)
-    fresh = hp.ttt_stale_context and hp.ttt_eval_seq_len - hp.ttt_stale_context
+    recomputed = hp.ttt_eval_seq_len - hp.ttt_stale_context
     phase = plan_ttt(lengths, hp)[-1]
-    places = [documents for lane in phase.lanes for documents in lane]
-    steps = schedule_ttt(places, np.cumsum(lengths) - lengths, lengths, 128, hp)
-    padded = sum(len(step.table) * min(step.width, fresh or step.width) for step in steps)
+    queues = [documents for lane in phase.lanes for documents in lane]
+    steps = Scheduler(queues, np.cumsum(lengths) - lengths, lengths, 128, hp).steps()
+    padded = sum(len(step.table) * min(step.width, recomputed) for step in steps)
     assert padded < 1.35 * window_positions(lengths[phase.documents], hp).sum()
-    assert np.mean([(step.table[:, 4] > 0).sum() for step in steps]) > 20
-    ideal = padded * train_gpt.step_cost(64, 2048, fresh) / (64 * (fresh or 2048))
+    assert np.mean([(StepRow(*step.table.T).count > 0).sum() for step in steps]) > 20
+    ideal = padded * train_gpt.step_seconds(64, 2048, recomputed) / (64 * recomputed)
     assert sum(step.cost for step in steps) < 1.35 * ideal
 
 
-# ---- what is handed on
+# ---- what documents inherit
 
 
 @pytest.mark.parametrize("warm", [True, False])
-def test_a_stays_in_its_place_and_b_starts_at_zero(tmp_path, monkeypatch, warm):
-    """A shadow of every place's A: a document starts from what the one before it in its place
+def test_a_stays_in_its_queue_and_b_starts_at_zero(tmp_path, monkeypatch, warm):
+    """A shadow of every queue's A: a document starts from what the one before it in its queue
     left, and from B = 0.
     """
     hp = small_hp(
@@ -1057,24 +1102,24 @@ def test_a_stays_in_its_place_and_b_starts_at_zero(tmp_path, monkeypatch, warm):
     validation, events = make_validation(tmp_path, hp), []
     begin, end = BatchedLoRA.begin, BatchedLoRA.end
 
-    def note(kind, lora, rows, places):
-        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-            events.append((kind, place, lora.values[row].clone(), lora.squares[row].clone()))
+    def note(kind, lora, rows, queues):
+        for row, queue in zip(rows.tolist(), queues.tolist(), strict=True):
+            events.append((kind, queue, lora.values[row].clone(), lora.squares[row].clone()))
 
-    def note_begin(lora, rows, places):
-        begin(lora, rows, places)
-        note("begin", lora, rows, places)
+    def note_begin(lora, rows, queues):
+        begin(lora, rows, queues)
+        note("begin", lora, rows, queues)
 
-    def note_end(lora, rows, places):
-        note("end", lora, rows, places)
-        end(lora, rows, places)
+    def note_end(lora, rows, queues):
+        note("end", lora, rows, queues)
+        end(lora, rows, queues)
 
     monkeypatch.setattr(BatchedLoRA, "begin", note_begin)
     monkeypatch.setattr(BatchedLoRA, "end", note_end)
     run_ttt(hp, validation)
-    shadow = [a.clone() for a in make_lora(hp).kept]
+    shadow = [a.clone() for a in make_lora(hp).warm_a]
     size = len(shadow[0])
-    began = [place for kind, place, *_ in events if kind == "begin"]
+    began = [queue for kind, queue, *_ in events if kind == "begin"]
     assert (
         len(began)
         == np.count_nonzero(validation.ends - validation.starts)
@@ -1082,20 +1127,20 @@ def test_a_stays_in_its_place_and_b_starts_at_zero(tmp_path, monkeypatch, warm):
         == len(shadow)
         == 4
     )
-    for kind, place, value, square in events:
+    for kind, queue, value, square in events:
         if kind == "begin":
-            assert torch.equal(value[:size], shadow[place])
+            assert torch.equal(value[:size], shadow[queue])
             assert not value[size:].any() and not square.any()
         elif warm:
-            assert not torch.equal(value[:size], shadow[place]) or not value[size:].any()
-            shadow[place] = value[:size]
+            assert not torch.equal(value[:size], shadow[queue]) or not value[size:].any()
+            shadow[queue] = value[:size]
 
 
 @pytest.mark.parametrize("seed, lane", [(0, 0), (3, 7)])
 def test_initial_a_is_uniform_within_one_over_root_in(seed, lane):
     hp = small_hp(seed=seed, ttt_batch_size=8, ttt_lora_rank=16)
     one, again, pair, other = (
-        make_lora(hp, lanes).kept for lanes in ([lane], [lane], [lane - 1, lane], [lane + 1])
+        make_lora(hp, lanes).warm_a for lanes in ([lane], [lane], [lane - 1, lane], [lane + 1])
     )
     bound = hp.model_dim**-0.5
     assert one.shape == (8, (1 + 4 * 5) * 16 * hp.model_dim)
@@ -1112,17 +1157,17 @@ def test_every_slot_and_site_has_an_adapter_of_its_own():
     hp = small_hp()
     model, lora = make_model(hp), make_lora(hp)
     slots = len(model.slots(looping=True))
-    assert slots == lora.slots == 4
+    assert slots == lora.layout.num_slots == 4
     tokens = torch.randint(8, hp.vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
     base = model.token_losses(model.forward_hidden(tokens, max_seqlen=12, looping=True), tokens)
     leaf, seen = torch.zeros(2, lora.values.size(1)), set()
-    leaf[:, : lora.kept.size(1)] = 1.0
+    leaf[:, : lora.warm_a.size(1)] = 1.0
     widths = {"q": 32, "k": 16, "v": 16, "attn_out": 32, "mlp_out": 32}
     for slot, (site, width) in [
         *itertools.product(range(slots), widths.items()),
         (None, ("lm_head", hp.vocab_size)),
     ]:
-        tap = lora.tap(lora.factors(leaf.clone(), slice(None)))
+        tap = lora.tap(lora.scaled_parts(leaf.clone(), slice(None)))
         matrix = (tap.head if slot is None else tap.slots[slot]).b[site]
         assert matrix.shape == (2, hp.ttt_lora_rank, width) and not matrix.any()
         matrix[1] = torch.linspace(-0.1, 0.1, width)
@@ -1234,10 +1279,10 @@ def test_global_adaptation_runs_once_per_phase_on_what_was_scored_since(tmp_path
         order.append(
             sorted(
                 {
-                    int(np.searchsorted(trainer.validation.starts, row[2], "right")) - 1
+                    int(np.searchsorted(trainer.validation.starts, row.window, "right")) - 1
                     for step in steps
-                    for row in step.table
-                    if row[4]
+                    for row in step_rows(step)
+                    if row.count
                 }
             )
         )
@@ -1298,18 +1343,18 @@ def test_the_plan_holds_every_document_once_longest_first_in_balanced_lanes(
     assert [phase.adapt for phase in plan] == [border <= scaled for border in borders[1:]]
     costs = window_positions(lengths, hp)
     for phase in plan:
-        assert len(phase.lanes) == lanes and {len(places) for places in phase.lanes} == {batch_size}
-        places = [documents for lane in phase.lanes for documents in lane]
-        assert sorted(d for documents in places for d in documents) == sorted(
+        assert len(phase.lanes) == lanes and {len(queues) for queues in phase.lanes} == {batch_size}
+        queues = [documents for lane in phase.lanes for documents in lane]
+        assert sorted(d for documents in queues for d in documents) == sorted(
             phase.documents.tolist()
         )
-        assert all((np.diff(lengths[documents]) <= 0).all() for documents in places if documents)
-        loads = [int(costs[documents].sum()) if documents else 0 for documents in places]
+        assert all((np.diff(lengths[documents]) <= 0).all() for documents in queues if documents)
+        loads = [int(costs[documents].sum()) if documents else 0 for documents in queues]
         # none could give its last document to another
         assert max(loads) - min(loads) <= costs[phase.documents].max()
         longest = {d for d in phase.documents[:lanes].tolist() if lengths[d]}
         assert len(longest) == sum(
-            any(longest & set(documents) for documents in places) for places in phase.lanes
+            any(longest & set(documents) for documents in queues) for queues in phase.lanes
         )
 
 
