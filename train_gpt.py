@@ -2134,7 +2134,8 @@ def _qkv_heads_kernel(
 
 def _launch_qkv_heads(qkv, gain, cos, sin, heads, grads=None):
     """Fills heads (q, k, v); given grads (d_qkv, dots), fills these from the gradients in heads."""
-    H, E = heads[0].shape[2:]
+    H = heads[0].shape[2]
+    E = heads[0].shape[3]
     outputs = (qkv, qkv) if grads is None else grads  # forward does not write these arguments
     _launch_rows(
         _qkv_heads_kernel,
@@ -2152,11 +2153,11 @@ def _launch_qkv_heads(qkv, gain, cos, sin, heads, grads=None):
 
 def _empty_heads(qkv, gain, cos, sin, kv_heads):
     """The arguments of qkv_heads -> empty q (B, T, H, E), k and v (B, T, K, E)."""
-    B, T, width = qkv.shape
+    tokens = qkv.shape[:2]
     H = gain.numel()
-    E = width // (H + 2 * kv_heads)
-    q = qkv.new_empty(B, T, H, E)
-    k = qkv.new_empty(B, T, kv_heads, E)
+    E = qkv.shape[2] // (H + 2 * kv_heads)
+    q = qkv.new_empty(*tokens, H, E)
+    k = qkv.new_empty(*tokens, kv_heads, E)
     return q, k, torch.empty_like(k)
 
 
@@ -2267,14 +2268,13 @@ def _gated_xsa_kernel(
         tl.store(dv + row[:, None] * E + e, inverse * (d_hat - d_along * v_hat), inside)
 
 
-def _launch_gated_xsa(inputs, outputs, factor, grad=None):
-    """Fills outputs: (out,), or given the gradient of out those of inputs (y, v, logits)."""
-    y, v, _ = inputs
+def _launch_gated_xsa(y, v, logits, outputs, factor, grad=None):
+    """Fills outputs: (out,), or given the gradient of out those of y, v and logits."""
     E = v.shape[-1]
     if grad is None:  # forward does not use the arguments that y stands for
-        tensors = (*inputs, y, *outputs, y, y)
+        tensors = (y, v, logits, y, *outputs, y, y)
     else:
-        tensors = (*inputs, grad, *outputs)
+        tensors = (y, v, logits, grad, *outputs)
     _launch_rows(
         _gated_xsa_kernel,
         tensors,
@@ -2291,7 +2291,7 @@ def _launch_gated_xsa(inputs, outputs, factor, grad=None):
 def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> Tensor:
     """As gated_xsa_ref, in one kernel each for forward and backward."""
     out = y.new_empty(y.shape)
-    _launch_gated_xsa((y, v, logits), (out,), factor)
+    _launch_gated_xsa(y, v, logits, (out,), factor)
     return out
 
 
@@ -2309,7 +2309,7 @@ def _gated_xsa_backward(
     grad: Tensor, y: Tensor, v: Tensor, logits: Tensor, factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _empty_xsa_grads(grad, y, v, logits, factor)
-    _launch_gated_xsa((y, v, logits), grads, factor, grad)
+    _launch_gated_xsa(y, v, logits, grads, factor, grad)
     return grads
 
 
@@ -2414,11 +2414,12 @@ _slot_input.register_fake(_slot_input_copied)
 
 
 def _slot_input_setup(ctx, inputs, output):
-    x, *others = inputs[:4]  # x0, mix, scale
     merge = inputs[4]
-    ctx.return_mix, ctx.return_merged = inputs[6:]
-    merged = output[3] if merge else x
-    ctx.save_for_backward(merged, *others, *merge)
+    ctx.return_mix = inputs[6]
+    ctx.return_merged = inputs[7]
+    merged = output[3] if merge else inputs[0]
+    x0_mix_scale = inputs[1:4]
+    ctx.save_for_backward(merged, *x0_mix_scale, *merge)
 
 
 def _slot_input_gradients(ctx, *grads):
@@ -2650,12 +2651,12 @@ def _adamw_kernel(
 
 def adamw_rows(values, squares, gradient, source, target, correction, scale, rates):
     """As adamw_rows_ref, in one kernel; rows of values and squares may be wider than n."""
-    rows, width = gradient.shape
     lr, decay, beta2 = rates
+    width = gradient.shape[1]
     if width == 0:
         return values, squares
     blocks = triton.cdiv(width, 1024)
-    _adamw_kernel[(blocks, rows)](
+    _adamw_kernel[(blocks, gradient.shape[0])](
         values,
         squares,
         gradient.contiguous(),
@@ -2797,8 +2798,7 @@ def attention_fa3(q, k, v, cu_seqlens, max_seqlen, window):
 @_over_rows
 def attention_fa4(q, k, v, cu_seqlens, max_seqlen, window):
     """FlashAttention-4 (flash-attn-4; CUDA, 16 bits)."""
-    out, _ = _fa4(q, k, v, cu_seqlens, max_seqlen, window)
-    return out
+    return _fa4(q, k, v, cu_seqlens, max_seqlen, window)[0]
 
 
 def _fa4_options(q, cu_seqlens, max_seqlen, window):
@@ -2831,8 +2831,8 @@ def _fa4(
 
 @_fa4.register_fake
 def _fa4_fake(q, k, v, cu_seqlens, max_seqlen, window):
-    tokens, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(H, tokens, dtype=torch.float32)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    return q.new_empty(q.shape), lse
 
 
 def _empty_fa4_grads(grad, qkv, *others):
