@@ -1796,42 +1796,6 @@ def trial_tensors(device, dtype, *shapes):
     return tensors
 
 
-def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors, results=1):
-    """Decorator: function of tensors and, last, one number -> custom op; fake(*inputs), or the
-    function itself, gives its results without data. With gradients(needed, *grads, *kept, number)
-    -> those of the leading inputs, it is differentiable and returns the first of its results, or
-    all where `results` says that they are several and all differentiable; keep(needed, *tensors,
-    *results) -> kept, default everything; needed[i]: input i requires one.
-    """
-
-    def setup(ctx, inputs, output):
-        *tensors, ctx.number = inputs
-        # or autograd fills zeros for the results that nobody differentiates
-        ctx.set_materialize_grads(results > 1)
-        ctx.save_for_backward(*keep(ctx.needs_input_grad, *tensors, *output))
-
-    def backward(ctx, *grads):
-        needed = ctx.needs_input_grad
-        grads = (
-            ()
-            if grads[0] is None
-            else gradients(needed, *grads[:results], *ctx.saved_tensors, ctx.number)
-        )
-        return *grads, *[None] * (len(needed) - len(grads))
-
-    def register(function):
-        op = torch.library.custom_op(
-            "golf::" + function.__name__.strip("_"), function, mutates_args=()
-        )
-        op.register_fake(fake or function)
-        if gradients is None:
-            return op
-        op.register_autograd(backward, setup_context=setup)
-        return op if results > 1 else lambda *inputs: op(*inputs)[0]
-
-    return register
-
-
 # --- lm_head with softcapped cross-entropy
 # z = softcap * tanh(h @ weight.T / softcap), loss = logsumexp(z) - z[target]. Forward overwrites
 # the logits with their gradients; backward only scales two matmuls by the incoming gradient.
@@ -2090,9 +2054,9 @@ def leaky_relu_sq_mlp(x, w_up, w_down, slope):
     return out.view(x.shape)
 
 
-# --- around attention: before it, q and k get a norm for each head, partial rotary positions and q
-# its gain; behind it, XSA takes its own value's part out of each head's output, and a gate scales
-# it. Rows of the tiles are heads.
+# --- around attention. Before it: per-head RMS norm and partial RoPE for q and k, gain for q. After
+# it: XSA subtracts from every head's output its part along the token's own value, and a gate scales
+# the rest. The kernels work on tiles of rows; a row is one head of one token.
 
 
 def norm(x):
@@ -2101,25 +2065,31 @@ def norm(x):
 
 
 def apply_rotary_emb(x, cos, sin):
-    """(B, T, H, E) -> the same: rotates dims i and i + rope_dims/2 of the first rope_dims
-    (partial RoPE).
+    """x (B, T, H, E) -> the same shape, with partial RoPE (arXiv:2104.09864).
+
+    cos and sin are ([B,] T, 1, rope_dims / 2). Dims i and i + rope_dims / 2 of the first rope_dims
+    rotate together; the others stay.
     """
-    cos, sin, half = cos.to(x.dtype), sin.to(x.dtype), cos.size(-1)
-    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos = cos.to(x.dtype)
+    sin = sin.to(x.dtype)
+    half = cos.size(-1)
+    x1 = x[..., :half]
+    x2 = x[..., half : 2 * half]
+    rest = x[..., 2 * half :]
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
 
 
 def qkv_heads_ref(qkv, gain, cos, sin, kv_heads):
-    """qkv (B, T, (H + 2 K) E), gain (H,), cos, sin ([B,] T, 1, rope_dims / 2) -> q (B, T, H,
-    E), k, v (B, T, K, E).
+    """qkv (B, T, (H + 2 K) E), gain (H,), K -> q (B, T, H, E), k and v (B, T, K, E).
+
+    q and k are normed and rotated by cos and sin ([B,] T, 1, rope_dims / 2); q is scaled by gain.
     """
-    heads = gain.numel(), kv_heads, kv_heads
-    q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(heads, dim=-2)
-    return (
-        apply_rotary_emb(norm(q), cos, sin) * gain[:, None],
-        apply_rotary_emb(norm(k), cos, sin),
-        v,
-    )
+    heads = (gain.numel(), kv_heads, kv_heads)
+    joint = qkv.unflatten(-1, (sum(heads), -1))
+    q, k, v = joint.split(heads, dim=-2)
+    q = apply_rotary_emb(norm(q), cos, sin) * gain[:, None]
+    k = apply_rotary_emb(norm(k), cos, sin)
+    return q, k, v
 
 
 def qkv_heads_trial_inputs(hp, device, dtype):
@@ -2131,10 +2101,11 @@ def qkv_heads_trial_inputs(hp, device, dtype):
 
 
 def gated_xsa_ref(y, v, logits, factor):
-    """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> XSA (arXiv:2603.09078) times factor
-    sigmoid(logits).
+    """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> (B, T, H, E), XSA (arXiv:2603.09078)
+    scaled by factor * sigmoid(logits).
     """
-    return subtract_own_value(y, v) * (factor * torch.sigmoid(logits))[..., None]
+    gate = factor * torch.sigmoid(logits)
+    return subtract_own_value(y, v) * gate[..., None]
 
 
 def gated_xsa_trial_inputs(hp, device, dtype):
@@ -2145,31 +2116,33 @@ def gated_xsa_trial_inputs(hp, device, dtype):
 
 
 def subtract_own_value(y, v):
-    """(B, T, H, E), (B, T, K, E) -> (B, T, H, E), heads' outputs without the part along their
-    own value.
-    """
+    """y (B, T, H, E), v (B, T, K, E) -> y without its part along the token's own value."""
     v_hat = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, E)
     grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, E)
-    return (grouped - (grouped * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3)
+    along = (grouped * v_hat).sum(-1, keepdim=True)
+    return (grouped - along * v_hat).flatten(2, 3)
 
 
 def _launch_rows(kernel, tensors, rows, E, warps, *sizes, **constants):
-    """kernel on rows of E numbers, 1,024 numbers a program; its arguments: tensors, rows,
-    sizes, constants.
+    """Launches kernel(*tensors, rows, *sizes, **constants) over rows of E numbers, 1,024 numbers
+    for each program.
     """
+    if rows == 0:
+        return
     block_e = triton.next_power_of_2(E)
     block = max(1, 1024 // block_e)
-    if rows > 0:
-        kernel[(triton.cdiv(rows, block),)](
-            *(t.contiguous() for t in tensors),
-            rows,
-            *sizes,
-            **constants,
-            E=E,
-            BLOCK_E=block_e,
-            BLOCK=block,
-            num_warps=warps,
-        )
+    programs = triton.cdiv(rows, block)
+    contiguous = [t.contiguous() for t in tensors]
+    kernel[(programs,)](
+        *contiguous,
+        rows,
+        *sizes,
+        **constants,
+        E=E,
+        BLOCK_E=block_e,
+        BLOCK=block,
+        num_warps=warps,
+    )
 
 
 @jit
@@ -2181,7 +2154,7 @@ def _qkv_heads_kernel(
     q,
     k,
     v,
-    out,
+    d_qkv,
     dots,
     rows,
     T,
@@ -2193,49 +2166,54 @@ def _qkv_heads_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """forward: qkv -> q, k, v.
-
-    backward: q, k, v hold their gradients; out is that of qkv, dots sum to that of gain.
+    """Forward: writes q, k and v. Backward: q, k and v hold their gradients; writes d_qkv, and to
+    dots (B, T, H) what every query head adds to the gradient of its gain.
     """
-    row, e = (
-        tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK),
-        tl.arange(0, BLOCK_E)[None, :],
-    )
-    token, head = row // (H + 2 * K), row % (H + 2 * K)
-    is_q, is_v, inside = head < H, (head >= H + K)[:, None], (row < rows)[:, None] & (e < E)
-    # what turns, and with
-    turning, partner = inside & (e < 2 * HALF), tl.where(e < HALF, e + HALF, e - HALF)
-    split = tl.where(
-        head < H + K, k + (token * K + head - H) * E, v + (token * K + head - H - K) * E
-    )
-    split = tl.where(is_q, q + (token * H + head) * E, split)[:, None]
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.arange(0, BLOCK_E)[None, :]
+    inside = (row < rows)[:, None] & (e < E)
+    # a token's rows: H query heads, K key heads, K value heads
+    token = row // (H + 2 * K)
+    head = row % (H + 2 * K)
+    is_q = head < H
+    is_v = (head >= H + K)[:, None]
+    # where a row begins in qkv, and in q, k or v
     joint = row[:, None] * E
+    key_row = k + (token * K + head - H) * E
+    value_row = v + (token * K + head - H - K) * E
+    split = tl.where(head < H + K, key_row, value_row)
+    split = tl.where(is_q, q + (token * H + head) * E, split)[:, None]
+    # partial RoPE rotates the first 2 HALF dims, each with its partner; sin has opposite signs in
+    # the two halves
+    rotates = inside & (e < 2 * HALF)
+    partner = tl.where(e < HALF, e + HALF, e - HALF)
     angle = (token % T)[:, None] * HALF + e % HALF
-    c = tl.load(cos + angle, mask=turning, other=1.0)
-    s = load_f32(sin + angle, turning) * tl.where(e < HALF, 1.0, -1.0)
+    c = tl.load(cos + angle, mask=rotates, other=1.0)
+    s = load_f32(sin + angle, rotates) * tl.where(e < HALF, 1.0, -1.0)
+    # RMS norm, and the gain, which k and v do not have
     x = load_f32(qkv + joint + e, inside)
     scale = tl.rsqrt(tl.sum(x * x, 1) / E + 1.19e-7)[:, None]
-    gained = scale * tl.load(gain + head, mask=is_q, other=1.0).to(tl.float32)[:, None]
+    head_gain = tl.load(gain + head, mask=is_q, other=1.0).to(tl.float32)
+    gained = scale * head_gain[:, None]
     if BACKWARD:
-        g = load_f32(split + e, inside)
-        turned = g * c - s * load_f32(split + partner, turning)  # transposed rotation
-        dot = tl.sum(x * scale * turned, 1)
-        d = tl.where(is_v, g, gained * (turned - x * scale * (dot / E)[:, None]))
-        tl.store(out + joint + e, d, inside)
+        d = load_f32(split + e, inside)
+        rotated = d * c - s * load_f32(split + partner, rotates)  # transposed rotation
+        dot = tl.sum(x * scale * rotated, 1)
+        d_x = gained * (rotated - x * scale * (dot / E)[:, None])
+        tl.store(d_qkv + joint + e, tl.where(is_v, d, d_x), inside)
         tl.store(dots + token * H + head, dot, is_q & (row < rows))
     else:
-        turned = x * c + s * load_f32(qkv + joint + partner, turning)
-        tl.store(split + e, tl.where(is_v, x, turned * gained), inside)
+        rotated = x * c + s * load_f32(qkv + joint + partner, rotates)
+        tl.store(split + e, tl.where(is_v, x, rotated * gained), inside)
 
 
-def _launch_qkv_heads(inputs, heads, grads=()):
-    """inputs qkv, gain, cos, sin; heads q, k, v: fills these or, backward, grads: that of qkv,
-    and of gain per row.
-    """
-    (qkv, _, cos, _), (H, E) = inputs, heads[0].shape[2:]
+def _launch_qkv_heads(qkv, gain, cos, sin, heads, grads=None):
+    """Fills heads (q, k, v); given grads (d_qkv, dots), fills these from the gradients in heads."""
+    H, E = heads[0].shape[2:]
+    outputs = (qkv, qkv) if grads is None else grads  # forward does not write these arguments
     _launch_rows(
         _qkv_heads_kernel,
-        (*inputs, *heads, *(grads or (qkv, qkv))),
+        (qkv, gain, cos, sin, *heads, *outputs),
         qkv.numel() // E,
         E,
         1,
@@ -2243,23 +2221,41 @@ def _launch_qkv_heads(inputs, heads, grads=()):
         H=H,
         K=heads[1].shape[2],
         HALF=cos.shape[-1],
-        BACKWARD=bool(grads),
+        BACKWARD=grads is not None,
     )
 
 
-def _new_heads(qkv, gain, cos, sin, kv_heads):
-    """Empty q, k, v."""
+def _empty_heads(qkv, gain, cos, sin, kv_heads):
+    """The arguments of qkv_heads -> empty q (B, T, H, E), k and v (B, T, K, E)."""
+    B, T, width = qkv.shape
     H = gain.numel()
-    E = qkv.shape[-1] // (H + 2 * kv_heads)
-    return tuple(qkv.new_empty(*qkv.shape[:2], heads, E) for heads in (H, kv_heads, kv_heads))
+    E = width // (H + 2 * kv_heads)
+    q = qkv.new_empty(B, T, H, E)
+    k = qkv.new_empty(B, T, kv_heads, E)
+    return q, k, torch.empty_like(k)
 
 
-@golf_op(
-    lambda dq, dk, dv, qkv, *_: (
-        qkv.new_empty(qkv.shape),
-        dq.new_empty(dq.shape[:3], dtype=torch.float32),
-    )
-)
+@torch.library.custom_op("golf::qkv_heads", mutates_args=())
+def qkv_heads(
+    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As qkv_heads_ref, in one kernel each for forward and backward."""
+    heads = _empty_heads(qkv, gain, cos, sin, kv_heads)
+    _launch_qkv_heads(qkv, gain, cos, sin, heads)
+    return heads
+
+
+qkv_heads.register_fake(_empty_heads)
+
+
+def _empty_qkv_grads(dq, dk, dv, qkv, *others):
+    """-> empty gradient of qkv, and the terms (B, T, H) of the gradient of gain."""
+    d_qkv = qkv.new_empty(qkv.shape)
+    dots = dq.new_empty(dq.shape[:3], dtype=torch.float32)
+    return d_qkv, dots
+
+
+@torch.library.custom_op("golf::qkv_heads_backward", mutates_args=())
 def _qkv_heads_backward(
     dq: Tensor,
     dk: Tensor,
@@ -2270,26 +2266,28 @@ def _qkv_heads_backward(
     sin: Tensor,
     kv_heads: int,
 ) -> tuple[Tensor, Tensor]:
-    grad, dots = qkv.new_empty(qkv.shape), dq.new_empty(dq.shape[:3], dtype=torch.float32)
-    _launch_qkv_heads((qkv, gain, cos, sin), (dq, dk, dv), (grad, dots))
-    return grad, dots
+    grads = _empty_qkv_grads(dq, dk, dv, qkv)
+    _launch_qkv_heads(qkv, gain, cos, sin, (dq, dk, dv), grads)
+    return grads
 
 
-def _qkv_heads_gradients(needed, *grads_and_saved):
-    grad, dots = _qkv_heads_backward(*grads_and_saved)
-    return grad, dots.sum((0, 1)).to(grad.dtype) if needed[1] else None
+_qkv_heads_backward.register_fake(_empty_qkv_grads)
 
 
-@golf_op(_new_heads, _qkv_heads_gradients, lambda needed, *tensors: tensors[:4], results=3)
-def qkv_heads(
-    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv (B, T, (H + 2 K) E), gain (H,), cos and sin (T, 1, rope_dims / 2) -> q (B, T, H, E),
-    k, v (B, T, K, E).
-    """
-    heads = _new_heads(qkv, gain, cos, sin, kv_heads)
-    _launch_qkv_heads((qkv, gain, cos, sin), heads)
-    return heads
+def _qkv_heads_setup(ctx, inputs, output):
+    *tensors, ctx.kv_heads = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _qkv_heads_gradients(ctx, dq, dk, dv):
+    d_qkv, dots = _qkv_heads_backward(dq, dk, dv, *ctx.saved_tensors, ctx.kv_heads)
+    d_gain = None
+    if ctx.needs_input_grad[1]:
+        d_gain = dots.sum((0, 1)).to(d_qkv.dtype)
+    return d_qkv, d_gain, None, None, None
+
+
+qkv_heads.register_autograd(_qkv_heads_gradients, setup_context=_qkv_heads_setup)
 
 
 @jit
@@ -2309,53 +2307,54 @@ def _gated_xsa_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A row is a key/value head, with the GROUP query heads that share it.
+    """Forward: writes out. Backward: reads grad, that of the output; out is the gradient of y.
 
-    backward: out is the gradient of y.
+    A row is a key/value head, with the GROUP query heads that share it.
     """
-    row, e = (
-        tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK),
-        tl.arange(0, BLOCK_E)[None, :],
-    )
-    inside = (row < rows)[:, None] & (e < E)
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.arange(0, BLOCK_E)[None, :]
+    in_rows = row < rows
+    inside = in_rows[:, None] & (e < E)
     v_hat = load_f32(v + row[:, None] * E + e, inside)
-    inverse = 1 / tl.maximum(tl.sqrt(tl.sum(v_hat * v_hat, 1)), 1e-12)[:, None]
+    length = tl.sqrt(tl.sum(v_hat * v_hat, 1))
+    inverse = 1 / tl.maximum(length, 1e-12)[:, None]
     v_hat *= inverse
     d_hat = tl.zeros((BLOCK, BLOCK_E), dtype=tl.float32)
     for i in tl.static_range(GROUP):
         head = row * GROUP + i
         at = head[:, None] * E + e
         x = load_f32(y + at, inside)
-        gate = tl.sigmoid(load_f32(logits + head, row < rows))
+        gate = tl.sigmoid(load_f32(logits + head, in_rows))
         along = tl.sum(x * v_hat, 1)[:, None]
         z = x - along * v_hat
         if BACKWARD:
-            g = FACTOR * load_f32(grad + at, inside)
-            slope = gate * (1 - gate) * tl.sum(g * z, 1)
-            tl.store(dlogits + head, slope, row < rows)
-            g *= gate[:, None]
-            g_along = tl.sum(g * v_hat, 1)[:, None]
-            d_hat -= along * g + g_along * x
-            z = g - g_along * v_hat
+            d = FACTOR * load_f32(grad + at, inside)
+            dlogit = gate * (1 - gate) * tl.sum(d * z, 1)
+            tl.store(dlogits + head, dlogit, in_rows)
+            d *= gate[:, None]
+            d_along = tl.sum(d * v_hat, 1)[:, None]
+            d_hat -= along * d + d_along * x
+            tl.store(out + at, d - d_along * v_hat, inside)
         else:
-            z *= FACTOR * gate[:, None]
-        tl.store(out + at, z, inside)
-    if BACKWARD:
-        d = inverse * (d_hat - tl.sum(d_hat * v_hat, 1)[:, None] * v_hat)
-        tl.store(dv + row[:, None] * E + e, d, inside)
+            tl.store(out + at, z * (FACTOR * gate[:, None]), inside)
+    if BACKWARD:  # through the normalisation of v
+        d_along = tl.sum(d_hat * v_hat, 1)[:, None]
+        tl.store(dv + row[:, None] * E + e, inverse * (d_hat - d_along * v_hat), inside)
 
 
-def _launch_gated_xsa(inputs, outs, factor, grad=None):
-    """inputs y, v, logits: fills outs with the output alone or, given its gradient, with those
-    of the inputs.
-    """
+def _launch_gated_xsa(inputs, outputs, factor, grad=None):
+    """Fills outputs: (out,), or given the gradient of out those of inputs (y, v, logits)."""
     y, v, _ = inputs
-    tensors = (*inputs, y, *outs, y, y) if grad is None else (*inputs, grad, *outs)
+    E = v.shape[-1]
+    if grad is None:  # forward does not use the arguments that y stands for
+        tensors = (*inputs, y, *outputs, y, y)
+    else:
+        tensors = (*inputs, grad, *outputs)
     _launch_rows(
         _gated_xsa_kernel,
         tensors,
-        v.numel() // v.shape[-1],
-        v.shape[-1],
+        v.numel() // E,
+        E,
         4,
         FACTOR=factor,
         GROUP=y.shape[-2] // v.shape[-2],
@@ -2363,59 +2362,196 @@ def _launch_gated_xsa(inputs, outs, factor, grad=None):
     )
 
 
-@golf_op(lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:3]))
+@torch.library.custom_op("golf::gated_xsa", mutates_args=())
+def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> Tensor:
+    """As gated_xsa_ref, in one kernel each for forward and backward."""
+    out = y.new_empty(y.shape)
+    _launch_gated_xsa((y, v, logits), (out,), factor)
+    return out
+
+
+@gated_xsa.register_fake
+def _gated_xsa_fake(y, v, logits, factor):
+    return y.new_empty(y.shape)
+
+
+def _empty_xsa_grads(grad, y, v, logits, factor):
+    return y.new_empty(y.shape), v.new_empty(v.shape), logits.new_empty(logits.shape)
+
+
+@torch.library.custom_op("golf::gated_xsa_backward", mutates_args=())
 def _gated_xsa_backward(
     grad: Tensor, y: Tensor, v: Tensor, logits: Tensor, factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(t.new_empty(t.shape) for t in (y, v, logits))
+    grads = _empty_xsa_grads(grad, y, v, logits, factor)
     _launch_gated_xsa((y, v, logits), grads, factor, grad)
     return grads
 
 
-@golf_op(
-    lambda y, *_: (y.new_empty(y.shape), y.new_empty(0)),
-    lambda needed, *saved: _gated_xsa_backward(*saved),
-    lambda needed, *tensors: tensors[:3],
-)
-def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> XSA (arXiv:2603.09078) times factor
-    sigmoid(logits).
-    """
-    out = y.new_empty(y.shape)
-    _launch_gated_xsa((y, v, logits), (out,), factor)
-    return out, y.new_empty(0)
+_gated_xsa_backward.register_fake(_empty_xsa_grads)
 
 
-# --- entry of a slot: the stream merges with a skip, mixes with x0, and is normed. The compiler
-# fuses the forward pass well; backward it joins the sums over tokens of several slots in kernels
-# that spill registers: here one kernel a slot.
+def _gated_xsa_setup(ctx, inputs, output):
+    *tensors, ctx.factor = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def enter_ref(x, x0, mix, scale, window, wants, *merge):
-    """x, x0 (B, T, D), mix (2, D), scale (1,), perhaps skip (B, T, D), weight (D,), perhaps gate
-    (D,)
-    -> scaled norm of the mix, its first `window` columns, the mix, and what x merged into; of these
-    two None if not in wants.
+def _gated_xsa_gradients(ctx, grad):
+    grads = _gated_xsa_backward(grad, *ctx.saved_tensors, ctx.factor)
+    return *grads, None
+
+
+gated_xsa.register_autograd(_gated_xsa_gradients, setup_context=_gated_xsa_setup)
+
+
+# --- input of a slot: the residual stream merges with a skip, mixes with x0 and is normed. Inductor
+# fuses forward well. In backward it fuses the reductions over tokens of several slots into kernels
+# that spill registers; this is one kernel per slot.
+
+
+class SlotInput(NamedTuple):
+    h: Tensor  # (B, T, D), the scaled norm of the mix
+    start: Tensor  # (B, T, window), first columns of h
+    mixed: Tensor | None  # (B, T, D), the mix
+    merged: Tensor | None  # (B, T, D), x merged with the skip, or x
+
+
+def merge_mix_norm(x, x0, mix, scale, window, *merge):
+    """x and x0 (B, T, D), mix (2, D), scale (1,) -> SlotInput, all of it.
+
+    `merge` is empty, or a skip (B, T, D) with its weight (D,), or these and a gate (D,).
     """
     if merge:
         skip, weight, *gate = merge
-        scaled = weight.to(x.dtype) * skip
-        x = torch.lerp(scaled, x, torch.sigmoid(gate[0].to(x.dtype))) if gate else x + scaled
-    x_in = mix[0] * x + mix[1] * x0
-    h = (norm(x_in) * scale).to(x.dtype)
-    return h, h[..., :window], x_in if wants[0] else None, x if wants[1] else None
+        weighted = weight.to(x.dtype) * skip
+        if gate:
+            share = torch.sigmoid(gate[0].to(x.dtype))
+            x = torch.lerp(weighted, x, share)
+        else:
+            x = x + weighted
+    mixed = mix[0] * x + mix[1] * x0
+    h = (norm(mixed) * scale).to(x.dtype)
+    return SlotInput(h, h[..., :window], mixed, x)
 
 
-def enter_trial_inputs(hp, device, dtype):
+def _only_wanted(outputs, return_mix, return_merged):
+    """SlotInput -> the same with None for mixed and merged where they are not wanted."""
+    mixed = outputs.mixed if return_mix else None
+    merged = outputs.merged if return_merged else None
+    return SlotInput(outputs.h, outputs.start, mixed, merged)
+
+
+def slot_input_ref(x, x0, mix, scale, window, return_mix, return_merged, *merge):
+    """As merge_mix_norm; mixed and merged are None where they are not wanted."""
+    outputs = merge_mix_norm(x, x0, mix, scale, window, *merge)
+    return _only_wanted(outputs, return_mix, return_merged)
+
+
+def slot_input_trial_inputs(hp, device, dtype):
     stream = (200, 64)
     x, x0, skip, mix = trial_tensors(device, dtype, stream, stream, stream, (2, 64))
     weight, gate = trial_tensors(device, torch.float32, (64,), (64,))
     scale = torch.ones(1, device=device)
-    return x, x0, mix, scale, 9, (True, True), skip, weight, gate
+    return x, x0, mix, scale, 9, True, True, skip, weight, gate
+
+
+def slot_input(x, x0, mix, scale, window, return_mix, return_merged, *merge):
+    """As slot_input_ref, with one kernel for the gradients."""
+    results = _slot_input(x, x0, mix, scale, list(merge), window, return_mix, return_merged)
+    return _only_wanted(SlotInput(*results), return_mix, return_merged)
+
+
+def _slot_input_traced(x, x0, mix, scale, merge, window, return_mix, return_merged):
+    """What the compiler traces in place of the op: results of merge_mix_norm.
+
+    The op has four results, so one that is not wanted is an empty tensor. Backward needs what x and
+    a skip merged into: that is always returned.
+    """
+    outputs = merge_mix_norm(x, x0, mix, scale, window, *merge)
+    mixed = outputs.mixed if return_mix else x.new_empty(0)
+    merged = outputs.merged if return_merged or len(merge) > 0 else x.new_empty(0)
+    return outputs.h, outputs.start, mixed, merged
+
+
+def _slot_input_copied(*inputs):
+    """As _slot_input_traced; an op returns neither inputs nor views, hence the copies."""
+    outputs = SlotInput(*_slot_input_traced(*inputs))
+    return outputs.h, outputs.start.clone(), outputs.mixed, outputs.merged.clone()
+
+
+@torch.library.custom_op("golf::slot_input", mutates_args=())
+def _slot_input(
+    x: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    scale: Tensor,
+    merge: list[Tensor],
+    window: int,
+    return_mix: bool,
+    return_merged: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _slot_input_copied(x, x0, mix, scale, merge, window, return_mix, return_merged)
+
+
+_slot_input.register_fake(_slot_input_copied)
+
+
+def _slot_input_setup(ctx, inputs, output):
+    x, *others = inputs[:4]  # x0, mix, scale
+    merge = inputs[4]
+    ctx.return_mix, ctx.return_merged = inputs[6:]
+    merged = output[3] if merge else x
+    ctx.save_for_backward(merged, *others, *merge)
+
+
+def _slot_input_gradients(ctx, *grads):
+    inputs = ctx.saved_tensors[:4]  # merged, x0, mix, scale
+    merge = list(ctx.saved_tensors[4:])
+    *streams, sums = _slot_input_backward(
+        list(grads), *inputs, merge, ctx.return_mix, ctx.return_merged
+    )
+    d_x, d_x0, d_skip = streams
+    d_mix, d_weight, d_gate = sums.sum(0).split((2, 1, 1))
+    d_mix = d_mix.to(inputs[2].dtype)
+    d_merge = [d_skip, d_weight[0], d_gate[0]][: len(merge)]
+    if not ctx.needs_input_grad[1]:
+        d_x0 = None
+    return d_x, d_x0, d_mix, None, d_merge, None, None, None
+
+
+_slot_input.register_autograd(_slot_input_gradients, setup_context=_slot_input_setup)
+
+
+def decompose_slot_input():
+    """Has Inductor trace slot_input's forward, which it fuses with its neighbours.
+
+    Inductor decomposes below autograd, so the gradients stay those of _slot_input_gradients.
+    """
+    from torch._inductor.decomposition import decompositions
+
+    decompositions[torch.ops.golf.slot_input.default] = _slot_input_traced
 
 
 @jit
-def _enter_kernel(
+def load_f32_if(pointers, mask, WANTED: tl.constexpr):
+    """Zeros where not WANTED."""
+    values = tl.zeros(mask.shape, dtype=tl.float32)
+    if WANTED:
+        values = load_f32(pointers, mask)
+    return values
+
+
+@jit
+def _norm_backward(z, d_norm, D: tl.constexpr):
+    """Rows z and the gradients of their norms -> the gradients of z."""
+    inverse = tl.rsqrt(tl.sum(z * z, 1) / D + 1.19e-7)[:, None]
+    z_norm = z * inverse
+    along = (tl.sum(d_norm * z_norm, 1) / D)[:, None]
+    return inverse * (d_norm - z_norm * along)
+
+
+@jit
+def _slot_input_kernel(
     d_h,
     d_start,
     d_mixed,
@@ -2440,49 +2576,44 @@ def _enter_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradients of x, x0, skip, and in `sums` a program's share of those of mix (both), weight
-    and gate.
-    """
-    program, column = tl.program_id(0), tl.arange(0, BLOCK)[None, :]
-    inside, factor = column < D, tl.load(scale)
-    mix_x, mix_0 = load_f32(mix + column, inside), load_f32(mix + D + column, inside)
-    # of the skip, of x and of the scaled skip in what they merge into
-    w, share, rest = mix_x, 1.0, 1.0
-    if MERGE:
-        w = load_f32(weight + column, inside)
+    """Writes d_x, d_x0, d_skip, and this program's part of the sums of _empty_slot_input_grads."""
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = column < D
+    factor = tl.load(scale)
+    mix_x = load_f32(mix + column, inside)
+    mix_0 = load_f32(mix + D + column, inside)
+    skip_weight = load_f32_if(weight + column, inside, MERGE)
+    share, rest = 1.0, 1.0  # of x, and of the weighted skip, in what they merge into
     if GATED:
         share = tl.sigmoid(load_f32(gate + column, inside))
         rest = 1 - share
     zero = tl.zeros((2, BLOCK), dtype=tl.float32)
-    sum_x, sum_0, sum_w, sum_g = zero, zero, zero, zero
-    # two rows, the next on their way
+    sum_x, sum_0 = zero, zero
+    sum_w, sum_g = zero, zero
+    # two rows at a time, while the next ones are loaded
     for first in tl.range(2 * program, rows, 2 * tl.num_programs(0), num_stages=3):
         row = first + tl.arange(0, 2)[:, None]
         valid = inside & (row < rows)
-        at, d, kept = row.to(tl.int64) * D + column, zero, zero
-        x, e = load_f32(merged + at, valid), load_f32(x0 + at, valid)
-        g = load_f32(d_h + at, valid) + load_f32(
-            d_start + row * WINDOW + column, valid & (column < WINDOW)
-        )
-        if MIXED:
-            d = load_f32(d_mixed + at, valid)
-        if KEPT:
-            kept = load_f32(d_merged + at, valid)
-        if MERGE:
-            other = load_f32(skip + at, valid)
-        z = mix_x * x + mix_0 * e
-        inverse = tl.rsqrt(tl.sum(z * z, 1) / D + 1.19e-7)[:, None]
-        z, g = z * inverse, g * factor
-        d += inverse * (g - z * (tl.sum(g * z, 1) / D)[:, None])
+        at = row.to(tl.int64) * D + column
+        x = load_f32(merged + at, valid)
+        e = load_f32(x0 + at, valid)
+        start_at = row * WINDOW + column
+        g = load_f32(d_h + at, valid)
+        g += load_f32(d_start + start_at, valid & (column < WINDOW))
+        d = load_f32_if(d_mixed + at, valid, MIXED)
+        kept = load_f32_if(d_merged + at, valid, KEPT)
+        skipped = load_f32_if(skip + at, valid, MERGE)
+        d += _norm_backward(mix_x * x + mix_0 * e, g * factor, D)
         sum_x += d * x
         sum_0 += d * e
         tl.store(d_x0 + at, d * mix_0, valid)
         d = d * mix_x + kept
         if MERGE:
-            d_scaled = d * rest
-            sum_w += d_scaled * other
-            sum_g += d_scaled * (x - w * other)
-            tl.store(d_skip + at, d_scaled * w, valid)
+            d_weighted = d * rest
+            sum_w += d_weighted * skipped
+            sum_g += d_weighted * (x - skip_weight * skipped)
+            tl.store(d_skip + at, d_weighted * skip_weight, valid)
         tl.store(d_x + at, d * share, valid)
     sums += program * 4 * D + column
     tl.store(sums, tl.sum(sum_x, 0)[None, :], inside)
@@ -2491,104 +2622,81 @@ def _enter_kernel(
     tl.store(sums + 3 * D, tl.sum(sum_g, 0)[None, :], inside)
 
 
-def _new_enter_grads(grads, merged, x0, mix, scale, merge, wants):
-    """Empty gradients of x, x0, skip, and sums (programs, 4, D): 2 programs on a multiprocessor."""
-    programs = (
-        2 * torch.cuda.get_device_properties(x0.device).multi_processor_count if x0.is_cuda else 3
-    )
-    shapes = merged.shape, x0.shape, merge[0].shape if merge else (0,)
-    return *map(x0.new_empty, shapes), x0.new_empty(programs, 4, x0.shape[-1], dtype=torch.float32)
+def _empty_slot_input_grads(grads, merged, x0, mix, scale, merge, *wanted):
+    """-> empty gradients of x, x0 and the skip, and sums (programs, 4, D) over each program's rows:
+    the gradients of mix (2 of the 4), of the weight and of the gate.
+    """
+    programs = 3
+    if x0.is_cuda:
+        properties = torch.cuda.get_device_properties(x0.device)
+        programs = 2 * properties.multi_processor_count
+    d_x = x0.new_empty(merged.shape)
+    d_x0 = x0.new_empty(x0.shape)
+    d_skip = x0.new_empty(merge[0].shape if merge else (0,))
+    sums = x0.new_empty(programs, 4, x0.shape[-1], dtype=torch.float32)
+    return d_x, d_x0, d_skip, sums
 
 
-@golf_op(_new_enter_grads)
-def _enter_backward(
+@torch.library.custom_op("golf::slot_input_backward", mutates_args=())
+def _slot_input_backward(
     grads: list[Tensor],
     merged: Tensor,
     x0: Tensor,
     mix: Tensor,
     scale: Tensor,
     merge: list[Tensor],
-    wants: list[bool],
+    return_mix: bool,
+    return_merged: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outs, D = _new_enter_grads(grads, merged, x0, mix, scale, merge, wants), x0.shape[-1]
-    grads = [*grads[:2], grads[2] if wants[0] else merged, grads[-1] if wants[1] else merged]
-    inputs = *grads, merged, x0, mix, scale, *merge, *[merged] * (3 - len(merge))
+    """grads: those of the four results of _slot_input."""
+    outputs = _empty_slot_input_grads(grads, merged, x0, mix, scale, merge)
+    grads = list(grads)
+    # the kernel does not read the arguments that merged stands for
+    if not return_mix:
+        grads[2] = merged
+    if not return_merged:
+        grads[3] = merged
+    missing = [merged] * (3 - len(merge))
+    inputs = [*grads, merged, x0, mix, scale, *merge, *missing]
+    contiguous = [t.contiguous() for t in inputs]
+    D = x0.shape[-1]
     block = triton.next_power_of_2(D)
-    _enter_kernel[(len(outs[3]),)](
-        *(t.contiguous() for t in inputs),
-        *outs,
+    programs = len(outputs[3])
+    _slot_input_kernel[(programs,)](
+        *contiguous,
+        *outputs,
         merged.numel() // D,
         WINDOW=grads[1].shape[-1],
-        MIXED=wants[0],
-        KEPT=wants[1],
+        MIXED=return_mix,
+        KEPT=return_merged,
         MERGE=len(merge) > 0,
         GATED=len(merge) > 2,
         D=D,
         BLOCK=block,
         num_warps=block // 256 or 1,
     )
-    return outs
+    return outputs
 
 
-def _open_enter(x, x0, mix, scale, merge, numbers):
-    """enter_ref with [window, *wants] as numbers, empty where not wanted; the compiler traces
-    it in place of _enter.
-    """
-    window, *wants = numbers
-    h, start, *others = enter_ref(x, x0, mix, scale, window, (wants[0], wants[1] or merge), *merge)
-    return h, start, *(x.new_empty(0) if t is None else t for t in others)
+_slot_input_backward.register_fake(_empty_slot_input_grads)
 
 
-def _enter_gradients(needed, *args):
-    grads, (merged, x0, mix, scale, *merge), (_, *wants) = args[:4], args[4:-1], args[-1]
-    d_x, d_x0, d_skip, sums = _enter_backward(
-        [*grads], merged, x0, mix, scale, merge, [want > 0 for want in wants]
-    )
-    d_mix, d_weight, d_gate = sums.sum(0).split((2, 1, 1))
-    return (
-        d_x,
-        d_x0 if needed[1] else None,
-        d_mix.to(mix.dtype),
-        None,
-        [d_skip, d_weight[0], d_gate[0]][: len(merge)],
-    )
-
-
-@golf_op(
-    None,
-    _enter_gradients,
-    lambda needed, x, x0, mix, scale, merge, *results: (
-        results[3] if merge else x,
-        x0,
-        mix,
-        scale,
-        *merge,
-    ),
-    results=4,
-)
-def _enter(
-    x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, merge: list[Tensor], numbers: list[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h, start, mixed, merged = _open_enter(x, x0, mix, scale, merge, numbers)
-    return h, start.clone(), mixed, merged.clone()  # an operation returns neither inputs nor views
-
-
-def enter(x, x0, mix, scale, window, wants, *merge):
-    """As enter_ref, with one kernel for the gradients."""
-    h, start, mixed, merged = _enter(x, x0, mix, scale, [*merge], [window, *map(int, wants)])
-    return h, start, mixed if wants[0] else None, merged if wants[1] else None
-
-
-# --- AdamW without first moment, in place: rows `source` (B,) of values and squares (N, n) into
-# rows `target` (B,), one of which many may share, with gradient (B, n) times `scale`, correction
-# (B,) of the bias, and rates lr, decay, beta2.
+# --- AdamW without first moment, in place, of the rows of a table: row source[i] of values and
+# squares (N, n) is updated and written to row target[i], for which many may share a source.
 
 
 def adamw_rows_ref(values, squares, gradient, source, target, correction, scale, rates):
-    (lr, decay, beta2), gradient = rates, scale * gradient.to(values.dtype)
+    """values and squares (N, n), gradient (B, n), source and target (B,) -> values, squares.
+
+    The gradient is multiplied by `scale`; correction (B,) is 1 - beta2^step, the bias correction of
+    squares; rates are (lr, weight decay, beta2).
+    """
+    lr, decay, beta2 = rates
+    gradient = scale * gradient.to(values.dtype)
     mean = torch.lerp(gradient * gradient, squares[source], beta2)
     denominator = (mean / correction[:, None]).sqrt() + 1e-10
-    values[target] = values[source] * (1 - lr * decay) - lr * gradient / denominator
+    decayed = values[source] * (1 - lr * decay)
+    values[target] = decayed - lr * gradient / denominator
     squares[target] = mean
     return values, squares
 
@@ -2620,91 +2728,80 @@ def _adamw_kernel(
     BETA2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, column = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     old = tl.load(source + row).to(tl.int64) * stride + column
     new = tl.load(target + row).to(tl.int64) * stride + column
     g = SCALE * load_f32(gradient + row.to(tl.int64) * width + column, inside)
     mean = BETA2 * load_f32(squares + old, inside) + (1 - BETA2) * g * g
-    step = LR * g / (tl.sqrt(mean / tl.load(correction + row)) + 1e-10)
-    tl.store(values + new, (1 - LR * DECAY) * load_f32(values + old, inside) - step, inside)
+    denominator = tl.sqrt(mean / tl.load(correction + row)) + 1e-10
+    step = LR * g / denominator
+    decayed = (1 - LR * DECAY) * load_f32(values + old, inside)
+    tl.store(values + new, decayed - step, inside)
     tl.store(squares + new, mean, inside)
 
 
 def adamw_rows(values, squares, gradient, source, target, correction, scale, rates):
-    (rows, width), (lr, decay, beta2) = gradient.shape, rates
-    if width:
-        _adamw_kernel[(triton.cdiv(width, 1024), rows)](
-            values,
-            squares,
-            *(t.contiguous() for t in (gradient, source, target, correction)),
-            values.stride(0),
-            width,
-            SCALE=scale,
-            LR=lr,
-            DECAY=decay,
-            BETA2=beta2,
-            BLOCK=1024,
-        )
+    """As adamw_rows_ref, in one kernel; rows of values and squares may be wider than n."""
+    rows, width = gradient.shape
+    lr, decay, beta2 = rates
+    if width == 0:
+        return values, squares
+    blocks = triton.cdiv(width, 1024)
+    _adamw_kernel[(blocks, rows)](
+        values,
+        squares,
+        gradient.contiguous(),
+        source.contiguous(),
+        target.contiguous(),
+        correction.contiguous(),
+        values.stride(0),
+        width,
+        SCALE=scale,
+        LR=lr,
+        DECAY=decay,
+        BETA2=beta2,
+        BLOCK=1024,
+    )
     return values, squares
 
 
-# --- attention over packed documents: causal within documents, scale 1/sqrt(E), query head h on KV
-# head h // (H / K) Every backend: q (B, T, H, E), k and v (B, T, K, E), cu_seqlens (N + 1,) int32
-# with B = 1, or None: each row is one document; -> (B, T, H, E). cu_seqlens may end in repetitions
-# of T (empty documents). No document exceeds max_seqlen. attn_window: so many keys before a query's
-# own are seen; 0: all.
+# --- attention over packed documents: causal within a document, scale 1/sqrt(E); query head h reads
+# key/value head h // (H / K). Every backend takes q (B, T, H, E), k and v (B, T, K, E), cu_seqlens
+# (N + 1,) int32 with B = 1, or None where every row is one document, max_seqlen, which no document
+# exceeds, and window, the number of earlier keys that a query sees (0: all). It returns
+# (B, T, H, E). cu_seqlens may end with repetitions of T, which are empty documents. All but
+# attention_sdpa take cu_seqlens (2, N + 1) too, of queries and of keys; then a document's queries
+# are its last positions.
 _VARLEN_PARAMETERS = tuple(inspect.signature(varlen_attn).parameters) if varlen_attn else ()
 
 
-def _repeat_kv(q, *kv):
-    """q (..., H, E), k and v (..., K, E) -> k and v (..., H, E) for backends without grouped
-    heads.
-    """
-    repeats = q.shape[-2] // kv[0].shape[-2]
-    return kv if repeats == 1 else [t.repeat_interleave(repeats, -2) for t in kv]
+def _repeat_kv(q, k, v):
+    """q (..., H, E), k and v (..., K, E) -> k and v (..., H, E): no grouped heads."""
+    repeats = q.shape[-2] // k.shape[-2]
+    if repeats == 1:
+        return k, v
+    return k.repeat_interleave(repeats, -2), v.repeat_interleave(repeats, -2)
 
 
-def attention_sdpa(q, k, v, cu_seqlens, max_seqlen, attn_window=0):
-    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E): the reference; any device and dtype, no
-    host
-    synchronisation. In blocks of W = max_seqlen queries, each sees keys of its block and the one
-    before: a mask of T x 2W, not T x T.
-    """
+def _cu_seqlens_of_rows(q):
+    """q (B, T, H, E) -> cu_seqlens (B + 1,) of its rows end to end."""
+    return torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * q.size(1)
+
+
+def attention_sdpa(q, k, v, cu_seqlens, max_seqlen, window=0):
+    """The reference: any device and dtype, and no host synchronisation."""
     k, v = _repeat_kv(q, k, v)
-    if cu_seqlens is None and attn_window:
-        rows = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * q.size(1)
-        return attention_sdpa(
-            *(t.flatten(0, 1)[None] for t in (q, k, v)), rows, q.size(1), attn_window
-        ).view(q.shape)
-    if cu_seqlens is None:
-        return F.scaled_dot_product_attention(
-            *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True
-        ).transpose(1, 2)
-    _, T, H, E = q.shape
-    W = min(max_seqlen, T)
-    blocks = (T + W - 1) // W
-    # Padding lies past the last document: it forms one of its own and attends to itself, so that no
-    # row is all masked.
-    q, k, v = (
-        F.pad(t[0], (0, 0, 0, 0, 0, blocks * W - T)).view(blocks, W, H, E) for t in (q, k, v)
-    )
-    positions = torch.arange(blocks * W, dtype=cu_seqlens.dtype, device=q.device)
-    # from 1; 0 is before the row
-    document = torch.searchsorted(cu_seqlens, positions, right=True).view(blocks, W)
-
-    def with_previous(t):  # (blocks, W, ...) -> (blocks, 2W, ...)
-        return torch.cat((torch.cat((torch.zeros_like(t[:1]), t[:-1])), t), dim=1)
-
-    offset = torch.arange(2 * W, device=q.device)
-    mask = (document[:, :, None] == with_previous(document)[:, None]) & (
-        offset <= offset[:W, None] + W
-    )
-    if attn_window:
-        mask &= offset >= offset[:W, None] + W - attn_window
-    q, k, v = (t.transpose(1, 2) for t in (q, with_previous(k), with_previous(v)))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # out (blocks, H, W, E)
-    return out.transpose(1, 2).reshape(1, blocks * W, H, E)[:, :T]
+    if cu_seqlens is not None:
+        return _packed_sdpa(q, k, v, cu_seqlens, max_seqlen, window)
+    if window:
+        flat = (t.flatten(0, 1)[None] for t in (q, k, v))
+        out = _packed_sdpa(*flat, _cu_seqlens_of_rows(q), q.size(1), window)
+        return out.view(q.shape)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return out.transpose(1, 2)
 
 
 def attention_trial_inputs(hp, device, dtype):
@@ -2716,147 +2813,202 @@ def attention_trial_inputs(hp, device, dtype):
     return q, k, v, cu_seqlens, 128, 9 if hp.attn_window else 0
 
 
-def _both(cu_seqlens):
-    """cu_seqlens (N + 1,) twice, or (2, N + 1) of queries and of keys: a document's queries are
-    at its last keys.
+def _packed_sdpa(q, k, v, cu_seqlens, max_seqlen, window):
+    """q, k and v (1, T, H, E) -> (1, T, H, E).
+
+    In blocks of W = max_seqlen queries, each of which sees the keys of its block and of the one
+    before: the mask has T x 2W elements instead of T x T.
     """
-    return cu_seqlens if cu_seqlens.dim() == 2 else (cu_seqlens, cu_seqlens)
+    T, H, E = q.shape[1:]
+    W = min(max_seqlen, T)
+    blocks = (T + W - 1) // W
+    # Padding comes after the last document. It is a document of its own that attends to itself: a
+    # row without any key would give NaN.
+    padding = (0, 0, 0, 0, 0, blocks * W - T)
+    q, k, v = (F.pad(t[0], padding).view(blocks, W, H, E) for t in (q, k, v))
+    positions = torch.arange(blocks * W, dtype=cu_seqlens.dtype, device=q.device)
+    # documents count from 1; 0 is before the row
+    document = torch.searchsorted(cu_seqlens, positions, right=True).view(blocks, W)
+    offset = torch.arange(2 * W, device=q.device)
+    same_document = document[:, :, None] == _with_previous_block(document)[:, None]
+    mask = same_document & (offset <= offset[:W, None] + W)
+    if window:
+        mask &= offset >= offset[:W, None] + W - window
+    q = q.transpose(1, 2)
+    k = _with_previous_block(k).transpose(1, 2)
+    v = _with_previous_block(v).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # (blocks, H, W, E)
+    return out.transpose(1, 2).reshape(1, blocks * W, H, E)[:, :T]
 
 
-def _on_packed_row(varlen):
-    """Decorator: attention over one row of documents, (tokens, H, E) -> (tokens, H, E), becomes
-    a backend as above.
+def _with_previous_block(t):
+    """(blocks, W, ...) -> (blocks, 2W, ...): every block behind the one before it, or zeros."""
+    previous = torch.cat((torch.zeros_like(t[:1]), t[:-1]))
+    return torch.cat((previous, t), dim=1)
+
+
+def _cu_seqlens_of_q_and_k(cu_seqlens):
+    """cu_seqlens (N + 1,) or (2, N + 1) -> that of the queries and that of the keys."""
+    if cu_seqlens.dim() == 2:
+        return cu_seqlens[0], cu_seqlens[1]
+    return cu_seqlens, cu_seqlens
+
+
+def _over_rows(varlen):
+    """Decorator: attention over documents end to end, (tokens, H, E) -> (tokens, H, E), becomes a
+    backend that also takes rows.
     """
 
-    def attention(q, k, v, cu_seqlens, max_seqlen, attn_window=0):
+    def attention(q, k, v, cu_seqlens, max_seqlen, window=0):
         if cu_seqlens is None:
-            cu_seqlens = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * q.size(1)
-        # a list: custom operations take one argument behind the tensors
-        limits = [max_seqlen, attn_window]
-        return varlen(*(t.flatten(0, 1) for t in (q, k, v)), cu_seqlens, limits).view(q.shape)
+            cu_seqlens = _cu_seqlens_of_rows(q)
+        flat = (t.flatten(0, 1) for t in (q, k, v))
+        return varlen(*flat, cu_seqlens, max_seqlen, window).view(q.shape)
 
     return attention
 
 
-@_on_packed_row
-def attention_torch(q, k, v, cu_seqlens, limits):
-    """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by torch's varlen_attn (torch >=
-    2.10, CUDA, 16 bits).
-    """
-    max_seqlen, attn_window = limits
-    options = (
-        {"is_causal": True}
-        if "is_causal" in _VARLEN_PARAMETERS and not attn_window
-        else {"window_size": (attn_window or -1, 0)}
-    )  # 2.10, which has no windows, or later
+@_over_rows
+def attention_torch(q, k, v, cu_seqlens, max_seqlen, window):
+    """torch's varlen_attn (torch >= 2.10, CUDA, 16 bits)."""
+    options = {}
+    if window or "is_causal" not in _VARLEN_PARAMETERS:  # torch 2.10 has is_causal and no windows
+        options["window_size"] = (window or -1, 0)
+    else:
+        options["is_causal"] = True
     if "enable_gqa" in _VARLEN_PARAMETERS:
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     else:
         k, v = _repeat_kv(q, k, v)
-    return varlen_attn(q, k, v, *_both(cu_seqlens), max_seqlen, max_seqlen, **options)
+    cu_seqlens = _cu_seqlens_of_q_and_k(cu_seqlens)
+    return varlen_attn(q, k, v, *cu_seqlens, max_seqlen, max_seqlen, **options)
 
 
-@_on_packed_row
-def attention_fa3(q, k, v, cu_seqlens, limits):
-    """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by FlashAttention-3 (Hopper;
-    arXiv:2407.08608).
-    """
+@_over_rows
+def attention_fa3(q, k, v, cu_seqlens, max_seqlen, window):
+    """FlashAttention-3 (Hopper; arXiv:2407.08608)."""
     from flash_attn_interface import flash_attn_varlen_func
 
-    max_seqlen, attn_window = limits
-    window = {"window_size": (attn_window, 0)} if attn_window else {}
-    out = flash_attn_varlen_func(
-        q, k, v, *_both(cu_seqlens), max_seqlen, max_seqlen, causal=True, **window
-    )
+    options = {"causal": True}
+    if window:
+        options["window_size"] = (window, 0)
+    cu_seqlens = _cu_seqlens_of_q_and_k(cu_seqlens)
+    out = flash_attn_varlen_func(q, k, v, *cu_seqlens, max_seqlen, max_seqlen, **options)
     return out[0] if isinstance(out, tuple) else out  # some versions return (out, lse)
 
 
-@golf_op(
-    lambda grad, q, k, v, *_: (
-        q.new_empty(q.shape),
-        *(t.new_empty(q.shape[1] // k.shape[1], *t.shape) for t in (k, v)),
-    )
-)
+@_over_rows
+def attention_fa4(q, k, v, cu_seqlens, max_seqlen, window):
+    """FlashAttention-4 (flash-attn-4; CUDA, 16 bits)."""
+    out, _ = _fa4(q, k, v, cu_seqlens, max_seqlen, window)
+    return out
+
+
+def _fa4_options(q, cu_seqlens, max_seqlen, window):
+    """Arguments of FlashAttention-4 that forward and backward share."""
+    of_q, of_k = _cu_seqlens_of_q_and_k(cu_seqlens)
+    options = {
+        "cu_seqlens_q": of_q,
+        "cu_seqlens_k": of_k,
+        "max_seqlen_q": max_seqlen,
+        "max_seqlen_k": max_seqlen,
+        "softmax_scale": q.shape[-1] ** -0.5,
+        "causal": True,
+    }
+    if window:
+        options["window_size_left"] = window
+    return options
+
+
+@torch.library.custom_op("golf::attention_fa4", mutates_args=())
+def _fa4(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
+) -> tuple[Tensor, Tensor]:
+    """-> the output (tokens, H, E), and the logarithms (H, tokens) of the softmax's sums."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    options = _fa4_options(q, cu_seqlens, max_seqlen, window)
+    out, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True, **options)
+    return out, lse
+
+
+@_fa4.register_fake
+def _fa4_fake(q, k, v, cu_seqlens, max_seqlen, window):
+    tokens, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(H, tokens, dtype=torch.float32)
+
+
+def _empty_fa4_grads(grad, qkv, *others):
+    q, k, v = qkv
+    group = q.shape[1] // k.shape[1]
+    dk = k.new_empty(group, *k.shape)
+    dv = v.new_empty(group, *v.shape)
+    return q.new_empty(q.shape), dk, dv
+
+
+@torch.library.custom_op("golf::fa4_backward", mutates_args=())
 def _fa4_backward(
     grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: list[Tensor],
     cu_seqlens: Tensor,
     out: Tensor,
     lse: Tensor,
-    limits: list[int],
+    max_seqlen: int,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of q (tokens, H, E), and of k and v (H / K, tokens, K, E), not yet summed over
+    the query heads that share a key head.
+
+    FlashAttention-4 would sum them in fp32 buffers, zeroed before and cast after. One pass for each
+    of a key head's query heads, with gradients of its own, costs less (docs/LOG.md).
+    """
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    # Query heads that share dk and dv would add them up in fp32 buffers, zeroed before and cast
-    # after. A pass for each of a key head's query heads, with gradients of its own, costs less
-    # (docs/LOG.md).
-    group, (max_seqlen, attn_window), (of_q, of_k) = (
-        q.shape[1] // k.shape[1],
-        limits,
-        _both(cu_seqlens),
-    )
-    window = {"window_size_left": attn_window} if attn_window else {}
-    dq, dk, dv = q.new_empty(q.shape), *(t.new_empty(group, *t.shape) for t in (k, v))
+    q, k, v = qkv
+    grads = _empty_fa4_grads(grad, qkv)
+    dq, dk, dv = grads
     grad = grad.contiguous()
+    options = _fa4_options(q, cu_seqlens, max_seqlen, window)
+    group = len(dk)
     for i in range(group):
-        q_i, out_i, grad_i, dq_i = (t[:, i::group] for t in (q, out, grad, dq))
+        heads = slice(i, None, group)
         _flash_attn_bwd(
-            q_i,
+            q[:, heads],
             k,
             v,
-            out_i,
-            grad_i,
-            lse[i::group].contiguous(),
-            softmax_scale=q.shape[-1] ** -0.5,
-            causal=True,
-            dq=dq_i,
+            out[:, heads],
+            grad[:, heads],
+            lse[heads].contiguous(),
+            dq=dq[:, heads],
             dk=dk[i],
             dv=dv[i],
-            cu_seqlens_q=of_q,
-            cu_seqlens_k=of_k,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen,
-            **window,
+            **options,
         )
-    return dq, dk, dv
+    return grads
 
 
-def _fa4_gradients(needed, *saved):
-    dq, *shared = _fa4_backward(*saved)
-    return dq, *(parts.sum(0) if len(parts) > 1 else parts[0] for parts in shared)
+_fa4_backward.register_fake(_empty_fa4_grads)
 
 
-@_on_packed_row
-@golf_op(
-    lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)),
-    _fa4_gradients,
-)
-def attention_fa4(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, limits: list[int]
-) -> tuple[Tensor, Tensor]:
-    """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by FlashAttention-4 (flash-attn-4;
-    CUDA, 16 bits).
-    """
-    from flash_attn.cute.interface import _flash_attn_fwd
+def _fa4_setup(ctx, inputs, output):
+    *tensors, ctx.max_seqlen, ctx.window = inputs
+    # nobody differentiates lse: without this, autograd fills zeros for its gradient
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
 
-    (max_seqlen, attn_window), (of_q, of_k) = limits, _both(cu_seqlens)
-    window = {"window_size_left": attn_window} if attn_window else {}
-    out, lse, *_ = _flash_attn_fwd(
-        q,
-        k,
-        v,
-        cu_seqlens_q=of_q,
-        cu_seqlens_k=of_k,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
-        softmax_scale=q.shape[-1] ** -0.5,
-        causal=True,
-        return_lse=True,
-        **window,
-    )
-    return out, lse  # (tokens, H, E), (H, tokens)
+
+def _fa4_gradients(ctx, grad, grad_lse):
+    if grad is None:
+        return (None,) * 6
+    qkv = list(ctx.saved_tensors[:3])
+    others = ctx.saved_tensors[3:]  # cu_seqlens, out, lse
+    dq, dk, dv = _fa4_backward(grad, qkv, *others, ctx.max_seqlen, ctx.window)
+    if len(dk) == 1:
+        return dq, dk[0], dv[0], None, None, None
+    return dq, dk.sum(0), dv.sum(0), None, None, None
+
+
+_fa4.register_autograd(_fa4_gradients, setup_context=_fa4_setup)
 
 
 # --- selection
@@ -2872,14 +3024,15 @@ ATTENTION_BACKENDS = {  # the fastest first
 class Ops:
     """The operations that the model calls, as select_ops chose them."""
 
-    attention: Callable  # q, k, v, cu_seqlens, max_seqlen, attn_window
+    attention: Callable  # q, k, v, cu_seqlens, max_seqlen, window
     mlp: Callable  # x, w_up, w_down, slope
     cross_entropy: Callable  # h, weight, targets, softcap
     names: dict  # operation -> name of the chosen candidate
     notes: tuple = ()  # why faster candidates were refused
     qkv_heads: Callable = qkv_heads_ref  # qkv, gain, cos, sin, kv_heads
     gated_xsa: Callable = gated_xsa_ref  # y, v, logits, factor
-    enter: Callable = enter_ref  # x, x0, mix, scale, window, wants, *(skip, weight, gate)
+    # x, x0, mix, scale, window, return_mix, return_merged, *(skip, weight, gate)
+    slot_input: Callable = slot_input_ref
     # values, squares, gradient, source, target, correction, scale, rates
     adamw_rows: Callable = adamw_rows_ref
 
@@ -2912,7 +3065,7 @@ def use_kernels(hp, device):
 
 
 def operations(hp, device):
-    """{field of Ops: Operation}"""
+    """{name in RESULT: Operation}, where slot_input has its first name, enter."""
     with_kernels = use_kernels(hp, device)
 
     def with_reference(library, kernel, reference, trial_inputs):
@@ -2930,7 +3083,7 @@ def operations(hp, device):
         ),
         "qkv_heads": with_reference("triton", qkv_heads, qkv_heads_ref, qkv_heads_trial_inputs),
         "gated_xsa": with_reference("triton", gated_xsa, gated_xsa_ref, gated_xsa_trial_inputs),
-        "enter": with_reference("triton", enter, enter_ref, enter_trial_inputs),
+        "enter": with_reference("triton", slot_input, slot_input_ref, slot_input_trial_inputs),
         "adamw_rows": with_reference("triton", adamw_rows, adamw_rows_ref, adamw_rows_trial_inputs),
     }
 
@@ -2971,13 +3124,13 @@ def _disagreement(op, reference, args, tolerance):
     return f"disagrees with the reference, relative errors {listed}"
 
 
-def _first_that_works(kind, candidates, reference, args, notes, tolerance=0.03):
+def _first_that_works(kind, operation, args, notes):
     """Name of the first candidate that agrees with the reference, or None; refusals go to notes."""
-    for name, op in candidates.items():
-        if op is reference:
+    for name, op in operation.candidates.items():
+        if op is operation.reference:
             return name
         try:
-            fault = _disagreement(op, reference, args, tolerance)
+            fault = _disagreement(op, operation.reference, args, operation.tolerance)
         except Exception as error:  # a library may raise anything: missing, old, wrong device
             lines = str(error).strip().splitlines() or [""]
             fault = f"{type(error).__name__}: {lines[0][:200]}"
@@ -2999,20 +3152,15 @@ def select_ops(hp, device, dtype):
     chosen = {}
     names = {}
     for kind, operation in operations(hp, device).items():
-        name = _first_that_works(
-            kind,
-            operation.candidates,
-            operation.reference,
-            operation.trial_inputs(hp, device, dtype),
-            notes,
-            operation.tolerance,
-        )
+        args = operation.trial_inputs(hp, device, dtype)
+        name = _first_that_works(kind, operation, args, notes)
         if name is None:  # attention alone has candidates without the reference
             raise SettingError(
                 f"ATTENTION_BACKEND={hp.attention_backend} does not work here: {'; '.join(notes)}"
             )
         names[kind] = name
         chosen[kind] = operation.candidates[name]
+    chosen["slot_input"] = chosen.pop("enter")
     return Ops(**chosen, names=names, notes=tuple(notes))
 
 
@@ -3255,14 +3403,16 @@ class GPT(nn.Module):
             out = self.ops.mlp(h, w.up, w.down, slope)
         return out if tap is None else tap("mlp_out", h, out, w.mlp_scale)
 
-    def enter(self, x, x0, w, wants, *skip):
+    def slot_input(self, x, x0, w, return_mix, return_merged, *skip):
         """What a block takes: normed mix of stream x and x0, the first columns of that; if
         wanted, mix and stream.
         """
-        return self.ops.enter(x, x0, w.mix, w.depth_scale, self.hp.gate_window, wants, *skip)
+        return self.ops.slot_input(
+            x, x0, w.mix, w.depth_scale, self.hp.gate_window, return_mix, return_merged, *skip
+        )
 
     def block(self, entry, mlp_lane, w, rope, packing, tap):
-        """One layer: results of `enter`, and the MLP's own lane where the stream has split,
+        """One layer: results of `slot_input`, and the MLP's own lane where the stream has split,
         else None -> x, lane.
         """
 
@@ -3312,7 +3462,8 @@ class GPT(nn.Module):
         """(B, T) ids -> (B, T, D), the final norm's output. With cu_seqlens B is 1 and documents
         are
         apart, none longer than max_seqlen; without, a row is one document. `parts` has its own
-        enter and block, where these alone were compiled; entries then give all results: few graphs.
+        slot_input and block, where these alone were compiled; that then gives all results: few
+        graphs.
         """
         hp, slots, weights, parts = (
             self.hp,
@@ -3352,7 +3503,7 @@ class GPT(nn.Module):
                 if parts is self
                 else (True, True)
             )
-            entry = parts.enter(x, x0, weights[layer], wants, *skip)
+            entry = parts.slot_input(x, x0, weights[layer], *wants, *skip)
             if own:
                 # x itself, but so all its gradients meet in the entry's kernel
                 skips.append(entry[3].view_as(x))
@@ -3686,14 +3837,11 @@ def compile_wanted(hp, dist):
 
 @lru_cache
 def prepare_compiler():
-    from torch._inductor.decomposition import decompositions
-
     # graphs of a function: kinds of layers, of entries, with taps or not
     torch._dynamo.config.recompile_limit = 256
-    # or old gradients come from caches
+    # otherwise the compile cache may reuse gradients of an older version of this file
     torch.compiler.config.cache_key_tag = digest(Path(__file__).read_bytes()).hex()
-    # below autograd: the gradients stay those of _enter
-    decompositions[torch.ops.golf.enter.default] = _open_enter
+    decompose_slot_input()
 
 
 def compiled(function, hp, dist, dynamic=False, graphs=False):
@@ -5093,7 +5241,7 @@ class Evaluator:
         self.parts = SimpleNamespace(
             **{
                 name: compiled(getattr(model, name), hp, dist)
-                for name in ("enter", "block", "token_losses")
+                for name in ("slot_input", "block", "token_losses")
             }
         )
 
@@ -5561,10 +5709,10 @@ class TestTimeTrainer:
         )
         self.lanes = range(dist.rank, hp.ttt_lanes, dist.world_size)
         self.lora = BatchedLoRA(model, self.lanes, hp, dist.device, model.ops.adamw_rows)
-        self.enter, self.block, self.factors, self.head = (
+        self.slot_input, self.block, self.factors, self.head = (
             compiled(f, hp, dist, dynamic=None)
             for f in (
-                model.enter,
+                model.slot_input,
                 model.block,
                 self.lora.factors,
                 (
@@ -5584,7 +5732,7 @@ class TestTimeTrainer:
         """Windows (B, W), targets and their positions in the windows (B, C), adapters ->
         (B, C) nats, float32 head.
         """
-        parts = SimpleNamespace(enter=self.dynamic_enter, block=self.dynamic_block)
+        parts = SimpleNamespace(slot_input=self.dynamic_slot_input, block=self.dynamic_block)
         hidden = self.model.forward_hidden(
             windows, max_seqlen=self.hp.ttt_eval_seq_len, looping=True, tap=tap, parts=parts
         )
@@ -5592,17 +5740,17 @@ class TestTimeTrainer:
         self.mark_dynamic([0], scored, targets, *tap.head.matrices())
         return self.head(scored, targets, tap.head)
 
-    # Compiled: GPT.enter, block and token_losses, BatchedLoRA.factors: one graph each for any
+    # Compiled: GPT.slot_input, block and token_losses, BatchedLoRA.factors: one graph each for any
     # number of rows and width of windows; layer by layer, because tracing all slots at once with
     # unknown shapes takes minutes.
 
-    def dynamic_enter(self, x, x0, w, wants, *skip):
+    def dynamic_slot_input(self, x, x0, w, return_mix, return_merged, *skip):
         if self.hp.ttt_stale_context:
             x, x0 = self.stale.own(x, x0)
         # the first layer shares the graph of the others
         x = x if x.requires_grad else x.detach().requires_grad_()
         self.mark_dynamic([0, 1], x, x0, *skip[:1])
-        return self.enter(x, x0, w, wants, *skip)
+        return self.slot_input(x, x0, w, return_mix, return_merged, *skip)
 
     def dynamic_block(self, entry, mlp_lane, w, rope, packing, tap):
         if self.hp.ttt_stale_context:

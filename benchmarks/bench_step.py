@@ -300,7 +300,7 @@ def work_of(operator: tuple, event: Event, hp) -> tuple[float, float]:
     if name == "golf::mlp_backward":  # grad, w_down, act -> grad_pre
         return 2.0 * shapes[0][0] * math.prod(shapes[1]), sum(sizes) + sizes[2]
     # gradients, merged, x0, mix, scale, [skip, ...]; -> those of merged, x0, skip
-    if name == "golf::enter_backward":
+    if name == "golf::slot_input_backward":
         streams = [*shapes[0], *2 * shapes[1:3], *2 * shapes[5][:1]]
         return 0.0, float(ITEM_BYTES[types[1]]) * sum(map(math.prod, streams))
     if name == "golf::linear_cross_entropy":  # h, weight: logits, read and overwritten

@@ -232,11 +232,11 @@ def test_kernels_go_to_the_phase_of_the_operator_that_launched_them():
             "element-wise backward",
         ),
         (
-            "_enter_kernel",
+            "_slot_input_kernel",
             [
                 ("autograd::engine::evaluate_function: CompiledFunctionBackward", []),
                 (
-                    "golf::enter_backward",
+                    "golf::slot_input_backward",
                     [(row, (M, 12), row), row, row, (2, D), (1,), (row, (D,)), ()],
                 ),
             ],
@@ -282,7 +282,7 @@ def test_kernels_go_to_the_phase_of_the_operator_that_launched_them():
         2 * (M * D + D * F + n * M * F) for n in (1, 2)
     ]
     # 5 streams and the start in, 3 streams out
-    assert found["_enter_kernel"].nbytes == 2 * (8 * M * D + 12 * M)
+    assert found["_slot_input_kernel"].nbytes == 2 * (8 * M * D + 12 * M)
     assert found["triton_poi_fused_mul_1"].nbytes == 2 * 2 * M * D
     assert bench_step.busy_ms(events) == pytest.approx(5e-3 * len(plan))
 

@@ -178,7 +178,7 @@ def test_compiled_training_with_kernels_has_the_gradients_of_the_references(back
             ops,
             qkv_heads=train_gpt.qkv_heads,
             gated_xsa=train_gpt.gated_xsa,
-            enter=train_gpt.enter,
+            slot_input=train_gpt.slot_input,
             cross_entropy=train_gpt.linear_cross_entropy,
         )
 
@@ -197,8 +197,8 @@ def test_compiled_training_with_kernels_has_the_gradients_of_the_references(back
         {event.key: event.count for event in profiler.key_averages()},
         len(fast.slots(True)),
     )
-    assert calls.get("golf::enter", 0) == (slots if backend == "aot_eager" else 0)
-    assert calls["golf::enter_backward"] == slots
+    assert calls.get("golf::slot_input", 0) == (slots if backend == "aot_eager" else 0)
+    assert calls["golf::slot_input_backward"] == slots
 
 
 EDITED = """
@@ -206,9 +206,7 @@ import torch, train_gpt
 @torch.library.custom_op("golf::twice", mutates_args=())
 def twice(x: torch.Tensor) -> torch.Tensor:
     return 2 * x
-@twice.register_fake
-def twice_fake(x):
-    return torch.empty_like(x)
+twice.register_fake(torch.empty_like)
 twice.register_autograd(lambda ctx, grad: FACTOR * grad)
 hp = train_gpt.Hyperparameters(device="cpu", compile="1")
 x = torch.ones(3, requires_grad=True)

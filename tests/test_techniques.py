@@ -245,14 +245,14 @@ def test_extra_loops_leave_every_skip_between_the_layers_of_training(extra):
             # the stream says which slot it comes from
             return torch.full_like(entry[3], len(runs) - 1.0), mlp_lane
 
-        def enter(x, x0, w, wants, *merge):
+        def slot_input(x, x0, w, return_mix, return_merged, *merge):
             if merge:
                 merged.append((int(merge[1][0]), len(runs), int(merge[0][0, 0, 0])))
             return None, None, None, x
 
         # a weight says which pair it is of
         model.skip_weights.data[:] = torch.arange(len(model.skip_weights))[:, None]
-        parts = SimpleNamespace(enter=enter, block=block)
+        parts = SimpleNamespace(slot_input=slot_input, block=block)
         model.forward_hidden(
             torch.ones(1, 3, dtype=torch.long), max_seqlen=3, looping=True, parts=parts
         )

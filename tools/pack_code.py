@@ -254,7 +254,7 @@ def names_to_keep(tree):
         node.id for kernel in kernels for node in ast.walk(kernel) if isinstance(node, ast.Name)
     }
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    named = [node.name for node in functions if decorators(node) & {"custom_op", "golf_op", "jit"}]
+    named = [node.name for node in functions if decorators(node) & {"custom_op", "jit"}]
     return sorted(arguments), sorted(used.union(named, dir(builtins)))
 
 
