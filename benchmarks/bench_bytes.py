@@ -41,7 +41,7 @@ def group_of(name: str) -> str:
     """
     tensor, _, field = name.rpartition(":")
     role = train_gpt.quant_role(tensor)
-    return "small" if role is None else role[0] if field == "codes" else "scales"
+    return "small" if role is None else role.group if field == "codes" else "scales"
 
 
 def entropy_bytes(codes: np.ndarray) -> float:
