@@ -2344,8 +2344,8 @@ _qkv_heads_backward.register_fake(_empty_qkv_grads)
 
 
 def _qkv_heads_setup(ctx, inputs, output):
-    *tensors, ctx.kv_heads = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:4])
+    ctx.kv_heads = inputs[4]
 
 
 def _qkv_heads_gradients(ctx, dq, dk, dv):
@@ -2460,8 +2460,8 @@ _gated_xsa_backward.register_fake(_empty_xsa_grads)
 
 
 def _gated_xsa_setup(ctx, inputs, output):
-    *tensors, ctx.factor = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:3])
+    ctx.factor = inputs[3]
 
 
 def _gated_xsa_gradients(ctx, grad):
@@ -2517,7 +2517,8 @@ def slot_input_ref(x, x0, mix, scale, window, return_mix, return_merged, *merge)
 
 def slot_input_trial_inputs(hp, device, dtype):
     stream = (200, 64)
-    x, x0, skip, mix = trial_tensors(device, dtype, stream, stream, stream, (2, 64))
+    *streams, mix = trial_tensors(device, dtype, stream, stream, stream, (2, 64))
+    x, x0, skip = streams
     weight, gate = trial_tensors(device, torch.float32, (64,), (64,))
     scale = torch.ones(1, device=device)
     return x, x0, mix, scale, 9, True, True, skip, weight, gate
@@ -2576,13 +2577,11 @@ def _slot_input_setup(ctx, inputs, output):
 def _slot_input_gradients(ctx, *grads):
     inputs = ctx.saved_tensors[:4]  # merged, x0, mix, scale
     merge = list(ctx.saved_tensors[4:])
-    *streams, sums = _slot_input_backward(
-        list(grads), *inputs, merge, ctx.return_mix, ctx.return_merged
-    )
-    d_x, d_x0, d_skip = streams
-    d_mix, d_weight, d_gate = sums.sum(0).split((2, 1, 1))
-    d_mix = d_mix.to(inputs[2].dtype)
-    d_merge = [d_skip, d_weight[0], d_gate[0]][: len(merge)]
+    outputs = _slot_input_backward(list(grads), *inputs, merge, ctx.return_mix, ctx.return_merged)
+    d_x, d_x0, d_skip = outputs[:3]
+    sums = outputs[3].sum(0)  # of both rows of mix, of the weight and of the gate
+    d_mix = sums[:2].to(inputs[2].dtype)
+    d_merge = [d_skip, sums[2], sums[3]][: len(merge)]
     if not ctx.needs_input_grad[1]:
         d_x0 = None
     return d_x, d_x0, d_mix, None, d_merge, None, None, None
@@ -2653,7 +2652,8 @@ def _slot_input_kernel(
     mix_x = load_f32(mix + column, inside)
     mix_0 = load_f32(mix + D + column, inside)
     skip_weight = load_f32_if(weight + column, inside, MERGE)
-    share, rest = 1.0, 1.0  # of x, and of the weighted skip, in what they merge into
+    share = 1.0  # of x in what it merges into
+    rest = 1.0  # of the weighted skip
     if GATED:
         share = tl.sigmoid(load_f32(gate + column, inside))
         rest = 1 - share
@@ -2667,9 +2667,8 @@ def _slot_input_kernel(
         at = row.to(tl.int64) * D + column
         x = load_f32(merged + at, valid)
         e = load_f32(x0 + at, valid)
-        start_at = row * WINDOW + column
         g = load_f32(d_h + at, valid)
-        g += load_f32(d_start + start_at, valid & (column < WINDOW))
+        g += load_f32(d_start + row * WINDOW + column, valid & (column < WINDOW))
         d = load_f32_if(d_mixed + at, valid, MIXED)
         kept = load_f32_if(d_merged + at, valid, KEPT)
         skipped = load_f32_if(skip + at, valid, MERGE)
@@ -2772,7 +2771,7 @@ def adamw_rows_ref(values, squares, gradient, source, target, correction, scale,
 
 def adamw_rows_trial_inputs(hp, device, dtype):
     values, roots = trial_tensors(device, torch.float32, (1000, 64), (1000, 64))
-    (gradient,) = trial_tensors(device, dtype, (2, 64))
+    gradient = trial_tensors(device, dtype, (2, 64))[0]
     source = torch.tensor([990, 3], device=device)
     target = torch.tensor([990, 500], device=device)
     correction = torch.tensor([0.1, 0.75], device=device)
@@ -2868,8 +2867,8 @@ def attention_sdpa(q, k, v, cu_seqlens, max_seqlen, window=0):
         flat = (t.flatten(0, 1)[None] for t in (q, k, v))
         out = _packed_sdpa(*flat, _cu_seqlens_of_rows(q), q.size(1), window)
         return out.view(q.shape)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(*heads_first, is_causal=True)
     return out.transpose(1, 2)
 
 
@@ -2891,10 +2890,6 @@ def _packed_sdpa(q, k, v, cu_seqlens, max_seqlen, window):
     T, H, E = q.shape[1:]
     W = min(max_seqlen, T)
     blocks = (T + W - 1) // W
-    # Padding comes after the last document. It is a document of its own that attends to itself: a
-    # row without any key would give NaN.
-    padding = (0, 0, 0, 0, 0, blocks * W - T)
-    q, k, v = (F.pad(t[0], padding).view(blocks, W, H, E) for t in (q, k, v))
     positions = torch.arange(blocks * W, dtype=cu_seqlens.dtype, device=q.device)
     # documents count from 1; 0 is before the row
     document = torch.searchsorted(cu_seqlens, positions, right=True).view(blocks, W)
@@ -2903,11 +2898,21 @@ def _packed_sdpa(q, k, v, cu_seqlens, max_seqlen, window):
     mask = same_document & (offset <= offset[:W, None] + W)
     if window:
         mask &= offset >= offset[:W, None] + W - window
-    q = q.transpose(1, 2)
-    k = _with_previous_block(k).transpose(1, 2)
-    v = _with_previous_block(v).transpose(1, 2)
+    q = _in_blocks(q, blocks, W).transpose(1, 2)
+    k = _with_previous_block(_in_blocks(k, blocks, W)).transpose(1, 2)
+    v = _with_previous_block(_in_blocks(v, blocks, W)).transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # (blocks, H, W, E)
     return out.transpose(1, 2).reshape(1, blocks * W, H, E)[:, :T]
+
+
+def _in_blocks(t, blocks, W):
+    """(1, T, H, E) -> (blocks, W, H, E).
+
+    Padding comes after the last document. It is a document of its own that attends to itself: a
+    query without any key would give NaN.
+    """
+    padding = (0, 0, 0, 0, 0, blocks * W - t.size(1))
+    return F.pad(t[0], padding).unflatten(0, (blocks, W))
 
 
 def _with_previous_block(t):
@@ -2974,10 +2979,10 @@ def attention_fa4(q, k, v, cu_seqlens, max_seqlen, window):
 
 def _fa4_options(q, cu_seqlens, max_seqlen, window):
     """Arguments of FlashAttention-4 that forward and backward share."""
-    of_q, of_k = _cu_seqlens_of_q_and_k(cu_seqlens)
+    both = _cu_seqlens_of_q_and_k(cu_seqlens)
     options = {
-        "cu_seqlens_q": of_q,
-        "cu_seqlens_k": of_k,
+        "cu_seqlens_q": both[0],
+        "cu_seqlens_k": both[1],
         "max_seqlen_q": max_seqlen,
         "max_seqlen_k": max_seqlen,
         "softmax_scale": q.shape[-1] ** -0.5,
@@ -2996,8 +3001,8 @@ def _fa4(
     from flash_attn.cute.interface import _flash_attn_fwd
 
     options = _fa4_options(q, cu_seqlens, max_seqlen, window)
-    out, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True, **options)
-    return out, lse
+    results = _flash_attn_fwd(q, k, v, return_lse=True, **options)
+    return results[0], results[1]
 
 
 @_fa4.register_fake
@@ -3007,11 +3012,10 @@ def _fa4_fake(q, k, v, cu_seqlens, max_seqlen, window):
 
 
 def _empty_fa4_grads(grad, qkv, *others):
-    q, k, v = qkv
-    group = q.shape[1] // k.shape[1]
-    dk = k.new_empty(group, *k.shape)
-    dv = v.new_empty(group, *v.shape)
-    return q.new_empty(q.shape), dk, dv
+    q = qkv[0]
+    group = q.shape[1] // qkv[1].shape[1]
+    shared = [t.new_empty(group, *t.shape) for t in qkv[1:]]
+    return q.new_empty(q.shape), *shared
 
 
 @torch.library.custom_op("golf::fa4_backward", mutates_args=())
@@ -3059,10 +3063,11 @@ _fa4_backward.register_fake(_empty_fa4_grads)
 
 
 def _fa4_setup(ctx, inputs, output):
-    *tensors, ctx.max_seqlen, ctx.window = inputs
     # nobody differentiates lse: without this, autograd fills zeros for its gradient
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.max_seqlen = inputs[4]
+    ctx.window = inputs[5]
 
 
 def _fa4_gradients(ctx, grad, grad_lse):
