@@ -2122,9 +2122,10 @@ def leaky_relu_sq_mlp(x, w_up, w_down, slope):
     return out.view(x.shape)
 
 
-# --- around attention. Before it: per-head RMS norm and partial RoPE for q and k, gain for q. After
-# it: XSA subtracts from every head's output its part along the token's own value, and a gate scales
-# the rest. The kernels work on tiles of rows; a row is one head of one token.
+# --- around attention
+# Before it: per-head RMS norm and partial RoPE for q and k, gain for q. After it: XSA subtracts
+# from every head's output its part along the token's own value, and a gate scales the rest. The
+# kernels work on tiles of rows; a row is one head of one token.
 
 
 def norm(x):
@@ -2472,9 +2473,10 @@ def _gated_xsa_gradients(ctx, grad):
 gated_xsa.register_autograd(_gated_xsa_gradients, setup_context=_gated_xsa_setup)
 
 
-# --- input of a slot: the residual stream merges with a skip, mixes with x0 and is normed. Inductor
-# fuses forward well. In backward it fuses the reductions over tokens of several slots into kernels
-# that spill registers; this is one kernel per slot.
+# --- input of a slot
+# The residual stream merges with a skip, mixes with x0 and is normed. Inductor fuses forward well.
+# In backward it fuses the reductions over tokens of several slots into kernels that spill
+# registers; this is one kernel per slot.
 
 
 class SlotInput(NamedTuple):
@@ -2485,7 +2487,7 @@ class SlotInput(NamedTuple):
 
 
 def merge_mix_norm(x, x0, mix, scale, window, *merge):
-    """x and x0 (B, T, D), mix (2, D), scale (1,) -> SlotInput, all of it.
+    """x and x0 (B, T, D), mix (2, D), scale (1,) -> SlotInput with all four tensors.
 
     `merge` is empty, or a skip (B, T, D) with its weight (D,), or these and a gate (D,).
     """
@@ -2749,8 +2751,9 @@ def _slot_input_backward(
 _slot_input_backward.register_fake(_empty_slot_input_grads)
 
 
-# --- AdamW without first moment, in place, of the rows of a table: row source[i] of values and
-# squares (N, n) is updated and written to row target[i], for which many may share a source.
+# --- AdamW of the rows of a table, in place, without a first moment
+# Row source[i] of values and squares (N, n), updated with row i of the gradient, is written to row
+# target[i]. Several rows may have the same source.
 
 
 def adamw_rows_ref(values, squares, gradient, source, target, correction, scale, rates):
@@ -2835,13 +2838,13 @@ def adamw_rows(values, squares, gradient, source, target, correction, scale, rat
     return values, squares
 
 
-# --- attention over packed documents: causal within a document, scale 1/sqrt(E); query head h reads
-# key/value head h // (H / K). Every backend takes q (B, T, H, E), k and v (B, T, K, E), cu_seqlens
-# (N + 1,) int32 with B = 1, or None where every row is one document, max_seqlen, which no document
-# exceeds, and window, the number of earlier keys that a query sees (0: all). It returns
-# (B, T, H, E). cu_seqlens may end with repetitions of T, which are empty documents. All but
-# attention_sdpa take cu_seqlens (2, N + 1) too, of queries and of keys; then a document's queries
-# are its last positions.
+# --- attention over packed documents
+# Causal within a document, scale 1/sqrt(E); query head h reads key/value head h // (H / K). Every
+# backend takes q (B, T, H, E), k and v (B, T, K, E), cu_seqlens, max_seqlen, which no document
+# exceeds, and window, the number of earlier keys that a query sees (0: all); it returns
+# (B, T, H, E). cu_seqlens is (N + 1,) int32 with B = 1, or None where every row is one document. It
+# may end with repetitions of T, which are empty documents. All but attention_sdpa take cu_seqlens
+# (2, N + 1) too, of queries and of keys; then a document's queries are its last positions.
 _VARLEN_PARAMETERS = tuple(inspect.signature(varlen_attn).parameters) if varlen_attn else ()
 
 
@@ -2997,7 +3000,7 @@ def _fa4_options(q, cu_seqlens, max_seqlen, window):
 def _fa4(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
 ) -> tuple[Tensor, Tensor]:
-    """-> the output (tokens, H, E), and the logarithms (H, tokens) of the softmax's sums."""
+    """-> the output (tokens, H, E), and the logsumexp (H, tokens) that backward needs."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
     options = _fa4_options(q, cu_seqlens, max_seqlen, window)
