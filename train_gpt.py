@@ -2277,7 +2277,8 @@ def _qkv_heads_kernel(
 
 def _launch_qkv_heads(qkv, gain, cos, sin, heads, grads=None):
     """Fills heads (q, k, v); given grads (d_qkv, dots), fills these from the gradients in heads."""
-    H, E = heads[0].shape[2:]
+    H = heads[0].shape[2]
+    E = heads[0].shape[3]
     outputs = (qkv, qkv) if grads is None else grads  # forward does not write these arguments
     _launch_rows(
         _qkv_heads_kernel,
@@ -2295,11 +2296,11 @@ def _launch_qkv_heads(qkv, gain, cos, sin, heads, grads=None):
 
 def _empty_heads(qkv, gain, cos, sin, kv_heads):
     """The arguments of qkv_heads -> empty q (B, T, H, E), k and v (B, T, K, E)."""
-    B, T, width = qkv.shape
+    tokens = qkv.shape[:2]
     H = gain.numel()
-    E = width // (H + 2 * kv_heads)
-    q = qkv.new_empty(B, T, H, E)
-    k = qkv.new_empty(B, T, kv_heads, E)
+    E = qkv.shape[2] // (H + 2 * kv_heads)
+    q = qkv.new_empty(*tokens, H, E)
+    k = qkv.new_empty(*tokens, kv_heads, E)
     return q, k, torch.empty_like(k)
 
 
@@ -2343,8 +2344,8 @@ _qkv_heads_backward.register_fake(_empty_qkv_grads)
 
 
 def _qkv_heads_setup(ctx, inputs, output):
-    *tensors, ctx.kv_heads = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:4])
+    ctx.kv_heads = inputs[4]
 
 
 def _qkv_heads_gradients(ctx, dq, dk, dv):
@@ -2410,14 +2411,13 @@ def _gated_xsa_kernel(
         tl.store(dv + row[:, None] * E + e, inverse * (d_hat - d_along * v_hat), inside)
 
 
-def _launch_gated_xsa(inputs, outputs, factor, grad=None):
-    """Fills outputs: (out,), or given the gradient of out those of inputs (y, v, logits)."""
-    y, v, _ = inputs
+def _launch_gated_xsa(y, v, logits, outputs, factor, grad=None):
+    """Fills outputs: (out,), or given the gradient of out those of y, v and logits."""
     E = v.shape[-1]
     if grad is None:  # forward does not use the arguments that y stands for
-        tensors = (*inputs, y, *outputs, y, y)
+        tensors = (y, v, logits, y, *outputs, y, y)
     else:
-        tensors = (*inputs, grad, *outputs)
+        tensors = (y, v, logits, grad, *outputs)
     _launch_rows(
         _gated_xsa_kernel,
         tensors,
@@ -2434,7 +2434,7 @@ def _launch_gated_xsa(inputs, outputs, factor, grad=None):
 def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> Tensor:
     """As gated_xsa_ref, in one kernel each for forward and backward."""
     out = y.new_empty(y.shape)
-    _launch_gated_xsa((y, v, logits), (out,), factor)
+    _launch_gated_xsa(y, v, logits, (out,), factor)
     return out
 
 
@@ -2452,7 +2452,7 @@ def _gated_xsa_backward(
     grad: Tensor, y: Tensor, v: Tensor, logits: Tensor, factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _empty_xsa_grads(grad, y, v, logits, factor)
-    _launch_gated_xsa((y, v, logits), grads, factor, grad)
+    _launch_gated_xsa(y, v, logits, grads, factor, grad)
     return grads
 
 
@@ -2460,8 +2460,8 @@ _gated_xsa_backward.register_fake(_empty_xsa_grads)
 
 
 def _gated_xsa_setup(ctx, inputs, output):
-    *tensors, ctx.factor = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:3])
+    ctx.factor = inputs[3]
 
 
 def _gated_xsa_gradients(ctx, grad):
@@ -2568,23 +2568,22 @@ _slot_input.register_fake(_slot_input_copied)
 
 
 def _slot_input_setup(ctx, inputs, output):
-    x, *others = inputs[:4]  # x0, mix, scale
     merge = inputs[4]
-    ctx.return_mix, ctx.return_merged = inputs[6:]
-    merged = output[3] if merge else x
-    ctx.save_for_backward(merged, *others, *merge)
+    ctx.return_mix = inputs[6]
+    ctx.return_merged = inputs[7]
+    merged = output[3] if merge else inputs[0]
+    x0_mix_scale = inputs[1:4]
+    ctx.save_for_backward(merged, *x0_mix_scale, *merge)
 
 
 def _slot_input_gradients(ctx, *grads):
     inputs = ctx.saved_tensors[:4]  # merged, x0, mix, scale
     merge = list(ctx.saved_tensors[4:])
-    *streams, sums = _slot_input_backward(
-        list(grads), *inputs, merge, ctx.return_mix, ctx.return_merged
-    )
-    d_x, d_x0, d_skip = streams
-    d_mix, d_weight, d_gate = sums.sum(0).split((2, 1, 1))
-    d_mix = d_mix.to(inputs[2].dtype)
-    d_merge = [d_skip, d_weight[0], d_gate[0]][: len(merge)]
+    outputs = _slot_input_backward(list(grads), *inputs, merge, ctx.return_mix, ctx.return_merged)
+    d_x, d_x0, d_skip = outputs[:3]
+    sums = outputs[3].sum(0)  # of both rows of mix, of the weight and of the gate
+    d_mix = sums[:2].to(inputs[2].dtype)
+    d_merge = [d_skip, sums[2], sums[3]][: len(merge)]
     if not ctx.needs_input_grad[1]:
         d_x0 = None
     return d_x, d_x0, d_mix, None, d_merge, None, None, None
@@ -2655,7 +2654,8 @@ def _slot_input_kernel(
     mix_x = load_f32(mix + column, inside)
     mix_0 = load_f32(mix + D + column, inside)
     skip_weight = load_f32_if(weight + column, inside, MERGE)
-    share, rest = 1.0, 1.0  # of x, and of the weighted skip, in what they merge into
+    share = 1.0  # of x in what it merges into
+    rest = 1.0  # of the weighted skip
     if GATED:
         share = tl.sigmoid(load_f32(gate + column, inside))
         rest = 1 - share
@@ -2669,9 +2669,8 @@ def _slot_input_kernel(
         at = row.to(tl.int64) * D + column
         x = load_f32(merged + at, valid)
         e = load_f32(x0 + at, valid)
-        start_at = row * WINDOW + column
         g = load_f32(d_h + at, valid)
-        g += load_f32(d_start + start_at, valid & (column < WINDOW))
+        g += load_f32(d_start + row * WINDOW + column, valid & (column < WINDOW))
         d = load_f32_if(d_mixed + at, valid, MIXED)
         kept = load_f32_if(d_merged + at, valid, KEPT)
         skipped = load_f32_if(skip + at, valid, MERGE)
@@ -2814,12 +2813,12 @@ def _adamw_kernel(
 
 def adamw_rows(values, squares, gradient, source, target, correction, scale, rates):
     """As adamw_rows_ref, in one kernel; rows of values and squares may be wider than n."""
-    rows, width = gradient.shape
     lr, decay, beta2 = rates
+    width = gradient.shape[1]
     if width == 0:
         return values, squares
     blocks = triton.cdiv(width, 1024)
-    _adamw_kernel[(blocks, rows)](
+    _adamw_kernel[(blocks, gradient.shape[0])](
         values,
         squares,
         gradient.contiguous(),
@@ -2869,8 +2868,8 @@ def attention_sdpa(q, k, v, cu_seqlens, max_seqlen, window=0):
         flat = (t.flatten(0, 1)[None] for t in (q, k, v))
         out = _packed_sdpa(*flat, _cu_seqlens_of_rows(q), q.size(1), window)
         return out.view(q.shape)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(*heads_first, is_causal=True)
     return out.transpose(1, 2)
 
 
@@ -2892,10 +2891,6 @@ def _packed_sdpa(q, k, v, cu_seqlens, max_seqlen, window):
     T, H, E = q.shape[1:]
     W = min(max_seqlen, T)
     blocks = (T + W - 1) // W
-    # Padding comes after the last document. It is a document of its own that attends to itself: a
-    # row without any key would give NaN.
-    padding = (0, 0, 0, 0, 0, blocks * W - T)
-    q, k, v = (F.pad(t[0], padding).view(blocks, W, H, E) for t in (q, k, v))
     positions = torch.arange(blocks * W, dtype=cu_seqlens.dtype, device=q.device)
     # documents count from 1; 0 is before the row
     document = torch.searchsorted(cu_seqlens, positions, right=True).view(blocks, W)
@@ -2904,11 +2899,21 @@ def _packed_sdpa(q, k, v, cu_seqlens, max_seqlen, window):
     mask = same_document & (offset <= offset[:W, None] + W)
     if window:
         mask &= offset >= offset[:W, None] + W - window
-    q = q.transpose(1, 2)
-    k = _with_previous_block(k).transpose(1, 2)
-    v = _with_previous_block(v).transpose(1, 2)
+    q = _in_blocks(q, blocks, W).transpose(1, 2)
+    k = _with_previous_block(_in_blocks(k, blocks, W)).transpose(1, 2)
+    v = _with_previous_block(_in_blocks(v, blocks, W)).transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # (blocks, H, W, E)
     return out.transpose(1, 2).reshape(1, blocks * W, H, E)[:, :T]
+
+
+def _in_blocks(t, blocks, W):
+    """(1, T, H, E) -> (blocks, W, H, E).
+
+    Padding comes after the last document. It is a document of its own that attends to itself: a
+    query without any key would give NaN.
+    """
+    padding = (0, 0, 0, 0, 0, blocks * W - t.size(1))
+    return F.pad(t[0], padding).unflatten(0, (blocks, W))
 
 
 def _with_previous_block(t):
@@ -2970,16 +2975,15 @@ def attention_fa3(q, k, v, cu_seqlens, max_seqlen, window):
 @_over_rows
 def attention_fa4(q, k, v, cu_seqlens, max_seqlen, window):
     """FlashAttention-4 (flash-attn-4; CUDA, 16 bits)."""
-    out, _ = _fa4(q, k, v, cu_seqlens, max_seqlen, window)
-    return out
+    return _fa4(q, k, v, cu_seqlens, max_seqlen, window)[0]
 
 
 def _fa4_options(q, cu_seqlens, max_seqlen, window):
     """Arguments of FlashAttention-4 that forward and backward share."""
-    of_q, of_k = _cu_seqlens_of_q_and_k(cu_seqlens)
+    both = _cu_seqlens_of_q_and_k(cu_seqlens)
     options = {
-        "cu_seqlens_q": of_q,
-        "cu_seqlens_k": of_k,
+        "cu_seqlens_q": both[0],
+        "cu_seqlens_k": both[1],
         "max_seqlen_q": max_seqlen,
         "max_seqlen_k": max_seqlen,
         "softmax_scale": q.shape[-1] ** -0.5,
@@ -2998,22 +3002,21 @@ def _fa4(
     from flash_attn.cute.interface import _flash_attn_fwd
 
     options = _fa4_options(q, cu_seqlens, max_seqlen, window)
-    out, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True, **options)
-    return out, lse
+    results = _flash_attn_fwd(q, k, v, return_lse=True, **options)
+    return results[0], results[1]
 
 
 @_fa4.register_fake
 def _fa4_fake(q, k, v, cu_seqlens, max_seqlen, window):
-    tokens, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(H, tokens, dtype=torch.float32)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    return q.new_empty(q.shape), lse
 
 
 def _empty_fa4_grads(grad, qkv, *others):
-    q, k, v = qkv
-    group = q.shape[1] // k.shape[1]
-    dk = k.new_empty(group, *k.shape)
-    dv = v.new_empty(group, *v.shape)
-    return q.new_empty(q.shape), dk, dv
+    q = qkv[0]
+    group = q.shape[1] // qkv[1].shape[1]
+    shared = [t.new_empty(group, *t.shape) for t in qkv[1:]]
+    return q.new_empty(q.shape), *shared
 
 
 @torch.library.custom_op("golf::fa4_backward", mutates_args=())
@@ -3061,10 +3064,11 @@ _fa4_backward.register_fake(_empty_fa4_grads)
 
 
 def _fa4_setup(ctx, inputs, output):
-    *tensors, ctx.max_seqlen, ctx.window = inputs
     # nobody differentiates lse: without this, autograd fills zeros for its gradient
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.max_seqlen = inputs[4]
+    ctx.window = inputs[5]
 
 
 def _fa4_gradients(ctx, grad, grad_lse):
