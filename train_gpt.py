@@ -1851,17 +1851,14 @@ def load_f32(pointers, mask):
     return tl.load(pointers, mask, 0.0).to(tl.float32)
 
 
-def trial_tensors(device, dtype, *shapes):
-    """Tensors of normal numbers that require gradients, for the trials of select_ops.
+def trial_tensor(device, dtype, *shape, seed=0):
+    """Normal numbers that require gradients, for the trials of select_ops.
 
-    They are the same at every call, and the random state of the run stays as it is.
+    The random state of the run stays as it is.
     """
-    generator = torch.Generator(device).manual_seed(0)
-    tensors = []
-    for shape in shapes:
-        numbers = torch.randn(shape, generator=generator, device=device)
-        tensors.append(numbers.to(dtype).requires_grad_())
-    return tensors
+    generator = torch.Generator(device).manual_seed(seed)
+    numbers = torch.randn(shape, generator=generator, device=device)
+    return numbers.to(dtype).requires_grad_()
 
 
 # --- lm_head with softcapped cross-entropy
@@ -1884,7 +1881,8 @@ def linear_cross_entropy_ref(h, weight, targets, softcap):
 
 
 def cross_entropy_trial_inputs(hp, device, dtype):
-    h, weight = trial_tensors(device, dtype, (200, 64), (1000, 64))
+    h = trial_tensor(device, dtype, 200, 64)
+    weight = trial_tensor(device, dtype, 1000, 64, seed=1)
     targets = torch.arange(0, 1000, 5, device=device)
     return h, weight, targets, 30.0
 
@@ -1957,9 +1955,8 @@ def _linear_cross_entropy_fake(h, weight, targets, softcap):
 
 
 def _linear_cross_entropy_setup(ctx, inputs, output):
-    h, weight, *_ = inputs
     ctx.set_materialize_grads(False)  # or autograd fills zeros for the second output
-    ctx.save_for_backward(h, weight, output[1])
+    ctx.save_for_backward(*inputs[:2], output[1])  # h, weight, gradients of the logits
 
 
 def _linear_cross_entropy_gradients(ctx, grad, _):
@@ -1999,8 +1996,10 @@ def mlp_ref(x, w_up, w_down, slope):
 
 
 def mlp_trial_inputs(hp, device, dtype):
-    x, w_up, w_down = trial_tensors(device, dtype, (200, 64), (320, 64), (64, 320))
-    return x, w_up / 8, w_down / 18, 0.3
+    x = trial_tensor(device, dtype, 200, 64)
+    w_up = trial_tensor(device, dtype, 320, 64, seed=1) / 64**0.5
+    w_down = trial_tensor(device, dtype, 64, 320, seed=2) / 320**0.5
+    return x, w_up, w_down, 0.3
 
 
 @lru_cache
@@ -2163,7 +2162,8 @@ def qkv_heads_ref(qkv, gain, cos, sin, kv_heads):
 
 def qkv_heads_trial_inputs(hp, device, dtype):
     heads = hp.num_heads + 2 * hp.num_kv_heads
-    qkv, gain = trial_tensors(device, dtype, (1, 256, heads * hp.head_dim), (hp.num_heads,))
+    qkv = trial_tensor(device, dtype, 1, 256, heads * hp.head_dim)
+    gain = trial_tensor(device, dtype, hp.num_heads, seed=1)
     frequencies = torch.tensor([1.0, 0.03], device=device)
     angles = torch.arange(256, device=device)[:, None, None] * frequencies
     return qkv, gain, angles.cos(), angles.sin(), hp.num_kv_heads
@@ -2178,9 +2178,9 @@ def gated_xsa_ref(y, v, logits, factor):
 
 
 def gated_xsa_trial_inputs(hp, device, dtype):
-    queries = (1, 256, hp.num_heads, hp.head_dim)
-    values = (1, 256, hp.num_kv_heads, hp.head_dim)
-    y, v, logits = trial_tensors(device, dtype, queries, values, queries[:3])
+    y = trial_tensor(device, dtype, 1, 256, hp.num_heads, hp.head_dim)
+    v = trial_tensor(device, dtype, 1, 256, hp.num_kv_heads, hp.head_dim, seed=1)
+    logits = trial_tensor(device, dtype, 1, 256, hp.num_heads, seed=2)
     return y, v, logits, 2.0
 
 
@@ -2518,10 +2518,12 @@ def slot_input_ref(x, x0, mix, scale, window, return_mix, return_merged, *merge)
 
 
 def slot_input_trial_inputs(hp, device, dtype):
-    stream = (200, 64)
-    *streams, mix = trial_tensors(device, dtype, stream, stream, stream, (2, 64))
-    x, x0, skip = streams
-    weight, gate = trial_tensors(device, torch.float32, (64,), (64,))
+    x = trial_tensor(device, dtype, 200, 64)
+    x0 = trial_tensor(device, dtype, 200, 64, seed=1)
+    skip = trial_tensor(device, dtype, 200, 64, seed=2)
+    mix = trial_tensor(device, dtype, 2, 64, seed=3)
+    weight = trial_tensor(device, torch.float32, 64, seed=4)
+    gate = trial_tensor(device, torch.float32, 64, seed=5)
     scale = torch.ones(1, device=device)
     return x, x0, mix, scale, 9, True, True, skip, weight, gate
 
@@ -2773,14 +2775,13 @@ def adamw_rows_ref(values, squares, gradient, source, target, correction, scale,
 
 
 def adamw_rows_trial_inputs(hp, device, dtype):
-    values, roots = trial_tensors(device, torch.float32, (1000, 64), (1000, 64))
-    gradient = trial_tensors(device, dtype, (2, 64))[0]
-    source = torch.tensor([990, 3], device=device)
-    target = torch.tensor([990, 500], device=device)
+    values = trial_tensor(device, torch.float32, 4, 64).detach()
+    squares = values.square()
+    gradient = trial_tensor(device, dtype, 2, 64, seed=1).detach()
+    source = torch.tensor([2, 0], device=device)
+    target = torch.tensor([2, 3], device=device)
     correction = torch.tensor([0.1, 0.75], device=device)
-    squares = roots.detach().square()
-    rows = source, target, correction
-    return values.detach(), squares, gradient.detach(), *rows, 2.0, (0.1, 0.5, 0.9)
+    return values, squares, gradient, source, target, correction, 2.0, (0.1, 0.5, 0.9)
 
 
 @jit
@@ -2876,9 +2877,9 @@ def attention_sdpa(q, k, v, cu_seqlens, max_seqlen, window=0):
 
 
 def attention_trial_inputs(hp, device, dtype):
-    queries = (1, 256, hp.num_heads, hp.head_dim)
-    keys = (1, 256, hp.num_kv_heads, hp.head_dim)
-    q, k, v = trial_tensors(device, dtype, queries, keys, keys)
+    q = trial_tensor(device, dtype, 1, 256, hp.num_heads, hp.head_dim)
+    k = trial_tensor(device, dtype, 1, 256, hp.num_kv_heads, hp.head_dim, seed=1)
+    v = trial_tensor(device, dtype, 1, 256, hp.num_kv_heads, hp.head_dim, seed=2)
     # the last documents are empty, as where a row has fewer than its limit
     cu_seqlens = torch.tensor([0, 37, 38, 166, 256, 256, 256], dtype=torch.int32, device=device)
     return q, k, v, cu_seqlens, 128, 9 if hp.attn_window else 0

@@ -1026,6 +1026,21 @@ def test_kernel_that_agrees_is_used():
     assert first_that_works("mlp", candidates, mlp_ref, args, notes) == "triton" and not notes
 
 
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_triton_kernel_passes_its_trial(monkeypatch, dtype):
+    monkeypatch.setattr(train_gpt, "use_kernels", lambda hp, device: True)
+    ops = select("sdpa", dtype)
+    others = {kind for kind, name in ops.names.items() if name != "triton"}
+    assert others == {"attention", "mlp"}, ops.notes
+
+
+def test_the_trial_of_adamw_sees_a_missing_update():
+    args = train_gpt.adamw_rows_trial_inputs(tiny_hp(), CPU, torch.float32)
+    candidates = {"idle": lambda values, squares, *_: (values, squares)}
+    assert first_that_works("adamw", candidates, train_gpt.adamw_rows_ref, args, []) is None
+
+
 def select_mlp(monkeypatch, dtype=torch.bfloat16):
     """The operations that select_ops takes where kernels are wanted on the CPU, and its notes
     on the MLP; no other kernel works.
