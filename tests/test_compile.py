@@ -144,12 +144,9 @@ def models_and_rows(device, dtype, kernels, tokens, **sizes):
         train_cuda_graphs=device == "cuda",
         **sizes,
     )
-    E = hp.head_dim
-    ops = train_gpt.select_ops(
-        False, "sdpa", "cpu", torch.float32, E, hp.num_heads, hp.num_kv_heads
-    )
+    ops = train_gpt.select_ops(hp, "cpu", torch.float32)
     slow = train_gpt.GPT(hp, ops, torch.float32).to(device)
-    fast = train_gpt.GPT(hp, kernels(ops, E, hp), dtype).to(device)
+    fast = train_gpt.GPT(hp, kernels(ops, hp), dtype).to(device)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         # no gradient is zero at the start
@@ -177,7 +174,7 @@ def test_compiled_training_with_kernels_has_the_gradients_of_the_references(back
     if train_gpt.triton is None:
         pytest.skip("needs Triton")
 
-    def interpreted(ops, E, hp):
+    def interpreted(ops, hp):
         return dataclasses.replace(
             ops,
             qkv_heads=train_gpt.qkv_heads,
@@ -249,10 +246,8 @@ def test_edited_gradients_are_not_taken_from_caches_of_the_code_before(tmp_path)
 @GPU[1]
 @pytest.mark.parametrize("looping", [False, True])
 def test_captured_micro_batches_have_the_gradients_of_the_references_on_the_gpu(looping):
-    def selected(ops, E, hp):
-        return train_gpt.select_ops(
-            True, "auto", "cuda", torch.bfloat16, E, hp.num_heads, hp.num_kv_heads
-        )
+    def selected(ops, hp):
+        return train_gpt.select_ops(hp, "cuda", torch.bfloat16)
 
     hp, fast, slow, rows = models_and_rows(
         "cuda",
