@@ -473,6 +473,7 @@ class Hyperparameters:
         lambda hp: (hp.vocab_size + 10) // 8 * 8 if hp.marker_fusion_enabled else hp.vocab_size
     )
     head_dim = property(lambda hp: hp.model_dim // hp.num_heads)
+    kv_dim = property(lambda hp: hp.num_kv_heads * hp.head_dim)
     new_values = property(
         lambda hp: (
             hp.partial_key_offset or hp.value_embed_layers != "" or hp.value_residual != "off"
@@ -2890,22 +2891,94 @@ def select_ops(
 # ---- MODEL ---------------------------------------------------------------------------------------
 
 
+class Matrix(NamedTuple):
+    """One kind of weight matrix, of which every layer has one."""
+
+    role: str  # its name in GPT.matrices
+    saved_name: str  # in model.pt and in the artifact, with the layer's number
+    rows: str  # the setting that is its number of rows
+    columns: str
+
+
+# Parameter of GPT -> the kinds of matrices in it: all layers' matrices of one kind, then those of
+# the next. Muon trains the banks; quantization and saved files see single matrices (see unbank).
+BANKS = {
+    "qo_bank": (
+        Matrix("q", "blocks.{}.attn.c_q.weight", "model_dim", "model_dim"),
+        Matrix("out", "blocks.{}.attn.c_proj.weight", "model_dim", "model_dim"),
+    ),
+    "kv_bank": (
+        Matrix("k", "blocks.{}.attn.c_k.weight", "kv_dim", "model_dim"),
+        Matrix("v", "blocks.{}.attn.c_v.weight", "kv_dim", "model_dim"),
+    ),
+    "mlp_up_bank": (Matrix("up", "blocks.{}.mlp.c_fc.weight", "mlp_dim", "model_dim"),),
+    "mlp_down_bank": (Matrix("down", "blocks.{}.mlp.c_proj.weight", "model_dim", "mlp_dim"),),
+}
+# Embedding tables: parameter of GPT -> saved name
+HEAD_NAMES = {
+    "tok_emb": "tok_emb.weight",
+    "lm_head": "lm_head.weight",
+    "bigram_table": "bigram.weight",
+    "value_table": "value_embed.weight",
+}
+
+
 def rotary_tables(positions, hp):
-    """cos and sin of positions (..., T) -> (..., T, 1, rope_dims / 2) float32 each, from float64
-    angles. Made once: traced into a graph, the compiler computes them anew for every head, in
-    float64 on the GPU.
+    """cos and sin of positions (..., T) -> (..., T, 1, rope_dims / 2) float32 each.
+
+    The angles are float64. The tables are made outside of compiled graphs, because there Inductor
+    would compute them again for every head, in float64 on the GPU.
     """
-    step = torch.arange(0, hp.rope_dims, 2, device=positions.device).double() / hp.rope_dims
-    angle = positions[..., None, None] * hp.rope_base**-step
-    return angle.cos().float(), angle.sin().float()
+    exponents = torch.arange(0, hp.rope_dims, 2, device=positions.device).double() / hp.rope_dims
+    frequencies = hp.rope_base**-exponents
+    angles = positions[..., None, None] * frequencies
+    return angles.cos().float(), angles.sin().float()
+
+
+class Segments(NamedTuple):
+    """Which tokens of a batch form one document: attention stays inside documents."""
+
+    cu_seqlens: Tensor | None  # (N + 1,) int32, borders in the only row; None: a row is a document
+    max_seqlen: int  # no document is longer
+
+    def attend(self, ops, q, k, v, attn_window=0):
+        """q (B, T, H, E), k and v (B, T, K, E) -> (B, T, H, E)."""
+        return ops.attention(q, k, v, self.cu_seqlens, self.max_seqlen, attn_window)
+
+
+class SlotInput(NamedTuple):
+    """Inputs of a layer. A field that the caller did not ask for may be None."""
+
+    h: Tensor  # (B, T, D): norm of `mixed`, times depth_scale
+    gate_input: Tensor  # (B, T, gate_window): first columns of h
+    mixed: Tensor | None  # (B, T, D): residual stream mixed with the embedding x0
+    merged: Tensor | None  # (B, T, D): residual stream, after the skip was merged into it
+
+
+class SlotPlan(NamedTuple):
+    """What forward_hidden does in one slot, that is, in one execution of a layer."""
+
+    slot: int
+    layer: int
+    splits_lanes: bool  # the MLP lane starts here, as a copy of the stream
+    stores_stream: bool  # the incoming stream is stored as a skip, before any merge
+    stores_merged: bool  # the same, but taken from SlotInput.merged
+    skip_index: int | None  # row of skip_weights for the skip that is merged; None: no skip
+    return_mix: bool  # the layer reads SlotInput.mixed
+    return_merged: bool  # the layer or a skip reads SlotInput.merged
+
+
+class CompiledParts(NamedTuple):
+    """GPT.slot_input and GPT.block, each compiled by itself."""
+
+    slot_input: Callable
+    block: Callable
 
 
 class LayerWeights(NamedTuple):
-    """What one layer computes with: views of the banks and of the small parameters, in the
-    compute dtype.
-    """
+    """Weights of one layer, in the compute dtype: views of the banks and small parameters."""
 
-    qkv: Tensor  # (D + 2 K E, D): q, k and v below each other, one product
+    qkv: Tensor  # (D + 2 K E, D): q, k and v stacked, for one matmul
     out: Tensor  # (D, D), times attn_scale
     up: Tensor  # (F, D)
     down: Tensor  # (D, F), times mlp_scale
@@ -2913,78 +2986,91 @@ class LayerWeights(NamedTuple):
     gate: Tensor | None  # (H, window) or (H, D)
     attn_scale: Tensor  # (D,)
     mlp_scale: Tensor  # (D,)
-    mix: Tensor  # (2, D): stream, embedding
-    post: Tensor  # (2, 2): attention / MLP, target lane
-    resid: Tensor  # (2,): lane
-    depth_scale: Tensor  # (1,) float32, of both norms
+    mix: Tensor  # (2, D): factors of stream and embedding
+    post: Tensor  # (2, 2): factors of (attention, MLP) for each target lane
+    resid: Tensor  # (2,): factor of each lane
+    depth_scale: Tensor  # (1,) float32, scales both norms
     xsa: bool
     extras: dict | None = None  # what a few layers' settings ask for: techniques.layer_extras
 
 
 class GPT(nn.Module):
-    """The 11-layer recurrent GPT: one forward pass for training, evaluation, calibration and TTT. A
-    tap, where given, is asked for tap.at(slot, layer), which is called at each site of that slot as
-    (site, x, y) -> y with its input and output. Sites: qkv, attn_proj, mlp_up, mlp_down (matrix
-    products), attn_out, mlp_out (whole sublayers; also told the (D,) scale that y has already been
-    multiplied by); token_losses calls its own at lm_head. Without a tap nothing is traced.
-    `splits_mlp` asks for the unfused MLP, whose hidden layer can be seen.
+    """The 11-layer recurrent GPT: one forward pass for training, evaluation, GPTQ and TTT.
+
+    A tap observes or changes activations. tap.at(slot, layer) returns a callable that is called as
+    (site, x, y) -> y with the input and the output of each site of that slot: the matmuls qkv,
+    attn_proj, mlp_up and mlp_down, and the sublayers attn_out and mlp_out, which also pass the (D,)
+    scale that y already contains. token_losses calls its tap at lm_head. Where `splits_mlp` is set
+    the MLP runs unfused, so that its hidden layer can be observed. Without a tap nothing is traced.
     """
 
     def __init__(self, hp, ops, dtype):
         super().__init__()
-        self.hp, self.ops, self.dtype = hp, ops, dtype
+        self.hp = hp
+        self.ops = ops
+        self.dtype = dtype
         # over the looped layers, beyond NUM_LOOPS, once training is over: 1 +
         # EXTRA_EVAL_LOOPS
         self.eval_passes = None
-        D, L, H, kv_dim = hp.model_dim, hp.num_layers, hp.num_heads, hp.num_kv_heads * hp.head_dim
-        slots = self.slots(looping=True)
-        num_skips = min(len(slots) // 2, len(slots) - len(slots) // 2)
-        self.tok_emb = nn.Parameter(torch.empty(hp.num_embeddings, D))
-        self.lm_head = (
-            None if hp.tie_embeddings else nn.Parameter(torch.empty(hp.num_embeddings, D))
-        )
-        # q of every layer, then output projections
-        self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))
-        self.kv_bank = nn.Parameter(torch.empty(2 * L, kv_dim, D))  # k of every layer, then v
-        self.mlp_up_bank = nn.Parameter(torch.empty(L, hp.mlp_dim, D))
-        self.mlp_down_bank = nn.Parameter(torch.empty(L, D, hp.mlp_dim))
-        self.q_gain = nn.Parameter(torch.full((L, H), hp.qk_gain_init))
-        gate_width = {"sparse": hp.gate_window, "output": hp.gate_window, "dense": D}.get(
-            self.gate_kind
-        )
-        self.attn_gate = nn.Parameter(torch.zeros(L, H, gate_width)) if gate_width else None
-        self.attn_scale = nn.Parameter(torch.ones(L, D))
-        self.mlp_scale = nn.Parameter(torch.ones(L, D))
-        # (L, 2, D)
-        self.resid_mix = nn.Parameter(torch.stack([torch.ones(L, D), torch.zeros(L, D)], dim=1))
-        self.skip_weights = nn.Parameter(torch.ones(num_skips, D))
-        self.skip_gates = nn.Parameter(torch.zeros(num_skips, D)) if hp.skip_gates_enabled else None
-        # (layer, attention / MLP, target lane)
-        self.parallel_post = nn.Parameter(torch.ones(L, 2, 2))
-        self.parallel_resid = nn.Parameter(torch.full((L, 2), 1.1))  # (layer, lane)
-        self.smear_weight = (
-            nn.Parameter(torch.zeros(1, hp.gate_window)) if hp.smear_gate_enabled else None
-        )
-        self.smear_lambda = nn.Parameter(torch.zeros(1)) if hp.smear_gate_enabled else None
-        # rows aligned for kernels
-        scales = [[(layer + 1) ** -0.5 if hp.ln_scale else 1.0] * 4 for layer in range(L)]
-        # no weight: never saved
+        self.make_parameters()
+        # Four equal numbers a layer: kernels want aligned rows
+        scales = [[(layer + 1) ** -0.5] * 4 for layer in range(hp.num_layers)]
+        if not hp.ln_scale:
+            scales = [[1.0] * 4] * hp.num_layers
         self.register_buffer("depth_scale", torch.tensor(scales), persistent=False)
-        # of a row that is learnt from
-        longest = hp.global_ttt_chunk_tokens + max(hp.eval_seq_len, hp.ttt_eval_seq_len)
-        longest = max(hp.micro_batch_tokens, longest)
-        for name, table in zip(
-            ("cos", "sin"), rotary_tables(torch.arange(longest), hp), strict=True
-        ):
-            self.register_buffer(name, table, persistent=False)
+        # The longest rows are training rows and those of global test-time training
+        longest_ttt_row = hp.global_ttt_chunk_tokens + max(hp.eval_seq_len, hp.ttt_eval_seq_len)
+        positions = torch.arange(max(hp.micro_batch_tokens, longest_ttt_row))
+        cos, sin = rotary_tables(positions, hp)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
         self.init_weights()
         if hp.bigram_vocab_size or hp.new_values:
             techniques.add_parameters(self)
 
+    def make_parameters(self):
+        """Makes the parameters; their order is that of checkpoints and training states."""
+        hp = self.hp
+        L = hp.num_layers
+        D = hp.model_dim
+        self.tok_emb = nn.Parameter(torch.empty(hp.num_embeddings, D))
+        self.lm_head = None
+        if not hp.tie_embeddings:
+            self.lm_head = nn.Parameter(torch.empty(hp.num_embeddings, D))
+        for name, kinds in BANKS.items():
+            rows = getattr(hp, kinds[0].rows)
+            columns = getattr(hp, kinds[0].columns)
+            setattr(self, name, nn.Parameter(torch.empty(len(kinds) * L, rows, columns)))
+        self.q_gain = nn.Parameter(torch.full((L, hp.num_heads), hp.qk_gain_init))
+        self.attn_gate = None
+        if self.gate_kind:
+            width = D if self.gate_kind == "dense" else hp.gate_window
+            self.attn_gate = nn.Parameter(torch.zeros(L, hp.num_heads, width))
+        self.attn_scale = nn.Parameter(torch.ones(L, D))
+        self.mlp_scale = nn.Parameter(torch.ones(L, D))
+        mix = torch.stack([torch.ones(L, D), torch.zeros(L, D)], dim=1)
+        self.resid_mix = nn.Parameter(mix)  # (L, 2, D)
+        plans = self.slot_plan(looping=True)
+        num_skips = sum(plan.skip_index is not None for plan in plans)
+        self.skip_weights = nn.Parameter(torch.ones(num_skips, D))
+        self.skip_gates = None
+        if hp.skip_gates_enabled:
+            self.skip_gates = nn.Parameter(torch.zeros(num_skips, D))
+        # (layer, attention / MLP, target lane)
+        self.parallel_post = nn.Parameter(torch.ones(L, 2, 2))
+        self.parallel_resid = nn.Parameter(torch.full((L, 2), 1.1))  # (layer, lane)
+        self.smear_weight = None
+        self.smear_lambda = None
+        if hp.smear_gate_enabled:
+            self.smear_weight = nn.Parameter(torch.zeros(1, hp.gate_window))
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
+
     @torch.no_grad()
     def init_weights(self):
-        """Embedding N(0, std); q, k, v, MLP up orthogonal; both output projections zero;
-        dense gate N(0, 0.01).
+        """Random embeddings and inner matrices; output projections start at zero.
+
+        Embeddings: N(0, TIED_EMBED_INIT_STD). q, k, v and MLP up: orthogonal. Dense attention gate:
+        N(0, 0.01).
         """
         generator = torch.Generator().manual_seed(self.hp.generator_seed)
         for table in (self.tok_emb, self.lm_head):
@@ -2992,22 +3078,24 @@ class GPT(nn.Module):
                 table.normal_(0.0, self.hp.tied_embed_init_std, generator=generator)
                 if self.hp.marker_fusion_enabled:
                     techniques.init_pairs(self.hp, space_id, table)
-        L = self.hp.num_layers
-        for bank in (self.qo_bank[:L], self.kv_bank[:L], self.kv_bank[L:], self.mlp_up_bank):
-            for matrix in bank:
+        matrices = self.matrices(self.banks())
+        for role in ("q", "k", "v", "up"):
+            for matrix in matrices[role]:
                 nn.init.orthogonal_(matrix, generator=generator)
-        self.qo_bank[L:].zero_()
-        self.mlp_down_bank.zero_()
+        matrices["out"].zero_()
+        matrices["down"].zero_()
         if self.gate_kind == "dense":
             self.attn_gate.normal_(0.0, 0.01, generator=generator)
 
     @property
     def gate_kind(self):
-        """Which of the three attention gates is on: "sparse", "dense", "output", or None."""
+        """The attention gate that is on: "sparse", "dense", "output", or None."""
         hp = self.hp
         if hp.sparse_attn_gate_enabled:
             return "sparse"
-        return "dense" if hp.gated_attn_enabled else "output" if hp.attn_out_gate_enabled else None
+        if hp.gated_attn_enabled:
+            return "dense"
+        return "output" if hp.attn_out_gate_enabled else None
 
     @property
     def head_weight(self):
@@ -3015,110 +3103,177 @@ class GPT(nn.Module):
         return self.tok_emb if self.lm_head is None else self.lm_head
 
     def slots(self, looping):
-        """The layers in the order in which they run; looped layers stand several times."""
-        hp, layers = self.hp, list(range(self.hp.num_layers))
+        """The layers in execution order: with looping, looped layers appear several times."""
+        hp = self.hp
+        layers = list(range(hp.num_layers))
         if not (looping and hp.num_loops):
             return layers
-        first, last = hp.loop_start, hp.loop_end + 1
-        return (
-            layers[:first]
-            + layers[first:last] * (hp.num_loops + (self.eval_passes or 1))
-            + layers[last:]
-        )
+        first = hp.loop_start
+        end = hp.loop_end + 1
+        passes = hp.num_loops + (self.eval_passes or 1)
+        return layers[:first] + layers[first:end] * passes + layers[end:]
+
+    def slot_order(self, slots):
+        """Layers in execution order -> their (slot, layer) pairs, number of encoder slots."""
+        # passes that training did not have count below 0: skips stay where they were
+        if self.hp.extra_eval_loops:
+            return techniques.extra_passes(self, slots)
+        return enumerate(slots), len(slots) // 2
+
+    def slot_plan(self, looping):
+        """A SlotPlan for every slot, from the settings alone.
+
+        As in a U-Net, each slot of the first half (encoder) stores its output, and each slot of the
+        second half (decoder) merges the newest stored one. An encoder's output is stored by the
+        slot after it. There SlotInput.merged is the stream itself, and reading that one lets a
+        single kernel sum all its gradients. The first decoder stores before it merges, so its pair
+        is the stream with itself. The stream splits before a skip is merged, so that skips go to
+        the attention lane only.
+        """
+        order, num_encoders = self.slot_order(self.slots(looping))
+        plans = []
+        previous_slot = -1
+        num_stored = 0
+        has_lanes = False
+        for slot, layer in order:
+            splits_lanes = layer >= self.hp.parallel_start_layer and not has_lanes
+            has_lanes = has_lanes or splits_lanes
+            decoder_index = slot - num_encoders
+            is_decoder = decoder_index >= 0
+            stores = 0 <= previous_slot < num_encoders
+            stores_merged = stores and not is_decoder
+            num_stored += stores
+            merges = is_decoder and num_stored > 0
+            num_stored -= merges
+            plans.append(
+                SlotPlan(
+                    slot=slot,
+                    layer=layer,
+                    splits_lanes=splits_lanes,
+                    stores_stream=stores and is_decoder,
+                    stores_merged=stores_merged,
+                    skip_index=decoder_index if merges else None,
+                    return_mix=not has_lanes or self.gate_kind == "output",
+                    return_merged=has_lanes or stores_merged,
+                )
+            )
+            previous_slot = slot
+        return plans
+
+    def banks(self, on_grid=False):
+        """The banks that a forward pass computes with, in the order of BANKS."""
+        hp = self.hp
+        banks = [self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank]
+        if on_grid:  # QAT_BELOW_LR: as quantization will have them
+            bits = hp.matrix_bits
+            sigmas = [hp.attn_clip_sigmas] * 2 + [hp.mlp_clip_sigmas] * 2
+            pairs = zip(banks, sigmas, strict=True)
+            banks = [techniques.fake_quantize(bank, bits, clip) for bank, clip in pairs]
+        return banks
+
+    def matrices(self, banks):
+        """Banks -> {role: (L, rows, columns)}, views of the matrices of all layers."""
+        found = {}
+        for kinds, bank in zip(BANKS.values(), banks, strict=True):
+            # A bank of one kind is not split, because the backward of that would copy its gradient
+            parts = bank.split(self.hp.num_layers) if len(kinds) > 1 else [bank]
+            for kind, part in zip(kinds, parts, strict=True):
+                found[kind.role] = part
+        return found
+
+    def weights_for(self, tokens, window_start, on_grid):
+        """A LayerWeights for every layer; here they do not depend on the tokens (B, T)."""
+        weights = self.layer_weights(on_grid)
+        if self.hp.attn_window or self.hp.new_values:
+            extras = techniques.layer_extras(self, tokens, window_start)
+            weights = [w._replace(extras=e) for w, e in zip(weights, extras, strict=True)]
+        return weights
 
     def layer_weights(self, on_grid=False):
-        """LayerWeights of every layer. Unbinding once makes a bank's gradient one stack, not a sum
-        of
-        padded slices. The scales of the sublayers' outputs are multiplied into the matrices before:
-        no output, and no gradient of one, is written once more for them.
-        """
-        hp, L = self.hp, self.hp.num_layers
-        qo, kv, up, down = self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank
-        if on_grid:  # QAT_BELOW_LR: as quantization will have them
-            qo, kv = (
-                techniques.fake_quantize(bank, hp.matrix_bits, hp.attn_clip_sigmas)
-                for bank in (qo, kv)
-            )
-            up, down = (
-                techniques.fake_quantize(bank, hp.matrix_bits, hp.mlp_clip_sigmas)
-                for bank in (up, down)
-            )
-        (q, out), (k, v) = qo.split(L), kv.split(L)
-        out, down = out * self.attn_scale[..., None], down * self.mlp_scale[..., None]
-        qkv = torch.cat([p.to(self.dtype) for p in (q, k, v)], dim=1).unbind(0)
-        out, up, down, q_gain, attn_scale, mlp_scale, mix, post, resid = (
-            p.to(self.dtype).unbind(0)
-            for p in (
-                out,
-                up,
-                down,
-                self.q_gain,
-                self.attn_scale,
-                self.mlp_scale,
-                self.resid_mix,
-                self.parallel_post,
-                self.parallel_resid,
-            )
-        )
-        gates = [None] * L if self.attn_gate is None else self.attn_gate.to(self.dtype).unbind(0)
-        return [
-            LayerWeights(
-                qkv[i],
-                out[i],
-                up[i],
-                down[i],
-                q_gain[i],
-                gates[i],
-                attn_scale[i],
-                mlp_scale[i],
-                mix[i],
-                post[i],
-                resid[i],
-                self.depth_scale[i, :1],
-                i >= L - hp.xsa_last_n,
-            )
-            for i in range(L)
-        ]
+        """A LayerWeights for every layer.
 
-    def attention(self, h, start, x_in, w, rope, packing, tap):
-        """Normed input h (B, T, D), its first columns -> (B, T, D).
-
-        `packing` is (cu_seqlens or None, max_seqlen).
-        """
-        hp, (B, T, D) = self.hp, h.shape
-        qkv = linear(h, w.qkv, tap, "qkv")
-        q, k, v = self.ops.qkv_heads(qkv, w.q_gain, *rope, hp.num_kv_heads)
-        if hp.new_values:  # PARTIAL_KEY_OFFSET, VALUE_EMBED_LAYERS, VALUE_RESIDUAL
-            k, v = techniques.keys_and_values(k, v, w.extras, hp)
-        if hp.ttt_enabled and hp.ttt_stale_context and packing[2:]:
-            y = attention_stale(self.ops, q, k, v, packing)
-        else:
-            y = self.ops.attention(q, k, v, *packing, w.extras["window"] if hp.attn_window else 0)
-        if w.xsa and self.gate_kind:
-            y = self.ops.gated_xsa(y, v, *self.head_gates(h, start, x_in, qkv, w.gate))
-        elif w.xsa:
-            y = subtract_own_value(y, v)
-        elif self.gate_kind:
-            logits, factor = self.head_gates(h, start, x_in, qkv, w.gate)
-            y = y * (factor * torch.sigmoid(logits))[..., None]
-        out = linear(y.reshape(B, T, D), w.out, tap, "attn_proj")
-        return out if tap is None else tap("attn_out", h, out, w.attn_scale)
-
-    def head_gates(self, h, start, x_in, qkv, gate):
-        """Logits (B, T, H) and the factor of their sigmoids, of whichever gate of the
-        heads' outputs is on.
+        Tensors are unbound once, so that the gradient of a bank is one stack, not a sum of padded
+        slices. The scales of sublayer outputs are multiplied into the matrices, so that scaling
+        costs no extra pass over activations, forward or backward.
         """
         hp = self.hp
+        matrices = self.matrices(self.banks(on_grid))
+        qkv = torch.cat([matrices[role].to(self.dtype) for role in ("q", "k", "v")], dim=1)
+        stacked = {
+            "qkv": qkv,
+            "out": matrices["out"] * self.attn_scale[..., None],
+            "up": matrices["up"],
+            "down": matrices["down"] * self.mlp_scale[..., None],
+            "q_gain": self.q_gain,
+            "attn_scale": self.attn_scale,
+            "mlp_scale": self.mlp_scale,
+            "mix": self.resid_mix,
+            "post": self.parallel_post,
+            "resid": self.parallel_resid,
+        }
+        columns = {name: tensor.to(self.dtype).unbind(0) for name, tensor in stacked.items()}
+        columns["gate"] = [None] * hp.num_layers
+        if self.attn_gate is not None:
+            columns["gate"] = self.attn_gate.to(self.dtype).unbind(0)
+        weights = []
+        for layer in range(hp.num_layers):
+            own = {name: column[layer] for name, column in columns.items()}
+            xsa = layer >= hp.num_layers - hp.xsa_last_n
+            own_scale = self.depth_scale[layer, :1]
+            weights.append(LayerWeights(depth_scale=own_scale, xsa=xsa, **own))
+        return weights
+
+    def slot_input(self, x, x0, w, return_mix, return_merged, *skip):
+        """Streams x and x0 (B, T, D) -> SlotInput; a skip comes with its weight and its gate."""
+        wants = (return_mix, return_merged)
+        outputs = self.ops.enter(x, x0, w.mix, w.depth_scale, self.hp.gate_window, wants, *skip)
+        return SlotInput(*outputs)
+
+    def attention(self, entry, w, rope, segments, tap):
+        """SlotInput -> (B, T, D), the scaled output of the attention sublayer."""
+        hp = self.hp
+        h = entry.h
+        cos, sin = rope
+        qkv = linear(h, w.qkv, tap, "qkv")
+        q, k, v = self.ops.qkv_heads(qkv, w.q_gain, cos, sin, hp.num_kv_heads)
+        k, v = self.attended_keys_and_values(k, v, w)
+        y = self.attend(q, k, v, segments, w)
+        if self.gate_kind:
+            logits, factor = self.head_gates(entry, qkv, w.gate)
+            if w.xsa:
+                y = self.ops.gated_xsa(y, v, logits, factor)
+            else:
+                y = y * (factor * torch.sigmoid(logits))[..., None]
+        elif w.xsa:
+            y = subtract_own_value(y, v)
+        out = linear(y.reshape(h.shape), w.out, tap, "attn_proj")
+        return out if tap is None else tap("attn_out", h, out, w.attn_scale)
+
+    def attended_keys_and_values(self, k, v, w):
+        """Keys and values (B, T, K, E) of a layer -> those that its attention reads."""
+        if self.hp.new_values:  # PARTIAL_KEY_OFFSET, VALUE_EMBED_LAYERS, VALUE_RESIDUAL
+            k, v = techniques.keys_and_values(k, v, w.extras, self.hp)
+        return k, v
+
+    def attend(self, q, k, v, segments, w):
+        """q (B, T, H, E), k and v (B, T, K, E) -> (B, T, H, E)."""
+        attn_window = w.extras["window"] if self.hp.attn_window else 0
+        return segments.attend(self.ops, q, k, v, attn_window)
+
+    def head_gates(self, entry, qkv, gate):
+        """Gate logits (B, T, H) of the heads' outputs, and the factor of their sigmoids."""
+        hp = self.hp
         if self.gate_kind == "sparse":
-            return hp.sparse_attn_gate_scale * F.linear(start, gate), 1.0
+            return hp.sparse_attn_gate_scale * F.linear(entry.gate_input, gate), 1.0
         if self.gate_kind == "dense":
-            return F.linear(h, gate), 1.0
-        source = qkv if hp.attn_out_gate_src == "q" else x_in
+            return F.linear(entry.h, gate), 1.0
+        source = qkv if hp.attn_out_gate_src == "q" else entry.mixed
         return F.linear(source[..., : hp.gate_window], gate), 2.0
 
-    def mlp(self, h, w, tap):
-        """(B, T, D) normalised input -> (B, T, D): W_down leaky_relu(W_up h)^2."""
+    def mlp(self, x, w, tap):
+        """(B, T, D) -> (B, T, D): W_down leaky_relu(W_up h)^2 with h = norm(x) depth_scale."""
         slope = self.hp.leaky_relu_slope
+        h = (norm(x) * w.depth_scale).to(x.dtype)
         if tap is not None and tap.splits_mlp:
             hidden = F.leaky_relu(linear(h, w.up, tap, "mlp_up"), slope).square()
             out = linear(hidden, w.down, tap, "mlp_down")
@@ -3126,47 +3281,44 @@ class GPT(nn.Module):
             out = self.ops.mlp(h, w.up, w.down, slope)
         return out if tap is None else tap("mlp_out", h, out, w.mlp_scale)
 
-    def enter(self, x, x0, w, wants, *skip):
-        """What a block takes: normed mix of stream x and x0, the first columns of that; if
-        wanted, mix and stream.
+    def block(self, entry, mlp_lane, w, rope, segments, tap):
+        """One layer: SlotInput and the MLP lane, None before the split -> x, mlp_lane.
+
+        Before the split attention and MLP run one after the other on one stream; after it they run
+        in parallel, each on its own lane, and both write to both lanes.
         """
-        return self.ops.enter(x, x0, w.mix, w.depth_scale, self.hp.gate_window, wants, *skip)
-
-    def block(self, entry, mlp_lane, w, rope, packing, tap):
-        """One layer: results of `enter`, and the MLP's own lane where the stream has split,
-        else None -> x, lane.
-        """
-
-        def scaled_norm(x):
-            return (norm(x) * w.depth_scale).to(x.dtype)
-
-        h, start, x_in, x = entry
-        attn = self.attention(h, start, x_in, w, rope, packing, tap)
+        attn = self.attention(entry, w, rope, segments, tap)
         if mlp_lane is None:
-            x = x_in + attn
-            return x + self.mlp(scaled_norm(x), w, tap), None
-        mlp = self.mlp(scaled_norm(mlp_lane), w, tap)
-        return (
-            w.resid[0] * x + w.post[0, 0] * attn + w.post[1, 0] * mlp,
-            w.resid[1] * mlp_lane + w.post[0, 1] * attn + w.post[1, 1] * mlp,
-        )
+            x = entry.mixed + attn
+            return x + self.mlp(x, w, tap), None
+        mlp = self.mlp(mlp_lane, w, tap)
+        x = w.resid[0] * entry.merged + w.post[0, 0] * attn + w.post[1, 0] * mlp
+        mlp_lane = w.resid[1] * mlp_lane + w.post[0, 1] * attn + w.post[1, 1] * mlp
+        return x, mlp_lane
 
-    def embed(self, tokens, fresh):
-        """(B, T) ids -> (B, T, D) raw embedding with SmearGate; none at BOS, t = 0, and
-        where `fresh` (B, T) is set.
-        """
+    def token_embedding(self, tokens, window_start):
+        """(B, T) ids -> (B, T, D), the embedding before SmearGate."""
         e = F.embedding(tokens, self.tok_emb).to(self.dtype)
         if self.hp.bigram_vocab_size:
-            e = e + techniques.bigram_embedding(self, tokens, fresh)
+            e = e + techniques.bigram_embedding(self, tokens, window_start)
+        return e
+
+    def embed(self, tokens, window_start):
+        """(B, T) ids -> (B, T, D) raw embedding, to which SmearGate adds the previous token's.
+
+        Nothing is added at BOS, at t = 0 and where `window_start` (B, T) is set.
+        """
+        e = self.token_embedding(tokens, window_start)
         if not self.hp.smear_gate_enabled:
             return e
         previous = F.pad(e[:, :-1], (0, 0, 1, 0))
-        # (B, T, 1)
-        gate = torch.sigmoid(F.linear(e[..., : self.hp.gate_window], self.smear_weight.to(e.dtype)))
-        blocked = tokens == BOS_ID if fresh is None else (tokens == BOS_ID) | fresh
-        return e + (self.smear_lambda.to(e.dtype) * gate * previous).masked_fill(
-            blocked[..., None], 0
-        )
+        gate_input = e[..., : self.hp.gate_window]
+        gate = torch.sigmoid(F.linear(gate_input, self.smear_weight.to(e.dtype)))  # (B, T, 1)
+        smear = self.smear_lambda.to(e.dtype) * gate * previous
+        blocked = tokens == BOS_ID
+        if window_start is not None:
+            blocked = blocked | window_start
+        return e + smear.masked_fill(blocked[..., None], 0)
 
     def forward_hidden(
         self,
@@ -3175,142 +3327,128 @@ class GPT(nn.Module):
         *,
         max_seqlen,
         looping,
-        fresh=None,
+        window_start=None,
         tap=None,
-        parts=None,
+        compiled_parts=None,
         on_grid=False,
     ):
-        """(B, T) ids -> (B, T, D), the final norm's output. With cu_seqlens B is 1 and documents
-        are
-        apart, none longer than max_seqlen; without, a row is one document. `parts` has its own
-        enter and block, where these alone were compiled; entries then give all results: few graphs.
-        """
-        hp, slots, weights, parts = (
-            self.hp,
-            self.slots(looping),
-            self.layer_weights(on_grid),
-            parts or self,
-        )
-        packing, rope = (
-            (cu_seqlens, max_seqlen),
-            (
-                self.cos[: tokens.size(1)],
-                self.sin[: tokens.size(1)],
-            ),
-        )
-        if hp.attn_window or hp.new_values:
-            extras = techniques.layer_extras(self, tokens, fresh)
-            weights = [w._replace(extras=e) for w, e in zip(weights, extras, strict=True)]
-        x = x0 = norm(self.embed(tokens, fresh))
-        mlp_lane, encoder, skips, before, order = None, len(slots) // 2, [], -1, None
-        merging = self.skip_weights, *((self.skip_gates,) if hp.skip_gates_enabled else ())
-        # passes that training did not have count below 0: skips stay where they were
-        if hp.extra_eval_loops:
-            order, encoder = techniques.extra_passes(self, slots)
-        for slot, layer in order or enumerate(slots):
-            if layer >= hp.parallel_start_layer and mlp_lane is None:
-                # the stream splits before this slot's skip, which goes to the
-                # attention lane only
-                mlp_lane = x
-            # what the slot before gave; of the skip popped here
-            pushes, pair = 0 <= before < encoder, slot - encoder
-            if pushes and pair >= 0:
-                skips.append(x.view_as(x))  # the first pair is of the stream with itself
-            skip = (skips.pop(), *(p[pair] for p in merging)) if pair >= 0 and skips else ()
-            lanes, own = mlp_lane is not None, pushes and pair < 0
-            wants = (
-                (not lanes or self.gate_kind == "output", lanes or own)
-                if parts is self
-                else (True, True)
-            )
-            entry = parts.enter(x, x0, weights[layer], wants, *skip)
-            if own:
-                # x itself, but so all its gradients meet in the entry's kernel
-                skips.append(entry[3].view_as(x))
-            x, mlp_lane = parts.block(
-                entry, mlp_lane, weights[layer], rope, packing, tap and tap.at(slot, layer)
-            )
-            before = slot
-        if mlp_lane is not None:
-            x = {"mean": (x + mlp_lane) / 2, "attn": x, "mlp": mlp_lane}[hp.parallel_final_lane]
-        return norm(x)
+        """(B, T) ids -> (B, T, D), the output of the final norm.
 
-    def forward(self, inputs, targets, cu_seqlens, looping, max_seqlen, fresh=None, on_grid=False):
-        """(1, T) ids, (T,) targets -> (T,) cross-entropy in nats, logits in the compute
-        dtype: for gradients.
+        With cu_seqlens, B is 1 and the documents between these borders do not see each other; none
+        is longer than max_seqlen. Without it every row is one document. compiled_parts, where
+        given, replace slot_input and block; slot_input then returns every output, which keeps the
+        number of graphs small.
         """
-        h = self.forward_hidden(
-            inputs, cu_seqlens, max_seqlen=max_seqlen, looping=looping, fresh=fresh, on_grid=on_grid
+        parts = compiled_parts or self
+        return_all = compiled_parts is not None
+        segments = Segments(cu_seqlens, max_seqlen)
+        length = tokens.size(1)
+        rope = (self.cos[:length], self.sin[:length])
+        weights = self.weights_for(tokens, window_start, on_grid)
+        x = x0 = norm(self.embed(tokens, window_start))
+        mlp_lane = None
+        skips = []
+        for plan in self.slot_plan(looping):
+            w = weights[plan.layer]
+            if plan.splits_lanes:
+                mlp_lane = x
+            if plan.stores_stream:
+                skips.append(x.view_as(x))
+            skip = ()
+            if plan.skip_index is not None:
+                skip = (skips.pop(), *self.skip_parameters(plan.skip_index))
+            return_mix = return_all or plan.return_mix
+            return_merged = return_all or plan.return_merged
+            entry = parts.slot_input(x, x0, w, return_mix, return_merged, *skip)
+            if plan.stores_merged:
+                skips.append(entry.merged.view_as(x))
+            slot_tap = tap and tap.at(plan.slot, plan.layer)
+            x, mlp_lane = parts.block(entry, mlp_lane, w, rope, segments, slot_tap)
+        return norm(self.join_lanes(x, mlp_lane))
+
+    def skip_parameters(self, index):
+        """The (D,) weight of a skip and, if there are skip gates, its (D,) gate."""
+        if self.skip_gates is None:
+            return (self.skip_weights[index],)
+        return self.skip_weights[index], self.skip_gates[index]
+
+    def join_lanes(self, x, mlp_lane):
+        """The two lanes, (B, T, D) each or None for the second -> the stream (B, T, D)."""
+        if mlp_lane is None or self.hp.parallel_final_lane == "attn":
+            return x
+        if self.hp.parallel_final_lane == "mlp":
+            return mlp_lane
+        return (x + mlp_lane) / 2
+
+    def forward(
+        self, inputs, targets, cu_seqlens, looping, max_seqlen, window_start=None, on_grid=False
+    ):
+        """(1, T) ids, (T,) targets -> (T,) cross-entropy in nats, differentiable.
+
+        The logits are in the compute dtype. The other arguments are those of forward_hidden.
+        """
+        hidden = self.forward_hidden(
+            inputs,
+            cu_seqlens,
+            max_seqlen=max_seqlen,
+            looping=looping,
+            window_start=window_start,
+            on_grid=on_grid,
         )
-        return self.ops.cross_entropy(
-            h.flatten(0, 1), self.head_weight.to(self.dtype), targets, self.hp.logit_softcap
-        )
+        weight = self.head_weight.to(self.dtype)
+        return self.ops.cross_entropy(hidden.flatten(0, 1), weight, targets, self.hp.logit_softcap)
 
     def token_losses(self, hidden, targets, tap=None):
-        """(..., D) outputs of the final norm, (...) targets -> (...) nats, with head,
-        softcap and loss in float32.
+        """Final norm's outputs (..., D) and targets (...) -> (...) nats.
+
+        Projection, softcap and loss are float32.
         """
         hidden = hidden.float()
         logits = linear(hidden, self.head_weight, tap, "lm_head")
-        losses = softcapped_cross_entropy_ref(
-            logits.flatten(0, -2), targets.flatten(), self.hp.logit_softcap
-        )
+        flat = logits.flatten(0, -2)
+        losses = softcapped_cross_entropy_ref(flat, targets.flatten(), self.hp.logit_softcap)
         return losses.view(targets.shape)
 
 
 def linear(x, w, tap, site):
-    """x (..., in), w (out, in) -> (..., out): the one matrix product of the model that a tap
-    can watch or add to.
-    """
+    """x (..., in), w (out, in) -> (..., out): a matmul that a tap can observe or add to."""
     y = F.linear(x, w)
     return y if tap is None else tap(site, x, y)
 
 
 def unbank(model):
-    """GPT -> {saved name: fp32 view}: quantization and packing see matrices under names of
-    their own, not banks.
-    """
-    L, state = model.hp.num_layers, {}
+    """GPT -> {saved name: fp32 view}, with the banks taken apart into matrices."""
+    state = {}
     for name, tensor in model.state_dict().items():
-        if names := BANK_NAMES.get(name):
-            state |= {names[i // L].format(i % L): matrix for i, matrix in enumerate(tensor)}
-        else:
+        if name not in BANKS:
             state[HEAD_NAMES.get(name, name)] = tensor
+            continue
+        parts = tensor.split(model.hp.num_layers)
+        for kind, matrices in zip(BANKS[name], parts, strict=True):
+            for layer, matrix in enumerate(matrices):
+                state[kind.saved_name.format(layer)] = matrix
     return state
 
 
 def rebank(model, state):
     """Loads {saved name: tensor} into a GPT.
 
-    Raises ValueError where names or shapes differ from the model's.
+    Raises ValueError if names or shapes differ from the model's.
     """
-    wanted = {name: tensor.shape for name, tensor in unbank(model).items()}
+    views = unbank(model)
+    wanted = {name: tensor.shape for name, tensor in views.items()}
     given = {name: tensor.shape for name, tensor in state.items()}
     if wanted != given:
-        differ = sorted(
-            name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)
-        )
+        names = wanted.keys() | given.keys()
+        differ = sorted(name for name in names if wanted.get(name) != given.get(name))
         raise ValueError(
             f"the saved model does not fit these settings: {len(differ)} tensors differ,"
             f" {differ[:5]} among them; use the settings it was trained with"
         )
     with torch.no_grad():
-        for name, tensor in unbank(model).items():
+        for name, tensor in views.items():
             tensor.copy_(state[name])
 
-
-BANK_NAMES = {
-    "qo_bank": ("blocks.{}.attn.c_q.weight", "blocks.{}.attn.c_proj.weight"),
-    "kv_bank": ("blocks.{}.attn.c_k.weight", "blocks.{}.attn.c_v.weight"),
-    "mlp_up_bank": ("blocks.{}.mlp.c_fc.weight",),
-    "mlp_down_bank": ("blocks.{}.mlp.c_proj.weight",),
-}
-HEAD_NAMES = {
-    "tok_emb": "tok_emb.weight",
-    "lm_head": "lm_head.weight",
-    "bigram_table": "bigram.weight",
-    "value_table": "value_embed.weight",
-}
 
 # ---- OPTIMIZER -----------------------------------------------------------------------------------
 
@@ -3323,14 +3461,12 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 
-BANKS = tuple(BANK_NAMES)  # Muon's parameters
-# AdamW with TIED_EMBED_LR; every other parameter: AdamW with SCALAR_LR
-EMBEDDINGS = tuple(HEAD_NAMES)
-
 
 def polar_express(x, steps):
-    """(N, R, C) -> (N, R, C) orthogonalised: X <- aX + (bA + cA^2)X with A = XX^T, on X/|X|_F;
-    tall ones transposed.
+    """(N, R, C) -> (N, R, C), each matrix orthogonalised by at most five Newton-Schulz steps.
+
+    X <- aX + (bA + cA^2)X with A = X X^T, starting from X / |X|_F. Tall matrices are transposed, so
+    that A is the smaller of the two products.
     """
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
@@ -3342,8 +3478,9 @@ def polar_express(x, steps):
 
 
 def muon_update(grad, momentum_buffer, momentum, steps, row_normalize, orthogonalise=None):
-    """(N, R, C) gradients -> (N, R, C) orthogonalised Nesterov updates, in the gradients'
-    dtype; updates the buffer.
+    """(N, R, C) gradients -> (N, R, C) orthogonalised Nesterov updates, in the gradients' dtype.
+
+    Updates the momentum buffer in place.
     """
     momentum_buffer.mul_(momentum).add_(grad)
     update = grad.add(momentum_buffer, alpha=momentum)
@@ -3352,129 +3489,147 @@ def muon_update(grad, momentum_buffer, momentum, steps, row_normalize, orthogona
     return (orthogonalise or polar_express)(update, steps)
 
 
+def reset_gradients(parameters):
+    """Gives every parameter a new gradient of zeros, for backward to add to."""
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+
+
 class Muon:
-    """Muon on the banks, sharded over ranks along the banks' first dimension (padded to the world
-    size). launch() starts the reduce-scatter of every bank's gradient; step() orthogonalises this
-    rank's slices bank by bank and gathers the result, so that one bank travels while the next is
-    computed. One rank runs the same lines.
+    """Muon on the banks, sharded over ranks along the banks' first dimension.
+
+    That dimension is padded to a multiple of the world size. launch() starts the reduce-scatter of
+    every bank's gradient. step() orthogonalises this rank's slices bank by bank and gathers the
+    results, so that one bank is communicated while the next is computed. A single rank runs the
+    same lines.
     """
 
     def __init__(self, banks, hp, dist, dtype):
-        self.banks, self.hp, self.dist, self.dtype = banks, hp, dist, dtype
-        self.momentum_buffers = [
-            torch.zeros_like(self.padded(bank).chunk(dist.world_size)[0]) for bank in banks
-        ]
-        self.in_flight = []
+        self.banks = banks
+        self.hp = hp
+        self.dist = dist
+        self.dtype = dtype
+        self.momentum_buffers = []
+        for bank in banks:
+            shard = self.padded(bank).chunk(dist.world_size)[0]
+            self.momentum_buffers.append(torch.zeros_like(shard))
+        self.in_flight = []  # (handle, shard) of each bank's reduction
 
     def padded(self, bank):
-        """A bank-shaped tensor in Muon's dtype, its first dimension zero-padded to a
-        multiple of the world size.
-        """
-        return F.pad(
-            bank.detach().to(self.dtype), (0, 0, 0, 0, 0, -bank.size(0) % self.dist.world_size)
-        )
+        """A copy of the bank in Muon's dtype, padded with zeros to a multiple of the world size."""
+        num_padding = -bank.size(0) % self.dist.world_size
+        return F.pad(bank.detach().to(self.dtype), (0, 0, 0, 0, 0, num_padding))
 
     def launch(self):
         """Starts the reduction of every bank's gradient."""
         self.in_flight = [self.dist.reduce_scatter(self.padded(bank.grad)) for bank in self.banks]
 
     def shards(self):
-        """This rank's slices of the summed gradients."""
+        """This rank's slices of the summed gradients, once they have arrived."""
         for handle, _ in self.in_flight:
             handle.wait()
         return [shard for _, shard in self.in_flight]
 
     @torch.no_grad()
     def step(self, lr, momentum, weight_decay, clip):
-        """p <- p (1 - lr wd) - lr sqrt(max(1, rows/cols)) O; `clip` (a 0-d tensor or None)
-        multiplies the gradients.
+        """p <- p (1 - lr wd) - lr sqrt(max(1, rows / cols)) O, with O from muon_update.
+
+        The gradients are multiplied by `clip`, a 0-d tensor or None.
         """
+        hp = self.hp
         gathers = []
         for buffer, shard in zip(self.momentum_buffers, self.shards(), strict=True):
-            shard = shard if clip is None else shard * clip.to(shard.dtype)
+            if clip is not None:
+                shard = shard * clip.to(shard.dtype)
             other = (
                 techniques.orthogonaliser(self, buffer, polar_express, POLAR_EXPRESS)
                 if (self.hp.muon_head_pairs or self.hp.muon_gram_enabled)
                 else None
             )
             update = muon_update(
-                shard,
-                buffer,
-                momentum,
-                self.hp.muon_backend_steps,
-                self.hp.muon_row_normalize,
-                other,
+                shard, buffer, momentum, hp.muon_backend_steps, hp.muon_row_normalize, other
             )
             gathers.append(self.dist.all_gather(update))
         for bank, (handle, update) in zip(self.banks, gathers, strict=True):
             handle.wait()
             scale = max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5
-            bank.mul_(1 - lr * weight_decay).add_(update[: bank.size(0)], alpha=-lr * scale)
+            bank.mul_(1 - lr * weight_decay)
+            bank.add_(update[: bank.size(0)], alpha=-lr * scale)
         self.in_flight = []
 
 
 class Optimizers:
-    """Muon for the banks, AdamW for the embedding and for scalars and gates; every parameter in
-    exactly one group. step() is the whole update: reduction over ranks, one global clip factor,
-    schedules, both optimizers.
+    """Muon for the banks; AdamW for embeddings (TIED_EMBED_LR) and for the rest (SCALAR_LR).
+
+    Every parameter is in exactly one group. step() is the complete update: reduction over ranks,
+    one global clip factor, schedules, both optimizers.
     """
 
     def __init__(self, model, hp, dist):
-        self.hp, self.dist = hp, dist
-        parameters = dict(model.named_parameters())
+        self.hp = hp
+        self.dist = dist
+        rest = dict(model.named_parameters())
         dtype = model.dtype if hp.muon_dtype == "auto" else getattr(torch, hp.muon_dtype)
-        self.muon = Muon([parameters.pop(name) for name in BANKS], hp, dist, dtype)
-        embeddings = [parameters.pop(name) for name in EMBEDDINGS if name in parameters]
-        self.replicated = [*embeddings, *parameters.values()]
+        self.muon = Muon([rest.pop(name) for name in BANKS], hp, dist, dtype)
+        embeddings = [rest.pop(name) for name in HEAD_NAMES if name in rest]
+        scalars = list(rest.values())
+        self.replicated = [*embeddings, *scalars]  # updated by every rank
         groups = [
             {"params": embeddings, "base_lr": hp.tied_embed_lr, "base_wd": hp.embed_wd},
-            {"params": list(parameters.values()), "base_lr": hp.scalar_lr, "base_wd": hp.adam_wd},
+            {"params": scalars, "base_lr": hp.scalar_lr, "base_wd": hp.adam_wd},
         ]
-        self.adamw = torch.optim.AdamW(
-            groups, betas=(hp.beta1, hp.beta2), eps=1e-8, fused=dist.device.type == "cuda"
-        )
-        for p in model.parameters():
-            # kept, and added to: what a captured backward returns is overwritten
-            p.grad = torch.zeros_like(p)
+        betas = (hp.beta1, hp.beta2)
+        fused = dist.device.type == "cuda"
+        self.adamw = torch.optim.AdamW(groups, betas=betas, eps=1e-8, fused=fused)
+        # These stay for the whole run: gradients that a captured backward returns are overwritten
+        # by its next replay, so they must be added to tensors of our own.
+        reset_gradients(model.parameters())
 
     def clip_factor(self):
-        """0-d tensor: GRAD_CLIP_NORM over the norm of the reduced gradient, at most 1; the
-        same on every rank.
+        """GRAD_CLIP_NORM over the global norm of the reduced gradients, at most 1: a 0-d tensor.
+
+        It is the same on every rank. None without clipping.
         """
         if not self.hp.grad_clip_norm:
             return None
-        squares = self.dist.all_reduce(
-            sum(shard.float().square().sum() for shard in self.muon.shards())
-        )
+        shard_squares = sum(shard.float().square().sum() for shard in self.muon.shards())
+        squares = self.dist.all_reduce(shard_squares)
         squares = squares + sum(p.grad.square().sum() for p in self.replicated)
         return (self.hp.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp_max(1.0)
 
     @torch.no_grad()
     def step(self, progress, step):
-        """One update at training fraction `progress`; gradients are sums over this rank's
-        micro-steps, zero after.
+        """One update at training fraction `progress`; leaves all gradients zero.
+
+        On entry the gradients are sums over this rank's micro-steps.
         """
-        hp, lr = self.hp, lr_multiplier(progress, self.hp)
+        hp = self.hp
+        multiplier = lr_multiplier(progress, hp)
         decay = techniques.weight_decay_multiplier(progress, hp) if hp.wd_schedule_enabled else 1.0
+        replicated_grads = [p.grad for p in self.replicated]
         self.muon.launch()
-        self.dist.all_reduce_packed([p.grad for p in self.replicated])
+        self.dist.all_reduce_packed(replicated_grads)
         clip = self.clip_factor()
         if clip is not None:
-            torch._foreach_mul_([p.grad for p in self.replicated], clip)
+            torch._foreach_mul_(replicated_grads, clip)
         for group in self.adamw.param_groups:
-            group["lr"], group["weight_decay"] = group["base_lr"] * lr, group["base_wd"] * decay
+            group["lr"] = group["base_lr"] * multiplier
+            group["weight_decay"] = group["base_wd"] * decay
         self.adamw.step()
-        self.muon.step(hp.matrix_lr * lr, muon_momentum(step, hp), hp.muon_wd * decay, clip)
-        torch._foreach_zero_([p.grad for p in (*self.replicated, *self.muon.banks)])
+        momentum = muon_momentum(step, hp)
+        self.muon.step(hp.matrix_lr * multiplier, momentum, hp.muon_wd * decay, clip)
+        torch._foreach_zero_([*replicated_grads, *(bank.grad for bank in self.muon.banks)])
 
 
 class EMA:
-    """Exponential average of all weights in fp32, decay min(EMA_DECAY, (1 + n) / (10 + n)) at
-    step n.
+    """Exponential moving average of all weights, in fp32.
+
+    The decay at step n is min(EMA_DECAY, (1 + n) / (10 + n)).
     """
 
     def __init__(self, model, decay):
-        self.decay, self.parameters = decay, list(model.parameters())
+        self.decay = decay
+        self.parameters = list(model.parameters())
         self.snapshots = 0  # of SWA_BELOW_LR: how many the average is the mean of
         self.average = [p.detach().clone() for p in self.parameters]
 
@@ -3489,8 +3644,8 @@ class EMA:
 
 
 # ---- SCHEDULE ------------------------------------------------------------------------------------
-# Pure functions of the training fraction in [0, 1] (or of the step): every rank and every test
-# computes the same.
+# Pure functions of the training fraction in [0, 1] or of the step, so that every rank computes the
+# same values.
 
 
 def lr_multiplier(progress, hp):
@@ -3500,8 +3655,10 @@ def lr_multiplier(progress, hp):
 
 def muon_momentum(step, hp):
     """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over the warm-up steps."""
-    share = min(1.0, step / hp.muon_momentum_warmup_steps) if hp.muon_momentum_warmup_steps else 1.0
-    return (1 - share) * hp.muon_momentum_warmup_start + share * hp.muon_momentum
+    fraction = 1.0
+    if hp.muon_momentum_warmup_steps:
+        fraction = min(1.0, step / hp.muon_momentum_warmup_steps)
+    return (1 - fraction) * hp.muon_momentum_warmup_start + fraction * hp.muon_momentum
 
 
 def loop_is_on(progress, hp):
@@ -3513,34 +3670,37 @@ def loop_is_on(progress, hp):
 
 
 class TrainingClock:
-    """Seconds of training on rank 0, told to every rank, so that schedules and the end are the same
-    everywhere. The host runs at most one step ahead of the device: marking a step waits for the one
-    before, which costs no bubble. paused() keeps evaluations inside training off the clock; `used`
-    were used before.
+    """Training seconds of rank 0, shared so that all ranks follow the same schedules and end.
+
+    The host runs at most one step ahead of the device: marking a step waits for the one before,
+    which leaves the device no gap. paused() keeps evaluations during training off the clock.
     """
 
     def __init__(self, dist, used=0.0):
-        self.dist, self.queue = dist, []
+        """Starts the clock at `used` seconds: those of the run that this one resumes."""
+        self.dist = dist
+        self.queue = []  # CUDA events at the end of steps
         dist.barrier()
         dist.synchronize()
         self.start = time.perf_counter() - used
 
     def mark_step(self):
-        """Call after a step's work is launched."""
-        if self.dist.device.type == "cuda":
-            self.queue.append(torch.cuda.Event())
-            self.queue[-1].record()
-            if len(self.queue) > 1:
-                self.queue.pop(0).synchronize()
+        """To be called after the work of a step is launched."""
+        if self.dist.device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self.queue.append(event)
+        if len(self.queue) > 1:
+            self.queue.pop(0).synchronize()
 
-    def look(self, *numbers):
-        """[seconds on rank 0, *the largest of every rank's numbers]: what a step has to
-        tell travels at once.
-        """
-        return self.dist.agree((time.perf_counter() - self.start) * (self.dist.rank == 0), *numbers)
+    def clock_and_max(self, *numbers):
+        """[seconds of rank 0, *the maximum over ranks of each number], in one collective."""
+        seconds = time.perf_counter() - self.start
+        return self.dist.agree(seconds * (self.dist.rank == 0), *numbers)
 
     def seconds(self):
-        return self.look()[0]
+        return self.clock_and_max()[0]
 
     @contextlib.contextmanager
     def paused(self):
@@ -3559,69 +3719,59 @@ def compile_wanted(hp, dist):
 def prepare_compiler():
     from torch._inductor.decomposition import decompositions
 
-    # graphs of a function: kinds of layers, of entries, with taps or not
+    # A function needs many graphs: kinds of layers, kinds of slot inputs, with taps or without
     torch._dynamo.config.recompile_limit = 256
-    # or old gradients come from caches
+    # Without this the compile cache may reuse gradients of an older version of this file
     torch.compiler.config.cache_key_tag = digest(Path(__file__).read_bytes()).hex()
-    # below autograd: the gradients stay those of _enter
+    # Decomposed below autograd, so that the gradients stay those of _enter
     decompositions[torch.ops.golf.enter.default] = _open_enter
 
 
 def compiled(function, hp, dist, dynamic=False, graphs=False):
-    """torch.compile where the settings ask for it, else the function itself; dynamic=None:
-    dimensions
-    may be marked; graphs: on CUDA it is captured, its backward too, and replayed, so that what it
-    returned before is overwritten.
+    """torch.compile of the function if the settings ask for it, else the function itself.
+
+    dynamic=None: dimensions may be marked as dynamic. graphs: on CUDA forward and backward are
+    captured and replayed, so that a call overwrites what earlier calls returned.
     """
     if not compile_wanted(hp, dist):
         return function
     prepare_compiler()
-    # padding of matrix products would bind a graph to the range of sizes that it was traced at
-    return torch.compile(
-        function,
-        fullgraph=True,
-        dynamic=dynamic,
-        options={"shape_padding": False, "triton.cudagraphs": graphs},
-    )
+    # Padded matmuls would tie a graph to the range of sizes that it was traced with
+    options = {"shape_padding": False, "triton.cudagraphs": graphs}
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)
 
 
 class Trainer:
-    """Model, optimizers, average and loader of a run, and the one training step."""
+    """Model, optimizers, weight average and loader of a run, and the training loop."""
 
     def __init__(self, model, loader, hp, dist, log, guard=NO_GUARD):
-        self.model, self.loader, self.hp, self.dist, self.log, self.guard = (
-            model,
-            loader,
-            hp,
-            dist,
-            log,
-            guard,
-        )
+        self.model = model
+        self.loader = loader
+        self.hp = hp
+        self.dist = dist
+        self.log = log
+        self.guard = guard
         self.optimizers = Optimizers(model, hp, dist)
         self.ema = EMA(model, hp.ema_decay)
         self.forward = compiled(model.forward, hp, dist, graphs=hp.train_cuda_graphs)
-        # Where training is. A training state holds these: training may begin anywhere.
+        # Position in training; training states hold these two, so that a run can be resumed
         self.looping = loop_is_on(0.0, hp)  # in the last step
-        # step and seconds where each stretch of one looping state began
-        self.tokens_at = [(0, 0.0)]
-        # as last logged, for the live line, which must not wait for the GPU
+        self.tokens_at = [(0, 0.0)]  # (step, seconds) at the start of each looping state
+        # As last logged: the live line must not wait for the GPU
         self.last_loss = math.nan
 
     def train_step(self, step, progress, looping):
-        """Rows of a step -> 0-d tensor, this rank's share of the mean loss in nats; weights
-        and average are updated.
-        """
+        """One optimizer step -> 0-d tensor, this rank's share of the mean loss in nats."""
+        hp = self.hp
         total = torch.zeros((), device=self.dist.device)
         # another value is another graph
         on_grid = lr_multiplier(progress, self.hp) < self.hp.qat_below_lr
         for row in self.loader.step(step):
-            if compile_wanted(self.hp, self.dist):
-                # nothing of the row before is read any more
+            if compile_wanted(hp, self.dist):
+                # The outputs of the last replay are not needed any more
                 torch.compiler.cudagraph_mark_step_begin()
-            loss = (
-                self.forward(*row, looping, self.hp.train_seq_len, on_grid=on_grid).mean()
-                / self.hp.micro_steps
-            )
+            losses = self.forward(*row, looping, hp.train_seq_len, on_grid=on_grid)
+            loss = losses.mean() / hp.micro_steps
             loss.backward()
             total += loss.detach()
         self.guard.watch(self.model, total)
@@ -3633,8 +3783,9 @@ class Trainer:
         return total
 
     def warm_up(self):
-        """Compiles every graph on throw-away steps, then restores weights, optimizers,
-        average and RNG bit for bit.
+        """Compiles every graph by throw-away steps, then restores the run bit for bit.
+
+        Restored are weights, optimizers, weight average and random state.
         """
         weights = [p.detach().clone() for p in self.model.parameters()]
         rng = torch.get_rng_state()
@@ -3650,27 +3801,27 @@ class Trainer:
         self.ema = EMA(self.model, self.hp.ema_decay)
 
     def train(self, evaluate):
-        """Trains until the budget or ITERATIONS end; the model then holds the average. Returns
-        figures
-        for RESULT. `evaluate()` scores the current weights; it is called every VAL_LOSS_EVERY steps
-        with the clock stopped.
+        """Trains until the time budget or ITERATIONS end -> figures for RESULT.
+
+        Afterwards the model holds the average. `evaluate()` scores the current weights; it is
+        called every VAL_LOSS_EVERY steps with the clock stopped.
         """
-        hp, log, budget = self.hp, self.log, self.hp.training_seconds
+        hp = self.hp
+        log = self.log
+        budget = hp.training_seconds
         first, seconds, losses = self.guard.resume(self)
-        # the run that wrote the state may have ended before this step's line and
-        # evaluation
         if hp.resume:
+            # The run that wrote the state may have ended before it logged and evaluated this step
             self.log_step(first, losses[-1], seconds, self.progress(first, seconds), self.looping)
             if self.evaluation_is_due(first):
                 evaluate()
-        clock, step, step_seconds = (
-            TrainingClock(self.dist, seconds),
-            first,
-            seconds / max(first, 1),
-        )
-        while step < hp.iterations and not (
-            budget is not None and step and seconds + 2 * step_seconds > budget
-        ):
+        step = first
+        step_seconds = seconds / max(first, 1)
+        clock = TrainingClock(self.dist, seconds)
+        while step < hp.iterations:
+            # The last step must not overrun, even if it takes twice as long as the one before
+            if budget is not None and step and seconds + 2 * step_seconds > budget:
+                break
             progress = self.progress(step, seconds)
             looping = loop_is_on(progress, hp)
             if looping != self.looping:
@@ -3680,15 +3831,15 @@ class Trainer:
             losses.append(self.train_step(step, progress, looping))
             step += 1
             clock.mark_step()
-            now, *reports = clock.look(*self.guard.report())
-            step_seconds, seconds = now - seconds, now
+            now, *reports = clock.clock_and_max(*self.guard.report())
+            step_seconds = now - seconds
+            seconds = now
             self.guard.after_step(self, step, seconds, losses, reports)
             if step <= 5 or step % hp.train_log_every == 0:
                 self.log_step(step, losses[-1], seconds, progress, looping)
             rate = step * hp.train_batch_tokens / seconds
-            log.live(
-                progress, f"step:{step} train_loss:{self.last_loss:.4f} tokens_per_s:{rate:.0f}"
-            )
+            message = f"step:{step} train_loss:{self.last_loss:.4f} tokens_per_s:{rate:.0f}"
+            log.live(progress, message)
             if self.evaluation_is_due(step):
                 with clock.paused():
                     evaluate()
@@ -3701,12 +3852,11 @@ class Trainer:
             )
         self.log_step(step, losses[-1], seconds, self.progress(step, seconds), self.looping)
         self.ema.copy_to_model()
-        return self.summary(step, seconds, losses) | (
-            {"resumed_at_step": first} if hp.resume else {}
-        )
+        resumed = {"resumed_at_step": first} if hp.resume else {}
+        return self.summary(step, seconds, losses) | resumed
 
     def progress(self, step, seconds):
-        """The training fraction, in [0, 1]: of the budget, or of ITERATIONS where there is none."""
+        """The training fraction in [0, 1]: of the time budget or, without one, of ITERATIONS."""
         budget = self.hp.training_seconds
         if budget is None:
             return min(1.0, step / self.hp.iterations)
@@ -3717,25 +3867,26 @@ class Trainer:
         return self.hp.val_loss_every > 0 and step % self.hp.val_loss_every == 0
 
     def log_step(self, step, loss, seconds, progress, looping):
-        self.last_loss = loss = self.dist.all_reduce(loss.clone()).item()
+        """Logs a step; `loss` is this rank's share. Waits for the device."""
+        self.last_loss = self.dist.all_reduce(loss.clone()).item()
         rate = step * self.hp.train_batch_tokens / max(seconds, 1e-9)
         self.log(
-            f"step:{step} train_loss:{loss:.4f} train_seconds:{seconds:.2f} progress:{progress:.4f}"
-            f" lr_factor:{lr_multiplier(progress, self.hp):.4f} looping:{int(looping)}"
-            f" tokens_per_s:{rate:.0f}"
+            f"step:{step} train_loss:{self.last_loss:.4f} train_seconds:{seconds:.2f}"
+            f" progress:{progress:.4f} lr_factor:{lr_multiplier(progress, self.hp):.4f}"
+            f" looping:{int(looping)} tokens_per_s:{rate:.0f}"
         )
 
     def summary(self, steps, seconds, losses):
-        """Steps, final loss, seconds, and tokens/s of each looping state, as RESULT has them."""
-        stretches = zip(self.tokens_at, [*self.tokens_at[1:], (steps, seconds)], strict=True)
-        rates = [
-            round((b[0] - a[0]) * self.hp.train_batch_tokens / max(b[1] - a[1], 1e-9))
-            for a, b in stretches
-        ]
-        losses = self.dist.all_reduce(torch.stack(losses[-20:])).tolist()
+        """Figures for RESULT: steps, final loss, seconds, tokens/s of each looping state."""
+        ends = [*self.tokens_at[1:], (steps, seconds)]
+        rates = []
+        for start, end in zip(self.tokens_at, ends, strict=True):
+            tokens = (end[0] - start[0]) * self.hp.train_batch_tokens
+            rates.append(round(tokens / max(end[1] - start[1], 1e-9)))
+        last_losses = self.dist.all_reduce(torch.stack(losses[-20:])).tolist()
         return {
             "steps": steps,
-            "train_loss": sum(losses) / len(losses),
+            "train_loss": sum(last_losses) / len(last_losses),
             "training_seconds": round(seconds, 3),
             "tokens_per_second_by_loop_state": rates,
         }
@@ -4976,9 +5127,10 @@ class Evaluator:
         self.packer = WindowPacker(
             validation, hp.micro_batch_tokens, hp.eval_seq_len, max_segments, dist.device
         )
-        self.compiled = SimpleNamespace()
-        for name in ("enter", "block", "token_losses"):
-            setattr(self.compiled, name, compiled(getattr(model, name), hp, dist))
+        self.token_losses = compiled(model.token_losses, hp, dist)
+        self.compiled_parts = CompiledParts(
+            compiled(model.slot_input, hp, dist), compiled(model.block, hp, dist)
+        )
 
     def row_losses(self, row):
         """ScoredRow -> (T,) nats, with float32 logits."""
@@ -4987,13 +5139,13 @@ class Evaluator:
             row.cu_seqlens,
             max_seqlen=self.hp.eval_seq_len,
             looping=True,
-            fresh=row.window_start,
-            parts=self.compiled,
+            window_start=row.window_start,
+            compiled_parts=self.compiled_parts,
         )
         losses = []
         pairs = zip(hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True)
         for hidden_chunk, targets in pairs:
-            losses.append(self.compiled.token_losses(hidden_chunk, targets))
+            losses.append(self.token_losses(hidden_chunk, targets))
         return torch.cat(losses)
 
     @torch.no_grad()
@@ -5423,8 +5575,7 @@ def sgd_step(model, packer, windows, optimizer, rate, dist):
     """One SGD step of all ranks on the mean loss of windows (n, 3), at learning rate `rate`."""
     num_tokens = int((windows[:, 1] - windows[:, 0]).sum())
     own_windows = windows[dist.rank :: dist.world_size]
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+    reset_gradients(model.parameters())
     for first, last in packer.rows(own_windows):
         row = packer.build(own_windows[first:last])
         losses = model(
@@ -5438,24 +5589,34 @@ def sgd_step(model, packer, windows, optimizer, rate, dist):
     optimizer.step()
 
 
-def attention_stale(ops, q, k, v, packing):
-    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E), causal, of rows behind their older keys and
-    values. packing: of StaleContext.of_slot. Row after row stand the older ones, which are at
-    `places` (N,) of a cache (2, M, K, E), and the row's own, which are at `fresh` (B T,) of the N;
-    cu_seqlens (2, B + 1) counts both. The own ones are left in `new`.
+class StaleSegments(NamedTuple):
+    """Segments of rows whose older keys and values come from a cache (see StaleContext).
+
+    For each row the N keys hold its older ones, then its new ones.
     """
-    cache, places, fresh, cu_seqlens, max_seqlen, new = packing
-    new += k, v
-    k, v = (
-        c[places].index_copy(0, fresh, t.flatten(0, 1))[None]
-        for c, t in zip(cache, (k, v), strict=True)
-    )
-    own = q.flatten(0, 1)[None]
-    if ops.names["attention"] != "sdpa":
-        return ops.attention(own, k, v, cu_seqlens, max_seqlen).view(q.shape)
-    # the reference takes a query for every key; nobody asks what the others find
-    every = own.new_zeros(1, k.size(1), *own.shape[2:]).index_copy(1, fresh, own)
-    return ops.attention(every, k, v, cu_seqlens[1], max_seqlen)[:, fresh].view(q.shape)
+
+    cache: Tensor  # (2, M, K, E): older keys and values of one slot
+    key_rows: Tensor  # (N,): where the keys are in the cache; new ones are overwritten
+    new_key_rows: Tensor  # (B T,): which of the N are new, that is, the rows' own
+    cu_seqlens: Tensor  # (2, B + 1) int32: borders of queries and of keys
+    max_seqlen: int  # no row has more keys
+    new_kv: list  # attend leaves the new keys and values here
+
+    def attend(self, ops, q, k, v, attn_window=0):
+        """q (B, T, H, E), new k and v (B, T, K, E) -> (B, T, H, E), causal; without windows."""
+        self.new_kv.extend((k, v))
+        older_k, older_v = self.cache
+        all_k = older_k[self.key_rows].index_copy(0, self.new_key_rows, k.flatten(0, 1))[None]
+        all_v = older_v[self.key_rows].index_copy(0, self.new_key_rows, v.flatten(0, 1))[None]
+        row_q = q.flatten(0, 1)[None]
+        if ops.names["attention"] != "sdpa":
+            y = ops.attention(row_q, all_k, all_v, self.cu_seqlens, self.max_seqlen)
+            return y.view(q.shape)
+        # The reference takes a query for every key: the others are zero, their outputs unused
+        all_q = row_q.new_zeros(1, all_k.size(1), *row_q.shape[2:])
+        all_q = all_q.index_copy(1, self.new_key_rows, row_q)
+        y = ops.attention(all_q, all_k, all_v, self.cu_seqlens[1], self.max_seqlen)
+        return y[:, self.new_key_rows].view(q.shape)
 
 
 class StaleContext:
@@ -5507,13 +5668,19 @@ class StaleContext:
         return [x if x is None else x[:, -self.width :].contiguous() for x in streams]
 
     def of_slot(self, *streams):
-        """Streams as drop_lookback takes them -> without that token, tables and packing of the
-        next slot.
+        """Streams as drop_lookback takes them -> without that token, and the next slot's rotary
+        tables and StaleSegments.
         """
-        self.new.append([])
-        of_slot, longest = self.cache[len(self.new) - 1], self.hp.ttt_eval_seq_len
-        packing = of_slot, self.key_rows, self.new_key_rows, self.cu_seqlens, longest, self.new[-1]
-        return *self.drop_lookback(*streams), self.rope, packing
+        segments = StaleSegments(
+            cache=self.cache[len(self.new)],
+            key_rows=self.key_rows,
+            new_key_rows=self.new_key_rows,
+            cu_seqlens=self.cu_seqlens,
+            max_seqlen=self.hp.ttt_eval_seq_len,
+            new_kv=[],
+        )
+        self.new.append(segments.new_kv)
+        return *self.drop_lookback(*streams), self.rope, segments
 
     def end(self, rows):
         """Ends a step: caches the first chunk of its windows in state rows (B,).
@@ -5652,12 +5819,12 @@ class TestTimeTrainer:
         token_losses = model.token_losses
         if hp.ngram_tilt_enabled:
             token_losses = techniques.with_tilt(token_losses)
-        self.compiled = SimpleNamespace(
-            enter=compiled(model.enter, hp, dist, dynamic=None),
-            block=compiled(model.block, hp, dist, dynamic=None),
-            scaled_parts=compiled(self.lora.scaled_parts, hp, dist, dynamic=None),
-            token_losses=compiled(token_losses, hp, dist, dynamic=None),
+        self.compiled_parts = CompiledParts(
+            compiled(model.slot_input, hp, dist, dynamic=None),
+            compiled(model.block, hp, dist, dynamic=None),
         )
+        self.token_losses = compiled(token_losses, hp, dist, dynamic=None)
+        self.scaled_parts = compiled(self.lora.scaled_parts, hp, dist, dynamic=None)
         self.warming_up = False
         self.graphs = {}  # (rows, width) -> CUDA graph of chunk_step, table that it reads
         if hp.ngram_tilt_enabled:  # the stream with the hint at each place
@@ -5668,33 +5835,36 @@ class TestTimeTrainer:
 
         windows (B, W) ids; targets (B, C) ids; positions (B, C) of their inputs in the windows.
         """
-        parts = SimpleNamespace(enter=self.dynamic_enter, block=self.dynamic_block)
         hidden = self.model.forward_hidden(
-            windows, max_seqlen=self.hp.ttt_eval_seq_len, looping=True, tap=tap, parts=parts
+            windows,
+            max_seqlen=self.hp.ttt_eval_seq_len,
+            looping=True,
+            tap=tap,
+            compiled_parts=CompiledParts(self.dynamic_slot_input, self.dynamic_block),
         )
         scored = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.size(2)))
         self.mark_dynamic([0], scored, targets, *tap.head.matrices())
-        return self.compiled.token_losses(scored, targets, tap.head)
+        return self.token_losses(scored, targets, tap.head)
 
-    def dynamic_enter(self, x, x0, w, wants, *skip):
+    def dynamic_slot_input(self, x, x0, w, return_mix, return_merged, *skip):
         if self.hp.ttt_stale_context:
             x, x0 = self.stale.drop_lookback(x, x0)
         # the first layer shares the graph of the others
         x = x if x.requires_grad else x.detach().requires_grad_()
         self.mark_dynamic([0, 1], x, x0, *skip[:1])
-        return self.compiled.enter(x, x0, w, wants, *skip)
+        return self.compiled_parts.slot_input(x, x0, w, return_mix, return_merged, *skip)
 
-    def dynamic_block(self, entry, mlp_lane, w, rope, packing, tap):
+    def dynamic_block(self, entry, mlp_lane, w, rope, segments, tap):
         if self.hp.ttt_stale_context:
-            mlp_lane, rope, packing = self.stale.of_slot(mlp_lane)
+            mlp_lane, rope, segments = self.stale.of_slot(mlp_lane)
             self.mark_dynamic([0, 1], *rope)
-            self.mark_dynamic([0], *packing[1:3])
-            self.mark_dynamic([1], packing[3])
+            self.mark_dynamic([0], segments.key_rows, segments.new_key_rows)
+            self.mark_dynamic([1], segments.cu_seqlens)
         self.mark_dynamic([0, 1], *entry, mlp_lane)
         self.mark_dynamic([0], *rope, *tap.matrices())
         if self.hp.new_values:
             self.mark_dynamic([0, 1], *techniques.streams_of(w.extras))
-        return self.compiled.block(entry, mlp_lane, w, rope, packing, tap)
+        return self.compiled_parts.block(entry, mlp_lane, w, rope, segments, tap)
 
     def mark_dynamic(self, dimensions, *tensors):
         if not self.warming_up:  # later tensors need no marks, and marking takes time
@@ -5743,7 +5913,7 @@ class TestTimeTrainer:
         targets = window + positions + 1
         scored = offset < row.count[:, None]
         self.mark_dynamic([0], row.source)
-        parts = self.compiled.scaled_parts(self.lora.values, row.source)
+        parts = self.scaled_parts(self.lora.values, row.source)
         for part in parts:
             part.requires_grad_()
         target_ids = (self.hinted if hp.ngram_tilt_enabled else tokens)[targets]

@@ -872,8 +872,10 @@ def test_stale_context_is_the_same_with_queries_for_the_own_keys_alone(fa4_stub)
 
     def run(name):
         def attend(*qkv):
-            packing = cache.to(qkv[0].dtype), places, fresh, cu_seqlens, 14, []
-            return train_gpt.attention_stale(ops[name], *qkv, packing)
+            segments = train_gpt.StaleSegments(
+                cache.to(qkv[0].dtype), places, fresh, cu_seqlens, 14, []
+            )
+            return segments.attend(ops[name], *qkv)
 
         return attend
 

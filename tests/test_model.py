@@ -471,7 +471,7 @@ def test_smear_gate_crosses_pieces_of_one_document_but_not_fresh_ones():
     )
     assert not torch.equal(before[:, 10], after[:, 10])
     before, after = (
-        hidden(model, t, pieces, max_seqlen=10, fresh=fresh) for t in (tokens, changed)
+        hidden(model, t, pieces, max_seqlen=10, window_start=fresh) for t in (tokens, changed)
     )
     assert torch.equal(before[:, 10:], after[:, 10:])
     changed = tokens.clone()

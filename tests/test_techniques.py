@@ -95,7 +95,7 @@ def test_packed_rows_fresh_windows_and_single_documents_are_one_function(residua
             torch.tensor([0, 8, 16]),
             max_seqlen=8,
             looping=looping,
-            fresh=fresh,
+            window_start=fresh,
         )
         alone = model.forward_hidden(window, max_seqlen=8, looping=looping)
         torch.testing.assert_close(
@@ -243,18 +243,18 @@ def test_extra_loops_leave_every_skip_between_the_layers_of_training(extra):
         def block(entry, mlp_lane, *rest):
             runs.append(len(runs))
             # the stream says which slot it comes from
-            return torch.full_like(entry[3], len(runs) - 1.0), mlp_lane
+            return torch.full_like(entry.merged, len(runs) - 1.0), mlp_lane
 
-        def enter(x, x0, w, wants, *merge):
+        def slot_input(x, x0, w, return_mix, return_merged, *merge):
             if merge:
                 merged.append((int(merge[1][0]), len(runs), int(merge[0][0, 0, 0])))
-            return None, None, None, x
+            return train_gpt.SlotInput(None, None, None, x)
 
         # a weight says which pair it is of
         model.skip_weights.data[:] = torch.arange(len(model.skip_weights))[:, None]
-        parts = SimpleNamespace(enter=enter, block=block)
+        parts = train_gpt.CompiledParts(slot_input, block)
         model.forward_hidden(
-            torch.ones(1, 3, dtype=torch.long), max_seqlen=3, looping=True, parts=parts
+            torch.ones(1, 3, dtype=torch.long), max_seqlen=3, looping=True, compiled_parts=parts
         )
         slots = model.slots(True)
         return slots, [(pair, to, slots[to], source, slots[source]) for pair, to, source in merged]

@@ -561,7 +561,7 @@ def test_the_tilted_distribution_sums_to_one(tmp_path):
     hidden = torch.randn(4, 1, hp.model_dim, generator=generator).expand(-1, V, -1)
     hints = torch.tensor([-1, 0, 50, V - 1])
     targets = torch.stack((torch.arange(V).expand(4, V), hints[:, None].expand(4, V)), -1)
-    plain, tilted = trainer.compiled.token_losses(hidden, targets, head)
+    plain, tilted = trainer.token_losses(hidden, targets, head)
     assert torch.equal(plain, trainer.model.token_losses(hidden, targets[..., 0], head))
     assert torch.allclose(
         (-tilted).double().exp().sum(1), torch.ones(4, dtype=torch.float64), atol=1e-5
@@ -658,7 +658,11 @@ def test_what_the_budget_leaves_is_scored_without_adaptation(
     if not adapted:  # what is scored plainly is scored by the base as it was given
         for row, losses in plain:
             hidden = model.forward_hidden(
-                row.inputs, row.cu_seqlens, max_seqlen=32, looping=True, fresh=row.window_start
+                row.inputs,
+                row.cu_seqlens,
+                max_seqlen=32,
+                looping=True,
+                window_start=row.window_start,
             )
             assert torch.allclose(losses, model.token_losses(hidden[0], row.targets), atol=1e-4)
 
