@@ -1420,11 +1420,11 @@ def check_manifest(hp, counts):
 CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499
 
 
-def is_canonical(tokens, charges):
+def is_canonical(tokens, target_bytes):
     """Whether (N,) tokens, with their bytes, are the contest's validation documents in CaseOps."""
     documents = int((tokens == BOS_ID).sum())
     targets = CANONICAL[2]
-    size = int(charges[1 : targets + 1].sum(dtype=np.int64))
+    size = int(target_bytes[1 : targets + 1].sum(dtype=np.int64))
     return (documents, len(tokens), targets, size) == CANONICAL
 
 
@@ -1712,12 +1712,12 @@ class ValidationSet:
                 f"{paths[0]}: side-car lengths {lengths} differ from the shards' {expected}: they"
                 " are not of one export"
             )
-        charges = np.concatenate(parts).astype(np.int64)
-        if charges[self.tokens == BOS_ID].any():
+        target_bytes = np.concatenate(parts).astype(np.int64)
+        if target_bytes[self.tokens == BOS_ID].any():
             raise DataError(
                 f"{paths[0]}: a BOS is charged bytes; the side-car does not belong to these tokens"
             )
-        return charges
+        return target_bytes
 
     def targets_of(self, documents):
         """Array of document numbers -> number of their targets, bytes of these."""
@@ -6122,6 +6122,12 @@ class StaleContext:
         shape = (num_slots, 2, (num_rows + 1) * self.length, hp.num_kv_heads, hp.head_dim)
         self.cache = model.cos.new_zeros(shape, dtype=model.dtype)
         self.starts = torch.from_numpy(starts).to(device)
+        # of the running step
+        self.width = 0
+        self.positions = None  # (B, width) in the documents
+        self.rope = None
+        self.segments = None  # without cache and new_kv, which are of a slot
+        self.new_kv = []  # [keys, values] of each slot so far
 
     def begin(self, rows, windows, width):
         """Begins a step of state rows (B,) with windows (B,) in the stream -> computed positions.
@@ -6142,13 +6148,15 @@ class StaleContext:
         # nothing reads the keys after the last end
         key_row = torch.searchsorted(ends, key, right=True).clamp_max(len(rows) - 1)
         key_position = (before + self.width - ends)[key_row] + key
-        self.key_rows = rows[key_row] * self.length + key_position % self.length
+        key_rows = rows[key_row] * self.length + key_position % self.length
         new_keys = torch.arange(-self.width, 0, device=device)
-        self.new_key_rows = (ends[:, None] + new_keys).flatten()
+        new_key_rows = (ends[:, None] + new_keys).flatten()
         queries = torch.arange(len(rows) + 1, device=device) * self.width
-        self.cu_seqlens = torch.stack((queries, F.pad(ends, (1, 0)))).int()
+        cu_seqlens = torch.stack((queries, F.pad(ends, (1, 0)))).int()
+        context = self.hp.ttt_eval_seq_len
+        self.segments = StaleSegments(None, key_rows, new_key_rows, cu_seqlens, context, None)
         self.rope = rotary_tables(self.positions, self.hp)
-        self.new = []
+        self.new_kv = []
         return self.width
 
     def drop_lookback(self, *streams):
@@ -6159,15 +6167,9 @@ class StaleContext:
         """Streams as drop_lookback takes them -> without that token, and the next slot's rotary
         tables and StaleSegments.
         """
-        segments = StaleSegments(
-            cache=self.cache[len(self.new)],
-            key_rows=self.key_rows,
-            new_key_rows=self.new_key_rows,
-            cu_seqlens=self.cu_seqlens,
-            max_seqlen=self.hp.ttt_eval_seq_len,
-            new_kv=[],
-        )
-        self.new.append(segments.new_kv)
+        slot = len(self.new_kv)
+        self.new_kv.append([])
+        segments = self.segments._replace(cache=self.cache[slot], new_kv=self.new_kv[slot])
         return *self.drop_lookback(*streams), self.rope, segments
 
     def end(self, rows):
@@ -6177,11 +6179,11 @@ class StaleContext:
         """
         chunk = self.hp.ttt_chunk_size
         cache_rows = rows[:, None] * self.length + self.positions[:, :chunk] % self.length
-        new = []
-        for keys_values in self.new:
-            new.append(torch.stack([t[:, :chunk].detach() for t in keys_values]))
-        self.cache[:, :, cache_rows] = torch.stack(new)
-        self.new = []
+        first_chunks = []
+        for keys_values in self.new_kv:
+            first_chunks.append(torch.stack([t[:, :chunk].detach() for t in keys_values]))
+        self.cache[:, :, cache_rows] = torch.stack(first_chunks)
+        self.new_kv = []
 
 
 def documents_to_score(validation, hp):
@@ -6304,19 +6306,50 @@ class TestTimeTrainer:
             self.stale = StaleContext(model, validation.starts, num_rows, dist.device)
         # One graph each for any number of rows and width of windows. Layer by layer, because
         # tracing all slots at once with unknown shapes takes minutes.
-        token_losses = model.token_losses
-        if hp.ngram_tilt_enabled:
-            token_losses = techniques.with_tilt(token_losses)
         self.compiled_parts = CompiledParts(
             compiled(model.slot_input, hp, dist, dynamic=None),
             compiled(model.block, hp, dist, dynamic=None),
         )
-        self.token_losses = compiled(token_losses, hp, dist, dynamic=None)
+        self.token_losses = compiled(self.head_function(), hp, dist, dynamic=None)
         self.scaled_parts = compiled(self.lora.scaled_parts, hp, dist, dynamic=None)
         self.warming_up = False
         self.graphs = {}  # (rows, width) -> CUDA graph of chunk_step, table that it reads
         if hp.ngram_tilt_enabled:  # the stream with the hint at each place
             self.hinted = F.pad(self.packer.tokens[:, None], (0, 1), value=-1)
+
+    # What published systems replace.
+
+    def head_function(self):
+        """Function of hidden states (B, C, D), targets_at and a tap -> (B, C) nats."""
+        if self.hp.ngram_tilt_enabled:
+            return techniques.with_tilt(self.model.token_losses)
+        return self.model.token_losses
+
+    def targets_at(self, positions):
+        """Targets for the head at these positions (B, C) of the stream."""
+        if self.hp.ngram_tilt_enabled:
+            return self.hinted[positions]
+        return self.packer.tokens[positions]
+
+    def learned_and_counted(self, losses):
+        """What the head returned -> (B, C) losses to learn from, (B, C) losses to score."""
+        if self.hp.ngram_tilt_enabled:
+            return losses
+        return losses, losses
+
+    def plan_made(self, starts, lengths, phases):
+        """Called before the first chunk is scored, with the documents and the plan."""
+        if self.hp.ngram_tilt_enabled:
+            hints = techniques.ngram_hints(self.packer.tokens, starts, lengths, phases)
+            self.hinted[:, 1] = hints
+            seconds = self.progress.seconds()
+            self.log(f"ttt_ngram hints:{(hints >= 0).sum()} seconds:{seconds:.1f}")
+
+    def skip_fine_tuning(self):
+        """Called where no time is left to fine-tune the base weights after a phase."""
+        self.log("note: no time to fine-tune the base weights")
+        if self.hp.ngram_tilt_enabled:
+            self.hinted[:, 1] = -1  # documents of this phase may be left to the end
 
     def chunk_losses(self, windows, targets, positions, tap):
         """Losses of chunks with these adapters, with float32 logits -> (B, C) nats.
@@ -6404,11 +6437,9 @@ class TestTimeTrainer:
         parts = self.scaled_parts(self.lora.values, row.source)
         for part in parts:
             part.requires_grad_()
-        target_ids = (self.hinted if hp.ngram_tilt_enabled else tokens)[targets]
-        losses = self.chunk_losses(tokens[inputs], target_ids, positions, self.lora.tap(parts))
-        counted = losses
-        if hp.ngram_tilt_enabled:
-            losses, counted = losses
+        tap = self.lora.tap(parts)
+        losses = self.chunk_losses(tokens[inputs], self.targets_at(targets), positions, tap)
+        losses, counted = self.learned_and_counted(losses)
         self.score.add(counted.detach(), scored, self.packer.bytes[targets])
         # scored: from here on the adapters may learn
         means = torch.where(scored, losses, 0.0).sum(1) / row.count.clamp_min(1)
@@ -6534,22 +6565,18 @@ class TestTimeTrainer:
         self.log(f"ttt_global_adaptation documents:{len(documents)} chunks:{len(chunks)}")
 
     def adapt_base(self, phase, tokens, steps_left):
-        """global_adapt on a phase of `tokens` targets, where every rank has the time for it."""
-        hp = self.hp
-        # of all documents this rank trains on a share; each SGD step takes a while on all ranks
-        cost = 3e-6 * tokens / self.dist.world_size + 0.3 * tokens / hp.global_ttt_chunk_tokens
+        """Fine-tunes on a phase of `tokens` targets, if every rank has the time for it."""
+        num_steps = tokens / self.hp.global_ttt_chunk_tokens
+        # this rank's share of forward and backward, and the SGD steps themselves
+        cost = 3e-6 * tokens / self.dist.world_size + 0.3 * num_steps
         is_short = bool(steps_left) or self.progress.is_short_for(cost)
         if not any(self.dist.all_gather_object(is_short)):
             self.global_adapt(self.documents[phase.documents])
-            return
-        self.log("note: no time to fine-tune the base weights")
-        if hp.ngram_tilt_enabled:
-            self.hinted[:, 1] = -1  # documents of this phase may be left to the end
+        else:
+            self.skip_fine_tuning()
 
     def evaluate(self):
-        """Runs the plan -> {loss, bpb, tokens, bytes, documents, partial, recompilations,
-        unadapted_tokens}.
-        """
+        """Scores the documents in the order of the plan -> the score's fields in RESULT."""
         hp = self.hp
         stream = self.validation
         dist = self.dist
@@ -6562,11 +6589,7 @@ class TestTimeTrainer:
         schedules = schedule_rank(phases, starts, lengths, dist.rank, dist.world_size, hp)
         all_steps = sum(schedules, [])
         progress.plan(all_steps)
-        if hp.ngram_tilt_enabled:
-            self.hinted[:, 1] = hints = techniques.ngram_hints(
-                self.packer.tokens, starts, lengths, phases
-            )
-            self.log(f"ttt_ngram hints:{(hints >= 0).sum()} seconds:{progress.seconds():.1f}")
+        self.plan_made(starts, lengths, phases)
 
         if compile_wanted(hp, dist):
             self.warm_up()
