@@ -5928,11 +5928,19 @@ class SlotLoRA:
         return y + torch.cat(outputs, -1)
 
 
+class LoRAParts(NamedTuple):
+    """The four parts of flat rows, in their order: (B, n) each."""
+
+    head_a: Tensor  # of lm_head
+    slots_a: Tensor  # of every slot
+    slots_b: Tensor
+    head_b: Tensor
+
+
 class LoRALayout:
     """Where the adapters' matrices lie in a flat row; all are (in, out), as their gradients come.
 
-    A row has four parts: A of lm_head, A of every slot, B of every slot, B of lm_head. The first
-    two are what a document can inherit.
+    A row has the four LoRAParts. A document can inherit the first two.
     """
 
     def __init__(self, hp, num_slots):
@@ -6024,11 +6032,11 @@ class BatchedLoRA:
     def tap(self, parts):
         """scaled_parts -> tap for GPT: a SlotLoRA for each slot, float32 for the head."""
         layout = self.layout
-        head_a, slots_a, slots_b, head_b = parts
+        parts = LoRAParts(*parts)
         slots = []
         of_slots = zip(
-            layout.matrices(slots_a, layout.a_shapes),
-            layout.matrices(slots_b, layout.b_shapes),
+            layout.matrices(parts.slots_a, layout.a_shapes),
+            layout.matrices(parts.slots_b, layout.b_shapes),
             strict=True,
         )
         for a, b in of_slots:
@@ -6037,8 +6045,8 @@ class BatchedLoRA:
             slots.append(SlotLoRA(readers_a, sites_b, layout.widths))
         head = SlotLoRA([], {}, {})
         if layout.has_head:
-            a = head_a.unflatten(1, (-1, layout.rank))
-            b = head_b.unflatten(1, (layout.rank, -1))
+            a = parts.head_a.unflatten(1, (-1, layout.rank))
+            b = parts.head_b.unflatten(1, (layout.rank, -1))
             head = SlotLoRA([(("lm_head",), a)], {"lm_head": b}, {})
         return SimpleNamespace(slots=slots, at=lambda slot, layer: slots[slot], head=head)
 
