@@ -69,9 +69,9 @@ def past_window(model, tokens, start, window, kept):
     stale = model.hp.ttt_stale_context
     slots = iter(kept)
 
-    def embed(inputs, fresh):
+    def embed(inputs, window_start):
         lookback = tokens[None, window - 1 : window + inputs.size(1)]
-        return model.embed(lookback, fresh)[:, 1:]
+        return model.embed(lookback, window_start)[:, 1:]
 
     if before:
         row.embed = embed

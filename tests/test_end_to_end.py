@@ -137,10 +137,10 @@ def make_data(folder):
     write_documents(
         folder, "train", np.random.default_rng(3).integers(3, 150, 40), vocab_size=8192, seed=1
     )
-    tokens, charges = write_documents(
+    tokens, target_bytes = write_documents(
         folder, "val", LENGTHS, vocab_size=8192, seed=2, shard_sizes=[150, 500]
     )
-    return len(tokens) - 1, int(charges.sum())
+    return len(tokens) - 1, int(target_bytes.sum())
 
 
 @pytest.fixture(scope="module")
