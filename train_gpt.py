@@ -2935,6 +2935,13 @@ class SlotPlan(NamedTuple):
     return_merged: bool  # the layer or a skip reads SlotInput.merged
 
 
+class CompiledParts(NamedTuple):
+    """A slot_input and a block as GPT has them, each compiled by itself."""
+
+    slot_input: Callable
+    block: Callable
+
+
 class LayerWeights(NamedTuple):
     """Weights of one layer, in the compute dtype: views of the banks and small parameters."""
 
@@ -3270,8 +3277,8 @@ class GPT(nn.Module):
         """(B, T) ids -> (B, T, D), the output of the final norm.
 
         With cu_seqlens, B is 1 and the documents between these borders do not see each other; none
-        is longer than max_seqlen. Without it every row is one document. compiled_parts has a
-        slot_input and a block that were compiled by themselves; slot_input then returns every
+        is longer than max_seqlen. Without it every row is one document. compiled_parts,
+        a CompiledParts, take the place of slot_input and block; slot_input then returns every
         output, which keeps the number of graphs small.
         """
         parts = compiled_parts or self
@@ -5052,9 +5059,10 @@ class Evaluator:
         self.packer = WindowPacker(
             validation, hp.micro_batch_tokens, hp.eval_seq_len, max_segments, dist.device
         )
-        self.compiled = SimpleNamespace()
-        for name in ("slot_input", "block", "token_losses"):
-            setattr(self.compiled, name, compiled(getattr(model, name), hp, dist))
+        self.token_losses = compiled(model.token_losses, hp, dist)
+        self.compiled_parts = CompiledParts(
+            compiled(model.slot_input, hp, dist), compiled(model.block, hp, dist)
+        )
 
     def row_losses(self, row):
         """ScoredRow -> (T,) nats, with float32 logits."""
@@ -5064,12 +5072,12 @@ class Evaluator:
             max_seqlen=self.hp.eval_seq_len,
             looping=True,
             window_start=row.window_start,
-            compiled_parts=self.compiled,
+            compiled_parts=self.compiled_parts,
         )
         losses = []
         pairs = zip(hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True)
         for hidden_chunk, targets in pairs:
-            losses.append(self.compiled.token_losses(hidden_chunk, targets))
+            losses.append(self.token_losses(hidden_chunk, targets))
         return torch.cat(losses)
 
     @torch.no_grad()
@@ -5553,6 +5561,12 @@ class StaleContext:
         shape = (num_slots, 2, (num_rows + 1) * self.length, hp.num_kv_heads, hp.head_dim)
         self.cache = model.cos.new_zeros(shape, dtype=model.dtype)
         self.starts = torch.from_numpy(starts).to(device)
+        # of the running step
+        self.width = 0
+        self.positions = None  # (B, width) in the documents
+        self.rope = None
+        self.segments = None  # without cache and new_kv, which are of a slot
+        self.new_kv = []  # [keys, values] of each slot so far
 
     def begin(self, rows, windows, width):
         """Begins a step of state rows (B,) with windows (B,) in the stream -> computed positions.
@@ -5573,13 +5587,15 @@ class StaleContext:
         # nothing reads the keys after the last end
         key_row = torch.searchsorted(ends, key, right=True).clamp_max(len(rows) - 1)
         key_position = (before + self.width - ends)[key_row] + key
-        self.key_rows = rows[key_row] * self.length + key_position % self.length
+        key_rows = rows[key_row] * self.length + key_position % self.length
         new_keys = torch.arange(-self.width, 0, device=device)
-        self.new_key_rows = (ends[:, None] + new_keys).flatten()
+        new_key_rows = (ends[:, None] + new_keys).flatten()
         queries = torch.arange(len(rows) + 1, device=device) * self.width
-        self.cu_seqlens = torch.stack((queries, F.pad(ends, (1, 0)))).int()
+        cu_seqlens = torch.stack((queries, F.pad(ends, (1, 0)))).int()
+        context = self.hp.ttt_eval_seq_len
+        self.segments = StaleSegments(None, key_rows, new_key_rows, cu_seqlens, context, None)
         self.rope = rotary_tables(self.positions, self.hp)
-        self.new = []
+        self.new_kv = []
         return self.width
 
     def drop_lookback(self, *streams):
@@ -5587,18 +5603,12 @@ class StaleContext:
         return [x if x is None else x[:, -self.width :].contiguous() for x in streams]
 
     def of_slot(self, *streams):
-        """Streams as drop_lookback takes them -> without that token, rotary tables, StaleSegments
-        of the next slot.
+        """Streams as drop_lookback takes them -> without that token, and the next slot's rotary
+        tables and StaleSegments.
         """
-        segments = StaleSegments(
-            cache=self.cache[len(self.new)],
-            key_rows=self.key_rows,
-            new_key_rows=self.new_key_rows,
-            cu_seqlens=self.cu_seqlens,
-            max_seqlen=self.hp.ttt_eval_seq_len,
-            new_kv=[],
-        )
-        self.new.append(segments.new_kv)
+        slot = len(self.new_kv)
+        self.new_kv.append([])
+        segments = self.segments._replace(cache=self.cache[slot], new_kv=self.new_kv[slot])
         return *self.drop_lookback(*streams), self.rope, segments
 
     def end(self, rows):
@@ -5608,11 +5618,11 @@ class StaleContext:
         """
         chunk = self.hp.ttt_chunk_size
         cache_rows = rows[:, None] * self.length + self.positions[:, :chunk] % self.length
-        new = []
-        for keys_values in self.new:
-            new.append(torch.stack([t[:, :chunk].detach() for t in keys_values]))
-        self.cache[:, :, cache_rows] = torch.stack(new)
-        self.new = []
+        first_chunks = []
+        for keys_values in self.new_kv:
+            first_chunks.append(torch.stack([t[:, :chunk].detach() for t in keys_values]))
+        self.cache[:, :, cache_rows] = torch.stack(first_chunks)
+        self.new_kv = []
 
 
 def documents_to_score(validation, hp):
@@ -5735,32 +5745,34 @@ class TestTimeTrainer:
             self.stale = StaleContext(model, validation.starts, num_rows, dist.device)
         # One graph each for any number of rows and width of windows. Layer by layer, because
         # tracing all slots at once with unknown shapes takes minutes.
-        self.compiled = SimpleNamespace(
-            slot_input=compiled(model.slot_input, hp, dist, dynamic=None),
-            block=compiled(model.block, hp, dist, dynamic=None),
-            scaled_parts=compiled(self.lora.scaled_parts, hp, dist, dynamic=None),
-            token_losses=compiled(self.head_function(), hp, dist, dynamic=None),
+        self.compiled_parts = CompiledParts(
+            compiled(model.slot_input, hp, dist, dynamic=None),
+            compiled(model.block, hp, dist, dynamic=None),
         )
+        self.token_losses = compiled(self.head_function(), hp, dist, dynamic=None)
+        self.scaled_parts = compiled(self.lora.scaled_parts, hp, dist, dynamic=None)
         self.warming_up = False
         self.graphs = {}  # (rows, width) -> CUDA graph of chunk_step, table that it reads
 
+    # What published systems replace.
+
     def head_function(self):
-        """The function of hidden states, targets and a tap that gives losses (B, C)."""
+        """Function of hidden states (B, C, D), targets_at and a tap -> (B, C) nats."""
         return self.model.token_losses
 
     def targets_at(self, positions):
-        """Targets of the head at positions (B, C) of the stream."""
+        """Targets for the head at these positions (B, C) of the stream."""
         return self.packer.tokens[positions]
 
     def learned_and_counted(self, losses):
-        """Results of head_function -> losses (B, C) to learn from, losses (B, C) to score."""
+        """What the head returned -> (B, C) losses to learn from, (B, C) losses to score."""
         return losses, losses
 
     def plan_made(self, starts, lengths, phases):
-        """Called with documents and plan before the first chunk is scored."""
+        """Called before the first chunk is scored, with the documents and the plan."""
 
     def skip_fine_tuning(self):
-        """Called if there is no time to fine-tune the base weights between two phases."""
+        """Called where no time is left to fine-tune the base weights after a phase."""
         self.log("note: no time to fine-tune the base weights")
 
     def chunk_losses(self, windows, targets, positions, tap):
@@ -5768,17 +5780,16 @@ class TestTimeTrainer:
 
         windows (B, W) ids; targets (B, C) ids; positions (B, C) of their inputs in the windows.
         """
-        parts = SimpleNamespace(slot_input=self.dynamic_slot_input, block=self.dynamic_block)
         hidden = self.model.forward_hidden(
             windows,
             max_seqlen=self.hp.ttt_eval_seq_len,
             looping=True,
             tap=tap,
-            compiled_parts=parts,
+            compiled_parts=CompiledParts(self.dynamic_slot_input, self.dynamic_block),
         )
         scored = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.size(2)))
         self.mark_dynamic([0], scored, targets, *tap.head.matrices())
-        return self.compiled.token_losses(scored, targets, tap.head)
+        return self.token_losses(scored, targets, tap.head)
 
     def dynamic_slot_input(self, x, x0, w, return_mix, return_merged, *skip):
         if self.hp.ttt_stale_context:
@@ -5786,7 +5797,7 @@ class TestTimeTrainer:
         # the first layer shares the graph of the others
         x = x if x.requires_grad else x.detach().requires_grad_()
         self.mark_dynamic([0, 1], x, x0, *skip[:1])
-        return self.compiled.slot_input(x, x0, w, return_mix, return_merged, *skip)
+        return self.compiled_parts.slot_input(x, x0, w, return_mix, return_merged, *skip)
 
     def dynamic_block(self, entry, mlp_lane, w, rope, segments, tap):
         if self.hp.ttt_stale_context:
@@ -5796,7 +5807,7 @@ class TestTimeTrainer:
             self.mark_dynamic([1], segments.cu_seqlens)
         self.mark_dynamic([0, 1], *entry, mlp_lane)
         self.mark_dynamic([0], *rope, *tap.matrices())
-        return self.compiled.block(entry, mlp_lane, w, rope, segments, tap)
+        return self.compiled_parts.block(entry, mlp_lane, w, rope, segments, tap)
 
     def mark_dynamic(self, dimensions, *tensors):
         if not self.warming_up:  # later tensors need no marks, and marking takes time
@@ -5845,12 +5856,12 @@ class TestTimeTrainer:
         targets = window + positions + 1
         scored = offset < row.count[:, None]
         self.mark_dynamic([0], row.source)
-        parts = self.compiled.scaled_parts(self.lora.values, row.source)
+        parts = self.scaled_parts(self.lora.values, row.source)
         for part in parts:
             part.requires_grad_()
-        target_ids = self.targets_at(targets)
-        found = self.chunk_losses(tokens[inputs], target_ids, positions, self.lora.tap(parts))
-        losses, counted = self.learned_and_counted(found)
+        tap = self.lora.tap(parts)
+        losses = self.chunk_losses(tokens[inputs], self.targets_at(targets), positions, tap)
+        losses, counted = self.learned_and_counted(losses)
         self.score.add(counted.detach(), scored, self.packer.bytes[targets])
         # scored: from here on the adapters may learn
         means = torch.where(scored, losses, 0.0).sum(1) / row.count.clamp_min(1)
@@ -5976,20 +5987,18 @@ class TestTimeTrainer:
         self.log(f"ttt_global_adaptation documents:{len(documents)} chunks:{len(chunks)}")
 
     def adapt_base(self, phase, tokens, steps_left):
-        """global_adapt on a phase of `tokens` targets, where every rank has the time for it."""
-        hp = self.hp
-        # of all documents this rank trains on a share; each SGD step takes a while on all ranks
-        cost = 3e-6 * tokens / self.dist.world_size + 0.3 * tokens / hp.global_ttt_chunk_tokens
+        """Fine-tunes on a phase of `tokens` targets, if every rank has the time for it."""
+        num_steps = tokens / self.hp.global_ttt_chunk_tokens
+        # this rank's share of forward and backward, and the SGD steps themselves
+        cost = 3e-6 * tokens / self.dist.world_size + 0.3 * num_steps
         is_short = bool(steps_left) or self.progress.is_short_for(cost)
         if not any(self.dist.all_gather_object(is_short)):
             self.global_adapt(self.documents[phase.documents])
-            return
-        self.skip_fine_tuning()
+        else:
+            self.skip_fine_tuning()
 
     def evaluate(self):
-        """Runs the plan -> {loss, bpb, tokens, bytes, documents, partial, recompilations,
-        unadapted_tokens}.
-        """
+        """Scores the documents in the order of the plan -> the score's fields in RESULT."""
         hp = self.hp
         stream = self.validation
         dist = self.dist

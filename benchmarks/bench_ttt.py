@@ -76,7 +76,7 @@ def past_window(model, tokens, start, window, kept):
     if before:
         row.embed = embed
 
-    def attention(q, k, v, cu_seqlens, max_seqlen, attn_window):
+    def attention(q, k, v, cu_seqlens, max_seqlen, attn_window=0):
         cos = model.cos[before : before + 1]
         sin = model.sin[before : before + 1]
         q = tg.apply_rotary_emb(q, cos, sin)
@@ -100,7 +100,8 @@ def past_window(model, tokens, start, window, kept):
 
 def chunk_size(length, hp):
     """Targets in a chunk of a document of this length."""
-    for pair in hp.ttt_short_chunks.split(","):
+    short_chunks = getattr(hp, "ttt_short_chunks", "")  # a setting of presets/published.py
+    for pair in short_chunks.split(","):
         if pair:
             longest, size = map(int, pair.split(":"))
             if length <= longest:

@@ -27,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+from tools.run_files import script_of  # noqa: E402
+
 SETTINGS = {
     "TOKENIZER_PATH": str(ROOT / "tokenizers" / "caseops_8192.model"),
     "VOCAB_SIZE": "8192",
@@ -210,6 +212,10 @@ def write_code(folder, hp, dist, guard):
 def main():
     import train_gpt
 
+    if script_of(os.environ).name == "published.py":
+        from presets import published
+
+        published.install()
     train_gpt.torch.set_num_threads(1)
     train_gpt.write_code = write_code
     if "FAULT_NOTES" in os.environ:

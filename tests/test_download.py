@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote
 
 import numpy as np
 import pytest
-from conftest import tiny_hp
+from conftest import install_published, tiny_hp
 from test_prepare_data import DEFAULT_TOKENIZER, TEXTS, build, write_docs
 
 import train_gpt
@@ -183,7 +183,8 @@ def test_a_dataset_is_fetched_verified_and_read_by_the_trainer(hub, tmp_path, ca
     assert read_manifest(tmp_path)["sources"][0]["revision"] == REVISION
 
 
-def test_a_plain_variant_has_no_side_car(hub, tmp_path, capsys, published):
+def test_a_plain_variant_has_no_side_car(hub, tmp_path, capsys, monkeypatch):
+    install_published(monkeypatch)
     index = json.loads(hub.files["datasets/manifest.json"])
     entry = index["datasets"][0]
     entry["name"] = "fineweb10B_sp1024"

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import IN_SOAK, Lines, tiny_hp, write_documents, write_shard
+from conftest import IN_SOAK, Lines, install_published, tiny_hp, write_documents, write_shard
 from test_end_to_end import SETTINGS, finish, make_data, result_of, start, torchrun
 from test_evaluation import make_model, make_validation, on_ranks, small_hp
 
@@ -156,13 +156,13 @@ def plain(tmp_path_factory):
     return folder, own.vocab_size(), sum(len(text.encode()) for text in texts)
 
 
-def test_a_tokenizer_is_not_guessed_among_several(plain, tmp_path):
+def test_a_tokenizer_is_not_guessed_among_several(plain, tmp_path, published):
     folder, size, _ = plain
     said = refusal(tmp_path, folder, CASEOPS_ENABLED=0, VOCAB_SIZE=size, TOKENIZER_PATH=None)
     assert "own.model" in said and "another.model" in said and "set TOKENIZER_PATH" in said
 
 
-def test_a_foreign_tokenizer_of_equal_size_counts_no_bytes(plain, tmp_path):
+def test_a_foreign_tokenizer_of_equal_size_counts_no_bytes(plain, tmp_path, published):
     folder, size, _ = plain
     said = refusal(
         tmp_path,
@@ -237,7 +237,9 @@ def copied(source, folder, *patterns):
     ],
     ids=["both", "manifest", "side-car", "neither"],
 )
-def test_a_tokenizer_does_not_count_the_bytes_of_caseops_shards(caseops, tmp_path, left_out, words):
+def test_a_tokenizer_does_not_count_the_bytes_of_caseops_shards(
+    caseops, tmp_path, left_out, words, published
+):
     said = refusal(tmp_path, copied(caseops[0], tmp_path / "data", *left_out), CASEOPS_ENABLED=0)
     assert words in said and "CASEOPS_ENABLED" in said
 
@@ -247,12 +249,14 @@ def test_the_side_car_counts_the_bytes_of_the_text(caseops, tmp_path):
     assert result["scores"]["quantized"]["bytes"] == caseops[1]
 
 
-def test_settings_that_contradict_the_manifest_are_refused(caseops, plain, tmp_path):
+def test_settings_that_contradict_the_manifest_are_refused(caseops, plain, tmp_path, monkeypatch):
     folder = copied(caseops[0], tmp_path / "data", "manifest.json")
     manifest = json.loads((caseops[0] / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"text_transform": None}))
-    assert "CASEOPS_ENABLED=0" in refusal(tmp_path, folder)
+    assert "published.py with CASEOPS_ENABLED=0" in refusal(tmp_path, folder)
     assert "VOCAB_SIZE=8192" in refusal(tmp_path, caseops[0], VOCAB_SIZE=4096)
+    install_published(monkeypatch)
+    assert "set CASEOPS_ENABLED=0" in refusal(tmp_path, folder)
     said = refusal(
         tmp_path,
         plain[0],

@@ -706,7 +706,7 @@ def test_a_rank_that_is_late_keeps_no_other_waiting(tmp_path, monkeypatch):
         assert torch.equal(p, q)
 
 
-def test_without_adaptation_there_are_no_hints_from_what_is_left(tmp_path, monkeypatch):
+def test_without_adaptation_there_are_no_hints_from_what_is_left(tmp_path, monkeypatch, published):
     hp = small_hp(
         data_path=str(tmp_path), eval_budget_seconds=60.0, ngram_tilt_enabled=True, **ACTIVE
     )
@@ -860,6 +860,7 @@ def test_the_answer_does_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch
     """Who shares a step with whom depends on it, and the order of the sums of the adaptation:
     rounding, no more.
     """
+    install_parts_for(options, monkeypatch)
     hp = small_hp(
         data_path=str(tmp_path),
         ttt_lanes=4,
