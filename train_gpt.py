@@ -19,6 +19,7 @@ Shapes: B rows, T tokens, D model_dim, L layers, S slots (one execution of a lay
 several), H heads, K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
 """
 
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -3102,6 +3103,13 @@ class SlotPlan(NamedTuple):
     return_merged: bool  # the layer or a skip reads SlotInput.merged
 
 
+class CompiledParts(NamedTuple):
+    """A slot_input and a block as GPT has them, each compiled by itself."""
+
+    slot_input: Callable
+    block: Callable
+
+
 class LayerWeights(NamedTuple):
     """Weights of one layer, in the compute dtype: views of the banks and small parameters."""
 
@@ -3437,8 +3445,8 @@ class GPT(nn.Module):
         """(B, T) ids -> (B, T, D), the output of the final norm.
 
         With cu_seqlens, B is 1 and the documents between these borders do not see each other; none
-        is longer than max_seqlen. Without it every row is one document. compiled_parts has a
-        slot_input and a block that were compiled by themselves; slot_input then returns every
+        is longer than max_seqlen. Without it every row is one document. compiled_parts,
+        a CompiledParts, take the place of slot_input and block; slot_input then returns every
         output, which keeps the number of graphs small.
         """
         parts = compiled_parts or self
@@ -3804,7 +3812,7 @@ class TrainingClock:
     def clock_and_max(self, *numbers):
         """[seconds of rank 0, *the maximum over ranks of each number], in one collective."""
         seconds = time.perf_counter() - self.start
-        return self.dist.agree(seconds * (self.dist.rank == 0), *numbers)
+        return self.dist.max_over_ranks(seconds * (self.dist.rank == 0), *numbers)
 
     def seconds(self):
         return self.clock_and_max()[0]
@@ -4667,7 +4675,7 @@ class QuantizationCheck:
                 f" QUANT_GAP_MAX={self.hp.quant_gap_max}"
             )
             # Clocks differ: all ranks must decide the same, or one would wait in a collective.
-            (seconds_used,) = self.dist.agree(time.perf_counter() - started)
+            (seconds_used,) = self.dist.max_over_ranks(time.perf_counter() - started)
             if seconds_used > seconds_left():
                 self.log("note: no seconds are left for a plainer quantization")
                 break
@@ -5534,11 +5542,6 @@ class Evaluator:
 # static shapes: which queues share a step changes rounding and nothing else.
 
 
-def chunk_size_of(length, hp):
-    """Targets in each chunk of a document of this length (int or array)."""
-    return techniques.chunk_size(length, hp) if hp.ttt_short_chunks else hp.ttt_chunk_size
-
-
 def recomputed_context(hp):
     """Positions computed at the end of a window: all, or those after the stale context."""
     return hp.ttt_eval_seq_len - hp.ttt_stale_context
@@ -5576,7 +5579,7 @@ def plan_ttt(lengths, hp):
 
 def window_positions(lengths, hp):
     """(n,) targets -> (n,) window positions computed to score these documents: their cost."""
-    size = chunk_size_of(lengths, hp)
+    size = hp.chunk_size_of(lengths)
     context = recomputed_context(hp)
     num_chunks = -(-lengths // size)
     # windows grow by a chunk each until they reach the context
@@ -5636,7 +5639,7 @@ class Chunk(NamedTuple):
 
 def document_chunks(start, length, hp):
     """First input of a document in the stream, its number of targets -> list of Chunk."""
-    size = int(chunk_size_of(length, hp))
+    size = int(hp.chunk_size_of(length))
     context = hp.ttt_eval_seq_len
     recomputed = recomputed_context(hp)
     chunks = []
@@ -5795,19 +5798,11 @@ class SlotLoRA:
         return y + torch.cat(outputs, -1)
 
 
-class LoRAParts(NamedTuple):
-    """The four parts of flat rows, in their order: (B, n) each."""
-
-    head_a: Tensor  # of lm_head
-    slots_a: Tensor  # of every slot
-    slots_b: Tensor
-    head_b: Tensor
-
-
 class LoRALayout:
     """Where the adapters' matrices lie in a flat row; all are (in, out), as their gradients come.
 
-    A row has the four LoRAParts. A document can inherit the first two.
+    A row has four parts: A of lm_head, A of every slot, B of every slot, B of lm_head. The first
+    two are what a document can inherit.
     """
 
     def __init__(self, hp, num_slots):
@@ -5899,11 +5894,11 @@ class BatchedLoRA:
     def tap(self, parts):
         """scaled_parts -> tap for GPT: a SlotLoRA for each slot, float32 for the head."""
         layout = self.layout
-        parts = LoRAParts(*parts)
+        head_a, slots_a, slots_b, head_b = parts
         slots = []
         of_slots = zip(
-            layout.matrices(parts.slots_a, layout.a_shapes),
-            layout.matrices(parts.slots_b, layout.b_shapes),
+            layout.matrices(slots_a, layout.a_shapes),
+            layout.matrices(slots_b, layout.b_shapes),
             strict=True,
         )
         for a, b in of_slots:
@@ -5912,8 +5907,8 @@ class BatchedLoRA:
             slots.append(SlotLoRA(readers_a, sites_b, layout.widths))
         head = SlotLoRA([], {}, {})
         if layout.has_head:
-            a = parts.head_a.unflatten(1, (-1, layout.rank))
-            b = parts.head_b.unflatten(1, (layout.rank, -1))
+            a = head_a.unflatten(1, (-1, layout.rank))
+            b = head_b.unflatten(1, (layout.rank, -1))
             head = SlotLoRA([(("lm_head",), a)], {"lm_head": b}, {})
         return SimpleNamespace(slots=slots, at=lambda slot, layer: slots[slot], head=head)
 
@@ -6189,42 +6184,27 @@ class TestTimeTrainer:
         self.scaled_parts = compiled(self.lora.scaled_parts, hp, dist, dynamic=None)
         self.warming_up = False
         self.graphs = {}  # (rows, width) -> CUDA graph of chunk_step, table that it reads
-        if hp.ngram_tilt_enabled:  # the stream with the hint at each place
-            self.hinted = F.pad(self.packer.tokens[:, None], (0, 1), value=-1)
 
     # What published systems replace.
 
     def head_function(self):
         """Function of hidden states (B, C, D), targets_at and a tap -> (B, C) nats."""
-        if self.hp.ngram_tilt_enabled:
-            return techniques.with_tilt(self.model.token_losses)
         return self.model.token_losses
 
     def targets_at(self, positions):
         """Targets for the head at these positions (B, C) of the stream."""
-        if self.hp.ngram_tilt_enabled:
-            return self.hinted[positions]
         return self.packer.tokens[positions]
 
     def learned_and_counted(self, losses):
         """What the head returned -> (B, C) losses to learn from, (B, C) losses to score."""
-        if self.hp.ngram_tilt_enabled:
-            return losses
         return losses, losses
 
     def plan_made(self, starts, lengths, phases):
         """Called before the first chunk is scored, with the documents and the plan."""
-        if self.hp.ngram_tilt_enabled:
-            hints = techniques.ngram_hints(self.packer.tokens, starts, lengths, phases)
-            self.hinted[:, 1] = hints
-            seconds = self.progress.seconds()
-            self.log(f"ttt_ngram hints:{(hints >= 0).sum()} seconds:{seconds:.1f}")
 
     def skip_fine_tuning(self):
         """Called where no time is left to fine-tune the base weights after a phase."""
         self.log("note: no time to fine-tune the base weights")
-        if self.hp.ngram_tilt_enabled:
-            self.hinted[:, 1] = -1  # documents of this phase may be left to the end
 
     def chunk_losses(self, windows, targets, positions, tap):
         """Losses of chunks with these adapters, with float32 logits -> (B, C) nats.
@@ -6258,8 +6238,6 @@ class TestTimeTrainer:
             self.mark_dynamic([1], segments.cu_seqlens)
         self.mark_dynamic([0, 1], *entry, mlp_lane)
         self.mark_dynamic([0], *rope, *tap.matrices())
-        if self.hp.new_values:
-            self.mark_dynamic([0, 1], *techniques.streams_of(w.extras))
         return self.compiled_parts.block(entry, mlp_lane, w, rope, segments, tap)
 
     def mark_dynamic(self, dimensions, *tensors):
@@ -6500,6 +6478,14 @@ class TestTimeTrainer:
         }
 
 
+def evaluate_adapted(evaluator, log):
+    """The score of test-time training on what an Evaluator scores -> {loss, bpb, tokens, bytes,
+    ...}.
+    """
+    e = evaluator
+    return TestTimeTrainer(e.model, e.validation, e.hp, e.dist, log).evaluate()
+
+
 # ---- MAIN ----------------------------------------------------------------------------------------
 
 
@@ -6529,16 +6515,7 @@ def build_model(hp, dist):
         dtype = getattr(torch, hp.compute_dtype)
     # FlashAttention-4 warns at every compilation
     warnings.filterwarnings("ignore", message="Argument aux_data")
-    ops = select_ops(
-        hp.kernels,
-        hp.attention_backend,
-        dist.device,
-        dtype,
-        hp.head_dim,
-        hp.num_heads,
-        hp.num_kv_heads,
-        attn_window=hp.attn_window,
-    )
+    ops = select_ops(hp, dist.device, dtype)
     return GPT(hp, ops, dtype).to(dist.device)
 
 
@@ -6640,7 +6617,7 @@ def group_bytes(arrays):
         role = quant_role(name)
         if role and field == "codes":
             shares = np.unique(array, return_counts=True)[1] / array.size
-            sizes[role[0]] -= shares @ np.log2(shares) * array.size / 8
+            sizes[role.group] -= shares @ np.log2(shares) * array.size / 8
         else:
             sizes["rest"] += array.nbytes
     return {role: round(sizes[role]) for role in sorted(sizes, key=sizes.get, reverse=True)}
@@ -6663,7 +6640,7 @@ def fit_target_bytes(first, quantize, num_weights, code_bytes, dist, log):
     first: Quantized with the clips as set; quantize(hp) -> Quantized. Returns the largest one below
     the target, else the smallest.
     """
-    clips = {clip for _, _, clip in QUANT_TABLE.values()}
+    clips = {role.clip_sigmas for role in QUANT_TABLE.values()}
     target = first.hp.target_bytes
     latest = first
     trials = []
