@@ -377,6 +377,10 @@ class Hyperparameters:
         return self.model_dim // self.num_heads
 
     @property
+    def kv_dim(self):
+        return self.num_kv_heads * self.head_dim
+
+    @property
     def mlp_dim(self):
         return int(self.mlp_mult * self.model_dim)
 
@@ -2274,7 +2278,7 @@ gated_xsa.register_autograd(_gated_xsa_gradients, setup_context=_gated_xsa_setup
 
 class SlotInput(NamedTuple):
     h: Tensor  # (B, T, D), the scaled norm of the mix
-    start: Tensor  # (B, T, window), first columns of h
+    gate_input: Tensor  # (B, T, window), first columns of h
     mixed: Tensor | None  # (B, T, D), the mix
     merged: Tensor | None  # (B, T, D), x merged with the skip, or x
 
@@ -2301,7 +2305,7 @@ def _only_wanted(outputs, return_mix, return_merged):
     """SlotInput -> the same with None for mixed and merged where they are not wanted."""
     mixed = outputs.mixed if return_mix else None
     merged = outputs.merged if return_merged else None
-    return SlotInput(outputs.h, outputs.start, mixed, merged)
+    return SlotInput(outputs.h, outputs.gate_input, mixed, merged)
 
 
 def slot_input_ref(x, x0, mix, scale, window, return_mix, return_merged, *merge):
@@ -2336,13 +2340,13 @@ def _slot_input_traced(x, x0, mix, scale, merge, window, return_mix, return_merg
     outputs = merge_mix_norm(x, x0, mix, scale, window, *merge)
     mixed = outputs.mixed if return_mix else x.new_empty(0)
     merged = outputs.merged if return_merged or len(merge) > 0 else x.new_empty(0)
-    return outputs.h, outputs.start, mixed, merged
+    return outputs.h, outputs.gate_input, mixed, merged
 
 
 def _slot_input_copied(*inputs):
     """As _slot_input_traced; an op returns neither inputs nor views, hence the copies."""
     outputs = SlotInput(*_slot_input_traced(*inputs))
-    return outputs.h, outputs.start.clone(), outputs.mixed, outputs.merged.clone()
+    return outputs.h, outputs.gate_input.clone(), outputs.mixed, outputs.merged.clone()
 
 
 @torch.library.custom_op("golf::slot_input", mutates_args=())
