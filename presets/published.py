@@ -148,42 +148,37 @@ class Hyperparameters(train_gpt.Hyperparameters):
         return np.minimum(sizes, self.ttt_chunk_size)
 
 
-own_cross_checks = train_gpt.cross_checks
-
-
-def cross_checks(hp):
-    """Those of train_gpt.py and those of the settings here."""
-    yield from own_cross_checks(hp)
-    pairs = re.fullmatch(r"(\d+:[1-9]\d*(,(?=.)|$))*", hp.ttt_short_chunks)
-    yield not pairs, f"TTT_SHORT_CHUNKS={hp.ttt_short_chunks}: must be pairs such as 256:8,2000:24"
-    yield (
-        hp.marker_fusion_enabled > hp.caseops_enabled,
-        "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1",
-    )
+def published_problems(hp):
+    """Yields messages for settings that only published systems use."""
+    if not re.fullmatch(r"(\d+:[1-9]\d*(,(?=.)|$))*", hp.ttt_short_chunks):
+        yield f"TTT_SHORT_CHUNKS={hp.ttt_short_chunks}: must be pairs such as 256:8,2000:24"
+    if hp.marker_fusion_enabled and not hp.caseops_enabled:
+        yield "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1"
     stale = hp.ttt_stale_context and hp.ttt_enabled and hp.ttt_method == "lora"
-    yield (
-        stale and (hp.attn_window or hp.new_values),
-        (
+    if stale and (hp.attn_window or hp.new_values):
+        yield (
             "ATTN_WINDOW, PARTIAL_KEY_OFFSET, VALUE_RESIDUAL and VALUE_EMBED_LAYERS need"
             " TTT_STALE_CONTEXT=0"
-        ),
-    )
+        )
     layers = hp.value_embed_layers.split(",") if hp.value_embed_layers else []
-    known = all(layer.isdecimal() and int(layer) < hp.num_layers for layer in layers)
-    yield (
-        not known,
-        f"VALUE_EMBED_LAYERS={hp.value_embed_layers}: must be numbers of layers, below NUM_LAYERS",
-    )
-    yield hp.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE must be 2 at least, or 0"
-    yield hp.extra_eval_loops and not hp.num_loops, "EXTRA_EVAL_LOOPS needs NUM_LOOPS"
-    odd = hp.num_heads % 2 or hp.num_kv_heads % 2
-    yield hp.muon_head_pairs and odd, "MUON_HEAD_PAIRS=1 needs even NUM_HEADS and NUM_KV_HEADS"
-    yield (
-        hp.qat_below_lr and hp.gptq_column_steps,
-        "QAT_BELOW_LR trains on the grid of rows: set GPTQ_COLUMN_STEPS=0",
-    )
-    yield hp.ttt_method == "sgd" and hp.ttt_max_docs, "TTT_MAX_DOCS goes with TTT_METHOD=lora"
+    if not all(layer.isdecimal() and int(layer) < hp.num_layers for layer in layers):
+        yield (
+            f"VALUE_EMBED_LAYERS={hp.value_embed_layers}: must be numbers of layers, below"
+            " NUM_LAYERS"
+        )
+    if hp.bigram_vocab_size == 1:
+        yield "BIGRAM_VOCAB_SIZE must be 2 at least, or 0"
+    if hp.extra_eval_loops and not hp.num_loops:
+        yield "EXTRA_EVAL_LOOPS needs NUM_LOOPS"
+    if hp.muon_head_pairs and (hp.num_heads % 2 or hp.num_kv_heads % 2):
+        yield "MUON_HEAD_PAIRS=1 needs even NUM_HEADS and NUM_KV_HEADS"
+    if hp.qat_below_lr and hp.gptq_column_steps:
+        yield "QAT_BELOW_LR trains on the grid of rows: set GPTQ_COLUMN_STEPS=0"
+    if hp.ttt_method == "sgd" and hp.ttt_max_docs:
+        yield "TTT_MAX_DOCS goes with TTT_METHOD=lora"
 
+
+CROSS_CHECKS = [*train_gpt.CROSS_CHECKS, published_problems]
 
 # ---- data
 
@@ -275,8 +270,8 @@ class ValidationSet(train_gpt.ValidationSet):
         charges[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
         return charges
 
-    def figures(self):
-        found = super().figures()
+    def counts(self):
+        found = super().counts()
         if not self.has_side_car:
             del found["charged_bytes"]  # no manifest states them
         return found
@@ -288,29 +283,31 @@ def has_case_markers(tokenizer):
 
 
 def check_byte_counts(hp, tokenizer, tokens):
-    """DataError unless tokens (N,), which this tokenizer is to count the bytes of, are of its
-    making.
+    """Raises DataError unless this tokenizer, which will count the bytes of tokens (N,), made them.
 
-    Without a side-car the tokenizer decides the BPB. One of equal size counts without an error, so
-    the text of some documents is encoded again: only the shards' own tokenizer gives back their
-    tokens.
+    Without a side-car the tokenizer decides the BPB, and another one of the same size would raise
+    no error. So the text of some documents is encoded again: only the right tokenizer gives back
+    their tokens.
     """
     if has_case_markers(tokenizer) and ((tokens >= 4) & (tokens < 8)).any():
         raise DataError(
             f"{hp.data_path}: its tokens hold CaseOps' markers: set CASEOPS_ENABLED=1, with the"
             " side-car"
         )
-    longest, documents = 512, 256
-    starts = np.flatnonzero(tokens == BOS_ID)[:documents] + 1
+    max_documents = 256
+    max_tokens = 512
+    starts = np.flatnonzero(tokens == BOS_ID)[:max_documents] + 1
     ends = np.append(starts[1:] - 1, len(tokens))[: len(starts)]
-    same = total = 0
-    for start, end in zip(starts, np.minimum(ends, starts + longest), strict=True):
+    same = 0
+    total = 0
+    for start, end in zip(starts, np.minimum(ends, starts + max_tokens), strict=True):
         ids = tokens[start:end].tolist()
-        # a cut changes the tokens before it
-        compared = len(ids) if len(ids) < longest else longest - 64
-        same += compared * (tokenizer.encode(tokenizer.decode(ids))[:compared] == ids[:compared])
+        # cutting a document changes the tokens before the cut
+        compared = len(ids) if len(ids) < max_tokens else max_tokens - 64
+        encoded = tokenizer.encode(tokenizer.decode(ids))
+        same += compared * (encoded[:compared] == ids[:compared])
         total += compared
-    # some texts do not come back from their own tokenizer: unknown characters, odd spaces
+    # even the right one does not restore every text: unknown characters, odd spaces
     if 2 * same < total:
         raise DataError(
             f"{hp.data_path}: its tokens were not made by the tokenizer found for them, which gives"
@@ -617,8 +614,8 @@ class Trainer(train_gpt.Trainer):
 # ---- quantization and artifact
 
 QUANT_TABLE = train_gpt.QUANT_TABLE | {
-    "bigram.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
-    "value_embed.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
+    "bigram.weight": train_gpt.EMBEDDING_ROLE,
+    "value_embed.weight": train_gpt.EMBEDDING_ROLE,
 }
 
 
@@ -719,7 +716,7 @@ def lrzip_decompress(data, raw_size, shapes=()):
 
 ENCODERS = train_gpt.ENCODERS | {"lrzip": lrzip_compress}
 DECODERS = train_gpt.DECODERS | {"lrzip": lrzip_decompress}
-COMPRESSORS = train_gpt.COMPRESSORS | {"pergroup": (2, "brotli", "lrzip")}
+COMPRESSORS = train_gpt.COMPRESSORS | {"pergroup": train_gpt.Compressor(2, "brotli", "lrzip")}
 own_check_compressor = train_gpt.check_compressor
 own_plan_sections = train_gpt.plan_sections
 own_section_sources = train_gpt.section_sources
@@ -729,7 +726,7 @@ own_join_sections = train_gpt.join_sections
 def check_compressor(name):
     """SettingError, with what to install, for an unknown compressor or missing tools."""
     own_check_compressor(name)
-    if "lrzip" in COMPRESSORS[name] and shutil.which("lrzip") is None:
+    if "lrzip" in COMPRESSORS[name].codecs() and shutil.which("lrzip") is None:
         raise SettingError(
             "the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)"
         )
@@ -739,23 +736,26 @@ def plan_sections(specs, compressor):
     """pergroup (PR 1855): the "codes" of each role; "orders" of re-ordered rows; the "rest"."""
     if compressor != "pergroup":
         return own_plan_sections(specs, compressor)
-    roles = train_gpt.roles_of(specs)
+    codec = COMPRESSORS[compressor].codec
+    codes_codec = COMPRESSORS[compressor].codes_codec
+    groups, rest = train_gpt.group_codes(specs)
     orders = [
-        train_gpt.ArraySpec(name, "uint16", shape[:1])
-        for name, _, shape in specs
-        if roles.get(name) in ("embedding", "q", "up") and shape[0]
+        train_gpt.ArraySpec(spec.name, "uint16", spec.shape[:1])
+        for spec in specs
+        if train_gpt.codes_group(spec) in ("embedding", "q", "up") and spec.shape[0]
     ]
+    codes = [train_gpt.Section("codes", codes_codec, group) for group in groups.values() if group]
     return [
-        *(("codes", "lrzip", group) for group in train_gpt.codes_by_role(specs, roles) if group),
-        ("orders", "brotli", orders),
-        ("rest", "brotli", [spec for spec in specs if spec.name not in roles]),
+        *codes,
+        train_gpt.Section("orders", codec, orders),
+        train_gpt.Section("rest", codec, rest),
     ]
 
 
 def section_sources(arrays, plan):
     """Adds the "orders" of a plan: their "codes" get their rows in that order."""
     sources = own_section_sources(arrays, plan)
-    names = [spec.name for kind, _, specs in plan if kind == "orders" for spec in specs]
+    names = [spec.name for part in plan if part.kind == "orders" for spec in part.specs]
     with ThreadPoolExecutor(train_gpt.CODEC_THREADS) as pool:
         orders = pool.map(greedy_row_order, [arrays[name] for name in names])
         sources["orders"] = dict(zip(names, orders, strict=True))
@@ -936,7 +936,7 @@ def ngram_hints(tokens, starts, lengths, phases):
 
 PARTS = {
     "Hyperparameters": Hyperparameters,
-    "cross_checks": cross_checks,
+    "CROSS_CHECKS": CROSS_CHECKS,
     "TrainLoader": TrainLoader,
     "text_problems": text_problems,
     "ValidationSet": ValidationSet,

@@ -143,8 +143,9 @@ class RunGuard(Guard):
             self.watchdog = Watchdog(self, torch.distributed.TCPStore(*address))
         catch_signals(self)
 
-    def check(self, hp, dist, found):
-        return check_machine(hp, dist, **found)
+    def check(self, hp, dist, prepared):
+        found = {"compressor": True} if prepared.compressor_works else {}
+        return check_machine(hp, dist, prepared.folder, prepared.model, **found)
 
     def lock(self, folder):
         self.lock_file = lock(folder)
@@ -722,7 +723,7 @@ def load_state(trainer):
     """
     dist, muon, adamw = trainer.dist, trainer.optimizers.muon, trainer.optimizers.adamw
     name, data = newest_state(trainer.log.folder) if dist.rank == 0 else ("", b"")
-    size = int(dist.agree(len(data))[0])
+    size = int(dist.max_over_ranks(len(data))[0])
     box = torch.frombuffer(bytearray(data or size), dtype=torch.uint8)
     dist.broadcast(box)
     try:
@@ -896,7 +897,7 @@ def trial_arrays(model, hp):
                 if hp.compressor in FAST_COMPRESSORS and shape not in seen
                 else min(TRIAL_ROWS, shape[0])
             )
-            deviation = (2 ** (getattr(hp, role[1]) - 1) - 1) / getattr(hp, role[2])
+            deviation = (2 ** (getattr(hp, role.bits) - 1) - 1) / getattr(hp, role.clip_sigmas)
             codes = (
                 (torch.randn(rows, shape[1], generator=generator) * deviation)
                 .round_()

@@ -399,7 +399,11 @@ def bytes_by_group(path):
         if field.startswith("lqer"):
             return "LQER"
         return (
-            role[0] if role and field == "codes" else "scales of rows" if role else "small tensors"
+            role.group
+            if role and field == "codes"
+            else "scales of rows"
+            if role
+            else "small tensors"
         )
 
     raw, stored = defaultdict(int), defaultdict(int)
