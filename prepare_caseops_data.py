@@ -1496,6 +1496,18 @@ def whole_number(lowest: int, highest: int = 2**63 - 1) -> Callable[[str], int]:
     return parse
 
 
+def add_validation_source(
+    parser: argparse.ArgumentParser, default: int | None, val_docs_help: str
+) -> None:
+    """Adds --val-docs and --val-file, of which at most one may be given."""
+    group = parser.add_mutually_exclusive_group()
+    count = whole_number(0)
+    group.add_argument("--val-docs", type=count, default=default, metavar="N", help=val_docs_help)
+    group.add_argument(
+        "--val-file", metavar="FILE", help="validation documents, if they have a file of their own"
+    )
+
+
 def add_workers(parser: argparse.ArgumentParser) -> None:
     """Gives a command the argument --workers."""
     number, cores = whole_number(1, 4096), os.cpu_count() or 1
@@ -1535,15 +1547,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer", default=str(DEFAULT_TOKENIZER), metavar="MODEL", help="default: %(default)s"
     )
-    val = parser.add_mutually_exclusive_group()
-    val.add_argument(
-        "--val-docs", type=count, metavar="N", help="first documents (default: 50,000; demo: 10)"
-    )
-    val.add_argument(
-        "--val-file",
-        metavar="FILE",
-        help="validation documents, where they have a file of their own",
-    )
+    add_validation_source(parser, None, "first documents (default: 50,000; demo: 10)")
     parser.add_argument(
         "--train-docs", type=count, metavar="N", help="at most this many training documents"
     )

@@ -25,6 +25,7 @@ from lossless_caps import CONTROLS, encode  # noqa: E402
 from prepare_caseops_data import (  # noqa: E402
     DataError,
     Line,
+    add_validation_source,
     exit_status,
     file_sha256,
     load_tokenizer,
@@ -85,7 +86,7 @@ def check_layout(path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    size, count = whole_number(265, 1 << 16), whole_number(0)
+    size = whole_number(265, 1 << 16)
     parser = argparse.ArgumentParser(description="Train a CaseOps tokenizer.")
     parser.add_argument("docs", nargs="+", metavar="FILE")
     parser.add_argument(
@@ -94,19 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--vocab-size", type=size, default=8192, metavar="N", help="default: %(default)s"
     )
-    val = parser.add_mutually_exclusive_group()
-    val.add_argument(
-        "--val-docs",
-        type=count,
-        default=50_000,
-        metavar="N",
-        help="first documents, by default 50,000",
-    )
-    val.add_argument(
-        "--val-file",
-        metavar="FILE",
-        help="validation documents, where they have a file of their own",
-    )
+    add_validation_source(parser, 50_000, "first documents, by default 50,000")
     return exit_status(partial(train, parser.parse_args(arguments)))
 
 
