@@ -186,7 +186,7 @@ def note_before(judge):
 
     def noting(watchdog, told, *others):
         WATCHDOGS[:] = [watchdog]
-        Path(os.environ["FAULT_NOTES"], f"heard{watchdog.dist.rank}").write_text(told[0][3])
+        Path(os.environ["FAULT_NOTES"], f"heard{watchdog.dist.rank}").write_text(told[0].stage)
         return judge(watchdog, told, *others)
 
     return noting

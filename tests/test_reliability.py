@@ -352,14 +352,13 @@ def test_divergence_is_named_without_states_too(tiny_data, tmp_path, step):
 # ---- the watchdog's judgement
 
 
-GONE, ALIVE = (
-    ("another host", 1, "0"),
-    (
-        guard.host_id(),
-        os.getpid(),
-        guard.process_state(os.getpid())[1],
-    ),
-)
+GONE = guard.Process("another host", 1, "0")
+ALIVE = guard.Process(guard.host_id(), os.getpid(), guard.process_state(os.getpid())[1])
+
+
+def news(cpu_ticks=5, num_collectives=10, stage="train", error=None, process=GONE):
+    """What a rank tells the others."""
+    return guard.News(1.0, cpu_ticks, num_collectives, stage, error, process)
 
 
 def judged(told, silent=(0, 0), idle=(False, False), failing=0):
@@ -369,15 +368,16 @@ def judged(told, silent=(0, 0), idle=(False, False), failing=0):
 
 
 def test_the_watchdog_names_the_dead_the_stalled_and_the_first_to_fail():
-    a, b = [1.0, 5, 10, "train", None, GONE], [1.0, 5, 11, "pack", None, GONE]
-    second, first = [*a[:4], [2, "lost its peer", 0], GONE], [*b[:4], [1, "no room", 0], GONE]
+    a, b = news(), news(num_collectives=11, stage="pack")
+    second = a._replace(error=guard.Failure(2, "lost its peer", 0))
+    first = b._replace(error=guard.Failure(1, "no room", 0))
     assert judged([a, b]) == judged([a, b], idle=(False, True), silent=(14, 14)) == ""
     assert judged([a, b], silent=(0, 15)) == "rank 1 died or hangs in stage pack"
     assert (
         judged([a, b], idle=(True, True)) == "rank 0 stalls in stage train, the others wait for it"
     )
     # all wait in one place: the network
-    assert judged([a, [1.0, 5, 10, "train", None, GONE]], idle=(True, True)) == ""
+    assert judged([a, news()], idle=(True, True)) == ""
     assert judged([second, first], failing=4) == ""
     assert judged([second, first], failing=5) == "rank 1 failed in stage pack: no room"
     assert judged([second, b], silent=(0, 3), failing=4) == "rank 1 died or hangs in stage pack"
@@ -385,13 +385,13 @@ def test_the_watchdog_names_the_dead_the_stalled_and_the_first_to_fail():
 
 def test_a_rank_idles_that_does_next_to_nothing_for_as_long_as_looks_go_back():
     watchdog, looks = guard.Watchdog.__new__(guard.Watchdog), guard.Watchdog.STALLED
-    past = [[[1.0, 5000 + tick, 10]] for tick in range(looks + 1)]
-    # a moment's work: pages come back, threads wake
-    past[30:] = [[[1.0, look[0][1] + 60, 10]] for look in past[30:]]
+    # a moment's work in between: pages come back, threads wake
+    ticks = [5000 + look + (60 if look >= 30 else 0) for look in range(looks + 1)]
+    past = [[news(cpu_ticks)] for cpu_ticks in ticks]
     assert watchdog.idles(past, 0) and not watchdog.idles(past[1:], 0)
     # works, goes on, a child ended
-    for ticks, entered in ((5000 + watchdog.IDLE_TICKS, 10), (5100, 11), (4000, 10)):
-        assert not watchdog.idles([*past[:-1], [[1.0, ticks, entered]]], 0)
+    for last in (news(5000 + watchdog.IDLE_TICKS), news(5100, 11), news(4000)):
+        assert not watchdog.idles([*past[:-1], [last]], 0)
 
 
 def test_a_rank_that_waits_for_a_slow_disk_is_not_taken_for_stalled(dist, monkeypatch):
@@ -419,7 +419,7 @@ def test_a_rank_that_waits_for_a_slow_disk_is_not_taken_for_stalled(dist, monkey
 
 def test_a_process_that_is_seen_to_live_may_be_silent_for_longer():
     """Where a library keeps Python's lock, no thread of that process can tell anything."""
-    a, b = [1.0, 5, 10, "train", None, GONE], [1.0, 5, 11, "pack", None, ALIVE]
+    a, b = news(), news(num_collectives=11, stage="pack", process=ALIVE)
     assert judged([a, b], silent=(0, 39)) == judged([a, b], silent=(0, 5), failing=3) == ""
     assert judged([a, b], silent=(0, 40)) == "rank 1 died or hangs in stage pack"
     assert (
@@ -428,7 +428,8 @@ def test_a_process_that_is_seen_to_live_may_be_silent_for_longer():
         and not guard.lives("elsewhere", *ALIVE[1:])
     )
     with subprocess.Popen(["sleep", "60"]) as child:
-        process = guard.host_id(), child.pid, guard.process_state(child.pid)[1]
+        started = guard.process_state(child.pid)[1]
+        process = guard.Process(guard.host_id(), child.pid, started)
         assert guard.lives(*process)
         child.send_signal(signal.SIGSTOP)
         while guard.process_state(child.pid)[0] != "T":
@@ -1094,11 +1095,8 @@ def test_a_stop_is_finished_where_torchrun_is_gone_before(dist, monkeypatch, num
     and save a state.
     """
     watchdog, done = guard.Watchdog.__new__(guard.Watchdog), []
-    watchdog.dist, watchdog.holder, watchdog.end = (
-        dist,
-        [0, 0, 0, "train"],
-        lambda verdict, hung: done.append(verdict),
-    )
+    watchdog.dist, watchdog.holder = dist, news(stage="train")
+    watchdog.end = lambda verdict, hung: done.append(verdict)
     watchdog.guard = SimpleNamespace(signal=number, signals_wait=True)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setattr(guard.time, "sleep", done.append)

@@ -14,8 +14,21 @@ from typing import NamedTuple
 
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
 RESULT_VERSION = 2  # that of train_gpt.py, see docs/RESULT.md
-# may differ between seeds
-OF_A_RUN = {"SEED", "RUN_ID", "RUNS_DIR", "DATA_PATH", "TOKENIZER_PATH", "PLOTS"}
+# Settings that belong to one run and not to its method:
+FOLDER = {"RUN_ID", "RUNS_DIR", "PLOTS"}
+DATA = {"DATA_PATH", "TOKENIZER_PATH"}
+MODE = {
+    "PRESET",
+    "PREQUANT_ONLY",
+    "QUANT_ONLY",
+    "TTT_EVAL_ONLY",
+    "CHECKPOINT_PATH",
+    "ARTIFACT_PATH",
+    "RESUME",
+}
+OF_A_SEED = FOLDER | DATA | {"SEED"}  # these may differ between the seeds of one method
+OF_A_PART = FOLDER | MODE  # between the parts of one run, which continues from a file
+OF_A_RUN = OF_A_SEED | MODE | {"CHECKPOINT_EVERY"}  # all of them
 OF_A_SCORE = "loss", "bpb", "tokens", "bytes"
 SETTINGS_LINE = "settings (* changed):"  # the first line that a run writes into its log
 
@@ -219,7 +232,7 @@ def read_run(folder):
 
 def own_settings(run):
     """What a run set otherwise than by default, but for what belongs to the run: {NAME: value}."""
-    return {name: run.settings[name] for name in run.changed if name not in OF_A_RUN}
+    return {name: run.settings[name] for name in run.changed if name not in OF_A_SEED}
 
 
 def flatten(value, name=""):
