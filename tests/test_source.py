@@ -65,17 +65,7 @@ STILL_ABOVE = {
         "longest_function": 115,
         "repeats": 1,
     },
-    "data/download.py": {"expressions_a_statement": 7.55, "tuple_assignments": 4.35},
-    "tools/make_record.py": {
-        "expressions_a_statement": 8.99,
-        "tuple_assignments": 4.07,
-        "longest_function": 113,
-    },
     "tools/pack_code.py": {"tuple_assignments": 4.23},
-    "tools/plot_run.py": {"expressions_a_statement": 8.42, "tuple_assignments": 4.89},
-    "tools/retokenize.py": {"expressions_a_statement": 7.25},
-    "tools/summarize.py": {"expressions_a_statement": 8.07},
-    "tools/verify_data.py": {"expressions_a_statement": 7.17, "tuple_assignments": 6.25},
     "tools/techniques.py": {
         "expressions_a_statement": 8.14,
         "expressions_a_line": 7.33,
