@@ -13,8 +13,8 @@ import time
 
 import numpy as np
 import pytest
+from artifact_helpers import model_arrays
 from conftest import tell
-from test_artifact import model_arrays
 
 import train_gpt
 

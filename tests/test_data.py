@@ -6,11 +6,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_hp
-from test_prepare_data import DEFAULT_TOKENIZER, TEXTS, build, write_docs
+from data_helpers import TEXTS, build, write_docs
 
 import train_gpt
 from lossless_caps import decode
-from prepare_caseops_data import load_tokenizer, read_manifest, write_manifest, write_shard
+from prepare_caseops_data import (
+    DEFAULT_TOKENIZER,
+    load_tokenizer,
+    read_manifest,
+    write_manifest,
+    write_shard,
+)
 from tools.techniques import fuse_markers
 from train_gpt import (
     BOS_ID,

@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_prepare_data import TEXTS, refused
+from data_helpers import TEXTS, refused
 
 import prepare_caseops_data as prepare
 from prepare_caseops_data import DataError, parse_text, read_lines

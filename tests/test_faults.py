@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import IN_SOAK, Lines, tiny_hp, write_documents, write_shard
-from test_end_to_end import SETTINGS, finish, make_data, result_of, start, torchrun
-from test_evaluation import make_model, make_validation, on_ranks, small_hp
+from evaluation_helpers import make_model, make_validation, on_ranks, small_hp
+from run_helpers import SETTINGS, finish, make_data, result_of, start, torchrun
 
 import train_gpt
 from tools import guard

@@ -10,7 +10,7 @@ import faults
 import pytest
 import torch
 from conftest import tell
-from test_reliability import check_rank_fault, comparable, loss_lines, output, tidy
+from fault_helpers import check_rank_fault, comparable, loss_lines, output, tidy
 
 pytestmark = pytest.mark.gpu
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PATIENCE
-from test_prepare_data import DEFAULT_TOKENIZER, TEXTS, build, refused, write_docs
-from test_verify_data import long_corpus, verified
+from data_helpers import TEXTS, build, long_corpus, refused, verified, write_docs
 
 import prepare_caseops_data as prepare
-from prepare_caseops_data import main, read_manifest, write_shard
+from prepare_caseops_data import DEFAULT_TOKENIZER, main, read_manifest, write_shard
 from tokenizers import train_tokenizer
 from tools import prepare_plain_data
 

@@ -21,6 +21,7 @@ DATA_TOOLS = [
     "prepare_caseops_data.py",
     "tokenizers/train_tokenizer.py",
 ]
+TESTS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/*.py"))
 FILES = ["train_gpt.py", *TOOLS, *PRESETS, *DATA_TOOLS]
 REPEATED_LINES = 6  # a run of so many equal lines is a repeat
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
@@ -228,16 +229,31 @@ def repository_modules():
 
 
 def imports_of_the_repository(tree):
-    """Imports, at any depth, of the repository's own modules and packages."""
-    problems = []
-    for node in nodes(tree, ast.Import | ast.ImportFrom):
-        names = [alias.name for alias in node.names]
-        if isinstance(node, ast.ImportFrom):
+    """Imports of the repository's own modules and packages, at any depth and in any form."""
+    found = []
+    for node in nodes(tree, ast.Import | ast.ImportFrom | ast.Call):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
+        elif ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            names = [ast.unparse(node.args[0]).strip("'\"")]
         relative = getattr(node, "level", 0) > 0
         if relative or {name.split(".")[0] for name in names} & repository_modules():
-            problems.append(f"line {node.lineno}: {ast.unparse(node)}")
-    return problems
+            found.append(ast.unparse(node))
+    return found
+
+
+def file_loaders(tree):
+    """Places outside find_guard that run another file."""
+    words = ("spec_from_file_location", "exec_module", "run_path", "exec", "SourceFileLoader")
+    found = []
+    for node in nodes(tree, ast.Attribute | ast.Name):
+        name = node.attr if isinstance(node, ast.Attribute) else node.id
+        if name in words and not is_inside(node, tree, "find_guard"):
+            found.append(ast.unparse(node))
+    return found
 
 
 def test_train_gpt_imports_nothing_of_the_repository():
@@ -255,11 +271,39 @@ def test_train_gpt_imports_nothing_of_the_repository():
         "import json, data.download",
         "def f():\n    try:\n        import lossless_caps\n    except ImportError:\n        pass",
         "from tokenizers import train_tokenizer",
+        "import importlib\nimportlib.import_module('prepare_caseops_data')",
+        "__import__('tests.conftest')",
     ],
 )
 def test_an_import_of_the_repository_is_found(line):
     assert len(imports_of_the_repository(ast.parse(line))) == 1
     assert imports_of_the_repository(ast.parse("import json\nfrom torch import nn")) == []
+
+
+# ---- tests
+
+
+def imported_test_modules(tree):
+    """Imports of other test modules: what two of them need belongs in a helper module."""
+    found = []
+    for node in nodes(tree, ast.Import | ast.ImportFrom):
+        names = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        if any(name.startswith("test_") for name in names):
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_tests_import_no_test_module(name):
+    assert imported_test_modules(ast.parse(read(name))) == []
+
+
+@pytest.mark.parametrize("line", ["import test_model", "from test_model import x"])
+def test_an_import_of_a_test_module_is_found(line):
+    assert imported_test_modules(ast.parse(line)) == [line]
+    assert imported_test_modules(ast.parse("from model_helpers import x")) == []
 
 
 # ---- what train_gpt.py may use, and where
@@ -354,6 +398,7 @@ def torch_distributed_users(tree):
 
 
 FORBIDDEN = {
+    file_loaders: "def find_guard():\n    s.exec_module(m)\n\ndef f():\n    s.exec_module(m)",
     long_signatures: "def f(a, b, c, d, e, f, g, h, *, i):\n    pass",
     global_names: "def f():\n    global x\n    x = 1",
     docstring_readers: "def f():\n    return f.__doc__",

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_prepare_data import DEFAULT_TOKENIZER, TEXTS, build, refused, stream, write_docs
+from data_helpers import TEXTS, build, long_corpus, refused, stream, verified, write_docs
 
 import prepare_caseops_data as prepare
 from lossless_caps import CONTROLS
 from prepare_caseops_data import (
+    DEFAULT_TOKENIZER,
     DataError,
     Encoder,
     encode_document,
     encode_document_with_bytes,
     load_tokenizer,
-    main,
     normalize_text,
     read_manifest,
     read_shard,
@@ -43,13 +43,6 @@ def dataset(tmp_path):
     docs = write_docs(tmp_path / "docs.jsonl", TEXTS)
     build(tmp_path / "data", "--docs", docs, "--val-docs", 6, "--shard-tokens", 100)
     return tmp_path / "data"
-
-
-def verified(capsys, folder, *arguments):
-    """Exit status and all that verify prints."""
-    capsys.readouterr()
-    status = main(["verify", str(folder), "--workers", "1", *map(str, arguments)])
-    return status, "".join(capsys.readouterr())
 
 
 # ---- the fast encoder ----------------------------------------------------------------------------
@@ -134,14 +127,6 @@ def test_a_wrong_shortcut_is_noticed(tmp_path, capsys, monkeypatch, way, wrong):
 
 
 # ---- interrupted runs, pipes ---------------------------------------------------------------------
-
-
-def long_corpus(path, documents=3_000):
-    rng = random.Random(1)
-    words = [f"word{number}" for number in range(400)]
-    return write_docs(
-        path, [" ".join(rng.choices(words, k=60)) + f" Number {n}" for n in range(documents)]
-    )
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_files(tmp_path, capsys):
