@@ -1,4 +1,4 @@
-"""Train, quantize, pack and score a small language model: a whole Parameter Golf submission.
+"""Train, quantize, pack and score a small language model: a complete Parameter Golf submission.
 
     text -> shards (prepare_caseops_data.py) -> train -> EMA -> GPTQ + LQER -> artifact on disk
          -> rebuilt model -> bits per byte (BPB) of the validation documents
@@ -9,9 +9,9 @@
     DATA_PATH=data/mine torchrun --standalone --nproc_per_node=8 train_gpt.py
     python train_gpt.py --help                   # every setting: default, range, meaning
 
-Settings are environment variables; the defaults are the submission, PRESET=name is a published one.
-The file stands alone; in its repository find_guard takes tools/guard.py, which watches the run. A
-run lives in runs/<RUN_ID>/ (README) and ends with `RESULT {json}`. QUANT_ONLY=1 goes on from its
+Settings are environment variables; the defaults are the submission, PRESET=name a published one.
+This file needs no other; in its repository tools/guard.py watches the run. A run writes its files
+to runs/<RUN_ID>/ (README) and ends with the line `RESULT {json}`. QUANT_ONLY=1 continues from its
 model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
 
 Shapes: B rows, T tokens, D model_dim, L layers, S slots (one execution of a layer; a looped one has
@@ -59,56 +59,56 @@ try:
 except ImportError:  # before torch 2.10: selection passes over this backend
     varlen_attn = None
 try:
+    import sentencepiece
+except ImportError:  # find_tokenizer raises a DataError
+    sentencepiece = None
+try:
     import brotli
-except ImportError:  # only the lzma compressor works then, and nothing else is begun
+except ImportError:  # only COMPRESSOR=lzma works; the others are refused at the start
     brotli = None
 try:
     import triton
     import triton.language as tl
-except ImportError:  # the kernels stay definable, the references are used
-    triton, tl = None, SimpleNamespace(constexpr=int)
+except ImportError:  # the kernels can still be defined, but the references are used
+    triton = None
+    tl = SimpleNamespace(constexpr=int)
 
 BOS_ID = 1  # every document starts with exactly one (README: data)
-CONTEST_SECONDS = 600.0  # of training, and of evaluation, the contest's rules
-BYTE_CAP = 16_000_000  # decimal bytes of code + weights, the contest's rule
+CONTEST_SECONDS = 600.0  # limit of training, and of evaluation, in the contest's rules
+BYTE_CAP = 16_000_000  # limit of code + weights in the contest's rules, decimal
 RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
-# a script that tools/pack_code.py wrote is its own submission and has nothing beside it
-PACKED = False
+PACKED = False  # tools/pack_code.py sets this in the script that it writes: that one stands alone
 # what only published systems use: tools/techniques.py puts itself here, where find_guard finds it
 techniques = None
 
 
 class SettingError(ValueError):
-    """A setting, or a combination of settings, that cannot work; the message says what to
-    change.
-    """
+    """A setting or a combination of settings that cannot work; the message says what to change."""
 
 
 class DataError(ValueError):
-    """A dataset or a file that cannot be used as it is; the message names it and says what to
-    do.
-    """
+    """A dataset or file that cannot be used; the message names it and says what to do."""
 
 
 class ArtifactError(ValueError):
-    """Bytes that are no artifact of this program, or a damaged one."""
+    """Bytes that are not an artifact of this program, or damaged."""
 
 
-# what a run refuses; any other exception ends with its traceback
+# these end a run with their message, any other exception with its traceback
 OUR_ERRORS = SettingError, DataError, ArtifactError
 
 # ---- HYPERPARAMETERS -----------------------------------------------------------------------------
 
 
 def env(default, help, *, above=None, least=None, most=None, choices=None, published=False):
-    """One setting; its environment name is the field's in capitals. `above` is exclusive, `least`,
-    `most` inclusive. published: only published systems use other values than the default; their
-    code is in tools/techniques.py.
+    """Declares a setting; its environment variable is the field's name in capitals.
+
+    above: exclusive bound; least, most: inclusive bounds. published: only published systems change
+    the default; their code is in tools/techniques.py.
     """
     rules = {"above": above, "least": least, "most": most, "choices": choices}
-    return dataclasses.field(
-        default=default, metadata=rules | {"help": help, "published": published}
-    )
+    rules |= {"help": help, "published": published}
+    return dataclasses.field(default=default, metadata=rules)
 
 
 RESIDUALS = "off", "mix", "gate"  # of values
@@ -124,16 +124,14 @@ class Hyperparameters:
     # run
     seed: int = env(42, "seed of the initial weights and of the LoRA matrices", least=0)
     preset: str = env("", "settings of presets/NAME.env; what the environment sets wins")
-    run_id: str = env("", "name of the run's folder; empty: a time stamp with the seed")
+    run_id: str = env("", "name of the run's folder; empty: time stamp and seed")
     runs_dir: str = env("runs", "folder that holds the runs")
-    plots: bool = env(
-        True, "pictures of the run at its end, where tools/plot_run.py lies beside this file"
-    )
+    plots: bool = env(True, "plot the finished run, if tools/plot_run.py exists")
     data_path: str = env(
         "data/datasets/fineweb10B_sp8192_caseops", "folder of fineweb_{train,val,val_bytes}_*.bin"
     )
     tokenizer_path: str = env(
-        "", "SentencePiece model; empty: beside the data or in tokenizers/, by manifest hash"
+        "", "SentencePiece model; empty: searched near the data and in tokenizers/"
     )
     caseops_enabled: bool = env(
         True,
@@ -143,67 +141,65 @@ class Hyperparameters:
     marker_fusion_enabled: bool = env(
         False, "a space and the case marker behind it become one token (PR 2109)", published=True
     )
-    data_seed: int = env(0, "order of the training rows; 0: as published", least=0)
+    data_seed: int = env(0, "shuffles the training rows; 0: order of the stream", least=0)
     balance_rows: bool = env(
-        True, "a step's documents are dealt to its rows so that attention has equal work in each"
+        True, "distribute a step's documents so that all rows have equal attention cost"
     )
     doc_shuffle_enabled: bool = env(
         False,
         "training documents in another order inside each shard, by DATA_SEED (1512)",
         published=True,
     )
-    device: str = env(
-        "auto", "where to run; auto: a GPU if there is one", choices=("auto", "cuda", "cpu")
-    )
+    device: str = env("auto", "auto: a GPU if there is one", choices=("auto", "cuda", "cpu"))
     compute_dtype: str = env(
         "auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32")
     )
     compile: str = env("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
     kernels: bool = env(
-        True, "Triton's and Quack's kernels where a trial call works; 0: PyTorch references"
+        True, "use Triton and Quack kernels that pass a trial; 0: PyTorch references"
     )
-    train_cuda_graphs: bool = env(True, "on CUDA training micro-batches are captured and replayed")
+    train_cuda_graphs: bool = env(True, "capture and replay training micro-batches as CUDA graphs")
     attention_backend: str = env(
-        "auto", "packed attention", choices=("auto", "fa3", "fa4", "torch", "sdpa")
+        "auto", "attention over packed rows", choices=("auto", "fa3", "fa4", "torch", "sdpa")
     )
-    prequant_only: bool = env(False, "stop after the evaluation of the fp32 model")
-    quant_only: bool = env(False, "go on from CHECKPOINT_PATH: Hessians, GPTQ, packing, evaluation")
-    ttt_eval_only: bool = env(False, "go on from ARTIFACT_PATH: evaluation and test-time training")
-    checkpoint_path: str = env(
-        "", "fp32 model that QUANT_ONLY reads; empty: model.pt of the run's folder"
+    prequant_only: bool = env(False, "stop after evaluating the fp32 model")
+    quant_only: bool = env(
+        False, "continue from CHECKPOINT_PATH: Hessians, GPTQ, packing, evaluation"
     )
-    artifact_path: str = env(
-        "", "packed model that TTT_EVAL_ONLY reads; empty: artifact.bin of the run's folder"
+    ttt_eval_only: bool = env(
+        False, "continue from ARTIFACT_PATH: evaluation and test-time training"
     )
+    checkpoint_path: str = env("", "fp32 model for QUANT_ONLY; empty: model.pt of the run")
+    artifact_path: str = env("", "artifact for TTT_EVAL_ONLY; empty: artifact.bin of the run")
     checkpoint_every: int = env(
-        0, "steps between training states, of which two are kept; 0: on a signal only", least=0
+        0, "steps between training states (two are kept); 0: only on a signal", least=0
     )
-    resume: bool = env(False, "go on from the newest whole training state of RUN_ID")
+    resume: bool = env(False, "continue from the newest complete training state of RUN_ID")
     deterministic: bool = env(
-        False, "the same RESULT from run to run: CPU all bits, GPU as far as PyTorch can"
+        False, "same RESULT from run to run: exact on CPU, as far as PyTorch can on GPU"
     )
 
     # data and batches
     train_batch_tokens: int = env(
-        786_432, "tokens of a step over all ranks and micro-steps", least=1
+        786_432, "tokens per step over all ranks and micro-steps", least=1
     )
     micro_batch_tokens: int = env(
-        98_304, "tokens of a packed row, the unit of one forward and backward", least=1
+        98_304, "tokens per packed row, the unit of one forward and backward", least=1
     )
-    train_seq_len: int = env(2048, "longer documents are cut in pieces of this length", least=2)
+    train_seq_len: int = env(2048, "longer documents are split into pieces of this length", least=2)
     max_row_segments: int = env(
-        0, "pieces of a row; above it the shortest see each other; 0: automatic", least=0
+        0, "segments per row at most; beyond it the shortest are merged; 0: automatic", least=0
     )
 
     # model
-    vocab_size: int = env(8192, "tokens of the vocabulary", least=9, most=65_536)
-    model_dim: int = env(512, "width", least=8)
+    vocab_size: int = env(8192, "vocabulary size", least=9, most=65_536)
+    model_dim: int = env(512, "model width", least=8)
     num_layers: int = env(11, "physical layers", least=1)
     num_heads: int = env(8, "query heads", least=1)
     num_kv_heads: int = env(4, "key/value heads", least=1)
-    mlp_mult: float = env(4.0, "MLP width over model width", above=0)
-    tie_embeddings: bool = env(True, "the embedding is the output projection too")
-    tied_embed_init_std: float = env(0.005, "deviation of the initial embedding", above=0)
+    mlp_mult: float = env(4.0, "MLP width / model width", above=0)
+    tie_embeddings: bool = env(True, "use the embedding as output projection, too")
+    tied_embed_init_std: float = env(0.005, "standard deviation of the initial embedding", above=0)
     smear_gate_enabled: bool = env(
         True, "SmearGate: add a gated share of the previous token's embedding"
     )
@@ -214,13 +210,13 @@ class Hyperparameters:
     enable_looping_at: float = env(
         0.35, "training fraction at which looping starts", least=0, most=1
     )
-    skip_gates_enabled: bool = env(True, "U-Net skips merge through a gated lerp; 0: by addition")
-    ln_scale: bool = env(True, "normalised inputs are divided by sqrt(layer + 1)")
-    rope_dims: int = env(16, "rotary dimensions of each head", least=2)
+    skip_gates_enabled: bool = env(True, "merge U-Net skips by a gated lerp; 0: by addition")
+    ln_scale: bool = env(True, "divide normalized inputs by sqrt(layer + 1)")
+    rope_dims: int = env(16, "rotary dimensions per head", least=2)
     rope_base: float = env(10_000.0, "rotary base", above=1)
-    qk_gain_init: float = env(5.0, "initial gain of each query head", above=0)
+    qk_gain_init: float = env(5.0, "initial gain per query head", above=0)
     xsa_last_n: int = env(
-        11, "last layers with XSA: a head's output loses its part along its own value", least=0
+        11, "last layers with XSA: remove a head's output component along its own value", least=0
     )
     sparse_attn_gate_enabled: bool = env(
         True, "per-head output gate read from GATE_WINDOW dimensions"
@@ -229,14 +225,14 @@ class Hyperparameters:
     gated_attn_enabled: bool = env(False, "per-head output gate read from all dimensions")
     attn_out_gate_enabled: bool = env(False, "per-head output gate 2 sigmoid(W src[:GATE_WINDOW])")
     attn_out_gate_src: str = env(
-        "block", "source of that gate: block input or raw q", choices=("block", "q")
+        "block", "input of that gate: block input or raw q", choices=("block", "q")
     )
     leaky_relu_slope: float = env(0.3, "negative slope before squaring in the MLP", least=0, most=1)
     parallel_start_layer: int = env(
         8, "first layer with two residual lanes; NUM_LAYERS: none", least=0
     )
     parallel_final_lane: str = env(
-        "mean", "which lane leaves the stack", choices=("mean", "attn", "mlp")
+        "mean", "lane that becomes the output", choices=("mean", "attn", "mlp")
     )
     logit_softcap: float = env(30.0, "logits z become c tanh(z/c)", above=0, most=64)
     attn_window: int = env(
@@ -274,22 +270,20 @@ class Hyperparameters:
 
     # optimizer and schedule
     max_wallclock_seconds: float = env(
-        600.0, "budget of training, Hessians and GPTQ; 0: ITERATIONS decide", least=0
+        600.0, "budget of training, Hessians and GPTQ; 0: no limit, train ITERATIONS", least=0
     )
-    iterations: int = env(20_000, "steps at most", least=1)
-    warmup_steps: int = env(3, "throw-away steps per graph before the clock starts", least=0)
+    iterations: int = env(20_000, "maximum number of steps", least=1)
+    warmup_steps: int = env(3, "discarded steps per graph before the clock starts", least=0)
     warmdown_frac: float = env(
-        0.85, "last fraction of training in which the learning rates fall", above=0, most=1
+        0.85, "final fraction of training over which the learning rates fall", above=0, most=1
     )
     min_lr: float = env(0.1, "floor of the learning-rate factor", least=0, most=1)
     matrix_lr: float = env(0.026, "Muon learning rate", above=0)
     muon_momentum: float = env(0.97, "Nesterov momentum after its warm-up", least=0, most=1)
     muon_momentum_warmup_start: float = env(0.92, "momentum at step 0", least=0, most=1)
     muon_momentum_warmup_steps: int = env(1500, "steps of the linear momentum warm-up", least=0)
-    muon_wd: float = env(0.095, "decoupled decay of the banks", least=0)
-    muon_row_normalize: bool = env(
-        True, "rows of the update get unit norm before orthogonalisation"
-    )
+    muon_wd: float = env(0.095, "decoupled weight decay of the matrix banks", least=0)
+    muon_row_normalize: bool = env(True, "normalize update rows before orthogonalization")
     muon_backend_steps: int = env(5, "Newton-Schulz steps", least=1, most=5)
     muon_head_pairs: bool = env(
         False, "q and k are orthogonalised by pairs of heads, not whole (PR 1512)", published=True
@@ -298,18 +292,18 @@ class Hyperparameters:
         False, "Newton-Schulz steps on X X^T where X is not square", published=True
     )
     muon_dtype: str = env(
-        "auto", "Muon's gradients, momentum, products", choices=("auto", "bfloat16", "float32")
+        "auto",
+        "dtype of Muon's gradients, momentum and matmuls",
+        choices=("auto", "bfloat16", "float32"),
     )
     tied_embed_lr: float = env(0.03, "AdamW learning rate of the embedding", above=0)
-    embed_wd: float = env(0.085, "decay of the embedding", least=0)
+    embed_wd: float = env(0.085, "weight decay of the embedding", least=0)
     scalar_lr: float = env(0.02, "AdamW learning rate of scalars and gates", above=0)
-    adam_wd: float = env(0.02, "decay of scalars and gates", least=0)
+    adam_wd: float = env(0.02, "weight decay of scalars and gates", least=0)
     beta1: float = env(0.9, "AdamW beta1", least=0, most=0.9999)
     beta2: float = env(0.99, "AdamW beta2", least=0, most=0.99999)
-    grad_clip_norm: float = env(0.3, "global gradient norm at most; 0: off", least=0)
-    ema_decay: float = env(
-        0.9965, "decay of the weight average, after its ramp", least=0, most=0.999999
-    )
+    grad_clip_norm: float = env(0.3, "maximum global gradient norm; 0: off", least=0)
+    ema_decay: float = env(0.9965, "decay of the weight EMA after its ramp", least=0, most=0.999999)
     swa_below_lr: float = env(
         0.0, "below this learning-rate factor: mean of snapshots; 0: EMA", least=0, published=True
     )
@@ -331,39 +325,43 @@ class Hyperparameters:
     wd_sched_high_factor: float = env(1.75, "decay factor at the end", least=0)
     train_log_every: int = env(100, "steps between log lines", least=1)
     val_loss_every: int = env(
-        0, "steps between evaluations inside training, off the clock; 0: none", least=0
+        0, "steps between evaluations during training (clock stopped); 0: none", least=0
     )
 
     # quantization and artifact
-    gptq_reserve_seconds: float = env(7.0, "part of the budget kept for Hessians and GPTQ", least=0)
+    gptq_reserve_seconds: float = env(
+        7.0, "part of the budget reserved for Hessians and GPTQ", least=0
+    )
     gptq_calibration_batches: int = env(
         16, "rows of training tokens for the Hessians, over all ranks", least=1
     )
     gptq_self_calibration: bool = env(
         False, "these rows are written by the model itself (PR 1512)", published=True
     )
-    gptq_all_reduce: bool = env(True, "Hessians are averaged over ranks; 0: each rank's own")
-    gptq_damp: float = env(0.01, "share of the mean Hessian diagonal added to it", above=0)
-    gptq_block_size: int = env(128, "columns between two batched error updates", least=1)
-    matrix_bits: int = env(6, "bits of a matrix code", least=2, most=8)
-    embed_bits: int = env(8, "bits of an embedding code", least=2, most=8)
-    mlp_clip_sigmas: float = env(13.0, "clip of MLP rows in deviations", above=0)
-    attn_clip_sigmas: float = env(14.0, "clip of attention rows in deviations", above=0)
-    embed_clip_sigmas: float = env(15.0, "clip of embedding rows in deviations", above=0)
+    gptq_all_reduce: bool = env(True, "average Hessians over ranks; 0: each rank uses its own")
+    gptq_damp: float = env(0.01, "damping, as a fraction of the mean Hessian diagonal", above=0)
+    gptq_block_size: int = env(128, "columns per batched error update", least=1)
+    matrix_bits: int = env(6, "bits per matrix code", least=2, most=8)
+    embed_bits: int = env(8, "bits per embedding code", least=2, most=8)
+    mlp_clip_sigmas: float = env(13.0, "clip of MLP rows in standard deviations", above=0)
+    attn_clip_sigmas: float = env(14.0, "clip of attention rows in standard deviations", above=0)
+    embed_clip_sigmas: float = env(15.0, "clip of embedding rows in standard deviations", above=0)
     hessian_clip_lambda: float = env(
         0.0, "share of a row's Hessian-weighted size in its clip (PR 1512)", least=0, published=True
     )
     gptq_column_steps: bool = env(
-        True, "steps 2^(k/8) per row and per column instead of fp16 per row"
+        True, "quantization steps 2^(k/8) per row and column; 0: fp16 steps per row"
     )
     gptq_column_octaves: float = env(
-        2.0, "most octaves between a column's step and its row's", least=0
+        2.0, "maximum log2 ratio of a column's step to its row's", least=0
     )
     quant_check_rows: int = env(
         2, "training rows held out to check the quantized model's loss; 0: no check", least=0
     )
     quant_gap_max: float = env(
-        0.02, "nats a token that quantization may add there; else plainer ones", above=0
+        0.02,
+        "allowed loss increase there, nats per token; above it simpler quantizations are tried",
+        above=0,
     )
     gated_attn_quant_gate: bool = env(True, "attention gates as int8 per row; 0: fp16")
     lqer_enabled: bool = env(True, "low-rank correction of the largest quantization errors")
@@ -380,10 +378,10 @@ class Hyperparameters:
     lqer_asym_group: int = env(64, "codes that share a scale in the int4 factor", least=1)
     lqer_factor_bits: int = env(4, "bits of the symmetric factors", least=2, most=8)
     target_bytes: int = env(
-        0, "scale the clips until code and weights end just under this; 0: off", least=0
+        0, "scale the clips until code + weights fit just under this; 0: off", least=0
     )
     compressor: str = env(
-        "entropy", "coder of the artifact: entropy, pergroup (needs lrzip), brotli, lzma"
+        "entropy", "artifact coder: entropy, pergroup (needs lrzip), brotli, lzma"
     )
 
     # evaluation
@@ -391,7 +389,7 @@ class Hyperparameters:
     sliding_window_enabled: bool = env(False, "also evaluate with overlapping windows")
     eval_stride: int = env(64, "advance of the sliding window", least=1)
     eval_budget_seconds: float = env(
-        600.0, "seconds of unpacking and final evaluation, or a violation", above=0
+        600.0, "limit for unpacking and final evaluation; exceeding it is a violation", above=0
     )
 
     # test-time training
@@ -406,11 +404,11 @@ class Hyperparameters:
         3, "SGD steps on a chunk of GLOBAL_TTT_CHUNK_TOKENS, at GLOBAL_TTT_LR", least=1
     )
     ttt_max_docs: int = env(
-        0, "score only N validation documents, of all lengths, marked partial; 0: all", least=0
+        0, "score only N documents of all lengths (marked partial); 0: all", least=0
     )
-    ttt_eval_seq_len: int = env(2048, "context of a chunk, its own tokens included", least=2)
+    ttt_eval_seq_len: int = env(2048, "context of a chunk, including its own tokens", least=2)
     ttt_stale_context: int = env(
-        1792, "oldest positions of it with keys and values kept from older adapters", least=0
+        1792, "oldest context positions whose keys and values are reused, not recomputed", least=0
     )
     ttt_chunk_size: int = env(12, "tokens scored between two LoRA steps", least=1)
     ttt_short_chunks: str = env(
@@ -418,17 +416,17 @@ class Hyperparameters:
         "smaller chunks of short documents: 256:8,2000:24 is 8 up to 256 tokens, then 24",
         published=True,
     )
-    ttt_batch_size: int = env(
-        64, "places of a lane, and documents of a step with whole contexts", least=1
+    ttt_batch_size: int = env(64, "documents per group, and per step with full contexts", least=1)
+    ttt_lanes: int = env(
+        8, "fixed groups of documents; group i runs on rank i mod world size", least=1
     )
-    ttt_lanes: int = env(8, "fixed groups of places; lane i runs on rank i mod world size", least=1)
-    ttt_lora_sites: str = env("q,k,v,o,mlp,head", "where adapters sit, comma separated")
-    ttt_lora_rank: int = env(80, "rank of an adapter", least=1)
-    ttt_lora_alpha: float = env(144.0, "adapter output is multiplied by alpha / rank", above=0)
+    ttt_lora_sites: str = env("q,k,v,o,mlp,head", "sites with LoRA adapters, comma separated")
+    ttt_lora_rank: int = env(80, "LoRA rank", least=1)
+    ttt_lora_alpha: float = env(144.0, "adapter output is scaled by alpha / rank", above=0)
     ttt_lora_lr: float = env(9e-5, "AdamW learning rate of the adapters", least=0)
     ttt_beta2: float = env(0.99, "AdamW beta2 of the adapters (beta1 is 0)", least=0, most=0.99999)
-    ttt_weight_decay: float = env(0.5, "decay of the adapters", least=0)
-    ttt_warm_start_a: bool = env(True, "a new document keeps A of the one before it in its place")
+    ttt_weight_decay: float = env(0.5, "weight decay of the adapters", least=0)
+    ttt_warm_start_a: bool = env(True, "a new document starts with its predecessor's A")
     ngram_tilt_enabled: bool = env(
         False,
         "the word that followed the last 15 tokens before gets more probability",
@@ -438,73 +436,96 @@ class Hyperparameters:
         1, "times the base weights are fine-tuned on scored documents", least=0
     )
     phased_ttt_prefix_docs: int = env(
-        2500, "documents scored before the last of them, of 50,000 (scaled)", least=0
+        2500, "documents scored before the last fine-tuning, per 50,000", least=0
     )
     global_ttt_lr: float = env(1e-3, "SGD learning rate of that fine-tuning, cosine to 0", least=0)
     global_ttt_momentum: float = env(0.9, "its momentum", least=0, most=0.9999)
-    global_ttt_grad_clip: float = env(1.0, "its global gradient norm at most", above=0)
-    global_ttt_chunk_tokens: int = env(32_768, "tokens of one SGD step over all ranks", least=1)
+    global_ttt_grad_clip: float = env(1.0, "its maximum gradient norm", above=0)
+    global_ttt_chunk_tokens: int = env(32_768, "tokens per SGD step over all ranks", least=1)
 
     @classmethod
     def from_env(cls, environ=None, guard=None):
-        """The environment over the settings of its PRESET, which the guard reads; a dictionary may
-        stand for it. Raises SettingError for bad values and for unknown names that look like ours.
+        """Settings from environment variables, on top of those of PRESET, which the guard reads.
+
+        environ: a dictionary in place of os.environ. Raises SettingError with all bad values and
+        all unknown names that look like settings.
         """
         environ = os.environ if environ is None else environ
         if environ.get("PRESET"):
-            environ = (guard or NO_GUARD).read_preset(environ["PRESET"]) | dict(environ)
-        values, problems = {}, [*unknown_settings(environ, cls)]
+            preset = (guard or NO_GUARD).read_preset(environ["PRESET"])
+            environ = preset | dict(environ)
+        values = {}
+        problems = [*unknown_settings(environ, cls)]
         for field in dataclasses.fields(cls):
-            if (text := environ.get(field.name.upper())) is not None:
-                try:
-                    values[field.name] = parse_setting(field, text)
-                except ValueError as error:
-                    problems.append(str(error))
+            text = environ.get(field.name.upper())
+            if text is None:
+                continue
+            try:
+                values[field.name] = parse_setting(field, text)
+            except ValueError as error:
+                problems.append(str(error))
         if problems:
             raise SettingError("\n".join(problems))
         return cls(**values)
 
     def __post_init__(self):
-        if problems := setting_problems(self):
+        problems = setting_problems(self)
+        if problems:
             raise SettingError("\n".join(problems))
 
-    num_embeddings = property(
-        lambda hp: (hp.vocab_size + 10) // 8 * 8 if hp.marker_fusion_enabled else hp.vocab_size
-    )
-    head_dim = property(lambda hp: hp.model_dim // hp.num_heads)
-    new_values = property(
-        lambda hp: (
-            hp.partial_key_offset or hp.value_embed_layers != "" or hp.value_residual != "off"
-        )
-    )
-    # SEED in the range of all generators, of seeds that are made of it as well; below 2^43 it is
-    # SEED itself
-    generator_seed = property(lambda hp: hp.seed % 2**43)
-    mlp_dim = property(lambda hp: int(hp.mlp_mult * hp.model_dim))
-    lora_sites = property(lambda hp: tuple(site for site in hp.ttt_lora_sites.split(",") if site))
-    # of a step, over all ranks
-    micro_steps = property(lambda hp: hp.train_batch_tokens // hp.micro_batch_tokens)
-    # without a limit: enough for any row, as of two neighbouring pieces that are not joined one is
-    # over half the length
-    row_segments = property(
-        lambda hp: (
-            hp.max_row_segments
-            or max(
-                64,
-                hp.micro_batch_tokens // 512,
-                2 * -(-hp.micro_batch_tokens // hp.train_seq_len) + 1,
-            )
-        )
-    )
+    @property
+    def num_embeddings(self):
+        """Rows of the embedding table: fused pairs have ids above VOCAB_SIZE."""
+        if self.marker_fusion_enabled:
+            return (self.vocab_size + 10) // 8 * 8
+        return self.vocab_size
+
+    @property
+    def head_dim(self):
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self):
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def new_values(self):
+        """Whether a published setting changes the keys or values of attention."""
+        embedded = self.value_embed_layers != ""
+        return self.partial_key_offset or embedded or self.value_residual != "off"
+
+    @property
+    def generator_seed(self):
+        """SEED, small enough for every generator, also for those seeded with multiples of it."""
+        return self.seed % 2**43
+
+    @property
+    def lora_sites(self):
+        return tuple(site for site in self.ttt_lora_sites.split(",") if site)
+
+    @property
+    def micro_steps(self):
+        """Micro-steps per step over all ranks."""
+        return self.train_batch_tokens // self.micro_batch_tokens
+
+    @property
+    def row_segments(self):
+        """Maximum number of segments per row.
+
+        The automatic value suffices for any row: of two neighbouring pieces that were not merged,
+        one is longer than half of TRAIN_SEQ_LEN.
+        """
+        if self.max_row_segments:
+            return self.max_row_segments
+        full_pieces = -(-self.micro_batch_tokens // self.train_seq_len)
+        return max(64, self.micro_batch_tokens // 512, 2 * full_pieces + 1)
 
     @property
     def training_seconds(self):
-        """Seconds of the training loop; None: no limit, ITERATIONS decide.
-
-        0 is no time at all: a step is taken.
-        """
-        budget = self.max_wallclock_seconds
-        return max(0.0, budget - self.gptq_reserve_seconds) if budget else None
+        """Time limit of the training loop; None: no limit; 0: a single step."""
+        if not self.max_wallclock_seconds:
+            return None
+        return max(0.0, self.max_wallclock_seconds - self.gptq_reserve_seconds)
 
 
 # setting -> tap site
@@ -512,17 +533,20 @@ LORA_SITES = {"q": "q", "k": "k", "v": "v", "o": "attn_out", "mlp": "mlp_out", "
 
 
 def parse_setting(field, text):
-    """The typed value of one variable's text. Raises ValueError that names the variable."""
-    if field.type is bool and text not in ("0", "1"):
-        raise ValueError(f"{field.name.upper()}={text!r}: must be 0 or 1")
+    """Text of an environment variable -> typed value. Raises ValueError that names the variable."""
+    name = field.name.upper()
+    if field.type is bool:
+        if text not in ("0", "1"):
+            raise ValueError(f"{name}={text!r}: must be 0 or 1")
+        return text == "1"
     try:
-        return text == "1" if field.type is bool else field.type(text)
+        return field.type(text)
     except ValueError:
-        raise ValueError(f"{field.name.upper()}={text!r}: must be {field.type.__name__}") from None
+        raise ValueError(f"{name}={text!r}: must be {field.type.__name__}") from None
 
 
-# Names of published training scripts that do nothing here -> what does. Other unknown names are
-# found by their family.
+# Settings of published scripts that do not exist here -> what replaces them. Other unknown names
+# are recognized by their first word.
 INSTEAD = {
     "ADAM_EPS": "nothing: it is 1e-8",
     "ALIAS_PREV_SMEAR_SCALE": "nothing",
@@ -567,64 +591,61 @@ INSTEAD = {
     "VE_ENABLED": "VALUE_EMBED_LAYERS",
     "VE_LAYERS": "VALUE_EMBED_LAYERS",
 }
-# Names that change no result, or that other programs use as well: a note of the log, no refusal.
+# Settings of published scripts that cannot change a result, and names that other programs use, too:
+# a note in the log instead of an error.
 IDLE = """ARTIFACT_DIR COMPILE_SHAPE_WARMUP DATA_DIR DYNAMO_CACHE_SIZE_LIMIT GPUS_OVERRIDE
-    MODEL_PATH OUT_PTZ
-    SEEDS_OVERRIDE SKIP_INITIAL_VAL""".split()
+    MODEL_PATH OUT_PTZ SEEDS_OVERRIDE SKIP_INITIAL_VAL""".split()
+# First words of our settings that other programs' variables have as well (MAX_JOBS, DATA_...)
+SHARED_WORDS = """MAX MIN NUM RUN RUNS DATA MODEL COMPUTE ENABLE TRAIN VAL CHECKPOINT TOKENIZER
+    ARTIFACT ADAM""".split()
 
 
 def idle_notes(environ):
-    """Notes for the log: which settings of published scripts do nothing here."""
+    """Notes for the log: settings of published scripts that have no effect here."""
     found = [name for name in IDLE if name in environ]
-    return [f"{', '.join(found)}: of published scripts, without a meaning here"] if found else []
+    return [f"{', '.join(found)}: settings of other scripts, no effect here"] if found else []
 
 
 def unknown_settings(environ, cls):
-    """Messages for undeclared variables that look like ours: a family name of ours, or nearly one
-    of
-    our names. First words that other programs use as well (MAX_JOBS, DATA_..., RUN_...) do not make
-    a family by themselves.
+    """Yields a message for every undeclared variable that looks like a setting.
+
+    It does if its first word is that of a setting and no shared one, or if it is almost the name of
+    a setting.
     """
-    ours = [field.name.upper() for field in dataclasses.fields(cls)]
-    shared_words = (
-        "MAX MIN NUM RUN RUNS DATA MODEL COMPUTE ENABLE TRAIN VAL CHECKPOINT TOKENIZER ARTIFACT"
-        " ADAM".split()
-    )
-    families = {name.split("_")[0] for name in ours if "_" in name} - set(shared_words)
-    for name in sorted(set(environ) - {*ours, *IDLE}):
+    names = [field.name.upper() for field in dataclasses.fields(cls)]
+    families = {name.split("_")[0] for name in names if "_" in name} - set(SHARED_WORDS)
+    for name in sorted(set(environ) - {*names, *IDLE}):
         if name in INSTEAD:
             yield (
                 f"{name} is a setting of other scripts; here it is {INSTEAD[name]} (unset it, or"
                 " see --help)"
             )
             continue
-        close = difflib.get_close_matches(name, ours, 1, 0.6)
-        if name.split("_")[0] in families or difflib.get_close_matches(name, ours, 1, 0.88):
-            yield (
-                f"{name} is not a setting{f'; did you mean {close[0]}?' if close else ''} (unset"
-                " it, or see --help)"
-            )
+        in_family = name.split("_")[0] in families
+        if in_family or difflib.get_close_matches(name, names, 1, 0.88):
+            close = difflib.get_close_matches(name, names, 1, 0.6)
+            question = f"; did you mean {close[0]}?" if close else ""
+            yield f"{name} is not a setting{question} (unset it, or see --help)"
 
 
 def setting_problems(hp):
-    """Messages for values outside their ranges or, where there are none, for combinations that
-    cannot work.
+    """Messages for values outside their ranges or, if there are none, for combinations that cannot
+    work.
     """
-    outside = [
-        p
-        for field in dataclasses.fields(hp)
-        for p in range_problems(field, getattr(hp, field.name))
-    ]
-    return (
-        outside
-        or [message for broken, message in cross_checks(hp) if broken]
-        or [*missing_techniques(hp)]
-    )
+    problems = []
+    for field in dataclasses.fields(hp):
+        problems += range_problems(field, getattr(hp, field.name))
+    if problems:
+        return problems
+    for check in CROSS_CHECKS:
+        problems += check(hp)
+    return problems or [*missing_techniques(hp)]
 
 
 def range_problems(field, value):
-    """Messages for a value outside its declared range."""
-    rule, name = field.metadata, f"{field.name.upper()}={value!r}"
+    """Yields a message if the value is outside its declared range."""
+    rule = field.metadata
+    name = f"{field.name.upper()}={value!r}"
     if rule["choices"] and value not in rule["choices"]:
         yield f"{name}: must be one of {', '.join(rule['choices'])}"
     if isinstance(value, float) and not math.isfinite(value):
@@ -637,96 +658,109 @@ def range_problems(field, value):
         yield f"{name}: must be at most {rule['most']}"
 
 
-def cross_checks(hp):
-    """Pairs (is it broken, what to change) for combinations of settings."""
-    yield (
-        hp.model_dim % hp.num_heads,
-        f"MODEL_DIM={hp.model_dim} must divide by NUM_HEADS={hp.num_heads}",
-    )
-    yield hp.num_heads % hp.num_kv_heads, "NUM_HEADS must divide by NUM_KV_HEADS"
-    yield (
-        hp.rope_dims % 2 or hp.rope_dims > hp.head_dim,
-        f"ROPE_DIMS must be even, at most {hp.head_dim}",
-    )
-    yield hp.gate_window > hp.model_dim, "GATE_WINDOW must be at most MODEL_DIM"
-    gates = hp.sparse_attn_gate_enabled + hp.gated_attn_enabled + hp.attn_out_gate_enabled
-    yield (
-        gates > 1,
-        "SPARSE_ATTN_GATE_ENABLED, GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED exclude each other",
-    )
-    looped = hp.loop_start <= hp.loop_end < hp.num_layers
-    yield (
-        hp.num_loops and not looped,
-        "LOOP_START..LOOP_END must lie inside NUM_LAYERS (or set NUM_LOOPS=0)",
-    )
-    yield hp.parallel_start_layer > hp.num_layers, "PARALLEL_START_LAYER must be at most NUM_LAYERS"
-    yield (
-        hp.train_batch_tokens % hp.micro_batch_tokens,
-        "TRAIN_BATCH_TOKENS must divide by MICRO_BATCH_TOKENS",
-    )
-    pieces = -(-hp.micro_batch_tokens // hp.train_seq_len)
-    yield (
-        0 < hp.max_row_segments < pieces,
-        (
-            f"MAX_ROW_SEGMENTS={hp.max_row_segments}: a row of MICRO_BATCH_TOKENS has {pieces}"
-            " pieces of TRAIN_SEQ_LEN"
-        ),
-    )
-    out_of_time = 0 < hp.max_wallclock_seconds <= hp.gptq_reserve_seconds
-    yield out_of_time, "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"
-    yield hp.eval_stride > hp.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
-    yield hp.ttt_chunk_size > hp.ttt_eval_seq_len, "TTT_CHUNK_SIZE must be at most TTT_EVAL_SEQ_LEN"
-    fits = hp.ttt_chunk_size <= hp.ttt_stale_context <= hp.ttt_eval_seq_len - hp.ttt_chunk_size
-    what = "must be 0, or from TTT_CHUNK_SIZE to TTT_EVAL_SEQ_LEN less that"
-    yield hp.ttt_stale_context and not fits, f"TTT_STALE_CONTEXT={hp.ttt_stale_context} {what}"
-    pairs = re.fullmatch(r"(\d+:[1-9]\d*(,(?=.)|$))*", hp.ttt_short_chunks)
-    yield not pairs, f"TTT_SHORT_CHUNKS={hp.ttt_short_chunks}: must be pairs such as 256:8,2000:24"
-    known = hp.lora_sites and set(hp.lora_sites) <= set(LORA_SITES)
-    yield not known, f"TTT_LORA_SITES={hp.ttt_lora_sites}: must be some of {','.join(LORA_SITES)}"
-    yield (
-        hp.marker_fusion_enabled > hp.caseops_enabled,
-        "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1",
-    )
+def model_problems(hp):
+    """Yields messages for shapes that do not fit each other."""
+    if hp.model_dim % hp.num_heads:
+        yield f"MODEL_DIM={hp.model_dim} must divide by NUM_HEADS={hp.num_heads}"
+    if hp.num_heads % hp.num_kv_heads:
+        yield "NUM_HEADS must divide by NUM_KV_HEADS"
+    if hp.rope_dims % 2 or hp.rope_dims > hp.head_dim:
+        yield f"ROPE_DIMS must be even, at most {hp.head_dim}"
+    if hp.gate_window > hp.model_dim:
+        yield "GATE_WINDOW must be at most MODEL_DIM"
+    if hp.sparse_attn_gate_enabled + hp.gated_attn_enabled + hp.attn_out_gate_enabled > 1:
+        yield (
+            "SPARSE_ATTN_GATE_ENABLED, GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED exclude each other"
+        )
+    if hp.num_loops and not hp.loop_start <= hp.loop_end < hp.num_layers:
+        yield "LOOP_START..LOOP_END must lie inside NUM_LAYERS (or set NUM_LOOPS=0)"
+    if hp.parallel_start_layer > hp.num_layers:
+        yield "PARALLEL_START_LAYER must be at most NUM_LAYERS"
+
+
+def batch_problems(hp):
+    """Yields messages for rows and budgets of training."""
+    if hp.train_batch_tokens % hp.micro_batch_tokens:
+        yield "TRAIN_BATCH_TOKENS must divide by MICRO_BATCH_TOKENS"
+    full_pieces = -(-hp.micro_batch_tokens // hp.train_seq_len)
+    if 0 < hp.max_row_segments < full_pieces:
+        yield (
+            f"MAX_ROW_SEGMENTS={hp.max_row_segments}: a row of MICRO_BATCH_TOKENS has"
+            f" {full_pieces} pieces of TRAIN_SEQ_LEN"
+        )
+    if 0 < hp.max_wallclock_seconds <= hp.gptq_reserve_seconds:
+        yield "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"
+    if hp.deterministic and hp.max_wallclock_seconds:
+        yield "DETERMINISTIC=1 needs MAX_WALLCLOCK_SECONDS=0"
+
+
+def evaluation_problems(hp):
+    """Yields messages for evaluation and test-time training."""
+    if hp.eval_stride > hp.eval_seq_len:
+        yield "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
+    if hp.ttt_chunk_size > hp.ttt_eval_seq_len:
+        yield "TTT_CHUNK_SIZE must be at most TTT_EVAL_SEQ_LEN"
+    longest = hp.ttt_eval_seq_len - hp.ttt_chunk_size
+    if hp.ttt_stale_context and not hp.ttt_chunk_size <= hp.ttt_stale_context <= longest:
+        yield (
+            f"TTT_STALE_CONTEXT={hp.ttt_stale_context} must be 0, or from TTT_CHUNK_SIZE to"
+            " TTT_EVAL_SEQ_LEN - TTT_CHUNK_SIZE"
+        )
+    if not hp.lora_sites or not set(hp.lora_sites) <= set(LORA_SITES):
+        yield f"TTT_LORA_SITES={hp.ttt_lora_sites}: must be some of {','.join(LORA_SITES)}"
+
+
+def mode_problems(hp):
+    """Yields messages for what the run does, and for the files that it reads and writes."""
+    if hp.prequant_only + hp.quant_only + hp.ttt_eval_only > 1:
+        yield "PREQUANT_ONLY, QUANT_ONLY, TTT_EVAL_ONLY exclude each other"
+    if hp.resume and (not hp.run_id or hp.quant_only or hp.ttt_eval_only):
+        yield "RESUME=1 needs RUN_ID, and neither QUANT_ONLY nor TTT_EVAL_ONLY"
+    if hp.checkpoint_path and not hp.quant_only:
+        yield "CHECKPOINT_PATH goes with QUANT_ONLY=1"
+    if hp.artifact_path and not hp.ttt_eval_only:
+        yield "ARTIFACT_PATH goes with TTT_EVAL_ONLY=1"
+    if not re.fullmatch(r"(\w[\w.+-]*)?", hp.run_id):
+        yield "RUN_ID: letters, digits, '_', then also '.', '+', '-'"
+
+
+def published_problems(hp):
+    """Yields messages for settings that only published systems use."""
+    if not re.fullmatch(r"(\d+:[1-9]\d*(,(?=.)|$))*", hp.ttt_short_chunks):
+        yield f"TTT_SHORT_CHUNKS={hp.ttt_short_chunks}: must be pairs such as 256:8,2000:24"
+    if hp.marker_fusion_enabled and not hp.caseops_enabled:
+        yield "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1"
     stale = hp.ttt_stale_context and hp.ttt_enabled and hp.ttt_method == "lora"
-    yield (
-        stale and (hp.attn_window or hp.new_values),
-        (
+    if stale and (hp.attn_window or hp.new_values):
+        yield (
             "ATTN_WINDOW, PARTIAL_KEY_OFFSET, VALUE_RESIDUAL and VALUE_EMBED_LAYERS need"
             " TTT_STALE_CONTEXT=0"
-        ),
-    )
+        )
     layers = hp.value_embed_layers.split(",") if hp.value_embed_layers else []
-    known = all(layer.isdecimal() and int(layer) < hp.num_layers for layer in layers)
-    yield (
-        not known,
-        f"VALUE_EMBED_LAYERS={hp.value_embed_layers}: must be numbers of layers, below NUM_LAYERS",
-    )
-    yield hp.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE must be 2 at least, or 0"
-    yield hp.extra_eval_loops and not hp.num_loops, "EXTRA_EVAL_LOOPS needs NUM_LOOPS"
-    odd = hp.num_heads % 2 or hp.num_kv_heads % 2
-    yield hp.muon_head_pairs and odd, "MUON_HEAD_PAIRS=1 needs even NUM_HEADS and NUM_KV_HEADS"
-    yield (
-        hp.qat_below_lr and hp.gptq_column_steps,
-        "QAT_BELOW_LR trains on the grid of rows: set GPTQ_COLUMN_STEPS=0",
-    )
-    yield hp.ttt_method == "sgd" and hp.ttt_max_docs, "TTT_MAX_DOCS goes with TTT_METHOD=lora"
-    modes = hp.prequant_only + hp.quant_only + hp.ttt_eval_only
-    yield modes > 1, "PREQUANT_ONLY, QUANT_ONLY, TTT_EVAL_ONLY exclude each other"
-    goes_on = hp.run_id and not (hp.quant_only or hp.ttt_eval_only)
-    yield (
-        hp.resume and not goes_on,
-        "RESUME=1 needs RUN_ID, and neither QUANT_ONLY nor TTT_EVAL_ONLY",
-    )
-    yield (
-        hp.deterministic and hp.max_wallclock_seconds,
-        "DETERMINISTIC=1 needs MAX_WALLCLOCK_SECONDS=0",
-    )
-    yield hp.checkpoint_path and not hp.quant_only, "CHECKPOINT_PATH goes with QUANT_ONLY=1"
-    yield hp.artifact_path and not hp.ttt_eval_only, "ARTIFACT_PATH goes with TTT_EVAL_ONLY=1"
-    yield (
-        not re.fullmatch(r"(\w[\w.+-]*)?", hp.run_id),
-        "RUN_ID: letters, digits, '_', then also '.', '+', '-'",
-    )
+    if not all(layer.isdecimal() and int(layer) < hp.num_layers for layer in layers):
+        yield (
+            f"VALUE_EMBED_LAYERS={hp.value_embed_layers}: must be numbers of layers, below"
+            " NUM_LAYERS"
+        )
+    if hp.bigram_vocab_size == 1:
+        yield "BIGRAM_VOCAB_SIZE must be 2 at least, or 0"
+    if hp.extra_eval_loops and not hp.num_loops:
+        yield "EXTRA_EVAL_LOOPS needs NUM_LOOPS"
+    if hp.muon_head_pairs and (hp.num_heads % 2 or hp.num_kv_heads % 2):
+        yield "MUON_HEAD_PAIRS=1 needs even NUM_HEADS and NUM_KV_HEADS"
+    if hp.qat_below_lr and hp.gptq_column_steps:
+        yield "QAT_BELOW_LR trains on the grid of rows: set GPTQ_COLUMN_STEPS=0"
+    if hp.ttt_method == "sgd" and hp.ttt_max_docs:
+        yield "TTT_MAX_DOCS goes with TTT_METHOD=lora"
+
+
+CROSS_CHECKS = [
+    model_problems,
+    batch_problems,
+    evaluation_problems,
+    mode_problems,
+    published_problems,
+]
 
 
 def missing_techniques(hp):
@@ -742,28 +776,26 @@ def missing_techniques(hp):
             yield f"{field.name.upper()} needs tools/techniques.py beside this file"
 
 
-def limits(field):
-    """The declared range of a setting, for the table: ` [above 0, most 1]`, or nothing."""
+def range_text(field):
+    """The declared range of a setting as --help shows it: ` [above 0, most 1]`, or nothing."""
     rule = field.metadata
-    bounds = [f"{key} {rule[key]}" for key in ("above", "least", "most") if rule[key] is not None]
-    text = ", ".join([*bounds, "|".join(rule["choices"] or ())]).strip(", ")
-    return text and f" [{text}]"
+    parts = [f"{key} {rule[key]}" for key in ("above", "least", "most") if rule[key] is not None]
+    if rule["choices"]:
+        parts.append("|".join(rule["choices"]))
+    return f" [{', '.join(parts)}]" if parts else ""
 
 
 def settings_table(hp=None):
-    """Every setting, one a line: value (hp's, or the default; a changed one is starred),
-    meaning, range.
+    """One line per setting: value (of hp, else the default; changed ones are starred), meaning,
+    range.
     """
     lines = []
     for field in dataclasses.fields(Hyperparameters):
         value = getattr(hp, field.name, field.default)
-        star, value = (
-            "*" if value != field.default else " ",
-            (int(value) if field.type is bool else value),
-        )
-        lines.append(
-            f"{star} {field.name.upper()}={value}  # {field.metadata['help']}{limits(field)}"
-        )
+        star = "*" if value != field.default else " "
+        shown = int(value) if field.type is bool else value
+        text = field.metadata["help"] + range_text(field)
+        lines.append(f"{star} {field.name.upper()}={shown}  # {text}")
     return "\n".join(lines)
 
 
@@ -771,112 +803,130 @@ def settings_table(hp=None):
 
 
 class Dist:
-    """The process group, and the only place that names torch.distributed. One process: every method
-    returns at once. Tensors travel over NCCL on CUDA and over gloo on the CPU; objects and the
-    clock travel over gloo, so that they never wait for the GPU's queue.
+    """The process group. All of torch.distributed is used here.
+
+    With one process every method returns at once. Tensors travel over NCCL on CUDA and over gloo on
+    the CPU; objects and clocks always travel over gloo, so that they never wait for the GPU.
     """
 
     def __init__(self, device="auto", deterministic=False):
         self.num_collectives = 0
         self.notes = []  # for the log
-        self.rank, self.world_size, local_rank = self.place_in_group()
+        place = self.place_in_group()
+        self.rank = place.rank
+        self.world_size = place.world_size
         self.notes += idle_notes(os.environ)
         if device == "cuda" and not torch.cuda.is_available():
             raise SettingError(
                 "DEVICE=cuda, but torch sees none: use DEVICE=cpu, or a CUDA build of torch"
             )
-        if deterministic:  # an operation without such a form warns, with its name
+        if deterministic:  # operations without a deterministic form warn
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
         self.device = torch.device("cpu")
         if torch.cuda.is_available() and device != "cpu":
-            if local_rank >= torch.cuda.device_count():
-                raise SettingError(
-                    f"LOCAL_RANK={local_rank}, but this host has {torch.cuda.device_count()} GPUs"
-                )
-            self.device = torch.device("cuda", local_rank)
+            self.device = self.cuda_device(place.local_rank)
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
+            # newer versions want newer names of functions, which PyTorch 2.11 does not have
+            warnings.filterwarnings("ignore", message="`torch.distributed")
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist_backend.init_process_group(backend)
 
+    @staticmethod
+    def cuda_device(local_rank):
+        """This rank's GPU. Raises SettingError if the host has fewer."""
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise SettingError(f"LOCAL_RANK={local_rank}, but this host has {count} GPUs")
+        return torch.device("cuda", local_rank)
+
     def place_in_group(self):
-        """The environment of torchrun, or of none -> rank, world size, local rank. SettingError
-        where
-        it contradicts itself: a rank left over from another run would train without a log, a folder
-        or an end.
+        """Place of this process as torchrun's environment says, or that of a single process.
+
+        Raises SettingError if the variables contradict each other: a RANK left over from another
+        run would train without log and files.
         """
         names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
         given = {name: os.environ[name] for name in names if name in os.environ}
-        problem = "unset all of these for a run of one process, or start it with torchrun"
-        told = " ".join(f"{name}={value}" for name, value in given.items())
-        # MASTER_ADDR and MASTER_PORT alone do no harm: some clusters always set them
+        # some clusters always set MASTER_ADDR and MASTER_PORT: alone they mean nothing
         if not {*names[:3]} & {*given}:
-            for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-                if os.environ.get(name, "1") != "1":
-                    self.notes.append(
-                        f"{name}={os.environ[name]}, but RANK is not set: this is a run of one"
-                        " process"
-                    )
-            return 0, 1, 0
-        if missing := [name for name in names[:3] if name not in given]:
-            raise SettingError(
-                f"the environment has {told}, but not {', '.join(missing)}: {problem}"
-            )
+            self.note_other_launchers()
+            return Place(0, 1, 0)
+
+        advice = "unset all of these for a run of one process, or start it with torchrun"
+        listed = " ".join(f"{name}={value}" for name, value in given.items())
+
+        def check_present(needed):
+            missing = [name for name in needed if name not in given]
+            if missing:
+                raise SettingError(
+                    f"the environment has {listed}, but not {', '.join(missing)}: {advice}"
+                )
+
+        check_present(names[:3])
         try:
-            rank, world_size, local_rank = (int(given[name]) for name in names[:3])
+            place = Place(*(int(given[name]) for name in names[:3]))
         except ValueError:
-            raise SettingError(f"{told}: these must be whole numbers: {problem}") from None
-        if not 0 <= local_rank <= rank < world_size:
+            raise SettingError(f"{listed}: these must be whole numbers: {advice}") from None
+        if not 0 <= place.local_rank <= place.rank < place.world_size:
             raise SettingError(
-                f"{told}: LOCAL_RANK is at most RANK, which is below WORLD_SIZE: {problem}"
+                f"{listed}: LOCAL_RANK is at most RANK, which is below WORLD_SIZE: {advice}"
             )
-        if world_size > 1 and (missing := [name for name in names[3:] if name not in given]):
-            raise SettingError(
-                f"the environment has {told}, but not {', '.join(missing)}: {problem}"
-            )
-        if world_size > 1 and not given["MASTER_PORT"].isdecimal():
-            raise SettingError(f"{told}: MASTER_PORT must be a number: {problem}")
-        return rank, world_size, local_rank
+        if place.world_size > 1:
+            check_present(names[3:])
+            if not given["MASTER_PORT"].isdecimal():
+                raise SettingError(f"{listed}: MASTER_PORT must be a number: {advice}")
+        return place
+
+    def note_other_launchers(self):
+        """Notes that a cluster's launcher started several processes, but not through torchrun."""
+        for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+            value = os.environ.get(name, "1")
+            if value != "1":
+                self.notes.append(
+                    f"{name}={value}, but RANK is not set: this is a run of one process"
+                )
 
     def collective(self, name, *args, **options):
-        """Calls torch.distributed's function of this name. Every rank makes the same calls: their
-        number tells a guard which rank is behind.
+        """Calls torch.distributed's function of this name.
+
+        Every rank makes the same calls, so their number tells a guard which rank is behind.
         """
         self.num_collectives += 1
         return getattr(dist_backend, name)(*args, **options)
 
     def all_reduce(self, tensor):
-        """Sums a tensor over all ranks, in place, and returns it."""
+        """Sums a tensor over all ranks in place and returns it."""
         if self.world_size > 1:
             self.collective("all_reduce", tensor)
         return tensor
 
     def all_reduce_packed(self, tensors):
-        """Sums many small tensors over all ranks in one flat collective, in place."""
+        """Sums many small tensors over all ranks in place, in one flat collective."""
         if self.world_size > 1 and tensors:
             flat = self.all_reduce(torch.cat([t.reshape(-1) for t in tensors]))
-            for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+            sums = flat.split([t.numel() for t in tensors])
+            for tensor, total in zip(tensors, sums, strict=True):
+                tensor.copy_(total.view_as(tensor))
 
     def reduce_scatter(self, full):
-        """(n world, ...) on every rank -> handle, (n, ...): this rank's slice of the sum,
-        ready after handle.wait().
+        """(n world, ...) on every rank -> handle, (n, ...): this rank's slice of the sum, ready
+        after handle.wait().
         """
         if self.world_size == 1:
             return SimpleNamespace(wait=lambda: None), full
         shard = full.new_empty(full.shape[0] // self.world_size, *full.shape[1:])
-        return self.collective("reduce_scatter_tensor", shard, full, async_op=True), shard
+        handle = self.collective("reduce_scatter_tensor", shard, full, async_op=True)
+        return handle, shard
 
     def all_gather(self, shard):
         """(n, ...) of every rank -> handle, (n world, ...), ready after handle.wait()."""
         if self.world_size == 1:
             return SimpleNamespace(wait=lambda: None), shard
         full = shard.new_empty(shard.shape[0] * self.world_size, *shard.shape[1:])
-        return (
-            self.collective("all_gather_into_tensor", full, shard.contiguous(), async_op=True),
-            full,
-        )
+        handle = self.collective("all_gather_into_tensor", full, shard.contiguous(), async_op=True)
+        return handle, full
 
     def all_gather_object(self, value):
         """Every rank's value, as a list in rank order; small values only."""
@@ -886,20 +936,20 @@ class Dist:
             self.collective("all_gather_object", values, value)
         return values
 
-    def agree(self, *numbers):
-        """The largest of every rank's numbers, place by place, over the CPU's network."""
-        box = torch.tensor(numbers, dtype=torch.float64)
+    def max_over_ranks(self, *numbers):
+        """Each number's maximum over all ranks, as a list of floats; on the CPU's network."""
+        maxima = torch.tensor(numbers, dtype=torch.float64)
         if self.world_size > 1:
-            self.collective("all_reduce", box, dist_backend.ReduceOp.MAX)
-        return box.tolist()
+            self.collective("all_reduce", maxima, dist_backend.ReduceOp.MAX)
+        return maxima.tolist()
 
     def broadcast(self, tensor):
-        """Rank 0's tensor on every rank, in place."""
+        """Copies rank 0's tensor to every rank, in place."""
         if self.world_size > 1:
             self.collective("broadcast", tensor, 0)
 
     def barrier(self):
-        """Waits until every rank is here, over the CPU's network."""
+        """Waits for all ranks, on the CPU's network."""
         self.all_gather_object(None)
 
     def synchronize(self):
@@ -912,118 +962,135 @@ class Dist:
             dist_backend.destroy_process_group()
 
 
+class Place(NamedTuple):
+    """Where a process stands in its group."""
+
+    rank: int
+    world_size: int
+    local_rank: int  # on its host: the number of its GPU
+
+
 class Guard:
-    """What may watch a run from outside. A run calls these hooks at their places; here each does
-    nothing, or the least that is honest. find_guard takes the one of tools/guard.py where it lies
-    beside this file.
+    """Hooks for what may watch a run from outside: tools/guard.py, which find_guard looks for.
+
+    Without it these take its place: they do nothing, or refuse what needs the real guard.
     """
 
     def read_preset(self, name):
-        """The settings of a preset, {NAME: value}. Raises SettingError."""
+        """Called by Hyperparameters.from_env when PRESET is set -> {NAME: value}.
+
+        Raises SettingError.
+        """
         raise SettingError(f"PRESET={name} needs tools/guard.py and presets/ beside this file")
 
     def start(self, dist):
-        """The process group is up."""
+        """Called when the process group is up."""
 
-    def check(self, hp, dist, found):
-        """Before anything is written; `found`: what other checks made -> words for the log.
+    def check(self, hp, dist, prepared):
+        """Called as the last check, before anything is written -> words for the log.
 
-        Raises SettingError.
+        prepared: Prepared, with None where an earlier check failed. Raises SettingError.
         """
         if hp.resume or hp.checkpoint_every:
             raise SettingError("RESUME and CHECKPOINT_EVERY need tools/guard.py beside this file")
         return ""
 
     def lock(self, folder):
-        """The run's folder is made (rank 0). Raises SettingError if another run is using it."""
+        """Called on rank 0 when the run's folder exists.
+
+        Raises SettingError if another run uses it.
+        """
 
     def open_log(self, log):
-        """The log of rank 0 is open."""
+        """Called on rank 0 when the log is open."""
 
     def notes(self, hp):
-        """Lines for the log's head."""
+        """Called for the head of the log -> lines."""
         return [
             "note: no tools/guard.py beside this file: no training states, no watchdog, no checks"
             " of the machine; code_bytes are those of this file"
         ]
 
     def submission(self, script, hp):
-        """Bytes of this script -> bytes of the file that is counted."""
+        """Called with the bytes of this file -> bytes of the file that counts as the code."""
         return script
 
     def commit(self):
-        """The commit of the checkout, for RESULT."""
+        """Called for RESULT -> commit of the checkout, None if unknown."""
 
     def enter_stage(self, name):
-        """A stage of the run begins, or goes on."""
+        """Called when a stage begins, and again when it goes on after one inside it."""
 
     def show(self, name, start, share, detail):
-        """The running stage, when it began (perf_counter), the share that is done."""
+        """Called many times during a stage, with its start (perf_counter) and the share done."""
 
     def clear(self):
-        """A line of the log comes."""
+        """Called before a line is printed."""
 
     def resume(self, trainer):
-        """Training begins -> steps, seconds, losses that are already done."""
+        """Called when training begins -> steps, seconds and losses that are already done."""
         return 0, 0.0, []
 
     def watch(self, model, loss):
-        """A step's gradients are there, the weights not yet updated."""
+        """Called in each step after backward, before the weights are updated."""
 
     def report(self):
-        """-> numbers of this rank, of which every rank gets the largest at the end of a step."""
+        """Called at the end of each step -> numbers, whose maxima over ranks after_step gets."""
         return ()
 
     def after_step(self, trainer, step, seconds, losses, reports):
-        """A step ended, with the reports of all ranks."""
+        """Called when a step has ended."""
 
     def after_last_step(self, trainer, step):
-        """Training ended, its weights not yet averaged."""
+        """Called when training has ended, before the weights are averaged."""
 
     def begin_training(self):
-        """A signal has to wait for the end of a step now."""
+        """Called before the first step: from here on signals wait for the end of a step."""
 
     def end_training(self, path):
-        """The weights are in this file."""
+        """Called when model.pt, at this path, is written."""
 
     def keep_weights(self, hp, folder, path, log):
-        """A run that fails from here on can go on from this file."""
+        """Called when a failed run can be continued from the weights at this path."""
 
     def failed(self, error):
-        """The run ends with this exception."""
+        """Called when an exception ends the run."""
 
     def stop(self):
-        """The run ended well; all ranks are here."""
+        """Called when the run has succeeded on all ranks."""
 
     def finish(self, hp, result):
-        """Rank 0 has written all files."""
+        """Called last, on rank 0, when all files are written."""
 
 
 NO_GUARD = Guard()
 
 
 def find_guard():
-    """The guard of tools/guard.py beside this file, else NO_GUARD: the one place that looks for
-    another file of the repository. By path, so that no other package called tools is taken for it.
-    What importing it raises is not caught.
+    """The guard of tools/guard.py beside this file, else NO_GUARD.
+
+    Nothing else here looks for files of the repository. It is imported by its path, as another
+    package may be called tools; errors of the import are not caught.
     """
     path = Path(__file__).with_name("tools") / "guard.py"
     if PACKED or not path.exists():
         return NO_GUARD
-    sys.modules["train_gpt"] = sys.modules[__name__]  # which it imports
-    # as a package of its own, in which `from . import x` means the file beside it
+    sys.modules["train_gpt"] = sys.modules[__name__]  # the guard imports it
+    # as a package, so that `from . import x` in it means the file beside it
     spec = importlib.util.spec_from_file_location(
         "golf_guard", path, submodule_search_locations=[str(path.parent)]
     )
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module.RunGuard()
 
 
 class LossyStream:
-    """Standard output or error of a run. The log file is the truth: what a lost terminal (a closed
-    pipe, a full disk behind it, a connection that broke) does not take is dropped, and neither the
-    run nor its exit code suffers.
+    """Standard output or error that drops what it cannot write.
+
+    A lost terminal (closed pipe, full disk, broken connection) changes neither the run nor its exit
+    code; the log file has every line.
     """
 
     def __init__(self, stream):
@@ -1037,9 +1104,8 @@ class LossyStream:
     def flush(self):
         try:
             self.stream.flush()
-        # the stream keeps what it could not write: nowhere is where it can go, now and at
-        # exit
         except OSError:
+            # the stream still buffers the text, and would fail again at exit: send it to nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name):
@@ -1047,17 +1113,15 @@ class LossyStream:
 
 
 def survive_lost_terminals():
-    """Makes standard output and error LossyStreams, and opens those that were closed when the
-    process started.
-    """
+    """Makes standard output and error LossyStreams; opens those that were closed at start."""
     for number in range(3):
         try:
             os.fstat(number)
-        # or the next file opened would get this number, and the messages of C libraries
-        # with it
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
-    # else somebody who imports this module has put a stream of his own there
+            # else the next file opened would get this number, and with it the messages of C
+            # libraries; open takes the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)
+    # a stream of another kind belongs to the program that imported this module
     if sys.stdout is sys.__stdout__:
         sys.stdout = LossyStream(sys.stdout or open(os.devnull, "w"))
     if sys.stderr is sys.__stderr__:
@@ -1065,21 +1129,21 @@ def survive_lost_terminals():
 
 
 class RunLog:
-    """Prints on rank 0, and to <folder>/log.txt; `seconds` and `graphs` (newly compiled) are
-    kept for every stage.
+    """Prints lines on rank 0 and appends them to <folder>/log.txt.
+
+    seconds, graphs: {stage: duration}, {stage: newly compiled graphs}, as RESULT has them.
     """
 
     def __init__(self, folder, dist, guard=NO_GUARD):
-        self.dist, self.guard, self.folder, self.seconds, self.graphs = (
-            dist,
-            guard,
-            Path(folder),
-            {},
-            {},
-        )
-        self.file = open(self.folder / "log.txt", "a", encoding="utf-8") if dist.rank == 0 else None
-        self.running = None
-        if self.file:
+        self.dist = dist
+        self.guard = guard
+        self.folder = Path(folder)
+        self.seconds = {}
+        self.graphs = {}
+        self.running = None  # name and start of the current stage
+        self.file = None
+        if dist.rank == 0:
+            self.file = open(self.folder / "log.txt", "a", encoding="utf-8")
             guard.open_log(self)
 
     def __call__(self, message):
@@ -1090,50 +1154,50 @@ class RunLog:
                 print(message, file=self.file, flush=True)
 
     def live(self, share, detail=""):
-        """How far the running stage is."""
+        """Shows the share of the current stage that is done."""
         if self.running:
             self.guard.show(*self.running, share, detail)
 
     @contextlib.contextmanager
     def stage(self, name):
-        """Times a stage of the run, device work included."""
+        """Context manager that times a stage of the run, including its device work."""
         self.dist.synchronize()
-        start, graphs = time.perf_counter(), compiled_graphs()
-        around, self.running = self.running, (name, start)
+        start = time.perf_counter()
+        graphs_before = compiled_graphs()
+        outer = self.running
+        self.running = name, start
         self.guard.enter_stage(name)
         self.live(0.0)
         yield
         self.dist.synchronize()
-        self.running = around
-        self.guard.enter_stage(around[0] if around else name)  # what follows a stage counts to it
+        self.running = outer
+        # until the next stage begins, this one is still the current one
+        self.guard.enter_stage(outer[0] if outer else name)
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
-        self.graphs[name] = self.graphs.get(name, 0) + compiled_graphs() - graphs
+        self.graphs[name] = self.graphs.get(name, 0) + compiled_graphs() - graphs_before
         self(f"stage:{name} seconds:{self.seconds[name]:.2f} graphs_compiled:{self.graphs[name]}")
 
 
 def compiled_graphs():
     """Number of graphs that torch.compile has made in this process."""
-    return (
-        torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        if "torch._dynamo" in sys.modules
-        else 0
-    )
+    if "torch._dynamo" not in sys.modules:
+        return 0
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def balance(items, cost, bins):
-    """Items in order, each into the bin with the least cost so far (ties: the first) -> list of
-    bins.
-    """
-    shares, load = [[] for _ in range(bins)], [0] * bins
+    """Puts each item, in order, into the bin with the least cost so far -> list of bins."""
+    shares = [[] for _ in range(bins)]
+    loads = [0] * bins
     for item in items:
-        lightest = load.index(min(load))
+        lightest = loads.index(min(loads))
         shares[lightest].append(item)
-        load[lightest] += cost(item)
+        loads[lightest] += cost(item)
     return shares
 
 
 def write_atomically(path, data):
-    """Bytes to a file that is either whole or absent: temporary name, sync, rename."""
+    """Writes bytes to a file that is either complete or absent: temporary name, sync, rename."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -1143,9 +1207,9 @@ def write_atomically(path, data):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)  # where the disk is full
+        temporary.unlink(missing_ok=True)  # it still exists if the disk is full
     folder = os.open(path.parent, os.O_RDONLY)
-    # the new name too is to outlive a crash, where the file system can do that
+    # makes the new name survive a crash, where the file system supports it
     with contextlib.suppress(OSError):
         os.fsync(folder)
     os.close(folder)
@@ -1153,36 +1217,34 @@ def write_atomically(path, data):
 
 # ---- DATA ----------------------------------------------------------------------------------------
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_BYTES = 1024
 
 
 def load_data_shard(path):
     """File -> (n,) uint16, memory-mapped.
 
-    Raises DataError on a wrong magic, version or size (README: data).
+    Raises DataError on a wrong magic, version or size (format: README, data).
     """
     header = np.fromfile(path, "<i4", 3).tolist()
-    if header != (
-        due := [SHARD_MAGIC, SHARD_VERSION, (os.path.getsize(path) - SHARD_HEADER_BYTES) / 2]
-    ):
+    expected = [SHARD_MAGIC, SHARD_VERSION, (os.path.getsize(path) - SHARD_HEADER_BYTES) / 2]
+    if header != expected:
         raise DataError(
-            f"{path}: magic, version and tokens {header} are not {due}: no shard, or torn; fetch it"
-            " again"
+            f"{path}: magic, version and tokens {header} are not {expected}: no shard, or torn;"
+            " fetch it again"
         )
     try:
         return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
     except OSError as error:
         if error.errno not in (errno.ENODEV, errno.EINVAL):
             raise
-        # a file system that maps no files
+        # this file system cannot map files
         return np.fromfile(path, "<u2", offset=SHARD_HEADER_BYTES)
 
 
 class MappedShards:
-    """The shards at these paths, as a sequence.
-
-    Few are mapped at a time: each map keeps a file open.
-    """
+    """Shards as a sequence of arrays. Few are mapped at a time, as each map keeps a file open."""
 
     def __init__(self, paths):
         self.paths = paths
@@ -1196,20 +1258,14 @@ class MappedShards:
 
 
 def shard_paths(folder, split):
-    """The files of split "train", "val" or "val_bytes", in order.
-
-    The six digits keep side-cars out of "val".
-    """
+    """Files of split "train", "val" or "val_bytes", in order."""
     folder = glob.escape(str(folder))  # a name with brackets is no pattern
-    return sorted(
-        glob.glob(os.path.join(folder, f"fineweb_{split}_[0-9][0-9][0-9][0-9][0-9][0-9].bin"))
-    )
+    digits = "[0-9]" * 6  # they keep "val" from matching val_bytes
+    return sorted(glob.glob(os.path.join(folder, f"fineweb_{split}_{digits}.bin")))
 
 
 class TokenStream:
-    """All shards of a split as one endless stream: document and row borders may lie anywhere,
-    nothing is dropped.
-    """
+    """All shards of a split as one endless stream. Documents and rows may cross shard borders."""
 
     def __init__(self, folder, split):
         self.paths = shard_paths(folder, split)
@@ -1219,30 +1275,32 @@ class TokenStream:
             )
         self.shards = MappedShards(self.paths)
         self.offsets = np.concatenate([[0], np.cumsum([len(shard) for shard in self.shards])])
-        self.first, self.size = 0, int(self.offsets[-1])  # the stream is this part of the shards
+        # the stream is this part of the shards
+        self.first = 0
+        self.size = int(self.offsets[-1])
         if self.size == 0 or self.read(0, 1)[0] != BOS_ID:
             raise DataError(
                 f"{self.paths[0]}: the stream must start with BOS (id {BOS_ID}); rebuild the data"
             )
 
     def read(self, start, count):
-        """(count,) uint16 from position `start` on; the stream goes round at its end."""
-        parts, start = [], start % self.size
+        """(count,) uint16 from position `start`; after the last token comes the first."""
+        parts = []
+        start %= self.size
         while count > 0:
             position = self.first + start
             shard = int(np.searchsorted(self.offsets, position, side="right")) - 1
-            part = self.shards[shard][position - self.offsets[shard] :][
-                : min(count, self.size - start)
-            ]
+            begin = position - self.offsets[shard]
+            part = self.shards[shard][begin : begin + min(count, self.size - start)]
             parts.append(part)
-            count, start = count - len(part), (start + len(part)) % self.size
+            count -= len(part)
+            start = (start + len(part)) % self.size
         return np.concatenate(parts)
 
     def hold_out(self, count):
-        """Cuts off the last documents of the stream, `count` tokens or more -> a stream of
-        these.
-        """
-        border, window = self.size - count, 1 << 16
+        """Cuts the last documents, at least `count` tokens, off the stream -> a stream of these."""
+        border = self.size - count
+        window = 1 << 16
         begins = np.zeros(0, np.int64)
         while border > 0 and not len(begins):
             first = max(0, border - window)
@@ -1250,29 +1308,29 @@ class TokenStream:
             border = first
         if not len(begins) or begins[-1] == 0:
             raise DataError(
-                f"{self.paths[0]}: no document begins before the last {count} tokens: set "
-                "QUANT_CHECK_ROWS=0"
+                f"{self.paths[0]}: no document begins before the last {count} tokens: set"
+                " QUANT_CHECK_ROWS=0"
             )
-        rest = copy.copy(self)
-        rest.first = self.first + int(begins[-1])
-        rest.size = self.size - int(begins[-1])
-        self.size = int(begins[-1])
-        return rest
+        cut = int(begins[-1])
+        held_out = copy.copy(self)
+        held_out.first = self.first + cut
+        held_out.size = self.size - cut
+        self.size = cut
+        return held_out
 
 
 def read_manifest(folder):
-    """manifest.json of a dataset, {} where there is none.
+    """manifest.json of a dataset; {} if there is none.
 
-    DataError unless all that is read of it has its type.
+    Raises DataError unless every field that is used later has its type.
     """
     try:
         manifest = json.loads(Path(folder, "manifest.json").read_text())
         hash(manifest.get("tokenizer", {}).get("sha256"))
         if manifest.get("format") == "caseops_shards":
-            values = [
-                about["values"] + len(about["sha256"]) for about in manifest["files"].values()
-            ]
-            sum(values, manifest["leaked_documents"] + len({**manifest["splits"]["val"]}))
+            total = manifest["leaked_documents"] + len({**manifest["splits"]["val"]})
+            for entry in manifest["files"].values():
+                total += entry["values"] + len(entry["sha256"])
         return manifest
     except FileNotFoundError:
         return {}
@@ -1283,83 +1341,86 @@ def read_manifest(folder):
 
 
 def leaked_documents(hp):
-    """{"leaked_documents": number} for RESULT, where the dataset's manifest has counted them."""
+    """{"leaked_documents": number} for RESULT, {} if the dataset's manifest has no such count."""
     manifest = read_manifest(hp.data_path)
     return {name: manifest[name] for name in ("leaked_documents",) if name in manifest}
 
 
 def check_data_settings(hp):
-    """DataError where the settings contradict the side-car or the manifest: the bytes would be
+    """Raises DataError if the settings contradict the side-car or the manifest: the bytes would be
     wrong.
     """
     folder = Path(hp.data_path)
-    manifest, wrong = read_manifest(folder), []
-    side_car = next((path.name for path in sorted(folder.glob("fineweb_val_bytes_*.bin"))), None)
-    if side_car and not hp.caseops_enabled:
-        wrong.append(
-            f"{side_car} holds the bytes of its tokens, which CASEOPS_ENABLED=0 would not read: set"
-            " it to 1"
+    manifest = read_manifest(folder)
+    problems = []
+    side_cars = sorted(folder.glob("fineweb_val_bytes_*.bin"))
+    if side_cars and not hp.caseops_enabled:
+        problems.append(
+            f"{side_cars[0].name} holds the bytes of its tokens, which CASEOPS_ENABLED=0 would not"
+            " read: set it to 1"
         )
     transform = manifest.get("text_transform")
     if transform and not hp.caseops_enabled:
-        wrong.append(
+        problems.append(
             f"its manifest says {transform}, whose tokens a tokenizer cannot count: set"
             " CASEOPS_ENABLED=1"
         )
     if "text_transform" in manifest and not transform and hp.caseops_enabled:
-        wrong.append("its manifest says that the text was not transformed: set CASEOPS_ENABLED=0")
+        problems.append(
+            "its manifest says that the text was not transformed: set CASEOPS_ENABLED=0"
+        )
     size = manifest.get("tokenizer", {}).get("vocab_size", hp.vocab_size)
     if size != hp.vocab_size:
-        wrong.append(f"its manifest says VOCAB_SIZE={size}, not {hp.vocab_size}")
-    if wrong:
-        raise DataError(f"{folder}: {'; '.join(wrong)}")
+        problems.append(f"its manifest says VOCAB_SIZE={size}, not {hp.vocab_size}")
+    if problems:
+        raise DataError(f"{folder}: {'; '.join(problems)}")
 
 
-def check_manifest(hp, found):
-    """DataError where the dataset is not what its manifest says, so that no BPB of other data is
-    reported. `found` counts what the validation files hold. These are hashed; of training files
-    only the lengths are checked, because hashing them takes minutes (`prepare_caseops_data.py
-    verify` does).
+def check_manifest(hp, counts):
+    """Raises DataError if the dataset is not the one that its manifest describes.
+
+    counts: {name: number} of the validation files. These files are hashed, too; of training files
+    only the length is checked, as hashing takes minutes (`prepare_caseops_data.py verify` does it).
     """
     manifest = read_manifest(hp.data_path)
     if manifest.get("format") != "caseops_shards":
         return
-    stated, files = manifest["splits"]["val"], manifest["files"]
-    wrong = [
-        f"{count} {name} of validation, not {stated.get(name)}"
-        for name, count in found.items()
-        if stated.get(name) != count
-    ]
+    problems = []
+    stated = manifest["splits"]["val"]
+    for name, count in counts.items():
+        if stated.get(name) != count:
+            problems.append(f"{count} {name} of validation, not {stated.get(name)}")
+    files = manifest["files"]
     paths = {path.name: path for path in Path(hp.data_path).glob("fineweb_*.bin")}
-    wrong += [f"{name} is missing" for name in files.keys() - paths.keys()]
+    problems += [f"{name} is missing" for name in files.keys() - paths.keys()]
     for name, path in paths.items():
         same = name in files and len(load_data_shard(path)) == files[name]["values"]
         if same and "_val_" in name:
             same = hashlib.sha256(Path(path).read_bytes()).hexdigest() == files[name]["sha256"]
         if not same:
-            wrong.append(f"{name} is another file")
-    # a wrong split; sources hold a few documents twice
-    if manifest["leaked_documents"] > 0.01 * found["documents"]:
-        wrong.append(f"{manifest['leaked_documents']} training documents are validation documents")
-    if wrong:
+            problems.append(f"{name} is another file")
+    # a few documents occur twice in the sources; many mean a wrong split
+    leaked = manifest["leaked_documents"]
+    if leaked > 0.01 * counts["documents"]:
+        problems.append(f"{leaked} training documents are validation documents")
+    if problems:
         raise DataError(
-            f"{hp.data_path} is not what its manifest says: {'; '.join(sorted(wrong)[:5])}. Fetch"
-            " or make it again; prepare_caseops_data.py verify says more"
+            f"{hp.data_path} is not what its manifest says: {'; '.join(sorted(problems)[:5])}."
+            " Fetch or make it again; prepare_caseops_data.py verify says more"
         )
 
 
-# FineWeb's documents and values; targets that whole windows of 2,048 tokens hold, and the bytes of
-# these
+# FineWeb's validation set in CaseOps: documents, tokens, targets in full windows of 2,048 tokens,
+# bytes of these targets
 CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499
 
 
 def is_canonical(tokens, charges):
-    """Whether (N,) tokens are the contest's validation documents as CaseOps stores them, by
-    counts and by bytes.
-    """
-    documents, values, targets, size = CANONICAL
-    counts = (int((tokens == BOS_ID).sum()), len(tokens)) == (documents, values)
-    return counts and int(charges[1 : targets + 1].sum(dtype=np.int64)) == size
+    """Whether (N,) tokens, with their bytes, are the contest's validation documents in CaseOps."""
+    documents = int((tokens == BOS_ID).sum())
+    targets = CANONICAL[2]
+    size = int(charges[1 : targets + 1].sum(dtype=np.int64))
+    return (documents, len(tokens), targets, size) == CANONICAL
 
 
 class Row(NamedTuple):
@@ -1372,83 +1433,91 @@ class Row(NamedTuple):
 
 def cut_pieces(starts, ends, length):
     """Starts and ends of segments -> starts of their pieces, none longer than `length`."""
-    pieces = -(-(ends - starts) // length)
-    first = np.cumsum(pieces) - pieces
-    return np.repeat(starts, pieces) + length * (np.arange(pieces.sum()) - np.repeat(first, pieces))
+    counts = -(-(ends - starts) // length)
+    first_pieces = np.cumsum(counts) - counts
+    # number of each piece within its segment
+    numbers = np.arange(counts.sum()) - np.repeat(first_pieces, counts)
+    return np.repeat(starts, counts) + length * numbers
 
 
 def join_shortest(starts, total, longest, most):
-    """Starts of pieces of a row -> at most `most`: the shortest neighbours become one, none longer
-    than `longest`. Of equal ones the first. Where that does not do, the row is cut in equal pieces:
-    `most` of these must be enough.
+    """Merges the shortest neighbouring pieces of a row until at most `most` are left.
+
+    starts: (n,), of the pieces of a row of `total` tokens -> starts of what is left. No merged
+    piece is longer than `longest`; of equal pairs the first is merged. If that does not suffice,
+    the row is cut into pieces of `longest` instead, which must be at most `most`.
     """
     count = len(starts)
     if count <= most:
         return starts
     borders = [*starts.tolist(), total]
-    following, before, joined = [*range(1, count + 1)], [*range(-1, count)], [False] * count
-    # length of both, where, the first
-    pairs = [(borders[i + 2] - borders[i], borders[i], i) for i in range(count - 1)]
-    # a search through all of them for each join takes seconds for rows of short documents
+    following = [*range(1, count + 1)]
+    previous = [*range(-1, count)]
+    merged = [False] * count  # with the piece before
+
+    def pair(first):
+        """Sort key of a piece and the one that follows: common length, start, piece."""
+        end = borders[following[following[first]]]
+        return end - borders[first], borders[first], first
+
+    # a heap, as searching all pairs for each merge takes seconds for rows of short documents
+    pairs = [pair(first) for first in range(count - 1)]
     heapq.heapify(pairs)
-    while count > most and pairs and pairs[0][0] <= longest:
+    left = count
+    while left > most and pairs and pairs[0][0] <= longest:
         length, _, first = heapq.heappop(pairs)
         second = following[first]
-        if (
-            joined[first]
-            or second == len(starts)
-            or borders[following[second]] - borders[first] != length
-        ):
-            continue  # one of them has grown, or is gone, since this was noted
-        joined[second], count = True, count - 1
-        following[first] = after = following[second]
-        before[after] = first
-        if after < len(starts):
-            heapq.heappush(
-                pairs, (borders[following[after]] - borders[first], borders[first], first)
-            )
-        if before[first] >= 0:
-            previous = before[first]
-            heapq.heappush(pairs, (borders[after] - borders[previous], borders[previous], previous))
-    return starts[~np.array(joined)] if count <= most else np.arange(0, total, longest)
+        if merged[first] or second == count or pair(first)[0] != length:
+            continue  # this entry is outdated: one of the two has grown or is gone
+        after = following[second]
+        merged[second] = True
+        left -= 1
+        following[first] = after
+        previous[after] = first
+        if after < count:
+            heapq.heappush(pairs, pair(first))
+        if previous[first] >= 0:
+            heapq.heappush(pairs, pair(previous[first]))
+    if left > most:
+        return np.arange(0, total, longest)
+    return starts[~np.array(merged)]
 
 
 def pad_cu_seqlens(starts, total, entries):
-    """Segment starts -> (entries + 1,) int32, padded with `total`, so that one graph serves
-    every row.
-    """
+    """Segment starts -> (entries + 1,) int32, padded with `total`: one graph serves every row."""
     if len(starts) > entries:
         raise DataError(
             f"a row holds {len(starts)} documents and pieces, more than {entries}: raise"
             " MAX_ROW_SEGMENTS"
         )
-    return np.concatenate([starts, np.full(entries + 1 - len(starts), total)]).astype(np.int32)
+    padding = np.full(entries + 1 - len(starts), total)
+    return np.concatenate([starts, padding]).astype(np.int32)
 
 
-def deal_documents(tokens, longest):
-    """Inputs and targets (2, rows, T) -> the same documents, dealt so that attention has as much
-    work
-    in every row: the longest first, to the row with the least work that has room. Pieces of
-    `longest` attend only to themselves.
+def balance_documents(tokens, longest):
+    """Redistributes documents over the rows of a step so that attention costs the same in each.
+
+    tokens: (2, rows, T) inputs and targets -> the same documents, in the same shape: the longest
+    first, each in the cheapest row that has room. Pieces of `longest` attend only to themselves.
     """
     if (tokens[0, :, 0] != BOS_ID).any():
         return tokens  # a document longer than its row stays where it is
-    rows, total = tokens.shape[1:]
-    flat, dealt, work, room = (
-        tokens.reshape(2, -1),
-        [[] for _ in range(rows)],
-        np.zeros(rows),
-        np.full(rows, total),
-    )
+    num_rows = tokens.shape[1]
+    rows = [[] for _ in range(num_rows)]
+    cost = np.zeros(num_rows)
+    room = np.full(num_rows, tokens.shape[2])
+    flat = tokens.reshape(2, -1)
     documents = np.split(flat, np.flatnonzero(flat[0] == BOS_ID)[1:], 1)
     for document in sorted(documents, key=lambda document: -document.shape[1]):
-        whole, rest = divmod(length := document.shape[1], longest)
-        # without room anywhere: the emptiest
-        row = np.where(room < length, 1e15 - room, work).argmin()
-        dealt[row].append(document)
-        work[row] += whole * longest**2 + rest**2
+        length = document.shape[1]
+        # if it fits nowhere: the row with most room
+        row = np.where(room < length, 1e15 - room, cost).argmin()
+        rows[row].append(document)
+        pieces, rest = divmod(length, longest)
+        cost[row] += pieces * longest**2 + rest**2
         room[row] -= length
-    return np.concatenate(sum(dealt, []), 1).reshape(tokens.shape)
+    # where a document did not fit, the end of its row goes on in the next
+    return np.concatenate(sum(rows, []), 1).reshape(tokens.shape)
 
 
 @lru_cache
@@ -1458,83 +1527,82 @@ def space_id(hp):
 
 
 class TrainLoader:
-    """Packed training rows by number: T tokens from the first document on that begins in the
-    stream's
-    i-th span. A step of n micro-steps takes rows [step n, (step + 1) n), rank r its r-th share: the
-    same rows for any world size. BALANCE_ROWS deals the documents of a step out to its rows anew:
-    ranks wait for the one with the most attention. Spans are as long as rows before fusion;
-    DATA_SEED shuffles them, anew in each epoch. The loader has no state but read-ahead: the number
-    of a step restores it exactly.
+    """Packed training rows by number.
+
+    Row i holds T tokens, from the first document that begins in span i of the stream. A step of n
+    micro-steps takes rows [step n, (step + 1) n), of which rank r takes the r-th share: any world
+    size trains on the same rows. BALANCE_ROWS redistributes a step's documents over its rows, as
+    ranks wait for the one with the most attention. A span is as long as a row before fusion.
+    DATA_SEED shuffles the spans in each epoch. The loader has no state except what it has read
+    ahead, so the number of a step restores it exactly.
     """
 
     def __init__(self, stream, hp, dist):
-        self.stream, self.hp, self.dist = stream, hp, dist
+        self.stream = stream
+        self.hp = hp
+        self.dist = dist
         if hp.doc_shuffle_enabled:
             stream.shards = techniques.ShuffledShards(stream.shards, hp.data_seed)
-        if (steps := hp.train_batch_tokens / hp.micro_batch_tokens) % dist.world_size:
+        micro_steps = hp.train_batch_tokens / hp.micro_batch_tokens
+        if micro_steps % dist.world_size:
             raise SettingError(
-                f"{steps:g} micro-batches a step (TRAIN_BATCH_TOKENS/MICRO_BATCH_TOKENS) do not "
-                f"divide by {dist.world_size} ranks: change MICRO_BATCH_TOKENS"
+                f"{micro_steps:g} micro-batches a step (TRAIN_BATCH_TOKENS/MICRO_BATCH_TOKENS) do"
+                f" not divide by {dist.world_size} ranks: change MICRO_BATCH_TOKENS"
             )
         self.per_rank = hp.micro_steps // dist.world_size
         self.span = hp.micro_batch_tokens
         if hp.marker_fusion_enabled:
             sample = stream.read(0, min(stream.size, 1 << 22)).astype(np.int64)
-            self.span = (
-                self.span
-                * len(sample)
-                // len(techniques.fuse_markers(hp, space_id, sample, sample)[0])
-            )
-        # a twentieth at most
+            fused = techniques.fuse_markers(hp, space_id, sample, sample)[0]
+            self.span = self.span * len(sample) // len(fused)
+        # at most a twentieth of the data
         self.held_out_rows = min(hp.quant_check_rows, stream.size // (20 * self.span))
         if self.held_out_rows:
-            self.held_out = stream.hold_out(
-                (self.held_out_rows - 1) * self.span + self.tokens_to_read
-            )
+            count = (self.held_out_rows - 1) * self.span + self.tokens_to_read
+            self.held_out = stream.hold_out(count)
         self.thread = ThreadPoolExecutor(1)
-        self.ahead, self.dealt = {}, lru_cache(1)(self.deal)  # rows read ahead; the last step dealt
+        self.ahead = {}  # row number -> future of a row that is read ahead
+        self.cached_rows = lru_cache(1)(self.rows_of_step)
 
-    def start(self, index):
-        """Where row `index` begins in the stream: at a BOS, if there is one in its span."""
-        start, spans = index * self.span, max(1, self.stream.size // self.span)
+    def row_offset(self, index):
+        """Where row `index` begins in the stream: at the first BOS of its span, if there is one."""
+        start = index * self.span
         if self.hp.data_seed:
-            rng = np.random.default_rng([self.hp.data_seed, index // spans])  # of the epoch
-            start = int(rng.integers(self.span) + rng.permutation(spans)[index % spans] * self.span)
+            spans = max(1, self.stream.size // self.span)
+            epoch = index // spans
+            rng = np.random.default_rng([self.hp.data_seed, epoch])
+            shift = rng.integers(self.span)
+            start = int(shift + rng.permutation(spans)[index % spans] * self.span)
         return start + int((self.stream.read(start, self.span) == BOS_ID).argmax())
 
     @property
     def tokens_to_read(self):
-        """Tokens of the stream that fill a row and its last target: all of them are pairs
-        at worst.
-        """
+        """Tokens of the stream that fill a row and its last target, even if all are fused."""
         return (self.hp.micro_batch_tokens + 1) * (1 + self.hp.marker_fusion_enabled)
 
     def read_rows(self, stream, starts):
         """(2, n, T): inputs and targets of the rows that begin at n positions of a stream."""
-        hp, length = self.hp, self.hp.micro_batch_tokens
+        hp = self.hp
         rows = np.stack([stream.read(start, self.tokens_to_read) for start in starts])
         if rows.max() >= hp.vocab_size:
             raise DataError(f"training token {rows.max()} is outside VOCAB_SIZE={hp.vocab_size}")
         if hp.marker_fusion_enabled:
-            rows = np.stack(
-                [
-                    techniques.fuse_markers(hp, space_id, row, row)[0][: length + 1]
-                    for row in np.int64(rows)
-                ]
-            )
+            rows = np.int64(rows)
+            fused = [techniques.fuse_markers(hp, space_id, row, row)[0] for row in rows]
+            rows = np.stack([row[: hp.micro_batch_tokens + 1] for row in fused])
         return np.stack([rows[:, :-1], rows[:, 1:]])
 
-    def deal(self, step):
+    def rows_of_step(self, step):
         """(2, n, T): inputs and targets of the n rows of a step over all ranks."""
-        hp = self.hp
-        starts = map(self.start, range(step * hp.micro_steps, (step + 1) * hp.micro_steps))
+        first = step * self.hp.micro_steps
+        starts = [self.row_offset(first + number) for number in range(self.hp.micro_steps)]
         tokens = self.read_rows(self.stream, starts)
-        return deal_documents(tokens, hp.train_seq_len) if hp.balance_rows else tokens
+        return balance_documents(tokens, self.hp.train_seq_len) if self.hp.balance_rows else tokens
 
     def build(self, index):
         """Row `index` as CPU tensors, pinned for CUDA."""
         step, number = divmod(index, self.hp.micro_steps)
-        return self.pack(self.dealt(step)[:, number])
+        return self.pack(self.cached_rows(step)[:, number])
 
     def held_out_row(self, index):
         """Row `index` of those that neither training nor the Hessians see, on the device."""
@@ -1543,49 +1611,53 @@ class TrainLoader:
 
     def pack(self, tokens):
         """(2, T): inputs and targets of a row -> Row of CPU tensors, pinned for CUDA."""
-        length, hp = self.hp.micro_batch_tokens, self.hp
+        hp = self.hp
+        length = hp.micro_batch_tokens
         inputs, targets = tokens.astype(np.int64)
         starts = np.union1d(0, np.flatnonzero(inputs == BOS_ID))
-        pieces = cut_pieces(starts, np.append(starts[1:], length), hp.train_seq_len)
-        # rarely more than attention has
+        ends = np.append(starts[1:], length)
+        pieces = cut_pieces(starts, ends, hp.train_seq_len)
         pieces = join_shortest(pieces, length, hp.train_seq_len, hp.row_segments)
         cu_seqlens = pad_cu_seqlens(pieces, length, hp.row_segments)
         row = Row(*map(torch.from_numpy, (inputs[None], targets, cu_seqlens)))
-        return Row(*(t.pin_memory() for t in row)) if self.dist.device.type == "cuda" else row
+        if self.dist.device.type == "cuda":
+            row = Row(*(t.pin_memory() for t in row))
+        return row
 
     def row(self, index, following=None):
-        """Row `index` on the device; `following` is read ahead meanwhile."""
+        """Row `index` on the device; meanwhile row `following` is read ahead."""
         future = self.ahead.pop(index, None) or self.thread.submit(self.build, index)
         row = future.result()
-        self.ahead = (
-            {following: self.thread.submit(self.build, following)} if following is not None else {}
-        )
+        self.ahead = {}
+        if following is not None:
+            self.ahead[following] = self.thread.submit(self.build, following)
         return Row(*(t.to(self.dist.device, non_blocking=True) for t in row))
 
     def step(self, step):
         """Yields this rank's rows of a step."""
         first = step * self.hp.micro_steps + self.dist.rank * self.per_rank
-        for index in range(first, first + self.per_rank):
-            last = index == first + self.per_rank - 1
-            yield self.row(index, first + self.hp.micro_steps if last else index + 1)
+        last = first + self.per_rank - 1
+        for index in range(first, last):
+            yield self.row(index, index + 1)
+        yield self.row(last, first + self.hp.micro_steps)
 
 
 class ValidationSet:
-    """The validation stream: tokens (N,), bytes charged to each token (N,), the documents' input
-    spans
-    [start, end). A document's targets are its tokens after BOS and the BOS that follows it, so
-    every token but the first is a target of exactly one document. `summary` is for the log. Raises
-    DataError before anything is trained.
+    """The validation stream.
+
+    tokens: (N,); bytes: (N,), charged to each token; starts, ends: input spans [start, end) of the
+    documents; summary: words for the log. The targets of a document are its tokens after BOS and
+    the BOS that follows it, so every token but the first is the target of exactly one document.
+    Raises DataError if anything is wrong with the files.
     """
 
     def __init__(self, hp, tokenizer=None):
         stream = TokenStream(hp.data_path, "val")
         check_data_settings(hp)
         self.tokens = stream.read(0, stream.size).astype(np.int64)
-        if self.tokens.max() >= hp.vocab_size:
-            raise DataError(
-                f"validation token {self.tokens.max()} is outside VOCAB_SIZE={hp.vocab_size}"
-            )
+        largest = self.tokens.max()
+        if largest >= hp.vocab_size:
+            raise DataError(f"validation token {largest} is outside VOCAB_SIZE={hp.vocab_size}")
         if hp.caseops_enabled:
             self.bytes = self.side_car(hp.data_path, stream)
         else:
@@ -1605,33 +1677,35 @@ class ValidationSet:
                 " counted"
             )
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
-        # the last document has no BOS to predict
+        # no BOS follows the last document
         self.ends = np.append(self.starts[1:], len(self.tokens) - 1)
 
     def check(self, hp):
-        """Stream as stored -> a phrase for the log.
-
-        DataError where the manifest has another one.
-        """
-        documents, size = int((self.tokens == BOS_ID).sum()), int(self.bytes.sum())
-        found = {"documents": documents, "tokens": len(self.tokens)}
-        check_manifest(hp, found | ({"charged_bytes": size} if hp.caseops_enabled else {}))
+        """Compares the stored stream with the manifest -> words for the log. Raises DataError."""
+        documents = int((self.tokens == BOS_ID).sum())
+        size = int(self.bytes.sum())
+        counts = {"documents": documents, "tokens": len(self.tokens)}
+        if hp.caseops_enabled:
+            counts["charged_bytes"] = size
+        check_manifest(hp, counts)
         canonical = "yes" if is_canonical(self.tokens, self.bytes) else "no"
         return f"documents:{documents} values:{len(self.bytes)} bytes:{size} canonical:{canonical}"
 
     def side_car(self, folder, stream):
         """(N,) int64 bytes of each token.
 
-        Raises DataError where it is missing, of another length, or charges a BOS.
+        Raises DataError if the side-car is missing, has another length, or charges a BOS.
         """
         paths = shard_paths(folder, "val_bytes")
-        parts = [load_data_shard(path) for path in paths]
         if not paths:
             raise DataError(f"no fineweb_val_bytes_*.bin in {folder}: BPB needs the side-car")
-        if [len(part) for part in parts] != [len(shard) for shard in stream.shards]:
+        parts = [load_data_shard(path) for path in paths]
+        lengths = [len(part) for part in parts]
+        expected = [len(shard) for shard in stream.shards]
+        if lengths != expected:
             raise DataError(
-                f"{paths[0]}: side-car lengths {[len(p) for p in parts]} differ from the shards' "
-                f"{[len(s) for s in stream.shards]}: they are not of one export"
+                f"{paths[0]}: side-car lengths {lengths} differ from the shards' {expected}: they"
+                " are not of one export"
             )
         charges = np.concatenate(parts).astype(np.int64)
         if charges[self.tokens == BOS_ID].any():
@@ -1641,38 +1715,33 @@ class ValidationSet:
         return charges
 
     def targets_of(self, documents):
-        """Number of targets and their bytes for an array of document numbers."""
+        """Array of document numbers -> number of their targets, bytes of these."""
         sums = np.concatenate([[0], np.cumsum(self.bytes)])
-        starts, ends = self.starts[documents], self.ends[documents]
-        return int((ends - starts).sum()), int((sums[ends + 1] - sums[starts + 1]).sum())
+        starts = self.starts[documents]
+        ends = self.ends[documents]
+        num_bytes = sums[ends + 1] - sums[starts + 1]
+        return int((ends - starts).sum()), int(num_bytes.sum())
 
 
 def models_near(folder, nearest):
-    """SentencePiece models in and around a dataset's folder, in order of distance; `nearest`: of
-    one
-    place only.
+    """SentencePiece models in and around a dataset's folder, in order of distance.
 
-    DataError where that place holds several different ones: nothing says which of them made the
-    shards.
+    nearest: only those of the closest place that has any. Raises DataError if that place has
+    several different ones, as nothing says which of them made the shards.
     """
-    places = (
-        folder,
-        *(
-            path / "tokenizers"
-            for path in (folder.parent, folder.parent.parent, Path(__file__).parent)
-        ),
-    )
+    parents = folder.parent, folder.parent.parent, Path(__file__).parent
+    places = [folder, *(parent / "tokenizers" for parent in parents)]
     groups = [sorted(place.glob("*.model")) for place in places]
     if not nearest:
         return sum(groups, [])
-    found = next((group for group in groups if group), [])
-    if len({path.read_bytes() for path in found}) > 1:
-        names = ", ".join(str(path) for path in found)
+    closest = next((group for group in groups if group), [])
+    if len({path.read_bytes() for path in closest}) > 1:
+        names = ", ".join(str(path) for path in closest)
         raise DataError(
             f"{folder}: no manifest names its tokenizer, there are several ({names}): set"
             " TOKENIZER_PATH"
         )
-    return found
+    return closest
 
 
 def has_case_markers(tokenizer):
@@ -1681,29 +1750,31 @@ def has_case_markers(tokenizer):
 
 
 def check_byte_counts(hp, tokenizer, tokens):
-    """DataError unless tokens (N,), which this tokenizer is to count the bytes of, are of its
-    making.
+    """Raises DataError unless this tokenizer, which will count the bytes of tokens (N,), made them.
 
-    Without a side-car the tokenizer decides the BPB. One of equal size counts without an error, so
-    the text of some documents is encoded again: only the shards' own tokenizer gives back their
-    tokens.
+    Without a side-car the tokenizer decides the BPB, and another one of the same size would raise
+    no error. So the text of some documents is encoded again: only the right tokenizer gives back
+    their tokens.
     """
     if has_case_markers(tokenizer) and ((tokens >= 4) & (tokens < 8)).any():
         raise DataError(
             f"{hp.data_path}: its tokens hold CaseOps' markers: set CASEOPS_ENABLED=1, with the"
             " side-car"
         )
-    longest, documents = 512, 256
-    starts = np.flatnonzero(tokens == BOS_ID)[:documents] + 1
+    max_documents = 256
+    max_tokens = 512
+    starts = np.flatnonzero(tokens == BOS_ID)[:max_documents] + 1
     ends = np.append(starts[1:] - 1, len(tokens))[: len(starts)]
-    same = total = 0
-    for start, end in zip(starts, np.minimum(ends, starts + longest), strict=True):
+    same = 0
+    total = 0
+    for start, end in zip(starts, np.minimum(ends, starts + max_tokens), strict=True):
         ids = tokens[start:end].tolist()
-        # a cut changes the tokens before it
-        compared = len(ids) if len(ids) < longest else longest - 64
-        same += compared * (tokenizer.encode(tokenizer.decode(ids))[:compared] == ids[:compared])
+        # cutting a document changes the tokens before the cut
+        compared = len(ids) if len(ids) < max_tokens else max_tokens - 64
+        encoded = tokenizer.encode(tokenizer.decode(ids))
+        same += compared * (encoded[:compared] == ids[:compared])
         total += compared
-    # some texts do not come back from their own tokenizer: unknown characters, odd spaces
+    # even the right one does not restore every text: unknown characters, odd spaces
     if 2 * same < total:
         raise DataError(
             f"{hp.data_path}: its tokens were not made by the tokenizer found for them, which gives"
@@ -1715,66 +1786,82 @@ def check_byte_counts(hp, tokenizer, tokens):
 def find_tokenizer(hp):
     """Path of the data's SentencePiece model.
 
-    DataError if none fits the settings and the manifest.
+    Raises DataError if none fits the settings and the manifest.
     """
-    try:
-        import sentencepiece
-    except ImportError:
-        raise DataError(
-            "the sentencepiece package is missing: pip install -r requirements.txt"
-        ) from None
+    if sentencepiece is None:
+        raise DataError("the sentencepiece package is missing: pip install -r requirements.txt")
     folder = Path(hp.data_path)
     wanted = read_manifest(folder).get("tokenizer", {}).get("sha256")
     if hp.tokenizer_path:
-        found = [Path(hp.tokenizer_path)]
+        candidates = [Path(hp.tokenizer_path)]
     else:
-        found = models_near(folder, nearest=wanted is None)
-    for path in found:
+        candidates = models_near(folder, nearest=wanted is None)
+    for path in candidates:
         if not path.exists():
             raise DataError(f"TOKENIZER_PATH={path} does not exist")
         if wanted in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
-            try:
-                tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-                # a damaged piece may be no text
-                tokenizer.id_to_piece([*range(tokenizer.vocab_size())])
-            except (RuntimeError, UnicodeDecodeError):
-                raise DataError(f"{path} is no SentencePiece model") from None
-            if tokenizer.vocab_size() != hp.vocab_size:
-                raise DataError(
-                    f"{path} has {tokenizer.vocab_size()} pieces, VOCAB_SIZE is {hp.vocab_size}"
-                )
-            if hp.marker_fusion_enabled and not has_case_markers(tokenizer):
-                raise DataError(
-                    f"{path}: pieces 4 to 7 are not CaseOps' markers: set MARKER_FUSION_ENABLED=0"
-                )
+            check_tokenizer(hp, path)
             return path
     raise DataError(
-        f"no tokenizer for {folder} (the manifest wants sha256 {wanted}; looked at "
-        f"{[str(p) for p in found]}): set TOKENIZER_PATH"
+        f"no tokenizer for {folder} (the manifest wants sha256 {wanted}; looked at"
+        f" {[str(path) for path in candidates]}): set TOKENIZER_PATH"
     )
+
+
+def check_tokenizer(hp, path):
+    """Raises DataError if the file is no SentencePiece model or does not fit the settings."""
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        size = tokenizer.vocab_size()
+        tokenizer.id_to_piece([*range(size)])  # raises if a damaged piece is not text
+    except (RuntimeError, UnicodeDecodeError):
+        raise DataError(f"{path} is no SentencePiece model") from None
+    if size != hp.vocab_size:
+        raise DataError(f"{path} has {size} pieces, VOCAB_SIZE is {hp.vocab_size}")
+    if hp.marker_fusion_enabled and not has_case_markers(tokenizer):
+        raise DataError(
+            f"{path}: pieces 4 to 7 are not CaseOps' markers: set MARKER_FUSION_ENABLED=0"
+        )
 
 
 def load_tokenizer(hp):
     """The data's SentencePiece model."""
-    import sentencepiece
-
     return sentencepiece.SentencePieceProcessor(model_file=str(find_tokenizer(hp)))
 
 
 # ---- KERNELS -------------------------------------------------------------------------------------
-# Each operation stands twice with one signature: the reference (`*_ref`, `attention_sdpa`: any
-# device, any dtype, autograd for free) and the fast version, a custom op that torch.compile takes
-# as one node. `select_ops` chooses. Inside kernels no Python global and no True/False/None: a
-# minifier may move those to module level, where Triton refuses them. Annotations stand where they
-# are read at run time (tl.constexpr, op schemas): the minifier keeps them.
+# Each operation is written twice, with the same signature: the reference (`*_ref`,
+# `attention_sdpa`) defines it on any device, in any dtype, and is differentiated by autograd; the
+# fast version is a custom op, which torch.compile treats as one node. `*_trial_inputs` makes the
+# arguments with which select_ops tries the fast version against the reference.
+#
+# Kernels read no Python global and contain no True/False/None, because a minifier may move those
+# to module level, where Triton refuses them. Only annotations that are read at run time are
+# written (tl.constexpr, the schemas of custom ops), because the minifier keeps them all.
 
-# without Triton kernels are defined, never launched
-jit = (lambda kernel: kernel) if triton is None else triton.jit
+
+def jit(kernel):
+    """triton.jit; without Triton the kernels are defined but never launched."""
+    return kernel if triton is None else triton.jit(kernel)
 
 
 @jit
-def load_f32(pointers, mask):  # 0 where masked; tl.store casts back by itself
+def load_f32(pointers, mask):
+    """tl.load as float32, 0 where masked; tl.store casts back by itself."""
     return tl.load(pointers, mask, 0.0).to(tl.float32)
+
+
+def trial_tensors(device, dtype, *shapes):
+    """Tensors of normal numbers that require gradients, for the trials of select_ops.
+
+    They are the same at every call, and the random state of the run stays as it is.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = []
+    for shape in shapes:
+        numbers = torch.randn(shape, generator=generator, device=device)
+        tensors.append(numbers.to(dtype).requires_grad_())
+    return tensors
 
 
 def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors, results=1):
@@ -1813,142 +1900,191 @@ def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors, results
     return register
 
 
-# --- head with softcapped cross-entropy: z = softcap * tanh(h @ weight.T / softcap), loss =
-# logsumexp(z) - z[target] One pass over the logits puts the gradients of the losses in their place;
-# backward, the loss's own scale the products.
+# --- lm_head with softcapped cross-entropy
+# z = softcap * tanh(h @ weight.T / softcap), loss = logsumexp(z) - z[target]. Forward overwrites
+# the logits with their gradients; backward only scales two matmuls by the incoming gradient.
 
 
 def softcapped_cross_entropy_ref(logits, targets, softcap):
-    """logits (N, V), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats.
-
-    The definition of the operation.
-    """
-    return F.cross_entropy(
-        softcap * torch.tanh(logits.float() / softcap), targets, reduction="none"
-    )
+    """Losses (N,) in nats, fp32, of logits (N, V) and targets (N,) int64 in [0, V)."""
+    capped = softcap * torch.tanh(logits.float() / softcap)
+    return F.cross_entropy(capped, targets, reduction="none")
 
 
 def linear_cross_entropy_ref(h, weight, targets, softcap):
-    """h (N, D), weight (V, D), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats;
-    logits in the dtype of h.
+    """Losses (N,) in nats, fp32, of h (N, D), weight (V, D) and targets (N,) int64 in [0, V).
+
+    The logits have the dtype of h.
     """
     return softcapped_cross_entropy_ref(F.linear(h, weight), targets, softcap)
 
 
+def cross_entropy_trial_inputs(hp, device, dtype):
+    h, weight = trial_tensors(device, dtype, (200, 64), (1000, 64))
+    targets = torch.arange(0, 1000, 5, device=device)
+    return h, weight, targets, 30.0
+
+
+@jit
+def softcap_tanh(logits, CAP: tl.constexpr):
+    """tanh(logits / CAP), written with the sigmoid, which Triton has on every device."""
+    return 2 * tl.sigmoid(logits * (2 / CAP)) - 1
+
+
 @jit
 def _ce_kernel(logits, targets, losses, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Losses, and the gradient of each row's loss in place of its logits.
+    """One program per row: its loss, and the gradient of that loss in place of its logits.
 
-    The cap bounds exp(z): no peak is sought.
+    The softcap bounds exp(z), so no running maximum is needed.
     """
-    # 64 bits: rows x vocabulary may exceed 2^31
-    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside, target = columns < V, tl.load(targets + row)
+    row = tl.program_id(0).to(tl.int64)  # 64 bits: rows x vocabulary may exceed 2^31
+    columns = tl.arange(0, BLOCK)
+    inside = columns < V
+    target = tl.load(targets + row)
     logits += row * V
-    z_target = CAP * (2 * tl.sigmoid(tl.load(logits + target).to(tl.float32) * (2 / CAP)) - 1)
-    tanh = 2 * tl.sigmoid(load_f32(logits + columns, inside) * (2 / CAP)) - 1
+
+    # loss = log(sum of exp(z)) - z[target]
+    z_target = CAP * softcap_tanh(tl.load(logits + target).to(tl.float32), CAP)
+    tanh = softcap_tanh(load_f32(logits + columns, inside), CAP)
     exps = tl.where(inside, tl.exp(CAP * tanh), 0.0)
     total = tl.sum(exps, 0)
     tl.store(losses + row, tl.log(total) - z_target)
-    d = (exps * (1 / total) - tl.where(columns == target, 1.0, 0.0)) * (1 - tanh * tanh)
-    tl.store(logits + columns, d, inside)
+
+    # gradient for logits: (softmax(z) - one_hot(target)) * dz/dlogits, where the last is 1 - tanh^2
+    softmax = exps * (1 / total)
+    d_z = softmax - tl.where(columns == target, 1.0, 0.0)
+    tl.store(logits + columns, d_z * (1 - tanh * tanh), inside)
 
 
 def _launch_ce(logits, targets, softcap):
-    """logits (N, V), overwritten, targets (N,) -> losses (N,); a program a row, 16 logits a
-    thread at V = 8,192.
-    """
+    """Losses (N,) of targets (N,); logits (N, V) become their gradients."""
     N, V = logits.shape
     losses = logits.new_empty(N, dtype=torch.float32)
+    if N == 0:
+        return losses
     block = triton.next_power_of_2(V)
-    if N > 0:
-        _ce_kernel[N,](
-            logits,
-            targets.contiguous(),
-            losses,
-            V=V,
-            CAP=softcap,
-            BLOCK=block,
-            num_warps=min(32, block // 512 or 1),
-        )
+    num_warps = min(32, max(1, block // 512))  # 16 logits per thread at V = 8,192
+    _ce_kernel[N,](
+        logits,
+        targets.contiguous(),
+        losses,
+        V=V,
+        CAP=softcap,
+        BLOCK=block,
+        num_warps=num_warps,
+    )
     return losses
 
 
-def _ce_gradients(needed, grad, h, weight, unit, softcap):
-    grad_h = ((unit @ weight) * grad[:, None]).to(h.dtype) if needed[0] else None
-    return grad_h, unit.T @ (h * grad[:, None]).to(h.dtype) if needed[1] else None
-
-
-@golf_op(
-    lambda h, weight, *_: (
-        h.new_empty(h.shape[0], dtype=torch.float32),
-        h.new_empty(h.shape[0], weight.shape[0]),
-    ),
-    _ce_gradients,
-    lambda needed, h, weight, targets, losses, unit: (h, weight, unit),
-)
-def linear_cross_entropy(
+@torch.library.custom_op("golf::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
     h: Tensor, weight: Tensor, targets: Tensor, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """h (N, D), weight (V, D), targets (N,) int64 in [0, V) -> losses (N,) in fp32, nats;
-    logits in the dtype of h.
-    """
+    """Losses (N,), and the gradient (N, V) of each row's loss with respect to its logits."""
     logits = h @ weight.T
-    return _launch_ce(logits, targets, softcap), logits
+    losses = _launch_ce(logits, targets, softcap)
+    return losses, logits
 
 
-# --- squared leaky ReLU MLP: leaky_relu(x @ w_up.T, slope)^2 @ w_down.T. Quack's products
-# (quack-kernels) end with the activation or, backward, its derivative; others are cuBLAS. For the
-# derivative the activation alone is kept: its root is the size of the first product, its lowest bit
-# stores the sign.
+@_linear_cross_entropy.register_fake
+def _linear_cross_entropy_fake(h, weight, targets, softcap):
+    rows = h.shape[0]
+    return h.new_empty(rows, dtype=torch.float32), h.new_empty(rows, weight.shape[0])
+
+
+def _linear_cross_entropy_setup(ctx, inputs, output):
+    h, weight, *_ = inputs
+    ctx.set_materialize_grads(False)  # or autograd fills zeros for the second output
+    ctx.save_for_backward(h, weight, output[1])
+
+
+def _linear_cross_entropy_gradients(ctx, grad, _):
+    """Gradients of h and weight, from grad (N,) of the losses."""
+    if grad is None:
+        return None, None, None, None
+    h, weight, grad_logits = ctx.saved_tensors
+    grad_h = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_h = ((grad_logits @ weight) * grad[:, None]).to(h.dtype)
+    if ctx.needs_input_grad[1]:
+        scaled_h = (h * grad[:, None]).to(h.dtype)
+        grad_weight = grad_logits.T @ scaled_h
+    return grad_h, grad_weight, None, None
+
+
+_linear_cross_entropy.register_autograd(
+    _linear_cross_entropy_gradients, setup_context=_linear_cross_entropy_setup
+)
+
+
+def linear_cross_entropy(h, weight, targets, softcap):
+    """As linear_cross_entropy_ref; the (N, V) logits are written once and overwritten once."""
+    return _linear_cross_entropy(h, weight, targets, softcap)[0]
+
+
+# --- squared leaky ReLU MLP: leaky_relu(x @ w_up.T, slope)^2 @ w_down.T
+# Quack's GEMMs (quack-kernels) fuse the activation or, in backward, its derivative; the other
+# matmuls are cuBLAS. Only the activation is saved: its square root is the magnitude of the
+# pre-activation, up to the slope, and its lowest bit is the sign.
 
 
 def mlp_ref(x, w_up, w_down, slope):
-    """x (..., D), w_up (F, D), w_down (D, F) -> (..., D). The definition of the operation."""
-    return F.linear(F.leaky_relu(F.linear(x, w_up), slope).square(), w_down)
+    """(..., D) of x (..., D), w_up (F, D), w_down (D, F)."""
+    hidden = F.leaky_relu(F.linear(x, w_up), slope)
+    return F.linear(hidden.square(), w_down)
+
+
+def mlp_trial_inputs(hp, device, dtype):
+    x, w_up, w_down = trial_tensors(device, dtype, (200, 64), (320, 64), (64, 320))
+    return x, w_up / 8, w_down / 18, 0.3
 
 
 @lru_cache
-def mlp_products(slope, dtype):
-    """0 <= slope <= 1 -> forward: act of a @ b.T; backward: (a @ b) act'. Operands of an epilogue
-    go
-    by name: acc, c. Compiled when first called, 10 s for all ranks of a host, then cached on disk.
-    ValueError: another GPU or dtype.
+def mlp_gemms(slope, dtype):
+    """Quack's GEMMs act(a @ b.T) and, for backward, (a @ b) * act'; slope from 0 to 1.
+
+    Compiled when first called, 10 s for all ranks of a host, then cached on disk. ValueError:
+    another GPU or dtype.
     """
     if torch.cuda.get_device_capability()[0] != 9 or dtype != torch.bfloat16:
         raise ValueError("needs sm_90 and bfloat16")
     import cutlass
     from quack.epilogue import EpiMod
 
-    def forward(acc):  # to the nearest number of 16 bits whose lowest tells the side
-        left = acc.bitcast(cutlass.Int32) >> 15 & 65536
+    # Quack passes operands by name: acc, the sum in fp32, and c. Bit 16 of an fp32 number is the
+    # lowest bit of its bf16 form.
+    def forward(acc):
+        negative = (acc.bitcast(cutlass.Int32) >> 15) & 65536  # bit 16 = sign of acc
         leaky = cutlass.cute.arch.fmax(acc, acc * slope)
-        return {
-            "D": (
-                ((leaky * leaky).bitcast(cutlass.Int32) + 65536 - left & -131072 | left).bitcast(
-                    cutlass.Float32
-                )
-            )
-        }
+        act = (leaky * leaky).bitcast(cutlass.Int32)
+        # to the nearest of the bf16 numbers whose lowest bit is that sign
+        rounded = ((act + 65536 - negative) & -131072) | negative
+        return {"D": rounded.bitcast(cutlass.Float32)}
 
-    def backward(acc, c):  # c: act; the derivative is 2 sqrt(act), times -slope on the left
-        side = cutlass.select_(c.bitcast(cutlass.Int32) & 65536 == 0, 2.0, -2.0 * slope)
-        return {"D": acc * (cutlass.cute.math.sqrt(c, fastmath=True) * cutlass.Float32(side))}
+    def backward(acc, c):  # c: act; act' = 2 sqrt(act), times -slope where the sign is set
+        positive = c.bitcast(cutlass.Int32) & 65536 == 0
+        factor = cutlass.select_(positive, 2.0, -2.0 * slope)
+        root = cutlass.cute.math.sqrt(c, fastmath=True)
+        return {"D": acc * (root * cutlass.Float32(factor))}
 
     return EpiMod(forward), EpiMod(backward)
 
 
+def _for_tma(t):
+    """t (M, N), or a copy, with rows and a base that TMA can address."""
+    # even a single row, which is contiguous whatever its stride, gets the stride N
+    t = t.detach().contiguous().flatten().view(t.shape)
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
 def _launch_mlp(a, b, act, slope):
-    """a (M, K), b (N, K), None -> act (M, N); a (M, K), b (K, N), act (M, N) -> (M, N):
-    backward.
-    """
+    """act (M, N) of a (M, K), b (N, K) and None; in backward (M, N) of a, b (K, N) and act."""
     backward = act is not None
-    tensors = [a, b, a.new_empty(a.shape[0], b.shape[backward]), *((act,) if backward else ())]
-    # rows and a base that TMA can address; one row is contiguous whatever its stride
-    for i, t in enumerate(tensors):
-        t = t.detach().contiguous().flatten().view(t.shape)
-        tensors[i] = t if t.data_ptr() % 16 == 0 else t.clone()
-    mlp_products(slope, a.dtype)[backward].gemm(
+    out = a.new_empty(a.shape[0], b.shape[1 if backward else 0])
+    tensors = [_for_tma(a), _for_tma(b), out]
+    if backward:
+        tensors.append(_for_tma(act))
+    mlp_gemms(slope, a.dtype)[1 if backward else 0].gemm(
         *tensors,
         epi_args={},
         tile_M=192,
@@ -1958,40 +2094,68 @@ def _launch_mlp(a, b, act, slope):
         pingpong=True,
         b_kn=backward,
     )
-    return tensors[2]
+    return out
 
 
-@golf_op(lambda grad, w_down, act, _: torch.empty_like(act))
+@torch.library.custom_op("golf::mlp_backward", mutates_args=())
 def _mlp_backward(grad: Tensor, w_down: Tensor, act: Tensor, slope: float) -> Tensor:
+    """Gradient (M, F) of the pre-activation, from grad (M, D) of the output."""
     return _launch_mlp(grad, w_down, act, slope)
 
 
-def _mlp_gradients(needed, grad, x, w_up, w_down, act, slope):
-    grad_down = grad.T @ act if needed[2] else None
-    grad_pre = _mlp_backward(grad, w_down, act, slope) if needed[0] or needed[1] else None
-    grad_up = grad_pre.T @ x if needed[1] else None
-    return grad_pre @ w_up if needed[0] else None, grad_up, grad_down
+@_mlp_backward.register_fake
+def _mlp_backward_fake(grad, w_down, act, slope):
+    return torch.empty_like(act)
 
 
-@golf_op(
-    lambda x, w_up, w_down, _: tuple(x.new_empty(x.shape[0], w.shape[0]) for w in (w_down, w_up)),
-    _mlp_gradients,
-    lambda needed, x, w_up, w_down, out, act: (x, w_up, w_down, act),
-)
+@torch.library.custom_op("golf::mlp", mutates_args=())
 def _mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """Output (M, D), and the activation (M, F) that backward needs, of x (M, D)."""
     act = _launch_mlp(x, w_up, None, slope)
     return act @ w_down.T, act
 
 
-def leaky_relu_sq_mlp(x, w_up, w_down, slope):
-    """x (..., D), w_up (F, D), w_down (D, F), of one dtype -> (..., D).
+@_mlp.register_fake
+def _mlp_fake(x, w_up, w_down, slope):
+    rows = x.shape[0]
+    return x.new_empty(rows, w_down.shape[0]), x.new_empty(rows, w_up.shape[0])
 
-    What TMA cannot address takes the reference.
-    """
+
+def _mlp_setup(ctx, inputs, output):
+    *tensors, ctx.slope = inputs
+    ctx.set_materialize_grads(False)  # or autograd fills zeros for the activation
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _mlp_gradients(ctx, grad, _):
+    if grad is None:
+        return None, None, None, None
+    x, w_up = ctx.saved_tensors[:2]
+    w_down, act = ctx.saved_tensors[2:]
+    needs_x, needs_up, needs_down = ctx.needs_input_grad[:3]
+    grad_x = grad_up = grad_down = None
+    if needs_down:
+        grad_down = grad.T @ act
+    if needs_x or needs_up:
+        grad_pre = _mlp_backward(grad, w_down, act, ctx.slope)
+    if needs_up:
+        grad_up = grad_pre.T @ x
+    if needs_x:
+        grad_x = grad_pre @ w_up
+    return grad_x, grad_up, grad_down, None
+
+
+_mlp.register_autograd(_mlp_gradients, setup_context=_mlp_setup)
+
+
+def leaky_relu_sq_mlp(x, w_up, w_down, slope):
+    """As mlp_ref, of tensors of one dtype. Shapes that TMA cannot address take the reference."""
     width, hidden = w_down.shape
-    if width % 8 or hidden % 8 or x.numel() == 0:  # rows of n * 16 bytes
+    if width % 8 or hidden % 8 or x.numel() == 0:  # TMA needs rows of n * 16 bytes
         return mlp_ref(x, w_up, w_down, slope)
-    return _mlp(x.reshape(-1, width), w_up, w_down, abs(slope)).view(x.shape)
+    # the square does not see the sign of the slope
+    out = _mlp(x.reshape(-1, width), w_up, w_down, abs(slope))[0]
+    return out.view(x.shape)
 
 
 # --- around attention: before it, q and k get a norm for each head, partial rotary positions and q
@@ -2026,11 +2190,26 @@ def qkv_heads_ref(qkv, gain, cos, sin, kv_heads):
     )
 
 
+def qkv_heads_trial_inputs(hp, device, dtype):
+    heads = hp.num_heads + 2 * hp.num_kv_heads
+    qkv, gain = trial_tensors(device, dtype, (1, 256, heads * hp.head_dim), (hp.num_heads,))
+    frequencies = torch.tensor([1.0, 0.03], device=device)
+    angles = torch.arange(256, device=device)[:, None, None] * frequencies
+    return qkv, gain, angles.cos(), angles.sin(), hp.num_kv_heads
+
+
 def gated_xsa_ref(y, v, logits, factor):
     """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> XSA (arXiv:2603.09078) times factor
     sigmoid(logits).
     """
     return subtract_own_value(y, v) * (factor * torch.sigmoid(logits))[..., None]
+
+
+def gated_xsa_trial_inputs(hp, device, dtype):
+    queries = (1, 256, hp.num_heads, hp.head_dim)
+    values = (1, 256, hp.num_kv_heads, hp.head_dim)
+    y, v, logits = trial_tensors(device, dtype, queries, values, queries[:3])
+    return y, v, logits, 2.0
 
 
 def subtract_own_value(y, v):
@@ -2295,6 +2474,14 @@ def enter_ref(x, x0, mix, scale, window, wants, *merge):
     return h, h[..., :window], x_in if wants[0] else None, x if wants[1] else None
 
 
+def enter_trial_inputs(hp, device, dtype):
+    stream = (200, 64)
+    x, x0, skip, mix = trial_tensors(device, dtype, stream, stream, stream, (2, 64))
+    weight, gate = trial_tensors(device, torch.float32, (64,), (64,))
+    scale = torch.ones(1, device=device)
+    return x, x0, mix, scale, 9, (True, True), skip, weight, gate
+
+
 @jit
 def _enter_kernel(
     d_h,
@@ -2474,6 +2661,17 @@ def adamw_rows_ref(values, squares, gradient, source, target, correction, scale,
     return values, squares
 
 
+def adamw_rows_trial_inputs(hp, device, dtype):
+    values, roots = trial_tensors(device, torch.float32, (1000, 64), (1000, 64))
+    (gradient,) = trial_tensors(device, dtype, (2, 64))
+    source = torch.tensor([990, 3], device=device)
+    target = torch.tensor([990, 500], device=device)
+    correction = torch.tensor([0.1, 0.75], device=device)
+    squares = roots.detach().square()
+    rows = source, target, correction
+    return values.detach(), squares, gradient.detach(), *rows, 2.0, (0.1, 0.5, 0.9)
+
+
 @jit
 def _adamw_kernel(
     values,
@@ -2575,6 +2773,15 @@ def attention_sdpa(q, k, v, cu_seqlens, max_seqlen, attn_window=0):
     q, k, v = (t.transpose(1, 2) for t in (q, with_previous(k), with_previous(v)))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # out (blocks, H, W, E)
     return out.transpose(1, 2).reshape(1, blocks * W, H, E)[:, :T]
+
+
+def attention_trial_inputs(hp, device, dtype):
+    queries = (1, 256, hp.num_heads, hp.head_dim)
+    keys = (1, 256, hp.num_kv_heads, hp.head_dim)
+    q, k, v = trial_tensors(device, dtype, queries, keys, keys)
+    # the last documents are empty, as where a row has fewer than its limit
+    cu_seqlens = torch.tensor([0, 37, 38, 166, 256, 256, 256], dtype=torch.int32, device=device)
+    return q, k, v, cu_seqlens, 128, 9 if hp.attn_window else 0
 
 
 def _both(cu_seqlens):
@@ -2720,8 +2927,8 @@ def attention_fa4(
     return out, lse  # (tokens, H, E), (H, tokens)
 
 
-# --- selection, the fastest first
-ATTENTION_BACKENDS = {
+# --- selection
+ATTENTION_BACKENDS = {  # the fastest first
     "fa3": attention_fa3,
     "fa4": attention_fa4,
     "torch": attention_torch,
@@ -2730,12 +2937,14 @@ ATTENTION_BACKENDS = {
 
 
 @dataclass(frozen=True)
-class Ops:  # what the model calls, the name of each choice, and why an alternative was refused
+class Ops:
+    """The operations that the model calls, as select_ops chose them."""
+
     attention: Callable  # q, k, v, cu_seqlens, max_seqlen, attn_window
     mlp: Callable  # x, w_up, w_down, slope
     cross_entropy: Callable  # h, weight, targets, softcap
-    names: dict
-    notes: tuple = ()
+    names: dict  # operation -> name of the chosen candidate
+    notes: tuple = ()  # why faster candidates were refused
     qkv_heads: Callable = qkv_heads_ref  # qkv, gain, cos, sin, kv_heads
     gated_xsa: Callable = gated_xsa_ref  # y, v, logits, factor
     enter: Callable = enter_ref  # x, x0, mix, scale, window, wants, *(skip, weight, gate)
@@ -2743,147 +2952,136 @@ class Ops:  # what the model calls, the name of each choice, and why an alternat
     adamw_rows: Callable = adamw_rows_ref
 
 
+class Operation(NamedTuple):
+    """What select_ops has to choose from for one operation."""
+
+    candidates: dict  # name -> function, the fastest first
+    reference: Callable
+    trial_inputs: Callable  # (hp, device, dtype) -> arguments
+    # relative Frobenius error: bf16 rounding on both sides stays below it, a wrong mask does not
+    tolerance: float = 0.03
+
+
+def attention_candidates(hp, device):
+    """The backends that ATTENTION_BACKEND allows on this device."""
+    if hp.attention_backend != "auto":
+        return {hp.attention_backend: ATTENTION_BACKENDS[hp.attention_backend]}
+    if device.type != "cuda":
+        return {"sdpa": attention_sdpa}
+    candidates = dict(ATTENTION_BACKENDS)
+    if torch.cuda.get_device_capability(device)[0] != 9:  # FlashAttention-3 is for Hopper alone
+        del candidates["fa3"]
+    return candidates
+
+
+def use_kernels(hp, device):
+    """Whether KERNELS=1 is set and can be followed."""
+    return hp.kernels and device.type == "cuda" and triton is not None
+
+
+def operations(hp, device):
+    """{field of Ops: Operation}"""
+    with_kernels = use_kernels(hp, device)
+
+    def with_reference(library, kernel, reference, trial_inputs):
+        candidates = {library: kernel} if with_kernels else {}
+        candidates["reference"] = reference
+        return Operation(candidates, reference, trial_inputs)
+
+    return {
+        "attention": Operation(
+            attention_candidates(hp, device), attention_sdpa, attention_trial_inputs
+        ),
+        "mlp": with_reference("quack", leaky_relu_sq_mlp, mlp_ref, mlp_trial_inputs),
+        "cross_entropy": with_reference(
+            "triton", linear_cross_entropy, linear_cross_entropy_ref, cross_entropy_trial_inputs
+        ),
+        "qkv_heads": with_reference("triton", qkv_heads, qkv_heads_ref, qkv_heads_trial_inputs),
+        "gated_xsa": with_reference("triton", gated_xsa, gated_xsa_ref, gated_xsa_trial_inputs),
+        "enter": with_reference("triton", enter, enter_ref, enter_trial_inputs),
+        "adamw_rows": with_reference("triton", adamw_rows, adamw_rows_ref, adamw_rows_trial_inputs),
+    }
+
+
 def _forward_backward(op, args):
-    """op and its arguments -> its outputs and its gradients for arguments that require one,
-    under one fixed loss.
-    """
-    args = [
-        a.detach().clone().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a
-        for a in args
-    ]
+    """Outputs of op and, under one fixed loss, gradients of the args that require them."""
+    args = list(args)
+    leaves = []
+    for i, arg in enumerate(args):
+        if torch.is_tensor(arg):
+            args[i] = arg.detach().clone().requires_grad_(arg.requires_grad)
+            if arg.requires_grad:
+                leaves.append(args[i])
     with torch.enable_grad():
         outs = op(*args)
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    grads = [
-        torch.linspace(-1, 1, t.numel(), device=t.device).cos().view(t.shape).to(t.dtype)
-        for t in outs
-    ]
-    leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
-    return [
-        *(t.detach() for t in outs),
-        *(torch.autograd.grad(outs, leaves, grads) if leaves else ()),
-    ]
+    if not isinstance(outs, tuple):
+        outs = (outs,)
+    results = [out.detach() for out in outs]
+    if leaves:
+        grads = []
+        for out in outs:
+            weights = torch.linspace(-1, 1, out.numel(), device=out.device).cos()
+            grads.append(weights.view(out.shape).to(out.dtype))
+        results += torch.autograd.grad(outs, leaves, grads)
+    return results
+
+
+def _disagreement(op, reference, args, tolerance):
+    """How outputs and gradients of op differ from the reference's; empty if they agree."""
+    pairs = zip(_forward_backward(op, args), _forward_backward(reference, args), strict=True)
+    errors = []
+    for got, want in pairs:
+        error = (got - want).float().norm() / want.float().norm()
+        errors.append(error.item())
+    if all(error <= tolerance for error in errors):  # False for NaN
+        return ""
+    listed = " ".join(f"{error:.1e}" for error in errors)
+    return f"disagrees with the reference, relative errors {listed}"
 
 
 def _first_that_works(kind, candidates, reference, args, notes, tolerance=0.03):
-    """Candidates by name, trial arguments -> name of the first that agrees with reference, or
-    None; adds to notes.
-    """
+    """Name of the first candidate that agrees with the reference, or None; refusals go to notes."""
     for name, op in candidates.items():
         if op is reference:
             return name
         try:
-            pairs = zip(
-                _forward_backward(op, args), _forward_backward(reference, args), strict=True
-            )
-            errors = [
-                ((got - want).float().norm() / want.float().norm()).item() for got, want in pairs
-            ]
-            # relative Frobenius errors: bf16 rounding on both sides stays below the tolerance, a
-            # wrong mask does not
-            if all(error <= tolerance for error in errors):  # False for NaN
-                return name
-            fault = "disagrees with the reference, relative errors " + " ".join(
-                f"{error:.1e}" for error in errors
-            )
-        # a library may raise anything (missing, wrong version, wrong device): not here
-        except Exception as error:
-            fault = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+            fault = _disagreement(op, reference, args, tolerance)
+        except Exception as error:  # a library may raise anything: missing, old, wrong device
+            lines = str(error).strip().splitlines() or [""]
+            fault = f"{type(error).__name__}: {lines[0][:200]}"
+        if not fault:
+            return name
         notes.append(f"{kind} {name}: {fault}")
     return None
 
 
-def select_ops(
-    kernels, attention_backend, device, dtype, head_dim, num_heads, num_kv_heads, attn_window=0
-):
-    """Settings KERNELS and ATTENTION_BACKEND, shapes -> Ops, each fast version tried on `device`
-    against its reference. The random state of the run stays as it is. SettingError: a named backend
-    is unknown or does not work here.
+def select_ops(hp, device, dtype):
+    """Ops for hp: of each operation the fastest candidate that agrees with its reference.
+
+    They are tried on `device` in `dtype`. SettingError: ATTENTION_BACKEND does not work here.
     """
-    if attention_backend not in ("auto", *ATTENTION_BACKENDS):
-        raise SettingError(
-            f"ATTENTION_BACKEND={attention_backend}: expected auto, {', '.join(ATTENTION_BACKENDS)}"
+    device = torch.device(device)
+    notes = []
+    if hp.kernels and device.type == "cuda" and triton is None:
+        notes.append("kernels: Triton is not installed")
+    chosen = {}
+    names = {}
+    for kind, operation in operations(hp, device).items():
+        name = _first_that_works(
+            kind,
+            operation.candidates,
+            operation.reference,
+            operation.trial_inputs(hp, device, dtype),
+            notes,
+            operation.tolerance,
         )
-    cuda = torch.device(device).type == "cuda"
-    attention = ATTENTION_BACKENDS if cuda else {"sdpa": attention_sdpa}
-    if attention_backend != "auto":
-        attention = {attention_backend: ATTENTION_BACKENDS[attention_backend]}
-    # FlashAttention-3 is for Hopper alone
-    elif cuda and torch.cuda.get_device_capability(device)[0] != 9:
-        attention = {name: op for name, op in attention.items() if name != "fa3"}
-    notes = ["kernels: Triton is not installed"] if kernels and cuda and triton is None else []
-    generator = torch.Generator(device).manual_seed(0)
-    targets = torch.randint(1000, (200,), generator=generator, device=device)
-    cu_seqlens = torch.tensor([0, 37, 38, 166, 256, 256, 256], dtype=torch.int32, device=device)
-    shapes = [(1, 256, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
-    shapes += (200, 64), (320, 64), (64, 320), (1000, 64), (1, 256, num_heads)
-    q, k, v, x, w_up, w_down, head, gates = (
-        torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
-        for shape in shapes
-    )
-    angles = torch.arange(256, device=device)[:, None, None] * torch.tensor(
-        [1.0, 0.03], device=device
-    )
-    raw = torch.cat([t.detach().flatten(2) for t in (q, k, v)], dim=2).requires_grad_()
-
-    def candidates(kernel, reference, library="triton"):
-        return ({library: kernel} if kernels and cuda and triton else {}) | {
-            "reference": reference
-        }, reference
-
-    trials = {  # operation -> candidates, reference, arguments
-        "attention": (
-            attention,
-            attention_sdpa,
-            (q, k, v, cu_seqlens, 128, 9 if attn_window else 0),
-        ),
-        "mlp": (*candidates(leaky_relu_sq_mlp, mlp_ref, "quack"), (x, w_up / 8, w_down / 18, 0.3)),
-        "cross_entropy": (
-            *candidates(linear_cross_entropy, linear_cross_entropy_ref),
-            (x, head, targets, 30.0),
-        ),
-        "qkv_heads": (
-            *candidates(qkv_heads, qkv_heads_ref),
-            (raw, gates[0, 0], angles.cos(), angles.sin(), num_kv_heads),
-        ),
-        "gated_xsa": (*candidates(gated_xsa, gated_xsa_ref), (q, v, gates, 2.0)),
-        "enter": (
-            *candidates(enter, enter_ref),
-            (
-                x,
-                w_up[:200],
-                head[:2],
-                angles[1, :, 0],
-                9,
-                (True, True),
-                head[200:400],
-                *w_down.float()[:, :2].T,
-            ),
-        ),
-        "adamw_rows": (
-            *candidates(adamw_rows, adamw_rows_ref),
-            (
-                head.detach().float(),
-                head.detach().float().square(),
-                x.detach()[:2],
-                targets[:2],
-                targets[2:4],
-                gates[0, :2, 0].detach().float().square(),
-                2.0,
-                (0.1, 0.5, 0.9),
-            ),
-        ),
-    }
-    names = {kind: _first_that_works(kind, *trial, notes) for kind, trial in trials.items()}
-    if names["attention"] is None:
-        raise SettingError(
-            f"ATTENTION_BACKEND={attention_backend} does not work here: {'; '.join(notes)}"
-        )
-    return Ops(
-        **{kind: trials[kind][0][name] for kind, name in names.items()},
-        names=names,
-        notes=tuple(notes),
-    )
+        if name is None:  # attention alone has candidates without the reference
+            raise SettingError(
+                f"ATTENTION_BACKEND={hp.attention_backend} does not work here: {'; '.join(notes)}"
+            )
+        names[kind] = name
+        chosen[kind] = operation.candidates[name]
+    return Ops(**chosen, names=names, notes=tuple(notes))
 
 
 # ---- MODEL ---------------------------------------------------------------------------------------
@@ -3536,7 +3734,9 @@ class TrainingClock:
         """[seconds on rank 0, *the largest of every rank's numbers]: what a step has to
         tell travels at once.
         """
-        return self.dist.agree((time.perf_counter() - self.start) * (self.dist.rank == 0), *numbers)
+        return self.dist.max_over_ranks(
+            (time.perf_counter() - self.start) * (self.dist.rank == 0), *numbers
+        )
 
     def seconds(self):
         return self.look()[0]
@@ -3741,52 +3941,67 @@ class Trainer:
 
 
 # ---- QUANTIZATION --------------------------------------------------------------------------------
-# of scales: 1e-10 would be 0 in fp16, and an all-zero row be divided by it
+# Limits of scales: fp16 would round a smaller one to 0, by which an all-zero row would be divided.
 FP16_RANGE = 2.0**-24, 65504.0
 DAMPING_RETRIES = 4
-# by code, see to_log2_eighths
-STEPS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])
-MAX_SHIFT = 7  # bits of a fine code
-WIDE_CODE = 127 << MAX_SHIFT
+# Step sizes are stored as int8 codes k for 2^(k/8). The step of a weight is its row's times its
+# column's: a sum of two codes, -256 to 255. Negative k index EXP2_EIGHTHS from its end, so that
+# EXP2_EIGHTHS[k] is 2^(k/8) for them, too.
+EXP2_EIGHTHS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])
+MAX_SHIFT = 7  # bits of a fine code, see split_wide_codes
+MAX_WIDE_CODE = 127 << MAX_SHIFT
 LQER_FIELDS = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
-# saved-weight name -> role, settings of its bits and clip; in the order of the artifact's groups
+MAX_FP16_ELEMENTS = 65_536  # a tensor with more elements must have a role in QUANT_TABLE
+
+
+class QuantRole(NamedTuple):
+    """How a matrix is quantized: its group in the artifact and the names of its settings."""
+
+    group: str
+    bits: str
+    clip_sigmas: str
+
+
+EMBEDDING_ROLE = QuantRole("embedding", "embed_bits", "embed_clip_sigmas")
+# by the name of the saved weight, in the order of the artifact's groups
 QUANT_TABLE = {
-    "tok_emb.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
-    "lm_head.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),  # TIE_EMBEDDINGS=0
-    "bigram.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
-    "value_embed.weight": ("embedding", "embed_bits", "embed_clip_sigmas"),
-    "blocks.{}.attn.c_q.weight": ("q", "matrix_bits", "attn_clip_sigmas"),
-    "blocks.{}.attn.c_k.weight": ("k", "matrix_bits", "attn_clip_sigmas"),
-    "blocks.{}.attn.c_v.weight": ("v", "matrix_bits", "attn_clip_sigmas"),
-    "blocks.{}.attn.c_proj.weight": ("out", "matrix_bits", "attn_clip_sigmas"),
-    "blocks.{}.mlp.c_fc.weight": ("up", "matrix_bits", "mlp_clip_sigmas"),
-    "blocks.{}.mlp.c_proj.weight": ("down", "matrix_bits", "mlp_clip_sigmas"),
+    "tok_emb.weight": EMBEDDING_ROLE,
+    "lm_head.weight": EMBEDDING_ROLE,  # TIE_EMBEDDINGS=0
+    "bigram.weight": EMBEDDING_ROLE,
+    "value_embed.weight": EMBEDDING_ROLE,
+    "blocks.{}.attn.c_q.weight": QuantRole("q", "matrix_bits", "attn_clip_sigmas"),
+    "blocks.{}.attn.c_k.weight": QuantRole("k", "matrix_bits", "attn_clip_sigmas"),
+    "blocks.{}.attn.c_v.weight": QuantRole("v", "matrix_bits", "attn_clip_sigmas"),
+    "blocks.{}.attn.c_proj.weight": QuantRole("out", "matrix_bits", "attn_clip_sigmas"),
+    "blocks.{}.mlp.c_fc.weight": QuantRole("up", "matrix_bits", "mlp_clip_sigmas"),
+    "blocks.{}.mlp.c_proj.weight": QuantRole("down", "matrix_bits", "mlp_clip_sigmas"),
 }
 
 
 def quant_role(name):
-    """Saved-weight name -> its row of QUANT_TABLE, None for a tensor that stays fp16 (or is an
-    attention gate).
-    """
+    """QuantRole of a saved weight; None for tensors that stay fp16 and for attention gates."""
     return QUANT_TABLE.get(re.sub(r"^blocks\.[0-9]+\.", "blocks.{}.", name))
 
 
+# --- GPTQ
+
+
 def inverse_cholesky_upper(h):
-    """(..., C, C) -> U (..., C, C), upper triangular, H^-1 = U^T U; NaN where H is not positive
-    definite.
-    """
-    # H = P P^T, P upper triangular, U = P^-1: half the work of inverting H and factoring the
-    # inverse
+    """Upper triangular U (..., C, C) with H^-1 = U^T U; NaN where H is not positive definite."""
+    # H = P P^T with P upper triangular gives U = P^-1: half the work of inverting H and factoring
+    # the inverse.
     lower, info = torch.linalg.cholesky_ex(h.flip(-2, -1))
-    # no synchronisation with the host
+    # a mask instead of an `if`, which would wait for the device
     lower = lower.masked_fill((info != 0)[..., None, None], math.nan)
     eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device).expand_as(h)
     return torch.linalg.solve_triangular(lower.flip(-2, -1), eye, upper=True)
 
 
 def damped_inverse_factor(h, damping, names):
-    """h (N, C, C), damping (N,), both overwritten -> U of (h + damping I)^-1; damping grows
-    where there is none.
+    """inverse_cholesky_upper of h (N, C, C) + damping (N,) times I; overwrites both arguments.
+
+    The damping of matrices without a factor grows tenfold, up to DAMPING_RETRIES times. ValueError
+    with their names if that does not help.
     """
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     undamped = diagonal.clone()
@@ -3794,11 +4009,10 @@ def damped_inverse_factor(h, damping, names):
         diagonal.copy_(undamped + damping[:, None])
         upper = inverse_cholesky_upper(h)
         failed = ~upper.isfinite().flatten(1).all(dim=1)
-        failed_names = ", ".join(
-            name for name, bad in zip(names, failed.tolist(), strict=True) if bad
-        )
+        failed_names = [name for name, bad in zip(names, failed.tolist(), strict=True) if bad]
         if not failed_names:
             return upper
+        failed_names = ", ".join(failed_names)
         warnings.warn(
             f"GPTQ: damping raised tenfold, retry {retry + 1}: {failed_names}", stacklevel=2
         )
@@ -3807,118 +4021,184 @@ def damped_inverse_factor(h, damping, names):
 
 
 def to_log2_eighths(x):
-    """Steps x > 0 -> int8 codes k, nearest 2^(k/8): GPTQ works with the rounded step, so the
-    grid costs no error.
+    """Positive step sizes -> int8 codes k with the nearest 2^(k/8).
+
+    GPTQ works with the rounded step sizes, so that rounding them adds no error.
     """
     return (8 * x.float().log2()).round_().clamp_(-127, 127).to(torch.int8)
 
 
-def column_step_codes(upper, octaves):
-    """Factor U (N, C, C) of the inverse Hessians -> codes int8 (N, C) of the columns' steps
-    relative
-    to their rows'.
+def from_log2_eighths(codes):
+    """Codes of to_log2_eighths, or sums of them -> step sizes in float32."""
+    return (codes / 8).exp2()
 
-    diag U is the inverse of a column's conditional deviation: the part of its input that the
-    columns after it do not predict. With steps proportional to it every column costs the same
+
+class StepGrid(NamedTuple):
+    """Step sizes as codes of to_log2_eighths: a weight's is that of its row times its column's."""
+
+    row_steps: Tensor  # int8 (N, R)
+    column_steps: Tensor  # int8 (N, C)
+
+
+def column_step_grid(upper, row_scale, octaves):
+    """StepGrid from factors U (N, C, C) of inverse Hessians and SDClip scales of rows (N, R).
+
+    diag U is the inverse of a column's conditional deviation, the part of its input that the
+    columns after it do not predict. With steps proportional to diag U every column adds the same
     weighted error, which is optimal for an entropy coder. `octaves` limits the range, because other
     text may use a column more than the calibration rows did.
     """
-    log_steps = upper.diagonal(dim1=1, dim2=2).log2()
-    log_steps = log_steps - log_steps.mean(dim=1, keepdim=True)
-    codes = to_log2_eighths(log_steps.clamp(-octaves, octaves).exp2())
-    return codes.clamp_(max=127 - 8 * MAX_SHIFT)  # room for split_wide_codes
+    log2_steps = upper.diagonal(dim1=1, dim2=2).log2()
+    log2_steps = log2_steps - log2_steps.mean(dim=1, keepdim=True)
+    column_steps = to_log2_eighths(log2_steps.clamp(-octaves, octaves).exp2())
+    column_steps.clamp_(max=127 - 8 * MAX_SHIFT)  # split_wide_codes may add 8 * MAX_SHIFT
+    return StepGrid(to_log2_eighths(row_scale), column_steps)
 
 
-def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column_octaves=None):
-    """w (N, R, C), hessian (N, C, C), N names -> codes int8 (N, R, C), scale fp16 (N, R). GPTQ
-    (arXiv:2210.17323), columns in descending order of diag H, and SDClip scales: clip_sigmas
-    standard deviations of the original row reach the largest code. The working copy is (N, C, R),
-    so that a column is contiguous, and nothing in the column loop waits for the device. Raises
-    ValueError with names if a Hessian cannot be made definite.
+class OrderedColumns(NamedTuple):
+    """Matrices with their columns in the order in which GPTQ quantizes them."""
 
-    With column_octaves, see column_step_codes -> codes int16, row steps int8 (N, R), column steps
-    int8 (N, C), both as to_log2_eighths: SDClip then sets the steps, but clips nothing.
+    weights: Tensor  # (N, C, R): transposed, so that a column is contiguous
+    upper: Tensor  # (N, C, C): factors of the damped inverse Hessians
+    order: Tensor  # (N, C): original index of each column
+
+
+def order_columns(w, hessian, damp, names):
+    """w (N, R, C) and hessian (N, C, C), both kept -> OrderedColumns, by descending diag H.
+
+    damp: share of the mean of diag H that is added to it.
     """
-    if infinite := [name for name, h in zip(names, hessian, strict=True) if h.isinf().any()]:
-        # codes would be noise
-        raise ValueError(f"GPTQ: the Hessian of {', '.join(infinite)} has infinite entries")
-    num_columns, q_max = w.shape[2], 2 ** (bits - 1) - 1
-    scale = (clip_sigmas * w.float().std(dim=2) / q_max).clamp(*FP16_RANGE).half()  # (N, R)
-    step = scale.float()
     h = hessian.float().clone()
     diagonal = h.diagonal(dim1=1, dim2=2)
     damping = damp * diagonal.mean(dim=1)
-    dead = diagonal == 0  # (N, C)
+    dead = diagonal == 0  # inputs that are 0 for all calibration tokens: their weights become 0
     diagonal.masked_fill_(dead, 1.0)
     order = diagonal.argsort(dim=1, descending=True, stable=True)
     h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None, :].expand_as(h))
     upper = damped_inverse_factor(h, damping, names)
-    work = w.float().mT.masked_fill(dead[:, :, None], 0.0)
-    row_order = order[:, :, None].expand_as(work)
-    work = work.gather(1, row_order)  # (N, C, R)
-    codes = torch.empty_like(work)
-    if column_octaves is not None:
-        q_max = WIDE_CODE
-        scale = to_log2_eighths(scale)
-        step = (scale / 8).exp2()
-        column_codes = column_step_codes(upper, column_octaves)
-        column_scale = (column_codes / 8).exp2()
-        work = work / column_scale[:, :, None]
-        upper = upper / column_scale[:, None, :]
-        column_codes = torch.empty_like(column_codes).scatter_(1, order, column_codes)
+    weights = w.float().mT.masked_fill(dead[:, :, None], 0.0)
+    weights = weights.gather(1, order[:, :, None].expand_as(weights))
+    return OrderedColumns(weights, upper, order)
+
+
+def quantize_column(column, step, max_code):
+    """One column of all rows (N, R) and their step sizes (N, R) -> codes (N, R) in float32."""
+    return (column / step).round_().clamp_(-max_code, max_code)
+
+
+def quantize_columns(weights, upper, step, max_code, block_size):
+    """The loop of GPTQ: quantizes column by column, later columns make up for the error so far.
+
+    weights (N, C, R), overwritten, upper (N, C, C), step (N, R) -> codes (N, C, R) in float32.
+    Later columns of a block are updated at once, all others at its end with one matmul. Nothing
+    here waits for the device.
+    """
+    num_columns = weights.shape[1]
+    codes = torch.empty_like(weights)
     for start in range(0, num_columns, block_size):
         stop = min(start + block_size, num_columns)
-        errors = torch.empty_like(work[:, start:stop])
+        errors = torch.empty_like(weights[:, start:stop])
         for j in range(start, stop):
-            codes[:, j] = (work[:, j] / step).round_().clamp_(-q_max, q_max)
-            errors[:, j - start] = error = (work[:, j] - codes[:, j] * step) / upper[:, j, j, None]
-            work[:, j + 1 : stop].addcmul_(
-                upper[:, j, j + 1 : stop, None], error[:, None, :], value=-1.0
-            )
-        work[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, errors, alpha=-1.0)
-    codes = torch.empty_like(codes).scatter_(1, row_order, codes)
-    codes = codes.mT.to(torch.int8 if column_octaves is None else torch.int16).contiguous()
-    return (codes, scale) if column_octaves is None else (codes, scale, column_codes)
+            codes[:, j] = quantize_column(weights[:, j], step, max_code)
+            error = (weights[:, j] - codes[:, j] * step) / upper[:, j, j, None]
+            errors[:, j - start] = error
+            later = slice(j + 1, stop)
+            weights[:, later].addcmul_(upper[:, j, later, None], error[:, None, :], value=-1.0)
+        weights[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, errors, alpha=-1.0)
+    return codes
+
+
+class QuantizedMatrices(NamedTuple):
+    """What gptq_quantize returns; no column_steps if all columns of a row share the row's step."""
+
+    codes: Tensor  # (N, R, C): int8, int16 with column steps
+    scale: Tensor  # (N, R): fp16 step sizes, with column steps int8 codes of to_log2_eighths
+    column_steps: Tensor | None = None  # (N, C): int8 codes of to_log2_eighths
+
+    def step_sizes(self):
+        """The step size of every weight in float32, shape (N, R, 1) or (N, R, C)."""
+        rows = self.scale.float()[..., None]
+        if self.column_steps is None:
+            return rows
+        return from_log2_eighths(rows + self.column_steps[:, None])
+
+
+def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column_octaves=None):
+    """GPTQ (arXiv:2210.17323) of w (N, R, C) with Hessians (N, C, C) -> QuantizedMatrices.
+
+    SDClip sets the step sizes of rows: clip_sigmas standard deviations of the original row reach
+    the largest code. With column_octaves columns have steps, too (column_step_grid), and nothing is
+    clipped, because codes may be wide (split_wide_codes). ValueError with the names of matrices
+    whose Hessian is infinite or cannot be made positive definite.
+    """
+    infinite = [name for name, h in zip(names, hessian, strict=True) if h.isinf().any()]
+    if infinite:  # the codes would be noise
+        raise ValueError(f"GPTQ: the Hessian of {', '.join(infinite)} has infinite entries")
+    max_code = 2 ** (bits - 1) - 1
+    scale = (clip_sigmas * w.float().std(dim=2) / max_code).clamp(*FP16_RANGE).half()
+    weights, upper, order = order_columns(w, hessian, damp, names)
+    if column_octaves is None:
+        column_steps = None
+        codes = quantize_columns(weights, upper, scale.float(), max_code, block_size)
+    else:
+        scale, column_steps = column_step_grid(upper, scale, column_octaves)
+        # dividing by the column steps leaves a step that all columns of a row share
+        column_scale = from_log2_eighths(column_steps)
+        weights = weights / column_scale[:, :, None]
+        upper = upper / column_scale[:, None, :]
+        codes = quantize_columns(
+            weights, upper, from_log2_eighths(scale), MAX_WIDE_CODE, block_size
+        )
+        column_steps = torch.empty_like(column_steps).scatter_(1, order, column_steps)
+    codes = torch.empty_like(codes).scatter_(1, order[:, :, None].expand_as(codes), codes)
+    dtype = torch.int8 if column_steps is None else torch.int16
+    return QuantizedMatrices(codes.mT.to(dtype).contiguous(), scale, column_steps)
 
 
 def split_wide_codes(codes, column_steps):
-    """Codes int16 (R, C), column steps int8 (C,) -> fields with int8 codes: code = 2^shift coarse +
-    fine.
+    """Codes int16 (R, C), column steps int8 (C,) -> artifact fields in which all codes are int8.
 
     The last norm's output has a few columns of 10 to 30 times the others' deviation. The steps of
-    these columns of the embedding are so small that int8 would cut codes off below four deviations
-    of the weights (it cost 0.07 to 0.09 BPB, docs/LOG.md). For them what lies below an ordinary
-    step is stored apart: fine codes (R, k), columns, shifts (k,).
+    these columns of the embedding are so small that int8 would clip codes below four deviations
+    of the weights (it cost 0.07 to 0.09 BPB, docs/LOG.md). Their codes are split: code = 2^shift
+    coarse + fine, with the column's step 2^shift times as large in "column_steps", and the fields
+    "fine_codes" (R, k), "fine_columns" (k,), "fine_shift" (k,).
     """
-    wide = (codes.abs().amax(dim=0) > 127).nonzero()[:, 0]
-    if not len(wide):
+    is_wide = codes.abs().amax(dim=0) > 127
+    columns = is_wide.nonzero()[:, 0]
+    if not len(columns):
         return {"codes": codes.to(torch.int8), "column_steps": column_steps}
-    largest = codes[:, wide].abs().amax(dim=0).float()
-    shift = (
-        torch.maximum((largest / 127).log2().ceil(), (-column_steps[wide] / 8).round())
-        .clamp(1, MAX_SHIFT)
-        .int()
-    )
-    coarse = (codes[:, wide] / 2.0**shift).round().clamp(-127, 127).int()
-    narrow, steps = codes.clone(), column_steps.int()
-    narrow[:, wide] = coarse.to(codes.dtype)
-    steps[wide] += 8 * shift
-    fine = codes[:, wide].int() - (coarse << shift)
+    wide = codes[:, columns]
+    largest = wide.abs().amax(dim=0).float()
+    needed_shift = (largest / 127).log2().ceil()
+    ordinary_shift = (-column_steps[columns] / 8).round()  # the step becomes that of the row
+    shift = torch.maximum(needed_shift, ordinary_shift).clamp(1, MAX_SHIFT).int()
+    coarse = (wide / 2.0**shift).round().clamp(-127, 127).int()
+    fine = wide.int() - (coarse << shift)
+    coarse_codes = codes.clone()
+    coarse_codes[:, columns] = coarse.to(codes.dtype)
+    coarse_steps = column_steps.int()
+    coarse_steps[columns] += 8 * shift
     return {
-        "codes": narrow.to(torch.int8),
-        "column_steps": steps.to(torch.int8),
+        "codes": coarse_codes.to(torch.int8),
+        "column_steps": coarse_steps.to(torch.int8),
         "fine_codes": fine.to(torch.int8),
-        "fine_columns": wide.to(torch.int16),
+        "fine_columns": columns.to(torch.int16),
         "fine_shift": shift.to(torch.int8),
     }
 
 
-def quantize_rows(x, low, high, steps):
-    """x (..., C) -> codes int8 (..., C) in [low, high], scale fp16 (...): largest |x| of the
-    row over `steps`.
+# --- LQER
+
+
+def quantize_rows(x, low, high, max_level):
+    """x (..., C) -> codes int8 (..., C) in [low, high], scale fp16 (...).
+
+    The largest |x| of a row is max_level times its scale.
     """
-    scale = (x.float().abs().amax(dim=-1) / steps).clamp(*FP16_RANGE).half()
-    return (x.float() / scale.float()[..., None]).round_().clamp_(low, high).to(torch.int8), scale
+    scale = (x.float().abs().amax(dim=-1) / max_level).clamp(*FP16_RANGE).half()
+    codes = (x.float() / scale.float()[..., None]).round_().clamp_(low, high)
+    return codes.to(torch.int8), scale
 
 
 def lqer_factors(error, rank, root=None):
@@ -3938,218 +4218,247 @@ def lqer_factors(error, rank, root=None):
 
 
 def pack_factors(a, b, hp):
-    """a (R, r), b (r, C) -> LQER_FIELDS: codes int8, scales fp16, () and (groups,) if
-    asymmetric, or (R,), (r,).
+    """LQER factors a (R, r), b (r, C) -> LQER_FIELDS: int8 codes and fp16 scales.
+
+    With LQER_ASYM_ENABLED a has 2 bits and one scale, b 4 bits and a scale for every
+    LQER_ASYM_GROUP elements; else, or if the groups do not divide b, both have LQER_FACTOR_BITS and
+    a scale for every row.
     """
     if hp.lqer_asym_enabled and b.numel() % hp.lqer_asym_group == 0:
         a_codes, a_scale = quantize_rows(a.flatten(), -2, 1, 1.5)
-        # groups may cross rows of b
-        b_codes, b_scale = quantize_rows(b.reshape(-1, hp.lqer_asym_group), -8, 7, 7.5)
+        groups = b.reshape(-1, hp.lqer_asym_group)  # a group may cross rows
+        b_codes, b_scale = quantize_rows(groups, -8, 7, 7.5)
     else:
-        q_max = 2 ** (hp.lqer_factor_bits - 1) - 1
-        (a_codes, a_scale), (b_codes, b_scale) = (
-            quantize_rows(x, -q_max, q_max, q_max) for x in (a, b)
-        )
-    return dict(
-        zip(LQER_FIELDS, (a_codes.view_as(a), a_scale, b_codes.view_as(b), b_scale), strict=True)
-    )
+        max_code = 2 ** (hp.lqer_factor_bits - 1) - 1
+        a_codes, a_scale = quantize_rows(a, -max_code, max_code, max_code)
+        b_codes, b_scale = quantize_rows(b, -max_code, max_code, max_code)
+    values = a_codes.view_as(a), a_scale, b_codes.view_as(b), b_scale
+    return dict(zip(LQER_FIELDS, values, strict=True))
 
 
 def unpack_factors(fields):
-    """LQER_FIELDS of a matrix in fp32 -> A (R, r), B (r, C); a 0-d scale of A tells the
-    asymmetric packing.
-    """
-    a, a_scale, b, b_scale = (fields[key] for key in LQER_FIELDS)
-    if a_scale.ndim == 0:
-        return a * a_scale, (b.reshape(b_scale.size, -1) * b_scale[:, None]).reshape(b.shape)
+    """LQER_FIELDS of a matrix in fp32 -> A (R, r), B (r, C)."""
+    a = fields["lqer_a"]
+    a_scale = fields["lqer_a_scale"]
+    b = fields["lqer_b"]
+    b_scale = fields["lqer_b_scale"]
+    if a_scale.ndim == 0:  # LQER_ASYM_ENABLED
+        groups = b.reshape(b_scale.size, -1) * b_scale[:, None]
+        return a * a_scale, groups.reshape(b.shape)
     return a * a_scale[:, None], b * b_scale[:, None]
 
 
+# --- all weights of a model
+
+
 def share_matrices(matrices, world_size):
-    """{name: (R, C)} -> names per rank, dearest first onto the least loaded rank; the same on
-    every rank.
-    """
+    """{name: (R, C)} -> names of each rank, loads balanced; the same on every rank."""
     cost = {name: w.shape[0] * w.shape[1] ** 2 for name, w in matrices.items()}
-    return balance(sorted(cost, key=lambda name: (-cost[name], name)), cost.get, world_size)
+    by_cost = sorted(cost, key=lambda name: (-cost[name], name))
+    return balance(by_cost, cost.get, world_size)
 
 
 def quantize_matrices(names, weights, hessians, hp):
-    """Names -> {name: fields codes, scale}, {name: E = W - codes scale (R, C)}; matrices of one
-    shape share a batch.
+    """GPTQ of the named matrices -> {name: its fields}, {name: error W - dequantized W (R, C)}.
+
+    Matrices with the same shape and settings are quantized as one batch.
     """
-    batches, packed, errors = defaultdict(list), {}, {}
+    batches = defaultdict(list)
     for name in names:
-        _, bits, clip = quant_role(name)
-        batches[weights[name].shape, getattr(hp, bits), getattr(hp, clip)].append(name)
+        role = quant_role(name)
+        key = weights[name].shape, getattr(hp, role.bits), getattr(hp, role.clip_sigmas)
+        batches[key].append(name)
+    column_octaves = hp.gptq_column_octaves if hp.gptq_column_steps else None
+    fields = {}
+    errors = {}
     for (_, bits, clip_sigmas), batch in batches.items():
-        w, h = (
-            torch.stack([source[name].float() for name in batch]) for source in (weights, hessians)
-        )
-        if hp.hessian_clip_lambda and quant_role(batch[0])[0] != "embedding":
+        w = torch.stack([weights[name].float() for name in batch])
+        h = torch.stack([hessians[name].float() for name in batch])
+        if hp.hessian_clip_lambda and quant_role(batch[0]) != EMBEDDING_ROLE:
             clip_sigmas = techniques.hessian_aware_sigmas(w, h, clip_sigmas, hp.hessian_clip_lambda)
-        column_octaves = hp.gptq_column_octaves if hp.gptq_column_steps else None
-        found = gptq_quantize(
+        quantized = gptq_quantize(
             w, h, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, batch, column_octaves
         )
-        for name, weight, codes, scale, *columns in zip(batch, w, *found, strict=True):
-            packed[name] = {"codes": codes, "scale": scale}
-            step = scale.float()[:, None]
-            if hp.gptq_column_steps:
-                packed[name] |= split_wide_codes(codes, columns[0])
-                step = ((step + columns[0]) / 8).exp2()
-            errors[name] = weight - codes * step
-    return packed, errors
+        error = w - quantized.codes * quantized.step_sizes()
+        for i, name in enumerate(batch):
+            fields[name] = {"codes": quantized.codes[i], "scale": quantized.scale[i]}
+            if quantized.column_steps is not None:
+                fields[name] |= split_wide_codes(quantized.codes[i], quantized.column_steps[i])
+            errors[name] = error[i]
+    return fields, errors
 
 
 def quantize_small(name, w, hp):
-    """A tensor without a role -> its fields, in its own shape: int8 rows (attention gates) or
-    fp16.
-    """
+    """Fields, in its own shape, of a tensor without a role: int8 rows of attention gates, fp16."""
     if name.endswith("attn_gate") and hp.gated_attn_quant_gate:
-        return dict(zip(("codes", "scale"), quantize_rows(w, -127, 127, 127), strict=True))
+        codes, scale = quantize_rows(w, -127, 127, 127)
+        return {"codes": codes, "scale": scale}
     return {"fp16": w.half()}
 
 
-MAX_FP16_ELEMENTS = 65_536  # a tensor with more elements must have a role in QUANT_TABLE
-
-
 def check_quantizable(weights, hessians):
-    """ValueError for what quantize_weights cannot keep, on every rank alike."""
+    """ValueError for weights that quantize_weights cannot store; the same on every rank."""
     for name, w in weights.items():
         if not w.half().isfinite().all():
             raise ValueError(f"{name} holds numbers that are not finite or beyond fp16")
-        if quant_role(name) is None and w.numel() > MAX_FP16_ELEMENTS:
-            raise ValueError(
-                f"{name} has {w.numel()} elements and no role in QUANT_TABLE: too large for fp16"
-            )
-        if quant_role(name) and (
-            name not in hessians or hessians[name].shape != (w.shape[1], w.shape[1])
-        ):
+        if quant_role(name) is None:
+            if w.numel() > MAX_FP16_ELEMENTS:
+                raise ValueError(
+                    f"{name} has {w.numel()} elements and no role in QUANT_TABLE: too large for"
+                    " fp16"
+                )
+        elif name not in hessians or hessians[name].shape != (w.shape[1], w.shape[1]):
             raise ValueError(f"{name} {tuple(w.shape)} needs a Hessian of its columns")
+
+
+def merge_dicts(dicts):
+    """One dict with the items of all."""
+    merged = {}
+    for items in dicts:
+        merged |= items
+    return merged
 
 
 @torch.no_grad()
 def quantize_weights(weights, hessians, hp, dist):
-    """Saved weights by name, Hessians (C, C) by the same names -> numpy arrays "name:field", the
-    same
-    on every rank. Fields: codes, scale, column_steps; LQER_FIELDS; fp16. Every matrix is the work
-    of one rank, small tensors are rank 0's, and LQER takes the largest gains over all ranks. Raises
-    ValueError, on all ranks, naming the tensors at fault.
+    """Saved weights and Hessians (C, C), by name -> numpy arrays "name:field", on every rank.
+
+    Fields: codes, scale, column_steps, fine_*; LQER_FIELDS; fp16. Each matrix is quantized by one
+    rank, small tensors by rank 0, and LQER corrects the matrices with the largest errors over all
+    ranks. ValueError with the names of the tensors at fault, raised on all ranks.
     """
     check_quantizable(weights, hessians)
     matrices = {name: w for name, w in weights.items() if quant_role(name)}
     try:
         mine = share_matrices(matrices, dist.world_size)[dist.rank]
-        packed, errors = quantize_matrices(mine, weights, hessians, hp)
-        # the largest get a correction
+        fields, errors = quantize_matrices(mine, weights, hessians, hp)
         outcome = {name: error.norm().item() for name, error in errors.items()}
         if hp.lqer_weighted:
             outcome = {
                 name: techniques.weighted_gain(error, hessians[name], hp)
                 for name, error in errors.items()
             }
-    except ValueError as error:  # told to the other ranks, which would wait for this one's part
+    except ValueError as error:  # goes to the other ranks, which would wait for this one's part
         outcome = str(error)
     outcomes = dist.all_gather_object(outcome)
-    if failures := [outcome for outcome in outcomes if isinstance(outcome, str)]:
+    failures = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    if failures:
         raise ValueError("; ".join(failures))
     if dist.rank == 0:
-        packed |= {
-            name: quantize_small(name, w, hp) for name, w in weights.items() if name not in matrices
-        }
+        for name in weights.keys() - matrices.keys():
+            fields[name] = quantize_small(name, weights[name], hp)
     if hp.lqer_enabled:
-        gains = {name: gain for part in outcomes for name, gain in part.items()}
-        chosen = sorted(gains, key=lambda name: (-gains[name], name))[: hp.lqer_top_k]
-        for name in set(chosen) & set(errors):
+        gains = merge_dicts(outcomes)
+        by_gain = sorted(gains, key=lambda name: (-gains[name], name))
+        for name in set(by_gain[: hp.lqer_top_k]) & set(errors):
             root = (
                 techniques.hessian_root(hessians[name], hp.gptq_damp) if hp.lqer_weighted else None
             )
-            packed[name] |= pack_factors(*lqer_factors(errors[name], hp.lqer_rank, root), hp)
-    packed = {
-        name: {field: x.cpu().numpy() for field, x in fields.items()}
-        for name, fields in packed.items()
-    }
-    packed = {
-        name: fields for part in dist.all_gather_object(packed) for name, fields in part.items()
-    }
-    # the caller's order
-    return {f"{name}:{field}": array for name in weights for field, array in packed[name].items()}
+            fields[name] |= pack_factors(*lqer_factors(errors[name], hp.lqer_rank, root), hp)
+    arrays = {}
+    for name, tensors in fields.items():
+        arrays[name] = {field: tensor.cpu().numpy() for field, tensor in tensors.items()}
+    arrays = merge_dicts(dist.all_gather_object(arrays))
+    return {f"{name}:{field}": array for name in weights for field, array in arrays[name].items()}
 
 
-def check_fields(name, fields):
-    """ValueError for fields of which no weight can be made: an artifact may hold any names and
-    shapes.
+# --- rebuilding the weights
+
+
+def fields_fit(shapes):
+    """Whether a weight can be made of fields of these shapes: an artifact may hold any."""
+    if shapes.keys() == {"fp16"}:
+        return True
+    codes = shapes.get("codes", ())
+    if "fp16" in shapes or not codes or shapes.get("scale") != codes[:-1]:
+        return False
+    if shapes.keys() == {"codes", "scale"}:
+        return True
+    if len(codes) != 2 or shapes.get("column_steps", codes[1:]) != codes[1:]:
+        return False
+    if "fine_codes" in shapes and "column_steps" not in shapes:
+        return False  # add_fine_codes checks their shapes
+    if not shapes.keys() & set(LQER_FIELDS):
+        return True
+    a, b = shapes.get("lqer_a"), shapes.get("lqer_b")
+    if not a or not b or (a[0], *b[1:]) != codes or a[1:] != b[:1]:
+        return False
+    scales = shapes.get("lqer_a_scale"), shapes.get("lqer_b_scale")
+    is_asymmetric = scales[0] == () and scales[1] is not None and len(scales[1]) == 1
+    return is_asymmetric or scales == (a[:1], b[:1])
+
+
+def table_steps(codes):
+    """Sums of step codes, any float32 numbers -> step sizes, the same bits on every machine."""
+    codes = np.nan_to_num(codes).clip(-256, 255)
+    return EXP2_EIGHTHS[codes.astype(int)]
+
+
+def add_fine_codes(w, name, fields, step_codes):
+    """Adds the fine codes of split_wide_codes to weights w (R, C), in place.
+
+    step_codes (R, C): what the steps of the coarse codes are in the table.
     """
-    shape = {field: array.shape for field, array in fields.items()}
-    codes, scale = shape.get("codes", ()), shape.get("scale")
-    fits = (
-        shape.keys() == {"fp16"} or len(codes) > 0 and scale == codes[:-1] and "fp16" not in shape
-    )
-    if shape.keys() - {"fp16", "codes", "scale"}:
-        fits = fits and len(codes) == 2 and shape.get("column_steps", codes[1:]) == codes[1:]
-    if "fine_codes" in shape:
-        fits = fits and "column_steps" in shape
-    if fits and shape.keys() & set(LQER_FIELDS):
-        a, a_scale, b, b_scale = (shape.get(field) for field in LQER_FIELDS)
-        fits = a and b and (a[0], *b[1:]) == codes and a[1:] == b[:1]
-        fits = fits and (a_scale == () and b_scale or (a_scale, b_scale) == (a[:1], b[:1]))
+    absent = np.zeros(0)
+    columns = fields.get("fine_columns", absent).astype(int)
+    shift = fields.get("fine_shift", absent).astype(int)
+    fine_codes = fields["fine_codes"]
+    fits = columns.ndim == 1 and shift.shape == columns.shape
+    fits = fits and fine_codes.shape == (len(w), len(columns))
+    if fits and len(columns):
+        is_ascending = (np.diff(columns) > 0).all()
+        fits = is_ascending and columns[0] >= 0 and columns[-1] < w.shape[1]
     if not fits:
-        raise ValueError(f"{name}: no weight can be made of the fields {shape}")
+        raise ValueError(f"{name}: fine codes {fine_codes.shape} do not fit the matrix {w.shape}")
+    w[:, columns] += fine_codes * table_steps(step_codes[:, columns] - 8 * shift)
 
 
-def add_fine_codes(w, name, fields, steps):
-    """Adds what split_wide_codes split off to weights w (R, C), in place; steps (R, C): codes
-    of their steps.
-    """
-    columns, shift = (
-        fields.get(key, np.zeros(0)).astype(int) for key in ("fine_columns", "fine_shift")
-    )
-    fits = (
-        columns.ndim == 1
-        and columns.shape == shift.shape
-        and fields["fine_codes"].shape == (len(w), columns.size)
-    )
-    if (
-        not fits
-        or (np.diff(columns) <= 0).any()
-        or columns.size
-        and not 0 <= columns[0] <= columns[-1] < w.shape[1]
-    ):
-        raise ValueError(
-            f"{name}: fine codes {fields['fine_codes'].shape} do not fit the matrix {w.shape}"
-        )
-    fine_steps = (steps[:, columns] - 8 * shift).clip(-256, 255)
-    w[:, columns] += fields["fine_codes"] * STEPS[fine_steps.astype(int)]
+def dequantize_fields(name, fields):
+    """Fields of a weight in float32 -> the weight in float32. ValueError if they do not fit."""
+    shapes = {field: array.shape for field, array in fields.items()}
+    if not fields_fit(shapes):
+        raise ValueError(f"{name}: no weight can be made of the fields {shapes}")
+    if "fp16" in fields:
+        return fields["fp16"]
+    codes = fields["codes"]
+    scale = fields["scale"][..., None]
+    if "column_steps" in fields:
+        step_codes = scale + fields["column_steps"]
+        w = codes * table_steps(step_codes)
+    else:
+        w = codes * scale
+    if "fine_codes" in fields:
+        add_fine_codes(w, name, fields, step_codes)
+    if "lqer_a" in fields:
+        a, b = unpack_factors(fields)
+        for r in range(a.shape[1]):
+            w += a[:, r, None] * b[r]
+    return w
 
 
 def dequantize_weights(arrays):
-    """Arrays of quantize_weights -> saved weights by name, fp32 on the CPU, the same bits on every
-    machine. Only elementwise fp32 operations in a fixed order: a matrix product would leave the
-    order of its sums to the BLAS.
+    """Arrays of quantize_weights -> saved weights by name, float32 on the CPU.
+
+    The same bits on every machine: only elementwise float32 operations in a fixed order, as a
+    matmul would leave the order of its sums to the BLAS. ValueError for arrays that do not fit.
     """
-    entries, weights = defaultdict(dict), {}
+    fields = defaultdict(dict)
     for key, array in arrays.items():
         name, _, field = key.rpartition(":")
-        entries[name][field] = array.astype(np.float32)
-    for name, fields in entries.items():
-        check_fields(name, fields)
-        w = fields["fp16"] if "fp16" in fields else fields["codes"] * fields["scale"][..., None]
-        if "column_steps" in fields:
-            steps = fields["scale"][:, None] + fields["column_steps"]
-            w = fields["codes"] * STEPS[steps.clip(-256, 255).astype(int)]
-            if "fine_codes" in fields:
-                add_fine_codes(w, name, fields, steps)
-        if "lqer_a" in fields:
-            a, b = unpack_factors(fields)
-            for r in range(a.shape[1]):
-                w += a[:, r, None] * b[r]
-        weights[name] = torch.from_numpy(w)
+        fields[name][field] = array.astype(np.float32)
+    weights = {}
+    for name, tensors in fields.items():
+        weights[name] = torch.from_numpy(dequantize_fields(name, tensors))
     return weights
 
 
+# --- calibration and the check of the result
+
+
 class HessianTap:
-    """Adds up x^T x over tokens for the input of every matrix, in float32; passes of a looped
-    layer add to one sum.
+    """Adds up x^T x over tokens for the input x of every matrix, in float32.
+
+    Passes of a looped layer add to the same sum.
     """
 
     splits_mlp = True
@@ -4161,7 +4470,8 @@ class HessianTap:
     }
 
     def __init__(self, sums=None, layer=None):
-        self.sums, self.layer = {} if sums is None else sums, layer
+        self.sums = {} if sums is None else sums
+        self.layer = layer
 
     def at(self, slot, layer):
         return HessianTap(self.sums, layer)
@@ -4173,15 +4483,14 @@ class HessianTap:
 
     def add(self, key, x):
         x = x.flatten(0, -2)
-        # sums in float32, as in the other branch
-        tensor_cores = x.is_cuda and x.dtype == torch.bfloat16
-        gram = (
-            torch.mm(x.T, x, out_dtype=torch.float32) if tensor_cores else x.float().T @ x.float()
-        )
+        if x.is_cuda and x.dtype == torch.bfloat16:  # tensor cores, which sum in float32
+            gram = torch.mm(x.T, x, out_dtype=torch.float32)
+        else:
+            gram = x.float().T @ x.float()
         self.sums[key] = self.sums[key] + gram if key in self.sums else gram
 
     def hessians(self, head_name):
-        """{saved weight name: (in, in) sum}."""
+        """{saved weight name: sum (in, in)}; head_name: the weight that makes the logits."""
         by_name = {}
         for (site, layer), gram in self.sums.items():
             names = [f"blocks.{layer}.{matrix}.weight" for matrix in self.WATCHED.get(site, ())]
@@ -4191,10 +4500,10 @@ class HessianTap:
 
 @torch.no_grad()
 def collect_hessians(model, loader, hp, dist):
-    """Hessians of every matrix from GPTQ_CALIBRATION_BATCHES packed training rows, the same rows
-    for
-    any world size. -> {saved weight name: (in, in) float32, mean over rows}; rows are shared out
-    over ranks, sums all-reduced.
+    """{saved weight name: Hessian (in, in) in float32}, means over rows of training data.
+
+    GPTQ_CALIBRATION_BATCHES packed rows, the same for any world size, are shared out over ranks;
+    the sums are all-reduced.
     """
     tap = HessianTap()
     mine = range(dist.rank, hp.gptq_calibration_batches, dist.world_size)
@@ -4211,9 +4520,11 @@ def collect_hessians(model, loader, hp, dist):
         )
         tap.add(("lm_head", 0), hidden)
     for gram in tap.sums.values():
-        gram /= hp.gptq_calibration_batches if hp.gptq_all_reduce else max(1, len(mine))
         if hp.gptq_all_reduce:
+            gram /= hp.gptq_calibration_batches
             dist.all_reduce(gram if mine else gram.zero_())
+        else:
+            gram /= max(1, len(mine))
     hessians = tap.hessians("tok_emb.weight" if hp.tie_embeddings else "lm_head.weight")
     if hp.bigram_vocab_size or hp.value_embed_layers:
         hessians |= techniques.table_hessians(model)
@@ -4221,127 +4532,145 @@ def collect_hessians(model, loader, hp, dist):
     return {"tok_emb.weight": torch.eye(hp.model_dim, device=dist.device)} | hessians
 
 
+@torch.no_grad()
 def held_out_loss(model, loader, hp, dist):
-    """Mean loss, nats a token, on the training rows that were held out, shared out over ranks; None
-    without any.
+    """Mean loss in nats per token on the held-out training rows, the same on every rank.
 
-    On uncompiled code, like the Hessians: there is no graph for this in a few seconds of the
-    reserve.
+    None without held-out rows. The code is not compiled, like that of the Hessians: there is no
+    graph for it, and compiling would take longer than the reserve.
     """
     if not loader.held_out_rows:
         return None
     total = torch.zeros((), device=dist.device, dtype=torch.float64)
-    with torch.no_grad():
-        for index in range(dist.rank, loader.held_out_rows, dist.world_size):
-            row = loader.held_out_row(index)
-            hidden = model.forward_hidden(
-                row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True
-            )
-            for h, t in zip(
-                hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True
-            ):
-                total += model.token_losses(h, t).sum(dtype=torch.float64)
+    for index in range(dist.rank, loader.held_out_rows, dist.world_size):
+        row = loader.held_out_row(index)
+        hidden = model.forward_hidden(
+            row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True
+        )
+        chunks = zip(hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True)
+        for h, targets in chunks:
+            total += model.token_losses(h, targets).sum(dtype=torch.float64)
     return dist.all_reduce(total).item() / (loader.held_out_rows * hp.micro_batch_tokens)
 
 
 def plainer_quantizations(hp):
-    """Settings to try in turn where quantization ruins a model: the same step for all columns of a
-    row, then with a damping as large as the mean of the Hessian's diagonal, which leaves little but
-    rounding to the nearest.
+    """Settings to try in turn if quantization as set ruins the model.
+
+    First one step for all columns of a row. Then also a damping as large as the mean of the
+    Hessian's diagonal, which leaves little more than rounding to the nearest code.
     """
-    plain = dataclasses.replace(hp, gptq_column_steps=False)
-    ways = [plain, dataclasses.replace(plain, gptq_damp=max(1.0, hp.gptq_damp))]
-    return [way for way in ways if way != hp]
+    row_steps = dataclasses.replace(hp, gptq_column_steps=False)
+    damped = dataclasses.replace(row_steps, gptq_damp=max(1.0, hp.gptq_damp))
+    return [plainer for plainer in (row_steps, damped) if plainer != hp]
+
+
+class CheckedQuantization(NamedTuple):
+    """Arrays of quantize_weights, the settings they were made with, and their gap."""
+
+    hp: Hyperparameters
+    arrays: dict
+    gap: (
+        float  # nats per token that quantization adds to the held-out loss, inf if it is not finite
+    )
 
 
 class QuantizationCheck:
-    """Compares the loss of the quantized with that of the fp32 model on the training rows that were
-    held out.
+    """Compares the losses of the quantized and the fp32 model on the held-out training rows.
 
-    The calibration error cannot tell a bad quantization: it is measured on the rows that the
-    Hessians were made from.
+    The calibration error cannot reveal a bad quantization, because it is measured on the rows that
+    the Hessians were made from.
     """
 
     def __init__(self, model, loader, hp, dist, log):
-        self.model, self.loader, self.hp, self.dist, self.log = model, loader, hp, dist, log
+        self.model = model
+        self.loader = loader
+        self.hp = hp
+        self.dist = dist
+        self.log = log
         self.weights = {name: tensor.detach().clone() for name, tensor in unbank(model).items()}
         self.tried = []  # for RESULT: settings and gap of each quantization
-        self.kept = None  # the one of them that is written
+        self.kept = None  # the item of `tried` that is written
         with log.stage("quant_check"):
             self.fp32_loss = held_out_loss(model, loader, hp, dist)
 
     def gap(self, arrays, hp):
-        """Arrays of quantize_weights -> nats a token that they add to the loss; the model
-        keeps its fp32 weights.
+        """Loss in nats per token that the arrays add, inf if it is not finite; notes it in `tried`.
+
+        The model gets its fp32 weights back.
         """
         with self.log.stage("quant_check"):
             rebank(self.model, dequantize_weights(arrays))
             loss = held_out_loss(self.model, self.loader, self.hp, self.dist)
             rebank(self.model, self.weights)
         gap = loss - self.fp32_loss
-        settings = dataclasses.asdict(hp).items()
-        changed = [
-            f"{name.upper()}={value:g}"
-            for name, value in settings
-            if value != getattr(self.hp, name)
-        ]
+        is_finite = math.isfinite(gap)
+        changed = []
+        for name, value in dataclasses.asdict(hp).items():
+            if value != getattr(self.hp, name):
+                changed.append(f"{name.upper()}={value:g}")
         settings = " ".join(changed) or "as set"
-        self.tried.append(
-            {"settings": settings, "gap": round(gap, 6) if math.isfinite(gap) else None}
-        )
+        self.tried.append({"settings": settings, "gap": round(gap, 6) if is_finite else None})
         self.log(f"quant_check fp32_loss:{self.fp32_loss:.6f} gap:{gap:.6f} settings:{settings}")
-        return gap if math.isfinite(gap) else math.inf
+        return gap if is_finite else math.inf
 
     def choose(self, quantize, seconds_left):
-        """Quantizes as set and, while the gap is above QUANT_GAP_MAX, in plainer ways -> settings,
-        arrays of the best.
+        """Quantizes as set, then in plainer ways until the gap is at most QUANT_GAP_MAX.
 
-        quantize(hp) -> arrays. No other way is begun when seconds_left() are fewer than the last
-        one took.
+        quantize(hp) -> arrays. Stops early if seconds_left() is less than the last attempt took.
+        Returns the settings and arrays with the smallest gap.
         """
         if self.fp32_loss is None:
             return self.hp, quantize(self.hp)
-        best_gap, best = math.inf, None
+        best = None
         for hp in (self.hp, *plainer_quantizations(self.hp)):
             started = time.perf_counter()
             arrays = quantize(hp)
             gap = self.gap(arrays, hp)
-            if best is None or gap < best_gap:
-                best_gap, best = gap, (hp, arrays)
+            if best is None or gap < best.gap:
+                best = CheckedQuantization(hp, arrays, gap)
                 self.kept = self.tried[-1]
-            if best_gap <= self.hp.quant_gap_max:
+            if best.gap <= self.hp.quant_gap_max:
                 break
             self.log(
                 f"note: quantization adds {gap:.4f} nats a token, more than"
                 f" QUANT_GAP_MAX={self.hp.quant_gap_max}"
             )
-            # clocks of ranks differ: all must agree, or one would wait for the others in a
-            # collective
-            if self.dist.agree(time.perf_counter() - started)[0] > seconds_left():
+            # Clocks differ: all ranks must decide the same, or one would wait in a collective.
+            (seconds_used,) = self.dist.max_over_ranks(time.perf_counter() - started)
+            if seconds_used > seconds_left():
                 self.log("note: no seconds are left for a plainer quantization")
                 break
-        return best
+        return best.hp, best.arrays
 
     def summary(self):
-        """For RESULT: rows, loss of the fp32 model, the gap that was kept and its settings,
-        and all that was tried.
-        """
+        """For RESULT: the loss of the fp32 model, the quantization that was kept, and all tried."""
         if self.fp32_loss is None:
             return None
-        rows, loss = self.loader.held_out_rows, round(self.fp32_loss, 6)
-        return {"rows": rows, "fp32_loss": loss, **self.kept, "tried": self.tried}
+        return {
+            "rows": self.loader.held_out_rows,
+            "fp32_loss": round(self.fp32_loss, 6),
+            **self.kept,
+            "tried": self.tried,
+        }
 
 
 # ---- ARTIFACT ------------------------------------------------------------------------------------
-# File: magic, number of the compressor, stored and raw size of the header, digest of these and of
-# the stored header; the header, JSON [[[name, dtype, shape], ...], [[size, digest as stored, digest
-# expanded], ...]]; the sections back to back. What a section holds follows from the arrays
-# (plan_sections). The two digests let neither a damaged file nor a decoder of another version give
-# wrong weights.
-MAGIC, PREFIX, DIGEST_BYTES = b"GLF1", struct.Struct("<4sBII"), 8
+# The file: magic, number of the compressor, stored and raw size of the header, digest of these and
+# of the stored header; the header, JSON [[[name, dtype, shape], ...], [[size, digest of the stored
+# bytes, digest of the raw bytes], ...]]; the sections, one after another. The list of arrays says
+# what the sections hold (plan_sections). Thanks to the two digests neither a damaged file nor a
+# decoder of another version can give wrong weights.
+MAGIC = b"GLF1"
+PREFIX = struct.Struct("<4sBII")
+DIGEST_BYTES = 8
 MAX_HEADER_BYTES = 2**20
-# a thread per group, and ZPAQ takes up to a gigabyte for each
-CODEC_THREADS = min(8, os.cpu_count() or 1)
+MAX_RAW_BYTES = 2**30  # of all arrays
+MAX_DIMENSIONS = 8
+# a list: hostile dtypes need not be hashable
+ARRAY_DTYPES = (
+    "bool float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
+)
+CODEC_THREADS = min(8, os.cpu_count() or 1)  # at most 8: lrzip takes up to a gigabyte in each
 
 
 def digest(data):
@@ -4349,11 +4678,281 @@ def digest(data):
     return hashlib.sha256(data).digest()[:DIGEST_BYTES]
 
 
-def brotli_decompress(data, raw_size, shapes=()):
-    """Fed in small pieces, as a stream of a few bytes can claim gigabytes and brotli has no
-    portable output limit.
+# --- entropy: the codec of int8 codes, rANS (range asymmetric numeral systems, arXiv:1311.2540).
+# In each context every symbol owns an interval of [0, 2^16) whose length is its frequency. The
+# coder is an integer, its state. Encoding a symbol with interval [start, start + f) turns state x
+# into
+#     x // f * 2^16 + x % f + start,
+# which adds log2(2^16 / f) bits, the symbol's information. Decoding inverts this: the low 16 bits
+# of the state lie in the symbol's interval. States stay in [2^31, 2^63): before a state would grow
+# beyond, encoding moves its low 32 bits to the stream as a word; when a state falls below, decoding
+# takes a word back. The symbol that is encoded last is decoded first, so the encoder collects all
+# intervals and encodes them backwards. RANS_LANES independent states take turns, so that one numpy
+# call codes that many symbols. All arithmetic is on integers, so it is the same on every machine.
+# One model, code_matrix, drives both directions: it asks the encoder or decoder for symbols.
+RANS_LANES = 512  # a lane costs 6 bytes of stream
+SYMBOLS = np.arange(-128, 128)
+ESCAPE = -128  # announces a symbol that is too rare for its context
+# Variances of codes, the contexts. cumprod is exact on every machine, powers are not.
+VARIANCES = 0.04 * np.cumprod(np.full(60, 1.15))
+ESCAPED_CONTEXT = len(VARIANCES)  # of symbols after an ESCAPE, all equally frequent at first
+MAX_SQUARE = 20  # in units of the context's variance; codes with a larger square are escaped
+
+
+class Intervals(NamedTuple):
+    """Intervals [start, start + frequency) of [0, 2^16), one for each entry of flat arrays."""
+
+    starts: np.ndarray
+    frequencies: np.ndarray
+
+    def take(self, index):
+        return Intervals(self.starts.take(index), self.frequencies.take(index))
+
+
+def interval_table(counts):
+    """Counts (contexts, 256) -> Intervals, at index 256 * context + symbol + 128.
+
+    The frequencies of a context add up to 2^16; symbols with a positive count get at least 1.
     """
-    decoder, raw = brotli.Decompressor(), bytearray()
+    total = counts.sum(1, keepdims=True)
+    frequencies = np.maximum((counts * 2**16 + total // 2) // total, counts > 0)
+    largest = np.arange(len(counts)), frequencies.argmax(1)
+    frequencies[largest] += 2**16 - frequencies.sum(1)
+    starts = frequencies.cumsum(1) - frequencies
+    return Intervals(starts.ravel(), frequencies.ravel())
+
+
+class SymbolEncoder:
+    """Collects the intervals of symbols, from which finish() makes the stream."""
+
+    def __init__(self):
+        self.chunks = []
+
+    def use(self, counts):
+        """From now on symbols are coded with these counts (contexts, 256)."""
+        self.table = interval_table(counts)
+
+    def code(self, contexts, symbols):
+        """Contexts (n,) and symbols (n,) -> the symbols."""
+        intervals = self.table.take(contexts * 256 + symbols + 128)
+        self.chunks.append(
+            Intervals(intervals.starts.astype(np.uint16), intervals.frequencies.astype(np.uint16))
+        )
+        return symbols
+
+    def finish(self):
+        """The stream: the final states, then the words in the order in which they are decoded."""
+        states = np.full(RANS_LANES, 2**31)
+        words = []
+        for chunk in reversed(self.chunks):
+            for begin in reversed(range(0, len(chunk.starts), RANS_LANES)):
+                turn = slice(begin, begin + RANS_LANES)
+                f = chunk.frequencies[turn].astype(np.int64)
+                x = states[: len(f)]
+                full = (x >> 47 >= f).nonzero()[0]
+                words.append(x[full].astype("<u4"))
+                x[full] >>= 32
+                x += x // f * (2**16 - f) + chunk.starts[turn]
+        return b"".join([states.astype("<i8"), *reversed(words)])
+
+
+class SymbolDecoder:
+    """The inverse of SymbolEncoder, with the same methods: symbols come out of the stream."""
+
+    def __init__(self, stream):
+        size = 8 * RANS_LANES
+        self.states = np.frombuffer(stream[:size], "<i8").astype(np.int64)
+        self.words = np.frombuffer(stream[size:], "<u4").astype(np.int64)
+        self.words_used = 0
+
+    def use(self, counts):
+        """From now on symbols are coded with these counts (contexts, 256)."""
+        self.table = interval_table(counts)
+        # for each context and point of [0, 2^16), the index of the interval that it lies in
+        self.index_at = np.arange(counts.size, dtype=np.int16).repeat(self.table.frequencies)
+
+    def code(self, contexts, _):
+        """Contexts (n,) -> symbols (n,)."""
+        index = np.empty(contexts.size, np.int64)
+        for begin in range(0, contexts.size, RANS_LANES):
+            turn = slice(begin, begin + RANS_LANES)
+            x = self.states[: contexts.size - begin]
+            points = x & 65535
+            index[turn] = found = self.index_at.take((contexts[turn] << 16) + points)
+            intervals = self.table.take(found)
+            x >>= 16
+            x *= intervals.frequencies
+            x += points - intervals.starts
+            low = (x < 2**31).nonzero()[0]
+            used = self.words_used + len(low)
+            x[low] = x[low] << 32 | self.words[self.words_used : used]
+            self.words_used = used
+        return (index & 255) - 128
+
+    def is_finished(self):
+        """Whether all words were used."""
+        return self.words_used == len(self.words)
+
+
+def initial_counts():
+    """Counts int64 (contexts, 256) before any code, 64 for each symbol that is taken as seen.
+
+    Nearly Gaussian, without symbols beyond 4.5 deviations, which are escaped.
+    """
+    squares = SYMBOLS**2
+    tails = 1 + squares / (29 * VARIANCES[:, None])
+    for _ in range(4):  # to the 16th power, exactly
+        tails *= tails
+    counts = np.where(squares <= MAX_SQUARE * VARIANCES[:, None], 1 + 32_000 / tails, 0)
+    counts[:, ESCAPE + 128] = 3
+    return np.vstack([counts, np.ones(256)]).astype(np.int64)
+
+
+def column_predictor(gram, rows):
+    """gram (C, C), the sum of x x^T over rows x -> P (C, C): x_j is about P[j, :j] x[:j].
+
+    In multiples of 2^-12, so that sums of products with codes are exact. Elimination by elementwise
+    operations in a fixed order, as the last bits of LAPACK differ between machines.
+    """
+    size = len(gram)
+    ridge = 1 + 800 / rows * np.trace(gram) / size  # keeps pivots positive, even if all codes are 0
+    work = np.hstack([gram + ridge * np.eye(size), np.eye(size)]).astype(np.float32)
+    for j in range(size):
+        part = work[j + 1 :, j : size + j + 1]
+        part -= part[:, :1] / work[j, j] * work[j, j : size + j + 1]
+    eliminated = work[:, size:].astype(np.float64)
+    return np.rint(-4096 * np.tril(eliminated, -1)) / 4096
+
+
+class ColumnModel:
+    """Codes one matrix; the context of a code is the variance of its column in the rows so far."""
+
+    def __init__(self, coder, counts, columns):
+        self.coder = coder
+        self.counts = counts  # shared by all matrices, so that a matrix starts with learnt counts
+        self.sum_squares = np.full(columns, 7.5 * 16)
+        self.rows_seen = 16
+
+    def contexts(self):
+        """The context of each column."""
+        return np.searchsorted(VARIANCES[:-1], self.sum_squares / self.rows_seen)
+
+    def add(self, residual):
+        """Adds residuals (rows, columns), which both sides know by now, to the variances."""
+        self.sum_squares += (residual * residual).sum(0)
+        self.rows_seen += len(residual)
+
+    def code_block(self, block, contexts):
+        """Codes integers (rows, columns) in the contexts of their columns, modulo 256.
+
+        Returns them as int64; when decoding, those that come out of the stream.
+        """
+        contexts = np.tile(contexts, len(block))
+        symbols = block.astype(np.int8).astype(np.int64).ravel()
+        is_frequent = symbols**2 <= MAX_SQUARE * VARIANCES[contexts]
+        coded = self.coder.code(contexts, np.where(is_frequent, symbols, ESCAPE))
+        np.add.at(self.counts.ravel(), contexts * 256 + coded + 128, 64)
+        escaped = (coded == ESCAPE).nonzero()[0]
+        coded[escaped] = self.coder.code(np.full(len(escaped), ESCAPED_CONTEXT), symbols[escaped])
+        return coded.reshape(block.shape)
+
+    def code_plain_block(self, block):
+        """Codes the block (rows, columns) itself, which is its own residual."""
+        block[:] = residual = self.code_block(block, self.contexts())
+        self.add(residual)
+
+    def code_predicted_block(self, before, block):
+        """Codes each column of the block minus its linear prediction from the columns before it.
+
+        The predictor is fitted to the rows `before`. Returns whether it pays: whether the residuals
+        have a smaller sum of squares than the codes.
+        """
+        before = before.astype(np.float64)
+        predictor = column_predictor(before.T @ before, len(before))
+        # half the weight for the rows so far, whose predictions were worse
+        self.sum_squares //= 2
+        self.rows_seen //= 2
+        contexts = self.contexts()
+        rows, columns = block.shape
+        values = np.empty((columns, rows)).T  # a column is contiguous
+        residual = np.empty((columns, rows)).T
+        for j in range(columns):
+            group = j - j % 16
+            if j == group:  # one matmul for 16 columns
+                means = values[:, :j] @ predictor[j : j + 16, :j].T
+            mean = means[:, j - group] + values[:, group:j] @ predictor[j, group:j]
+            mean = np.rint(mean).astype(np.int64)
+            coded = self.code_block((block[:, j] - mean)[:, None], contexts[j : j + 1])
+            residual[:, j] = coded[:, 0]
+            block[:, j] = coded[:, 0] + mean
+            values[:, j] = block[:, j]
+        self.add(residual)
+        return (residual * residual).sum() < (values * values).sum()
+
+
+def code_matrix(coder, counts, codes):
+    """Sends codes (R, C) int8 through a coder, which reads (SymbolEncoder) or fills them.
+
+    Blocks of rows are coded in turn, each with variances of the rows before it. In a matrix with
+    far more rows than columns (the embedding), columns are predicted from those before them as long
+    as that pays.
+    """
+    rows, columns = codes.shape
+    model = ColumnModel(coder, counts, columns)
+    use_prediction = rows >= 8 * columns > 0
+    start = 0
+    while start < rows:
+        if use_prediction and start >= 128:
+            block = codes[start : start + start // 2]
+            use_prediction = model.code_predicted_block(codes[:start], block)
+        else:
+            size = min(8 + start // 4, 2**20 // max(1, columns))
+            block = codes[start : start + max(1, size)]
+            model.code_plain_block(block)
+        start += len(block)
+
+
+def code_matrices(coder, raw, shapes):
+    """Sends bytes of int8 matrices, each stored transposed, through a coder -> bytes as coded."""
+    codes = np.array(np.frombuffer(raw, np.int8))
+    counts = initial_counts()
+    start = 0
+    for shape in shapes:
+        end = start + math.prod(shape)
+        coder.use(counts)
+        code_matrix(coder, counts, codes[start:end].reshape(shape).T)
+        start = end
+    return codes.tobytes()
+
+
+def entropy_compress(raw, shapes):
+    """Bytes of int8 matrices of these shapes, each transposed -> their stream."""
+    encoder = SymbolEncoder()
+    code_matrices(encoder, raw, shapes)
+    return encoder.finish()
+
+
+def entropy_decompress(data, raw_size, shapes):
+    """The inverse of entropy_compress; no bytes if words of the stream are left over."""
+    decoder = SymbolDecoder(data)
+    raw = code_matrices(decoder, bytes(raw_size), shapes)
+    return raw if decoder.is_finished() else b""
+
+
+# --- codecs and compressors
+
+
+def brotli_compress(raw, shapes=()):
+    return brotli.compress(raw, quality=11, lgwin=24)
+
+
+def brotli_decompress(data, raw_size, shapes=()):
+    """Stops soon after raw_size bytes: a few bytes of brotli can claim to expand to gigabytes.
+
+    brotli has no portable limit of its output, but small pieces of input give little at a time.
+    """
+    decoder = brotli.Decompressor()
+    raw = bytearray()
     for start in range(0, len(data), 64):
         raw += decoder.process(data[start : start + 64])
         if len(raw) > raw_size:
@@ -4361,213 +4960,53 @@ def brotli_decompress(data, raw_size, shapes=()):
     return bytes(raw) if decoder.is_finished() else b""
 
 
-def lzma_decompress(data, raw_size):
-    """Stream -> raw_size bytes and at most one more, none for one that is cut off or goes on
-    (COMPRESSOR=lzma).
-    """
+def lzma_compress(raw, shapes=()):
+    return lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)
+
+
+def lzma_decompress(data, raw_size, shapes=()):
+    """At most raw_size + 1 bytes; none if the stream is cut off or something follows it."""
     decoder = lzma.LZMADecompressor(memlimit=2**28)
     raw = decoder.decompress(data, max_length=raw_size + 1)
     return raw if decoder.eof and not decoder.unused_data else b""
 
 
-# --- entropy: rANS (arXiv:1311.2540) in whole numbers, the same on every machine. LANES coders take
-# turns, so that one numpy call serves all. One model, code_matrix, drives both directions: it asks
-# for symbols in contexts and learns.
-LANES, SYMBOLS, ESCAPE = 512, np.arange(-128, 128), -128  # no code is -128; a lane costs 6 bytes
-# of codes, the contexts; cumprod is exact everywhere, powers are not
-VARIANCES = 0.04 * np.cumprod(np.full(60, 1.15))
-
-
-class SymbolEncoder:
-    def __init__(self):
-        self.slots = []
-
-    def use(self, counts):
-        """Counts (contexts, 256) -> whole frequencies: 2^16 in each context, at least 1
-        where a count is positive.
-        """
-        total = counts.sum(1, keepdims=True)
-        frequencies = np.maximum((counts * 2**16 + total // 2) // total, counts > 0)
-        frequencies[np.arange(len(counts)), frequencies.argmax(1)] += 2**16 - frequencies.sum(1)
-        self.starts, self.frequencies = (
-            (frequencies.cumsum(1) - frequencies).ravel(),
-            frequencies.ravel(),
-        )
-
-    def __call__(self, contexts, symbols):
-        index = contexts * 256 + symbols + 128
-        self.slots.append(
-            (self.starts[index].astype(np.uint16), self.frequencies[index].astype(np.uint16))
-        )
-        return symbols
-
-    def finish(self):
-        """-> bytes; what is coded last is decoded first."""
-        state, words = np.full(LANES, 2**31), []
-        for starts, frequencies in reversed(self.slots):
-            for at in reversed(range(0, len(starts), LANES)):
-                f = frequencies[at : at + LANES].astype(np.int64)
-                lanes = state[: len(f)]
-                full = (lanes >> 47 >= f).nonzero()[0]
-                words.append(lanes[full].astype("<u4"))
-                lanes[full] >>= 32
-                lanes += lanes // f * (2**16 - f) + starts[at : at + LANES]
-        return b"".join([state.astype("<i8"), *words[::-1]])
-
-
-class SymbolDecoder(SymbolEncoder):
-    def __init__(self, data):
-        self.state = np.frombuffer(data[: 8 * LANES], "<i8").astype(np.int64)
-        self.words, self.at = np.frombuffer(data[8 * LANES :], "<u4").astype(np.int64), 0
-
-    def use(self, counts):
-        super().use(counts)
-        self.symbols = np.arange(counts.size, dtype=np.int16).repeat(self.frequencies)
-
-    def __call__(self, contexts, _):
-        index, first_slots = np.empty(contexts.size, np.int64), contexts << 16
-        for at in range(0, contexts.size, LANES):
-            lanes = self.state[: contexts.size - at]
-            slots = lanes & 65535
-            index[at : at + LANES] = i = self.symbols.take(first_slots[at : at + LANES] + slots)
-            lanes >>= 16
-            lanes *= self.frequencies.take(i)
-            lanes += slots - self.starts.take(i)
-            low = (lanes < 2**31).nonzero()[0]
-            lanes[low] = lanes[low] << 32 | self.words[self.at : self.at + len(low)]
-            self.at += len(low)
-        return (index & 255) - 128
-
-
-def initial_counts():
-    """-> int64 (contexts, 256), 64 a symbol, as if some were seen: nearly Gaussian, ESCAPE
-    beyond 4.5 deviations.
-    """
-    tails = 1 + SYMBOLS**2 / (29 * VARIANCES[:, None])
-    for _ in range(4):
-        tails *= tails
-    counts = np.where(SYMBOLS**2 <= 20 * VARIANCES[:, None], 1 + 32_000 / tails, 0)
-    counts[:, 0] = 3
-    # the last context: what an ESCAPE stands for
-    return np.vstack([counts, np.ones(256)]).astype(np.int64)
-
-
-def column_predictor(gram, rows):
-    """gram (C, C), sum of x x^T over rows x -> P (C, C): x_j is about P[j, :j] x[:j]. Multiples of
-    2^-12: exact sums. Elimination by elementwise operations in a fixed order, as LAPACK's last bits
-    differ between machines.
-    """
-    size = len(gram)
-    ridge = 1 + 800 / rows * np.trace(gram) / size  # no pivot is 0, also where all codes are
-    work = np.hstack([gram + ridge * np.eye(size), np.eye(size)]).astype(np.float32)
-    for j in range(size):
-        part = work[j + 1 :, j : size + j + 1]
-        part -= part[:, :1] / work[j, j] * work[j, j : size + j + 1]
-    return np.rint(-4096 * np.tril(work[:, size:].astype(np.float64), -1)) / 4096
-
-
-def code_matrix(coder, counts, codes):
-    """Codes (R, C) int8 through a coder that reads or fills them; a code's context: its column's
-    variance so far. Where there are far more rows than columns (the embedding), what is coded is
-    the rest of a linear prediction of each column from those before it, learnt from the rows
-    before, as long as that pays.
-    """
-    rows, columns = codes.shape
-    energy, seen, row, learns = np.full(columns, 7.5 * 16), 16, 0, rows >= 8 * columns > 0
-
-    def code(block, levels):
-        # modulo 256
-        contexts, known = (
-            np.tile(levels, len(block)),
-            block.astype(np.int8).astype(np.int64).ravel(),
-        )
-        symbols = coder(contexts, np.where(known**2 <= 20 * VARIANCES[contexts], known, ESCAPE))
-        np.add.at(counts.ravel(), contexts * 256 + symbols + 128, 64)
-        hidden = (symbols == ESCAPE).nonzero()[0]
-        symbols[hidden] = coder(np.full(len(hidden), len(VARIANCES)), known[hidden])
-        return symbols.reshape(block.shape)
-
-    while row < rows:
-        predicts = learns and row >= 128
-        block = codes[
-            row : row
-            + max(1, row // 2 if predicts else min(8 + row // 4, 2**20 // max(1, columns)))
-        ]
-        if not predicts:
-            block[:] = rest = code(block, np.searchsorted(VARIANCES[:-1], energy / seen))
-        else:
-            before, (values, rest) = (
-                codes[:row].astype(np.float64),
-                np.empty((2, columns, len(block))).mT,
-            )
-            predictor = column_predictor(before.T @ before, row)
-            energy, seen = energy // 2, seen // 2  # of a worse prediction
-            levels = np.searchsorted(VARIANCES[:-1], energy / seen)
-            for j in range(columns):
-                if j % 16 == 0:
-                    means = values[:, :j] @ predictor[j : j + 16, :j].T
-                mean = np.rint(
-                    means[:, j % 16] + values[:, j - j % 16 : j] @ predictor[j, j - j % 16 : j]
-                )[:, None]
-                rest[:, j : j + 1] = code(block[:, j : j + 1] - mean, levels[j : j + 1])
-                block[:, j] = (rest[:, j] + mean[:, 0]).astype(np.int64)
-                values[:, j] = block[:, j]
-            learns = (rest * rest).sum() < (values * values).sum()
-        energy += (rest * rest).sum(0)
-        row, seen = row + len(block), seen + len(block)
-
-
-def code_matrices(coder, raw, shapes):
-    """Bytes of int8 matrices, each stored transposed, through a coder; -> the bytes that came
-    out of it.
-    """
-    codes, counts, start = np.array(np.frombuffer(raw, np.int8)), initial_counts(), 0
-    for shape in shapes:
-        size = math.prod(shape)
-        coder.use(counts)
-        code_matrix(coder, counts, codes[start : start + size].reshape(shape).T)
-        start += size
-    return codes.tobytes()
-
-
-def entropy_compress(raw, shapes):
-    coder = SymbolEncoder()
-    code_matrices(coder, raw, shapes)
-    return coder.finish()
-
-
-def entropy_decompress(data, raw_size, shapes):
-    coder = SymbolDecoder(data)
-    raw = code_matrices(coder, bytes(raw_size), shapes)
-    return raw if coder.at == len(coder.words) else b""
-
-
-ENCODERS = {  # raw bytes, shapes of their arrays -> a stream
-    "brotli": lambda raw, shapes=(): brotli.compress(raw, quality=11, lgwin=24),
-    "lzma": lambda raw, shapes=(): lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
+ENCODERS = {  # (raw bytes, shapes of their arrays) -> stream
+    "brotli": brotli_compress,
+    "lzma": lzma_compress,
     "lrzip": lambda raw, shapes=(): techniques.run_lrzip(["-z", "-L", "9"], raw),
     "entropy": entropy_compress,
 }
-DECODERS = {  # the inverse; anything but raw_size bytes: no stream
+DECODERS = {  # (stream, raw size, shapes) -> raw bytes; another number of bytes means a bad stream
     "brotli": brotli_decompress,
-    "entropy": entropy_decompress,
-    "lzma": lambda data, raw_size, shapes=(): lzma_decompress(data, raw_size),
+    "lzma": lzma_decompress,
     "lrzip": lambda data, raw_size, shapes=(): techniques.lrzip_decompress(data, raw_size),
+    "entropy": entropy_decompress,
 }
+
+
+class Compressor(NamedTuple):
+    """A value of COMPRESSOR."""
+
+    number: int  # in the file
+    codec: str  # of the header, and of all sections but codes
+    codes_codec: str | None = None  # of matrices of int8 codes; None: they have no own section
+
+    def codecs(self):
+        """Names of all its codecs."""
+        return [self.codec] if self.codes_codec is None else [self.codec, self.codes_codec]
+
+
 COMPRESSORS = {
-    "brotli": (0, "brotli"),
-    "lzma": (1, "lzma"),
-    "pergroup": (2, "brotli", "lrzip"),
-    # number in the file, codecs; header in the first
-    "entropy": (3, "brotli", "entropy"),
+    "brotli": Compressor(0, "brotli"),
+    "lzma": Compressor(1, "lzma"),
+    "pergroup": Compressor(2, "brotli", "lrzip"),
+    "entropy": Compressor(3, "brotli", "entropy"),
 }
 
 
 def expand(codec, stored, raw_size, shapes=()):
-    """Stored bytes -> exactly raw_size bytes.
-
-    Raises ArtifactError if that is not what comes out.
-    """
+    """Stored bytes -> exactly raw_size bytes, or ArtifactError."""
     try:
         raw = DECODERS[codec](stored, raw_size, shapes) if raw_size else b""
     except Exception as error:  # each library has its own classes of errors
@@ -4580,66 +5019,39 @@ def expand(codec, stored, raw_size, shapes=()):
 
 
 def check_compressor(name):
-    """SettingError, with what to install, for an unknown compressor or missing tools."""
+    """SettingError, which says what to install, for an unknown compressor or missing tools."""
     if name not in COMPRESSORS:
         raise SettingError(f"COMPRESSOR={name} is unknown: choose one of {', '.join(COMPRESSORS)}")
-    if "brotli" in COMPRESSORS[name] and brotli is None:
+    codecs = COMPRESSORS[name].codecs()
+    if "brotli" in codecs and brotli is None:
         raise SettingError(
             "the brotli module is missing: pip install brotli, or set COMPRESSOR=lzma"
         )
-    if "lrzip" in COMPRESSORS[name] and shutil.which("lrzip") is None:
+    if "lrzip" in codecs and shutil.which("lrzip") is None:
         raise SettingError(
             "the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)"
         )
-    if "lrzip" in COMPRESSORS[name] and techniques is None:
+    if "lrzip" in codecs and techniques is None:
         raise SettingError(f"COMPRESSOR={name} needs tools/techniques.py beside this file")
 
 
 def try_compressor(name):
-    """check_compressor and a round trip of each of its codecs: a program that is there may
-    still lack a library.
-    """
+    """check_compressor, and a round trip with each codec: an installed program may still fail."""
     check_compressor(name)
-    sample, shapes = b"1234" * 8, [(4, 8)]
-    for codec in COMPRESSORS[name][1:]:
+    sample = b"1234" * 8
+    shapes = [(4, 8)]
+    for codec in COMPRESSORS[name].codecs():
         try:
-            fault = (
-                expand(codec, ENCODERS[codec](sample, shapes), len(sample), shapes) != sample
-                and "other bytes"
-            )
+            stored = ENCODERS[codec](sample, shapes)
+            is_same = expand(codec, stored, len(sample), shapes) == sample
+            fault = None if is_same else "other bytes"
         except (ArtifactError, OSError) as error:
             fault = error
         if fault:
             raise SettingError(f"COMPRESSOR={name} does not work here, {codec}: {fault}")
 
 
-MAX_RAW_BYTES, MAX_DIMENSIONS = 2**30, 8  # of an artifact's arrays
-ARRAY_DTYPES = (
-    "bool float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
-)
-
-
-def check_specs(specs):
-    """ValueError for names, dtypes and sizes of arrays (ArraySpec) that no artifact holds: a
-    header may be hostile.
-    """
-    for name, dtype, shape in specs:
-        sized = (
-            all(type(n) is int and n >= 0 for n in shape)
-            and math.prod(max(n, 1) for n in shape) <= MAX_RAW_BYTES
-        )
-        if (
-            type(name) is not str
-            or dtype not in ARRAY_DTYPES
-            or len(shape) > MAX_DIMENSIONS
-            or not sized
-        ):
-            raise ValueError(f"{name}: an artifact cannot hold {dtype} {shape}")
-    if (
-        len({spec.name for spec in specs}) != len(specs)
-        or sum(spec.num_bytes for spec in specs) > MAX_RAW_BYTES
-    ):
-        raise ValueError(f"an array stands twice, or all take more than {MAX_RAW_BYTES} bytes")
+# --- the file
 
 
 class ArraySpec(NamedTuple):
@@ -4651,182 +5063,257 @@ class ArraySpec(NamedTuple):
 
     @property
     def num_bytes(self):
-        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
+        return self.item_size * math.prod(self.shape)
+
+    @property
+    def item_size(self):
+        return np.dtype(self.dtype).itemsize
+
+    @property
+    def stored_dtype(self):
+        return np.dtype(self.dtype).newbyteorder("<")
+
+
+def is_valid_spec(spec):
+    """Whether an artifact can hold such an array; the fields may be any values of JSON."""
+    if type(spec.name) is not str or spec.dtype not in ARRAY_DTYPES:
+        return False
+    if len(spec.shape) > MAX_DIMENSIONS:
+        return False
+    if not all(type(n) is int and n >= 0 for n in spec.shape):
+        return False
+    # max: the other lengths of an empty array are limited, too
+    return math.prod(max(n, 1) for n in spec.shape) <= MAX_RAW_BYTES
+
+
+def check_specs(specs):
+    """ValueError for ArraySpecs of arrays that no artifact holds: a header may be hostile."""
+    for spec in specs:
+        if not is_valid_spec(spec):
+            raise ValueError(f"{spec.name}: an artifact cannot hold {spec.dtype} {spec.shape}")
+    is_unique = len({spec.name for spec in specs}) == len(specs)
+    if not is_unique or total_bytes(specs) > MAX_RAW_BYTES:
+        raise ValueError(f"two arrays have one name, or all take more than {MAX_RAW_BYTES} bytes")
+
+
+def total_bytes(specs):
+    """Bytes of all arrays, not compressed."""
+    return sum(spec.num_bytes for spec in specs)
+
+
+class Section(NamedTuple):
+    """A part of the file that is compressed by itself."""
+
+    kind: str  # codes (transposed), orders (of rows, pergroup), rest
+    codec: str
+    specs: list[ArraySpec]  # of its arrays, as they are stored
+
+
+def codes_group(spec):
+    """Group of the matrix whose codes this array holds; None if it is to be stored as it is."""
+    name, _, field = spec.name.rpartition(":")
+    role = quant_role(name)
+    is_codes = role and field == "codes" and spec.dtype == "int8"
+    is_matrix = is_codes and len(spec.shape) == 2 and max(spec.shape) <= 2**16
+    return role.group if is_matrix else None
+
+
+def layer_number(spec):
+    return int("0" + re.sub(r"\D", "", spec.name))
 
 
 def plan_sections(specs, compressor):
-    """Specs of the arrays -> (kind, codec, specs as stored) per section; packing and unpacking both
-    follow this plan. pergroup (PR 1855): "codes" of one role, layers in order, transposed; "orders"
-    of re-ordered rows; the "rest". entropy: all "codes" in the same order as one section, the
-    "rest".
+    """ArraySpecs -> Sections; packing and unpacking both follow this plan.
+
+    entropy: all "codes" in one section, by group and layer, then the "rest". pergroup (PR 1855):
+    a section of "codes" for each group, "orders" of re-ordered rows, and the "rest".
     """
-    if len(COMPRESSORS[compressor]) == 2:
-        return [("rest", compressor, specs)]
-    roles = {}
+    codec = COMPRESSORS[compressor].codec
+    codes_codec = COMPRESSORS[compressor].codes_codec
+    if codes_codec is None:
+        return [Section("rest", codec, specs)]
+    groups = {role.group: [] for role in QUANT_TABLE.values()}
+    rest = []
     for spec in specs:
-        name, _, field = spec.name.rpartition(":")
-        is_matrix = (
-            field == "codes"
-            and spec.dtype == "int8"
-            and len(spec.shape) == 2
-            and max(spec.shape) <= 2**16
-        )
-        roles[spec.name] = quant_role(name)[0] if is_matrix and quant_role(name) else None
-    groups = []
-    for role in dict.fromkeys(role for role, _, _ in QUANT_TABLE.values()):
-        groups.append(
-            [spec._replace(shape=spec.shape[::-1]) for spec in specs if roles[spec.name] == role]
-        )
-        # blocks.2 before blocks.10
-        groups[-1].sort(key=lambda spec: int("0" + re.sub(r"\D", "", spec.name)))
-    rest = ("rest", "brotli", [spec for spec in specs if roles[spec.name] is None])
+        group = codes_group(spec)
+        if group is None:
+            rest.append(spec)
+        else:
+            groups[group].append(spec._replace(shape=spec.shape[::-1]))
+    for group in groups.values():
+        group.sort(key=layer_number)
+    rest = Section("rest", codec, rest)
     if compressor == "entropy":
-        return [("codes", "entropy", sum(groups, [])), rest]
+        members = [spec for group in groups.values() for spec in group]
+        return [Section("codes", codes_codec, members), rest]
     orders = [
-        ArraySpec(name, "uint16", shape[:1])
-        for name, _, shape in specs
-        if roles[name] in ("embedding", "q", "up") and shape[0]
+        ArraySpec(spec.name, "uint16", spec.shape[:1])
+        for spec in specs
+        if codes_group(spec) in ("embedding", "q", "up") and spec.shape[0]
     ]
-    return [
-        *(("codes", "lrzip", group) for group in groups if group),
-        ("orders", "brotli", orders),
-        rest,
-    ]
+    codes = [Section("codes", codes_codec, group) for group in groups.values() if group]
+    return [*codes, Section("orders", codec, orders), rest]
 
 
 def by_item_size(specs):
-    """Specs -> (item size, specs of that size), smallest first: the layout inside a section."""
-    return [
-        (size, [spec for spec in specs if np.dtype(spec.dtype).itemsize == size])
-        for size in (1, 2, 4, 8)
-    ]
+    """Specs -> [(item size, specs of that size)]: the layout inside a section."""
+    return [(size, [spec for spec in specs if spec.item_size == size]) for size in (1, 2, 4, 8)]
 
 
 def join_arrays(arrays, specs):
-    """Arrays -> bytes, little endian; per item size all lowest bytes stand first, then all next
-    ones (byte shuffle).
+    """Arrays by name -> bytes, little endian.
+
+    Within each item size all lowest bytes come first, then all second ones and so on (byte
+    shuffle), as bytes of the same significance compress better together.
     """
     planes = []
     for size, group in by_item_size(specs):
-        raw = b"".join(
-            arrays[s.name].astype(np.dtype(s.dtype).newbyteorder("<"), copy=False).tobytes()
-            for s in group
-        )
-        planes.append(np.frombuffer(raw, np.uint8).reshape(-1, size).T.tobytes())
+        stored = [arrays[s.name].astype(s.stored_dtype, copy=False).tobytes() for s in group]
+        items = np.frombuffer(b"".join(stored), np.uint8).reshape(-1, size)
+        planes.append(items.T.tobytes())
     return b"".join(planes)
 
 
 def split_arrays(raw, specs):
     """The inverse of join_arrays; the arrays are read-only and little endian."""
-    arrays, raw = {}, io.BytesIO(raw)
+    arrays = {}
+    source = io.BytesIO(raw)
     for size, group in by_item_size(specs):
-        planes = np.frombuffer(raw.read(sum(spec.num_bytes for spec in group)), np.uint8).reshape(
-            size, -1
-        )
-        data = io.BytesIO(planes.T.tobytes())
+        planes = np.frombuffer(source.read(total_bytes(group)), np.uint8).reshape(size, -1)
+        items = io.BytesIO(planes.T.tobytes())
         for spec in group:
-            flat = np.frombuffer(data.read(spec.num_bytes), np.dtype(spec.dtype).newbyteorder("<"))
+            flat = np.frombuffer(items.read(spec.num_bytes), spec.stored_dtype)
             arrays[spec.name] = flat.reshape(spec.shape)
     return arrays
 
 
-def pack_weights(arrays, compressor, tell=lambda share: None):
-    """Named numpy arrays -> artifact bytes; `tell(share done)` as it goes on.
+class SectionRecord(NamedTuple):
+    """What the header says about the bytes of a section; the digests are hexadecimal."""
 
-    ValueError for what cannot be packed.
+    size: int
+    stored_digest: str
+    raw_digest: str
+
+
+def pack_weights(arrays, compressor, on_progress=lambda share: None):
+    """Numpy arrays by name -> artifact bytes. ValueError for arrays that cannot be packed.
+
+    on_progress(share) is called after each section with the share of raw bytes that are packed.
     """
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
     check_compressor(compressor)
     check_specs(specs)
-    # and the bytes of the sections that are done
-    plan, packed = plan_sections(specs, compressor), []
+    plan = plan_sections(specs, compressor)
     sources = {"rest": arrays, "codes": {name: array.T for name, array in arrays.items()}}
+    sizes_done = []
 
-    def encode(kind, codec, members):
-        raw = join_arrays(sources[kind], members)
-        stored = ENCODERS[codec](raw, [spec.shape for spec in members]) if raw else b""
-        packed.append(len(raw))
-        tell(
-            sum(packed) / max(1, sum(spec.num_bytes for _, _, members in plan for spec in members))
-        )
-        return stored, [len(stored), digest(stored).hex(), digest(raw).hex()]
+    def encode(section):
+        raw = join_arrays(sources[section.kind], section.specs)
+        shapes = [spec.shape for spec in section.specs]
+        stored = ENCODERS[section.codec](raw, shapes) if raw else b""
+        sizes_done.append(len(raw))
+        on_progress(sum(sizes_done) / max(1, sum(total_bytes(s.specs) for s in plan)))
+        return stored, SectionRecord(len(stored), digest(stored).hex(), digest(raw).hex())
 
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
         if compressor == "pergroup":
-            techniques.order_rows(arrays, sources, plan[-2][2], pool)
-        sections = list(pool.map(encode, *zip(*plan, strict=True)))
-    raw = json.dumps([specs, [about for _, about in sections]], separators=(",", ":")).encode()
-    if len(raw) > MAX_HEADER_BYTES:
+            techniques.order_rows(arrays, sources, plan[-2].specs, pool)
+        encoded = list(pool.map(encode, plan))
+    records = [record for _, record in encoded]
+    header = json.dumps([specs, records], separators=(",", ":")).encode()
+    if len(header) > MAX_HEADER_BYTES:
         raise ValueError(
             f"the names and shapes of {len(arrays)} arrays do not fit an artifact's header"
         )
-    stored = ENCODERS[COMPRESSORS[compressor][1]](raw)
-    prefix = PREFIX.pack(MAGIC, COMPRESSORS[compressor][0], len(stored), len(raw))
-    return b"".join([prefix, digest(prefix + stored), stored, *(data for data, _ in sections)])
+    number = COMPRESSORS[compressor].number
+    stored = ENCODERS[COMPRESSORS[compressor].codec](header)
+    prefix = PREFIX.pack(MAGIC, number, len(stored), len(header))
+    return b"".join([prefix, digest(prefix + stored), stored, *(data for data, _ in encoded)])
+
+
+class PrefixFields(NamedTuple):
+    """What PREFIX packs."""
+
+    magic: bytes
+    number: int  # of the compressor
+    stored_size: int  # of the header
+    raw_size: int
+
+
+class Header(NamedTuple):
+    """What an artifact says about itself, all sizes checked."""
+
+    specs: list[ArraySpec]
+    plan: list[Section]
+    records: list[SectionRecord]
+    start: int  # of the first section
 
 
 def read_header(blob):
-    """Artifact -> specs, plan_sections of them, [size, digests] per section, start of the
-    first; all sizes checked.
-    """
+    """Artifact bytes -> Header. ArtifactError if they are damaged or hostile."""
     start = PREFIX.size + DIGEST_BYTES
-    magic, number, stored_size, raw_size = PREFIX.unpack(
-        blob[: PREFIX.size].ljust(PREFIX.size, b"\0")
-    )
-    stored = blob[start : start + stored_size]
-    intact = magic == MAGIC and digest(blob[: PREFIX.size] + stored) == blob[PREFIX.size : start]
-    compressor = {n: c for c, (n, *_) in COMPRESSORS.items()}.get(number)
-    if (
-        not intact
-        or not compressor
-        or number != COMPRESSORS[compressor][0]
-        or raw_size > MAX_HEADER_BYTES
-    ):
+    prefix = blob[: PREFIX.size].ljust(PREFIX.size, b"\0")
+    fields = PrefixFields(*PREFIX.unpack(prefix))
+    stored = blob[start : start + fields.stored_size]
+    is_intact = fields.magic == MAGIC and digest(prefix + stored) == blob[PREFIX.size : start]
+    names = {compressor.number: name for name, compressor in COMPRESSORS.items()}
+    if not is_intact or fields.number not in names or fields.raw_size > MAX_HEADER_BYTES:
         raise ArtifactError(
             "artifact: not a file of this program, or its header is damaged or cut off"
         )
+    compressor = names[fields.number]
     check_compressor(compressor)
     try:
-        arrays, sections = json.loads(expand(COMPRESSORS[compressor][1], stored, raw_size))
+        raw = expand(COMPRESSORS[compressor].codec, stored, fields.raw_size)
+        arrays, sections = json.loads(raw)
         specs = [ArraySpec(name, dtype, tuple(shape)) for name, dtype, shape in arrays]
+        records = [SectionRecord(*section) for section in sections]
         check_specs(specs)
-        sizes = [size for size, _, _ in sections]
-        whole = all(type(n) is int and n >= 0 for n in sizes) and start + stored_size + sum(
-            sizes
-        ) == len(blob)
         plan = plan_sections(specs, compressor)
-        if not whole or len(sections) != len(plan):
+        start += fields.stored_size
+        is_sized = all(type(record.size) is int and record.size >= 0 for record in records)
+        is_sized = is_sized and start + sum(record.size for record in records) == len(blob)
+        if not is_sized or len(records) != len(plan):
             raise ValueError("its sections are not those of its arrays, or not as long as the file")
     except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"artifact: the header is wrong: {error}") from error
-    return specs, plan, sections, start + stored_size
+    return Header(specs, plan, records, start)
+
+
+def unpack_section(stored, section, record):
+    """Stored bytes -> {name: array as stored}. ArtifactError if a digest differs."""
+    is_intact = digest(stored).hex() == record.stored_digest
+    if is_intact:
+        shapes = [spec.shape for spec in section.specs]
+        raw = expand(section.codec, stored, total_bytes(section.specs), shapes)
+        is_intact = digest(raw).hex() == record.raw_digest
+    if not is_intact:
+        raise ArtifactError(f"artifact: a section of {section.codec} data is damaged")
+    return split_arrays(raw, section.specs)
 
 
 def unpack_weights(blob):
-    """Artifact bytes -> the packed arrays, bit for bit, in order.
+    """Artifact bytes -> the packed arrays, bit for bit and in their order.
 
-    ArtifactError if pack_weights did not write them.
+    ArtifactError if pack_weights did not write these bytes.
     """
-    specs, plan, sections, start = read_header(blob)
-    ends = np.cumsum([start] + [size for size, _, _ in sections]).tolist()
+    header = read_header(blob)
+    ends = np.cumsum([header.start] + [record.size for record in header.records]).tolist()
 
-    def decode(planned, section, end):
-        (kind, codec, members), (size, stored_digest, raw_digest) = planned, section
-        stored, raw_size = blob[end - size : end], sum(spec.num_bytes for spec in members)
-        if digest(stored).hex() == stored_digest:
-            raw = expand(codec, stored, raw_size, [spec.shape for spec in members])
-        if digest(stored).hex() != stored_digest or digest(raw).hex() != raw_digest:
-            raise ArtifactError(f"artifact: a section of {codec} data is damaged")
-        return kind, split_arrays(raw, members)
+    def decode(section, record, end):
+        return unpack_section(blob[end - record.size : end], section, record)
 
-    found = {"rest": {}, "codes": {}, "orders": {}}
+    arrays = {"rest": {}, "codes": {}, "orders": {}}
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
-        for kind, arrays in pool.map(decode, plan, sections, ends[1:]):
-            found[kind] |= arrays
-    unpacked = found["rest"] | {name: codes.T for name, codes in found["codes"].items()}
-    if found["orders"]:
-        techniques.restore_rows(unpacked, found["orders"])
-    return {name: np.array(unpacked[name], dtype, order="C") for name, dtype, _ in specs}
+        decoded = pool.map(decode, header.plan, header.records, ends[1:])
+        for section, unpacked in zip(header.plan, decoded, strict=True):
+            arrays[section.kind] |= unpacked
+    unpacked = arrays["rest"] | {name: codes.T for name, codes in arrays["codes"].items()}
+    if arrays["orders"]:
+        techniques.restore_rows(unpacked, arrays["orders"])
+    return {
+        spec.name: np.array(unpacked[spec.name], spec.dtype, order="C") for spec in header.specs
+    }
 
 
 # ---- EVALUATION ----------------------------------------------------------------------------------
@@ -5759,17 +6246,16 @@ class TestTimeTrainer:
 
 
 def run_folder(hp, dist):
-    """The run's own folder, not made yet."""
-    started = dist.agree(time.time())[0]
-    run_id = (
-        hp.run_id or time.strftime("%Y%m%d_%H%M%S", time.localtime(started)) + f"_seed{hp.seed}"
-    )
-    return Path(hp.runs_dir) / run_id
+    """The run's own folder, which may not exist yet."""
+    started = dist.max_over_ranks(time.time())[0]
+    stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(started))
+    return Path(hp.runs_dir) / (hp.run_id or f"{stamp}_seed{hp.seed}")
 
 
 def write_code(folder, hp, dist, guard=NO_GUARD):
-    """Writes the script that is counted, this file or what the guard packs of it; returns its
-    bytes.
+    """Writes the script that counts as the code: this file, or what the guard packs of it.
+
+    Returns its size in bytes.
     """
     script = guard.submission(Path(__file__).read_bytes(), hp)
     if dist.rank == 0:
@@ -5777,51 +6263,99 @@ def write_code(folder, hp, dist, guard=NO_GUARD):
     return len(script)
 
 
-def all_at_once(dist, **checks):
-    """Calls check(found) -> found[its name], for each.
-
-    Raises one SettingError with all problems of all ranks.
-    """
-    found, problems = {}, []
-    for name, check in checks.items():
-        try:
-            found[name] = check(found)
-        except (*OUR_ERRORS, OSError) as error:
-            problems.append(str(error))
-    if problems := [
-        *dict.fromkeys(problem for each in dist.all_gather_object(problems) for problem in each)
-    ]:
-        raise SettingError("\n".join(problems))
-    return found
-
-
 def build_model(hp, dist):
     """A new GPT on the device, with the fastest operations that work there."""
-    dtype = {"auto": torch.bfloat16 if dist.device.type == "cuda" else torch.float32}.get(
-        hp.compute_dtype, getattr(torch, hp.compute_dtype, None)
-    )
-    ops = select_ops(
-        hp.kernels,
-        hp.attention_backend,
-        dist.device,
-        dtype,
-        hp.head_dim,
-        hp.num_heads,
-        hp.num_kv_heads,
-        attn_window=hp.attn_window,
-    )
+    if hp.compute_dtype == "auto":
+        dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
+    else:
+        dtype = getattr(torch, hp.compute_dtype)
+    # FlashAttention-4 warns at every compilation
+    warnings.filterwarnings("ignore", message="Argument aux_data")
+    ops = select_ops(hp, dist.device, dtype)
     return GPT(hp, ops, dtype).to(dist.device)
 
 
+class Prepared:
+    """What a run needs: each check makes a part of it, which stays None where the check fails."""
+
+    def __init__(self, hp, dist, guard):
+        self.hp = hp
+        self.dist = dist
+        self.guard = guard
+        self.tokenizer = None  # path
+        self.validation = None
+        self.loader = None  # of training rows; TTT_EVAL_ONLY needs none
+        self.folder = None
+        self.model = None
+        self.compressor_works = False
+        self.machine = ""  # the guard's words for the log
+
+    def check_tokenizer(self):
+        self.tokenizer = find_tokenizer(self.hp)
+
+    def check_compressor(self):
+        try_compressor(self.hp.compressor)
+        self.compressor_works = True
+
+    def check_validation(self):
+        validation = ValidationSet(self.hp)
+        self.validation = validation
+        documents_to_score(validation, self.hp)
+
+    def check_training_data(self):
+        if not self.hp.ttt_eval_only:
+            stream = TokenStream(self.hp.data_path, "train")
+            self.loader = TrainLoader(stream, self.hp, self.dist)
+
+    def check_folder(self):
+        self.folder = run_folder(self.hp, self.dist)
+
+    def check_model(self):
+        self.model = build_model(self.hp, self.dist)
+
+    def check_machine(self):
+        self.machine = self.guard.check(self.hp, self.dist, self) or ""
+
+
+def run_checks(dist, checks):
+    """Calls every check, then raises one SettingError with all problems of all ranks."""
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except (*OUR_ERRORS, OSError) as error:
+            problems.append(str(error))
+    everywhere = sum(dist.all_gather_object(problems), [])
+    if everywhere:
+        raise SettingError("\n".join(dict.fromkeys(everywhere)))
+
+
+def check_all(hp, dist, guard=NO_GUARD):
+    """Finds all problems before anything is trained or written -> Prepared. Raises SettingError."""
+    prepared = Prepared(hp, dist, guard)
+    checks = [
+        prepared.check_tokenizer,
+        prepared.check_compressor,
+        prepared.check_validation,
+        prepared.check_training_data,
+        prepared.check_folder,
+        prepared.check_model,
+        prepared.check_machine,
+    ]
+    run_checks(dist, checks)
+    return prepared
+
+
 def save_checkpoint(path, model, hp):
-    """The averaged fp32 weights and the settings they were trained with."""
+    """Writes the averaged fp32 weights and the settings that they were trained with."""
     weights = {name: tensor.cpu() for name, tensor in unbank(model).items()}
-    torch.save({"weights": weights, "settings": dataclasses.asdict(hp)}, buffer := io.BytesIO())
+    buffer = io.BytesIO()
+    torch.save({"weights": weights, "settings": dataclasses.asdict(hp)}, buffer)
     write_atomically(path, buffer.getvalue())
 
 
 def load_checkpoint(path, model):
-    """Loads model.pt into the model. DataError with the path if it is missing or does not fit."""
+    """Loads model.pt into the model. Raises DataError if it is missing or does not fit."""
     try:
         rebank(model, torch.load(path, map_location="cpu", weights_only=True)["weights"])
     except Exception as error:  # a damaged file makes torch raise errors of many classes
@@ -5829,140 +6363,147 @@ def load_checkpoint(path, model):
 
 
 def group_bytes(arrays):
-    """Arrays of quantize_weights -> {role: bytes}, largest first: the order-0 entropy of codes;
-    "rest": all others.
+    """Arrays of quantize_weights -> {role: bytes}, largest first.
+
+    Bytes of codes are their order-0 entropy; "rest" is everything else.
     """
     sizes = defaultdict(float)
     for key, array in arrays.items():
         name, _, field = key.rpartition(":")
-        if quant_role(name) and field == "codes":
-            share = np.unique(array, return_counts=True)[1] / array.size
-            sizes[quant_role(name)[0]] -= share @ np.log2(share) * array.size / 8
+        role = quant_role(name)
+        if role and field == "codes":
+            shares = np.unique(array, return_counts=True)[1] / array.size
+            sizes[role.group] -= shares @ np.log2(shares) * array.size / 8
         else:
             sizes["rest"] += array.nbytes
     return {role: round(sizes[role]) for role in sorted(sizes, key=sizes.get, reverse=True)}
 
 
+class Quantized(NamedTuple):
+    """A quantization of the model, before it is written."""
+
+    hp: Hyperparameters
+    arrays: dict[str, np.ndarray]
+    file: bytes  # on rank 0, empty on the others
+
+
 TARGET_TRIALS = 5  # of clips; bytes are nearly linear in their logarithm
 
 
-def fit_target_bytes(attempt, num_weights, code_bytes, hp, dist, log):
-    """TARGET_BYTES: scales all clips and tries again, until code and file end within 0.05% below
-    it.
+def fit_target_bytes(first, quantize, num_weights, code_bytes, dist, log):
+    """Scales all clips and quantizes again until code + file end within 0.05% below TARGET_BYTES.
 
-    attempt(hp) -> file (rank 0's), arrays. Returns these and hp of the nearest below the target,
-    else of the shortest.
+    first: Quantized with the clips as set; quantize(hp) -> Quantized. Returns the largest one below
+    the target, else the smallest.
     """
-    clips = {clip for _, _, clip in QUANT_TABLE.values()}
+    clips = {role.clip_sigmas for role in QUANT_TABLE.values()}
+    target = first.hp.target_bytes
+    latest = first
     trials = []
-    for _ in range(TARGET_TRIALS):
-        blob, arrays = attempt(hp)
-        spare = dist.agree(
-            hp.target_bytes - code_bytes - len(blob) if dist.rank == 0 else -math.inf
-        )[0]
-        trials.append(((spare < 0, abs(spare)), blob, arrays, hp))
-        if 0 <= spare <= hp.target_bytes / 2000:
-            break
-        # half the step: a bit more for each code
-        wider = 2 ** ((hp.target_bytes / 4000 - spare) * 8 / num_weights)
-        log(f"target_bytes:{hp.target_bytes} spare:{spare:.0f} clips times {wider:.4f}")
-        hp = dataclasses.replace(hp, **{name: getattr(hp, name) * wider for name in clips})
-    return min(trials, key=lambda trial: trial[0])[1:]
+    while True:
+        spare = target - code_bytes - len(latest.file) if dist.rank == 0 else -math.inf
+        spare = dist.max_over_ranks(spare)[0]
+        trials.append((spare < 0, abs(spare), len(trials), latest))
+        if 0 <= spare <= target / 2000 or len(trials) == TARGET_TRIALS:
+            return min(trials)[-1]
+        # aims at the middle of the allowed range: doubling the clips saves one bit per code
+        scale = 2 ** ((target / 4000 - spare) * 8 / num_weights)
+        log(f"target_bytes:{target} spare:{spare:.0f} clips times {scale:.4f}")
+        scaled = {name: getattr(latest.hp, name) * scale for name in clips}
+        latest = quantize(dataclasses.replace(latest.hp, **scaled))
 
 
-# stages that MAX_WALLCLOCK_SECONDS pays for, too
+# stages that MAX_WALLCLOCK_SECONDS includes, in addition to training
 AFTER_TRAINING = "hessians", "quantize", "quant_check"
 
 
-def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seconds=0.0):
-    """Hessians -> GPTQ and LQER on all ranks -> one file, written by rank 0.
+def seconds_after_training(log):
+    return sum(log.seconds.get(stage, 0.0) for stage in AFTER_TRAINING)
 
-    Returns figures for RESULT.
+
+def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seconds=0.0):
+    """Hessians, then GPTQ and LQER on all ranks, then one file, written by rank 0.
+
+    training_seconds: already used of MAX_WALLCLOCK_SECONDS; 0 if nothing was trained. Returns
+    figures for RESULT.
     """
 
     def seconds_left():
-        """Of MAX_WALLCLOCK_SECONDS, the same on every rank; without end where there is no
-        training clock.
-        """
+        """The rest of the budget, the same on every rank."""
         if not training_seconds or not hp.max_wallclock_seconds:
             return math.inf
-        used = training_seconds + sum(log.seconds.get(stage, 0.0) for stage in AFTER_TRAINING)
-        return hp.max_wallclock_seconds - dist.agree(used)[0]
+        used = training_seconds + seconds_after_training(log)
+        return hp.max_wallclock_seconds - dist.max_over_ranks(used)[0]
 
     def quantize(hp):
         with log.stage("quantize"):
             return quantize_weights(check.weights, hessians, hp, dist)
 
-    def pack(arrays, hp):
+    def pack(hp, arrays):
         with log.stage("pack"):
-            return pack_weights(arrays, hp.compressor, log.live) if dist.rank == 0 else b""
+            file = pack_weights(arrays, hp.compressor, log.live) if dist.rank == 0 else b""
+        return Quantized(hp, arrays, file)
 
     with log.stage("hessians"):
         hessians = collect_hessians(model, loader, hp, dist)
     check = QuantizationCheck(model, loader, hp, dist, log)
-    hp, arrays = check.choose(quantize, seconds_left)
-    blob = pack(arrays, hp)
+    chosen = pack(*check.choose(quantize, seconds_left))
     if hp.target_bytes:
-
-        def attempt(scaled):
-            found = arrays if scaled is hp else quantize(scaled)
-            return blob if scaled is hp else pack(found, scaled), found
-
+        first = chosen
         num_weights = sum(w.numel() for w in check.weights.values())
-        first = arrays
-        blob, arrays, hp = fit_target_bytes(attempt, num_weights, code_bytes, hp, dist, log)
-        if arrays is not first and check.fp32_loss is not None:  # other clips, another gap
-            check.gap(arrays, hp)
+        chosen = fit_target_bytes(
+            first, lambda hp: pack(hp, quantize(hp)), num_weights, code_bytes, dist, log
+        )
+        if chosen is not first and check.fp32_loss is not None:
+            # RESULT has the gap of the file that is written
+            check.gap(chosen.arrays, chosen.hp)
             check.kept = check.tried[-1]
     if dist.rank == 0:
-        write_atomically(path, blob)
+        write_atomically(path, chosen.file)
     dist.barrier()
-    return {"quant_check": check.summary(), "group_bytes": group_bytes(arrays)}
-
-
-def score_stage(name, evaluate, log, scores):
-    """Runs evaluate() -> {loss, bpb, tokens, bytes} as stage eval_<name>; logs the score, keeps
-    it in `scores`.
-    """
-    with log.stage(f"eval_{name}"):
-        score = scores[name] = evaluate()
-    counts = f"tokens:{score['tokens']} bytes:{score['bytes']}"
-    log(f"{name} val_loss:{score['loss']:.6f} val_bpb:{score['bpb']:.6f} {counts}")
+    return {"quant_check": check.summary(), "group_bytes": group_bytes(chosen.arrays)}
 
 
 def rebuild_model(model, path, dist):
-    """Loads the artifact on disk into the model: decoded once, on rank 0, the same bits on
-    every rank.
+    """Loads the artifact into the model. Rank 0 decodes it; all ranks get the same bits.
+
+    Raises ArtifactError.
     """
-    fault = None
+    problem = None
     if dist.rank == 0:
         try:
             rebank(model, dequantize_weights(unpack_weights(Path(path).read_bytes())))
         except (OSError, ValueError) as error:
-            fault = str(error)
-    if fault := dist.all_gather_object(fault)[0]:
-        raise ArtifactError(f"artifact {path}: {fault}")
+            problem = str(error)
+    problem = dist.all_gather_object(problem)[0]
+    if problem:
+        raise ArtifactError(f"artifact {path}: {problem}")
     for parameter in model.parameters():
         dist.broadcast(parameter.detach())
 
 
+def score_stage(name, evaluate, log, scores):
+    """Runs evaluate() -> {loss, bpb, tokens, bytes} as stage eval_<name>; logs and keeps it."""
+    with log.stage(f"eval_{name}"):
+        score = evaluate()
+    scores[name] = score
+    counts = f"tokens:{score['tokens']} bytes:{score['bytes']}"
+    log(f"{name} val_loss:{score['loss']:.6f} val_bpb:{score['bpb']:.6f} {counts}")
+
+
 def violations(hp, log, training, code_bytes, artifact_bytes, scores):
-    """The contest's rules that this run breaks, as sentences; an empty list means none of those
-    checked here.
-    """
-    broken, seconds, graphs, ttt = [], log.seconds, log.graphs, scores.get("ttt", {})
-    if (over := code_bytes + artifact_bytes - BYTE_CAP) > 0:
-        largest = ", ".join(
-            f"{role} {size}" for role, size in [*training.get("group_bytes", {}).items()][:3]
-        )
+    """Sentences about the contest's rules that this run breaks, as far as they are checked here."""
+    broken = []
+    total = code_bytes + artifact_bytes
+    if total > BYTE_CAP:
+        groups = [*training.get("group_bytes", {}).items()]
+        largest = ", ".join(f"{role} {size}" for role, size in groups[:3])
         broken.append(
-            f"{code_bytes + artifact_bytes} bytes of code and weights, {over} above the cap of"
-            f" {BYTE_CAP} (largest: {largest}); QUANT_ONLY=1 TARGET_BYTES={BYTE_CAP} goes on from"
-            " the checkpoint"
+            f"{total} bytes of code and weights, {total - BYTE_CAP} above the cap of {BYTE_CAP}"
+            f" (largest: {largest}); QUANT_ONLY=1 TARGET_BYTES={BYTE_CAP} continues from the"
+            " checkpoint"
         )
-    used = training.get("training_seconds", 0) + sum(
-        seconds.get(stage, 0) for stage in AFTER_TRAINING
-    )
+    used = training.get("training_seconds", 0) + seconds_after_training(log)
     if hp.max_wallclock_seconds and used > hp.max_wallclock_seconds:
         broken.append(
             f"training, Hessians and GPTQ took {used:.1f} s of {hp.max_wallclock_seconds:.1f}"
@@ -5970,22 +6511,27 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
     check = training.get("quant_check")
     if check and (check["gap"] is None or check["gap"] > hp.quant_gap_max):
         broken.append(
-            f"quantization adds {check['gap']} nats a token on held-out rows, more than"
+            f"quantization adds {check['gap']} nats per token on held-out rows, more than"
             f" {hp.quant_gap_max}"
         )
-    if (
-        used := seconds.get("unpack", 0) + seconds[f"eval_{list(scores)[-1]}"]
-    ) > hp.eval_budget_seconds:
+    final = [*scores][-1]
+    used = log.seconds.get("unpack", 0) + log.seconds[f"eval_{final}"]
+    if used > hp.eval_budget_seconds:
         broken.append(
             f"unpacking and the final evaluation took {used:.1f} s of {hp.eval_budget_seconds:.1f}"
         )
-    if again := graphs.get("train", 0) - graphs.get("eval_training", 0):
-        broken.append(f"{again} graphs were compiled while the training clock ran")
-    if again := ttt.get("recompilations"):
-        broken.append(f"{again} graphs were compiled in test-time training after its warm-up")
+    late_graphs = log.graphs.get("train", 0) - log.graphs.get("eval_training", 0)
+    if late_graphs:
+        broken.append(f"{late_graphs} graphs were compiled while the training clock ran")
+    ttt = scores.get("ttt", {})
+    if ttt.get("recompilations"):
+        broken.append(
+            f"{ttt['recompilations']} graphs were compiled in test-time training after its warm-up"
+        )
     if ttt.get("partial"):
         broken.append("test-time training scored part of the validation documents (TTT_MAX_DOCS)")
-    if leaked := training.get("leaked_documents"):
+    leaked = training.get("leaked_documents")
+    if leaked:
         broken.append(
             f"{leaked} training documents are validation documents, says the dataset's manifest"
         )
@@ -5993,199 +6539,227 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
 
 
 def run_notes(hp, dist, model):
-    """Notes for the head of the log: what is not as a submission or a record needs it, and is
-    no error.
-    """
+    """Notes for the head of the log: what differs from a submission but is no error."""
     notes = [*dist.notes, *model.ops.notes]
     budgets = {
         "MAX_WALLCLOCK_SECONDS": hp.max_wallclock_seconds,
         "EVAL_BUDGET_SECONDS": hp.eval_budget_seconds,
     }
-    for name, value in budgets.items():  # violations checks the budgets as they are set
+    for name, value in budgets.items():
         if not 0 < value <= CONTEST_SECONDS:
-            more = "more" if value else "no limit"
+            kind = "more" if value else "no limit"
             notes.append(
-                f"{name}={value:g} is {more}, the contest allows {CONTEST_SECONDS:g} s: "
+                f"{name}={value:g} is {kind}, the contest allows {CONTEST_SECONDS:g} s: "
                 "violations are those of the budgets as set"
             )
     notes.append("the budget starts after the warm-up")
     return notes
 
 
-def train_and_save(trainer, evaluator, path):
-    """Stages warm_up and train, then model.pt.
+class Stages:
+    """The stages of a run, and what they pass to each other."""
 
-    Returns figures for RESULT. A signal waits for the end of a step.
-    """
-    dist, log, loader, guard = trainer.dist, trainer.log, trainer.loader, trainer.guard
-    log(
-        f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size}"
-        f" rows_a_step:{loader.per_rank} held_out_rows:{loader.held_out_rows}"
-    )
-    with log.stage("warm_up"):
-        trainer.warm_up()
-    guard.begin_training()
-    with log.stage("train"):
-        training = trainer.train(lambda: score_stage("training", evaluator.evaluate_bpb, log, {}))
-    if dist.rank == 0:
-        save_checkpoint(path, trainer.model, trainer.hp)
-    guard.end_training(path)
-    return training
+    def __init__(self, hp, dist, guard, prepared):
+        self.hp = hp
+        self.dist = dist
+        self.guard = guard
+        self.prepared = prepared
+        self.folder = prepared.folder
+        self.model = prepared.model
+        self.evaluator = Evaluator(prepared.model, prepared.validation, hp, dist)
+        self.checkpoint = hp.checkpoint_path or self.folder / "model.pt"
+        self.artifact = Path(hp.artifact_path or self.folder / "artifact.bin")
+        self.training = {}  # figures for RESULT
+        self.scores = {}
+        self.artifact_bytes = 0
+        self.code_bytes = 0
+        self.log = None
 
+    def open_folder(self):
+        """Makes and locks the run's folder, opens the log, writes the code."""
 
-def check_all(hp, dist, guard=NO_GUARD):
-    """Everything that can be wrong is found before training, and told at once -> what the
-    checks have made, by name.
-    """
-    return all_at_once(
-        dist,
-        tokenizer=lambda found: find_tokenizer(hp),
-        compressor=lambda found: try_compressor(hp.compressor),
-        validation=lambda found: ValidationSet(hp),
-        documents=lambda found: (
-            "validation" in found and documents_to_score(found["validation"], hp)
-        ),
-        loader=lambda found: (
-            hp.ttt_eval_only or TrainLoader(TokenStream(hp.data_path, "train"), hp, dist)
-        ),
-        folder=lambda found: run_folder(hp, dist),
-        model=lambda found: build_model(hp, dist),
-        machine=lambda found: guard.check(hp, dist, found),
-    )
+        def make():
+            if self.dist.rank == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+
+        def lock():
+            if self.dist.rank == 0:
+                self.guard.lock(self.folder)
+
+        run_checks(self.dist, [make, lock])
+        self.log = RunLog(self.folder, self.dist, self.guard)
+        self.code_bytes = write_code(self.folder, self.hp, self.dist, self.guard)
+
+    def info(self):
+        """What was run, and where: keys of RESULT."""
+        device = f"cpu x{torch.get_num_threads()}"
+        if self.dist.device.type == "cuda":
+            device = torch.cuda.get_device_name()
+        run_info = {
+            "run": self.folder.name,
+            "seed": self.hp.seed,
+            "commit": self.guard.commit(),
+            "device": device,
+            "world_size": self.dist.world_size,
+            "torch": torch.__version__,
+            "python": sys.version.split()[0],
+            **self.model.ops.names,
+        }
+        return run_info
+
+    def log_head(self, run_info):
+        """Logs settings, machine, notes and sizes."""
+        model = self.model
+        validation = self.prepared.validation
+        words = " ".join(f"{key}:{value}" for key, value in run_info.items())
+        self.log(f"settings (* changed):\n{settings_table(self.hp)}\n{words}")
+        notes = [f"note: {note}" for note in run_notes(self.hp, self.dist, model)]
+        self.log("\n".join(notes + self.guard.notes(self.hp)))
+        num_parameters = sum(p.numel() for p in model.parameters())
+        self.log(
+            f"parameters:{num_parameters} slots:{model.slots(True)}"
+            f" tokenizer:{self.prepared.tokenizer} validation {validation.summary}"
+            f" tokens:{len(validation.tokens)} code_bytes:{self.code_bytes}"
+            f" {self.prepared.machine}"
+        )
+
+    def load_weights(self):
+        """QUANT_ONLY: the weights of an earlier run."""
+
+        def load():
+            if self.dist.rank == 0:
+                load_checkpoint(self.checkpoint, self.model)
+
+        run_checks(self.dist, [load])
+        for parameter in self.model.parameters():
+            self.dist.broadcast(parameter.detach())
+
+    def train(self):
+        """Stages warm_up and train, then model.pt."""
+        loader = self.prepared.loader
+        trainer = Trainer(self.model, loader, self.hp, self.dist, self.log, self.guard)
+        self.log(
+            f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size}"
+            f" rows_a_step:{loader.per_rank} held_out_rows:{loader.held_out_rows}"
+        )
+        with self.log.stage("warm_up"):
+            trainer.warm_up()
+        self.guard.begin_training()
+
+        def evaluate():
+            score_stage("training", self.evaluator.evaluate_bpb, self.log, {})
+
+        with self.log.stage("train"):
+            self.training = trainer.train(evaluate)
+        if self.dist.rank == 0:
+            save_checkpoint(self.checkpoint, self.model, self.hp)
+        self.guard.end_training(self.checkpoint)
+        del trainer
+        if compile_wanted(self.hp, self.dist):
+            torch.compiler.reset()  # frees the memory of the captured micro-batches
+
+    def quantize(self):
+        """Stages hessians, quantize, quant_check and pack: writes the artifact."""
+        self.training |= build_artifact(
+            self.model,
+            self.prepared.loader,
+            self.hp,
+            self.dist,
+            self.log,
+            self.artifact,
+            self.code_bytes,
+            self.training.get("training_seconds", 0.0),
+        )
+
+    def unpack(self):
+        """Loads the artifact: from here on the model is the submission's."""
+        with self.log.stage("unpack"):
+            rebuild_model(self.model, self.artifact, self.dist)
+        size = self.artifact.stat().st_size if self.dist.rank == 0 else 0
+        self.artifact_bytes = int(self.dist.max_over_ranks(size)[0])
+        self.log(
+            f"artifact_bytes:{self.artifact_bytes} code_bytes:{self.code_bytes}"
+            f" total_bytes:{self.artifact_bytes + self.code_bytes}"
+        )
+
+    def score(self, name, *stride):
+        """Plain evaluation of the whole validation set, or with overlapping windows."""
+        score_stage(name, lambda: self.evaluator.evaluate_bpb(*stride), self.log, self.scores)
+
+    def test_time_train(self):
+        """Scores with test-time training, the final score."""
+
+        def evaluate():
+            if self.hp.ttt_method == "sgd":
+                helpers = document_windows, WindowPacker, sgd_step, Score
+                return techniques.evaluate_sgd(self.evaluator, *helpers)
+            validation = self.prepared.validation
+            return TestTimeTrainer(self.model, validation, self.hp, self.dist, self.log).evaluate()
+
+        score_stage("ttt", evaluate, self.log, self.scores)
+
+    def result(self, run_info):
+        """Writes result.json and logs the RESULT line -> its dictionary."""
+        log = self.log
+        training = self.training | leaked_documents(self.hp)
+        sizes = self.code_bytes, self.artifact_bytes
+        result = {
+            "version": RESULT_VERSION,
+            **run_info,
+            **training,
+            "scores": self.scores,
+            "artifact_bytes": self.artifact_bytes,
+            "code_bytes": self.code_bytes,
+            "total_bytes": self.artifact_bytes + self.code_bytes,
+            "seconds": log.seconds,
+            "graphs_compiled": {stage: count for stage, count in log.graphs.items() if count},
+            "violations": violations(self.hp, log, training, *sizes, self.scores),
+        }
+        if self.dist.device.type == "cuda":
+            result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        if self.dist.rank == 0:
+            write_atomically(self.folder / "result.json", json.dumps(result, indent=1).encode())
+        log("RESULT " + json.dumps(result))
+        return result
 
 
 def run(hp, dist, guard=NO_GUARD):
-    """The whole run, one call per stage. Returns the RESULT dictionary."""
-    found = check_all(hp, dist, guard)
-    validation, loader, folder, model = (
-        found[name] for name in ("validation", "loader", "folder", "model")
-    )
-    checkpoint, artifact = (
-        hp.checkpoint_path or folder / "model.pt",
-        Path(hp.artifact_path or folder / "artifact.bin"),
-    )
-    found |= all_at_once(
-        dist,
-        made=lambda found: dist.rank or folder.mkdir(parents=True, exist_ok=True),
-        lock=lambda found: dist.rank or guard.lock(folder),
-    )
-    log = RunLog(folder, dist, guard)
-    code_bytes = write_code(folder, hp, dist, guard)
-    device = (
-        torch.cuda.get_device_name()
-        if dist.device.type == "cuda"
-        else f"cpu x{torch.get_num_threads()}"
-    )
-    about = {
-        "run": folder.name,
-        "seed": hp.seed,
-        "commit": guard.commit(),
-        "device": device,
-        "world_size": dist.world_size,
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-        **model.ops.names,
-    }
-    log(
-        f"settings (* changed):\n{settings_table(hp)}\n"
-        + " ".join(f"{key}:{value}" for key, value in about.items())
-    )
-    log("\n".join([*(f"note: {note}" for note in run_notes(hp, dist, model)), *guard.notes(hp)]))
-    log(
-        f"parameters:{sum(p.numel() for p in model.parameters())} slots:{model.slots(True)}"
-        f" tokenizer:{found['tokenizer']} validation {validation.summary}"
-        f" tokens:{len(validation.tokens)} code_bytes:{code_bytes} {found['machine'] or ''}"
-    )
-
-    # ---- train (or go on from a file)
-    evaluator, training, scores, artifact_bytes = Evaluator(model, validation, hp, dist), {}, {}, 0
+    """A complete run, stage by stage. Returns the RESULT dictionary."""
+    stages = Stages(hp, dist, guard, check_all(hp, dist, guard))
+    stages.open_folder()
+    run_info = stages.info()
+    stages.log_head(run_info)
     if hp.quant_only:
-        all_at_once(dist, weights=lambda found: dist.rank or load_checkpoint(checkpoint, model))
-        for parameter in model.parameters():
-            dist.broadcast(parameter.detach())
+        stages.load_weights()
     elif not hp.ttt_eval_only:
-        trainer = Trainer(model, loader, hp, dist, log, guard)
-        training = train_and_save(trainer, evaluator, checkpoint)
-        del trainer
-        if compile_wanted(hp, dist):
-            torch.compiler.reset()  # the captured micro-batches go, and with them their memory
+        stages.train()
     if hp.extra_eval_loops:
-        model.eval_passes = 1 + hp.extra_eval_loops
-    if not hp.ttt_eval_only:  # what was trained is safe: quantize and pack it, then evaluate it
-        guard.keep_weights(hp, folder, checkpoint, log)
+        stages.model.eval_passes = 1 + hp.extra_eval_loops
+    if not hp.ttt_eval_only:
+        guard.keep_weights(hp, stages.folder, stages.checkpoint, stages.log)
         if not hp.prequant_only:
-            training |= build_artifact(
-                model,
-                loader,
-                hp,
-                dist,
-                log,
-                artifact,
-                code_bytes,
-                training.get("training_seconds", 0.0),
-            )
-        score_stage("prequant", evaluator.evaluate_bpb, log, scores)
-
-    # ---- evaluate the file on disk
+            stages.quantize()
+        stages.score("prequant")
     if not hp.prequant_only:
-        with log.stage("unpack"):
-            rebuild_model(model, artifact, dist)
-        artifact_bytes = int(dist.agree(artifact.stat().st_size if dist.rank == 0 else 0)[0])
-        log(
-            f"artifact_bytes:{artifact_bytes} code_bytes:{code_bytes}"
-            f" total_bytes:{artifact_bytes + code_bytes}"
-        )
-        score_stage("quantized", evaluator.evaluate_bpb, log, scores)
+        stages.unpack()
+        stages.score("quantized")
         if hp.sliding_window_enabled:
-            score_stage("sliding", lambda: evaluator.evaluate_bpb(hp.eval_stride), log, scores)
-        if hp.ttt_enabled and hp.ttt_method == "sgd":
-            helpers = document_windows, WindowPacker, sgd_step, Score
-            score_stage("ttt", lambda: techniques.evaluate_sgd(evaluator, *helpers), log, scores)
-        elif hp.ttt_enabled:
-            score_stage(
-                "ttt",
-                lambda: TestTimeTrainer(model, validation, hp, dist, log).evaluate(),
-                log,
-                scores,
-            )
-
-    training |= leaked_documents(hp)
-    result = {
-        "version": RESULT_VERSION,
-        **about,
-        **training,
-        "scores": scores,
-        "artifact_bytes": artifact_bytes,
-        "code_bytes": code_bytes,
-        "total_bytes": artifact_bytes + code_bytes,
-        "seconds": log.seconds,
-        "graphs_compiled": {stage: count for stage, count in log.graphs.items() if count},
-        "violations": violations(hp, log, training, code_bytes, artifact_bytes, scores),
-    }
-    if dist.device.type == "cuda":
-        result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    if dist.rank == 0:
-        write_atomically(folder / "result.json", json.dumps(result, indent=1).encode())
-    log("RESULT " + json.dumps(result))
-    return result
+            stages.score("sliding", hp.eval_stride)
+        if hp.ttt_enabled:
+            stages.test_time_train()
+    return stages.result(run_info)
 
 
 def main():
-    """Command line: --help, or a run as the environment says.
+    """Command line: --help, or a run with the settings of the environment.
 
-    Exit code 1: an error; 3: the byte cap is broken.
+    Exit codes: 1 for an error, 2 for arguments, 3 for more bytes than the cap.
     """
     survive_lost_terminals()
     if len(sys.argv) > 1:
-        print(
-            "No arguments; settings are environment variables, here with their defaults:\n"
-            + settings_table()
-        )
+        print("No arguments; settings are environment variables, here with their defaults:")
+        print(settings_table())
         sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
-    # FlashAttention-4 says so at every compilation
-    warnings.filterwarnings("ignore", message="Argument aux_data")
-    # newer names, which PyTorch 2.11 does not have
-    warnings.filterwarnings("ignore", message="`torch.distributed")
     guard = find_guard()
     try:
         hp = Hyperparameters.from_env(guard=guard)

@@ -41,7 +41,7 @@ def group_of(name: str) -> str:
     """
     tensor, _, field = name.rpartition(":")
     role = train_gpt.quant_role(tensor)
-    return "small" if role is None else role[0] if field == "codes" else "scales"
+    return "small" if role is None else role.group if field == "codes" else "scales"
 
 
 def entropy_bytes(codes: np.ndarray) -> float:
@@ -142,15 +142,7 @@ class Sweep:
         )
         self.dist = dist = train_gpt.Dist(self.hp.device)
         hp, dtype = self.hp, torch.bfloat16 if dist.device.type == "cuda" else torch.float32
-        ops = train_gpt.select_ops(
-            hp.kernels,
-            hp.attention_backend,
-            dist.device,
-            dtype,
-            hp.head_dim,
-            hp.num_heads,
-            hp.num_kv_heads,
-        )
+        ops = train_gpt.select_ops(hp, dist.device, dtype)
         self.model = train_gpt.GPT(hp, ops, dtype).to(dist.device)
         train_gpt.load_checkpoint(checkpoint, self.model)
         self.evaluator = train_gpt.Evaluator(self.model, train_gpt.ValidationSet(hp), hp, dist)

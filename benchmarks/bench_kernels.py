@@ -298,7 +298,14 @@ def bench_attention(report: Report, tokens: int, documents: int) -> None:
             if name == "sdpa":
                 continue
             try:
-                tg.select_ops(False, name, device, torch.bfloat16, HEAD_DIM, HEADS, kv_heads)
+                hp = tg.Hyperparameters(
+                    attention_backend=name,
+                    kernels=False,
+                    model_dim=HEADS * HEAD_DIM,
+                    num_heads=HEADS,
+                    num_kv_heads=kv_heads,
+                )
+                tg.select_ops(hp, device, torch.bfloat16)
             except ValueError as error:
                 print(f"attention KV={kv_heads} {name}: not here ({str(error)[:150]})")
                 continue

@@ -156,7 +156,7 @@ def dist():
 @pytest.fixture
 def ops():
     """The PyTorch references of every operation."""
-    return train_gpt.select_ops(False, "sdpa", torch.device("cpu"), torch.float32, 8, 4, 2)
+    return train_gpt.select_ops(tiny_hp(), torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="session")

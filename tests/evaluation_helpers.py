@@ -33,8 +33,7 @@ def make_model(hp, seed=0):
     """A model whose every part matters: the projections that start at zero are random, gates
     are off their middle.
     """
-    shapes = hp.head_dim, hp.num_heads, hp.num_kv_heads
-    ops = train_gpt.select_ops(False, "sdpa", torch.device("cpu"), torch.float32, *shapes)
+    ops = train_gpt.select_ops(hp, torch.device("cpu"), torch.float32)
     model = train_gpt.GPT(hp, ops, torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

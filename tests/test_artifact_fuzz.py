@@ -47,12 +47,15 @@ class Parts:
     """An artifact taken apart, to be put together wrongly under digests that are right."""
 
     def __init__(self, blob):
-        _, _, self.sections, end = train_gpt.read_header(blob)
+        header = train_gpt.read_header(blob)
+        self.sections, end = [list(record) for record in header.records], header.start
         _, self.number, stored_size, self.raw_size = train_gpt.PREFIX.unpack(
             blob[: train_gpt.PREFIX.size]
         )
         self.codec = next(
-            codecs[0] for number, *codecs in train_gpt.COMPRESSORS.values() if number == self.number
+            compressor.codec
+            for compressor in train_gpt.COMPRESSORS.values()
+            if compressor.number == self.number
         )
         self.arrays = json.loads(
             train_gpt.expand(self.codec, blob[end - stored_size : end], self.raw_size)

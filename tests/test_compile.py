@@ -143,12 +143,9 @@ def models_and_rows(device, dtype, kernels, tokens, **sizes):
         train_cuda_graphs=device == "cuda",
         **sizes,
     )
-    E = hp.head_dim
-    ops = train_gpt.select_ops(
-        False, "sdpa", "cpu", torch.float32, E, hp.num_heads, hp.num_kv_heads
-    )
+    ops = train_gpt.select_ops(hp, "cpu", torch.float32)
     slow = train_gpt.GPT(hp, ops, torch.float32).to(device)
-    fast = train_gpt.GPT(hp, kernels(ops, E, hp), dtype).to(device)
+    fast = train_gpt.GPT(hp, kernels(ops, hp), dtype).to(device)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         # no gradient is zero at the start
@@ -176,7 +173,7 @@ def test_compiled_training_with_kernels_has_the_gradients_of_the_references(back
     if train_gpt.triton is None:
         pytest.skip("needs Triton")
 
-    def interpreted(ops, E, hp):
+    def interpreted(ops, hp):
         return dataclasses.replace(
             ops,
             qkv_heads=train_gpt.qkv_heads,
@@ -206,12 +203,16 @@ def test_compiled_training_with_kernels_has_the_gradients_of_the_references(back
 
 EDITED = """
 import torch, train_gpt
-@train_gpt.golf_op(None, lambda needed, grad, x, number: (FACTOR * grad,), lambda needed, x, *_: (x,))
-def twice(x: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return 2 * x, x.new_empty(0)
+@torch.library.custom_op("golf::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+@twice.register_fake
+def twice_fake(x):
+    return torch.empty_like(x)
+twice.register_autograd(lambda ctx, grad: FACTOR * grad)
 hp = train_gpt.Hyperparameters(device="cpu", compile="1")
 x = torch.ones(3, requires_grad=True)
-train_gpt.compiled(lambda x: twice(x, 1).sum(), hp, train_gpt.Dist("cpu"))(x).backward()
+train_gpt.compiled(lambda x: twice(x).sum(), hp, train_gpt.Dist("cpu"))(x).backward()
 print(x.grad[0].item())
 """
 
@@ -246,10 +247,8 @@ def test_edited_gradients_are_not_taken_from_caches_of_the_code_before(tmp_path)
 @GPU[1]
 @pytest.mark.parametrize("looping", [False, True])
 def test_captured_micro_batches_have_the_gradients_of_the_references_on_the_gpu(looping):
-    def selected(ops, E, hp):
-        return train_gpt.select_ops(
-            True, "auto", "cuda", torch.bfloat16, E, hp.num_heads, hp.num_kv_heads
-        )
+    def selected(ops, hp):
+        return train_gpt.select_ops(hp, "cuda", torch.bfloat16)
 
     hp, fast, slow, rows = models_and_rows(
         "cuda",

@@ -139,6 +139,11 @@ def called_with(source, name):
     }
 
 
+def scored(source):
+    """Names of all scores."""
+    return called_with(source, "score_stage") | called_with(source, "score")
+
+
 @pytest.fixture(scope="module")
 def source():
     """Functions and methods of train_gpt.py: {name or Class.name: node}."""
@@ -161,13 +166,13 @@ def described(heading, table=0):
 
 def test_every_key_of_result_is_described(source):
     produced = (
-        assigned(source["run"], "about")
-        | assigned(source["run"], "result")
+        assigned(source["Stages.info"], "run_info")
+        | assigned(source["Stages.result"], "result")
         | keys_of(source["Trainer.summary"])
     )
-    produced |= assigned(source["select_ops"], "trials")  # **ops.names
+    produced |= keys_of(source["operations"])  # **ops.names
     assert {"version", "violations", "steps", "attention", "peak_memory_bytes"} <= produced
-    # run and Trainer.train put these into what Trainer.summary made
+    # Stages and Trainer.train put these into what Trainer.summary made
     assert described("Keys") == produced | {
         "group_bytes",
         "leaked_documents",
@@ -178,14 +183,12 @@ def test_every_key_of_result_is_described(source):
 
 def test_every_score_and_its_fields_are_described(source):
     # evaluations inside training are logged only
-    names = called_with(source, "score_stage") - {"training"}
+    names = scored(source) - {"training"}
     assert described("Scores", 0) == names and len(names) == 4
     fields = keys_of(source["Score.total"]) | keys_of(source["TestTimeTrainer.evaluate"].body[-1])
     assert described("Scores", 1) == fields
 
 
 def test_every_stage_is_described(source):
-    stages = called_with(source, "stage") | {
-        f"eval_{name}" for name in called_with(source, "score_stage")
-    }
+    stages = called_with(source, "stage") | {f"eval_{name}" for name in scored(source)}
     assert described("Seconds") == stages and len(stages) == 12

@@ -667,7 +667,7 @@ def test_names_without_a_meaning_here_are_told(data, tmp_path):
     )
     assert (
         code is None
-        and "note: DATA_DIR, SKIP_INITIAL_VAL: of published scripts, without a meaning here" in out
+        and "note: DATA_DIR, SKIP_INITIAL_VAL: settings of other scripts, no effect here" in out
     )
 
 
@@ -844,7 +844,7 @@ def test_a_header_that_claims_more_than_a_gigabyte_in_all_is_refused():
     stored = train_gpt.brotli.compress(json.dumps([specs, [[4, "00" * 8, "00" * 8]]]).encode())
     raw_size = len(json.dumps([specs, [[4, "00" * 8, "00" * 8]]]))
     prefix = train_gpt.PREFIX.pack(
-        train_gpt.MAGIC, train_gpt.COMPRESSORS["brotli"][0], len(stored), raw_size
+        train_gpt.MAGIC, train_gpt.COMPRESSORS["brotli"].number, len(stored), raw_size
     )
     blob = prefix + train_gpt.digest(prefix + stored) + stored + b"bomb"
     with pytest.raises(train_gpt.ArtifactError, match="more than 1073741824 bytes"):

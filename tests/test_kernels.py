@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import quack_stub
 import torch
+from conftest import tiny_hp
 
 import train_gpt
 from train_gpt import (
@@ -206,9 +207,9 @@ def quack(monkeypatch):
     for name, module in quack_stub.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
-    train_gpt.mlp_products.cache_clear()
+    train_gpt.mlp_gemms.cache_clear()
     yield
-    train_gpt.mlp_products.cache_clear()
+    train_gpt.mlp_gemms.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -931,8 +932,8 @@ def test_torch_backend_follows_the_signature_of_the_installed_version(parameters
 # --- selection
 
 
-def select(backend="auto", kernels=True, device=CPU, dtype=torch.float32):
-    return select_ops(kernels, backend, device, dtype, head_dim=8, num_heads=4, num_kv_heads=2)
+def select(backend="auto", dtype=torch.float32):
+    return select_ops(tiny_hp(attention_backend=backend), CPU, dtype)
 
 
 def test_auto_on_cpu_takes_the_references():
@@ -969,7 +970,8 @@ def test_named_backend_that_does_not_work_is_an_error_with_its_reason(backend, m
 
 
 def test_unknown_backend_is_an_error_that_lists_the_known():
-    with pytest.raises(ValueError, match="expected auto, fa3, fa4, torch, sdpa"):
+    known = ", ".join(["auto", *ATTENTION_BACKENDS])
+    with pytest.raises(train_gpt.SettingError, match=f"must be one of {known}$"):
         select("flash")
 
 
@@ -1025,17 +1027,13 @@ def test_kernel_that_agrees_is_used():
 
 
 def select_mlp(monkeypatch, dtype=torch.bfloat16):
-    """-> name and notes of the MLP that select_ops takes where PyTorch says that the CPU is a
-    GPU; no Triton.
+    """The operations that select_ops takes where kernels are wanted on the CPU, and its notes
+    on the MLP; no other kernel works.
     """
-    there = ModuleType("torch")
-    there.__getattr__ = lambda name: getattr(torch, name)
-    there.device = lambda device: SimpleNamespace(type="cuda")
-    monkeypatch.setattr(train_gpt, "torch", there)
-    monkeypatch.setattr(train_gpt, "triton", train_gpt.triton or ModuleType("triton"))
+    monkeypatch.setattr(train_gpt, "use_kernels", lambda hp, device: True)
     for name in ("linear_cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows"):
         monkeypatch.setattr(train_gpt, name, raising)
-    ops = select_ops(True, "sdpa", "cpu", dtype, head_dim=8, num_heads=4, num_kv_heads=2)
+    ops = select("sdpa", dtype)
     assert ops.names["cross_entropy"] == "reference"
     return ops, [note for note in ops.notes if note.startswith("mlp ")]
 
@@ -1092,8 +1090,14 @@ def test_nothing_of_quack_is_imported_on_the_cpu(monkeypatch):
 # --- on the GPU, bf16
 
 
+def select_on_the_gpu(backend="auto", num_heads=8, num_kv_heads=4):
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    hp = tiny_hp(device="cuda", attention_backend=backend, model_dim=64 * num_heads, **heads)
+    return select_ops(hp, torch.device("cuda"), torch.bfloat16)
+
+
 def quack_on_the_gpu():
-    ops = select_ops(True, "sdpa", torch.device("cuda"), torch.bfloat16, 64, 8, 4)
+    ops = select_on_the_gpu("sdpa")
     if ops.names["mlp"] != "quack":
         pytest.skip(next(note for note in ops.notes if note.startswith("mlp quack")))
 
@@ -1181,7 +1185,7 @@ def test_entry_matches_float64_on_the_gpu(merges, opened):
 @pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
 def test_attention_backend_matches_float64_on_the_gpu(backend, heads):
     try:
-        ops = select_ops(True, backend, torch.device("cuda"), torch.bfloat16, 64, *heads)
+        ops = select_on_the_gpu(backend, *heads)
     except ValueError as error:
         pytest.skip(str(error))
     inputs = packed_qkv(3000, *heads, E=64, dtype=torch.bfloat16, device="cuda")
@@ -1198,7 +1202,7 @@ def test_attention_backend_matches_float64_on_the_gpu(backend, heads):
 
 @gpu
 def test_auto_takes_the_kernels_and_compiles_into_one_graph_on_the_gpu():
-    ops = select_ops(True, "auto", torch.device("cuda"), torch.bfloat16, 64, 8, 4)
+    ops = select_on_the_gpu()
     assert all(
         name in ("triton", "quack") for kind, name in ops.names.items() if kind != "attention"
     ), ops.notes

@@ -147,12 +147,12 @@ def quantize_alone(weights, hessians, hp):
 
 
 def gptq(w, hessian, *arguments, names=None, **steps):
-    """gptq_quantize of a batch, or of one matrix."""
+    """The tensors of gptq_quantize for a batch, or for one matrix; no column steps without octaves."""
     if w.ndim == 2:
-        return (part[0] for part in gptq(w[None], hessian[None], *arguments, names=names, **steps))
-    return train_gpt.gptq_quantize(
-        w, hessian, *arguments, names or [f"matrix {i}" for i in range(len(w))], **steps
-    )
+        return [part[0] for part in gptq(w[None], hessian[None], *arguments, names=names, **steps)]
+    names = names or [f"matrix {i}" for i in range(len(w))]
+    found = train_gpt.gptq_quantize(w, hessian, *arguments, names, **steps)
+    return [part for part in found if part is not None]
 
 
 def unpack(fields):
@@ -422,7 +422,7 @@ def test_column_steps_hold_on_inputs_that_differ_from_the_calibration(seed, monk
     """
     plain = validation_error_at_equal_bits(None, seed)
     ours = validation_error_at_equal_bits(2.0, seed)
-    monkeypatch.setattr(train_gpt, "WIDE_CODE", 127)
+    monkeypatch.setattr(train_gpt, "MAX_WIDE_CODE", 127)
     before = validation_error_at_equal_bits(100.0, seed)
     assert before > 1.5 * plain and ours < 0.8 * plain
 
@@ -513,7 +513,7 @@ def test_steps_are_the_same_on_every_machine():
         assert (
             np.float32(power * (1 - 1e-14))
             == np.float32(power * (1 + 1e-14))
-            == train_gpt.STEPS[number]
+            == train_gpt.EXP2_EIGHTHS[number]
         )
 
 
@@ -802,6 +802,14 @@ HOSTILE = {
         "lqer_b": array_of((2, 3)),
         "lqer_b_scale": array_of(1),
     },
+    "terabytes by a scale of two dimensions": {
+        "codes": array_of((4, 2**18)),
+        "scale": array_of(4),
+        "lqer_a": array_of((4, 4)),
+        "lqer_a_scale": array_of(()),
+        "lqer_b": array_of((4, 2**18)),
+        "lqer_b_scale": array_of((2**10, 2**10)),
+    },
     "short correction": {
         "codes": array_of((4, 3)),
         "scale": array_of(4),
@@ -818,6 +826,17 @@ def test_fields_of_which_no_weight_can_be_made_are_refused_by_name(fields):
     arrays = {f"blocks.0.mlp.c_fc.weight:{field}": array for field, array in fields.items()}
     with pytest.raises(ValueError, match="blocks.0.mlp.c_fc.weight: no weight can be made"):
         train_gpt.dequantize_weights(arrays)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_step_codes_that_are_not_finite_are_harmless(value):
+    fields = {
+        "codes": array_of((4, 3)),
+        "scale": np.full(4, value, np.float16),
+        "column_steps": array_of(3),
+    }
+    arrays = {f"tok_emb.weight:{field}": array for field, array in fields.items()}
+    assert train_gpt.dequantize_weights(arrays)["tok_emb.weight"].isfinite().all()
 
 
 def test_unknown_fields_are_an_error():

@@ -65,9 +65,8 @@ def test_target_bytes_ends_just_under_the_target_whatever_the_clips(
 ):
     clips = dict.fromkeys(("mlp_clip_sigmas", "attn_clip_sigmas", "embed_clip_sigmas"), first_clip)
     hp = tiny_hp(target_bytes=600_000, compressor="entropy", model_dim=128, **clips)
-    model = train_gpt.GPT(
-        hp, train_gpt.select_ops(False, "sdpa", dist.device, torch.float32, 32, 4, 2), torch.float32
-    )
+    ops = train_gpt.select_ops(hp, dist.device, torch.float32)
+    model = train_gpt.GPT(hp, ops, torch.float32)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     identity = {

@@ -408,8 +408,8 @@ assert before == after
 assert state == states()
 assert train_gpt.brotli is None and train_gpt.triton is None
 assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
-train_gpt.Hyperparameters.from_env()
-ops = train_gpt.select_ops(True, "auto", torch.device("cpu"), torch.float32, 8, 4, 2)
+hp = train_gpt.Hyperparameters.from_env()
+ops = train_gpt.select_ops(hp, torch.device("cpu"), torch.float32)
 print(json.dumps(ops.names))
 """
 

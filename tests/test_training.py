@@ -58,7 +58,7 @@ def test_data_seed_shuffles_the_spans_of_every_epoch(tiny_data):
     published, one, two = (loader_of(tiny_data, data_seed=seed) for seed in (0, 1, 2))
     epoch = published.stream.size // 128
     orders = [
-        [loader.start(index) for index in range(2 * epoch)] for loader in (published, one, two)
+        [loader.row_offset(index) for index in range(2 * epoch)] for loader in (published, one, two)
     ]
     assert sorted(orders[0]) == orders[0] and len({tuple(order) for order in orders}) == 3
     for order in orders[1:]:
@@ -69,7 +69,7 @@ def test_data_seed_shuffles_the_spans_of_every_epoch(tiny_data):
                 and max(part) - min(part) > 0.9 * published.stream.size
             )
     again = loader_of(tiny_data, data_seed=1)
-    assert [again.start(index) for index in range(2 * epoch)] == orders[1]
+    assert [again.row_offset(index) for index in range(2 * epoch)] == orders[1]
     assert torch.equal(again.build(7).inputs, one.build(7).inputs)
     assert not torch.equal(two.build(7).inputs, one.build(7).inputs)
 
@@ -559,7 +559,7 @@ class Follower(train_gpt.Dist):
     def barrier(self):
         pass
 
-    def agree(self, *numbers):
+    def max_over_ranks(self, *numbers):
         return [next(self.told), *numbers[1:]]
 
 

@@ -147,8 +147,8 @@ class RunGuard(Guard):
 
     # -- checks of the machine
 
-    def check(self, hp, dist, found):
-        return check_machine(hp, dist, **found)
+    def check(self, hp, dist, prepared):
+        return check_machine(hp, dist, prepared.folder, prepared.model, prepared.compressor_works)
 
     def lock(self, folder):
         self.lock_file = lock(folder)
@@ -304,7 +304,7 @@ def load_state(trainer):
     """
     dist, folder = trainer.dist, trainer.log.folder
     name, data = newest_state(folder) if dist.rank == 0 else ("", b"")
-    size = int(dist.agree(len(data))[0])
+    size = int(dist.max_over_ranks(len(data))[0])
     box = torch.frombuffer(bytearray(data or size), dtype=torch.uint8)
     dist.broadcast(box)
     try:
@@ -794,12 +794,12 @@ GAUSSIAN_BITS = math.log2(math.sqrt(2 * math.pi * math.e))  # entropy of a unit 
 STATE_BYTES_A_WEIGHT = 20  # weights, average, momentum and both moments, fp32
 
 
-def check_machine(hp, dist, folder=None, model=None, **found):
+def check_machine(hp, dist, folder=None, model=None, compressor_works=False):
     """Checks this machine against the settings -> phrases for the log.
 
-    `found` holds what the run's other checks have made. Packages are checked on every rank; on rank
-    0 also the run's folder, a round trip of random weights through the compressor, the budgets and
-    the size of the artifact to come. Raises SafetyError with all problems.
+    Packages are checked on every rank; on rank 0 also the run's folder, and with a model and a
+    compressor that works a round trip of random weights, the budgets and the size of the artifact
+    to come. Raises SafetyError with all problems.
     """
     problems = []
     phrases = []
@@ -820,7 +820,7 @@ def check_machine(hp, dist, folder=None, model=None, **found):
             more, phrase = check_folder(folder, model, hp)
             problems += more
             phrases.append(phrase)
-        if "compressor" in found:
+        if compressor_works:
             more, of_budgets = check_budgets(model, hp)
             problems += more
             phrases = of_budgets + phrases
@@ -1024,8 +1024,8 @@ def trial_arrays(model, hp):
 
 def trial_codes(role, rows, columns, hp, generator):
     """Codes, scales and column steps of a random matrix (rows, columns)."""
-    largest_code = 2 ** (getattr(hp, role[1]) - 1) - 1
-    deviation = largest_code / getattr(hp, role[2])
+    largest_code = 2 ** (getattr(hp, role.bits) - 1) - 1
+    deviation = largest_code / getattr(hp, role.clip_sigmas)
     codes = torch.randn(rows, columns, generator=generator) * deviation
     codes = codes.round_().clamp_(-127, 127)
     scale = torch.rand(rows, generator=generator)

@@ -197,17 +197,17 @@ def check_script(script, count_gpus):
         try:
             guard = module.find_guard()
             hp = module.Hyperparameters.from_env(guard=guard)
-            found = module.check_all(hp, module.Dist(hp.device), guard)
-            validation, loader = found["validation"], found["loader"]
+            prepared = module.check_all(hp, module.Dist(hp.device), guard)
+            validation, loader = prepared.validation, prepared.loader
             tokens = "" if hp.ttt_eval_only else f"{loader.stream.size:,} training tokens, "
             about["notes"].append(
                 f"data: {tokens}{len(validation.starts):,} validation documents of "
                 f"{int(validation.bytes.sum()):,} bytes in {hp.data_path}"
             )
-            about["notes"] += [line for line in found["machine"].splitlines() if line]
+            about["notes"] += [line for line in prepared.machine.splitlines() if line]
             from tools.guard import wanted_bytes  # it imports the script: after that was loaded
 
-            about["disk_bytes"] = wanted_bytes(found["model"], hp)
+            about["disk_bytes"] = wanted_bytes(prepared.model, hp)
         except (ValueError, OSError) as error:
             about["problems"] += str(error).splitlines()
     if count_gpus:

@@ -176,18 +176,12 @@ def free_parameters(tree):
     It writes them as plain parameters again. Otherwise it would keep the names, for callers that it
     cannot see. There are none for a function whose name stands nowhere but in calls; one that is
     handed on may be a library's to call, as PyTorch calls `setup_context(ctx=..., inputs=...,
-    output=...)`. So it keeps its names if it is defined inside of another one, as in golf_op, or is
-    an argument where the script calls what it does not define. All others that are handed on keep
-    the names that any call of the script gives. Arguments go in order to lambdas, to what golf_op
-    is given and to the operations among the candidates of select_ops.
+    output=...)`. So it keeps its names if it is defined inside of another one or is an argument
+    where the script calls what it does not define. All others that are handed on keep the names
+    that any call of the script gives. Arguments go in order to lambdas.
     """
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    in_order = "golf_op", "candidates"
-    known = {
-        id(node)
-        for call in calls
-        for node in [call.func] + call.args * (name_of(call.func) in in_order)
-    }
+    known = {id(call.func) for call in calls}
     handed_on = {
         name_of(node) for node in ast.walk(tree) if name_of(node) and id(node) not in known
     }
@@ -260,7 +254,7 @@ def names_to_keep(tree):
         node.id for kernel in kernels for node in ast.walk(kernel) if isinstance(node, ast.Name)
     }
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    named = [node.name for node in functions if decorators(node) & {"golf_op", "jit"}]
+    named = [node.name for node in functions if decorators(node) & {"custom_op", "golf_op", "jit"}]
     return sorted(arguments), sorted(used.union(named, dir(builtins)))
 
 

@@ -421,7 +421,7 @@ def group_of(spec):
         return "LQER"
     if role is None:
         return "small tensors"
-    return role[0] if field == "codes" else "scales of rows"
+    return role.group if field == "codes" else "scales of rows"
 
 
 def bytes_by_group(path):
