@@ -4,8 +4,9 @@ import numpy as np
 
 
 def model_arrays(num_layers=3, seed=0):
-    """Arrays as quantize_weights returns them, of a tiny model; the gate's codes are no matrix
-    of a role.
+    """Arrays as quantize_weights returns them, of a tiny model.
+
+    The gate's codes are no matrix of a role.
     """
     rng = np.random.default_rng(seed)
     shapes = {

@@ -44,8 +44,9 @@ def make_model(hp, seed=0):
 
 
 def make_validation(folder, hp, lengths=LENGTHS, **kwargs):
-    """ValidationSet of new documents in `folder`; the side-car's charges are random, 0 at every
-    BOS.
+    """ValidationSet of new documents in `folder`.
+
+    The side-car's charges are random, 0 at every BOS.
     """
     write_documents(folder, "val", lengths, **kwargs)
     return ValidationSet(hp, None)

@@ -40,8 +40,9 @@ def start(folder, *command, **settings):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A run of the checkout, of the copied file and of the packed script; where the two files
-    lie.
+    """A run of the checkout, of the copied file and of the packed script.
+
+    Where the two files lie.
     """
     folder = tmp_path_factory.mktemp("world")
     (folder / "data").mkdir()

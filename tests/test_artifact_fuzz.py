@@ -113,8 +113,9 @@ def damage_section(blob, chance):
 
 
 def swap_sections(blob, chance):
-    """Two sections change places, with or without their sizes in the header; or one stands
-    twice, or is gone.
+    """Two sections change places, with or without their sizes in the header.
+
+    Or one stands twice, or is gone.
     """
     parts = Parts(blob)
     a, b = chance.choices(range(len(parts.data)), k=2)

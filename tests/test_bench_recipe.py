@@ -67,8 +67,9 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with checkouts of the stub (base, other) and data; every test is a machine of
-    its own.
+    """A folder with checkouts of the stub (base, other) and data.
+
+    Every test is a machine of its own.
     """
     for name in ("base", "other", "data", "tmp"):
         (tmp_path / name).mkdir()
@@ -82,8 +83,9 @@ def place(tmp_path, monkeypatch):
 
 
 def words(place, *arms, kind="screen", seeds="1 2 3", options=()):
-    """The command line of `run`; an arm is a pair of a name, in the checkout `base`, and
-    settings.
+    """The command line of `run`.
+
+    An arm is a pair of a name, in the checkout `base`, and settings.
     """
     line = ["run", str(place / "c.jsonl"), "--kind", kind, "--data", str(place / "data")]
     line += ["--runs", str(place / "runs"), "--seeds", *seeds.split(), *options]

@@ -36,8 +36,9 @@ PROSE = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Validation: literal markers, ligatures, empty documents and some of PROSE; the rest of it
-    is training.
+    """Validation: literal markers, ligatures, empty documents and some of PROSE.
+
+    The rest of it is training.
     """
     folder = tmp_path_factory.mktemp("fused")
     docs = write_docs(folder / "docs.jsonl", TEXTS[:7] + PROSE)

@@ -1,5 +1,6 @@
-"""Files of documents: packed ones are read to their end or refused; what holds no JSON lines is
-called by its name.
+"""Files of documents: packed ones are read to their end or refused.
+
+What holds no JSON lines is called by its name.
 """
 
 import bz2

@@ -49,8 +49,9 @@ def data(tmp_path_factory):
 
 
 def environ_of(folder, data_path, settings):
-    """{NAME: text} of a tiny run whose runs lie in `folder`; settings with the value None are
-    left out.
+    """{NAME: text} of a tiny run whose runs lie in `folder`.
+
+    Settings with the value None are left out.
     """
     paths = {
         "DATA_PATH": data_path,

@@ -43,8 +43,9 @@ def sp():
 
 @pytest.mark.parametrize("vector", VECTORS["vectors"], ids=lambda vector: vector["name"])
 def test_texts_of_the_published_vectors_give_the_ids_and_bytes_of_the_reference(sp, vector):
-    """With our tokenizer, so nothing from outside is needed; the published ids hold the
-    reference itself, below.
+    """With our tokenizer, so nothing from outside is needed.
+
+    The published ids hold the reference itself, below.
     """
     expected_ids, expected_costs = caseops_reference.tokens_and_bytes(sp, vector["text"])
     ids, costs = encode_document_with_bytes(sp, vector["text"])

@@ -199,8 +199,9 @@ def long_docs(tmp_path_factory):
 def test_control_c_ends_in_one_line_and_the_command_goes_on_when_repeated(
     long_docs, tmp_path, moment
 ):
-    """At the first moment the workers start, at the second they work; on a terminal all of them
-    get the signal.
+    """At the first moment the workers start, at the second they work.
+
+    On a terminal all of them get the signal.
     """
     docs, expected = long_docs
     run = start(docs, tmp_path / "out")

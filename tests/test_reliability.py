@@ -1,6 +1,6 @@
-"""Faults injected into runs, and what is promised of each (docs/RELIABILITY.md). SOAK=1, as in
-`make
-soak`: all.
+"""Faults injected into runs, and what is promised of each (docs/RELIABILITY.md).
+
+SOAK=1, as in `make soak`: all.
 
 `make test` takes a sample, another one in each run; a failure shows which.
 """
@@ -225,8 +225,9 @@ def test_two_ranks_go_on_bit_for_bit_and_so_can_one(tiny_data, tmp_path):
 
 
 def logged_steps(lines):
-    """(step, loss as text) of the lines of training; a step that was logged twice once, if it
-    came to the same.
+    """(step, loss as text) of the lines of training.
+
+    A step that was logged twice once, if it came to the same.
     """
     found = re.findall(r"^step:(\d+) train_loss:(\S+)", "\n".join(lines), re.MULTILINE)
     return sorted({(int(step), loss) for step, loss in found})
@@ -864,8 +865,9 @@ def test_a_signal_saves_a_state_and_the_message_goes_on(world, forker, name, ran
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, forker):
-    """uninterrupted(iterations, ranks) -> folder of a run that met no fault, DETERMINISTIC=1;
-    made once.
+    """uninterrupted(iterations, ranks) -> folder of a run that met no fault, DETERMINISTIC=1.
+
+    Made once.
     """
     made = {}
 
@@ -967,8 +969,9 @@ def test_a_second_signal_ends_a_step_that_does_not_end(world, forker, name):
 
 
 def test_a_run_saves_a_state_when_its_window_is_closed(world):
-    """The run leads the session of a terminal, as in a window; where that closes, SIGHUP comes
-    and writes fail.
+    """The run leads the session of a terminal, as in a window.
+
+    Where that closes, SIGHUP comes and writes fail.
     """
     pid, terminal = pty.fork()
     if pid == 0:
@@ -1012,8 +1015,9 @@ def test_a_hangup_that_one_rank_gets_stops_both(world, forker):
 
 
 def test_a_hangup_is_never_the_second_signal(world, forker):
-    """A lost connection sends several; here they come in a step that does not end, which
-    another signal then ends.
+    """A lost connection sends several.
+
+    Here they come in a step that does not end, which another signal then ends.
     """
     process = forker.start(world, fault="stall train 0 3")
     wait_for(world, "step:3 ")
@@ -1087,8 +1091,9 @@ def ranks_of(process):
 @soak
 @pytest.mark.parametrize("stage", ["train", "eval"])
 def test_a_signal_ends_all_ranks_with_its_code(world, forker, stage):
-    """In training one rank's is enough; elsewhere a rank that waits in a library hears of it
-    from the watchdog.
+    """In training one rank's is enough.
+
+    Elsewhere a rank that waits in a library hears of it from the watchdog.
     """
     fault, words = (None, "step:12 ") if stage == "train" else ("stall eval 1", "stage:pack ")
     process = forker.start(world, 2, fault, **{"ITERATIONS": "100000"} if stage == "train" else {})
@@ -1338,7 +1343,8 @@ def test_workers_end_when_torchrun_is_killed(world):
 
 
 def in_a_mount(folder, options):
-    """Command prefix: a file system of its own over <folder>/runs, in name spaces of their own;
+    """Command prefix: a file system of its own over <folder>/runs, in name spaces of their own.
+
     None if not allowed.
     """
     script = f'mount -t tmpfs -o {options} none {folder}/runs && exec "$@"'
@@ -1411,8 +1417,9 @@ def test_two_deterministic_runs_are_equal(base, world):
 
 @soak
 def test_fifty_runs_with_a_fault_each(base, tmp_path, forker):
-    """Nothing promised is lost, no process and no file is left, whatever the fault; each run is
-    brought to its end.
+    """Nothing promised is lost, no process and no file is left, whatever the fault.
+
+    Each run is brought to its end.
 
     States are written at every step: at most the step that was cut is done again, and the end is
     bit for bit that of the run that met no fault, on one rank; on two, its counts.

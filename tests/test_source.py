@@ -59,7 +59,12 @@ BARS = Form(
 )
 # Files that are being rewritten, with today's figures. This must become empty.
 STILL_ABOVE = {
-    "train_gpt.py": {"tuple_assignments": 4.75, "wide_assignments": 25, "longest_function": 76},
+    "train_gpt.py": {
+        "tuple_assignments": 4.75,
+        "wide_assignments": 25,
+        "longest_function": 76,
+        "repeats": 1,
+    },
     "tools/pack_code.py": {"tuple_assignments": 4.26},
     "tools/techniques.py": {
         "expressions_a_statement": 8.14,

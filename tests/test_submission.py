@@ -488,7 +488,8 @@ TOKEN = "hf_aVerySecretToken"
 
 @pytest.fixture
 def publish():
-    """publish(words, token) -> the finished tools/publish.py, talking to a hub on localhost;
+    """publish(words, token) -> the finished tools/publish.py, talking to a hub on localhost.
+
     `.hub` is that hub.
     """
     hub = Hub(TOKEN)

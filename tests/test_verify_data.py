@@ -1,5 +1,6 @@
-"""Fast encoding against the plain one; interrupted runs; what leaks, damage and wrong data look
-like to `verify`.
+"""Fast encoding against the plain one.
+
+Interrupted runs; what leaks, damage and wrong data look like to `verify`.
 """
 
 import random

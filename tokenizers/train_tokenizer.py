@@ -44,8 +44,9 @@ def text_hash(text: str) -> bytes:
 
 
 def training_sentences(lines: Iterable[Line], validation: set[bytes]) -> Iterator[str]:
-    """One sentence a document: stripped first, then transformed; empty ones and those of
-    `validation` dropped.
+    """One sentence a document: stripped first, then transformed.
+
+    Empty ones and those of `validation` dropped.
     """
     documents = text_bytes = copies = 0
     for line in lines:
@@ -66,8 +67,9 @@ def training_sentences(lines: Iterable[Line], validation: set[bytes]) -> Iterato
 
 
 def check_layout(path: Path) -> None:
-    """Raises DataError where pieces break what the published tokenizer holds to: see
-    tokenizers/README.md.
+    """Raises DataError where pieces break what the published tokenizer holds to.
+
+    See tokenizers/README.md.
     """
     sp = load_tokenizer(path)  # ids 0 to 263
     pieces = [sp.id_to_piece(index) for index in range(264, sp.get_piece_size())]
@@ -100,8 +102,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    """Trains and checks the tokenizer; only then does it take the place of what --out held. Returns
-    the exit status.
+    """Trains and checks the tokenizer; only then does it take the place of what --out held.
+
+    Returns the exit status.
 
     Raises DataError if nothing is left to train on.
     """

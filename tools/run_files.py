@@ -1,6 +1,4 @@
-"""What a finished run leaves in its folder, read back: settings and `key:value` lines of log.txt,
-and
-RESULT; presets.
+"""Reads back what a run leaves in its folder: settings, lines of log.txt, RESULT; presets.
 
 A set of runs is a folder of run folders, as run_3seeds.sh makes it. Used by the other tools;
 standard library only.
@@ -38,14 +36,16 @@ class PresetError(ValueError):
 
 
 class RunError(ValueError):
-    """A run whose files do not say what is asked of them; the message names the run and what it
-    lacks.
+    """A run whose files do not say what is asked of them.
+
+    The message names the run and what it lacks.
     """
 
 
 class Record(dict):
-    """A dictionary that was read from a run's files: a key that is not there is a RunError that
-    names the run.
+    """A dictionary that was read from a run's files.
+
+    A missing key is a RunError that names the run.
     """
 
     def __init__(self, items, where):
@@ -124,8 +124,9 @@ def read_settings(lines):
 
 
 def read_rows(lines):
-    """Lines of one part of a log -> (training steps, switches of looping, evaluations,
-    test-time training).
+    """Lines of one part of a log -> its rows by kind.
+
+    (training steps, switches of looping, evaluations, test-time training).
     """
     steps, switches, evaluations, ttt = [], [], [], []
     for line in lines:
@@ -147,9 +148,9 @@ def read_rows(lines):
 
 
 def training_of(parts):
-    """Lines of a run's parts -> rows of its training: (steps, switches, evaluations), of the last
-    part
-    that trained.
+    """Lines of a run's parts -> the rows of the last part that trained.
+
+    (steps, switches, evaluations).
 
     Where that part went on from a training state (RESUME=1), the rows that led to the state come
     before its own.
@@ -170,9 +171,9 @@ def training_of(parts):
 
 
 def read_result(text, path):
-    """What stands behind RESULT in a log -> Record. RunError for damage, or for a version that
-    reads
-    otherwise.
+    """What stands behind RESULT in a log -> Record.
+
+    RunError for damage, or for a version that reads otherwise.
 
     A key that is missing is an error only where a tool asks for it.
     """
@@ -236,8 +237,9 @@ def own_settings(run):
 
 
 def flatten(value, name=""):
-    """RESULT -> {"scores.ttt.bpb": number or text}; lists of numbers by position, other lists
-    by their length.
+    """RESULT -> {"scores.ttt.bpb": number or text}.
+
+    Lists of numbers by position, other lists by their length.
     """
     if isinstance(value, dict):
         return {
