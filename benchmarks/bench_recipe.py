@@ -478,8 +478,9 @@ def missing_pairs(
 def missing_repeats(
     records: list[dict], kind: str, seeds: list[int], names: list[str]
 ) -> list[tuple[int, str]]:
-    """(seed, arm) of each run that a plan of repeats still lacks: every arm runs as often as a
-    seed is named.
+    """(seed, arm) of each run that a plan of repeats still lacks.
+
+    Every arm runs as often as a seed is named.
     """
     done = Counter((run["seed"], run["arm"]) for run in succeeded(records, kind))
     failed = Counter(

@@ -1,6 +1,6 @@
-"""Do two ways of training train the same? Losses of fixed steps, data and seeds against the spread
-of
-two seeds.
+"""Do two ways of training train the same? Their losses against the spread of two seeds.
+
+Steps, data and seeds are fixed.
 
     python benchmarks/bench_same.py "TRAIN_CUDA_GRAPHS=1" "KERNELS=0 ATTENTION_BACKEND=torch" \\
         "TREE=../before"

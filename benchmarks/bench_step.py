@@ -515,7 +515,7 @@ def idle(events: list[Event]) -> dict:
 
 
 def floor_ms(event: Event, ceilings: dict) -> float:
-    """The rate of a matmul of the model's shapes.
+    """The least time of an event by its FLOPs and bytes, whatever its shape.
 
     Matmuls over the model's width are slower with cuBLAS, but not with every kernel.
     """
