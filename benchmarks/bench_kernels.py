@@ -1,5 +1,4 @@
-"""Every fast operation of train_gpt.py against its reference on one GPU, at the sizes of a training
-micro-batch.
+"""Every fast operation of train_gpt.py against its reference, at training sizes on one GPU.
 
     python benchmarks/bench_kernels.py [--tokens 98304] [--hidden 2048] \\
         [--documents 122] [--compiled]
@@ -38,8 +37,9 @@ def results(op, args) -> tuple:
 
 
 def forward_and_backward(op, args):
-    """op and its arguments -> two closures: forward without autograd, and forward + backward
-    for a fixed gradient.
+    """op and its arguments -> two closures, forward alone and forward + backward.
+
+    The first runs without autograd, the second for a fixed gradient.
     """
     leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
     with torch.no_grad():
@@ -57,8 +57,9 @@ def forward_and_backward(op, args):
 
 
 def relative_errors(op, reference, args) -> list[float]:
-    """Errors of op in the dtype of args against the reference in fp32: outputs, then each
-    gradient.
+    """Errors of op in the dtype of args against the reference in fp32.
+
+    Outputs, then each gradient.
     """
     full = [
         a.detach().float().requires_grad_() if torch.is_tensor(a) and a.requires_grad else a
@@ -83,8 +84,9 @@ def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def random_documents(tokens: int, documents: int) -> torch.Tensor:
-    """(documents + padding + 1,) int32: uneven documents of at most MAX_SEQLEN tokens, the end
-    padded with `tokens`.
+    """(documents + padding + 1,) int32: uneven documents of at most MAX_SEQLEN tokens.
+
+    The end is padded with `tokens`.
     """
     cuts = torch.randint(1, tokens, (documents - 1,)).tolist()
     bounds = [0]

@@ -1,8 +1,10 @@
-"""Published systems side by side: every preset to its end, one process a GPU, as a table.
+"""Published systems side by side.
 
-    python benchmarks/bench_presets.py --caseops data/mine --plain data/plain \\
+Every preset through train_gpt.py to its end, one process a GPU, as a table.
+
+    python benchmarks/bench_presets.py --caseops data/mine --plain data/plain \
         --gpus 0,1,2,3 --seconds 120
-    python benchmarks/bench_presets.py pr1855 pr2135 --caseops data/mine \\
+    python benchmarks/bench_presets.py pr1855 pr2135 --caseops data/mine \
         --set TTT_LANES=1 --ttt-docs 300
 
 --caseops is the data of presets with CaseOps; --plain has a folder spN for each vocabulary of the
@@ -72,8 +74,9 @@ def environment(name: str, gpu: str, args) -> dict:
 
 
 def run_script(script: str, environ: dict, folder: Path, tree: Path = ROOT) -> str:
-    """One run of train_gpt.py in `tree`; -> what went wrong, or nothing where it leaves a
-    result in its folder.
+    """One run of train_gpt.py in `tree`.
+
+    -> what went wrong, or nothing where it leaves a result in its folder.
     """
     done = subprocess.run(
         [sys.executable, script], env=environ, cwd=tree, capture_output=True, text=True

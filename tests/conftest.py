@@ -87,8 +87,9 @@ def tell(line):
 
 
 class Lines(list):
-    """Stands in for RunLog: keeps the lines, and what the live line was told as (share,
-    detail); no stage has run.
+    """Stands in for RunLog: keeps the lines, and what the live line was told as (share, detail).
+
+    No stage has run.
     """
 
     def __init__(self):
@@ -111,8 +112,9 @@ def write_shard(path, values):
 
 
 def write_documents(folder, split, lengths, vocab_size=97, seed=0, shard_sizes=None):
-    """Documents of the given lengths (tokens after BOS) as shards, side-cars for "val"; -> tokens,
-    bytes of the stream.
+    """Documents of the given lengths (tokens after BOS) as shards, side-cars for "val".
+
+    -> tokens, bytes of the stream.
 
     Tokens follow a noisy cycle, so that there is something to learn. `shard_sizes` cuts the stream
     anywhere.

@@ -188,15 +188,16 @@ def note_before(judge):
 
     def noting(watchdog, told, *others):
         WATCHDOGS[:] = [watchdog]
-        Path(os.environ["FAULT_NOTES"], f"heard{watchdog.dist.rank}").write_text(told[0][3])
+        Path(os.environ["FAULT_NOTES"], f"heard{watchdog.dist.rank}").write_text(told[0].stage)
         return judge(watchdog, told, *others)
 
     return noting
 
 
 def wait_until_heard():
-    """Returns when rank 1's watchdog has heard of the stage in which this rank, 0, is; however
-    slow the machine.
+    """Returns when rank 1's watchdog has heard of the stage in which this rank, 0, is.
+
+    However slow the machine.
     """
     heard = Path(os.environ["FAULT_NOTES"], "heard1")
     while not (WATCHDOGS and heard.exists() and heard.read_text() == WATCHDOGS[0].guard.stage):
@@ -393,8 +394,9 @@ def in_the_fork(environ, out, ranks):
 
 
 def end(process, seconds=None):
-    """Exit code of a run that ends by itself; one that does not within PATIENCE is killed, and
-    None.
+    """Exit code of a run that ends by itself.
+
+    One that does not within PATIENCE is killed, and None.
     """
     from conftest import PATIENCE
 

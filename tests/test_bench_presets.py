@@ -1,5 +1,6 @@
-"""benchmarks/bench_presets.py: which run gets which GPU, data and settings; the table; data without
-CaseOps.
+"""benchmarks/bench_presets.py: which run gets which GPU, data and settings.
+
+The table; data without CaseOps.
 """
 
 import json
@@ -39,8 +40,9 @@ sys.exit(3)
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A folder with sp300, the data of a tokenizer of 300 pieces; of 84 documents two are of
-    validation.
+    """A folder with sp300, the data of a tokenizer of 300 pieces.
+
+    Of 84 documents two are of validation.
     """
     folder = tmp_path_factory.mktemp("plain")
     for name, texts in (

@@ -12,7 +12,7 @@ from benchmarks import bench_step
 from train_gpt import Hyperparameters
 
 
-def test_table_of_a_small_model(monkeypatch, tmp_path, capsys):
+def test_a_profiled_step_has_the_work_of_every_phase(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("DATA_PATH", raising=False)
     monkeypatch.setattr(
         "sys.argv",
@@ -67,7 +67,7 @@ def test_table_of_a_small_model(monkeypatch, tmp_path, capsys):
     assert "loader over training" in capsys.readouterr().out
 
 
-def test_without_a_table(monkeypatch, tmp_path, capsys):
+def test_without_a_table_nothing_is_profiled(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_step, "profile_step", None)  # not called
     monkeypatch.setattr(
         "sys.argv",
@@ -308,7 +308,7 @@ def test_work_of_an_operator_is_counted_once():
     ]
 
 
-def test_bytes_around_attention():
+def test_attention_is_charged_its_streams_and_matmuls():
     names = (
         "BackwardPreprocess",
         "sm90_bwd",

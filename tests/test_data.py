@@ -6,11 +6,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_hp
-from test_prepare_data import DEFAULT_TOKENIZER, TEXTS, build, write_docs
+from data_helpers import TEXTS, build, write_docs
 
 import train_gpt
 from lossless_caps import decode
-from prepare_caseops_data import load_tokenizer, read_manifest, write_manifest, write_shard
+from prepare_caseops_data import (
+    DEFAULT_TOKENIZER,
+    load_tokenizer,
+    read_manifest,
+    write_manifest,
+    write_shard,
+)
 from presets.published import fuse_markers, space_id
 from train_gpt import (
     BOS_ID,
@@ -27,8 +33,9 @@ PROSE = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Validation: literal markers, ligatures, empty documents and some of PROSE; the rest of it
-    is training.
+    """Validation: literal markers, ligatures, empty documents and some of PROSE.
+
+    The rest of it is training.
     """
     folder = tmp_path_factory.mktemp("fused")
     docs = write_docs(folder / "docs.jsonl", TEXTS[:7] + PROSE)

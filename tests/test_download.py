@@ -16,11 +16,11 @@ from urllib.parse import parse_qs, unquote
 import numpy as np
 import pytest
 from conftest import install_published, tiny_hp
-from test_prepare_data import DEFAULT_TOKENIZER, TEXTS, build, write_docs
+from data_helpers import TEXTS, build, write_docs
 
 import train_gpt
+from prepare_caseops_data import DEFAULT_TOKENIZER, read_manifest, read_shard, write_shard
 from prepare_caseops_data import main as prepare
-from prepare_caseops_data import read_manifest, read_shard, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("download", ROOT / "data" / "download.py")

@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import IN_SOAK, Lines, install_published, tiny_hp, write_documents, write_shard
-from test_end_to_end import SETTINGS, finish, make_data, result_of, start, torchrun
-from test_evaluation import make_model, make_validation, on_ranks, small_hp
+from evaluation_helpers import make_model, make_validation, on_ranks, small_hp
+from run_helpers import SETTINGS, finish, make_data, result_of, start, torchrun
 
 import presets.published
 import train_gpt
@@ -50,8 +50,9 @@ def data(tmp_path_factory):
 
 
 def environ_of(folder, data_path, settings):
-    """{NAME: text} of a tiny run whose runs lie in `folder`; settings with the value None are
-    left out.
+    """{NAME: text} of a tiny run whose runs lie in `folder`.
+
+    Settings with the value None are left out.
     """
     paths = {
         "DATA_PATH": data_path,

@@ -3,7 +3,6 @@ reference of its own.
 """
 
 import itertools
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from conftest import TINY, tiny_hp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from training_helpers import run_on_ranks
 
 import presets.published
 import train_gpt
@@ -392,34 +392,6 @@ def test_gradients_are_not_clipped(limit, scale, dist):
 
 
 # --- two ranks
-
-
-def run_on_ranks(worker, world_size, folder, *arguments):
-    """worker(dist, *arguments) in `world_size` gloo processes -> their results by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(
-        _rank, (worker, world_size, port, str(folder), arguments), nprocs=world_size
-    )
-    return [torch.load(f"{folder}/rank{rank}.pt", weights_only=False) for rank in range(world_size)]
-
-
-def _rank(rank, worker, world_size, port, folder, arguments):
-    import os
-
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    dist = train_gpt.Dist("cpu")
-    torch.save(worker(dist, *arguments), f"{folder}/rank{rank}.pt")
-    dist.close()
 
 
 def three_steps(dist, shares):

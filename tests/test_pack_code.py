@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 from conftest import HERE, IN_SOAK, PATIENCE, install_parts_for
-from test_end_to_end import SETTINGS, QuietGuard, make_data
-from test_presets import PUBLISHED, tiny
+from preset_helpers import PUBLISHED, tiny
+from run_helpers import SETTINGS, QuietGuard, make_data
 
 import train_gpt
 from tools import guard, run_files

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_hp
-from test_evaluation import make_model, make_validation, small_hp
-from test_training import trainer_of
+from evaluation_helpers import make_model, make_validation, small_hp
+from training_helpers import trainer_of
 
 import train_gpt
 from presets import published as parts

@@ -379,8 +379,9 @@ def test_a_shaped_code_costs_no_clipping_and_dead_columns_stay_finite():
 
 
 def uneven_inputs(columns, seed):
-    """Hessians of calibration and of validation inputs; conditional variances span 2^12, as in the
-    last norm's output.
+    """Hessians of calibration and of validation inputs.
+
+    Conditional variances span 2^12, as in the last norm's output.
 
     Three columns carry most of the energy. A twentieth of the validation inputs uses all columns
     alike.
@@ -583,8 +584,9 @@ def test_lqer_is_symmetric_where_the_group_does_not_divide():
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_any_number_of_ranks_gives_the_arrays_of_one(world_size):
-    """All ranks hold the same bits; those of one rank may differ by a tie, for its batches have
-    other shapes.
+    """All ranks hold the same bits.
+
+    Those of one rank may differ by a tie, for its batches have other shapes.
     """
     weights, hessians = small_model()
     alone = quantize_alone(weights, hessians, settings())

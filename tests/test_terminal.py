@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import PATIENCE, Lines, install_published, tiny_hp
-from test_training import quiet, trainer_of
-from test_ttt import ACTIVE, make_validation, run_ttt
+from evaluation_helpers import ACTIVE, make_validation, run_ttt
+from training_helpers import quiet, trainer_of
 
 import train_gpt
 from tools import guard

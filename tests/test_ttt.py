@@ -12,14 +12,22 @@ import threading
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
+import evaluation_helpers
 import numpy as np
 import pytest
-import test_evaluation
 import torch
 from conftest import TINY, Lines, install_parts_for, write_documents
+from evaluation_helpers import (
+    ACTIVE,
+    document_spans,
+    make_model,
+    on_ranks,
+    piece_losses,
+    run_ttt,
+    small_hp,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_evaluation import document_spans, make_model, on_ranks, piece_losses, small_hp
 
 import train_gpt
 from benchmarks.bench_ttt import document_by_document
@@ -40,35 +48,19 @@ TTT = train_gpt.TestTimeTrainer  # under its own name pytest would take it for a
 
 # tokens after BOS; two lone BOS, one-token documents, tails
 LENGTHS = [40, 17, 1, 8, 0, 33, 7, 0, 25, 1]
-# rates that matter
-ACTIVE = {"ttt_lora_lr": 0.02, "global_ttt_lr": 0.05, "global_ttt_chunk_tokens": 64}
 
 
 def published_hp(**changes):
     """small_hp with the settings of presets/published.py."""
-    return parts.Hyperparameters(**(TINY | test_evaluation.SMALL | changes))
+    return parts.Hyperparameters(**(TINY | evaluation_helpers.SMALL | changes))
 
 
 def make_validation(folder, hp, lengths=LENGTHS):
-    return test_evaluation.make_validation(folder, hp, lengths)
+    return evaluation_helpers.make_validation(folder, hp, lengths)
 
 
 def make_lora(hp, lanes=(0, 1), update=train_gpt.adamw_rows_ref):
     return BatchedLoRA(make_model(hp), lanes, hp, torch.device("cpu"), update)
-
-
-def run_ttt(hp, validation, world_size=1, log=None):
-    """Test-time training from make_model's weights on every rank -> [score of each rank],
-    [model of each rank].
-    """
-    models = [make_model(hp) for _ in range(world_size)]
-
-    def work(dist):
-        return train_gpt.TestTimeTrainer(
-            models[dist.rank], validation, hp, dist, Lines() if log is None else log
-        ).evaluate()
-
-    return on_ranks(world_size, work), models
 
 
 @pytest.fixture
