@@ -2167,10 +2167,10 @@ def _gated_xsa_kernel(
     dv,
     dlogits,
     rows,
+    E: tl.constexpr,
     FACTOR: tl.constexpr,
     GROUP: tl.constexpr,
     BACKWARD: tl.constexpr,
-    E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):

@@ -296,7 +296,8 @@ def check_byte_counts(hp, tokenizer, tokens):
             f"{hp.data_path}: its tokens hold CaseOps' markers: set CASEOPS_ENABLED=1, with the"
             " side-car"
         )
-    longest, documents = 512, 256
+    longest = 512
+    documents = 256
     starts = np.flatnonzero(tokens == BOS_ID)[:documents] + 1
     ends = np.append(starts[1:] - 1, len(tokens))[: len(starts)]
     same = total = 0
@@ -325,7 +326,9 @@ def piece_byte_tables(tokenizer):
             " bytes"
         )
     size = tokenizer.vocab_size()
-    count, leading, boundary = np.zeros(size, np.int64), np.zeros(size, bool), np.ones(size, bool)
+    count = np.zeros(size, np.int64)
+    leading = np.zeros(size, bool)
+    boundary = np.ones(size, bool)
     for token in range(size):
         if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
             continue
@@ -359,7 +362,8 @@ class GPT(train_gpt.GPT):
 
     def __init__(self, hp, ops, dtype):
         super().__init__(hp, ops, dtype)
-        L, generator = hp.num_layers, torch.Generator().manual_seed(hp.generator_seed + 1)
+        L = hp.num_layers
+        generator = torch.Generator().manual_seed(hp.generator_seed + 1)
         # the table is zero: with a projection of zeros neither would ever learn
         if hp.bigram_vocab_size:
             projection = torch.empty(hp.model_dim, hp.bigram_dim)
@@ -393,7 +397,8 @@ class GPT(train_gpt.GPT):
         self.eval_passes = 1 + self.hp.extra_eval_loops
 
     def slots(self, looping):
-        slots, hp = super().slots(looping), self.hp
+        slots = super().slots(looping)
+        hp = self.hp
         more = len(slots) > hp.num_layers and self.eval_passes > 1
         looped = [*range(hp.loop_start, hp.loop_end + 1)] * (self.eval_passes - 1) if more else []
         return slots[: hp.loop_start] + looped + slots[hp.loop_start :]
@@ -404,7 +409,9 @@ class GPT(train_gpt.GPT):
         The passes that training did not have come last of the loop and have negative numbers: they
         neither keep nor take a skip, and their adapters are the last ones.
         """
-        hp, added, numbers = self.hp, 0, list(range(len(slots)))
+        hp = self.hp
+        added = 0
+        numbers = list(range(len(slots)))
         if len(slots) > hp.num_layers:
             looped = hp.loop_end + 1 - hp.loop_start
             added = looped * (self.eval_passes - 1)
@@ -415,7 +422,8 @@ class GPT(train_gpt.GPT):
     def banks(self):
         if not self.on_grid:
             return super().banks()
-        bits, hp = self.hp.matrix_bits, self.hp
+        bits = self.hp.matrix_bits
+        hp = self.hp
         return (
             fake_quantize(self.qo_bank, bits, hp.attn_clip_sigmas),
             fake_quantize(self.kv_bank, bits, hp.attn_clip_sigmas),
@@ -436,7 +444,8 @@ class GPT(train_gpt.GPT):
 
     def keys_and_values(self, k, v, w):
         """PARTIAL_KEY_OFFSET, VALUE_EMBED_LAYERS, VALUE_RESIDUAL."""
-        hp, extras = self.hp, w.extras
+        hp = self.hp
+        extras = w.extras
         if hp.partial_key_offset and "begins" in extras:
             k = offset_keys(k, extras["begins"], hp.rope_dims)
         if hp.value_embed_layers and "embedded" in extras:
@@ -465,7 +474,8 @@ def bigram_embedding(model, tokens, window_start):
     """(B, T) ids -> (B, T, D): embedding of the hashed pair of a token and the one before (PRs
     960, 1512).
     """
-    last, previous = model.hp.bigram_vocab_size - 1, F.pad(tokens[:, :-1], (1, 0))
+    last = model.hp.bigram_vocab_size - 1
+    previous = F.pad(tokens[:, :-1], (1, 0))
     bucket = ((36313 * tokens) ^ (27191 * previous)) % last
     rows = F.embedding(
         torch.where(lacks_previous(tokens, window_start), last, bucket), model.bigram_table
@@ -482,7 +492,9 @@ def layer_extras(model, tokens, window_start):
     embedded (B, T, K, E) and scale (1,), where values have them; mix (2,) of layer 0's values and
     of its own; first: one dict for all layers, into which layer 0 puts its values.
     """
-    hp, L, first = model.hp, model.hp.num_layers, {}
+    hp = model.hp
+    L = model.hp.num_layers
+    first = {}
     found = [
         {"window": hp.attn_window * (layer < L - hp.attn_window_full_layers)} for layer in range(L)
     ]
@@ -553,7 +565,8 @@ class Muon(train_gpt.Muon):
     """
 
     def orthogonaliser(self, buffer):
-        hp, orthogonalise = self.hp, super().orthogonaliser(buffer)
+        hp = self.hp
+        orthogonalise = super().orthogonaliser(buffer)
 
         def by_pairs(updates, steps):
             paired = min(max(hp.num_layers - self.dist.rank * len(updates), 0), len(updates))
@@ -634,7 +647,8 @@ def written_row(model, number):
     GPTQ_SELF_CALIBRATION (PR 1512): no data is read. A row is one document, so there are no
     `cu_seqlens`.
     """
-    hp, device = model.hp, model.tok_emb.device
+    hp = model.hp
+    device = model.tok_emb.device
     generator = torch.Generator(device).manual_seed(hp.generator_seed * 1_000_003 + number)
     length = min(hp.train_seq_len, hp.micro_batch_tokens)
     tokens = torch.full((hp.micro_batch_tokens // length, length), BOS_ID, device=device)
@@ -674,7 +688,8 @@ def greedy_row_order(codes):
     distances = torch.pdist(torch.from_numpy(codes).float(), p=1).numpy()
     index = np.arange(len(codes))
     offset = index * len(codes) - index * (index + 1) // 2 - index - 1
-    order, taken = np.zeros(len(codes), np.uint16), np.zeros(len(codes), np.float32)
+    order = np.zeros(len(codes), np.uint16)
+    taken = np.zeros(len(codes), np.float32)
     for step in range(1, len(codes)):
         last = order[step - 1]
         taken[last] = np.inf  # no row is nearest to itself, whatever stands at (last, last)
@@ -689,7 +704,8 @@ def run_lrzip(flags, data):
     differs by version.
     """
     with tempfile.TemporaryDirectory(prefix="lrzip-") as folder:
-        source, target = Path(folder, "in.lrz" if "-d" in flags else "in"), Path(folder, "out")
+        source = Path(folder, "in.lrz" if "-d" in flags else "in")
+        target = Path(folder, "out")
         source.write_bytes(data)
         command = [*"lrzip -q -f -o".split(), target, *flags, source]
         done = subprocess.run(
@@ -783,7 +799,10 @@ def evaluate_sgd(evaluator):
     part begins; of a chunk only what was scored is learned from, TTT_EPOCHS times; nothing after
     the last one.
     """
-    hp, stream, dist, model = evaluator.hp, evaluator.validation, evaluator.dist, evaluator.model
+    hp = evaluator.hp
+    stream = evaluator.validation
+    dist = evaluator.dist
+    model = evaluator.model
     row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.eval_seq_len
     entries = max(hp.row_segments, 4 * row_tokens // hp.eval_seq_len + 8)
     packer = train_gpt.WindowPacker(stream, row_tokens, hp.eval_seq_len, entries, dist.device)
@@ -800,7 +819,8 @@ def evaluate_sgd(evaluator):
         evaluator.add_losses(chunk, score, dist.rank, dist.world_size)
         if number + 1 < len(chunks):
             joined = chunk[1:, 2] == chunk[:-1, 1]  # windows that go on where the one before ended
-            starts, ends = chunk[np.append(True, ~joined), 2], chunk[np.append(~joined, True), 1]
+            starts = chunk[np.append(True, ~joined), 2]
+            ends = chunk[np.append(~joined, True), 1]
             pieces = train_gpt.document_windows(starts, ends, hp.eval_seq_len, hp.eval_seq_len)
             rate = hp.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * number / (len(chunks) - 1)))
             for _ in range(hp.ttt_epochs):
@@ -896,9 +916,11 @@ def followers(keys, tokens, moments):
     # cases of the same pair
     earlier = torch.empty_like(index).scatter_(0, order, index - run_starts(pairs))
     keys, order = keys.sort(stable=True)
-    first, now = run_starts(keys), run_starts(keys * NGRAM.base + moments[order]) - 1
+    first = run_starts(keys)
+    now = run_starts(keys * NGRAM.base + moments[order]) - 1
     most, best = (first * len(keys) + earlier[order]).cummax(0)  # of each key, up to here
-    most, cases = most[now] - first * len(keys) + 1, now - first + 1
+    most = most[now] - first * len(keys) + 1
+    cases = now - first + 1
     fires = (cases > 0) & (most >= NGRAM.share * cases.double())
     return torch.empty_like(index).scatter_(
         0, order, torch.where(fires, tokens[order[best[now]]], -1)
@@ -925,7 +947,8 @@ def ngram_hints(tokens, starts, lengths, phases):
         column.repeat_interleave(counts) for column in (document, phase, shift)
     )
     moment = torch.arange(len(shift), device=tokens.device)
-    at, context = shift + moment, 0
+    at = shift + moment
+    context = 0
     for back in range(NGRAM.context, 0, -1):
         context = context * NGRAM.base + tokens[at - back]
     near = followers(context * NGRAM.base + document, tokens[at], moment)

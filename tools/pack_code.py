@@ -120,7 +120,8 @@ def add_published(tree, published):
     There `train_gpt.name` becomes `name`; a class or a function of the same name as one of the
     script takes its place, as PARTS says. ValueError where a name would stand for two things.
     """
-    statements, parts = [], set()
+    statements = []
+    parts = set()
     # without the docstring, and without the table of parts and what follows, which installs them
     for node in published.body[1:]:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PARTS":
@@ -217,9 +218,11 @@ def free_parameters(tree):
     for node in ast.walk(tree):
         if is_kernel(node):  # tensors and sizes are given in order, constants by name
             free = sum(argument.annotation is None for argument in node.args.args)
-            node.args.posonlyargs, node.args.args = node.args.args[:free], node.args.args[free:]
+            node.args.posonlyargs = node.args.args[:free]
+            node.args.args = node.args.args[free:]
         elif isinstance(node, ast.Lambda):
-            node.args.posonlyargs, node.args.args = node.args.args, []
+            node.args.posonlyargs = node.args.args
+            node.args.args = []
         elif isinstance(node, ast.FunctionDef) and not node.args.posonlyargs:
             name = owner[node].name if node.name == "__init__" else node.name
             is_handed_on = node.name in handed_on or name.startswith("__")
@@ -228,7 +231,8 @@ def free_parameters(tree):
             given = in_any_call if is_handed_on else named[name]
             names = [argument.arg in given for argument in node.args.args]
             free = names.index(True) if True in names else len(names)
-            node.args.posonlyargs, node.args.args = node.args.args[:free], node.args.args[free:]
+            node.args.posonlyargs = node.args.args[:free]
+            node.args.args = node.args.args[free:]
 
 
 def name_of(node):
@@ -278,7 +282,8 @@ def string_literal(data):
     The digits are the 256 characters without NUL, CR and the backslash, which Python reads as
     something else.
     """
-    digits, number = bytearray(), int.from_bytes(data)
+    digits = bytearray()
+    number = int.from_bytes(data)
     while number:
         number, low = divmod(number, 253**1000)
         for _ in range(1000):
