@@ -84,7 +84,7 @@ OF_THE_RUN = """run_id runs_dir preset plots prequant_only quant_only ttt_eval_o
     resume""".split()
 
 # how train_gpt.py answers them, where it runs without that file
-train_gpt.INSTEAD |= dict.fromkeys(published_settings(), "one of presets/published.py")
+train_gpt.INSTEAD |= dict.fromkeys(published_settings(), "a setting of presets/published.py")
 
 
 class SafetyError(SettingError):
