@@ -221,7 +221,7 @@ def test_settings_of_published_systems_are_unknown(folder):
 
 def test_the_repository_names_the_script_that_knows_a_setting():
     code, out, err = finish(start(ROOT, BIGRAM_VOCAB_SIZE="99", TTT_METHOD="sgd"))
-    assert (code, out) == (1, "") and err.count("one of presets/published.py") == 2
+    assert (code, out) == (1, "") and err.count("a setting of presets/published.py") == 2
 
 
 def test_a_preset_that_needs_parts_is_refused_with_the_command():

@@ -29,6 +29,7 @@ from run_helpers import SETTINGS, finish, make_data, result_of, start, torchrun
 import presets.published
 import train_gpt
 from tools import guard
+from tools.run_files import published_settings, script_of
 
 pytest.importorskip("brotli")
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -36,7 +37,6 @@ pytest.importorskip("python_minifier")
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "train_gpt.py"
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,8 @@ def environ_of(folder, data_path, settings):
 
 def begin(folder, data_path, **settings):
     """A tiny run in a process of its own -> Popen."""
-    return start(SCRIPT, **environ_of(folder, data_path, settings))
+    environ = environ_of(folder, data_path, settings)
+    return start(script_of(environ), **environ)
 
 
 def main(folder, data_path, **settings):
@@ -502,7 +503,7 @@ def test_no_limit_and_no_time_are_told_apart():
 
 
 @pytest.mark.parametrize("seed", [pytest.param(1_795_000_000_123_456_789, marks=IN_SOAK), 2**64])
-def test_a_run_takes_any_seed(data, tmp_path, seed):
+def test_a_run_takes_any_seed(data, tmp_path, seed, published):
     code, out = main(
         tmp_path,
         data,
@@ -610,14 +611,17 @@ def test_a_name_of_published_commands_is_refused_with_what_to_use(name, instead)
 
 
 def test_what_to_use_instead_is_a_setting_of_ours():
-    ours = {field.name.upper() for field in dataclasses.fields(train_gpt.Hyperparameters)}
+    fields = dataclasses.fields(presets.published.Hyperparameters)
+    ours = {field.name.upper() for field in fields}
+    theirs = published_settings()  # which the guard has added
     names = [
         re.sub("=.*", "", word)
-        for text in train_gpt.INSTEAD.values()
+        for name, text in train_gpt.INSTEAD.items()
+        if name not in theirs
         for word in text.split(" and ")
     ]
     assert {name for name in names if not name.startswith("nothing")} <= ours
-    assert not (set(train_gpt.INSTEAD) | set(train_gpt.IDLE)) & ours
+    assert (set(train_gpt.INSTEAD) | set(train_gpt.IDLE)) & ours == theirs
 
 
 def test_more_shards_than_a_process_may_open(tmp_path):
@@ -906,7 +910,7 @@ def test_quant_only_gives_every_rank_the_weights_of_the_checkpoint(data, trained
     checkpoint = trained / "runs" / "first" / "model.pt"
     one = json.loads((trained / "runs" / "first" / "result.json").read_text())
     more = {"QUANT_ONLY": 1, "CHECKPOINT_PATH": checkpoint, "TTT_ENABLED": 0, "SEED": 7}
-    two = result_of(torchrun(2, SCRIPT, **environ_of(tmp_path, data, more)))
+    two = result_of(torchrun(2, ROOT / "train_gpt.py", **environ_of(tmp_path, data, more)))
     assert two["scores"]["prequant"]["loss"] == pytest.approx(
         one["scores"]["prequant"]["loss"], rel=1e-6
     )

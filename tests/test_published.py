@@ -3,21 +3,31 @@ independently.
 """
 
 import dataclasses
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_hp
+from conftest import HERE, PATIENCE, tiny_hp
 from evaluation_helpers import make_model, make_validation, small_hp
+from run_helpers import SETTINGS, make_data
 from training_helpers import trainer_of
 
 import train_gpt
 from presets import published as parts
+from tools import guard
+from tools.pack_code import pack_code
 from tools.run_files import published_settings
 from train_gpt import BOS_ID
 
+PLAIN = small_hp(quant_only=True)  # made before any test puts other settings in place
+ROOT = Path(train_gpt.__file__).parent
+SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("published")
 EVERYTHING = {
@@ -148,6 +158,54 @@ def test_combinations_that_cannot_work_are_refused(changes, message):
 )
 def test_combinations_that_work_are_taken(changes):
     train_gpt.Hyperparameters.from_env(changes)
+
+
+# ---- the script
+
+
+def test_the_script_runs_a_preset_by_its_name_on_several_ranks(tmp_path):
+    """Under torchrun, with settings of the environment on top."""
+    (tmp_path / "data").mkdir()
+    make_data(tmp_path / "data")
+    preset = {name: SETTINGS[name] for name in ("VOCAB_SIZE", "TOKENIZER_PATH", "OMP_NUM_THREADS")}
+    environ = SETTINGS | preset | {"CASEOPS_ENABLED": "1", "TTT_STALE_CONTEXT": "0"}
+    environ |= {"BIGRAM_VOCAB_SIZE": "31", "ATTN_WINDOW": "8", "ATTN_WINDOW_FULL_LAYERS": "1"}
+    environ |= {"VALUE_EMBED_LAYERS": "1", "GPTQ_RESERVE_SECONDS": "0", "ITERATIONS": "3"}
+    environ |= {"DATA_PATH": str(tmp_path / "data"), "RUNS_DIR": str(tmp_path), "RUN_ID": "x"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "presets" / "published.py"), "pr1512"],
+        env=HERE | environ | {"PLOTS": "0"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "x" / "log.txt").read_text()
+    assert "preset pr1512: " in log and "* MUON_HEAD_PAIRS=1  # " in log
+    result = json.loads(log.splitlines()[-1].removeprefix("RESULT "))
+    assert result["world_size"] == 2 and "sliding" in result["scores"]
+    packed = (tmp_path / "x" / "train_gpt.py").stat().st_size
+    assert result["code_bytes"] == packed > len(pack_code(SOURCE, {}))
+
+
+@pytest.mark.parametrize("name, said", [("--help", "MUON_HEAD_PAIRS=0"), ("nosuch", "there are:")])
+def test_the_script_has_its_own_help_and_refuses_an_unknown_preset(name, said):
+    script = str(ROOT / "presets" / "published.py")
+    done = subprocess.run(
+        [sys.executable, script, name], env=HERE, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert said in done.stdout + done.stderr and done.returncode == (name == "nosuch")
+
+
+def test_a_model_with_parts_is_not_read_without_them(tmp_path, ops):
+    hp = small_hp(attn_window=5, attn_window_full_layers=1)
+    model = train_gpt.GPT(hp, ops, torch.float32)
+    train_gpt.save_checkpoint(tmp_path / "model.pt", model, hp)
+    (problem,), _ = guard.compare_settings(tmp_path / "model.pt", PLAIN)
+    assert "ATTN_WINDOW=0 (5 there)" in problem
+    train_gpt.save_checkpoint(tmp_path / "model.pt", model, small_hp())
+    assert guard.compare_settings(tmp_path / "model.pt", PLAIN)[0] == []
 
 
 # ---- model

@@ -43,7 +43,7 @@ from .run_files import OF_A_PART, PresetError, published_settings, read_preset, 
 ROOT = Path(__file__).resolve().parents[1]
 
 # train_gpt.py answers with this to settings that only presets/published.py has
-train_gpt.INSTEAD |= dict.fromkeys(published_settings(), "one of presets/published.py")
+train_gpt.INSTEAD |= dict.fromkeys(published_settings(), "a setting of presets/published.py")
 
 
 class SafetyError(SettingError):
