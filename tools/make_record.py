@@ -324,7 +324,7 @@ def seed_result(run, name):
 
 
 def data_sentences(s):
-    if s["CASEOPS_ENABLED"] == "1":
+    if s.get("CASEOPS_ENABLED", "1") == "1":
         yield "CaseOps shards; validation bytes from the side-car"
     else:
         yield "plain SentencePiece shards; bytes from the tokenizer's pieces"
