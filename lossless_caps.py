@@ -101,8 +101,9 @@ def _unmark(marked: str) -> str:
 
 
 def decode(text: str) -> str:
-    """The text that was encoded. Raises CapsError, with position and reason, where a marker has
-    nothing to mark.
+    """The text that was encoded.
+
+    Raises CapsError, with position and reason, where a marker has nothing to mark.
 
     Some texts that `encode` never makes can be read too: A-Z as they are, ALLCAPS before one letter
     and the like.

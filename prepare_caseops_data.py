@@ -1,5 +1,4 @@
-"""Documents in, CaseOps shards out: the token files that `train_gpt.py` reads, made from JSON
-lines.
+"""Makes CaseOps shards, the token files that `train_gpt.py` reads, from JSON lines.
 
     python prepare_caseops_data.py --demo --out data/demo  # no download, seconds
     python prepare_caseops_data.py --docs docs_selected.jsonl --out data/caseops
@@ -84,9 +83,9 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def exit_status(command: Callable[[], int], kept_in: Path | None = None) -> int:
-    """Runs a command and returns its exit status; what stops it becomes one line on stderr, without
-    a
-    traceback.
+    """Runs a command and returns its exit status.
+
+    What stops it becomes one line on stderr, without a traceback.
 
     kept_in: the folder of a dataset in the making, which goes on from there when the command is
     repeated.
@@ -224,8 +223,9 @@ def encode_document_with_bytes(
 
 
 def tokenize_blocks(sp, text: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Transformed text -> its blocks, each with ids (tokens,) uint16 and the source spans
-    (tokens, 2) in it.
+    """Transformed text -> its blocks, with ids and source spans.
+
+    Each block has ids (tokens,) uint16 and the source spans (tokens, 2) in it.
     """
     for block, anchor in _blocks(sp, text):
         ids, spans = _tokenize_with_spans(sp, anchor + block)
@@ -244,8 +244,9 @@ ANCHOR = "a"
 
 
 def _blocks(sp, text: str) -> Iterator[tuple[str, str]]:
-    """Blocks that make up a transformed text, each with the anchor to put before it: "", or one
-    character and token.
+    """Blocks that make up a transformed text, each with the anchor to put before it.
+
+    An anchor is "", or one character and token.
 
     Raises DataError where there is no place to cut.
     """
@@ -332,9 +333,9 @@ _UNIT = re.compile(f"[{_BLANKS}]*(?:(?:[A-Za-z]++|[0-9]|[{_MARKS}]++){_JOINING}|
 
 
 class Encoder:
-    """encode_document and encode_document_with_bytes several times faster: a unit of text is
-    tokenized
-    once, then kept.
+    """encode_document and encode_document_with_bytes several times faster.
+
+    A unit of text is tokenized once, then kept.
 
     Training documents are looked up word by word, and what a new word is made of, unit by unit.
     """
@@ -411,8 +412,9 @@ class Encoder:
 
 
 class _Kept(dict):
-    """A dictionary that makes what is missing, and keeps the first of it, so that a stream of rare
-    words does not drive out the common ones; 150,000 take 30 MB.
+    """A dictionary that makes missing values and keeps the first ones.
+
+    So a stream of rare words does not drive out the common ones; 150,000 take 30 MB.
     """
 
     def __init__(self, make, kept: int):
@@ -444,8 +446,9 @@ def _tokenize_with_spans(sp, text: str) -> tuple[list[int], list[tuple[int, int]
 
 
 def _byte_costs(transformed: str) -> np.ndarray:
-    """UTF-8 bytes (characters,) that each character of an encoded text had in the original:
-    markers had none.
+    """UTF-8 bytes (characters,) that each character of an encoded text had in the original.
+
+    Markers had none.
     """
     points = np.frombuffer(transformed.encode("utf-32-le"), dtype=np.uint32)
     costs = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
@@ -498,9 +501,9 @@ def read_shard(path: str | Path) -> np.ndarray:
 
 
 def write_whole(path: str | Path, *parts: bytes | np.ndarray) -> str:
-    """Writes under a temporary name, then renames: a file that has its name is complete. Returns
-    its
-    sha256.
+    """Writes under a temporary name, then renames: a file that has its name is complete.
+
+    Returns its sha256.
 
     Where the disk is full, the OSError names the file, and the part that was written is removed.
     """
@@ -518,8 +521,9 @@ def write_whole(path: str | Path, *parts: bytes | np.ndarray) -> str:
 
 
 class ShardWriter:
-    """Cuts a stream of values into `fineweb_<stream>_<number>.bin`; all but the last hold
-    exactly `shard_tokens`.
+    """Cuts a stream of values into `fineweb_<stream>_<number>.bin`.
+
+    All but the last hold exactly `shard_tokens`.
     """
 
     def __init__(self, folder: Path, stream: str, shard_tokens: int):
@@ -604,9 +608,9 @@ class Source(io.RawIOBase):
         return count
 
     def lines(self) -> Iterator[Line]:
-        """The lines that are not blank, of plain text, gzip or xz: the first bytes tell which, not
-        the
-        name.
+        """The lines that are not blank, of plain text, gzip or xz.
+
+        The first bytes tell which, not the name.
 
         Raises DataError, with the name of the file, if it is damaged or holds something else than
         JSON lines.
@@ -679,9 +683,7 @@ ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 
 
 def _refuse_other_formats(name: str, head: bytes) -> None:
-    """Raises DataError where the first bytes are those of something else than UTF-8 text, and
-    says of what.
-    """
+    """Raises DataError if the first bytes are not those of UTF-8 text, and names the format."""
     start = head.lstrip(b" \t\r\n")
     found = next((kind for magic, kind in OTHER_FORMATS.items() if head.startswith(magic)), None)
     if found is None and start[:1] in (b"<", b"["):
@@ -781,8 +783,9 @@ def read_text(line: Line) -> str:
 
 
 def make_batches(split: str, lines: Iterable[Line], done: int, checksum: int) -> Iterator[Batch]:
-    """Lines -> batches of about BATCH_BYTES, without the first `done` lines, whose checksum must be
-    the one given.
+    """Lines -> batches of about BATCH_BYTES, without the first `done` lines.
+
+    The checksum of the lines that are left out must be the one given.
 
     Raises DataError if it is not: the input is not the one that an interrupted run has read.
     """
@@ -812,11 +815,11 @@ _DEBRIS = re.compile("[\0-\x08\x0b\x0e-\x1f\x7f\ufffd]+")
 
 
 def normalize_text(text: str) -> str:
-    """A training text without what no model can learn from: addresses longer than 40 characters
-    behind
-    `www.` or `https://`, runs of 100 ASCII characters without a blank (encoded files), a sign
-    repeated ten times or more (three stay), control characters and U+FFFD. Validation is never
-    normalized.
+    """A training text without what no model can learn from.
+
+    That is addresses longer than 40 characters behind `www.` or `https://`, runs of 100 ASCII
+    characters without a blank (encoded files), a sign repeated ten times or more (three stay),
+    control characters and U+FFFD. Validation is never normalized.
     """
     blocks = []
     start = 0
@@ -837,8 +840,9 @@ def _encoder_of_process(tokenizer: str, kept: int) -> Encoder:
 
 
 def document_hash(ids: np.ndarray) -> int:
-    """64 bits of a document's ids (tokens,) uint16: two of 15 million documents and 50,000 others
-    collide by chance once in 20 million datasets.
+    """64 bits of a document's ids (tokens,) uint16.
+
+    Two of 15 million documents and 50,000 others collide by chance once in 20 million datasets.
     """
     return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
 
@@ -855,9 +859,9 @@ def _compare_with_the_plain_way(sp, text: str, ids: np.ndarray, costs: list[np.n
 
 
 def encode_batch(tokenizer: str, normalize_train: bool, kept: int, batch: Batch) -> EncodedBatch:
-    """Parses and encodes a batch, with the tokenizer at that path. Raises DataError naming
-    document,
-    file and line.
+    """Parses and encodes a batch, with the tokenizer at that path.
+
+    Raises DataError naming document, file and line.
 
     The first document is encoded without the shortcuts of Encoder as well, and must come out the
     same.
@@ -908,8 +912,9 @@ def encode_batch(tokenizer: str, normalize_train: bool, kept: int, batch: Batch)
 
 
 def map_in_order(function, batches: Iterable[Batch], workers: int) -> Iterator:
-    """`map` over processes that keeps the order and reads only a few batches ahead; in this process
-    for one worker.
+    """`map` over processes that keeps the order and reads only a few batches ahead.
+
+    In this process for one worker.
 
     Raises WorkerLost if a worker is killed.
     """
@@ -949,8 +954,9 @@ def _end_with_the_parent() -> None:
 
 
 def _submit(pool: ProcessPoolExecutor, function, batch: Batch) -> Future:
-    """Ctrl-C reaches all processes of a terminal: workers, which may start here, leave it to
-    this one.
+    """Ctrl-C reaches all processes of a terminal.
+
+    Workers, which may start here, leave it to this one.
     """
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -977,8 +983,9 @@ class Corpus(NamedTuple):
 def corpus_from_files(
     docs: list[str], val_file: str | None, val_docs: int, train_docs: int | None
 ) -> Corpus:
-    """The corpus of `--docs`: its first `val_docs` documents are validation, unless there is a
-    `val_file`.
+    """The corpus of `--docs`.
+
+    Its first `val_docs` documents are validation, unless there is a `val_file`.
     """
     files = [(Source(path), "docs") for path in docs]
     documents = itertools.chain.from_iterable([source.lines() for source, _ in files])
@@ -1035,8 +1042,9 @@ def file_sha256(path: str | Path) -> str:
 
 
 def refuse_used_folder(folder: Path) -> None:
-    """Raises DataError if there are shards of a run that ended: two runs in one folder would be
-    read as one dataset.
+    """Raises DataError if there are shards of a run that ended.
+
+    Two runs in one folder would be read as one dataset.
     """
     used = sorted(
         path.name for pattern in ("fineweb_*", "manifest.json*") for path in folder.glob(pattern)
@@ -1053,9 +1061,9 @@ PROGRESS = "progress.bin"
 
 
 class Dataset:
-    """A dataset in the making: counts, finished files, and the values that wait for the next file
-    of
-    each stream.
+    """A dataset in the making: counts, finished files and values.
+
+    Values wait for the next file of each stream.
 
     `save` puts all of that on the disk when files have been finished; a run that finds it goes on
     from there.
@@ -1080,8 +1088,9 @@ class Dataset:
         self.save()
 
     def add(self, batch: EncodedBatch, is_validation: np.ndarray) -> None:
-        """Appends a batch; training documents that are validation documents (documents,)
-        are left out and counted.
+        """Appends a batch.
+
+        Training documents that are validation documents (documents,) are left out and counted.
         """
         if batch.split == "train" and is_validation.any():
             batch = _without(batch, is_validation)
@@ -1182,8 +1191,9 @@ def shard_files(folder: str | Path, stream: str) -> list[Path]:
 
 
 def read_documents(paths: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
-    """The documents of a stream, each with the file in which it begins, ids (tokens,) uint16, BOS
-    first.
+    """The documents of a stream, ids (tokens,) uint16, BOS first.
+
+    Each comes with the file in which it begins.
 
     Reads a few megabytes at a time. Raises DataError where a file is damaged or the stream does not
     begin with BOS.
@@ -1232,8 +1242,9 @@ def refuse_empty_split(split: str, counts: dict) -> None:
 
 
 def count_leaks(folder: Path, known: np.ndarray) -> int:
-    """Training documents of the finished shards whose hash is in `known`: what was written, not
-    what was meant.
+    """Training documents of the finished shards whose hash is in `known`.
+
+    What was written, not what was meant.
     """
     known = set(known.tolist())
     return sum(
@@ -1248,8 +1259,9 @@ def build_dataset(
     encoder: Callable[[Batch], EncodedBatch],
     workers: int,
 ):
-    """Writes all shards of a corpus and their manifest, which is also returned; `encoder` runs
-    in the workers.
+    """Writes all shards of a corpus and their manifest, which is also returned.
+
+    `encoder` runs in the workers.
     """
     refuse_used_folder(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -1350,9 +1362,9 @@ def demo_roots() -> list[Path]:
 
 
 def demo_corpus(roots: list[Path], size: int, val_docs: int) -> Corpus:
-    """The documentation of installed Python packages: real prose that is already here. Same
-    packages,
-    same corpus.
+    """The documentation of installed Python packages: real prose that is already here.
+
+    Same packages, same corpus.
 
     Validation is `val_docs` short documents, picked by hash. `size` is in characters.
     """
@@ -1496,6 +1508,18 @@ def whole_number(lowest: int, highest: int = 2**63 - 1) -> Callable[[str], int]:
     return parse
 
 
+def add_validation_source(
+    parser: argparse.ArgumentParser, default: int | None, val_docs_help: str
+) -> None:
+    """Adds --val-docs and --val-file, of which at most one may be given."""
+    group = parser.add_mutually_exclusive_group()
+    count = whole_number(0)
+    group.add_argument("--val-docs", type=count, default=default, metavar="N", help=val_docs_help)
+    group.add_argument(
+        "--val-file", metavar="FILE", help="validation documents, if they have a file of their own"
+    )
+
+
 def add_workers(parser: argparse.ArgumentParser) -> None:
     """Gives a command the argument --workers."""
     number, cores = whole_number(1, 4096), os.cpu_count() or 1
@@ -1535,15 +1559,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer", default=str(DEFAULT_TOKENIZER), metavar="MODEL", help="default: %(default)s"
     )
-    val = parser.add_mutually_exclusive_group()
-    val.add_argument(
-        "--val-docs", type=count, metavar="N", help="first documents (default: 50,000; demo: 10)"
-    )
-    val.add_argument(
-        "--val-file",
-        metavar="FILE",
-        help="validation documents, where they have a file of their own",
-    )
+    add_validation_source(parser, None, "first documents (default: 50,000; demo: 10)")
     parser.add_argument(
         "--train-docs", type=count, metavar="N", help="at most this many training documents"
     )

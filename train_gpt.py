@@ -10,6 +10,7 @@
     python train_gpt.py --help                   # every setting: default, range, meaning
 
 Settings are environment variables; the defaults are the submission, PRESET=name a published one.
+presets/published.py runs published systems that need code of their own.
 This file needs no other; in its repository tools/guard.py watches the run. A run writes its files
 to runs/<RUN_ID>/ (README) and ends with the line `RESULT {json}`. QUANT_ONLY=1 continues from its
 model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
@@ -18,6 +19,7 @@ Shapes: B rows, T tokens, D model_dim, L layers, S slots (one execution of a lay
 several), H heads, K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
 """
 
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -34,7 +36,6 @@ import lzma
 import math
 import os
 import re
-import shutil
 import struct
 import sys
 import time
@@ -78,8 +79,6 @@ CONTEST_SECONDS = 600.0  # limit of training, and of evaluation, in the contest'
 BYTE_CAP = 16_000_000  # limit of code + weights in the contest's rules, decimal
 RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
 PACKED = False  # tools/pack_code.py sets this in the script that it writes: that one stands alone
-# what only published systems use: tools/techniques.py puts itself here, where find_guard finds it
-techniques = None
 
 
 class SettingError(ValueError):
@@ -100,18 +99,13 @@ OUR_ERRORS = SettingError, DataError, ArtifactError
 # ---- HYPERPARAMETERS -----------------------------------------------------------------------------
 
 
-def env(default, help, *, above=None, least=None, most=None, choices=None, published=False):
+def env(default, help, *, above=None, least=None, most=None, choices=None):
     """Declares a setting; its environment variable is the field's name in capitals.
 
-    above: exclusive bound; least, most: inclusive bounds. published: only published systems change
-    the default; their code is in tools/techniques.py.
+    above: exclusive bound; least, most: inclusive bounds.
     """
     rules = {"above": above, "least": least, "most": most, "choices": choices}
-    rules |= {"help": help, "published": published}
-    return dataclasses.field(default=default, metadata=rules)
-
-
-RESIDUALS = "off", "mix", "gate"  # of values
+    return dataclasses.field(default=default, metadata=rules | {"help": help})
 
 
 @dataclass(frozen=True)
@@ -133,22 +127,9 @@ class Hyperparameters:
     tokenizer_path: str = env(
         "", "SentencePiece model; empty: searched near the data and in tokenizers/"
     )
-    caseops_enabled: bool = env(
-        True,
-        "validation bytes come from the side-car; 0: from the tokenizer's byte tables",
-        published=True,
-    )
-    marker_fusion_enabled: bool = env(
-        False, "a space and the case marker behind it become one token (PR 2109)", published=True
-    )
     data_seed: int = env(0, "shuffles the training rows; 0: order of the stream", least=0)
     balance_rows: bool = env(
         True, "distribute a step's documents so that all rows have equal attention cost"
-    )
-    doc_shuffle_enabled: bool = env(
-        False,
-        "training documents in another order inside each shard, by DATA_SEED (1512)",
-        published=True,
     )
     device: str = env("auto", "auto: a GPU if there is one", choices=("auto", "cuda", "cpu"))
     compute_dtype: str = env(
@@ -235,38 +216,6 @@ class Hyperparameters:
         "mean", "lane that becomes the output", choices=("mean", "attn", "mlp")
     )
     logit_softcap: float = env(30.0, "logits z become c tanh(z/c)", above=0, most=64)
-    attn_window: int = env(
-        0,
-        "tokens before its own that a token of the early layers sees; 0: all",
-        least=0,
-        published=True,
-    )
-    attn_window_full_layers: int = env(3, "last layers that see all nevertheless", least=0)
-    partial_key_offset: bool = env(
-        False,
-        "unrotated dimensions of full layers' keys are the previous token's (1512)",
-        published=True,
-    )
-    value_residual: str = env(
-        "off",
-        "mix: values l0 v0 + l1 v, v0 layer 0's; gate: v + s(a) v0",
-        choices=RESIDUALS,
-        published=True,
-    )
-    bigram_vocab_size: int = env(
-        0, "rows of the hashed bigram embedding; 0: none", least=0, published=True
-    )
-    bigram_dim: int = env(112, "width of that table", least=1)
-    value_embed_layers: str = env(
-        "", "layers whose values get a token's own embedding, comma separated", published=True
-    )
-    value_embed_dim: int = env(128, "width of that table", least=1)
-    extra_eval_loops: int = env(
-        0,
-        "passes over the looped layers that training did not have; skips stay",
-        least=0,
-        published=True,
-    )
 
     # optimizer and schedule
     max_wallclock_seconds: float = env(
@@ -285,12 +234,6 @@ class Hyperparameters:
     muon_wd: float = env(0.095, "decoupled weight decay of the matrix banks", least=0)
     muon_row_normalize: bool = env(True, "normalize update rows before orthogonalization")
     muon_backend_steps: int = env(5, "Newton-Schulz steps", least=1, most=5)
-    muon_head_pairs: bool = env(
-        False, "q and k are orthogonalised by pairs of heads, not whole (PR 1512)", published=True
-    )
-    muon_gram_enabled: bool = env(
-        False, "Newton-Schulz steps on X X^T where X is not square", published=True
-    )
     muon_dtype: str = env(
         "auto",
         "dtype of Muon's gradients, momentum and matmuls",
@@ -304,25 +247,6 @@ class Hyperparameters:
     beta2: float = env(0.99, "AdamW beta2", least=0, most=0.99999)
     grad_clip_norm: float = env(0.3, "maximum global gradient norm; 0: off", least=0)
     ema_decay: float = env(0.9965, "decay of the weight EMA after its ramp", least=0, most=0.999999)
-    swa_below_lr: float = env(
-        0.0, "below this learning-rate factor: mean of snapshots; 0: EMA", least=0, published=True
-    )
-    swa_every: int = env(50, "steps between snapshots", least=1)
-    qat_below_lr: float = env(
-        0.0,
-        "banks train on their grid below this learning-rate factor; 0: never",
-        least=0,
-        published=True,
-    )
-    wd_schedule_enabled: bool = env(
-        False, "weight decay falls, then rises (PR 1512)", published=True
-    )
-    wd_sched_hold_frac: float = env(
-        0.40, "fraction until which decay keeps its value", least=0, most=1
-    )
-    wd_sched_ramp_frac: float = env(0.85, "fraction at which decay is lowest", least=0, most=1)
-    wd_sched_low_factor: float = env(0.50, "lowest decay factor", least=0)
-    wd_sched_high_factor: float = env(1.75, "decay factor at the end", least=0)
     train_log_every: int = env(100, "steps between log lines", least=1)
     val_loss_every: int = env(
         0, "steps between evaluations during training (clock stopped); 0: none", least=0
@@ -335,9 +259,6 @@ class Hyperparameters:
     gptq_calibration_batches: int = env(
         16, "rows of training tokens for the Hessians, over all ranks", least=1
     )
-    gptq_self_calibration: bool = env(
-        False, "these rows are written by the model itself (PR 1512)", published=True
-    )
     gptq_all_reduce: bool = env(True, "average Hessians over ranks; 0: each rank uses its own")
     gptq_damp: float = env(0.01, "damping, as a fraction of the mean Hessian diagonal", above=0)
     gptq_block_size: int = env(128, "columns per batched error update", least=1)
@@ -346,9 +267,6 @@ class Hyperparameters:
     mlp_clip_sigmas: float = env(13.0, "clip of MLP rows in standard deviations", above=0)
     attn_clip_sigmas: float = env(14.0, "clip of attention rows in standard deviations", above=0)
     embed_clip_sigmas: float = env(15.0, "clip of embedding rows in standard deviations", above=0)
-    hessian_clip_lambda: float = env(
-        0.0, "share of a row's Hessian-weighted size in its clip (PR 1512)", least=0, published=True
-    )
     gptq_column_steps: bool = env(
         True, "quantization steps 2^(k/8) per row and column; 0: fp16 steps per row"
     )
@@ -370,11 +288,6 @@ class Hyperparameters:
     lqer_enabled: bool = env(True, "low-rank correction of the largest quantization errors")
     lqer_top_k: int = env(3, "matrices that get a correction", least=0)
     lqer_rank: int = env(4, "rank of a correction", least=1)
-    lqer_weighted: bool = env(
-        False,
-        "corrections chosen and factored by Hessian-weighted error and gain per byte",
-        published=True,
-    )
     lqer_asym_enabled: bool = env(
         True, "correction as int2 and int4 codes; 0: LQER_FACTOR_BITS for both factors"
     )
@@ -383,9 +296,7 @@ class Hyperparameters:
     target_bytes: int = env(
         0, "scale the clips until code + weights fit just under this; 0: off", least=0
     )
-    compressor: str = env(
-        "entropy", "artifact coder: entropy, pergroup (needs lrzip), brotli, lzma"
-    )
+    compressor: str = env("entropy", "artifact coder: entropy, brotli, lzma")
 
     # evaluation
     eval_seq_len: int = env(2048, "context of plain and sliding evaluation", least=2)
@@ -397,15 +308,6 @@ class Hyperparameters:
 
     # test-time training
     ttt_enabled: bool = env(True, "score with test-time training")
-    ttt_method: str = env(
-        "lora",
-        "lora: an adapter a document; sgd: all weights, by chunks",
-        choices=("lora", "sgd"),
-        published=True,
-    )
-    ttt_epochs: int = env(
-        3, "SGD steps on a chunk of GLOBAL_TTT_CHUNK_TOKENS, at GLOBAL_TTT_LR", least=1
-    )
     ttt_max_docs: int = env(
         0, "score only N documents of all lengths (marked partial); 0: all", least=0
     )
@@ -414,11 +316,6 @@ class Hyperparameters:
         1792, "oldest context positions whose keys and values are reused, not recomputed", least=0
     )
     ttt_chunk_size: int = env(12, "tokens scored between two LoRA steps", least=1)
-    ttt_short_chunks: str = env(
-        "",
-        "smaller chunks of short documents: 256:8,2000:24 is 8 up to 256 tokens, then 24",
-        published=True,
-    )
     ttt_batch_size: int = env(64, "documents per group, and per step with full contexts", least=1)
     ttt_lanes: int = env(
         8, "fixed groups of documents; group i runs on rank i mod world size", least=1
@@ -430,11 +327,6 @@ class Hyperparameters:
     ttt_beta2: float = env(0.99, "AdamW beta2 of the adapters (beta1 is 0)", least=0, most=0.99999)
     ttt_weight_decay: float = env(0.5, "weight decay of the adapters", least=0)
     ttt_warm_start_a: bool = env(True, "a new document starts with its predecessor's A")
-    ngram_tilt_enabled: bool = env(
-        False,
-        "the word that followed the last 15 tokens before gets more probability",
-        published=True,
-    )
     phased_ttt_num_phases: int = env(
         1, "times the base weights are fine-tuned on scored documents", least=0
     )
@@ -476,11 +368,11 @@ class Hyperparameters:
         if problems:
             raise SettingError("\n".join(problems))
 
+    attn_window = 0  # number of earlier keys that a query sees; 0: all
+
     @property
     def num_embeddings(self):
-        """Rows of the embedding table: fused pairs have ids above VOCAB_SIZE."""
-        if self.marker_fusion_enabled:
-            return (self.vocab_size + 10) // 8 * 8
+        """Rows of the embedding table."""
         return self.vocab_size
 
     @property
@@ -488,14 +380,12 @@ class Hyperparameters:
         return self.model_dim // self.num_heads
 
     @property
-    def mlp_dim(self):
-        return int(self.mlp_mult * self.model_dim)
+    def kv_dim(self):
+        return self.num_kv_heads * self.head_dim
 
     @property
-    def new_values(self):
-        """Whether a published setting changes the keys or values of attention."""
-        embedded = self.value_embed_layers != ""
-        return self.partial_key_offset or embedded or self.value_residual != "off"
+    def mlp_dim(self):
+        return int(self.mlp_mult * self.model_dim)
 
     @property
     def generator_seed(self):
@@ -530,6 +420,12 @@ class Hyperparameters:
             return None
         return max(0.0, self.max_wallclock_seconds - self.gptq_reserve_seconds)
 
+    def chunk_size_of(self, length):
+        """Tokens scored between two LoRA steps in a document of `length` targets, or in an array of
+        documents.
+        """
+        return self.ttt_chunk_size
+
 
 # setting -> tap site
 LORA_SITES = {"q": "q", "k": "k", "v": "v", "o": "attn_out", "mlp": "mlp_out", "head": "lm_head"}
@@ -558,7 +454,7 @@ INSTEAD = {
     "EVAL_ONLY": "TTT_EVAL_ONLY",
     "EVAL_ONLY_PATH": "QUANT_ONLY and CHECKPOINT_PATH",
     "DATASETS_DIR": "DATA_PATH",
-    "DOC_SHUFFLE": "DOC_SHUFFLE_ENABLED",
+    "DOC_SHUFFLE": "nothing",
     "E2E_TTT_ENABLED": "TTT_METHOD=sgd",
     "FULL_GPTQ_DAMP": "GPTQ_DAMP",
     "FUSED_CE_ENABLED": "KERNELS",
@@ -640,9 +536,7 @@ def setting_problems(hp):
         problems += range_problems(field, getattr(hp, field.name))
     if problems:
         return problems
-    for check in CROSS_CHECKS:
-        problems += check(hp)
-    return problems or [*missing_techniques(hp)]
+    return [*cross_checks(hp)]
 
 
 def range_problems(field, value):
@@ -659,6 +553,14 @@ def range_problems(field, value):
         yield f"{name}: must be at least {rule['least']}"
     elif rule["most"] is not None and value > rule["most"]:
         yield f"{name}: must be at most {rule['most']}"
+
+
+def cross_checks(hp):
+    """Yields messages for combinations of settings that cannot work."""
+    yield from model_problems(hp)
+    yield from batch_problems(hp)
+    yield from evaluation_problems(hp)
+    yield from mode_problems(hp)
 
 
 def model_problems(hp):
@@ -725,58 +627,6 @@ def mode_problems(hp):
         yield "ARTIFACT_PATH goes with TTT_EVAL_ONLY=1"
     if not re.fullmatch(r"(\w[\w.+-]*)?", hp.run_id):
         yield "RUN_ID: letters, digits, '_', then also '.', '+', '-'"
-
-
-def published_problems(hp):
-    """Yields messages for settings that only published systems use."""
-    if not re.fullmatch(r"(\d+:[1-9]\d*(,(?=.)|$))*", hp.ttt_short_chunks):
-        yield f"TTT_SHORT_CHUNKS={hp.ttt_short_chunks}: must be pairs such as 256:8,2000:24"
-    if hp.marker_fusion_enabled and not hp.caseops_enabled:
-        yield "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1"
-    stale = hp.ttt_stale_context and hp.ttt_enabled and hp.ttt_method == "lora"
-    if stale and (hp.attn_window or hp.new_values):
-        yield (
-            "ATTN_WINDOW, PARTIAL_KEY_OFFSET, VALUE_RESIDUAL and VALUE_EMBED_LAYERS need"
-            " TTT_STALE_CONTEXT=0"
-        )
-    layers = hp.value_embed_layers.split(",") if hp.value_embed_layers else []
-    if not all(layer.isdecimal() and int(layer) < hp.num_layers for layer in layers):
-        yield (
-            f"VALUE_EMBED_LAYERS={hp.value_embed_layers}: must be numbers of layers, below"
-            " NUM_LAYERS"
-        )
-    if hp.bigram_vocab_size == 1:
-        yield "BIGRAM_VOCAB_SIZE must be 2 at least, or 0"
-    if hp.extra_eval_loops and not hp.num_loops:
-        yield "EXTRA_EVAL_LOOPS needs NUM_LOOPS"
-    if hp.muon_head_pairs and (hp.num_heads % 2 or hp.num_kv_heads % 2):
-        yield "MUON_HEAD_PAIRS=1 needs even NUM_HEADS and NUM_KV_HEADS"
-    if hp.qat_below_lr and hp.gptq_column_steps:
-        yield "QAT_BELOW_LR trains on the grid of rows: set GPTQ_COLUMN_STEPS=0"
-    if hp.ttt_method == "sgd" and hp.ttt_max_docs:
-        yield "TTT_MAX_DOCS goes with TTT_METHOD=lora"
-
-
-CROSS_CHECKS = [
-    model_problems,
-    batch_problems,
-    evaluation_problems,
-    mode_problems,
-    published_problems,
-]
-
-
-def missing_techniques(hp):
-    """Messages for settings of published systems, where the file with their code is not beside
-    this one.
-    """
-    for field in dataclasses.fields(hp):
-        if (
-            techniques is None
-            and field.metadata["published"]
-            and getattr(hp, field.name) != field.default
-        ):
-            yield f"{field.name.upper()} needs tools/techniques.py beside this file"
 
 
 def range_text(field):
@@ -1349,29 +1199,20 @@ def leaked_documents(hp):
     return {name: manifest[name] for name in ("leaked_documents",) if name in manifest}
 
 
+def text_problems(hp, manifest):
+    """Yields messages if the bytes of these tokens cannot be those of a side-car."""
+    if not manifest.get("text_transform", True):
+        yield (
+            "its manifest says that the text was not transformed: run presets/published.py with"
+            " CASEOPS_ENABLED=0"
+        )
+
+
 def check_data_settings(hp):
-    """Raises DataError if the settings contradict the side-car or the manifest: the bytes would be
-    wrong.
-    """
+    """Raises DataError if the settings contradict the manifest: the bytes would be wrong."""
     folder = Path(hp.data_path)
     manifest = read_manifest(folder)
-    problems = []
-    side_cars = sorted(folder.glob("fineweb_val_bytes_*.bin"))
-    if side_cars and not hp.caseops_enabled:
-        problems.append(
-            f"{side_cars[0].name} holds the bytes of its tokens, which CASEOPS_ENABLED=0 would not"
-            " read: set it to 1"
-        )
-    transform = manifest.get("text_transform")
-    if transform and not hp.caseops_enabled:
-        problems.append(
-            f"its manifest says {transform}, whose tokens a tokenizer cannot count: set"
-            " CASEOPS_ENABLED=1"
-        )
-    if "text_transform" in manifest and not transform and hp.caseops_enabled:
-        problems.append(
-            "its manifest says that the text was not transformed: set CASEOPS_ENABLED=0"
-        )
+    problems = [*text_problems(hp, manifest)]
     size = manifest.get("tokenizer", {}).get("vocab_size", hp.vocab_size)
     if size != hp.vocab_size:
         problems.append(f"its manifest says VOCAB_SIZE={size}, not {hp.vocab_size}")
@@ -1523,29 +1364,21 @@ def balance_documents(tokens, longest):
     return np.concatenate(sum(rows, []), 1).reshape(tokens.shape)
 
 
-@lru_cache
-def space_id(hp):
-    """The id of a lone space."""
-    return load_tokenizer(hp).piece_to_id("\u2581")
-
-
 class TrainLoader:
     """Packed training rows by number.
 
     Row i holds T tokens, from the first document that begins in span i of the stream. A step of n
     micro-steps takes rows [step n, (step + 1) n), of which rank r takes the r-th share: any world
     size trains on the same rows. BALANCE_ROWS redistributes a step's documents over its rows, as
-    ranks wait for the one with the most attention. A span is as long as a row before fusion.
-    DATA_SEED shuffles the spans in each epoch. The loader has no state except what it has read
-    ahead, so the number of a step restores it exactly.
+    ranks wait for the one with the most attention.
+    A span is as long as a row. DATA_SEED shuffles the spans in each epoch. The loader has no state
+    except what it has read ahead, so the number of a step restores it exactly.
     """
 
     def __init__(self, stream, hp, dist):
         self.stream = stream
         self.hp = hp
         self.dist = dist
-        if hp.doc_shuffle_enabled:
-            stream.shards = techniques.ShuffledShards(stream.shards, hp.data_seed)
         micro_steps = hp.train_batch_tokens / hp.micro_batch_tokens
         if micro_steps % dist.world_size:
             raise SettingError(
@@ -1553,11 +1386,7 @@ class TrainLoader:
                 f" not divide by {dist.world_size} ranks: change MICRO_BATCH_TOKENS"
             )
         self.per_rank = hp.micro_steps // dist.world_size
-        self.span = hp.micro_batch_tokens
-        if hp.marker_fusion_enabled:
-            sample = stream.read(0, min(stream.size, 1 << 22)).astype(np.int64)
-            fused = techniques.fuse_markers(hp, space_id, sample, sample)[0]
-            self.span = self.span * len(sample) // len(fused)
+        self.span = self.span_length()
         # at most a twentieth of the data
         self.held_out_rows = min(hp.quant_check_rows, stream.size // (20 * self.span))
         if self.held_out_rows:
@@ -1566,6 +1395,10 @@ class TrainLoader:
         self.thread = ThreadPoolExecutor(1)
         self.ahead = {}  # row number -> future of a row that is read ahead
         self.cached_rows = lru_cache(1)(self.rows_of_step)
+
+    def span_length(self):
+        """Tokens of the stream from the start of a span to the next."""
+        return self.hp.micro_batch_tokens
 
     def row_offset(self, index):
         """Where row `index` begins in the stream: at the first BOS of its span, if there is one."""
@@ -1580,19 +1413,20 @@ class TrainLoader:
 
     @property
     def tokens_to_read(self):
-        """Tokens of the stream that fill a row and its last target, even if all are fused."""
-        return (self.hp.micro_batch_tokens + 1) * (1 + self.hp.marker_fusion_enabled)
+        """Tokens of the stream that fill a row and its last target."""
+        return self.hp.micro_batch_tokens + 1
+
+    def read_row(self, stream, start):
+        """(T + 1,) tokens of the row that begins at this position of a stream."""
+        tokens = stream.read(start, self.tokens_to_read)
+        largest = tokens.max()
+        if largest >= self.hp.vocab_size:
+            raise DataError(f"training token {largest} is outside VOCAB_SIZE={self.hp.vocab_size}")
+        return tokens
 
     def read_rows(self, stream, starts):
         """(2, n, T): inputs and targets of the rows that begin at n positions of a stream."""
-        hp = self.hp
-        rows = np.stack([stream.read(start, self.tokens_to_read) for start in starts])
-        if rows.max() >= hp.vocab_size:
-            raise DataError(f"training token {rows.max()} is outside VOCAB_SIZE={hp.vocab_size}")
-        if hp.marker_fusion_enabled:
-            rows = np.int64(rows)
-            fused = [techniques.fuse_markers(hp, space_id, row, row)[0] for row in rows]
-            rows = np.stack([row[: hp.micro_batch_tokens + 1] for row in fused])
+        rows = np.stack([self.read_row(stream, start) for start in starts])
         return np.stack([rows[:, :-1], rows[:, 1:]])
 
     def rows_of_step(self, step):
@@ -1654,45 +1488,51 @@ class ValidationSet:
     Raises DataError if anything is wrong with the files.
     """
 
-    def __init__(self, hp, tokenizer=None):
+    def __init__(self, hp):
         stream = TokenStream(hp.data_path, "val")
         check_data_settings(hp)
         self.tokens = stream.read(0, stream.size).astype(np.int64)
         largest = self.tokens.max()
         if largest >= hp.vocab_size:
             raise DataError(f"validation token {largest} is outside VOCAB_SIZE={hp.vocab_size}")
-        if hp.caseops_enabled:
-            self.bytes = self.side_car(hp.data_path, stream)
-        else:
-            tokenizer = tokenizer or load_tokenizer(hp)
-            check_byte_counts(hp, tokenizer, self.tokens)
-            count, leading, boundary = techniques.piece_byte_tables(tokenizer)
-            self.bytes = count[self.tokens]
-            self.bytes[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
+        self.bytes = self.count_bytes(hp, stream)
         if len(self.tokens) < 2:
             raise DataError(f"{stream.paths[0]}: a validation stream needs two tokens at least")
         self.summary = self.check(hp)
-        if hp.marker_fusion_enabled:
-            self.tokens, self.bytes = techniques.fuse_markers(hp, space_id, self.tokens, self.bytes)
         if not self.bytes[1:].any():
             raise DataError(
                 f"{stream.paths[0]}: the validation documents hold no byte of text: no BPB can be"
                 " counted"
             )
+        self.find_documents()
+
+    def find_documents(self):
+        """Sets starts and ends of the documents, (n,) each."""
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
         # no BOS follows the last document
         self.ends = np.append(self.starts[1:], len(self.tokens) - 1)
 
+    def figures(self):
+        """What a manifest states about the stored stream."""
+        return {
+            "documents": int((self.tokens == BOS_ID).sum()),
+            "tokens": len(self.tokens),
+            "charged_bytes": int(self.bytes.sum()),
+        }
+
+    def count_bytes(self, hp, stream):
+        """(N,) int64 bytes charged to each token of the stream."""
+        return self.side_car(hp.data_path, stream)
+
     def check(self, hp):
         """Compares the stored stream with the manifest -> words for the log. Raises DataError."""
-        documents = int((self.tokens == BOS_ID).sum())
-        size = int(self.bytes.sum())
-        counts = {"documents": documents, "tokens": len(self.tokens)}
-        if hp.caseops_enabled:
-            counts["charged_bytes"] = size
-        check_manifest(hp, counts)
+        figures = self.figures()
+        check_manifest(hp, figures)
         canonical = "yes" if is_canonical(self.tokens, self.bytes) else "no"
-        return f"documents:{documents} values:{len(self.bytes)} bytes:{size} canonical:{canonical}"
+        return (
+            f"documents:{figures['documents']} values:{len(self.bytes)} bytes:{self.bytes.sum()}"
+            f" canonical:{canonical}"
+        )
 
     def side_car(self, folder, stream):
         """(N,) int64 bytes of each token.
@@ -1747,45 +1587,6 @@ def models_near(folder, nearest):
     return closest
 
 
-def has_case_markers(tokenizer):
-    """Whether pieces 4 to 7 are CaseOps' markers, which stand for no text (lossless_caps.py)."""
-    return [tokenizer.id_to_piece(token) for token in range(4, 8)] == [*"\ue001\ue002\ue003\ue004"]
-
-
-def check_byte_counts(hp, tokenizer, tokens):
-    """Raises DataError unless this tokenizer, which will count the bytes of tokens (N,), made them.
-
-    Without a side-car the tokenizer decides the BPB, and another one of the same size would raise
-    no error. So the text of some documents is encoded again: only the right tokenizer gives back
-    their tokens.
-    """
-    if has_case_markers(tokenizer) and ((tokens >= 4) & (tokens < 8)).any():
-        raise DataError(
-            f"{hp.data_path}: its tokens hold CaseOps' markers: set CASEOPS_ENABLED=1, with the"
-            " side-car"
-        )
-    max_documents = 256
-    max_tokens = 512
-    starts = np.flatnonzero(tokens == BOS_ID)[:max_documents] + 1
-    ends = np.append(starts[1:] - 1, len(tokens))[: len(starts)]
-    same = 0
-    total = 0
-    for start, end in zip(starts, np.minimum(ends, starts + max_tokens), strict=True):
-        ids = tokens[start:end].tolist()
-        # cutting a document changes the tokens before the cut
-        compared = len(ids) if len(ids) < max_tokens else max_tokens - 64
-        encoded = tokenizer.encode(tokenizer.decode(ids))
-        same += compared * (encoded[:compared] == ids[:compared])
-        total += compared
-    # even the right one does not restore every text: unknown characters, odd spaces
-    if 2 * same < total:
-        raise DataError(
-            f"{hp.data_path}: its tokens were not made by the tokenizer found for them, which gives"
-            f" back {same} of {total} when their text is encoded again: set TOKENIZER_PATH to the"
-            " shards' own"
-        )
-
-
 def find_tokenizer(hp):
     """Path of the data's SentencePiece model.
 
@@ -1821,10 +1622,6 @@ def check_tokenizer(hp, path):
         raise DataError(f"{path} is no SentencePiece model") from None
     if size != hp.vocab_size:
         raise DataError(f"{path} has {size} pieces, VOCAB_SIZE is {hp.vocab_size}")
-    if hp.marker_fusion_enabled and not has_case_markers(tokenizer):
-        raise DataError(
-            f"{path}: pieces 4 to 7 are not CaseOps' markers: set MARKER_FUSION_ENABLED=0"
-        )
 
 
 def load_tokenizer(hp):
@@ -1854,53 +1651,14 @@ def load_f32(pointers, mask):
     return tl.load(pointers, mask, 0.0).to(tl.float32)
 
 
-def trial_tensors(device, dtype, *shapes):
-    """Tensors of normal numbers that require gradients, for the trials of select_ops.
+def trial_tensor(device, dtype, *shape, seed=0):
+    """Normal numbers that require gradients, for the trials of select_ops.
 
-    They are the same at every call, and the random state of the run stays as it is.
+    The random state of the run stays as it is.
     """
-    generator = torch.Generator(device).manual_seed(0)
-    tensors = []
-    for shape in shapes:
-        numbers = torch.randn(shape, generator=generator, device=device)
-        tensors.append(numbers.to(dtype).requires_grad_())
-    return tensors
-
-
-def golf_op(fake, gradients=None, keep=lambda needed, *tensors: tensors, results=1):
-    """Decorator: function of tensors and, last, one number -> custom op; fake(*inputs), or the
-    function itself, gives its results without data. With gradients(needed, *grads, *kept, number)
-    -> those of the leading inputs, it is differentiable and returns the first of its results, or
-    all where `results` says that they are several and all differentiable; keep(needed, *tensors,
-    *results) -> kept, default everything; needed[i]: input i requires one.
-    """
-
-    def setup(ctx, inputs, output):
-        *tensors, ctx.number = inputs
-        # or autograd fills zeros for the results that nobody differentiates
-        ctx.set_materialize_grads(results > 1)
-        ctx.save_for_backward(*keep(ctx.needs_input_grad, *tensors, *output))
-
-    def backward(ctx, *grads):
-        needed = ctx.needs_input_grad
-        grads = (
-            ()
-            if grads[0] is None
-            else gradients(needed, *grads[:results], *ctx.saved_tensors, ctx.number)
-        )
-        return *grads, *[None] * (len(needed) - len(grads))
-
-    def register(function):
-        op = torch.library.custom_op(
-            "golf::" + function.__name__.strip("_"), function, mutates_args=()
-        )
-        op.register_fake(fake or function)
-        if gradients is None:
-            return op
-        op.register_autograd(backward, setup_context=setup)
-        return op if results > 1 else lambda *inputs: op(*inputs)[0]
-
-    return register
+    generator = torch.Generator(device).manual_seed(seed)
+    numbers = torch.randn(shape, generator=generator, device=device)
+    return numbers.to(dtype).requires_grad_()
 
 
 # --- lm_head with softcapped cross-entropy
@@ -1923,7 +1681,8 @@ def linear_cross_entropy_ref(h, weight, targets, softcap):
 
 
 def cross_entropy_trial_inputs(hp, device, dtype):
-    h, weight = trial_tensors(device, dtype, (200, 64), (1000, 64))
+    h = trial_tensor(device, dtype, 200, 64)
+    weight = trial_tensor(device, dtype, 1000, 64, seed=1)
     targets = torch.arange(0, 1000, 5, device=device)
     return h, weight, targets, 30.0
 
@@ -1996,9 +1755,8 @@ def _linear_cross_entropy_fake(h, weight, targets, softcap):
 
 
 def _linear_cross_entropy_setup(ctx, inputs, output):
-    h, weight, *_ = inputs
     ctx.set_materialize_grads(False)  # or autograd fills zeros for the second output
-    ctx.save_for_backward(h, weight, output[1])
+    ctx.save_for_backward(*inputs[:2], output[1])  # h, weight, gradients of the logits
 
 
 def _linear_cross_entropy_gradients(ctx, grad, _):
@@ -2038,8 +1796,10 @@ def mlp_ref(x, w_up, w_down, slope):
 
 
 def mlp_trial_inputs(hp, device, dtype):
-    x, w_up, w_down = trial_tensors(device, dtype, (200, 64), (320, 64), (64, 320))
-    return x, w_up / 8, w_down / 18, 0.3
+    x = trial_tensor(device, dtype, 200, 64)
+    w_up = trial_tensor(device, dtype, 320, 64, seed=1) / 64**0.5
+    w_down = trial_tensor(device, dtype, 64, 320, seed=2) / 320**0.5
+    return x, w_up, w_down, 0.3
 
 
 @lru_cache
@@ -2161,9 +1921,10 @@ def leaky_relu_sq_mlp(x, w_up, w_down, slope):
     return out.view(x.shape)
 
 
-# --- around attention: before it, q and k get a norm for each head, partial rotary positions and q
-# its gain; behind it, XSA takes its own value's part out of each head's output, and a gate scales
-# it. Rows of the tiles are heads.
+# --- around attention
+# Before it: per-head RMS norm and partial RoPE for q and k, gain for q. After it: XSA subtracts
+# from every head's output its part along the token's own value, and a gate scales the rest. The
+# kernels work on tiles of rows; a row is one head of one token.
 
 
 def norm(x):
@@ -2172,75 +1933,85 @@ def norm(x):
 
 
 def apply_rotary_emb(x, cos, sin):
-    """(B, T, H, E) -> the same: rotates dims i and i + rope_dims/2 of the first rope_dims
-    (partial RoPE).
+    """x (B, T, H, E) -> the same shape, with partial RoPE (arXiv:2104.09864).
+
+    cos and sin are ([B,] T, 1, rope_dims / 2). Dims i and i + rope_dims / 2 of the first rope_dims
+    rotate together; the others stay.
     """
-    cos, sin, half = cos.to(x.dtype), sin.to(x.dtype), cos.size(-1)
-    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos = cos.to(x.dtype)
+    sin = sin.to(x.dtype)
+    half = cos.size(-1)
+    x1 = x[..., :half]
+    x2 = x[..., half : 2 * half]
+    rest = x[..., 2 * half :]
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
 
 
 def qkv_heads_ref(qkv, gain, cos, sin, kv_heads):
-    """qkv (B, T, (H + 2 K) E), gain (H,), cos, sin ([B,] T, 1, rope_dims / 2) -> q (B, T, H,
-    E), k, v (B, T, K, E).
+    """qkv (B, T, (H + 2 K) E), gain (H,), K -> q (B, T, H, E), k and v (B, T, K, E).
+
+    q and k are normed and rotated by cos and sin ([B,] T, 1, rope_dims / 2); q is scaled by gain.
     """
-    heads = gain.numel(), kv_heads, kv_heads
-    q, k, v = qkv.unflatten(-1, (sum(heads), -1)).split(heads, dim=-2)
-    return (
-        apply_rotary_emb(norm(q), cos, sin) * gain[:, None],
-        apply_rotary_emb(norm(k), cos, sin),
-        v,
-    )
+    heads = (gain.numel(), kv_heads, kv_heads)
+    joint = qkv.unflatten(-1, (sum(heads), -1))
+    q, k, v = joint.split(heads, dim=-2)
+    q = apply_rotary_emb(norm(q), cos, sin) * gain[:, None]
+    k = apply_rotary_emb(norm(k), cos, sin)
+    return q, k, v
 
 
 def qkv_heads_trial_inputs(hp, device, dtype):
     heads = hp.num_heads + 2 * hp.num_kv_heads
-    qkv, gain = trial_tensors(device, dtype, (1, 256, heads * hp.head_dim), (hp.num_heads,))
+    qkv = trial_tensor(device, dtype, 1, 256, heads * hp.head_dim)
+    gain = trial_tensor(device, dtype, hp.num_heads, seed=1)
     frequencies = torch.tensor([1.0, 0.03], device=device)
     angles = torch.arange(256, device=device)[:, None, None] * frequencies
     return qkv, gain, angles.cos(), angles.sin(), hp.num_kv_heads
 
 
 def gated_xsa_ref(y, v, logits, factor):
-    """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> XSA (arXiv:2603.09078) times factor
-    sigmoid(logits).
+    """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> (B, T, H, E), XSA (arXiv:2603.09078)
+    scaled by factor * sigmoid(logits).
     """
-    return subtract_own_value(y, v) * (factor * torch.sigmoid(logits))[..., None]
+    gate = factor * torch.sigmoid(logits)
+    return subtract_own_value(y, v) * gate[..., None]
 
 
 def gated_xsa_trial_inputs(hp, device, dtype):
-    queries = (1, 256, hp.num_heads, hp.head_dim)
-    values = (1, 256, hp.num_kv_heads, hp.head_dim)
-    y, v, logits = trial_tensors(device, dtype, queries, values, queries[:3])
+    y = trial_tensor(device, dtype, 1, 256, hp.num_heads, hp.head_dim)
+    v = trial_tensor(device, dtype, 1, 256, hp.num_kv_heads, hp.head_dim, seed=1)
+    logits = trial_tensor(device, dtype, 1, 256, hp.num_heads, seed=2)
     return y, v, logits, 2.0
 
 
 def subtract_own_value(y, v):
-    """(B, T, H, E), (B, T, K, E) -> (B, T, H, E), heads' outputs without the part along their
-    own value.
-    """
+    """y (B, T, H, E), v (B, T, K, E) -> y without its part along the token's own value."""
     v_hat = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, E)
     grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, E)
-    return (grouped - (grouped * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3)
+    along = (grouped * v_hat).sum(-1, keepdim=True)
+    return (grouped - along * v_hat).flatten(2, 3)
 
 
 def _launch_rows(kernel, tensors, rows, E, warps, *sizes, **constants):
-    """kernel on rows of E numbers, 1,024 numbers a program; its arguments: tensors, rows,
-    sizes, constants.
+    """Launches kernel(*tensors, rows, *sizes, **constants) over rows of E numbers, 1,024 numbers
+    for each program.
     """
+    if rows == 0:
+        return
     block_e = triton.next_power_of_2(E)
     block = max(1, 1024 // block_e)
-    if rows > 0:
-        kernel[(triton.cdiv(rows, block),)](
-            *(t.contiguous() for t in tensors),
-            rows,
-            *sizes,
-            **constants,
-            E=E,
-            BLOCK_E=block_e,
-            BLOCK=block,
-            num_warps=warps,
-        )
+    programs = triton.cdiv(rows, block)
+    contiguous = [t.contiguous() for t in tensors]
+    kernel[(programs,)](
+        *contiguous,
+        rows,
+        *sizes,
+        **constants,
+        E=E,
+        BLOCK_E=block_e,
+        BLOCK=block,
+        num_warps=warps,
+    )
 
 
 @jit
@@ -2252,7 +2023,7 @@ def _qkv_heads_kernel(
     q,
     k,
     v,
-    out,
+    d_qkv,
     dots,
     rows,
     T,
@@ -2264,49 +2035,55 @@ def _qkv_heads_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """forward: qkv -> q, k, v.
-
-    backward: q, k, v hold their gradients; out is that of qkv, dots sum to that of gain.
+    """Forward: writes q, k and v. Backward: q, k and v hold their gradients; writes d_qkv, and to
+    dots (B, T, H) what every query head adds to the gradient of its gain.
     """
-    row, e = (
-        tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK),
-        tl.arange(0, BLOCK_E)[None, :],
-    )
-    token, head = row // (H + 2 * K), row % (H + 2 * K)
-    is_q, is_v, inside = head < H, (head >= H + K)[:, None], (row < rows)[:, None] & (e < E)
-    # what turns, and with
-    turning, partner = inside & (e < 2 * HALF), tl.where(e < HALF, e + HALF, e - HALF)
-    split = tl.where(
-        head < H + K, k + (token * K + head - H) * E, v + (token * K + head - H - K) * E
-    )
-    split = tl.where(is_q, q + (token * H + head) * E, split)[:, None]
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.arange(0, BLOCK_E)[None, :]
+    inside = (row < rows)[:, None] & (e < E)
+    # a token's rows: H query heads, K key heads, K value heads
+    token = row // (H + 2 * K)
+    head = row % (H + 2 * K)
+    is_q = head < H
+    is_v = (head >= H + K)[:, None]
+    # where a row begins in qkv, and in q, k or v
     joint = row[:, None] * E
+    key_row = k + (token * K + head - H) * E
+    value_row = v + (token * K + head - H - K) * E
+    split = tl.where(head < H + K, key_row, value_row)
+    split = tl.where(is_q, q + (token * H + head) * E, split)[:, None]
+    # partial RoPE rotates the first 2 HALF dims, each with its partner; sin has opposite signs in
+    # the two halves
+    rotates = inside & (e < 2 * HALF)
+    partner = tl.where(e < HALF, e + HALF, e - HALF)
     angle = (token % T)[:, None] * HALF + e % HALF
-    c = tl.load(cos + angle, mask=turning, other=1.0)
-    s = load_f32(sin + angle, turning) * tl.where(e < HALF, 1.0, -1.0)
+    c = tl.load(cos + angle, mask=rotates, other=1.0)
+    s = load_f32(sin + angle, rotates) * tl.where(e < HALF, 1.0, -1.0)
+    # RMS norm, and the gain, which k and v do not have
     x = load_f32(qkv + joint + e, inside)
     scale = tl.rsqrt(tl.sum(x * x, 1) / E + 1.19e-7)[:, None]
-    gained = scale * tl.load(gain + head, mask=is_q, other=1.0).to(tl.float32)[:, None]
+    head_gain = tl.load(gain + head, mask=is_q, other=1.0).to(tl.float32)
+    gained = scale * head_gain[:, None]
     if BACKWARD:
-        g = load_f32(split + e, inside)
-        turned = g * c - s * load_f32(split + partner, turning)  # transposed rotation
-        dot = tl.sum(x * scale * turned, 1)
-        d = tl.where(is_v, g, gained * (turned - x * scale * (dot / E)[:, None]))
-        tl.store(out + joint + e, d, inside)
+        d = load_f32(split + e, inside)
+        rotated = d * c - s * load_f32(split + partner, rotates)  # transposed rotation
+        dot = tl.sum(x * scale * rotated, 1)
+        d_x = gained * (rotated - x * scale * (dot / E)[:, None])
+        tl.store(d_qkv + joint + e, tl.where(is_v, d, d_x), inside)
         tl.store(dots + token * H + head, dot, is_q & (row < rows))
     else:
-        turned = x * c + s * load_f32(qkv + joint + partner, turning)
-        tl.store(split + e, tl.where(is_v, x, turned * gained), inside)
+        rotated = x * c + s * load_f32(qkv + joint + partner, rotates)
+        tl.store(split + e, tl.where(is_v, x, rotated * gained), inside)
 
 
-def _launch_qkv_heads(inputs, heads, grads=()):
-    """inputs qkv, gain, cos, sin; heads q, k, v: fills these or, backward, grads: that of qkv,
-    and of gain per row.
-    """
-    (qkv, _, cos, _), (H, E) = inputs, heads[0].shape[2:]
+def _launch_qkv_heads(qkv, gain, cos, sin, heads, grads=None):
+    """Fills heads (q, k, v); given grads (d_qkv, dots), fills these from the gradients in heads."""
+    H = heads[0].shape[2]
+    E = heads[0].shape[3]
+    outputs = (qkv, qkv) if grads is None else grads  # forward does not write these arguments
     _launch_rows(
         _qkv_heads_kernel,
-        (*inputs, *heads, *(grads or (qkv, qkv))),
+        (qkv, gain, cos, sin, *heads, *outputs),
         qkv.numel() // E,
         E,
         1,
@@ -2314,23 +2091,41 @@ def _launch_qkv_heads(inputs, heads, grads=()):
         H=H,
         K=heads[1].shape[2],
         HALF=cos.shape[-1],
-        BACKWARD=bool(grads),
+        BACKWARD=grads is not None,
     )
 
 
-def _new_heads(qkv, gain, cos, sin, kv_heads):
-    """Empty q, k, v."""
+def _empty_heads(qkv, gain, cos, sin, kv_heads):
+    """The arguments of qkv_heads -> empty q (B, T, H, E), k and v (B, T, K, E)."""
+    tokens = qkv.shape[:2]
     H = gain.numel()
-    E = qkv.shape[-1] // (H + 2 * kv_heads)
-    return tuple(qkv.new_empty(*qkv.shape[:2], heads, E) for heads in (H, kv_heads, kv_heads))
+    E = qkv.shape[2] // (H + 2 * kv_heads)
+    q = qkv.new_empty(*tokens, H, E)
+    k = qkv.new_empty(*tokens, kv_heads, E)
+    return q, k, torch.empty_like(k)
 
 
-@golf_op(
-    lambda dq, dk, dv, qkv, *_: (
-        qkv.new_empty(qkv.shape),
-        dq.new_empty(dq.shape[:3], dtype=torch.float32),
-    )
-)
+@torch.library.custom_op("golf::qkv_heads", mutates_args=())
+def qkv_heads(
+    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As qkv_heads_ref, in one kernel each for forward and backward."""
+    heads = _empty_heads(qkv, gain, cos, sin, kv_heads)
+    _launch_qkv_heads(qkv, gain, cos, sin, heads)
+    return heads
+
+
+qkv_heads.register_fake(_empty_heads)
+
+
+def _empty_qkv_grads(dq, dk, dv, qkv, *others):
+    """-> empty gradient of qkv, and the terms (B, T, H) of the gradient of gain."""
+    d_qkv = qkv.new_empty(qkv.shape)
+    dots = dq.new_empty(dq.shape[:3], dtype=torch.float32)
+    return d_qkv, dots
+
+
+@torch.library.custom_op("golf::qkv_heads_backward", mutates_args=())
 def _qkv_heads_backward(
     dq: Tensor,
     dk: Tensor,
@@ -2341,26 +2136,28 @@ def _qkv_heads_backward(
     sin: Tensor,
     kv_heads: int,
 ) -> tuple[Tensor, Tensor]:
-    grad, dots = qkv.new_empty(qkv.shape), dq.new_empty(dq.shape[:3], dtype=torch.float32)
-    _launch_qkv_heads((qkv, gain, cos, sin), (dq, dk, dv), (grad, dots))
-    return grad, dots
+    grads = _empty_qkv_grads(dq, dk, dv, qkv)
+    _launch_qkv_heads(qkv, gain, cos, sin, (dq, dk, dv), grads)
+    return grads
 
 
-def _qkv_heads_gradients(needed, *grads_and_saved):
-    grad, dots = _qkv_heads_backward(*grads_and_saved)
-    return grad, dots.sum((0, 1)).to(grad.dtype) if needed[1] else None
+_qkv_heads_backward.register_fake(_empty_qkv_grads)
 
 
-@golf_op(_new_heads, _qkv_heads_gradients, lambda needed, *tensors: tensors[:4], results=3)
-def qkv_heads(
-    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv (B, T, (H + 2 K) E), gain (H,), cos and sin (T, 1, rope_dims / 2) -> q (B, T, H, E),
-    k, v (B, T, K, E).
-    """
-    heads = _new_heads(qkv, gain, cos, sin, kv_heads)
-    _launch_qkv_heads((qkv, gain, cos, sin), heads)
-    return heads
+def _qkv_heads_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.kv_heads = inputs[4]
+
+
+def _qkv_heads_gradients(ctx, dq, dk, dv):
+    d_qkv, dots = _qkv_heads_backward(dq, dk, dv, *ctx.saved_tensors, ctx.kv_heads)
+    d_gain = None
+    if ctx.needs_input_grad[1]:
+        d_gain = dots.sum((0, 1)).to(d_qkv.dtype)
+    return d_qkv, d_gain, None, None, None
+
+
+qkv_heads.register_autograd(_qkv_heads_gradients, setup_context=_qkv_heads_setup)
 
 
 @jit
@@ -2373,60 +2170,60 @@ def _gated_xsa_kernel(
     dv,
     dlogits,
     rows,
+    E: tl.constexpr,
     FACTOR: tl.constexpr,
     GROUP: tl.constexpr,
     BACKWARD: tl.constexpr,
-    E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A row is a key/value head, with the GROUP query heads that share it.
+    """Forward: writes out. Backward: reads grad, that of the output; out is the gradient of y.
 
-    backward: out is the gradient of y.
+    A row is a key/value head, with the GROUP query heads that share it.
     """
-    row, e = (
-        tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK),
-        tl.arange(0, BLOCK_E)[None, :],
-    )
-    inside = (row < rows)[:, None] & (e < E)
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.arange(0, BLOCK_E)[None, :]
+    in_rows = row < rows
+    inside = in_rows[:, None] & (e < E)
     v_hat = load_f32(v + row[:, None] * E + e, inside)
-    inverse = 1 / tl.maximum(tl.sqrt(tl.sum(v_hat * v_hat, 1)), 1e-12)[:, None]
+    length = tl.sqrt(tl.sum(v_hat * v_hat, 1))
+    inverse = 1 / tl.maximum(length, 1e-12)[:, None]
     v_hat *= inverse
     d_hat = tl.zeros((BLOCK, BLOCK_E), dtype=tl.float32)
     for i in tl.static_range(GROUP):
         head = row * GROUP + i
         at = head[:, None] * E + e
         x = load_f32(y + at, inside)
-        gate = tl.sigmoid(load_f32(logits + head, row < rows))
+        gate = tl.sigmoid(load_f32(logits + head, in_rows))
         along = tl.sum(x * v_hat, 1)[:, None]
         z = x - along * v_hat
         if BACKWARD:
-            g = FACTOR * load_f32(grad + at, inside)
-            slope = gate * (1 - gate) * tl.sum(g * z, 1)
-            tl.store(dlogits + head, slope, row < rows)
-            g *= gate[:, None]
-            g_along = tl.sum(g * v_hat, 1)[:, None]
-            d_hat -= along * g + g_along * x
-            z = g - g_along * v_hat
+            d = FACTOR * load_f32(grad + at, inside)
+            dlogit = gate * (1 - gate) * tl.sum(d * z, 1)
+            tl.store(dlogits + head, dlogit, in_rows)
+            d *= gate[:, None]
+            d_along = tl.sum(d * v_hat, 1)[:, None]
+            d_hat -= along * d + d_along * x
+            tl.store(out + at, d - d_along * v_hat, inside)
         else:
-            z *= FACTOR * gate[:, None]
-        tl.store(out + at, z, inside)
-    if BACKWARD:
-        d = inverse * (d_hat - tl.sum(d_hat * v_hat, 1)[:, None] * v_hat)
-        tl.store(dv + row[:, None] * E + e, d, inside)
+            tl.store(out + at, z * (FACTOR * gate[:, None]), inside)
+    if BACKWARD:  # through the normalisation of v
+        d_along = tl.sum(d_hat * v_hat, 1)[:, None]
+        tl.store(dv + row[:, None] * E + e, inverse * (d_hat - d_along * v_hat), inside)
 
 
-def _launch_gated_xsa(inputs, outs, factor, grad=None):
-    """inputs y, v, logits: fills outs with the output alone or, given its gradient, with those
-    of the inputs.
-    """
-    y, v, _ = inputs
-    tensors = (*inputs, y, *outs, y, y) if grad is None else (*inputs, grad, *outs)
+def _launch_gated_xsa(y, v, logits, outputs, factor, grad=None):
+    """Fills outputs: (out,), or given the gradient of out those of y, v and logits."""
+    E = v.shape[-1]
+    if grad is None:  # forward does not use the arguments that y stands for
+        tensors = (y, v, logits, y, *outputs, y, y)
+    else:
+        tensors = (y, v, logits, grad, *outputs)
     _launch_rows(
         _gated_xsa_kernel,
         tensors,
-        v.numel() // v.shape[-1],
-        v.shape[-1],
+        v.numel() // E,
+        E,
         4,
         FACTOR=factor,
         GROUP=y.shape[-2] // v.shape[-2],
@@ -2434,59 +2231,199 @@ def _launch_gated_xsa(inputs, outs, factor, grad=None):
     )
 
 
-@golf_op(lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:3]))
+@torch.library.custom_op("golf::gated_xsa", mutates_args=())
+def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> Tensor:
+    """As gated_xsa_ref, in one kernel each for forward and backward."""
+    out = y.new_empty(y.shape)
+    _launch_gated_xsa(y, v, logits, (out,), factor)
+    return out
+
+
+@gated_xsa.register_fake
+def _gated_xsa_fake(y, v, logits, factor):
+    return y.new_empty(y.shape)
+
+
+def _empty_xsa_grads(grad, y, v, logits, factor):
+    return y.new_empty(y.shape), v.new_empty(v.shape), logits.new_empty(logits.shape)
+
+
+@torch.library.custom_op("golf::gated_xsa_backward", mutates_args=())
 def _gated_xsa_backward(
     grad: Tensor, y: Tensor, v: Tensor, logits: Tensor, factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(t.new_empty(t.shape) for t in (y, v, logits))
-    _launch_gated_xsa((y, v, logits), grads, factor, grad)
+    grads = _empty_xsa_grads(grad, y, v, logits, factor)
+    _launch_gated_xsa(y, v, logits, grads, factor, grad)
     return grads
 
 
-@golf_op(
-    lambda y, *_: (y.new_empty(y.shape), y.new_empty(0)),
-    lambda needed, *saved: _gated_xsa_backward(*saved),
-    lambda needed, *tensors: tensors[:3],
-)
-def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> XSA (arXiv:2603.09078) times factor
-    sigmoid(logits).
-    """
-    out = y.new_empty(y.shape)
-    _launch_gated_xsa((y, v, logits), (out,), factor)
-    return out, y.new_empty(0)
+_gated_xsa_backward.register_fake(_empty_xsa_grads)
 
 
-# --- entry of a slot: the stream merges with a skip, mixes with x0, and is normed. The compiler
-# fuses the forward pass well; backward it joins the sums over tokens of several slots in kernels
-# that spill registers: here one kernel a slot.
+def _gated_xsa_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.factor = inputs[3]
 
 
-def enter_ref(x, x0, mix, scale, window, wants, *merge):
-    """x, x0 (B, T, D), mix (2, D), scale (1,), perhaps skip (B, T, D), weight (D,), perhaps gate
-    (D,)
-    -> scaled norm of the mix, its first `window` columns, the mix, and what x merged into; of these
-    two None if not in wants.
+def _gated_xsa_gradients(ctx, grad):
+    grads = _gated_xsa_backward(grad, *ctx.saved_tensors, ctx.factor)
+    return *grads, None
+
+
+gated_xsa.register_autograd(_gated_xsa_gradients, setup_context=_gated_xsa_setup)
+
+
+# --- input of a slot
+# The residual stream merges with a skip, mixes with x0 and is normed. Inductor fuses forward well.
+# In backward it fuses the reductions over tokens of several slots into kernels that spill
+# registers; this is one kernel per slot.
+
+
+class SlotInput(NamedTuple):
+    h: Tensor  # (B, T, D), the scaled norm of the mix
+    gate_input: Tensor  # (B, T, window), first columns of h
+    mixed: Tensor | None  # (B, T, D), the mix
+    merged: Tensor | None  # (B, T, D), x merged with the skip, or x
+
+
+def merge_mix_norm(x, x0, mix, scale, window, *merge):
+    """x and x0 (B, T, D), mix (2, D), scale (1,) -> SlotInput with all four tensors.
+
+    `merge` is empty, or a skip (B, T, D) with its weight (D,), or these and a gate (D,).
     """
     if merge:
         skip, weight, *gate = merge
-        scaled = weight.to(x.dtype) * skip
-        x = torch.lerp(scaled, x, torch.sigmoid(gate[0].to(x.dtype))) if gate else x + scaled
-    x_in = mix[0] * x + mix[1] * x0
-    h = (norm(x_in) * scale).to(x.dtype)
-    return h, h[..., :window], x_in if wants[0] else None, x if wants[1] else None
+        weighted = weight.to(x.dtype) * skip
+        if gate:
+            share = torch.sigmoid(gate[0].to(x.dtype))
+            x = torch.lerp(weighted, x, share)
+        else:
+            x = x + weighted
+    mixed = mix[0] * x + mix[1] * x0
+    h = (norm(mixed) * scale).to(x.dtype)
+    return SlotInput(h, h[..., :window], mixed, x)
 
 
-def enter_trial_inputs(hp, device, dtype):
-    stream = (200, 64)
-    x, x0, skip, mix = trial_tensors(device, dtype, stream, stream, stream, (2, 64))
-    weight, gate = trial_tensors(device, torch.float32, (64,), (64,))
+def _only_wanted(outputs, return_mix, return_merged):
+    """SlotInput -> the same with None for mixed and merged where they are not wanted."""
+    mixed = outputs.mixed if return_mix else None
+    merged = outputs.merged if return_merged else None
+    return SlotInput(outputs.h, outputs.gate_input, mixed, merged)
+
+
+def slot_input_ref(x, x0, mix, scale, window, return_mix, return_merged, *merge):
+    """As merge_mix_norm; mixed and merged are None where they are not wanted."""
+    outputs = merge_mix_norm(x, x0, mix, scale, window, *merge)
+    return _only_wanted(outputs, return_mix, return_merged)
+
+
+def slot_input_trial_inputs(hp, device, dtype):
+    x = trial_tensor(device, dtype, 200, 64)
+    x0 = trial_tensor(device, dtype, 200, 64, seed=1)
+    skip = trial_tensor(device, dtype, 200, 64, seed=2)
+    mix = trial_tensor(device, dtype, 2, 64, seed=3)
+    weight = trial_tensor(device, torch.float32, 64, seed=4)
+    gate = trial_tensor(device, torch.float32, 64, seed=5)
     scale = torch.ones(1, device=device)
-    return x, x0, mix, scale, 9, (True, True), skip, weight, gate
+    return x, x0, mix, scale, 9, True, True, skip, weight, gate
+
+
+def slot_input(x, x0, mix, scale, window, return_mix, return_merged, *merge):
+    """As slot_input_ref, with one kernel for the gradients."""
+    results = _slot_input(x, x0, mix, scale, list(merge), window, return_mix, return_merged)
+    return _only_wanted(SlotInput(*results), return_mix, return_merged)
+
+
+def _slot_input_traced(x, x0, mix, scale, merge, window, return_mix, return_merged):
+    """What the compiler traces in place of the op: results of merge_mix_norm.
+
+    The op has four results, so one that is not wanted is an empty tensor. Backward needs what x and
+    a skip merged into: that is always returned.
+    """
+    outputs = merge_mix_norm(x, x0, mix, scale, window, *merge)
+    mixed = outputs.mixed if return_mix else x.new_empty(0)
+    merged = outputs.merged if return_merged or len(merge) > 0 else x.new_empty(0)
+    return outputs.h, outputs.gate_input, mixed, merged
+
+
+def _slot_input_copied(*inputs):
+    """As _slot_input_traced; an op returns neither inputs nor views, hence the copies."""
+    outputs = SlotInput(*_slot_input_traced(*inputs))
+    return outputs.h, outputs.gate_input.clone(), outputs.mixed, outputs.merged.clone()
+
+
+@torch.library.custom_op("golf::slot_input", mutates_args=())
+def _slot_input(
+    x: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    scale: Tensor,
+    merge: list[Tensor],
+    window: int,
+    return_mix: bool,
+    return_merged: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _slot_input_copied(x, x0, mix, scale, merge, window, return_mix, return_merged)
+
+
+_slot_input.register_fake(_slot_input_copied)
+
+
+def _slot_input_setup(ctx, inputs, output):
+    merge = inputs[4]
+    ctx.return_mix = inputs[6]
+    ctx.return_merged = inputs[7]
+    merged = output[3] if merge else inputs[0]
+    x0_mix_scale = inputs[1:4]
+    ctx.save_for_backward(merged, *x0_mix_scale, *merge)
+
+
+def _slot_input_gradients(ctx, *grads):
+    inputs = ctx.saved_tensors[:4]  # merged, x0, mix, scale
+    merge = list(ctx.saved_tensors[4:])
+    outputs = _slot_input_backward(list(grads), *inputs, merge, ctx.return_mix, ctx.return_merged)
+    d_x, d_x0, d_skip = outputs[:3]
+    sums = outputs[3].sum(0)  # of both rows of mix, of the weight and of the gate
+    d_mix = sums[:2].to(inputs[2].dtype)
+    d_merge = [d_skip, sums[2], sums[3]][: len(merge)]
+    if not ctx.needs_input_grad[1]:
+        d_x0 = None
+    return d_x, d_x0, d_mix, None, d_merge, None, None, None
+
+
+_slot_input.register_autograd(_slot_input_gradients, setup_context=_slot_input_setup)
+
+
+def decompose_slot_input():
+    """Has Inductor trace slot_input's forward, which it fuses with its neighbours.
+
+    Inductor decomposes below autograd, so the gradients stay those of _slot_input_gradients.
+    """
+    from torch._inductor.decomposition import decompositions
+
+    decompositions[torch.ops.golf.slot_input.default] = _slot_input_traced
 
 
 @jit
-def _enter_kernel(
+def load_f32_if(pointers, mask, WANTED: tl.constexpr):
+    """Zeros where not WANTED."""
+    values = tl.zeros(mask.shape, dtype=tl.float32)
+    if WANTED:
+        values = load_f32(pointers, mask)
+    return values
+
+
+@jit
+def _norm_backward(z, d_norm, D: tl.constexpr):
+    """Rows z and the gradients of their norms -> the gradients of z."""
+    inverse = tl.rsqrt(tl.sum(z * z, 1) / D + 1.19e-7)[:, None]
+    z_norm = z * inverse
+    along = (tl.sum(d_norm * z_norm, 1) / D)[:, None]
+    return inverse * (d_norm - z_norm * along)
+
+
+@jit
+def _slot_input_kernel(
     d_h,
     d_start,
     d_mixed,
@@ -2511,49 +2448,44 @@ def _enter_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradients of x, x0, skip, and in `sums` a program's share of those of mix (both), weight
-    and gate.
-    """
-    program, column = tl.program_id(0), tl.arange(0, BLOCK)[None, :]
-    inside, factor = column < D, tl.load(scale)
-    mix_x, mix_0 = load_f32(mix + column, inside), load_f32(mix + D + column, inside)
-    # of the skip, of x and of the scaled skip in what they merge into
-    w, share, rest = mix_x, 1.0, 1.0
-    if MERGE:
-        w = load_f32(weight + column, inside)
+    """Writes d_x, d_x0, d_skip, and this program's part of the sums of _empty_slot_input_grads."""
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = column < D
+    factor = tl.load(scale)
+    mix_x = load_f32(mix + column, inside)
+    mix_0 = load_f32(mix + D + column, inside)
+    skip_weight = load_f32_if(weight + column, inside, MERGE)
+    share = 1.0  # of x in what it merges into
+    rest = 1.0  # of the weighted skip
     if GATED:
         share = tl.sigmoid(load_f32(gate + column, inside))
         rest = 1 - share
     zero = tl.zeros((2, BLOCK), dtype=tl.float32)
-    sum_x, sum_0, sum_w, sum_g = zero, zero, zero, zero
-    # two rows, the next on their way
+    sum_x, sum_0 = zero, zero
+    sum_w, sum_g = zero, zero
+    # two rows at a time, while the next ones are loaded
     for first in tl.range(2 * program, rows, 2 * tl.num_programs(0), num_stages=3):
         row = first + tl.arange(0, 2)[:, None]
         valid = inside & (row < rows)
-        at, d, kept = row.to(tl.int64) * D + column, zero, zero
-        x, e = load_f32(merged + at, valid), load_f32(x0 + at, valid)
-        g = load_f32(d_h + at, valid) + load_f32(
-            d_start + row * WINDOW + column, valid & (column < WINDOW)
-        )
-        if MIXED:
-            d = load_f32(d_mixed + at, valid)
-        if KEPT:
-            kept = load_f32(d_merged + at, valid)
-        if MERGE:
-            other = load_f32(skip + at, valid)
-        z = mix_x * x + mix_0 * e
-        inverse = tl.rsqrt(tl.sum(z * z, 1) / D + 1.19e-7)[:, None]
-        z, g = z * inverse, g * factor
-        d += inverse * (g - z * (tl.sum(g * z, 1) / D)[:, None])
+        at = row.to(tl.int64) * D + column
+        x = load_f32(merged + at, valid)
+        e = load_f32(x0 + at, valid)
+        g = load_f32(d_h + at, valid)
+        g += load_f32(d_start + row * WINDOW + column, valid & (column < WINDOW))
+        d = load_f32_if(d_mixed + at, valid, MIXED)
+        kept = load_f32_if(d_merged + at, valid, KEPT)
+        skipped = load_f32_if(skip + at, valid, MERGE)
+        d += _norm_backward(mix_x * x + mix_0 * e, g * factor, D)
         sum_x += d * x
         sum_0 += d * e
         tl.store(d_x0 + at, d * mix_0, valid)
         d = d * mix_x + kept
         if MERGE:
-            d_scaled = d * rest
-            sum_w += d_scaled * other
-            sum_g += d_scaled * (x - w * other)
-            tl.store(d_skip + at, d_scaled * w, valid)
+            d_weighted = d * rest
+            sum_w += d_weighted * skipped
+            sum_g += d_weighted * (x - skip_weight * skipped)
+            tl.store(d_skip + at, d_weighted * skip_weight, valid)
         tl.store(d_x + at, d * share, valid)
     sums += program * 4 * D + column
     tl.store(sums, tl.sum(sum_x, 0)[None, :], inside)
@@ -2562,117 +2494,94 @@ def _enter_kernel(
     tl.store(sums + 3 * D, tl.sum(sum_g, 0)[None, :], inside)
 
 
-def _new_enter_grads(grads, merged, x0, mix, scale, merge, wants):
-    """Empty gradients of x, x0, skip, and sums (programs, 4, D): 2 programs on a multiprocessor."""
-    programs = (
-        2 * torch.cuda.get_device_properties(x0.device).multi_processor_count if x0.is_cuda else 3
-    )
-    shapes = merged.shape, x0.shape, merge[0].shape if merge else (0,)
-    return *map(x0.new_empty, shapes), x0.new_empty(programs, 4, x0.shape[-1], dtype=torch.float32)
+def _empty_slot_input_grads(grads, merged, x0, mix, scale, merge, *wanted):
+    """-> empty gradients of x, x0 and the skip, and sums (programs, 4, D) over each program's rows:
+    the gradients of mix (2 of the 4), of the weight and of the gate.
+    """
+    programs = 3
+    if x0.is_cuda:
+        properties = torch.cuda.get_device_properties(x0.device)
+        programs = 2 * properties.multi_processor_count
+    d_x = x0.new_empty(merged.shape)
+    d_x0 = x0.new_empty(x0.shape)
+    d_skip = x0.new_empty(merge[0].shape if merge else (0,))
+    sums = x0.new_empty(programs, 4, x0.shape[-1], dtype=torch.float32)
+    return d_x, d_x0, d_skip, sums
 
 
-@golf_op(_new_enter_grads)
-def _enter_backward(
+@torch.library.custom_op("golf::slot_input_backward", mutates_args=())
+def _slot_input_backward(
     grads: list[Tensor],
     merged: Tensor,
     x0: Tensor,
     mix: Tensor,
     scale: Tensor,
     merge: list[Tensor],
-    wants: list[bool],
+    return_mix: bool,
+    return_merged: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outs, D = _new_enter_grads(grads, merged, x0, mix, scale, merge, wants), x0.shape[-1]
-    grads = [*grads[:2], grads[2] if wants[0] else merged, grads[-1] if wants[1] else merged]
-    inputs = *grads, merged, x0, mix, scale, *merge, *[merged] * (3 - len(merge))
+    """grads: those of the four results of _slot_input."""
+    outputs = _empty_slot_input_grads(grads, merged, x0, mix, scale, merge)
+    grads = list(grads)
+    # the kernel does not read the arguments that merged stands for
+    if not return_mix:
+        grads[2] = merged
+    if not return_merged:
+        grads[3] = merged
+    missing = [merged] * (3 - len(merge))
+    inputs = [*grads, merged, x0, mix, scale, *merge, *missing]
+    contiguous = [t.contiguous() for t in inputs]
+    D = x0.shape[-1]
     block = triton.next_power_of_2(D)
-    _enter_kernel[(len(outs[3]),)](
-        *(t.contiguous() for t in inputs),
-        *outs,
+    programs = len(outputs[3])
+    _slot_input_kernel[(programs,)](
+        *contiguous,
+        *outputs,
         merged.numel() // D,
         WINDOW=grads[1].shape[-1],
-        MIXED=wants[0],
-        KEPT=wants[1],
+        MIXED=return_mix,
+        KEPT=return_merged,
         MERGE=len(merge) > 0,
         GATED=len(merge) > 2,
         D=D,
         BLOCK=block,
         num_warps=block // 256 or 1,
     )
-    return outs
+    return outputs
 
 
-def _open_enter(x, x0, mix, scale, merge, numbers):
-    """enter_ref with [window, *wants] as numbers, empty where not wanted; the compiler traces
-    it in place of _enter.
-    """
-    window, *wants = numbers
-    h, start, *others = enter_ref(x, x0, mix, scale, window, (wants[0], wants[1] or merge), *merge)
-    return h, start, *(x.new_empty(0) if t is None else t for t in others)
+_slot_input_backward.register_fake(_empty_slot_input_grads)
 
 
-def _enter_gradients(needed, *args):
-    grads, (merged, x0, mix, scale, *merge), (_, *wants) = args[:4], args[4:-1], args[-1]
-    d_x, d_x0, d_skip, sums = _enter_backward(
-        [*grads], merged, x0, mix, scale, merge, [want > 0 for want in wants]
-    )
-    d_mix, d_weight, d_gate = sums.sum(0).split((2, 1, 1))
-    return (
-        d_x,
-        d_x0 if needed[1] else None,
-        d_mix.to(mix.dtype),
-        None,
-        [d_skip, d_weight[0], d_gate[0]][: len(merge)],
-    )
-
-
-@golf_op(
-    None,
-    _enter_gradients,
-    lambda needed, x, x0, mix, scale, merge, *results: (
-        results[3] if merge else x,
-        x0,
-        mix,
-        scale,
-        *merge,
-    ),
-    results=4,
-)
-def _enter(
-    x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, merge: list[Tensor], numbers: list[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h, start, mixed, merged = _open_enter(x, x0, mix, scale, merge, numbers)
-    return h, start.clone(), mixed, merged.clone()  # an operation returns neither inputs nor views
-
-
-def enter(x, x0, mix, scale, window, wants, *merge):
-    """As enter_ref, with one kernel for the gradients."""
-    h, start, mixed, merged = _enter(x, x0, mix, scale, [*merge], [window, *map(int, wants)])
-    return h, start, mixed if wants[0] else None, merged if wants[1] else None
-
-
-# --- AdamW without first moment, in place: rows `source` (B,) of values and squares (N, n) into
-# rows `target` (B,), one of which many may share, with gradient (B, n) times `scale`, correction
-# (B,) of the bias, and rates lr, decay, beta2.
+# --- AdamW of the rows of a table, in place, without a first moment
+# Row source[i] of values and squares (N, n), updated with row i of the gradient, is written to row
+# target[i]. Several rows may have the same source.
 
 
 def adamw_rows_ref(values, squares, gradient, source, target, correction, scale, rates):
-    (lr, decay, beta2), gradient = rates, scale * gradient.to(values.dtype)
+    """values and squares (N, n), gradient (B, n), source and target (B,) -> values, squares.
+
+    The gradient is multiplied by `scale`; correction (B,) is 1 - beta2^step, the bias correction of
+    squares; rates are (lr, weight decay, beta2).
+    """
+    lr, decay, beta2 = rates
+    gradient = scale * gradient.to(values.dtype)
     mean = torch.lerp(gradient * gradient, squares[source], beta2)
     denominator = (mean / correction[:, None]).sqrt() + 1e-10
-    values[target] = values[source] * (1 - lr * decay) - lr * gradient / denominator
+    decayed = values[source] * (1 - lr * decay)
+    values[target] = decayed - lr * gradient / denominator
     squares[target] = mean
     return values, squares
 
 
 def adamw_rows_trial_inputs(hp, device, dtype):
-    values, roots = trial_tensors(device, torch.float32, (1000, 64), (1000, 64))
-    (gradient,) = trial_tensors(device, dtype, (2, 64))
-    source = torch.tensor([990, 3], device=device)
-    target = torch.tensor([990, 500], device=device)
+    values = trial_tensor(device, torch.float32, 4, 64).detach()
+    squares = values.square()
+    gradient = trial_tensor(device, dtype, 2, 64, seed=1).detach()
+    source = torch.tensor([2, 0], device=device)
+    target = torch.tensor([2, 3], device=device)
     correction = torch.tensor([0.1, 0.75], device=device)
-    squares = roots.detach().square()
-    rows = source, target, correction
-    return values.detach(), squares, gradient.detach(), *rows, 2.0, (0.1, 0.5, 0.9)
+    return values, squares, gradient, source, target, correction, 2.0, (0.1, 0.5, 0.9)
 
 
 @jit
@@ -2691,243 +2600,292 @@ def _adamw_kernel(
     BETA2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, column = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     old = tl.load(source + row).to(tl.int64) * stride + column
     new = tl.load(target + row).to(tl.int64) * stride + column
     g = SCALE * load_f32(gradient + row.to(tl.int64) * width + column, inside)
     mean = BETA2 * load_f32(squares + old, inside) + (1 - BETA2) * g * g
-    step = LR * g / (tl.sqrt(mean / tl.load(correction + row)) + 1e-10)
-    tl.store(values + new, (1 - LR * DECAY) * load_f32(values + old, inside) - step, inside)
+    denominator = tl.sqrt(mean / tl.load(correction + row)) + 1e-10
+    step = LR * g / denominator
+    decayed = (1 - LR * DECAY) * load_f32(values + old, inside)
+    tl.store(values + new, decayed - step, inside)
     tl.store(squares + new, mean, inside)
 
 
 def adamw_rows(values, squares, gradient, source, target, correction, scale, rates):
-    (rows, width), (lr, decay, beta2) = gradient.shape, rates
-    if width:
-        _adamw_kernel[(triton.cdiv(width, 1024), rows)](
-            values,
-            squares,
-            *(t.contiguous() for t in (gradient, source, target, correction)),
-            values.stride(0),
-            width,
-            SCALE=scale,
-            LR=lr,
-            DECAY=decay,
-            BETA2=beta2,
-            BLOCK=1024,
-        )
+    """As adamw_rows_ref, in one kernel; rows of values and squares may be wider than n."""
+    lr, decay, beta2 = rates
+    width = gradient.shape[1]
+    if width == 0:
+        return values, squares
+    blocks = triton.cdiv(width, 1024)
+    _adamw_kernel[(blocks, gradient.shape[0])](
+        values,
+        squares,
+        gradient.contiguous(),
+        source.contiguous(),
+        target.contiguous(),
+        correction.contiguous(),
+        values.stride(0),
+        width,
+        SCALE=scale,
+        LR=lr,
+        DECAY=decay,
+        BETA2=beta2,
+        BLOCK=1024,
+    )
     return values, squares
 
 
-# --- attention over packed documents: causal within documents, scale 1/sqrt(E), query head h on KV
-# head h // (H / K) Every backend: q (B, T, H, E), k and v (B, T, K, E), cu_seqlens (N + 1,) int32
-# with B = 1, or None: each row is one document; -> (B, T, H, E). cu_seqlens may end in repetitions
-# of T (empty documents). No document exceeds max_seqlen. attn_window: so many keys before a query's
-# own are seen; 0: all.
+# --- attention over packed documents
+# Causal within a document, scale 1/sqrt(E); query head h reads key/value head h // (H / K). Every
+# backend takes q (B, T, H, E), k and v (B, T, K, E), cu_seqlens, max_seqlen, which no document
+# exceeds, and window, the number of earlier keys that a query sees (0: all); it returns
+# (B, T, H, E). cu_seqlens is (N + 1,) int32 with B = 1, or None where every row is one document. It
+# may end with repetitions of T, which are empty documents. All but attention_sdpa take cu_seqlens
+# (2, N + 1) too, of queries and of keys; then a document's queries are its last positions.
 _VARLEN_PARAMETERS = tuple(inspect.signature(varlen_attn).parameters) if varlen_attn else ()
 
 
-def _repeat_kv(q, *kv):
-    """q (..., H, E), k and v (..., K, E) -> k and v (..., H, E) for backends without grouped
-    heads.
-    """
-    repeats = q.shape[-2] // kv[0].shape[-2]
-    return kv if repeats == 1 else [t.repeat_interleave(repeats, -2) for t in kv]
+def _repeat_kv(q, k, v):
+    """q (..., H, E), k and v (..., K, E) -> k and v (..., H, E): no grouped heads."""
+    repeats = q.shape[-2] // k.shape[-2]
+    if repeats == 1:
+        return k, v
+    return k.repeat_interleave(repeats, -2), v.repeat_interleave(repeats, -2)
 
 
-def attention_sdpa(q, k, v, cu_seqlens, max_seqlen, attn_window=0):
-    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E): the reference; any device and dtype, no
-    host
-    synchronisation. In blocks of W = max_seqlen queries, each sees keys of its block and the one
-    before: a mask of T x 2W, not T x T.
-    """
+def _cu_seqlens_of_rows(q):
+    """q (B, T, H, E) -> cu_seqlens (B + 1,) of its rows end to end."""
+    return torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * q.size(1)
+
+
+def attention_sdpa(q, k, v, cu_seqlens, max_seqlen, window=0):
+    """The reference: any device and dtype, and no host synchronisation."""
     k, v = _repeat_kv(q, k, v)
-    if cu_seqlens is None and attn_window:
-        rows = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * q.size(1)
-        return attention_sdpa(
-            *(t.flatten(0, 1)[None] for t in (q, k, v)), rows, q.size(1), attn_window
-        ).view(q.shape)
-    if cu_seqlens is None:
-        return F.scaled_dot_product_attention(
-            *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True
-        ).transpose(1, 2)
-    _, T, H, E = q.shape
-    W = min(max_seqlen, T)
-    blocks = (T + W - 1) // W
-    # Padding lies past the last document: it forms one of its own and attends to itself, so that no
-    # row is all masked.
-    q, k, v = (
-        F.pad(t[0], (0, 0, 0, 0, 0, blocks * W - T)).view(blocks, W, H, E) for t in (q, k, v)
-    )
-    positions = torch.arange(blocks * W, dtype=cu_seqlens.dtype, device=q.device)
-    # from 1; 0 is before the row
-    document = torch.searchsorted(cu_seqlens, positions, right=True).view(blocks, W)
-
-    def with_previous(t):  # (blocks, W, ...) -> (blocks, 2W, ...)
-        return torch.cat((torch.cat((torch.zeros_like(t[:1]), t[:-1])), t), dim=1)
-
-    offset = torch.arange(2 * W, device=q.device)
-    mask = (document[:, :, None] == with_previous(document)[:, None]) & (
-        offset <= offset[:W, None] + W
-    )
-    if attn_window:
-        mask &= offset >= offset[:W, None] + W - attn_window
-    q, k, v = (t.transpose(1, 2) for t in (q, with_previous(k), with_previous(v)))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # out (blocks, H, W, E)
-    return out.transpose(1, 2).reshape(1, blocks * W, H, E)[:, :T]
+    if cu_seqlens is not None:
+        return _packed_sdpa(q, k, v, cu_seqlens, max_seqlen, window)
+    if window:
+        flat = (t.flatten(0, 1)[None] for t in (q, k, v))
+        out = _packed_sdpa(*flat, _cu_seqlens_of_rows(q), q.size(1), window)
+        return out.view(q.shape)
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(*heads_first, is_causal=True)
+    return out.transpose(1, 2)
 
 
 def attention_trial_inputs(hp, device, dtype):
-    queries = (1, 256, hp.num_heads, hp.head_dim)
-    keys = (1, 256, hp.num_kv_heads, hp.head_dim)
-    q, k, v = trial_tensors(device, dtype, queries, keys, keys)
+    q = trial_tensor(device, dtype, 1, 256, hp.num_heads, hp.head_dim)
+    k = trial_tensor(device, dtype, 1, 256, hp.num_kv_heads, hp.head_dim, seed=1)
+    v = trial_tensor(device, dtype, 1, 256, hp.num_kv_heads, hp.head_dim, seed=2)
     # the last documents are empty, as where a row has fewer than its limit
     cu_seqlens = torch.tensor([0, 37, 38, 166, 256, 256, 256], dtype=torch.int32, device=device)
     return q, k, v, cu_seqlens, 128, 9 if hp.attn_window else 0
 
 
-def _both(cu_seqlens):
-    """cu_seqlens (N + 1,) twice, or (2, N + 1) of queries and of keys: a document's queries are
-    at its last keys.
+def _packed_sdpa(q, k, v, cu_seqlens, max_seqlen, window):
+    """q, k and v (1, T, H, E) -> (1, T, H, E).
+
+    In blocks of W = max_seqlen queries, each of which sees the keys of its block and of the one
+    before: the mask has T x 2W elements instead of T x T.
     """
-    return cu_seqlens if cu_seqlens.dim() == 2 else (cu_seqlens, cu_seqlens)
+    T, H, E = q.shape[1:]
+    W = min(max_seqlen, T)
+    blocks = (T + W - 1) // W
+    positions = torch.arange(blocks * W, dtype=cu_seqlens.dtype, device=q.device)
+    # documents count from 1; 0 is before the row
+    document = torch.searchsorted(cu_seqlens, positions, right=True).view(blocks, W)
+    offset = torch.arange(2 * W, device=q.device)
+    same_document = document[:, :, None] == _with_previous_block(document)[:, None]
+    mask = same_document & (offset <= offset[:W, None] + W)
+    if window:
+        mask &= offset >= offset[:W, None] + W - window
+    q = _in_blocks(q, blocks, W).transpose(1, 2)
+    k = _with_previous_block(_in_blocks(k, blocks, W)).transpose(1, 2)
+    v = _with_previous_block(_in_blocks(v, blocks, W)).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # (blocks, H, W, E)
+    return out.transpose(1, 2).reshape(1, blocks * W, H, E)[:, :T]
 
 
-def _on_packed_row(varlen):
-    """Decorator: attention over one row of documents, (tokens, H, E) -> (tokens, H, E), becomes
-    a backend as above.
+def _in_blocks(t, blocks, W):
+    """(1, T, H, E) -> (blocks, W, H, E).
+
+    Padding comes after the last document. It is a document of its own that attends to itself: a
+    query without any key would give NaN.
+    """
+    padding = (0, 0, 0, 0, 0, blocks * W - t.size(1))
+    return F.pad(t[0], padding).unflatten(0, (blocks, W))
+
+
+def _with_previous_block(t):
+    """(blocks, W, ...) -> (blocks, 2W, ...): every block behind the one before it, or zeros."""
+    previous = torch.cat((torch.zeros_like(t[:1]), t[:-1]))
+    return torch.cat((previous, t), dim=1)
+
+
+def _cu_seqlens_of_q_and_k(cu_seqlens):
+    """cu_seqlens (N + 1,) or (2, N + 1) -> that of the queries and that of the keys."""
+    if cu_seqlens.dim() == 2:
+        return cu_seqlens[0], cu_seqlens[1]
+    return cu_seqlens, cu_seqlens
+
+
+def _over_rows(varlen):
+    """Decorator: attention over documents end to end, (tokens, H, E) -> (tokens, H, E), becomes a
+    backend that also takes rows.
     """
 
-    def attention(q, k, v, cu_seqlens, max_seqlen, attn_window=0):
+    def attention(q, k, v, cu_seqlens, max_seqlen, window=0):
         if cu_seqlens is None:
-            cu_seqlens = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * q.size(1)
-        # a list: custom operations take one argument behind the tensors
-        limits = [max_seqlen, attn_window]
-        return varlen(*(t.flatten(0, 1) for t in (q, k, v)), cu_seqlens, limits).view(q.shape)
+            cu_seqlens = _cu_seqlens_of_rows(q)
+        flat = (t.flatten(0, 1) for t in (q, k, v))
+        return varlen(*flat, cu_seqlens, max_seqlen, window).view(q.shape)
 
     return attention
 
 
-@_on_packed_row
-def attention_torch(q, k, v, cu_seqlens, limits):
-    """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by torch's varlen_attn (torch >=
-    2.10, CUDA, 16 bits).
-    """
-    max_seqlen, attn_window = limits
-    options = (
-        {"is_causal": True}
-        if "is_causal" in _VARLEN_PARAMETERS and not attn_window
-        else {"window_size": (attn_window or -1, 0)}
-    )  # 2.10, which has no windows, or later
+@_over_rows
+def attention_torch(q, k, v, cu_seqlens, max_seqlen, window):
+    """torch's varlen_attn (torch >= 2.10, CUDA, 16 bits)."""
+    options = {}
+    if window or "is_causal" not in _VARLEN_PARAMETERS:  # torch 2.10 has is_causal and no windows
+        options["window_size"] = (window or -1, 0)
+    else:
+        options["is_causal"] = True
     if "enable_gqa" in _VARLEN_PARAMETERS:
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     else:
         k, v = _repeat_kv(q, k, v)
-    return varlen_attn(q, k, v, *_both(cu_seqlens), max_seqlen, max_seqlen, **options)
+    cu_seqlens = _cu_seqlens_of_q_and_k(cu_seqlens)
+    return varlen_attn(q, k, v, *cu_seqlens, max_seqlen, max_seqlen, **options)
 
 
-@_on_packed_row
-def attention_fa3(q, k, v, cu_seqlens, limits):
-    """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by FlashAttention-3 (Hopper;
-    arXiv:2407.08608).
-    """
+@_over_rows
+def attention_fa3(q, k, v, cu_seqlens, max_seqlen, window):
+    """FlashAttention-3 (Hopper; arXiv:2407.08608)."""
     from flash_attn_interface import flash_attn_varlen_func
 
-    max_seqlen, attn_window = limits
-    window = {"window_size": (attn_window, 0)} if attn_window else {}
-    out = flash_attn_varlen_func(
-        q, k, v, *_both(cu_seqlens), max_seqlen, max_seqlen, causal=True, **window
-    )
+    options = {"causal": True}
+    if window:
+        options["window_size"] = (window, 0)
+    cu_seqlens = _cu_seqlens_of_q_and_k(cu_seqlens)
+    out = flash_attn_varlen_func(q, k, v, *cu_seqlens, max_seqlen, max_seqlen, **options)
     return out[0] if isinstance(out, tuple) else out  # some versions return (out, lse)
 
 
-@golf_op(
-    lambda grad, q, k, v, *_: (
-        q.new_empty(q.shape),
-        *(t.new_empty(q.shape[1] // k.shape[1], *t.shape) for t in (k, v)),
-    )
-)
+@_over_rows
+def attention_fa4(q, k, v, cu_seqlens, max_seqlen, window):
+    """FlashAttention-4 (flash-attn-4; CUDA, 16 bits)."""
+    return _fa4(q, k, v, cu_seqlens, max_seqlen, window)[0]
+
+
+def _fa4_options(q, cu_seqlens, max_seqlen, window):
+    """Arguments of FlashAttention-4 that forward and backward share."""
+    both = _cu_seqlens_of_q_and_k(cu_seqlens)
+    options = {
+        "cu_seqlens_q": both[0],
+        "cu_seqlens_k": both[1],
+        "max_seqlen_q": max_seqlen,
+        "max_seqlen_k": max_seqlen,
+        "softmax_scale": q.shape[-1] ** -0.5,
+        "causal": True,
+    }
+    if window:
+        options["window_size_left"] = window
+    return options
+
+
+@torch.library.custom_op("golf::attention_fa4", mutates_args=())
+def _fa4(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
+) -> tuple[Tensor, Tensor]:
+    """-> the output (tokens, H, E), and the logsumexp (H, tokens) that backward needs."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    options = _fa4_options(q, cu_seqlens, max_seqlen, window)
+    results = _flash_attn_fwd(q, k, v, return_lse=True, **options)
+    return results[0], results[1]
+
+
+@_fa4.register_fake
+def _fa4_fake(q, k, v, cu_seqlens, max_seqlen, window):
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+def _empty_fa4_grads(grad, qkv, *others):
+    q = qkv[0]
+    group = q.shape[1] // qkv[1].shape[1]
+    shared = [t.new_empty(group, *t.shape) for t in qkv[1:]]
+    return q.new_empty(q.shape), *shared
+
+
+@torch.library.custom_op("golf::fa4_backward", mutates_args=())
 def _fa4_backward(
     grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: list[Tensor],
     cu_seqlens: Tensor,
     out: Tensor,
     lse: Tensor,
-    limits: list[int],
+    max_seqlen: int,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of q (tokens, H, E), and of k and v (H / K, tokens, K, E), not yet summed over
+    the query heads that share a key head.
+
+    FlashAttention-4 would sum them in fp32 buffers, zeroed before and cast after. One pass for each
+    of a key head's query heads, with gradients of its own, costs less (docs/LOG.md).
+    """
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    # Query heads that share dk and dv would add them up in fp32 buffers, zeroed before and cast
-    # after. A pass for each of a key head's query heads, with gradients of its own, costs less
-    # (docs/LOG.md).
-    group, (max_seqlen, attn_window), (of_q, of_k) = (
-        q.shape[1] // k.shape[1],
-        limits,
-        _both(cu_seqlens),
-    )
-    window = {"window_size_left": attn_window} if attn_window else {}
-    dq, dk, dv = q.new_empty(q.shape), *(t.new_empty(group, *t.shape) for t in (k, v))
+    q, k, v = qkv
+    grads = _empty_fa4_grads(grad, qkv)
+    dq, dk, dv = grads
     grad = grad.contiguous()
+    options = _fa4_options(q, cu_seqlens, max_seqlen, window)
+    group = len(dk)
     for i in range(group):
-        q_i, out_i, grad_i, dq_i = (t[:, i::group] for t in (q, out, grad, dq))
+        heads = slice(i, None, group)
         _flash_attn_bwd(
-            q_i,
+            q[:, heads],
             k,
             v,
-            out_i,
-            grad_i,
-            lse[i::group].contiguous(),
-            softmax_scale=q.shape[-1] ** -0.5,
-            causal=True,
-            dq=dq_i,
+            out[:, heads],
+            grad[:, heads],
+            lse[heads].contiguous(),
+            dq=dq[:, heads],
             dk=dk[i],
             dv=dv[i],
-            cu_seqlens_q=of_q,
-            cu_seqlens_k=of_k,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen,
-            **window,
+            **options,
         )
-    return dq, dk, dv
+    return grads
 
 
-def _fa4_gradients(needed, *saved):
-    dq, *shared = _fa4_backward(*saved)
-    return dq, *(parts.sum(0) if len(parts) > 1 else parts[0] for parts in shared)
+_fa4_backward.register_fake(_empty_fa4_grads)
 
 
-@_on_packed_row
-@golf_op(
-    lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)),
-    _fa4_gradients,
-)
-def attention_fa4(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, limits: list[int]
-) -> tuple[Tensor, Tensor]:
-    """(tokens, H, E), (tokens, K, E) twice -> (tokens, H, E) by FlashAttention-4 (flash-attn-4;
-    CUDA, 16 bits).
-    """
-    from flash_attn.cute.interface import _flash_attn_fwd
+def _fa4_setup(ctx, inputs, output):
+    # nobody differentiates lse: without this, autograd fills zeros for its gradient
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.max_seqlen = inputs[4]
+    ctx.window = inputs[5]
 
-    (max_seqlen, attn_window), (of_q, of_k) = limits, _both(cu_seqlens)
-    window = {"window_size_left": attn_window} if attn_window else {}
-    out, lse, *_ = _flash_attn_fwd(
-        q,
-        k,
-        v,
-        cu_seqlens_q=of_q,
-        cu_seqlens_k=of_k,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
-        softmax_scale=q.shape[-1] ** -0.5,
-        causal=True,
-        return_lse=True,
-        **window,
-    )
-    return out, lse  # (tokens, H, E), (H, tokens)
+
+def _fa4_gradients(ctx, grad, grad_lse):
+    if grad is None:
+        return (None,) * 6
+    qkv = list(ctx.saved_tensors[:3])
+    others = ctx.saved_tensors[3:]  # cu_seqlens, out, lse
+    dq, dk, dv = _fa4_backward(grad, qkv, *others, ctx.max_seqlen, ctx.window)
+    if len(dk) == 1:
+        return dq, dk[0], dv[0], None, None, None
+    return dq, dk.sum(0), dv.sum(0), None, None, None
+
+
+_fa4.register_autograd(_fa4_gradients, setup_context=_fa4_setup)
 
 
 # --- trellis-coded quantization
@@ -3045,14 +3003,15 @@ ATTENTION_BACKENDS = {  # the fastest first
 class Ops:
     """The operations that the model calls, as select_ops chose them."""
 
-    attention: Callable  # q, k, v, cu_seqlens, max_seqlen, attn_window
+    attention: Callable  # q, k, v, cu_seqlens, max_seqlen, window
     mlp: Callable  # x, w_up, w_down, slope
     cross_entropy: Callable  # h, weight, targets, softcap
     names: dict  # operation -> name of the chosen candidate
     notes: tuple = ()  # why faster candidates were refused
     qkv_heads: Callable = qkv_heads_ref  # qkv, gain, cos, sin, kv_heads
     gated_xsa: Callable = gated_xsa_ref  # y, v, logits, factor
-    enter: Callable = enter_ref  # x, x0, mix, scale, window, wants, *(skip, weight, gate)
+    # x, x0, mix, scale, window, return_mix, return_merged, *(skip, weight, gate)
+    slot_input: Callable = slot_input_ref
     # values, squares, gradient, source, target, correction, scale, rates
     adamw_rows: Callable = adamw_rows_ref
     trellis_round: Callable = trellis_round_ref  # values
@@ -3086,7 +3045,7 @@ def use_kernels(hp, device):
 
 
 def operations(hp, device):
-    """{field of Ops: Operation}"""
+    """{name in RESULT: Operation}, where slot_input has its first name, enter."""
     with_kernels = use_kernels(hp, device)
 
     def with_reference(library, kernel, reference, trial_inputs):
@@ -3104,7 +3063,7 @@ def operations(hp, device):
         ),
         "qkv_heads": with_reference("triton", qkv_heads, qkv_heads_ref, qkv_heads_trial_inputs),
         "gated_xsa": with_reference("triton", gated_xsa, gated_xsa_ref, gated_xsa_trial_inputs),
-        "enter": with_reference("triton", enter, enter_ref, enter_trial_inputs),
+        "enter": with_reference("triton", slot_input, slot_input_ref, slot_input_trial_inputs),
         "adamw_rows": with_reference("triton", adamw_rows, adamw_rows_ref, adamw_rows_trial_inputs),
         "trellis_round": with_reference(
             "triton",
@@ -3151,13 +3110,13 @@ def _disagreement(op, reference, args, tolerance):
     return f"disagrees with the reference, relative errors {listed}"
 
 
-def _first_that_works(kind, candidates, reference, args, notes, tolerance=0.03):
+def _first_that_works(kind, operation, args, notes):
     """Name of the first candidate that agrees with the reference, or None; refusals go to notes."""
-    for name, op in candidates.items():
-        if op is reference:
+    for name, op in operation.candidates.items():
+        if op is operation.reference:
             return name
         try:
-            fault = _disagreement(op, reference, args, tolerance)
+            fault = _disagreement(op, operation.reference, args, operation.tolerance)
         except Exception as error:  # a library may raise anything: missing, old, wrong device
             lines = str(error).strip().splitlines() or [""]
             fault = f"{type(error).__name__}: {lines[0][:200]}"
@@ -3179,42 +3138,98 @@ def select_ops(hp, device, dtype):
     chosen = {}
     names = {}
     for kind, operation in operations(hp, device).items():
-        name = _first_that_works(
-            kind,
-            operation.candidates,
-            operation.reference,
-            operation.trial_inputs(hp, device, dtype),
-            notes,
-            operation.tolerance,
-        )
+        args = operation.trial_inputs(hp, device, dtype)
+        name = _first_that_works(kind, operation, args, notes)
         if name is None:  # attention alone has candidates without the reference
             raise SettingError(
                 f"ATTENTION_BACKEND={hp.attention_backend} does not work here: {'; '.join(notes)}"
             )
         names[kind] = name
         chosen[kind] = operation.candidates[name]
+    chosen["slot_input"] = chosen.pop("enter")
     return Ops(**chosen, names=names, notes=tuple(notes))
 
 
 # ---- MODEL ---------------------------------------------------------------------------------------
 
 
+class Matrix(NamedTuple):
+    """One kind of weight matrix, of which every layer has one."""
+
+    role: str  # its name in GPT.matrices
+    saved_name: str  # in model.pt and in the artifact, with the layer's number
+    rows: str  # the setting that is its number of rows
+    columns: str
+
+
+# Parameter of GPT -> the kinds of matrices in it: all layers' matrices of one kind, then those of
+# the next. Muon trains the banks; quantization and saved files see single matrices (see unbank).
+BANKS = {
+    "qo_bank": (
+        Matrix("q", "blocks.{}.attn.c_q.weight", "model_dim", "model_dim"),
+        Matrix("out", "blocks.{}.attn.c_proj.weight", "model_dim", "model_dim"),
+    ),
+    "kv_bank": (
+        Matrix("k", "blocks.{}.attn.c_k.weight", "kv_dim", "model_dim"),
+        Matrix("v", "blocks.{}.attn.c_v.weight", "kv_dim", "model_dim"),
+    ),
+    "mlp_up_bank": (Matrix("up", "blocks.{}.mlp.c_fc.weight", "mlp_dim", "model_dim"),),
+    "mlp_down_bank": (Matrix("down", "blocks.{}.mlp.c_proj.weight", "model_dim", "mlp_dim"),),
+}
+# Embedding tables: parameter of GPT -> saved name
+HEAD_NAMES = {
+    "tok_emb": "tok_emb.weight",
+    "lm_head": "lm_head.weight",
+}
+
+
 def rotary_tables(positions, hp):
-    """cos and sin of positions (..., T) -> (..., T, 1, rope_dims / 2) float32 each, from float64
-    angles. Made once: traced into a graph, the compiler computes them anew for every head, in
-    float64 on the GPU.
+    """cos and sin of positions (..., T) -> (..., T, 1, rope_dims / 2) float32 each.
+
+    The angles are float64. The tables are made outside of compiled graphs, because there Inductor
+    would compute them again for every head, in float64 on the GPU.
     """
-    step = torch.arange(0, hp.rope_dims, 2, device=positions.device).double() / hp.rope_dims
-    angle = positions[..., None, None] * hp.rope_base**-step
-    return angle.cos().float(), angle.sin().float()
+    exponents = torch.arange(0, hp.rope_dims, 2, device=positions.device).double() / hp.rope_dims
+    frequencies = hp.rope_base**-exponents
+    angles = positions[..., None, None] * frequencies
+    return angles.cos().float(), angles.sin().float()
+
+
+class Segments(NamedTuple):
+    """Which tokens of a batch form one document: attention stays inside documents."""
+
+    cu_seqlens: Tensor | None  # (N + 1,) int32, borders in the only row; None: a row is a document
+    max_seqlen: int  # no document is longer
+
+    def attend(self, ops, q, k, v, attn_window=0):
+        """q (B, T, H, E), k and v (B, T, K, E) -> (B, T, H, E)."""
+        return ops.attention(q, k, v, self.cu_seqlens, self.max_seqlen, attn_window)
+
+
+class SlotPlan(NamedTuple):
+    """What forward_hidden does in one slot, that is, in one execution of a layer."""
+
+    slot: int
+    layer: int
+    splits_lanes: bool  # the MLP lane starts here, as a copy of the stream
+    stores_stream: bool  # the incoming stream is stored as a skip, before any merge
+    stores_merged: bool  # the same, but taken from SlotInput.merged
+    skip_index: int | None  # row of skip_weights for the skip that is merged; None: no skip
+    return_mix: bool  # the layer reads SlotInput.mixed
+    return_merged: bool  # the layer or a skip reads SlotInput.merged
+
+
+class CompiledParts(NamedTuple):
+    """A slot_input and a block as GPT has them, each compiled by itself."""
+
+    slot_input: Callable
+    block: Callable
 
 
 class LayerWeights(NamedTuple):
-    """What one layer computes with: views of the banks and of the small parameters, in the
-    compute dtype.
-    """
+    """Weights of one layer, in the compute dtype: views of the banks and small parameters."""
 
-    qkv: Tensor  # (D + 2 K E, D): q, k and v below each other, one product
+    qkv: Tensor  # (D + 2 K E, D): q, k and v stacked, for one matmul
     out: Tensor  # (D, D), times attn_scale
     up: Tensor  # (F, D)
     down: Tensor  # (D, F), times mlp_scale
@@ -3222,101 +3237,108 @@ class LayerWeights(NamedTuple):
     gate: Tensor | None  # (H, window) or (H, D)
     attn_scale: Tensor  # (D,)
     mlp_scale: Tensor  # (D,)
-    mix: Tensor  # (2, D): stream, embedding
-    post: Tensor  # (2, 2): attention / MLP, target lane
-    resid: Tensor  # (2,): lane
-    depth_scale: Tensor  # (1,) float32, of both norms
+    mix: Tensor  # (2, D): factors of stream and embedding
+    post: Tensor  # (2, 2): factors of (attention, MLP) for each target lane
+    resid: Tensor  # (2,): factor of each lane
+    depth_scale: Tensor  # (1,) float32, scales both norms
     xsa: bool
-    extras: dict | None = None  # what a few layers' settings ask for: techniques.layer_extras
 
 
 class GPT(nn.Module):
-    """The 11-layer recurrent GPT: one forward pass for training, evaluation, calibration and TTT. A
-    tap, where given, is asked for tap.at(slot, layer), which is called at each site of that slot as
-    (site, x, y) -> y with its input and output. Sites: qkv, attn_proj, mlp_up, mlp_down (matrix
-    products), attn_out, mlp_out (whole sublayers; also told the (D,) scale that y has already been
-    multiplied by); token_losses calls its own at lm_head. Without a tap nothing is traced.
-    `splits_mlp` asks for the unfused MLP, whose hidden layer can be seen.
+    """The 11-layer recurrent GPT: one forward pass for training, evaluation, GPTQ and TTT.
+
+    A tap observes or changes activations. tap.at(slot, layer) returns a callable that is called as
+    (site, x, y) -> y with the input and the output of each site of that slot: the matmuls qkv,
+    attn_proj, mlp_up and mlp_down, and the sublayers attn_out and mlp_out, which also pass the (D,)
+    scale that y already contains. token_losses calls its tap at lm_head. Where `splits_mlp` is set
+    the MLP runs unfused, so that its hidden layer can be observed. Without a tap nothing is traced.
     """
 
     def __init__(self, hp, ops, dtype):
         super().__init__()
-        self.hp, self.ops, self.dtype = hp, ops, dtype
-        # over the looped layers, beyond NUM_LOOPS, once training is over: 1 +
-        # EXTRA_EVAL_LOOPS
-        self.eval_passes = None
-        D, L, H, kv_dim = hp.model_dim, hp.num_layers, hp.num_heads, hp.num_kv_heads * hp.head_dim
-        slots = self.slots(looping=True)
-        num_skips = min(len(slots) // 2, len(slots) - len(slots) // 2)
+        self.hp = hp
+        self.ops = ops
+        self.dtype = dtype
+        self.make_parameters()
+        # Four equal numbers a layer: kernels want aligned rows
+        scales = [[(layer + 1) ** -0.5] * 4 for layer in range(hp.num_layers)]
+        if not hp.ln_scale:
+            scales = [[1.0] * 4] * hp.num_layers
+        self.register_buffer("depth_scale", torch.tensor(scales), persistent=False)
+        # The longest rows are training rows and those of global test-time training
+        longest_ttt_row = hp.global_ttt_chunk_tokens + max(hp.eval_seq_len, hp.ttt_eval_seq_len)
+        positions = torch.arange(max(hp.micro_batch_tokens, longest_ttt_row))
+        cos, sin = rotary_tables(positions, hp)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.init_weights()
+
+    def make_parameters(self):
+        """Makes the parameters; their order is that of checkpoints and training states."""
+        hp = self.hp
+        L = hp.num_layers
+        D = hp.model_dim
         self.tok_emb = nn.Parameter(torch.empty(hp.num_embeddings, D))
-        self.lm_head = (
-            None if hp.tie_embeddings else nn.Parameter(torch.empty(hp.num_embeddings, D))
-        )
-        # q of every layer, then output projections
-        self.qo_bank = nn.Parameter(torch.empty(2 * L, D, D))
-        self.kv_bank = nn.Parameter(torch.empty(2 * L, kv_dim, D))  # k of every layer, then v
-        self.mlp_up_bank = nn.Parameter(torch.empty(L, hp.mlp_dim, D))
-        self.mlp_down_bank = nn.Parameter(torch.empty(L, D, hp.mlp_dim))
-        self.q_gain = nn.Parameter(torch.full((L, H), hp.qk_gain_init))
-        gate_width = {"sparse": hp.gate_window, "output": hp.gate_window, "dense": D}.get(
-            self.gate_kind
-        )
-        self.attn_gate = nn.Parameter(torch.zeros(L, H, gate_width)) if gate_width else None
+        self.lm_head = None
+        if not hp.tie_embeddings:
+            self.lm_head = nn.Parameter(torch.empty(hp.num_embeddings, D))
+        for name, kinds in BANKS.items():
+            rows = getattr(hp, kinds[0].rows)
+            columns = getattr(hp, kinds[0].columns)
+            setattr(self, name, nn.Parameter(torch.empty(len(kinds) * L, rows, columns)))
+        self.q_gain = nn.Parameter(torch.full((L, hp.num_heads), hp.qk_gain_init))
+        self.attn_gate = None
+        if self.gate_kind:
+            width = D if self.gate_kind == "dense" else hp.gate_window
+            self.attn_gate = nn.Parameter(torch.zeros(L, hp.num_heads, width))
         self.attn_scale = nn.Parameter(torch.ones(L, D))
         self.mlp_scale = nn.Parameter(torch.ones(L, D))
-        # (L, 2, D)
-        self.resid_mix = nn.Parameter(torch.stack([torch.ones(L, D), torch.zeros(L, D)], dim=1))
+        mix = torch.stack([torch.ones(L, D), torch.zeros(L, D)], dim=1)
+        self.resid_mix = nn.Parameter(mix)  # (L, 2, D)
+        plans = self.slot_plan(looping=True)
+        num_skips = sum(plan.skip_index is not None for plan in plans)
         self.skip_weights = nn.Parameter(torch.ones(num_skips, D))
-        self.skip_gates = nn.Parameter(torch.zeros(num_skips, D)) if hp.skip_gates_enabled else None
+        self.skip_gates = None
+        if hp.skip_gates_enabled:
+            self.skip_gates = nn.Parameter(torch.zeros(num_skips, D))
         # (layer, attention / MLP, target lane)
         self.parallel_post = nn.Parameter(torch.ones(L, 2, 2))
         self.parallel_resid = nn.Parameter(torch.full((L, 2), 1.1))  # (layer, lane)
-        self.smear_weight = (
-            nn.Parameter(torch.zeros(1, hp.gate_window)) if hp.smear_gate_enabled else None
-        )
-        self.smear_lambda = nn.Parameter(torch.zeros(1)) if hp.smear_gate_enabled else None
-        # rows aligned for kernels
-        scales = [[(layer + 1) ** -0.5 if hp.ln_scale else 1.0] * 4 for layer in range(L)]
-        # no weight: never saved
-        self.register_buffer("depth_scale", torch.tensor(scales), persistent=False)
-        # of a row that is learnt from
-        longest = hp.global_ttt_chunk_tokens + max(hp.eval_seq_len, hp.ttt_eval_seq_len)
-        longest = max(hp.micro_batch_tokens, longest)
-        for name, table in zip(
-            ("cos", "sin"), rotary_tables(torch.arange(longest), hp), strict=True
-        ):
-            self.register_buffer(name, table, persistent=False)
-        self.init_weights()
-        if hp.bigram_vocab_size or hp.new_values:
-            techniques.add_parameters(self)
+        self.smear_weight = None
+        self.smear_lambda = None
+        if hp.smear_gate_enabled:
+            self.smear_weight = nn.Parameter(torch.zeros(1, hp.gate_window))
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
 
     @torch.no_grad()
     def init_weights(self):
-        """Embedding N(0, std); q, k, v, MLP up orthogonal; both output projections zero;
-        dense gate N(0, 0.01).
+        """Random embeddings and inner matrices; output projections start at zero.
+
+        Embeddings: N(0, TIED_EMBED_INIT_STD). q, k, v and MLP up: orthogonal. Dense attention gate:
+        N(0, 0.01).
         """
         generator = torch.Generator().manual_seed(self.hp.generator_seed)
         for table in (self.tok_emb, self.lm_head):
             if table is not None:
                 table.normal_(0.0, self.hp.tied_embed_init_std, generator=generator)
-                if self.hp.marker_fusion_enabled:
-                    techniques.init_pairs(self.hp, space_id, table)
-        L = self.hp.num_layers
-        for bank in (self.qo_bank[:L], self.kv_bank[:L], self.kv_bank[L:], self.mlp_up_bank):
-            for matrix in bank:
+        matrices = self.matrices(self.banks())
+        for role in ("q", "k", "v", "up"):
+            for matrix in matrices[role]:
                 nn.init.orthogonal_(matrix, generator=generator)
-        self.qo_bank[L:].zero_()
-        self.mlp_down_bank.zero_()
+        matrices["out"].zero_()
+        matrices["down"].zero_()
         if self.gate_kind == "dense":
             self.attn_gate.normal_(0.0, 0.01, generator=generator)
 
     @property
     def gate_kind(self):
-        """Which of the three attention gates is on: "sparse", "dense", "output", or None."""
+        """The attention gate that is on: "sparse", "dense", "output", or None."""
         hp = self.hp
         if hp.sparse_attn_gate_enabled:
             return "sparse"
-        return "dense" if hp.gated_attn_enabled else "output" if hp.attn_out_gate_enabled else None
+        if hp.gated_attn_enabled:
+            return "dense"
+        return "output" if hp.attn_out_gate_enabled else None
 
     @property
     def head_weight(self):
@@ -3324,110 +3346,164 @@ class GPT(nn.Module):
         return self.tok_emb if self.lm_head is None else self.lm_head
 
     def slots(self, looping):
-        """The layers in the order in which they run; looped layers stand several times."""
-        hp, layers = self.hp, list(range(self.hp.num_layers))
+        """The layers in execution order: with looping, looped layers appear several times."""
+        hp = self.hp
+        layers = list(range(hp.num_layers))
         if not (looping and hp.num_loops):
             return layers
-        first, last = hp.loop_start, hp.loop_end + 1
-        return (
-            layers[:first]
-            + layers[first:last] * (hp.num_loops + (self.eval_passes or 1))
-            + layers[last:]
-        )
+        first = hp.loop_start
+        end = hp.loop_end + 1
+        passes = hp.num_loops + 1
+        return layers[:first] + layers[first:end] * passes + layers[end:]
 
-    def layer_weights(self, on_grid=False):
-        """LayerWeights of every layer. Unbinding once makes a bank's gradient one stack, not a sum
-        of
-        padded slices. The scales of the sublayers' outputs are multiplied into the matrices before:
-        no output, and no gradient of one, is written once more for them.
+    def leave_training(self):
+        """Called after training, before calibration and evaluation."""
+
+    def slot_order(self, slots):
+        """Layers in execution order -> their (slot, layer) pairs, number of encoder slots."""
+        return enumerate(slots), len(slots) // 2
+
+    def slot_plan(self, looping):
+        """A SlotPlan for every slot, from the settings alone.
+
+        As in a U-Net, each slot of the first half (encoder) stores its output, and each slot of the
+        second half (decoder) merges the newest stored one. An encoder's output is stored by the
+        slot after it. There SlotInput.merged is the stream itself, and reading that one lets a
+        single kernel sum all its gradients. The first decoder stores before it merges, so its pair
+        is the stream with itself. The stream splits before a skip is merged, so that skips go to
+        the attention lane only.
         """
-        hp, L = self.hp, self.hp.num_layers
-        qo, kv, up, down = self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank
-        if on_grid:  # QAT_BELOW_LR: as quantization will have them
-            qo, kv = (
-                techniques.fake_quantize(bank, hp.matrix_bits, hp.attn_clip_sigmas)
-                for bank in (qo, kv)
+        order, num_encoders = self.slot_order(self.slots(looping))
+        plans = []
+        previous_slot = -1
+        num_stored = 0
+        has_lanes = False
+        for slot, layer in order:
+            splits_lanes = layer >= self.hp.parallel_start_layer and not has_lanes
+            has_lanes = has_lanes or splits_lanes
+            decoder_index = slot - num_encoders
+            is_decoder = decoder_index >= 0
+            stores = 0 <= previous_slot < num_encoders
+            stores_merged = stores and not is_decoder
+            num_stored += stores
+            merges = is_decoder and num_stored > 0
+            num_stored -= merges
+            plans.append(
+                SlotPlan(
+                    slot=slot,
+                    layer=layer,
+                    splits_lanes=splits_lanes,
+                    stores_stream=stores and is_decoder,
+                    stores_merged=stores_merged,
+                    skip_index=decoder_index if merges else None,
+                    return_mix=not has_lanes or self.gate_kind == "output",
+                    return_merged=has_lanes or stores_merged,
+                )
             )
-            up, down = (
-                techniques.fake_quantize(bank, hp.matrix_bits, hp.mlp_clip_sigmas)
-                for bank in (up, down)
-            )
-        (q, out), (k, v) = qo.split(L), kv.split(L)
-        out, down = out * self.attn_scale[..., None], down * self.mlp_scale[..., None]
-        qkv = torch.cat([p.to(self.dtype) for p in (q, k, v)], dim=1).unbind(0)
-        out, up, down, q_gain, attn_scale, mlp_scale, mix, post, resid = (
-            p.to(self.dtype).unbind(0)
-            for p in (
-                out,
-                up,
-                down,
-                self.q_gain,
-                self.attn_scale,
-                self.mlp_scale,
-                self.resid_mix,
-                self.parallel_post,
-                self.parallel_resid,
-            )
-        )
-        gates = [None] * L if self.attn_gate is None else self.attn_gate.to(self.dtype).unbind(0)
-        return [
-            LayerWeights(
-                qkv[i],
-                out[i],
-                up[i],
-                down[i],
-                q_gain[i],
-                gates[i],
-                attn_scale[i],
-                mlp_scale[i],
-                mix[i],
-                post[i],
-                resid[i],
-                self.depth_scale[i, :1],
-                i >= L - hp.xsa_last_n,
-            )
-            for i in range(L)
-        ]
+            previous_slot = slot
+        return plans
 
-    def attention(self, h, start, x_in, w, rope, packing, tap):
-        """Normed input h (B, T, D), its first columns -> (B, T, D).
+    def banks(self):
+        """The banks that a forward pass computes with, in the order of BANKS."""
+        return self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank
 
-        `packing` is (cu_seqlens or None, max_seqlen).
-        """
-        hp, (B, T, D) = self.hp, h.shape
-        qkv = linear(h, w.qkv, tap, "qkv")
-        q, k, v = self.ops.qkv_heads(qkv, w.q_gain, *rope, hp.num_kv_heads)
-        if hp.new_values:  # PARTIAL_KEY_OFFSET, VALUE_EMBED_LAYERS, VALUE_RESIDUAL
-            k, v = techniques.keys_and_values(k, v, w.extras, hp)
-        if hp.ttt_enabled and hp.ttt_stale_context and packing[2:]:
-            y = attention_stale(self.ops, q, k, v, packing)
-        else:
-            y = self.ops.attention(q, k, v, *packing, w.extras["window"] if hp.attn_window else 0)
-        if w.xsa and self.gate_kind:
-            y = self.ops.gated_xsa(y, v, *self.head_gates(h, start, x_in, qkv, w.gate))
-        elif w.xsa:
-            y = subtract_own_value(y, v)
-        elif self.gate_kind:
-            logits, factor = self.head_gates(h, start, x_in, qkv, w.gate)
-            y = y * (factor * torch.sigmoid(logits))[..., None]
-        out = linear(y.reshape(B, T, D), w.out, tap, "attn_proj")
-        return out if tap is None else tap("attn_out", h, out, w.attn_scale)
+    def matrices(self, banks):
+        """Banks -> {role: (L, rows, columns)}, views of the matrices of all layers."""
+        found = {}
+        for kinds, bank in zip(BANKS.values(), banks, strict=True):
+            # A bank of one kind is not split, because the backward of that would copy its gradient
+            parts = bank.split(self.hp.num_layers) if len(kinds) > 1 else [bank]
+            for kind, part in zip(kinds, parts, strict=True):
+                found[kind.role] = part
+        return found
 
-    def head_gates(self, h, start, x_in, qkv, gate):
-        """Logits (B, T, H) and the factor of their sigmoids, of whichever gate of the
-        heads' outputs is on.
+    def weights_for(self, tokens, window_start):
+        """A LayerWeights for every layer; here they do not depend on the tokens (B, T)."""
+        return self.layer_weights()
+
+    def layer_weights(self):
+        """A LayerWeights for every layer.
+
+        Tensors are unbound once, so that the gradient of a bank is one stack, not a sum of padded
+        slices. The scales of sublayer outputs are multiplied into the matrices, so that scaling
+        costs no extra pass over activations, forward or backward.
         """
         hp = self.hp
+        matrices = self.matrices(self.banks())
+        qkv = torch.cat([matrices[role].to(self.dtype) for role in ("q", "k", "v")], dim=1)
+        stacked = {
+            "qkv": qkv,
+            "out": matrices["out"] * self.attn_scale[..., None],
+            "up": matrices["up"],
+            "down": matrices["down"] * self.mlp_scale[..., None],
+            "q_gain": self.q_gain,
+            "attn_scale": self.attn_scale,
+            "mlp_scale": self.mlp_scale,
+            "mix": self.resid_mix,
+            "post": self.parallel_post,
+            "resid": self.parallel_resid,
+        }
+        columns = {name: tensor.to(self.dtype).unbind(0) for name, tensor in stacked.items()}
+        columns["gate"] = [None] * hp.num_layers
+        if self.attn_gate is not None:
+            columns["gate"] = self.attn_gate.to(self.dtype).unbind(0)
+        weights = []
+        for layer in range(hp.num_layers):
+            fields = {name: column[layer] for name, column in columns.items()}
+            scale = self.depth_scale[layer, :1]
+            xsa = layer >= hp.num_layers - hp.xsa_last_n
+            weights.append(LayerWeights(depth_scale=scale, xsa=xsa, **fields))
+        return weights
+
+    def slot_input(self, x, x0, w, return_mix, return_merged, *skip):
+        """Streams x and x0 (B, T, D) -> SlotInput; a skip comes with its weight and its gate."""
+        window = self.hp.gate_window
+        return self.ops.slot_input(
+            x, x0, w.mix, w.depth_scale, window, return_mix, return_merged, *skip
+        )
+
+    def attention(self, entry, w, rope, segments, tap):
+        """SlotInput -> (B, T, D), the scaled output of the attention sublayer."""
+        hp = self.hp
+        h = entry.h
+        cos, sin = rope
+        qkv = linear(h, w.qkv, tap, "qkv")
+        q, k, v = self.ops.qkv_heads(qkv, w.q_gain, cos, sin, hp.num_kv_heads)
+        k, v = self.keys_and_values(k, v, w)
+        y = self.attend(q, k, v, segments, w)
+        if self.gate_kind:
+            logits, factor = self.head_gates(entry, qkv, w.gate)
+            if w.xsa:
+                y = self.ops.gated_xsa(y, v, logits, factor)
+            else:
+                y = y * (factor * torch.sigmoid(logits))[..., None]
+        elif w.xsa:
+            y = subtract_own_value(y, v)
+        out = linear(y.reshape(h.shape), w.out, tap, "attn_proj")
+        return out if tap is None else tap("attn_out", h, out, w.attn_scale)
+
+    def keys_and_values(self, k, v, w):
+        """Keys and values (B, T, K, E) of a layer -> those that its attention reads."""
+        return k, v
+
+    def attend(self, q, k, v, segments, w):
+        """q (B, T, H, E), k and v (B, T, K, E) -> (B, T, H, E)."""
+        return segments.attend(self.ops, q, k, v)
+
+    def head_gates(self, entry, qkv, gate):
+        """Gate logits (B, T, H) of the heads' outputs, and the factor of their sigmoids."""
+        hp = self.hp
         if self.gate_kind == "sparse":
-            return hp.sparse_attn_gate_scale * F.linear(start, gate), 1.0
+            return hp.sparse_attn_gate_scale * F.linear(entry.gate_input, gate), 1.0
         if self.gate_kind == "dense":
-            return F.linear(h, gate), 1.0
-        source = qkv if hp.attn_out_gate_src == "q" else x_in
+            return F.linear(entry.h, gate), 1.0
+        source = qkv if hp.attn_out_gate_src == "q" else entry.mixed
         return F.linear(source[..., : hp.gate_window], gate), 2.0
 
-    def mlp(self, h, w, tap):
-        """(B, T, D) normalised input -> (B, T, D): W_down leaky_relu(W_up h)^2."""
+    def mlp(self, x, w, tap):
+        """(B, T, D) -> (B, T, D): W_down leaky_relu(W_up h)^2 with h = norm(x) depth_scale."""
         slope = self.hp.leaky_relu_slope
+        h = (norm(x) * w.depth_scale).to(x.dtype)
         if tap is not None and tap.splits_mlp:
             hidden = F.leaky_relu(linear(h, w.up, tap, "mlp_up"), slope).square()
             out = linear(hidden, w.down, tap, "mlp_down")
@@ -3435,47 +3511,41 @@ class GPT(nn.Module):
             out = self.ops.mlp(h, w.up, w.down, slope)
         return out if tap is None else tap("mlp_out", h, out, w.mlp_scale)
 
-    def enter(self, x, x0, w, wants, *skip):
-        """What a block takes: normed mix of stream x and x0, the first columns of that; if
-        wanted, mix and stream.
+    def block(self, entry, mlp_lane, w, rope, segments, tap):
+        """One layer: SlotInput and the MLP lane, None before the split -> x, mlp_lane.
+
+        Before the split attention and MLP run one after the other on one stream; after it they run
+        in parallel, each on its own lane, and both write to both lanes.
         """
-        return self.ops.enter(x, x0, w.mix, w.depth_scale, self.hp.gate_window, wants, *skip)
-
-    def block(self, entry, mlp_lane, w, rope, packing, tap):
-        """One layer: results of `enter`, and the MLP's own lane where the stream has split,
-        else None -> x, lane.
-        """
-
-        def scaled_norm(x):
-            return (norm(x) * w.depth_scale).to(x.dtype)
-
-        h, start, x_in, x = entry
-        attn = self.attention(h, start, x_in, w, rope, packing, tap)
+        attn = self.attention(entry, w, rope, segments, tap)
         if mlp_lane is None:
-            x = x_in + attn
-            return x + self.mlp(scaled_norm(x), w, tap), None
-        mlp = self.mlp(scaled_norm(mlp_lane), w, tap)
-        return (
-            w.resid[0] * x + w.post[0, 0] * attn + w.post[1, 0] * mlp,
-            w.resid[1] * mlp_lane + w.post[0, 1] * attn + w.post[1, 1] * mlp,
-        )
+            x = entry.mixed + attn
+            return x + self.mlp(x, w, tap), None
+        mlp = self.mlp(mlp_lane, w, tap)
+        x = w.resid[0] * entry.merged + w.post[0, 0] * attn + w.post[1, 0] * mlp
+        mlp_lane = w.resid[1] * mlp_lane + w.post[0, 1] * attn + w.post[1, 1] * mlp
+        return x, mlp_lane
 
-    def embed(self, tokens, fresh):
-        """(B, T) ids -> (B, T, D) raw embedding with SmearGate; none at BOS, t = 0, and
-        where `fresh` (B, T) is set.
+    def token_embedding(self, tokens, window_start):
+        """(B, T) ids -> (B, T, D), the embedding before SmearGate."""
+        return F.embedding(tokens, self.tok_emb).to(self.dtype)
+
+    def embed(self, tokens, window_start):
+        """(B, T) ids -> (B, T, D) raw embedding, to which SmearGate adds the previous token's.
+
+        Nothing is added at BOS, at t = 0 and where `window_start` (B, T) is set.
         """
-        e = F.embedding(tokens, self.tok_emb).to(self.dtype)
-        if self.hp.bigram_vocab_size:
-            e = e + techniques.bigram_embedding(self, tokens, fresh)
+        e = self.token_embedding(tokens, window_start)
         if not self.hp.smear_gate_enabled:
             return e
         previous = F.pad(e[:, :-1], (0, 0, 1, 0))
-        # (B, T, 1)
-        gate = torch.sigmoid(F.linear(e[..., : self.hp.gate_window], self.smear_weight.to(e.dtype)))
-        blocked = tokens == BOS_ID if fresh is None else (tokens == BOS_ID) | fresh
-        return e + (self.smear_lambda.to(e.dtype) * gate * previous).masked_fill(
-            blocked[..., None], 0
-        )
+        gate_input = e[..., : self.hp.gate_window]
+        gate = torch.sigmoid(F.linear(gate_input, self.smear_weight.to(e.dtype)))  # (B, T, 1)
+        smear = self.smear_lambda.to(e.dtype) * gate * previous
+        blocked = tokens == BOS_ID
+        if window_start is not None:
+            blocked = blocked | window_start
+        return e + smear.masked_fill(blocked[..., None], 0)
 
     def forward_hidden(
         self,
@@ -3484,142 +3554,124 @@ class GPT(nn.Module):
         *,
         max_seqlen,
         looping,
-        fresh=None,
+        window_start=None,
         tap=None,
-        parts=None,
-        on_grid=False,
+        compiled_parts=None,
     ):
-        """(B, T) ids -> (B, T, D), the final norm's output. With cu_seqlens B is 1 and documents
-        are
-        apart, none longer than max_seqlen; without, a row is one document. `parts` has its own
-        enter and block, where these alone were compiled; entries then give all results: few graphs.
-        """
-        hp, slots, weights, parts = (
-            self.hp,
-            self.slots(looping),
-            self.layer_weights(on_grid),
-            parts or self,
-        )
-        packing, rope = (
-            (cu_seqlens, max_seqlen),
-            (
-                self.cos[: tokens.size(1)],
-                self.sin[: tokens.size(1)],
-            ),
-        )
-        if hp.attn_window or hp.new_values:
-            extras = techniques.layer_extras(self, tokens, fresh)
-            weights = [w._replace(extras=e) for w, e in zip(weights, extras, strict=True)]
-        x = x0 = norm(self.embed(tokens, fresh))
-        mlp_lane, encoder, skips, before, order = None, len(slots) // 2, [], -1, None
-        merging = self.skip_weights, *((self.skip_gates,) if hp.skip_gates_enabled else ())
-        # passes that training did not have count below 0: skips stay where they were
-        if hp.extra_eval_loops:
-            order, encoder = techniques.extra_passes(self, slots)
-        for slot, layer in order or enumerate(slots):
-            if layer >= hp.parallel_start_layer and mlp_lane is None:
-                # the stream splits before this slot's skip, which goes to the
-                # attention lane only
-                mlp_lane = x
-            # what the slot before gave; of the skip popped here
-            pushes, pair = 0 <= before < encoder, slot - encoder
-            if pushes and pair >= 0:
-                skips.append(x.view_as(x))  # the first pair is of the stream with itself
-            skip = (skips.pop(), *(p[pair] for p in merging)) if pair >= 0 and skips else ()
-            lanes, own = mlp_lane is not None, pushes and pair < 0
-            wants = (
-                (not lanes or self.gate_kind == "output", lanes or own)
-                if parts is self
-                else (True, True)
-            )
-            entry = parts.enter(x, x0, weights[layer], wants, *skip)
-            if own:
-                # x itself, but so all its gradients meet in the entry's kernel
-                skips.append(entry[3].view_as(x))
-            x, mlp_lane = parts.block(
-                entry, mlp_lane, weights[layer], rope, packing, tap and tap.at(slot, layer)
-            )
-            before = slot
-        if mlp_lane is not None:
-            x = {"mean": (x + mlp_lane) / 2, "attn": x, "mlp": mlp_lane}[hp.parallel_final_lane]
-        return norm(x)
+        """(B, T) ids -> (B, T, D), the output of the final norm.
 
-    def forward(self, inputs, targets, cu_seqlens, looping, max_seqlen, fresh=None, on_grid=False):
-        """(1, T) ids, (T,) targets -> (T,) cross-entropy in nats, logits in the compute
-        dtype: for gradients.
+        With cu_seqlens, B is 1 and the documents between these borders do not see each other; none
+        is longer than max_seqlen. Without it every row is one document. compiled_parts,
+        a CompiledParts, take the place of slot_input and block; slot_input then returns every
+        output, which keeps the number of graphs small.
         """
-        h = self.forward_hidden(
-            inputs, cu_seqlens, max_seqlen=max_seqlen, looping=looping, fresh=fresh, on_grid=on_grid
+        parts = compiled_parts or self
+        return_all = compiled_parts is not None
+        segments = Segments(cu_seqlens, max_seqlen)
+        length = tokens.size(1)
+        rope = (self.cos[:length], self.sin[:length])
+        weights = self.weights_for(tokens, window_start)
+        x = x0 = norm(self.embed(tokens, window_start))
+        mlp_lane = None
+        skips = []
+        for plan in self.slot_plan(looping):
+            w = weights[plan.layer]
+            if plan.splits_lanes:
+                mlp_lane = x
+            if plan.stores_stream:
+                skips.append(x.view_as(x))
+            skip = ()
+            if plan.skip_index is not None:
+                skip = (skips.pop(), *self.skip_parameters(plan.skip_index))
+            return_mix = return_all or plan.return_mix
+            return_merged = return_all or plan.return_merged
+            entry = parts.slot_input(x, x0, w, return_mix, return_merged, *skip)
+            if plan.stores_merged:
+                skips.append(entry.merged.view_as(x))
+            slot_tap = tap and tap.at(plan.slot, plan.layer)
+            x, mlp_lane = parts.block(entry, mlp_lane, w, rope, segments, slot_tap)
+        return norm(self.join_lanes(x, mlp_lane))
+
+    def skip_parameters(self, index):
+        """The (D,) weight of a skip and, if there are skip gates, its (D,) gate."""
+        if self.skip_gates is None:
+            return (self.skip_weights[index],)
+        return self.skip_weights[index], self.skip_gates[index]
+
+    def join_lanes(self, x, mlp_lane):
+        """The two lanes, (B, T, D) each or None for the second -> the stream (B, T, D)."""
+        if mlp_lane is None or self.hp.parallel_final_lane == "attn":
+            return x
+        if self.hp.parallel_final_lane == "mlp":
+            return mlp_lane
+        return (x + mlp_lane) / 2
+
+    def forward(self, inputs, targets, cu_seqlens, looping, max_seqlen, window_start=None):
+        """(1, T) ids, (T,) targets -> (T,) cross-entropy in nats, differentiable.
+
+        The logits are in the compute dtype. The other arguments are those of forward_hidden.
+        """
+        hidden = self.forward_hidden(
+            inputs,
+            cu_seqlens,
+            max_seqlen=max_seqlen,
+            looping=looping,
+            window_start=window_start,
         )
-        return self.ops.cross_entropy(
-            h.flatten(0, 1), self.head_weight.to(self.dtype), targets, self.hp.logit_softcap
-        )
+        weight = self.head_weight.to(self.dtype)
+        return self.ops.cross_entropy(hidden.flatten(0, 1), weight, targets, self.hp.logit_softcap)
 
     def token_losses(self, hidden, targets, tap=None):
-        """(..., D) outputs of the final norm, (...) targets -> (...) nats, with head,
-        softcap and loss in float32.
+        """Final norm's outputs (..., D) and targets (...) -> (...) nats.
+
+        Projection, softcap and loss are float32.
         """
         hidden = hidden.float()
         logits = linear(hidden, self.head_weight, tap, "lm_head")
-        losses = softcapped_cross_entropy_ref(
-            logits.flatten(0, -2), targets.flatten(), self.hp.logit_softcap
-        )
+        flat = logits.flatten(0, -2)
+        losses = softcapped_cross_entropy_ref(flat, targets.flatten(), self.hp.logit_softcap)
         return losses.view(targets.shape)
 
 
 def linear(x, w, tap, site):
-    """x (..., in), w (out, in) -> (..., out): the one matrix product of the model that a tap
-    can watch or add to.
-    """
+    """x (..., in), w (out, in) -> (..., out): a matmul that a tap can observe or add to."""
     y = F.linear(x, w)
     return y if tap is None else tap(site, x, y)
 
 
 def unbank(model):
-    """GPT -> {saved name: fp32 view}: quantization and packing see matrices under names of
-    their own, not banks.
-    """
-    L, state = model.hp.num_layers, {}
+    """GPT -> {saved name: fp32 view}, with the banks taken apart into matrices."""
+    state = {}
     for name, tensor in model.state_dict().items():
-        if names := BANK_NAMES.get(name):
-            state |= {names[i // L].format(i % L): matrix for i, matrix in enumerate(tensor)}
-        else:
+        if name not in BANKS:
             state[HEAD_NAMES.get(name, name)] = tensor
+            continue
+        parts = tensor.split(model.hp.num_layers)
+        for kind, matrices in zip(BANKS[name], parts, strict=True):
+            for layer, matrix in enumerate(matrices):
+                state[kind.saved_name.format(layer)] = matrix
     return state
 
 
 def rebank(model, state):
     """Loads {saved name: tensor} into a GPT.
 
-    Raises ValueError where names or shapes differ from the model's.
+    Raises ValueError if names or shapes differ from the model's.
     """
-    wanted = {name: tensor.shape for name, tensor in unbank(model).items()}
+    views = unbank(model)
+    wanted = {name: tensor.shape for name, tensor in views.items()}
     given = {name: tensor.shape for name, tensor in state.items()}
     if wanted != given:
-        differ = sorted(
-            name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)
-        )
+        names = wanted.keys() | given.keys()
+        differ = sorted(name for name in names if wanted.get(name) != given.get(name))
         raise ValueError(
             f"the saved model does not fit these settings: {len(differ)} tensors differ,"
             f" {differ[:5]} among them; use the settings it was trained with"
         )
     with torch.no_grad():
-        for name, tensor in unbank(model).items():
+        for name, tensor in views.items():
             tensor.copy_(state[name])
 
-
-BANK_NAMES = {
-    "qo_bank": ("blocks.{}.attn.c_q.weight", "blocks.{}.attn.c_proj.weight"),
-    "kv_bank": ("blocks.{}.attn.c_k.weight", "blocks.{}.attn.c_v.weight"),
-    "mlp_up_bank": ("blocks.{}.mlp.c_fc.weight",),
-    "mlp_down_bank": ("blocks.{}.mlp.c_proj.weight",),
-}
-HEAD_NAMES = {
-    "tok_emb": "tok_emb.weight",
-    "lm_head": "lm_head.weight",
-    "bigram_table": "bigram.weight",
-    "value_table": "value_embed.weight",
-}
 
 # ---- OPTIMIZER -----------------------------------------------------------------------------------
 
@@ -3632,14 +3684,12 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 
-BANKS = tuple(BANK_NAMES)  # Muon's parameters
-# AdamW with TIED_EMBED_LR; every other parameter: AdamW with SCALAR_LR
-EMBEDDINGS = tuple(HEAD_NAMES)
-
 
 def polar_express(x, steps):
-    """(N, R, C) -> (N, R, C) orthogonalised: X <- aX + (bA + cA^2)X with A = XX^T, on X/|X|_F;
-    tall ones transposed.
+    """(N, R, C) -> (N, R, C), each matrix orthogonalised by at most five Newton-Schulz steps.
+
+    X <- aX + (bA + cA^2)X with A = X X^T, starting from X / |X|_F. Tall matrices are transposed, so
+    that A is the smaller of the two products.
     """
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
@@ -3650,141 +3700,163 @@ def polar_express(x, steps):
     return x.mT if tall else x
 
 
-def muon_update(grad, momentum_buffer, momentum, steps, row_normalize, orthogonalise=None):
-    """(N, R, C) gradients -> (N, R, C) orthogonalised Nesterov updates, in the gradients'
-    dtype; updates the buffer.
+def muon_update(grad, momentum_buffer, momentum, steps, row_normalize, orthogonalise=polar_express):
+    """(N, R, C) gradients -> (N, R, C) orthogonalised Nesterov updates, in the gradients' dtype.
+
+    Updates the momentum buffer in place.
     """
     momentum_buffer.mul_(momentum).add_(grad)
     update = grad.add(momentum_buffer, alpha=momentum)
     if row_normalize:
         update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return (orthogonalise or polar_express)(update, steps)
+    return orthogonalise(update, steps)
+
+
+def reset_gradients(parameters):
+    """Gives every parameter a new gradient of zeros, for backward to add to."""
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
 
 
 class Muon:
-    """Muon on the banks, sharded over ranks along the banks' first dimension (padded to the world
-    size). launch() starts the reduce-scatter of every bank's gradient; step() orthogonalises this
-    rank's slices bank by bank and gathers the result, so that one bank travels while the next is
-    computed. One rank runs the same lines.
+    """Muon on the banks, sharded over ranks along the banks' first dimension.
+
+    That dimension is padded to a multiple of the world size. launch() starts the reduce-scatter of
+    every bank's gradient. step() orthogonalises this rank's slices bank by bank and gathers the
+    results, so that one bank is communicated while the next is computed. A single rank runs the
+    same lines.
     """
 
     def __init__(self, banks, hp, dist, dtype):
-        self.banks, self.hp, self.dist, self.dtype = banks, hp, dist, dtype
-        self.momentum_buffers = [
-            torch.zeros_like(self.padded(bank).chunk(dist.world_size)[0]) for bank in banks
-        ]
-        self.in_flight = []
+        self.banks = banks
+        self.hp = hp
+        self.dist = dist
+        self.dtype = dtype
+        self.momentum_buffers = []
+        for bank in banks:
+            shard = self.padded(bank).chunk(dist.world_size)[0]
+            self.momentum_buffers.append(torch.zeros_like(shard))
+        self.in_flight = []  # (handle, shard) of each bank's reduction
 
     def padded(self, bank):
-        """A bank-shaped tensor in Muon's dtype, its first dimension zero-padded to a
-        multiple of the world size.
-        """
-        return F.pad(
-            bank.detach().to(self.dtype), (0, 0, 0, 0, 0, -bank.size(0) % self.dist.world_size)
-        )
+        """A copy of the bank in Muon's dtype, padded with zeros to a multiple of the world size."""
+        num_padding = -bank.size(0) % self.dist.world_size
+        return F.pad(bank.detach().to(self.dtype), (0, 0, 0, 0, 0, num_padding))
 
     def launch(self):
         """Starts the reduction of every bank's gradient."""
         self.in_flight = [self.dist.reduce_scatter(self.padded(bank.grad)) for bank in self.banks]
 
     def shards(self):
-        """This rank's slices of the summed gradients."""
+        """This rank's slices of the summed gradients, once they have arrived."""
         for handle, _ in self.in_flight:
             handle.wait()
         return [shard for _, shard in self.in_flight]
 
+    def orthogonaliser(self, buffer):
+        """The function (updates (N, R, C), steps) for the bank with this momentum buffer."""
+        return polar_express
+
     @torch.no_grad()
     def step(self, lr, momentum, weight_decay, clip):
-        """p <- p (1 - lr wd) - lr sqrt(max(1, rows/cols)) O; `clip` (a 0-d tensor or None)
-        multiplies the gradients.
+        """p <- p (1 - lr wd) - lr sqrt(max(1, rows / cols)) O, with O from muon_update.
+
+        The gradients are multiplied by `clip`, a 0-d tensor or None.
         """
+        hp = self.hp
         gathers = []
         for buffer, shard in zip(self.momentum_buffers, self.shards(), strict=True):
-            shard = shard if clip is None else shard * clip.to(shard.dtype)
-            other = (
-                techniques.orthogonaliser(self, buffer, polar_express, POLAR_EXPRESS)
-                if (self.hp.muon_head_pairs or self.hp.muon_gram_enabled)
-                else None
-            )
+            if clip is not None:
+                shard = shard * clip.to(shard.dtype)
             update = muon_update(
                 shard,
                 buffer,
                 momentum,
-                self.hp.muon_backend_steps,
-                self.hp.muon_row_normalize,
-                other,
+                hp.muon_backend_steps,
+                hp.muon_row_normalize,
+                self.orthogonaliser(buffer),
             )
             gathers.append(self.dist.all_gather(update))
         for bank, (handle, update) in zip(self.banks, gathers, strict=True):
             handle.wait()
             scale = max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5
-            bank.mul_(1 - lr * weight_decay).add_(update[: bank.size(0)], alpha=-lr * scale)
+            bank.mul_(1 - lr * weight_decay)
+            bank.add_(update[: bank.size(0)], alpha=-lr * scale)
         self.in_flight = []
 
 
 class Optimizers:
-    """Muon for the banks, AdamW for the embedding and for scalars and gates; every parameter in
-    exactly one group. step() is the whole update: reduction over ranks, one global clip factor,
-    schedules, both optimizers.
+    """Muon for the banks; AdamW for embeddings (TIED_EMBED_LR) and for the rest (SCALAR_LR).
+
+    Every parameter is in exactly one group. step() is the complete update: reduction over ranks,
+    one global clip factor, schedules, both optimizers.
     """
 
     def __init__(self, model, hp, dist):
-        self.hp, self.dist = hp, dist
-        parameters = dict(model.named_parameters())
+        self.hp = hp
+        self.dist = dist
+        rest = dict(model.named_parameters())
         dtype = model.dtype if hp.muon_dtype == "auto" else getattr(torch, hp.muon_dtype)
-        self.muon = Muon([parameters.pop(name) for name in BANKS], hp, dist, dtype)
-        embeddings = [parameters.pop(name) for name in EMBEDDINGS if name in parameters]
-        self.replicated = [*embeddings, *parameters.values()]
+        self.muon = Muon([rest.pop(name) for name in BANKS], hp, dist, dtype)
+        embeddings = [rest.pop(name) for name in HEAD_NAMES if name in rest]
+        scalars = list(rest.values())
+        self.replicated = [*embeddings, *scalars]  # updated by every rank
         groups = [
             {"params": embeddings, "base_lr": hp.tied_embed_lr, "base_wd": hp.embed_wd},
-            {"params": list(parameters.values()), "base_lr": hp.scalar_lr, "base_wd": hp.adam_wd},
+            {"params": scalars, "base_lr": hp.scalar_lr, "base_wd": hp.adam_wd},
         ]
-        self.adamw = torch.optim.AdamW(
-            groups, betas=(hp.beta1, hp.beta2), eps=1e-8, fused=dist.device.type == "cuda"
-        )
-        for p in model.parameters():
-            # kept, and added to: what a captured backward returns is overwritten
-            p.grad = torch.zeros_like(p)
+        betas = (hp.beta1, hp.beta2)
+        fused = dist.device.type == "cuda"
+        self.adamw = torch.optim.AdamW(groups, betas=betas, eps=1e-8, fused=fused)
+        # These stay for the whole run: gradients that a captured backward returns are overwritten
+        # by its next replay, so they must be added to tensors of our own.
+        reset_gradients(model.parameters())
 
     def clip_factor(self):
-        """0-d tensor: GRAD_CLIP_NORM over the norm of the reduced gradient, at most 1; the
-        same on every rank.
+        """GRAD_CLIP_NORM over the global norm of the reduced gradients, at most 1: a 0-d tensor.
+
+        It is the same on every rank. None without clipping.
         """
         if not self.hp.grad_clip_norm:
             return None
-        squares = self.dist.all_reduce(
-            sum(shard.float().square().sum() for shard in self.muon.shards())
-        )
+        shard_squares = sum(shard.float().square().sum() for shard in self.muon.shards())
+        squares = self.dist.all_reduce(shard_squares)
         squares = squares + sum(p.grad.square().sum() for p in self.replicated)
         return (self.hp.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp_max(1.0)
 
     @torch.no_grad()
     def step(self, progress, step):
-        """One update at training fraction `progress`; gradients are sums over this rank's
-        micro-steps, zero after.
+        """One update at training fraction `progress`; leaves all gradients zero.
+
+        On entry the gradients are sums over this rank's micro-steps.
         """
-        hp, lr = self.hp, lr_multiplier(progress, self.hp)
-        decay = techniques.weight_decay_multiplier(progress, hp) if hp.wd_schedule_enabled else 1.0
+        hp = self.hp
+        multiplier = lr_multiplier(progress, hp)
+        decay = decay_multiplier(progress, hp)
+        replicated_grads = [p.grad for p in self.replicated]
         self.muon.launch()
-        self.dist.all_reduce_packed([p.grad for p in self.replicated])
+        self.dist.all_reduce_packed(replicated_grads)
         clip = self.clip_factor()
         if clip is not None:
-            torch._foreach_mul_([p.grad for p in self.replicated], clip)
+            torch._foreach_mul_(replicated_grads, clip)
         for group in self.adamw.param_groups:
-            group["lr"], group["weight_decay"] = group["base_lr"] * lr, group["base_wd"] * decay
+            group["lr"] = group["base_lr"] * multiplier
+            group["weight_decay"] = group["base_wd"] * decay
         self.adamw.step()
-        self.muon.step(hp.matrix_lr * lr, muon_momentum(step, hp), hp.muon_wd * decay, clip)
-        torch._foreach_zero_([p.grad for p in (*self.replicated, *self.muon.banks)])
+        momentum = muon_momentum(step, hp)
+        self.muon.step(hp.matrix_lr * multiplier, momentum, hp.muon_wd * decay, clip)
+        torch._foreach_zero_([*replicated_grads, *(bank.grad for bank in self.muon.banks)])
 
 
 class EMA:
-    """Exponential average of all weights in fp32, decay min(EMA_DECAY, (1 + n) / (10 + n)) at
-    step n.
+    """Exponential moving average of all weights, in fp32.
+
+    The decay at step n is min(EMA_DECAY, (1 + n) / (10 + n)).
     """
 
     def __init__(self, model, decay):
-        self.decay, self.parameters = decay, list(model.parameters())
-        self.snapshots = 0  # of SWA_BELOW_LR: how many the average is the mean of
+        self.decay = decay
+        self.parameters = list(model.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
@@ -3798,8 +3870,8 @@ class EMA:
 
 
 # ---- SCHEDULE ------------------------------------------------------------------------------------
-# Pure functions of the training fraction in [0, 1] (or of the step): every rank and every test
-# computes the same.
+# Pure functions of the training fraction in [0, 1] or of the step, so that every rank computes the
+# same values.
 
 
 def lr_multiplier(progress, hp):
@@ -3807,10 +3879,17 @@ def lr_multiplier(progress, hp):
     return max(hp.min_lr, min(1.0, (1.0 - progress) / hp.warmdown_frac))
 
 
+def decay_multiplier(progress, hp):
+    """Factor of the weight decay, which is constant here."""
+    return 1.0
+
+
 def muon_momentum(step, hp):
     """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over the warm-up steps."""
-    share = min(1.0, step / hp.muon_momentum_warmup_steps) if hp.muon_momentum_warmup_steps else 1.0
-    return (1 - share) * hp.muon_momentum_warmup_start + share * hp.muon_momentum
+    fraction = 1.0
+    if hp.muon_momentum_warmup_steps:
+        fraction = min(1.0, step / hp.muon_momentum_warmup_steps)
+    return (1 - fraction) * hp.muon_momentum_warmup_start + fraction * hp.muon_momentum
 
 
 def loop_is_on(progress, hp):
@@ -3822,36 +3901,37 @@ def loop_is_on(progress, hp):
 
 
 class TrainingClock:
-    """Seconds of training on rank 0, told to every rank, so that schedules and the end are the same
-    everywhere. The host runs at most one step ahead of the device: marking a step waits for the one
-    before, which costs no bubble. paused() keeps evaluations inside training off the clock; `used`
-    were used before.
+    """Training seconds of rank 0, shared so that all ranks follow the same schedules and end.
+
+    The host runs at most one step ahead of the device: marking a step waits for the one before,
+    which leaves the device no gap. paused() keeps evaluations during training off the clock.
     """
 
     def __init__(self, dist, used=0.0):
-        self.dist, self.queue = dist, []
+        """Starts the clock at `used` seconds: those of the run that this one resumes."""
+        self.dist = dist
+        self.queue = []  # CUDA events at the end of steps
         dist.barrier()
         dist.synchronize()
         self.start = time.perf_counter() - used
 
     def mark_step(self):
-        """Call after a step's work is launched."""
-        if self.dist.device.type == "cuda":
-            self.queue.append(torch.cuda.Event())
-            self.queue[-1].record()
-            if len(self.queue) > 1:
-                self.queue.pop(0).synchronize()
+        """To be called after the work of a step is launched."""
+        if self.dist.device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self.queue.append(event)
+        if len(self.queue) > 1:
+            self.queue.pop(0).synchronize()
 
-    def look(self, *numbers):
-        """[seconds on rank 0, *the largest of every rank's numbers]: what a step has to
-        tell travels at once.
-        """
-        return self.dist.max_over_ranks(
-            (time.perf_counter() - self.start) * (self.dist.rank == 0), *numbers
-        )
+    def clock_and_max(self, *numbers):
+        """[seconds of rank 0, *the maximum over ranks of each number], in one collective."""
+        seconds = time.perf_counter() - self.start
+        return self.dist.max_over_ranks(seconds * (self.dist.rank == 0), *numbers)
 
     def seconds(self):
-        return self.look()[0]
+        return self.clock_and_max()[0]
 
     @contextlib.contextmanager
     def paused(self):
@@ -3868,92 +3948,81 @@ def compile_wanted(hp, dist):
 
 @lru_cache
 def prepare_compiler():
-    from torch._inductor.decomposition import decompositions
-
-    # graphs of a function: kinds of layers, of entries, with taps or not
+    # A function needs many graphs: kinds of layers, kinds of slot inputs, with taps or without
     torch._dynamo.config.recompile_limit = 256
-    # or old gradients come from caches
+    # Without this the compile cache may reuse gradients of an older version of this file
     torch.compiler.config.cache_key_tag = digest(Path(__file__).read_bytes()).hex()
-    # below autograd: the gradients stay those of _enter
-    decompositions[torch.ops.golf.enter.default] = _open_enter
+    decompose_slot_input()
 
 
 def compiled(function, hp, dist, dynamic=False, graphs=False):
-    """torch.compile where the settings ask for it, else the function itself; dynamic=None:
-    dimensions
-    may be marked; graphs: on CUDA it is captured, its backward too, and replayed, so that what it
-    returned before is overwritten.
+    """torch.compile of the function if the settings ask for it, else the function itself.
+
+    dynamic=None: dimensions may be marked as dynamic. graphs: on CUDA forward and backward are
+    captured and replayed, so that a call overwrites what earlier calls returned.
     """
     if not compile_wanted(hp, dist):
         return function
     prepare_compiler()
-    # padding of matrix products would bind a graph to the range of sizes that it was traced at
-    return torch.compile(
-        function,
-        fullgraph=True,
-        dynamic=dynamic,
-        options={"shape_padding": False, "triton.cudagraphs": graphs},
-    )
+    # Padded matmuls would tie a graph to the range of sizes that it was traced with
+    options = {"shape_padding": False, "triton.cudagraphs": graphs}
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)
 
 
 class Trainer:
-    """Model, optimizers, average and loader of a run, and the one training step."""
+    """Model, optimizers, weight average and loader of a run, and the training loop."""
 
     def __init__(self, model, loader, hp, dist, log, guard=NO_GUARD):
-        self.model, self.loader, self.hp, self.dist, self.log, self.guard = (
-            model,
-            loader,
-            hp,
-            dist,
-            log,
-            guard,
-        )
+        self.model = model
+        self.loader = loader
+        self.hp = hp
+        self.dist = dist
+        self.log = log
+        self.guard = guard
         self.optimizers = Optimizers(model, hp, dist)
         self.ema = EMA(model, hp.ema_decay)
         self.forward = compiled(model.forward, hp, dist, graphs=hp.train_cuda_graphs)
-        # Where training is. A training state holds these: training may begin anywhere.
+        # Position in training; training states hold these two, so that a run can be resumed
         self.looping = loop_is_on(0.0, hp)  # in the last step
-        # step and seconds where each stretch of one looping state began
-        self.tokens_at = [(0, 0.0)]
-        # as last logged, for the live line, which must not wait for the GPU
+        self.tokens_at = [(0, 0.0)]  # (step, seconds) at the start of each looping state
+        # As last logged: the live line must not wait for the GPU
         self.last_loss = math.nan
 
     def train_step(self, step, progress, looping):
-        """Rows of a step -> 0-d tensor, this rank's share of the mean loss in nats; weights
-        and average are updated.
-        """
+        """One optimizer step -> 0-d tensor, this rank's share of the mean loss in nats."""
+        hp = self.hp
         total = torch.zeros((), device=self.dist.device)
-        # another value is another graph
-        on_grid = lr_multiplier(progress, self.hp) < self.hp.qat_below_lr
         for row in self.loader.step(step):
-            if compile_wanted(self.hp, self.dist):
-                # nothing of the row before is read any more
+            if compile_wanted(hp, self.dist):
+                # The outputs of the last replay are not needed any more
                 torch.compiler.cudagraph_mark_step_begin()
-            loss = (
-                self.forward(*row, looping, self.hp.train_seq_len, on_grid=on_grid).mean()
-                / self.hp.micro_steps
-            )
+            losses = self.forward(*row, looping, hp.train_seq_len)
+            loss = losses.mean() / hp.micro_steps
             loss.backward()
             total += loss.detach()
         self.guard.watch(self.model, total)
         self.optimizers.step(progress, step)
-        if not self.hp.swa_below_lr or lr_multiplier(progress, self.hp) >= self.hp.swa_below_lr:
-            self.ema.update(step)
-        elif step % self.hp.swa_every == 0:
-            techniques.add_snapshot(self.ema)
+        self.update_average(step, progress)
         return total
 
+    def update_average(self, step, progress):
+        """The weights of a step join the average."""
+        self.ema.update(step)
+
+    def warm_up_step(self, step, looping):
+        """Throw-away steps on every graph with or without looping."""
+        self.train_step(step, 0.0, looping)
+
     def warm_up(self):
-        """Compiles every graph on throw-away steps, then restores weights, optimizers,
-        average and RNG bit for bit.
+        """Compiles every graph by throw-away steps, then restores the run bit for bit.
+
+        Restored are weights, optimizers, weight average and random state.
         """
         weights = [p.detach().clone() for p in self.model.parameters()]
         rng = torch.get_rng_state()
         for looping in sorted({loop_is_on(0.0, self.hp), loop_is_on(1.0, self.hp)}):
             for step in range(self.hp.warmup_steps):
-                self.train_step(step, 0.0, looping)
-                if self.hp.qat_below_lr:  # the graph on the grid
-                    self.train_step(step, 1.0, looping)
+                self.warm_up_step(step, looping)
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), weights)
         torch.set_rng_state(rng)
@@ -3961,27 +4030,27 @@ class Trainer:
         self.ema = EMA(self.model, self.hp.ema_decay)
 
     def train(self, evaluate):
-        """Trains until the budget or ITERATIONS end; the model then holds the average. Returns
-        figures
-        for RESULT. `evaluate()` scores the current weights; it is called every VAL_LOSS_EVERY steps
-        with the clock stopped.
+        """Trains until the time budget or ITERATIONS end -> figures for RESULT.
+
+        Afterwards the model holds the average. `evaluate()` scores the current weights; it is
+        called every VAL_LOSS_EVERY steps with the clock stopped.
         """
-        hp, log, budget = self.hp, self.log, self.hp.training_seconds
+        hp = self.hp
+        log = self.log
+        budget = hp.training_seconds
         first, seconds, losses = self.guard.resume(self)
-        # the run that wrote the state may have ended before this step's line and
-        # evaluation
         if hp.resume:
+            # The run that wrote the state may have ended before it logged and evaluated this step
             self.log_step(first, losses[-1], seconds, self.progress(first, seconds), self.looping)
             if self.evaluation_is_due(first):
                 evaluate()
-        clock, step, step_seconds = (
-            TrainingClock(self.dist, seconds),
-            first,
-            seconds / max(first, 1),
-        )
-        while step < hp.iterations and not (
-            budget is not None and step and seconds + 2 * step_seconds > budget
-        ):
+        step = first
+        step_seconds = seconds / max(first, 1)
+        clock = TrainingClock(self.dist, seconds)
+        while step < hp.iterations:
+            # The last step must not overrun, even if it takes twice as long as the one before
+            if budget is not None and step and seconds + 2 * step_seconds > budget:
+                break
             progress = self.progress(step, seconds)
             looping = loop_is_on(progress, hp)
             if looping != self.looping:
@@ -3991,15 +4060,15 @@ class Trainer:
             losses.append(self.train_step(step, progress, looping))
             step += 1
             clock.mark_step()
-            now, *reports = clock.look(*self.guard.report())
-            step_seconds, seconds = now - seconds, now
+            now, *reports = clock.clock_and_max(*self.guard.report())
+            step_seconds = now - seconds
+            seconds = now
             self.guard.after_step(self, step, seconds, losses, reports)
             if step <= 5 or step % hp.train_log_every == 0:
                 self.log_step(step, losses[-1], seconds, progress, looping)
             rate = step * hp.train_batch_tokens / seconds
-            log.live(
-                progress, f"step:{step} train_loss:{self.last_loss:.4f} tokens_per_s:{rate:.0f}"
-            )
+            message = f"step:{step} train_loss:{self.last_loss:.4f} tokens_per_s:{rate:.0f}"
+            log.live(progress, message)
             if self.evaluation_is_due(step):
                 with clock.paused():
                     evaluate()
@@ -4012,12 +4081,11 @@ class Trainer:
             )
         self.log_step(step, losses[-1], seconds, self.progress(step, seconds), self.looping)
         self.ema.copy_to_model()
-        return self.summary(step, seconds, losses) | (
-            {"resumed_at_step": first} if hp.resume else {}
-        )
+        resumed = {"resumed_at_step": first} if hp.resume else {}
+        return self.summary(step, seconds, losses) | resumed
 
     def progress(self, step, seconds):
-        """The training fraction, in [0, 1]: of the budget, or of ITERATIONS where there is none."""
+        """The training fraction in [0, 1]: of the time budget or, without one, of ITERATIONS."""
         budget = self.hp.training_seconds
         if budget is None:
             return min(1.0, step / self.hp.iterations)
@@ -4028,25 +4096,26 @@ class Trainer:
         return self.hp.val_loss_every > 0 and step % self.hp.val_loss_every == 0
 
     def log_step(self, step, loss, seconds, progress, looping):
-        self.last_loss = loss = self.dist.all_reduce(loss.clone()).item()
+        """Logs a step; `loss` is this rank's share. Waits for the device."""
+        self.last_loss = self.dist.all_reduce(loss.clone()).item()
         rate = step * self.hp.train_batch_tokens / max(seconds, 1e-9)
         self.log(
-            f"step:{step} train_loss:{loss:.4f} train_seconds:{seconds:.2f} progress:{progress:.4f}"
-            f" lr_factor:{lr_multiplier(progress, self.hp):.4f} looping:{int(looping)}"
-            f" tokens_per_s:{rate:.0f}"
+            f"step:{step} train_loss:{self.last_loss:.4f} train_seconds:{seconds:.2f}"
+            f" progress:{progress:.4f} lr_factor:{lr_multiplier(progress, self.hp):.4f}"
+            f" looping:{int(looping)} tokens_per_s:{rate:.0f}"
         )
 
     def summary(self, steps, seconds, losses):
-        """Steps, final loss, seconds, and tokens/s of each looping state, as RESULT has them."""
-        stretches = zip(self.tokens_at, [*self.tokens_at[1:], (steps, seconds)], strict=True)
-        rates = [
-            round((b[0] - a[0]) * self.hp.train_batch_tokens / max(b[1] - a[1], 1e-9))
-            for a, b in stretches
-        ]
-        losses = self.dist.all_reduce(torch.stack(losses[-20:])).tolist()
+        """Figures for RESULT: steps, final loss, seconds, tokens/s of each looping state."""
+        ends = [*self.tokens_at[1:], (steps, seconds)]
+        rates = []
+        for start, end in zip(self.tokens_at, ends, strict=True):
+            tokens = (end[0] - start[0]) * self.hp.train_batch_tokens
+            rates.append(round(tokens / max(end[1] - start[1], 1e-9)))
+        last_losses = self.dist.all_reduce(torch.stack(losses[-20:])).tolist()
         return {
             "steps": steps,
-            "train_loss": sum(losses) / len(losses),
+            "train_loss": sum(last_losses) / len(last_losses),
             "training_seconds": round(seconds, 3),
             "tokens_per_second_by_loop_state": rates,
         }
@@ -4079,8 +4148,6 @@ EMBEDDING_ROLE = QuantRole("embedding", "embed_bits", "embed_clip_sigmas")
 QUANT_TABLE = {
     "tok_emb.weight": EMBEDDING_ROLE,
     "lm_head.weight": EMBEDDING_ROLE,  # TIE_EMBEDDINGS=0
-    "bigram.weight": EMBEDDING_ROLE,
-    "value_embed.weight": EMBEDDING_ROLE,
     "blocks.{}.attn.c_q.weight": QuantRole("q", "matrix_bits", "attn_clip_sigmas"),
     "blocks.{}.attn.c_k.weight": QuantRole("k", "matrix_bits", "attn_clip_sigmas"),
     "blocks.{}.attn.c_v.weight": QuantRole("v", "matrix_bits", "attn_clip_sigmas"),
@@ -4145,15 +4212,11 @@ def from_log2_eighths(codes):
     return (codes / 8).exp2()
 
 
-class StepGrid(NamedTuple):
-    """Step sizes as codes of to_log2_eighths: a weight's is that of its row times its column's."""
-
-    row_steps: Tensor  # int8 (N, R)
-    column_steps: Tensor  # int8 (N, C)
-
-
 def column_step_grid(upper, row_scale, octaves):
-    """StepGrid from factors U (N, C, C) of inverse Hessians and SDClip scales of rows (N, R).
+    """Steps of rows (N, R) and columns (N, C), the step of a weight is their product.
+
+    They are codes of to_log2_eighths. upper: factors U (N, C, C) of the inverse Hessians;
+    row_scale: SDClip's scales (N, R).
 
     diag U is the inverse of a column's conditional deviation, the part of its input that the
     columns after it do not predict. With steps proportional to diag U every column adds the same
@@ -4164,21 +4227,15 @@ def column_step_grid(upper, row_scale, octaves):
     log2_steps = log2_steps - log2_steps.mean(dim=1, keepdim=True)
     column_steps = to_log2_eighths(log2_steps.clamp(-octaves, octaves).exp2())
     column_steps.clamp_(max=127 - 8 * MAX_SHIFT)  # split_wide_codes may add 8 * MAX_SHIFT
-    return StepGrid(to_log2_eighths(row_scale), column_steps)
-
-
-class OrderedColumns(NamedTuple):
-    """Matrices with their columns in the order in which GPTQ quantizes them."""
-
-    weights: Tensor  # (N, C, R): transposed, so that a column is contiguous
-    upper: Tensor  # (N, C, C): factors of the damped inverse Hessians
-    order: Tensor  # (N, C): original index of each column
+    return to_log2_eighths(row_scale), column_steps
 
 
 def order_columns(w, hessian, damp, names):
-    """w (N, R, C) and hessian (N, C, C), both kept -> OrderedColumns, by descending diag H.
+    """Puts columns in the order in which GPTQ quantizes them: by descending diagonal of H.
 
-    damp: share of the mean of diag H that is added to it.
+    w (N, R, C) and hessian (N, C, C), neither is changed; damp: share of the mean of diag H that is
+    added to it. Returns weights (N, C, R), transposed so that a column is contiguous, factors of
+    the damped inverse Hessians (N, C, C), and the original index of each column (N, C).
     """
     h = hessian.float().clone()
     diagonal = h.diagonal(dim1=1, dim2=2)
@@ -4190,7 +4247,7 @@ def order_columns(w, hessian, damp, names):
     upper = damped_inverse_factor(h, damping, names)
     weights = w.float().mT.masked_fill(dead[:, :, None], 0.0)
     weights = weights.gather(1, order[:, :, None].expand_as(weights))
-    return OrderedColumns(weights, upper, order)
+    return weights, upper, order
 
 
 def trellis_levels(codes):
@@ -4380,20 +4437,13 @@ def quantize_rows(x, low, high, max_level):
     return codes.to(torch.int8), scale
 
 
-def lqer_factors(error, rank, root=None):
-    """error (R, C) -> A (R, rank), B (rank, C), the best A B in the Frobenius norm (LQER,
-    arXiv:2402.02446). With root (C, C), H = root root^T: the best for the error of the outputs,
-    |(error - A B) root|.
+def lqer_factors(error, rank):
+    """error (R, C) -> A (R, rank), B (rank, C) with the least Frobenius norm of error - A B.
+
+    LQER, arXiv:2402.02446.
     """
-    u, s, vh = torch.linalg.svd(
-        error.float() if root is None else error.float() @ root, full_matrices=False
-    )
-    b = (
-        vh[:rank]
-        if root is None
-        else torch.linalg.solve_triangular(root, vh[:rank], upper=False, left=False)
-    )
-    return u[:, :rank] * s[:rank], b
+    u, s, vh = torch.linalg.svd(error.float(), full_matrices=False)
+    return u[:, :rank] * s[:rank], vh[:rank]
 
 
 def pack_factors(a, b, hp):
@@ -4455,8 +4505,6 @@ def quantize_matrices(names, weights, hessians, hp, trellis_round):
     for (_, bits, clip_sigmas), batch in batches.items():
         w = torch.stack([weights[name].float() for name in batch])
         h = torch.stack([hessians[name].float() for name in batch])
-        if hp.hessian_clip_lambda and quant_role(batch[0]) != EMBEDDING_ROLE:
-            clip_sigmas = techniques.hessian_aware_sigmas(w, h, clip_sigmas, hp.hessian_clip_lambda)
         quantized = gptq_quantize(
             w,
             h,
@@ -4525,11 +4573,6 @@ def quantize_weights(weights, hessians, hp, dist, trellis_round=trellis_round_re
         mine = share_matrices(matrices, dist.world_size)[dist.rank]
         fields, errors = quantize_matrices(mine, weights, hessians, hp, trellis_round)
         outcome = {name: error.norm().item() for name, error in errors.items()}
-        if hp.lqer_weighted:
-            outcome = {
-                name: techniques.weighted_gain(error, hessians[name], hp)
-                for name, error in errors.items()
-            }
     except ValueError as error:  # goes to the other ranks, which would wait for this one's part
         outcome = str(error)
     outcomes = dist.all_gather_object(outcome)
@@ -4540,13 +4583,11 @@ def quantize_weights(weights, hessians, hp, dist, trellis_round=trellis_round_re
         for name in weights.keys() - matrices.keys():
             fields[name] = quantize_small(name, weights[name], hp)
     if hp.lqer_enabled:
-        gains = merge_dicts(outcomes)
-        by_gain = sorted(gains, key=lambda name: (-gains[name], name))
-        for name in set(by_gain[: hp.lqer_top_k]) & set(errors):
-            root = (
-                techniques.hessian_root(hessians[name], hp.gptq_damp) if hp.lqer_weighted else None
-            )
-            fields[name] |= pack_factors(*lqer_factors(errors[name], hp.lqer_rank, root), hp)
+        norms = merge_dicts(outcomes)
+        largest_first = sorted(norms, key=lambda name: (-norms[name], name))
+        for name in set(largest_first[: hp.lqer_top_k]) & set(errors):
+            a, b = lqer_factors(errors[name], hp.lqer_rank)
+            fields[name] |= pack_factors(a, b, hp)
     arrays = {}
     for name, tensors in fields.items():
         arrays[name] = {field: tensor.cpu().numpy() for field, tensor in tensors.items()}
@@ -4700,6 +4741,16 @@ class HessianTap:
         return by_name
 
 
+def calibration_row(model, loader, index, following):
+    """Row `index` of the rows for the Hessians; row `following` (None: no other) is read ahead."""
+    return loader.row(index, following)
+
+
+def table_hessians(model):
+    """{saved weight name: identity} of tables that are read row by row: all columns count alike."""
+    return {"tok_emb.weight": torch.eye(model.hp.model_dim, device=model.tok_emb.device)}
+
+
 @torch.no_grad()
 def collect_hessians(model, loader, hp, dist):
     """{saved weight name: Hessian (in, in) in float32}, means over rows of training data.
@@ -4710,13 +4761,8 @@ def collect_hessians(model, loader, hp, dist):
     tap = HessianTap()
     mine = range(dist.rank, hp.gptq_calibration_batches, dist.world_size)
     for index in mine or [0]:  # a rank without a row of its own takes part in the sums with zeros
-        row = (
-            techniques.written_row(model, index)
-            if hp.gptq_self_calibration
-            else loader.row(
-                index, index + dist.world_size if index + dist.world_size in mine else None
-            )
-        )
+        following = index + dist.world_size
+        row = calibration_row(model, loader, index, following if following in mine else None)
         hidden = model.forward_hidden(
             row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True, tap=tap
         )
@@ -4727,11 +4773,8 @@ def collect_hessians(model, loader, hp, dist):
             dist.all_reduce(gram if mine else gram.zero_())
         else:
             gram /= max(1, len(mine))
-    hessians = tap.hessians("tok_emb.weight" if hp.tie_embeddings else "lm_head.weight")
-    if hp.bigram_vocab_size or hp.value_embed_layers:
-        hessians |= techniques.table_hessians(model)
-    # an untied embedding is read one row at a time: every column counts the same
-    return {"tok_emb.weight": torch.eye(hp.model_dim, device=dist.device)} | hessians
+    head = "tok_emb.weight" if hp.tie_embeddings else "lm_head.weight"
+    return table_hessians(model) | tap.hessians(head)
 
 
 @torch.no_grad()
@@ -5176,13 +5219,11 @@ def lzma_decompress(data, raw_size, shapes=()):
 ENCODERS = {  # (raw bytes, shapes of their arrays) -> stream
     "brotli": brotli_compress,
     "lzma": lzma_compress,
-    "lrzip": lambda raw, shapes=(): techniques.run_lrzip(["-z", "-L", "9"], raw),
     "entropy": entropy_compress,
 }
 DECODERS = {  # (stream, raw size, shapes) -> raw bytes; another number of bytes means a bad stream
     "brotli": brotli_decompress,
     "lzma": lzma_decompress,
-    "lrzip": lambda data, raw_size, shapes=(): techniques.lrzip_decompress(data, raw_size),
     "entropy": entropy_decompress,
 }
 
@@ -5199,10 +5240,9 @@ class Compressor(NamedTuple):
         return [self.codec] if self.codes_codec is None else [self.codec, self.codes_codec]
 
 
-COMPRESSORS = {
+COMPRESSORS = {  # presets/published.py adds number 2
     "brotli": Compressor(0, "brotli"),
     "lzma": Compressor(1, "lzma"),
-    "pergroup": Compressor(2, "brotli", "lrzip"),
     "entropy": Compressor(3, "brotli", "entropy"),
 }
 
@@ -5224,17 +5264,10 @@ def check_compressor(name):
     """SettingError, which says what to install, for an unknown compressor or missing tools."""
     if name not in COMPRESSORS:
         raise SettingError(f"COMPRESSOR={name} is unknown: choose one of {', '.join(COMPRESSORS)}")
-    codecs = COMPRESSORS[name].codecs()
-    if "brotli" in codecs and brotli is None:
+    if "brotli" in COMPRESSORS[name].codecs() and brotli is None:
         raise SettingError(
             "the brotli module is missing: pip install brotli, or set COMPRESSOR=lzma"
         )
-    if "lrzip" in codecs and shutil.which("lrzip") is None:
-        raise SettingError(
-            "the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)"
-        )
-    if "lrzip" in codecs and techniques is None:
-        raise SettingError(f"COMPRESSOR={name} needs tools/techniques.py beside this file")
 
 
 def try_compressor(name):
@@ -5306,7 +5339,7 @@ def total_bytes(specs):
 class Section(NamedTuple):
     """A part of the file that is compressed by itself."""
 
-    kind: str  # codes (transposed), orders (of rows, pergroup), rest
+    kind: str  # codes, which are transposed, or rest
     codec: str
     specs: list[ArraySpec]  # of its arrays, as they are stored
 
@@ -5324,37 +5357,40 @@ def layer_number(spec):
     return int("0" + re.sub(r"\D", "", spec.name))
 
 
-def plan_sections(specs, compressor):
-    """ArraySpecs -> Sections; packing and unpacking both follow this plan.
-
-    entropy: all "codes" in one section, by group and layer, then the "rest". pergroup (PR 1855):
-    a section of "codes" for each group, "orders" of re-ordered rows, and the "rest".
-    """
-    codec = COMPRESSORS[compressor].codec
-    codes_codec = COMPRESSORS[compressor].codes_codec
-    if codes_codec is None:
-        return [Section("rest", codec, specs)]
+def group_codes(specs):
+    """{group: specs of its codes, transposed, in the order of layers}, specs of other arrays."""
     groups = {role.group: [] for role in QUANT_TABLE.values()}
-    rest = []
+    others = []
     for spec in specs:
         group = codes_group(spec)
         if group is None:
-            rest.append(spec)
+            others.append(spec)
         else:
             groups[group].append(spec._replace(shape=spec.shape[::-1]))
     for group in groups.values():
         group.sort(key=layer_number)
-    rest = Section("rest", codec, rest)
-    if compressor == "entropy":
-        members = [spec for group in groups.values() for spec in group]
-        return [Section("codes", codes_codec, members), rest]
-    orders = [
-        ArraySpec(spec.name, "uint16", spec.shape[:1])
-        for spec in specs
-        if codes_group(spec) in ("embedding", "q", "up") and spec.shape[0]
-    ]
-    codes = [Section("codes", codes_codec, group) for group in groups.values() if group]
-    return [*codes, Section("orders", codec, orders), rest]
+    return groups, others
+
+
+def plan_sections(specs, compressor):
+    """ArraySpecs -> Sections; packing and unpacking both follow this plan."""
+    codec = COMPRESSORS[compressor].codec
+    codes_codec = COMPRESSORS[compressor].codes_codec
+    if codes_codec is None:
+        return [Section("rest", codec, specs)]
+    groups, others = group_codes(specs)
+    codes = [spec for group in groups.values() for spec in group]
+    return [Section("codes", codes_codec, codes), Section("rest", codec, others)]
+
+
+def section_sources(arrays, plan):
+    """Arrays by name -> {kind of section: {name: array as it is stored there}}."""
+    return {"rest": arrays, "codes": {name: array.T for name, array in arrays.items()}}
+
+
+def join_sections(sources):
+    """The inverse of section_sources; there, an array is only in the section that holds it."""
+    return sources["rest"] | {name: codes.T for name, codes in sources["codes"].items()}
 
 
 def by_item_size(specs):
@@ -5406,7 +5442,7 @@ def pack_weights(arrays, compressor, on_progress=lambda share: None):
     check_compressor(compressor)
     check_specs(specs)
     plan = plan_sections(specs, compressor)
-    sources = {"rest": arrays, "codes": {name: array.T for name, array in arrays.items()}}
+    sources = section_sources(arrays, plan)
     sizes_done = []
 
     def encode(section):
@@ -5418,8 +5454,6 @@ def pack_weights(arrays, compressor, on_progress=lambda share: None):
         return stored, SectionRecord(len(stored), digest(stored).hex(), digest(raw).hex())
 
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
-        if compressor == "pergroup":
-            techniques.order_rows(arrays, sources, plan[-2].specs, pool)
         encoded = list(pool.map(encode, plan))
     records = [record for _, record in encoded]
     header = json.dumps([specs, records], separators=(",", ":")).encode()
@@ -5505,14 +5539,12 @@ def unpack_weights(blob):
     def decode(section, record, end):
         return unpack_section(blob[end - record.size : end], section, record)
 
-    arrays = {"rest": {}, "codes": {}, "orders": {}}
+    sources = defaultdict(dict)
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
         decoded = pool.map(decode, header.plan, header.records, ends[1:])
-        for section, unpacked in zip(header.plan, decoded, strict=True):
-            arrays[section.kind] |= unpacked
-    unpacked = arrays["rest"] | {name: codes.T for name, codes in arrays["codes"].items()}
-    if arrays["orders"]:
-        techniques.restore_rows(unpacked, arrays["orders"])
+        for section, arrays in zip(header.plan, decoded, strict=True):
+            sources[section.kind] |= arrays
+    unpacked = join_sections(sources)
     return {
         spec.name: np.array(unpacked[spec.name], spec.dtype, order="C") for spec in header.specs
     }
@@ -5522,49 +5554,55 @@ def unpack_weights(blob):
 HEAD_CHUNK = 8192  # positions whose float32 logits exist at a time
 
 
-def bits_per_byte(nats, charges):
-    return nats / math.log(2) / charges
+def bits_per_byte(nats, num_bytes):
+    return nats / math.log(2) / num_bytes
 
 
 class Score:
-    """Sums of a scoring: nats, tokens and bytes, kept on the device in float64."""
+    """Sums of nats, tokens and bytes over scored targets, kept on the device in float64."""
 
     def __init__(self, device):
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
-    def add(self, losses, scored, charges):
-        """(...) nats, bool, bytes: counts the scored positions."""
-        losses = torch.where(scored, losses, 0.0).double().sum()
-        self.sums += torch.stack([losses, scored.sum(), torch.where(scored, charges, 0).sum()])
+    def add(self, losses, scored, target_bytes):
+        """Adds the targets that `scored` (bool) marks: nats and bytes, all of one shape."""
+        nats = torch.where(scored, losses, 0.0).double().sum()
+        num_bytes = torch.where(scored, target_bytes, 0).sum()
+        self.sums += torch.stack([nats, scored.sum(), num_bytes])
 
     def total(self, dist, expected):
         """Sums over ranks -> {loss, bpb, tokens, bytes}.
 
         Raises RuntimeError unless (tokens, bytes) are as expected.
         """
-        nats, tokens, charges = dist.all_reduce(self.sums.clone()).tolist()
-        if (int(tokens), int(charges)) != tuple(expected):
+        nats, tokens, num_bytes = dist.all_reduce(self.sums.clone()).tolist()
+        tokens = int(tokens)
+        num_bytes = int(num_bytes)
+        if (tokens, num_bytes) != tuple(expected):
             raise RuntimeError(
-                f"scored {int(tokens)} tokens and {int(charges)} bytes, the documents have"
-                f" {expected}"
+                f"scored {tokens} tokens and {num_bytes} bytes, the documents have {expected}"
             )
-        bpb = bits_per_byte(nats, charges)
-        return {"loss": nats / tokens, "bpb": bpb, "tokens": int(tokens), "bytes": int(charges)}
+        bpb = bits_per_byte(nats, num_bytes)
+        return {"loss": nats / tokens, "bpb": bpb, "tokens": tokens, "bytes": num_bytes}
 
 
 def document_windows(starts, ends, length, stride):
-    """Input spans of documents -> (n, 3) int64 windows: start, end, first input that is scored.
-    Windows advance by the stride; the first scores all its inputs, the others the last `stride`
-    that no window before them scored: every target is scored once, with the longest context. stride
-    = length gives disjoint pieces.
+    """Input spans of documents -> (n, 3) int64 windows: start, end, first scored input.
+
+    Windows advance by the stride. The first window of a document scores all its inputs, each later
+    one those that no earlier window scored, at most `stride`: every target is scored once, with the
+    longest context. stride = length gives disjoint windows.
     """
     targets = ends - starts
-    count = np.where(targets > 0, np.maximum(1, 1 - (length - targets) // stride), 0)
-    document = np.repeat(np.arange(len(starts)), count)
-    number = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    num_windows = np.maximum(1, 1 - (length - targets) // stride)
+    num_windows = np.where(targets > 0, num_windows, 0)
+    document = np.repeat(np.arange(len(starts)), num_windows)
+    first_window = np.cumsum(num_windows) - num_windows
+    number = np.arange(num_windows.sum()) - np.repeat(first_window, num_windows)
     start = starts[document] + number * stride
-    first = np.where(number == 0, start, start + length - stride)
-    return np.stack([start, np.minimum(start + length, ends[document]), first], axis=1)
+    end = np.minimum(start + length, ends[document])
+    first_scored = np.where(number == 0, start, start + length - stride)
+    return np.stack([start, end, first_scored], axis=1)
 
 
 class ScoredRow(NamedTuple):
@@ -5573,529 +5611,668 @@ class ScoredRow(NamedTuple):
     inputs: Tensor  # (1, T) int64
     targets: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (N + 1,) int32
-    fresh: Tensor  # (1, T) bool: a window starts here, there is no previous token
+    window_start: Tensor  # (1, T) bool: first input of a window, which has no previous token
     scored: Tensor  # (T,) bool
-    charges: Tensor  # (T,) int64 bytes of the target
+    target_bytes: Tensor  # (T,) int64
 
 
 class WindowPacker:
-    """Packs windows of the validation stream, in order, into rows of one shape; the stream
-    lives on the device.
-    """
+    """Packs windows of the validation stream, in order, into rows of one shape on the device."""
 
-    def __init__(self, validation, row_tokens, max_window, entries, device):
-        self.row_tokens, self.max_window, self.entries = (
-            max(row_tokens, max_window),
-            max_window,
-            entries,
-        )
-        self.device, self.end = device, len(validation.tokens) - 1
+    def __init__(self, validation, row_tokens, max_window, max_segments, device):
+        self.row_tokens = max(row_tokens, max_window)
+        self.max_window = max_window
+        self.max_segments = max_segments
+        self.device = device
+        self.end = len(validation.tokens) - 1
         self.tokens = torch.from_numpy(validation.tokens).to(device)
         self.bytes = torch.from_numpy(validation.bytes).to(device)
 
     def rows(self, windows):
         """(n, 3) windows -> list of (first, last) window numbers of each row."""
-        rows, first, filled = [], 0, 0
-        # the padding is cut in pieces, too
-        most = self.entries - -(-self.row_tokens // self.max_window)
-        for number, length in enumerate((windows[:, 1] - windows[:, 0]).tolist()):
-            if number > first and (filled + length > self.row_tokens or number - first >= most):
+        rows = []
+        first = 0
+        filled = 0
+        # padding is cut into segments of at most max_window, too
+        max_windows = self.max_segments - -(-self.row_tokens // self.max_window)
+        lengths = windows[:, 1] - windows[:, 0]
+        for number, length in enumerate(lengths.tolist()):
+            is_full = filled + length > self.row_tokens or number - first >= max_windows
+            if number > first and is_full:
                 rows.append((first, number))
-                first, filled = number, 0
+                first = number
+                filled = 0
             filled += length
-        return [*rows, (first, len(windows))] if len(windows) else []
+        if len(windows):
+            rows.append((first, len(windows)))
+        return rows
 
     def build(self, windows):
-        """Windows of one row -> ScoredRow."""
-        start, end, first = windows.T
+        """Packs the windows of one row -> ScoredRow."""
+        start, end, first_scored = windows.T
         lengths = end - start
         borders = np.concatenate([[0], np.cumsum(lengths)])
+        offsets = borders[:-1]
         filled = int(borders[-1])
         padding = np.arange(filled, self.row_tokens, self.max_window)
-        cu_seqlens = pad_cu_seqlens(
-            np.concatenate([borders[:-1], padding]), self.row_tokens, self.entries
-        )
+        segments = np.concatenate([offsets, padding])
+        cu_seqlens = pad_cu_seqlens(segments, self.row_tokens, self.max_segments)
         # padding reads the stream's last token and is not scored
         source = np.full(self.row_tokens, self.end)
-        source[:filled] = np.repeat(start - borders[:-1], lengths) + np.arange(filled)
+        source[:filled] = np.repeat(start - offsets, lengths) + np.arange(filled)
         scored = np.zeros(self.row_tokens, bool)
-        scored[:filled] = source[:filled] >= np.repeat(first, lengths)
-        fresh = np.zeros(self.row_tokens, bool)
-        fresh[borders[:-1]] = True
-        source, scored, fresh, cu = (
-            torch.from_numpy(a).to(self.device) for a in (source, scored, fresh, cu_seqlens)
-        )
+        scored[:filled] = source[:filled] >= np.repeat(first_scored, lengths)
+        window_start = np.zeros(self.row_tokens, bool)
+        window_start[offsets] = True
+        source = self.upload(source)
         target = (source + 1).clamp_max(self.end)
         return ScoredRow(
             self.tokens[source][None],
             self.tokens[target],
-            cu,
-            fresh[None],
-            scored,
+            self.upload(cu_seqlens),
+            self.upload(window_start)[None],
+            self.upload(scored),
             self.bytes[target],
         )
 
+    def upload(self, array):
+        return torch.from_numpy(array).to(self.device)
+
 
 class Evaluator:
-    """Plain and sliding-window BPB of a model: packed rows shared out over ranks, every target
-    scored exactly once.
+    """Plain and sliding-window BPB of a model.
+
+    Windows are packed into rows, rows are shared out over the ranks, every target is scored once.
     """
 
     def __init__(self, model, validation, hp, dist):
-        self.model, self.validation, self.hp, self.dist = model, validation, hp, dist
-        # of a row that is full of whole ones, or of padding
-        windows = -(-hp.micro_batch_tokens // hp.eval_seq_len)
-        entries = max(hp.row_segments, 2 * windows + 8)
+        self.model = model
+        self.validation = validation
+        self.hp = hp
+        self.dist = dist
+        # windows of full length in a row, or segments of its padding
+        full_windows = -(-hp.micro_batch_tokens // hp.eval_seq_len)
+        max_segments = max(hp.row_segments, 2 * full_windows + 8)
         self.packer = WindowPacker(
-            validation, hp.micro_batch_tokens, hp.eval_seq_len, entries, dist.device
+            validation, hp.micro_batch_tokens, hp.eval_seq_len, max_segments, dist.device
         )
-        self.parts = SimpleNamespace(
-            **{
-                name: compiled(getattr(model, name), hp, dist)
-                for name in ("enter", "block", "token_losses")
-            }
+        self.token_losses = compiled(model.token_losses, hp, dist)
+        self.compiled_parts = CompiledParts(
+            compiled(model.slot_input, hp, dist), compiled(model.block, hp, dist)
         )
 
     def row_losses(self, row):
-        """ScoredRow -> (T,) nats, float32 head."""
+        """ScoredRow -> (T,) nats, with float32 logits."""
         hidden = self.model.forward_hidden(
             row.inputs,
             row.cu_seqlens,
             max_seqlen=self.hp.eval_seq_len,
             looping=True,
-            fresh=row.fresh,
-            parts=self.parts,
+            window_start=row.window_start,
+            compiled_parts=self.compiled_parts,
         )
+        losses = []
         pairs = zip(hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True)
-        return torch.cat([self.parts.token_losses(h, t) for h, t in pairs])
+        for hidden_chunk, targets in pairs:
+            losses.append(self.token_losses(hidden_chunk, targets))
+        return torch.cat(losses)
 
     @torch.no_grad()
-    def count(self, windows, score, first_row=0, every=1):
-        """Adds the losses of windows to a score: of every row they fill, or of one row in
-        `every`.
-        """
+    def add_losses(self, windows, score, first_row=0, every=1):
+        """Adds the losses of windows to a score, for one row in `every` from first_row on."""
         for first, last in self.packer.rows(windows)[first_row::every]:
             row = self.packer.build(windows[first:last])
-            score.add(self.row_losses(row), row.scored, row.charges)
+            score.add(self.row_losses(row), row.scored, row.target_bytes)
 
     def evaluate_bpb(self, stride=None):
-        """Scores the whole validation set -> {loss, bpb, tokens, bytes}; with a stride:
-        sliding windows.
+        """Scores all validation documents -> {loss, bpb, tokens, bytes}.
+
+        Without a stride in disjoint windows, with one in sliding windows.
         """
-        stream, length = self.validation, self.hp.eval_seq_len
+        stream = self.validation
+        length = self.hp.eval_seq_len
         windows = document_windows(stream.starts, stream.ends, length, stride or length)
         score = Score(self.dist.device)
-        self.count(windows, score, self.dist.rank, self.dist.world_size)
-        return score.total(self.dist, stream.targets_of(np.arange(len(stream.starts))))
+        self.add_losses(windows, score, self.dist.rank, self.dist.world_size)
+        documents = np.arange(len(stream.starts))
+        return score.total(self.dist, stream.targets_of(documents))
 
 
 # ---- TEST-TIME TRAINING --------------------------------------------------------------------------
-# Score first: a chunk's loss is added to the score before anything trains on the chunk. What is
-# handed on is fixed before the loop: documents, longest first -> phases -> lanes -> places. A place
-# is a sequence of documents on a rank; only LoRA's A is handed on, inside a place; base weights
-# change between phases, from documents already scored. Places are scored side by side, in steps of
-# few static shapes; who shares a step with whom changes rounding, nothing else.
+# Score first: the loss of a chunk is added to the score before anything trains on the chunk.
+#
+# The plan is fixed before the first step and depends on lengths alone: documents, longest first, go
+# to phases, lanes and queues. A queue is a sequence of documents on one rank; a document inherits
+# the adapters' A from the one before it in its queue, and nothing else. Base weights change between
+# phases only, on documents already scored. Chunks of many queues run together in steps of few
+# static shapes: which queues share a step changes rounding and nothing else.
+
+
+def recomputed_context(hp):
+    """Positions computed at the end of a window: all, or those after the stale context."""
+    return hp.ttt_eval_seq_len - hp.ttt_stale_context
 
 
 class Phase(NamedTuple):
-    """Documents that are scored with the same base weights; afterwards they fine-tune it if
-    `adapt` is set.
-    """
+    """Documents scored with the same base weights, which they fine-tune afterwards if `adapt`."""
 
-    lanes: list  # for each lane its places, for each place the numbers of its documents
+    lanes: list  # for each lane its queues, for each queue the numbers of its documents
     documents: np.ndarray
     adapt: bool
 
 
 def plan_ttt(lengths, hp):
     """(n,) targets of each document -> list of Phase, the same for every world size."""
-    order, costs = np.argsort(-lengths, kind="stable"), window_positions(lengths, hp).tolist()
-    prefix, number = (
-        min(len(order), round(hp.phased_ttt_prefix_docs * len(order) / 50_000)),
-        hp.phased_ttt_num_phases,
-    )
-    borders, phases = [prefix * (i + 1) // number for i in range(number)], []
-    for number, (first, last) in enumerate(zip([0, *borders], [*borders, len(order)], strict=True)):
-        places = balance(
-            order[first:last].tolist(), costs.__getitem__, hp.ttt_lanes * hp.ttt_batch_size
-        )
-        lanes = [places[lane :: hp.ttt_lanes] for lane in range(hp.ttt_lanes)]
+    order = np.argsort(-lengths, kind="stable")
+    costs = window_positions(lengths, hp).tolist()
+    num_adapting = hp.phased_ttt_num_phases
+    scaled_prefix = round(hp.phased_ttt_prefix_docs * len(order) / 50_000)
+    prefix = min(len(order), scaled_prefix)
+    borders = [prefix * (i + 1) // num_adapting for i in range(num_adapting)]
+    borders.append(len(order))
+    phases = []
+    first = 0
+    for number, last in enumerate(borders):
         if last > first:
-            phases.append(Phase(lanes, order[first:last], adapt=number < len(borders)))
+            documents = order[first:last]
+            num_queues = hp.ttt_lanes * hp.ttt_batch_size
+            queues = balance(documents.tolist(), costs.__getitem__, num_queues)
+            lanes = [queues[lane :: hp.ttt_lanes] for lane in range(hp.ttt_lanes)]
+            phases.append(Phase(lanes, documents, adapt=number < num_adapting))
+        first = last
     return phases
 
 
 def window_positions(lengths, hp):
-    """(n,) targets -> (n,) window positions that scoring these documents computes: the cost of
-    a document.
-    """
-    chunk = techniques.chunk_size(lengths, hp) if hp.ttt_short_chunks else hp.ttt_chunk_size
-    context = (
-        hp.ttt_eval_seq_len - hp.ttt_stale_context if hp.ttt_stale_context else hp.ttt_eval_seq_len
-    )
-    chunks = -(-lengths // chunk)
-    growing = np.minimum(chunks, context // chunk)
-    return chunk * growing * (growing + 1) // 2 + (chunks - growing) * context
+    """(n,) targets -> (n,) window positions computed to score these documents: their cost."""
+    size = hp.chunk_size_of(lengths)
+    context = recomputed_context(hp)
+    num_chunks = -(-lengths // size)
+    # windows grow by a chunk each until they reach the context
+    num_growing = np.minimum(num_chunks, context // size)
+    growing = size * num_growing * (num_growing + 1) // 2
+    return growing + (num_chunks - num_growing) * context
+
+
+class StepRow(NamedTuple):
+    """A chunk of one document in a step: ints on the host, on the device columns (B,)."""
+
+    source: int  # state row that the step reads
+    target: int  # state row it writes; scratch after the last chunk, from which nothing is learned
+    window: int  # first input of the window, a position in the stream
+    first: int  # first input of the chunk, a position in the window
+    count: int  # targets of the chunk, 0 in a row of padding
+    number: int  # of the chunk in its document, from 1: AdamW's step
 
 
 class Step(NamedTuple):
     """Chunks of several documents, scored and learned from together."""
 
-    table: np.ndarray  # (B, 6) int64, see TestTimeTrainer.chunk_step
-    begins: np.ndarray  # (n, 2) state row, place: documents that begin with this step
-    ends: np.ndarray  # (n, 2) documents that end with it
+    table: np.ndarray  # (B, 6) int64, one StepRow in each row
+    begins: np.ndarray  # (n, 2) state row and queue of documents that begin with this step
+    ends: np.ndarray  # (n, 2) the same for documents that end with it
     width: int  # of the windows, stale context included
-    cost: float = 0.0  # seconds, of step_cost
+    cost: float = 0.0  # step_seconds
 
 
-def step_cost(rows, width, fresh=0):
-    """Seconds of a step of the default model on an H100: launches, adapters, positions (`fresh`
-    at most), attention.
+def step_seconds(rows, width, recomputed=math.inf):
+    """Fitted cost model: seconds of one step of the default model on an H100.
+
+    Of each window the last `recomputed` positions are computed, the older ones only attended to.
     """
-    if fresh and width > fresh:
-        return step_cost(rows, fresh) + 1.5e-3 + rows * (width - fresh) * (8e-9 + 3.2e-10 * fresh)
-    return 3e-3 + rows * (7e-5 + width * (1.08e-6 + 5.5e-11 * width))
+    if width > recomputed:
+        # copying a cached position, and every recomputed position attending to it
+        per_cached = 8e-9 + 3.2e-10 * recomputed
+        cached = rows * (width - recomputed) * per_cached
+        return step_seconds(rows, recomputed) + 1.5e-3 + cached
+    # matmuls of a position, and its attention
+    per_position = 1.08e-6 + 5.5e-11 * width
+    # adapters of a row and their AdamW, and its positions
+    per_row = 7e-5 + width * per_position
+    return 3e-3 + rows * per_row  # launches
 
 
-def schedule_ttt(places, starts, lengths, flight, hp):
-    """Documents of each place, (n,) inputs' starts and targets of all -> list of Step, on `flight`
-    state rows at most. The next step is of the width whose rows cost least more than in a full
-    step, with the places in it that have most chunks left, so that none is left alone at the end.
+class Chunk(NamedTuple):
+    """A chunk of a document before the scheduler has given it a state row; see StepRow."""
+
+    width: int  # of its window, stale context included
+    is_last: bool
+    window: int
+    first: int
+    count: int
+    number: int
+
+
+def document_chunks(start, length, hp):
+    """First input of a document in the stream, its number of targets -> list of Chunk."""
+    size = int(hp.chunk_size_of(length))
+    context = hp.ttt_eval_seq_len
+    recomputed = recomputed_context(hp)
+    chunks = []
+    for number, first in enumerate(range(0, length, size), 1):
+        end = min(first + size, length)
+        window = max(0, end - recomputed)
+        width = min(end, context)
+        is_last = end == length
+        chunks.append(Chunk(width, is_last, start + window, first - window, end - first, number))
+    return chunks
+
+
+def num_state_rows(num_lanes, hp):
+    """State rows of a rank: two full steps' worth, so that steps of one width can fill up."""
+    return hp.ttt_batch_size * min(2, num_lanes)
+
+
+class Scheduler:
+    """Packs the chunks of a rank's queues into steps of few static shapes; needs lengths only.
+
+    queues: lists of document numbers; starts, lengths (n,): first inputs and targets of all
+    documents. A queue holds one of num_rows state rows from its first chunk to its last, and its
+    chunks keep their order. Greedy: each step has the shape with the least cost per useful row, and
+    takes the queues with the most chunks left, so that no long queue remains alone at the end.
     """
-    context, batch = hp.ttt_eval_seq_len, hp.ttt_batch_size
-    fresh = hp.ttt_stale_context and context - hp.ttt_stale_context
-    widths = sorted(
-        {max(hp.ttt_chunk_size, -(-context * share // 16)) for share in (1, 2, 4, 8, 12, 16)}
-    )
-    row_counts = sorted({max(2, batch // share) for share in (16, 4, 1)})
-    starts, lengths = starts.tolist(), lengths.tolist()
 
-    def chunks(document):  # context, whether it is the last, what follows the rows in the table
-        length = lengths[document]
-        size = int(techniques.chunk_size(length, hp)) if hp.ttt_short_chunks else hp.ttt_chunk_size
-        for number, first in enumerate(range(0, length, size), 1):
-            end = min(first + size, length)
-            window = max(0, end - (fresh or context))
-            yield (
-                min(end, context),
-                end == length,
-                starts[document] + window,
-                first - window,
-                end - first,
-                number,
-            )
+    def __init__(self, queues, starts, lengths, num_rows, hp):
+        context = hp.ttt_eval_seq_len
+        shares = (1, 2, 4, 8, 12, 16)
+        self.widths = sorted({max(hp.ttt_chunk_size, -(-context * n // 16)) for n in shares})
+        self.row_counts = sorted({max(2, hp.ttt_batch_size // n) for n in (16, 4, 1)})
+        self.costs = {}  # (index of the width, rows) -> step_seconds
+        for index, width in enumerate(self.widths):
+            for rows in self.row_counts:
+                self.costs[index, rows] = step_seconds(rows, width, recomputed_context(hp))
+        self.scratch_row = num_rows
+        self.free_rows = list(range(num_rows))
+        self.chunks_left = []  # of each queue, the next one last
+        for documents in queues:
+            chunks = []
+            for document in documents:
+                chunks += document_chunks(int(starts[document]), int(lengths[document]), hp)
+            self.chunks_left.append(chunks[::-1])
+        waiting = [queue for queue, chunks in enumerate(self.chunks_left) if chunks]
+        self.waiting = sorted(waiting, key=self.num_chunks_left)
+        self.ready = [[] for _ in self.widths]  # for each width its (state row, queue)
 
-    left = [
-        [chunk for document in documents for chunk in chunks(document)][::-1]
-        for documents in places
-    ]
-    waiting = sorted(
-        (place for place, chunks in enumerate(left) if chunks), key=lambda place: len(left[place])
-    )
-    steps, free, ready = [], list(range(flight)), [[] for _ in widths]
+    def num_chunks_left(self, queue):
+        return len(self.chunks_left[queue])
 
-    def enqueue(row, place):
-        ready[sum(width < left[place][-1][0] for width in widths)].append((row, place))
+    def steps(self):
+        """Empties the queues -> list of Step."""
+        steps = []
+        while self.waiting or any(self.ready):
+            while self.waiting and self.free_rows:
+                self.make_ready(self.free_rows.pop(), self.waiting.pop())
+            steps.append(self.emit(*self.next_shape()))
+        return steps
 
-    def waste(choice):
-        i, rows = choice
-        part = step_cost(rows, widths[i], fresh) / step_cost(row_counts[-1], widths[i], fresh)
-        return part / min(len(ready[i]), rows)
+    def make_ready(self, row, queue):
+        """Files a queue under the width that its next chunk needs."""
+        needed = self.chunks_left[queue][-1].width
+        self.ready[bisect.bisect_left(self.widths, needed)].append((row, queue))
 
-    while waiting or any(ready):
-        while waiting and free:
-            enqueue(free.pop(), waiting.pop())
-        number, rows = min(
-            ((i, rows) for i, queue in enumerate(ready) if queue for rows in row_counts), key=waste
-        )
-        queue, width = sorted(ready[number], key=lambda pair: -len(left[pair[1]])), widths[number]
-        taken, ready[number] = queue[:rows], queue[rows:]
-        table, begins, ends = [(flight, flight, 0, 0, 0, 1)] * (rows - len(taken)), [], []
-        for row, place in taken:
-            _, last, *columns = left[place].pop()
-            table.append((row, flight if last else row, *columns))
-            begins += [(row, place)] * (columns[-1] == 1)
-            ends += [(row, place)] * last
-            enqueue(row, place) if left[place] else free.append(row)
-        begins, ends = (np.array(pairs, np.int64).reshape(-1, 2) for pairs in (begins, ends))
-        steps.append(Step(np.array(table), begins, ends, width, step_cost(rows, width, fresh)))
-    return steps
+    def next_shape(self):
+        """The shape with the least cost per useful row -> (index of its width, rows)."""
+        shapes = []
+        for index, ready in enumerate(self.ready):
+            if ready:
+                shapes += [(index, rows) for rows in self.row_counts]
+        return min(shapes, key=self.cost_per_useful_row)
+
+    def cost_per_useful_row(self, shape):
+        """Cost of a step of this shape in full steps of its width, per row that is not padding."""
+        index, rows = shape
+        full_step = self.costs[index, self.row_counts[-1]]
+        return self.costs[shape] / full_step / min(len(self.ready[index]), rows)
+
+    def emit(self, index, rows):
+        """Takes the next chunks of the ready queues with most chunks left -> Step of this shape."""
+        longest_first = sorted(self.ready[index], key=lambda pair: -self.num_chunks_left(pair[1]))
+        taken = longest_first[:rows]
+        self.ready[index] = longest_first[rows:]
+        padding = StepRow(self.scratch_row, self.scratch_row, 0, 0, 0, 1)
+        table = [padding] * (rows - len(taken))
+        begins = []
+        ends = []
+        for row, queue in taken:
+            chunk = self.chunks_left[queue].pop()
+            target = self.scratch_row if chunk.is_last else row
+            table.append(StepRow(row, target, chunk.window, chunk.first, chunk.count, chunk.number))
+            if chunk.number == 1:
+                begins.append((row, queue))
+            if chunk.is_last:
+                ends.append((row, queue))
+            if self.chunks_left[queue]:
+                self.make_ready(row, queue)
+            else:
+                self.free_rows.append(row)
+        begins = np.array(begins, np.int64).reshape(-1, 2)
+        ends = np.array(ends, np.int64).reshape(-1, 2)
+        return Step(np.array(table), begins, ends, self.widths[index], self.costs[index, rows])
+
+
+def schedule_rank(phases, starts, lengths, rank, world_size, hp):
+    """Steps of one rank for each phase of plan_ttt, from (n,) first inputs and targets alone."""
+    lanes = range(rank, hp.ttt_lanes, world_size)
+    schedules = []
+    for phase in phases:
+        queues = []
+        for lane in lanes:
+            queues += phase.lanes[lane]
+        scheduler = Scheduler(queues, starts, lengths, num_state_rows(len(lanes), hp), hp)
+        schedules.append(scheduler.steps())
+    return schedules
 
 
 LORA_INPUTS = (("q", "k", "v", "attn_out"), ("mlp_out",))  # sites that read the same tensor
+FUSED_SITES = {"qkv": ("q", "k", "v")}  # matmuls of the model that serve several sites at once
 
 
 class SlotLoRA:
-    """Adds (x A) B at the sites of one slot, one pair (A, B) for each row of the batch. a: [(sites
-    that read the same x, (B, in, sites R))]: one product serves them all, from the first of them
-    on; b: {site: (B, R, out)}, alpha / rank included; out is what `widths` says.
+    """Adds (x A) B at the sites of one slot, with a pair (A, B) for each row of the batch.
+
+    a: [(sites that read the same x, (B, in, sites R))]: one matmul at the first of these sites
+    serves all of them. b: {site: (B, R, out)}, alpha / rank included. widths: {site: out}.
     """
 
     splits_mlp = False
 
     def __init__(self, a, b, widths):
-        self.a, self.b, self.widths, self.low = a, b, widths, {}
+        self.a = a
+        self.b = b
+        self.widths = widths
+        self.x_a = {}  # x A of sites that the forward has not reached yet
 
     def matrices(self):
         return [*(matrix for _, matrix in self.a), *self.b.values()]
 
     def __call__(self, site, x, y, size=1.0):
-        sites = [*site] if site == "qkv" else [site]
-        present = [name for name in sites if name in self.b]
-        if not present:
+        sites = FUSED_SITES.get(site, (site,))
+        adapted = [name for name in sites if name in self.b]
+        if not adapted:
             return y
-        for reading, a in self.a:
-            if reading[0] in present:
-                self.low.update(zip(reading, (x @ a).chunk(len(reading), -1), strict=True))
-        # small matrices are scaled, not streams: the gradient of y then is that of each product as
-        # it stands
-        added = [
-            (
-                self.low.pop(name) @ (self.b[name] * size)
-                if name in self.b
-                else x.new_zeros(*x.shape[:-1], self.widths[name])
-            )
-            for name in sites
-        ]
-        return y + torch.cat(added, -1)
+        for readers, a in self.a:
+            if readers[0] in adapted:
+                pieces = (x @ a).chunk(len(readers), -1)
+                self.x_a.update(zip(readers, pieces, strict=True))
+        outputs = []
+        for name in sites:
+            if name in self.b:
+                # B is scaled, not the activations: dL/dy is then the gradient of every matmul
+                outputs.append(self.x_a.pop(name) @ (self.b[name] * size))
+            else:
+                outputs.append(x.new_zeros(*x.shape[:-1], self.widths[name]))
+        return y + torch.cat(outputs, -1)
+
+
+class LoRALayout:
+    """Where the adapters' matrices lie in a flat row; all are (in, out), as their gradients come.
+
+    A row has four parts: A of lm_head, A of every slot, B of every slot, B of lm_head. The first
+    two are what a document can inherit.
+    """
+
+    def __init__(self, hp, num_slots):
+        D = hp.model_dim
+        R = hp.ttt_lora_rank
+        kv_dim = hp.num_kv_heads * hp.head_dim
+        self.rank = R
+        self.num_slots = num_slots
+        self.widths = {"q": D, "k": kv_dim, "v": kv_dim, "attn_out": D, "mlp_out": D}
+        chosen = [site for name, site in LORA_SITES.items() if name in hp.lora_sites]
+        self.sites = [site for site in chosen if site != "lm_head"]
+        self.readers = []  # sites of a slot that share a matmul with A
+        for sites in LORA_INPUTS:
+            present = tuple(site for site in sites if site in self.sites)
+            if present:
+                self.readers.append(present)
+        self.a_shapes = [(D, len(sites) * R) for sites in self.readers]
+        self.b_shapes = [(R, self.widths[site]) for site in self.sites]
+        self.has_head = "lm_head" in chosen
+        head_rank = R if self.has_head else 0
+        a_size = num_slots * sum(map(math.prod, self.a_shapes))
+        b_size = num_slots * sum(map(math.prod, self.b_shapes))
+        self.sizes = (D * head_rank, a_size, b_size, head_rank * hp.num_embeddings)
+        self.a_total = D * head_rank + a_size
+
+    def slices(self):
+        """Columns of the four parts in a row."""
+        ends = np.cumsum(self.sizes).tolist()
+        return [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+
+    def matrices(self, part, shapes):
+        """(B, n), a part with matrices of these shapes for every slot -> for each slot its list.
+
+        One split makes all the views, so that backward writes the gradient of the part once.
+        """
+        pieces = part.split([*map(math.prod, shapes)] * self.num_slots, 1)
+        slots = []
+        for slot in range(self.num_slots):
+            own = pieces[slot * len(shapes) : (slot + 1) * len(shapes)]
+            slots.append([t.unflatten(1, shape) for t, shape in zip(own, shapes, strict=True)])
+        return slots
 
 
 class BatchedLoRA:
-    """The adapters of a rank's documents, and their AdamW (beta1 = 0), in flat float32 rows. A row
-    is
-    a document in flight, the last one scratch: A of the head, A of every slot, B of every slot, B
-    of the head; matrices are (in, out), as their gradients come. `kept` holds A of every place
-    between its documents.
+    """Adapters of a rank's documents and their AdamW (beta1 = 0), in flat float32 rows.
+
+    values and squares (rows + 1, n): one state row for each document in flight and a scratch row,
+    the last; LoRALayout says what a row holds. warm_a: A of every queue between its documents.
     """
 
     def __init__(self, model, lanes, hp, device, update):
-        D, R, kv_dim, places = (
-            hp.model_dim,
-            hp.ttt_lora_rank,
-            hp.num_kv_heads * hp.head_dim,
-            hp.ttt_batch_size,
-        )
-        self.hp, self.dtype, self.slots, self.update = (
-            hp,
-            model.dtype,
-            len(model.slots(looping=True)),
-            update,
-        )
-        self.flight = min(2 * places, places * len(lanes))
-        self.widths = {
-            "q": D,
-            "k": kv_dim,
-            "v": kv_dim,
-            "attn_out": D,
-            "mlp_out": D,
-            "lm_head": hp.num_embeddings,
-        }
-        self.sites = [
-            site for name, site in LORA_SITES.items() if name in hp.lora_sites and site != "lm_head"
-        ]
-        reads = (tuple(site for site in sites if site in self.sites) for sites in LORA_INPUTS)
-        self.reads = [sites for sites in reads if sites]
-        self.shapes = (
-            [(D, len(sites) * R) for sites in self.reads],
-            [(R, self.widths[site]) for site in self.sites],
-        )
-        a, b = (self.slots * sum(map(math.prod, shapes)) for shapes in self.shapes)
-        head = R if "head" in hp.lora_sites else 0
-        self.parts, scale = (D * head, a, b, head * hp.num_embeddings), hp.ttt_lora_alpha / R
-        self.scales = 1.0, 1.0, scale, scale
-        self.kept = torch.empty(len(lanes), places, D * head + a, device=device)
-        for lane, kept in zip(lanes, self.kept, strict=True):  # the same on any rank
+        self.hp = hp
+        self.update = update
+        self.layout = LoRALayout(hp, len(model.slots(looping=True)))
+        scale = hp.ttt_lora_alpha / hp.ttt_lora_rank
+        self.scales = (1.0, 1.0, scale, scale)
+        self.dtypes = (torch.float32, model.dtype, model.dtype, torch.float32)
+        self.scratch_row = num_state_rows(len(lanes), hp)
+        bound = hp.model_dim**-0.5
+        warm_a = torch.empty(len(lanes), hp.ttt_batch_size, self.layout.a_total, device=device)
+        for lane, of_lane in zip(lanes, warm_a, strict=True):
+            # by lane, so that queues start alike whatever the number of ranks
             generator = torch.Generator(device).manual_seed(hp.generator_seed * 1_000_003 + lane)
-            kept.uniform_(-(D**-0.5), D**-0.5, generator=generator)
-        self.kept = self.kept.flatten(0, 1)
-        self.values, self.squares = (
-            torch.zeros(self.flight + 1, sum(self.parts), device=device) for _ in range(2)
-        )
+            of_lane.uniform_(-bound, bound, generator=generator)
+        self.warm_a = warm_a.flatten(0, 1)
+        shape = (self.scratch_row + 1, sum(self.layout.sizes))
+        self.values = torch.zeros(shape, device=device)
+        self.squares = torch.zeros(shape, device=device)
 
-    def begin(self, rows, places):
-        """New documents in these rows: A as their place has kept it, B zero, no squares."""
-        self.values[rows] = F.pad(self.kept[places], (0, self.values.size(1) - self.kept.size(1)))
+    def begin(self, rows, queues):
+        """New documents in these rows: A from their queue, B zero, no squares."""
+        b_total = self.values.size(1) - self.layout.a_total
+        self.values[rows] = F.pad(self.warm_a[queues], (0, b_total))
         self.squares[rows] = 0.0
 
-    def end(self, rows, places):
-        """Leaves A of finished documents to the next document in their place."""
+    def end(self, rows, queues):
+        """Leaves A of finished documents to the next document of their queue."""
         if self.hp.ttt_warm_start_a:
-            self.kept[places] = self.values[rows, : self.kept.size(1)]
+            self.warm_a[queues] = self.values[rows, : self.layout.a_total]
 
-    def factors(self, values, rows):
-        """Flat rows of these numbers -> their parts as the model takes them: the slots'
-        cast, B times alpha / rank.
-        """
-        parts = zip(values[rows].split(self.parts, 1), self.scales, strict=True)
-        return [
-            (part * scale).to(self.dtype if 0 < i < 3 else part.dtype)
-            for i, (part, scale) in enumerate(parts)
-        ]
+    def scaled_parts(self, values, rows):
+        """Parts of these rows as the model takes them: slots cast, B times alpha / rank."""
+        scaled = []
+        parts = values[rows].split(self.layout.sizes, 1)
+        for part, scale, dtype in zip(parts, self.scales, self.dtypes, strict=True):
+            scaled.append((part * scale).to(dtype))
+        return scaled
 
-    def tap(self, factors):
-        """Factors of rows -> what GPT asks for them: a SlotLoRA of each slot, and the
-        head's in float32.
-        """
-        R, pieces = self.hp.ttt_lora_rank, []
-        for part, shapes in zip(factors[1:3], self.shapes, strict=True):
-            shapes = shapes * self.slots
-            pieces += [
-                t.unflatten(1, s)
-                for t, s in zip(part.split([*map(math.prod, shapes)], 1), shapes, strict=True)
-            ]
-        matrices = iter(pieces)
-        a = [[(sites, next(matrices)) for sites in self.reads] for _ in range(self.slots)]
-        slots = [
-            SlotLoRA(of_slot, {site: next(matrices) for site in self.sites}, self.widths)
-            for of_slot in a
-        ]
-        of_head, site = (
-            (
-                factors[0].unflatten(1, (-1, R)),
-                factors[3].unflatten(1, (R, -1)),
-            ),
-            "lm_head",
+    def tap(self, parts):
+        """scaled_parts -> tap for GPT: a SlotLoRA for each slot, float32 for the head."""
+        layout = self.layout
+        head_a, slots_a, slots_b, head_b = parts
+        slots = []
+        of_slots = zip(
+            layout.matrices(slots_a, layout.a_shapes),
+            layout.matrices(slots_b, layout.b_shapes),
+            strict=True,
         )
-        head = (
-            SlotLoRA([((site,), of_head[0])], {site: of_head[1]}, {})
-            if self.parts[0]
-            else SlotLoRA([], {}, {})
-        )
+        for a, b in of_slots:
+            readers_a = list(zip(layout.readers, a, strict=True))
+            sites_b = dict(zip(layout.sites, b, strict=True))
+            slots.append(SlotLoRA(readers_a, sites_b, layout.widths))
+        head = SlotLoRA([], {}, {})
+        if layout.has_head:
+            a = head_a.unflatten(1, (-1, layout.rank))
+            b = head_b.unflatten(1, (layout.rank, -1))
+            head = SlotLoRA([(("lm_head",), a)], {"lm_head": b}, {})
         return SimpleNamespace(slots=slots, at=lambda slot, layer: slots[slot], head=head)
 
     @torch.no_grad()
     def step(self, gradients, source, target, number):
-        """One AdamW step of state rows `source` (B,), their `number`-th (B,), into rows
-        `target` (B,).
+        """One AdamW step from state rows `source` (B,) into rows `target` (B,).
+
+        gradients: of scaled_parts; number (B,): which step of its document this is, from 1.
         """
-        rates, first = (self.hp.ttt_lora_lr, self.hp.ttt_weight_decay, self.hp.ttt_beta2), 0
-        correction = (1 - rates[2] ** number.double()).to(self.values.dtype)
-        for gradient, scale in zip(gradients, self.scales, strict=True):
-            part = slice(first, first := first + gradient.size(1))
-            self.update(
-                self.values[:, part],
-                self.squares[:, part],
-                gradient,
-                source,
-                target,
-                correction,
-                scale,
-                rates,
-            )
+        hp = self.hp
+        rates = (hp.ttt_lora_lr, hp.ttt_weight_decay, hp.ttt_beta2)
+        correction = 1 - hp.ttt_beta2 ** number.double()
+        correction = correction.to(self.values.dtype)
+        of_parts = zip(gradients, self.layout.slices(), self.scales, strict=True)
+        for gradient, columns, scale in of_parts:
+            values = self.values[:, columns]
+            squares = self.squares[:, columns]
+            self.update(values, squares, gradient, source, target, correction, scale, rates)
 
 
 def sgd_step(model, packer, windows, optimizer, rate, dist):
-    """One SGD step at learning rate `rate` of all ranks on the mean loss of windows (n, 3); one
-    flat all-reduce.
-    """
-    mine, tokens = windows[dist.rank :: dist.world_size], int((windows[:, 1] - windows[:, 0]).sum())
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    for first, last in packer.rows(mine):
-        row = packer.build(mine[first:last])
-        losses = model(row.inputs, row.targets, row.cu_seqlens, True, packer.max_window, row.fresh)
-        (torch.where(row.scored, losses, 0.0).sum() / tokens).backward()
+    """One SGD step of all ranks on the mean loss of windows (n, 3), at learning rate `rate`."""
+    num_tokens = int((windows[:, 1] - windows[:, 0]).sum())
+    own_windows = windows[dist.rank :: dist.world_size]
+    reset_gradients(model.parameters())
+    for first, last in packer.rows(own_windows):
+        row = packer.build(own_windows[first:last])
+        losses = model(
+            row.inputs, row.targets, row.cu_seqlens, True, packer.max_window, row.window_start
+        )
+        loss = torch.where(row.scored, losses, 0.0).sum() / num_tokens
+        loss.backward()
     dist.all_reduce_packed([p.grad for p in model.parameters()])
     torch.nn.utils.clip_grad_norm_(model.parameters(), model.hp.global_ttt_grad_clip)
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
 
 
-def attention_stale(ops, q, k, v, packing):
-    """(B, T, H, E), (B, T, K, E) twice -> (B, T, H, E), causal, of rows behind their older keys and
-    values. packing: of StaleContext.of_slot. Row after row stand the older ones, which are at
-    `places` (N,) of a cache (2, M, K, E), and the row's own, which are at `fresh` (B T,) of the N;
-    cu_seqlens (2, B + 1) counts both. The own ones are left in `new`.
+class StaleSegments(NamedTuple):
+    """Segments of rows whose older keys and values come from a cache (see StaleContext).
+
+    For each row the N keys hold its older ones, then its new ones.
     """
-    cache, places, fresh, cu_seqlens, max_seqlen, new = packing
-    new += k, v
-    k, v = (
-        c[places].index_copy(0, fresh, t.flatten(0, 1))[None]
-        for c, t in zip(cache, (k, v), strict=True)
-    )
-    own = q.flatten(0, 1)[None]
-    if ops.names["attention"] != "sdpa":
-        return ops.attention(own, k, v, cu_seqlens, max_seqlen).view(q.shape)
-    # the reference takes a query for every key; nobody asks what the others find
-    every = own.new_zeros(1, k.size(1), *own.shape[2:]).index_copy(1, fresh, own)
-    return ops.attention(every, k, v, cu_seqlens[1], max_seqlen)[:, fresh].view(q.shape)
+
+    cache: Tensor  # (2, M, K, E): older keys and values of one slot
+    key_rows: Tensor  # (N,): where the keys are in the cache; new ones are overwritten
+    new_key_rows: Tensor  # (B T,): which of the N are new, that is, the rows' own
+    cu_seqlens: Tensor  # (2, B + 1) int32: borders of queries and of keys
+    max_seqlen: int  # no row has more keys
+    new_kv: list  # attend leaves the new keys and values here
+
+    def attend(self, ops, q, k, v, attn_window=0):
+        """q (B, T, H, E), new k and v (B, T, K, E) -> (B, T, H, E), causal; without windows."""
+        self.new_kv.extend((k, v))
+        older_k, older_v = self.cache
+        all_k = older_k[self.key_rows].index_copy(0, self.new_key_rows, k.flatten(0, 1))[None]
+        all_v = older_v[self.key_rows].index_copy(0, self.new_key_rows, v.flatten(0, 1))[None]
+        row_q = q.flatten(0, 1)[None]
+        if ops.names["attention"] != "sdpa":
+            y = ops.attention(row_q, all_k, all_v, self.cu_seqlens, self.max_seqlen)
+            return y.view(q.shape)
+        # The reference takes a query for every key: the others are zero, their outputs unused
+        all_q = row_q.new_zeros(1, all_k.size(1), *row_q.shape[2:])
+        all_q = all_q.index_copy(1, self.new_key_rows, row_q)
+        y = ops.attention(all_q, all_k, all_v, self.cu_seqlens[1], self.max_seqlen)
+        return y[:, self.new_key_rows].view(q.shape)
 
 
 class StaleContext:
-    """Keys and values from before the windows, as the last step with these positions in its windows
-    left them [TTT_STALE_CONTEXT]: adapters have learnt since. A row is a document in flight,
-    position p at p mod its length.
+    """Keys and values from before the windows, from the last step that had them in its windows.
+
+    Adapters have learned since, so they are stale [TTT_STALE_CONTEXT]. Each state row has `length`
+    places in the cache; position p of its document is at p modulo `length`.
     """
 
-    def __init__(self, model, starts, flight, device):
+    def __init__(self, model, starts, num_rows, device):
         hp = model.hp
-        self.hp, self.length = hp, hp.ttt_stale_context + hp.ttt_chunk_size
-        shape = (
-            len(model.slots(looping=True)),
-            2,
-            (flight + 1) * self.length,
-            hp.num_kv_heads,
-            hp.head_dim,
-        )
-        self.cache, self.starts = (
-            model.cos.new_zeros(shape, dtype=model.dtype),
-            torch.from_numpy(starts).to(device),
-        )
+        self.hp = hp
+        self.length = hp.ttt_stale_context + hp.ttt_chunk_size
+        num_slots = len(model.slots(looping=True))
+        shape = (num_slots, 2, (num_rows + 1) * self.length, hp.num_kv_heads, hp.head_dim)
+        self.cache = model.cos.new_zeros(shape, dtype=model.dtype)
+        self.starts = torch.from_numpy(starts).to(device)
+        # of the running step
+        self.width = 0
+        self.positions = None  # (B, width) in the documents
+        self.rope = None
+        self.segments = None  # without cache and new_kv, which are of a slot
+        self.new_kv = []  # [keys, values] of each slot so far
 
     def begin(self, rows, windows, width):
-        """A step begins, with windows (B,) from these places of the stream -> how many
-        positions it computes.
+        """Begins a step of state rows (B,) with windows (B,) in the stream -> computed positions.
+
+        Sets the index tensors that all slots of the step share.
         """
-        self.width = min(width, self.hp.ttt_eval_seq_len - self.hp.ttt_stale_context)
-        cached = max(width - self.width, self.hp.ttt_chunk_size)
-        before = windows - self.starts[torch.searchsorted(self.starts, windows, right=True) - 1]
-        self.positions = before[:, None] + torch.arange(self.width, device=rows.device)
-        older = before.clamp_max(cached)
-        ends = (older + self.width).cumsum(0)
-        place = torch.arange(len(rows) * (cached + self.width), device=rows.device)
-        # behind the last end nobody looks
-        row = torch.searchsorted(ends, place, right=True).clamp_max(len(rows) - 1)
-        position = (before + self.width - ends)[row] + place
-        self.places = rows[row] * self.length + position % self.length
-        self.fresh = (ends[:, None] + torch.arange(-self.width, 0, device=rows.device)).flatten()
-        queries = torch.arange(len(rows) + 1, device=rows.device) * self.width
-        self.cu_seqlens = torch.stack((queries, F.pad(ends, (1, 0)))).int()
-        self.rope, self.new = rotary_tables(self.positions, self.hp), []
+        device = rows.device
+        chunk = self.hp.ttt_chunk_size
+        self.width = min(width, recomputed_context(self.hp))
+        max_cached = max(width - self.width, chunk)
+        document = torch.searchsorted(self.starts, windows, right=True) - 1
+        before = windows - self.starts[document]
+        self.positions = before[:, None] + torch.arange(self.width, device=device)
+        # keys of a row of the batch: cached ones, then those of its window; rows follow each other
+        cached = before.clamp_max(max_cached)
+        ends = (cached + self.width).cumsum(0)
+        key = torch.arange(len(rows) * (max_cached + self.width), device=device)
+        # nothing reads the keys after the last end
+        key_row = torch.searchsorted(ends, key, right=True).clamp_max(len(rows) - 1)
+        key_position = (before + self.width - ends)[key_row] + key
+        key_rows = rows[key_row] * self.length + key_position % self.length
+        new_keys = torch.arange(-self.width, 0, device=device)
+        new_key_rows = (ends[:, None] + new_keys).flatten()
+        queries = torch.arange(len(rows) + 1, device=device) * self.width
+        cu_seqlens = torch.stack((queries, F.pad(ends, (1, 0)))).int()
+        context = self.hp.ttt_eval_seq_len
+        self.segments = StaleSegments(None, key_rows, new_key_rows, cu_seqlens, context, None)
+        self.rope = rotary_tables(self.positions, self.hp)
+        self.new_kv = []
         return self.width
 
-    def own(self, *streams):
-        """Streams (B, T or 1 + T, D), or None -> without the token before."""
+    def drop_lookback(self, *streams):
+        """Streams (B, T or 1 + T, D), or None -> the same without the token before the window."""
         return [x if x is None else x[:, -self.width :].contiguous() for x in streams]
 
     def of_slot(self, *streams):
-        """Streams as `own` takes them -> without the token before, tables and packing of
-        the next slot.
+        """Streams as drop_lookback takes them -> without that token, and the next slot's rotary
+        tables and StaleSegments.
         """
-        self.new.append([])
-        of_slot, longest = self.cache[len(self.new) - 1], self.hp.ttt_eval_seq_len
-        packing = of_slot, self.places, self.fresh, self.cu_seqlens, longest, self.new[-1]
-        return *self.own(*streams), self.rope, packing
+        slot = len(self.new_kv)
+        self.new_kv.append([])
+        segments = self.segments._replace(cache=self.cache[slot], new_kv=self.new_kv[slot])
+        return *self.drop_lookback(*streams), self.rope, segments
 
     def end(self, rows):
-        """A step ends: the first chunk of its windows, which may lie before the next ones,
-        is kept in rows (B,).
+        """Ends a step: caches the first chunk of its windows in state rows (B,).
+
+        Those positions may lie before the next windows, later ones do not.
         """
         chunk = self.hp.ttt_chunk_size
-        places = rows[:, None] * self.length + self.positions[:, :chunk] % self.length
-        new = [torch.stack([t[:, :chunk].detach() for t in of_slot]) for of_slot in self.new]
-        self.cache[:, :, places], self.new = torch.stack(new), []
+        cache_rows = rows[:, None] * self.length + self.positions[:, :chunk] % self.length
+        first_chunks = []
+        for keys_values in self.new_kv:
+            first_chunks.append(torch.stack([t[:, :chunk].detach() for t in keys_values]))
+        self.cache[:, :, cache_rows] = torch.stack(first_chunks)
+        self.new_kv = []
 
 
 def documents_to_score(validation, hp):
-    """Numbers of the documents that test-time training scores: all, or TTT_MAX_DOCS of all lengths.
-    Raises DataError where these hold no byte.
+    """Numbers of the documents to score: all, or TTT_MAX_DOCS of evenly spread lengths.
+
+    Raises DataError where they hold no byte.
     """
-    order, count = (
-        np.argsort(validation.ends - validation.starts, kind="stable"),
-        len(validation.starts),
-    )
+    lengths = validation.ends - validation.starts
+    order = np.argsort(lengths, kind="stable")
+    count = len(order)
     wanted = min(hp.ttt_max_docs or count, count)
-    documents = np.sort(order[(2 * np.arange(wanted) + 1) * count // (2 * wanted)])
+    quantiles = (2 * np.arange(wanted) + 1) * count // (2 * wanted)
+    documents = np.sort(order[quantiles])
     if hp.ttt_enabled and not validation.targets_of(documents)[1]:
         raise DataError(
             f"TTT_MAX_DOCS={hp.ttt_max_docs}: the documents that are left hold no byte: take more"
@@ -6103,172 +6280,249 @@ def documents_to_score(validation, hp):
     return documents
 
 
+class Progress:
+    """Budget, clock and progress lines of one rank's test-time training.
+
+    Costs are in step_seconds, of another GPU perhaps: the pace of this run converts them.
+    """
+
+    def __init__(self, score, hp, log):
+        self.started = time.perf_counter()
+        self.score = score
+        self.log = log
+        # 2% stay in reserve
+        self.budget = hp.eval_budget_seconds * 0.98 - log.seconds.get("unpack", 0.0)
+        self.budget_left = self.budget
+        self.cost_total = 1.0
+        self.cost_done = 0.0
+        self.tokens_total = 0
+        self.tokens_done = 0
+        self.documents_done = 0
+        self.steps_started = self.started
+        self.seconds_used = 0.0  # by steps so far
+        self.next_report = 0.0  # share of the cost
+        self.phase = ""
+
+    def plan(self, steps):
+        """Takes the totals of all steps to come."""
+        self.cost_total = sum(step.cost for step in steps) or 1.0
+        self.tokens_total = sum(int(StepRow(*step.table.T).count.sum()) for step in steps)
+
+    def begin_steps(self):
+        """Starts the clock of the steps where it stopped; other work in between is left out."""
+        self.steps_started = time.perf_counter() - self.seconds_used
+
+    def add(self, step):
+        """Counts a step that has been launched."""
+        self.cost_done += step.cost
+        self.documents_done += len(step.ends)
+
+    def seconds(self):
+        """Since the start of test-time training."""
+        return time.perf_counter() - self.started
+
+    def report(self):
+        """Waits for the device; updates the live line, and the log after every 5% of the work."""
+        nats, tokens, num_bytes = self.score.sums.tolist()
+        now = time.perf_counter()
+        seconds = now - self.started
+        self.tokens_done = tokens
+        self.seconds_used = max(now - self.steps_started, 1e-9)
+        self.budget_left = self.budget - seconds
+        share = round(self.cost_done / self.cost_total, 6)
+        bpb = bits_per_byte(nats, max(num_bytes, 1))
+        rate = tokens / self.seconds_used
+        line = (
+            f"{self.phase} documents:{self.documents_done} running_tokens:{tokens:.0f}"
+            f" running_bpb:{bpb:.5f} tokens_per_s:{rate:.0f} budget_left:{self.budget_left:.0f}"
+        )
+        self.log.live(share, line)
+        if share >= self.next_report or share == 1.0:
+            self.next_report = share + 0.05
+            self.log(f"ttt_batch {line} seconds:{seconds:.1f}")
+
+    def is_short_for(self, cost):
+        """Can the budget of the last report not pay `cost` more and plain scoring of the rest?
+
+        The rest costs a token's share of a full step: a plain forward takes less than that.
+        """
+        if not self.cost_done:
+            return False
+        tokens_left = self.tokens_total - self.tokens_done
+        rest = tokens_left * step_seconds(64, 2048) / 64 / 2048
+        pace = self.seconds_used / self.cost_done
+        return self.budget_left < pace * (cost + rest)
+
+
 class TestTimeTrainer:
-    """Scores documents chunk by chunk, one LoRA step per scored chunk, base fine-tuning between
-    phases.
+    """Scores documents chunk by chunk, with one LoRA step after each scored chunk.
+
+    Between phases the base weights are fine-tuned on documents already scored.
     """
 
     def __init__(self, model, validation, hp, dist, log):
-        # tables of adapters and the upload of the stream are of the budget too
-        self.started = time.perf_counter()
-        self.model, self.validation, self.hp, self.dist, self.log = model, validation, hp, dist, log
+        self.model = model
+        self.validation = validation
+        self.hp = hp
+        self.dist = dist
+        self.log = log
+        self.score = Score(dist.device)
+        # first of all: the adapters' tables and the upload of the stream count to the budget
+        self.progress = Progress(self.score, hp, log)
         self.documents = documents_to_score(validation, hp)
         row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.ttt_eval_seq_len
-        entries = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
+        max_segments = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
         self.packer = WindowPacker(
-            validation, row_tokens, hp.ttt_eval_seq_len, entries, dist.device
+            validation, row_tokens, hp.ttt_eval_seq_len, max_segments, dist.device
         )
-        self.lanes = range(dist.rank, hp.ttt_lanes, dist.world_size)
-        self.lora = BatchedLoRA(model, self.lanes, hp, dist.device, model.ops.adamw_rows)
-        self.enter, self.block, self.factors, self.head = (
-            compiled(f, hp, dist, dynamic=None)
-            for f in (
-                model.enter,
-                model.block,
-                self.lora.factors,
-                (
-                    techniques.with_tilt(model.token_losses)
-                    if hp.ngram_tilt_enabled
-                    else model.token_losses
-                ),
-            )
-        )
+        lanes = range(dist.rank, hp.ttt_lanes, dist.world_size)
+        self.lora = BatchedLoRA(model, lanes, hp, dist.device, model.ops.adamw_rows)
         if hp.ttt_stale_context:
-            self.stale = StaleContext(model, validation.starts, self.lora.flight, dist.device)
-        self.score, self.warming_up, self.graphs = Score(dist.device), False, {}
-        if hp.ngram_tilt_enabled:  # the stream with the hint at each place
-            self.hinted = F.pad(self.packer.tokens[:, None], (0, 1), value=-1)
+            num_rows = self.lora.scratch_row
+            self.stale = StaleContext(model, validation.starts, num_rows, dist.device)
+        # One graph each for any number of rows and width of windows. Layer by layer, because
+        # tracing all slots at once with unknown shapes takes minutes.
+        self.compiled_parts = CompiledParts(
+            compiled(model.slot_input, hp, dist, dynamic=None),
+            compiled(model.block, hp, dist, dynamic=None),
+        )
+        self.token_losses = compiled(self.head_function(), hp, dist, dynamic=None)
+        self.scaled_parts = compiled(self.lora.scaled_parts, hp, dist, dynamic=None)
+        self.warming_up = False
+        self.graphs = {}  # (rows, width) -> CUDA graph of chunk_step, table that it reads
+
+    # What published systems replace.
+
+    def head_function(self):
+        """Function of hidden states (B, C, D), targets_at and a tap -> (B, C) nats."""
+        return self.model.token_losses
+
+    def targets_at(self, positions):
+        """Targets for the head at these positions (B, C) of the stream."""
+        return self.packer.tokens[positions]
+
+    def learned_and_counted(self, losses):
+        """What the head returned -> (B, C) losses to learn from, (B, C) losses to score."""
+        return losses, losses
+
+    def plan_made(self, starts, lengths, phases):
+        """Called before the first chunk is scored, with the documents and the plan."""
+
+    def skip_fine_tuning(self):
+        """Called where no time is left to fine-tune the base weights after a phase."""
+        self.log("note: no time to fine-tune the base weights")
 
     def chunk_losses(self, windows, targets, positions, tap):
-        """Windows (B, W), targets and their positions in the windows (B, C), adapters ->
-        (B, C) nats, float32 head.
+        """Losses of chunks with these adapters, with float32 logits -> (B, C) nats.
+
+        windows (B, W) ids; targets (B, C) ids; positions (B, C) of their inputs in the windows.
         """
-        parts = SimpleNamespace(enter=self.dynamic_enter, block=self.dynamic_block)
         hidden = self.model.forward_hidden(
-            windows, max_seqlen=self.hp.ttt_eval_seq_len, looping=True, tap=tap, parts=parts
+            windows,
+            max_seqlen=self.hp.ttt_eval_seq_len,
+            looping=True,
+            tap=tap,
+            compiled_parts=CompiledParts(self.dynamic_slot_input, self.dynamic_block),
         )
         scored = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.size(2)))
         self.mark_dynamic([0], scored, targets, *tap.head.matrices())
-        return self.head(scored, targets, tap.head)
+        return self.token_losses(scored, targets, tap.head)
 
-    # Compiled: GPT.enter, block and token_losses, BatchedLoRA.factors: one graph each for any
-    # number of rows and width of windows; layer by layer, because tracing all slots at once with
-    # unknown shapes takes minutes.
-
-    def dynamic_enter(self, x, x0, w, wants, *skip):
+    def dynamic_slot_input(self, x, x0, w, return_mix, return_merged, *skip):
         if self.hp.ttt_stale_context:
-            x, x0 = self.stale.own(x, x0)
+            x, x0 = self.stale.drop_lookback(x, x0)
         # the first layer shares the graph of the others
         x = x if x.requires_grad else x.detach().requires_grad_()
         self.mark_dynamic([0, 1], x, x0, *skip[:1])
-        return self.enter(x, x0, w, wants, *skip)
+        return self.compiled_parts.slot_input(x, x0, w, return_mix, return_merged, *skip)
 
-    def dynamic_block(self, entry, mlp_lane, w, rope, packing, tap):
+    def dynamic_block(self, entry, mlp_lane, w, rope, segments, tap):
         if self.hp.ttt_stale_context:
-            mlp_lane, rope, packing = self.stale.of_slot(mlp_lane)
+            mlp_lane, rope, segments = self.stale.of_slot(mlp_lane)
             self.mark_dynamic([0, 1], *rope)
-            self.mark_dynamic([0], *packing[1:3])
-            self.mark_dynamic([1], packing[3])
+            self.mark_dynamic([0], segments.key_rows, segments.new_key_rows)
+            self.mark_dynamic([1], segments.cu_seqlens)
         self.mark_dynamic([0, 1], *entry, mlp_lane)
         self.mark_dynamic([0], *rope, *tap.matrices())
-        if self.hp.new_values:
-            self.mark_dynamic([0, 1], *techniques.streams_of(w.extras))
-        return self.block(entry, mlp_lane, w, rope, packing, tap)
+        return self.compiled_parts.block(entry, mlp_lane, w, rope, segments, tap)
 
     def mark_dynamic(self, dimensions, *tensors):
+        if not self.warming_up:  # later tensors need no marks, and marking takes time
+            return
         for tensor in tensors:
-            # later tensors need no marks, and marking takes time
-            if self.warming_up and tensor is not None:
+            if tensor is not None:
                 torch._dynamo.mark_dynamic(tensor, dimensions)
 
-    def no_chunks(self, rows):
-        """(B, 6) table whose rows count nothing and learn nothing."""
-        return torch.tensor([[self.lora.flight] * 2 + [0, 0, 0, 1]] * rows, device=self.dist.device)
+    def padding_table(self, rows):
+        """(B, 6) table whose rows score nothing and learn nothing."""
+        scratch = self.lora.scratch_row
+        padding = StepRow(scratch, scratch, 0, 0, 0, 1)
+        return torch.tensor([padding] * rows, device=self.dist.device)
 
     def warm_up(self):
-        """Compiles the graphs of all steps on the largest shape: kernels are chosen for
-        where the time goes.
-        """
-        self.warming_up, rows = True, max(2, self.hp.ttt_batch_size)
-        if self.hp.ttt_stale_context:  # sizes that are equal here are taken to be equal always
-            rows += rows == self.hp.ttt_eval_seq_len - self.hp.ttt_stale_context
-        self.chunk_step(self.no_chunks(rows), self.hp.ttt_eval_seq_len)
+        """Compiles the graphs of all steps at the largest shape, for which kernels are tuned."""
+        rows = max(2, self.hp.ttt_batch_size)
+        # torch.compile assumes that sizes equal during the warm-up are always equal
+        if self.hp.ttt_stale_context and rows == recomputed_context(self.hp):
+            rows += 1
+        self.warming_up = True
+        self.chunk_step(self.padding_table(rows), self.hp.ttt_eval_seq_len)
         self.warming_up = False
 
     def chunk_step(self, table, width):
-        """Counts the chunks of a table, then learns from them. The host knows the shapes only and
-        waits for nothing. Columns of the table (B, 6): state row, row to write to (scratch: the
-        chunk is a document's last, there is no step), place of the window in the stream, of the
-        chunk in the window, targets, which step of the document it is. A row without targets is
-        padding.
+        """Scores the chunks of a table (B, 6) of StepRow, then learns from them.
+
+        Depends on the host for shapes only and never waits for the device, so that it can be
+        captured as a CUDA graph.
         """
-        # each column, for the kernel
-        source, target, window, first, count, number = table.T.contiguous()
-        device, tokens = table.device, self.packer.tokens
-        if self.hp.ttt_stale_context:
-            width = self.stale.begin(source, window, width)
-        offset, last = (
-            torch.arange(self.hp.ttt_chunk_size, device=device),
-            (first + count - 1).clamp_min(0)[:, None],
-        )
-        # short windows repeat their last input behind it, unseen; behind stale context SmearGate
-        # reads the token before
-        columns = torch.arange(-1 if self.hp.ttt_stale_context else 0, width, device=device)
-        inputs = window[:, None] + torch.minimum(columns, last)
-        positions = torch.minimum(first[:, None] + offset, last)
-        targets, scored = window[:, None] + positions + 1, offset < count[:, None]
-        self.mark_dynamic([0], source)
-        factors = [part.requires_grad_() for part in self.factors(self.lora.values, source)]
-        losses = self.chunk_losses(
-            tokens[inputs],
-            (self.hinted if self.hp.ngram_tilt_enabled else tokens)[targets],
-            positions,
-            self.lora.tap(factors),
-        )
-        if self.hp.ngram_tilt_enabled:
-            losses, tilted = losses
-        self.score.add(
-            (tilted if self.hp.ngram_tilt_enabled else losses).detach(),
-            scored,
-            self.packer.bytes[targets],
-        )
-        means = torch.where(scored, losses, 0.0).sum(1) / count.clamp_min(1)
-        loss = torch.where(target < self.lora.flight, means, 0.0).sum()
-        self.lora.step(
-            torch.autograd.grad(loss, factors, materialize_grads=True), source, target, number
-        )
-        if self.hp.ttt_stale_context:
-            self.stale.end(target)
+        hp = self.hp
+        tokens = self.packer.tokens
+        # contiguous columns, which the kernels want
+        row = StepRow(*table.T.contiguous())
+        if hp.ttt_stale_context:
+            width = self.stale.begin(row.source, row.window, width)
+        # Positions after the last input repeat it, unseen by what is scored. SmearGate needs the
+        # token before a window that continues a document.
+        lookback = 1 if hp.ttt_stale_context else 0
+        columns = torch.arange(-lookback, width, device=table.device)
+        offset = torch.arange(hp.ttt_chunk_size, device=table.device)
+        last = (row.first + row.count - 1).clamp_min(0)[:, None]
+        window = row.window[:, None]
+        inputs = window + torch.minimum(columns, last)
+        positions = torch.minimum(row.first[:, None] + offset, last)
+        targets = window + positions + 1
+        scored = offset < row.count[:, None]
+        self.mark_dynamic([0], row.source)
+        parts = self.scaled_parts(self.lora.values, row.source)
+        for part in parts:
+            part.requires_grad_()
+        tap = self.lora.tap(parts)
+        losses = self.chunk_losses(tokens[inputs], self.targets_at(targets), positions, tap)
+        losses, counted = self.learned_and_counted(losses)
+        self.score.add(counted.detach(), scored, self.packer.bytes[targets])
+        # scored: from here on the adapters may learn
+        means = torch.where(scored, losses, 0.0).sum(1) / row.count.clamp_min(1)
+        loss = torch.where(row.target != self.lora.scratch_row, means, 0.0).sum()
+        gradients = torch.autograd.grad(loss, parts, materialize_grads=True)
+        self.lora.step(gradients, row.source, row.target, row.number)
+        if hp.ttt_stale_context:
+            self.stale.end(row.target)
 
     def capture(self, steps):
-        """Records chunk_step as a CUDA graph for each shape of these steps; where that fails, they
-        run
-        as they are. Every shape runs once before, on a side stream, as torch asks for. They share
-        one pool, the largest first.
+        """Records chunk_step as a CUDA graph for each shape of these steps.
+
+        Where that fails, steps are launched as they are.
         """
         if self.dist.device.type != "cuda" or not self.hp.kernels:
             return
+        started = time.perf_counter()
         shapes = {(len(step.table), step.width) for step in steps}
-        tables = {
-            shape: self.no_chunks(shape[0]) for shape in sorted(shapes, key=math.prod, reverse=True)
-        }
-        pool, side, started = (
-            torch.cuda.graph_pool_handle(),
-            torch.cuda.Stream(),
-            time.perf_counter(),
-        )
+        tables = {}  # the graphs share one memory pool, which the largest shape opens
+        for shape in sorted(shapes, key=math.prod, reverse=True):
+            tables[shape] = self.padding_table(shape[0])
         torch.cuda.empty_cache()
         try:
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for shape, table in tables.items():
-                    self.chunk_step(table, shape[1])
-            torch.cuda.current_stream().wait_stream(side)
-            for shape, table in tables.items():
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                    self.chunk_step(table, shape[1])
-                self.graphs[shape] = graph, table
+            self.record_graphs(tables)
         except RuntimeError as error:
             self.graphs.clear()
             self.log(f"note: test-time training runs without CUDA graphs: {error}")
@@ -6277,171 +6531,165 @@ class TestTimeTrainer:
             f" seconds:{time.perf_counter() - started:.1f}"
         )
 
-    def run_steps(self, steps):
-        """Counts and learns in the steps' order until the budget ends -> steps left.
+    def record_graphs(self, tables):
+        """{(rows, width): table that the graph of this shape will read} -> self.graphs."""
+        pool = torch.cuda.graph_pool_handle()
+        # torch asks for a run of every shape on a side stream before the capture
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for shape, table in tables.items():
+                self.chunk_step(table, shape[1])
+        torch.cuda.current_stream().wait_stream(side)
+        for shape, table in tables.items():
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self.chunk_step(table, shape[1])
+            self.graphs[shape] = (graph, table)
 
-        Tables are copied all at once.
-        """
+    def upload(self, arrays):
+        """Arrays -> their tensors on the device, in one copy."""
+        joined = torch.from_numpy(np.concatenate(arrays)).to(self.dist.device)
+        return joined.split([*map(len, arrays)])
+
+    def run_steps(self, steps):
+        """Scores and learns in the order of the steps until the budget ends -> steps left."""
         self.capture(steps)
-        self.stepping = time.perf_counter() - self.spent
-        uploads = [
-            torch.from_numpy(np.concatenate(parts)).to(self.dist.device).split([*map(len, parts)])
-            for parts in zip(*(step[:3] for step in steps), strict=True)
-        ]
-        for number, (step, table, begins, ends) in enumerate(zip(steps, *uploads, strict=True)):
-            if number % 8 == 0 and self.late(sum(step.cost for step in steps[number : number + 8])):
-                return steps[number:]
-            self.lora.begin(*begins.unbind(1))
-            graph, buffer = self.graphs.get((len(table), step.width), (None, None))
-            if graph:
-                buffer.copy_(table)
-                graph.replay()
-            else:
-                self.chunk_step(table, step.width)
-            self.lora.end(*ends.unbind(1))
-            self.done, self.ended = self.done + step.cost, self.ended + len(ends)
+        self.progress.begin_steps()
+        if not steps:
+            return []
+        tables = self.upload([step.table for step in steps])
+        begins = self.upload([step.begins for step in steps])
+        ends = self.upload([step.ends for step in steps])
+        for number, step in enumerate(steps):
+            if number % 8 == 0:
+                self.progress.report()
+                cost = sum(step.cost for step in steps[number : number + 8])
+                if self.progress.is_short_for(cost):
+                    return steps[number:]
+            self.lora.begin(*begins[number].unbind(1))
+            self.launch(tables[number], step.width)
+            self.lora.end(*ends[number].unbind(1))
+            self.progress.add(step)
         return []
 
-    def late(self, cost):
-        """Waits for the device, tells how far it is -> is the budget too short for `cost` more and
-        the
-        rest unadapted? Costs are seconds of step_cost, taken at the pace of this run so far. The
-        rest costs a step's share a token, which is more than a plain forward takes; a fiftieth of
-        the budget stays in reserve.
-        """
-        nats, tokens, charges = self.score.sums.tolist()
-        now = time.perf_counter()
-        left = (
-            self.hp.eval_budget_seconds * 0.98
-            - self.log.seconds.get("unpack", 0.0)
-            - (now - self.started)
-        )
-        seconds, share = max(now - self.stepping, 1e-9), round(self.done / self.cost, 6)
-        self.spent, bpb = seconds, bits_per_byte(nats, max(charges, 1))
-        words = (
-            f"{self.phase} documents:{self.ended} running_tokens:{tokens:.0f} running_bpb:{bpb:.5f}"
-            f" tokens_per_s:{tokens / seconds:.0f} budget_left:{left:.0f}"
-        )
-        self.log.live(share, words)
-        if share >= self.told or share == 1.0:
-            self.told = share + 0.05
-            self.log(f"ttt_batch {words} seconds:{now - self.started:.1f}")
-        rest = (self.tokens - tokens) * step_cost(64, 2048) / 64 / 2048
-        return self.done > 0 and left < seconds / self.done * (cost + rest)
+    def launch(self, table, width):
+        """chunk_step, replayed where its shape was captured."""
+        shape = (len(table), width)
+        if shape not in self.graphs:
+            self.chunk_step(table, width)
+            return
+        graph, graph_table = self.graphs[shape]
+        graph_table.copy_(table)
+        graph.replay()
 
     @torch.no_grad()
     def score_unadapted(self, steps):
-        """Scores the targets of these steps by plain forward passes, when the budget ends
-        -> their number.
+        """Scores the targets of steps that the budget did not allow by plain forward passes.
+
+        Returns their number.
         """
-        stream, table = self.validation, np.concatenate([step.table for step in steps])
-        document = np.searchsorted(stream.starts, table[:, 2], "right") - 1
-        left = np.bincount(document, table[:, 4], len(stream.starts)).astype(int)
-        hp = dataclasses.replace(self.hp, eval_seq_len=self.hp.ttt_eval_seq_len, compile="0")
-        windows = document_windows(
-            stream.ends - left, stream.ends, hp.eval_seq_len, hp.eval_seq_len
-        )
-        Evaluator(self.model, stream, hp, self.dist).count(windows, self.score)
+        stream = self.validation
+        rows = StepRow(*np.concatenate([step.table for step in steps]).T)
+        document = np.searchsorted(stream.starts, rows.window, "right") - 1
+        # what is left of a document is its end
+        left = np.bincount(document, rows.count, len(stream.starts)).astype(int)
+        context = self.hp.ttt_eval_seq_len
+        windows = document_windows(stream.ends - left, stream.ends, context, context)
+        hp = dataclasses.replace(self.hp, eval_seq_len=context, compile="0")
+        Evaluator(self.model, stream, hp, self.dist).add_losses(windows, self.score)
         return int(left.sum())
 
     def global_adapt(self, documents):
-        """Fine-tunes the base weights on documents already scored: one epoch of sgd_step."""
-        hp, stream, parameters = (
-            self.hp,
-            self.validation,
-            self.model.requires_grad_(True).parameters(),
-        )
+        """Fine-tunes the base weights on scored documents: one epoch of sgd_step, cosine to 0."""
+        hp = self.hp
+        stream = self.validation
+        context = hp.ttt_eval_seq_len
+        self.model.requires_grad_(True)
         optimizer = torch.optim.SGD(
-            parameters, lr=hp.global_ttt_lr, momentum=hp.global_ttt_momentum
+            self.model.parameters(), lr=hp.global_ttt_lr, momentum=hp.global_ttt_momentum
         )
         windows = document_windows(
-            stream.starts[documents], stream.ends[documents], *[hp.ttt_eval_seq_len] * 2
+            stream.starts[documents], stream.ends[documents], context, context
         )
         lengths = windows[:, 1] - windows[:, 0]
         chunk_of = (np.cumsum(lengths) - lengths) // hp.global_ttt_chunk_tokens
-        chunks = [windows[chunk_of == number] for number in np.unique(chunk_of)]
+        chunks = np.unique(chunk_of)
         for number, chunk in enumerate(chunks):
             cosine = 0.5 * (1 + math.cos(math.pi * number / max(1, len(chunks) - 1)))
-            sgd_step(
-                self.model, self.packer, chunk, optimizer, hp.global_ttt_lr * cosine, self.dist
-            )
+            rate = hp.global_ttt_lr * cosine
+            of_chunk = windows[chunk_of == chunk]
+            sgd_step(self.model, self.packer, of_chunk, optimizer, rate, self.dist)
         self.model.requires_grad_(False).zero_grad(set_to_none=True)
         self.log(f"ttt_global_adaptation documents:{len(documents)} chunks:{len(chunks)}")
 
+    def adapt_base(self, phase, tokens, steps_left):
+        """Fine-tunes on a phase of `tokens` targets, if every rank has the time for it."""
+        num_steps = tokens / self.hp.global_ttt_chunk_tokens
+        # this rank's share of forward and backward, and the SGD steps themselves
+        cost = 3e-6 * tokens / self.dist.world_size + 0.3 * num_steps
+        is_short = bool(steps_left) or self.progress.is_short_for(cost)
+        if not any(self.dist.all_gather_object(is_short)):
+            self.global_adapt(self.documents[phase.documents])
+        else:
+            self.skip_fine_tuning()
+
     def evaluate(self):
-        """Runs the plan -> {loss, bpb, tokens, bytes, documents, partial, recompilations,
-        unadapted_tokens}.
-        """
-        hp, stream, dist = self.hp, self.validation, self.dist
+        """Scores the documents in the order of the plan -> the score's fields in RESULT."""
+        hp = self.hp
+        stream = self.validation
+        dist = self.dist
+        progress = self.progress
         self.model.requires_grad_(False)
-        starts, lengths = (
-            stream.starts[self.documents],
-            (stream.ends - stream.starts)[self.documents],
-        )
+
+        starts = stream.starts[self.documents]
+        lengths = stream.ends[self.documents] - starts
         phases = plan_ttt(lengths, hp)
-        schedules = [
-            schedule_ttt(
-                [documents for lane in self.lanes for documents in phase.lanes[lane]],
-                starts,
-                lengths,
-                self.lora.flight,
-                hp,
-            )
-            for phase in phases
-        ]
-        self.cost = sum(step.cost for step in sum(schedules, [])) or 1.0
-        self.tokens = sum(step.table[:, 4].sum() for step in sum(schedules, []))
-        self.done, self.ended, self.told, self.spent, self.stepping, rest = (
-            0.0,
-            0,
-            0.0,
-            0.0,
-            self.started,
-            [],
-        )
-        if hp.ngram_tilt_enabled:
-            self.hinted[:, 1] = hints = techniques.ngram_hints(
-                self.packer.tokens, starts, lengths, phases
-            )
-            self.log(
-                f"ttt_ngram hints:{(hints >= 0).sum()}"
-                f" seconds:{time.perf_counter() - self.started:.1f}"
-            )
+        schedules = schedule_rank(phases, starts, lengths, dist.rank, dist.world_size, hp)
+        all_steps = sum(schedules, [])
+        progress.plan(all_steps)
+        self.plan_made(starts, lengths, phases)
+
         if compile_wanted(hp, dist):
             self.warm_up()
-        graphs = compiled_graphs()
-        self.log(
-            f"ttt_warm_up seconds:{time.perf_counter() - self.started:.1f}"
-            f" steps:{sum(map(len, schedules))}"
-        )
+        num_graphs = compiled_graphs()
+        self.log(f"ttt_warm_up seconds:{progress.seconds():.1f} steps:{len(all_steps)}")
+
+        steps_left = []
         for number, (phase, steps) in enumerate(zip(phases, schedules, strict=True)):
-            self.phase = f"phase:{number + 1}/{len(phases)}"
-            rest += steps if rest else self.run_steps(steps)
-            self.graphs.clear()  # their memory is for the fine-tuning
-            tokens = lengths[phase.documents].sum()
-            late = self.late(
-                3e-6 * tokens / dist.world_size + 0.3 * tokens / hp.global_ttt_chunk_tokens
-            )
-            if phase.adapt and any(dist.all_gather_object(late or bool(rest))):
-                self.log("note: no time to fine-tune the base weights")
-                if hp.ngram_tilt_enabled:
-                    self.hinted[:, 1] = -1  # documents of this phase may be left to the end
-            elif phase.adapt:
-                self.global_adapt(self.documents[phase.documents])
-        unadapted = self.score_unadapted(rest) if rest else 0
+            progress.phase = f"phase:{number + 1}/{len(phases)}"
+            if steps_left:
+                steps_left += steps
+            else:
+                steps_left = self.run_steps(steps)
+            self.graphs.clear()  # the fine-tuning needs their memory
+            progress.report()
+            if phase.adapt:
+                self.adapt_base(phase, int(lengths[phase.documents].sum()), steps_left)
+
+        unadapted = self.score_unadapted(steps_left) if steps_left else 0
         self.model.requires_grad_(True)
         total = self.score.total(dist, stream.targets_of(self.documents))
-        if unadapted := sum(dist.all_gather_object(unadapted)):
+        unadapted = sum(dist.all_gather_object(unadapted))
+        if unadapted:
             self.log(
-                f"note: EVAL_BUDGET_SECONDS did not do: {unadapted} tokens were scored without"
+                f"note: EVAL_BUDGET_SECONDS was too short: {unadapted} tokens were scored without"
                 " adaptation"
             )
         return total | {
             "documents": len(self.documents),
             "partial": len(self.documents) < len(stream.starts),
-            "recompilations": compiled_graphs() - graphs,
+            "recompilations": compiled_graphs() - num_graphs,
             "unadapted_tokens": unadapted,
         }
+
+
+def evaluate_adapted(evaluator, log):
+    """The score of test-time training on what an Evaluator scores -> {loss, bpb, tokens, bytes,
+    ...}.
+    """
+    e = evaluator
+    return TestTimeTrainer(e.model, e.validation, e.hp, e.dist, log).evaluate()
 
 
 # ---- MAIN ----------------------------------------------------------------------------------------
@@ -6890,15 +7138,9 @@ class Stages:
 
     def test_time_train(self):
         """Scores with test-time training, the final score."""
-
-        def evaluate():
-            if self.hp.ttt_method == "sgd":
-                helpers = document_windows, WindowPacker, sgd_step, Score
-                return techniques.evaluate_sgd(self.evaluator, *helpers)
-            validation = self.prepared.validation
-            return TestTimeTrainer(self.model, validation, self.hp, self.dist, self.log).evaluate()
-
-        score_stage("ttt", evaluate, self.log, self.scores)
+        score_stage(
+            "ttt", lambda: evaluate_adapted(self.evaluator, self.log), self.log, self.scores
+        )
 
     def result(self, run_info):
         """Writes result.json and logs the RESULT line -> its dictionary."""
@@ -6935,8 +7177,7 @@ def run(hp, dist, guard=NO_GUARD):
         stages.load_weights()
     elif not hp.ttt_eval_only:
         stages.train()
-    if hp.extra_eval_loops:
-        stages.model.eval_passes = 1 + hp.extra_eval_loops
+    stages.model.leave_training()
     if not hp.ttt_eval_only:
         guard.keep_weights(hp, stages.folder, stages.checkpoint, stages.log)
         if not hp.prequant_only:

@@ -1,10 +1,11 @@
-"""Bytes of a trained model: compressors on the same codes, and BPB against bytes over quantization
-settings.
+"""Bytes of a trained model.
+
+Compressors on the same codes, and BPB against bytes over quantization settings.
 
     python benchmarks/bench_bytes.py codes runs/ID/artifact.bin
         # every compressor on the arrays of an artifact
-    DATA_PATH=... python benchmarks/bench_bytes.py sweep runs/ID/model.pt --out sweep.png \\
-        --curve plain "MLP_CLIP_SIGMAS=10 ATTN_CLIP_SIGMAS=11.5" "" \\
+    DATA_PATH=... python benchmarks/bench_bytes.py sweep runs/ID/model.pt --out sweep.png \
+        --curve plain "MLP_CLIP_SIGMAS=10 ATTN_CLIP_SIGMAS=11.5" "" \
         --curve ours "COMPRESSOR=entropy GPTQ_COLUMN_STEPS=1"
 
 `codes` prints bytes by group of tensors beside the order-0 entropy of its codes, and the seconds to
@@ -36,8 +37,9 @@ from tools.run_files import settings_of  # noqa: E402
 
 
 def group_of(name: str) -> str:
-    """Role of an array of codes; "scales" for the other fields of quantized matrices; "small"
-    for the rest.
+    """Role of an array of codes.
+
+    "scales" for the other fields of quantized matrices; "small" for the rest.
     """
     tensor, _, field = name.rpartition(":")
     role = train_gpt.quant_role(tensor)
@@ -98,7 +100,6 @@ SWEPT = (
     "mlp_clip_sigmas",
     "attn_clip_sigmas",
     "embed_clip_sigmas",
-    "hessian_clip_lambda",
     "gptq_damp",
     "gptq_block_size",
     "gptq_column_steps",
@@ -108,7 +109,6 @@ SWEPT = (
     "lqer_enabled",
     "lqer_top_k",
     "lqer_rank",
-    "lqer_weighted",
     "lqer_asym_enabled",
     "lqer_asym_group",
     "lqer_factor_bits",
@@ -117,8 +117,9 @@ SWEPT = (
 
 
 def check_points(points: list[str]) -> None:
-    """SettingError for settings of a point that a sweep cannot vary: its model, rows and
-    Hessians are made once.
+    """SettingError for settings of a point that a sweep cannot vary.
+
+    Its model, rows and Hessians are made once.
     """
     for settings in points:
         for name in settings_of(settings.split()):
@@ -130,8 +131,9 @@ def check_points(points: list[str]) -> None:
 
 
 class Sweep:
-    """One checkpoint, its Hessians, its loss on the rows that were held out, and a thread that
-    packs meanwhile.
+    """One checkpoint, its Hessians, and its loss on the rows that were held out.
+
+    A thread packs meanwhile.
     """
 
     def __init__(self, checkpoint: Path, compressor: str):
@@ -156,8 +158,9 @@ class Sweep:
         self.fp32_loss = train_gpt.held_out_loss(self.model, loader, hp, dist)
 
     def measure(self, settings: str) -> dict:
-        """Quantizes under "NAME=VALUE ..." -> the file, bytes of it to come, BPB, gap, mean
-        relative weighted error.
+        """Quantizes under "NAME=VALUE ..." -> the file and its figures.
+
+        They are: bytes of the file to come, BPB, gap, mean relative weighted error.
         """
         environ = dict(os.environ, COMPRESSOR=self.hp.compressor) | settings_of(settings.split())
         hp = train_gpt.Hyperparameters.from_env(environ, RunGuard())

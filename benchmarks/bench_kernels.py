@@ -1,5 +1,4 @@
-"""Every fast operation of train_gpt.py against its reference on one GPU, at the sizes of a training
-micro-batch.
+"""Every fast operation of train_gpt.py against its reference, at training sizes on one GPU.
 
     python benchmarks/bench_kernels.py [--tokens 98304] [--hidden 2048] \\
         [--documents 122] [--compiled]
@@ -38,8 +37,9 @@ def results(op, args) -> tuple:
 
 
 def forward_and_backward(op, args):
-    """op and its arguments -> two closures: forward without autograd, and forward + backward
-    for a fixed gradient.
+    """op and its arguments -> two closures, forward alone and forward + backward.
+
+    The first runs without autograd, the second for a fixed gradient.
     """
     leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
     with torch.no_grad():
@@ -57,8 +57,9 @@ def forward_and_backward(op, args):
 
 
 def relative_errors(op, reference, args) -> list[float]:
-    """Errors of op in the dtype of args against the reference in fp32: outputs, then each
-    gradient.
+    """Errors of op in the dtype of args against the reference in fp32.
+
+    Outputs, then each gradient.
     """
     full = [
         a.detach().float().requires_grad_() if torch.is_tensor(a) and a.requires_grad else a
@@ -83,8 +84,9 @@ def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def random_documents(tokens: int, documents: int) -> torch.Tensor:
-    """(documents + padding + 1,) int32: uneven documents of at most MAX_SEQLEN tokens, the end
-    padded with `tokens`.
+    """(documents + padding + 1,) int32: uneven documents of at most MAX_SEQLEN tokens.
+
+    The end is padded with `tokens`.
     """
     cuts = torch.randint(1, tokens, (documents - 1,)).tolist()
     bounds = [0]
@@ -218,31 +220,36 @@ def bench_entry(report: Report, tokens: int) -> None:
             normal(2, DIM),
             scale,
             12,
-            wants,
+            *wants,
             *(merge if merges else ()),
         )
 
-    opened = tg.compiled(tg.enter, tg.Hyperparameters(compile="1"), tg.Dist(DEVICE))
+    opened = tg.compiled(tg.slot_input, tg.Hyperparameters(compile="1"), tg.Dist(DEVICE))
     for name, wants, merges, work in (
         ("entry of an encoder slot", (True, True), False, (4, 11)),
         ("entry with a skip", (True, False), True, (5, 13)),
         ("entry with lanes", (False, True), True, (5, 13)),
     ):
-        report.errors(name, tg.enter, tg.enter_ref, inputs(min(tokens, 8192), wants, merges))
+        report.errors(
+            name, tg.slot_input, tg.slot_input_ref, inputs(min(tokens, 8192), wants, merges)
+        )
         work = [n * stream for n in work]
-        report.compare(name, opened, tg.enter_ref, inputs(tokens, wants, merges), work, "GB/s")
+        report.compare(name, opened, tg.slot_input_ref, inputs(tokens, wants, merges), work, "GB/s")
         bench_entry_kernel(report, name, inputs(tokens, wants, merges), stream)
 
 
 def bench_entry_kernel(report: Report, name: str, args, stream: float) -> None:
     """The gradients' kernel alone: every stream once."""
-    x, x0, mix, scale, window, wants, *merge = (
-        a.detach() if torch.is_tensor(a) else a for a in args
-    )
-    grads = [torch.randn_like(x) for _ in range(1 + sum(wants))]
-    grads.insert(1, grads[0][..., :window].contiguous())
-    ms = median_ms(lambda: tg._enter_backward(grads, x, x0, mix, scale, merge, [*wants]))
-    rate = (5 + sum(wants) + 2 * bool(merge)) * stream / ms / 1e6
+    args = [a.detach() if torch.is_tensor(a) else a for a in args]
+    x = args[0]
+    window, *wanted = args[4:7]
+    merge = args[7:]
+    d_h = torch.randn_like(x)
+    d_start = d_h[..., :window].contiguous()
+    d_rest = [torch.randn_like(x) if want else x.new_empty(0) for want in wanted]
+    grads = [d_h, d_start, *d_rest]
+    ms = median_ms(lambda: tg._slot_input_backward(grads, *args[:4], merge, *wanted))
+    rate = (5 + sum(wanted) + 2 * bool(merge)) * stream / ms / 1e6
     print(f"{name + ' kernel':34} {ms:8.3f} {rate:7.0f} GB/s    {rate / report.gbytes:9.0%}")
 
 

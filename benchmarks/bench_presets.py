@@ -1,10 +1,10 @@
-"""Published systems side by side: every preset through train_gpt.py to its end, one process a GPU,
-as
-a table.
+"""Published systems side by side.
 
-    python benchmarks/bench_presets.py --caseops data/mine --plain data/plain \\
+Every preset through train_gpt.py to its end, one process a GPU, as a table.
+
+    python benchmarks/bench_presets.py --caseops data/mine --plain data/plain \
         --gpus 0,1,2,3 --seconds 120
-    python benchmarks/bench_presets.py pr1855 pr2135 --caseops data/mine \\
+    python benchmarks/bench_presets.py pr1855 pr2135 --caseops data/mine \
         --set TTT_LANES=1 --ttt-docs 300
 
 --caseops is the data of presets with CaseOps; --plain has a folder spN for each vocabulary of the
@@ -29,7 +29,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.run_files import PRESETS, read_preset, settings_of  # noqa: E402
+from tools.run_files import (  # noqa: E402
+    PRESETS,
+    read_preset,
+    script_of,
+    settings_of,
+    with_preset,
+)
 
 SCORES = "prequant", "quantized", "sliding", "ttt"
 HEAD = ("preset", "steps", "tokens/s", *SCORES, "weights", "code", "stages, s")
@@ -68,8 +74,9 @@ def environment(name: str, gpu: str, args) -> dict:
 
 
 def run_script(script: str, environ: dict, folder: Path, tree: Path = ROOT) -> str:
-    """One run of train_gpt.py in `tree`; -> what went wrong, or nothing where it leaves a
-    result in its folder.
+    """One run of train_gpt.py in `tree`.
+
+    -> what went wrong, or nothing where it leaves a result in its folder.
     """
     done = subprocess.run(
         [sys.executable, script], env=environ, cwd=tree, capture_output=True, text=True
@@ -89,7 +96,8 @@ def run(name: str, gpu: str, args) -> str:
         environ = environment(name, gpu, args)
     except ValueError as error:
         return str(error)
-    return run_script(args.script, environ, folder)
+    script = args.script or str(script_of(with_preset(environ)))
+    return run_script(script, environ, folder)
 
 
 def row_of(name: str, fault: str, args) -> dict:
@@ -175,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", default="presets.json", metavar="FILE", help="default: %(default)s"
     )
-    parser.add_argument("--script", default=str(ROOT / "train_gpt.py"), help=argparse.SUPPRESS)
+    parser.add_argument("--script", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     args.runs = str(Path(args.runs).resolve())
     for key in ("caseops", "plain", "tokenizer"):

@@ -1,10 +1,10 @@
-"""Does a change of the recipe help? Arms and seeds in paired runs on one GPU, with equal seconds:
-the
-proxy.
+"""Does a change of the recipe help? Arms and seeds in paired runs on one GPU, with equal seconds.
 
-    python benchmarks/bench_recipe.py data data/proxy --train docs_train.jsonl.xz \\
+The proxy.
+
+    python benchmarks/bench_recipe.py data data/proxy --train docs_train.jsonl.xz \
         --val docs_val.jsonl.xz
-    python benchmarks/bench_recipe.py run fusion --kind screen --data data/proxy --seeds 1 2 3 \\
+    python benchmarks/bench_recipe.py run fusion --kind screen --data data/proxy --seeds 1 2 3 \
         --arm base "" --arm fused "MARKER_FUSION_ENABLED=1" --arm before@../before ""
     python benchmarks/bench_recipe.py table fusion
     python benchmarks/bench_recipe.py noise noise
@@ -48,7 +48,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.run_files import settings_of  # noqa: E402
+from tools.run_files import script_of, settings_of, with_preset  # noqa: E402
 from tools.summarize import Sample, paired  # noqa: E402
 
 LINE_VERSION = 1
@@ -102,6 +102,10 @@ from pathlib import Path
 root = Path.cwd().resolve()
 sys.path.insert(0, str(root))
 import train_gpt
+settings = json.loads(sys.argv[1])
+if sys.argv[2] != "train_gpt.py":
+    from presets import published
+    published.install()
 fields = dataclasses.fields(train_gpt.Hyperparameters)
 names = [field.name.upper() for field in fields]
 environ = {name: value for name, value in os.environ.items() if name not in names}
@@ -109,7 +113,7 @@ find_guard = getattr(train_gpt, "find_guard", None)  # an older checkout has non
 # with the guard come the files beside the script: they are code of the arm too
 beside = {"guard": find_guard()} if find_guard else {}
 try:
-    hp = train_gpt.Hyperparameters.from_env(environ | json.loads(sys.argv[1]), **beside)
+    hp = train_gpt.Hyperparameters.from_env(environ | settings, **beside)
 except ValueError as error:
     sys.exit(str(error))
 values = {field.name.upper(): getattr(hp, field.name) for field in fields}
@@ -142,11 +146,13 @@ class Recipe(NamedTuple):
     changed: dict  # the settings that differ from the checkout's defaults
     code: str  # hash of the files that train_gpt.py imports, and of itself
     seconds: float  # MAX_WALLCLOCK_SECONDS
+    script: str = "train_gpt.py"  # of the checkout, or presets/published.py
 
 
 class Comparison(NamedTuple):
-    """An arm against the reference in one stage; differences are arm minus reference, so
-    negative is better.
+    """An arm against the reference in one stage.
+
+    Differences are arm minus reference, so negative is better.
     """
 
     n: int
@@ -224,8 +230,9 @@ def succeeded(records: list[dict], kind: str) -> list[dict]:
 
 
 def pairs_of(runs: list[dict], arm: str, against: str) -> dict[int, tuple[dict, dict]]:
-    """Runs of one kind -> {seed: (run of the arm, run of the reference)}, the first pair that
-    ran in one go.
+    """Runs of one kind -> {seed: (run of the arm, run of the reference)}.
+
+    A pair is the first that ran in one go.
     """
     first = {}
     for run in runs:
@@ -278,14 +285,16 @@ def refuse_unequal(arms: list[Arm], kind: str, allowed: list[str]) -> None:
 
 
 def check_arm(arm: Arm, shared: dict[str, str]) -> Recipe:
-    """Asks the arm's checkout about the settings. ValueError, with its message, where it refuses
-    them.
+    """Asks the arm's checkout about the settings.
+
+    ValueError, with its message, where it refuses them.
 
     Settings come from `shared` and the arm alone: what the environment says about settings is
     dropped.
     """
     ours = shared | arm.settings
-    command = [sys.executable, "-c", CHECK, json.dumps(ours)]
+    script = script_in(arm.tree, ours)
+    command = [sys.executable, "-c", CHECK, json.dumps(ours), script]
     done = subprocess.run(command, cwd=arm.tree, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"arm {arm.name}: " + "\n".join(done.stderr.strip().splitlines()[-5:]))
@@ -294,7 +303,13 @@ def check_arm(arm: Arm, shared: dict[str, str]) -> Recipe:
     changed = {
         name: value for name, value in found["changed"].items() if name not in NOT_PART_OF_A_RECIPE
     }
-    return Recipe(environ | ours, changed, found["code"], found["seconds"])
+    return Recipe(environ | ours, changed, found["code"], found["seconds"], script)
+
+
+def script_in(tree: Path, settings: dict[str, str]) -> str:
+    """Which script of a checkout runs with these settings; older ones have one alone."""
+    script = str(script_of(with_preset(settings)).relative_to(ROOT))
+    return script if (tree / script).exists() else "train_gpt.py"
 
 
 def refuse_another_recipe(
@@ -313,8 +328,9 @@ def refuse_another_recipe(
 
 
 def data_identity(folder: Path) -> dict:
-    """What tells datasets apart: tokens, and a hash of the shards' own hashes (of their sizes
-    without a manifest).
+    """What tells datasets apart.
+
+    Tokens, and a hash of the shards' own hashes (of their sizes without a manifest).
     """
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("fineweb_*.bin"))}
     train = [size for name, size in sizes.items() if name.startswith("fineweb_train_")]
@@ -332,8 +348,9 @@ def data_identity(folder: Path) -> dict:
 
 
 def commit_of(tree: Path) -> str | None:
-    """Abbreviated commit of a checkout, with + where tracked files differ from it; None where
-    git cannot say.
+    """Abbreviated commit of a checkout, with + where tracked files differ from it.
+
+    None where git cannot say.
     """
     command = ["git", "-C", str(tree), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
@@ -347,8 +364,9 @@ def commit_of(tree: Path) -> str | None:
 
 
 def current_go() -> str:
-    """The name of the go that runs now; a new one on a new machine or after a pause of more
-    than ten minutes.
+    """The name of the go that runs now.
+
+    A new one on a new machine or after a pause of more than ten minutes.
     """
     path = Path(tempfile.gettempdir(), f"bench_recipe_go.{os.getuid()}")
     recent = path.exists() and time.time() - path.stat().st_mtime < MAX_PAUSE_SECONDS
@@ -363,14 +381,14 @@ def last_lines(path: Path) -> list[str]:
     return [line[:300] for line in lines if line.strip()][-LOG_LINES:]
 
 
-def call_script(tree: Path, environ: dict[str, str], output: Path) -> int:
-    """train_gpt.py of a checkout, its output into a file -> exit code.
+def call_script(tree: Path, script: str, environ: dict[str, str], output: Path) -> int:
+    """A script of a checkout, its output into a file -> exit code.
 
     Whatever ends this ends the run, too.
     """
     with output.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "train_gpt.py"], cwd=tree, env=environ, stdout=file, stderr=file
+            [sys.executable, script], cwd=tree, env=environ, stdout=file, stderr=file
         )
         try:
             return process.wait()
@@ -381,15 +399,16 @@ def call_script(tree: Path, environ: dict[str, str], output: Path) -> int:
 
 
 def run_once(arm: Arm, recipe: Recipe, seed: int, runs: Path) -> dict:
-    """One run to its end -> its part of a record: status, and figures of RESULT or the last
-    lines of the log.
+    """One run to its end -> its part of a record.
+
+    Status, and figures of RESULT or the last lines of the log.
     """
     runs.mkdir(parents=True, exist_ok=True)
     name = f"{arm.name}-{seed}-{uuid.uuid4().hex[:6]}"
     ours = {"SEED": str(seed), "RUN_ID": name, "RUNS_DIR": str(runs)}
     output = runs / f"{name}.txt"
     start = time.monotonic()
-    code = call_script(arm.tree, recipe.environ | ours | arm.settings, output)
+    code = call_script(arm.tree, recipe.script, recipe.environ | ours | arm.settings, output)
     wall = {"wall_seconds": round(time.monotonic() - start, 1)}
     result = runs / name / "result.json"
     # 3: the byte cap is broken, which RESULT says as well
@@ -401,8 +420,9 @@ def run_once(arm: Arm, recipe: Recipe, seed: int, runs: Path) -> dict:
 
 
 def figures_of(result: dict, log: str, recipe: Recipe) -> dict:
-    """What a record keeps of RESULT, with tokens/s over the whole training and epochs of the
-    training data.
+    """What a record keeps of RESULT.
+
+    With tokens/s over the complete training, and epochs of the training data.
     """
     keys = (
         "commit",
@@ -470,8 +490,9 @@ def missing_pairs(
 def missing_repeats(
     records: list[dict], kind: str, seeds: list[int], names: list[str]
 ) -> list[tuple[int, str]]:
-    """(seed, arm) of each run that a plan of repeats still lacks: every arm runs as often as a
-    seed is named.
+    """(seed, arm) of each run that a plan of repeats still lacks.
+
+    Every arm runs as often as a seed is named.
     """
     done = Counter((run["seed"], run["arm"]) for run in succeeded(records, kind))
     failed = Counter(
@@ -506,8 +527,9 @@ def groups_missing(records: list[dict], args, go: str) -> list[list[tuple[int, s
 
 
 def expected_seconds(records: list[dict], kind: str, name: str, go: str, recipe: Recipe) -> float:
-    """How long a run will take: as the arm's last one in this go, or, before there is one, with
-    cold caches.
+    """How long a run will take.
+
+    As the arm's last one in this go, or, before there is one, with cold caches.
     """
     timed = [
         run["wall_seconds"]
@@ -518,8 +540,9 @@ def expected_seconds(records: list[dict], kind: str, name: str, go: str, recipe:
 
 
 class Campaign:
-    """The runs of one call: what is missing is run, one run after another, and every end is
-    written down.
+    """The runs of one call.
+
+    What is missing is run, one run after another, and every end is written down.
     """
 
     def __init__(self, args, recipes: dict[str, Recipe], data: dict):
@@ -689,8 +712,9 @@ def compare(pairs: dict[int, tuple[dict, dict]], stage: str) -> Comparison:
 
 
 def ratio(pairs: dict[int, tuple[dict, dict]], key: str) -> float:
-    """Mean of a figure over the arm's runs, as a ratio to that of the reference; nan where a
-    run lacks it.
+    """Mean of a figure over the arm's runs, as a ratio to that of the reference.
+
+    nan where a run lacks it.
     """
     sides = [[pair[side].get(key) for pair in pairs.values()] for side in (0, 1)]
     if any(value is None for side in sides for value in side):
@@ -722,8 +746,9 @@ HEAD = (
 
 
 def table_rows(runs: list[dict], arm: str, against: str) -> list[list[str]]:
-    """Cells of an arm, one row for each stage that all its pairs have; the last stage bears the
-    verdict.
+    """Cells of an arm, one row for each stage that all its pairs have.
+
+    The last stage bears the verdict.
     """
     pairs = pairs_of(runs, arm, against)
     if not pairs:
@@ -753,9 +778,7 @@ def table_rows(runs: list[dict], arm: str, against: str) -> list[list[str]]:
 
 
 def left_out(records: list[dict], runs: list[dict], against: str) -> list[str]:
-    """Sentences about what the table of one kind does not count, and about rules that its runs
-    break.
-    """
+    """What the table of one kind does not count, and which rules its runs break."""
     lines = []
     for record in records:
         if record["status"] == "failed":
@@ -854,8 +877,9 @@ def read_records(campaign: str) -> list[dict]:
 
 
 def pooled_deviation(groups: list[list[float]]) -> tuple[float, int]:
-    """Standard deviation inside groups, and its degrees of freedom; nan and 0 where no group
-    has two values.
+    """Standard deviation inside groups, and its degrees of freedom.
+
+    nan and 0 where no group has two values.
     """
     freedom = sum(len(group) - 1 for group in groups)
     if not freedom:

@@ -1,6 +1,6 @@
-"""Do two ways of training train the same? Losses of fixed steps, data and seeds against the spread
-of
-two seeds.
+"""Do two ways of training train the same? Their losses against the spread of two seeds.
+
+Steps, data and seeds are fixed.
 
     python benchmarks/bench_same.py "TRAIN_CUDA_GRAPHS=1" "KERNELS=0 ATTENTION_BACKEND=torch" \\
         "TREE=../before"
@@ -57,8 +57,9 @@ def train(variant: str, seed: str, args) -> Run | str:
 
 
 def difference(one: Run, other: Run) -> tuple[float, float]:
-    """Mean absolute difference of the training losses step by step, and that of the validation
-    losses, in nats.
+    """Mean absolute differences of training losses and of validation losses, in nats.
+
+    Training losses are compared step by step.
     """
     pairs = list(zip(one.steps, other.steps, strict=True))
     assert all(a["step"] == b["step"] for a, b in pairs), "the logs are of different steps"
@@ -69,8 +70,9 @@ def difference(one: Run, other: Run) -> tuple[float, float]:
 
 
 def report(runs: dict, variants: list[str], seeds: list[str]) -> bool:
-    """Prints losses and differences -> whether every variant differs by no more than the first
-    one's seeds.
+    """Prints losses and differences -> whether all differences are small.
+
+    No variant may differ by more than the first one's seeds.
     """
     for (variant, seed), run in runs.items():
         first = " ".join(f"{row['train_loss']:.4f}" for row in run.steps[:5])

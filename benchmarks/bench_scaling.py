@@ -51,8 +51,9 @@ def collective_name(event: Event) -> str:
 
 
 def communication(events: list[Event], covered: bool) -> dict:
-    """{collective: launches, ms, exposed_ms} and the total "all"; without `covered`, nothing
-    hides anything.
+    """{collective: launches, ms, exposed_ms} and the total "all".
+
+    Without `covered`, nothing hides anything.
     """
     compute = [e for e in events if e.phase != "collectives"]
     table = defaultdict(lambda: {"launches": 0, "ms": 0.0, "exposed_ms": 0.0})
@@ -75,9 +76,9 @@ def communication(events: list[Event], covered: bool) -> dict:
 
 
 def mean_and_least(ranks: list[list[dict]]) -> dict:
-    """communication() of [rank][step] -> means of rank 0 over the steps, and least_ms: exposed_ms
-    of
-    the rank where it is least in a step, mean over the steps.
+    """communication() of [rank][step] -> means of rank 0 over the steps, and least_ms.
+
+    least_ms: exposed_ms of the rank where it is least in a step, mean over the steps.
     """
     table = {}
     for name, first in ranks[0][0].items():

@@ -1,8 +1,8 @@
-"""Where the time of a training step goes: one table for the default model with looping off, one
-with
-looping on.
+"""Where the time of a training step goes.
 
-    python benchmarks/bench_step.py [--seconds 60] [--states off,on] [--no-table] \\
+One table for the default model with looping off, one with looping on.
+
+    python benchmarks/bench_step.py [--seconds 60] [--states off,on] [--no-table] \
         [--caches] [--loader] [--out FILE]
 
 The trainer's own step runs on DATA_PATH, or on synthetic shards with documents of realistic
@@ -120,8 +120,9 @@ class Event:
 
 
 def write_synthetic_shards(folder: str, tokens: int, vocab_size: int) -> None:
-    """Documents with lengths like web text (median 520, mean 1,300 tokens) and Zipf-like
-    tokens, as one train shard.
+    """Documents with lengths like web text and Zipf-like tokens, as one training shard.
+
+    The median length is 520 tokens, the mean 1,300.
     """
     rng = np.random.default_rng(0)
     values = np.minimum(8 + rng.zipf(1.3, tokens) % (vocab_size - 8), vocab_size - 1)
@@ -180,9 +181,7 @@ def product_rate(dist, dtype, rows: int = 0, inner: int = 0, columns: int = 0) -
 
 
 def measure_ceilings(hp, dist, dtype) -> dict:
-    """{name: TFLOP/s} of a large product and of products over the model's width, and GB/s of a
-    copy.
-    """
+    """{name: TFLOP/s} of a large matmul and of the model's matmuls, and GB/s of a copy."""
     tokens = hp.micro_batch_tokens if dist.device.type == "cuda" else 4096
     shapes = [
         (),
@@ -201,8 +200,9 @@ def measure_ceilings(hp, dist, dtype) -> dict:
 
 
 def device_events(trace: dict, cuda: bool) -> list[Event]:
-    """Chrome trace of torch.profiler -> device work, each with the operators that enclose its
-    launch.
+    """Chrome trace of torch.profiler -> device work.
+
+    Each event has the operators that enclose its launch.
     """
     threads, launches, work = defaultdict(list), {}, []
     for event in trace["traceEvents"]:
@@ -234,8 +234,9 @@ def frame(operator) -> tuple:
 
 
 def attach_chains(operators: list, points: list) -> None:
-    """Sorted operators of a thread, sorted (time, Event) of its launches: sets Event.chain to
-    the open operators.
+    """Sorted operators of a thread, sorted (time, Event) of its launches.
+
+    Sets Event.chain to the open operators.
     """
     stack, position = [], 0
     for ts, event in points:
@@ -248,8 +249,9 @@ def attach_chains(operators: list, points: list) -> None:
 
 
 def own_times(operators: list) -> list[Event]:
-    """Sorted operators of a thread -> one Event each, with the time outside the operators it
-    encloses.
+    """Sorted operators of a thread -> one Event each.
+
+    Each has the time outside the operators it encloses.
     """
     events, stack = [], []
     for operator in operators:
@@ -279,8 +281,9 @@ def tensor_bytes(shapes: list, types: list) -> list[float]:
 
 
 def work_of(operator: tuple, event: Event, hp) -> tuple[float, float]:
-    """FLOPs of a matrix product, bytes of an operator's operands (each once); attention is
-    counted elsewhere.
+    """FLOPs of a matrix product, bytes of an operator's operands (each once).
+
+    Attention is counted elsewhere.
     """
     name, shapes, types, _ = operator
     short, sizes, flops = name.split("::")[-1], tensor_bytes(shapes, types), 0.0
@@ -300,7 +303,7 @@ def work_of(operator: tuple, event: Event, hp) -> tuple[float, float]:
     if name == "golf::mlp_backward":  # grad, w_down, act -> grad_pre
         return 2.0 * shapes[0][0] * math.prod(shapes[1]), sum(sizes) + sizes[2]
     # gradients, merged, x0, mix, scale, [skip, ...]; -> those of merged, x0, skip
-    if name == "golf::enter_backward":
+    if name == "golf::slot_input_backward":
         streams = [*shapes[0], *2 * shapes[1:3], *2 * shapes[5][:1]]
         return 0.0, float(ITEM_BYTES[types[1]]) * sum(map(math.prod, streams))
     if name == "golf::linear_cross_entropy":  # h, weight: logits, read and overwritten
@@ -398,8 +401,9 @@ def count_once(events: list[Event]) -> None:
 
 
 def add_attention_work(events: list[Event], pairs: float, passes: int, hp, item: int) -> None:
-    """Spreads the FLOPs and bytes of attention (causal pairs of the step, per pass) over its
-    events by their time.
+    """Spreads the FLOPs and bytes of attention over its events by their time.
+
+    They are of the causal pairs of the step, per pass.
     """
     heads, kv_heads = hp.num_heads * hp.head_dim, hp.num_kv_heads * hp.head_dim
     once = 4.0 * pairs * heads * passes
@@ -460,8 +464,9 @@ def profile_step(trainer, step: int, looping: bool) -> list[Event]:
 
 
 def profile_uncaptured(trainer, step: int, looping: bool) -> list[Event]:
-    """profile_step of kernels that operators launch; the captured micro-batches stay for the
-    steps that follow.
+    """profile_step of kernels that operators launch.
+
+    The captured micro-batches stay for the steps that follow.
     """
     captured = trainer.forward
     hp, dist = trainer.hp, trainer.dist
@@ -494,8 +499,9 @@ def busy_ms(events: list[Event]) -> float:
 
 
 def idle(events: list[Event]) -> dict:
-    """{(phase before, phase behind): ms, gaps} of the time between events in which none was
-    running, longest first.
+    """{(phase before, phase after): ms, gaps} of the time in which nothing was running.
+
+    Longest first.
     """
     table, last = defaultdict(lambda: {"ms": 0.0, "gaps": 0}), None
     for event in sorted(events, key=lambda e: e.start):
@@ -509,8 +515,9 @@ def idle(events: list[Event]) -> dict:
 
 
 def floor_ms(event: Event, ceilings: dict) -> float:
-    """Of whatever shape: products over the model's width are slower with cuBLAS, but not with
-    every kernel.
+    """The least time of an event by its FLOPs and bytes, whatever its shape.
+
+    Matmuls over the model's width are slower with cuBLAS, but not with every kernel.
     """
     large = next(iter(ceilings.values()))
     return max(event.flops / large / 1e9, event.nbytes / ceilings["copy GB/s"] / 1e6)
@@ -535,8 +542,9 @@ def summarize(events: list[Event], ceilings: dict, by) -> dict:
 
 
 def model_flops(model, looping: bool, pairs: float) -> float:
-    """FLOPs of a step that the model asks for: 6 a weight in play and token, 3.5 forward passes
-    of causal attention.
+    """FLOPs of a step that the model asks for.
+
+    6 a weight in play and token, 3.5 forward passes of causal attention.
     """
     hp, slots = model.hp, len(model.slots(looping))
     layer = (

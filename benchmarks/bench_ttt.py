@@ -1,25 +1,22 @@
-"""Test-time training on one GPU: how long a step takes, and what whole runs with other settings
-cost
-and gain.
+"""Test-time training on one GPU: seconds of a step, and cost and gain of complete runs.
 
     python benchmarks/bench_ttt.py steps [--rows 64,16,4] [--widths 128,512,2048] [--repeats 5]
     python benchmarks/bench_ttt.py runs --artifact runs/NAME/artifact.bin \\
-        [--reference] [--bf16-head]
-                                        ["TTT_LORA_RANK=48 ..." ...]
+        [--reference] [--bf16-head] ["TTT_LORA_RANK=48 ..." ...]
 
-`steps`: the default model with random weights; times do not depend on what is learned. The seconds
-of the stage's warm-up (all compilation), then for every number of rows and width of window the
-milliseconds of a step (windows forward, head, backward to the adapters, their AdamW) as it is
-launched and as a CUDA graph, what the schedule takes it to cost, and window positions per second of
-the graph with the ratio to the published rate of one H100 (240,000 positions/s). With
-TTT_STALE_CONTEXT a width is the whole context, and positions are those that are computed.
+`steps`: the default model with random weights; times do not depend on what is learned. Prints the
+seconds of the stage's warm-up (all compilation), then for every number of rows and width of window:
+milliseconds of a step (forward of the windows, lm_head, backward to the adapters, their AdamW)
+launched directly and as a CUDA graph, the schedule's cost model, and window positions per second of
+the graph, with the ratio to the published rate of one H100 (240,000 positions/s). With
+TTT_STALE_CONTEXT a width is that of the complete context; positions are the recomputed ones.
 
 `runs`: every quoted argument is one run of test-time training on the model of an artifact, with
-these settings over those of the environment ("" for none; TTT_MAX_DOCS takes documents of all
-lengths). One row each: BPB, seconds in all, of compilation, of capturing, of steps, scored tokens
-and window positions per second of stepping. --reference adds the straightforward scorer, document
-by document without compilation (and without NGRAM_TILT_ENABLED), and the difference of its BPB.
---bf16-head multiplies with the head in bfloat16, as the field does, in both.
+these settings on top of the environment ("" for none; TTT_MAX_DOCS picks documents of all lengths).
+Prints for each: BPB, seconds in total, of compilation, of capturing, of steps, scored tokens and
+window positions per second of stepping. --reference adds the straightforward scorer, document by
+document without compilation (and without NGRAM_TILT_ENABLED), and the difference of its BPB.
+--bf16-head computes logits in bfloat16 in both, as published systems do.
 
 Without CUDA it says so and exits 0 (`--cpu` runs anyway).
 """
@@ -27,6 +24,7 @@ Without CUDA it says so and exits 0 (`--cpu` runs anyway).
 import argparse
 import copy
 import dataclasses
+import math
 import os
 import re
 import sys
@@ -60,198 +58,259 @@ class Lines(list):
         pass
 
 
-def continued(model, tokens, start, window, kept):
-    """The model for a row of a document that goes on at `window`: `kept` is, for every slot, [keys,
-    values] of all the document's positions (1, T, K, E), of which the last TTT_STALE_CONTEXT before
-    the window are read, and where those of the row are left.
-    """
-    row, before, slots = copy.copy(model), window - start, iter(kept)
-    if before:
-        row.embed = lambda inputs, fresh: model.embed(
-            tokens[None, window - 1 : window + inputs.size(1)], fresh
-        )[:, 1:]
+def past_window(model, tokens, start, window, kept):
+    """The model for a window that continues a document, on the keys and values of what came before.
 
-    def attention(q, k, v, cu_seqlens, max_seqlen, attn_window):
-        turn = model.cos[before : before + 1], model.sin[before : before + 1]
-        q, k = tg.apply_rotary_emb(q, *turn), tg.apply_rotary_emb(k, *turn)
-        slot, first, row_end = (
-            next(slots),
-            max(0, before - model.hp.ttt_stale_context),
-            before + k.size(1),
-        )
-        seen = [
-            torch.cat((old[:, first:before], new), 1) for old, new in zip(slot, (k, v), strict=True)
-        ]
-        for old, new in zip(slot, (k, v), strict=True):
-            old[:, before:row_end] = new.detach()
-        mask = torch.ones(q.size(1), row_end - first, dtype=torch.bool, device=q.device).tril(
-            before - first
-        )
-        q, *seen = (
-            t.repeat_interleave(q.size(2) // t.size(2), 2).transpose(1, 2) for t in (q, *seen)
-        )
-        return torch.nn.functional.scaled_dot_product_attention(q, *seen, attn_mask=mask).transpose(
-            1, 2
-        )
+    kept: for every slot [keys, values] (1, T, K, E) of all positions of the document. Attention
+    reads the last TTT_STALE_CONTEXT of them before the window and writes those of the window.
+    """
+    row = copy.copy(model)
+    before = window - start
+    stale = model.hp.ttt_stale_context
+    slots = iter(kept)
+
+    def embed(inputs, window_start):
+        lookback = tokens[None, window - 1 : window + inputs.size(1)]
+        return model.embed(lookback, window_start)[:, 1:]
+
+    if before:
+        row.embed = embed
+
+    def attention(q, k, v, cu_seqlens, max_seqlen, window=0):
+        cos = model.cos[before : before + 1]
+        sin = model.sin[before : before + 1]
+        q = tg.apply_rotary_emb(q, cos, sin)
+        k = tg.apply_rotary_emb(k, cos, sin)
+        first = max(0, before - stale)
+        end = before + k.size(1)
+        seen = []
+        for old, new in zip(next(slots), (k, v), strict=True):
+            seen.append(torch.cat((old[:, first:before], new), 1))
+            old[:, before:end] = new.detach()
+        mask = torch.ones(q.size(1), end - first, dtype=torch.bool, device=q.device)
+        heads = []
+        for t in (q, *seen):
+            heads.append(t.repeat_interleave(q.size(2) // t.size(2), 2).transpose(1, 2))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(*heads, attn_mask=mask.tril(before - first)).transpose(1, 2)
 
     row.ops = dataclasses.replace(model.ops, attention=attention)
     return row
 
 
+def score_document(model, lora, tokens, start, end, row):
+    """Scores inputs start to end with the adapters of `row` (1, n), which learn -> list of nats."""
+    hp = lora.hp
+    leaf = torch.nn.Parameter(row)
+    optimizer = torch.optim.AdamW(
+        [leaf], hp.ttt_lora_lr, (0.0, hp.ttt_beta2), 1e-10, hp.ttt_weight_decay
+    )
+    shape = (lora.layout.num_slots, 2, 1, end - start, hp.num_kv_heads, hp.head_dim)
+    kept = torch.zeros(shape, dtype=model.dtype, device=tokens.device)
+    size = int(hp.chunk_size_of(end - start))
+    nats = []
+    for first in range(start, end, size):
+        last = min(first + size, end)
+        window = max(start, last - hp.ttt_eval_seq_len + hp.ttt_stale_context)
+        tap = lora.tap(lora.scaled_parts(leaf, slice(None)))
+        of_window = model
+        if hp.ttt_stale_context:
+            of_window = past_window(model, tokens, start, window, kept)
+        hidden = of_window.forward_hidden(
+            tokens[None, window:last], max_seqlen=hp.ttt_eval_seq_len, looping=True, tap=tap
+        )
+        targets = tokens[None, first + 1 : last + 1]
+        losses = model.token_losses(hidden[:, first - window :], targets, tap.head)
+        nats += losses[0].tolist()
+        if last < end:
+            optimizer.zero_grad()
+            losses.mean().backward()
+            optimizer.step()
+    return nats
+
+
 def document_by_document(model, validation, hp, dist):
-    """The definition of the answer -> {(document, target position): nats}: one document after the
-    other, windows of their own length, no compilation, no padding, torch's AdamW; between phases
-    TestTimeTrainer.global_adapt.
+    """The definition of the answer -> {(document, target position): nats}.
+
+    One document after the other, windows of their own length, no compilation, no padding, torch's
+    AdamW; between phases TestTimeTrainer.global_adapt.
     """
-    tokens, found = torch.from_numpy(validation.tokens).to(dist.device), {}
+    tokens = torch.from_numpy(validation.tokens).to(dist.device)
     trainer = tg.TestTimeTrainer(model, validation, hp, dist, Lines())
     lora = tg.BatchedLoRA(model, range(hp.ttt_lanes), hp, dist.device, tg.adamw_rows_ref)
+    a_total = lora.layout.a_total
     model.requires_grad_(False)
-    chosen, pairs = (
-        trainer.documents,
-        [[*map(int, p.split(":"))] for p in hp.ttt_short_chunks.split(",") if p],
-    )
-    for phase in tg.plan_ttt((validation.ends - validation.starts)[chosen], hp):
-        for place, documents in enumerate(
-            [documents for lane in phase.lanes for documents in lane]
-        ):
+    chosen = trainer.documents
+    lengths = validation.ends - validation.starts
+    found = {}
+    for phase in tg.plan_ttt(lengths[chosen], hp):
+        queues = [documents for lane in phase.lanes for documents in lane]
+        for queue, documents in enumerate(queues):
             for document in chosen[documents].tolist():
-                leaf = torch.nn.Parameter(lora.values.new_zeros(1, lora.values.size(1)))
-                leaf.data[0, : lora.kept.size(1)] = lora.kept[place]
-                optimizer = torch.optim.AdamW(
-                    [leaf], hp.ttt_lora_lr, (0.0, hp.ttt_beta2), 1e-10, hp.ttt_weight_decay
-                )
-                start, end = int(validation.starts[document]), int(validation.ends[document])
-                fitting = [size for most, size in pairs if end - start <= most]
-                size = min([hp.ttt_chunk_size, *fitting[:1]])
-                kept = torch.zeros(
-                    lora.slots,
-                    2,
-                    1,
-                    end - start,
-                    hp.num_kv_heads,
-                    hp.head_dim,
-                    dtype=model.dtype,
-                    device=dist.device,
-                )
-                for first in range(start, end, size):
-                    last = min(first + size, end)
-                    window = max(start, last - hp.ttt_eval_seq_len + hp.ttt_stale_context)
-                    tap = lora.tap(lora.factors(leaf, slice(None)))
-                    row = (
-                        continued(model, tokens, start, window, kept)
-                        if hp.ttt_stale_context
-                        else model
-                    )
-                    hidden = row.forward_hidden(
-                        tokens[None, window:last],
-                        max_seqlen=hp.ttt_eval_seq_len,
-                        looping=True,
-                        tap=tap,
-                    )
-                    targets = tokens[None, first + 1 : last + 1]
-                    losses = model.token_losses(hidden[:, first - window :], targets, tap.head)
-                    found |= {
-                        (document, first + i + 1): loss for i, loss in enumerate(losses[0].tolist())
-                    }
-                    if last < end:
-                        optimizer.zero_grad()
-                        losses.mean().backward()
-                        optimizer.step()
+                start = int(validation.starts[document])
+                end = int(validation.ends[document])
+                row = lora.values.new_zeros(1, lora.values.size(1))
+                row[0, :a_total] = lora.warm_a[queue]
+                nats = score_document(model, lora, tokens, start, end, row)
+                for target, loss in enumerate(nats, start + 1):
+                    found[document, target] = loss
                 if hp.ttt_warm_start_a and start < end:
-                    lora.kept[place] = leaf.detach()[0, : lora.kept.size(1)]
+                    lora.warm_a[queue] = row[0, :a_total]
         if phase.adapt:
             trainer.global_adapt(chosen[phase.documents])
     model.requires_grad_(True)
     return found
 
 
+def random_validation(hp, documents=64):
+    """Random documents that are a chunk longer than the context, like ValidationSet."""
+    length = hp.ttt_eval_seq_len + hp.ttt_chunk_size
+    num_tokens = documents * (length + 1) + 1
+    tokens = np.random.default_rng(0).integers(8, hp.vocab_size, num_tokens)
+    starts = np.arange(documents) * (length + 1)
+    tokens[starts] = tg.BOS_ID
+    target_bytes = np.full(len(tokens), 3)
+    return SimpleNamespace(
+        tokens=tokens,
+        bytes=target_bytes,
+        starts=starts,
+        ends=starts + length,
+        targets_of=lambda numbers: (length * len(numbers), 3 * length * len(numbers)),
+    )
+
+
+def seconds_of(run, dist, repeats):
+    """Seconds of one call, in the mean, after a first one."""
+    run()
+    dist.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    dist.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def bench_shape(trainer, rows, width, repeats):
+    """Times steps of one shape, launched and captured -> a line of the table."""
+    hp = trainer.hp
+    device = trainer.dist.device
+    starts = trainer.validation.starts
+    recomputed = tg.recomputed_context(hp)
+    window = min(width, recomputed)
+    chunk = min(hp.ttt_chunk_size, width)
+    state_rows = torch.arange(rows, device=device) % trainer.lora.scratch_row
+    # documents in turn, in the middle of each
+    document = np.arange(rows) % len(starts)
+    begin = torch.from_numpy(starts[document] + width - window).to(device)
+    step_rows = tg.StepRow(
+        source=state_rows,
+        target=state_rows,
+        window=begin,
+        first=torch.full_like(begin, window - chunk),
+        count=torch.full_like(begin, chunk),
+        number=torch.ones_like(begin),
+    )
+    table = torch.stack(step_rows, 1)
+    launched = seconds_of(lambda: trainer.chunk_step(table, width), trainer.dist, repeats)
+    replayed = float("nan")
+    if (rows, width) in trainer.graphs:
+        graph, graph_table = trainer.graphs[rows, width]
+        graph_table.copy_(table)
+        replayed = seconds_of(graph.replay, trainer.dist, repeats)
+    best = launched if math.isnan(replayed) else replayed
+    rate = rows * window / best
+    model_seconds = tg.step_seconds(rows, width, recomputed)
+    return (
+        f"{rows:>6}{width:>8}{launched * 1e3:>14.1f}{replayed * 1e3:>10.1f}"
+        f"{model_seconds * 1e3:>10.1f}{rate:>13,.0f}{rate / PUBLISHED_POSITIONS_PER_S:>8.2f}"
+    )
+
+
 def bench_steps(args):
     """Milliseconds of steps of every shape, launched and captured."""
-    hp, dist = tg.Hyperparameters.from_env(guard=RunGuard()), tg.Dist("cpu" if args.cpu else "auto")
+    hp = tg.Hyperparameters.from_env(guard=RunGuard())
+    dist = tg.Dist("cpu" if args.cpu else "auto")
     model = tg.build_model(hp, dist).requires_grad_(False)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.02)
-    length = hp.ttt_eval_seq_len + hp.ttt_chunk_size
-    tokens = np.random.default_rng(0).integers(8, hp.vocab_size, 64 * (length + 1) + 1)
-    starts = np.arange(64) * (length + 1)
-    tokens[starts] = tg.BOS_ID
-    charges = np.full(len(tokens), 3)
-    validation = SimpleNamespace(tokens=tokens, bytes=charges, starts=starts, ends=starts + length)
-    validation.targets_of = lambda documents: (length * len(documents), 3 * length * len(documents))
-    trainer = tg.TestTimeTrainer(model, validation, hp, dist, Lines())
+    trainer = tg.TestTimeTrainer(model, random_validation(hp), hp, dist, Lines())
     start = time.perf_counter()
     if tg.compile_wanted(hp, dist):
         trainer.warm_up()
     dist.synchronize()
+    device = "cpu" if args.cpu else torch.cuda.get_device_name()
     print(
-        f"device:{torch.cuda.get_device_name() if not args.cpu else 'cpu'}"
-        f" attention:{model.ops.names['attention']}"
+        f"device:{device} attention:{model.ops.names['attention']}"
         f" warm_up_seconds:{time.perf_counter() - start:.1f} graphs:{tg.compiled_graphs()}"
     )
-    graphs, shapes = (
-        tg.compiled_graphs(),
-        [(rows, width) for rows in args.rows for width in args.widths],
-    )
+    num_graphs = tg.compiled_graphs()
+    shapes = [(rows, width) for rows in args.rows for width in args.widths]
     empty = np.zeros((0, 2), np.int64)
     trainer.capture([tg.Step(np.zeros((rows, 6)), empty, empty, width) for rows, width in shapes])
     print(
         f"{'rows':>6}{'width':>8}{'launched ms':>14}{'graph ms':>10}{'model ms':>10}"
         f"{'positions/s':>13}{'ratio':>8}"
     )
-    fresh = hp.ttt_eval_seq_len - hp.ttt_stale_context
     for rows, width in shapes:
-        numbers = torch.arange(rows, device=dist.device) % trainer.lora.flight
-        window, chunk = min(width, fresh), min(hp.ttt_chunk_size, width)
-        begin = torch.from_numpy(starts[np.arange(rows) % 64] + width - window).to(dist.device)
-        same = [torch.full_like(numbers, value) for value in (window - chunk, chunk, 1)]
-        table = torch.stack([numbers, numbers, begin, *same], 1)
-        graph, buffer = trainer.graphs.get((rows, width), (None, None))
-        if graph:
-            buffer.copy_(table)
-        times = []
-        for run in (
-            lambda table=table, width=width: trainer.chunk_step(table, width),
-            graph and graph.replay,
-        ):
-            if run:
-                run()
-                dist.synchronize()
-                start = time.perf_counter()
-                for _ in range(args.repeats):
-                    run()
-                dist.synchronize()
-            times.append((time.perf_counter() - start) / args.repeats if run else float("nan"))
-        rate = rows * window / (times[1] if graph else times[0])
-        print(
-            f"{rows:>6}{width:>8}{times[0] * 1e3:>14.1f}{times[1] * 1e3:>10.1f}"
-            f"{tg.step_cost(rows, width, fresh) * 1e3:>10.1f}{rate:>13,.0f}"
-            f"{rate / PUBLISHED_POSITIONS_PER_S:>8.2f}",
-            flush=True,
-        )
-    memory = "" if args.cpu else f"; peak {torch.cuda.max_memory_reserved() / 1e9:.1f} GB reserved"
-    print(f"graphs compiled after the warm-up: {tg.compiled_graphs() - graphs}{memory}")
+        print(bench_shape(trainer, rows, width, args.repeats), flush=True)
+    memory = ""
+    if not args.cpu:
+        memory = f"; at most {torch.cuda.max_memory_reserved() / 1e9:.1f} GB reserved"
+    print(f"graphs compiled after the warm-up: {tg.compiled_graphs() - num_graphs}{memory}")
 
 
 def reference_score(model, validation, hp, dist):
     """(bpb, seconds) of document_by_document."""
     start = time.perf_counter()
     losses = document_by_document(model, validation, hp, dist)
-    charges = sum(int(validation.bytes[place]) for _, place in losses)
-    return tg.bits_per_byte(sum(losses.values()), charges), time.perf_counter() - start
+    target_bytes = sum(int(validation.bytes[target]) for _, target in losses)
+    bpb = tg.bits_per_byte(sum(losses.values()), target_bytes)
+    return bpb, time.perf_counter() - start
+
+
+def use_bf16_head():
+    """Computes the logits in bfloat16 from here on."""
+    token_losses = tg.GPT.token_losses
+
+    def rough(model, hidden, *rest):
+        with torch.autocast(hidden.device.type, torch.bfloat16):
+            return token_losses(model, hidden, *rest)
+
+    tg.GPT.token_losses = rough
+
+
+def bench_run(model, validation, hp, dist, words):
+    """Runs test-time training once -> its score, a line of the table."""
+    start = time.perf_counter()
+    log = Lines()
+    trainer = tg.TestTimeTrainer(model, validation, hp, dist, log)
+    score = trainer.evaluate()
+    dist.synchronize()
+    seconds = time.perf_counter() - start
+    text = "\n".join(log)
+    compiling = sum(map(float, re.findall(r"ttt_warm_up seconds:([\d.]+)", text)))
+    capturing = sum(map(float, re.findall(r"ttt_graphs .*seconds:([\d.]+)", text)))
+    rate = float(re.findall(r"tokens_per_s:(\d+)", text)[-1])
+    lengths = validation.ends - validation.starts
+    positions = tg.window_positions(lengths[trainer.documents], hp).sum()
+    position_rate = positions / score["tokens"] * rate
+    stepping = score["tokens"] / max(rate, 1)
+    if score["partial"]:
+        words += " partial"
+    if score["unadapted_tokens"]:
+        words += f" UNADAPTED {score['unadapted_tokens']}"
+    line = (
+        f"{score['bpb']:>9.5f}{seconds:>8.1f}{compiling:>9.1f}{capturing:>9.1f}{stepping:>9.1f}"
+        f"{rate:>10,.0f}{position_rate:>13,.0f}  {words}"
+    )
+    return score, line
 
 
 def bench_runs(args):
-    """A row of figures for every run."""
+    """A line of figures for every run."""
     if args.bf16_head:
-        token_losses = tg.GPT.token_losses
-
-        def rough(model, hidden, *rest):
-            with torch.autocast(hidden.device.type, torch.bfloat16):
-                return token_losses(model, hidden, *rest)
-
-        tg.GPT.token_losses = rough
+        use_bf16_head()
     dist = tg.Dist("cpu" if args.cpu else "auto")
     base = tg.Hyperparameters.from_env(guard=RunGuard())
     validation = tg.ValidationSet(base)
@@ -263,28 +322,12 @@ def bench_runs(args):
         "  what"
     )
     for text in args.settings or [""]:
-        hp = model.hp = tg.Hyperparameters.from_env(
-            os.environ | settings_of(text.split()), RunGuard()
-        )
+        settings = os.environ | settings_of(text.split())
+        hp = tg.Hyperparameters.from_env(settings, RunGuard())
+        model.hp = hp
         tg.rebank(model, weights)
-        start, log = time.perf_counter(), Lines()
-        trainer = tg.TestTimeTrainer(model, validation, hp, dist, log)
-        score = trainer.evaluate()
-        dist.synchronize()
-        seconds, said = time.perf_counter() - start, "\n".join(log)
-        compiling = sum(map(float, re.findall(r"ttt_warm_up seconds:([\d.]+)", said)))
-        capturing = sum(map(float, re.findall(r"ttt_graphs .*seconds:([\d.]+)", said)))
-        rate = float(re.findall(r"tokens_per_s:(\d+)", said)[-1])
-        lengths = (validation.ends - validation.starts)[trainer.documents]
-        positions = tg.window_positions(lengths, hp).sum() / score["tokens"] * rate
-        note = f" UNADAPTED {score['unadapted_tokens']}" if score["unadapted_tokens"] else ""
-        print(
-            f"{score['bpb']:>9.5f}{seconds:>8.1f}{compiling:>9.1f}{capturing:>9.1f}"
-            f"{score['tokens'] / max(rate, 1):>9.1f}{rate:>10,.0f}{positions:>13,.0f}"
-            f"  {text or 'defaults'}{' partial' if score['partial'] else ''}{note}",
-            flush=True,
-        )
-        del trainer
+        score, line = bench_run(model, validation, hp, dist, text or "defaults")
+        print(line, flush=True)
         if args.reference:
             tg.rebank(model, weights)
             bpb, seconds = reference_score(model, validation, hp, dist)

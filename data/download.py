@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from huggingface_hub import HfApi, hf_hub_url
@@ -42,7 +43,7 @@ from prepare_caseops_data import (  # noqa: E402
     write_manifest,
 )
 from tools import hub as hub_errors  # noqa: E402
-from tools.verify_data import check_contents, find_leaks, is_canonical  # noqa: E402
+from tools.verify_data import canonical, check_contents, find_leaks  # noqa: E402
 
 # HTTPError of the client's library: httpx, or httpx2 since version 2
 NetworkError = HfHubHTTPError.__bases__[0]
@@ -112,19 +113,24 @@ class Hub:
         part.replace(target)
 
 
-def choose(manifest: dict, dataset: str, train_shards: int | None) -> tuple[dict, dict, dict]:
-    """The publisher's entries of a dataset and its tokenizer, and {path on the hub: file name
-    here}.
-    """
-    entry = next((entry for entry in manifest["datasets"] if entry["name"] == dataset), None)
-    if entry is None:
-        raise DataError(
-            f"no {dataset} in the repository, only"
-            f" {[entry['name'] for entry in manifest['datasets']]}"
-        )
-    tokenizer = next(
+class Chosen(NamedTuple):
+    """What the publisher says of one dataset, and the files of it that are wanted."""
+
+    entry: dict
+    tokenizer: dict
+    files: dict  # path on the hub: file name here
+
+
+def choose(manifest: dict, dataset: str, train_shards: int | None) -> Chosen:
+    """The publisher's entries of a dataset and its tokenizer, and the files to have."""
+    datasets = {entry["name"]: entry for entry in manifest["datasets"]}
+    if dataset not in datasets:
+        raise DataError(f"no {dataset} in the repository, only {list(datasets)}")
+    entry = datasets[dataset]
+    tokenizers = [
         spec for spec in manifest["tokenizers"] if spec["name"] == entry["tokenizer_name"]
-    )
+    ]
+    tokenizer = tokenizers[0]
     stats = entry["stats"]
     if train_shards is None:
         train_shards = stats["files_train"]
@@ -133,23 +139,17 @@ def choose(manifest: dict, dataset: str, train_shards: int | None) -> tuple[dict
     streams = {"val": stats["files_val"], "train": train_shards}
     if "val_bytes_glob" in entry:
         streams["val_bytes"] = stats["files_val"]
-    names = [
-        f"fineweb_{stream}_{number:06d}.bin"
-        for stream, count in streams.items()
-        for number in range(count)
-    ]
     model = tokenizer["model_path"]
-    return (
-        entry,
-        tokenizer,
-        {PREFIX + model: Path(model).name} | {f"{PREFIX}{entry['path']}/{n}": n for n in names},
-    )
+    files = {PREFIX + model: Path(model).name}
+    for stream, count in streams.items():
+        for number in range(count):
+            name = f"fineweb_{stream}_{number:06d}.bin"
+            files[f"{PREFIX}{entry['path']}/{name}"] = name
+    return Chosen(entry, tokenizer, files)
 
 
 def is_whole(path: Path, info, known: dict) -> bool:
-    """Whether a file is the hub's: by its size and its sha256, which is not computed again
-    where a manifest has it.
-    """
+    """Whether a file is the hub's, by its size and sha256, which a manifest may state."""
     if not path.exists() or path.stat().st_size != info.size:
         return False
     stated = known.get(path.name, {}).get("sha256")
@@ -157,35 +157,50 @@ def is_whole(path: Path, info, known: dict) -> bool:
 
 
 def download(variant: str, folder: Path, repo: str | None, train_shards: int | None) -> dict:
-    """Fetches what is missing, checks all, writes the manifest and returns it."""
+    """Fetches what is missing, checks everything, writes the manifest and returns it."""
     default_repo, dataset, _ = source_of(variant)
     hub = Hub(repo or default_repo)
     folder.mkdir(parents=True, exist_ok=True)
+    chosen = choose_published(hub, folder, dataset, train_shards)
+    infos = {chosen.files[path]: info for path, info in hub.look_up(list(chosen.files)).items()}
+    fetch_missing(hub, folder, infos)
+    print("counting, and searching the training documents for validation documents", flush=True)
+    manifest = describe(folder, hub, chosen.entry, chosen.tokenizer, infos)
+    for problem in check_contents(folder):
+        raise DataError(f"{folder}: {problem}")
+    stats = chosen.entry["stats"]
+    check_stats(manifest["splits"], stats, manifest["train_shards"] == stats["files_train"])
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def choose_published(hub: Hub, folder: Path, dataset: str, train_shards: int | None) -> Chosen:
+    """Fetches the publisher's manifest and chooses from it."""
     published = folder / "published_manifest.json"
-    hub.fetch(hub.look_up([f"{PREFIX}manifest.json"])[f"{PREFIX}manifest.json"], published)
+    path = f"{PREFIX}manifest.json"
+    hub.fetch(hub.look_up([path])[path], published)
     try:
-        entry, tokenizer, files = choose(json.loads(published.read_bytes()), dataset, train_shards)
-    except (
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        LookupError,
-        TypeError,
-        StopIteration,
-    ) as error:
+        return choose(json.loads(published.read_bytes()), dataset, train_shards)
+    except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError) as error:
         raise DataError(f"{published}: not the index of such a repository ({error!r})") from error
-    infos = {files[path]: info for path, info in hub.look_up(list(files)).items()}
-    known = read_manifest(folder)["files"] if (folder / "manifest.json").exists() else {}
-    wanted = {
-        name: info for name, info in infos.items() if not is_whole(folder / name, info, known)
-    }
-    if others := sorted(
-        path.name for path in folder.glob("fineweb_*.bin") if path.name not in infos
-    ):
+
+
+def fetch_missing(hub: Hub, folder: Path, infos: dict) -> None:
+    """Fetches the files {name: what the hub says of it} that the folder does not have."""
+    manifest = folder / "manifest.json"
+    known = read_manifest(folder)["files"] if manifest.exists() else {}
+    wanted = {}
+    for name, info in infos.items():
+        if not is_whole(folder / name, info, known):
+            wanted[name] = info
+    others = sorted(path.name for path in folder.glob("fineweb_*.bin") if path.name not in infos)
+    if others:
         raise DataError(
             f"{folder} has {others[0]}, which is not asked for ({len(others)} such files)"
         )
-    (folder / "manifest.json").unlink(missing_ok=True)  # not true while files change
-    size, free = sum(info.size for info in wanted.values()), shutil.disk_usage(folder).free
+    manifest.unlink(missing_ok=True)  # not true while files change
+    size = sum(info.size for info in wanted.values())
+    free = shutil.disk_usage(folder).free
     print(f"{len(infos)} files, {len(wanted)} of them to fetch: {size / 1e9:.2f} GB", flush=True)
     if size > free - (1 << 30):
         raise DataError(
@@ -195,37 +210,26 @@ def download(variant: str, folder: Path, repo: str | None, train_shards: int | N
     for number, (name, info) in enumerate(wanted.items(), 1):
         print(f"{number}/{len(wanted)} {name}", flush=True)
         hub.fetch(info, folder / name)
-    print("counting, and searching the training documents for validation documents", flush=True)
-    manifest = describe(folder, hub, entry, tokenizer, infos)
-    for problem in check_contents(folder):
-        raise DataError(f"{folder}: {problem}")
-    check_stats(
-        manifest["splits"],
-        entry["stats"],
-        manifest["train_shards"] == entry["stats"]["files_train"],
-    )
-    write_manifest(folder, manifest)
-    return manifest
 
 
 def describe(folder: Path, hub: Hub, entry: dict, tokenizer: dict, infos: dict) -> dict:
-    """The manifest of what lies in the folder, every shard read once."""
-    files, splits = {}, {}
+    """The manifest of what is in the folder, every shard read once."""
+    files = {}
+    splits = {}
     for stream in ("val", "val_bytes", "train"):
-        counts = {"documents": 0, "tokens": 0}
+        documents = tokens = charged = 0
         for path in shard_files(folder, stream):
-            values, lfs = read_shard(path), infos[path.name].lfs
-            files[path.name] = {
-                "values": len(values),
-                "sha256": lfs.sha256 if lfs else file_sha256(path),
-            }
-            counts["documents"] += int((values == BOS_ID).sum())
-            counts["tokens"] += len(values)
-            if stream == "val_bytes":
-                charged = splits["val"].get("charged_bytes", 0) + int(values.sum(dtype=np.int64))
-                splits["val"]["charged_bytes"] = charged
+            values = read_shard(path)
+            lfs = infos[path.name].lfs
+            digest = lfs.sha256 if lfs else file_sha256(path)
+            files[path.name] = {"values": len(values), "sha256": digest}
+            documents += int((values == BOS_ID).sum())
+            tokens += len(values)
+            charged += int(values.sum(dtype=np.int64))
         if stream != "val_bytes":
-            splits[stream] = counts
+            splits[stream] = {"documents": documents, "tokens": tokens}
+        elif shard_files(folder, stream):
+            splits["val"]["charged_bytes"] = charged
     model = folder / Path(tokenizer["model_path"]).name
     return {
         "format": "caseops_shards",
@@ -246,9 +250,7 @@ def describe(folder: Path, hub: Hub, entry: dict, tokenizer: dict, infos: dict) 
 
 
 def check_stats(splits: dict, stats: dict, whole: bool) -> None:
-    """Raises DataError where counts are not those that the publisher states; training is
-    counted if it is all here.
-    """
+    """Raises DataError if counts are not the publisher's; training counts if it is all here."""
     for split in ("val", "train") if whole else ("val",):
         for kind, count in (("docs", "documents"), ("tokens", "tokens")):
             stated = stats.get(f"{kind}_{split}")
@@ -258,72 +260,59 @@ def check_stats(splits: dict, stats: dict, whole: bool) -> None:
                 )
 
 
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Fetch published token shards.")
+    add = parser.add_argument
+    variants = "caseops, or sp1024, sp8192, ... (plain)"
+    add("--variant", default="caseops", metavar="NAME", help=variants)
+    count = whole_number(0)
+    shards = "the first N; default: all that are published"
+    add("--train-shards", type=count, metavar="N", help=shards)
+    place = "default: data/datasets/ and the dataset's name"
+    add("--local-dir", type=Path, metavar="DIR", help=place)
+    add("--repo", metavar="OWNER/NAME", help="another repository with the same layout")
+    return parser.parse_args(arguments)
+
+
+AGAIN = "Run the command again: it goes on where it stopped."
+
+
+def fail(message: str, status: int = 1) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Fetch published token shards.")
-    parser.add_argument(
-        "--variant",
-        default="caseops",
-        metavar="NAME",
-        help="caseops, or sp1024, sp8192, ... (plain)",
-    )
-    count = whole_number(0)
-    parser.add_argument(
-        "--train-shards",
-        type=count,
-        metavar="N",
-        help="the first N; default: all that are published",
-    )
-    parser.add_argument(
-        "--local-dir",
-        type=Path,
-        metavar="DIR",
-        help="default: data/datasets/ and the dataset's name",
-    )
-    parser.add_argument(
-        "--repo", metavar="OWNER/NAME", help="another repository with the same layout"
-    )
-    options = parser.parse_args(arguments)
+    options = parse_arguments(arguments)
     folder = options.local_dir or HERE / "datasets" / source_of(options.variant)[2]
     try:
         manifest = download(options.variant, folder, options.repo, options.train_shards)
     except KeyboardInterrupt:
-        print(
-            "error: interrupted\nRun the command again: it goes on where it stopped.",
-            file=sys.stderr,
-        )
-        return 130
+        return fail(f"interrupted\n{AGAIN}", 130)
     except GatedRepoError as error:
-        print(
-            f"error: the repository asks for permission on its web page ({error})", file=sys.stderr
-        )
-        return 1
+        return fail(f"the repository asks for permission on its web page ({error})")
     except RepositoryNotFoundError as error:
-        print(
-            f"error: no such repository, or not for you: HF_TOKEN, or `hf auth login` ({error})",
-            file=sys.stderr,
-        )
-        return 1
+        return fail(f"no such repository, or not for you: HF_TOKEN, or `hf auth login` ({error})")
     except (ImportError, hub_errors.InvalidURL) as error:
-        print(f"error: {hub_errors.explain(error)}", file=sys.stderr)
-        return 1
+        return fail(hub_errors.explain(error))
     except (DataError, OSError, HfHubHTTPError, NetworkError, HFValidationError) as error:
-        print(
-            f"error: {error}\nRun the command again: it goes on where it stopped.", file=sys.stderr
-        )
-        return 1
+        return fail(f"{error}\n{AGAIN}")
     for split, counts in manifest["splits"].items():
         print(f"{split}: " + ", ".join(f"{number:,} {name}" for name, number in counts.items()))
-    val, costs = (
-        np.concatenate([read_shard(p) for p in shard_files(folder, s)] or [[]])
-        for s in ("val", "val_bytes")
-    )
+    val = read_stream(folder, "val")
+    costs = read_stream(folder, "val_bytes")
     print(
         f"{manifest['leaked_documents']} training documents are validation documents too;"
-        f" canonical: {'yes' if is_canonical(val, costs if len(costs) else None) else 'no'};"
-        f" {folder}"
+        f" canonical: {canonical(val, costs if len(costs) else None)}; {folder}"
     )
     return 0
+
+
+def read_stream(folder: Path, stream: str) -> np.ndarray:
+    """All values of a stream's shards, (N,)."""
+    return np.concatenate([read_shard(path) for path in shard_files(folder, stream)] or [[]])
 
 
 if __name__ == "__main__":

@@ -96,8 +96,9 @@ def clusters(characters):
 
 
 def normalize(characters):
-    """What the tokenizer sees: list of [character, bytes, is_marker]; a marker is never changed
-    or merged.
+    """What the tokenizer sees: list of [character, bytes, is_marker].
+
+    A marker is never changed or merged.
     """
     out = []
     for cluster in clusters(characters):

@@ -20,8 +20,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import tools.techniques  # noqa: E402, F401  # it puts itself into train_gpt, as it does where main() finds it
+import presets.published  # noqa: E402
 import train_gpt  # noqa: E402
+from tools.run_files import script_of  # noqa: E402
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden"))
 # Seconds that tests wait for what must end by itself: a subprocess, another rank, a thread. The
@@ -86,8 +87,9 @@ def tell(line):
 
 
 class Lines(list):
-    """Stands in for RunLog: keeps the lines, and what the live line was told as (share,
-    detail); no stage has run.
+    """Stands in for RunLog: keeps the lines, and what the live line was told as (share, detail).
+
+    No stage has run.
     """
 
     def __init__(self):
@@ -110,8 +112,9 @@ def write_shard(path, values):
 
 
 def write_documents(folder, split, lengths, vocab_size=97, seed=0, shard_sizes=None):
-    """Documents of the given lengths (tokens after BOS) as shards, side-cars for "val"; -> tokens,
-    bytes of the stream.
+    """Documents of the given lengths (tokens after BOS) as shards, side-cars for "val".
+
+    -> tokens, bytes of the stream.
 
     Tokens follow a noisy cycle, so that there is something to learn. `shard_sizes` cuts the stream
     anywhere.
@@ -145,6 +148,26 @@ def tiny_data(tmp_path_factory):
         folder, "val", [90, 33, 1, 8, 0, 64, 7, 31, 32, 17, 100, 1], seed=2, shard_sizes=[150, 246]
     )
     return folder
+
+
+def install_published(monkeypatch):
+    """Puts the parts of presets/published.py in the place of train_gpt.py's until the test ends."""
+    for name, part in presets.published.PARTS.items():
+        monkeypatch.setattr(train_gpt, name, part)
+
+
+def install_parts_for(settings, monkeypatch):
+    """install_published where {name: value} are not settings of train_gpt.py alone."""
+    settings = {name.upper(): value for name, value in settings.items()}
+    if script_of(settings).name == "published.py":
+        install_published(monkeypatch)
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """presets/published.py, installed."""
+    install_published(monkeypatch)
+    return presets.published
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+from tools.run_files import script_of  # noqa: E402
+
 SETTINGS = {
     "TOKENIZER_PATH": str(ROOT / "tokenizers" / "caseops_8192.model"),
     "VOCAB_SIZE": "8192",
@@ -186,15 +188,16 @@ def note_before(judge):
 
     def noting(watchdog, told, *others):
         WATCHDOGS[:] = [watchdog]
-        Path(os.environ["FAULT_NOTES"], f"heard{watchdog.dist.rank}").write_text(told[0][3])
+        Path(os.environ["FAULT_NOTES"], f"heard{watchdog.dist.rank}").write_text(told[0].stage)
         return judge(watchdog, told, *others)
 
     return noting
 
 
 def wait_until_heard():
-    """Returns when rank 1's watchdog has heard of the stage in which this rank, 0, is; however
-    slow the machine.
+    """Returns when rank 1's watchdog has heard of the stage in which this rank, 0, is.
+
+    However slow the machine.
     """
     heard = Path(os.environ["FAULT_NOTES"], "heard1")
     while not (WATCHDOGS and heard.exists() and heard.read_text() == WATCHDOGS[0].guard.stage):
@@ -210,6 +213,10 @@ def write_code(folder, hp, dist, guard):
 def main():
     import train_gpt
 
+    if script_of(os.environ).name == "published.py":
+        from presets import published
+
+        published.install()
     train_gpt.torch.set_num_threads(1)
     train_gpt.write_code = write_code
     if "FAULT_NOTES" in os.environ:
@@ -387,8 +394,9 @@ def in_the_fork(environ, out, ranks):
 
 
 def end(process, seconds=None):
-    """Exit code of a run that ends by itself; one that does not within PATIENCE is killed, and
-    None.
+    """Exit code of a run that ends by itself.
+
+    One that does not within PATIENCE is killed, and None.
     """
     from conftest import PATIENCE
 

@@ -17,8 +17,9 @@ COMMIT = "c" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """`files`: {repository: {path: bytes}}; `private`: repositories that need the token;
-    `requests`: what was asked.
+    """`files`: {repository: {path: bytes}}.
+
+    `private`: repositories that need the token; `requests`: what was asked.
     """
 
     def __init__(self, token):

@@ -57,8 +57,9 @@ def make_result(name, seed, **changes):
 
 
 def make_run(folder, seed=1, settings=None, losses=(4.0, 3.0), without=(), **changes):
-    """A folder as a run leaves it, but for artifact.bin and model.pt -> the folder; `without`
-    names keys of RESULT.
+    """A folder as a run leaves it, but for artifact.bin and model.pt -> the folder.
+
+    `without` names keys of RESULT.
     """
     folder.mkdir(parents=True)
     result = make_result(folder.name, seed, **changes)

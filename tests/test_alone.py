@@ -2,7 +2,6 @@
 repository.
 """
 
-import ast
 import dataclasses
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import IN_SOAK
-from test_end_to_end import SETTINGS, finish, make_data, result_of
+from run_helpers import SETTINGS, finish, make_data, result_of
 
 import train_gpt
 
@@ -41,8 +40,9 @@ def start(folder, *command, **settings):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A run of the checkout, of the copied file and of the packed script; where the two files
-    lie.
+    """A run of the checkout, of the copied file and of the packed script.
+
+    Where the two files lie.
     """
     folder = tmp_path_factory.mktemp("world")
     (folder / "data").mkdir()
@@ -170,11 +170,7 @@ CANNOT_WORK = {
     "GPTQ_RESERVE_SECONDS": "7",
     "EVAL_STRIDE": "4000",
     "TTT_STALE_CONTEXT": "2037",
-    "TTT_SHORT_CHUNKS": "256",
     "TTT_LORA_SITES": "q,w",
-    "VALUE_EMBED_LAYERS": "9,",
-    "BIGRAM_VOCAB_SIZE": "1",
-    "QAT_BELOW_LR": "0.1",
     "PREQUANT_ONLY": "1",
     "QUANT_ONLY": "1",
     "RUN_ID": "../x",
@@ -218,12 +214,20 @@ def test_a_preset_is_refused_with_the_reason(folder):
     )
 
 
-def test_techniques_of_published_systems_are_refused_with_the_reason(folder):
-    code, out, err = finish(start(folder, WD_SCHEDULE_ENABLED="1", TTT_METHOD="sgd"))
-    assert (code, out) == (1, "") and err.splitlines() == [
-        "train_gpt.py cannot run: WD_SCHEDULE_ENABLED needs tools/techniques.py beside this file",
-        "TTT_METHOD needs tools/techniques.py beside this file",
-    ]
+def test_settings_of_published_systems_are_unknown(folder):
+    code, out, err = finish(start(folder, BIGRAM_VOCAB_SIZE="99", TTT_METHOD="sgd"))
+    assert (code, out) == (1, "") and err.count("TTT_METHOD is not a setting") == 1
+
+
+def test_the_repository_names_the_script_that_knows_a_setting():
+    code, out, err = finish(start(ROOT, BIGRAM_VOCAB_SIZE="99", TTT_METHOD="sgd"))
+    assert (code, out) == (1, "") and err.count("a setting of presets/published.py") == 2
+
+
+def test_a_preset_that_needs_parts_is_refused_with_the_command():
+    code, out, err = finish(start(ROOT, PRESET="pr1512"))
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert "run presets/published.py pr1512" in err
 
 
 def test_resuming_is_refused_with_the_reason(world):
@@ -306,7 +310,7 @@ def test_packages_under_our_names_change_nothing(world, tmp_path):
     for name in ("tools", "data", "tokenizers", "presets"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"raise ImportError('the foreign {name}')")
-        for module in ("guard", "run_files", "techniques", "pack_code"):
+        for module in ("guard", "run_files", "published", "pack_code"):
             (tmp_path / name / f"{module}.py").write_text(
                 f"raise ImportError('the foreign {name}.{module}')"
             )
@@ -339,64 +343,6 @@ def test_packages_under_our_names_change_nothing(world, tmp_path):
 
 
 # ---- the bar
-
-
-def imports_of(source):
-    """Files of this repository that a script imports, whatever the form of the import."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add("a relative import" if node.level else node.module.split(".")[0])
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
-            "import_module",
-            "__import__",
-        ):
-            names.add(ast.unparse(node.args[0]).strip("'\"").split(".")[0])
-    ours = {path.stem for path in ROOT.glob("*.py")} | {
-        path.name for path in ROOT.iterdir() if path.is_dir()
-    }
-    return names & (ours | {"a relative import"})
-
-
-def test_the_file_imports_nothing_of_the_repository():
-    assert imports_of(SOURCE) == set()
-    loaders = [
-        node
-        for node in ast.walk(ast.parse(SOURCE))
-        if isinstance(node, ast.Attribute)
-        and node.attr
-        in (
-            "spec_from_file_location",
-            "exec_module",
-            "run_path",
-            "exec",
-            "SourceFileLoader",
-        )
-    ]
-    look = next(
-        node for node in ast.parse(SOURCE).body if getattr(node, "name", "") == "find_guard"
-    )
-    assert len(loaders) == 2 and all(
-        look.lineno <= node.lineno <= look.end_lineno for node in loaders
-    )
-
-
-@pytest.mark.parametrize(
-    "planted",
-    [
-        "import tools.techniques",
-        "from tools import guard",
-        "def f():\n    from lossless_caps import decode",
-        "import importlib\nimportlib.import_module('prepare_caseops_data')",
-        "from . import guard",
-        "try:\n    import presets\nexcept ImportError:\n    pass",
-        "__import__('tests.conftest')",
-    ],
-)
-def test_an_import_of_the_repository_is_found(planted):
-    assert imports_of(SOURCE + "\n" + planted) != set()
 
 
 def test_the_default_settings_are_packed_small():

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from artifact_helpers import model_arrays
 
 import train_gpt
-from tools import techniques
+from presets import published
 from train_gpt import ArtifactError
 
 brotli = pytest.importorskip("brotli")
@@ -26,35 +27,8 @@ GOLDEN = (
 needs_lrzip = pytest.mark.skipif(
     shutil.which("lrzip") is None, reason="the lrzip program is not installed"
 )
+pytestmark = pytest.mark.usefixtures("published")  # which has one more compressor
 COMPRESSORS = ["brotli", "lzma", "entropy", pytest.param("pergroup", marks=needs_lrzip)]
-
-
-def model_arrays(num_layers=3, seed=0):
-    """Arrays as quantize_weights returns them, of a tiny model; the gate's codes are no matrix
-    of a role.
-    """
-    rng = np.random.default_rng(seed)
-    shapes = {
-        "attn.c_q": (24, 16),
-        "attn.c_k": (8, 16),
-        "attn.c_v": (8, 16),
-        "attn.c_proj": (16, 24),
-    }
-    shapes |= {"mlp.c_fc": (40, 16), "mlp.c_proj": (16, 40)}
-    names = {"tok_emb.weight": (50, 16)}
-    names |= {
-        f"blocks.{i}.{name}.weight": shape
-        for i in reversed(range(num_layers))
-        for name, shape in shapes.items()
-    }
-    arrays = {}
-    for name, shape in names.items():
-        arrays[f"{name}:codes"] = np.clip(rng.normal(size=shape) * 5, -31, 31).astype(np.int8)
-        arrays[f"{name}:scale"] = rng.random(shape[0]).astype(np.float16)
-    arrays["tok_emb.weight:lqer_a"] = rng.integers(-2, 2, (50, 4)).astype(np.int8)
-    arrays["tok_emb.weight:lqer_a_scale"] = np.array(0.5, np.float16)
-    arrays["attn_gate:codes"] = rng.integers(-127, 128, (num_layers, 4, 12)).astype(np.int8)
-    return arrays | {"resid_mix:fp16": rng.random((num_layers, 2, 16)).astype(np.float16)}
 
 
 def odd_arrays():
@@ -125,7 +99,7 @@ def test_byte_shuffle_puts_low_bytes_before_high_bytes():
     assert train_gpt.join_arrays(arrays, specs) == bytes([2, 4, 6, 1, 3, 5])
 
 
-def test_pergroup_gathers_roles_in_order_and_layers_by_number():
+def test_pergroup_gathers_roles_in_order_and_layers_by_number(published):
     arrays = model_arrays(num_layers=12)
     specs = [
         train_gpt.ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()
@@ -467,7 +441,7 @@ def test_unknown_compressor_is_an_error(name):
             call(name)
 
 
-def test_missing_lrzip_is_an_early_error_that_says_what_to_do(monkeypatch, tmp_path):
+def test_missing_lrzip_is_an_early_error_that_says_what_to_do(monkeypatch, tmp_path, published):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"lrzip.*apt-get install lrzip.*COMPRESSOR=brotli"):
         train_gpt.check_compressor("pergroup")
@@ -475,7 +449,7 @@ def test_missing_lrzip_is_an_early_error_that_says_what_to_do(monkeypatch, tmp_p
     train_gpt.check_compressor("lzma")
 
 
-def test_missing_brotli_is_an_error_for_all_but_lzma(monkeypatch):
+def test_missing_brotli_is_an_error_for_all_but_lzma(monkeypatch, published):
     monkeypatch.setattr(train_gpt, "brotli", None)
     for name in ("brotli", "pergroup", "entropy"):
         with pytest.raises(ValueError, match="pip install brotli"):
@@ -499,7 +473,7 @@ def test_a_compressor_that_fails_or_alters_bytes_is_an_early_error(monkeypatch):
         train_gpt.try_compressor("lzma")
 
 
-def test_an_lrzip_that_cannot_start_is_an_early_error(monkeypatch, tmp_path):
+def test_an_lrzip_that_cannot_start_is_an_early_error(monkeypatch, tmp_path, published):
     (tmp_path / "lrzip").write_text(
         "#!/bin/sh\necho cannot open shared object file >&2\nexit 127\n"
     )
@@ -522,7 +496,7 @@ def plain_row_order(codes):
 
 def test_row_order_equals_golden():
     with np.load(GOLDEN) as archive:
-        order = techniques.greedy_row_order(archive["row_order/codes"])
+        order = published.greedy_row_order(archive["row_order/codes"])
         assert order.dtype == np.uint16 and np.array_equal(order, archive["row_order/order"])
 
 
@@ -531,9 +505,9 @@ def test_row_order_equals_the_plain_search_with_ties(seed):
     rng = np.random.default_rng(seed)
     shape = (int(rng.integers(1, 40)), int(rng.integers(1, 6)))
     codes = rng.integers(-3, 4, shape).astype(np.int8) * np.int8(rng.choice([1, 42]))
-    assert techniques.greedy_row_order(codes).tolist() == plain_row_order(codes)
+    assert published.greedy_row_order(codes).tolist() == plain_row_order(codes)
 
 
 def test_row_order_distances_are_wide():
     codes = np.array([[-128, -128], [127, 127], [-128, 127], [-127, -127]], np.int8)
-    assert techniques.greedy_row_order(codes).tolist() == [0, 3, 2, 1]
+    assert published.greedy_row_order(codes).tolist() == [0, 3, 2, 1]

@@ -13,12 +13,13 @@ import time
 
 import numpy as np
 import pytest
+from artifact_helpers import model_arrays
 from conftest import tell
-from test_artifact import model_arrays
 
 import train_gpt
 
 pytest.importorskip("brotli")
+pytestmark = pytest.mark.usefixtures("published")
 MUTATIONS = int(os.environ.get("SOAK_MUTATIONS", 240))  # over all compressors
 COMPRESSORS = ["entropy", "brotli", "lzma"] + ["pergroup"] * bool(shutil.which("lrzip"))
 SECONDS, MEMORY = 60, 2**31  # at most, of CPU time and bytes, for one file of a few kilobytes
@@ -113,8 +114,9 @@ def damage_section(blob, chance):
 
 
 def swap_sections(blob, chance):
-    """Two sections change places, with or without their sizes in the header; or one stands
-    twice, or is gone.
+    """Two sections change places, with or without their sizes in the header.
+
+    Or one stands twice, or is gone.
     """
     parts = Parts(blob)
     a, b = chance.choices(range(len(parts.data)), k=2)

@@ -19,9 +19,7 @@ def test_sweep_measures_bytes_error_and_bpb_of_every_point(
     monkeypatch, tmp_path, tiny_data, ops, capsys
 ):
     pytest.importorskip("matplotlib")
-    for name, value in (
-        TINY | {"data_path": tiny_data, "caseops_enabled": True, "lqer_top_k": 0}
-    ).items():
+    for name, value in (TINY | {"data_path": tiny_data, "lqer_top_k": 0}).items():
         monkeypatch.setenv(name.upper(), str(int(value) if isinstance(value, bool) else value))
     model = train_gpt.GPT(tiny_hp(), ops, torch.float32)
     for parameter in model.parameters():

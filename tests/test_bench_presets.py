@@ -1,5 +1,6 @@
-"""benchmarks/bench_presets.py: which run gets which GPU, data and settings; the table; data without
-CaseOps.
+"""benchmarks/bench_presets.py: which run gets which GPU, data and settings.
+
+The table; data without CaseOps.
 """
 
 import json
@@ -10,10 +11,11 @@ import sys
 import pytest
 from conftest import PATIENCE
 
+import train_gpt
 from benchmarks import bench_presets
 from tools import prepare_plain_data
 from tools.run_files import read_preset
-from train_gpt import BOS_ID, Hyperparameters, TokenStream, ValidationSet
+from train_gpt import BOS_ID, TokenStream
 
 WORDS = "the cat sat on a mat and Saw 17 dogs run far away from that old house of Wood\n\u00e9t\u00e9".split(
     " "
@@ -38,8 +40,9 @@ sys.exit(3)
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A folder with sp300, the data of a tokenizer of 300 pieces; of 84 documents two are of
-    validation.
+    """A folder with sp300, the data of a tokenizer of 300 pieces.
+
+    Of 84 documents two are of validation.
     """
     folder = tmp_path_factory.mktemp("plain")
     for name, texts in (
@@ -63,9 +66,13 @@ def plain(tmp_path_factory):
     return folder
 
 
-def test_plain_data_count_the_bytes_of_their_text_and_keep_validation_out_of_training(plain):
-    hp = Hyperparameters(caseops_enabled=False, vocab_size=300, data_path=str(plain / "sp300"))
-    validation, train = ValidationSet(hp), TokenStream(hp.data_path, "train")
+def test_plain_data_count_the_bytes_of_their_text_and_keep_validation_out_of_training(
+    plain, published
+):
+    hp = train_gpt.Hyperparameters(
+        caseops_enabled=False, vocab_size=300, data_path=str(plain / "sp300")
+    )
+    validation, train = train_gpt.ValidationSet(hp), TokenStream(hp.data_path, "train")
     assert validation.bytes.sum() == sum(
         len(text.encode()) for text in (TEXTS[3], "Two  spaces,\ttab")
     )

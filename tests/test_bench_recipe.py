@@ -67,8 +67,9 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with checkouts of the stub (base, other) and data; every test is a machine of
-    its own.
+    """A folder with checkouts of the stub (base, other) and data.
+
+    Every test is a machine of its own.
     """
     for name in ("base", "other", "data", "tmp"):
         (tmp_path / name).mkdir()
@@ -82,8 +83,9 @@ def place(tmp_path, monkeypatch):
 
 
 def words(place, *arms, kind="screen", seeds="1 2 3", options=()):
-    """The command line of `run`; an arm is a pair of a name, in the checkout `base`, and
-    settings.
+    """The command line of `run`.
+
+    An arm is a pair of a name, in the checkout `base`, and settings.
     """
     line = ["run", str(place / "c.jsonl"), "--kind", kind, "--data", str(place / "data")]
     line += ["--runs", str(place / "runs"), "--seeds", *seeds.split(), *options]
@@ -383,7 +385,7 @@ def pairs(*values, **more):
     return dict(enumerate(map(tuple, sides)))
 
 
-def test_the_verdicts_arithmetic_against_numbers_by_hand():
+def test_the_verdict_equals_numbers_by_hand():
     # differences -0.001, -0.002, -0.003: mean -0.002, deviation 0.001, error 0.001 / sqrt(3), t = 2
     # sqrt(3).
     found = bench_recipe.compare(pairs((1.099, 1.1), (1.198, 1.2), (1.297, 1.3)), "prequant")
@@ -424,7 +426,7 @@ def test_accept_needs_both_a_sure_gain_and_a_large_one(mean, t, verdict):
     assert found.t == pytest.approx(t) and found.verdict == verdict
 
 
-def test_few_pairs_and_no_spread():
+def test_too_few_pairs_are_undecided_and_equal_ones_rejected():
     single = bench_recipe.compare(pairs((1.0, 1.5)), "prequant")
     assert single.verdict == "undecided" and math.isnan(single.error) and math.isnan(single.p)
     assert bench_recipe.compare(pairs((1.0, 1.5), (1.0, 1.51)), "prequant").verdict == "undecided"
@@ -507,7 +509,7 @@ def test_a_planted_difference_is_found_and_noise_is_not_accepted(place, capsys):
     )
 
 
-def test_the_table_of_a_final(place, capsys):
+def test_the_table_of_a_final_shows_every_arm(place, capsys):
     run(place, ("old", ""), ("fast", "GAIN=0.003 SPEED=1.1"), kind="final", seeds="1 2 3")
     capsys.readouterr()
     table(place)
@@ -540,7 +542,7 @@ def test_an_arm_that_breaks_a_rule_is_not_accepted(place, capsys):
     )
 
 
-def test_noise_of_repeats_and_of_seeds(place, capsys):
+def test_noise_is_told_for_repeats_and_for_seeds(place, capsys):
     for seed, bpb in ((1, 1.001), (1, 1.003), (2, 1.011), (3, 1.021)):
         write_runs(place, "noise", {"base": [bpb]}, ("base",))
         records = bench_recipe.read_campaign(place / "c.jsonl")
@@ -591,7 +593,7 @@ def test_the_standard_data_take_the_first_validation_documents(tmp_path):
 
 
 @IN_SOAK
-def test_a_real_pair(tiny_data, place, capsys):
+def test_a_real_pair_runs_to_its_verdict(tiny_data, place, capsys):
     settings = {name.upper(): value for name, value in TINY.items() if name != "vocab_size"}
     settings |= {"ITERATIONS": 3, "GPTQ_RESERVE_SECONDS": 0, "OMP_NUM_THREADS": 1}
     line = words(

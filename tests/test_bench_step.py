@@ -12,7 +12,7 @@ from benchmarks import bench_step
 from train_gpt import Hyperparameters
 
 
-def test_table_of_a_small_model(monkeypatch, tmp_path, capsys):
+def test_a_profiled_step_has_the_work_of_every_phase(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("DATA_PATH", raising=False)
     monkeypatch.setattr(
         "sys.argv",
@@ -67,7 +67,7 @@ def test_table_of_a_small_model(monkeypatch, tmp_path, capsys):
     assert "loader over training" in capsys.readouterr().out
 
 
-def test_without_a_table(monkeypatch, tmp_path, capsys):
+def test_without_a_table_nothing_is_profiled(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_step, "profile_step", None)  # not called
     monkeypatch.setattr(
         "sys.argv",
@@ -232,11 +232,11 @@ def test_kernels_go_to_the_phase_of_the_operator_that_launched_them():
             "element-wise backward",
         ),
         (
-            "_enter_kernel",
+            "_slot_input_kernel",
             [
                 ("autograd::engine::evaluate_function: CompiledFunctionBackward", []),
                 (
-                    "golf::enter_backward",
+                    "golf::slot_input_backward",
                     [(row, (M, 12), row), row, row, (2, D), (1,), (row, (D,)), ()],
                 ),
             ],
@@ -282,7 +282,7 @@ def test_kernels_go_to_the_phase_of_the_operator_that_launched_them():
         2 * (M * D + D * F + n * M * F) for n in (1, 2)
     ]
     # 5 streams and the start in, 3 streams out
-    assert found["_enter_kernel"].nbytes == 2 * (8 * M * D + 12 * M)
+    assert found["_slot_input_kernel"].nbytes == 2 * (8 * M * D + 12 * M)
     assert found["triton_poi_fused_mul_1"].nbytes == 2 * 2 * M * D
     assert bench_step.busy_ms(events) == pytest.approx(5e-3 * len(plan))
 
@@ -308,7 +308,7 @@ def test_work_of_an_operator_is_counted_once():
     ]
 
 
-def test_bytes_around_attention():
+def test_attention_is_charged_its_streams_and_matmuls():
     names = (
         "BackwardPreprocess",
         "sm90_bwd",

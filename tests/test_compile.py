@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IN_SOAK, tiny_hp, write_documents
+from conftest import IN_SOAK, install_parts_for, tiny_hp, write_documents
 
 import train_gpt
 
@@ -30,7 +30,7 @@ def scores_of(model, hp, dist, log):
     """Plain evaluation twice, then test-time training, of a copy of the model -> {name: score}."""
     # operations cannot be copied
     model, scores = copy.deepcopy(model, {id(model.ops): model.ops}), {}
-    validation = train_gpt.ValidationSet(hp, None)
+    validation = train_gpt.ValidationSet(hp)
     evaluate = train_gpt.Evaluator(model, validation, hp, dist).evaluate_bpb
     for name in ("prequant", "quantized"):
         train_gpt.score_stage(name, evaluate, log, scores)
@@ -48,6 +48,7 @@ OPTIONS = {"ttt_stale_context": 16, "ttt_short_chunks": "40:4", "ngram_tilt_enab
     [("cpu", {}), pytest.param("cuda", {}, marks=GPU), pytest.param("cuda", OPTIONS, marks=GPU)],
 )
 def test_every_graph_is_compiled_once_and_before_the_clock(tmp_path, device, options, monkeypatch):
+    install_parts_for(options, monkeypatch)
     if device == "cpu":
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
@@ -178,7 +179,7 @@ def test_compiled_training_with_kernels_has_the_gradients_of_the_references(back
             ops,
             qkv_heads=train_gpt.qkv_heads,
             gated_xsa=train_gpt.gated_xsa,
-            enter=train_gpt.enter,
+            slot_input=train_gpt.slot_input,
             cross_entropy=train_gpt.linear_cross_entropy,
         )
 
@@ -197,8 +198,8 @@ def test_compiled_training_with_kernels_has_the_gradients_of_the_references(back
         {event.key: event.count for event in profiler.key_averages()},
         len(fast.slots(True)),
     )
-    assert calls.get("golf::enter", 0) == (slots if backend == "aot_eager" else 0)
-    assert calls["golf::enter_backward"] == slots
+    assert calls.get("golf::slot_input", 0) == (slots if backend == "aot_eager" else 0)
+    assert calls["golf::slot_input_backward"] == slots
 
 
 EDITED = """
@@ -206,9 +207,7 @@ import torch, train_gpt
 @torch.library.custom_op("golf::twice", mutates_args=())
 def twice(x: torch.Tensor) -> torch.Tensor:
     return 2 * x
-@twice.register_fake
-def twice_fake(x):
-    return torch.empty_like(x)
+twice.register_fake(torch.empty_like)
 twice.register_autograd(lambda ctx, grad: FACTOR * grad)
 hp = train_gpt.Hyperparameters(device="cpu", compile="1")
 x = torch.ones(3, requires_grad=True)

@@ -6,20 +6,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_hp
-from test_prepare_data import DEFAULT_TOKENIZER, TEXTS, build, write_docs
+from data_helpers import TEXTS, build, write_docs
 
 import train_gpt
 from lossless_caps import decode
-from prepare_caseops_data import load_tokenizer, read_manifest, write_manifest, write_shard
-from tools.techniques import fuse_markers
+from prepare_caseops_data import (
+    DEFAULT_TOKENIZER,
+    load_tokenizer,
+    read_manifest,
+    write_manifest,
+    write_shard,
+)
+from presets.published import fuse_markers, space_id
 from train_gpt import (
     BOS_ID,
     DataError,
     SettingError,
     TokenStream,
-    TrainLoader,
-    ValidationSet,
-    space_id,
 )
 
 PROSE = [
@@ -30,8 +33,9 @@ PROSE = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Validation: literal markers, ligatures, empty documents and some of PROSE; the rest of it
-    is training.
+    """Validation: literal markers, ligatures, empty documents and some of PROSE.
+
+    The rest of it is training.
     """
     folder = tmp_path_factory.mktemp("fused")
     docs = write_docs(folder / "docs.jsonl", TEXTS[:7] + PROSE)
@@ -49,9 +53,9 @@ def unfused(tokens, space):
     return [token for part in parts for token in part]
 
 
-def test_fused_and_stored_validation_carry_the_same_text_and_bytes(folder):
+def test_fused_and_stored_validation_carry_the_same_text_and_bytes(folder, published):
     plain, fused = (
-        ValidationSet(hp_of(folder, marker_fusion_enabled=on), None) for on in (False, True)
+        train_gpt.ValidationSet(hp_of(folder, marker_fusion_enabled=on)) for on in (False, True)
     )
     space, sp = space_id(hp_of(folder)), load_tokenizer(DEFAULT_TOKENIZER)
     assert unfused(fused.tokens, space) == plain.tokens.tolist()
@@ -77,16 +81,16 @@ def test_fused_and_stored_validation_carry_the_same_text_and_bytes(folder):
     assert (fused.bytes[alias] == 1).all() and fused.bytes.sum() == plain.bytes.sum()
 
 
-def test_a_pair_takes_its_bytes_along_and_other_neighbours_stay(folder):
+def test_a_pair_takes_its_bytes_along_and_other_neighbours_stay(folder, published):
     hp, space = hp_of(folder, marker_fusion_enabled=True), space_id(hp_of(folder))
     tokens = np.array([1, space, 4, 300, space, space, 5, 7, 4, 6, space, 7, space])
     charges = np.array([0, 2, 0, 3, 1, 1, 0, 0, 3, 0, 1, 0, 9])
-    fused, bytes_ = fuse_markers(hp, space_id, tokens, charges)
+    fused, bytes_ = fuse_markers(hp, tokens, charges)
     assert fused.tolist() == [1, 8192, 300, space, 8193, 7, 4, 6, space, 7, space]
     assert bytes_.tolist() == [0, 2, 3, 1, 1, 0, 3, 0, 1, 0, 9]
 
 
-def test_fused_rows_are_full_and_follow_the_stream(folder, dist):
+def test_fused_rows_are_full_and_follow_the_stream(folder, dist, published):
     hp = hp_of(
         folder,
         marker_fusion_enabled=True,
@@ -95,7 +99,7 @@ def test_fused_rows_are_full_and_follow_the_stream(folder, dist):
         balance_rows=False,
     )
     stream = TokenStream(folder, "train")
-    loader, space = TrainLoader(stream, hp, dist), space_id(hp)
+    loader, space = train_gpt.TrainLoader(stream, hp, dist), space_id(hp)
     assert 64 < loader.span < 80
     for index in range(40):  # more than an epoch
         row = loader.build(index)
@@ -105,7 +109,7 @@ def test_fused_rows_are_full_and_follow_the_stream(folder, dist):
         assert stored == stream.read(loader.row_offset(index), len(stored)).tolist()
 
 
-def test_embeddings_of_pairs_begin_between_space_and_marker(folder, ops):
+def test_embeddings_of_pairs_begin_between_space_and_marker(folder, ops, published):
     hp = hp_of(folder, marker_fusion_enabled=True)
     table, space = train_gpt.GPT(hp, ops, torch.float32).tok_emb.detach(), space_id(hp)
     assert table.shape == (8200, 32) and table.shape[0] % 8 == 0
@@ -115,7 +119,7 @@ def test_embeddings_of_pairs_begin_between_space_and_marker(folder, ops):
     assert train_gpt.GPT(hp_of(folder), ops, torch.float32).tok_emb.shape == (8192, 32)
 
 
-def test_a_fused_model_trains_and_adapts(folder, ops, dist, tmp_path):
+def test_a_fused_model_trains_and_adapts(folder, ops, dist, tmp_path, published):
     hp = hp_of(
         folder,
         marker_fusion_enabled=True,
@@ -126,9 +130,9 @@ def test_a_fused_model_trains_and_adapts(folder, ops, dist, tmp_path):
         phased_ttt_num_phases=0,
     )
     model = train_gpt.GPT(hp, ops, torch.float32)
-    log, validation = train_gpt.RunLog(tmp_path, dist), ValidationSet(hp, None)
+    log, validation = train_gpt.RunLog(tmp_path, dist), train_gpt.ValidationSet(hp)
     train_gpt.Trainer(
-        model, TrainLoader(TokenStream(hp.data_path, "train"), hp, dist), hp, dist, log
+        model, train_gpt.TrainLoader(TokenStream(hp.data_path, "train"), hp, dist), hp, dist, log
     ).train(None)
     plain = train_gpt.Evaluator(model, validation, hp, dist).evaluate_bpb()
     adapted = train_gpt.TestTimeTrainer(model, validation, hp, dist, log).evaluate()
@@ -136,7 +140,7 @@ def test_a_fused_model_trains_and_adapts(folder, ops, dist, tmp_path):
     assert plain["bytes"] == adapted["bytes"] == validation.bytes.sum()
 
 
-def test_fusion_needs_caseops(folder):
+def test_fusion_needs_caseops(folder, published):
     with pytest.raises(SettingError, match="CASEOPS_ENABLED=1"):
         tiny_hp(marker_fusion_enabled=True, caseops_enabled=False)
 
@@ -207,37 +211,37 @@ def another_token(folder):
 )
 def test_data_that_are_not_what_the_manifest_says_are_refused(copy, damage, words):
     hp = hp_of(copy)
-    assert "canonical:no" in ValidationSet(hp, None).summary
+    assert "canonical:no" in train_gpt.ValidationSet(hp).summary
     damage(copy)
     with pytest.raises(DataError, match=words):
-        ValidationSet(hp, None)
+        train_gpt.ValidationSet(hp)
 
 
 def test_a_damaged_manifest_is_one_message(copy):
     (copy / "manifest.json").write_bytes((copy / "manifest.json").read_bytes()[:-9])
     with pytest.raises(DataError, match="manifest.json is damaged"):
-        ValidationSet(hp_of(copy), None)
+        train_gpt.ValidationSet(hp_of(copy))
 
 
 def test_data_with_a_manifest_of_others_or_none_are_read(copy):
     (copy / "manifest.json").write_text(json.dumps({"version": "10B", "datasets": []}))
-    assert len(ValidationSet(hp_of(copy), None).starts) == 20
+    assert len(train_gpt.ValidationSet(hp_of(copy)).starts) == 20
     (copy / "manifest.json").unlink()
-    assert len(ValidationSet(hp_of(copy), None).starts) == 20
+    assert len(train_gpt.ValidationSet(hp_of(copy)).starts) == 20
 
 
-def test_canonical_is_told_by_documents_values_and_bytes(folder, monkeypatch):
+def test_canonical_is_told_by_documents_values_and_bytes(folder, monkeypatch, published):
     assert train_gpt.CANONICAL == (50_000, 47_853_344, 47_851_520, 151_074_499)
-    charges = ValidationSet(hp_of(folder), None).bytes
+    charges = train_gpt.ValidationSet(hp_of(folder)).bytes
     values = len(charges)
     counts = [20, values, values - 9, int(charges[1 : values - 8].sum())]
     for wrong in range(4):
         monkeypatch.setattr(train_gpt, "CANONICAL", tuple(counts))
         found = [
-            ValidationSet(hp_of(folder, marker_fusion_enabled=on), None).summary
+            train_gpt.ValidationSet(hp_of(folder, marker_fusion_enabled=on)).summary
             for on in (False, True)
         ]
         assert all("canonical:yes" in summary for summary in found)
         changed = [count - 5 * (number == wrong) for number, count in enumerate(counts)]
         monkeypatch.setattr(train_gpt, "CANONICAL", tuple(changed))
-        assert "canonical:no" in ValidationSet(hp_of(folder), None).summary
+        assert "canonical:no" in train_gpt.ValidationSet(hp_of(folder)).summary

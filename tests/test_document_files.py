@@ -1,5 +1,6 @@
-"""Files of documents: packed ones are read to their end or refused; what holds no JSON lines is
-called by its name.
+"""Files of documents: packed ones are read to their end or refused.
+
+What holds no JSON lines is called by its name.
 """
 
 import bz2
@@ -16,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_prepare_data import TEXTS, refused
+from data_helpers import TEXTS, refused
 
 import prepare_caseops_data as prepare
 from prepare_caseops_data import DataError, parse_text, read_lines

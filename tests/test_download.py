@@ -15,12 +15,12 @@ from urllib.parse import parse_qs, unquote
 
 import numpy as np
 import pytest
-from conftest import tiny_hp
-from test_prepare_data import DEFAULT_TOKENIZER, TEXTS, build, write_docs
+from conftest import install_published, tiny_hp
+from data_helpers import TEXTS, build, write_docs
 
 import train_gpt
+from prepare_caseops_data import DEFAULT_TOKENIZER, read_manifest, read_shard, write_shard
 from prepare_caseops_data import main as prepare
-from prepare_caseops_data import read_manifest, read_shard, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("download", ROOT / "data" / "download.py")
@@ -179,11 +179,12 @@ def test_a_dataset_is_fetched_verified_and_read_by_the_trainer(hub, tmp_path, ca
     assert prepare(["verify", str(tmp_path), "--workers", "1"]) == 0
     hp = tiny_hp(data_path=str(tmp_path), vocab_size=8192)
     assert train_gpt.find_tokenizer(hp) == tmp_path / "t.model"
-    assert len(train_gpt.ValidationSet(hp, None).starts) == 6
+    assert len(train_gpt.ValidationSet(hp).starts) == 6
     assert read_manifest(tmp_path)["sources"][0]["revision"] == REVISION
 
 
-def test_a_plain_variant_has_no_side_car(hub, tmp_path, capsys):
+def test_a_plain_variant_has_no_side_car(hub, tmp_path, capsys, monkeypatch):
+    install_published(monkeypatch)
     index = json.loads(hub.files["datasets/manifest.json"])
     entry = index["datasets"][0]
     entry["name"] = "fineweb10B_sp1024"
@@ -358,7 +359,7 @@ def test_a_published_leak_is_counted_and_refused_by_the_trainer(hub, tmp_path, c
     assert fetch(tmp_path / "data") == 0
     assert "1 training documents are validation documents too" in capsys.readouterr().out
     with pytest.raises(train_gpt.DataError, match="1 training documents are validation documents"):
-        train_gpt.ValidationSet(tiny_hp(data_path=str(tmp_path / "data"), vocab_size=8192), None)
+        train_gpt.ValidationSet(tiny_hp(data_path=str(tmp_path / "data"), vocab_size=8192))
 
 
 @pytest.mark.parametrize(

@@ -4,63 +4,22 @@ clear refusals.
 
 import json
 import re
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, PATIENCE, write_documents, write_shard
+from conftest import write_shard
+from run_helpers import ROOT, SETTINGS, QuietGuard, finish, make_data, result_of, start, torchrun
 
 import train_gpt
-from tools import guard
 
 pytest.importorskip("brotli")
 pytest.importorskip("sentencepiece")
 pytest.importorskip("python_minifier")
 torch.set_num_threads(1)
 
-ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = {
-    "TOKENIZER_PATH": str(ROOT / "tokenizers" / "caseops_8192.model"),
-    "VOCAB_SIZE": "8192",
-    "DEVICE": "cpu",
-    "MODEL_DIM": "32",
-    "NUM_LAYERS": "3",
-    "NUM_HEADS": "4",
-    "NUM_KV_HEADS": "2",
-    "MLP_MULT": "2",
-    "ROPE_DIMS": "4",
-    "LOOP_START": "1",
-    "LOOP_END": "1",
-    "NUM_LOOPS": "1",
-    "PARALLEL_START_LAYER": "2",
-    "XSA_LAST_N": "2",
-    "TRAIN_BATCH_TOKENS": "512",
-    "MICRO_BATCH_TOKENS": "128",
-    "TRAIN_SEQ_LEN": "64",
-    "MAX_WALLCLOCK_SECONDS": "0",
-    "ITERATIONS": "4",
-    "WARMUP_STEPS": "1",
-    "TRAIN_LOG_EVERY": "2",
-    "GPTQ_CALIBRATION_BATCHES": "4",
-    "COMPRESSOR": "brotli",
-    "EVAL_SEQ_LEN": "64",
-    "SLIDING_WINDOW_ENABLED": "1",
-    "EVAL_STRIDE": "24",
-    "TTT_EVAL_SEQ_LEN": "64",
-    "TTT_STALE_CONTEXT": "32",
-    "TTT_CHUNK_SIZE": "16",
-    "TTT_BATCH_SIZE": "2",
-    "TTT_LANES": "3",
-    "TTT_LORA_RANK": "4",
-    "PHASED_TTT_PREFIX_DOCS": "25000",
-    "GLOBAL_TTT_CHUNK_TOKENS": "128",
-    "OMP_NUM_THREADS": "1",
-}
-LENGTHS = [60, 10, 0, 130, 25, 90, 40, 5, 1, 33]
 STAGES = ["prequant", "quantized", "sliding", "ttt"]
 DRIVER = """
 import hashlib, os, sys
@@ -86,61 +45,6 @@ def noted_evaluate(trainer):
 train_gpt.rebuild_model, train_gpt.TestTimeTrainer.evaluate = noted_rebuild, noted_evaluate
 train_gpt.main()
 """
-
-
-def start(*command, **settings):
-    """A run in a process of its own, with our settings and next to nothing else in its
-    environment -> Popen.
-    """
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        env=HERE | SETTINGS | settings,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def finish(process):
-    """(exit code, standard output, standard error); the process is ended if it hangs."""
-    try:
-        out, err = process.communicate(timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return process.returncode, out, err
-
-
-def result_of(process):
-    """The RESULT dictionary of a run that must have ended well."""
-    code, out, err = finish(process)
-    assert code == 0, err
-    lines = out.splitlines()
-    assert (
-        lines[-1].startswith("RESULT ") and sum(line.startswith("RESULT ") for line in lines) == 1
-    )
-    return json.loads(lines[-1].removeprefix("RESULT "))
-
-
-def torchrun(ranks, script, **settings):
-    return start(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        script,
-        **settings,
-    )
-
-
-def make_data(folder):
-    write_documents(
-        folder, "train", np.random.default_rng(3).integers(3, 150, 40), vocab_size=8192, seed=1
-    )
-    tokens, charges = write_documents(
-        folder, "val", LENGTHS, vocab_size=8192, seed=2, shard_sizes=[150, 500]
-    )
-    return len(tokens) - 1, int(charges.sum())
 
 
 @pytest.fixture(scope="module")
@@ -389,13 +293,6 @@ def test_prequant_only_stops_after_the_fp32_model(results, runs):
 # ---- refusals: one clear line, exit code 1, nothing trained
 
 
-class QuietGuard(guard.RunGuard):
-    """It catches no signals: this process is not the run's own."""
-
-    def start(self, dist):
-        self.dist = dist
-
-
 @pytest.fixture
 def refuse(tmp_path, monkeypatch, capsys):
     """refuse(damage, NAME=value, ...) -> the error line of a run on data that `damage(folder)`
@@ -533,7 +430,7 @@ def test_cuda_is_refused_where_there_is_none(refuse):
     assert "DEVICE=cuda" in refuse(DEVICE="cuda")
 
 
-def test_a_missing_lrzip_is_told_before_training(refuse, tmp_path):
+def test_a_missing_lrzip_is_told_before_training(refuse, tmp_path, published):
     message = refuse(COMPRESSOR="pergroup", PATH=str(tmp_path))
     assert "lrzip" in message and "COMPRESSOR" in message
 

@@ -4,111 +4,34 @@ byte tables.
 
 import math
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE, tiny_hp, write_documents, write_shard
+from conftest import tiny_hp, write_documents, write_shard
+from evaluation_helpers import (
+    LENGTHS,
+    document_spans,
+    make_model,
+    make_validation,
+    on_ranks,
+    piece_losses,
+    small_hp,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from tools import techniques
-from train_gpt import BOS_ID, DataError, Dist, Evaluator, Score, ValidationSet, document_windows
+from presets import published
+from train_gpt import BOS_ID, DataError, Evaluator, Score, document_windows
 
 torch.set_num_threads(1)
 
-SMALL = {
-    "num_layers": 3,
-    "loop_start": 1,
-    "loop_end": 1,
-    "num_loops": 1,
-    "parallel_start_layer": 2,
-    "xsa_last_n": 2,
-}
-# tokens after BOS; two lone BOS, one-token documents, tails
-LENGTHS = [90, 33, 1, 8, 0, 64, 7, 0, 31, 32, 17, 100, 1]
 TOKENIZER = Path(__file__).resolve().parents[1] / "tokenizers" / "caseops_8192.model"
 
 
-# ---- tools, used by test_ttt.py as well
-
-
-def small_hp(**changes):
-    """A model of three layers, one of them looped; keyword arguments override."""
-    return tiny_hp(**(SMALL | changes))
-
-
-def make_model(hp, seed=0):
-    """A model whose every part matters: the projections that start at zero are random, gates
-    are off their middle.
-    """
-    ops = train_gpt.select_ops(hp, torch.device("cpu"), torch.float32)
-    model = train_gpt.GPT(hp, ops, torch.float32)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            p += noise * (p.size(-1) ** -0.5 if "bank" in name else 0.3)
-    return model
-
-
-def make_validation(folder, hp, lengths=LENGTHS, **kwargs):
-    """ValidationSet of new documents in `folder`; the side-car's charges are random, 0 at every
-    BOS.
-    """
-    write_documents(folder, "val", lengths, **kwargs)
-    return ValidationSet(hp, None)
-
-
-class ThreadRank:
-    """Stands for Dist on one of several ranks that run as threads of this process and add up in
-    rank order.
-    """
-
-    device = torch.device("cpu")
-
-    def __init__(self, rank, world_size, barrier, box):
-        self.rank, self.world_size, self.meet, self.box = rank, world_size, barrier, box
-
-    def all_reduce(self, tensor, op="sum"):
-        assert op == "sum"
-        self.box[self.rank] = tensor.detach().clone()
-        self.meet.wait(PATIENCE)
-        total = torch.stack(self.box).sum(0)
-        self.meet.wait(PATIENCE)
-        tensor.copy_(total)
-        return tensor
-
-    def all_reduce_packed(self, tensors):
-        for tensor in tensors:
-            self.all_reduce(tensor)
-
-    def all_gather_object(self, value):
-        self.box[self.rank] = value
-        self.meet.wait(PATIENCE)
-        values = list(self.box)
-        self.meet.wait(PATIENCE)
-        return values
-
-
-def on_ranks(world_size, work):
-    """[work(dist) of every rank], run side by side."""
-    if world_size == 1:
-        return [work(Dist("cpu"))]
-    barrier, box = threading.Barrier(world_size), [None] * world_size
-
-    def one(rank):
-        try:
-            return work(ThreadRank(rank, world_size, barrier, box))
-        except BaseException:
-            barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(one, range(world_size)))
+# ---- tools
 
 
 @pytest.fixture
@@ -124,8 +47,8 @@ def counted(monkeypatch):
         waiting.scored = waiting.inputs >= first
         return build(packer, windows)
 
-    def note_add(score, losses, scored, charges):
-        add(score, losses, scored, charges)
+    def note_add(score, losses, scored, target_bytes):
+        add(score, losses, scored, target_bytes)
         positions = 1 + waiting.inputs[waiting.scored]
         values = losses[scored].tolist()
         assert len(values) == len(positions)
@@ -141,20 +64,6 @@ def flat(calls):
     pairs = [pair for call in calls for pair in call]
     assert len(dict(pairs)) == len(pairs)
     return dict(pairs)
-
-
-def piece_losses(model, tokens):
-    """(n + 1,) tokens -> (n,) nats of a plain forward of this piece alone."""
-    tokens = torch.as_tensor(np.asarray(tokens))
-    with torch.no_grad():
-        hidden = model.forward_hidden(tokens[None, :-1], max_seqlen=len(tokens), looping=True)
-        return model.token_losses(hidden[0], tokens[1:]).double()
-
-
-def document_spans(tokens):
-    """First input and last target of each document, found token by token."""
-    starts = [i for i, token in enumerate(tokens) if token == BOS_ID]
-    return list(zip(starts, [*starts[1:], len(tokens) - 1], strict=True))
 
 
 # ---- coverage
@@ -191,8 +100,8 @@ def test_every_token_but_the_first_is_scored_once(
         train_batch_tokens=row,
         **more,
     )
-    tokens, charges = write_documents(tmp_path, "val", LENGTHS, shard_sizes=[90, 100, 500])
-    validation, model = ValidationSet(hp, None), make_model(hp)
+    tokens, target_bytes = write_documents(tmp_path, "val", LENGTHS, shard_sizes=[90, 100, 500])
+    validation, model = train_gpt.ValidationSet(hp), make_model(hp)
     scores = on_ranks(
         world_size, lambda dist: Evaluator(model, validation, hp, dist).evaluate_bpb(stride)
     )
@@ -200,7 +109,7 @@ def test_every_token_but_the_first_is_scored_once(
         range(1, len(tokens))
     )
     assert all(score == scores[0] for score in scores)
-    assert (scores[0]["tokens"], scores[0]["bytes"]) == (len(tokens) - 1, charges.sum())
+    assert (scores[0]["tokens"], scores[0]["bytes"]) == (len(tokens) - 1, target_bytes.sum())
     assert scores[0]["loss"] == pytest.approx(np.mean(list(flat(counted).values())), rel=1e-6)
 
 
@@ -392,9 +301,9 @@ def test_packed_rows_hold_every_window_in_order_within_bounds(
         assert not row.scored[filled:].any()
         # tokens are their own positions here
         assert (row.targets - row.inputs[0])[:filled].tolist() == [1] * filled
-        assert set(row.fresh[0].nonzero()[:, 0].tolist()) == set(row.cu_seqlens.tolist()) & set(
-            range(filled)
-        )
+        assert set(row.window_start[0].nonzero()[:, 0].tolist()) == set(
+            row.cu_seqlens.tolist()
+        ) & set(range(filled))
 
 
 # ---- BPB
@@ -444,11 +353,11 @@ def test_score_adds_in_float64(dist):
 
 def test_totals_of_part_of_the_documents(tmp_path):
     hp = small_hp(data_path=str(tmp_path))
-    tokens, charges = write_documents(tmp_path, "val", LENGTHS)
-    validation, spans = ValidationSet(hp, None), document_spans(tokens)
+    tokens, target_bytes = write_documents(tmp_path, "val", LENGTHS)
+    validation, spans = train_gpt.ValidationSet(hp), document_spans(tokens)
     for count in range(len(spans) + 1):
         last = spans[count - 1][1] if count else 0
-        assert validation.targets_of(np.arange(count)) == (last, charges[1 : last + 1].sum())
+        assert validation.targets_of(np.arange(count)) == (last, target_bytes[1 : last + 1].sum())
 
 
 # ---- byte tables of plain SentencePiece (CASEOPS_ENABLED=0)
@@ -484,12 +393,12 @@ def byte_charged(tables, ids):
 def test_table_bytes_of_a_text_sum_to_its_normalised_size(tokenizer, text):
     normalised = tokenizer.decode(tokenizer.encode(text))
     assert normalised == tokenizer.normalize(text).replace("\u2581", " ")
-    tables = techniques.piece_byte_tables(tokenizer)
+    tables = published.piece_byte_tables(tokenizer)
     assert sum(byte_charged(tables, tokenizer.encode(text))) == len(normalised.encode())
 
 
 def test_a_leading_space_counts_once_and_not_after_a_boundary(tokenizer):
-    tables = techniques.piece_byte_tables(tokenizer)
+    tables = published.piece_byte_tables(tokenizer)
     the, space, a = (tokenizer.piece_to_id(piece) for piece in ("\u2581the", "\u2581", "a"))
     assert byte_charged(tables, [a, the]) == [1, 4, 0]
     assert byte_charged(tables, [the, the]) == [3, 4, 0]
@@ -498,7 +407,7 @@ def test_a_leading_space_counts_once_and_not_after_a_boundary(tokenizer):
 
 
 def test_tables_tell_kinds_of_pieces_apart(tokenizer):
-    count, leading, boundary = techniques.piece_byte_tables(tokenizer)
+    count, leading, boundary = published.piece_byte_tables(tokenizer)
     assert (len(count), len(leading), len(boundary)) == (8192,) * 3
     for token in range(8192):
         if tokenizer.is_control(token) or tokenizer.is_unknown(token):
@@ -512,16 +421,19 @@ def test_tables_tell_kinds_of_pieces_apart(tokenizer):
             assert count[token] == len(piece.encode()) - 3 * spaced
 
 
-def test_validation_bytes_come_from_the_tables_without_caseops(tmp_path, tokenizer):
+def test_validation_bytes_come_from_the_tables_without_caseops(
+    tmp_path, tokenizer, published, monkeypatch
+):
+    monkeypatch.setattr(train_gpt, "load_tokenizer", lambda hp: tokenizer)
     ids = [token for text in TEXTS for token in (BOS_ID, *tokenizer.encode(text))]
     write_shard(tmp_path / "fineweb_val_000000.bin", ids)
-    validation = ValidationSet(
-        tiny_hp(data_path=str(tmp_path), vocab_size=8192, caseops_enabled=False), tokenizer
+    validation = train_gpt.ValidationSet(
+        tiny_hp(data_path=str(tmp_path), vocab_size=8192, caseops_enabled=False)
     )
     assert validation.bytes.sum() == sum(
         len(tokenizer.decode(tokenizer.encode(text)).encode()) for text in TEXTS
     )
-    tables = techniques.piece_byte_tables(tokenizer)
+    tables = published.piece_byte_tables(tokenizer)
     assert validation.bytes[1:].tolist() == byte_charged(tables, ids[1:])[:-1]
     assert validation.targets_of(np.arange(len(TEXTS))) == (len(ids) - 1, validation.bytes.sum())
 
@@ -538,4 +450,4 @@ def test_tables_refuse_a_tokenizer_without_a_space_piece():
             return 6
 
     with pytest.raises(DataError, match="space"):
-        techniques.piece_byte_tables(NoSpace())
+        published.piece_byte_tables(NoSpace())

@@ -22,12 +22,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import IN_SOAK, Lines, tiny_hp, write_documents, write_shard
-from test_end_to_end import SETTINGS, finish, make_data, result_of, start, torchrun
-from test_evaluation import make_model, make_validation, on_ranks, small_hp
+from conftest import IN_SOAK, Lines, install_published, tiny_hp, write_documents, write_shard
+from evaluation_helpers import make_model, make_validation, on_ranks, small_hp
+from run_helpers import SETTINGS, finish, make_data, result_of, start, torchrun
 
+import presets.published
 import train_gpt
 from tools import guard
+from tools.run_files import published_settings, script_of
 
 pytest.importorskip("brotli")
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -35,7 +37,6 @@ pytest.importorskip("python_minifier")
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "train_gpt.py"
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,9 @@ def data(tmp_path_factory):
 
 
 def environ_of(folder, data_path, settings):
-    """{NAME: text} of a tiny run whose runs lie in `folder`; settings with the value None are
-    left out.
+    """{NAME: text} of a tiny run whose runs lie in `folder`.
+
+    Settings with the value None are left out.
     """
     paths = {
         "DATA_PATH": data_path,
@@ -68,7 +70,8 @@ def environ_of(folder, data_path, settings):
 
 def begin(folder, data_path, **settings):
     """A tiny run in a process of its own -> Popen."""
-    return start(SCRIPT, **environ_of(folder, data_path, settings))
+    environ = environ_of(folder, data_path, settings)
+    return start(script_of(environ), **environ)
 
 
 def main(folder, data_path, **settings):
@@ -155,13 +158,13 @@ def plain(tmp_path_factory):
     return folder, own.vocab_size(), sum(len(text.encode()) for text in texts)
 
 
-def test_a_tokenizer_is_not_guessed_among_several(plain, tmp_path):
+def test_a_tokenizer_is_not_guessed_among_several(plain, tmp_path, published):
     folder, size, _ = plain
     said = refusal(tmp_path, folder, CASEOPS_ENABLED=0, VOCAB_SIZE=size, TOKENIZER_PATH=None)
     assert "own.model" in said and "another.model" in said and "set TOKENIZER_PATH" in said
 
 
-def test_a_foreign_tokenizer_of_equal_size_counts_no_bytes(plain, tmp_path):
+def test_a_foreign_tokenizer_of_equal_size_counts_no_bytes(plain, tmp_path, published):
     folder, size, _ = plain
     said = refusal(
         tmp_path,
@@ -236,7 +239,9 @@ def copied(source, folder, *patterns):
     ],
     ids=["both", "manifest", "side-car", "neither"],
 )
-def test_a_tokenizer_does_not_count_the_bytes_of_caseops_shards(caseops, tmp_path, left_out, words):
+def test_a_tokenizer_does_not_count_the_bytes_of_caseops_shards(
+    caseops, tmp_path, left_out, words, published
+):
     said = refusal(tmp_path, copied(caseops[0], tmp_path / "data", *left_out), CASEOPS_ENABLED=0)
     assert words in said and "CASEOPS_ENABLED" in said
 
@@ -246,12 +251,14 @@ def test_the_side_car_counts_the_bytes_of_the_text(caseops, tmp_path):
     assert result["scores"]["quantized"]["bytes"] == caseops[1]
 
 
-def test_settings_that_contradict_the_manifest_are_refused(caseops, plain, tmp_path):
+def test_settings_that_contradict_the_manifest_are_refused(caseops, plain, tmp_path, monkeypatch):
     folder = copied(caseops[0], tmp_path / "data", "manifest.json")
     manifest = json.loads((caseops[0] / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"text_transform": None}))
-    assert "CASEOPS_ENABLED=0" in refusal(tmp_path, folder)
+    assert "published.py with CASEOPS_ENABLED=0" in refusal(tmp_path, folder)
     assert "VOCAB_SIZE=8192" in refusal(tmp_path, caseops[0], VOCAB_SIZE=4096)
+    install_published(monkeypatch)
+    assert "set CASEOPS_ENABLED=0" in refusal(tmp_path, folder)
     said = refusal(
         tmp_path,
         plain[0],
@@ -335,8 +342,14 @@ def test_a_file_is_not_read_as_another_model(data, trained, mode):
 def test_every_setting_of_the_model_is_compared_or_may_change():
     names = [field.name for field in dataclasses.fields(train_gpt.Hyperparameters)]
     of_the_model = set(names[names.index("vocab_size") : names.index("max_wallclock_seconds")])
-    may_change = {"tied_embed_init_std", "qk_gain_init", "enable_looping_at", "extra_eval_loops"}
+    may_change = {"tied_embed_init_std", "qk_gain_init", "enable_looping_at"}
     assert of_the_model - set(guard.MEANING) == may_change
+    parts = {field.name: field for field in dataclasses.fields(presets.published.Hyperparameters)}
+    theirs = [name for name in guard.MEANING if name not in names]
+    assert {name: parts[name].default for name in theirs if name in guard.WITHOUT} == guard.WITHOUT
+    # of these the ones that matter are compared where the setting that they belong to is on
+    belong = {"attn_window_full_layers", "bigram_dim", "value_embed_dim"}
+    assert set(theirs) - set(guard.WITHOUT) == belong
 
 
 def test_an_artifact_without_its_checkpoint_is_compared_with_its_log(data, trained, tmp_path):
@@ -490,7 +503,7 @@ def test_no_limit_and_no_time_are_told_apart():
 
 
 @pytest.mark.parametrize("seed", [pytest.param(1_795_000_000_123_456_789, marks=IN_SOAK), 2**64])
-def test_a_run_takes_any_seed(data, tmp_path, seed):
+def test_a_run_takes_any_seed(data, tmp_path, seed, published):
     code, out = main(
         tmp_path,
         data,
@@ -513,11 +526,11 @@ def test_seeds_of_usual_size_give_what_they_gave(dist, ops):
         lora = train_gpt.BatchedLoRA(
             model, range(1, 2), tiny_hp(seed=seed), dist.device, model.ops.adamw_rows
         )
-        want = torch.empty_like(lora.kept)
+        want = torch.empty_like(lora.warm_a)
         want.uniform_(
             -(32**-0.5), 32**-0.5, generator=torch.Generator().manual_seed(seed * 1_000_003 + 1)
         )
-        assert torch.equal(lora.kept, want)
+        assert torch.equal(lora.warm_a, want)
 
 
 # ---- clocks
@@ -598,14 +611,17 @@ def test_a_name_of_published_commands_is_refused_with_what_to_use(name, instead)
 
 
 def test_what_to_use_instead_is_a_setting_of_ours():
-    ours = {field.name.upper() for field in dataclasses.fields(train_gpt.Hyperparameters)}
+    fields = dataclasses.fields(presets.published.Hyperparameters)
+    ours = {field.name.upper() for field in fields}
+    theirs = published_settings()  # which the guard has added
     names = [
         re.sub("=.*", "", word)
-        for text in train_gpt.INSTEAD.values()
+        for name, text in train_gpt.INSTEAD.items()
+        if name not in theirs
         for word in text.split(" and ")
     ]
     assert {name for name in names if not name.startswith("nothing")} <= ours
-    assert not (set(train_gpt.INSTEAD) | set(train_gpt.IDLE)) & ours
+    assert (set(train_gpt.INSTEAD) | set(train_gpt.IDLE)) & ours == theirs
 
 
 def test_more_shards_than_a_process_may_open(tmp_path):
@@ -788,7 +804,7 @@ def test_calibration_sees_documents_apart_and_every_pass_of_a_loop(tmp_path, dis
 # ---- optimizer
 
 
-def test_tables_that_are_read_row_by_row_learn_at_the_embeddings_rate(dist):
+def test_tables_that_are_read_row_by_row_learn_at_the_embeddings_rate(dist, published):
     hp = small_hp(bigram_vocab_size=20, value_embed_layers="0,2", tie_embeddings=False)
     model = make_model(hp)
     groups = train_gpt.Optimizers(model, hp, dist).adamw.param_groups
@@ -867,15 +883,18 @@ def test_base_weights_are_fine_tuned_on_all_ranks_or_on_none(tmp_path, monkeypat
         scoring[trainer.dist.rank] = False
         return rest
 
-    late = lambda trainer, cost: trainer.dist.rank == 1 and not scoring[1]  # noqa: E731
+    logs = [Lines(), Lines()]
+
+    def is_short_for(progress, cost):
+        return progress.log is logs[1] and not scoring[1]
+
     monkeypatch.setattr(train_gpt.TestTimeTrainer, "run_steps", noted_steps)
-    monkeypatch.setattr(train_gpt.TestTimeTrainer, "late", late)
+    monkeypatch.setattr(train_gpt.Progress, "is_short_for", is_short_for)
     monkeypatch.setattr(
         train_gpt.TestTimeTrainer,
         "global_adapt",
         lambda trainer, _: adapted.append(trainer.dist.rank),
     )
-    logs = [Lines(), Lines()]
     on_ranks(
         2,
         lambda dist: train_gpt.TestTimeTrainer(
@@ -891,7 +910,7 @@ def test_quant_only_gives_every_rank_the_weights_of_the_checkpoint(data, trained
     checkpoint = trained / "runs" / "first" / "model.pt"
     one = json.loads((trained / "runs" / "first" / "result.json").read_text())
     more = {"QUANT_ONLY": 1, "CHECKPOINT_PATH": checkpoint, "TTT_ENABLED": 0, "SEED": 7}
-    two = result_of(torchrun(2, SCRIPT, **environ_of(tmp_path, data, more)))
+    two = result_of(torchrun(2, ROOT / "train_gpt.py", **environ_of(tmp_path, data, more)))
     assert two["scores"]["prequant"]["loss"] == pytest.approx(
         one["scores"]["prequant"]["loss"], rel=1e-6
     )

@@ -10,7 +10,7 @@ import faults
 import pytest
 import torch
 from conftest import tell
-from test_reliability import check_rank_fault, comparable, loss_lines, output, tidy
+from fault_helpers import check_rank_fault, comparable, loss_lines, output, tidy
 
 pytestmark = pytest.mark.gpu
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -63,8 +63,9 @@ def test_a_rank_of_two_gpus_that_dies_or_stalls_ends_both(world, kind, place):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("settings", [PLAIN, OURS], ids=["plain", "kernels"])
 def test_what_two_deterministic_runs_on_a_gpu_share(world, settings):
-    """Tells what differs; the losses must be those of one training, whatever the order in which
-    a kernel adds.
+    """Tells what differs.
+
+    The losses must be those of one training, whatever the order in which a kernel adds.
     """
     for run in ("one", "two"):
         process = faults.start(world, 1, DETERMINISTIC="1", RUN_ID=run, **HERE | settings)

@@ -438,12 +438,12 @@ def entry_errors(shape, merges, wants, dtype=torch.float32, op=None, **kwargs):
     args = [
         *(t.detach().to(dtype) for t in args[:3]),
         *args[3:],
-        wants,
+        *wants,
         *(merge and (merge[0].detach().to(dtype),)),
         *merge[1:],
     ]
     found = []
-    for function, exact in ((op or train_gpt.enter, False), (train_gpt.enter_ref, True)):
+    for function, exact in ((op or train_gpt.slot_input, False), (train_gpt.slot_input_ref, True)):
         inputs = [
             (a.detach().double() if exact else a.detach().clone()) if torch.is_tensor(a) else a
             for a in args
@@ -478,15 +478,15 @@ def test_entry_reference_by_hand():
         torch.tensor([0.0, 100]),
     )
     merge = skip, weight, gate
-    h, start, mixed, merged = train_gpt.enter_ref(
-        x, x0, mix, torch.full((1,), 0.5), 1, (True, True), *merge
+    h, start, mixed, merged = train_gpt.slot_input_ref(
+        x, x0, mix, torch.full((1,), 0.5), 1, True, True, *merge
     )
     assert merged.flatten().tolist() == [4.0, 2.0] and mixed.flatten().tolist() == [11.0, -3.0]
     assert torch.allclose(h.flatten(), torch.tensor([11.0, -3.0]) / 65**0.5 / 2) and torch.equal(
         start, h[..., :1]
     )
-    *_, mixed, merged = train_gpt.enter_ref(
-        x, x0, mix, torch.ones(1), 1, (False, True), skip, weight
+    *_, mixed, merged = train_gpt.slot_input_ref(
+        x, x0, mix, torch.ones(1), 1, False, True, skip, weight
     )
     assert mixed is None and merged.flatten().tolist() == [8.0, 6.0]
 
@@ -498,12 +498,12 @@ def test_entry_computes_gradients_of_some_inputs(needed):
     *args, merge = entry_inputs((2, 5, 24), "gated")
     tensors = [*args[:3], *merge]
     found = []
-    for op in (train_gpt.enter, train_gpt.enter_ref):
+    for op in (train_gpt.slot_input, train_gpt.slot_input_ref):
         inputs = [
             t.detach().requires_grad_(name in needed.split())
             for name, t in zip(names, tensors, strict=True)
         ]
-        outs = op(*inputs[:3], *args[3:], (True, True), *inputs[3:])
+        outs = op(*inputs[:3], *args[3:], True, True, *inputs[3:])
         found.append(
             torch.autograd.grad(
                 sum(t.square().sum() for t in outs), [t for t in inputs if t.requires_grad]
@@ -517,7 +517,7 @@ def test_entry_compiles_into_one_graph_for_any_number_of_rows():
     *args, merge = entry_inputs((2, 9, 16), "gated")
 
     def step(x, x0, mix, *merge):
-        h, start, mixed, merged = train_gpt.enter(x, x0, mix, *args[3:], (True, True), *merge)
+        h, start, mixed, merged = train_gpt.slot_input(x, x0, mix, *args[3:], True, True, *merge)
         return (h * mixed).sum() + (start * merged[..., :5]).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -536,7 +536,7 @@ def test_entry_compiles_into_one_graph_for_any_number_of_rows():
 @interpreted
 def test_entry_accepts_no_rows():
     *args, merge = entry_inputs((1, 0, 16), "gated")
-    h, *_ = train_gpt.enter(*args, (True, False), *merge)
+    h, *_ = train_gpt.slot_input(*args, True, False, *merge)
     assert h.shape == (1, 0, 16) and not torch.autograd.grad(h.sum(), merge[1])[0].any()
 
 
@@ -583,11 +583,11 @@ def test_ops_register_schema_fake_and_autograd_correctly(quack):
     check(ops.qkv_heads_backward.default, (*heads, *(t.detach() for t in inputs), *rest))
     *args, merge = entry_inputs((2, 5, 24), "gated")
     x, x0, mix, *merge = (t.detach() for t in (*args[:3], *merge))
-    grads = [x, x[..., :5].contiguous(), x0]
-    check(ops.enter_backward.default, (grads, x, x0, mix, args[3], merge, [True, False]))
+    grads = [x, x[..., :5].contiguous(), x0, x.new_empty(0)]
+    check(ops.slot_input_backward.default, (grads, x, x0, mix, args[3], merge, True, False))
     *args, merge = entry_inputs((2, 5, 24), "gated")
-    check(ops.enter.default, (*args[:4], list(merge), [5, 1, 0]))
-    check(ops.enter.default, (*args[:4], [], [5, 1, 1]))
+    check(ops.slot_input.default, (*args[:4], list(merge), 5, True, False))
+    check(ops.slot_input.default, (*args[:4], [], 5, True, True))
     y, v, gates = (t.detach().requires_grad_() for t in xsa_inputs(2, 5, 4, 2, 8))
     check(ops.gated_xsa.default, (y, v, gates, 2.0))
     check(
@@ -873,8 +873,10 @@ def test_stale_context_is_the_same_with_queries_for_the_own_keys_alone(fa4_stub)
 
     def run(name):
         def attend(*qkv):
-            packing = cache.to(qkv[0].dtype), places, fresh, cu_seqlens, 14, []
-            return train_gpt.attention_stale(ops[name], *qkv, packing)
+            segments = train_gpt.StaleSegments(
+                cache.to(qkv[0].dtype), places, fresh, cu_seqlens, 14, []
+            )
+            return segments.attend(ops[name], *qkv)
 
         return attend
 
@@ -944,7 +946,7 @@ def test_auto_on_cpu_takes_the_references():
         linear_cross_entropy_ref,
     )
     assert (ops.qkv_heads, ops.gated_xsa) == (train_gpt.qkv_heads_ref, train_gpt.gated_xsa_ref)
-    assert (ops.enter, ops.adamw_rows) == (train_gpt.enter_ref, train_gpt.adamw_rows_ref)
+    assert (ops.slot_input, ops.adamw_rows) == (train_gpt.slot_input_ref, train_gpt.adamw_rows_ref)
     kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows"
     assert ops.names == {"attention": "sdpa"} | dict.fromkeys(kinds, "reference")
 
@@ -983,15 +985,18 @@ def no_backward(*args):
     return attention_sdpa(*args).detach()
 
 
+def first_that_works(kind, candidates, reference, args, notes):
+    operation = train_gpt.Operation(candidates, reference, trial_inputs=None)
+    return train_gpt._first_that_works(kind, operation, args, notes)
+
+
 @pytest.mark.parametrize(
     ("candidate", "reason"), [(one_document, "disagrees"), (no_backward, "RuntimeError")]
 )
 def test_wrong_attention_backend_is_passed_over(candidate, reason):
     args, notes = (*packed_qkv(40, 4, 2), torch.tensor([0, 20, 40], dtype=torch.int32), 20), []
     candidates = {"fa3": candidate, "sdpa": attention_sdpa}
-    assert (
-        train_gpt._first_that_works("attention", candidates, attention_sdpa, args, notes) == "sdpa"
-    )
+    assert first_that_works("attention", candidates, attention_sdpa, args, notes) == "sdpa"
     assert len(notes) == 1 and f"attention fa3: {reason}" in notes[0]
 
 
@@ -1013,17 +1018,29 @@ def raising(*_):
 def test_reference_is_used_when_a_kernels_trial_fails(kernel, note):
     args, notes = (*mlp_inputs(10, 8, 12), 0.3), []
     candidates = {"triton": kernel, "reference": mlp_ref}
-    assert train_gpt._first_that_works("mlp", candidates, mlp_ref, args, notes) == "reference"
+    assert first_that_works("mlp", candidates, mlp_ref, args, notes) == "reference"
     assert len(notes) == 1 and notes[0].startswith(note) and "second" not in notes[0]
 
 
 def test_kernel_that_agrees_is_used():
     args, notes = (*mlp_inputs(10, 8, 12), 0.3), []
     candidates = {"triton": lambda *inputs: mlp_ref(*inputs) * 1.001, "reference": mlp_ref}
-    assert (
-        train_gpt._first_that_works("mlp", candidates, mlp_ref, args, notes) == "triton"
-        and not notes
-    )
+    assert first_that_works("mlp", candidates, mlp_ref, args, notes) == "triton" and not notes
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_triton_kernel_passes_its_trial(monkeypatch, dtype):
+    monkeypatch.setattr(train_gpt, "use_kernels", lambda hp, device: True)
+    ops = select("sdpa", dtype)
+    others = {kind for kind, name in ops.names.items() if name != "triton"}
+    assert others == {"attention", "mlp"}, ops.notes
+
+
+def test_the_trial_of_adamw_sees_a_missing_update():
+    args = train_gpt.adamw_rows_trial_inputs(tiny_hp(), CPU, torch.float32)
+    candidates = {"idle": lambda values, squares, *_: (values, squares)}
+    assert first_that_works("adamw", candidates, train_gpt.adamw_rows_ref, args, []) is None
 
 
 def select_mlp(monkeypatch, dtype=torch.bfloat16):
@@ -1031,7 +1048,7 @@ def select_mlp(monkeypatch, dtype=torch.bfloat16):
     on the MLP; no other kernel works.
     """
     monkeypatch.setattr(train_gpt, "use_kernels", lambda hp, device: True)
-    for name in ("linear_cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows"):
+    for name in ("linear_cross_entropy", "qkv_heads", "gated_xsa", "slot_input", "adamw_rows"):
         monkeypatch.setattr(train_gpt, name, raising)
     ops = select("sdpa", dtype)
     assert ops.names["cross_entropy"] == "reference"
@@ -1172,7 +1189,7 @@ def test_kernels_around_attention_match_float64_on_the_gpu():
 def test_entry_matches_float64_on_the_gpu(merges, opened):
     """As an operation, and opened by the compiler."""
     hp = train_gpt.Hyperparameters(device="cuda", compile="1" if opened else "0")
-    op = train_gpt.compiled(train_gpt.enter, hp, train_gpt.Dist("cuda"))
+    op = train_gpt.compiled(train_gpt.slot_input, hp, train_gpt.Dist("cuda"))
     for wants in ((True, False), (False, True), (True, True)):
         assert (
             max(entry_errors((1, 3001, 512), merges, wants, torch.bfloat16, op, device="cuda"))

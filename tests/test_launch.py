@@ -55,8 +55,9 @@ print("RESULT " + json.dumps(result), file=log)
 
 @pytest.fixture
 def run(tmp_path):
-    """run(words, NAME=value, ...) -> the finished run_3seeds.sh; sets that still run are
-    stopped at the end.
+    """run(words, NAME=value, ...) -> the finished run_3seeds.sh.
+
+    Sets that still run are stopped at the end.
     """
     (tmp_path / "stub.py").write_text(STUB)
     environ = HERE | {

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_prepare_data import DEFAULT_TOKENIZER, PUBLISHED, needs_published, refused, write_docs
+from data_helpers import PUBLISHED, needs_published, refused, write_docs
 
 import lossless_caps
 import prepare_caseops_data as prepare
 from lossless_caps import CONTROLS
 from prepare_caseops_data import (
+    DEFAULT_TOKENIZER,
     DataError,
     Encoder,
     encode_document,

@@ -413,6 +413,27 @@ def test_loops_give_17_slots_and_none_11():
     assert GPT(tiny_hp(num_loops=0), OPS, torch.float32).slots(looping=True) == list(range(11))
 
 
+@pytest.mark.parametrize("looping, num_slots", [(False, 11), (True, 17)])
+def test_slot_plan_gives_every_decoder_the_newest_skip_and_splits_the_lanes_once(
+    looping, num_slots
+):
+    model, stored, pairs = random_model(parallel_start_layer=8), [], []
+    plans = model.slot_plan(looping)
+    for plan in plans:
+        assert not (plan.stores_stream and plan.stores_merged)
+        if plan.stores_stream or plan.stores_merged:  # the output of the slot before
+            stored.append(plan.slot - 1)
+        if plan.skip_index is not None:
+            pairs.append((plan.skip_index, stored.pop(), plan.slot))
+        has_lanes = plan.layer >= 8
+        assert plan.return_mix != has_lanes
+        assert plan.return_merged == (has_lanes or plan.stores_merged)
+    half = num_slots // 2
+    assert pairs == [(i, half - 1 - i, half + i) for i in range(half)] and not stored
+    assert [plan.slot for plan in plans] == list(range(num_slots))
+    assert [plan.layer for plan in plans if plan.splits_lanes] == [8]
+
+
 @pytest.mark.parametrize("looping, used", [(False, 5), (True, 8)])
 def test_skip_pairs_used(looping, used):
     """8 pairs exist; without loops the first five merge, and the last decoder pass never has a
@@ -471,7 +492,7 @@ def test_smear_gate_crosses_pieces_of_one_document_but_not_fresh_ones():
     )
     assert not torch.equal(before[:, 10], after[:, 10])
     before, after = (
-        hidden(model, t, pieces, max_seqlen=10, fresh=fresh) for t in (tokens, changed)
+        hidden(model, t, pieces, max_seqlen=10, window_start=fresh) for t in (tokens, changed)
     )
     assert torch.equal(before[:, 10:], after[:, 10:])
     changed = tokens.clone()

@@ -3,18 +3,19 @@ reference of its own.
 """
 
 import itertools
-import socket
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_hp
+from conftest import TINY, tiny_hp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from training_helpers import run_on_ranks
 
+import presets.published
 import train_gpt
-from tools.techniques import weight_decay_multiplier
-from train_gpt import GPT, Muon, Optimizers, lr_multiplier, muon_momentum, polar_express
+from presets.published import decay_multiplier as weight_decay_multiplier
+from train_gpt import Muon, Optimizers, lr_multiplier, muon_momentum, polar_express
 
 torch.set_num_threads(1)
 OPS = train_gpt.Ops(
@@ -28,9 +29,14 @@ ODD = {"num_layers": 3, "loop_start": 1, "loop_end": 1, "parallel_start_layer": 
 steadily = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
+def published_hp(**changes):
+    """tiny_hp with the settings of presets/published.py."""
+    return presets.published.Hyperparameters(**(TINY | changes))
+
+
 def random_model(seed=0, **changes):
     """A tiny GPT with a random gradient on every parameter."""
-    model = GPT(tiny_hp(**ODD | changes), OPS, torch.float32)
+    model = train_gpt.GPT(tiny_hp(**ODD | changes), OPS, torch.float32)
     set_gradients(model, seed)
     return model
 
@@ -257,7 +263,7 @@ def test_every_parameter_is_in_exactly_one_group(dist):
         )
 
 
-def test_adamw_groups_have_their_learning_rates_and_decays(dist):
+def test_adamw_groups_have_their_learning_rates_and_decays(dist, published):
     model = random_model(tie_embeddings=False, warmdown_frac=0.5, wd_schedule_enabled=True)
     hp = model.hp
     optimizers = Optimizers(model, hp, dist)
@@ -274,7 +280,7 @@ def test_adamw_groups_have_their_learning_rates_and_decays(dist):
     assert {id(p) for p in optimizers.muon.banks}.isdisjoint(rates)
 
 
-def test_step_equals_plain_adamw_with_schedules_and_clears_gradients(dist, rel):
+def test_step_equals_plain_adamw_with_schedules_and_clears_gradients(dist, rel, published):
     model = random_model(
         warmdown_frac=0.5, wd_schedule_enabled=True, grad_clip_norm=0.0, embed_wd=2.0, adam_wd=3.0
     )
@@ -311,7 +317,7 @@ def test_step_equals_plain_adamw_with_schedules_and_clears_gradients(dist, rel):
         assert rel(p, want) < 1e-5
 
 
-def test_muon_inside_step_follows_its_schedules(dist, rel):
+def test_muon_inside_step_follows_its_schedules(dist, rel, published):
     model = random_model(
         warmdown_frac=0.5,
         wd_schedule_enabled=True,
@@ -388,39 +394,11 @@ def test_gradients_are_not_clipped(limit, scale, dist):
 # --- two ranks
 
 
-def run_on_ranks(worker, world_size, folder, *arguments):
-    """worker(dist, *arguments) in `world_size` gloo processes -> their results by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(
-        _rank, (worker, world_size, port, str(folder), arguments), nprocs=world_size
-    )
-    return [torch.load(f"{folder}/rank{rank}.pt", weights_only=False) for rank in range(world_size)]
-
-
-def _rank(rank, worker, world_size, port, folder, arguments):
-    import os
-
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    dist = train_gpt.Dist("cpu")
-    torch.save(worker(dist, *arguments), f"{folder}/rank{rank}.pt")
-    dist.close()
-
-
 def three_steps(dist, shares):
     """Three optimizer steps; this rank's gradients are the sum of its share of `shares` random
     ones.
     """
-    model = GPT(tiny_hp(**ODD), OPS, torch.float32)
+    model = train_gpt.GPT(tiny_hp(**ODD), OPS, torch.float32)
     optimizers, factors = Optimizers(model, model.hp, dist), []
     clip_factor = optimizers.clip_factor
     optimizers.clip_factor = lambda: factors.append(clip_factor()) or factors[-1]
@@ -456,7 +434,7 @@ def test_two_ranks_hold_the_same_weights_bit_for_bit(on_two_ranks):
 
 
 def test_two_ranks_equal_one_rank(on_two_ranks, on_one_rank, rel):
-    start = dict(GPT(tiny_hp(**ODD), OPS, torch.float32).named_parameters())
+    start = dict(train_gpt.GPT(tiny_hp(**ODD), OPS, torch.float32).named_parameters())
     for name, p in on_one_rank.weights.items():
         assert rel(on_two_ranks[0].weights[name] - start[name].data, p - start[name].data) < 1e-4, (
             name
@@ -474,7 +452,7 @@ def test_ranks_share_the_momentum_of_odd_banks(on_two_ranks, on_one_rank):
 
 
 def test_clip_factor_comes_from_the_reduced_gradient_on_every_rank(on_two_ranks, on_one_rank):
-    model = GPT(tiny_hp(**ODD), OPS, torch.float32)
+    model = train_gpt.GPT(tiny_hp(**ODD), OPS, torch.float32)
     for step in range(3):
         total = [
             a + b
@@ -587,7 +565,7 @@ def test_muon_momentum_stays_between_its_ends(step, warmup, start, end):
     "progress, want",
     [(0, 1), (0.39, 1), (0.4, 1), (0.625, 0.75), (0.85, 0.5), (0.925, 1.125), (1, 1.75)],
 )
-def test_weight_decay_multiplier_corners(progress, want):
+def test_weight_decay_multiplier_corners(progress, want, published):
     hp = train_gpt.Hyperparameters(wd_schedule_enabled=True)
     assert weight_decay_multiplier(progress, hp) == pytest.approx(want)
 
@@ -595,7 +573,7 @@ def test_weight_decay_multiplier_corners(progress, want):
 @steadily
 @given(fractions, fractions, fractions, st.floats(0, 3), st.floats(0, 3))
 def test_weight_decay_multiplier_stays_between_its_ends(progress, hold, ramp, low, high):
-    hp = tiny_hp(
+    hp = published_hp(
         wd_schedule_enabled=True,
         wd_sched_hold_frac=hold,
         wd_sched_ramp_frac=ramp,
@@ -610,7 +588,7 @@ def test_weight_decay_multiplier_stays_between_its_ends(progress, hold, ramp, lo
 @settings(steadily, max_examples=15)
 @given(st.floats(0, 0.4), st.floats(0.5, 0.9), st.floats(0.1, 1))
 def test_schedules_have_no_jumps(hold, ramp, warmdown):
-    hp = tiny_hp(
+    hp = published_hp(
         wd_schedule_enabled=True,
         wd_sched_hold_frac=hold,
         wd_sched_ramp_frac=ramp,

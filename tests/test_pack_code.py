@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import HERE, IN_SOAK, PATIENCE
-from test_end_to_end import SETTINGS, QuietGuard, make_data
-from test_presets import PUBLISHED, tiny
+from conftest import HERE, IN_SOAK, PATIENCE, install_parts_for
+from preset_helpers import PUBLISHED, tiny
+from run_helpers import SETTINGS, QuietGuard, make_data
 
 import train_gpt
 from tools import guard, run_files
@@ -284,16 +284,17 @@ def test_parameters_are_renamed_only_where_every_caller_is_seen():
 
 
 SMALL = """
-techniques = None
 PACKED = False
 class Hyperparameters:
     seed: int = env(42, "help of the seed")
     matrix_lr: float = env(0.026, "help of the rate", above=0)
     gate: bool = env(True, "help of the gate")
-    swa: float = env(0.0, "help of snapshots", published=True)
     compressor: str = env("entropy", "help of the coder")
+def mean(x):
+    return sum(x)
 def train(x):
-    return techniques.average(x)
+    return mean(x)
+train(1)
 """
 
 
@@ -303,7 +304,6 @@ def test_settings_of_a_run_become_defaults_but_for_those_that_belong_to_one_run(
         "MATRIX_LR": ".05",
         "GATE": "0",
         "COMPRESSOR": "lzma",
-        "SWA": "0.0",
         "PATH": "/bin",
     }
     text = packed_text(pack_code(SMALL, settings))
@@ -311,7 +311,7 @@ def test_settings_of_a_run_become_defaults_but_for_those_that_belong_to_one_run(
     assert re.search(r"gate:bool=\w+\(False,", text) and re.search(
         r"compressor:str=\w+\('lzma',", text
     )
-    assert text.count("help of") == 5
+    assert text.count("help of") == 4
     values = {"SEED": 1, "MATRIX_LR": 0.05, "GATE": False, "COMPRESSOR": "lzma"}
     assert pack_code(SMALL, settings) == pack_code(SMALL, values)
     assert (
@@ -321,36 +321,48 @@ def test_settings_of_a_run_become_defaults_but_for_those_that_belong_to_one_run(
     )
 
 
-TECHNIQUES = """
-"Techniques."
+PARTS = """
+"Parts."
 import math
 import train_gpt
-from train_gpt import BOS_ID
-def average(x):
-    return math.fsum(x)
-train_gpt.techniques = 1
+from train_gpt import env
+class Hyperparameters(train_gpt.Hyperparameters):
+    compressor: str = env("entropy", "help of more coders")
+    swa: float = env(0.0, "help of snapshots")
+own_mean = train_gpt.mean
+def mean(x):
+    return own_mean(x) + math.fsum(x)
+PARTS = {"Hyperparameters": Hyperparameters, "mean": mean}
+def main():
+    "not packed"
 """
 
 
 @pytest.mark.parametrize("settings", [{"SWA": "0.5"}, {"COMPRESSOR": "pergroup"}])
-def test_techniques_are_packed_where_a_setting_needs_them(tmp_path, monkeypatch, settings):
-    (tmp_path / "techniques.py").write_text(TECHNIQUES)
-    monkeypatch.setattr(packer, "TECHNIQUES", tmp_path / "techniques.py")
-    assert "fsum" not in packed_text(pack_code(SMALL, {"MATRIX_LR": "1"}))
+def test_published_parts_are_packed_where_a_setting_needs_them(tmp_path, monkeypatch, settings):
+    (tmp_path / "published.py").write_text(PARTS)
+    monkeypatch.setattr(packer, "PUBLISHED", tmp_path / "published.py")
+    for plain in ({"MATRIX_LR": "1"}, {"SWA": "0.0"}, {"COMPRESSOR": "lzma"}):
+        assert "fsum" not in packed_text(pack_code(SMALL, plain))
     text = packed_text(pack_code(SMALL, settings))
-    assert "fsum" in text and "train_gpt" not in text and "techniques." not in text
+    assert "fsum" in text and "train_gpt" not in text and "PARTS" not in text
+    if "SWA" in settings:
+        assert re.search(r"swa:float=\w+\(\.5,", text)
 
 
-def test_a_name_that_would_stand_for_two_things_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "techniques.py").write_text(TECHNIQUES)
-    monkeypatch.setattr(packer, "TECHNIQUES", tmp_path / "techniques.py")
-    for clash in (
-        "average = 1",
-        "def f(average):\n    return average",
-        "def f():\n    average = 1",
-    ):
-        with pytest.raises(ValueError, match="both have average"):
-            pack_code(SMALL + clash, {"SWA": "0.5"})
+@pytest.mark.parametrize(
+    "clash, name",
+    [
+        ("def train(x):\n    return x", "train"),  # takes a place that PARTS does not name
+        ("def f(mean):\n    return train_gpt.mean(mean)", "mean"),  # would be the argument
+        ("def f():\n    mean = train_gpt.mean(1)", "mean"),
+    ],
+)
+def test_a_name_that_would_stand_for_two_things_is_refused(tmp_path, monkeypatch, clash, name):
+    monkeypatch.setattr(packer, "PUBLISHED", tmp_path / "published.py")
+    (tmp_path / "published.py").write_text(PARTS.replace("PARTS =", f"{clash}\nPARTS ="))
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        pack_code(SMALL, {"SWA": "0.5"})
 
 
 def test_settings_that_belong_to_one_run_are_settings():
@@ -392,8 +404,8 @@ def test_operators_of_the_packed_script_are_differentiable(packed):
         q = F.rms_norm(qkv.unflatten(-1, (8, 8))[:, :, :4], (8,), eps=1.19e-7)
         pairs = [(packed._linear_cross_entropy(h, head, targets, 30.0)[0], (h, head),
                   F.cross_entropy(30 * torch.tanh(h @ head.T / 30), targets, reduction="none")),
-                 (packed.gated_xsa(y, v, gates, 1.0), (y, v, gates), xsa),
-                 (packed.qkv_heads(qkv, gain, cos, sin, 2)[0], (qkv,), q)]
+                 (torch.ops.golf.gated_xsa(y, v, gates, 1.0), (y, v, gates), xsa),
+                 (torch.ops.golf.qkv_heads(qkv, gain, cos, sin, 2)[0], (qkv,), q)]
         for got, inputs, want in pairs:
             torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
             for a, b in zip(*(torch.autograd.grad(out.pow(3).sum(), inputs) for out in (got, want))):
@@ -458,7 +470,6 @@ OTHERWISE = {  # as many other branches as one run can take
     "MUON_MOMENTUM_WARMUP_STEPS": "0",
     "MUON_ROW_NORMALIZE": "0",
     "GPTQ_COLUMN_STEPS": "0",
-    "LQER_WEIGHTED": "1",
     "LQER_ASYM_ENABLED": "0",
     "GATED_ATTN_QUANT_GATE": "0",
     "ATTN_WINDOW": "9",
@@ -467,13 +478,10 @@ OTHERWISE = {  # as many other branches as one run can take
     "BIGRAM_VOCAB_SIZE": "31",
     "VALUE_EMBED_LAYERS": "1",
     "MUON_HEAD_PAIRS": "1",
-    "MUON_GRAM_ENABLED": "1",
     "SWA_BELOW_LR": "0.9",
     "SWA_EVERY": "1",
     "QAT_BELOW_LR": "0.5",
-    "HESSIAN_CLIP_LAMBDA": "0.2",
     "GPTQ_SELF_CALIBRATION": "1",
-    "DOC_SHUFFLE_ENABLED": "1",
     "PHASED_TTT_NUM_PHASES": "0",
     "TTT_WARM_START_A": "0",
     "TTT_LORA_SITES": "q,head",
@@ -489,6 +497,7 @@ def run_both(folder, monkeypatch, settings, run):
     """Packed script without and source with these settings: the same RESULT and artifact."""
     script = folder / "packed.py"
     settings = run_files.with_preset(settings)
+    install_parts_for(settings, monkeypatch)
     script.write_bytes(pack_code(SOURCE, settings))
 
     def call():
@@ -541,7 +550,9 @@ def test_a_packed_preset_gives_the_numbers_of_its_source(of_the_run, tmp_path, m
     assert ("ttt" in got["scores"]) == (name != "pr1512") and got["steps"] == 3
 
 
-def test_a_packed_script_gives_the_numbers_of_its_source(of_the_run, tmp_path, monkeypatch):
+def test_a_packed_script_gives_the_numbers_of_its_source(
+    of_the_run, tmp_path, monkeypatch, published
+):
     names = {field.name.upper() for field in dataclasses.fields(train_gpt.Hyperparameters)}
     settings = {
         name: value for name, value in SETTINGS.items() if name in names and name not in of_the_run

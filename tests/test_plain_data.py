@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
+import train_gpt
 from prepare_caseops_data import DEFAULT_TOKENIZER, DataError, load_tokenizer
 from tools import prepare_plain_data
-from train_gpt import BOS_ID, Hyperparameters, TokenStream, ValidationSet
+from train_gpt import BOS_ID, TokenStream
 
 WORDS = "the cat sat on a mat and Saw 17 dogs run far away from that old house of Wood".split()
 TRAIN = [" ".join(WORDS[(i * j + j) % len(WORDS)] for j in range(1, 90)) for i in range(80)]
@@ -40,15 +41,15 @@ def make(folder, train, val, *arguments):
     )
 
 
-def test_the_trainer_counts_the_bytes_of_every_odd_text(tmp_path):
+def test_the_trainer_counts_the_bytes_of_every_odd_text(tmp_path, published):
     """All but a space that begins a document, which goes uncounted: a byte too many would
     flatter.
     """
     assert make(tmp_path, TRAIN, ODD) == 0
-    hp = Hyperparameters(
+    hp = train_gpt.Hyperparameters(
         caseops_enabled=False, vocab_size=300, data_path=str(tmp_path / "plain" / "sp300")
     )
-    validation = ValidationSet(hp)
+    validation = train_gpt.ValidationSet(hp)
     counted = [validation.targets_of(np.array([number]))[1] for number in range(len(ODD))]
     assert counted == [len(text.encode()) - text.startswith(" ") for text in ODD]
     assert validation.bytes.sum() == sum(counted)

@@ -2,12 +2,9 @@
 corpus.
 """
 
-import gzip
 import hashlib
 import io
 import json
-import lzma
-import os
 import random
 import re
 from pathlib import Path
@@ -16,6 +13,7 @@ import caseops_reference
 import numpy as np
 import pytest
 import sentencepiece
+from data_helpers import PUBLISHED, TEXTS, build, needs_published, refused, stream, write_docs
 
 import prepare_caseops_data as prepare
 from lossless_caps import CONTROLS
@@ -33,26 +31,6 @@ from prepare_caseops_data import (
 VECTORS = json.loads(
     (Path(__file__).parent / "data" / "caseops_vectors.json").read_text(encoding="utf-8")
 )
-PUBLISHED_NAME = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "tokenizers"
-PUBLISHED = Path(os.environ.get("PUBLISHED_TOKENIZER", SHARED / PUBLISHED_NAME))
-needs_published = pytest.mark.skipif(
-    not PUBLISHED.is_file(),
-    reason=(
-        f"missing: the published tokenizer {PUBLISHED_NAME} (366,510 bytes), which is not in this"
-        f" repository; it was looked for at {PUBLISHED}. data/download.py fetches it with the"
-        " published data; PUBLISHED_TOKENIZER names a copy"
-    ),
-)
-TEXTS = [
-    "The NASA Launch was seen by 1,200 people.",
-    "  Padded, and\n\nin two paragraphs.  ",
-    "",
-    "   ",
-    "Été 東京 🗼 iPhone ½ ﬁne",
-    "literal \ue001 and \ue004\ue002 markers",
-    *(f"Document number {number} of MANY, written by Nobody." for number in range(40)),
-]
 
 
 @pytest.fixture(scope="module")
@@ -60,52 +38,14 @@ def sp():
     return load_tokenizer(DEFAULT_TOKENIZER)
 
 
-def write_docs(path, documents):
-    """Objects and bare strings take turns; every third line is followed by a blank one."""
-    lines = []
-    for number, document in enumerate(documents):
-        lines.append(json.dumps({"text": document, "id": number} if number % 2 else document))
-        lines += [" "] * (number % 3 == 0)
-    content = ("\n".join(lines) + "\n").encode()
-    path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)(content))
-    return str(path)
-
-
-def build(out, *arguments):
-    """Runs the tool in this process; the folder's files by name."""
-    status = main(
-        [
-            *map(str, arguments),
-            "--out",
-            str(out),
-            *([] if "--workers" in arguments else ["--workers", "1"]),
-        ]
-    )
-    assert status == 0
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
-
-
-def refused(capsys, *arguments):
-    """Runs the tool, which must fail; its message."""
-    assert main([*map(str, arguments), "--workers", "1"]) == 1
-    return capsys.readouterr().err
-
-
-def stream(folder, name):
-    """All shards of a stream, joined."""
-    paths = sorted(folder.glob(f"fineweb_{name}_[0-9]*.bin"))
-    return np.concatenate([read_shard(path) for path in paths]), [
-        len(read_shard(path)) for path in paths
-    ]
-
-
 # ---- the format as published ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vector", VECTORS["vectors"], ids=lambda vector: vector["name"])
 def test_texts_of_the_published_vectors_give_the_ids_and_bytes_of_the_reference(sp, vector):
-    """With our tokenizer, so nothing from outside is needed; the published ids hold the
-    reference itself, below.
+    """With our tokenizer, so nothing from outside is needed.
+
+    The published ids hold the reference itself, below.
     """
     expected_ids, expected_costs = caseops_reference.tokens_and_bytes(sp, vector["text"])
     ids, costs = encode_document_with_bytes(sp, vector["text"])

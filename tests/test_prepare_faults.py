@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PATIENCE
-from test_prepare_data import DEFAULT_TOKENIZER, TEXTS, build, refused, write_docs
-from test_verify_data import long_corpus, verified
+from data_helpers import TEXTS, build, long_corpus, refused, verified, write_docs
 
 import prepare_caseops_data as prepare
-from prepare_caseops_data import main, read_manifest, write_shard
+from prepare_caseops_data import DEFAULT_TOKENIZER, main, read_manifest, write_shard
 from tokenizers import train_tokenizer
 from tools import prepare_plain_data
 
@@ -200,8 +199,9 @@ def long_docs(tmp_path_factory):
 def test_control_c_ends_in_one_line_and_the_command_goes_on_when_repeated(
     long_docs, tmp_path, moment
 ):
-    """At the first moment the workers start, at the second they work; on a terminal all of them
-    get the signal.
+    """At the first moment the workers start, at the second they work.
+
+    On a terminal all of them get the signal.
     """
     docs, expected = long_docs
     run = start(docs, tmp_path / "out")

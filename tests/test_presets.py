@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import install_parts_for
+from preset_helpers import PUBLISHED, tiny
 
 import train_gpt
 from tools import guard, run_files
@@ -21,18 +22,6 @@ pytest.importorskip("python_minifier")
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
-PUBLISHED = [
-    "pr1493",
-    "pr1512",
-    "pr1787",
-    "pr1851",
-    "pr1855",
-    "pr1938",
-    "pr1948",
-    "pr1987",
-    "pr2135",
-    "pr960",
-]
 
 
 class Pieces:
@@ -49,49 +38,6 @@ class Pieces:
     decode = encode = staticmethod(lambda tokens: tokens)  # the data are of its making
 
 
-def tiny(name, data, runs):
-    """The environment that makes a preset run in seconds: sizes alone, what makes the system
-    stays the preset's.
-    """
-    preset, sizes = (
-        read_preset(name),
-        {key.upper(): str(value) for key, value in TINY.items() if key != "compressor"},
-    )
-    sizes |= {
-        "NUM_LAYERS": "3",
-        "LOOP_START": "1",
-        "LOOP_END": "1",
-        "ITERATIONS": "3",
-        "BIGRAM_VOCAB_SIZE": "31",
-        "ATTN_WINDOW": "8",
-        "ATTN_WINDOW_FULL_LAYERS": "1",
-        "SWA_EVERY": "1",
-        "VALUE_EMBED_LAYERS": "1,2",
-        "NUM_LOOPS": str(min(1, int(preset["NUM_LOOPS"]))),
-        "EVAL_STRIDE": "24",
-        "NUM_KV_HEADS": str(int(preset["NUM_KV_HEADS"]) // 2),
-        "PARALLEL_START_LAYER": "3" if preset["PARALLEL_START_LAYER"] == "11" else "2",
-    }
-    features = (
-        "BIGRAM_VOCAB_SIZE",
-        "ATTN_WINDOW",
-        "ATTN_WINDOW_FULL_LAYERS",
-        "SWA_EVERY",
-        "VALUE_EMBED_LAYERS",
-    )
-    environ = {key: value for key, value in sizes.items() if key in preset or key not in features}
-    environ |= {
-        "PRESET": name,
-        "KERNELS": "0",
-        "PLOTS": "0",
-        "GPTQ_RESERVE_SECONDS": "0",
-        "XSA_LAST_N": "2",
-    }
-    if preset["COMPRESSOR"] == "pergroup" and not shutil.which("lrzip"):
-        environ["COMPRESSOR"] = "brotli"
-    return environ | {"DATA_PATH": str(data), "RUNS_DIR": str(runs), "RUN_ID": name}
-
-
 @pytest.fixture(scope="module")
 def plain_data(tiny_data, tmp_path_factory):
     """tiny_data without its side-car, for systems without CaseOps."""
@@ -106,7 +52,9 @@ def test_every_preset_runs_every_stage(tiny_data, plain_data, tmp_path, name, mo
     monkeypatch.setattr(train_gpt, "find_tokenizer", lambda hp: "none")
     monkeypatch.setattr(train_gpt, "load_tokenizer", lambda hp: Pieces)
     preset = read_preset(name)
-    environ = tiny(name, plain_data if preset["CASEOPS_ENABLED"] == "0" else tiny_data, tmp_path)
+    install_parts_for(preset, monkeypatch)
+    caseops = preset.get("CASEOPS_ENABLED", "1") == "1"
+    environ = tiny(name, tiny_data if caseops else plain_data, tmp_path)
     watching = guard.RunGuard()
     watching.dist = dist = train_gpt.Dist("cpu")
     result = train_gpt.run(train_gpt.Hyperparameters.from_env(environ, watching), dist, watching)
@@ -144,8 +92,9 @@ def test_the_presets_are_those_of_the_documentation():
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "demo"])
-def test_settings_of_a_preset_are_settings_and_the_environment_wins(name):
+def test_settings_of_a_preset_are_settings_and_the_environment_wins(name, monkeypatch):
     preset = read_preset(name)
+    install_parts_for(preset, monkeypatch)
     hp = train_gpt.Hyperparameters.from_env({"PRESET": name}, guard.RunGuard())
     for key, value in preset.items():
         found = getattr(hp, key.lower())
@@ -153,6 +102,16 @@ def test_settings_of_a_preset_are_settings_and_the_environment_wins(name):
     environ = {"PRESET": name, "TRAIN_LOG_EVERY": "7", "SEED": "3", "BETA1": "0.8"}
     other = train_gpt.Hyperparameters.from_env(environ, guard.RunGuard())
     assert (other.train_log_every, other.seed, other.beta1) == (7, 3, 0.8)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "demo"])
+def test_a_preset_with_parts_is_refused_by_train_gpt_alone_with_the_command(name):
+    script = run_files.script_of(read_preset(name))
+    if script.name == "train_gpt.py":
+        train_gpt.Hyperparameters.from_env({"PRESET": name}, guard.RunGuard())
+        return
+    with pytest.raises(train_gpt.SettingError, match=f"run presets/published.py {name}$"):
+        train_gpt.Hyperparameters.from_env({"PRESET": name}, guard.RunGuard())
 
 
 def test_an_unknown_preset_is_refused_with_the_names_there_are():

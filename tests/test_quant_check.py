@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Lines, tiny_hp, write_documents, write_shard
-from test_optimizer import run_on_ranks
-from test_training import OPS, SMALL, loader_of, quiet, trainer_of
+from training_helpers import OPS, SMALL, loader_of, quiet, run_on_ranks, trainer_of
 
 import train_gpt
 from train_gpt import BOS_ID, GPT, DataError, TokenStream, TrainLoader
@@ -53,7 +52,6 @@ ORDERS = {
     "default": {},
     "shuffled_spans": {"data_seed": 5},
     "as_stored": {"balance_rows": False},
-    "shuffled_documents": {"doc_shuffle_enabled": True, "data_seed": 3},
     "larger_steps": {"train_batch_tokens": 512},
 }
 

@@ -13,7 +13,6 @@ import torch
 from conftest import PATIENCE
 
 import train_gpt
-from tools import techniques
 
 GOLDEN = (
     Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden"))
@@ -92,8 +91,7 @@ def settings(**changes):
     defaults |= dict(
         lqer_asym_enabled=True, lqer_asym_group=64, lqer_factor_bits=4, gated_attn_quant_gate=True
     )
-    defaults |= dict(lqer_weighted=False, gptq_column_steps=False, gptq_column_octaves=2.0)
-    defaults |= {"hessian_clip_lambda": 0.0}
+    defaults |= dict(gptq_column_steps=False, gptq_column_octaves=2.0)
     return SimpleNamespace(**(defaults | changes))
 
 
@@ -381,8 +379,9 @@ def test_a_shaped_code_costs_no_clipping_and_dead_columns_stay_finite():
 
 
 def uneven_inputs(columns, seed):
-    """Hessians of calibration and of validation inputs; conditional variances span 2^12, as in the
-    last norm's output.
+    """Hessians of calibration and of validation inputs.
+
+    Conditional variances span 2^12, as in the last norm's output.
 
     Three columns carry most of the energy. A twentieth of the validation inputs uses all columns
     alike.
@@ -520,29 +519,6 @@ def test_steps_are_the_same_on_every_machine():
 # --- LQER
 
 
-def test_weighted_lqer_lowers_the_weighted_error_more():
-    error, hessian = torch.randn(64, 32), correlated_hessian(32)
-    root = techniques.hessian_root(hessian, 1e-6)
-
-    def left(a, b):
-        return ((error - a @ b) @ root).norm()
-
-    weighted = left(*train_gpt.lqer_factors(error, 4, root))
-    best = torch.linalg.svdvals(error @ root)[4:].norm()
-    assert torch.isclose(weighted, best, rtol=1e-3) and weighted < 0.98 * left(
-        *train_gpt.lqer_factors(error, 4)
-    )
-
-
-def test_weighted_lqer_takes_the_matrix_with_most_to_gain_per_byte():
-    weights, hessians = small_model()
-    hessians["blocks.1.mlp.c_proj.weight"] = 1e4 * hessians["blocks.1.mlp.c_proj.weight"]
-    arrays = quantize_alone(weights, hessians, settings(lqer_top_k=1, lqer_weighted=True))
-    assert [name for name in arrays if name.endswith("lqer_a")] == [
-        "blocks.1.mlp.c_proj.weight:lqer_a"
-    ]
-
-
 def test_lqer_lowers_the_error_in_both_packings():
     error = torch.randn(64, 2) @ torch.randn(2, 128) + 0.1 * torch.randn(64, 128)
     a, b = train_gpt.lqer_factors(error, 4)
@@ -608,8 +584,9 @@ def test_lqer_is_symmetric_where_the_group_does_not_divide():
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_any_number_of_ranks_gives_the_arrays_of_one(world_size):
-    """All ranks hold the same bits; those of one rank may differ by a tie, for its batches have
-    other shapes.
+    """All ranks hold the same bits.
+
+    Those of one rank may differ by a tie, for its batches have other shapes.
     """
     weights, hessians = small_model()
     alone = quantize_alone(weights, hessians, settings())

@@ -1,5 +1,4 @@
-"""Files and settings that nobody wrote: every reader ends with its value or with an error of ours,
-never another one.
+"""Files and settings that nobody wrote: every reader gives a value or one of our errors.
 
 `make test` tries a sample, the same in every run; `make soak` tries 100,000 inputs, others each
 time. Artifacts that are wrong under digests that are right have a file of their own,
@@ -16,14 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from artifact_helpers import model_arrays
 from conftest import tell, tiny_hp, write_documents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_artifact import model_arrays
-from test_training import OPS, SMALL
+from training_helpers import OPS, SMALL
 
 import train_gpt
-from tools import guard, techniques
+from presets import published
+from tools import guard
 
 SOAK = os.environ.get("SOAK") == "1"
 OURS = train_gpt.SettingError, train_gpt.DataError, train_gpt.ArtifactError, guard.SafetyError
@@ -108,17 +108,17 @@ ARTIFACT = train_gpt.pack_weights(model_arrays(), "entropy")
 
 @given(DAMAGE)
 @tries(300, 15_000)
-def test_artifacts(damage):
+def test_a_damaged_artifact_is_read_or_refused(damage):
     only_ours(train_gpt.unpack_weights, damaged(ARTIFACT, damage))
 
 
 @given(st.binary(max_size=60))
 @tries(200, 5_000)
-def test_artifacts_of_any_bytes(data):
+def test_any_bytes_as_an_artifact_are_refused(data):
     only_ours(train_gpt.unpack_weights, train_gpt.MAGIC + data)
 
 
-def test_checkpoints(place, trainer):
+def test_a_damaged_checkpoint_is_loaded_or_refused(place, trainer):
     data, path = (place / "model.pt").read_bytes(), place / "damaged.pt"
 
     @given(DAMAGE)
@@ -130,7 +130,7 @@ def test_checkpoints(place, trainer):
     read()
 
 
-def test_training_states_under_a_digest_that_is_right(place, trainer):
+def test_a_damaged_state_with_a_right_digest_is_loaded_or_refused(place, trainer):
     path, sealed = (
         place / "state-00000002.pt",
         next(place.glob("state-00000001.pt")).read_bytes()[32:],
@@ -172,7 +172,7 @@ PARTS = [
 ]
 
 
-def test_training_states_of_other_content(place, trainer):
+def test_a_state_of_other_content_is_loaded_or_refused(place, trainer):
     path, sealed = (
         place / "state-00000002.pt",
         next(place.glob("state-00000001.pt")).read_bytes()[32:],
@@ -189,7 +189,7 @@ def test_training_states_of_other_content(place, trainer):
     read()
 
 
-def test_shards(place):
+def test_a_damaged_shard_is_read_or_refused(place):
     header = np.zeros(256, dtype="<i4")
     header[:3] = 20240520, 1, 40
     data, path = header.tobytes() + np.arange(40, dtype="<u2").tobytes(), place / "shard.bin"
@@ -218,7 +218,7 @@ JSON = st.recursive(
 )
 
 
-def test_manifests(place, tmp_path):
+def test_a_manifest_of_any_shape_is_read_or_refused(place, tmp_path):
     write_documents(tmp_path, "train", [40] * 5)
     write_documents(tmp_path, "val", [20] * 3)
     files = {
@@ -277,16 +277,14 @@ def test_manifests(place, tmp_path):
     read()
 
 
-def test_tokenizers(place):
+def test_a_damaged_tokenizer_is_loaded_or_refused(place):
     pytest.importorskip("sentencepiece")
     data = (Path(__file__).parents[1] / "tokenizers" / "caseops_8192.model").read_bytes()
     path = place / "damaged.model"
-    hp = tiny_hp(
-        data_path=str(place), tokenizer_path=str(path), vocab_size=8192, caseops_enabled=False
-    )
+    hp = tiny_hp(data_path=str(place), tokenizer_path=str(path), vocab_size=8192)
 
     def read():
-        techniques.piece_byte_tables(train_gpt.load_tokenizer(hp))
+        published.piece_byte_tables(train_gpt.load_tokenizer(hp))
 
     @given(DAMAGE)
     @tries(20, 1_000)
@@ -326,5 +324,5 @@ TEXTS = (
     )
 )
 @tries(200, 9_000)
-def test_settings(environ):
+def test_any_environment_is_taken_or_refused(environ):
     only_ours(train_gpt.Hyperparameters.from_env, environ)

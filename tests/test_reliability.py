@@ -1,6 +1,6 @@
-"""Faults injected into runs, and what is promised of each (docs/RELIABILITY.md). SOAK=1, as in
-`make
-soak`: all.
+"""Faults injected into runs, and what is promised of each (docs/RELIABILITY.md).
+
+SOAK=1, as in `make soak`: all.
 
 `make test` takes a sample, another one in each run; a failure shows which.
 """
@@ -27,9 +27,17 @@ from types import SimpleNamespace
 import faults
 import pytest
 import torch
-from conftest import HERE, PATIENCE, Lines, tell, tiny_hp
-from test_optimizer import run_on_ranks
-from test_training import OPS, SMALL, equal_states, everything
+from conftest import HERE, PATIENCE, Lines, install_parts_for, tell, tiny_hp
+from fault_helpers import (
+    check_rank_fault,
+    commands,
+    comparable,
+    end_in_a_minute,
+    loss_lines,
+    output,
+    tidy,
+)
+from training_helpers import OPS, SMALL, equal_states, everything, run_on_ranks
 
 import train_gpt
 from tools import guard
@@ -217,8 +225,9 @@ def test_two_ranks_go_on_bit_for_bit_and_so_can_one(tiny_data, tmp_path):
 
 
 def logged_steps(lines):
-    """(step, loss as text) of the lines of training; a step that was logged twice once, if it
-    came to the same.
+    """(step, loss as text) of the lines of training.
+
+    A step that was logged twice once, if it came to the same.
     """
     found = re.findall(r"^step:(\d+) train_loss:(\S+)", "\n".join(lines), re.MULTILINE)
     return sorted({(int(step), loss) for step, loss in found})
@@ -260,7 +269,7 @@ def test_looping_that_begins_right_after_the_state_is_logged_and_timed(tiny_data
     assert sum(line.startswith("step:4 looping:1") for line in again.log) == 1
 
 
-def test_the_snapshots_of_the_average_are_counted_on(tiny_data, tmp_path):
+def test_the_snapshots_of_the_average_are_counted_on(tiny_data, tmp_path, published):
     """SWA_BELOW_LR: a count that began anew would drop all snapshots from before the state."""
     settings = {"swa_below_lr": 0.9, "swa_every": 1, "warmdown_frac": 1.0, "min_lr": 0.0}
     (tmp_path / "whole").mkdir()
@@ -352,14 +361,13 @@ def test_divergence_is_named_without_states_too(tiny_data, tmp_path, step):
 # ---- the watchdog's judgement
 
 
-GONE, ALIVE = (
-    ("another host", 1, "0"),
-    (
-        guard.host_id(),
-        os.getpid(),
-        guard.process_state(os.getpid())[1],
-    ),
-)
+GONE = guard.Process("another host", 1, "0")
+ALIVE = guard.Process(guard.host_id(), os.getpid(), guard.process_state(os.getpid())[1])
+
+
+def news(cpu_ticks=5, num_collectives=10, stage="train", error=None, process=GONE):
+    """What a rank tells the others."""
+    return guard.News(1.0, cpu_ticks, num_collectives, stage, error, process)
 
 
 def judged(told, silent=(0, 0), idle=(False, False), failing=0):
@@ -369,15 +377,16 @@ def judged(told, silent=(0, 0), idle=(False, False), failing=0):
 
 
 def test_the_watchdog_names_the_dead_the_stalled_and_the_first_to_fail():
-    a, b = [1.0, 5, 10, "train", None, GONE], [1.0, 5, 11, "pack", None, GONE]
-    second, first = [*a[:4], [2, "lost its peer", 0], GONE], [*b[:4], [1, "no room", 0], GONE]
+    a, b = news(), news(num_collectives=11, stage="pack")
+    second = a._replace(error=guard.Failure(2, "lost its peer", 0))
+    first = b._replace(error=guard.Failure(1, "no room", 0))
     assert judged([a, b]) == judged([a, b], idle=(False, True), silent=(14, 14)) == ""
     assert judged([a, b], silent=(0, 15)) == "rank 1 died or hangs in stage pack"
     assert (
         judged([a, b], idle=(True, True)) == "rank 0 stalls in stage train, the others wait for it"
     )
     # all wait in one place: the network
-    assert judged([a, [1.0, 5, 10, "train", None, GONE]], idle=(True, True)) == ""
+    assert judged([a, news()], idle=(True, True)) == ""
     assert judged([second, first], failing=4) == ""
     assert judged([second, first], failing=5) == "rank 1 failed in stage pack: no room"
     assert judged([second, b], silent=(0, 3), failing=4) == "rank 1 died or hangs in stage pack"
@@ -385,13 +394,13 @@ def test_the_watchdog_names_the_dead_the_stalled_and_the_first_to_fail():
 
 def test_a_rank_idles_that_does_next_to_nothing_for_as_long_as_looks_go_back():
     watchdog, looks = guard.Watchdog.__new__(guard.Watchdog), guard.Watchdog.STALLED
-    past = [[[1.0, 5000 + tick, 10]] for tick in range(looks + 1)]
-    # a moment's work: pages come back, threads wake
-    past[30:] = [[[1.0, look[0][1] + 60, 10]] for look in past[30:]]
+    # a moment's work in between: pages come back, threads wake
+    ticks = [5000 + look + (60 if look >= 30 else 0) for look in range(looks + 1)]
+    past = [[news(cpu_ticks)] for cpu_ticks in ticks]
     assert watchdog.idles(past, 0) and not watchdog.idles(past[1:], 0)
     # works, goes on, a child ended
-    for ticks, entered in ((5000 + watchdog.IDLE_TICKS, 10), (5100, 11), (4000, 10)):
-        assert not watchdog.idles([*past[:-1], [[1.0, ticks, entered]]], 0)
+    for last in (news(5000 + watchdog.IDLE_TICKS), news(5100, 11), news(4000)):
+        assert not watchdog.idles([*past[:-1], [last]], 0)
 
 
 def test_a_rank_that_waits_for_a_slow_disk_is_not_taken_for_stalled(dist, monkeypatch):
@@ -419,7 +428,7 @@ def test_a_rank_that_waits_for_a_slow_disk_is_not_taken_for_stalled(dist, monkey
 
 def test_a_process_that_is_seen_to_live_may_be_silent_for_longer():
     """Where a library keeps Python's lock, no thread of that process can tell anything."""
-    a, b = [1.0, 5, 10, "train", None, GONE], [1.0, 5, 11, "pack", None, ALIVE]
+    a, b = news(), news(num_collectives=11, stage="pack", process=ALIVE)
     assert judged([a, b], silent=(0, 39)) == judged([a, b], silent=(0, 5), failing=3) == ""
     assert judged([a, b], silent=(0, 40)) == "rank 1 died or hangs in stage pack"
     assert (
@@ -428,7 +437,8 @@ def test_a_process_that_is_seen_to_live_may_be_silent_for_longer():
         and not guard.lives("elsewhere", *ALIVE[1:])
     )
     with subprocess.Popen(["sleep", "60"]) as child:
-        process = guard.host_id(), child.pid, guard.process_state(child.pid)[1]
+        started = guard.process_state(child.pid)[1]
+        process = guard.Process(guard.host_id(), child.pid, started)
         assert guard.lives(*process)
         child.send_signal(signal.SIGSTOP)
         while guard.process_state(child.pid)[0] != "T":
@@ -464,7 +474,7 @@ def machine(tmp_path, folder="runs/run", **changes):
     found = {
         "folder": tmp_path / folder,
         "model": train_gpt.GPT(hp, OPS, torch.float32),
-        "compressor": None,
+        "compressor_works": True,
     }
     return guard.check_machine(hp, train_gpt.Dist("cpu"), **found)
 
@@ -554,6 +564,7 @@ def test_the_trial_packs_what_a_run_packs(changes, dist):
     ],
 )
 def test_a_compressor_that_fails_on_the_real_shapes_is_refused(tmp_path, monkeypatch, name):
+    install_parts_for({"COMPRESSOR": name}, monkeypatch)
     assert "trial_packing" in machine(tmp_path, compressor=name)
     unpack = train_gpt.unpack_weights
 
@@ -726,45 +737,6 @@ def world(tmp_path):
     return tmp_path
 
 
-def output(folder):
-    return (folder / "out").read_text(errors="replace")
-
-
-def seconds_since_the_fault(folder):
-    return time.time() - float((folder / "fault").read_text().split()[0])
-
-
-UNLIKE = {
-    "training_seconds",
-    "tokens_per_second_by_loop_state",
-    "seconds",
-    "commit",
-    "resumed_at_step",
-    "run",
-}
-
-
-def comparable(folder, run="run"):
-    """RESULT without times, dates and paths."""
-    result = json.loads((folder / "runs" / run / "result.json").read_text())
-    return {key: value for key, value in result.items() if key not in UNLIKE}
-
-
-def tidy(folder, process):
-    """No process of the run is left, and no file but those that a run makes."""
-    assert faults.members(process.pid) == []
-    files = {path.name for path in (folder / "runs").glob("*/*")} | {
-        path.name for path in (folder / "runs").glob("*/.*")
-    }
-    known = {"log.txt", "model.pt", "artifact.bin", "train_gpt.py", "result.json", "diverged.pt"}
-    assert {name for name in files if not re.fullmatch(r"state-\d{8}\.pt", name)} <= known
-
-
-def commands(text, mode):
-    """The commands that messages gave to go on with."""
-    return re.findall(rf"{mode}=1 goes on from it: (.*)$", text, re.MULTILINE)
-
-
 def go_on_in_a_fork(folder, command, forker):
     """Runs a command that a message gave: its settings and its number of ranks, but in a fork
     -> exit code.
@@ -839,12 +811,6 @@ def test_killed_at_a_random_step_then_out_of_disk_a_run_ends_with_the_same_bits(
     assert not list((world / "runs/run").glob("state-*"))
 
 
-def loss_lines(folder, run="run"):
-    """(step, its loss as logged), a step that was done again once if it came to the same."""
-    log = (folder / "runs" / run / "log.txt").read_text()
-    return sorted(set(re.findall(r"^step:(\d+) train_loss:(\S+)", log, re.MULTILINE)))
-
-
 def until(condition, folder):
     """Waits for a condition of a run; its output is shown where it does not come true."""
     limit = time.time() + PATIENCE
@@ -900,8 +866,9 @@ def test_a_signal_saves_a_state_and_the_message_goes_on(world, forker, name, ran
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, forker):
-    """uninterrupted(iterations, ranks) -> folder of a run that met no fault, DETERMINISTIC=1;
-    made once.
+    """uninterrupted(iterations, ranks) -> folder of a run that met no fault, DETERMINISTIC=1.
+
+    Made once.
     """
     made = {}
 
@@ -1003,8 +970,9 @@ def test_a_second_signal_ends_a_step_that_does_not_end(world, forker, name):
 
 
 def test_a_run_saves_a_state_when_its_window_is_closed(world):
-    """The run leads the session of a terminal, as in a window; where that closes, SIGHUP comes
-    and writes fail.
+    """The run leads the session of a terminal, as in a window.
+
+    Where that closes, SIGHUP comes and writes fail.
     """
     pid, terminal = pty.fork()
     if pid == 0:
@@ -1048,8 +1016,9 @@ def test_a_hangup_that_one_rank_gets_stops_both(world, forker):
 
 
 def test_a_hangup_is_never_the_second_signal(world, forker):
-    """A lost connection sends several; here they come in a step that does not end, which
-    another signal then ends.
+    """A lost connection sends several.
+
+    Here they come in a step that does not end, which another signal then ends.
     """
     process = forker.start(world, fault="stall train 0 3")
     wait_for(world, "step:3 ")
@@ -1094,11 +1063,8 @@ def test_a_stop_is_finished_where_torchrun_is_gone_before(dist, monkeypatch, num
     and save a state.
     """
     watchdog, done = guard.Watchdog.__new__(guard.Watchdog), []
-    watchdog.dist, watchdog.holder, watchdog.end = (
-        dist,
-        [0, 0, 0, "train"],
-        lambda verdict, hung: done.append(verdict),
-    )
+    watchdog.dist, watchdog.holder = dist, news(stage="train")
+    watchdog.end = lambda verdict, hung: done.append(verdict)
     watchdog.guard = SimpleNamespace(signal=number, signals_wait=True)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setattr(guard.time, "sleep", done.append)
@@ -1126,8 +1092,9 @@ def ranks_of(process):
 @soak
 @pytest.mark.parametrize("stage", ["train", "eval"])
 def test_a_signal_ends_all_ranks_with_its_code(world, forker, stage):
-    """In training one rank's is enough; elsewhere a rank that waits in a library hears of it
-    from the watchdog.
+    """In training one rank's is enough.
+
+    Elsewhere a rank that waits in a library hears of it from the watchdog.
     """
     fault, words = (None, "step:12 ") if stage == "train" else ("stall eval 1", "stage:pack ")
     process = forker.start(world, 2, fault, **{"ITERATIONS": "100000"} if stage == "train" else {})
@@ -1215,50 +1182,6 @@ def test_the_command_of_a_message_is_safe_for_a_shell(dist, tmp_path):
     environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(["sh", "-c", line], env=environ, capture_output=True, text=True)
     assert done.stdout == hostile + "\n" and not list(tmp_path.iterdir()), done.stderr
-
-
-def end_in_a_minute(folder, process):
-    """-> exit code, seconds from the fault to the end: at most 60, times what the machine is
-    slowed down by others.
-    """
-    with faults.Slowness() as slowness:
-        code = faults.end(process)
-    seconds = seconds_since_the_fault(folder)
-    assert seconds < 60 * slowness.factor(), (
-        f"{seconds:.0f} s, {slowness.factor():.1f}: {output(folder)[-3000:]}"
-    )
-    return code, seconds
-
-
-def check_rank_fault(folder, starter, kind, place, rank, **settings):
-    """The promise of a rank's fault -> seconds from the fault to the end of all."""
-    process = starter.start(folder, 2, f"{kind} {place} {rank}", **settings)
-    code, seconds = end_in_a_minute(folder, process)
-    text = output(folder)
-    assert code not in (0, None), f"exit code {code}: {text[-3000:]}"
-    verdicts = [
-        line
-        for line in text.splitlines()
-        if re.match(r"(rank \d+|torchrun) (died|stalls|failed)", line)
-    ]
-    words = {
-        "kill": "died",
-        "exit": "died",
-        "freeze": "died",
-        "hang": "died",
-        "stall": "stalls",
-    }.get(kind, "failed")
-    assert verdicts and all(line.startswith(f"rank {rank} {words}") for line in verdicts), text[
-        -3000:
-    ]
-    stage = {"save": "train", "eval": "eval_prequant", "adapt": "eval_ttt", "ttt": "eval_ttt"}.get(
-        place, place
-    )
-    assert f"in stage {stage}" in verdicts[0], verdicts[0]
-    if place not in ("start", "warm_up", "train", "save"):  # from the weights that are safe
-        assert commands(text, "QUANT_ONLY") and (folder / "runs/run/model.pt").exists()
-    tidy(folder, process)
-    return seconds
 
 
 RANK_FAULTS = [
@@ -1421,7 +1344,8 @@ def test_workers_end_when_torchrun_is_killed(world):
 
 
 def in_a_mount(folder, options):
-    """Command prefix: a file system of its own over <folder>/runs, in name spaces of their own;
+    """Command prefix: a file system of its own over <folder>/runs, in name spaces of their own.
+
     None if not allowed.
     """
     script = f'mount -t tmpfs -o {options} none {folder}/runs && exec "$@"'
@@ -1494,8 +1418,9 @@ def test_two_deterministic_runs_are_equal(base, world):
 
 @soak
 def test_fifty_runs_with_a_fault_each(base, tmp_path, forker):
-    """Nothing promised is lost, no process and no file is left, whatever the fault; each run is
-    brought to its end.
+    """Nothing promised is lost, no process and no file is left, whatever the fault.
+
+    Each run is brought to its end.
 
     States are written at every step: at most the step that was cut is done again, and the end is
     bit for bit that of the run that met no fault, on one rank; on two, its counts.

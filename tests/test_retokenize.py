@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from test_prepare_data import DEFAULT_TOKENIZER, TEXTS, build, stream, write_docs
+from data_helpers import TEXTS, build, stream, write_docs
 
 import prepare_caseops_data as prepare
 from lossless_caps import CONTROLS, decode
 from prepare_caseops_data import (
+    DEFAULT_TOKENIZER,
     DataError,
     encode_document,
     load_tokenizer,

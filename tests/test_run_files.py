@@ -17,7 +17,7 @@ pytest.importorskip("python_minifier")
 pytest.importorskip("scipy")
 pytest.importorskip("huggingface_hub")
 
-from tools import make_record, plot_run, publish, run_files, summarize  # noqa: E402
+from tools import make_record, pack_code, plot_run, publish, run_files, summarize  # noqa: E402
 from tools.run_files import RunError, read_run, read_runs  # noqa: E402
 
 
@@ -234,3 +234,9 @@ def test_pictures_whose_names_have_brackets_are_uploaded(tmp_path):
     assert [
         name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in sent[0])
     ] == []
+
+
+def test_the_packer_and_the_tools_agree_on_what_belongs_to_one_run():
+    settings = {name.upper() for name in train_gpt.Hyperparameters.__dataclass_fields__}
+    assert {name.upper() for name in pack_code.OF_A_RUN} == run_files.OF_A_RUN
+    assert run_files.OF_A_RUN <= settings

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import HERE, IN_SOAK, PATIENCE
 from hub_server import Hub
-from test_end_to_end import SETTINGS, make_data
+from run_helpers import SETTINGS, make_data
 
 pytest.importorskip("brotli")
 pytest.importorskip("sentencepiece")
@@ -281,7 +281,7 @@ def kept(monkeypatch, runs):
         ({"commit": "abc+"}, "clean"),
         ({"commit": None}, "clean"),
         ({"total_bytes": 5}, "RESULT says 5"),
-        ({"training_seconds": 600.5}, "took 600."),
+        ({"training_seconds": 600.5}, "training, Hessians and GPTQ took 60"),
         ({"training_seconds": math.nan}, "took nan"),
     ],
 )
@@ -488,7 +488,8 @@ TOKEN = "hf_aVerySecretToken"
 
 @pytest.fixture
 def publish():
-    """publish(words, token) -> the finished tools/publish.py, talking to a hub on localhost;
+    """publish(words, token) -> the finished tools/publish.py, talking to a hub on localhost.
+
     `.hub` is that hub.
     """
     hub = Hub(TOKEN)

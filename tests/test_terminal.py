@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import PATIENCE, Lines, tiny_hp
-from test_training import quiet, trainer_of
-from test_ttt import ACTIVE, make_validation, run_ttt
+from conftest import PATIENCE, Lines, install_published, tiny_hp
+from evaluation_helpers import ACTIVE, make_validation, run_ttt
+from training_helpers import quiet, trainer_of
 
 import train_gpt
 from tools import guard
@@ -162,7 +162,9 @@ sys.exit(7)
     assert done.returncode == 7 and "Error" not in done.stderr
 
 
-def test_training_packing_and_test_time_training_tell_how_far_they_are(tiny_data, tmp_path):
+def test_training_packing_and_test_time_training_tell_how_far_they_are(
+    tiny_data, tmp_path, monkeypatch
+):
     log = Lines()
     trainer_of(tiny_data, log=log, iterations=4).train(quiet)
     assert [share for share, _ in log.shares] == [0.0, 0.25, 0.5, 0.75]
@@ -174,6 +176,7 @@ def test_training_packing_and_test_time_training_tell_how_far_they_are(tiny_data
     train_gpt.pack_weights({"x": np.zeros((4, 4), np.int8)}, "brotli", told.append)
     assert told == [1.0]
     if shutil.which("lrzip"):
+        install_published(monkeypatch)
         names = ("tok_emb.weight:codes", "blocks.0.attn.c_q.weight:codes", "q_gain:fp16")
         told.clear()
         train_gpt.pack_weights(

@@ -3,55 +3,31 @@
 import math
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import PATIENCE, Lines, tiny_hp, write_documents
-from test_optimizer import run_on_ranks
+from training_helpers import (
+    equal_states,
+    everything,
+    loader_of,
+    quiet,
+    rank_of,
+    run_on_ranks,
+    trainer_of,
+)
 
 import train_gpt
 from train_gpt import (
     BOS_ID,
-    GPT,
     DataError,
     SettingError,
     TokenStream,
-    Trainer,
     TrainingClock,
-    TrainLoader,
 )
 
 torch.set_num_threads(1)
-OPS = train_gpt.Ops(
-    train_gpt.attention_sdpa,
-    train_gpt.mlp_ref,
-    train_gpt.linear_cross_entropy_ref,
-    names={"attention": "sdpa"},
-)
-# trains in milliseconds
-SMALL = {"num_layers": 4, "loop_start": 1, "loop_end": 2, "parallel_start_layer": 3}
-
-
-def rank_of(rank=0, world_size=1):
-    """What the loader needs of a Dist."""
-    return SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
-
-
-def loader_of(folder, dist=None, **changes):
-    return TrainLoader(TokenStream(folder, "train"), tiny_hp(**changes), dist or rank_of())
-
-
-def trainer_of(folder, dist=None, log=None, **changes):
-    """A Trainer of a small model; every log line is appended to `log`."""
-    hp, dist = tiny_hp(data_path=str(folder), **SMALL | changes), dist or train_gpt.Dist("cpu")
-    loader = TrainLoader(TokenStream(folder, "train"), hp, dist)
-    return Trainer(GPT(hp, OPS, torch.float32), loader, hp, dist, Lines() if log is None else log)
-
-
-def quiet():
-    raise AssertionError("nothing asked for an evaluation")
 
 
 # --- loader
@@ -417,22 +393,6 @@ def test_looping_begins_at_its_fraction_of_the_iterations(tiny_data, monkeypatch
 
 
 # --- warm-up
-
-
-def everything(trainer):
-    """Every tensor that training changes, in one dictionary."""
-    state = dict(trainer.model.named_parameters())
-    state |= {f"ema{i}": t for i, t in enumerate(trainer.ema.average)}
-    state |= {f"momentum{i}": t for i, t in enumerate(trainer.optimizers.muon.momentum_buffers)}
-    for number, values in trainer.optimizers.adamw.state_dict()["state"].items():
-        state |= {f"adamw{number}/{key}": torch.as_tensor(value) for key, value in values.items()}
-    return {name: t.detach().clone() for name, t in state.items()}
-
-
-def equal_states(one, other):
-    return one.keys() == other.keys() and all(
-        torch.equal(t, other[name]) for name, t in one.items()
-    )
 
 
 def test_warm_up_trains_in_both_loop_states_and_restores_every_bit(tiny_data, monkeypatch):

@@ -12,25 +12,34 @@ import threading
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
+import evaluation_helpers
 import numpy as np
 import pytest
-import test_evaluation
 import torch
-from conftest import Lines, write_documents
+from conftest import TINY, Lines, install_parts_for, write_documents
+from evaluation_helpers import (
+    ACTIVE,
+    document_spans,
+    make_model,
+    on_ranks,
+    piece_losses,
+    run_ttt,
+    small_hp,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_evaluation import document_spans, make_model, on_ranks, piece_losses, small_hp
 
 import train_gpt
 from benchmarks.bench_ttt import document_by_document
-from tools import techniques
+from presets import published as parts
 from train_gpt import (
     BatchedLoRA,
     Dist,
     Evaluator,
-    ValidationSet,
+    Scheduler,
+    StepRow,
     plan_ttt,
-    schedule_ttt,
+    schedule_rank,
     window_positions,
 )
 
@@ -39,30 +48,19 @@ TTT = train_gpt.TestTimeTrainer  # under its own name pytest would take it for a
 
 # tokens after BOS; two lone BOS, one-token documents, tails
 LENGTHS = [40, 17, 1, 8, 0, 33, 7, 0, 25, 1]
-# rates that matter
-ACTIVE = {"ttt_lora_lr": 0.02, "global_ttt_lr": 0.05, "global_ttt_chunk_tokens": 64}
+
+
+def published_hp(**changes):
+    """small_hp with the settings of presets/published.py."""
+    return parts.Hyperparameters(**(TINY | evaluation_helpers.SMALL | changes))
 
 
 def make_validation(folder, hp, lengths=LENGTHS):
-    return test_evaluation.make_validation(folder, hp, lengths)
+    return evaluation_helpers.make_validation(folder, hp, lengths)
 
 
 def make_lora(hp, lanes=(0, 1), update=train_gpt.adamw_rows_ref):
     return BatchedLoRA(make_model(hp), lanes, hp, torch.device("cpu"), update)
-
-
-def run_ttt(hp, validation, world_size=1, log=None):
-    """Test-time training from make_model's weights on every rank -> [score of each rank],
-    [model of each rank].
-    """
-    models = [make_model(hp) for _ in range(world_size)]
-
-    def work(dist):
-        return TTT(
-            models[dist.rank], validation, hp, dist, Lines() if log is None else log
-        ).evaluate()
-
-    return on_ranks(world_size, work), models
 
 
 @pytest.fixture
@@ -77,22 +75,29 @@ def counted(monkeypatch):
         waiting.table, waiting.starts = table.numpy(), trainer.validation.starts
         return chunk_step(trainer, table, width)
 
-    def note_add(score, losses, scored, charges):
-        add(score, losses, scored, charges)
+    def note_add(score, losses, scored, target_bytes):
+        add(score, losses, scored, target_bytes)
         if losses.dim() == 1:  # a row of plain scoring, when the budget ends
             return
         call = {}
-        for row, (_, _, window, first, count, _) in enumerate(waiting.table.tolist()):
-            assert scored[row].tolist() == [column < count for column in range(scored.size(1))]
-            document = int(np.searchsorted(waiting.starts, window, "right")) - 1
-            for column in range(count):
-                call[document, window + first + column + 1] = losses[row, column].item()
+        for number, row in enumerate(waiting.table.tolist()):
+            row = StepRow(*row)
+            columns = range(scored.size(1))
+            assert scored[number].tolist() == [column < row.count for column in columns]
+            document = int(np.searchsorted(waiting.starts, row.window, "right")) - 1
+            for column in range(row.count):
+                target = row.window + row.first + column + 1
+                call[document, target] = losses[number, column].item()
         assert len(call) == scored.sum()
         calls.append(call)
 
     monkeypatch.setattr(TTT, "chunk_step", note_step)
     monkeypatch.setattr(train_gpt.Score, "add", note_add)
     return calls
+
+
+def step_rows(step):
+    return [StepRow(*row) for row in step.table.tolist()]
 
 
 def flat(calls):
@@ -149,10 +154,11 @@ COVERAGE = [
 @pytest.mark.parametrize(
     "changes", COVERAGE, ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items())
 )
-def test_every_token_is_scored_once(tmp_path, counted, changes):
+def test_every_token_is_scored_once(tmp_path, counted, changes, monkeypatch):
+    install_parts_for(changes, monkeypatch)
     hp = small_hp(data_path=str(tmp_path), **ACTIVE | changes)
-    tokens, charges = write_documents(tmp_path, "val", LENGTHS, shard_sizes=[100, 91, 500])
-    (score,), _ = run_ttt(hp, ValidationSet(hp, None))
+    tokens, target_bytes = write_documents(tmp_path, "val", LENGTHS, shard_sizes=[100, 91, 500])
+    (score,), _ = run_ttt(hp, train_gpt.ValidationSet(hp))
     spans = document_spans(tokens)
     chosen = sorted({document for document, _ in flat(counted)})
     targets = [
@@ -163,7 +169,7 @@ def test_every_token_is_scored_once(tmp_path, counted, changes):
     assert sorted(flat(counted)) == targets
     assert (score["tokens"], score["bytes"]) == (
         len(targets),
-        sum(charges[place] for _, place in targets),
+        sum(target_bytes[place] for _, place in targets),
     )
     wanted = min(hp.ttt_max_docs or len(LENGTHS), len(LENGTHS))
     assert (score["documents"], score["partial"]) == (wanted, wanted < len(LENGTHS))
@@ -199,7 +205,7 @@ def test_a_lost_token_raises(tmp_path, monkeypatch):
     chunk_step = TTT.chunk_step
 
     def forgetful(trainer, table, width):
-        table[:, 4] = table[:, 4].clamp_max(7)
+        StepRow(*table.T).count.clamp_max_(7)
         return chunk_step(trainer, table, width)
 
     monkeypatch.setattr(TTT, "chunk_step", forgetful)
@@ -246,9 +252,9 @@ OPTIONS = {"ngram_tilt_enabled": True, "ttt_stale_context": 17, "ttt_short_chunk
     "document, offset, reaches_others", [(5, 20, True), (1, 13, True), (4, 9, False)]
 )
 def test_nor_does_it_with_hints_and_stale_context(
-    tmp_path, monkeypatch, counted, document, offset, reaches_others
+    tmp_path, monkeypatch, counted, document, offset, reaches_others, published
 ):
-    monkeypatch.setattr(techniques.NGRAM, "context", 2)
+    monkeypatch.setattr(parts.NGRAM, "context", 2)
     check_changed_token(tmp_path, counted, document, offset, reaches_others, **OPTIONS)
 
 
@@ -299,11 +305,11 @@ class Recorder:
         build, sgd_step, row = train_gpt.WindowPacker.build, torch.optim.SGD.step, []
 
         def note_step(trainer, table, width):
-            self.table = table.tolist()
+            self.rows = [StepRow(*row) for row in table.tolist()]
             chunk_step(trainer, table, width)
 
-        def note_add(score, losses, scored, charges):
-            add(score, losses, scored, charges)
+        def note_add(score, losses, scored, target_bytes):
+            add(score, losses, scored, target_bytes)
             self.clock += 1
             for target in self.targets(lambda row: True):
                 assert target not in self.counted, "counted twice"
@@ -311,7 +317,7 @@ class Recorder:
 
         def note_learning(lora, gradient, source, target, number):
             step(lora, gradient, source, target, number)
-            self.learn(self.targets(lambda row: row[1] < lora.flight))
+            self.learn(self.targets(lambda row: row.target != lora.scratch_row))
 
         def note_build(packer, windows):
             row.extend(
@@ -334,7 +340,12 @@ class Recorder:
             monkeypatch.setattr(owner, name, note)
 
     def targets(self, wanted):
-        return [row[2] + row[3] + 1 + i for row in self.table if wanted(row) for i in range(row[4])]
+        targets = []
+        for row in self.rows:
+            if wanted(row):
+                first = row.window + row.first + 1
+                targets += range(first, first + row.count)
+        return targets
 
     def learn(self, targets):
         self.clock += 1
@@ -368,7 +379,7 @@ def adapt_then_score(run_steps):
     """The rule broken: the base is fine-tuned on the first documents before they are counted."""
 
     def illegal(trainer, steps):
-        if trainer.done == 0:
+        if trainer.progress.cost_done == 0:
             trainer.global_adapt(trainer.documents[:2])
         return run_steps(trainer, steps)
 
@@ -394,7 +405,7 @@ def slow_hints(validation, hp):
     """{target: (hint, targets that it was found at)}, token by token in the order of the plan."""
     tokens, context, found, before = (
         validation.tokens.tolist(),
-        techniques.NGRAM.context,
+        parts.NGRAM.context,
         {},
         defaultdict(list),
     )
@@ -419,8 +430,8 @@ def slow_hints(validation, hp):
     return found
 
 
-def test_hints_come_from_what_was_counted_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(techniques.NGRAM, "context", 2)
+def test_hints_come_from_what_was_counted_before(tmp_path, monkeypatch, published):
+    monkeypatch.setattr(parts.NGRAM, "context", 2)
     hp = small_hp(data_path=str(tmp_path), **LEGAL | OPTIONS)
     validation, recorder = make_validation(tmp_path, hp, LEGAL_LENGTHS), Recorder(monkeypatch)
     run_ttt(hp, validation)
@@ -458,16 +469,18 @@ def test_a_changed_token_finds_what_breaks_the_rule(tmp_path, monkeypatch, count
         check_changed_token(tmp_path, counted, 0, 20, False)
 
 
-def test_a_changed_token_finds_hints_in_the_order_of_the_stream(tmp_path, monkeypatch, counted):
-    ngram_hints = techniques.ngram_hints
+def test_a_changed_token_finds_hints_in_the_order_of_the_stream(
+    tmp_path, monkeypatch, counted, published
+):
+    ngram_hints = parts.ngram_hints
 
     def illegal(tokens, starts, lengths, phases):
         return ngram_hints(
             tokens, starts, lengths, [SimpleNamespace(documents=np.array([d])) for d in range(8)]
         )
 
-    monkeypatch.setattr(techniques.NGRAM, "context", 2)
-    monkeypatch.setattr(techniques, "ngram_hints", illegal)
+    monkeypatch.setattr(parts.NGRAM, "context", 2)
+    monkeypatch.setattr(parts, "ngram_hints", illegal)
     with pytest.raises(AssertionError, match="before it was counted"):
         check_changed_token(tmp_path, counted, 0, 20, False, ngram_tilt_enabled=True)
 
@@ -526,41 +539,41 @@ def test_hints_are_what_mostly_followed_before(sizes, letters, phases, seed):
     starts, ends = starts[:-1], starts[1:]
     for context in (1, 3, 15):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(techniques.NGRAM, "context", context)
+            patch.setattr(parts.NGRAM, "context", context)
             wanted = slow_hints(SimpleNamespace(tokens=tokens, starts=starts, ends=ends), hp)
             phases = plan_ttt(ends - starts, hp)
-            found = techniques.ngram_hints(torch.from_numpy(tokens), starts, ends - starts, phases)
+            found = parts.ngram_hints(torch.from_numpy(tokens), starts, ends - starts, phases)
         assert {place: hint for place, hint in enumerate(found.tolist()) if hint >= 0} == {
             place: hint for place, (hint, _) in wanted.items()
         }
 
 
-def test_the_tilted_distribution_sums_to_one(tmp_path):
+def test_the_tilted_distribution_sums_to_one(tmp_path, published):
     """For every hint; a hint's odds are e^boost times what they were, and without one nothing
     changes.
     """
     hp = small_hp(data_path=str(tmp_path), ngram_tilt_enabled=True)
-    trainer = TTT(make_model(hp), make_validation(tmp_path, hp), hp, Dist("cpu"), Lines())
+    trainer = train_gpt.TestTimeTrainer(
+        make_model(hp), make_validation(tmp_path, hp), hp, Dist("cpu"), Lines()
+    )
     generator, V = torch.Generator().manual_seed(1), hp.vocab_size
     rows = torch.randn(4, trainer.lora.values.size(1), generator=generator)
-    head = trainer.lora.tap(trainer.lora.factors(rows, slice(None))).head
+    head = trainer.lora.tap(trainer.lora.scaled_parts(rows, slice(None))).head
     hidden = torch.randn(4, 1, hp.model_dim, generator=generator).expand(-1, V, -1)
     hints = torch.tensor([-1, 0, 50, V - 1])
     targets = torch.stack((torch.arange(V).expand(4, V), hints[:, None].expand(4, V)), -1)
-    plain, tilted = trainer.head(hidden, targets, head)
+    plain, tilted = trainer.token_losses(hidden, targets, head)
     assert torch.equal(plain, trainer.model.token_losses(hidden, targets[..., 0], head))
     assert torch.allclose(
         (-tilted).double().exp().sum(1), torch.ones(4, dtype=torch.float64), atol=1e-5
     )
     gains = (plain - tilted) - (plain - tilted).amin(1, keepdim=True)  # of logits
-    wanted = (
-        techniques.NGRAM.boost * torch.nn.functional.one_hot(hints % V, V) * (hints >= 0)[:, None]
-    )
+    wanted = parts.NGRAM.boost * torch.nn.functional.one_hot(hints % V, V) * (hints >= 0)[:, None]
     assert torch.allclose(gains, wanted, atol=1e-4)
     assert torch.equal(plain[0], tilted[0])
 
 
-def test_hints_change_the_score_of_their_tokens_and_nothing_else(tmp_path, counted):
+def test_hints_change_the_score_of_their_tokens_and_nothing_else(tmp_path, counted, published):
     scores, losses = {}, {}
     for tilt in (False, True):
         hp = small_hp(
@@ -570,7 +583,7 @@ def test_hints_change_the_score_of_their_tokens_and_nothing_else(tmp_path, count
             **ACTIVE,
         )
         tokens, log = repetitive(tmp_path), Lines()
-        validation = ValidationSet(hp, None)
+        validation = train_gpt.ValidationSet(hp)
         validation.tokens[:] = tokens
         counted.clear()
         (scores[tilt],), _ = run_ttt(hp, validation, log=log)
@@ -644,7 +657,11 @@ def test_what_the_budget_leaves_is_scored_without_adaptation(
     if not adapted:  # what is scored plainly is scored by the base as it was given
         for row, losses in plain:
             hidden = model.forward_hidden(
-                row.inputs, row.cu_seqlens, max_seqlen=32, looping=True, fresh=row.fresh
+                row.inputs,
+                row.cu_seqlens,
+                max_seqlen=32,
+                looping=True,
+                window_start=row.window_start,
             )
             assert torch.allclose(losses, model.token_losses(hidden[0], row.targets), atol=1e-4)
 
@@ -681,18 +698,18 @@ def test_a_rank_that_is_late_keeps_no_other_waiting(tmp_path, monkeypatch):
         assert torch.equal(p, q)
 
 
-def test_without_adaptation_there_are_no_hints_from_what_is_left(tmp_path, monkeypatch):
+def test_without_adaptation_there_are_no_hints_from_what_is_left(tmp_path, monkeypatch, published):
     hp = small_hp(
         data_path=str(tmp_path), eval_budget_seconds=60.0, ngram_tilt_enabled=True, **ACTIVE
     )
     validation, hinted, run_steps = make_validation(tmp_path, hp), [], TTT.run_steps
 
     def note(trainer, steps):
-        hinted.append((trainer.phase, int((trainer.hinted[:, 1] >= 0).sum())))
+        hinted.append((trainer.progress.phase, int((trainer.hinted[:, 1] >= 0).sum())))
         return run_steps(trainer, steps)
 
     Clock(monkeypatch, slow=1)
-    monkeypatch.setattr(techniques.NGRAM, "context", 2)
+    monkeypatch.setattr(parts.NGRAM, "context", 2)
     monkeypatch.setattr(TTT, "run_steps", note)
     run_ttt(hp, validation, world_size=2)
     assert {phase: number > 0 for phase, number in hinted} == {
@@ -757,7 +774,7 @@ def test_one_lora_step_is_the_gradient_step_on_the_chunk_alone(tmp_path, counted
     validation, model = make_validation(tmp_path, hp, [15]), make_model(hp)
     run_ttt(hp, validation)
     lora = make_lora(hp, lanes=[0])
-    a = torch.nn.Parameter(lora.kept[0].view(hp.model_dim, hp.ttt_lora_rank).T.clone())
+    a = torch.nn.Parameter(lora.warm_a[0].view(hp.model_dim, hp.ttt_lora_rank).T.clone())
     b = torch.nn.Parameter(torch.zeros(hp.vocab_size, hp.ttt_lora_rank))
     tokens = torch.from_numpy(validation.tokens)
     scale = hp.ttt_lora_alpha / hp.ttt_lora_rank
@@ -781,7 +798,7 @@ def test_one_lora_step_is_the_gradient_step_on_the_chunk_alone(tmp_path, counted
 
 def repetitive(tmp_path, documents=4, length=50):
     """Every document repeats one and the same walk of 10 tokens."""
-    tokens, charges = write_documents(tmp_path, "val", [length] * documents)
+    tokens, target_bytes = write_documents(tmp_path, "val", [length] * documents)
     for start, _ in document_spans(tokens):
         tokens[start + 1 : start + 1 + length] = 10 + np.arange(length) % 10 * 7
     return tokens
@@ -808,7 +825,7 @@ def test_learning_improves_the_loss_on_repetitive_text(tmp_path):
             ttt_chunk_size=10,
         )
         tokens = repetitive(tmp_path)
-        validation = ValidationSet(hp, None)
+        validation = train_gpt.ValidationSet(hp)
         validation.tokens[:] = tokens
         losses[name] = run_ttt(hp, validation)[0][0]["loss"]
     assert losses["lora"] < losses["none"] - 0.1
@@ -835,6 +852,7 @@ def test_the_answer_does_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch
     """Who shares a step with whom depends on it, and the order of the sums of the adaptation:
     rounding, no more.
     """
+    install_parts_for(options, monkeypatch)
     hp = small_hp(
         data_path=str(tmp_path),
         ttt_lanes=4,
@@ -842,7 +860,7 @@ def test_the_answer_does_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch
         phased_ttt_num_phases=2,
         **ACTIVE | {"ttt_lora_lr": 1e-3} | options,
     )
-    monkeypatch.setattr(techniques.NGRAM, "context", 2)
+    monkeypatch.setattr(parts.NGRAM, "context", 2)
     validation = make_validation(tmp_path, hp)
     (alone,), (model,) = run_ttt(hp, validation)
     losses = flat(counted)
@@ -877,10 +895,10 @@ def test_lane_i_runs_on_rank_i_mod_world_size_in_the_plans_order(tmp_path, monke
 
     def note(trainer, steps):
         documents = {
-            int(np.searchsorted(validation.starts, row[2], "right")) - 1
+            int(np.searchsorted(validation.starts, row.window, "right")) - 1
             for step in steps
-            for row in step.table
-            if row[4]
+            for row in step_rows(step)
+            if row.count
         }
         scored.setdefault(trainer.dist.rank, []).append(documents)
         return []
@@ -889,7 +907,7 @@ def test_lane_i_runs_on_rank_i_mod_world_size_in_the_plans_order(tmp_path, monke
     monkeypatch.setattr(train_gpt.Score, "total", lambda score, dist, expected: {})
     lengths = validation.ends - validation.starts
     phases = plan_ttt(lengths, hp)
-    assert max(len(place) for phase in phases for lane in phase.lanes for place in lane) > 1
+    assert max(len(queue) for phase in phases for lane in phase.lanes for queue in lane) > 1
     for world_size in (1, 2, 3, 6):
         scored.clear()
         run_ttt(hp, validation, world_size)
@@ -898,8 +916,8 @@ def test_lane_i_runs_on_rank_i_mod_world_size_in_the_plans_order(tmp_path, monke
                 {
                     d
                     for lane in range(rank, 5, world_size)
-                    for place in phase.lanes[lane]
-                    for d in place
+                    for queue in phase.lanes[lane]
+                    for d in queue
                     if lengths[d]
                 }
                 for phase in phases
@@ -933,10 +951,11 @@ def test_lane_i_runs_on_rank_i_mod_world_size_in_the_plans_order(tmp_path, monke
         },
     ],
 )
-def test_losses_are_those_of_documents_scored_one_by_one(tmp_path, counted, changes):
+def test_losses_are_those_of_documents_scored_one_by_one(tmp_path, counted, changes, monkeypatch):
     """Small rates: an update divided by its own size turns rounding of a gradient near 0 into a
     step of full size.
     """
+    install_parts_for(changes, monkeypatch)
     hp = small_hp(
         data_path=str(tmp_path),
         **ACTIVE | {"ttt_lora_lr": 2e-3, "phased_ttt_num_phases": 2} | changes,
@@ -965,41 +984,47 @@ def test_losses_are_those_of_documents_scored_one_by_one(tmp_path, counted, chan
     st.booleans(),
     st.booleans(),
 )
-def test_the_schedule_runs_every_chunk_once_each_place_in_order(
-    places, batch, sizes, flight, short, stale
+def test_the_schedule_runs_every_chunk_once_each_queue_in_order(
+    queues, batch, sizes, num_rows, short, stale
 ):
-    hp = small_hp(
+    hp = published_hp(
         ttt_batch_size=batch,
         ttt_chunk_size=sizes[0],
         ttt_eval_seq_len=sizes[1],
         ttt_stale_context=sizes[0] + 1 if stale else 0,
         ttt_short_chunks="20:2,60:5" if short else "",
     )
-    lengths = np.array([length for place in places for length in place])
+    lengths = np.array([length for queue in queues for length in queue])
     starts = np.cumsum(lengths) - lengths
     numbers = iter(range(len(lengths)))
-    places = [[next(numbers) for _ in place] for place in places]
-    found, at, shapes = {}, {}, set()
-    for step in schedule_ttt(places, starts, lengths, flight, hp):
+    queues = [[next(numbers) for _ in queue] for queue in queues]
+    scratch = num_rows
+    padding = StepRow(scratch, scratch, 0, 0, 0, 1)
+    found, queue_of_row, shapes = {}, {}, set()
+    for step in Scheduler(queues, starts, lengths, num_rows, hp).steps():
         shapes.add((len(step.table), step.width))
-        for row, place in step.begins.tolist():
-            assert row not in at and place not in at.values() and 0 <= row < flight
-            at[row] = place
-            found.setdefault(place, []).append([])
+        for row, queue in step.begins.tolist():
+            assert row not in queue_of_row and queue not in queue_of_row.values()
+            assert 0 <= row < num_rows
+            queue_of_row[row] = queue
+            found.setdefault(queue, []).append([])
         ends = dict(step.ends.tolist())
-        live = [row for row in step.table.tolist() if row[4]]
+        rows = step_rows(step)
+        live = [row for row in rows if row.count]
         # rows never meet in a step
-        assert 0 < len(live) and len({row[0] for row in live}) == len(live)
-        assert all(row == [flight, flight, 0, 0, 0, 1] for row in step.table.tolist() if not row[4])
-        for source, target, window, first, count, number in live:
-            assert target == (flight if source in ends else source) and first + count <= step.width
-            found[at[source]][-1].append((window, first, count))
-            assert number == len(found[at[source]][-1])
-        for row, place in ends.items():
-            assert at.pop(row) == place
-    assert not at and len(shapes) <= 18
+        assert 0 < len(live) and len({row.source for row in live}) == len(live)
+        assert all(row == padding for row in rows if not row.count)
+        for row in live:
+            assert row.target == (scratch if row.source in ends else row.source)
+            assert row.first + row.count <= step.width
+            document = found[queue_of_row[row.source]][-1]
+            document.append((row.window, row.first, row.count))
+            assert row.number == len(document)
+        for row, queue in ends.items():
+            assert queue_of_row.pop(row) == queue
+    assert not queue_of_row and len(shapes) <= 18
     context = sizes[1] - hp.ttt_stale_context
-    for place, documents in enumerate(places):
+    for queue, documents in enumerate(queues):
         wanted = []
         for document in documents:
             start, length, chunks = int(starts[document]), int(lengths[document]), []
@@ -1009,33 +1034,54 @@ def test_the_schedule_runs_every_chunk_once_each_place_in_order(
                 begin = max(0, end - context)
                 chunks.append((start + begin, first - begin, end - first))
             wanted += [chunks] * bool(chunks)
-        assert found.get(place, []) == wanted
+        assert found.get(queue, []) == wanted
+
+
+def test_the_steps_of_every_rank_are_planned_from_lengths_alone():
+    """No model, no device: 500 documents on 3 ranks, each of them in the steps of one rank."""
+    lengths = np.random.default_rng(0).lognormal(5, 1, 500).astype(int)
+    starts = np.cumsum(lengths + 1) - lengths - 1
+    hp = small_hp(ttt_lanes=5, ttt_batch_size=4, phased_ttt_prefix_docs=20_000)
+    phases = plan_ttt(lengths, hp)
+    scored = np.zeros(starts[-1] + lengths[-1], int)
+    for rank in range(3):
+        schedules = schedule_rank(phases, starts, lengths, rank, 3, hp)
+        for phase, steps in zip(phases, schedules, strict=True):
+            for row in (row for step in steps for row in step_rows(step)):
+                chunk = row.window + row.first + np.arange(row.count)
+                scored[chunk] += 1
+                document = np.searchsorted(starts, row.window, "right") - 1
+                assert not row.count or document in phase.documents
+    wanted = np.concatenate(
+        [start + np.arange(n) for start, n in zip(starts, lengths, strict=True)]
+    )
+    assert (np.flatnonzero(scored) == wanted).all() and scored.max() == 1
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"ttt_stale_context": 0, "ttt_chunk_size": 48}], ids=["defaults", "fresh"]
+    "changes", [{}, {"ttt_stale_context": 0, "ttt_chunk_size": 48}], ids=["defaults", "recomputed"]
 )
 def test_documents_of_a_phase_step_together(changes):
     """On lengths like those of web text few steps are small and little is padding."""
     lengths = np.random.default_rng(0).lognormal(6.4, 1.0, 1500).astype(int) + 1
     hp = train_gpt.Hyperparameters(**changes)
-    fresh = hp.ttt_stale_context and hp.ttt_eval_seq_len - hp.ttt_stale_context
+    recomputed = hp.ttt_eval_seq_len - hp.ttt_stale_context
     phase = plan_ttt(lengths, hp)[-1]
-    places = [documents for lane in phase.lanes for documents in lane]
-    steps = schedule_ttt(places, np.cumsum(lengths) - lengths, lengths, 128, hp)
-    padded = sum(len(step.table) * min(step.width, fresh or step.width) for step in steps)
+    queues = [documents for lane in phase.lanes for documents in lane]
+    steps = Scheduler(queues, np.cumsum(lengths) - lengths, lengths, 128, hp).steps()
+    padded = sum(len(step.table) * min(step.width, recomputed) for step in steps)
     assert padded < 1.35 * window_positions(lengths[phase.documents], hp).sum()
-    assert np.mean([(step.table[:, 4] > 0).sum() for step in steps]) > 20
-    ideal = padded * train_gpt.step_cost(64, 2048, fresh) / (64 * (fresh or 2048))
+    assert np.mean([(StepRow(*step.table.T).count > 0).sum() for step in steps]) > 20
+    ideal = padded * train_gpt.step_seconds(64, 2048, recomputed) / (64 * recomputed)
     assert sum(step.cost for step in steps) < 1.35 * ideal
 
 
-# ---- what is handed on
+# ---- what documents inherit
 
 
 @pytest.mark.parametrize("warm", [True, False])
-def test_a_stays_in_its_place_and_b_starts_at_zero(tmp_path, monkeypatch, warm):
-    """A shadow of every place's A: a document starts from what the one before it in its place
+def test_a_stays_in_its_queue_and_b_starts_at_zero(tmp_path, monkeypatch, warm):
+    """A shadow of every queue's A: a document starts from what the one before it in its queue
     left, and from B = 0.
     """
     hp = small_hp(
@@ -1048,24 +1094,24 @@ def test_a_stays_in_its_place_and_b_starts_at_zero(tmp_path, monkeypatch, warm):
     validation, events = make_validation(tmp_path, hp), []
     begin, end = BatchedLoRA.begin, BatchedLoRA.end
 
-    def note(kind, lora, rows, places):
-        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-            events.append((kind, place, lora.values[row].clone(), lora.squares[row].clone()))
+    def note(kind, lora, rows, queues):
+        for row, queue in zip(rows.tolist(), queues.tolist(), strict=True):
+            events.append((kind, queue, lora.values[row].clone(), lora.squares[row].clone()))
 
-    def note_begin(lora, rows, places):
-        begin(lora, rows, places)
-        note("begin", lora, rows, places)
+    def note_begin(lora, rows, queues):
+        begin(lora, rows, queues)
+        note("begin", lora, rows, queues)
 
-    def note_end(lora, rows, places):
-        note("end", lora, rows, places)
-        end(lora, rows, places)
+    def note_end(lora, rows, queues):
+        note("end", lora, rows, queues)
+        end(lora, rows, queues)
 
     monkeypatch.setattr(BatchedLoRA, "begin", note_begin)
     monkeypatch.setattr(BatchedLoRA, "end", note_end)
     run_ttt(hp, validation)
-    shadow = [a.clone() for a in make_lora(hp).kept]
+    shadow = [a.clone() for a in make_lora(hp).warm_a]
     size = len(shadow[0])
-    began = [place for kind, place, *_ in events if kind == "begin"]
+    began = [queue for kind, queue, *_ in events if kind == "begin"]
     assert (
         len(began)
         == np.count_nonzero(validation.ends - validation.starts)
@@ -1073,20 +1119,20 @@ def test_a_stays_in_its_place_and_b_starts_at_zero(tmp_path, monkeypatch, warm):
         == len(shadow)
         == 4
     )
-    for kind, place, value, square in events:
+    for kind, queue, value, square in events:
         if kind == "begin":
-            assert torch.equal(value[:size], shadow[place])
+            assert torch.equal(value[:size], shadow[queue])
             assert not value[size:].any() and not square.any()
         elif warm:
-            assert not torch.equal(value[:size], shadow[place]) or not value[size:].any()
-            shadow[place] = value[:size]
+            assert not torch.equal(value[:size], shadow[queue]) or not value[size:].any()
+            shadow[queue] = value[:size]
 
 
 @pytest.mark.parametrize("seed, lane", [(0, 0), (3, 7)])
 def test_initial_a_is_uniform_within_one_over_root_in(seed, lane):
     hp = small_hp(seed=seed, ttt_batch_size=8, ttt_lora_rank=16)
     one, again, pair, other = (
-        make_lora(hp, lanes).kept for lanes in ([lane], [lane], [lane - 1, lane], [lane + 1])
+        make_lora(hp, lanes).warm_a for lanes in ([lane], [lane], [lane - 1, lane], [lane + 1])
     )
     bound = hp.model_dim**-0.5
     assert one.shape == (8, (1 + 4 * 5) * 16 * hp.model_dim)
@@ -1103,17 +1149,17 @@ def test_every_slot_and_site_has_an_adapter_of_its_own():
     hp = small_hp()
     model, lora = make_model(hp), make_lora(hp)
     slots = len(model.slots(looping=True))
-    assert slots == lora.slots == 4
+    assert slots == lora.layout.num_slots == 4
     tokens = torch.randint(8, hp.vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
     base = model.token_losses(model.forward_hidden(tokens, max_seqlen=12, looping=True), tokens)
     leaf, seen = torch.zeros(2, lora.values.size(1)), set()
-    leaf[:, : lora.kept.size(1)] = 1.0
+    leaf[:, : lora.warm_a.size(1)] = 1.0
     widths = {"q": 32, "k": 16, "v": 16, "attn_out": 32, "mlp_out": 32}
     for slot, (site, width) in [
         *itertools.product(range(slots), widths.items()),
         (None, ("lm_head", hp.vocab_size)),
     ]:
-        tap = lora.tap(lora.factors(leaf.clone(), slice(None)))
+        tap = lora.tap(lora.scaled_parts(leaf.clone(), slice(None)))
         matrix = (tap.head if slot is None else tap.slots[slot]).b[site]
         assert matrix.shape == (2, hp.ttt_lora_rank, width) and not matrix.any()
         matrix[1] = torch.linspace(-0.1, 0.1, width)
@@ -1225,10 +1271,10 @@ def test_global_adaptation_runs_once_per_phase_on_what_was_scored_since(tmp_path
         order.append(
             sorted(
                 {
-                    int(np.searchsorted(trainer.validation.starts, row[2], "right")) - 1
+                    int(np.searchsorted(trainer.validation.starts, row.window, "right")) - 1
                     for step in steps
-                    for row in step.table
-                    if row[4]
+                    for row in step_rows(step)
+                    if row.count
                 }
             )
         )
@@ -1289,18 +1335,18 @@ def test_the_plan_holds_every_document_once_longest_first_in_balanced_lanes(
     assert [phase.adapt for phase in plan] == [border <= scaled for border in borders[1:]]
     costs = window_positions(lengths, hp)
     for phase in plan:
-        assert len(phase.lanes) == lanes and {len(places) for places in phase.lanes} == {batch_size}
-        places = [documents for lane in phase.lanes for documents in lane]
-        assert sorted(d for documents in places for d in documents) == sorted(
+        assert len(phase.lanes) == lanes and {len(queues) for queues in phase.lanes} == {batch_size}
+        queues = [documents for lane in phase.lanes for documents in lane]
+        assert sorted(d for documents in queues for d in documents) == sorted(
             phase.documents.tolist()
         )
-        assert all((np.diff(lengths[documents]) <= 0).all() for documents in places if documents)
-        loads = [int(costs[documents].sum()) if documents else 0 for documents in places]
+        assert all((np.diff(lengths[documents]) <= 0).all() for documents in queues if documents)
+        loads = [int(costs[documents].sum()) if documents else 0 for documents in queues]
         # none could give its last document to another
         assert max(loads) - min(loads) <= costs[phase.documents].max()
         longest = {d for d in phase.documents[:lanes].tolist() if lengths[d]}
         assert len(longest) == sum(
-            any(longest & set(documents) for documents in places) for places in phase.lanes
+            any(longest & set(documents) for documents in queues) for queues in phase.lanes
         )
 
 
@@ -1334,7 +1380,7 @@ def test_the_plan_knows_nothing_of_ranks_and_contents():
 @settings(max_examples=100, deadline=None)
 @given(SIZES, st.integers(1, 40), st.integers(0, 200), st.booleans())
 def test_window_positions_counts_the_windows(sizes, chunk, more, stale):
-    hp = small_hp(
+    hp = published_hp(
         ttt_chunk_size=chunk,
         ttt_eval_seq_len=max(2, chunk + more),
         ttt_short_chunks="9:2,100:30",

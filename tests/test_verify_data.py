@@ -1,8 +1,8 @@
-"""Fast encoding against the plain one; interrupted runs; what leaks, damage and wrong data look
-like to `verify`.
+"""Fast encoding against the plain one.
+
+Interrupted runs; what leaks, damage and wrong data look like to `verify`.
 """
 
-import importlib
 import random
 import subprocess
 import sys
@@ -11,23 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_prepare_data import DEFAULT_TOKENIZER, TEXTS, build, refused, stream, write_docs
+from data_helpers import TEXTS, build, long_corpus, refused, stream, verified, write_docs
 
 import prepare_caseops_data as prepare
 from lossless_caps import CONTROLS
 from prepare_caseops_data import (
+    DEFAULT_TOKENIZER,
     DataError,
     Encoder,
     encode_document,
     encode_document_with_bytes,
     load_tokenizer,
-    main,
     normalize_text,
     read_manifest,
     read_shard,
     write_manifest,
     write_shard,
 )
+from tools.verify_data import canonical
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,13 +44,6 @@ def dataset(tmp_path):
     docs = write_docs(tmp_path / "docs.jsonl", TEXTS)
     build(tmp_path / "data", "--docs", docs, "--val-docs", 6, "--shard-tokens", 100)
     return tmp_path / "data"
-
-
-def verified(capsys, folder, *arguments):
-    """Exit status and all that verify prints."""
-    capsys.readouterr()
-    status = main(["verify", str(folder), "--workers", "1", *map(str, arguments)])
-    return status, "".join(capsys.readouterr())
 
 
 # ---- the fast encoder ----------------------------------------------------------------------------
@@ -134,14 +128,6 @@ def test_a_wrong_shortcut_is_noticed(tmp_path, capsys, monkeypatch, way, wrong):
 
 
 # ---- interrupted runs, pipes ---------------------------------------------------------------------
-
-
-def long_corpus(path, documents=3_000):
-    rng = random.Random(1)
-    words = [f"word{number}" for number in range(400)]
-    return write_docs(
-        path, [" ".join(rng.choices(words, k=60)) + f" Number {n}" for n in range(documents)]
-    )
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_files(tmp_path, capsys):
@@ -389,16 +375,15 @@ def test_a_manifest_that_was_edited_is_refused(dataset, capsys):
     assert "changed after it was written" in verified(capsys, dataset)[1]
 
 
-# each stands without the other
-@pytest.mark.parametrize("module", ["tools.verify_data", "train_gpt"])
-def test_canonical_counts_are_recognised(module):
-    is_canonical = importlib.import_module(module).is_canonical
+def test_canonical_counts_are_recognised():
     tokens = np.full(47_853_344, 300, dtype=np.uint16)
     tokens[np.linspace(0, len(tokens) - 3_000, 50_000).astype(int)] = 1
     costs = np.full(len(tokens), 3, dtype=np.uint16)
     costs[tokens == 1] = 0
     missing = 151_074_499 - int(costs[1:47_851_521].sum(dtype=np.int64))
     costs[1 : 1 + missing] += 1
-    assert is_canonical(tokens, costs)
+    assert canonical(tokens, costs) == "yes"
+    assert canonical(tokens, None) == "no"
     costs[5] += 1
-    assert not is_canonical(tokens, costs) and not is_canonical(tokens[:-1], costs)
+    assert canonical(tokens, costs) == "no"
+    assert canonical(tokens[:-1], costs[:-1]) == "no"

@@ -25,6 +25,7 @@ from lossless_caps import CONTROLS, encode  # noqa: E402
 from prepare_caseops_data import (  # noqa: E402
     DataError,
     Line,
+    add_validation_source,
     exit_status,
     file_sha256,
     load_tokenizer,
@@ -43,8 +44,9 @@ def text_hash(text: str) -> bytes:
 
 
 def training_sentences(lines: Iterable[Line], validation: set[bytes]) -> Iterator[str]:
-    """One sentence a document: stripped first, then transformed; empty ones and those of
-    `validation` dropped.
+    """One sentence a document: stripped first, then transformed.
+
+    Empty ones and those of `validation` dropped.
     """
     documents = text_bytes = copies = 0
     for line in lines:
@@ -65,8 +67,9 @@ def training_sentences(lines: Iterable[Line], validation: set[bytes]) -> Iterato
 
 
 def check_layout(path: Path) -> None:
-    """Raises DataError where pieces break what the published tokenizer holds to: see
-    tokenizers/README.md.
+    """Raises DataError where pieces break what the published tokenizer holds to.
+
+    See tokenizers/README.md.
     """
     sp = load_tokenizer(path)  # ids 0 to 263
     pieces = [sp.id_to_piece(index) for index in range(264, sp.get_piece_size())]
@@ -85,7 +88,7 @@ def check_layout(path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    size, count = whole_number(265, 1 << 16), whole_number(0)
+    size = whole_number(265, 1 << 16)
     parser = argparse.ArgumentParser(description="Train a CaseOps tokenizer.")
     parser.add_argument("docs", nargs="+", metavar="FILE")
     parser.add_argument(
@@ -94,25 +97,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--vocab-size", type=size, default=8192, metavar="N", help="default: %(default)s"
     )
-    val = parser.add_mutually_exclusive_group()
-    val.add_argument(
-        "--val-docs",
-        type=count,
-        default=50_000,
-        metavar="N",
-        help="first documents, by default 50,000",
-    )
-    val.add_argument(
-        "--val-file",
-        metavar="FILE",
-        help="validation documents, where they have a file of their own",
-    )
+    add_validation_source(parser, 50_000, "first documents, by default 50,000")
     return exit_status(partial(train, parser.parse_args(arguments)))
 
 
 def train(options: argparse.Namespace) -> int:
-    """Trains and checks the tokenizer; only then does it take the place of what --out held. Returns
-    the exit status.
+    """Trains and checks the tokenizer; only then does it take the place of what --out held.
+
+    Returns the exit status.
 
     Raises DataError if nothing is left to train on.
     """

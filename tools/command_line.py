@@ -1,6 +1,6 @@
-"""How a command-line tool ends when it is interrupted or nobody takes its output: one line at most,
-no
-traceback.
+"""How a command-line tool ends when it is interrupted or its output is closed.
+
+One line at most, no traceback.
 
     command_line.begin("summarize.py")        # before imports that take seconds
     ...
@@ -16,8 +16,9 @@ INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell counts them: 128 + SIGINT, 128
 
 
 def begin(name):
-    """From here on Ctrl-C shows one line, also while modules are imported; the process then
-    ends by SIGINT.
+    """From here on Ctrl-C shows one line, also while modules are imported.
+
+    The process then ends by SIGINT.
     """
 
     def one_line(kind, error, trace):
@@ -30,9 +31,9 @@ def begin(name):
 
 
 def run(main, name):
-    """Calls main() and ends the process with its exit code. An OSError that main lets through
-    becomes
-    one line.
+    """Calls main() and ends the process with its exit code.
+
+    An OSError that main lets through becomes one line.
 
     `tool | head -1` ends without a word, as programs that die of SIGPIPE do. Where standard output
     cannot be written otherwise (a full disk), the exit code is 1, so that no script takes half a
@@ -69,8 +70,9 @@ def tell(line):
 
 
 def flush_output():
-    """Writes what standard output still holds -> the OSError where that fails; then nothing
-    more goes there.
+    """Writes what standard output still holds -> the OSError where that fails.
+
+    Then nothing more goes there.
     """
     try:
         if sys.stdout is not None:  # closed by `>&-`
@@ -82,7 +84,8 @@ def flush_output():
 
 
 def silence(stream):
-    """Points a stream's descriptor at /dev/null: what the stream keeps would be tried again,
-    and told, at exit.
+    """Points a stream's descriptor at /dev/null.
+
+    What the stream keeps would be tried again, and told, at exit.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

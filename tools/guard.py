@@ -1,10 +1,9 @@
-"""What watches a run from outside: the guard that train_gpt.py finds here, where it lies in its
-repository.
+"""Watches a run from outside: the guard that train_gpt.py uses where it finds this file beside it.
 
-Watchdog: ends every rank when one has died, failed or stalled. Training states: written whole or
-not at all, taken up again on any number of ranks. Checks before the clock starts: disk,
-permissions, packages, the artifact's size. Signals. The live line on a terminal.
-docs/RELIABILITY.md says what is promised, and which test breaks it.
+In this order: training states (written atomically, resumed on any number of ranks), divergence,
+signals and failures, the watchdog that ends every rank when one has died, failed or stalled, the
+checks of the machine before the clock starts, the preset, commit and packed code of the run, and
+the live line on a terminal. docs/RELIABILITY.md says what is promised, and which test breaks it.
 """
 
 import collections
@@ -29,6 +28,7 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,142 +38,68 @@ import train_gpt  # the running script: train_gpt.find_guard sees to that
 from train_gpt import Guard, SettingError
 
 # the files beside this one, whatever else is called tools: see train_gpt.find_guard
-from . import techniques  # noqa: F401  # it puts itself into train_gpt
-from .run_files import PresetError, read_preset, read_settings
+from .run_files import OF_A_PART, PresetError, published_settings, read_preset, read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT_STATES = 2  # so that there is one to fall back to where the newest is torn
-# weights, average, momentum and both moments, fp32
-STATE_BYTES_A_WEIGHT, STATE_DIGEST_BYTES = 20, 32
-# of the packed script that every run counts
-PACKAGES = {"brotli": "brotli", "python-minifier": "python_minifier"}
-# 5 MB/s or more; the others take minutes for a whole model
-FAST_COMPRESSORS, TRIAL_ROWS = ("entropy",), 8
-# an artifact of trained weights has 0.99 of the projected size, one of other statistics may have
-# less
-GENEROUS = 0.8
-GAUSSIAN_BITS = math.log2(math.sqrt(2 * math.pi * math.e))  # entropy of a unit Gaussian, steps of 1
 
-
-# Settings that a model's weights have a meaning with: another value loads and computes something
-# else.
-MEANING = """caseops_enabled marker_fusion_enabled vocab_size model_dim num_layers num_heads
-    num_kv_heads mlp_mult
-    tie_embeddings smear_gate_enabled gate_window loop_start loop_end num_loops skip_gates_enabled
-    ln_scale rope_dims
-    rope_base xsa_last_n sparse_attn_gate_enabled sparse_attn_gate_scale gated_attn_enabled
-    attn_out_gate_enabled
-    attn_out_gate_src leaky_relu_slope parallel_start_layer parallel_final_lane logit_softcap
-    attn_window
-    attn_window_full_layers partial_key_offset value_residual bigram_vocab_size bigram_dim
-    value_embed_layers
-    value_embed_dim""".split()
-# Settings that say where a run lies and what it does: going on from a file means to change them.
-OF_THE_RUN = """run_id runs_dir preset plots prequant_only quant_only ttt_eval_only checkpoint_path
-    artifact_path
-    resume""".split()
+# train_gpt.py answers with this to settings that only presets/published.py has
+train_gpt.INSTEAD |= dict.fromkeys(published_settings(), "a setting of presets/published.py")
 
 
 class SafetyError(SettingError):
-    """A state that cannot be taken up, or a machine that will not do; the message says what to
-    change.
-    """
+    """A state that cannot be resumed or a machine that is not fit; the message says what to do."""
 
 
 class RunGuard(Guard):
-    """The guard of one run.
-
-    Stage, resume hint and signal are its state; see train_gpt.Guard for the hooks.
-    """
+    """The guard of one run: its state, and train_gpt.Guard's hooks in the parts of this file."""
 
     def __init__(self):
         self.dist = None  # until the process group is up
+        self.stage = "start"
+        self.resume_hint = ""  # how to continue from what is on disk: a sentence with a command
+        # divergence: names and norms of this step and of the step before
+        self.norms = Norms(["loss"], torch.zeros(1))
+        self.norms_before = self.norms
+        self.not_finite = []  # names
+        # signals
+        self.signal = 0  # number of the first one that was caught
+        self.signals_wait = False  # for the end of a step
+        # the others are None until they are needed
         self.watchdog = None  # with several ranks
         self.lock_file = None
-        self.stage = "start"
-        self.resume_hint = ""  # how to go on from what is on disk, a sentence with a command
-        self.signal = 0  # its number, once one was caught
-        self.signals_wait = False  # for the end of a step
         self.line = None  # on a terminal
-        nothing = ["loss"], torch.zeros(1)
-        # names and norms of this step and of the one before
-        self.norms, self.norms_before = nothing, nothing
-        self.not_finite = []  # names
 
     def tell(self, message):
-        """Until there is a log, and on all ranks but the first."""
+        """Prints a message; replaced by the log once it is open, on rank 0."""
         print(message, file=sys.stderr, flush=True)
-
-    def read_preset(self, name):
-        try:
-            return read_preset(name)
-        except PresetError as error:
-            raise SettingError(str(error)) from None
 
     def start(self, dist):
         self.dist = dist
         if dist.world_size > 1:
-            address = (
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                None,
-                False,
-                timedelta(seconds=30),
+            host = os.environ["MASTER_ADDR"]
+            port = int(os.environ["MASTER_PORT"])
+            store = torch.distributed.TCPStore(
+                host, port, is_master=False, timeout=timedelta(seconds=30)
             )
-            self.watchdog = Watchdog(self, torch.distributed.TCPStore(*address))
+            self.watchdog = Watchdog(self, store)
         catch_signals(self)
-
-    def check(self, hp, dist, prepared):
-        found = {"compressor": True} if prepared.compressor_works else {}
-        return check_machine(hp, dist, prepared.folder, prepared.model, **found)
-
-    def lock(self, folder):
-        self.lock_file = lock(folder)
-
-    def open_log(self, log):
-        self.tell = log
-        self.line = LiveLine() if sys.stdout.isatty() else None
-
-    def notes(self, hp):
-        notes = [f"note: {note}" for note in commit_notes()]
-        return notes + (preset_notes(hp) if hp.preset else [])
-
-    def submission(self, script, hp):
-        return packed_code(script, hp)
-
-    def commit(self):
-        return git_commit()
 
     def enter_stage(self, name):
         self.stage = name
         if self.watchdog:
             self.watchdog.tell()
 
-    def show(self, name, start, share, detail):
-        if self.line:
-            self.line.show(name, start, share, detail)
-
-    def clear(self):
-        if self.line:
-            print(self.line.erase, end="")
+    # -- training states
 
     def resume(self, trainer):
         return load_state(trainer) if trainer.hp.resume else super().resume(trainer)
-
-    def watch(self, model, loss):
-        self.norms_before = self.norms
-        self.norms = watched(model, loss)
-
-    def report(self):
-        # the step before has ended when this one is marked: looking at its norms waits for nothing
-        self.not_finite = not_finite(self.norms_before)
-        return self.signal, len(self.not_finite)
 
     def after_step(self, trainer, step, seconds, losses, reports):
         stop, diverged = reports
         if diverged:
             diverge(trainer, step - 1, self.not_finite)
-        if stop or trainer.hp.checkpoint_every and step % trainer.hp.checkpoint_every == 0:
+        every = trainer.hp.checkpoint_every
+        if stop or (every and step % every == 0):
             check_weights(trainer, step)
             save_state(trainer, step, seconds, losses)
         if stop:
@@ -182,22 +108,34 @@ class RunGuard(Guard):
     def after_last_step(self, trainer, step):
         check_weights(trainer, step)
 
+    def keep_weights(self, hp, folder, path, log):
+        self.resume_hint = command(hp, self.dist, folder, path, quant_only=True)
+        log(f"checkpoint:{self.resume_hint}")
+
+    # -- divergence
+
+    def watch(self, model, loss):
+        self.norms_before = self.norms
+        self.norms = watched(model, loss)
+
+    def report(self):
+        # norms of the previous step: they have arrived by now, so reading them does not block
+        self.not_finite = not_finite(self.norms_before)
+        return self.signal, len(self.not_finite)
+
+    # -- signals and failures
+
     def begin_training(self):
         self.signals_wait = True
 
     def end_training(self, path):
-        """The checkpoint stands for the training states, which go; a signal that has waited
-        ends the run.
-        """
+        """The checkpoint replaces the training states; a signal that has waited ends the run."""
         self.signals_wait = False
-        for state in state_files(path.parent) if self.dist.rank == 0 else ():
-            state.unlink()
+        if self.dist.rank == 0:
+            for state in state_files(path.parent):
+                state.unlink()
         if self.signal:
             stop_for(self, self.signal)
-
-    def keep_weights(self, hp, folder, path, log):
-        self.resume_hint = command(hp, self.dist, folder, path, quant_only=True)
-        log(f"checkpoint:{self.resume_hint}")
 
     def failed(self, error):
         if self.dist:
@@ -209,330 +147,357 @@ class RunGuard(Guard):
         if self.lock_file:
             self.lock_file.close()
 
+    # -- checks of the machine
+
+    def check(self, hp, dist, prepared):
+        return check_machine(hp, dist, prepared.folder, prepared.model, prepared.compressor_works)
+
+    def lock(self, folder):
+        self.lock_file = lock(folder)
+
+    # -- preset, code and commit
+
+    def read_preset(self, name):
+        try:
+            settings = read_preset(name)
+        except PresetError as error:
+            raise SettingError(str(error)) from None
+        known = {field.name.upper() for field in dataclasses.fields(train_gpt.Hyperparameters)}
+        lacks = (settings.keys() & published_settings()) - known
+        if lacks or settings.get("COMPRESSOR", "entropy") not in train_gpt.COMPRESSORS:
+            raise SettingError(
+                f"PRESET={name} has parts that train_gpt.py lacks: run presets/published.py {name}"
+            )
+        return settings
+
+    def notes(self, hp):
+        notes = [f"note: {note}" for note in commit_notes()]
+        return notes + (preset_notes(hp) if hp.preset else [])
+
+    def submission(self, script, hp):
+        return packed_code(script, hp)
+
+    def commit(self):
+        return git_commit()
+
+    # -- log, live line and pictures
+
+    def open_log(self, log):
+        self.tell = log
+        self.line = LiveLine() if sys.stdout.isatty() else None
+
+    def show(self, name, start, share, detail):
+        if self.line:
+            self.line.show(name, start, share, detail)
+
+    def clear(self):
+        if self.line:
+            print(self.line.erase, end="")
+
     def finish(self, hp, result):
         painter = Path(__file__).with_name("plot_run.py")
         if hp.plots and painter.exists():
-            subprocess.run(
-                [sys.executable, painter, Path(hp.runs_dir) / result["run"]], stdout=sys.stderr
-            )
+            folder = Path(hp.runs_dir) / result["run"]
+            subprocess.run([sys.executable, painter, folder], stdout=sys.stderr)
 
 
-class LiveLine:
-    """The running stage, its bar, seconds left; whatever is printed next, after `erase`, takes
-    its place.
+# ---- TRAINING STATES -----------------------------------------------------------------------------
+
+KEPT_STATES = 2  # so that there is one to fall back to if the newest is incomplete
+STATE_DIGEST_BYTES = 32
+# Settings that give a model's weights their meaning: with another value they load and compute
+# something else.
+MEANING = """caseops_enabled marker_fusion_enabled vocab_size model_dim num_layers num_heads
+    num_kv_heads mlp_mult tie_embeddings smear_gate_enabled gate_window loop_start loop_end
+    num_loops skip_gates_enabled ln_scale rope_dims rope_base xsa_last_n sparse_attn_gate_enabled
+    sparse_attn_gate_scale gated_attn_enabled attn_out_gate_enabled attn_out_gate_src
+    leaky_relu_slope parallel_start_layer parallel_final_lane logit_softcap attn_window
+    attn_window_full_layers partial_key_offset value_residual bigram_vocab_size bigram_dim
+    value_embed_layers value_embed_dim""".split()
+# What a script computes with if it lacks these: the settings of presets/published.py in MEANING.
+WITHOUT = {
+    "caseops_enabled": True,
+    "marker_fusion_enabled": False,
+    "attn_window": 0,
+    "partial_key_offset": False,
+    "value_residual": "off",
+    "bigram_vocab_size": 0,
+    "value_embed_layers": "",
+}
+
+
+def gather_momentum(dist, muon):
+    """Muon's momentum of every bank, complete; each rank holds a shard of it."""
+    momentum = []
+    for bank, buffer in zip(muon.banks, muon.momentum_buffers, strict=True):
+        handle, full = dist.all_gather(buffer)
+        handle.wait()
+        momentum.append(full[: len(bank)])
+    return momentum
+
+
+def save_state(trainer, step, seconds, losses, name=None):
+    """Writes all that training continues from to the run's folder, as <sha256><torch.save>.
+
+    step (the loader's position too), seconds, last losses, weights, average, momentum of all ranks,
+    AdamW's moments, state of the random numbers, looping state and where its stretches began. Rank
+    0 writes, and keeps the newest two. A full disk is reported and ends nothing.
     """
-
-    erase = "\r\x1b[K"
-
-    def __init__(self):
-        self.shown, self.stage = 0.0, None
-
-    def show(self, name, start, share, detail):
-        """Stage and when it began (perf_counter), share done, words; a new stage at once,
-        else five times a second.
-        """
-        now = time.perf_counter()
-        if self.stage != (name, start) or now - self.shown > 0.2:
-            self.shown, self.stage = now, (name, start)
-            left = (now - start) * (1 / share - 1) if share else 0.0
-            bar = (
-                f"[{'#' * round(30 * share):.<30}] {share:4.0%}  {left:.0f} s left  {detail}"
-                if share
-                else "..."
-            )
-            print(
-                self.erase + f"{name} {bar}"[: shutil.get_terminal_size().columns - 1],
-                end="",
-                flush=True,
-            )
-
-
-# ---- the preset, the code and its commit
-
-
-def preset_notes(hp):
-    """Lines for the log: what the run's preset says, and which of it the environment has set
-    otherwise.
-    """
-    given = read_preset(hp.preset)
-    texts = {
-        field.name.upper(): (field.type, getattr(hp, field.name))
-        for field in dataclasses.fields(hp)
+    dist = trainer.dist
+    log = trainer.log
+    name = name or f"state-{step:08d}.pt"
+    state = {
+        "settings": dataclasses.asdict(trainer.hp),
+        "step": step,
+        "seconds": seconds,
+        "losses": dist.all_reduce(torch.stack(losses[-20:])),
+        "weights": trainer.model.state_dict(),
+        "average": trainer.ema.average,
+        "snapshots": getattr(trainer.ema, "snapshots", 0),  # presets/published.py
+        "momentum": gather_momentum(dist, trainer.optimizers.muon),
+        "adamw": trainer.optimizers.adamw.state_dict()["state"],
+        "rng": torch.get_rng_state(),
+        "looping": trainer.looping,
+        "tokens_at": trainer.tokens_at,
     }
-    other = [
-        f"{name}={value} (preset {given[name]})"
-        for name, (kind, value) in texts.items()
-        if name in given and value != (given[name] == "1" if kind is bool else kind(given[name]))
-    ]
-    settings = " ".join(f"{name}={value}" for name, value in given.items())
-    return [
-        f"preset {hp.preset}: {settings}",
-        f"preset {hp.preset}, set otherwise: {', '.join(other) or 'nothing'}",
-    ]
-
-
-def packed_code(script, hp):
-    """The packed, self-extracting form of a script (bytes) under these settings, bytes."""
+    if dist.rank != 0:
+        return
     try:
-        from .pack_code import pack_code
-    except ImportError as error:
-        raise SettingError(
-            f"the code cannot be packed and counted: {error}. Run train_gpt.py from its repository,"
-            " after pip install -r requirements.txt, or copy a run's packed train_gpt.py"
-        ) from None
-    return pack_code(script.decode(), {name.upper(): value for name, value in vars(hp).items()})
+        train_gpt.write_atomically(log.folder / name, sealed(state))
+    except OSError as error:
+        log(f"note: {name} could not be written: {error}")
+        return
+    for old in state_files(log.folder)[KEPT_STATES:]:
+        old.unlink()
+    log(f"step:{step} state:{name}")
+    if kept := state_files(log.folder):
+        hint = command(trainer.hp, dist, log.folder, kept[0], resume=True)
+        trainer.guard.resume_hint = hint
 
 
-def git_commit():
-    """The checkout's commit, with + where files differ from it; None outside a checkout."""
-    return (describe_commit() or [None])[0] or None
+def sealed(state):
+    """A state as bytes <sha256><torch.save>.
 
-
-def describe_commit():
-    """Standard output and error of git on this checkout; None without git."""
-    command = ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--exclude=*"]
-    if not shutil.which("git"):
-        return None
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip(), done.stderr.strip()
-
-
-def commit_notes():
-    """Notes for the log where git does not say the commit of this checkout: no record can be
-    made of such a run.
+    In one buffer: copies of a gigabyte would hold Python's lock for seconds.
     """
-    commit, error = describe_commit() or ("", "git is not installed")
-    if commit or not (ROOT / ".git").exists():
-        return []
-    if "dubious ownership" in error:  # as in a container, where the folder belongs to another user
+    buffer = io.BytesIO(bytes(STATE_DIGEST_BYTES))
+    buffer.seek(STATE_DIGEST_BYTES)
+    torch.save(state, buffer)
+    view = buffer.getbuffer()
+    view[:STATE_DIGEST_BYTES] = hashlib.sha256(view[STATE_DIGEST_BYTES:]).digest()
+    return view
+
+
+def state_files(folder):
+    """The training states of a run's folder, newest first."""
+    return sorted(Path(folder).glob("state-*.pt"), reverse=True)
+
+
+def newest_state(folder):
+    """Name and content of the newest complete training state.
+
+    Incomplete ones are passed over. Raises SafetyError if none is complete.
+    """
+    for path in state_files(folder):
+        data = path.read_bytes()
+        digest = data[:STATE_DIGEST_BYTES]
+        content = data[STATE_DIGEST_BYTES:]
+        if content and hashlib.sha256(content).digest() == digest:
+            return path.name, content
+    raise SafetyError(f"{folder} holds no whole training state (state-*.pt), which RESUME=1 needs")
+
+
+class Resumed(NamedTuple):
+    """Where a resumed training goes on."""
+
+    step: int
+    seconds: float
+    losses: list
+
+
+def load_state(trainer):
+    """Resumes from the newest complete state in the run's folder on rank 0 -> Resumed.
+
+    Only tensors and numbers are read, never code (torch.load with weights_only). Raises
+    SafetyError where there is no such state, or it does not fit the settings.
+    """
+    dist, folder = trainer.dist, trainer.log.folder
+    name, data = newest_state(folder) if dist.rank == 0 else ("", b"")
+    size = int(dist.max_over_ranks(len(data))[0])
+    box = torch.frombuffer(bytearray(data or size), dtype=torch.uint8)
+    dist.broadcast(box)
+    try:
+        state = torch.load(io.BytesIO(box.numpy()), map_location="cpu", weights_only=True)
+        resumed = restore(trainer, state)
+    except Exception as error:  # whatever a forged file makes torch raise
+        raise SafetyError(f"{name} does not fit these settings: {error!r:.300}") from None
+    if dist.rank == 0:  # until the next state is written, a failure points to this one
+        hint = command(trainer.hp, dist, folder, folder / name, resume=True)
+        trainer.guard.resume_hint = hint
+    trainer.log(f"step:{resumed.step} resumed:{name} train_seconds:{resumed.seconds:.2f}")
+    return resumed
+
+
+def restore(trainer, state):
+    """Puts a training state into the trainer -> Resumed. Raises whatever a bad state causes."""
+    dist = trainer.dist
+    ema = trainer.ema
+    muon = trainer.optimizers.muon
+    adamw = trainer.optimizers.adamw
+    trainer.model.load_state_dict(state["weights"])
+    for buffer, full in zip(muon.momentum_buffers, state["momentum"], strict=True):
+        shards = muon.padded(full).chunk(dist.world_size)
+        buffer.copy_(shards[dist.rank])
+    for average, saved in zip(ema.average, state["average"], strict=True):
+        average.copy_(saved)
+    ema.snapshots = int(state["snapshots"])
+    adamw.load_state_dict(adamw.state_dict() | {"state": state["adamw"]})
+    torch.set_rng_state(state["rng"])
+    losses = list((state["losses"] / dist.world_size).to(dist.device))  # the ranks add them again
+    float(losses[-1])  # raises unless there is a loss, and it is a number
+    trainer.looping = bool(state["looping"])
+    trainer.tokens_at = [(int(begun), float(used)) for begun, used in state["tokens_at"]]
+    return Resumed(int(state["step"]), float(state["seconds"]), losses)
+
+
+def settings_of_file(path, hp):
+    """Settings {field: value} that a file to continue from was made with; {} if nothing says it.
+
+    A checkpoint or a training state holds them. An artifact does not, because its bytes count: then
+    they are read from the model.pt beside it, or else from the log beside it.
+    """
+    if hp.resume:
+        content = path.read_bytes()[STATE_DIGEST_BYTES:]
+        state = torch.load(io.BytesIO(content), weights_only=True)
+        return state.get("settings", {})
+    checkpoint = path if hp.quant_only else path.with_name("model.pt")
+    if checkpoint.is_file():
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        return saved.get("settings", {})
+    log = path.with_name("log.txt")
+    if not log.is_file():
+        return {}
+    texts, _ = read_settings(log.read_text(encoding="utf-8").splitlines())  # the last table wins
+    types = {name: type(value) for name, value in WITHOUT.items()}
+    types |= {field.name: field.type for field in dataclasses.fields(hp)}
+    settings = {}
+    for name, kind in types.items():
+        text = texts.get(name.upper())
+        if text is not None:
+            settings[name] = bool(int(text)) if kind is bool else kind(text)
+    return settings
+
+
+def compare_settings(path, hp):
+    """Compares the settings of a file to continue from -> list of problems, phrase for the log.
+
+    Settings that give the weights another meaning are a problem, because the file would load and
+    score something else in silence. Other differences are noted. A damaged file is no problem here:
+    the error comes where the weights are read.
+    """
+    try:
+        settings = settings_of_file(path, hp)
+        ours = WITHOUT | vars(hp)
+        theirs = WITHOUT | settings
+        other = {name: value for name, value in theirs.items() if ours.get(name, value) != value}
+    except Exception:  # whatever a damaged file makes torch raise
+        return [], ""
+    if not settings:
+        note = f"nothing says which settings {path} was made with; they must be the same"
+        return [], f"\nnote: {note}"
+
+    def describe(names):
+        words = [f"{name.upper()}={ours[name]} ({other[name]} there)" for name in names]
+        return ", ".join(words)
+
+    changed = [name for name in other if name in MEANING]
+    if changed:
         return [
-            f"commit unknown, {ROOT} belongs to another user: git config --global --add"
-            f" safe.directory {ROOT}"
-        ]
-    return [
-        "commit unknown, no record can be made of this run:"
-        f" {error.splitlines()[0] if error else 'no commit yet'}"
-    ]
+            f"{path} holds a model of other settings: {describe(changed)}: set them as they are"
+            " there"
+        ], ""
+    noted = [name for name in other if name.upper() not in OF_A_PART]
+    note = f"\nnote: settings other than those of {path}: {describe(noted)}"
+    return [], note if noted else ""
 
 
-# ---- the watchdog
+def command(hp, dist, folder, whole, **mode):
+    """How to continue from a complete file of a run's folder: a sentence with a shell command.
 
-
-class Watchdog(threading.Thread):
-    """Ends this process where another rank has died, failed or stalled, with a line that names rank
-    and stage.
-
-    Each second every rank tells the process group's store: the time, its CPU time, how many
-    collectives it entered, its stage, its error, its process. Dead: no news in DEAD looks, or in
-    STALLED where its process is seen to live on this host: a library may keep Python's lock.
-    Stalled: no collective and next to no work for the CPU in STALLED looks, while others are
-    further on. Looks are counted, not seconds: where all ranks are held up alike, by a compiler
-    that keeps Python's lock or a machine that sleeps, nobody is missed.
+    mode: the setting that continues from such a file, as resume=True.
     """
-
-    DEAD, DEAD_AFTER_FAILURE, STALLED = 15, 3, 40
-    STOPPING = 20  # seconds in which a step ends and a state is written
-    # of 10 ms: this thread and idle libraries take less, a moment's work among them
-    IDLE_TICKS = 4 * STALLED
-
-    def __init__(self, guard, store):
-        super().__init__(daemon=True)
-        self.guard, self.dist, self.store = guard, guard.dist, store
-        self.error, self.done = None, threading.Event()
-        self.process, self.disk_ticks = (host_id(), os.getpid(), process_state(os.getpid())[1]), 0
-        self.tell()  # before anything can go wrong: the others wait for a first sign of life
-        self.holder = json.loads(store.get("golf/rank0"))  # what rank 0 told last
-        self.start()
-
-    def tell(self):
-        """Publishes this rank's news; a run does so as well where a stage begins."""
-        # who waits for a slow disk works: it may save
-        self.disk_ticks += 100 * (process_state(os.getpid())[0] == "D")
-        cpu, entered = cpu_ticks() + self.disk_ticks, self.dist.num_collectives
-        news = time.time(), cpu, entered, self.guard.stage, self.error, self.process
-        self.store.set(f"golf/rank{self.dist.rank}", json.dumps(news))
-
-    def fail(self, message):
-        """Called by a rank that failed: the thread ends the process as soon as it is known
-        who failed first.
-        """
-        with contextlib.suppress(RuntimeError):  # the store is gone: the thread finds that as well
-            self.error = self.error or (
-                self.store.add("golf/failures", 1),
-                message,
-                self.guard.signal,
-            )
-        self.join(self.DEAD)
-
-    def run(self):
-        keys = [f"golf/rank{rank}" for rank in range(self.dist.world_size)]
-        silent, failing, found, past = (
-            [0] * len(keys),
-            0,
-            None,
-            collections.deque(maxlen=self.STALLED + 1),
-        )
-        while not found and not self.done.wait(1.0):
-            answered = threading.Event()
-            threading.Thread(target=self.await_store, args=[answered], daemon=True).start()
-            try:
-                self.tell()
-                told = [json.loads(text) for text in self.store.multi_get(keys)]
-            except RuntimeError as error:
-                self.end_without_store(f"{error!r:.80}")
-            answered.set()
-            for rank, (new, old) in enumerate(zip(told, past[-1] if past else told, strict=True)):
-                silent[rank] = silent[rank] + 1 if new[0] == old[0] else 0
-            past.append(told)
-            failing, self.holder = failing + any(new[4] for new in told), told[0]
-            found = self.judge(
-                told, silent, [self.idles(past, rank) for rank in range(len(keys))], failing
-            )
-        if found:
-            (rank, words), (*_, error, process) = found, told[found[0]]
-            hung = process if silent[rank] >= self.DEAD_AFTER_FAILURE else None
-            self.end(f"rank {rank} {words}", hung, error[2] if error else 0)
-
-    def await_store(self, answered):
-        """A store whose process is frozen answers nothing, and its client waits for ever: this ends
-        the process.
-
-        Waits are counted like looks: where Python's lock was kept for long, the answer may be there
-        and gets its turn.
-        """
-        if not any(answered.wait(1.0) for _ in range(2 * self.DEAD)):
-            self.end_without_store("it does not answer")
-
-    def end_without_store(self, why):
-        """Who holds the store has died or hangs: torchrun, or rank 0."""
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        if agent and self.guard.signal and self.guard.signals_wait:
-            # torchrun went when it had told us to stop: we do, with a state (see
-            # after_step)
-            time.sleep(self.STOPPING)
-        holder, stage = "torchrun" if agent else "rank 0", self.holder[3]
-        verdict = (
-            f"{holder} died or hangs, last heard of in stage {stage}; it holds the store: {why}"
-        )
-        self.end(verdict, None if agent else self.holder[5])
-
-    def end(self, verdict, hung=None, number=0):
-        """Ends this process with a verdict, by the signal that ended the other if it is
-        one, and who hangs here.
-        """
-        if self.done.is_set():
-            return
-        if self.dist.rank == 0:
-            time.sleep(2.5)  # it may hold the store, in which the others are to find the same
-        self.guard.tell(
-            f"{verdict}. Rank {self.dist.rank} ends in stage {self.guard.stage}."
-            f" {self.guard.resume_hint}"
-        )
-        # frozen, it would stay; torchrun takes 30 s to end it
-        if hung and lives(*hung, states="RSDTt"):
-            os.kill(hung[1], signal.SIGKILL)
-        number = self.guard.signal or number
-        leave(128 + number if number else 1)
-
-    def idles(self, past, rank):
-        """Did a rank enter no collective and use next to no CPU, programs that ended
-        included, in STALLED looks?
-        """
-        (_, used, entered, *_), (_, uses, enters, *_) = past[0][rank], past[-1][rank]
-        return len(past) > self.STALLED and enters == entered and 0 <= uses - used < self.IDLE_TICKS
-
-    def judge(self, told, silent, idle, failing):
-        """What the ranks told, looks without news, who idles, looks since a failure -> (rank,
-        words),
-        or None.
-
-        A rank that lost its peer fails as well, so the dead one is looked for first, then who
-        failed first.
-        """
-        furthest = max(new[2] for new in told)
-        for rank, (_, _, entered, stage, _, process) in enumerate(told):
-            if silent[rank] >= (self.DEAD_AFTER_FAILURE if failing else self.DEAD):
-                if silent[rank] >= self.STALLED or not lives(*process):
-                    return rank, f"died or hangs in stage {stage}"
-            elif idle[rank] and entered < furthest:
-                return rank, f"stalls in stage {stage}, the others wait for it"
-        if failing > self.DEAD_AFTER_FAILURE + 1:
-            (_, why, _), rank, stage = min(
-                (new[4], rank, new[3]) for rank, new in enumerate(told) if new[4]
-            )
-            return rank, f"failed in stage {stage}: {why}"
-        return None
+    (mode_name,) = (name.upper() for name in mode)
+    changes = {"run_id": folder.name, "resume": False, "prequant_only": False} | mode
+    hp = dataclasses.replace(hp, **changes)
+    words = [f"{whole} is whole; {mode_name}=1 goes on from it:"]
+    for field in dataclasses.fields(hp):
+        value = getattr(hp, field.name)
+        if value != field.default:
+            text = str(int(value) if field.type is bool else value)
+            words.append(f"{field.name.upper()}={shlex.quote(text)}")
+    if dist.world_size > 1:
+        words.append(f"torchrun --standalone --nproc_per_node={dist.world_size}")
+    else:
+        words.append("python")
+    return " ".join([*words, shlex.quote(sys.argv[0])])
 
 
-def host_id():
-    """What processes that see each other under the same numbers have in common; "" where there
-    is no /proc.
+# ---- DIVERGENCE ----------------------------------------------------------------------------------
+
+
+class Norms(NamedTuple):
+    """What is watched in one step: names, and their norms on the way to the CPU."""
+
+    names: list
+    values: torch.Tensor
+
+
+def watched(model, loss):
+    """Loss and gradients of a step -> Norms."""
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norms = torch.stack([loss, *torch._foreach_norm([*grads.values()])])
+    names = ["loss", *(f"gradient of {name}" for name in grads)]
+    return Norms(names, norms.to("cpu", non_blocking=True))
+
+
+def not_finite(norms):
+    """Names of what is not finite. Ask when the step has ended: then reading does not block."""
+    named = zip(norms.names, norms.values.tolist(), strict=True)
+    return [name for name, norm in named if not math.isfinite(norm)]
+
+
+def check_weights(trainer, step):
+    """Ends training on every rank if a weight is not finite. Waits for the device."""
+    named = trainer.model.named_parameters()
+    if bad := [name for name, p in named if not p.isfinite().all()]:
+        diverge(trainer, step, bad)
+
+
+def diverge(trainer, step, names):
+    """Ends training on every rank, naming what is not finite after this step.
+
+    diverged.pt keeps the state for inspection.
     """
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink(
-            "/proc/self/ns/pid"
-        )
-    except OSError:
-        return ""
+    names_of_ranks = trainer.dist.all_gather_object(names)
+    found = []
+    for rank, names in enumerate(names_of_ranks):
+        if names:
+            found.append(f"{', '.join(names[:3])} (rank {rank})")
+    save_state(trainer, step, 0.0, [torch.zeros(())], "diverged.pt")
+    raise SafetyError(
+        f"training diverged: after step {step} not finite: {'; '.join(found)}; lower learning rates"
+    )
 
 
-def process_state(pid):
-    """-> letter of its state, when it started; "" and "" for a process that is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]
-
-
-def lives(host, pid, started, states="RSD"):
-    """Is this very process on this host, and neither ended nor frozen?"""
-    state, since = process_state(pid) if host == host_id() else ("", "")
-    return bool(state) and since == started and state in states
-
-
-def children():
-    """Numbers of the programs that this process has started and that run, as text."""
-    found = ""
-    for path in glob.glob("/proc/self/task/*/children"):
-        with contextlib.suppress(OSError):  # a thread may end meanwhile
-            found += Path(path).read_text() + " "
-    return found.split()
-
-
-def cpu_ticks():
-    """CPU time of this process and of the programs that it waits for, in the kernel's ticks."""
-    total = 0
-    for pid in ("self", *children()):
-        with contextlib.suppress(OSError):
-            total += sum(
-                map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])
-            )
-    return total
-
-
-def leave(code):
-    """Ends this process at once, whatever its threads wait for, and the programs that it has
-    started.
-    """
-    for pid in children():
-        with contextlib.suppress(OSError):
-            os.kill(int(pid), signal.SIGTERM)
-    time.sleep(0.2)  # in which the threads that waited for them remove their temporary files
-    sys.stdout.flush()
-    os._exit(code)
-
-
-# ---- the end of a run that is not its end
+# ---- SIGNALS AND FAILURES ------------------------------------------------------------------------
 
 
 def catch_signals(guard):
-    """The first SIGTERM, SIGINT or SIGHUP ends the run by stop_for, training after its step; a
-    second
-    one at once.
+    """The first SIGTERM, SIGINT or SIGHUP ends the run by stop_for, a second one at once.
 
-    SIGHUP is what a lost connection or a closed window sends, often twice: it is never taken for
-    the second signal. Where it was ignored when the process started (nohup), it stays ignored.
+    During training the first one waits for the end of the step. A lost connection or a closed
+    window sends SIGHUP, often twice, so it is never taken for the second signal. If it was ignored
+    when the process started (nohup), it stays ignored.
     """
     signals = [signal.SIGTERM, signal.SIGINT]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -551,9 +516,9 @@ def catch_signals(guard):
 
 
 def stop_for(guard, number):
-    """Ends this process: one line from rank 0, exit code 128 + number."""
+    """Ends this process after a signal: one line from rank 0, exit code 128 + number."""
     reason = f"stopped by {signal.Signals(number).name}"
-    # torchrun sends SIGTERM as well, where another rank has died
+    # torchrun sends SIGTERM also when another rank has died
     if guard.watchdog and not guard.signals_wait:
         guard.watchdog.fail(reason)
     if guard.dist.rank == 0:
@@ -562,14 +527,14 @@ def stop_for(guard, number):
 
 
 def tell_failure(guard, error):
-    """Tells where a run failed and what is safe; a refusal needs no traceback.
+    """Reports where a run failed and what it can continue from; a refusal needs no traceback.
 
-    With several ranks this ends the process, once it is known who was first.
+    With several ranks this ends the process, once it is known which rank failed first.
     """
     expected = isinstance(error, train_gpt.OUR_ERRORS)
     reason = str(error) if expected else f"{type(error).__name__}: {error}"
-    # what is refused at the start all ranks refuse
-    if guard.watchdog and not (expected and guard.stage == "start"):
+    refused_by_all = expected and guard.stage == "start"
+    if guard.watchdog and not refused_by_all:
         if not expected:
             traceback.print_exception(error)
         guard.watchdog.fail(reason)
@@ -577,432 +542,367 @@ def tell_failure(guard, error):
         guard.tell(f"failed in stage {guard.stage}: {reason}. {guard.resume_hint}")
 
 
-# ---- divergence
+# ---- WATCHDOG ------------------------------------------------------------------------------------
 
 
-def watched(model, loss):
-    """Loss and gradients -> names, their norms on the way to the CPU."""
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    norms = torch.stack([loss, *torch._foreach_norm([*grads.values()])]).to(
-        "cpu", non_blocking=True
-    )
-    return ["loss", *(f"gradient of {name}" for name in grads)], norms
+class Process(NamedTuple):
+    """One process of one host, whatever other process gets its number later."""
+
+    host: str
+    pid: int
+    started: str
 
 
-def not_finite(watched):
-    """Names of what is not finite; to be asked when the step that was watched has ended, as
-    then a look is free.
+class Failure(NamedTuple):
+    """Why a rank failed; order: 1 for the first rank that did."""
+
+    order: int
+    message: str
+    signal: int
+
+
+class News(NamedTuple):
+    """What a rank publishes each second."""
+
+    time: float
+    cpu_ticks: int  # of the rank and its programs, see cpu_ticks
+    num_collectives: int  # that it has entered
+    stage: str
+    error: Failure | None
+    process: Process
+
+    @classmethod
+    def read(cls, text):
+        """From JSON, which keeps tuples as lists."""
+        *numbers, error, process = json.loads(text)
+        return cls(*numbers, error and Failure(*error), Process(*process))
+
+
+class Watchdog(threading.Thread):
+    """Ends this process with a line that names rank and stage if another one dies, fails or stalls.
+
+    Each second every rank publishes its News in the process group's store. A rank is dead after
+    DEAD looks without news, or after STALLED looks if its process is seen to live on this host,
+    because a library may hold Python's lock. A rank stalls if it enters no collective and uses
+    next to no CPU in STALLED looks, while others have entered more. Looks are counted instead of
+    seconds, so that no rank is missed where all are held up alike, by a compiler that holds
+    Python's lock or by a machine that sleeps.
     """
-    return [
-        name
-        for name, norm in zip(watched[0], watched[1].tolist(), strict=True)
-        if not math.isfinite(norm)
-    ]
 
+    DEAD = 15
+    DEAD_AFTER_FAILURE = 3
+    STALLED = 40
+    STOPPING = 20  # seconds in which a step ends and a state is written
+    # of 10 ms each: this thread and idle libraries use less, including a short burst of work
+    IDLE_TICKS = 4 * STALLED
 
-def check_weights(trainer, step):
-    """Waits for the device.
+    def __init__(self, guard, store):
+        super().__init__(daemon=True)
+        self.guard = guard
+        self.dist = guard.dist
+        self.store = store
+        self.error = None  # this rank's Failure
+        self.done = threading.Event()
+        pid = os.getpid()
+        self.process = Process(host_id(), pid, process_state(pid)[1])
+        self.disk_ticks = 0  # time in which this rank waited for a disk
+        self.tell()  # before anything can go wrong: the others wait for a first sign of life
+        self.holder = News.read(store.get("golf/rank0"))  # rank 0's last news
+        self.start()
 
-    Training ends here, on every rank alike, where a weight is not finite.
-    """
-    if bad := [name for name, p in trainer.model.named_parameters() if not p.isfinite().all()]:
-        diverge(trainer, step, bad)
+    def tell(self):
+        """Publishes this rank's news; called each second and at the start of every stage."""
+        waits_for_disk = process_state(os.getpid())[0] == "D"
+        self.disk_ticks += 100 * waits_for_disk  # counts as work: it may be saving
+        news = News(
+            time=time.time(),
+            cpu_ticks=cpu_ticks() + self.disk_ticks,
+            num_collectives=self.dist.num_collectives,
+            stage=self.guard.stage,
+            error=self.error,
+            process=self.process,
+        )
+        self.store.set(f"golf/rank{self.dist.rank}", json.dumps(news))
 
+    def fail(self, message):
+        """Called by a rank that failed: ends the process once it is known who failed first."""
+        with contextlib.suppress(RuntimeError):  # the store is gone: the thread finds that as well
+            if self.error is None:
+                order = self.store.add("golf/failures", 1)
+                self.error = Failure(order, message, self.guard.signal)
+        self.join(self.DEAD)
 
-def diverge(trainer, step, names):
-    """Ends training on every rank with what is not finite after this step; diverged.pt keeps it
-    for a look.
-    """
-    told = trainer.dist.all_gather_object(names)
-    found = [f"{', '.join(names[:3])} (rank {rank})" for rank, names in enumerate(told) if names]
-    save_state(trainer, step, 0.0, [torch.zeros(())], "diverged.pt")
-    raise SafetyError(
-        f"training diverged: after step {step} not finite: {'; '.join(found)}; lower learning rates"
-    )
+    def run(self):
+        keys = [f"golf/rank{rank}" for rank in range(self.dist.world_size)]
+        past = collections.deque(maxlen=self.STALLED + 1)  # each a list of all ranks' News
+        silent = [0] * len(keys)  # looks without news of each rank
+        failing = 0  # looks since the first failure
+        found = None
+        while not found and not self.done.wait(1.0):
+            told = self.look(keys)
+            before = past[-1] if past else told
+            for rank, news in enumerate(told):
+                silent[rank] = silent[rank] + 1 if news.time == before[rank].time else 0
+            past.append(told)
+            failing += any(news.error for news in told)
+            self.holder = told[0]
+            idle = [self.idles(past, rank) for rank in range(len(keys))]
+            found = self.judge(told, silent, idle, failing)
+        if found:
+            rank, words = found
+            error, process = told[rank].error, told[rank].process
+            hung = process if silent[rank] >= self.DEAD_AFTER_FAILURE else None
+            self.end(f"rank {rank} {words}", hung, error.signal if error else 0)
 
-
-# ---- training states
-
-
-def save_state(trainer, step, seconds, losses, name=None):
-    """Writes all that training goes on from: <sha256><torch.save> in the run's folder, on rank 0's
-    disk; two are kept.
-
-    step (the loader's position too), seconds, last losses, weights, average, momentum of all ranks,
-    AdamW's moments, state of the random numbers, looping state and where its stretches began. A
-    disk that is full is told of and ends nothing.
-    """
-    dist, log, muon, momentum = trainer.dist, trainer.log, trainer.optimizers.muon, []
-    for bank, buffer in zip(muon.banks, muon.momentum_buffers, strict=True):
-        handle, full = dist.all_gather(buffer)
-        handle.wait()
-        momentum.append(full[: len(bank)])
-    name = name or f"state-{step:08d}.pt"
-    state = {
-        "settings": dataclasses.asdict(trainer.hp),
-        "step": step,
-        "seconds": seconds,
-        "losses": dist.all_reduce(torch.stack(losses[-20:])),
-        "weights": trainer.model.state_dict(),
-        "average": trainer.ema.average,
-        "snapshots": trainer.ema.snapshots,
-        "momentum": momentum,
-        "adamw": trainer.optimizers.adamw.state_dict()["state"],
-        "rng": torch.get_rng_state(),
-        "looping": trainer.looping,
-        "tokens_at": trainer.tokens_at,
-    }
-    if dist.rank == 0:
+    def look(self, keys):
+        """Publishes this rank's news and reads the News of all ranks."""
+        answered = threading.Event()
+        threading.Thread(target=self.await_store, args=[answered], daemon=True).start()
         try:
-            train_gpt.write_atomically(log.folder / name, sealed(state))
-        except OSError as error:
-            log(f"note: {name} could not be written: {error}")
+            self.tell()
+            told = [News.read(text) for text in self.store.multi_get(keys)]
+        except RuntimeError as error:
+            self.end_without_store(f"{error!r:.80}")
+        answered.set()
+        return told
+
+    def await_store(self, answered):
+        """Ends this process if the store does not answer.
+
+        A store whose process is frozen answers nothing, and its client would wait for ever. Waits
+        are counted like looks: where Python's lock was held for long, the answer may have arrived
+        and gets its turn.
+        """
+        if not any(answered.wait(1.0) for _ in range(2 * self.DEAD)):
+            self.end_without_store("it does not answer")
+
+    def end_without_store(self, why):
+        """Ends this process because the store's holder, torchrun or rank 0, has died or hangs."""
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if agent and self.guard.signal and self.guard.signals_wait:
+            # torchrun ended after it had passed the signal on: the run ends by itself, with a
+            # training state (see after_step)
+            time.sleep(self.STOPPING)
+        holder = "torchrun" if agent else "rank 0"
+        verdict = (
+            f"{holder} died or hangs, last heard of in stage {self.holder.stage};"
+            f" it holds the store: {why}"
+        )
+        self.end(verdict, None if agent else self.holder.process)
+
+    def end(self, verdict, hung=None, number=0):
+        """Ends this process with a verdict, and the process `hung` if it lives on this host.
+
+        number: signal that ended the other rank, 0 for none; this one ends by the same.
+        """
+        if self.done.is_set():
             return
-        for old in state_files(log.folder)[KEPT_STATES:]:
-            old.unlink()
-        log(f"step:{step} state:{name}")
-    if dist.rank == 0 and (kept := state_files(log.folder)):
-        trainer.guard.resume_hint = command(trainer.hp, dist, log.folder, kept[0], resume=True)
+        if self.dist.rank == 0:
+            time.sleep(2.5)  # it may hold the store, in which the others are to find the same
+        self.guard.tell(
+            f"{verdict}. Rank {self.dist.rank} ends in stage {self.guard.stage}."
+            f" {self.guard.resume_hint}"
+        )
+        # a frozen process would stay; torchrun takes 30 s to end it
+        if hung and lives(*hung, states="RSDTt"):
+            os.kill(hung.pid, signal.SIGKILL)
+        number = self.guard.signal or number
+        leave(128 + number if number else 1)
+
+    def idles(self, past, rank):
+        """Has a rank entered no collective and used next to no CPU in STALLED looks?
+
+        The CPU time includes programs that the rank started; it falls when one ends.
+        """
+        if len(past) <= self.STALLED:
+            return False
+        first, last = past[0][rank], past[-1][rank]
+        used = last.cpu_ticks - first.cpu_ticks
+        return last.num_collectives == first.num_collectives and 0 <= used < self.IDLE_TICKS
+
+    def judge(self, told, silent, idle, failing):
+        """Which rank ends the run, and why -> (rank, words), or None.
+
+        told: News of the ranks; silent: looks without news of each; idle: whether each idles;
+        failing: looks since the first failure. A rank that lost its peer fails as well, so dead
+        ranks are looked for first, then the one that failed first.
+        """
+        furthest = max(news.num_collectives for news in told)
+        limit = self.DEAD_AFTER_FAILURE if failing else self.DEAD
+        for rank, news in enumerate(told):
+            if silent[rank] >= limit:
+                if silent[rank] >= self.STALLED or not lives(*news.process):
+                    return rank, f"died or hangs in stage {news.stage}"
+            elif idle[rank] and news.num_collectives < furthest:
+                return rank, f"stalls in stage {news.stage}, the others wait for it"
+        if failing > self.DEAD_AFTER_FAILURE + 1:
+            failed = [rank for rank, news in enumerate(told) if news.error]
+            first = min(failed, key=lambda rank: told[rank].error.order)
+            return first, f"failed in stage {told[first].stage}: {told[first].error.message}"
+        return None
 
 
-def sealed(state):
-    """-> bytes <sha256><torch.save>, in one buffer: copies of a gigabyte would keep Python's
-    lock for seconds.
-    """
-    buffer = io.BytesIO(bytes(STATE_DIGEST_BYTES))
-    buffer.seek(STATE_DIGEST_BYTES)
-    torch.save(state, buffer)
-    view = buffer.getbuffer()
-    view[:STATE_DIGEST_BYTES] = hashlib.sha256(view[STATE_DIGEST_BYTES:]).digest()
-    return view
-
-
-def state_files(folder):
-    """The training states of a run's folder, newest first."""
-    return sorted(Path(folder).glob("state-*.pt"), reverse=True)
-
-
-def newest_state(folder):
-    """-> name and content of the newest whole training state; torn ones are passed over.
-
-    SafetyError if none is.
-    """
-    for path in state_files(folder):
-        data = path.read_bytes()
-        sealed, content = data[:STATE_DIGEST_BYTES], data[STATE_DIGEST_BYTES:]
-        if content and hashlib.sha256(content).digest() == sealed:
-            return path.name, content
-    raise SafetyError(f"{folder} holds no whole training state (state-*.pt), which RESUME=1 needs")
-
-
-def load_state(trainer):
-    """Takes up the newest whole state of the run's folder on rank 0 -> step, seconds, losses, or
-    SafetyError.
-
-    Only tensors and numbers are read, never code (torch.load with weights_only).
-    """
-    dist, muon, adamw = trainer.dist, trainer.optimizers.muon, trainer.optimizers.adamw
-    name, data = newest_state(trainer.log.folder) if dist.rank == 0 else ("", b"")
-    size = int(dist.max_over_ranks(len(data))[0])
-    box = torch.frombuffer(bytearray(data or size), dtype=torch.uint8)
-    dist.broadcast(box)
+def host_id():
+    """A text that is equal for processes that see each other's numbers; "" without /proc."""
     try:
-        state = torch.load(io.BytesIO(box.numpy()), map_location="cpu", weights_only=True)
-        trainer.model.load_state_dict(state["weights"])
-        for buffer, full in zip(muon.momentum_buffers, state["momentum"], strict=True):
-            buffer.copy_(muon.padded(full).chunk(dist.world_size)[dist.rank])
-        for average, saved in zip(trainer.ema.average, state["average"], strict=True):
-            average.copy_(saved)
-        trainer.ema.snapshots = int(state["snapshots"])
-        adamw.load_state_dict(adamw.state_dict() | {"state": state["adamw"]})
-        torch.set_rng_state(state["rng"])
-        # which the ranks add up again
-        losses = list((state["losses"] / dist.world_size).to(dist.device))
-        float(losses[-1])  # one loss at least, each of them a number
-        trainer.looping = bool(state["looping"])
-        trainer.tokens_at = [(int(begun), float(used)) for begun, used in state["tokens_at"]]
-        step, seconds = int(state["step"]), float(state["seconds"])
-    except Exception as error:  # whatever a forged file makes torch raise
-        raise SafetyError(f"{name} does not fit these settings: {error!r:.300}") from None
-    if dist.rank == 0:  # what a failure before the next state is told with
-        folder = trainer.log.folder
-        trainer.guard.resume_hint = command(trainer.hp, dist, folder, folder / name, resume=True)
-    trainer.log(f"step:{step} resumed:{name} train_seconds:{seconds:.2f}")
-    return step, seconds, losses
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return boot + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
-def settings_of_file(path, hp):
-    """Settings {field: value} that a file to go on from was made with, {} where nothing says it.
-
-    A checkpoint or a training state holds them. Of an artifact they are those of the model.pt
-    beside it, or else of the log beside it: its own bytes count, so it has none.
-    """
-    if hp.resume:
-        return torch.load(
-            io.BytesIO(path.read_bytes()[STATE_DIGEST_BYTES:]), weights_only=True
-        ).get("settings", {})
-    checkpoint = path if hp.quant_only else path.with_name("model.pt")
-    if checkpoint.is_file():
-        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(
-            "settings", {}
-        )
-    if path.with_name("log.txt").is_file():
-        lines = path.with_name("log.txt").read_text(encoding="utf-8").splitlines()
-        texts = read_settings(lines)[0]  # of the last table, which the others stand before
-        kinds = {
-            field.name: field.type
-            for field in dataclasses.fields(hp)
-            if field.name.upper() in texts
-        }
-        texts = {name: texts[name.upper()] for name in kinds}
-        return {
-            name: kind(int(texts[name])) if kind is bool else kind(texts[name])
-            for name, kind in kinds.items()
-        }
-    return {}
+def stat_fields(pid):
+    """The fields of /proc/<pid>/stat after the program's name. Raises OSError if it is gone."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
-def compare_settings(path, hp):
-    """A file to go on from against the settings -> list of problems, phrase for the log. A damaged
-    file: no problem.
-
-    What gives the weights another meaning is a problem: they would load, and score something else
-    in silence. What else differs is told.
-    """
+def process_state(pid):
+    """Letter of a process's state, and when it started; "" and "" if it is gone."""
     try:
-        settings = settings_of_file(path, hp)
-        other = {
-            name: value for name, value in settings.items() if getattr(hp, name, value) != value
-        }
-    # whatever a damaged file makes torch raise: the error is told where the weights are read
-    except Exception:
-        return [], ""
-    if not settings:
-        return (
-            [],
-            f"\nnote: nothing says which settings {path} was made with; they must be the same",
-        )
-    told = [
-        f"{name.upper()}={getattr(hp, name)} ({value} there)"
-        for name, value in other.items()
-        if name in MEANING
+        fields = stat_fields(pid)
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
+
+
+def lives(host, pid, started, states="RSD"):
+    """Is this very process on this host, and neither ended nor frozen?"""
+    if host != host_id():
+        return False
+    state, since = process_state(pid)
+    return bool(state) and since == started and state in states
+
+
+def children():
+    """Numbers, as text, of the programs that this process has started and that run."""
+    found = ""
+    for path in glob.glob("/proc/self/task/*/children"):
+        with contextlib.suppress(OSError):  # a thread may end meanwhile
+            found += Path(path).read_text() + " "
+    return found.split()
+
+
+def cpu_ticks():
+    """CPU time of this process and of the programs that it waits for, in the kernel's ticks."""
+    total = 0
+    for pid in ("self", *children()):
+        with contextlib.suppress(OSError):
+            user, system = stat_fields(pid)[11:13]
+            total += int(user) + int(system)
+    return total
+
+
+def leave(code):
+    """Ends this process at once, whatever its threads wait for, and the programs it started."""
+    for pid in children():
+        with contextlib.suppress(OSError):
+            os.kill(int(pid), signal.SIGTERM)
+    time.sleep(0.2)  # in which the threads that waited for them remove their temporary files
+    sys.stdout.flush()
+    os._exit(code)
+
+
+# ---- CHECKS OF THE MACHINE, BEFORE THE CLOCK STARTS ----------------------------------------------
+
+# of the packed script that every run counts
+PACKAGES = {"brotli": "brotli", "python-minifier": "python_minifier"}
+FAST_COMPRESSORS = ("entropy",)  # 5 MB/s or more; the others take minutes for a complete model
+TRIAL_ROWS = 8
+# an artifact of trained weights has 0.99 of the projected size, one of other statistics may have
+# less
+GENEROUS = 0.8
+GAUSSIAN_BITS = math.log2(math.sqrt(2 * math.pi * math.e))  # entropy of a unit Gaussian, steps of 1
+STATE_BYTES_A_WEIGHT = 20  # weights, average, momentum and both moments, fp32
+
+
+def check_machine(hp, dist, folder=None, model=None, compressor_works=False):
+    """Checks this machine against the settings -> phrases for the log.
+
+    Packages are checked on every rank; on rank 0 also the run's folder, and with a model and a
+    compressor that works a round trip of random weights, the budgets and the size of the artifact
+    to come. Raises SafetyError with all problems.
+    """
+    problems = []
+    phrases = []
+    missing = [
+        name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None
     ]
-    if told:
-        return [
-            f"{path} holds a model of other settings: {', '.join(told)}: set them as they are there"
-        ], ""
-    rest = [name for name in other if name not in OF_THE_RUN]
-    told = ", ".join(f"{name.upper()}={getattr(hp, name)} ({other[name]} there)" for name in rest)
-    return [], f"\nnote: settings other than those of {path}: {told}" if told else ""
-
-
-def command(hp, dist, folder, whole, **mode):
-    """What goes on from a whole file of a run's folder: a sentence with the line for a shell,
-    of the run's settings.
-    """
-    (name,) = (key.upper() for key in mode)
-    hp = dataclasses.replace(
-        hp, **{"run_id": folder.name, "resume": False, "prequant_only": False} | mode
-    )
-    values = {
-        field.name.upper(): (getattr(hp, field.name), field) for field in dataclasses.fields(hp)
-    }
-    words = [
-        f"{name}={shlex.quote(str(int(value) if field.type is bool else value))}"
-        for name, (value, field) in values.items()
-        if value != field.default
-    ]
-    start = (
-        f"torchrun --standalone --nproc_per_node={dist.world_size}"
-        if dist.world_size > 1
-        else "python"
-    )
-    return " ".join(
-        [f"{whole} is whole; {name}=1 goes on from it:", *words, start, shlex.quote(sys.argv[0])]
-    )
-
-
-# ---- before the clock starts
-
-
-def projected_bytes(model, hp):
-    """Size of the artifact from shapes and settings alone: Gaussian rows at their entropy,
-    small tensors as fp16.
-    """
-    bits = 0.0
-    for name, weight in model.named_parameters():
-        kind = (
-            "embed"
-            if name in ("tok_emb", "lm_head")
-            else "mlp"
-            if name.startswith("mlp")
-            else "attn"
-        )
-        if kind == "embed" or name.endswith("_bank"):
-            step = getattr(hp, f"{kind}_clip_sigmas")  # in deviations, of the largest code
-            step /= 2 ** ((hp.embed_bits if kind == "embed" else hp.matrix_bits) - 1) - 1
-            bits += (
-                max(0.0, GAUSSIAN_BITS - math.log2(step)) * weight.numel()
-                + 16 * weight.numel() / weight.shape[-1]
-            )
-        else:
-            bits += 16 * weight.numel()
-    return round(bits / 8)
-
-
-def trial_arrays(model, hp):
-    """Random weights as quantize_weights would hand them on -> arrays, share of the real ones'
-    elements.
-
-    Names, fields and small tensors are those of the run. Of matrices of one shape the first is
-    whole where the coder is fast, all others have few rows.
-    """
-    weights, generator, arrays, seen = (
-        train_gpt.unbank(model),
-        torch.Generator().manual_seed(1),
-        {},
-        set(),
-    )
-    for name, weight in weights.items():
-        role, shape, fields = train_gpt.quant_role(name), tuple(weight.shape), {}
-        if role is None:
-            fields = train_gpt.quantize_small(name, torch.randn(shape, generator=generator), hp)
-        else:
-            rows = (
-                shape[0]
-                if hp.compressor in FAST_COMPRESSORS and shape not in seen
-                else min(TRIAL_ROWS, shape[0])
-            )
-            deviation = (2 ** (getattr(hp, role.bits) - 1) - 1) / getattr(hp, role.clip_sigmas)
-            codes = (
-                (torch.randn(rows, shape[1], generator=generator) * deviation)
-                .round_()
-                .clamp_(-127, 127)
-            )
-            scale = torch.rand(rows, generator=generator)
-            fields = {"codes": codes.to(torch.int8), "scale": scale.half()}
-            if hp.gptq_column_steps:
-                fields["scale"] = train_gpt.to_log2_eighths(scale)
-                fields["column_steps"] = train_gpt.to_log2_eighths(torch.ones(shape[1]))
-            if hp.lqer_enabled and len(seen) < hp.lqer_top_k and shape not in seen:
-                sizes = (rows, hp.lqer_rank), (hp.lqer_rank, shape[1])
-                a, b = (torch.randn(size, generator=generator) for size in sizes)
-                fields |= train_gpt.pack_factors(a, b, hp)
-            seen.add(shape)
-        arrays |= {f"{name}:{field}": value.numpy() for field, value in fields.items()}
-    return arrays, sum(a.size for a in arrays.values()) / sum(
-        weight.numel() for weight in weights.values()
-    )
-
-
-def try_packing(model, hp):
-    """Packs, unpacks and dequantizes random weights -> a phrase for the log, seconds that unpacking
-    takes at least.
-
-    SafetyError where that fails, or other bytes come out.
-    """
-    arrays, share = trial_arrays(model, hp)
-    try:
-        times = [time.perf_counter()]
-        blob = train_gpt.pack_weights(arrays, hp.compressor)
-        times.append(time.perf_counter())
-        found = train_gpt.unpack_weights(blob)
-        times.append(time.perf_counter())
-        train_gpt.dequantize_weights(found)
-    except Exception as error:  # whatever a library that does not do raises
-        raise SafetyError(
-            f"COMPRESSOR={hp.compressor} failed on random weights: {error!r:.300}"
-        ) from None
-    wrong = sorted(arrays.keys() ^ found.keys())
-    wrong = wrong or [
-        n for n, a in arrays.items() if found[n].dtype != a.dtype or not np.array_equal(found[n], a)
-    ]
-    if wrong:
-        raise SafetyError(
-            f"COMPRESSOR={hp.compressor} gave back other values than it got: {', '.join(wrong[:3])}"
-        )
-    pack, unpack = np.diff(times)
-    phrase = f"trial_packing share:{share:.3f} pack_seconds:{pack:.2f} unpack_seconds:{unpack:.2f}"
-    return phrase, unpack / share if hp.compressor in FAST_COMPRESSORS else unpack
-
-
-def check_budgets(model, hp):
-    """Budgets that cannot hold, an artifact that cannot fit, a compressor that fails ->
-    problems, words for the log.
-    """
-    problems, phrases = [], []
-    if hp.prequant_only or hp.ttt_eval_only:
-        return problems, phrases
-    if hp.max_wallclock_seconds and not hp.gptq_reserve_seconds and not hp.quant_only:
+    if missing:
+        problems.append(f"not installed: {' '.join(missing)} (README: installation)")
+    if train_gpt.compile_wanted(hp, dist) and (missing := missing_compiler(dist.device.type)):
+        problems.append(f"torch.compile needs {missing}: apt-get install g++, or set COMPILE=0")
+    finished = folder and not dist.rank and (folder / "model.pt").exists()
+    if finished and not goes_on(hp):
         problems.append(
-            "GPTQ_RESERVE_SECONDS=0 leaves Hessians and GPTQ no time of MAX_WALLCLOCK_SECONDS:"
-            " set it"
+            f"{folder} holds a finished training: choose another RUN_ID, or go on with QUANT_ONLY=1"
         )
-    try:
-        phrase, seconds = try_packing(model, hp)
-        phrases.append(phrase)
-        if seconds > 2 * hp.eval_budget_seconds:  # not for a moment in which the machine was busy
-            problems.append(
-                f"EVAL_BUDGET_SECONDS={hp.eval_budget_seconds}: unpacking takes about {seconds:.0f}"
-                " s here"
-            )
-    except SafetyError as error:
-        problems.append(str(error))
-    size, cap = projected_bytes(model, hp), train_gpt.BYTE_CAP
-    phrases.insert(0, f"projected_artifact_bytes:{size}")
-    advice = (
-        "take fewer weights or wider clips (..._CLIP_SIGMAS), or TARGET_BYTES, which widens them"
-        " until it fits"
-    )
-    if not hp.target_bytes and GENEROUS * size > cap:
-        problems.append(
-            f"the artifact will have about {size:,} bytes, the cap is {cap:,}: {advice}"
-        )
-    elif not hp.target_bytes and size > cap:
-        phrases.append(
-            f"\nnote: the artifact may not fit, about {size:,} bytes, the cap is {cap:,}: {advice}"
-        )
-    return problems, phrases
+    if model is not None and not dist.rank:  # problems of the model were reported already
+        if folder is not None:
+            more, phrase = check_folder(folder, model, hp)
+            problems += more
+            phrases.append(phrase)
+        if compressor_works:
+            more, of_budgets = check_budgets(model, hp)
+            problems += more
+            phrases = of_budgets + phrases
+    raise_all(problems)
+    return " ".join(phrases).rstrip()
 
 
-def wanted_bytes(model, hp):
-    """What a run may write to its folder at most: model.pt, training states, artifact, code,
-    log.
+def goes_on(hp):
+    """Whether a run continues from a finished training."""
+    return hp.quant_only or hp.ttt_eval_only
+
+
+def raise_all(problems):
+    if problems:
+        raise SafetyError("\n".join(problems))
+
+
+def missing_compiler(device):
+    """What torch.compile lacks on a "cpu" or "cuda" device; None if its compiler is there.
+
+    On the CPU its kernels are C++, on a GPU Triton builds a launcher in C for each of them.
     """
-    states = (
-        0 if hp.quant_only or hp.ttt_eval_only else KEPT_STATES + 1 if hp.checkpoint_every else 1
-    )
-    return (
-        sum(p.numel() for p in model.parameters()) * (4 + STATE_BYTES_A_WEIGHT * states)
-        + 50_000_000
-    )
+    variable, names = ("CC", ("gcc", "clang", "cc")) if device == "cuda" else ("CXX", ("g++",))
+    if os.environ.get(variable):
+        names = (os.environ[variable],)
+    if any(map(shutil.which, names)):
+        return None
+    return f"a compiler, and there is no {' or '.join(names)}"
+
+
+# -- the run's folder
 
 
 def check_folder(folder, model, hp):
-    """Room and permission for the run's folder, the file that a run goes on from -> problems,
-    phrase for the log.
+    """Room and permission for the run's folder, and the file that a run continues from.
+
+    -> list of problems, phrase for the log.
     """
-    problems, phrase, goes_on = [], "", hp.quant_only or hp.ttt_eval_only
+    problems = []
+    phrase = ""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         problems.append(f"{place} cannot be written to: set RUNS_DIR, or change its permissions")
-    source = {hp.quant_only: hp.checkpoint_path or folder / "model.pt"}
-    source = {hp.ttt_eval_only: hp.artifact_path or folder / "artifact.bin"} | source
-    if goes_on and not Path(source[True]).is_file():
-        problems.append(
-            f"{source[True]} does not exist: set the RUN_ID of a finished run, or the file's own"
-            " path"
-        )
-    elif goes_on:
-        more, phrase = compare_settings(Path(source[True]), hp)
-        problems += more
-    if (folder / "log.txt").exists() and not (
-        goes_on or hp.resume or (folder / "model.pt").exists()
-    ):
+    if goes_on(hp):
+        name = hp.artifact_path or folder / "artifact.bin"
+        if hp.quant_only:
+            name = hp.checkpoint_path or folder / "model.pt"
+        if Path(name).is_file():
+            more, phrase = compare_settings(Path(name), hp)
+            problems += more
+        else:
+            problems.append(
+                f"{name} does not exist: set the RUN_ID of a finished run, or the file's own path"
+            )
+    ended = goes_on(hp) or hp.resume or (folder / "model.pt").exists()
+    if (folder / "log.txt").exists() and not ended:
         problems.append(
             f"{folder} holds a run that did not end: choose another RUN_ID, or go on with RESUME=1"
         )
-    wanted, free = wanted_bytes(model, hp), shutil.disk_usage(place).free
+    wanted = wanted_bytes(model, hp)
+    free = shutil.disk_usage(place).free
     if free < wanted:
         problems.append(
             f"{place} has {free / 1e9:.2f} GB free, this run may write {wanted / 1e9:.2f} GB: make"
@@ -1017,56 +917,19 @@ def check_folder(folder, model, hp):
     return problems, phrase
 
 
-def missing_compiler(device):
-    """What torch.compile lacks on a "cpu" or "cuda" device, None where its compiler is there.
-
-    On the CPU its kernels are C++, on a GPU Triton builds a launcher in C for each of them.
-    """
-    variable, names = ("CC", ("gcc", "clang", "cc")) if device == "cuda" else ("CXX", ("g++",))
-    names = (os.environ[variable],) if os.environ.get(variable) else names
-    return (
-        None
-        if any(map(shutil.which, names))
-        else f"a compiler, and there is no {' or '.join(names)}"
-    )
-
-
-def check_machine(hp, dist, folder=None, model=None, **found):
-    """What the settings ask of this machine -> phrases for the log. SafetyError with all that is
-    missing.
-
-    `found` is what the run's other checks have made. Packages on every rank; on rank 0 the run's
-    folder, a round trip of random weights through the compressor, budgets, the size of the artifact
-    to come.
-    """
-    problems, phrases = [], []
-    if missing := [
-        name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None
-    ]:
-        problems.append(f"not installed: {' '.join(missing)} (README: installation)")
-    if missing := train_gpt.compile_wanted(hp, dist) and missing_compiler(dist.device.type):
-        problems.append(f"torch.compile needs {missing}: apt-get install g++, or set COMPILE=0")
-    finished = folder and not dist.rank and (folder / "model.pt").exists()
-    if finished and not (hp.quant_only or hp.ttt_eval_only):
-        problems.append(
-            f"{folder} holds a finished training: choose another RUN_ID, or go on with QUANT_ONLY=1"
-        )
-    if model is not None and not dist.rank:  # what is wrong with the model has been told already
-        if folder is not None:
-            more, phrase = check_folder(folder, model, hp)
-            problems += more
-            phrases.append(phrase)
-        if "compressor" in found:
-            more, told = check_budgets(model, hp)
-            problems += more
-            phrases = told + phrases
-    raise_all(problems)
-    return " ".join(phrases).rstrip()
+def wanted_bytes(model, hp):
+    """How much a run may write to its folder: model.pt, states, artifact, code and log."""
+    states = KEPT_STATES + 1 if hp.checkpoint_every else 1
+    if goes_on(hp):
+        states = 0
+    num_weights = sum(p.numel() for p in model.parameters())
+    return num_weights * (4 + STATE_BYTES_A_WEIGHT * states) + 50_000_000
 
 
 def lock(folder):
-    """Locks a run's folder until this process ends, however it does -> the file that must stay
-    open, or SafetyError.
+    """Locks a run's folder until this process ends -> the file that must stay open.
+
+    Raises SafetyError if another run has it.
     """
     file = open(folder / "log.txt", "a")
     try:
@@ -1085,6 +948,239 @@ def lock(folder):
     return file
 
 
-def raise_all(problems):
-    if problems:
-        raise SafetyError("\n".join(problems))
+# -- budgets, the compressor, the artifact's size
+
+
+def check_budgets(model, hp):
+    """Budgets that cannot hold, an artifact that cannot fit, a compressor that fails.
+
+    -> list of problems, list of phrases for the log.
+    """
+    problems = []
+    phrases = []
+    if hp.prequant_only or hp.ttt_eval_only:
+        return problems, phrases
+    if hp.max_wallclock_seconds and not hp.gptq_reserve_seconds and not hp.quant_only:
+        problems.append(
+            "GPTQ_RESERVE_SECONDS=0 leaves Hessians and GPTQ no time of MAX_WALLCLOCK_SECONDS:"
+            " set it"
+        )
+    try:
+        phrase, seconds = try_packing(model, hp)
+        phrases.append(phrase)
+        if seconds > 2 * hp.eval_budget_seconds:  # twice: the machine may have been busy
+            problems.append(
+                f"EVAL_BUDGET_SECONDS={hp.eval_budget_seconds}: unpacking takes about {seconds:.0f}"
+                " s here"
+            )
+    except SafetyError as error:
+        problems.append(str(error))
+    size = projected_bytes(model, hp)
+    cap = train_gpt.BYTE_CAP
+    phrases.insert(0, f"projected_artifact_bytes:{size}")
+    advice = (
+        f"{size:,} bytes, the cap is {cap:,}: take fewer weights or wider clips (..._CLIP_SIGMAS),"
+        " or TARGET_BYTES, which widens them until it fits"
+    )
+    if hp.target_bytes:
+        return problems, phrases
+    if GENEROUS * size > cap:
+        problems.append(f"the artifact will have about {advice}")
+    elif size > cap:
+        phrases.append(f"\nnote: the artifact may not fit, about {advice}")
+    return problems, phrases
+
+
+def projected_bytes(model, hp):
+    """Size of the artifact from shapes and settings alone.
+
+    Matrices are taken for Gaussian rows coded at their entropy, small tensors for fp16.
+    """
+    bits = 0.0
+    for name, weight in model.named_parameters():
+        kind = "mlp" if name.startswith("mlp") else "attn"
+        code_bits = hp.matrix_bits
+        if name in ("tok_emb", "lm_head"):
+            kind = "embed"
+            code_bits = hp.embed_bits
+        if kind != "embed" and not name.endswith("_bank"):
+            bits += 16 * weight.numel()
+            continue
+        largest_code = 2 ** (code_bits - 1) - 1
+        step = getattr(hp, f"{kind}_clip_sigmas") / largest_code  # in standard deviations
+        bits += max(0.0, GAUSSIAN_BITS - math.log2(step)) * weight.numel()
+        bits += 16 * weight.numel() / weight.shape[-1]  # scales of rows
+    return round(bits / 8)
+
+
+def trial_arrays(model, hp):
+    """Random weights in the form that quantize_weights gives -> arrays, share of all elements.
+
+    Names, fields and small tensors are the run's. Of the matrices of one shape the first is
+    complete if the coder is fast; all others have few rows.
+    """
+    generator = torch.Generator().manual_seed(1)
+    weights = train_gpt.unbank(model)
+    arrays = {}
+    seen = set()
+    for name, weight in weights.items():
+        role = train_gpt.quant_role(name)
+        shape = tuple(weight.shape)
+        if role is None:
+            fields = train_gpt.quantize_small(name, torch.randn(shape, generator=generator), hp)
+        else:
+            first = shape not in seen
+            complete = first and hp.compressor in FAST_COMPRESSORS
+            rows = shape[0] if complete else min(TRIAL_ROWS, shape[0])
+            fields = trial_codes(role, rows, shape[1], hp, generator)
+            if hp.lqer_enabled and first and len(seen) < hp.lqer_top_k:
+                a = torch.randn((rows, hp.lqer_rank), generator=generator)
+                b = torch.randn((hp.lqer_rank, shape[1]), generator=generator)
+                fields |= train_gpt.pack_factors(a, b, hp)
+            seen.add(shape)
+        arrays |= {f"{name}:{field}": value.numpy() for field, value in fields.items()}
+    elements = sum(array.size for array in arrays.values())
+    return arrays, elements / sum(weight.numel() for weight in weights.values())
+
+
+def trial_codes(role, rows, columns, hp, generator):
+    """Codes, scales and column steps of a random matrix (rows, columns)."""
+    largest_code = 2 ** (getattr(hp, role.bits) - 1) - 1
+    deviation = largest_code / getattr(hp, role.clip_sigmas)
+    codes = torch.randn(rows, columns, generator=generator) * deviation
+    codes = codes.round_().clamp_(-127, 127)
+    scale = torch.rand(rows, generator=generator)
+    fields = {"codes": codes.to(torch.int8), "scale": scale.half()}
+    if hp.gptq_column_steps:
+        fields["scale"] = train_gpt.to_log2_eighths(scale)
+        fields["column_steps"] = train_gpt.to_log2_eighths(torch.ones(columns))
+    return fields
+
+
+def try_packing(model, hp):
+    """Packs, unpacks and dequantizes random weights.
+
+    -> phrase for the log, least seconds that unpacking takes. Raises SafetyError if that fails or
+    gives other values.
+    """
+    arrays, share = trial_arrays(model, hp)
+    try:
+        start = time.perf_counter()
+        blob = train_gpt.pack_weights(arrays, hp.compressor)
+        packed = time.perf_counter()
+        found = train_gpt.unpack_weights(blob)
+        unpacked = time.perf_counter()
+        train_gpt.dequantize_weights(found)
+    except Exception as error:  # whatever a library that does not work raises
+        raise SafetyError(
+            f"COMPRESSOR={hp.compressor} failed on random weights: {error!r:.300}"
+        ) from None
+    wrong = sorted(arrays.keys() ^ found.keys())
+    if not wrong:
+        wrong = [name for name in arrays if not equal_arrays(arrays[name], found[name])]
+    if wrong:
+        raise SafetyError(
+            f"COMPRESSOR={hp.compressor} gave back other values than it got: {', '.join(wrong[:3])}"
+        )
+    seconds = unpacked - packed
+    phrase = (
+        f"trial_packing share:{share:.3f} pack_seconds:{packed - start:.2f}"
+        f" unpack_seconds:{seconds:.2f}"
+    )
+    return phrase, seconds / share if hp.compressor in FAST_COMPRESSORS else seconds
+
+
+def equal_arrays(a, b):
+    return a.dtype == b.dtype and np.array_equal(a, b)
+
+
+# ---- PRESET, CODE AND COMMIT ---------------------------------------------------------------------
+
+
+def preset_notes(hp):
+    """Lines for the log: the preset's settings, and what the environment sets otherwise."""
+    given = read_preset(hp.preset)
+    other = []
+    for field in dataclasses.fields(hp):
+        name, value = field.name.upper(), getattr(hp, field.name)
+        if name not in given:
+            continue
+        text = given[name]
+        if value != (text == "1" if field.type is bool else field.type(text)):
+            other.append(f"{name}={value} (preset {text})")
+    settings = " ".join(f"{name}={value}" for name, value in given.items())
+    return [
+        f"preset {hp.preset}: {settings}",
+        f"preset {hp.preset}, set otherwise: {', '.join(other) or 'nothing'}",
+    ]
+
+
+def packed_code(script, hp):
+    """A script's bytes -> its packed, self-extracting form with these settings, bytes."""
+    try:
+        from .pack_code import pack_code
+    except ImportError as error:
+        raise SettingError(
+            f"the code cannot be packed and counted: {error}. Run train_gpt.py from its repository,"
+            " after pip install -r requirements.txt, or copy a run's packed train_gpt.py"
+        ) from None
+    return pack_code(script.decode(), {name.upper(): value for name, value in vars(hp).items()})
+
+
+def git_commit():
+    """The checkout's commit, with + if files differ from it; None outside a checkout."""
+    commit, _ = describe_commit() or ("", "")
+    return commit or None
+
+
+def describe_commit():
+    """Standard output and error of git on this checkout; None without git."""
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--exclude=*"]
+    if not shutil.which("git"):
+        return None
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip(), done.stderr.strip()
+
+
+def commit_notes():
+    """Notes for the log if git does not know the commit: such a run can make no record."""
+    commit, error = describe_commit() or ("", "git is not installed")
+    if commit or not (ROOT / ".git").exists():
+        return []
+    if "dubious ownership" in error:  # as in a container, where the folder belongs to another user
+        return [
+            f"commit unknown, {ROOT} belongs to another user: git config --global --add"
+            f" safe.directory {ROOT}"
+        ]
+    reason = error.splitlines()[0] if error else "no commit yet"
+    return [f"commit unknown, no record can be made of this run: {reason}"]
+
+
+# ---- LIVE LINE -----------------------------------------------------------------------------------
+
+
+class LiveLine:
+    """The running stage, its bar and the seconds left; print `erase` before anything else."""
+
+    erase = "\r\x1b[K"
+
+    def __init__(self):
+        self.shown = 0.0
+        self.stage = None
+
+    def show(self, name, start, share, detail):
+        """Shows a new stage at once, else five times a second.
+
+        start: when the stage began (perf_counter); share: how much of it is done; detail: words.
+        """
+        now = time.perf_counter()
+        if self.stage == (name, start) and now - self.shown <= 0.2:
+            return
+        self.shown = now
+        self.stage = (name, start)
+        bar = "..."
+        if share:
+            left = (now - start) * (1 / share - 1)
+            bar = f"[{'#' * round(30 * share):.<30}] {share:4.0%}  {left:.0f} s left  {detail}"
+        width = shutil.get_terminal_size().columns - 1
+        print(self.erase + f"{name} {bar}"[:width], end="", flush=True)

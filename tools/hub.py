@@ -1,5 +1,6 @@
-"""Why the Hugging Face hub cannot be reached: errors of its client in words that name what to
-change.
+"""Why the Hugging Face hub cannot be reached.
+
+Errors of its client in words that name what to change.
 """
 
 import os
@@ -17,8 +18,9 @@ PROXIES = "ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"
 
 
 def proxies(start=""):
-    """Names of the environment's proxy variables whose values begin so; the values may hold
-    passwords.
+    """Names of the environment's proxy variables whose values begin so.
+
+    The values may hold passwords.
     """
     names = [form for name in PROXIES for form in (name, name.lower())]
     return [

@@ -48,7 +48,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.run_files import PresetError, settings_of, with_preset  # noqa: E402
+from tools.run_files import PRESETS, PresetError, script_of, settings_of, with_preset  # noqa: E402
 
 # never handed on
 OURS = ("SEEDS", "GPUS", "NPROC", "SCRIPT", "EXTRA_ENV", "VENV", "USE_TMUX", "PLOTS")
@@ -71,8 +71,9 @@ class LaunchError(Exception):
 
 
 def say(*words, file=None):
-    """Prints for somebody who may have gone: a window that is closed or a full disk behind it
-    ends nothing.
+    """Prints for somebody who may have gone.
+
+    A window that is closed or a full disk behind it ends nothing.
     """
     file = file or sys.stdout
     try:
@@ -131,7 +132,7 @@ def make_plan(environ):
         raise LaunchError(
             f"RUN_ID={name}: too long: {len(longest)} bytes with the seed, {LONGEST_NAME} at most"
         )
-    script = Path(environ.get("SCRIPT") or ROOT / "train_gpt.py").absolute()
+    script = Path(environ.get("SCRIPT") or script_of(settings)).absolute()
     nproc, lanes = read_lanes(environ, seeds)
     return Plan(
         Path(settings.get("RUNS_DIR", "runs")).absolute() / name,
@@ -146,8 +147,9 @@ def make_plan(environ):
 
 
 def read_lanes(environ, seeds):
-    """GPUS or NPROC -> (processes of a run, lanes); NPROC is 0 where the number of GPUs is to
-    decide.
+    """GPUS or NPROC -> (processes of a run, lanes).
+
+    NPROC is 0 where the number of GPUs is to decide.
     """
     nproc, gpus = environ.get("NPROC", ""), environ.get("GPUS", "").split()
     if not gpus:
@@ -177,9 +179,9 @@ def read_lanes(environ, seeds):
 
 
 def check_script(script, count_gpus):
-    """Runs in a process of its own, with the first run's environment -> {"problems", "notes",
-    "gpus",
-    "disk_bytes"}.
+    """Checks the script in a process of its own, with the first run's environment.
+
+    -> {"problems", "notes", "gpus", "disk_bytes"}.
 
     A train_gpt.py of ours makes the checks itself that it makes before training; for a packed one
     this checkout's does.
@@ -218,12 +220,19 @@ def check_script(script, count_gpus):
 
 
 def checked_module(script):
-    """The script as a module where it makes checks, for a packed one this checkout's; None for
-    one of other making.
+    """The script as a module where it makes checks, for a packed one this checkout's.
+
+    None for one of other making.
     """
     source = script.read_bytes()
     if b"def check_all(" in source:
         return import_file(script)
+    if script.resolve() == PRESETS / "published.py":
+        module = import_file(ROOT / "train_gpt.py")
+        from presets import published
+
+        published.install()
+        return module
     from tools.pack_code import is_packed  # needs packages that train_gpt.py can do without
 
     return import_file(ROOT / "train_gpt.py") if is_packed(source) else None
@@ -261,8 +270,9 @@ def checked_elsewhere(plan, count_gpus):
 
 
 def gpus_in_use(plan):
-    """Messages for GPUs of the plan that do not exist or that another program uses, as
-    nvidia-smi knows them.
+    """Messages for GPUs of the plan that do not exist or that are in use.
+
+    nvidia-smi says which another program uses.
     """
     if shutil.which("nvidia-smi") is None or plan.environ.get("DEVICE") == "cpu":
         return
@@ -401,8 +411,9 @@ def start(environ):
 
 
 def undo_start(folder, socket):
-    """Ends what a start that failed has begun; its folder goes, so that the name is free,
-    unless a run is in it.
+    """Ends what a start that failed has begun.
+
+    Its folder goes, so that the name is free, unless a run is in it.
     """
     end_workers(folder)
     end_tmux(socket)
@@ -417,8 +428,9 @@ def command_line_of(word, folder):
 
 
 def start_worker(plan, lane, socket):
-    """A lane's worker, detached: in a window of the set's own tmux server, or as the leader of
-    a session of its own.
+    """A lane's worker, detached.
+
+    In a window of the set's own tmux server, or as the leader of a session of its own.
     """
     worker = [sys.executable, os.path.abspath(__file__), "worker", str(plan.folder), lane]
     if socket is None:
@@ -508,9 +520,7 @@ def worker(folder, lane):
 
 
 def draw(paths, python=sys.executable):
-    """Pictures of runs, in a process of its own: whatever goes wrong there, a run has not
-    failed by it.
-    """
+    """Draws runs in a process of its own, so that a run does not fail if drawing does."""
     done = subprocess.run(
         [python, str(ROOT / "tools" / "plot_run.py"), *map(str, paths)],
         capture_output=True,
@@ -523,8 +533,9 @@ def draw(paths, python=sys.executable):
 
 
 def process_start(pid):
-    """When a process started, in ticks since boot: with it a number that is used again is not
-    mistaken. None: gone.
+    """When a process started, in ticks since boot; None if it is gone.
+
+    With it a number that is used again is not taken for the same process.
     """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
@@ -563,8 +574,9 @@ def find_set(environ, name=None):
 
 
 def read_states(folder):
-    """Set -> [(seed, lane, state)] in the order of SEEDS; states: done, running, waiting,
-    failed, stopped, lost.
+    """Set -> [(seed, lane, state)] in the order of SEEDS.
+
+    States: done, running, waiting, failed, stopped, lost.
     """
     launch = read_launch(folder)
     states = {}
@@ -592,9 +604,7 @@ def read_states(folder):
 
 
 def last_words(run, state):
-    """What there is to say of a run: its score, or of a failed one its last error line, else
-    its last log line.
-    """
+    """A run's score, or the last line of its errors if it failed, else of its log."""
     if state == "done" and (run / "result.json").exists():
         try:
             result = json.loads((run / "result.json").read_text(encoding="utf-8"))

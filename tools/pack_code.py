@@ -5,8 +5,8 @@ usage: [NAME=value...] python tools/pack_code.py train_gpt.py OUT
 
 The packed script is the same program: it takes and checks the same settings and prints the same
 --help. The settings of the run that packs it, here those of the environment, are its defaults, so
-that it repeats the run without any. Where the run uses techniques of published systems,
-tools/techniques.py is in it.
+that it repeats the run without any. Where the run uses a setting of presets/published.py, the
+definitions of that file are in it.
 """
 
 import ast
@@ -25,7 +25,9 @@ OF_A_RUN = """
     ttt_eval_only checkpoint_path
     artifact_path checkpoint_every resume
 """.split()
-TECHNIQUES = Path(__file__).with_name("techniques.py")
+PUBLISHED = Path(__file__).resolve().parents[1] / "presets" / "published.py"
+# lines of PUBLISHED that find train_gpt.py and import it
+NOT_PACKED = "ROOT", "import train_gpt", "from train_gpt"
 PACKED_START = b"#coding:l1\nimport brotli,io,linecache\nn=0\nfor c in'''"
 PACKED_END = b"""''':c=ord(c);n=n*253+c-1-(c>13)-(c>92)
 S=brotli.decompress(n.to_bytes(%d)).decode()
@@ -77,59 +79,70 @@ def set_defaults(tree, changed):
             statement.value.args[0] = ast.parse(repr(changed[name]), mode="eval").body
 
 
-def needs_techniques(tree, changed):
-    """Whether a changed setting is declared with published=True, or is the coder that only
-    published systems use.
-    """
-    published = [
-        name
-        for name, statement in declarations(tree).items()
-        if any(keyword.arg == "published" for keyword in statement.value.keywords)
-    ]
-    return any(name in changed for name in published) or changed.get("compressor") == "pergroup"
-
-
-def bound_names(node):
-    """Names that are bound anywhere in a syntax tree, but for imports."""
+def local_names(function):
+    """Names of a function's parameters and of what it assigns to."""
     found = set()
-    for part in ast.walk(node):
-        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-            found.add(part.id)
-        elif isinstance(part, ast.arg):
+    for part in ast.walk(function):
+        if isinstance(part, ast.arg):
             found.add(part.arg)
-        elif isinstance(part, (ast.FunctionDef, ast.ClassDef)):
-            found.add(part.name)
+        elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+            found.add(part.id)
     return found
 
 
 class WithoutPrefix(ast.NodeTransformer):
-    """`techniques.name` -> `name`."""
+    """`train_gpt.name` -> `name`; `names` are these names."""
+
+    def __init__(self):
+        self.names = set()
 
     def visit_Attribute(self, node):
         self.generic_visit(node)
-        return (
-            ast.Name(node.attr, node.ctx)
-            if getattr(node.value, "id", None) == "techniques"
-            else node
-        )
+        if getattr(node.value, "id", None) != "train_gpt":
+            return node
+        self.names.add(node.attr)
+        return ast.Name(node.attr, node.ctx)
 
 
-def insert_techniques(tree, techniques):
-    """Puts the definitions of techniques.py (a syntax tree) in the place of `techniques = None`.
-
-    ValueError where a name would stand for two things.
+def needs_published(tree, published, settings):
+    """Whether presets/published.py has what these settings ask for: a setting of its own that is
+    changed, or the coder that only published systems use.
     """
-    place = next(i for i, node in enumerate(tree.body) if ast.unparse(node) == "techniques = None")
+    changed = changed_settings(published, settings)
+    own = changed.keys() - declarations(tree).keys()
+    return bool(own) or changed.get("compressor") == "pergroup"
+
+
+def add_published(tree, published):
+    """Puts the definitions of presets/published.py behind those of the script, before its last
+    statement, which runs it.
+
+    There `train_gpt.name` becomes `name`; a class or a function of the same name as one of the
+    script takes its place, as PARTS says. ValueError where a name would stand for two things.
+    """
     statements = []
-    # without the docstring and the line that hands the module to train_gpt
-    for node in techniques.body[1:-1]:
-        ours = isinstance(node, (ast.Import, ast.ImportFrom)) and "train_gpt" in ast.unparse(node)
-        if not ours:
+    parts = set()
+    # without the docstring, and without the table of parts and what follows, which installs them
+    for node in published.body[1:]:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PARTS":
+            parts = {key.value for key in node.value.keys}
+            break
+        if not any(name in ast.unparse(node) for name in NOT_PACKED):
             statements.append(node)
-    if twice := defined_names(statements) & bound_names(tree):
-        raise ValueError(f"{TECHNIQUES.name} and the script both have {', '.join(sorted(twice))}")
-    WithoutPrefix().visit(tree)
-    tree.body[place : place + 1] = [*statements, *ast.parse("techniques = True").body]
+    if twice := (defined_names(statements) & defined_names(tree.body)) ^ parts:
+        raise ValueError(f"{PUBLISHED.name}: PARTS must name what takes a place: {sorted(twice)}")
+    functions = [
+        part
+        for node in statements
+        for part in ast.walk(node)
+        if isinstance(part, (ast.FunctionDef, ast.Lambda))
+    ]
+    nested = set().union(*map(local_names, functions))
+    prefix = WithoutPrefix()
+    statements = [prefix.visit(node) for node in statements]
+    if hidden := prefix.names & nested:
+        raise ValueError(f"{PUBLISHED.name}: names of train_gpt.py hidden: {sorted(hidden)}")
+    tree.body[-1:-1] = statements
 
 
 def defined_names(statements):
@@ -205,9 +218,11 @@ def free_parameters(tree):
     for node in ast.walk(tree):
         if is_kernel(node):  # tensors and sizes are given in order, constants by name
             free = sum(argument.annotation is None for argument in node.args.args)
-            node.args.posonlyargs, node.args.args = node.args.args[:free], node.args.args[free:]
+            node.args.posonlyargs = node.args.args[:free]
+            node.args.args = node.args.args[free:]
         elif isinstance(node, ast.Lambda):
-            node.args.posonlyargs, node.args.args = node.args.args, []
+            node.args.posonlyargs = node.args.args
+            node.args.args = []
         elif isinstance(node, ast.FunctionDef) and not node.args.posonlyargs:
             name = owner[node].name if node.name == "__init__" else node.name
             is_handed_on = node.name in handed_on or name.startswith("__")
@@ -216,7 +231,8 @@ def free_parameters(tree):
             given = in_any_call if is_handed_on else named[name]
             names = [argument.arg in given for argument in node.args.args]
             free = names.index(True) if True in names else len(names)
-            node.args.posonlyargs, node.args.args = node.args.args[:free], node.args.args[free:]
+            node.args.posonlyargs = node.args.args[:free]
+            node.args.args = node.args.args[free:]
 
 
 def name_of(node):
@@ -254,7 +270,7 @@ def names_to_keep(tree):
         node.id for kernel in kernels for node in ast.walk(kernel) if isinstance(node, ast.Name)
     }
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    named = [node.name for node in functions if decorators(node) & {"custom_op", "golf_op", "jit"}]
+    named = [node.name for node in functions if decorators(node) & {"custom_op", "jit"}]
     return sorted(arguments), sorted(used.union(named, dir(builtins)))
 
 
@@ -266,7 +282,8 @@ def string_literal(data):
     The digits are the 256 characters without NUL, CR and the backslash, which Python reads as
     something else.
     """
-    digits, number = bytearray(), int.from_bytes(data)
+    digits = bytearray()
+    number = int.from_bytes(data)
     while number:
         number, low = divmod(number, 253**1000)
         for _ in range(1000):
@@ -302,10 +319,10 @@ def pack_code(source, settings):
         tree = ast.parse(source)
     except SyntaxError as error:
         raise ValueError(f"the script cannot be minified: {error}") from error
-    changed = changed_settings(tree, settings)
-    if needs_techniques(tree, changed):
-        insert_techniques(tree, ast.parse(TECHNIQUES.read_text(encoding="utf-8")))
-    set_defaults(tree, changed)
+    published = ast.parse(PUBLISHED.read_text(encoding="utf-8"))
+    if declarations(tree) and needs_published(tree, published, settings):
+        add_published(tree, published)
+    set_defaults(tree, changed_settings(tree, settings))
     mark_as_packed(tree)
     DropWords().visit(tree)
     free_parameters(tree)

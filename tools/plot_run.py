@@ -13,6 +13,7 @@ import os
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools import command_line  # noqa: E402
@@ -43,7 +44,10 @@ STYLE = {
     "figure.dpi": 110,
 }
 COLORS = plt.get_cmap("tab10").colors
+STAGE_COLORS = plt.get_cmap("tab20").colors
 RED = "#cc3311"
+BLUE = "#4477aa"
+GRAY = "#dddddd"
 # under text that lines may cross
 PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
@@ -57,15 +61,24 @@ def in_colors(items):
 def title(runs):
     """Head line of every picture: which runs, on what."""
     first = runs[0].result
-    device = (
-        f"{first['world_size']} x {first['device']}" if first["world_size"] > 1 else first["device"]
-    )
-    name = (
-        first["run"]
-        if len(runs) == 1
-        else f"{runs[0].folder.resolve().parent.name}, {len(runs)} seeds"
-    )
+    device = first["device"]
+    if first["world_size"] > 1:
+        device = f"{first['world_size']} x {device}"
+    name = first["run"]
+    if len(runs) > 1:
+        name = f"{runs[0].folder.resolve().parent.name}, {len(runs)} seeds"
     return f"{name} · {device} · torch {first['torch']} · commit {first['commit']}"
+
+
+def save(figure, runs, path):
+    """Writes the picture under the runs' title."""
+    figure.suptitle(title(runs), x=0.01, ha="left", fontsize=11)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def column(rows, name):
+    return [row[name] for row in rows]
 
 
 def bpb_factor(result):
@@ -78,282 +91,311 @@ def bpb_factor(result):
 
 
 def plot_training(runs, path):
-    """Loss against seconds (below) and steps (above), in nats (left) and BPB (right); schedule;
-    scores by stage.
+    """Loss against seconds (below) and steps (above), the schedule, and scores by stage.
+
+    The loss is in nats (left) and BPB (right).
     """
     figure = plt.figure(figsize=(12, 6.2), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=[3, 1.15], height_ratios=[4, 1])
-    loss, scores = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[:, 1])
+    loss = figure.add_subplot(grid[0, 0])
+    scores = figure.add_subplot(grid[:, 1])
     schedule = figure.add_subplot(grid[1, 0], sharex=loss)
     draw_losses(loss, runs)
     draw_schedule(schedule, runs)
     draw_scores(scores, runs)
     mark_looping((loss, schedule), runs)
-    figure.suptitle(title(runs), x=0.01, ha="left", fontsize=11)
-    figure.savefig(path)
-    plt.close(figure)
+    save(figure, runs, path)
 
 
 def draw_losses(axis, runs):
-    factor, longest = (
-        bpb_factor(runs[0].result),
-        max(runs, key=lambda run: run.steps[-1]["train_seconds"]),
-    )
-    early, lowest = [], []
+    """Training and validation losses of all runs, with the axes above and to the right."""
+    early, every = [], []
     for color, run in in_colors(runs):
-        seconds, losses = (
-            [row[key] for row in run.steps] for key in ("train_seconds", "train_loss")
-        )
-        final = f", {run.result['steps']:,} steps, {run.result['training_seconds']:,.0f} s"
-        axis.plot(
-            seconds,
-            losses,
-            color=color,
-            linewidth=1.2,
-            alpha=0.9,
-            label=f"training, seed {run.seed}{final}",
-        )
-        if run.evaluations:
-            axis.plot(
-                [row["train_seconds"] for row in run.evaluations],
-                [row["val_loss"] for row in run.evaluations],
-                "o",
-                color=color,
-                markersize=5,
-                markeredgecolor="black",
-                label="validation" if run is runs[0] else None,
-            )
-        early.append(
-            next((row["train_loss"] for row in run.steps if row["progress"] > 0.03), losses[0])
-        )
-        lowest += [*losses, *(row["val_loss"] for row in run.evaluations)]
+        losses = column(run.steps, "train_loss")
+        draw_run_losses(axis, run, losses, color, names_validation=run is runs[0])
+        after_start = [row["train_loss"] for row in run.steps if row["progress"] > 0.03]
+        early.append(after_start[0] if after_start else losses[0])
+        every += losses + column(run.evaluations, "val_loss")
     # the first steps fall from ln(vocabulary) and would flatten the rest
-    bottom, top = np.nanmin(lowest), max(early)
-    axis.set_ylim(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
+    bottom, top = np.nanmin(every), max(early)
+    margin = 0.05 * (top - bottom)
+    axis.set_ylim(bottom - margin, top + margin)
     axis.set_ylabel("nats per token")
     axis.tick_params(labelbottom=False)
     axis.legend(loc="upper right", fontsize=9, ncols=1 if len(runs) < 4 else 2)
-    bpb = axis.secondary_yaxis(
-        "right", functions=(lambda nats: nats * factor, lambda bpb: bpb / factor)
+    add_bpb_axis(axis, bpb_factor(runs[0].result))
+    add_step_axis(axis, runs)
+
+
+def draw_run_losses(axis, run, losses, color, names_validation):
+    """The losses of one run; only one run puts "validation" into the legend."""
+    steps = run.result["steps"]
+    seconds = run.result["training_seconds"]
+    axis.plot(
+        column(run.steps, "train_seconds"),
+        losses,
+        color=color,
+        linewidth=1.2,
+        alpha=0.9,
+        label=f"training, seed {run.seed}, {steps:,} steps, {seconds:,.0f} s",
     )
-    bpb.set_ylabel("BPB, at the validation text's bytes per token")
-    times = np.array([0.0, *(row["train_seconds"] for row in longest.steps)])
-    steps = np.array([0.0, *(row["step"] for row in longest.steps)])
-    rate = steps[-1] / times[-1]  # beyond the data, so that both functions stay invertible
-    times, steps = (
-        np.append(times, 2 * times[-1] + 1),
-        np.append(steps, steps[-1] + rate * (times[-1] + 1)),
-    )
-    functions = (
-        lambda seconds: np.interp(seconds, times, steps),
-        lambda step: np.interp(step, steps, times),
-    )
-    above = axis.secondary_xaxis("top", functions=functions)
+    if run.evaluations:
+        axis.plot(
+            column(run.evaluations, "train_seconds"),
+            column(run.evaluations, "val_loss"),
+            "o",
+            color=color,
+            markersize=5,
+            markeredgecolor="black",
+            label="validation" if names_validation else None,
+        )
+
+
+def add_bpb_axis(axis, factor):
+    """BPB on the right, for losses in nats."""
+
+    def to_bpb(nats):
+        return nats * factor
+
+    def to_nats(bpb):
+        return bpb / factor
+
+    right = axis.secondary_yaxis("right", functions=(to_bpb, to_nats))
+    right.set_ylabel("BPB, at the validation text's bytes per token")
+
+
+def add_step_axis(axis, runs):
+    """Optimizer steps above, those of the longest run."""
+    longest = max(runs, key=lambda run: run.steps[-1]["train_seconds"])
+    times = [0.0, *column(longest.steps, "train_seconds")]
+    steps = [0.0, *column(longest.steps, "step")]
+    rate = steps[-1] / times[-1]
+    # a point beyond the data, so that both functions are invertible there
+    steps.append(steps[-1] + rate * (times[-1] + 1))
+    times.append(2 * times[-1] + 1)
+
+    def to_steps(seconds):
+        return np.interp(seconds, times, steps)
+
+    def to_seconds(step):
+        return np.interp(step, steps, times)
+
+    above = axis.secondary_xaxis("top", functions=(to_steps, to_seconds))
     above.xaxis.set_major_locator(MaxNLocator(integer=True))
     above.set_xlabel("optimizer steps" + (f" (seed {longest.seed})" if len(runs) > 1 else ""))
 
 
 def draw_schedule(axis, runs):
     for color, run in in_colors(runs):
-        axis.plot(
-            [row["train_seconds"] for row in run.steps],
-            [row["lr_factor"] for row in run.steps],
-            color=color,
-        )
+        seconds = column(run.steps, "train_seconds")
+        axis.plot(seconds, column(run.steps, "lr_factor"), color=color)
     axis.set_ylim(0, 1.08)
     axis.set_yticks([0, 0.5, 1])
     axis.set_ylabel("learning-rate\nfactor")
     axis.set_xlabel("seconds of training")
 
 
+def looping_onset(run):
+    """Seconds of training at which looping begins; None if it never does."""
+    onsets = [row["train_seconds"] for row in run.switches if row["looping"]]
+    return onsets[0] if onsets else None
+
+
 def mark_looping(axes, runs):
-    """A line for each run where looping begins, and a shade over the part of training that has
-    it in all runs.
-    """
-    onsets = [
-        next((row["train_seconds"] for row in run.switches if row["looping"]), None) for run in runs
-    ]
+    """A line for each run where looping begins, and a shade where all runs loop."""
+    onsets = [looping_onset(run) for run in runs]
+    known = [onset for onset in onsets if onset is not None]
     end = 1.02 * max(run.steps[-1]["train_seconds"] for run in runs)
     for axis in axes:
         for color, onset in in_colors(onsets):
             if onset is not None:
                 axis.axvline(onset, color=color, linestyle="--", linewidth=1)
-        if all(onset is not None for onset in onsets):
-            axis.axvspan(max(onsets), end, color="gray", alpha=0.1, zorder=0)
+        if len(known) == len(runs):
+            axis.axvspan(max(known), end, color="gray", alpha=0.1, zorder=0)
         axis.set_xlim(0, end)
-    known = [onset for onset in onsets if onset is not None]
     if known:
-        axes[0].text(
-            max(known), 0.02, " looping on →", transform=axes[0].get_xaxis_transform(), fontsize=9
-        )
+        top = axes[0]
+        place = top.get_xaxis_transform()
+        top.text(max(known), 0.02, " looping on →", transform=place, fontsize=9)
 
 
 def draw_scores(axis, runs):
     """BPB after each stage, a line for each seed, the mean written at each stage."""
-    names = [
-        name
-        for name in runs[0].result["scores"]
-        if all(name in run.result["scores"] for run in runs)
-    ]
-    bpb = np.array([[run.result["scores"][name]["bpb"] for name in names] for run in runs])
+    scores = [run.result["scores"] for run in runs]
+    names = [name for name in scores[0] if all(name in each for each in scores)]
+    bpb = np.array([[each[name]["bpb"] for name in names] for each in scores])
     for color, values in in_colors(bpb):
         axis.plot(values, "o-", color=color, linewidth=1, markersize=6)
+    style = {"ha": "center", "fontsize": 9.5, "fontweight": "bold", "bbox": PLATE}
     for place, name in enumerate(names):
-        partial = " *" if any(run.result["scores"][name].get("partial") for run in runs) else ""
-        mean = bpb[:, place].mean()
-        words = (
-            f"{mean:.4f}" if len(runs) == 1 else f"{mean:.4f}\n± {bpb[:, place].std(ddof=1):.4f}"
-        )
-        top = (place, bpb[:, place].max())
-        style = {"ha": "center", "fontsize": 9.5, "fontweight": "bold", "bbox": PLATE}
-        axis.annotate(words + partial, top, xytext=(0, 9), textcoords="offset points", **style)
+        values = bpb[:, place]
+        words = f"{values.mean():.4f}"
+        if len(runs) > 1:
+            words += f"\n± {values.std(ddof=1):.4f}"
+        if any(each[name].get("partial") for each in scores):
+            words += " *"
+        top = (place, values.max())
+        axis.annotate(words, top, xytext=(0, 9), textcoords="offset points", **style)
     axis.set_xticks(range(len(names)), names, fontsize=9)
     axis.set_xlim(-0.6, len(names) - 0.4)
     axis.margins(y=0.2)
-    marked = any(score.get("partial") for run in runs for score in run.result["scores"].values())
     heading = "BPB after each stage" if len(runs) == 1 else "BPB (mean ± std)"
-    axis.set_title(heading + ("\n* part of the text" if marked else ""))
+    if any(score.get("partial") for each in scores for score in each.values()):
+        heading += "\n* part of the text"
+    axis.set_title(heading)
 
 
 # ---- seconds of each stage against the budgets
 
 
+class Budget(NamedTuple):
+    """A budget of seconds and the stages that count for it; limit None: there is none."""
+
+    heading: str
+    limit: float | None
+    stages: list  # of (name, seconds)
+
+
 def budgets(run):
-    """-> [(heading, limit or None, [(stage, seconds)])]: both budgets as docs/RESULT.md defines
-    them, and the rest.
-    """
-    seconds, result = run.result["seconds"], run.result
+    """Both budgets as docs/RESULT.md defines them, and the rest -> list of Budgets."""
+    result = run.result
+    seconds = result["seconds"]
     final = f"eval_{list(result['scores'])[-1]}"
-    trained = [("training", result["training_seconds"])] if "training_seconds" in result else []
-    train = trained + [
-        (name, seconds[name]) for name in ("hessians", "quant_check", "quantize") if name in seconds
-    ]
-    score = [(name, seconds[name]) for name in ("unpack", final) if name in seconds]
+
+    def of(*names):
+        return [(name, seconds[name]) for name in names if name in seconds]
+
+    train = of("hessians", "quant_check", "quantize")
+    if "training_seconds" in result:
+        train.insert(0, ("training", result["training_seconds"]))
+    score = of("unpack", final)
     counted = {"train", *(name for name, _ in train + score)}
-    rest = [(name, value) for name, value in seconds.items() if name not in counted]
-    limits = [
-        float(run.settings.get(name, 0)) or None
-        for name in ("MAX_WALLCLOCK_SECONDS", "EVAL_BUDGET_SECONDS")
-    ]
+    rest = of(*(name for name in seconds if name not in counted))
+    train_limit = float(run.settings.get("MAX_WALLCLOCK_SECONDS", 0)) or None
+    score_limit = float(run.settings.get("EVAL_BUDGET_SECONDS", 0)) or None
     return [
-        ("training budget", limits[0], train),
-        ("evaluation budget", limits[1], score),
-        ("in no budget", None, rest),
+        Budget("training budget", train_limit, train),
+        Budget("evaluation budget", score_limit, score),
+        Budget("in no budget", None, rest),
     ]
 
 
 def plot_stages(runs, path):
     """One bar for each budget and seed, its stages one after another, the limit as a line."""
     tables = [budgets(run) for run in runs]
-    limits = [limit or 0 for table in tables for _, limit, _ in table]
-    widest = 1.3 * max(
-        limits + [sum(value for _, value in stages) for table in tables for *_, stages in table]
-    )
-    figure, axis = plt.subplots(
-        figsize=(12, 0.5 * len(runs) * len(tables[0]) + 2.2), layout="constrained"
-    )
-    names = dict.fromkeys(name for table in tables for *_, stages in table for name, _ in stages)
-    colors = dict(
-        zip(
-            names,
-            plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2],
-            strict=False,
-        )
-    )
-    place, ticks = 0.0, []
-    for budget in zip(*tables, strict=True):
+    every = [budget for table in tables for budget in table]
+    lengths = [budget.limit or 0 for budget in every]
+    lengths += [sum(value for _, value in budget.stages) for budget in every]
+    widest = 1.3 * max(lengths)
+    names = dict.fromkeys(name for budget in every for name, _ in budget.stages)
+    colors = dict(zip(names, STAGE_COLORS[::2] + STAGE_COLORS[1::2], strict=False))
+    figure, axis = plt.subplots(figsize=(12, 0.5 * len(every) + 2.2), layout="constrained")
+    place = 0.0
+    ticks, labels = [], []
+    for same_budget in zip(*tables, strict=True):
         first = place
-        for run, (heading, limit, stages) in zip(runs, budget, strict=True):
-            draw_stages(axis, place, stages, limit, widest, colors)
-            ticks.append((place, heading + (f", seed {run.seed}" if len(runs) > 1 else "")))
+        for run, budget in zip(runs, same_budget, strict=True):
+            draw_stages(axis, place, budget, widest, colors)
+            ticks.append(place)
+            labels.append(budget.heading + (f", seed {run.seed}" if len(runs) > 1 else ""))
             place += 1
-            if limit:
-                axis.plot([limit, limit], [first - 0.5, place - 0.5], color=RED, linewidth=2)
+            if budget.limit:
+                limits = [budget.limit, budget.limit]
+                axis.plot(limits, [first - 0.5, place - 0.5], color=RED, linewidth=2)
         place += 0.4
     for name, color in colors.items():
         axis.barh(0, 0, color=color, label=name)
     figure.legend(loc="outside lower center", ncols=6, fontsize=9)
-    axis.set_yticks(*zip(*ticks, strict=True))
+    axis.set_yticks(ticks, labels)
     axis.set_xlim(0, widest)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("seconds; a red line is a budget")
-    figure.suptitle(title(runs), x=0.01, ha="left", fontsize=11)
-    figure.savefig(path)
-    plt.close(figure)
+    save(figure, runs, path)
 
 
-def draw_stages(axis, place, stages, limit, widest, colors):
-    """One bar: seconds inside the parts that are wide enough, the sum behind it, in red above
-    the limit.
+def draw_stages(axis, place, budget, widest, colors):
+    """One bar: seconds inside the parts that are wide enough, the sum behind it.
+
+    The sum is red above the limit.
     """
     left = 0.0
-    for name, value in stages:
+    style = {"ha": "center", "va": "center", "fontsize": 9}
+    for name, value in budget.stages:
         axis.barh(place, value, left=left, height=0.8, color=colors[name], edgecolor="white")
         if value > 0.05 * widest:
-            axis.text(
-                left + value / 2, place, f"{value:,.1f}", ha="center", va="center", fontsize=9
-            )
+            axis.text(left + value / 2, place, f"{value:,.1f}", **style)
         left += value
-    if not stages:
+    if not budget.stages:
         return
-    over = limit and left > limit
-    words = f"  {left:,.1f}" + (
-        f" of {limit:,.0f} s" + ("  OVER" if over else "") if limit else " s"
-    )
-    # not across the red line
-    behind = max(left, limit or 0) if left > 0.7 * (limit or np.inf) else left
-    axis.text(behind, place, words, va="center", fontweight="bold", color=RED if over else "black")
+    words = f"  {left:,.1f} s"
+    behind = left
+    color = "black"
+    if limit := budget.limit:
+        words = f"  {left:,.1f} of {limit:,.0f} s"
+        if left > 0.7 * limit:
+            behind = max(left, limit)  # not across the red line
+        if left > limit:
+            words += "  OVER"
+            color = RED
+    axis.text(behind, place, words, va="center", fontweight="bold", color=color)
 
 
 # ---- running BPB of test-time training
 
 
 def plot_ttt(runs, path):
-    """Running BPB over the tokens that rank 0 has scored; fine-tuning of the base weights and
-    end scores marked.
+    """Running BPB over the tokens that rank 0 has scored.
+
+    Fine-tuning of the base weights and the scores of the complete text are marked.
     """
     figure, axis = plt.subplots(figsize=(12, 4.6), layout="constrained")
     every = []
     for color, run in in_colors(runs):
         batches = [row for row in run.ttt if "running_bpb" in row]
-        tokens, running = (
-            [row[key] for row in batches] for key in ("running_tokens", "running_bpb")
-        )
-        axis.plot(
-            tokens,
-            running,
-            ".-" if len(tokens) < 100 else "-",
-            color=color,
-            label=f"running, seed {run.seed}",
-        )
+        tokens = column(batches, "running_tokens")
+        running = column(batches, "running_bpb")
+        style = ".-" if len(tokens) < 100 else "-"
+        axis.plot(tokens, running, style, color=color, label=f"running, seed {run.seed}")
         every += running
-        for before, row in zip(run.ttt, run.ttt[1:], strict=False):
-            if "adapted" in row and "running_tokens" in before:
-                axis.axvline(before["running_tokens"], color=color, linestyle="--", linewidth=1)
-                if run is runs[0]:
-                    late = before["running_tokens"] > 0.6 * tokens[-1]
-                    words = f" base weights fine-tuned on {row['adapted']:,.0f} documents "
-                    axis.text(
-                        before["running_tokens"],
-                        0.98,
-                        words,
-                        transform=axis.get_xaxis_transform(),
-                        va="top",
-                        ha="right" if late else "left",
-                        fontsize=9,
-                    )
-    ends = {"without": "quantized", "with": "ttt"}
-    ends = {
-        word: np.mean([run.result["scores"][name]["bpb"] for run in runs])
-        for word, name in ends.items()
-    }
+        mark_fine_tuning(axis, run, color, tokens[-1], with_words=run is runs[0])
+    every += mark_scores(axis, runs)
+    spread = max(every) - min(every)
+    axis.set_ylim(min(every) - 0.08 * spread - 1e-4, max(every) + 0.15 * spread + 1e-4)
+    axis.xaxis.set_major_formatter(THOUSANDS)
+    axis.set_xlim(left=0)
+    share = " (rank 0's share)" if runs[0].result["world_size"] > 1 else ""
+    axis.set_xlabel(f"validation tokens scored so far{share}; longest documents first")
+    axis.set_ylabel("running BPB")
+    axis.legend(loc="upper right", fontsize=9)
+    save(figure, runs, path)
+
+
+def mark_fine_tuning(axis, run, color, num_tokens, with_words):
+    """A line wherever the base weights were fine-tuned."""
+    for before, row in itertools.pairwise(run.ttt):
+        if "adapted" not in row or "running_tokens" not in before:
+            continue
+        place = before["running_tokens"]
+        axis.axvline(place, color=color, linestyle="--", linewidth=1)
+        if with_words:
+            side = "right" if place > 0.6 * num_tokens else "left"
+            words = f" base weights fine-tuned on {row['adapted']:,.0f} documents "
+            style = {"transform": axis.get_xaxis_transform(), "va": "top", "fontsize": 9}
+            axis.text(place, 0.98, words, ha=side, **style)
+
+
+def mark_scores(axis, runs):
+    """Lines at the scores without and with test-time training -> their BPB, means over seeds."""
+    ends = {}
+    for word, name in (("without", "quantized"), ("with", "ttt")):
+        ends[word] = np.mean([run.result["scores"][name]["bpb"] for run in runs])
+    mean = ", mean" if len(runs) > 1 else ""
     for word, value in ends.items():
         axis.axhline(value, color="black", linestyle=":" if word == "without" else "-", linewidth=1)
         upper = value == max(ends.values())
         axis.annotate(
-            f"{value:.4f} {word} test-time training, whole text"
-            + (", mean" if len(runs) > 1 else ""),
+            f"{value:.4f} {word} test-time training, whole text{mean}",
             (1, value),
             xycoords=("axes fraction", "data"),
             xytext=(-6, 3 if upper else -3),
@@ -363,28 +405,29 @@ def plot_ttt(runs, path):
             fontsize=9,
             bbox=PLATE,
         )
-    every += ends.values()
-    spread = max(every) - min(every)
-    axis.set_ylim(min(every) - 0.08 * spread - 1e-4, max(every) + 0.15 * spread + 1e-4)
-    axis.xaxis.set_major_formatter(THOUSANDS)
-    axis.set_xlim(left=0)
-    share = " (rank 0's share)" if runs[0].result["world_size"] > 1 else ""
-    axis.set_xlabel(f"validation tokens scored so far{share}; longest documents first")
-    axis.set_ylabel("running BPB")
-    axis.legend(loc="upper right", fontsize=9)
-    figure.suptitle(title(runs), x=0.01, ha="left", fontsize=11)
-    figure.savefig(path)
-    plt.close(figure)
+    return ends.values()
 
 
 # ---- bytes by tensor group
 
 
-def bytes_by_group(path):
-    """Artifact -> ({group: bytes before compression}, {group: bytes in the file}), from its header
-    alone.
+def group_of(spec):
+    """The group of one array of an artifact."""
+    import train_gpt
 
-    Groups that the compressor does not keep apart stand together in the second one.
+    tensor, _, field = spec.name.rpartition(":")
+    role = train_gpt.quant_role(tensor)
+    if field.startswith("lqer"):
+        return "LQER"
+    if role is None:
+        return "small tensors"
+    return role.group if field == "codes" else "scales of rows"
+
+
+def bytes_by_group(path):
+    """Artifact -> ({group: bytes before compression}, {group: bytes in the file}).
+
+    Only its header is read. Groups that the compressor stores together are one entry in the second.
     """
     import train_gpt
 
@@ -392,98 +435,105 @@ def bytes_by_group(path):
         _, plan, sections, start = train_gpt.read_header(Path(path).read_bytes())
     except (ValueError, OSError) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
-
-    def group(spec):
-        role = train_gpt.quant_role(spec.name.rpartition(":")[0])
-        field = spec.name.rpartition(":")[2]
-        if field.startswith("lqer"):
-            return "LQER"
-        return (
-            role.group
-            if role and field == "codes"
-            else "scales of rows"
-            if role
-            else "small tensors"
-        )
-
-    raw, stored = defaultdict(int), defaultdict(int)
+    raw = defaultdict(int)
+    stored = defaultdict(int)
     for (kind, _, members), (size, _, _) in zip(plan, sections, strict=True):
-        names = {group(spec) if kind != "orders" else "row orders" for spec in members}
-        together = "all codes" if kind == "codes" else "scales, LQER and small tensors"
-        together = together if len(sections) > 1 else "all tensors"
-        stored[names.pop() if len(names) == 1 else together] += size
+        names = set()
         for spec in members:
-            raw["row orders" if kind == "orders" else group(spec)] += spec.num_bytes
+            name = "row orders" if kind == "orders" else group_of(spec)
+            names.add(name)
+            raw[name] += spec.num_bytes
+        if len(names) == 1:
+            together = names.pop()
+        elif len(sections) == 1:
+            together = "all tensors"
+        else:
+            together = "all codes" if kind == "codes" else "scales, LQER and small tensors"
+        stored[together] += size
     stored["header"] += start
     return dict(raw), dict(stored)
 
 
+def mean_bytes(tables):
+    """[{group: bytes}] -> {group: mean of the bytes}; a missing group has none."""
+    names = {}  # a dictionary keeps their order
+    for table in tables:
+        names |= table
+    return {name: np.mean([table.get(name, 0) for table in tables]) for name in names}
+
+
 def plot_bytes(runs, path):
-    """Bars by tensor group: stored and before compression; code; how much of the cap is used.
+    """Bars by tensor group, stored and before compression; code; how much of the cap is used.
 
     Means over seeds.
     """
-    import train_gpt
-
     tables = [bytes_by_group(run.folder / "artifact.bin") for run in runs]
-    code = np.mean([run.result["code_bytes"] for run in runs])
-    raw, stored = (
-        {
-            name: np.mean([table.get(name, 0) for table in side])
-            for name in dict.fromkeys(sum(map(list, side), []))
-        }
-        for side in zip(*tables, strict=True)
-    )
-    stored["code"] = code
-    names = sorted(stored, key=lambda name: -stored[name]) + sorted(
-        set(raw) - set(stored), key=lambda name: -raw[name]
-    )
+    raw = mean_bytes([table for table, _ in tables])
+    stored = mean_bytes([table for _, table in tables])
+    stored["code"] = np.mean([run.result["code_bytes"] for run in runs])
+    names = sorted(stored, key=stored.get, reverse=True)
+    names += sorted(set(raw) - set(stored), key=raw.get, reverse=True)
     figure, axis = plt.subplots(figsize=(12, 0.42 * len(names) + 1.9), layout="constrained")
     for place, name in enumerate(names):
-        if name in raw:
-            axis.barh(place, raw[name], height=0.75, color="#dddddd")
-        axis.barh(place, stored.get(name, 0), height=0.75, color="#4477aa")
-        words = (
-            f"  {stored[name]:,.0f}"
-            if name in stored
-            else f"  ({raw[name]:,.0f}, stored together with others)"
-        )
-        words += f"  of {raw[name]:,.0f}" if name in stored and name in raw else ""
-        axis.text(max(stored.get(name, 0), raw.get(name, 0)), place, words, va="center", fontsize=9)
-    axis.barh(0, 0, color="#4477aa", label="in the file")
-    axis.barh(0, 0, color="#dddddd", label="before compression")
+        draw_group(axis, place, stored.get(name), raw.get(name))
+    axis.barh(0, 0, color=BLUE, label="in the file")
+    axis.barh(0, 0, color=GRAY, label="before compression")
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.margins(x=0.25)
     axis.xaxis.set_major_formatter(THOUSANDS)
     axis.legend(loc="lower right", fontsize=9)
+    axis.set_xlabel("bytes" + (", mean over seeds" if len(runs) > 1 else ""))
+    axis.set_title(total_bytes(runs))
+    save(figure, runs, path)
+
+
+def draw_group(axis, place, stored, raw):
+    """The bars of one group; stored is None if it is stored together with others."""
+    if raw is not None:
+        axis.barh(place, raw, height=0.75, color=GRAY)
+    axis.barh(place, stored or 0, height=0.75, color=BLUE)
+    if stored is None:
+        words = f"  ({raw:,.0f}, stored together with others)"
+    else:
+        words = f"  {stored:,.0f}"
+        if raw is not None:
+            words += f"  of {raw:,.0f}"
+    axis.text(max(stored or 0, raw or 0), place, words, va="center", fontsize=9)
+
+
+def total_bytes(runs):
+    """The heading: bytes in all, and how much of the cap is left."""
+    import train_gpt
+
     totals = [run.result["total_bytes"] for run in runs]
     left = train_gpt.BYTE_CAP - max(totals)
-    axis.set_xlabel("bytes" + (", mean over seeds" if len(runs) > 1 else ""))
     room = f"{left:,} left of {train_gpt.BYTE_CAP:,}" if left >= 0 else f"{-left:,} ABOVE THE CAP"
     span = " to ".join(f"{total:,}" for total in sorted({min(totals), max(totals)}))
-    axis.set_title(f"{span} bytes in all, compressor {runs[0].settings['COMPRESSOR']}: {room}")
-    figure.suptitle(title(runs), x=0.01, ha="left", fontsize=11)
-    figure.savefig(path)
-    plt.close(figure)
+    return f"{span} bytes in all, compressor {runs[0].settings['COMPRESSOR']}: {room}"
+
+
+def pictures_of(runs):
+    """{file name: function that draws it} of the pictures that these runs have the data for."""
+    pictures = {}
+    scored = all(run.result["scores"] for run in runs)
+    if scored and all(run.steps for run in runs):
+        pictures["training.png"] = plot_training
+    if scored:
+        pictures["stages.png"] = plot_stages
+    if all(any("running_bpb" in row for row in run.ttt) for run in runs):
+        pictures["ttt.png"] = plot_ttt
+    if all((run.folder / "artifact.bin").exists() for run in runs):
+        pictures["bytes.png"] = plot_bytes
+    return pictures
 
 
 def draw(runs, out):
-    """Every picture that these runs have the data for -> paths of the pictures; a line tells
-    what keeps one away.
-    """
-    pictures = {
-        "training.png": (plot_training, all(run.steps and run.result["scores"] for run in runs)),
-        "stages.png": (plot_stages, all(run.result["scores"] for run in runs)),
-        "ttt.png": (plot_ttt, all(any("running_bpb" in row for row in run.ttt) for run in runs)),
-        "bytes.png": (plot_bytes, all((run.folder / "artifact.bin").exists() for run in runs)),
-    }
+    """Draws every picture that is possible -> paths of the pictures; says what prevents one."""
     drawn = []
     with plt.rc_context(STYLE):
-        for name, (plot, possible) in pictures.items():
-            if not possible:
-                continue
+        for name, plot in pictures_of(runs).items():
             try:
                 check_finite(runs)
                 plot(runs, out / name)

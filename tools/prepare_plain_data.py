@@ -1,7 +1,8 @@
-"""Documents in, shards of plain SentencePiece tokenizers out: data for the presets without CaseOps
-(docs/PRESETS.md).
+"""Documents in, shards of plain SentencePiece tokenizers out.
 
-    python tools/prepare_plain_data.py docs_train.jsonl.xz --val-file docs_val.jsonl.xz \\
+Data for the presets without CaseOps (docs/PRESETS.md).
+
+    python tools/prepare_plain_data.py docs_train.jsonl.xz --val-file docs_val.jsonl.xz \
         --out data/plain
     PRESET=pr1493 DATA_PATH=data/plain/sp8192 python train_gpt.py
 
@@ -71,8 +72,9 @@ def validation_texts(path: str) -> Iterator[str]:
 
 
 def first_bytes(texts: Iterable[str], size: int) -> Iterator[str]:
-    """Lines of texts until `size` bytes are reached: SentencePiece wants sentences, not
-    documents.
+    """Lines of texts until `size` bytes are reached.
+
+    SentencePiece wants sentences, not documents.
     """
     for text in texts:
         if size <= 0:
@@ -117,9 +119,7 @@ def piece_bytes(tokenizer) -> np.ndarray:
 
 
 def check_bytes(tokenizer, texts: Iterable[str]) -> None:
-    """Raises DataError where the pieces of a text do not stand for its bytes, all of them and
-    no others.
-    """
+    """Raises DataError unless the pieces of a text are exactly its bytes."""
     sizes = piece_bytes(tokenizer)
     for number, text in enumerate(texts):
         counted, size = int(sizes[tokenizer.encode(text)].sum()), len(text.encode())

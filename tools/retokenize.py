@@ -1,5 +1,6 @@
-"""Shards to another tokenizer: `python prepare_caseops_data.py retokenize data/mine --tokenizer NEW
---out data/new`.
+"""Shards to another tokenizer, by way of the text of their documents.
+
+usage: python prepare_caseops_data.py retokenize data/mine --tokenizer NEW --out data/new
 
 From documents there is nothing special to do: `prepare_caseops_data.py --docs ... --tokenizer NEW`.
 Where only shards are left, their documents are put together from their pieces and cut anew.
@@ -58,16 +59,16 @@ def _tokenizers(old: str, new: str) -> tuple:
 
 
 def charges_of_bytes(pieces: list[bytes], charges: np.ndarray) -> np.ndarray:
-    """Pieces of a text and what each is charged -> charges (bytes,) with the same sum: one each as
-    far
-    as they go, and on the last byte what is left.
+    """Pieces of a text and their charges -> charges (bytes,) with the same sum.
+
+    Each byte of a piece is charged one as far as the piece's charge goes, the last byte the rest.
     """
     lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
     charges = charges.astype(np.int64)
     ends = np.cumsum(lengths)
-    # of each byte in its piece
-    place = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
-    spread = (place < np.repeat(charges, lengths)).astype(np.int64)
+    starts = ends - lengths
+    position_in_piece = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+    spread = (position_in_piece < np.repeat(charges, lengths)).astype(np.int64)
     spread[ends - 1] += np.maximum(0, charges - lengths)
     return spread
 
@@ -81,9 +82,7 @@ def pieces_of(old: list[bytes], ids: np.ndarray) -> Iterator[list[bytes]]:
 def cumulative_charges(
     old: list[bytes], ids: np.ndarray, charges: np.ndarray, size: int
 ) -> np.ndarray:
-    """Sums (size + 1,) uint32 of what the bytes before each place of a text of `size` bytes are
-    charged.
-    """
+    """Charges of all bytes before each position of a text of `size` bytes, (size + 1,) uint32."""
     sums = np.zeros(size + 1, dtype=np.uint32)
     token = position = 0
     for pieces in pieces_of(old, ids):
@@ -96,10 +95,9 @@ def cumulative_charges(
 
 
 def retokenize_document(old: list[bytes], sp, ids: np.ndarray, charges: np.ndarray | None) -> tuple:
-    """Old ids (tokens,), BOS first, and their charges -> new ids, new charges or None, and bytes of
-    text.
+    """Old ids (tokens,), BOS first, and their charges -> new ids, new charges or None, bytes.
 
-    Raises DataError where the ids are no text, that is, of another tokenizer.
+    Raises DataError if the ids are no text, that is, of another tokenizer.
     """
     text_bytes = b"".join(map(b"".join, pieces_of(old, ids[1:])))
     try:
@@ -108,9 +106,9 @@ def retokenize_document(old: list[bytes], sp, ids: np.ndarray, charges: np.ndarr
         raise DataError(f"not the tokenizer of these shards ({error})") from error
     new_ids = [np.array([BOS_ID], dtype=np.uint16)]
     new_charges = [np.array([0], dtype=np.int32)]
-    sums = (
-        None if charges is None else cumulative_charges(old, ids[1:], charges[1:], len(text_bytes))
-    )
+    sums = None
+    if charges is not None:
+        sums = cumulative_charges(old, ids[1:], charges[1:], len(text_bytes))
     del text_bytes
     size = position = charged = 0
     for block, block_ids, spans in tokenize_blocks(sp, text):
@@ -130,7 +128,7 @@ def retokenize_document(old: list[bytes], sp, ids: np.ndarray, charges: np.ndarr
     new_charges = np.concatenate(new_charges)
     total = int(sums[-1])
     if len(new_charges) > 1:
-        # the last token takes what the new normalization drops behind it
+        # the last token takes what the new normalization drops after it
         new_charges[-1] += total - charged
     if total != new_charges.sum(dtype=np.int64) or new_charges.max() > MAX_COST:
         raise DataError("the bytes of the side-car cannot be kept")
@@ -138,35 +136,40 @@ def retokenize_document(old: list[bytes], sp, ids: np.ndarray, charges: np.ndarr
 
 
 def retokenize_batch(old: str, new: str, batch: Batch) -> EncodedBatch:
-    """What encode_batch does, for lines that hold ids, and charges behind them in validation."""
+    """encode_batch for lines that hold ids, followed by their charges in validation."""
     pieces, sp = _tokenizers(old, new)
+    has_charges = batch.split == "val"
     documents = []
     for number, line in enumerate(batch.lines, batch.first_document):
-        values = np.frombuffer(line.content, dtype=np.uint16)
-        ids, charges = np.split(values, 2) if batch.split == "val" else (values, None)
+        ids = np.frombuffer(line.content, dtype=np.uint16)
+        charges = None
+        if has_charges:
+            ids, charges = np.split(ids, 2)
         try:
             documents.append(retokenize_document(pieces, sp, ids, charges))
         except (DataError, IndexError) as error:
             raise DataError(f"{batch.split} document {number} ({line.file}): {error}") from error
     ids, charges, sizes = zip(*documents, strict=True)
+    lengths = [len(part) for part in ids]
+    hashes = [[document_hash(part)] for part in ids]
     return EncodedBatch(
         batch.split,
         batch.checksum,
         np.concatenate(ids),
-        np.concatenate(charges) if batch.split == "val" else None,
-        np.array([len(part) for part in ids]),
+        np.concatenate(charges) if has_charges else None,
+        np.array(lengths),
         np.array(sizes),
         np.zeros(len(ids), dtype=np.int64),
-        np.array([[document_hash(part)] for part in ids], dtype=np.uint64),
+        np.array(hashes, dtype=np.uint64),
     )
 
 
 def stored_documents(folder: Path, split: str) -> Iterator[Line]:
-    """The documents of a split as lines of ids, with their charges behind them in validation."""
-    charges = (
-        [read_shard(path) for path in shard_files(folder, "val_bytes")] if split == "val" else []
-    )
-    charges = np.concatenate(charges) if charges else np.zeros(0, dtype=np.uint16)
+    """The documents of a split as lines of ids, followed by their charges in validation."""
+    charges = np.zeros(0, dtype=np.uint16)
+    if split == "val":
+        side_car = [read_shard(path) for path in shard_files(folder, "val_bytes")]
+        charges = np.concatenate([charges, *side_car])
     position = 0
     for number, (path, ids) in enumerate(read_documents(shard_files(folder, split))):
         content = ids.tobytes()
@@ -216,32 +219,17 @@ def retokenize(options: argparse.Namespace) -> int:
 
     Raises DataError, OSError.
     """
-    source = {"folder": options.folder.name, "tokenizer_sha256": file_sha256(options.old_tokenizer)}
-    if not options.folder.is_dir():
-        raise DataError(f"{options.folder}: no such folder")
-    missing = frozenset(
-        split for split in ("val", "train") if not shard_files(options.folder, split)
-    )
+    folder = options.folder
+    source = {"folder": folder.name, "tokenizer_sha256": file_sha256(options.old_tokenizer)}
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    missing = frozenset(split for split in ("val", "train") if not shard_files(folder, split))
     if len(missing) == 2:
-        raise DataError(
-            f"{options.folder}: no shards, neither fineweb_val_*.bin nor fineweb_train_*.bin"
-        )
-    check_lengths(options.folder)
-    if (options.folder / "manifest.json").exists():
-        manifest = read_manifest(options.folder)
-        if manifest["tokenizer"]["sha256"] != source["tokenizer_sha256"]:
-            raise DataError(
-                f"{options.old_tokenizer}: the manifest of {options.folder} names another tokenizer"
-            )
-        source["split_rule"] = manifest["split_rule"]
-        if absent := sorted(
-            name for name in manifest["files"] if not (options.folder / name).exists()
-        ):
-            raise DataError(
-                f"{options.folder}: {absent[0]} is missing ({len(absent)} files that the manifest"
-                " names)"
-            )
-    lines = (stored_documents(options.folder, split) for split in ("val", "train"))
+        raise DataError(f"{folder}: no shards, neither fineweb_val_*.bin nor fineweb_train_*.bin")
+    check_lengths(folder)
+    if (folder / "manifest.json").exists():
+        source["split_rule"] = check_manifest(options, source["tokenizer_sha256"])
+    lines = (stored_documents(folder, split) for split in ("val", "train"))
     corpus = Corpus(*lines, "that of the retokenized shards", lambda: [source], missing)
     settings = {
         "tokenizer": tokenizer_entry(options.tokenizer),
@@ -250,3 +238,22 @@ def retokenize(options: argparse.Namespace) -> int:
     encoder = partial(retokenize_batch, options.old_tokenizer, options.tokenizer)
     print_counts(build_dataset(corpus, settings, options.out, encoder, options.workers))
     return 0
+
+
+def check_manifest(options: argparse.Namespace, tokenizer_sha256: str) -> str:
+    """The split rule in the manifest of the shards.
+
+    Raises DataError if it names another tokenizer, or files that are not there.
+    """
+    folder = options.folder
+    manifest = read_manifest(folder)
+    if manifest["tokenizer"]["sha256"] != tokenizer_sha256:
+        raise DataError(
+            f"{options.old_tokenizer}: the manifest of {folder} names another tokenizer"
+        )
+    absent = sorted(name for name in manifest["files"] if not (folder / name).exists())
+    if absent:
+        raise DataError(
+            f"{folder}: {absent[0]} is missing ({len(absent)} files that the manifest names)"
+        )
+    return manifest["split_rule"]

@@ -1,6 +1,4 @@
-"""What a finished run leaves in its folder, read back: settings and `key:value` lines of log.txt,
-and
-RESULT; presets.
+"""Reads back what a run leaves in its folder: settings, lines of log.txt, RESULT; presets.
 
 A set of runs is a folder of run folders, as run_3seeds.sh makes it. Used by the other tools;
 standard library only.
@@ -14,8 +12,21 @@ from typing import NamedTuple
 
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
 RESULT_VERSION = 2  # that of train_gpt.py, see docs/RESULT.md
-# may differ between seeds
-OF_A_RUN = {"SEED", "RUN_ID", "RUNS_DIR", "DATA_PATH", "TOKENIZER_PATH", "PLOTS"}
+# Settings that belong to one run and not to its method:
+FOLDER = {"RUN_ID", "RUNS_DIR", "PLOTS"}
+DATA = {"DATA_PATH", "TOKENIZER_PATH"}
+MODE = {
+    "PRESET",
+    "PREQUANT_ONLY",
+    "QUANT_ONLY",
+    "TTT_EVAL_ONLY",
+    "CHECKPOINT_PATH",
+    "ARTIFACT_PATH",
+    "RESUME",
+}
+OF_A_SEED = FOLDER | DATA | {"SEED"}  # these may differ between the seeds of one method
+OF_A_PART = FOLDER | MODE  # between the parts of one run, which continues from a file
+OF_A_RUN = OF_A_SEED | MODE | {"CHECKPOINT_EVERY"}  # all of them
 OF_A_SCORE = "loss", "bpb", "tokens", "bytes"
 SETTINGS_LINE = "settings (* changed):"  # the first line that a run writes into its log
 
@@ -25,14 +36,16 @@ class PresetError(ValueError):
 
 
 class RunError(ValueError):
-    """A run whose files do not say what is asked of them; the message names the run and what it
-    lacks.
+    """A run whose files do not say what is asked of them.
+
+    The message names the run and what it lacks.
     """
 
 
 class Record(dict):
-    """A dictionary that was read from a run's files: a key that is not there is a RunError that
-    names the run.
+    """A dictionary that was read from a run's files.
+
+    A missing key is a RunError that names the run.
     """
 
     def __init__(self, items, where):
@@ -88,6 +101,23 @@ def read_preset(name):
         raise PresetError(f"PRESET={name}: {path} is damaged: {error}") from None
 
 
+def published_settings():
+    """Names of the settings that presets/published.py adds to those of train_gpt.py."""
+    text = (PRESETS / "published.py").read_text(encoding="utf-8")
+    return {name.upper() for name in re.findall(r"^    (\w+): \w+ = env\(", text, re.M)} - {
+        "COMPRESSOR"  # takes one value more
+    }
+
+
+def script_of(settings):
+    """{NAME: text} -> path of the script that knows these settings: train_gpt.py, or
+    presets/published.py.
+    """
+    if settings.keys() & published_settings() or settings.get("COMPRESSOR") == "pergroup":
+        return PRESETS / "published.py"
+    return PRESETS.parent / "train_gpt.py"
+
+
 def with_preset(environ):
     """The environment over the settings of its PRESET, {NAME: value}.
 
@@ -111,8 +141,9 @@ def read_settings(lines):
 
 
 def read_rows(lines):
-    """Lines of one part of a log -> (training steps, switches of looping, evaluations,
-    test-time training).
+    """Lines of one part of a log -> its rows by kind.
+
+    (training steps, switches of looping, evaluations, test-time training).
     """
     steps, switches, evaluations, ttt = [], [], [], []
     for line in lines:
@@ -134,9 +165,9 @@ def read_rows(lines):
 
 
 def training_of(parts):
-    """Lines of a run's parts -> rows of its training: (steps, switches, evaluations), of the last
-    part
-    that trained.
+    """Lines of a run's parts -> the rows of the last part that trained.
+
+    (steps, switches, evaluations).
 
     Where that part went on from a training state (RESUME=1), the rows that led to the state come
     before its own.
@@ -157,9 +188,9 @@ def training_of(parts):
 
 
 def read_result(text, path):
-    """What stands behind RESULT in a log -> Record. RunError for damage, or for a version that
-    reads
-    otherwise.
+    """What stands behind RESULT in a log -> Record.
+
+    RunError for damage, or for a version that reads otherwise.
 
     A key that is missing is an error only where a tool asks for it.
     """
@@ -219,12 +250,13 @@ def read_run(folder):
 
 def own_settings(run):
     """What a run set otherwise than by default, but for what belongs to the run: {NAME: value}."""
-    return {name: run.settings[name] for name in run.changed if name not in OF_A_RUN}
+    return {name: run.settings[name] for name in run.changed if name not in OF_A_SEED}
 
 
 def flatten(value, name=""):
-    """RESULT -> {"scores.ttt.bpb": number or text}; lists of numbers by position, other lists
-    by their length.
+    """RESULT -> {"scores.ttt.bpb": number or text}.
+
+    Lists of numbers by position, other lists by their length.
     """
     if isinstance(value, dict):
         return {

@@ -1,5 +1,4 @@
-"""Seeds in a table with mean and sample standard deviation, and tests against other runs or a
-published number.
+"""A table of seeds with mean and standard deviation, and tests against a reference.
 
 usage: python tools/summarize.py RUNS...    # runs, or sets of runs (folders of runs)
        python tools/summarize.py RUNS... --against OTHER...    # Welch's and the paired t-test
@@ -30,21 +29,24 @@ from scipy import stats  # noqa: E402
 
 from tools.run_files import flatten, is_number, own_settings, read_runs  # noqa: E402
 
-RULE_NATS, RULE_P = 0.005, 0.01  # of the contest: improvement at least, at a probability below
+# of the contest: least improvement, and the probability below which it must be
+RULE_NATS = 0.005
+RULE_P = 0.01
+UNTESTED = ("seed", "version")  # numbers without a mean
 
 
 def show(number):
-    """A number as a person reads it: whole ones with commas, scores to five places, seconds to
-    two.
-    """
+    """A number as a person reads it: commas, five places for scores, two for seconds."""
     if isinstance(number, int) or abs(number) >= 1e5:
         return f"{number:,.0f}"
     return f"{number:.5f}" if abs(number) < 10 else f"{number:,.2f}"
 
 
 class Row(NamedTuple):
-    """One field of RESULT over the runs; mean and deviation where all have a number there (one
-    run: no deviation).
+    """One field of RESULT over the runs.
+
+    Mean and standard deviation are None unless all runs have a number there; the deviation also
+    for a single run.
     """
 
     name: str
@@ -52,96 +54,119 @@ class Row(NamedTuple):
     mean: float | None
     std: float | None
 
+    def has_numbers(self):
+        return any(map(is_number, self.values)) and self.name not in UNTESTED
+
+    def cells(self):
+        """The texts of a line of the table."""
+        cells = [self.name]
+        for value in self.values:
+            if value is None:
+                cells.append("-")
+            else:
+                cells.append(show(value) if is_number(value) else str(value))
+        mean = self.values[0] if self.std == 0 else self.mean  # an integer stays one
+        cells.append("" if self.mean is None else show(mean))
+        if self.std is None:
+            cells.append("")
+        else:
+            cells.append("0" if self.std == 0 else show(self.std))
+        return cells
+
 
 def deviation(values):
-    """Sample standard deviation; NaN where a value is not finite, at which statistics.stdev
-    fails.
-    """
+    """Sample standard deviation; NaN if a value is not finite, for which statistics.stdev fails."""
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def tabulate(results):
-    """RESULT dictionaries -> Rows in the order of the fields; a field that a run lacks is None
-    there.
-    """
+    """RESULT dictionaries -> Rows in the order of the fields; None where a run lacks a field."""
     flat = [flatten(result) for result in results]
+    names = {}  # a dictionary keeps their order
+    for fields in flat:
+        names |= dict.fromkeys(fields)
     rows = []
-    for name in dict.fromkeys(name for fields in flat for name in fields):
+    for name in names:
         values = [fields.get(name) for fields in flat]
-        numbers = all(map(is_number, values)) and name not in ("seed", "version")
-        spread = deviation(values) if numbers and len(values) > 1 else None
-        rows.append(Row(name, values, statistics.fmean(values) if numbers else None, spread))
+        mean = std = None
+        if all(map(is_number, values)) and name not in UNTESTED:
+            mean = statistics.fmean(values)
+            std = deviation(values) if len(values) > 1 else None
+        rows.append(Row(name, values, mean, std))
     return rows
 
 
+def aligned(table):
+    """Lists of cells -> lines; the first column to the left, the others to the right."""
+    columns = zip(*table, strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    for cells in table:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        padded[0] = cells[0].ljust(widths[0])
+        yield "  ".join(padded)
+
+
 def table_lines(results):
-    """The table as lines: a column for each seed, then mean and deviation; below it what is no
-    number.
+    """The table as lines: a column for each seed, then mean and standard deviation.
+
+    Below it the fields that are no numbers, and the violations.
     """
-    lines, rows = [], tabulate(results)
+    rows = tabulate(results)
     head = ["", *(f"seed {result['seed']}" for result in results), "mean", "std (n - 1)"]
-    cells = [
-        [
-            row.name,
-            *(show(v) if is_number(v) else "-" if v is None else str(v) for v in row.values),
-            "" if row.mean is None else show(row.values[0] if row.std == 0 else row.mean),
-            "" if row.std is None else "0" if row.std == 0 else show(row.std),
-        ]
-        for row in rows
-        if any(map(is_number, row.values)) and row.name not in ("seed", "version")
-    ]
-    widths = [max(len(line[column]) for line in [head, *cells]) for column in range(len(head))]
-    for line in [head, *cells]:
-        cells_right = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
-        lines.append("  ".join([line[0].ljust(widths[0]), *cells_right]))
-    words = [row for row in rows if not any(map(is_number, row.values))]
-    lines += [f"{row.name}: {', '.join(dict.fromkeys(map(str, row.values)))}" for row in words]
+    lines = list(aligned([head, *(row.cells() for row in rows if row.has_numbers())]))
+    for row in rows:
+        if not any(map(is_number, row.values)):
+            values = dict.fromkeys(map(str, row.values))
+            lines.append(f"{row.name}: {', '.join(values)}")
     for result in results:
-        lines += [
-            f"violation, seed {result['seed']}: {sentence}" for sentence in result["violations"]
-        ]
+        for sentence in result["violations"]:
+            lines.append(f"violation, seed {result['seed']}: {sentence}")
     return lines
 
 
 def differences(runs):
-    """Lines that say in what these runs are no seeds of one method: commit, software, hardware,
-    settings.
-    """
-    sides = [
-        {name: run.result.get(name) for name in ("commit", "device", "world_size", "torch")}
-        for run in runs
-    ]
-    names = {name for run in runs for name in own_settings(run)}
-    for side, run in zip(sides, runs, strict=True):
-        side |= {name: run.settings.get(name) for name in sorted(names)}
-    for name in sides[0]:
-        seeds = {}
-        for side, run in zip(sides, runs, strict=True):
-            seeds.setdefault(side[name], []).append(str(run.seed))
-        if len(seeds) > 1:
-            told = "; ".join(f"{value} (seed {', '.join(group)})" for value, group in seeds.items())
-            yield f"note: {name} differs, so that the mean is of no one method: {told}"
+    """Lines that name what else than the seed differs: commit, software, hardware, settings."""
+    settings = {name for run in runs for name in own_settings(run)}
+    seeds_of = {name: {} for name in ("commit", "device", "world_size", "torch")}
+    for run in runs:
+        for name in seeds_of:
+            value = run.result.get(name)
+            seeds_of[name].setdefault(value, []).append(str(run.seed))
+    for name in sorted(settings):
+        seeds_of[name] = {}
+        for run in runs:
+            value = run.settings.get(name)
+            seeds_of[name].setdefault(value, []).append(str(run.seed))
+    for name, values in seeds_of.items():
+        if len(values) > 1:
+            told = [f"{value} (seed {', '.join(seeds)})" for value, seeds in values.items()]
+            words = f"{name} differs, so that the mean is of no one method"
+            yield f"note: {words}: {'; '.join(told)}"
 
 
 class Sample(NamedTuple):
-    """Losses of one side in nats per token: every one by seed, or (published) mean, deviation
-    and number only.
+    """Losses of one side in nats per token.
+
+    Of a published number only mean, standard deviation and number of seeds are known.
     """
 
-    losses: dict[int, float]
+    losses: dict[int, float]  # by seed
     mean: float
     std: float | None = None
     n: int | None = None
+
+    def is_exact(self):
+        """Whether it is a published number without a deviation, which is taken as exact."""
+        return not self.losses and self.std is None
 
 
 def last_stage(results):
     """The stage that a submission would be scored by: the last that all runs have.
 
-    ValueError if there is none.
+    Raises ValueError if there is none.
     """
-    common = [
-        name for name in results[0]["scores"] if all(name in result["scores"] for result in results)
-    ]
+    names = results[0]["scores"]
+    common = [name for name in names if all(name in result["scores"] for result in results)]
     if not common:
         raise ValueError("these runs have no evaluation in common")
     return common[-1]
@@ -173,25 +198,21 @@ def sample(results, stage, tokens, num_bytes):
 
 
 def welch(ours, theirs, margin):
-    """p of "theirs - ours <= margin", variances unequal; None where there are too few runs or
-    nothing
-    varies.
+    """p of "theirs - ours <= margin" with unequal variances; None if no test is possible.
 
-    A published number alone has no deviation and is taken as exact: one-sample test.
+    That is with too few runs, or where nothing varies. A published number without a deviation is
+    taken as exact: one-sample test.
     """
     mine = np.array(list(ours.losses.values()))
     if len(mine) < 2:
         return None
     if theirs.losses:
         other = np.array(list(theirs.losses.values())) - margin
-        exact = len(other) < 2 or (mine.std() == 0 and other.std() == 0)
-        return (
-            None
-            if exact
-            else float(stats.ttest_ind(mine, other, equal_var=False, alternative="less").pvalue)
-        )
-    if theirs.std is not None:
-        found = stats.ttest_ind_from_stats(
+        if len(other) < 2 or (mine.std() == 0 and other.std() == 0):
+            return None
+        test = stats.ttest_ind(mine, other, equal_var=False, alternative="less")
+    elif theirs.std is not None:
+        test = stats.ttest_ind_from_stats(
             mine.mean(),
             mine.std(ddof=1),
             len(mine),
@@ -201,12 +222,11 @@ def welch(ours, theirs, margin):
             equal_var=False,
             alternative="less",
         )
-        return float(found.pvalue)
-    return (
-        None
-        if mine.std() == 0
-        else float(stats.ttest_1samp(mine, theirs.mean - margin, alternative="less").pvalue)
-    )
+    elif mine.std() == 0:
+        return None
+    else:
+        test = stats.ttest_1samp(mine, theirs.mean - margin, alternative="less")
+    return float(test.pvalue)
 
 
 def paired(ours, theirs, margin):
@@ -218,6 +238,10 @@ def paired(ours, theirs, margin):
     return float(stats.ttest_1samp(differences, -margin, alternative="less").pvalue)
 
 
+def show_p(value):
+    return "-" if value is None else f"{value:.2g}"
+
+
 def compare_lines(ours, theirs, stage, tokens, num_bytes):
     """-> (lines of the comparison, whether the contest's rule is met).
 
@@ -225,31 +249,27 @@ def compare_lines(ours, theirs, stage, tokens, num_bytes):
     """
     gain = theirs.mean - ours.mean
     to_bpb = tokens / num_bytes / math.log(2)
-    common = sorted(set(ours.losses) & set(theirs.losses))
-    p = {
-        margin: (welch(ours, theirs, margin), paired(ours, theirs, margin))
-        for margin in (0.0, RULE_NATS)
-    }
-    alone = not theirs.losses and theirs.std is None
+    common = set(ours.losses) & set(theirs.losses)
+    reference = f"{theirs.mean:.5f} (n = {len(theirs.losses) or theirs.n or 'unknown'})"
+    exact = "    taken as exact: no deviation was given" if theirs.is_exact() else ""
+    test = "one-sample" if theirs.is_exact() else "Welch"
     lines = [
-        (
-            f"{stage} loss in nats per token over {tokens:,} tokens and {num_bytes:,} bytes, lower"
-            " is better"
-        ),
-        f"  these runs  {ours.mean:.5f} (n = {len(ours.losses)})    {ours.mean * to_bpb:.5f} BPB",
-        f"  reference   {theirs.mean:.5f} (n = {len(theirs.losses) or theirs.n or 'unknown'})    "
-        f"{theirs.mean * to_bpb:.5f} BPB"
-        + ("    taken as exact: no deviation was given" if alone else ""),
-        f"  improvement {gain:.5f} nats, {gain * to_bpb:.5f} BPB",
-        (
-            f"  {'one-sided p that the improvement is':37}{'one-sample' if alone else 'Welch':>10} "
-            f"   paired ({len(common)} common seeds)"
-        ),
+        f"{stage} loss in nats per token over {tokens:,} tokens and {num_bytes:,} bytes, lower is"
+        " better"
     ]
+    lines.append(
+        f"  these runs  {ours.mean:.5f} (n = {len(ours.losses)})    {ours.mean * to_bpb:.5f} BPB"
+    )
+    lines.append(f"  reference   {reference}    {theirs.mean * to_bpb:.5f} BPB{exact}")
+    lines.append(f"  improvement {gain:.5f} nats, {gain * to_bpb:.5f} BPB")
+    lines.append(
+        f"  {'one-sided p that the improvement is':37}{test:>10}"
+        f"    paired ({len(common)} common seeds)"
+    )
     for margin, words in ((0.0, "nothing or less"), (RULE_NATS, f"{RULE_NATS} nats or less")):
-        cells = ["-" if value is None else f"{value:.2g}" for value in p[margin]]
-        lines.append(f"    {words:35}{cells[0]:>10}    {cells[1]}")
-    decided = p[RULE_NATS][0]
+        p = show_p(welch(ours, theirs, margin))
+        lines.append(f"    {words:35}{p:>10}    {show_p(paired(ours, theirs, margin))}")
+    decided = welch(ours, theirs, RULE_NATS)
     why = "no test is possible" if decided is None else f"p = {decided:.2g}"
     met = decided is not None and decided < RULE_P
     lines.append(
@@ -275,31 +295,40 @@ def add_reference(parser):
     )
 
 
-def compare(results, options):
-    """RESULTs and what add_reference parsed -> (lines, whether the contest's rule is met).
-
-    ValueError if impossible.
-    """
-    std, n = options.published_std, options.published_n
-    if (std is None) != (n is None) or (
-        std is not None and (options.published is None or std <= 0 or n < 2)
-    ):
+def check_options(options):
+    """Raises ValueError for a published deviation that is incomplete or cannot be."""
+    std = options.published_std
+    n = options.published_n
+    if std is None and n is None:
+        return
+    complete = None not in (std, n, options.published)
+    if not complete or std <= 0 or n < 2:
         raise ValueError(
             "--published-std (above 0) and --published-n (2 or more) go together, and with"
             " --published"
         )
+
+
+def compare(results, options):
+    """RESULTs and what add_reference parsed -> (lines, whether the contest's rule is met).
+
+    Raises ValueError if they cannot be compared.
+    """
+    check_options(options)
     against = [run.result for run in read_runs(options.against or [])]
     stage = options.stage or last_stage(results + against)
-    # sample() names the run that lacks it
+    # sample() names the run that lacks the stage
     first = results[0]["scores"].get(stage, {"tokens": 1, "bytes": 0})
-    counts = first["tokens"], first["bytes"]
-    ours, nats = sample(results, stage, *counts), math.log(2) * counts[1] / counts[0]
-    theirs = (
-        sample(against, stage, *counts)
-        if against
-        else Sample({}, options.published * nats, std and std * nats, n)
-    )
-    return compare_lines(ours, theirs, stage, *counts)
+    tokens = first["tokens"]
+    num_bytes = first["bytes"]
+    ours = sample(results, stage, tokens, num_bytes)
+    if against:
+        theirs = sample(against, stage, tokens, num_bytes)
+    else:
+        nats = math.log(2) * num_bytes / tokens
+        std = options.published_std and options.published_std * nats
+        theirs = Sample({}, options.published * nats, std, options.published_n)
+    return compare_lines(ours, theirs, stage, tokens, num_bytes)
 
 
 def main(arguments=None):

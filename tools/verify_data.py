@@ -40,21 +40,22 @@ from prepare_caseops_data import (
 )
 
 ESC_ID = 7
-# FineWeb's documents and values; targets that whole windows of 2,048 tokens hold, and the bytes of
-# these. train_gpt.py has these numbers as well: it stands alone, and checking data needs no torch.
-CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499
 
 
-def is_canonical(tokens: np.ndarray, charges: np.ndarray | None) -> bool:
-    """Whether (N,) tokens are the contest's validation documents as CaseOps stores them, by counts
-    and
-    by bytes.
+def canonical(tokens: np.ndarray, charges: np.ndarray | None) -> str:
+    """Whether (N,) tokens and their charges are the contest's validation documents: yes or no."""
+    from train_gpt import is_canonical  # here, because it imports torch
 
-    charges: bytes of each token, (N,), or None where they are not at hand.
-    """
-    documents, values, targets, size = CANONICAL
-    counts = (int((tokens == BOS_ID).sum()), len(tokens)) == (documents, values)
-    return counts and (charges is None or int(charges[1 : targets + 1].sum(dtype=np.int64)) == size)
+    return "yes" if charges is not None and is_canonical(tokens, charges) else "no"
+
+
+def count_documents(tokens: np.ndarray) -> int:
+    return int((tokens == BOS_ID).sum())
+
+
+def total(charges: np.ndarray) -> int:
+    """The sum of charges, which overflows in their own type."""
+    return int(charges.sum(dtype=np.int64))
 
 
 def check_files(folder: Path) -> Iterator[str]:
@@ -72,33 +73,36 @@ def check_files(folder: Path) -> Iterator[str]:
 
 
 def check_side_car(tokens: np.ndarray, costs: np.ndarray) -> Iterator[str]:
-    """Problems of a side-car (tokens,): BOS and markers are free; a marker behind an odd number
-    of ESC is a literal.
+    """Problems of a side-car, (tokens,): BOS and markers must cost nothing.
+
+    A marker after an odd number of ESC is a literal, which costs its three bytes.
     """
     positions = np.arange(len(tokens))
     last_other = np.maximum.accumulate(np.where(tokens == ESC_ID, -1, positions))
     escapes_before = np.concatenate([[0], (positions - last_other)[:-1]])
-    marker = (tokens >= 4) & (tokens <= ESC_ID)
-    for name, wrong in {
+    is_marker = (tokens >= 4) & (tokens <= ESC_ID)
+    is_literal = escapes_before % 2 == 1
+    problems = {
         "BOS is charged": (tokens == BOS_ID) & (costs > 0),
-        "a case marker is charged": marker & (escapes_before % 2 == 0) & (costs > 0),
-        "an escaped marker is charged less than its 3 bytes": (
-            marker & (escapes_before % 2 == 1) & (costs < 3)
-        ),
-    }.items():
+        "a case marker is charged": is_marker & ~is_literal & (costs > 0),
+        "an escaped marker is charged less than its 3 bytes": is_marker & is_literal & (costs < 3),
+    }
+    for problem, wrong in problems.items():
         if wrong.any():
-            yield f"side-car: {name} {wrong.sum():,} times, first at value {wrong.argmax():,}"
+            yield f"side-car: {problem} {wrong.sum():,} times, first at value {wrong.argmax():,}"
 
 
 def check_counts(
     folder: Path, tokens: np.ndarray, costs: np.ndarray | None, train_documents: int
 ) -> Iterator[str]:
     """Differences between the manifest's counts and what is there."""
-    found = {"val": {"documents": int((tokens == BOS_ID).sum()), "tokens": len(tokens)}}
-    found["train"] = {"documents": train_documents}
-    found["train"]["tokens"] = sum(len(read_shard(path)) for path in shard_files(folder, "train"))
+    train_tokens = sum(len(read_shard(path)) for path in shard_files(folder, "train"))
+    found = {
+        "val": {"documents": count_documents(tokens), "tokens": len(tokens)},
+        "train": {"documents": train_documents, "tokens": train_tokens},
+    }
     if costs is not None:
-        found["val"]["charged_bytes"] = int(costs.sum(dtype=np.int64))
+        found["val"]["charged_bytes"] = total(costs)
     stated = read_manifest(folder)["splits"]
     for split, counts in found.items():
         for name, count in counts.items():
@@ -120,11 +124,10 @@ def check_contents(folder: Path) -> Iterator[str]:
 
 
 def check_samples(sp, tokens: np.ndarray, costs: np.ndarray, count: int) -> Iterator[str]:
-    """Decodes documents spread over validation and encodes them again: most must give the same
-    tokens
-    and bytes.
+    """Decodes documents spread over validation and encodes them again.
 
-    Not all: SentencePiece's normalization keeps neither blanks nor ligatures as they were.
+    Most must give the same tokens and bytes. Not all: SentencePiece's normalization keeps neither
+    blanks nor ligatures as they were.
     """
     starts = np.flatnonzero(tokens == BOS_ID)
     if not len(starts) or not count:
@@ -134,9 +137,8 @@ def check_samples(sp, tokens: np.ndarray, costs: np.ndarray, count: int) -> Iter
     same_tokens = same_bytes = 0
     for start, end in zip(starts[sampled], ends[sampled], strict=True):
         try:
-            ids, charges = encode_document_with_bytes(
-                sp, decode(sp.decode(tokens[start:end].tolist()))
-            )
+            text = decode(sp.decode(tokens[start:end].tolist()))
+            ids, charges = encode_document_with_bytes(sp, text)
         except (CapsError, IndexError):
             continue
         if np.array_equal(ids, tokens[start:end]):
@@ -157,47 +159,49 @@ def check_source(
     lines: Iterator, tokenizer: str, tokens: np.ndarray, costs: np.ndarray | None, workers: int
 ) -> Iterator[str]:
     """The first difference between validation and the documents of its source."""
-    position, document = 0, 0
-    documents = int((tokens == BOS_ID).sum())
+    position = 0
+    document = 0
+    documents = count_documents(tokens)
     encoder = partial(encode_batch, tokenizer, False, 150_000)
-    for batch in map_in_order(
-        encoder, make_batches("val", itertools.islice(lines, documents), 0, 0), workers
-    ):
+    batches = make_batches("val", itertools.islice(lines, documents), 0, 0)
+    for batch in map_in_order(encoder, batches, workers):
         end = position + len(batch.ids)
         wrong = tokens[position:end] != batch.ids if end <= len(tokens) else np.ones(1, bool)
         if costs is not None and not wrong.any():
             wrong = costs[position:end] != batch.costs
         if wrong.any():
-            number = document + int(
-                np.searchsorted(np.cumsum(batch.lengths), wrong.argmax(), side="right")
-            )
+            ends = np.cumsum(batch.lengths)
+            number = document + int(np.searchsorted(ends, wrong.argmax(), side="right"))
             yield f"validation document {number:,} is not the one of the source"
             return
-        position, document = end, document + len(batch.lengths)
+        position = end
+        document += len(batch.lengths)
     if document != documents:
         yield f"{documents:,} validation documents, the source has {document:,}"
     print(f"compared {document:,} validation documents with the source")
 
 
 def find_leaks(folder: Path) -> tuple[int, list[str]]:
-    """Number of training documents, and those whose tokens are a validation document's: shard,
-    number, which one.
-    """
-    known = {}
+    """Number of training documents, and which of them are validation documents, as sentences."""
+    known = {}  # hash of a validation document: its number
     for number, (_, ids) in enumerate(read_documents(shard_files(folder, "val"))):
         if len(ids) > 1:  # an empty document has nothing to leak
             known.setdefault(document_hash(ids), number)
-    leaks, total, current, first = [], 0, None, 0
+    leaks = []
+    count = 0
+    current = None  # the shard, and its first document
+    first = 0
     for path, ids in read_documents(shard_files(folder, "train")):
         if path != current:
-            current, first = path, total
+            current = path
+            first = count
         if len(ids) > 1 and (number := known.get(document_hash(ids))) is not None:
             leaks.append(
-                f"{path.name}, document {total - first:,} of it ({total:,} of training): "
+                f"{path.name}, document {count - first:,} of it ({count:,} of training): "
                 f"validation document {number:,}"
             )
-        total += 1
-    return total, leaks
+        count += 1
+    return count, leaks
 
 
 def verify(
@@ -211,19 +215,19 @@ def verify(
 
     Raises DataError where a file cannot be read at all.
     """
-    problems, has_manifest = [], (folder / "manifest.json").exists()
+    problems = []
+    has_manifest = (folder / "manifest.json").exists()
     if has_manifest:
         problems += check_files(folder)
     else:
         print("no manifest.json: neither hashes nor counts are stated, none are checked")
-    val, side_car = (
-        [read_shard(path) for path in shard_files(folder, stream)]
-        for stream in ("val", "val_bytes")
-    )
+    val = [read_shard(path) for path in shard_files(folder, "val")]
+    side_car = [read_shard(path) for path in shard_files(folder, "val_bytes")]
     if not val:
         raise DataError(f"{folder}: no fineweb_val_*.bin")
     problems += check_contents(folder)
-    tokens, costs = np.concatenate(val), None
+    tokens = np.concatenate(val)
+    costs = None
     if not side_car:
         print("no side-car: a dataset of plain SentencePiece; bytes are not checked")
     elif [len(part) for part in side_car] != [len(part) for part in val]:
@@ -244,10 +248,10 @@ def verify(
     problems += [f"leak: {leak}" for leak in leaks]
     if has_manifest:
         problems += check_counts(folder, tokens, costs, documents)
-    total = f", {int(costs.sum(dtype=np.int64)):,} bytes" if costs is not None else ""
+    of_bytes = f", {total(costs):,} bytes" if costs is not None else ""
     print(
-        f"validation: {int((tokens == BOS_ID).sum()):,} documents, {len(tokens):,} values{total}; "
-        f"canonical: {'yes' if is_canonical(tokens, costs) else 'no'}"
+        f"validation: {count_documents(tokens):,} documents, {len(tokens):,} values{of_bytes}; "
+        f"canonical: {canonical(tokens, costs)}"
     )
     return problems
 

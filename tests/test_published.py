@@ -1,22 +1,35 @@
-"""What the presets need beyond the default, each against a small reference that is written out
+"""presets/published.py: what the presets need beyond the default, each against a small reference that is written out
 independently.
 """
 
+import dataclasses
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_hp, write_documents
-from test_evaluation import make_model, make_validation, small_hp
-from test_training import trainer_of
+from conftest import HERE, PATIENCE, tiny_hp
+from evaluation_helpers import make_model, make_validation, small_hp
+from run_helpers import SETTINGS, make_data
+from training_helpers import trainer_of
 
 import train_gpt
-from tools import techniques
+from presets import published as parts
+from tools import guard
+from tools.pack_code import pack_code
+from tools.run_files import published_settings
 from train_gpt import BOS_ID
 
+PLAIN = small_hp(quant_only=True)  # made before any test puts other settings in place
+ROOT = Path(train_gpt.__file__).parent
+SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("published")
 EVERYTHING = {
     "attn_window": 5,
     "attn_window_full_layers": 1,
@@ -71,6 +84,130 @@ class Recorder:
         return self.attention(q, k, v, cu_seqlens, max_seqlen, window)
 
 
+# ---- settings
+
+FIELDS = [
+    field
+    for field in dataclasses.fields(parts.Hyperparameters)
+    if not hasattr(train_gpt.Hyperparameters, field.name) or field.name == "attn_window"
+]
+
+
+def test_its_settings_have_a_meaning_a_type_a_default_of_that_type_and_a_bound():
+    assert len(FIELDS) == 25 and {field.name.upper() for field in FIELDS} == published_settings()
+    for field in FIELDS:
+        assert field.type in (int, float, bool, str) and type(field.default) is field.type
+        assert len(field.metadata["help"]) > 3
+        assert field.type not in (int, float) or field.metadata["least"] is not None
+
+
+VALUES = {  # of settings whose next number, or another text, is not one
+    "VALUE_EMBED_LAYERS": "1,2",
+    "TTT_SHORT_CHUNKS": "256:8",
+    "VALUE_RESIDUAL": "gate",
+    "TTT_METHOD": "sgd",
+    "BIGRAM_VOCAB_SIZE": "2",
+}
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name.upper())
+def test_the_environment_sets_every_setting(field):
+    name = field.name.upper()
+    if field.type is bool:
+        text = str(int(not field.default))
+    elif name in VALUES:
+        text = VALUES[name]
+    else:
+        text = "0.5" if field.metadata["most"] else str(field.default + 1)
+    more = {"TTT_STALE_CONTEXT": "0", "GPTQ_COLUMN_STEPS": "0"}
+    hp = train_gpt.Hyperparameters.from_env({name: text} | more)
+    assert getattr(hp, field.name) != field.default
+    assert f"* {name}={text}  # " in train_gpt.settings_table(hp)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"TTT_SHORT_CHUNKS": "256"}, "TTT_SHORT_CHUNKS"),
+        ({"TTT_SHORT_CHUNKS": "256:0"}, "TTT_SHORT_CHUNKS"),
+        ({"TTT_SHORT_CHUNKS": "256:8,"}, "TTT_SHORT_CHUNKS"),
+        ({"TTT_SHORT_CHUNKS": "a:b"}, "TTT_SHORT_CHUNKS"),
+        ({"VALUE_EMBED_LAYERS": "9,11"}, "VALUE_EMBED_LAYERS"),
+        ({"VALUE_EMBED_LAYERS": "9,"}, "VALUE_EMBED_LAYERS"),
+        ({"BIGRAM_VOCAB_SIZE": "1"}, "BIGRAM_VOCAB_SIZE"),
+        ({"EXTRA_EVAL_LOOPS": "1", "NUM_LOOPS": "0"}, "NUM_LOOPS"),
+        ({"MUON_HEAD_PAIRS": "1", "NUM_KV_HEADS": "1"}, "MUON_HEAD_PAIRS"),
+        ({"QAT_BELOW_LR": "0.1"}, "GPTQ_COLUMN_STEPS"),
+        ({"TTT_METHOD": "sgd", "TTT_MAX_DOCS": "9"}, "TTT_MAX_DOCS"),
+        ({"ATTN_WINDOW": "9"}, "TTT_STALE_CONTEXT=0"),
+        ({"VALUE_RESIDUAL": "mix"}, "TTT_STALE_CONTEXT=0"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(train_gpt.SettingError, match=message):
+        train_gpt.Hyperparameters.from_env(changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ATTN_WINDOW": "9", "TTT_ENABLED": "0"},
+        {"ATTN_WINDOW": "9", "TTT_METHOD": "sgd"},
+        {"TTT_SHORT_CHUNKS": "256:8,2000:24"},
+    ],
+)
+def test_combinations_that_work_are_taken(changes):
+    train_gpt.Hyperparameters.from_env(changes)
+
+
+# ---- the script
+
+
+def test_the_script_runs_a_preset_by_its_name_on_several_ranks(tmp_path):
+    """Under torchrun, with settings of the environment on top."""
+    (tmp_path / "data").mkdir()
+    make_data(tmp_path / "data")
+    preset = {name: SETTINGS[name] for name in ("VOCAB_SIZE", "TOKENIZER_PATH", "OMP_NUM_THREADS")}
+    environ = SETTINGS | preset | {"CASEOPS_ENABLED": "1", "TTT_STALE_CONTEXT": "0"}
+    environ |= {"BIGRAM_VOCAB_SIZE": "31", "ATTN_WINDOW": "8", "ATTN_WINDOW_FULL_LAYERS": "1"}
+    environ |= {"VALUE_EMBED_LAYERS": "1", "GPTQ_RESERVE_SECONDS": "0", "ITERATIONS": "3"}
+    environ |= {"DATA_PATH": str(tmp_path / "data"), "RUNS_DIR": str(tmp_path), "RUN_ID": "x"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "presets" / "published.py"), "pr1512"],
+        env=HERE | environ | {"PLOTS": "0"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "x" / "log.txt").read_text()
+    assert "preset pr1512: " in log and "* MUON_HEAD_PAIRS=1  # " in log
+    result = json.loads(log.splitlines()[-1].removeprefix("RESULT "))
+    assert result["world_size"] == 2 and "sliding" in result["scores"]
+    packed = (tmp_path / "x" / "train_gpt.py").stat().st_size
+    assert result["code_bytes"] == packed > len(pack_code(SOURCE, {}))
+
+
+@pytest.mark.parametrize("name, said", [("--help", "MUON_HEAD_PAIRS=0"), ("nosuch", "there are:")])
+def test_the_script_has_its_own_help_and_refuses_an_unknown_preset(name, said):
+    script = str(ROOT / "presets" / "published.py")
+    done = subprocess.run(
+        [sys.executable, script, name], env=HERE, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert said in done.stdout + done.stderr and done.returncode == (name == "nosuch")
+
+
+def test_a_model_with_parts_is_not_read_without_them(tmp_path, ops):
+    hp = small_hp(attn_window=5, attn_window_full_layers=1)
+    model = train_gpt.GPT(hp, ops, torch.float32)
+    train_gpt.save_checkpoint(tmp_path / "model.pt", model, hp)
+    (problem,), _ = guard.compare_settings(tmp_path / "model.pt", PLAIN)
+    assert "ATTN_WINDOW=0 (5 there)" in problem
+    train_gpt.save_checkpoint(tmp_path / "model.pt", model, small_hp())
+    assert guard.compare_settings(tmp_path / "model.pt", PLAIN)[0] == []
+
+
 # ---- model
 
 
@@ -95,7 +232,7 @@ def test_packed_rows_fresh_windows_and_single_documents_are_one_function(residua
             torch.tensor([0, 8, 16]),
             max_seqlen=8,
             looping=looping,
-            fresh=fresh,
+            window_start=fresh,
         )
         alone = model.forward_hidden(window, max_seqlen=8, looping=looping)
         torch.testing.assert_close(
@@ -214,9 +351,13 @@ def test_all_of_it_compiles_into_whole_graphs_that_give_the_same(residual):
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3)
     with torch.no_grad():
-        plain, by_layers = (
-            model.forward_hidden(tokens, cu_seqlens, max_seqlen=14, looping=True, block=block)
-            for block in (None, compiled[1])
+        plain = model.forward_hidden(tokens, cu_seqlens, max_seqlen=14, looping=True)
+        by_layers = model.forward_hidden(
+            tokens,
+            cu_seqlens,
+            max_seqlen=14,
+            looping=True,
+            compiled_parts=SimpleNamespace(slot_input=model.slot_input, block=compiled[1]),
         )
     torch.testing.assert_close(by_layers, plain, atol=1e-5, rtol=1e-4)
 
@@ -243,25 +384,25 @@ def test_extra_loops_leave_every_skip_between_the_layers_of_training(extra):
         def block(entry, mlp_lane, *rest):
             runs.append(len(runs))
             # the stream says which slot it comes from
-            return torch.full_like(entry[3], len(runs) - 1.0), mlp_lane
+            return torch.full_like(entry.merged, len(runs) - 1.0), mlp_lane
 
-        def enter(x, x0, w, wants, *merge):
+        def slot_input(x, x0, w, return_mix, return_merged, *merge):
             if merge:
                 merged.append((int(merge[1][0]), len(runs), int(merge[0][0, 0, 0])))
-            return None, None, None, x
+            return train_gpt.SlotInput(None, None, None, x)
 
         # a weight says which pair it is of
         model.skip_weights.data[:] = torch.arange(len(model.skip_weights))[:, None]
-        parts = SimpleNamespace(enter=enter, block=block)
+        parts = SimpleNamespace(slot_input=slot_input, block=block)
         model.forward_hidden(
-            torch.ones(1, 3, dtype=torch.long), max_seqlen=3, looping=True, parts=parts
+            torch.ones(1, 3, dtype=torch.long), max_seqlen=3, looping=True, compiled_parts=parts
         )
         slots = model.slots(True)
         return slots, [(pair, to, slots[to], source, slots[source]) for pair, to, source in merged]
 
     model = make_model(hp)
     trained, pairs = skips(model)
-    model.eval_passes = 1 + extra
+    model.leave_training()
     slots, found = skips(model)
     assert slots == [0, 1, 2, *[3, 4, 5] * (3 + extra), 6, 7, 8, 9, 10] and len(trained) == 17
     late = [
@@ -275,27 +416,15 @@ def test_extra_loops_leave_every_skip_between_the_layers_of_training(extra):
 # ---- optimizer
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 24), (2, 24, 8), (3, 8, 8)])
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
-def test_gram_newton_schulz_is_polar_express(shape, steps):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(steps), dtype=torch.float64)
-    want = train_gpt.polar_express(x, steps)
-    found = techniques.gram_newton_schulz(x, train_gpt.POLAR_EXPRESS[:steps])
-    torch.testing.assert_close(found, want, atol=1e-9, rtol=1e-9)
-
-
 @pytest.mark.parametrize("rank, world", [(0, 1), (0, 2), (1, 2), (2, 3)])
-@pytest.mark.parametrize("gram", [False, True])
-def test_q_and_k_are_orthogonalised_by_pairs_of_heads_and_nothing_else(rank, world, gram):
-    hp = small_hp(muon_head_pairs=True, muon_gram_enabled=gram, muon_row_normalize=False)
+def test_q_and_k_are_orthogonalised_by_pairs_of_heads_and_nothing_else(rank, world):
+    hp = small_hp(muon_head_pairs=True, muon_row_normalize=False)
     names = dict(make_model(hp).named_parameters())
     banks = [names[name].double() for name in train_gpt.BANKS]
     muon = train_gpt.Muon(banks, hp, SimpleNamespace(rank=rank, world_size=world), torch.float64)
     for number, (bank, buffer) in enumerate(zip(banks, muon.momentum_buffers, strict=True)):
         shard = muon.padded(bank).chunk(world)[rank]
-        orthogonalise = techniques.orthogonaliser(
-            muon, buffer, train_gpt.polar_express, train_gpt.POLAR_EXPRESS
-        )
+        orthogonalise = muon.orthogonaliser(buffer)
         found = train_gpt.muon_update(shard, buffer, 0.0, 5, False, orthogonalise)
         for i, (matrix, got) in enumerate(zip(shard, found, strict=True)):
             in_pairs = number < 2 and rank * len(shard) + i < 3
@@ -344,7 +473,8 @@ def test_late_qat_computes_with_weights_on_the_grid_and_passes_gradients_straigh
         ("plain", model, False),
     ):
         m.zero_grad()
-        losses[label] = m(*arguments, None, on_grid)
+        m.on_grid = on_grid
+        losses[label] = m(*arguments)
         losses[label].mean().backward()
         if label != "plain":
             losses[label + " grads"] = [getattr(m, name).grad.clone() for name in train_gpt.BANKS]
@@ -377,7 +507,7 @@ def test_late_qat_runs_a_second_graph_that_the_warm_up_has_made(tiny_data):
     compiled = torch.compile(trainer.model.forward, fullgraph=True, backend=backend)
 
     def noted(*arguments, **named):
-        flags.append(named["on_grid"])
+        flags.append(trainer.model.on_grid)
         return compiled(*arguments, **named)
 
     trainer.forward = noted
@@ -391,69 +521,7 @@ def test_late_qat_runs_a_second_graph_that_the_warm_up_has_made(tiny_data):
     assert steps == [False] * 7 + [True] * 3 and len(graphs) == made
 
 
-# ---- data
-
-
-def documents_of(tokens):
-    starts = [i for i, token in enumerate(tokens) if token == BOS_ID]
-    return [tuple(tokens[a:b]) for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True)]
-
-
-def test_shuffled_shards_hold_the_same_documents_in_another_order(tmp_path):
-    lengths = np.random.default_rng(1).integers(3, 40, 60)
-    size = int((lengths + 1).sum())
-    tokens, _ = write_documents(
-        tmp_path, "train", lengths, shard_sizes=[size // 2, size - size // 2]
-    )
-    plain = train_gpt.TokenStream(tmp_path, "train")
-    hp = tiny_hp(data_path=str(tmp_path), doc_shuffle_enabled=True, data_seed=3)
-    loader = train_gpt.TrainLoader(
-        train_gpt.TokenStream(tmp_path, "train"), hp, train_gpt.Dist("cpu")
-    )
-    borders = 0, size // 2, size
-    for first, last in zip(borders, borders[1:], strict=False):
-        before, after = (list(s.read(first, last - first)) for s in (plain, loader.stream))
-        cut = before.index(BOS_ID)  # what the border has cut is a document of its own, somewhere
-        assert before != after and sorted(before) == sorted(after)
-        assert set(documents_of(before[cut:])[:-1]) - set(documents_of(after)) <= {
-            documents_of(before[cut:])[0]
-        }
-    again = train_gpt.TrainLoader(
-        train_gpt.TokenStream(tmp_path, "train"), hp, train_gpt.Dist("cpu")
-    )
-    assert (
-        torch.equal(loader.row(2).inputs, again.row(2).inputs)
-        and loader.row(0).inputs[0, 0] == BOS_ID
-    )
-
-
 # ---- quantization
-
-
-def test_hessian_aware_clips_follow_the_weighted_size_of_a_row():
-    generator = torch.Generator().manual_seed(0)
-    name = "blocks.0.attn.c_q.weight"
-    w, h = (
-        torch.randn(6, 10, generator=generator),
-        torch.rand(10, generator=generator).diag() + 0.01 * torch.eye(10),
-    )
-    scales = {}
-    for factor in (0.0, 0.2):
-        hp = tiny_hp(hessian_clip_lambda=factor, gptq_column_steps=False)
-        packed, _ = train_gpt.quantize_matrices([name], {name: w}, {name: h}, hp)
-        scales[factor] = packed[name]["scale"].double()
-    d = h.diagonal().double()
-    importance = [float((w[r].abs().double() * d).mean() / d.mean()) for r in range(6)]
-    want = [1 + 0.2 * (i / np.mean(importance) - 1) for i in importance]
-    np.testing.assert_allclose((scales[0.2] / scales[0.0]).numpy(), want, rtol=2e-3)
-    embedding = "tok_emb.weight"
-    found = [
-        train_gpt.quantize_matrices(
-            [embedding], {embedding: w}, {embedding: h}, tiny_hp(hessian_clip_lambda=x)
-        )
-        for x in (0.0, 0.2)
-    ]
-    assert torch.equal(*(packed[embedding]["scale"] for packed, _ in found))
 
 
 def test_self_calibration_samples_documents_of_the_model_and_touches_no_data(dist, monkeypatch):
@@ -472,15 +540,15 @@ def test_self_calibration_samples_documents_of_the_model_and_touches_no_data(dis
     monkeypatch.setattr(torch, "multinomial", noted)
     hessians = train_gpt.collect_hessians(model, None, hp, dist)
     assert len(draws) == 2 * 15
-    first = techniques.written_row(model, 0).inputs
-    assert torch.equal(first, techniques.written_row(model, 0).inputs) and first.shape == (4, 16)
+    first = parts.written_row(model, 0).inputs
+    assert torch.equal(first, parts.written_row(model, 0).inputs) and first.shape == (4, 16)
     assert (first[:, 0] == BOS_ID).all() and not (first[:, 1:] == BOS_ID).any()
     with torch.no_grad():  # probabilities of the last token of the first row of documents
         hidden = model.forward_hidden(first[:, :15], max_seqlen=16, looping=True)[:, -1]
         z = 30 * torch.tanh(hidden @ model.tok_emb.T / 30) / 0.8
     z[:, BOS_ID] = -torch.inf
     torch.testing.assert_close(draws[14], z.softmax(1), atol=1e-5, rtol=1e-3)
-    rows = torch.cat([techniques.written_row(model, i).inputs for i in range(2)])
+    rows = torch.cat([parts.written_row(model, i).inputs for i in range(2)])
     final = model.forward_hidden(rows, max_seqlen=16, looping=True).flatten(0, 1).detach()
     torch.testing.assert_close(
         hessians["tok_emb.weight"], final.T @ final / 2, atol=1e-3, rtol=1e-4
@@ -512,9 +580,6 @@ SGD = {
     "eval_seq_len": 16,
     "eval_stride": 5,
 }
-
-
-SGD_PARTS = train_gpt.document_windows, train_gpt.WindowPacker, train_gpt.sgd_step, train_gpt.Score
 
 
 def sgd_reference(model, validation, hp):
@@ -586,7 +651,7 @@ def recorded_sgd(folder, hp, change=None):
         return losses
 
     evaluator.packer.build, evaluator.row_losses = noted_build, noted_losses
-    return found, evaluator, techniques.evaluate_sgd(evaluator, *SGD_PARTS)
+    return found, evaluator, parts.evaluate_sgd(evaluator)
 
 
 def test_sgd_test_time_training_equals_the_reference(tmp_path):

@@ -1,0 +1,1006 @@
+"""What only published systems use, as parts that take the place of train_gpt.py's.
+
+    python presets/published.py pr1512                        # settings of presets/pr1512.env
+    torchrun --standalone --nproc_per_node=8 presets/published.py pr1512
+    ATTN_WINDOW=256 python presets/published.py               # the defaults, and these settings too
+
+Settings are environment variables, as for train_gpt.py; docs/PRESETS.md says who uses them. PARTS
+names what takes the place of what: train_gpt.py looks each of these names up when it needs it. The
+packed script of a run that uses a setting of this file holds both files (tools/pack_code.py): there
+all names are of one module, so nothing here may have the name of something else in train_gpt.py.
+"""
+
+import math
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import train_gpt  # noqa: E402
+from train_gpt import (  # noqa: E402
+    BOS_ID,
+    FP16_RANGE,
+    ArtifactError,
+    DataError,
+    SettingError,
+    env,
+)
+
+# ---- settings
+
+
+@dataclass(frozen=True)
+class Hyperparameters(train_gpt.Hyperparameters):
+    """The settings of train_gpt.py and those that only published systems use."""
+
+    compressor: str = env(
+        "entropy", "coder of the artifact: entropy, pergroup (needs lrzip), brotli, lzma"
+    )
+    caseops_enabled: bool = env(
+        True,
+        "validation bytes come from the side-car; 0: from the tokenizer's byte tables",
+    )
+    marker_fusion_enabled: bool = env(
+        False, "a space and the case marker behind it become one token (PR 2109)"
+    )
+    attn_window: int = env(
+        0,
+        "tokens before its own that a token of the early layers sees; 0: all",
+        least=0,
+    )
+    attn_window_full_layers: int = env(3, "last layers that see all nevertheless", least=0)
+    partial_key_offset: bool = env(
+        False,
+        "unrotated dimensions of full layers' keys are the previous token's (1512)",
+    )
+    value_residual: str = env(
+        "off",
+        "mix: values l0 v0 + l1 v, v0 layer 0's; gate: v + s(a) v0",
+        choices=("off", "mix", "gate"),
+    )
+    bigram_vocab_size: int = env(0, "rows of the hashed bigram embedding; 0: none", least=0)
+    bigram_dim: int = env(112, "width of that table", least=1)
+    value_embed_layers: str = env(
+        "", "layers whose values get a token's own embedding, comma separated"
+    )
+    value_embed_dim: int = env(128, "width of that table", least=1)
+    extra_eval_loops: int = env(
+        0,
+        "passes over the looped layers that training did not have; skips stay",
+        least=0,
+    )
+    muon_head_pairs: bool = env(
+        False, "q and k are orthogonalised by pairs of heads, not whole (PR 1512)"
+    )
+    swa_below_lr: float = env(
+        0.0, "below this learning-rate factor: mean of snapshots; 0: EMA", least=0
+    )
+    swa_every: int = env(50, "steps between snapshots", least=1)
+    qat_below_lr: float = env(
+        0.0,
+        "banks train on their grid below this learning-rate factor; 0: never",
+        least=0,
+    )
+    wd_schedule_enabled: bool = env(False, "weight decay falls, then rises (PR 1512)")
+    wd_sched_hold_frac: float = env(
+        0.40, "fraction until which decay keeps its value", least=0, most=1
+    )
+    wd_sched_ramp_frac: float = env(0.85, "fraction at which decay is lowest", least=0, most=1)
+    wd_sched_low_factor: float = env(0.50, "lowest decay factor", least=0)
+    wd_sched_high_factor: float = env(1.75, "decay factor at the end", least=0)
+    gptq_self_calibration: bool = env(False, "these rows are written by the model itself (PR 1512)")
+    ttt_method: str = env(
+        "lora",
+        "lora: an adapter a document; sgd: all weights, by chunks",
+        choices=("lora", "sgd"),
+    )
+    ttt_epochs: int = env(
+        3, "SGD steps on a chunk of GLOBAL_TTT_CHUNK_TOKENS, at GLOBAL_TTT_LR", least=1
+    )
+    ttt_short_chunks: str = env(
+        "",
+        "smaller chunks of short documents: 256:8,2000:24 is 8 up to 256 tokens, then 24",
+    )
+    ngram_tilt_enabled: bool = env(
+        False,
+        "the word that followed the last 15 tokens before gets more probability",
+    )
+
+    num_embeddings = property(
+        lambda hp: (hp.vocab_size + 10) // 8 * 8 if hp.marker_fusion_enabled else hp.vocab_size
+    )
+    # whether keys or values of a layer are not its projections alone
+    new_values = property(
+        lambda hp: (
+            hp.partial_key_offset or hp.value_embed_layers != "" or hp.value_residual != "off"
+        )
+    )
+
+    def chunk_size_of(self, length):
+        """Also for arrays [TTT_SHORT_CHUNKS]."""
+        pairs = [[*map(int, pair.split(":"))] for pair in self.ttt_short_chunks.split(",") if pair]
+        if not pairs:
+            return self.ttt_chunk_size
+        sizes = np.select(
+            [length <= most for most, _ in pairs],
+            [short for _, short in pairs],
+            self.ttt_chunk_size,
+        )
+        return np.minimum(sizes, self.ttt_chunk_size)
+
+
+own_cross_checks = train_gpt.cross_checks
+
+
+def cross_checks(hp):
+    """Messages of train_gpt.py's checks, and of those for the settings here."""
+    yield from own_cross_checks(hp)
+    if not re.fullmatch(r"(\d+:[1-9]\d*(,(?=.)|$))*", hp.ttt_short_chunks):
+        yield f"TTT_SHORT_CHUNKS={hp.ttt_short_chunks}: must be pairs such as 256:8,2000:24"
+    if hp.marker_fusion_enabled and not hp.caseops_enabled:
+        yield "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1"
+    stale = hp.ttt_stale_context and hp.ttt_enabled and hp.ttt_method == "lora"
+    if stale and (hp.attn_window or hp.new_values):
+        yield (
+            "ATTN_WINDOW, PARTIAL_KEY_OFFSET, VALUE_RESIDUAL and VALUE_EMBED_LAYERS need"
+            " TTT_STALE_CONTEXT=0"
+        )
+    layers = hp.value_embed_layers.split(",") if hp.value_embed_layers else []
+    if not all(layer.isdecimal() and int(layer) < hp.num_layers for layer in layers):
+        yield (
+            f"VALUE_EMBED_LAYERS={hp.value_embed_layers}: must be numbers of layers, below"
+            " NUM_LAYERS"
+        )
+    if hp.bigram_vocab_size == 1:
+        yield "BIGRAM_VOCAB_SIZE must be 2 at least, or 0"
+    if hp.extra_eval_loops and not hp.num_loops:
+        yield "EXTRA_EVAL_LOOPS needs NUM_LOOPS"
+    if hp.muon_head_pairs and (hp.num_heads % 2 or hp.num_kv_heads % 2):
+        yield "MUON_HEAD_PAIRS=1 needs even NUM_HEADS and NUM_KV_HEADS"
+    if hp.qat_below_lr and hp.gptq_column_steps:
+        yield "QAT_BELOW_LR trains on the grid of rows: set GPTQ_COLUMN_STEPS=0"
+    if hp.ttt_method == "sgd" and hp.ttt_max_docs:
+        yield "TTT_MAX_DOCS goes with TTT_METHOD=lora"
+
+
+# ---- data
+
+
+@lru_cache
+def space_id(hp):
+    """The id of a lone space. DataError where the tokenizer has no case markers beside it."""
+    tokenizer = train_gpt.load_tokenizer(hp)
+    if not has_case_markers(tokenizer):
+        raise DataError(
+            f"{train_gpt.find_tokenizer(hp)}: pieces 4 to 7 are not CaseOps' markers: set"
+            " MARKER_FUSION_ENABLED=0"
+        )
+    return tokenizer.piece_to_id("\u2581")
+
+
+def fuse_markers(hp, tokens, charges):
+    """(n,) int64 ids and their bytes -> (m,) both, with a space and the case marker behind it as
+    one id (PR 2109).
+
+    SentencePiece merges nothing across a marker. The pair's id is VOCAB_SIZE + marker - 4; shards
+    stay as they are.
+    """
+    pair = np.append((tokens[:-1] == space_id(hp)) & (tokens[1:] >= 4) & (tokens[1:] <= 6), False)
+    second = np.roll(pair, 1)
+    tokens = np.where(second, tokens + hp.vocab_size - 4, tokens)
+    charges = charges + np.where(second, np.roll(charges, 1), 0)
+    return tokens[~pair], charges[~pair]
+
+
+class TrainLoader(train_gpt.TrainLoader):
+    """MARKER_FUSION_ENABLED: rows of fused tokens. Spans are as long as rows before fusion."""
+
+    def span_length(self):
+        length = super().span_length()
+        if not self.hp.marker_fusion_enabled:
+            return length
+        sample = self.stream.read(0, min(self.stream.size, 1 << 22)).astype(np.int64)
+        return length * len(sample) // len(fuse_markers(self.hp, sample, sample)[0])
+
+    @property
+    def tokens_to_read(self):
+        """All of them are pairs at worst."""
+        return (self.hp.micro_batch_tokens + 1) * (1 + self.hp.marker_fusion_enabled)
+
+    def read_row(self, stream, start):
+        row = super().read_row(stream, start)
+        if not self.hp.marker_fusion_enabled:
+            return row
+        row = row.astype(np.int64)
+        return fuse_markers(self.hp, row, row)[0][: self.hp.micro_batch_tokens + 1]
+
+
+def text_problems(hp, manifest):
+    """Messages where CASEOPS_ENABLED is not as the data are."""
+    transform = manifest.get("text_transform")
+    side_car = train_gpt.shard_paths(hp.data_path, "val_bytes")
+    if side_car and not hp.caseops_enabled:
+        yield (
+            f"{Path(side_car[0]).name} holds the bytes of its tokens, which CASEOPS_ENABLED=0 would"
+            " not read: set it to 1"
+        )
+    if transform and not hp.caseops_enabled:
+        yield (
+            f"its manifest says {transform}, whose tokens a tokenizer cannot count: set"
+            " CASEOPS_ENABLED=1"
+        )
+    if "text_transform" in manifest and not transform and hp.caseops_enabled:
+        yield "its manifest says that the text was not transformed: set CASEOPS_ENABLED=0"
+
+
+class ValidationSet(train_gpt.ValidationSet):
+    """CASEOPS_ENABLED=0: the tokenizer counts the bytes. MARKER_FUSION_ENABLED: fused tokens."""
+
+    def __init__(self, hp):
+        self.has_side_car = hp.caseops_enabled
+        super().__init__(hp)
+        if hp.marker_fusion_enabled:
+            self.tokens, self.bytes = fuse_markers(hp, self.tokens, self.bytes)
+            self.find_documents()
+
+    def count_bytes(self, hp, stream):
+        if hp.caseops_enabled:
+            return super().count_bytes(hp, stream)
+        tokenizer = train_gpt.load_tokenizer(hp)
+        check_byte_counts(hp, tokenizer, self.tokens)
+        count, leading, boundary = piece_byte_tables(tokenizer)
+        charges = count[self.tokens]
+        charges[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
+        return charges
+
+    def figures(self):
+        found = super().figures()
+        if not self.has_side_car:
+            del found["charged_bytes"]  # no manifest states them
+        return found
+
+
+def has_case_markers(tokenizer):
+    """Whether pieces 4 to 7 are CaseOps' markers, which stand for no text (lossless_caps.py)."""
+    return [tokenizer.id_to_piece(token) for token in range(4, 8)] == [*"\ue001\ue002\ue003\ue004"]
+
+
+def check_byte_counts(hp, tokenizer, tokens):
+    """DataError unless tokens (N,), which this tokenizer is to count the bytes of, are of its
+    making.
+
+    Without a side-car the tokenizer decides the BPB. One of equal size counts without an error, so
+    the text of some documents is encoded again: only the shards' own tokenizer gives back their
+    tokens.
+    """
+    if has_case_markers(tokenizer) and ((tokens >= 4) & (tokens < 8)).any():
+        raise DataError(
+            f"{hp.data_path}: its tokens hold CaseOps' markers: set CASEOPS_ENABLED=1, with the"
+            " side-car"
+        )
+    longest = 512
+    documents = 256
+    starts = np.flatnonzero(tokens == BOS_ID)[:documents] + 1
+    ends = np.append(starts[1:] - 1, len(tokens))[: len(starts)]
+    same = total = 0
+    for start, end in zip(starts, np.minimum(ends, starts + longest), strict=True):
+        ids = tokens[start:end].tolist()
+        # a cut changes the tokens before it
+        compared = len(ids) if len(ids) < longest else longest - 64
+        same += compared * (tokenizer.encode(tokenizer.decode(ids))[:compared] == ids[:compared])
+        total += compared
+    # some texts do not come back from their own tokenizer: unknown characters, odd spaces
+    if 2 * same < total:
+        raise DataError(
+            f"{hp.data_path}: its tokens were not made by the tokenizer found for them, which gives"
+            f" back {same} of {total} when their text is encoded again: set TOKENIZER_PATH to the"
+            " shards' own"
+        )
+
+
+def piece_byte_tables(tokenizer):
+    """SentencePiece model -> (bytes, leading space, boundary) per id, for data without
+    side-cars.
+    """
+    if tokenizer.piece_to_id("\u2581") == tokenizer.unk_id():
+        raise DataError(
+            "the tokenizer has no piece of its own for the space: its spaces would count three"
+            " bytes"
+        )
+    size = tokenizer.vocab_size()
+    count = np.zeros(size, np.int64)
+    leading = np.zeros(size, bool)
+    boundary = np.ones(size, bool)
+    for token in range(size):
+        if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
+            continue
+        boundary[token] = False
+        piece = tokenizer.id_to_piece(token)
+        leading[token] = piece.startswith("\u2581") and not tokenizer.is_byte(token)
+        count[token] = 1 if tokenizer.is_byte(token) else len(piece.removeprefix("\u2581").encode())
+    return count, leading, boundary
+
+
+# ---- model
+
+# Of one layer: its weights, and what its attention needs for the tokens of this pass, by name (see
+# layer_extras).
+LayerWeights = namedtuple(
+    "LayerWeights", (*train_gpt.LayerWeights._fields, "extras"), defaults=[None]
+)
+HEAD_NAMES = train_gpt.HEAD_NAMES | {
+    "bigram_table": "bigram.weight",
+    "value_table": "value_embed.weight",
+}
+
+
+class GPT(train_gpt.GPT):
+    """Bigram and value embeddings, value residual, offset keys, windows of attention, fake
+    quantization, fused markers, more passes over the looped layers after training.
+    """
+
+    eval_passes = 1  # over the looped layers, beyond NUM_LOOPS: 1 + EXTRA_EVAL_LOOPS after training
+    on_grid = False  # QAT_BELOW_LR: the banks are as quantization will have them
+
+    def __init__(self, hp, ops, dtype):
+        super().__init__(hp, ops, dtype)
+        L = hp.num_layers
+        generator = torch.Generator().manual_seed(hp.generator_seed + 1)
+        # the table is zero: with a projection of zeros neither would ever learn
+        if hp.bigram_vocab_size:
+            projection = torch.empty(hp.model_dim, hp.bigram_dim)
+            self.bigram_table = nn.Parameter(torch.zeros(hp.bigram_vocab_size, hp.bigram_dim))
+            self.bigram_proj = nn.Parameter(nn.init.orthogonal_(projection, generator=generator))
+            self.bigram_scale = nn.Parameter(torch.full((1,), 0.05))
+        if hp.value_embed_layers:
+            table = torch.empty(hp.num_embeddings, hp.value_embed_dim)
+            table.normal_(0.0, 0.01, generator=generator)
+            projection = torch.empty(hp.num_kv_heads * hp.head_dim, hp.value_embed_dim)
+            self.value_table = nn.Parameter(table)
+            self.value_proj = nn.Parameter(nn.init.orthogonal_(projection, generator=generator))
+            # used in the layers that are named
+            self.value_scales = nn.Parameter(torch.full((L, 1), 0.1))
+        if hp.value_residual == "mix":  # l0 and l1
+            self.value_mix = nn.Parameter(torch.full((L, 2), 0.5))
+        elif hp.value_residual == "gate":  # a
+            self.value_mix = nn.Parameter(torch.zeros(L, 1))
+
+    @torch.no_grad()
+    def init_weights(self):
+        """A fused pair begins near its marker, and is as long (PR 2109)."""
+        super().init_weights()
+        V = self.hp.vocab_size
+        for table in (self.tok_emb, self.lm_head) if self.hp.marker_fusion_enabled else ():
+            if table is not None:
+                pair = 0.4 * table[space_id(self.hp)] + 0.6 * table[4:7]
+                table[V : V + 3] = F.normalize(pair) * table[4:7].norm(dim=1, keepdim=True)
+
+    def leave_training(self):
+        self.eval_passes = 1 + self.hp.extra_eval_loops
+
+    def slots(self, looping):
+        slots = super().slots(looping)
+        hp = self.hp
+        more = len(slots) > hp.num_layers and self.eval_passes > 1
+        looped = [*range(hp.loop_start, hp.loop_end + 1)] * (self.eval_passes - 1) if more else []
+        return slots[: hp.loop_start] + looped + slots[hp.loop_start :]
+
+    def slot_order(self, slots):
+        """Skips go by the numbers that slots have in training, so they stay between its layers.
+
+        The passes that training did not have come last of the loop and have negative numbers: they
+        neither keep nor take a skip, and their adapters are the last ones.
+        """
+        hp = self.hp
+        added = 0
+        numbers = list(range(len(slots)))
+        if len(slots) > hp.num_layers:
+            looped = hp.loop_end + 1 - hp.loop_start
+            added = looped * (self.eval_passes - 1)
+            begin = hp.loop_start + looped * (hp.num_loops + 1)
+            numbers[begin:] = [*range(-added, 0), *numbers[begin : len(slots) - added]]
+        return zip(numbers, slots, strict=True), (len(slots) - added) // 2
+
+    def banks(self):
+        if not self.on_grid:
+            return super().banks()
+        bits = self.hp.matrix_bits
+        hp = self.hp
+        return (
+            fake_quantize(self.qo_bank, bits, hp.attn_clip_sigmas),
+            fake_quantize(self.kv_bank, bits, hp.attn_clip_sigmas),
+            fake_quantize(self.mlp_up_bank, bits, hp.mlp_clip_sigmas),
+            fake_quantize(self.mlp_down_bank, bits, hp.mlp_clip_sigmas),
+        )
+
+    def weights_for(self, tokens, window_start):
+        weights = super().weights_for(tokens, window_start)
+        if not (self.hp.attn_window or self.hp.new_values):
+            return weights
+        extras = layer_extras(self, tokens, window_start)
+        return [w._replace(extras=e) for w, e in zip(weights, extras, strict=True)]
+
+    def token_embedding(self, tokens, window_start):
+        e = super().token_embedding(tokens, window_start)
+        return e + bigram_embedding(self, tokens, window_start) if self.hp.bigram_vocab_size else e
+
+    def keys_and_values(self, k, v, w):
+        """PARTIAL_KEY_OFFSET, VALUE_EMBED_LAYERS, VALUE_RESIDUAL."""
+        hp = self.hp
+        extras = w.extras
+        if hp.partial_key_offset and "begins" in extras:
+            k = offset_keys(k, extras["begins"], hp.rope_dims)
+        if hp.value_embed_layers and "embedded" in extras:
+            v = v + extras["scale"] * extras["embedded"]
+        if hp.value_residual != "off" and "values" in extras["first"]:
+            v = extras["mix"][0] * extras["first"]["values"] + extras["mix"][1] * v
+        elif hp.value_residual != "off":  # this is layer 0, in its first pass
+            extras["first"]["values"] = v
+        return k, v
+
+    def attend(self, q, k, v, segments, w):
+        if not self.hp.attn_window:
+            return super().attend(q, k, v, segments, w)
+        return segments.attend(self.ops, q, k, v, w.extras["window"])
+
+
+def lacks_previous(tokens, window_start):
+    """(B, T) ids -> (B, T) bool: BOS, and where `window_start` is set, or a row starts: there is no
+    previous token.
+    """
+    starts = (tokens == BOS_ID) | (torch.arange(tokens.size(1), device=tokens.device) == 0)
+    return starts if window_start is None else starts | window_start
+
+
+def bigram_embedding(model, tokens, window_start):
+    """(B, T) ids -> (B, T, D): embedding of the hashed pair of a token and the one before (PRs
+    960, 1512).
+    """
+    last = model.hp.bigram_vocab_size - 1
+    previous = F.pad(tokens[:, :-1], (1, 0))
+    bucket = ((36313 * tokens) ^ (27191 * previous)) % last
+    rows = F.embedding(
+        torch.where(lacks_previous(tokens, window_start), last, bucket), model.bigram_table
+    )
+    return model.bigram_scale.to(model.dtype) * F.linear(
+        rows.to(model.dtype), model.bigram_proj.to(model.dtype)
+    )
+
+
+def layer_extras(model, tokens, window_start):
+    """(B, T) ids -> for every layer what keys_and_values and its attention need, by name.
+
+    window: tokens that it sees before its own, 0: all; begins (B, T), where keys are offset;
+    embedded (B, T, K, E) and scale (1,), where values have them; mix (2,) of layer 0's values and
+    of its own; first: one dict for all layers, into which layer 0 puts its values.
+    """
+    hp = model.hp
+    L = model.hp.num_layers
+    first = {}
+    found = [
+        {"window": hp.attn_window * (layer < L - hp.attn_window_full_layers)} for layer in range(L)
+    ]
+    if hp.partial_key_offset:
+        offset = {"begins": lacks_previous(tokens, window_start)}
+        found = [extras if extras["window"] else extras | offset for extras in found]
+    if hp.value_embed_layers:
+        rows = F.linear(
+            F.embedding(tokens, model.value_table).to(model.dtype), model.value_proj.to(model.dtype)
+        )
+        for layer in map(int, hp.value_embed_layers.split(",")):
+            found[layer]["embedded"] = rows.unflatten(2, (-1, hp.head_dim))
+            found[layer]["scale"] = model.value_scales[layer].to(model.dtype)
+    if hp.value_residual != "off":
+        mix = (
+            model.value_mix
+            if hp.value_residual == "mix"
+            else F.pad(model.value_mix.sigmoid(), (0, 1), value=1.0)
+        )
+        pairs = mix.to(model.dtype).unbind(0)
+        found = [
+            extras | {"first": first, "mix": pair}
+            for extras, pair in zip(found, pairs, strict=True)
+        ]
+    return found
+
+
+def streams_of(extras):
+    """The tensors of one layer's extras that are as large as its batch, (B, T, ...)."""
+    parts = [extras.get("begins"), extras.get("embedded"), extras.get("first", {}).get("values")]
+    return [part for part in parts if part is not None]
+
+
+def offset_keys(k, begins, turning):
+    """(B, T, K, E) keys -> dimensions that do not turn (or the second half) from the token before
+    (PR
+    1512).
+
+    A token where `begins` (B, T) is set, the first one of a document or a window, keeps its own.
+    """
+    E = k.size(-1)
+    turned, own = k.split((turning, E - turning) if turning < E else (E // 2, E - E // 2), dim=-1)
+    # a copy: shifted in place, rows would overwrite each other
+    previous = F.pad(own[:, :-1], (0, 0, 0, 0, 1, 0))
+    return torch.cat((turned, torch.where(begins[..., None, None], own, previous)), dim=-1)
+
+
+def fake_quantize(w, bits, clip_sigmas):
+    """w (..., C) -> w on its row's grid as gptq_quantize has it, gradients as if it were w
+    (straight through).
+    """
+    q_max = 2 ** (bits - 1) - 1
+    step = (
+        (clip_sigmas * w.detach().std(dim=-1, keepdim=True) / q_max)
+        .clamp(*FP16_RANGE)
+        .half()
+        .float()
+    )
+    return w + ((w / step).round().clamp(-q_max, q_max) * step - w).detach()
+
+
+# ---- optimizer and schedule
+
+
+class Muon(train_gpt.Muon):
+    """MUON_HEAD_PAIRS (PR 1512): q and k, which stand first in the first two banks, are
+    orthogonalised in blocks of two heads, those of this rank's share.
+    """
+
+    def orthogonaliser(self, buffer):
+        hp = self.hp
+        orthogonalise = super().orthogonaliser(buffer)
+
+        def by_pairs(updates, steps):
+            paired = min(max(hp.num_layers - self.dist.rank * len(updates), 0), len(updates))
+            blocks = updates[:paired].unflatten(1, (-1, 2 * hp.head_dim))
+            pairs = orthogonalise(blocks.flatten(0, 1), steps).view_as(blocks).flatten(1, 2)
+            return torch.cat((pairs, orthogonalise(updates[paired:], steps)))
+
+        has_heads = any(buffer is each for each in self.momentum_buffers[:2])
+        return by_pairs if hp.muon_head_pairs and has_heads else orthogonalise
+
+
+def decay_multiplier(progress, hp):
+    """1 until HOLD, linear to LOW at RAMP, linear to HIGH at the end (WD_SCHEDULE_ENABLED, PR
+    1512).
+    """
+    if not hp.wd_schedule_enabled:
+        return 1.0
+    ramp = min(max(hp.wd_sched_ramp_frac, hp.wd_sched_hold_frac + 1e-6), 1.0)
+    factors = (1.0, hp.wd_sched_low_factor, hp.wd_sched_high_factor)
+    return float(np.interp(progress, (hp.wd_sched_hold_frac, ramp, 1.0), factors))
+
+
+class EMA(train_gpt.EMA):
+    """With the mean of late snapshots ("tight SWA", PR 960)."""
+
+    snapshots = 0  # how many the average is the mean of
+
+    @torch.no_grad()
+    def add_snapshot(self):
+        """From the first call on the average is the plain mean of the snapshots, in fp32."""
+        self.snapshots += 1
+        torch._foreach_lerp_(self.average, self.parameters, 1 / self.snapshots)
+
+
+class Trainer(train_gpt.Trainer):
+    """SWA_BELOW_LR and QAT_BELOW_LR: late in training, by the learning-rate factor."""
+
+    def train_step(self, step, progress, looping):
+        # another value is another graph
+        self.model.on_grid = train_gpt.lr_multiplier(progress, self.hp) < self.hp.qat_below_lr
+        try:
+            return super().train_step(step, progress, looping)
+        finally:
+            self.model.on_grid = False
+
+    def warm_up_step(self, step, looping):
+        super().warm_up_step(step, looping)
+        if self.hp.qat_below_lr:  # the graph on the grid
+            self.train_step(step, 1.0, looping)
+
+    def update_average(self, step, progress):
+        if train_gpt.lr_multiplier(progress, self.hp) >= self.hp.swa_below_lr:
+            super().update_average(step, progress)
+        elif step % self.hp.swa_every == 0:
+            self.ema.add_snapshot()
+
+
+# ---- quantization and artifact
+
+QUANT_TABLE = train_gpt.QUANT_TABLE | {
+    "bigram.weight": train_gpt.EMBEDDING_ROLE,
+    "value_embed.weight": train_gpt.EMBEDDING_ROLE,
+}
+
+
+def calibration_row(model, loader, index, following):
+    """One of the loader's, or one that the model writes (GPTQ_SELF_CALIBRATION)."""
+    if model.hp.gptq_self_calibration:
+        return written_row(model, index)
+    return loader.row(index, following)
+
+
+def written_row(model, number):
+    """Documents of TRAIN_SEQ_LEN that the model writes itself at temperature 0.8, as a training
+    row's
+    `inputs` (B, T).
+
+    GPTQ_SELF_CALIBRATION (PR 1512): no data is read. A row is one document, so there are no
+    `cu_seqlens`.
+    """
+    hp = model.hp
+    device = model.tok_emb.device
+    generator = torch.Generator(device).manual_seed(hp.generator_seed * 1_000_003 + number)
+    length = min(hp.train_seq_len, hp.micro_batch_tokens)
+    tokens = torch.full((hp.micro_batch_tokens // length, length), BOS_ID, device=device)
+    for t in range(1, length):
+        hidden = model.forward_hidden(tokens[:, :t], max_seqlen=length, looping=True)[:, -1].float()
+        logits = hp.logit_softcap * torch.tanh(
+            F.linear(hidden, model.head_weight) / hp.logit_softcap
+        )
+        logits[:, BOS_ID] = -math.inf  # one document a row
+        shares = (logits[:, : hp.vocab_size] / 0.8).softmax(1)
+        tokens[:, t] = torch.multinomial(shares, 1, generator=generator)[:, 0]
+    return SimpleNamespace(inputs=tokens, cu_seqlens=None)
+
+
+def table_hessians(model):
+    """{saved name: identity} of the tables that are read one row at a time: every column counts
+    the same.
+    """
+    hp = model.hp
+    widths = {"tok_emb.weight": hp.model_dim}
+    if hp.bigram_vocab_size:
+        widths["bigram.weight"] = hp.bigram_dim
+    if hp.value_embed_layers:
+        widths["value_embed.weight"] = hp.value_embed_dim
+    return {name: torch.eye(width, device=model.tok_emb.device) for name, width in widths.items()}
+
+
+def greedy_row_order(codes):
+    """codes int8 (R, C) -> order (R,) uint16: from row 0 on to the nearest row left in L1, ties to
+    the
+    lowest index.
+
+    What COMPRESSOR=pergroup (PR 1855) sorts rows by.
+    """
+    # whole numbers, exact in fp32 up to 65,793 columns; the pair (i, j), i < j, stands at offset[i]
+    # + j
+    distances = torch.pdist(torch.from_numpy(codes).float(), p=1).numpy()
+    index = np.arange(len(codes))
+    offset = index * len(codes) - index * (index + 1) // 2 - index - 1
+    order = np.zeros(len(codes), np.uint16)
+    taken = np.zeros(len(codes), np.float32)
+    for step in range(1, len(codes)):
+        last = order[step - 1]
+        taken[last] = np.inf  # no row is nearest to itself, whatever stands at (last, last)
+        order[step] = (
+            distances[offset[np.minimum(index, last)] + np.maximum(index, last)] + taken
+        ).argmin()
+    return order
+
+
+def run_lrzip(flags, data):
+    """Bytes through the external lrzip: files and -o, as what it does with standard streams
+    differs by version.
+    """
+    with tempfile.TemporaryDirectory(prefix="lrzip-") as folder:
+        source = Path(folder, "in.lrz" if "-d" in flags else "in")
+        target = Path(folder, "out")
+        source.write_bytes(data)
+        command = [*"lrzip -q -f -o".split(), target, *flags, source]
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, cwd=folder, timeout=900
+        )
+        if done.returncode != 0 or not target.exists():
+            raise ArtifactError(f"lrzip ended with {done.returncode}: {done.stderr[-300:]!r}")
+        return target.read_bytes()
+
+
+def lrzip_compress(raw, shapes=()):
+    return run_lrzip(["-z", "-L", "9"], raw)
+
+
+def lrzip_decompress(data, raw_size, shapes=()):
+    """The size that lrzip 0.6's own header claims is held to ours before anything is written to
+    disk.
+    """
+    starts_well = data[:6] == b"LRZI\x00\x06"
+    if starts_well and struct.unpack_from("<Q", data.ljust(14, b"\0"), 6)[0] != raw_size:
+        return b""
+    return run_lrzip(["-d"], data)
+
+
+ENCODERS = train_gpt.ENCODERS | {"lrzip": lrzip_compress}
+DECODERS = train_gpt.DECODERS | {"lrzip": lrzip_decompress}
+COMPRESSORS = train_gpt.COMPRESSORS | {"pergroup": train_gpt.Compressor(2, "brotli", "lrzip")}
+own_check_compressor = train_gpt.check_compressor
+own_plan_sections = train_gpt.plan_sections
+own_section_sources = train_gpt.section_sources
+own_join_sections = train_gpt.join_sections
+
+
+def check_compressor(name):
+    """SettingError, with what to install, for an unknown compressor or missing tools."""
+    own_check_compressor(name)
+    if "lrzip" in COMPRESSORS[name].codecs() and shutil.which("lrzip") is None:
+        raise SettingError(
+            "the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)"
+        )
+
+
+def plan_sections(specs, compressor):
+    """pergroup (PR 1855): the "codes" of each role; "orders" of re-ordered rows; the "rest"."""
+    if compressor != "pergroup":
+        return own_plan_sections(specs, compressor)
+    groups, others = train_gpt.group_codes(specs)
+    plan = [train_gpt.Section("codes", "lrzip", group) for group in groups.values() if group]
+    ordered = {spec.name for role in ("embedding", "q", "up") for spec in groups[role]}
+    orders = []
+    for spec in specs:
+        if spec.name in ordered and spec.shape[0]:
+            orders.append(train_gpt.ArraySpec(spec.name, "uint16", spec.shape[:1]))
+    plan.append(train_gpt.Section("orders", "brotli", orders))
+    plan.append(train_gpt.Section("rest", "brotli", others))
+    return plan
+
+
+def section_sources(arrays, plan):
+    """Adds the "orders" of a plan: their "codes" get their rows in that order."""
+    sources = own_section_sources(arrays, plan)
+    names = []
+    for section in plan:
+        if section.kind == "orders":
+            names += [spec.name for spec in section.specs]
+    with ThreadPoolExecutor(train_gpt.CODEC_THREADS) as pool:
+        orders = pool.map(greedy_row_order, [arrays[name] for name in names])
+        sources["orders"] = dict(zip(names, orders, strict=True))
+    sources["codes"] |= {name: arrays[name][order].T for name, order in sources["orders"].items()}
+    return sources
+
+
+def join_sections(sources):
+    """Puts the rows of re-ordered arrays back. ArtifactError where an order is no permutation."""
+    arrays = own_join_sections(sources)
+    for name, order in sources.get("orders", {}).items():
+        if not np.array_equal(np.sort(order), np.arange(len(order))):
+            raise ArtifactError(f"artifact: the row order of {name} is no permutation")
+        arrays[name] = arrays[name][np.argsort(order)]
+    return arrays
+
+
+# ---- test-time training
+
+
+def evaluate_sgd(evaluator):
+    """Sliding windows; on a chunk of the stream that is scored all weights take SGD steps
+    (TTT_METHOD=sgd, PR 1493).
+
+    Returns what Evaluator.evaluate_bpb returns. A window belongs to the chunk in which its scored
+    part begins; of a chunk only what was scored is learned from, TTT_EPOCHS times; nothing after
+    the last one.
+    """
+    hp = evaluator.hp
+    stream = evaluator.validation
+    dist = evaluator.dist
+    model = evaluator.model
+    row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.eval_seq_len
+    entries = max(hp.row_segments, 4 * row_tokens // hp.eval_seq_len + 8)
+    packer = train_gpt.WindowPacker(stream, row_tokens, hp.eval_seq_len, entries, dist.device)
+    score = train_gpt.Score(dist.device)
+    windows = train_gpt.document_windows(
+        stream.starts, stream.ends, hp.eval_seq_len, hp.eval_stride
+    )
+    chunk_of = windows[:, 2] // hp.global_ttt_chunk_tokens
+    chunks = [windows[chunk_of == number] for number in np.unique(chunk_of)]
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=hp.global_ttt_lr, momentum=hp.global_ttt_momentum
+    )
+    for number, chunk in enumerate(chunks):
+        evaluator.add_losses(chunk, score, dist.rank, dist.world_size)
+        if number + 1 < len(chunks):
+            joined = chunk[1:, 2] == chunk[:-1, 1]  # windows that go on where the one before ended
+            starts = chunk[np.append(True, ~joined), 2]
+            ends = chunk[np.append(~joined, True), 1]
+            pieces = train_gpt.document_windows(starts, ends, hp.eval_seq_len, hp.eval_seq_len)
+            rate = hp.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * number / (len(chunks) - 1)))
+            for _ in range(hp.ttt_epochs):
+                train_gpt.sgd_step(model, packer, pieces, optimizer, rate, dist)
+    model.zero_grad(set_to_none=True)
+    return score.total(dist, stream.targets_of(np.arange(len(stream.starts))))
+
+
+own_evaluate_adapted = train_gpt.evaluate_adapted
+
+
+def evaluate_adapted(evaluator, log):
+    """By TTT_METHOD."""
+    if evaluator.hp.ttt_method == "sgd":
+        return evaluate_sgd(evaluator)
+    return own_evaluate_adapted(evaluator, log)
+
+
+class TestTimeTrainer(train_gpt.TestTimeTrainer):
+    """NGRAM_TILT_ENABLED: the stream has a hint at each place, -1 for none."""
+
+    def __init__(self, model, validation, hp, dist, log):
+        super().__init__(model, validation, hp, dist, log)
+        if hp.ngram_tilt_enabled:
+            self.hinted = F.pad(self.packer.tokens[:, None], (0, 1), value=-1)
+
+    def head_function(self):
+        losses = super().head_function()
+        return with_tilt(losses) if self.hp.ngram_tilt_enabled else losses
+
+    def targets_at(self, positions):
+        if self.hp.ngram_tilt_enabled:
+            return self.hinted[positions]
+        return super().targets_at(positions)
+
+    def learned_and_counted(self, losses):
+        return losses if self.hp.ngram_tilt_enabled else super().learned_and_counted(losses)
+
+    def plan_made(self, starts, lengths, phases):
+        if self.hp.ngram_tilt_enabled:
+            hints = ngram_hints(self.packer.tokens, starts, lengths, phases)
+            self.hinted[:, 1] = hints
+            seconds = self.progress.seconds()
+            self.log(f"ttt_ngram hints:{(hints >= 0).sum()} seconds:{seconds:.1f}")
+
+    def skip_fine_tuning(self):
+        super().skip_fine_tuning()
+        if self.hp.ngram_tilt_enabled:
+            self.hinted[:, 1] = -1  # documents of this phase may be left to the end
+
+    def dynamic_block(self, entry, mlp_lane, w, rope, segments, tap):
+        if self.hp.new_values:
+            self.mark_dynamic([0, 1], *streams_of(w.extras))
+        return super().dynamic_block(entry, mlp_lane, w, rope, segments, tap)
+
+
+# Tokens before a hint, its least share of the cases so far, what its logit gains; keys are
+# polynomials in `base`.
+NGRAM = SimpleNamespace(context=15, share=0.8, boost=2.625, base=6364136223846793005)
+
+
+def with_tilt(token_losses):
+    """GPT.token_losses -> the same for targets (B, C, 2) with a hint beside each, -1: none -> nats,
+    and those that count: under p(a) e^(boost [a = hint]) / (1 + p(hint) (e^boost - 1)). Compiled,
+    the head is computed once.
+    """
+
+    def losses_and_tilted(scored, targets, tap):
+        targets, hints = targets.unbind(-1)
+        losses, of_hints = (token_losses(scored, t, tap) for t in (targets, hints.clamp_min(0)))
+        boost = NGRAM.boost * (hints >= 0)
+        return losses, losses + torch.log1p((-of_hints).exp() * boost.expm1()) - boost * (
+            hints == targets
+        )
+
+    return losses_and_tilted
+
+
+def followers(keys, tokens, moments):
+    """Keys (n,), the token behind each, moments that never decrease -> (n,) the token that mostly
+    stood behind the same key at earlier moments, -1 where none did in NGRAM.share of all cases.
+    """
+    index = torch.arange(len(keys), device=keys.device)
+
+    def run_starts(column):  # of runs of equal elements
+        return (
+            torch.where(F.pad(column[1:] != column[:-1], (1, 0), value=True), index, 0)
+            .cummax(0)
+            .values
+        )
+
+    pairs, order = (keys * NGRAM.base + tokens).sort(stable=True)
+    # cases of the same pair
+    earlier = torch.empty_like(index).scatter_(0, order, index - run_starts(pairs))
+    keys, order = keys.sort(stable=True)
+    first = run_starts(keys)
+    now = run_starts(keys * NGRAM.base + moments[order]) - 1
+    most, best = (first * len(keys) + earlier[order]).cummax(0)  # of each key, up to here
+    most = most[now] - first * len(keys) + 1
+    cases = now - first + 1
+    fires = (cases > 0) & (most >= NGRAM.share * cases.double())
+    return torch.empty_like(index).scatter_(
+        0, order, torch.where(fires, tokens[order[best[now]]], -1)
+    )
+
+
+def ngram_hints(tokens, starts, lengths, phases):
+    """(n,) stream, (m,) first inputs of documents and their targets, plan -> (n,) hint at each
+    target,
+    -1: none. Token n-gram tilt (PR 2018): what mostly followed these tokens in the document so far,
+    else in earlier phases. That was counted before on any number of ranks; one order of documents,
+    phase by phase, explains adapters and hints.
+    """
+    order = [
+        (number, document)
+        for number, phase in enumerate(phases)
+        for document in phase.documents.tolist()
+    ]
+    phase, document = torch.tensor(order, device=tokens.device).T
+    starts, lengths = (torch.from_numpy(a).to(tokens.device)[document] for a in (starts, lengths))
+    counts = (lengths - NGRAM.context + 1).clamp_min(0)  # targets behind a whole context
+    shift = starts + NGRAM.context + counts - counts.cumsum(0)
+    document, phase, shift = (
+        column.repeat_interleave(counts) for column in (document, phase, shift)
+    )
+    moment = torch.arange(len(shift), device=tokens.device)
+    at = shift + moment
+    context = 0
+    for back in range(NGRAM.context, 0, -1):
+        context = context * NGRAM.base + tokens[at - back]
+    near = followers(context * NGRAM.base + document, tokens[at], moment)
+    far = followers(context, tokens[at], phase)
+    return torch.full_like(tokens, -1).scatter_(0, at, torch.where(near < 0, far, near))
+
+
+# ---- the parts, and running them
+
+PARTS = {
+    "Hyperparameters": Hyperparameters,
+    "cross_checks": cross_checks,
+    "TrainLoader": TrainLoader,
+    "text_problems": text_problems,
+    "ValidationSet": ValidationSet,
+    "LayerWeights": LayerWeights,
+    "HEAD_NAMES": HEAD_NAMES,
+    "GPT": GPT,
+    "Muon": Muon,
+    "decay_multiplier": decay_multiplier,
+    "EMA": EMA,
+    "Trainer": Trainer,
+    "QUANT_TABLE": QUANT_TABLE,
+    "calibration_row": calibration_row,
+    "table_hessians": table_hessians,
+    "ENCODERS": ENCODERS,
+    "DECODERS": DECODERS,
+    "COMPRESSORS": COMPRESSORS,
+    "check_compressor": check_compressor,
+    "plan_sections": plan_sections,
+    "section_sources": section_sources,
+    "join_sections": join_sections,
+    "evaluate_adapted": evaluate_adapted,
+    "TestTimeTrainer": TestTimeTrainer,
+}
+
+
+def install():
+    """Puts the parts in the place of train_gpt.py's."""
+    for name, part in PARTS.items():
+        setattr(train_gpt, name, part)
+
+
+def main():
+    """Command line: the name of a preset, or none; then a run of train_gpt.py with these parts."""
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        os.environ["PRESET"] = sys.argv.pop(1)
+    if not (ROOT / "tools" / "guard.py").exists():
+        sys.exit("published.py cannot run: it needs its repository, tools/guard.py among it")
+    install()
+    train_gpt.main()
+
+
+if __name__ == "__main__":
+    main()
