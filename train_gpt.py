@@ -2938,8 +2938,8 @@ def trellis_round_ref(values):
 
 def trellis_round_trial_inputs(hp, device, dtype):
     """Multiples of 1/64: their sums are exact, so that the levels must be equal."""
-    (values,) = trial_tensors(device, torch.float32, (3, 200))
-    return ((256 * values.detach()).round() / 64,)
+    values = 4 * trial_tensor(device, torch.float32, 3, 200).detach()
+    return ((64 * values).round() / 64,)
 
 
 @jit
@@ -4342,24 +4342,26 @@ class QuantizedMatrices(NamedTuple):
         return from_log2_eighths(rows + self.column_steps[:, None])
 
 
-def gptq_quantize(
-    w,
-    hessian,
-    bits,
-    clip_sigmas,
-    damp,
-    block_size,
-    names,
-    column_octaves=None,
-    trellis_round=None,
-):
+class ColumnSteps(NamedTuple):
+    """What gptq_quantize needs to give columns steps of their own."""
+
+    octaves: float  # see column_step_grid
+    trellis_round: Callable | None = None  # operation of Ops; None: every code for itself
+
+    def quantizer(self, step):
+        """For rows of these step sizes (N, R)."""
+        if self.trellis_round is None:
+            return NearestCode(step, MAX_WIDE_CODE)
+        return TrellisCode(step, MAX_WIDE_CODE, self.trellis_round)
+
+
+def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, columns=None):
     """GPTQ (arXiv:2210.17323) of w (N, R, C) with Hessians (N, C, C) -> QuantizedMatrices.
 
     SDClip sets the step sizes of rows: clip_sigmas standard deviations of the original row reach
-    the largest code. With column_octaves columns have steps, too (column_step_grid), and nothing is
-    clipped, because codes may be wide (split_wide_codes); then trellis_round, an operation of Ops,
-    asks for trellis-coded quantization. ValueError with the names of matrices whose Hessian is
-    infinite or cannot be made positive definite.
+    the largest code. With ColumnSteps nothing is clipped, because codes may be wide
+    (split_wide_codes). ValueError with the names of matrices whose Hessian is infinite or cannot be
+    made positive definite.
     """
     infinite = [name for name, h in zip(names, hessian, strict=True) if h.isinf().any()]
     if infinite:  # the codes would be noise
@@ -4367,25 +4369,21 @@ def gptq_quantize(
     max_code = 2 ** (bits - 1) - 1
     scale = (clip_sigmas * w.float().std(dim=2) / max_code).clamp(*FP16_RANGE).half()
     weights, upper, order = order_columns(w, hessian, damp, names)
-    if column_octaves is None:
+    if columns is None:
         column_steps = None
         codes = quantize_columns(weights, upper, NearestCode(scale.float(), max_code), block_size)
     else:
-        scale, column_steps = column_step_grid(upper, scale, column_octaves)
+        scale, column_steps = column_step_grid(upper, scale, columns.octaves)
         # dividing by the column steps leaves a step that all columns of a row share
         column_scale = from_log2_eighths(column_steps)
         weights = weights / column_scale[:, :, None]
         upper = upper / column_scale[:, None, :]
-        step = from_log2_eighths(scale)
-        if trellis_round is None:
-            quantize_column = NearestCode(step, MAX_WIDE_CODE)
-        else:
-            quantize_column = TrellisCode(step, MAX_WIDE_CODE, trellis_round)
+        quantize_column = columns.quantizer(from_log2_eighths(scale))
         codes = quantize_columns(weights, upper, quantize_column, block_size)
         column_steps = torch.empty_like(column_steps).scatter_(1, order, column_steps)
     codes = torch.empty_like(codes).scatter_(1, order[:, :, None].expand_as(codes), codes)
     codes = codes.mT.to(torch.int8 if column_steps is None else torch.int16).contiguous()
-    if trellis_round is None:
+    if columns is None or columns.trellis_round is None:
         return QuantizedMatrices(codes, scale, column_steps)
     levels = codes
     return QuantizedMatrices(levels >> 1, scale, column_steps, levels)
@@ -4487,7 +4485,7 @@ def share_matrices(matrices, world_size):
     return balance(by_cost, cost.get, world_size)
 
 
-def quantize_matrices(names, weights, hessians, hp, trellis_round):
+def quantize_matrices(names, weights, hessians, hp, trellis_round=trellis_round_ref):
     """GPTQ of the named matrices -> {name: its fields}, {name: error W - dequantized W (R, C)}.
 
     Matrices with the same shape and settings are quantized as one batch.
@@ -4497,9 +4495,9 @@ def quantize_matrices(names, weights, hessians, hp, trellis_round):
         role = quant_role(name)
         key = weights[name].shape, getattr(hp, role.bits), getattr(hp, role.clip_sigmas)
         batches[key].append(name)
-    column_octaves = hp.gptq_column_octaves if hp.gptq_column_steps else None
-    if not (hp.gptq_trellis and hp.gptq_column_steps):
-        trellis_round = None
+    columns = None
+    if hp.gptq_column_steps:
+        columns = ColumnSteps(hp.gptq_column_octaves, trellis_round if hp.gptq_trellis else None)
     fields = {}
     errors = {}
     for (_, bits, clip_sigmas), batch in batches.items():
@@ -4513,8 +4511,7 @@ def quantize_matrices(names, weights, hessians, hp, trellis_round):
             hp.gptq_damp,
             hp.gptq_block_size,
             batch,
-            column_octaves,
-            trellis_round,
+            columns,
         )
         error = w - quantized.weights()
         for i, name in enumerate(batch):

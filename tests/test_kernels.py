@@ -938,6 +938,26 @@ def select(backend="auto", dtype=torch.float32):
     return select_ops(tiny_hp(attention_backend=backend), CPU, dtype)
 
 
+def compare_trellis(op, device, B, T):
+    """_trellis_kernel adds up in the reference's order and without fused multiply-adds."""
+    generator = torch.Generator().manual_seed(T)
+    values = (6 * torch.randn(B, T, generator=generator)).to(device)
+    levels = op(values)
+    assert torch.equal(levels, train_gpt.trellis_round_ref(values))
+
+
+@interpreted
+@pytest.mark.parametrize("B, T", [(1, 1), (3, 2), (5, 67), (2, 256)])
+def test_the_trellis_kernel_takes_the_levels_of_the_reference(B, T):
+    compare_trellis(train_gpt.trellis_round, "cpu", B, T)
+
+
+@gpu
+@pytest.mark.parametrize("B, T", [(1, 1), (22, 512), (352, 256)])
+def test_the_trellis_kernel_takes_the_levels_of_the_reference_on_the_gpu(B, T):
+    compare_trellis(train_gpt.trellis_round, "cuda", B, T)
+
+
 def test_auto_on_cpu_takes_the_references():
     ops = select()
     assert (ops.attention, ops.mlp, ops.cross_entropy) == (
@@ -947,7 +967,7 @@ def test_auto_on_cpu_takes_the_references():
     )
     assert (ops.qkv_heads, ops.gated_xsa) == (train_gpt.qkv_heads_ref, train_gpt.gated_xsa_ref)
     assert (ops.slot_input, ops.adamw_rows) == (train_gpt.slot_input_ref, train_gpt.adamw_rows_ref)
-    kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows"
+    kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows", "trellis_round"
     assert ops.names == {"attention": "sdpa"} | dict.fromkeys(kinds, "reference")
 
 

@@ -280,8 +280,8 @@ def test_a_gap_beyond_the_last_resort_is_a_violation(learnt, model, dist, tmp_pa
 def test_a_loss_that_is_not_finite_is_the_worst_gap(learnt, model, dist, tmp_path, monkeypatch):
     quantize, calls = train_gpt.quantize_weights, []
 
-    def broken_at_first(weights, hessians, hp, dist):
-        arrays = quantize(weights, hessians, hp, dist)
+    def broken_at_first(weights, hessians, hp, *others):
+        arrays = quantize(weights, hessians, hp, *others)
         calls.append(hp)
         return (
             arrays

@@ -91,7 +91,7 @@ def settings(**changes):
     defaults |= dict(
         lqer_asym_enabled=True, lqer_asym_group=64, lqer_factor_bits=4, gated_attn_quant_gate=True
     )
-    defaults |= dict(gptq_column_steps=False, gptq_column_octaves=2.0)
+    defaults |= dict(gptq_column_steps=False, gptq_column_octaves=2.0, gptq_trellis=False)
     return SimpleNamespace(**(defaults | changes))
 
 
@@ -354,7 +354,7 @@ def test_column_steps_lower_the_weighted_error_at_equal_bits():
     w, hessian = torch.randn(256, 64), correlated_hessian(64)
     codes, scale = gptq(w, hessian, 6, 11.5, 0.01, 32)
     plain_bits = codes.float().var(dim=0).add(1 / 12).log2().mean().item() / 2
-    codes, rows, columns = gptq(w, hessian, 6, 11.5, 0.01, 32, column_octaves=2.0)
+    codes, rows, columns = gptq(w, hessian, 6, 11.5, 0.01, 32, columns=train_gpt.ColumnSteps(2.0))
     error = w - codes * ((rows.float()[:, None] + columns) / 8).exp2()
     # of a Gaussian with each column's deviation
     bits = codes.float().var(dim=0).add(1 / 12).log2().mean().item() / 2
@@ -369,7 +369,7 @@ def test_a_shaped_code_costs_no_clipping_and_dead_columns_stay_finite():
     w, hessian = torch.randn(16, 32), correlated_hessian(32)
     hessian[3], hessian[:, 3] = 0, 0
     w[5] = 0
-    codes, rows, columns = gptq(w, hessian, 6, 0.5, 0.01, 32, column_octaves=2.0)
+    codes, rows, columns = gptq(w, hessian, 6, 0.5, 0.01, 32, columns=train_gpt.ColumnSteps(2.0))
     assert (
         codes.abs().max() > 31
         and codes.dtype == torch.int16
@@ -403,7 +403,9 @@ def validation_error_at_equal_bits(octaves, seed):
     """
     w = torch.randn(512, 256, generator=torch.Generator().manual_seed(seed))
     calibration, validation = uneven_inputs(256, seed)
-    codes, rows, *columns = gptq(w, calibration, 8, 15.0, 0.01, 64, column_octaves=octaves)
+    codes, rows, *columns = gptq(
+        w, calibration, 8, 15.0, 0.01, 64, columns=octaves and train_gpt.ColumnSteps(octaves)
+    )
     step = (
         rows.float()[:, None]
         if octaves is None
