@@ -3996,8 +3996,8 @@ class Trainer:
             if compile_wanted(hp, self.dist):
                 # The outputs of the last replay are not needed any more
                 torch.compiler.cudagraph_mark_step_begin()
-            losses = self.forward(*row, looping, hp.train_seq_len)
-            loss = losses.mean() / hp.micro_steps
+            # No name for the losses: the memory of a captured micro-batch would outlive backward
+            loss = self.forward(*row, looping, hp.train_seq_len).mean() / hp.micro_steps
             loss.backward()
             total += loss.detach()
         self.guard.watch(self.model, total)
@@ -6593,7 +6593,8 @@ class TestTimeTrainer:
         left = np.bincount(document, rows.count, len(stream.starts)).astype(int)
         context = self.hp.ttt_eval_seq_len
         windows = document_windows(stream.ends - left, stream.ends, context, context)
-        hp = dataclasses.replace(self.hp, eval_seq_len=context, compile="0")
+        # the stride, which is not used here, must not exceed the context
+        hp = dataclasses.replace(self.hp, eval_seq_len=context, eval_stride=context, compile="0")
         Evaluator(self.model, stream, hp, self.dist).add_losses(windows, self.score)
         return int(left.sum())
 

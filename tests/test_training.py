@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -287,6 +288,31 @@ def test_the_next_row_is_built_before_it_is_asked_for(tiny_data, monkeypatch):
 
 
 # --- one step
+
+
+def test_losses_of_a_micro_batch_are_gone_before_backward_and_the_next(tiny_data, monkeypatch):
+    """A captured micro-batch returns memory of its graph, which a reference keeps in use."""
+    trainer = trainer_of(tiny_data)
+    returned, alive = [], []
+    forward, backward = trainer.forward, torch.Tensor.backward
+
+    def look():
+        alive.extend(losses() is not None for losses in returned)
+
+    def noted_forward(*row):
+        look()
+        losses = forward(*row)
+        returned.append(weakref.ref(losses))
+        return losses
+
+    def noted_backward(loss):
+        look()
+        backward(loss)
+
+    monkeypatch.setattr(trainer, "forward", noted_forward)
+    monkeypatch.setattr(torch.Tensor, "backward", noted_backward)
+    trainer.train_step(0, 0.0, True)
+    assert len(returned) == trainer.hp.micro_steps > 1 and not any(alive)
 
 
 def summed_gradients(trainer, step=0):
