@@ -4082,7 +4082,7 @@ class Trainer:
     def warm_up(self):
         """Compiles every graph by throw-away steps, then restores the run bit for bit.
 
-        Restored are weights, optimizers, weight average and random state.
+        Restored are weights, optimizers, weight average, row gradients and random state.
         """
         weights = [p.detach().clone() for p in self.model.parameters()]
         rng = torch.get_rng_state()
@@ -4094,6 +4094,7 @@ class Trainer:
         torch.set_rng_state(rng)
         self.optimizers = Optimizers(self.model, self.hp, self.dist)
         self.ema = EMA(self.model, self.hp.ema_decay)
+        self.row_gradients = RowGradients(self.model)
 
     def train(self, evaluate):
         """Trains until the time budget or ITERATIONS end -> figures for RESULT.
