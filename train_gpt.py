@@ -74,7 +74,7 @@ except ImportError:  # the kernels can still be defined, but the references are 
     triton = None
     tl = SimpleNamespace(constexpr=int)
 
-BOS_ID = 1  # every document starts with exactly one (README: data)
+BOS_ID = 1  # every document starts with exactly one (docs/DATA.md)
 CONTEST_SECONDS = 600.0  # limit of training, and of evaluation, in the contest's rules
 BYTE_CAP = 16_000_000  # limit of code + weights in the contest's rules, decimal
 RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
@@ -1093,7 +1093,7 @@ SHARD_HEADER_BYTES = 1024
 def load_data_shard(path):
     """File -> (n,) uint16, memory-mapped.
 
-    Raises DataError on a wrong magic, version or size (format: README, data).
+    Raises DataError on a wrong magic, version or size (format: docs/DATA.md).
     """
     header = np.fromfile(path, "<i4", 3).tolist()
     expected = [SHARD_MAGIC, SHARD_VERSION, (os.path.getsize(path) - SHARD_HEADER_BYTES) / 2]

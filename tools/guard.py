@@ -833,7 +833,7 @@ def check_machine(hp, dist, folder=None, model=None, compressor_works=False):
         name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None
     ]
     if missing:
-        problems.append(f"not installed: {' '.join(missing)} (README: installation)")
+        problems.append(f"not installed: {' '.join(missing)} (docs/INSTALL.md)")
     if train_gpt.compile_wanted(hp, dist) and (missing := missing_compiler(dist.device.type)):
         problems.append(f"torch.compile needs {missing}: apt-get install g++, or set COMPILE=0")
     finished = folder and not dist.rank and (folder / "model.pt").exists()
