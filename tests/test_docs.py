@@ -17,6 +17,7 @@ PAGES = [
     "README.md",
     "THIRD_PARTY_NOTICES.md",
     "data/README.md",
+    "docs/EVALUATION.md",
     "docs/LOG.md",
     "docs/PROXY.md",
     "docs/RELIABILITY.md",
