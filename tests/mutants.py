@@ -98,6 +98,7 @@ class Copy:
         self.folder = folder / "tree"
         self.temporary = folder / "tmp"
         self.output = folder / "output.txt"
+        self.source = ""  # of the file with a fault, as it was before
         self.process = 0
         self.began = 0.0
         shutil.copytree(ROOT, self.folder, ignore=LEFT_OUT)
@@ -176,13 +177,12 @@ class Planted(NamedTuple):
     mutant: Mutant
 
     def begin(self, copy):
-        source = (copy.folder / self.mutant.file).read_text(encoding="utf-8")
-        copy.write(self.mutant.file, planted(source, self.mutant))
+        copy.source = (copy.folder / self.mutant.file).read_text(encoding="utf-8")
+        copy.write(self.mutant.file, planted(copy.source, self.mutant))
         copy.start(self.mutant.test)
 
     def end(self, copy, code, last):
-        file = self.mutant.file
-        copy.write(file, (ROOT / file).read_text(encoding="utf-8"))
+        copy.write(self.mutant.file, copy.source)
         if code == FAILED:
             return "killed", ""
         if code == PASSED:

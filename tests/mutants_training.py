@@ -571,14 +571,14 @@ KERNELS = [
         TRAINER,
         "    if all(error <= tolerance for error in errors):  # False for NaN\n",
         "    if any(error <= tolerance for error in errors):\n",
-        "tests/test_kernels.py::test_wrong_attention_backend_is_passed_over",
+        "tests/test_kernels.py::test_reference_is_used_when_a_kernels_trial_fails",
     ),
     Mutant(
         "trial-without-gradients",
         TRAINER,
         "        results += torch.autograd.grad(outs, leaves, grads)\n",
         "        torch.autograd.grad(outs, leaves, grads)\n",
-        "tests/test_kernels.py::test_wrong_attention_backend_is_passed_over",
+        "tests/test_kernels.py::test_reference_is_used_when_a_kernels_trial_fails",
     ),
     Mutant(
         "trial-inputs-move-the-random-state",
@@ -698,8 +698,8 @@ MODEL = [
     Mutant(
         "saved-matrices-of-the-wrong-layer",
         TRAINER,
-        "                state[kind.saved_name.format(layer)] = matrix\n",
-        "                state[kind.saved_name.format(len(matrices) - 1 - layer)] = matrix\n",
+        "                found[kind.saved_name.format(layer)] = matrix\n",
+        "                found[kind.saved_name.format(len(matrices) - 1 - layer)] = matrix\n",
         "tests/test_model.py::test_saved_names_hold_one_matrix_each",
     ),
 ]
@@ -834,15 +834,15 @@ TRAINING = [
     Mutant(
         "loss-is-not-divided-by-the-micro-steps",
         TRAINER,
-        "            loss = losses.mean() / hp.micro_steps\n",
-        "            loss = losses.mean()\n",
+        "looping, hp.train_seq_len).mean() / hp.micro_steps\n",
+        "looping, hp.train_seq_len).mean()\n",
         "tests/test_training.py::test_accumulation_equals_one_large_micro_batch[64]",
     ),
     Mutant(
         "loss-is-divided-by-this-ranks-rows",
         TRAINER,
-        "            loss = losses.mean() / hp.micro_steps\n",
-        "            loss = losses.mean() / self.loader.per_rank\n",
+        "looping, hp.train_seq_len).mean() / hp.micro_steps\n",
+        "looping, hp.train_seq_len).mean() / self.loader.per_rank\n",
         "tests/test_training.py::test_two_ranks_train_like_one",
     ),
     Mutant(
@@ -864,8 +864,9 @@ TRAINING = [
     Mutant(
         "warm-up-keeps-its-average",
         TRAINER,
-        "        self.ema = EMA(self.model, self.hp.ema_decay)\n\n    def train(self, evaluate):\n",
-        "\n    def train(self, evaluate):\n",
+        "        self.ema = EMA(self.model, self.hp.ema_decay)\n"
+        "        self.row_gradients = RowGradients(self.model)\n\n",
+        "        self.row_gradients = RowGradients(self.model)\n\n",
         "tests/test_training.py::test_warm_up_trains_in_both_loop_states_and_restores_every_bit",
     ),
     Mutant(
@@ -899,8 +900,8 @@ TRAINING = [
     Mutant(
         "training-ends-with-the-last-weights",
         TRAINER,
-        "        self.ema.copy_to_model()\n        resumed",
-        "        resumed",
+        "        self.ema.copy_to_model()\n",
+        "",
         "tests/test_training.py::test_training_ends_with_the_average_of_the_weights",
     ),
     Mutant(
@@ -943,8 +944,8 @@ TRAINING = [
     Mutant(
         "checkpoint-may-hold-code",
         TRAINER,
-        'torch.load(path, map_location="cpu", weights_only=True)["weights"]',
-        'torch.load(path, map_location="cpu", weights_only=False)["weights"]',
+        'checkpoint = torch.load(path, map_location="cpu", weights_only=True)',
+        'checkpoint = torch.load(path, map_location="cpu", weights_only=False)',
         "tests/test_faults.py::test_a_checkpoint_runs_no_code",
     ),
     Mutant(

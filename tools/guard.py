@@ -42,9 +42,6 @@ from .run_files import OF_A_PART, PresetError, published_settings, read_preset, 
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# train_gpt.py answers with this to settings that only presets/published.py has
-train_gpt.INSTEAD |= dict.fromkeys(published_settings(), "a setting of presets/published.py")
-
 
 class SafetyError(SettingError):
     """A state that cannot be resumed or a machine that is not fit; the message says what to do."""
@@ -246,6 +243,7 @@ def save_state(trainer, step, seconds, losses, name=None):
     dist = trainer.dist
     log = trainer.log
     name = name or f"state-{step:08d}.pt"
+    trainer.row_gradients.mean_over_ranks(dist)
     state = {
         "settings": dataclasses.asdict(trainer.hp),
         "step": step,
@@ -259,6 +257,8 @@ def save_state(trainer, step, seconds, losses, name=None):
         "rng": torch.get_rng_state(),
         "looping": trainer.looping,
         "tokens_at": trainer.tokens_at,
+        "row_gradients": trainer.row_gradients.sums,
+        "row_gradient_steps": trainer.row_gradients.num_steps,
     }
     if dist.rank != 0:
         return
@@ -351,6 +351,11 @@ def restore(trainer, state):
     for average, saved in zip(ema.average, state["average"], strict=True):
         average.copy_(saved)
     ema.snapshots = int(state["snapshots"])
+    if "row_gradients" in state:  # older states have none
+        rows = trainer.row_gradients
+        for total, saved in zip(rows.sums, state["row_gradients"], strict=True):
+            total.copy_(saved)
+        rows.num_steps = int(state["row_gradient_steps"])
     adamw.load_state_dict(adamw.state_dict() | {"state": state["adamw"]})
     torch.set_rng_state(state["rng"])
     losses = list((state["losses"] / dist.world_size).to(dist.device))  # the ranks add them again
@@ -828,7 +833,7 @@ def check_machine(hp, dist, folder=None, model=None, compressor_works=False):
         name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None
     ]
     if missing:
-        problems.append(f"not installed: {' '.join(missing)} (README: installation)")
+        problems.append(f"not installed: {' '.join(missing)} (docs/INSTALL.md)")
     if train_gpt.compile_wanted(hp, dist) and (missing := missing_compiler(dist.device.type)):
         problems.append(f"torch.compile needs {missing}: apt-get install g++, or set COMPILE=0")
     finished = folder and not dist.rank and (folder / "model.pt").exists()
@@ -1054,6 +1059,8 @@ def trial_codes(role, rows, columns, hp, generator):
     if hp.gptq_column_steps:
         fields["scale"] = train_gpt.to_log2_eighths(scale)
         fields["column_steps"] = train_gpt.to_log2_eighths(torch.ones(columns))
+        if hp.gptq_trellis:
+            fields["trellis"] = torch.ones((), dtype=torch.int8)
     return fields
 
 
