@@ -300,7 +300,7 @@ DATA = [
         PREPARE,
         "costs = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)",
         "costs = 1 + (points > 0x7F) + (points > 0xFFF) + (points > 0xFFFF)",
-        "tests/test_prepare_data.py::test_random_texts_give_the_ids_and_bytes_of_the_reference",
+        "tests/test_prepare_data.py::test_a_character_costs_its_utf8_bytes_on_both_sides_of_each_border",
     ),
     Mutant(
         "prepare-escaped-markers-are-free",
@@ -686,7 +686,7 @@ MODEL = [
         TRAINER,
         "        segments = Segments(cu_seqlens, max_seqlen)\n",
         "        segments = Segments(None, max_seqlen)\n",
-        "tests/test_model.py::test_no_document_sees_another[1-False]",
+        "tests/test_model.py::test_no_document_sees_another[2-False]",
     ),
     Mutant(
         "tap-misses-the-scale-of-the-mlp",

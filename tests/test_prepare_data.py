@@ -248,6 +248,12 @@ def test_side_car_sums_to_the_bytes_of_the_text_minus_the_trim(sp):
         assert ids.dtype == costs.dtype == np.uint16 and len(ids) == len(costs)
 
 
+@pytest.mark.parametrize("point", [0xA1, 0x7FF, 0x800, 0x915, 0xFFF, 0x1000, 0xFFEE, 0x10000])
+def test_a_character_costs_its_utf8_bytes_on_both_sides_of_each_border(sp, point):
+    text = f"one {chr(point)} two"
+    assert encode_document_with_bytes(sp, text)[1].sum() == len(text.encode())
+
+
 def test_side_car_is_zero_at_bos_and_at_markers(sp):
     markers = 0
     for text in (text for text in TEXTS if not set(text) & set(CONTROLS)):
