@@ -326,6 +326,55 @@ def test_no_other_quantization_is_begun_without_seconds_left(
             assert len(figures["quant_check"]["tried"]) > 1
 
 
+def check_of_gaps(gaps, dist, monkeypatch):
+    """A QuantizationCheck whose quantizations have these gaps in turn."""
+    left = iter(gaps)
+
+    def gap(check, arrays, hp):
+        check.tried.append({"gap": next(left)})
+        return check.tried[-1]["gap"]
+
+    monkeypatch.setattr(train_gpt.QuantizationCheck, "gap", gap)
+    monkeypatch.setattr(train_gpt, "held_out_loss", lambda *_: 1.0)
+    hp = tiny_hp(quant_gap_max=0.01)
+    model = GPT(hp, OPS, torch.float32)
+    return train_gpt.QuantizationCheck(model, None, hp, dist, StageLog())
+
+
+@pytest.mark.parametrize(
+    "gaps, kept, tries",
+    [
+        ((0.5, 0.2, 0.3), 1, 3),  # the best, not the last
+        ((0.2, 0.2, 0.2), 0, 3),  # the least changed of equal ones
+        ((0.5, 0.01, 0.0), 1, 2),  # QUANT_GAP_MAX itself will do
+    ],
+)
+def test_the_best_quantization_is_kept_not_the_last(gaps, kept, tries, dist, monkeypatch):
+    check = check_of_gaps(gaps, dist, monkeypatch)
+    made = []
+
+    def quantize(hp):
+        made.append(hp)
+        return {"made": len(made)}
+
+    hp, arrays = check.choose(quantize, lambda: math.inf)
+    assert len(made) == tries and arrays == {"made": kept + 1}
+    assert hp is made[kept] and check.kept is check.tried[kept]
+
+
+def test_the_slowest_rank_decides_whether_seconds_are_left(dist, monkeypatch):
+    """Or one rank would wait in a collective of an attempt that another does not make."""
+    check = check_of_gaps((0.5, 0.4, 0.3), dist, monkeypatch)
+    slowest = 1000.0  # the seconds that another rank took
+    check.dist = SimpleNamespace(max_over_ranks=lambda seconds: [max(seconds, slowest)])
+    check.choose(lambda hp: {}, lambda: 999.0)
+    assert len(check.tried) == 1
+    slowest = 0.0
+    check = check_of_gaps((0.5, 0.4, 0.3), check.dist, monkeypatch)
+    check.choose(lambda hp: {}, lambda: 999.0)
+    assert len(check.tried) == 3
+
+
 def test_plainer_quantizations_are_never_longer(learnt, model, dist, tmp_path, monkeypatch):
     build(learnt, model, dist, tmp_path, monkeypatch, plant=dict)
     first = (tmp_path / "artifact.bin").stat().st_size

@@ -11,9 +11,10 @@ from conftest import tiny_hp
 import train_gpt
 
 GOOD = {
-    "training_seconds": 590.0,
+    "training_seconds": 588.0,
     "hessians": 4.0,
     "quantize": 6.0,
+    "quant_check": 2.0,
     "unpack": 20.0,
     "scoring": 580.0,
     "code_bytes": 34_000,
@@ -21,6 +22,8 @@ GOOD = {
     "partial": False,
     "recompilations": 0,
     "graphs": {},
+    "gap": 0.02,
+    "leaked_documents": 0,
 }
 
 
@@ -31,6 +34,7 @@ def broken(final="ttt", **changes):
     seconds = {
         "hessians": run["hessians"],
         "quantize": run["quantize"],
+        "quant_check": run["quant_check"],
         "unpack": run["unpack"],
         "eval_prequant": 1e6,
         f"eval_{final}": run["scoring"],
@@ -42,6 +46,8 @@ def broken(final="ttt", **changes):
     training = {
         "training_seconds": run["training_seconds"],
         "group_bytes": {"up": 5, "down": 4, "rest": 3, "k": 2},
+        "quant_check": {"gap": run["gap"]},
+        "leaked_documents": run["leaked_documents"],
     }
     log = SimpleNamespace(seconds=seconds, graphs=run["graphs"])
     return train_gpt.violations(hp, log, training, run["code_bytes"], run["artifact_bytes"], scores)
@@ -99,7 +105,7 @@ def test_of_all_trials_the_one_that_is_nearest_below_the_target_is_kept(
     assert (tmp_path / "a").stat().st_size == 579_000
 
 
-@pytest.mark.parametrize("key", ["training_seconds", "hessians", "quantize"])
+@pytest.mark.parametrize("key", ["training_seconds", "hessians", "quantize", "quant_check"])
 def test_training_hessians_and_gptq_share_one_budget(key):
     (sentence,) = broken(**{key: GOOD[key] + 0.5})
     assert "600.5 s of 600.0" in sentence
@@ -110,6 +116,17 @@ def test_training_hessians_and_gptq_share_one_budget(key):
 def test_unpacking_and_the_final_evaluation_share_one_budget(key, final):
     (sentence,) = broken(final, **{key: GOOD[key] + 0.5})
     assert "600.5 s of 600.0" in sentence
+
+
+@pytest.mark.parametrize("gap", [None, 5.0])
+def test_a_gap_that_is_too_large_or_not_finite_is_a_violation(gap):
+    (sentence,) = broken(gap=gap)
+    assert sentence.startswith(f"quantization adds {gap} nats")
+
+
+def test_leaked_training_documents_are_a_violation():
+    (sentence,) = broken(leaked_documents=3)
+    assert sentence.startswith("3 training documents are validation documents")
 
 
 def test_a_partial_score_is_marked():
