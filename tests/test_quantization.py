@@ -723,6 +723,20 @@ def test_rebuilt_weights_are_close_and_complete():
         assert (rebuilt[name] - w).norm() <= (0.25 if name in hessians else 0.01) * w.norm(), name
 
 
+def test_a_model_takes_its_weights_from_the_file(tmp_path, dist):
+    hp = small_hp()
+    weights = train_gpt.unbank(make_model(hp))
+    hessians = {name: torch.eye(w.shape[-1]) for name, w in weights.items()}
+    arrays = train_gpt.quantize_weights(weights, hessians, hp, dist)
+    (tmp_path / "artifact.bin").write_bytes(train_gpt.pack_weights(arrays, "lzma"))
+    model = make_model(hp, seed=9)
+    train_gpt.rebuild_model(model, tmp_path / "artifact.bin", dist)
+    found, want = train_gpt.unbank(model), train_gpt.dequantize_weights(arrays)
+    for name, w in weights.items():
+        assert torch.equal(found[name], want[name]), name
+        assert (found[name] - w).norm() < 0.25 * w.norm(), name
+
+
 def test_dequantize_is_deterministic_whatever_threads_and_order():
     weights, hessians = small_model()
     arrays = quantize_alone(weights, hessians, settings())

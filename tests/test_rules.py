@@ -2,11 +2,14 @@
 broken.
 """
 
+import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_hp
+from conftest import Lines, tiny_hp
+from evaluation_helpers import on_ranks
 
 import train_gpt
 
@@ -65,6 +68,26 @@ def test_one_byte_above_the_cap_is_a_violation(key):
     assert "up 5, down 4, rest 3)" in sentence and "QUANT_ONLY=1 TARGET_BYTES=16000000" in sentence
 
 
+def test_result_counts_code_and_weights_once_each(tmp_path, dist):
+    stages = SimpleNamespace(
+        hp=tiny_hp(data_path=str(tmp_path)),
+        dist=dist,
+        log=Lines(),
+        folder=tmp_path,
+        training={},
+        scores={"quantized": {}},
+        artifact_bytes=15_966_000,
+        code_bytes=34_001,
+    )
+    stages.log.seconds, stages.log.graphs = {"eval_quantized": 1.0}, {"train": 0}
+    result = train_gpt.Stages.result(stages, {"run": "any"})
+    assert result["total_bytes"] == 16_000_001
+    assert (result["artifact_bytes"], result["code_bytes"]) == (15_966_000, 34_001)
+    (sentence,) = result["violations"]
+    assert sentence.startswith("16000001 bytes of code and weights, 1 above the cap")
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
 @pytest.mark.parametrize("first_clip", [4.0, 50.0])  # far too large a file, far too small a one
 def test_target_bytes_ends_just_under_the_target_whatever_the_clips(
     monkeypatch, tmp_path, dist, first_clip
@@ -89,6 +112,21 @@ def test_target_bytes_ends_just_under_the_target_whatever_the_clips(
     assert {"up", "down", "embedding", "q", "k", "v", "out", "rest"} == set(groups) and min(
         groups.values()
     ) > 0
+
+
+@pytest.mark.parametrize("first_clip", [3.0, 12.0, 60.0])
+def test_one_trial_meets_the_target_where_bytes_follow_the_logarithm_of_the_clips(dist, first_clip):
+    """Doubling all clips saves exactly one bit of each of 1,000,000 weights here."""
+
+    def quantize(hp):
+        clips = hp.mlp_clip_sigmas * hp.attn_clip_sigmas * hp.embed_clip_sigmas
+        size = 1_000_000 / 8 * (8 - math.log2(clips) / 3)
+        return train_gpt.Quantized(hp, {}, bytes(round(size)))
+
+    clips = dict.fromkeys(("mlp_clip_sigmas", "attn_clip_sigmas", "embed_clip_sigmas"), first_clip)
+    first, log = quantize(tiny_hp(target_bytes=600_000, **clips)), Lines()
+    found = train_gpt.fit_target_bytes(first, quantize, 1_000_000, 20_000, dist, log)
+    assert 599_700 <= len(found.file) + 20_000 <= 600_000 and len(log) == 1
 
 
 def test_of_all_trials_the_one_that_is_nearest_below_the_target_is_kept(
@@ -127,6 +165,22 @@ def test_a_gap_that_is_too_large_or_not_finite_is_a_violation(gap):
 def test_leaked_training_documents_are_a_violation():
     (sentence,) = broken(leaked_documents=3)
     assert sentence.startswith("3 training documents are validation documents")
+
+
+def test_a_problem_of_one_rank_is_raised_on_all():
+    """Or the others would go on, and wait for this one."""
+
+    def check(dist):
+        def fails():
+            if dist.rank == 1:
+                raise train_gpt.DataError("rank 1 lacks a shard")
+
+        try:
+            train_gpt.run_checks(dist, [lambda: None, fails])
+        except train_gpt.SettingError as error:
+            return str(error)
+
+    assert on_ranks(3, check) == ["rank 1 lacks a shard"] * 3
 
 
 def test_a_partial_score_is_marked():
