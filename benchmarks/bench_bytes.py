@@ -105,6 +105,8 @@ SWEPT = (
     "gptq_column_steps",
     "gptq_column_octaves",
     "gptq_trellis",
+    "gptq_row_power",
+    "gptq_row_octaves",
     "gated_attn_quant_gate",
     "lqer_enabled",
     "lqer_top_k",
@@ -166,7 +168,12 @@ class Sweep:
         hp = train_gpt.Hyperparameters.from_env(environ, RunGuard())
         start = time.perf_counter()
         arrays = train_gpt.quantize_weights(
-            self.weights, self.hessians, hp, self.dist, self.model.ops.trellis_round
+            self.weights,
+            self.hessians,
+            hp,
+            self.dist,
+            self.model.ops.trellis_round,
+            self.model.row_gradients,
         )
         quantized = time.perf_counter()
         size = self.packing.submit(lambda: len(train_gpt.pack_weights(arrays, hp.compressor)))
