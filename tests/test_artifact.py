@@ -324,6 +324,15 @@ def test_a_section_that_expands_to_other_bytes_is_refused():
         train_gpt.unpack_weights(codec_forgery("lzma", stored, b"abd", [3]))
 
 
+def test_a_section_that_holds_no_array_is_refused():
+    """Everything else about it is right."""
+    stored = train_gpt.ENCODERS["lzma"](b"ab")
+    more = train_gpt.ENCODERS["lzma"](b"")
+    sections = [section_of(stored, b"ab"), section_of(more, b"")]
+    with pytest.raises(ArtifactError, match="sections are not those of its arrays"):
+        train_gpt.unpack_weights(forge([[GOOD], sections], stored + more))
+
+
 def test_two_arrays_of_one_name_are_refused():
     stored = train_gpt.ENCODERS["lzma"](b"abcd")
     header = [[GOOD, GOOD], [section_of(stored, b"abcd")]]
