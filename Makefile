@@ -1,5 +1,5 @@
 # make demo: set up and run the whole method on a small dataset. make test: set up, lint and run the tests.
-# TORCH_INDEX_URL picks the torch build (README: installation); VENV=... uses another environment.
+# TORCH_INDEX_URL picks the torch build (docs/INSTALL.md); VENV=... uses another environment.
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTHON := $(VENV)/bin/python
@@ -21,6 +21,8 @@ demo-data: $(DEMO_DATA)/manifest.json
 
 demo: $(DEMO_DATA)/manifest.json
 	set -a && . presets/demo.env && set +a && RUN_ID=$(DEMO_RUN) DATA_PATH=$(DEMO_DATA) $(PYTHON) train_gpt.py
+	OMP_NUM_THREADS=1 $(PYTHON) tools/sample.py "$${RUNS_DIR:-runs}/$(DEMO_RUN)" --device cpu --tokens 40 \
+		--prompt "Return the" --prompt "This module" --prompt "If the argument"
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
