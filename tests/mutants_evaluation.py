@@ -1192,13 +1192,6 @@ TOOLS = [
         'f"{path.name}, document {count:,} of it ({count:,} of training): "',
         "tests/test_verify_data.py::test_a_planted_leak_is_found_and_named",
     ),
-    Mutant(
-        "bytes-of-the-side-car-overflow-in-their-own-type",
-        VERIFY,
-        "return int(charges.sum(dtype=np.int64))",
-        "return int(charges.sum(dtype=charges.dtype))",
-        "tests/test_verify_data.py::test_charged_bytes_do_not_overflow",
-    ),
 ]
 
 MUTANTS = [
