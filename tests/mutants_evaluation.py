@@ -660,7 +660,7 @@ TEST_TIME_TRAINING = [
         "tests/test_ttt.py::test_every_token_is_scored_once[ttt_batch_size=1]",
     ),
     Mutant(
-        "targets-are-the-inputs",
+        "chunk-targets-are-the-inputs",
         TRAIN,
         "targets = window + positions + 1",
         "targets = window + positions",
@@ -1069,13 +1069,6 @@ PUBLISHED_PARTS = [
         "shares = (logits[:, : hp.vocab_size] / 0.8).softmax(1)",
         "shares = logits[:, : hp.vocab_size].softmax(1)",
         "tests/test_published.py::test_self_calibration_samples_documents_of_the_model_and_touches_no_data",
-    ),
-    Mutant(
-        "the-bytes-of-a-fused-pair-are-those-of-the-marker",
-        PUBLISHED,
-        "charges = charges + np.where(second, np.roll(charges, 1), 0)",
-        "charges = charges + 0",
-        "tests/test_data.py::test_a_pair_takes_its_bytes_along_and_other_neighbours_stay",
     ),
     Mutant(
         "the-byte-of-a-leading-space-counts-after-a-boundary-too",
