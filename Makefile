@@ -6,7 +6,7 @@ PYTHON := $(VENV)/bin/python
 DEMO_DATA := data/demo
 DEMO_RUN := demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo demo-data test soak lint gpu-test bench clean
+.PHONY: demo demo-data test soak mutants lint gpu-test bench clean
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt
 	python3 -m venv $(VENV)
@@ -36,6 +36,10 @@ test: lint
 soak: $(VENV)/.ready
 	SOAK=1 SOAK_MUTATIONS=5000 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -s -v -rs -n 2 --dist worksteal --durations=15 \
 		-m "not gpu" tests
+
+# plants faults in the code, one at a time: each must make its test fail
+mutants: $(VENV)/.ready
+	$(PYTHON) tests/mutants.py
 
 # on a machine with a GPU and its own torch: make gpu-test VENV=... or run these lines with its python
 gpu-test:

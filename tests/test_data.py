@@ -217,6 +217,18 @@ def test_data_that_are_not_what_the_manifest_says_are_refused(copy, damage, word
         train_gpt.ValidationSet(hp)
 
 
+def test_a_bos_that_is_charged_is_refused(copy):
+    tokens, charges = (
+        np.fromfile(copy / f"fineweb_{name}_000000.bin", dtype="<u2")[512:]
+        for name in ("val", "val_bytes")
+    )
+    second = np.flatnonzero(tokens == BOS_ID)[1]
+    charges[second] = 3
+    write_shard(copy / "fineweb_val_bytes_000000.bin", charges)
+    with pytest.raises(DataError, match="a BOS is charged"):
+        train_gpt.ValidationSet(hp_of(copy))
+
+
 def test_a_damaged_manifest_is_one_message(copy):
     (copy / "manifest.json").write_bytes((copy / "manifest.json").read_bytes()[:-9])
     with pytest.raises(DataError, match="manifest.json is damaged"):

@@ -1024,10 +1024,17 @@ def raising(*_):
     raise RuntimeError("out of resource: shared memory\nsecond line")
 
 
+def twice_the_gradient(*inputs):
+    """The reference's output to the bit."""
+    out = mlp_ref(*inputs)
+    return out + (out - out.detach())
+
+
 @pytest.mark.parametrize(
     ("kernel", "note"),
     [
         (raising, "mlp triton: RuntimeError: out of resource: shared memory"),
+        (twice_the_gradient, "mlp triton: disagrees with the reference"),
         (lambda x, u, d, slope: mlp_ref(x, u, d, 0.0), "mlp triton: disagrees with the reference"),
         (
             lambda x, u, d, slope: mlp_ref(x, u, d, slope) * math.nan,

@@ -186,6 +186,17 @@ def test_a_disk_that_is_full_ends_no_training(tiny_data, tmp_path, monkeypatch):
     assert sum("could not be written" in line for line in trainer.log) == 2
 
 
+def test_a_log_on_a_full_disk_ends_nothing(tmp_path, dist, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    log = train_gpt.RunLog(tmp_path, dist)
+    log.file.close()
+    log.file = SimpleNamespace(write=full, flush=full)
+    log("a line")
+    assert capsys.readouterr().out == "a line\n"
+
+
 @pytest.mark.parametrize("kind", ["fsync", "replace"])
 def test_a_file_is_whole_or_absent_and_nothing_is_left(tmp_path, monkeypatch, kind):
     train_gpt.write_atomically(tmp_path / "file", b"old")
@@ -203,12 +214,12 @@ def test_a_file_is_whole_or_absent_and_nothing_is_left(tmp_path, monkeypatch, ki
 
 def two_ranks_in_two_parts(dist, data, folder):
     whole = trainer_of(data, folder, dist)
-    losses, _ = train(whole)
+    losses, figures = train(whole)
     train(trainer_of(data, folder, dist, checkpoint_every=4), 6)
     again = trainer_of(data, folder, dist, resume=True, run_id="x")
-    went_on, _ = train(again)
+    went_on, same = train(again)
     return (
-        went_on == losses[4:],
+        went_on == losses[4:] and same["train_loss"] == figures["train_loss"],
         equal_states(everything(again), everything(whole)),
         everything(whole),
     )
@@ -231,6 +242,22 @@ def logged_steps(lines):
     """
     found = re.findall(r"^step:(\d+) train_loss:(\S+)", "\n".join(lines), re.MULTILINE)
     return sorted({(int(step), loss) for step, loss in found})
+
+
+def test_a_resume_restores_the_random_numbers(tiny_data, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        train(trainer_of(tiny_data, tmp_path, checkpoint_every=2), 5)
+        want = torch.rand(4)  # no step draws
+        guard.load_state(trainer_of(tiny_data, tmp_path, resume=True, run_id="x"))
+        assert torch.equal(torch.rand(4), want)
+
+
+def test_the_clock_goes_on_from_the_seconds_of_the_state(tiny_data, tmp_path, monkeypatch):
+    again = trainer_of(tiny_data, tmp_path, resume=True, run_id="x")
+    state = guard.Resumed(6, 1e6, [torch.zeros(())])
+    monkeypatch.setattr(again.guard, "resume", lambda trainer: state)
+    assert 1e6 < again.train(None)["training_seconds"] < 1e6 + PATIENCE
 
 
 def test_training_goes_on_with_any_log_interval(tiny_data, tmp_path):
@@ -390,6 +417,27 @@ def test_the_watchdog_names_the_dead_the_stalled_and_the_first_to_fail():
     assert judged([second, first], failing=4) == ""
     assert judged([second, first], failing=5) == "rank 1 failed in stage pack: no room"
     assert judged([second, b], silent=(0, 3), failing=4) == "rank 1 died or hangs in stage pack"
+
+
+def test_every_collective_is_counted(dist, monkeypatch):
+    """The watchdog compares the numbers: a rank whose number stands still is behind."""
+    names = """all_reduce broadcast all_gather_object reduce_scatter_tensor
+        all_gather_into_tensor""".split()
+    calls = []
+    stub = SimpleNamespace(ReduceOp=SimpleNamespace(MAX=None))
+    for name in names:
+        setattr(stub, name, lambda *arguments, **options: calls.append(arguments))
+    monkeypatch.setattr(train_gpt, "dist_backend", stub)
+    dist.world_size = 2
+    tensor = torch.zeros(4)
+    dist.all_reduce(tensor)
+    dist.all_reduce_packed([tensor])
+    dist.reduce_scatter(tensor)
+    dist.all_gather(tensor)
+    dist.max_over_ranks(1.0)
+    dist.broadcast(tensor)
+    dist.barrier()
+    assert dist.num_collectives == len(calls) == 7
 
 
 def test_a_rank_idles_that_does_next_to_nothing_for_as_long_as_looks_go_back():

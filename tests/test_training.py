@@ -418,6 +418,33 @@ def test_looping_begins_at_its_fraction_of_the_iterations(tiny_data, monkeypatch
     assert len(figures["tokens_per_second_by_loop_state"]) == 2
 
 
+def test_the_average_is_that_of_the_weights_after_each_step(tiny_data):
+    trainer = trainer_of(tiny_data)
+    start = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train_step(0, 0.0, False)
+    share = 0.9  # of the weights after step 0
+    for average, before, p in zip(
+        trainer.ema.average, start, trainer.model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(average, before.lerp(p.detach(), share))
+    assert not torch.equal(trainer.model.tok_emb, start[0])
+
+
+def test_the_logged_loss_is_that_of_all_ranks_and_no_share_changes(tiny_data, dist, monkeypatch):
+    trainer = trainer_of(tiny_data, dist)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(2))  # two equal ranks
+    share = torch.tensor(1.5)
+    trainer.log_step(3, share, 1.0, 0.5, False)
+    assert trainer.last_loss == 3.0 and share == 1.5
+
+
+def test_tokens_per_second_count_every_token_of_a_step(tiny_data):
+    trainer = trainer_of(tiny_data)
+    trainer.tokens_at = [(0, 0.0), (4, 2.0)]
+    figures = trainer.summary(10, 4.0, [torch.tensor(1.0)])
+    assert figures["tokens_per_second_by_loop_state"] == [4 * 256 / 2, 6 * 256 / 2]
+
+
 # --- warm-up
 
 
@@ -617,6 +644,15 @@ def test_schedule_and_end_follow_the_clock_of_rank_0(tiny_data, fake_time, monke
     figures = trainer.train(quiet)
     assert [progress for progress, _ in calls] == pytest.approx([0, 2 / 15, 4 / 15, 6 / 15, 8 / 15])
     assert figures["training_seconds"] == 14.5  # at 12 s a step took 4 s: another might not fit
+
+
+@pytest.mark.parametrize("rank, seconds", [(0, 7.0), (1, 0.0)])
+def test_no_rank_but_0_hands_in_its_clock(rank, seconds, dist, fake_time, monkeypatch):
+    dist.rank = rank
+    clock = TrainingClock(dist)
+    monkeypatch.setattr(dist, "max_over_ranks", lambda *numbers: numbers)
+    fake_time.now += 7
+    assert clock.clock_and_max(3) == (seconds, 3)
 
 
 def test_short_run_ends_in_time(tiny_data):

@@ -29,7 +29,7 @@ from prepare_caseops_data import (
     write_manifest,
     write_shard,
 )
-from tools.verify_data import canonical
+from tools.verify_data import canonical, total
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -397,6 +397,10 @@ def test_a_manifest_that_was_edited_is_refused(dataset, capsys):
     path = dataset / "manifest.json"
     path.write_text(path.read_text().replace('"leaked_documents": 0', '"leaked_documents": 1'))
     assert "changed after it was written" in verified(capsys, dataset)[1]
+
+
+def test_many_bytes_are_added_without_overflow():
+    assert total(np.full(3, 40_000, dtype=np.uint16)) == 120_000
 
 
 def test_canonical_counts_are_recognised():

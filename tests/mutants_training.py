@@ -1,0 +1,1203 @@
+"""Faults in everything up to the trained model: settings, runtime, data, kernels, model, training.
+
+tests/mutants.py plants them; the order is that of train_gpt.py, then the guard and the data tools.
+"""
+
+from mutants import Mutant
+
+TRAINER = "train_gpt.py"
+GUARD = "tools/guard.py"
+PREPARE = "prepare_caseops_data.py"
+VERIFY = "tools/verify_data.py"
+PRESETS = "presets/published.py"
+
+SETTINGS = [
+    Mutant(
+        "range-least-excludes-the-bound",
+        TRAINER,
+        'rule["least"] is not None and value < rule["least"]',
+        'rule["least"] is not None and value <= rule["least"]',
+        "tests/test_settings.py::test_every_declared_bound_holds",
+    ),
+    Mutant(
+        "range-nan-is-taken",
+        TRAINER,
+        "if isinstance(value, float) and not math.isfinite(value):",
+        "if isinstance(value, float) and math.isinf(value):",
+        "tests/test_settings.py::test_numbers_that_are_not_finite_are_refused",
+    ),
+    Mutant(
+        "bool-any-text-is-true",
+        TRAINER,
+        'if text not in ("0", "1"):',
+        'if text == "":',
+        "tests/test_settings.py::test_a_value_of_the_wrong_type_is_refused",
+    ),
+    Mutant(
+        "misspelt-settings-are-ignored",
+        TRAINER,
+        "if in_family or difflib.get_close_matches(name, names, 1, 0.88):",
+        "if in_family:",
+        "tests/test_settings.py::test_a_misspelt_setting_is_refused_with_a_suggestion",
+    ),
+    Mutant(
+        "reserve-may-equal-the-budget",
+        TRAINER,
+        "if 0 < hp.max_wallclock_seconds <= hp.gptq_reserve_seconds:",
+        "if 0 < hp.max_wallclock_seconds < hp.gptq_reserve_seconds:",
+        "tests/test_settings.py::test_combinations_that_cannot_work_are_refused",
+    ),
+    Mutant(
+        "loop-may-reach-past-the-layers",
+        TRAINER,
+        "hp.loop_start <= hp.loop_end < hp.num_layers:",
+        "hp.loop_start <= hp.loop_end <= hp.num_layers:",
+        "tests/test_settings.py::test_combinations_that_cannot_work_are_refused",
+    ),
+]
+
+RUNTIME = [
+    Mutant(
+        "packed-reduction-is-not-copied-back",
+        TRAINER,
+        "                tensor.copy_(total.view_as(tensor))",
+        "                tensor = total.view_as(tensor)",
+        "tests/test_optimizer.py::test_two_ranks_equal_one_rank",
+    ),
+    Mutant(
+        "collectives-are-not-counted",
+        TRAINER,
+        "        self.num_collectives += 1\n",
+        "        self.num_collectives += 0\n",
+        "tests/test_reliability.py::test_every_collective_is_counted",
+    ),
+    Mutant(
+        "rank-may-equal-the-world-size",
+        TRAINER,
+        "place.local_rank <= place.rank < place.world_size:",
+        "place.local_rank <= place.rank <= place.world_size:",
+        "tests/test_faults.py::test_ranks_that_contradict_each_other_are_refused",
+    ),
+    Mutant(
+        "file-is-written-in-place",
+        TRAINER,
+        '    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")\n    try:',
+        "    temporary = path\n    try:",
+        "tests/test_reliability.py::test_a_file_is_whole_or_absent_and_nothing_is_left",
+    ),
+    Mutant(
+        "rename-before-the-sync",
+        TRAINER,
+        "            file.flush()\n            os.fsync(file.fileno())\n"
+        "        os.replace(temporary, path)\n",
+        "            file.flush()\n            os.replace(temporary, path)\n"
+        "            os.fsync(file.fileno())\n",
+        "tests/test_reliability.py::test_a_file_is_whole_or_absent_and_nothing_is_left[fsync]",
+    ),
+    Mutant(
+        "full-disk-behind-the-log-ends-the-run",
+        TRAINER,
+        "            with contextlib.suppress(OSError):  # a full disk does not end a training\n",
+        "            with contextlib.suppress(TypeError):  # a full disk does not end a training\n",
+        "tests/test_reliability.py::test_a_log_on_a_full_disk_ends_nothing",
+    ),
+]
+
+DATA = [
+    Mutant(
+        "shards-in-disorder",
+        TRAINER,
+        'return sorted(glob.glob(os.path.join(folder, f"fineweb_{split}_{digits}.bin")))',
+        'return sorted(glob.glob(os.path.join(folder, f"fineweb_{split}_{digits}.bin")))[::-1]',
+        "tests/test_training.py::test_shards_cut_anywhere_give_the_same_rows",
+    ),
+    Mutant(
+        "shard-header-is-read-as-tokens",
+        TRAINER,
+        'return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)',
+        'return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES // 2)',
+        "tests/test_training.py::test_a_row_begins_with_the_first_document_of_its_span",
+    ),
+    Mutant(
+        "shard-size-is-not-compared",
+        TRAINER,
+        "    if header != expected:\n",
+        "    if header[:2] != expected[:2]:\n",
+        "tests/test_end_to_end.py::test_unusable_data_is_refused_before_training[cut]",
+    ),
+    Mutant(
+        "stream-goes-on-into-the-held-out-rows",
+        TRAINER,
+        "begin : begin + min(count, self.size - start)]",
+        "begin : begin + count]",
+        "tests/test_quant_check.py::test_the_stream_is_cut_before_a_document_and_goes_round_there",
+    ),
+    Mutant(
+        "stream-does-not-go-round",
+        TRAINER,
+        "            start = (start + len(part)) % self.size\n",
+        "            start = min(start + len(part), self.size - 1)\n",
+        "tests/test_training.py::test_stream_goes_round_at_its_end",
+    ),
+    Mutant(
+        "held-out-rows-stay-in-training",
+        TRAINER,
+        "        self.size = cut\n        return held_out\n",
+        "        return held_out\n",
+        "tests/test_quant_check.py::test_neither_training_nor_the_hessians_see_the_rows_that_are_held_out",
+    ),
+    Mutant(
+        "pieces-one-too-long",
+        TRAINER,
+        "    counts = -(-(ends - starts) // length)\n",
+        "    counts = (ends - starts) // length + 1\n",
+        "tests/test_training.py::test_document_of_exactly_the_limit_is_one_piece",
+    ),
+    Mutant(
+        "merged-segments-beyond-the-longest",
+        TRAINER,
+        "while left > most and pairs and pairs[0][0] <= longest:",
+        "while left > most and pairs:",
+        "tests/test_training.py::test_beyond_the_limit_the_shortest_neighbours_share_a_segment",
+    ),
+    Mutant(
+        "cu-seqlens-padded-with-zeros",
+        TRAINER,
+        "    padding = np.full(entries + 1 - len(starts), total)\n",
+        "    padding = np.full(entries + 1 - len(starts), 0)\n",
+        "tests/test_training.py::test_documents_are_segments_and_long_ones_are_cut",
+    ),
+    Mutant(
+        "balance-puts-documents-where-cost-is-highest",
+        TRAINER,
+        "row = np.where(room < length, 1e15 - room, cost).argmin()",
+        "row = np.where(room < length, 1e15 - room, -cost).argmin()",
+        "tests/test_training.py::test_balanced_rows_hold_the_documents_of_their_step_and_equal_work",
+    ),
+    Mutant(
+        "balance-counts-tokens-instead-of-attention",
+        TRAINER,
+        "        cost[row] += pieces * longest**2 + rest**2\n",
+        "        cost[row] += length\n",
+        "tests/test_training.py::test_balanced_rows_hold_the_documents_of_their_step_and_equal_work",
+    ),
+    Mutant(
+        "balance-leaves-targets-behind",
+        TRAINER,
+        "    return np.concatenate(sum(rows, []), 1).reshape(tokens.shape)\n",
+        "    dealt = np.concatenate(sum(rows, []), 1).reshape(tokens.shape)\n"
+        "    return np.stack([dealt[0], tokens[1]])\n",
+        "tests/test_training.py::test_balanced_rows_hold_the_documents_of_their_step_and_equal_work",
+    ),
+    Mutant(
+        "loader-ignores-the-rank",
+        TRAINER,
+        "first = step * self.hp.micro_steps + self.dist.rank * self.per_rank",
+        "first = step * self.hp.micro_steps",
+        "tests/test_training.py::test_rows_are_the_same_for_any_world_size",
+    ),
+    Mutant(
+        "loader-gives-the-row-read-ahead",
+        TRAINER,
+        "future = self.ahead.pop(index, None) or self.thread.submit(self.build, index)",
+        "future = self.ahead.pop(next(iter(self.ahead), index), None)"
+        " or self.thread.submit(self.build, index)",
+        "tests/test_training.py::test_reading_ahead_changes_no_row_even_after_going_back",
+    ),
+    Mutant(
+        "every-epoch-in-the-same-order",
+        TRAINER,
+        "rng = np.random.default_rng([self.hp.data_seed, epoch])",
+        "rng = np.random.default_rng([self.hp.data_seed, 0])",
+        "tests/test_training.py::test_data_seed_shuffles_the_spans_of_every_epoch",
+    ),
+    Mutant(
+        "targets-are-the-inputs",
+        TRAINER,
+        "return np.stack([rows[:, :-1], rows[:, 1:]])",
+        "return np.stack([rows[:, :-1], rows[:, :-1]])",
+        "tests/test_training.py::test_a_row_begins_with_the_first_document_of_its_span",
+    ),
+    Mutant(
+        "rows-of-a-step-are-those-of-the-step-before",
+        TRAINER,
+        "        return self.pack(self.cached_rows(step)[:, number])\n",
+        "        return self.pack(self.cached_rows(max(step - 1, 0))[:, number])\n",
+        "tests/test_training.py::test_a_row_begins_with_the_first_document_of_its_span",
+    ),
+    Mutant(
+        "validation-loses-its-last-target",
+        TRAINER,
+        "self.ends = np.append(self.starts[1:], len(self.tokens) - 1)",
+        "self.ends = np.append(self.starts[1:], len(self.tokens) - 2)",
+        "tests/test_evaluation.py::test_odd_streams_are_scored_whole",
+    ),
+    Mutant(
+        "bytes-of-inputs-instead-of-targets",
+        TRAINER,
+        "num_bytes = sums[ends + 1] - sums[starts + 1]",
+        "num_bytes = sums[ends] - sums[starts]",
+        "tests/test_evaluation.py::test_totals_of_part_of_the_documents",
+    ),
+    Mutant(
+        "charged-bos-is-taken",
+        TRAINER,
+        "        if charges[self.tokens == BOS_ID].any():\n",
+        "        if charges[self.tokens == BOS_ID].all():\n",
+        "tests/test_data.py::test_a_bos_that_is_charged_is_refused",
+    ),
+    Mutant(
+        "side-car-files-in-disorder",
+        TRAINER,
+        "        charges = np.concatenate(parts).astype(np.int64)\n",
+        "        charges = np.concatenate(parts[::-1]).astype(np.int64)\n",
+        "tests/test_evaluation.py::test_every_token_but_the_first_is_scored_once",
+    ),
+    Mutant(
+        "manifest-val-files-are-not-hashed",
+        TRAINER,
+        'if same and "_val_" in name:',
+        'if same and "_valid_" in name:',
+        "tests/test_data.py::test_data_that_are_not_what_the_manifest_says_are_refused",
+    ),
+    Mutant(
+        "manifest-many-leaks-are-taken",
+        TRAINER,
+        'if leaked > 0.01 * counts["documents"]:',
+        'if leaked > 0.1 * counts["documents"]:',
+        "tests/test_data.py::test_data_that_are_not_what_the_manifest_says_are_refused",
+    ),
+    Mutant(
+        "canonical-without-the-bytes",
+        TRAINER,
+        "return (documents, len(tokens), targets, size) == CANONICAL",
+        "return (documents, len(tokens), targets) == CANONICAL[:3]",
+        "tests/test_data.py::test_canonical_is_told_by_documents_values_and_bytes",
+    ),
+    Mutant(
+        "space-before-the-first-word-is-counted",
+        PRESETS,
+        "    boundary = np.ones(size, bool)\n",
+        "    boundary = np.zeros(size, bool)\n",
+        "tests/test_plain_data.py::test_the_trainer_counts_the_bytes_of_every_odd_text",
+    ),
+    Mutant(
+        "space-before-a-word-is-counted-twice",
+        PRESETS,
+        'len(piece.removeprefix("\\u2581").encode())',
+        'len(piece.replace("\\u2581", " ").encode())',
+        "tests/test_plain_data.py::test_the_trainer_counts_the_bytes_of_every_odd_text",
+    ),
+    Mutant(
+        "fused-pairs-lose-their-bytes",
+        PRESETS,
+        "charges = charges + np.where(second, np.roll(charges, 1), 0)",
+        "charges = charges + np.where(second, charges, 0)",
+        "tests/test_data.py::test_a_pair_takes_its_bytes_along_and_other_neighbours_stay",
+    ),
+    Mutant(
+        "prepare-bytes-of-three-byte-characters",
+        PREPARE,
+        "costs = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)",
+        "costs = 1 + (points > 0x7F) + (points > 0xFFF) + (points > 0xFFFF)",
+        "tests/test_prepare_data.py::test_random_texts_give_the_ids_and_bytes_of_the_reference",
+    ),
+    Mutant(
+        "prepare-escaped-markers-are-free",
+        PREPARE,
+        "        costs[literal.end() - 1] = 3\n",
+        "        costs[literal.end() - 1] = 0\n",
+        "tests/test_prepare_data.py::"
+        "test_an_escaped_marker_is_charged_where_it_stands_and_not_at_esc",
+    ),
+    Mutant(
+        "prepare-neighbours-bytes-go-uncharged",
+        PREPARE,
+        "if costs.sum(dtype=np.int64) == len(unit.encode())",
+        "if costs.sum(dtype=np.int64) <= len(unit.encode())",
+        "tests/test_verify_data.py::test_the_fast_encoder_gives_what_the_plain_one_gives",
+    ),
+    Mutant(
+        "prepare-shard-count-is-bytes",
+        PREPARE,
+        "header[:3] = SHARD_MAGIC, SHARD_VERSION, len(values)",
+        "header[:3] = SHARD_MAGIC, SHARD_VERSION, 2 * len(values)",
+        "tests/test_prepare_data.py::test_shard_header_and_round_trip",
+    ),
+    Mutant(
+        "prepare-shards-one-value-long",
+        PREPARE,
+        "self.buffer = np.empty(shard_tokens, dtype=np.uint16)",
+        "self.buffer = np.empty(shard_tokens + 1, dtype=np.uint16)",
+        "tests/test_prepare_data.py::test_documents_straddle_shards_that_are_full_but_for_the_last",
+    ),
+    Mutant(
+        "prepare-leaks-stay-in-training",
+        PREPARE,
+        "            batch = _without(batch, is_validation)\n",
+        "            batch = _without(batch, np.zeros_like(is_validation))\n",
+        "tests/test_verify_data.py::test_validation_documents_are_left_out_of_training",
+    ),
+    Mutant(
+        "prepare-leaks-as-normalized-alone",
+        PREPARE,
+        "            hash_as_it_came = document_hash(document_ids)\n"
+        "            cleaned = normalize_text(text) if normalize_train and "
+        'batch.split == "train" else text\n'
+        "            if cleaned != text:\n"
+        "                document_ids = encoder.encode(cleaned)\n",
+        "            cleaned = normalize_text(text) if normalize_train and "
+        'batch.split == "train" else text\n'
+        "            if cleaned != text:\n"
+        "                document_ids = encoder.encode(cleaned)\n"
+        "            hash_as_it_came = document_hash(document_ids)\n",
+        "tests/test_verify_data.py::"
+        "test_a_validation_document_is_found_in_training_text_that_is_normalized",
+    ),
+    Mutant(
+        "prepare-validation-is-normalized",
+        PREPARE,
+        'normalize_text(text) if normalize_train and batch.split == "train" else text',
+        "normalize_text(text) if normalize_train else text",
+        "tests/test_verify_data.py::test_normalizing_takes_debris_out_of_training_only",
+    ),
+    Mutant(
+        "prepare-workers-out-of-order",
+        PREPARE,
+        "                yield pending.popleft().result()\n"
+        "            pending.append(_submit(pool, function, batch))\n",
+        "                yield pending.pop().result()\n"
+        "            pending.append(_submit(pool, function, batch))\n",
+        "tests/test_prepare_data.py::test_any_number_of_workers_gives_the_same_files",
+    ),
+    Mutant(
+        "prepare-resumed-values-are-lost",
+        PREPARE,
+        "            writer.add(np.frombuffer(values[start:end], dtype=np.uint16))\n",
+        "            writer.add(np.frombuffer(values[start:start], dtype=np.uint16))\n",
+        "tests/test_verify_data.py::test_a_killed_run_goes_on_and_ends_with_the_same_files",
+    ),
+    Mutant(
+        "verify-foreign-files-are-fine",
+        VERIFY,
+        '    for path in sorted(folder.glob("fineweb_*")):\n',
+        '    for path in sorted(folder.glob("fineweb_val_*")):\n',
+        "tests/test_verify_data.py::test_a_missing_and_a_foreign_file_are_found",
+    ),
+    Mutant(
+        "verify-leaks-are-counted-from-the-wrong-shard",
+        VERIFY,
+        "            current = path\n            first = count\n",
+        "            current = path\n            first = 0\n",
+        "tests/test_verify_data.py::test_a_planted_leak_is_found_and_named",
+    ),
+    Mutant(
+        "verify-every-marker-passes-as-literal",
+        VERIFY,
+        "    is_literal = escapes_before % 2 == 1\n",
+        "    is_literal = escapes_before % 2 == 0\n",
+        "tests/test_verify_data.py::test_a_dataset_in_order_is_verified_against_its_source",
+    ),
+    Mutant(
+        "verify-charges-overflow",
+        VERIFY,
+        "    return int(charges.sum(dtype=np.int64))\n",
+        "    return int(charges.sum(dtype=np.uint16))\n",
+        "tests/test_verify_data.py::test_many_bytes_are_added_without_overflow",
+    ),
+]
+
+KERNELS = [
+    Mutant(
+        "ce-reference-without-softcap-scale",
+        TRAINER,
+        "capped = softcap * torch.tanh(logits.float() / softcap)",
+        "capped = torch.tanh(logits.float() / softcap)",
+        "tests/test_kernels.py::test_cross_entropy_reference_matches_float64",
+    ),
+    Mutant(
+        "ce-kernel-sums-beyond-the-vocabulary",
+        TRAINER,
+        "exps = tl.where(inside, tl.exp(CAP * tanh), 0.0)",
+        "exps = tl.exp(CAP * tanh)",
+        "tests/test_kernels.py::test_cross_entropy_kernel_matches_float64[3-1000-15-5]",
+    ),
+    Mutant(
+        "ce-kernel-gradient-without-tanh",
+        TRAINER,
+        "tl.store(logits + columns, d_z * (1 - tanh * tanh), inside)",
+        "tl.store(logits + columns, d_z, inside)",
+        "tests/test_kernels.py::test_cross_entropy_kernel_matches_float64[3-1000-15-5]",
+    ),
+    Mutant(
+        "mlp-reference-without-square",
+        TRAINER,
+        "return F.linear(hidden.square(), w_down)",
+        "return F.linear(hidden.abs(), w_down)",
+        "tests/test_kernels.py::test_mlp_matches_float64[200-64-320-0.3]",
+    ),
+    Mutant(
+        "mlp-weight-gradient-transposed-wrongly",
+        TRAINER,
+        "        grad_down = grad.T @ act\n",
+        "        grad_down = grad.T @ act.sqrt()\n",
+        "tests/test_kernels.py::test_mlp_matches_float64[200-64-320-0.3]",
+    ),
+    Mutant(
+        "rope-turns-the-other-way",
+        TRAINER,
+        "torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)",
+        "torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1)",
+        "tests/test_kernels.py::test_qkv_heads_reference_by_hand",
+    ),
+    Mutant(
+        "qkv-kernel-positions-of-the-whole-batch",
+        TRAINER,
+        "angle = (token % T)[:, None] * HALF + e % HALF",
+        "angle = tl.minimum(token, T - 1)[:, None] * HALF + e % HALF",
+        "tests/test_kernels.py::test_qkv_heads_kernel_matches_float64",
+    ),
+    Mutant(
+        "qkv-kernel-backward-rotates-forward",
+        TRAINER,
+        "rotated = d * c - s * load_f32(split + partner, rotates)",
+        "rotated = d * c + s * load_f32(split + partner, rotates)",
+        "tests/test_kernels.py::test_qkv_heads_kernel_matches_float64[shape1]",
+    ),
+    Mutant(
+        "qkv-kernel-keys-get-the-gain",
+        TRAINER,
+        "head_gain = tl.load(gain + head, mask=is_q, other=1.0).to(tl.float32)",
+        "head_gain = tl.load(gain + head % H).to(tl.float32)",
+        "tests/test_kernels.py::test_qkv_heads_kernel_matches_float64[shape1]",
+    ),
+    Mutant(
+        "xsa-heads-share-the-wrong-value",
+        TRAINER,
+        "grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H/K, E)\n"
+        "    along = (grouped * v_hat).sum(-1, keepdim=True)\n"
+        "    return (grouped - along * v_hat).flatten(2, 3)",
+        "grouped = y.unflatten(2, (-1, v.size(2))).transpose(2, 3)\n"
+        "    along = (grouped * v_hat).sum(-1, keepdim=True)\n"
+        "    return (grouped - along * v_hat).transpose(2, 3).flatten(2, 3)",
+        "tests/test_kernels.py::test_gated_xsa_kernel_matches_float64",
+    ),
+    Mutant(
+        "xsa-kernel-gate-gradient-without-factor",
+        TRAINER,
+        "            d = FACTOR * load_f32(grad + at, inside)\n",
+        "            d = load_f32(grad + at, inside)\n",
+        "tests/test_kernels.py::test_gated_xsa_kernel_matches_float64",
+    ),
+    Mutant(
+        "slot-input-kernel-skips-odd-rows",
+        TRAINER,
+        "for first in tl.range(2 * program, rows, 2 * tl.num_programs(0), num_stages=3):",
+        "for first in tl.range(2 * program, rows - 1, 2 * tl.num_programs(0), num_stages=3):",
+        "tests/test_kernels.py::test_entry_kernel_matches_float64",
+    ),
+    Mutant(
+        "slot-input-lerp-the-wrong-way",
+        TRAINER,
+        "            x = torch.lerp(weighted, x, share)\n",
+        "            x = torch.lerp(x, weighted, share)\n",
+        "tests/test_kernels.py::test_entry_reference_by_hand",
+    ),
+    Mutant(
+        "slot-input-kernel-adds-no-kept-gradient",
+        TRAINER,
+        "        d = d * mix_x + kept\n",
+        "        d = d * mix_x\n",
+        "tests/test_kernels.py::test_entry_kernel_matches_float64",
+    ),
+    Mutant(
+        "adamw-rows-without-bias-correction",
+        TRAINER,
+        "    denominator = (mean / correction[:, None]).sqrt() + 1e-10\n",
+        "    denominator = mean.sqrt() + 1e-10\n",
+        "tests/test_kernels.py::test_adamw_kernel_matches_float64_in_some_columns_of_its_rows",
+    ),
+    Mutant(
+        "adamw-kernel-writes-over-its-source",
+        TRAINER,
+        "    new = tl.load(target + row).to(tl.int64) * stride + column\n",
+        "    new = tl.load(source + row).to(tl.int64) * stride + column\n",
+        "tests/test_kernels.py::test_adamw_kernel_matches_float64_in_some_columns_of_its_rows",
+    ),
+    Mutant(
+        "sdpa-sees-the-next-token",
+        TRAINER,
+        "mask = same_document & (offset <= offset[:W, None] + W)",
+        "mask = same_document & (offset <= offset[:W, None] + W + 1)",
+        "tests/test_kernels.py::test_sdpa_sees_neither_other_documents_nor_the_future",
+    ),
+    Mutant(
+        "sdpa-sees-other-documents",
+        TRAINER,
+        "same_document = document[:, :, None] == _with_previous_block(document)[:, None]",
+        "same_document = document[:, :, None] >= _with_previous_block(document)[:, None]",
+        "tests/test_kernels.py::test_sdpa_sees_neither_other_documents_nor_the_future",
+    ),
+    Mutant(
+        "window-one-key-too-wide",
+        TRAINER,
+        "mask &= offset >= offset[:W, None] + W - window",
+        "mask &= offset >= offset[:W, None] + W - window - 1",
+        "tests/test_kernels.py::test_windows_hide_what_lies_further_back[3-sdpa]",
+    ),
+    Mutant(
+        "rows-without-causal-mask",
+        TRAINER,
+        "out = F.scaled_dot_product_attention(*heads_first, is_causal=True)",
+        "out = F.scaled_dot_product_attention(*heads_first, is_causal=False)",
+        "tests/test_kernels.py::test_sdpa_rows_are_documents_without_cu_seqlens",
+    ),
+    Mutant(
+        "heads-repeat-in-the-wrong-order",
+        TRAINER,
+        "return k.repeat_interleave(repeats, -2), v.repeat_interleave(repeats, -2)",
+        "return k.repeat_interleave(repeats, -2), torch.cat([v] * repeats, -2)",
+        "tests/test_kernels.py::test_packed_sdpa_matches_a_loop_over_documents[several-heads1]",
+    ),
+    Mutant(
+        "torch-backend-ignores-windows",
+        TRAINER,
+        'options["window_size"] = (window or -1, 0)',
+        'options["window_size"] = (-1, 0)',
+        "tests/test_kernels.py::test_torch_backend_asks_for_windows",
+    ),
+    Mutant(
+        "a-kernel-that-disagrees-is-taken",
+        TRAINER,
+        "    if all(error <= tolerance for error in errors):  # False for NaN\n",
+        "    if any(error <= tolerance for error in errors):\n",
+        "tests/test_kernels.py::test_reference_is_used_when_a_kernels_trial_fails",
+    ),
+    Mutant(
+        "trial-without-gradients",
+        TRAINER,
+        "        results += torch.autograd.grad(outs, leaves, grads)\n",
+        "        torch.autograd.grad(outs, leaves, grads)\n",
+        "tests/test_kernels.py::test_reference_is_used_when_a_kernels_trial_fails",
+    ),
+    Mutant(
+        "trial-inputs-move-the-random-state",
+        TRAINER,
+        "numbers = torch.randn(shape, generator=generator, device=device)",
+        "numbers = torch.randn(shape, device=device)",
+        "tests/test_kernels.py::test_selection_leaves_the_random_state_alone",
+    ),
+    Mutant(
+        "trellis-kernel-begins-in-any-state",
+        TRAINER,
+        "total = tl.where(state == 0, 0.0, 1e30)",
+        "total = tl.where(state >= 0, 0.0, 1e30)",
+        "tests/test_kernels.py::test_the_trellis_kernel_takes_the_levels_of_the_reference",
+    ),
+]
+
+MODEL = [
+    Mutant(
+        "rope-frequencies-of-the-whole-head",
+        TRAINER,
+        "device=positions.device).double() / hp.rope_dims",
+        "device=positions.device).double() / hp.head_dim",
+        "tests/test_model.py::test_default_model_equals_the_reference_forward",
+    ),
+    Mutant(
+        "one-loop-too-many",
+        TRAINER,
+        "        passes = hp.num_loops + 1\n",
+        "        passes = hp.num_loops + 2\n",
+        "tests/test_model.py::test_loops_give_17_slots_and_none_11",
+    ),
+    Mutant(
+        "skips-in-the-order-they-were-stored",
+        TRAINER,
+        "skip = (skips.pop(), *self.skip_parameters(plan.skip_index))",
+        "skip = (skips.pop(0), *self.skip_parameters(plan.skip_index))",
+        "tests/test_model.py::test_default_model_equals_the_reference_forward",
+    ),
+    Mutant(
+        "lanes-split-one-layer-late",
+        TRAINER,
+        "splits_lanes = layer >= self.hp.parallel_start_layer and not has_lanes",
+        "splits_lanes = layer > self.hp.parallel_start_layer and not has_lanes",
+        "tests/test_model.py::test_default_model_equals_the_reference_forward",
+    ),
+    Mutant(
+        "lanes-write-to-themselves-alone",
+        TRAINER,
+        "x = w.resid[0] * entry.merged + w.post[0, 0] * attn + w.post[1, 0] * mlp",
+        "x = w.resid[0] * entry.merged + w.post[0, 0] * attn + w.post[0, 1] * mlp",
+        "tests/test_model.py::test_default_model_equals_the_reference_forward",
+    ),
+    Mutant(
+        "smear-gate-crosses-bos",
+        TRAINER,
+        "        blocked = tokens == BOS_ID\n",
+        "        blocked = tokens < BOS_ID\n",
+        "tests/test_model.py::test_smear_gate_is_masked_at_bos_at_the_row_start_and_at_fresh",
+    ),
+    Mutant(
+        "smear-gate-takes-the-own-token",
+        TRAINER,
+        "        previous = F.pad(e[:, :-1], (0, 0, 1, 0))\n",
+        "        previous = e\n",
+        "tests/test_model.py::test_default_model_equals_the_reference_forward",
+    ),
+    Mutant(
+        "xsa-in-the-first-layers",
+        TRAINER,
+        "xsa = layer >= hp.num_layers - hp.xsa_last_n",
+        "xsa = layer < hp.xsa_last_n",
+        "tests/test_model.py::test_setting_equals_the_reference_forward_and_matters[xsa_last_3]",
+    ),
+    Mutant(
+        "key-and-value-matrices-swapped",
+        TRAINER,
+        'for role in ("q", "k", "v")], dim=1)',
+        'for role in ("q", "v", "k")], dim=1)',
+        "tests/test_model.py::test_default_model_equals_the_reference_forward",
+    ),
+    Mutant(
+        "depth-scale-is-not-the-inverse-root",
+        TRAINER,
+        "scales = [[(layer + 1) ** -0.5] * 4 for layer in range(hp.num_layers)]",
+        "scales = [[(layer + 1) ** -1.0] * 4 for layer in range(hp.num_layers)]",
+        "tests/test_model.py::test_default_model_equals_the_reference_forward",
+    ),
+    Mutant(
+        "output-projections-start-random",
+        TRAINER,
+        '        matrices["down"].zero_()\n',
+        '        nn.init.orthogonal_(matrices["down"][0], generator=generator)\n',
+        "tests/test_model.py::test_input_matrices_start_orthogonal_and_output_projections_zero",
+    ),
+    Mutant(
+        "initial-weights-ignore-the-seed",
+        TRAINER,
+        "        generator = torch.Generator().manual_seed(self.hp.generator_seed)\n",
+        "        generator = torch.Generator().manual_seed(42)\n",
+        "tests/test_model.py::test_init_depends_on_the_seed_alone",
+    ),
+    Mutant(
+        "documents-attend-to-each-other",
+        TRAINER,
+        "        segments = Segments(cu_seqlens, max_seqlen)\n",
+        "        segments = Segments(None, max_seqlen)\n",
+        "tests/test_model.py::test_no_document_sees_another[1-False]",
+    ),
+    Mutant(
+        "tap-misses-the-scale-of-the-mlp",
+        TRAINER,
+        'tap("mlp_out", h, out, w.mlp_scale)',
+        'tap("mlp_out", h, out, w.attn_scale)',
+        "tests/test_ttt.py",
+    ),
+    Mutant(
+        "saved-matrices-of-the-wrong-layer",
+        TRAINER,
+        "                found[kind.saved_name.format(layer)] = matrix\n",
+        "                found[kind.saved_name.format(len(matrices) - 1 - layer)] = matrix\n",
+        "tests/test_model.py::test_saved_names_hold_one_matrix_each",
+    ),
+]
+
+OPTIMIZER = [
+    Mutant(
+        "polar-express-constant",
+        TRAINER,
+        "(3.8916678022926607, -2.772484153217685, 0.5060648178503393)",
+        "(3.8916678022926607, -2.772484153217685, 0.5600648178503393)",
+        "tests/test_optimizer.py::test_polar_express_agrees_with_golden_number[fp64]",
+    ),
+    Mutant(
+        "muon-without-nesterov",
+        TRAINER,
+        "    update = grad.add(momentum_buffer, alpha=momentum)\n",
+        "    update = momentum_buffer.clone()\n",
+        "tests/test_optimizer.py::test_muon_equals_a_plain_reference",
+    ),
+    Mutant(
+        "muon-normalizes-columns",
+        TRAINER,
+        "update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)",
+        "update = update / update.norm(dim=-2, keepdim=True).clamp_min(1e-7)",
+        "tests/test_optimizer.py::test_muon_equals_a_plain_reference",
+    ),
+    Mutant(
+        "muon-scale-inverted",
+        TRAINER,
+        "scale = max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5",
+        "scale = max(1.0, bank.size(-1) / bank.size(-2)) ** 0.5",
+        "tests/test_optimizer.py::test_muon_equals_a_plain_reference",
+    ),
+    Mutant(
+        "muon-decay-adds",
+        TRAINER,
+        "            bank.mul_(1 - lr * weight_decay)\n",
+        "            bank.mul_(1 + lr * weight_decay)\n",
+        "tests/test_optimizer.py::test_muon_equals_a_plain_reference",
+    ),
+    Mutant(
+        "clip-factor-of-this-ranks-banks",
+        TRAINER,
+        "        squares = self.dist.all_reduce(shard_squares)\n",
+        "        squares = shard_squares\n",
+        "tests/test_optimizer.py::test_clip_factor_comes_from_the_reduced_gradient_on_every_rank",
+    ),
+    Mutant(
+        "clip-factor-above-one",
+        TRAINER,
+        "(self.hp.grad_clip_norm / (squares.sqrt() + 1e-6)).clamp_max(1.0)",
+        "(self.hp.grad_clip_norm / (squares.sqrt() + 1e-6))",
+        "tests/test_optimizer.py::test_gradients_are_not_clipped[below_the_limit]",
+    ),
+    Mutant(
+        "banks-are-not-clipped",
+        TRAINER,
+        "                shard = shard * clip.to(shard.dtype)\n",
+        "                shard = shard * torch.ones_like(clip)\n",
+        "tests/test_optimizer.py::test_clip_factor_is_one_global_factor_over_banks_and_the_rest",
+    ),
+    Mutant(
+        "gradients-are-not-cleared",
+        TRAINER,
+        "torch._foreach_zero_([*replicated_grads, *(bank.grad for bank in self.muon.banks)])",
+        "torch._foreach_zero_(replicated_grads)",
+        "tests/test_optimizer.py::test_step_equals_plain_adamw_with_schedules_and_clears_gradients",
+    ),
+    Mutant(
+        "preset-tables-learn-like-scalars",
+        TRAINER,
+        "embeddings = [rest.pop(name) for name in HEAD_NAMES if name in rest]",
+        'embeddings = [rest.pop(name) for name in ("tok_emb", "lm_head") if name in rest]',
+        "tests/test_faults.py::test_tables_that_are_read_row_by_row_learn_at_the_embeddings_rate",
+    ),
+    Mutant(
+        "average-begins-at-full-decay",
+        TRAINER,
+        "decay = min(self.decay, (1 + step) / (10 + step))",
+        "decay = self.decay",
+        "tests/test_optimizer.py::test_ema_equals_a_plain_loop",
+    ),
+    Mutant(
+        "average-is-a-view-of-the-weights",
+        TRAINER,
+        "        self.average = [p.detach().clone() for p in self.parameters]\n",
+        "        self.average = [p.detach() for p in self.parameters]\n",
+        "tests/test_optimizer.py::test_ema_leaves_the_weights_until_it_is_copied",
+    ),
+    Mutant(
+        "snapshots-weigh-the-newest-most",
+        PRESETS,
+        "torch._foreach_lerp_(self.average, self.parameters, 1 / self.snapshots)",
+        "torch._foreach_lerp_(self.average, self.parameters, 1 / (self.snapshots + 1))",
+        "tests/test_published.py::test_tight_swa_is_the_plain_mean_of_its_snapshots",
+    ),
+    Mutant(
+        "head-pairs-ignore-the-rank",
+        PRESETS,
+        "max(hp.num_layers - self.dist.rank * len(updates), 0)",
+        "max(hp.num_layers, 0)",
+        "tests/test_published.py::"
+        "test_q_and_k_are_orthogonalised_by_pairs_of_heads_and_nothing_else",
+    ),
+]
+
+SCHEDULE = [
+    Mutant(
+        "warmdown-ends-at-zero",
+        TRAINER,
+        "return max(hp.min_lr, min(1.0, (1.0 - progress) / hp.warmdown_frac))",
+        "return min(1.0, (1.0 - progress) / hp.warmdown_frac)",
+        "tests/test_optimizer.py::test_lr_multiplier_corners",
+    ),
+    Mutant(
+        "momentum-warm-up-reversed",
+        TRAINER,
+        "return (1 - fraction) * hp.muon_momentum_warmup_start + fraction * hp.muon_momentum",
+        "return fraction * hp.muon_momentum_warmup_start + (1 - fraction) * hp.muon_momentum",
+        "tests/test_optimizer.py::test_muon_momentum_corners",
+    ),
+    Mutant(
+        "loops-begin-behind-their-fraction",
+        TRAINER,
+        "return hp.num_loops > 0 and progress >= hp.enable_looping_at",
+        "return hp.num_loops > 0 and progress > hp.enable_looping_at",
+        "tests/test_optimizer.py::test_looping_starts_at_its_fraction_and_stays",
+    ),
+]
+
+TRAINING = [
+    Mutant(
+        "loss-is-not-divided-by-the-micro-steps",
+        TRAINER,
+        "looping, hp.train_seq_len).mean() / hp.micro_steps\n",
+        "looping, hp.train_seq_len).mean()\n",
+        "tests/test_training.py::test_accumulation_equals_one_large_micro_batch[64]",
+    ),
+    Mutant(
+        "loss-is-divided-by-this-ranks-rows",
+        TRAINER,
+        "looping, hp.train_seq_len).mean() / hp.micro_steps\n",
+        "looping, hp.train_seq_len).mean() / self.loader.per_rank\n",
+        "tests/test_training.py::test_two_ranks_train_like_one",
+    ),
+    Mutant(
+        "warm-up-keeps-its-optimizers",
+        TRAINER,
+        "        torch.set_rng_state(rng)\n"
+        "        self.optimizers = Optimizers(self.model, self.hp, self.dist)\n",
+        "        torch.set_rng_state(rng)\n",
+        "tests/test_training.py::test_training_after_a_warm_up_equals_training_without",
+    ),
+    Mutant(
+        "warm-up-moves-the-random-numbers",
+        TRAINER,
+        "        torch.set_rng_state(rng)\n"
+        "        self.optimizers = Optimizers(self.model, self.hp, self.dist)\n",
+        "        self.optimizers = Optimizers(self.model, self.hp, self.dist)\n",
+        "tests/test_training.py::test_warm_up_trains_in_both_loop_states_and_restores_every_bit",
+    ),
+    Mutant(
+        "warm-up-keeps-its-average",
+        TRAINER,
+        "        self.ema = EMA(self.model, self.hp.ema_decay)\n"
+        "        self.row_gradients = RowGradients(self.model)\n\n",
+        "        self.row_gradients = RowGradients(self.model)\n\n",
+        "tests/test_training.py::test_warm_up_trains_in_both_loop_states_and_restores_every_bit",
+    ),
+    Mutant(
+        "clock-of-the-slowest-rank",
+        TRAINER,
+        "return self.dist.max_over_ranks(seconds * (self.dist.rank == 0), *numbers)",
+        "return self.dist.max_over_ranks(seconds, *numbers)",
+        "tests/test_training.py::test_no_rank_but_0_hands_in_its_clock[1-0.0]",
+    ),
+    Mutant(
+        "evaluations-count-as-training",
+        TRAINER,
+        "        self.start += time.perf_counter() - since\n",
+        "        self.start += 0 * (time.perf_counter() - since)\n",
+        "tests/test_training.py::test_paused_time_does_not_count",
+    ),
+    Mutant(
+        "the-last-step-may-overrun",
+        TRAINER,
+        "if budget is not None and step and seconds + 2 * step_seconds > budget:",
+        "if budget is not None and step and seconds > budget:",
+        "tests/test_training.py::test_training_keeps_its_budget_less_the_reserve[even]",
+    ),
+    Mutant(
+        "budget-includes-the-reserve",
+        TRAINER,
+        "        budget = hp.training_seconds\n        first, seconds, losses",
+        "        budget = hp.max_wallclock_seconds or None\n        first, seconds, losses",
+        "tests/test_training.py::test_training_keeps_its_budget_less_the_reserve[even]",
+    ),
+    Mutant(
+        "training-ends-with-the-last-weights",
+        TRAINER,
+        "        self.ema.copy_to_model()\n",
+        "",
+        "tests/test_training.py::test_training_ends_with_the_average_of_the_weights",
+    ),
+    Mutant(
+        "average-lags-a-step",
+        TRAINER,
+        "        self.optimizers.step(progress, step)\n"
+        "        self.update_average(step, progress)\n",
+        "        self.update_average(step, progress)\n"
+        "        self.optimizers.step(progress, step)\n",
+        "tests/test_training.py::test_the_average_is_that_of_the_weights_after_each_step",
+    ),
+    Mutant(
+        "progress-of-the-step-after",
+        TRAINER,
+        "            return min(1.0, step / self.hp.iterations)\n",
+        "            return min(1.0, (step + 1) / self.hp.iterations)\n",
+        "tests/test_training.py::test_looping_begins_at_its_fraction_of_the_iterations",
+    ),
+    Mutant(
+        "logged-loss-of-one-rank",
+        TRAINER,
+        "        self.last_loss = self.dist.all_reduce(loss.clone()).item()\n",
+        "        self.last_loss = loss.item()\n",
+        "tests/test_training.py::test_the_logged_loss_is_that_of_all_ranks_and_no_share_changes",
+    ),
+    Mutant(
+        "logging-changes-the-losses",
+        TRAINER,
+        "        self.last_loss = self.dist.all_reduce(loss.clone()).item()\n",
+        "        self.last_loss = self.dist.all_reduce(loss).item()\n",
+        "tests/test_training.py::test_the_logged_loss_is_that_of_all_ranks_and_no_share_changes",
+    ),
+    Mutant(
+        "tokens-of-one-rank-alone",
+        TRAINER,
+        "            tokens = (end[0] - start[0]) * self.hp.train_batch_tokens\n",
+        "            tokens = (end[0] - start[0]) * self.hp.micro_batch_tokens\n",
+        "tests/test_training.py::test_tokens_per_second_count_every_token_of_a_step",
+    ),
+    Mutant(
+        "checkpoint-may-hold-code",
+        TRAINER,
+        'checkpoint = torch.load(path, map_location="cpu", weights_only=True)',
+        'checkpoint = torch.load(path, map_location="cpu", weights_only=False)',
+        "tests/test_faults.py::test_a_checkpoint_runs_no_code",
+    ),
+    Mutant(
+        "checkpoint-is-not-broadcast",
+        TRAINER,
+        "            self.dist.broadcast(parameter.detach())\n",
+        "            parameter.detach()\n",
+        "tests/test_faults.py::test_quant_only_gives_every_rank_the_weights_of_the_checkpoint",
+    ),
+]
+
+STATES = [
+    Mutant(
+        "state-without-the-average",
+        GUARD,
+        '        "average": trainer.ema.average,\n',
+        '        "average": list(trainer.model.parameters()),\n',
+        "tests/test_reliability.py::test_training_goes_on_bit_for_bit_from_a_state[changes0]",
+    ),
+    Mutant(
+        "snapshots-are-not-restored",
+        GUARD,
+        '    ema.snapshots = int(state["snapshots"])\n',
+        "",
+        "tests/test_reliability.py::test_the_snapshots_of_the_average_are_counted_on",
+    ),
+    Mutant(
+        "moments-are-not-restored",
+        GUARD,
+        '    adamw.load_state_dict(adamw.state_dict() | {"state": state["adamw"]})\n',
+        "",
+        "tests/test_reliability.py::test_training_goes_on_bit_for_bit_from_a_state[changes0]",
+    ),
+    Mutant(
+        "momentum-of-rank-0-for-all",
+        GUARD,
+        "        buffer.copy_(shards[dist.rank])\n",
+        "        buffer.copy_(shards[0])\n",
+        "tests/test_reliability.py::test_two_ranks_go_on_bit_for_bit_and_so_can_one",
+    ),
+    Mutant(
+        "random-numbers-are-not-restored",
+        GUARD,
+        '    torch.set_rng_state(state["rng"])\n',
+        "",
+        "tests/test_reliability.py::test_a_resume_restores_the_random_numbers",
+    ),
+    Mutant(
+        "looping-is-not-restored",
+        GUARD,
+        '    trainer.looping = bool(state["looping"])\n',
+        "",
+        "tests/test_reliability.py::test_training_goes_on_with_any_log_interval",
+    ),
+    Mutant(
+        "looping-times-are-not-restored",
+        GUARD,
+        "    trainer.tokens_at = [(int(begun), float(used)) for begun, used in "
+        'state["tokens_at"]]\n',
+        "",
+        "tests/test_reliability.py::test_training_goes_on_with_any_log_interval",
+    ),
+    Mutant(
+        "resumed-losses-count-once-a-rank",
+        GUARD,
+        'losses = list((state["losses"] / dist.world_size).to(dist.device))',
+        'losses = list(state["losses"].to(dist.device))',
+        "tests/test_reliability.py::test_two_ranks_go_on_bit_for_bit_and_so_can_one",
+    ),
+    Mutant(
+        "clock-begins-anew",
+        TRAINER,
+        "        clock = TrainingClock(self.dist, seconds)\n",
+        "        clock = TrainingClock(self.dist)\n",
+        "tests/test_reliability.py::test_the_clock_goes_on_from_the_seconds_of_the_state",
+    ),
+    Mutant(
+        "resume-takes-the-oldest-state",
+        GUARD,
+        'return sorted(Path(folder).glob("state-*.pt"), reverse=True)',
+        'return sorted(Path(folder).glob("state-*.pt"))',
+        "tests/test_reliability.py::test_training_goes_on_bit_for_bit_from_a_state[changes0]",
+    ),
+    Mutant(
+        "states-are-not-hashed",
+        GUARD,
+        "if content and hashlib.sha256(content).digest() == digest:",
+        "if content:",
+        "tests/test_reliability.py::test_a_torn_state_is_passed_over",
+    ),
+    Mutant(
+        "state-may-hold-code",
+        GUARD,
+        'torch.load(io.BytesIO(box.numpy()), map_location="cpu", weights_only=True)',
+        'torch.load(io.BytesIO(box.numpy()), map_location="cpu", weights_only=False)',
+        "tests/test_reliability.py::test_a_state_with_code_in_it_is_refused",
+    ),
+    Mutant(
+        "one-state-is-kept",
+        GUARD,
+        "KEPT_STATES = 2  #",
+        "KEPT_STATES = 1  #",
+        "tests/test_reliability.py::test_a_torn_state_is_passed_over",
+    ),
+    Mutant(
+        "states-outlive-the-training",
+        GUARD,
+        "            for state in state_files(path.parent):\n                state.unlink()\n",
+        "            pass\n",
+        "tests/test_reliability.py::test_killed_at_a_random_step_then_out_of_disk_a_run_ends_with"
+        "_the_same_bits",
+    ),
+]
+
+WATCHING = [
+    Mutant(
+        "divergence-of-the-last-step-is-missed",
+        GUARD,
+        "    def after_last_step(self, trainer, step):\n        check_weights(trainer, step)\n",
+        "    def after_last_step(self, trainer, step):\n        pass\n",
+        "tests/test_reliability.py::test_what_is_not_finite_ends_training_within_two_steps",
+    ),
+    Mutant(
+        "divergence-is-read-from-the-same-step",
+        GUARD,
+        "        self.not_finite = not_finite(self.norms_before)\n",
+        "        self.not_finite = []\n",
+        "tests/test_reliability.py::test_what_is_not_finite_ends_training_within_two_steps",
+    ),
+    Mutant(
+        "states-may-hold-what-is-not-finite",
+        GUARD,
+        "            check_weights(trainer, step)\n            save_state(",
+        "            save_state(",
+        "tests/test_reliability.py::test_what_is_not_finite_ends_training_within_two_steps",
+    ),
+    Mutant(
+        "hangup-is-the-second-signal",
+        GUARD,
+        "        signal.signal(signal.SIGHUP, signal.SIG_IGN)\n",
+        "",
+        "tests/test_reliability.py::test_a_hangup_is_never_the_second_signal",
+    ),
+    Mutant(
+        "nohup-is-not-honoured",
+        GUARD,
+        "    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:\n",
+        "    if signal.getsignal(signal.SIGHUP) != signal.SIG_DFL or True:\n",
+        "tests/test_reliability.py::test_a_hangup_that_is_ignored_at_the_start_stays_ignored",
+    ),
+    Mutant(
+        "a-signal-ends-as-success",
+        GUARD,
+        '        guard.tell(f"{reason} in stage {guard.stage}. {guard.resume_hint}")\n'
+        "    leave(128 + number)\n",
+        '        guard.tell(f"{reason} in stage {guard.stage}. {guard.resume_hint}")\n'
+        "    leave(0)\n",
+        "tests/test_reliability.py::test_a_signal_outside_training_ends_at_once[warm_up]",
+    ),
+    Mutant(
+        "signals-do-not-wait-for-the-step",
+        GUARD,
+        "    def begin_training(self):\n        self.signals_wait = True\n",
+        "    def begin_training(self):\n        self.signals_wait = False\n",
+        "tests/test_reliability.py::test_a_signal_saves_a_state_and_the_message_goes_on[SIGTERM-1]",
+    ),
+    Mutant(
+        "watchdog-takes-the-first-to-tell",
+        GUARD,
+        "first = min(failed, key=lambda rank: told[rank].error.order)",
+        "first = min(failed)",
+        "tests/test_reliability.py::"
+        "test_the_watchdog_names_the_dead_the_stalled_and_the_first_to_fail",
+    ),
+    Mutant(
+        "watchdog-blames-the-furthest",
+        GUARD,
+        "elif idle[rank] and news.num_collectives < furthest:",
+        "elif idle[rank] and news.num_collectives <= furthest:",
+        "tests/test_reliability.py::"
+        "test_the_watchdog_names_the_dead_the_stalled_and_the_first_to_fail",
+    ),
+    Mutant(
+        "watchdog-dead-one-look-early",
+        GUARD,
+        "            if silent[rank] >= limit:\n",
+        "            if silent[rank] >= limit - 1:\n",
+        "tests/test_reliability.py::"
+        "test_the_watchdog_names_the_dead_the_stalled_and_the_first_to_fail",
+    ),
+    Mutant(
+        "watchdog-looks-back-too-little",
+        GUARD,
+        "        if len(past) <= self.STALLED:\n",
+        "        if len(past) < self.STALLED:\n",
+        "tests/test_reliability.py::"
+        "test_a_rank_idles_that_does_next_to_nothing_for_as_long_as_looks_go_back",
+    ),
+    Mutant(
+        "watchdog-waiting-for-a-disk-is-idle",
+        GUARD,
+        "        self.disk_ticks += 100 * waits_for_disk  #",
+        "        self.disk_ticks += 1 * waits_for_disk  #",
+        "tests/test_reliability.py::"
+        "test_a_rank_that_waits_for_a_slow_disk_is_not_taken_for_stalled",
+    ),
+    Mutant(
+        "watchdog-kills-who-got-the-number-later",
+        GUARD,
+        "return bool(state) and since == started and state in states",
+        "return bool(state) and state in states",
+        "tests/test_reliability.py::test_a_process_that_is_seen_to_live_may_be_silent_for_longer",
+    ),
+    Mutant(
+        "watchdog-ignores-the-programs-it-started",
+        GUARD,
+        '    for pid in ("self", *children()):\n',
+        '    for pid in ("self",):\n',
+        "tests/test_reliability.py::test_a_rank_that_works_alone_is_not_taken_for_stalled",
+    ),
+    Mutant(
+        "two-runs-share-a-folder",
+        GUARD,
+        "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        "tests/test_reliability.py::test_two_runs_never_share_a_folder",
+    ),
+    Mutant(
+        "message-is-not-quoted-for-the-shell",
+        GUARD,
+        'words.append(f"{field.name.upper()}={shlex.quote(text)}")',
+        'words.append(f"{field.name.upper()}={text}")',
+        "tests/test_reliability.py::test_the_command_of_a_message_is_safe_for_a_shell",
+    ),
+    Mutant(
+        "trial-packing-compares-names-alone",
+        GUARD,
+        "    if not wrong:\n        wrong = [name for name in arrays if not",
+        "    if wrong:\n        wrong = [name for name in arrays if not",
+        "tests/test_reliability.py::test_a_compressor_that_fails_on_the_real_shapes_is_refused",
+    ),
+]
+
+MUTANTS = [
+    *SETTINGS,
+    *RUNTIME,
+    *DATA,
+    *KERNELS,
+    *MODEL,
+    *OPTIMIZER,
+    *SCHEDULE,
+    *TRAINING,
+    *STATES,
+    *WATCHING,
+]
