@@ -21,6 +21,8 @@ demo-data: $(DEMO_DATA)/manifest.json
 
 demo: $(DEMO_DATA)/manifest.json
 	set -a && . presets/demo.env && set +a && RUN_ID=$(DEMO_RUN) DATA_PATH=$(DEMO_DATA) $(PYTHON) train_gpt.py
+	OMP_NUM_THREADS=1 $(PYTHON) tools/sample.py "$${RUNS_DIR:-runs}/$(DEMO_RUN)" --device cpu --tokens 40 \
+		--prompt "Return the" --prompt "This module" --prompt "If the argument"
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -1,11 +1,12 @@
-"""Makes CaseOps shards, the token files that `train_gpt.py` reads, from JSON lines.
+"""Makes CaseOps shards, the token files that `train_gpt.py` reads, from documents.
 
     python prepare_caseops_data.py --demo --out data/demo  # no download, seconds
     python prepare_caseops_data.py --docs docs_selected.jsonl --out data/caseops
         # first 50,000: validation
     python prepare_caseops_data.py --docs train.jsonl.xz --val-file val.jsonl.xz --out data/caseops
 
-A line is an object with a `text`, or a bare JSON string; files may be plain, gzip or xz. Each
+Documents are JSON lines, a line an object with a `text` or a bare JSON string, in plain, gzip, xz
+or Zstandard files; or rows of a Parquet file, in its column `text`. The last two need pyarrow. Each
 document becomes BOS and the tokens of its transformed text (lossless_caps.py). Validation tokens
 get a side-car with the number of UTF-8 bytes of the original text that each token stands for, so
 that bits per byte are counted on the text and not on the tokens.
@@ -560,8 +561,8 @@ class Line(NamedTuple):
     """A document as it stands in its file, and where that is."""
 
     file: str
-    number: int  # of the line, from 1
-    content: bytes
+    number: int  # of the line, or of the row of a Parquet file, from 1
+    content: bytes  # JSON
 
 
 class Batch(NamedTuple):
@@ -608,26 +609,36 @@ class Source(io.RawIOBase):
         return count
 
     def lines(self) -> Iterator[Line]:
-        """The lines that are not blank, of plain text, gzip or xz.
+        """The lines that are not blank, of plain text, gzip, xz or Zstandard; Parquet's rows.
 
         The first bytes tell which, not the name.
 
         Raises DataError, with the name of the file, if it is damaged or holds something else than
-        JSON lines.
+        documents, or if the package that reads it is missing.
         """
         try:
             yield from self._lines()
-        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        except (EOFError, lzma.LZMAError, zlib.error) as error:
+            raise DataError(f"{self.name}: damaged ({error})") from error
+        except OSError as error:
+            if error.errno is not None:  # the system's; those of gzip and pyarrow have no number
+                raise
             raise DataError(f"{self.name}: damaged ({error})") from error
 
     def _lines(self) -> Iterator[Line]:
         text = self.buffered
         suffix = Path(self.name).suffix.lower()
-        if text.peek(1).startswith(GZIP_MAGIC):
+        head = text.peek(1)
+        if head.startswith(PARQUET_MAGIC):
+            yield from parquet_rows(self.name)
+            return
+        if head.startswith(GZIP_MAGIC):
             text = gzip.GzipFile(fileobj=self.buffered)
-        elif text.peek(1).startswith(XZ_MAGIC):
+        elif head.startswith(XZ_MAGIC):
             text = io.BufferedReader(XzReader(self.buffered), 1 << 20)
-        elif suffix in (".gz", ".xz") and not text.peek(1):
+        elif head.startswith(ZSTD_MAGIC) or ZSTD_SKIPPABLE.match(head):
+            text = io.BufferedReader(unpacked_zstd(self.name, self.buffered), 1 << 20)
+        elif suffix in PACKED_SUFFIXES and not head:
             raise DataError(f"{self.name}: empty, although its name says {suffix}: fetch it again")
         _refuse_other_formats(self.name, text.peek(1))
         is_first = True
@@ -657,13 +668,17 @@ class Source(io.RawIOBase):
 
 GZIP_MAGIC = b"\x1f\x8b"
 XZ_MAGIC = b"\xfd7zXZ\x00"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+PARQUET_MAGIC = b"PAR1"
+PACKED_SUFFIXES = ".gz", ".xz", ".zst", ".parquet"
 OTHER_FORMATS = {  # first bytes -> what starts with them
-    b"PAR1": "Parquet",
+    PARQUET_MAGIC: "Parquet inside of another archive",
     b"ARROW1": "Arrow",
     b"\xff\xff\xff\xff": "Arrow",
     b"ORC": "ORC",
     b"Obj\x01": "Avro",
-    b"\x28\xb5\x2f\xfd": "zstd",
+    ZSTD_MAGIC: "zstd inside of another archive",
     b"\x04\x22\x4d\x18": "lz4",
     b"BZh": "bzip2",
     b"PK\x03\x04": "zip",
@@ -679,7 +694,6 @@ OTHER_FORMATS = {  # first bytes -> what starts with them
     b"<": "HTML or XML",
     b"[": "a JSON array",
 }
-ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 
 
 def _refuse_other_formats(name: str, head: bytes) -> None:
@@ -689,7 +703,7 @@ def _refuse_other_formats(name: str, head: bytes) -> None:
     if found is None and start[:1] in (b"<", b"["):
         found = OTHER_FORMATS[start[:1]]
     if found is None and ZSTD_SKIPPABLE.match(head):
-        found = "zstd"
+        found = OTHER_FORMATS[ZSTD_MAGIC]
     if found is None and head[257:262] == b"ustar":
         found = "tar"
     if found is None and b"\0" in start[:4]:
@@ -697,7 +711,7 @@ def _refuse_other_formats(name: str, head: bytes) -> None:
     if found is not None:
         raise DataError(
             f"{name}: this is {found}; documents must be JSON lines in UTF-8, one a line, "
-            "plain or packed with gzip or xz: convert it first"
+            "plain or packed with gzip, xz or zstd, or Parquet: convert it first"
         )
 
 
@@ -750,6 +764,57 @@ class XzReader(io.RawIOBase):
             )
         self.at_end = not self.packed
         self.stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+
+
+def _import_pyarrow(module: str, name: str, kind: str):
+    """A module of pyarrow, for a file of that kind. Raises DataError where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DataError(
+            f"{name}: this is {kind}, which is read with pyarrow ({error}): pip install pyarrow"
+        ) from error
+
+
+def unpacked_zstd(name: str, file: io.BufferedReader) -> io.RawIOBase:
+    """The unpacked bytes of all frames of a .zst file; OSError where one is damaged or cut."""
+    pyarrow = _import_pyarrow("pyarrow", name, "zstd")
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
+
+
+ROWS_AT_ONCE = 16  # few, because each may be a long document
+
+
+def parquet_rows(name: str) -> Iterator[Line]:
+    """The column `text` of a Parquet file, a few rows at a time.
+
+    Raises DataError where there is no such column, or the file is damaged or a pipe: what a Parquet
+    file holds is written at its end.
+    """
+    if not Path(name).is_file():
+        raise DataError(f"{name}: this is Parquet, which cannot be read from a pipe: name the file")
+    pyarrow = _import_pyarrow("pyarrow", name, "Parquet")
+    parquet = _import_pyarrow("pyarrow.parquet", name, "Parquet")
+    number = 0
+    try:
+        # pages are read as they are needed, or else a row group would have to fit into memory
+        with parquet.ParquetFile(name, pre_buffer=False, buffer_size=1 << 20) as file:
+            _check_columns(name, file.schema_arrow)
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=["text"], use_threads=False):
+                for text in batch.column(0):
+                    number += 1
+                    content = json.dumps(text.as_py(), ensure_ascii=False).encode()
+                    yield Line(name, number, content)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{name}: damaged, behind row {number:,} ({error})") from error
+
+
+def _check_columns(name: str, schema) -> None:
+    """Raises DataError unless the schema of a Parquet file has the column `text`, of strings."""
+    kinds = {field.name: str(field.type) for field in schema}
+    if kinds.get("text") not in ("string", "large_string"):
+        shown = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
+        raise DataError(f"{name}: no column 'text' of strings; its columns are: {shown}")
 
 
 def read_lines(path: str | Path) -> Iterator[Line]:
@@ -1548,7 +1613,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--docs",
         nargs="+",
         metavar="FILE",
-        help="JSON lines, plain, .gz, .xz, or - (stdin), in order",
+        help="JSON lines, plain, .gz, .xz or .zst, .parquet, or - (stdin), in order",
     )
     source.add_argument(
         "--demo", action="store_true", help="documentation of the installed Python packages"

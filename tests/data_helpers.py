@@ -5,6 +5,8 @@ import json
 import lzma
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ import pytest
 from prepare_caseops_data import main, read_shard
 
 PUBLISHED_NAME = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "tokenizers"
 
@@ -82,6 +86,28 @@ def verified(capsys, folder, *arguments):
     capsys.readouterr()
     status = main(["verify", str(folder), "--workers", "1", *map(str, arguments)])
     return status, "".join(capsys.readouterr())
+
+
+MEASURE = """
+import resource, sys
+from prepare_caseops_data import main
+low = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert main(sys.argv[1:]) == 0
+high = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+print("grown by", (high - low) << 10)
+"""
+
+
+def grown_by(*arguments):
+    """Bytes by which the largest process of a command grew over what its imports take."""
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(run.stdout.split()[-1])
 
 
 def long_corpus(path, documents=3_000):

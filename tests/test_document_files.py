@@ -96,7 +96,7 @@ def test_padding_that_xz_does_not_allow_is_refused(tmp_path, padding):
             texts_in(path)
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst", ".parquet"])
 def test_an_empty_packed_file_is_refused(tmp_path, suffix):
     path = tmp_path / f"docs.jsonl{suffix}"
     path.write_bytes(b"")
@@ -142,9 +142,11 @@ def zipped(content):
 
 
 LINES = json_lines(ALL)
+# read with pyarrow, which may be missing (test_arrow_files.py needs it)
+PARQUET = b"PAR1" + bytes(100) + b"PAR1"
+ZSTD = b"\x28\xb5\x2f\xfd" + bytes(100)
+PZSTD = b"\x50\x2a\x4d\x18" + bytes(100)
 OTHERS = {
-    "Parquet": b"PAR1" + bytes(100) + b"PAR1",
-    "zstd": b"\x28\xb5\x2f\xfd" + bytes(100),
     "bzip2": bz2.compress(LINES),
     "zip": zipped(LINES),
     "lzma": lzma.compress(LINES, lzma.FORMAT_ALONE),
@@ -168,10 +170,21 @@ def test_another_format_is_called_by_its_name(tmp_path, capsys, kind, name):
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
-@pytest.mark.parametrize("kind", ["Parquet", "a JSON array", "HTML or XML", "zstd"])
-def test_another_format_inside_of_a_packed_file_is_called_by_its_name(tmp_path, compress, kind):
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("Parquet inside of another archive", PARQUET),
+        ("zstd inside of another archive", ZSTD),
+        ("zstd inside of another archive", PZSTD),
+        ("a JSON array", OTHERS["a JSON array"]),
+        ("HTML or XML", OTHERS["HTML or XML"]),
+    ],
+)
+def test_another_format_inside_of_a_packed_file_is_called_by_its_name(
+    tmp_path, compress, kind, content
+):
     path = tmp_path / "docs.jsonl.packed"
-    path.write_bytes(compress(OTHERS[kind]))
+    path.write_bytes(compress(content))
     with pytest.raises(DataError, match=f"docs.jsonl.packed: this is {kind}"):
         texts_in(path)
 
@@ -218,5 +231,26 @@ def test_what_comes_through_a_pipe_is_called_standard_input(tmp_path):
         "--out",
         tmp_path / "out",
     ]
-    run = subprocess.run(command, input=OTHERS["Parquet"], cwd=ROOT, capture_output=True)
-    assert run.returncode == 1 and run.stderr.startswith(b"error: standard input: this is Parquet")
+    run = subprocess.run(command, input=OTHERS["tar"], cwd=ROOT, capture_output=True)
+    assert run.returncode == 1 and run.stderr.startswith(b"error: standard input: this is tar")
+    run = subprocess.run(command, input=PARQUET, cwd=ROOT, capture_output=True)
+    message = b"error: standard input: this is Parquet, which cannot be read from a pipe"
+    assert run.returncode == 1 and run.stderr.startswith(message)
+
+
+@pytest.mark.parametrize(("kind", "content"), [("Parquet", PARQUET), ("zstd", ZSTD)])
+def test_where_pyarrow_is_missing_the_message_says_what_to_install(
+    tmp_path, capsys, monkeypatch, kind, content
+):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    path = tmp_path / "docs"
+    path.write_bytes(content)
+    message = refused(capsys, "--docs", path, "--val-docs", 3, "--out", tmp_path / "out")
+    assert f"docs: this is {kind}, " in message and message.endswith("pip install pyarrow\n")
+
+
+def test_other_files_are_read_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    path = tmp_path / "docs.jsonl.gz"
+    path.write_bytes(gzip.compress(LINES))
+    assert texts_in(path) == ALL

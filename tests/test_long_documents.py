@@ -2,12 +2,9 @@
 
 import json
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from data_helpers import PUBLISHED, needs_published, refused, write_docs
+from data_helpers import PUBLISHED, grown_by, needs_published, refused, write_docs
 
 import lossless_caps
 import prepare_caseops_data as prepare
@@ -22,7 +19,6 @@ from prepare_caseops_data import (
     normalize_text,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 CHARACTERS = (
     "abAB  \n\t\r\v\f.,('1"
     "\u00e9\u6771\u4eac\u304b\u304c\u3099\u1100\u1161\uac00\u11a8\U0001f5fc\u00bd\ufb01\u2026\u2019"
@@ -134,27 +130,6 @@ def test_a_tokenizer_that_does_not_suit_blocks_is_refused(tmp_path, monkeypatch)
 
 
 # ---- memory --------------------------------------------------------------------------------------
-
-MEASURE = """
-import resource, sys
-from prepare_caseops_data import main
-low = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert main(sys.argv[1:]) == 0
-high = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-print("grown by", (high - low) << 10)
-"""
-
-
-def grown_by(*arguments):
-    """Bytes by which the largest process of a command grew over what its imports take."""
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return int(run.stdout.split()[-1])
 
 
 def prose(rng, size):

@@ -1,13 +1,13 @@
-"""Trains `caseops_8192.model`, a CaseOps tokenizer, on documents (JSON lines, plain, gzip or xz).
+"""Trains `caseops_8192.model`, a CaseOps tokenizer, on documents.
 
     python tokenizers/train_tokenizer.py docs_selected.jsonl  # all but the first 50,000
     python tokenizers/train_tokenizer.py docs_train.jsonl.xz --val-file docs_val.jsonl.xz
 
-Validation documents are never trained on, nor are copies of them among the others: pieces are
-parameters that training chooses. The settings are those of the published tokenizer
-(openai/parameter-golf, PR 1729) but for two: `max_sentence_length` does not skip documents over
-4,192 bytes, and `num_threads` is 2, not 16. A second run writes the same file; the pieces do not
-depend on the number of threads.
+Files of documents are as for prepare_caseops_data.py. Validation documents are never trained on,
+nor are copies of them among the others: pieces are parameters that training chooses. The settings
+are those of the published tokenizer (openai/parameter-golf, PR 1729) but for two:
+`max_sentence_length` does not skip documents over 4,192 bytes, and `num_threads` is 2, not 16. A
+second run writes the same file; the pieces do not depend on the number of threads.
 """
 
 import argparse

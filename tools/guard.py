@@ -42,9 +42,6 @@ from .run_files import OF_A_PART, PresetError, published_settings, read_preset, 
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# train_gpt.py answers with this to settings that only presets/published.py has
-train_gpt.INSTEAD |= dict.fromkeys(published_settings(), "a setting of presets/published.py")
-
 
 class SafetyError(SettingError):
     """A state that cannot be resumed or a machine that is not fit; the message says what to do."""

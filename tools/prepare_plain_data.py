@@ -12,7 +12,7 @@ the bytes that train_gpt.py counts by pieces are the text's own, but for a space
 document; validation is counted here, too, and refused where that is not so. SentencePiece writes a
 space as U+2581 and cannot tell it from that character in a text: training documents get a space in
 its place, validation documents are refused. Documents of validation are left out of training,
-copies too. Lines are as for prepare_caseops_data.py.
+copies too. Files of documents are as for prepare_caseops_data.py.
 """
 
 import argparse
@@ -160,7 +160,10 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "docs", nargs="+", metavar="FILE", help="training documents: JSON lines, plain, gzip or xz"
+        "docs",
+        nargs="+",
+        metavar="FILE",
+        help="training documents: JSON lines, plain, .gz, .xz or .zst, or .parquet",
     )
     parser.add_argument("--val-file", required=True, metavar="FILE", help="validation documents")
     parser.add_argument(
