@@ -1,5 +1,5 @@
 # make demo: set up and run the whole method on a small dataset. make test: set up, lint and run the tests.
-# TORCH_INDEX_URL picks the torch build (README: installation); VENV=... uses another environment.
+# TORCH_INDEX_URL picks the torch build (docs/INSTALL.md); VENV=... uses another environment.
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTHON := $(VENV)/bin/python

@@ -58,7 +58,7 @@ SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 HEADER_INTS = 256
 MAX_COST = np.iinfo(np.uint16).max  # bytes that one token can stand for in a side-car
 BATCH_BYTES = 1 << 20  # of JSON lines, in one message to a worker
-LONGEST_TEXT = 64_000_000  # bytes; a longer one would take more memory than the README promises
+LONGEST_TEXT = 64_000_000  # bytes; a longer one would take more memory than docs/DATA.md promises
 LONGEST_LINE = 150_000_000  # bytes; JSON may need more than twice the bytes of its text
 # a document's first id and cost
 _BOS, _FREE = (np.array([value], dtype=np.uint16).tobytes() for value in (BOS_ID, 0))

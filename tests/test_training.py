@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -289,6 +290,31 @@ def test_the_next_row_is_built_before_it_is_asked_for(tiny_data, monkeypatch):
 # --- one step
 
 
+def test_losses_of_a_micro_batch_are_gone_before_backward_and_the_next(tiny_data, monkeypatch):
+    """A captured micro-batch returns memory of its graph, which a reference keeps in use."""
+    trainer = trainer_of(tiny_data)
+    returned, alive = [], []
+    forward, backward = trainer.forward, torch.Tensor.backward
+
+    def look():
+        alive.extend(losses() is not None for losses in returned)
+
+    def noted_forward(*row):
+        look()
+        losses = forward(*row)
+        returned.append(weakref.ref(losses))
+        return losses
+
+    def noted_backward(loss):
+        look()
+        backward(loss)
+
+    monkeypatch.setattr(trainer, "forward", noted_forward)
+    monkeypatch.setattr(torch.Tensor, "backward", noted_backward)
+    trainer.train_step(0, 0.0, True)
+    assert len(returned) == trainer.hp.micro_steps > 1 and not any(alive)
+
+
 def summed_gradients(trainer, step=0):
     """Gradients that a step hands to the optimizers, and its loss."""
     found = {}
@@ -416,6 +442,21 @@ def test_warm_up_trains_in_both_loop_states_and_restores_every_bit(tiny_data, mo
     assert equal_states(everything(trainer), before)
     assert torch.equal(torch.get_rng_state(), rng)
     assert not any(p.grad.any() for p in trainer.model.parameters())
+
+
+def test_warm_up_at_the_end_of_the_schedule_leaves_no_row_gradients(tiny_data, monkeypatch):
+    """presets/published.py compiles the graph of QAT_BELOW_LR by such steps."""
+    trainer = trainer_of(tiny_data, warmup_steps=1)
+    steps = []
+
+    def last_step(step, looping):
+        trainer.train_step(step, 1.0, looping)
+        steps.append(trainer.row_gradients.num_steps)
+
+    monkeypatch.setattr(trainer, "warm_up_step", last_step)
+    trainer.warm_up()
+    assert steps == [1, 2] and trainer.row_gradients.num_steps == 0
+    assert not any(total.any() for total in trainer.row_gradients.sums)
 
 
 def test_training_after_a_warm_up_equals_training_without(tiny_data):

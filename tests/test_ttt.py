@@ -666,6 +666,18 @@ def test_what_the_budget_leaves_is_scored_without_adaptation(
             assert torch.allclose(losses, model.token_losses(hidden[0], row.targets), atol=1e-4)
 
 
+def test_the_rest_is_scored_where_the_stride_exceeds_the_context(tmp_path, monkeypatch):
+    """EVAL_STRIDE belongs to EVAL_SEQ_LEN; the context here is TTT_EVAL_SEQ_LEN."""
+    hp = small_hp(
+        data_path=str(tmp_path), eval_budget_seconds=1.0, eval_seq_len=64, eval_stride=64, **ACTIVE
+    )
+    assert hp.eval_stride > hp.ttt_eval_seq_len
+    validation = make_validation(tmp_path, hp)
+    Clock(monkeypatch)
+    (score,), _ = run_ttt(hp, validation)
+    assert score["tokens"] == len(validation.tokens) - 1 and score["unadapted_tokens"] > 0
+
+
 def test_a_budget_that_will_do_changes_nothing(tmp_path, monkeypatch):
     hp = small_hp(data_path=str(tmp_path), **ACTIVE)
     validation = make_validation(tmp_path, hp)

@@ -42,9 +42,6 @@ from .run_files import OF_A_PART, PresetError, published_settings, read_preset, 
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# train_gpt.py answers with this to settings that only presets/published.py has
-train_gpt.INSTEAD |= dict.fromkeys(published_settings(), "a setting of presets/published.py")
-
 
 class SafetyError(SettingError):
     """A state that cannot be resumed or a machine that is not fit; the message says what to do."""
@@ -836,7 +833,7 @@ def check_machine(hp, dist, folder=None, model=None, compressor_works=False):
         name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None
     ]
     if missing:
-        problems.append(f"not installed: {' '.join(missing)} (README: installation)")
+        problems.append(f"not installed: {' '.join(missing)} (docs/INSTALL.md)")
     if train_gpt.compile_wanted(hp, dist) and (missing := missing_compiler(dist.device.type)):
         problems.append(f"torch.compile needs {missing}: apt-get install g++, or set COMPILE=0")
     finished = folder and not dist.rank and (folder / "model.pt").exists()

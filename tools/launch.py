@@ -188,7 +188,7 @@ def check_script(script, count_gpus):
     """
     about = {"problems": [], "notes": [], "gpus": 0, "disk_bytes": DISK_BYTES_A_RUN}
     if missing := [name for name in MODULES if importlib.util.find_spec(name) is None]:
-        about["problems"].append(f"not installed: {' '.join(missing)} (README: installation)")
+        about["problems"].append(f"not installed: {' '.join(missing)} (docs/INSTALL.md)")
         return about
     sys.path.insert(0, str(ROOT))
     if (module := checked_module(script)) is None:

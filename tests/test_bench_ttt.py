@@ -1,0 +1,214 @@
+"""benchmarks/bench_ttt.py: the planner of the evaluation budget, and the file of measured steps."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, write_shard
+
+import train_gpt as tg
+from benchmarks import bench_ttt
+
+SHARED_LENGTHS = Path(__file__).resolve().parents[2] / "shared" / "fineweb_val_lengths.json"
+SMALL = {
+    "PHASED_TTT_PREFIX_DOCS": 10_000,
+    "TTT_EVAL_SEQ_LEN": 256,
+    "TTT_STALE_CONTEXT": 128,
+    "TTT_CHUNK_SIZE": 16,
+    "TTT_BATCH_SIZE": 16,
+}
+POINTS = [[0, 100], [100, 1000], [119, 9000]]
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Arguments of `plan` for 120 documents and small windows."""
+    for name, value in SMALL.items():
+        monkeypatch.setenv(name, str(value))
+    path = tmp_path / "lengths.json"
+    path.write_text(json.dumps({"documents": 120, "tokens": 100_000, "points": POINTS}))
+    return ["plan", "--ranks", "2", "--lengths", str(path)]
+
+
+def small_plan(ranks=2, **changes):
+    """Lengths, Hyperparameters and PhasePlans of these documents."""
+    settings = {name: str(value) for name, value in (SMALL | changes).items()}
+    hp = tg.Hyperparameters.from_env(settings)
+    lengths = bench_ttt.lengths_of({"documents": 120, "tokens": 100_000, "points": POINTS})
+    return lengths, hp, bench_ttt.plan_all(lengths, [hp], ranks)[0]
+
+
+def summary(told):
+    """Rows under the last heading -> lists of words."""
+    lines = told.splitlines()
+    heading = max(number for number, line in enumerate(lines) if "what" in line.split())
+    return [line.split() for line in lines[heading + 1 : -1]]
+
+
+def write_steps(path, hp, factor=1.0, **changes):
+    """A file as `steps --out` writes it, at `factor` times the fitted costs."""
+    steps = []
+    for rows in (2, 4, 16):
+        for width in (16, 32, 64, 128, 192, 256):
+            seconds = factor * tg.step_seconds(rows, width, tg.recomputed_context(hp))
+            steps.append({"rows": rows, "width": width, "ms": 1e3 * seconds})
+    settings = {name: getattr(hp, name) for name in bench_ttt.OF_A_STEP}
+    path.write_text(json.dumps({"device": "a GPU", "settings": settings | changes, "steps": steps}))
+    return str(path)
+
+
+def test_the_embedded_lengths_are_those_of_the_contest():
+    ranks, tokens = np.array(bench_ttt.CONTEST["points"], float).T
+    plain = np.exp(np.interp(np.arange(50_000), ranks, np.log(tokens)))
+    assert len(ranks) <= 40 and abs(plain.sum() / 47_853_344 - 1) < 0.01
+    lengths = bench_ttt.lengths_of(bench_ttt.CONTEST)
+    assert len(lengths) == 50_000 and abs(lengths.sum() - 47_853_344) < 1000
+
+
+@pytest.mark.skipif(not SHARED_LENGTHS.is_file(), reason=f"missing: {SHARED_LENGTHS}")
+def test_the_embedded_lengths_are_near_the_published_ones():
+    published = bench_ttt.lengths_of(json.loads(SHARED_LENGTHS.read_text()))
+    ours = bench_ttt.lengths_of(bench_ttt.CONTEST)
+    assert np.abs(ours - published).sum() < 0.005 * published.sum()
+    hp = tg.Hyperparameters()
+    cost = tg.window_positions(ours, hp).sum() / tg.window_positions(published, hp).sum()
+    assert abs(cost - 1) < 0.002
+
+
+def test_seconds_are_the_costs_that_schedule_rank_adds_up():
+    lengths, hp, plan = small_plan()
+    starts = np.cumsum(lengths) - lengths
+    phases = tg.plan_ttt(lengths, hp)
+    device = bench_ttt.DEVICES["h100"]
+    budget = bench_ttt.budget_of(plan, hp, bench_ttt.model_cost(hp), device, 2)
+    by_rank = [tg.schedule_rank(phases, starts, lengths, rank, 2, hp) for rank in (0, 1)]
+    assert len(budget.phases) == 2
+    for number, (slowest, mean, _, _) in enumerate(budget.phases):
+        seconds = [sum(step.cost for step in steps[number]) for steps in by_rank]
+        assert [slowest, mean] == pytest.approx([max(seconds), sum(seconds) / 2])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_ranks_partition_the_documents(ranks):
+    lengths, _, plan = small_plan(ranks)
+    assert sum(phase.documents for phase in plan) == len(lengths)
+    for phase in plan:
+        assert len(phase.ranks) == ranks
+        assert sum(rank.targets for rank in phase.ranks) == phase.targets
+    assert sum(phase.targets for phase in plan) == lengths.sum()
+
+
+def test_a_total_is_its_parts():
+    _, hp, plan = small_plan()
+    device = bench_ttt.DEVICES["h100"]
+    budget = bench_ttt.budget_of(plan, hp, bench_ttt.model_cost(hp), device, 2)
+    prefix = plan[0]
+    assert prefix.adapt and not plan[1].adapt
+    num_steps = -(-prefix.targets // hp.global_ttt_chunk_tokens)
+    tuning = device.first_sgd_step + 0.3 * num_steps + 3e-6 * prefix.targets / 2
+    assert [phase[3] for phase in budget.phases] == pytest.approx([tuning, 0])
+    graphs = [max(len(rank.steps) for rank in phase.ranks) for phase in plan]
+    fixed = device.start + device.unpack + device.compile + budget.fixed["schedule"]
+    stepping = sum(phase[0] for phase in budget.phases)
+    assert budget.total() == pytest.approx(fixed + stepping + tuning + sum(graphs) * device.graph)
+
+
+def test_a_longer_context_costs_more(small, capsys):
+    arms = ["", "TTT_EVAL_SEQ_LEN=512 TTT_STALE_CONTEXT=0", "TTT_STALE_CONTEXT=0"]
+    assert bench_ttt.main([*small, *arms]) == 0
+    defaults, longer, whole = (float(row[0]) for row in summary(capsys.readouterr().out))
+    assert longer > whole > 0 and longer > defaults
+
+
+def test_a_plan_that_does_not_fit_ends_with_1(small, capsys):
+    assert bench_ttt.main(small) == 0
+    total = float(summary(capsys.readouterr().out)[0][3])
+    assert bench_ttt.main([*small, "--limit", str(total + 41)]) == 0
+    assert bench_ttt.main([*small, "--limit", str(total + 39)]) == 1
+    assert "NO" in capsys.readouterr().out
+    # one of several is enough
+    limit = str(total + 41)
+    assert bench_ttt.main([*small, "--limit", limit, "TTT_CHUNK_SIZE=4", ""]) == 1
+
+
+def test_measured_steps_replace_the_cost_model(small, tmp_path, capsys):
+    hp = small_plan()[1]
+    path = write_steps(tmp_path / "steps.json", hp, 3.0)
+    assert bench_ttt.main([*small, "--ranks", "1"]) == 0
+    (modelled,) = summary(capsys.readouterr().out)
+    assert bench_ttt.main([*small, "--ranks", "1", "--steps-json", path]) == 0
+    (measured,) = summary(capsys.readouterr().out)
+    assert float(measured[0]) == pytest.approx(3 * float(modelled[0]), rel=0.05)
+    assert measured[-3:] == modelled[-3:]  # the same steps
+
+
+def test_measured_steps_are_interpolated(tmp_path):
+    hp = small_plan()[1]
+    path = tmp_path / "steps.json"
+    path = write_steps(path, hp)
+    cost = bench_ttt.measured_cost(path, hp)
+    assert cost(4, 64) == pytest.approx(tg.step_seconds(4, 64))
+    assert cost(10, 64) == pytest.approx((cost(4, 64) + cost(16, 64)) / 2)
+    assert cost(4, 160) == pytest.approx((cost(4, 128) + cost(4, 192)) / 2)
+    with pytest.raises(ValueError, match="64 rows not measured"):
+        cost(64, 64)
+    with pytest.raises(ValueError, match="width 512 not measured"):
+        cost(4, 512)
+
+
+def test_steps_of_other_settings_are_refused(small, tmp_path, capsys):
+    hp = small_plan()[1]
+    path = write_steps(tmp_path / "steps.json", hp, ttt_lora_rank=8)
+    assert bench_ttt.main([*small, "--steps-json", path]) == 2
+    assert "TTT_LORA_RANK=8, not 80" in capsys.readouterr().err
+
+
+def test_adapters_of_a_lower_rank_cost_less_by_their_rows():
+    usual = tg.Hyperparameters()
+    half = tg.Hyperparameters(ttt_lora_rank=40)
+    saved = bench_ttt.model_cost(usual)(64, 128) - bench_ttt.model_cost(half)(64, 128)
+    assert saved == pytest.approx(64 * 7e-5 / 2)
+    assert bench_ttt.model_cost(usual)(64, 128) == tg.step_seconds(64, 128, 256)
+
+
+def test_settings_outside_the_cost_model_are_named(small, capsys):
+    assert bench_ttt.main([*small, "NUM_LOOPS=1"]) == 0
+    assert "note: NUM_LOOPS=1 is not in the cost model" in capsys.readouterr().out
+
+
+def test_ttt_max_docs_plans_documents_of_all_lengths(small, capsys):
+    assert bench_ttt.main([*small, "TTT_MAX_DOCS=12 PHASED_TTT_PREFIX_DOCS=0"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("    1"))
+    assert row.split()[1] == "12"
+
+
+def test_documents_come_from_shards(tmp_path, monkeypatch, small, capsys):
+    tokens = np.full(1000, 50, np.uint16)
+    tokens[[0, 300, 301, 700]] = tg.BOS_ID
+    write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
+    assert bench_ttt.lengths_in(str(tmp_path)).tolist() == [300, 1, 399, 300]
+    assert bench_ttt.main([*small[:3], "--data", str(tmp_path)]) == 0
+    assert "4 documents, 1,000 tokens" in capsys.readouterr().out
+    assert bench_ttt.main([*small[:3], "--data", str(tmp_path / "none")]) == 2
+
+
+def test_steps_writes_what_plan_reads(tmp_path, monkeypatch, capsys):
+    settings = {name: value for name, value in TINY.items() if not name.startswith("ttt_")}
+    settings |= {"ttt_eval_seq_len": 32, "ttt_stale_context": 16, "ttt_chunk_size": 8}
+    settings |= {"ttt_batch_size": 4, "ttt_lora_rank": 2, "compile": "0"}
+    for name, value in settings.items():
+        value = int(value) if isinstance(value, bool) else value
+        monkeypatch.setenv(name.upper(), str(value))
+    out = tmp_path / "steps.json"
+    command = ["--cpu", "steps", "--rows", "2,4", "--widths", "32,8", "--repeats", "1"]
+    state = torch.random.get_rng_state()
+    assert bench_ttt.main([*command, "--out", str(out)]) == 0
+    torch.random.set_rng_state(state)
+    record = json.loads(out.read_text())
+    shapes = [(step["rows"], step["width"]) for step in record["steps"]]
+    assert shapes == [(2, 32), (2, 8), (4, 32), (4, 8)]
+    hp = tg.Hyperparameters.from_env()
+    first = record["steps"][0]
+    assert first["ms"] > 0 and first["ms"] / 1e3 == bench_ttt.measured_cost(out, hp)(2, 32)
