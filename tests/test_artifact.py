@@ -3,11 +3,13 @@ order.
 """
 
 import json
+import lzma
 import math
 import os
 import random
 import shutil
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +258,14 @@ def test_header_that_expands_too_far_is_refused(number):
     assert_refused(forge(b'[[],[[0,"",""]]]', number=number, raw_size=train_gpt.MAX_HEADER_BYTES))
 
 
+def test_a_header_may_be_as_long_as_the_limit_and_no_longer():
+    stored = train_gpt.ENCODERS["lzma"](b"\1\2")
+    header = json.dumps([[GOOD], [section_of(stored, b"\1\2")]]).encode()
+    longest = header.ljust(train_gpt.MAX_HEADER_BYTES)
+    assert train_gpt.unpack_weights(forge(longest, stored))["x"].tolist() == [1, 2]
+    assert_refused(forge(longest + b" ", stored))
+
+
 def test_unknown_compressor_number_is_refused():
     prefix = train_gpt.PREFIX.pack(train_gpt.MAGIC, 9, 0, 0)
     assert_refused(prefix + train_gpt.digest(prefix))
@@ -286,6 +296,56 @@ def test_section_bomb_stops_near_the_size_it_claims(codec):
     bomb = train_gpt.ENCODERS[codec](bytes(20_000_000))
     with pytest.raises(ArtifactError):
         train_gpt.expand(codec, bomb, 1000)
+
+
+def test_a_bomb_of_lzma_takes_little_memory():
+    bomb = lzma.compress(bytes(2**26), preset=0)  # a small dictionary, which takes memory too
+    assert len(bomb) < 20_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ArtifactError, match="does not expand"):
+            train_gpt.expand("lzma", bomb, 1000)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def test_bytes_behind_a_section_of_lzma_are_refused():
+    stored = train_gpt.ENCODERS["lzma"](b"abc")
+    assert train_gpt.expand("lzma", stored, 3) == b"abc"
+    for more in (b"\0", b"abc", stored):
+        assert_refused(codec_forgery("lzma", stored + more, b"abc", [3]))
+
+
+def test_a_section_that_expands_to_other_bytes_is_refused():
+    """As a decoder of another version would give them: the size is right, the digest is not."""
+    stored = train_gpt.ENCODERS["lzma"](b"abc")
+    with pytest.raises(ArtifactError, match="lzma data is damaged"):
+        train_gpt.unpack_weights(codec_forgery("lzma", stored, b"abd", [3]))
+
+
+def test_a_section_that_holds_no_array_is_refused():
+    """Everything else about it is right."""
+    stored = train_gpt.ENCODERS["lzma"](b"ab")
+    more = train_gpt.ENCODERS["lzma"](b"")
+    sections = [section_of(stored, b"ab"), section_of(more, b"")]
+    with pytest.raises(ArtifactError, match="sections are not those of its arrays"):
+        train_gpt.unpack_weights(forge([[GOOD], sections], stored + more))
+
+
+def test_two_arrays_of_one_name_are_refused():
+    stored = train_gpt.ENCODERS["lzma"](b"abcd")
+    header = [[GOOD, GOOD], [section_of(stored, b"abcd")]]
+    with pytest.raises(ArtifactError, match="two arrays have one name"):
+        train_gpt.unpack_weights(forge(header, stored))
+
+
+@pytest.mark.parametrize(
+    "shape", [(-1,), (2, -3), (True,), (2.0,), (2**31,), (0, 2**31), (1,) * 9], ids=str
+)
+def test_an_array_that_no_artifact_holds_is_refused_by_its_name(shape):
+    with pytest.raises(ValueError, match="any: an artifact cannot hold int8"):
+        train_gpt.check_specs([train_gpt.ArraySpec("any", "int8", shape)])
 
 
 @needs_lrzip

@@ -438,6 +438,18 @@ def test_validation_bytes_come_from_the_tables_without_caseops(
     assert validation.targets_of(np.arange(len(TEXTS))) == (len(ids) - 1, validation.bytes.sum())
 
 
+def test_validation_charges_no_space_behind_a_boundary(tmp_path, tokenizer, published, monkeypatch):
+    monkeypatch.setattr(train_gpt, "load_tokenizer", lambda hp: tokenizer)
+    # this tokenizer begins no text with a space
+    monkeypatch.setattr(published, "check_byte_counts", lambda *_: None)
+    the, unknown = tokenizer.piece_to_id("\u2581the"), tokenizer.unk_id()
+    write_shard(tmp_path / "fineweb_val_000000.bin", [BOS_ID, the, the, unknown, the, BOS_ID, the])
+    validation = train_gpt.ValidationSet(
+        tiny_hp(data_path=str(tmp_path), vocab_size=8192, caseops_enabled=False)
+    )
+    assert validation.bytes.tolist() == [0, 3, 4, 0, 3, 0, 3]
+
+
 def test_tables_refuse_a_tokenizer_without_a_space_piece():
     class NoSpace:
         def piece_to_id(self, piece):

@@ -321,6 +321,13 @@ def test_settings_of_a_run_become_defaults_but_for_those_that_belong_to_one_run(
     )
 
 
+def test_a_packed_script_knows_that_it_is_packed():
+    """It looks for no guard beside it: PACKED may have another name there, and is true."""
+    text = packed_text(pack_code(SMALL + "print('packed:', PACKED)\n", {}))
+    name = re.search(r"print\('packed:',(\w+)\)", text)[1]
+    assert re.search(rf"^{name}=(True|1|not 0)\b", text, re.M), text
+
+
 PARTS = """
 "Parts."
 import math

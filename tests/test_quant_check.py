@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Lines, tiny_hp, write_documents, write_shard
+from evaluation_helpers import make_model, on_ranks, small_hp
 from training_helpers import OPS, SMALL, loader_of, quiet, run_on_ranks, trainer_of
 
 import train_gpt
@@ -165,6 +166,30 @@ def test_held_out_loss_is_the_mean_over_documents_that_stand_alone(model, learnt
     assert got < 3.0  # it has learnt: ln 97 is 4.6
 
 
+@pytest.fixture
+def random(tmp_path, dist):
+    """A model whose every part matters, its settings, and a loader that holds three rows out.
+
+    No document is longer than TRAIN_SEQ_LEN.
+    """
+    write_documents(tmp_path, "train", np.random.default_rng(7).integers(5, 31, 600), seed=1)
+    hp = small_hp(data_path=str(tmp_path), quant_check_rows=3)
+    loader = TrainLoader(TokenStream(tmp_path, "train"), hp, dist)
+    return SimpleNamespace(model=make_model(hp), loader=loader, hp=hp)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_share_the_held_out_rows_whose_documents_stand_alone(random, world_size):
+    with torch.no_grad():
+        want = plain_loss(random.model, random.loader)
+    assert random.loader.held_out_rows == 3
+    losses = on_ranks(
+        world_size,
+        lambda dist: train_gpt.held_out_loss(random.model, random.loader, random.hp, dist),
+    )
+    assert losses == pytest.approx([want] * world_size, rel=1e-6)
+
+
 def loss_on_a_rank(dist, folder, rows):
     hp = tiny_hp(data_path=folder, quant_check_rows=rows, **SMALL)
     loader = TrainLoader(TokenStream(folder, "train"), hp, dist)
@@ -179,6 +204,18 @@ def test_any_number_of_ranks_finds_the_same_loss(rows, learnt, tmp_path):
 
 
 # --- the check
+
+
+def test_the_model_gets_its_weights_back_and_a_gap_that_is_no_number_is_infinite(random, dist):
+    check = train_gpt.QuantizationCheck(random.model, random.loader, random.hp, dist, StageLog())
+    kept = {name: tensor.clone() for name, tensor in train_gpt.unbank(random.model).items()}
+    for factor, gap in ((1.0, 0.0), (0.5, None), (math.nan, math.inf)):
+        arrays = {f"{name}:fp16": (factor * w).numpy() for name, w in kept.items()}
+        found = check.gap(arrays, random.hp)
+        assert found == pytest.approx(gap, abs=1e-6) if gap is not None else found != 0
+        for name, tensor in train_gpt.unbank(random.model).items():
+            assert torch.equal(tensor, kept[name]), name
+    assert [trial["gap"] is None for trial in check.tried] == [False, False, True]
 
 
 def misleading_hessians(hessians):
@@ -324,6 +361,55 @@ def test_no_other_quantization_is_begun_without_seconds_left(
             assert any("no seconds are left" in line for line in log)
         else:
             assert len(figures["quant_check"]["tried"]) > 1
+
+
+def check_of_gaps(gaps, dist, monkeypatch):
+    """A QuantizationCheck whose quantizations have these gaps in turn."""
+    left = iter(gaps)
+
+    def gap(check, arrays, hp):
+        check.tried.append({"gap": next(left)})
+        return check.tried[-1]["gap"]
+
+    monkeypatch.setattr(train_gpt.QuantizationCheck, "gap", gap)
+    monkeypatch.setattr(train_gpt, "held_out_loss", lambda *_: 1.0)
+    hp = tiny_hp(quant_gap_max=0.01)
+    model = GPT(hp, OPS, torch.float32)
+    return train_gpt.QuantizationCheck(model, None, hp, dist, StageLog())
+
+
+@pytest.mark.parametrize(
+    "gaps, kept, tries",
+    [
+        ((0.5, 0.2, 0.3), 1, 3),  # the best, not the last
+        ((0.2, 0.2, 0.2), 0, 3),  # the least changed of equal ones
+        ((0.5, 0.01, 0.0), 1, 2),  # QUANT_GAP_MAX itself will do
+    ],
+)
+def test_the_best_quantization_is_kept_not_the_last(gaps, kept, tries, dist, monkeypatch):
+    check = check_of_gaps(gaps, dist, monkeypatch)
+    made = []
+
+    def quantize(hp):
+        made.append(hp)
+        return {"made": len(made)}
+
+    hp, arrays = check.choose(quantize, lambda: math.inf)
+    assert len(made) == tries and arrays == {"made": kept + 1}
+    assert hp is made[kept] and check.kept is check.tried[kept]
+
+
+def test_the_slowest_rank_decides_whether_seconds_are_left(dist, monkeypatch):
+    """Or one rank would wait in a collective of an attempt that another does not make."""
+    check = check_of_gaps((0.5, 0.4, 0.3), dist, monkeypatch)
+    slowest = 1000.0  # the seconds that another rank took
+    check.dist = SimpleNamespace(max_over_ranks=lambda seconds: [max(seconds, slowest)])
+    check.choose(lambda hp: {}, lambda: 999.0)
+    assert len(check.tried) == 1
+    slowest = 0.0
+    check = check_of_gaps((0.5, 0.4, 0.3), check.dist, monkeypatch)
+    check.choose(lambda hp: {}, lambda: 999.0)
+    assert len(check.tried) == 3
 
 
 def test_plainer_quantizations_are_never_longer(learnt, model, dist, tmp_path, monkeypatch):

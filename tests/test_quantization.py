@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE
+from conftest import PATIENCE, write_documents
+from evaluation_helpers import make_model, small_hp
 
 import train_gpt
 
@@ -519,6 +520,33 @@ def test_steps_are_the_same_on_every_machine():
         )
 
 
+def test_column_steps_of_a_matrix_do_not_depend_on_its_batch():
+    """Each is centred by its own mean: another matrix has inputs a thousand times as large."""
+    upper = torch.rand(2, 8, 8).triu() + torch.eye(8)
+    upper[1] /= 1000
+    rows = torch.full((2, 4), 0.5)
+    _, together = train_gpt.column_step_grid(upper, rows, 2.0)
+    for number in range(2):
+        _, alone = train_gpt.column_step_grid(upper[number][None], rows[:1], 2.0)
+        assert torch.equal(together[number], alone[0])
+        assert abs(alone.float().mean()) < 8
+
+
+def test_column_steps_of_opposite_deviations_are_within_the_octaves():
+    upper = torch.diag_embed(2.0 ** torch.tensor([[-5.0, -1.0, 0.0, 1.0, 5.0]]))
+    rows, columns = train_gpt.column_step_grid(upper, torch.tensor([[0.25]]), 2.0)
+    assert rows.tolist() == [[-16]] and columns.tolist() == [[-16, -8, 0, 8, 16]]
+
+
+def test_a_code_of_128_is_wide():
+    codes = torch.tensor([[127, 128, -128], [-127, 0, 5]], dtype=torch.int16)
+    fields = train_gpt.split_wide_codes(codes, torch.zeros(3, dtype=torch.int8))
+    assert fields["fine_columns"].tolist() == [1, 2]
+    fields = {name: field.numpy().astype(np.float32) for name, field in fields.items()}
+    joined, steps = train_gpt.join_wide_codes("any.weight", fields)
+    assert joined.tolist() == codes.tolist() and not steps.any()
+
+
 # --- LQER
 
 
@@ -580,6 +608,38 @@ def test_lqer_is_symmetric_where_the_group_does_not_divide():
     assert all(arrays[key].ndim == 1 for key in arrays if key.endswith("lqer_a_scale"))
     arrays = quantize_alone(weights, hessians, settings(lqer_asym_group=64))
     assert all(arrays[key].ndim == 0 for key in arrays if key.endswith("lqer_a_scale"))
+
+
+# --- calibration
+
+
+def calibrated(folder, dist, **changes):
+    """Hessians from two rows of documents -> them, and the mean of x x^T of what the head reads."""
+    write_documents(folder, "train", [20, 28, 9, 31, 14, 25, 30, 17, 11] * 8, seed=5)
+    hp = small_hp(data_path=str(folder), gptq_calibration_batches=2, **changes)
+    model = make_model(hp)
+    loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
+    found = train_gpt.collect_hessians(model, loader, hp, dist)
+    total = torch.zeros(hp.model_dim, hp.model_dim)
+    with torch.no_grad():
+        for row in (loader.row(0), loader.row(1)):
+            (x,) = model.forward_hidden(
+                row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True
+            )
+            total += x.T @ x
+    return found, total / 2
+
+
+def test_a_tied_embedding_is_calibrated_by_what_the_head_reads(tmp_path, dist):
+    found, want = calibrated(tmp_path, dist)
+    torch.testing.assert_close(found["tok_emb.weight"], want, rtol=1e-4, atol=1e-3)
+    assert "lm_head.weight" not in found
+
+
+def test_an_untied_embedding_is_a_table_and_the_head_is_calibrated(tmp_path, dist):
+    found, want = calibrated(tmp_path, dist, tie_embeddings=False)
+    torch.testing.assert_close(found["lm_head.weight"], want, rtol=1e-4, atol=1e-3)
+    assert torch.equal(found["tok_emb.weight"], torch.eye(32))
 
 
 # --- the whole model
@@ -662,6 +722,20 @@ def test_rebuilt_weights_are_close_and_complete():
     for name, w in weights.items():
         assert rebuilt[name].shape == w.shape and rebuilt[name].dtype == torch.float32
         assert (rebuilt[name] - w).norm() <= (0.25 if name in hessians else 0.01) * w.norm(), name
+
+
+def test_a_model_takes_its_weights_from_the_file(tmp_path, dist):
+    hp = small_hp()
+    weights = train_gpt.unbank(make_model(hp))
+    hessians = {name: torch.eye(w.shape[-1]) for name, w in weights.items()}
+    arrays = train_gpt.quantize_weights(weights, hessians, hp, dist)
+    (tmp_path / "artifact.bin").write_bytes(train_gpt.pack_weights(arrays, "lzma"))
+    model = make_model(hp, seed=9)
+    train_gpt.rebuild_model(model, tmp_path / "artifact.bin", dist)
+    found, want = train_gpt.unbank(model), train_gpt.dequantize_weights(arrays)
+    for name, w in weights.items():
+        assert torch.equal(found[name], want[name]), name
+        assert (found[name] - w).norm() < 0.25 * w.norm(), name
 
 
 def test_dequantize_is_deterministic_whatever_threads_and_order():

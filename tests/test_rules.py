@@ -2,18 +2,22 @@
 broken.
 """
 
+import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_hp
+from conftest import Lines, tiny_hp
+from evaluation_helpers import on_ranks
 
 import train_gpt
 
 GOOD = {
-    "training_seconds": 590.0,
+    "training_seconds": 588.0,
     "hessians": 4.0,
     "quantize": 6.0,
+    "quant_check": 2.0,
     "unpack": 20.0,
     "scoring": 580.0,
     "code_bytes": 34_000,
@@ -21,6 +25,8 @@ GOOD = {
     "partial": False,
     "recompilations": 0,
     "graphs": {},
+    "gap": 0.02,
+    "leaked_documents": 0,
 }
 
 
@@ -31,6 +37,7 @@ def broken(final="ttt", **changes):
     seconds = {
         "hessians": run["hessians"],
         "quantize": run["quantize"],
+        "quant_check": run["quant_check"],
         "unpack": run["unpack"],
         "eval_prequant": 1e6,
         f"eval_{final}": run["scoring"],
@@ -42,6 +49,8 @@ def broken(final="ttt", **changes):
     training = {
         "training_seconds": run["training_seconds"],
         "group_bytes": {"up": 5, "down": 4, "rest": 3, "k": 2},
+        "quant_check": {"gap": run["gap"]},
+        "leaked_documents": run["leaked_documents"],
     }
     log = SimpleNamespace(seconds=seconds, graphs=run["graphs"])
     return train_gpt.violations(hp, log, training, run["code_bytes"], run["artifact_bytes"], scores)
@@ -57,6 +66,26 @@ def test_one_byte_above_the_cap_is_a_violation(key):
     (sentence,) = broken(**{key: GOOD[key] + 1})
     assert "16000001 bytes" in sentence and "1 above the cap" in sentence
     assert "up 5, down 4, rest 3)" in sentence and "QUANT_ONLY=1 TARGET_BYTES=16000000" in sentence
+
+
+def test_result_counts_code_and_weights_once_each(tmp_path, dist):
+    stages = SimpleNamespace(
+        hp=tiny_hp(data_path=str(tmp_path)),
+        dist=dist,
+        log=Lines(),
+        folder=tmp_path,
+        training={},
+        scores={"quantized": {}},
+        artifact_bytes=15_966_000,
+        code_bytes=34_001,
+    )
+    stages.log.seconds, stages.log.graphs = {"eval_quantized": 1.0}, {"train": 0}
+    result = train_gpt.Stages.result(stages, {"run": "any"})
+    assert result["total_bytes"] == 16_000_001
+    assert (result["artifact_bytes"], result["code_bytes"]) == (15_966_000, 34_001)
+    (sentence,) = result["violations"]
+    assert sentence.startswith("16000001 bytes of code and weights, 1 above the cap")
+    assert json.loads((tmp_path / "result.json").read_text()) == result
 
 
 @pytest.mark.parametrize("first_clip", [4.0, 50.0])  # far too large a file, far too small a one
@@ -85,6 +114,21 @@ def test_target_bytes_ends_just_under_the_target_whatever_the_clips(
     ) > 0
 
 
+@pytest.mark.parametrize("first_clip", [3.0, 12.0, 60.0])
+def test_one_trial_meets_the_target_where_bytes_follow_the_logarithm_of_the_clips(dist, first_clip):
+    """Doubling all clips saves exactly one bit of each of 1,000,000 weights here."""
+
+    def quantize(hp):
+        clips = hp.mlp_clip_sigmas * hp.attn_clip_sigmas * hp.embed_clip_sigmas
+        size = 1_000_000 / 8 * (8 - math.log2(clips) / 3)
+        return train_gpt.Quantized(hp, {}, bytes(round(size)))
+
+    clips = dict.fromkeys(("mlp_clip_sigmas", "attn_clip_sigmas", "embed_clip_sigmas"), first_clip)
+    first, log = quantize(tiny_hp(target_bytes=600_000, **clips)), Lines()
+    found = train_gpt.fit_target_bytes(first, quantize, 1_000_000, 20_000, dist, log)
+    assert 599_700 <= len(found.file) + 20_000 <= 600_000 and len(log) == 1
+
+
 def test_of_all_trials_the_one_that_is_nearest_below_the_target_is_kept(
     monkeypatch, tmp_path, dist
 ):
@@ -99,7 +143,7 @@ def test_of_all_trials_the_one_that_is_nearest_below_the_target_is_kept(
     assert (tmp_path / "a").stat().st_size == 579_000
 
 
-@pytest.mark.parametrize("key", ["training_seconds", "hessians", "quantize"])
+@pytest.mark.parametrize("key", ["training_seconds", "hessians", "quantize", "quant_check"])
 def test_training_hessians_and_gptq_share_one_budget(key):
     (sentence,) = broken(**{key: GOOD[key] + 0.5})
     assert "600.5 s of 600.0" in sentence
@@ -110,6 +154,33 @@ def test_training_hessians_and_gptq_share_one_budget(key):
 def test_unpacking_and_the_final_evaluation_share_one_budget(key, final):
     (sentence,) = broken(final, **{key: GOOD[key] + 0.5})
     assert "600.5 s of 600.0" in sentence
+
+
+@pytest.mark.parametrize("gap", [None, 5.0])
+def test_a_gap_that_is_too_large_or_not_finite_is_a_violation(gap):
+    (sentence,) = broken(gap=gap)
+    assert sentence.startswith(f"quantization adds {gap} nats")
+
+
+def test_leaked_training_documents_are_a_violation():
+    (sentence,) = broken(leaked_documents=3)
+    assert sentence.startswith("3 training documents are validation documents")
+
+
+def test_a_problem_of_one_rank_is_raised_on_all():
+    """Or the others would go on, and wait for this one."""
+
+    def check(dist):
+        def fails():
+            if dist.rank == 1:
+                raise train_gpt.DataError("rank 1 lacks a shard")
+
+        try:
+            train_gpt.run_checks(dist, [lambda: None, fails])
+        except train_gpt.SettingError as error:
+            return str(error)
+
+    assert on_ranks(3, check) == ["rank 1 lacks a shard"] * 3
 
 
 def test_a_partial_score_is_marked():

@@ -1,5 +1,6 @@
 """Samples of a run: the model's own distribution, the text of the data, and clear refusals."""
 
+import copy
 import math
 import shutil
 from pathlib import Path
@@ -105,7 +106,12 @@ def test_temperatures_near_0_and_small_shares_are_greedy(written, model):
         for _ in range(12):
             greedy.append(int(sample.next_token_logits(model, greedy).argmax()))
     text = CASEOPS.decode(greedy) + "\n"
-    for arguments in (["--temperature", 0], ["--temperature", 1e-6], ["--top-p", 1e-9]):
+    for arguments in (
+        ["--temperature", 0],
+        ["--temperature", 1e-6],
+        ["--top-p", 1e-9],
+        ["--top-p", 0],
+    ):
         assert written("--prompt", "The cat", *arguments) == text
     assert written("--prompt", "The cat", "--temperature", 5) != text
 
@@ -121,7 +127,9 @@ def test_logits_are_those_that_evaluation_scores(model):
     """Softcap and projection in float32, looped layers on."""
     ids = CASEOPS.encode("The cat sat on the mat, and The Dog")
     tokens = torch.tensor([ids])
+    model = copy.deepcopy(model)
     with torch.no_grad():
+        model.head_weight.mul_(300)  # far into the softcap
         hidden = model.forward_hidden(tokens, max_seqlen=len(ids), looping=True)
         for target in (5, 300, 8000):
             expected = model.token_losses(hidden[0, -1:], torch.tensor([target]))

@@ -459,15 +459,32 @@ def test_the_record_holds_everything_and_says_that_it_is_none(record, runs):
     assert all(f"### {section}" in text for section in ("Data", "Model", "Training", "Evaluation"))
 
 
-def test_the_proof_finds_a_script_that_does_not_run(tmp_path):
+@pytest.fixture
+def provable(tmp_path):
+    """A folder with all that the proof needs but the packed script."""
     for name in ("prepare_caseops_data.py", "lossless_caps.py", "tokenizers/caseops_8192.model"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
     (tmp_path / "source").mkdir()
     shutil.copyfile(ROOT / "train_gpt.py", tmp_path / "source" / "train_gpt.py")
-    (tmp_path / "train_gpt.py").write_text("raise SystemExit('broken on purpose')")
+    return tmp_path
+
+
+def test_the_proof_finds_a_script_that_does_not_run(provable):
+    (provable / "train_gpt.py").write_text("raise SystemExit('broken on purpose')")
     with pytest.raises(make_record.RecordError, match="broken on purpose"):
-        make_record.prove(tmp_path, {})
+        make_record.prove(provable, {})
+
+
+def test_the_proof_of_runs_with_training_states_asks_the_packed_script_for_none(provable):
+    (provable / "train_gpt.py").write_text(
+        "import os\n"
+        "names = 'CHECKPOINT_EVERY', 'RESUME', 'ROPE_BASE'\n"
+        "raise SystemExit(f'has {[name for name in names if name in os.environ]}')"
+    )
+    settings = {"CHECKPOINT_EVERY": "200", "RESUME": "1", "ROPE_BASE": "9000"}
+    with pytest.raises(make_record.RecordError, match=r"has \['ROPE_BASE'\]"):
+        make_record.prove(provable, settings)
 
 
 def test_a_packed_script_without_its_source_is_refused(monkeypatch):

@@ -696,6 +696,21 @@ def test_unpacking_is_part_of_the_budget(tmp_path, monkeypatch):
     assert run_ttt(hp, validation, log=log)[0][0]["unadapted_tokens"] > 0
 
 
+def test_time_is_kept_for_plain_scoring_of_the_rest():
+    """Steps took twice their cost, and a full step's worth of tokens is left behind the next."""
+    progress = train_gpt.Progress(train_gpt.Score("cpu"), small_hp(), Lines())
+    assert not progress.is_short_for(1e9)  # nothing is known of the pace yet
+    progress.cost_done = 5.0
+    progress.seconds_used = 10.0
+    progress.tokens_total = 64 * 2048 + 1000
+    progress.tokens_done = 1000
+    rest = train_gpt.step_seconds(64, 2048)
+    progress.budget_left = 2 * (3.0 + rest) + 0.01
+    assert not progress.is_short_for(3.0)
+    progress.budget_left -= 0.02
+    assert progress.is_short_for(3.0)
+
+
 def test_a_rank_that_is_late_keeps_no_other_waiting(tmp_path, monkeypatch):
     """It scores its share plainly; the base is fine-tuned by all ranks or by none."""
     hp = small_hp(data_path=str(tmp_path), eval_budget_seconds=60.0, **ACTIVE)

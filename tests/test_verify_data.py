@@ -14,6 +14,7 @@ import pytest
 from data_helpers import TEXTS, build, long_corpus, refused, stream, verified, write_docs
 
 import prepare_caseops_data as prepare
+import tools.verify_data as verifier
 from lossless_caps import CONTROLS
 from prepare_caseops_data import (
     DEFAULT_TOKENIZER,
@@ -318,6 +319,29 @@ def test_a_planted_leak_is_found_and_named(dataset, capsys):
         f"000002.bin, document {in_shard} of it ({number} of training): validation document 4\n"
         in output
     )
+
+
+def write_split(folder, split, documents):
+    """Documents, lists of ids without BOS, as one shard."""
+    ids = [token for document in documents for token in [1, *document]]
+    write_shard(folder / f"fineweb_{split}_000000.bin", np.array(ids, np.uint16))
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_leak_of_any_validation_document_is_found(tmp_path, number):
+    val = [[300, 301], [302], [303, 304, 305]]
+    write_split(tmp_path, "val", val)
+    write_split(tmp_path, "train", [[400], val[number], [401, 402]])
+    count, leaks = verifier.find_leaks(tmp_path)
+    assert count == 3 and len(leaks) == 1
+    assert leaks[0].endswith(f"document 1 of it (1 of training): validation document {number}")
+
+
+def test_what_is_no_whole_validation_document_is_no_leak(tmp_path):
+    """Neither an empty one, nor its beginning, its end, or one that holds it."""
+    write_split(tmp_path, "val", [[300, 301, 302], [], [303]])
+    write_split(tmp_path, "train", [[], [300, 301], [301, 302], [300, 301, 302, 303], []])
+    assert verifier.find_leaks(tmp_path) == (5, [])
 
 
 @pytest.mark.parametrize(
