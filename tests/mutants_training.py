@@ -689,13 +689,6 @@ MODEL = [
         "tests/test_model.py::test_no_document_sees_another[2-False]",
     ),
     Mutant(
-        "tap-misses-the-scale-of-the-mlp",
-        TRAINER,
-        'tap("mlp_out", h, out, w.mlp_scale)',
-        'tap("mlp_out", h, out, w.attn_scale)',
-        "tests/test_ttt.py",
-    ),
-    Mutant(
         "saved-matrices-of-the-wrong-layer",
         TRAINER,
         "                found[kind.saved_name.format(layer)] = matrix\n",
