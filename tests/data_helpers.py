@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lossless_caps import CONTROLS
 from prepare_caseops_data import main, read_shard
 
 PUBLISHED_NAME = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
@@ -29,6 +30,21 @@ needs_published = pytest.mark.skipif(
         f" repository; it was looked for at {PUBLISHED}. data/download.py fetches it with the"
         " published data; PUBLISHED_TOKENIZER names a copy"
     ),
+)
+
+# SentencePiece's settings for a CaseOps tokenizer that trains in milliseconds
+TINY_TOKENIZER = dict(
+    model_type="bpe",
+    vocab_size=290,
+    byte_fallback=True,
+    pad_id=0,
+    bos_id=1,
+    eos_id=2,
+    unk_id=3,
+    minloglevel=2,
+    add_dummy_prefix=False,
+    hard_vocab_limit=False,
+    user_defined_symbols=list(CONTROLS),
 )
 
 TEXTS = [

@@ -12,25 +12,17 @@ from benchmarks import bench_step
 from train_gpt import Hyperparameters
 
 
+def bench_on_cpu(monkeypatch, out, *options):
+    """The figures that bench_step writes to `out`, of a tenth of a second."""
+    command = ["bench", "--device", "cpu", "--seconds", "0.1", "--caches", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", [*command, *options])
+    bench_step.main()
+    return json.loads(out.read_text())
+
+
 def test_a_profiled_step_has_the_work_of_every_phase(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("DATA_PATH", raising=False)
-    monkeypatch.setattr(
-        "sys.argv",
-        [
-            "bench",
-            "--device",
-            "cpu",
-            "--seconds",
-            "0.1",
-            "--states",
-            "on",
-            "--caches",
-            "--out",
-            str(tmp_path / "step.json"),
-        ],
-    )
-    bench_step.main()
-    result = json.loads((tmp_path / "step.json").read_text())
+    result = bench_on_cpu(monkeypatch, tmp_path / "step.json", "--states", "on")
     state = result["states"]["on"]
     expected = {
         "attention forward",
@@ -69,24 +61,8 @@ def test_a_profiled_step_has_the_work_of_every_phase(monkeypatch, tmp_path, caps
 
 def test_without_a_table_nothing_is_profiled(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_step, "profile_step", None)  # not called
-    monkeypatch.setattr(
-        "sys.argv",
-        [
-            "bench",
-            "--device",
-            "cpu",
-            "--seconds",
-            "0.1",
-            "--states",
-            "off",
-            "--caches",
-            "--no-table",
-            "--out",
-            str(tmp_path / "step.json"),
-        ],
-    )
-    bench_step.main()
-    state = json.loads((tmp_path / "step.json").read_text())["states"]["off"]
+    result = bench_on_cpu(monkeypatch, tmp_path / "step.json", "--states", "off", "--no-table")
+    state = result["states"]["off"]
     assert {"tokens_per_second", "compile_seconds", "peak_reserved_gb"} <= set(
         state
     ) and "phases" not in state

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from data_helpers import PUBLISHED, grown_by, needs_published, refused, write_docs
+from data_helpers import PUBLISHED, TINY_TOKENIZER, grown_by, needs_published, refused, write_docs
 
 import lossless_caps
 import prepare_caseops_data as prepare
@@ -107,20 +107,7 @@ def test_a_text_without_a_place_to_cut_is_refused_with_its_document(tmp_path, ca
 
 
 def test_a_tokenizer_that_does_not_suit_blocks_is_refused(tmp_path, monkeypatch):
-    settings = dict(
-        model_type="bpe",
-        vocab_size=290,
-        byte_fallback=True,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        minloglevel=2,
-        add_dummy_prefix=False,
-        hard_vocab_limit=False,
-        user_defined_symbols=list(CONTROLS),
-        split_by_whitespace=False,
-    )
+    settings = TINY_TOKENIZER | {"split_by_whitespace": False}
     model = tmp_path / "phrases.model"
     model.write_bytes(prepare.train_sentencepiece(["a cat a cat a cat and a dog"] * 20, **settings))
     sp = load_tokenizer(model)

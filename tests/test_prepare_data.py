@@ -13,7 +13,16 @@ import caseops_reference
 import numpy as np
 import pytest
 import sentencepiece
-from data_helpers import PUBLISHED, TEXTS, build, needs_published, refused, stream, write_docs
+from data_helpers import (
+    PUBLISHED,
+    TEXTS,
+    TINY_TOKENIZER,
+    build,
+    needs_published,
+    refused,
+    stream,
+    write_docs,
+)
 
 import prepare_caseops_data as prepare
 from lossless_caps import CONTROLS
@@ -169,22 +178,9 @@ def test_readme_states_the_hash_of_our_tokenizer():
 
 def train_tiny(path, **changes):
     model = io.BytesIO()
-    settings = dict(
-        model_type="bpe",
-        vocab_size=290,
-        byte_fallback=True,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        minloglevel=2,
-        add_dummy_prefix=False,
-        hard_vocab_limit=False,
-        user_defined_symbols=list(CONTROLS),
-    )
     sentences = iter(["the cat sat on the mat and the dog ran"] * 20)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences, model_writer=model, **(settings | changes)
+        sentence_iterator=sentences, model_writer=model, **(TINY_TOKENIZER | changes)
     )
     path.write_bytes(model.getvalue())
     return path

@@ -92,14 +92,6 @@ def test_a_row_without_any_gradient_has_a_finite_step():
     assert factors.isfinite().all() and factors[0, 3] == 16
 
 
-class OneRank:
-    rank = 0
-    world_size = 1
-
-    def all_gather_object(self, found):
-        return [found]
-
-
 def test_gptq_gives_costly_rows_finer_steps():
     w, gradients = problem()
     name = "blocks.0.mlp.c_fc.weight"
@@ -110,7 +102,9 @@ def test_gptq_gives_costly_rows_finer_steps():
     )
     found = {}
     for rows in (None, {name: gradients[0]}):
-        arrays = train_gpt.quantize_weights(weights, hessians, hp, OneRank(), row_gradients=rows)
+        arrays = train_gpt.quantize_weights(
+            weights, hessians, hp, train_gpt.Dist("cpu"), row_gradients=rows
+        )
         error = train_gpt.dequantize_weights(arrays)[name] - w[0]
         found[rows is not None] = (error.square().mean(dim=1) * gradients[0]).sum()
     assert found[True] < 0.5 * found[False]

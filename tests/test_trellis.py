@@ -119,19 +119,13 @@ def test_gptq_with_the_trellis_has_a_smaller_weighted_error_at_equal_entropy():
     assert bits_at_error_1(None) - bits_at_error_1(train_gpt.trellis_round_ref) > 0.12
 
 
-class OneRank:
-    rank = 0
-    world_size = 1
-
-    def all_gather_object(self, found):
-        return [found]
-
-
 def quantize_embedding(**changes):
     w, hessian = uneven_problem(rows=300)
     hp = train_gpt.Hyperparameters(device="cpu", gptq_trellis=True, **changes)
     weights = {"tok_emb.weight": w[0]}
-    arrays = train_gpt.quantize_weights(weights, {"tok_emb.weight": hessian[0]}, hp, OneRank())
+    arrays = train_gpt.quantize_weights(
+        weights, {"tok_emb.weight": hessian[0]}, hp, train_gpt.Dist("cpu")
+    )
     return w[0], arrays
 
 
@@ -156,7 +150,9 @@ def test_wide_codes_pass_through_the_trellis():
     hessian[0, :, 3] *= 60
     hp = train_gpt.Hyperparameters(device="cpu", gptq_trellis=True)
     weights = {"tok_emb.weight": w[0]}
-    arrays = train_gpt.quantize_weights(weights, {"tok_emb.weight": hessian[0]}, hp, OneRank())
+    arrays = train_gpt.quantize_weights(
+        weights, {"tok_emb.weight": hessian[0]}, hp, train_gpt.Dist("cpu")
+    )
     assert "tok_emb.weight:fine_codes" in arrays
     rebuilt = train_gpt.dequantize_weights(arrays)["tok_emb.weight"]
     error = (rebuilt - w[0]).square().mean(dim=0)
