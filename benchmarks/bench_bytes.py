@@ -13,7 +13,8 @@ pack and unpack. `sweep` is the harness behind QUANT_ONLY=1: Hessians once, then
 rebuilding and evaluation for every point of every curve (settings as in the environment, which
 holds for all points); a table, a .json and a .png beside it. `gap` is what quantization adds to the
 loss, in nats a token, on the training rows that neither training nor the Hessians have seen
-(QUANT_CHECK_ROWS of them): a low error on the calibration rows alone is no evidence.
+(QUANT_CHECK_ROWS of them): a low error on the calibration rows alone is no evidence. Points with
+GPTQ_ROW_POWER need a model.pt whose training had it above 0 (1e-9 changes no step, and is enough).
 """
 
 import argparse
@@ -135,10 +136,11 @@ def check_points(points: list[str]) -> None:
 class Sweep:
     """One checkpoint, its Hessians, and its loss on the rows that were held out.
 
-    A thread packs meanwhile.
+    points: the "NAME=VALUE ..." that it will measure. A thread packs meanwhile. SettingError for
+    points with GPTQ_ROW_POWER where the checkpoint has no row gradients.
     """
 
-    def __init__(self, checkpoint: Path, compressor: str):
+    def __init__(self, checkpoint: Path, compressor: str, points: list[str]):
         self.hp = train_gpt.Hyperparameters.from_env(guard=RunGuard())
         self.hp = (
             self.hp
@@ -147,9 +149,17 @@ class Sweep:
         )
         self.dist = dist = train_gpt.Dist(self.hp.device)
         hp, dtype = self.hp, torch.bfloat16 if dist.device.type == "cuda" else torch.float32
-        ops = train_gpt.select_ops(hp, dist.device, dtype)
+        swept = [self.settings_at(point) for point in points]
+        trellis = any(point.gptq_trellis for point in swept)
+        ops = train_gpt.select_ops(
+            dataclasses.replace(hp, gptq_trellis=trellis), dist.device, dtype
+        )
         self.model = train_gpt.GPT(hp, ops, dtype).to(dist.device)
         train_gpt.load_checkpoint(checkpoint, self.model)
+        if any(point.gptq_row_power for point in swept) and not self.model.row_gradients:
+            raise train_gpt.SettingError(
+                f"GPTQ_ROW_POWER: {checkpoint} has no row gradients, train with GPTQ_ROW_POWER=1e-9"
+            )
         self.evaluator = train_gpt.Evaluator(self.model, train_gpt.ValidationSet(hp), hp, dist)
         loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
         self.hessians = train_gpt.collect_hessians(self.model, loader, hp, dist)
@@ -159,13 +169,17 @@ class Sweep:
         self.loader, self.packing = loader, ThreadPoolExecutor(1)
         self.fp32_loss = train_gpt.held_out_loss(self.model, loader, hp, dist)
 
+    def settings_at(self, point: str) -> train_gpt.Hyperparameters:
+        """The settings of a point, "NAME=VALUE ..."."""
+        environ = dict(os.environ, COMPRESSOR=self.hp.compressor) | settings_of(point.split())
+        return train_gpt.Hyperparameters.from_env(environ, RunGuard())
+
     def measure(self, settings: str) -> dict:
         """Quantizes under "NAME=VALUE ..." -> the file and its figures.
 
         They are: bytes of the file to come, BPB, gap, mean relative weighted error.
         """
-        environ = dict(os.environ, COMPRESSOR=self.hp.compressor) | settings_of(settings.split())
-        hp = train_gpt.Hyperparameters.from_env(environ, RunGuard())
+        hp = self.settings_at(settings)
         start = time.perf_counter()
         arrays = train_gpt.quantize_weights(
             self.weights,
@@ -237,8 +251,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "codes":
         return compare_codes(options.artifact, options.compressors)
-    check_points([settings for _, *points in options.curve for settings in points])
-    harness, curves = Sweep(options.checkpoint, "entropy"), defaultdict(list)
+    points = [settings for _, *points in options.curve for settings in points]
+    check_points(points)
+    harness, curves = Sweep(options.checkpoint, "entropy", points), defaultdict(list)
     print(
         f"fp32: bpb {harness.evaluator.evaluate_bpb()['bpb']:.6f}  held-out loss"
         f" {harness.fp32_loss}",

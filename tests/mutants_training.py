@@ -1096,7 +1096,7 @@ WATCHING = [
         "    leave(128 + number)\n",
         '        guard.tell(f"{reason} in stage {guard.stage}. {guard.resume_hint}")\n'
         "    leave(0)\n",
-        "tests/test_reliability.py::test_a_signal_outside_training_ends_at_once[warm_up]",
+        "tests/test_reliability.py::test_a_signal_saves_a_state_and_the_message_goes_on[SIGTERM-1]",
     ),
     Mutant(
         "signals-do-not-wait-for-the-step",
