@@ -304,7 +304,10 @@ class Hyperparameters:
     lqer_asym_group: int = env(64, "codes that share a scale in the int4 factor", least=1)
     lqer_factor_bits: int = env(4, "bits of the symmetric factors", least=2, most=8)
     target_bytes: int = env(
-        0, "scale the clips until code + weights fit just under this; 0: off", least=0
+        0,
+        "scale the clips until code + weights fit just under this, if they take at least half of"
+        " it; 0: off",
+        least=0,
     )
     compressor: str = env("entropy", "artifact coder: entropy, brotli, lzma")
 
@@ -6960,11 +6963,12 @@ class Quantized(NamedTuple):
 TARGET_TRIALS = 5  # of clips; bytes are nearly linear in their logarithm
 
 
-def fit_target_bytes(first, quantize, num_weights, code_bytes, dist, log):
+def fit_target_bytes(first, quantize, time_is_left, num_weights, code_bytes, dist, log):
     """Scales all clips and quantizes again until code + file end within 0.05% below TARGET_BYTES.
 
-    first: Quantized with the clips as set; quantize(hp) -> Quantized. Returns the largest one below
-    the target, else the smallest.
+    first: Quantized with the clips as set; quantize(hp) -> Quantized; time_is_left() says whether
+    the budget has the seconds for it. A model that fills less than half of the target was not made
+    for it and stays as it is. Returns the largest Quantized below the target, else the smallest.
     """
     clips = {role.clip_sigmas for role in QUANT_TABLE.values()}
     target = first.hp.target_bytes
@@ -6974,7 +6978,11 @@ def fit_target_bytes(first, quantize, num_weights, code_bytes, dist, log):
         spare = target - code_bytes - len(latest.file) if dist.rank == 0 else -math.inf
         spare = dist.max_over_ranks(spare)[0]
         trials.append((spare < 0, abs(spare), len(trials), latest))
-        if 0 <= spare <= target / 2000 or len(trials) == TARGET_TRIALS:
+        is_done = 0 <= spare <= target / 2000 or spare > target / 2
+        if is_done or len(trials) == TARGET_TRIALS:
+            return min(trials)[-1]
+        if not time_is_left():
+            log(f"note: no seconds are left to come nearer to TARGET_BYTES, spare:{spare:.0f}")
             return min(trials)[-1]
         # aims at the middle of the allowed range: doubling the clips saves one bit per code
         scale = 2 ** ((target / 4000 - spare) * 8 / num_weights)
@@ -7006,16 +7014,24 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
         return hp.max_wallclock_seconds - dist.max_over_ranks(used)[0]
 
     def quantize(hp):
+        started = time.perf_counter()
         with log.stage("quantize"):
-            return quantize_weights(
+            arrays = quantize_weights(
                 check.weights, hessians, hp, dist, model.ops.trellis_round, model.row_gradients
             )
+        quantize_seconds.append(time.perf_counter() - started)
+        return arrays
+
+    def time_is_left():
+        """Whether the budget has the seconds of one more quantization."""
+        return dist.max_over_ranks(quantize_seconds[-1])[0] < seconds_left()
 
     def pack(hp, arrays):
         with log.stage("pack"):
             file = pack_weights(arrays, hp.compressor, log.live) if dist.rank == 0 else b""
         return Quantized(hp, arrays, file)
 
+    quantize_seconds = []
     if hp.gptq_row_power and not model.row_gradients:
         log(
             "note: GPTQ_ROW_POWER needs row gradients, which a training with it above 0 gathers:"
@@ -7029,7 +7045,13 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
         first = chosen
         num_weights = sum(w.numel() for w in check.weights.values())
         chosen = fit_target_bytes(
-            first, lambda hp: pack(hp, quantize(hp)), num_weights, code_bytes, dist, log
+            first,
+            lambda hp: pack(hp, quantize(hp)),
+            time_is_left,
+            num_weights,
+            code_bytes,
+            dist,
+            log,
         )
         if chosen is not first and check.fp32_loss is not None:
             # RESULT has the gap of the file that is written
