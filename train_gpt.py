@@ -277,7 +277,11 @@ class Hyperparameters:
         False, "with column steps: trellis-coded quantization, eight states along a column's rows"
     )
     gptq_row_power: float = env(
-        0.0, "weight of a row's gradients in its step size; 0: its deviation alone", least=0, most=1
+        0.0,
+        "weight of a row's gradients in its step size, gathered in training where it is not 0;"
+        " 0: its deviation alone",
+        least=0,
+        most=1,
     )
     gptq_row_octaves: float = env(
         1.0, "maximum log2 change of a matrix row's step by its gradients", least=0
@@ -3063,7 +3067,7 @@ def use_kernels(hp, device):
 
 
 def operations(hp, device):
-    """{name in RESULT: Operation}, where slot_input has its first name, enter."""
+    """{name in RESULT: Operation} of those that hp needs; slot_input has its first name, enter."""
     with_kernels = use_kernels(hp, device)
 
     def with_reference(library, kernel, reference, trial_inputs):
@@ -3071,7 +3075,7 @@ def operations(hp, device):
         candidates["reference"] = reference
         return Operation(candidates, reference, trial_inputs)
 
-    return {
+    needed = {
         "attention": Operation(
             attention_candidates(hp, device), attention_sdpa, attention_trial_inputs
         ),
@@ -3083,13 +3087,12 @@ def operations(hp, device):
         "gated_xsa": with_reference("triton", gated_xsa, gated_xsa_ref, gated_xsa_trial_inputs),
         "enter": with_reference("triton", slot_input, slot_input_ref, slot_input_trial_inputs),
         "adamw_rows": with_reference("triton", adamw_rows, adamw_rows_ref, adamw_rows_trial_inputs),
-        "trellis_round": with_reference(
-            "triton",
-            trellis_round,
-            trellis_round_ref,
-            trellis_round_trial_inputs,
-        ),
     }
+    if hp.gptq_trellis:
+        needed["trellis_round"] = with_reference(
+            "triton", trellis_round, trellis_round_ref, trellis_round_trial_inputs
+        )
+    return needed
 
 
 def _forward_backward(op, args):
@@ -3897,7 +3900,7 @@ class RowGradients:
     """Mean squared gradients of the rows of all matrices, over the last steps of training.
 
     They say how much an error in a row costs, also through the passes of a loop and both uses of a
-    tied embedding: GPTQ_ROW_POWER. Added up from the gradients that a step has anyway.
+    tied embedding. With GPTQ_ROW_POWER they are added up from the gradients that a step has anyway.
     """
 
     SHARE = 0.05  # of training, at its end
@@ -4068,7 +4071,7 @@ class Trainer:
             loss.backward()
             total += loss.detach()
         self.guard.watch(self.model, total)
-        if progress >= 1 - RowGradients.SHARE:
+        if hp.gptq_row_power and progress >= 1 - RowGradients.SHARE:
             self.row_gradients.add()
         self.optimizers.step(progress, step)
         self.update_average(step, progress)
@@ -6899,7 +6902,7 @@ def check_all(hp, dist, guard=NO_GUARD):
 
 
 def save_checkpoint(path, model, hp):
-    """Writes the averaged fp32 weights, the settings of their training and the row gradients."""
+    """Writes the averaged fp32 weights, the settings of their training, row gradients if any."""
     weights = {name: tensor.cpu() for name, tensor in unbank(model).items()}
     gradients = {name: tensor.cpu() for name, tensor in model.row_gradients.items()}
     checkpoint = {
@@ -7030,7 +7033,10 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
 
     quantize_seconds = []
     if hp.gptq_row_power and not model.row_gradients:
-        log("note: the gradients of rows are not known: their steps follow deviations alone")
+        log(
+            "note: GPTQ_ROW_POWER needs row gradients, which a training with it above 0 gathers:"
+            " steps follow the rows' deviations alone"
+        )
     with log.stage("hessians"):
         hessians = collect_hessians(model, loader, hp, dist)
     check = QuantizationCheck(model, loader, hp, dist, log)

@@ -14,9 +14,10 @@ pack and unpack. `sweep` is the harness behind QUANT_ONLY=1: Hessians once, then
 rebuilding and evaluation for every point of every curve (settings as in the environment, which
 holds for all points); a table, a .json and a .png beside it. `gap` is what quantization adds to the
 loss, in nats a token, on the training rows that neither training nor the Hessians have seen
-(QUANT_CHECK_ROWS of them): a low error on the calibration rows alone is no evidence. `rate` draws
-distortion against rate for one matrix of each kind, for each of METHODS, beside the bound of
-information theory: bits a weight are those of the packed file, steps and header included.
+(QUANT_CHECK_ROWS of them): a low error on the calibration rows alone is no evidence. Points with
+GPTQ_ROW_POWER need a model.pt whose training had it above 0 (1e-9 changes no step, and is enough).
+`rate` draws distortion against rate for one matrix of each kind, for each of METHODS, beside the
+bound of information theory: bits a weight are those of the packed file, steps and header included.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import os
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -138,10 +140,11 @@ def check_points(points: list[str]) -> None:
 class Sweep:
     """One checkpoint, its Hessians, and its loss on the rows that were held out.
 
-    A thread packs meanwhile.
+    points: the "NAME=VALUE ..." that it will measure. A thread packs meanwhile. SettingError for
+    points with GPTQ_ROW_POWER where the checkpoint has no row gradients.
     """
 
-    def __init__(self, checkpoint: Path, compressor: str):
+    def __init__(self, checkpoint: Path, compressor: str, points: Sequence[str] = ()):
         self.hp = train_gpt.Hyperparameters.from_env(guard=RunGuard())
         self.hp = (
             self.hp
@@ -150,9 +153,15 @@ class Sweep:
         )
         self.dist = dist = train_gpt.Dist(self.hp.device)
         hp, dtype = self.hp, torch.bfloat16 if dist.device.type == "cuda" else torch.float32
-        ops = train_gpt.select_ops(hp, dist.device, dtype)
+        with_row_power = any(self.settings_at(point).gptq_row_power for point in points)
+        with_trellis = dataclasses.replace(hp, gptq_trellis=True)  # points may take it
+        ops = train_gpt.select_ops(with_trellis, dist.device, dtype)
         self.model = train_gpt.GPT(hp, ops, dtype).to(dist.device)
         train_gpt.load_checkpoint(checkpoint, self.model)
+        if with_row_power and not self.model.row_gradients:
+            raise train_gpt.SettingError(
+                f"GPTQ_ROW_POWER: {checkpoint} has no row gradients, train with GPTQ_ROW_POWER=1e-9"
+            )
         self.evaluator = train_gpt.Evaluator(self.model, train_gpt.ValidationSet(hp), hp, dist)
         loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
         self.hessians = train_gpt.collect_hessians(self.model, loader, hp, dist)
@@ -162,13 +171,17 @@ class Sweep:
         self.loader, self.packing = loader, ThreadPoolExecutor(1)
         self.fp32_loss = train_gpt.held_out_loss(self.model, loader, hp, dist)
 
+    def settings_at(self, point: str) -> train_gpt.Hyperparameters:
+        """The settings of a point, "NAME=VALUE ..."."""
+        environ = dict(os.environ, COMPRESSOR=self.hp.compressor) | settings_of(point.split())
+        return train_gpt.Hyperparameters.from_env(environ, RunGuard())
+
     def measure(self, settings: str) -> dict:
         """Quantizes under "NAME=VALUE ..." -> the file and its figures.
 
         They are: bytes of the file to come, BPB, gap, mean relative weighted error.
         """
-        environ = dict(os.environ, COMPRESSOR=self.hp.compressor) | settings_of(settings.split())
-        hp = train_gpt.Hyperparameters.from_env(environ, RunGuard())
+        hp = self.settings_at(settings)
         start = time.perf_counter()
         arrays = train_gpt.quantize_weights(
             self.weights,
@@ -332,8 +345,9 @@ def main() -> None:
         return compare_codes(options.artifact, options.compressors)
     if options.command == "rate":
         return compare_rates(options.checkpoint, options.layer, options.out)
-    check_points([settings for _, *points in options.curve for settings in points])
-    harness, curves = Sweep(options.checkpoint, "entropy"), defaultdict(list)
+    points = [settings for _, *points in options.curve for settings in points]
+    check_points(points)
+    harness, curves = Sweep(options.checkpoint, "entropy", points), defaultdict(list)
     print(
         f"fp32: bpb {harness.evaluator.evaluate_bpb()['bpb']:.6f}  held-out loss"
         f" {harness.fp32_loss}",

@@ -17,16 +17,20 @@ from tests.test_artifact import model_arrays
 pytest.importorskip("brotli")
 
 
-def test_sweep_measures_bytes_error_and_bpb_of_every_point(
-    monkeypatch, tmp_path, tiny_data, ops, capsys
-):
-    pytest.importorskip("matplotlib")
+@pytest.fixture
+def model(monkeypatch, tmp_path, tiny_data, ops):
+    """A model of random weights, in model.pt, and the environment of a sweep over it."""
     for name, value in (TINY | {"data_path": tiny_data, "lqer_top_k": 0}).items():
         monkeypatch.setenv(name.upper(), str(int(value) if isinstance(value, bool) else value))
     model = train_gpt.GPT(tiny_hp(), ops, torch.float32)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     train_gpt.save_checkpoint(tmp_path / "model.pt", model, tiny_hp())
+    return model
+
+
+def test_sweep_measures_bytes_error_and_bpb_of_every_point(monkeypatch, tmp_path, model, capsys):
+    pytest.importorskip("matplotlib")
     shaped = "COMPRESSOR=entropy GPTQ_COLUMN_STEPS=1"
     command = ["bench", "sweep", str(tmp_path / "model.pt"), "--out", str(tmp_path / "sweep.png")]
     wide = "MLP_CLIP_SIGMAS=50 ATTN_CLIP_SIGMAS=50 EMBED_CLIP_SIGMAS=50"
@@ -42,6 +46,28 @@ def test_sweep_measures_bytes_error_and_bpb_of_every_point(
     assert all(-0.1 < point["gap"] < 0.1 for point in (near, coarse, ours))
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     assert abs(near["bpb"] - float(capsys.readouterr().out.split()[2])) < 0.05
+
+
+def test_a_sweep_of_row_power_needs_row_gradients(tmp_path, model):
+    """Without them all its points would have given the same bytes."""
+    points = ["", "GPTQ_ROW_POWER=0.5"]
+    with pytest.raises(train_gpt.SettingError, match=r"model\.pt has no row gradients"):
+        bench_bytes.Sweep(tmp_path / "model.pt", "entropy", points)
+    model.row_gradients = {
+        name: torch.rand(len(w))
+        for name, w in train_gpt.unbank(model).items()
+        if train_gpt.quant_role(name)
+    }
+    train_gpt.save_checkpoint(tmp_path / "model.pt", model, tiny_hp())
+    sweep = bench_bytes.Sweep(tmp_path / "model.pt", "entropy", points)
+    without, half = (sweep.measure(point) for point in points)
+    assert without["weighted_error"] != half["weighted_error"]
+
+
+def test_the_points_of_a_sweep_have_the_trellis_that_its_environment_lacks(tmp_path, model):
+    """Its reference is a loop in Python, which takes minutes on a real model."""
+    sweep = bench_bytes.Sweep(tmp_path / "model.pt", "entropy")
+    assert not sweep.hp.gptq_trellis and "trellis_round" in sweep.model.ops.names
 
 
 @pytest.mark.parametrize(

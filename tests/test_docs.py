@@ -242,7 +242,8 @@ def test_every_key_of_result_is_described(source):
         | assigned(source["Stages.result"], "result")
         | keys_of(source["Trainer.summary"])
     )
-    produced |= keys_of(source["operations"])  # **ops.names
+    operations = source["operations"]
+    produced |= keys_of(operations) | assigned(operations, "needed")  # **ops.names
     assert {"version", "violations", "steps", "attention", "peak_memory_bytes"} <= produced
     # Stages and Trainer.train put these into what Trainer.summary made
     assert described("Keys") == produced | {
