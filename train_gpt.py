@@ -276,16 +276,6 @@ class Hyperparameters:
     gptq_trellis: bool = env(
         False, "with column steps: trellis-coded quantization, eight states along a column's rows"
     )
-    gptq_row_power: float = env(
-        0.0,
-        "weight of a row's gradients in its step size, gathered in training where it is not 0;"
-        " 0: its deviation alone",
-        least=0,
-        most=1,
-    )
-    gptq_row_octaves: float = env(
-        1.0, "maximum log2 change of a matrix row's step by its gradients", least=0
-    )
     quant_check_rows: int = env(
         2, "training rows held out to check the quantized model's loss; 0: no check", least=0
     )
@@ -3280,7 +3270,6 @@ class GPT(nn.Module):
         self.hp = hp
         self.ops = ops
         self.dtype = dtype
-        self.row_gradients = {}  # see RowGradients; empty: not known
         self.make_parameters()
         # Four equal numbers a layer: kernels want aligned rows
         scales = [[(layer + 1) ** -0.5] * 4 for layer in range(hp.num_layers)]
@@ -3661,23 +3650,18 @@ def linear(x, w, tap, site):
     return y if tap is None else tap(site, x, y)
 
 
-def by_saved_name(tensors, num_layers):
-    """{parameter of GPT: tensor} -> {saved name: view}, with banks taken apart into matrices."""
-    found = {}
-    for name, tensor in tensors.items():
-        if name not in BANKS:
-            found[HEAD_NAMES.get(name, name)] = tensor
-            continue
-        parts = tensor.split(num_layers)
-        for kind, matrices in zip(BANKS[name], parts, strict=True):
-            for layer, matrix in enumerate(matrices):
-                found[kind.saved_name.format(layer)] = matrix
-    return found
-
-
 def unbank(model):
     """GPT -> {saved name: fp32 view}, with the banks taken apart into matrices."""
-    return by_saved_name(model.state_dict(), model.hp.num_layers)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if name not in BANKS:
+            state[HEAD_NAMES.get(name, name)] = tensor
+            continue
+        parts = tensor.split(model.hp.num_layers)
+        for kind, matrices in zip(BANKS[name], parts, strict=True):
+            for layer, matrix in enumerate(matrices):
+                state[kind.saved_name.format(layer)] = matrix
+    return state
 
 
 def rebank(model, state):
@@ -3896,48 +3880,6 @@ class EMA:
         torch._foreach_copy_(self.parameters, self.average)
 
 
-class RowGradients:
-    """Mean squared gradients of the rows of all matrices, over the last steps of training.
-
-    They say how much an error in a row costs, also through the passes of a loop and both uses of a
-    tied embedding. With GPTQ_ROW_POWER they are added up from the gradients that a step has anyway.
-    """
-
-    SHARE = 0.05  # of training, at its end
-
-    def __init__(self, model):
-        self.num_layers = model.hp.num_layers
-        self.matrices = {}
-        for name, parameter in model.named_parameters():
-            if name in BANKS or name in HEAD_NAMES:
-                self.matrices[name] = parameter
-        self.sums = []
-        for matrix in self.matrices.values():
-            shape = matrix.shape[:-1]
-            self.sums.append(torch.zeros(shape, dtype=torch.float32, device=matrix.device))
-        self.num_steps = 0
-
-    @torch.no_grad()
-    def add(self):
-        """Adds this rank's gradients, before the optimizer reduces them over the ranks."""
-        for total, matrix in zip(self.sums, self.matrices.values(), strict=True):
-            total += matrix.grad.float().square().mean(dim=-1)
-        self.num_steps += 1
-
-    def mean_over_ranks(self, dist):
-        """Makes the sums of all ranks their mean, which is what a training state keeps."""
-        for total in self.sums:
-            total.copy_(dist.all_reduce(total / dist.world_size))
-
-    def means(self, dist):
-        """{saved name: (rows,)}, the same on every rank; empty if no step was added."""
-        if not self.num_steps:
-            return {}
-        self.mean_over_ranks(dist)
-        means = [total / self.num_steps for total in self.sums]
-        return by_saved_name(dict(zip(self.matrices, means, strict=True)), self.num_layers)
-
-
 # ---- SCHEDULE ------------------------------------------------------------------------------------
 # Pure functions of the training fraction in [0, 1] or of the step, so that every rank computes the
 # same values.
@@ -4050,7 +3992,6 @@ class Trainer:
         self.guard = guard
         self.optimizers = Optimizers(model, hp, dist)
         self.ema = EMA(model, hp.ema_decay)
-        self.row_gradients = RowGradients(model)
         self.forward = compiled(model.forward, hp, dist, graphs=hp.train_cuda_graphs)
         # Position in training; training states hold these two, so that a run can be resumed
         self.looping = loop_is_on(0.0, hp)  # in the last step
@@ -4071,8 +4012,6 @@ class Trainer:
             loss.backward()
             total += loss.detach()
         self.guard.watch(self.model, total)
-        if hp.gptq_row_power and progress >= 1 - RowGradients.SHARE:
-            self.row_gradients.add()
         self.optimizers.step(progress, step)
         self.update_average(step, progress)
         return total
@@ -4088,7 +4027,7 @@ class Trainer:
     def warm_up(self):
         """Compiles every graph by throw-away steps, then restores the run bit for bit.
 
-        Restored are weights, optimizers, weight average, row gradients and random state.
+        Restored are weights, optimizers, weight average and random state.
         """
         weights = [p.detach().clone() for p in self.model.parameters()]
         rng = torch.get_rng_state()
@@ -4100,7 +4039,6 @@ class Trainer:
         torch.set_rng_state(rng)
         self.optimizers = Optimizers(self.model, self.hp, self.dist)
         self.ema = EMA(self.model, self.hp.ema_decay)
-        self.row_gradients = RowGradients(self.model)
 
     def train(self, evaluate):
         """Trains until the time budget or ITERATIONS end -> figures for RESULT.
@@ -4154,7 +4092,6 @@ class Trainer:
             )
         self.log_step(step, losses[-1], seconds, self.progress(step, seconds), self.looping)
         self.ema.copy_to_model()
-        self.model.row_gradients = self.row_gradients.means(self.dist)
         resumed = {"resumed_at_step": first} if hp.resume else {}
         return self.summary(step, seconds, losses) | resumed
 
@@ -4432,10 +4369,10 @@ class ColumnSteps(NamedTuple):
 def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, columns=None):
     """GPTQ (arXiv:2210.17323) of w (N, R, C) with Hessians (N, C, C) -> QuantizedMatrices.
 
-    SDClip sets the step sizes of rows: clip_sigmas, a number or (N, R), standard deviations of the
-    original row reach the largest code. With ColumnSteps nothing is clipped, because codes may be
-    wide (split_wide_codes). ValueError with the names of matrices whose Hessian is infinite or
-    cannot be made positive definite.
+    SDClip sets the step sizes of rows: clip_sigmas standard deviations of the original row reach
+    the largest code. With ColumnSteps nothing is clipped, because codes may be wide
+    (split_wide_codes). ValueError with the names of matrices whose Hessian is infinite or cannot be
+    made positive definite.
     """
     infinite = [name for name, h in zip(names, hessian, strict=True) if h.isinf().any()]
     if infinite:  # the codes would be noise
@@ -4559,36 +4496,7 @@ def share_matrices(matrices, world_size):
     return balance(by_cost, cost.get, world_size)
 
 
-def row_factors(w, gradients, power, octaves):
-    """Factors (N, R) of the row steps of w (N, R, C), from mean squared row gradients (N, R).
-
-    An error in a row costs in proportion to its mean squared gradient g. Steps proportional to
-    sigma^(1 - power) g^(-power / 2) lie between equal relative errors (0) and equal costs (1). The
-    factors have a geometric mean of 1, so that the bits stay about equal, and a log2 of at most
-    `octaves`.
-    """
-    costs = w.var(dim=2) * gradients
-    log2 = -0.5 * power * costs.clamp_min(torch.finfo(torch.float32).tiny).log2()
-    log2 = log2 - log2.mean(dim=1, keepdim=True)
-    return log2.clamp(-octaves, octaves).exp2()
-
-
-EMBEDDING_ROW_OCTAVES = 4.0  # rows of rare tokens may have far coarser steps than the others
-
-
-def clips_of_rows(w, batch, clip_sigmas, row_gradients, hp):
-    """The clips for a batch of matrices w (N, R, C): clip_sigmas, or (N, R) by GPTQ_ROW_POWER."""
-    if not hp.gptq_row_power or not row_gradients:
-        return clip_sigmas
-    gradients = torch.stack([row_gradients[name].to(w.device) for name in batch])
-    is_embedding = quant_role(batch[0]) == EMBEDDING_ROLE
-    octaves = EMBEDDING_ROW_OCTAVES if is_embedding else hp.gptq_row_octaves
-    return clip_sigmas * row_factors(w, gradients, hp.gptq_row_power, octaves)
-
-
-def quantize_matrices(
-    names, weights, hessians, hp, trellis_round=trellis_round_ref, row_gradients=None
-):
+def quantize_matrices(names, weights, hessians, hp, trellis_round=trellis_round_ref):
     """GPTQ of the named matrices -> {name: its fields}, {name: error W - dequantized W (R, C)}.
 
     Matrices with the same shape and settings are quantized as one batch.
@@ -4610,7 +4518,7 @@ def quantize_matrices(
             w,
             h,
             bits,
-            clips_of_rows(w, batch, clip_sigmas, row_gradients, hp),
+            clip_sigmas,
             hp.gptq_damp,
             hp.gptq_block_size,
             batch,
@@ -4659,9 +4567,7 @@ def merge_dicts(dicts):
 
 
 @torch.no_grad()
-def quantize_weights(
-    weights, hessians, hp, dist, trellis_round=trellis_round_ref, row_gradients=None
-):
+def quantize_weights(weights, hessians, hp, dist, trellis_round=trellis_round_ref):
     """Saved weights and Hessians (C, C), by name -> numpy arrays "name:field", on every rank.
 
     Fields: codes, scale, column_steps, fine_*, trellis; LQER_FIELDS; fp16. trellis_round is the
@@ -4673,9 +4579,7 @@ def quantize_weights(
     matrices = {name: w for name, w in weights.items() if quant_role(name)}
     try:
         mine = share_matrices(matrices, dist.world_size)[dist.rank]
-        fields, errors = quantize_matrices(
-            mine, weights, hessians, hp, trellis_round, row_gradients
-        )
+        fields, errors = quantize_matrices(mine, weights, hessians, hp, trellis_round)
         outcome = {name: error.norm().item() for name, error in errors.items()}
     except ValueError as error:  # goes to the other ranks, which would wait for this one's part
         outcome = str(error)
@@ -6902,27 +6806,11 @@ def check_all(hp, dist, guard=NO_GUARD):
 
 
 def save_checkpoint(path, model, hp):
-    """Writes the averaged fp32 weights, the settings of their training, row gradients if any."""
+    """Writes the averaged fp32 weights and the settings that they were trained with."""
     weights = {name: tensor.cpu() for name, tensor in unbank(model).items()}
-    gradients = {name: tensor.cpu() for name, tensor in model.row_gradients.items()}
-    checkpoint = {
-        "weights": weights,
-        "settings": dataclasses.asdict(hp),
-        "row_gradients": gradients,
-    }
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
+    torch.save({"weights": weights, "settings": dataclasses.asdict(hp)}, buffer)
     write_atomically(path, buffer.getvalue())
-
-
-def checked_row_gradients(gradients, model):
-    """The row gradients of a checkpoint, {} or one for each matrix. Raises ValueError else."""
-    weights = unbank(model)
-    wanted = {name: w.shape[:1] for name, w in weights.items() if quant_role(name)}
-    given = {name: tensor.shape for name, tensor in gradients.items()}
-    if given and given != wanted:
-        raise ValueError("the row gradients do not fit the matrices")
-    return gradients
 
 
 def load_checkpoint(path, model):
@@ -6930,7 +6818,6 @@ def load_checkpoint(path, model):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         rebank(model, checkpoint["weights"])
-        model.row_gradients = checked_row_gradients(checkpoint.get("row_gradients", {}), model)
     except Exception as error:  # a damaged file makes torch raise errors of many classes
         raise DataError(f"checkpoint {path}: {error!r:.300}") from None
 
@@ -7016,9 +6903,7 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
     def quantize(hp):
         started = time.perf_counter()
         with log.stage("quantize"):
-            arrays = quantize_weights(
-                check.weights, hessians, hp, dist, model.ops.trellis_round, model.row_gradients
-            )
+            arrays = quantize_weights(check.weights, hessians, hp, dist, model.ops.trellis_round)
         quantize_seconds.append(time.perf_counter() - started)
         return arrays
 
@@ -7032,11 +6917,6 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
         return Quantized(hp, arrays, file)
 
     quantize_seconds = []
-    if hp.gptq_row_power and not model.row_gradients:
-        log(
-            "note: GPTQ_ROW_POWER needs row gradients, which a training with it above 0 gathers:"
-            " steps follow the rows' deviations alone"
-        )
     with log.stage("hessians"):
         hessians = collect_hessians(model, loader, hp, dist)
     check = QuantizationCheck(model, loader, hp, dist, log)
@@ -7232,7 +7112,6 @@ class Stages:
         run_checks(self.dist, [load])
         for parameter in self.model.parameters():
             self.dist.broadcast(parameter.detach())
-        self.model.row_gradients = self.dist.all_gather_object(self.model.row_gradients)[0]
 
     def train(self):
         """Stages warm_up and train, then model.pt."""

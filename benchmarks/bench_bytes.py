@@ -14,8 +14,7 @@ pack and unpack. `sweep` is the harness behind QUANT_ONLY=1: Hessians once, then
 rebuilding and evaluation for every point of every curve (settings as in the environment, which
 holds for all points); a table, a .json and a .png beside it. `gap` is what quantization adds to the
 loss, in nats a token, on the training rows that neither training nor the Hessians have seen
-(QUANT_CHECK_ROWS of them): a low error on the calibration rows alone is no evidence. Points with
-GPTQ_ROW_POWER need a model.pt whose training had it above 0 (1e-9 changes no step, and is enough).
+(QUANT_CHECK_ROWS of them): a low error on the calibration rows alone is no evidence.
 `rate` draws distortion against rate for one matrix of each kind, for each of METHODS, beside the
 bound of information theory: bits a weight are those of the packed file, steps and header included.
 """
@@ -27,7 +26,6 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -110,8 +108,6 @@ SWEPT = (
     "gptq_column_steps",
     "gptq_column_octaves",
     "gptq_trellis",
-    "gptq_row_power",
-    "gptq_row_octaves",
     "gated_attn_quant_gate",
     "lqer_enabled",
     "lqer_top_k",
@@ -140,11 +136,10 @@ def check_points(points: list[str]) -> None:
 class Sweep:
     """One checkpoint, its Hessians, and its loss on the rows that were held out.
 
-    points: the "NAME=VALUE ..." that it will measure. A thread packs meanwhile. SettingError for
-    points with GPTQ_ROW_POWER where the checkpoint has no row gradients.
+    A thread packs meanwhile.
     """
 
-    def __init__(self, checkpoint: Path, compressor: str, points: Sequence[str] = ()):
+    def __init__(self, checkpoint: Path, compressor: str):
         self.hp = train_gpt.Hyperparameters.from_env(guard=RunGuard())
         self.hp = (
             self.hp
@@ -153,15 +148,10 @@ class Sweep:
         )
         self.dist = dist = train_gpt.Dist(self.hp.device)
         hp, dtype = self.hp, torch.bfloat16 if dist.device.type == "cuda" else torch.float32
-        with_row_power = any(self.settings_at(point).gptq_row_power for point in points)
         with_trellis = dataclasses.replace(hp, gptq_trellis=True)  # points may take it
         ops = train_gpt.select_ops(with_trellis, dist.device, dtype)
         self.model = train_gpt.GPT(hp, ops, dtype).to(dist.device)
         train_gpt.load_checkpoint(checkpoint, self.model)
-        if with_row_power and not self.model.row_gradients:
-            raise train_gpt.SettingError(
-                f"GPTQ_ROW_POWER: {checkpoint} has no row gradients, train with GPTQ_ROW_POWER=1e-9"
-            )
         self.evaluator = train_gpt.Evaluator(self.model, train_gpt.ValidationSet(hp), hp, dist)
         loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
         self.hessians = train_gpt.collect_hessians(self.model, loader, hp, dist)
@@ -189,7 +179,6 @@ class Sweep:
             hp,
             self.dist,
             self.model.ops.trellis_round,
-            self.model.row_gradients,
         )
         quantized = time.perf_counter()
         size = self.packing.submit(lambda: len(train_gpt.pack_weights(arrays, hp.compressor)))
@@ -345,9 +334,8 @@ def main() -> None:
         return compare_codes(options.artifact, options.compressors)
     if options.command == "rate":
         return compare_rates(options.checkpoint, options.layer, options.out)
-    points = [settings for _, *points in options.curve for settings in points]
-    check_points(points)
-    harness, curves = Sweep(options.checkpoint, "entropy", points), defaultdict(list)
+    check_points([settings for _, *points in options.curve for settings in points])
+    harness, curves = Sweep(options.checkpoint, "entropy"), defaultdict(list)
     print(
         f"fp32: bpb {harness.evaluator.evaluate_bpb()['bpb']:.6f}  held-out loss"
         f" {harness.fp32_loss}",

@@ -691,8 +691,8 @@ MODEL = [
     Mutant(
         "saved-matrices-of-the-wrong-layer",
         TRAINER,
-        "                found[kind.saved_name.format(layer)] = matrix\n",
-        "                found[kind.saved_name.format(len(matrices) - 1 - layer)] = matrix\n",
+        "                state[kind.saved_name.format(layer)] = matrix\n",
+        "                state[kind.saved_name.format(len(matrices) - 1 - layer)] = matrix\n",
         "tests/test_model.py::test_saved_names_hold_one_matrix_each",
     ),
 ]
@@ -857,9 +857,8 @@ TRAINING = [
     Mutant(
         "warm-up-keeps-its-average",
         TRAINER,
-        "        self.ema = EMA(self.model, self.hp.ema_decay)\n"
-        "        self.row_gradients = RowGradients(self.model)\n\n",
-        "        self.row_gradients = RowGradients(self.model)\n\n",
+        "        self.ema = EMA(self.model, self.hp.ema_decay)\n",
+        "",
         "tests/test_training.py::test_warm_up_trains_in_both_loop_states_and_restores_every_bit",
     ),
     Mutant(

@@ -48,22 +48,6 @@ def test_sweep_measures_bytes_error_and_bpb_of_every_point(monkeypatch, tmp_path
     assert abs(near["bpb"] - float(capsys.readouterr().out.split()[2])) < 0.05
 
 
-def test_a_sweep_of_row_power_needs_row_gradients(tmp_path, model):
-    """Without them all its points would have given the same bytes."""
-    points = ["", "GPTQ_ROW_POWER=0.5"]
-    with pytest.raises(train_gpt.SettingError, match=r"model\.pt has no row gradients"):
-        bench_bytes.Sweep(tmp_path / "model.pt", "entropy", points)
-    model.row_gradients = {
-        name: torch.rand(len(w))
-        for name, w in train_gpt.unbank(model).items()
-        if train_gpt.quant_role(name)
-    }
-    train_gpt.save_checkpoint(tmp_path / "model.pt", model, tiny_hp())
-    sweep = bench_bytes.Sweep(tmp_path / "model.pt", "entropy", points)
-    without, half = (sweep.measure(point) for point in points)
-    assert without["weighted_error"] != half["weighted_error"]
-
-
 def test_the_points_of_a_sweep_have_the_trellis_that_its_environment_lacks(tmp_path, model):
     """Its reference is a loop in Python, which takes minutes on a real model."""
     sweep = bench_bytes.Sweep(tmp_path / "model.pt", "entropy")

@@ -28,7 +28,14 @@ PAGES = [
 ]
 SETTINGS = {name.upper() for name in presets.published.Hyperparameters.__dataclass_fields__}
 # of which the pages say that they are gone
-REMOVED = {"DOC_SHUFFLE_ENABLED", "HESSIAN_CLIP_LAMBDA", "LQER_WEIGHTED", "MUON_GRAM_ENABLED"}
+REMOVED = {
+    "DOC_SHUFFLE_ENABLED",
+    "GPTQ_ROW_OCTAVES",
+    "GPTQ_ROW_POWER",
+    "HESSIAN_CLIP_LAMBDA",
+    "LQER_WEIGHTED",
+    "MUON_GRAM_ENABLED",
+}
 OTHER_VARIABLES = {
     "SOAK",
     "TORCH_INDEX_URL",

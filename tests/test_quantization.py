@@ -93,7 +93,6 @@ def settings(**changes):
         lqer_asym_enabled=True, lqer_asym_group=64, lqer_factor_bits=4, gated_attn_quant_gate=True
     )
     defaults |= dict(gptq_column_steps=False, gptq_column_octaves=2.0, gptq_trellis=False)
-    defaults |= dict(gptq_row_power=0.0, gptq_row_octaves=1.0)
     return SimpleNamespace(**(defaults | changes))
 
 

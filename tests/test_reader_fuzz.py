@@ -5,6 +5,7 @@ time. Artifacts that are wrong under digests that are right have a file of their
 test_artifact_fuzz.py.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -128,6 +129,19 @@ def test_a_damaged_checkpoint_is_loaded_or_refused(place, trainer):
         only_ours(train_gpt.load_checkpoint, path, trainer.model)
 
     read()
+
+
+def test_a_checkpoint_of_an_older_version_with_more_in_it_is_loaded(place, trainer):
+    """Versions of a few days kept row gradients in it, and had settings that are gone."""
+    saved = torch.load(place / "model.pt", weights_only=True)
+    saved["row_gradients"] = {"tok_emb.weight": torch.ones(3)}
+    saved["settings"]["gptq_row_power"] = 0.5
+    torch.save(saved, place / "older.pt")
+    model = train_gpt.GPT(trainer.hp, OPS, torch.float32)
+    train_gpt.load_checkpoint(place / "older.pt", model)
+    assert torch.equal(model.tok_emb, trainer.model.tok_emb)
+    hp = dataclasses.replace(trainer.hp, quant_only=True, resume=False)
+    assert guard.compare_settings(place / "older.pt", hp)[0] == []
 
 
 def test_a_damaged_state_with_a_right_digest_is_loaded_or_refused(place, trainer):

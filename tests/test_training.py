@@ -471,21 +471,6 @@ def test_warm_up_trains_in_both_loop_states_and_restores_every_bit(tiny_data, mo
     assert not any(p.grad.any() for p in trainer.model.parameters())
 
 
-def test_warm_up_at_the_end_of_the_schedule_leaves_no_row_gradients(tiny_data, monkeypatch):
-    """presets/published.py compiles the graph of QAT_BELOW_LR by such steps."""
-    trainer = trainer_of(tiny_data, warmup_steps=1, gptq_row_power=1.0)
-    steps = []
-
-    def last_step(step, looping):
-        trainer.train_step(step, 1.0, looping)
-        steps.append(trainer.row_gradients.num_steps)
-
-    monkeypatch.setattr(trainer, "warm_up_step", last_step)
-    trainer.warm_up()
-    assert steps == [1, 2] and trainer.row_gradients.num_steps == 0
-    assert not any(total.any() for total in trainer.row_gradients.sums)
-
-
 def test_training_after_a_warm_up_equals_training_without(tiny_data):
     """Rows, weights, average, momentum, all as if no warm-up had been."""
     results = []

@@ -243,7 +243,6 @@ def save_state(trainer, step, seconds, losses, name=None):
     dist = trainer.dist
     log = trainer.log
     name = name or f"state-{step:08d}.pt"
-    trainer.row_gradients.mean_over_ranks(dist)
     state = {
         "settings": dataclasses.asdict(trainer.hp),
         "step": step,
@@ -257,8 +256,6 @@ def save_state(trainer, step, seconds, losses, name=None):
         "rng": torch.get_rng_state(),
         "looping": trainer.looping,
         "tokens_at": trainer.tokens_at,
-        "row_gradients": trainer.row_gradients.sums,
-        "row_gradient_steps": trainer.row_gradients.num_steps,
     }
     if dist.rank != 0:
         return
@@ -353,11 +350,6 @@ def restore(trainer, state):
     for average, saved in zip(ema.average, state["average"], strict=True):
         average.copy_(saved)
     ema.snapshots = int(state["snapshots"])
-    if "row_gradients" in state:  # older states have none
-        rows = trainer.row_gradients
-        for total, saved in zip(rows.sums, state["row_gradients"], strict=True):
-            total.copy_(saved)
-        rows.num_steps = int(state["row_gradient_steps"])
     adamw.load_state_dict(adamw.state_dict() | {"state": state["adamw"]})
     torch.set_rng_state(state["rng"])
     losses = list((state["losses"] / dist.world_size).to(dist.device))  # the ranks add them again
