@@ -1,6 +1,6 @@
 """Train, quantize, pack and score a small language model: a complete Parameter Golf submission.
 
-    text -> shards (prepare_caseops_data.py) -> train -> EMA -> GPTQ + LQER -> artifact on disk
+    text -> shards (prepare_caseops_data.py) -> train -> EMA -> GPTQ -> artifact on disk
          -> rebuilt model -> bits per byte (BPB) of the validation documents
          -> the same with score-first test-time training (TTT)
 
@@ -285,14 +285,6 @@ class Hyperparameters:
         above=0,
     )
     gated_attn_quant_gate: bool = env(True, "attention gates as int8 per row; 0: fp16")
-    lqer_enabled: bool = env(True, "low-rank correction of the largest quantization errors")
-    lqer_top_k: int = env(3, "matrices that get a correction", least=0)
-    lqer_rank: int = env(4, "rank of a correction", least=1)
-    lqer_asym_enabled: bool = env(
-        True, "correction as int2 and int4 codes; 0: LQER_FACTOR_BITS for both factors"
-    )
-    lqer_asym_group: int = env(64, "codes that share a scale in the int4 factor", least=1)
-    lqer_factor_bits: int = env(4, "bits of the symmetric factors", least=2, most=8)
     target_bytes: int = env(
         0,
         "scale the clips until code + weights fit just under this, if they take at least half of"
@@ -470,6 +462,7 @@ INSTEAD = {
     "IHA_MIX_V": "nothing",
     "LATE_QAT_THRESHOLD": "QAT_BELOW_LR",
     "LOAD_MODEL_PATH": "QUANT_ONLY and CHECKPOINT_PATH",
+    "LQER_WEIGHTED": "nothing",
     "MTP_ENABLED": "nothing",
     "MTP_LOSS_WEIGHT": "nothing",
     "MTP_NUM_HEADS": "nothing",
@@ -497,7 +490,8 @@ INSTEAD = {
 }
 # Without these a run of this file alone would ignore the settings of a published system.
 PUBLISHED_SETTINGS = """ATTN_WINDOW ATTN_WINDOW_FULL_LAYERS BIGRAM_DIM BIGRAM_VOCAB_SIZE
-    CASEOPS_ENABLED EXTRA_EVAL_LOOPS GPTQ_SELF_CALIBRATION MARKER_FUSION_ENABLED MUON_HEAD_PAIRS
+    CASEOPS_ENABLED EXTRA_EVAL_LOOPS GPTQ_SELF_CALIBRATION LQER_ASYM_ENABLED LQER_ASYM_GROUP
+    LQER_ENABLED LQER_FACTOR_BITS LQER_RANK LQER_TOP_K MARKER_FUSION_ENABLED MUON_HEAD_PAIRS
     NGRAM_TILT_ENABLED PARTIAL_KEY_OFFSET QAT_BELOW_LR SWA_BELOW_LR SWA_EVERY TTT_EPOCHS TTT_METHOD
     TTT_SHORT_CHUNKS VALUE_EMBED_DIM VALUE_EMBED_LAYERS VALUE_RESIDUAL WD_SCHEDULE_ENABLED
     WD_SCHED_HIGH_FACTOR WD_SCHED_HOLD_FRAC WD_SCHED_LOW_FACTOR WD_SCHED_RAMP_FRAC""".split()
@@ -4142,8 +4136,9 @@ DAMPING_RETRIES = 4
 EXP2_EIGHTHS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])
 MAX_SHIFT = 7  # bits of a fine code, see split_wide_codes
 MAX_WIDE_CODE = 127 << MAX_SHIFT
-LQER_FIELDS = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
 MAX_FP16_ELEMENTS = 65_536  # a tensor with more elements must have a role in QUANT_TABLE
+# fields in the artifact of a weight that is not stored as fp16
+FIELDS = set("codes scale column_steps fine_codes fine_columns fine_shift trellis".split())
 
 
 class QuantRole(NamedTuple):
@@ -4340,18 +4335,6 @@ class QuantizedMatrices(NamedTuple):
     column_steps: Tensor | None = None  # (N, C): int8 codes of to_log2_eighths
     levels: Tensor | None = None  # (N, R, C): int16, of the trellis; a code is half its level
 
-    def weights(self):
-        """The weights (N, R, C) that the codes stand for, in float32."""
-        steps = self.codes if self.levels is None else self.levels / 2
-        return steps * self.step_sizes()
-
-    def step_sizes(self):
-        """The step size of every weight in float32, shape (N, R, 1) or (N, R, C)."""
-        rows = self.scale.float()[..., None]
-        if self.column_steps is None:
-            return rows
-        return from_log2_eighths(rows + self.column_steps[:, None])
-
 
 class ColumnSteps(NamedTuple):
     """What gptq_quantize needs to give columns steps of their own."""
@@ -4433,9 +4416,6 @@ def split_wide_codes(codes, column_steps):
     }
 
 
-# --- LQER
-
-
 def quantize_rows(x, low, high, max_level):
     """x (..., C) -> codes int8 (..., C) in [low, high], scale fp16 (...).
 
@@ -4444,46 +4424,6 @@ def quantize_rows(x, low, high, max_level):
     scale = (x.float().abs().amax(dim=-1) / max_level).clamp(*FP16_RANGE).half()
     codes = (x.float() / scale.float()[..., None]).round_().clamp_(low, high)
     return codes.to(torch.int8), scale
-
-
-def lqer_factors(error, rank):
-    """error (R, C) -> A (R, rank), B (rank, C) with the least Frobenius norm of error - A B.
-
-    LQER, arXiv:2402.02446.
-    """
-    u, s, vh = torch.linalg.svd(error.float(), full_matrices=False)
-    return u[:, :rank] * s[:rank], vh[:rank]
-
-
-def pack_factors(a, b, hp):
-    """LQER factors a (R, r), b (r, C) -> LQER_FIELDS: int8 codes and fp16 scales.
-
-    With LQER_ASYM_ENABLED a has 2 bits and one scale, b 4 bits and a scale for every
-    LQER_ASYM_GROUP elements; else, or if the groups do not divide b, both have LQER_FACTOR_BITS and
-    a scale for every row.
-    """
-    if hp.lqer_asym_enabled and b.numel() % hp.lqer_asym_group == 0:
-        a_codes, a_scale = quantize_rows(a.flatten(), -2, 1, 1.5)
-        groups = b.reshape(-1, hp.lqer_asym_group)  # a group may cross rows
-        b_codes, b_scale = quantize_rows(groups, -8, 7, 7.5)
-    else:
-        max_code = 2 ** (hp.lqer_factor_bits - 1) - 1
-        a_codes, a_scale = quantize_rows(a, -max_code, max_code, max_code)
-        b_codes, b_scale = quantize_rows(b, -max_code, max_code, max_code)
-    values = a_codes.view_as(a), a_scale, b_codes.view_as(b), b_scale
-    return dict(zip(LQER_FIELDS, values, strict=True))
-
-
-def unpack_factors(fields):
-    """LQER_FIELDS of a matrix in fp32 -> A (R, r), B (r, C)."""
-    a = fields["lqer_a"]
-    a_scale = fields["lqer_a_scale"]
-    b = fields["lqer_b"]
-    b_scale = fields["lqer_b_scale"]
-    if a_scale.ndim == 0:  # LQER_ASYM_ENABLED
-        groups = b.reshape(b_scale.size, -1) * b_scale[:, None]
-        return a * a_scale, groups.reshape(b.shape)
-    return a * a_scale[:, None], b * b_scale[:, None]
 
 
 # --- all weights of a model
@@ -4497,7 +4437,7 @@ def share_matrices(matrices, world_size):
 
 
 def quantize_matrices(names, weights, hessians, hp, trellis_round=trellis_round_ref):
-    """GPTQ of the named matrices -> {name: its fields}, {name: error W - dequantized W (R, C)}.
+    """GPTQ of the named matrices -> {name: its fields}.
 
     Matrices with the same shape and settings are quantized as one batch.
     """
@@ -4510,7 +4450,6 @@ def quantize_matrices(names, weights, hessians, hp, trellis_round=trellis_round_
     if hp.gptq_column_steps:
         columns = ColumnSteps(hp.gptq_column_octaves, trellis_round if hp.gptq_trellis else None)
     fields = {}
-    errors = {}
     for (_, bits, clip_sigmas), batch in batches.items():
         w = torch.stack([weights[name].float() for name in batch])
         h = torch.stack([hessians[name].float() for name in batch])
@@ -4524,15 +4463,13 @@ def quantize_matrices(names, weights, hessians, hp, trellis_round=trellis_round_
             batch,
             columns,
         )
-        error = w - quantized.weights()
         for i, name in enumerate(batch):
             fields[name] = {"codes": quantized.codes[i], "scale": quantized.scale[i]}
             if quantized.column_steps is not None:
                 fields[name] |= split_wide_codes(quantized.codes[i], quantized.column_steps[i])
             if quantized.levels is not None:
                 fields[name]["trellis"] = torch.ones((), dtype=torch.int8)
-            errors[name] = error[i]
-    return fields, errors
+    return fields
 
 
 def quantize_small(name, w, hp):
@@ -4570,32 +4507,25 @@ def merge_dicts(dicts):
 def quantize_weights(weights, hessians, hp, dist, trellis_round=trellis_round_ref):
     """Saved weights and Hessians (C, C), by name -> numpy arrays "name:field", on every rank.
 
-    Fields: codes, scale, column_steps, fine_*, trellis; LQER_FIELDS; fp16. trellis_round is the
-    model's operation for the trellis. Each matrix is quantized by one
-    rank, small tensors by rank 0, and LQER corrects the matrices with the largest errors over all
-    ranks. ValueError with the names of the tensors at fault, raised on all ranks.
+    Fields: FIELDS, or fp16. trellis_round is the model's operation for the trellis. Each matrix is
+    quantized by one rank, small tensors by rank 0. ValueError with the names of the tensors at
+    fault, raised on all ranks.
     """
     check_quantizable(weights, hessians)
     matrices = {name: w for name, w in weights.items() if quant_role(name)}
+    failure = ""
     try:
         mine = share_matrices(matrices, dist.world_size)[dist.rank]
-        fields, errors = quantize_matrices(mine, weights, hessians, hp, trellis_round)
-        outcome = {name: error.norm().item() for name, error in errors.items()}
+        fields = quantize_matrices(mine, weights, hessians, hp, trellis_round)
     except ValueError as error:  # goes to the other ranks, which would wait for this one's part
-        outcome = str(error)
-    outcomes = dist.all_gather_object(outcome)
-    failures = [outcome for outcome in outcomes if isinstance(outcome, str)]
+        failure = str(error)
+    failures = dist.all_gather_object(failure)
+    failures = [failure for failure in failures if failure]
     if failures:
         raise ValueError("; ".join(failures))
     if dist.rank == 0:
         for name in weights.keys() - matrices.keys():
             fields[name] = quantize_small(name, weights[name], hp)
-    if hp.lqer_enabled:
-        norms = merge_dicts(outcomes)
-        largest_first = sorted(norms, key=lambda name: (-norms[name], name))
-        for name in set(largest_first[: hp.lqer_top_k]) & set(errors):
-            a, b = lqer_factors(errors[name], hp.lqer_rank)
-            fields[name] |= pack_factors(a, b, hp)
     arrays = {}
     for name, tensors in fields.items():
         arrays[name] = {field: tensor.cpu().numpy() for field, tensor in tensors.items()}
@@ -4619,16 +4549,7 @@ def fields_fit(shapes):
         return False
     if "fine_codes" in shapes and "column_steps" not in shapes:
         return False  # join_wide_codes checks their shapes
-    if "trellis" in shapes and (shapes["trellis"] != () or "column_steps" not in shapes):
-        return False
-    if not shapes.keys() & set(LQER_FIELDS):
-        return True
-    a, b = shapes.get("lqer_a"), shapes.get("lqer_b")
-    if not a or not b or (a[0], *b[1:]) != codes or a[1:] != b[:1]:
-        return False
-    scales = shapes.get("lqer_a_scale"), shapes.get("lqer_b_scale")
-    is_asymmetric = scales[0] == () and scales[1] is not None and len(scales[1]) == 1
-    return is_asymmetric or scales == (a[:1], b[:1])
+    return "trellis" not in shapes or (shapes["trellis"] == () and "column_steps" in shapes)
 
 
 def table_steps(codes):
@@ -4666,6 +4587,10 @@ def join_wide_codes(name, fields):
 
 def dequantize_fields(name, fields):
     """Fields of a weight in float32 -> the weight in float32. ValueError if they do not fit."""
+    if unknown := sorted(fields.keys() - FIELDS - {"fp16"}):
+        raise ValueError(
+            f"{name}: unknown fields {', '.join(unknown)}; presets/published.py reads those of LQER"
+        )
     shapes = {field: array.shape for field, array in fields.items()}
     if not fields_fit(shapes):
         raise ValueError(f"{name}: no weight can be made of the fields {shapes}")
@@ -4677,14 +4602,8 @@ def dequantize_fields(name, fields):
         codes, column_steps = join_wide_codes(name, fields)
         if "trellis" in fields:
             codes = trellis_levels(codes) / 2
-        w = codes * table_steps(scale + column_steps)
-    else:
-        w = codes * scale
-    if "lqer_a" in fields:
-        a, b = unpack_factors(fields)
-        for r in range(a.shape[1]):
-            w += a[:, r, None] * b[r]
-    return w
+        return codes * table_steps(scale + column_steps)
+    return codes * scale
 
 
 def dequantize_weights(arrays):
@@ -6887,7 +6806,7 @@ def seconds_after_training(log):
 
 
 def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seconds=0.0):
-    """Hessians, then GPTQ and LQER on all ranks, then one file, written by rank 0.
+    """Hessians, then GPTQ on all ranks, then one file, written by rank 0.
 
     training_seconds: already used of MAX_WALLCLOCK_SECONDS; 0 if nothing was trained. Returns
     figures for RESULT.

@@ -109,12 +109,6 @@ SWEPT = (
     "gptq_column_octaves",
     "gptq_trellis",
     "gated_attn_quant_gate",
-    "lqer_enabled",
-    "lqer_top_k",
-    "lqer_rank",
-    "lqer_asym_enabled",
-    "lqer_asym_group",
-    "lqer_factor_bits",
     "compressor",
 )
 
@@ -241,7 +235,7 @@ def measure_rates(harness: Sweep, name: str) -> dict[str, list[tuple[float, floa
     for method, settings in METHODS.items():
         for factor in CLIP_FACTORS:
             clips = {clip: factor * getattr(harness.hp, clip) for clip in CLIPS}
-            hp = dataclasses.replace(harness.hp, lqer_enabled=False, **settings, **clips)
+            hp = dataclasses.replace(harness.hp, **settings, **clips)
             arrays = train_gpt.quantize_weights(
                 {name: w}, {name: hessian}, hp, harness.dist, harness.model.ops.trellis_round
             )

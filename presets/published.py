@@ -107,6 +107,14 @@ class Hyperparameters(train_gpt.Hyperparameters):
     wd_sched_low_factor: float = env(0.50, "lowest decay factor", least=0)
     wd_sched_high_factor: float = env(1.75, "decay factor at the end", least=0)
     gptq_self_calibration: bool = env(False, "these rows are written by the model itself (PR 1512)")
+    lqer_enabled: bool = env(False, "low-rank correction of the largest quantization errors")
+    lqer_top_k: int = env(3, "matrices that get a correction", least=0)
+    lqer_rank: int = env(4, "rank of a correction", least=1)
+    lqer_asym_enabled: bool = env(
+        True, "correction as int2 and int4 codes; 0: LQER_FACTOR_BITS for both factors"
+    )
+    lqer_asym_group: int = env(64, "codes that share a scale in the int4 factor", least=1)
+    lqer_factor_bits: int = env(4, "bits of the symmetric factors", least=2, most=8)
     ttt_method: str = env(
         "lora",
         "lora: an adapter a document; sgd: all weights, by chunks",
@@ -676,6 +684,107 @@ def table_hessians(model):
     return {name: torch.eye(width, device=model.tok_emb.device) for name, width in widths.items()}
 
 
+LQER_FIELDS = "lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale"
+own_quantize_weights = train_gpt.quantize_weights
+own_dequantize_fields = train_gpt.dequantize_fields
+
+
+def lqer_factors(error, rank):
+    """error (R, C) -> A (R, rank), B (rank, C) with the least Frobenius norm of error - A B.
+
+    LQER, arXiv:2402.02446.
+    """
+    u, s, vh = torch.linalg.svd(error.float(), full_matrices=False)
+    return u[:, :rank] * s[:rank], vh[:rank]
+
+
+def pack_factors(a, b, hp):
+    """LQER factors a (R, r), b (r, C) -> LQER_FIELDS: int8 codes and fp16 scales.
+
+    With LQER_ASYM_ENABLED a has 2 bits and one scale, b 4 bits and a scale for every
+    LQER_ASYM_GROUP elements; else, or if the groups do not divide b, both have LQER_FACTOR_BITS and
+    a scale for every row.
+    """
+    if hp.lqer_asym_enabled and b.numel() % hp.lqer_asym_group == 0:
+        a_codes, a_scale = train_gpt.quantize_rows(a.flatten(), -2, 1, 1.5)
+        groups = b.reshape(-1, hp.lqer_asym_group)  # a group may cross rows
+        b_codes, b_scale = train_gpt.quantize_rows(groups, -8, 7, 7.5)
+    else:
+        max_code = 2 ** (hp.lqer_factor_bits - 1) - 1
+        a_codes, a_scale = train_gpt.quantize_rows(a, -max_code, max_code, max_code)
+        b_codes, b_scale = train_gpt.quantize_rows(b, -max_code, max_code, max_code)
+    values = a_codes.view_as(a), a_scale, b_codes.view_as(b), b_scale
+    return dict(zip(LQER_FIELDS, values, strict=True))
+
+
+def unpack_factors(fields):
+    """LQER_FIELDS of a matrix in fp32 -> A (R, r), B (r, C)."""
+    a = fields["lqer_a"]
+    a_scale = fields["lqer_a_scale"]
+    b = fields["lqer_b"]
+    b_scale = fields["lqer_b_scale"]
+    if a_scale.ndim == 0:  # LQER_ASYM_ENABLED
+        groups = b.reshape(b_scale.size, -1) * b_scale[:, None]
+        return a * a_scale, groups.reshape(b.shape)
+    return a * a_scale[:, None], b * b_scale[:, None]
+
+
+def factors_fit(shapes):
+    """Whether a matrix can be corrected by fields of these shapes: an artifact may hold any."""
+    codes = shapes.get("codes", ())
+    a, b = shapes.get("lqer_a"), shapes.get("lqer_b")
+    if len(codes) != 2 or not a or not b or (a[0], *b[1:]) != codes or a[1:] != b[:1]:
+        return False
+    scales = shapes.get("lqer_a_scale"), shapes.get("lqer_b_scale")
+    is_asymmetric = scales[0] == () and scales[1] is not None and len(scales[1]) == 1
+    return is_asymmetric or scales == (a[:1], b[:1])
+
+
+def largest_errors(weights, arrays, hp, dist):
+    """{name: error W - dequantized W (R, C)} of those LQER_TOP_K matrices that are this rank's."""
+    matrices = {name: w for name, w in weights.items() if train_gpt.quant_role(name)}
+    mine = train_gpt.share_matrices(matrices, dist.world_size)[dist.rank]
+    of_mine = {key: array for key, array in arrays.items() if key.rpartition(":")[0] in mine}
+    errors = {}
+    for name, rebuilt in train_gpt.dequantize_weights(of_mine).items():
+        errors[name] = weights[name].float() - rebuilt.to(weights[name].device)
+    norms = {name: error.norm().item() for name, error in errors.items()}
+    norms = train_gpt.merge_dicts(dist.all_gather_object(norms))
+    chosen = sorted(norms, key=lambda name: (-norms[name], name))[: hp.lqer_top_k]
+    return {name: errors[name] for name in mine if name in chosen}
+
+
+@torch.no_grad()
+def quantize_weights(weights, hessians, hp, dist, trellis_round=train_gpt.trellis_round_ref):
+    """LQER_ENABLED: the matrices with the largest errors over all ranks have LQER_FIELDS, too."""
+    arrays = own_quantize_weights(weights, hessians, hp, dist, trellis_round)
+    if not hp.lqer_enabled:
+        return arrays
+    corrections = {}
+    for name, error in largest_errors(weights, arrays, hp, dist).items():
+        a, b = lqer_factors(error, hp.lqer_rank)
+        for field, tensor in pack_factors(a, b, hp).items():
+            corrections[f"{name}:{field}"] = tensor.cpu().numpy()
+    arrays |= train_gpt.merge_dicts(dist.all_gather_object(corrections))
+    place = {name: number for number, name in enumerate(weights)}  # of a weight in the artifact
+    return dict(sorted(arrays.items(), key=lambda item: place[item[0].rpartition(":")[0]]))
+
+
+def dequantize_fields(name, fields):
+    """Adds the correction A B to a matrix that has LQER_FIELDS. ValueError if they do not fit."""
+    others = {field: array for field, array in fields.items() if field not in LQER_FIELDS}
+    w = own_dequantize_fields(name, others)
+    if len(others) == len(fields):
+        return w
+    shapes = {field: array.shape for field, array in fields.items()}
+    if not factors_fit(shapes):
+        raise ValueError(f"{name}: no weight can be made of the fields {shapes}")
+    a, b = unpack_factors(fields)
+    for r in range(a.shape[1]):
+        w += a[:, r, None] * b[r]
+    return w
+
+
 def greedy_row_order(codes):
     """codes int8 (R, C) -> order (R,) uint16: from row 0 on to the nearest row left in L1, ties to
     the
@@ -974,6 +1083,8 @@ PARTS = {
     "QUANT_TABLE": QUANT_TABLE,
     "calibration_row": calibration_row,
     "table_hessians": table_hessians,
+    "quantize_weights": quantize_weights,
+    "dequantize_fields": dequantize_fields,
     "ENCODERS": ENCODERS,
     "DECODERS": DECODERS,
     "COMPRESSORS": COMPRESSORS,

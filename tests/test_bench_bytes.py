@@ -20,7 +20,7 @@ pytest.importorskip("brotli")
 @pytest.fixture
 def model(monkeypatch, tmp_path, tiny_data, ops):
     """A model of random weights, in model.pt, and the environment of a sweep over it."""
-    for name, value in (TINY | {"data_path": tiny_data, "lqer_top_k": 0}).items():
+    for name, value in (TINY | {"data_path": tiny_data}).items():
         monkeypatch.setenv(name.upper(), str(int(value) if isinstance(value, bool) else value))
     model = train_gpt.GPT(tiny_hp(), ops, torch.float32)
     for parameter in model.parameters():

@@ -477,6 +477,7 @@ OTHERWISE = {  # as many other branches as one run can take
     "MUON_MOMENTUM_WARMUP_STEPS": "0",
     "MUON_ROW_NORMALIZE": "0",
     "GPTQ_COLUMN_STEPS": "0",
+    "LQER_ENABLED": "1",
     "LQER_ASYM_ENABLED": "0",
     "GATED_ATTN_QUANT_GATE": "0",
     "ATTN_WINDOW": "9",

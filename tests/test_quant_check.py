@@ -239,7 +239,6 @@ def build(
     hp = dataclasses.replace(
         learnt.trainer.hp,
         **{
-            "lqer_enabled": False,
             "matrix_bits": 4,
             "embed_bits": 8,
             "mlp_clip_sigmas": 6.0,

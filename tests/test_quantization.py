@@ -1,37 +1,29 @@
-"""Quantisation: GPTQ, scales, LQER, the table of roles, sharing over ranks, and rebuilding the
-weights.
-"""
-
-import os
-import threading
-from pathlib import Path
-from types import SimpleNamespace
+"""Quantisation: GPTQ, scales, the table of roles, sharing over ranks, and rebuilding the weights."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE, write_documents
+from conftest import write_documents
 from evaluation_helpers import make_model, small_hp
+from quantization_helpers import (
+    array_of,
+    correlated_hessian,
+    on_ranks,
+    quantize_alone,
+    read_golden,
+    rebuilt_by_gptq,
+    settings,
+    small_model,
+)
 
 import train_gpt
 
-GOLDEN = (
-    Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "golden"))
-    / "quantization.npz"
-)
 GPTQ_CASES = {"int6_k12.85": (6, 12.85), "int7_k14.0": (7, 14.0), "int4_k3.0": (4, 3.0)}
-LQER_KEYS = {
-    "lqer_a": "A_codes",
-    "lqer_a_scale": "A_scale",
-    "lqer_b": "B_codes",
-    "lqer_b_scale": "B_scale",
-}
 
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(GOLDEN) as archive:
-        return {key: torch.from_numpy(archive[key]) for key in archive.files}
+    return read_golden()
 
 
 @pytest.fixture(autouse=True)
@@ -39,110 +31,11 @@ def fixed_seed():
     torch.manual_seed(20)
 
 
-class FakeDist:
-    """One of several ranks that live in threads; the gather meets at a barrier."""
-
-    def __init__(self, rank, world_size, slots, barrier):
-        self.rank, self.world_size, self.slots, self.barrier = rank, world_size, slots, barrier
-
-    def all_gather_object(self, obj):
-        self.slots[self.rank] = obj
-        self.barrier.wait(PATIENCE)
-        gathered = list(self.slots)
-        self.barrier.wait(PATIENCE)
-        return gathered
-
-
-def on_ranks(world_size, call):
-    """call(dist) on every rank -> results or exceptions by rank."""
-    slots, barrier, results = (
-        [None] * world_size,
-        threading.Barrier(world_size),
-        [None] * world_size,
-    )
-
-    def work(rank):
-        try:
-            results[rank] = call(FakeDist(rank, world_size, slots, barrier))
-        except ValueError as error:
-            results[rank] = error
-        except BaseException:
-            barrier.abort()  # or the others would wait for this rank
-            raise
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
-def settings(**changes):
-    defaults = dict(
-        matrix_bits=6,
-        embed_bits=7,
-        mlp_clip_sigmas=11.5,
-        attn_clip_sigmas=13.0,
-        embed_clip_sigmas=14.0,
-    )
-    defaults |= dict(
-        gptq_damp=0.01, gptq_block_size=32, lqer_enabled=True, lqer_top_k=3, lqer_rank=4
-    )
-    defaults |= dict(
-        lqer_asym_enabled=True, lqer_asym_group=64, lqer_factor_bits=4, gated_attn_quant_gate=True
-    )
-    defaults |= dict(gptq_column_steps=False, gptq_column_octaves=2.0, gptq_trellis=False)
-    return SimpleNamespace(**(defaults | changes))
-
-
-def correlated_hessian(columns, tokens=None, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
-    x = torch.randn(tokens or 4 * columns, columns, generator=generator) @ (
-        mix + 0.1 * torch.eye(columns)
-    )
-    hessian = x.T @ x / len(x)
-    return (hessian + hessian.T) / 2  # a product by parts need not be symmetric to the last bit
-
-
-def small_model(num_layers=3):
-    """Weights of a tiny model with every kind of saved tensor, and Hessians for its matrices."""
-    shapes = {
-        "attn.c_q": (32, 32),
-        "attn.c_k": (16, 32),
-        "attn.c_v": (16, 32),
-        "attn.c_proj": (32, 32),
-    }
-    shapes |= {"mlp.c_fc": (64, 32), "mlp.c_proj": (32, 64)}
-    weights = {"tok_emb.weight": torch.randn(97, 32)}
-    for layer in range(num_layers):
-        weights |= {
-            f"blocks.{layer}.{name}.weight": 0.1 * torch.randn(shape)
-            for name, shape in shapes.items()
-        }
-    hessians = {
-        name: correlated_hessian(w.shape[1], seed=i) for i, (name, w) in enumerate(weights.items())
-    }
-    weights |= {
-        "attn_gate": torch.randn(num_layers, 4, 12),
-        "resid_mix": torch.randn(num_layers, 2, 32),
-    }
-    return weights | {"smear_lambda": torch.tensor(0.25)}, hessians
-
-
 def same_arrays(a, b):
     return list(a) == list(b) and all(
         a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and a[k].tobytes() == b[k].tobytes()
         for k in a
     )
-
-
-def quantize_alone(weights, hessians, hp):
-    result = on_ranks(1, lambda dist: train_gpt.quantize_weights(weights, hessians, hp, dist))[0]
-    if isinstance(result, ValueError):
-        raise result
-    return result
 
 
 def gptq(w, hessian, *arguments, names=None, **steps):
@@ -154,10 +47,17 @@ def gptq(w, hessian, *arguments, names=None, **steps):
     return [part for part in found if part is not None]
 
 
-def unpack(fields):
-    return train_gpt.unpack_factors(
-        {key: np.asarray(value, np.float32) for key, value in fields.items()}
-    )
+def seen_by_gptq(names, weights, hessians, hp):
+    """The weights that GPTQ with column steps took its codes for, one matrix at a time."""
+    for name in names:
+        role = train_gpt.quant_role(name)
+        bits, clip_sigmas = getattr(hp, role.bits), getattr(hp, role.clip_sigmas)
+        w, hessian = weights[name][None], hessians[name][None]
+        columns = train_gpt.ColumnSteps(hp.gptq_column_octaves)
+        found = train_gpt.gptq_quantize(
+            w, hessian, bits, clip_sigmas, hp.gptq_damp, hp.gptq_block_size, [name], columns
+        )
+        yield rebuilt_by_gptq(found)[0]
 
 
 def weighted_error(w, codes, scale, hessian):
@@ -200,20 +100,6 @@ def test_gptq_in_blocks_of_another_size_finds_golden_codes(golden):
         codes, scale = gptq(golden["gptq/W"], golden["gptq/H"], 6, 12.85, 0.01, block_size)
         want = golden["gptq/int6_k12.85/codes"], golden["gptq/int6_k12.85/scale"]
         assert_equal_up_to_ties(codes, scale, *want, golden["gptq/W"], golden["gptq/H"])
-
-
-def test_lqer_product_equals_golden(golden):
-    a, b = train_gpt.lqer_factors(golden["lqer/error"], 4)
-    torch.testing.assert_close(a @ b, golden["lqer/A"] @ golden["lqer/B"], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("form", ["asym", "sym4"])
-def test_lqer_packing_equals_golden(golden, form):
-    a, b = golden["lqer/A"], golden["lqer/B"]
-    packed = train_gpt.pack_factors(a, b, settings(lqer_asym_enabled=form == "asym"))
-    for ours, theirs in LQER_KEYS.items():
-        expected = golden[f"lqer/{form}/{theirs}"]
-        assert packed[ours].dtype == expected.dtype and torch.equal(packed[ours], expected), ours
 
 
 def test_gate_rows_equal_golden(golden):
@@ -439,7 +325,6 @@ def test_wide_codes_are_stored_in_two_parts_that_give_the_same_weights(octaves):
         gptq_damp=1e-6,
         embed_bits=8,
         embed_clip_sigmas=15.0,
-        lqer_enabled=False,
     )
     arrays = quantize_alone(weights, hessians, hp)
     fine = {key.rpartition(":")[2]: array for key, array in arrays.items()}
@@ -452,11 +337,10 @@ def test_wide_codes_are_stored_in_two_parts_that_give_the_same_weights(octaves):
     rebuilt = train_gpt.dequantize_weights(
         train_gpt.unpack_weights(train_gpt.pack_weights(arrays, "entropy"))
     )
-    _, errors = train_gpt.quantize_matrices(["tok_emb.weight"], weights, hessians, hp)
-    assert torch.allclose(
-        weights["tok_emb.weight"] - errors["tok_emb.weight"], rebuilt["tok_emb.weight"], atol=1e-6
-    )
-    assert errors["tok_emb.weight"][:, 0].std() < 0.1  # no code is cut off
+    (seen,) = seen_by_gptq(["tok_emb.weight"], weights, hessians, hp)
+    assert torch.allclose(seen, rebuilt["tok_emb.weight"], atol=1e-6)
+    error = weights["tok_emb.weight"] - seen
+    assert error[:, 0].std() < 0.1  # no code is cut off
 
 
 def test_rebuilding_refuses_fine_codes_that_do_not_fit():
@@ -497,16 +381,14 @@ def test_rebuilding_refuses_fine_codes_that_do_not_fit():
 
 def test_shaped_weights_are_rebuilt_as_gptq_saw_them():
     weights, hessians = small_model()
-    hp = settings(gptq_column_steps=True, lqer_top_k=1)
+    hp = settings(gptq_column_steps=True)
     arrays = quantize_alone(weights, hessians, hp)
     rebuilt = train_gpt.dequantize_weights(
         train_gpt.unpack_weights(train_gpt.pack_weights(arrays, "entropy"))
     )
-    packed, errors = train_gpt.quantize_matrices(list(hessians), weights, hessians, hp)
-    for name, error in errors.items():
+    for name, seen in zip(hessians, seen_by_gptq(hessians, weights, hessians, hp), strict=True):
         assert arrays[f"{name}:scale"].dtype == arrays[f"{name}:column_steps"].dtype == np.int8
-        if f"{name}:lqer_a" not in arrays:
-            assert torch.allclose(weights[name] - error, rebuilt[name], rtol=1e-5, atol=1e-7)
+        assert torch.allclose(seen, rebuilt[name], rtol=1e-5, atol=1e-7)
 
 
 def test_steps_are_the_same_on_every_machine():
@@ -544,69 +426,6 @@ def test_a_code_of_128_is_wide():
     fields = {name: field.numpy().astype(np.float32) for name, field in fields.items()}
     joined, steps = train_gpt.join_wide_codes("any.weight", fields)
     assert joined.tolist() == codes.tolist() and not steps.any()
-
-
-# --- LQER
-
-
-def test_lqer_lowers_the_error_in_both_packings():
-    error = torch.randn(64, 2) @ torch.randn(2, 128) + 0.1 * torch.randn(64, 128)
-    a, b = train_gpt.lqer_factors(error, 4)
-    for is_asymmetric in (True, False):
-        packed = train_gpt.pack_factors(a, b, settings(lqer_asym_enabled=is_asymmetric))
-        unpacked = unpack(packed)
-        a_back, b_back = (torch.from_numpy(factor) for factor in unpacked)
-        assert a_back.shape == a.shape and b_back.shape == b.shape
-        assert (error - a_back @ b_back).norm() < 0.8 * error.norm()
-
-
-def test_unpacked_factors_are_within_half_a_step():
-    a, b = torch.randn(20, 4), torch.randn(4, 48)
-    packed = train_gpt.pack_factors(a, b, settings(lqer_asym_enabled=False, lqer_factor_bits=6))
-    a_back, b_back = unpack(packed)
-    assert (
-        (torch.from_numpy(a_back) - a).abs() <= 0.505 * packed["lqer_a_scale"].float()[:, None]
-    ).all()
-    assert (
-        (torch.from_numpy(b_back) - b).abs() <= 0.505 * packed["lqer_b_scale"].float()[:, None]
-    ).all()
-
-
-def test_asymmetric_groups_cross_the_rows_of_b():
-    b = torch.randn(4, 48)
-    packed = train_gpt.pack_factors(torch.randn(5, 4), b, settings())
-    assert packed["lqer_b_scale"].shape == (3,)
-    expected = (b.reshape(3, 64).abs().amax(dim=1) / 7.5).half()
-    assert torch.equal(packed["lqer_b_scale"], expected)
-
-
-def test_lqer_corrects_the_largest_errors_only_and_lowers_them():
-    weights, hessians = small_model()
-    plain = quantize_alone(weights, hessians, settings(lqer_enabled=False))
-    arrays = quantize_alone(weights, hessians, settings(lqer_top_k=3, matrix_bits=4))
-    before = quantize_alone(weights, hessians, settings(lqer_enabled=False, matrix_bits=4))
-    rebuilt, uncorrected = (
-        train_gpt.dequantize_weights(arrays),
-        train_gpt.dequantize_weights(before),
-    )
-    errors = {name: (weights[name] - uncorrected[name]).norm().item() for name in hessians}
-    largest = set(sorted(errors, key=errors.get)[-3:])
-    assert {key.split(":")[0] for key in arrays if ":lqer" in key} == largest
-    assert not any(":lqer" in key for key in plain)
-    for name in hessians:
-        if name in largest:
-            assert (weights[name] - rebuilt[name]).norm() < errors[name]
-        else:
-            assert torch.equal(rebuilt[name], uncorrected[name])
-
-
-def test_lqer_is_symmetric_where_the_group_does_not_divide():
-    weights, hessians = small_model()
-    arrays = quantize_alone(weights, hessians, settings(lqer_asym_group=96))
-    # 4 x 32 or 64 values of B
-    assert all(arrays[key].ndim == 1 for key in arrays if key.endswith("lqer_a_scale"))
-    arrays = quantize_alone(weights, hessians, settings(lqer_asym_group=64))
-    assert all(arrays[key].ndim == 0 for key in arrays if key.endswith("lqer_a_scale"))
 
 
 # --- calibration
@@ -689,9 +508,7 @@ def test_failure_of_one_rank_is_raised_on_all():
 
 def test_each_role_uses_its_own_bits_and_clip():
     weights, hessians = small_model()
-    hp = settings(
-        lqer_enabled=False, matrix_bits=5, embed_bits=8, mlp_clip_sigmas=2.0, attn_clip_sigmas=3.0
-    )
+    hp = settings(matrix_bits=5, embed_bits=8, mlp_clip_sigmas=2.0, attn_clip_sigmas=3.0)
     arrays = quantize_alone(weights, hessians, hp)
     for name in hessians:
         is_embedding = name == "tok_emb.weight"
@@ -754,27 +571,6 @@ def test_dequantize_is_deterministic_whatever_threads_and_order():
     )
 
 
-def test_dequantize_adds_the_correction_rank_by_rank():
-    weights, hessians = small_model()
-    arrays = quantize_alone(weights, hessians, settings(lqer_top_k=1))
-    name = next(key for key in arrays if key.endswith(":lqer_a")).removesuffix(":lqer_a")
-    a, b = unpack(
-        {
-            key.split(":")[1]: array
-            for key, array in arrays.items()
-            if key.startswith(f"{name}:lqer")
-        }
-    )
-    expected = (
-        arrays[f"{name}:codes"].astype(np.float64)
-        * arrays[f"{name}:scale"].astype(np.float64)[:, None]
-    )
-    expected += a.astype(np.float64) @ b.astype(np.float64)
-    np.testing.assert_allclose(
-        train_gpt.dequantize_weights(arrays)[name].numpy(), expected, atol=1e-6
-    )
-
-
 def test_large_tensor_without_a_role_is_an_error():
     weights, hessians = small_model()
     weights["extra"] = torch.zeros(256, 256)
@@ -790,7 +586,7 @@ def test_untied_head_is_quantised_as_the_embedding_is():
         weights["tok_emb.weight"].clone(),
         hessians["tok_emb.weight"],
     )
-    arrays = quantize_alone(weights, hessians, settings(lqer_enabled=False, embed_bits=8))
+    arrays = quantize_alone(weights, hessians, settings(embed_bits=8))
     differ = arrays["lm_head.weight:codes"] != arrays["tok_emb.weight:codes"]
     assert differ.any(axis=1).sum() <= 3  # of 97 rows, by a tie
 
@@ -811,10 +607,6 @@ def test_number_that_fp16_cannot_hold_is_an_error(name, value):
     weights[name].view(-1)[3] = value
     with pytest.raises(ValueError, match=name):
         quantize_alone(weights, hessians, settings())
-
-
-def array_of(shape, dtype=np.int8):
-    return np.ones(shape, dtype)
 
 
 HOSTILE = {
@@ -842,35 +634,6 @@ HOSTILE = {
         "scale": array_of(4),
         "fine_codes": array_of((4, 1)),
     },
-    "half a correction": {
-        "codes": array_of((4, 3)),
-        "scale": array_of(4),
-        "lqer_a": array_of((4, 2)),
-    },
-    "flat correction": {
-        "codes": array_of((4, 3)),
-        "scale": array_of(4),
-        "lqer_a": array_of(4),
-        "lqer_a_scale": array_of(()),
-        "lqer_b": array_of((2, 3)),
-        "lqer_b_scale": array_of(1),
-    },
-    "terabytes by a scale of two dimensions": {
-        "codes": array_of((4, 2**18)),
-        "scale": array_of(4),
-        "lqer_a": array_of((4, 4)),
-        "lqer_a_scale": array_of(()),
-        "lqer_b": array_of((4, 2**18)),
-        "lqer_b_scale": array_of((2**10, 2**10)),
-    },
-    "short correction": {
-        "codes": array_of((4, 3)),
-        "scale": array_of(4),
-        "lqer_a": array_of((4, 2)),
-        "lqer_a_scale": array_of(4),
-        "lqer_b": array_of((1, 3)),
-        "lqer_b_scale": array_of(1),
-    },
 }
 
 
@@ -892,6 +655,17 @@ def test_step_codes_that_are_not_finite_are_harmless(value):
     assert train_gpt.dequantize_weights(arrays)["tok_emb.weight"].isfinite().all()
 
 
-def test_unknown_fields_are_an_error():
+def test_codes_alone_are_an_error():
     with pytest.raises(ValueError, match="thing"):
         train_gpt.dequantize_weights({"thing:codes": np.zeros((2, 2), np.int8)})
+
+
+@pytest.mark.parametrize("others", [("fp16",), ("codes", "scale"), ("codes", "scale", "trellis")])
+def test_fields_that_are_not_known_are_refused_not_left_out(others):
+    """An artifact with corrections (LQER) would score worse in silence."""
+    fields = {"codes": (4, 3), "scale": (4,), "fp16": (4, 3), "trellis": ()}
+    arrays = {f"tok_emb.weight:{field}": array_of(fields[field]) for field in others}
+    arrays |= {f"tok_emb.weight:{field}": array_of((4, 3)) for field in ("lqer_b", "lqer_a")}
+    words = "tok_emb.weight: unknown fields lqer_a, lqer_b; presets/published.py reads those of"
+    with pytest.raises(ValueError, match=words):
+        train_gpt.dequantize_weights(arrays)

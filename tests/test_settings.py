@@ -164,7 +164,6 @@ def test_derived_sizes():
         ("COMPRESSORS", "COMPRESSOR"),
         ("GPTQ_DAMPING", "GPTQ_DAMP"),
         ("DATA_PATHS", "DATA_PATH"),
-        ("LQER_TOPK", "LQER_TOP_K"),
         ("EMA_DECAYS", "EMA_DECAY"),
         ("SLIDING_WINDOW", "SLIDING_WINDOW_ENABLED"),
         ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"),
@@ -178,9 +177,7 @@ def test_a_misspelt_setting_is_refused_with_a_suggestion(name, meant):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["TTT_SOMETHING_QUITE_DIFFERENT", "GPTQ_X", "LQER_ZZZ", "MUON_BETA"]
-)
+@pytest.mark.parametrize("name", ["TTT_SOMETHING_QUITE_DIFFERENT", "GPTQ_X", "MUON_BETA"])
 def test_an_unknown_name_of_our_families_is_refused(name):
     with pytest.raises(SettingError, match=f"{name} is not a setting"):
         Hyperparameters.from_env({name: "1"})

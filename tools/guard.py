@@ -1015,8 +1015,9 @@ def projected_bytes(model, hp):
 def trial_arrays(model, hp):
     """Random weights in the form that quantize_weights gives -> arrays, share of all elements.
 
-    Names, fields and small tensors are the run's. Of the matrices of one shape the first is
-    complete if the coder is fast; all others have few rows.
+    Names, fields and small tensors are the run's, but for the few and small fields of LQER
+    (presets/published.py). Of the matrices of one shape the first is complete if the coder is fast;
+    all others have few rows.
     """
     generator = torch.Generator().manual_seed(1)
     weights = train_gpt.unbank(model)
@@ -1032,10 +1033,6 @@ def trial_arrays(model, hp):
             complete = first and hp.compressor in FAST_COMPRESSORS
             rows = shape[0] if complete else min(TRIAL_ROWS, shape[0])
             fields = trial_codes(role, rows, shape[1], hp, generator)
-            if hp.lqer_enabled and first and len(seen) < hp.lqer_top_k:
-                a = torch.randn((rows, hp.lqer_rank), generator=generator)
-                b = torch.randn((hp.lqer_rank, shape[1]), generator=generator)
-                fields |= train_gpt.pack_factors(a, b, hp)
             seen.add(shape)
         arrays |= {f"{name}:{field}": value.numpy() for field, value in fields.items()}
     elements = sum(array.size for array in arrays.values())

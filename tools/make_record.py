@@ -363,7 +363,7 @@ def training_sentences(s):
 def quantization_sentences(s):
     yield "GPTQ: {MATRIX_BITS} bits, embedding {EMBED_BITS}"
     yield "calibrated on {GPTQ_CALIBRATION_BATCHES} rows of training tokens, in the budget"
-    if s["LQER_ENABLED"] == "1":
+    if s.get("LQER_ENABLED") == "1":  # presets/published.py
         yield "rank {LQER_RANK} for the {LQER_TOP_K} largest errors (LQER)"
     yield "file coded with `{COMPRESSOR}`; the script minified and compressed"
 

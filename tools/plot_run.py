@@ -448,7 +448,7 @@ def bytes_by_group(path):
         elif len(sections) == 1:
             together = "all tensors"
         else:
-            together = "all codes" if kind == "codes" else "scales, LQER and small tensors"
+            together = "all codes" if kind == "codes" else "all other tensors"
         stored[together] += size
     stored["header"] += start
     return dict(raw), dict(stored)
