@@ -283,6 +283,20 @@ def test_parameters_are_renamed_only_where_every_caller_is_seen():
     assert kept == {"named_parameter", "context_parameter", "inputs_parameter", "starred_parameter"}
 
 
+def test_local_names_follow_the_order_in_which_they_appear():
+    """However often each is used: functions that do the same then are the same text."""
+    source = """
+    def rare_first(number, text):
+        return [text, text, text, number]
+    def rare_last(text, number):
+        return [text, text, text, number]
+    print(rare_first(1, "a"), rare_last("a", 1))
+    """
+    text = packed_text(pack_code(textwrap.dedent(source), {}))
+    assert re.search(r"\(A,B\):return\[B,B,B,A\]", text), text
+    assert re.search(r"\(A,B\):return\[A,A,A,B\]", text), text
+
+
 SMALL = """
 PACKED = False
 class Hyperparameters:
