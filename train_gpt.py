@@ -78,7 +78,7 @@ BOS_ID = 1  # every document starts with exactly one (docs/DATA.md)
 CONTEST_SECONDS = 600.0  # limit of training, and of evaluation, in the contest's rules
 BYTE_CAP = 16_000_000  # limit of code + weights in the contest's rules, decimal
 RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
-PACKED = False  # tools/pack_code.py sets this in the script that it writes: that one stands alone
+PACKED = False  # True in the script that tools/pack_code.py writes: that one stands alone
 
 
 class SettingError(ValueError):
@@ -940,8 +940,10 @@ def find_guard():
     Nothing else here looks for files of the repository. It is imported by its path, as another
     package may be called tools; errors of the import are not caught.
     """
+    if PACKED:
+        return NO_GUARD
     path = Path(__file__).with_name("tools") / "guard.py"
-    if PACKED or not path.exists():
+    if not path.exists():
         return NO_GUARD
     sys.modules["train_gpt"] = sys.modules[__name__]  # the guard imports it
     # as a package, so that `from . import x` in it means the file beside it

@@ -342,6 +342,15 @@ def test_a_packed_script_knows_that_it_is_packed():
     assert re.search(rf"^{name}=(True|1|not 0)\b", text, re.M), text
 
 
+def test_what_only_the_unpacked_script_does_is_not_packed():
+    source = SMALL + (
+        "def find(x):\n    if PACKED:\n        return 'alone'\n    return 'not alone' + x\n"
+        "print(find(''))\n"
+    )
+    text = packed_text(pack_code(source, {}))
+    assert "'alone'" in text and "not alone" not in text
+
+
 PARTS = """
 "Parts."
 import math

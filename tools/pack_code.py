@@ -159,9 +159,14 @@ def defined_names(statements):
 
 
 def mark_as_packed(tree):
+    """Sets PACKED, and drops what follows `if PACKED: return ...` in a function."""
     for node in tree.body:
         if ast.unparse(node) == "PACKED = False":
             node.value = ast.Constant(True)
+        elif isinstance(node, ast.FunctionDef):
+            for number, part in enumerate(node.body):
+                if isinstance(part, ast.If) and ast.unparse(part.test) == "PACKED":
+                    node.body[number:] = part.body
 
 
 # ---- minifying
