@@ -277,7 +277,11 @@ class Hyperparameters:
         False, "with column steps: trellis-coded quantization, eight states along a column's rows"
     )
     gptq_row_power: float = env(
-        0.0, "weight of a row's gradients in its step size; 0: its deviation alone", least=0, most=1
+        0.0,
+        "weight of a row's gradients in its step size, gathered in training where it is not 0;"
+        " 0: its deviation alone",
+        least=0,
+        most=1,
     )
     gptq_row_octaves: float = env(
         1.0, "maximum log2 change of a matrix row's step by its gradients", least=0
@@ -300,7 +304,10 @@ class Hyperparameters:
     lqer_asym_group: int = env(64, "codes that share a scale in the int4 factor", least=1)
     lqer_factor_bits: int = env(4, "bits of the symmetric factors", least=2, most=8)
     target_bytes: int = env(
-        0, "scale the clips until code + weights fit just under this; 0: off", least=0
+        0,
+        "scale the clips until code + weights fit just under this, if they take at least half of"
+        " it; 0: off",
+        least=0,
     )
     compressor: str = env("entropy", "artifact coder: entropy, brotli, lzma")
 
@@ -3062,7 +3069,7 @@ def use_kernels(hp, device):
 
 
 def operations(hp, device):
-    """{name in RESULT: Operation}, where slot_input has its first name, enter."""
+    """{name in RESULT: Operation} of those that hp needs; slot_input has its first name, enter."""
     with_kernels = use_kernels(hp, device)
 
     def with_reference(library, kernel, reference, trial_inputs):
@@ -3070,7 +3077,7 @@ def operations(hp, device):
         candidates["reference"] = reference
         return Operation(candidates, reference, trial_inputs)
 
-    return {
+    needed = {
         "attention": Operation(
             attention_candidates(hp, device), attention_sdpa, attention_trial_inputs
         ),
@@ -3082,13 +3089,12 @@ def operations(hp, device):
         "gated_xsa": with_reference("triton", gated_xsa, gated_xsa_ref, gated_xsa_trial_inputs),
         "enter": with_reference("triton", slot_input, slot_input_ref, slot_input_trial_inputs),
         "adamw_rows": with_reference("triton", adamw_rows, adamw_rows_ref, adamw_rows_trial_inputs),
-        "trellis_round": with_reference(
-            "triton",
-            trellis_round,
-            trellis_round_ref,
-            trellis_round_trial_inputs,
-        ),
     }
+    if hp.gptq_trellis:
+        needed["trellis_round"] = with_reference(
+            "triton", trellis_round, trellis_round_ref, trellis_round_trial_inputs
+        )
+    return needed
 
 
 def _forward_backward(op, args):
@@ -3896,7 +3902,7 @@ class RowGradients:
     """Mean squared gradients of the rows of all matrices, over the last steps of training.
 
     They say how much an error in a row costs, also through the passes of a loop and both uses of a
-    tied embedding: GPTQ_ROW_POWER. Added up from the gradients that a step has anyway.
+    tied embedding. With GPTQ_ROW_POWER they are added up from the gradients that a step has anyway.
     """
 
     SHARE = 0.05  # of training, at its end
@@ -4067,7 +4073,7 @@ class Trainer:
             loss.backward()
             total += loss.detach()
         self.guard.watch(self.model, total)
-        if progress >= 1 - RowGradients.SHARE:
+        if hp.gptq_row_power and progress >= 1 - RowGradients.SHARE:
             self.row_gradients.add()
         self.optimizers.step(progress, step)
         self.update_average(step, progress)
@@ -6898,7 +6904,7 @@ def check_all(hp, dist, guard=NO_GUARD):
 
 
 def save_checkpoint(path, model, hp):
-    """Writes the averaged fp32 weights, the settings of their training and the row gradients."""
+    """Writes the averaged fp32 weights, the settings of their training, row gradients if any."""
     weights = {name: tensor.cpu() for name, tensor in unbank(model).items()}
     gradients = {name: tensor.cpu() for name, tensor in model.row_gradients.items()}
     checkpoint = {
@@ -6959,11 +6965,12 @@ class Quantized(NamedTuple):
 TARGET_TRIALS = 5  # of clips; bytes are nearly linear in their logarithm
 
 
-def fit_target_bytes(first, quantize, num_weights, code_bytes, dist, log):
+def fit_target_bytes(first, quantize, time_is_left, num_weights, code_bytes, dist, log):
     """Scales all clips and quantizes again until code + file end within 0.05% below TARGET_BYTES.
 
-    first: Quantized with the clips as set; quantize(hp) -> Quantized. Returns the largest one below
-    the target, else the smallest.
+    first: Quantized with the clips as set; quantize(hp) -> Quantized; time_is_left() says whether
+    the budget has the seconds for it. A model that fills less than half of the target was not made
+    for it and stays as it is. Returns the largest Quantized below the target, else the smallest.
     """
     clips = {role.clip_sigmas for role in QUANT_TABLE.values()}
     target = first.hp.target_bytes
@@ -6973,7 +6980,11 @@ def fit_target_bytes(first, quantize, num_weights, code_bytes, dist, log):
         spare = target - code_bytes - len(latest.file) if dist.rank == 0 else -math.inf
         spare = dist.max_over_ranks(spare)[0]
         trials.append((spare < 0, abs(spare), len(trials), latest))
-        if 0 <= spare <= target / 2000 or len(trials) == TARGET_TRIALS:
+        is_done = 0 <= spare <= target / 2000 or spare > target / 2
+        if is_done or len(trials) == TARGET_TRIALS:
+            return min(trials)[-1]
+        if not time_is_left():
+            log(f"note: no seconds are left to come nearer to TARGET_BYTES, spare:{spare:.0f}")
             return min(trials)[-1]
         # aims at the middle of the allowed range: doubling the clips saves one bit per code
         scale = 2 ** ((target / 4000 - spare) * 8 / num_weights)
@@ -7005,18 +7016,29 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
         return hp.max_wallclock_seconds - dist.max_over_ranks(used)[0]
 
     def quantize(hp):
+        started = time.perf_counter()
         with log.stage("quantize"):
-            return quantize_weights(
+            arrays = quantize_weights(
                 check.weights, hessians, hp, dist, model.ops.trellis_round, model.row_gradients
             )
+        quantize_seconds.append(time.perf_counter() - started)
+        return arrays
+
+    def time_is_left():
+        """Whether the budget has the seconds of one more quantization."""
+        return dist.max_over_ranks(quantize_seconds[-1])[0] < seconds_left()
 
     def pack(hp, arrays):
         with log.stage("pack"):
             file = pack_weights(arrays, hp.compressor, log.live) if dist.rank == 0 else b""
         return Quantized(hp, arrays, file)
 
+    quantize_seconds = []
     if hp.gptq_row_power and not model.row_gradients:
-        log("note: the gradients of rows are not known: their steps follow deviations alone")
+        log(
+            "note: GPTQ_ROW_POWER needs row gradients, which a training with it above 0 gathers:"
+            " steps follow the rows' deviations alone"
+        )
     with log.stage("hessians"):
         hessians = collect_hessians(model, loader, hp, dist)
     check = QuantizationCheck(model, loader, hp, dist, log)
@@ -7025,7 +7047,13 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
         first = chosen
         num_weights = sum(w.numel() for w in check.weights.values())
         chosen = fit_target_bytes(
-            first, lambda hp: pack(hp, quantize(hp)), num_weights, code_bytes, dist, log
+            first,
+            lambda hp: pack(hp, quantize(hp)),
+            time_is_left,
+            num_weights,
+            code_bytes,
+            dist,
+            log,
         )
         if chosen is not first and check.fp32_loss is not None:
             # RESULT has the gap of the file that is written

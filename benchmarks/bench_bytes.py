@@ -7,13 +7,17 @@ Compressors on the same codes, and BPB against bytes over quantization settings.
     DATA_PATH=... python benchmarks/bench_bytes.py sweep runs/ID/model.pt --out sweep.png \
         --curve plain "MLP_CLIP_SIGMAS=10 ATTN_CLIP_SIGMAS=11.5" "" \
         --curve ours "COMPRESSOR=entropy GPTQ_COLUMN_STEPS=1"
+    DATA_PATH=... python benchmarks/bench_bytes.py rate runs/ID/model.pt --out rate.png --layer 5
 
 `codes` prints bytes by group of tensors beside the order-0 entropy of its codes, and the seconds to
 pack and unpack. `sweep` is the harness behind QUANT_ONLY=1: Hessians once, then GPTQ, packing,
 rebuilding and evaluation for every point of every curve (settings as in the environment, which
 holds for all points); a table, a .json and a .png beside it. `gap` is what quantization adds to the
 loss, in nats a token, on the training rows that neither training nor the Hessians have seen
-(QUANT_CHECK_ROWS of them): a low error on the calibration rows alone is no evidence.
+(QUANT_CHECK_ROWS of them): a low error on the calibration rows alone is no evidence. Points with
+GPTQ_ROW_POWER need a model.pt whose training had it above 0 (1e-9 changes no step, and is enough).
+`rate` draws distortion against rate for one matrix of each kind, for each of METHODS, beside the
+bound of information theory: bits a weight are those of the packed file, steps and header included.
 """
 
 import argparse
@@ -23,6 +27,7 @@ import os
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -135,10 +140,11 @@ def check_points(points: list[str]) -> None:
 class Sweep:
     """One checkpoint, its Hessians, and its loss on the rows that were held out.
 
-    A thread packs meanwhile.
+    points: the "NAME=VALUE ..." that it will measure. A thread packs meanwhile. SettingError for
+    points with GPTQ_ROW_POWER where the checkpoint has no row gradients.
     """
 
-    def __init__(self, checkpoint: Path, compressor: str):
+    def __init__(self, checkpoint: Path, compressor: str, points: Sequence[str] = ()):
         self.hp = train_gpt.Hyperparameters.from_env(guard=RunGuard())
         self.hp = (
             self.hp
@@ -147,9 +153,15 @@ class Sweep:
         )
         self.dist = dist = train_gpt.Dist(self.hp.device)
         hp, dtype = self.hp, torch.bfloat16 if dist.device.type == "cuda" else torch.float32
-        ops = train_gpt.select_ops(hp, dist.device, dtype)
+        with_row_power = any(self.settings_at(point).gptq_row_power for point in points)
+        with_trellis = dataclasses.replace(hp, gptq_trellis=True)  # points may take it
+        ops = train_gpt.select_ops(with_trellis, dist.device, dtype)
         self.model = train_gpt.GPT(hp, ops, dtype).to(dist.device)
         train_gpt.load_checkpoint(checkpoint, self.model)
+        if with_row_power and not self.model.row_gradients:
+            raise train_gpt.SettingError(
+                f"GPTQ_ROW_POWER: {checkpoint} has no row gradients, train with GPTQ_ROW_POWER=1e-9"
+            )
         self.evaluator = train_gpt.Evaluator(self.model, train_gpt.ValidationSet(hp), hp, dist)
         loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
         self.hessians = train_gpt.collect_hessians(self.model, loader, hp, dist)
@@ -159,13 +171,17 @@ class Sweep:
         self.loader, self.packing = loader, ThreadPoolExecutor(1)
         self.fp32_loss = train_gpt.held_out_loss(self.model, loader, hp, dist)
 
+    def settings_at(self, point: str) -> train_gpt.Hyperparameters:
+        """The settings of a point, "NAME=VALUE ..."."""
+        environ = dict(os.environ, COMPRESSOR=self.hp.compressor) | settings_of(point.split())
+        return train_gpt.Hyperparameters.from_env(environ, RunGuard())
+
     def measure(self, settings: str) -> dict:
         """Quantizes under "NAME=VALUE ..." -> the file and its figures.
 
         They are: bytes of the file to come, BPB, gap, mean relative weighted error.
         """
-        environ = dict(os.environ, COMPRESSOR=self.hp.compressor) | settings_of(settings.split())
-        hp = train_gpt.Hyperparameters.from_env(environ, RunGuard())
+        hp = self.settings_at(settings)
         start = time.perf_counter()
         arrays = train_gpt.quantize_weights(
             self.weights,
@@ -197,12 +213,97 @@ class Sweep:
         }
 
 
+METHODS = {
+    "steps of rows": {"gptq_column_steps": False},
+    "steps of columns": {"gptq_column_steps": True, "gptq_trellis": False},
+    "trellis": {"gptq_column_steps": True, "gptq_trellis": True},
+}
+CLIP_FACTORS = (0.5, 0.7, 1.0, 1.4, 2.0)  # of the clips, and so of the step sizes
+CLIPS = "mlp_clip_sigmas", "attn_clip_sigmas", "embed_clip_sigmas"
+
+
+def gaussian_bound(w: torch.Tensor, hessian: torch.Tensor, damp: float, bits: np.ndarray):
+    """The least relative weighted error at these rates for a Gaussian matrix of w's row variances.
+
+    The weighted error of w (R, C) is a sum over columns of conditional variance times squared
+    error: GPTQ sees to the rest. Reverse water-filling gives each of these R C components of
+    variance v = row variance x conditional variance the error min(v, t) for log2(v / t) / 2 bits.
+    """
+    _, upper, _ = train_gpt.order_columns(w[None], hessian[None], damp, ["matrix"])
+    conditional = upper[0].diagonal().double() ** -2
+    variances = w.double().var(dim=1)[:, None] * conditional
+    energy = ((w @ hessian) * w).sum().item()
+    errors = []
+    for rate in bits:
+        low, high = variances.min().log2().item() - 60, variances.max().log2().item()
+        for _ in range(60):
+            middle = (low + high) / 2
+            spent = (variances.log2() - middle).clamp(min=0).mean().item() / 2
+            low, high = (middle, high) if spent > rate else (low, middle)
+        errors.append(variances.clamp(max=2**middle).sum().item() / energy)
+    return errors
+
+
+def measure_rates(harness: Sweep, name: str) -> dict[str, list[tuple[float, float]]]:
+    """For each of METHODS, then for the bound: bits a weight and relative weighted error."""
+    w = harness.weights[name].float()
+    hessian = harness.hessians[name].float()
+    curves = defaultdict(list)
+    for method, settings in METHODS.items():
+        for factor in CLIP_FACTORS:
+            clips = {clip: factor * getattr(harness.hp, clip) for clip in CLIPS}
+            hp = dataclasses.replace(harness.hp, lqer_enabled=False, **settings, **clips)
+            arrays = train_gpt.quantize_weights(
+                {name: w}, {name: hessian}, hp, harness.dist, harness.model.ops.trellis_round
+            )
+            error = w - train_gpt.dequantize_weights(arrays)[name].to(w)
+            weighted = ((error @ hessian) * error).sum() / ((w @ hessian) * w).sum()
+            bits = 8 * len(train_gpt.pack_weights(arrays, "entropy")) / w.numel()
+            curves[method].append((bits, weighted.item()))
+    rates = [bits for curve in curves.values() for bits, _ in curve]
+    bits = np.linspace(min(rates), max(rates), 20)
+    bound = gaussian_bound(w, hessian, harness.hp.gptq_damp, bits)
+    return curves | {"bound": list(zip(bits.tolist(), bound, strict=True))}
+
+
+def compare_rates(checkpoint: Path, layer: int, path: Path) -> None:
+    """Prints, for a matrix of each kind and each method, bits above the bound at equal error."""
+    os.environ["MPLBACKEND"] = "Agg"
+    from matplotlib import pyplot
+
+    harness = Sweep(checkpoint, "entropy")
+    names = [
+        name
+        for name in harness.hessians
+        if name.startswith(f"blocks.{layer}.") or not name.startswith("blocks.")
+    ]
+    figure, panels = pyplot.subplots(2, -(-len(names) // 2), figsize=(16, 8), squeeze=False)
+    for name, panel in zip(names, panels.flat, strict=False):
+        curves = measure_rates(harness, name)
+        at_error = list(zip(*curves["bound"], strict=True))
+        excess = {}
+        for method, points in curves.items():
+            bits, errors = zip(*points, strict=True)
+            panel.semilogy(bits, errors, "k--" if method == "bound" else "o-", label=method)
+            # the bound's bits at these errors; np.interp wants rising abscissas
+            needed = np.interp(-np.log(errors), -np.log(at_error[1]), at_error[0])
+            excess[method] = np.round(np.array(bits) - needed, 3).tolist()
+        panel.set(title=name, xlabel="bits a weight", ylabel="weighted error / energy")
+        panel.legend()
+        for method in METHODS:
+            print(f"{name:28} {method:18} bits above the bound {excess[method]}", flush=True)
+        with path.with_suffix(".jsonl").open("a") as file:
+            file.write(json.dumps({"name": name, "curves": curves}) + "\n")
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=100)
+
+
 def plot(curves: dict[str, list[dict]], path: Path) -> None:
     """BPB, and the mean relative Hessian-weighted error, against bytes."""
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's own backend need not exist in this environment
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5))
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5.6), layout="constrained")
     for panel, key in zip(panels, ("bpb", "weighted_error"), strict=True):
         for name, points in curves.items():
             points = sorted(points, key=lambda point: point["bytes"])
@@ -213,9 +314,10 @@ def plot(curves: dict[str, list[dict]], path: Path) -> None:
             xlabel="megabytes of weights",
             ylabel={"bpb": "bits per byte"}.get(key, "weighted error / energy"),
         )
-        panel.legend()
     panels[1].set_yscale("log")
-    figure.tight_layout()
+    # one legend for both, below them, where it hides no point
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=120)
 
 
@@ -234,11 +336,18 @@ def main() -> None:
         "--curve", nargs="+", action="append", required=True, metavar=("NAME", "SETTINGS")
     )
     sweep.add_argument("--out", type=Path, default=Path("sweep.png"))
+    rate = commands.add_parser("rate")
+    rate.add_argument("checkpoint", type=Path)
+    rate.add_argument("--layer", type=int, default=5)
+    rate.add_argument("--out", type=Path, default=Path("rate.png"))
     options = parser.parse_args()
     if options.command == "codes":
         return compare_codes(options.artifact, options.compressors)
-    check_points([settings for _, *points in options.curve for settings in points])
-    harness, curves = Sweep(options.checkpoint, "entropy"), defaultdict(list)
+    if options.command == "rate":
+        return compare_rates(options.checkpoint, options.layer, options.out)
+    points = [settings for _, *points in options.curve for settings in points]
+    check_points(points)
+    harness, curves = Sweep(options.checkpoint, "entropy", points), defaultdict(list)
     print(
         f"fp32: bpb {harness.evaluator.evaluate_bpb()['bpb']:.6f}  held-out loss"
         f" {harness.fp32_loss}",

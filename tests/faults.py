@@ -26,46 +26,24 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+from tiny_run import TINY_RUN  # noqa: E402
 
 from tools.run_files import script_of  # noqa: E402
 
-SETTINGS = {
-    "TOKENIZER_PATH": str(ROOT / "tokenizers" / "caseops_8192.model"),
-    "VOCAB_SIZE": "8192",
-    "DEVICE": "cpu",
+SETTINGS = TINY_RUN | {
     "MODEL_DIM": "16",
-    "NUM_LAYERS": "3",
     "NUM_HEADS": "2",
     "NUM_KV_HEADS": "1",
-    "MLP_MULT": "2",
-    "ROPE_DIMS": "4",
-    "LOOP_START": "1",
-    "LOOP_END": "1",
-    "NUM_LOOPS": "1",
-    "PARALLEL_START_LAYER": "2",
-    "XSA_LAST_N": "2",
     "TRAIN_BATCH_TOKENS": "256",
-    "MICRO_BATCH_TOKENS": "128",
-    "TRAIN_SEQ_LEN": "64",
-    "MAX_WALLCLOCK_SECONDS": "0",
     "ITERATIONS": "8",
-    "WARMUP_STEPS": "1",
     "TRAIN_LOG_EVERY": "1",
     "GPTQ_CALIBRATION_BATCHES": "2",
-    "COMPRESSOR": "brotli",
-    "EVAL_SEQ_LEN": "64",
     "PLOTS": "0",
     "ENABLE_LOOPING_AT": "0.5",
     "TTT_LORA_SITES": "q,head",
-    "TTT_EVAL_SEQ_LEN": "64",
-    "TTT_STALE_CONTEXT": "32",
     "TTT_CHUNK_SIZE": "32",
-    "TTT_BATCH_SIZE": "2",
     "TTT_LANES": "2",
     "TTT_LORA_RANK": "2",
-    "PHASED_TTT_PREFIX_DOCS": "25000",
-    "GLOBAL_TTT_CHUNK_TOKENS": "128",
-    "OMP_NUM_THREADS": "1",
 }
 PLACES = {  # name -> object of train_gpt, its function, a stage's line of which the log may speak
     "start": (None, "build_model"),

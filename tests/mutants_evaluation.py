@@ -156,9 +156,16 @@ QUANTIZATION = [
     Mutant(
         "gradients-of-rows-are-collected-from-the-first-step-on",
         TRAIN,
-        "if progress >= 1 - RowGradients.SHARE:",
-        "if progress >= 0:",
+        "if hp.gptq_row_power and progress >= 1 - RowGradients.SHARE:",
+        "if hp.gptq_row_power:",
         "tests/test_row_gradients.py::test_means_are_those_of_the_gradients_of_the_last_steps",
+    ),
+    Mutant(
+        "gradients-of-rows-are-collected-without-their-setting",
+        TRAIN,
+        "if hp.gptq_row_power and progress >= 1 - RowGradients.SHARE:",
+        "if progress >= 1 - RowGradients.SHARE:",
+        "tests/test_row_gradients.py::test_a_training_without_their_setting_gathers_and_keeps_none",
     ),
     Mutant(
         "column-steps-stay-in-the-order-of-quantization",

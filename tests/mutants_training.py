@@ -1020,7 +1020,7 @@ STATES = [
         GUARD,
         'return sorted(Path(folder).glob("state-*.pt"), reverse=True)',
         'return sorted(Path(folder).glob("state-*.pt"))',
-        "tests/test_reliability.py::test_training_goes_on_bit_for_bit_from_a_state[changes0]",
+        "tests/test_reliability.py::test_a_torn_state_is_passed_over",
     ),
     Mutant(
         "states-are-not-hashed",
@@ -1059,14 +1059,14 @@ WATCHING = [
         GUARD,
         "    def after_last_step(self, trainer, step):\n        check_weights(trainer, step)\n",
         "    def after_last_step(self, trainer, step):\n        pass\n",
-        "tests/test_reliability.py::test_what_is_not_finite_ends_training_within_two_steps",
+        "tests/test_reliability.py::test_divergence_in_the_last_step_is_named_without_states_too",
     ),
     Mutant(
         "divergence-is-read-from-the-same-step",
         GUARD,
         "        self.not_finite = not_finite(self.norms_before)\n",
         "        self.not_finite = []\n",
-        "tests/test_reliability.py::test_what_is_not_finite_ends_training_within_two_steps",
+        "tests/test_reliability.py::test_divergence_is_named_without_states_too[2]",
     ),
     Mutant(
         "states-may-hold-what-is-not-finite",
@@ -1096,7 +1096,7 @@ WATCHING = [
         "    leave(128 + number)\n",
         '        guard.tell(f"{reason} in stage {guard.stage}. {guard.resume_hint}")\n'
         "    leave(0)\n",
-        "tests/test_reliability.py::test_a_signal_outside_training_ends_at_once[warm_up]",
+        "tests/test_reliability.py::test_a_signal_saves_a_state_and_the_message_goes_on[SIGTERM-1]",
     ),
     Mutant(
         "signals-do-not-wait-for-the-step",

@@ -7,47 +7,25 @@ from pathlib import Path
 
 import numpy as np
 from conftest import HERE, PATIENCE, write_documents
+from tiny_run import TINY_RUN
 
 from tools import guard
 
 ROOT = Path(__file__).resolve().parents[1]
 
-SETTINGS = {
-    "TOKENIZER_PATH": str(ROOT / "tokenizers" / "caseops_8192.model"),
-    "VOCAB_SIZE": "8192",
-    "DEVICE": "cpu",
+SETTINGS = TINY_RUN | {
     "MODEL_DIM": "32",
-    "NUM_LAYERS": "3",
     "NUM_HEADS": "4",
     "NUM_KV_HEADS": "2",
-    "MLP_MULT": "2",
-    "ROPE_DIMS": "4",
-    "LOOP_START": "1",
-    "LOOP_END": "1",
-    "NUM_LOOPS": "1",
-    "PARALLEL_START_LAYER": "2",
-    "XSA_LAST_N": "2",
     "TRAIN_BATCH_TOKENS": "512",
-    "MICRO_BATCH_TOKENS": "128",
-    "TRAIN_SEQ_LEN": "64",
-    "MAX_WALLCLOCK_SECONDS": "0",
     "ITERATIONS": "4",
-    "WARMUP_STEPS": "1",
     "TRAIN_LOG_EVERY": "2",
     "GPTQ_CALIBRATION_BATCHES": "4",
-    "COMPRESSOR": "brotli",
-    "EVAL_SEQ_LEN": "64",
     "SLIDING_WINDOW_ENABLED": "1",
     "EVAL_STRIDE": "24",
-    "TTT_EVAL_SEQ_LEN": "64",
-    "TTT_STALE_CONTEXT": "32",
     "TTT_CHUNK_SIZE": "16",
-    "TTT_BATCH_SIZE": "2",
     "TTT_LANES": "3",
     "TTT_LORA_RANK": "4",
-    "PHASED_TTT_PREFIX_DOCS": "25000",
-    "GLOBAL_TTT_CHUNK_TOKENS": "128",
-    "OMP_NUM_THREADS": "1",
 }
 
 LENGTHS = [60, 10, 0, 130, 25, 90, 40, 5, 1, 33]

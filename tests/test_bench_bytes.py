@@ -3,7 +3,9 @@ what is not exact.
 """
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_hp
@@ -15,16 +17,20 @@ from tests.test_artifact import model_arrays
 pytest.importorskip("brotli")
 
 
-def test_sweep_measures_bytes_error_and_bpb_of_every_point(
-    monkeypatch, tmp_path, tiny_data, ops, capsys
-):
-    pytest.importorskip("matplotlib")
+@pytest.fixture
+def model(monkeypatch, tmp_path, tiny_data, ops):
+    """A model of random weights, in model.pt, and the environment of a sweep over it."""
     for name, value in (TINY | {"data_path": tiny_data, "lqer_top_k": 0}).items():
         monkeypatch.setenv(name.upper(), str(int(value) if isinstance(value, bool) else value))
     model = train_gpt.GPT(tiny_hp(), ops, torch.float32)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     train_gpt.save_checkpoint(tmp_path / "model.pt", model, tiny_hp())
+    return model
+
+
+def test_sweep_measures_bytes_error_and_bpb_of_every_point(monkeypatch, tmp_path, model, capsys):
+    pytest.importorskip("matplotlib")
     shaped = "COMPRESSOR=entropy GPTQ_COLUMN_STEPS=1"
     command = ["bench", "sweep", str(tmp_path / "model.pt"), "--out", str(tmp_path / "sweep.png")]
     wide = "MLP_CLIP_SIGMAS=50 ATTN_CLIP_SIGMAS=50 EMBED_CLIP_SIGMAS=50"
@@ -40,6 +46,28 @@ def test_sweep_measures_bytes_error_and_bpb_of_every_point(
     assert all(-0.1 < point["gap"] < 0.1 for point in (near, coarse, ours))
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     assert abs(near["bpb"] - float(capsys.readouterr().out.split()[2])) < 0.05
+
+
+def test_a_sweep_of_row_power_needs_row_gradients(tmp_path, model):
+    """Without them all its points would have given the same bytes."""
+    points = ["", "GPTQ_ROW_POWER=0.5"]
+    with pytest.raises(train_gpt.SettingError, match=r"model\.pt has no row gradients"):
+        bench_bytes.Sweep(tmp_path / "model.pt", "entropy", points)
+    model.row_gradients = {
+        name: torch.rand(len(w))
+        for name, w in train_gpt.unbank(model).items()
+        if train_gpt.quant_role(name)
+    }
+    train_gpt.save_checkpoint(tmp_path / "model.pt", model, tiny_hp())
+    sweep = bench_bytes.Sweep(tmp_path / "model.pt", "entropy", points)
+    without, half = (sweep.measure(point) for point in points)
+    assert without["weighted_error"] != half["weighted_error"]
+
+
+def test_the_points_of_a_sweep_have_the_trellis_that_its_environment_lacks(tmp_path, model):
+    """Its reference is a loop in Python, which takes minutes on a real model."""
+    sweep = bench_bytes.Sweep(tmp_path / "model.pt", "entropy")
+    assert not sweep.hp.gptq_trellis and "trellis_round" in sweep.model.ops.names
 
 
 @pytest.mark.parametrize(
@@ -83,3 +111,33 @@ def test_codes_says_where_a_round_trip_is_not_exact(monkeypatch, tmp_path):
     monkeypatch.setattr(train_gpt, "unpack_weights", unpack_wrongly)
     with pytest.raises(AssertionError, match="not exact"):
         bench_bytes.compare_codes(tmp_path / "artifact.bin", ["lzma"])
+
+
+def test_the_bound_of_a_white_gaussian_matrix_is_the_textbook_one():
+    w = torch.randn(400, 300, generator=torch.Generator().manual_seed(1))
+    bits = np.array([1.0, 2.0, 3.5])
+    bound = bench_bytes.gaussian_bound(w, torch.eye(300), 1e-9, bits)
+    assert bound == pytest.approx(4.0**-bits, rel=0.02)
+
+
+def test_a_trellis_comes_nearer_to_the_bound_than_codes_for_themselves():
+    generator = torch.Generator().manual_seed(2)
+    name = "blocks.0.mlp.c_fc.weight"
+    w = 0.02 * torch.randn(512, 96, generator=generator)
+    inputs = torch.randn(400, 96, generator=generator)
+    model = SimpleNamespace(ops=SimpleNamespace(trellis_round=train_gpt.trellis_round_ref))
+    harness = SimpleNamespace(
+        weights={name: w},
+        hessians={name: inputs.T @ inputs / 400},
+        hp=tiny_hp(),
+        dist=train_gpt.Dist("cpu"),
+        model=model,
+    )
+    curves = bench_bytes.measure_rates(harness, name)
+    bound_bits, bound_errors = zip(*curves["bound"], strict=True)
+
+    def excess(method):  # at the middle factor: about three bits, two thousand weights a row step
+        bits, error = curves[method][2]
+        return bits - np.interp(-np.log(error), -np.log(bound_errors), bound_bits)
+
+    assert 0 < excess("trellis") < excess("steps of columns") - 0.1

@@ -3,6 +3,8 @@
 import ast
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -162,6 +164,16 @@ def test_extras_are_the_requirements_files():
     assert set(extras["dev"]) == requirements("requirements-dev.txt")
 
 
+def test_make_lint_passes_over_the_packed_script_of_a_record(tmp_path):
+    (tmp_path / "pyproject.toml").write_text(read("pyproject.toml"))
+    folder = tmp_path / "records" / "track_10min_16mb" / "2026-01-01_name"
+    folder.mkdir(parents=True)
+    (folder / "train_gpt.py").write_bytes(b"# coding: latin-1\nx = '\xe9\xff'\n")
+    ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "."]
+    linted = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True)
+    assert linted.returncode == 0, linted.stdout
+
+
 # ---- docs/RESULT.md against the code
 
 
@@ -230,7 +242,8 @@ def test_every_key_of_result_is_described(source):
         | assigned(source["Stages.result"], "result")
         | keys_of(source["Trainer.summary"])
     )
-    produced |= keys_of(source["operations"])  # **ops.names
+    operations = source["operations"]
+    produced |= keys_of(operations) | assigned(operations, "needed")  # **ops.names
     assert {"version", "violations", "steps", "attention", "peak_memory_bytes"} <= produced
     # Stages and Trainer.train put these into what Trainer.summary made
     assert described("Keys") == produced | {

@@ -128,7 +128,6 @@ KEYS = {
     "qkv_heads",
     "gated_xsa",
     "adamw_rows",
-    "trellis_round",
     "enter",
     "steps",
     "train_loss",

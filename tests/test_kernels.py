@@ -967,8 +967,23 @@ def test_auto_on_cpu_takes_the_references():
     )
     assert (ops.qkv_heads, ops.gated_xsa) == (train_gpt.qkv_heads_ref, train_gpt.gated_xsa_ref)
     assert (ops.slot_input, ops.adamw_rows) == (train_gpt.slot_input_ref, train_gpt.adamw_rows_ref)
-    kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows", "trellis_round"
+    kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows"
     assert ops.names == {"attention": "sdpa"} | dict.fromkeys(kinds, "reference")
+
+
+@pytest.mark.parametrize("trellis", [False, True])
+def test_the_trellis_is_tried_where_its_setting_is_on(monkeypatch, trellis):
+    tried = []
+    trial_inputs = train_gpt.trellis_round_trial_inputs
+
+    def note_trial(*arguments):
+        tried.append(True)
+        return trial_inputs(*arguments)
+
+    monkeypatch.setattr(train_gpt, "trellis_round_trial_inputs", note_trial)
+    ops = select_ops(tiny_hp(gptq_trellis=trellis), CPU, torch.float32)
+    assert ops.trellis_round is train_gpt.trellis_round_ref
+    assert bool(tried) == trellis == ("trellis_round" in ops.names)
 
 
 def test_selection_leaves_the_random_state_alone():

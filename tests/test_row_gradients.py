@@ -6,11 +6,17 @@ import pytest
 import torch
 from conftest import Lines
 from evaluation_helpers import on_ranks
-from training_helpers import quiet, trainer_of
+from training_helpers import quiet
+from training_helpers import trainer_of as any_trainer_of
 
 import train_gpt
 from tools import guard
 from train_gpt import RowGradients, row_factors
+
+
+def trainer_of(folder, **settings):
+    """A trainer that gathers row gradients."""
+    return any_trainer_of(folder, gptq_row_power=1.0, **settings)
 
 
 def test_means_are_those_of_the_gradients_of_the_last_steps(tiny_data, monkeypatch):
@@ -33,6 +39,14 @@ def test_means_are_those_of_the_gradients_of_the_last_steps(tiny_data, monkeypat
     squares = torch.stack([grads["qo_bank"][num_layers + 1].square() for grads in seen])
     assert torch.allclose(found["blocks.1.attn.c_proj.weight"], squares.mean(dim=(0, 2)))
     assert all(len(means) and means.min() >= 0 for means in found.values())
+
+
+def test_a_training_without_their_setting_gathers_and_keeps_none(tiny_data, tmp_path):
+    trainer = any_trainer_of(tiny_data, iterations=40, warmup_steps=0)
+    trainer.train(quiet)
+    assert trainer.row_gradients.num_steps == 0
+    train_gpt.save_checkpoint(tmp_path / "model.pt", trainer.model, trainer.hp)
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["row_gradients"] == {}
 
 
 def test_warm_up_leaves_no_gradients_behind(tiny_data):
@@ -90,6 +104,12 @@ def test_a_row_without_any_gradient_has_a_finite_step():
     gradients[0, 3] = 0
     factors = row_factors(w, gradients, power=1.0, octaves=4.0)
     assert factors.isfinite().all() and factors[0, 3] == 16
+
+
+def test_a_power_of_almost_nothing_changes_no_step():
+    """Such a training gathers row gradients and writes the artifact of one without."""
+    w, gradients = problem()
+    assert torch.equal(row_factors(w, gradients, power=1e-9, octaves=99), torch.ones(2, 50))
 
 
 def test_gptq_gives_costly_rows_finer_steps():

@@ -88,7 +88,7 @@ def test_result_counts_code_and_weights_once_each(tmp_path, dist):
     assert json.loads((tmp_path / "result.json").read_text()) == result
 
 
-@pytest.mark.parametrize("first_clip", [4.0, 50.0])  # far too large a file, far too small a one
+@pytest.mark.parametrize("first_clip", [4.0, 40.0])  # far too large a file, far too small a one
 def test_target_bytes_ends_just_under_the_target_whatever_the_clips(
     monkeypatch, tmp_path, dist, first_clip
 ):
@@ -114,7 +114,7 @@ def test_target_bytes_ends_just_under_the_target_whatever_the_clips(
     ) > 0
 
 
-@pytest.mark.parametrize("first_clip", [3.0, 12.0, 60.0])
+@pytest.mark.parametrize("first_clip", [3.0, 12.0, 40.0])
 def test_one_trial_meets_the_target_where_bytes_follow_the_logarithm_of_the_clips(dist, first_clip):
     """Doubling all clips saves exactly one bit of each of 1,000,000 weights here."""
 
@@ -125,8 +125,57 @@ def test_one_trial_meets_the_target_where_bytes_follow_the_logarithm_of_the_clip
 
     clips = dict.fromkeys(("mlp_clip_sigmas", "attn_clip_sigmas", "embed_clip_sigmas"), first_clip)
     first, log = quantize(tiny_hp(target_bytes=600_000, **clips)), Lines()
-    found = train_gpt.fit_target_bytes(first, quantize, 1_000_000, 20_000, dist, log)
+    found = fit(first, quantize, 1_000_000, dist, log)
     assert 599_700 <= len(found.file) + 20_000 <= 600_000 and len(log) == 1
+
+
+def fit(first, quantize, num_weights, dist, log, time_is_left=lambda: True):
+    """With 20,000 bytes of code."""
+    return train_gpt.fit_target_bytes(first, quantize, time_is_left, num_weights, 20_000, dist, log)
+
+
+def never(*_):
+    raise AssertionError("quantized again")
+
+
+@pytest.mark.parametrize("size, again", [(279_000, False), (281_000, True)])
+def test_a_model_that_fills_less_than_half_of_the_target_stays_as_it_is(size, again, dist):
+    """The target is the contest's cap by default, and a small model needs no finer steps for it."""
+    first, log = train_gpt.Quantized(tiny_hp(target_bytes=600_000), {}, bytes(size)), Lines()
+    if again:
+        with pytest.raises(AssertionError, match="quantized again"):
+            fit(first, never, 1_000_000, dist, log)
+    else:
+        assert fit(first, never, 1_000_000, dist, log) is first and not log
+
+
+def test_without_seconds_for_another_trial_the_best_so_far_is_kept(dist):
+    first = train_gpt.Quantized(tiny_hp(target_bytes=600_000), {}, bytes(590_000))
+    log = Lines()
+    assert fit(first, never, 1_000_000, dist, log, time_is_left=lambda: False) is first
+    assert len(log) == 1 and "no seconds are left" in log[0]
+
+
+def test_the_budget_decides_whether_there_is_another_trial(monkeypatch, tmp_path, dist):
+    """Training took 590 s of 600; each quantization takes 4 s: two fit, a third does not."""
+    now = [0.0]
+    sizes = iter([700_000, 590_000, 600_000])
+    monkeypatch.setattr(train_gpt, "collect_hessians", lambda *_: {})
+    monkeypatch.setattr(train_gpt, "pack_weights", lambda *_: bytes(next(sizes)))
+    hp = tiny_hp(target_bytes=600_000, max_wallclock_seconds=600.0)
+    model = train_gpt.build_model(hp, dist)
+    log, loader = train_gpt.RunLog(tmp_path, dist), SimpleNamespace(held_out_rows=0)
+
+    def quantize_weights(*_):
+        now[0] += 4.0
+        return {}
+
+    monkeypatch.setattr(train_gpt, "quantize_weights", quantize_weights)
+    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: now[0])
+    train_gpt.build_artifact(
+        model, loader, hp, dist, log, tmp_path / "a", 20_000, training_seconds=590.0
+    )
+    assert (tmp_path / "a").stat().st_size == 590_000
 
 
 def test_of_all_trials_the_one_that_is_nearest_below_the_target_is_kept(

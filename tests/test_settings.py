@@ -400,6 +400,6 @@ def test_the_file_imports_without_cuda_group_or_optional_packages_and_does_nothi
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1 and done.stderr == ""
-    kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows", "trellis_round"
+    kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows"
     assert json.loads(done.stdout) == {"attention": "sdpa"} | dict.fromkeys(kinds, "reference")
     assert list(tmp_path.iterdir()) == []
