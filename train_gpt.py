@@ -6732,7 +6732,7 @@ class TestTimeTrainer:
         """Fine-tunes on a phase of `tokens` targets, if every rank has the time for it."""
         num_steps = tokens / self.hp.global_ttt_chunk_tokens
         # this rank's share of forward and backward, and the SGD steps themselves
-        cost = 3e-6 * tokens / self.dist.world_size + 0.3 * num_steps
+        cost = 3e-6 * tokens / self.dist.world_size + 0.1 * num_steps
         is_short = bool(steps_left) or self.progress.is_short_for(cost)
         if not any(self.dist.all_gather_object(is_short)):
             self.global_adapt(self.documents[phase.documents])
