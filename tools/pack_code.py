@@ -306,7 +306,7 @@ def in_order(module):
     used first.
 
     The minifier would go by the number of uses alone. Each function then has its own order of
-    letters, which brotli cannot foresee: 660 bytes more.
+    letters, which brotli cannot foresee: 620 bytes more.
     """
 
     def urgency(found):
