@@ -31,6 +31,7 @@ SETTINGS = {name.upper() for name in presets.published.Hyperparameters.__datacla
 REMOVED = {"DOC_SHUFFLE_ENABLED", "HESSIAN_CLIP_LAMBDA", "LQER_WEIGHTED", "MUON_GRAM_ENABLED"}
 OTHER_VARIABLES = {
     "SOAK",
+    "OMP_NUM_THREADS",
     "TORCH_INDEX_URL",
     "TORCH",
     "GOLDEN_DIR",
