@@ -303,7 +303,7 @@ def plot(curves: dict[str, list[dict]], path: Path) -> None:
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's own backend need not exist in this environment
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5))
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5.6), layout="constrained")
     for panel, key in zip(panels, ("bpb", "weighted_error"), strict=True):
         for name, points in curves.items():
             points = sorted(points, key=lambda point: point["bytes"])
@@ -314,9 +314,10 @@ def plot(curves: dict[str, list[dict]], path: Path) -> None:
             xlabel="megabytes of weights",
             ylabel={"bpb": "bits per byte"}.get(key, "weighted error / energy"),
         )
-        panel.legend()
     panels[1].set_yscale("log")
-    figure.tight_layout()
+    # one legend for both, below them, where it hides no point
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=120)
 
 

@@ -19,7 +19,7 @@ from matplotlib.patches import FancyBboxPatch  # noqa: E402
 from tools.plot_run import bpb_factor, title  # noqa: E402
 from tools.run_files import read_runs  # noqa: E402
 
-WIDTH, HEIGHT, GAP = 1.7, 1.0, 0.35
+WIDTH, HEIGHT, GAP = 1.75, 1.0, 0.3
 
 
 class Stage(NamedTuple):
@@ -49,10 +49,10 @@ def stages_of(run):
     seconds = result["seconds"]
     untrained = run.steps[0]["train_loss"] * bpb_factor(result)
     quantization = seconds["hessians"] + seconds["quantize"] + seconds["quant_check"]
-    size = f"{result['artifact_bytes']:,} bytes\n+ code {result['code_bytes']:,}"
-    ttt = f"{seconds['eval_ttt']:.0f} s" if "eval_ttt" in seconds else "LoRA per document"
+    size = f"{result['artifact_bytes']:,}\n+ code {result['code_bytes']:,}\nbytes"
+    ttt = f"{seconds['eval_ttt']:.0f} s" if "eval_ttt" in seconds else "LoRA per\ndocument"
     return [
-        Stage("Text to shards", "CaseOps, 8,192 tokens,\nbytes of each token", "", "#e8e8e8"),
+        Stage("Text to shards", "CaseOps, 8,192\ntokens; bytes of\neach token", "", "#e8e8e8"),
         Stage(
             "Warm-up", f"compilation,\n{seconds['warm_up']:.1f} s", f"{untrained:.4f}", "#e8e8e8"
         ),
@@ -64,11 +64,11 @@ def stages_of(run):
         ),
         Stage(
             "Quantization",
-            f"Hessians, GPTQ, check,\n{quantization:.1f} s",
+            f"Hessians, GPTQ,\nand check:\n{quantization:.1f} s",
             bpb_after(result, "quantized"),
             "#d9ead3",
         ),
-        Stage("Packing", f"{seconds['pack']:.1f} s, {size}", "no loss", "#fff2cc"),
+        Stage("Packing", f"{size}, {seconds['pack']:.1f} s", "no loss", "#fff2cc"),
         Stage("Test-time training", ttt, bpb_after(result, "ttt"), "#f4cccc"),
     ]
 
@@ -77,9 +77,9 @@ def draw(run, path):
     """Writes the picture of one run to a PNG file."""
     stages = stages_of(run)
     length = len(stages) * (WIDTH + GAP) - GAP
-    figure, axis = plt.subplots(figsize=(12, 2.9), layout="constrained", dpi=110)
-    axis.set_xlim(-0.9, length + 0.1)
-    axis.set_ylim(-1.15, HEIGHT + 0.1)
+    figure, axis = plt.subplots(figsize=(10, 2.3), layout="constrained", dpi=160)
+    axis.set_xlim(-0.75, length + 0.1)
+    axis.set_ylim(-0.8, HEIGHT + 0.1)
     axis.axis("off")
     centered = {"ha": "center", "va": "center"}
     for place, stage in enumerate(stages):
@@ -89,13 +89,13 @@ def draw(run, path):
             (left, 0), WIDTH, HEIGHT, boxstyle="round,pad=0.03", facecolor=stage.color
         )
         axis.add_patch(shape)
-        axis.text(middle, 0.74, stage.name, fontweight="bold", fontsize=10, **centered)
-        axis.text(middle, 0.33, stage.details, fontsize=8.5, **centered)
-        axis.text(middle, -0.6, stage.score, fontweight="bold", fontsize=13, **centered)
+        axis.text(middle, 0.82, stage.name, fontweight="bold", fontsize=9.5, **centered)
+        axis.text(middle, 0.34, stage.details, fontsize=9, **centered)
+        axis.text(middle, -0.45, stage.score, fontweight="bold", fontsize=13, **centered)
         if place:
             style = {"arrowstyle": "->", "linewidth": 1.4}
             axis.annotate("", (left - 0.03, 0.5), (left - GAP + 0.03, 0.5), arrowprops=style)
-    axis.text(-0.1, -0.6, "BPB\nafter it", fontsize=10, ha="right", va="center")
+    axis.text(-0.1, -0.45, "BPB\nafter it", fontsize=10, ha="right", va="center")
     figure.suptitle(title([run]), x=0.01, ha="left", fontsize=10)
     figure.savefig(path)
 

@@ -744,7 +744,7 @@ def check_compressor(name):
     own_check_compressor(name)
     if "lrzip" in COMPRESSORS[name].codecs() and shutil.which("lrzip") is None:
         raise SettingError(
-            "the lrzip program is missing: apt-get install lrzip, or COMPRESSOR=brotli (needs none)"
+            "the lrzip program is missing: apt-get install lrzip, or set COMPRESSOR=entropy"
         )
 
 

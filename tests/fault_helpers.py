@@ -43,7 +43,7 @@ def tidy(folder, process):
 
 def commands(text, mode):
     """The commands that messages gave to go on with."""
-    return re.findall(rf"{mode}=1 goes on from it: (.*)$", text, re.MULTILINE)
+    return re.findall(rf"{mode}=1 continues from it: (.*)$", text, re.MULTILINE)
 
 
 def loss_lines(folder, run="run"):

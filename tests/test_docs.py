@@ -3,6 +3,8 @@
 import ast
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -160,6 +162,16 @@ def test_extras_are_the_requirements_files():
     assert torch.startswith("torch") and set(others) == requirements("requirements.txt")
     assert set(extras["gpu"]) == requirements("requirements-gpu.txt")
     assert set(extras["dev"]) == requirements("requirements-dev.txt")
+
+
+def test_make_lint_passes_over_the_packed_script_of_a_record(tmp_path):
+    (tmp_path / "pyproject.toml").write_text(read("pyproject.toml"))
+    folder = tmp_path / "records" / "track_10min_16mb" / "2026-01-01_name"
+    folder.mkdir(parents=True)
+    (folder / "train_gpt.py").write_bytes(b"# coding: latin-1\nx = '\xe9\xff'\n")
+    ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "."]
+    linted = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True)
+    assert linted.returncode == 0, linted.stdout
 
 
 # ---- docs/RESULT.md against the code

@@ -142,7 +142,7 @@ def test_a_torn_state_is_passed_over(tiny_data, tmp_path, tear):
     step, seconds, losses = guard.load_state(again)
     assert step == 4 and seconds > 0 and len(losses) == 4
     older.write_bytes(tear(older.read_bytes()))
-    with pytest.raises(ValueError, match="no whole training state"):
+    with pytest.raises(ValueError, match="no complete training state"):
         guard.load_state(again)
 
 
@@ -327,7 +327,7 @@ def test_a_failure_after_a_resume_is_told_with_the_state(tiny_data, tmp_path):
     again = trainer_of(tiny_data, tmp_path, resume=True, run_id="x")
     guard.load_state(again)
     assert again.guard.resume_hint.startswith(
-        f"{tmp_path}/state-00000004.pt is whole; RESUME=1 goes on from it: "
+        f"{tmp_path}/state-00000004.pt is complete; RESUME=1 continues from it: "
     )
 
 
@@ -562,7 +562,7 @@ def test_all_problems_are_in_one_report(tmp_path, monkeypatch):
         "not installed: brotli python-minifier",
         "cannot be written to",
         "GB free",
-        "no whole training state",
+        "no complete training state",
         "GPTQ_RESERVE_SECONDS=0",
         "COMPRESSOR=brotli gave back other",
         "the artifact will have about",
@@ -1055,7 +1055,7 @@ def test_a_run_saves_a_state_when_its_window_is_closed(world):
     last = log.splitlines()[-1]
     (state,) = (world / "runs" / "run").glob("state-*.pt")
     assert last.startswith(
-        f"stopped by SIGHUP in stage train. {state} is whole; RESUME=1 goes on from it: "
+        f"stopped by SIGHUP in stage train. {state} is complete; RESUME=1 continues from it: "
     )
     tidy(world, SimpleNamespace(pid=pid))
 
@@ -1140,7 +1140,7 @@ def test_a_signal_outside_training_ends_at_once(world, forker, place):
     process = forker.start(world, fault=f"int {place} 0")
     assert faults.end(process) == 130
     (line,) = [line for line in output(world).splitlines() if line.startswith("stopped by")]
-    assert ("QUANT_ONLY=1 goes on" in line) == (place != "warm_up")
+    assert ("QUANT_ONLY=1 continues" in line) == (place != "warm_up")
     tidy(world, process)
 
 
@@ -1233,7 +1233,7 @@ def test_the_command_of_a_message_is_safe_for_a_shell(dist, tmp_path):
     hostile = f"a b'; touch {tmp_path}/evil; $(touch {tmp_path}/evil) `touch {tmp_path}/evil` \n #"
     hp = tiny_hp(data_path=hostile, runs_dir=hostile, attention_backend="sdpa")
     _, line = guard.command(hp, dist, Path(hostile) / "run", "it", quant_only=True).split(
-        "goes on from it: ", 1
+        "continues from it: ", 1
     )
     line = line.replace(
         shlex.quote(sys.argv[0]), "-c 'import os; print(os.environ[\"DATA_PATH\"])'"

@@ -304,7 +304,9 @@ def newest_state(folder):
         content = data[STATE_DIGEST_BYTES:]
         if content and hashlib.sha256(content).digest() == digest:
             return path.name, content
-    raise SafetyError(f"{folder} holds no whole training state (state-*.pt), which RESUME=1 needs")
+    raise SafetyError(
+        f"{folder} holds no complete training state (state-*.pt), which RESUME=1 needs"
+    )
 
 
 class Resumed(NamedTuple):
@@ -434,7 +436,7 @@ def command(hp, dist, folder, whole, **mode):
     (mode_name,) = (name.upper() for name in mode)
     changes = {"run_id": folder.name, "resume": False, "prequant_only": False} | mode
     hp = dataclasses.replace(hp, **changes)
-    words = [f"{whole} is whole; {mode_name}=1 goes on from it:"]
+    words = [f"{whole} is complete; {mode_name}=1 continues from it:"]
     for field in dataclasses.fields(hp):
         value = getattr(hp, field.name)
         if value != field.default:

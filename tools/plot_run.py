@@ -64,7 +64,7 @@ def title(runs):
     device = first["device"]
     if first["world_size"] > 1:
         device = f"{first['world_size']} x {device}"
-    name = first["run"]
+    name = f"run {first['run']}"
     if len(runs) > 1:
         name = f"{runs[0].folder.resolve().parent.name}, {len(runs)} seeds"
     return f"{name} · {device} · torch {first['torch']} · commit {first['commit']}"

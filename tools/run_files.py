@@ -54,7 +54,8 @@ class Record(dict):
 
     def __missing__(self, key):
         raise RunError(
-            f"{self.where} has no {key}: made by another version, or not to its end; run it again"
+            f"{self.where} has no {key}: its run did not make it (QUANT_ONLY=1 and TTT_EVAL_ONLY=1"
+            " train nothing), or another version wrote the file"
         )
 
 
