@@ -78,7 +78,7 @@ BOS_ID = 1  # every document starts with exactly one (docs/DATA.md)
 CONTEST_SECONDS = 600.0  # limit of training, and of evaluation, in the contest's rules
 BYTE_CAP = 16_000_000  # limit of code + weights in the contest's rules, decimal
 RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
-PACKED = False  # tools/pack_code.py sets this in the script that it writes: that one stands alone
+PACKED = False  # True in the script that tools/pack_code.py writes: that one stands alone
 
 
 class SettingError(ValueError):
@@ -264,9 +264,9 @@ class Hyperparameters:
     gptq_block_size: int = env(128, "columns per batched error update", least=1)
     matrix_bits: int = env(6, "bits per matrix code", least=2, most=8)
     embed_bits: int = env(8, "bits per embedding code", least=2, most=8)
-    mlp_clip_sigmas: float = env(13.0, "clip of MLP rows in standard deviations", above=0)
-    attn_clip_sigmas: float = env(14.0, "clip of attention rows in standard deviations", above=0)
-    embed_clip_sigmas: float = env(15.0, "clip of embedding rows in standard deviations", above=0)
+    mlp_clip_sigmas: float = env(12.8, "clip of MLP rows in standard deviations", above=0)
+    attn_clip_sigmas: float = env(13.8, "clip of attention rows in standard deviations", above=0)
+    embed_clip_sigmas: float = env(14.8, "clip of embedding rows in standard deviations", above=0)
     gptq_column_steps: bool = env(
         True, "quantization steps 2^(k/8) per row and column; 0: fp16 steps per row"
     )
@@ -274,7 +274,7 @@ class Hyperparameters:
         2.0, "maximum log2 ratio of a column's step to its row's", least=0
     )
     gptq_trellis: bool = env(
-        False, "with column steps: trellis-coded quantization, eight states along a column's rows"
+        True, "with column steps: trellis-coded quantization, eight states along a column's rows"
     )
     quant_check_rows: int = env(
         2, "training rows held out to check the quantized model's loss; 0: no check", least=0
@@ -286,7 +286,7 @@ class Hyperparameters:
     )
     gated_attn_quant_gate: bool = env(True, "attention gates as int8 per row; 0: fp16")
     target_bytes: int = env(
-        0,
+        16_000_000,
         "scale the clips until code + weights fit just under this, if they take at least half of"
         " it; 0: off",
         least=0,
@@ -310,7 +310,7 @@ class Hyperparameters:
     ttt_stale_context: int = env(
         1792, "oldest context positions whose keys and values are reused, not recomputed", least=0
     )
-    ttt_chunk_size: int = env(12, "tokens scored between two LoRA steps", least=1)
+    ttt_chunk_size: int = env(16, "tokens scored between two LoRA steps", least=1)
     ttt_batch_size: int = env(64, "documents per group, and per step with full contexts", least=1)
     ttt_lanes: int = env(
         8, "fixed groups of documents; group i runs on rank i mod world size", least=1
@@ -931,8 +931,10 @@ def find_guard():
     Nothing else here looks for files of the repository. It is imported by its path, as another
     package may be called tools; errors of the import are not caught.
     """
+    if PACKED:
+        return NO_GUARD
     path = Path(__file__).with_name("tools") / "guard.py"
-    if PACKED or not path.exists():
+    if not path.exists():
         return NO_GUARD
     sys.modules["train_gpt"] = sys.modules[__name__]  # the guard imports it
     # as a package, so that `from . import x` in it means the file beside it
@@ -3072,7 +3074,7 @@ def operations(hp, device):
         "enter": with_reference("triton", slot_input, slot_input_ref, slot_input_trial_inputs),
         "adamw_rows": with_reference("triton", adamw_rows, adamw_rows_ref, adamw_rows_trial_inputs),
     }
-    if hp.gptq_trellis:
+    if hp.gptq_column_steps and hp.gptq_trellis:
         needed["trellis_round"] = with_reference(
             "triton", trellis_round, trellis_round_ref, trellis_round_trial_inputs
         )
@@ -6555,7 +6557,7 @@ class TestTimeTrainer:
         """Fine-tunes on a phase of `tokens` targets, if every rank has the time for it."""
         num_steps = tokens / self.hp.global_ttt_chunk_tokens
         # this rank's share of forward and backward, and the SGD steps themselves
-        cost = 3e-6 * tokens / self.dist.world_size + 0.3 * num_steps
+        cost = 3e-6 * tokens / self.dist.world_size + 0.1 * num_steps
         is_short = bool(steps_left) or self.progress.is_short_for(cost)
         if not any(self.dist.all_gather_object(is_short)):
             self.global_adapt(self.documents[phase.documents])
@@ -6770,7 +6772,7 @@ TARGET_TRIALS = 5  # of clips; bytes are nearly linear in their logarithm
 
 
 def fit_target_bytes(first, quantize, time_is_left, num_weights, code_bytes, dist, log):
-    """Scales all clips and quantizes again until code + file end within 0.05% below TARGET_BYTES.
+    """Scales all clips and quantizes again until code + file end within 0.5% below TARGET_BYTES.
 
     first: Quantized with the clips as set; quantize(hp) -> Quantized; time_is_left() says whether
     the budget has the seconds for it. A model that fills less than half of the target was not made
@@ -6784,14 +6786,14 @@ def fit_target_bytes(first, quantize, time_is_left, num_weights, code_bytes, dis
         spare = target - code_bytes - len(latest.file) if dist.rank == 0 else -math.inf
         spare = dist.max_over_ranks(spare)[0]
         trials.append((spare < 0, abs(spare), len(trials), latest))
-        is_done = 0 <= spare <= target / 2000 or spare > target / 2
+        is_done = 0 <= spare <= target / 200 or spare > target / 2
         if is_done or len(trials) == TARGET_TRIALS:
             return min(trials)[-1]
         if not time_is_left():
             log(f"note: no seconds are left to come nearer to TARGET_BYTES, spare:{spare:.0f}")
             return min(trials)[-1]
         # aims at the middle of the allowed range: doubling the clips saves one bit per code
-        scale = 2 ** ((target / 4000 - spare) * 8 / num_weights)
+        scale = 2 ** ((target / 400 - spare) * 8 / num_weights)
         log(f"target_bytes:{target} spare:{spare:.0f} clips times {scale:.4f}")
         scaled = {name: getattr(latest.hp, name) * scale for name in clips}
         latest = quantize(dataclasses.replace(latest.hp, **scaled))
@@ -6827,8 +6829,9 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
         return arrays
 
     def time_is_left():
-        """Whether the budget has the seconds of one more quantization."""
-        return dist.max_over_ranks(quantize_seconds[-1])[0] < seconds_left()
+        """Whether the budget has the seconds of one more quantization and its check."""
+        seconds_needed = quantize_seconds[-1] + log.seconds.get("quant_check", 0.0)
+        return dist.max_over_ranks(seconds_needed)[0] < seconds_left()
 
     def pack(hp, arrays):
         with log.stage("pack"):

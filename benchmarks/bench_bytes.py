@@ -277,6 +277,8 @@ def compare_rates(checkpoint: Path, layer: int, path: Path) -> None:
             print(f"{name:28} {method:18} bits above the bound {excess[method]}", flush=True)
         with path.with_suffix(".jsonl").open("a") as file:
             file.write(json.dumps({"name": name, "curves": curves}) + "\n")
+    for panel in panels.flat[len(names) :]:
+        panel.axis("off")
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=100)
 

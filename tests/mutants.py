@@ -193,6 +193,11 @@ class Planted(NamedTuple):
 def preload():
     """Imports what tests import and faults are not in: every forked test has it already."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    # no CUDA in this process: forks could not use it any more
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    if not importlib.import_module("torch").cuda.is_available():
+        # as in conftest.py, which comes too late here: `varlen` imports triton
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     names = "torch torch.nn.attention.varlen numpy pytest brotli sentencepiece hypothesis"
     for name in names.split():
         with contextlib.suppress(ImportError):

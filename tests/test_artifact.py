@@ -503,7 +503,7 @@ def test_unknown_compressor_is_an_error(name):
 
 def test_missing_lrzip_is_an_early_error_that_says_what_to_do(monkeypatch, tmp_path, published):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match=r"lrzip.*apt-get install lrzip.*COMPRESSOR=brotli"):
+    with pytest.raises(ValueError, match=r"lrzip.*apt-get install lrzip.*COMPRESSOR=entropy"):
         train_gpt.check_compressor("pergroup")
     train_gpt.check_compressor("brotli")
     train_gpt.check_compressor("lzma")

@@ -107,7 +107,7 @@ def test_a_total_is_its_parts():
     prefix = plan[0]
     assert prefix.adapt and not plan[1].adapt
     num_steps = -(-prefix.targets // hp.global_ttt_chunk_tokens)
-    tuning = device.first_sgd_step + 0.3 * num_steps + 3e-6 * prefix.targets / 2
+    tuning = device.first_sgd_step + 0.1 * num_steps + 3e-6 * prefix.targets / 2
     assert [phase[3] for phase in budget.phases] == pytest.approx([tuning, 0])
     graphs = [max(len(rank.steps) for rank in phase.ranks) for phase in plan]
     fixed = device.start + device.unpack + device.compile + budget.fixed["schedule"]

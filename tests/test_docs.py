@@ -38,6 +38,7 @@ REMOVED = {
 }
 OTHER_VARIABLES = {
     "SOAK",
+    "OMP_NUM_THREADS",
     "TORCH_INDEX_URL",
     "TORCH",
     "GOLDEN_DIR",

@@ -128,6 +128,7 @@ KEYS = {
     "qkv_heads",
     "gated_xsa",
     "adamw_rows",
+    "trellis_round",
     "enter",
     "steps",
     "train_loss",

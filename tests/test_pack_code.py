@@ -283,6 +283,20 @@ def test_parameters_are_renamed_only_where_every_caller_is_seen():
     assert kept == {"named_parameter", "context_parameter", "inputs_parameter", "starred_parameter"}
 
 
+def test_local_names_follow_the_order_in_which_they_appear():
+    """However often each is used: functions that do the same then are the same text."""
+    source = """
+    def rare_first(number, text):
+        return [text, text, text, number]
+    def rare_last(text, number):
+        return [text, text, text, number]
+    print(rare_first(1, "a"), rare_last("a", 1))
+    """
+    text = packed_text(pack_code(textwrap.dedent(source), {}))
+    assert re.search(r"\(A,B\):return\[B,B,B,A\]", text), text
+    assert re.search(r"\(A,B\):return\[A,A,A,B\]", text), text
+
+
 SMALL = """
 PACKED = False
 class Hyperparameters:
@@ -326,6 +340,15 @@ def test_a_packed_script_knows_that_it_is_packed():
     text = packed_text(pack_code(SMALL + "print('packed:', PACKED)\n", {}))
     name = re.search(r"print\('packed:',(\w+)\)", text)[1]
     assert re.search(rf"^{name}=(True|1|not 0)\b", text, re.M), text
+
+
+def test_what_only_the_unpacked_script_does_is_not_packed():
+    source = SMALL + (
+        "def find(x):\n    if PACKED:\n        return 'alone'\n    return 'not alone' + x\n"
+        "print(find(''))\n"
+    )
+    text = packed_text(pack_code(source, {}))
+    assert "'alone'" in text and "not alone" not in text
 
 
 PARTS = """

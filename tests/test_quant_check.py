@@ -343,7 +343,7 @@ def test_a_loss_that_is_not_finite_is_the_worst_gap(learnt, model, dist, tmp_pat
 def test_no_other_quantization_is_begun_without_seconds_left(
     learnt, model, dist, tmp_path, monkeypatch
 ):
-    for seconds, tries in ((99.0, 3), (100.0, 1)):
+    for seconds, tries in ((40.0, 3), (100.0, 1)):
         figures, log, _ = build(
             learnt,
             model,
@@ -353,7 +353,7 @@ def test_no_other_quantization_is_begun_without_seconds_left(
             seconds=seconds,
             quant_gap_max=1e-9,
             max_wallclock_seconds=100.0,
-            gptq_reserve_seconds=1.0,
+            gptq_reserve_seconds=60.0,
         )
         if tries == 1:
             assert len(figures["quant_check"]["tried"]) == 1

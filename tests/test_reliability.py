@@ -647,20 +647,21 @@ def test_an_artifact_that_cannot_fit_is_refused_and_one_that_may_not_is_noted(
 ):
     hp = tiny_hp()
     size = guard.projected_bytes(train_gpt.GPT(hp, OPS, torch.float32), hp)
-    for cap, words in (
-        (size, ""),
-        (round(0.9 * size), "note: the artifact may not fit"),
-        (round(0.7 * size), None),
-    ):
-        monkeypatch.setattr(train_gpt, "BYTE_CAP", cap)
-        if words is None:
-            with pytest.raises(
-                ValueError, match=f"will have about {size:,} bytes, the cap is {cap:,}: take fewer"
-            ):
-                machine(tmp_path)
-        else:
-            assert words in machine(tmp_path) and ("note" in machine(tmp_path)) == bool(words)
-        assert "note" not in machine(tmp_path, target_bytes=cap)
+
+    def says(cap, target_bytes):
+        monkeypatch.setattr(train_gpt, "BYTE_CAP", round(cap * size))
+        return machine(tmp_path, target_bytes=target_bytes)
+
+    for target_bytes in (0, 16_000_000):
+        assert "note" not in says(1.0, target_bytes)
+    assert "note: the artifact may not fit" in says(0.9, 0)
+    refusal = f"will have about {size:,} bytes, the cap is {round(0.7 * size):,}: take fewer"
+    with pytest.raises(ValueError, match=refusal):
+        says(0.7, 0)
+    # clips twice as wide save one bit of about four a code
+    assert "TARGET_BYTES will widen the clips" in says(0.7, 16_000_000)
+    with pytest.raises(ValueError, match="take fewer weights"):
+        says(0.5, 16_000_000)
 
 
 def test_the_submission_is_projected_to_fit():

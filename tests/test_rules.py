@@ -108,7 +108,7 @@ def test_target_bytes_ends_just_under_the_target_whatever_the_clips(
     groups = train_gpt.build_artifact(model, loader, hp, dist, log, tmp_path / "a", 20_000)[
         "group_bytes"
     ]
-    assert 600_000 * 0.999 <= 20_000 + (tmp_path / "a").stat().st_size <= 600_000
+    assert 600_000 * 0.995 <= 20_000 + (tmp_path / "a").stat().st_size <= 600_000
     assert {"up", "down", "embedding", "q", "k", "v", "out", "rest"} == set(groups) and min(
         groups.values()
     ) > 0
@@ -126,7 +126,7 @@ def test_one_trial_meets_the_target_where_bytes_follow_the_logarithm_of_the_clip
     clips = dict.fromkeys(("mlp_clip_sigmas", "attn_clip_sigmas", "embed_clip_sigmas"), first_clip)
     first, log = quantize(tiny_hp(target_bytes=600_000, **clips)), Lines()
     found = fit(first, quantize, 1_000_000, dist, log)
-    assert 599_700 <= len(found.file) + 20_000 <= 600_000 and len(log) == 1
+    assert 598_000 <= len(found.file) + 20_000 <= 599_000 and len(log) == 1
 
 
 def fit(first, quantize, num_weights, dist, log, time_is_left=lambda: True):

@@ -336,8 +336,8 @@ def test_combinations_that_cannot_work_are_refused(changes, message):
         {"TTT_LORA_SITES": "head"},
         {"EVAL_STRIDE": "2048"},
         {"TTT_LORA_LR": "0"},
-        {"TTT_STALE_CONTEXT": "12"},
-        {"TTT_STALE_CONTEXT": "2036"},
+        {"TTT_STALE_CONTEXT": "16"},
+        {"TTT_STALE_CONTEXT": "2032"},
     ],
 )
 def test_combinations_that_work_are_taken(changes):
@@ -397,6 +397,6 @@ def test_the_file_imports_without_cuda_group_or_optional_packages_and_does_nothi
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1 and done.stderr == ""
-    kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows"
+    kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows", "trellis_round"
     assert json.loads(done.stdout) == {"attention": "sdpa"} | dict.fromkeys(kinds, "reference")
     assert list(tmp_path.iterdir()) == []

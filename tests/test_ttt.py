@@ -26,7 +26,7 @@ from evaluation_helpers import (
     run_ttt,
     small_hp,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import train_gpt
@@ -1406,6 +1406,7 @@ def test_the_plan_knows_nothing_of_ranks_and_contents():
 
 @settings(max_examples=100, deadline=None)
 @given(SIZES, st.integers(1, 40), st.integers(0, 200), st.booleans())
+@example(sizes=[9, 10, 100, 101], chunk=40, more=0, stale=False)  # at the limits, seldom met
 def test_window_positions_counts_the_windows(sizes, chunk, more, stale):
     hp = published_hp(
         ttt_chunk_size=chunk,
