@@ -64,8 +64,11 @@ def test_a_sweep_of_row_power_needs_row_gradients(tmp_path, model):
     assert without["weighted_error"] != half["weighted_error"]
 
 
-def test_the_points_of_a_sweep_have_the_trellis_that_its_environment_lacks(tmp_path, model):
+def test_the_points_of_a_sweep_have_the_trellis_that_its_environment_lacks(
+    monkeypatch, tmp_path, model
+):
     """Its reference is a loop in Python, which takes minutes on a real model."""
+    monkeypatch.setenv("GPTQ_TRELLIS", "0")
     sweep = bench_bytes.Sweep(tmp_path / "model.pt", "entropy")
     assert not sweep.hp.gptq_trellis and "trellis_round" in sweep.model.ops.names
 
