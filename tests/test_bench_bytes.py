@@ -69,6 +69,7 @@ def test_the_points_of_a_sweep_have_the_trellis_that_its_environment_lacks(
 ):
     """Its reference is a loop in Python, which takes minutes on a real model."""
     monkeypatch.setenv("GPTQ_TRELLIS", "0")
+    monkeypatch.setenv("GPTQ_COLUMN_STEPS", "0")
     sweep = bench_bytes.Sweep(tmp_path / "model.pt", "entropy")
     assert not sweep.hp.gptq_trellis and "trellis_round" in sweep.model.ops.names
 
