@@ -142,7 +142,8 @@ class Sweep:
         )
         self.dist = dist = train_gpt.Dist(self.hp.device)
         hp, dtype = self.hp, torch.bfloat16 if dist.device.type == "cuda" else torch.float32
-        with_trellis = dataclasses.replace(hp, gptq_trellis=True)  # points may take it
+        # points may take it
+        with_trellis = dataclasses.replace(hp, gptq_column_steps=True, gptq_trellis=True)
         ops = train_gpt.select_ops(with_trellis, dist.device, dtype)
         self.model = train_gpt.GPT(hp, ops, dtype).to(dist.device)
         train_gpt.load_checkpoint(checkpoint, self.model)

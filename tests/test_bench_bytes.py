@@ -48,8 +48,12 @@ def test_sweep_measures_bytes_error_and_bpb_of_every_point(monkeypatch, tmp_path
     assert abs(near["bpb"] - float(capsys.readouterr().out.split()[2])) < 0.05
 
 
-def test_the_points_of_a_sweep_have_the_trellis_that_its_environment_lacks(tmp_path, model):
+def test_the_points_of_a_sweep_have_the_trellis_that_its_environment_lacks(
+    monkeypatch, tmp_path, model
+):
     """Its reference is a loop in Python, which takes minutes on a real model."""
+    monkeypatch.setenv("GPTQ_TRELLIS", "0")
+    monkeypatch.setenv("GPTQ_COLUMN_STEPS", "0")
     sweep = bench_bytes.Sweep(tmp_path / "model.pt", "entropy")
     assert not sweep.hp.gptq_trellis and "trellis_round" in sweep.model.ops.names
 

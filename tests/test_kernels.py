@@ -967,12 +967,12 @@ def test_auto_on_cpu_takes_the_references():
     )
     assert (ops.qkv_heads, ops.gated_xsa) == (train_gpt.qkv_heads_ref, train_gpt.gated_xsa_ref)
     assert (ops.slot_input, ops.adamw_rows) == (train_gpt.slot_input_ref, train_gpt.adamw_rows_ref)
-    kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows"
+    kinds = "mlp", "cross_entropy", "qkv_heads", "gated_xsa", "enter", "adamw_rows", "trellis_round"
     assert ops.names == {"attention": "sdpa"} | dict.fromkeys(kinds, "reference")
 
 
-@pytest.mark.parametrize("trellis", [False, True])
-def test_the_trellis_is_tried_where_its_setting_is_on(monkeypatch, trellis):
+@pytest.mark.parametrize("columns, trellis", [(True, True), (True, False), (False, True)])
+def test_the_trellis_is_tried_where_its_settings_are_on(monkeypatch, columns, trellis):
     tried = []
     trial_inputs = train_gpt.trellis_round_trial_inputs
 
@@ -981,9 +981,10 @@ def test_the_trellis_is_tried_where_its_setting_is_on(monkeypatch, trellis):
         return trial_inputs(*arguments)
 
     monkeypatch.setattr(train_gpt, "trellis_round_trial_inputs", note_trial)
-    ops = select_ops(tiny_hp(gptq_trellis=trellis), CPU, torch.float32)
+    hp = tiny_hp(gptq_column_steps=columns, gptq_trellis=trellis)
+    ops = select_ops(hp, CPU, torch.float32)
     assert ops.trellis_round is train_gpt.trellis_round_ref
-    assert bool(tried) == trellis == ("trellis_round" in ops.names)
+    assert bool(tried) == (columns and trellis) == ("trellis_round" in ops.names)
 
 
 def test_selection_leaves_the_random_state_alone():
