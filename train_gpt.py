@@ -2933,15 +2933,17 @@ def trellis_round_ref(values):
         sums = total.index_select(1, before.flatten()) + cost
         total, way = sums.view(B, 8, 2).min(dim=2)
         ways.append(way)
+    ways = torch.stack(ways)
 
-    chosen = torch.empty(B, T, dtype=torch.int32, device=values.device)
-    at = total.argmin(dim=1)
-    batch = torch.arange(B, device=values.device)
-    for t in reversed(range(T)):
-        way = ways[t][batch, at]
-        chosen[:, t] = levels[batch, t, remainder[at, way]]
-        at = before[at, way]
-    return chosen
+    # back from the best last state, one lookup a value
+    at = total.argmin(dim=1, keepdim=True)
+    path = [at]
+    for sources in reversed(before[state, ways].unbind(0)):
+        at = sources.gather(1, at)
+        path.append(at)
+    after = torch.cat(path[-2::-1], dim=1)  # (B, T): the state that each value leads to
+    way = ways.transpose(0, 1).gather(2, after[..., None])[..., 0]
+    return levels.gather(2, remainder[after, way][..., None])[..., 0].int()
 
 
 def trellis_round_trial_inputs(hp, device, dtype):
