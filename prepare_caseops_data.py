@@ -501,6 +501,15 @@ def read_shard(path: str | Path) -> np.ndarray:
         return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes)
 
 
+def read_stream(folder: str | Path, stream: str) -> list[np.ndarray]:
+    """The shards of "val" or "val_bytes" in order, (values,) uint16 each, read into memory.
+
+    Maps would keep as many files open as there are shards, and `ulimit -n` is 1024 on many
+    machines.
+    """
+    return [np.array(read_shard(path)) for path in shard_files(folder, stream)]
+
+
 def write_whole(path: str | Path, *parts: bytes | np.ndarray) -> str:
     """Writes under a temporary name, then renames: a file that has its name is complete.
 

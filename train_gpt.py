@@ -1153,7 +1153,7 @@ class TokenStream:
             shard = int(np.searchsorted(self.offsets, position, side="right")) - 1
             begin = position - self.offsets[shard]
             part = self.shards[shard][begin : begin + min(count, self.size - start)]
-            parts.append(part)
+            parts.append(part.copy())  # a view would keep its map, and that a file open
             count -= len(part)
             start = (start + len(part)) % self.size
         return np.concatenate(parts)
@@ -1550,7 +1550,7 @@ class ValidationSet:
         paths = shard_paths(folder, "val_bytes")
         if not paths:
             raise DataError(f"no fineweb_val_bytes_*.bin in {folder}: BPB needs the side-car")
-        parts = [load_data_shard(path) for path in paths]
+        parts = [load_data_shard(path).copy() for path in paths]
         lengths = [len(part) for part in parts]
         expected = [len(shard) for shard in stream.shards]
         if lengths != expected:

@@ -2,7 +2,9 @@
 group.
 """
 
+import contextlib
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -109,6 +111,24 @@ def write_shard(path, values):
     header = np.zeros(256, dtype="<i4")
     header[:3] = 20240520, 1, len(values)
     path.write_bytes(header.tobytes() + np.asarray(values, dtype="<u2").tobytes())
+
+
+@contextlib.contextmanager
+def files_at_most(more):
+    """Inside, this process may open this many files more than it holds, as under `ulimit -n`."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # a number below the limit is free where an earlier file was closed
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    taken = [os.open(os.devnull, os.O_RDONLY)]
+    while taken[-1] <= highest:
+        taken.append(os.open(os.devnull, os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[-1] + more + 1, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for number in taken:
+            os.close(number)
 
 
 def write_documents(folder, split, lengths, vocab_size=97, seed=0, shard_sizes=None):

@@ -197,6 +197,20 @@ DATA = [
         "tests/test_training.py::test_rows_are_the_same_for_any_world_size",
     ),
     Mutant(
+        "what-is-read-of-a-shard-keeps-it-open",
+        TRAINER,
+        "parts.append(part.copy())",
+        "parts.append(part)",
+        "tests/test_faults.py::test_more_shards_than_a_process_may_open",
+    ),
+    Mutant(
+        "shards-of-the-side-car-stay-open",
+        TRAINER,
+        "parts = [load_data_shard(path).copy() for path in paths]",
+        "parts = [load_data_shard(path) for path in paths]",
+        "tests/test_faults.py::test_more_validation_shards_than_a_process_may_open",
+    ),
+    Mutant(
         "loader-gives-the-row-read-ahead",
         TRAINER,
         "future = self.ahead.pop(index, None) or self.thread.submit(self.build, index)",
@@ -376,6 +390,13 @@ DATA = [
         "            writer.add(np.frombuffer(values[start:end], dtype=np.uint16))\n",
         "            writer.add(np.frombuffer(values[start:start], dtype=np.uint16))\n",
         "tests/test_verify_data.py::test_a_killed_run_goes_on_and_ends_with_the_same_files",
+    ),
+    Mutant(
+        "verify-keeps-every-shard-open",
+        PREPARE,
+        "return [np.array(read_shard(path)) for path in shard_files(folder, stream)]",
+        "return [read_shard(path) for path in shard_files(folder, stream)]",
+        "tests/test_verify_data.py::test_more_shards_than_a_process_may_open_are_verified",
     ),
     Mutant(
         "verify-foreign-files-are-fine",

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -22,7 +21,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import IN_SOAK, Lines, install_published, tiny_hp, write_documents, write_shard
+from conftest import (
+    IN_SOAK,
+    Lines,
+    files_at_most,
+    install_published,
+    tiny_hp,
+    write_documents,
+    write_shard,
+)
 from evaluation_helpers import make_model, make_validation, on_ranks, small_hp
 from run_helpers import SETTINGS, finish, make_data, result_of, start, torchrun
 
@@ -624,19 +631,27 @@ def test_what_to_use_instead_is_a_setting_of_ours():
     assert (set(train_gpt.INSTEAD) | set(train_gpt.IDLE)) & ours == theirs
 
 
+SHARDS = [15, *[31] * 169, 16]  # of 170 documents with 30 tokens
+
+
 def test_more_shards_than_a_process_may_open(tmp_path):
     """A map keeps its file open, and `ulimit -n` is 1024 on many machines."""
-    tokens, _ = write_documents(tmp_path, "train", [30] * 70, shard_sizes=[15, *[31] * 69, 16])
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken = len(os.listdir("/proc/self/fd"))
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 68, limits[1]))
+    tokens, _ = write_documents(tmp_path, "train", [30] * 170, shard_sizes=SHARDS)
+    with files_at_most(70):
         stream = train_gpt.TokenStream(tmp_path, "train")
         assert [
             int(stream.read(position, 1)[0]) for position in range(stream.size)
         ] == tokens.tolist()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        # what a row or the search for held-out documents reads at once
+        assert stream.read(0, stream.size).tolist() == tokens.tolist()
+
+
+def test_more_validation_shards_than_a_process_may_open(tmp_path):
+    tokens, charges = write_documents(tmp_path, "val", [30] * 170, shard_sizes=SHARDS)
+    with files_at_most(70):
+        validation = train_gpt.ValidationSet(tiny_hp(data_path=str(tmp_path)))
+    assert validation.tokens.tolist() == tokens.tolist()
+    assert validation.bytes.sum() == charges.sum()
 
 
 def test_a_file_system_without_maps_or_syncs_of_folders_does(tmp_path, monkeypatch):

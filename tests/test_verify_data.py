@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import files_at_most
 from data_helpers import TEXTS, build, long_corpus, refused, stream, verified, write_docs
 
 import prepare_caseops_data as prepare
@@ -275,6 +276,15 @@ def test_a_dataset_in_order_is_verified_against_its_source(dataset, capsys):
     status, output = verified(capsys, dataset, "--docs", dataset.parent / "docs.jsonl")
     assert status == 0 and "40 training documents searched" in output and "canonical: no" in output
     assert "compared 6 validation documents" in output
+
+
+def test_more_shards_than_a_process_may_open_are_verified(tmp_path, capsys):
+    docs = write_docs(tmp_path / "docs.jsonl", TEXTS)
+    build(tmp_path / "data", "--docs", docs, "--val-docs", 6, "--shard-tokens", 3)
+    for split in ("train", "val"):
+        assert len(list((tmp_path / "data").glob(f"fineweb_{split}_0*"))) > 20
+    with files_at_most(10):
+        assert verified(capsys, tmp_path / "data")[0] == 0
 
 
 def test_a_corrupted_byte_in_any_file_is_found(dataset, capsys):

@@ -38,6 +38,7 @@ from prepare_caseops_data import (
     read_documents,
     read_manifest,
     read_shard,
+    read_stream,
     shard_files,
     tokenize_blocks,
     tokenizer_entry,
@@ -168,8 +169,7 @@ def stored_documents(folder: Path, split: str) -> Iterator[Line]:
     """The documents of a split as lines of ids, followed by their charges in validation."""
     charges = np.zeros(0, dtype=np.uint16)
     if split == "val":
-        side_car = [read_shard(path) for path in shard_files(folder, "val_bytes")]
-        charges = np.concatenate([charges, *side_car])
+        charges = np.concatenate([charges, *read_stream(folder, "val_bytes")])
     position = 0
     for number, (path, ids) in enumerate(read_documents(shard_files(folder, split))):
         content = ids.tobytes()

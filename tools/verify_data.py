@@ -35,6 +35,7 @@ from prepare_caseops_data import (
     read_lines,
     read_manifest,
     read_shard,
+    read_stream,
     shard_files,
     whole_number,
 )
@@ -116,10 +117,12 @@ def check_contents(folder: Path) -> Iterator[str]:
     Having no training files is fine.
     """
     for split, name in SPLIT_NAMES.items():
-        shards = [read_shard(path) for path in shard_files(folder, split)]
-        if not sum(map(len, shards)) and (shards or split == "val"):
+        paths = shard_files(folder, split)
+        # one shard at a time: each keeps a file open
+        values = sum(len(read_shard(path)) for path in paths)
+        if not values and (paths or split == "val"):
             yield f"{name} holds no documents"
-        elif shards and all((shard == BOS_ID).all() for shard in shards):
+        elif paths and all((read_shard(path) == BOS_ID).all() for path in paths):
             yield f"{name} holds empty documents only"
 
 
@@ -221,8 +224,8 @@ def verify(
         problems += check_files(folder)
     else:
         print("no manifest.json: neither hashes nor counts are stated, none are checked")
-    val = [read_shard(path) for path in shard_files(folder, "val")]
-    side_car = [read_shard(path) for path in shard_files(folder, "val_bytes")]
+    val = read_stream(folder, "val")
+    side_car = read_stream(folder, "val_bytes")
     if not val:
         raise DataError(f"{folder}: no fineweb_val_*.bin")
     problems += check_contents(folder)
