@@ -6773,32 +6773,66 @@ class Quantized(NamedTuple):
 TARGET_TRIALS = 5  # of clips; bytes are nearly linear in their logarithm
 
 
+class ClipTrial(NamedTuple):
+    """A quantization with scaled clips."""
+
+    factor: float  # log2 of the clips' scale
+    spare: float  # bytes below TARGET_BYTES, negative above it
+    quantized: Quantized
+
+
+def next_clip_factor(trials, spare, num_weights):
+    """The factor from which this many spare bytes are expected, after at least one ClipTrial."""
+    fitting = [trial for trial in trials if trial.spare >= 0]
+    too_large = [trial for trial in trials if trial.spare < 0]
+    if fitting and too_large:
+        one = max(too_large, key=lambda trial: trial.spare)
+        other = min(fitting, key=lambda trial: trial.spare)
+    else:
+        one, other = trials[0], trials[-1]
+    bytes_saved = num_weights / 8  # by clips twice as large: one bit per code
+    if one is not other:
+        measured = (other.spare - one.spare) / (other.factor - one.factor)
+        bytes_saved = min(max(measured, bytes_saved / 4), 4 * bytes_saved)
+    return other.factor + (spare - other.spare) / bytes_saved
+
+
 def fit_target_bytes(first, quantize, time_is_left, num_weights, code_bytes, dist, log):
     """Scales all clips and quantizes again until code + file end within 0.5% below TARGET_BYTES.
 
     first: Quantized with the clips as set; quantize(hp) -> Quantized; time_is_left() says whether
-    the budget has the seconds for it. A model that fills less than half of the target was not made
-    for it and stays as it is. Returns the largest Quantized below the target, else the smallest.
+    the budget has the seconds for it. A file that fits stays as it is if it fills less than half of
+    the target, for which it was not made, and if smaller clips would clip codes, that is, without
+    column steps. Returns the largest Quantized below the target, else the smallest.
     """
     clips = {role.clip_sigmas for role in QUANT_TABLE.values()}
     target = first.hp.target_bytes
+    if target <= code_bytes:
+        log(f"note: TARGET_BYTES={target} is not above the {code_bytes} bytes of the code: ignored")
+        return first
     latest = first
+    factor = 0.0
     trials = []
     while True:
         spare = target - code_bytes - len(latest.file) if dist.rank == 0 else -math.inf
         spare = dist.max_over_ranks(spare)[0]
-        trials.append((spare < 0, abs(spare), len(trials), latest))
-        is_done = 0 <= spare <= target / 200 or spare > target / 2
-        if is_done or len(trials) == TARGET_TRIALS:
-            return min(trials)[-1]
-        if not time_is_left():
-            log(f"note: no seconds are left to come nearer to TARGET_BYTES, spare:{spare:.0f}")
-            return min(trials)[-1]
-        # aims at the middle of the allowed range: doubling the clips saves one bit per code
-        scale = 2 ** ((target / 400 - spare) * 8 / num_weights)
-        log(f"target_bytes:{target} spare:{spare:.0f} clips times {scale:.4f}")
-        scaled = {name: getattr(latest.hp, name) * scale for name in clips}
-        latest = quantize(dataclasses.replace(latest.hp, **scaled))
+        trials.append(ClipTrial(factor, spare, latest))
+        best = min(trials, key=lambda trial: (trial.spare < 0, abs(trial.spare)))
+        is_near = 0 <= spare <= target / 200
+        is_left_alone = spare > target / 2 or (spare >= 0 and not latest.hp.gptq_column_steps)
+        if is_near or is_left_alone:
+            return best.quantized
+        if len(trials) == TARGET_TRIALS or not time_is_left():
+            reason = "trials" if len(trials) == TARGET_TRIALS else "seconds"
+            log(
+                f"note: no {reason} are left to come nearer to TARGET_BYTES, spare:{best.spare:.0f}"
+            )
+            return best.quantized
+        # aims at the middle of the allowed range
+        factor = next_clip_factor(trials, target / 400, num_weights)
+        log(f"target_bytes:{target} spare:{spare:.0f} clips times {2**factor:.4f}")
+        scaled = {name: getattr(first.hp, name) * 2**factor for name in clips}
+        latest = quantize(dataclasses.replace(first.hp, **scaled))
 
 
 # stages that MAX_WALLCLOCK_SECONDS includes, in addition to training

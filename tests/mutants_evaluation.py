@@ -923,8 +923,8 @@ MAIN = [
     Mutant(
         "a-file-above-the-target-is-kept",
         TRAIN,
-        "trials.append((spare < 0, abs(spare), len(trials), latest))",
-        "trials.append((False, abs(spare), len(trials), latest))",
+        "(trial.spare < 0, abs(trial.spare))",
+        "abs(trial.spare)",
         "tests/test_rules.py::test_of_all_trials_the_one_that_is_nearest_below_the_target_is_kept",
     ),
     Mutant(
@@ -937,22 +937,22 @@ MAIN = [
     Mutant(
         "target-bytes-spends-the-budget",
         TRAIN,
-        "        if not time_is_left():\n            log(",
-        "        if False:\n            log(",
+        "or not time_is_left():",
+        "or False:",
         "tests/test_rules.py::test_the_budget_decides_whether_there_is_another_trial",
     ),
     Mutant(
         "small-models-are-blown-up-to-the-cap",
         TRAIN,
-        " or spare > target / 2\n",
-        "\n",
+        "spare > target / 2 or ",
+        "",
         "tests/test_rules.py::test_a_model_that_fills_less_than_half_of_the_target_stays_as_it_is[279000-False]",
     ),
     Mutant(
         "clips-move-the-wrong-way",
         TRAIN,
-        "scale = 2 ** ((target / 400 - spare) * 8 / num_weights)",
-        "scale = 2 ** ((spare - target / 400) * 8 / num_weights)",
+        "(spare - other.spare) / bytes_saved",
+        "(other.spare - spare) / bytes_saved",
         "tests/test_rules.py::test_one_trial_meets_the_target_where_bytes_follow_the_logarithm_of_the_clips[3.0]",
     ),
     Mutant(

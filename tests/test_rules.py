@@ -149,6 +149,48 @@ def test_a_model_that_fills_less_than_half_of_the_target_stays_as_it_is(size, ag
         assert fit(first, never, 1_000_000, dist, log) is first and not log
 
 
+def sizes_of(size):
+    """quantize(hp) for files of size(log2 of the scale of the MLP's clips) bytes."""
+
+    def quantize(hp):
+        scale = hp.mlp_clip_sigmas / tiny_hp().mlp_clip_sigmas
+        return train_gpt.Quantized(hp, {}, bytes(round(size(math.log2(scale)))))
+
+    return quantize
+
+
+@pytest.mark.parametrize("slope", [40_000, 250_000, 400_000])  # expected are 125,000 bytes
+def test_trials_on_both_sides_of_the_target_are_interpolated(slope, dist):
+    """Two trials give a line; without it every trial would miss by the same share, or by more."""
+    quantize = sizes_of(lambda factor: 590_000 - slope * factor - 5_000 * factor**2)
+    hp, log = tiny_hp(target_bytes=600_000), Lines()
+    found = fit(quantize(hp), quantize, 1_000_000, dist, log)
+    assert 597_000 <= len(found.file) + 20_000 <= 600_000 and not any("note" in x for x in log)
+
+
+def test_a_file_that_fits_is_not_filled_up_where_smaller_clips_would_clip_codes(dist):
+    first, log = (
+        train_gpt.Quantized(
+            tiny_hp(target_bytes=600_000, gptq_column_steps=False), {}, bytes(500_000)
+        ),
+        Lines(),
+    )
+    assert fit(first, never, 1_000_000, dist, log) is first and not log
+
+
+def test_a_target_below_the_code_is_told_and_ignored(dist):
+    first, log = train_gpt.Quantized(tiny_hp(target_bytes=20_000), {}, bytes(9)), Lines()
+    assert fit(first, never, 1_000_000, dist, log) is first
+    assert len(log) == 1 and "not above the 20000 bytes of the code" in log[0]
+
+
+def test_a_target_that_no_trial_meets_is_told(dist):
+    quantize = sizes_of(lambda factor: 700_000)
+    log = Lines()
+    fit(quantize(tiny_hp(target_bytes=600_000)), quantize, 1_000_000, dist, log)
+    assert len(log) == 5 and "no trials are left" in log[-1] and "spare:-120000" in log[-1]
+
+
 def test_without_seconds_for_another_trial_the_best_so_far_is_kept(dist):
     first = train_gpt.Quantized(tiny_hp(target_bytes=600_000), {}, bytes(590_000))
     log = Lines()
