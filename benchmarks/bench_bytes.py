@@ -354,4 +354,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except train_gpt.SettingError as error:
+        sys.exit(f"bench_bytes.py: {error}")
