@@ -1146,17 +1146,19 @@ class TokenStream:
 
     def read(self, start, count):
         """(count,) uint16 from position `start`; after the last token comes the first."""
-        parts = []
+        tokens = np.empty(count, np.uint16)
         start %= self.size
-        while count > 0:
+        filled = 0
+        while filled < count:
             position = self.first + start
             shard = int(np.searchsorted(self.offsets, position, side="right")) - 1
             begin = position - self.offsets[shard]
-            part = self.shards[shard][begin : begin + min(count, self.size - start)]
-            parts.append(part.copy())  # a view would keep its map, and that a file open
-            count -= len(part)
+            # copied at once: a view would keep its map, and that a file open
+            part = self.shards[shard][begin : begin + min(count - filled, self.size - start)]
+            tokens[filled : filled + len(part)] = part
+            filled += len(part)
             start = (start + len(part)) % self.size
-        return np.concatenate(parts)
+        return tokens
 
     def hold_out(self, count):
         """Cuts the last documents, at least `count` tokens, off the stream -> a stream of these."""

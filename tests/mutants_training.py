@@ -128,8 +128,8 @@ DATA = [
     Mutant(
         "stream-goes-on-into-the-held-out-rows",
         TRAINER,
-        "begin : begin + min(count, self.size - start)]",
-        "begin : begin + count]",
+        "begin : begin + min(count - filled, self.size - start)]",
+        "begin : begin + count - filled]",
         "tests/test_quant_check.py::test_the_stream_is_cut_before_a_document_and_goes_round_there",
     ),
     Mutant(
@@ -199,8 +199,9 @@ DATA = [
     Mutant(
         "what-is-read-of-a-shard-keeps-it-open",
         TRAINER,
-        "parts.append(part.copy())",
-        "parts.append(part)",
+        "            filled += len(part)\n",
+        "            filled += len(part)\n"
+        "            self.parts = [*getattr(self, 'parts', []), part]\n",
         "tests/test_faults.py::test_more_shards_than_a_process_may_open",
     ),
     Mutant(
