@@ -3231,10 +3231,18 @@ class SlotPlan(NamedTuple):
 
 
 class CompiledParts(NamedTuple):
-    """A slot_input and a block as GPT has them, each compiled by itself."""
+    """The parts of a slot as GPT has them, each compiled by itself.
+
+    Attention, most of what a slot compiles, is the same on both sides of the split into lanes.
+    """
 
     slot_input: Callable
-    block: Callable
+    attention: Callable
+    after_attention: Callable
+
+    def block(self, entry, mlp_lane, w, rope, segments, tap):
+        attn = self.attention(entry, w, rope, segments, tap)
+        return self.after_attention(entry, attn, mlp_lane, w, tap)
 
 
 class LayerWeights(NamedTuple):
@@ -3523,12 +3531,16 @@ class GPT(nn.Module):
         return out if tap is None else tap("mlp_out", h, out, w.mlp_scale)
 
     def block(self, entry, mlp_lane, w, rope, segments, tap):
-        """One layer: SlotInput and the MLP lane, None before the split -> x, mlp_lane.
+        """One layer: SlotInput and the MLP lane, None before the split -> x, mlp_lane."""
+        attn = self.attention(entry, w, rope, segments, tap)
+        return self.after_attention(entry, attn, mlp_lane, w, tap)
+
+    def after_attention(self, entry, attn, mlp_lane, w, tap):
+        """The rest of a layer: also the output of its attention (B, T, D) -> x, mlp_lane.
 
         Before the split attention and MLP run one after the other on one stream; after it they run
         in parallel, each on its own lane, and both write to both lanes.
         """
-        attn = self.attention(entry, w, rope, segments, tap)
         if mlp_lane is None:
             x = entry.mixed + attn
             return x + self.mlp(x, w, tap), None
@@ -3978,6 +3990,14 @@ def compiled(function, hp, dist, dynamic=False, graphs=False):
     # Padded matmuls would tie a graph to the range of sizes that it was traced with
     options = {"shape_padding": False, "triton.cudagraphs": graphs}
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)
+
+
+def compiled_parts(model, hp, dist, dynamic=False):
+    """CompiledParts of a model, as `compiled` makes them."""
+    parts = []
+    for function in (model.slot_input, model.attention, model.after_attention):
+        parts.append(compiled(function, hp, dist, dynamic))
+    return CompiledParts(*parts)
 
 
 class Trainer:
@@ -5630,9 +5650,7 @@ class Evaluator:
             validation, hp.micro_batch_tokens, hp.eval_seq_len, max_segments, dist.device
         )
         self.token_losses = compiled(model.token_losses, hp, dist)
-        self.compiled_parts = CompiledParts(
-            compiled(model.slot_input, hp, dist), compiled(model.block, hp, dist)
-        )
+        self.compiled_parts = compiled_parts(model, hp, dist)
 
     def row_losses(self, row):
         """ScoredRow -> (T,) nats, with float32 logits."""
@@ -6172,14 +6190,12 @@ class StaleContext:
         """Streams (B, T or 1 + T, D), or None -> the same without the token before the window."""
         return [x if x is None else x[:, -self.width :].contiguous() for x in streams]
 
-    def of_slot(self, *streams):
-        """Streams as drop_lookback takes them -> without that token, and the next slot's rotary
-        tables and StaleSegments.
-        """
+    def of_slot(self):
+        """The next slot's rotary tables and StaleSegments."""
         slot = len(self.new_kv)
         self.new_kv.append([])
         segments = self.segments._replace(cache=self.cache[slot], new_kv=self.new_kv[slot])
-        return *self.drop_lookback(*streams), self.rope, segments
+        return self.rope, segments
 
     def end(self, rows):
         """Ends a step: caches the first chunk of its windows in state rows (B,).
@@ -6315,10 +6331,7 @@ class TestTimeTrainer:
             self.stale = StaleContext(model, validation.starts, num_rows, dist.device)
         # One graph each for any number of rows and width of windows. Layer by layer, because
         # tracing all slots at once with unknown shapes takes minutes.
-        self.compiled_parts = CompiledParts(
-            compiled(model.slot_input, hp, dist, dynamic=None),
-            compiled(model.block, hp, dist, dynamic=None),
-        )
+        self.compiled_parts = compiled_parts(model, hp, dist, dynamic=None)
         self.token_losses = compiled(self.head_function(), hp, dist, dynamic=None)
         self.scaled_parts = compiled(self.lora.scaled_parts, hp, dist, dynamic=None)
         self.warming_up = False
@@ -6355,7 +6368,9 @@ class TestTimeTrainer:
             max_seqlen=self.hp.ttt_eval_seq_len,
             looping=True,
             tap=tap,
-            compiled_parts=CompiledParts(self.dynamic_slot_input, self.dynamic_block),
+            compiled_parts=CompiledParts(
+                self.dynamic_slot_input, self.dynamic_attention, self.dynamic_after_attention
+            ),
         )
         scored = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.size(2)))
         self.mark_dynamic([0], scored, targets, *tap.head.matrices())
@@ -6369,15 +6384,21 @@ class TestTimeTrainer:
         self.mark_dynamic([0, 1], x, x0, *skip[:1])
         return self.compiled_parts.slot_input(x, x0, w, return_mix, return_merged, *skip)
 
-    def dynamic_block(self, entry, mlp_lane, w, rope, segments, tap):
+    def dynamic_attention(self, entry, w, rope, segments, tap):
         if self.hp.ttt_stale_context:
-            mlp_lane, rope, segments = self.stale.of_slot(mlp_lane)
+            rope, segments = self.stale.of_slot()
             self.mark_dynamic([0, 1], *rope)
             self.mark_dynamic([0], segments.key_rows, segments.new_key_rows)
             self.mark_dynamic([1], segments.cu_seqlens)
-        self.mark_dynamic([0, 1], *entry, mlp_lane)
+        self.mark_dynamic([0, 1], *entry)
         self.mark_dynamic([0], *rope, *tap.matrices())
-        return self.compiled_parts.block(entry, mlp_lane, w, rope, segments, tap)
+        return self.compiled_parts.attention(entry, w, rope, segments, tap)
+
+    def dynamic_after_attention(self, entry, attn, mlp_lane, w, tap):
+        if self.hp.ttt_stale_context:
+            [mlp_lane] = self.stale.drop_lookback(mlp_lane)
+        self.mark_dynamic([0, 1], attn, mlp_lane)
+        return self.compiled_parts.after_attention(entry, attn, mlp_lane, w, tap)
 
     def mark_dynamic(self, dimensions, *tensors):
         if not self.warming_up:  # later tensors need no marks, and marking takes time

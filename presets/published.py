@@ -980,10 +980,10 @@ class TestTimeTrainer(train_gpt.TestTimeTrainer):
         if self.hp.ngram_tilt_enabled:
             self.hinted[:, 1] = -1  # documents of this phase may be left to the end
 
-    def dynamic_block(self, entry, mlp_lane, w, rope, segments, tap):
+    def dynamic_attention(self, entry, w, rope, segments, tap):
         if self.hp.new_values:
             self.mark_dynamic([0, 1], *streams_of(w.extras))
-        return super().dynamic_block(entry, mlp_lane, w, rope, segments, tap)
+        return super().dynamic_attention(entry, w, rope, segments, tap)
 
 
 # Tokens before a hint, its least share of the cases so far, what its logit gains; keys are
