@@ -5948,8 +5948,11 @@ class SlotLoRA:
         outputs = []
         for name in sites:
             if name in self.b:
-                # B is scaled, not the activations: dL/dy is then the gradient of every matmul
-                outputs.append(self.x_a.pop(name) @ (self.b[name] * size))
+                b = self.b[name]
+                if torch.is_tensor(size):
+                    # not the activations: dL/dy is then the gradient of every matmul
+                    b = b * size
+                outputs.append(self.x_a.pop(name) @ b)
             else:
                 outputs.append(x.new_zeros(*x.shape[:-1], self.widths[name]))
         return y + torch.cat(outputs, -1)
