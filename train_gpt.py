@@ -3994,7 +3994,7 @@ def compiled(function, hp, dist, dynamic=False, graphs=False):
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)
 
 
-def compiled_parts(model, hp, dist, dynamic=False):
+def compile_parts(model, hp, dist, dynamic=False):
     """CompiledParts of a model, as `compiled` makes them."""
     parts = []
     for function in (model.slot_input, model.attention, model.after_attention):
@@ -5652,7 +5652,7 @@ class Evaluator:
             validation, hp.micro_batch_tokens, hp.eval_seq_len, max_segments, dist.device
         )
         self.token_losses = compiled(model.token_losses, hp, dist)
-        self.compiled_parts = compiled_parts(model, hp, dist)
+        self.compiled_parts = compile_parts(model, hp, dist)
 
     def row_losses(self, row):
         """ScoredRow -> (T,) nats, with float32 logits."""
@@ -6337,7 +6337,7 @@ class TestTimeTrainer:
             self.stale = StaleContext(model, validation.starts, num_rows, dist.device)
         # One graph each for any number of rows and width of windows. Layer by layer, because
         # tracing all slots at once with unknown shapes takes minutes.
-        self.compiled_parts = compiled_parts(model, hp, dist, dynamic=None)
+        self.compiled_parts = compile_parts(model, hp, dist, dynamic=None)
         self.token_losses = compiled(self.head_function(), hp, dist, dynamic=None)
         self.scaled_parts = compiled(self.lora.scaled_parts, hp, dist, dynamic=None)
         self.warming_up = False

@@ -649,8 +649,8 @@ TEST_TIME_TRAINING = [
     Mutant(
         "the-stale-context-is-that-of-the-whole-window",
         TRAIN,
-        "first_chunks.append(torch.stack([t[:, :chunk].detach() for t in keys_values]))",
-        "first_chunks.append(torch.stack([t[:, -chunk:].detach() for t in keys_values]))",
+        "first_chunks.append(torch.stack([t[:, :chunk] for t in keys_values]))",
+        "first_chunks.append(torch.stack([t[:, -chunk:] for t in keys_values]))",
         "tests/test_ttt.py::test_losses_are_those_of_documents_scored_one_by_one[changes7]",
     ),
     Mutant(
