@@ -21,7 +21,6 @@ import tempfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,9 +56,6 @@ class Hyperparameters(train_gpt.Hyperparameters):
     caseops_enabled: bool = env(
         True,
         "validation bytes come from the side-car; 0: from the tokenizer's byte tables",
-    )
-    marker_fusion_enabled: bool = env(
-        False, "a space and the case marker behind it become one token (PR 2109)"
     )
     attn_window: int = env(
         0,
@@ -132,9 +128,6 @@ class Hyperparameters(train_gpt.Hyperparameters):
         "the word that followed the last 15 tokens before gets more probability",
     )
 
-    num_embeddings = property(
-        lambda hp: (hp.vocab_size + 10) // 8 * 8 if hp.marker_fusion_enabled else hp.vocab_size
-    )
     # whether keys or values of a layer are not its projections alone
     new_values = property(
         lambda hp: (
@@ -192,55 +185,6 @@ def cross_checks(hp):
 # ---- data
 
 
-@lru_cache
-def space_id(hp):
-    """The id of a lone space. DataError where the tokenizer has no case markers beside it."""
-    tokenizer = train_gpt.load_tokenizer(hp)
-    if not has_case_markers(tokenizer):
-        raise DataError(
-            f"{train_gpt.find_tokenizer(hp)}: pieces 4 to 7 are not CaseOps' markers: set"
-            " MARKER_FUSION_ENABLED=0"
-        )
-    return tokenizer.piece_to_id("\u2581")
-
-
-def fuse_markers(hp, tokens, charges):
-    """(n,) int64 ids and their bytes -> (m,) both, with a space and the case marker behind it as
-    one id (PR 2109).
-
-    SentencePiece merges nothing across a marker. The pair's id is VOCAB_SIZE + marker - 4; shards
-    stay as they are.
-    """
-    pair = np.append((tokens[:-1] == space_id(hp)) & (tokens[1:] >= 4) & (tokens[1:] <= 6), False)
-    second = np.roll(pair, 1)
-    tokens = np.where(second, tokens + hp.vocab_size - 4, tokens)
-    charges = charges + np.where(second, np.roll(charges, 1), 0)
-    return tokens[~pair], charges[~pair]
-
-
-class TrainLoader(train_gpt.TrainLoader):
-    """MARKER_FUSION_ENABLED: rows of fused tokens. Spans are as long as rows before fusion."""
-
-    def span_length(self):
-        length = super().span_length()
-        if not self.hp.marker_fusion_enabled:
-            return length
-        sample = self.stream.read(0, min(self.stream.size, 1 << 22)).astype(np.int64)
-        return length * len(sample) // len(fuse_markers(self.hp, sample, sample)[0])
-
-    @property
-    def tokens_to_read(self):
-        """All of them are pairs at worst."""
-        return (self.hp.micro_batch_tokens + 1) * (1 + self.hp.marker_fusion_enabled)
-
-    def read_row(self, stream, start):
-        row = super().read_row(stream, start)
-        if not self.hp.marker_fusion_enabled:
-            return row
-        row = row.astype(np.int64)
-        return fuse_markers(self.hp, row, row)[0][: self.hp.micro_batch_tokens + 1]
-
-
 def text_problems(hp, manifest):
     """Messages where CASEOPS_ENABLED is not as the data are."""
     transform = manifest.get("text_transform")
@@ -260,14 +204,11 @@ def text_problems(hp, manifest):
 
 
 class ValidationSet(train_gpt.ValidationSet):
-    """CASEOPS_ENABLED=0: the tokenizer counts the bytes. MARKER_FUSION_ENABLED: fused tokens."""
+    """CASEOPS_ENABLED=0: the tokenizer counts the bytes."""
 
     def __init__(self, hp):
         self.has_side_car = hp.caseops_enabled
         super().__init__(hp)
-        if hp.marker_fusion_enabled:
-            self.tokens, self.bytes = fuse_markers(hp, self.tokens, self.bytes)
-            self.find_documents()
 
     def count_bytes(self, hp, stream):
         if hp.caseops_enabled:
@@ -362,7 +303,7 @@ HEAD_NAMES = train_gpt.HEAD_NAMES | {
 
 class GPT(train_gpt.GPT):
     """Bigram and value embeddings, value residual, offset keys, windows of attention, fake
-    quantization, fused markers, more passes over the looped layers after training.
+    quantization, more passes over the looped layers after training.
     """
 
     eval_passes = 1  # over the looped layers, beyond NUM_LOOPS: 1 + EXTRA_EVAL_LOOPS after training
@@ -379,7 +320,7 @@ class GPT(train_gpt.GPT):
             self.bigram_proj = nn.Parameter(nn.init.orthogonal_(projection, generator=generator))
             self.bigram_scale = nn.Parameter(torch.full((1,), 0.05))
         if hp.value_embed_layers:
-            table = torch.empty(hp.num_embeddings, hp.value_embed_dim)
+            table = torch.empty(hp.vocab_size, hp.value_embed_dim)
             table.normal_(0.0, 0.01, generator=generator)
             projection = torch.empty(hp.num_kv_heads * hp.head_dim, hp.value_embed_dim)
             self.value_table = nn.Parameter(table)
@@ -390,16 +331,6 @@ class GPT(train_gpt.GPT):
             self.value_mix = nn.Parameter(torch.full((L, 2), 0.5))
         elif hp.value_residual == "gate":  # a
             self.value_mix = nn.Parameter(torch.zeros(L, 1))
-
-    @torch.no_grad()
-    def init_weights(self):
-        """A fused pair begins near its marker, and is as long (PR 2109)."""
-        super().init_weights()
-        V = self.hp.vocab_size
-        for table in (self.tok_emb, self.lm_head) if self.hp.marker_fusion_enabled else ():
-            if table is not None:
-                pair = 0.4 * table[space_id(self.hp)] + 0.6 * table[4:7]
-                table[V : V + 3] = F.normalize(pair) * table[4:7].norm(dim=1, keepdim=True)
 
     def leave_training(self):
         self.eval_passes = 1 + self.hp.extra_eval_loops
@@ -1070,7 +1001,6 @@ def ngram_hints(tokens, starts, lengths, phases):
 PARTS = {
     "Hyperparameters": Hyperparameters,
     "cross_checks": cross_checks,
-    "TrainLoader": TrainLoader,
     "text_problems": text_problems,
     "ValidationSet": ValidationSet,
     "LayerWeights": LayerWeights,

@@ -305,9 +305,9 @@ DATA = [
     ),
     Mutant(
         "fused-pairs-lose-their-bytes",
-        PRESETS,
-        "charges = charges + np.where(second, np.roll(charges, 1), 0)",
-        "charges = charges + np.where(second, charges, 0)",
+        TRAINER,
+        "charges = charges + np.where(ends_pair, np.roll(charges, 1), 0)",
+        "charges = charges + np.where(ends_pair, charges, 0)",
         "tests/test_data.py::test_a_pair_takes_its_bytes_along_and_other_neighbours_stay",
     ),
     Mutant(
