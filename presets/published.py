@@ -135,6 +135,8 @@ class Hyperparameters(train_gpt.Hyperparameters):
         )
     )
 
+    fuses_markers = property(lambda hp: hp.marker_fusion_enabled and hp.caseops_enabled)
+
     def chunk_size_of(self, length):
         """Also for arrays [TTT_SHORT_CHUNKS]."""
         pairs = [[*map(int, pair.split(":"))] for pair in self.ttt_short_chunks.split(",") if pair]
@@ -156,8 +158,6 @@ def cross_checks(hp):
     yield from own_cross_checks(hp)
     if not re.fullmatch(r"(\d+:[1-9]\d*(,(?=.)|$))*", hp.ttt_short_chunks):
         yield f"TTT_SHORT_CHUNKS={hp.ttt_short_chunks}: must be pairs such as 256:8,2000:24"
-    if hp.marker_fusion_enabled and not hp.caseops_enabled:
-        yield "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1"
     stale = hp.ttt_stale_context and hp.ttt_enabled and hp.ttt_method == "lora"
     if stale and (hp.attn_window or hp.new_values):
         yield (
