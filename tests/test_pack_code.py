@@ -297,6 +297,33 @@ def test_local_names_follow_the_order_in_which_they_appear():
     assert re.search(r"\(A,B\):return\[A,A,A,B\]", text), text
 
 
+def test_attributes_are_renamed_only_where_their_class_alone_asks_for_them():
+    source = """
+    import library
+    class Thing:
+        field_attribute = 1
+        def __init__(self, private_attribute):
+            self.private_attribute = private_attribute
+            self.private_method_attribute()
+            self.read_attribute = self.named_attribute = self.worded_attribute = 1
+            self.A = self.field_attribute
+        def private_method_attribute(self):
+            self.read_attribute += self.private_attribute
+        def public_attribute(self):
+            return self.inherited_attribute
+    class Derived(Thing):
+        def inherited_attribute(self):
+            return self.derived_attribute
+    print(Thing(2).public_attribute, library.thing.read_attribute, library.make(named_attribute=1))
+    print(getattr(Thing(3), "one worded_attribute"), Thing.A)
+    """
+    text = packed_text(pack_code(textwrap.dedent(source), {}))
+    kept = set(re.findall(r"\w+_attribute", text))
+    names = ["field", "public", "read", "named", "worded", "inherited", "derived"]
+    assert kept == {f"{name}_attribute" for name in names}
+    assert "self.private" not in text and len(set(re.findall(r"\.([A-Z])\b", text))) == 3
+
+
 SMALL = """
 PACKED = False
 class Hyperparameters:

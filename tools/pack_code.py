@@ -13,8 +13,10 @@ import ast
 import builtins
 import math
 import os
+import string
 import sys
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import brotli
@@ -242,6 +244,41 @@ def free_parameters(tree):
             node.args.args = node.args.args[free:]
 
 
+def shorten_attributes(tree):
+    """Gives attributes and methods that stand behind `self` alone, in classes without a base, the
+    names A, B, C in the order in which they appear.
+
+    Nobody but their class can ask for them: its objects are of no library's class, and the name
+    stands nowhere else, as another attribute, a field, a keyword or a word in a string. Variables
+    may have it, too.
+    """
+    all_classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    classes = [node for node in all_classes if not node.bases]
+    methods = {part for cls in classes for part in cls.body if isinstance(part, ast.FunctionDef)}
+    fields = {part for cls in all_classes for part in cls.body if part not in methods}
+    in_fields = {part for field in fields for part in ast.walk(field)}
+    behind_self = {}
+    for cls in classes:
+        attributes = [part for part in ast.walk(cls) if isinstance(part, ast.Attribute)]
+        behind_self[cls] = [part for part in attributes if getattr(part.value, "id", "") == "self"]
+    private = methods.union(*behind_self.values())
+    others = set()
+    for node in ast.walk(tree):
+        is_variable = isinstance(node, (ast.Name, ast.arg)) and node not in in_fields
+        if node not in private and not is_variable:
+            texts = [value for _, value in ast.iter_fields(node) if isinstance(value, str)]
+            others.update(*map(str.split, texts))
+    names = [*string.ascii_uppercase, *map("".join, product(string.ascii_uppercase, repeat=2))]
+    names = [name for name in names if name not in others]
+    for cls, attributes in behind_self.items():
+        short = {}
+        for part in attributes:
+            if part.attr not in others and not part.attr.startswith("__"):
+                part.attr = short.setdefault(part.attr, names[len(short)])
+        for part in methods.intersection(cls.body):
+            part.name = short.get(part.name, part.name)
+
+
 def name_of(node):
     """The name of a variable or an attribute that is read, None for other expressions."""
     return (
@@ -352,6 +389,7 @@ def pack_code(source, settings):
     DropWords().visit(tree)
     free_parameters(tree)
     named_arguments, kept_globals = names_to_keep(tree)
+    shorten_attributes(tree)
     text = ast.unparse(tree)
     renamer.sorted_bindings = in_order
     try:
