@@ -10,6 +10,9 @@ packed script of a run that uses a setting of this file holds both files (tools/
 all names are of one module, so nothing here may have the name of something else in train_gpt.py.
 """
 
+import hashlib
+import json
+import lzma
 import math
 import os
 import re
@@ -26,6 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -52,7 +56,9 @@ class Hyperparameters(train_gpt.Hyperparameters):
     """The settings of train_gpt.py and those that only published systems use."""
 
     compressor: str = env(
-        "entropy", "coder of the artifact: entropy, pergroup (needs lrzip), brotli, lzma"
+        "entropy",
+        "coder of the artifact; pergroup needs lrzip",
+        choices=("entropy", "pergroup", "brotli", "lzma"),
     )
     caseops_enabled: bool = env(
         True,
@@ -192,13 +198,95 @@ def cross_checks(hp):
 # ---- data
 
 
+def read_manifest(folder):
+    """manifest.json of a dataset; {} if there is none.
+
+    Raises DataError unless every field that is used later has its type.
+    """
+    try:
+        manifest = json.loads(Path(folder, "manifest.json").read_text())
+        hash(manifest.get("tokenizer", {}).get("sha256"))
+        if manifest.get("format") == "caseops_shards":
+            total = manifest["leaked_documents"] + len({**manifest["splits"]["val"]})
+            for entry in manifest["files"].values():
+                total += entry["values"] + len(entry["sha256"])
+        return manifest
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again"
+        ) from None
+
+
+def models_near(folder, nearest):
+    """SentencePiece models in and around a dataset's folder, in order of distance.
+
+    nearest: only those of the closest place that has any. Raises DataError if that place has
+    several different ones, as nothing says which of them made the shards.
+    """
+    parents = folder.parent, folder.parent.parent, Path(train_gpt.__file__).parent
+    places = [folder, *(parent / "tokenizers" for parent in parents)]
+    groups = [sorted(place.glob("*.model")) for place in places]
+    if not nearest:
+        return sum(groups, [])
+    closest = next((group for group in groups if group), [])
+    if len({path.read_bytes() for path in closest}) > 1:
+        names = ", ".join(str(path) for path in closest)
+        raise DataError(
+            f"{folder}: no manifest names its tokenizer, there are several ({names}): set"
+            " TOKENIZER_PATH"
+        )
+    return closest
+
+
+def find_tokenizer(hp):
+    """Path of the data's SentencePiece model.
+
+    Raises DataError if none fits the settings and the manifest.
+    """
+    folder = Path(hp.data_path)
+    wanted = read_manifest(folder).get("tokenizer", {}).get("sha256")
+    if hp.tokenizer_path:
+        candidates = [Path(hp.tokenizer_path)]
+    else:
+        candidates = models_near(folder, nearest=wanted is None)
+    for path in candidates:
+        if not path.exists():
+            raise DataError(f"TOKENIZER_PATH={path} does not exist")
+        if wanted in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+            check_tokenizer(hp, path)
+            return path
+    raise DataError(
+        f"no tokenizer for {folder} (the manifest wants sha256 {wanted}; looked at"
+        f" {[str(path) for path in candidates]}): set TOKENIZER_PATH"
+    )
+
+
+def check_tokenizer(hp, path):
+    """Raises DataError if the file is no SentencePiece model or does not fit the settings."""
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        size = tokenizer.vocab_size()
+        tokenizer.id_to_piece([*range(size)])  # raises if a damaged piece is not text
+    except (RuntimeError, UnicodeDecodeError):
+        raise DataError(f"{path} is no SentencePiece model") from None
+    if size != hp.vocab_size:
+        raise DataError(f"{path} has {size} pieces, VOCAB_SIZE is {hp.vocab_size}")
+
+
+def load_tokenizer(hp):
+    """The data's SentencePiece model."""
+    return sentencepiece.SentencePieceProcessor(model_file=str(find_tokenizer(hp)))
+
+
 @lru_cache
 def space_id(hp):
     """The id of a lone space. DataError where the tokenizer has no case markers beside it."""
-    tokenizer = train_gpt.load_tokenizer(hp)
+    tokenizer = load_tokenizer(hp)
     if not has_case_markers(tokenizer):
         raise DataError(
-            f"{train_gpt.find_tokenizer(hp)}: pieces 4 to 7 are not CaseOps' markers: set"
+            f"{find_tokenizer(hp)}: pieces 4 to 7 are not CaseOps' markers: set"
             " MARKER_FUSION_ENABLED=0"
         )
     return tokenizer.piece_to_id("\u2581")
@@ -241,29 +329,10 @@ class TrainLoader(train_gpt.TrainLoader):
         return fuse_markers(self.hp, row, row)[0][: self.hp.micro_batch_tokens + 1]
 
 
-def text_problems(hp, manifest):
-    """Messages where CASEOPS_ENABLED is not as the data are."""
-    transform = manifest.get("text_transform")
-    side_car = train_gpt.shard_paths(hp.data_path, "val_bytes")
-    if side_car and not hp.caseops_enabled:
-        yield (
-            f"{Path(side_car[0]).name} holds the bytes of its tokens, which CASEOPS_ENABLED=0 would"
-            " not read: set it to 1"
-        )
-    if transform and not hp.caseops_enabled:
-        yield (
-            f"its manifest says {transform}, whose tokens a tokenizer cannot count: set"
-            " CASEOPS_ENABLED=1"
-        )
-    if "text_transform" in manifest and not transform and hp.caseops_enabled:
-        yield "its manifest says that the text was not transformed: set CASEOPS_ENABLED=0"
-
-
 class ValidationSet(train_gpt.ValidationSet):
     """CASEOPS_ENABLED=0: the tokenizer counts the bytes. MARKER_FUSION_ENABLED: fused tokens."""
 
     def __init__(self, hp):
-        self.has_side_car = hp.caseops_enabled
         super().__init__(hp)
         if hp.marker_fusion_enabled:
             self.tokens, self.bytes = fuse_markers(hp, self.tokens, self.bytes)
@@ -272,18 +341,12 @@ class ValidationSet(train_gpt.ValidationSet):
     def count_bytes(self, hp, stream):
         if hp.caseops_enabled:
             return super().count_bytes(hp, stream)
-        tokenizer = train_gpt.load_tokenizer(hp)
+        tokenizer = load_tokenizer(hp)
         check_byte_counts(hp, tokenizer, self.tokens)
         count, leading, boundary = piece_byte_tables(tokenizer)
         charges = count[self.tokens]
         charges[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
         return charges
-
-    def figures(self):
-        found = super().figures()
-        if not self.has_side_car:
-            del found["charged_bytes"]  # no manifest states them
-        return found
 
 
 def has_case_markers(tokenizer):
@@ -839,22 +902,50 @@ def lrzip_decompress(data, raw_size, shapes=()):
     return run_lrzip(["-d"], data)
 
 
-ENCODERS = train_gpt.ENCODERS | {"lrzip": lrzip_compress}
-DECODERS = train_gpt.DECODERS | {"lrzip": lrzip_decompress}
-COMPRESSORS = train_gpt.COMPRESSORS | {"pergroup": train_gpt.Compressor(2, "brotli", "lrzip")}
-own_check_compressor = train_gpt.check_compressor
+def lzma_compress(raw, shapes=()):
+    return lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)
+
+
+def lzma_decompress(data, raw_size, shapes=()):
+    """At most raw_size + 1 bytes; none if the stream is cut off or something follows it."""
+    decoder = lzma.LZMADecompressor(memlimit=2**28)
+    raw = decoder.decompress(data, max_length=raw_size + 1)
+    return raw if decoder.eof and not decoder.unused_data else b""
+
+
+ENCODERS = train_gpt.ENCODERS | {"lrzip": lrzip_compress, "lzma": lzma_compress}
+DECODERS = train_gpt.DECODERS | {"lrzip": lrzip_decompress, "lzma": lzma_decompress}
+COMPRESSORS = train_gpt.COMPRESSORS | {
+    "lzma": train_gpt.Compressor(1, "lzma"),
+    "pergroup": train_gpt.Compressor(2, "brotli", "lrzip"),
+}
+own_check_all = train_gpt.check_all
 own_plan_sections = train_gpt.plan_sections
 own_section_sources = train_gpt.section_sources
 own_join_sections = train_gpt.join_sections
 
 
-def check_compressor(name):
-    """SettingError, with what to install, for an unknown compressor or missing tools."""
-    own_check_compressor(name)
-    if "lrzip" in COMPRESSORS[name].codecs() and shutil.which("lrzip") is None:
+def check_lrzip():
+    """SettingError if lrzip is missing or does not give back what it got."""
+    if shutil.which("lrzip") is None:
         raise SettingError(
             "the lrzip program is missing: apt-get install lrzip, or set COMPRESSOR=entropy"
         )
+    sample = b"1234" * 8
+    try:
+        is_same = lrzip_decompress(lrzip_compress(sample), len(sample)) == sample
+        fault = None if is_same else "other bytes"
+    except (ArtifactError, OSError) as error:
+        fault = error
+    if fault:
+        raise SettingError(f"COMPRESSOR=pergroup does not work here: {fault}")
+
+
+def check_all(hp, dist, guard=train_gpt.NO_GUARD):
+    """Checks lrzip, too, where COMPRESSOR needs it."""
+    if hp.compressor == "pergroup":
+        check_lrzip()
+    return own_check_all(hp, dist, guard)
 
 
 def plan_sections(specs, compressor):
@@ -1071,7 +1162,6 @@ PARTS = {
     "Hyperparameters": Hyperparameters,
     "cross_checks": cross_checks,
     "TrainLoader": TrainLoader,
-    "text_problems": text_problems,
     "ValidationSet": ValidationSet,
     "LayerWeights": LayerWeights,
     "HEAD_NAMES": HEAD_NAMES,
@@ -1088,7 +1178,7 @@ PARTS = {
     "ENCODERS": ENCODERS,
     "DECODERS": DECODERS,
     "COMPRESSORS": COMPRESSORS,
-    "check_compressor": check_compressor,
+    "check_all": check_all,
     "plan_sections": plan_sections,
     "section_sources": section_sources,
     "join_sections": join_sections,

@@ -5,6 +5,7 @@ tests/mutants.py plants them; the order is that of train_gpt.py, then the guard 
 
 from mutants import Mutant
 
+DATASET = "tools/dataset.py"
 TRAINER = "train_gpt.py"
 GUARD = "tools/guard.py"
 PREPARE = "prepare_caseops_data.py"
@@ -156,8 +157,8 @@ DATA = [
     Mutant(
         "merged-segments-beyond-the-longest",
         TRAINER,
-        "while left > most and pairs and pairs[0][0] <= longest:",
-        "while left > most and pairs:",
+        "if lengths[first] > longest:",
+        "if False:",
         "tests/test_training.py::test_beyond_the_limit_the_shortest_neighbours_share_a_segment",
     ),
     Mutant(
@@ -270,14 +271,14 @@ DATA = [
     ),
     Mutant(
         "manifest-val-files-are-not-hashed",
-        TRAINER,
+        DATASET,
         'if same and "_val_" in name:',
         'if same and "_valid_" in name:',
         "tests/test_data.py::test_data_that_are_not_what_the_manifest_says_are_refused",
     ),
     Mutant(
         "manifest-many-leaks-are-taken",
-        TRAINER,
+        DATASET,
         'if leaked > 0.01 * counts["documents"]:',
         'if leaked > 0.1 * counts["documents"]:',
         "tests/test_data.py::test_data_that_are_not_what_the_manifest_says_are_refused",
@@ -584,8 +585,8 @@ KERNELS = [
     Mutant(
         "torch-backend-ignores-windows",
         TRAINER,
-        'options["window_size"] = (window or -1, 0)',
-        'options["window_size"] = (-1, 0)',
+        "window_size = (window or -1, 0)",
+        "window_size = (-1, 0)",
         "tests/test_kernels.py::test_torch_backend_asks_for_windows",
     ),
     Mutant(

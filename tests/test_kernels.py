@@ -823,11 +823,10 @@ def test_queries_may_be_fewer_than_keys(backend, compiled, heads, fa3_stub, fa4_
     no gradient.
     """
     of_q, of_k = [0, 5, 6, 10, 14], [0, 5, 17, 21, 34]  # as many, one, as many, fewer
-    monkeypatch.setattr(train_gpt, "_VARLEN_PARAMETERS", ("is_causal",))
     monkeypatch.setattr(
         train_gpt,
         "varlen_attn",
-        lambda q, k, v, cu_q, cu_k, *_, is_causal: dense_varlen(q, k, v, cu_q, 0, cu_k)[0],
+        lambda q, k, v, cu_q, cu_k, *_, window_size: dense_varlen(q, k, v, cu_q, 0, cu_k)[0],
     )
     q, k, v = (
         randn(1, n, h, 8, seed=i)
@@ -888,7 +887,6 @@ def test_torch_backend_asks_for_windows(monkeypatch):
         return dense_varlen(q, k, v, cu_q, window_size[0] if window_size[0] > 0 else 0)[0]
 
     monkeypatch.setattr(train_gpt, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(train_gpt, "_VARLEN_PARAMETERS", ("is_causal", "window_size"))
     cu_seqlens, qkv = torch.tensor([0, 7, 20, 40], dtype=torch.int32), packed_qkv(40, 4, 2)
     assert max(errors(train_gpt.attention_torch, attention_sdpa, qkv, cu_seqlens, 20, 5)) < 1e-5
 
@@ -904,18 +902,12 @@ def test_fa4_op_compiles_into_one_dynamic_graph(fa4_stub):
         assert max(errors(packed, attention_by_document, packed_qkv(40, 4, 2), *args)) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "parameters", [("is_causal",), ("window_size",), ("window_size", "enable_gqa")]
-)
-def test_torch_backend_follows_the_signature_of_the_installed_version(parameters, monkeypatch):
-    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options):
-        assert set(options) == set(parameters)
-        assert options.get("is_causal", options.get("window_size")) in (True, (-1, 0))
-        assert "enable_gqa" in options or q.shape == k.shape
+def test_torch_backend_is_causal_and_repeats_heads(monkeypatch):
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size):
+        assert window_size == (-1, 0) and q.shape == k.shape == v.shape
         return dense_varlen(q, k, v, cu_q)[0]
 
     monkeypatch.setattr(train_gpt, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(train_gpt, "_VARLEN_PARAMETERS", parameters)
     cu_seqlens = torch.tensor([0, 7, 20, 40, 40], dtype=torch.int32)
     assert (
         max(

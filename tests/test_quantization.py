@@ -545,7 +545,7 @@ def test_a_model_takes_its_weights_from_the_file(tmp_path, dist):
     weights = train_gpt.unbank(make_model(hp))
     hessians = {name: torch.eye(w.shape[-1]) for name, w in weights.items()}
     arrays = train_gpt.quantize_weights(weights, hessians, hp, dist)
-    (tmp_path / "artifact.bin").write_bytes(train_gpt.pack_weights(arrays, "lzma"))
+    (tmp_path / "artifact.bin").write_bytes(train_gpt.pack_weights(arrays, "entropy"))
     model = make_model(hp, seed=9)
     train_gpt.rebuild_model(model, tmp_path / "artifact.bin", dist)
     found, want = train_gpt.unbank(model), train_gpt.dequantize_weights(arrays)

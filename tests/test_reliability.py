@@ -533,7 +533,6 @@ def machine(tmp_path, folder="runs/run", **changes):
     found = {
         "folder": tmp_path / folder,
         "model": train_gpt.GPT(hp, OPS, torch.float32),
-        "compressor_works": True,
     }
     return guard.check_machine(hp, train_gpt.Dist("cpu"), **found)
 

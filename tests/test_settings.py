@@ -363,7 +363,7 @@ BLOCKED_IMPORT = """
 import importlib.abc, json, os, sys
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"brotli", "triton", "sentencepiece", "python_minifier", "flash_attn_interface"}:
+        if name.split(".")[0] in {"triton", "sentencepiece", "python_minifier", "flash_attn_interface"}:
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
 import random, threading, numpy, torch
@@ -378,7 +378,7 @@ import train_gpt
 after = environment(), sorted(os.listdir(".")), torch.get_rng_state().tolist(), threading.active_count()
 assert before == after
 assert state == states()
-assert train_gpt.brotli is None and train_gpt.triton is None
+assert train_gpt.triton is None
 assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
 hp = train_gpt.Hyperparameters.from_env()
 ops = train_gpt.select_ops(hp, torch.device("cpu"), torch.float32)

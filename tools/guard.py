@@ -38,6 +38,8 @@ import train_gpt  # the running script: train_gpt.find_guard sees to that
 from train_gpt import Guard, SettingError
 
 # the files beside this one, whatever else is called tools: see train_gpt.find_guard
+from .dataset import check_dataset, leaked_documents
+from .other_scripts import environment_notes, instead_of
 from .run_files import OF_A_PART, PresetError, published_settings, read_preset, read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,10 +146,21 @@ class RunGuard(Guard):
         if self.lock_file:
             self.lock_file.close()
 
-    # -- checks of the machine
+    # -- checks of the machine and of the data
 
     def check(self, hp, dist, prepared):
-        return check_machine(hp, dist, prepared.folder, prepared.model, prepared.compressor_works)
+        problems = []
+        machine = ""
+        try:
+            prepared.tokenizer = check_dataset(hp, prepared.validation)
+        except train_gpt.DataError as error:
+            problems.append(str(error))
+        try:
+            machine = check_machine(hp, dist, prepared.folder, prepared.model)
+        except SafetyError as error:
+            problems.append(str(error))
+        raise_all(problems)
+        return machine
 
     def lock(self, folder):
         self.lock_file = lock(folder)
@@ -167,9 +180,15 @@ class RunGuard(Guard):
             )
         return settings
 
+    def instead(self, name):
+        return instead_of(name)
+
     def notes(self, hp):
-        notes = [f"note: {note}" for note in commit_notes()]
+        notes = [f"note: {note}" for note in [*environment_notes(os.environ), *commit_notes()]]
         return notes + (preset_notes(hp) if hp.preset else [])
+
+    def figures(self, hp):
+        return leaked_documents(hp)
 
     def submission(self, script, hp):
         return packed_code(script, hp)
@@ -814,12 +833,12 @@ GAUSSIAN_BITS = math.log2(math.sqrt(2 * math.pi * math.e))  # entropy of a unit 
 STATE_BYTES_A_WEIGHT = 20  # weights, average, momentum and both moments, fp32
 
 
-def check_machine(hp, dist, folder=None, model=None, compressor_works=False):
+def check_machine(hp, dist, folder=None, model=None):
     """Checks this machine against the settings -> phrases for the log.
 
-    Packages are checked on every rank; on rank 0 also the run's folder, and with a model and a
-    compressor that works a round trip of random weights, the budgets and the size of the artifact
-    to come. Raises SafetyError with all problems.
+    Packages are checked on every rank; on rank 0 also the run's folder, and with a model a round
+    trip of random weights through the compressor, the budgets and the size of the artifact to come.
+    Raises SafetyError with all problems.
     """
     problems = []
     phrases = []
@@ -840,10 +859,9 @@ def check_machine(hp, dist, folder=None, model=None, compressor_works=False):
             more, phrase = check_folder(folder, model, hp)
             problems += more
             phrases.append(phrase)
-        if compressor_works:
-            more, of_budgets = check_budgets(model, hp)
-            problems += more
-            phrases = of_budgets + phrases
+        more, of_budgets = check_budgets(model, hp)
+        problems += more
+        phrases = of_budgets + phrases
     raise_all(problems)
     return " ".join(phrases).rstrip()
 

@@ -110,11 +110,11 @@ class WithoutPrefix(ast.NodeTransformer):
 
 def needs_published(tree, published, settings):
     """Whether presets/published.py has what these settings ask for: a setting of its own that is
-    changed, or the coder that only published systems use.
+    changed, or a coder that only published systems use.
     """
     changed = changed_settings(published, settings)
     own = changed.keys() - declarations(tree).keys()
-    return bool(own) or changed.get("compressor") == "pergroup"
+    return bool(own) or changed.get("compressor") in ("lzma", "pergroup")
 
 
 def add_published(tree, published):
@@ -408,7 +408,8 @@ def pack_code(source, settings):
         raise ValueError(f"the script cannot be minified: {error}") from error
     finally:
         clean_shared_nodes(text)
-    data = brotli.compress(small.encode())
+    modes = brotli.MODE_GENERIC, brotli.MODE_TEXT, brotli.MODE_FONT
+    data = min((brotli.compress(small.encode(), mode=mode) for mode in modes), key=len)
     return PACKED_START + string_literal(data) + PACKED_END % len(data)
 
 

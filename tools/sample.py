@@ -13,7 +13,6 @@ tokens. Nothing in the run's folder is changed.
 
 import argparse
 import functools
-import importlib
 import re
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import presets.published as published  # noqa: E402
 import train_gpt  # noqa: E402
 from lossless_caps import ALLCAPS, CAPNEXT, ESC, TITLE, decode  # noqa: E402
 from prepare_caseops_data import encode_document, load_tokenizer  # noqa: E402
@@ -121,7 +121,7 @@ def hyperparameters(settings, device, tokenizer):
     Puts the parts of presets/published.py into train_gpt where the run used that script.
     """
     if script_of(settings).name == "published.py":
-        importlib.import_module("presets.published").install()
+        published.install()
     kept = {name: value for name, value in settings.items() if name not in FOLDER | MODE}
     kept |= HERE | {"DEVICE": device}
     if tokenizer:
@@ -141,18 +141,17 @@ def text_of_run(hp, logged):
 
     Raises DataError for a tokenizer that did not make the run's data.
     """
-    path = train_gpt.find_tokenizer(hp)
+    path = published.find_tokenizer(hp)
     if not hp.tokenizer_path and path.name != logged.name:
         raise train_gpt.DataError(
             f"the run's tokenizer was {logged}, found was {path}: name it with --tokenizer"
         )
     caseops = getattr(hp, "caseops_enabled", True)
     if not caseops:
-        return Text(train_gpt.load_tokenizer(hp), caseops)
+        return Text(published.load_tokenizer(hp), caseops)
     tokenizer = load_tokenizer(path)
     if not getattr(hp, "marker_fusion_enabled", False):
         return Text(tokenizer, caseops)
-    published = importlib.import_module("presets.published")
 
     def fuse(ids):
         return published.fuse_markers(hp, ids, np.zeros_like(ids))[0]
