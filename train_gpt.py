@@ -103,11 +103,11 @@ class Hyperparameters:
     """
 
     # run
-    seed: int = env(42, "seed of the initial weights and of the LoRA matrices", least=0)
-    preset: str = env("", "settings of presets/NAME.env; what the environment sets wins")
-    run_id: str = env("", "name of the run's folder; empty: time stamp and seed")
-    runs_dir: str = env("runs", "folder that holds the runs")
-    plots: bool = env(True, "plot the finished run, if tools/plot_run.py exists")
+    seed: int = env(42, "seed of initial weights and LoRA matrices", least=0)
+    preset: str = env("", "settings of presets/NAME.env; the environment wins")
+    run_id: str = env("", "the run's folder; empty: time stamp and seed")
+    runs_dir: str = env("runs", "folder of the runs")
+    plots: bool = env(True, "plot the finished run (tools/plot_run.py)")
     data_path: str = env(
         "data/datasets/fineweb10B_sp8192_caseops", "folder of fineweb_{train,val,val_bytes}_*.bin"
     )
@@ -115,49 +115,35 @@ class Hyperparameters:
         "", "SentencePiece model; empty: searched near the data and in tokenizers/"
     )
     data_seed: int = env(0, "shuffles the training rows; 0: order of the stream", least=0)
-    balance_rows: bool = env(
-        True, "distribute a step's documents so that all rows have equal attention cost"
-    )
+    balance_rows: bool = env(True, "share out a step's documents for equal attention cost of rows")
     device: str = env("auto", "auto: a GPU if there is one", choices=("auto", "cuda", "cpu"))
     compute_dtype: str = env(
         "auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32")
     )
     compile: str = env("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
-    kernels: bool = env(
-        True, "use Triton and Quack kernels that pass a trial; 0: PyTorch references"
-    )
-    train_cuda_graphs: bool = env(True, "capture and replay training micro-batches as CUDA graphs")
+    kernels: bool = env(True, "Triton and Quack kernels that pass a trial; 0: references")
+    train_cuda_graphs: bool = env(True, "training micro-batches as CUDA graphs")
     attention_backend: str = env(
         "auto", "attention over packed rows", choices=("auto", "fa3", "fa4", "torch", "sdpa")
     )
     prequant_only: bool = env(False, "stop after evaluating the fp32 model")
-    quant_only: bool = env(
-        False, "continue from CHECKPOINT_PATH: Hessians, GPTQ, packing, evaluation"
-    )
-    ttt_eval_only: bool = env(
-        False, "continue from ARTIFACT_PATH: evaluation and test-time training"
-    )
+    quant_only: bool = env(False, "continue from CHECKPOINT_PATH: quantization, evaluation")
+    ttt_eval_only: bool = env(False, "continue from ARTIFACT_PATH: evaluation")
     checkpoint_path: str = env("", "fp32 model for QUANT_ONLY; empty: model.pt of the run")
     artifact_path: str = env("", "artifact for TTT_EVAL_ONLY; empty: artifact.bin of the run")
     checkpoint_every: int = env(
         0, "steps between training states (two are kept); 0: only on a signal", least=0
     )
-    resume: bool = env(False, "continue from the newest complete training state of RUN_ID")
-    deterministic: bool = env(
-        False, "same RESULT from run to run: exact on CPU, as far as PyTorch can on GPU"
-    )
+    resume: bool = env(False, "continue from the newest training state of RUN_ID")
+    deterministic: bool = env(False, "same RESULT in every run; on GPU as far as PyTorch can")
 
     # data and batches
-    train_batch_tokens: int = env(
-        786_432, "tokens per step over all ranks and micro-steps", least=1
-    )
+    train_batch_tokens: int = env(786_432, "tokens per step over all ranks", least=1)
     micro_batch_tokens: int = env(
-        98_304, "tokens per packed row, the unit of one forward and backward", least=1
+        98_304, "tokens per row, the unit of forward and backward", least=1
     )
-    train_seq_len: int = env(2048, "longer documents are split into pieces of this length", least=2)
-    max_row_segments: int = env(
-        0, "segments per row at most; beyond it the shortest are merged; 0: automatic", least=0
-    )
+    train_seq_len: int = env(2048, "longest piece of a document in training", least=2)
+    max_row_segments: int = env(0, "segments per row; more are merged; 0: automatic", least=0)
 
     # model
     vocab_size: int = env(8192, "vocabulary size", least=9, most=65_536)
@@ -166,64 +152,53 @@ class Hyperparameters:
     num_heads: int = env(8, "query heads", least=1)
     num_kv_heads: int = env(4, "key/value heads", least=1)
     mlp_mult: float = env(4.0, "MLP width / model width", above=0)
-    tie_embeddings: bool = env(True, "use the embedding as output projection, too")
+    tie_embeddings: bool = env(True, "the embedding is the output projection, too")
     tied_embed_init_std: float = env(0.005, "standard deviation of the initial embedding", above=0)
-    smear_gate_enabled: bool = env(
-        True, "SmearGate: add a gated share of the previous token's embedding"
-    )
+    smear_gate_enabled: bool = env(True, "SmearGate: add a share of the previous token's embedding")
     gate_window: int = env(12, "input dimensions that the gates read", least=1)
     loop_start: int = env(3, "first looped layer", least=0)
     loop_end: int = env(5, "last looped layer", least=0)
-    num_loops: int = env(2, "extra passes over the looped layers; 0: no depth recurrence", least=0)
+    num_loops: int = env(2, "extra passes over the looped layers", least=0)
     enable_looping_at: float = env(
         0.35, "training fraction at which looping starts", least=0, most=1
     )
-    skip_gates_enabled: bool = env(True, "merge U-Net skips by a gated lerp; 0: by addition")
+    skip_gates_enabled: bool = env(True, "merge skips by a gated lerp; 0: by addition")
     ln_scale: bool = env(True, "divide normalized inputs by sqrt(layer + 1)")
     rope_dims: int = env(16, "rotary dimensions per head", least=2)
     rope_base: float = env(10_000.0, "rotary base", above=1)
     qk_gain_init: float = env(5.0, "initial gain per query head", above=0)
-    xsa_last_n: int = env(
-        11, "last layers with XSA: remove a head's output component along its own value", least=0
-    )
-    sparse_attn_gate_enabled: bool = env(
-        True, "per-head output gate read from GATE_WINDOW dimensions"
-    )
+    xsa_last_n: int = env(11, "last layers with XSA: no head's output along its own value", least=0)
+    sparse_attn_gate_enabled: bool = env(True, "per-head output gate")
     sparse_attn_gate_scale: float = env(0.5, "factor inside the sparse gate's sigmoid", above=0)
-    gated_attn_enabled: bool = env(False, "per-head output gate read from all dimensions")
-    attn_out_gate_enabled: bool = env(False, "per-head output gate 2 sigmoid(W src[:GATE_WINDOW])")
-    attn_out_gate_src: str = env(
-        "block", "input of that gate: block input or raw q", choices=("block", "q")
-    )
     leaky_relu_slope: float = env(0.3, "negative slope before squaring in the MLP", least=0, most=1)
     parallel_start_layer: int = env(
         8, "first layer with two residual lanes; NUM_LAYERS: none", least=0
     )
     parallel_final_lane: str = env(
-        "mean", "lane that becomes the output", choices=("mean", "attn", "mlp")
+        "mean", "lane that is the output", choices=("mean", "attn", "mlp")
     )
     logit_softcap: float = env(30.0, "logits z become c tanh(z/c)", above=0, most=64)
 
     # optimizer and schedule
     max_wallclock_seconds: float = env(
-        600.0, "budget of training, Hessians and GPTQ; 0: no limit, train ITERATIONS", least=0
+        600.0, "budget of training and quantization; 0: train ITERATIONS", least=0
     )
     iterations: int = env(20_000, "maximum number of steps", least=1)
-    warmup_steps: int = env(3, "discarded steps per graph before the clock starts", least=0)
+    warmup_steps: int = env(3, "steps per graph before the clock starts", least=0)
     warmdown_frac: float = env(
-        0.85, "final fraction of training over which the learning rates fall", above=0, most=1
+        0.85, "final fraction of training in which learning rates fall", above=0, most=1
     )
     min_lr: float = env(0.1, "floor of the learning-rate factor", least=0, most=1)
     matrix_lr: float = env(0.026, "Muon learning rate", above=0)
-    muon_momentum: float = env(0.97, "Nesterov momentum after its warm-up", least=0, most=1)
+    muon_momentum: float = env(0.97, "Nesterov momentum after the warm-up", least=0, most=1)
     muon_momentum_warmup_start: float = env(0.92, "momentum at step 0", least=0, most=1)
-    muon_momentum_warmup_steps: int = env(1500, "steps of the linear momentum warm-up", least=0)
+    muon_momentum_warmup_steps: int = env(1500, "steps of the momentum warm-up", least=0)
     muon_wd: float = env(0.095, "decoupled weight decay of the matrix banks", least=0)
-    muon_row_normalize: bool = env(True, "normalize update rows before orthogonalization")
+    muon_row_normalize: bool = env(True, "normalize rows before orthogonalization")
     muon_backend_steps: int = env(5, "Newton-Schulz steps", least=1, most=5)
     muon_dtype: str = env(
         "auto",
-        "dtype of Muon's gradients, momentum and matmuls",
+        "dtype of Muon",
         choices=("auto", "bfloat16", "float32"),
     )
     tied_embed_lr: float = env(0.03, "AdamW learning rate of the embedding", above=0)
@@ -233,49 +208,32 @@ class Hyperparameters:
     beta1: float = env(0.9, "AdamW beta1", least=0, most=0.9999)
     beta2: float = env(0.99, "AdamW beta2", least=0, most=0.99999)
     grad_clip_norm: float = env(0.3, "maximum global gradient norm; 0: off", least=0)
-    ema_decay: float = env(0.9965, "decay of the weight EMA after its ramp", least=0, most=0.999999)
+    ema_decay: float = env(0.9965, "decay of the weight EMA", least=0, most=0.999999)
     train_log_every: int = env(100, "steps between log lines", least=1)
-    val_loss_every: int = env(
-        0, "steps between evaluations during training (clock stopped); 0: none", least=0
-    )
+    val_loss_every: int = env(0, "steps between evaluations (clock stopped); 0: none", least=0)
 
     # quantization and artifact
-    gptq_reserve_seconds: float = env(
-        7.0, "part of the budget reserved for Hessians and GPTQ", least=0
-    )
-    gptq_calibration_batches: int = env(
-        16, "rows of training tokens for the Hessians, over all ranks", least=1
-    )
-    gptq_all_reduce: bool = env(True, "average Hessians over ranks; 0: each rank uses its own")
-    gptq_damp: float = env(0.01, "damping, as a fraction of the mean Hessian diagonal", above=0)
+    gptq_reserve_seconds: float = env(7.0, "part of the budget for Hessians and GPTQ", least=0)
+    gptq_calibration_batches: int = env(16, "training rows for the Hessians", least=1)
+    gptq_damp: float = env(0.01, "damping, share of the mean Hessian diagonal", above=0)
     gptq_block_size: int = env(128, "columns per batched error update", least=1)
     matrix_bits: int = env(6, "bits per matrix code", least=2, most=8)
     embed_bits: int = env(8, "bits per embedding code", least=2, most=8)
-    mlp_clip_sigmas: float = env(12.8, "clip of MLP rows in standard deviations", above=0)
-    attn_clip_sigmas: float = env(13.8, "clip of attention rows in standard deviations", above=0)
-    embed_clip_sigmas: float = env(14.8, "clip of embedding rows in standard deviations", above=0)
-    gptq_column_steps: bool = env(
-        True, "quantization steps 2^(k/8) per row and column; 0: fp16 steps per row"
-    )
-    gptq_column_octaves: float = env(
-        2.0, "maximum log2 ratio of a column's step to its row's", least=0
-    )
-    gptq_trellis: bool = env(
-        True, "with column steps: trellis-coded quantization, eight states along a column's rows"
-    )
-    quant_check_rows: int = env(
-        2, "training rows held out to check the quantized model's loss; 0: no check", least=0
-    )
+    mlp_clip_sigmas: float = env(12.8, "clip of MLP rows, standard deviations", above=0)
+    attn_clip_sigmas: float = env(13.8, "clip of attention rows, standard deviations", above=0)
+    embed_clip_sigmas: float = env(14.8, "clip of embedding rows, standard deviations", above=0)
+    gptq_column_steps: bool = env(True, "steps 2^(k/8) per row and column; 0: fp16 steps per row")
+    gptq_column_octaves: float = env(2.0, "log2 of a column's step to its row's", least=0)
+    gptq_trellis: bool = env(True, "with column steps: trellis-coded quantization")
+    quant_check_rows: int = env(2, "training rows to check the quantized model's loss", least=0)
     quant_gap_max: float = env(
         0.02,
-        "allowed loss increase there, nats per token; above it simpler quantizations are tried",
+        "allowed loss there, nats per token; above it plainer ways are tried",
         above=0,
     )
-    gated_attn_quant_gate: bool = env(True, "attention gates as int8 per row; 0: fp16")
     target_bytes: int = env(
         16_000_000,
-        "scale the clips until code + weights fit just under this, if they take at least half of"
-        " it; 0: off",
+        "scale the clips until code + weights fit just under this; 0: off",
         least=0,
     )
     compressor: str = env("entropy", "artifact coder", choices=("entropy", "brotli"))
@@ -284,41 +242,33 @@ class Hyperparameters:
     eval_seq_len: int = env(2048, "context of plain and sliding evaluation", least=2)
     sliding_window_enabled: bool = env(False, "also evaluate with overlapping windows")
     eval_stride: int = env(64, "advance of the sliding window", least=1)
-    eval_budget_seconds: float = env(
-        600.0, "limit for unpacking and final evaluation; exceeding it is a violation", above=0
-    )
+    eval_budget_seconds: float = env(600.0, "limit for unpacking and final evaluation", above=0)
 
     # test-time training
     ttt_enabled: bool = env(True, "score with test-time training")
-    ttt_max_docs: int = env(
-        0, "score only N documents of all lengths (marked partial); 0: all", least=0
-    )
-    ttt_eval_seq_len: int = env(2048, "context of a chunk, including its own tokens", least=2)
+    ttt_max_docs: int = env(0, "score N documents of all lengths; 0: all", least=0)
+    ttt_eval_seq_len: int = env(2048, "context of a chunk and its tokens", least=2)
     ttt_stale_context: int = env(
-        1792, "oldest context positions whose keys and values are reused, not recomputed", least=0
+        1792, "oldest positions, whose keys and values are not recomputed", least=0
     )
     ttt_chunk_size: int = env(16, "tokens scored between two LoRA steps", least=1)
-    ttt_batch_size: int = env(64, "documents per group, and per step with full contexts", least=1)
-    ttt_lanes: int = env(
-        8, "fixed groups of documents; group i runs on rank i mod world size", least=1
-    )
-    ttt_lora_sites: str = env("q,k,v,o,mlp,head", "sites with LoRA adapters, comma separated")
+    ttt_batch_size: int = env(64, "documents per group, and per step", least=1)
+    ttt_lanes: int = env(8, "groups of documents; group i runs on rank i mod world size", least=1)
+    ttt_lora_sites: str = env("q,k,v,o,mlp,head", "sites with LoRA, comma separated")
     ttt_lora_rank: int = env(80, "LoRA rank", least=1)
-    ttt_lora_alpha: float = env(144.0, "adapter output is scaled by alpha / rank", above=0)
+    ttt_lora_alpha: float = env(144.0, "adapters are scaled by alpha / rank", above=0)
     ttt_lora_lr: float = env(9e-5, "AdamW learning rate of the adapters", least=0)
-    ttt_beta2: float = env(0.99, "AdamW beta2 of the adapters (beta1 is 0)", least=0, most=0.99999)
-    ttt_weight_decay: float = env(0.5, "weight decay of the adapters", least=0)
-    ttt_warm_start_a: bool = env(True, "a new document starts with its predecessor's A")
+    ttt_beta2: float = env(0.99, "their beta2 (beta1 is 0)", least=0, most=0.99999)
+    ttt_weight_decay: float = env(0.5, "their weight decay", least=0)
+    ttt_warm_start_a: bool = env(True, "documents start with their predecessor's A")
     phased_ttt_num_phases: int = env(
-        1, "times the base weights are fine-tuned on scored documents", least=0
+        1, "times the base weights learn from scored documents", least=0
     )
-    phased_ttt_prefix_docs: int = env(
-        2500, "documents scored before the last fine-tuning, per 50,000", least=0
-    )
-    global_ttt_lr: float = env(1e-3, "SGD learning rate of that fine-tuning, cosine to 0", least=0)
-    global_ttt_momentum: float = env(0.9, "its momentum", least=0, most=0.9999)
-    global_ttt_grad_clip: float = env(1.0, "its maximum gradient norm", above=0)
-    global_ttt_chunk_tokens: int = env(32_768, "tokens per SGD step over all ranks", least=1)
+    phased_ttt_prefix_docs: int = env(2500, "documents before the last time, per 50,000", least=0)
+    global_ttt_lr: float = env(1e-3, "SGD learning rate there, cosine to 0", least=0)
+    global_ttt_momentum: float = env(0.9, "momentum there", least=0, most=0.9999)
+    global_ttt_grad_clip: float = env(1.0, "maximum gradient norm there", above=0)
+    global_ttt_chunk_tokens: int = env(32_768, "tokens per SGD step", least=1)
 
     @classmethod
     def from_env(cls, environ=None, guard=None):
@@ -429,7 +379,7 @@ def parse_setting(field, text):
 # How settings of published scripts begin whose first word is none of ours: a run of this file alone
 # must not ignore them. tools/other_scripts.py says what replaces them.
 FOREIGN = """ADAM_EPS ALIAS_ ASYM_ BIGRAM_ CASEOPS_ CKPT_ DATASETS_ DOC_SHUFFLE E2E_ EXTRA_EVAL
-    FULL_GPTQ FUSED_ HEAD_LR HEAD_PAIR HESSIAN_ IHA_ LATE_QAT LOAD_MODEL LQER_ MARKER_ MTP_
+    FULL_GPTQ FUSED_ GATED_ HEAD_LR HEAD_PAIR HESSIAN_ IHA_ LATE_QAT LOAD_MODEL LQER_ MARKER_ MTP_
     NEGATIVE_ NGRAM_ PAIRED_ PARTIAL_KEY PRUNE_ QAT_ QUANTIZE RECUR_ SKIP_POST SPINQUANT_ SWA_
     TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD TRAIN_SEQ_SCHED VAL_BATCH VAL_DOC VALUE_ VE_
     WD_""".split()
@@ -504,10 +454,6 @@ def model_problems(hp):
         yield f"ROPE_DIMS must be even, at most {hp.head_dim}"
     if hp.gate_window > hp.model_dim:
         yield "GATE_WINDOW must be at most MODEL_DIM"
-    if hp.sparse_attn_gate_enabled + hp.gated_attn_enabled + hp.attn_out_gate_enabled > 1:
-        yield (
-            "SPARSE_ATTN_GATE_ENABLED, GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED exclude each other"
-        )
     if hp.num_loops and not hp.loop_start <= hp.loop_end < hp.num_layers:
         yield "LOOP_START..LOOP_END must lie inside NUM_LAYERS (or set NUM_LOOPS=0)"
     if hp.parallel_start_layer > hp.num_layers:
@@ -1400,14 +1346,14 @@ def load_f32(pointers, mask):
     return tl.load(pointers, mask, 0.0).to(tl.float32)
 
 
-def trial_tensor(device, dtype, *shape, seed=0):
-    """Normal numbers that require gradients, for the trials of select_ops.
+def trial_tensors(device, dtype, *shapes):
+    """Normal numbers in these shapes that require gradients, for the trials of select_ops.
 
     The random state of the run stays as it is.
     """
-    generator = torch.Generator(device).manual_seed(seed)
-    numbers = torch.randn(shape, generator=generator, device=device)
-    return numbers.to(dtype).requires_grad_()
+    generator = torch.Generator(device).manual_seed(0)
+    numbers = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
+    return [t.to(dtype).requires_grad_() for t in numbers]
 
 
 # --- lm_head with softcapped cross-entropy
@@ -1430,8 +1376,7 @@ def linear_cross_entropy_ref(h, weight, targets, softcap):
 
 
 def cross_entropy_trial_inputs(hp, device, dtype):
-    h = trial_tensor(device, dtype, 200, 64)
-    weight = trial_tensor(device, dtype, 1000, 64, seed=1)
+    h, weight = trial_tensors(device, dtype, (200, 64), (1000, 64))
     targets = torch.arange(0, 1000, 5, device=device)
     return h, weight, targets, 30.0
 
@@ -1510,8 +1455,6 @@ def _linear_cross_entropy_setup(ctx, inputs, output):
 
 def _linear_cross_entropy_gradients(ctx, grad, _):
     """Gradients of h and weight, from grad (N,) of the losses."""
-    if grad is None:
-        return None, None, None, None
     h, weight, grad_logits = ctx.saved_tensors
     grad_h = grad_weight = None
     if ctx.needs_input_grad[0]:
@@ -1545,10 +1488,8 @@ def mlp_ref(x, w_up, w_down, slope):
 
 
 def mlp_trial_inputs(hp, device, dtype):
-    x = trial_tensor(device, dtype, 200, 64)
-    w_up = trial_tensor(device, dtype, 320, 64, seed=1) / 64**0.5
-    w_down = trial_tensor(device, dtype, 64, 320, seed=2) / 320**0.5
-    return x, w_up, w_down, 0.3
+    x, w_up, w_down = trial_tensors(device, dtype, (200, 64), (320, 64), (64, 320))
+    return x, w_up / 64**0.5, w_down / 320**0.5, 0.3
 
 
 @lru_cache
@@ -1640,8 +1581,6 @@ def _mlp_setup(ctx, inputs, output):
 
 
 def _mlp_gradients(ctx, grad, _):
-    if grad is None:
-        return None, None, None, None
     x, w_up = ctx.saved_tensors[:2]
     w_down, act = ctx.saved_tensors[2:]
     needs_x, needs_up, needs_down = ctx.needs_input_grad[:3]
@@ -1710,9 +1649,8 @@ def qkv_heads_ref(qkv, gain, cos, sin, kv_heads):
 
 
 def qkv_heads_trial_inputs(hp, device, dtype):
-    heads = hp.num_heads + 2 * hp.num_kv_heads
-    qkv = trial_tensor(device, dtype, 1, 256, heads * hp.head_dim)
-    gain = trial_tensor(device, dtype, hp.num_heads, seed=1)
+    width = hp.model_dim + 2 * hp.kv_dim
+    qkv, gain = trial_tensors(device, dtype, (1, 256, width), (hp.num_heads,))
     frequencies = torch.tensor([1.0, 0.03], device=device)
     angles = torch.arange(256, device=device)[:, None, None] * frequencies
     return qkv, gain, angles.cos(), angles.sin(), hp.num_kv_heads
@@ -1727,9 +1665,8 @@ def gated_xsa_ref(y, v, logits, factor):
 
 
 def gated_xsa_trial_inputs(hp, device, dtype):
-    y = trial_tensor(device, dtype, 1, 256, hp.num_heads, hp.head_dim)
-    v = trial_tensor(device, dtype, 1, 256, hp.num_kv_heads, hp.head_dim, seed=1)
-    logits = trial_tensor(device, dtype, 1, 256, hp.num_heads, seed=2)
+    y, v, _ = attention_trial_inputs(hp, device, dtype)[:3]
+    (logits,) = trial_tensors(device, dtype, (1, 256, hp.num_heads))
     return y, v, logits, 2.0
 
 
@@ -2067,12 +2004,8 @@ def slot_input_ref(x, x0, mix, scale, window, return_mix, return_merged, *merge)
 
 
 def slot_input_trial_inputs(hp, device, dtype):
-    x = trial_tensor(device, dtype, 200, 64)
-    x0 = trial_tensor(device, dtype, 200, 64, seed=1)
-    skip = trial_tensor(device, dtype, 200, 64, seed=2)
-    mix = trial_tensor(device, dtype, 2, 64, seed=3)
-    weight = trial_tensor(device, torch.float32, 64, seed=4)
-    gate = trial_tensor(device, torch.float32, 64, seed=5)
+    x, x0, skip, mix = trial_tensors(device, dtype, *[(200, 64)] * 3, (2, 64))
+    weight, gate = trial_tensors(device, torch.float32, (64,), (64,))
     scale = torch.ones(1, device=device)
     return x, x0, mix, scale, 9, True, True, skip, weight, gate
 
@@ -2324,13 +2257,13 @@ def adamw_rows_ref(values, squares, gradient, source, target, correction, scale,
 
 
 def adamw_rows_trial_inputs(hp, device, dtype):
-    values = trial_tensor(device, torch.float32, 4, 64).detach()
+    values, gradient = (t.detach() for t in trial_tensors(device, torch.float32, (4, 64), (2, 64)))
     squares = values.square()
-    gradient = trial_tensor(device, dtype, 2, 64, seed=1).detach()
     source = torch.tensor([2, 0], device=device)
     target = torch.tensor([2, 3], device=device)
     correction = torch.tensor([0.1, 0.75], device=device)
-    return values, squares, gradient, source, target, correction, 2.0, (0.1, 0.5, 0.9)
+    rates = (0.1, 0.5, 0.9)
+    return values, squares, gradient.to(dtype), source, target, correction, 2.0, rates
 
 
 @jit
@@ -2425,9 +2358,8 @@ def attention_sdpa(q, k, v, cu_seqlens, max_seqlen, window=0):
 
 
 def attention_trial_inputs(hp, device, dtype):
-    q = trial_tensor(device, dtype, 1, 256, hp.num_heads, hp.head_dim)
-    k = trial_tensor(device, dtype, 1, 256, hp.num_kv_heads, hp.head_dim, seed=1)
-    v = trial_tensor(device, dtype, 1, 256, hp.num_kv_heads, hp.head_dim, seed=2)
+    heads = hp.num_heads, hp.num_kv_heads, hp.num_kv_heads
+    q, k, v = trial_tensors(device, dtype, *((1, 256, n, hp.head_dim) for n in heads))
     # the last documents are empty, as where a row has fewer than its limit
     cu_seqlens = torch.tensor([0, 37, 38, 166, 256, 256, 256], dtype=torch.int32, device=device)
     return q, k, v, cu_seqlens, 128, 9 if hp.attn_window else 0
@@ -2616,8 +2548,6 @@ def _fa4_setup(ctx, inputs, output):
 
 
 def _fa4_gradients(ctx, grad, grad_lse):
-    if grad is None:
-        return (None,) * 6
     qkv = list(ctx.saved_tensors[:3])
     others = ctx.saved_tensors[3:]  # cu_seqlens, out, lse
     dq, dk, dv = _fa4_backward(grad, qkv, *others, ctx.max_seqlen, ctx.window)
@@ -2681,8 +2611,8 @@ def trellis_round_ref(values):
 
 def trellis_round_trial_inputs(hp, device, dtype):
     """Multiples of 1/64: their sums are exact, so that the levels must be equal."""
-    values = 4 * trial_tensor(device, torch.float32, 3, 200).detach()
-    return ((64 * values).round() / 64,)
+    (values,) = trial_tensors(device, torch.float32, (3, 200))
+    return ((256 * values.detach()).round() / 64,)
 
 
 @jit
@@ -3041,9 +2971,8 @@ class GPT(nn.Module):
             setattr(self, name, nn.Parameter(torch.empty(len(kinds) * L, rows, columns)))
         self.q_gain = nn.Parameter(torch.full((L, hp.num_heads), hp.qk_gain_init))
         self.attn_gate = None
-        if self.gate_kind:
-            width = D if self.gate_kind == "dense" else hp.gate_window
-            self.attn_gate = nn.Parameter(torch.zeros(L, hp.num_heads, width))
+        if self.gate_inputs:
+            self.attn_gate = nn.Parameter(torch.zeros(L, hp.num_heads, self.gate_inputs))
         self.attn_scale = nn.Parameter(torch.ones(L, D))
         self.mlp_scale = nn.Parameter(torch.ones(L, D))
         mix = torch.stack([torch.ones(L, D), torch.zeros(L, D)], dim=1)
@@ -3067,8 +2996,7 @@ class GPT(nn.Module):
     def init_weights(self):
         """Random embeddings and inner matrices; output projections start at zero.
 
-        Embeddings: N(0, TIED_EMBED_INIT_STD). q, k, v and MLP up: orthogonal. Dense attention gate:
-        N(0, 0.01).
+        Embeddings: N(0, TIED_EMBED_INIT_STD). q, k, v and MLP up: orthogonal.
         """
         generator = torch.Generator().manual_seed(self.hp.generator_seed)
         for table in (self.tok_emb, self.lm_head):
@@ -3080,18 +3008,16 @@ class GPT(nn.Module):
                 nn.init.orthogonal_(matrix, generator=generator)
         matrices["out"].zero_()
         matrices["down"].zero_()
-        if self.gate_kind == "dense":
-            self.attn_gate.normal_(0.0, 0.01, generator=generator)
 
     @property
-    def gate_kind(self):
-        """The attention gate that is on: "sparse", "dense", "output", or None."""
-        hp = self.hp
-        if hp.sparse_attn_gate_enabled:
-            return "sparse"
-        if hp.gated_attn_enabled:
-            return "dense"
-        return "output" if hp.attn_out_gate_enabled else None
+    def gate_inputs(self):
+        """Number of inputs of the attention gate; 0: there is none."""
+        return self.hp.gate_window if self.hp.sparse_attn_gate_enabled else 0
+
+    @property
+    def gate_reads_mix(self):
+        """Whether the attention gate of every slot reads SlotInput.mixed."""
+        return False
 
     @property
     def head_weight(self):
@@ -3149,7 +3075,7 @@ class GPT(nn.Module):
                     stores_stream=stores and is_decoder,
                     stores_merged=stores_merged,
                     skip_index=decoder_index if merges else None,
-                    return_mix=not has_lanes or self.gate_kind == "output",
+                    return_mix=not has_lanes or self.gate_reads_mix,
                     return_merged=has_lanes or stores_merged,
                 )
             )
@@ -3224,7 +3150,7 @@ class GPT(nn.Module):
         q, k, v = self.ops.qkv_heads(qkv, w.q_gain, cos, sin, hp.num_kv_heads)
         k, v = self.keys_and_values(k, v, w)
         y = self.attend(q, k, v, segments, w)
-        if self.gate_kind:
+        if w.gate is not None:
             logits, factor = self.head_gates(entry, qkv, w.gate)
             if w.xsa:
                 y = self.ops.gated_xsa(y, v, logits, factor)
@@ -3245,13 +3171,7 @@ class GPT(nn.Module):
 
     def head_gates(self, entry, qkv, gate):
         """Gate logits (B, T, H) of the heads' outputs, and the factor of their sigmoids."""
-        hp = self.hp
-        if self.gate_kind == "sparse":
-            return hp.sparse_attn_gate_scale * F.linear(entry.gate_input, gate), 1.0
-        if self.gate_kind == "dense":
-            return F.linear(entry.h, gate), 1.0
-        source = qkv if hp.attn_out_gate_src == "q" else entry.mixed
-        return F.linear(source[..., : hp.gate_window], gate), 2.0
+        return self.hp.sparse_attn_gate_scale * F.linear(entry.gate_input, gate), 1.0
 
     def mlp(self, x, w, tap):
         """(B, T, D) -> (B, T, D): W_down leaky_relu(W_up h)^2 with h = norm(x) depth_scale."""
@@ -4216,9 +4136,9 @@ def quantize_matrices(names, weights, hessians, hp, trellis_round=trellis_round_
     return fields
 
 
-def quantize_small(name, w, hp):
+def quantize_small(name, w):
     """Fields, in its own shape, of a tensor without a role: int8 rows of attention gates, fp16."""
-    if name.endswith("attn_gate") and hp.gated_attn_quant_gate:
+    if name.endswith("attn_gate"):
         codes, scale = quantize_rows(w, -127, 127, 127)
         return {"codes": codes, "scale": scale}
     return {"fp16": w.half()}
@@ -4269,7 +4189,7 @@ def quantize_weights(weights, hessians, hp, dist, trellis_round=trellis_round_re
         raise ValueError("; ".join(failures))
     if dist.rank == 0:
         for name in weights.keys() - matrices.keys():
-            fields[name] = quantize_small(name, weights[name], hp)
+            fields[name] = quantize_small(name, weights[name])
     arrays = {}
     for name, tensors in fields.items():
         arrays[name] = {field: tensor.cpu().numpy() for field, tensor in tensors.items()}
@@ -4433,11 +4353,8 @@ def collect_hessians(model, loader, hp, dist):
         )
         tap.add(("lm_head", 0), hidden)
     for gram in tap.sums.values():
-        if hp.gptq_all_reduce:
-            gram /= hp.gptq_calibration_batches
-            dist.all_reduce(gram if mine else gram.zero_())
-        else:
-            gram /= max(1, len(mine))
+        gram /= hp.gptq_calibration_batches
+        dist.all_reduce(gram if mine else gram.zero_())
     head = "tok_emb.weight" if hp.tie_embeddings else "lm_head.weight"
     return table_hessians(model) | tap.hessians(head)
 

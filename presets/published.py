@@ -67,6 +67,11 @@ class Hyperparameters(train_gpt.Hyperparameters):
     marker_fusion_enabled: bool = env(
         False, "a space and the case marker behind it become one token (PR 2109)"
     )
+    gated_attn_enabled: bool = env(False, "per-head output gate read from all dimensions")
+    attn_out_gate_enabled: bool = env(False, "per-head output gate 2 sigmoid(W src[:GATE_WINDOW])")
+    attn_out_gate_src: str = env(
+        "block", "input of that gate: block input or raw q", choices=("block", "q")
+    )
     attn_window: int = env(
         0,
         "tokens before its own that a token of the early layers sees; 0: all",
@@ -169,6 +174,10 @@ def cross_checks(hp):
     yield from own_cross_checks(hp)
     if not re.fullmatch(r"(\d+:[1-9]\d*(,(?=.)|$))*", hp.ttt_short_chunks):
         yield f"TTT_SHORT_CHUNKS={hp.ttt_short_chunks}: must be pairs such as 256:8,2000:24"
+    if hp.sparse_attn_gate_enabled + hp.gated_attn_enabled + hp.attn_out_gate_enabled > 1:
+        yield (
+            "SPARSE_ATTN_GATE_ENABLED, GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED exclude each other"
+        )
     if hp.marker_fusion_enabled and not hp.caseops_enabled:
         yield "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1"
     stale = hp.ttt_stale_context and hp.ttt_enabled and hp.ttt_method == "lora"
@@ -424,8 +433,9 @@ HEAD_NAMES = train_gpt.HEAD_NAMES | {
 
 
 class GPT(train_gpt.GPT):
-    """Bigram and value embeddings, value residual, offset keys, windows of attention, fake
-    quantization, fused markers, more passes over the looped layers after training.
+    """Bigram and value embeddings, value residual, offset keys, windows of attention, other gates
+    of attention, fake quantization, fused markers, more passes over the looped layers after
+    training.
     """
 
     eval_passes = 1  # over the looped layers, beyond NUM_LOOPS: 1 + EXTRA_EVAL_LOOPS after training
@@ -456,13 +466,38 @@ class GPT(train_gpt.GPT):
 
     @torch.no_grad()
     def init_weights(self):
-        """A fused pair begins near its marker, and is as long (PR 2109)."""
+        """Dense attention gate: N(0, 0.01). A fused pair begins near its marker, and is as long
+        (PR 2109).
+        """
         super().init_weights()
+        if self.hp.gated_attn_enabled:
+            generator = torch.Generator().manual_seed(self.hp.generator_seed + 2)
+            self.attn_gate.normal_(0.0, 0.01, generator=generator)
         V = self.hp.vocab_size
         for table in (self.tok_emb, self.lm_head) if self.hp.marker_fusion_enabled else ():
             if table is not None:
                 pair = 0.4 * table[space_id(self.hp)] + 0.6 * table[4:7]
                 table[V : V + 3] = F.normalize(pair) * table[4:7].norm(dim=1, keepdim=True)
+
+    @property
+    def gate_inputs(self):
+        if self.hp.gated_attn_enabled:
+            return self.hp.model_dim
+        return self.hp.gate_window if self.hp.attn_out_gate_enabled else super().gate_inputs
+
+    @property
+    def gate_reads_mix(self):
+        return self.hp.attn_out_gate_enabled
+
+    def head_gates(self, entry, qkv, gate):
+        """GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED."""
+        hp = self.hp
+        if hp.gated_attn_enabled:
+            return F.linear(entry.h, gate), 1.0
+        if not hp.attn_out_gate_enabled:
+            return super().head_gates(entry, qkv, gate)
+        source = qkv if hp.attn_out_gate_src == "q" else entry.mixed
+        return F.linear(source[..., : hp.gate_window], gate), 2.0
 
     def leave_training(self):
         self.eval_passes = 1 + self.hp.extra_eval_loops

@@ -162,7 +162,6 @@ CANNOT_WORK = {
     "NUM_KV_HEADS": "3",
     "ROPE_DIMS": "15",
     "GATE_WINDOW": "513",
-    "GATED_ATTN_ENABLED": "1",
     "LOOP_END": "11",
     "PARALLEL_START_LAYER": "12",
     "TRAIN_BATCH_TOKENS": "786433",

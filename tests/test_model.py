@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN_DIR, tiny_hp
+from conftest import GOLDEN_DIR, install_parts_for, tiny_hp
 
 import train_gpt
+from presets import published
 from train_gpt import BOS_ID, GPT, LORA_INPUTS, HessianTap, SlotLoRA
 
 torch.set_num_threads(1)
@@ -29,7 +30,7 @@ LOOPED_SLOTS = [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
 
 def random_model(seed=0, dtype=torch.float32, **changes):
     """A tiny GPT none of whose parameters is at its initial value."""
-    model = GPT(tiny_hp(**changes), OPS, dtype)
+    model = train_gpt.GPT(tiny_hp(**changes), OPS, dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -243,9 +244,9 @@ def reference_attention(h, x_in, layer, p, hp):
                     hp.sparse_attn_gate_scale * h[:, :window] @ p["attn_gate"][layer, head]
                 )[:, None]
             )
-        if hp.gated_attn_enabled:
+        if getattr(hp, "gated_attn_enabled", False):
             y = y * torch.sigmoid(h @ p["attn_gate"][layer, head])[:, None]
-        if hp.attn_out_gate_enabled:
+        if getattr(hp, "attn_out_gate_enabled", False):
             source = x_in if hp.attn_out_gate_src == "block" else q_raw
             y = y * 2 * torch.sigmoid(source[:, :window] @ p["attn_gate"][layer, head])[:, None]
         heads.append(y)
@@ -378,7 +379,8 @@ def test_default_model_equals_the_reference_forward(rel):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_setting_equals_the_reference_forward_and_matters(variant, rel):
+def test_setting_equals_the_reference_forward_and_matters(variant, rel, monkeypatch):
+    install_parts_for(VARIANTS[variant], monkeypatch)
     model, looping = random_model(**VARIANTS[variant]), variant != "looping_off"
     got = logits_of(model, hidden(model, variant_tokens()[None], looping=looping))[0].detach()
     assert rel(got, reference_logits(model, variant_tokens(), looping)) < 1e-5
@@ -690,7 +692,8 @@ def test_scalars_and_gates_start_as_specified():
     assert train_gpt.Hyperparameters().qk_gain_init == 5.0
 
 
-def test_embeddings_and_dense_gate_start_normal_with_the_stated_deviation():
+def test_embeddings_and_dense_gate_start_normal_with_the_stated_deviation(monkeypatch):
+    install_parts_for({"gated_attn_enabled": True}, monkeypatch)
     hp = tiny_hp(
         vocab_size=4000,
         tied_embed_init_std=0.02,
@@ -698,7 +701,7 @@ def test_embeddings_and_dense_gate_start_normal_with_the_stated_deviation():
         gated_attn_enabled=True,
         **NO_GATE,
     )
-    model = GPT(hp, OPS, torch.float32)
+    model = published.GPT(hp, OPS, torch.float32)
     for tensor, std in ((model.tok_emb, 0.02), (model.lm_head, 0.02), (model.attn_gate, 0.01)):
         spread = 5 / math.sqrt(tensor.numel())  # five standard errors
         assert tensor.std().item() == pytest.approx(std, rel=spread)

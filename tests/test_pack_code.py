@@ -531,7 +531,6 @@ OTHERWISE = {  # as many other branches as one run can take
     "GPTQ_COLUMN_STEPS": "0",
     "LQER_ENABLED": "1",
     "LQER_ASYM_ENABLED": "0",
-    "GATED_ATTN_QUANT_GATE": "0",
     "ATTN_WINDOW": "9",
     "PARTIAL_KEY_OFFSET": "1",
     "VALUE_RESIDUAL": "gate",

@@ -120,7 +120,7 @@ def test_the_environment_sets_every_setting(field):
         text = VALUES[name]
     else:
         text = "0.5" if field.metadata["most"] else str(field.default + 1)
-    more = {"TTT_STALE_CONTEXT": "0", "GPTQ_COLUMN_STEPS": "0"}
+    more = {"TTT_STALE_CONTEXT": "0", "GPTQ_COLUMN_STEPS": "0", "SPARSE_ATTN_GATE_ENABLED": "0"}
     hp = train_gpt.Hyperparameters.from_env({name: text} | more)
     assert getattr(hp, field.name) != field.default
     assert f"* {name}={text}  # " in train_gpt.settings_table(hp)
@@ -136,6 +136,8 @@ def test_the_environment_sets_every_setting(field):
         ({"VALUE_EMBED_LAYERS": "9,11"}, "VALUE_EMBED_LAYERS"),
         ({"VALUE_EMBED_LAYERS": "9,"}, "VALUE_EMBED_LAYERS"),
         ({"BIGRAM_VOCAB_SIZE": "1"}, "BIGRAM_VOCAB_SIZE"),
+        ({"GATED_ATTN_ENABLED": "1"}, "exclude each other"),
+        ({"ATTN_OUT_GATE_ENABLED": "1"}, "exclude each other"),
         ({"EXTRA_EVAL_LOOPS": "1", "NUM_LOOPS": "0"}, "NUM_LOOPS"),
         ({"MUON_HEAD_PAIRS": "1", "NUM_KV_HEADS": "1"}, "MUON_HEAD_PAIRS"),
         ({"QAT_BELOW_LR": "0.1"}, "GPTQ_COLUMN_STEPS"),

@@ -519,7 +519,7 @@ def test_each_role_uses_its_own_bits_and_clip():
         assert np.abs(arrays[f"{name}:codes"]).max() <= q_max
 
 
-def test_small_tensors_keep_shape_and_gates_are_int8_only_if_asked():
+def test_small_tensors_keep_shape_and_gates_are_int8():
     weights, hessians = small_model()
     arrays = quantize_alone(weights, hessians, settings())
     assert arrays["attn_gate:codes"].shape == (3, 4, 12) and arrays["attn_gate:scale"].shape == (
@@ -527,8 +527,6 @@ def test_small_tensors_keep_shape_and_gates_are_int8_only_if_asked():
         4,
     )
     assert arrays["smear_lambda:fp16"].shape == () and arrays["resid_mix:fp16"].dtype == np.float16
-    arrays = quantize_alone(weights, hessians, settings(gated_attn_quant_gate=False))
-    assert arrays["attn_gate:fp16"].shape == (3, 4, 12) and "attn_gate:codes" not in arrays
 
 
 def test_rebuilt_weights_are_close_and_complete():

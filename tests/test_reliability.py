@@ -586,10 +586,11 @@ FORMS = [
 
 
 @pytest.mark.parametrize("changes", FORMS)
-def test_the_trial_packs_what_a_run_packs(changes, dist):
+def test_the_trial_packs_what_a_run_packs(changes, dist, monkeypatch):
     """Names, types and shapes are those of quantize_weights, but that only matrices of a fast
     coder are whole.
     """
+    install_parts_for(changes, monkeypatch)
     hp = tiny_hp(compressor="entropy", **changes)
     model = train_gpt.GPT(hp, OPS, torch.float32)
     weights = {name: torch.randn_like(tensor) for name, tensor in train_gpt.unbank(model).items()}

@@ -101,9 +101,7 @@ def test_the_environment_sets_every_setting(field):
             changed = max(changed, field.metadata["least"])
         changed += changed == field.default
     more = {
-        "gated_attn_enabled": {"SPARSE_ATTN_GATE_ENABLED": "0"},
         "checkpoint_path": {"QUANT_ONLY": "1"},
-        "attn_out_gate_enabled": {"SPARSE_ATTN_GATE_ENABLED": "0"},
         "artifact_path": {"TTT_EVAL_ONLY": "1"},
         "resume": {"RUN_ID": "cut-short"},
         "deterministic": {"MAX_WALLCLOCK_SECONDS": "0"},
@@ -287,16 +285,6 @@ def test_every_number_has_a_lower_bound():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"GATED_ATTN_ENABLED": "1"}, "exclude each other"),
-        ({"ATTN_OUT_GATE_ENABLED": "1"}, "exclude each other"),
-        (
-            {
-                "SPARSE_ATTN_GATE_ENABLED": "0",
-                "GATED_ATTN_ENABLED": "1",
-                "ATTN_OUT_GATE_ENABLED": "1",
-            },
-            "exclude each other",
-        ),
         ({"TRAIN_BATCH_TOKENS": "786433"}, "TRAIN_BATCH_TOKENS"),
         ({"MICRO_BATCH_TOKENS": "100000"}, "MICRO_BATCH_TOKENS"),
         ({"MODEL_DIM": "500"}, "MODEL_DIM"),
@@ -327,7 +315,6 @@ def test_combinations_that_cannot_work_are_refused(changes, message):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"SPARSE_ATTN_GATE_ENABLED": "0", "GATED_ATTN_ENABLED": "1"},
         {"NUM_KV_HEADS": "8", "MLP_MULT": "3.5"},
         {"NUM_LOOPS": "0", "LOOP_END": "50"},
         {"MAX_WALLCLOCK_SECONDS": "0"},

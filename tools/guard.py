@@ -234,6 +234,8 @@ MEANING = """caseops_enabled marker_fusion_enabled vocab_size model_dim num_laye
 WITHOUT = {
     "caseops_enabled": True,
     "marker_fusion_enabled": False,
+    "gated_attn_enabled": False,
+    "attn_out_gate_enabled": False,
     "attn_window": 0,
     "partial_key_offset": False,
     "value_residual": "off",
@@ -1048,7 +1050,7 @@ def trial_arrays(model, hp):
         role = train_gpt.quant_role(name)
         shape = tuple(weight.shape)
         if role is None:
-            fields = train_gpt.quantize_small(name, torch.randn(shape, generator=generator), hp)
+            fields = train_gpt.quantize_small(name, torch.randn(shape, generator=generator))
         else:
             first = shape not in seen
             complete = first and hp.compressor in FAST_COMPRESSORS
