@@ -62,7 +62,6 @@ except ImportError:  # the kernels can still be defined, but the references are 
     tl = SimpleNamespace(constexpr=int)
 
 BOS_ID = 1  # every document starts with exactly one (docs/DATA.md)
-CONTEST_SECONDS = 600.0  # limit of training, and of evaluation, in the contest's rules
 BYTE_CAP = 16_000_000  # limit of code + weights in the contest's rules, decimal
 RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
 PACKED = False  # True in the script that tools/pack_code.py writes: that one stands alone
@@ -1042,6 +1041,13 @@ class TokenStream:
         return held_out
 
 
+def check_vocabulary(tokens, hp):
+    """Raises DataError for tokens that are not in the vocabulary."""
+    largest = tokens.max()
+    if largest >= hp.vocab_size:
+        raise DataError(f"{hp.data_path}: token {largest} is outside VOCAB_SIZE={hp.vocab_size}")
+
+
 # FineWeb's validation set in CaseOps: documents, tokens, targets in full windows of 2,048 tokens,
 # bytes of these targets
 CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499
@@ -1182,9 +1188,7 @@ class TrainLoader:
     def read_row(self, stream, start):
         """(T + 1,) tokens of the row that begins at this position of a stream."""
         tokens = stream.read(start, self.tokens_to_read)
-        largest = tokens.max()
-        if largest >= self.hp.vocab_size:
-            raise DataError(f"training token {largest} is outside VOCAB_SIZE={self.hp.vocab_size}")
+        check_vocabulary(tokens, self.hp)
         return tokens
 
     def read_rows(self, stream, starts):
@@ -1255,12 +1259,8 @@ class ValidationSet:
     def __init__(self, hp):
         stream = TokenStream(hp.data_path, "val")
         self.tokens = stream.read(0, stream.size).astype(np.int64)
-        largest = self.tokens.max()
-        if largest >= hp.vocab_size:
-            raise DataError(f"validation token {largest} is outside VOCAB_SIZE={hp.vocab_size}")
+        check_vocabulary(self.tokens, hp)
         self.bytes = self.count_bytes(hp, stream)
-        if len(self.tokens) < 2:
-            raise DataError(f"{stream.paths[0]}: a validation stream needs two tokens at least")
         self.describe()
         if not self.bytes[1:].any():
             raise DataError(
@@ -1444,8 +1444,7 @@ def _linear_cross_entropy(
 
 @_linear_cross_entropy.register_fake
 def _linear_cross_entropy_fake(h, weight, targets, softcap):
-    rows = h.shape[0]
-    return h.new_empty(rows, dtype=torch.float32), h.new_empty(rows, weight.shape[0])
+    return h.new_empty(len(h), dtype=torch.float32), h.new_empty(len(h), len(weight))
 
 
 def _linear_cross_entropy_setup(ctx, inputs, output):
@@ -1556,9 +1555,7 @@ def _mlp_backward(grad: Tensor, w_down: Tensor, act: Tensor, slope: float) -> Te
     return _launch_mlp(grad, w_down, act, slope)
 
 
-@_mlp_backward.register_fake
-def _mlp_backward_fake(grad, w_down, act, slope):
-    return torch.empty_like(act)
+_mlp_backward.register_fake(lambda grad, w_down, act, slope: torch.empty_like(act))
 
 
 @torch.library.custom_op("golf::mlp", mutates_args=())
@@ -1570,8 +1567,7 @@ def _mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor,
 
 @_mlp.register_fake
 def _mlp_fake(x, w_up, w_down, slope):
-    rows = x.shape[0]
-    return x.new_empty(rows, w_down.shape[0]), x.new_empty(rows, w_up.shape[0])
+    return x.new_empty(len(x), len(w_down)), x.new_empty(len(x), len(w_up))
 
 
 def _mlp_setup(ctx, inputs, output):
@@ -1925,9 +1921,7 @@ def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> Tensor:
     return out
 
 
-@gated_xsa.register_fake
-def _gated_xsa_fake(y, v, logits, factor):
-    return y.new_empty(y.shape)
+gated_xsa.register_fake(lambda y, v, logits, factor: y.new_empty(y.shape))
 
 
 def _empty_xsa_grads(grad, y, v, logits, factor):
@@ -6569,24 +6563,6 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
     return broken
 
 
-def run_notes(hp, model):
-    """Notes for the head of the log: what differs from a submission but is no error."""
-    notes = [*model.ops.notes]
-    budgets = {
-        "MAX_WALLCLOCK_SECONDS": hp.max_wallclock_seconds,
-        "EVAL_BUDGET_SECONDS": hp.eval_budget_seconds,
-    }
-    for name, value in budgets.items():
-        if not 0 < value <= CONTEST_SECONDS:
-            kind = "more" if value else "no limit"
-            notes.append(
-                f"{name}={value:g} is {kind}, the contest allows {CONTEST_SECONDS:g} s: "
-                "violations are those of the budgets as set"
-            )
-    notes.append("the budget starts after the warm-up")
-    return notes
-
-
 class Stages:
     """The stages of a run, and what they pass to each other."""
 
@@ -6612,12 +6588,9 @@ class Stages:
         def make():
             if self.dist.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
-
-        def lock():
-            if self.dist.rank == 0:
                 self.guard.lock(self.folder)
 
-        run_checks(self.dist, [make, lock])
+        run_checks(self.dist, [make])
         self.log = RunLog(self.folder, self.dist, self.guard)
         self.code_bytes = write_code(self.folder, self.hp, self.dist, self.guard)
 
@@ -6626,7 +6599,7 @@ class Stages:
         device = f"cpu x{torch.get_num_threads()}"
         if self.dist.device.type == "cuda":
             device = torch.cuda.get_device_name()
-        run_info = {
+        return {
             "run": self.folder.name,
             "seed": self.hp.seed,
             "commit": self.guard.commit(),
@@ -6636,7 +6609,6 @@ class Stages:
             "python": sys.version.split()[0],
             **self.model.ops.names,
         }
-        return run_info
 
     def log_head(self, run_info):
         """Logs settings, machine, notes and sizes."""
@@ -6644,7 +6616,7 @@ class Stages:
         validation = self.prepared.validation
         words = " ".join(f"{key}:{value}" for key, value in run_info.items())
         self.log(f"settings (* changed):\n{settings_table(self.hp)}\n{words}")
-        notes = [f"note: {note}" for note in run_notes(self.hp, model)]
+        notes = [f"note: {note}" for note in model.ops.notes]
         self.log("\n".join(notes + self.guard.notes(self.hp)))
         num_parameters = sum(p.numel() for p in model.parameters())
         self.log(

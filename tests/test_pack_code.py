@@ -461,7 +461,7 @@ def test_operators_of_the_packed_script_are_differentiable(packed):
         qkv, gain = torch.randn(1, 7, 64, requires_grad=True), torch.ones(4)
         cos, sin = torch.ones(7, 1, 2), torch.zeros(7, 1, 2)
         q = F.rms_norm(qkv.unflatten(-1, (8, 8))[:, :, :4], (8,), eps=1.19e-7)
-        pairs = [(packed._linear_cross_entropy(h, head, targets, 30.0)[0], (h, head),
+        pairs = [(torch.ops.golf.linear_cross_entropy(h, head, targets, 30.0)[0], (h, head),
                   F.cross_entropy(30 * torch.tanh(h @ head.T / 30), targets, reduction="none")),
                  (torch.ops.golf.gated_xsa(y, v, gates, 1.0), (y, v, gates), xsa),
                  (torch.ops.golf.qkv_heads(qkv, gain, cos, sin, 2)[0], (qkv,), q)]
@@ -492,7 +492,7 @@ def test_the_packed_script_keeps_the_names_that_quack_calls_operands_by(packed):
         import quack_stub, torch, packed_script as packed
         quack_stub.install()
         x, up, down = (torch.randn(shape).bfloat16().requires_grad_() for shape in ((6, 16), (32, 16), (16, 32)))
-        outs = [packed._mlp(x, up, down, 0.3)[0],
+        outs = [torch.ops.golf.mlp(x, up, down, 0.3)[0],
                 torch.nn.functional.leaky_relu(x @ up.T, 0.3).square() @ down.T]
         for got, want in zip(*([out, *torch.autograd.grad(out.sum(), (x, up, down))] for out in outs)):
             assert ((got - want).float().norm() / want.float().norm()).item() < 0.02

@@ -184,7 +184,8 @@ class RunGuard(Guard):
         return instead_of(name)
 
     def notes(self, hp):
-        notes = [f"note: {note}" for note in [*environment_notes(os.environ), *commit_notes()]]
+        notes = [*environment_notes(os.environ), *budget_notes(hp), *commit_notes()]
+        notes = [f"note: {note}" for note in notes]
         return notes + (preset_notes(hp) if hp.preset else [])
 
     def figures(self, hp):
@@ -1116,6 +1117,24 @@ def equal_arrays(a, b):
 
 
 # ---- PRESET, CODE AND COMMIT ---------------------------------------------------------------------
+
+CONTEST_SECONDS = 600.0  # limit of training, and of evaluation, in the contest's rules
+
+
+def budget_notes(hp):
+    """Notes for the log: budgets that are not the contest's."""
+    budgets = {
+        "MAX_WALLCLOCK_SECONDS": hp.max_wallclock_seconds,
+        "EVAL_BUDGET_SECONDS": hp.eval_budget_seconds,
+    }
+    for name, value in budgets.items():
+        if not 0 < value <= CONTEST_SECONDS:
+            kind = "more" if value else "no limit"
+            yield (
+                f"{name}={value:g} is {kind}, the contest allows {CONTEST_SECONDS:g} s: "
+                "violations are those of the budgets as set"
+            )
+    yield "the budget starts after the warm-up"
 
 
 def preset_notes(hp):

@@ -203,7 +203,9 @@ def free_parameters(tree):
     that any call of the script gives. Arguments go in order to lambdas.
     """
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    # what is called, or asked for an attribute, is not handed on by that
     known = {id(call.func) for call in calls}
+    known |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     handed_on = {
         name_of(node) for node in ast.walk(tree) if name_of(node) and id(node) not in known
     }
@@ -214,7 +216,10 @@ def free_parameters(tree):
     defined = {
         node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))
     }
-    foreign = [call for call in calls if name_of(call.func) not in defined]
+    in_order = defined | {
+        "register_fake"
+    }  # PyTorch calls what it registers with arguments in order
+    foreign = [call for call in calls if name_of(call.func) not in in_order]
     given_away = {
         name_of(node)
         for call in foreign
@@ -303,8 +308,7 @@ def names_to_keep(tree):
     free_parameters.
 
     The minifier's `A=BLOCK` would make a kernel's constexpr a tensor, and a kernel may not read an
-    alias of a builtin. Operators and kernels go by their names in profiles; aliases of builtins
-    would cost bytes.
+    alias of a builtin. Kernels go by their names in profiles; aliases of builtins would cost bytes.
     """
     kernels = [node for node in ast.walk(tree) if is_kernel(node)]
     arguments = {
@@ -313,9 +317,8 @@ def names_to_keep(tree):
     used = {
         node.id for kernel in kernels for node in ast.walk(kernel) if isinstance(node, ast.Name)
     }
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    named = [node.name for node in functions if decorators(node) & {"custom_op", "jit"}]
-    return sorted(arguments), sorted(used.union(named, dir(builtins)))
+    names = {kernel.name for kernel in kernels}
+    return sorted(arguments), sorted(used.union(names, dir(builtins)))
 
 
 def string_literal(data):
