@@ -1652,18 +1652,17 @@ def qkv_heads_trial_inputs(hp, device, dtype):
     return qkv, gain, angles.cos(), angles.sin(), hp.num_kv_heads
 
 
-def gated_xsa_ref(y, v, logits, factor):
+def gated_xsa_ref(y, v, logits):
     """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> (B, T, H, E), XSA (arXiv:2603.09078)
-    scaled by factor * sigmoid(logits).
+    scaled by sigmoid(logits).
     """
-    gate = factor * torch.sigmoid(logits)
-    return subtract_own_value(y, v) * gate[..., None]
+    return subtract_own_value(y, v) * torch.sigmoid(logits)[..., None]
 
 
 def gated_xsa_trial_inputs(hp, device, dtype):
     y, v, _ = attention_trial_inputs(hp, device, dtype)[:3]
     (logits,) = trial_tensors(device, dtype, (1, 256, hp.num_heads))
-    return y, v, logits, 2.0
+    return y, v, logits
 
 
 def subtract_own_value(y, v):
@@ -1853,7 +1852,6 @@ def _gated_xsa_kernel(
     dlogits,
     rows,
     E: tl.constexpr,
-    FACTOR: tl.constexpr,
     GROUP: tl.constexpr,
     BACKWARD: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -1880,7 +1878,7 @@ def _gated_xsa_kernel(
         along = tl.sum(x * v_hat, 1)[:, None]
         z = x - along * v_hat
         if BACKWARD:
-            d = FACTOR * load_f32(grad + at, inside)
+            d = load_f32(grad + at, inside)
             dlogit = gate * (1 - gate) * tl.sum(d * z, 1)
             tl.store(dlogits + head, dlogit, in_rows)
             d *= gate[:, None]
@@ -1888,13 +1886,13 @@ def _gated_xsa_kernel(
             d_hat -= along * d + d_along * x
             tl.store(out + at, d - d_along * v_hat, inside)
         else:
-            tl.store(out + at, z * (FACTOR * gate[:, None]), inside)
+            tl.store(out + at, z * gate[:, None], inside)
     if BACKWARD:  # through the normalisation of v
         d_along = tl.sum(d_hat * v_hat, 1)[:, None]
         tl.store(dv + row[:, None] * E + e, inverse * (d_hat - d_along * v_hat), inside)
 
 
-def _launch_gated_xsa(y, v, logits, outputs, factor, grad=None):
+def _launch_gated_xsa(y, v, logits, outputs, grad=None):
     """Fills outputs: (out,), or given the gradient of out those of y, v and logits."""
     E = v.shape[-1]
     if grad is None:  # forward does not use the arguments that y stands for
@@ -1907,33 +1905,32 @@ def _launch_gated_xsa(y, v, logits, outputs, factor, grad=None):
         v.numel() // E,
         E,
         4,
-        FACTOR=factor,
         GROUP=y.shape[-2] // v.shape[-2],
         BACKWARD=grad is not None,
     )
 
 
 @torch.library.custom_op("golf::gated_xsa", mutates_args=())
-def gated_xsa(y: Tensor, v: Tensor, logits: Tensor, factor: float) -> Tensor:
+def gated_xsa(y: Tensor, v: Tensor, logits: Tensor) -> Tensor:
     """As gated_xsa_ref, in one kernel each for forward and backward."""
     out = y.new_empty(y.shape)
-    _launch_gated_xsa(y, v, logits, (out,), factor)
+    _launch_gated_xsa(y, v, logits, (out,))
     return out
 
 
-gated_xsa.register_fake(lambda y, v, logits, factor: y.new_empty(y.shape))
+gated_xsa.register_fake(lambda y, v, logits: y.new_empty(y.shape))
 
 
-def _empty_xsa_grads(grad, y, v, logits, factor):
+def _empty_xsa_grads(grad, y, v, logits):
     return y.new_empty(y.shape), v.new_empty(v.shape), logits.new_empty(logits.shape)
 
 
 @torch.library.custom_op("golf::gated_xsa_backward", mutates_args=())
 def _gated_xsa_backward(
-    grad: Tensor, y: Tensor, v: Tensor, logits: Tensor, factor: float
+    grad: Tensor, y: Tensor, v: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _empty_xsa_grads(grad, y, v, logits, factor)
-    _launch_gated_xsa(y, v, logits, grads, factor, grad)
+    grads = _empty_xsa_grads(grad, y, v, logits)
+    _launch_gated_xsa(y, v, logits, grads, grad)
     return grads
 
 
@@ -1941,13 +1938,11 @@ _gated_xsa_backward.register_fake(_empty_xsa_grads)
 
 
 def _gated_xsa_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3])
-    ctx.factor = inputs[3]
+    ctx.save_for_backward(*inputs)
 
 
 def _gated_xsa_gradients(ctx, grad):
-    grads = _gated_xsa_backward(grad, *ctx.saved_tensors, ctx.factor)
-    return *grads, None
+    return _gated_xsa_backward(grad, *ctx.saved_tensors)
 
 
 gated_xsa.register_autograd(_gated_xsa_gradients, setup_context=_gated_xsa_setup)
@@ -2676,7 +2671,7 @@ class Ops:
     names: dict  # operation -> name of the chosen candidate
     notes: tuple = ()  # why faster candidates were refused
     qkv_heads: Callable = qkv_heads_ref  # qkv, gain, cos, sin, kv_heads
-    gated_xsa: Callable = gated_xsa_ref  # y, v, logits, factor
+    gated_xsa: Callable = gated_xsa_ref  # y, v, logits
     # x, x0, mix, scale, window, return_mix, return_merged, *(skip, weight, gate)
     slot_input: Callable = slot_input_ref
     # values, squares, gradient, source, target, correction, scale, rates
@@ -2948,7 +2943,7 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(positions, hp)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.init_weights()
+        self.init_weights(torch.Generator().manual_seed(hp.generator_seed))
 
     def make_parameters(self):
         """Makes the parameters; their order is that of checkpoints and training states."""
@@ -2987,12 +2982,11 @@ class GPT(nn.Module):
             self.smear_lambda = nn.Parameter(torch.zeros(1))
 
     @torch.no_grad()
-    def init_weights(self):
+    def init_weights(self, generator):
         """Random embeddings and inner matrices; output projections start at zero.
 
         Embeddings: N(0, TIED_EMBED_INIT_STD). q, k, v and MLP up: orthogonal.
         """
-        generator = torch.Generator().manual_seed(self.hp.generator_seed)
         for table in (self.tok_emb, self.lm_head):
             if table is not None:
                 table.normal_(0.0, self.hp.tied_embed_init_std, generator=generator)
@@ -3145,11 +3139,11 @@ class GPT(nn.Module):
         k, v = self.keys_and_values(k, v, w)
         y = self.attend(q, k, v, segments, w)
         if w.gate is not None:
-            logits, factor = self.head_gates(entry, qkv, w.gate)
+            logits = self.head_gates(entry, qkv, w.gate)
             if w.xsa:
-                y = self.ops.gated_xsa(y, v, logits, factor)
+                y = self.ops.gated_xsa(y, v, logits)
             else:
-                y = y * (factor * torch.sigmoid(logits))[..., None]
+                y = y * torch.sigmoid(logits)[..., None]
         elif w.xsa:
             y = subtract_own_value(y, v)
         out = linear(y.reshape(h.shape), w.out, tap, "attn_proj")
@@ -3164,8 +3158,8 @@ class GPT(nn.Module):
         return segments.attend(self.ops, q, k, v)
 
     def head_gates(self, entry, qkv, gate):
-        """Gate logits (B, T, H) of the heads' outputs, and the factor of their sigmoids."""
-        return self.hp.sparse_attn_gate_scale * F.linear(entry.gate_input, gate), 1.0
+        """Logits (B, T, H) of the gates, sigmoids, of the heads' outputs."""
+        return self.hp.sparse_attn_gate_scale * F.linear(entry.gate_input, gate)
 
     def mlp(self, x, w, tap):
         """(B, T, D) -> (B, T, D): W_down leaky_relu(W_up h)^2 with h = norm(x) depth_scale."""
@@ -4367,9 +4361,8 @@ def held_out_loss(model, loader, hp, dist):
         hidden = model.forward_hidden(
             row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True
         )
-        chunks = zip(hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True)
-        for h, targets in chunks:
-            total += model.token_losses(h, targets).sum(dtype=torch.float64)
+        losses = losses_in_chunks(model.token_losses, hidden[0], row.targets)
+        total += losses.sum(dtype=torch.float64)
     return dist.all_reduce(total).item() / (loader.held_out_rows * hp.micro_batch_tokens)
 
 
@@ -5087,6 +5080,12 @@ def bits_per_byte(nats, num_bytes):
     return nats / math.log(2) / num_bytes
 
 
+def losses_in_chunks(token_losses, hidden, targets):
+    """Final norm's outputs (T, D) and targets (T,) -> (T,) nats, HEAD_CHUNK positions at a time."""
+    chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
+    return torch.cat([token_losses(*chunk) for chunk in chunks])
+
+
 class Score:
     """Sums of nats, tokens and bytes over scored targets, kept on the device in float64."""
 
@@ -5240,11 +5239,7 @@ class Evaluator:
             window_start=row.window_start,
             compiled_parts=self.compiled_parts,
         )
-        losses = []
-        pairs = zip(hidden[0].split(HEAD_CHUNK), row.targets.split(HEAD_CHUNK), strict=True)
-        for hidden_chunk, targets in pairs:
-            losses.append(self.token_losses(hidden_chunk, targets))
-        return torch.cat(losses)
+        return losses_in_chunks(self.token_losses, hidden[0], row.targets)
 
     @torch.no_grad()
     def add_losses(self, windows, score, first_row=0, every=1):
@@ -5332,6 +5327,11 @@ class StepRow(NamedTuple):
     first: int  # first input of the chunk, a position in the window
     count: int  # targets of the chunk, 0 in a row of padding
     number: int  # of the chunk in its document, from 1: AdamW's step
+
+
+def padding_row(scratch):
+    """A StepRow that scores nothing and learns nothing."""
+    return StepRow(scratch, scratch, 0, 0, 0, 1)
 
 
 class Step(NamedTuple):
@@ -5458,8 +5458,7 @@ class Scheduler:
         longest_first = sorted(self.ready[index], key=lambda pair: -self.num_chunks_left(pair[1]))
         taken = longest_first[:rows]
         self.ready[index] = longest_first[rows:]
-        padding = StepRow(self.scratch_row, self.scratch_row, 0, 0, 0, 1)
-        table = [padding] * (rows - len(taken))
+        table = [padding_row(self.scratch_row)] * (rows - len(taken))
         begins = []
         ends = []
         for row, queue in taken:
@@ -5984,8 +5983,7 @@ class TestTimeTrainer:
 
     def padding_table(self, rows):
         """(B, 6) table whose rows score nothing and learn nothing."""
-        scratch = self.lora.scratch_row
-        padding = StepRow(scratch, scratch, 0, 0, 0, 1)
+        padding = padding_row(self.lora.scratch_row)
         return torch.tensor([padding] * rows, device=self.dist.device)
 
     def warm_up(self):

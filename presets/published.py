@@ -465,13 +465,12 @@ class GPT(train_gpt.GPT):
             self.value_mix = nn.Parameter(torch.zeros(L, 1))
 
     @torch.no_grad()
-    def init_weights(self):
+    def init_weights(self, generator):
         """Dense attention gate: N(0, 0.01). A fused pair begins near its marker, and is as long
         (PR 2109).
         """
-        super().init_weights()
+        super().init_weights(generator)
         if self.hp.gated_attn_enabled:
-            generator = torch.Generator().manual_seed(self.hp.generator_seed + 2)
             self.attn_gate.normal_(0.0, 0.01, generator=generator)
         V = self.hp.vocab_size
         for table in (self.tok_emb, self.lm_head) if self.hp.marker_fusion_enabled else ():
@@ -493,11 +492,11 @@ class GPT(train_gpt.GPT):
         """GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED."""
         hp = self.hp
         if hp.gated_attn_enabled:
-            return F.linear(entry.h, gate), 1.0
+            return F.linear(entry.h, gate)
         if not hp.attn_out_gate_enabled:
             return super().head_gates(entry, qkv, gate)
         source = qkv if hp.attn_out_gate_src == "q" else entry.mixed
-        return F.linear(source[..., : hp.gate_window], gate), 2.0
+        return F.linear(source[..., : hp.gate_window], gate)
 
     def leave_training(self):
         self.eval_passes = 1 + self.hp.extra_eval_loops
@@ -549,7 +548,10 @@ class GPT(train_gpt.GPT):
         return e + bigram_embedding(self, tokens, window_start) if self.hp.bigram_vocab_size else e
 
     def keys_and_values(self, k, v, w):
-        """PARTIAL_KEY_OFFSET, VALUE_EMBED_LAYERS, VALUE_RESIDUAL."""
+        """PARTIAL_KEY_OFFSET, VALUE_EMBED_LAYERS, VALUE_RESIDUAL.
+
+        ATTN_OUT_GATE_ENABLED: a gate of 2 sigmoid(z) is one of sigmoid(z) on doubled values.
+        """
         hp = self.hp
         extras = w.extras
         if hp.partial_key_offset and "begins" in extras:
@@ -560,7 +562,7 @@ class GPT(train_gpt.GPT):
             v = extras["mix"][0] * extras["first"]["values"] + extras["mix"][1] * v
         elif hp.value_residual != "off":  # this is layer 0, in its first pass
             extras["first"]["values"] = v
-        return k, v
+        return k, 2 * v if hp.attn_out_gate_enabled else v
 
     def attend(self, q, k, v, segments, w):
         if not self.hp.attn_window:

@@ -463,7 +463,7 @@ def test_operators_of_the_packed_script_are_differentiable(packed):
         q = F.rms_norm(qkv.unflatten(-1, (8, 8))[:, :, :4], (8,), eps=1.19e-7)
         pairs = [(torch.ops.golf.linear_cross_entropy(h, head, targets, 30.0)[0], (h, head),
                   F.cross_entropy(30 * torch.tanh(h @ head.T / 30), targets, reduction="none")),
-                 (torch.ops.golf.gated_xsa(y, v, gates, 1.0), (y, v, gates), xsa),
+                 (torch.ops.golf.gated_xsa(y, v, gates), (y, v, gates), xsa),
                  (torch.ops.golf.qkv_heads(qkv, gain, cos, sin, 2)[0], (qkv,), q)]
         for got, inputs, want in pairs:
             torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)

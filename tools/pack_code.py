@@ -32,6 +32,7 @@ OF_A_RUN = """
 PUBLISHED = Path(__file__).resolve().parents[1] / "presets" / "published.py"
 # lines of PUBLISHED that find train_gpt.py and import it
 NOT_PACKED = "ROOT", "import train_gpt", "from train_gpt"
+IN_ORDER = "register_fake", "register_autograd"
 PACKED_START = b"#coding:l1\nimport brotli,io,linecache\nn=0\nfor c in'''"
 PACKED_END = b"""''':c=ord(c);n=n*253+c-1-(c>13)-(c>92)
 S=brotli.decompress(n.to_bytes(%d)).decode()
@@ -198,9 +199,10 @@ def free_parameters(tree):
     It writes them as plain parameters again. Otherwise it would keep the names, for callers that it
     cannot see. There are none for a function whose name stands nowhere but in calls; one that is
     handed on may be a library's to call, as PyTorch calls `setup_context(ctx=..., inputs=...,
-    output=...)`. So it keeps its names if it is defined inside of another one or is an argument
-    where the script calls what it does not define. All others that are handed on keep the names
-    that any call of the script gives. Arguments go in order to lambdas.
+    output=...)`, though it calls the first argument of IN_ORDER with arguments in order. So it
+    keeps its names if it is defined inside of another one or is an argument where the script calls
+    what it does not define. All others that are handed on keep the names that any call of the
+    script gives. Arguments go in order to lambdas.
     """
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     # what is called, or asked for an attribute, is not handed on by that
@@ -216,15 +218,12 @@ def free_parameters(tree):
     defined = {
         node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))
     }
-    in_order = defined | {
-        "register_fake"
-    }  # PyTorch calls what it registers with arguments in order
-    foreign = [call for call in calls if name_of(call.func) not in in_order]
-    given_away = {
-        name_of(node)
-        for call in foreign
-        for node in [*call.args, *(k.value for k in call.keywords)]
-    }
+    given_away = set()
+    for call in calls:
+        if name_of(call.func) not in defined:
+            given_away |= {name_of(keyword.value) for keyword in call.keywords}
+            if name_of(call.func) not in IN_ORDER:
+                given_away |= {name_of(argument) for argument in call.args}
     at_top = {node for node in tree.body if getattr(node, "name", None) not in given_away}
     owner = {
         part: cls for cls in ast.walk(tree) if isinstance(cls, ast.ClassDef) for part in cls.body
