@@ -142,7 +142,6 @@ class Hyperparameters:
         98_304, "tokens per row, the unit of forward and backward", least=1
     )
     train_seq_len: int = env(2048, "longest piece of a document in training", least=2)
-    max_row_segments: int = env(0, "segments per row; more are merged; 0: automatic", least=0)
 
     # model
     vocab_size: int = env(8192, "vocabulary size", least=9, most=65_536)
@@ -334,13 +333,11 @@ class Hyperparameters:
 
     @property
     def row_segments(self):
-        """Maximum number of segments per row.
+        """Maximum number of segments per row; beyond it the shortest are merged.
 
-        The automatic value suffices for any row: of two neighbouring pieces that were not merged,
-        one is longer than half of TRAIN_SEQ_LEN.
+        It suffices for any row: of two neighbouring pieces that were not merged, one is longer than
+        half of TRAIN_SEQ_LEN.
         """
-        if self.max_row_segments:
-            return self.max_row_segments
         full_pieces = -(-self.micro_batch_tokens // self.train_seq_len)
         return max(64, self.micro_batch_tokens // 512, 2 * full_pieces + 1)
 
@@ -378,7 +375,8 @@ def parse_setting(field, text):
 # How settings of published scripts begin whose first word is none of ours: a run of this file alone
 # must not ignore them. tools/other_scripts.py says what replaces them.
 FOREIGN = """ADAM_EPS ALIAS_ ASYM_ BIGRAM_ CASEOPS_ CKPT_ DATASETS_ DOC_SHUFFLE E2E_ EXTRA_EVAL
-    FULL_GPTQ FUSED_ GATED_ HEAD_LR HEAD_PAIR HESSIAN_ IHA_ LATE_QAT LOAD_MODEL LQER_ MARKER_ MTP_
+    FULL_GPTQ FUSED_ GATED_ HEAD_LR HEAD_PAIR HESSIAN_ IHA_ LATE_QAT LOAD_MODEL LQER_ MARKER_
+    MAX_ROW_ MTP_
     NEGATIVE_ NGRAM_ PAIRED_ PARTIAL_KEY PRUNE_ QAT_ QUANTIZE RECUR_ SKIP_POST SPINQUANT_ SWA_
     TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD TRAIN_SEQ_SCHED VAL_BATCH VAL_DOC VALUE_ VE_
     WD_""".split()
@@ -463,12 +461,6 @@ def batch_problems(hp):
     """Yields messages for rows and budgets of training."""
     if hp.train_batch_tokens % hp.micro_batch_tokens:
         yield "TRAIN_BATCH_TOKENS must divide by MICRO_BATCH_TOKENS"
-    full_pieces = -(-hp.micro_batch_tokens // hp.train_seq_len)
-    if 0 < hp.max_row_segments < full_pieces:
-        yield (
-            f"MAX_ROW_SEGMENTS={hp.max_row_segments}: a row of MICRO_BATCH_TOKENS has"
-            f" {full_pieces} pieces of TRAIN_SEQ_LEN"
-        )
     if 0 < hp.max_wallclock_seconds <= hp.gptq_reserve_seconds:
         yield "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"
     if hp.deterministic and hp.max_wallclock_seconds:
@@ -1098,11 +1090,6 @@ def join_shortest(starts, total, longest, most):
 
 def pad_cu_seqlens(starts, total, entries):
     """Segment starts -> (entries + 1,) int32, padded with `total`: one graph serves every row."""
-    if len(starts) > entries:
-        raise DataError(
-            f"a row holds {len(starts)} documents and pieces, more than {entries}: raise"
-            " MAX_ROW_SEGMENTS"
-        )
     padding = np.full(entries + 1 - len(starts), total)
     return np.concatenate([starts, padding]).astype(np.int32)
 

@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 
 def hp_of(folder, **changes):
-    return tiny_hp(data_path=str(folder), vocab_size=8192, max_row_segments=64, **changes)
+    return tiny_hp(data_path=str(folder), vocab_size=8192, **changes)
 
 
 def unfused(tokens, space):

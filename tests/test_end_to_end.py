@@ -416,7 +416,6 @@ def test_unusable_data_is_refused_before_training(refuse, damage, words):
         ({"DATA_PATH": "/nowhere"}, "/nowhere"),
         ({"QUANT_ONLY": "1", "CHECKPOINT_PATH": "/nowhere.pt"}, "/nowhere.pt"),
         ({"TTT_EVAL_ONLY": "1", "ARTIFACT_PATH": "/nowhere.bin"}, "/nowhere.bin"),
-        ({"MAX_ROW_SEGMENTS": "1"}, "MAX_ROW_SEGMENTS"),
         ({"QUANT_ONLY": "1", "CHECKPOINT_PATH": str(ROOT / "train_gpt.py")}, "train_gpt.py"),
         ({"TTT_EVAL_ONLY": "1", "ARTIFACT_PATH": str(ROOT / "train_gpt.py")}, ""),
     ],

@@ -93,7 +93,6 @@ def test_the_environment_sets_every_setting(field):
             "rope_dims": 8,
             "ttt_stale_context": 512,
             "iterations": 7,
-            "max_row_segments": 100,
             "train_batch_tokens": 98_304,
             "micro_batch_tokens": 49_152,
         }.get(field.name, field.default * 0.9 if field.type is float else field.default - 1 or 1)
@@ -140,7 +139,6 @@ def test_derived_sizes():
         64,
         None,
     )
-    assert Hyperparameters(max_row_segments=70).row_segments == 70
 
 
 # ---- unknown variables
