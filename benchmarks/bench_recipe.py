@@ -7,12 +7,16 @@ The proxy.
     python benchmarks/bench_recipe.py run fusion --kind screen --data data/proxy --seeds 1 2 3 \
         --arm base "" --arm fused "MARKER_FUSION_ENABLED=1" --arm before@../before ""
     python benchmarks/bench_recipe.py table fusion
+    python benchmarks/bench_recipe.py effects factorial
     python benchmarks/bench_recipe.py noise noise
 
 An arm is a name with settings of train_gpt.py; NAME@DIR takes the train_gpt.py of another checkout.
 The first arm of `run` is the reference. Every finished run becomes one line of the campaign file,
 docs/campaigns/NAME.jsonl (or the path that is given instead of a name), and a later call with the
 same plan runs only what is missing there.
+
+`effects` is for designed experiments: arms such as soap+wide+short name the factors that they turn
+on, and every run tells about every factor.
 
 Runs count as a pair if they have the same seed and ran in one go: on one machine, with pauses of at
 most ten minutes. A half pair whose other half never came in its go is run again. docs/PROXY.md says
@@ -43,6 +47,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -873,6 +878,103 @@ def read_records(campaign: str) -> list[dict]:
     return records
 
 
+# ---- effects
+
+
+class Effects(NamedTuple):
+    """What each factor of a designed experiment does in one stage, in BPB; negative is better."""
+
+    differences: dict[str, float]  # factor -> difference that it makes, other factors equal
+    errors: dict[str, float]  # standard errors; nan without degrees of freedom
+    deviation: float  # of a run from what its factors and its seed explain
+    freedom: int  # degrees of freedom of that deviation
+
+
+def factors_of(arm: str) -> list[str]:
+    """The factors that an arm turns on: "soap+short" -> soap and short; base has none."""
+    return [] if arm == "base" else arm.split("+")
+
+
+def estimate_effects(runs: list[dict], values: list[float]) -> Effects:
+    """Least squares of one value a run on the seeds and on the factors that its arm turns on.
+
+    ValueError where the arms cannot tell two factors apart, or a factor from a seed.
+    """
+    seeds = sorted({run["seed"] for run in runs})
+    factors = list(dict.fromkeys(factor for run in runs for factor in factors_of(run["arm"])))
+    design = np.array(
+        [
+            [run["seed"] == seed for seed in seeds] + [f in factors_of(run["arm"]) for f in factors]
+            for run in runs
+        ],
+        dtype=float,
+    )
+    if np.linalg.matrix_rank(design) < design.shape[1]:
+        raise ValueError(
+            f"{len(runs)} runs cannot separate {len(seeds)} seeds and the factors"
+            f" {', '.join(factors)}: run more arms"
+        )
+    solution = np.linalg.lstsq(design, np.array(values), rcond=None)[0]
+    residuals = np.array(values) - design @ solution
+    freedom = len(runs) - design.shape[1]
+    deviation = math.sqrt(residuals @ residuals / freedom) if freedom else math.nan
+    spreads = np.sqrt(np.diag(np.linalg.inv(design.T @ design)))
+    found = slice(len(seeds), None)
+    return Effects(
+        dict(zip(factors, solution[found].tolist(), strict=True)),
+        dict(zip(factors, (deviation * spreads[found]).tolist(), strict=True)),
+        deviation,
+        freedom,
+    )
+
+
+EFFECTS_HEAD = "factor", "stage", "runs with", "difference", "standard error", "t", "p", "steps"
+
+
+def effect_rows(runs: list[dict], stage: str) -> tuple[list[list[str]], Effects]:
+    """Cells of each factor in one stage, and the estimate that they show."""
+    scores = estimate_effects(runs, [run["scores"][stage]["bpb"] for run in runs])
+    steps = estimate_effects(runs, [math.log(run["steps"]) for run in runs]).differences
+    rows = []
+    for factor, difference in scores.differences.items():
+        error = scores.errors[factor]
+        t = -difference / error if error else math.nan
+        count = sum(factor in factors_of(run["arm"]) for run in runs)
+        cells = [factor, stage, f"{count} of {len(runs)}", f"{difference:+.5f}", f"{error:.5f}"]
+        cells += [f"{t:.2f}", f"{stats.t.sf(t, scores.freedom):.2g}"]
+        rows.append([*cells, f"{math.exp(steps[factor]):.3f}"])
+    return rows, scores
+
+
+def print_effects(args) -> None:
+    """`effects`: for each kind of run, what each factor does in every stage."""
+    records = read_records(args.campaign)
+    for kind in [kind for kind in KINDS if kind != "noise"]:
+        runs = succeeded(records, kind)
+        if not runs:
+            continue
+        stages = [stage for stage in STAGES if all(stage in run["scores"] for run in runs)]
+        rows, lines = [], []
+        for stage in stages:
+            found, scores = effect_rows(runs, stage)
+            rows += found
+            lines.append(
+                f"{stage}: a run deviates by {scores.deviation:.5f} BPB from what its factors and"
+                f" its seed explain, {scores.freedom} degrees of freedom"
+            )
+        print(f"{kind}, {len(runs)} runs\n")
+        print("\n".join(markdown(EFFECTS_HEAD, rows)) + "\n")
+        print("\n".join(lines))
+        failed = [r for r in records if (r["kind"], r["status"]) == (kind, "failed")]
+        print("\n".join(f"failed: {r['arm']}, seed {r['seed']}" for r in failed))
+    print(
+        "The difference is what turning the factor on does to BPB, all others equal: negative is"
+        " better. It is a sum of its own effect and of interactions that the arms do not separate."
+        " t and the one-sided p are of the hypothesis that there is no gain; steps: with over"
+        " without."
+    )
+
+
 # ---- noise
 
 
@@ -1045,6 +1147,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     table.add_argument(
         "--against", metavar="ARM", help="the reference; default: base, or else the first arm"
     )
+    effects = commands.add_parser("effects", help="what each factor of combined arms does")
+    effects.add_argument("campaign", metavar="CAMPAIGN")
     noise = commands.add_parser("noise", help="deviations over repeats of a seed and over seeds")
     noise.add_argument("campaign", metavar="CAMPAIGN")
     data = commands.add_parser("data", help="make the standard data")
@@ -1075,7 +1179,13 @@ def main(arguments: list[str] | None = None) -> None:
         if args.command == "run":
             signal.signal(signal.SIGTERM, stop)
             sys.exit(run_campaign(args))
-        {"table": print_table, "noise": print_noise, "data": prepare_data}[args.command](args)
+        commands = {
+            "table": print_table,
+            "effects": print_effects,
+            "noise": print_noise,
+            "data": prepare_data,
+        }
+        commands[args.command](args)
     except ValueError as error:
         sys.exit(f"bench_recipe.py: {error}")
     except KeyboardInterrupt:

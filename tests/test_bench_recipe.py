@@ -542,6 +542,31 @@ def test_an_arm_that_breaks_a_rule_is_not_accepted(place, capsys):
     )
 
 
+def test_effects_of_combined_arms_are_separated(place, capsys):
+    """Two factors with known effects; one of eight runs deviates."""
+    gains = {"a": 0.004, "b": -0.001}
+    arms = "base", "a", "b", "a+b"
+    values = {}
+    for name in arms:
+        gain = sum(gains[factor] for factor in bench_recipe.factors_of(name))
+        values[name] = [1.2 - gain, 1.3 - gain + (0.0008 if name == "base" else 0)]
+    write_runs(place, "screen", values, arms)
+    runs = bench_recipe.read_campaign(place / "c.jsonl")
+    found = bench_recipe.estimate_effects(runs, [r["scores"]["prequant"]["bpb"] for r in runs])
+    # the deviating run has a quarter of the weight in the mean without a factor
+    assert found.differences == pytest.approx({"a": -0.0042, "b": 0.0008})
+    assert found.freedom == 4 and 0 < found.deviation < 0.0008
+    assert found.errors["a"] == pytest.approx(found.deviation * math.sqrt(4 / 8))
+    bench_recipe.main(["effects", str(place / "c.jsonl")])
+    assert "| a | prequant | 4 of 8 | -0.00420 |" in capsys.readouterr().out
+
+
+def test_factors_that_always_go_together_are_refused(place):
+    write_runs(place, "screen", {"base": [1.2, 1.3], "a+b": [1.2, 1.3]}, ("base", "a+b"))
+    with pytest.raises(SystemExit, match="4 runs cannot separate"):
+        bench_recipe.main(["effects", str(place / "c.jsonl")])
+
+
 def test_noise_is_told_for_repeats_and_for_seeds(place, capsys):
     for seed, bpb in ((1, 1.001), (1, 1.003), (2, 1.011), (3, 1.021)):
         write_runs(place, "noise", {"base": [bpb]}, ("base",))
