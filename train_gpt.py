@@ -152,7 +152,6 @@ class Hyperparameters:
     mlp_mult: float = env(4.0, "MLP width / model width", above=0)
     tie_embeddings: bool = env(True, "the embedding is the output projection, too")
     tied_embed_init_std: float = env(0.005, "standard deviation of the initial embedding", above=0)
-    smear_gate_enabled: bool = env(True, "SmearGate: add a share of the previous token's embedding")
     gate_window: int = env(12, "input dimensions that the gates read", least=1)
     loop_start: int = env(3, "first looped layer", least=0)
     loop_end: int = env(5, "last looped layer", least=0)
@@ -160,8 +159,6 @@ class Hyperparameters:
     enable_looping_at: float = env(
         0.35, "training fraction at which looping starts", least=0, most=1
     )
-    skip_gates_enabled: bool = env(True, "merge skips by a gated lerp; 0: by addition")
-    ln_scale: bool = env(True, "divide normalized inputs by sqrt(layer + 1)")
     rope_dims: int = env(16, "rotary dimensions per head", least=2)
     rope_base: float = env(10_000.0, "rotary base", above=1)
     qk_gain_init: float = env(5.0, "initial gain per query head", above=0)
@@ -171,9 +168,6 @@ class Hyperparameters:
     leaky_relu_slope: float = env(0.3, "negative slope before squaring in the MLP", least=0, most=1)
     parallel_start_layer: int = env(
         8, "first layer with two residual lanes; NUM_LAYERS: none", least=0
-    )
-    parallel_final_lane: str = env(
-        "mean", "lane that is the output", choices=("mean", "attn", "mlp")
     )
     logit_softcap: float = env(30.0, "logits z become c tanh(z/c)", above=0, most=64)
 
@@ -375,14 +369,13 @@ def parse_setting(field, text):
 # How settings of published scripts begin whose first word is none of ours: a run of this file alone
 # must not ignore them. tools/other_scripts.py says what replaces them.
 FOREIGN = """ADAM_EPS ALIAS_ ASYM_ BIGRAM_ CASEOPS_ CKPT_ DATASETS_ DOC_SHUFFLE E2E_ EXTRA_EVAL
-    FULL_GPTQ FUSED_ GATED_ HEAD_LR HEAD_PAIR HESSIAN_ IHA_ LATE_QAT LOAD_MODEL LQER_ MARKER_
-    MAX_ROW_ MTP_
-    NEGATIVE_ NGRAM_ PAIRED_ PARTIAL_KEY PRUNE_ QAT_ QUANTIZE RECUR_ SKIP_POST SPINQUANT_ SWA_
-    TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD TRAIN_SEQ_SCHED VAL_BATCH VAL_DOC VALUE_ VE_
-    WD_""".split()
+    FULL_GPTQ FUSED_ GATED_ HEAD_LR HEAD_PAIR HESSIAN_ IHA_ LATE_QAT LN_SCALE LOAD_MODEL LQER_
+    MARKER_ MAX_ROW_ MTP_ NEGATIVE_ NGRAM_ PAIRED_ PARTIAL_KEY PRUNE_ QAT_ QUANTIZE RECUR_
+    SKIP_GATES SKIP_POST SMEAR_ SPINQUANT_ SWA_ TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD
+    TRAIN_SEQ_SCHED VALUE_ VAL_BATCH VAL_DOC VE_ WD_""".split()
 # First words of our settings that other programs' variables have as well (MAX_JOBS, DATA_...)
 SHARED_WORDS = """MAX MIN NUM RUN RUNS DATA MODEL COMPUTE ENABLE TRAIN VAL CHECKPOINT TOKENIZER
-    ARTIFACT ADAM SKIP""".split()
+    ARTIFACT ADAM""".split()
 
 
 def unknown_settings(environ, cls, guard):
@@ -1033,11 +1026,11 @@ class TokenStream:
         return held_out
 
 
-def check_vocabulary(tokens, hp):
-    """Raises DataError for tokens that are not in the vocabulary."""
+def check_vocabulary(tokens, stream, hp):
+    """Raises DataError for tokens of a stream that are not in the vocabulary."""
     largest = tokens.max()
     if largest >= hp.vocab_size:
-        raise DataError(f"{hp.data_path}: token {largest} is outside VOCAB_SIZE={hp.vocab_size}")
+        raise DataError(f"{stream.paths[0]}: token {largest} is outside VOCAB_SIZE={hp.vocab_size}")
 
 
 # FineWeb's validation set in CaseOps: documents, tokens, targets in full windows of 2,048 tokens,
@@ -1175,7 +1168,7 @@ class TrainLoader:
     def read_row(self, stream, start):
         """(T + 1,) tokens of the row that begins at this position of a stream."""
         tokens = stream.read(start, self.tokens_to_read)
-        check_vocabulary(tokens, self.hp)
+        check_vocabulary(tokens, stream, self.hp)
         return tokens
 
     def read_rows(self, stream, starts):
@@ -1246,7 +1239,7 @@ class ValidationSet:
     def __init__(self, hp):
         stream = TokenStream(hp.data_path, "val")
         self.tokens = stream.read(0, stream.size).astype(np.int64)
-        check_vocabulary(self.tokens, hp)
+        check_vocabulary(self.tokens, stream, hp)
         self.bytes = self.count_bytes(hp, stream)
         self.describe()
         if not self.bytes[1:].any():
@@ -2921,8 +2914,6 @@ class GPT(nn.Module):
         self.make_parameters()
         # Four equal numbers a layer: kernels want aligned rows
         scales = [[(layer + 1) ** -0.5] * 4 for layer in range(hp.num_layers)]
-        if not hp.ln_scale:
-            scales = [[1.0] * 4] * hp.num_layers
         self.register_buffer("depth_scale", torch.tensor(scales), persistent=False)
         # The longest rows are training rows and those of global test-time training
         longest_ttt_row = hp.global_ttt_chunk_tokens + max(hp.eval_seq_len, hp.ttt_eval_seq_len)
@@ -2956,17 +2947,12 @@ class GPT(nn.Module):
         plans = self.slot_plan(looping=True)
         num_skips = sum(plan.skip_index is not None for plan in plans)
         self.skip_weights = nn.Parameter(torch.ones(num_skips, D))
-        self.skip_gates = None
-        if hp.skip_gates_enabled:
-            self.skip_gates = nn.Parameter(torch.zeros(num_skips, D))
+        self.skip_gates = nn.Parameter(torch.zeros(num_skips, D))
         # (layer, attention / MLP, target lane)
         self.parallel_post = nn.Parameter(torch.ones(L, 2, 2))
         self.parallel_resid = nn.Parameter(torch.full((L, 2), 1.1))  # (layer, lane)
-        self.smear_weight = None
-        self.smear_lambda = None
-        if hp.smear_gate_enabled:
-            self.smear_weight = nn.Parameter(torch.zeros(1, hp.gate_window))
-            self.smear_lambda = nn.Parameter(torch.zeros(1))
+        self.smear_weight = nn.Parameter(torch.zeros(1, hp.gate_window))
+        self.smear_lambda = nn.Parameter(torch.zeros(1))
 
     @torch.no_grad()
     def init_weights(self, generator):
@@ -3184,8 +3170,6 @@ class GPT(nn.Module):
         Nothing is added at BOS, at t = 0 and where `window_start` (B, T) is set.
         """
         e = self.token_embedding(tokens, window_start)
-        if not self.hp.smear_gate_enabled:
-            return e
         previous = F.pad(e[:, :-1], (0, 0, 1, 0))
         gate_input = e[..., : self.hp.gate_window]
         gate = torch.sigmoid(F.linear(gate_input, self.smear_weight.to(e.dtype)))  # (B, T, 1)
@@ -3241,18 +3225,12 @@ class GPT(nn.Module):
         return norm(self.join_lanes(x, mlp_lane))
 
     def skip_parameters(self, index):
-        """The (D,) weight of a skip and, if there are skip gates, its (D,) gate."""
-        if self.skip_gates is None:
-            return (self.skip_weights[index],)
+        """The (D,) weight and the (D,) gate of a skip."""
         return self.skip_weights[index], self.skip_gates[index]
 
     def join_lanes(self, x, mlp_lane):
         """The two lanes, (B, T, D) each or None for the second -> the stream (B, T, D)."""
-        if mlp_lane is None or self.hp.parallel_final_lane == "attn":
-            return x
-        if self.hp.parallel_final_lane == "mlp":
-            return mlp_lane
-        return (x + mlp_lane) / 2
+        return x if mlp_lane is None else (x + mlp_lane) / 2
 
     def forward(self, inputs, targets, cu_seqlens, looping, max_seqlen, window_start=None):
         """(1, T) ids, (T,) targets -> (T,) cross-entropy in nats, differentiable.

@@ -67,6 +67,12 @@ class Hyperparameters(train_gpt.Hyperparameters):
     marker_fusion_enabled: bool = env(
         False, "a space and the case marker behind it become one token (PR 2109)"
     )
+    smear_gate_enabled: bool = env(True, "SmearGate: add a share of the previous token's embedding")
+    skip_gates_enabled: bool = env(True, "merge skips by a gated lerp; 0: by addition")
+    ln_scale: bool = env(True, "divide normalized inputs by sqrt(layer + 1)")
+    parallel_final_lane: str = env(
+        "mean", "lane that is the output", choices=("mean", "attn", "mlp")
+    )
     gated_attn_enabled: bool = env(False, "per-head output gate read from all dimensions")
     attn_out_gate_enabled: bool = env(False, "per-head output gate 2 sigmoid(W src[:GATE_WINDOW])")
     attn_out_gate_src: str = env(
@@ -434,8 +440,7 @@ HEAD_NAMES = train_gpt.HEAD_NAMES | {
 
 class GPT(train_gpt.GPT):
     """Bigram and value embeddings, value residual, offset keys, windows of attention, other gates
-    of attention, fake quantization, fused markers, more passes over the looped layers after
-    training.
+    and lanes, fake quantization, fused markers, more passes over the looped layers after training.
     """
 
     eval_passes = 1  # over the looped layers, beyond NUM_LOOPS: 1 + EXTRA_EVAL_LOOPS after training
@@ -443,6 +448,8 @@ class GPT(train_gpt.GPT):
 
     def __init__(self, hp, ops, dtype):
         super().__init__(hp, ops, dtype)
+        if not hp.ln_scale:
+            self.depth_scale.fill_(1.0)
         L = hp.num_layers
         generator = torch.Generator().manual_seed(hp.generator_seed + 1)
         # the table is zero: with a projection of zeros neither would ever learn
@@ -463,6 +470,26 @@ class GPT(train_gpt.GPT):
             self.value_mix = nn.Parameter(torch.full((L, 2), 0.5))
         elif hp.value_residual == "gate":  # a
             self.value_mix = nn.Parameter(torch.zeros(L, 1))
+
+    def make_parameters(self):
+        super().make_parameters()
+        if not self.hp.skip_gates_enabled:
+            self.skip_gates = None
+        if not self.hp.smear_gate_enabled:
+            self.smear_weight = self.smear_lambda = None
+
+    def skip_parameters(self, index):
+        return super().skip_parameters(index)[: 1 + self.hp.skip_gates_enabled]
+
+    def embed(self, tokens, window_start):
+        if self.hp.smear_gate_enabled:
+            return super().embed(tokens, window_start)
+        return self.token_embedding(tokens, window_start)
+
+    def join_lanes(self, x, mlp_lane):
+        if mlp_lane is None or self.hp.parallel_final_lane == "mean":
+            return super().join_lanes(x, mlp_lane)
+        return x if self.hp.parallel_final_lane == "attn" else mlp_lane
 
     @torch.no_grad()
     def init_weights(self, generator):

@@ -378,7 +378,7 @@ def foreign_token(folder):
         (remove("fineweb_val_bytes_*"), "val_bytes"),
         (remove("fineweb_val_bytes_000001*"), "side-car lengths"),
         (without_first_bos, "must start with BOS"),
-        (foreign_token, "training token 9000"),
+        (foreign_token, "fineweb_train_000000.bin: token 9000"),
     ],
     ids=[
         "no train",

@@ -358,7 +358,7 @@ def test_every_setting_of_the_model_is_compared_or_may_change():
     theirs = [name for name in guard.MEANING if name not in names]
     assert {name: parts[name].default for name in theirs if name in guard.WITHOUT} == guard.WITHOUT
     # of these the ones that matter are compared where the setting that they belong to is on
-    belong = {"attn_window_full_layers", "bigram_dim", "value_embed_dim"}
+    belong = {"attn_out_gate_src", "attn_window_full_layers", "bigram_dim", "value_embed_dim"}
     assert set(theirs) - set(guard.WITHOUT) == belong
 
 

@@ -258,7 +258,7 @@ def reference_embedding(tokens, p, hp):
     raw = p["tok_emb"][tokens]
     e = raw.clone()
     for t in range(1, len(tokens)):
-        if hp.smear_gate_enabled and tokens[t] != BOS_ID:
+        if getattr(hp, "smear_gate_enabled", True) and tokens[t] != BOS_ID:
             gate = torch.sigmoid(p["smear_weight"][0] @ raw[t, : hp.gate_window])
             e[t] = raw[t] + p["smear_lambda"] * gate * raw[t - 1]
     return e / (e.square().mean(-1, keepdim=True) + 1.19e-7).sqrt()
@@ -276,7 +276,7 @@ def reference_logits(model, tokens, looping):
         return (
             x
             / (x.square().mean(-1, keepdim=True) + 1.19e-7).sqrt()
-            / (math.sqrt(layer + 1) if hp.ln_scale else 1)
+            / (math.sqrt(layer + 1) if getattr(hp, "ln_scale", True) else 1)
         )
 
     def mlp(x, layer):
@@ -298,7 +298,11 @@ def reference_logits(model, tokens, looping):
         if slot >= len(slots) // 2 and kept:
             pair = slot - len(slots) // 2
             skip = p["skip_weights"][pair] * kept.pop()
-            share = torch.sigmoid(p["skip_gates"][pair]) if hp.skip_gates_enabled else None
+            share = (
+                torch.sigmoid(p["skip_gates"][pair])
+                if getattr(hp, "skip_gates_enabled", True)
+                else None
+            )
             lane0 = lane0 + skip if share is None else (1 - share) * skip + share * lane0
         x_in, attn = attention(lane0, layer)
         if lane1 is None:
@@ -317,7 +321,9 @@ def reference_logits(model, tokens, looping):
         if slot < len(slots) // 2:
             kept.append(lane0)
     if lane1 is not None:
-        lane0 = {"mean": (lane0 + lane1) / 2, "attn": lane0, "mlp": lane1}[hp.parallel_final_lane]
+        lane0 = {"mean": (lane0 + lane1) / 2, "attn": lane0, "mlp": lane1}[
+            getattr(hp, "parallel_final_lane", "mean")
+        ]
     head = p["tok_emb"] if hp.tie_embeddings else p["lm_head"]
     return hp.logit_softcap * torch.tanh(normed(lane0, 0) @ head.T / hp.logit_softcap)
 

@@ -347,7 +347,8 @@ def model_sentences(s):
         "ATTN_OUT_GATE_ENABLED": "attention output gate",
         "SMEAR_GATE_ENABLED": "SmearGate",
     }
-    enabled = [words for name, words in gates.items() if s[name] == "1"]
+    s = {"SMEAR_GATE_ENABLED": "1"} | s  # a setting of presets/published.py alone
+    enabled = [words for name, words in gates.items() if s.get(name) == "1"]
     if enabled:
         yield ", ".join(enabled)
 
