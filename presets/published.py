@@ -479,7 +479,9 @@ class GPT(train_gpt.GPT):
             self.smear_weight = self.smear_lambda = None
 
     def skip_parameters(self, index):
-        return super().skip_parameters(index)[: 1 + self.hp.skip_gates_enabled]
+        if self.hp.skip_gates_enabled:
+            return super().skip_parameters(index)
+        return (self.skip_weights[index],)
 
     def embed(self, tokens, window_start):
         if self.hp.smear_gate_enabled:
