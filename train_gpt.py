@@ -48,6 +48,7 @@ from typing import NamedTuple
 
 import brotli
 import numpy as np
+import sentencepiece
 import torch
 import torch.distributed as dist_backend
 import torch.nn.functional as F
@@ -62,6 +63,9 @@ except ImportError:  # the kernels can still be defined, but the references are 
     tl = SimpleNamespace(constexpr=int)
 
 BOS_ID = 1  # every document starts with exactly one (docs/DATA.md)
+CASE_MARKERS = 4, 5, 6  # ids of the marks for the case of the word behind them (lossless_caps.py)
+# Ids of a space and such a marker as one token: <pad>, </s> and <unk>, which no text has, lend them
+PAIR_IDS = 0, 2, 3
 BYTE_CAP = 16_000_000  # limit of code + weights in the contest's rules, decimal
 RESULT_VERSION = 2  # of the RESULT line, see docs/RESULT.md
 PACKED = False  # True in the script that tools/pack_code.py writes: that one stands alone
@@ -112,6 +116,9 @@ class Hyperparameters:
     )
     tokenizer_path: str = env(
         "", "SentencePiece model; empty: searched near the data and in tokenizers/"
+    )
+    marker_fusion_enabled: bool = env(
+        True, "a space and the case marker behind it are one token for the model (PR 2109)"
     )
     data_seed: int = env(0, "shuffles the training rows; 0: order of the stream", least=0)
     balance_rows: bool = env(True, "share out a step's documents for equal attention cost of rows")
@@ -186,6 +193,9 @@ class Hyperparameters:
     muon_momentum_warmup_start: float = env(0.92, "momentum at step 0", least=0, most=1)
     muon_momentum_warmup_steps: int = env(1500, "steps of the momentum warm-up", least=0)
     muon_wd: float = env(0.095, "decoupled weight decay of the matrix banks", least=0)
+    muon_outward: float = env(
+        0.5, "factor of the part of a step that makes a matrix grow; 1: off", least=0, most=1
+    )
     muon_row_normalize: bool = env(True, "normalize rows before orthogonalization")
     muon_backend_steps: int = env(5, "Newton-Schulz steps", least=1, most=5)
     muon_dtype: str = env(
@@ -295,11 +305,6 @@ class Hyperparameters:
     attn_window = 0  # number of earlier keys that a query sees; 0: all
 
     @property
-    def num_embeddings(self):
-        """Rows of the embedding table."""
-        return self.vocab_size
-
-    @property
     def head_dim(self):
         return self.model_dim // self.num_heads
 
@@ -370,7 +375,7 @@ def parse_setting(field, text):
 # must not ignore them. tools/other_scripts.py says what replaces them.
 FOREIGN = """ADAM_EPS ALIAS_ ASYM_ BIGRAM_ CASEOPS_ CKPT_ DATASETS_ DOC_SHUFFLE E2E_ EXTRA_EVAL
     FULL_GPTQ FUSED_ GATED_ HEAD_LR HEAD_PAIR HESSIAN_ IHA_ LATE_QAT LN_SCALE LOAD_MODEL LQER_
-    MARKER_ MAX_ROW_ MTP_ NEGATIVE_ NGRAM_ PAIRED_ PARTIAL_KEY PRUNE_ QAT_ QUANTIZE RECUR_
+    MAX_ROW_ MTP_ NEGATIVE_ NGRAM_ PAIRED_ PARTIAL_KEY PRUNE_ QAT_ QUANTIZE RECUR_
     SKIP_GATES SKIP_POST SMEAR_ SPINQUANT_ SWA_ TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD
     TRAIN_SEQ_SCHED VALUE_ VAL_BATCH VAL_DOC VE_ WD_""".split()
 # First words of our settings that other programs' variables have as well (MAX_JOBS, DATA_...)
@@ -1113,6 +1118,33 @@ def balance_documents(tokens, longest):
     return np.concatenate(sum(rows, []), 1).reshape(tokens.shape)
 
 
+@lru_cache
+def space_id(hp):
+    """The id of a lone space. DataError where the tokenizer has no case markers beside it."""
+    tokenizer = load_tokenizer(hp)
+    markers = [tokenizer.id_to_piece(token) for token in CASE_MARKERS]
+    if markers != ["\ue001", "\ue002", "\ue003"]:
+        raise DataError(
+            f"{find_tokenizer(hp)}: pieces 4 to 6 are not CaseOps' markers: set"
+            " MARKER_FUSION_ENABLED=0"
+        )
+    return tokenizer.piece_to_id("\u2581")
+
+
+def fuse_markers(tokens, charges, space):
+    """(n,) ids and the bytes of each -> (m,) both, a space and the case marker behind it as one id.
+
+    SentencePiece merges nothing across a marker (PR 2109). Shards stay as they are.
+    """
+    begins_pair = (tokens[:-1] == space) & np.isin(tokens[1:], CASE_MARKERS)
+    begins_pair = np.append(begins_pair, False)
+    ends_pair = np.roll(begins_pair, 1)
+    fused = tokens.copy()
+    fused[ends_pair] = np.take(PAIR_IDS, tokens[ends_pair] - CASE_MARKERS[0])
+    charges = charges + np.where(ends_pair, np.roll(charges, 1), 0)
+    return fused[~begins_pair], charges[~begins_pair]
+
+
 class TrainLoader:
     """Packed training rows by number.
 
@@ -1120,8 +1152,9 @@ class TrainLoader:
     micro-steps takes rows [step n, (step + 1) n), of which rank r takes the r-th share: any world
     size trains on the same rows. BALANCE_ROWS redistributes a step's documents over its rows, as
     ranks wait for the one with the most attention.
-    A span is as long as a row. DATA_SEED shuffles the spans in each epoch. The loader has no state
-    except what it has read ahead, so the number of a step restores it exactly.
+    A span is as long as a row, before its markers are fused. DATA_SEED shuffles the spans in each
+    epoch. The loader has no state except what it has read ahead, so the number of a step restores
+    it exactly.
     """
 
     def __init__(self, stream, hp, dist):
@@ -1147,7 +1180,11 @@ class TrainLoader:
 
     def span_length(self):
         """Tokens of the stream from the start of a span to the next."""
-        return self.hp.micro_batch_tokens
+        length = self.hp.micro_batch_tokens
+        if not self.hp.marker_fusion_enabled:
+            return length
+        sample = self.stream.read(0, min(self.stream.size, 1 << 22))
+        return length * len(sample) // len(self.fused(sample))
 
     def row_offset(self, index):
         """Where row `index` begins in the stream: at the first BOS of its span, if there is one."""
@@ -1162,14 +1199,20 @@ class TrainLoader:
 
     @property
     def tokens_to_read(self):
-        """Tokens of the stream that fill a row and its last target."""
-        return self.hp.micro_batch_tokens + 1
+        """Tokens of the stream that fill a row and its last target: all may be pairs."""
+        return (self.hp.micro_batch_tokens + 1) * (1 + self.hp.marker_fusion_enabled)
+
+    def fused(self, tokens):
+        """Tokens of the stream as the model sees them."""
+        if not self.hp.marker_fusion_enabled:
+            return tokens
+        return fuse_markers(tokens, np.zeros_like(tokens), space_id(self.hp))[0]
 
     def read_row(self, stream, start):
         """(T + 1,) tokens of the row that begins at this position of a stream."""
         tokens = stream.read(start, self.tokens_to_read)
         check_vocabulary(tokens, stream, self.hp)
-        return tokens
+        return self.fused(tokens)[: self.hp.micro_batch_tokens + 1]
 
     def read_rows(self, stream, starts):
         """(2, n, T): inputs and targets of the rows that begin at n positions of a stream."""
@@ -1247,13 +1290,20 @@ class ValidationSet:
                 f"{stream.paths[0]}: the validation documents hold no byte of text: no BPB can be"
                 " counted"
             )
-        self.find_documents()
-
-    def find_documents(self):
-        """Sets starts and ends of the documents, (n,) each."""
-        self.starts = np.flatnonzero(self.tokens == BOS_ID)
+        if hp.marker_fusion_enabled:
+            self.fuse_markers(hp)
         # no BOS follows the last document
+        self.starts = np.flatnonzero(self.tokens == BOS_ID)
         self.ends = np.append(self.starts[1:], len(self.tokens) - 1)
+
+    def fuse_markers(self, hp):
+        """Tokens and their bytes as the model sees them; all text and all bytes stay."""
+        if np.isin(self.tokens, PAIR_IDS).any():
+            raise DataError(
+                f"{hp.data_path}: validation has tokens {PAIR_IDS}, which are those of fused"
+                " markers: set MARKER_FUSION_ENABLED=0"
+            )
+        self.tokens, self.bytes = fuse_markers(self.tokens, self.bytes, space_id(hp))
 
     def count_bytes(self, hp, stream):
         """(N,) int64 bytes charged to each token of the stream."""
@@ -1302,6 +1352,88 @@ class ValidationSet:
         ends = self.ends[documents]
         num_bytes = sums[ends + 1] - sums[starts + 1]
         return int((ends - starts).sum()), int(num_bytes.sum())
+
+
+def read_manifest(folder):
+    """manifest.json of a dataset; {} if there is none.
+
+    Raises DataError unless every field that is used later has its type.
+    """
+    try:
+        manifest = json.loads(Path(folder, "manifest.json").read_text())
+        hash(manifest.get("tokenizer", {}).get("sha256"))
+        if manifest.get("format") == "caseops_shards":
+            total = manifest["leaked_documents"] + len({**manifest["splits"]["val"]})
+            for entry in manifest["files"].values():
+                total += entry["values"] + len(entry["sha256"])
+        return manifest
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again"
+        ) from None
+
+
+def models_near(folder, nearest):
+    """SentencePiece models in and around a dataset's folder, in order of distance.
+
+    nearest: only those of the closest place that has any. Raises DataError if that place has
+    several different ones, as nothing says which of them made the shards.
+    """
+    parents = folder.parent, folder.parent.parent, Path(__file__).parent
+    places = [folder, *(parent / "tokenizers" for parent in parents)]
+    groups = [sorted(place.glob("*.model")) for place in places]
+    if not nearest:
+        return sum(groups, [])
+    closest = next((group for group in groups if group), [])
+    if len({path.read_bytes() for path in closest}) > 1:
+        names = ", ".join(str(path) for path in closest)
+        raise DataError(
+            f"{folder}: no manifest names its tokenizer, there are several ({names}): set"
+            " TOKENIZER_PATH"
+        )
+    return closest
+
+
+def find_tokenizer(hp):
+    """Path of the data's SentencePiece model.
+
+    Raises DataError if none fits the settings and the manifest.
+    """
+    folder = Path(hp.data_path)
+    wanted = read_manifest(folder).get("tokenizer", {}).get("sha256")
+    if hp.tokenizer_path:
+        candidates = [Path(hp.tokenizer_path)]
+    else:
+        candidates = models_near(folder, nearest=wanted is None)
+    for path in candidates:
+        if not path.exists():
+            raise DataError(f"TOKENIZER_PATH={path} does not exist")
+        if wanted in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+            check_tokenizer(hp, path)
+            return path
+    raise DataError(
+        f"no tokenizer for {folder} (the manifest wants sha256 {wanted}; looked at"
+        f" {[str(path) for path in candidates]}): set TOKENIZER_PATH"
+    )
+
+
+def check_tokenizer(hp, path):
+    """Raises DataError if the file is no SentencePiece model or does not fit the settings."""
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        size = tokenizer.vocab_size()
+        tokenizer.id_to_piece([*range(size)])  # raises if a damaged piece is not text
+    except (RuntimeError, UnicodeDecodeError):
+        raise DataError(f"{path} is no SentencePiece model") from None
+    if size != hp.vocab_size:
+        raise DataError(f"{path} has {size} pieces, VOCAB_SIZE is {hp.vocab_size}")
+
+
+def load_tokenizer(hp):
+    """The data's SentencePiece model."""
+    return sentencepiece.SentencePieceProcessor(model_file=str(find_tokenizer(hp)))
 
 
 # ---- KERNELS -------------------------------------------------------------------------------------
@@ -2928,10 +3060,10 @@ class GPT(nn.Module):
         hp = self.hp
         L = hp.num_layers
         D = hp.model_dim
-        self.tok_emb = nn.Parameter(torch.empty(hp.num_embeddings, D))
+        self.tok_emb = nn.Parameter(torch.empty(hp.vocab_size, D))
         self.lm_head = None
         if not hp.tie_embeddings:
-            self.lm_head = nn.Parameter(torch.empty(hp.num_embeddings, D))
+            self.lm_head = nn.Parameter(torch.empty(hp.vocab_size, D))
         for name, kinds in BANKS.items():
             rows = getattr(hp, kinds[0].rows)
             columns = getattr(hp, kinds[0].columns)
@@ -3344,6 +3476,26 @@ def reset_gradients(parameters):
         p.grad = torch.zeros_like(p)
 
 
+def step_matrices(bank, update, lr, decay, outward):
+    """bank <- (1 - decay) bank - lr update, in place; bank and update are (N, R, C).
+
+    With outward below 1 the part of a step along the matrix is multiplied by it where the matrix
+    would grow, and the norm changes by that part alone: sideways steps turn the matrix (the radial
+    brake of modded-nanogpt's optimizer benchmark, entry 29). A matrix of zeros takes the direction
+    of its first step.
+    """
+    if outward < 1:
+        dims = {"dim": (-2, -1), "keepdim": True}
+        norm = bank.norm(**dims).clamp_min(1e-8)
+        along = (update * bank).sum(**dims) / norm  # below 0 where the matrix grows
+        braked = torch.where(along < 0, outward * along, along)
+        update = update + (braked - along) / norm * bank
+        norm = (1 - decay) * norm - lr * braked
+    bank.mul_(1 - decay).add_(update, alpha=-lr)
+    if outward < 1:
+        bank.mul_(norm.clamp_min(1e-8) / bank.norm(**dims).clamp_min(1e-8))
+
+
 class Muon:
     """Muon on the banks, sharded over ranks along the banks' first dimension.
 
@@ -3406,8 +3558,8 @@ class Muon:
         for bank, (handle, update) in zip(self.banks, gathers, strict=True):
             handle.wait()
             scale = max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5
-            bank.mul_(1 - lr * weight_decay)
-            bank.add_(update[: bank.size(0)], alpha=-lr * scale)
+            update = update[: bank.size(0)]
+            step_matrices(bank, update, lr * scale, lr * weight_decay, hp.muon_outward)
         self.in_flight = []
 
 
@@ -5524,7 +5676,7 @@ class LoRALayout:
         head_rank = R if self.has_head else 0
         a_size = num_slots * sum(map(math.prod, self.a_shapes))
         b_size = num_slots * sum(map(math.prod, self.b_shapes))
-        self.sizes = (D * head_rank, a_size, b_size, head_rank * hp.num_embeddings)
+        self.sizes = (D * head_rank, a_size, b_size, head_rank * hp.vocab_size)
         self.a_total = D * head_rank + a_size
 
     def slices(self):

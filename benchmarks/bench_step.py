@@ -185,7 +185,7 @@ def measure_ceilings(hp, dist, dtype) -> dict:
     tokens = hp.micro_batch_tokens if dist.device.type == "cuda" else 4096
     shapes = [
         (),
-        *((tokens, hp.model_dim, n) for n in (hp.model_dim, hp.mlp_dim, hp.num_embeddings)),
+        *((tokens, hp.model_dim, n) for n in (hp.model_dim, hp.mlp_dim, hp.vocab_size)),
     ]
     ceilings = dict(product_rate(dist, dtype, *shape) for shape in shapes)
     source = torch.empty(
@@ -307,7 +307,7 @@ def work_of(operator: tuple, event: Event, hp) -> tuple[float, float]:
         streams = [*shapes[0], *2 * shapes[1:3], *2 * shapes[5][:1]]
         return 0.0, float(ITEM_BYTES[types[1]]) * sum(map(math.prod, streams))
     if name == "golf::linear_cross_entropy":  # h, weight: logits, read and overwritten
-        return 0.0, 2 * sizes[0] * hp.num_embeddings / hp.model_dim
+        return 0.0, 2 * sizes[0] * hp.vocab_size / hp.model_dim
     if name == "golf::gated_xsa_backward":  # gradient, y, v, logits; -> those of the last three
         return 0.0, sum(sizes) + sum(sizes[1:4])
     if name == "golf::qkv_heads_backward":  # dq, dk, dv, qkv, ...; -> gradient of qkv
@@ -322,7 +322,7 @@ def work_of(operator: tuple, event: Event, hp) -> tuple[float, float]:
 def product_phase(shapes: list, hp) -> str:
     """Phase of a matrix product outside the optimizer, by its dimensions."""
     dims = {size for shape in shapes if len(shape) >= 2 for size in shape}
-    if hp.num_embeddings in dims:
+    if hp.vocab_size in dims:
         return "head product"
     return "MLP products" if hp.mlp_dim in dims else "projections"
 
@@ -552,7 +552,7 @@ def model_flops(model, looping: bool, pairs: float) -> float:
         + 2 * hp.model_dim * hp.num_kv_heads * hp.head_dim
         + 2 * hp.model_dim * hp.mlp_dim
     )
-    weights = slots * layer + hp.num_embeddings * hp.model_dim
+    weights = slots * layer + hp.vocab_size * hp.model_dim
     return (
         6.0 * weights * hp.train_batch_tokens
         + 3.5 * 4.0 * pairs * hp.num_heads * hp.head_dim * slots

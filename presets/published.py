@@ -10,8 +10,6 @@ packed script of a run that uses a setting of this file holds both files (tools/
 all names are of one module, so nothing here may have the name of something else in train_gpt.py.
 """
 
-import hashlib
-import json
 import lzma
 import math
 import os
@@ -24,12 +22,10 @@ import tempfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -63,9 +59,6 @@ class Hyperparameters(train_gpt.Hyperparameters):
     caseops_enabled: bool = env(
         True,
         "validation bytes come from the side-car; 0: from the tokenizer's byte tables",
-    )
-    marker_fusion_enabled: bool = env(
-        False, "a space and the case marker behind it become one token (PR 2109)"
     )
     smear_gate_enabled: bool = env(True, "SmearGate: add a share of the previous token's embedding")
     skip_gates_enabled: bool = env(True, "merge skips by a gated lerp; 0: by addition")
@@ -149,9 +142,6 @@ class Hyperparameters(train_gpt.Hyperparameters):
         "the word that followed the last 15 tokens before gets more probability",
     )
 
-    num_embeddings = property(
-        lambda hp: (hp.vocab_size + 10) // 8 * 8 if hp.marker_fusion_enabled else hp.vocab_size
-    )
     # whether keys or values of a layer are not its projections alone
     new_values = property(
         lambda hp: (
@@ -213,150 +203,13 @@ def cross_checks(hp):
 # ---- data
 
 
-def read_manifest(folder):
-    """manifest.json of a dataset; {} if there is none.
-
-    Raises DataError unless every field that is used later has its type.
-    """
-    try:
-        manifest = json.loads(Path(folder, "manifest.json").read_text())
-        hash(manifest.get("tokenizer", {}).get("sha256"))
-        if manifest.get("format") == "caseops_shards":
-            total = manifest["leaked_documents"] + len({**manifest["splits"]["val"]})
-            for entry in manifest["files"].values():
-                total += entry["values"] + len(entry["sha256"])
-        return manifest
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again"
-        ) from None
-
-
-def models_near(folder, nearest):
-    """SentencePiece models in and around a dataset's folder, in order of distance.
-
-    nearest: only those of the closest place that has any. Raises DataError if that place has
-    several different ones, as nothing says which of them made the shards.
-    """
-    parents = folder.parent, folder.parent.parent, Path(train_gpt.__file__).parent
-    places = [folder, *(parent / "tokenizers" for parent in parents)]
-    groups = [sorted(place.glob("*.model")) for place in places]
-    if not nearest:
-        return sum(groups, [])
-    closest = next((group for group in groups if group), [])
-    if len({path.read_bytes() for path in closest}) > 1:
-        names = ", ".join(str(path) for path in closest)
-        raise DataError(
-            f"{folder}: no manifest names its tokenizer, there are several ({names}): set"
-            " TOKENIZER_PATH"
-        )
-    return closest
-
-
-def find_tokenizer(hp):
-    """Path of the data's SentencePiece model.
-
-    Raises DataError if none fits the settings and the manifest.
-    """
-    folder = Path(hp.data_path)
-    wanted = read_manifest(folder).get("tokenizer", {}).get("sha256")
-    if hp.tokenizer_path:
-        candidates = [Path(hp.tokenizer_path)]
-    else:
-        candidates = models_near(folder, nearest=wanted is None)
-    for path in candidates:
-        if not path.exists():
-            raise DataError(f"TOKENIZER_PATH={path} does not exist")
-        if wanted in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
-            check_tokenizer(hp, path)
-            return path
-    raise DataError(
-        f"no tokenizer for {folder} (the manifest wants sha256 {wanted}; looked at"
-        f" {[str(path) for path in candidates]}): set TOKENIZER_PATH"
-    )
-
-
-def check_tokenizer(hp, path):
-    """Raises DataError if the file is no SentencePiece model or does not fit the settings."""
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        size = tokenizer.vocab_size()
-        tokenizer.id_to_piece([*range(size)])  # raises if a damaged piece is not text
-    except (RuntimeError, UnicodeDecodeError):
-        raise DataError(f"{path} is no SentencePiece model") from None
-    if size != hp.vocab_size:
-        raise DataError(f"{path} has {size} pieces, VOCAB_SIZE is {hp.vocab_size}")
-
-
-def load_tokenizer(hp):
-    """The data's SentencePiece model."""
-    return sentencepiece.SentencePieceProcessor(model_file=str(find_tokenizer(hp)))
-
-
-@lru_cache
-def space_id(hp):
-    """The id of a lone space. DataError where the tokenizer has no case markers beside it."""
-    tokenizer = load_tokenizer(hp)
-    if not has_case_markers(tokenizer):
-        raise DataError(
-            f"{find_tokenizer(hp)}: pieces 4 to 7 are not CaseOps' markers: set"
-            " MARKER_FUSION_ENABLED=0"
-        )
-    return tokenizer.piece_to_id("\u2581")
-
-
-def fuse_markers(hp, tokens, charges):
-    """(n,) int64 ids and their bytes -> (m,) both, with a space and the case marker behind it as
-    one id (PR 2109).
-
-    SentencePiece merges nothing across a marker. The pair's id is VOCAB_SIZE + marker - 4; shards
-    stay as they are.
-    """
-    pair = np.append((tokens[:-1] == space_id(hp)) & (tokens[1:] >= 4) & (tokens[1:] <= 6), False)
-    second = np.roll(pair, 1)
-    tokens = np.where(second, tokens + hp.vocab_size - 4, tokens)
-    charges = charges + np.where(second, np.roll(charges, 1), 0)
-    return tokens[~pair], charges[~pair]
-
-
-class TrainLoader(train_gpt.TrainLoader):
-    """MARKER_FUSION_ENABLED: rows of fused tokens. Spans are as long as rows before fusion."""
-
-    def span_length(self):
-        length = super().span_length()
-        if not self.hp.marker_fusion_enabled:
-            return length
-        sample = self.stream.read(0, min(self.stream.size, 1 << 22)).astype(np.int64)
-        return length * len(sample) // len(fuse_markers(self.hp, sample, sample)[0])
-
-    @property
-    def tokens_to_read(self):
-        """All of them are pairs at worst."""
-        return (self.hp.micro_batch_tokens + 1) * (1 + self.hp.marker_fusion_enabled)
-
-    def read_row(self, stream, start):
-        row = super().read_row(stream, start)
-        if not self.hp.marker_fusion_enabled:
-            return row
-        row = row.astype(np.int64)
-        return fuse_markers(self.hp, row, row)[0][: self.hp.micro_batch_tokens + 1]
-
-
 class ValidationSet(train_gpt.ValidationSet):
-    """CASEOPS_ENABLED=0: the tokenizer counts the bytes. MARKER_FUSION_ENABLED: fused tokens."""
-
-    def __init__(self, hp):
-        super().__init__(hp)
-        if hp.marker_fusion_enabled:
-            self.tokens, self.bytes = fuse_markers(hp, self.tokens, self.bytes)
-            self.find_documents()
+    """CASEOPS_ENABLED=0: the tokenizer counts the bytes."""
 
     def count_bytes(self, hp, stream):
         if hp.caseops_enabled:
             return super().count_bytes(hp, stream)
-        tokenizer = load_tokenizer(hp)
+        tokenizer = train_gpt.load_tokenizer(hp)
         check_byte_counts(hp, tokenizer, self.tokens)
         count, leading, boundary = piece_byte_tables(tokenizer)
         charges = count[self.tokens]
@@ -440,7 +293,7 @@ HEAD_NAMES = train_gpt.HEAD_NAMES | {
 
 class GPT(train_gpt.GPT):
     """Bigram and value embeddings, value residual, offset keys, windows of attention, other gates
-    and lanes, fake quantization, fused markers, more passes over the looped layers after training.
+    and lanes, fake quantization, more passes over the looped layers after training.
     """
 
     eval_passes = 1  # over the looped layers, beyond NUM_LOOPS: 1 + EXTRA_EVAL_LOOPS after training
@@ -459,7 +312,7 @@ class GPT(train_gpt.GPT):
             self.bigram_proj = nn.Parameter(nn.init.orthogonal_(projection, generator=generator))
             self.bigram_scale = nn.Parameter(torch.full((1,), 0.05))
         if hp.value_embed_layers:
-            table = torch.empty(hp.num_embeddings, hp.value_embed_dim)
+            table = torch.empty(hp.vocab_size, hp.value_embed_dim)
             table.normal_(0.0, 0.01, generator=generator)
             projection = torch.empty(hp.num_kv_heads * hp.head_dim, hp.value_embed_dim)
             self.value_table = nn.Parameter(table)
@@ -495,17 +348,10 @@ class GPT(train_gpt.GPT):
 
     @torch.no_grad()
     def init_weights(self, generator):
-        """Dense attention gate: N(0, 0.01). A fused pair begins near its marker, and is as long
-        (PR 2109).
-        """
+        """Dense attention gate: N(0, 0.01)."""
         super().init_weights(generator)
         if self.hp.gated_attn_enabled:
             self.attn_gate.normal_(0.0, 0.01, generator=generator)
-        V = self.hp.vocab_size
-        for table in (self.tok_emb, self.lm_head) if self.hp.marker_fusion_enabled else ():
-            if table is not None:
-                pair = 0.4 * table[space_id(self.hp)] + 0.6 * table[4:7]
-                table[V : V + 3] = F.normalize(pair) * table[4:7].norm(dim=1, keepdim=True)
 
     @property
     def gate_inputs(self):
@@ -1227,7 +1073,6 @@ def ngram_hints(tokens, starts, lengths, phases):
 PARTS = {
     "Hyperparameters": Hyperparameters,
     "cross_checks": cross_checks,
-    "TrainLoader": TrainLoader,
     "ValidationSet": ValidationSet,
     "LayerWeights": LayerWeights,
     "HEAD_NAMES": HEAD_NAMES,

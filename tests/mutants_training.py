@@ -306,9 +306,9 @@ DATA = [
     ),
     Mutant(
         "fused-pairs-lose-their-bytes",
-        PRESETS,
-        "charges = charges + np.where(second, np.roll(charges, 1), 0)",
-        "charges = charges + np.where(second, charges, 0)",
+        TRAINER,
+        "charges = charges + np.where(ends_pair, np.roll(charges, 1), 0)",
+        "charges = charges + np.where(ends_pair, charges, 0)",
         "tests/test_data.py::test_a_pair_takes_its_bytes_along_and_other_neighbours_stay",
     ),
     Mutant(
@@ -745,8 +745,8 @@ OPTIMIZER = [
     Mutant(
         "muon-decay-adds",
         TRAINER,
-        "            bank.mul_(1 - lr * weight_decay)\n",
-        "            bank.mul_(1 + lr * weight_decay)\n",
+        "bank.mul_(1 - decay).add_(update, alpha=-lr)",
+        "bank.mul_(1 + decay).add_(update, alpha=-lr)",
         "tests/test_optimizer.py::test_muon_equals_a_plain_reference",
     ),
     Mutant(

@@ -1,6 +1,8 @@
 """The loader on real tokens: fused markers carry the same text and bytes; the manifest is held to."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,16 +16,19 @@ from prepare_caseops_data import (
     DEFAULT_TOKENIZER,
     load_tokenizer,
     read_manifest,
+    read_shard,
     write_manifest,
     write_shard,
 )
-from presets.published import fuse_markers, space_id
 from tools.dataset import check_dataset
 from train_gpt import (
     BOS_ID,
+    PAIR_IDS,
     DataError,
     SettingError,
     TokenStream,
+    fuse_markers,
+    space_id,
 )
 
 PROSE = [
@@ -49,12 +54,13 @@ def hp_of(folder, **changes):
 
 
 def unfused(tokens, space):
-    """The tokens as they are stored: an alias is a space and its marker."""
-    parts = [[space, token - 8192 + 4] if token >= 8192 else [token] for token in tokens.tolist()]
+    """The tokens as they are stored: ids 0, 2 and 3 are a space and marker 4, 5 or 6."""
+    markers = {0: 4, 2: 5, 3: 6}
+    parts = [[space, markers[t]] if t in markers else [t] for t in tokens.tolist()]
     return [token for part in parts for token in part]
 
 
-def test_fused_and_stored_validation_carry_the_same_text_and_bytes(folder, published):
+def test_fused_and_stored_validation_carry_the_same_text_and_bytes(folder):
     plain, fused = (
         train_gpt.ValidationSet(hp_of(folder, marker_fusion_enabled=on)) for on in (False, True)
     )
@@ -63,7 +69,7 @@ def test_fused_and_stored_validation_carry_the_same_text_and_bytes(folder, publi
     assert fused.summary == plain.summary and f"values:{len(plain.tokens)} " in plain.summary
     assert len(fused.tokens) < 0.95 * len(plain.tokens)
     # CAPNEXT stands inside words, behind no space
-    assert set(fused.tokens[fused.tokens >= 8192]) == {8192, 8193}
+    assert set(fused.tokens[np.isin(fused.tokens, PAIR_IDS)]) == {0, 2}
     assert len(fused.starts) == len(plain.starts) == 20
     for document in range(20):
         assert (
@@ -78,20 +84,20 @@ def test_fused_and_stored_validation_carry_the_same_text_and_bytes(folder, publi
         ]
         assert texts[0] == texts[1]
     assert texts[0].startswith("In 1912 The City of NEW York and iPhone")
-    alias = fused.tokens >= 8192
+    alias = np.isin(fused.tokens, PAIR_IDS)
     assert (fused.bytes[alias] == 1).all() and fused.bytes.sum() == plain.bytes.sum()
 
 
-def test_a_pair_takes_its_bytes_along_and_other_neighbours_stay(folder, published):
-    hp, space = hp_of(folder, marker_fusion_enabled=True), space_id(hp_of(folder))
+def test_a_pair_takes_its_bytes_along_and_other_neighbours_stay(folder):
+    space = space_id(hp_of(folder))
     tokens = np.array([1, space, 4, 300, space, space, 5, 7, 4, 6, space, 7, space])
     charges = np.array([0, 2, 0, 3, 1, 1, 0, 0, 3, 0, 1, 0, 9])
-    fused, bytes_ = fuse_markers(hp, tokens, charges)
-    assert fused.tolist() == [1, 8192, 300, space, 8193, 7, 4, 6, space, 7, space]
+    fused, bytes_ = fuse_markers(tokens, charges, space)
+    assert fused.tolist() == [1, 0, 300, space, 2, 7, 4, 6, space, 7, space]
     assert bytes_.tolist() == [0, 2, 3, 1, 1, 0, 3, 0, 1, 0, 9]
 
 
-def test_fused_rows_are_full_and_follow_the_stream(folder, dist, published):
+def test_fused_rows_are_full_and_follow_the_stream(folder, dist):
     hp = hp_of(
         folder,
         marker_fusion_enabled=True,
@@ -110,17 +116,20 @@ def test_fused_rows_are_full_and_follow_the_stream(folder, dist, published):
         assert stored == stream.read(loader.row_offset(index), len(stored)).tolist()
 
 
-def test_embeddings_of_pairs_begin_between_space_and_marker(folder, ops, published):
-    hp = hp_of(folder, marker_fusion_enabled=True)
-    table, space = train_gpt.GPT(hp, ops, torch.float32).tok_emb.detach(), space_id(hp)
-    assert table.shape == (8200, 32) and table.shape[0] % 8 == 0
-    for marker in (4, 5, 6):
-        pair = 0.4 * table[space] + 0.6 * table[marker]
-        torch.testing.assert_close(table[8188 + marker], pair * table[marker].norm() / pair.norm())
-    assert train_gpt.GPT(hp_of(folder), ops, torch.float32).tok_emb.shape == (8192, 32)
+def test_a_validation_text_with_ids_of_pairs_is_refused(folder, tmp_path):
+    """A text whose own tokens have these ids would be scored as another text."""
+    shutil.copytree(folder, tmp_path / "data")
+    path = next((tmp_path / "data").glob("fineweb_val_0*.bin"))
+    tokens = read_shard(path)
+    write_shard(path, [*tokens[:-1], 3])
+    (tmp_path / "data" / "manifest.json").unlink()
+    hp = hp_of(tmp_path / "data", tokenizer_path=str(DEFAULT_TOKENIZER))
+    train_gpt.ValidationSet(hp)
+    with pytest.raises(DataError, match="MARKER_FUSION_ENABLED=0"):
+        train_gpt.ValidationSet(dataclasses.replace(hp, marker_fusion_enabled=True))
 
 
-def test_a_fused_model_trains_and_adapts(folder, ops, dist, tmp_path, published):
+def test_a_fused_model_trains_and_adapts(folder, ops, dist, tmp_path):
     hp = hp_of(
         folder,
         marker_fusion_enabled=True,

@@ -21,7 +21,6 @@ from data_helpers import TEXTS, build, write_docs
 import train_gpt
 from prepare_caseops_data import DEFAULT_TOKENIZER, read_manifest, read_shard, write_shard
 from prepare_caseops_data import main as prepare
-from presets.published import find_tokenizer
 from tools.dataset import check_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,7 +179,7 @@ def test_a_dataset_is_fetched_verified_and_read_by_the_trainer(hub, tmp_path, ca
     assert not list(tmp_path.glob("*.part"))
     assert prepare(["verify", str(tmp_path), "--workers", "1"]) == 0
     hp = tiny_hp(data_path=str(tmp_path), vocab_size=8192)
-    assert find_tokenizer(hp) == tmp_path / "t.model"
+    assert train_gpt.find_tokenizer(hp) == tmp_path / "t.model"
     assert len(train_gpt.ValidationSet(hp).starts) == 6
     assert read_manifest(tmp_path)["sources"][0]["revision"] == REVISION
 

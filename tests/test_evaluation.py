@@ -425,7 +425,7 @@ def test_tables_tell_kinds_of_pieces_apart(tokenizer):
 def test_validation_bytes_come_from_the_tables_without_caseops(
     tmp_path, tokenizer, published, monkeypatch
 ):
-    monkeypatch.setattr(published, "load_tokenizer", lambda hp: tokenizer)
+    monkeypatch.setattr(train_gpt, "load_tokenizer", lambda hp: tokenizer)
     ids = [token for text in TEXTS for token in (BOS_ID, *tokenizer.encode(text))]
     write_shard(tmp_path / "fineweb_val_000000.bin", ids)
     validation = train_gpt.ValidationSet(
@@ -440,7 +440,7 @@ def test_validation_bytes_come_from_the_tables_without_caseops(
 
 
 def test_validation_charges_no_space_behind_a_boundary(tmp_path, tokenizer, published, monkeypatch):
-    monkeypatch.setattr(published, "load_tokenizer", lambda hp: tokenizer)
+    monkeypatch.setattr(train_gpt, "load_tokenizer", lambda hp: tokenizer)
     # this tokenizer begins no text with a space
     monkeypatch.setattr(published, "check_byte_counts", lambda *_: None)
     the, unknown = tokenizer.piece_to_id("\u2581the"), tokenizer.unk_id()

@@ -146,7 +146,7 @@ def test_muon_agrees_with_golden_number(step, bank, dtype, bound, golden, dist, 
     banks = [
         arrays[f"bank{i}/start"].to(dtype if exact else torch.float32, copy=True) for i in range(2)
     ]
-    muon = Muon(banks, train_gpt.Hyperparameters(), dist, dtype)
+    muon = Muon(banks, train_gpt.Hyperparameters(muon_outward=1.0), dist, dtype)  # as published
     for number in range(step + 1):
         for i, p in enumerate(banks):
             p.grad = arrays[f"step{number}/grad{i}"].to(p.dtype)
@@ -216,13 +216,46 @@ def test_muon_equals_a_plain_reference(shape, row_normalize, steps, dtype, bound
             for i, w in enumerate(bank)
         ]
     )
-    hp = tiny_hp(muon_row_normalize=row_normalize, muon_backend_steps=steps)
+    hp = tiny_hp(muon_row_normalize=row_normalize, muon_backend_steps=steps, muon_outward=1.0)
     muon, start = Muon([bank], hp, dist, dtype), bank.clone()
     for grad, (lr, momentum, decay) in zip(grads, rates, strict=True):
         bank.grad = grad
         muon.launch()
         muon.step(lr, momentum, decay, None)
     assert rel(bank - start, want - start) < bound
+
+
+def test_a_step_turns_a_matrix_and_half_of_its_growth_is_kept():
+    generator = torch.Generator().manual_seed(1)
+    update, noise = torch.randn(2, 2, 8, 16, generator=generator)
+    # the first matrix grows, as updates are subtracted
+    bank = 0.3 * torch.tensor([-1.0, 1.0])[:, None, None] * update + noise
+    after = bank.clone()
+    train_gpt.step_matrices(after, update, 0.1, 0.05, 0.5)
+    for number, factor in ((0, 0.5), (1, 1.0)):
+        unit = bank[number] / bank[number].norm()
+        along = (update[number] * unit).sum()
+        assert along < -1 if number == 0 else along > 1
+        norm = 0.95 * bank[number].norm() - 0.1 * factor * along
+        torch.testing.assert_close(after[number].norm(), norm)
+        free = 0.95 * bank[number] - 0.1 * (update[number] + (factor - 1) * along * unit)
+        torch.testing.assert_close(after[number] / norm, free / free.norm())
+
+
+def test_without_the_brake_a_step_is_decay_and_update():
+    bank, update = torch.randn(2, 3, 8, 4, generator=torch.Generator().manual_seed(0))
+    after = bank.clone()
+    train_gpt.step_matrices(after, update, 0.1, 0.05, 1.0)
+    torch.testing.assert_close(after, 0.95 * bank - 0.1 * update)
+
+
+def test_matrices_of_zeros_learn_behind_the_brake():
+    bank = torch.zeros(2, 8, 16)
+    update = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
+    for _ in range(4):
+        train_gpt.step_matrices(bank, update, 0.1, 0.01, 0.5)
+    assert (bank.norm(dim=(1, 2)) > 0.1 * update.norm(dim=(1, 2))).all()
+    torch.testing.assert_close(bank / bank.norm(), -update / update.norm())
 
 
 def test_muon_leaves_the_gradient_and_ignores_its_scale(dist):
@@ -324,6 +357,7 @@ def test_muon_inside_step_follows_its_schedules(dist, rel, published):
         grad_clip_norm=0.0,
         muon_momentum_warmup_steps=2,
         muon_wd=3.0,
+        muon_outward=1.0,
     )
     hp, optimizers, bank = model.hp, Optimizers(model, model.hp, dist), model.mlp_up_bank
     start, grads, rates = bank.detach().clone(), [], []

@@ -13,7 +13,6 @@ from conftest import install_parts_for
 from preset_helpers import PUBLISHED, tiny
 
 import train_gpt
-from presets import published
 from tools import guard, run_files
 from tools.run_files import read_preset
 
@@ -50,8 +49,8 @@ def plain_data(tiny_data, tmp_path_factory):
 def test_every_preset_runs_every_stage(tiny_data, plain_data, tmp_path, name, monkeypatch):
     # seconds of packing, tested elsewhere
     monkeypatch.setattr(train_gpt, "write_code", lambda *_: 1000)
-    monkeypatch.setattr(published, "find_tokenizer", lambda hp: "none")
-    monkeypatch.setattr(published, "load_tokenizer", lambda hp: Pieces)
+    monkeypatch.setattr(train_gpt, "find_tokenizer", lambda hp: "none")
+    monkeypatch.setattr(train_gpt, "load_tokenizer", lambda hp: Pieces)
     preset = read_preset(name)
     install_parts_for(preset, monkeypatch)
     caseops = preset.get("CASEOPS_ENABLED", "1") == "1"

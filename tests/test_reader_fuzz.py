@@ -261,7 +261,7 @@ def test_a_manifest_of_any_shape_is_read_or_refused(place, tmp_path):
 
     def read():
         only_ours(dataset.check_manifest, hp, {"documents": 3, "tokens": 63})
-        only_ours(published.find_tokenizer, hp)
+        only_ours(train_gpt.find_tokenizer, hp)
 
     @given(st.sampled_from(list(paths_into(whole))), JSON, st.booleans())
     @tries(200, 12_000)
@@ -298,7 +298,7 @@ def test_a_damaged_tokenizer_is_loaded_or_refused(place):
     hp = tiny_hp(data_path=str(place), tokenizer_path=str(path), vocab_size=8192)
 
     def read():
-        published.piece_byte_tables(published.load_tokenizer(hp))
+        published.piece_byte_tables(train_gpt.load_tokenizer(hp))
 
     @given(DAMAGE)
     @tries(20, 1_000)

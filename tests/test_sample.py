@@ -215,18 +215,22 @@ def test_plain_data_keep_their_capitals_as_they_are(tmp_path, published):
     path = tmp_path / "plain.model"
     prepare_plain_data.train_tokenizer(iter(documents), 300, path)
     hp = train_gpt.Hyperparameters(
-        caseops_enabled=False, vocab_size=300, data_path=str(tmp_path), device="cpu"
+        caseops_enabled=False,
+        marker_fusion_enabled=False,
+        vocab_size=300,
+        data_path=str(tmp_path),
+        device="cpu",
     )
     text = sample.text_of_run(hp, path)
     prompt = " The cat \ue001 Saw 東京  "
     assert not text.caseops and text.decode(text.encode(prompt)) == prompt
 
 
-def test_fused_markers_are_one_id_and_come_out_as_text(published):
-    hp = train_gpt.Hyperparameters(marker_fusion_enabled=True, device="cpu")
+def test_fused_markers_are_one_id_and_come_out_as_text():
+    hp = train_gpt.Hyperparameters(device="cpu")
     text = sample.text_of_run(hp, DEFAULT_TOKENIZER)
     ids = text.encode("on The NASA Launch")
-    assert sum(token >= hp.vocab_size for token in ids) == 3
+    assert sum(token in train_gpt.PAIR_IDS for token in ids) == 3
     assert text.decode(ids) == "on The NASA Launch"
 
 

@@ -348,7 +348,7 @@ BLOCKED_IMPORT = """
 import importlib.abc, json, os, sys
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"triton", "sentencepiece", "python_minifier", "flash_attn_interface"}:
+        if name.split(".")[0] in {"triton", "python_minifier", "flash_attn_interface"}:
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
 import random, threading, numpy, torch

@@ -4,35 +4,15 @@ Used by tools/guard.py before the clock starts; `prepare_caseops_data.py verify`
 """
 
 import hashlib
-import importlib.util
-import sys
 from pathlib import Path
 
 import train_gpt
-from train_gpt import DataError
-
-PUBLISHED = Path(__file__).resolve().parents[1] / "presets" / "published.py"
-
-
-def load_published():
-    """presets/published.py, which finds the tokenizer: the module that runs, or imported by its
-    path, as another package may be called presets.
-    """
-    for module in list(sys.modules.values()):
-        if getattr(module, "__file__", None) == str(PUBLISHED):
-            return module
-    spec = importlib.util.spec_from_file_location("golf_published", PUBLISHED)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-published = load_published()
+from train_gpt import DataError, read_manifest
 
 
 def leaked_documents(hp):
     """{"leaked_documents": number} for RESULT, {} if the dataset's manifest has no such count."""
-    manifest = published.read_manifest(hp.data_path)
+    manifest = read_manifest(hp.data_path)
     return {name: manifest[name] for name in ("leaked_documents",) if name in manifest}
 
 
@@ -61,7 +41,7 @@ def text_problems(hp, manifest):
 def check_data_settings(hp):
     """Raises DataError if the settings contradict the manifest: the bytes would be wrong."""
     folder = Path(hp.data_path)
-    manifest = published.read_manifest(folder)
+    manifest = read_manifest(folder)
     problems = [*text_problems(hp, manifest)]
     size = manifest.get("tokenizer", {}).get("vocab_size", hp.vocab_size)
     if size != hp.vocab_size:
@@ -76,7 +56,7 @@ def check_manifest(hp, counts):
     counts: {name: number} of the validation files. These files are hashed, too; of training files
     only the length is checked, as hashing takes minutes (`prepare_caseops_data.py verify` does it).
     """
-    manifest = published.read_manifest(hp.data_path)
+    manifest = read_manifest(hp.data_path)
     if manifest.get("format") != "caseops_shards":
         return
     problems = []
@@ -115,4 +95,4 @@ def check_dataset(hp, validation):
         if not getattr(hp, "caseops_enabled", True):
             del figures["charged_bytes"]  # no manifest states them
         check_manifest(hp, figures)
-    return published.find_tokenizer(hp)
+    return train_gpt.find_tokenizer(hp)

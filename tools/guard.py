@@ -231,7 +231,8 @@ MEANING = """caseops_enabled marker_fusion_enabled vocab_size model_dim num_laye
     leaky_relu_slope parallel_start_layer parallel_final_lane logit_softcap attn_window
     attn_window_full_layers partial_key_offset value_residual bigram_vocab_size bigram_dim
     value_embed_layers value_embed_dim""".split()
-# What a script computes with if it lacks these: the settings of presets/published.py in MEANING.
+# What a script computes with if it lacks these settings of MEANING: those of presets/published.py,
+# and those that older versions lack.
 WITHOUT = {
     "caseops_enabled": True,
     "marker_fusion_enabled": False,

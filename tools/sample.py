@@ -34,6 +34,7 @@ from prepare_caseops_data import encode_document, load_tokenizer  # noqa: E402
 from tools.run_files import FOLDER, MODE, RunError, read_settings, script_of  # noqa: E402
 
 BOS_ID = train_gpt.BOS_ID
+PAIRS = dict(zip(train_gpt.PAIR_IDS, train_gpt.CASE_MARKERS, strict=True))  # id -> its marker
 REPLACEMENT = "\ufffd"  # what SentencePiece shows for bytes that are no character yet
 # Settings of the run that do not fit the machine or the moment here. The references of the
 # operations run everywhere and suit one row that grows.
@@ -47,8 +48,7 @@ class Text(NamedTuple):
 
     tokenizer: object  # a SentencePieceProcessor
     caseops: bool  # capitals are markers before small letters (lossless_caps.py)
-    fuse: object = None  # MARKER_FUSION_ENABLED: ids (n,) -> (m,), a space and its marker as one
-    space: int = 0  # the space's id, where ids are fused
+    space: int | None = None  # the space's id, where it and a marker behind it are one id
 
     def encode(self, prompt):
         """Text -> ids, BOS first. Raises ValueError where UTF-8 cannot hold the text."""
@@ -56,14 +56,16 @@ class Text(NamedTuple):
             ids = encode_document(self.tokenizer, prompt).astype(np.int64)
         else:
             ids = np.array([BOS_ID, *self.tokenizer.encode(prompt)])
-        return [int(token) for token in (self.fuse(ids) if self.fuse else ids)]
+        if self.space is not None:
+            ids, _ = train_gpt.fuse_markers(ids, np.zeros_like(ids), self.space)
+        return [int(token) for token in ids]
 
     def decode(self, ids):
         """Ids -> text, also of ids that no text has: markers that mark nothing are left out."""
-        size = self.tokenizer.vocab_size()
         plain = []
         for token in ids:
-            plain += [token] if token < size else [self.space, token - size + 4]
+            fused = self.space is not None and token in PAIRS
+            plain += [self.space, PAIRS[token]] if fused else [token]
         text = self.tokenizer.decode(plain)
         return decode(mend_markers(text)) if self.caseops else text
 
@@ -124,6 +126,7 @@ def hyperparameters(settings, device, tokenizer):
         published.install()
     kept = {name: value for name, value in settings.items() if name not in FOLDER | MODE}
     kept |= HERE | {"DEVICE": device}
+    kept.setdefault("MARKER_FUSION_ENABLED", "0")  # a run without it is older than the setting
     if tokenizer:
         kept["TOKENIZER_PATH"] = tokenizer
     try:
@@ -141,22 +144,16 @@ def text_of_run(hp, logged):
 
     Raises DataError for a tokenizer that did not make the run's data.
     """
-    path = published.find_tokenizer(hp)
+    path = train_gpt.find_tokenizer(hp)
     if not hp.tokenizer_path and path.name != logged.name:
         raise train_gpt.DataError(
             f"the run's tokenizer was {logged}, found was {path}: name it with --tokenizer"
         )
     caseops = getattr(hp, "caseops_enabled", True)
     if not caseops:
-        return Text(published.load_tokenizer(hp), caseops)
+        return Text(train_gpt.load_tokenizer(hp), caseops)
     tokenizer = load_tokenizer(path)
-    if not getattr(hp, "marker_fusion_enabled", False):
-        return Text(tokenizer, caseops)
-
-    def fuse(ids):
-        return published.fuse_markers(hp, ids, np.zeros_like(ids))[0]
-
-    return Text(tokenizer, caseops, fuse, published.space_id(hp))
+    return Text(tokenizer, caseops, train_gpt.space_id(hp) if hp.marker_fusion_enabled else None)
 
 
 def load_model(hp, folder, checkpoint):
