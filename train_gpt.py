@@ -305,6 +305,11 @@ class Hyperparameters:
     attn_window = 0  # number of earlier keys that a query sees; 0: all
 
     @property
+    def fuses_markers(self):
+        """Whether a space and the case marker behind it are one token for the model."""
+        return self.marker_fusion_enabled
+
+    @property
     def head_dim(self):
         return self.model_dim // self.num_heads
 
@@ -1181,7 +1186,7 @@ class TrainLoader:
     def span_length(self):
         """Tokens of the stream from the start of a span to the next."""
         length = self.hp.micro_batch_tokens
-        if not self.hp.marker_fusion_enabled:
+        if not self.hp.fuses_markers:
             return length
         sample = self.stream.read(0, min(self.stream.size, 1 << 22))
         return length * len(sample) // len(self.fused(sample))
@@ -1200,11 +1205,11 @@ class TrainLoader:
     @property
     def tokens_to_read(self):
         """Tokens of the stream that fill a row and its last target: all may be pairs."""
-        return (self.hp.micro_batch_tokens + 1) * (1 + self.hp.marker_fusion_enabled)
+        return (self.hp.micro_batch_tokens + 1) * (1 + self.hp.fuses_markers)
 
     def fused(self, tokens):
         """Tokens of the stream as the model sees them."""
-        if not self.hp.marker_fusion_enabled:
+        if not self.hp.fuses_markers:
             return tokens
         return fuse_markers(tokens, np.zeros_like(tokens), space_id(self.hp))[0]
 
@@ -1290,7 +1295,7 @@ class ValidationSet:
                 f"{stream.paths[0]}: the validation documents hold no byte of text: no BPB can be"
                 " counted"
             )
-        if hp.marker_fusion_enabled:
+        if hp.fuses_markers:
             self.fuse_markers(hp)
         # no BOS follows the last document
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
@@ -1433,7 +1438,8 @@ def check_tokenizer(hp, path):
 
 def load_tokenizer(hp):
     """The data's SentencePiece model."""
-    return sentencepiece.SentencePieceProcessor(model_file=str(find_tokenizer(hp)))
+    path = find_tokenizer(hp)
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
 # ---- KERNELS -------------------------------------------------------------------------------------

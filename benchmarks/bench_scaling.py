@@ -185,7 +185,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         environment = dict(os.environ)
         if "DATA_PATH" not in environment:
-            environment["DATA_PATH"] = folder
+            environment |= {"DATA_PATH": folder, "MARKER_FUSION_ENABLED": "0"}  # no text
             hp = settings(args)
             write_synthetic_shards(folder, 90 * hp.train_batch_tokens, hp.vocab_size)
         for ranks in map(int, args.ranks.split(",")):

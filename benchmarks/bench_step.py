@@ -696,7 +696,8 @@ def main() -> None:
             **({} if cuda else SMALL),
         )
         if "DATA_PATH" not in os.environ:
-            hp = replace(hp, data_path=folder)
+            # its tokens are no text: no tokenizer says which are markers
+            hp = replace(hp, data_path=folder, marker_fusion_enabled=False)
             write_synthetic_shards(
                 folder, max(2**21, 40 * hp.train_batch_tokens) if cuda else 2**16, hp.vocab_size
             )

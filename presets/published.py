@@ -149,6 +149,8 @@ class Hyperparameters(train_gpt.Hyperparameters):
         )
     )
 
+    fuses_markers = property(lambda hp: hp.marker_fusion_enabled and hp.caseops_enabled)
+
     def chunk_size_of(self, length):
         """Also for arrays [TTT_SHORT_CHUNKS]."""
         pairs = [[*map(int, pair.split(":"))] for pair in self.ttt_short_chunks.split(",") if pair]
@@ -174,8 +176,6 @@ def cross_checks(hp):
         yield (
             "SPARSE_ATTN_GATE_ENABLED, GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED exclude each other"
         )
-    if hp.marker_fusion_enabled and not hp.caseops_enabled:
-        yield "MARKER_FUSION_ENABLED=1 needs CASEOPS_ENABLED=1"
     stale = hp.ttt_stale_context and hp.ttt_enabled and hp.ttt_method == "lora"
     if stale and (hp.attn_window or hp.new_values):
         yield (

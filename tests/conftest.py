@@ -50,7 +50,7 @@ HERE = {
 IN_SOAK = pytest.mark.skipif(not os.environ.get("SOAK"), reason="takes long; make soak runs it")
 TINY = {
     "vocab_size": 97,
-    "marker_fusion_enabled": False,  # the documents of most tests have no tokenizer
+    "marker_fusion_enabled": 0,  # the documents of most tests have no tokenizer
     "model_dim": 32,
     "num_heads": 4,
     "num_kv_heads": 2,

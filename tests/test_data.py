@@ -25,7 +25,6 @@ from train_gpt import (
     BOS_ID,
     PAIR_IDS,
     DataError,
-    SettingError,
     TokenStream,
     fuse_markers,
     space_id,
@@ -150,9 +149,9 @@ def test_a_fused_model_trains_and_adapts(folder, ops, dist, tmp_path):
     assert plain["bytes"] == adapted["bytes"] == validation.bytes.sum()
 
 
-def test_fusion_needs_caseops(folder, published):
-    with pytest.raises(SettingError, match="CASEOPS_ENABLED=1"):
-        tiny_hp(marker_fusion_enabled=True, caseops_enabled=False)
+def test_plain_text_has_no_markers_to_fuse(published):
+    assert tiny_hp(marker_fusion_enabled=True).fuses_markers
+    assert not tiny_hp(marker_fusion_enabled=True, caseops_enabled=False).fuses_markers
 
 
 # ---- the manifest

@@ -153,7 +153,7 @@ def text_of_run(hp, logged):
     if not caseops:
         return Text(train_gpt.load_tokenizer(hp), caseops)
     tokenizer = load_tokenizer(path)
-    return Text(tokenizer, caseops, train_gpt.space_id(hp) if hp.marker_fusion_enabled else None)
+    return Text(tokenizer, caseops, train_gpt.space_id(hp) if hp.fuses_markers else None)
 
 
 def load_model(hp, folder, checkpoint):
