@@ -745,9 +745,23 @@ OPTIMIZER = [
     Mutant(
         "muon-decay-adds",
         TRAINER,
-        "bank.mul_(1 - decay).add_(update, alpha=-lr)",
-        "bank.mul_(1 + decay).add_(update, alpha=-lr)",
+        "    bank.mul_(1 - decay)",
+        "    bank.mul_(1 + decay)",
         "tests/test_optimizer.py::test_muon_equals_a_plain_reference",
+    ),
+    Mutant(
+        "inward-steps-are-braked-too",
+        TRAINER,
+        "torch.where(along < 0, outward * along, along)",
+        "outward * along",
+        "tests/test_optimizer.py::test_a_step_turns_a_matrix_and_half_of_its_growth_is_kept",
+    ),
+    Mutant(
+        "validation-with-ids-of-pairs-passes",
+        TRAINER,
+        "if np.isin(self.tokens, PAIR_IDS).any():",
+        "if False:",
+        "tests/test_data.py::test_a_validation_text_with_ids_of_pairs_is_refused",
     ),
     Mutant(
         "clip-factor-of-this-ranks-banks",
