@@ -94,7 +94,7 @@ FIELDS = [
 
 
 def test_its_settings_have_a_meaning_a_type_a_default_of_that_type_and_a_bound():
-    assert len(FIELDS) == 30 and {field.name.upper() for field in FIELDS} == published_settings()
+    assert len(FIELDS) == 37 and {field.name.upper() for field in FIELDS} == published_settings()
     for field in FIELDS:
         assert field.type in (int, float, bool, str) and type(field.default) is field.type
         assert len(field.metadata["help"]) > 3
@@ -108,6 +108,8 @@ VALUES = {  # of settings whose next number, or another text, is not one
     "TTT_METHOD": "sgd",
     "BIGRAM_VOCAB_SIZE": "2",
     "LQER_FACTOR_BITS": "5",
+    "ATTN_OUT_GATE_SRC": "q",
+    "PARALLEL_FINAL_LANE": "attn",
 }
 
 
