@@ -616,7 +616,7 @@ def test_a_name_of_published_commands_is_refused_with_what_to_use(name, instead)
         train_gpt.Hyperparameters.from_env({name: "1"}, guard.RunGuard())
 
 
-@pytest.mark.parametrize("name", [*other_scripts.INSTEAD, *published_settings()])
+@pytest.mark.parametrize("name", [*other_scripts.INSTEAD, *sorted(published_settings())])
 def test_a_setting_of_other_scripts_is_refused_without_a_guard_too(name):
     with pytest.raises(train_gpt.SettingError, match=f"^{name} is (a setting of other|not a set)"):
         train_gpt.Hyperparameters.from_env({name: "1"})
