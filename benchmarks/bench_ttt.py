@@ -507,7 +507,7 @@ def seen_lengths(lengths, hp):
     """(n,) stored tokens of documents -> (n,) int64 tokens that the model sees, about."""
     if not hp.fuses_markers:
         return lengths
-    return np.rint(lengths * FUSED_SHARE).astype(np.int64).clip(1)
+    return np.rint(lengths * FUSED_SHARE).astype(np.int64)
 
 
 def scored_lengths(lengths, hp):
