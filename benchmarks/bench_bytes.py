@@ -108,7 +108,6 @@ SWEPT = (
     "gptq_column_steps",
     "gptq_column_octaves",
     "gptq_trellis",
-    "gated_attn_quant_gate",
     "compressor",
 )
 

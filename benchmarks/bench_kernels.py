@@ -190,7 +190,6 @@ def bench_around_attention(report: Report, tokens: int) -> None:
         return (
             *(normal(1, rows, n, HEAD_DIM) for n in (HEADS, kv_heads)),
             normal(1, rows, HEADS),
-            1.0,
         )
 
     q_bytes = 2.0 * tokens * HEADS * HEAD_DIM  # of q; k and v: half of it each

@@ -28,8 +28,9 @@ Without CUDA these two say so and exit 0 (`--cpu` runs anyway).
 without model or device, and adds up seconds: steps by the cost model of train_gpt.py or measured
 (--steps-json), fine-tuning of the base weights, fixed costs. Every quoted argument is one plan, as
 in `runs`. Other documents come from --lengths, a JSON file {"documents", "tokens", "points"} with
-points [rank, tokens] of the sorted lengths, or from --data, a folder of shards. Exits with 1 when a
-plan leaves less than 40 s of the limit. docs/EVALUATION.md says how far to believe it.
+points [rank, tokens] of the sorted lengths, or from --data, a folder of shards. Lengths are in
+stored tokens; MARKER_FUSION_ENABLED scales them by the measured share. Exits with 1 when a plan
+leaves less than 40 s of the limit. docs/EVALUATION.md says how far to believe it.
 """
 
 import argparse
@@ -380,6 +381,9 @@ CONTEST = {
         [49999, 96516],
     ],
 }
+# What MARKER_FUSION_ENABLED leaves of stored tokens: 724,326 of the 792,456 of the 500 validation
+# documents of proxy runs (2026-11-29). FineWeb's own share was not measured.
+FUSED_SHARE = 724_326 / 792_456
 # settings that change the seconds of a step of one shape
 OF_A_STEP = ("ttt_eval_seq_len", "ttt_stale_context", "ttt_lora_rank", "ttt_lora_sites")
 # settings of which the cost model knows nothing
@@ -499,8 +503,16 @@ def plan_rank(job):
     return plans
 
 
+def seen_lengths(lengths, hp):
+    """(n,) stored tokens of documents -> (n,) int64 tokens that the model sees, about."""
+    if not hp.fuses_markers:
+        return lengths
+    return np.rint(lengths * FUSED_SHARE).astype(np.int64)
+
+
 def scored_lengths(lengths, hp):
-    """Lengths of the documents that TTT_MAX_DOCS leaves."""
+    """(n,) stored tokens of documents -> (m,) those that the model sees of TTT_MAX_DOCS of them."""
+    lengths = seen_lengths(lengths, hp)
     starts = np.cumsum(lengths) - lengths
     documents = SimpleNamespace(
         starts=starts, ends=starts + lengths, targets_of=lambda numbers: (1, 1)
@@ -509,7 +521,7 @@ def scored_lengths(lengths, hp):
 
 
 def plan_all(lengths, settings, ranks):
-    """(n,) targets of the documents, list of Hyperparameters -> for each a list of PhasePlan."""
+    """(n,) stored tokens of documents, list of Hyperparameters -> for each a list of PhasePlan."""
     jobs = []
     for hp in settings:
         chosen = scored_lengths(lengths, hp)
@@ -670,8 +682,8 @@ def bench_plan(args):
         costs.append(measured or model_cost(hp, device.step_factor))
     source = args.steps_json or f"the cost model of an H100 x {device.step_factor:g}"
     print(
-        f"{len(lengths):,} documents, {lengths.sum():,} tokens, {args.ranks} x {args.device};"
-        f" steps by {source}"
+        f"{len(lengths):,} documents, {lengths.sum():,} stored tokens, {args.ranks} x"
+        f" {args.device}; steps by {source}"
     )
     rows = []
     fits = True
@@ -683,6 +695,8 @@ def bench_plan(args):
         counted = budget.total() - budget.fixed["start"]
         fixed += f"; EVAL_BUDGET_SECONDS counts {counted:.1f} s, all but the start"
         print(f"\n{text or 'defaults'}", *phase_table(plan, budget), fixed, sep="\n")
+        if hp.fuses_markers:
+            print(f"fused markers leave {FUSED_SHARE:.3f} of the stored tokens")
         for name in unknown_costs(hp):
             print(f"note: {name.upper()}={getattr(hp, name)} is not in the cost model")
         rows.append(summary_row(lengths, plan, hp, budget, args.limit, text or "defaults"))

@@ -10,6 +10,7 @@ packed script of a run that uses a setting of this file holds both files (tools/
 all names are of one module, so nothing here may have the name of something else in train_gpt.py.
 """
 
+import lzma
 import math
 import os
 import re
@@ -51,11 +52,24 @@ class Hyperparameters(train_gpt.Hyperparameters):
     """The settings of train_gpt.py and those that only published systems use."""
 
     compressor: str = env(
-        "entropy", "coder of the artifact: entropy, pergroup (needs lrzip), brotli, lzma"
+        "entropy",
+        "coder of the artifact; pergroup needs lrzip",
+        choices=("entropy", "pergroup", "brotli", "lzma"),
     )
     caseops_enabled: bool = env(
         True,
         "validation bytes come from the side-car; 0: from the tokenizer's byte tables",
+    )
+    smear_gate_enabled: bool = env(True, "SmearGate: add a share of the previous token's embedding")
+    skip_gates_enabled: bool = env(True, "merge skips by a gated lerp; 0: by addition")
+    ln_scale: bool = env(True, "divide normalized inputs by sqrt(layer + 1)")
+    parallel_final_lane: str = env(
+        "mean", "lane that is the output", choices=("mean", "attn", "mlp")
+    )
+    gated_attn_enabled: bool = env(False, "per-head output gate read from all dimensions")
+    attn_out_gate_enabled: bool = env(False, "per-head output gate 2 sigmoid(W src[:GATE_WINDOW])")
+    attn_out_gate_src: str = env(
+        "block", "input of that gate: block input or raw q", choices=("block", "q")
     )
     attn_window: int = env(
         0,
@@ -158,6 +172,10 @@ def cross_checks(hp):
     yield from own_cross_checks(hp)
     if not re.fullmatch(r"(\d+:[1-9]\d*(,(?=.)|$))*", hp.ttt_short_chunks):
         yield f"TTT_SHORT_CHUNKS={hp.ttt_short_chunks}: must be pairs such as 256:8,2000:24"
+    if hp.sparse_attn_gate_enabled + hp.gated_attn_enabled + hp.attn_out_gate_enabled > 1:
+        yield (
+            "SPARSE_ATTN_GATE_ENABLED, GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED exclude each other"
+        )
     stale = hp.ttt_stale_context and hp.ttt_enabled and hp.ttt_method == "lora"
     if stale and (hp.attn_window or hp.new_values):
         yield (
@@ -185,30 +203,8 @@ def cross_checks(hp):
 # ---- data
 
 
-def text_problems(hp, manifest):
-    """Messages where CASEOPS_ENABLED is not as the data are."""
-    transform = manifest.get("text_transform")
-    side_car = train_gpt.shard_paths(hp.data_path, "val_bytes")
-    if side_car and not hp.caseops_enabled:
-        yield (
-            f"{Path(side_car[0]).name} holds the bytes of its tokens, which CASEOPS_ENABLED=0 would"
-            " not read: set it to 1"
-        )
-    if transform and not hp.caseops_enabled:
-        yield (
-            f"its manifest says {transform}, whose tokens a tokenizer cannot count: set"
-            " CASEOPS_ENABLED=1"
-        )
-    if "text_transform" in manifest and not transform and hp.caseops_enabled:
-        yield "its manifest says that the text was not transformed: set CASEOPS_ENABLED=0"
-
-
 class ValidationSet(train_gpt.ValidationSet):
     """CASEOPS_ENABLED=0: the tokenizer counts the bytes."""
-
-    def __init__(self, hp):
-        self.has_side_car = hp.caseops_enabled
-        super().__init__(hp)
 
     def count_bytes(self, hp, stream):
         if hp.caseops_enabled:
@@ -219,12 +215,6 @@ class ValidationSet(train_gpt.ValidationSet):
         charges = count[self.tokens]
         charges[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
         return charges
-
-    def figures(self):
-        found = super().figures()
-        if not self.has_side_car:
-            del found["charged_bytes"]  # no manifest states them
-        return found
 
 
 def has_case_markers(tokenizer):
@@ -302,8 +292,8 @@ HEAD_NAMES = train_gpt.HEAD_NAMES | {
 
 
 class GPT(train_gpt.GPT):
-    """Bigram and value embeddings, value residual, offset keys, windows of attention, fake
-    quantization, more passes over the looped layers after training.
+    """Bigram and value embeddings, value residual, offset keys, windows of attention, other gates
+    and lanes, fake quantization, more passes over the looped layers after training.
     """
 
     eval_passes = 1  # over the looped layers, beyond NUM_LOOPS: 1 + EXTRA_EVAL_LOOPS after training
@@ -311,6 +301,8 @@ class GPT(train_gpt.GPT):
 
     def __init__(self, hp, ops, dtype):
         super().__init__(hp, ops, dtype)
+        if not hp.ln_scale:
+            self.depth_scale.fill_(1.0)
         L = hp.num_layers
         generator = torch.Generator().manual_seed(hp.generator_seed + 1)
         # the table is zero: with a projection of zeros neither would ever learn
@@ -331,6 +323,55 @@ class GPT(train_gpt.GPT):
             self.value_mix = nn.Parameter(torch.full((L, 2), 0.5))
         elif hp.value_residual == "gate":  # a
             self.value_mix = nn.Parameter(torch.zeros(L, 1))
+
+    def make_parameters(self):
+        super().make_parameters()
+        if not self.hp.skip_gates_enabled:
+            self.skip_gates = None
+        if not self.hp.smear_gate_enabled:
+            self.smear_weight = self.smear_lambda = None
+
+    def skip_parameters(self, index):
+        if self.hp.skip_gates_enabled:
+            return super().skip_parameters(index)
+        return (self.skip_weights[index],)
+
+    def embed(self, tokens, window_start):
+        if self.hp.smear_gate_enabled:
+            return super().embed(tokens, window_start)
+        return self.token_embedding(tokens, window_start)
+
+    def join_lanes(self, x, mlp_lane):
+        if mlp_lane is None or self.hp.parallel_final_lane == "mean":
+            return super().join_lanes(x, mlp_lane)
+        return x if self.hp.parallel_final_lane == "attn" else mlp_lane
+
+    @torch.no_grad()
+    def init_weights(self, generator):
+        """Dense attention gate: N(0, 0.01)."""
+        super().init_weights(generator)
+        if self.hp.gated_attn_enabled:
+            self.attn_gate.normal_(0.0, 0.01, generator=generator)
+
+    @property
+    def gate_inputs(self):
+        if self.hp.gated_attn_enabled:
+            return self.hp.model_dim
+        return self.hp.gate_window if self.hp.attn_out_gate_enabled else super().gate_inputs
+
+    @property
+    def gate_reads_mix(self):
+        return self.hp.attn_out_gate_enabled
+
+    def head_gates(self, entry, qkv, gate):
+        """GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED."""
+        hp = self.hp
+        if hp.gated_attn_enabled:
+            return F.linear(entry.h, gate)
+        if not hp.attn_out_gate_enabled:
+            return super().head_gates(entry, qkv, gate)
+        source = qkv if hp.attn_out_gate_src == "q" else entry.mixed
+        return F.linear(source[..., : hp.gate_window], gate)
 
     def leave_training(self):
         self.eval_passes = 1 + self.hp.extra_eval_loops
@@ -382,7 +423,10 @@ class GPT(train_gpt.GPT):
         return e + bigram_embedding(self, tokens, window_start) if self.hp.bigram_vocab_size else e
 
     def keys_and_values(self, k, v, w):
-        """PARTIAL_KEY_OFFSET, VALUE_EMBED_LAYERS, VALUE_RESIDUAL."""
+        """PARTIAL_KEY_OFFSET, VALUE_EMBED_LAYERS, VALUE_RESIDUAL.
+
+        ATTN_OUT_GATE_ENABLED: a gate of 2 sigmoid(z) is one of sigmoid(z) on doubled values.
+        """
         hp = self.hp
         extras = w.extras
         if hp.partial_key_offset and "begins" in extras:
@@ -393,7 +437,7 @@ class GPT(train_gpt.GPT):
             v = extras["mix"][0] * extras["first"]["values"] + extras["mix"][1] * v
         elif hp.value_residual != "off":  # this is layer 0, in its first pass
             extras["first"]["values"] = v
-        return k, v
+        return k, 2 * v if hp.attn_out_gate_enabled else v
 
     def attend(self, q, k, v, segments, w):
         if not self.hp.attn_window:
@@ -770,22 +814,50 @@ def lrzip_decompress(data, raw_size, shapes=()):
     return run_lrzip(["-d"], data)
 
 
-ENCODERS = train_gpt.ENCODERS | {"lrzip": lrzip_compress}
-DECODERS = train_gpt.DECODERS | {"lrzip": lrzip_decompress}
-COMPRESSORS = train_gpt.COMPRESSORS | {"pergroup": train_gpt.Compressor(2, "brotli", "lrzip")}
-own_check_compressor = train_gpt.check_compressor
+def lzma_compress(raw, shapes=()):
+    return lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)
+
+
+def lzma_decompress(data, raw_size, shapes=()):
+    """At most raw_size + 1 bytes; none if the stream is cut off or something follows it."""
+    decoder = lzma.LZMADecompressor(memlimit=2**28)
+    raw = decoder.decompress(data, max_length=raw_size + 1)
+    return raw if decoder.eof and not decoder.unused_data else b""
+
+
+ENCODERS = train_gpt.ENCODERS | {"lrzip": lrzip_compress, "lzma": lzma_compress}
+DECODERS = train_gpt.DECODERS | {"lrzip": lrzip_decompress, "lzma": lzma_decompress}
+COMPRESSORS = train_gpt.COMPRESSORS | {
+    "lzma": train_gpt.Compressor(1, "lzma"),
+    "pergroup": train_gpt.Compressor(2, "brotli", "lrzip"),
+}
+own_check_all = train_gpt.check_all
 own_plan_sections = train_gpt.plan_sections
 own_section_sources = train_gpt.section_sources
 own_join_sections = train_gpt.join_sections
 
 
-def check_compressor(name):
-    """SettingError, with what to install, for an unknown compressor or missing tools."""
-    own_check_compressor(name)
-    if "lrzip" in COMPRESSORS[name].codecs() and shutil.which("lrzip") is None:
+def check_lrzip():
+    """SettingError if lrzip is missing or does not give back what it got."""
+    if shutil.which("lrzip") is None:
         raise SettingError(
             "the lrzip program is missing: apt-get install lrzip, or set COMPRESSOR=entropy"
         )
+    sample = b"1234" * 8
+    try:
+        is_same = lrzip_decompress(lrzip_compress(sample), len(sample)) == sample
+        fault = None if is_same else "other bytes"
+    except (ArtifactError, OSError) as error:
+        fault = error
+    if fault:
+        raise SettingError(f"COMPRESSOR=pergroup does not work here: {fault}")
+
+
+def check_all(hp, dist, guard=train_gpt.NO_GUARD):
+    """Checks lrzip, too, where COMPRESSOR needs it."""
+    if hp.compressor == "pergroup":
+        check_lrzip()
+    return own_check_all(hp, dist, guard)
 
 
 def plan_sections(specs, compressor):
@@ -1001,7 +1073,6 @@ def ngram_hints(tokens, starts, lengths, phases):
 PARTS = {
     "Hyperparameters": Hyperparameters,
     "cross_checks": cross_checks,
-    "text_problems": text_problems,
     "ValidationSet": ValidationSet,
     "LayerWeights": LayerWeights,
     "HEAD_NAMES": HEAD_NAMES,
@@ -1018,7 +1089,7 @@ PARTS = {
     "ENCODERS": ENCODERS,
     "DECODERS": DECODERS,
     "COMPRESSORS": COMPRESSORS,
-    "check_compressor": check_compressor,
+    "check_all": check_all,
     "plan_sections": plan_sections,
     "section_sources": section_sources,
     "join_sections": join_sections,

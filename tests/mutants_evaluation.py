@@ -248,8 +248,8 @@ QUANTIZATION = [
     Mutant(
         "a-matrix-of-the-mlp-with-the-clip-of-attention",
         TRAIN,
-        'QuantRole("down", "matrix_bits", "mlp_clip_sigmas")',
-        'QuantRole("down", "matrix_bits", "attn_clip_sigmas")',
+        '"mlp_down", "mlp_clip_sigmas"',
+        '"mlp_down", "attn_clip_sigmas"',
         "tests/test_quantization.py::test_each_role_uses_its_own_bits_and_clip",
     ),
     Mutant(
@@ -348,14 +348,14 @@ ARTIFACT = [
     ),
     Mutant(
         "lzma-expands-without-a-limit",
-        TRAIN,
+        PUBLISHED,
         "raw = decoder.decompress(data, max_length=raw_size + 1)",
         "raw = decoder.decompress(data)",
         "tests/test_artifact.py::test_a_bomb_of_lzma_takes_little_memory",
     ),
     Mutant(
         "bytes-behind-the-end-of-an-lzma-stream",
-        TRAIN,
+        PUBLISHED,
         'return raw if decoder.eof and not decoder.unused_data else b""',
         'return raw if decoder.eof else b""',
         "tests/test_artifact.py::test_bytes_behind_a_section_of_lzma_are_refused",
@@ -447,15 +447,15 @@ ARTIFACT = [
     Mutant(
         "fields-of-another-shape-make-a-weight",
         TRAIN,
-        'if "fp16" in shapes or not codes or shapes.get("scale") != codes[:-1]:',
-        'if "fp16" in shapes or not codes:',
+        'shapes == {"codes": codes, "scale": codes[:-1]}',
+        'shapes.keys() == {"codes", "scale"}',
         "tests/test_quantization.py::test_fields_of_which_no_weight_can_be_made_are_refused_by_name",
     ),
     Mutant(
         "fine-codes-that-lie-outside-of-the-matrix",
         TRAIN,
-        "fits = is_ascending and columns[0] >= 0 and columns[-1] < codes.shape[1]",
-        "fits = is_ascending and columns[0] >= 0 and columns[-1] <= codes.shape[1]",
+        "(columns >= 0) & (columns < codes.shape[1])",
+        "(columns >= 0) & (columns <= codes.shape[1])",
         "tests/test_quantization.py::test_rebuilding_refuses_fine_codes_that_do_not_fit",
     ),
 ]
@@ -1098,7 +1098,7 @@ TOOLS = [
     Mutant(
         "published-parts-are-left-out-where-pergroup-needs-them",
         PACK,
-        'return bool(own) or changed.get("compressor") == "pergroup"',
+        'return bool(own) or changed.get("compressor") in ("lzma", "pergroup")',
         "return bool(own)",
         "tests/test_pack_code.py::test_published_parts_are_packed_where_a_setting_needs_them[settings1]",
     ),

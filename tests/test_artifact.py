@@ -29,7 +29,7 @@ GOLDEN = (
 needs_lrzip = pytest.mark.skipif(
     shutil.which("lrzip") is None, reason="the lrzip program is not installed"
 )
-pytestmark = pytest.mark.usefixtures("published")  # which has one more compressor
+pytestmark = pytest.mark.usefixtures("published")  # which has two more compressors
 COMPRESSORS = ["brotli", "lzma", "entropy", pytest.param("pergroup", marks=needs_lrzip)]
 
 
@@ -496,51 +496,32 @@ def test_damaged_or_hostile_entropy_stream_is_refused():
 
 @pytest.mark.parametrize("name", ["zip", "", "Brotli"])
 def test_unknown_compressor_is_an_error(name):
-    for call in (train_gpt.check_compressor, lambda name: train_gpt.pack_weights({}, name)):
-        with pytest.raises(ValueError, match="COMPRESSOR"):
-            call(name)
+    with pytest.raises(ValueError, match="COMPRESSOR.*must be one of entropy, "):
+        train_gpt.Hyperparameters.from_env({"COMPRESSOR": name})
 
 
-def test_missing_lrzip_is_an_early_error_that_says_what_to_do(monkeypatch, tmp_path, published):
+def test_missing_lrzip_is_an_early_error_that_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
+    hp = train_gpt.Hyperparameters(compressor="pergroup")
     with pytest.raises(ValueError, match=r"lrzip.*apt-get install lrzip.*COMPRESSOR=entropy"):
-        train_gpt.check_compressor("pergroup")
-    train_gpt.check_compressor("brotli")
-    train_gpt.check_compressor("lzma")
+        train_gpt.check_all(hp, None)
 
 
-def test_missing_brotli_is_an_error_for_all_but_lzma(monkeypatch, published):
-    monkeypatch.setattr(train_gpt, "brotli", None)
-    for name in ("brotli", "pergroup", "entropy"):
-        with pytest.raises(ValueError, match="pip install brotli"):
-            train_gpt.check_compressor(name)
-    arrays = model_arrays()
-    assert_same(train_gpt.unpack_weights(train_gpt.pack_weights(arrays, "lzma")), arrays)
-
-
-def test_a_compressor_that_fails_or_alters_bytes_is_an_early_error(monkeypatch):
-    for name in ("entropy", "brotli", "lzma"):
-        train_gpt.try_compressor(name)
-    monkeypatch.setitem(train_gpt.ENCODERS, "brotli", lambda raw, shapes=(): b"\x07no stream")
-    with pytest.raises(
-        train_gpt.SettingError, match="COMPRESSOR=entropy does not work here, brotli"
-    ):
-        train_gpt.try_compressor("entropy")
-    monkeypatch.setitem(
-        train_gpt.DECODERS, "lzma", lambda data, raw_size, shapes=(): bytes(raw_size)
-    )
-    with pytest.raises(train_gpt.SettingError, match="lzma: other bytes"):
-        train_gpt.try_compressor("lzma")
-
-
-def test_an_lrzip_that_cannot_start_is_an_early_error(monkeypatch, tmp_path, published):
+def test_an_lrzip_that_cannot_start_is_an_early_error(monkeypatch, tmp_path):
     (tmp_path / "lrzip").write_text(
         "#!/bin/sh\necho cannot open shared object file >&2\nexit 127\n"
     )
     (tmp_path / "lrzip").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(train_gpt.SettingError, match="lrzip ended with 127.*shared object"):
-        train_gpt.try_compressor("pergroup")
+        published.check_lrzip()
+
+
+def test_an_lrzip_that_alters_bytes_is_an_early_error(monkeypatch):
+    monkeypatch.setattr(published.shutil, "which", lambda name: name)
+    monkeypatch.setattr(published, "run_lrzip", lambda flags, data: bytes(32))
+    with pytest.raises(train_gpt.SettingError, match="pergroup does not work here: other bytes"):
+        published.check_lrzip()
 
 
 # --- row order

@@ -79,6 +79,7 @@ def test_the_embedded_lengths_are_near_the_published_ones():
 
 def test_seconds_are_the_costs_that_schedule_rank_adds_up():
     lengths, hp, plan = small_plan()
+    lengths = bench_ttt.seen_lengths(lengths, hp)
     starts = np.cumsum(lengths) - lengths
     phases = tg.plan_ttt(lengths, hp)
     device = bench_ttt.DEVICES["h100"]
@@ -92,12 +93,30 @@ def test_seconds_are_the_costs_that_schedule_rank_adds_up():
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_ranks_partition_the_documents(ranks):
-    lengths, _, plan = small_plan(ranks)
+    lengths, hp, plan = small_plan(ranks)
     assert sum(phase.documents for phase in plan) == len(lengths)
     for phase in plan:
         assert len(phase.ranks) == ranks
         assert sum(rank.targets for rank in phase.ranks) == phase.targets
-    assert sum(phase.targets for phase in plan) == lengths.sum()
+    assert sum(phase.targets for phase in plan) == bench_ttt.seen_lengths(lengths, hp).sum()
+
+
+def test_fused_markers_shorten_every_document():
+    lengths, hp, fused = small_plan()
+    share = 724_326 / 792_456
+    seen = bench_ttt.scored_lengths(lengths, hp)
+    assert seen == pytest.approx(share * lengths, abs=0.5)
+    as_stored = small_plan(MARKER_FUSION_ENABLED=0)[2]
+    assert sum(phase.targets for phase in as_stored) == lengths.sum()
+    assert sum(phase.targets for phase in fused) == seen.sum()
+
+
+def test_a_plan_says_that_fused_markers_shorten_it(small, capsys):
+    told = "fused markers leave 0.914 of the stored tokens"
+    assert bench_ttt.main(small) == 0
+    assert told in capsys.readouterr().out
+    assert bench_ttt.main([*small, "MARKER_FUSION_ENABLED=0"]) == 0
+    assert told not in capsys.readouterr().out
 
 
 def test_a_total_is_its_parts():
@@ -190,7 +209,7 @@ def test_documents_come_from_shards(tmp_path, monkeypatch, small, capsys):
     write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
     assert bench_ttt.lengths_in(str(tmp_path)).tolist() == [300, 1, 399, 300]
     assert bench_ttt.main([*small[:3], "--data", str(tmp_path)]) == 0
-    assert "4 documents, 1,000 tokens" in capsys.readouterr().out
+    assert "4 documents, 1,000 stored tokens" in capsys.readouterr().out
     assert bench_ttt.main([*small[:3], "--data", str(tmp_path / "none")]) == 2
 
 

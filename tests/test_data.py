@@ -20,6 +20,7 @@ from prepare_caseops_data import (
     write_manifest,
     write_shard,
 )
+from tools.dataset import check_dataset
 from train_gpt import (
     BOS_ID,
     PAIR_IDS,
@@ -48,7 +49,7 @@ def folder(tmp_path_factory):
 
 
 def hp_of(folder, **changes):
-    return tiny_hp(data_path=str(folder), vocab_size=8192, max_row_segments=64, **changes)
+    return tiny_hp(data_path=str(folder), vocab_size=8192, **changes)
 
 
 def unfused(tokens, space):
@@ -219,10 +220,12 @@ def another_token(folder):
 )
 def test_data_that_are_not_what_the_manifest_says_are_refused(copy, damage, words):
     hp = hp_of(copy)
-    assert "canonical:no" in train_gpt.ValidationSet(hp).summary
+    validation = train_gpt.ValidationSet(hp)
+    assert "canonical:no" in validation.summary
+    assert check_dataset(hp, validation).suffix == ".model"
     damage(copy)
     with pytest.raises(DataError, match=words):
-        train_gpt.ValidationSet(hp)
+        check_dataset(hp, train_gpt.ValidationSet(hp))
 
 
 def test_a_bos_that_is_charged_is_refused(copy):
@@ -240,7 +243,7 @@ def test_a_bos_that_is_charged_is_refused(copy):
 def test_a_damaged_manifest_is_one_message(copy):
     (copy / "manifest.json").write_bytes((copy / "manifest.json").read_bytes()[:-9])
     with pytest.raises(DataError, match="manifest.json is damaged"):
-        train_gpt.ValidationSet(hp_of(copy))
+        check_dataset(hp_of(copy), None)
 
 
 def test_data_with_a_manifest_of_others_or_none_are_read(copy):

@@ -21,6 +21,7 @@ from data_helpers import TEXTS, build, write_docs
 import train_gpt
 from prepare_caseops_data import DEFAULT_TOKENIZER, read_manifest, read_shard, write_shard
 from prepare_caseops_data import main as prepare
+from tools.dataset import check_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("download", ROOT / "data" / "download.py")
@@ -358,8 +359,9 @@ def test_a_published_leak_is_counted_and_refused_by_the_trainer(hub, tmp_path, c
     hub.files["datasets/manifest.json"] = json.dumps(index).encode()
     assert fetch(tmp_path / "data") == 0
     assert "1 training documents are validation documents too" in capsys.readouterr().out
+    hp = tiny_hp(data_path=str(tmp_path / "data"), vocab_size=8192)
     with pytest.raises(train_gpt.DataError, match="1 training documents are validation documents"):
-        train_gpt.ValidationSet(tiny_hp(data_path=str(tmp_path / "data"), vocab_size=8192))
+        check_dataset(hp, train_gpt.ValidationSet(hp))
 
 
 @pytest.mark.parametrize(

@@ -378,7 +378,7 @@ def foreign_token(folder):
         (remove("fineweb_val_bytes_*"), "val_bytes"),
         (remove("fineweb_val_bytes_000001*"), "side-car lengths"),
         (without_first_bos, "must start with BOS"),
-        (foreign_token, "training token 9000"),
+        (foreign_token, "fineweb_train_000000.bin: token 9000"),
     ],
     ids=[
         "no train",
@@ -416,7 +416,6 @@ def test_unusable_data_is_refused_before_training(refuse, damage, words):
         ({"DATA_PATH": "/nowhere"}, "/nowhere"),
         ({"QUANT_ONLY": "1", "CHECKPOINT_PATH": "/nowhere.pt"}, "/nowhere.pt"),
         ({"TTT_EVAL_ONLY": "1", "ARTIFACT_PATH": "/nowhere.bin"}, "/nowhere.bin"),
-        ({"MAX_ROW_SEGMENTS": "1"}, "MAX_ROW_SEGMENTS"),
         ({"QUANT_ONLY": "1", "CHECKPOINT_PATH": str(ROOT / "train_gpt.py")}, "train_gpt.py"),
         ({"TTT_EVAL_ONLY": "1", "ARTIFACT_PATH": str(ROOT / "train_gpt.py")}, ""),
     ],

@@ -70,35 +70,36 @@ def flat(calls):
 
 
 CASES = [  # context, row, stride (None: plain), settings of the row
-    (32, 128, None, {}),
-    (32, 128, 8, {}),
-    (32, 16, None, {}),
-    (32, 16, 5, {}),
-    (7, 64, None, {}),
-    (7, 64, 7, {}),
-    (7, 64, 1, {}),
-    (500, 512, None, {}),
-    (500, 16, 100, {}),
-    (2, 4, None, {}),
-    (2, 4, 1, {}),
-    (32, 256, 31, {}),
-    (32, 512, None, {"max_row_segments": 18}),
-    (32, 512, 8, {"max_row_segments": 17}),
+    (32, 128, None, None),
+    (32, 128, 8, None),
+    (32, 16, None, None),
+    (32, 16, 5, None),
+    (7, 64, None, None),
+    (7, 64, 7, None),
+    (7, 64, 1, None),
+    (500, 512, None, None),
+    (500, 16, 100, None),
+    (2, 4, None, None),
+    (2, 4, 1, None),
+    (32, 256, 31, None),
+    (32, 512, None, 18),
+    (32, 512, 8, 17),
 ]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("context, row, stride, more", CASES)
+@pytest.mark.parametrize("context, row, stride, segments", CASES)
 def test_every_token_but_the_first_is_scored_once(
-    tmp_path, counted, context, row, stride, more, world_size
+    tmp_path, counted, context, row, stride, segments, world_size, monkeypatch
 ):
+    if segments:
+        monkeypatch.setattr(train_gpt.Hyperparameters, "row_segments", segments)
     hp = small_hp(
         data_path=str(tmp_path),
         eval_seq_len=context,
         eval_stride=1,
         micro_batch_tokens=row,
         train_batch_tokens=row,
-        **more,
     )
     tokens, target_bytes = write_documents(tmp_path, "val", LENGTHS, shard_sizes=[90, 100, 500])
     validation, model = train_gpt.ValidationSet(hp), make_model(hp)

@@ -363,13 +363,10 @@ def test_qkv_heads_reference_by_hand():
 
 
 @interpreted
-@pytest.mark.parametrize("factor", [1.0, 2.0])
 @pytest.mark.parametrize("shape", HEADS)
-def test_gated_xsa_kernel_matches_float64(shape, factor):
-    assert (
-        max(errors(train_gpt.gated_xsa, train_gpt.gated_xsa_ref, xsa_inputs(*shape[:5]), factor))
-        < 2e-6
-    )
+def test_gated_xsa_kernel_matches_float64(shape):
+    inputs = xsa_inputs(*shape[:5])
+    assert max(errors(train_gpt.gated_xsa, train_gpt.gated_xsa_ref, inputs)) < 2e-6
 
 
 @interpreted
@@ -377,8 +374,8 @@ def test_gated_xsa_of_a_zero_value_only_gates():
     y, v, logits = xsa_inputs(1, 3, 2, 1, 8)
     with torch.no_grad():
         v[0, 1] = 0
-    out = train_gpt.gated_xsa(y, v, logits, 2.0)
-    assert torch.allclose(out[0, 1], y[0, 1] * 2 * torch.sigmoid(logits[0, 1])[:, None])
+    out = train_gpt.gated_xsa(y, v, logits)
+    assert torch.allclose(out[0, 1], y[0, 1] * torch.sigmoid(logits[0, 1])[:, None])
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (y, v, logits)))
 
 
@@ -394,7 +391,7 @@ def test_kernels_around_attention_take_strided_inputs():
         assert relative_error(got, want) < 1e-6
     y, v, logits = xsa_inputs(2, 6, 4, 2, 8)
     strided = v.expand(3, *v.shape).movedim(0, -1)[..., 1], logits.mT.contiguous().mT
-    got, want = train_gpt.gated_xsa(y, *strided, 1.0), train_gpt.gated_xsa_ref(y, *strided, 1.0)
+    got, want = train_gpt.gated_xsa(y, *strided), train_gpt.gated_xsa_ref(y, *strided)
     assert relative_error(got, want) < 1e-6
 
 
@@ -406,7 +403,7 @@ def test_kernels_around_attention_accept_no_rows():
         (1, 0, 2, 8),
         (1, 0, 2, 8),
     ]
-    assert train_gpt.gated_xsa(*xsa_inputs(1, 0, 4, 2, 8), 1.0).shape == (1, 0, 4, 8)
+    assert train_gpt.gated_xsa(*xsa_inputs(1, 0, 4, 2, 8)).shape == (1, 0, 4, 8)
 
 
 # --- entry of a slot
@@ -589,10 +586,10 @@ def test_ops_register_schema_fake_and_autograd_correctly(quack):
     check(ops.slot_input.default, (*args[:4], list(merge), 5, True, False))
     check(ops.slot_input.default, (*args[:4], [], 5, True, True))
     y, v, gates = (t.detach().requires_grad_() for t in xsa_inputs(2, 5, 4, 2, 8))
-    check(ops.gated_xsa.default, (y, v, gates, 2.0))
+    check(ops.gated_xsa.default, (y, v, gates))
     check(
         ops.gated_xsa_backward.default,
-        (torch.randn(2, 5, 4, 8), *(t.detach() for t in (y, v, gates)), 2.0),
+        (torch.randn(2, 5, 4, 8), *(t.detach() for t in (y, v, gates))),
     )
 
 
@@ -823,11 +820,10 @@ def test_queries_may_be_fewer_than_keys(backend, compiled, heads, fa3_stub, fa4_
     no gradient.
     """
     of_q, of_k = [0, 5, 6, 10, 14], [0, 5, 17, 21, 34]  # as many, one, as many, fewer
-    monkeypatch.setattr(train_gpt, "_VARLEN_PARAMETERS", ("is_causal",))
     monkeypatch.setattr(
         train_gpt,
         "varlen_attn",
-        lambda q, k, v, cu_q, cu_k, *_, is_causal: dense_varlen(q, k, v, cu_q, 0, cu_k)[0],
+        lambda q, k, v, cu_q, cu_k, *_, window_size: dense_varlen(q, k, v, cu_q, 0, cu_k)[0],
     )
     q, k, v = (
         randn(1, n, h, 8, seed=i)
@@ -888,7 +884,6 @@ def test_torch_backend_asks_for_windows(monkeypatch):
         return dense_varlen(q, k, v, cu_q, window_size[0] if window_size[0] > 0 else 0)[0]
 
     monkeypatch.setattr(train_gpt, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(train_gpt, "_VARLEN_PARAMETERS", ("is_causal", "window_size"))
     cu_seqlens, qkv = torch.tensor([0, 7, 20, 40], dtype=torch.int32), packed_qkv(40, 4, 2)
     assert max(errors(train_gpt.attention_torch, attention_sdpa, qkv, cu_seqlens, 20, 5)) < 1e-5
 
@@ -904,18 +899,12 @@ def test_fa4_op_compiles_into_one_dynamic_graph(fa4_stub):
         assert max(errors(packed, attention_by_document, packed_qkv(40, 4, 2), *args)) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "parameters", [("is_causal",), ("window_size",), ("window_size", "enable_gqa")]
-)
-def test_torch_backend_follows_the_signature_of_the_installed_version(parameters, monkeypatch):
-    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options):
-        assert set(options) == set(parameters)
-        assert options.get("is_causal", options.get("window_size")) in (True, (-1, 0))
-        assert "enable_gqa" in options or q.shape == k.shape
+def test_torch_backend_is_causal_and_repeats_heads(monkeypatch):
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size):
+        assert window_size == (-1, 0) and q.shape == k.shape == v.shape
         return dense_varlen(q, k, v, cu_q)[0]
 
     monkeypatch.setattr(train_gpt, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(train_gpt, "_VARLEN_PARAMETERS", parameters)
     cu_seqlens = torch.tensor([0, 7, 20, 40, 40], dtype=torch.int32)
     assert (
         max(
@@ -1219,7 +1208,6 @@ def test_kernels_around_attention_match_float64_on_the_gpu():
                 train_gpt.gated_xsa,
                 train_gpt.gated_xsa_ref,
                 xsa_inputs(2, 777, 8, 4, 64, **kwargs),
-                1.0,
             )
         )
         < 1e-2

@@ -467,12 +467,11 @@ def test_a_venv_without_python_is_refused(run, tmp_path):
 
 def test_every_problem_is_named_before_the_start(run, tmp_path):
     (tmp_path / "runs" / "taken").mkdir(parents=True)
-    wrong = {"RUN_ID": "taken", "DATA_PATH": "/nowhere", "COMPRESSOR": "zip"}
+    wrong = {"RUN_ID": "taken", "DATA_PATH": "/nowhere"}
     done = run(**faults.SETTINGS | wrong, SCRIPT=str(ROOT / "train_gpt.py"), GPUS="cpu")
     assert done.returncode == 1 and "nothing was started" in done.stderr
     words = [
         "choose another RUN_ID",
-        "COMPRESSOR=zip",
         "no fineweb_val_*.bin in /nowhere",
         "no fineweb_train",
     ]

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN_DIR, tiny_hp
+from conftest import GOLDEN_DIR, install_parts_for, tiny_hp
 
 import train_gpt
+from presets import published
 from train_gpt import BOS_ID, GPT, LORA_INPUTS, HessianTap, SlotLoRA
 
 torch.set_num_threads(1)
@@ -29,7 +30,7 @@ LOOPED_SLOTS = [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
 
 def random_model(seed=0, dtype=torch.float32, **changes):
     """A tiny GPT none of whose parameters is at its initial value."""
-    model = GPT(tiny_hp(**changes), OPS, dtype)
+    model = train_gpt.GPT(tiny_hp(**changes), OPS, dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -243,9 +244,9 @@ def reference_attention(h, x_in, layer, p, hp):
                     hp.sparse_attn_gate_scale * h[:, :window] @ p["attn_gate"][layer, head]
                 )[:, None]
             )
-        if hp.gated_attn_enabled:
+        if getattr(hp, "gated_attn_enabled", False):
             y = y * torch.sigmoid(h @ p["attn_gate"][layer, head])[:, None]
-        if hp.attn_out_gate_enabled:
+        if getattr(hp, "attn_out_gate_enabled", False):
             source = x_in if hp.attn_out_gate_src == "block" else q_raw
             y = y * 2 * torch.sigmoid(source[:, :window] @ p["attn_gate"][layer, head])[:, None]
         heads.append(y)
@@ -257,7 +258,7 @@ def reference_embedding(tokens, p, hp):
     raw = p["tok_emb"][tokens]
     e = raw.clone()
     for t in range(1, len(tokens)):
-        if hp.smear_gate_enabled and tokens[t] != BOS_ID:
+        if getattr(hp, "smear_gate_enabled", True) and tokens[t] != BOS_ID:
             gate = torch.sigmoid(p["smear_weight"][0] @ raw[t, : hp.gate_window])
             e[t] = raw[t] + p["smear_lambda"] * gate * raw[t - 1]
     return e / (e.square().mean(-1, keepdim=True) + 1.19e-7).sqrt()
@@ -275,7 +276,7 @@ def reference_logits(model, tokens, looping):
         return (
             x
             / (x.square().mean(-1, keepdim=True) + 1.19e-7).sqrt()
-            / (math.sqrt(layer + 1) if hp.ln_scale else 1)
+            / (math.sqrt(layer + 1) if getattr(hp, "ln_scale", True) else 1)
         )
 
     def mlp(x, layer):
@@ -297,7 +298,11 @@ def reference_logits(model, tokens, looping):
         if slot >= len(slots) // 2 and kept:
             pair = slot - len(slots) // 2
             skip = p["skip_weights"][pair] * kept.pop()
-            share = torch.sigmoid(p["skip_gates"][pair]) if hp.skip_gates_enabled else None
+            share = (
+                torch.sigmoid(p["skip_gates"][pair])
+                if getattr(hp, "skip_gates_enabled", True)
+                else None
+            )
             lane0 = lane0 + skip if share is None else (1 - share) * skip + share * lane0
         x_in, attn = attention(lane0, layer)
         if lane1 is None:
@@ -316,7 +321,9 @@ def reference_logits(model, tokens, looping):
         if slot < len(slots) // 2:
             kept.append(lane0)
     if lane1 is not None:
-        lane0 = {"mean": (lane0 + lane1) / 2, "attn": lane0, "mlp": lane1}[hp.parallel_final_lane]
+        lane0 = {"mean": (lane0 + lane1) / 2, "attn": lane0, "mlp": lane1}[
+            getattr(hp, "parallel_final_lane", "mean")
+        ]
     head = p["tok_emb"] if hp.tie_embeddings else p["lm_head"]
     return hp.logit_softcap * torch.tanh(normed(lane0, 0) @ head.T / hp.logit_softcap)
 
@@ -378,7 +385,8 @@ def test_default_model_equals_the_reference_forward(rel):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_setting_equals_the_reference_forward_and_matters(variant, rel):
+def test_setting_equals_the_reference_forward_and_matters(variant, rel, monkeypatch):
+    install_parts_for(VARIANTS[variant], monkeypatch)
     model, looping = random_model(**VARIANTS[variant]), variant != "looping_off"
     got = logits_of(model, hidden(model, variant_tokens()[None], looping=looping))[0].detach()
     assert rel(got, reference_logits(model, variant_tokens(), looping)) < 1e-5
@@ -399,7 +407,7 @@ def test_training_loss_equals_evaluation_loss_in_fp32(looping, rel):
 
 @pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 8, "mlp_mult": 3.5}], ids=["gqa", "mha"])
 def test_submission_has_35945671_parameters(changes, monkeypatch):
-    monkeypatch.setattr(GPT, "init_weights", lambda model: None)
+    monkeypatch.setattr(GPT, "init_weights", lambda *_: None)
     with torch.device("meta"):
         model = GPT(train_gpt.Hyperparameters(**changes), OPS, torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == 35_945_671
@@ -690,7 +698,8 @@ def test_scalars_and_gates_start_as_specified():
     assert train_gpt.Hyperparameters().qk_gain_init == 5.0
 
 
-def test_embeddings_and_dense_gate_start_normal_with_the_stated_deviation():
+def test_embeddings_and_dense_gate_start_normal_with_the_stated_deviation(monkeypatch):
+    install_parts_for({"gated_attn_enabled": True}, monkeypatch)
     hp = tiny_hp(
         vocab_size=4000,
         tied_embed_init_std=0.02,
@@ -698,7 +707,7 @@ def test_embeddings_and_dense_gate_start_normal_with_the_stated_deviation():
         gated_attn_enabled=True,
         **NO_GATE,
     )
-    model = GPT(hp, OPS, torch.float32)
+    model = published.GPT(hp, OPS, torch.float32)
     for tensor, std in ((model.tok_emb, 0.02), (model.lm_head, 0.02), (model.attn_gate, 0.01)):
         spread = 5 / math.sqrt(tensor.numel())  # five standard errors
         assert tensor.std().item() == pytest.approx(std, rel=spread)

@@ -94,7 +94,7 @@ FIELDS = [
 
 
 def test_its_settings_have_a_meaning_a_type_a_default_of_that_type_and_a_bound():
-    assert len(FIELDS) == 30 and {field.name.upper() for field in FIELDS} == published_settings()
+    assert len(FIELDS) == 37 and {field.name.upper() for field in FIELDS} == published_settings()
     for field in FIELDS:
         assert field.type in (int, float, bool, str) and type(field.default) is field.type
         assert len(field.metadata["help"]) > 3
@@ -108,6 +108,8 @@ VALUES = {  # of settings whose next number, or another text, is not one
     "TTT_METHOD": "sgd",
     "BIGRAM_VOCAB_SIZE": "2",
     "LQER_FACTOR_BITS": "5",
+    "ATTN_OUT_GATE_SRC": "q",
+    "PARALLEL_FINAL_LANE": "attn",
 }
 
 
@@ -120,7 +122,7 @@ def test_the_environment_sets_every_setting(field):
         text = VALUES[name]
     else:
         text = "0.5" if field.metadata["most"] else str(field.default + 1)
-    more = {"TTT_STALE_CONTEXT": "0", "GPTQ_COLUMN_STEPS": "0"}
+    more = {"TTT_STALE_CONTEXT": "0", "GPTQ_COLUMN_STEPS": "0", "SPARSE_ATTN_GATE_ENABLED": "0"}
     hp = train_gpt.Hyperparameters.from_env({name: text} | more)
     assert getattr(hp, field.name) != field.default
     assert f"* {name}={text}  # " in train_gpt.settings_table(hp)
@@ -136,6 +138,8 @@ def test_the_environment_sets_every_setting(field):
         ({"VALUE_EMBED_LAYERS": "9,11"}, "VALUE_EMBED_LAYERS"),
         ({"VALUE_EMBED_LAYERS": "9,"}, "VALUE_EMBED_LAYERS"),
         ({"BIGRAM_VOCAB_SIZE": "1"}, "BIGRAM_VOCAB_SIZE"),
+        ({"GATED_ATTN_ENABLED": "1"}, "exclude each other"),
+        ({"ATTN_OUT_GATE_ENABLED": "1"}, "exclude each other"),
         ({"EXTRA_EVAL_LOOPS": "1", "NUM_LOOPS": "0"}, "NUM_LOOPS"),
         ({"MUON_HEAD_PAIRS": "1", "NUM_KV_HEADS": "1"}, "MUON_HEAD_PAIRS"),
         ({"QAT_BELOW_LR": "0.1"}, "GPTQ_COLUMN_STEPS"),

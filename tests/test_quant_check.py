@@ -119,6 +119,7 @@ def trained_model(folder, **changes):
         "train_seq_len": 128,
         "iterations": 150,
         "matrix_lr": 0.05,
+        "muon_outward": 1.0,
         "warmdown_frac": 0.5,
         "ema_decay": 0.8,
     }

@@ -103,7 +103,7 @@ def test_gptq_in_blocks_of_another_size_finds_golden_codes(golden):
 
 
 def test_gate_rows_equal_golden(golden):
-    fields = train_gpt.quantize_small("attn_gate", golden["gate/W"], settings())
+    fields = train_gpt.quantize_small("attn_gate", golden["gate/W"])
     assert torch.equal(fields["codes"], golden["gate/codes"]) and torch.equal(
         fields["scale"], golden["gate/scale"]
     )
@@ -373,7 +373,7 @@ def test_rebuilding_refuses_fine_codes_that_do_not_fit():
         },
     ):
         broken = {name: array for name, array in (arrays | changes).items() if array is not None}
-        with pytest.raises(ValueError, match="tok_emb.weight: fine codes"):
+        with pytest.raises(ValueError, match="tok_emb.weight: (fine codes|no weight)"):
             train_gpt.dequantize_weights(
                 {f"tok_emb.weight:{field}": array for field, array in broken.items()}
             )
@@ -519,7 +519,7 @@ def test_each_role_uses_its_own_bits_and_clip():
         assert np.abs(arrays[f"{name}:codes"]).max() <= q_max
 
 
-def test_small_tensors_keep_shape_and_gates_are_int8_only_if_asked():
+def test_small_tensors_keep_shape_and_gates_are_int8():
     weights, hessians = small_model()
     arrays = quantize_alone(weights, hessians, settings())
     assert arrays["attn_gate:codes"].shape == (3, 4, 12) and arrays["attn_gate:scale"].shape == (
@@ -527,8 +527,6 @@ def test_small_tensors_keep_shape_and_gates_are_int8_only_if_asked():
         4,
     )
     assert arrays["smear_lambda:fp16"].shape == () and arrays["resid_mix:fp16"].dtype == np.float16
-    arrays = quantize_alone(weights, hessians, settings(gated_attn_quant_gate=False))
-    assert arrays["attn_gate:fp16"].shape == (3, 4, 12) and "attn_gate:codes" not in arrays
 
 
 def test_rebuilt_weights_are_close_and_complete():
@@ -545,7 +543,7 @@ def test_a_model_takes_its_weights_from_the_file(tmp_path, dist):
     weights = train_gpt.unbank(make_model(hp))
     hessians = {name: torch.eye(w.shape[-1]) for name, w in weights.items()}
     arrays = train_gpt.quantize_weights(weights, hessians, hp, dist)
-    (tmp_path / "artifact.bin").write_bytes(train_gpt.pack_weights(arrays, "lzma"))
+    (tmp_path / "artifact.bin").write_bytes(train_gpt.pack_weights(arrays, "entropy"))
     model = make_model(hp, seed=9)
     train_gpt.rebuild_model(model, tmp_path / "artifact.bin", dist)
     found, want = train_gpt.unbank(model), train_gpt.dequantize_weights(arrays)

@@ -24,7 +24,7 @@ from training_helpers import OPS, SMALL
 
 import train_gpt
 from presets import published
-from tools import guard
+from tools import dataset, guard
 
 SOAK = os.environ.get("SOAK") == "1"
 OURS = train_gpt.SettingError, train_gpt.DataError, train_gpt.ArtifactError, guard.SafetyError
@@ -260,7 +260,7 @@ def test_a_manifest_of_any_shape_is_read_or_refused(place, tmp_path):
             yield from paths_into(tree[key], (*at, key))
 
     def read():
-        only_ours(train_gpt.check_manifest, hp, {"documents": 3, "tokens": 63})
+        only_ours(dataset.check_manifest, hp, {"documents": 3, "tokens": 63})
         only_ours(train_gpt.find_tokenizer, hp)
 
     @given(st.sampled_from(list(paths_into(whole))), JSON, st.booleans())

@@ -72,6 +72,7 @@ def test_result_counts_code_and_weights_once_each(tmp_path, dist):
     stages = SimpleNamespace(
         hp=tiny_hp(data_path=str(tmp_path)),
         dist=dist,
+        guard=train_gpt.NO_GUARD,
         log=Lines(),
         folder=tmp_path,
         training={},

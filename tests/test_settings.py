@@ -93,7 +93,6 @@ def test_the_environment_sets_every_setting(field):
             "rope_dims": 8,
             "ttt_stale_context": 512,
             "iterations": 7,
-            "max_row_segments": 100,
             "train_batch_tokens": 98_304,
             "micro_batch_tokens": 49_152,
         }.get(field.name, field.default * 0.9 if field.type is float else field.default - 1 or 1)
@@ -101,9 +100,7 @@ def test_the_environment_sets_every_setting(field):
             changed = max(changed, field.metadata["least"])
         changed += changed == field.default
     more = {
-        "gated_attn_enabled": {"SPARSE_ATTN_GATE_ENABLED": "0"},
         "checkpoint_path": {"QUANT_ONLY": "1"},
-        "attn_out_gate_enabled": {"SPARSE_ATTN_GATE_ENABLED": "0"},
         "artifact_path": {"TTT_EVAL_ONLY": "1"},
         "resume": {"RUN_ID": "cut-short"},
         "deterministic": {"MAX_WALLCLOCK_SECONDS": "0"},
@@ -142,7 +139,6 @@ def test_derived_sizes():
         64,
         None,
     )
-    assert Hyperparameters(max_row_segments=70).row_segments == 70
 
 
 # ---- unknown variables
@@ -287,16 +283,6 @@ def test_every_number_has_a_lower_bound():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"GATED_ATTN_ENABLED": "1"}, "exclude each other"),
-        ({"ATTN_OUT_GATE_ENABLED": "1"}, "exclude each other"),
-        (
-            {
-                "SPARSE_ATTN_GATE_ENABLED": "0",
-                "GATED_ATTN_ENABLED": "1",
-                "ATTN_OUT_GATE_ENABLED": "1",
-            },
-            "exclude each other",
-        ),
         ({"TRAIN_BATCH_TOKENS": "786433"}, "TRAIN_BATCH_TOKENS"),
         ({"MICRO_BATCH_TOKENS": "100000"}, "MICRO_BATCH_TOKENS"),
         ({"MODEL_DIM": "500"}, "MODEL_DIM"),
@@ -327,7 +313,6 @@ def test_combinations_that_cannot_work_are_refused(changes, message):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"SPARSE_ATTN_GATE_ENABLED": "0", "GATED_ATTN_ENABLED": "1"},
         {"NUM_KV_HEADS": "8", "MLP_MULT": "3.5"},
         {"NUM_LOOPS": "0", "LOOP_END": "50"},
         {"MAX_WALLCLOCK_SECONDS": "0"},
@@ -363,7 +348,7 @@ BLOCKED_IMPORT = """
 import importlib.abc, json, os, sys
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"brotli", "triton", "sentencepiece", "python_minifier", "flash_attn_interface"}:
+        if name.split(".")[0] in {"triton", "python_minifier", "flash_attn_interface"}:
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
 import random, threading, numpy, torch
@@ -378,7 +363,7 @@ import train_gpt
 after = environment(), sorted(os.listdir(".")), torch.get_rng_state().tolist(), threading.active_count()
 assert before == after
 assert state == states()
-assert train_gpt.brotli is None and train_gpt.triton is None
+assert train_gpt.triton is None
 assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
 hp = train_gpt.Hyperparameters.from_env()
 ops = train_gpt.select_ops(hp, torch.device("cpu"), torch.float32)

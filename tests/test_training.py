@@ -88,8 +88,9 @@ def test_a_step_number_restores_the_loader(tiny_data):
         )
 
 
-def test_documents_are_segments_and_long_ones_are_cut(tiny_data):
-    loader, longest = loader_of(tiny_data, max_row_segments=20), 0
+def test_documents_are_segments_and_long_ones_are_cut(tiny_data, monkeypatch):
+    monkeypatch.setattr(train_gpt.Hyperparameters, "row_segments", 20)
+    loader, longest = loader_of(tiny_data), 0
     for row in loader.step(0), loader.step(1), loader.step(2):
         for inputs, _, cu_seqlens in row:
             starts = expected_starts(inputs[0].tolist(), 32)
@@ -99,13 +100,13 @@ def test_documents_are_segments_and_long_ones_are_cut(tiny_data):
     assert longest == 32
 
 
-def test_document_of_exactly_the_limit_is_one_piece(tmp_path):
+def test_document_of_exactly_the_limit_is_one_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt.Hyperparameters, "row_segments", 9)
     write_documents(tmp_path, "train", [31, 32, 63, 64])  # 32, 33, 64 and 65 tokens with BOS
     loader = loader_of(
         tmp_path,
         micro_batch_tokens=194,
         train_batch_tokens=194,
-        max_row_segments=9,
         balance_rows=False,
     )
     assert loader.build(0).cu_seqlens.tolist() == [0, 32, 64, 65, 97, 129, 161, 193, 194, 194]
@@ -149,13 +150,13 @@ def attention_work(row):
 
 
 @pytest.mark.parametrize("rows", [2, 8])
-def test_balanced_rows_hold_the_documents_of_their_step_and_equal_work(rows, tmp_path):
+def test_balanced_rows_hold_the_documents_of_their_step_and_equal_work(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt.Hyperparameters, "row_segments", 256)
     lengths = np.random.default_rng(rows).lognormal(3, 1, 3000).astype(int).clip(1, 200)
     write_documents(tmp_path, "train", lengths)
     settings = {
         "micro_batch_tokens": 2048,
         "train_batch_tokens": 2048 * rows,
-        "max_row_segments": 256,
         "train_seq_len": 64,
     }
     dealt, plain = (loader_of(tmp_path, balance_rows=on, **settings) for on in (True, False))
@@ -243,16 +244,18 @@ def test_shards_cut_anywhere_give_the_same_rows(sizes, tmp_path):
         )
 
 
-def test_beyond_the_limit_the_shortest_neighbours_share_a_segment(tmp_path):
+def test_beyond_the_limit_the_shortest_neighbours_share_a_segment(tmp_path, monkeypatch):
     # one token more each, 128 in all
     write_documents(tmp_path, "train", [29, 9, 19, 4, 3, 19, 14, 23] * 2)
     starts = [0, 30, 40, 60, 65, 69, 89, 104, 128]
     for most, gone in ((8, []), (7, [65]), (6, [65, 60])):
         want = [start for start in starts if start not in gone]
-        loader = loader_of(tmp_path, max_row_segments=most, balance_rows=False)
+        monkeypatch.setattr(train_gpt.Hyperparameters, "row_segments", most)
+        loader = loader_of(tmp_path, balance_rows=False)
         assert loader.build(0).cu_seqlens.tolist() == want
     # the next would be longer than 32
-    loader = loader_of(tmp_path, max_row_segments=5, balance_rows=False)
+    monkeypatch.setattr(train_gpt.Hyperparameters, "row_segments", 5)
+    loader = loader_of(tmp_path, balance_rows=False)
     assert loader.build(0).cu_seqlens.tolist() == [0, 32, 64, 96, 128, 128]
 
 

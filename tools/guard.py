@@ -38,6 +38,8 @@ import train_gpt  # the running script: train_gpt.find_guard sees to that
 from train_gpt import Guard, SettingError
 
 # the files beside this one, whatever else is called tools: see train_gpt.find_guard
+from .dataset import check_dataset, leaked_documents
+from .other_scripts import environment_notes, instead_of
 from .run_files import OF_A_PART, PresetError, published_settings, read_preset, read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,10 +146,21 @@ class RunGuard(Guard):
         if self.lock_file:
             self.lock_file.close()
 
-    # -- checks of the machine
+    # -- checks of the machine and of the data
 
     def check(self, hp, dist, prepared):
-        return check_machine(hp, dist, prepared.folder, prepared.model, prepared.compressor_works)
+        problems = []
+        machine = ""
+        try:
+            prepared.tokenizer = check_dataset(hp, prepared.validation)
+        except train_gpt.DataError as error:
+            problems.append(str(error))
+        try:
+            machine = check_machine(hp, dist, prepared.folder, prepared.model)
+        except SafetyError as error:
+            problems.append(str(error))
+        raise_all(problems)
+        return machine
 
     def lock(self, folder):
         self.lock_file = lock(folder)
@@ -167,9 +180,16 @@ class RunGuard(Guard):
             )
         return settings
 
+    def instead(self, name):
+        return instead_of(name)
+
     def notes(self, hp):
-        notes = [f"note: {note}" for note in commit_notes()]
+        notes = [*environment_notes(os.environ), *budget_notes(hp), *commit_notes()]
+        notes = [f"note: {note}" for note in notes]
         return notes + (preset_notes(hp) if hp.preset else [])
+
+    def figures(self, hp):
+        return leaked_documents(hp)
 
     def submission(self, script, hp):
         return packed_code(script, hp)
@@ -216,6 +236,12 @@ MEANING = """caseops_enabled marker_fusion_enabled vocab_size model_dim num_laye
 WITHOUT = {
     "caseops_enabled": True,
     "marker_fusion_enabled": False,
+    "smear_gate_enabled": True,
+    "skip_gates_enabled": True,
+    "ln_scale": True,
+    "parallel_final_lane": "mean",
+    "gated_attn_enabled": False,
+    "attn_out_gate_enabled": False,
     "attn_window": 0,
     "partial_key_offset": False,
     "value_residual": "off",
@@ -815,12 +841,12 @@ GAUSSIAN_BITS = math.log2(math.sqrt(2 * math.pi * math.e))  # entropy of a unit 
 STATE_BYTES_A_WEIGHT = 20  # weights, average, momentum and both moments, fp32
 
 
-def check_machine(hp, dist, folder=None, model=None, compressor_works=False):
+def check_machine(hp, dist, folder=None, model=None):
     """Checks this machine against the settings -> phrases for the log.
 
-    Packages are checked on every rank; on rank 0 also the run's folder, and with a model and a
-    compressor that works a round trip of random weights, the budgets and the size of the artifact
-    to come. Raises SafetyError with all problems.
+    Packages are checked on every rank; on rank 0 also the run's folder, and with a model a round
+    trip of random weights through the compressor, the budgets and the size of the artifact to come.
+    Raises SafetyError with all problems.
     """
     problems = []
     phrases = []
@@ -841,10 +867,9 @@ def check_machine(hp, dist, folder=None, model=None, compressor_works=False):
             more, phrase = check_folder(folder, model, hp)
             problems += more
             phrases.append(phrase)
-        if compressor_works:
-            more, of_budgets = check_budgets(model, hp)
-            problems += more
-            phrases = of_budgets + phrases
+        more, of_budgets = check_budgets(model, hp)
+        problems += more
+        phrases = of_budgets + phrases
     raise_all(problems)
     return " ".join(phrases).rstrip()
 
@@ -1031,7 +1056,7 @@ def trial_arrays(model, hp):
         role = train_gpt.quant_role(name)
         shape = tuple(weight.shape)
         if role is None:
-            fields = train_gpt.quantize_small(name, torch.randn(shape, generator=generator), hp)
+            fields = train_gpt.quantize_small(name, torch.randn(shape, generator=generator))
         else:
             first = shape not in seen
             complete = first and hp.compressor in FAST_COMPRESSORS
@@ -1097,6 +1122,24 @@ def equal_arrays(a, b):
 
 
 # ---- PRESET, CODE AND COMMIT ---------------------------------------------------------------------
+
+CONTEST_SECONDS = 600.0  # limit of training, and of evaluation, in the contest's rules
+
+
+def budget_notes(hp):
+    """Notes for the log: budgets that are not the contest's."""
+    budgets = {
+        "MAX_WALLCLOCK_SECONDS": hp.max_wallclock_seconds,
+        "EVAL_BUDGET_SECONDS": hp.eval_budget_seconds,
+    }
+    for name, value in budgets.items():
+        if not 0 < value <= CONTEST_SECONDS:
+            kind = "more" if value else "no limit"
+            yield (
+                f"{name}={value:g} is {kind}, the contest allows {CONTEST_SECONDS:g} s: "
+                "violations are those of the budgets as set"
+            )
+    yield "the budget starts after the warm-up"
 
 
 def preset_notes(hp):

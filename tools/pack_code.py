@@ -13,8 +13,10 @@ import ast
 import builtins
 import math
 import os
+import string
 import sys
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import brotli
@@ -30,6 +32,7 @@ OF_A_RUN = """
 PUBLISHED = Path(__file__).resolve().parents[1] / "presets" / "published.py"
 # lines of PUBLISHED that find train_gpt.py and import it
 NOT_PACKED = "ROOT", "import train_gpt", "from train_gpt"
+IN_ORDER = "register_fake", "register_autograd"
 PACKED_START = b"#coding:l1\nimport brotli,io,linecache\nn=0\nfor c in'''"
 PACKED_END = b"""''':c=ord(c);n=n*253+c-1-(c>13)-(c>92)
 S=brotli.decompress(n.to_bytes(%d)).decode()
@@ -108,11 +111,11 @@ class WithoutPrefix(ast.NodeTransformer):
 
 def needs_published(tree, published, settings):
     """Whether presets/published.py has what these settings ask for: a setting of its own that is
-    changed, or the coder that only published systems use.
+    changed, or a coder that only published systems use.
     """
     changed = changed_settings(published, settings)
     own = changed.keys() - declarations(tree).keys()
-    return bool(own) or changed.get("compressor") == "pergroup"
+    return bool(own) or changed.get("compressor") in ("lzma", "pergroup")
 
 
 def add_published(tree, published):
@@ -196,12 +199,15 @@ def free_parameters(tree):
     It writes them as plain parameters again. Otherwise it would keep the names, for callers that it
     cannot see. There are none for a function whose name stands nowhere but in calls; one that is
     handed on may be a library's to call, as PyTorch calls `setup_context(ctx=..., inputs=...,
-    output=...)`. So it keeps its names if it is defined inside of another one or is an argument
-    where the script calls what it does not define. All others that are handed on keep the names
-    that any call of the script gives. Arguments go in order to lambdas.
+    output=...)`, though it calls the first argument of IN_ORDER with arguments in order. So it
+    keeps its names if it is defined inside of another one or is an argument where the script calls
+    what it does not define. All others that are handed on keep the names that any call of the
+    script gives. Arguments go in order to lambdas.
     """
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    # what is called, or asked for an attribute, is not handed on by that
     known = {id(call.func) for call in calls}
+    known |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     handed_on = {
         name_of(node) for node in ast.walk(tree) if name_of(node) and id(node) not in known
     }
@@ -212,12 +218,12 @@ def free_parameters(tree):
     defined = {
         node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))
     }
-    foreign = [call for call in calls if name_of(call.func) not in defined]
-    given_away = {
-        name_of(node)
-        for call in foreign
-        for node in [*call.args, *(k.value for k in call.keywords)]
-    }
+    given_away = set()
+    for call in calls:
+        if name_of(call.func) not in defined:
+            given_away |= {name_of(keyword.value) for keyword in call.keywords}
+            if name_of(call.func) not in IN_ORDER:
+                given_away |= {name_of(argument) for argument in call.args}
     at_top = {node for node in tree.body if getattr(node, "name", None) not in given_away}
     owner = {
         part: cls for cls in ast.walk(tree) if isinstance(cls, ast.ClassDef) for part in cls.body
@@ -240,6 +246,41 @@ def free_parameters(tree):
             free = names.index(True) if True in names else len(names)
             node.args.posonlyargs = node.args.args[:free]
             node.args.args = node.args.args[free:]
+
+
+def shorten_attributes(tree):
+    """Gives attributes and methods that stand behind `self` alone, in classes without a base, the
+    names A, B, C in the order in which they appear.
+
+    Nobody but their class can ask for them: its objects are of no library's class, and the name
+    stands nowhere else, as another attribute, a field, a keyword or a word in a string. Variables
+    may have it, too.
+    """
+    all_classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    classes = [node for node in all_classes if not node.bases]
+    methods = {part for cls in classes for part in cls.body if isinstance(part, ast.FunctionDef)}
+    fields = {part for cls in all_classes for part in cls.body if part not in methods}
+    in_fields = {part for field in fields for part in ast.walk(field)}
+    behind_self = {}
+    for cls in classes:
+        attributes = [part for part in ast.walk(cls) if isinstance(part, ast.Attribute)]
+        behind_self[cls] = [part for part in attributes if getattr(part.value, "id", "") == "self"]
+    private = methods.union(*behind_self.values())
+    others = set()
+    for node in ast.walk(tree):
+        is_variable = isinstance(node, (ast.Name, ast.arg)) and node not in in_fields
+        if node not in private and not is_variable:
+            texts = [value for _, value in ast.iter_fields(node) if isinstance(value, str)]
+            others.update(*map(str.split, texts))
+    names = [*string.ascii_uppercase, *map("".join, product(string.ascii_uppercase, repeat=2))]
+    names = [name for name in names if name not in others]
+    for cls, attributes in behind_self.items():
+        short = {}
+        for part in attributes:
+            if part.attr not in others and not part.attr.startswith("__"):
+                part.attr = short.setdefault(part.attr, names[len(short)])
+        for part in methods.intersection(cls.body):
+            part.name = short.get(part.name, part.name)
 
 
 def name_of(node):
@@ -266,8 +307,7 @@ def names_to_keep(tree):
     free_parameters.
 
     The minifier's `A=BLOCK` would make a kernel's constexpr a tensor, and a kernel may not read an
-    alias of a builtin. Operators and kernels go by their names in profiles; aliases of builtins
-    would cost bytes.
+    alias of a builtin. Kernels go by their names in profiles; aliases of builtins would cost bytes.
     """
     kernels = [node for node in ast.walk(tree) if is_kernel(node)]
     arguments = {
@@ -276,9 +316,8 @@ def names_to_keep(tree):
     used = {
         node.id for kernel in kernels for node in ast.walk(kernel) if isinstance(node, ast.Name)
     }
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    named = [node.name for node in functions if decorators(node) & {"custom_op", "jit"}]
-    return sorted(arguments), sorted(used.union(named, dir(builtins)))
+    names = {kernel.name for kernel in kernels}
+    return sorted(arguments), sorted(used.union(names, dir(builtins)))
 
 
 def string_literal(data):
@@ -352,6 +391,7 @@ def pack_code(source, settings):
     DropWords().visit(tree)
     free_parameters(tree)
     named_arguments, kept_globals = names_to_keep(tree)
+    shorten_attributes(tree)
     text = ast.unparse(tree)
     renamer.sorted_bindings = in_order
     try:
@@ -370,7 +410,8 @@ def pack_code(source, settings):
         raise ValueError(f"the script cannot be minified: {error}") from error
     finally:
         clean_shared_nodes(text)
-    data = brotli.compress(small.encode())
+    modes = brotli.MODE_GENERIC, brotli.MODE_TEXT, brotli.MODE_FONT
+    data = min((brotli.compress(small.encode(), mode=mode) for mode in modes), key=len)
     return PACKED_START + string_literal(data) + PACKED_END % len(data)
 
 

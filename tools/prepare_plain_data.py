@@ -4,7 +4,7 @@ Data for the presets without CaseOps (docs/PRESETS.md).
 
     python tools/prepare_plain_data.py docs_train.jsonl.xz --val-file docs_val.jsonl.xz \
         --out data/plain
-    PRESET=pr1493 DATA_PATH=data/plain/sp8192 python train_gpt.py
+    DATA_PATH=data/plain/sp8192 python presets/published.py pr1493
 
 For each --vocab-sizes N the folder DIR/spN gets a BPE tokenizer, trained on the first
 --tokenizer-bytes of training text, and shards of it without side-cars. Text is taken as it is, so

@@ -106,7 +106,7 @@ def published_settings():
     """Names of the settings that presets/published.py adds to those of train_gpt.py."""
     text = (PRESETS / "published.py").read_text(encoding="utf-8")
     return {name.upper() for name in re.findall(r"^    (\w+): \w+ = env\(", text, re.M)} - {
-        "COMPRESSOR"  # takes one value more
+        "COMPRESSOR"  # takes two values more
     }
 
 
@@ -114,7 +114,7 @@ def script_of(settings):
     """{NAME: text} -> path of the script that knows these settings: train_gpt.py, or
     presets/published.py.
     """
-    if settings.keys() & published_settings() or settings.get("COMPRESSOR") == "pergroup":
+    if settings.keys() & published_settings() or settings.get("COMPRESSOR") in ("lzma", "pergroup"):
         return PRESETS / "published.py"
     return PRESETS.parent / "train_gpt.py"
 

@@ -13,7 +13,6 @@ tokens. Nothing in the run's folder is changed.
 
 import argparse
 import functools
-import importlib
 import re
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import presets.published as published  # noqa: E402
 import train_gpt  # noqa: E402
 from lossless_caps import ALLCAPS, CAPNEXT, ESC, TITLE, decode  # noqa: E402
 from prepare_caseops_data import encode_document, load_tokenizer  # noqa: E402
@@ -123,7 +123,7 @@ def hyperparameters(settings, device, tokenizer):
     Puts the parts of presets/published.py into train_gpt where the run used that script.
     """
     if script_of(settings).name == "published.py":
-        importlib.import_module("presets.published").install()
+        published.install()
     kept = {name: value for name, value in settings.items() if name not in FOLDER | MODE}
     kept |= HERE | {"DEVICE": device}
     kept.setdefault("MARKER_FUSION_ENABLED", "0")  # a run without it is older than the setting
