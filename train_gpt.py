@@ -1139,8 +1139,14 @@ def space_id(hp):
 def fuse_markers(tokens, charges, space):
     """(n,) ids and the bytes of each -> (m,) both, a space and the case marker behind it as one id.
 
-    SentencePiece merges nothing across a marker (PR 2109). Shards stay as they are.
+    SentencePiece merges nothing across a marker (PR 2109). Shards stay as they are. Raises
+    DataError for ids of pairs, which would be taken for fused markers.
     """
+    if np.isin(tokens, PAIR_IDS).any():
+        raise DataError(
+            f"DATA_PATH: the data have tokens {PAIR_IDS}, which are those of fused markers: set"
+            " MARKER_FUSION_ENABLED=0"
+        )
     begins_pair = (tokens[:-1] == space) & np.isin(tokens[1:], CASE_MARKERS)
     begins_pair = np.append(begins_pair, False)
     ends_pair = np.roll(begins_pair, 1)
@@ -1296,19 +1302,11 @@ class ValidationSet:
                 " counted"
             )
         if hp.fuses_markers:
-            self.fuse_markers(hp)
+            # all text and all bytes stay
+            self.tokens, self.bytes = fuse_markers(self.tokens, self.bytes, space_id(hp))
         # no BOS follows the last document
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
         self.ends = np.append(self.starts[1:], len(self.tokens) - 1)
-
-    def fuse_markers(self, hp):
-        """Tokens and their bytes as the model sees them; all text and all bytes stay."""
-        if np.isin(self.tokens, PAIR_IDS).any():
-            raise DataError(
-                f"{hp.data_path}: validation has tokens {PAIR_IDS}, which are those of fused"
-                " markers: set MARKER_FUSION_ENABLED=0"
-            )
-        self.tokens, self.bytes = fuse_markers(self.tokens, self.bytes, space_id(hp))
 
     def count_bytes(self, hp, stream):
         """(N,) int64 bytes charged to each token of the stream."""

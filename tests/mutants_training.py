@@ -757,9 +757,9 @@ OPTIMIZER = [
         "tests/test_optimizer.py::test_a_step_turns_a_matrix_and_half_of_its_growth_is_kept",
     ),
     Mutant(
-        "validation-with-ids-of-pairs-passes",
+        "data-with-ids-of-pairs-pass",
         TRAINER,
-        "if np.isin(self.tokens, PAIR_IDS).any():",
+        "if np.isin(tokens, PAIR_IDS).any():",
         "if False:",
         "tests/test_data.py::test_a_validation_text_with_ids_of_pairs_is_refused",
     ),

@@ -38,7 +38,7 @@ import train_gpt  # the running script: train_gpt.find_guard sees to that
 from train_gpt import Guard, SettingError
 
 # the files beside this one, whatever else is called tools: see train_gpt.find_guard
-from .dataset import check_dataset, leaked_documents
+from .dataset import check_dataset, check_training_ids, leaked_documents
 from .other_scripts import environment_notes, instead_of
 from .run_files import OF_A_PART, PresetError, published_settings, read_preset, read_settings
 
@@ -153,6 +153,10 @@ class RunGuard(Guard):
         machine = ""
         try:
             prepared.tokenizer = check_dataset(hp, prepared.validation)
+        except train_gpt.DataError as error:
+            problems.append(str(error))
+        try:
+            check_training_ids(hp, dist)
         except train_gpt.DataError as error:
             problems.append(str(error))
         try:
