@@ -399,7 +399,8 @@ def unknown_settings(environ, cls, guard):
     for name in sorted(set(environ) - {*names}):
         instead = guard.instead(name)
         if instead or name.startswith((*FOREIGN,)):
-            yield f"{name} is a setting of other scripts{instead} (unset it, or see --help)"
+            instead = instead or " (unset it, or see --help)"
+            yield f"{name} is a setting of other scripts{instead}"
             continue
         in_family = name.split("_")[0] in families
         if in_family or difflib.get_close_matches(name, names, 1, 0.88):

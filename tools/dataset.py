@@ -39,8 +39,8 @@ def text_problems(hp, manifest):
         )
     if "text_transform" in manifest and not transform and uses_side_car:
         yield (
-            "its manifest says that the text was not transformed: set CASEOPS_ENABLED=0, a setting"
-            " of presets/published.py"
+            "its manifest says that the text was not transformed: run presets/published.py with"
+            " CASEOPS_ENABLED=0"
         )
 
 
