@@ -1383,14 +1383,19 @@ def models_near(folder, nearest):
     """SentencePiece models in and around a dataset's folder, in order of distance.
 
     nearest: only those of the closest place that has any. Raises DataError if that place has
-    several different ones, as nothing says which of them made the shards.
+    several different ones, as nothing says which of them made the shards, and if there are none.
     """
     parents = folder.parent, folder.parent.parent, Path(__file__).parent
     places = [folder, *(parent / "tokenizers" for parent in parents)]
     groups = [sorted(place.glob("*.model")) for place in places]
+    if not any(groups):
+        raise DataError(
+            f"{folder}: no tokenizer (*.model) in {', '.join(map(str, places))}: set TOKENIZER_PATH"
+            " to the one that made the shards"
+        )
     if not nearest:
         return sum(groups, [])
-    closest = next((group for group in groups if group), [])
+    closest = next(filter(None, groups))
     if len({path.read_bytes() for path in closest}) > 1:
         names = ", ".join(str(path) for path in closest)
         raise DataError(
@@ -1418,8 +1423,8 @@ def find_tokenizer(hp):
             check_tokenizer(hp, path)
             return path
     raise DataError(
-        f"no tokenizer for {folder} (the manifest wants sha256 {wanted}; looked at"
-        f" {[str(path) for path in candidates]}): set TOKENIZER_PATH"
+        f"{folder}: its manifest wants a tokenizer with sha256 {wanted}, which none of"
+        f" {', '.join(map(str, candidates))} has: set TOKENIZER_PATH"
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -301,6 +302,28 @@ def test_a_bos_that_is_charged_is_refused(copy):
     write_shard(copy / "fineweb_val_bytes_000000.bin", charges)
     with pytest.raises(DataError, match="a BOS is charged"):
         train_gpt.ValidationSet(hp_of(copy))
+
+
+def test_a_missing_tokenizer_is_told_with_where_it_was_searched(copy, monkeypatch):
+    monkeypatch.setattr(train_gpt, "__file__", str(copy / "alone" / "train_gpt.py"))
+    places = [copy, *(parent / "tokenizers" for parent in (*copy.parents[:2], copy / "alone"))]
+    message = (
+        f"{copy}: no tokenizer (*.model) in {', '.join(map(str, places))}: set TOKENIZER_PATH to"
+        " the one that made the shards"
+    )
+    for path in copy.glob("*.model"):
+        path.unlink()
+    for manifest in (True, False):
+        with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+            train_gpt.find_tokenizer(hp_of(copy))
+        if manifest:
+            (copy / "manifest.json").unlink()
+
+
+def test_tokenizers_that_the_manifest_does_not_mean_are_named(copy):
+    restate(lambda m: m["tokenizer"].update(sha256="5e1f"))(copy)
+    with pytest.raises(DataError, match=r"wants a tokenizer with sha256 5e1f, which none of /.*"):
+        train_gpt.find_tokenizer(hp_of(copy))
 
 
 def test_a_damaged_manifest_is_one_message(copy):
