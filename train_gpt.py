@@ -4621,7 +4621,8 @@ class QuantizationCheck:
 # of the stored header; the header, JSON [[[name, dtype, shape], ...], [[size, digest of the stored
 # bytes, digest of the raw bytes], ...]]; the sections, one after another. The list of arrays says
 # what the sections hold (plan_sections). Thanks to the two digests neither a damaged file nor a
-# decoder of another version can give wrong weights.
+# decoder of another version can give wrong weights. The two highest bits of the compressor's number
+# say what tokens the model was trained on: 0 not said (older files), 1 as stored, 2 markers fused.
 MAGIC = b"GLF1"
 PREFIX = struct.Struct("<4sBII")
 DIGEST_BYTES = 8
@@ -5106,10 +5107,11 @@ class SectionRecord(NamedTuple):
     raw_digest: str
 
 
-def pack_weights(arrays, compressor, on_progress=lambda share: None):
+def pack_weights(arrays, compressor, on_progress=lambda share: None, trained_on=0):
     """Numpy arrays by name -> artifact bytes. ValueError for arrays that cannot be packed.
 
     on_progress(share) is called after each section with the share of raw bytes that are packed.
+    trained_on: 1 + hp.fuses_markers; 0 leaves it unsaid.
     """
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
     check_specs(specs)
@@ -5133,7 +5135,7 @@ def pack_weights(arrays, compressor, on_progress=lambda share: None):
         raise ValueError(
             f"the names and shapes of {len(arrays)} arrays do not fit an artifact's header"
         )
-    number = COMPRESSORS[compressor].number
+    number = COMPRESSORS[compressor].number + 64 * trained_on
     stored = ENCODERS[COMPRESSORS[compressor].codec](header)
     prefix = PREFIX.pack(MAGIC, number, len(stored), len(header))
     return b"".join([prefix, digest(prefix + stored), stored, *(data for data, _ in encoded)])
@@ -5143,7 +5145,7 @@ class PrefixFields(NamedTuple):
     """What PREFIX packs."""
 
     magic: bytes
-    number: int  # of the compressor
+    number: int  # of the compressor + 64 trained_on
     stored_size: int  # of the header
     raw_size: int
 
@@ -5165,11 +5167,12 @@ def read_header(blob):
     stored = blob[start : start + fields.stored_size]
     is_intact = fields.magic == MAGIC and digest(prefix + stored) == blob[PREFIX.size : start]
     names = {compressor.number: name for name, compressor in COMPRESSORS.items()}
-    if not is_intact or fields.number not in names or fields.raw_size > MAX_HEADER_BYTES:
+    number = fields.number % 64
+    if not is_intact or number not in names or fields.raw_size > MAX_HEADER_BYTES:
         raise ArtifactError(
             "artifact: not a file of this program, or its header is damaged or cut off"
         )
-    compressor = names[fields.number]
+    compressor = names[number]
     try:
         raw = expand(COMPRESSORS[compressor].codec, stored, fields.raw_size)
         arrays, sections = json.loads(raw)
@@ -6613,7 +6616,9 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
 
     def pack(hp, arrays):
         with log.stage("pack"):
-            file = pack_weights(arrays, hp.compressor, log.live) if dist.rank == 0 else b""
+            file = b""
+            if dist.rank == 0:
+                file = pack_weights(arrays, hp.compressor, log.live, 1 + hp.fuses_markers)
         return Quantized(hp, arrays, file)
 
     quantize_seconds = []
@@ -6651,7 +6656,11 @@ def rebuild_model(model, path, dist):
     problem = None
     if dist.rank == 0:
         try:
-            rebank(model, dequantize_weights(unpack_weights(Path(path).read_bytes())))
+            blob = Path(path).read_bytes()
+            arrays = unpack_weights(blob)
+            if blob[4] // 64 not in (0, 1 + model.hp.fuses_markers):  # see MAGIC
+                raise ValueError("trained with another MARKER_FUSION_ENABLED: use that")
+            rebank(model, dequantize_weights(arrays))
         except (OSError, ValueError) as error:
             problem = str(error)
     problem = dist.all_gather_object(problem)[0]

@@ -340,7 +340,8 @@ def bench_runs(args):
     base = tg.Hyperparameters.from_env(guard=RunGuard())
     validation = tg.ValidationSet(base)
     model = tg.build_model(base, dist)
-    weights = tg.dequantize_weights(tg.unpack_weights(Path(args.artifact).read_bytes()))
+    tg.rebuild_model(model, args.artifact, dist)
+    weights = {name: tensor.clone() for name, tensor in tg.unbank(model).items()}
     print(
         f"{'bpb':>9}{'all s':>8}{'compile':>9}{'capture':>9}{'steps s':>9}"
         f"{'tokens/s':>10}{'positions/s':>13}"

@@ -958,8 +958,8 @@ MAIN = [
     Mutant(
         "the-weights-of-the-trained-model-are-scored-not-the-files",
         TRAIN,
-        "            rebank(model, dequantize_weights(unpack_weights(Path(path).read_bytes())))",
-        "            unpack_weights(Path(path).read_bytes())",
+        "            rebank(model, dequantize_weights(arrays))",
+        "            dequantize_weights(arrays)",
         "tests/test_quantization.py::test_a_model_takes_its_weights_from_the_file",
     ),
     Mutant(

@@ -393,8 +393,9 @@ def restore(trainer, state):
 def settings_of_file(path, hp):
     """Settings {field: value} that a file to continue from was made with; {} if nothing says it.
 
-    A checkpoint or a training state holds them. An artifact does not, because its bytes count: then
-    they are read from the model.pt beside it, or else from the log beside it.
+    A checkpoint or a training state holds them. An artifact does not, because its bytes count (it
+    says whether markers were fused, see train_gpt.rebuild_model): then they are read from the
+    model.pt beside it, or else from the log beside it.
     """
     if hp.resume:
         content = path.read_bytes()[STATE_DIGEST_BYTES:]
