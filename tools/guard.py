@@ -435,7 +435,7 @@ def compare_settings(path, hp):
         return [], ""
     if not settings:
         note = f"nothing says which settings {path} was made with; they must be the same"
-        return [], f"\nnote: {note}"
+        return [], f"\nnote: {note} (MARKER_FUSION_ENABLED was 0 by default before 2026-11-29)"
 
     def describe(names):
         words = [f"{name.upper()}={ours[name]} ({other[name]} there)" for name in names]
