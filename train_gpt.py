@@ -1566,7 +1566,9 @@ def _linear_cross_entropy(
 
 @_linear_cross_entropy.register_fake
 def _linear_cross_entropy_fake(h, weight, targets, softcap):
-    return h.new_empty(len(h), dtype=torch.float32), h.new_empty(len(h), len(weight))
+    # not len(h), which would tie a compiled graph to this number of tokens
+    tokens = h.shape[0]
+    return h.new_empty(tokens, dtype=torch.float32), h.new_empty(tokens, len(weight))
 
 
 def _linear_cross_entropy_setup(ctx, inputs, output):
@@ -1689,7 +1691,8 @@ def _mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor,
 
 @_mlp.register_fake
 def _mlp_fake(x, w_up, w_down, slope):
-    return x.new_empty(len(x), len(w_down)), x.new_empty(len(x), len(w_up))
+    tokens = x.shape[0]
+    return x.new_empty(tokens, len(w_down)), x.new_empty(tokens, len(w_up))
 
 
 def _mlp_setup(ctx, inputs, output):
