@@ -249,9 +249,9 @@ class Hyperparameters:
     # test-time training
     ttt_enabled: bool = env(True, "score with test-time training")
     ttt_max_docs: int = env(0, "score N documents of all lengths; 0: all", least=0)
-    ttt_eval_seq_len: int = env(2048, "context of a chunk and its tokens", least=2)
+    ttt_eval_seq_len: int = env(3072, "context of a chunk and its tokens", least=2)
     ttt_stale_context: int = env(
-        1792, "oldest positions, whose keys and values are not recomputed", least=0
+        2816, "oldest positions, whose keys and values are not recomputed", least=0
     )
     ttt_chunk_size: int = env(16, "tokens scored between two LoRA steps", least=1)
     ttt_batch_size: int = env(64, "documents per group, and per step", least=1)
@@ -259,7 +259,7 @@ class Hyperparameters:
     ttt_lora_sites: str = env("q,k,v,o,mlp,head", "sites with LoRA, comma separated")
     ttt_lora_rank: int = env(80, "LoRA rank", least=1)
     ttt_lora_alpha: float = env(144.0, "adapters are scaled by alpha / rank", above=0)
-    ttt_lora_lr: float = env(9e-5, "AdamW learning rate of the adapters", least=0)
+    ttt_lora_lr: float = env(7e-5, "AdamW learning rate of the adapters", least=0)
     ttt_beta2: float = env(0.99, "their beta2 (beta1 is 0)", least=0, most=0.99999)
     ttt_weight_decay: float = env(0.5, "their weight decay", least=0)
     ttt_warm_start_a: bool = env(True, "documents start with their predecessor's A")

@@ -295,10 +295,10 @@ def test_every_number_has_a_lower_bound():
         ({"PARALLEL_START_LAYER": "12"}, "PARALLEL_START_LAYER"),
         ({"MAX_WALLCLOCK_SECONDS": "7"}, "GPTQ_RESERVE_SECONDS"),
         ({"EVAL_STRIDE": "2049"}, "EVAL_STRIDE"),
-        ({"TTT_CHUNK_SIZE": "2049"}, "TTT_CHUNK_SIZE"),
+        ({"TTT_CHUNK_SIZE": "3073"}, "TTT_CHUNK_SIZE"),
         ({"TTT_LORA_SITES": "q,w"}, "TTT_LORA_SITES"),
         ({"TTT_STALE_CONTEXT": "11"}, "TTT_STALE_CONTEXT"),
-        ({"TTT_STALE_CONTEXT": "2037"}, "TTT_STALE_CONTEXT"),
+        ({"TTT_STALE_CONTEXT": "3061"}, "TTT_STALE_CONTEXT"),
         ({"PREQUANT_ONLY": "1", "QUANT_ONLY": "1"}, "exclude each other"),
         ({"RUN_ID": "../x"}, "RUN_ID"),
         ({"QUANT_ONLY": "1", "TTT_EVAL_ONLY": "1"}, "exclude each other"),
@@ -322,7 +322,7 @@ def test_combinations_that_cannot_work_are_refused(changes, message):
         {"EVAL_STRIDE": "2048"},
         {"TTT_LORA_LR": "0"},
         {"TTT_STALE_CONTEXT": "16"},
-        {"TTT_STALE_CONTEXT": "2032"},
+        {"TTT_STALE_CONTEXT": "3056"},
     ],
 )
 def test_combinations_that_work_are_taken(changes):
