@@ -60,6 +60,7 @@ class RunGuard(Guard):
         self.norms = Norms(["loss"], torch.zeros(1))
         self.norms_before = self.norms
         self.not_finite = []  # names
+        self.losses = []  # this rank's shares of the mean loss of every step
         # signals
         self.signal = 0  # number of the first one that was caught
         self.signals_wait = False  # for the end of a step
@@ -91,9 +92,12 @@ class RunGuard(Guard):
     # -- training states
 
     def resume(self, trainer):
-        return load_state(trainer) if trainer.hp.resume else super().resume(trainer)
+        done = load_state(trainer) if trainer.hp.resume else super().resume(trainer)
+        self.losses = done[2]
+        return done
 
     def after_step(self, trainer, step, seconds, losses, reports):
+        self.losses = losses
         stop, diverged = reports
         if diverged:
             diverge(trainer, step - 1, self.not_finite)
@@ -128,9 +132,14 @@ class RunGuard(Guard):
         self.signals_wait = True
 
     def end_training(self, path):
-        """The checkpoint replaces the training states; a signal that has waited ends the run."""
+        """The checkpoint replaces the training states; a signal that has waited ends the run.
+
+        losses.npy beside it gets the loss in nats of every step, float32.
+        """
         self.signals_wait = False
+        losses = self.dist.all_reduce(torch.stack(self.losses)).cpu().numpy()
         if self.dist.rank == 0:
+            save_losses(losses, path.with_name("losses.npy"))
             for state in state_files(path.parent):
                 state.unlink()
         if self.signal:
@@ -264,10 +273,16 @@ def gather_momentum(dist, muon):
     return momentum
 
 
+def save_losses(losses, path):
+    """A full disk is no reason to end a run whose training is complete."""
+    with contextlib.suppress(OSError):
+        np.save(path, losses)
+
+
 def save_state(trainer, step, seconds, losses, name=None):
     """Writes all that training continues from to the run's folder, as <sha256><torch.save>.
 
-    step (the loader's position too), seconds, last losses, weights, average, momentum of all ranks,
+    step (the loader's position too), seconds, losses, weights, average, momentum of all ranks,
     AdamW's moments, state of the random numbers, looping state and where its stretches began. Rank
     0 writes, and keeps the newest two. A full disk is reported and ends nothing.
     """
@@ -278,7 +293,7 @@ def save_state(trainer, step, seconds, losses, name=None):
         "settings": dataclasses.asdict(trainer.hp),
         "step": step,
         "seconds": seconds,
-        "losses": dist.all_reduce(torch.stack(losses[-20:])),
+        "losses": dist.all_reduce(torch.stack(losses)),
         "weights": trainer.model.state_dict(),
         "average": trainer.ema.average,
         "snapshots": getattr(trainer.ema, "snapshots", 0),  # presets/published.py
