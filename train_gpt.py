@@ -157,8 +157,6 @@ class Hyperparameters:
     num_heads: int = env(8, "query heads", least=1)
     num_kv_heads: int = env(4, "key/value heads", least=1)
     mlp_mult: float = env(4.0, "MLP width / model width", above=0)
-    tie_embeddings: bool = env(True, "the embedding is the output projection, too")
-    tied_embed_init_std: float = env(0.005, "standard deviation of the initial embedding", above=0)
     gate_window: int = env(12, "input dimensions that the gates read", least=1)
     loop_start: int = env(3, "first looped layer", least=0)
     loop_end: int = env(5, "last looped layer", least=0)
@@ -169,9 +167,7 @@ class Hyperparameters:
     rope_dims: int = env(16, "rotary dimensions per head", least=2)
     rope_base: float = env(10_000.0, "rotary base", above=1)
     qk_gain_init: float = env(5.0, "initial gain per query head", above=0)
-    xsa_last_n: int = env(11, "last layers with XSA: no head's output along its own value", least=0)
-    sparse_attn_gate_enabled: bool = env(True, "per-head output gate")
-    sparse_attn_gate_scale: float = env(0.5, "factor inside the sparse gate's sigmoid", above=0)
+    sparse_attn_gate_scale: float = env(0.5, "factor inside the head gates' sigmoid", above=0)
     leaky_relu_slope: float = env(0.3, "negative slope before squaring in the MLP", least=0, most=1)
     parallel_start_layer: int = env(
         8, "first layer with two residual lanes; NUM_LAYERS: none", least=0
@@ -196,13 +192,6 @@ class Hyperparameters:
     muon_outward: float = env(
         0.5, "factor of the part of a step that makes a matrix grow; 1: off", least=0, most=1
     )
-    muon_row_normalize: bool = env(True, "normalize rows before orthogonalization")
-    muon_backend_steps: int = env(5, "Newton-Schulz steps", least=1, most=5)
-    muon_dtype: str = env(
-        "auto",
-        "dtype of Muon",
-        choices=("auto", "bfloat16", "float32"),
-    )
     tied_embed_lr: float = env(0.03, "AdamW learning rate of the embedding", above=0)
     embed_wd: float = env(0.085, "weight decay of the embedding", least=0)
     scalar_lr: float = env(0.02, "AdamW learning rate of scalars and gates", above=0)
@@ -218,7 +207,6 @@ class Hyperparameters:
     gptq_reserve_seconds: float = env(7.0, "part of the budget for Hessians and GPTQ", least=0)
     gptq_calibration_batches: int = env(16, "training rows for the Hessians", least=1)
     gptq_damp: float = env(0.01, "damping, share of the mean Hessian diagonal", above=0)
-    gptq_block_size: int = env(128, "columns per batched error update", least=1)
     matrix_bits: int = env(6, "bits per matrix code", least=2, most=8)
     embed_bits: int = env(8, "bits per embedding code", least=2, most=8)
     mlp_clip_sigmas: float = env(12.8, "clip of MLP rows, standard deviations", above=0)
@@ -241,9 +229,7 @@ class Hyperparameters:
     compressor: str = env("entropy", "artifact coder", choices=("entropy", "brotli"))
 
     # evaluation
-    eval_seq_len: int = env(2048, "context of plain and sliding evaluation", least=2)
-    sliding_window_enabled: bool = env(False, "also evaluate with overlapping windows")
-    eval_stride: int = env(64, "advance of the sliding window", least=1)
+    eval_seq_len: int = env(2048, "context of plain evaluation", least=2)
     eval_budget_seconds: float = env(600.0, "limit for unpacking and final evaluation", above=0)
 
     # test-time training
@@ -268,8 +254,6 @@ class Hyperparameters:
     )
     phased_ttt_prefix_docs: int = env(2500, "documents before the last time, per 50,000", least=0)
     global_ttt_lr: float = env(1e-3, "SGD learning rate there, cosine to 0", least=0)
-    global_ttt_momentum: float = env(0.9, "momentum there", least=0, most=0.9999)
-    global_ttt_grad_clip: float = env(1.0, "maximum gradient norm there", above=0)
     global_ttt_chunk_tokens: int = env(32_768, "tokens per SGD step", least=1)
 
     @classmethod
@@ -381,8 +365,8 @@ def parse_setting(field, text):
 FOREIGN = """ADAM_EPS ALIAS_ ASYM_ BIGRAM_ CASEOPS_ CKPT_ DATASETS_ DOC_SHUFFLE E2E_ EXTRA_EVAL
     FULL_GPTQ FUSED_ GATED_ HEAD_LR HEAD_PAIR HESSIAN_ IHA_ LATE_QAT LN_SCALE LOAD_MODEL LQER_
     MAX_ROW_ MTP_ NEGATIVE_ NGRAM_ PAIRED_ PARTIAL_KEY PRUNE_ QAT_ QUANTIZE RECUR_
-    SKIP_GATES SKIP_POST SMEAR_ SPINQUANT_ SWA_ TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD
-    TRAIN_SEQ_SCHED VALUE_ VAL_BATCH VAL_DOC VE_ WD_""".split()
+    SKIP_GATES SKIP_POST SLIDING_ SMEAR_ SPINQUANT_ SWA_ TIE_ TOKEN_BOOST TOKEN_ORDER
+    TOKEN_THRESHOLD TRAIN_SEQ_SCHED VALUE_ VAL_BATCH VAL_DOC VE_ WD_ XSA_""".split()
 # First words of our settings that other programs' variables have as well (MAX_JOBS, DATA_...)
 SHARED_WORDS = """MAX MIN NUM RUN RUNS DATA MODEL COMPUTE ENABLE TRAIN VAL CHECKPOINT TOKENIZER
     ARTIFACT ADAM""".split()
@@ -472,8 +456,6 @@ def batch_problems(hp):
 
 def evaluation_problems(hp):
     """Yields messages for evaluation and test-time training."""
-    if hp.eval_stride > hp.eval_seq_len:
-        yield "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
     if hp.ttt_chunk_size > hp.ttt_eval_seq_len:
         yield "TTT_CHUNK_SIZE must be at most TTT_EVAL_SEQ_LEN"
     longest = hp.ttt_eval_seq_len - hp.ttt_chunk_size
@@ -2967,10 +2949,7 @@ BANKS = defaultdict(list)
 for kind in MATRICES:
     BANKS[kind.bank].append(kind)
 # Embedding tables: parameter of GPT -> saved name
-HEAD_NAMES = {
-    "tok_emb": "tok_emb.weight",
-    "lm_head": "lm_head.weight",
-}
+HEAD_NAMES = {"tok_emb": "tok_emb.weight"}
 
 
 def rotary_tables(positions, hp):
@@ -3032,14 +3011,13 @@ class LayerWeights(NamedTuple):
     up: Tensor  # (F, D)
     down: Tensor  # (D, F), times mlp_scale
     q_gain: Tensor  # (H,)
-    gate: Tensor | None  # (H, window) or (H, D)
     attn_scale: Tensor  # (D,)
     mlp_scale: Tensor  # (D,)
     mix: Tensor  # (2, D): factors of stream and embedding
     post: Tensor  # (2, 2): factors of (attention, MLP) for each target lane
     resid: Tensor  # (2,): factor of each lane
     depth_scale: Tensor  # (1,) float32, scales both norms
-    xsa: bool
+    gate: Tensor  # (H, window) or (H, D)
 
 
 class GPT(nn.Module):
@@ -3075,17 +3053,12 @@ class GPT(nn.Module):
         L = hp.num_layers
         D = hp.model_dim
         self.tok_emb = nn.Parameter(torch.empty(hp.vocab_size, D))
-        self.lm_head = None
-        if not hp.tie_embeddings:
-            self.lm_head = nn.Parameter(torch.empty(hp.vocab_size, D))
         for name, kinds in BANKS.items():
             rows = getattr(hp, kinds[0].rows)
             columns = getattr(hp, kinds[0].columns)
             setattr(self, name, nn.Parameter(torch.empty(len(kinds) * L, rows, columns)))
         self.q_gain = nn.Parameter(torch.full((L, hp.num_heads), hp.qk_gain_init))
-        self.attn_gate = None
-        if self.gate_inputs:
-            self.attn_gate = nn.Parameter(torch.zeros(L, hp.num_heads, self.gate_inputs))
+        self.attn_gate = nn.Parameter(torch.zeros(L, hp.num_heads, self.gate_inputs))
         self.attn_scale = nn.Parameter(torch.ones(L, D))
         self.mlp_scale = nn.Parameter(torch.ones(L, D))
         mix = torch.stack([torch.ones(L, D), torch.zeros(L, D)], dim=1)
@@ -3104,11 +3077,9 @@ class GPT(nn.Module):
     def init_weights(self, generator):
         """Random embeddings and inner matrices; output projections start at zero.
 
-        Embeddings: N(0, TIED_EMBED_INIT_STD). q, k, v and MLP up: orthogonal.
+        Embeddings: N(0, 0.005). q, k, v and MLP up: orthogonal.
         """
-        for table in (self.tok_emb, self.lm_head):
-            if table is not None:
-                table.normal_(0.0, self.hp.tied_embed_init_std, generator=generator)
+        self.tok_emb.normal_(0.0, 0.005, generator=generator)
         matrices = self.matrices(self.banks())
         for role in ("q", "k", "v", "up"):
             for matrix in matrices[role]:
@@ -3118,8 +3089,8 @@ class GPT(nn.Module):
 
     @property
     def gate_inputs(self):
-        """Number of inputs of the attention gate; 0: there is none."""
-        return self.hp.gate_window if self.hp.sparse_attn_gate_enabled else 0
+        """Number of inputs of the attention gate."""
+        return self.hp.gate_window
 
     @property
     def gate_reads_mix(self):
@@ -3128,8 +3099,8 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self):
-        """(V, D): the output projection."""
-        return self.tok_emb if self.lm_head is None else self.lm_head
+        """(V, D): the output projection, tied to the embedding."""
+        return self.tok_emb
 
     def slots(self, looping):
         """The layers in execution order: with looping, looped layers appear several times."""
@@ -3214,7 +3185,6 @@ class GPT(nn.Module):
         slices. The scales of sublayer outputs are multiplied into the matrices, so that scaling
         costs no extra pass over activations, forward or backward.
         """
-        hp = self.hp
         matrices = self.matrices(self.banks())
         qkv = torch.cat([matrices[role].to(self.dtype) for role in ("q", "k", "v")], dim=1)
         stacked = {
@@ -3228,17 +3198,16 @@ class GPT(nn.Module):
             "mix": self.resid_mix,
             "post": self.parallel_post,
             "resid": self.parallel_resid,
+            "gate": self.attn_gate,
         }
-        columns = {name: tensor.to(self.dtype).unbind(0) for name, tensor in stacked.items()}
-        columns["gate"] = [None] * hp.num_layers
-        if self.attn_gate is not None:
-            columns["gate"] = self.attn_gate.to(self.dtype).unbind(0)
+        columns = {}
+        for name, tensor in stacked.items():
+            if tensor is not None:
+                columns[name] = tensor.to(self.dtype).unbind(0)
         weights = []
-        for layer in range(hp.num_layers):
+        for layer in range(self.hp.num_layers):
             fields = {name: column[layer] for name, column in columns.items()}
-            scale = self.depth_scale[layer, :1]
-            xsa = layer >= hp.num_layers - hp.xsa_last_n
-            weights.append(LayerWeights(depth_scale=scale, xsa=xsa, **fields))
+            weights.append(LayerWeights(depth_scale=self.depth_scale[layer, :1], **fields))
         return weights
 
     def slot_input(self, x, x0, w, return_mix, return_merged, *skip):
@@ -3257,14 +3226,7 @@ class GPT(nn.Module):
         q, k, v = self.ops.qkv_heads(qkv, w.q_gain, cos, sin, hp.num_kv_heads)
         k, v = self.keys_and_values(k, v, w)
         y = self.attend(q, k, v, segments, w)
-        if w.gate is not None:
-            logits = self.head_gates(entry, qkv, w.gate)
-            if w.xsa:
-                y = self.ops.gated_xsa(y, v, logits)
-            else:
-                y = y * torch.sigmoid(logits)[..., None]
-        elif w.xsa:
-            y = subtract_own_value(y, v)
+        y = self.gate_heads(y, v, entry, qkv, w)
         out = linear(y.reshape(h.shape), w.out, tap, "attn_proj")
         return out if tap is None else tap("attn_out", h, out, w.attn_scale)
 
@@ -3276,9 +3238,10 @@ class GPT(nn.Module):
         """q (B, T, H, E), k and v (B, T, K, E) -> (B, T, H, E)."""
         return segments.attend(self.ops, q, k, v)
 
-    def head_gates(self, entry, qkv, gate):
-        """Logits (B, T, H) of the gates, sigmoids, of the heads' outputs."""
-        return self.hp.sparse_attn_gate_scale * F.linear(entry.gate_input, gate)
+    def gate_heads(self, y, v, entry, qkv, w):
+        """The heads' outputs (B, T, H, E) -> the same with XSA and gates, v (B, T, K, E)."""
+        logits = self.hp.sparse_attn_gate_scale * F.linear(entry.gate_input, w.gate)
+        return self.ops.gated_xsa(y, v, logits)
 
     def mlp(self, x, w, tap):
         """(B, T, D) -> (B, T, D): W_down leaky_relu(W_up h)^2 with h = norm(x) depth_scale."""
@@ -3451,7 +3414,7 @@ def rebank(model, state):
 
 # ---- OPTIMIZER -----------------------------------------------------------------------------------
 
-# Polar Express (arXiv:2505.16932): one (a, b, c) per Newton-Schulz step
+# Polar Express (arXiv:2505.16932): (a, b, c) of each Newton-Schulz step
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -3461,8 +3424,8 @@ POLAR_EXPRESS = (
 )
 
 
-def polar_express(x, steps):
-    """(N, R, C) -> (N, R, C), each matrix orthogonalised by at most five Newton-Schulz steps.
+def polar_express(x):
+    """(N, R, C) -> (N, R, C), each matrix orthogonalised by five Newton-Schulz steps.
 
     X <- aX + (bA + cA^2)X with A = X X^T, starting from X / |X|_F. Tall matrices are transposed, so
     that A is the smaller of the two products.
@@ -3470,22 +3433,20 @@ def polar_express(x, steps):
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in POLAR_EXPRESS[:steps]:
+    for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
 
 
-def muon_update(grad, momentum_buffer, momentum, steps, row_normalize, orthogonalise=polar_express):
+def muon_update(grad, momentum_buffer, momentum, orthogonalise):
     """(N, R, C) gradients -> (N, R, C) orthogonalised Nesterov updates, in the gradients' dtype.
 
-    Updates the momentum buffer in place.
+    Rows are normalized before. Updates the momentum buffer in place.
     """
     momentum_buffer.mul_(momentum).add_(grad)
     update = grad.add(momentum_buffer, alpha=momentum)
-    if row_normalize:
-        update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return orthogonalise(update, steps)
+    return orthogonalise(update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7))
 
 
 def reset_gradients(parameters):
@@ -3550,7 +3511,7 @@ class Muon:
         return [shard for _, shard in self.in_flight]
 
     def orthogonaliser(self, buffer):
-        """The function (updates (N, R, C), steps) for the bank with this momentum buffer."""
+        """The function of updates (N, R, C) for the bank with this momentum buffer."""
         return polar_express
 
     @torch.no_grad()
@@ -3559,25 +3520,17 @@ class Muon:
 
         The gradients are multiplied by `clip`, a 0-d tensor or None.
         """
-        hp = self.hp
         gathers = []
         for buffer, shard in zip(self.momentum_buffers, self.shards(), strict=True):
             if clip is not None:
                 shard = shard * clip.to(shard.dtype)
-            update = muon_update(
-                shard,
-                buffer,
-                momentum,
-                hp.muon_backend_steps,
-                hp.muon_row_normalize,
-                self.orthogonaliser(buffer),
-            )
+            update = muon_update(shard, buffer, momentum, self.orthogonaliser(buffer))
             gathers.append(self.dist.all_gather(update))
         for bank, (handle, update) in zip(self.banks, gathers, strict=True):
             handle.wait()
             scale = max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5
             update = update[: bank.size(0)]
-            step_matrices(bank, update, lr * scale, lr * weight_decay, hp.muon_outward)
+            step_matrices(bank, update, lr * scale, lr * weight_decay, self.hp.muon_outward)
         self.in_flight = []
 
 
@@ -3592,8 +3545,7 @@ class Optimizers:
         self.hp = hp
         self.dist = dist
         rest = dict(model.named_parameters())
-        dtype = model.dtype if hp.muon_dtype == "auto" else getattr(torch, hp.muon_dtype)
-        self.muon = Muon([rest.pop(name) for name in BANKS], hp, dist, dtype)
+        self.muon = Muon([rest.pop(name) for name in BANKS], hp, dist, model.dtype)
         embeddings = [rest.pop(name) for name in HEAD_NAMES if name in rest]
         scalars = list(rest.values())
         self.replicated = [*embeddings, *scalars]  # updated by every rank
@@ -3931,6 +3883,7 @@ class Trainer:
 # Limits of scales: fp16 would round a smaller one to 0, by which an all-zero row would be divided.
 FP16_RANGE = 2.0**-24, 65504.0
 DAMPING_RETRIES = 4
+GPTQ_BLOCK = 128  # columns whose error reaches later columns in one matmul
 # Step sizes are stored as int8 codes k for 2^(k/8). The step of a weight is its row's times its
 # column's: a sum of two codes, -256 to 255. Negative k index EXP2_EIGHTHS from its end, so that
 # EXP2_EIGHTHS[k] is 2^(k/8) for them, too.
@@ -3952,10 +3905,7 @@ class QuantRole(NamedTuple):
 
 EMBEDDING_ROLE = QuantRole("embedding", "embed_bits", "embed_clip_sigmas")
 # by the name of the saved weight, in the order of the artifact's groups
-QUANT_TABLE = {
-    "tok_emb.weight": EMBEDDING_ROLE,
-    "lm_head.weight": EMBEDDING_ROLE,  # TIE_EMBEDDINGS=0
-}
+QUANT_TABLE = {"tok_emb.weight": EMBEDDING_ROLE}
 for kind in MATRICES:
     QUANT_TABLE[kind.saved_name] = QuantRole(kind.role, "matrix_bits", kind.clip_sigmas)
 
@@ -4102,7 +4052,7 @@ class TrellisCode:
         return levels, levels * self.level_size
 
 
-def quantize_columns(weights, upper, quantize_column, block_size):
+def quantize_columns(weights, upper, quantize_column):
     """The loop of GPTQ: quantizes column by column, later columns make up for the error so far.
 
     weights (N, C, R), overwritten, upper (N, C, C), quantize_column: a NearestCode or TrellisCode
@@ -4111,8 +4061,8 @@ def quantize_columns(weights, upper, quantize_column, block_size):
     """
     num_columns = weights.shape[1]
     codes = torch.empty_like(weights)
-    for start in range(0, num_columns, block_size):
-        stop = min(start + block_size, num_columns)
+    for start in range(0, num_columns, GPTQ_BLOCK):
+        stop = min(start + GPTQ_BLOCK, num_columns)
         errors = torch.empty_like(weights[:, start:stop])
         for j in range(start, stop):
             codes[:, j], rounded = quantize_column(weights[:, j])
@@ -4146,7 +4096,7 @@ class ColumnSteps(NamedTuple):
         return TrellisCode(step, MAX_WIDE_CODE, self.trellis_round)
 
 
-def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, columns=None):
+def gptq_quantize(w, hessian, bits, clip_sigmas, damp, names, columns=None):
     """GPTQ (arXiv:2210.17323) of w (N, R, C) with Hessians (N, C, C) -> QuantizedMatrices.
 
     SDClip sets the step sizes of rows: clip_sigmas standard deviations of the original row reach
@@ -4162,7 +4112,7 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column
     weights, upper, order = order_columns(w, hessian, damp, names)
     if columns is None:
         column_steps = None
-        codes = quantize_columns(weights, upper, NearestCode(scale.float(), max_code), block_size)
+        codes = quantize_columns(weights, upper, NearestCode(scale.float(), max_code))
     else:
         scale, column_steps = column_step_grid(upper, scale, columns.octaves)
         # dividing by the column steps leaves a step that all columns of a row share
@@ -4170,7 +4120,7 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column
         weights = weights / column_scale[:, :, None]
         upper = upper / column_scale[:, None, :]
         quantize_column = columns.quantizer(from_log2_eighths(scale))
-        codes = quantize_columns(weights, upper, quantize_column, block_size)
+        codes = quantize_columns(weights, upper, quantize_column)
         column_steps = torch.empty_like(column_steps).scatter_(1, order, column_steps)
     codes = torch.empty_like(codes).scatter_(1, order[:, :, None].expand_as(codes), codes)
     codes = codes.mT.to(torch.int8 if column_steps is None else torch.int16).contiguous()
@@ -4250,16 +4200,7 @@ def quantize_matrices(names, weights, hessians, hp, trellis_round=trellis_round_
     for (_, bits, clip_sigmas), batch in batches.items():
         w = torch.stack([weights[name].float() for name in batch])
         h = torch.stack([hessians[name].float() for name in batch])
-        quantized = gptq_quantize(
-            w,
-            h,
-            bits,
-            clip_sigmas,
-            hp.gptq_damp,
-            hp.gptq_block_size,
-            batch,
-            columns,
-        )
+        quantized = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, batch, columns)
         for i, name in enumerate(batch):
             fields[name] = {"codes": quantized.codes[i], "scale": quantized.scale[i]}
             if quantized.column_steps is not None:
@@ -4450,7 +4391,7 @@ class HessianTap:
         self.sums[key] = self.sums[key] + gram if key in self.sums else gram
 
     def hessians(self, head_name):
-        """{saved weight name: sum (in, in)}; head_name: the weight that makes the logits."""
+        """{saved weight name: sum (in, in)}; head_name: saved name of GPT.head_weight."""
         by_name = {}
         for (site, layer), gram in self.sums.items():
             names = [kind.saved_name.format(layer) for kind in MATRICES if kind.site == site]
@@ -4487,8 +4428,7 @@ def collect_hessians(model, loader, hp, dist):
     for gram in tap.sums.values():
         gram /= hp.gptq_calibration_batches
         dist.all_reduce(gram if mine else gram.zero_())
-    head = "tok_emb.weight" if hp.tie_embeddings else "lm_head.weight"
-    return table_hessians(model) | tap.hessians(head)
+    return table_hessians(model) | tap.hessians("tok_emb.weight")
 
 
 @torch.no_grad()
@@ -5259,23 +5199,11 @@ class Score:
         return {"loss": nats / tokens, "bpb": bpb, "tokens": tokens, "bytes": num_bytes}
 
 
-def document_windows(starts, ends, length, stride):
-    """Input spans of documents -> (n, 3) int64 windows: start, end, first scored input.
-
-    Windows advance by the stride. The first window of a document scores all its inputs, each later
-    one those that no earlier window scored, at most `stride`: every target is scored once, with the
-    longest context. stride = length gives disjoint windows.
-    """
-    targets = ends - starts
-    num_windows = np.maximum(1, 1 - (length - targets) // stride)
-    num_windows = np.where(targets > 0, num_windows, 0)
-    document = np.repeat(np.arange(len(starts)), num_windows)
-    first_window = np.cumsum(num_windows) - num_windows
-    number = np.arange(num_windows.sum()) - np.repeat(first_window, num_windows)
-    start = starts[document] + number * stride
-    end = np.minimum(start + length, ends[document])
-    first_scored = np.where(number == 0, start, start + length - stride)
-    return np.stack([start, end, first_scored], axis=1)
+def document_windows(starts, ends, length):
+    """Input spans of documents, cut into windows of at most this length -> (n, 2) starts, ends."""
+    start = cut_pieces(starts, ends, length)
+    end = np.repeat(ends, -(-(ends - starts) // length))
+    return np.stack([start, np.minimum(start + length, end)], axis=1)
 
 
 class ScoredRow(NamedTuple):
@@ -5302,7 +5230,7 @@ class WindowPacker:
         self.bytes = torch.from_numpy(validation.bytes).to(device)
 
     def rows(self, windows):
-        """(n, 3) windows -> list of (first, last) window numbers of each row."""
+        """(n, 2) windows -> list of (first, last) window numbers of each row."""
         rows = []
         first = 0
         filled = 0
@@ -5322,7 +5250,7 @@ class WindowPacker:
 
     def build(self, windows):
         """Packs the windows of one row -> ScoredRow."""
-        start, end, first_scored = windows.T
+        start, end = windows[:, :2].T
         lengths = end - start
         borders = np.concatenate([[0], np.cumsum(lengths)])
         offsets = borders[:-1]
@@ -5334,7 +5262,7 @@ class WindowPacker:
         source = np.full(self.row_tokens, self.end)
         source[:filled] = np.repeat(start - offsets, lengths) + np.arange(filled)
         scored = np.zeros(self.row_tokens, bool)
-        scored[:filled] = source[:filled] >= np.repeat(first_scored, lengths)
+        scored[:filled] = True
         window_start = np.zeros(self.row_tokens, bool)
         window_start[offsets] = True
         source = self.upload(source)
@@ -5353,7 +5281,7 @@ class WindowPacker:
 
 
 class Evaluator:
-    """Plain and sliding-window BPB of a model.
+    """BPB of a model.
 
     Windows are packed into rows, rows are shared out over the ranks, every target is scored once.
     """
@@ -5391,18 +5319,13 @@ class Evaluator:
             row = self.packer.build(windows[first:last])
             score.add(self.row_losses(row), row.scored, row.target_bytes)
 
-    def evaluate_bpb(self, stride=None):
-        """Scores all validation documents -> {loss, bpb, tokens, bytes}.
-
-        Without a stride in disjoint windows, with one in sliding windows.
-        """
+    def evaluate_bpb(self):
+        """Scores all validation documents -> {loss, bpb, tokens, bytes}."""
         stream = self.validation
-        length = self.hp.eval_seq_len
-        windows = document_windows(stream.starts, stream.ends, length, stride or length)
+        windows = document_windows(stream.starts, stream.ends, self.hp.eval_seq_len)
         score = Score(self.dist.device)
         self.add_losses(windows, score, self.dist.rank, self.dist.world_size)
-        documents = np.arange(len(stream.starts))
-        return score.total(self.dist, stream.targets_of(documents))
+        return score.total(self.dist, stream.targets_of(np.arange(len(stream.starts))))
 
 
 # ---- TEST-TIME TRAINING --------------------------------------------------------------------------
@@ -5809,8 +5732,16 @@ class BatchedLoRA:
             self.update(values, squares, gradient, source, target, correction, scale, rates)
 
 
+def global_optimizer(model):
+    """SGD for sgd_step, which sets its learning rate."""
+    return torch.optim.SGD(model.parameters(), momentum=0.9)
+
+
 def sgd_step(model, packer, windows, optimizer, rate, dist):
-    """One SGD step of all ranks on the mean loss of windows (n, 3), at learning rate `rate`."""
+    """One SGD step of all ranks on the mean loss of windows (n, 2), at learning rate `rate`.
+
+    The norm of the gradient is at most 1.
+    """
     num_tokens = int((windows[:, 1] - windows[:, 0]).sum())
     own_windows = windows[dist.rank :: dist.world_size]
     reset_gradients(model.parameters())
@@ -5822,7 +5753,7 @@ def sgd_step(model, packer, windows, optimizer, rate, dist):
         loss = torch.where(row.scored, losses, 0.0).sum() / num_tokens
         loss.backward()
     dist.all_reduce_packed([p.grad for p in model.parameters()])
-    torch.nn.utils.clip_grad_norm_(model.parameters(), model.hp.global_ttt_grad_clip)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
 
@@ -6274,9 +6205,8 @@ class TestTimeTrainer:
         # what is left of a document is its end
         left = np.bincount(document, rows.count, len(stream.starts)).astype(int)
         context = self.hp.ttt_eval_seq_len
-        windows = document_windows(stream.ends - left, stream.ends, context, context)
-        # the stride, which is not used here, must not exceed the context
-        hp = dataclasses.replace(self.hp, eval_seq_len=context, eval_stride=context, compile="0")
+        windows = document_windows(stream.ends - left, stream.ends, context)
+        hp = dataclasses.replace(self.hp, eval_seq_len=context, compile="0")
         Evaluator(self.model, stream, hp, self.dist).add_losses(windows, self.score)
         return int(left.sum())
 
@@ -6286,12 +6216,8 @@ class TestTimeTrainer:
         stream = self.validation
         context = hp.ttt_eval_seq_len
         self.model.requires_grad_(True)
-        optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=hp.global_ttt_lr, momentum=hp.global_ttt_momentum
-        )
-        windows = document_windows(
-            stream.starts[documents], stream.ends[documents], context, context
-        )
+        optimizer = global_optimizer(self.model)
+        windows = document_windows(stream.starts[documents], stream.ends[documents], context)
         lengths = windows[:, 1] - windows[:, 0]
         chunk_of = (np.cumsum(lengths) - lengths) // hp.global_ttt_chunk_tokens
         chunks = np.unique(chunk_of)
@@ -6835,9 +6761,9 @@ class Stages:
             f" total_bytes:{self.artifact_bytes + self.code_bytes}"
         )
 
-    def score(self, name, *stride):
-        """Plain evaluation of the whole validation set, or with overlapping windows."""
-        score_stage(name, lambda: self.evaluator.evaluate_bpb(*stride), self.log, self.scores)
+    def score(self, name):
+        """Plain evaluation of the whole validation set."""
+        score_stage(name, self.evaluator.evaluate_bpb, self.log, self.scores)
 
     def test_time_train(self):
         """Scores with test-time training, the final score."""
@@ -6889,8 +6815,6 @@ def run(hp, dist, guard=NO_GUARD):
     if not hp.prequant_only:
         stages.unpack()
         stages.score("quantized")
-        if hp.sliding_window_enabled:
-            stages.score("sliding", hp.eval_stride)
         if hp.ttt_enabled:
             stages.test_time_train()
     return stages.result(run_info)

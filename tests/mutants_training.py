@@ -664,9 +664,9 @@ MODEL = [
     ),
     Mutant(
         "xsa-in-the-first-layers",
-        TRAINER,
-        "xsa = layer >= hp.num_layers - hp.xsa_last_n",
-        "xsa = layer < hp.xsa_last_n",
+        PRESETS,
+        "w._replace(xsa=layer >= first_xsa)",
+        "w._replace(xsa=layer < self.hp.xsa_last_n)",
         "tests/test_model.py::test_setting_equals_the_reference_forward_and_matters[xsa_last_3]",
     ),
     Mutant(
@@ -731,8 +731,8 @@ OPTIMIZER = [
     Mutant(
         "muon-normalizes-columns",
         TRAINER,
-        "update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)",
-        "update = update / update.norm(dim=-2, keepdim=True).clamp_min(1e-7)",
+        "update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)",
+        "update / update.norm(dim=-2, keepdim=True).clamp_min(1e-7)",
         "tests/test_optimizer.py::test_muon_equals_a_plain_reference",
     ),
     Mutant(

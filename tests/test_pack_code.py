@@ -11,10 +11,17 @@ import re
 import subprocess
 import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
+from struct import Struct
+from types import SimpleNamespace
 
+import brotli
+import numpy as np
 import pytest
+import sentencepiece
+import torch
 from conftest import HERE, IN_SOAK, PATIENCE, install_parts_for
 from preset_helpers import PUBLISHED, tiny
 from run_helpers import SETTINGS, QuietGuard, make_data
@@ -276,7 +283,7 @@ def test_parameters_are_renamed_only_where_every_caller_is_seen():
             return hidden_parameter + hidden_parameter + named_parameter + named_parameter
     library.register(callback, context=callback)
     library.call(Thing(3).method)
-    print(called(1, 2), by_name(1, named_parameter=2), starred(**{"starred_parameter": 1}), Thing(3).x, Thing(3)(4))
+    print(called(1, 2), by_name(*[1], named_parameter=2), starred(**{"starred_parameter": 1}), Thing(3).x, Thing(3)(4))
     """
     text = packed_text(pack_code(textwrap.dedent(source), {}))
     kept = {name for name in re.findall(r"\w+_parameter", text)}
@@ -301,27 +308,86 @@ def test_attributes_are_renamed_only_where_their_class_alone_asks_for_them():
     source = """
     import library
     class Thing:
-        field_attribute = 1
-        def __init__(self, private_attribute):
-            self.private_attribute = private_attribute
-            self.private_method_attribute()
-            self.read_attribute = self.named_attribute = self.worded_attribute = 1
-            self.A = self.field_attribute
-        def private_method_attribute(self):
-            self.read_attribute += self.private_attribute
-        def public_attribute(self):
-            return self.inherited_attribute
+        fieldattribute = 1
+        def __init__(self, privateattribute):
+            self.privateattribute = privateattribute
+            self.privatemethodattribute()
+            self.readattribute = self.namedattribute = self.wordedattribute = 1
+            self.A = self.fieldattribute
+        def privatemethodattribute(self):
+            self.readattribute += self.privateattribute
+        def publicattribute(self):
+            return self.inheritedattribute
     class Derived(Thing):
-        def inherited_attribute(self):
-            return self.derived_attribute
-    print(Thing(2).public_attribute, library.thing.read_attribute, library.make(named_attribute=1))
-    print(getattr(Thing(3), "one worded_attribute"), Thing.A)
+        def inheritedattribute(self):
+            return self.derivedattribute
+    print(Thing(2).publicattribute, library.thing.readattribute, library.make(namedattribute=1))
+    print(getattr(Thing(3), "one wordedattribute"), Thing.A)
     """
     text = packed_text(pack_code(textwrap.dedent(source), {}))
-    kept = set(re.findall(r"\w+_attribute", text))
+    kept = set(re.findall(r"\w+attribute", text))
     names = ["field", "public", "read", "named", "worded", "inherited", "derived"]
-    assert kept == {f"{name}_attribute" for name in names}
+    assert kept == {f"{name}attribute" for name in names}
     assert "self.private" not in text and len(set(re.findall(r"\.([A-Z])\b", text))) == 3
+
+
+OWN_WORDS = """
+import library
+from dataclasses import dataclass
+from typing import NamedTuple
+class Pair(NamedTuple):
+    left_word: str
+    right_word: list[int] = ()
+@dataclass
+class Settings:
+    saved_word: int
+class GPT:
+    def __init__(self):
+        self.parameter_word = 1
+class Thing:
+    def __init__(self):
+        self.kept_word = self.asked_word = self.given_word = self.quoted_word = self.is_finished = 1
+        self.deep_word = self.__special_word__ = self.singleword = 2
+    def method_word(self, kept_word):
+        return Pair(left_word=kept_word, right_word=self.kept_word)._replace(left_word=3)
+print(Thing().singleword, Thing().is_finished, GPT().parameter_word)
+print(Thing().method_word(kept_word=1), library.asked_word, library.make(given_word=1), "a quoted_word",
+      library.one.deep_word)
+def plain_word(one, *, two):
+    return one, two
+print(plain_word(one=1, two=2), plain_word(*[1], two=2), Pair(right_word=1, left_word=2))
+"""
+
+
+def test_words_of_our_classes_are_shortened_wherever_they_stand_but_for_those_known_outside():
+    text = packed_text(pack_code(OWN_WORDS, {}))
+    kept = set(re.findall(r"\w+word\w*", text))
+    names = {"saved_word", "parameter_word", "asked_word", "given_word", "quoted_word", "deep_word"}
+    assert kept == names | {"__special_word__", "singleword"} and "is_finished" in text
+    assert len(set(re.findall(r"\b[A-Z][A-Z]\b", text))) == 4  # left, right, kept, method
+
+
+def test_keywords_at_their_place_are_given_in_order_and_types_of_tuples_dropped():
+    text = packed_text(pack_code(OWN_WORDS, {}))
+    assert "list" not in text and "saved_word:int" in text
+    assert "(1,two=2)" in text  # an argument by keyword alone stays one
+    assert re.search(r"return \w+\(\w+,A\.\w+\)\._replace\(", text)  # Pair of two
+
+
+def test_words_that_libraries_know_are_kept():
+    """Attributes of objects that the script gets from libraries, as far as their classes say."""
+    classes = [torch.Tensor, np.ndarray, torch.nn.Module, torch.optim.AdamW, torch.optim.SGD, Path]
+    classes += [torch.Generator, torch.cuda.Event, torch.cuda.CUDAGraph, torch.cuda.Stream]
+    classes += [str, bytes, bytearray, dict, list, set, tuple, float, BytesIO, ThreadPoolExecutor]
+    classes += [brotli.Decompressor, sentencepiece.SentencePieceProcessor, np.random.Generator]
+    classes += [torch.device, torch.dtype, np.dtype, np.memmap, Struct, SimpleNamespace, Future]
+    in_libraries = {name for cls in classes for name in dir(cls)}
+    for text in (SOURCE, f"{SOURCE}\n{packer.PUBLISHED.read_text()}"):
+        tree = ast.parse(text)
+        own = packer.own_names(tree) - packer.names_known_outside(tree)
+        assert {
+            name for name in own & in_libraries if "_" in name[1:] and name[:2] != "__"
+        } == set()
 
 
 SMALL = """
@@ -528,7 +594,6 @@ OTHERWISE = {  # as many other branches as one run can take
     "MUON_OUTWARD": "1",
     "GRAD_CLIP_NORM": "0",
     "MUON_MOMENTUM_WARMUP_STEPS": "0",
-    "MUON_ROW_NORMALIZE": "0",
     "GPTQ_COLUMN_STEPS": "0",
     "LQER_ENABLED": "1",
     "LQER_ASYM_ENABLED": "0",

@@ -236,10 +236,13 @@ MEANING = """caseops_enabled marker_fusion_enabled vocab_size model_dim num_laye
 WITHOUT = {
     "caseops_enabled": True,
     "marker_fusion_enabled": False,
+    "tie_embeddings": True,
     "smear_gate_enabled": True,
     "skip_gates_enabled": True,
     "ln_scale": True,
     "parallel_final_lane": "mean",
+    "xsa_last_n": 11,
+    "sparse_attn_gate_enabled": True,
     "gated_attn_enabled": False,
     "attn_out_gate_enabled": False,
     "attn_window": 0,
