@@ -24,7 +24,6 @@ import contextlib
 import copy
 import dataclasses
 import difflib
-import errno
 import glob
 import hashlib
 import importlib.util
@@ -422,14 +421,7 @@ def range_problems(field, value):
 
 def cross_checks(hp):
     """Yields messages for combinations of settings that cannot work."""
-    yield from model_problems(hp)
-    yield from batch_problems(hp)
-    yield from evaluation_problems(hp)
-    yield from mode_problems(hp)
-
-
-def model_problems(hp):
-    """Yields messages for shapes that do not fit each other."""
+    # shapes
     if hp.model_dim % hp.num_heads:
         yield f"MODEL_DIM={hp.model_dim} must divide by NUM_HEADS={hp.num_heads}"
     if hp.num_heads % hp.num_kv_heads:
@@ -443,9 +435,7 @@ def model_problems(hp):
     if hp.parallel_start_layer > hp.num_layers:
         yield "PARALLEL_START_LAYER must be at most NUM_LAYERS"
 
-
-def batch_problems(hp):
-    """Yields messages for rows and budgets of training."""
+    # rows and budgets of training
     if hp.train_batch_tokens % hp.micro_batch_tokens:
         yield "TRAIN_BATCH_TOKENS must divide by MICRO_BATCH_TOKENS"
     if 0 < hp.max_wallclock_seconds <= hp.gptq_reserve_seconds:
@@ -453,9 +443,7 @@ def batch_problems(hp):
     if hp.deterministic and hp.max_wallclock_seconds:
         yield "DETERMINISTIC=1 needs MAX_WALLCLOCK_SECONDS=0"
 
-
-def evaluation_problems(hp):
-    """Yields messages for evaluation and test-time training."""
+    # evaluation
     if hp.ttt_chunk_size > hp.ttt_eval_seq_len:
         yield "TTT_CHUNK_SIZE must be at most TTT_EVAL_SEQ_LEN"
     longest = hp.ttt_eval_seq_len - hp.ttt_chunk_size
@@ -467,9 +455,7 @@ def evaluation_problems(hp):
     if not hp.lora_sites or not set(hp.lora_sites) <= set(LORA_SITES):
         yield f"TTT_LORA_SITES={hp.ttt_lora_sites}: must be some of {','.join(LORA_SITES)}"
 
-
-def mode_problems(hp):
-    """Yields messages for what the run does, and for the files that it reads and writes."""
+    # what the run does, files that it reads and writes
     if hp.prequant_only + hp.quant_only + hp.ttt_eval_only > 1:
         yield "PREQUANT_ONLY, QUANT_ONLY, TTT_EVAL_ONLY exclude each other"
     if hp.resume and (not hp.run_id or hp.quant_only or hp.ttt_eval_only):
@@ -919,8 +905,8 @@ SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024
 
 
-def load_data_shard(path):
-    """File -> (n,) uint16, memory-mapped.
+def shard_size(path):
+    """Number of tokens in a shard.
 
     Raises DataError on a wrong magic, version or size (format: docs/DATA.md).
     """
@@ -931,27 +917,12 @@ def load_data_shard(path):
             f"{path}: magic, version and tokens {header} are not {expected}: no shard, or torn;"
             " fetch it again"
         )
-    try:
-        return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
-    except OSError as error:
-        if error.errno not in (errno.ENODEV, errno.EINVAL):
-            raise
-        # this file system cannot map files
-        return np.fromfile(path, "<u2", offset=SHARD_HEADER_BYTES)
+    return header[2]
 
 
-class MappedShards:
-    """Shards as a sequence of arrays. Few are mapped at a time, as each map keeps a file open."""
-
-    def __init__(self, paths):
-        self.paths = paths
-        self.load = lru_cache(64)(load_data_shard)
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, number):
-        return self.load(self.paths[number])
+def load_data_shard(path, start=0, count=-1):
+    """(count,) uint16 of a shard from token `start` on; -1: to its end."""
+    return np.fromfile(path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * start)
 
 
 def shard_paths(folder, split):
@@ -970,8 +941,8 @@ class TokenStream:
             raise DataError(
                 f"no fineweb_{split}_*.bin in {folder}: set DATA_PATH, or make the data (README)"
             )
-        self.shards = MappedShards(self.paths)
-        self.offsets = np.concatenate([[0], np.cumsum([len(shard) for shard in self.shards])])
+        self.sizes = [shard_size(path) for path in self.paths]
+        self.offsets = np.cumsum([0, *self.sizes])
         # the stream is this part of the shards
         self.first = 0
         self.size = int(self.offsets[-1])
@@ -988,12 +959,13 @@ class TokenStream:
         while filled < count:
             position = self.first + start
             shard = int(np.searchsorted(self.offsets, position, side="right")) - 1
-            begin = position - self.offsets[shard]
-            # copied at once: a view would keep its map, and that a file open
-            part = self.shards[shard][begin : begin + min(count - filled, self.size - start)]
-            tokens[filled : filled + len(part)] = part
-            filled += len(part)
-            start = (start + len(part)) % self.size
+            left = self.offsets[shard + 1] - position
+            length = int(min(count - filled, self.size - start, left))
+            begin = int(position - self.offsets[shard])
+            part = load_data_shard(self.paths[shard], begin, length)
+            tokens[filled : filled + length] = part
+            filled += length
+            start = (start + length) % self.size
         return tokens
 
     def hold_out(self, count):
@@ -1317,15 +1289,13 @@ class ValidationSet:
         paths = shard_paths(folder, "val_bytes")
         if not paths:
             raise DataError(f"no fineweb_val_bytes_*.bin in {folder}: BPB needs the side-car")
-        parts = [load_data_shard(path).copy() for path in paths]
-        lengths = [len(part) for part in parts]
-        expected = [len(shard) for shard in stream.shards]
-        if lengths != expected:
+        lengths = [shard_size(path) for path in paths]
+        if lengths != stream.sizes:
             raise DataError(
-                f"{paths[0]}: side-car lengths {lengths} differ from the shards' {expected}: they"
-                " are not of one export"
+                f"{paths[0]}: side-car lengths {lengths} differ from the shards' {stream.sizes}:"
+                " they are not of one export"
             )
-        charges = np.concatenate(parts).astype(np.int64)
+        charges = np.concatenate([load_data_shard(path) for path in paths]).astype(np.int64)
         if charges[self.tokens == BOS_ID].any():
             raise DataError(
                 f"{paths[0]}: a BOS is charged bytes; the side-car does not belong to these tokens"
@@ -1344,19 +1314,15 @@ class ValidationSet:
 def read_manifest(folder):
     """manifest.json of a dataset; {} if there is none.
 
-    Raises DataError unless every field that is used later has its type.
+    Raises DataError unless what find_tokenizer reads has its type.
     """
     try:
         manifest = json.loads(Path(folder, "manifest.json").read_text())
-        hash(manifest.get("tokenizer", {}).get("sha256"))
-        if manifest.get("format") == "caseops_shards":
-            total = manifest["leaked_documents"] + len({**manifest["splits"]["val"]})
-            for entry in manifest["files"].values():
-                total += entry["values"] + len(entry["sha256"])
+        manifest.get("tokenizer", {}).get("sha256")
         return manifest
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again"
         ) from None
@@ -1438,6 +1404,12 @@ def load_tokenizer(hp):
 def jit(kernel):
     """triton.jit; without Triton the kernels are defined but never launched."""
     return kernel if triton is None else triton.jit(kernel)
+
+
+def operator(function):
+    """The function as golf::<its name>, an operator that torch.compile treats as one node."""
+    name = function.__name__.lstrip("_")
+    return torch.library.custom_op(f"golf::{name}", function, mutates_args=())
 
 
 @jit
@@ -1532,7 +1504,7 @@ def _launch_ce(logits, targets, softcap):
     return losses
 
 
-@torch.library.custom_op("golf::linear_cross_entropy", mutates_args=())
+@operator
 def _linear_cross_entropy(
     h: Tensor, weight: Tensor, targets: Tensor, softcap: float
 ) -> tuple[Tensor, Tensor]:
@@ -1649,7 +1621,7 @@ def _launch_mlp(a, b, act, slope):
     return out
 
 
-@torch.library.custom_op("golf::mlp_backward", mutates_args=())
+@operator
 def _mlp_backward(grad: Tensor, w_down: Tensor, act: Tensor, slope: float) -> Tensor:
     """Gradient (M, F) of the pre-activation, from grad (M, D) of the output."""
     return _launch_mlp(grad, w_down, act, slope)
@@ -1658,7 +1630,7 @@ def _mlp_backward(grad: Tensor, w_down: Tensor, act: Tensor, slope: float) -> Te
 _mlp_backward.register_fake(lambda grad, w_down, act, slope: torch.empty_like(act))
 
 
-@torch.library.custom_op("golf::mlp", mutates_args=())
+@operator
 def _mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """Output (M, D), and the activation (M, F) that backward needs, of x (M, D)."""
     act = _launch_mlp(x, w_up, None, slope)
@@ -1886,7 +1858,7 @@ def _empty_heads(qkv, gain, cos, sin, kv_heads):
     return q, k, torch.empty_like(k)
 
 
-@torch.library.custom_op("golf::qkv_heads", mutates_args=())
+@operator
 def qkv_heads(
     qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -1906,7 +1878,7 @@ def _empty_qkv_grads(dq, dk, dv, qkv, *others):
     return d_qkv, dots
 
 
-@torch.library.custom_op("golf::qkv_heads_backward", mutates_args=())
+@operator
 def _qkv_heads_backward(
     dq: Tensor,
     dk: Tensor,
@@ -2010,7 +1982,7 @@ def _launch_gated_xsa(y, v, logits, outputs, grad=None):
     )
 
 
-@torch.library.custom_op("golf::gated_xsa", mutates_args=())
+@operator
 def gated_xsa(y: Tensor, v: Tensor, logits: Tensor) -> Tensor:
     """As gated_xsa_ref, in one kernel each for forward and backward."""
     out = y.new_empty(y.shape)
@@ -2025,7 +1997,7 @@ def _empty_xsa_grads(grad, y, v, logits):
     return y.new_empty(y.shape), v.new_empty(v.shape), logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("golf::gated_xsa_backward", mutates_args=())
+@operator
 def _gated_xsa_backward(
     grad: Tensor, y: Tensor, v: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -2123,7 +2095,7 @@ def _slot_input_copied(*inputs):
     return outputs.h, outputs.gate_input.clone(), outputs.mixed, outputs.merged.clone()
 
 
-@torch.library.custom_op("golf::slot_input", mutates_args=())
+@operator
 def _slot_input(
     x: Tensor,
     x0: Tensor,
@@ -2172,7 +2144,7 @@ def decompose_slot_input():
     """
     from torch._inductor.decomposition import decompositions
 
-    decompositions[torch.ops.golf.slot_input.default] = _slot_input_traced
+    decompositions[_slot_input._opoverload] = _slot_input_traced
 
 
 @jit
@@ -2280,7 +2252,7 @@ def _empty_slot_input_grads(grads, merged, x0, mix, scale, merge, *wanted):
     return d_x, d_x0, d_skip, sums
 
 
-@torch.library.custom_op("golf::slot_input_backward", mutates_args=())
+@operator
 def _slot_input_backward(
     grads: list[Tensor],
     merged: Tensor,
@@ -2540,7 +2512,7 @@ def attention_fa3(q, k, v, cu_seqlens, max_seqlen, window):
 @_over_rows
 def attention_fa4(q, k, v, cu_seqlens, max_seqlen, window):
     """FlashAttention-4 (flash-attn-4; CUDA, 16 bits)."""
-    return _fa4(q, k, v, cu_seqlens, max_seqlen, window)[0]
+    return _attention_fa4(q, k, v, cu_seqlens, max_seqlen, window)[0]
 
 
 def _fa4_options(q, cu_seqlens, max_seqlen, window):
@@ -2559,8 +2531,8 @@ def _fa4_options(q, cu_seqlens, max_seqlen, window):
     return options
 
 
-@torch.library.custom_op("golf::attention_fa4", mutates_args=())
-def _fa4(
+@operator
+def _attention_fa4(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
 ) -> tuple[Tensor, Tensor]:
     """-> the output (tokens, H, E), and the logsumexp (H, tokens) that backward needs."""
@@ -2571,7 +2543,7 @@ def _fa4(
     return results[0], results[1]
 
 
-@_fa4.register_fake
+@_attention_fa4.register_fake
 def _fa4_fake(q, k, v, cu_seqlens, max_seqlen, window):
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     return q.new_empty(q.shape), lse
@@ -2584,7 +2556,7 @@ def _empty_fa4_grads(grad, qkv, *others):
     return q.new_empty(q.shape), *shared
 
 
-@torch.library.custom_op("golf::fa4_backward", mutates_args=())
+@operator
 def _fa4_backward(
     grad: Tensor,
     qkv: list[Tensor],
@@ -2645,7 +2617,7 @@ def _fa4_gradients(ctx, grad, grad_lse):
     return dq, dk.sum(0), dv.sum(0), None, None, None
 
 
-_fa4.register_autograd(_fa4_gradients, setup_context=_fa4_setup)
+_attention_fa4.register_autograd(_fa4_gradients, setup_context=_fa4_setup)
 
 
 # --- trellis-coded quantization
@@ -2761,8 +2733,7 @@ ATTENTION_BACKENDS = {  # the fastest first
 }
 
 
-@dataclass(frozen=True)
-class Ops:
+class Ops(NamedTuple):
     """The operations that the model calls, as select_ops chose them."""
 
     attention: Callable  # q, k, v, cu_seqlens, max_seqlen, window
@@ -3891,8 +3862,6 @@ EXP2_EIGHTHS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)
 MAX_SHIFT = 7  # bits of a fine code, see split_wide_codes
 MAX_WIDE_CODE = 127 << MAX_SHIFT
 MAX_FP16_ELEMENTS = 65_536  # a tensor with more elements must have a role in QUANT_TABLE
-# fields in the artifact of a weight that is not stored as fp16
-FIELDS = set("codes scale column_steps fine_codes fine_columns fine_shift trellis".split())
 
 
 class QuantRole(NamedTuple):
@@ -4245,8 +4214,8 @@ def merge_dicts(dicts):
 def quantize_weights(weights, hessians, hp, dist, trellis_round=trellis_round_ref):
     """Saved weights and Hessians (C, C), by name -> numpy arrays "name:field", on every rank.
 
-    Fields: FIELDS, or fp16. trellis_round is the model's operation for the trellis. Each matrix is
-    quantized by one rank, small tensors by rank 0. ValueError with the names of the tensors at
+    Fields: those of fields_fit. trellis_round is the model's operation for the trellis. Each matrix
+    is quantized by one rank, small tensors by rank 0. ValueError with the names of the tensors at
     fault, raised on all ranks.
     """
     check_quantizable(weights, hessians)
@@ -4324,13 +4293,11 @@ def join_wide_codes(name, fields):
 
 def dequantize_fields(name, fields):
     """Fields of a weight in float32 -> the weight in float32. ValueError if they do not fit."""
-    if unknown := sorted(fields.keys() - FIELDS - {"fp16"}):
-        raise ValueError(
-            f"{name}: unknown fields {', '.join(unknown)}; presets/published.py reads those of LQER"
-        )
     shapes = {field: array.shape for field, array in fields.items()}
     if not fields_fit(shapes):
-        raise ValueError(f"{name}: no weight can be made of the fields {shapes}")
+        raise ValueError(
+            f"{name}: no weight can be made of the fields {shapes}; presets/published.py reads LQER"
+        )
     if "fp16" in fields:
         return fields["fp16"]
     codes = fields["codes"]

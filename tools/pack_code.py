@@ -191,9 +191,15 @@ def is_tuple(cls):
 
 
 class DropWords(ast.NodeTransformer):
-    """What asserts or documents only: `zip(..., strict=True)`, the cause in `raise error from
-    cause`, and the types of a NamedTuple's fields.
+    """What asserts or documents only: docstrings, `zip(..., strict=True)`, the cause in `raise
+    error from cause`, and the types of a NamedTuple's fields.
     """
+
+    def visit_Expr(self, node):
+        self.generic_visit(node)
+        if isinstance(node.value, ast.Constant):
+            node.value.value = 0  # the minifier drops it
+        return node
 
     def visit_ClassDef(self, node):
         self.generic_visit(node)
