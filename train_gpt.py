@@ -107,46 +107,37 @@ class Hyperparameters:
     # run
     seed: int = env(42, "seed of initial weights and LoRA matrices", least=0)
     preset: str = env("", "settings of presets/NAME.env; the environment wins")
-    run_id: str = env("", "the run's folder; empty: time stamp and seed")
+    run_id: str = env("", "empty: time stamp and seed")
     runs_dir: str = env("runs", "folder of the runs")
     plots: bool = env(True, "plot the finished run (tools/plot_run.py)")
     data_path: str = env(
         "data/datasets/fineweb10B_sp8192_caseops", "folder of fineweb_{train,val,val_bytes}_*.bin"
     )
-    tokenizer_path: str = env(
-        "", "SentencePiece model; empty: searched near the data and in tokenizers/"
-    )
+    tokenizer_path: str = env("", "SentencePiece model; empty: searched")
     marker_fusion_enabled: bool = env(
-        True, "a space and the case marker behind it are one token for the model (PR 2109)"
+        True, "a space and the case marker behind it are one token (PR 2109)"
     )
-    data_seed: int = env(0, "shuffles the training rows; 0: order of the stream", least=0)
-    balance_rows: bool = env(True, "share out a step's documents for equal attention cost of rows")
+    data_seed: int = env(0, "shuffles the rows; 0: order of the stream", least=0)
+    balance_rows: bool = env(True, "equal attention cost of a step's rows")
     device: str = env("auto", "auto: a GPU if there is one", choices=("auto", "cuda", "cpu"))
-    compute_dtype: str = env(
-        "auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32")
-    )
     compile: str = env("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
-    kernels: bool = env(True, "Triton and Quack kernels that pass a trial; 0: references")
+    kernels: bool = env(True, "Triton and Quack; 0: references")
     train_cuda_graphs: bool = env(True, "training micro-batches as CUDA graphs")
     attention_backend: str = env(
         "auto", "attention over packed rows", choices=("auto", "fa3", "fa4", "torch", "sdpa")
     )
     prequant_only: bool = env(False, "stop after evaluating the fp32 model")
-    quant_only: bool = env(False, "continue from CHECKPOINT_PATH: quantization, evaluation")
-    ttt_eval_only: bool = env(False, "continue from ARTIFACT_PATH: evaluation")
+    quant_only: bool = env(False, "continue from CHECKPOINT_PATH")
+    ttt_eval_only: bool = env(False, "continue from ARTIFACT_PATH")
     checkpoint_path: str = env("", "fp32 model for QUANT_ONLY; empty: model.pt of the run")
     artifact_path: str = env("", "artifact for TTT_EVAL_ONLY; empty: artifact.bin of the run")
-    checkpoint_every: int = env(
-        0, "steps between training states (two are kept); 0: only on a signal", least=0
-    )
+    checkpoint_every: int = env(0, "steps between training states; 0: only on a signal", least=0)
     resume: bool = env(False, "continue from the newest training state of RUN_ID")
-    deterministic: bool = env(False, "same RESULT in every run; on GPU as far as PyTorch can")
+    deterministic: bool = env(False, "same RESULT in every run, as far as PyTorch can")
 
     # data and batches
-    train_batch_tokens: int = env(786_432, "tokens per step over all ranks", least=1)
-    micro_batch_tokens: int = env(
-        98_304, "tokens per row, the unit of forward and backward", least=1
-    )
+    train_batch_tokens: int = env(786_432, "tokens per step of all ranks", least=1)
+    micro_batch_tokens: int = env(98_304, "tokens per row and micro-batch", least=1)
     train_seq_len: int = env(2048, "longest piece of a document in training", least=2)
 
     # model
@@ -168,20 +159,16 @@ class Hyperparameters:
     qk_gain_init: float = env(5.0, "initial gain per query head", above=0)
     sparse_attn_gate_scale: float = env(0.5, "factor inside the head gates' sigmoid", above=0)
     leaky_relu_slope: float = env(0.3, "negative slope before squaring in the MLP", least=0, most=1)
-    parallel_start_layer: int = env(
-        8, "first layer with two residual lanes; NUM_LAYERS: none", least=0
-    )
+    parallel_start_layer: int = env(8, "first layer with two lanes; NUM_LAYERS: none", least=0)
     logit_softcap: float = env(30.0, "logits z become c tanh(z/c)", above=0, most=64)
 
     # optimizer and schedule
     max_wallclock_seconds: float = env(
-        600.0, "budget of training and quantization; 0: train ITERATIONS", least=0
+        600.0, "budget of training and quantization; 0: ITERATIONS", least=0
     )
     iterations: int = env(20_000, "maximum number of steps", least=1)
     warmup_steps: int = env(3, "steps per graph before the clock starts", least=0)
-    warmdown_frac: float = env(
-        0.85, "final fraction of training in which learning rates fall", above=0, most=1
-    )
+    warmdown_frac: float = env(0.85, "final fraction in which learning rates fall", above=0, most=1)
     min_lr: float = env(0.1, "floor of the learning-rate factor", least=0, most=1)
     matrix_lr: float = env(0.026, "Muon learning rate", above=0)
     muon_momentum: float = env(0.97, "Nesterov momentum after the warm-up", least=0, most=1)
@@ -189,7 +176,7 @@ class Hyperparameters:
     muon_momentum_warmup_steps: int = env(1500, "steps of the momentum warm-up", least=0)
     muon_wd: float = env(0.095, "decoupled weight decay of the matrix banks", least=0)
     muon_outward: float = env(
-        0.5, "factor of the part of a step that makes a matrix grow; 1: off", least=0, most=1
+        0.5, "factor of what makes a matrix grow in a step; 1: off", least=0, most=1
     )
     tied_embed_lr: float = env(0.03, "AdamW learning rate of the embedding", above=0)
     embed_wd: float = env(0.085, "weight decay of the embedding", least=0)
@@ -200,12 +187,12 @@ class Hyperparameters:
     grad_clip_norm: float = env(0.3, "maximum global gradient norm; 0: off", least=0)
     ema_decay: float = env(0.9965, "decay of the weight EMA", least=0, most=0.999999)
     train_log_every: int = env(100, "steps between log lines", least=1)
-    val_loss_every: int = env(0, "steps between evaluations (clock stopped); 0: none", least=0)
+    val_loss_every: int = env(0, "steps between evaluations; 0: none", least=0)
 
     # quantization and artifact
-    gptq_reserve_seconds: float = env(7.0, "part of the budget for Hessians and GPTQ", least=0)
+    gptq_reserve_seconds: float = env(7.0, "of the budget, for Hessians and GPTQ", least=0)
     gptq_calibration_batches: int = env(16, "training rows for the Hessians", least=1)
-    gptq_damp: float = env(0.01, "damping, share of the mean Hessian diagonal", above=0)
+    gptq_damp: float = env(0.01, "damping, of the mean Hessian diagonal", above=0)
     matrix_bits: int = env(6, "bits per matrix code", least=2, most=8)
     embed_bits: int = env(8, "bits per embedding code", least=2, most=8)
     mlp_clip_sigmas: float = env(12.8, "clip of MLP rows, standard deviations", above=0)
@@ -213,16 +200,16 @@ class Hyperparameters:
     embed_clip_sigmas: float = env(14.8, "clip of embedding rows, standard deviations", above=0)
     gptq_column_steps: bool = env(True, "steps 2^(k/8) per row and column; 0: fp16 steps per row")
     gptq_column_octaves: float = env(2.0, "log2 of a column's step to its row's", least=0)
-    gptq_trellis: bool = env(True, "with column steps: trellis-coded quantization")
-    quant_check_rows: int = env(2, "training rows to check the quantized model's loss", least=0)
+    gptq_trellis: bool = env(True, "trellis-coded quantization")
+    quant_check_rows: int = env(2, "training rows that check the quantization", least=0)
     quant_gap_max: float = env(
         0.02,
-        "allowed loss there, nats per token; above it plainer ways are tried",
+        "allowed loss there, nats per token; above: plainer ways",
         above=0,
     )
     target_bytes: int = env(
         16_000_000,
-        "scale the clips until code + weights fit just under this; 0: off",
+        "scale clips until code + weights just fit; 0: off",
         least=0,
     )
     compressor: str = env("entropy", "artifact coder", choices=("entropy", "brotli"))
@@ -233,14 +220,12 @@ class Hyperparameters:
 
     # test-time training
     ttt_enabled: bool = env(True, "score with test-time training")
-    ttt_max_docs: int = env(0, "score N documents of all lengths; 0: all", least=0)
+    ttt_max_docs: int = env(0, "documents, of all lengths; 0: all", least=0)
     ttt_eval_seq_len: int = env(2048, "context of a chunk and its tokens", least=2)
-    ttt_stale_context: int = env(
-        1792, "oldest positions, whose keys and values are not recomputed", least=0
-    )
+    ttt_stale_context: int = env(1792, "oldest positions, which are not recomputed", least=0)
     ttt_chunk_size: int = env(16, "tokens scored between two LoRA steps", least=1)
     ttt_batch_size: int = env(64, "documents per group, and per step", least=1)
-    ttt_lanes: int = env(8, "groups of documents; group i runs on rank i mod world size", least=1)
+    ttt_lanes: int = env(8, "groups of documents, dealt out to ranks", least=1)
     ttt_lora_sites: str = env("q,k,v,o,mlp,head", "sites with LoRA, comma separated")
     ttt_lora_rank: int = env(80, "LoRA rank", least=1)
     ttt_lora_alpha: float = env(144.0, "adapters are scaled by alpha / rank", above=0)
@@ -248,10 +233,8 @@ class Hyperparameters:
     ttt_beta2: float = env(0.99, "their beta2 (beta1 is 0)", least=0, most=0.99999)
     ttt_weight_decay: float = env(0.5, "their weight decay", least=0)
     ttt_warm_start_a: bool = env(True, "documents start with their predecessor's A")
-    phased_ttt_num_phases: int = env(
-        1, "times the base weights learn from scored documents", least=0
-    )
-    phased_ttt_prefix_docs: int = env(2500, "documents before the last time, per 50,000", least=0)
+    phased_ttt_num_phases: int = env(1, "times that base weights learn", least=0)
+    phased_ttt_prefix_docs: int = env(2500, "documents before the last time, of 50,000", least=0)
     global_ttt_lr: float = env(1e-3, "SGD learning rate there, cosine to 0", least=0)
     global_ttt_chunk_tokens: int = env(32_768, "tokens per SGD step", least=1)
 
@@ -281,7 +264,13 @@ class Hyperparameters:
         return cls(**values)
 
     def __post_init__(self):
-        problems = setting_problems(self)
+        """Raises SettingError for values outside their ranges or, if there are none, for
+        combinations that cannot work.
+        """
+        problems = []
+        for field in dataclasses.fields(self):
+            problems += range_problems(field, getattr(self, field.name))
+        problems = problems or [*cross_checks(self)]
         if problems:
             raise SettingError("\n".join(problems))
 
@@ -359,16 +348,28 @@ def parse_setting(field, text):
         raise ValueError(f"{name}={text!r}: must be {field.type.__name__}") from None
 
 
-# How settings of published scripts begin whose first word is none of ours: a run of this file alone
-# must not ignore them. tools/other_scripts.py says what replaces them.
-FOREIGN = """ADAM_EPS ALIAS_ ASYM_ BIGRAM_ CASEOPS_ CKPT_ DATASETS_ DOC_SHUFFLE E2E_ EXTRA_EVAL
-    FULL_GPTQ FUSED_ GATED_ HEAD_LR HEAD_PAIR HESSIAN_ IHA_ LATE_QAT LN_SCALE LOAD_MODEL LQER_
-    MAX_ROW_ MTP_ NEGATIVE_ NGRAM_ PAIRED_ PARTIAL_KEY PRUNE_ QAT_ QUANTIZE RECUR_
-    SKIP_GATES SKIP_POST SLIDING_ SMEAR_ SPINQUANT_ SWA_ TIE_ TOKEN_BOOST TOKEN_ORDER
-    TOKEN_THRESHOLD TRAIN_SEQ_SCHED VALUE_ VAL_BATCH VAL_DOC VE_ WD_ XSA_""".split()
 # First words of our settings that other programs' variables have as well (MAX_JOBS, DATA_...)
-SHARED_WORDS = """MAX MIN NUM RUN RUNS DATA MODEL COMPUTE ENABLE TRAIN VAL CHECKPOINT TOKENIZER
-    ARTIFACT ADAM""".split()
+SHARED_WORDS = "MAX MIN NUM RUN DATA MODEL ENABLE TRAIN VAL CHECKPOINT ARTIFACT".split()
+
+
+def foreign_words(name, guard):
+    """What to say of a setting of published scripts, which a run of this file alone must not ignore
+    either; nothing of others. tools/other_scripts.py says what replaces them.
+
+    A packed script has the settings of its run.
+    """
+    if PACKED:
+        return ""
+    # how those begin whose first word is none of ours
+    beginnings = """ADAM_EPS ALIAS_ ASYM_ BIGRAM_ CASEOPS_ CKPT_ COMPUTE_DTYPE DATASETS_
+        DOC_SHUFFLE E2E_ EXTRA_EVAL FULL_GPTQ FUSED_ GATED_ HEAD_LR HEAD_PAIR HESSIAN_
+        IHA_ LATE_QAT LN_SCALE LOAD_MODEL LQER_ MAX_ROW_ MTP_ NEGATIVE_ NGRAM_ PAIRED_
+        PARTIAL_KEY PRUNE_ QAT_ QUANTIZE RECUR_ SKIP_GATES SKIP_POST SLIDING_ SMEAR_
+        SPINQUANT_ SWA_ TIE_ TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD TRAIN_SEQ_SCHED
+        VALUE_ VAL_BATCH VAL_DOC VE_ WD_ XSA_"""
+    instead = guard.instead(name)
+    is_foreign = instead or name.startswith((*beginnings.split(),))
+    return f"a setting of other scripts{instead}" if is_foreign else ""
 
 
 def unknown_settings(environ, cls, guard):
@@ -380,27 +381,13 @@ def unknown_settings(environ, cls, guard):
     names = [field.name.upper() for field in dataclasses.fields(cls)]
     families = {name.split("_")[0] for name in names if "_" in name} - set(SHARED_WORDS)
     for name in sorted(set(environ) - {*names}):
-        instead = guard.instead(name)
-        if instead or name.startswith((*FOREIGN,)):
-            yield f"{name} is a setting of other scripts{instead} (unset it, or see --help)"
-            continue
+        words = foreign_words(name, guard)
         in_family = name.split("_")[0] in families
-        if in_family or difflib.get_close_matches(name, names, 1, 0.88):
+        if not words and (in_family or difflib.get_close_matches(name, names, 1, 0.88)):
             close = difflib.get_close_matches(name, names, 1, 0.6)
-            question = f"; did you mean {close[0]}?" if close else ""
-            yield f"{name} is not a setting{question} (unset it, or see --help)"
-
-
-def setting_problems(hp):
-    """Messages for values outside their ranges or, if there are none, for combinations that cannot
-    work.
-    """
-    problems = []
-    for field in dataclasses.fields(hp):
-        problems += range_problems(field, getattr(hp, field.name))
-    if problems:
-        return problems
-    return [*cross_checks(hp)]
+            words = "not a setting" + (f"; did you mean {close[0]}?" if close else "")
+        if words:
+            yield f"{name} is {words} (unset it, or see --help)"
 
 
 def range_problems(field, value):
@@ -507,29 +494,22 @@ class Dist:
         self.rank = place.rank
         self.world_size = place.world_size
         if device == "cuda" and not torch.cuda.is_available():
-            raise SettingError(
-                "DEVICE=cuda, but torch sees none: use DEVICE=cpu, or a CUDA build of torch"
-            )
+            raise SettingError("DEVICE=cuda, but torch sees none: use DEVICE=cpu")
         if deterministic:  # operations without a deterministic form warn
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
         self.device = torch.device("cpu")
         if torch.cuda.is_available() and device != "cpu":
-            self.device = self.cuda_device(place.local_rank)
+            count = torch.cuda.device_count()
+            if place.local_rank >= count:
+                raise SettingError(f"LOCAL_RANK={place.local_rank}, but this host has {count} GPUs")
+            self.device = torch.device("cuda", place.local_rank)
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
             # newer versions want newer names of functions, which PyTorch 2.11 does not have
             warnings.filterwarnings("ignore", message="`torch.distributed")
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist_backend.init_process_group(backend)
-
-    @staticmethod
-    def cuda_device(local_rank):
-        """This rank's GPU. Raises SettingError if the host has fewer."""
-        count = torch.cuda.device_count()
-        if local_rank >= count:
-            raise SettingError(f"LOCAL_RANK={local_rank}, but this host has {count} GPUs")
-        return torch.device("cuda", local_rank)
 
     def place_in_group(self):
         """Place of this process as torchrun's environment says, or that of a single process.
@@ -545,9 +525,8 @@ class Dist:
 
         listed = " ".join(f"{name}={value}" for name, value in given.items())
         problem = SettingError(
-            f"the environment has {listed}: unset all of these for a run of one process, or start"
-            f" it with torchrun, which sets {', '.join(names)} to numbers and the host, with"
-            " LOCAL_RANK <= RANK < WORLD_SIZE"
+            f"the environment has {listed}: unset all of these, or start it with torchrun,"
+            f" which sets {', '.join(names)}, LOCAL_RANK <= RANK < WORLD_SIZE"
         )
         try:
             place = Place(*(int(given[name]) for name in names[:3]))
@@ -1123,8 +1102,8 @@ class TrainLoader:
         micro_steps = hp.train_batch_tokens / hp.micro_batch_tokens
         if micro_steps % dist.world_size:
             raise SettingError(
-                f"{micro_steps:g} micro-batches a step (TRAIN_BATCH_TOKENS/MICRO_BATCH_TOKENS) do"
-                f" not divide by {dist.world_size} ranks: change MICRO_BATCH_TOKENS"
+                f"{micro_steps:g} micro-batches a step do not divide by"
+                f" {dist.world_size} ranks: change MICRO_BATCH_TOKENS"
             )
         self.per_rank = hp.micro_steps // dist.world_size
         self.span = self.span_length()
@@ -1245,10 +1224,7 @@ class ValidationSet:
         self.bytes = self.count_bytes(hp, stream)
         self.describe()
         if not self.bytes[1:].any():
-            raise DataError(
-                f"{stream.paths[0]}: the validation documents hold no byte of text: no BPB can be"
-                " counted"
-            )
+            raise DataError(f"{stream.paths[0]}: the validation documents hold no byte: no BPB")
         if hp.fuses_markers:
             self.fuse_markers(hp)
         # no BOS follows the last document
@@ -1292,14 +1268,11 @@ class ValidationSet:
         lengths = [shard_size(path) for path in paths]
         if lengths != stream.sizes:
             raise DataError(
-                f"{paths[0]}: side-car lengths {lengths} differ from the shards' {stream.sizes}:"
-                " they are not of one export"
+                f"{paths[0]}: side-car lengths {lengths} differ from the shards' {stream.sizes}"
             )
         charges = np.concatenate([load_data_shard(path) for path in paths]).astype(np.int64)
         if charges[self.tokens == BOS_ID].any():
-            raise DataError(
-                f"{paths[0]}: a BOS is charged bytes; the side-car does not belong to these tokens"
-            )
+            raise DataError(f"{paths[0]}: a BOS is charged bytes: another data's side-car")
         return charges
 
     def targets_of(self, documents):
@@ -2969,10 +2942,6 @@ class CompiledParts(NamedTuple):
     attention: Callable
     after_attention: Callable
 
-    def block(self, entry, mlp_lane, w, rope, segments, tap):
-        attn = self.attention(entry, w, rope, segments, tap)
-        return self.after_attention(entry, attn, mlp_lane, w, tap)
-
 
 class LayerWeights(NamedTuple):
     """Weights of one layer, in the compute dtype: views of the banks and small parameters."""
@@ -3225,13 +3194,9 @@ class GPT(nn.Module):
             out = self.ops.mlp(h, w.up, w.down, slope)
         return out if tap is None else tap("mlp_out", h, out, w.mlp_scale)
 
-    def block(self, entry, mlp_lane, w, rope, segments, tap):
-        """One layer: SlotInput and the MLP lane, None before the split -> x, mlp_lane."""
-        attn = self.attention(entry, w, rope, segments, tap)
-        return self.after_attention(entry, attn, mlp_lane, w, tap)
-
     def after_attention(self, entry, attn, mlp_lane, w, tap):
-        """The rest of a layer: also the output of its attention (B, T, D) -> x, mlp_lane.
+        """The rest of a layer: SlotInput, the output of its attention (B, T, D) and the MLP lane,
+        None before the split -> x, mlp_lane.
 
         Before the split attention and MLP run one after the other on one stream; after it they run
         in parallel, each on its own lane, and both write to both lanes.
@@ -3305,7 +3270,8 @@ class GPT(nn.Module):
             if plan.stores_merged:
                 skips.append(entry.merged.view_as(x))
             slot_tap = tap and tap.at(plan.slot, plan.layer)
-            x, mlp_lane = parts.block(entry, mlp_lane, w, rope, segments, slot_tap)
+            attn = parts.attention(entry, w, rope, segments, slot_tap)
+            x, mlp_lane = parts.after_attention(entry, attn, mlp_lane, w, slot_tap)
         return norm(self.join_lanes(x, mlp_lane))
 
     def skip_parameters(self, index):
@@ -3376,7 +3342,7 @@ def rebank(model, state):
         differ = sorted(name for name in names if wanted.get(name) != given.get(name))
         raise ValueError(
             f"the saved model does not fit these settings: {len(differ)} tensors differ,"
-            f" {differ[:5]} among them; use the settings it was trained with"
+            f" {differ[:5]} among them"
         )
     with torch.no_grad():
         for name, tensor in views.items():
@@ -3804,10 +3770,7 @@ class Trainer:
         self.guard.after_last_step(self, step)
         seconds = clock.seconds()
         if budget is not None and seconds > budget:
-            log(
-                f"note: training took {seconds:.2f} s of {budget:.2f}; a step is too long for this"
-                " budget"
-            )
+            log(f"note: training took {seconds:.2f} s of {budget:.2f}")
         self.log_step(step, losses[-1], seconds, self.progress(step, seconds), self.looping)
         self.ema.copy_to_model()
         resumed = {"resumed_at_step": first} if hp.resume else {}
@@ -3861,7 +3824,6 @@ GPTQ_BLOCK = 128  # columns whose error reaches later columns in one matmul
 EXP2_EIGHTHS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])
 MAX_SHIFT = 7  # bits of a fine code, see split_wide_codes
 MAX_WIDE_CODE = 127 << MAX_SHIFT
-MAX_FP16_ELEMENTS = 65_536  # a tensor with more elements must have a role in QUANT_TABLE
 
 
 class QuantRole(NamedTuple):
@@ -4192,13 +4154,8 @@ def check_quantizable(weights, hessians):
     for name, w in weights.items():
         if not w.half().isfinite().all():
             raise ValueError(f"{name} holds numbers that are not finite or beyond fp16")
-        if quant_role(name) is None:
-            if w.numel() > MAX_FP16_ELEMENTS:
-                raise ValueError(
-                    f"{name} has {w.numel()} elements and no role in QUANT_TABLE: too large for"
-                    " fp16"
-                )
-        elif name not in hessians or hessians[name].shape != (w.shape[1], w.shape[1]):
+        has_hessian = name in hessians and hessians[name].shape == (w.shape[1], w.shape[1])
+        if quant_role(name) and not has_hessian:
             raise ValueError(f"{name} {tuple(w.shape)} needs a Hessian of its columns")
 
 
@@ -4429,16 +4386,6 @@ def plainer_quantizations(hp):
     return [plainer for plainer in (row_steps, damped) if plainer != hp]
 
 
-class CheckedQuantization(NamedTuple):
-    """Arrays of quantize_weights, the settings they were made with, and their gap."""
-
-    hp: Hyperparameters
-    arrays: dict
-    gap: (
-        float  # nats per token that quantization adds to the held-out loss, inf if it is not finite
-    )
-
-
 class QuantizationCheck:
     """Compares the losses of the quantized and the fp32 model on the held-out training rows.
 
@@ -4486,15 +4433,16 @@ class QuantizationCheck:
         """
         if self.fp32_loss is None:
             return self.hp, quantize(self.hp)
-        best = None
+        least = math.inf
         for hp in (self.hp, *plainer_quantizations(self.hp)):
             started = time.perf_counter()
             arrays = quantize(hp)
             gap = self.gap(arrays, hp)
-            if best is None or gap < best.gap:
-                best = CheckedQuantization(hp, arrays, gap)
+            if self.kept is None or gap < least:
+                least = gap
+                best = hp, arrays
                 self.kept = self.tried[-1]
-            if best.gap <= self.hp.quant_gap_max:
+            if least <= self.hp.quant_gap_max:
                 break
             self.log(
                 f"note: quantization adds {gap:.4f} nats a token, more than"
@@ -4505,7 +4453,7 @@ class QuantizationCheck:
             if seconds_used > seconds_left():
                 self.log("note: no seconds are left for a plainer quantization")
                 break
-        return best.hp, best.arrays
+        return best
 
     def summary(self):
         """For RESULT: the loss of the fp32 model, the quantization that was kept, and all tried."""
@@ -4654,10 +4602,6 @@ class SymbolDecoder:
             self.words_used = used
         return (index & 255) - 128
 
-    def is_finished(self):
-        """Whether all words were used."""
-        return self.words_used == len(self.words)
-
 
 def initial_counts():
     """Counts int64 (contexts, 256) before any code, 64 for each symbol that is taken as seen.
@@ -4801,7 +4745,7 @@ def entropy_decompress(data, raw_size, shapes):
     """The inverse of entropy_compress; no bytes if words of the stream are left over."""
     decoder = SymbolDecoder(data)
     raw = code_matrices(decoder, bytes(raw_size), shapes)
-    return raw if decoder.is_finished() else b""
+    return raw if decoder.words_used == len(decoder.words) else b""
 
 
 # --- codecs and compressors
@@ -5845,9 +5789,7 @@ def documents_to_score(validation, hp):
     quantiles = (2 * np.arange(wanted) + 1) * count // (2 * wanted)
     documents = np.sort(order[quantiles])
     if hp.ttt_enabled and not validation.targets_of(documents)[1]:
-        raise DataError(
-            f"TTT_MAX_DOCS={hp.ttt_max_docs}: the documents that are left hold no byte: take more"
-        )
+        raise DataError(f"TTT_MAX_DOCS={hp.ttt_max_docs}: these documents hold no byte: take more")
     return documents
 
 
@@ -6288,10 +6230,7 @@ def write_code(folder, hp, dist, guard=NO_GUARD):
 
 def build_model(hp, dist):
     """A new GPT on the device, with the fastest operations that work there."""
-    if hp.compute_dtype == "auto":
-        dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
-    else:
-        dtype = getattr(torch, hp.compute_dtype)
+    dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
     # FlashAttention-4 warns at every compilation
     warnings.filterwarnings("ignore", message="Argument aux_data")
     ops = select_ops(hp, dist.device, dtype)
@@ -6564,12 +6503,9 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
     broken = []
     total = code_bytes + artifact_bytes
     if total > BYTE_CAP:
-        groups = [*training.get("group_bytes", {}).items()]
-        largest = ", ".join(f"{role} {size}" for role, size in groups[:3])
         broken.append(
-            f"{total} bytes of code and weights, {total - BYTE_CAP} above the cap of {BYTE_CAP}"
-            f" (largest: {largest}); QUANT_ONLY=1 TARGET_BYTES={BYTE_CAP} continues from the"
-            " checkpoint"
+            f"{total} bytes of code and weights, {total - BYTE_CAP} above the cap of {BYTE_CAP};"
+            f" QUANT_ONLY=1 TARGET_BYTES={BYTE_CAP} continues from the checkpoint"
         )
     used = training.get("training_seconds", 0) + seconds_after_training(log)
     if hp.max_wallclock_seconds and used > hp.max_wallclock_seconds:

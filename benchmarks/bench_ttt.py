@@ -389,7 +389,7 @@ OF_A_STEP = ("ttt_eval_seq_len", "ttt_stale_context", "ttt_lora_rank", "ttt_lora
 # settings of which the cost model knows nothing
 OF_THE_MODEL = (
     *("model_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_mult", "vocab_size"),
-    *("num_loops", "loop_start", "loop_end", "kernels", "compute_dtype", "attention_backend"),
+    *("num_loops", "loop_start", "loop_end", "kernels", "attention_backend"),
 )
 
 

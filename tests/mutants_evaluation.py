@@ -276,7 +276,7 @@ QUANTIZATION = [
     Mutant(
         "the-last-quantization-is-kept-not-the-best",
         TRAIN,
-        "if best is None or gap < best.gap:",
+        "if self.kept is None or gap < least:",
         "if True:",
         "tests/test_quant_check.py::test_the_best_quantization_is_kept_not_the_last",
     ),
@@ -314,8 +314,8 @@ ARTIFACT = [
     Mutant(
         "words-of-the-stream-that-nothing-read",
         TRAIN,
-        'return raw if decoder.is_finished() else b""\n\n\n# --- codecs',
-        "return raw\n\n\n# --- codecs",
+        'return raw if decoder.words_used == len(decoder.words) else b""',
+        "return raw",
         "tests/test_artifact.py::test_damaged_or_hostile_entropy_stream_is_refused",
     ),
     Mutant(
@@ -838,8 +838,8 @@ MAIN = [
     Mutant(
         "one-byte-above-the-cap",
         TRAIN,
-        "    if total > BYTE_CAP:\n        groups",
-        "    if total > BYTE_CAP + 1:\n        groups",
+        "    if total > BYTE_CAP:\n        broken",
+        "    if total > BYTE_CAP + 1:\n        broken",
         "tests/test_rules.py::test_one_byte_above_the_cap_is_a_violation",
     ),
     Mutant(

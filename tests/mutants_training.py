@@ -37,7 +37,7 @@ SETTINGS = [
     Mutant(
         "misspelt-settings-are-ignored",
         TRAINER,
-        "if in_family or difflib.get_close_matches(name, names, 1, 0.88):",
+        "if not words and (in_family or difflib.get_close_matches(name, names, 1, 0.88)):",
         "if in_family:",
         "tests/test_settings.py::test_a_misspelt_setting_is_refused_with_a_suggestion",
     ),

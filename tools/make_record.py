@@ -60,7 +60,7 @@ COPIED = """prepare_caseops_data.py lossless_caps.py requirements.txt requiremen
 # sizes of the proof; other settings of the record stay as they are
 TINY = settings_of(
     """
-    DEVICE=cpu COMPILE=0 COMPUTE_DTYPE=auto ATTENTION_BACKEND=auto
+    DEVICE=cpu COMPILE=0 ATTENTION_BACKEND=auto
     MODEL_DIM=32 NUM_LAYERS=3 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=2 ROPE_DIMS=4
     LOOP_START=1 LOOP_END=1 NUM_LOOPS=1 PARALLEL_START_LAYER=2
     TRAIN_BATCH_TOKENS=512 MICRO_BATCH_TOKENS=256 TRAIN_SEQ_LEN=64

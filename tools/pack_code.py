@@ -33,8 +33,6 @@ OF_A_RUN = """
 PUBLISHED = Path(__file__).resolve().parents[1] / "presets" / "published.py"
 # lines of PUBLISHED that find train_gpt.py and import it
 NOT_PACKED = "ROOT", "import train_gpt", "from train_gpt"
-# attributes of ours that objects of libraries have, too
-OF_LIBRARIES = {"is_finished"}
 MODEL = "GPT"  # class whose attributes are parameters, with names in files
 NAME_FIELDS = "id", "attr", "arg", "name"  # of syntax nodes
 IN_ORDER = "register_fake", "register_autograd"
@@ -301,14 +299,14 @@ def shorten_own_words(tree):
     tuples short names, wherever they stand.
 
     Libraries do not know them: left out are what an imported module is asked for, keywords of calls
-    of what the script does not define, words in strings, and OF_LIBRARIES. So are the fields of
-    dataclasses and the parameters of models, whose names are in files.
+    of what the script does not define, and words in strings. So are the fields of dataclasses and
+    the parameters of models, whose names are in files. No class may take a name that an object of a
+    library has (tests/test_pack_code.py).
     """
     known = names_known_outside(tree)
     own = {name for name in own_names(tree) - known if "_" in name[1:] and name[:2] != "__"}
     uses = Counter(getattr(node, field, "") for node in ast.walk(tree) for field in NAME_FIELDS)
-    # of two letters: those of one are for shorten_attributes
-    free = [name for name in short_names() if len(name) > 1 and name not in known | uses.keys()]
+    free = [name for name in short_names() if name not in known | uses.keys()]
     by_use = sorted(own, key=lambda name: (-uses[name], name))
     short = dict(zip(by_use, free, strict=False))
     for node in ast.walk(tree):
@@ -337,7 +335,7 @@ def attributes_set(node):
 
 def names_known_outside(tree):
     """Names that libraries, strings and files may know, see shorten_own_words."""
-    known = set(OF_LIBRARIES)
+    known = set()
     defined = {"_replace"}
     imported = set()
     for node in ast.walk(tree):
@@ -431,7 +429,7 @@ def names_to_keep(tree):
     free_parameters.
 
     The minifier's `A=BLOCK` would make a kernel's constexpr a tensor, and a kernel may not read an
-    alias of a builtin. Kernels go by their names in profiles; aliases of builtins would cost bytes.
+    alias of a builtin. Aliases of builtins would cost bytes.
     """
     kernels = [node for node in ast.walk(tree) if is_kernel(node)]
     arguments = {
@@ -441,7 +439,7 @@ def names_to_keep(tree):
         node.id for kernel in kernels for node in ast.walk(kernel) if isinstance(node, ast.Name)
     }
     names = {kernel.name for kernel in kernels}
-    return sorted(arguments), sorted(used.union(names, dir(builtins)))
+    return sorted(arguments), sorted(used.union(dir(builtins)) - names)
 
 
 def string_literal(data):
