@@ -61,6 +61,7 @@ except ImportError:  # the kernels can still be defined, but the references are 
     triton = None
     tl = SimpleNamespace(constexpr=int)
 
+GATE_WINDOW = 12  # input dimensions that gates read
 BOS_ID = 1  # every document starts with exactly one (docs/DATA.md)
 CASE_MARKERS = 4, 5, 6  # ids of the marks for the case of the word behind them (lossless_caps.py)
 # Ids of a space and such a marker as one token: <pad>, </s> and <unk>, which no text has, lend them
@@ -114,9 +115,7 @@ class Hyperparameters:
         "data/datasets/fineweb10B_sp8192_caseops", "folder of fineweb_{train,val,val_bytes}_*.bin"
     )
     tokenizer_path: str = env("", "SentencePiece model; empty: searched")
-    marker_fusion_enabled: bool = env(
-        True, "a space and the case marker behind it are one token (PR 2109)"
-    )
+    marker_fusion_enabled: bool = env(True, "space and case marker as one token (PR 2109)")
     data_seed: int = env(0, "shuffles the rows; 0: order of the stream", least=0)
     balance_rows: bool = env(True, "equal attention cost of a step's rows")
     device: str = env("auto", "auto: a GPU if there is one", choices=("auto", "cuda", "cpu"))
@@ -124,14 +123,14 @@ class Hyperparameters:
     kernels: bool = env(True, "Triton and Quack; 0: references")
     train_cuda_graphs: bool = env(True, "training micro-batches as CUDA graphs")
     attention_backend: str = env(
-        "auto", "attention over packed rows", choices=("auto", "fa3", "fa4", "torch", "sdpa")
+        "auto", "attention of packed rows", choices=("auto", "fa3", "fa4", "torch", "sdpa")
     )
     prequant_only: bool = env(False, "stop after evaluating the fp32 model")
     quant_only: bool = env(False, "continue from CHECKPOINT_PATH")
     ttt_eval_only: bool = env(False, "continue from ARTIFACT_PATH")
     checkpoint_path: str = env("", "fp32 model for QUANT_ONLY; empty: model.pt of the run")
     artifact_path: str = env("", "artifact for TTT_EVAL_ONLY; empty: artifact.bin of the run")
-    checkpoint_every: int = env(0, "steps between training states; 0: only on a signal", least=0)
+    checkpoint_every: int = env(0, "steps between states; 0: only on a signal", least=0)
     resume: bool = env(False, "continue from the newest training state of RUN_ID")
     deterministic: bool = env(False, "same RESULT in every run, as far as PyTorch can")
 
@@ -142,12 +141,11 @@ class Hyperparameters:
 
     # model
     vocab_size: int = env(8192, "vocabulary size", least=9, most=65_536)
-    model_dim: int = env(512, "model width", least=8)
+    model_dim: int = env(512, "model width", least=12)
     num_layers: int = env(11, "physical layers", least=1)
     num_heads: int = env(8, "query heads", least=1)
     num_kv_heads: int = env(4, "key/value heads", least=1)
     mlp_mult: float = env(4.0, "MLP width / model width", above=0)
-    gate_window: int = env(12, "input dimensions that the gates read", least=1)
     loop_start: int = env(3, "first looped layer", least=0)
     loop_end: int = env(5, "last looped layer", least=0)
     num_loops: int = env(2, "extra passes over the looped layers", least=0)
@@ -191,14 +189,14 @@ class Hyperparameters:
 
     # quantization and artifact
     gptq_reserve_seconds: float = env(7.0, "of the budget, for Hessians and GPTQ", least=0)
-    gptq_calibration_batches: int = env(16, "training rows for the Hessians", least=1)
+    gptq_calibration_batches: int = env(16, "rows for the Hessians", least=1)
     gptq_damp: float = env(0.01, "damping, of the mean Hessian diagonal", above=0)
     matrix_bits: int = env(6, "bits per matrix code", least=2, most=8)
     embed_bits: int = env(8, "bits per embedding code", least=2, most=8)
-    mlp_clip_sigmas: float = env(12.8, "clip of MLP rows, standard deviations", above=0)
-    attn_clip_sigmas: float = env(13.8, "clip of attention rows, standard deviations", above=0)
-    embed_clip_sigmas: float = env(14.8, "clip of embedding rows, standard deviations", above=0)
-    gptq_column_steps: bool = env(True, "steps 2^(k/8) per row and column; 0: fp16 steps per row")
+    mlp_clip_sigmas: float = env(12.8, "clip of MLP rows, in deviations", above=0)
+    attn_clip_sigmas: float = env(13.8, "clip of attention rows, in deviations", above=0)
+    embed_clip_sigmas: float = env(14.8, "clip of embedding rows, in deviations", above=0)
+    gptq_column_steps: bool = env(True, "steps per row and column; 0: per row")
     gptq_column_octaves: float = env(2.0, "log2 of a column's step to its row's", least=0)
     gptq_trellis: bool = env(True, "trellis-coded quantization")
     quant_check_rows: int = env(2, "training rows that check the quantization", least=0)
@@ -221,15 +219,15 @@ class Hyperparameters:
     # test-time training
     ttt_enabled: bool = env(True, "score with test-time training")
     ttt_max_docs: int = env(0, "documents, of all lengths; 0: all", least=0)
-    ttt_eval_seq_len: int = env(2048, "context of a chunk and its tokens", least=2)
-    ttt_stale_context: int = env(1792, "oldest positions, which are not recomputed", least=0)
+    ttt_eval_seq_len: int = env(3072, "context of a chunk and its tokens", least=2)
+    ttt_stale_context: int = env(2816, "oldest positions, which are not recomputed", least=0)
     ttt_chunk_size: int = env(16, "tokens scored between two LoRA steps", least=1)
     ttt_batch_size: int = env(64, "documents per group, and per step", least=1)
-    ttt_lanes: int = env(8, "groups of documents, dealt out to ranks", least=1)
+    ttt_lanes: int = env(8, "groups of documents, dealt to ranks", least=1)
     ttt_lora_sites: str = env("q,k,v,o,mlp,head", "sites with LoRA, comma separated")
     ttt_lora_rank: int = env(80, "LoRA rank", least=1)
     ttt_lora_alpha: float = env(144.0, "adapters are scaled by alpha / rank", above=0)
-    ttt_lora_lr: float = env(9e-5, "AdamW learning rate of the adapters", least=0)
+    ttt_lora_lr: float = env(7e-5, "AdamW learning rate of the adapters", least=0)
     ttt_beta2: float = env(0.99, "their beta2 (beta1 is 0)", least=0, most=0.99999)
     ttt_weight_decay: float = env(0.5, "their weight decay", least=0)
     ttt_warm_start_a: bool = env(True, "documents start with their predecessor's A")
@@ -362,14 +360,15 @@ def foreign_words(name, guard):
         return ""
     # how those begin whose first word is none of ours
     beginnings = """ADAM_EPS ALIAS_ ASYM_ BIGRAM_ CASEOPS_ CKPT_ COMPUTE_DTYPE DATASETS_
-        DOC_SHUFFLE E2E_ EXTRA_EVAL FULL_GPTQ FUSED_ GATED_ HEAD_LR HEAD_PAIR HESSIAN_
+        DOC_SHUFFLE E2E_ EXTRA_EVAL FULL_GPTQ FUSED_ GATE_ GATED_ HEAD_LR HEAD_PAIR HESSIAN_
         IHA_ LATE_QAT LN_SCALE LOAD_MODEL LQER_ MAX_ROW_ MTP_ NEGATIVE_ NGRAM_ PAIRED_
         PARTIAL_KEY PRUNE_ QAT_ QUANTIZE RECUR_ SKIP_GATES SKIP_POST SLIDING_ SMEAR_
         SPINQUANT_ SWA_ TIE_ TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD TRAIN_SEQ_SCHED
         VALUE_ VAL_BATCH VAL_DOC VE_ WD_ XSA_"""
     instead = guard.instead(name)
-    is_foreign = instead or name.startswith((*beginnings.split(),))
-    return f"a setting of other scripts{instead}" if is_foreign else ""
+    if not instead and not name.startswith((*beginnings.split(),)):
+        return ""
+    return f"a setting of other scripts{instead or ' (unset it, or see --help)'}"
 
 
 def unknown_settings(environ, cls, guard):
@@ -385,9 +384,10 @@ def unknown_settings(environ, cls, guard):
         in_family = name.split("_")[0] in families
         if not words and (in_family or difflib.get_close_matches(name, names, 1, 0.88)):
             close = difflib.get_close_matches(name, names, 1, 0.6)
-            words = "not a setting" + (f"; did you mean {close[0]}?" if close else "")
+            question = f"; did you mean {close[0]}?" if close else ""
+            words = f"not a setting{question} (unset it, or see --help)"
         if words:
-            yield f"{name} is {words} (unset it, or see --help)"
+            yield f"{name} is {words}"
 
 
 def range_problems(field, value):
@@ -415,8 +415,6 @@ def cross_checks(hp):
         yield "NUM_HEADS must divide by NUM_KV_HEADS"
     if hp.rope_dims % 2 or hp.rope_dims > hp.head_dim:
         yield f"ROPE_DIMS must be even, at most {hp.head_dim}"
-    if hp.gate_window > hp.model_dim:
-        yield "GATE_WINDOW must be at most MODEL_DIM"
     if hp.num_loops and not hp.loop_start <= hp.loop_end < hp.num_layers:
         yield "LOOP_START..LOOP_END must lie inside NUM_LAYERS (or set NUM_LOOPS=0)"
     if hp.parallel_start_layer > hp.num_layers:
@@ -1072,8 +1070,14 @@ def space_id(hp):
 def fuse_markers(tokens, charges, space):
     """(n,) ids and the bytes of each -> (m,) both, a space and the case marker behind it as one id.
 
-    SentencePiece merges nothing across a marker (PR 2109). Shards stay as they are.
+    SentencePiece merges nothing across a marker (PR 2109). Shards stay as they are. Raises
+    DataError for ids of pairs, which would be taken for fused markers.
     """
+    if np.isin(tokens, PAIR_IDS).any():
+        raise DataError(
+            f"DATA_PATH: the data have tokens {PAIR_IDS}, which are those of fused markers: set"
+            " MARKER_FUSION_ENABLED=0"
+        )
     begins_pair = (tokens[:-1] == space) & np.isin(tokens[1:], CASE_MARKERS)
     begins_pair = np.append(begins_pair, False)
     ends_pair = np.roll(begins_pair, 1)
@@ -1226,19 +1230,11 @@ class ValidationSet:
         if not self.bytes[1:].any():
             raise DataError(f"{stream.paths[0]}: the validation documents hold no byte: no BPB")
         if hp.fuses_markers:
-            self.fuse_markers(hp)
+            # all text and all bytes stay
+            self.tokens, self.bytes = fuse_markers(self.tokens, self.bytes, space_id(hp))
         # no BOS follows the last document
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
         self.ends = np.append(self.starts[1:], len(self.tokens) - 1)
-
-    def fuse_markers(self, hp):
-        """Tokens and their bytes as the model sees them; all text and all bytes stay."""
-        if np.isin(self.tokens, PAIR_IDS).any():
-            raise DataError(
-                f"{hp.data_path}: validation has tokens {PAIR_IDS}, which are those of fused"
-                " markers: set MARKER_FUSION_ENABLED=0"
-            )
-        self.tokens, self.bytes = fuse_markers(self.tokens, self.bytes, space_id(hp))
 
     def count_bytes(self, hp, stream):
         """(N,) int64 bytes charged to each token of the stream."""
@@ -1305,14 +1301,18 @@ def models_near(folder, nearest):
     """SentencePiece models in and around a dataset's folder, in order of distance.
 
     nearest: only those of the closest place that has any. Raises DataError if that place has
-    several different ones, as nothing says which of them made the shards.
+    several different ones, as nothing says which of them made the shards, and if there are none.
     """
     parents = folder.parent, folder.parent.parent, Path(__file__).parent
     places = [folder, *(parent / "tokenizers" for parent in parents)]
     groups = [sorted(place.glob("*.model")) for place in places]
+    if not any(groups):
+        raise DataError(
+            f"{folder}: no tokenizer (*.model) in {', '.join(map(str, places))}: set TOKENIZER_PATH"
+        )
     if not nearest:
         return sum(groups, [])
-    closest = next((group for group in groups if group), [])
+    closest = next(filter(None, groups))
     if len({path.read_bytes() for path in closest}) > 1:
         names = ", ".join(str(path) for path in closest)
         raise DataError(
@@ -1340,8 +1340,8 @@ def find_tokenizer(hp):
             check_tokenizer(hp, path)
             return path
     raise DataError(
-        f"no tokenizer for {folder} (the manifest wants sha256 {wanted}; looked at"
-        f" {[str(path) for path in candidates]}): set TOKENIZER_PATH"
+        f"{folder}: its manifest wants a tokenizer with sha256 {wanted}, which none of"
+        f" {', '.join(map(str, candidates))} has: set TOKENIZER_PATH"
     )
 
 
@@ -1489,7 +1489,9 @@ def _linear_cross_entropy(
 
 @_linear_cross_entropy.register_fake
 def _linear_cross_entropy_fake(h, weight, targets, softcap):
-    return h.new_empty(len(h), dtype=torch.float32), h.new_empty(len(h), len(weight))
+    # not len(h), which would tie a compiled graph to this number of tokens
+    tokens = h.shape[0]
+    return h.new_empty(tokens, dtype=torch.float32), h.new_empty(tokens, len(weight))
 
 
 def _linear_cross_entropy_setup(ctx, inputs, output):
@@ -1612,7 +1614,8 @@ def _mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor,
 
 @_mlp.register_fake
 def _mlp_fake(x, w_up, w_down, slope):
-    return x.new_empty(len(x), len(w_down)), x.new_empty(len(x), len(w_up))
+    tokens = x.shape[0]
+    return x.new_empty(tokens, len(w_down)), x.new_empty(tokens, len(w_up))
 
 
 def _mlp_setup(ctx, inputs, output):
@@ -3010,7 +3013,7 @@ class GPT(nn.Module):
         # (layer, attention / MLP, target lane)
         self.parallel_post = nn.Parameter(torch.ones(L, 2, 2))
         self.parallel_resid = nn.Parameter(torch.full((L, 2), 1.1))  # (layer, lane)
-        self.smear_weight = nn.Parameter(torch.zeros(1, hp.gate_window))
+        self.smear_weight = nn.Parameter(torch.zeros(1, GATE_WINDOW))
         self.smear_lambda = nn.Parameter(torch.zeros(1))
 
     @torch.no_grad()
@@ -3030,7 +3033,7 @@ class GPT(nn.Module):
     @property
     def gate_inputs(self):
         """Number of inputs of the attention gate."""
-        return self.hp.gate_window
+        return GATE_WINDOW
 
     @property
     def gate_reads_mix(self):
@@ -3152,9 +3155,8 @@ class GPT(nn.Module):
 
     def slot_input(self, x, x0, w, return_mix, return_merged, *skip):
         """Streams x and x0 (B, T, D) -> SlotInput; a skip comes with its weight and its gate."""
-        window = self.hp.gate_window
         return self.ops.slot_input(
-            x, x0, w.mix, w.depth_scale, window, return_mix, return_merged, *skip
+            x, x0, w.mix, w.depth_scale, GATE_WINDOW, return_mix, return_merged, *skip
         )
 
     def attention(self, entry, w, rope, segments, tap):
@@ -3220,7 +3222,7 @@ class GPT(nn.Module):
         """
         e = self.token_embedding(tokens, window_start)
         previous = F.pad(e[:, :-1], (0, 0, 1, 0))
-        gate_input = e[..., : self.hp.gate_window]
+        gate_input = e[..., :GATE_WINDOW]
         gate = torch.sigmoid(F.linear(gate_input, self.smear_weight.to(e.dtype)))  # (B, T, 1)
         smear = self.smear_lambda.to(e.dtype) * gate * previous
         blocked = tokens == BOS_ID
@@ -4472,7 +4474,8 @@ class QuantizationCheck:
 # of the stored header; the header, JSON [[[name, dtype, shape], ...], [[size, digest of the stored
 # bytes, digest of the raw bytes], ...]]; the sections, one after another. The list of arrays says
 # what the sections hold (plan_sections). Thanks to the two digests neither a damaged file nor a
-# decoder of another version can give wrong weights.
+# decoder of another version can give wrong weights. The two highest bits of the compressor's number
+# say what tokens the model was trained on: 0 not said (older files), 1 as stored, 2 markers fused.
 MAGIC = b"GLF1"
 PREFIX = struct.Struct("<4sBII")
 DIGEST_BYTES = 8
@@ -4953,10 +4956,11 @@ class SectionRecord(NamedTuple):
     raw_digest: str
 
 
-def pack_weights(arrays, compressor, on_progress=lambda share: None):
+def pack_weights(arrays, compressor, on_progress=lambda share: None, trained_on=0):
     """Numpy arrays by name -> artifact bytes. ValueError for arrays that cannot be packed.
 
     on_progress(share) is called after each section with the share of raw bytes that are packed.
+    trained_on: 1 + hp.fuses_markers; 0 leaves it unsaid.
     """
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
     check_specs(specs)
@@ -4980,7 +4984,7 @@ def pack_weights(arrays, compressor, on_progress=lambda share: None):
         raise ValueError(
             f"the names and shapes of {len(arrays)} arrays do not fit an artifact's header"
         )
-    number = COMPRESSORS[compressor].number
+    number = COMPRESSORS[compressor].number + 64 * trained_on
     stored = ENCODERS[COMPRESSORS[compressor].codec](header)
     prefix = PREFIX.pack(MAGIC, number, len(stored), len(header))
     return b"".join([prefix, digest(prefix + stored), stored, *(data for data, _ in encoded)])
@@ -4990,7 +4994,7 @@ class PrefixFields(NamedTuple):
     """What PREFIX packs."""
 
     magic: bytes
-    number: int  # of the compressor
+    number: int  # of the compressor + 64 trained_on
     stored_size: int  # of the header
     raw_size: int
 
@@ -5012,11 +5016,12 @@ def read_header(blob):
     stored = blob[start : start + fields.stored_size]
     is_intact = fields.magic == MAGIC and digest(prefix + stored) == blob[PREFIX.size : start]
     names = {compressor.number: name for name, compressor in COMPRESSORS.items()}
-    if not is_intact or fields.number not in names or fields.raw_size > MAX_HEADER_BYTES:
+    number = fields.number % 64
+    if not is_intact or number not in names or fields.raw_size > MAX_HEADER_BYTES:
         raise ArtifactError(
             "artifact: not a file of this program, or its header is damaged or cut off"
         )
-    compressor = names[fields.number]
+    compressor = names[number]
     try:
         raw = expand(COMPRESSORS[compressor].codec, stored, fields.raw_size)
         arrays, sections = json.loads(raw)
@@ -6441,7 +6446,9 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
 
     def pack(hp, arrays):
         with log.stage("pack"):
-            file = pack_weights(arrays, hp.compressor, log.live) if dist.rank == 0 else b""
+            file = b""
+            if dist.rank == 0:
+                file = pack_weights(arrays, hp.compressor, log.live, 1 + hp.fuses_markers)
         return Quantized(hp, arrays, file)
 
     quantize_seconds = []
@@ -6479,7 +6486,11 @@ def rebuild_model(model, path, dist):
     problem = None
     if dist.rank == 0:
         try:
-            rebank(model, dequantize_weights(unpack_weights(Path(path).read_bytes())))
+            blob = Path(path).read_bytes()
+            arrays = unpack_weights(blob)
+            if blob[4] // 64 not in (0, 1 + model.hp.fuses_markers):  # see MAGIC
+                raise ValueError("trained with another MARKER_FUSION_ENABLED: use that")
+            rebank(model, dequantize_weights(arrays))
         except (OSError, ValueError) as error:
             problem = str(error)
     problem = dist.all_gather_object(problem)[0]

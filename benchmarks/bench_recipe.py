@@ -7,7 +7,7 @@ The proxy.
     python benchmarks/bench_recipe.py run fusion --kind screen --data data/proxy --seeds 1 2 3 \
         --arm base "" --arm stored "MARKER_FUSION_ENABLED=0" --arm before@../before ""
     python benchmarks/bench_recipe.py table fusion
-    python benchmarks/bench_recipe.py effects factorial
+    python benchmarks/bench_recipe.py effects factorial --noise 0.0016
     python benchmarks/bench_recipe.py noise noise
 
 An arm is a name with settings of train_gpt.py; NAME@DIR takes the train_gpt.py of another checkout.
@@ -16,7 +16,9 @@ docs/campaigns/NAME.jsonl (or the path that is given instead of a name), and a l
 same plan runs only what is missing there.
 
 `effects` is for designed experiments: arms such as soap+wide+short name the factors that they turn
-on, and every run tells about every factor.
+on, and every run tells about every factor. Seeds are fitted as blocks; --blocks none leaves them
+out, where a small design is spread over seeds. --noise gives the known deviation of a run, which a
+design with as many factors as runs less one needs.
 
 Runs count as a pair if they have the same seed and ran in one go: on one machine, with pauses of at
 most ten minutes. A half pair whose other half never came in its go is run again. docs/PROXY.md says
@@ -885,9 +887,18 @@ class Effects(NamedTuple):
     """What each factor of a designed experiment does in one stage, in BPB; negative is better."""
 
     differences: dict[str, float]  # factor -> difference that it makes, other factors equal
-    errors: dict[str, float]  # standard errors; nan without degrees of freedom
-    deviation: float  # of a run from what its factors and its seed explain
+    spreads: dict[str, float]  # standard error of each for runs that deviate by 1
+    deviation: float  # of a run from what the design explains; nan without degrees of freedom
     freedom: int  # degrees of freedom of that deviation
+    offsets: list[float]  # of each block from the mean of all; a single 0 without blocks
+
+
+NEEDS = (
+    "`effects` needs a designed experiment: arms that turn on several factors each, as"
+    " soap+wide+short does, every factor off in some runs, no two always on together, and at least"
+    " one run more than factors (docs/PROXY.md, many ideas at once)"
+)
+FEW_FREEDOM = 6  # below it the deviation of the residuals is off by a third and more
 
 
 def factors_of(arm: str) -> list[str]:
@@ -895,84 +906,203 @@ def factors_of(arm: str) -> list[str]:
     return [] if arm == "base" else arm.split("+")
 
 
-def estimate_effects(runs: list[dict], values: list[float]) -> Effects:
-    """Least squares of one value a run on the seeds and on the factors that its arm turns on.
+def factors_in(runs: list[dict]) -> list[str]:
+    """All factors that arms of these runs turn on."""
+    return list(dict.fromkeys(factor for run in runs for factor in factors_of(run["arm"])))
 
-    ValueError where the arms cannot tell two factors apart, or a factor from a seed.
+
+def design_matrix(runs: list[dict], blocks: str) -> np.ndarray:
+    """(runs, blocks + factors) of 0 and 1: which seed a run has, and what its arm turns on.
+
+    blocks: "seed" for one column a seed, "none" for a single column of ones.
     """
+    factors = factors_in(runs)
     seeds = sorted({run["seed"] for run in runs})
-    factors = list(dict.fromkeys(factor for run in runs for factor in factors_of(run["arm"])))
-    design = np.array(
-        [
-            [run["seed"] == seed for seed in seeds] + [f in factors_of(run["arm"]) for f in factors]
-            for run in runs
-        ],
-        dtype=float,
-    )
-    if np.linalg.matrix_rank(design) < design.shape[1]:
-        raise ValueError(
-            f"{len(runs)} runs cannot separate {len(seeds)} seeds and the factors"
-            f" {', '.join(factors)}: run more arms"
+    rows = []
+    for run in runs:
+        block = [run["seed"] == seed for seed in seeds] if blocks == "seed" else [True]
+        rows.append(block + [factor in factors_of(run["arm"]) for factor in factors])
+    return np.array(rows, dtype=float)
+
+
+def is_separable(design: np.ndarray) -> bool:
+    return np.linalg.matrix_rank(design) == design.shape[1]
+
+
+def inseparable_factors(runs: list[dict]) -> list[str]:
+    """What is wrong with single factors, in words; nothing where only sums of them coincide."""
+    patterns = {}
+    for factor in factors_in(runs):
+        pattern = tuple(factor in factors_of(run["arm"]) for run in runs)
+        patterns.setdefault(pattern, []).append(factor)
+    problems = []
+    for pattern, factors in patterns.items():
+        if all(pattern):
+            problems.append(f"{' and '.join(factors)}: on in every run")
+        elif len(factors) > 1:
+            problems.append(f"{' and '.join(factors)}: always on together")
+    return problems
+
+
+def design_problem(runs: list[dict], blocks: str, noise: float | None) -> str:
+    """Why these runs tell no effects of factors, and what to do; "" if they do."""
+    if all(len(factors_of(run["arm"])) < 2 for run in runs):
+        return f"no arm turns on two factors; see `table` for arms that are compared. {NEEDS}"
+    design = design_matrix(runs, blocks)
+    names = ", ".join(factors_in(runs))
+    if not is_separable(design):
+        if problems := inseparable_factors(runs):
+            return f"{'; '.join(problems)}. {NEEDS}"
+        if is_separable(design_matrix(runs, "none")):
+            num_seeds = len({run["seed"] for run in runs})
+            return (
+                f"{len(runs)} runs cannot separate {num_seeds} seeds and the factors {names}:"
+                " --blocks none counts what seeds do as noise (docs/PROXY.md says when that is"
+                " safe)"
+            )
+        return f"{len(runs)} runs cannot separate the factors {names}: run more arms. {NEEDS}"
+    if len(runs) == design.shape[1] and noise is None:
+        return (
+            f"{len(runs)} runs for {design.shape[1]} unknowns leave no degrees of freedom for an"
+            " error: give the known standard deviation of one run in BPB, as --noise 0.0016"
+            " (`noise` measures it: docs/LOG.md, the noise of the proxy)"
         )
+    return ""
+
+
+def estimate_effects(runs: list[dict], values: list[float], blocks: str = "seed") -> Effects:
+    """Least squares of one value a run on blocks and on the factors that its arm turns on.
+
+    The design must be separable.
+    """
+    factors = factors_in(runs)
+    design = design_matrix(runs, blocks)
     solution = np.linalg.lstsq(design, np.array(values), rcond=None)[0]
     residuals = np.array(values) - design @ solution
     freedom = len(runs) - design.shape[1]
     deviation = math.sqrt(residuals @ residuals / freedom) if freedom else math.nan
     spreads = np.sqrt(np.diag(np.linalg.inv(design.T @ design)))
-    found = slice(len(seeds), None)
+    found = slice(-len(factors), None)
+    levels = solution[: -len(factors)]
     return Effects(
         dict(zip(factors, solution[found].tolist(), strict=True)),
-        dict(zip(factors, (deviation * spreads[found]).tolist(), strict=True)),
+        dict(zip(factors, spreads[found].tolist(), strict=True)),
         deviation,
         freedom,
+        (levels - levels.mean()).tolist(),
     )
 
 
-EFFECTS_HEAD = "factor", "stage", "runs with", "difference", "standard error", "t", "p", "steps"
+def effects_head(freedom: int, noise: float | None) -> list[str]:
+    """Titles of the columns: errors from the residuals, from a known deviation, or both."""
+    head = ["factor", "stage", "runs with", "difference"]
+    if freedom:
+        head += ["standard error", "t", "p"]
+    if noise is not None:
+        head += ["known error", "z", "p of z"]
+    return [*head, "steps"]
 
 
-def effect_rows(runs: list[dict], stage: str) -> tuple[list[list[str]], Effects]:
+def gain_cells(difference: float, error: float, distribution) -> list[str]:
+    """Cells of a standard error, of the gain over it, and of the one-sided p."""
+    ratio = -difference / error if error else math.copysign(math.inf, -difference)
+    return [f"{error:.5f}", f"{ratio:.2f}", f"{distribution.sf(ratio):.2g}"]
+
+
+def effect_rows(
+    runs: list[dict], stage: str, blocks: str, noise: float | None
+) -> tuple[list[list[str]], Effects]:
     """Cells of each factor in one stage, and the estimate that they show."""
-    scores = estimate_effects(runs, [run["scores"][stage]["bpb"] for run in runs])
-    steps = estimate_effects(runs, [math.log(run["steps"]) for run in runs]).differences
+    bpb = [run["scores"][stage]["bpb"] for run in runs]
+    found = estimate_effects(runs, bpb, blocks)
+    log_steps = [math.log(run["steps"]) for run in runs]
+    steps = estimate_effects(runs, log_steps, blocks).differences
     rows = []
-    for factor, difference in scores.differences.items():
-        error = scores.errors[factor]
-        t = -difference / error if error else math.nan
+    for factor, difference in found.differences.items():
         count = sum(factor in factors_of(run["arm"]) for run in runs)
-        cells = [factor, stage, f"{count} of {len(runs)}", f"{difference:+.5f}", f"{error:.5f}"]
-        cells += [f"{t:.2f}", f"{stats.t.sf(t, scores.freedom):.2g}"]
+        cells = [factor, stage, f"{count} of {len(runs)}", f"{difference:+.5f}"]
+        spread = found.spreads[factor]
+        if found.freedom:
+            cells += gain_cells(difference, found.deviation * spread, stats.t(found.freedom))
+        if noise is not None:
+            cells += gain_cells(difference, noise * spread, stats.norm)
         rows.append([*cells, f"{math.exp(steps[factor]):.3f}"])
-    return rows, scores
+    return rows, found
+
+
+def deviation_text(found: Effects, stage: str, blocks: str, noise: float | None) -> str:
+    """Where the errors of one stage come from."""
+    known = f"known error: a run deviates by {noise} BPB (--noise)"
+    if not found.freedom:
+        return f"{stage}: as many unknowns as runs, 0 degrees of freedom; {known}"
+    explained = "factors explain"
+    if blocks == "seed":
+        explained = "factors and its seed explain"
+    text = (
+        f"{stage}: a run deviates by {found.deviation:.5f} BPB from what its {explained},"
+        f" {found.freedom} degrees of freedom, 90% interval"
+        f" {interval(found.deviation, found.freedom)}"
+    )
+    if noise is not None:
+        return f"{text}; {known}"
+    if found.freedom < FEW_FREEDOM:
+        return f"{text}; these are few: --noise takes a known deviation of a run"
+    return text
+
+
+def print_kind_effects(runs: list[dict], kind: str, blocks: str, noise: float | None) -> None:
+    """The table of one kind of run, whose design is separable."""
+    stages = [stage for stage in STAGES if all(stage in run["scores"] for run in runs)]
+    rows, lines = [], []
+    for stage in stages:
+        cells, found = effect_rows(runs, stage, blocks, noise)
+        rows += cells
+        lines.append(deviation_text(found, stage, blocks, noise))
+    print(f"{kind}, {len(runs)} runs\n")
+    print("\n".join(markdown(effects_head(found.freedom, noise), rows)) + "\n")
+    print("\n".join(lines))
+    if blocks == "none":
+        print("Seeds are left out (--blocks none): what they do counts as noise.")
+    else:
+        offsets = ", ".join(f"{offset:+.5f}" for offset in found.offsets)
+        print(f"Seeds (with the machine that each ran on) are off the mean by {offsets}.")
 
 
 def print_effects(args) -> None:
     """`effects`: for each kind of run, what each factor does in every stage."""
+    path = campaign_path(args.campaign)
     records = read_records(args.campaign)
+    refused, shown = [], 0
     for kind in [kind for kind in KINDS if kind != "noise"]:
         runs = succeeded(records, kind)
         if not runs:
             continue
-        stages = [stage for stage in STAGES if all(stage in run["scores"] for run in runs)]
-        rows, lines = [], []
-        for stage in stages:
-            found, scores = effect_rows(runs, stage)
-            rows += found
-            lines.append(
-                f"{stage}: a run deviates by {scores.deviation:.5f} BPB from what its factors and"
-                f" its seed explain, {scores.freedom} degrees of freedom"
-            )
-        print(f"{kind}, {len(runs)} runs\n")
-        print("\n".join(markdown(EFFECTS_HEAD, rows)) + "\n")
-        print("\n".join(lines))
+        if problem := design_problem(runs, args.blocks, args.noise):
+            refused.append(f"{path}, {kind}: {problem}")
+            continue
+        print_kind_effects(runs, kind, args.blocks, args.noise)
         failed = [r for r in records if (r["kind"], r["status"]) == (kind, "failed")]
         print("\n".join(f"failed: {r['arm']}, seed {r['seed']}" for r in failed))
+        shown += 1
+    if not shown:
+        nothing = f"{path}: no finished runs of an experiment (see `noise` for repeats). {NEEDS}"
+        raise ValueError("\n".join(refused) or nothing)
     print(
         "The difference is what turning the factor on does to BPB, all others equal: negative is"
         " better. It is a sum of its own effect and of interactions that the arms do not separate."
-        " t and the one-sided p are of the hypothesis that there is no gain; steps: with over"
-        " without."
+        " t (z with a known deviation) and the one-sided p are of the hypothesis that there is no"
+        " gain; steps: with over without."
     )
+    for problem in refused:
+        print(f"left out: {problem}")
+
+
+def positive(text: str) -> float:
+    """A command line's number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
 
 
 # ---- noise
@@ -1149,6 +1279,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     effects = commands.add_parser("effects", help="what each factor of combined arms does")
     effects.add_argument("campaign", metavar="CAMPAIGN")
+    effects.add_argument(
+        "--noise",
+        type=positive,
+        metavar="SD",
+        help="known standard deviation of one run in BPB; a design without degrees of freedom"
+        " needs it",
+    )
+    effects.add_argument(
+        "--blocks",
+        choices=["seed", "none"],
+        default="seed",
+        help="none: fit a single mean instead of one a seed; default: %(default)s",
+    )
     noise = commands.add_parser("noise", help="deviations over repeats of a seed and over seeds")
     noise.add_argument("campaign", metavar="CAMPAIGN")
     data = commands.add_parser("data", help="make the standard data")

@@ -29,8 +29,9 @@ without model or device, and adds up seconds: steps by the cost model of train_g
 (--steps-json), fine-tuning of the base weights, fixed costs. Every quoted argument is one plan, as
 in `runs`. Other documents come from --lengths, a JSON file {"documents", "tokens", "points"} with
 points [rank, tokens] of the sorted lengths, or from --data, a folder of shards. Lengths are in
-stored tokens; MARKER_FUSION_ENABLED scales them by the measured share. Exits with 1 when a plan
-leaves less than 40 s of the limit. docs/EVALUATION.md says how far to believe it.
+stored tokens; with MARKER_FUSION_ENABLED those of --data are counted once more with fused markers,
+others are scaled by the share of the proxy's validation text. Exits with 1 when a plan leaves less
+than 40 s of the limit. docs/EVALUATION.md says how far to believe it.
 """
 
 import argparse
@@ -339,7 +340,8 @@ def bench_runs(args):
     base = tg.Hyperparameters.from_env(guard=RunGuard())
     validation = tg.ValidationSet(base)
     model = tg.build_model(base, dist)
-    weights = tg.dequantize_weights(tg.unpack_weights(Path(args.artifact).read_bytes()))
+    tg.rebuild_model(model, args.artifact, dist)
+    weights = {name: tensor.clone() for name, tensor in tg.unbank(model).items()}
     print(
         f"{'bpb':>9}{'all s':>8}{'compile':>9}{'capture':>9}{'steps s':>9}"
         f"{'tokens/s':>10}{'positions/s':>13}"
@@ -476,18 +478,47 @@ class Budget(NamedTuple):
         return total
 
 
+class Lengths(NamedTuple):
+    """Tokens of each document, BOS included: two arrays (n,) int64."""
+
+    stored: np.ndarray
+    fused: np.ndarray  # with MARKER_FUSION_ENABLED=1
+
+    def seen(self, hp):
+        """(n,) tokens that the model sees."""
+        return self.fused if hp.fuses_markers else self.stored
+
+
 def lengths_of(table):
-    """{documents, tokens, points} -> (documents,) int64 tokens of each, that add up to `tokens`."""
+    """{documents, tokens, points} -> Lengths of so many documents, that add up to `tokens`.
+
+    Nothing is known of their markers: FUSED_SHARE is that of other text.
+    """
     ranks, tokens = np.array(table["points"], float).T
     lengths = np.exp(np.interp(np.arange(table["documents"]), ranks, np.log(tokens)))
-    return np.rint(lengths * (table["tokens"] / lengths.sum())).astype(np.int64)
+    stored = np.rint(lengths * (table["tokens"] / lengths.sum())).astype(np.int64)
+    return Lengths(stored, np.rint(stored * FUSED_SHARE).astype(np.int64))
 
 
-def lengths_in(folder):
-    """Folder of validation shards -> (n,) int64 tokens of each document, BOS included."""
+def lengths_in(folder, hp):
+    """Folder of validation shards -> Lengths of its documents; markers are fused if hp says so.
+
+    Raises DataError where the data or their tokenizer cannot be used.
+    """
     stream = tg.TokenStream(folder, "val")
-    starts = np.flatnonzero(stream.read(0, stream.size) == tg.BOS_ID)
-    return np.diff(np.append(starts, stream.size))
+    tokens = stream.read(0, stream.size)
+    stored = document_lengths(tokens)
+    if not hp.fuses_markers:
+        return Lengths(stored, stored)
+    space = tg.space_id(dataclasses.replace(hp, data_path=folder))
+    fused, _ = tg.fuse_markers(tokens, np.zeros_like(tokens), space)
+    return Lengths(stored, document_lengths(fused))
+
+
+def document_lengths(tokens):
+    """(N,) tokens of a stream -> (n,) int64 tokens of each document."""
+    starts = np.flatnonzero(tokens == tg.BOS_ID)
+    return np.diff(np.append(starts, len(tokens)))
 
 
 def plan_rank(job):
@@ -503,16 +534,9 @@ def plan_rank(job):
     return plans
 
 
-def seen_lengths(lengths, hp):
-    """(n,) stored tokens of documents -> (n,) int64 tokens that the model sees, about."""
-    if not hp.fuses_markers:
-        return lengths
-    return np.rint(lengths * FUSED_SHARE).astype(np.int64)
-
-
 def scored_lengths(lengths, hp):
-    """(n,) stored tokens of documents -> (m,) those that the model sees of TTT_MAX_DOCS of them."""
-    lengths = seen_lengths(lengths, hp)
+    """Lengths -> (m,) tokens that the model sees of each of TTT_MAX_DOCS documents."""
+    lengths = lengths.seen(hp)
     starts = np.cumsum(lengths) - lengths
     documents = SimpleNamespace(
         starts=starts, ends=starts + lengths, targets_of=lambda numbers: (1, 1)
@@ -521,7 +545,7 @@ def scored_lengths(lengths, hp):
 
 
 def plan_all(lengths, settings, ranks):
-    """(n,) stored tokens of documents, list of Hyperparameters -> for each a list of PhasePlan."""
+    """Lengths, list of Hyperparameters -> for each a list of PhasePlan."""
     jobs = []
     for hp in settings:
         chosen = scored_lengths(lengths, hp)
@@ -664,13 +688,26 @@ def unknown_costs(hp):
     return [name for name in OF_THE_MODEL if getattr(hp, name) != getattr(usual, name)]
 
 
+def planned_lengths(args, settings):
+    """Lengths of the documents that the command line names.
+
+    settings: list of Hyperparameters of all plans.
+    """
+    if args.data:
+        fusing = [hp for hp in settings if hp.fuses_markers]
+        return lengths_in(args.data, (fusing or settings)[0])
+    return lengths_of(json.loads(Path(args.lengths).read_text()) if args.lengths else CONTEST)
+
+
+def fused_text(lengths, folder):
+    """What fusing does to the lengths, and how that is known."""
+    share = lengths.fused.sum() / lengths.stored.sum()
+    origin = f"counted in {folder}" if folder else "as in the proxy's validation text"
+    return f"fused markers leave {share:.3f} of the stored tokens, {origin}"
+
+
 def bench_plan(args):
     """Prints the tables of all plans -> exit status, 1 when one of them does not fit."""
-    lengths = lengths_of(CONTEST)
-    if args.lengths:
-        lengths = lengths_of(json.loads(Path(args.lengths).read_text()))
-    if args.data:
-        lengths = lengths_in(args.data)
     device = DEVICES[args.device]
     texts = args.settings or [""]
     settings = []
@@ -680,9 +717,10 @@ def bench_plan(args):
         settings.append(hp)
         measured = args.steps_json and measured_cost(args.steps_json, hp)
         costs.append(measured or model_cost(hp, device.step_factor))
+    lengths = planned_lengths(args, settings)
     source = args.steps_json or f"the cost model of an H100 x {device.step_factor:g}"
     print(
-        f"{len(lengths):,} documents, {lengths.sum():,} stored tokens, {args.ranks} x"
+        f"{len(lengths.stored):,} documents, {lengths.stored.sum():,} stored tokens, {args.ranks} x"
         f" {args.device}; steps by {source}"
     )
     rows = []
@@ -696,7 +734,7 @@ def bench_plan(args):
         fixed += f"; EVAL_BUDGET_SECONDS counts {counted:.1f} s, all but the start"
         print(f"\n{text or 'defaults'}", *phase_table(plan, budget), fixed, sep="\n")
         if hp.fuses_markers:
-            print(f"fused markers leave {FUSED_SHARE:.3f} of the stored tokens")
+            print(fused_text(lengths, args.data))
         for name in unknown_costs(hp):
             print(f"note: {name.upper()}={getattr(hp, name)} is not in the cost model")
         rows.append(summary_row(lengths, plan, hp, budget, args.limit, text or "defaults"))

@@ -68,9 +68,9 @@ class Hyperparameters(train_gpt.Hyperparameters):
         "mean", "lane that is the output", choices=("mean", "attn", "mlp")
     )
     xsa_last_n: int = env(11, "last layers with XSA: no head's output along its own value", least=0)
-    sparse_attn_gate_enabled: bool = env(True, "per-head output gate read from GATE_WINDOW inputs")
+    sparse_attn_gate_enabled: bool = env(True, "per-head output gate read from 12 inputs")
     gated_attn_enabled: bool = env(False, "per-head output gate read from all dimensions")
-    attn_out_gate_enabled: bool = env(False, "per-head output gate 2 sigmoid(W src[:GATE_WINDOW])")
+    attn_out_gate_enabled: bool = env(False, "per-head output gate 2 sigmoid(W src[:12])")
     attn_out_gate_src: str = env(
         "block", "input of that gate: block input or raw q", choices=("block", "q")
     )
@@ -405,7 +405,7 @@ class GPT(train_gpt.GPT):
         if hp.sparse_attn_gate_enabled:
             return hp.sparse_attn_gate_scale * F.linear(entry.gate_input, gate)
         source = qkv if hp.attn_out_gate_src == "q" else entry.mixed
-        return F.linear(source[..., : hp.gate_window], gate)
+        return F.linear(source[..., : train_gpt.GATE_WINDOW], gate)
 
     def leave_training(self):
         self.eval_passes = 1 + self.hp.extra_eval_loops

@@ -37,7 +37,8 @@ def tidy(folder, process):
     files = {path.name for path in (folder / "runs").glob("*/*")} | {
         path.name for path in (folder / "runs").glob("*/.*")
     }
-    known = {"log.txt", "model.pt", "artifact.bin", "train_gpt.py", "result.json", "diverged.pt"}
+    known = {"log.txt", "model.pt", "losses.npy", "artifact.bin", "train_gpt.py", "result.json"}
+    known.add("diverged.pt")
     assert {name for name in files if not re.fullmatch(r"state-\d{8}\.pt", name)} <= known
 
 

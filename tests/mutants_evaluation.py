@@ -398,8 +398,8 @@ ARTIFACT = [
     Mutant(
         "the-headers-raw-size-is-not-limited",
         TRAIN,
-        "if not is_intact or fields.number not in names or fields.raw_size > MAX_HEADER_BYTES:",
-        "if not is_intact or fields.number not in names:",
+        "if not is_intact or number not in names or fields.raw_size > MAX_HEADER_BYTES:",
+        "if not is_intact or number not in names:",
         "tests/test_artifact.py::test_a_header_may_be_as_long_as_the_limit_and_no_longer",
     ),
     Mutant(
@@ -955,10 +955,24 @@ MAIN = [
         "tests/test_rules.py::test_one_trial_meets_the_target_where_bytes_follow_the_logarithm_of_the_clips[3.0]",
     ),
     Mutant(
+        "an-artifact-of-a-model-of-other-tokens-is-scored",
+        TRAIN,
+        "            if blob[4] // 64 not in (0, 1 + model.hp.fuses_markers):",
+        "            if False:",
+        "tests/test_quantization.py::test_an_artifact_of_a_model_of_other_tokens_is_refused",
+    ),
+    Mutant(
+        "a-run-does-not-say-what-its-model-was-trained-on",
+        TRAIN,
+        "log.live, 1 + hp.fuses_markers)",
+        "log.live)",
+        "tests/test_quant_check.py::test_the_file_on_disk_says_what_its_model_was_trained_on",
+    ),
+    Mutant(
         "the-weights-of-the-trained-model-are-scored-not-the-files",
         TRAIN,
-        "            rebank(model, dequantize_weights(unpack_weights(Path(path).read_bytes())))",
-        "            unpack_weights(Path(path).read_bytes())",
+        "            rebank(model, dequantize_weights(arrays))",
+        "            dequantize_weights(arrays)",
         "tests/test_quantization.py::test_a_model_takes_its_weights_from_the_file",
     ),
     Mutant(

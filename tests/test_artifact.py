@@ -139,6 +139,16 @@ def assert_refused(blob):
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_what_a_model_was_trained_on_costs_no_byte(compressor):
+    silent = train_gpt.pack_weights(model_arrays(), compressor)
+    for trained_on in (1, 2):
+        blob = train_gpt.pack_weights(model_arrays(), compressor, trained_on=trained_on)
+        assert len(blob) == len(silent)
+        assert blob[4] == silent[4] + 64 * trained_on
+        assert_same(train_gpt.unpack_weights(blob), model_arrays())
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_damage_in_any_part_is_refused(compressor):
     blob = train_gpt.pack_weights(model_arrays(), compressor)
     _, _, sections, start = train_gpt.read_header(blob)

@@ -457,10 +457,10 @@ def test_deviations_are_pooled_over_repeats():
 # ---- tables
 
 
-def write_runs(place, kind, values, arms=("base", "arm")):
-    """Records {arm: BPB of seed 1, 2, ...}, all in one go."""
+def write_runs(place, kind, values, arms=("base", "arm"), first_seed=1):
+    """Records {arm: BPB of the first seed, the next, ...}, all in one go."""
     for arm in arms:
-        for seed, bpb in enumerate(values[arm], 1):
+        for seed, bpb in enumerate(values[arm], first_seed):
             bench_recipe.append_record(
                 place / "c.jsonl",
                 {
@@ -556,15 +556,106 @@ def test_effects_of_combined_arms_are_separated(place, capsys):
     # the deviating run has a quarter of the weight in the mean without a factor
     assert found.differences == pytest.approx({"a": -0.0042, "b": 0.0008})
     assert found.freedom == 4 and 0 < found.deviation < 0.0008
-    assert found.errors["a"] == pytest.approx(found.deviation * math.sqrt(4 / 8))
+    assert found.spreads["a"] == pytest.approx(math.sqrt(4 / 8))
+    # the deviating run is one of four of seed 2, and these are off by 0.1 otherwise
+    assert found.offsets == pytest.approx([-0.0501, 0.0501])
     bench_recipe.main(["effects", str(place / "c.jsonl")])
     assert "| a | prequant | 4 of 8 | -0.00420 |" in capsys.readouterr().out
 
 
-def test_factors_that_always_go_together_are_refused(place):
-    write_runs(place, "screen", {"base": [1.2, 1.3], "a+b": [1.2, 1.3]}, ("base", "a+b"))
-    with pytest.raises(SystemExit, match="4 runs cannot separate"):
+# Plackett and Burman's design of 12 runs: the shifts of one row, and a run with everything off.
+PB_ROW = [1, 1, 0, 1, 1, 1, 0, 0, 0, 1, 0]
+PB_GAINS = {letter: 0.001 * (number - 4) for number, letter in enumerate("abcdefghijk")}
+
+
+def plackett_burman(place, seed_of=lambda number: 1):
+    """A campaign of 12 runs of 11 factors whose gains are PB_GAINS; all off is 1.2 BPB."""
+    rows = [PB_ROW[shift:] + PB_ROW[:shift] for shift in range(11)]
+    for number, row in enumerate([*rows, [0] * 11]):
+        factors = [letter for letter, on in zip(PB_GAINS, row, strict=True) if on]
+        bpb = 1.2 - sum(PB_GAINS[letter] for letter in factors)
+        name = "+".join(factors) or "base"
+        write_runs(place, "screen", {name: [bpb]}, (name,), first_seed=seed_of(number))
+
+
+def effects_table(place, capsys, *options):
+    """-> (rows of the table as lists of cells, everything that was printed)."""
+    bench_recipe.main(["effects", str(place / "c.jsonl"), *options])
+    told = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in told.splitlines() if line.startswith("| ")]
+    return rows, told
+
+
+def test_a_saturated_design_takes_a_known_deviation(place, capsys):
+    plackett_burman(place)
+    rows, told = effects_table(place, capsys, "--noise", "0.0016")
+    assert rows[0][3:] == ["difference", "known error", "z", "p of z", "steps"]
+    found = {row[0]: float(row[3]) for row in rows[1:]}
+    assert found == pytest.approx({name: -gain for name, gain in PB_GAINS.items()})
+    # six runs with and six without: 0.0016 sqrt(1/6 + 1/6); z of 0.006: 6.495
+    assert {row[4] for row in rows[1:]} == {"0.00092"}
+    assert {row[0]: row[5:7] for row in rows}["k"] == ["6.50", "4.1e-11"]
+    assert "0 degrees of freedom; known error: a run deviates by 0.0016 BPB (--noise)" in told
+    assert "nan" not in told
+
+
+def test_a_saturated_design_without_a_known_deviation_is_refused(place):
+    plackett_burman(place)
+    with pytest.raises(SystemExit, match="12 runs for 12 unknowns leave no degrees of freedom"):
         bench_recipe.main(["effects", str(place / "c.jsonl")])
+
+
+def test_a_design_spread_over_seeds_is_read_without_blocks(place, capsys):
+    plackett_burman(place, seed_of=lambda number: number // 4)
+    line = ["effects", str(place / "c.jsonl"), "--noise", "0.0016"]
+    with pytest.raises(SystemExit, match="cannot separate 3 seeds and the factors .*blocks none"):
+        bench_recipe.main(line)
+    rows, told = effects_table(place, capsys, "--noise", "0.0016", "--blocks", "none")
+    assert len(rows) == 12 and rows[1][:4] == ["a", "prequant", "6 of 12", "+0.00400"]
+    assert "Seeds are left out (--blocks none)" in told
+
+
+def test_errors_of_residuals_and_of_a_known_deviation_stand_side_by_side(place, capsys):
+    values = {"base": [1.2, 1.3], "a": [1.19, 1.292], "b": [1.2, 1.3], "a+b": [1.19, 1.29]}
+    write_runs(place, "screen", values, tuple(values))
+    rows, told = effects_table(place, capsys, "--noise", "0.002")
+    assert rows[0][4:10] == ["standard error", "t", "p", "known error", "z", "p of z"]
+    assert rows[1][7] == "0.00141"  # 0.002 sqrt(1/4 + 1/4)
+    assert rows[1][4] != rows[1][7] and "4 degrees of freedom" in told
+    assert (
+        "Seeds (with the machine that each ran on) are off the mean by -0.05025, +0.05025" in told
+    )
+    rows, told = effects_table(place, capsys)
+    assert rows[0][4:] == ["standard error", "t", "p", "steps"] and "these are few" in told
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"base": [1.2, 1.3], "a+b": [1.2, 1.3]}, "a and b: always on together"),
+        ({"base": [1.2], "a": [1.2], "b": [1.2]}, "no arm turns on two factors; see `table`"),
+        ({"a+b": [1.2, 1.3], "a": [1.2, 1.3]}, "a: on in every run"),
+        ({"base": [1.2], "a+b": [1.2], "b+c": [1.2]}, "3 runs cannot separate the factors a, b, c"),
+    ],
+)
+def test_campaigns_that_are_no_experiments_are_refused(place, values, message):
+    write_runs(place, "screen", values, tuple(values))
+    with pytest.raises(SystemExit, match=message) as refused:
+        bench_recipe.main(["effects", str(place / "c.jsonl"), "--noise", "0.001"])
+    assert "`effects` needs a designed experiment" in str(refused.value)
+
+
+def test_effects_of_repeats_alone_are_refused(place):
+    write_runs(place, "noise", {"base": [1.2, 1.3]}, ("base",))
+    with pytest.raises(SystemExit, match="no finished runs of an experiment"):
+        bench_recipe.main(["effects", str(place / "c.jsonl")])
+
+
+def test_pairs_beside_an_experiment_do_not_hide_it(place, capsys):
+    plackett_burman(place)
+    write_runs(place, "final", {"base": [1.2], "a": [1.1]}, ("base", "a"))
+    rows, told = effects_table(place, capsys, "--noise", "0.0016")
+    assert len(rows) == 12 and "final: no arm turns on two factors" in told
 
 
 def test_noise_is_told_for_repeats_and_for_seeds(place, capsys):

@@ -10,6 +10,7 @@ from conftest import TINY, write_shard
 
 import train_gpt as tg
 from benchmarks import bench_ttt
+from prepare_caseops_data import DEFAULT_TOKENIZER
 
 SHARED_LENGTHS = Path(__file__).resolve().parents[2] / "shared" / "fineweb_val_lengths.json"
 SMALL = {
@@ -63,14 +64,14 @@ def test_the_embedded_lengths_are_those_of_the_contest():
     ranks, tokens = np.array(bench_ttt.CONTEST["points"], float).T
     plain = np.exp(np.interp(np.arange(50_000), ranks, np.log(tokens)))
     assert len(ranks) <= 40 and abs(plain.sum() / 47_853_344 - 1) < 0.01
-    lengths = bench_ttt.lengths_of(bench_ttt.CONTEST)
+    lengths = bench_ttt.lengths_of(bench_ttt.CONTEST).stored
     assert len(lengths) == 50_000 and abs(lengths.sum() - 47_853_344) < 1000
 
 
 @pytest.mark.skipif(not SHARED_LENGTHS.is_file(), reason=f"missing: {SHARED_LENGTHS}")
 def test_the_embedded_lengths_are_near_the_published_ones():
-    published = bench_ttt.lengths_of(json.loads(SHARED_LENGTHS.read_text()))
-    ours = bench_ttt.lengths_of(bench_ttt.CONTEST)
+    published = bench_ttt.lengths_of(json.loads(SHARED_LENGTHS.read_text())).stored
+    ours = bench_ttt.lengths_of(bench_ttt.CONTEST).stored
     assert np.abs(ours - published).sum() < 0.005 * published.sum()
     hp = tg.Hyperparameters()
     cost = tg.window_positions(ours, hp).sum() / tg.window_positions(published, hp).sum()
@@ -79,7 +80,7 @@ def test_the_embedded_lengths_are_near_the_published_ones():
 
 def test_seconds_are_the_costs_that_schedule_rank_adds_up():
     lengths, hp, plan = small_plan()
-    lengths = bench_ttt.seen_lengths(lengths, hp)
+    lengths = lengths.seen(hp)
     starts = np.cumsum(lengths) - lengths
     phases = tg.plan_ttt(lengths, hp)
     device = bench_ttt.DEVICES["h100"]
@@ -94,25 +95,25 @@ def test_seconds_are_the_costs_that_schedule_rank_adds_up():
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_ranks_partition_the_documents(ranks):
     lengths, hp, plan = small_plan(ranks)
-    assert sum(phase.documents for phase in plan) == len(lengths)
+    assert sum(phase.documents for phase in plan) == len(lengths.stored)
     for phase in plan:
         assert len(phase.ranks) == ranks
         assert sum(rank.targets for rank in phase.ranks) == phase.targets
-    assert sum(phase.targets for phase in plan) == bench_ttt.seen_lengths(lengths, hp).sum()
+    assert sum(phase.targets for phase in plan) == lengths.seen(hp).sum()
 
 
 def test_fused_markers_shorten_every_document():
     lengths, hp, fused = small_plan()
     share = 724_326 / 792_456
     seen = bench_ttt.scored_lengths(lengths, hp)
-    assert seen == pytest.approx(share * lengths, abs=0.5)
+    assert seen == pytest.approx(share * lengths.stored, abs=0.5)
     as_stored = small_plan(MARKER_FUSION_ENABLED=0)[2]
-    assert sum(phase.targets for phase in as_stored) == lengths.sum()
+    assert sum(phase.targets for phase in as_stored) == lengths.stored.sum()
     assert sum(phase.targets for phase in fused) == seen.sum()
 
 
 def test_a_plan_says_that_fused_markers_shorten_it(small, capsys):
-    told = "fused markers leave 0.914 of the stored tokens"
+    told = "fused markers leave 0.914 of the stored tokens, as in the proxy's validation text"
     assert bench_ttt.main(small) == 0
     assert told in capsys.readouterr().out
     assert bench_ttt.main([*small, "MARKER_FUSION_ENABLED=0"]) == 0
@@ -207,10 +208,27 @@ def test_documents_come_from_shards(tmp_path, monkeypatch, small, capsys):
     tokens = np.full(1000, 50, np.uint16)
     tokens[[0, 300, 301, 700]] = tg.BOS_ID
     write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
-    assert bench_ttt.lengths_in(str(tmp_path)).tolist() == [300, 1, 399, 300]
-    assert bench_ttt.main([*small[:3], "--data", str(tmp_path)]) == 0
+    hp = tg.Hyperparameters(marker_fusion_enabled=False)
+    assert bench_ttt.lengths_in(str(tmp_path), hp).stored.tolist() == [300, 1, 399, 300]
+    as_stored = "MARKER_FUSION_ENABLED=0"
+    assert bench_ttt.main([*small[:3], "--data", str(tmp_path), as_stored]) == 0
     assert "4 documents, 1,000 stored tokens" in capsys.readouterr().out
     assert bench_ttt.main([*small[:3], "--data", str(tmp_path / "none")]) == 2
+
+
+def test_fused_markers_are_counted_where_the_data_are_known(tmp_path, small, capsys):
+    space = tg.space_id(tg.Hyperparameters(tokenizer_path=str(DEFAULT_TOKENIZER)))
+    tokens = np.full(1000, 300, np.uint16)
+    tokens[[0, 600]] = tg.BOS_ID
+    tokens[100:400] = [space, 4, 300] * 100  # all of them in the first document
+    write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
+    hp = tg.Hyperparameters(tokenizer_path=str(DEFAULT_TOKENIZER))
+    lengths = bench_ttt.lengths_in(str(tmp_path), hp)
+    assert lengths.stored.tolist() == [600, 400] and lengths.fused.tolist() == [500, 400]
+    told = f"fused markers leave 0.900 of the stored tokens, counted in {tmp_path}"
+    settings = ["MARKER_FUSION_ENABLED=0", f"TOKENIZER_PATH={DEFAULT_TOKENIZER}"]
+    assert bench_ttt.main([*small[:3], "--data", str(tmp_path), *settings]) == 0
+    assert capsys.readouterr().out.count(told) == 1
 
 
 def test_steps_writes_what_plan_reads(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,8 @@ from prepare_caseops_data import (
     write_manifest,
     write_shard,
 )
-from tools.dataset import check_dataset
+from tools import dataset, guard
+from tools.dataset import check_dataset, check_training_ids
 from train_gpt import (
     BOS_ID,
     PAIR_IDS,
@@ -126,6 +129,67 @@ def test_a_validation_text_with_ids_of_pairs_is_refused(folder, tmp_path):
     train_gpt.ValidationSet(hp)
     with pytest.raises(DataError, match="MARKER_FUSION_ENABLED=0"):
         train_gpt.ValidationSet(dataclasses.replace(hp, marker_fusion_enabled=True))
+
+
+@pytest.fixture
+def with_pad(folder, tmp_path):
+    """The data with <pad> as the last token of the last training shard."""
+    shutil.copytree(folder, tmp_path / "data")
+    path = sorted((tmp_path / "data").glob("fineweb_train_0*.bin"))[-1]
+    write_shard(path, [*read_shard(path)[:-1], 0])
+    return path
+
+
+def test_a_training_shard_with_ids_of_pairs_is_refused_before_the_start(with_pad, dist):
+    hp = hp_of(with_pad.parent, marker_fusion_enabled=True)
+    with pytest.raises(DataError, match=rf"{with_pad}: tokens 0, 2 or 3 .*MARKER_FUSION_ENABLED=0"):
+        check_training_ids(hp, dist)
+    check_training_ids(dataclasses.replace(hp, marker_fusion_enabled=False), dist)
+    write_shard(with_pad, [*read_shard(with_pad)[:-1], BOS_ID])
+    check_training_ids(hp, dist)
+
+
+def test_ranks_share_the_scan_of_training_shards(with_pad):
+    number = len(list(with_pad.parent.glob("fineweb_train_0*.bin"))) - 1
+    hp = hp_of(with_pad.parent, marker_fusion_enabled=True)
+    found = []
+    for rank in range(2):
+        try:
+            check_training_ids(hp, SimpleNamespace(rank=rank, world_size=2))
+        except DataError:
+            found.append(rank)
+    assert number > 2 and found == [number % 2]
+
+
+def test_the_guard_tells_of_ids_of_pairs_with_all_other_problems(with_pad, dist, monkeypatch):
+    monkeypatch.setattr(guard, "check_machine", lambda *given: "")
+    hp = hp_of(with_pad.parent, marker_fusion_enabled=True)
+    hp = dataclasses.replace(hp, vocab_size=8193)
+    with pytest.raises(train_gpt.SettingError) as refused:
+        guard.RunGuard().check(hp, dist, SimpleNamespace(validation=None, folder=None, model=None))
+    assert "manifest says VOCAB_SIZE=8192" in str(refused.value)
+    assert "tokens 0, 2 or 3" in str(refused.value)
+
+
+def test_rows_with_ids_of_pairs_are_refused_where_no_scan_came_so_far(with_pad, dist, monkeypatch):
+    hp = hp_of(
+        with_pad.parent,
+        marker_fusion_enabled=True,
+        micro_batch_tokens=64,
+        train_batch_tokens=64,
+        quant_check_rows=0,  # else the last documents are held out
+    )
+    monkeypatch.setattr(dataset, "SCAN_SECONDS", -1)
+    check_training_ids(hp, dist)
+    stream = TokenStream(with_pad.parent, "train")
+    with pytest.raises(DataError, match="which are those of fused markers"):
+        train_gpt.TrainLoader(stream, hp, dist)  # measures what fusing leaves
+    plain = dataclasses.replace(hp, marker_fusion_enabled=False)
+    loader = train_gpt.TrainLoader(stream, plain, dist)
+    loader.hp = hp
+    with pytest.raises(DataError, match="which are those of fused markers"):
+        for index in range(stream.size // loader.span):
+            loader.row(index)
 
 
 def test_a_fused_model_trains_and_adapts(folder, ops, dist, tmp_path):
@@ -238,6 +302,28 @@ def test_a_bos_that_is_charged_is_refused(copy):
     write_shard(copy / "fineweb_val_bytes_000000.bin", charges)
     with pytest.raises(DataError, match="a BOS is charged"):
         train_gpt.ValidationSet(hp_of(copy))
+
+
+def test_a_missing_tokenizer_is_told_with_where_it_was_searched(copy, monkeypatch):
+    monkeypatch.setattr(train_gpt, "__file__", str(copy / "alone" / "train_gpt.py"))
+    places = [copy, *(parent / "tokenizers" for parent in (*copy.parents[:2], copy / "alone"))]
+    message = (
+        f"{copy}: no tokenizer (*.model) in {', '.join(map(str, places))}: set TOKENIZER_PATH to"
+        " the one that made the shards"
+    )
+    for path in copy.glob("*.model"):
+        path.unlink()
+    for manifest in (True, False):
+        with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+            train_gpt.find_tokenizer(hp_of(copy))
+        if manifest:
+            (copy / "manifest.json").unlink()
+
+
+def test_tokenizers_that_the_manifest_does_not_mean_are_named(copy):
+    restate(lambda m: m["tokenizer"].update(sha256="5e1f"))(copy)
+    with pytest.raises(DataError, match=r"wants a tokenizer with sha256 5e1f, which none of /.*"):
+        train_gpt.find_tokenizer(hp_of(copy))
 
 
 def test_a_damaged_manifest_is_one_message(copy):

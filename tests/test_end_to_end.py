@@ -190,6 +190,15 @@ def test_counted_bytes_are_the_files_on_disk(results, runs):
         assert result["total_bytes"] == result["artifact_bytes"] + result["code_bytes"]
 
 
+def test_losses_of_every_step_are_kept(results, runs):
+    """Two ranks keep their mean; the packed script has no guard, which writes them."""
+    for name in ("base", "two"):
+        losses = np.load(runs / name / "losses.npy")
+        assert len(losses) == results[name]["steps"]
+        assert losses[-20:].mean() == pytest.approx(results[name]["train_loss"], rel=1e-6)
+    assert not (runs / "packed" / "losses.npy").exists()
+
+
 def test_result_json_equals_the_result_line(results, runs):
     for name, result in results.items():
         assert json.loads((runs / name / "result.json").read_text()) == result
@@ -221,7 +230,8 @@ def test_the_log_holds_settings_stages_and_result(results, runs):
 def test_no_temporary_files_are_left(results, runs):
     for name in results:
         files = {path.name for path in (runs / name).iterdir() if path.suffix != ".png"}
-        assert files <= {"log.txt", "model.pt", "artifact.bin", "train_gpt.py", "result.json"}, name
+        known = {"log.txt", "model.pt", "losses.npy", "artifact.bin", "train_gpt.py", "result.json"}
+        assert files <= known, name
 
 
 # ---- the packed script

@@ -261,10 +261,10 @@ def test_settings_that_contradict_the_manifest_are_refused(caseops, plain, tmp_p
     folder = copied(caseops[0], tmp_path / "data", "manifest.json")
     manifest = json.loads((caseops[0] / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"text_transform": None}))
-    assert "set CASEOPS_ENABLED=0, a setting of presets/published.py" in refusal(tmp_path, folder)
+    assert "run presets/published.py with CASEOPS_ENABLED=0" in refusal(tmp_path, folder)
     assert "VOCAB_SIZE=8192" in refusal(tmp_path, caseops[0], VOCAB_SIZE=4096)
     install_published(monkeypatch)
-    assert "set CASEOPS_ENABLED=0" in refusal(tmp_path, folder)
+    assert "with CASEOPS_ENABLED=0" in refusal(tmp_path, folder)
     said = refusal(
         tmp_path,
         plain[0],
@@ -611,6 +611,22 @@ def test_a_name_of_published_commands_is_refused_with_what_to_use(name, instead)
         match=rf"^{name} is a setting of other scripts; here it is .*{instead}",
     ):
         train_gpt.Hyperparameters.from_env({name: "1"}, guard.RunGuard())
+
+
+@pytest.mark.parametrize("name", sorted(published_settings()))
+def test_a_setting_of_the_published_parts_is_refused_with_the_script_that_takes_it(name):
+    with pytest.raises(train_gpt.SettingError, match=r"run presets/published\.py, which takes it"):
+        train_gpt.Hyperparameters.from_env({name: "1"}, guard.RunGuard())
+
+
+def test_who_wants_plain_data_is_not_told_to_unset_the_setting_for_it():
+    with pytest.raises(train_gpt.SettingError) as refused:
+        train_gpt.Hyperparameters.from_env({"CASEOPS_ENABLED": "0"}, guard.RunGuard())
+    assert str(refused.value) == (
+        "CASEOPS_ENABLED is a setting of other scripts; for plain data (0) run"
+        " presets/published.py, which takes it, in place of train_gpt.py; for CaseOps data (1)"
+        " unset it"
+    )
 
 
 @pytest.mark.parametrize("name", [*other_scripts.INSTEAD, *sorted(published_settings())])

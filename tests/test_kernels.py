@@ -14,6 +14,7 @@ import pytest
 import quack_stub
 import torch
 from conftest import tiny_hp
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 import train_gpt
 from train_gpt import (
@@ -1276,3 +1277,39 @@ def test_auto_takes_the_kernels_and_compiles_into_one_graph_on_the_gpu():
         torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True
     ):
         assert relative_error(g, w) < 1e-2
+
+
+class Call(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+@pytest.mark.filterwarnings("ignore")  # sizes of 1, which a trace always takes as they are
+@pytest.mark.parametrize(
+    "operation, trial_inputs, tokens_at",
+    [
+        (linear_cross_entropy, train_gpt.cross_entropy_trial_inputs, 0),
+        (leaky_relu_sq_mlp, train_gpt.mlp_trial_inputs, 0),
+        (train_gpt.qkv_heads, train_gpt.qkv_heads_trial_inputs, 1),
+        (train_gpt.gated_xsa, train_gpt.gated_xsa_trial_inputs, 1),
+        (train_gpt.slot_input, train_gpt.slot_input_trial_inputs, 0),
+        (attention_fa4, train_gpt.attention_trial_inputs, 1),
+    ],
+)
+def test_one_graph_serves_any_number_of_tokens(operation, trial_inputs, tokens_at):
+    """What an operation says about its result's shape must not fix the number of tokens.
+
+    Test-time training, whose steps have many sizes, would otherwise compile under its clock.
+    """
+    args = trial_inputs(tiny_hp(), CPU, torch.float32)
+    any_size = torch.export.Dim.AUTO
+    sizes = [dict.fromkeys(range(a.dim()), any_size) if torch.is_tensor(a) else None for a in args]
+    traced = torch.export.export(
+        Call(operation), args, dynamic_shapes=(tuple(sizes),), strict=False
+    )
+    first = next(node for node in traced.graph.nodes if node.op == "placeholder")
+    assert not is_concrete_int(first.meta["val"].shape[tokens_at])

@@ -236,7 +236,7 @@ def reference_attention(h, x_in, layer, p, hp):
         if layer >= L - getattr(hp, "xsa_last_n", L):
             unit = v[:, of_group] / v[:, of_group].norm(dim=-1, keepdim=True)
             y = y - (y * unit).sum(-1, keepdim=True) * unit
-        window = hp.gate_window
+        window = train_gpt.GATE_WINDOW
         if getattr(hp, "sparse_attn_gate_enabled", True):
             y = (
                 y
@@ -259,7 +259,7 @@ def reference_embedding(tokens, p, hp):
     e = raw.clone()
     for t in range(1, len(tokens)):
         if getattr(hp, "smear_gate_enabled", True) and tokens[t] != BOS_ID:
-            gate = torch.sigmoid(p["smear_weight"][0] @ raw[t, : hp.gate_window])
+            gate = torch.sigmoid(p["smear_weight"][0] @ raw[t, : train_gpt.GATE_WINDOW])
             e[t] = raw[t] + p["smear_lambda"] * gate * raw[t - 1]
     return e / (e.square().mean(-1, keepdim=True) + 1.19e-7).sqrt()
 
@@ -336,7 +336,6 @@ VARIANTS = {
     "output_gate_q": NO_GATE | {"attn_out_gate_enabled": True, "attn_out_gate_src": "q"},
     "no_gate": NO_GATE,
     "gate_scale_2": {"sparse_attn_gate_scale": 2.0},
-    "gate_window_5": {"gate_window": 5},
     "skips_by_addition": {"skip_gates_enabled": False},
     "untied_head": {"tie_embeddings": False},
     "final_lane_attn": {"parallel_final_lane": "attn"},

@@ -285,6 +285,15 @@ def test_the_gap_is_that_of_the_file_on_disk(learnt, model, dist, tmp_path, monk
     assert figures["quant_check"]["fp32_loss"] == pytest.approx(before, abs=1e-6)
 
 
+def test_the_file_on_disk_says_what_its_model_was_trained_on(
+    learnt, model, dist, tmp_path, monkeypatch
+):
+    _, _, hp = build(learnt, model, dist, tmp_path, monkeypatch, plant=dict)
+    monkeypatch.setattr(model, "hp", dataclasses.replace(hp, marker_fusion_enabled=True))
+    with pytest.raises(train_gpt.ArtifactError, match="another MARKER_FUSION_ENABLED"):
+        train_gpt.rebuild_model(model, tmp_path / "artifact.bin", dist)
+
+
 def test_a_planted_bad_hessian_is_noticed_and_repaired(learnt, model, dist, tmp_path, monkeypatch):
     figures, log, hp = build(learnt, model, dist, tmp_path, monkeypatch)
     check = figures["quant_check"]

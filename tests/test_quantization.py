@@ -1,5 +1,6 @@
 """Quantisation: GPTQ, scales, the table of roles, sharing over ranks, and rebuilding the weights."""
 
+import re
 from unittest import mock
 
 import numpy as np
@@ -554,6 +555,25 @@ def test_a_model_takes_its_weights_from_the_file(tmp_path, dist):
     for name, w in weights.items():
         assert torch.equal(found[name], want[name]), name
         assert (found[name] - w).norm() < 0.25 * w.norm(), name
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_artifact_of_a_model_of_other_tokens_is_refused(fused, tmp_path, dist):
+    hp = small_hp(marker_fusion_enabled=fused)
+    model = make_model(hp)
+    weights = train_gpt.unbank(model)
+    hessians = {name: torch.eye(w.shape[-1]) for name, w in weights.items()}
+    arrays = train_gpt.quantize_weights(weights, hessians, hp, dist)
+    path = tmp_path / "artifact.bin"
+    path.write_bytes(train_gpt.pack_weights(arrays, "entropy", trained_on=1 + fused))
+    train_gpt.rebuild_model(model, path, dist)
+    other = make_model(small_hp(marker_fusion_enabled=not fused))
+    message = f"artifact {path}: trained with another MARKER_FUSION_ENABLED: use that"
+    with pytest.raises(train_gpt.ArtifactError, match=f"^{re.escape(message)}$"):
+        train_gpt.rebuild_model(other, path, dist)
+    # older artifacts do not say it
+    path.write_bytes(train_gpt.pack_weights(arrays, "entropy"))
+    train_gpt.rebuild_model(other, path, dist)
 
 
 def test_dequantize_is_deterministic_whatever_threads_and_order():

@@ -8,6 +8,7 @@ import math
 import shlex
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from run_maker import make_result, make_run
 
@@ -156,6 +157,21 @@ def test_every_seed_of_many_is_drawn(tmp_path, monkeypatch):
     plot_run.plot_training(read_runs([tmp_path / "set"]), tmp_path / "training.png")
     schedule = figures[0].axes[2]
     assert len(schedule.lines) == 12
+
+
+def test_losses_of_every_step_are_a_thin_line_and_their_moving_mean(tmp_path, monkeypatch):
+    run = read_run(make_run(tmp_path / "run"))
+    steps = run.result["steps"]
+    np.save(run.folder / "losses.npy", np.linspace(5, 3, steps + 7))  # a resumed run may have more
+    figures = []
+    monkeypatch.setattr(plot_run.plt, "close", figures.append)
+    plot_run.plot_training([run], tmp_path / "training.png")
+    every, mean = figures[0].axes[0].lines[:2]
+    assert len(every.get_xdata()) == steps and every.get_linewidth() < mean.get_linewidth()
+    assert every.get_xdata()[-1] == mean.get_xdata()[-1] == run.steps[-1]["train_seconds"]
+    width = steps - len(mean.get_xdata()) + 1
+    assert mean.get_ydata()[0] == pytest.approx(every.get_ydata()[:width].mean())
+    assert mean.get_ydata()[-1] == pytest.approx(every.get_ydata()[-width:].mean())
 
 
 def test_the_quantization_check_counts_to_the_training_budget(tmp_path):

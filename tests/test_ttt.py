@@ -1083,7 +1083,9 @@ def test_the_steps_of_every_rank_are_planned_from_lengths_alone():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"ttt_stale_context": 0, "ttt_chunk_size": 48}], ids=["defaults", "recomputed"]
+    "changes",
+    [{}, {"ttt_eval_seq_len": 2048, "ttt_stale_context": 0, "ttt_chunk_size": 48}],
+    ids=["defaults", "recomputed"],
 )
 def test_documents_of_a_phase_step_together(changes):
     """On lengths like those of web text few steps are small and little is padding."""

@@ -396,6 +396,17 @@ def test_shuffled_tokens_do_not_pass_as_documents(dataset, capsys):
     assert "do not encode to what they were" in verified(capsys, dataset)[1]
 
 
+@pytest.mark.parametrize("token", [0, 2, 3])
+def test_ids_that_are_no_text_are_found(dataset, capsys, token):
+    path = dataset / "fineweb_train_000001.bin"
+    values = read_shard(path).copy()
+    values[[40, 70]] = token
+    write_shard(path, values)
+    status, told = verified(capsys, dataset)
+    assert status == 1
+    assert f"{path.name}: <pad>, </s> or <unk> (ids 0, 2, 3) occur 2 times, first at" in told
+
+
 def test_counts_that_a_manifest_states_wrongly_are_found(dataset, capsys):
     manifest = read_manifest(dataset)
     manifest["splits"]["val"]["documents"] += 1

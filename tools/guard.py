@@ -38,7 +38,7 @@ import train_gpt  # the running script: train_gpt.find_guard sees to that
 from train_gpt import Guard, SettingError
 
 # the files beside this one, whatever else is called tools: see train_gpt.find_guard
-from .dataset import check_dataset, leaked_documents
+from .dataset import check_dataset, check_training_ids, leaked_documents
 from .other_scripts import environment_notes, instead_of
 from .run_files import OF_A_PART, PresetError, published_settings, read_preset, read_settings
 
@@ -60,6 +60,7 @@ class RunGuard(Guard):
         self.norms = Norms(["loss"], torch.zeros(1))
         self.norms_before = self.norms
         self.not_finite = []  # names
+        self.losses = []  # this rank's shares of the mean loss of every step
         # signals
         self.signal = 0  # number of the first one that was caught
         self.signals_wait = False  # for the end of a step
@@ -91,9 +92,12 @@ class RunGuard(Guard):
     # -- training states
 
     def resume(self, trainer):
-        return load_state(trainer) if trainer.hp.resume else super().resume(trainer)
+        done = load_state(trainer) if trainer.hp.resume else super().resume(trainer)
+        self.losses = done[2]
+        return done
 
     def after_step(self, trainer, step, seconds, losses, reports):
+        self.losses = losses
         stop, diverged = reports
         if diverged:
             diverge(trainer, step - 1, self.not_finite)
@@ -128,9 +132,14 @@ class RunGuard(Guard):
         self.signals_wait = True
 
     def end_training(self, path):
-        """The checkpoint replaces the training states; a signal that has waited ends the run."""
+        """The checkpoint replaces the training states; a signal that has waited ends the run.
+
+        losses.npy beside it gets the loss in nats of every step, float32.
+        """
         self.signals_wait = False
+        losses = self.dist.all_reduce(torch.stack(self.losses)).cpu().numpy()
         if self.dist.rank == 0:
+            save_losses(losses, path.with_name("losses.npy"))
             for state in state_files(path.parent):
                 state.unlink()
         if self.signal:
@@ -153,6 +162,10 @@ class RunGuard(Guard):
         machine = ""
         try:
             prepared.tokenizer = check_dataset(hp, prepared.validation)
+        except train_gpt.DataError as error:
+            problems.append(str(error))
+        try:
+            check_training_ids(hp, dist)
         except train_gpt.DataError as error:
             problems.append(str(error))
         try:
@@ -225,7 +238,7 @@ STATE_DIGEST_BYTES = 32
 # Settings that give a model's weights their meaning: with another value they load and compute
 # something else.
 MEANING = """caseops_enabled marker_fusion_enabled vocab_size model_dim num_layers num_heads
-    num_kv_heads mlp_mult tie_embeddings smear_gate_enabled gate_window loop_start loop_end
+    num_kv_heads mlp_mult tie_embeddings smear_gate_enabled loop_start loop_end
     num_loops skip_gates_enabled ln_scale rope_dims rope_base xsa_last_n sparse_attn_gate_enabled
     sparse_attn_gate_scale gated_attn_enabled attn_out_gate_enabled attn_out_gate_src
     leaky_relu_slope parallel_start_layer parallel_final_lane logit_softcap attn_window
@@ -263,10 +276,16 @@ def gather_momentum(dist, muon):
     return momentum
 
 
+def save_losses(losses, path):
+    """A full disk is no reason to end a run whose training is complete."""
+    with contextlib.suppress(OSError):
+        np.save(path, losses)
+
+
 def save_state(trainer, step, seconds, losses, name=None):
     """Writes all that training continues from to the run's folder, as <sha256><torch.save>.
 
-    step (the loader's position too), seconds, last losses, weights, average, momentum of all ranks,
+    step (the loader's position too), seconds, losses, weights, average, momentum of all ranks,
     AdamW's moments, state of the random numbers, looping state and where its stretches began. Rank
     0 writes, and keeps the newest two. A full disk is reported and ends nothing.
     """
@@ -277,7 +296,7 @@ def save_state(trainer, step, seconds, losses, name=None):
         "settings": dataclasses.asdict(trainer.hp),
         "step": step,
         "seconds": seconds,
-        "losses": dist.all_reduce(torch.stack(losses[-20:])),
+        "losses": dist.all_reduce(torch.stack(losses)),
         "weights": trainer.model.state_dict(),
         "average": trainer.ema.average,
         "snapshots": getattr(trainer.ema, "snapshots", 0),  # presets/published.py
@@ -392,8 +411,9 @@ def restore(trainer, state):
 def settings_of_file(path, hp):
     """Settings {field: value} that a file to continue from was made with; {} if nothing says it.
 
-    A checkpoint or a training state holds them. An artifact does not, because its bytes count: then
-    they are read from the model.pt beside it, or else from the log beside it.
+    A checkpoint or a training state holds them. An artifact does not, because its bytes count (it
+    says whether markers were fused, see train_gpt.rebuild_model): then they are read from the
+    model.pt beside it, or else from the log beside it.
     """
     if hp.resume:
         content = path.read_bytes()[STATE_DIGEST_BYTES:]
@@ -433,7 +453,7 @@ def compare_settings(path, hp):
         return [], ""
     if not settings:
         note = f"nothing says which settings {path} was made with; they must be the same"
-        return [], f"\nnote: {note}"
+        return [], f"\nnote: {note} (MARKER_FUSION_ENABLED was 0 by default before 2026-11-29)"
 
     def describe(names):
         words = [f"{name.upper()}={ours[name]} ({other[name]} there)" for name in names]

@@ -21,6 +21,7 @@ E2E_TTT_ENABLED TTT_METHOD=sgd
 FULL_GPTQ_DAMP GPTQ_DAMP
 FUSED_CE_ENABLED KERNELS
 FUSED_MLP_ENABLED KERNELS
+GATE_WINDOW nothing: it is 12
 GATED_ATTN_QUANT_GATE nothing: it is 1
 GLOBAL_TTT_GRAD_CLIP nothing: it is 1
 GLOBAL_TTT_MOMENTUM nothing: it is 0.9
@@ -74,10 +75,17 @@ LAUNCHERS = "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"
 
 
 def instead_of(name):
-    """Words on what replaces this setting of other scripts; none if it is not known."""
+    """Words on what to do about this setting of other scripts; none if it is not known."""
+    if name == "CASEOPS_ENABLED":
+        return (
+            "; for plain data (0) run presets/published.py, which takes it, in place of"
+            " train_gpt.py; for CaseOps data (1) unset it"
+        )
     if name in published_settings():
-        return "; here it is a setting of presets/published.py"
-    return f"; here it is {INSTEAD[name]}" if name in INSTEAD else ""
+        return "; run presets/published.py, which takes it, in place of train_gpt.py, or unset it"
+    if name in INSTEAD:
+        return f"; here it is {INSTEAD[name]} (unset it, or see --help)"
+    return ""
 
 
 def environment_notes(environ):

@@ -50,6 +50,7 @@ BLUE = "#4477aa"
 GRAY = "#dddddd"
 # under text that lines may cross
 PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+MEANS = 100  # the moving mean of the losses spans one of so many parts of a run
 THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 
@@ -127,12 +128,33 @@ def draw_losses(axis, runs):
     add_step_axis(axis, runs)
 
 
+def losses_of_steps(run):
+    """Losses of the last N steps of a training, all of them as a rule; none without losses.npy."""
+    path = run.folder / "losses.npy"
+    return np.load(path)[-run.result["steps"] :] if path.exists() else np.empty(0)
+
+
+def moving_mean(values, width):
+    """(n,) -> (n - width + 1,): each is the mean of `width` values, the last of them its own."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    return (sums[width:] - sums[:-width]) / width
+
+
 def draw_run_losses(axis, run, losses, color, names_validation):
     """The losses of one run; only one run puts "validation" into the legend."""
     steps = run.result["steps"]
     seconds = run.result["training_seconds"]
+    times = column(run.steps, "train_seconds")
+    every_loss = losses_of_steps(run)
+    if len(every_loss):
+        number = np.arange(steps - len(every_loss), steps) + 1
+        every_time = np.interp(number, [0, *column(run.steps, "step")], [0.0, *times])
+        axis.plot(every_time, every_loss, color=color, linewidth=0.4, alpha=0.35)
+        width = max(1, steps // MEANS)
+        losses = moving_mean(every_loss, width)
+        times = every_time[width - 1 :]
     axis.plot(
-        column(run.steps, "train_seconds"),
+        times,
         losses,
         color=color,
         linewidth=1.2,

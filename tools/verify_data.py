@@ -41,6 +41,7 @@ from prepare_caseops_data import (
 )
 
 ESC_ID = 7
+NO_TEXT = 0, 2, 3  # <pad>, </s>, <unk>: CaseOps writes none, the trainer's fused markers take them
 
 
 def canonical(tokens: np.ndarray, charges: np.ndarray | None) -> str:
@@ -124,6 +125,18 @@ def check_contents(folder: Path) -> Iterator[str]:
             yield f"{name} holds no documents"
         elif paths and all((read_shard(path) == BOS_ID).all() for path in paths):
             yield f"{name} holds empty documents only"
+
+
+def check_no_text(folder: Path) -> Iterator[str]:
+    """Shards of CaseOps with ids that are no text."""
+    for split in SPLIT_NAMES:
+        for path in shard_files(folder, split):
+            wrong = np.isin(read_shard(path), NO_TEXT)
+            if wrong.any():
+                yield (
+                    f"{path.name}: <pad>, </s> or <unk> (ids 0, 2, 3) occur {wrong.sum():,} times,"
+                    f" first at value {wrong.argmax():,}"
+                )
 
 
 def check_samples(sp, tokens: np.ndarray, costs: np.ndarray, count: int) -> Iterator[str]:
@@ -238,6 +251,7 @@ def verify(
     else:
         costs = np.concatenate(side_car)
         problems += check_side_car(tokens, costs)
+        problems += check_no_text(folder)
         problems += check_samples(load_tokenizer(tokenizer), tokens, costs, samples)
     if source is not None:
         problems += check_source(source, tokenizer, tokens, costs, workers)
