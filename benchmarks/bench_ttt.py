@@ -111,7 +111,7 @@ def past_window(model, tokens, start, window, kept):
         attend = torch.nn.functional.scaled_dot_product_attention
         return attend(*heads, attn_mask=mask.tril(before - first)).transpose(1, 2)
 
-    row.ops = dataclasses.replace(model.ops, attention=attention)
+    row.ops = model.ops._replace(attention=attention)
     return row
 
 

@@ -67,7 +67,7 @@ class Recorder:
             model.ops.attention,
         )
         self.v_width = model.hp.num_kv_heads * model.hp.head_dim
-        model.ops = SimpleNamespace(**vars(model.ops) | {"attention": self.attend})
+        model.ops = model.ops._replace(attention=self.attend)
 
     def at(self, slot, layer):
         return self
@@ -342,7 +342,8 @@ def test_all_of_it_compiles_into_whole_graphs_that_give_the_same(residual):
     arguments = tokens[:, :-1], tokens[0, 1:], cu_seqlens.clamp(max=32), True, 14
     torch._dynamo.reset()
     options = {"fullgraph": True, "dynamic": False, "backend": "aot_eager"}
-    compiled = [torch.compile(function, **options) for function in (model.forward, model.block)]
+    functions = model.forward, model.attention, model.after_attention
+    compiled = [torch.compile(function, **options) for function in functions]
     gradients = []
     for forward in (model.forward, compiled[0]):
         model.zero_grad()
@@ -362,7 +363,7 @@ def test_all_of_it_compiles_into_whole_graphs_that_give_the_same(residual):
             cu_seqlens,
             max_seqlen=14,
             looping=True,
-            compiled_parts=SimpleNamespace(slot_input=model.slot_input, block=compiled[1]),
+            compiled_parts=train_gpt.CompiledParts(model.slot_input, *compiled[1:]),
         )
     torch.testing.assert_close(by_layers, plain, atol=1e-5, rtol=1e-4)
 
@@ -386,7 +387,7 @@ def test_extra_loops_leave_every_skip_between_the_layers_of_training(extra):
     def skips(model):
         merged, runs = [], []
 
-        def block(entry, mlp_lane, *rest):
+        def after_attention(entry, attn, mlp_lane, *rest):
             runs.append(len(runs))
             # the stream says which slot it comes from
             return torch.full_like(entry.merged, len(runs) - 1.0), mlp_lane
@@ -398,7 +399,11 @@ def test_extra_loops_leave_every_skip_between_the_layers_of_training(extra):
 
         # a weight says which pair it is of
         model.skip_weights.data[:] = torch.arange(len(model.skip_weights))[:, None]
-        parts = SimpleNamespace(slot_input=slot_input, block=block)
+        parts = SimpleNamespace(
+            slot_input=slot_input,
+            attention=lambda *inputs: None,
+            after_attention=after_attention,
+        )
         model.forward_hidden(
             torch.ones(1, 3, dtype=torch.long), max_seqlen=3, looping=True, compiled_parts=parts
         )
