@@ -24,7 +24,6 @@ import contextlib
 import copy
 import dataclasses
 import difflib
-import errno
 import glob
 import hashlib
 import importlib.util
@@ -62,6 +61,7 @@ except ImportError:  # the kernels can still be defined, but the references are 
     triton = None
     tl = SimpleNamespace(constexpr=int)
 
+GATE_WINDOW = 12  # input dimensions that gates read
 BOS_ID = 1  # every document starts with exactly one (docs/DATA.md)
 CASE_MARKERS = 4, 5, 6  # ids of the marks for the case of the word behind them (lossless_caps.py)
 # Ids of a space and such a marker as one token: <pad>, </s> and <unk>, which no text has, lend them
@@ -108,58 +108,44 @@ class Hyperparameters:
     # run
     seed: int = env(42, "seed of initial weights and LoRA matrices", least=0)
     preset: str = env("", "settings of presets/NAME.env; the environment wins")
-    run_id: str = env("", "the run's folder; empty: time stamp and seed")
+    run_id: str = env("", "empty: time stamp and seed")
     runs_dir: str = env("runs", "folder of the runs")
     plots: bool = env(True, "plot the finished run (tools/plot_run.py)")
     data_path: str = env(
         "data/datasets/fineweb10B_sp8192_caseops", "folder of fineweb_{train,val,val_bytes}_*.bin"
     )
-    tokenizer_path: str = env(
-        "", "SentencePiece model; empty: searched near the data and in tokenizers/"
-    )
-    marker_fusion_enabled: bool = env(
-        True, "a space and the case marker behind it are one token for the model (PR 2109)"
-    )
-    data_seed: int = env(0, "shuffles the training rows; 0: order of the stream", least=0)
-    balance_rows: bool = env(True, "share out a step's documents for equal attention cost of rows")
+    tokenizer_path: str = env("", "SentencePiece model; empty: searched")
+    marker_fusion_enabled: bool = env(True, "space and case marker as one token (PR 2109)")
+    data_seed: int = env(0, "shuffles the rows; 0: order of the stream", least=0)
+    balance_rows: bool = env(True, "equal attention cost of a step's rows")
     device: str = env("auto", "auto: a GPU if there is one", choices=("auto", "cuda", "cpu"))
-    compute_dtype: str = env(
-        "auto", "auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32")
-    )
     compile: str = env("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
-    kernels: bool = env(True, "Triton and Quack kernels that pass a trial; 0: references")
+    kernels: bool = env(True, "Triton and Quack; 0: references")
     train_cuda_graphs: bool = env(True, "training micro-batches as CUDA graphs")
     attention_backend: str = env(
-        "auto", "attention over packed rows", choices=("auto", "fa3", "fa4", "torch", "sdpa")
+        "auto", "attention of packed rows", choices=("auto", "fa3", "fa4", "torch", "sdpa")
     )
     prequant_only: bool = env(False, "stop after evaluating the fp32 model")
-    quant_only: bool = env(False, "continue from CHECKPOINT_PATH: quantization, evaluation")
-    ttt_eval_only: bool = env(False, "continue from ARTIFACT_PATH: evaluation")
+    quant_only: bool = env(False, "continue from CHECKPOINT_PATH")
+    ttt_eval_only: bool = env(False, "continue from ARTIFACT_PATH")
     checkpoint_path: str = env("", "fp32 model for QUANT_ONLY; empty: model.pt of the run")
     artifact_path: str = env("", "artifact for TTT_EVAL_ONLY; empty: artifact.bin of the run")
-    checkpoint_every: int = env(
-        0, "steps between training states (two are kept); 0: only on a signal", least=0
-    )
+    checkpoint_every: int = env(0, "steps between states; 0: only on a signal", least=0)
     resume: bool = env(False, "continue from the newest training state of RUN_ID")
-    deterministic: bool = env(False, "same RESULT in every run; on GPU as far as PyTorch can")
+    deterministic: bool = env(False, "same RESULT in every run, as far as PyTorch can")
 
     # data and batches
-    train_batch_tokens: int = env(786_432, "tokens per step over all ranks", least=1)
-    micro_batch_tokens: int = env(
-        98_304, "tokens per row, the unit of forward and backward", least=1
-    )
+    train_batch_tokens: int = env(786_432, "tokens per step of all ranks", least=1)
+    micro_batch_tokens: int = env(98_304, "tokens per row and micro-batch", least=1)
     train_seq_len: int = env(2048, "longest piece of a document in training", least=2)
 
     # model
     vocab_size: int = env(8192, "vocabulary size", least=9, most=65_536)
-    model_dim: int = env(512, "model width", least=8)
+    model_dim: int = env(512, "model width", least=12)
     num_layers: int = env(11, "physical layers", least=1)
     num_heads: int = env(8, "query heads", least=1)
     num_kv_heads: int = env(4, "key/value heads", least=1)
     mlp_mult: float = env(4.0, "MLP width / model width", above=0)
-    tie_embeddings: bool = env(True, "the embedding is the output projection, too")
-    tied_embed_init_std: float = env(0.005, "standard deviation of the initial embedding", above=0)
-    gate_window: int = env(12, "input dimensions that the gates read", least=1)
     loop_start: int = env(3, "first looped layer", least=0)
     loop_end: int = env(5, "last looped layer", least=0)
     num_loops: int = env(2, "extra passes over the looped layers", least=0)
@@ -169,24 +155,18 @@ class Hyperparameters:
     rope_dims: int = env(16, "rotary dimensions per head", least=2)
     rope_base: float = env(10_000.0, "rotary base", above=1)
     qk_gain_init: float = env(5.0, "initial gain per query head", above=0)
-    xsa_last_n: int = env(11, "last layers with XSA: no head's output along its own value", least=0)
-    sparse_attn_gate_enabled: bool = env(True, "per-head output gate")
-    sparse_attn_gate_scale: float = env(0.5, "factor inside the sparse gate's sigmoid", above=0)
+    sparse_attn_gate_scale: float = env(0.5, "factor inside the head gates' sigmoid", above=0)
     leaky_relu_slope: float = env(0.3, "negative slope before squaring in the MLP", least=0, most=1)
-    parallel_start_layer: int = env(
-        8, "first layer with two residual lanes; NUM_LAYERS: none", least=0
-    )
+    parallel_start_layer: int = env(8, "first layer with two lanes; NUM_LAYERS: none", least=0)
     logit_softcap: float = env(30.0, "logits z become c tanh(z/c)", above=0, most=64)
 
     # optimizer and schedule
     max_wallclock_seconds: float = env(
-        600.0, "budget of training and quantization; 0: train ITERATIONS", least=0
+        600.0, "budget of training and quantization; 0: ITERATIONS", least=0
     )
     iterations: int = env(20_000, "maximum number of steps", least=1)
     warmup_steps: int = env(3, "steps per graph before the clock starts", least=0)
-    warmdown_frac: float = env(
-        0.85, "final fraction of training in which learning rates fall", above=0, most=1
-    )
+    warmdown_frac: float = env(0.85, "final fraction in which learning rates fall", above=0, most=1)
     min_lr: float = env(0.1, "floor of the learning-rate factor", least=0, most=1)
     matrix_lr: float = env(0.026, "Muon learning rate", above=0)
     muon_momentum: float = env(0.97, "Nesterov momentum after the warm-up", least=0, most=1)
@@ -194,14 +174,7 @@ class Hyperparameters:
     muon_momentum_warmup_steps: int = env(1500, "steps of the momentum warm-up", least=0)
     muon_wd: float = env(0.095, "decoupled weight decay of the matrix banks", least=0)
     muon_outward: float = env(
-        0.5, "factor of the part of a step that makes a matrix grow; 1: off", least=0, most=1
-    )
-    muon_row_normalize: bool = env(True, "normalize rows before orthogonalization")
-    muon_backend_steps: int = env(5, "Newton-Schulz steps", least=1, most=5)
-    muon_dtype: str = env(
-        "auto",
-        "dtype of Muon",
-        choices=("auto", "bfloat16", "float32"),
+        0.5, "factor of what makes a matrix grow in a step; 1: off", least=0, most=1
     )
     tied_embed_lr: float = env(0.03, "AdamW learning rate of the embedding", above=0)
     embed_wd: float = env(0.085, "weight decay of the embedding", least=0)
@@ -212,50 +185,45 @@ class Hyperparameters:
     grad_clip_norm: float = env(0.3, "maximum global gradient norm; 0: off", least=0)
     ema_decay: float = env(0.9965, "decay of the weight EMA", least=0, most=0.999999)
     train_log_every: int = env(100, "steps between log lines", least=1)
-    val_loss_every: int = env(0, "steps between evaluations (clock stopped); 0: none", least=0)
+    val_loss_every: int = env(0, "steps between evaluations; 0: none", least=0)
 
     # quantization and artifact
-    gptq_reserve_seconds: float = env(7.0, "part of the budget for Hessians and GPTQ", least=0)
-    gptq_calibration_batches: int = env(16, "training rows for the Hessians", least=1)
-    gptq_damp: float = env(0.01, "damping, share of the mean Hessian diagonal", above=0)
-    gptq_block_size: int = env(128, "columns per batched error update", least=1)
+    gptq_reserve_seconds: float = env(7.0, "of the budget, for Hessians and GPTQ", least=0)
+    gptq_calibration_batches: int = env(16, "rows for the Hessians", least=1)
+    gptq_damp: float = env(0.01, "damping, of the mean Hessian diagonal", above=0)
     matrix_bits: int = env(6, "bits per matrix code", least=2, most=8)
     embed_bits: int = env(8, "bits per embedding code", least=2, most=8)
-    mlp_clip_sigmas: float = env(12.8, "clip of MLP rows, standard deviations", above=0)
-    attn_clip_sigmas: float = env(13.8, "clip of attention rows, standard deviations", above=0)
-    embed_clip_sigmas: float = env(14.8, "clip of embedding rows, standard deviations", above=0)
-    gptq_column_steps: bool = env(True, "steps 2^(k/8) per row and column; 0: fp16 steps per row")
+    mlp_clip_sigmas: float = env(12.8, "clip of MLP rows, in deviations", above=0)
+    attn_clip_sigmas: float = env(13.8, "clip of attention rows, in deviations", above=0)
+    embed_clip_sigmas: float = env(14.8, "clip of embedding rows, in deviations", above=0)
+    gptq_column_steps: bool = env(True, "steps per row and column; 0: per row")
     gptq_column_octaves: float = env(2.0, "log2 of a column's step to its row's", least=0)
-    gptq_trellis: bool = env(True, "with column steps: trellis-coded quantization")
-    quant_check_rows: int = env(2, "training rows to check the quantized model's loss", least=0)
+    gptq_trellis: bool = env(True, "trellis-coded quantization")
+    quant_check_rows: int = env(2, "training rows that check the quantization", least=0)
     quant_gap_max: float = env(
         0.02,
-        "allowed loss there, nats per token; above it plainer ways are tried",
+        "allowed loss there, nats per token; above: plainer ways",
         above=0,
     )
     target_bytes: int = env(
         16_000_000,
-        "scale the clips until code + weights fit just under this; 0: off",
+        "scale clips until code + weights just fit; 0: off",
         least=0,
     )
     compressor: str = env("entropy", "artifact coder", choices=("entropy", "brotli"))
 
     # evaluation
-    eval_seq_len: int = env(2048, "context of plain and sliding evaluation", least=2)
-    sliding_window_enabled: bool = env(False, "also evaluate with overlapping windows")
-    eval_stride: int = env(64, "advance of the sliding window", least=1)
+    eval_seq_len: int = env(2048, "context of plain evaluation", least=2)
     eval_budget_seconds: float = env(600.0, "limit for unpacking and final evaluation", above=0)
 
     # test-time training
     ttt_enabled: bool = env(True, "score with test-time training")
-    ttt_max_docs: int = env(0, "score N documents of all lengths; 0: all", least=0)
+    ttt_max_docs: int = env(0, "documents, of all lengths; 0: all", least=0)
     ttt_eval_seq_len: int = env(3072, "context of a chunk and its tokens", least=2)
-    ttt_stale_context: int = env(
-        2816, "oldest positions, whose keys and values are not recomputed", least=0
-    )
+    ttt_stale_context: int = env(2816, "oldest positions, which are not recomputed", least=0)
     ttt_chunk_size: int = env(16, "tokens scored between two LoRA steps", least=1)
     ttt_batch_size: int = env(64, "documents per group, and per step", least=1)
-    ttt_lanes: int = env(8, "groups of documents; group i runs on rank i mod world size", least=1)
+    ttt_lanes: int = env(8, "groups of documents, dealt to ranks", least=1)
     ttt_lora_sites: str = env("q,k,v,o,mlp,head", "sites with LoRA, comma separated")
     ttt_lora_rank: int = env(80, "LoRA rank", least=1)
     ttt_lora_alpha: float = env(144.0, "adapters are scaled by alpha / rank", above=0)
@@ -263,13 +231,9 @@ class Hyperparameters:
     ttt_beta2: float = env(0.99, "their beta2 (beta1 is 0)", least=0, most=0.99999)
     ttt_weight_decay: float = env(0.5, "their weight decay", least=0)
     ttt_warm_start_a: bool = env(True, "documents start with their predecessor's A")
-    phased_ttt_num_phases: int = env(
-        1, "times the base weights learn from scored documents", least=0
-    )
-    phased_ttt_prefix_docs: int = env(2500, "documents before the last time, per 50,000", least=0)
+    phased_ttt_num_phases: int = env(1, "times that base weights learn", least=0)
+    phased_ttt_prefix_docs: int = env(2500, "documents before the last time, of 50,000", least=0)
     global_ttt_lr: float = env(1e-3, "SGD learning rate there, cosine to 0", least=0)
-    global_ttt_momentum: float = env(0.9, "momentum there", least=0, most=0.9999)
-    global_ttt_grad_clip: float = env(1.0, "maximum gradient norm there", above=0)
     global_ttt_chunk_tokens: int = env(32_768, "tokens per SGD step", least=1)
 
     @classmethod
@@ -298,7 +262,13 @@ class Hyperparameters:
         return cls(**values)
 
     def __post_init__(self):
-        problems = setting_problems(self)
+        """Raises SettingError for values outside their ranges or, if there are none, for
+        combinations that cannot work.
+        """
+        problems = []
+        for field in dataclasses.fields(self):
+            problems += range_problems(field, getattr(self, field.name))
+        problems = problems or [*cross_checks(self)]
         if problems:
             raise SettingError("\n".join(problems))
 
@@ -376,16 +346,29 @@ def parse_setting(field, text):
         raise ValueError(f"{name}={text!r}: must be {field.type.__name__}") from None
 
 
-# How settings of published scripts begin whose first word is none of ours: a run of this file alone
-# must not ignore them. tools/other_scripts.py says what replaces them.
-FOREIGN = """ADAM_EPS ALIAS_ ASYM_ BIGRAM_ CASEOPS_ CKPT_ DATASETS_ DOC_SHUFFLE E2E_ EXTRA_EVAL
-    FULL_GPTQ FUSED_ GATED_ HEAD_LR HEAD_PAIR HESSIAN_ IHA_ LATE_QAT LN_SCALE LOAD_MODEL LQER_
-    MAX_ROW_ MTP_ NEGATIVE_ NGRAM_ PAIRED_ PARTIAL_KEY PRUNE_ QAT_ QUANTIZE RECUR_
-    SKIP_GATES SKIP_POST SMEAR_ SPINQUANT_ SWA_ TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD
-    TRAIN_SEQ_SCHED VALUE_ VAL_BATCH VAL_DOC VE_ WD_""".split()
 # First words of our settings that other programs' variables have as well (MAX_JOBS, DATA_...)
-SHARED_WORDS = """MAX MIN NUM RUN RUNS DATA MODEL COMPUTE ENABLE TRAIN VAL CHECKPOINT TOKENIZER
-    ARTIFACT ADAM""".split()
+SHARED_WORDS = "MAX MIN NUM RUN DATA MODEL ENABLE TRAIN VAL CHECKPOINT ARTIFACT".split()
+
+
+def foreign_words(name, guard):
+    """What to say of a setting of published scripts, which a run of this file alone must not ignore
+    either; nothing of others. tools/other_scripts.py says what replaces them.
+
+    A packed script has the settings of its run.
+    """
+    if PACKED:
+        return ""
+    # how those begin whose first word is none of ours
+    beginnings = """ADAM_EPS ALIAS_ ASYM_ BIGRAM_ CASEOPS_ CKPT_ COMPUTE_DTYPE DATASETS_
+        DOC_SHUFFLE E2E_ EXTRA_EVAL FULL_GPTQ FUSED_ GATE_ GATED_ HEAD_LR HEAD_PAIR HESSIAN_
+        IHA_ LATE_QAT LN_SCALE LOAD_MODEL LQER_ MAX_ROW_ MTP_ NEGATIVE_ NGRAM_ PAIRED_
+        PARTIAL_KEY PRUNE_ QAT_ QUANTIZE RECUR_ SKIP_GATES SKIP_POST SLIDING_ SMEAR_
+        SPINQUANT_ SWA_ TIE_ TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD TRAIN_SEQ_SCHED
+        VALUE_ VAL_BATCH VAL_DOC VE_ WD_ XSA_"""
+    instead = guard.instead(name)
+    if not instead and not name.startswith((*beginnings.split(),)):
+        return ""
+    return f"a setting of other scripts{instead or ' (unset it, or see --help)'}"
 
 
 def unknown_settings(environ, cls, guard):
@@ -397,28 +380,14 @@ def unknown_settings(environ, cls, guard):
     names = [field.name.upper() for field in dataclasses.fields(cls)]
     families = {name.split("_")[0] for name in names if "_" in name} - set(SHARED_WORDS)
     for name in sorted(set(environ) - {*names}):
-        instead = guard.instead(name)
-        if instead or name.startswith((*FOREIGN,)):
-            instead = instead or " (unset it, or see --help)"
-            yield f"{name} is a setting of other scripts{instead}"
-            continue
+        words = foreign_words(name, guard)
         in_family = name.split("_")[0] in families
-        if in_family or difflib.get_close_matches(name, names, 1, 0.88):
+        if not words and (in_family or difflib.get_close_matches(name, names, 1, 0.88)):
             close = difflib.get_close_matches(name, names, 1, 0.6)
             question = f"; did you mean {close[0]}?" if close else ""
-            yield f"{name} is not a setting{question} (unset it, or see --help)"
-
-
-def setting_problems(hp):
-    """Messages for values outside their ranges or, if there are none, for combinations that cannot
-    work.
-    """
-    problems = []
-    for field in dataclasses.fields(hp):
-        problems += range_problems(field, getattr(hp, field.name))
-    if problems:
-        return problems
-    return [*cross_checks(hp)]
+            words = f"not a setting{question} (unset it, or see --help)"
+        if words:
+            yield f"{name} is {words}"
 
 
 def range_problems(field, value):
@@ -439,30 +408,19 @@ def range_problems(field, value):
 
 def cross_checks(hp):
     """Yields messages for combinations of settings that cannot work."""
-    yield from model_problems(hp)
-    yield from batch_problems(hp)
-    yield from evaluation_problems(hp)
-    yield from mode_problems(hp)
-
-
-def model_problems(hp):
-    """Yields messages for shapes that do not fit each other."""
+    # shapes
     if hp.model_dim % hp.num_heads:
         yield f"MODEL_DIM={hp.model_dim} must divide by NUM_HEADS={hp.num_heads}"
     if hp.num_heads % hp.num_kv_heads:
         yield "NUM_HEADS must divide by NUM_KV_HEADS"
     if hp.rope_dims % 2 or hp.rope_dims > hp.head_dim:
         yield f"ROPE_DIMS must be even, at most {hp.head_dim}"
-    if hp.gate_window > hp.model_dim:
-        yield "GATE_WINDOW must be at most MODEL_DIM"
     if hp.num_loops and not hp.loop_start <= hp.loop_end < hp.num_layers:
         yield "LOOP_START..LOOP_END must lie inside NUM_LAYERS (or set NUM_LOOPS=0)"
     if hp.parallel_start_layer > hp.num_layers:
         yield "PARALLEL_START_LAYER must be at most NUM_LAYERS"
 
-
-def batch_problems(hp):
-    """Yields messages for rows and budgets of training."""
+    # rows and budgets of training
     if hp.train_batch_tokens % hp.micro_batch_tokens:
         yield "TRAIN_BATCH_TOKENS must divide by MICRO_BATCH_TOKENS"
     if 0 < hp.max_wallclock_seconds <= hp.gptq_reserve_seconds:
@@ -470,11 +428,7 @@ def batch_problems(hp):
     if hp.deterministic and hp.max_wallclock_seconds:
         yield "DETERMINISTIC=1 needs MAX_WALLCLOCK_SECONDS=0"
 
-
-def evaluation_problems(hp):
-    """Yields messages for evaluation and test-time training."""
-    if hp.eval_stride > hp.eval_seq_len:
-        yield "EVAL_STRIDE must be at most EVAL_SEQ_LEN"
+    # evaluation
     if hp.ttt_chunk_size > hp.ttt_eval_seq_len:
         yield "TTT_CHUNK_SIZE must be at most TTT_EVAL_SEQ_LEN"
     longest = hp.ttt_eval_seq_len - hp.ttt_chunk_size
@@ -486,9 +440,7 @@ def evaluation_problems(hp):
     if not hp.lora_sites or not set(hp.lora_sites) <= set(LORA_SITES):
         yield f"TTT_LORA_SITES={hp.ttt_lora_sites}: must be some of {','.join(LORA_SITES)}"
 
-
-def mode_problems(hp):
-    """Yields messages for what the run does, and for the files that it reads and writes."""
+    # what the run does, files that it reads and writes
     if hp.prequant_only + hp.quant_only + hp.ttt_eval_only > 1:
         yield "PREQUANT_ONLY, QUANT_ONLY, TTT_EVAL_ONLY exclude each other"
     if hp.resume and (not hp.run_id or hp.quant_only or hp.ttt_eval_only):
@@ -540,29 +492,22 @@ class Dist:
         self.rank = place.rank
         self.world_size = place.world_size
         if device == "cuda" and not torch.cuda.is_available():
-            raise SettingError(
-                "DEVICE=cuda, but torch sees none: use DEVICE=cpu, or a CUDA build of torch"
-            )
+            raise SettingError("DEVICE=cuda, but torch sees none: use DEVICE=cpu")
         if deterministic:  # operations without a deterministic form warn
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
         self.device = torch.device("cpu")
         if torch.cuda.is_available() and device != "cpu":
-            self.device = self.cuda_device(place.local_rank)
+            count = torch.cuda.device_count()
+            if place.local_rank >= count:
+                raise SettingError(f"LOCAL_RANK={place.local_rank}, but this host has {count} GPUs")
+            self.device = torch.device("cuda", place.local_rank)
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
             # newer versions want newer names of functions, which PyTorch 2.11 does not have
             warnings.filterwarnings("ignore", message="`torch.distributed")
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist_backend.init_process_group(backend)
-
-    @staticmethod
-    def cuda_device(local_rank):
-        """This rank's GPU. Raises SettingError if the host has fewer."""
-        count = torch.cuda.device_count()
-        if local_rank >= count:
-            raise SettingError(f"LOCAL_RANK={local_rank}, but this host has {count} GPUs")
-        return torch.device("cuda", local_rank)
 
     def place_in_group(self):
         """Place of this process as torchrun's environment says, or that of a single process.
@@ -578,9 +523,8 @@ class Dist:
 
         listed = " ".join(f"{name}={value}" for name, value in given.items())
         problem = SettingError(
-            f"the environment has {listed}: unset all of these for a run of one process, or start"
-            f" it with torchrun, which sets {', '.join(names)} to numbers and the host, with"
-            " LOCAL_RANK <= RANK < WORLD_SIZE"
+            f"the environment has {listed}: unset all of these, or start it with torchrun,"
+            f" which sets {', '.join(names)}, LOCAL_RANK <= RANK < WORLD_SIZE"
         )
         try:
             place = Place(*(int(given[name]) for name in names[:3]))
@@ -938,8 +882,8 @@ SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024
 
 
-def load_data_shard(path):
-    """File -> (n,) uint16, memory-mapped.
+def shard_size(path):
+    """Number of tokens in a shard.
 
     Raises DataError on a wrong magic, version or size (format: docs/DATA.md).
     """
@@ -950,27 +894,12 @@ def load_data_shard(path):
             f"{path}: magic, version and tokens {header} are not {expected}: no shard, or torn;"
             " fetch it again"
         )
-    try:
-        return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
-    except OSError as error:
-        if error.errno not in (errno.ENODEV, errno.EINVAL):
-            raise
-        # this file system cannot map files
-        return np.fromfile(path, "<u2", offset=SHARD_HEADER_BYTES)
+    return header[2]
 
 
-class MappedShards:
-    """Shards as a sequence of arrays. Few are mapped at a time, as each map keeps a file open."""
-
-    def __init__(self, paths):
-        self.paths = paths
-        self.load = lru_cache(64)(load_data_shard)
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, number):
-        return self.load(self.paths[number])
+def load_data_shard(path, start=0, count=-1):
+    """(count,) uint16 of a shard from token `start` on; -1: to its end."""
+    return np.fromfile(path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * start)
 
 
 def shard_paths(folder, split):
@@ -989,8 +918,8 @@ class TokenStream:
             raise DataError(
                 f"no fineweb_{split}_*.bin in {folder}: set DATA_PATH, or make the data (README)"
             )
-        self.shards = MappedShards(self.paths)
-        self.offsets = np.concatenate([[0], np.cumsum([len(shard) for shard in self.shards])])
+        self.sizes = [shard_size(path) for path in self.paths]
+        self.offsets = np.cumsum([0, *self.sizes])
         # the stream is this part of the shards
         self.first = 0
         self.size = int(self.offsets[-1])
@@ -1007,12 +936,13 @@ class TokenStream:
         while filled < count:
             position = self.first + start
             shard = int(np.searchsorted(self.offsets, position, side="right")) - 1
-            begin = position - self.offsets[shard]
-            # copied at once: a view would keep its map, and that a file open
-            part = self.shards[shard][begin : begin + min(count - filled, self.size - start)]
-            tokens[filled : filled + len(part)] = part
-            filled += len(part)
-            start = (start + len(part)) % self.size
+            left = self.offsets[shard + 1] - position
+            length = int(min(count - filled, self.size - start, left))
+            begin = int(position - self.offsets[shard])
+            part = load_data_shard(self.paths[shard], begin, length)
+            tokens[filled : filled + length] = part
+            filled += length
+            start = (start + length) % self.size
         return tokens
 
     def hold_out(self, count):
@@ -1176,8 +1106,8 @@ class TrainLoader:
         micro_steps = hp.train_batch_tokens / hp.micro_batch_tokens
         if micro_steps % dist.world_size:
             raise SettingError(
-                f"{micro_steps:g} micro-batches a step (TRAIN_BATCH_TOKENS/MICRO_BATCH_TOKENS) do"
-                f" not divide by {dist.world_size} ranks: change MICRO_BATCH_TOKENS"
+                f"{micro_steps:g} micro-batches a step do not divide by"
+                f" {dist.world_size} ranks: change MICRO_BATCH_TOKENS"
             )
         self.per_rank = hp.micro_steps // dist.world_size
         self.span = self.span_length()
@@ -1298,10 +1228,7 @@ class ValidationSet:
         self.bytes = self.count_bytes(hp, stream)
         self.describe()
         if not self.bytes[1:].any():
-            raise DataError(
-                f"{stream.paths[0]}: the validation documents hold no byte of text: no BPB can be"
-                " counted"
-            )
+            raise DataError(f"{stream.paths[0]}: the validation documents hold no byte: no BPB")
         if hp.fuses_markers:
             # all text and all bytes stay
             self.tokens, self.bytes = fuse_markers(self.tokens, self.bytes, space_id(hp))
@@ -1334,19 +1261,14 @@ class ValidationSet:
         paths = shard_paths(folder, "val_bytes")
         if not paths:
             raise DataError(f"no fineweb_val_bytes_*.bin in {folder}: BPB needs the side-car")
-        parts = [load_data_shard(path).copy() for path in paths]
-        lengths = [len(part) for part in parts]
-        expected = [len(shard) for shard in stream.shards]
-        if lengths != expected:
+        lengths = [shard_size(path) for path in paths]
+        if lengths != stream.sizes:
             raise DataError(
-                f"{paths[0]}: side-car lengths {lengths} differ from the shards' {expected}: they"
-                " are not of one export"
+                f"{paths[0]}: side-car lengths {lengths} differ from the shards' {stream.sizes}"
             )
-        charges = np.concatenate(parts).astype(np.int64)
+        charges = np.concatenate([load_data_shard(path) for path in paths]).astype(np.int64)
         if charges[self.tokens == BOS_ID].any():
-            raise DataError(
-                f"{paths[0]}: a BOS is charged bytes; the side-car does not belong to these tokens"
-            )
+            raise DataError(f"{paths[0]}: a BOS is charged bytes: another data's side-car")
         return charges
 
     def targets_of(self, documents):
@@ -1361,19 +1283,15 @@ class ValidationSet:
 def read_manifest(folder):
     """manifest.json of a dataset; {} if there is none.
 
-    Raises DataError unless every field that is used later has its type.
+    Raises DataError unless what find_tokenizer reads has its type.
     """
     try:
         manifest = json.loads(Path(folder, "manifest.json").read_text())
-        hash(manifest.get("tokenizer", {}).get("sha256"))
-        if manifest.get("format") == "caseops_shards":
-            total = manifest["leaked_documents"] + len({**manifest["splits"]["val"]})
-            for entry in manifest["files"].values():
-                total += entry["values"] + len(entry["sha256"])
+        manifest.get("tokenizer", {}).get("sha256")
         return manifest
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again"
         ) from None
@@ -1391,7 +1309,6 @@ def models_near(folder, nearest):
     if not any(groups):
         raise DataError(
             f"{folder}: no tokenizer (*.model) in {', '.join(map(str, places))}: set TOKENIZER_PATH"
-            " to the one that made the shards"
         )
     if not nearest:
         return sum(groups, [])
@@ -1460,6 +1377,12 @@ def load_tokenizer(hp):
 def jit(kernel):
     """triton.jit; without Triton the kernels are defined but never launched."""
     return kernel if triton is None else triton.jit(kernel)
+
+
+def operator(function):
+    """The function as golf::<its name>, an operator that torch.compile treats as one node."""
+    name = function.__name__.lstrip("_")
+    return torch.library.custom_op(f"golf::{name}", function, mutates_args=())
 
 
 @jit
@@ -1554,7 +1477,7 @@ def _launch_ce(logits, targets, softcap):
     return losses
 
 
-@torch.library.custom_op("golf::linear_cross_entropy", mutates_args=())
+@operator
 def _linear_cross_entropy(
     h: Tensor, weight: Tensor, targets: Tensor, softcap: float
 ) -> tuple[Tensor, Tensor]:
@@ -1673,7 +1596,7 @@ def _launch_mlp(a, b, act, slope):
     return out
 
 
-@torch.library.custom_op("golf::mlp_backward", mutates_args=())
+@operator
 def _mlp_backward(grad: Tensor, w_down: Tensor, act: Tensor, slope: float) -> Tensor:
     """Gradient (M, F) of the pre-activation, from grad (M, D) of the output."""
     return _launch_mlp(grad, w_down, act, slope)
@@ -1682,7 +1605,7 @@ def _mlp_backward(grad: Tensor, w_down: Tensor, act: Tensor, slope: float) -> Te
 _mlp_backward.register_fake(lambda grad, w_down, act, slope: torch.empty_like(act))
 
 
-@torch.library.custom_op("golf::mlp", mutates_args=())
+@operator
 def _mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """Output (M, D), and the activation (M, F) that backward needs, of x (M, D)."""
     act = _launch_mlp(x, w_up, None, slope)
@@ -1911,7 +1834,7 @@ def _empty_heads(qkv, gain, cos, sin, kv_heads):
     return q, k, torch.empty_like(k)
 
 
-@torch.library.custom_op("golf::qkv_heads", mutates_args=())
+@operator
 def qkv_heads(
     qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -1931,7 +1854,7 @@ def _empty_qkv_grads(dq, dk, dv, qkv, *others):
     return d_qkv, dots
 
 
-@torch.library.custom_op("golf::qkv_heads_backward", mutates_args=())
+@operator
 def _qkv_heads_backward(
     dq: Tensor,
     dk: Tensor,
@@ -2035,7 +1958,7 @@ def _launch_gated_xsa(y, v, logits, outputs, grad=None):
     )
 
 
-@torch.library.custom_op("golf::gated_xsa", mutates_args=())
+@operator
 def gated_xsa(y: Tensor, v: Tensor, logits: Tensor) -> Tensor:
     """As gated_xsa_ref, in one kernel each for forward and backward."""
     out = y.new_empty(y.shape)
@@ -2050,7 +1973,7 @@ def _empty_xsa_grads(grad, y, v, logits):
     return y.new_empty(y.shape), v.new_empty(v.shape), logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("golf::gated_xsa_backward", mutates_args=())
+@operator
 def _gated_xsa_backward(
     grad: Tensor, y: Tensor, v: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -2148,7 +2071,7 @@ def _slot_input_copied(*inputs):
     return outputs.h, outputs.gate_input.clone(), outputs.mixed, outputs.merged.clone()
 
 
-@torch.library.custom_op("golf::slot_input", mutates_args=())
+@operator
 def _slot_input(
     x: Tensor,
     x0: Tensor,
@@ -2197,7 +2120,7 @@ def decompose_slot_input():
     """
     from torch._inductor.decomposition import decompositions
 
-    decompositions[torch.ops.golf.slot_input.default] = _slot_input_traced
+    decompositions[_slot_input._opoverload] = _slot_input_traced
 
 
 @jit
@@ -2305,7 +2228,7 @@ def _empty_slot_input_grads(grads, merged, x0, mix, scale, merge, *wanted):
     return d_x, d_x0, d_skip, sums
 
 
-@torch.library.custom_op("golf::slot_input_backward", mutates_args=())
+@operator
 def _slot_input_backward(
     grads: list[Tensor],
     merged: Tensor,
@@ -2565,7 +2488,7 @@ def attention_fa3(q, k, v, cu_seqlens, max_seqlen, window):
 @_over_rows
 def attention_fa4(q, k, v, cu_seqlens, max_seqlen, window):
     """FlashAttention-4 (flash-attn-4; CUDA, 16 bits)."""
-    return _fa4(q, k, v, cu_seqlens, max_seqlen, window)[0]
+    return _attention_fa4(q, k, v, cu_seqlens, max_seqlen, window)[0]
 
 
 def _fa4_options(q, cu_seqlens, max_seqlen, window):
@@ -2584,8 +2507,8 @@ def _fa4_options(q, cu_seqlens, max_seqlen, window):
     return options
 
 
-@torch.library.custom_op("golf::attention_fa4", mutates_args=())
-def _fa4(
+@operator
+def _attention_fa4(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int
 ) -> tuple[Tensor, Tensor]:
     """-> the output (tokens, H, E), and the logsumexp (H, tokens) that backward needs."""
@@ -2596,7 +2519,7 @@ def _fa4(
     return results[0], results[1]
 
 
-@_fa4.register_fake
+@_attention_fa4.register_fake
 def _fa4_fake(q, k, v, cu_seqlens, max_seqlen, window):
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     return q.new_empty(q.shape), lse
@@ -2609,7 +2532,7 @@ def _empty_fa4_grads(grad, qkv, *others):
     return q.new_empty(q.shape), *shared
 
 
-@torch.library.custom_op("golf::fa4_backward", mutates_args=())
+@operator
 def _fa4_backward(
     grad: Tensor,
     qkv: list[Tensor],
@@ -2670,7 +2593,7 @@ def _fa4_gradients(ctx, grad, grad_lse):
     return dq, dk.sum(0), dv.sum(0), None, None, None
 
 
-_fa4.register_autograd(_fa4_gradients, setup_context=_fa4_setup)
+_attention_fa4.register_autograd(_fa4_gradients, setup_context=_fa4_setup)
 
 
 # --- trellis-coded quantization
@@ -2786,8 +2709,7 @@ ATTENTION_BACKENDS = {  # the fastest first
 }
 
 
-@dataclass(frozen=True)
-class Ops:
+class Ops(NamedTuple):
     """The operations that the model calls, as select_ops chose them."""
 
     attention: Callable  # q, k, v, cu_seqlens, max_seqlen, window
@@ -2974,10 +2896,7 @@ BANKS = defaultdict(list)
 for kind in MATRICES:
     BANKS[kind.bank].append(kind)
 # Embedding tables: parameter of GPT -> saved name
-HEAD_NAMES = {
-    "tok_emb": "tok_emb.weight",
-    "lm_head": "lm_head.weight",
-}
+HEAD_NAMES = {"tok_emb": "tok_emb.weight"}
 
 
 def rotary_tables(positions, hp):
@@ -3026,10 +2945,6 @@ class CompiledParts(NamedTuple):
     attention: Callable
     after_attention: Callable
 
-    def block(self, entry, mlp_lane, w, rope, segments, tap):
-        attn = self.attention(entry, w, rope, segments, tap)
-        return self.after_attention(entry, attn, mlp_lane, w, tap)
-
 
 class LayerWeights(NamedTuple):
     """Weights of one layer, in the compute dtype: views of the banks and small parameters."""
@@ -3039,14 +2954,13 @@ class LayerWeights(NamedTuple):
     up: Tensor  # (F, D)
     down: Tensor  # (D, F), times mlp_scale
     q_gain: Tensor  # (H,)
-    gate: Tensor | None  # (H, window) or (H, D)
     attn_scale: Tensor  # (D,)
     mlp_scale: Tensor  # (D,)
     mix: Tensor  # (2, D): factors of stream and embedding
     post: Tensor  # (2, 2): factors of (attention, MLP) for each target lane
     resid: Tensor  # (2,): factor of each lane
     depth_scale: Tensor  # (1,) float32, scales both norms
-    xsa: bool
+    gate: Tensor  # (H, window) or (H, D)
 
 
 class GPT(nn.Module):
@@ -3082,17 +2996,12 @@ class GPT(nn.Module):
         L = hp.num_layers
         D = hp.model_dim
         self.tok_emb = nn.Parameter(torch.empty(hp.vocab_size, D))
-        self.lm_head = None
-        if not hp.tie_embeddings:
-            self.lm_head = nn.Parameter(torch.empty(hp.vocab_size, D))
         for name, kinds in BANKS.items():
             rows = getattr(hp, kinds[0].rows)
             columns = getattr(hp, kinds[0].columns)
             setattr(self, name, nn.Parameter(torch.empty(len(kinds) * L, rows, columns)))
         self.q_gain = nn.Parameter(torch.full((L, hp.num_heads), hp.qk_gain_init))
-        self.attn_gate = None
-        if self.gate_inputs:
-            self.attn_gate = nn.Parameter(torch.zeros(L, hp.num_heads, self.gate_inputs))
+        self.attn_gate = nn.Parameter(torch.zeros(L, hp.num_heads, self.gate_inputs))
         self.attn_scale = nn.Parameter(torch.ones(L, D))
         self.mlp_scale = nn.Parameter(torch.ones(L, D))
         mix = torch.stack([torch.ones(L, D), torch.zeros(L, D)], dim=1)
@@ -3104,18 +3013,16 @@ class GPT(nn.Module):
         # (layer, attention / MLP, target lane)
         self.parallel_post = nn.Parameter(torch.ones(L, 2, 2))
         self.parallel_resid = nn.Parameter(torch.full((L, 2), 1.1))  # (layer, lane)
-        self.smear_weight = nn.Parameter(torch.zeros(1, hp.gate_window))
+        self.smear_weight = nn.Parameter(torch.zeros(1, GATE_WINDOW))
         self.smear_lambda = nn.Parameter(torch.zeros(1))
 
     @torch.no_grad()
     def init_weights(self, generator):
         """Random embeddings and inner matrices; output projections start at zero.
 
-        Embeddings: N(0, TIED_EMBED_INIT_STD). q, k, v and MLP up: orthogonal.
+        Embeddings: N(0, 0.005). q, k, v and MLP up: orthogonal.
         """
-        for table in (self.tok_emb, self.lm_head):
-            if table is not None:
-                table.normal_(0.0, self.hp.tied_embed_init_std, generator=generator)
+        self.tok_emb.normal_(0.0, 0.005, generator=generator)
         matrices = self.matrices(self.banks())
         for role in ("q", "k", "v", "up"):
             for matrix in matrices[role]:
@@ -3125,8 +3032,8 @@ class GPT(nn.Module):
 
     @property
     def gate_inputs(self):
-        """Number of inputs of the attention gate; 0: there is none."""
-        return self.hp.gate_window if self.hp.sparse_attn_gate_enabled else 0
+        """Number of inputs of the attention gate."""
+        return GATE_WINDOW
 
     @property
     def gate_reads_mix(self):
@@ -3135,8 +3042,8 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self):
-        """(V, D): the output projection."""
-        return self.tok_emb if self.lm_head is None else self.lm_head
+        """(V, D): the output projection, tied to the embedding."""
+        return self.tok_emb
 
     def slots(self, looping):
         """The layers in execution order: with looping, looped layers appear several times."""
@@ -3221,7 +3128,6 @@ class GPT(nn.Module):
         slices. The scales of sublayer outputs are multiplied into the matrices, so that scaling
         costs no extra pass over activations, forward or backward.
         """
-        hp = self.hp
         matrices = self.matrices(self.banks())
         qkv = torch.cat([matrices[role].to(self.dtype) for role in ("q", "k", "v")], dim=1)
         stacked = {
@@ -3235,24 +3141,22 @@ class GPT(nn.Module):
             "mix": self.resid_mix,
             "post": self.parallel_post,
             "resid": self.parallel_resid,
+            "gate": self.attn_gate,
         }
-        columns = {name: tensor.to(self.dtype).unbind(0) for name, tensor in stacked.items()}
-        columns["gate"] = [None] * hp.num_layers
-        if self.attn_gate is not None:
-            columns["gate"] = self.attn_gate.to(self.dtype).unbind(0)
+        columns = {}
+        for name, tensor in stacked.items():
+            if tensor is not None:
+                columns[name] = tensor.to(self.dtype).unbind(0)
         weights = []
-        for layer in range(hp.num_layers):
+        for layer in range(self.hp.num_layers):
             fields = {name: column[layer] for name, column in columns.items()}
-            scale = self.depth_scale[layer, :1]
-            xsa = layer >= hp.num_layers - hp.xsa_last_n
-            weights.append(LayerWeights(depth_scale=scale, xsa=xsa, **fields))
+            weights.append(LayerWeights(depth_scale=self.depth_scale[layer, :1], **fields))
         return weights
 
     def slot_input(self, x, x0, w, return_mix, return_merged, *skip):
         """Streams x and x0 (B, T, D) -> SlotInput; a skip comes with its weight and its gate."""
-        window = self.hp.gate_window
         return self.ops.slot_input(
-            x, x0, w.mix, w.depth_scale, window, return_mix, return_merged, *skip
+            x, x0, w.mix, w.depth_scale, GATE_WINDOW, return_mix, return_merged, *skip
         )
 
     def attention(self, entry, w, rope, segments, tap):
@@ -3264,14 +3168,7 @@ class GPT(nn.Module):
         q, k, v = self.ops.qkv_heads(qkv, w.q_gain, cos, sin, hp.num_kv_heads)
         k, v = self.keys_and_values(k, v, w)
         y = self.attend(q, k, v, segments, w)
-        if w.gate is not None:
-            logits = self.head_gates(entry, qkv, w.gate)
-            if w.xsa:
-                y = self.ops.gated_xsa(y, v, logits)
-            else:
-                y = y * torch.sigmoid(logits)[..., None]
-        elif w.xsa:
-            y = subtract_own_value(y, v)
+        y = self.gate_heads(y, v, entry, qkv, w)
         out = linear(y.reshape(h.shape), w.out, tap, "attn_proj")
         return out if tap is None else tap("attn_out", h, out, w.attn_scale)
 
@@ -3283,9 +3180,10 @@ class GPT(nn.Module):
         """q (B, T, H, E), k and v (B, T, K, E) -> (B, T, H, E)."""
         return segments.attend(self.ops, q, k, v)
 
-    def head_gates(self, entry, qkv, gate):
-        """Logits (B, T, H) of the gates, sigmoids, of the heads' outputs."""
-        return self.hp.sparse_attn_gate_scale * F.linear(entry.gate_input, gate)
+    def gate_heads(self, y, v, entry, qkv, w):
+        """The heads' outputs (B, T, H, E) -> the same with XSA and gates, v (B, T, K, E)."""
+        logits = self.hp.sparse_attn_gate_scale * F.linear(entry.gate_input, w.gate)
+        return self.ops.gated_xsa(y, v, logits)
 
     def mlp(self, x, w, tap):
         """(B, T, D) -> (B, T, D): W_down leaky_relu(W_up h)^2 with h = norm(x) depth_scale."""
@@ -3298,13 +3196,9 @@ class GPT(nn.Module):
             out = self.ops.mlp(h, w.up, w.down, slope)
         return out if tap is None else tap("mlp_out", h, out, w.mlp_scale)
 
-    def block(self, entry, mlp_lane, w, rope, segments, tap):
-        """One layer: SlotInput and the MLP lane, None before the split -> x, mlp_lane."""
-        attn = self.attention(entry, w, rope, segments, tap)
-        return self.after_attention(entry, attn, mlp_lane, w, tap)
-
     def after_attention(self, entry, attn, mlp_lane, w, tap):
-        """The rest of a layer: also the output of its attention (B, T, D) -> x, mlp_lane.
+        """The rest of a layer: SlotInput, the output of its attention (B, T, D) and the MLP lane,
+        None before the split -> x, mlp_lane.
 
         Before the split attention and MLP run one after the other on one stream; after it they run
         in parallel, each on its own lane, and both write to both lanes.
@@ -3328,7 +3222,7 @@ class GPT(nn.Module):
         """
         e = self.token_embedding(tokens, window_start)
         previous = F.pad(e[:, :-1], (0, 0, 1, 0))
-        gate_input = e[..., : self.hp.gate_window]
+        gate_input = e[..., :GATE_WINDOW]
         gate = torch.sigmoid(F.linear(gate_input, self.smear_weight.to(e.dtype)))  # (B, T, 1)
         smear = self.smear_lambda.to(e.dtype) * gate * previous
         blocked = tokens == BOS_ID
@@ -3378,7 +3272,8 @@ class GPT(nn.Module):
             if plan.stores_merged:
                 skips.append(entry.merged.view_as(x))
             slot_tap = tap and tap.at(plan.slot, plan.layer)
-            x, mlp_lane = parts.block(entry, mlp_lane, w, rope, segments, slot_tap)
+            attn = parts.attention(entry, w, rope, segments, slot_tap)
+            x, mlp_lane = parts.after_attention(entry, attn, mlp_lane, w, slot_tap)
         return norm(self.join_lanes(x, mlp_lane))
 
     def skip_parameters(self, index):
@@ -3449,7 +3344,7 @@ def rebank(model, state):
         differ = sorted(name for name in names if wanted.get(name) != given.get(name))
         raise ValueError(
             f"the saved model does not fit these settings: {len(differ)} tensors differ,"
-            f" {differ[:5]} among them; use the settings it was trained with"
+            f" {differ[:5]} among them"
         )
     with torch.no_grad():
         for name, tensor in views.items():
@@ -3458,7 +3353,7 @@ def rebank(model, state):
 
 # ---- OPTIMIZER -----------------------------------------------------------------------------------
 
-# Polar Express (arXiv:2505.16932): one (a, b, c) per Newton-Schulz step
+# Polar Express (arXiv:2505.16932): (a, b, c) of each Newton-Schulz step
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -3468,8 +3363,8 @@ POLAR_EXPRESS = (
 )
 
 
-def polar_express(x, steps):
-    """(N, R, C) -> (N, R, C), each matrix orthogonalised by at most five Newton-Schulz steps.
+def polar_express(x):
+    """(N, R, C) -> (N, R, C), each matrix orthogonalised by five Newton-Schulz steps.
 
     X <- aX + (bA + cA^2)X with A = X X^T, starting from X / |X|_F. Tall matrices are transposed, so
     that A is the smaller of the two products.
@@ -3477,22 +3372,20 @@ def polar_express(x, steps):
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in POLAR_EXPRESS[:steps]:
+    for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
 
 
-def muon_update(grad, momentum_buffer, momentum, steps, row_normalize, orthogonalise=polar_express):
+def muon_update(grad, momentum_buffer, momentum, orthogonalise):
     """(N, R, C) gradients -> (N, R, C) orthogonalised Nesterov updates, in the gradients' dtype.
 
-    Updates the momentum buffer in place.
+    Rows are normalized before. Updates the momentum buffer in place.
     """
     momentum_buffer.mul_(momentum).add_(grad)
     update = grad.add(momentum_buffer, alpha=momentum)
-    if row_normalize:
-        update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return orthogonalise(update, steps)
+    return orthogonalise(update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7))
 
 
 def reset_gradients(parameters):
@@ -3557,7 +3450,7 @@ class Muon:
         return [shard for _, shard in self.in_flight]
 
     def orthogonaliser(self, buffer):
-        """The function (updates (N, R, C), steps) for the bank with this momentum buffer."""
+        """The function of updates (N, R, C) for the bank with this momentum buffer."""
         return polar_express
 
     @torch.no_grad()
@@ -3566,25 +3459,17 @@ class Muon:
 
         The gradients are multiplied by `clip`, a 0-d tensor or None.
         """
-        hp = self.hp
         gathers = []
         for buffer, shard in zip(self.momentum_buffers, self.shards(), strict=True):
             if clip is not None:
                 shard = shard * clip.to(shard.dtype)
-            update = muon_update(
-                shard,
-                buffer,
-                momentum,
-                hp.muon_backend_steps,
-                hp.muon_row_normalize,
-                self.orthogonaliser(buffer),
-            )
+            update = muon_update(shard, buffer, momentum, self.orthogonaliser(buffer))
             gathers.append(self.dist.all_gather(update))
         for bank, (handle, update) in zip(self.banks, gathers, strict=True):
             handle.wait()
             scale = max(1.0, bank.size(-2) / bank.size(-1)) ** 0.5
             update = update[: bank.size(0)]
-            step_matrices(bank, update, lr * scale, lr * weight_decay, hp.muon_outward)
+            step_matrices(bank, update, lr * scale, lr * weight_decay, self.hp.muon_outward)
         self.in_flight = []
 
 
@@ -3599,8 +3484,7 @@ class Optimizers:
         self.hp = hp
         self.dist = dist
         rest = dict(model.named_parameters())
-        dtype = model.dtype if hp.muon_dtype == "auto" else getattr(torch, hp.muon_dtype)
-        self.muon = Muon([rest.pop(name) for name in BANKS], hp, dist, dtype)
+        self.muon = Muon([rest.pop(name) for name in BANKS], hp, dist, model.dtype)
         embeddings = [rest.pop(name) for name in HEAD_NAMES if name in rest]
         scalars = list(rest.values())
         self.replicated = [*embeddings, *scalars]  # updated by every rank
@@ -3888,10 +3772,7 @@ class Trainer:
         self.guard.after_last_step(self, step)
         seconds = clock.seconds()
         if budget is not None and seconds > budget:
-            log(
-                f"note: training took {seconds:.2f} s of {budget:.2f}; a step is too long for this"
-                " budget"
-            )
+            log(f"note: training took {seconds:.2f} s of {budget:.2f}")
         self.log_step(step, losses[-1], seconds, self.progress(step, seconds), self.looping)
         self.ema.copy_to_model()
         resumed = {"resumed_at_step": first} if hp.resume else {}
@@ -3938,15 +3819,13 @@ class Trainer:
 # Limits of scales: fp16 would round a smaller one to 0, by which an all-zero row would be divided.
 FP16_RANGE = 2.0**-24, 65504.0
 DAMPING_RETRIES = 4
+GPTQ_BLOCK = 128  # columns whose error reaches later columns in one matmul
 # Step sizes are stored as int8 codes k for 2^(k/8). The step of a weight is its row's times its
 # column's: a sum of two codes, -256 to 255. Negative k index EXP2_EIGHTHS from its end, so that
 # EXP2_EIGHTHS[k] is 2^(k/8) for them, too.
 EXP2_EIGHTHS = np.float32([2.0 ** (k / 8) for k in [*range(256), *range(-256, 0)]])
 MAX_SHIFT = 7  # bits of a fine code, see split_wide_codes
 MAX_WIDE_CODE = 127 << MAX_SHIFT
-MAX_FP16_ELEMENTS = 65_536  # a tensor with more elements must have a role in QUANT_TABLE
-# fields in the artifact of a weight that is not stored as fp16
-FIELDS = set("codes scale column_steps fine_codes fine_columns fine_shift trellis".split())
 
 
 class QuantRole(NamedTuple):
@@ -3959,10 +3838,7 @@ class QuantRole(NamedTuple):
 
 EMBEDDING_ROLE = QuantRole("embedding", "embed_bits", "embed_clip_sigmas")
 # by the name of the saved weight, in the order of the artifact's groups
-QUANT_TABLE = {
-    "tok_emb.weight": EMBEDDING_ROLE,
-    "lm_head.weight": EMBEDDING_ROLE,  # TIE_EMBEDDINGS=0
-}
+QUANT_TABLE = {"tok_emb.weight": EMBEDDING_ROLE}
 for kind in MATRICES:
     QUANT_TABLE[kind.saved_name] = QuantRole(kind.role, "matrix_bits", kind.clip_sigmas)
 
@@ -4109,7 +3985,7 @@ class TrellisCode:
         return levels, levels * self.level_size
 
 
-def quantize_columns(weights, upper, quantize_column, block_size):
+def quantize_columns(weights, upper, quantize_column):
     """The loop of GPTQ: quantizes column by column, later columns make up for the error so far.
 
     weights (N, C, R), overwritten, upper (N, C, C), quantize_column: a NearestCode or TrellisCode
@@ -4118,8 +3994,8 @@ def quantize_columns(weights, upper, quantize_column, block_size):
     """
     num_columns = weights.shape[1]
     codes = torch.empty_like(weights)
-    for start in range(0, num_columns, block_size):
-        stop = min(start + block_size, num_columns)
+    for start in range(0, num_columns, GPTQ_BLOCK):
+        stop = min(start + GPTQ_BLOCK, num_columns)
         errors = torch.empty_like(weights[:, start:stop])
         for j in range(start, stop):
             codes[:, j], rounded = quantize_column(weights[:, j])
@@ -4153,7 +4029,7 @@ class ColumnSteps(NamedTuple):
         return TrellisCode(step, MAX_WIDE_CODE, self.trellis_round)
 
 
-def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, columns=None):
+def gptq_quantize(w, hessian, bits, clip_sigmas, damp, names, columns=None):
     """GPTQ (arXiv:2210.17323) of w (N, R, C) with Hessians (N, C, C) -> QuantizedMatrices.
 
     SDClip sets the step sizes of rows: clip_sigmas standard deviations of the original row reach
@@ -4169,7 +4045,7 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column
     weights, upper, order = order_columns(w, hessian, damp, names)
     if columns is None:
         column_steps = None
-        codes = quantize_columns(weights, upper, NearestCode(scale.float(), max_code), block_size)
+        codes = quantize_columns(weights, upper, NearestCode(scale.float(), max_code))
     else:
         scale, column_steps = column_step_grid(upper, scale, columns.octaves)
         # dividing by the column steps leaves a step that all columns of a row share
@@ -4177,7 +4053,7 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, block_size, names, column
         weights = weights / column_scale[:, :, None]
         upper = upper / column_scale[:, None, :]
         quantize_column = columns.quantizer(from_log2_eighths(scale))
-        codes = quantize_columns(weights, upper, quantize_column, block_size)
+        codes = quantize_columns(weights, upper, quantize_column)
         column_steps = torch.empty_like(column_steps).scatter_(1, order, column_steps)
     codes = torch.empty_like(codes).scatter_(1, order[:, :, None].expand_as(codes), codes)
     codes = codes.mT.to(torch.int8 if column_steps is None else torch.int16).contiguous()
@@ -4257,16 +4133,7 @@ def quantize_matrices(names, weights, hessians, hp, trellis_round=trellis_round_
     for (_, bits, clip_sigmas), batch in batches.items():
         w = torch.stack([weights[name].float() for name in batch])
         h = torch.stack([hessians[name].float() for name in batch])
-        quantized = gptq_quantize(
-            w,
-            h,
-            bits,
-            clip_sigmas,
-            hp.gptq_damp,
-            hp.gptq_block_size,
-            batch,
-            columns,
-        )
+        quantized = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, batch, columns)
         for i, name in enumerate(batch):
             fields[name] = {"codes": quantized.codes[i], "scale": quantized.scale[i]}
             if quantized.column_steps is not None:
@@ -4289,13 +4156,8 @@ def check_quantizable(weights, hessians):
     for name, w in weights.items():
         if not w.half().isfinite().all():
             raise ValueError(f"{name} holds numbers that are not finite or beyond fp16")
-        if quant_role(name) is None:
-            if w.numel() > MAX_FP16_ELEMENTS:
-                raise ValueError(
-                    f"{name} has {w.numel()} elements and no role in QUANT_TABLE: too large for"
-                    " fp16"
-                )
-        elif name not in hessians or hessians[name].shape != (w.shape[1], w.shape[1]):
+        has_hessian = name in hessians and hessians[name].shape == (w.shape[1], w.shape[1])
+        if quant_role(name) and not has_hessian:
             raise ValueError(f"{name} {tuple(w.shape)} needs a Hessian of its columns")
 
 
@@ -4311,8 +4173,8 @@ def merge_dicts(dicts):
 def quantize_weights(weights, hessians, hp, dist, trellis_round=trellis_round_ref):
     """Saved weights and Hessians (C, C), by name -> numpy arrays "name:field", on every rank.
 
-    Fields: FIELDS, or fp16. trellis_round is the model's operation for the trellis. Each matrix is
-    quantized by one rank, small tensors by rank 0. ValueError with the names of the tensors at
+    Fields: those of fields_fit. trellis_round is the model's operation for the trellis. Each matrix
+    is quantized by one rank, small tensors by rank 0. ValueError with the names of the tensors at
     fault, raised on all ranks.
     """
     check_quantizable(weights, hessians)
@@ -4390,13 +4252,11 @@ def join_wide_codes(name, fields):
 
 def dequantize_fields(name, fields):
     """Fields of a weight in float32 -> the weight in float32. ValueError if they do not fit."""
-    if unknown := sorted(fields.keys() - FIELDS - {"fp16"}):
-        raise ValueError(
-            f"{name}: unknown fields {', '.join(unknown)}; presets/published.py reads those of LQER"
-        )
     shapes = {field: array.shape for field, array in fields.items()}
     if not fields_fit(shapes):
-        raise ValueError(f"{name}: no weight can be made of the fields {shapes}")
+        raise ValueError(
+            f"{name}: no weight can be made of the fields {shapes}; presets/published.py reads LQER"
+        )
     if "fp16" in fields:
         return fields["fp16"]
     codes = fields["codes"]
@@ -4457,7 +4317,7 @@ class HessianTap:
         self.sums[key] = self.sums[key] + gram if key in self.sums else gram
 
     def hessians(self, head_name):
-        """{saved weight name: sum (in, in)}; head_name: the weight that makes the logits."""
+        """{saved weight name: sum (in, in)}; head_name: saved name of GPT.head_weight."""
         by_name = {}
         for (site, layer), gram in self.sums.items():
             names = [kind.saved_name.format(layer) for kind in MATRICES if kind.site == site]
@@ -4494,8 +4354,7 @@ def collect_hessians(model, loader, hp, dist):
     for gram in tap.sums.values():
         gram /= hp.gptq_calibration_batches
         dist.all_reduce(gram if mine else gram.zero_())
-    head = "tok_emb.weight" if hp.tie_embeddings else "lm_head.weight"
-    return table_hessians(model) | tap.hessians(head)
+    return table_hessians(model) | tap.hessians("tok_emb.weight")
 
 
 @torch.no_grad()
@@ -4527,16 +4386,6 @@ def plainer_quantizations(hp):
     row_steps = dataclasses.replace(hp, gptq_column_steps=False)
     damped = dataclasses.replace(row_steps, gptq_damp=max(1.0, hp.gptq_damp))
     return [plainer for plainer in (row_steps, damped) if plainer != hp]
-
-
-class CheckedQuantization(NamedTuple):
-    """Arrays of quantize_weights, the settings they were made with, and their gap."""
-
-    hp: Hyperparameters
-    arrays: dict
-    gap: (
-        float  # nats per token that quantization adds to the held-out loss, inf if it is not finite
-    )
 
 
 class QuantizationCheck:
@@ -4586,15 +4435,16 @@ class QuantizationCheck:
         """
         if self.fp32_loss is None:
             return self.hp, quantize(self.hp)
-        best = None
+        least = math.inf
         for hp in (self.hp, *plainer_quantizations(self.hp)):
             started = time.perf_counter()
             arrays = quantize(hp)
             gap = self.gap(arrays, hp)
-            if best is None or gap < best.gap:
-                best = CheckedQuantization(hp, arrays, gap)
+            if self.kept is None or gap < least:
+                least = gap
+                best = hp, arrays
                 self.kept = self.tried[-1]
-            if best.gap <= self.hp.quant_gap_max:
+            if least <= self.hp.quant_gap_max:
                 break
             self.log(
                 f"note: quantization adds {gap:.4f} nats a token, more than"
@@ -4605,7 +4455,7 @@ class QuantizationCheck:
             if seconds_used > seconds_left():
                 self.log("note: no seconds are left for a plainer quantization")
                 break
-        return best.hp, best.arrays
+        return best
 
     def summary(self):
         """For RESULT: the loss of the fp32 model, the quantization that was kept, and all tried."""
@@ -4755,10 +4605,6 @@ class SymbolDecoder:
             self.words_used = used
         return (index & 255) - 128
 
-    def is_finished(self):
-        """Whether all words were used."""
-        return self.words_used == len(self.words)
-
 
 def initial_counts():
     """Counts int64 (contexts, 256) before any code, 64 for each symbol that is taken as seen.
@@ -4902,7 +4748,7 @@ def entropy_decompress(data, raw_size, shapes):
     """The inverse of entropy_compress; no bytes if words of the stream are left over."""
     decoder = SymbolDecoder(data)
     raw = code_matrices(decoder, bytes(raw_size), shapes)
-    return raw if decoder.is_finished() else b""
+    return raw if decoder.words_used == len(decoder.words) else b""
 
 
 # --- codecs and compressors
@@ -5269,23 +5115,11 @@ class Score:
         return {"loss": nats / tokens, "bpb": bpb, "tokens": tokens, "bytes": num_bytes}
 
 
-def document_windows(starts, ends, length, stride):
-    """Input spans of documents -> (n, 3) int64 windows: start, end, first scored input.
-
-    Windows advance by the stride. The first window of a document scores all its inputs, each later
-    one those that no earlier window scored, at most `stride`: every target is scored once, with the
-    longest context. stride = length gives disjoint windows.
-    """
-    targets = ends - starts
-    num_windows = np.maximum(1, 1 - (length - targets) // stride)
-    num_windows = np.where(targets > 0, num_windows, 0)
-    document = np.repeat(np.arange(len(starts)), num_windows)
-    first_window = np.cumsum(num_windows) - num_windows
-    number = np.arange(num_windows.sum()) - np.repeat(first_window, num_windows)
-    start = starts[document] + number * stride
-    end = np.minimum(start + length, ends[document])
-    first_scored = np.where(number == 0, start, start + length - stride)
-    return np.stack([start, end, first_scored], axis=1)
+def document_windows(starts, ends, length):
+    """Input spans of documents, cut into windows of at most this length -> (n, 2) starts, ends."""
+    start = cut_pieces(starts, ends, length)
+    end = np.repeat(ends, -(-(ends - starts) // length))
+    return np.stack([start, np.minimum(start + length, end)], axis=1)
 
 
 class ScoredRow(NamedTuple):
@@ -5312,7 +5146,7 @@ class WindowPacker:
         self.bytes = torch.from_numpy(validation.bytes).to(device)
 
     def rows(self, windows):
-        """(n, 3) windows -> list of (first, last) window numbers of each row."""
+        """(n, 2) windows -> list of (first, last) window numbers of each row."""
         rows = []
         first = 0
         filled = 0
@@ -5332,7 +5166,7 @@ class WindowPacker:
 
     def build(self, windows):
         """Packs the windows of one row -> ScoredRow."""
-        start, end, first_scored = windows.T
+        start, end = windows[:, :2].T
         lengths = end - start
         borders = np.concatenate([[0], np.cumsum(lengths)])
         offsets = borders[:-1]
@@ -5344,7 +5178,7 @@ class WindowPacker:
         source = np.full(self.row_tokens, self.end)
         source[:filled] = np.repeat(start - offsets, lengths) + np.arange(filled)
         scored = np.zeros(self.row_tokens, bool)
-        scored[:filled] = source[:filled] >= np.repeat(first_scored, lengths)
+        scored[:filled] = True
         window_start = np.zeros(self.row_tokens, bool)
         window_start[offsets] = True
         source = self.upload(source)
@@ -5363,7 +5197,7 @@ class WindowPacker:
 
 
 class Evaluator:
-    """Plain and sliding-window BPB of a model.
+    """BPB of a model.
 
     Windows are packed into rows, rows are shared out over the ranks, every target is scored once.
     """
@@ -5401,18 +5235,13 @@ class Evaluator:
             row = self.packer.build(windows[first:last])
             score.add(self.row_losses(row), row.scored, row.target_bytes)
 
-    def evaluate_bpb(self, stride=None):
-        """Scores all validation documents -> {loss, bpb, tokens, bytes}.
-
-        Without a stride in disjoint windows, with one in sliding windows.
-        """
+    def evaluate_bpb(self):
+        """Scores all validation documents -> {loss, bpb, tokens, bytes}."""
         stream = self.validation
-        length = self.hp.eval_seq_len
-        windows = document_windows(stream.starts, stream.ends, length, stride or length)
+        windows = document_windows(stream.starts, stream.ends, self.hp.eval_seq_len)
         score = Score(self.dist.device)
         self.add_losses(windows, score, self.dist.rank, self.dist.world_size)
-        documents = np.arange(len(stream.starts))
-        return score.total(self.dist, stream.targets_of(documents))
+        return score.total(self.dist, stream.targets_of(np.arange(len(stream.starts))))
 
 
 # ---- TEST-TIME TRAINING --------------------------------------------------------------------------
@@ -5819,8 +5648,16 @@ class BatchedLoRA:
             self.update(values, squares, gradient, source, target, correction, scale, rates)
 
 
+def global_optimizer(model):
+    """SGD for sgd_step, which sets its learning rate."""
+    return torch.optim.SGD(model.parameters(), momentum=0.9)
+
+
 def sgd_step(model, packer, windows, optimizer, rate, dist):
-    """One SGD step of all ranks on the mean loss of windows (n, 3), at learning rate `rate`."""
+    """One SGD step of all ranks on the mean loss of windows (n, 2), at learning rate `rate`.
+
+    The norm of the gradient is at most 1.
+    """
     num_tokens = int((windows[:, 1] - windows[:, 0]).sum())
     own_windows = windows[dist.rank :: dist.world_size]
     reset_gradients(model.parameters())
@@ -5832,7 +5669,7 @@ def sgd_step(model, packer, windows, optimizer, rate, dist):
         loss = torch.where(row.scored, losses, 0.0).sum() / num_tokens
         loss.backward()
     dist.all_reduce_packed([p.grad for p in model.parameters()])
-    torch.nn.utils.clip_grad_norm_(model.parameters(), model.hp.global_ttt_grad_clip)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
 
@@ -5957,9 +5794,7 @@ def documents_to_score(validation, hp):
     quantiles = (2 * np.arange(wanted) + 1) * count // (2 * wanted)
     documents = np.sort(order[quantiles])
     if hp.ttt_enabled and not validation.targets_of(documents)[1]:
-        raise DataError(
-            f"TTT_MAX_DOCS={hp.ttt_max_docs}: the documents that are left hold no byte: take more"
-        )
+        raise DataError(f"TTT_MAX_DOCS={hp.ttt_max_docs}: these documents hold no byte: take more")
     return documents
 
 
@@ -6284,9 +6119,8 @@ class TestTimeTrainer:
         # what is left of a document is its end
         left = np.bincount(document, rows.count, len(stream.starts)).astype(int)
         context = self.hp.ttt_eval_seq_len
-        windows = document_windows(stream.ends - left, stream.ends, context, context)
-        # the stride, which is not used here, must not exceed the context
-        hp = dataclasses.replace(self.hp, eval_seq_len=context, eval_stride=context, compile="0")
+        windows = document_windows(stream.ends - left, stream.ends, context)
+        hp = dataclasses.replace(self.hp, eval_seq_len=context, compile="0")
         Evaluator(self.model, stream, hp, self.dist).add_losses(windows, self.score)
         return int(left.sum())
 
@@ -6296,12 +6130,8 @@ class TestTimeTrainer:
         stream = self.validation
         context = hp.ttt_eval_seq_len
         self.model.requires_grad_(True)
-        optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=hp.global_ttt_lr, momentum=hp.global_ttt_momentum
-        )
-        windows = document_windows(
-            stream.starts[documents], stream.ends[documents], context, context
-        )
+        optimizer = global_optimizer(self.model)
+        windows = document_windows(stream.starts[documents], stream.ends[documents], context)
         lengths = windows[:, 1] - windows[:, 0]
         chunk_of = (np.cumsum(lengths) - lengths) // hp.global_ttt_chunk_tokens
         chunks = np.unique(chunk_of)
@@ -6405,10 +6235,7 @@ def write_code(folder, hp, dist, guard=NO_GUARD):
 
 def build_model(hp, dist):
     """A new GPT on the device, with the fastest operations that work there."""
-    if hp.compute_dtype == "auto":
-        dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
-    else:
-        dtype = getattr(torch, hp.compute_dtype)
+    dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
     # FlashAttention-4 warns at every compilation
     warnings.filterwarnings("ignore", message="Argument aux_data")
     ops = select_ops(hp, dist.device, dtype)
@@ -6687,12 +6514,9 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
     broken = []
     total = code_bytes + artifact_bytes
     if total > BYTE_CAP:
-        groups = [*training.get("group_bytes", {}).items()]
-        largest = ", ".join(f"{role} {size}" for role, size in groups[:3])
         broken.append(
-            f"{total} bytes of code and weights, {total - BYTE_CAP} above the cap of {BYTE_CAP}"
-            f" (largest: {largest}); QUANT_ONLY=1 TARGET_BYTES={BYTE_CAP} continues from the"
-            " checkpoint"
+            f"{total} bytes of code and weights, {total - BYTE_CAP} above the cap of {BYTE_CAP};"
+            f" QUANT_ONLY=1 TARGET_BYTES={BYTE_CAP} continues from the checkpoint"
         )
     used = training.get("training_seconds", 0) + seconds_after_training(log)
     if hp.max_wallclock_seconds and used > hp.max_wallclock_seconds:
@@ -6851,9 +6675,9 @@ class Stages:
             f" total_bytes:{self.artifact_bytes + self.code_bytes}"
         )
 
-    def score(self, name, *stride):
-        """Plain evaluation of the whole validation set, or with overlapping windows."""
-        score_stage(name, lambda: self.evaluator.evaluate_bpb(*stride), self.log, self.scores)
+    def score(self, name):
+        """Plain evaluation of the whole validation set."""
+        score_stage(name, self.evaluator.evaluate_bpb, self.log, self.scores)
 
     def test_time_train(self):
         """Scores with test-time training, the final score."""
@@ -6905,8 +6729,6 @@ def run(hp, dist, guard=NO_GUARD):
     if not hp.prequant_only:
         stages.unpack()
         stages.score("quantized")
-        if hp.sliding_window_enabled:
-            stages.score("sliding", hp.eval_stride)
         if hp.ttt_enabled:
             stages.test_time_train()
     return stages.result(run_info)

@@ -104,7 +104,6 @@ SWEPT = (
     "attn_clip_sigmas",
     "embed_clip_sigmas",
     "gptq_damp",
-    "gptq_block_size",
     "gptq_column_steps",
     "gptq_column_octaves",
     "gptq_trellis",

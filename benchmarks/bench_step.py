@@ -59,7 +59,6 @@ SMALL = {
     "loop_end": 2,
     "num_loops": 1,
     "parallel_start_layer": 3,
-    "xsa_last_n": 4,
     "train_batch_tokens": 1024,
     "micro_batch_tokens": 512,
     "train_seq_len": 128,

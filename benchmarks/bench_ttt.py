@@ -111,7 +111,7 @@ def past_window(model, tokens, start, window, kept):
         attend = torch.nn.functional.scaled_dot_product_attention
         return attend(*heads, attn_mask=mask.tril(before - first)).transpose(1, 2)
 
-    row.ops = dataclasses.replace(model.ops, attention=attention)
+    row.ops = model.ops._replace(attention=attention)
     return row
 
 
@@ -391,7 +391,7 @@ OF_A_STEP = ("ttt_eval_seq_len", "ttt_stale_context", "ttt_lora_rank", "ttt_lora
 # settings of which the cost model knows nothing
 OF_THE_MODEL = (
     *("model_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_mult", "vocab_size"),
-    *("num_loops", "loop_start", "loop_end", "kernels", "compute_dtype", "attention_backend"),
+    *("num_loops", "loop_start", "loop_end", "kernels", "attention_backend"),
 )
 
 

@@ -60,14 +60,17 @@ class Hyperparameters(train_gpt.Hyperparameters):
         True,
         "validation bytes come from the side-car; 0: from the tokenizer's byte tables",
     )
+    tie_embeddings: bool = env(True, "the embedding is the output projection, too")
     smear_gate_enabled: bool = env(True, "SmearGate: add a share of the previous token's embedding")
     skip_gates_enabled: bool = env(True, "merge skips by a gated lerp; 0: by addition")
     ln_scale: bool = env(True, "divide normalized inputs by sqrt(layer + 1)")
     parallel_final_lane: str = env(
         "mean", "lane that is the output", choices=("mean", "attn", "mlp")
     )
+    xsa_last_n: int = env(11, "last layers with XSA: no head's output along its own value", least=0)
+    sparse_attn_gate_enabled: bool = env(True, "per-head output gate read from 12 inputs")
     gated_attn_enabled: bool = env(False, "per-head output gate read from all dimensions")
-    attn_out_gate_enabled: bool = env(False, "per-head output gate 2 sigmoid(W src[:GATE_WINDOW])")
+    attn_out_gate_enabled: bool = env(False, "per-head output gate 2 sigmoid(W src[:12])")
     attn_out_gate_src: str = env(
         "block", "input of that gate: block input or raw q", choices=("block", "q")
     )
@@ -125,6 +128,8 @@ class Hyperparameters(train_gpt.Hyperparameters):
     )
     lqer_asym_group: int = env(64, "codes that share a scale in the int4 factor", least=1)
     lqer_factor_bits: int = env(4, "bits of the symmetric factors", least=2, most=8)
+    sliding_window_enabled: bool = env(False, "also evaluate with overlapping windows")
+    eval_stride: int = env(64, "advance of the sliding window", least=1)
     ttt_method: str = env(
         "lora",
         "lora: an adapter a document; sgd: all weights, by chunks",
@@ -188,6 +193,10 @@ def cross_checks(hp):
             f"VALUE_EMBED_LAYERS={hp.value_embed_layers}: must be numbers of layers, below"
             " NUM_LAYERS"
         )
+    slides = hp.sliding_window_enabled or hp.ttt_method == "sgd"
+    # EVAL_BUDGET_SECONDS may leave documents to an Evaluator with TTT_EVAL_SEQ_LEN
+    if slides and hp.eval_stride > min(hp.eval_seq_len, hp.ttt_eval_seq_len):
+        yield "EVAL_STRIDE must be at most EVAL_SEQ_LEN and TTT_EVAL_SEQ_LEN"
     if hp.bigram_vocab_size == 1:
         yield "BIGRAM_VOCAB_SIZE must be 2 at least, or 0"
     if hp.extra_eval_loops and not hp.num_loops:
@@ -280,20 +289,24 @@ def piece_byte_tables(tokenizer):
 
 # ---- model
 
-# Of one layer: its weights, and what its attention needs for the tokens of this pass, by name (see
-# layer_extras).
+# Of one layer: its weights, gates perhaps among them, whether it has XSA, and what its attention
+# needs for the tokens of this pass, by name (see layer_extras).
 LayerWeights = namedtuple(
-    "LayerWeights", (*train_gpt.LayerWeights._fields, "extras"), defaults=[None]
+    "LayerWeights",
+    (*train_gpt.LayerWeights._fields, "xsa", "extras"),
+    defaults=[None, True, None],
 )
 HEAD_NAMES = train_gpt.HEAD_NAMES | {
+    "lm_head": "lm_head.weight",
     "bigram_table": "bigram.weight",
     "value_table": "value_embed.weight",
 }
 
 
 class GPT(train_gpt.GPT):
-    """Bigram and value embeddings, value residual, offset keys, windows of attention, other gates
-    and lanes, fake quantization, more passes over the looped layers after training.
+    """An untied output projection, bigram and value embeddings, value residual, offset keys,
+    windows of attention, other gates and lanes, fake quantization, more passes over the looped
+    layers after training.
     """
 
     eval_passes = 1  # over the looped layers, beyond NUM_LOOPS: 1 + EXTRA_EVAL_LOOPS after training
@@ -325,7 +338,12 @@ class GPT(train_gpt.GPT):
             self.value_mix = nn.Parameter(torch.zeros(L, 1))
 
     def make_parameters(self):
+        if not self.hp.tie_embeddings:
+            self.register_parameter("tok_emb", None)  # the first one, as ever
+            self.lm_head = nn.Parameter(torch.empty(self.hp.vocab_size, self.hp.model_dim))
         super().make_parameters()
+        if not self.has_gates:
+            self.attn_gate = None
         if not self.hp.skip_gates_enabled:
             self.skip_gates = None
         if not self.hp.smear_gate_enabled:
@@ -348,30 +366,46 @@ class GPT(train_gpt.GPT):
 
     @torch.no_grad()
     def init_weights(self, generator):
-        """Dense attention gate: N(0, 0.01)."""
+        """Dense attention gate: N(0, 0.01). lm_head: as the embedding."""
         super().init_weights(generator)
         if self.hp.gated_attn_enabled:
             self.attn_gate.normal_(0.0, 0.01, generator=generator)
+        if not self.hp.tie_embeddings:
+            self.lm_head.normal_(0.0, 0.005, generator=generator)
+
+    @property
+    def head_weight(self):
+        return self.tok_emb if self.hp.tie_embeddings else self.lm_head
+
+    @property
+    def has_gates(self):
+        hp = self.hp
+        return hp.sparse_attn_gate_enabled or hp.gated_attn_enabled or hp.attn_out_gate_enabled
 
     @property
     def gate_inputs(self):
-        if self.hp.gated_attn_enabled:
-            return self.hp.model_dim
-        return self.hp.gate_window if self.hp.attn_out_gate_enabled else super().gate_inputs
+        return self.hp.model_dim if self.hp.gated_attn_enabled else super().gate_inputs
 
     @property
     def gate_reads_mix(self):
         return self.hp.attn_out_gate_enabled
 
+    def gate_heads(self, y, v, entry, qkv, w):
+        """XSA_LAST_N; GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED, or no gates."""
+        if not self.has_gates:
+            return train_gpt.subtract_own_value(y, v) if w.xsa else y
+        logits = self.head_gates(entry, qkv, w.gate)
+        return self.ops.gated_xsa(y, v, logits) if w.xsa else y * torch.sigmoid(logits)[..., None]
+
     def head_gates(self, entry, qkv, gate):
-        """GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED."""
+        """Logits (B, T, H) of the gates, sigmoids."""
         hp = self.hp
         if hp.gated_attn_enabled:
             return F.linear(entry.h, gate)
-        if not hp.attn_out_gate_enabled:
-            return super().head_gates(entry, qkv, gate)
+        if hp.sparse_attn_gate_enabled:
+            return hp.sparse_attn_gate_scale * F.linear(entry.gate_input, gate)
         source = qkv if hp.attn_out_gate_src == "q" else entry.mixed
-        return F.linear(source[..., : hp.gate_window], gate)
+        return F.linear(source[..., : train_gpt.GATE_WINDOW], gate)
 
     def leave_training(self):
         self.eval_passes = 1 + self.hp.extra_eval_loops
@@ -413,6 +447,8 @@ class GPT(train_gpt.GPT):
 
     def weights_for(self, tokens, window_start):
         weights = super().weights_for(tokens, window_start)
+        first_xsa = self.hp.num_layers - self.hp.xsa_last_n
+        weights = [w._replace(xsa=layer >= first_xsa) for layer, w in enumerate(weights)]
         if not (self.hp.attn_window or self.hp.new_values):
             return weights
         extras = layer_extras(self, tokens, window_start)
@@ -551,11 +587,11 @@ class Muon(train_gpt.Muon):
         hp = self.hp
         orthogonalise = super().orthogonaliser(buffer)
 
-        def by_pairs(updates, steps):
+        def by_pairs(updates):
             paired = min(max(hp.num_layers - self.dist.rank * len(updates), 0), len(updates))
             blocks = updates[:paired].unflatten(1, (-1, 2 * hp.head_dim))
-            pairs = orthogonalise(blocks.flatten(0, 1), steps).view_as(blocks).flatten(1, 2)
-            return torch.cat((pairs, orthogonalise(updates[paired:], steps)))
+            pairs = orthogonalise(blocks.flatten(0, 1)).view_as(blocks).flatten(1, 2)
+            return torch.cat((pairs, orthogonalise(updates[paired:])))
 
         has_heads = any(buffer is each for each in self.momentum_buffers[:2])
         return by_pairs if hp.muon_head_pairs and has_heads else orthogonalise
@@ -610,6 +646,7 @@ class Trainer(train_gpt.Trainer):
 # ---- quantization and artifact
 
 QUANT_TABLE = train_gpt.QUANT_TABLE | {
+    "lm_head.weight": train_gpt.EMBEDDING_ROLE,
     "bigram.weight": train_gpt.EMBEDDING_ROLE,
     "value_embed.weight": train_gpt.EMBEDDING_ROLE,
 }
@@ -660,8 +697,17 @@ def table_hessians(model):
 
 
 LQER_FIELDS = "lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale"
+own_collect_hessians = train_gpt.collect_hessians
 own_quantize_weights = train_gpt.quantize_weights
 own_dequantize_fields = train_gpt.dequantize_fields
+
+
+def collect_hessians(model, loader, hp, dist):
+    """TIE_EMBEDDINGS=0: the table that makes the logits is not the one that is read row by row."""
+    hessians = own_collect_hessians(model, loader, hp, dist)
+    if hp.tie_embeddings:
+        return hessians
+    return hessians | {"lm_head.weight": hessians["tok_emb.weight"]} | table_hessians(model)
 
 
 def lqer_factors(error, rank):
@@ -900,6 +946,67 @@ def join_sections(sources):
     return arrays
 
 
+# ---- evaluation
+
+
+def sliding_windows(hp, stream):
+    """Windows of all documents -> (n, 3) int64: start, end, first scored input.
+
+    They advance by EVAL_STRIDE. The first window of a document scores all its inputs, each later
+    one those that no earlier window scored, at most EVAL_STRIDE: every target is scored once, with
+    the longest context.
+    """
+    length = hp.eval_seq_len
+    stride = hp.eval_stride
+    targets = stream.ends - stream.starts
+    num_windows = np.maximum(1, 1 - (length - targets) // stride)
+    num_windows = np.where(targets > 0, num_windows, 0)
+    document = np.repeat(np.arange(len(targets)), num_windows)
+    first_window = np.cumsum(num_windows) - num_windows
+    number = np.arange(num_windows.sum()) - np.repeat(first_window, num_windows)
+    start = stream.starts[document] + number * stride
+    end = np.minimum(start + length, stream.ends[document])
+    first_scored = np.where(number == 0, start, start + length - stride)
+    return np.stack([start, end, first_scored], axis=1)
+
+
+class WindowPacker(train_gpt.WindowPacker):
+    """Also packs sliding_windows, of which the inputs before the first scored one are context."""
+
+    def build(self, windows):
+        row = super().build(windows)
+        if windows.shape[1] == 2:
+            return row
+        start, end, first_scored = windows.T
+        lengths = end - start
+        offsets = np.cumsum(lengths) - lengths
+        position = np.arange(lengths.sum()) - np.repeat(offsets, lengths)  # in its window
+        scored = np.zeros(self.row_tokens, bool)
+        scored[: len(position)] = position >= np.repeat(first_scored - start, lengths)
+        return row._replace(scored=self.upload(scored))
+
+
+class Stages(train_gpt.Stages):
+    """SLIDING_WINDOW_ENABLED: scores the artifact's model with overlapping windows, too."""
+
+    def score(self, name):
+        super().score(name)
+        if name == "quantized" and self.hp.sliding_window_enabled:
+            train_gpt.score_stage(
+                "sliding", lambda: evaluate_sliding(self.evaluator), self.log, self.scores
+            )
+
+
+def evaluate_sliding(evaluator):
+    """As Evaluator.evaluate_bpb, in sliding_windows."""
+    stream = evaluator.validation
+    dist = evaluator.dist
+    score = train_gpt.Score(dist.device)
+    windows = sliding_windows(evaluator.hp, stream)
+    evaluator.add_losses(windows, score, dist.rank, dist.world_size)
+    return score.total(dist, stream.targets_of(np.arange(len(stream.starts))))
+
+
 # ---- test-time training
 
 
@@ -917,23 +1024,19 @@ def evaluate_sgd(evaluator):
     model = evaluator.model
     row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.eval_seq_len
     entries = max(hp.row_segments, 4 * row_tokens // hp.eval_seq_len + 8)
-    packer = train_gpt.WindowPacker(stream, row_tokens, hp.eval_seq_len, entries, dist.device)
+    packer = WindowPacker(stream, row_tokens, hp.eval_seq_len, entries, dist.device)
     score = train_gpt.Score(dist.device)
-    windows = train_gpt.document_windows(
-        stream.starts, stream.ends, hp.eval_seq_len, hp.eval_stride
-    )
+    windows = sliding_windows(hp, stream)
     chunk_of = windows[:, 2] // hp.global_ttt_chunk_tokens
     chunks = [windows[chunk_of == number] for number in np.unique(chunk_of)]
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=hp.global_ttt_lr, momentum=hp.global_ttt_momentum
-    )
+    optimizer = train_gpt.global_optimizer(model)
     for number, chunk in enumerate(chunks):
         evaluator.add_losses(chunk, score, dist.rank, dist.world_size)
         if number + 1 < len(chunks):
             joined = chunk[1:, 2] == chunk[:-1, 1]  # windows that go on where the one before ended
             starts = chunk[np.append(True, ~joined), 2]
             ends = chunk[np.append(~joined, True), 1]
-            pieces = train_gpt.document_windows(starts, ends, hp.eval_seq_len, hp.eval_seq_len)
+            pieces = train_gpt.document_windows(starts, ends, hp.eval_seq_len)
             rate = hp.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * number / (len(chunks) - 1)))
             for _ in range(hp.ttt_epochs):
                 train_gpt.sgd_step(model, packer, pieces, optimizer, rate, dist)
@@ -1084,6 +1187,7 @@ PARTS = {
     "QUANT_TABLE": QUANT_TABLE,
     "calibration_row": calibration_row,
     "table_hessians": table_hessians,
+    "collect_hessians": collect_hessians,
     "quantize_weights": quantize_weights,
     "dequantize_fields": dequantize_fields,
     "ENCODERS": ENCODERS,
@@ -1093,6 +1197,8 @@ PARTS = {
     "plan_sections": plan_sections,
     "section_sources": section_sources,
     "join_sections": join_sections,
+    "WindowPacker": WindowPacker,
+    "Stages": Stages,
     "evaluate_adapted": evaluate_adapted,
     "TestTimeTrainer": TestTimeTrainer,
 }

@@ -60,7 +60,6 @@ TINY = {
     "micro_batch_tokens": 128,
     "train_seq_len": 32,
     "eval_seq_len": 32,
-    "eval_stride": 8,
     "max_wallclock_seconds": 0.0,
     "iterations": 4,
     "warmup_steps": 1,

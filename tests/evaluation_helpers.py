@@ -16,7 +16,6 @@ SMALL = {
     "loop_end": 1,
     "num_loops": 1,
     "parallel_start_layer": 2,
-    "xsa_last_n": 2,
 }
 
 # tokens after BOS; two lone BOS, one-token documents, tails

@@ -28,15 +28,15 @@ QUANTIZATION = [
     Mutant(
         "the-tied-embeddings-hessian-is-the-identity",
         TRAIN,
-        "return table_hessians(model) | tap.hessians(head)",
-        "return tap.hessians(head) | table_hessians(model)",
+        'return table_hessians(model) | tap.hessians("tok_emb.weight")',
+        'return tap.hessians("tok_emb.weight") | table_hessians(model)',
         "tests/test_quantization.py::test_a_tied_embedding_is_calibrated_by_what_the_head_reads",
     ),
     Mutant(
         "an-untied-embedding-gets-the-hessian-of-the-head",
-        TRAIN,
-        'head = "tok_emb.weight" if hp.tie_embeddings else "lm_head.weight"',
-        'head = "tok_emb.weight"',
+        PUBLISHED,
+        '{"lm_head.weight": hessians["tok_emb.weight"]} | table_hessians(model)',
+        '{"lm_head.weight": hessians["tok_emb.weight"]}',
         "tests/test_quantization.py::test_an_untied_embedding_is_a_table_and_the_head_is_calibrated",
     ),
     Mutant(
@@ -219,10 +219,10 @@ QUANTIZATION = [
     Mutant(
         "corrections-are-left-out-in-silence",
         TRAIN,
-        'if unknown := sorted(fields.keys() - FIELDS - {"fp16"}):',
-        "if unknown := []:",
+        "return is_complete and shapes.items() <= wanted.items()",
+        "return is_complete",
         "tests/test_quantization.py::"
-        "test_fields_that_are_not_known_are_refused_not_left_out[others1]",
+        "test_fields_that_are_not_known_are_refused_not_left_out[others2]",
     ),
     Mutant(
         "singular-values-in-both-factors",
@@ -276,7 +276,7 @@ QUANTIZATION = [
     Mutant(
         "the-last-quantization-is-kept-not-the-best",
         TRAIN,
-        "if best is None or gap < best.gap:",
+        "if self.kept is None or gap < least:",
         "if True:",
         "tests/test_quant_check.py::test_the_best_quantization_is_kept_not_the_last",
     ),
@@ -314,8 +314,8 @@ ARTIFACT = [
     Mutant(
         "words-of-the-stream-that-nothing-read",
         TRAIN,
-        'return raw if decoder.is_finished() else b""\n\n\n# --- codecs',
-        "return raw\n\n\n# --- codecs",
+        'return raw if decoder.words_used == len(decoder.words) else b""',
+        "return raw",
         "tests/test_artifact.py::test_damaged_or_hostile_entropy_stream_is_refused",
     ),
     Mutant(
@@ -505,21 +505,21 @@ EVALUATION = [
     ),
     Mutant(
         "a-window-scores-a-token-of-the-one-before-it-again",
-        TRAIN,
+        PUBLISHED,
         "first_scored = np.where(number == 0, start, start + length - stride)",
         "first_scored = np.where(number == 0, start, start + length - stride - 1)",
         "tests/test_evaluation.py::test_each_target_is_in_one_window_with_the_longest_context",
     ),
     Mutant(
         "later-windows-score-all-their-inputs",
-        TRAIN,
+        PUBLISHED,
         "first_scored = np.where(number == 0, start, start + length - stride)",
         "first_scored = start",
         "tests/test_evaluation.py::test_each_target_is_in_one_window_with_the_longest_context",
     ),
     Mutant(
         "the-last-window-of-a-document-is-lost",
-        TRAIN,
+        PUBLISHED,
         "num_windows = np.maximum(1, 1 - (length - targets) // stride)",
         "num_windows = np.maximum(1, 1 + (targets - length) // stride)",
         "tests/test_evaluation.py::test_each_target_is_in_one_window_with_the_longest_context",
@@ -550,14 +550,13 @@ EVALUATION = [
         TRAIN,
         "            self.upload(scored),\n            self.bytes[target],",
         "            self.upload(scored),\n            self.bytes[source],",
-        "tests/test_evaluation.py::test_every_token_but_the_first_is_scored_once[32-128-None-more0-1]",
+        "tests/test_evaluation.py::test_every_token_but_the_first_is_scored_once[32-128-None-None-1]",
     ),
     Mutant(
         "padding-is-scored",
         TRAIN,
-        "scored[:filled] = source[:filled] >= np.repeat(first_scored, lengths)",
-        "scored[:filled] = source[:filled] >= np.repeat(first_scored, lengths)\n"
-        "        scored[filled:] = True",
+        "scored[:filled] = True",
+        "scored[:] = True",
         "tests/test_evaluation.py::test_packed_rows_hold_every_window_in_order_within_bounds",
     ),
     Mutant(
@@ -764,8 +763,8 @@ TEST_TIME_TRAINING = [
         "gradients-of-sgd-are-clipped-before-the-sum-over-ranks",
         TRAIN,
         "    dist.all_reduce_packed([p.grad for p in model.parameters()])\n"
-        "    torch.nn.utils.clip_grad_norm_(model.parameters(), model.hp.global_ttt_grad_clip)\n",
-        "    torch.nn.utils.clip_grad_norm_(model.parameters(), model.hp.global_ttt_grad_clip)\n"
+        "    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)\n",
+        "    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)\n"
         "    dist.all_reduce_packed([p.grad for p in model.parameters()])\n",
         "tests/test_ttt.py::test_global_adaptation_is_a_plain_sgd_loop[0.05-64-2]",
     ),
@@ -839,8 +838,8 @@ MAIN = [
     Mutant(
         "one-byte-above-the-cap",
         TRAIN,
-        "    if total > BYTE_CAP:\n        groups",
-        "    if total > BYTE_CAP + 1:\n        groups",
+        "    if total > BYTE_CAP:\n        broken",
+        "    if total > BYTE_CAP + 1:\n        broken",
         "tests/test_rules.py::test_one_byte_above_the_cap_is_a_violation",
     ),
     Mutant(

@@ -37,7 +37,7 @@ SETTINGS = [
     Mutant(
         "misspelt-settings-are-ignored",
         TRAINER,
-        "if in_family or difflib.get_close_matches(name, names, 1, 0.88):",
+        "if not words and (in_family or difflib.get_close_matches(name, names, 1, 0.88)):",
         "if in_family:",
         "tests/test_settings.py::test_a_misspelt_setting_is_refused_with_a_suggestion",
     ),
@@ -115,8 +115,8 @@ DATA = [
     Mutant(
         "shard-header-is-read-as-tokens",
         TRAINER,
-        'return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)',
-        'return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES // 2)',
+        "offset=SHARD_HEADER_BYTES + 2 * start)",
+        "offset=SHARD_HEADER_BYTES // 2 + 2 * start)",
         "tests/test_training.py::test_a_row_begins_with_the_first_document_of_its_span",
     ),
     Mutant(
@@ -129,15 +129,15 @@ DATA = [
     Mutant(
         "stream-goes-on-into-the-held-out-rows",
         TRAINER,
-        "begin : begin + min(count - filled, self.size - start)]",
-        "begin : begin + count - filled]",
+        "length = int(min(count - filled, self.size - start, left))",
+        "length = int(min(count - filled, left))",
         "tests/test_quant_check.py::test_the_stream_is_cut_before_a_document_and_goes_round_there",
     ),
     Mutant(
         "stream-does-not-go-round",
         TRAINER,
-        "            start = (start + len(part)) % self.size\n",
-        "            start = min(start + len(part), self.size - 1)\n",
+        "            start = (start + length) % self.size\n",
+        "            start = min(start + length, self.size - 1)\n",
         "tests/test_training.py::test_stream_goes_round_at_its_end",
     ),
     Mutant(
@@ -200,16 +200,16 @@ DATA = [
     Mutant(
         "what-is-read-of-a-shard-keeps-it-open",
         TRAINER,
-        "            filled += len(part)\n",
-        "            filled += len(part)\n"
-        "            self.parts = [*getattr(self, 'parts', []), part]\n",
+        "part = load_data_shard(self.paths[shard], begin, length)",
+        "self.maps = [*getattr(self, 'maps', []), np.memmap(self.paths[shard], '<u2', 'r')]\n"
+        "            part = self.maps[-1][512 + begin : 512 + begin + length]",
         "tests/test_faults.py::test_more_shards_than_a_process_may_open",
     ),
     Mutant(
         "shards-of-the-side-car-stay-open",
         TRAINER,
-        "parts = [load_data_shard(path).copy() for path in paths]",
-        "parts = [load_data_shard(path) for path in paths]",
+        "np.concatenate([load_data_shard(path) for path in paths])",
+        "np.concatenate([np.memmap(path, '<u2', 'r')[512:] for path in paths])",
         "tests/test_faults.py::test_more_validation_shards_than_a_process_may_open",
     ),
     Mutant(
@@ -265,8 +265,8 @@ DATA = [
     Mutant(
         "side-car-files-in-disorder",
         TRAINER,
-        "        charges = np.concatenate(parts).astype(np.int64)\n",
-        "        charges = np.concatenate(parts[::-1]).astype(np.int64)\n",
+        "np.concatenate([load_data_shard(path) for path in paths]).astype(np.int64)",
+        "np.concatenate([load_data_shard(path) for path in paths[::-1]]).astype(np.int64)",
         "tests/test_evaluation.py::test_every_token_but_the_first_is_scored_once",
     ),
     Mutant(
@@ -664,9 +664,9 @@ MODEL = [
     ),
     Mutant(
         "xsa-in-the-first-layers",
-        TRAINER,
-        "xsa = layer >= hp.num_layers - hp.xsa_last_n",
-        "xsa = layer < hp.xsa_last_n",
+        PRESETS,
+        "w._replace(xsa=layer >= first_xsa)",
+        "w._replace(xsa=layer < self.hp.xsa_last_n)",
         "tests/test_model.py::test_setting_equals_the_reference_forward_and_matters[xsa_last_3]",
     ),
     Mutant(
@@ -731,8 +731,8 @@ OPTIMIZER = [
     Mutant(
         "muon-normalizes-columns",
         TRAINER,
-        "update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)",
-        "update = update / update.norm(dim=-2, keepdim=True).clamp_min(1e-7)",
+        "update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)",
+        "update / update.norm(dim=-2, keepdim=True).clamp_min(1e-7)",
         "tests/test_optimizer.py::test_muon_equals_a_plain_reference",
     ),
     Mutant(

@@ -70,7 +70,7 @@ def settings(**changes):
         attn_clip_sigmas=13.0,
         embed_clip_sigmas=14.0,
     )
-    defaults |= dict(gptq_damp=0.01, gptq_block_size=32)
+    defaults |= dict(gptq_damp=0.01)
     defaults |= dict(gptq_column_steps=False, gptq_column_octaves=2.0, gptq_trellis=False)
     return SimpleNamespace(**(defaults | changes))
 

@@ -21,8 +21,6 @@ SETTINGS = TINY_RUN | {
     "ITERATIONS": "4",
     "TRAIN_LOG_EVERY": "2",
     "GPTQ_CALIBRATION_BATCHES": "4",
-    "SLIDING_WINDOW_ENABLED": "1",
-    "EVAL_STRIDE": "24",
     "TTT_CHUNK_SIZE": "16",
     "TTT_LANES": "3",
     "TTT_LORA_RANK": "4",

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 HERE = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
 # the default techniques: balanced rows, stale context, column steps, the entropy coder; plain sizes
-TINY = SETTINGS | {"COMPRESSOR": "entropy", "SLIDING_WINDOW_ENABLED": "0", "PLOTS": "0"}
+TINY = SETTINGS | {"COMPRESSOR": "entropy", "PLOTS": "0"}
 
 
 def start(folder, *command, **settings):
@@ -161,13 +161,11 @@ CANNOT_WORK = {
     "NUM_HEADS": "7",
     "NUM_KV_HEADS": "3",
     "ROPE_DIMS": "15",
-    "GATE_WINDOW": "513",
     "LOOP_END": "11",
     "PARALLEL_START_LAYER": "12",
     "TRAIN_BATCH_TOKENS": "786433",
     "MAX_WALLCLOCK_SECONDS": "7",
     "GPTQ_RESERVE_SECONDS": "7",
-    "EVAL_STRIDE": "4000",
     "TTT_STALE_CONTEXT": "3061",
     "TTT_LORA_SITES": "q,w",
     "PREQUANT_ONLY": "1",
@@ -176,7 +174,6 @@ CANNOT_WORK = {
     "RESUME": "1",
     "CHECKPOINT_PATH": "x",
     "ARTIFACT_PATH": "x",
-    "SPARSE_ATTN_GATE_ENABLED": "1",
 }
 
 
@@ -340,4 +337,4 @@ def test_packages_under_our_names_change_nothing(world, tmp_path):
 
 
 def test_the_default_settings_are_packed_small():
-    assert len(pack_code(SOURCE, {})) <= 38_300
+    assert len(pack_code(SOURCE, {})) <= 36_000

@@ -90,7 +90,6 @@ def test_logs_of_real_runs_are_read(tmp_path):
         "LOOP_END=1",
         "NUM_LOOPS=1",
         "PARALLEL_START_LAYER=2",
-        "XSA_LAST_N=3",
         "TRAIN_SEQ_LEN=64",
         "EVAL_SEQ_LEN=64",
         "TTT_EVAL_SEQ_LEN=64",

@@ -44,8 +44,8 @@ def test_a_profiled_step_has_the_work_of_every_phase(monkeypatch, tmp_path, caps
     # backward
     hp = Hyperparameters(**bench_step.SMALL)
     tokens, D, kv, F = 1024, 64, 32, 192
-    gates = 6 * tokens * 6 * hp.gate_window * hp.num_heads
-    smear = 6 * tokens * hp.gate_window
+    gates = 6 * tokens * 6 * bench_step.tg.GATE_WINDOW * hp.num_heads
+    smear = 6 * tokens * bench_step.tg.GATE_WINDOW
     projections = 6 * tokens * 6 * (2 * D * D + 2 * D * kv)
     assert state["phases"]["projections"]["gflop"] == pytest.approx(
         (projections + gates + smear) / 1e9, rel=0.02

@@ -307,10 +307,7 @@ def test_a_bos_that_is_charged_is_refused(copy):
 def test_a_missing_tokenizer_is_told_with_where_it_was_searched(copy, monkeypatch):
     monkeypatch.setattr(train_gpt, "__file__", str(copy / "alone" / "train_gpt.py"))
     places = [copy, *(parent / "tokenizers" for parent in (*copy.parents[:2], copy / "alone"))]
-    message = (
-        f"{copy}: no tokenizer (*.model) in {', '.join(map(str, places))}: set TOKENIZER_PATH to"
-        " the one that made the shards"
-    )
+    message = f"{copy}: no tokenizer (*.model) in {', '.join(map(str, places))}: set TOKENIZER_PATH"
     for path in copy.glob("*.model"):
         path.unlink()
     for manifest in (True, False):

@@ -5,6 +5,7 @@ byte tables.
 import math
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,15 +35,29 @@ TOKENIZER = Path(__file__).resolve().parents[1] / "tokenizers" / "caseops_8192.m
 # ---- tools
 
 
+def sliding_windows(borders, context, stride):
+    """Those of presets/published.py, of documents between these borders."""
+    hp = SimpleNamespace(eval_seq_len=context, eval_stride=stride)
+    return published.sliding_windows(hp, SimpleNamespace(starts=borders[:-1], ends=borders[1:]))
+
+
+def evaluate(evaluator, stride):
+    """The score of plain evaluation, or in sliding windows, those of presets/published.py."""
+    if stride is None:
+        return evaluator.evaluate_bpb()
+    evaluator.hp = published.Hyperparameters(**vars(evaluator.hp) | {"eval_stride": stride})
+    return published.evaluate_sliding(evaluator)
+
+
 @pytest.fixture
-def counted(monkeypatch):
+def counted(monkeypatch, published):
     """[[(target position, loss)]], one list per call of Score.add by an Evaluator."""
     calls, waiting = [], threading.local()
     build, add = train_gpt.WindowPacker.build, Score.add
 
     def note_build(packer, windows):
-        spans = [np.arange(start, end) for start, end, _ in windows]
-        first = np.repeat(windows[:, 2], windows[:, 1] - windows[:, 0])
+        spans = [np.arange(start, end) for start, end, *_ in windows]
+        first = np.repeat(windows[:, 2 % windows.shape[1]], [*map(len, spans)])
         waiting.inputs = np.concatenate(spans)
         waiting.scored = waiting.inputs >= first
         return build(packer, windows)
@@ -97,14 +112,13 @@ def test_every_token_but_the_first_is_scored_once(
     hp = small_hp(
         data_path=str(tmp_path),
         eval_seq_len=context,
-        eval_stride=1,
         micro_batch_tokens=row,
         train_batch_tokens=row,
     )
     tokens, target_bytes = write_documents(tmp_path, "val", LENGTHS, shard_sizes=[90, 100, 500])
     validation, model = train_gpt.ValidationSet(hp), make_model(hp)
     scores = on_ranks(
-        world_size, lambda dist: Evaluator(model, validation, hp, dist).evaluate_bpb(stride)
+        world_size, lambda dist: evaluate(Evaluator(model, validation, hp, dist), stride)
     )
     assert sorted(position for call in counted for position, _ in call) == list(
         range(1, len(tokens))
@@ -120,7 +134,7 @@ def test_odd_streams_are_scored_whole(tmp_path, lengths, counted, dist):
     validation = make_validation(tmp_path, hp, lengths)
     for stride in (None, 8):
         counted.clear()
-        score = Evaluator(make_model(hp), validation, hp, dist).evaluate_bpb(stride)
+        score = evaluate(Evaluator(make_model(hp), validation, hp, dist), stride)
         assert sorted(flat(counted)) == list(range(1, len(validation.tokens)))
         assert score["tokens"] == sum(lengths) + len(lengths) - 1
 
@@ -144,7 +158,6 @@ def test_plain_evaluation_equals_every_piece_alone(tmp_path, context, row, dist)
     hp = small_hp(
         data_path=str(tmp_path),
         eval_seq_len=context,
-        eval_stride=1,
         micro_batch_tokens=row,
         train_batch_tokens=row,
     )
@@ -163,8 +176,9 @@ def test_plain_evaluation_equals_every_piece_alone(tmp_path, context, row, dist)
 
 
 @pytest.mark.parametrize("context, stride", [(32, 8), (16, 5), (12, 1), (10, 9)])
+@pytest.mark.usefixtures("published")
 def test_sliding_evaluation_equals_every_token_alone(tmp_path, context, stride, dist):
-    hp = small_hp(data_path=str(tmp_path), eval_seq_len=context, eval_stride=stride)
+    hp = small_hp(data_path=str(tmp_path), eval_seq_len=context)
     validation, model = make_validation(tmp_path, hp, [40, 3, 0, 33, 32, 1]), make_model(hp)
     total = 0.0
     for start, end in document_spans(validation.tokens):
@@ -172,15 +186,16 @@ def test_sliding_evaluation_equals_every_token_alone(tmp_path, context, stride, 
         for i in range(start, end):
             window = start + -(-max(0, i - start + 1 - context) // stride) * stride
             total += piece_losses(model, validation.tokens[window : i + 2])[-1].item()
-    score = Evaluator(model, validation, hp, dist).evaluate_bpb(stride)
+    score = evaluate(Evaluator(model, validation, hp, dist), stride)
     assert score["loss"] == pytest.approx(total / (len(validation.tokens) - 1), rel=1e-6)
 
 
+@pytest.mark.usefixtures("published")
 def test_stride_of_the_context_is_plain_evaluation(tmp_path, dist):
     hp = small_hp(data_path=str(tmp_path))
     evaluator = Evaluator(make_model(hp), make_validation(tmp_path, hp), hp, dist)
-    assert evaluator.evaluate_bpb(hp.eval_seq_len) == evaluator.evaluate_bpb()
-    assert evaluator.evaluate_bpb(8)["loss"] != evaluator.evaluate_bpb()["loss"]
+    assert evaluate(evaluator, hp.eval_seq_len) == evaluator.evaluate_bpb()
+    assert evaluate(evaluator, 8)["loss"] != evaluator.evaluate_bpb()["loss"]
 
 
 def test_result_does_not_depend_on_the_row_size(tmp_path, dist):
@@ -195,13 +210,14 @@ def test_result_does_not_depend_on_the_row_size(tmp_path, dist):
     assert losses == pytest.approx([losses[0]] * 4, rel=2e-7)
 
 
+@pytest.mark.usefixtures("published")
 def test_result_does_not_depend_on_the_number_of_ranks(tmp_path):
     hp = small_hp(data_path=str(tmp_path))
     validation, model = make_validation(tmp_path, hp), make_model(hp)
     for stride in (None, 8):
 
         def work(dist, stride=stride):
-            return Evaluator(model, validation, hp, dist).evaluate_bpb(stride)["bpb"]
+            return evaluate(Evaluator(model, validation, hp, dist), stride)["bpb"]
 
         values = [bpb for world_size in (1, 2, 3) for bpb in on_ranks(world_size, work)]
         assert values == pytest.approx([values[0]] * 6, rel=1e-12)
@@ -225,7 +241,7 @@ def test_a_changed_token_changes_no_earlier_loss_and_no_other_document(
             change if validation.tokens[place] < hp.vocab_size - 1 else -change
         )
         counted.clear()
-        Evaluator(model, validation, hp, dist).evaluate_bpb(stride)
+        evaluate(Evaluator(model, validation, hp, dist), stride)
         losses.append(flat(counted))
     differ = {position for position in losses[0] if losses[0][position] != losses[1][position]}
     assert place in differ
@@ -245,7 +261,7 @@ def test_each_target_is_in_one_window_with_the_longest_context(lengths, context,
     stride = data.draw(st.integers(1, context))
     borders = np.cumsum([3, *lengths])
     starts, ends = borders[:-1], borders[1:]
-    windows = document_windows(starts, ends, context, stride)
+    windows = sliding_windows(borders, context, stride)
     owner = {}
     for start, end, first in windows.tolist():
         assert start < end <= start + context and start <= first < end
@@ -265,9 +281,10 @@ def test_each_target_is_in_one_window_with_the_longest_context(lengths, context,
 @given(DOCUMENTS, st.integers(2, 24))
 def test_windows_with_the_contexts_stride_are_disjoint_pieces(lengths, context):
     borders = np.cumsum([0, *lengths])
-    windows = document_windows(borders[:-1], borders[1:], context, context)
+    windows = document_windows(borders[:-1], borders[1:], context)
+    assert (sliding_windows(borders, context, context)[:, :2] == windows).all()
     pieces = [
-        (i, min(i + context, end), i)
+        (i, min(i + context, end))
         for start, end in zip(borders, borders[1:], strict=False)
         for i in range(start, end, context)
     ]
@@ -281,7 +298,7 @@ def test_packed_rows_hold_every_window_in_order_within_bounds(
 ):
     stride = data.draw(st.integers(1, context))
     borders = np.cumsum([0, *lengths])
-    windows = document_windows(borders[:-1], borders[1:], context, stride)
+    windows = sliding_windows(borders, context, stride)
     row_tokens = max(row_tokens, context)
     entries = -(-row_tokens // context) + 1 + spare
     stream = type(
@@ -289,7 +306,7 @@ def test_packed_rows_hold_every_window_in_order_within_bounds(
         (),
         {"tokens": np.arange(borders[-1] + 1), "bytes": np.ones(borders[-1] + 1, np.int64)},
     )
-    packer = train_gpt.WindowPacker(stream, row_tokens, context, entries, torch.device("cpu"))
+    packer = published.WindowPacker(stream, row_tokens, context, entries, torch.device("cpu"))
     rows = packer.rows(windows)
     assert [i for first, last in rows for i in range(first, last)] == list(range(len(windows)))
     for first, last in rows:
@@ -299,7 +316,10 @@ def test_packed_rows_hold_every_window_in_order_within_bounds(
         spans = row.cu_seqlens.diff()
         assert row.cu_seqlens[0] == 0 and row.cu_seqlens[-1] == row_tokens
         assert 0 <= spans.min() and spans.max() <= context
-        assert not row.scored[filled:].any()
+        scored = [np.arange(start, stop) for _, stop, start in windows[first:last]]
+        assert row.inputs[0, row.scored].tolist() == np.concatenate(scored).tolist()
+        plain = packer.build(windows[first:last, :2])
+        assert plain.scored.tolist() == [True] * filled + [False] * (row_tokens - filled)
         # tokens are their own positions here
         assert (row.targets - row.inputs[0])[:filled].tolist() == [1] * filled
         assert set(row.window_start[0].nonzero()[:, 0].tolist()) == set(

@@ -11,13 +11,21 @@ import re
 import subprocess
 import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
+from struct import Struct
+from types import SimpleNamespace
 
+import brotli
+import numpy as np
 import pytest
+import sentencepiece
+import torch
 from conftest import HERE, IN_SOAK, PATIENCE, install_parts_for
 from preset_helpers import PUBLISHED, tiny
 from run_helpers import SETTINGS, QuietGuard, make_data
+from torch._library.custom_ops import CustomOpDef
 
 import train_gpt
 from tools import guard, run_files
@@ -68,7 +76,7 @@ def main(argument_count=len(sys.argv), *, keyword_only_argument=2):
     print(astuple(settings), [(f.name, f.type) for f in fields(settings)], argument_count, keyword_only_argument)
     print(scale(torch.arange(40.0), 3).tolist())
     print(op(torch.ones(3), 2.5), len(torch.ops.sample.op.default._schema.arguments))
-    print(__name__, __file__, sys.argv[1:], "def scale_kernel" in inspect.getsource(scale_kernel.fn))
+    print(__name__, __file__, sys.argv[1:], "FACTOR" in inspect.getsource(scale_kernel.fn))
 
 OPERATOR
 
@@ -276,7 +284,7 @@ def test_parameters_are_renamed_only_where_every_caller_is_seen():
             return hidden_parameter + hidden_parameter + named_parameter + named_parameter
     library.register(callback, context=callback)
     library.call(Thing(3).method)
-    print(called(1, 2), by_name(1, named_parameter=2), starred(**{"starred_parameter": 1}), Thing(3).x, Thing(3)(4))
+    print(called(1, 2), by_name(*[1], named_parameter=2), starred(**{"starred_parameter": 1}), Thing(3).x, Thing(3)(4))
     """
     text = packed_text(pack_code(textwrap.dedent(source), {}))
     kept = {name for name in re.findall(r"\w+_parameter", text)}
@@ -301,27 +309,85 @@ def test_attributes_are_renamed_only_where_their_class_alone_asks_for_them():
     source = """
     import library
     class Thing:
-        field_attribute = 1
-        def __init__(self, private_attribute):
-            self.private_attribute = private_attribute
-            self.private_method_attribute()
-            self.read_attribute = self.named_attribute = self.worded_attribute = 1
-            self.A = self.field_attribute
-        def private_method_attribute(self):
-            self.read_attribute += self.private_attribute
-        def public_attribute(self):
-            return self.inherited_attribute
+        fieldattribute = 1
+        def __init__(self, privateattribute):
+            self.privateattribute = privateattribute
+            self.privatemethodattribute()
+            self.readattribute = self.namedattribute = self.wordedattribute = 1
+            self.A = self.fieldattribute
+        def privatemethodattribute(self):
+            self.readattribute += self.privateattribute
+        def publicattribute(self):
+            return self.inheritedattribute
     class Derived(Thing):
-        def inherited_attribute(self):
-            return self.derived_attribute
-    print(Thing(2).public_attribute, library.thing.read_attribute, library.make(named_attribute=1))
-    print(getattr(Thing(3), "one worded_attribute"), Thing.A)
+        def inheritedattribute(self):
+            return self.derivedattribute
+    print(Thing(2).publicattribute, library.thing.readattribute, library.make(namedattribute=1))
+    print(getattr(Thing(3), "one wordedattribute"), Thing.A)
     """
     text = packed_text(pack_code(textwrap.dedent(source), {}))
-    kept = set(re.findall(r"\w+_attribute", text))
+    kept = set(re.findall(r"\w+attribute", text))
     names = ["field", "public", "read", "named", "worded", "inherited", "derived"]
-    assert kept == {f"{name}_attribute" for name in names}
+    assert kept == {f"{name}attribute" for name in names}
     assert "self.private" not in text and len(set(re.findall(r"\.([A-Z])\b", text))) == 3
+
+
+OWN_WORDS = """
+import library
+from dataclasses import dataclass
+from typing import NamedTuple
+class Pair(NamedTuple):
+    left_word: str
+    right_word: list[int] = ()
+@dataclass
+class Settings:
+    saved_word: int
+class GPT:
+    def __init__(self):
+        self.parameter_word = 1
+class Thing:
+    def __init__(self):
+        self.kept_word = self.asked_word = self.given_word = self.quoted_word = 1
+        self.deep_word = self.__special_word__ = self.singleword = 2
+    def method_word(self, kept_word):
+        return Pair(left_word=kept_word, right_word=self.kept_word)._replace(left_word=3)
+print(Thing().singleword, GPT().parameter_word)
+print(Thing().method_word(kept_word=1), library.asked_word, library.make(given_word=1), "a quoted_word",
+      library.one.deep_word)
+def plain_word(one, *, two):
+    return one, two
+print(plain_word(one=1, two=2), plain_word(*[1], two=2), Pair(right_word=1, left_word=2))
+"""
+
+
+def test_words_of_our_classes_are_shortened_wherever_they_stand_but_for_those_known_outside():
+    text = packed_text(pack_code(OWN_WORDS, {}))
+    kept = set(re.findall(r"\w+word\w*", text))
+    names = {"saved_word", "parameter_word", "asked_word", "given_word", "quoted_word", "deep_word"}
+    assert kept == names | {"__special_word__", "singleword"}
+
+
+def test_keywords_at_their_place_are_given_in_order_and_types_of_tuples_dropped():
+    text = packed_text(pack_code(OWN_WORDS, {}))
+    assert "list" not in text and "saved_word:int" in text
+    assert "(1,two=2)" in text  # an argument by keyword alone stays one
+    assert re.search(r"return \w+\(\w+,\w+\.\w+\)\._replace\(", text)  # Pair of two
+
+
+def test_words_that_libraries_know_are_kept():
+    """Attributes of objects that the script gets from libraries, as far as their classes say."""
+    classes = [torch.Tensor, np.ndarray, torch.nn.Module, torch.optim.AdamW, torch.optim.SGD, Path]
+    classes += [torch.Generator, torch.cuda.Event, torch.cuda.CUDAGraph, torch.cuda.Stream]
+    classes += [str, bytes, bytearray, dict, list, set, tuple, float, BytesIO, ThreadPoolExecutor]
+    classes += [brotli.Decompressor, sentencepiece.SentencePieceProcessor, np.random.Generator]
+    classes += [torch.device, torch.dtype, np.dtype, np.memmap, Struct, SimpleNamespace, Future]
+    in_libraries = {name for cls in classes for name in dir(cls)}
+    for text in (SOURCE, f"{SOURCE}\n{packer.PUBLISHED.read_text()}"):
+        tree = ast.parse(text)
+        own = packer.own_names(tree) - packer.names_known_outside(tree)
+        assert {
+            name for name in own & in_libraries if "_" in name[1:] and name[:2] != "__"
+        } == set()
 
 
 SMALL = """
@@ -446,6 +512,20 @@ def test_a_lost_terminal_does_not_end_a_packed_script(packed):
     assert done.returncode == 0
 
 
+def operator_of(name):
+    """Code for an operator of the packed script: its name is another, its place is the same."""
+    defined = [value for value in vars(train_gpt).values() if isinstance(value, CustomOpDef)]
+    names = [operator._opoverload._schema.name.removeprefix("golf::") for operator in defined]
+    number = names.index(name)
+    kind = "torch._library.custom_ops.CustomOpDef"
+    return f"[op for op in vars(packed).values() if isinstance(op, {kind})][{number}]"
+
+
+def with_operators(driver):
+    """GOLF.name in a driver becomes an operator of the packed script."""
+    return re.sub(r"GOLF\.(\w+)", lambda found: operator_of(found[1]), textwrap.dedent(driver))
+
+
 def test_operators_of_the_packed_script_are_differentiable(packed):
     """Kernels in the interpreter: PyTorch calls into them by the names of parameters that it
     documents.
@@ -461,10 +541,10 @@ def test_operators_of_the_packed_script_are_differentiable(packed):
         qkv, gain = torch.randn(1, 7, 64, requires_grad=True), torch.ones(4)
         cos, sin = torch.ones(7, 1, 2), torch.zeros(7, 1, 2)
         q = F.rms_norm(qkv.unflatten(-1, (8, 8))[:, :, :4], (8,), eps=1.19e-7)
-        pairs = [(torch.ops.golf.linear_cross_entropy(h, head, targets, 30.0)[0], (h, head),
+        pairs = [(GOLF.linear_cross_entropy(h, head, targets, 30.0)[0], (h, head),
                   F.cross_entropy(30 * torch.tanh(h @ head.T / 30), targets, reduction="none")),
-                 (torch.ops.golf.gated_xsa(y, v, gates), (y, v, gates), xsa),
-                 (torch.ops.golf.qkv_heads(qkv, gain, cos, sin, 2)[0], (qkv,), q)]
+                 (GOLF.gated_xsa(y, v, gates), (y, v, gates), xsa),
+                 (GOLF.qkv_heads(qkv, gain, cos, sin, 2)[0], (qkv,), q)]
         for got, inputs, want in pairs:
             torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
             for a, b in zip(*(torch.autograd.grad(out.pow(3).sum(), inputs) for out in (got, want))):
@@ -478,7 +558,7 @@ def test_operators_of_the_packed_script_are_differentiable(packed):
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(driver)],
+        [sys.executable, "-c", with_operators(driver)],
         env=environ,
         capture_output=True,
         text=True,
@@ -492,7 +572,7 @@ def test_the_packed_script_keeps_the_names_that_quack_calls_operands_by(packed):
         import quack_stub, torch, packed_script as packed
         quack_stub.install()
         x, up, down = (torch.randn(shape).bfloat16().requires_grad_() for shape in ((6, 16), (32, 16), (16, 32)))
-        outs = [torch.ops.golf.mlp(x, up, down, 0.3)[0],
+        outs = [GOLF.mlp(x, up, down, 0.3)[0],
                 torch.nn.functional.leaky_relu(x @ up.T, 0.3).square() @ down.T]
         for got, want in zip(*([out, *torch.autograd.grad(out.sum(), (x, up, down))] for out in outs)):
             assert ((got - want).float().norm() / want.float().norm()).item() < 0.02
@@ -500,7 +580,7 @@ def test_the_packed_script_keeps_the_names_that_quack_calls_operands_by(packed):
         """
     paths = os.pathsep.join([str(packed.parent), str(Path(__file__).parent)])
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(driver)],
+        [sys.executable, "-c", with_operators(driver)],
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -528,7 +608,6 @@ OTHERWISE = {  # as many other branches as one run can take
     "MUON_OUTWARD": "1",
     "GRAD_CLIP_NORM": "0",
     "MUON_MOMENTUM_WARMUP_STEPS": "0",
-    "MUON_ROW_NORMALIZE": "0",
     "GPTQ_COLUMN_STEPS": "0",
     "LQER_ENABLED": "1",
     "LQER_ASYM_ENABLED": "0",

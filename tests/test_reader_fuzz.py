@@ -217,7 +217,7 @@ def test_a_damaged_shard_is_read_or_refused(place):
         for position, value in words:
             changed[position] = value
         path.write_bytes(damaged(changed.tobytes() + data[1024:], damage))
-        only_ours(train_gpt.load_data_shard, path)
+        only_ours(train_gpt.shard_size, path)
 
     read()
 

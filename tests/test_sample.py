@@ -34,7 +34,6 @@ def run(tmp_path_factory):
         "RUNS_DIR": str(folder / "runs"),
         "RUN_ID": "tiny",
         "TTT_ENABLED": "0",
-        "SLIDING_WINDOW_ENABLED": "0",
     }
     hp = train_gpt.Hyperparameters.from_env(SETTINGS | settings)
     guard = QuietGuard()

@@ -62,7 +62,6 @@ def launch_two_seeds(folder):
             "USE_TMUX": "0",
             "VENV": str(Path(sys.executable).parents[1]),
             "VAL_LOSS_EVERY": "2",
-            "SLIDING_WINDOW_ENABLED": "0",
         }
     )
     script, options = (

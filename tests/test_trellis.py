@@ -111,7 +111,7 @@ def test_gptq_with_the_trellis_has_a_smaller_weighted_error_at_equal_entropy():
 
     def bits_at_error_1(trellis_round):
         found = train_gpt.gptq_quantize(
-            w, hessian, 6, 13.0, 0.01, 16, ["w"], train_gpt.ColumnSteps(2.0, trellis_round)
+            w, hessian, 6, 13.0, 0.01, ["w"], train_gpt.ColumnSteps(2.0, trellis_round)
         )
         error = (w - rebuilt_by_gptq(found))[0]
         weighted = (error @ hessian[0] * error).mean().item()

@@ -191,13 +191,12 @@ def test_odd_streams_are_scored_whole(tmp_path, counted, lengths):
     assert (score["tokens"], score["bytes"]) == (len(validation.tokens) - 1, validation.bytes.sum())
 
 
-def test_tokens_and_bytes_agree_with_plain_and_sliding_evaluation(tmp_path, dist):
+def test_tokens_and_bytes_agree_with_plain_evaluation(tmp_path, dist):
     hp = small_hp(data_path=str(tmp_path), **ACTIVE)
     validation = make_validation(tmp_path, hp)
     (score,), _ = run_ttt(hp, validation)
-    evaluator = Evaluator(make_model(hp), validation, hp, dist)
-    for plain in (evaluator.evaluate_bpb(), evaluator.evaluate_bpb(hp.eval_stride)):
-        assert (score["tokens"], score["bytes"]) == (plain["tokens"], plain["bytes"])
+    plain = Evaluator(make_model(hp), validation, hp, dist).evaluate_bpb()
+    assert (score["tokens"], score["bytes"]) == (plain["tokens"], plain["bytes"])
 
 
 def test_a_lost_token_raises(tmp_path, monkeypatch):
@@ -321,7 +320,7 @@ class Recorder:
 
         def note_build(packer, windows):
             row.extend(
-                target for start, end, _ in windows.tolist() for target in range(start + 1, end + 1)
+                target for start, end in windows.tolist() for target in range(start + 1, end + 1)
             )
             return build(packer, windows)
 
@@ -668,10 +667,8 @@ def test_what_the_budget_leaves_is_scored_without_adaptation(
 
 def test_the_rest_is_scored_where_the_stride_exceeds_the_context(tmp_path, monkeypatch):
     """EVAL_STRIDE belongs to EVAL_SEQ_LEN; the context here is TTT_EVAL_SEQ_LEN."""
-    hp = small_hp(
-        data_path=str(tmp_path), eval_budget_seconds=1.0, eval_seq_len=64, eval_stride=64, **ACTIVE
-    )
-    assert hp.eval_stride > hp.ttt_eval_seq_len
+    hp = small_hp(data_path=str(tmp_path), eval_budget_seconds=1.0, eval_seq_len=64, **ACTIVE)
+    assert hp.eval_seq_len > hp.ttt_eval_seq_len
     validation = make_validation(tmp_path, hp)
     Clock(monkeypatch)
     (score,), _ = run_ttt(hp, validation)
@@ -1241,11 +1238,16 @@ def test_the_lora_step_is_adamw_without_first_moment_on_rows_of_any_age(update, 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("clip, chunk_tokens", [(0.05, 64), (100.0, 64), (1.0, 10_000), (1.0, 1)])
-def test_global_adaptation_is_a_plain_sgd_loop(tmp_path, clip, chunk_tokens, world_size):
+def test_global_adaptation_is_a_plain_sgd_loop(
+    tmp_path, monkeypatch, clip, chunk_tokens, world_size
+):
+    clip_grad_norm = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda p, most: clip_grad_norm(p, most * clip)
+    )
     hp = small_hp(
         data_path=str(tmp_path),
         global_ttt_lr=0.02,
-        global_ttt_grad_clip=clip,
         global_ttt_chunk_tokens=chunk_tokens,
     )
     validation = make_validation(tmp_path, hp, [90, 33, 1, 8, 64, 7, 31])

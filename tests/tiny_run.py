@@ -18,7 +18,6 @@ TINY_RUN = {
     "LOOP_END": "1",
     "NUM_LOOPS": "1",
     "PARALLEL_START_LAYER": "2",
-    "XSA_LAST_N": "2",
     "MICRO_BATCH_TOKENS": "128",
     "TRAIN_SEQ_LEN": "64",
     "MAX_WALLCLOCK_SECONDS": "0",

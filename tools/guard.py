@@ -238,7 +238,7 @@ STATE_DIGEST_BYTES = 32
 # Settings that give a model's weights their meaning: with another value they load and compute
 # something else.
 MEANING = """caseops_enabled marker_fusion_enabled vocab_size model_dim num_layers num_heads
-    num_kv_heads mlp_mult tie_embeddings smear_gate_enabled gate_window loop_start loop_end
+    num_kv_heads mlp_mult tie_embeddings smear_gate_enabled loop_start loop_end
     num_loops skip_gates_enabled ln_scale rope_dims rope_base xsa_last_n sparse_attn_gate_enabled
     sparse_attn_gate_scale gated_attn_enabled attn_out_gate_enabled attn_out_gate_src
     leaky_relu_slope parallel_start_layer parallel_final_lane logit_softcap attn_window
@@ -249,10 +249,13 @@ MEANING = """caseops_enabled marker_fusion_enabled vocab_size model_dim num_laye
 WITHOUT = {
     "caseops_enabled": True,
     "marker_fusion_enabled": False,
+    "tie_embeddings": True,
     "smear_gate_enabled": True,
     "skip_gates_enabled": True,
     "ln_scale": True,
     "parallel_final_lane": "mean",
+    "xsa_last_n": 11,
+    "sparse_attn_gate_enabled": True,
     "gated_attn_enabled": False,
     "attn_out_gate_enabled": False,
     "attn_window": 0,

@@ -60,12 +60,12 @@ COPIED = """prepare_caseops_data.py lossless_caps.py requirements.txt requiremen
 # sizes of the proof; other settings of the record stay as they are
 TINY = settings_of(
     """
-    DEVICE=cpu COMPILE=0 COMPUTE_DTYPE=auto MUON_DTYPE=auto ATTENTION_BACKEND=auto
+    DEVICE=cpu COMPILE=0 ATTENTION_BACKEND=auto
     MODEL_DIM=32 NUM_LAYERS=3 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=2 ROPE_DIMS=4
-    LOOP_START=1 LOOP_END=1 NUM_LOOPS=1 PARALLEL_START_LAYER=2 XSA_LAST_N=2
+    LOOP_START=1 LOOP_END=1 NUM_LOOPS=1 PARALLEL_START_LAYER=2
     TRAIN_BATCH_TOKENS=512 MICRO_BATCH_TOKENS=256 TRAIN_SEQ_LEN=64
     MAX_WALLCLOCK_SECONDS=0 ITERATIONS=3 WARMUP_STEPS=1 VAL_LOSS_EVERY=0
-    GPTQ_CALIBRATION_BATCHES=2 EVAL_SEQ_LEN=64 EVAL_STRIDE=24
+    GPTQ_CALIBRATION_BATCHES=2 EVAL_SEQ_LEN=64
     TTT_MAX_DOCS=0 TTT_EVAL_SEQ_LEN=64 TTT_STALE_CONTEXT=32 TTT_CHUNK_SIZE=32 TTT_BATCH_SIZE=4
     TTT_LANES=2 TTT_LORA_RANK=4 PHASED_TTT_PREFIX_DOCS=25000 GLOBAL_TTT_CHUNK_TOKENS=256
     """.split()
@@ -342,7 +342,9 @@ def model_sentences(s):
         yield "layers {LOOP_START}-{LOOP_END} {NUM_LOOPS} more times from {ENABLE_LOOPING_AT} on"
     if int(s["PARALLEL_START_LAYER"]) < int(s["NUM_LAYERS"]):
         yield "two residual lanes from layer {PARALLEL_START_LAYER} on"
-    if s["XSA_LAST_N"] != "0":
+    if "XSA_LAST_N" not in s:
+        yield "XSA"
+    elif s["XSA_LAST_N"] != "0":  # a setting of presets/published.py alone
         yield "XSA on the last {XSA_LAST_N} layers"
     gates = {
         "SPARSE_ATTN_GATE_ENABLED": "sparse attention gate",
@@ -350,7 +352,8 @@ def model_sentences(s):
         "ATTN_OUT_GATE_ENABLED": "attention output gate",
         "SMEAR_GATE_ENABLED": "SmearGate",
     }
-    s = {"SMEAR_GATE_ENABLED": "1"} | s  # a setting of presets/published.py alone
+    # settings of presets/published.py alone
+    s = {"SPARSE_ATTN_GATE_ENABLED": "1", "SMEAR_GATE_ENABLED": "1"} | s
     enabled = [words for name, words in gates.items() if s.get(name) == "1"]
     if enabled:
         yield ", ".join(enabled)

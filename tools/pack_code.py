@@ -13,9 +13,10 @@ import ast
 import builtins
 import math
 import os
+import re
 import string
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import product
 from pathlib import Path
 
@@ -32,6 +33,8 @@ OF_A_RUN = """
 PUBLISHED = Path(__file__).resolve().parents[1] / "presets" / "published.py"
 # lines of PUBLISHED that find train_gpt.py and import it
 NOT_PACKED = "ROOT", "import train_gpt", "from train_gpt"
+MODEL = "GPT"  # class whose attributes are parameters, with names in files
+NAME_FIELDS = "id", "attr", "arg", "name"  # of syntax nodes
 IN_ORDER = "register_fake", "register_autograd"
 PACKED_START = b"#coding:l1\nimport brotli,io,linecache\nn=0\nfor c in'''"
 PACKED_END = b"""''':c=ord(c);n=n*253+c-1-(c>13)-(c>92)
@@ -175,10 +178,32 @@ def mark_as_packed(tree):
 # ---- minifying
 
 
+def fields_of(cls):
+    """The statements `name: type` or `name: type = value` of a class."""
+    return [part for part in cls.body if isinstance(part, ast.AnnAssign)]
+
+
+def is_tuple(cls):
+    """Whether a class is a NamedTuple: a dataclass may be asked for the names of its fields."""
+    return any(name_of(base) == "NamedTuple" for base in cls.bases)
+
+
 class DropWords(ast.NodeTransformer):
-    """What asserts or documents only: `zip(..., strict=True)`, and the cause in `raise error
-    from cause`.
+    """What asserts or documents only: docstrings, `zip(..., strict=True)`, the cause in `raise
+    error from cause`, and the types of a NamedTuple's fields.
     """
+
+    def visit_Expr(self, node):
+        self.generic_visit(node)
+        if isinstance(node.value, ast.Constant):
+            node.value.value = 0  # the minifier drops it
+        return node
+
+    def visit_ClassDef(self, node):
+        self.generic_visit(node)
+        for field in fields_of(node) if is_tuple(node) else []:
+            field.annotation = ast.Name("int", ast.Load())
+        return node
 
     def visit_Raise(self, node):
         self.generic_visit(node)
@@ -190,6 +215,27 @@ class DropWords(ast.NodeTransformer):
         if getattr(node.func, "id", None) == "zip":
             node.keywords = [keyword for keyword in node.keywords if keyword.arg != "strict"]
         return node
+
+
+def give_in_order(tree):
+    """Makes keywords positional where they stand at their place, in calls of the script's functions
+    and classes of fields; not where a variable may have the name.
+    """
+    variables = local_names(tree)
+    parameters = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            parameters[node.name] = [argument.arg for argument in node.args.args]
+        elif isinstance(node, ast.ClassDef):
+            parameters[node.name] = [field.target.id for field in fields_of(node)]
+    for call in ast.walk(tree):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            continue
+        if any(isinstance(argument, ast.Starred) for argument in call.args):
+            continue
+        names = parameters.get(call.func.id, []) if call.func.id not in variables else []
+        while call.keywords and call.keywords[0].arg in names[len(call.args) :][:1]:
+            call.args.append(call.keywords.pop(0).value)
 
 
 def free_parameters(tree):
@@ -248,6 +294,76 @@ def free_parameters(tree):
             node.args.args = node.args.args[free:]
 
 
+def shorten_own_words(tree):
+    """Gives names of several words that our classes made up for attributes, methods and fields of
+    tuples short names, wherever they stand.
+
+    Libraries do not know them: left out are what an imported module is asked for, keywords of calls
+    of what the script does not define, and words in strings. So are the fields of dataclasses and
+    the parameters of models, whose names are in files. No class may take a name that an object of a
+    library has (tests/test_pack_code.py).
+    """
+    known = names_known_outside(tree)
+    own = {name for name in own_names(tree) - known if "_" in name[1:] and name[:2] != "__"}
+    uses = Counter(getattr(node, field, "") for node in ast.walk(tree) for field in NAME_FIELDS)
+    free = [name for name in short_names() if name not in known | uses.keys()]
+    by_use = sorted(own, key=lambda name: (-uses[name], name))
+    short = dict(zip(by_use, free, strict=False))
+    for node in ast.walk(tree):
+        for field in NAME_FIELDS:
+            word = getattr(node, field, None)
+            if word in short:
+                setattr(node, field, short[word])
+
+
+def own_names(tree):
+    """Names of attributes that the script's classes set, of their methods, of fields of tuples."""
+    own = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            own.update(part.name for part in node.body if isinstance(part, ast.FunctionDef))
+            own.update(field.target.id for field in fields_of(node) if is_tuple(node))
+            own |= attributes_set(node)
+    return own
+
+
+def attributes_set(node):
+    """Names of attributes that something is assigned to in a part of the script."""
+    attributes = [part for part in ast.walk(node) if isinstance(part, ast.Attribute)]
+    return {part.attr for part in attributes if isinstance(part.ctx, ast.Store)}
+
+
+def names_known_outside(tree):
+    """Names that libraries, strings and files may know, see shorten_own_words."""
+    known = set()
+    defined = {"_replace"}
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        if isinstance(node, ast.alias):
+            imported.add(node.asname or node.name)
+        if isinstance(node, ast.ClassDef) and not is_tuple(node):
+            known.update(field.target.id for field in fields_of(node))
+        if isinstance(node, ast.ClassDef) and node.name == MODEL:
+            known |= attributes_set(node)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and root_of(node) in imported:
+            known.add(node.attr)
+        elif isinstance(node, ast.Call) and name_of(node.func) not in defined:
+            known.update(keyword.arg for keyword in node.keywords)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            known.update(re.findall(r"\w+", node.value))
+    return known | imported
+
+
+def short_names():
+    """A to Z, then pairs of letters."""
+    letters = string.ascii_uppercase
+    yield from letters
+    yield from map("".join, product(letters, repeat=2))
+
+
 def shorten_attributes(tree):
     """Gives attributes and methods that stand behind `self` alone, in classes without a base, the
     names A, B, C in the order in which they appear.
@@ -272,8 +388,7 @@ def shorten_attributes(tree):
         if node not in private and not is_variable:
             texts = [value for _, value in ast.iter_fields(node) if isinstance(value, str)]
             others.update(*map(str.split, texts))
-    names = [*string.ascii_uppercase, *map("".join, product(string.ascii_uppercase, repeat=2))]
-    names = [name for name in names if name not in others]
+    names = [name for name in short_names() if name not in others]
     for cls, attributes in behind_self.items():
         short = {}
         for part in attributes:
@@ -292,6 +407,13 @@ def name_of(node):
     )
 
 
+def root_of(node):
+    """What stands before the first dot of `a.b.c`, if it is a name."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return name_of(node)
+
+
 def decorators(function):
     """The names of a function's decorators."""
     return {name_of(getattr(node, "func", node)) for node in function.decorator_list}
@@ -307,7 +429,7 @@ def names_to_keep(tree):
     free_parameters.
 
     The minifier's `A=BLOCK` would make a kernel's constexpr a tensor, and a kernel may not read an
-    alias of a builtin. Kernels go by their names in profiles; aliases of builtins would cost bytes.
+    alias of a builtin. Aliases of builtins would cost bytes.
     """
     kernels = [node for node in ast.walk(tree) if is_kernel(node)]
     arguments = {
@@ -317,7 +439,7 @@ def names_to_keep(tree):
         node.id for kernel in kernels for node in ast.walk(kernel) if isinstance(node, ast.Name)
     }
     names = {kernel.name for kernel in kernels}
-    return sorted(arguments), sorted(used.union(names, dir(builtins)))
+    return sorted(arguments), sorted(used.union(dir(builtins)) - names)
 
 
 def string_literal(data):
@@ -389,7 +511,9 @@ def pack_code(source, settings):
     set_defaults(tree, changed_settings(tree, settings))
     mark_as_packed(tree)
     DropWords().visit(tree)
+    give_in_order(tree)
     free_parameters(tree)
+    shorten_own_words(tree)
     named_arguments, kept_globals = names_to_keep(tree)
     shorten_attributes(tree)
     text = ast.unparse(tree)
