@@ -211,9 +211,11 @@ def test_a_preset_is_refused_with_the_reason(folder):
 
 
 def test_settings_of_published_systems_are_refused(folder):
+    """The packed script refuses those whose first word is one of ours; it has no list of others."""
     code, out, err = finish(start(folder, BIGRAM_VOCAB_SIZE="99", TTT_METHOD="sgd"))
     assert (code, out) == (1, "")
-    assert "BIGRAM_VOCAB_SIZE is a setting of other scripts" in err
+    is_packed = folder.name == "packed"
+    assert ("BIGRAM_VOCAB_SIZE is a setting of other scripts" in err) != is_packed
     assert "TTT_METHOD is not a setting" in err
 
 
