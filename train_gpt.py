@@ -4156,7 +4156,7 @@ def check_quantizable(weights, hessians):
     for name, w in weights.items():
         if not w.half().isfinite().all():
             raise ValueError(f"{name} holds numbers that are not finite or beyond fp16")
-        has_hessian = name in hessians and hessians[name].shape == (w.shape[1], w.shape[1])
+        has_hessian = name in hessians and hessians[name].shape == 2 * w.shape[-1:]
         if quant_role(name) and not has_hessian:
             raise ValueError(f"{name} {tuple(w.shape)} needs a Hessian of its columns")
 

@@ -173,8 +173,7 @@ def test_compiled_training_with_kernels_has_the_gradients_of_the_references(back
         pytest.skip("needs Triton")
 
     def interpreted(ops, hp):
-        return dataclasses.replace(
-            ops,
+        return ops._replace(
             qkv_heads=train_gpt.qkv_heads,
             gated_xsa=train_gpt.gated_xsa,
             slot_input=train_gpt.slot_input,

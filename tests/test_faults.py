@@ -286,7 +286,7 @@ def test_settings_that_contradict_the_manifest_are_refused(caseops, plain, tmp_p
         ({"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "RANK=1 WORLD_SIZE=1"),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
-            "MASTER_ADDR, MASTER_PORT to numbers",
+            "sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT",
         ),
         ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "has RANK=x "),
     ],
