@@ -45,6 +45,7 @@ import os
 import re
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -550,9 +551,11 @@ def plan_all(lengths, settings, ranks):
     for hp in settings:
         chosen = scored_lengths(lengths, hp)
         jobs += [(chosen, hp, rank, ranks) for rank in range(ranks)]
-    # forked workers need not import torch again
-    with multiprocessing.get_context("fork").Pool(min(os.cpu_count(), len(jobs))) as pool:
-        of_ranks = pool.map(plan_rank, jobs, chunksize=1)
+    # Forked workers need not import torch again. They end by themselves: a multiprocessing.Pool
+    # sends SIGTERM, for which workers of a process with the guard's handlers have other plans.
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(min(os.cpu_count(), len(jobs)), fork) as pool:
+        of_ranks = list(pool.map(plan_rank, jobs))
     plans = []
     for number, hp in enumerate(settings):
         chosen = jobs[number * ranks][0]
