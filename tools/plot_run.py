@@ -50,7 +50,7 @@ BLUE = "#4477aa"
 GRAY = "#dddddd"
 # under text that lines may cross
 PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-MEANS = 100  # the moving mean of the losses spans one of so many parts of a run
+MEANS = 100  # the moving mean of the losses spans one of so many parts of a long run
 THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 
@@ -150,7 +150,7 @@ def draw_run_losses(axis, run, losses, color, names_validation):
         number = np.arange(steps - len(every_loss), steps) + 1
         every_time = np.interp(number, [0, *column(run.steps, "step")], [0.0, *times])
         axis.plot(every_time, every_loss, color=color, linewidth=0.4, alpha=0.35)
-        width = max(1, steps // MEANS)
+        width = max(1, steps // MEANS, min(10, steps // 10))
         losses = moving_mean(every_loss, width)
         times = every_time[width - 1 :]
     axis.plot(
