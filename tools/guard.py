@@ -93,7 +93,7 @@ class RunGuard(Guard):
 
     def resume(self, trainer):
         done = load_state(trainer) if trainer.hp.resume else super().resume(trainer)
-        self.losses = done[2]
+        _, _, self.losses = done
         return done
 
     def after_step(self, trainer, step, seconds, losses, reports):
@@ -278,8 +278,10 @@ def gather_momentum(dist, muon):
 
 def save_losses(losses, path):
     """A full disk is no reason to end a run whose training is complete."""
+    data = io.BytesIO()
+    np.save(data, losses)
     with contextlib.suppress(OSError):
-        np.save(path, losses)
+        train_gpt.write_atomically(path, data.getvalue())
 
 
 def save_state(trainer, step, seconds, losses, name=None):

@@ -134,12 +134,6 @@ def losses_of_steps(run):
     return np.load(path)[-run.result["steps"] :] if path.exists() else np.empty(0)
 
 
-def moving_mean(values, width):
-    """(n,) -> (n - width + 1,): each is the mean of `width` values, the last of them its own."""
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    return (sums[width:] - sums[:-width]) / width
-
-
 def draw_run_losses(axis, run, losses, color, names_validation):
     """The losses of one run; only one run puts "validation" into the legend."""
     steps = run.result["steps"]
@@ -151,7 +145,8 @@ def draw_run_losses(axis, run, losses, color, names_validation):
         every_time = np.interp(number, [0, *column(run.steps, "step")], [0.0, *times])
         axis.plot(every_time, every_loss, color=color, linewidth=0.4, alpha=0.35)
         width = max(1, steps // MEANS, min(10, steps // 10))
-        losses = moving_mean(every_loss, width)
+        # each the mean of `width` losses, drawn at the last of them
+        losses = np.convolve(every_loss, np.full(width, 1 / width), "valid")
         times = every_time[width - 1 :]
     axis.plot(
         times,
