@@ -292,17 +292,19 @@ def test_the_next_row_is_built_before_it_is_asked_for(tiny_data, monkeypatch):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("changes", [{}, {"balance_rows": False}])
-def test_a_loader_of_shorter_pieces_has_the_rows_of_that_length(world_size, changes, tiny_data):
+def test_a_loader_of_shorter_pieces_has_the_rows_of_that_length(world_size, changes, tmp_path):
     """Those of a run with this TRAIN_SEQ_LEN, whatever was read ahead at another length."""
+    lengths = np.random.default_rng(1).integers(3, 100, 150)  # balanced otherwise at each length
+    write_documents(tmp_path, "train", lengths)
     changes = {"train_batch_tokens": 512} | changes
     for rank in range(world_size):
         dist = rank_of(rank, world_size)
-        loader = loader_of(tiny_data, dist, **changes)
+        loader = loader_of(tmp_path, dist, **changes)
         for step, length in enumerate((32, 8, 8, 16, 32)):
             if length != loader.seq_len:
                 loader = loader.in_pieces(length)
             rows = list(loader.step(step))
-            fresh = loader_of(tiny_data, dist, train_seq_len=length, **changes)
+            fresh = loader_of(tmp_path, dist, train_seq_len=length, **changes)
             for row, want in zip(rows, fresh.step(step), strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(row, want, strict=True))
                 assert row.cu_seqlens.diff().max() == length
