@@ -76,7 +76,7 @@ def main(argument_count=len(sys.argv), *, keyword_only_argument=2):
     print(astuple(settings), [(f.name, f.type) for f in fields(settings)], argument_count, keyword_only_argument)
     print(scale(torch.arange(40.0), 3).tolist())
     print(op(torch.ones(3), 2.5), len(torch.ops.sample.op.default._schema.arguments))
-    print(__name__, __file__, sys.argv[1:], "FACTOR" in inspect.getsource(scale_kernel.fn))
+    print(__name__, __file__, sys.argv[1:], "constexpr" in inspect.getsource(scale_kernel.fn))
 
 OPERATOR
 
