@@ -129,11 +129,15 @@ def test_packed_code_is_recognised():
 
 
 def of_digits(*digits):
-    """Bytes whose literal has these digits of base 254, but for those of its first byte."""
-    number = 0
-    for digit in digits:
-        number = number * 254 + digit
-    return number.to_bytes((number.bit_length() + 7) // 8)
+    """Bytes whose literal would end in these digits of base 254 if their first byte were 1."""
+    for more in range(1, 254**2):
+        number = more
+        for digit in digits:
+            number = number * 254 + digit
+        first, *data = number.to_bytes((number.bit_length() + 7) // 8)
+        if first == 1:
+            return bytes(data)
+    raise AssertionError(digits)
 
 
 QUOTE = ord("'") - 2
