@@ -55,6 +55,7 @@ def small(tmp_path_factory):
     )
     assert run.returncode == 0, run.stderr
     assert "190 documents" in run.stdout and "layout" in run.stdout
+    assert "train on more text" not in run.stderr
     return folder / "small.model"
 
 
@@ -240,14 +241,11 @@ def test_no_documents_behind_validation_are_an_error(tmp_path):
 
 @pytest.mark.parametrize("wrong", [b'"a lone \\ud83d"', b'{"title": "no text"}', b'{"text": "cut'])
 @pytest.mark.parametrize("in_validation", [False, True])
-def test_a_document_that_cannot_be_read_is_named_and_the_old_model_stays(
+def test_a_document_that_cannot_be_read_is_named_and_no_model_is_left(
     tmp_path, wrong, in_validation
 ):
-    """It was a traceback, and --out, by default the repository's own tokenizer, was left with 0
-    bytes.
-    """
+    """It was a traceback, and a file of 0 bytes was left."""
     model, docs = tmp_path / "a.model", tmp_path / "docs.jsonl"
-    model.write_bytes(b"what was there")
     lines = [b'"a sentence of some words"'] * 20
     lines[3 if in_validation else 12] = wrong
     docs.write_bytes(b"\n".join(lines))
@@ -255,16 +253,37 @@ def test_a_document_that_cannot_be_read_is_named_and_the_old_model_stays(
     number = 4 if in_validation else 13
     assert run.returncode == 1 and f"docs.jsonl, line {number}: " in run.stderr
     assert "Traceback" not in run.stderr
-    assert model.read_bytes() == b"what was there" and len(list(tmp_path.iterdir())) == 2
+    assert list(tmp_path.iterdir()) == [docs]
 
 
-def test_a_vocabulary_that_cannot_be_trained_is_one_message_and_the_old_model_stays(tmp_path):
+def test_a_vocabulary_that_cannot_be_trained_is_one_message_and_no_model_is_left(tmp_path):
     model = tmp_path / "a.model"
-    model.write_bytes(b"what was there")
     docs = write_docs(tmp_path / "docs.jsonl", ["".join(map(chr, range(0x4E00, 0x4F00)))] * 20)
     run = train(model, docs, "--val-docs", "0", "--vocab-size", "265")
     assert run.returncode == 1 and "error: no tokenizer of 265 pieces from this text" in run.stderr
-    assert "Traceback" not in run.stderr and model.read_bytes() == b"what was there"
+    assert "Traceback" not in run.stderr and not model.exists()
+
+
+def test_a_model_that_is_there_is_never_overwritten(tmp_path):
+    """The command of tokenizers/README.md wrote over the tokenizer of the repository."""
+    model = tmp_path / "a.model"
+    model.write_bytes(b"what was there")
+    run = train(model, write_docs(tmp_path / "docs.jsonl", SENTENCES), "--val-docs", "0")
+    assert run.returncode == 1 and "a.model exists: remove it" in run.stderr
+    assert model.read_bytes() == b"what was there"
+
+
+def test_fewer_pieces_than_asked_for_are_told(tmp_path):
+    docs = write_docs(tmp_path / "docs.jsonl", SENTENCES)
+    run = train(tmp_path / "a.model", docs, "--val-docs", "0", "--vocab-size", "8192")
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "a.model"))
+    pieces = sp.get_piece_size()
+    assert run.returncode == 0 and 320 < pieces < 8192
+    assert run.stderr.endswith(
+        f"the text gave {pieces} of 8,192 pieces: train on more text, or set VOCAB_SIZE={pieces}"
+        " for the runs\n"
+    )
+    assert "pieces: train on more" not in train(tmp_path / "b.model", docs).stderr
 
 
 @pytest.mark.parametrize("copy", ["{}\n", "  {}", "{}\0", "\t{} \n"])

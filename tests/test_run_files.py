@@ -174,6 +174,63 @@ def test_losses_of_every_step_are_a_thin_line_and_their_moving_mean(tmp_path, mo
     assert mean.get_ydata()[-1] == pytest.approx(every.get_ydata()[-width:].mean())
 
 
+def test_the_legend_names_the_line_of_steps_and_their_mean(tmp_path, monkeypatch):
+    runs = [read_run(make_run(tmp_path / f"seed{seed}", seed)) for seed in (1, 2)]
+    for run in runs:
+        np.save(run.folder / "losses.npy", np.linspace(5, 3, run.result["steps"]))
+    figures = []
+    monkeypatch.setattr(plot_run.plt, "close", figures.append)
+    plot_run.plot_training(runs, tmp_path / "training.png")
+    legend = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert legend == [
+        "training, each step",
+        "mean of 40 steps, seed 1, 4,000 steps, 590 s",
+        "mean of 40 steps, seed 2, 4,000 steps, 590 s",
+    ]
+
+
+def ttt_lines(*rows):
+    """Lines of a log about batches of test-time training: (tokens, BPB so far)."""
+    return [
+        f"ttt_batch phase:1/1 documents:0 running_tokens:{tokens} running_bpb:{bpb}"
+        for tokens, bpb in rows
+    ]
+
+
+def test_batches_before_the_first_score_do_not_stretch_the_axis_of_test_time_training(
+    tmp_path, monkeypatch
+):
+    folder = make_run(tmp_path / "run")
+    log = folder / "log.txt"
+    text = log.read_text()
+    rows = ttt_lines((0, 0.0), (400, 1.03), (900, 1.05), (1000, 1.06))
+    log.write_text(text.replace("RESULT", "\n".join([*rows, "RESULT"])))
+    figures = []
+    monkeypatch.setattr(plot_run.plt, "close", figures.append)
+    plot_run.plot_ttt([read_run(folder)], tmp_path / "ttt.png")
+    [axis] = figures[0].axes
+    assert list(axis.lines[0].get_ydata()) == [1.03, 1.05, 1.06]
+    assert 1.02 < axis.get_ylim()[0] < 1.03
+    log.write_text(text.replace("RESULT", "\n".join([rows[0], "RESULT"])))
+    assert "ttt.png" not in plot_run.pictures_of([read_run(folder)])
+
+
+def test_bytes_are_drawn_against_the_cap(tmp_path, monkeypatch):
+    """A line at the cap; where groups share a section, the entropy of the codes stands for each."""
+    groups = {"embedding": 70, "up": 25, "rest": 5}
+    run = read_run(make_run(tmp_path / "run", group_bytes=groups))
+    figures = []
+    monkeypatch.setattr(plot_run.plt, "close", figures.append)
+    tables = {"embedding": 100, "up": 40, "scales of rows": 4}, {"all tensors": 98, "header": 2}
+    monkeypatch.setattr(plot_run, "bytes_by_group", lambda path: tables)
+    plot_run.plot_bytes([run], tmp_path / "bytes.png")
+    whole, groups = figures[0].axes
+    assert list(whole.lines[0].get_xdata()) == [16_000_000, 16_000_000]
+    assert whole.patches[0].get_width() == run.result["total_bytes"]
+    words = [text.get_text().strip() for text in groups.texts]
+    assert words[3:] == ["about 70  of 100", "about 25  of 40", "stored together  of 4"]
+
+
 def test_the_quantization_check_counts_to_the_training_budget(tmp_path):
     run = read_run(make_run(tmp_path / "run"))
     (_, _, stages), *_ = plot_run.budgets(run)

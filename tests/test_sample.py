@@ -119,6 +119,26 @@ def test_a_prompt_of_any_characters_is_taken(written):
     assert written("--prompt", "東京 🗼 Été iPhone").startswith("東京 🗼 Été iPhone")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("source", [(), ("--checkpoint",)])
+def test_a_gpu_writes_text_with_the_model(run, capsys, source):
+    """Its logits are those of the CPU, as far as bfloat16 goes."""
+    sample.main([str(run), "--tokens", "12", "--device", "cuda", "--prompt", "The cat", *source])
+    text = capsys.readouterr().out
+    assert text.startswith("The cat") and len(text) > len("The cat\n")
+    settings, _ = sample.settings_of_run(run)
+    logits = {}
+    for device in ("cpu", "cuda"):
+        hp = sample.hyperparameters(settings, device, None)
+        loaded = sample.load_model(hp, run, checkpoint=bool(source))
+        assert loaded.tok_emb.device.type == device
+        with torch.no_grad():
+            logits[device] = sample.next_token_logits(loaded, CASEOPS.encode("The cat"))
+    error = (logits["cuda"] - logits["cpu"]).square().mean().sqrt()
+    assert error < 0.05 * logits["cpu"].std()
+
+
 # ---- the model's distribution
 
 
@@ -271,7 +291,25 @@ def test_another_tokenizer_is_refused(run, tmp_path):
 
 def test_a_run_of_another_version_is_refused(tmp_path):
     folder = make_run(tmp_path / "old", settings={"NUM_LAYERZ": "3", "MATRIX_LRR": "1"})
-    assert "check out the one that made it: MATRIX_LRR is not a setting" in refusal(folder)
+    assert "the run changed MATRIX_LRR, NUM_LAYERZ, which this version lacks" in refusal(folder)
+    folder = make_run(tmp_path / "older", settings={"TRAIN_SEQ_LEN": "1"})
+    assert "check out the one that made it: TRAIN_SEQ_LEN=1" in refusal(folder)
+
+
+def test_defaults_that_are_constants_by_now_are_left_out(run, tmp_path, capsys):
+    """A changed one is refused."""
+    folder = tmp_path / "old"
+    shutil.copytree(run, folder)
+    log = folder / "log.txt"
+    text = log.read_text()
+    table = "settings (* changed):\n"
+    log.write_text(text.replace(table, f"{table}  BREADTH=5  # \n  GATE_WINDOW=12  # inputs\n"))
+    sample.main([str(folder), "--tokens", "3", "--device", "cpu", "--prompt", "The cat"])
+    out, err = capsys.readouterr()
+    assert out.startswith("The cat")
+    assert err.endswith("settings that are gone, left out: BREADTH, GATE_WINDOW\n")
+    log.write_text(text.replace(table, f"{table}* BREADTH=13  # inputs\n"))
+    assert "the run changed BREADTH" in refusal(folder)
 
 
 def test_a_prompt_that_is_no_text_is_refused(run):

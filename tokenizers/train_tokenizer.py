@@ -1,7 +1,7 @@
-"""Trains `caseops_8192.model`, a CaseOps tokenizer, on documents.
+"""Trains a CaseOps tokenizer, as `caseops_8192.model` is one, on documents.
 
-    python tokenizers/train_tokenizer.py docs_selected.jsonl  # all but the first 50,000
-    python tokenizers/train_tokenizer.py docs_train.jsonl.xz --val-file docs_val.jsonl.xz
+    python tokenizers/train_tokenizer.py docs_selected.jsonl --out my.model  # but the first 50,000
+    python tokenizers/train_tokenizer.py docs_train.jsonl.xz --val-file docs_val.jsonl.xz --out ...
 
 Files of documents are as for prepare_caseops_data.py. Validation documents are never trained on,
 nor are copies of them among the others: pieces are parameters that training chooses. The settings
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train a CaseOps tokenizer.")
     parser.add_argument("docs", nargs="+", metavar="FILE")
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).with_name("caseops_8192.model"), metavar="MODEL"
+        "--out", type=Path, required=True, metavar="MODEL", help="the file, which must not exist"
     )
     parser.add_argument(
         "--vocab-size", type=size, default=8192, metavar="N", help="default: %(default)s"
@@ -102,14 +102,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    """Trains and checks the tokenizer; only then does it take the place of what --out held.
+    """Trains and checks the tokenizer; only then is there a file of its name.
 
     Returns the exit status.
 
-    Raises DataError if nothing is left to train on.
+    Raises DataError if the file exists or nothing is left to train on.
     """
     if not options.out.parent.is_dir():
         raise DataError(f"{options.out.parent}: no such folder (--out)")
+    if options.out.exists():
+        raise DataError(f"{options.out} exists: remove it or name another file (--out)")
     lines = itertools.chain.from_iterable(map(read_lines, options.docs))
     held_out = (
         read_lines(options.val_file)
@@ -153,6 +155,12 @@ def train(options: argparse.Namespace) -> int:
         f" tokenizer\n{options.out.name}: {pieces:,} pieces, {options.out.stat().st_size:,} bytes,"
         f" {file_sha256(options.out)}"
     )
+    if pieces < options.vocab_size:
+        print(
+            f"the text gave {pieces:,} of {options.vocab_size:,} pieces: train on more text, or set"
+            f" VOCAB_SIZE={pieces} for the runs",
+            file=sys.stderr,
+        )
     return 0
 
 

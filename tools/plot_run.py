@@ -37,21 +37,25 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "font.size": 10,
-    "axes.titlesize": 11,
+    "font.size": 11,
+    "axes.titlesize": 12,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "figure.dpi": 110,
+    "figure.dpi": 140,
 }
+WIDTH = 10  # inches: at 800 pixels a point is a good pixel high
+SMALL = 10  # points
 COLORS = plt.get_cmap("tab10").colors
 STAGE_COLORS = plt.get_cmap("tab20").colors
 RED = "#cc3311"
 BLUE = "#4477aa"
+LIGHT_BLUE = "#a3bddb"
 GRAY = "#dddddd"
 # under text that lines may cross
 PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 MEANS = 100  # the moving mean of the losses spans one of so many parts of a long run
 THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
+MILLIONS = FuncFormatter(lambda value, _: f"{value / 1e6:g} M")
 
 
 def in_colors(items):
@@ -96,8 +100,8 @@ def plot_training(runs, path):
 
     The loss is in nats (left) and BPB (right).
     """
-    figure = plt.figure(figsize=(12, 6.2), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=[3, 1.15], height_ratios=[4, 1])
+    figure = plt.figure(figsize=(WIDTH, 6), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=[3, 1], height_ratios=[4, 1])
     loss = figure.add_subplot(grid[0, 0])
     scores = figure.add_subplot(grid[:, 1])
     schedule = figure.add_subplot(grid[1, 0], sharex=loss)
@@ -113,7 +117,7 @@ def draw_losses(axis, runs):
     early, every = [], []
     for color, run in in_colors(runs):
         losses = column(run.steps, "train_loss")
-        draw_run_losses(axis, run, losses, color, names_validation=run is runs[0])
+        draw_run_losses(axis, run, losses, color, is_first=run is runs[0])
         after_start = [row["train_loss"] for row in run.steps if row["progress"] > 0.03]
         early.append(after_start[0] if after_start else losses[0])
         every += losses + column(run.evaluations, "val_loss")
@@ -123,7 +127,7 @@ def draw_losses(axis, runs):
     axis.set_ylim(bottom - margin, top + margin)
     axis.set_ylabel("nats per token")
     axis.tick_params(labelbottom=False)
-    axis.legend(loc="upper right", fontsize=9, ncols=1 if len(runs) < 4 else 2)
+    axis.legend(loc="upper right", fontsize=SMALL, ncols=1 if len(runs) < 4 else 2)
     add_bpb_axis(axis, bpb_factor(runs[0].result))
     add_step_axis(axis, runs)
 
@@ -134,27 +138,30 @@ def losses_of_steps(run):
     return np.load(path)[-run.result["steps"] :] if path.exists() else np.empty(0)
 
 
-def draw_run_losses(axis, run, losses, color, names_validation):
-    """The losses of one run; only one run puts "validation" into the legend."""
+def draw_run_losses(axis, run, losses, color, is_first):
+    """The losses of one run; only the first puts what all runs have into the legend."""
     steps = run.result["steps"]
     seconds = run.result["training_seconds"]
     times = column(run.steps, "train_seconds")
     every_loss = losses_of_steps(run)
+    words = "training"
     if len(every_loss):
         number = np.arange(steps - len(every_loss), steps) + 1
         every_time = np.interp(number, [0, *column(run.steps, "step")], [0.0, *times])
-        axis.plot(every_time, every_loss, color=color, linewidth=0.4, alpha=0.35)
+        name = "training, each step" if is_first else None
+        axis.plot(every_time, every_loss, color=color, linewidth=0.6, alpha=0.45, label=name)
         width = max(1, steps // MEANS, min(10, steps // 10))
         # each the mean of `width` losses, drawn at the last of them
         losses = np.convolve(every_loss, np.full(width, 1 / width), "valid")
         times = every_time[width - 1 :]
+        words = f"mean of {width} steps"
     axis.plot(
         times,
         losses,
         color=color,
         linewidth=1.2,
         alpha=0.9,
-        label=f"training, seed {run.seed}, {steps:,} steps, {seconds:,.0f} s",
+        label=f"{words}, seed {run.seed}, {steps:,} steps, {seconds:,.0f} s",
     )
     if run.evaluations:
         axis.plot(
@@ -164,7 +171,7 @@ def draw_run_losses(axis, run, losses, color, names_validation):
             color=color,
             markersize=5,
             markeredgecolor="black",
-            label="validation" if names_validation else None,
+            label="validation" if is_first else None,
         )
 
 
@@ -178,7 +185,7 @@ def add_bpb_axis(axis, factor):
         return bpb / factor
 
     right = axis.secondary_yaxis("right", functions=(to_bpb, to_nats))
-    right.set_ylabel("BPB, at the validation text's bytes per token")
+    right.set_ylabel("BPB at validation's bytes per token")
 
 
 def add_step_axis(axis, runs):
@@ -233,7 +240,7 @@ def mark_looping(axes, runs):
     if known:
         top = axes[0]
         place = top.get_xaxis_transform()
-        top.text(max(known), 0.02, " looping on →", transform=place, fontsize=9)
+        top.text(max(known), 0.02, " looping on →", transform=place, fontsize=SMALL)
 
 
 def draw_scores(axis, runs):
@@ -243,7 +250,7 @@ def draw_scores(axis, runs):
     bpb = np.array([[each[name]["bpb"] for name in names] for each in scores])
     for color, values in in_colors(bpb):
         axis.plot(values, "o-", color=color, linewidth=1, markersize=6)
-    style = {"ha": "center", "fontsize": 9.5, "fontweight": "bold", "bbox": PLATE}
+    style = {"ha": "center", "fontsize": SMALL, "fontweight": "bold", "bbox": PLATE}
     for place, name in enumerate(names):
         values = bpb[:, place]
         words = f"{values.mean():.4f}"
@@ -253,7 +260,7 @@ def draw_scores(axis, runs):
             words += " *"
         top = (place, values.max())
         axis.annotate(words, top, xytext=(0, 9), textcoords="offset points", **style)
-    axis.set_xticks(range(len(names)), names, fontsize=9)
+    axis.set_xticks(range(len(names)), names, fontsize=SMALL, rotation=20)
     axis.set_xlim(-0.6, len(names) - 0.4)
     axis.margins(y=0.2)
     heading = "BPB after each stage" if len(runs) == 1 else "BPB (mean ± std)"
@@ -306,7 +313,7 @@ def plot_stages(runs, path):
     widest = 1.3 * max(lengths)
     names = dict.fromkeys(name for budget in every for name, _ in budget.stages)
     colors = dict(zip(names, STAGE_COLORS[::2] + STAGE_COLORS[1::2], strict=False))
-    figure, axis = plt.subplots(figsize=(12, 0.5 * len(every) + 2.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.5 * len(every) + 2.2), layout="constrained")
     place = 0.0
     ticks, labels = [], []
     for same_budget in zip(*tables, strict=True):
@@ -320,9 +327,12 @@ def plot_stages(runs, path):
                 limits = [budget.limit, budget.limit]
                 axis.plot(limits, [first - 0.5, place - 0.5], color=RED, linewidth=2)
         place += 0.4
+    seconds = runs[0].result["seconds"] | {"training": runs[0].result.get("training_seconds")}
     for name, color in colors.items():
-        axis.barh(0, 0, color=color, label=name)
-    figure.legend(loc="outside lower center", ncols=6, fontsize=9)
+        # many parts are too narrow for their number
+        words = name if len(runs) > 1 else f"{name} {seconds[name]:,.1f}"
+        axis.barh(0, 0, color=color, label=words)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=SMALL)
     axis.set_yticks(ticks, labels)
     axis.set_xlim(0, widest)
     axis.invert_yaxis()
@@ -337,7 +347,7 @@ def draw_stages(axis, place, budget, widest, colors):
     The sum is red above the limit.
     """
     left = 0.0
-    style = {"ha": "center", "va": "center", "fontsize": 9}
+    style = {"ha": "center", "va": "center", "fontsize": SMALL}
     for name, value in budget.stages:
         axis.barh(place, value, left=left, height=0.8, color=colors[name], edgecolor="white")
         if value > 0.05 * widest:
@@ -361,15 +371,20 @@ def draw_stages(axis, place, budget, widest, colors):
 # ---- running BPB of test-time training
 
 
+def scored_batches(run):
+    """Rows of batches of test-time training, without those before the first score."""
+    return [row for row in run.ttt if row.get("running_tokens")]
+
+
 def plot_ttt(runs, path):
     """Running BPB over the tokens that rank 0 has scored.
 
     Fine-tuning of the base weights and the scores of the complete text are marked.
     """
-    figure, axis = plt.subplots(figsize=(12, 4.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")
     every = []
     for color, run in in_colors(runs):
-        batches = [row for row in run.ttt if "running_bpb" in row]
+        batches = scored_batches(run)
         tokens = column(batches, "running_tokens")
         running = column(batches, "running_bpb")
         style = ".-" if len(tokens) < 100 else "-"
@@ -384,7 +399,7 @@ def plot_ttt(runs, path):
     share = " (rank 0's share)" if runs[0].result["world_size"] > 1 else ""
     axis.set_xlabel(f"validation tokens scored so far{share}; longest documents first")
     axis.set_ylabel("running BPB")
-    axis.legend(loc="upper right", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=SMALL)
     save(figure, runs, path)
 
 
@@ -398,7 +413,7 @@ def mark_fine_tuning(axis, run, color, num_tokens, with_words):
         if with_words:
             side = "right" if place > 0.6 * num_tokens else "left"
             words = f" base weights fine-tuned on {row['adapted']:,.0f} documents "
-            style = {"transform": axis.get_xaxis_transform(), "va": "top", "fontsize": 9}
+            style = {"transform": axis.get_xaxis_transform(), "va": "top", "fontsize": SMALL}
             axis.text(place, 0.98, words, ha=side, **style)
 
 
@@ -419,7 +434,7 @@ def mark_scores(axis, runs):
             textcoords="offset points",
             ha="right",
             va="bottom" if upper else "top",
-            fontsize=9,
+            fontsize=SMALL,
             bbox=PLATE,
         )
     return ends.values()
@@ -480,44 +495,70 @@ def mean_bytes(tables):
 
 
 def plot_bytes(runs, path):
-    """Bars by tensor group, stored and before compression; code; how much of the cap is used.
+    """All bytes against the cap; below, bars by tensor group, stored and before compression.
 
-    Means over seeds.
+    Means over seeds. For groups that are stored together, the entropy of their codes stands in.
     """
     tables = [bytes_by_group(run.folder / "artifact.bin") for run in runs]
     raw = mean_bytes([table for table, _ in tables])
     stored = mean_bytes([table for _, table in tables])
     stored["code"] = np.mean([run.result["code_bytes"] for run in runs])
+    entropy = mean_bytes([run.result.get("group_bytes", {}) for run in runs])
     names = sorted(stored, key=stored.get, reverse=True)
     names += sorted(set(raw) - set(stored), key=raw.get, reverse=True)
-    figure, axis = plt.subplots(figsize=(12, 0.42 * len(names) + 1.9), layout="constrained")
+    figure, (whole, axis) = plt.subplots(
+        2,
+        figsize=(WIDTH, 0.38 * len(names) + 2.8),
+        layout="constrained",
+        height_ratios=[1.4, len(names) + 1],
+    )
+    draw_total(whole, runs)
     for place, name in enumerate(names):
-        draw_group(axis, place, stored.get(name), raw.get(name))
+        draw_group(axis, place, stored.get(name), raw.get(name), entropy.get(name))
     axis.barh(0, 0, color=BLUE, label="in the file")
+    if any(name in entropy and name not in stored for name in names):
+        axis.barh(0, 0, color=LIGHT_BLUE, label="entropy of the codes (stored together)")
     axis.barh(0, 0, color=GRAY, label="before compression")
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
-    axis.grid(axis="y", visible=False)
-    axis.margins(x=0.25)
-    axis.xaxis.set_major_formatter(THOUSANDS)
-    axis.legend(loc="lower right", fontsize=9)
+    axis.margins(x=0.3)
+    axis.legend(loc="lower right", fontsize=SMALL)
     axis.set_xlabel("bytes" + (", mean over seeds" if len(runs) > 1 else ""))
-    axis.set_title(total_bytes(runs))
+    for each in (whole, axis):
+        each.grid(axis="y", visible=False)
+        each.xaxis.set_major_formatter(MILLIONS)
     save(figure, runs, path)
 
 
-def draw_group(axis, place, stored, raw):
+def draw_total(axis, runs):
+    """The bar of all bytes, those of the largest run, and a line at the cap."""
+    import train_gpt
+
+    total = max(run.result["total_bytes"] for run in runs)
+    axis.barh(0, total, height=0.75, color=BLUE)
+    axis.axvline(train_gpt.BYTE_CAP, color=RED, linewidth=2)
+    axis.text(train_gpt.BYTE_CAP, 0, f"  cap {train_gpt.BYTE_CAP:,}", va="center", color=RED)
+    axis.set_yticks([0], ["artifact + code"])
+    axis.set_xlim(0, 1.25 * max(total, train_gpt.BYTE_CAP))
+    axis.set_title(total_bytes(runs))
+
+
+def draw_group(axis, place, stored, raw, entropy):
     """The bars of one group; stored is None if it is stored together with others."""
     if raw is not None:
         axis.barh(place, raw, height=0.75, color=GRAY)
-    axis.barh(place, stored or 0, height=0.75, color=BLUE)
-    if stored is None:
-        words = f"  ({raw:,.0f}, stored together with others)"
-    else:
+    if stored is not None:
+        axis.barh(place, stored, height=0.75, color=BLUE)
         words = f"  {stored:,.0f}"
-        if raw is not None:
-            words += f"  of {raw:,.0f}"
-    axis.text(max(stored or 0, raw or 0), place, words, va="center", fontsize=9)
+    elif entropy is not None:
+        axis.barh(place, entropy, height=0.75, color=LIGHT_BLUE)
+        words = f"  about {entropy:,.0f}"
+    else:
+        words = "  stored together"
+    if raw is not None:
+        words += f"  of {raw:,.0f}"
+    longest = max(stored or 0, raw or 0)
+    axis.text(longest, place, words, va="center", fontsize=SMALL)
 
 
 def total_bytes(runs):
@@ -539,7 +580,7 @@ def pictures_of(runs):
         pictures["training.png"] = plot_training
     if scored:
         pictures["stages.png"] = plot_stages
-    if all(any("running_bpb" in row for row in run.ttt) for run in runs):
+    if all(scored_batches(run) for run in runs):
         pictures["ttt.png"] = plot_ttt
     if all((run.folder / "artifact.bin").exists() for run in runs):
         pictures["bytes.png"] = plot_bytes

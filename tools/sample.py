@@ -12,6 +12,7 @@ tokens. Nothing in the run's folder is changed.
 """
 
 import argparse
+import dataclasses
 import functools
 import re
 import sys
@@ -31,7 +32,14 @@ import presets.published as published  # noqa: E402
 import train_gpt  # noqa: E402
 from lossless_caps import ALLCAPS, CAPNEXT, ESC, TITLE, decode  # noqa: E402
 from prepare_caseops_data import encode_document, load_tokenizer  # noqa: E402
-from tools.run_files import FOLDER, MODE, RunError, read_settings, script_of  # noqa: E402
+from tools.run_files import (  # noqa: E402
+    FOLDER,
+    MODE,
+    RunError,
+    published_settings,
+    read_settings,
+    script_of,
+)
 
 BOS_ID = train_gpt.BOS_ID
 PAIRS = dict(zip(train_gpt.PAIR_IDS, train_gpt.CASE_MARKERS, strict=True))  # id -> its marker
@@ -104,17 +112,32 @@ def is_letter(char):
 def settings_of_run(folder):
     """Folder of a run -> its settings {NAME: text}, path of the tokenizer that its log names.
 
-    A run that has not ended has them, too. Raises RunError where there is no run.
+    A run that has not ended has them, too. Settings that this version lacks and the run left at
+    their defaults are left out, with a line on standard error: as a rule the default has become a
+    constant. Raises RunError where there is no run, and for a changed setting that is gone.
     """
     path = Path(folder) / "log.txt"
     if not path.is_file():
         raise RunError(f"{folder}: no such run: there is no log.txt")
     text = path.read_text(encoding="utf-8", errors="replace")
-    settings, _ = read_settings(text.splitlines())
+    settings, changed = read_settings(text.splitlines())
     tokenizers = re.findall(r"^parameters:.* tokenizer:(.+?) validation ", text, re.MULTILINE)
     if not settings or not tokenizers:
         raise RunError(f"{path}: no table of settings and no tokenizer: the run did not begin")
-    return settings, Path(tokenizers[-1])
+    known = published_settings() | {
+        field.name.upper() for field in dataclasses.fields(train_gpt.Hyperparameters)
+    }
+    gone = settings.keys() - known
+    if lost := sorted(gone & {*changed}):
+        raise RunError(
+            f"{path}: the run changed {', '.join(lost)}, which this version lacks: check out the"
+            " version that made it"
+        )
+    if gone:
+        names = ", ".join(sorted(gone))
+        command_line.tell(f"sample.py: defaults of settings that are gone, left out: {names}")
+    kept = {name: value for name, value in settings.items() if name in known}
+    return kept, Path(tokenizers[-1])
 
 
 def hyperparameters(settings, device, tokenizer):
