@@ -80,11 +80,15 @@ class DataError(ValueError):
 
 
 class ArtifactError(ValueError):
-    """Bytes that are not an artifact of this program, or damaged."""
+    """Bytes that are no artifact of this program, or damaged, or arrays that none can hold."""
+
+
+class ModelError(ValueError):
+    """Weights that cannot be quantized, as training went wrong; the message names them."""
 
 
 # these end a run with their message, any other exception with its traceback
-OUR_ERRORS = SettingError, DataError, ArtifactError
+OUR_ERRORS = SettingError, DataError, ArtifactError, ModelError
 
 # ---- HYPERPARAMETERS -----------------------------------------------------------------------------
 
@@ -256,7 +260,7 @@ class Hyperparameters:
                 continue
             try:
                 values[field.name] = parse_setting(field, text)
-            except ValueError as error:
+            except SettingError as error:
                 problems.append(str(error))
         if problems:
             raise SettingError("\n".join(problems))
@@ -341,16 +345,16 @@ LORA_SITES = {"q": "q", "k": "k", "v": "v", "o": "attn_out", "mlp": "mlp_out", "
 
 
 def parse_setting(field, text):
-    """Text of an environment variable -> typed value. Raises ValueError that names the variable."""
+    """Text of an environment variable -> typed value. SettingError that names the variable."""
     name = field.name.upper()
     if field.type is bool:
         if text not in ("0", "1"):
-            raise ValueError(f"{name}={text!r}: must be 0 or 1")
+            raise SettingError(f"{name}={text!r}: must be 0 or 1")
         return text == "1"
     try:
         return field.type(text)
     except ValueError:
-        raise ValueError(f"{name}={text!r}: must be {field.type.__name__}") from None
+        raise SettingError(f"{name}={text!r}: must be {field.type.__name__}") from None
 
 
 # First words of our settings that other programs' variables have as well (MAX_JOBS, DATA_...)
@@ -3365,7 +3369,7 @@ def unbank(model):
 def rebank(model, state):
     """Loads {saved name: tensor} into a GPT.
 
-    Raises ValueError if names or shapes differ from the model's.
+    Raises DataError if names or shapes differ from the model's.
     """
     views = unbank(model)
     wanted = {name: tensor.shape for name, tensor in views.items()}
@@ -3373,7 +3377,7 @@ def rebank(model, state):
     if wanted != given:
         names = wanted.keys() | given.keys()
         differ = sorted(name for name in names if wanted.get(name) != given.get(name))
-        raise ValueError(
+        raise DataError(
             f"the saved model does not fit these settings: {len(differ)} tensors differ,"
             f" {differ[:5]} among them"
         )
@@ -3907,7 +3911,7 @@ def inverse_cholesky_upper(h):
 def damped_inverse_factor(h, damping, names):
     """inverse_cholesky_upper of h (N, C, C) + damping (N,) times I; overwrites both arguments.
 
-    The damping of matrices without a factor grows tenfold, up to DAMPING_RETRIES times. ValueError
+    The damping of matrices without a factor grows tenfold, up to DAMPING_RETRIES times. ModelError
     with their names if that does not help.
     """
     diagonal = h.diagonal(dim1=-2, dim2=-1)
@@ -3924,7 +3928,7 @@ def damped_inverse_factor(h, damping, names):
             f"GPTQ: damping raised tenfold, retry {retry + 1}: {failed_names}", stacklevel=2
         )
         damping[failed] *= 10
-    raise ValueError(f"GPTQ: no Cholesky factor after {DAMPING_RETRIES} retries for {failed_names}")
+    raise ModelError(f"GPTQ: no Cholesky factor after {DAMPING_RETRIES} retries for {failed_names}")
 
 
 def to_log2_eighths(x):
@@ -4076,12 +4080,12 @@ def gptq_quantize(w, hessian, bits, clip_sigmas, damp, names, columns=None):
 
     SDClip sets the step sizes of rows: clip_sigmas standard deviations of the original row reach
     the largest code. With ColumnSteps nothing is clipped, because codes may be wide
-    (split_wide_codes). ValueError with the names of matrices whose Hessian is infinite or cannot be
+    (split_wide_codes). ModelError with the names of matrices whose Hessian is infinite or cannot be
     made positive definite.
     """
     infinite = [name for name, h in zip(names, hessian, strict=True) if h.isinf().any()]
     if infinite:  # the codes would be noise
-        raise ValueError(f"GPTQ: the Hessian of {', '.join(infinite)} has infinite entries")
+        raise ModelError(f"GPTQ: the Hessian of {', '.join(infinite)} has infinite entries")
     max_code = 2 ** (bits - 1) - 1
     scale = (clip_sigmas * w.float().std(dim=2) / max_code).clamp(*FP16_RANGE).half()
     weights, upper, order = order_columns(w, hessian, damp, names)
@@ -4194,10 +4198,12 @@ def quantize_small(name, w):
 
 
 def check_quantizable(weights, hessians):
-    """ValueError for weights that quantize_weights cannot store; the same on every rank."""
+    """ModelError for weights that quantize_weights cannot store; the same on every rank."""
     for name, w in weights.items():
         if not w.half().isfinite().all():
-            raise ValueError(f"{name} holds numbers that are not finite or beyond fp16")
+            raise ModelError(
+                f"{name} holds numbers that are not finite or beyond fp16: lower learning rates"
+            )
         has_hessian = name in hessians and hessians[name].shape == 2 * w.shape[-1:]
         if quant_role(name) and not has_hessian:
             raise ValueError(f"{name} {tuple(w.shape)} needs a Hessian of its columns")
@@ -4216,7 +4222,7 @@ def quantize_weights(weights, hessians, hp, dist, trellis_round=trellis_round_re
     """Saved weights and Hessians (C, C), by name -> numpy arrays "name:field", on every rank.
 
     Fields: those of fields_fit. trellis_round is the model's operation for the trellis. Each matrix
-    is quantized by one rank, small tensors by rank 0. ValueError with the names of the tensors at
+    is quantized by one rank, small tensors by rank 0. ModelError with the names of the tensors at
     fault, raised on all ranks.
     """
     check_quantizable(weights, hessians)
@@ -4225,12 +4231,12 @@ def quantize_weights(weights, hessians, hp, dist, trellis_round=trellis_round_re
     try:
         mine = share_matrices(matrices, dist.world_size)[dist.rank]
         fields = quantize_matrices(mine, weights, hessians, hp, trellis_round)
-    except ValueError as error:  # goes to the other ranks, which would wait for this one's part
+    except ModelError as error:  # goes to the other ranks, which would wait for this one's part
         failure = str(error)
     failures = dist.all_gather_object(failure)
     failures = [failure for failure in failures if failure]
     if failures:
-        raise ValueError("; ".join(failures))
+        raise ModelError("; ".join(failures))
     if dist.rank == 0:
         for name in weights.keys() - matrices.keys():
             fields[name] = quantize_small(name, weights[name])
@@ -4284,7 +4290,7 @@ def join_wide_codes(name, fields):
     shift = fields["fine_shift"].astype(int)
     is_column = (columns >= 0) & (columns < codes.shape[1]) & (np.diff(columns, prepend=-1) > 0)
     if not (is_column & (shift >= 0) & (shift <= MAX_SHIFT)).all():
-        raise ValueError(f"{name}: fine codes do not fit the matrix {codes.shape}")
+        raise ArtifactError(f"{name}: fine codes do not fit the matrix {codes.shape}")
     codes = codes.copy()
     codes[:, columns] = codes[:, columns] * 2**shift + fields["fine_codes"]
     column_steps = column_steps.copy()
@@ -4293,10 +4299,10 @@ def join_wide_codes(name, fields):
 
 
 def dequantize_fields(name, fields):
-    """Fields of a weight in float32 -> the weight in float32. ValueError if they do not fit."""
+    """Fields of a weight in float32 -> the weight in float32. ArtifactError if they do not fit."""
     shapes = {field: array.shape for field, array in fields.items()}
     if not fields_fit(shapes):
-        raise ValueError(
+        raise ArtifactError(
             f"{name}: no weight can be made of the fields {shapes}; presets/published.py reads LQER"
         )
     if "fp16" in fields:
@@ -4315,7 +4321,7 @@ def dequantize_weights(arrays):
     """Arrays of quantize_weights -> saved weights by name, float32 on the CPU.
 
     The same bits on every machine: only elementwise float32 operations in a fixed order, as a
-    matmul would leave the order of its sums to the BLAS. ValueError for arrays that do not fit.
+    matmul would leave the order of its sums to the BLAS. ArtifactError for arrays that do not fit.
     """
     fields = defaultdict(dict)
     for key, array in arrays.items():
@@ -4615,10 +4621,15 @@ class SymbolEncoder:
 
 
 class SymbolDecoder:
-    """The inverse of SymbolEncoder, with the same methods: symbols come out of the stream."""
+    """The inverse of SymbolEncoder, with the same methods: symbols come out of the stream.
+
+    Raises ArtifactError where the stream does not suffice.
+    """
 
     def __init__(self, stream):
         size = 8 * RANS_LANES
+        if len(stream) < size or len(stream) % 4:
+            raise ArtifactError("artifact: entropy data is cut off")
         self.states = np.frombuffer(stream[:size], "<i8").astype(np.int64)
         self.words = np.frombuffer(stream[size:], "<u4").astype(np.int64)
         self.words_used = 0
@@ -4643,6 +4654,8 @@ class SymbolDecoder:
             x += points - intervals.starts
             low = (x < 2**31).nonzero()[0]
             used = self.words_used + len(low)
+            if used > len(self.words):
+                raise ArtifactError("artifact: entropy data is cut off")
             x[low] = x[low] << 32 | self.words[self.words_used : used]
             self.words_used = used
         return (index & 255) - 128
@@ -4807,11 +4820,14 @@ def brotli_decompress(data, raw_size, shapes=()):
     """
     decoder = brotli.Decompressor()
     raw = bytearray()
-    for start in range(0, len(data), 64):
-        raw += decoder.process(data[start : start + 64])
-        if len(raw) > raw_size:
-            break
-    return bytes(raw) if decoder.is_finished() else b""
+    with contextlib.suppress(brotli.error):
+        for start in range(0, len(data), 64):
+            raw += decoder.process(data[start : start + 64])
+            if len(raw) > raw_size:
+                break
+        if decoder.is_finished():
+            return bytes(raw)
+    return b""
 
 
 ENCODERS = {  # (raw bytes, shapes of their arrays) -> stream
@@ -4840,10 +4856,7 @@ COMPRESSORS = {  # presets/published.py adds numbers 1 and 2
 
 def expand(codec, stored, raw_size, shapes=()):
     """Stored bytes -> exactly raw_size bytes, or ArtifactError."""
-    try:
-        raw = DECODERS[codec](stored, raw_size, shapes) if raw_size else b""
-    except Exception as error:  # each library has its own classes of errors
-        raise ArtifactError(f"artifact: {codec} data does not expand: {error}") from error
+    raw = DECODERS[codec](stored, raw_size, shapes) if raw_size else b""
     if len(raw) != raw_size:
         raise ArtifactError(
             f"artifact: {codec} data does not expand to the size that the header says"
@@ -4887,13 +4900,15 @@ def is_valid_spec(spec):
 
 
 def check_specs(specs):
-    """ValueError for ArraySpecs of arrays that no artifact holds: a header may be hostile."""
+    """ArtifactError for ArraySpecs of arrays that no artifact holds: a header may be hostile."""
     for spec in specs:
         if not is_valid_spec(spec):
-            raise ValueError(f"{spec.name}: an artifact cannot hold {spec.dtype} {spec.shape}")
+            raise ArtifactError(f"{spec.name}: an artifact cannot hold {spec.dtype} {spec.shape}")
     is_unique = len({spec.name for spec in specs}) == len(specs)
     if not is_unique or total_bytes(specs) > MAX_RAW_BYTES:
-        raise ValueError(f"two arrays have one name, or all take more than {MAX_RAW_BYTES} bytes")
+        raise ArtifactError(
+            f"two arrays have one name, or all take more than {MAX_RAW_BYTES} bytes"
+        )
 
 
 def total_bytes(specs):
@@ -4999,7 +5014,7 @@ class SectionRecord(NamedTuple):
 
 
 def pack_weights(arrays, compressor, on_progress=lambda share: None, trained_on=0):
-    """Numpy arrays by name -> artifact bytes. ValueError for arrays that cannot be packed.
+    """Numpy arrays by name -> artifact bytes. ArtifactError for arrays that cannot be packed.
 
     on_progress(share) is called after each section with the share of raw bytes that are packed.
     trained_on: 1 + hp.fuses_markers; 0 leaves it unsaid.
@@ -5023,7 +5038,7 @@ def pack_weights(arrays, compressor, on_progress=lambda share: None, trained_on=
     records = [record for _, record in encoded]
     header = json.dumps([specs, records], separators=(",", ":")).encode()
     if len(header) > MAX_HEADER_BYTES:
-        raise ValueError(
+        raise ArtifactError(
             f"the names and shapes of {len(arrays)} arrays do not fit an artifact's header"
         )
     number = COMPRESSORS[compressor].number + 64 * trained_on
@@ -5064,20 +5079,22 @@ def read_header(blob):
             "artifact: not a file of this program, or its header is damaged or cut off"
         )
     compressor = names[number]
+    raw = expand(COMPRESSORS[compressor].codec, stored, fields.raw_size)
     try:
-        raw = expand(COMPRESSORS[compressor].codec, stored, fields.raw_size)
         arrays, sections = json.loads(raw)
         specs = [ArraySpec(name, dtype, tuple(shape)) for name, dtype, shape in arrays]
         records = [SectionRecord(*section) for section in sections]
-        check_specs(specs)
-        plan = plan_sections(specs, compressor)
-        start += fields.stored_size
-        is_sized = all(type(record.size) is int and record.size >= 0 for record in records)
-        is_sized = is_sized and start + sum(record.size for record in records) == len(blob)
-        if not is_sized or len(records) != len(plan):
-            raise ValueError("its sections are not those of its arrays, or not as long as the file")
     except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"artifact: the header is wrong: {error}") from error
+    check_specs(specs)
+    plan = plan_sections(specs, compressor)
+    start += fields.stored_size
+    is_sized = all(type(record.size) is int and record.size >= 0 for record in records)
+    is_sized = is_sized and start + sum(record.size for record in records) == len(blob)
+    if not is_sized or len(records) != len(plan):
+        raise ArtifactError(
+            "artifact: its sections are not those of its arrays, or not as long as the file"
+        )
     return Header(specs, plan, records, start)
 
 
@@ -6357,9 +6374,13 @@ def load_checkpoint(path, model):
     """Loads model.pt into the model. Raises DataError if it is missing or does not fit."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        rebank(model, checkpoint["weights"])
+        weights = {name: tensor.float() for name, tensor in checkpoint["weights"].items()}
     except Exception as error:  # a damaged file makes torch raise errors of many classes
         raise DataError(f"checkpoint {path}: {error!r:.300}") from None
+    try:
+        rebank(model, weights)
+    except DataError as error:
+        raise DataError(f"checkpoint {path}: {error}") from None
 
 
 def group_bytes(arrays):
@@ -6531,9 +6552,9 @@ def rebuild_model(model, path, dist):
             blob = Path(path).read_bytes()
             arrays = unpack_weights(blob)
             if blob[4] // 64 not in (0, 1 + model.hp.fuses_markers):  # see MAGIC
-                raise ValueError("trained with another MARKER_FUSION_ENABLED: use that")
+                raise ArtifactError("trained with another MARKER_FUSION_ENABLED: use that")
             rebank(model, dequantize_weights(arrays))
-        except (OSError, ValueError) as error:
+        except (*OUR_ERRORS, OSError) as error:
             problem = str(error)
     problem = dist.all_gather_object(problem)[0]
     if problem:

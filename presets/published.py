@@ -792,14 +792,14 @@ def quantize_weights(weights, hessians, hp, dist, trellis_round=train_gpt.trelli
 
 
 def dequantize_fields(name, fields):
-    """Adds the correction A B to a matrix that has LQER_FIELDS. ValueError if they do not fit."""
+    """Adds the correction A B where there are LQER_FIELDS; ArtifactError if they do not fit."""
     others = {field: array for field, array in fields.items() if field not in LQER_FIELDS}
     w = own_dequantize_fields(name, others)
     if len(others) == len(fields):
         return w
     shapes = {field: array.shape for field, array in fields.items()}
     if not factors_fit(shapes):
-        raise ValueError(f"{name}: no weight can be made of the fields {shapes}")
+        raise ArtifactError(f"{name}: no weight can be made of the fields {shapes}")
     a, b = unpack_factors(fields)
     for r in range(a.shape[1]):
         w += a[:, r, None] * b[r]
@@ -838,9 +838,12 @@ def run_lrzip(flags, data):
         target = Path(folder, "out")
         source.write_bytes(data)
         command = [*"lrzip -q -f -o".split(), target, *flags, source]
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, cwd=folder, timeout=900
-        )
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, cwd=folder, timeout=900
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ArtifactError(f"lrzip: {error}") from error
         if done.returncode != 0 or not target.exists():
             raise ArtifactError(f"lrzip ended with {done.returncode}: {done.stderr[-300:]!r}")
         return target.read_bytes()
@@ -867,7 +870,10 @@ def lzma_compress(raw, shapes=()):
 def lzma_decompress(data, raw_size, shapes=()):
     """At most raw_size + 1 bytes; none if the stream is cut off or something follows it."""
     decoder = lzma.LZMADecompressor(memlimit=2**28)
-    raw = decoder.decompress(data, max_length=raw_size + 1)
+    try:
+        raw = decoder.decompress(data, max_length=raw_size + 1)
+    except lzma.LZMAError as error:
+        raise ArtifactError(f"artifact: lzma data does not expand: {error}") from error
     return raw if decoder.eof and not decoder.unused_data else b""
 
 

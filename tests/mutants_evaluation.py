@@ -342,8 +342,8 @@ ARTIFACT = [
     Mutant(
         "brotli-is-fed-a-whole-section-at-once",
         TRAIN,
-        "for start in range(0, len(data), 64):\n        raw += decoder.process(data[start : start + 64])",
-        "for start in range(0, len(data), 2**30):\n        raw += decoder.process(data[start : start + 2**30])",
+        "for start in range(0, len(data), 64):\n            raw += decoder.process(data[start : start + 64])",
+        "for start in range(0, len(data), 2**30):\n            raw += decoder.process(data[start : start + 2**30])",
         "tests/test_faults.py::test_a_bomb_of_brotli_takes_little_memory",
     ),
     Mutant(

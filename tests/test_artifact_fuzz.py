@@ -154,10 +154,10 @@ def forge_lengths(blob, chance):
 
 
 def forge_compressor(blob, chance):
-    """Another compressor's number over the same sections."""
+    """Another compressor's number over the same sections; 64 more is the same compressor."""
     parts = Parts(blob)
     parts.number = chance.choice(
-        [n for n in range(256) if n != parts.number][: chance.choice([3, 255])]
+        [n for n in range(256) if n % 64 != parts.number % 64][: chance.choice([3, 252])]
     )
     return parts.signed()
 

@@ -401,7 +401,9 @@ def test_a_script_that_ends_when_it_is_checked_is_a_problem_with_a_name(run, tmp
 def test_what_a_script_prints_is_not_taken_for_the_answer(tmp_path):
     body = "import atexit\nprint('{}')\natexit.register(print, '{}')\n"
     (tmp_path / "loud.py").write_text(
-        f"{body}def check_all(hp, dist, guard): raise ValueError('no data')\n"
+        f"{body}class DataError(ValueError): pass\n"
+        "OUR_ERRORS = (DataError,)\n"
+        "def check_all(hp, dist, guard): raise DataError('no data')\n"
         "def find_guard(): pass\n"
         "class Hyperparameters:\n    device = None\n"
         "    from_env = classmethod(lambda c, guard: c)\n"

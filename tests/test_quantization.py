@@ -576,6 +576,57 @@ def test_an_artifact_of_a_model_of_other_tokens_is_refused(fused, tmp_path, dist
     train_gpt.rebuild_model(other, path, dist)
 
 
+def planted(*arguments, **options):
+    raise ValueError("planted")
+
+
+def assert_ends_with_the_bug(function, *arguments):
+    """The planted error itself comes out: not another one with its words, which would hide where."""
+    with pytest.raises(ValueError, match="^planted$") as error:
+        function(*arguments)
+    assert error.type is ValueError and error.traceback[-1].name == "planted"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    ["plan_sections", "join_sections", "code_matrix", "join_wide_codes", "fields_fit", "rebank"],
+)
+def test_a_bug_in_reading_an_artifact_is_no_damaged_file(broken, tmp_path, dist, monkeypatch):
+    model = make_model(small_hp())
+    weights = train_gpt.unbank(model)
+    hessians = {name: torch.eye(w.shape[-1]) for name, w in weights.items()}
+    arrays = train_gpt.quantize_weights(weights, hessians, small_hp(), dist)
+    path = tmp_path / "artifact.bin"
+    path.write_bytes(train_gpt.pack_weights(arrays, "entropy"))
+    monkeypatch.setattr(train_gpt, broken, planted)
+    assert_ends_with_the_bug(train_gpt.rebuild_model, model, path, dist)
+
+
+def test_a_bug_in_loading_a_checkpoint_is_no_damaged_file(tmp_path, monkeypatch):
+    model = make_model(small_hp())
+    train_gpt.save_checkpoint(tmp_path / "model.pt", model, small_hp())
+    monkeypatch.setattr(train_gpt, "rebank", planted)
+    assert_ends_with_the_bug(train_gpt.load_checkpoint, tmp_path / "model.pt", model)
+
+
+def test_a_bug_in_quantizing_is_not_the_weights_fault(monkeypatch):
+    monkeypatch.setattr(train_gpt, "order_columns", planted)
+    assert_ends_with_the_bug(quantize_alone, *small_model(), settings())
+
+
+def test_a_bug_in_reading_a_setting_is_no_bad_value(monkeypatch):
+    monkeypatch.setattr(train_gpt, "parse_setting", planted)
+    assert_ends_with_the_bug(train_gpt.Hyperparameters.from_env, {"SEED": "1"})
+
+
+def test_a_checkpoint_of_another_model_is_named_with_what_differs(tmp_path):
+    train_gpt.save_checkpoint(tmp_path / "model.pt", make_model(small_hp()), small_hp())
+    other = make_model(small_hp(num_layers=4))
+    words = f"^checkpoint {re.escape(str(tmp_path))}/model.pt: the saved model does not fit"
+    with pytest.raises(train_gpt.DataError, match=words):
+        train_gpt.load_checkpoint(tmp_path / "model.pt", other)
+
+
 def test_dequantize_is_deterministic_whatever_threads_and_order():
     weights, hessians = small_model()
     arrays = quantize_alone(weights, hessians, settings())
@@ -624,7 +675,7 @@ def test_missing_or_misshapen_hessian_is_an_error():
 def test_number_that_fp16_cannot_hold_is_an_error(name, value):
     weights, hessians = small_model()
     weights[name].view(-1)[3] = value
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(train_gpt.ModelError, match=f"{name}.*lower learning rates"):
         quantize_alone(weights, hessians, settings())
 
 

@@ -210,7 +210,7 @@ def check_script(script, count_gpus):
             from tools.guard import wanted_bytes  # it imports the script: after that was loaded
 
             about["disk_bytes"] = wanted_bytes(prepared.model, hp)
-        except (ValueError, OSError) as error:
+        except (*module.OUR_ERRORS, OSError) as error:
             about["problems"] += str(error).splitlines()
     if count_gpus:
         import torch

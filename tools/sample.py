@@ -31,7 +31,7 @@ import torch  # noqa: E402
 import presets.published as published  # noqa: E402
 import train_gpt  # noqa: E402
 from lossless_caps import ALLCAPS, CAPNEXT, ESC, TITLE, decode  # noqa: E402
-from prepare_caseops_data import encode_document, load_tokenizer  # noqa: E402
+from prepare_caseops_data import DataError, encode_document, load_tokenizer  # noqa: E402
 from tools.run_files import (  # noqa: E402
     FOLDER,
     MODE,
@@ -48,6 +48,9 @@ REPLACEMENT = "\ufffd"  # what SentencePiece shows for bytes that are no charact
 # operations run everywhere and suit one row that grows.
 HERE = {"KERNELS": "0", "ATTENTION_BACKEND": "sdpa", "COMPILE": "0"}
 
+# What is wrong with the run, its data or the prompt (which UTF-8 may not hold)
+ERRORS = *train_gpt.OUR_ERRORS, RunError, DataError, UnicodeError
+
 # ---- text
 
 
@@ -59,7 +62,7 @@ class Text(NamedTuple):
     space: int | None = None  # the space's id, where it and a marker behind it are one id
 
     def encode(self, prompt):
-        """Text -> ids, BOS first. Raises ValueError where UTF-8 cannot hold the text."""
+        """Text -> ids, BOS first. DataError or UnicodeError where UTF-8 cannot hold the text."""
         if self.caseops:
             ids = encode_document(self.tokenizer, prompt).astype(np.int64)
         else:
@@ -325,7 +328,7 @@ def main(arguments=None):
     """Command line; an error of the run, the data or the prompt ends it with one sentence."""
     try:
         write_samples(parse_arguments(arguments))
-    except ValueError as error:
+    except ERRORS as error:
         sys.exit(f"sample.py: {error}")
 
 
