@@ -245,21 +245,27 @@ class Hyperparameters:
     def from_env(cls, environ=None, guard=None):
         """Settings from environment variables, on top of those of PRESET, which the guard reads.
 
-        environ: a dictionary in place of os.environ. Raises SettingError with all bad values and
-        all unknown names that look like settings.
+        environ: a dictionary in place of os.environ. Raises SettingError with all of these: a
+        preset that cannot be used, unknown names that look like settings, bad values. Combinations
+        are looked at when there is none of them.
         """
         environ = os.environ if environ is None else environ
         guard = guard or NO_GUARD
-        if environ.get("PRESET"):
-            environ = guard.read_preset(environ["PRESET"]) | dict(environ)
         values = {}
-        problems = [*unknown_settings(environ, cls, guard)]
+        problems = []
+        if environ.get("PRESET"):
+            try:
+                environ = guard.read_preset(environ["PRESET"]) | dict(environ)
+            except SettingError as error:
+                problems.append(str(error))
+        problems += unknown_settings(environ, cls, guard)
         for field in dataclasses.fields(cls):
             text = environ.get(field.name.upper())
             if text is None:
                 continue
             try:
                 values[field.name] = parse_setting(field, text)
+                problems += range_problems(field, values[field.name])
             except SettingError as error:
                 problems.append(str(error))
         if problems:
@@ -385,20 +391,22 @@ def foreign_words(name, guard):
 def unknown_settings(environ, cls, guard):
     """Yields a message for every undeclared variable that looks like a setting.
 
-    It does if other scripts have it, if its first word is that of a setting and no shared one, or
-    if it is almost the name of a setting.
+    It does if other scripts have it, if its first word is that of a setting and no shared one, if
+    it is almost the name of a setting, or one cut short behind a word or in small letters.
     """
     names = [field.name.upper() for field in dataclasses.fields(cls)]
     families = {name.split("_")[0] for name in names if "_" in name} - set(SHARED_WORDS)
     for name in sorted(set(environ) - {*names}):
-        words = foreign_words(name, guard)
-        in_family = name.split("_")[0] in families
-        if not words and (in_family or difflib.get_close_matches(name, names, 1, 0.88)):
-            close = difflib.get_close_matches(name, names, 1, 0.6)
-            question = f"; did you mean {close[0]}?" if close else ""
-            words = f"not a setting{question} (unset it, or see --help)"
-        if words:
+        # a single word, such as seed or CHECKPOINT, may be another program's
+        meant = name.upper() if "_" in name else name
+        close = difflib.get_close_matches(meant, names, 1, 0.6)
+        is_close = difflib.get_close_matches(meant, close, 1, 0.88)
+        is_cut = "_" in name and close and close[0].startswith(meant)
+        if words := foreign_words(name, guard):
             yield f"{name} is {words}"
+        elif is_close or is_cut or name.split("_")[0] in families:
+            question = f"; did you mean {close[0]}?" if close else ""
+            yield f"{name} is not a setting{question} (unset it, or see --help)"
 
 
 def range_problems(field, value):
@@ -424,6 +432,8 @@ def cross_checks(hp):
         yield f"MODEL_DIM={hp.model_dim} must divide by NUM_HEADS={hp.num_heads}"
     if hp.num_heads % hp.num_kv_heads:
         yield "NUM_HEADS must divide by NUM_KV_HEADS"
+    if hp.mlp_dim < 2:
+        yield "MLP_MULT must be at least 2 / MODEL_DIM"
     if hp.rope_dims % 2 or hp.rope_dims > hp.head_dim:
         yield f"ROPE_DIMS must be even, at most {hp.head_dim}"
     if hp.num_loops and not hp.loop_start <= hp.loop_end < hp.num_layers:
@@ -652,7 +662,7 @@ class Guard:
 
         Raises SettingError.
         """
-        raise SettingError(f"PRESET={name} needs tools/guard.py and presets/ beside this file")
+        raise SettingError(f"PRESET={name} needs train_gpt.py in its repository")
 
     def instead(self, name):
         """Called for a variable that is no setting -> words on what replaces this setting of other
@@ -669,7 +679,7 @@ class Guard:
         prepared: Prepared, with None where an earlier check failed. Raises SettingError.
         """
         if hp.resume or hp.checkpoint_every:
-            raise SettingError("RESUME and CHECKPOINT_EVERY need tools/guard.py beside this file")
+            raise SettingError("RESUME and CHECKPOINT_EVERY need train_gpt.py in its repository")
         return ""
 
     def lock(self, folder):
@@ -684,8 +694,8 @@ class Guard:
     def notes(self, hp):
         """Called for the head of the log -> lines."""
         return [
-            "note: no tools/guard.py beside this file: no training states, no watchdog, no checks"
-            " of machine and dataset; code_bytes are those of this file"
+            "note: without tools/guard.py no training states, no watchdog, no plots, no checks of"
+            " machine and dataset; code_bytes are those of this file"
         ]
 
     def submission(self, script, hp):
@@ -695,6 +705,10 @@ class Guard:
     def figures(self, hp):
         """Called for RESULT -> more keys of it."""
         return {}
+
+    def violations(self, hp):
+        """Called for RESULT -> more sentences about rules that the run breaks."""
+        return []
 
     def commit(self):
         """Called for RESULT -> commit of the checkout, None if unknown."""
@@ -708,8 +722,11 @@ class Guard:
     def clear(self):
         """Called before a line is printed."""
 
-    def resume(self, trainer):
-        """Called when training begins -> steps, seconds and losses that are already done."""
+    def resume(self, trainer, evaluate):
+        """Called when training begins -> steps, seconds and losses that are already done.
+
+        evaluate() scores the weights, as after a step.
+        """
         return 0, 0.0, []
 
     def watch(self, model, loss):
@@ -3366,10 +3383,10 @@ def unbank(model):
     return state
 
 
-def rebank(model, state):
+def rebank(model, state, source="the saved model"):
     """Loads {saved name: tensor} into a GPT.
 
-    Raises DataError if names or shapes differ from the model's.
+    Raises DataError, which names the source, if names or shapes differ from the model's.
     """
     views = unbank(model)
     wanted = {name: tensor.shape for name, tensor in views.items()}
@@ -3378,7 +3395,7 @@ def rebank(model, state):
         names = wanted.keys() | given.keys()
         differ = sorted(name for name in names if wanted.get(name) != given.get(name))
         raise DataError(
-            f"the saved model does not fit these settings: {len(differ)} tensors differ,"
+            f"{source} does not fit these settings: {len(differ)} tensors differ,"
             f" {differ[:5]} among them"
         )
     with torch.no_grad():
@@ -3777,14 +3794,8 @@ class Trainer:
         hp = self.hp
         log = self.log
         budget = hp.training_seconds
-        first, seconds, losses = self.guard.resume(self)
-        if hp.resume:
-            # The run that wrote the state may have ended before it logged and evaluated this step
-            self.log_step(first, losses[-1], seconds, self.progress(first, seconds), self.looping)
-            if self.evaluation_is_due(first):
-                evaluate()
-        step = first
-        step_seconds = seconds / max(first, 1)
+        step, seconds, losses = self.guard.resume(self, evaluate)
+        step_seconds = seconds / max(step, 1)
         clock = TrainingClock(self.dist, seconds)
         while step < hp.iterations:
             # The last step must not overrun, even if it takes twice as long as the one before
@@ -3821,8 +3832,7 @@ class Trainer:
             log(f"note: training took {seconds:.2f} s of {budget:.2f}")
         self.log_step(step, losses[-1], seconds, self.progress(step, seconds), self.looping)
         self.ema.copy_to_model()
-        resumed = {"resumed_at_step": first} if hp.resume else {}
-        return self.summary(step, seconds, losses) | resumed
+        return self.summary(step, seconds, losses)
 
     def progress(self, step, seconds):
         """The training fraction in [0, 1]: of the time budget or, without one, of ITERATIONS."""
@@ -4623,15 +4633,14 @@ class SymbolEncoder:
 class SymbolDecoder:
     """The inverse of SymbolEncoder, with the same methods: symbols come out of the stream.
 
-    Raises ArtifactError where the stream does not suffice.
+    Raises ArtifactError where the stream ends too early; entropy_decompress sees to its length.
     """
 
     def __init__(self, stream):
         size = 8 * RANS_LANES
-        if len(stream) < size or len(stream) % 4:
-            raise ArtifactError("artifact: entropy data is cut off")
-        self.states = np.frombuffer(stream[:size], "<i8").astype(np.int64)
-        self.words = np.frombuffer(stream[size:], "<u4").astype(np.int64)
+        end = len(stream) // 4 * 4
+        self.states = np.frombuffer(stream[:size].ljust(size, b"\0"), "<i8").astype(np.int64)
+        self.words = np.frombuffer(stream[size:end], "<u4").astype(np.int64)
         self.words_used = 0
 
     def use(self, counts):
@@ -4800,10 +4809,10 @@ def entropy_compress(raw, shapes):
 
 
 def entropy_decompress(data, raw_size, shapes):
-    """The inverse of entropy_compress; no bytes if words of the stream are left over."""
+    """The inverse of entropy_compress; no bytes if the stream is not exactly used up."""
     decoder = SymbolDecoder(data)
     raw = code_matrices(decoder, bytes(raw_size), shapes)
-    return raw if decoder.words_used == len(decoder.words) else b""
+    return raw if 8 * RANS_LANES + 4 * decoder.words_used == len(data) else b""
 
 
 # --- codecs and compressors
@@ -6377,10 +6386,7 @@ def load_checkpoint(path, model):
         weights = {name: tensor.float() for name, tensor in checkpoint["weights"].items()}
     except Exception as error:  # a damaged file makes torch raise errors of many classes
         raise DataError(f"checkpoint {path}: {error!r:.300}") from None
-    try:
-        rebank(model, weights)
-    except DataError as error:
-        raise DataError(f"checkpoint {path}: {error}") from None
+    rebank(model, weights, f"checkpoint {path}")
 
 
 def group_bytes(arrays):
@@ -6608,11 +6614,6 @@ def violations(hp, log, training, code_bytes, artifact_bytes, scores):
         )
     if ttt.get("partial"):
         broken.append("test-time training scored part of the validation documents (TTT_MAX_DOCS)")
-    leaked = training.get("leaked_documents")
-    if leaked:
-        broken.append(
-            f"{leaked} training documents are validation documents, says the dataset's manifest"
-        )
     return broken
 
 
@@ -6763,7 +6764,8 @@ class Stages:
             "total_bytes": self.artifact_bytes + self.code_bytes,
             "seconds": log.seconds,
             "graphs_compiled": {stage: count for stage, count in log.graphs.items() if count},
-            "violations": violations(self.hp, log, training, *sizes, self.scores),
+            "violations": violations(self.hp, log, training, *sizes, self.scores)
+            + self.guard.violations(self.hp),
         }
         if self.dist.device.type == "cuda":
             result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()

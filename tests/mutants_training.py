@@ -37,9 +37,30 @@ SETTINGS = [
     Mutant(
         "misspelt-settings-are-ignored",
         TRAINER,
-        "if not words and (in_family or difflib.get_close_matches(name, names, 1, 0.88)):",
-        "if in_family:",
+        "elif is_close or is_cut or",
+        "elif is_cut or",
         "tests/test_settings.py::test_a_misspelt_setting_is_refused_with_a_suggestion",
+    ),
+    Mutant(
+        "settings-cut-short-are-ignored",
+        TRAINER,
+        "elif is_close or is_cut or",
+        "elif is_close or",
+        "tests/test_settings.py::test_no_setting_is_passed_over_cut_short_behind_a_word_or_in_small_letters",
+    ),
+    Mutant(
+        "single-words-in-small-letters-are-refused",
+        TRAINER,
+        'meant = name.upper() if "_" in name else name',
+        "meant = name.upper()",
+        "tests/test_settings.py::test_variables_of_other_programs_are_left_alone",
+    ),
+    Mutant(
+        "ranges-are-looked-at-only-when-all-else-is-right",
+        TRAINER,
+        "                problems += range_problems(field, values[field.name])\n",
+        "",
+        "tests/test_settings.py::test_all_problems_are_named_at_once",
     ),
     Mutant(
         "reserve-may-equal-the-budget",
@@ -974,8 +995,8 @@ TRAINING = [
     Mutant(
         "budget-includes-the-reserve",
         TRAINER,
-        "        budget = hp.training_seconds\n        first, seconds, losses",
-        "        budget = hp.max_wallclock_seconds or None\n        first, seconds, losses",
+        "        budget = hp.training_seconds\n        step, seconds, losses",
+        "        budget = hp.max_wallclock_seconds or None\n        step, seconds, losses",
         "tests/test_training.py::test_training_keeps_its_budget_less_the_reserve[even]",
     ),
     Mutant(

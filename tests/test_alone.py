@@ -112,7 +112,10 @@ def test_the_file_alone_counts_itself_and_says_so(world, name):
     assert found[name]["total_bytes"] == found[name]["code_bytes"] + found[name]["artifact_bytes"]
     log = (folder / "runs" / name / "log.txt").read_text()
     (line,) = [line for line in log.splitlines() if "tools/guard.py" in line]
-    assert "no training states, no watchdog" in line and "code_bytes are those of this file" in line
+    assert (
+        "no training states, no watchdog, no plots" in line
+        and "code_bytes are those of this file" in line
+    )
     assert "tools/guard.py" not in (folder / "runs" / "checkout" / "log.txt").read_text()
 
 
@@ -203,11 +206,7 @@ def test_a_wall_clock_at_or_below_the_reserve_is_refused(place, seconds):
 def test_a_preset_is_refused_with_the_reason(folder):
     code, out, err = finish(start(folder, PRESET="pr1512"))
     assert (code, out) == (1, "")
-    assert (
-        err
-        == "train_gpt.py cannot run: PRESET=pr1512 needs tools/guard.py and presets/ beside this"
-        " file\n"
-    )
+    assert err == "train_gpt.py cannot run: PRESET=pr1512 needs train_gpt.py in its repository\n"
 
 
 def test_settings_of_published_systems_are_refused(folder):
@@ -232,7 +231,10 @@ def test_resuming_is_refused_with_the_reason(world):
         "RUN_ID": "x",
     }
     code, out, err = finish(start(world[0] / "alone", RESUME="1", **settings))
-    assert (code, out) == (1, "") and "RESUME and CHECKPOINT_EVERY need tools/guard.py" in err
+    assert (code, out) == (
+        1,
+        "",
+    ) and "RESUME and CHECKPOINT_EVERY need train_gpt.py in its repository" in err
     assert not (world[0] / "other").exists()
 
 

@@ -622,7 +622,7 @@ def test_a_bug_in_reading_a_setting_is_no_bad_value(monkeypatch):
 def test_a_checkpoint_of_another_model_is_named_with_what_differs(tmp_path):
     train_gpt.save_checkpoint(tmp_path / "model.pt", make_model(small_hp()), small_hp())
     other = make_model(small_hp(num_layers=4))
-    words = f"^checkpoint {re.escape(str(tmp_path))}/model.pt: the saved model does not fit"
+    words = f"^checkpoint {re.escape(str(tmp_path))}/model.pt does not fit these settings"
     with pytest.raises(train_gpt.DataError, match=words):
         train_gpt.load_checkpoint(tmp_path / "model.pt", other)
 

@@ -26,7 +26,6 @@ GOOD = {
     "recompilations": 0,
     "graphs": {},
     "gap": 0.02,
-    "leaked_documents": 0,
 }
 
 
@@ -50,7 +49,6 @@ def broken(final="ttt", **changes):
         "training_seconds": run["training_seconds"],
         "group_bytes": {"up": 5, "down": 4, "rest": 3, "k": 2},
         "quant_check": {"gap": run["gap"]},
-        "leaked_documents": run["leaked_documents"],
     }
     log = SimpleNamespace(seconds=seconds, graphs=run["graphs"])
     return train_gpt.violations(hp, log, training, run["code_bytes"], run["artifact_bytes"], scores)
@@ -252,11 +250,6 @@ def test_unpacking_and_the_final_evaluation_share_one_budget(key, final):
 def test_a_gap_that_is_too_large_or_not_finite_is_a_violation(gap):
     (sentence,) = broken(gap=gap)
     assert sentence.startswith(f"quantization adds {gap} nats")
-
-
-def test_leaked_training_documents_are_a_violation():
-    (sentence,) = broken(leaked_documents=3)
-    assert sentence.startswith("3 training documents are validation documents")
 
 
 def test_a_problem_of_one_rank_is_raised_on_all():

@@ -166,6 +166,14 @@ def test_derived_sizes():
         ("EMA_DECAYS", "EMA_DECAY"),
         ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"),
         ("WARMDOWN_FRACTION", "WARMDOWN_FRAC"),
+        # cut short, and in small letters
+        ("MAX_WALLCLOCK", r"MAX_WALLCLOCK_SECONDS\?"),
+        ("TRAIN_BATCH", r"TRAIN_BATCH_TOKENS\?"),
+        ("NUM_KV", r"NUM_KV_HEADS\?"),
+        ("VAL_LOSS", r"VAL_LOSS_EVERY\?"),
+        ("matrix_lr", r"MATRIX_LR\?"),
+        ("max_wallclock", r"MAX_WALLCLOCK_SECONDS\?"),
+        ("train_batch_token", r"TRAIN_BATCH_TOKENS\?"),
     ],
 )
 def test_a_misspelt_setting_is_refused_with_a_suggestion(name, meant):
@@ -173,6 +181,15 @@ def test_a_misspelt_setting_is_refused_with_a_suggestion(name, meant):
         Hyperparameters.from_env({name: "1"})
     assert re.search(rf"\b{name} is not a setting; did you mean {meant}", str(error.value))
     assert "\n" not in str(error.value)
+
+
+def test_no_setting_is_passed_over_cut_short_behind_a_word_or_in_small_letters():
+    names = [field.name.upper() for field in FIELDS if "_" in field.name]
+    words = [name.split("_") for name in names]
+    cut = {"_".join(each[:count]) for each in words for count in range(2, len(each))}
+    for name in cut - {*names} | {name.lower() for name in names}:
+        with pytest.raises(SettingError, match=f"^{name} is not a setting; did you mean"):
+            Hyperparameters.from_env({name: "1"})
 
 
 @pytest.mark.parametrize("name", ["TTT_SOMETHING_QUITE_DIFFERENT", "GPTQ_X", "MUON_BETA"])
@@ -194,6 +211,7 @@ OTHERS = """PATH HOME MAX_JOBS OMP_NUM_THREADS MKL_NUM_THREADS TORCH_INDEX_URL C
     SLURM_NTASKS NUM_WORKERS
     NUMEXPR_MAX_THREADS DATA_DIR TRAIN_DIR DEVICE_COUNT MIN_MEM HOSTNAME PYTEST_CURRENT_TEST
     MATCHED_FINEWEB_REPO_ID GOLDEN_DIR CI LD_LIBRARY_PATH RUN_NAME COMPILE_COMMANDS LESSOPEN
+    LR STEPS BATCH_SIZE DATA MODEL RUN CHECKPOINT seed device compile resume http_proxy data_dir
     _""".split()
 
 
@@ -203,12 +221,13 @@ def test_variables_of_other_programs_are_left_alone(name):
 
 
 def test_all_problems_are_named_at_once():
+    """A preset that is not there, an unknown name, no numbers and numbers outside their ranges."""
+    wrong = {"SEED": "x", "MATRIX_LRR": "1", "KERNELS": "yes", "NUM_LAYERS": "2.5"}
+    wrong |= {"PRESET": "nosuch", "MATRIX_LR": "-5", "MIN_LR": "2"}
     with pytest.raises(SettingError) as error:
-        Hyperparameters.from_env(
-            {"SEED": "x", "MATRIX_LRR": "1", "KERNELS": "yes", "NUM_LAYERS": "2.5"}
-        )
-    assert all(name in str(error.value) for name in ("SEED", "MATRIX_LRR", "KERNELS", "NUM_LAYERS"))
-    assert len(str(error.value).splitlines()) == 4
+        Hyperparameters.from_env(wrong)
+    assert {line.split("=")[0].split()[0] for line in str(error.value).splitlines()} == {*wrong}
+    assert len(str(error.value).splitlines()) == len(wrong)
 
 
 # ---- values
@@ -289,6 +308,7 @@ def test_every_number_has_a_lower_bound():
         ({"MICRO_BATCH_TOKENS": "100000"}, "MICRO_BATCH_TOKENS"),
         ({"MODEL_DIM": "500"}, "MODEL_DIM"),
         ({"NUM_KV_HEADS": "3"}, "NUM_KV_HEADS"),
+        ({"MLP_MULT": "0.003"}, "MLP_MULT must be at least 2 / MODEL_DIM"),
         ({"ROPE_DIMS": "15"}, "ROPE_DIMS"),
         ({"ROPE_DIMS": "66"}, "ROPE_DIMS"),
         ({"LOOP_END": "11"}, "LOOP_END"),

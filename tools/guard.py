@@ -61,6 +61,7 @@ class RunGuard(Guard):
         self.norms_before = self.norms
         self.not_finite = []  # names
         self.losses = []  # this rank's shares of the mean loss of every step
+        self.resumed = {}  # for RESULT
         # signals
         self.signal = 0  # number of the first one that was caught
         self.signals_wait = False  # for the end of a step
@@ -91,10 +92,17 @@ class RunGuard(Guard):
 
     # -- training states
 
-    def resume(self, trainer):
-        done = load_state(trainer) if trainer.hp.resume else super().resume(trainer)
-        _, _, self.losses = done
-        return done
+    def resume(self, trainer, evaluate):
+        if not trainer.hp.resume:
+            return super().resume(trainer, evaluate)
+        step, seconds, self.losses = load_state(trainer)
+        self.resumed = {"resumed_at_step": step}
+        # the run that wrote the state may have ended before it logged and evaluated this step
+        progress = trainer.progress(step, seconds)
+        trainer.log_step(step, self.losses[-1], seconds, progress, trainer.looping)
+        if trainer.evaluation_is_due(step):
+            evaluate()
+        return step, seconds, self.losses
 
     def after_step(self, trainer, step, seconds, losses, reports):
         self.losses = losses
@@ -202,7 +210,15 @@ class RunGuard(Guard):
         return notes + (preset_notes(hp) if hp.preset else [])
 
     def figures(self, hp):
-        return leaked_documents(hp)
+        return leaked_documents(hp) | self.resumed
+
+    def violations(self, hp):
+        leaked = leaked_documents(hp).get("leaked_documents")
+        if not leaked:
+            return []
+        return [
+            f"{leaked} training documents are validation documents, says the dataset's manifest"
+        ]
 
     def submission(self, script, hp):
         return packed_code(script, hp)

@@ -179,7 +179,8 @@ def mark_as_packed(tree):
 
 
 class WithoutHooks(ast.NodeTransformer):
-    """Drops statements that call a hook: a method of the class Guard that is a docstring alone.
+    """Puts what a hook returns in the place of its calls, if that is a constant, and drops what
+    then does nothing. Hooks are the methods of the class Guard.
 
     A packed script has no other guard. Methods that nothing asks for then are dropped as well.
     """
@@ -187,7 +188,7 @@ class WithoutHooks(ast.NodeTransformer):
     def __init__(self, tree):
         guards = [node for node in tree.body if getattr(node, "name", None) == "Guard"]
         methods = [part for node in guards for part in node.body[1:]]  # behind the docstring
-        self.hooks = {part.name for part in methods if isinstance(part.body[-1], ast.Expr)}
+        self.constants = {part.name: constant_of(part) for part in methods}
         self.visit(tree)
         attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
         asked = {node.attr for node in attributes if name_of(node.value) == "guard"}
@@ -195,11 +196,33 @@ class WithoutHooks(ast.NodeTransformer):
             node.body = [part for part in methods if part.name in asked] or [ast.Pass()]
 
     def visit_Expr(self, node):
-        call = node.value
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
-            if name_of(call.func.value) == "guard" and call.func.attr in self.hooks:
-                return ast.Pass()
-        return node
+        self.generic_visit(node)
+        return ast.Pass() if ast.unparse(node) == "None" else node
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        name = name_of(node.func)
+        is_hook = isinstance(node.func, ast.Attribute) and name_of(node.func.value) == "guard"
+        constant = self.constants.get(name) if is_hook else None
+        return ast.parse(constant, mode="eval").body if constant else node
+
+    def visit_If(self, node):
+        self.generic_visit(node)
+        is_idle = not node.orelse and all(isinstance(part, ast.Pass) for part in node.body)
+        has_call = any(isinstance(part, ast.Call) for part in ast.walk(node.test))
+        return ast.Pass() if is_idle and not has_call else node
+
+
+def constant_of(method):
+    """What a method returns, as text, if it returns a literal and does nothing else; else None."""
+    body = method.body[ast.get_docstring(method) is not None :]
+    if not body:
+        return "None"
+    literal = ast.Constant | ast.List | ast.Tuple | ast.Dict | ast.Load
+    if len(body) > 1 or not isinstance(body[0], ast.Return):
+        return None
+    is_literal = all(isinstance(part, literal) for part in ast.walk(body[0].value))
+    return ast.unparse(body[0].value) if is_literal else None
 
 
 # ---- minifying
