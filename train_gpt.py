@@ -9,11 +9,10 @@
     DATA_PATH=data/mine torchrun --standalone --nproc_per_node=8 train_gpt.py
     python train_gpt.py --help                   # every setting: default, range, meaning
 
-Settings are environment variables; the defaults are the submission, PRESET=name a published one.
-presets/published.py runs published systems that need code of their own.
-This file needs no other; in its repository tools/guard.py watches the run. A run writes its files
-to runs/<RUN_ID>/ (README) and ends with the line `RESULT {json}`. QUANT_ONLY=1 continues from its
-model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
+Settings are environment variables; the defaults are the submission. presets/published.py NAME runs
+a published system. This file needs no other; in its repository tools/guard.py watches the run and
+reads PRESET. A run writes its files to runs/<RUN_ID>/ (README) and ends with the line
+`RESULT {json}`. QUANT_ONLY=1 continues from its model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
 
 Shapes: B rows, T tokens, D model_dim, L layers, S slots (one execution of a layer; a looped one has
 several), H heads, K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
@@ -273,9 +272,7 @@ class Hyperparameters:
         return cls(**values)
 
     def __post_init__(self):
-        """Raises SettingError for values outside their ranges or, if there are none, for
-        combinations that cannot work.
-        """
+        """Raises SettingError for values outside their ranges; else for impossible combinations."""
         problems = []
         for field in dataclasses.fields(self):
             problems += range_problems(field, getattr(self, field.name))
@@ -340,8 +337,9 @@ class Hyperparameters:
         return max(0.0, self.max_wallclock_seconds - self.gptq_reserve_seconds)
 
     def chunk_size_of(self, length):
-        """Tokens scored between two LoRA steps in a document of `length` targets, or in an array of
-        documents.
+        """Tokens scored between two LoRA steps in a document of `length` targets.
+
+        An array of lengths is taken, too.
         """
         return self.ttt_chunk_size
 
@@ -368,10 +366,10 @@ SHARED_WORDS = "MAX MIN NUM RUN DATA MODEL ENABLE TRAIN VAL CHECKPOINT ARTIFACT"
 
 
 def foreign_words(name, guard):
-    """What to say of a setting of published scripts, which a run of this file alone must not ignore
-    either; nothing of others. tools/other_scripts.py says what replaces them.
+    """What to say of a setting of published scripts; nothing of other variables.
 
-    A packed script has the settings of its run.
+    A run of this file alone must not ignore them either; tools/other_scripts.py says what replaces
+    them. A packed script has the settings of its run, and not this list.
     """
     if PACKED:
         return ""
@@ -496,8 +494,9 @@ def range_text(field):
 
 
 def settings_table(hp=None):
-    """One line per setting: value (of hp, else the default; changed ones are starred), meaning,
-    range.
+    """One line per setting: value, meaning, range.
+
+    The value is that of hp, else the default; changed ones are starred.
     """
     lines = []
     for field in dataclasses.fields(Hyperparameters):
@@ -592,8 +591,9 @@ class Dist:
                 tensor.copy_(total.view_as(tensor))
 
     def reduce_scatter(self, full):
-        """(n world, ...) on every rank -> handle, (n, ...): this rank's slice of the sum, ready
-        after handle.wait().
+        """(n world, ...) on every rank -> handle, (n, ...): this rank's slice of the sum.
+
+        It is ready after handle.wait().
         """
         if self.world_size == 1:
             return SimpleNamespace(wait=lambda: None), full
@@ -665,8 +665,9 @@ class Guard:
         raise SettingError(f"PRESET={name} needs train_gpt.py in its repository")
 
     def instead(self, name):
-        """Called for a variable that is no setting -> words on what replaces this setting of other
-        scripts; none if it is not known as one.
+        """Called for a variable that is no setting -> words on what replaces it.
+
+        No words if it is not known as a setting of other scripts.
         """
         return ""
 
@@ -1753,8 +1754,9 @@ def qkv_heads_trial_inputs(hp, device, dtype):
 
 
 def gated_xsa_ref(y, v, logits):
-    """y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> (B, T, H, E), XSA (arXiv:2603.09078)
-    scaled by sigmoid(logits).
+    """XSA (arXiv:2603.09078) scaled by sigmoid(logits).
+
+    y (B, T, H, E), v (B, T, K, E), logits (B, T, H) -> (B, T, H, E).
     """
     return subtract_own_value(y, v) * torch.sigmoid(logits)[..., None]
 
@@ -1774,8 +1776,9 @@ def subtract_own_value(y, v):
 
 
 def _launch_rows(kernel, tensors, rows, E, warps, *sizes, **constants):
-    """Launches kernel(*tensors, rows, *sizes, **constants) over rows of E numbers, 1,024 numbers
-    for each program.
+    """Launches kernel(*tensors, rows, *sizes, **constants) over rows of E numbers.
+
+    Each program takes 1,024 numbers.
     """
     if rows == 0:
         return
@@ -2266,8 +2269,10 @@ def _slot_input_kernel(
 
 
 def _empty_slot_input_grads(grads, merged, x0, mix, scale, merge, *wanted):
-    """-> empty gradients of x, x0 and the skip, and sums (programs, 4, D) over each program's rows:
-    the gradients of mix (2 of the 4), of the weight and of the gate.
+    """Empty tensors for _slot_input_kernel's gradients.
+
+    They are those of x, x0 and the skip, and sums (programs, 4, D) over each program's rows: the
+    gradients of mix (2 of the 4), of the weight and of the gate.
     """
     programs = 3
     if x0.is_cuda:
@@ -2502,8 +2507,9 @@ def _cu_seqlens_of_q_and_k(cu_seqlens):
 
 
 def _over_rows(varlen):
-    """Decorator: attention over documents end to end, (tokens, H, E) -> (tokens, H, E), becomes a
-    backend that also takes rows.
+    """Decorator that makes attention over documents end to end a backend that also takes rows.
+
+    The attention: (tokens, H, E) -> (tokens, H, E).
     """
 
     def attention(q, k, v, cu_seqlens, max_seqlen, window=0):
@@ -2594,9 +2600,9 @@ def _fa4_backward(
     max_seqlen: int,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> gradients of q (tokens, H, E), and of k and v (H / K, tokens, K, E), not yet summed over
-    the query heads that share a key head.
+    """Gradients of q (tokens, H, E), and of k and v (H / K, tokens, K, E).
 
+    Those of k and v are not yet summed over the query heads that share a key head.
     FlashAttention-4 would sum them in fp32 buffers, zeroed before and cast after. One pass for each
     of a key head's query heads, with gradients of its own, costs less (docs/LOG.md).
     """
@@ -3249,8 +3255,10 @@ class GPT(nn.Module):
         return out if tap is None else tap("mlp_out", h, out, w.mlp_scale)
 
     def after_attention(self, entry, attn, mlp_lane, w, tap):
-        """The rest of a layer: SlotInput, the output of its attention (B, T, D) and the MLP lane,
-        None before the split -> x, mlp_lane.
+        """The rest of a layer, behind its attention -> x, mlp_lane.
+
+        Given are SlotInput, the attention's output (B, T, D) and the MLP lane, None before the
+        split.
 
         Before the split attention and MLP run one after the other on one stream; after it they run
         in parallel, each on its own lane, and both write to both lanes.
@@ -3296,8 +3304,8 @@ class GPT(nn.Module):
         """(B, T) ids -> (B, T, D), the output of the final norm.
 
         With cu_seqlens, B is 1 and the documents between these borders do not see each other; none
-        is longer than max_seqlen. Without it every row is one document. compiled_parts,
-        a CompiledParts, take the place of slot_input and block; slot_input then returns every
+        is longer than max_seqlen. Without it every row is one document. compiled_parts, a
+        CompiledParts, take the place of the methods of their names; slot_input then returns every
         output, which keeps the number of graphs small.
         """
         parts = compiled_parts or self
@@ -3993,8 +4001,9 @@ def order_columns(w, hessian, damp, names):
 
 
 def trellis_levels(codes):
-    """Codes (..., R, C), whole numbers -> their levels, float32, as the trellis of each column has
-    them. In NumPy's integers: exact on every machine.
+    """Codes (..., R, C), whole numbers -> their levels in the trellis of each column, float32.
+
+    In NumPy's integers: exact on every machine.
     """
     codes = np.nan_to_num(codes).clip(-(2**20), 2**20)  # those of a damaged artifact, too
     rows = codes.shape[-2]
@@ -6273,9 +6282,7 @@ class TestTimeTrainer:
 
 
 def evaluate_adapted(evaluator, log):
-    """The score of test-time training on what an Evaluator scores -> {loss, bpb, tokens, bytes,
-    ...}.
-    """
+    """The score of test-time training on what an Evaluator scores -> {loss, bpb, ...}."""
     e = evaluator
     return TestTimeTrainer(e.model, e.validation, e.hp, e.dist, log).evaluate()
 
