@@ -3,6 +3,8 @@ group.
 """
 
 import contextlib
+import functools
+import importlib.util
 import os
 import resource
 import signal
@@ -20,7 +22,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 if not torch.cuda.is_available():
     # kernels run on the CPU; must be set before triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import presets.published  # noqa: E402
 import train_gpt  # noqa: E402
@@ -81,6 +84,19 @@ TINY = {
 def tiny_hp(**changes):
     """Hyperparameters of a model that trains in milliseconds; keyword arguments override."""
     return train_gpt.Hyperparameters(**(TINY | changes))
+
+
+@functools.cache
+def load_script(path):
+    """A script of this repository as a module, by its path from the root.
+
+    For folders that carry the name of a common package and are none themselves, so that what needs
+    that package finds it: tokenizers, data.
+    """
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def tell(line):

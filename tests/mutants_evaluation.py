@@ -1102,11 +1102,25 @@ TOOLS = [
         "tests/test_pack_code.py::test_settings_of_a_run_become_defaults_but_for_those_that_belong_to_one_run",
     ),
     Mutant(
-        "the-digit-of-the-backslash",
+        "a-literal-may-end-in-a-quote-or-backslash",
         PACK,
-        "digits.append(digit + 1 + (digit > 11) + (digit > 89))",
-        "digits.append(digit + 1 + (digit > 11) + (digit > 90))",
+        """and not text.endswith((b"'", b"\\\\")):""",
+        ":",
         "tests/test_pack_code.py::test_literal_keeps_every_byte_even_where_a_copy_changes_line_ends",
+    ),
+    Mutant(
+        "calls-of-hooks-are-packed",
+        PACK,
+        '            if name_of(call.func.value) == "guard" and call.func.attr in self.hooks:\n',
+        "            if False:\n",
+        "tests/test_pack_code.py::test_calls_of_hooks_that_do_nothing_are_not_packed",
+    ),
+    Mutant(
+        "methods-of-other-classes-are-taken-for-hooks",
+        PACK,
+        'if name_of(call.func.value) == "guard" and call.func.attr in self.hooks:',
+        "if call.func.attr in self.hooks:",
+        "tests/test_pack_code.py::test_calls_of_hooks_that_do_nothing_are_not_packed",
     ),
     Mutant(
         "published-parts-are-left-out-where-pergroup-needs-them",

@@ -298,15 +298,16 @@ def test_a_guard_that_cannot_be_imported_ends_the_run(tmp_path):
 # ---- other packages under our names
 
 
+def write_packages_under_our_names(folder):
+    """Packages called as the folders of the checkout that hold Python files: none can be imported."""
+    for name in {path.parent.name for path in ROOT.glob("*/*.py")}:
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(f"raise ImportError('the foreign {name}')")
+
+
 def test_packages_under_our_names_change_nothing(world, tmp_path):
     folder, found = world
-    for name in ("tools", "data", "tokenizers", "presets"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text(f"raise ImportError('the foreign {name}')")
-        for module in ("guard", "run_files", "published", "pack_code"):
-            (tmp_path / name / f"{module}.py").write_text(
-                f"raise ImportError('the foreign {name}.{module}')"
-            )
+    write_packages_under_our_names(tmp_path)
     settings = TINY | {
         "DATA_PATH": str(folder / "data"),
         "RUNS_DIR": str(folder / "runs"),
@@ -333,6 +334,42 @@ def test_packages_under_our_names_change_nothing(world, tmp_path):
     run = folder / "runs" / "collides"
     assert "preset demo: MODEL_DIM=128" in (run / "log.txt").read_text()
     assert "tools/guard.py" not in (run / "log.txt").read_text() and list(run.glob("*.png"))
+
+
+def beside_packages_under_our_names(folder, *command):
+    """Runs python in the checkout, with such packages first on PYTHONPATH -> what it printed."""
+    write_packages_under_our_names(folder)
+    environment = HERE | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-B", *command], cwd=ROOT, env=environment, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_packages_under_our_names_stop_no_test_at_collection(tmp_path):
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+    printed = beside_packages_under_our_names(tmp_path, "-m", "pytest", *options, "tests")
+    assert "on_the_gpu" in printed and "error" not in printed.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "tools/sample.py",
+        "tools/launch.py",
+        "presets/published.py",
+        "benchmarks/bench_scaling.py",
+        "benchmarks/bench_recipe.py",
+        "data/download.py",
+        "tokenizers/train_tokenizer.py",
+        "docs/draw_pipeline.py",
+    ],
+)
+def test_packages_under_our_names_stop_no_script(tmp_path, script):
+    if script == "benchmarks/bench_recipe.py":
+        pytest.importorskip("scipy")
+    assert beside_packages_under_our_names(tmp_path, script, "--help")
 
 
 # ---- the bar

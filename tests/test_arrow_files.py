@@ -13,16 +13,17 @@ import threading
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 from data_helpers import TEXTS, build, grown_by, refused
 
 from prepare_caseops_data import DataError, parse_text, read_lines, read_manifest
-from tokenizers import train_tokenizer
 from tools import prepare_plain_data
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 ROOT = Path(__file__).resolve().parents[1]
+train_tokenizer = load_script("tokenizers/train_tokenizer.py")
 MANY = [f"{text} number {number}" for number in range(7) for text in TEXTS]
 WORDS = "the cat sat on a mat and saw 17 dogs run far away from that old house of wood".split()
 PLAIN = [" ".join(WORDS[(i * j + j) % len(WORDS)] for j in range(1, 90)) for i in range(80)]

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from artifact_helpers import model_arrays
 from conftest import TINY, tiny_hp
 
 import train_gpt
 from benchmarks import bench_bytes
-from tests.test_artifact import model_arrays
 
 pytest.importorskip("brotli")
 

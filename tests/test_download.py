@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote
 
 import numpy as np
 import pytest
-from conftest import install_published, tiny_hp
+from conftest import install_published, load_script, tiny_hp
 from data_helpers import TEXTS, build, write_docs
 
 import train_gpt
@@ -24,9 +24,7 @@ from prepare_caseops_data import main as prepare
 from tools.dataset import check_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("download", ROOT / "data" / "download.py")
-download = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(download)
+download = load_script("data/download.py")
 
 REVISION = "a" * 40
 FOLDER = f"datasets/datasets/{download.CASEOPS[1]}"

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PATIENCE
+from conftest import PATIENCE, load_script
 from data_helpers import TEXTS, build, long_corpus, refused, verified, write_docs
 
 import prepare_caseops_data as prepare
 from prepare_caseops_data import DEFAULT_TOKENIZER, main, read_manifest, write_shard
-from tokenizers import train_tokenizer
 from tools import prepare_plain_data
 
 ROOT = Path(__file__).resolve().parents[1]
+train_tokenizer = load_script("tokenizers/train_tokenizer.py")
 EMPTY = ["", "  ", "\n\n"]
 
 

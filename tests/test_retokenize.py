@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from conftest import load_script
 from data_helpers import TEXTS, build, stream, write_docs
 
 import prepare_caseops_data as prepare
@@ -21,11 +22,11 @@ from prepare_caseops_data import (
     read_manifest,
     write_shard,
 )
-from tokenizers.train_tokenizer import check_layout
 from tools import retokenize
 from tools.retokenize import charges_of_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
+train_tokenizer = load_script("tokenizers/train_tokenizer.py")
 WORDS = (
     "the Shape of an ARRAY is kept while Rows and columns are Read from left TO right by everyone"
     " who looks".split()
@@ -210,7 +211,7 @@ def test_a_layout_that_is_not_the_published_ones_is_refused(tmp_path):
             minloglevel=2,
         )
     with pytest.raises(DataError, match="a digit beside others"):
-        check_layout(model)
+        train_tokenizer.check_layout(model)
 
 
 def test_validation_documents_are_not_trained_on(tmp_path):

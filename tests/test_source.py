@@ -275,7 +275,7 @@ def imported_test_modules(tree):
         names = [alias.name for alias in node.names]
         if isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
-        if any(name.startswith("test_") for name in names):
+        if any(part.startswith("test_") for name in names for part in name.split(".")):
             found.append(ast.unparse(node))
     return found
 
@@ -285,7 +285,9 @@ def test_tests_import_no_test_module(name):
     assert imported_test_modules(ast.parse(read(name))) == []
 
 
-@pytest.mark.parametrize("line", ["import test_model", "from test_model import x"])
+@pytest.mark.parametrize(
+    "line", ["import test_model", "from test_model import x", "from tests.test_model import x"]
+)
 def test_an_import_of_a_test_module_is_found(line):
     assert imported_test_modules(ast.parse(line)) == [line]
     assert imported_test_modules(ast.parse("from model_helpers import x")) == []

@@ -17,6 +17,7 @@ import re
 import string
 import sys
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
@@ -36,16 +37,18 @@ NOT_PACKED = "ROOT", "import train_gpt", "from train_gpt"
 MODEL = "GPT"  # class whose attributes are parameters, with names in files
 NAME_FIELDS = "id", "attr", "arg", "name"  # of syntax nodes
 IN_ORDER = "register_fake", "register_autograd"
-PACKED_START = b"#coding:l1\nimport brotli,io,linecache\nn=0\nfor c in'''"
-PACKED_END = b"""''':c=ord(c);n=n*253+c-1-(c>13)-(c>92)
-S=brotli.decompress(n.to_bytes(%d)).decode()
-linecache.cache[__file__]=len(S),None,[*io.StringIO(S)],__file__;exec(compile(S,__file__,'exec'))
+PACKED_START = b"#coding:l1\nimport brotli,io,linecache\nn=0\nfor c in r'''"
+PACKED_END = b"""''':c=ord(c);n=n*254+c-1-(c>13)
+S=brotli.decompress(n.to_bytes(%d)[1:]).decode()
+F=__file__
+linecache.cache[F]=len(S),None,[*io.StringIO(S)],F
+exec(compile(S,F,'exec'))
 """
 
 
 def is_packed(source):
-    """Whether these bytes are a packed script."""
-    return source.startswith(PACKED_START)
+    """Whether these bytes are a packed script, also one of an older packer."""
+    return source.startswith(PACKED_START.partition(b"n=0")[0])
 
 
 # ---- the settings of the run
@@ -173,6 +176,30 @@ def mark_as_packed(tree):
             for number, part in enumerate(node.body):
                 if isinstance(part, ast.If) and ast.unparse(part.test) == "PACKED":
                     node.body[number:] = part.body
+
+
+class WithoutHooks(ast.NodeTransformer):
+    """Drops statements that call a hook: a method of the class Guard that is a docstring alone.
+
+    A packed script has no other guard. Methods that nothing asks for then are dropped as well.
+    """
+
+    def __init__(self, tree):
+        guards = [node for node in tree.body if getattr(node, "name", None) == "Guard"]
+        methods = [part for node in guards for part in node.body[1:]]  # behind the docstring
+        self.hooks = {part.name for part in methods if isinstance(part.body[-1], ast.Expr)}
+        self.visit(tree)
+        attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        asked = {node.attr for node in attributes if name_of(node.value) == "guard"}
+        for node in guards:
+            node.body = [part for part in methods if part.name in asked] or [ast.Pass()]
+
+    def visit_Expr(self, node):
+        call = node.value
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
+            if name_of(call.func.value) == "guard" and call.func.attr in self.hooks:
+                return ast.Pass()
+        return node
 
 
 # ---- minifying
@@ -306,9 +333,25 @@ def shorten_own_words(tree):
     known = names_known_outside(tree)
     own = {name for name in own_names(tree) - known if "_" in name[1:] and name[:2] != "__"}
     uses = Counter(getattr(node, field, "") for node in ast.walk(tree) for field in NAME_FIELDS)
-    free = [name for name in short_names() if name not in known | uses.keys()]
-    by_use = sorted(own, key=lambda name: (-uses[name], name))
-    short = dict(zip(by_use, free, strict=False))
+    rename(tree, sorted(own, key=lambda name: (-uses[name], name)), known)
+
+
+def shorten_constants(tree):
+    """Gives the constants of kernels, which Triton takes by name, short names wherever they stand.
+
+    No other variable has such a name (tests/test_pack_code.py).
+    """
+    kernels = [node for node in ast.walk(tree) if is_kernel(node)]
+    arguments = [argument for kernel in kernels for argument in kernel.args.args]
+    constants = dict.fromkeys(a.arg for a in arguments if a.annotation and len(a.arg) > 1)
+    rename(tree, constants, set())
+
+
+def rename(tree, words, taken):
+    """Gives words, in their order, the shortest names that are neither taken nor used."""
+    used = {getattr(node, field, "") for node in ast.walk(tree) for field in NAME_FIELDS}
+    free = [name for name in short_names() if name not in used | taken]
+    short = dict(zip(words, free, strict=False))
     for node in ast.walk(tree):
         for field in NAME_FIELDS:
             word = getattr(node, field, None)
@@ -443,22 +486,28 @@ def names_to_keep(tree):
 
 
 def string_literal(data):
-    """Bytes -> the inside of a '''literal''' of a latin-1 source: a number of digits 0..252,
-    highest
-    first.
+    """Bytes -> the inside of a raw r'''literal''' of a latin-1 source: a number of digits 0..253,
+    highest first, whose bytes are the data behind one more byte.
 
-    The digits are the 256 characters without NUL, CR and the backslash, which Python reads as
-    something else.
+    The digits are the 256 characters without NUL and CR, which Python reads as something else. The
+    first byte is the smallest with which the literal ends where it should.
     """
+    for first in range(1, 256):
+        text = bytes(digits_of(int.from_bytes(bytes([first]) + data)))
+        if b"'''" not in text and not text.endswith((b"'", b"\\")):
+            return text
+    raise ValueError("no raw string holds these bytes")
+
+
+def digits_of(number):
+    """A number -> its digits to the base of 254 as character codes, highest first."""
     digits = bytearray()
-    number = int.from_bytes(data)
     while number:
-        number, low = divmod(number, 253**1000)
+        number, low = divmod(number, 254**1000)
         for _ in range(1000):
-            low, digit = divmod(low, 253)
-            digits.append(digit + 1 + (digit > 11) + (digit > 89))
-    text = bytes(digits[::-1]).lstrip(b"\1").replace(b"'''", rb"''\'")
-    return text[:-1] + rb"\'" if text.endswith(b"'") else text
+            low, digit = divmod(low, 254)
+            digits.append(digit + 1 + (digit > 11))
+    return digits[::-1].lstrip(b"\1")
 
 
 def in_order(module):
@@ -477,6 +526,21 @@ def in_order(module):
         return math.inf
 
     return sorted(renamer.all_bindings(module), key=urgency, reverse=True)
+
+
+def compress(script):
+    """The shortest of what brotli makes of a script with 0 to 7 empty lines before it.
+
+    Its search is a heuristic: a byte more of input moves its output by up to 80.
+    """
+    trials = product((brotli.MODE_TEXT, brotli.MODE_FONT), range(8))
+
+    def packed(trial):
+        mode, count = trial
+        return brotli.compress(b"\n" * count + script, mode=mode)
+
+    with ThreadPoolExecutor() as pool:
+        return min(pool.map(packed, trials), key=len)
 
 
 def clean_shared_nodes(source):
@@ -510,10 +574,12 @@ def pack_code(source, settings):
         add_published(tree, published)
     set_defaults(tree, changed_settings(tree, settings))
     mark_as_packed(tree)
+    WithoutHooks(tree)
     DropWords().visit(tree)
     give_in_order(tree)
     free_parameters(tree)
     shorten_own_words(tree)
+    shorten_constants(tree)
     named_arguments, kept_globals = names_to_keep(tree)
     shorten_attributes(tree)
     text = ast.unparse(tree)
@@ -534,9 +600,8 @@ def pack_code(source, settings):
         raise ValueError(f"the script cannot be minified: {error}") from error
     finally:
         clean_shared_nodes(text)
-    modes = brotli.MODE_GENERIC, brotli.MODE_TEXT, brotli.MODE_FONT
-    data = min((brotli.compress(small.encode(), mode=mode) for mode in modes), key=len)
-    return PACKED_START + string_literal(data) + PACKED_END % len(data)
+    data = compress(small.encode())
+    return PACKED_START + string_literal(data) + PACKED_END % (1 + len(data))
 
 
 def main():
