@@ -227,7 +227,7 @@ class Hyperparameters:
     ttt_lora_sites: str = env("q,k,v,o,mlp,head", "sites with LoRA, comma separated")
     ttt_lora_rank: int = env(80, "LoRA rank", least=1)
     ttt_lora_alpha: float = env(144.0, "adapters are scaled by alpha / rank", above=0)
-    ttt_lora_lr: float = env(7e-5, "AdamW learning rate of the adapters", least=0)
+    ttt_lora_lr: float = env(5e-5, "AdamW learning rate of the adapters", least=0)
     ttt_beta2: float = env(0.99, "their beta2 (beta1 is 0)", least=0, most=0.99999)
     ttt_weight_decay: float = env(0.5, "their weight decay", least=0)
     ttt_warm_start_a: bool = env(True, "documents start with their predecessor's A")
@@ -6633,7 +6633,8 @@ class Stages:
         trainer = Trainer(self.model, loader, self.hp, self.dist, self.log, self.guard)
         self.log(
             f"train_shards:{len(loader.stream.paths)} train_tokens:{loader.stream.size}"
-            f" rows_a_step:{loader.per_rank} held_out_rows:{loader.held_out_rows}"
+            f" rows_a_step:{loader.per_rank} span:{loader.span}"
+            f" held_out_rows:{loader.held_out_rows}"
         )
         with self.log.stage("warm_up"):
             trainer.warm_up()
