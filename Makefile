@@ -41,7 +41,7 @@ soak: $(VENV)/.ready
 mutants: $(VENV)/.ready
 	$(PYTHON) tests/mutants.py
 
-# on a machine with a GPU and its own torch: make gpu-test VENV=... or run these lines with its python
+# on a machine with a GPU, with the active python, which has its own torch
 gpu-test:
 	python3 -m pytest -m gpu tests
 

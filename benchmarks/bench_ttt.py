@@ -424,9 +424,9 @@ DEVICES = {
         # (500 documents) and 1.1 (four GPUs, older kernels): prefer --steps-json.
         step_factor=0.85,
         start=39.4,  # not measured on an H200
-        unpack=5.0,  # docs/h200/result.json
-        compile=25.0,  # "two rows in flight", two H200, with their graphs, warm caches
-        graph=0.15,  # docs/h200x4/log.txt: 12 in 2.0 s, 16 in 2.3
+        unpack=4.6,  # docs/campaigns/context.jsonl: 3.8 to 5.4
+        compile=20.0,  # docs/h200/finals4/log.txt: 19.9 after a training, cold; 3.7 with caches
+        graph=0.22,  # the same runs: 7 in 1.7 to 1.9 s, 17 in 3.2 to 3.9
         first_sgd_step=2.7,  # likewise
     ),
 }

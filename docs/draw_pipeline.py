@@ -16,8 +16,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.patches import FancyBboxPatch  # noqa: E402
 
+from tools import command_line  # noqa: E402
 from tools.plot_run import bpb_factor, title  # noqa: E402
-from tools.run_files import read_runs  # noqa: E402
+from tools.run_files import RunError, read_runs  # noqa: E402
 
 WIDTH, HEIGHT, GAP = 1.75, 1.0, 0.3
 
@@ -105,9 +106,12 @@ def main():
     parser.add_argument("run", metavar="RUN", help="folder with log.txt and result.json")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: pipeline.png in RUN")
     options = parser.parse_args()
-    [run] = read_runs([options.run])
-    draw(run, options.out or run.folder / "pipeline.png")
+    try:
+        [run] = read_runs([options.run])
+        draw(run, options.out or run.folder / "pipeline.png")
+    except RunError as error:
+        sys.exit(f"draw_pipeline.py: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, "draw_pipeline.py")

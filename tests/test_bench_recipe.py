@@ -56,7 +56,7 @@ if __name__ == "__main__":
     folder.mkdir(parents=True)
     bpb = 1.2 + hp.seed / 100 - hp.gain
     stages = {"prequant": bpb} if hp.prequant_only else {"prequant": bpb, "quantized": bpb + 0.005, "ttt": bpb - 0.01}
-    (folder / "log.txt").write_text("train_shards:1 train_tokens:9830400 rows_a_step:1\\n")
+    (folder / "log.txt").write_text("train_shards:1 train_tokens:9830400 rows_a_step:1 span:147456\\n")
     (folder / "result.json").write_text(json.dumps({
         "version": 2, "commit": None, "device": "stub", "torch": "0", "python": "3", "steps": int(1000 * hp.speed),
         "training_seconds": 100.0, "artifact_bytes": 0 if hp.prequant_only else 15_000_000, "code_bytes": 20_000,
@@ -135,7 +135,7 @@ def test_arms_alternate_and_every_run_is_one_line(place):
     )
     assert (
         first["tokens_per_second"] == 983_040
-        and first["epochs"] == 10.0
+        and first["epochs"] == 15.0  # spans are 1.5 times as long as rows
         and first["train_tokens"] == 9_830_400
     )
     assert (

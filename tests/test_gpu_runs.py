@@ -19,7 +19,7 @@ PLAIN = {"DEVICE": "cuda", "COMPILE": "0", "KERNELS": "0", "ATTENTION_BACKEND": 
 OURS = {"DEVICE": "cuda", "COMPILE": "0", "MODEL_DIM": "256", "ROPE_DIMS": "16"}
 HERE = {
     name: os.environ[name]
-    for name in ("CUDA_VISIBLE_DEVICES", "TRITON_CACHE_DIR")
+    for name in ("CUDA_VISIBLE_DEVICES", "TRITON_CACHE_DIR", "PYTHONPATH", "LD_LIBRARY_PATH")
     if name in os.environ
 }
 

@@ -6,10 +6,13 @@ import fnmatch
 import json
 import math
 import shlex
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from run_helpers import ROOT
 from run_maker import make_result, make_run
 
 import train_gpt
@@ -147,6 +150,15 @@ def test_a_damaged_artifact_keeps_away_its_own_picture_only(tmp_path, capsys):
         f"plot_run.py: no bytes.png: {folder / 'artifact.bin'} cannot be read: "
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("folder, words", [("none", "no log.txt"), ("run", "has no warm_up")])
+def test_the_picture_of_the_pipeline_says_in_one_line_what_it_lacks(tmp_path, folder, words):
+    make_run(tmp_path / "run")
+    command = [sys.executable, "docs/draw_pipeline.py", str(tmp_path / folder)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and words in ended.stderr
+    assert ended.stderr.startswith("draw_pipeline.py: ") and ended.stderr.count("\n") == 1
 
 
 def test_every_seed_of_many_is_drawn(tmp_path, monkeypatch):
