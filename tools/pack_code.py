@@ -178,53 +178,6 @@ def mark_as_packed(tree):
                     node.body[number:] = part.body
 
 
-class WithoutHooks(ast.NodeTransformer):
-    """Puts what a hook returns in the place of its calls, if that is a constant, and drops what
-    then does nothing. Hooks are the methods of the class Guard.
-
-    A packed script has no other guard. Methods that nothing asks for then are dropped as well.
-    """
-
-    def __init__(self, tree):
-        guards = [node for node in tree.body if getattr(node, "name", None) == "Guard"]
-        methods = [part for node in guards for part in node.body[1:]]  # behind the docstring
-        self.constants = {part.name: constant_of(part) for part in methods}
-        self.visit(tree)
-        attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-        asked = {node.attr for node in attributes if name_of(node.value) == "guard"}
-        for node in guards:
-            node.body = [part for part in methods if part.name in asked] or [ast.Pass()]
-
-    def visit_Expr(self, node):
-        self.generic_visit(node)
-        return ast.Pass() if ast.unparse(node) == "None" else node
-
-    def visit_Call(self, node):
-        self.generic_visit(node)
-        name = name_of(node.func)
-        is_hook = isinstance(node.func, ast.Attribute) and name_of(node.func.value) == "guard"
-        constant = self.constants.get(name) if is_hook else None
-        return ast.parse(constant, mode="eval").body if constant else node
-
-    def visit_If(self, node):
-        self.generic_visit(node)
-        is_idle = not node.orelse and all(isinstance(part, ast.Pass) for part in node.body)
-        has_call = any(isinstance(part, ast.Call) for part in ast.walk(node.test))
-        return ast.Pass() if is_idle and not has_call else node
-
-
-def constant_of(method):
-    """What a method returns, as text, if it returns a literal and does nothing else; else None."""
-    body = method.body[ast.get_docstring(method) is not None :]
-    if not body:
-        return "None"
-    literal = ast.Constant | ast.List | ast.Tuple | ast.Dict | ast.Load
-    if len(body) > 1 or not isinstance(body[0], ast.Return):
-        return None
-    is_literal = all(isinstance(part, literal) for part in ast.walk(body[0].value))
-    return ast.unparse(body[0].value) if is_literal else None
-
-
 # ---- minifying
 
 
@@ -597,7 +550,6 @@ def pack_code(source, settings):
         add_published(tree, published)
     set_defaults(tree, changed_settings(tree, settings))
     mark_as_packed(tree)
-    WithoutHooks(tree)
     DropWords().visit(tree)
     give_in_order(tree)
     free_parameters(tree)
