@@ -288,14 +288,17 @@ class Hyperparameters:
 
     @property
     def head_dim(self):
+        """Width of a query, key or value head."""
         return self.model_dim // self.num_heads
 
     @property
     def kv_dim(self):
+        """Width of the keys, and of the values, of all heads."""
         return self.num_kv_heads * self.head_dim
 
     @property
     def mlp_dim(self):
+        """Width of the MLP's hidden layer, rounded down."""
         return int(self.mlp_mult * self.model_dim)
 
     @property
@@ -305,6 +308,7 @@ class Hyperparameters:
 
     @property
     def lora_sites(self):
+        """Names of TTT_LORA_SITES as a tuple."""
         return tuple(site for site in self.ttt_lora_sites.split(",") if site)
 
     @property
@@ -620,6 +624,7 @@ class Dist:
             torch.cuda.synchronize()
 
     def close(self):
+        """Leaves the process group."""
         if self.world_size > 1:
             dist_backend.destroy_process_group()
 
@@ -779,11 +784,13 @@ class LossyStream:
         self.stream = stream
 
     def write(self, text):
+        """Writes the text if it can -> its length in any case."""
         with contextlib.suppress(OSError):
             self.stream.write(text)
         return len(text)
 
     def flush(self):
+        """Flushes the stream; after a failure it writes to nowhere."""
         try:
             self.stream.flush()
         except OSError:
@@ -1443,6 +1450,7 @@ def linear_cross_entropy_ref(h, weight, targets, softcap):
 
 
 def cross_entropy_trial_inputs(hp, device, dtype):
+    """Arguments of linear_cross_entropy: h (200, 64), weight (1000, 64), targets (200,)."""
     h, weight = trial_tensors(device, dtype, (200, 64), (1000, 64))
     targets = torch.arange(0, 1000, 5, device=device)
     return h, weight, targets, 30.0
@@ -1556,6 +1564,7 @@ def mlp_ref(x, w_up, w_down, slope):
 
 
 def mlp_trial_inputs(hp, device, dtype):
+    """Arguments of mlp_ref: x (200, 64), w_up (320, 64), w_down (64, 320)."""
     x, w_up, w_down = trial_tensors(device, dtype, (200, 64), (320, 64), (64, 320))
     return x, w_up / 64**0.5, w_down / 320**0.5, 0.3
 
@@ -1715,6 +1724,7 @@ def qkv_heads_ref(qkv, gain, cos, sin, kv_heads):
 
 
 def qkv_heads_trial_inputs(hp, device, dtype):
+    """Arguments of qkv_heads_ref: one row of 256 tokens with the heads of hp."""
     width = hp.model_dim + 2 * hp.kv_dim
     qkv, gain = trial_tensors(device, dtype, (1, 256, width), (hp.num_heads,))
     frequencies = torch.tensor([1.0, 0.03], device=device)
@@ -1731,6 +1741,7 @@ def gated_xsa_ref(y, v, logits):
 
 
 def gated_xsa_trial_inputs(hp, device, dtype):
+    """Arguments of gated_xsa_ref: one row of 256 tokens with the heads of hp."""
     y, v, _ = attention_trial_inputs(hp, device, dtype)[:3]
     (logits,) = trial_tensors(device, dtype, (1, 256, hp.num_heads))
     return y, v, logits
@@ -2027,6 +2038,8 @@ gated_xsa.register_autograd(_gated_xsa_gradients, setup_context=_gated_xsa_setup
 
 
 class SlotInput(NamedTuple):
+    """What a slot computes before its attention."""
+
     h: Tensor  # (B, T, D), the scaled norm of the mix
     gate_input: Tensor  # (B, T, window), first columns of h
     mixed: Tensor | None  # (B, T, D), the mix
@@ -2065,6 +2078,7 @@ def slot_input_ref(x, x0, mix, scale, window, return_mix, return_merged, *merge)
 
 
 def slot_input_trial_inputs(hp, device, dtype):
+    """Arguments of slot_input_ref: streams (200, 64), a skip with weight and gate."""
     x, x0, skip, mix = trial_tensors(device, dtype, *[(200, 64)] * 3, (2, 64))
     weight, gate = trial_tensors(device, torch.float32, (64,), (64,))
     scale = torch.ones(1, device=device)
@@ -2320,6 +2334,7 @@ def adamw_rows_ref(values, squares, gradient, source, target, correction, scale,
 
 
 def adamw_rows_trial_inputs(hp, device, dtype):
+    """Arguments of adamw_rows_ref: 4 rows of 64; one is updated in place, one moves."""
     values, gradient = (t.detach() for t in trial_tensors(device, torch.float32, (4, 64), (2, 64)))
     squares = values.square()
     source = torch.tensor([2, 0], device=device)
@@ -2421,6 +2436,7 @@ def attention_sdpa(q, k, v, cu_seqlens, max_seqlen, window=0):
 
 
 def attention_trial_inputs(hp, device, dtype):
+    """Arguments of an attention backend: 256 tokens in four documents, heads of hp."""
     heads = hp.num_heads, hp.num_kv_heads, hp.num_kv_heads
     q, k, v = trial_tensors(device, dtype, *((1, 256, n, hp.head_dim) for n in heads))
     # the last documents are empty, as where a row has fewer than its limit
@@ -3577,11 +3593,13 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step):
+        """Step `step` (from 0) joins the average."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
 
     @torch.no_grad()
     def copy_to_model(self):
+        """Overwrites the model's weights with their average."""
         torch._foreach_copy_(self.parameters, self.average)
 
 
@@ -3647,10 +3665,12 @@ class TrainingClock:
         return self.dist.max_over_ranks(seconds * (self.dist.rank == 0), *numbers)
 
     def seconds(self):
+        """Training time so far on rank 0; every rank must call it."""
         return self.clock_and_max()[0]
 
     @contextlib.contextmanager
     def paused(self):
+        """Leaves the time inside the with-block out of the training time."""
         self.dist.synchronize()
         since = time.perf_counter()
         yield
@@ -3659,11 +3679,13 @@ class TrainingClock:
 
 
 def compile_wanted(hp, dist):
+    """Whether COMPILE asks for torch.compile on this device."""
     return dist.device.type == "cuda" if hp.compile == "auto" else hp.compile == "1"
 
 
 @lru_cache
 def prepare_compiler():
+    """Sets up torch.compile for this process."""
     # A function needs many graphs: kinds of layers, kinds of slot inputs, with taps or without
     torch._dynamo.config.recompile_limit = 256
     # Without this the compile cache may reuse gradients of an older version of this file
@@ -4326,6 +4348,7 @@ class HessianTap:
         self.layer = layer
 
     def at(self, slot, layer):
+        """The tap of one slot; slots of a layer share their sums."""
         return HessianTap(self.sums, layer)
 
     def __call__(self, site, x, y, size=1.0):
@@ -4334,6 +4357,7 @@ class HessianTap:
         return y
 
     def add(self, key, x):
+        """Adds x^T x of inputs x (..., in) to the float32 sum of this key."""
         x = x.flatten(0, -2)
         if x.is_cuda and x.dtype == torch.bfloat16:  # tensor cores, which sum in float32
             gram = torch.mm(x.T, x, out_dtype=torch.float32)
@@ -4547,6 +4571,7 @@ class Intervals(NamedTuple):
     frequencies: np.ndarray
 
     def take(self, index):
+        """The intervals at these positions."""
         return Intervals(self.starts.take(index), self.frequencies.take(index))
 
 
@@ -4786,6 +4811,7 @@ def entropy_decompress(data, raw_size, shapes):
 
 
 def brotli_compress(raw, shapes=()):
+    """bytes -> bytes; the shapes are for other codecs."""
     return brotli.compress(raw, quality=11, lgwin=24)
 
 
@@ -4852,14 +4878,17 @@ class ArraySpec(NamedTuple):
 
     @property
     def num_bytes(self):
+        """Size of the array without compression."""
         return self.item_size * math.prod(self.shape)
 
     @property
     def item_size(self):
+        """Bytes of one element."""
         return np.dtype(self.dtype).itemsize
 
     @property
     def stored_dtype(self):
+        """The numpy dtype in the file, little-endian on every machine."""
         return np.dtype(self.dtype).newbyteorder("<")
 
 
@@ -4910,6 +4939,7 @@ def codes_group(spec):
 
 
 def layer_number(spec):
+    """All digits of the array's name as one number, 0 without any."""
     return int("0" + re.sub(r"\D", "", spec.name))
 
 
@@ -5113,6 +5143,7 @@ HEAD_CHUNK = 8192  # positions whose float32 logits exist at a time
 
 
 def bits_per_byte(nats, num_bytes):
+    """Total nats of a text of num_bytes bytes -> bits per byte."""
     return nats / math.log(2) / num_bytes
 
 
@@ -5228,6 +5259,7 @@ class WindowPacker:
         )
 
     def upload(self, array):
+        """Array -> tensor on the device."""
         return torch.from_numpy(array).to(self.device)
 
 
@@ -5440,6 +5472,7 @@ class Scheduler:
         self.ready = [[] for _ in self.widths]  # for each width its (state row, queue)
 
     def num_chunks_left(self, queue):
+        """Chunks of a queue that are in no step yet."""
         return len(self.chunks_left[queue])
 
     def steps(self):
@@ -5528,6 +5561,7 @@ class SlotLoRA:
         self.x_a = {}  # x A of sites that the forward has not reached yet
 
     def matrices(self):
+        """All matrices (B, in, out) of the slot: first A, then B."""
         return [*(matrix for _, matrix in self.a), *self.b.values()]
 
     def __call__(self, site, x, y, size=1.0):
@@ -5981,6 +6015,7 @@ class TestTimeTrainer:
         return self.token_losses(scored, targets, tap.head)
 
     def dynamic_slot_input(self, x, x0, w, return_mix, return_merged, *skip):
+        """GPT.slot_input, compiled for any batch and width."""
         if self.hp.ttt_stale_context:
             x, x0 = self.stale.drop_lookback(x, x0)
         # the first layer shares the graph of the others
@@ -5989,6 +6024,7 @@ class TestTimeTrainer:
         return self.compiled_parts.slot_input(x, x0, w, return_mix, return_merged, *skip)
 
     def dynamic_attention(self, entry, w, rope, segments, tap):
+        """GPT.attention, compiled likewise; keys before the window come from StaleContext."""
         if self.hp.ttt_stale_context:
             rope, segments = self.stale.of_slot()
             self.mark_dynamic([0, 1], *rope)
@@ -5999,12 +6035,14 @@ class TestTimeTrainer:
         return self.compiled_parts.attention(entry, w, rope, segments, tap)
 
     def dynamic_after_attention(self, entry, attn, mlp_lane, w, tap):
+        """GPT.after_attention, compiled for any batch and width."""
         if self.hp.ttt_stale_context:
             [mlp_lane] = self.stale.drop_lookback(mlp_lane)
         self.mark_dynamic([0, 1], attn, mlp_lane)
         return self.compiled_parts.after_attention(entry, attn, mlp_lane, w, tap)
 
     def mark_dynamic(self, dimensions, *tensors):
+        """Tells torch.compile which dimensions vary; None among the tensors is skipped."""
         if not self.warming_up:  # later tensors need no marks, and marking takes time
             return
         for tensor in tensors:
@@ -6290,22 +6328,27 @@ class Prepared:
         self.machine = ""  # the guard's words for the log
 
     def check_validation(self):
+        """Reads the validation set. Raises DataError."""
         validation = ValidationSet(self.hp)
         self.validation = validation
         documents_to_score(validation, self.hp)
 
     def check_training_data(self):
+        """Makes the loader of training rows, if the run needs it. Raises DataError."""
         if not self.hp.ttt_eval_only:
             stream = TokenStream(self.hp.data_path, "train")
             self.loader = TrainLoader(stream, self.hp, self.dist)
 
     def check_folder(self):
+        """Names the run's folder, the same on every rank."""
         self.folder = run_folder(self.hp, self.dist)
 
     def check_model(self):
+        """Makes the model. Raises SettingError if an attention backend does not work."""
         self.model = build_model(self.hp, self.dist)
 
     def check_by_guard(self):
+        """Lets the guard check machine and data. Raises SettingError."""
         self.machine = self.guard.check(self.hp, self.dist, self)
 
 
@@ -6449,6 +6492,7 @@ AFTER_TRAINING = "hessians", "quantize", "quant_check"
 
 
 def seconds_after_training(log):
+    """Seconds of the AFTER_TRAINING stages so far."""
     return sum(log.seconds.get(stage, 0.0) for stage in AFTER_TRAINING)
 
 
