@@ -472,10 +472,10 @@ def cross_checks(hp):
 def range_text(field):
     """The declared range of a setting as --help shows it: ` [above 0, most 1]`, or nothing."""
     rule = field.metadata
-    parts = [f"{key} {rule[key]}" for key in ("above", "least", "most") if rule[key] is not None]
+    bounds = [f"{key} {rule[key]}" for key in ("above", "least", "most") if rule[key] is not None]
     if rule["choices"]:
-        parts.append("|".join(rule["choices"]))
-    return f" [{', '.join(parts)}]" if parts else ""
+        bounds.append("|".join(rule["choices"]))
+    return f" [{', '.join(bounds)}]" if bounds else ""
 
 
 def settings_table(hp=None):
@@ -974,8 +974,11 @@ class TokenStream:
             start = (start + length) % self.size
         return tokens
 
-    def hold_out(self, count):
-        """Cuts the last documents, at least `count` tokens, off the stream -> a stream of these."""
+    def split(self, count):
+        """Two streams: all but the last documents, and these, at least `count` tokens.
+
+        Raises DataError if no document begins before them.
+        """
         border = self.size - count
         window = 1 << 16
         begins = np.zeros(0, np.int64)
@@ -989,11 +992,11 @@ class TokenStream:
                 " QUANT_CHECK_ROWS=0"
             )
         cut = int(begins[-1])
+        rest = copy.copy(self)
         held_out = copy.copy(self)
-        held_out.first = self.first + cut
-        held_out.size = self.size - cut
-        self.size = cut
-        return held_out
+        rest.size = held_out.first = cut
+        held_out.size -= cut
+        return rest, held_out
 
 
 def check_vocabulary(tokens, stream, hp):
@@ -1008,11 +1011,11 @@ def check_vocabulary(tokens, stream, hp):
 CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499
 
 
-def is_canonical(tokens, charges):
+def is_canonical(tokens, token_bytes):
     """Whether (N,) tokens, with their bytes, are the contest's validation documents in CaseOps."""
     documents = int((tokens == BOS_ID).sum())
     targets = CANONICAL[2]
-    size = int(charges[1 : targets + 1].sum(dtype=np.int64))
+    size = int(token_bytes[1 : targets + 1].sum(dtype=np.int64))
     return (documents, len(tokens), targets, size) == CANONICAL
 
 
@@ -1051,9 +1054,12 @@ def join_shortest(starts, total, longest, most):
     return borders[:-1]
 
 
-def pad_cu_seqlens(starts, total, entries):
-    """Segment starts -> (entries + 1,) int32, padded with `total`: one graph serves every row."""
-    padding = np.full(entries + 1 - len(starts), total)
+def pad_cu_seqlens(starts, total, max_segments):
+    """Segment starts -> (max_segments + 1,) int32, padded with `total`.
+
+    So one graph serves every row.
+    """
+    padding = np.full(max_segments + 1 - len(starts), total)
     return np.concatenate([starts, padding]).astype(np.int32)
 
 
@@ -1096,7 +1102,7 @@ def space_id(hp):
     return tokenizer.piece_to_id("\u2581")
 
 
-def fuse_markers(tokens, charges, space):
+def fuse_markers(tokens, token_bytes, space):
     """(n,) ids and the bytes of each -> (m,) both, a space and the case marker behind it as one id.
 
     SentencePiece merges nothing across a marker (PR 2109). Shards stay as they are. Raises
@@ -1112,8 +1118,8 @@ def fuse_markers(tokens, charges, space):
     ends_pair = np.roll(begins_pair, 1)
     fused = tokens.copy()
     fused[ends_pair] = np.take(PAIR_IDS, tokens[ends_pair] - CASE_MARKERS[0])
-    charges = charges + np.where(ends_pair, np.roll(charges, 1), 0)
-    return fused[~begins_pair], charges[~begins_pair]
+    token_bytes = token_bytes + np.where(ends_pair, np.roll(token_bytes, 1), 0)
+    return fused[~begins_pair], token_bytes[~begins_pair]
 
 
 class TrainLoader:
@@ -1144,7 +1150,7 @@ class TrainLoader:
         self.held_out_rows = min(hp.quant_check_rows, stream.size // (20 * self.span))
         if self.held_out_rows:
             count = (self.held_out_rows - 1) * self.span + self.tokens_to_read
-            self.held_out = stream.hold_out(count)
+            self.stream, self.held_out = stream.split(count)
         self.thread = ThreadPoolExecutor(1)
         self.ahead = {}  # row number -> future of a row that is read ahead
         self.cached_rows = lru_cache(1)(self.rows_of_step)
@@ -1295,10 +1301,10 @@ class ValidationSet:
             raise DataError(
                 f"{paths[0]}: side-car lengths {lengths} differ from the shards' {stream.sizes}"
             )
-        charges = np.concatenate([load_data_shard(path) for path in paths]).astype(np.int64)
-        if charges[self.tokens == BOS_ID].any():
+        token_bytes = np.concatenate([load_data_shard(path) for path in paths]).astype(np.int64)
+        if token_bytes[self.tokens == BOS_ID].any():
             raise DataError(f"{paths[0]}: a BOS is charged bytes: another data's side-car")
-        return charges
+        return token_bytes
 
     def targets_of(self, documents):
         """Array of document numbers -> number of their targets, bytes of these."""
@@ -1329,15 +1335,16 @@ def read_manifest(folder):
 def models_near(folder, nearest):
     """SentencePiece models in and around a dataset's folder, in order of distance.
 
-    nearest: only those of the closest place that has any. Raises DataError if that place has
+    nearest: only those of the closest folder that has any. Raises DataError if that folder has
     several different ones, as nothing says which of them made the shards, and if there are none.
     """
     parents = folder.parent, folder.parent.parent, Path(__file__).parent
-    places = [folder, *(parent / "tokenizers" for parent in parents)]
-    groups = [sorted(place.glob("*.model")) for place in places]
+    searched = [folder, *(parent / "tokenizers" for parent in parents)]
+    groups = [sorted(path.glob("*.model")) for path in searched]
     if not any(groups):
         raise DataError(
-            f"{folder}: no tokenizer (*.model) in {', '.join(map(str, places))}: set TOKENIZER_PATH"
+            f"{folder}: no tokenizer (*.model) in {', '.join(map(str, searched))}: set"
+            " TOKENIZER_PATH"
         )
     if not nearest:
         return sum(groups, [])
@@ -3155,9 +3162,9 @@ class GPT(nn.Module):
         found = {}
         for kinds, bank in zip(BANKS.values(), banks, strict=True):
             # A bank of one kind is not split, because the backward of that would copy its gradient
-            parts = bank.split(self.hp.num_layers) if len(kinds) > 1 else [bank]
-            for kind, part in zip(kinds, parts, strict=True):
-                found[kind.role] = part
+            stacks = bank.split(self.hp.num_layers) if len(kinds) > 1 else [bank]
+            for kind, stack in zip(kinds, stacks, strict=True):
+                found[kind.role] = stack
         return found
 
     def weights_for(self, tokens, window_start):
@@ -3202,16 +3209,16 @@ class GPT(nn.Module):
             x, x0, w.mix, w.depth_scale, GATE_WINDOW, return_mix, return_merged, *skip
         )
 
-    def attention(self, entry, w, rope, segments, tap):
+    def attention(self, slot_input, w, rope, segments, tap):
         """SlotInput -> (B, T, D), the scaled output of the attention sublayer."""
         hp = self.hp
-        h = entry.h
+        h = slot_input.h
         cos, sin = rope
         qkv = linear(h, w.qkv, tap, "qkv")
         q, k, v = self.ops.qkv_heads(qkv, w.q_gain, cos, sin, hp.num_kv_heads)
         k, v = self.keys_and_values(k, v, w)
         y = self.attend(q, k, v, segments, w)
-        y = self.gate_heads(y, v, entry, qkv, w)
+        y = self.gate_heads(y, v, slot_input, qkv, w)
         out = linear(y.reshape(h.shape), w.out, tap, "attn_proj")
         return out if tap is None else tap("attn_out", h, out, w.attn_scale)
 
@@ -3223,9 +3230,9 @@ class GPT(nn.Module):
         """q (B, T, H, E), k and v (B, T, K, E) -> (B, T, H, E)."""
         return segments.attend(self.ops, q, k, v)
 
-    def gate_heads(self, y, v, entry, qkv, w):
+    def gate_heads(self, y, v, slot_input, qkv, w):
         """The heads' outputs (B, T, H, E) -> the same with XSA and gates, v (B, T, K, E)."""
-        logits = self.hp.sparse_attn_gate_scale * F.linear(entry.gate_input, w.gate)
+        logits = self.hp.sparse_attn_gate_scale * F.linear(slot_input.gate_input, w.gate)
         return self.ops.gated_xsa(y, v, logits)
 
     def mlp(self, x, w, tap):
@@ -3239,7 +3246,7 @@ class GPT(nn.Module):
             out = self.ops.mlp(h, w.up, w.down, slope)
         return out if tap is None else tap("mlp_out", h, out, w.mlp_scale)
 
-    def after_attention(self, entry, attn, mlp_lane, w, tap):
+    def after_attention(self, slot_input, attn, mlp_lane, w, tap):
         """The rest of a layer, behind its attention -> x, mlp_lane.
 
         Given are SlotInput, the attention's output (B, T, D) and the MLP lane, None before the
@@ -3249,10 +3256,10 @@ class GPT(nn.Module):
         in parallel, each on its own lane, and both write to both lanes.
         """
         if mlp_lane is None:
-            x = entry.mixed + attn
+            x = slot_input.mixed + attn
             return x + self.mlp(x, w, tap), None
         mlp = self.mlp(mlp_lane, w, tap)
-        x = w.resid[0] * entry.merged + w.post[0, 0] * attn + w.post[1, 0] * mlp
+        x = w.resid[0] * slot_input.merged + w.post[0, 0] * attn + w.post[1, 0] * mlp
         mlp_lane = w.resid[1] * mlp_lane + w.post[0, 1] * attn + w.post[1, 1] * mlp
         return x, mlp_lane
 
@@ -3313,12 +3320,12 @@ class GPT(nn.Module):
                 skip = (skips.pop(), *self.skip_parameters(plan.skip_index))
             return_mix = return_all or plan.return_mix
             return_merged = return_all or plan.return_merged
-            entry = parts.slot_input(x, x0, w, return_mix, return_merged, *skip)
+            slot_input = parts.slot_input(x, x0, w, return_mix, return_merged, *skip)
             if plan.stores_merged:
-                skips.append(entry.merged.view_as(x))
+                skips.append(slot_input.merged.view_as(x))
             slot_tap = tap and tap.at(plan.slot, plan.layer)
-            attn = parts.attention(entry, w, rope, segments, slot_tap)
-            x, mlp_lane = parts.after_attention(entry, attn, mlp_lane, w, slot_tap)
+            attn = parts.attention(slot_input, w, rope, segments, slot_tap)
+            x, mlp_lane = parts.after_attention(slot_input, attn, mlp_lane, w, slot_tap)
         return norm(self.join_lanes(x, mlp_lane))
 
     def skip_parameters(self, index):
@@ -3369,8 +3376,8 @@ def unbank(model):
         if name not in BANKS:
             state[HEAD_NAMES.get(name, name)] = tensor
             continue
-        parts = tensor.split(model.hp.num_layers)
-        for kind, matrices in zip(BANKS[name], parts, strict=True):
+        stacks = tensor.split(model.hp.num_layers)
+        for kind, matrices in zip(BANKS[name], stacks, strict=True):
             for layer, matrix in enumerate(matrices):
                 state[kind.saved_name.format(layer)] = matrix
     return state
@@ -3740,12 +3747,15 @@ class Trainer:
         """One optimizer step -> 0-d tensor, this rank's share of the mean loss in nats."""
         hp = self.hp
         total = torch.zeros((), device=self.dist.device)
-        for row in self.loader.step(step):
+        for inputs, targets, cu_seqlens in self.loader.step(step):
             if compile_wanted(hp, self.dist):
                 # The outputs of the last replay are not needed any more
                 torch.compiler.cudagraph_mark_step_begin()
             # No name for the losses: the memory of a captured micro-batch would outlive backward
-            loss = self.forward(*row, looping, hp.train_seq_len).mean() / hp.micro_steps
+            loss = (
+                self.forward(inputs, targets, cu_seqlens, looping, hp.train_seq_len).mean()
+                / hp.micro_steps
+            )
             loss.backward()
             total += loss.detach()
         self.guard.watch(self.model, total)
@@ -4552,10 +4562,10 @@ def digest(data):
 # of the state lie in the symbol's interval. States stay in [2^31, 2^63): before a state would grow
 # beyond, encoding moves its low 32 bits to the stream as a word; when a state falls below, decoding
 # takes a word back. The symbol that is encoded last is decoded first, so the encoder collects all
-# intervals and encodes them backwards. RANS_LANES independent states take turns, so that one numpy
+# intervals and encodes them backwards. RANS_STATES independent states take turns, so that one numpy
 # call codes that many symbols. All arithmetic is on integers, so it is the same on every machine.
 # One model, code_matrix, drives both directions: it asks the encoder or decoder for symbols.
-RANS_LANES = 512  # a lane costs 6 bytes of stream
+RANS_STATES = 512  # each costs 6 bytes of stream
 SYMBOLS = np.arange(-128, 128)
 ESCAPE = -128  # announces a symbol that is too rare for its context
 # Variances of codes, the contexts. cumprod is exact on every machine, powers are not.
@@ -4608,11 +4618,11 @@ class SymbolEncoder:
 
     def finish(self):
         """The stream: the final states, then the words in the order in which they are decoded."""
-        states = np.full(RANS_LANES, 2**31)
+        states = np.full(RANS_STATES, 2**31)
         words = []
         for chunk in reversed(self.chunks):
-            for begin in reversed(range(0, len(chunk.starts), RANS_LANES)):
-                turn = slice(begin, begin + RANS_LANES)
+            for begin in reversed(range(0, len(chunk.starts), RANS_STATES)):
+                turn = slice(begin, begin + RANS_STATES)
                 f = chunk.frequencies[turn].astype(np.int64)
                 x = states[: len(f)]
                 full = (x >> 47 >= f).nonzero()[0]
@@ -4629,7 +4639,7 @@ class SymbolDecoder:
     """
 
     def __init__(self, stream):
-        size = 8 * RANS_LANES
+        size = 8 * RANS_STATES
         end = len(stream) // 4 * 4
         self.states = np.frombuffer(stream[:size].ljust(size, b"\0"), "<i8").astype(np.int64)
         self.words = np.frombuffer(stream[size:end], "<u4").astype(np.int64)
@@ -4644,8 +4654,8 @@ class SymbolDecoder:
     def code(self, contexts, _):
         """Contexts (n,) -> symbols (n,)."""
         index = np.empty(contexts.size, np.int64)
-        for begin in range(0, contexts.size, RANS_LANES):
-            turn = slice(begin, begin + RANS_LANES)
+        for begin in range(0, contexts.size, RANS_STATES):
+            turn = slice(begin, begin + RANS_STATES)
             x = self.states[: contexts.size - begin]
             points = x & 65535
             index[turn] = found = self.index_at.take((contexts[turn] << 16) + points)
@@ -4804,7 +4814,7 @@ def entropy_decompress(data, raw_size, shapes):
     """The inverse of entropy_compress; no bytes if the stream is not exactly used up."""
     decoder = SymbolDecoder(data)
     raw = code_matrices(decoder, bytes(raw_size), shapes)
-    return raw if 8 * RANS_LANES + 4 * decoder.words_used == len(data) else b""
+    return raw if 8 * RANS_STATES + 4 * decoder.words_used == len(data) else b""
 
 
 # --- codecs and compressors
@@ -5596,10 +5606,9 @@ class LoRALayout:
     def __init__(self, hp, num_slots):
         D = hp.model_dim
         R = hp.ttt_lora_rank
-        kv_dim = hp.num_kv_heads * hp.head_dim
         self.rank = R
         self.num_slots = num_slots
-        self.widths = {"q": D, "k": kv_dim, "v": kv_dim, "attn_out": D, "mlp_out": D}
+        self.widths = {"q": D, "k": hp.kv_dim, "v": hp.kv_dim, "attn_out": D, "mlp_out": D}
         chosen = [site for name, site in LORA_SITES.items() if name in hp.lora_sites]
         self.sites = [site for site in chosen if site != "lm_head"]
         self.readers = []  # sites of a slot that share a matmul with A
@@ -5629,8 +5638,8 @@ class LoRALayout:
         pieces = part.split([*map(math.prod, shapes)] * self.num_slots, 1)
         slots = []
         for slot in range(self.num_slots):
-            own = pieces[slot * len(shapes) : (slot + 1) * len(shapes)]
-            slots.append([t.unflatten(1, shape) for t, shape in zip(own, shapes, strict=True)])
+            of_slot = pieces[slot * len(shapes) : (slot + 1) * len(shapes)]
+            slots.append([t.unflatten(1, shape) for t, shape in zip(of_slot, shapes, strict=True)])
         return slots
 
 
@@ -5728,12 +5737,17 @@ def sgd_step(model, packer, windows, optimizer, rate, dist):
     The norm of the gradient is at most 1.
     """
     num_tokens = int((windows[:, 1] - windows[:, 0]).sum())
-    own_windows = windows[dist.rank :: dist.world_size]
+    rank_windows = windows[dist.rank :: dist.world_size]
     reset_gradients(model.parameters())
-    for first, last in packer.rows(own_windows):
-        row = packer.build(own_windows[first:last])
+    for first, last in packer.rows(rank_windows):
+        row = packer.build(rank_windows[first:last])
         losses = model(
-            row.inputs, row.targets, row.cu_seqlens, True, packer.max_window, row.window_start
+            row.inputs,
+            row.targets,
+            row.cu_seqlens,
+            looping=True,
+            max_seqlen=packer.max_window,
+            window_start=row.window_start,
         )
         loss = torch.where(row.scored, losses, 0.0).sum() / num_tokens
         loss.backward()
@@ -5777,8 +5791,8 @@ class StaleSegments(NamedTuple):
 class StaleContext:
     """Keys and values from before the windows, from the last step that had them in its windows.
 
-    Adapters have learned since, so they are stale [TTT_STALE_CONTEXT]. Each state row has `length`
-    places in the cache; position p of its document is at p modulo `length`.
+    Adapters have learned since, so they are stale [TTT_STALE_CONTEXT]. Each state row has a
+    ring of `length` keys in the cache; position p of its document is at p modulo `length`.
     """
 
     def __init__(self, model, starts, num_rows, device):
@@ -6023,23 +6037,23 @@ class TestTimeTrainer:
         self.mark_dynamic([0, 1], x, x0, *skip[:1])
         return self.compiled_parts.slot_input(x, x0, w, return_mix, return_merged, *skip)
 
-    def dynamic_attention(self, entry, w, rope, segments, tap):
+    def dynamic_attention(self, slot_input, w, rope, segments, tap):
         """GPT.attention, compiled likewise; keys before the window come from StaleContext."""
         if self.hp.ttt_stale_context:
             rope, segments = self.stale.of_slot()
             self.mark_dynamic([0, 1], *rope)
             self.mark_dynamic([0], segments.key_rows, segments.new_key_rows)
             self.mark_dynamic([1], segments.cu_seqlens)
-        self.mark_dynamic([0, 1], *entry)
+        self.mark_dynamic([0, 1], *slot_input)
         self.mark_dynamic([0], *rope, *tap.matrices())
-        return self.compiled_parts.attention(entry, w, rope, segments, tap)
+        return self.compiled_parts.attention(slot_input, w, rope, segments, tap)
 
-    def dynamic_after_attention(self, entry, attn, mlp_lane, w, tap):
+    def dynamic_after_attention(self, slot_input, attn, mlp_lane, w, tap):
         """GPT.after_attention, compiled for any batch and width."""
         if self.hp.ttt_stale_context:
             [mlp_lane] = self.stale.drop_lookback(mlp_lane)
         self.mark_dynamic([0, 1], attn, mlp_lane)
-        return self.compiled_parts.after_attention(entry, attn, mlp_lane, w, tap)
+        return self.compiled_parts.after_attention(slot_input, attn, mlp_lane, w, tap)
 
     def mark_dynamic(self, dimensions, *tensors):
         """Tells torch.compile which dimensions vary; None among the tensors is skipped."""

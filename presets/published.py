@@ -221,9 +221,9 @@ class ValidationSet(train_gpt.ValidationSet):
         tokenizer = train_gpt.load_tokenizer(hp)
         check_byte_counts(hp, tokenizer, self.tokens)
         count, leading, boundary = piece_byte_tables(tokenizer)
-        charges = count[self.tokens]
-        charges[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
-        return charges
+        token_bytes = count[self.tokens]
+        token_bytes[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]
+        return token_bytes
 
 
 def has_case_markers(tokenizer):
@@ -390,21 +390,21 @@ class GPT(train_gpt.GPT):
     def gate_reads_mix(self):
         return self.hp.attn_out_gate_enabled
 
-    def gate_heads(self, y, v, entry, qkv, w):
+    def gate_heads(self, y, v, slot_input, qkv, w):
         """XSA_LAST_N; GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED, or no gates."""
         if not self.has_gates:
             return train_gpt.subtract_own_value(y, v) if w.xsa else y
-        logits = self.head_gates(entry, qkv, w.gate)
+        logits = self.head_gates(slot_input, qkv, w.gate)
         return self.ops.gated_xsa(y, v, logits) if w.xsa else y * torch.sigmoid(logits)[..., None]
 
-    def head_gates(self, entry, qkv, gate):
+    def head_gates(self, slot_input, qkv, gate):
         """Logits (B, T, H) of the gates, sigmoids."""
         hp = self.hp
         if hp.gated_attn_enabled:
-            return F.linear(entry.h, gate)
+            return F.linear(slot_input.h, gate)
         if hp.sparse_attn_gate_enabled:
-            return hp.sparse_attn_gate_scale * F.linear(entry.gate_input, gate)
-        source = qkv if hp.attn_out_gate_src == "q" else entry.mixed
+            return hp.sparse_attn_gate_scale * F.linear(slot_input.gate_input, gate)
+        source = qkv if hp.attn_out_gate_src == "q" else slot_input.mixed
         return F.linear(source[..., : train_gpt.GATE_WINDOW], gate)
 
     def leave_training(self):
@@ -1092,10 +1092,10 @@ class TestTimeTrainer(train_gpt.TestTimeTrainer):
         if self.hp.ngram_tilt_enabled:
             self.hinted[:, 1] = -1  # documents of this phase may be left to the end
 
-    def dynamic_attention(self, entry, w, rope, segments, tap):
+    def dynamic_attention(self, slot_input, w, rope, segments, tap):
         if self.hp.new_values:
             self.mark_dynamic([0, 1], *streams_of(w.extras))
-        return super().dynamic_attention(entry, w, rope, segments, tap)
+        return super().dynamic_attention(slot_input, w, rope, segments, tap)
 
 
 # Tokens before a hint, its least share of the cases so far, what its logit gains; keys are

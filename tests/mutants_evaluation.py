@@ -314,7 +314,7 @@ ARTIFACT = [
     Mutant(
         "words-of-the-stream-that-nothing-read",
         TRAIN,
-        'return raw if 8 * RANS_LANES + 4 * decoder.words_used == len(data) else b""',
+        'return raw if 8 * RANS_STATES + 4 * decoder.words_used == len(data) else b""',
         "return raw",
         "tests/test_artifact.py::test_damaged_or_hostile_entropy_stream_is_refused",
     ),
@@ -754,9 +754,9 @@ TEST_TIME_TRAINING = [
         "sgd-on-the-mean-over-a-ranks-own-tokens",
         TRAIN,
         "num_tokens = int((windows[:, 1] - windows[:, 0]).sum())\n"
-        "    own_windows = windows[dist.rank :: dist.world_size]",
-        "own_windows = windows[dist.rank :: dist.world_size]\n"
-        "    num_tokens = int((own_windows[:, 1] - own_windows[:, 0]).sum())",
+        "    rank_windows = windows[dist.rank :: dist.world_size]",
+        "rank_windows = windows[dist.rank :: dist.world_size]\n"
+        "    num_tokens = int((rank_windows[:, 1] - rank_windows[:, 0]).sum())",
         "tests/test_ttt.py::test_global_adaptation_is_a_plain_sgd_loop[0.05-64-2]",
     ),
     Mutant(
@@ -821,8 +821,8 @@ TEST_TIME_TRAINING = [
     Mutant(
         "the-adapters-of-one-slot-are-those-of-all",
         TRAIN,
-        "own = pieces[slot * len(shapes) : (slot + 1) * len(shapes)]",
-        "own = pieces[: len(shapes)]",
+        "of_slot = pieces[slot * len(shapes) : (slot + 1) * len(shapes)]",
+        "of_slot = pieces[: len(shapes)]",
         "tests/test_ttt.py::test_every_slot_and_site_has_an_adapter_of_its_own",
     ),
     Mutant(
@@ -1094,8 +1094,8 @@ PUBLISHED_PARTS = [
     Mutant(
         "the-byte-of-a-leading-space-counts-after-a-boundary-too",
         PUBLISHED,
-        "charges[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]",
-        "charges[1:] += leading[self.tokens[1:]]",
+        "token_bytes[1:] += leading[self.tokens[1:]] & ~boundary[self.tokens[:-1]]",
+        "token_bytes[1:] += leading[self.tokens[1:]]",
         "tests/test_evaluation.py::test_validation_charges_no_space_behind_a_boundary",
     ),
 ]

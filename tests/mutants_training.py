@@ -164,8 +164,8 @@ DATA = [
     Mutant(
         "held-out-rows-stay-in-training",
         TRAINER,
-        "        self.size = cut\n        return held_out\n",
-        "        return held_out\n",
+        "rest.size = held_out.first = cut\n",
+        "held_out.first = cut\n",
         "tests/test_quant_check.py::test_neither_training_nor_the_hessians_see_the_rows_that_are_held_out",
     ),
     Mutant(
@@ -185,8 +185,8 @@ DATA = [
     Mutant(
         "cu-seqlens-padded-with-zeros",
         TRAINER,
-        "    padding = np.full(entries + 1 - len(starts), total)\n",
-        "    padding = np.full(entries + 1 - len(starts), 0)\n",
+        "    padding = np.full(max_segments + 1 - len(starts), total)\n",
+        "    padding = np.full(max_segments + 1 - len(starts), 0)\n",
         "tests/test_training.py::test_documents_are_segments_and_long_ones_are_cut",
     ),
     Mutant(
@@ -279,8 +279,8 @@ DATA = [
     Mutant(
         "charged-bos-is-taken",
         TRAINER,
-        "        if charges[self.tokens == BOS_ID].any():\n",
-        "        if charges[self.tokens == BOS_ID].all():\n",
+        "        if token_bytes[self.tokens == BOS_ID].any():\n",
+        "        if token_bytes[self.tokens == BOS_ID].all():\n",
         "tests/test_data.py::test_a_bos_that_is_charged_is_refused",
     ),
     Mutant(
@@ -328,8 +328,8 @@ DATA = [
     Mutant(
         "fused-pairs-lose-their-bytes",
         TRAINER,
-        "charges = charges + np.where(ends_pair, np.roll(charges, 1), 0)",
-        "charges = charges + np.where(ends_pair, charges, 0)",
+        "token_bytes = token_bytes + np.where(ends_pair, np.roll(token_bytes, 1), 0)",
+        "token_bytes = token_bytes + np.where(ends_pair, token_bytes, 0)",
         "tests/test_data.py::test_a_pair_takes_its_bytes_along_and_other_neighbours_stay",
     ),
     Mutant(
@@ -665,8 +665,8 @@ MODEL = [
     Mutant(
         "lanes-write-to-themselves-alone",
         TRAINER,
-        "x = w.resid[0] * entry.merged + w.post[0, 0] * attn + w.post[1, 0] * mlp",
-        "x = w.resid[0] * entry.merged + w.post[0, 0] * attn + w.post[0, 1] * mlp",
+        "x = w.resid[0] * slot_input.merged + w.post[0, 0] * attn + w.post[1, 0] * mlp",
+        "x = w.resid[0] * slot_input.merged + w.post[0, 0] * attn + w.post[0, 1] * mlp",
         "tests/test_model.py::test_default_model_equals_the_reference_forward",
     ),
     Mutant(
@@ -885,15 +885,15 @@ TRAINING = [
     Mutant(
         "loss-is-not-divided-by-the-micro-steps",
         TRAINER,
-        "looping, hp.train_seq_len).mean() / hp.micro_steps\n",
-        "looping, hp.train_seq_len).mean()\n",
+        "                / hp.micro_steps\n",
+        "",
         "tests/test_training.py::test_accumulation_equals_one_large_micro_batch[64]",
     ),
     Mutant(
         "loss-is-divided-by-this-ranks-rows",
         TRAINER,
-        "looping, hp.train_seq_len).mean() / hp.micro_steps\n",
-        "looping, hp.train_seq_len).mean() / self.loader.per_rank\n",
+        "                / hp.micro_steps\n",
+        "                / self.loader.per_rank\n",
         "tests/test_training.py::test_two_ranks_train_like_one",
     ),
     Mutant(

@@ -436,7 +436,7 @@ def test_entropy_coder_is_within_half_a_percent_of_the_entropy_given_the_columns
         [[math.erf(x / math.sqrt(2)) / 2 for x in row] for row in edges.tolist()], axis=0
     )
     bits = -np.log2(np.maximum(share, 1e-12))[codes.astype(int) + 127, np.arange(256)].sum()
-    lanes = 6 * train_gpt.RANS_LANES  # what each lane's state holds beyond the codes
+    lanes = 6 * train_gpt.RANS_STATES  # what each lane's state holds beyond the codes
     assert bits / 8 < entropy_trip([codes]) < 1.005 * bits / 8 + lanes
 
 
@@ -490,7 +490,7 @@ def test_damaged_or_hostile_entropy_stream_is_refused():
         good[:-4],
         good[:-3],
         good + bytes(4),
-        good[: 8 * train_gpt.RANS_LANES - 1],
+        good[: 8 * train_gpt.RANS_STATES - 1],
         bytes(10**5),
     ):
         with pytest.raises(ArtifactError):

@@ -115,7 +115,7 @@ def test_fused_rows_are_full_and_follow_the_stream(folder, dist):
         assert row.inputs.shape == (1, 64) and row.inputs[0, 0] == BOS_ID
         assert torch.equal(row.inputs[0, 1:], row.targets[:-1])
         stored = unfused(row.inputs[0], space)
-        assert stored == stream.read(loader.row_offset(index), len(stored)).tolist()
+        assert stored == loader.stream.read(loader.row_offset(index), len(stored)).tolist()
 
 
 def test_a_validation_text_with_ids_of_pairs_is_refused(folder, tmp_path):

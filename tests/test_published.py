@@ -387,10 +387,10 @@ def test_extra_loops_leave_every_skip_between_the_layers_of_training(extra):
     def skips(model):
         merged, runs = [], []
 
-        def after_attention(entry, attn, mlp_lane, *rest):
+        def after_attention(slot_input, attn, mlp_lane, *rest):
             runs.append(len(runs))
             # the stream says which slot it comes from
-            return torch.full_like(entry.merged, len(runs) - 1.0), mlp_lane
+            return torch.full_like(slot_input.merged, len(runs) - 1.0), mlp_lane
 
         def slot_input(x, x0, w, return_mix, return_merged, *merge):
             if merge:

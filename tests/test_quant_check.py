@@ -79,12 +79,15 @@ def test_neither_training_nor_the_hessians_see_the_rows_that_are_held_out(change
 def test_the_stream_is_cut_before_a_document_and_goes_round_there(tmp_path):
     tokens = numbered_documents(tmp_path, [50, 20, 200, 9, 30, 40], shard_sizes=[100, 200, 55])
     stream = TokenStream(tmp_path, "train")
-    rest = stream.hold_out(60)
+    size = stream.size
+    rest, held_out = stream.split(60)
     border = 51 + 21 + 201 + 10  # the last document that begins 60 tokens or more before the end
-    assert stream.size == border and rest.size == len(tokens) - border
-    assert rest.read(0, rest.size).tolist() == tokens[border:].tolist()
-    assert stream.read(border - 5, 10).tolist() == [*tokens[border - 5 : border], *tokens[:5]]
-    assert rest.read(rest.size - 1, 3).tolist() == [tokens[-1], *tokens[border : border + 2]]
+    assert rest.size == border and held_out.size == len(tokens) - border
+    assert stream.size == size and stream.read(0, size).tolist() == tokens.tolist()
+    assert held_out.read(0, held_out.size).tolist() == tokens[border:].tolist()
+    assert rest.read(border - 5, 10).tolist() == [*tokens[border - 5 : border], *tokens[:5]]
+    last = held_out.size - 1
+    assert held_out.read(last, 3).tolist() == [tokens[-1], *tokens[border : border + 2]]
 
 
 def test_a_stream_of_one_document_cannot_hold_any_out(tmp_path):

@@ -230,15 +230,34 @@ def imports_of_the_repository(tree):
     return found
 
 
+LOADERS = set(
+    "spec_from_file_location exec_module exec SourceFileLoader runpy run_path run_module".split()
+)
+
+
 def file_loaders(tree):
     """Places outside find_guard that run another file."""
-    words = ("spec_from_file_location", "exec_module", "run_path", "exec", "SourceFileLoader")
     found = []
-    for node in nodes(tree, ast.Attribute | ast.Name):
-        name = node.attr if isinstance(node, ast.Attribute) else node.id
-        if name in words and not is_inside(node, tree, "find_guard"):
+    for node in nodes(tree, ast.Attribute | ast.Name | ast.alias | ast.ImportFrom):
+        # each kind of node has its name in another field
+        names = {getattr(node, field, None) for field in ("attr", "id", "name", "module")}
+        if names & LOADERS and not is_inside(node, tree, "find_guard"):
             found.append(ast.unparse(node))
     return found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import runpy as r",
+        "from runpy import run_module as go",
+        "runpy.run_path('tools/guard.py')",
+        "from importlib.util import spec_from_file_location as find",
+        "f = exec",
+    ],
+)
+def test_a_loader_of_files_is_found_under_any_name(line):
+    assert file_loaders(ast.parse(line))
 
 
 def test_train_gpt_imports_nothing_of_the_repository():
