@@ -140,12 +140,12 @@ class Hyperparameters:
     # data and batches
     train_batch_tokens: int = env(786_432, "tokens per step of all ranks", least=1)
     micro_batch_tokens: int = env(98_304, "tokens per row and micro-batch", least=1)
-    train_seq_len: int = env(2048, "longest piece of a document in training", least=2)
+    train_seq_len: int = env(2048, "longest piece of a document in training", least=2, most=65_536)
 
     # model
     vocab_size: int = env(8192, "vocabulary size", least=9, most=65_536)
-    model_dim: int = env(512, "model width", least=12)
-    num_layers: int = env(11, "physical layers", least=1)
+    model_dim: int = env(512, "model width", least=12, most=65_536)
+    num_layers: int = env(11, "physical layers", least=1, most=4096)
     num_heads: int = env(8, "query heads", least=1)
     num_kv_heads: int = env(4, "key/value heads", least=1)
     mlp_mult: float = env(4.0, "MLP width / model width", above=0)
@@ -216,16 +216,16 @@ class Hyperparameters:
     compressor: str = env("entropy", "artifact coder", choices=("entropy", "brotli"))
 
     # evaluation
-    eval_seq_len: int = env(2048, "context of plain evaluation", least=2)
+    eval_seq_len: int = env(2048, "context of plain evaluation", least=2, most=65_536)
     eval_budget_seconds: float = env(600.0, "limit for unpacking and final evaluation", above=0)
 
     # test-time training
     ttt_enabled: bool = env(True, "score with test-time training")
     ttt_max_docs: int = env(0, "documents, of all lengths; 0: all", least=0)
-    ttt_eval_seq_len: int = env(3072, "context of a chunk and its tokens", least=2)
+    ttt_eval_seq_len: int = env(3072, "context of a chunk and its tokens", least=2, most=65_536)
     ttt_stale_context: int = env(2816, "oldest positions, which are not recomputed", least=0)
     ttt_chunk_size: int = env(16, "tokens scored between two LoRA steps", least=1)
-    ttt_batch_size: int = env(64, "documents per group, and per step", least=1)
+    ttt_batch_size: int = env(64, "documents per group, and per step", least=1, most=4096)
     ttt_lanes: int = env(8, "groups of documents, dealt to ranks", least=1)
     ttt_lora_sites: str = env("q,k,v,o,mlp,head", "sites with LoRA, comma separated")
     ttt_lora_rank: int = env(80, "LoRA rank", least=1)

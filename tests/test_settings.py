@@ -290,6 +290,15 @@ def test_choices_are_the_declared_ones(field):
         Hyperparameters.from_env({field.name.upper(): "Nope"})
 
 
+@pytest.mark.parametrize(
+    "name",
+    "num_layers model_dim train_seq_len eval_seq_len ttt_eval_seq_len ttt_batch_size".split(),
+)
+def test_sizes_that_no_machine_can_hold_are_refused_by_name(name):
+    with pytest.raises(SettingError, match=f"^{name.upper()}=1000000000: must be at most "):
+        Hyperparameters.from_env({name.upper(): "1000000000"})
+
+
 def test_every_number_has_a_lower_bound():
     for field in FIELDS:
         if field.type in (int, float):
