@@ -35,6 +35,7 @@ import struct
 import sys
 import time
 import warnings
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -140,15 +141,15 @@ class Hyperparameters:
     # data and batches
     train_batch_tokens: int = env(786_432, "tokens per step of all ranks", least=1)
     micro_batch_tokens: int = env(98_304, "tokens per row and micro-batch", least=1)
-    train_seq_len: int = env(2048, "longest piece of a document in training", least=2, most=65_536)
+    train_seq_len: int = env(2048, "longest piece of a document in training", least=2)
 
     # model
     vocab_size: int = env(8192, "vocabulary size", least=9, most=65_536)
-    model_dim: int = env(512, "model width", least=12, most=65_536)
-    num_layers: int = env(11, "physical layers", least=1, most=4096)
+    model_dim: int = env(512, "model width", least=12)
+    num_layers: int = env(11, "physical layers", least=1)
     num_heads: int = env(8, "query heads", least=1)
     num_kv_heads: int = env(4, "key/value heads", least=1)
-    mlp_mult: float = env(4.0, "MLP width / model width", above=0)
+    mlp_mult: float = env(4.0, "MLP width / model width", above=0, most=1024)
     loop_start: int = env(3, "first looped layer", least=0)
     loop_end: int = env(5, "last looped layer", least=0)
     num_loops: int = env(2, "extra passes over the looped layers", least=0)
@@ -216,16 +217,16 @@ class Hyperparameters:
     compressor: str = env("entropy", "artifact coder", choices=("entropy", "brotli"))
 
     # evaluation
-    eval_seq_len: int = env(2048, "context of plain evaluation", least=2, most=65_536)
+    eval_seq_len: int = env(2048, "context of plain evaluation", least=2)
     eval_budget_seconds: float = env(600.0, "limit for unpacking and final evaluation", above=0)
 
     # test-time training
     ttt_enabled: bool = env(True, "score with test-time training")
     ttt_max_docs: int = env(0, "documents, of all lengths; 0: all", least=0)
-    ttt_eval_seq_len: int = env(3072, "context of a chunk and its tokens", least=2, most=65_536)
+    ttt_eval_seq_len: int = env(3072, "context of a chunk and its tokens", least=2)
     ttt_stale_context: int = env(2816, "oldest positions, which are not recomputed", least=0)
     ttt_chunk_size: int = env(16, "tokens scored between two LoRA steps", least=1)
-    ttt_batch_size: int = env(64, "documents per group, and per step", least=1, most=4096)
+    ttt_batch_size: int = env(64, "documents per group, and per step", least=1)
     ttt_lanes: int = env(8, "groups of documents, dealt to ranks", least=1)
     ttt_lora_sites: str = env("q,k,v,o,mlp,head", "sites with LoRA, comma separated")
     ttt_lora_rank: int = env(80, "LoRA rank", least=1)
@@ -359,7 +360,8 @@ def parse_setting(field, text):
 
 
 # First words of our settings that other programs' variables have as well (MAX_JOBS, DATA_...)
-SHARED_WORDS = "MAX MIN NUM RUN DATA MODEL ENABLE TRAIN VAL CHECKPOINT ARTIFACT".split()
+SHARED_WORDS = """MAX MIN NUM RUN DATA MODEL ENABLE TRAIN VAL CHECKPOINT ARTIFACT PARALLEL GLOBAL
+    TARGET""".split()
 
 
 def foreign_words(name, guard):
@@ -372,10 +374,10 @@ def foreign_words(name, guard):
         return ""
     # how those begin whose first word is none of ours
     beginnings = """ADAM_EPS ALIAS_ ASYM_ BIGRAM_ CASEOPS_ CKPT_ COMPUTE_DTYPE DATASETS_
-        DOC_SHUFFLE E2E_ EXTRA_EVAL FULL_GPTQ FUSED_ GATE_ GATED_ HEAD_LR HEAD_PAIR HESSIAN_
-        IHA_ LATE_QAT LN_SCALE LOAD_MODEL LQER_ MAX_ROW_ MTP_ NEGATIVE_ NGRAM_ PAIRED_
-        PARTIAL_KEY PRUNE_ QAT_ QUANTIZE RECUR_ SKIP_GATES SKIP_POST SLIDING_ SMEAR_
-        SPINQUANT_ SWA_ TIE_ TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD TRAIN_SEQ_SCHED
+        DOC_SHUFFLE E2E_ EXTRA_EVAL FULL_GPTQ FUSED_ GATE_ GATED_ GLOBAL_TTT HEAD_LR HEAD_PAIR
+        HESSIAN_ IHA_ LATE_QAT LN_SCALE LOAD_MODEL LQER_ MAX_ROW_ MTP_ NEGATIVE_ NGRAM_ PAIRED_
+        PARALLEL_FINAL PARTIAL_KEY PRUNE_ QAT_ QUANTIZE RECUR_ SKIP_GATES SKIP_POST SLIDING_ SMEAR_
+        SPINQUANT_ SWA_ TARGET_MB TIE_ TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD TRAIN_SEQ_SCHED
         VALUE_ VAL_BATCH VAL_DOC VE_ WD_ XSA_"""
     instead = guard.instead(name)
     if not instead and not name.startswith((*beginnings.split(),)):
@@ -387,16 +389,15 @@ def unknown_settings(environ, cls, guard):
     """Yields a message for every undeclared variable that looks like a setting.
 
     It does if other scripts have it, if its first word is that of a setting and no shared one, if
-    it is almost the name of a setting, or one cut short behind a word or in small letters.
+    it is almost the name of a setting, or one cut short behind a word.
     """
     names = [field.name.upper() for field in dataclasses.fields(cls)]
     families = {name.split("_")[0] for name in names if "_" in name} - set(SHARED_WORDS)
     for name in sorted(set(environ) - {*names}):
-        # a single word, such as seed or CHECKPOINT, may be another program's
-        meant = name.upper() if "_" in name else name
-        close = difflib.get_close_matches(meant, names, 1, 0.6)
-        is_close = difflib.get_close_matches(meant, close, 1, 0.88)
-        is_cut = "_" in name and close and close[0].startswith(meant)
+        close = difflib.get_close_matches(name, names, 1, 0.6)
+        is_close = difflib.get_close_matches(name, close, 1, 0.88)
+        # a single word, such as CHECKPOINT, may be another program's
+        is_cut = "_" in name and close and close[0].startswith(name)
         if words := foreign_words(name, guard):
             yield f"{name} is {words}"
         elif is_close or is_cut or name.split("_")[0] in families:
@@ -6404,10 +6405,13 @@ def save_checkpoint(path, model, hp):
 def load_checkpoint(path, model):
     """Loads model.pt into the model. Raises DataError if it is missing or does not fit."""
     try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the check sums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         weights = {name: tensor.float() for name, tensor in checkpoint["weights"].items()}
     except Exception as error:  # a damaged file makes torch raise errors of many classes
         raise DataError(f"checkpoint {path}: {error!r:.300}") from None
+    if damaged:
+        raise DataError(f"checkpoint {path}: {damaged} is damaged")
     rebank(model, weights, f"checkpoint {path}")
 
 

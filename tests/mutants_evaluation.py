@@ -1123,6 +1123,20 @@ TOOLS = [
         "tests/test_pack_code.py::test_literal_keeps_every_byte_even_where_a_copy_changes_line_ends",
     ),
     Mutant(
+        "calls-of-hooks-are-packed",
+        PACK,
+        '            if name_of(call.func.value) == "guard" and call.func.attr in self.hooks:\n',
+        "            if False:\n",
+        "tests/test_pack_code.py::test_calls_of_hooks_that_do_nothing_are_not_packed",
+    ),
+    Mutant(
+        "methods-of-other-classes-are-taken-for-hooks",
+        PACK,
+        'if name_of(call.func.value) == "guard" and call.func.attr in self.hooks:',
+        "if call.func.attr in self.hooks:",
+        "tests/test_pack_code.py::test_calls_of_hooks_that_do_nothing_are_not_packed",
+    ),
+    Mutant(
         "published-parts-are-left-out-where-pergroup-needs-them",
         PACK,
         'return bool(own) or changed.get("compressor") in ("lzma", "pergroup")',

@@ -46,13 +46,13 @@ SETTINGS = [
         TRAINER,
         "elif is_close or is_cut or",
         "elif is_close or",
-        "tests/test_settings.py::test_no_setting_is_passed_over_cut_short_behind_a_word_or_in_small_letters",
+        "tests/test_settings.py::test_no_setting_is_passed_over_cut_short_behind_a_word",
     ),
     Mutant(
-        "single-words-in-small-letters-are-refused",
+        "single-words-count-as-cut-short",
         TRAINER,
-        'meant = name.upper() if "_" in name else name',
-        "meant = name.upper()",
+        'is_cut = "_" in name and close',
+        "is_cut = close",
         "tests/test_settings.py::test_variables_of_other_programs_are_left_alone",
     ),
     Mutant(

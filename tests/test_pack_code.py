@@ -453,6 +453,38 @@ def test_what_only_the_unpacked_script_does_is_not_packed():
     assert "'alone'" in text and "not alone" not in text
 
 
+HOOKS = """
+class Guard:
+    "Hooks."
+    def begin(self, what):
+        "Called first."
+    def commit(self):
+        "Called for its value."
+    def number(self):
+        "Called for its value and has one."
+        return 7
+    def only_unpacked(self):
+        "Nobody calls it."
+        return 8
+class Other:
+    def begin(self, what):
+        print("begins:", what)
+guard = Guard()
+guard.begin(1)
+Other().begin(2)
+print("values:", guard.commit(), guard.number())
+"""
+
+
+def test_calls_of_hooks_that_do_nothing_are_not_packed(tmp_path):
+    packed = pack_code(HOOKS, {})
+    (tmp_path / "packed.py").write_bytes(packed)
+    text = packed_text(packed)
+    assert "begins: 2\nvalues: None 7" in run_script(tmp_path / "packed.py")
+    assert "begins: 1" not in text and len(re.findall(r"\.begin\(", text)) == 1
+    assert "7" in text and not re.search(r"\b8\b", text)
+
+
 def test_constants_of_kernels_have_short_names_that_nothing_else_has():
     trees = [ast.parse(text) for text in (SOURCE, packer.PUBLISHED.read_text())]
     kernels = [node for tree in trees for node in ast.walk(tree) if packer.is_kernel(node)]

@@ -131,6 +131,18 @@ def test_a_damaged_checkpoint_is_loaded_or_refused(place, trainer):
     read()
 
 
+def test_a_checkpoint_whose_weights_have_a_wrong_bit_is_refused(place, trainer):
+    """torch.load would take it: the file is whole, but for the check sum of one of its entries."""
+    data = bytearray((place / "model.pt").read_bytes())
+    weights = trainer.model.tok_emb.detach().numpy().tobytes()
+    data[data.index(weights) + 3] ^= 128
+    path = place / "bit.pt"
+    path.write_bytes(data)
+    torch.load(path, weights_only=True)
+    with pytest.raises(train_gpt.DataError, match="checkpoint .*bit.pt: .*data/\\d+ is damaged"):
+        train_gpt.load_checkpoint(path, trainer.model)
+
+
 def test_a_checkpoint_of_an_older_version_with_more_in_it_is_loaded(place, trainer):
     """Versions of a few days kept row gradients in it, and had settings that are gone."""
     saved = torch.load(place / "model.pt", weights_only=True)

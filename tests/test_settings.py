@@ -163,14 +163,11 @@ def test_derived_sizes():
         ("EMA_DECAYS", "EMA_DECAY"),
         ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"),
         ("WARMDOWN_FRACTION", "WARMDOWN_FRAC"),
-        # cut short, and in small letters
+        # cut short
         ("MAX_WALLCLOCK", r"MAX_WALLCLOCK_SECONDS\?"),
         ("TRAIN_BATCH", r"TRAIN_BATCH_TOKENS\?"),
         ("NUM_KV", r"NUM_KV_HEADS\?"),
         ("VAL_LOSS", r"VAL_LOSS_EVERY\?"),
-        ("matrix_lr", r"MATRIX_LR\?"),
-        ("max_wallclock", r"MAX_WALLCLOCK_SECONDS\?"),
-        ("train_batch_token", r"TRAIN_BATCH_TOKENS\?"),
     ],
 )
 def test_a_misspelt_setting_is_refused_with_a_suggestion(name, meant):
@@ -180,12 +177,14 @@ def test_a_misspelt_setting_is_refused_with_a_suggestion(name, meant):
     assert "\n" not in str(error.value)
 
 
-def test_no_setting_is_passed_over_cut_short_behind_a_word_or_in_small_letters():
+def test_no_setting_is_passed_over_cut_short_behind_a_word():
     names = [field.name.upper() for field in FIELDS if "_" in field.name]
     words = [name.split("_") for name in names]
     cut = {"_".join(each[:count]) for each in words for count in range(2, len(each))}
-    for name in cut - {*names} | {name.lower() for name in names}:
-        with pytest.raises(SettingError, match=f"^{name} is not a setting; did you mean"):
+    for name in cut - {*names}:
+        with pytest.raises(
+            SettingError, match=f"^{name} is (not a setting; did you mean|a setting of)"
+        ):
             Hyperparameters.from_env({name: "1"})
 
 
@@ -209,6 +208,7 @@ OTHERS = """PATH HOME MAX_JOBS OMP_NUM_THREADS MKL_NUM_THREADS TORCH_INDEX_URL C
     NUMEXPR_MAX_THREADS DATA_DIR TRAIN_DIR DEVICE_COUNT MIN_MEM HOSTNAME PYTEST_CURRENT_TEST
     MATCHED_FINEWEB_REPO_ID GOLDEN_DIR CI LD_LIBRARY_PATH RUN_NAME COMPILE_COMMANDS LESSOPEN
     LR STEPS BATCH_SIZE DATA MODEL RUN CHECKPOINT seed device compile resume http_proxy data_dir
+    data_path run_id model_dir PARALLEL_SEQ PARALLEL_PID GLOBAL_RANK GLOBAL_BATCH_SIZE TARGET_ARCH
     _""".split()
 
 
@@ -288,15 +288,6 @@ def test_choices_are_the_declared_ones(field):
         assert getattr(hp, field.name) == choice
     with pytest.raises(SettingError, match=f"{field.name.upper()}='Nope': must be one of"):
         Hyperparameters.from_env({field.name.upper(): "Nope"})
-
-
-@pytest.mark.parametrize(
-    "name",
-    "num_layers model_dim train_seq_len eval_seq_len ttt_eval_seq_len ttt_batch_size".split(),
-)
-def test_sizes_that_no_machine_can_hold_are_refused_by_name(name):
-    with pytest.raises(SettingError, match=f"^{name.upper()}=1000000000: must be at most "):
-        Hyperparameters.from_env({name.upper(): "1000000000"})
 
 
 def test_every_number_has_a_lower_bound():
