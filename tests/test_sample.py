@@ -283,7 +283,8 @@ def test_another_tokenizer_is_refused(run, tmp_path):
     path = tmp_path / "plain.model"
     prepare_plain_data.train_tokenizer(iter([" ".join(WORDS)] * 300), 290, path)
     assert "has 290 pieces, VOCAB_SIZE is 8192" in refusal(run, "--tokenizer", path)
-    assert "does not exist" in refusal(run, "--tokenizer", tmp_path / "none.model")
+    missing = refusal(run, "--tokenizer", tmp_path / "none.model")
+    assert "none.model does not exist: name the run's tokenizer with --tokenizer" in missing
     hp = train_gpt.Hyperparameters(data_path=str(tmp_path / "gone"), device="cpu")
     with pytest.raises(train_gpt.DataError, match="was other.model, found was .*--tokenizer"):
         sample.text_of_run(hp, Path("other.model"))

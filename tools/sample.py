@@ -168,8 +168,12 @@ def hyperparameters(settings, device, tokenizer):
 def text_of_run(hp, logged):
     """Settings and the path of the run's tokenizer, if it is known -> Text.
 
-    Raises DataError for a tokenizer that did not make the run's data.
+    Raises DataError for a tokenizer that is missing or did not make the run's data.
     """
+    if hp.tokenizer_path and not Path(hp.tokenizer_path).exists():
+        raise train_gpt.DataError(
+            f"{hp.tokenizer_path} does not exist: name the run's tokenizer with --tokenizer"
+        )
     path = train_gpt.find_tokenizer(hp)
     if not hp.tokenizer_path and path.name != logged.name:
         raise train_gpt.DataError(
