@@ -17,7 +17,6 @@ import re
 import string
 import sys
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
@@ -529,18 +528,9 @@ def in_order(module):
 
 
 def compress(script):
-    """The shortest of what brotli makes of a script with 0 to 7 empty lines before it.
-
-    Its search is a heuristic: a byte more of input moves its output by up to 80.
-    """
-    trials = product((brotli.MODE_TEXT, brotli.MODE_FONT), range(8))
-
-    def packed(trial):
-        mode, count = trial
-        return brotli.compress(b"\n" * count + script, mode=mode)
-
-    with ThreadPoolExecutor() as pool:
-        return min(pool.map(packed, trials), key=len)
+    """The shortest of what brotli makes of a script in its modes."""
+    modes = brotli.MODE_GENERIC, brotli.MODE_TEXT, brotli.MODE_FONT
+    return min((brotli.compress(script, mode=mode) for mode in modes), key=len)
 
 
 def clean_shared_nodes(source):

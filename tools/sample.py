@@ -170,11 +170,10 @@ def text_of_run(hp, logged):
 
     Raises DataError for a tokenizer that is missing or did not make the run's data.
     """
-    if hp.tokenizer_path and not Path(hp.tokenizer_path).exists():
-        raise train_gpt.DataError(
-            f"{hp.tokenizer_path} does not exist: name the run's tokenizer with --tokenizer"
-        )
-    path = train_gpt.find_tokenizer(hp)
+    try:
+        path = train_gpt.find_tokenizer(hp)
+    except train_gpt.DataError as error:
+        raise train_gpt.DataError(f"{error}: name the run's tokenizer with --tokenizer") from None
     if not hp.tokenizer_path and path.name != logged.name:
         raise train_gpt.DataError(
             f"the run's tokenizer was {logged}, found was {path}: name it with --tokenizer"
