@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from artifact_helpers import model_arrays
+import torch
+from artifact_helpers import model_arrays, published_arrays
+from quantization_helpers import small_model
 
 import train_gpt
 from presets import published
@@ -63,11 +65,29 @@ def assert_same(found, expected):
         assert found[name].tobytes() == native.tobytes(), name
 
 
+def kinds_of_fields(arrays):
+    """{(field, dtype, number of dimensions)}"""
+    return {(key.rpartition(":")[2], a.dtype.name, a.ndim) for key, a in arrays.items()}
+
+
+def test_the_arrays_of_these_tests_have_the_fields_of_a_default_artifact(dist):
+    """Or else nothing here would try how such fields are read."""
+    weights, hessians = small_model(num_layers=1)
+    weights["tok_emb.weight"][:, 3] *= 6  # wide codes, as a trained embedding has
+    hessians["tok_emb.weight"][3, :] *= 60
+    hessians["tok_emb.weight"][:, 3] *= 60
+    weights["q_gain"] = torch.ones(1, 4)
+    weights["smear_lambda"] = torch.ones(1)
+    hp = train_gpt.Hyperparameters(device="cpu")
+    made = train_gpt.quantize_weights(weights, hessians, hp, dist)
+    assert kinds_of_fields(model_arrays()) == kinds_of_fields(made)
+
+
 # --- round trips
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS)
-@pytest.mark.parametrize("make", [model_arrays, odd_arrays, dict])
+@pytest.mark.parametrize("make", [model_arrays, published_arrays, odd_arrays, dict])
 def test_pack_unpack_is_exact(compressor, make):
     arrays = make()
     assert_same(train_gpt.unpack_weights(train_gpt.pack_weights(arrays, compressor)), arrays)
