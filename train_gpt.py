@@ -4296,11 +4296,13 @@ def join_wide_codes(name, fields):
     column_steps = fields["column_steps"]
     if "fine_codes" not in fields:
         return codes, column_steps
-    columns = fields["fine_columns"].astype(int)
-    shift = fields["fine_shift"].astype(int)
-    is_column = (columns >= 0) & (columns < codes.shape[1]) & (np.diff(columns, prepend=-1) > 0)
-    if not (is_column & (shift >= 0) & (shift <= MAX_SHIFT)).all():
+    columns = fields["fine_columns"]
+    shift = fields["fine_shift"]
+    is_column = (np.diff(columns, prepend=-1) > 0) & (columns < codes.shape[1])
+    if not (is_column & (shift >= 0) & (shift <= MAX_SHIFT)).all():  # nor if one is no number
         raise ArtifactError(f"{name}: fine codes do not fit the matrix {codes.shape}")
+    columns = columns.astype(int)
+    shift = shift.astype(int)
     codes = codes.copy()
     codes[:, columns] = codes[:, columns] * 2**shift + fields["fine_codes"]
     column_steps = column_steps.copy()

@@ -756,9 +756,10 @@ def factors_fit(shapes):
     a, b = shapes.get("lqer_a"), shapes.get("lqer_b")
     if len(codes) != 2 or not a or not b or (a[0], *b[1:]) != codes or a[1:] != b[:1]:
         return False
-    scales = shapes.get("lqer_a_scale"), shapes.get("lqer_b_scale")
-    is_asymmetric = scales[0] == () and scales[1] is not None and len(scales[1]) == 1
-    return is_asymmetric or scales == (a[:1], b[:1])
+    a_scale, b_scale = shapes.get("lqer_a_scale"), shapes.get("lqer_b_scale")
+    if a_scale == () and b_scale is not None and len(b_scale) == 1:  # LQER_ASYM_ENABLED
+        return b_scale[0] > 0 and math.prod(b) % b_scale[0] == 0
+    return (a_scale, b_scale) == (a[:1], b[:1])
 
 
 def largest_errors(weights, arrays, hp, dist):

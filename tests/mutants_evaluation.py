@@ -196,6 +196,20 @@ QUANTIZATION = [
         "tests/test_trellis.py::test_the_artifact_gives_back_the_weights_of_the_trellis",
     ),
     Mutant(
+        "codes-of-a-hostile-trellis-may-be-anything",
+        TRAIN,
+        "codes = np.nan_to_num(codes).clip(-(2**20), 2**20)",
+        "codes = np.nan_to_num(codes)",
+        "tests/test_artifact_fuzz.py::test_hostile_fields_are_refused_or_make_a_weight",
+    ),
+    Mutant(
+        "factors-in-any-number-of-groups",
+        PUBLISHED,
+        "return b_scale[0] > 0 and math.prod(b) % b_scale[0] == 0",
+        "return True",
+        "tests/test_artifact_fuzz.py::test_hostile_fields_are_refused_or_make_a_weight",
+    ),
+    Mutant(
         "lqer-corrects-the-smallest-errors",
         PUBLISHED,
         "chosen = sorted(norms, key=lambda name: (-norms[name], name))",
@@ -454,8 +468,8 @@ ARTIFACT = [
     Mutant(
         "fine-codes-that-lie-outside-of-the-matrix",
         TRAIN,
-        "(columns >= 0) & (columns < codes.shape[1])",
-        "(columns >= 0) & (columns <= codes.shape[1])",
+        "& (columns < codes.shape[1])",
+        "& (columns <= codes.shape[1])",
         "tests/test_quantization.py::test_rebuilding_refuses_fine_codes_that_do_not_fit",
     ),
 ]

@@ -1,5 +1,7 @@
 """Mutated artifacts: each is refused with an ArtifactError, soon and in bounded memory.
 
+So are arrays that are packed rightly and of which no weight can be made, or else they make one.
+
 `make soak` tries 5,000.
 """
 
@@ -10,10 +12,11 @@ import random
 import resource
 import shutil
 import time
+import warnings
 
 import numpy as np
 import pytest
-from artifact_helpers import model_arrays
+from artifact_helpers import model_arrays, published_arrays
 from conftest import tell
 
 import train_gpt
@@ -21,7 +24,9 @@ import train_gpt
 pytest.importorskip("brotli")
 pytestmark = pytest.mark.usefixtures("published")
 MUTATIONS = int(os.environ.get("SOAK_MUTATIONS", 240))  # over all compressors
-COMPRESSORS = ["entropy", "brotli", "lzma"] + ["pergroup"] * bool(shutil.which("lrzip"))
+COMPRESSORS = {"entropy": model_arrays, "brotli": model_arrays, "lzma": published_arrays}
+if shutil.which("lrzip"):
+    COMPRESSORS["pergroup"] = published_arrays
 SECONDS, MEMORY = 60, 2**31  # at most, of CPU time and bytes, for one file of a few kilobytes
 SIZES = [
     -1,
@@ -174,15 +179,25 @@ KINDS = [
 ]
 
 
+def seeded(what):
+    """A source of chance: the same in every run of `make test`, another one in `make soak`."""
+    seed = random.randrange(2**32) if "SOAK_MUTATIONS" in os.environ else 11
+    tell(f"{what}, seed {seed}")
+    return random.Random(seed)
+
+
+def peak_memory():
+    """The most bytes that this process has held."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_mutated_artifacts_are_refused(compressor):
-    arrays = model_arrays()
+    arrays = COMPRESSORS[compressor]()
     blob = train_gpt.pack_weights(arrays, compressor)
-    seed = random.randrange(2**32) if "SOAK_MUTATIONS" in os.environ else 11
-    tell(f"mutated artifacts, seed {seed}")
-    chance, tried, seconds, passed = random.Random(seed), 0, 0.0, []
+    chance, tried, seconds, passed = seeded("mutated artifacts"), 0, 0.0, []
     unchanged = blob, Parts(blob).signed()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     while tried < MUTATIONS // len(COMPRESSORS):
         kind = chance.choice(KINDS)
         mutant = kind(blob, chance)
@@ -203,10 +218,94 @@ def test_mutated_artifacts_are_refused(compressor):
             ):
                 passed.append((kind.__name__, tried))
         seconds = max(seconds, time.process_time() - started)
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    grown = peak_memory() - before
     tell(
         f"mutated artifacts, {compressor}: {tried} mutants, {seconds:.2f} s at most,"
         f" {grown / 2**20:.0f} MiB more"
     )
     assert not passed, f"accepted: {passed}"
+    assert seconds < SECONDS and grown < MEMORY
+
+
+# --- hostile fields: the file is right in all its parts, but no model's fields are like this
+
+
+def other_numbers(array, chance):
+    """Some numbers become those at the ends of a type, often of another type."""
+    dtype = chance.choice([array.dtype.name, *train_gpt.ARRAY_DTYPES])
+    with np.errstate(all="ignore"):
+        array = array.astype(dtype)
+    info = np.finfo(dtype) if array.dtype.kind == "f" else None
+    values = [-1, 0, 1, 2, 15, 16, 39, 40, 127, 128, 255, 2**15, 2**31, 2**63]
+    if info:
+        values += [info.max, info.min, info.tiny, np.nan, np.inf, -np.inf, 0.5]
+    for _ in range(chance.randint(1, 4)):
+        value = np.array(chance.choice(values))
+        with np.errstate(all="ignore"):
+            array.flat[chance.randrange(array.size) if array.size else slice(0)] = value.astype(
+                dtype
+            )
+    return array
+
+
+def other_shape(array, chance):
+    """A row or column too many or too few, none at all, or another number of dimensions."""
+    shapes = [array.T, array.ravel(), array[None], array[..., None]]
+    if array.ndim:
+        shapes += [array[:0], array[..., :0], array[:-1], np.concatenate([array, array[-1:]])]
+    return chance.choice(shapes)
+
+
+def forge_fields(fields, chance):
+    """{field: array} of a weight, with one or two fields that are not what they should be."""
+    fields = dict(fields)
+    for _ in range(chance.randint(1, 2)):
+        name, other = chance.choices(list(fields), k=2)
+        kind = chance.randrange(8)
+        if kind < 4:
+            fields[name] = other_numbers(fields[name], chance)
+        elif kind < 6:
+            fields[name] = other_shape(fields[name], chance)
+        elif kind < 7:
+            fields[name], fields[other] = fields[other], fields[name]
+        else:
+            array = fields.pop(name)
+            if chance.random() < 0.5 or not fields:
+                fields[chance.choice(["", "fp16", "fine_codes", "trellis", "lqer_a"])] = array
+    return fields
+
+
+@pytest.mark.parametrize("make", [model_arrays, published_arrays])
+def test_hostile_fields_are_refused_or_make_a_weight(make):
+    weights = {}
+    for key, array in make().items():
+        name, _, field = key.rpartition(":")
+        weights.setdefault(name, {})[field] = array
+    chance, seconds, refused = seeded("hostile fields"), 0.0, 0
+    before = peak_memory()
+    for _ in range(4 * MUTATIONS):
+        name = chance.choice(["tok_emb.weight", "blocks.1.mlp.c_proj.weight", *weights])
+        fields = forge_fields(weights[name], chance)
+        arrays = {f"{name}:{field}": array for field, array in fields.items()}
+        blob = train_gpt.pack_weights(arrays, "brotli")
+        started = time.process_time()
+        unpacked = train_gpt.unpack_weights(blob)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # infinite weights are the model's own affair
+                # but the integer that comes out of such a cast differs between machines
+                warnings.filterwarnings("error", "invalid value encountered in cast")
+                found = train_gpt.dequantize_weights(unpacked)
+        except train_gpt.ArtifactError as error:
+            assert name in str(error)
+            refused += 1
+        else:
+            assert found[name].shape in [array.shape for array in fields.values()]
+        seconds = max(seconds, time.process_time() - started)
+    grown = peak_memory() - before
+    tell(
+        f"hostile fields, {make.__name__}: {refused} of {4 * MUTATIONS} refused,"
+        f" {seconds:.2f} s at most, {grown / 2**20:.0f} MiB more"
+    )
+    assert 0.2 < refused / (4 * MUTATIONS) < 0.8  # or else one of both would hardly be tried
     assert seconds < SECONDS and grown < MEMORY
