@@ -5,24 +5,28 @@ Compressors on the same codes, and BPB against bytes over quantization settings.
     python benchmarks/bench_bytes.py codes runs/ID/artifact.bin
         # every compressor on the arrays of an artifact
     DATA_PATH=... python benchmarks/bench_bytes.py sweep runs/ID/model.pt --out sweep.png \
-        --curve plain "MLP_CLIP_SIGMAS=10 ATTN_CLIP_SIGMAS=11.5" "" \
-        --curve ours "COMPRESSOR=entropy GPTQ_COLUMN_STEPS=1"
+        --curve "steps of columns" "GPTQ_TRELLIS=0 MLP_CLIP_SIGMAS=14" "GPTQ_TRELLIS=0" \
+        --curve trellis "MLP_CLIP_SIGMAS=14" ""
     DATA_PATH=... python benchmarks/bench_bytes.py rate runs/ID/model.pt --out rate.png --layer 5
 
 `codes` prints bytes by group of tensors beside the order-0 entropy of its codes, and the seconds to
 pack and unpack. `sweep` is the harness behind QUANT_ONLY=1: Hessians once, then GPTQ, packing,
 rebuilding and evaluation for every point of every curve (settings as in the environment, which
-holds for all points); a table, a .json and a .png beside it. `gap` is what quantization adds to the
-loss, in nats a token, on the training rows that neither training nor the Hessians have seen
-(QUANT_CHECK_ROWS of them): a low error on the calibration rows alone is no evidence.
+holds for all points); a table, a .json and a .png beside it. Below the table stand the bytes at
+equal BPB and the BPB at equal bytes of every two curves, on straight lines between their points;
+nan: beyond them. `gap` is what quantization adds to the loss, in nats a token, on the training rows
+that neither training nor the Hessians have seen (QUANT_CHECK_ROWS of them): a low error on the
+calibration rows alone is no evidence.
 `rate` draws distortion against rate for one matrix of each kind, for each of METHODS, beside the
 bound of information theory: bits a weight are those of the packed file, steps and header included.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -34,6 +38,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import presets.published as published  # noqa: E402
 import train_gpt  # noqa: E402
 from tools.guard import RunGuard  # noqa: E402
 from tools.run_files import settings_of  # noqa: E402
@@ -107,6 +112,7 @@ SWEPT = (
     "gptq_column_steps",
     "gptq_column_octaves",
     "gptq_trellis",
+    "lqer_enabled",
     "compressor",
 )
 
@@ -128,7 +134,7 @@ def check_points(points: list[str]) -> None:
 class Sweep:
     """One checkpoint, its Hessians, and its loss on the rows that were held out.
 
-    A thread packs meanwhile.
+    Threads pack meanwhile: lrzip takes minutes.
     """
 
     def __init__(self, checkpoint: Path, compressor: str):
@@ -151,7 +157,7 @@ class Sweep:
         self.weights = {
             name: w.detach().clone() for name, w in train_gpt.unbank(self.model).items()
         }
-        self.loader, self.packing = loader, ThreadPoolExecutor(1)
+        self.loader, self.packing = loader, ThreadPoolExecutor(3)
         self.fp32_loss = train_gpt.held_out_loss(self.model, loader, hp, dist)
 
     def settings_at(self, point: str) -> train_gpt.Hyperparameters:
@@ -162,7 +168,7 @@ class Sweep:
     def measure(self, settings: str) -> dict:
         """Quantizes under "NAME=VALUE ..." -> the file and its figures.
 
-        They are: bytes of the file to come, BPB, gap, mean relative weighted error.
+        They are: bytes, a Future of them, BPB, gap, mean relative weighted error.
         """
         hp = self.settings_at(settings)
         start = time.perf_counter()
@@ -191,7 +197,7 @@ class Sweep:
             "gap": None if loss is None else loss - self.fp32_loss,
             "bpb": self.evaluator.evaluate_bpb()["bpb"],
             "seconds_quantize": quantized - start,
-            "bytes": size.result(),
+            "bytes": size,
         }
 
 
@@ -305,15 +311,37 @@ def plot(curves: dict[str, list[dict]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def figure_at(points: list[dict], key: str, value: float, wanted: str) -> float:
+    """The figure `wanted` where a curve has this value of `key`; NaN beyond its points."""
+    points = sorted(points, key=lambda point: point[key])
+    line = [point[key] for point in points], [point[wanted] for point in points]
+    return float(np.interp(value, *line, left=np.nan, right=np.nan))
+
+
+def print_comparisons(curves: dict[str, list[dict]]) -> None:
+    """How each curve lies to those before it, at the middle point of the earlier one."""
+    for before, after in itertools.combinations(curves, 2):
+        points = sorted(curves[before], key=lambda point: point["bytes"])
+        middle = points[len(points) // 2]
+        size = figure_at(curves[after], "bpb", middle["bpb"], "bytes")
+        bpb = figure_at(curves[after], "bytes", middle["bytes"], "bpb")
+        print(
+            f"{after} against {before} at {middle['bytes']} B: {size / middle['bytes'] - 1:+.2%}"
+            f" bytes at equal BPB, {bpb - middle['bpb']:+.6f} BPB at equal bytes"
+        )
+
+
 def main() -> None:
     """Runs the command line."""
+    published.install()  # it knows all of train_gpt.py's settings, LQER and two compressors more
+    with_lrzip = ["pergroup"] if shutil.which("lrzip") else []
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     codes = commands.add_parser("codes")
     codes.add_argument("artifact", type=Path)
-    codes.add_argument("--compressors", nargs="+", default=["entropy", "pergroup", "brotli"])
+    codes.add_argument("--compressors", nargs="+", default=["entropy", *with_lrzip, "brotli"])
     sweep = commands.add_parser("sweep")
     sweep.add_argument("checkpoint", type=Path)
     sweep.add_argument(
@@ -330,6 +358,8 @@ def main() -> None:
     if options.command == "rate":
         return compare_rates(options.checkpoint, options.layer, options.out)
     check_points([settings for _, *points in options.curve for settings in points])
+    if any("COMPRESSOR=pergroup" in point for _, *points in options.curve for point in points):
+        published.check_lrzip()
     harness, curves = Sweep(options.checkpoint, "entropy"), defaultdict(list)
     print(
         f"fp32: bpb {harness.evaluator.evaluate_bpb()['bpb']:.6f}  held-out loss"
@@ -337,17 +367,19 @@ def main() -> None:
         flush=True,
     )
     for name, *points in options.curve:
-        for settings in points:
-            point = harness.measure(settings)
-            curves[name].append(point)
+        curves[name] += [harness.measure(settings) for settings in points]
+    for name, points in curves.items():
+        for point in points:
+            point["bytes"] = point["bytes"].result()
             gap = "none" if point["gap"] is None else f"{point['gap']:.5f}"
             print(
-                f"{name:12} {point['bytes']:10d} B  bpb {point['bpb']:.6f}  gap {gap}  error "
+                f"{name:16} {point['bytes']:10d} B  bpb {point['bpb']:.6f}  gap {gap}  error "
                 f"{point['weighted_error']:.3e}  GPTQ {point['seconds_quantize']:.1f} s "
-                f" {settings}",
+                f" {point['settings']}",
                 flush=True,
             )
-        options.out.with_suffix(".json").write_text(json.dumps(curves, indent=1))
+    options.out.with_suffix(".json").write_text(json.dumps(curves, indent=1))
+    print_comparisons(curves)
     plot(curves, options.out.with_suffix(".png"))
 
 

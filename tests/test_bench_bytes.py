@@ -13,8 +13,16 @@ from conftest import TINY, tiny_hp
 
 import train_gpt
 from benchmarks import bench_bytes
+from presets import published
 
 pytest.importorskip("brotli")
+
+
+@pytest.fixture(autouse=True)
+def parts_come_back(monkeypatch):
+    """main installs presets/published.py: until the test ends."""
+    for name in published.PARTS:
+        monkeypatch.setattr(train_gpt, name, getattr(train_gpt, name))
 
 
 @pytest.fixture
@@ -29,23 +37,65 @@ def model(monkeypatch, tmp_path, tiny_data, ops):
     return model
 
 
+CLIPS = "MLP_CLIP_SIGMAS={0} ATTN_CLIP_SIGMAS={0} EMBED_CLIP_SIGMAS={0}"
+
+
 def test_sweep_measures_bytes_error_and_bpb_of_every_point(monkeypatch, tmp_path, model, capsys):
     pytest.importorskip("matplotlib")
-    shaped = "COMPRESSOR=entropy GPTQ_COLUMN_STEPS=1"
+    monkeypatch.setenv("COMPRESSOR", "brotli")
     command = ["bench", "sweep", str(tmp_path / "model.pt"), "--out", str(tmp_path / "sweep.png")]
-    wide = "MLP_CLIP_SIGMAS=50 ATTN_CLIP_SIGMAS=50 EMBED_CLIP_SIGMAS=50"
-    command += ["--curve", "plain", "", wide, "--curve", "ours", shaped]
+    ways = {
+        "plain": "COMPRESSOR=lzma GPTQ_COLUMN_STEPS=0 LQER_ENABLED=1",
+        "steps of columns": "COMPRESSOR=entropy GPTQ_TRELLIS=0",
+        "trellis": "COMPRESSOR=entropy",
+    }
+    for name, settings in ways.items():
+        points = [f"{settings} {CLIPS.format(clip)}" for clip in (12, 25, 50)]
+        command += ["--curve", name, *points]
     monkeypatch.setattr("sys.argv", command)
     bench_bytes.main()
     curves = json.loads((tmp_path / "sweep.json").read_text())
-    (near, coarse), (ours,) = curves["plain"], curves["ours"]
-    assert (
-        near["bytes"] > coarse["bytes"] and near["weighted_error"] < 0.2 * coarse["weighted_error"]
-    )
-    assert ours["settings"] == shaped and ours["weighted_error"] < 0.2 * coarse["weighted_error"]
-    assert all(-0.1 < point["gap"] < 0.1 for point in (near, coarse, ours))
+    assert list(curves) == list(ways)
+    for name, (near, middle, coarse) in curves.items():
+        assert near["bytes"] > middle["bytes"] > coarse["bytes"]
+        assert near["weighted_error"] < 0.2 * coarse["weighted_error"]
+        assert near["settings"] == f"{ways[name]} {CLIPS.format(12)}"
+        assert all(-0.1 < point["gap"] < 0.1 for point in (near, middle, coarse))
+    for scalar, trellis in zip(curves["steps of columns"], curves["trellis"], strict=True):
+        assert trellis["weighted_error"] < 0.9 * scalar["weighted_error"]
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
-    assert abs(near["bpb"] - float(capsys.readouterr().out.split()[2])) < 0.05
+    lines = capsys.readouterr().out.splitlines()
+    assert abs(curves["plain"][0]["bpb"] - float(lines[0].split()[2])) < 0.05
+    assert len(lines) == 1 + 9 + 3  # the fp32 model, the points, the pairs of curves
+    assert f"{curves['trellis'][2]['bytes']} B" in lines[9]
+    assert f"gap {curves['trellis'][2]['gap']:.5f}" in lines[9]
+    assert lines[12].startswith("trellis against steps of columns at ")
+
+
+def test_curves_are_compared_at_the_middle_point_of_the_first(capsys):
+    def curve(*points):
+        return [{"bytes": size, "bpb": bpb} for size, bpb in points]
+
+    first = curve((1000, 2.0), (1200, 1.0), (800, 3.0))
+    second = curve((600, 2.5), (900, 1.5), (1500, 0.5))
+    third = curve((600, 1.5), (900, 1.2))
+    bench_bytes.print_comparisons({"a": first, "b": second, "c": third})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "b against a at 1000 B: -25.00% bytes at equal BPB, -0.666667 BPB at equal bytes"
+    )
+    assert lines[1] == "c against a at 1000 B: +nan% bytes at equal BPB, +nan BPB at equal bytes"
+    assert lines[2] == (
+        "c against b at 900 B: -33.33% bytes at equal BPB, -0.300000 BPB at equal bytes"
+    )
+
+
+def test_a_missing_lrzip_is_said_before_the_hessians_are_made(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = ["bench", "sweep", str(tmp_path / "absent.pt"), "--curve", "plain"]
+    monkeypatch.setattr("sys.argv", [*command, "", "COMPRESSOR=pergroup"])
+    with pytest.raises(train_gpt.SettingError, match="lrzip"):
+        bench_bytes.main()
 
 
 def test_the_points_of_a_sweep_have_the_trellis_that_its_environment_lacks(
@@ -77,10 +127,12 @@ def test_a_setting_that_a_sweep_cannot_vary_is_refused(setting, monkeypatch, tmp
         bench_bytes.main()
 
 
-def test_codes_compares_compressors_on_the_same_arrays(tmp_path, capsys):
+def test_codes_compares_compressors_on_the_same_arrays(monkeypatch, tmp_path, capsys):
     arrays = model_arrays()
     (tmp_path / "artifact.bin").write_bytes(train_gpt.pack_weights(arrays, "brotli"))
-    bench_bytes.compare_codes(tmp_path / "artifact.bin", ["entropy", "brotli"])
+    monkeypatch.setenv("PATH", str(tmp_path))  # without lrzip
+    monkeypatch.setattr("sys.argv", ["bench", "codes", str(tmp_path / "artifact.bin")])
+    bench_bytes.main()
     lines = capsys.readouterr().out.splitlines()
     assert f"{len(arrays)} arrays" in lines[0]
     assert [line.split()[0] for line in lines[1:]] == ["order-0,", "entropy", "brotli"]
