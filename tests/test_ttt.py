@@ -176,6 +176,7 @@ COVERAGE = [
     {"ttt_lora_sites": "q,head"},
     {"ttt_warm_start_a": False},
     {"ttt_short_chunks": "8:2,30:3", "ttt_stale_context": 9},
+    {"ttt_stale_context": 24},
     {"ngram_tilt_enabled": True, "ttt_stale_context": 24, "ttt_batch_size": 1},
 ]
 
@@ -633,9 +634,8 @@ def check_lanes(tmp_path, counted, **options):
     phases = plan_ttt(validation.ends - validation.starts, hp)
     assert [sorted(phase.documents.tolist()) for phase in phases] == [[0, 1, 3, 5], [2, 4, 6, 7]]
     document = int(phases[0].lanes[0][0][0])
-    place = (
-        int(validation.starts[document]) + 10
-    )  # in the cache of later chunks, where there is one
+    # later chunks attend to it, in the cache where there is one
+    place = int(validation.starts[document]) + 10
     runs = []
     for change in (0, 1):
         validation.tokens[place] += (
@@ -699,8 +699,9 @@ def check_sums(tmp_path, counted, **options):
     """At one target of the last document of each queue: over all tokens that may stand there, the
     probabilities that were counted add up to one.
 
-    Nothing is assumed of how a loss comes about. Before these targets base and adapters have
-    learnt, and adapters learn from them.
+    Nothing is assumed of how a loss comes about: a scale or bias that is learnt with the adapters
+    is in it. The base and the adapters have learnt before these targets, and adapters learn from
+    them.
     """
     hp = small_hp(data_path=str(tmp_path), **FEW_TOKENS | options)
     validation = evaluation_helpers.make_validation(tmp_path, hp, FEW_LENGTHS, vocab_size=FEW)
@@ -801,9 +802,8 @@ def show_the_targets(chunk_losses):
     """No probabilities of the future: the inputs are the targets."""
 
     def illegal(trainer, windows, targets, positions, tap):
-        return chunk_losses(
-            trainer, windows.scatter(1, positions, targets), targets, positions, tap
-        )
+        shown = windows.scatter(1, positions, targets)
+        return chunk_losses(trainer, shown, targets, positions, tap)
 
     return illegal
 
