@@ -103,6 +103,9 @@ class Hyperparameters(train_gpt.Hyperparameters):
     muon_head_pairs: bool = env(
         False, "q and k are orthogonalised by pairs of heads, not whole (PR 1512)"
     )
+    ema_decay: float = env(
+        0.0, "decay of the weight average in every step; 0: EMA_SPAN", least=0, most=0.999999
+    )
     swa_below_lr: float = env(
         0.0, "below this learning-rate factor: mean of snapshots; 0: EMA", least=0
     )
@@ -609,9 +612,16 @@ def decay_multiplier(progress, hp):
 
 
 class EMA(train_gpt.EMA):
-    """With the mean of late snapshots ("tight SWA", PR 960)."""
+    """With one decay for all steps (EMA_DECAY) and the mean of late snapshots ("tight SWA", PR
+    960).
+    """
 
     snapshots = 0  # how many the average is the mean of
+
+    def decay(self, step, progress):
+        if not self.hp.ema_decay:
+            return super().decay(step, progress)
+        return min(self.hp.ema_decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
     def add_snapshot(self):

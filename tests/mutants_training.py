@@ -829,9 +829,17 @@ OPTIMIZER = [
     Mutant(
         "average-begins-at-full-decay",
         TRAINER,
-        "decay = min(self.decay, (1 + step) / (10 + step))",
-        "decay = self.decay",
+        "return min(1 - 1 / max(steps, 1.0), (1 + step) / (10 + step))",
+        "return 1 - 1 / max(steps, 1.0)",
         "tests/test_optimizer.py::test_ema_equals_a_plain_loop",
+    ),
+    Mutant(
+        "average-reaches-back-a-number-of-steps",
+        TRAINER,
+        "steps = self.hp.ema_span * step / progress if progress else math.inf",
+        "steps = 286.0",
+        "tests/test_optimizer.py"
+        "::test_the_average_reaches_back_the_same_share_of_every_run[2000-0.9888888888888889]",
     ),
     Mutant(
         "average-is-a-view-of-the-weights",
@@ -915,7 +923,7 @@ TRAINING = [
     Mutant(
         "warm-up-keeps-its-average",
         TRAINER,
-        "        self.ema = EMA(self.model, self.hp.ema_decay)\n",
+        "        self.ema = EMA(self.model, self.hp)\n",
         "",
         "tests/test_training.py::test_warm_up_trains_in_both_loop_states_and_restores_every_bit",
     ),

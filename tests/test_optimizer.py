@@ -493,34 +493,56 @@ def test_clip_factor_comes_from_the_reduced_gradient_on_every_rank(on_two_ranks,
 # --- EMA
 
 
-@pytest.mark.parametrize("first_step", [0, 2540])
-def test_ema_equals_a_plain_loop(first_step, rel):
-    """The ramp (1 + n) / (10 + n) reaches 0.9965 near step 2,561."""
+@pytest.mark.parametrize("steps, at_the_end", [(6350, 1 - 1 / 285.75), (2000, 1 - 1 / 90)])
+def test_the_average_reaches_back_the_same_share_of_every_run(steps, at_the_end):
+    """A run of 6,350 steps ends as the published decay does, a shorter one reaches back less."""
+    ema = train_gpt.EMA(random_model(), tiny_hp(ema_span=0.045))
+    decays = [ema.decay(step, step / steps) for step in range(steps)]
+    assert decays[-1] == pytest.approx(at_the_end)
+    assert decays[0] == 0.1 and decays[20] == 21 / 30  # the start weighs no more than its steps
+    assert decays == sorted(decays)
+
+
+def test_the_average_expects_the_steps_that_the_clock_lets_it_expect():
+    """With seconds for a budget nobody knows the number of steps; progress tells it."""
+    ema = train_gpt.EMA(random_model(), tiny_hp(ema_span=0.01))
+    assert ema.decay(500, 0.25) == pytest.approx(1 - 1 / 20)  # of 2,000 steps
+    assert ema.decay(1000, 0.25) == pytest.approx(1 - 1 / 40)
+    assert ema.decay(3, 0.9) == 0.0  # a run of three steps ends with its last weights
+
+
+def test_ema_equals_a_plain_loop(rel):
     model = random_model()
-    ema = train_gpt.EMA(model, 0.9965)
+    ema = train_gpt.EMA(model, tiny_hp(ema_span=0.2))
     want = [p.detach().double().clone() for p in model.parameters()]
-    for step in range(first_step, first_step + 40):
+    for step in range(60):
         for p, change in zip(model.parameters(), gradients(model, seed=step), strict=True):
             p.data += change
-        decay = min(0.9965, (1 + step) / (10 + step))
+        decay = min(1 - 1 / 12, (1 + step) / (10 + step))
         want = [
             decay * w + (1 - decay) * p.detach().double()
             for w, p in zip(want, model.parameters(), strict=True)
         ]
-        ema.update(step)
-    assert (1 + first_step) / (10 + first_step) < 0.9965 < (41 + first_step) / (
-        50 + first_step
-    ) or first_step == 0
+        ema.update(step, step / 60)
     for average, w in zip(ema.average, want, strict=True):
         assert average.dtype == torch.float32 and rel(average, w) < 1e-5
 
 
+@pytest.mark.parametrize("first_step", [0, 2540])
+def test_published_systems_have_one_decay_for_all_steps(first_step):
+    """The ramp (1 + n) / (10 + n) reaches 0.9965 near step 2,561."""
+    ema = presets.published.EMA(random_model(), published_hp(ema_decay=0.9965))
+    for step in range(first_step, first_step + 40):
+        assert ema.decay(step, 0.5) == min(0.9965, (1 + step) / (10 + step))
+
+
 def test_ema_leaves_the_weights_until_it_is_copied():
     model = random_model()
-    ema, before = train_gpt.EMA(model, 0.5), [p.detach().clone() for p in model.parameters()]
+    ema = train_gpt.EMA(model, tiny_hp(ema_span=0.1))
+    before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.data += 1
-    ema.update(100)
+    ema.update(100, 5.0)  # a span of two steps
     assert all(torch.equal(p, b + 1) for p, b in zip(model.parameters(), before, strict=True))
     ema.copy_to_model()
     for p, b in zip(model.parameters(), before, strict=True):

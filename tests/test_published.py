@@ -94,7 +94,7 @@ FIELDS = [
 
 
 def test_its_settings_have_a_meaning_a_type_a_default_of_that_type_and_a_bound():
-    assert len(FIELDS) == 42 and {field.name.upper() for field in FIELDS} == published_settings()
+    assert len(FIELDS) == 43 and {field.name.upper() for field in FIELDS} == published_settings()
     for field in FIELDS:
         assert field.type in (int, float, bool, str) and type(field.default) is field.type
         assert len(field.metadata["help"]) > 3

@@ -124,7 +124,7 @@ def trained_model(folder, **changes):
         "matrix_lr": 0.05,
         "muon_outward": 1.0,
         "warmdown_frac": 0.5,
-        "ema_decay": 0.8,
+        "ema_span": 0.033,
     }
     trainer = trainer_of(folder, train_log_every=50, **quick | changes)
     trainer.train(quiet)

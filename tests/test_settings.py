@@ -160,7 +160,7 @@ def test_derived_sizes():
         ("COMPRESSORS", "COMPRESSOR"),
         ("GPTQ_DAMPING", "GPTQ_DAMP"),
         ("DATA_PATHS", "DATA_PATH"),
-        ("EMA_DECAYS", "EMA_DECAY"),
+        ("EMA_SPANS", "EMA_SPAN"),
         ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"),
         ("WARMDOWN_FRACTION", "WARMDOWN_FRAC"),
         # cut short

@@ -391,11 +391,11 @@ def test_training_learns_more_than_token_frequencies(tmp_path):
 
 
 def test_training_ends_with_the_average_of_the_weights(tiny_data):
-    trainer, weights = trainer_of(tiny_data), {}
+    trainer, weights = trainer_of(tiny_data, ema_span=0.9), {}
     update = trainer.ema.update
 
-    def keep_weights(step):
-        update(step)
+    def keep_weights(step, progress):
+        update(step, progress)
         weights.update((name, p.detach().clone()) for name, p in trainer.model.named_parameters())
 
     trainer.ema.update = keep_weights

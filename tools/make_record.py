@@ -364,7 +364,10 @@ def training_sentences(s):
     yield "AdamW on the rest: embedding {TIED_EMBED_LR}, scalars and gates {SCALAR_LR}"
     yield "{TRAIN_BATCH_TOKENS} tokens a step, documents cut at {TRAIN_SEQ_LEN} tokens"
     yield "learning rate falls over the last {WARMDOWN_FRAC} of the time to {MIN_LR} of itself"
-    yield "weights averaged with decay {EMA_DECAY}"
+    if float(s.get("EMA_DECAY", 0)):  # presets/published.py
+        yield "weights averaged with decay {EMA_DECAY}"
+    else:
+        yield "weights averaged over the last {EMA_SPAN} of training"
 
 
 def quantization_sentences(s):
