@@ -1,6 +1,7 @@
 """The pages say what is there: files, targets, settings, RESULT's keys, sections."""
 
 import ast
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from conftest import install_parts_for
+from scipy import stats
 
 import presets.published
 import train_gpt
+from benchmarks import bench_recipe
 from tools import launch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +93,16 @@ def read(page):
     return (ROOT / page).read_text(encoding="utf-8")
 
 
+def settings_in(preset):
+    """Names and values of presets/PRESET, as text; a name that stands twice is an error."""
+    lines = [
+        line for line in read(f"presets/{preset}").splitlines() if line and not line.startswith("#")
+    ]
+    values = dict(shlex.split(line)[0].split("=", 1) for line in lines)
+    assert len(values) == len(lines)
+    return values
+
+
 def code_in(text):
     """What stands between backticks, in lines or in blocks."""
     blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
@@ -135,17 +148,14 @@ def test_settings_that_a_page_names_are_declared(page):
     text = read(page)
     named = set(re.findall(r"(?<![\w<])([A-Z][A-Z0-9_]+)=", text))
     named |= {code for code in code_in(text) if re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", code)}
-    gone = REMOVED if page in ("docs/LOG.md", "docs/PRESETS.md", "CHANGELOG.md") else set()
+    history = "docs/LOG.md", "docs/PRESETS.md", "docs/DEFAULTS.md", "CHANGELOG.md"
+    gone = REMOVED if page in history else set()
     assert named <= SETTINGS | OTHER_VARIABLES | gone
 
 
 @pytest.mark.parametrize("preset", sorted(path.name for path in ROOT.glob("presets/*.env")))
 def test_presets_are_settings_that_work(preset, monkeypatch):
-    lines = [
-        line for line in read(f"presets/{preset}").splitlines() if line and not line.startswith("#")
-    ]
-    values = dict(shlex.split(line)[0].split("=", 1) for line in lines)
-    assert len(values) == len(lines)
+    values = settings_in(preset)
     install_parts_for(values, monkeypatch)
     train_gpt.Hyperparameters.from_env(values)
 
@@ -161,9 +171,15 @@ def anchors_of(page):
 
 
 def broken_links(page):
-    """Links of a page to files or headings that are not in the repository."""
-    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
-    broken = []
+    """Links of a page to files or headings that are not in the repository.
+
+    Links may name their target, `[text](target)`, or a line `[key]: target` by `[text][key]`.
+    """
+    text = page.read_text(encoding="utf-8")
+    targets = dict(re.findall(r"^\[(?!\^)(.+)\]: (\S+)$", text, re.MULTILINE))
+    keys = re.findall(r"\]\[(\w+)\]", text)
+    broken = [f"[{key}]" for key in keys if key not in targets]
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + list(targets.values())
     for link in links:
         if "://" in link:
             continue
@@ -183,8 +199,9 @@ def test_a_link_to_a_missing_file_or_heading_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
         "# A: heading, `x`\n[1](page.md#a-heading-x) [2](page.md#b) [3](gone.md) [4](#c)\n"
+        "[5][here] [6][lost] [7][nowhere]\n\n[here]: #a-heading-x\n[lost]: #d\n"
     )
-    assert broken_links(page) == ["page.md#b", "gone.md", "#c"]
+    assert broken_links(page) == ["[nowhere]", "page.md#b", "gone.md", "#c", "#d"]
 
 
 # ---- pyproject.toml against the requirements
@@ -212,6 +229,93 @@ def test_make_lint_passes_over_the_packed_script_of_a_record(tmp_path):
     ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "."]
     linted = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True)
     assert linted.returncode == 0, linted.stdout
+
+
+# ---- docs/DEFAULTS.md against the code, the presets and the campaigns
+
+
+def section_of_defaults(heading):
+    """The text under a heading of docs/DEFAULTS.md."""
+    return re.split(rf"\n##+ {heading}\n", read("docs/DEFAULTS.md"))[1].split("\n##")[0]
+
+
+def rows_of_defaults(heading):
+    """Cells of all rows of the tables under a heading, titles included."""
+    lines = re.findall(r"^\|(.+)\|$", section_of_defaults(heading), re.MULTILINE)
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+def documented_settings():
+    """(setting, default, origin) of each row of the first tables, as text."""
+    rows = rows_of_defaults("Settings and their evidence")
+    return [(row[0].strip("`"), *row[1:3]) for row in rows if row[0].startswith("`")]
+
+
+def fields_by_setting():
+    return {field.name.upper(): field for field in dataclasses.fields(train_gpt.Hyperparameters)}
+
+
+def test_every_setting_has_its_evidence_or_changes_no_score():
+    documented = [name for name, *_ in documented_settings()]
+    others = re.findall(r"`([A-Z0-9_]+)`", section_of_defaults("Settings that change no score"))
+    declared = [*fields_by_setting()]
+    assert sorted(documented + others) == sorted(declared)
+    assert documented == [name for name in declared if name in documented]  # the order of --help
+
+
+def test_documented_defaults_are_those_of_the_code():
+    fields = fields_by_setting()
+    wrong = [
+        (name, default)
+        for name, default, _ in documented_settings()
+        if name not in fields
+        or train_gpt.parse_setting(fields[name], default) != fields[name].default
+    ]
+    assert wrong == []
+
+
+def test_presets_named_as_origin_have_the_default():
+    fields = fields_by_setting()
+    values = {path.stem: settings_in(path.name) for path in ROOT.glob("presets/pr*.env")}
+    for name, _, origin in documented_settings():
+        assert name in fields
+        equal = {
+            preset
+            for preset, its in values.items()
+            if name in its
+            and train_gpt.parse_setting(fields[name], its[name]) == fields[name].default
+        }
+        named = set(re.findall(r"`(\w+)`", origin))
+        assert named <= equal, name
+        assert ("pr1855" in named) == ("pr1855" in equal), name
+
+
+@pytest.mark.parametrize(
+    "campaign, blocks, noise, freedom",
+    [("factorial", "seed", None, None), ("factorial2", "none", 0.0016, 4)],
+)
+def test_screened_ideas_have_the_figures_of_their_campaign(campaign, blocks, noise, freedom):
+    rows = rows_of_defaults("Ideas for the recipe that were screened")
+    runs = bench_recipe.read_campaign(ROOT / f"docs/campaigns/{campaign}.jsonl")
+    measured, _ = bench_recipe.effect_rows(runs, "prequant", blocks, noise)
+    assert measured
+    for factor, _, count, difference, error, ratio, p, _ in measured:
+        if freedom:
+            p = f"{stats.t(freedom).sf(float(ratio)):.2g}"
+        rounded = f"{float(difference):+.4f} ± {float(error):.4f}"
+        assert [factor, count, rounded, ratio, p] in [[row[0], *row[2:6]] for row in rows]
+
+
+@pytest.mark.parametrize("campaign, arm", [("fused", "fused+brake"), ("context", "ctx")])
+def test_finals_have_the_figures_of_their_campaign(campaign, arm):
+    rows = rows_of_defaults("Ideas for the recipe that were screened")
+    runs = bench_recipe.read_campaign(ROOT / f"docs/campaigns/{campaign}.jsonl")
+    measured = bench_recipe.table_rows(runs, arm, "base")
+    assert len(measured) == 3
+    for _, stage, _, _, difference, error, t, p, *_ in measured:
+        name = {"ttt": "TTT"}.get(stage, stage)
+        rounded = f"{float(difference):+.4f} ± {float(error):.4f}"
+        assert [name, rounded, t, p] in [row[3:7] for row in rows]
 
 
 # ---- docs/RESULT.md against the code

@@ -249,6 +249,23 @@ def test_a_changed_token_changes_no_earlier_loss_and_no_other_document(
     assert len(differ) > 1 or place == end
 
 
+@pytest.mark.parametrize("stride", [None, 8])
+def test_the_probabilities_of_a_target_add_up_to_one(tmp_path, counted, dist, stride):
+    """Over all tokens that may stand there, in three documents at once: no loss knows its target."""
+    hp = small_hp(data_path=str(tmp_path), vocab_size=12)
+    model, validation = make_model(hp), make_validation(tmp_path, hp, vocab_size=12)
+    places = (validation.starts[[0, 5, 11]] + [40, 20, 99]).tolist()
+    totals = np.zeros(3)
+    for token in range(hp.vocab_size):
+        validation.tokens[places] = token
+        counted.clear()
+        score = evaluate(Evaluator(model, validation, hp, dist), stride)
+        losses = flat(counted)
+        assert score["loss"] == pytest.approx(np.mean([*losses.values()]), rel=1e-6)
+        totals += np.exp([-losses[place] for place in places])
+    assert totals == pytest.approx(np.ones(3), abs=1e-5)
+
+
 # ---- window bookkeeping
 
 

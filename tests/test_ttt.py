@@ -11,6 +11,7 @@ import re
 import threading
 from collections import Counter, defaultdict
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import evaluation_helpers
 import numpy as np
@@ -63,36 +64,64 @@ def make_lora(hp, lanes=(0, 1), update=train_gpt.adamw_rows_ref):
     return BatchedLoRA(make_model(hp), lanes, hp, torch.device("cpu"), update)
 
 
+def chunk_targets(table):
+    """Table of StepRow -> {(row, column) of a loss: its target, a position in the stream}."""
+    targets = {}
+    for number, row in enumerate(table.tolist()):
+        row = StepRow(*row)
+        for column in range(row.count):
+            targets[number, column] = row.window + row.first + column + 1
+    return targets
+
+
+def window_targets(windows):
+    """Windows of one row of plain scoring -> {(column,) of a loss: its target}."""
+    targets = [range(start + 1, end + 1) for start, end in windows.tolist()]
+    return {(column,): t for column, t in enumerate(itertools.chain(*targets))}
+
+
+def marked(scored):
+    """Mask of Score.add -> [indices of a loss]."""
+    return [tuple(place) for place in scored.nonzero().tolist()]
+
+
 @pytest.fixture
 def counted(monkeypatch):
     """[{(document, target position): loss}], one dictionary per call of Score.add, in the order
-    of the calls.
+    of the calls: a step of chunks each, or a row of what the budget leaves.
     """
     calls, waiting = [], threading.local()
-    chunk_step, add = TTT.chunk_step, train_gpt.Score.add
+    evaluate, chunk_step = TTT.evaluate, TTT.chunk_step
+    build, add = train_gpt.WindowPacker.build, train_gpt.Score.add
+
+    def note_evaluate(trainer):
+        waiting.starts = trainer.validation.starts
+        return evaluate(trainer)
 
     def note_step(trainer, table, width):
-        waiting.table, waiting.starts = table.numpy(), trainer.validation.starts
+        waiting.targets = chunk_targets(table)
         return chunk_step(trainer, table, width)
+
+    def note_build(packer, windows):
+        waiting.targets = window_targets(windows)
+        return build(packer, windows)
 
     def note_add(score, losses, scored, target_bytes):
         add(score, losses, scored, target_bytes)
-        if losses.dim() == 1:  # a row of plain scoring, when the budget ends
-            return
-        call = {}
-        for number, row in enumerate(waiting.table.tolist()):
-            row = StepRow(*row)
-            columns = range(scored.size(1))
-            assert scored[number].tolist() == [column < row.count for column in columns]
-            document = int(np.searchsorted(waiting.starts, row.window, "right")) - 1
-            for column in range(row.count):
-                target = row.window + row.first + column + 1
-                call[document, target] = losses[number, column].item()
-        assert len(call) == scored.sum()
-        calls.append(call)
+        assert marked(scored) == [*waiting.targets]
+        targets = [*waiting.targets.values()]
+        documents = np.searchsorted(waiting.starts, np.array(targets) - 1, "right") - 1
+        keys = list(zip(documents.tolist(), targets, strict=True))
+        calls.append(dict(zip(keys, losses[scored].tolist(), strict=True)))
+        assert len(calls[-1]) == len(targets)
 
-    monkeypatch.setattr(TTT, "chunk_step", note_step)
-    monkeypatch.setattr(train_gpt.Score, "add", note_add)
+    for owner, name, note in (
+        (TTT, "evaluate", note_evaluate),
+        (TTT, "chunk_step", note_step),
+        (train_gpt.WindowPacker, "build", note_build),
+        (train_gpt.Score, "add", note_add),
+    ):
+        monkeypatch.setattr(owner, name, note)
     return calls
 
 
@@ -147,6 +176,7 @@ COVERAGE = [
     {"ttt_lora_sites": "q,head"},
     {"ttt_warm_start_a": False},
     {"ttt_short_chunks": "8:2,30:3", "ttt_stale_context": 9},
+    {"ttt_stale_context": 24},
     {"ngram_tilt_enabled": True, "ttt_stale_context": 24, "ttt_batch_size": 1},
 ]
 
@@ -294,39 +324,41 @@ class Recorder:
     """The total order of a run, as it happens: when each target was counted and when weights first
     learnt from it.
 
-    Targets are positions in the stream. `learnt` are [(place in the order, targets)], of LoRA steps
-    and of SGD steps.
+    Targets are positions in the stream, of chunks and of what the budget leaves. `learnt` are
+    [(place in the order, targets)], of LoRA steps and of SGD steps.
     """
 
     def __init__(self, monkeypatch):
         self.clock, self.counted, self.learnt = 0, {}, []
         chunk_step, add, step = TTT.chunk_step, train_gpt.Score.add, BatchedLoRA.step
-        build, sgd_step, row = train_gpt.WindowPacker.build, torch.optim.SGD.step, []
+        build, sgd_step = train_gpt.WindowPacker.build, torch.optim.SGD.step
+        built = []  # since the last SGD step
 
         def note_step(trainer, table, width):
-            self.rows = [StepRow(*row) for row in table.tolist()]
+            self.table, self.waiting = table, chunk_targets(table)
             chunk_step(trainer, table, width)
+
+        def note_build(packer, windows):
+            self.waiting = window_targets(windows)
+            built.extend(self.waiting.values())
+            return build(packer, windows)
 
         def note_add(score, losses, scored, target_bytes):
             add(score, losses, scored, target_bytes)
             self.clock += 1
-            for target in self.targets(lambda row: True):
+            assert marked(scored) == [*self.waiting]
+            for target in self.waiting.values():
                 assert target not in self.counted, "counted twice"
                 self.counted[target] = self.clock
 
         def note_learning(lora, gradient, source, target, number):
             step(lora, gradient, source, target, number)
-            self.learn(self.targets(lambda row: row.target != lora.scratch_row))
-
-        def note_build(packer, windows):
-            row.extend(
-                target for start, end in windows.tolist() for target in range(start + 1, end + 1)
-            )
-            return build(packer, windows)
+            is_learnt = self.table[:, StepRow._fields.index("target")] != lora.scratch_row
+            self.learn([*chunk_targets(self.table[is_learnt]).values()])
 
         def note_sgd_step(optimizer, *args, **kwargs):
-            self.learn(list(row))
-            row.clear()
+            self.learn(list(built))
+            built.clear()
             return sgd_step(optimizer, *args, **kwargs)
 
         for owner, name, note in (
@@ -337,14 +369,6 @@ class Recorder:
             (torch.optim.SGD, "step", note_sgd_step),
         ):
             monkeypatch.setattr(owner, name, note)
-
-    def targets(self, wanted):
-        targets = []
-        for row in self.rows:
-            if wanted(row):
-                first = row.window + row.first + 1
-                targets += range(first, first + row.count)
-        return targets
 
     def learn(self, targets):
         self.clock += 1
@@ -385,6 +409,57 @@ def adapt_then_score(run_steps):
     return illegal
 
 
+def learn_then_score(run_steps):
+    """The rule broken: documents inherit what adapters learnt in a first pass over the same
+    documents, of which nothing was counted.
+    """
+
+    def illegal(trainer, steps):
+        score, trainer.score = trainer.score, SimpleNamespace(add=lambda *_: None)
+        run_steps(trainer, steps)
+        trainer.score = score
+        return run_steps(trainer, steps)
+
+    return illegal
+
+
+def adapt_on_what_is_left(adapt_base):
+    """The rule broken: the base learns from a phase whose documents the budget has left over."""
+
+    def illegal(trainer, phase, tokens, steps_left):
+        adapt_base(trainer, phase, tokens, [])
+
+    return illegal
+
+
+def cache_the_next_chunks(chunk_step):
+    """The rule broken: before a chunk is scored, the cache holds keys and values of the next one
+    of its document. Nothing else stays of this look ahead.
+    """
+
+    def illegal(trainer, table, width):
+        lora, score, ahead = trainer.lora, trainer.score, table.clone()
+        states, row = [x.clone() for x in (lora.values, lora.squares)], StepRow(*ahead.T)
+        goes_on = row.target != lora.scratch_row
+        last = len(trainer.packer.tokens) - 2 - row.first - row.count
+        row.window.copy_(torch.where(goes_on, row.window + row.count, row.window).minimum(last))
+        trainer.score = SimpleNamespace(add=lambda *_: None)
+        chunk_step(trainer, ahead, width)
+        trainer.score, lora.values, lora.squares = score, *states
+        chunk_step(trainer, table, width)
+
+    return illegal
+
+
+def read_caches_of_others(begin):
+    """The rule broken: a document attends to keys and values of another one."""
+
+    def illegal(stale, rows, windows, width):
+        return begin(stale, rows.roll(1), windows, width)
+
+    return illegal
+
+
 @pytest.mark.parametrize("lengths", [LEGAL_LENGTHS, LENGTHS])
 def test_nothing_is_learnt_before_it_is_counted(tmp_path, monkeypatch, lengths):
     hp = small_hp(data_path=str(tmp_path), **LEGAL)
@@ -398,6 +473,44 @@ def test_nothing_is_learnt_before_it_is_counted(tmp_path, monkeypatch, lengths):
     once = [target for _, targets in recorder.learnt for target in targets]
     # by adapters, and again by the base
     assert len(once) > len(set(once)) > 0.5 * len(recorder.counted)
+
+
+# documents one by one: 13 and 9 steps in the phases that the base learns from, 4 in the last
+ONE_BY_ONE = {"ttt_batch_size": 1, "ttt_lanes": 1}
+
+
+def end_the_budget(monkeypatch, look):
+    """Of all looks at the clock this one alone finds it short. There is one before every 8 steps,
+    and one before the base learns, unless steps are left: then none follows.
+    """
+    looks = itertools.count()
+    monkeypatch.setattr(train_gpt.Progress, "is_short_for", lambda *_: next(looks) == look)
+
+
+@pytest.mark.parametrize("look, adaptations", [(0, 0), (1, 0), (3, 1), (4, 1), (6, 2)])
+def test_what_the_budget_leaves_is_counted_once_and_never_learnt(
+    tmp_path, monkeypatch, look, adaptations
+):
+    hp, log = small_hp(data_path=str(tmp_path), **LEGAL | ONE_BY_ONE), Lines()
+    validation, recorder = make_validation(tmp_path, hp, LEGAL_LENGTHS), Recorder(monkeypatch)
+    end_the_budget(monkeypatch, look)
+    (score,), _ = run_ttt(hp, validation, log=log)
+    assert sorted(recorder.counted) == list(range(1, len(validation.tokens)))
+    assert not recorder.violations()
+    assert (score["unadapted_tokens"] == score["tokens"]) == (look == 0)
+    assert score["unadapted_tokens"] > 0
+    assert sum(line.startswith("ttt_global_adaptation") for line in log) == adaptations
+
+
+@pytest.mark.parametrize("look", [0, 1, 4])
+def test_the_recorder_finds_a_base_that_learns_from_what_is_left(tmp_path, monkeypatch, look):
+    hp = small_hp(data_path=str(tmp_path), **LEGAL | ONE_BY_ONE)
+    validation, recorder = make_validation(tmp_path, hp, LEGAL_LENGTHS), Recorder(monkeypatch)
+    end_the_budget(monkeypatch, look)
+    monkeypatch.setattr(TTT, "adapt_base", adapt_on_what_is_left(TTT.adapt_base))
+    (score,), _ = run_ttt(hp, validation)
+    assert len(recorder.counted) == score["tokens"]
+    assert 0 < len(recorder.violations()) <= score["unadapted_tokens"]
 
 
 def slow_hints(validation, hp):
@@ -448,7 +561,12 @@ def test_hints_come_from_what_was_counted_before(tmp_path, monkeypatch, publishe
 
 
 ILLEGAL = pytest.mark.parametrize(
-    "name, illegal", [("chunk_step", learn_then_count), ("run_steps", adapt_then_score)]
+    "name, illegal",
+    [
+        ("chunk_step", learn_then_count),
+        ("run_steps", adapt_then_score),
+        ("run_steps", learn_then_score),
+    ],
 )
 
 
@@ -468,6 +586,31 @@ def test_a_changed_token_finds_what_breaks_the_rule(tmp_path, monkeypatch, count
         check_changed_token(tmp_path, counted, 0, 20, False)
 
 
+# what a document inherits from the one before it, and nothing else
+INHERITED = {"phased_ttt_num_phases": 0, "ttt_warm_start_a": True}
+
+
+def test_a_changed_token_finds_an_a_that_learnt_from_what_was_not_counted(
+    tmp_path, monkeypatch, counted
+):
+    monkeypatch.setattr(TTT, "run_steps", learn_then_score(TTT.run_steps))
+    with pytest.raises(AssertionError, match="before it was counted"):
+        check_changed_token(tmp_path, counted, 0, 20, False, **INHERITED)
+    # it is A: where none is inherited, the first pass leaves nothing
+    check_changed_token(tmp_path, counted, 0, 20, False, **INHERITED | {"ttt_warm_start_a": False})
+
+
+# of each window the chunk alone is computed anew
+STALE = {"ttt_stale_context": 24}
+
+
+def test_a_changed_token_finds_future_keys_in_the_cache(tmp_path, monkeypatch, counted):
+    check_changed_token(tmp_path, counted, 5, 34, True, **STALE)
+    monkeypatch.setattr(TTT, "chunk_step", cache_the_next_chunks(TTT.chunk_step))
+    with pytest.raises(AssertionError, match="before it was counted"):
+        check_changed_token(tmp_path, counted, 5, 34, True, **STALE)
+
+
 def test_a_changed_token_finds_hints_in_the_order_of_the_stream(
     tmp_path, monkeypatch, counted, published
 ):
@@ -484,13 +627,15 @@ def test_a_changed_token_finds_hints_in_the_order_of_the_stream(
         check_changed_token(tmp_path, counted, 0, 20, False, ngram_tilt_enabled=True)
 
 
-def test_a_prefix_token_reaches_the_next_phase_and_no_other_lane_before(tmp_path, counted):
-    hp = small_hp(data_path=str(tmp_path), **LEGAL | {"phased_ttt_num_phases": 1})
+def check_lanes(tmp_path, counted, **options):
+    """A token of the first phase reaches all documents of the next, and no other lane before."""
+    hp = small_hp(data_path=str(tmp_path), **LEGAL | {"phased_ttt_num_phases": 1} | options)
     validation = make_validation(tmp_path, hp, LEGAL_LENGTHS)
     phases = plan_ttt(validation.ends - validation.starts, hp)
     assert [sorted(phase.documents.tolist()) for phase in phases] == [[0, 1, 3, 5], [2, 4, 6, 7]]
     document = int(phases[0].lanes[0][0][0])
-    place = int(validation.ends[document]) - 2
+    # later chunks attend to it, in the cache where there is one
+    place = int(validation.starts[document]) + 10
     runs = []
     for change in (0, 1):
         validation.tokens[place] += (
@@ -501,8 +646,21 @@ def test_a_prefix_token_reaches_the_next_phase_and_no_other_lane_before(tmp_path
         runs.append(flat(counted))
     other_lanes = {int(d) for lane in phases[0].lanes[1:] for batch in lane for d in batch}
     differ = {key for key in runs[0] if runs[0][key] != runs[1][key]}
-    assert other_lanes and not {key for key in differ if key[0] in other_lanes}
+    assert other_lanes
+    assert not {key for key in differ if key[0] in other_lanes}, "a token reached another lane"
     assert {key[0] for key in differ} >= set(phases[1].documents.tolist())
+
+
+@pytest.mark.parametrize("options", [{}, STALE], ids=["", "stale"])
+def test_a_prefix_token_reaches_the_next_phase_and_no_other_lane_before(tmp_path, counted, options):
+    check_lanes(tmp_path, counted, **options)
+
+
+def test_keys_of_another_document_in_the_cache_are_found(tmp_path, monkeypatch, counted):
+    stale = train_gpt.StaleContext
+    monkeypatch.setattr(stale, "begin", read_caches_of_others(stale.begin))
+    with pytest.raises(AssertionError, match="reached another lane"):
+        check_lanes(tmp_path, counted, **STALE)
 
 
 def test_first_losses_are_the_untrained_models(tmp_path, counted):
@@ -518,6 +676,152 @@ def test_first_losses_are_the_untrained_models(tmp_path, counted):
         )
         rest = [key for key in plain if key not in first]
         assert not rest or max(abs(losses[key] - plain[key]) for key in rest) > 1e-3
+
+
+# ---- legality: what is counted is -ln of a probability, which does not know the target
+
+
+FEW = 12  # tokens of the vocabulary: a run for each of them
+# the plan: 0 and 2, from which the base learns | in one queue 1 and 4, in another 3 and 5
+FEW_LENGTHS = [13, 11, 12, 10, 9, 9]
+FEW_TOKENS = {
+    "vocab_size": FEW,
+    "phased_ttt_prefix_docs": 16_000,
+    "ttt_batch_size": 2,
+    "ttt_lanes": 1,
+    "ttt_chunk_size": 4,
+    "ttt_eval_seq_len": 16,
+    **ACTIVE,
+}
+
+
+def check_sums(tmp_path, counted, **options):
+    """At one target of the last document of each queue: over all tokens that may stand there, the
+    probabilities that were counted add up to one.
+
+    Nothing is assumed of how a loss comes about: a scale or bias that is learnt with the adapters
+    is in it. The base and the adapters have learnt before these targets, and adapters learn from
+    them.
+    """
+    hp = small_hp(data_path=str(tmp_path), **FEW_TOKENS | options)
+    validation = evaluation_helpers.make_validation(tmp_path, hp, FEW_LENGTHS, vocab_size=FEW)
+    queues = sum(plan_ttt(validation.ends - validation.starts, hp)[-1].lanes, [])
+    assert queues == [[1, 4], [3, 5]]
+    # the end of the second of three chunks
+    places = [(document, int(validation.starts[document]) + 8) for document in (4, 5)]
+    totals, plain = Counter(), {}
+    for token in range(FEW):
+        for _, place in places:
+            validation.tokens[place] = token
+        counted.clear()
+        (score,), _ = run_ttt(hp, validation)
+        losses = flat(counted)
+        assert score["loss"] == pytest.approx(np.mean([*losses.values()]), rel=1e-6)
+        totals.update({key: math.exp(-losses[key]) for key in places})
+    for document, _ in places:
+        plain |= chunked_losses(make_model(hp), validation, hp, document)
+    assert min(abs(losses[key] - plain[key]) for key in places) > 1e-3  # of what was learnt
+    assert [*totals.values()] == pytest.approx([1.0, 1.0], abs=1e-5), "no probabilities"
+    return validation, score
+
+
+class Replayed(NamedTuple):
+    """Stands for the CUDA graph of a step: reads the table that it was captured with."""
+
+    trainer: TTT
+    table: torch.Tensor
+    width: int
+
+    def replay(self):
+        self.trainer.chunk_step(self.table, self.width)
+
+
+def capture_on_cpu(trainer, steps):
+    """TestTimeTrainer.capture with such graphs."""
+    for rows, width in {(len(step.table), step.width) for step in steps}:
+        table = trainer.padding_table(rows)
+        trainer.graphs[rows, width] = (Replayed(trainer, table, width), table)
+
+
+def leave_the_last_phase(progress, cost):
+    """Progress.is_short_for: the budget ends with the first phase."""
+    return progress.phase == "phase:2/2"
+
+
+def test_the_probabilities_of_a_step_add_up_to_one(tmp_path, counted):
+    _, score = check_sums(tmp_path, counted)
+    assert score["unadapted_tokens"] == 0
+
+
+def test_so_do_those_of_captured_steps_with_stale_context(tmp_path, monkeypatch, counted):
+    monkeypatch.setattr(TTT, "capture", capture_on_cpu)
+    _, score = check_sums(tmp_path, counted, ttt_stale_context=12)
+    assert score["unadapted_tokens"] == 0
+
+
+def test_so_do_those_of_what_the_budget_leaves(tmp_path, monkeypatch, counted):
+    monkeypatch.setattr(train_gpt.Progress, "is_short_for", leave_the_last_phase)
+    validation, score = check_sums(tmp_path, counted)
+    last_phase = [1, 3, 4, 5]
+    lengths = validation.ends - validation.starts
+    assert score["unadapted_tokens"] == lengths[last_phase].sum()
+
+
+def test_so_do_those_of_targets_with_a_hint(tmp_path, monkeypatch, counted, published):
+    monkeypatch.setattr(parts.NGRAM, "context", 1)
+    hp = small_hp(**FEW_TOKENS)
+    validation, _ = check_sums(tmp_path, counted, ngram_tilt_enabled=True)
+    assert validation.starts[4] + 8 in slow_hints(validation, hp)
+
+
+def count_half(learned_and_counted):
+    """No probabilities: half of each loss is counted."""
+
+    def illegal(trainer, losses):
+        return losses, 0.5 * losses
+
+    return illegal
+
+
+def take_the_better_scale(head_function):
+    """No probabilities: the scale of the logits is picked for each target by its loss."""
+
+    def illegal(trainer):
+        token_losses = head_function(trainer)
+
+        def better(hidden, targets, tap):
+            scaled = [token_losses(size * hidden, targets, tap) for size in (1.0, 1.5)]
+            return torch.minimum(*scaled)
+
+        return better
+
+    return illegal
+
+
+def show_the_targets(chunk_losses):
+    """No probabilities of the future: the inputs are the targets."""
+
+    def illegal(trainer, windows, targets, positions, tap):
+        shown = windows.scatter(1, positions, targets)
+        return chunk_losses(trainer, shown, targets, positions, tap)
+
+    return illegal
+
+
+@pytest.mark.parametrize(
+    "name, illegal",
+    [
+        ("learned_and_counted", count_half),
+        ("head_function", take_the_better_scale),
+        ("chunk_losses", show_the_targets),
+        ("chunk_step", learn_then_count),
+        ("run_steps", learn_then_score),
+    ],
+)
+def test_the_sum_finds_losses_that_know_their_target(tmp_path, monkeypatch, counted, name, illegal):
+    monkeypatch.setattr(TTT, name, illegal(getattr(TTT, name)))
+    with pytest.raises(AssertionError, match="no probabilities"):
+        check_sums(tmp_path, counted)
 
 
 # ---- hints
@@ -645,7 +949,7 @@ def test_what_the_budget_leaves_is_scored_without_adaptation(
     (score,), _ = run_ttt(hp, validation, log=log)
     assert (score["tokens"], score["bytes"]) == (len(validation.tokens) - 1, validation.bytes.sum())
     assert 0 < score["unadapted_tokens"] == sum(int(row.scored.sum()) for row, _ in plain)
-    assert score["unadapted_tokens"] + len(flat(counted)) == score["tokens"]
+    assert sorted(place for _, place in flat(counted)) == list(range(1, len(validation.tokens)))
     assert any(
         f"{score['unadapted_tokens']} tokens were scored without adaptation" in line for line in log
     )
