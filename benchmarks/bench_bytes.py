@@ -367,7 +367,11 @@ def main() -> None:
         flush=True,
     )
     for name, *points in options.curve:
-        curves[name] += [harness.measure(settings) for settings in points]
+        for settings in points:
+            point = harness.measure(settings)
+            curves[name].append(point)
+            # bytes come later; a sweep that is killed before has these
+            print(f"{name}: bpb {point['bpb']:.6f}  {settings}", flush=True)
     for name, points in curves.items():
         for point in points:
             point["bytes"] = point["bytes"].result()

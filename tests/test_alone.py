@@ -290,7 +290,9 @@ def test_a_training_that_diverged_is_no_bug(world, tmp_path):
     too_fast = {"MATRIX_LR": "1e30", "MUON_OUTWARD": "1"}  # the brake would hold the matrices
     code, out, err = finish(start(world[0] / "alone", **TINY | paths | too_fast))
     assert code == 1 and "RESULT {" not in out
-    assert re.fullmatch(r"train_gpt.py cannot run: tok_emb.*not finite.*lower learning rates\n", err)
+    assert re.fullmatch(
+        r"train_gpt.py cannot run: tok_emb.*not finite.*lower learning rates\n", err
+    )
 
 
 def test_a_guard_that_cannot_be_imported_ends_the_run(tmp_path):

@@ -66,10 +66,12 @@ def test_sweep_measures_bytes_error_and_bpb_of_every_point(monkeypatch, tmp_path
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     lines = capsys.readouterr().out.splitlines()
     assert abs(curves["plain"][0]["bpb"] - float(lines[0].split()[2])) < 0.05
-    assert len(lines) == 1 + 9 + 3  # the fp32 model, the points, the pairs of curves
-    assert f"{curves['trellis'][2]['bytes']} B" in lines[9]
-    assert f"gap {curves['trellis'][2]['gap']:.5f}" in lines[9]
-    assert lines[12].startswith("trellis against steps of columns at ")
+    # the fp32 model, the points as they are measured, with their bytes, the pairs of curves
+    assert len(lines) == 1 + 9 + 9 + 3
+    assert lines[9].startswith(f"trellis: bpb {curves['trellis'][2]['bpb']:.6f}")
+    assert f"{curves['trellis'][2]['bytes']} B" in lines[18]
+    assert f"gap {curves['trellis'][2]['gap']:.5f}" in lines[18]
+    assert lines[21].startswith("trellis against steps of columns at ")
 
 
 def test_curves_are_compared_at_the_middle_point_of_the_first(capsys):
