@@ -187,7 +187,7 @@ class Hyperparameters:
     beta1: float = env(0.9, "AdamW beta1", least=0, most=0.9999)
     beta2: float = env(0.99, "AdamW beta2", least=0, most=0.99999)
     grad_clip_norm: float = env(0.3, "maximum global gradient norm; 0: off", least=0)
-    ema_span: float = env(0.045, "share of training that the weight EMA reaches back", above=0)
+    ema_span: float = env(0.045, "share of training in the weight EMA", above=0, most=1)
     train_log_every: int = env(100, "steps between log lines", least=1)
     val_loss_every: int = env(0, "steps between evaluations; 0: none", least=0)
 
