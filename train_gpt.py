@@ -3601,9 +3601,13 @@ class EMA:
         self.average = [p.detach().clone() for p in self.parameters]
 
     def decay(self, step, progress):
-        """1 - 1 / (steps that EMA_SPAN takes), at most (1 + step) / (10 + step)."""
+        """At most (1 + step) / (10 + step), so that the first weights are soon forgotten."""
+        return min(self.full_decay(step, progress), (1 + step) / (10 + step))
+
+    def full_decay(self, step, progress):
+        """1 - 1 / (steps that EMA_SPAN takes, at the rate so far)."""
         steps = self.hp.ema_span * step / progress if progress else math.inf
-        return min(1 - 1 / max(steps, 1.0), (1 + step) / (10 + step))
+        return 1 - 1 / max(steps, 1.0)
 
     @torch.no_grad()
     def update(self, step, progress):

@@ -618,10 +618,8 @@ class EMA(train_gpt.EMA):
 
     snapshots = 0  # how many the average is the mean of
 
-    def decay(self, step, progress):
-        if not self.hp.ema_decay:
-            return super().decay(step, progress)
-        return min(self.hp.ema_decay, (1 + step) / (10 + step))
+    def full_decay(self, step, progress):
+        return self.hp.ema_decay or super().full_decay(step, progress)
 
     @torch.no_grad()
     def add_snapshot(self):

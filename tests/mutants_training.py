@@ -829,8 +829,8 @@ OPTIMIZER = [
     Mutant(
         "average-begins-at-full-decay",
         TRAINER,
-        "return min(1 - 1 / max(steps, 1.0), (1 + step) / (10 + step))",
-        "return 1 - 1 / max(steps, 1.0)",
+        "return min(self.full_decay(step, progress), (1 + step) / (10 + step))",
+        "return self.full_decay(step, progress)",
         "tests/test_optimizer.py::test_ema_equals_a_plain_loop",
     ),
     Mutant(
