@@ -142,6 +142,7 @@ class Hyperparameters:
     train_batch_tokens: int = env(786_432, "tokens per step of all ranks", least=1)
     micro_batch_tokens: int = env(98_304, "tokens per row and micro-batch", least=1)
     train_seq_len: int = env(2048, "longest piece of a document in training", least=2)
+    train_seq_schedule: str = env("", "LENGTH@FRACTION,...: shorter ones before")
 
     # model
     vocab_size: int = env(8192, "vocabulary size", least=9, most=65_536)
@@ -318,13 +319,19 @@ class Hyperparameters:
         return self.train_batch_tokens // self.micro_batch_tokens
 
     @property
+    def seq_schedule(self):
+        """TRAIN_SEQ_SCHEDULE as pairs: longest piece, training fraction where it ends."""
+        pairs = [pair.split("@") for pair in self.train_seq_schedule.split(",") if pair]
+        return [(int(length), float(end)) for length, end in pairs]
+
+    @property
     def row_segments(self):
         """Maximum number of segments per row; beyond it the shortest are merged.
 
         It suffices for any row: of two neighbouring pieces that were not merged, one is longer than
-        half of TRAIN_SEQ_LEN.
+        half of the length at which documents are cut, which is least when training begins.
         """
-        full_pieces = -(-self.micro_batch_tokens // self.train_seq_len)
+        full_pieces = -(-self.micro_batch_tokens // seq_len_at(0.0, self))
         return max(64, self.micro_batch_tokens // 512, 2 * full_pieces + 1)
 
     @property
@@ -440,6 +447,8 @@ def cross_checks(hp):
     # rows and budgets of training
     if hp.train_batch_tokens % hp.micro_batch_tokens:
         yield "TRAIN_BATCH_TOKENS must divide by MICRO_BATCH_TOKENS"
+    if not schedule_is_valid(hp):
+        yield "TRAIN_SEQ_SCHEDULE must be LENGTH@FRACTION,... and rise to TRAIN_SEQ_LEN@1"
     if 0 < hp.max_wallclock_seconds <= hp.gptq_reserve_seconds:
         yield "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"
     if hp.deterministic and hp.max_wallclock_seconds:
@@ -468,6 +477,16 @@ def cross_checks(hp):
         yield "ARTIFACT_PATH goes with TTT_EVAL_ONLY=1"
     if not re.fullmatch(r"(\w[\w.+-]*)?", hp.run_id):
         yield "RUN_ID: letters, digits, '_', then also '.', '+', '-'"
+
+
+def schedule_is_valid(hp):
+    """Whether TRAIN_SEQ_SCHEDULE can be read, and rises: lengths from 2, fractions from above 0."""
+    try:
+        pairs = [(2, 0), *hp.seq_schedule, (hp.train_seq_len, 1)]
+    except ValueError:
+        return False
+    longer, later = np.diff(pairs, axis=0).T
+    return (longer >= 0).all() and (later > 0).all()
 
 
 def range_text(field):
@@ -1132,7 +1151,7 @@ class TrainLoader:
     ranks wait for the one with the most attention.
     A span is as long as a row, before its markers are fused. DATA_SEED shuffles the spans in each
     epoch. The loader has no state except what it has read ahead, so the number of a step restores
-    it exactly.
+    it exactly. Documents are cut in pieces of TRAIN_SEQ_LEN; see in_pieces.
     """
 
     def __init__(self, stream, hp, dist):
@@ -1152,9 +1171,21 @@ class TrainLoader:
         if self.held_out_rows:
             count = (self.held_out_rows - 1) * self.span + self.tokens_to_read
             self.stream, self.held_out = stream.split(count)
+        self.seq_len = hp.train_seq_len
         self.thread = ThreadPoolExecutor(1)
         self.ahead = {}  # row number -> future of a row that is read ahead
         self.cached_rows = lru_cache(1)(self.rows_of_step)
+
+    def in_pieces(self, length):
+        """A loader of the same documents in pieces of at most `length` tokens.
+
+        It shares no rows with this one: those read ahead are cut, and balanced, at another length.
+        """
+        loader = copy.copy(self)
+        loader.seq_len = length
+        loader.ahead = {}
+        loader.cached_rows = lru_cache(1)(loader.rows_of_step)
+        return loader
 
     def span_length(self):
         """Tokens of the stream from the start of a span to the next."""
@@ -1202,7 +1233,7 @@ class TrainLoader:
         first = step * self.hp.micro_steps
         starts = [self.row_offset(first + number) for number in range(self.hp.micro_steps)]
         tokens = self.read_rows(self.stream, starts)
-        return balance_documents(tokens, self.hp.train_seq_len) if self.hp.balance_rows else tokens
+        return balance_documents(tokens, self.seq_len) if self.hp.balance_rows else tokens
 
     def build(self, index):
         """Row `index` as CPU tensors, pinned for CUDA."""
@@ -1221,8 +1252,8 @@ class TrainLoader:
         inputs, targets = tokens.astype(np.int64)
         starts = np.union1d(0, np.flatnonzero(inputs == BOS_ID))
         ends = np.append(starts[1:], length)
-        pieces = cut_pieces(starts, ends, hp.train_seq_len)
-        pieces = join_shortest(pieces, length, hp.train_seq_len, hp.row_segments)
+        pieces = cut_pieces(starts, ends, self.seq_len)
+        pieces = join_shortest(pieces, length, self.seq_len, hp.row_segments)
         cu_seqlens = pad_cu_seqlens(pieces, length, hp.row_segments)
         row = Row(*map(torch.from_numpy, (inputs[None], targets, cu_seqlens)))
         if self.dist.device.type == "cuda":
@@ -3649,6 +3680,12 @@ def loop_is_on(progress, hp):
     return hp.num_loops > 0 and progress >= hp.enable_looping_at
 
 
+def seq_len_at(progress, hp):
+    """The longest piece of a document at this training fraction: TRAIN_SEQ_LEN in the end."""
+    lengths = (length for length, end in hp.seq_schedule if progress < end)
+    return next(lengths, hp.train_seq_len)
+
+
 # ---- TRAINING ------------------------------------------------------------------------------------
 
 
@@ -3762,6 +3799,7 @@ class Trainer:
             if compile_wanted(hp, self.dist):
                 # The outputs of the last replay are not needed any more
                 torch.compiler.cudagraph_mark_step_begin()
+            # TRAIN_SEQ_LEN also while pieces are shorter: one graph serves all lengths.
             # No name for the losses: the memory of a captured micro-batch would outlive backward
             loss = (
                 self.forward(inputs, targets, cu_seqlens, looping, hp.train_seq_len).mean()
@@ -3820,6 +3858,10 @@ class Trainer:
                 log(f"step:{step} looping:{int(looping)} train_seconds:{seconds:.2f}")
                 self.tokens_at.append((step, seconds))
                 self.looping = looping
+            seq_len = seq_len_at(progress, hp)
+            if seq_len != self.loader.seq_len:  # the Hessians' loader keeps TRAIN_SEQ_LEN
+                log(f"step:{step} train_seq_len:{seq_len} train_seconds:{seconds:.2f}")
+                self.loader = self.loader.in_pieces(seq_len)
             losses.append(self.train_step(step, progress, looping))
             step += 1
             clock.mark_step()

@@ -891,6 +891,58 @@ SCHEDULE = [
 
 TRAINING = [
     Mutant(
+        "loader-of-shorter-pieces-keeps-what-was-read-ahead",
+        TRAINER,
+        "        loader.ahead = {}\n",
+        "",
+        "tests/test_training.py"
+        "::test_a_loader_of_shorter_pieces_has_the_rows_of_that_length[changes0-1]",
+    ),
+    Mutant(
+        "loader-of-shorter-pieces-has-the-cached-rows-of-the-other",
+        TRAINER,
+        "        loader.cached_rows = lru_cache(1)(loader.rows_of_step)\n",
+        "",
+        "tests/test_training.py"
+        "::test_a_loader_of_shorter_pieces_has_the_rows_of_that_length[changes0-1]",
+    ),
+    Mutant(
+        "documents-are-balanced-at-the-last-length",
+        TRAINER,
+        "balance_documents(tokens, self.seq_len)",
+        "balance_documents(tokens, self.hp.train_seq_len)",
+        "tests/test_training.py"
+        "::test_a_loader_of_shorter_pieces_has_the_rows_of_that_length[changes0-1]",
+    ),
+    Mutant(
+        "every-length-has-a-graph-of-its-own",
+        TRAINER,
+        "self.forward(*row, looping, hp.train_seq_len)",
+        "self.forward(*row, looping, self.loader.seq_len)",
+        "tests/test_training.py::test_the_schedule_of_lengths_compiles_nothing_under_the_clock",
+    ),
+    Mutant(
+        "hessians-have-the-rows-of-training",
+        TRAINER,
+        "        loader = copy.copy(self)\n        loader.seq_len",
+        "        loader = self\n        loader.seq_len",
+        "tests/test_training.py::test_calibration_and_held_out_rows_have_the_last_length",
+    ),
+    Mutant(
+        "row-has-room-for-pieces-of-the-last-length-alone",
+        TRAINER,
+        "// seq_len_at(0.0, self))",
+        "// self.train_seq_len)",
+        "tests/test_settings.py::test_derived_sizes",
+    ),
+    Mutant(
+        "a-length-ends-behind-its-fraction",
+        TRAINER,
+        "in hp.seq_schedule if progress < end",
+        "in hp.seq_schedule if progress <= end",
+        "tests/test_optimizer.py::test_the_schedule_of_lengths_ends_with_train_seq_len",
+    ),
+    Mutant(
         "loss-is-not-divided-by-the-micro-steps",
         TRAINER,
         "                / hp.micro_steps\n",

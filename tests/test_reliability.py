@@ -100,7 +100,10 @@ def train(trainer, cut=None):
 # ---- training states
 
 
-@pytest.mark.parametrize("changes", [{}, {"data_seed": 3, "grad_clip_norm": 0.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"data_seed": 3, "grad_clip_norm": 0.0}, {"train_seq_schedule": "8@0.4,16@0.7"}],
+)
 def test_training_goes_on_bit_for_bit_from_a_state(tiny_data, tmp_path, changes):
     """Losses, weights, average, momenta and the schedule, whatever the step at which training
     was cut.

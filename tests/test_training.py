@@ -290,6 +290,33 @@ def test_the_next_row_is_built_before_it_is_asked_for(tiny_data, monkeypatch):
     assert arrived.wait(PATIENCE) and built == [0, 1, 2]
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("changes", [{}, {"balance_rows": False}])
+def test_a_loader_of_shorter_pieces_has_the_rows_of_that_length(world_size, changes, tmp_path):
+    """Those of a run with this TRAIN_SEQ_LEN, whatever was read ahead at another length."""
+    lengths = np.random.default_rng(1).integers(3, 100, 150)  # balanced otherwise at each length
+    write_documents(tmp_path, "train", lengths)
+    changes = {"train_batch_tokens": 512} | changes
+    for rank in range(world_size):
+        dist = rank_of(rank, world_size)
+        loader = loader_of(tmp_path, dist, **changes)
+        for step, length in enumerate((32, 8, 8, 16, 32)):
+            if length != loader.seq_len:
+                loader = loader.in_pieces(length)
+            rows = list(loader.step(step))
+            fresh = loader_of(tmp_path, dist, train_seq_len=length, **changes)
+            for row, want in zip(rows, fresh.step(step), strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(row, want, strict=True))
+                assert row.cu_seqlens.diff().max() == length
+
+
+def test_the_length_changes_no_document_of_a_step(tiny_data):
+    whole = loader_of(tiny_data)
+    cut = whole.in_pieces(8)
+    for step in range(5):
+        assert sorted(parts_of(list(cut.step(step)))) == sorted(parts_of(list(whole.step(step))))
+
+
 # --- one step
 
 
@@ -419,6 +446,48 @@ def test_looping_begins_at_its_fraction_of_the_iterations(tiny_data, monkeypatch
     assert calls == [(n, n / 10, n >= 4) for n in range(10)]
     assert any("step:4 looping:1" in line for line in log)
     assert len(figures["tokens_per_second_by_loop_state"]) == 2
+
+
+def test_the_schedule_of_lengths_compiles_nothing_under_the_clock(tiny_data):
+    """Only values of cu_seqlens change, so that the warm-up has made all graphs."""
+    log, graphs, lengths = Lines(), [], []
+    trainer = trainer_of(
+        tiny_data, log=log, iterations=10, train_seq_schedule="8@0.3,16@0.65", warmup_steps=2
+    )
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(trainer.model.forward, fullgraph=True, dynamic=False, backend=count)
+
+    def watched(inputs, targets, cu_seqlens, looping, max_seqlen):
+        lengths.append(cu_seqlens.diff().max().item())
+        return compiled(inputs, targets, cu_seqlens, looping, max_seqlen)
+
+    trainer.forward = watched
+    trainer.warm_up()
+    assert len(graphs) == 2  # without and with looping
+    lengths.clear()
+    trainer.train(quiet)
+    assert len(graphs) == 2
+    assert lengths == [8] * 2 * 3 + [16] * 2 * 4 + [32] * 2 * 3  # two rows a step
+    changes = [line.rpartition(" ")[0] for line in log if "train_seq_len" in line]
+    assert changes == [
+        "step:0 train_seq_len:8",
+        "step:3 train_seq_len:16",
+        "step:7 train_seq_len:32",
+    ]
+
+
+def test_calibration_and_held_out_rows_have_the_last_length(tiny_data):
+    """Also those of a run that ends early: they stand for what the model meets in evaluation."""
+    trainer = trainer_of(tiny_data, train_seq_schedule="8@0.9", quant_check_rows=1)
+    loader = trainer.loader  # the run's, which quantization reads as well
+    trainer.train(quiet)
+    assert trainer.loader.seq_len == 8
+    rows = [loader.held_out_row(0), train_gpt.calibration_row(None, loader, 0, None)]
+    assert [row.cu_seqlens.diff().max() for row in rows] == [32, 32]
 
 
 def test_the_average_is_that_of_the_weights_after_each_step(tiny_data):
