@@ -142,7 +142,7 @@ class Hyperparameters:
     train_batch_tokens: int = env(786_432, "tokens per step of all ranks", least=1)
     micro_batch_tokens: int = env(98_304, "tokens per row and micro-batch", least=1)
     train_seq_len: int = env(2048, "longest piece of a document in training", least=2)
-    train_seq_schedule: str = env("", "LENGTH@FRACTION,...: shorter ones before")
+    full_seq_len_at: float = env(0.4, "training fraction; half as long before", least=0, most=1)
 
     # model
     vocab_size: int = env(8192, "vocabulary size", least=9, most=65_536)
@@ -319,12 +319,6 @@ class Hyperparameters:
         return self.train_batch_tokens // self.micro_batch_tokens
 
     @property
-    def seq_schedule(self):
-        """TRAIN_SEQ_SCHEDULE as pairs: longest piece, training fraction where it ends."""
-        pairs = [pair.split("@") for pair in self.train_seq_schedule.split(",") if pair]
-        return [(int(length), float(end)) for length, end in pairs]
-
-    @property
     def row_segments(self):
         """Maximum number of segments per row; beyond it the shortest are merged.
 
@@ -447,8 +441,6 @@ def cross_checks(hp):
     # rows and budgets of training
     if hp.train_batch_tokens % hp.micro_batch_tokens:
         yield "TRAIN_BATCH_TOKENS must divide by MICRO_BATCH_TOKENS"
-    if not schedule_is_valid(hp):
-        yield "TRAIN_SEQ_SCHEDULE must be LENGTH@FRACTION,... and rise to TRAIN_SEQ_LEN@1"
     if 0 < hp.max_wallclock_seconds <= hp.gptq_reserve_seconds:
         yield "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"
     if hp.deterministic and hp.max_wallclock_seconds:
@@ -477,16 +469,6 @@ def cross_checks(hp):
         yield "ARTIFACT_PATH goes with TTT_EVAL_ONLY=1"
     if not re.fullmatch(r"(\w[\w.+-]*)?", hp.run_id):
         yield "RUN_ID: letters, digits, '_', then also '.', '+', '-'"
-
-
-def schedule_is_valid(hp):
-    """Whether TRAIN_SEQ_SCHEDULE can be read, and rises: lengths from 2, fractions from above 0."""
-    try:
-        pairs = [(2, 0), *hp.seq_schedule, (hp.train_seq_len, 1)]
-    except ValueError:
-        return False
-    longer, later = np.diff(pairs, axis=0).T
-    return (longer >= 0).all() and (later > 0).all()
 
 
 def range_text(field):
@@ -3681,9 +3663,11 @@ def loop_is_on(progress, hp):
 
 
 def seq_len_at(progress, hp):
-    """The longest piece of a document at this training fraction: TRAIN_SEQ_LEN in the end."""
-    lengths = (length for length, end in hp.seq_schedule if progress < end)
-    return next(lengths, hp.train_seq_len)
+    """The longest piece of a document at this training fraction.
+
+    Shorter pieces first: steps with less attention, and early on little is learned from afar.
+    """
+    return hp.train_seq_len if progress >= hp.full_seq_len_at else max(2, hp.train_seq_len // 2)
 
 
 # ---- TRAINING ------------------------------------------------------------------------------------

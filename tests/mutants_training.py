@@ -917,9 +917,9 @@ TRAINING = [
     Mutant(
         "every-length-has-a-graph-of-its-own",
         TRAINER,
-        "self.forward(*row, looping, hp.train_seq_len)",
-        "self.forward(*row, looping, self.loader.seq_len)",
-        "tests/test_training.py::test_the_schedule_of_lengths_compiles_nothing_under_the_clock",
+        "looping, hp.train_seq_len).mean()",
+        "looping, self.loader.seq_len).mean()",
+        "tests/test_training.py::test_the_change_of_lengths_compiles_nothing_under_the_clock",
     ),
     Mutant(
         "hessians-have-the-rows-of-training",
@@ -936,11 +936,11 @@ TRAINING = [
         "tests/test_settings.py::test_derived_sizes",
     ),
     Mutant(
-        "a-length-ends-behind-its-fraction",
+        "pieces-become-longer-behind-their-fraction",
         TRAINER,
-        "in hp.seq_schedule if progress < end",
-        "in hp.seq_schedule if progress <= end",
-        "tests/test_optimizer.py::test_the_schedule_of_lengths_ends_with_train_seq_len",
+        "progress >= hp.full_seq_len_at",
+        "progress > hp.full_seq_len_at",
+        "tests/test_optimizer.py::test_pieces_are_half_as_long_before_their_fraction",
     ),
     Mutant(
         "loss-is-not-divided-by-the-micro-steps",

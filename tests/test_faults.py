@@ -594,7 +594,7 @@ def test_no_tool_searches_a_path_of_the_user_as_a_pattern():
 
 PUBLISHED = {
     "QUANTIZE_ONLY": "QUANT_ONLY",
-    "TRAIN_SEQ_SCHEDULE_MODE": "nothing",
+    "TRAIN_SEQ_SCHEDULE": "FULL_SEQ_LEN_AT",
     "NEGATIVE_SLOPE": "LEAKY_RELU_SLOPE",
     "VAL_DOC_FRACTION": "TTT_MAX_DOCS",
     "LOAD_MODEL_PATH": "CHECKPOINT_PATH",

@@ -656,9 +656,10 @@ def test_looping_starts_at_its_fraction_and_stays(progress, on):
     assert train_gpt.loop_is_on(progress, train_gpt.Hyperparameters(enable_looping_at=0.0))
 
 
-def test_the_schedule_of_lengths_ends_with_train_seq_len():
-    hp = train_gpt.Hyperparameters(train_seq_schedule="512@0.25,1024@.5", train_seq_len=1500)
-    fractions = (0, 0.2499, 0.25, 0.4999, 0.5, 1)
-    lengths = [train_gpt.seq_len_at(progress, hp) for progress in fractions]
-    assert lengths == [512, 512, 1024, 1024, 1500, 1500]
-    assert train_gpt.seq_len_at(0.0, train_gpt.Hyperparameters()) == 2048
+def test_pieces_are_half_as_long_before_their_fraction():
+    fractions = (0, 0.2499, 0.25, 1)
+    for full, half in ((1500, 750), (3, 2), (2, 2)):
+        hp = train_gpt.Hyperparameters(full_seq_len_at=0.25, train_seq_len=full)
+        assert [train_gpt.seq_len_at(at, hp) for at in fractions] == [half, half, full, full]
+    never = train_gpt.Hyperparameters(full_seq_len_at=0)
+    assert train_gpt.seq_len_at(0.0, never) == 2048

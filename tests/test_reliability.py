@@ -102,7 +102,7 @@ def train(trainer, cut=None):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"data_seed": 3, "grad_clip_norm": 0.0}, {"train_seq_schedule": "8@0.4,16@0.7"}],
+    [{}, {"data_seed": 3, "grad_clip_norm": 0.0}, {"full_seq_len_at": 0.4}],
 )
 def test_training_goes_on_bit_for_bit_from_a_state(tiny_data, tmp_path, changes):
     """Losses, weights, average, momenta and the schedule, whatever the step at which training

@@ -80,7 +80,6 @@ def test_the_environment_sets_every_setting(field):
     elif field.type is str:
         texts = {
             "ttt_lora_sites": "q,head",
-            "train_seq_schedule": "256@0.25,1024@.5",
         }
         changed = texts.get(field.name, "elsewhere")
     else:
@@ -127,7 +126,7 @@ def test_derived_sizes():
         64,
         2048,
         8,
-        192,
+        193,
         593.0,
     )
     assert hp.lora_sites == ("q", "k", "v", "o", "mlp", "head")
@@ -140,8 +139,9 @@ def test_derived_sizes():
         64,
         None,
     )
-    # pieces of 512 fit whatever the documents
-    assert Hyperparameters(train_seq_schedule="512@0.1,1024@0.2").row_segments == 2 * 192 + 1
+    # pieces of half the length fit whatever the documents
+    assert Hyperparameters(train_seq_len=1024, full_seq_len_at=0.1).row_segments == 2 * 192 + 1
+    assert Hyperparameters(train_seq_len=1024, full_seq_len_at=0).row_segments == 2 * 96 + 1
 
 
 # ---- unknown variables
@@ -324,21 +324,6 @@ def test_every_number_has_a_lower_bound():
         ({"RUN_ID": "../x"}, "RUN_ID"),
         ({"QUANT_ONLY": "1", "TTT_EVAL_ONLY": "1"}, "exclude each other"),
         ({"RUN_ID": "a b"}, "RUN_ID"),
-        ({"TRAIN_SEQ_SCHEDULE": "1024"}, "TRAIN_SEQ_SCHEDULE must be LENGTH@FRACTION,"),
-        ({"TRAIN_SEQ_SCHEDULE": "1024@"}, "TRAIN_SEQ_SCHEDULE"),
-        ({"TRAIN_SEQ_SCHEDULE": "1024@0.1@0.2"}, "TRAIN_SEQ_SCHEDULE"),
-        ({"TRAIN_SEQ_SCHEDULE": "512.5@0.1"}, "TRAIN_SEQ_SCHEDULE"),
-        ({"TRAIN_SEQ_SCHEDULE": "512@0.1;1024@0.2"}, "TRAIN_SEQ_SCHEDULE"),
-        ({"TRAIN_SEQ_SCHEDULE": "512@nan"}, "TRAIN_SEQ_SCHEDULE"),
-        ({"TRAIN_SEQ_SCHEDULE": "1@0.1"}, "TRAIN_SEQ_SCHEDULE"),
-        ({"TRAIN_SEQ_SCHEDULE": "3072@0.1"}, "rise to TRAIN_SEQ_LEN@1"),
-        ({"TRAIN_SEQ_SCHEDULE": "1024@0.1,512@0.2"}, "TRAIN_SEQ_SCHEDULE"),
-        ({"TRAIN_SEQ_SCHEDULE": "512@0.5,1024@0.5"}, "TRAIN_SEQ_SCHEDULE"),
-        ({"TRAIN_SEQ_SCHEDULE": "512@0.5,1024@0.4"}, "TRAIN_SEQ_SCHEDULE"),
-        ({"TRAIN_SEQ_SCHEDULE": "512@0"}, "TRAIN_SEQ_SCHEDULE"),
-        ({"TRAIN_SEQ_SCHEDULE": "512@-0.5"}, "TRAIN_SEQ_SCHEDULE"),
-        ({"TRAIN_SEQ_SCHEDULE": "512@1"}, "TRAIN_SEQ_SCHEDULE"),
-        ({"TRAIN_SEQ_SCHEDULE": "512@1.1"}, "TRAIN_SEQ_SCHEDULE"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused(changes, message):
@@ -356,7 +341,6 @@ def test_combinations_that_cannot_work_are_refused(changes, message):
         {"RUN_ID": "a-1.b+c_d"},
         {"TTT_LORA_SITES": "head"},
         {"TTT_LORA_LR": "0"},
-        {"TRAIN_SEQ_SCHEDULE": "2@.100,1024@.5,2048@0.8"},
         {"TTT_STALE_CONTEXT": "16"},
         {"TTT_STALE_CONTEXT": "3056"},
     ],

@@ -304,7 +304,8 @@ def test_a_loader_of_shorter_pieces_has_the_rows_of_that_length(world_size, chan
             if length != loader.seq_len:
                 loader = loader.in_pieces(length)
             rows = list(loader.step(step))
-            fresh = loader_of(tmp_path, dist, train_seq_len=length, **changes)
+            whole = {"train_seq_len": length, "full_seq_len_at": 0.0}
+            fresh = loader_of(tmp_path, dist, **whole, **changes)
             for row, want in zip(rows, fresh.step(step), strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(row, want, strict=True))
                 assert row.cu_seqlens.diff().max() == length
@@ -448,12 +449,10 @@ def test_looping_begins_at_its_fraction_of_the_iterations(tiny_data, monkeypatch
     assert len(figures["tokens_per_second_by_loop_state"]) == 2
 
 
-def test_the_schedule_of_lengths_compiles_nothing_under_the_clock(tiny_data):
+def test_the_change_of_lengths_compiles_nothing_under_the_clock(tiny_data):
     """Only values of cu_seqlens change, so that the warm-up has made all graphs."""
     log, graphs, lengths = Lines(), [], []
-    trainer = trainer_of(
-        tiny_data, log=log, iterations=10, train_seq_schedule="8@0.3,16@0.65", warmup_steps=2
-    )
+    trainer = trainer_of(tiny_data, log=log, iterations=10, full_seq_len_at=0.25, warmup_steps=2)
 
     def count(graph, inputs):
         graphs.append(graph)
@@ -471,21 +470,17 @@ def test_the_schedule_of_lengths_compiles_nothing_under_the_clock(tiny_data):
     lengths.clear()
     trainer.train(quiet)
     assert len(graphs) == 2
-    assert lengths == [8] * 2 * 3 + [16] * 2 * 4 + [32] * 2 * 3  # two rows a step
+    assert lengths == [16] * 2 * 3 + [32] * 2 * 7  # two rows a step
     changes = [line.rpartition(" ")[0] for line in log if "train_seq_len" in line]
-    assert changes == [
-        "step:0 train_seq_len:8",
-        "step:3 train_seq_len:16",
-        "step:7 train_seq_len:32",
-    ]
+    assert changes == ["step:0 train_seq_len:16", "step:3 train_seq_len:32"]
 
 
 def test_calibration_and_held_out_rows_have_the_last_length(tiny_data):
     """Also those of a run that ends early: they stand for what the model meets in evaluation."""
-    trainer = trainer_of(tiny_data, train_seq_schedule="8@0.9", quant_check_rows=1)
+    trainer = trainer_of(tiny_data, full_seq_len_at=1.0, quant_check_rows=1)
     loader = trainer.loader  # the run's, which quantization reads as well
     trainer.train(quiet)
-    assert trainer.loader.seq_len == 8
+    assert trainer.loader.seq_len == 16
     rows = [loader.held_out_row(0), train_gpt.calibration_row(None, loader, 0, None)]
     assert [row.cu_seqlens.diff().max() for row in rows] == [32, 32]
 

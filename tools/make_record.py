@@ -363,8 +363,8 @@ def training_sentences(s):
     yield "Muon on matrices: learning rate {MATRIX_LR}, momentum {MUON_MOMENTUM}, decay {MUON_WD}"
     yield "AdamW on the rest: embedding {TIED_EMBED_LR}, scalars and gates {SCALAR_LR}"
     yield "{TRAIN_BATCH_TOKENS} tokens a step, documents cut at {TRAIN_SEQ_LEN} tokens"
-    if s.get("TRAIN_SEQ_SCHEDULE"):
-        yield "before that at length@fraction of training: {TRAIN_SEQ_SCHEDULE}"
+    if float(s.get("FULL_SEQ_LEN_AT", 0)):
+        yield "and at half as many before {FULL_SEQ_LEN_AT} of training"
     yield "learning rate falls over the last {WARMDOWN_FRAC} of the time to {MIN_LR} of itself"
     if float(s.get("EMA_DECAY", 0)):  # presets/published.py
         yield "weights averaged with decay {EMA_DECAY}"
