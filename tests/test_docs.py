@@ -64,6 +64,8 @@ REMOVED = {
     "NESTEROV_BETA",
     "NESTEROV_HORIZON",
     "TRAIN_SEQ_SCHEDULE",
+    "TTT_BIAS_LR",
+    "TTT_START_AVERAGE",
     "TTT_LR_SITES",
     "TTT_LR_DECAY_CHUNKS",
     "TTT_LOGIT_SCALE_LR",
@@ -306,7 +308,7 @@ def test_screened_ideas_have_the_figures_of_their_campaign(campaign, blocks, noi
         assert [factor, count, rounded, ratio, p] in [[row[0], *row[2:6]] for row in rows]
 
 
-@pytest.mark.parametrize("campaign, arm", [("fused", "fused+brake"), ("context", "ctx")])
+@pytest.mark.parametrize("campaign, arm", [("fused", "fused+brake"), ("context", "ctx"), ("schedule", "ctx")])
 def test_finals_have_the_figures_of_their_campaign(campaign, arm):
     rows = rows_of_defaults("Ideas for the recipe that were screened")
     runs = bench_recipe.read_campaign(ROOT / f"docs/campaigns/{campaign}.jsonl")
