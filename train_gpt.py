@@ -5191,9 +5191,12 @@ class Score:
     def total(self, dist, expected):
         """Sums over ranks -> {loss, bpb, tokens, bytes}.
 
-        Raises RuntimeError unless (tokens, bytes) are as expected.
+        Raises ModelError if the loss is not finite, RuntimeError unless (tokens, bytes) are as
+        expected.
         """
         nats, tokens, num_bytes = dist.all_reduce(self.sums.clone()).tolist()
+        if not math.isfinite(nats):
+            raise ModelError(f"the loss is {nats}: lower learning rates; of TTT, TTT_LORA_LR")
         tokens = int(tokens)
         num_bytes = int(num_bytes)
         if (tokens, num_bytes) != tuple(expected):

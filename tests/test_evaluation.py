@@ -380,6 +380,14 @@ def test_score_ignores_what_is_not_scored_even_infinities(dist):
     assert score.total(dist, (1, 1))["loss"] == 1.0
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_ends_the_run(dist, loss):
+    score = Score("cpu")
+    score.add(torch.tensor([1.0, loss]), torch.tensor([True, True]), torch.tensor([1, 9]))
+    with pytest.raises(train_gpt.ModelError, match=f"the loss is {loss}: .*TTT_LORA_LR"):
+        score.total(dist, (2, 10))
+
+
 def test_score_adds_in_float64(dist):
     score = Score("cpu")
     score.add(torch.tensor([2.0**25]), torch.tensor([True]), torch.tensor([1]))
