@@ -3947,7 +3947,7 @@ def damped_inverse_factor(h, damping, names):
             f"GPTQ: damping raised tenfold, retry {retry + 1}: {failed_names}", stacklevel=2
         )
         damping[failed] *= 10
-    raise ModelError(f"GPTQ: no Cholesky factor after {DAMPING_RETRIES} retries for {failed_names}")
+    raise ModelError(f"GPTQ: no Cholesky factor for {failed_names}: raise GPTQ_DAMP")
 
 
 def to_log2_eighths(x):
