@@ -983,9 +983,9 @@ def check_folder(folder, model, hp):
             )
     ended = goes_on(hp) or hp.resume or (folder / "model.pt").exists()
     if (folder / "log.txt").exists() and not ended:
-        problems.append(
-            f"{folder} holds a run that did not end: choose another RUN_ID, or go on with RESUME=1"
-        )
+        # a run that ended before its first state cannot be resumed
+        way = ", or go on with RESUME=1" if state_files(folder) else ""
+        problems.append(f"{folder} holds a run that did not end: choose another RUN_ID{way}")
     wanted = wanted_bytes(model, hp)
     free = shutil.disk_usage(place).free
     if free < wanted:
