@@ -5191,12 +5191,9 @@ class Score:
     def total(self, dist, expected):
         """Sums over ranks -> {loss, bpb, tokens, bytes}.
 
-        Raises ModelError if the loss is not finite, RuntimeError unless (tokens, bytes) are as
-        expected.
+        Raises RuntimeError unless (tokens, bytes) are as expected.
         """
         nats, tokens, num_bytes = dist.all_reduce(self.sums.clone()).tolist()
-        if not math.isfinite(nats):
-            raise ModelError(f"the loss is {nats}: lower learning rates; of TTT, TTT_LORA_LR")
         tokens = int(tokens)
         num_bytes = int(num_bytes)
         if (tokens, num_bytes) != tuple(expected):
@@ -6793,7 +6790,15 @@ class Stages:
         )
 
     def result(self, run_info):
-        """Writes result.json and logs the RESULT line -> its dictionary."""
+        """Writes result.json and logs the RESULT line -> its dictionary.
+
+        Raises ModelError if a score is not finite.
+        """
+        for name, score in self.scores.items():
+            if not math.isfinite(score["loss"]):
+                raise ModelError(
+                    f"{name} loss is {score['loss']}: lower learning rates; of TTT, TTT_LORA_LR"
+                )
         log = self.log
         training = self.training | self.guard.figures(self.hp)
         sizes = self.code_bytes, self.artifact_bytes

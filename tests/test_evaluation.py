@@ -381,11 +381,10 @@ def test_score_ignores_what_is_not_scored_even_infinities(dist):
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_score_that_is_not_finite_ends_the_run(dist, loss):
-    score = Score("cpu")
-    score.add(torch.tensor([1.0, loss]), torch.tensor([True, True]), torch.tensor([1, 9]))
-    with pytest.raises(train_gpt.ModelError, match=f"the loss is {loss}: .*TTT_LORA_LR"):
-        score.total(dist, (2, 10))
+def test_a_score_that_is_not_finite_ends_the_run(loss):
+    stages = SimpleNamespace(scores={"prequant": {"loss": 3.0}, "ttt": {"loss": loss}})
+    with pytest.raises(train_gpt.ModelError, match=f"ttt loss is {loss}: .*TTT_LORA_LR"):
+        train_gpt.Stages.result(stages, {})
 
 
 def test_score_adds_in_float64(dist):
