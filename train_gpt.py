@@ -3973,7 +3973,7 @@ def damped_inverse_factor(h, damping, names):
             f"GPTQ: damping raised tenfold, retry {retry + 1}: {failed_names}", stacklevel=2
         )
         damping[failed] *= 10
-    raise ModelError(f"GPTQ: no Cholesky factor after {DAMPING_RETRIES} retries for {failed_names}")
+    raise ModelError(f"GPTQ: no Cholesky factor for {failed_names}: raise GPTQ_DAMP")
 
 
 def to_log2_eighths(x):
@@ -6816,7 +6816,15 @@ class Stages:
         )
 
     def result(self, run_info):
-        """Writes result.json and logs the RESULT line -> its dictionary."""
+        """Writes result.json and logs the RESULT line -> its dictionary.
+
+        Raises ModelError if a score is not finite.
+        """
+        for name, score in self.scores.items():
+            if not math.isfinite(score["loss"]):
+                raise ModelError(
+                    f"{name} loss is {score['loss']}: lower learning rates; of TTT, TTT_LORA_LR"
+                )
         log = self.log
         training = self.training | self.guard.figures(self.hp)
         sizes = self.code_bytes, self.artifact_bytes

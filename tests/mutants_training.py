@@ -1121,9 +1121,9 @@ STATES = [
     Mutant(
         "resumed-losses-count-once-a-rank",
         GUARD,
-        'losses = list((state["losses"] / dist.world_size).to(dist.device))',
-        'losses = list(state["losses"].to(dist.device))',
-        "tests/test_reliability.py::test_two_ranks_go_on_bit_for_bit_and_so_can_one",
+        "own = torch.arange(dist.world_size) == 0",
+        "own = torch.arange(dist.world_size) >= 0",
+        "tests/test_reliability.py::test_the_losses_of_a_state_count_once_on_any_number_of_ranks",
     ),
     Mutant(
         "clock-begins-anew",
