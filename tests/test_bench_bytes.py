@@ -86,10 +86,40 @@ def test_curves_are_compared_at_the_middle_point_of_the_first(capsys):
     assert lines[0] == (
         "b against a at 1000 B: -25.00% bytes at equal BPB, -0.666667 BPB at equal bytes"
     )
-    assert lines[1] == "c against a at 1000 B: +nan% bytes at equal BPB, +nan BPB at equal bytes"
+    assert lines[1] == (
+        "c against a at 1000 B: unknown bytes at equal BPB, unknown BPB at equal bytes"
+    )
     assert lines[2] == (
         "c against b at 900 B: -33.33% bytes at equal BPB, -0.300000 BPB at equal bytes"
     )
+
+
+def test_a_curve_of_one_point_is_compared_as_it_is(capsys):
+    """No line goes through it: at equal bytes or BPB it says nothing."""
+    before = [{"bytes": size, "bpb": bpb} for size, bpb in ((800, 3.0), (1000, 2.0), (1200, 1.0))]
+    bench_bytes.print_comparisons({"a": before, "b": [{"bytes": 900, "bpb": 1.5}]})
+    bench_bytes.print_comparisons({"b": [{"bytes": 900, "bpb": 2.25}], "a": before})
+    assert capsys.readouterr().out.splitlines() == [
+        "b against a at 1000 B: -10.00% bytes and -0.500000 BPB (a single point)",
+        "a against b at 900 B: +5.56% bytes at equal BPB, +0.250000 BPB at equal bytes",
+    ]
+
+
+def test_a_measured_point_is_plain_figures_beside_its_bytes(monkeypatch, tmp_path, model):
+    sweep = bench_bytes.Sweep(tmp_path / "model.pt", "brotli")
+    packed = []
+    pack_weights = train_gpt.pack_weights
+
+    def pack_and_keep(*arguments):
+        packed.append(pack_weights(*arguments))
+        return packed[-1]
+
+    monkeypatch.setattr(train_gpt, "pack_weights", pack_and_keep)
+    figures, size = sweep.measure("GPTQ_TRELLIS=0")
+    assert json.loads(json.dumps(figures)) == figures and "bytes" not in figures
+    assert size.result() == len(packed[0])
+    curves = bench_bytes.measure_curves(sweep, [["plain", "GPTQ_TRELLIS=0"]])
+    assert [point["bytes"] for point in curves["plain"]] == [len(packed[1])]
 
 
 def test_a_missing_lrzip_is_said_before_the_hessians_are_made(monkeypatch, tmp_path):
