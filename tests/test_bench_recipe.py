@@ -293,6 +293,15 @@ def test_a_run_is_expected_to_take_what_the_last_one_of_its_go_took():
     assert expected == [100, 50, 120 + bench_recipe.OVERHEAD_SECONDS["screen"]]
 
 
+def test_failures_of_one_seed_do_not_end_another():
+    failed = {"kind": "screen", "arm": "bad", "seed": 2, "go": "g", "status": "failed"}
+    missing = [
+        bench_recipe.missing_pairs([failed] * 2, "screen", seed, ["base", "bad"], "g")
+        for seed in (1, 2)
+    ]
+    assert missing == [["base", "bad"], []]
+
+
 def test_a_pair_is_the_first_of_its_go():
     runs = [
         {"seed": 1, "go": "g", "arm": arm, "number": number}

@@ -158,6 +158,10 @@ def test_a_plan_prints_what_its_budget_holds():
     computed = 2 * (5 * 4 * 64 + 16 * 128 + 2 * 4 * 32)  # both phases
     positions = tg.window_positions(lengths.seen(hp), hp).sum() / 500
     assert words[6:] == [f"{positions:.2f}", f"{computed / 500:.2f}", "an", "arm"]
+    device = bench_ttt.DEVICES["h100"]
+    by_cost = bench_ttt.budget_of(plan, hp, lambda rows, width: rows / 8, device, 2)
+    # 5 x 4 / 8 + 16 / 8 s on one rank, 2 x 4 / 8 on the other, which captures one shape less
+    assert [phase[:3] for phase in by_cost.phases] == [(4.5, 2.75, 2 * device.graph)] * 2
     over = bench_ttt.summary_row(lengths, plan, hp, budget, 178.0, "").split()
     assert over[4:6] == ["39.0", "NO"]
 
@@ -415,3 +419,8 @@ def test_every_run_starts_from_the_artifact_with_its_own_settings(artifact, monk
     assert [both for *both, _ in seen] == [[0.01, 0.01], [0.05, 0.05], [0.01, 0.01]]
     loaded = tg.dequantize_weights(tg.unpack_weights(artifact.read_bytes()))["tok_emb.weight"]
     assert all(torch.equal(weights, loaded) for *_, weights in seen)
+    command.remove("--reference")  # which loads the weights, too
+    assert bench_ttt.main([*command, rates, rates]) == 0
+    torch.random.set_rng_state(state)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[0] for row in rows] == [first[0]] * 2
