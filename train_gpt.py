@@ -93,13 +93,12 @@ OUR_ERRORS = SettingError, DataError, ArtifactError, ModelError
 # ---- HYPERPARAMETERS -----------------------------------------------------------------------------
 
 
-def env(default, help, *, above=None, least=None, most=None, choices=None):
+def env(default, help, **rules):
     """Declares a setting; its environment variable is the field's name in capitals.
 
-    above: exclusive bound; least, most: inclusive bounds.
+    rules: above (exclusive bound), least and most (inclusive bounds), choices.
     """
-    rules = {"above": above, "least": least, "most": most, "choices": choices}
-    return dataclasses.field(default=default, metadata=rules | {"help": help})
+    return dataclasses.field(default=default, metadata={"help": help, **rules})
 
 
 @dataclass(frozen=True)
@@ -329,10 +328,10 @@ class Hyperparameters:
 
     @property
     def training_seconds(self):
-        """Time limit of the training loop; None: no limit; 0: a single step."""
+        """Time limit of the training loop; inf: no limit."""
         if not self.max_wallclock_seconds:
-            return None
-        return max(0.0, self.max_wallclock_seconds - self.gptq_reserve_seconds)
+            return math.inf
+        return self.max_wallclock_seconds - self.gptq_reserve_seconds
 
     def chunk_size_of(self, length):
         """Tokens scored between two LoRA steps in a document of `length` targets.
@@ -409,15 +408,15 @@ def range_problems(field, value):
     """Yields a message if the value is outside its declared range."""
     rule = field.metadata
     name = f"{field.name.upper()}={value!r}"
-    if rule["choices"] and value not in rule["choices"]:
+    if "choices" in rule and value not in rule["choices"]:
         yield f"{name}: must be one of {', '.join(rule['choices'])}"
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{name}: must be finite"
-    elif rule["above"] is not None and not value > rule["above"]:
+    elif "above" in rule and not value > rule["above"]:
         yield f"{name}: must be above {rule['above']}"
-    elif rule["least"] is not None and value < rule["least"]:
+    elif "least" in rule and value < rule["least"]:
         yield f"{name}: must be at least {rule['least']}"
-    elif rule["most"] is not None and value > rule["most"]:
+    elif "most" in rule and value > rule["most"]:
         yield f"{name}: must be at most {rule['most']}"
 
 
@@ -473,8 +472,8 @@ def cross_checks(hp):
 def range_text(field):
     """The declared range of a setting as --help shows it: ` [above 0, most 1]`, or nothing."""
     rule = field.metadata
-    bounds = [f"{key} {rule[key]}" for key in ("above", "least", "most") if rule[key] is not None]
-    if rule["choices"]:
+    bounds = [f"{key} {rule[key]}" for key in ("above", "least", "most") if key in rule]
+    if "choices" in rule:
         bounds.append("|".join(rule["choices"]))
     return f" [{', '.join(bounds)}]" if bounds else ""
 
@@ -701,11 +700,14 @@ class Guard:
     def commit(self):
         """Called for RESULT -> commit of the checkout, None if unknown."""
 
-    def enter_stage(self, name):
-        """Called when a stage begins, and again when it goes on after one inside it."""
+    def enter_stage(self, name, start):
+        """Called when a stage begins, perhaps inside another one, with perf_counter's time."""
 
-    def show(self, name, start, share, detail):
-        """Called many times during a stage, with its start (perf_counter) and the share done."""
+    def leave_stage(self):
+        """Called when the stage that began last has ended."""
+
+    def show(self, share, detail=""):
+        """Called many times during a stage, with the share of it that is done and words on it."""
 
     def clear(self):
         """Called before a line is printed."""
@@ -830,7 +832,6 @@ class RunLog:
         self.folder = Path(folder)
         self.seconds = {}
         self.graphs = {}
-        self.running = None  # name and start of the current stage
         self.file = None
         if dist.rank == 0:
             self.file = open(self.folder / "log.txt", "a", encoding="utf-8")
@@ -843,26 +844,16 @@ class RunLog:
             with contextlib.suppress(OSError):  # a full disk does not end a training
                 print(message, file=self.file, flush=True)
 
-    def live(self, share, detail=""):
-        """Shows the share of the current stage that is done."""
-        if self.running:
-            self.guard.show(*self.running, share, detail)
-
     @contextlib.contextmanager
     def stage(self, name):
         """Context manager that times a stage of the run, including its device work."""
         self.dist.synchronize()
         start = time.perf_counter()
         graphs_before = compiled_graphs()
-        outer = self.running
-        self.running = name, start
-        self.guard.enter_stage(name)
-        self.live(0.0)
+        self.guard.enter_stage(name, start)
         yield
         self.dist.synchronize()
-        self.running = outer
-        # until the next stage begins, this one is still the current one
-        self.guard.enter_stage(outer[0] if outer else name)
+        self.guard.leave_stage()
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
         self.graphs[name] = self.graphs.get(name, 0) + compiled_graphs() - graphs_before
         self(f"stage:{name} seconds:{self.seconds[name]:.2f} graphs_compiled:{self.graphs[name]}")
@@ -3812,7 +3803,7 @@ class Trainer:
         clock = TrainingClock(self.dist, seconds)
         while step < hp.iterations:
             # The last step must not overrun, even if it takes twice as long as the one before
-            if budget is not None and step and seconds + 2 * step_seconds > budget:
+            if step and seconds + 2 * step_seconds > budget:
                 break
             progress = self.progress(step, seconds)
             looping = loop_is_on(progress, hp)
@@ -3829,15 +3820,17 @@ class Trainer:
             self.guard.after_step(self, step, seconds, losses, reports)
             if step <= 5 or step % hp.train_log_every == 0:
                 self.log_step(step, losses[-1], seconds, progress, looping)
-            rate = step * hp.train_batch_tokens / seconds
-            message = f"step:{step} train_loss:{self.last_loss:.4f} tokens_per_s:{rate:.0f}"
-            log.live(progress, message)
+            log.guard.show(
+                progress,
+                f"step:{step} train_loss:{self.last_loss:.4f}"
+                f" tokens_per_s:{step * hp.train_batch_tokens / seconds:.0f}",
+            )
             if self.evaluation_is_due(step):
                 with clock.paused():
                     evaluate()
         self.guard.after_last_step(self, step)
         seconds = clock.seconds()
-        if budget is not None and seconds > budget:
+        if seconds > budget:
             log(f"note: training took {seconds:.2f} s of {budget:.2f}")
         self.log_step(step, losses[-1], seconds, self.progress(step, seconds), self.looping)
         self.ema.copy_to_model()
@@ -3845,10 +3838,9 @@ class Trainer:
 
     def progress(self, step, seconds):
         """The training fraction in [0, 1]: of the time budget or, without one, of ITERATIONS."""
-        budget = self.hp.training_seconds
-        if budget is None:
-            return min(1.0, step / self.hp.iterations)
-        return min(1.0, seconds / budget) if budget else 1.0
+        hp = self.hp
+        share = seconds / hp.training_seconds if hp.max_wallclock_seconds else step / hp.iterations
+        return min(1.0, share)
 
     def evaluation_is_due(self, step):
         """Whether VAL_LOSS_EVERY asks for a score of the weights after this many steps."""
@@ -5042,24 +5034,20 @@ class SectionRecord(NamedTuple):
     raw_digest: str
 
 
-def pack_weights(arrays, compressor, on_progress=lambda share: None, trained_on=0):
+def pack_weights(arrays, compressor, trained_on=0):
     """Numpy arrays by name -> artifact bytes. ArtifactError for arrays that cannot be packed.
 
-    on_progress(share) is called after each section with the share of raw bytes that are packed.
     trained_on: 1 + hp.fuses_markers; 0 leaves it unsaid.
     """
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
     check_specs(specs)
     plan = plan_sections(specs, compressor)
     sources = section_sources(arrays, plan)
-    sizes_done = []
 
     def encode(section):
         raw = join_arrays(sources[section.kind], section.specs)
         shapes = [spec.shape for spec in section.specs]
         stored = ENCODERS[section.codec](raw, shapes) if raw else b""
-        sizes_done.append(len(raw))
-        on_progress(sum(sizes_done) / max(1, sum(total_bytes(s.specs) for s in plan)))
         return stored, SectionRecord(len(stored), digest(stored).hex(), digest(raw).hex())
 
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
@@ -5950,7 +5938,7 @@ class Progress:
             f"{self.phase} documents:{self.documents_done} running_tokens:{tokens:.0f}"
             f" running_bpb:{bpb:.5f} tokens_per_s:{rate:.0f} budget_left:{self.budget_left:.0f}"
         )
-        self.log.live(share, line)
+        self.log.guard.show(share, line)
         if share >= self.next_report or share == 1.0:
             self.next_report = share + 0.05
             self.log(f"ttt_batch {line} seconds:{seconds:.1f}")
@@ -6556,7 +6544,7 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
         with log.stage("pack"):
             file = b""
             if dist.rank == 0:
-                file = pack_weights(arrays, hp.compressor, log.live, 1 + hp.fuses_markers)
+                file = pack_weights(arrays, hp.compressor, 1 + hp.fuses_markers)
         return Quantized(hp, arrays, file)
 
     quantize_seconds = []

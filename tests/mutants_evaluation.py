@@ -1034,8 +1034,8 @@ MAIN = [
     Mutant(
         "a-run-does-not-say-what-its-model-was-trained-on",
         TRAIN,
-        "log.live, 1 + hp.fuses_markers)",
-        "log.live)",
+        "arrays, hp.compressor, 1 + hp.fuses_markers)",
+        "arrays, hp.compressor)",
         "tests/test_quant_check.py::test_the_file_on_disk_says_what_its_model_was_trained_on",
     ),
     Mutant(

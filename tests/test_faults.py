@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -493,9 +494,9 @@ def test_a_choice_of_documents_that_holds_no_text_is_refused(data, tmp_path):
 # ---- budgets
 
 
-def test_no_limit_and_no_time_are_told_apart():
+def test_no_budget_is_no_limit():
     seconds = train_gpt.Hyperparameters.training_seconds.fget
-    limits = [(0, None), (5, 0.0), (7, 0.0), (8, 1.0), (600, 593.0)]
+    limits = [(0, math.inf), (8, 1.0), (600, 593.0)]
     for budget, want in limits:
         assert (
             seconds(SimpleNamespace(max_wallclock_seconds=budget, gptq_reserve_seconds=7)) == want
