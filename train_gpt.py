@@ -4012,43 +4012,36 @@ def trellis_levels(codes):
     return levels
 
 
-class NearestCode:
-    """Scalar quantization: each weight gets the code next to it, independently of the others."""
+def nearest_codes(column, step, max_code):
+    """Scalar quantization of a column of all rows: each weight gets the code next to it.
 
-    def __init__(self, step, max_code):
-        self.step = step  # (N, R)
-        self.max_code = max_code
-
-    def __call__(self, column):
-        """A column of all rows (N, R) -> its codes and what they stand for, both float32 (N, R)."""
-        codes = (column / self.step).round_().clamp_(-self.max_code, self.max_code)
-        return codes, codes * self.step
+    column and step (N, R) -> codes and what they stand for, both float32 (N, R).
+    """
+    codes = (column / step).round_().clamp_(-max_code, max_code)
+    return codes, codes * step
 
 
-class TrellisCode:
-    """Trellis-coded quantization: the trellis runs along the rows of a column."""
+def trellis_codes(column, step, max_code, trellis_round):
+    """Trellis-coded quantization: the trellis runs along the rows of a column.
 
-    def __init__(self, step, max_code, trellis_round):
-        self.level_size = step / 2  # (N, R)
-        self.max_level = 2 * max_code - 2  # the chosen level is at most two away from the value
-        self.trellis_round = trellis_round
-
-    def __call__(self, column):
-        """A column of all rows (N, R) -> its levels and what they stand for, both float32."""
-        N, R = column.shape
-        length = min(R, TRELLIS_SEGMENT)
-        values = (column / self.level_size).clamp_(-self.max_level, self.max_level)
-        sequences = F.pad(values, (0, -R % length)).view(-1, length)
-        levels = self.trellis_round(sequences).view(N, -1)[:, :R].float()
-        return levels, levels * self.level_size
+    column and step (N, R) -> levels, of which codes are half, and what they stand for, as above.
+    """
+    N, R = column.shape
+    length = min(R, TRELLIS_SEGMENT)
+    level_size = step / 2
+    max_level = 2 * max_code - 2  # the chosen level is at most two away from the value
+    values = (column / level_size).clamp_(-max_level, max_level)
+    sequences = F.pad(values, (0, -R % length)).view(-1, length)
+    levels = trellis_round(sequences).view(N, -1)[:, :R].float()
+    return levels, levels * level_size
 
 
 def quantize_columns(weights, upper, quantize_column):
     """The loop of GPTQ: quantizes column by column, later columns make up for the error so far.
 
-    weights (N, C, R), overwritten, upper (N, C, C), quantize_column: a NearestCode or TrellisCode
-    -> its codes or levels (N, C, R) in float32. Later columns of a block are updated at once, all
-    others at its end with one matmul. Nothing here waits for the device.
+    weights (N, C, R), overwritten, and upper (N, C, C) -> codes or levels (N, C, R) in float32.
+    quantize_column: as nearest_codes, of a column alone. Later columns of a block are updated at
+    once, all others at its end with one matmul. Nothing here waits for the device.
     """
     num_columns = weights.shape[1]
     codes = torch.empty_like(weights)
@@ -4070,55 +4063,47 @@ class QuantizedMatrices(NamedTuple):
 
     codes: Tensor  # (N, R, C): int8, int16 with column steps
     scale: Tensor  # (N, R): fp16 step sizes, with column steps int8 codes of to_log2_eighths
-    column_steps: Tensor | None = None  # (N, C): int8 codes of to_log2_eighths
-    levels: Tensor | None = None  # (N, R, C): int16, of the trellis; a code is half its level
+    column_steps: Tensor | None  # (N, C): int8 codes of to_log2_eighths
 
 
-class ColumnSteps(NamedTuple):
-    """What gptq_quantize needs to give columns steps of their own."""
-
-    octaves: float  # see column_step_grid
-    trellis_round: Callable | None = None  # operation of Ops; None: every code for itself
-
-    def quantizer(self, step):
-        """For rows of these step sizes (N, R)."""
-        if self.trellis_round is None:
-            return NearestCode(step, MAX_WIDE_CODE)
-        return TrellisCode(step, MAX_WIDE_CODE, self.trellis_round)
-
-
-def gptq_quantize(w, hessian, bits, clip_sigmas, damp, names, columns=None):
+def gptq_quantize(w, hessian, bits, clip_sigmas, damp, names, octaves=None, trellis_round=None):
     """GPTQ (arXiv:2210.17323) of w (N, R, C) with Hessians (N, C, C) -> QuantizedMatrices.
 
     SDClip sets the step sizes of rows: clip_sigmas standard deviations of the original row reach
-    the largest code. With ColumnSteps nothing is clipped, because codes may be wide
-    (split_wide_codes). ModelError with the names of matrices whose Hessian is infinite or cannot be
-    made positive definite.
+    the largest code. With octaves (see column_step_grid) columns have steps of their own, and
+    nothing is clipped, because codes may be wide (split_wide_codes); then trellis_round, an
+    operation of Ops, may choose the codes. ModelError with the names of matrices whose Hessian is
+    infinite or cannot be made positive definite.
     """
     infinite = [name for name, h in zip(names, hessian, strict=True) if h.isinf().any()]
     if infinite:  # the codes would be noise
         raise ModelError(f"GPTQ: the Hessian of {', '.join(infinite)} has infinite entries")
     max_code = 2 ** (bits - 1) - 1
     scale = (clip_sigmas * w.float().std(dim=2) / max_code).clamp(*FP16_RANGE).half()
+    step = scale.float()
+    column_steps = None
     weights, upper, order = order_columns(w, hessian, damp, names)
-    if columns is None:
-        column_steps = None
-        codes = quantize_columns(weights, upper, NearestCode(scale.float(), max_code))
-    else:
-        scale, column_steps = column_step_grid(upper, scale, columns.octaves)
+    if octaves is not None:
+        scale, column_steps = column_step_grid(upper, scale, octaves)
         # dividing by the column steps leaves a step that all columns of a row share
         column_scale = from_log2_eighths(column_steps)
         weights = weights / column_scale[:, :, None]
         upper = upper / column_scale[:, None, :]
-        quantize_column = columns.quantizer(from_log2_eighths(scale))
-        codes = quantize_columns(weights, upper, quantize_column)
+        step = from_log2_eighths(scale)
+        max_code = MAX_WIDE_CODE
         column_steps = torch.empty_like(column_steps).scatter_(1, order, column_steps)
+
+    def quantize_column(column):
+        if trellis_round is None:
+            return nearest_codes(column, step, max_code)
+        return trellis_codes(column, step, max_code, trellis_round)
+
+    codes = quantize_columns(weights, upper, quantize_column)
     codes = torch.empty_like(codes).scatter_(1, order[:, :, None].expand_as(codes), codes)
-    codes = codes.mT.to(torch.int8 if column_steps is None else torch.int16).contiguous()
-    if columns is None or columns.trellis_round is None:
-        return QuantizedMatrices(codes, scale, column_steps)
-    levels = codes
-    return QuantizedMatrices(levels >> 1, scale, column_steps, levels)
+    codes = codes.mT.to(torch.int8 if octaves is None else torch.int16).contiguous()
+    if trellis_round is not None:
+        codes >>= 1
+    return QuantizedMatrices(codes, scale, column_steps)
 
 
 def split_wide_codes(codes, column_steps):
@@ -4184,19 +4169,20 @@ def quantize_matrices(names, weights, hessians, hp, trellis_round=trellis_round_
         role = quant_role(name)
         key = weights[name].shape, getattr(hp, role.bits), getattr(hp, role.clip_sigmas)
         batches[key].append(name)
-    columns = None
-    if hp.gptq_column_steps:
-        columns = ColumnSteps(hp.gptq_column_octaves, trellis_round if hp.gptq_trellis else None)
+    octaves = hp.gptq_column_octaves if hp.gptq_column_steps else None
+    if octaves is None or not hp.gptq_trellis:
+        trellis_round = None
     fields = {}
     for (_, bits, clip_sigmas), batch in batches.items():
         w = torch.stack([weights[name].float() for name in batch])
         h = torch.stack([hessians[name].float() for name in batch])
-        quantized = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, batch, columns)
+        damp = hp.gptq_damp
+        quantized = gptq_quantize(w, h, bits, clip_sigmas, damp, batch, octaves, trellis_round)
         for i, name in enumerate(batch):
             fields[name] = {"codes": quantized.codes[i], "scale": quantized.scale[i]}
-            if quantized.column_steps is not None:
+            if octaves is not None:
                 fields[name] |= split_wide_codes(quantized.codes[i], quantized.column_steps[i])
-            if quantized.levels is not None:
+            if trellis_round is not None:
                 fields[name]["trellis"] = torch.ones((), dtype=torch.int8)
     return fields
 
@@ -4209,16 +4195,13 @@ def quantize_small(name, w):
     return {"fp16": w.half()}
 
 
-def check_quantizable(weights, hessians):
-    """ModelError for weights that quantize_weights cannot store; the same on every rank."""
+def check_quantizable(weights):
+    """ModelError for weights that fp16 cannot store; the same on every rank."""
     for name, w in weights.items():
         if not w.half().isfinite().all():
             raise ModelError(
                 f"{name} holds numbers that are not finite or beyond fp16: lower learning rates"
             )
-        has_hessian = name in hessians and hessians[name].shape == 2 * w.shape[-1:]
-        if quant_role(name) and not has_hessian:
-            raise ValueError(f"{name} {tuple(w.shape)} needs a Hessian of its columns")
 
 
 def merge_dicts(dicts):
@@ -4237,18 +4220,15 @@ def quantize_weights(weights, hessians, hp, dist, trellis_round=trellis_round_re
     is quantized by one rank, small tensors by rank 0. ModelError with the names of the tensors at
     fault, raised on all ranks.
     """
-    check_quantizable(weights, hessians)
+    check_quantizable(weights)
     matrices = {name: w for name, w in weights.items() if quant_role(name)}
-    failure = ""
-    try:
-        mine = share_matrices(matrices, dist.world_size)[dist.rank]
-        fields = quantize_matrices(mine, weights, hessians, hp, trellis_round)
-    except ModelError as error:  # goes to the other ranks, which would wait for this one's part
-        failure = str(error)
-    failures = dist.all_gather_object(failure)
-    failures = [failure for failure in failures if failure]
-    if failures:
-        raise ModelError("; ".join(failures))
+    mine = share_matrices(matrices, dist.world_size)[dist.rank]
+    fields = {}
+
+    def quantize():
+        fields.update(quantize_matrices(mine, weights, hessians, hp, trellis_round))
+
+    run_checks(dist, [quantize], ModelError)
     if dist.rank == 0:
         for name in weights.keys() - matrices.keys():
             fields[name] = quantize_small(name, weights[name])
@@ -4380,23 +4360,13 @@ class HessianTap:
             gram = x.float().T @ x.float()
         self.sums[key] = self.sums[key] + gram if key in self.sums else gram
 
-    def hessians(self, head_name):
-        """{saved weight name: sum (in, in)}; head_name: saved name of GPT.head_weight."""
+    def hessians(self):
+        """{saved weight name: sum (in, in)}."""
         by_name = {}
         for (site, layer), gram in self.sums.items():
             names = [kind.saved_name.format(layer) for kind in MATRICES if kind.site == site]
-            by_name |= dict.fromkeys(names or [head_name], gram)
+            by_name |= dict.fromkeys(names or ["tok_emb.weight"], gram)
         return by_name
-
-
-def calibration_row(model, loader, index, following):
-    """Row `index` of the rows for the Hessians; row `following` (None: no other) is read ahead."""
-    return loader.row(index, following)
-
-
-def table_hessians(model):
-    """{saved weight name: identity} of tables that are read row by row: all columns count alike."""
-    return {"tok_emb.weight": torch.eye(model.hp.model_dim, device=model.tok_emb.device)}
 
 
 @torch.no_grad()
@@ -4410,7 +4380,7 @@ def collect_hessians(model, loader, hp, dist):
     mine = range(dist.rank, hp.gptq_calibration_batches, dist.world_size)
     for index in mine or [0]:  # a rank without a row of its own takes part in the sums with zeros
         following = index + dist.world_size
-        row = calibration_row(model, loader, index, following if following in mine else None)
+        row = loader.row(index, following if following in mine else None)
         hidden = model.forward_hidden(
             row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True, tap=tap
         )
@@ -4418,7 +4388,7 @@ def collect_hessians(model, loader, hp, dist):
     for gram in tap.sums.values():
         gram /= hp.gptq_calibration_batches
         dist.all_reduce(gram if mine else gram.zero_())
-    return table_hessians(model) | tap.hessians("tok_emb.weight")
+    return tap.hessians()
 
 
 @torch.no_grad()
@@ -6367,17 +6337,30 @@ class Prepared:
         self.machine = self.guard.check(self.hp, self.dist, self)
 
 
-def run_checks(dist, checks):
-    """Calls every check, then raises one SettingError with all problems of all ranks."""
+def run_checks(dist, checks, error_class=SettingError, prefix=""):
+    """Calls every check, then raises one error with all problems of all ranks.
+
+    prefix: of every problem.
+    """
     problems = []
     for check in checks:
         try:
             check()
         except (*OUR_ERRORS, OSError) as error:
-            problems.append(str(error))
+            problems.append(f"{prefix}{error}")
     everywhere = sum(dist.all_gather_object(problems), [])
     if everywhere:
-        raise SettingError("\n".join(dict.fromkeys(everywhere)))
+        raise error_class("\n".join(dict.fromkeys(everywhere)))
+
+
+def load_on_rank_0(model, dist, load, error_class=SettingError, prefix=""):
+    """Calls load(), which fills the model, on rank 0; then all ranks get the same bits.
+
+    For the other arguments see run_checks.
+    """
+    run_checks(dist, [load] if dist.rank == 0 else [], error_class, prefix)
+    for parameter in model.parameters():
+        dist.broadcast(parameter.detach())
 
 
 def check_all(hp, dist, guard=NO_GUARD):
@@ -6579,21 +6562,15 @@ def rebuild_model(model, path, dist):
 
     Raises ArtifactError.
     """
-    problem = None
-    if dist.rank == 0:
-        try:
-            blob = Path(path).read_bytes()
-            arrays = unpack_weights(blob)
-            if blob[4] // 64 not in (0, 1 + model.hp.fuses_markers):  # see MAGIC
-                raise ArtifactError("trained with another MARKER_FUSION_ENABLED: use that")
-            rebank(model, dequantize_weights(arrays))
-        except (*OUR_ERRORS, OSError) as error:
-            problem = str(error)
-    problem = dist.all_gather_object(problem)[0]
-    if problem:
-        raise ArtifactError(f"artifact {path}: {problem}")
-    for parameter in model.parameters():
-        dist.broadcast(parameter.detach())
+
+    def load():
+        blob = Path(path).read_bytes()
+        arrays = unpack_weights(blob)
+        if blob[4] // 64 not in (0, 1 + model.hp.fuses_markers):  # see MAGIC
+            raise ArtifactError("trained with another MARKER_FUSION_ENABLED: use that")
+        rebank(model, dequantize_weights(arrays))
+
+    load_on_rank_0(model, dist, load, ArtifactError, f"artifact {path}: ")
 
 
 def score_stage(name, evaluate, log, scores):
@@ -6667,11 +6644,10 @@ class Stages:
         """Makes and locks the run's folder, opens the log, writes the code."""
 
         def make():
-            if self.dist.rank == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.guard.lock(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.guard.lock(self.folder)
 
-        run_checks(self.dist, [make])
+        run_checks(self.dist, [make] if self.dist.rank == 0 else [])
         self.log = RunLog(self.folder, self.dist, self.guard)
         self.code_bytes = write_code(self.folder, self.hp, self.dist, self.guard)
 
@@ -6709,14 +6685,8 @@ class Stages:
 
     def load_weights(self):
         """QUANT_ONLY: the weights of an earlier run."""
-
-        def load():
-            if self.dist.rank == 0:
-                load_checkpoint(self.checkpoint, self.model)
-
-        run_checks(self.dist, [load])
-        for parameter in self.model.parameters():
-            self.dist.broadcast(parameter.detach())
+        model = self.model
+        load_on_rank_0(model, self.dist, lambda: load_checkpoint(self.checkpoint, model))
 
     def train(self):
         """Stages warm_up and train, then model.pt."""

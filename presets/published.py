@@ -660,13 +660,6 @@ QUANT_TABLE = train_gpt.QUANT_TABLE | {
 }
 
 
-def calibration_row(model, loader, index, following):
-    """One of the loader's, or one that the model writes (GPTQ_SELF_CALIBRATION)."""
-    if model.hp.gptq_self_calibration:
-        return written_row(model, index)
-    return loader.row(index, following)
-
-
 def written_row(model, number):
     """Documents of TRAIN_SEQ_LEN that the model writes itself at temperature 0.8, as a training
     row's
@@ -711,10 +704,15 @@ own_dequantize_fields = train_gpt.dequantize_fields
 
 
 def collect_hessians(model, loader, hp, dist):
-    """TIE_EMBEDDINGS=0: the table that makes the logits is not the one that is read row by row."""
+    """Those of the tables, too; GPTQ_SELF_CALIBRATION: from rows that the model writes.
+
+    TIE_EMBEDDINGS=0: the table that makes the logits is not the one that is read row by row.
+    """
+    if hp.gptq_self_calibration:
+        loader = SimpleNamespace(row=lambda index, following: written_row(model, index))
     hessians = own_collect_hessians(model, loader, hp, dist)
     if hp.tie_embeddings:
-        return hessians
+        return table_hessians(model) | hessians
     return hessians | {"lm_head.weight": hessians["tok_emb.weight"]} | table_hessians(model)
 
 
@@ -1200,8 +1198,6 @@ PARTS = {
     "EMA": EMA,
     "Trainer": Trainer,
     "QUANT_TABLE": QUANT_TABLE,
-    "calibration_row": calibration_row,
-    "table_hessians": table_hessians,
     "collect_hessians": collect_hessians,
     "quantize_weights": quantize_weights,
     "dequantize_fields": dequantize_fields,

@@ -1009,8 +1009,8 @@ TRAINING = [
     Mutant(
         "checkpoint-is-not-broadcast",
         TRAINER,
-        "            self.dist.broadcast(parameter.detach())\n",
-        "            parameter.detach()\n",
+        "        dist.broadcast(parameter.detach())\n",
+        "        parameter.detach()\n",
         "tests/test_faults.py::test_quant_only_gives_every_rank_the_weights_of_the_checkpoint",
     ),
 ]
