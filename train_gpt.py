@@ -689,13 +689,8 @@ class Guard:
         """Called with the bytes of this file -> bytes of the file that counts as the code."""
         return script
 
-    def figures(self, hp):
-        """Called for RESULT -> more keys of it."""
-        return {}
-
-    def violations(self, hp):
-        """Called for RESULT -> more sentences about rules that the run breaks."""
-        return []
+    def complete(self, hp, result):
+        """Called with RESULT before it is written, for more keys and more violations."""
 
     def commit(self):
         """Called for RESULT -> commit of the checkout, None if unknown."""
@@ -1018,6 +1013,10 @@ class Row(NamedTuple):
     targets: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (N + 1,) int32: where each document or piece starts, padded by repeating T
 
+    def to(self, device):
+        """The row on a device; a copy from pinned memory does not wait."""
+        return Row(*(t.to(device, non_blocking=True) for t in self))
+
 
 def cut_pieces(starts, ends, length):
     """Starts and ends of segments -> starts of their pieces, none longer than `length`."""
@@ -1130,10 +1129,9 @@ class TrainLoader:
         self.stream = stream
         self.hp = hp
         self.dist = dist
-        micro_steps = hp.train_batch_tokens / hp.micro_batch_tokens
-        if micro_steps % dist.world_size:
+        if hp.micro_steps % dist.world_size:
             raise SettingError(
-                f"{micro_steps:g} micro-batches a step do not divide by"
+                f"{hp.micro_steps} micro-batches a step do not divide by"
                 f" {dist.world_size} ranks: change MICRO_BATCH_TOKENS"
             )
         self.per_rank = hp.micro_steps // dist.world_size
@@ -1202,8 +1200,8 @@ class TrainLoader:
 
     def held_out_row(self, index):
         """Row `index` of those that neither training nor the Hessians see, on the device."""
-        row = self.pack(self.read_rows(self.held_out, [index * self.span])[:, 0])
-        return Row(*(t.to(self.dist.device) for t in row))
+        tokens = self.read_rows(self.held_out, [index * self.span])
+        return self.pack(tokens[:, 0]).to(self.dist.device)
 
     def pack(self, tokens):
         """(2, T): inputs and targets of a row -> Row of CPU tensors, pinned for CUDA."""
@@ -1227,7 +1225,7 @@ class TrainLoader:
         self.ahead = {}
         if following is not None:
             self.ahead[following] = self.thread.submit(self.build, following)
-        return Row(*(t.to(self.dist.device, non_blocking=True) for t in row))
+        return row.to(self.dist.device)
 
     def step(self, step):
         """Yields this rank's rows of a step."""
@@ -1263,10 +1261,6 @@ class ValidationSet:
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
         self.ends = np.append(self.starts[1:], len(self.tokens) - 1)
 
-    def count_bytes(self, hp, stream):
-        """(N,) int64 bytes charged to each token of the stream."""
-        return self.side_car(hp.data_path, stream)
-
     def describe(self):
         """Sets figures, which a manifest states of the stored stream, and summary."""
         self.figures = {
@@ -1280,14 +1274,14 @@ class ValidationSet:
             f" bytes:{self.figures['charged_bytes']} canonical:{canonical}"
         )
 
-    def side_car(self, folder, stream):
-        """(N,) int64 bytes of each token.
+    def count_bytes(self, hp, stream):
+        """(N,) int64 bytes charged to each token of the stream.
 
         Raises DataError if the side-car is missing, has another length, or charges a BOS.
         """
-        paths = shard_paths(folder, "val_bytes")
+        paths = shard_paths(hp.data_path, "val_bytes")
         if not paths:
-            raise DataError(f"no fineweb_val_bytes_*.bin in {folder}: BPB needs the side-car")
+            raise DataError(f"no fineweb_val_bytes_*.bin in {hp.data_path}: BPB needs the side-car")
         lengths = [shard_size(path) for path in paths]
         if lengths != stream.sizes:
             raise DataError(
@@ -1678,8 +1672,7 @@ def leaky_relu_sq_mlp(x, w_up, w_down, slope):
     width, hidden = w_down.shape
     if width % 8 or hidden % 8 or x.numel() == 0:  # TMA needs rows of n * 16 bytes
         return mlp_ref(x, w_up, w_down, slope)
-    # the square does not see the sign of the slope
-    out = _mlp(x.reshape(-1, width), w_up, w_down, abs(slope))[0]
+    out = _mlp(x.reshape(-1, width), w_up, w_down, slope)[0]
     return out.view(x.shape)
 
 
@@ -2630,8 +2623,6 @@ def _fa4_gradients(ctx, grad, grad_lse):
     qkv = list(ctx.saved_tensors[:3])
     others = ctx.saved_tensors[3:]  # cu_seqlens, out, lse
     dq, dk, dv = _fa4_backward(grad, qkv, *others, ctx.max_seqlen, ctx.window)
-    if len(dk) == 1:
-        return dq, dk[0], dv[0], None, None, None
     return dq, dk.sum(0), dv.sum(0), None, None, None
 
 
@@ -3015,6 +3006,9 @@ class GPT(nn.Module):
     the MLP runs unfused, so that its hidden layer can be observed. Without a tap nothing is traced.
     """
 
+    gate_inputs = GATE_WINDOW  # of the attention gate
+    gate_reads_mix = False  # whether the attention gate of every slot reads SlotInput.mixed
+
     def __init__(self, hp, ops, dtype):
         super().__init__()
         self.hp = hp
@@ -3071,16 +3065,6 @@ class GPT(nn.Module):
                 nn.init.orthogonal_(matrix, generator=generator)
         matrices["out"].zero_()
         matrices["down"].zero_()
-
-    @property
-    def gate_inputs(self):
-        """Number of inputs of the attention gate."""
-        return GATE_WINDOW
-
-    @property
-    def gate_reads_mix(self):
-        """Whether the attention gate of every slot reads SlotInput.mixed."""
-        return False
 
     @property
     def head_weight(self):
@@ -3159,12 +3143,8 @@ class GPT(nn.Module):
                 found[kind.role] = stack
         return found
 
-    def weights_for(self, tokens, window_start):
-        """A LayerWeights for every layer; here they do not depend on the tokens (B, T)."""
-        return self.layer_weights()
-
-    def layer_weights(self):
-        """A LayerWeights for every layer.
+    def layer_weights(self, tokens, window_start):
+        """A LayerWeights for every layer; here they do not depend on the tokens (B, T).
 
         Tensors are unbound once, so that the gradient of a bank is one stack, not a sum of padded
         slices. The scales of sublayer outputs are multiplied into the matrices, so that scaling
@@ -3297,7 +3277,7 @@ class GPT(nn.Module):
         segments = Segments(cu_seqlens, max_seqlen)
         length = tokens.size(1)
         rope = (self.cos[:length], self.sin[:length])
-        weights = self.weights_for(tokens, window_start)
+        weights = self.layer_weights(tokens, window_start)
         x = x0 = norm(self.embed(tokens, window_start))
         mlp_lane = None
         skips = []
@@ -5183,10 +5163,12 @@ class ScoredRow(NamedTuple):
 class WindowPacker:
     """Packs windows of the validation stream, in order, into rows of one shape on the device."""
 
-    def __init__(self, validation, row_tokens, max_window, max_segments, device):
+    def __init__(self, validation, row_tokens, max_window, hp, device):
         self.row_tokens = max(row_tokens, max_window)
         self.max_window = max_window
-        self.max_segments = max_segments
+        # windows of full length in a row, or segments of its padding
+        full_windows = -(-self.row_tokens // max_window)
+        self.max_segments = max(hp.row_segments, 2 * full_windows + 8)
         self.device = device
         self.end = len(validation.tokens) - 1
         self.tokens = torch.from_numpy(validation.tokens).to(device)
@@ -5255,11 +5237,8 @@ class Evaluator:
         self.validation = validation
         self.hp = hp
         self.dist = dist
-        # windows of full length in a row, or segments of its padding
-        full_windows = -(-hp.micro_batch_tokens // hp.eval_seq_len)
-        max_segments = max(hp.row_segments, 2 * full_windows + 8)
         self.packer = WindowPacker(
-            validation, hp.micro_batch_tokens, hp.eval_seq_len, max_segments, dist.device
+            validation, hp.micro_batch_tokens, hp.eval_seq_len, hp, dist.device
         )
         self.token_losses = compiled(model.token_losses, hp, dist)
         self.compiled_parts = compile_parts(model, hp, dist)
@@ -5697,11 +5676,6 @@ class BatchedLoRA:
             self.update(values, squares, gradient, source, target, correction, scale, rates)
 
 
-def global_optimizer(model):
-    """SGD for sgd_step, which sets its learning rate."""
-    return torch.optim.SGD(model.parameters(), momentum=0.9)
-
-
 def sgd_step(model, packer, windows, optimizer, rate, dist):
     """One SGD step of all ranks on the mean loss of windows (n, 2), at learning rate `rate`.
 
@@ -5943,10 +5917,7 @@ class TestTimeTrainer:
         self.progress = Progress(self.score, hp, log)
         self.documents = documents_to_score(validation, hp)
         row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.ttt_eval_seq_len
-        max_segments = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
-        self.packer = WindowPacker(
-            validation, row_tokens, hp.ttt_eval_seq_len, max_segments, dist.device
-        )
+        self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, hp, dist.device)
         lanes = range(dist.rank, hp.ttt_lanes, dist.world_size)
         self.lora = BatchedLoRA(model, lanes, hp, dist.device, model.ops.adamw_rows)
         if hp.ttt_stale_context:
@@ -6188,7 +6159,7 @@ class TestTimeTrainer:
         stream = self.validation
         context = hp.ttt_eval_seq_len
         self.model.requires_grad_(True)
-        optimizer = global_optimizer(self.model)
+        optimizer = torch.optim.SGD(self.model.parameters(), momentum=0.9)
         windows = document_windows(stream.starts[documents], stream.ends[documents], context)
         lengths = windows[:, 1] - windows[:, 0]
         chunk_of = (np.cumsum(lengths) - lengths) // hp.global_ttt_chunk_tokens
@@ -6260,12 +6231,6 @@ class TestTimeTrainer:
             "recompilations": compiled_graphs() - num_graphs,
             "unadapted_tokens": unadapted,
         }
-
-
-def evaluate_adapted(evaluator, log):
-    """The score of test-time training on what an Evaluator scores -> {loss, bpb, ...}."""
-    e = evaluator
-    return TestTimeTrainer(e.model, e.validation, e.hp, e.dist, log).evaluate()
 
 
 # ---- MAIN ----------------------------------------------------------------------------------------
@@ -6743,28 +6708,31 @@ class Stages:
 
     def test_time_train(self):
         """Scores with test-time training, the final score."""
-        score_stage(
-            "ttt", lambda: evaluate_adapted(self.evaluator, self.log), self.log, self.scores
-        )
+        score_stage("ttt", self.evaluate_adapted, self.log, self.scores)
+
+    def evaluate_adapted(self):
+        """Test-time training on the validation set -> {loss, bpb, ...}."""
+        validation = self.prepared.validation
+        trainer = TestTimeTrainer(self.model, validation, self.hp, self.dist, self.log)
+        return trainer.evaluate()
 
     def result(self, run_info):
         """Writes result.json and logs the RESULT line -> its dictionary."""
         log = self.log
-        training = self.training | self.guard.figures(self.hp)
         sizes = self.code_bytes, self.artifact_bytes
         result = {
             "version": RESULT_VERSION,
             **run_info,
-            **training,
+            **self.training,
             "scores": self.scores,
             "artifact_bytes": self.artifact_bytes,
             "code_bytes": self.code_bytes,
-            "total_bytes": self.artifact_bytes + self.code_bytes,
+            "total_bytes": sum(sizes),
             "seconds": log.seconds,
             "graphs_compiled": {stage: count for stage, count in log.graphs.items() if count},
-            "violations": violations(self.hp, log, training, *sizes, self.scores)
-            + self.guard.violations(self.hp),
+            "violations": violations(self.hp, log, self.training, *sizes, self.scores),
         }
+        self.guard.complete(self.hp, result)
         if self.dist.device.type == "cuda":
             result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         if self.dist.rank == 0:

@@ -448,8 +448,8 @@ class GPT(train_gpt.GPT):
             fake_quantize(self.mlp_down_bank, bits, hp.mlp_clip_sigmas),
         )
 
-    def weights_for(self, tokens, window_start):
-        weights = super().weights_for(tokens, window_start)
+    def layer_weights(self, tokens, window_start):
+        weights = super().layer_weights(tokens, window_start)
         first_xsa = self.hp.num_layers - self.hp.xsa_last_n
         weights = [w._replace(xsa=layer >= first_xsa) for layer, w in enumerate(weights)]
         if not (self.hp.attn_window or self.hp.new_values):
@@ -1000,7 +1000,14 @@ class WindowPacker(train_gpt.WindowPacker):
 
 
 class Stages(train_gpt.Stages):
-    """SLIDING_WINDOW_ENABLED: scores the artifact's model with overlapping windows, too."""
+    """SLIDING_WINDOW_ENABLED: scores the artifact's model with overlapping windows, too.
+    TTT_METHOD=sgd: test-time training of all weights.
+    """
+
+    def evaluate_adapted(self):
+        if self.hp.ttt_method == "sgd":
+            return evaluate_sgd(self.evaluator)
+        return super().evaluate_adapted()
 
     def score(self, name):
         super().score(name)
@@ -1036,13 +1043,12 @@ def evaluate_sgd(evaluator):
     dist = evaluator.dist
     model = evaluator.model
     row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.eval_seq_len
-    entries = max(hp.row_segments, 4 * row_tokens // hp.eval_seq_len + 8)
-    packer = WindowPacker(stream, row_tokens, hp.eval_seq_len, entries, dist.device)
+    packer = WindowPacker(stream, row_tokens, hp.eval_seq_len, hp, dist.device)
     score = train_gpt.Score(dist.device)
     windows = sliding_windows(hp, stream)
     chunk_of = windows[:, 2] // hp.global_ttt_chunk_tokens
     chunks = [windows[chunk_of == number] for number in np.unique(chunk_of)]
-    optimizer = train_gpt.global_optimizer(model)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
     for number, chunk in enumerate(chunks):
         evaluator.add_losses(chunk, score, dist.rank, dist.world_size)
         if number + 1 < len(chunks):
@@ -1055,16 +1061,6 @@ def evaluate_sgd(evaluator):
                 train_gpt.sgd_step(model, packer, pieces, optimizer, rate, dist)
     model.zero_grad(set_to_none=True)
     return score.total(dist, stream.targets_of(np.arange(len(stream.starts))))
-
-
-own_evaluate_adapted = train_gpt.evaluate_adapted
-
-
-def evaluate_adapted(evaluator, log):
-    """By TTT_METHOD."""
-    if evaluator.hp.ttt_method == "sgd":
-        return evaluate_sgd(evaluator)
-    return own_evaluate_adapted(evaluator, log)
 
 
 class TestTimeTrainer(train_gpt.TestTimeTrainer):
@@ -1210,7 +1206,6 @@ PARTS = {
     "join_sections": join_sections,
     "WindowPacker": WindowPacker,
     "Stages": Stages,
-    "evaluate_adapted": evaluate_adapted,
     "TestTimeTrainer": TestTimeTrainer,
 }
 

@@ -916,8 +916,8 @@ MAIN = [
     Mutant(
         "results-total-without-the-code",
         TRAIN,
-        '"total_bytes": self.artifact_bytes + self.code_bytes,',
-        '"total_bytes": self.artifact_bytes,',
+        '"total_bytes": sum(sizes),',
+        '"total_bytes": sizes[1],',
         "tests/test_rules.py::test_result_counts_code_and_weights_once_each",
     ),
     Mutant(
@@ -979,8 +979,8 @@ MAIN = [
     Mutant(
         "leaked-documents-are-no-violation",
         "tools/guard.py",
-        "        if not leaked:\n            return []",
-        "        if leaked:\n            return []",
+        '        if leaked := result.get("leaked_documents"):',
+        '        if not (leaked := result.get("leaked_documents")):',
         "tests/test_faults.py::test_leaked_documents_reach_the_result_and_its_violations",
     ),
     Mutant(

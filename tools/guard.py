@@ -222,16 +222,12 @@ class RunGuard(Guard):
         notes = [f"note: {note}" for note in notes]
         return notes + (preset_notes(hp) if hp.preset else [])
 
-    def figures(self, hp):
-        return leaked_documents(hp) | self.resumed
-
-    def violations(self, hp):
-        leaked = leaked_documents(hp).get("leaked_documents")
-        if not leaked:
-            return []
-        return [
-            f"{leaked} training documents are validation documents, says the dataset's manifest"
-        ]
+    def complete(self, hp, result):
+        result |= leaked_documents(hp) | self.resumed
+        if leaked := result.get("leaked_documents"):
+            result["violations"].append(
+                f"{leaked} training documents are validation documents, says the dataset's manifest"
+            )
 
     def submission(self, script, hp):
         return packed_code(script, hp)
