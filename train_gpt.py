@@ -967,13 +967,9 @@ class TokenStream:
         Raises DataError if no document begins before them.
         """
         border = self.size - count
-        window = 1 << 16
-        begins = np.zeros(0, np.int64)
-        while border > 0 and not len(begins):
-            first = max(0, border - window)
-            begins = first + np.flatnonzero(self.read(first, border - first) == BOS_ID)
-            border = first
-        if not len(begins) or begins[-1] == 0:
+        first = max(0, border - 2**24)  # no document is longer
+        begins = first + np.flatnonzero(self.read(first, border - first) == BOS_ID)
+        if not begins.any():
             raise DataError(
                 f"{self.paths[0]}: no document begins before the last {count} tokens: set"
                 " QUANT_CHECK_ROWS=0"
