@@ -606,8 +606,8 @@ KERNELS = [
     Mutant(
         "a-kernel-that-disagrees-is-taken",
         TRAINER,
-        "    if all(error <= tolerance for error in errors):  # False for NaN\n",
-        "    if any(error <= tolerance for error in errors):\n",
+        "    if all(error <= 0.03 for error in errors):\n",
+        "    if any(error <= 0.03 for error in errors):\n",
         "tests/test_kernels.py::test_reference_is_used_when_a_kernels_trial_fails",
     ),
     Mutant(
@@ -620,8 +620,8 @@ KERNELS = [
     Mutant(
         "trial-inputs-move-the-random-state",
         TRAINER,
-        "torch.randn(shape, generator=generator, device=device)",
-        "torch.randn(shape, device=device)",
+        "torch.randn(shape, generator=generator)",
+        "torch.randn(shape)",
         "tests/test_kernels.py::test_selection_leaves_the_random_state_alone",
     ),
     Mutant(
