@@ -2117,8 +2117,7 @@ _slot_input.register_fake(_slot_input_copied)
 
 def _slot_input_setup(ctx, inputs, output):
     merge = inputs[4]
-    ctx.return_mix = inputs[6]
-    ctx.return_merged = inputs[7]
+    ctx.wanted = inputs[6:]  # return_mix, return_merged
     merged = output[3] if merge else inputs[0]
     x0_mix_scale = inputs[1:4]
     ctx.save_for_backward(merged, *x0_mix_scale, *merge)
@@ -2127,7 +2126,7 @@ def _slot_input_setup(ctx, inputs, output):
 def _slot_input_gradients(ctx, *grads):
     inputs = ctx.saved_tensors[:4]  # merged, x0, mix, scale
     merge = list(ctx.saved_tensors[4:])
-    outputs = _slot_input_backward(list(grads), *inputs, merge, ctx.return_mix, ctx.return_merged)
+    outputs = _slot_input_backward(list(grads), *inputs, merge, *ctx.wanted)
     d_x, d_x0, d_skip = outputs[:3]
     sums = outputs[3].sum(0)  # of both rows of mix, of the weight and of the gate
     d_mix = sums[:2].to(inputs[2].dtype)
@@ -2612,14 +2611,13 @@ def _fa4_setup(ctx, inputs, output):
     # nobody differentiates lse: without this, autograd fills zeros for its gradient
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:4], *output)
-    ctx.max_seqlen = inputs[4]
-    ctx.window = inputs[5]
+    ctx.limits = inputs[4:]  # max_seqlen, window
 
 
 def _fa4_gradients(ctx, grad, grad_lse):
     qkv = list(ctx.saved_tensors[:3])
     others = ctx.saved_tensors[3:]  # cu_seqlens, out, lse
-    dq, dk, dv = _fa4_backward(grad, qkv, *others, ctx.max_seqlen, ctx.window)
+    dq, dk, dv = _fa4_backward(grad, qkv, *others, *ctx.limits)
     return dq, dk.sum(0), dv.sum(0), None, None, None
 
 
@@ -4446,16 +4444,15 @@ class QuantizationCheck:
         """
         if self.fp32_loss is None:
             return self.hp, quantize(self.hp)
-        least = math.inf
+        gaps = []
+        found = []
         for hp in (self.hp, *plainer_quantizations(self.hp)):
             started = time.perf_counter()
             arrays = quantize(hp)
             gap = self.gap(arrays, hp)
-            if self.kept is None or gap < least:
-                least = gap
-                best = hp, arrays
-                self.kept = self.tried[-1]
-            if least <= self.hp.quant_gap_max:
+            gaps.append(gap)
+            found.append((hp, arrays))
+            if gap <= self.hp.quant_gap_max:
                 break
             self.log(
                 f"note: quantization adds {gap:.4f} nats a token, more than"
@@ -4466,7 +4463,9 @@ class QuantizationCheck:
             if seconds_used > seconds_left():
                 self.log("note: no seconds are left for a plainer quantization")
                 break
-        return best
+        best = gaps.index(min(gaps))
+        self.kept = self.tried[best]
+        return found[best]
 
     def summary(self):
         """For RESULT: the loss of the fp32 model, the quantization that was kept, and all tried."""
@@ -5917,6 +5916,7 @@ class TestTimeTrainer:
         self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, hp, dist.device)
         lanes = range(dist.rank, hp.ttt_lanes, dist.world_size)
         self.lora = BatchedLoRA(model, lanes, hp, dist.device, model.ops.adamw_rows)
+        self.stale = None
         if hp.ttt_stale_context:
             num_rows = self.lora.scratch_row
             self.stale = StaleContext(model, validation.starts, num_rows, dist.device)
@@ -5969,7 +5969,7 @@ class TestTimeTrainer:
 
     def dynamic_slot_input(self, x, x0, w, return_mix, return_merged, *skip):
         """GPT.slot_input, compiled for any batch and width."""
-        if self.hp.ttt_stale_context:
+        if self.stale:
             x, x0 = self.stale.drop_lookback(x, x0)
         # the first layer shares the graph of the others
         x = x if x.requires_grad else x.detach().requires_grad_()
@@ -5978,7 +5978,7 @@ class TestTimeTrainer:
 
     def dynamic_attention(self, slot_input, w, rope, segments, tap):
         """GPT.attention, compiled likewise; keys before the window come from StaleContext."""
-        if self.hp.ttt_stale_context:
+        if self.stale:
             rope, segments = self.stale.of_slot()
             self.mark_dynamic([0, 1], *rope)
             self.mark_dynamic([0], segments.key_rows, segments.new_key_rows)
@@ -5989,7 +5989,7 @@ class TestTimeTrainer:
 
     def dynamic_after_attention(self, slot_input, attn, mlp_lane, w, tap):
         """GPT.after_attention, compiled for any batch and width."""
-        if self.hp.ttt_stale_context:
+        if self.stale:
             [mlp_lane] = self.stale.drop_lookback(mlp_lane)
         self.mark_dynamic([0, 1], attn, mlp_lane)
         return self.compiled_parts.after_attention(slot_input, attn, mlp_lane, w, tap)
@@ -6011,7 +6011,7 @@ class TestTimeTrainer:
         """Compiles the graphs of all steps at the largest shape, for which kernels are tuned."""
         rows = max(2, self.hp.ttt_batch_size)
         # torch.compile assumes that sizes equal during the warm-up are always equal
-        if self.hp.ttt_stale_context and rows == recomputed_context(self.hp):
+        if self.stale and rows == recomputed_context(self.hp):
             rows += 1
         self.warming_up = True
         # with unknown sizes, filling the cache costs more than it saves
@@ -6029,11 +6029,11 @@ class TestTimeTrainer:
         tokens = self.packer.tokens
         # contiguous columns, which the kernels want
         row = StepRow(*table.T.contiguous())
-        if hp.ttt_stale_context:
+        if self.stale:
             width = self.stale.begin(row.source, row.window, width)
         # Positions after the last input repeat it, unseen by what is scored. SmearGate needs the
         # token before a window that continues a document.
-        lookback = 1 if hp.ttt_stale_context else 0
+        lookback = 1 if self.stale else 0
         columns = torch.arange(-lookback, width, device=table.device)
         offset = torch.arange(hp.ttt_chunk_size, device=table.device)
         last = (row.first + row.count - 1).clamp_min(0)[:, None]
@@ -6055,7 +6055,7 @@ class TestTimeTrainer:
         loss = torch.where(row.target != self.lora.scratch_row, means, 0.0).sum()
         gradients = torch.autograd.grad(loss, parts, materialize_grads=True)
         self.lora.step(gradients, row.source, row.target, row.number)
-        if hp.ttt_stale_context:
+        if self.stale:
             self.stale.end(row.target)
 
     def capture(self, steps):
@@ -6067,9 +6067,9 @@ class TestTimeTrainer:
             return
         started = time.perf_counter()
         shapes = {(len(step.table), step.width) for step in steps}
-        tables = {}  # the graphs share one memory pool, which the largest shape opens
-        for shape in sorted(shapes, key=math.prod, reverse=True):
-            tables[shape] = self.padding_table(shape[0])
+        # the graphs share one memory pool, which the largest shape opens
+        shapes = sorted(shapes, key=math.prod, reverse=True)
+        tables = {shape: self.padding_table(shape[0]) for shape in shapes}
         torch.cuda.empty_cache()
         try:
             self.record_graphs(tables)

@@ -291,7 +291,7 @@ QUANTIZATION = [
     Mutant(
         "the-last-quantization-is-kept-not-the-best",
         TRAIN,
-        "if self.kept is None or gap < least:",
+        "best = gaps.index(min(gaps))",
         "if True:",
         "tests/test_quant_check.py::test_the_best_quantization_is_kept_not_the_last",
     ),
