@@ -849,7 +849,8 @@ class RunLog:
         yield
         self.dist.synchronize()
         self.guard.leave_stage()
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+        seconds = time.perf_counter() - start
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 3)
         self.graphs[name] = self.graphs.get(name, 0) + compiled_graphs() - graphs_before
         self(f"stage:{name} seconds:{self.seconds[name]:.2f} graphs_compiled:{self.graphs[name]}")
 
@@ -1732,7 +1733,7 @@ def gated_xsa_ref(y, v, logits):
 def gated_xsa_trial_inputs(hp, dtype):
     """Arguments of gated_xsa_ref: one row of 256 tokens with the heads of hp."""
     y, v, _ = attention_trial_inputs(hp, dtype)[:3]
-    (logits,) = trial_tensors(dtype, (1, 256, hp.num_heads))
+    logits = trial_tensors(dtype, (1, 256, hp.num_heads))[0]
     return y, v, logits
 
 
@@ -2243,6 +2244,7 @@ def _slot_input_backward(
     inputs = [*grads, merged, x0, mix, scale, *merge, *missing]
     # the kernel does not read the arguments that merged stands for
     contiguous = [(merged if t is None else t).contiguous() for t in inputs]
+    window = 0 if grads[1] is None else grads[1].shape[-1]
     D = x0.shape[-1]
     block = triton.next_power_of_2(D)
     programs = len(outputs[3])
@@ -2250,7 +2252,7 @@ def _slot_input_backward(
         *contiguous,
         *outputs,
         merged.numel() // D,
-        WINDOW=0 if grads[1] is None else grads[1].shape[-1],
+        WINDOW=window,
         MIXED=grads[2] is not None,
         KEPT=grads[3] is not None,
         MERGE=len(merge) > 0,
@@ -2641,7 +2643,7 @@ def trellis_round_ref(values):
 
 def trellis_round_trial_inputs(hp, dtype):
     """Multiples of 1/64: their sums are exact, so that the levels must be equal."""
-    (values,) = trial_tensors(torch.float32, (3, 200))
+    values = trial_tensors(torch.float32, (3, 200))[0]
     return ((256 * values.detach()).round() / 64,)
 
 
@@ -3766,7 +3768,9 @@ class Trainer:
     def progress(self, step, seconds):
         """The training fraction in [0, 1]: of the time budget or, without one, of ITERATIONS."""
         hp = self.hp
-        share = seconds / hp.training_seconds if hp.max_wallclock_seconds else step / hp.iterations
+        share = step / hp.iterations
+        if hp.max_wallclock_seconds:
+            share = seconds / hp.training_seconds
         return min(1.0, share)
 
     def evaluation_is_due(self, step):
@@ -3866,7 +3870,7 @@ def damped_inverse_factor(h, damping, names):
             f"GPTQ: damping raised tenfold, retry {retry + 1}: {failed_names}", stacklevel=2
         )
         damping[failed] *= 10
-    raise ModelError(f"GPTQ: no Cholesky factor after {DAMPING_RETRIES} retries for {failed_names}")
+    raise ModelError(f"GPTQ: no Cholesky factor for {failed_names}: raise GPTQ_DAMP")
 
 
 def to_log2_eighths(x):
@@ -3913,7 +3917,8 @@ def order_columns(w, hessian, damp, names):
     dead = diagonal == 0  # inputs that are 0 for all calibration tokens: their weights become 0
     diagonal.masked_fill_(dead, 1.0)
     order = diagonal.argsort(dim=1, descending=True, stable=True)
-    h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None, :].expand_as(h))
+    h = h.gather(1, order[:, :, None].expand_as(h))
+    h = h.gather(2, order[:, None, :].expand_as(h))
     upper = damped_inverse_factor(h, damping, names)
     weights = w.float().mT.masked_fill(dead[:, :, None], 0.0)
     weights = weights.gather(1, order[:, :, None].expand_as(weights))
@@ -4411,7 +4416,7 @@ class QuantizationCheck:
                 f" QUANT_GAP_MAX={self.hp.quant_gap_max}"
             )
             # Clocks differ: all ranks must decide the same, or one would wait in a collective.
-            (seconds_used,) = self.dist.max_over_ranks(time.perf_counter() - started)
+            seconds_used = self.dist.max_over_ranks(time.perf_counter() - started)[0]
             if seconds_used > seconds_left():
                 self.log("note: no seconds are left for a plainer quantization")
                 break
@@ -4442,7 +4447,9 @@ MAGIC = b"GLF1"
 PREFIX = struct.Struct("<4sBII")
 DIGEST_BYTES = 8
 MAX_HEADER_BYTES = 2**20
-MAX_RAW_BYTES = 2**30  # of all arrays
+# Of all arrays. Nearly all are codes of a byte: at a bit a code, fewer fill a file up to the cap.
+# A hostile file can be far smaller, and rebuilding takes about ten times as much memory.
+MAX_RAW_BYTES = 2**27
 MAX_DIMENSIONS = 8
 # a list: hostile dtypes need not be hashable
 ARRAY_DTYPES = (
@@ -4584,7 +4591,8 @@ def initial_counts():
     tails = 1 + squares / (29 * VARIANCES[:, None])
     for _ in range(4):  # to the 16th power, exactly
         tails *= tails
-    counts = np.where(squares <= MAX_SQUARE * VARIANCES[:, None], 1 + 32_000 / tails, 0)
+    is_frequent = squares <= MAX_SQUARE * VARIANCES[:, None]
+    counts = np.where(is_frequent, 1 + 32_000 / tails, 0)
     counts[:, ESCAPE + 128] = 3
     return np.vstack([counts, np.ones(256)]).astype(np.int64)
 
@@ -4597,7 +4605,8 @@ def column_predictor(gram, rows):
     """
     size = len(gram)
     ridge = 1 + 800 / rows * np.trace(gram) / size  # keeps pivots positive, even if all codes are 0
-    work = np.hstack([gram + ridge * np.eye(size), np.eye(size)]).astype(np.float32)
+    identity = np.eye(size)
+    work = np.hstack([gram + ridge * identity, identity]).astype(np.float32)
     for j in range(size):
         part = work[j + 1 :, j : size + j + 1]
         part -= part[:, :1] / work[j, j] * work[j, j : size + j + 1]
@@ -4663,7 +4672,8 @@ class ColumnModel:
                 means = values[:, :j] @ predictor[j : j + 16, :j].T
             mean = means[:, j - group] + values[:, group:j] @ predictor[j, group:j]
             mean = np.rint(mean).astype(np.int64)
-            coded = self.code_block((block[:, j] - mean)[:, None], contexts[j : j + 1])
+            column = (block[:, j] - mean)[:, None]
+            coded = self.code_block(column, contexts[j : j + 1])
             residual[:, j] = coded[:, 0]
             block[:, j] = coded[:, 0] + mean
             values[:, j] = block[:, j]
@@ -4822,8 +4832,7 @@ def check_specs(specs):
     for spec in specs:
         if not is_valid_spec(spec):
             raise ArtifactError(f"{spec.name}: an artifact cannot hold {spec.dtype} {spec.shape}")
-    is_unique = len({spec.name for spec in specs}) == len(specs)
-    if not is_unique or total_bytes(specs) > MAX_RAW_BYTES:
+    if len({spec.name for spec in specs}) < len(specs) or total_bytes(specs) > MAX_RAW_BYTES:
         raise ArtifactError(
             f"two arrays have one name, or all take more than {MAX_RAW_BYTES} bytes"
         )
@@ -5185,9 +5194,8 @@ class Evaluator:
         self.validation = validation
         self.hp = hp
         self.dist = dist
-        self.packer = WindowPacker(
-            validation, hp.micro_batch_tokens, hp.eval_seq_len, hp, dist.device
-        )
+        row_tokens = hp.micro_batch_tokens
+        self.packer = WindowPacker(validation, row_tokens, hp.eval_seq_len, hp, dist.device)
         self.token_losses = compiled(model.token_losses, hp, dist)
         self.compiled_parts = compile_parts(model, hp, dist)
 
@@ -5750,7 +5758,8 @@ class StaleContext:
         Those positions may lie before the next windows, later ones do not.
         """
         chunk = self.hp.ttt_chunk_size
-        cache_rows = rows[:, None] * self.length + self.positions[:, :chunk] % self.length
+        places = self.positions[:, :chunk] % self.length
+        cache_rows = rows[:, None] * self.length + places
         first_chunks = []
         for keys_values in self.new_kv:
             first_chunks.append(torch.stack([t[:, :chunk] for t in keys_values]))
@@ -5915,7 +5924,8 @@ class TestTimeTrainer:
                 self.dynamic_slot_input, self.dynamic_attention, self.dynamic_after_attention
             ),
         )
-        scored = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.size(2)))
+        index = positions[..., None].expand(-1, -1, hidden.size(2))
+        scored = hidden.gather(1, index)
         self.mark_dynamic([0], scored, targets, *tap.head.matrices())
         return self.token_losses(scored, targets, tap.head)
 
@@ -6479,6 +6489,11 @@ def rebuild_model(model, path, dist):
 
     def load():
         blob = Path(path).read_bytes()
+        sizes = {name: weight.numel() for name, weight in unbank(model).items()}
+        # before they are unpacked: no field of a weight is larger than the weight
+        for name, _, shape in read_header(blob).specs:
+            if math.prod(shape) > sizes.get(name.rpartition(":")[0], 0):
+                raise ArtifactError(f"{name} {shape} does not fit these settings")
         arrays = unpack_weights(blob)
         if blob[4] // 64 not in (0, 1 + model.hp.fuses_markers):  # see MAGIC
             raise ArtifactError("trained with another MARKER_FUSION_ENABLED: use that")
@@ -6666,7 +6681,15 @@ class Stages:
         return trainer.evaluate()
 
     def result(self, run_info):
-        """Writes result.json and logs the RESULT line -> its dictionary."""
+        """Writes result.json and logs the RESULT line -> its dictionary.
+
+        Raises ModelError if a score is not finite.
+        """
+        for name, score in self.scores.items():
+            if not math.isfinite(score["loss"]):
+                raise ModelError(
+                    f"{name} loss is {score['loss']}: lower learning rates; of TTT, TTT_LORA_LR"
+                )
         log = self.log
         sizes = self.code_bytes, self.artifact_bytes
         result = {

@@ -13,10 +13,11 @@ Compressors on the same codes, and BPB against bytes over quantization settings.
 pack and unpack. `sweep` is the harness behind QUANT_ONLY=1: Hessians once, then GPTQ, packing,
 rebuilding and evaluation for every point of every curve (settings as in the environment, which
 holds for all points); a table, a .json and a .png beside it. Below the table stand the bytes at
-equal BPB and the BPB at equal bytes of every two curves, on straight lines between their points;
-nan: beyond them. `gap` is what quantization adds to the loss, in nats a token, on the training rows
-that neither training nor the Hessians have seen (QUANT_CHECK_ROWS of them): a low error on the
-calibration rows alone is no evidence.
+equal BPB and the BPB at equal bytes of every two curves, on straight lines between their points,
+"unknown" beyond them. A curve of one point has no line: its plain differences stand there. `gap`
+is what quantization adds to the loss, in nats a token, on the training rows that neither training
+nor the Hessians have seen (QUANT_CHECK_ROWS of them): a low error on the calibration rows alone is
+no evidence.
 `rate` draws distortion against rate for one matrix of each kind, for each of METHODS, beside the
 bound of information theory: bits a weight are those of the packed file, steps and header included.
 """
@@ -30,7 +31,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -165,10 +166,10 @@ class Sweep:
         environ = dict(os.environ, COMPRESSOR=self.hp.compressor) | settings_of(point.split())
         return train_gpt.Hyperparameters.from_env(environ, RunGuard())
 
-    def measure(self, settings: str) -> dict:
-        """Quantizes under "NAME=VALUE ..." -> the file and its figures.
+    def measure(self, settings: str) -> tuple[dict, Future]:
+        """Quantizes under "NAME=VALUE ..." -> figures, and the bytes, which threads still count.
 
-        They are: bytes, a Future of them, BPB, gap, mean relative weighted error.
+        Figures: BPB, gap, mean relative weighted error, seconds of GPTQ.
         """
         hp = self.settings_at(settings)
         start = time.perf_counter()
@@ -191,14 +192,41 @@ class Sweep:
             error += float(((e @ hessian) * e).sum() / ((w @ hessian) * w).sum())
         train_gpt.rebank(self.model, rebuilt)
         loss = train_gpt.held_out_loss(self.model, self.loader, self.hp, self.dist)
-        return {
+        figures = {
             "settings": settings,
             "weighted_error": error / len(self.hessians),
             "gap": None if loss is None else loss - self.fp32_loss,
             "bpb": self.evaluator.evaluate_bpb()["bpb"],
             "seconds_quantize": quantized - start,
-            "bytes": size,
         }
+        return figures, size
+
+
+def measure_curves(harness: Sweep, curves: list[list[str]]) -> dict[str, list[dict]]:
+    """[[name, settings of a point, ...], ...] -> {name: figures of its points, "bytes" included}.
+
+    Each point is printed when it is measured, so that a sweep that is killed before has shown it.
+    """
+    measured = []
+    for name, *points in curves:
+        for settings in points:
+            figures, size = harness.measure(settings)
+            measured.append((name, figures, size))
+            print(f"{name}: bpb {figures['bpb']:.6f}  {settings}", flush=True)
+    by_name = defaultdict(list)
+    for name, figures, size in measured:
+        by_name[name].append(figures | {"bytes": size.result()})
+    return dict(by_name)
+
+
+def point_line(name: str, point: dict) -> str:
+    """A line of the table."""
+    gap = "none" if point["gap"] is None else f"{point['gap']:.5f}"
+    return (
+        f"{name:16} {point['bytes']:10d} B  bpb {point['bpb']:.6f}  gap {gap}  error "
+        f"{point['weighted_error']:.3e}  GPTQ {point['seconds_quantize']:.1f} s "
+        f" {point['settings']}"
+    )
 
 
 METHODS = {
@@ -318,17 +346,26 @@ def figure_at(points: list[dict], key: str, value: float, wanted: str) -> float:
     return float(np.interp(value, *line, left=np.nan, right=np.nan))
 
 
+def comparison(points: list[dict], middle: dict) -> str:
+    """How a curve lies to a point of another one, in words."""
+    if len(points) == 1:
+        size = points[0]["bytes"] / middle["bytes"] - 1
+        bpb = points[0]["bpb"] - middle["bpb"]
+        return f"{size:+.2%} bytes and {bpb:+.6f} BPB (a single point)"
+    size = figure_at(points, "bpb", middle["bpb"], "bytes") / middle["bytes"] - 1
+    bpb = figure_at(points, "bytes", middle["bytes"], "bpb") - middle["bpb"]
+    sizes = "unknown" if np.isnan(size) else f"{size:+.2%}"
+    scores = "unknown" if np.isnan(bpb) else f"{bpb:+.6f}"
+    return f"{sizes} bytes at equal BPB, {scores} BPB at equal bytes"
+
+
 def print_comparisons(curves: dict[str, list[dict]]) -> None:
     """How each curve lies to those before it, at the middle point of the earlier one."""
     for before, after in itertools.combinations(curves, 2):
         points = sorted(curves[before], key=lambda point: point["bytes"])
         middle = points[len(points) // 2]
-        size = figure_at(curves[after], "bpb", middle["bpb"], "bytes")
-        bpb = figure_at(curves[after], "bytes", middle["bytes"], "bpb")
-        print(
-            f"{after} against {before} at {middle['bytes']} B: {size / middle['bytes'] - 1:+.2%}"
-            f" bytes at equal BPB, {bpb - middle['bpb']:+.6f} BPB at equal bytes"
-        )
+        text = comparison(curves[after], middle)
+        print(f"{after} against {before} at {middle['bytes']} B: {text}")
 
 
 def main() -> None:
@@ -360,28 +397,16 @@ def main() -> None:
     check_points([settings for _, *points in options.curve for settings in points])
     if any("COMPRESSOR=pergroup" in point for _, *points in options.curve for point in points):
         published.check_lrzip()
-    harness, curves = Sweep(options.checkpoint, "entropy"), defaultdict(list)
+    harness = Sweep(options.checkpoint, "entropy")
     print(
         f"fp32: bpb {harness.evaluator.evaluate_bpb()['bpb']:.6f}  held-out loss"
         f" {harness.fp32_loss}",
         flush=True,
     )
-    for name, *points in options.curve:
-        for settings in points:
-            point = harness.measure(settings)
-            curves[name].append(point)
-            # bytes come later; a sweep that is killed before has these
-            print(f"{name}: bpb {point['bpb']:.6f}  {settings}", flush=True)
+    curves = measure_curves(harness, options.curve)
     for name, points in curves.items():
         for point in points:
-            point["bytes"] = point["bytes"].result()
-            gap = "none" if point["gap"] is None else f"{point['gap']:.5f}"
-            print(
-                f"{name:16} {point['bytes']:10d} B  bpb {point['bpb']:.6f}  gap {gap}  error "
-                f"{point['weighted_error']:.3e}  GPTQ {point['seconds_quantize']:.1f} s "
-                f" {point['settings']}",
-                flush=True,
-            )
+            print(point_line(name, point), flush=True)
     options.out.with_suffix(".json").write_text(json.dumps(curves, indent=1))
     print_comparisons(curves)
     plot(curves, options.out.with_suffix(".png"))

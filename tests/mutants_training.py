@@ -780,7 +780,7 @@ OPTIMIZER = [
     Mutant(
         "training-shards-with-ids-of-pairs-pass-the-guard",
         DATASET,
-        "if np.isin(tokens, PAIR_IDS).any():",
+        "if hp.fuses_markers and np.isin(tokens, PAIR_IDS).any():",
         "if False:",
         "tests/test_data.py::test_a_training_shard_with_ids_of_pairs_is_refused_before_the_start",
     ),
@@ -974,8 +974,8 @@ TRAINING = [
     Mutant(
         "progress-of-the-step-after",
         TRAINER,
-        "else step / hp.iterations\n",
-        "else (step + 1) / hp.iterations\n",
+        "share = step / hp.iterations\n",
+        "share = (step + 1) / hp.iterations\n",
         "tests/test_training.py::test_looping_begins_at_its_fraction_of_the_iterations",
     ),
     Mutant(
@@ -1069,9 +1069,9 @@ STATES = [
     Mutant(
         "resumed-losses-count-once-a-rank",
         GUARD,
-        'losses = list((state["losses"] / dist.world_size).to(dist.device))',
-        'losses = list(state["losses"].to(dist.device))',
-        "tests/test_reliability.py::test_two_ranks_go_on_bit_for_bit_and_so_can_one",
+        "own = torch.arange(dist.world_size) == 0",
+        "own = torch.arange(dist.world_size) >= 0",
+        "tests/test_reliability.py::test_the_losses_of_a_state_count_once_on_any_number_of_ranks",
     ),
     Mutant(
         "clock-begins-anew",

@@ -86,10 +86,100 @@ def test_curves_are_compared_at_the_middle_point_of_the_first(capsys):
     assert lines[0] == (
         "b against a at 1000 B: -25.00% bytes at equal BPB, -0.666667 BPB at equal bytes"
     )
-    assert lines[1] == "c against a at 1000 B: +nan% bytes at equal BPB, +nan BPB at equal bytes"
+    assert lines[1] == (
+        "c against a at 1000 B: unknown bytes at equal BPB, unknown BPB at equal bytes"
+    )
     assert lines[2] == (
         "c against b at 900 B: -33.33% bytes at equal BPB, -0.300000 BPB at equal bytes"
     )
+
+
+def test_a_curve_of_one_point_is_compared_as_it_is(capsys):
+    """No line goes through it: at equal bytes or BPB it says nothing."""
+    before = [{"bytes": size, "bpb": bpb} for size, bpb in ((800, 3.0), (1000, 2.0), (1200, 1.0))]
+    bench_bytes.print_comparisons({"a": before, "b": [{"bytes": 900, "bpb": 1.5}]})
+    bench_bytes.print_comparisons({"b": [{"bytes": 900, "bpb": 2.25}], "a": before})
+    assert capsys.readouterr().out.splitlines() == [
+        "b against a at 1000 B: -10.00% bytes and -0.500000 BPB (a single point)",
+        "a against b at 900 B: +5.56% bytes at equal BPB, +0.250000 BPB at equal bytes",
+    ]
+
+
+def test_a_measured_point_is_plain_figures_beside_its_bytes(monkeypatch, tmp_path, model):
+    sweep = bench_bytes.Sweep(tmp_path / "model.pt", "brotli")
+    packed = []
+    pack_weights = train_gpt.pack_weights
+
+    def pack_and_keep(*arguments):
+        packed.append(pack_weights(*arguments))
+        return packed[-1]
+
+    monkeypatch.setattr(train_gpt, "pack_weights", pack_and_keep)
+    figures, size = sweep.measure("GPTQ_TRELLIS=0")
+    assert json.loads(json.dumps(figures)) == figures and "bytes" not in figures
+    assert size.result() == len(packed[0])
+    curves = bench_bytes.measure_curves(sweep, [["plain", "GPTQ_TRELLIS=0"]])
+    assert [point["bytes"] for point in curves["plain"]] == [len(packed[1])]
+
+
+def test_a_point_is_of_its_own_settings_and_rebuilt_weights(monkeypatch, tmp_path, model):
+    """Bytes by its own compressor; loss, BPB and error of the weights that its codes make."""
+    published.install()
+    sweep = bench_bytes.Sweep(tmp_path / "model.pt", "entropy")
+    made = []
+    quantize_weights = train_gpt.quantize_weights
+
+    def quantize_and_keep(*arguments):
+        made.append(quantize_weights(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(train_gpt, "quantize_weights", quantize_and_keep)
+    figures, size = sweep.measure(f"COMPRESSOR=lzma GPTQ_COLUMN_STEPS=0 {CLIPS.format(200)}")
+    assert size.result() == len(train_gpt.pack_weights(made[0], "lzma"))
+    rebuilt = train_gpt.dequantize_weights(made[0])
+    errors = []
+    for name, hessian in sweep.hessians.items():
+        w, difference = sweep.weights[name], sweep.weights[name] - rebuilt[name]
+        energy = torch.einsum("ij,jk,ik->", w, hessian, w)
+        errors.append(torch.einsum("ij,jk,ik->", difference, hessian, difference) / energy)
+    assert figures["weighted_error"] == pytest.approx(float(sum(errors)) / len(errors), rel=1e-3)
+    train_gpt.rebank(sweep.model, rebuilt)
+    loss = train_gpt.held_out_loss(sweep.model, sweep.loader, sweep.hp, sweep.dist)
+    assert figures["gap"] == pytest.approx(loss - sweep.fp32_loss, abs=1e-6) != 0
+    assert figures["bpb"] == sweep.evaluator.evaluate_bpb()["bpb"]
+
+
+class Clock:
+    """Stands in for the module time: it moves by what a function is said to take."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def taking(self, seconds, function):
+        def slowly(*arguments):
+            self.now += seconds
+            return function(*arguments)
+
+        return slowly
+
+
+def test_seconds_are_of_the_work_that_they_are_named_after(monkeypatch, tmp_path, model, capsys):
+    sweep = bench_bytes.Sweep(tmp_path / "model.pt", "brotli")
+    clock = Clock()
+    monkeypatch.setattr(bench_bytes, "time", clock)
+    seconds = {"quantize_weights": 5, "held_out_loss": 100, "dequantize_weights": 30}
+    for name, taken in (seconds | {"unpack_weights": 2}).items():
+        monkeypatch.setattr(train_gpt, name, clock.taking(taken, getattr(train_gpt, name)))
+    assert sweep.measure("GPTQ_TRELLIS=0")[0]["seconds_quantize"] == 5
+    arrays = model_arrays()
+    (tmp_path / "artifact.bin").write_bytes(train_gpt.pack_weights(arrays, "brotli"))
+    monkeypatch.setattr(train_gpt, "pack_weights", clock.taking(7, train_gpt.pack_weights))
+    capsys.readouterr()
+    bench_bytes.compare_codes(tmp_path / "artifact.bin", ["brotli"])
+    assert "pack    7.0 s  unpack   2.0 s" in capsys.readouterr().out
 
 
 def test_a_missing_lrzip_is_said_before_the_hessians_are_made(monkeypatch, tmp_path):
@@ -141,6 +231,22 @@ def test_codes_compares_compressors_on_the_same_arrays(monkeypatch, tmp_path, ca
     assert int(lines[3].split()[1]) == len(train_gpt.pack_weights(arrays, "brotli"))
 
 
+def test_codes_counts_the_entropy_of_codes_and_the_bytes_of_the_rest(tmp_path, capsys):
+    assert bench_bytes.entropy_bytes(np.tile([-1, 0, 1, 5], 8)) == 32 * 2 / 8
+    arrays = {
+        "blocks.0.mlp.c_fc.weight:codes": np.tile(np.int8([0, 1]), (40, 100)),
+        "blocks.0.mlp.c_fc.weight:scale": np.arange(40).astype(np.int8),
+        "q_gain:fp16": np.ones(8, np.float16),
+    }
+    (tmp_path / "artifact.bin").write_bytes(train_gpt.pack_weights(arrays, "brotli"))
+    bench_bytes.compare_codes(tmp_path / "artifact.bin", ["brotli"])
+    order_0, brotli = capsys.readouterr().out.splitlines()[1:]
+    assert order_0.split()[3:] == ["1056", "B", "up:1000", "scales:40", "small:16"]
+    packed = bench_bytes.packed_groups(arrays, "brotli")
+    assert packed["up"] < 100 < 8000 == arrays["blocks.0.mlp.c_fc.weight:codes"].nbytes
+    assert brotli.endswith(" ".join(f"{group}:{size}" for group, size in packed.items()))
+
+
 def test_codes_says_where_a_round_trip_is_not_exact(monkeypatch, tmp_path):
     (tmp_path / "artifact.bin").write_bytes(train_gpt.pack_weights(model_arrays(), "brotli"))
     unpack, seen = train_gpt.unpack_weights, []
@@ -162,19 +268,52 @@ def test_the_bound_of_a_white_gaussian_matrix_is_the_textbook_one():
     assert bound == pytest.approx(4.0**-bits, rel=0.02)
 
 
-def test_a_trellis_comes_nearer_to_the_bound_than_codes_for_themselves():
-    generator = torch.Generator().manual_seed(2)
+def test_the_bound_of_correlated_inputs_is_that_of_their_determinant():
+    """At high rates: the geometric mean of the conditional variances, times 4 to the minus rate."""
+    pair = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+    hessian = torch.kron(torch.eye(150), pair)
+    w = torch.randn(400, 300, generator=torch.Generator().manual_seed(3))
+    bits = np.array([3.0, 4.0])
+    bound = bench_bytes.gaussian_bound(w, hessian, 1e-9, bits)
+    assert bound == pytest.approx((1 - 0.9**2) ** 0.5 * 4.0**-bits, rel=0.02)
+
+
+def small_harness(w, inputs):
+    """What measure_rates reads of a Sweep, for one matrix and the inputs that it is fed with."""
     name = "blocks.0.mlp.c_fc.weight"
-    w = 0.02 * torch.randn(512, 96, generator=generator)
-    inputs = torch.randn(400, 96, generator=generator)
     model = SimpleNamespace(ops=SimpleNamespace(trellis_round=train_gpt.trellis_round_ref))
     harness = SimpleNamespace(
         weights={name: w},
-        hessians={name: inputs.T @ inputs / 400},
+        hessians={name: inputs.T @ inputs / len(inputs)},
         hp=tiny_hp(),
         dist=train_gpt.Dist("cpu"),
         model=model,
     )
+    return harness, name
+
+
+def test_bits_a_weight_are_those_of_the_whole_packed_file(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    w = torch.randn(32, 16, generator=generator)
+    harness, name = small_harness(w, torch.randn(60, 16, generator=generator))
+    sizes = []
+    pack_weights = train_gpt.pack_weights
+
+    def pack_and_note(arrays, compressor):
+        blob = pack_weights(arrays, compressor)
+        sizes.append(len(blob))
+        return blob
+
+    monkeypatch.setattr(train_gpt, "pack_weights", pack_and_note)
+    curves = bench_bytes.measure_rates(harness, name)
+    bits = [bits for method in bench_bytes.METHODS for bits, _ in curves[method]]
+    assert bits == [8 * size / w.numel() for size in sizes]
+
+
+def test_a_trellis_comes_nearer_to_the_bound_than_codes_for_themselves():
+    generator = torch.Generator().manual_seed(2)
+    w = 0.02 * torch.randn(512, 96, generator=generator)
+    harness, name = small_harness(w, torch.randn(400, 96, generator=generator))
     curves = bench_bytes.measure_rates(harness, name)
     bound_bits, bound_errors = zip(*curves["bound"], strict=True)
 

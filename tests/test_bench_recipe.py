@@ -38,6 +38,7 @@ class Hyperparameters:
     speed: float = 1.0
     sleep: float = 0.0
     broken: int = 0
+    exit_code: int = 0
 
     @classmethod
     def from_env(cls, environ):
@@ -60,8 +61,9 @@ if __name__ == "__main__":
     (folder / "result.json").write_text(json.dumps({
         "version": 2, "commit": None, "device": "stub", "torch": "0", "python": "3", "steps": int(1000 * hp.speed),
         "training_seconds": 100.0, "artifact_bytes": 0 if hp.prequant_only else 15_000_000, "code_bytes": 20_000,
-        "total_bytes": 15_020_000, "seconds": {"train": 100.0}, "violations": [],
+        "total_bytes": 15_020_000, "seconds": {"train": 130.0}, "violations": [],
         "scores": {stage: {"bpb": value, "bytes": 1000, "tokens": 300} for stage, value in stages.items()}}))
+    sys.exit(hp.exit_code)
 """
 
 
@@ -265,6 +267,58 @@ def test_a_failed_run_is_recorded_and_the_campaign_goes_on(place, capsys):
     assert "not counted, without a partner in its go: base, seed 1" in told
 
 
+def test_a_run_over_the_byte_cap_is_a_result(place):
+    """Exit code 3 says that, and so does RESULT; 1 is a failure, whatever was written before it."""
+    code, records = run(place, BASE, ("over", "EXIT_CODE=3"), ("bad", "EXIT_CODE=1"), seeds="1")
+    assert code == 1
+    assert [r["status"] for r in records] == ["ok", "ok", "failed"]
+
+
+def test_a_run_is_timed_from_its_start_to_its_end(place):
+    _, records = run(place, ("base", "SLEEP=0.5"), seeds="1")
+    assert 0.5 <= records[0]["wall_seconds"] < 60
+
+
+def test_a_run_is_expected_to_take_what_the_last_one_of_its_go_took():
+    timed = (("g", 300), ("g", 100), ("h", 50))
+    records = [
+        {"kind": "screen", "status": "ok", "arm": "a", "go": go, "wall_seconds": seconds}
+        for go, seconds in timed
+    ]
+    recipe = bench_recipe.Recipe({}, {}, "code", 120.0)
+    expected = [
+        bench_recipe.expected_seconds(records, "screen", "a", go, recipe)
+        for go in ("g", "h", "new")
+    ]
+    assert expected == [100, 50, 120 + bench_recipe.OVERHEAD_SECONDS["screen"]]
+
+
+def test_failures_of_one_seed_do_not_end_another():
+    failed = {"kind": "screen", "arm": "bad", "seed": 2, "go": "g", "status": "failed"}
+    missing = [
+        bench_recipe.missing_pairs([failed] * 2, "screen", seed, ["base", "bad"], "g")
+        for seed in (1, 2)
+    ]
+    assert missing == [["base", "bad"], []]
+
+
+def test_a_pair_is_the_first_of_its_go():
+    runs = [
+        {"seed": 1, "go": "g", "arm": arm, "number": number}
+        for number, arm in enumerate(("base", "arm", "base", "arm"))
+    ]
+    ((run_of_arm, partner),) = bench_recipe.pairs_of(runs, "arm", "base").values()
+    assert (run_of_arm["number"], partner["number"]) == (1, 0)
+
+
+def test_data_with_another_validation_text_are_other_data(place):
+    before = bench_recipe.data_identity(place / "data")
+    write_documents(place / "data", "val", [21], seed=2)
+    after = bench_recipe.data_identity(place / "data")
+    assert before["files"] != after["files"]
+    assert before["train_tokens"] == after["train_tokens"] == 112
+
+
 def test_a_reference_that_fails_spares_its_partners(place):
     _, records = run(place, ("base", "BROKEN=1"), BETTER, seeds="1")
     assert [r["arm"] for r in records] == ["base"]
@@ -454,6 +508,13 @@ def test_deviations_are_pooled_over_repeats():
     assert math.isnan(bench_recipe.pooled_deviation([[1.0], [2.0]])[0])
 
 
+def test_the_interval_of_a_deviation_has_the_quantiles_of_chi_squared():
+    # 4 degrees of freedom: 9.48773 at 0.95, 0.710723 at 0.05
+    low, high = math.sqrt(4 / 9.48773), math.sqrt(4 / 0.710723)
+    assert bench_recipe.interval(1.0, 4) == f"{low:.5f} to {high:.5f}"
+    assert bench_recipe.interval(math.nan, 0) == "-"
+
+
 # ---- tables
 
 
@@ -542,6 +603,60 @@ def test_an_arm_that_breaks_a_rule_is_not_accepted(place, capsys):
     )
 
 
+def test_a_rule_that_both_runs_of_a_pair_break_is_no_fault_of_the_arm(place, capsys):
+    write_runs(place, "final", {"base": [1.0, 1.1, 1.2], "arm": [0.9, 1.01, 1.1]})
+    change_runs(place, lambda record: record.update(violations=["too slow"]))
+    table(place)
+    assert "| accept |" in capsys.readouterr().out
+
+
+def change_runs(place, change):
+    """Rewrites the campaign, with change(record) applied to each of its records."""
+    records = bench_recipe.read_campaign(place / "c.jsonl")
+    for record in records:
+        change(record)
+    (place / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def cells_of(place, capsys):
+    """{(arm, stage): cells of its row}, and all that `table` printed."""
+    capsys.readouterr()
+    table(place)
+    told = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in told.splitlines() if line.startswith("| ")]
+    return {(row[0], row[1]): row for row in rows}, told
+
+
+def test_the_last_stage_has_the_verdict_and_bytes_are_those_of_the_arm(place, capsys):
+    """A gain before quantization that is a loss after it."""
+    write_runs(place, "final", {"base": [1.0, 1.1, 1.2], "arm": [0.99, 1.09, 1.19]})
+
+    def add_stage(record):
+        loss = {"base": 0.0, "arm": 0.02}[record["arm"]]
+        bpb = record["scores"]["prequant"]["bpb"] + loss + 0.0001 * record["seed"]
+        record["scores"]["quantized"] = {"bpb": bpb, "bytes": 7}
+        record["total_bytes"] = {"base": 1000, "arm": 3500}[record["arm"]]
+
+    change_runs(place, add_stage)
+    cells, _ = cells_of(place, capsys)
+    assert cells["arm", "prequant"][4] == "-0.01000" and cells["arm", "prequant"][-1] == "-"
+    assert cells["arm", "quantized"][4] == "+0.01000"
+    assert cells["arm", "quantized"][-1] == "reject"
+    assert cells["arm", "quantized"][10] == "+2,500"
+
+
+def test_a_stage_that_a_run_lacks_is_not_compared(place, capsys):
+    write_runs(place, "final", {"base": [1.0, 1.1, 1.2], "arm": [0.99, 1.09, 1.19]})
+
+    def add_stage(record):
+        if (record["arm"], record["seed"]) != ("base", 2):
+            record["scores"]["ttt"] = {"bpb": 0.5, "bytes": 7}
+
+    change_runs(place, add_stage)
+    cells, _ = cells_of(place, capsys)
+    assert cells.keys() == {("arm", "stage"), ("arm", "prequant")}  # the head, and one row
+
+
 def test_effects_of_combined_arms_are_separated(place, capsys):
     """Two factors with known effects; one of eight runs deviates."""
     gains = {"a": 0.004, "b": -0.001}
@@ -555,12 +670,31 @@ def test_effects_of_combined_arms_are_separated(place, capsys):
     found = bench_recipe.estimate_effects(runs, [r["scores"]["prequant"]["bpb"] for r in runs])
     # the deviating run has a quarter of the weight in the mean without a factor
     assert found.differences == pytest.approx({"a": -0.0042, "b": 0.0008})
-    assert found.freedom == 4 and 0 < found.deviation < 0.0008
+    # in a balanced design of 4 unknowns half of the square of one of 8 runs is left
+    assert found.freedom == 4
+    assert found.deviation == pytest.approx(0.0008 * math.sqrt(1 / 2 / 4))
     assert found.spreads["a"] == pytest.approx(math.sqrt(4 / 8))
     # the deviating run is one of four of seed 2, and these are off by 0.1 otherwise
     assert found.offsets == pytest.approx([-0.0501, 0.0501])
     bench_recipe.main(["effects", str(place / "c.jsonl")])
-    assert "| a | prequant | 4 of 8 | -0.00420 |" in capsys.readouterr().out
+    # the error is 0.0002, t 21; Student's t with 4 degrees of freedom: P(T > t) =
+    # 1/2 - 3/8 x (1 - x^2 / 12) with x = t / sqrt(1 + t^2 / 4)
+    x = 21 / math.sqrt(1 + 21**2 / 4)
+    p = 1 / 2 - 3 / 8 * x * (1 - x**2 / 12)
+    row = f"| a | prequant | 4 of 8 | -0.00420 | 0.00020 | 21.00 | {p:.2g} | 1.000 |"
+    assert row in capsys.readouterr().out
+
+
+def test_an_effect_on_steps_is_with_over_without(place, capsys):
+    values = {"base": [1.2, 1.3], "a": [1.2, 1.3], "b": [1.2, 1.3], "a+b": [1.2, 1.31]}
+    write_runs(place, "screen", values, tuple(values))
+
+    def slow_down(record):
+        record["steps"] = 1000 if "a" in record["arm"].split("+") else 1250
+
+    change_runs(place, slow_down)
+    rows, _ = effects_table(place, capsys)
+    assert [row[-1] for row in rows] == ["steps", "0.800", "1.000"]
 
 
 # Plackett and Burman's design of 12 runs: the shifts of one row, and a run with everything off.

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,10 +130,62 @@ def test_a_total_is_its_parts():
     num_steps = -(-prefix.targets // hp.global_ttt_chunk_tokens)
     tuning = device.first_sgd_step + 0.1 * num_steps + 3e-6 * prefix.targets / 2
     assert [phase[3] for phase in budget.phases] == pytest.approx([tuning, 0])
+    chunks = sum(max(rank.targets for rank in phase.ranks) for phase in plan) / hp.ttt_chunk_size
+    assert budget.fixed["schedule"] == pytest.approx(bench_ttt.SCHEDULE_CHUNK * chunks) != 0
     graphs = [max(len(rank.steps) for rank in phase.ranks) for phase in plan]
     fixed = device.start + device.unpack + device.compile + budget.fixed["schedule"]
     stepping = sum(phase[0] for phase in budget.phases)
     assert budget.total() == pytest.approx(fixed + stepping + tuning + sum(graphs) * device.graph)
+
+
+def test_a_plan_prints_what_its_budget_holds():
+    """Its lines, by hand: steps of the slowest ranks, what is spared, positions with padding."""
+    lengths, hp, _ = small_plan()
+    counter = bench_ttt.collections.Counter
+    ranks = [
+        bench_ttt.RankPlan(300, counter({(4, 64): 5, (16, 256): 1})),
+        bench_ttt.RankPlan(100, counter({(4, 32): 2})),
+    ]
+    plan = [bench_ttt.PhasePlan(12, 400, ranks, True), bench_ttt.PhasePlan(3, 100, ranks, False)]
+    budget = bench_ttt.Budget([(20.0, 15.0, 1.0, 6.0), (10.0, 9.0, 2.0, 0.0)], {"start": 100.0})
+    first, second = bench_ttt.phase_table(plan, budget)[1:]
+    assert first.split() == ["1", "12", "400", "6", "20.0", "15.0", "0.750", "1.0", "6.0"]
+    assert second.split() == ["2", "3", "100", "6", "10.0", "9.0", "0.900", "2.0", "0.0"]
+    words = bench_ttt.summary_row(lengths, plan, hp, budget, 200.0, "an arm").split()
+    assert words[:6] == ["30.0", "6.0", "103.0", "139.0", "61.0", "fits"]
+    recomputed = tg.recomputed_context(hp)
+    assert recomputed == 128
+    computed = 2 * (5 * 4 * 64 + 16 * 128 + 2 * 4 * 32)  # both phases
+    positions = tg.window_positions(lengths.seen(hp), hp).sum() / 500
+    assert words[6:] == [f"{positions:.2f}", f"{computed / 500:.2f}", "an", "arm"]
+    device = bench_ttt.DEVICES["h100"]
+    by_cost = bench_ttt.budget_of(plan, hp, lambda rows, width: rows / 8, device, 2)
+    # 5 x 4 / 8 + 16 / 8 s on one rank, 2 x 4 / 8 on the other, which captures one shape less
+    assert [phase[:3] for phase in by_cost.phases] == [(4.5, 2.75, 2 * device.graph)] * 2
+    over = bench_ttt.summary_row(lengths, plan, hp, budget, 178.0, "").split()
+    assert over[4:6] == ["39.0", "NO"]
+
+
+def test_seconds_of_a_plan_are_those_of_its_device(small, capsys):
+    assert bench_ttt.main(small) == 0
+    told = capsys.readouterr().out
+    (h100,) = summary(told)
+    counted = float(h100[3]) - bench_ttt.DEVICES["h100"].start
+    assert f"EVAL_BUDGET_SECONDS counts {counted:.1f} s, all but the start" in told
+    assert bench_ttt.main([*small, "--device", "h200"]) == 0
+    (h200,) = summary(capsys.readouterr().out)
+    factor = bench_ttt.DEVICES["h200"].step_factor
+    assert float(h200[0]) == pytest.approx(factor * float(h100[0]), abs=0.1) != float(h100[0])
+
+
+def test_several_plans_keep_their_own_steps(small, capsys):
+    """Each line is that of its plan alone."""
+    arms = ["", "TTT_CHUNK_SIZE=64", "TTT_MAX_DOCS=30"]
+    assert bench_ttt.main([*small, *arms]) == 0
+    together = summary(capsys.readouterr().out)
+    for arm, row in zip(arms, together, strict=True):
+        assert bench_ttt.main([*small, arm]) == 0
+        assert summary(capsys.readouterr().out) == [row]
 
 
 def test_a_longer_context_costs_more(small, capsys):
@@ -251,4 +304,123 @@ def test_steps_writes_what_plan_reads(tmp_path, monkeypatch, capsys):
     first = record["steps"][0]
     printed = next(line.split() for line in told if line.split()[:2] == ["2", "32"])
     assert printed[2] == f"{first['ms']:.1f}" != "0.0"
+    # of a width of 32 the last 16 positions are computed
+    rate = 2 * 16 / first["ms"] * 1e3
+    assert float(printed[5].replace(",", "")) == pytest.approx(rate, abs=1)
+    assert printed[6] == f"{rate / bench_ttt.PUBLISHED_POSITIONS_PER_S:.2f}"
     assert bench_ttt.measured_cost(out, hp)(2, 32) == first["ms"] / 1e3
+
+
+class Clock:
+    """Stands in for the module time: it moves by what a function says that it takes."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+def test_seconds_of_a_call_leave_out_the_first_one(monkeypatch):
+    """It compiles."""
+    clock = Clock()
+    monkeypatch.setattr(bench_ttt, "time", clock)
+    taken = iter([100.0, 2.0, 3.0, 4.0])
+
+    def run():
+        clock.now += next(taken)
+
+    device = SimpleNamespace(synchronize=lambda: None)
+    assert bench_ttt.seconds_of(run, device, 3) == 3.0
+
+
+def test_a_run_is_told_with_all_its_seconds(monkeypatch):
+    """Those of making the trainer and compiling too; steps are scored tokens by their rate."""
+    clock = Clock()
+    monkeypatch.setattr(bench_ttt, "time", clock)
+
+    class Trainer:
+        documents = np.array([0, 2])
+
+        def __init__(self, model, validation, hp, dist, log):
+            self.log = log
+            clock.now += 10
+
+        def evaluate(self):
+            clock.now += 100
+            for line in ("ttt_warm_up seconds:30.0 steps:9", "ttt_graphs captured:2 seconds:4.0"):
+                self.log(line)
+            for rate in (10, 50):
+                self.log(f"ttt phase:1 tokens_per_s:{rate} budget_left:1")
+            return {"bpb": 1.25, "tokens": 1000, "partial": True, "unadapted_tokens": 7}
+
+    monkeypatch.setattr(tg, "TestTimeTrainer", Trainer)
+    hp = small_plan()[1]
+    starts = np.array([0, 700, 800])
+    validation = SimpleNamespace(starts=starts, ends=starts + [600, 90, 400])
+    device = SimpleNamespace(synchronize=lambda: None)
+    score, line = bench_ttt.bench_run(None, validation, hp, device, "an arm")
+    assert score["bpb"] == 1.25
+    positions = tg.window_positions(np.array([600, 400]), hp).sum() / 1000 * 50
+    figures = ["1.25000", "110.0", "30.0", "4.0", "20.0", "50", f"{positions:,.0f}"]
+    assert line.split() == [*figures, "an", "arm", "partial", "UNADAPTED", "7"]
+
+
+def test_the_reference_counts_the_bytes_of_the_targets(monkeypatch):
+    losses = {(0, 1): 2.0, (0, 3): 1.0}
+    monkeypatch.setattr(bench_ttt, "document_by_document", lambda *arguments: losses)
+    validation = SimpleNamespace(bytes=np.array([50, 1, 70, 2]))
+    bpb, _ = bench_ttt.reference_score(None, validation, None, None)
+    assert bpb == tg.bits_per_byte(3.0, 3)
+
+
+@pytest.fixture
+def artifact(tmp_path, monkeypatch, tiny_data, ops):
+    """The artifact of a tiny model, and the environment of `runs` on it."""
+    settings = TINY | {"data_path": tiny_data, "compile": 0}
+    for name, value in settings.items():
+        monkeypatch.setenv(name.upper(), str(int(value) if isinstance(value, bool) else value))
+    hp = tg.Hyperparameters.from_env()
+    generator = torch.Generator().manual_seed(5)
+    model = tg.GPT(hp, ops, torch.float32)
+    for parameter in model.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    weights = tg.unbank(model)
+    hessians = {name: torch.eye(w.shape[-1]) for name, w in weights.items()}
+    arrays = tg.quantize_weights(weights, hessians, hp, tg.Dist("cpu"))
+    path = tmp_path / "artifact.bin"
+    path.write_bytes(tg.pack_weights(arrays, "brotli"))
+    return path
+
+
+def test_every_run_starts_from_the_artifact_with_its_own_settings(artifact, monkeypatch, capsys):
+    """Runs fine-tune the base weights: the next one, and the reference, must not see that."""
+    seen = []
+
+    def reference_score(model, validation, hp, dist):
+        weights = tg.unbank(model)
+        seen.append((model.hp.ttt_lora_lr, hp.ttt_lora_lr, weights["tok_emb.weight"].clone()))
+        return 2.0, 1.0
+
+    monkeypatch.setattr(bench_ttt, "reference_score", reference_score)
+    rates = "TTT_LORA_LR=0.01 GLOBAL_TTT_LR=0.1"
+    arms = [rates, "TTT_LORA_LR=0.05 GLOBAL_TTT_LR=0.1", rates]
+    command = ["--cpu", "runs", "--artifact", str(artifact), "--reference"]
+    state = torch.random.get_rng_state()
+    assert bench_ttt.main([*command, *arms]) == 0
+    torch.random.set_rng_state(state)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    first, other, again = rows[::2]
+    assert first[0] == again[0] != other[0]
+    assert [row[7] for row in rows[::2]] == [arm.split()[0] for arm in arms]
+    for row, reference in zip(rows[::2], rows[1::2], strict=True):
+        assert reference[:2] == ["2.00000", "1.0"]
+        assert float(reference[-1]) == pytest.approx(float(row[0]) - 2, abs=1e-5)
+    assert [both for *both, _ in seen] == [[0.01, 0.01], [0.05, 0.05], [0.01, 0.01]]
+    loaded = tg.dequantize_weights(tg.unpack_weights(artifact.read_bytes()))["tok_emb.weight"]
+    assert all(torch.equal(weights, loaded) for *_, weights in seen)
+    command.remove("--reference")  # which loads the weights, too
+    assert bench_ttt.main([*command, rates, rates]) == 0
+    torch.random.set_rng_state(state)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[0] for row in rows] == [first[0]] * 2

@@ -149,6 +149,16 @@ def test_a_training_shard_with_ids_of_pairs_is_refused_before_the_start(with_pad
     check_training_ids(hp, dist)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_training_shard_with_ids_outside_the_vocabulary_is_refused_before_the_start(
+    with_pad, dist, fused
+):
+    hp = hp_of(with_pad.parent, marker_fusion_enabled=fused)
+    write_shard(with_pad, [*read_shard(with_pad)[:-1], 8192])
+    with pytest.raises(DataError, match=rf"{with_pad}: token 8192 is outside VOCAB_SIZE=8192"):
+        check_training_ids(hp, dist)
+
+
 def test_ranks_share_the_scan_of_training_shards(with_pad):
     number = len(list(with_pad.parent.glob("fineweb_train_0*.bin"))) - 1
     hp = hp_of(with_pad.parent, marker_fusion_enabled=True)

@@ -381,6 +381,13 @@ def test_score_ignores_what_is_not_scored_even_infinities(dist):
     assert score.total(dist, (1, 1))["loss"] == 1.0
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_ends_the_run(loss):
+    stages = SimpleNamespace(scores={"prequant": {"loss": 3.0}, "ttt": {"loss": loss}})
+    with pytest.raises(train_gpt.ModelError, match=f"ttt loss is {loss}: .*TTT_LORA_LR"):
+        train_gpt.Stages.result(stages, {})
+
+
 def test_score_adds_in_float64(dist):
     score = Score("cpu")
     score.add(torch.tensor([2.0**25]), torch.tensor([True]), torch.tensor([1]))

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    HERE,
     IN_SOAK,
     Lines,
     files_at_most,
@@ -881,17 +882,62 @@ def test_a_bomb_of_brotli_takes_little_memory():
         tracemalloc.stop()
 
 
-def test_a_header_that_claims_more_than_a_gigabyte_in_all_is_refused():
-    half = 2**30 // 2
-    specs = [[f"w{number}", "int8", [half]] for number in range(3)]  # each of them alone is allowed
-    stored = train_gpt.brotli.compress(json.dumps([specs, [[4, "00" * 8, "00" * 8]]]).encode())
-    raw_size = len(json.dumps([specs, [[4, "00" * 8, "00" * 8]]]))
-    prefix = train_gpt.PREFIX.pack(
-        train_gpt.MAGIC, train_gpt.COMPRESSORS["brotli"].number, len(stored), raw_size
-    )
-    blob = prefix + train_gpt.digest(prefix + stored) + stored + b"bomb"
-    with pytest.raises(train_gpt.ArtifactError, match="more than 1073741824 bytes"):
-        train_gpt.unpack_weights(blob)
+def forge(arrays, section, raw_digest):
+    """A brotli artifact of one section around any list of arrays, all other digests right."""
+    record = [len(section), train_gpt.digest(section).hex(), raw_digest.hex()]
+    header = json.dumps([arrays, [record]]).encode()
+    stored = train_gpt.brotli.compress(header)
+    number = train_gpt.COMPRESSORS["brotli"].number
+    prefix = train_gpt.PREFIX.pack(train_gpt.MAGIC, number, len(stored), len(header))
+    return prefix + train_gpt.digest(prefix + stored) + stored + section
+
+
+def test_a_header_that_claims_more_than_the_cap_in_all_is_refused():
+    half = train_gpt.MAX_RAW_BYTES // 2
+    arrays = [[f"w{number}", "int8", [half]] for number in range(3)]  # each alone is allowed
+    with pytest.raises(train_gpt.ArtifactError, match=f"more than {train_gpt.MAX_RAW_BYTES} bytes"):
+        train_gpt.unpack_weights(forge(arrays, b"bomb", bytes(8)))
+
+
+def test_the_cap_on_raw_bytes_leaves_room_for_codes_of_a_bit_each():
+    assert 8 * train_gpt.BYTE_CAP <= train_gpt.MAX_RAW_BYTES <= 1.1 * 8 * train_gpt.BYTE_CAP
+
+
+REBUILD = """
+import resource, sys
+import train_gpt
+from evaluation_helpers import make_model, small_hp
+model = make_model(small_hp())
+low = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    train_gpt.rebuild_model(model, sys.argv[1], train_gpt.Dist("cpu"))
+except train_gpt.ArtifactError as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - low) << 10)
+"""
+
+
+@pytest.mark.parametrize("name", ["blocks.0.mlp.c_fc.weight", "no.weight"])
+def test_an_array_larger_than_its_weight_is_refused_before_it_takes_memory(name, tmp_path):
+    """A few hundred bytes that expand to 64 MiB, which take over a gigabyte to be rebuilt."""
+    rows, columns = 2**16, 2**10
+    zeros = bytes(rows * columns + rows + columns)
+    arrays = [
+        [f"{name}:codes", "int8", [rows, columns]],
+        [f"{name}:scale", "int8", [rows]],
+        [f"{name}:column_steps", "int8", [columns]],
+    ]
+    section = train_gpt.brotli.compress(zeros, quality=5)
+    blob = forge(arrays, section, train_gpt.digest(zeros))
+    assert len(blob) < 1000
+    (tmp_path / "artifact.bin").write_bytes(blob)
+    command = [sys.executable, "-c", REBUILD, str(tmp_path / "artifact.bin")]
+    environ = HERE | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    said, grown = done.stdout.splitlines()
+    shape = f"({rows}, {columns})"
+    assert said.endswith(f"artifact.bin: {name}:codes {shape} does not fit these settings")
+    assert int(grown) < 2**26
 
 
 # ---- ranks

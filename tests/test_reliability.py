@@ -37,7 +37,7 @@ from fault_helpers import (
     output,
     tidy,
 )
-from training_helpers import OPS, SMALL, equal_states, everything, run_on_ranks
+from training_helpers import OPS, SMALL, equal_states, everything, rank_of, run_on_ranks
 
 import train_gpt
 from tools import guard
@@ -231,6 +231,30 @@ def test_two_ranks_go_on_bit_for_bit_and_so_can_one(tiny_data, tmp_path):
     for name, tensor in everything(alone).items():
         if not name.startswith("momentum"):  # each rank had its own slices
             torch.testing.assert_close(tensor, first[2][name], rtol=2e-3, atol=2e-4)
+
+
+def losses_in_two_parts(dist, data, folder):
+    settings = {"train_batch_tokens": 3 * tiny_hp().micro_batch_tokens}
+    whole = trainer_of(data, folder, dist, **settings)
+    train(whole)
+    train(trainer_of(data, folder, dist, checkpoint_every=4, **settings), 6)
+    again = trainer_of(data, folder, dist, resume=True, run_id="x", **settings)
+    train(again)
+    return torch.stack(again.guard.losses).equal(torch.stack(whole.guard.losses))
+
+
+def test_the_losses_of_three_ranks_go_on_bit_for_bit(tiny_data, tmp_path):
+    """A third of a sum, added three times, is not always that sum."""
+    same = run_on_ranks(losses_in_two_parts, 3, tmp_path, str(tiny_data), str(tmp_path))
+    assert same == [True] * 3
+
+
+@pytest.mark.parametrize("shares", [torch.rand(2, 5), torch.rand(5)])  # today, older versions
+def test_the_losses_of_a_state_count_once_on_any_number_of_ranks(shares):
+    sums = torch.atleast_2d(shares).sum(0)
+    for world in (1, 2, 3):
+        parts = [guard.share_losses(shares, rank_of(rank, world)) for rank in range(world)]
+        torch.testing.assert_close(sum(parts), sums)
 
 
 def logged_steps(lines):
@@ -763,12 +787,11 @@ def test_two_runs_never_share_a_folder(tmp_path):
 def test_a_folder_of_a_run_that_did_not_end_is_not_used_again(tmp_path):
     (tmp_path / "runs" / "run").mkdir(parents=True)
     (tmp_path / "runs" / "run" / "log.txt").write_text("step:3")
-    with pytest.raises(
-        ValueError,
-        match="holds a run that did not end: choose another RUN_ID, or go on with RESUME=1",
-    ):
-        machine(tmp_path)
+    with pytest.raises(ValueError, match="holds a run that did not end: choose another RUN_ID$"):
+        machine(tmp_path)  # there is no state to resume from
     train_gpt.write_atomically(tmp_path / "runs" / "run" / "state-00000001.pt", sealed({}))
+    with pytest.raises(ValueError, match="choose another RUN_ID, or go on with RESUME=1$"):
+        machine(tmp_path)
     assert machine(tmp_path, resume=True, run_id="run")
     with pytest.raises(ValueError, match="model.pt does not exist"):
         machine(tmp_path, quant_only=True)

@@ -301,6 +301,25 @@ def gather_momentum(dist, muon):
     return momentum
 
 
+def losses_of_ranks(dist, losses):
+    """Every rank's shares of the steps' losses, (ranks, steps): their sums depend on the order."""
+    handle, shares = dist.all_gather(torch.stack(losses)[None])
+    handle.wait()
+    return shares
+
+
+def share_losses(shares, dist):
+    """What losses_of_ranks returned on any number of ranks -> (steps,), this rank's shares.
+
+    Of another number rank 0 takes the sums. Older versions kept the sums, (steps,).
+    """
+    shares = torch.atleast_2d(shares)
+    if len(shares) != dist.world_size:
+        own = torch.arange(dist.world_size) == 0
+        shares = own[:, None] * shares.sum(0)
+    return shares[dist.rank]
+
+
 def save_losses(losses, path):
     """A full disk is no reason to end a run whose training is complete."""
     data = io.BytesIO()
@@ -323,7 +342,7 @@ def save_state(trainer, step, seconds, losses, name=None):
         "settings": dataclasses.asdict(trainer.hp),
         "step": step,
         "seconds": seconds,
-        "losses": dist.all_reduce(torch.stack(losses)),
+        "losses": losses_of_ranks(dist, losses),
         "weights": trainer.model.state_dict(),
         "average": trainer.ema.average,
         "snapshots": getattr(trainer.ema, "snapshots", 0),  # presets/published.py
@@ -428,7 +447,7 @@ def restore(trainer, state):
     ema.snapshots = int(state["snapshots"])
     adamw.load_state_dict(adamw.state_dict() | {"state": state["adamw"]})
     torch.set_rng_state(state["rng"])
-    losses = list((state["losses"] / dist.world_size).to(dist.device))  # the ranks add them again
+    losses = list(share_losses(state["losses"], dist).to(dist.device))
     float(losses[-1])  # raises unless there is a loss, and it is a number
     trainer.looping = bool(state["looping"])
     trainer.tokens_at = [(int(begun), float(used)) for begun, used in state["tokens_at"]]
@@ -973,9 +992,9 @@ def check_folder(folder, model, hp):
             )
     ended = goes_on(hp) or hp.resume or (folder / "model.pt").exists()
     if (folder / "log.txt").exists() and not ended:
-        problems.append(
-            f"{folder} holds a run that did not end: choose another RUN_ID, or go on with RESUME=1"
-        )
+        # a run that ended before its first state cannot be resumed
+        way = ", or go on with RESUME=1" if state_files(folder) else ""
+        problems.append(f"{folder} holds a run that did not end: choose another RUN_ID{way}")
     wanted = wanted_bytes(model, hp)
     free = shutil.disk_usage(place).free
     if free < wanted:
