@@ -2032,12 +2032,12 @@ class SlotInput(NamedTuple):
 
     h: Tensor  # (B, T, D), the scaled norm of the mix
     gate_input: Tensor  # (B, T, window), first columns of h
-    mixed: Tensor  # (B, T, D), the mix
-    merged: Tensor  # (B, T, D), x merged with the skip, or x
+    mixed: Tensor | None  # (B, T, D), the mix
+    merged: Tensor | None  # (B, T, D), x merged with the skip, or x
 
 
-def slot_input_ref(x, x0, mix, scale, window, *merge):
-    """x and x0 (B, T, D), mix (2, D), scale (1,) -> SlotInput.
+def merge_mix_norm(x, x0, mix, scale, window, *merge):
+    """x and x0 (B, T, D), mix (2, D), scale (1,) -> SlotInput with all four tensors.
 
     `merge` is empty, or a skip (B, T, D) with its weight (D,), or these and a gate (D,).
     """
@@ -2054,22 +2054,43 @@ def slot_input_ref(x, x0, mix, scale, window, *merge):
     return SlotInput(h, h[..., :window], mixed, x)
 
 
+def _only_wanted(outputs, return_mix, return_merged):
+    """SlotInput -> the same with None for mixed and merged where they are not wanted."""
+    mixed = outputs.mixed if return_mix else None
+    merged = outputs.merged if return_merged else None
+    return SlotInput(outputs.h, outputs.gate_input, mixed, merged)
+
+
+def slot_input_ref(x, x0, mix, scale, window, return_mix, return_merged, *merge):
+    """As merge_mix_norm; mixed and merged are None where they are not wanted."""
+    outputs = merge_mix_norm(x, x0, mix, scale, window, *merge)
+    return _only_wanted(outputs, return_mix, return_merged)
+
+
 def slot_input_trial_inputs(hp, dtype):
     """Arguments of slot_input_ref: streams (200, 64), a skip with weight and gate."""
     x, x0, skip, mix = trial_tensors(dtype, *[(200, 64)] * 3, (2, 64))
     weight, gate = trial_tensors(torch.float32, (64,), (64,))
     scale = torch.ones(1)
-    return x, x0, mix, scale, 9, skip, weight, gate
+    return x, x0, mix, scale, 9, True, True, skip, weight, gate
 
 
-def slot_input(x, x0, mix, scale, window, *merge):
+def slot_input(x, x0, mix, scale, window, return_mix, return_merged, *merge):
     """As slot_input_ref, with one kernel for the gradients."""
-    return SlotInput(*_slot_input(x, x0, mix, scale, list(merge), window))
+    results = _slot_input(x, x0, mix, scale, list(merge), window, return_mix, return_merged)
+    return _only_wanted(SlotInput(*results), return_mix, return_merged)
 
 
-def _slot_input_traced(x, x0, mix, scale, merge, window):
-    """What the compiler traces in place of the op; it drops results that nothing reads."""
-    return tuple(slot_input_ref(x, x0, mix, scale, window, *merge))
+def _slot_input_traced(x, x0, mix, scale, merge, window, return_mix, return_merged):
+    """What the compiler traces in place of the op: results of merge_mix_norm.
+
+    The op has four results, so one that is not wanted is an empty tensor. Backward needs what x and
+    a skip merged into: that is always returned.
+    """
+    outputs = merge_mix_norm(x, x0, mix, scale, window, *merge)
+    mixed = outputs.mixed if return_mix else x.new_empty(0)
+    merged = outputs.merged if return_merged or len(merge) > 0 else x.new_empty(0)
+    return outputs.h, outputs.gate_input, mixed, merged
 
 
 def _slot_input_copied(*inputs):
@@ -2080,17 +2101,24 @@ def _slot_input_copied(*inputs):
 
 @operator
 def _slot_input(
-    x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, merge: list[Tensor], window: int
+    x: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    scale: Tensor,
+    merge: list[Tensor],
+    window: int,
+    return_mix: bool,
+    return_merged: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _slot_input_copied(x, x0, mix, scale, merge, window)
+    return _slot_input_copied(x, x0, mix, scale, merge, window, return_mix, return_merged)
 
 
 _slot_input.register_fake(_slot_input_copied)
 
 
 def _slot_input_setup(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # results that nothing reads have no gradients
     merge = inputs[4]
+    ctx.wanted = inputs[6:]  # return_mix, return_merged
     merged = output[3] if merge else inputs[0]
     x0_mix_scale = inputs[1:4]
     ctx.save_for_backward(merged, *x0_mix_scale, *merge)
@@ -2099,14 +2127,14 @@ def _slot_input_setup(ctx, inputs, output):
 def _slot_input_gradients(ctx, *grads):
     inputs = ctx.saved_tensors[:4]  # merged, x0, mix, scale
     merge = list(ctx.saved_tensors[4:])
-    outputs = _slot_input_backward(list(grads), *inputs, merge)
+    outputs = _slot_input_backward(list(grads), *inputs, merge, *ctx.wanted)
     d_x, d_x0, d_skip = outputs[:3]
     sums = outputs[3].sum(0)  # of both rows of mix, of the weight and of the gate
     d_mix = sums[:2].to(inputs[2].dtype)
     d_merge = [d_skip, sums[2], sums[3]][: len(merge)]
     if not ctx.needs_input_grad[1]:
         d_x0 = None
-    return d_x, d_x0, d_mix, None, d_merge, None
+    return d_x, d_x0, d_mix, None, d_merge, None, None, None
 
 
 _slot_input.register_autograd(_slot_input_gradients, setup_context=_slot_input_setup)
@@ -2212,7 +2240,7 @@ def _slot_input_kernel(
     tl.store(sums + 3 * D, tl.sum(sum_g, 0)[None, :], inside)
 
 
-def _empty_slot_input_grads(grads, merged, x0, mix, scale, merge):
+def _empty_slot_input_grads(grads, merged, x0, mix, scale, merge, *wanted):
     """Empty tensors for _slot_input_kernel's gradients.
 
     They are those of x, x0 and the skip, and sums (programs, 4, D) over each program's rows: the
@@ -2231,20 +2259,26 @@ def _empty_slot_input_grads(grads, merged, x0, mix, scale, merge):
 
 @operator
 def _slot_input_backward(
-    grads: list[Tensor | None],
+    grads: list[Tensor],
     merged: Tensor,
     x0: Tensor,
     mix: Tensor,
     scale: Tensor,
     merge: list[Tensor],
+    return_mix: bool,
+    return_merged: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grads: those of the four results of _slot_input, None where nothing reads a result."""
+    """grads: those of the four results of _slot_input."""
     outputs = _empty_slot_input_grads(grads, merged, x0, mix, scale, merge)
-    missing = [None] * (3 - len(merge))
-    inputs = [*grads, merged, x0, mix, scale, *merge, *missing]
+    grads = list(grads)
     # the kernel does not read the arguments that merged stands for
-    contiguous = [(merged if t is None else t).contiguous() for t in inputs]
-    window = 0 if grads[1] is None else grads[1].shape[-1]
+    if not return_mix:
+        grads[2] = merged
+    if not return_merged:
+        grads[3] = merged
+    missing = [merged] * (3 - len(merge))
+    inputs = [*grads, merged, x0, mix, scale, *merge, *missing]
+    contiguous = [t.contiguous() for t in inputs]
     D = x0.shape[-1]
     block = triton.next_power_of_2(D)
     programs = len(outputs[3])
@@ -2252,9 +2286,9 @@ def _slot_input_backward(
         *contiguous,
         *outputs,
         merged.numel() // D,
-        WINDOW=window,
-        MIXED=grads[2] is not None,
-        KEPT=grads[3] is not None,
+        WINDOW=grads[1].shape[-1],
+        MIXED=return_mix,
+        KEPT=return_merged,
         MERGE=len(merge) > 0,
         GATED=len(merge) > 2,
         D=D,
@@ -2585,6 +2619,8 @@ def _fa4_gradients(ctx, grad, grad_lse):
     qkv = list(ctx.saved_tensors[:3])
     others = ctx.saved_tensors[3:]  # cu_seqlens, out, lse
     dq, dk, dv = _fa4_backward(grad, qkv, *others, *ctx.limits)
+    if len(dk) == 1:
+        return dq, dk[0], dv[0], None, None, None
     return dq, dk.sum(0), dv.sum(0), None, None, None
 
 
@@ -2714,7 +2750,8 @@ class Ops(NamedTuple):
     notes: tuple = ()  # why faster candidates were refused
     qkv_heads: Callable = qkv_heads_ref  # qkv, gain, cos, sin, kv_heads
     gated_xsa: Callable = gated_xsa_ref  # y, v, logits
-    slot_input: Callable = slot_input_ref  # x, x0, mix, scale, window, *(skip, weight, gate)
+    # x, x0, mix, scale, window, return_mix, return_merged, *(skip, weight, gate)
+    slot_input: Callable = slot_input_ref
     # values, squares, gradient, source, target, correction, scale, rates
     adamw_rows: Callable = adamw_rows_ref
     trellis_round: Callable = trellis_round_ref  # values
@@ -2925,6 +2962,8 @@ class SlotPlan(NamedTuple):
     stores_stream: bool  # the incoming stream is stored as a skip, before any merge
     stores_merged: bool  # the same, but taken from SlotInput.merged
     skip_index: int | None  # row of skip_weights for the skip that is merged; None: no skip
+    return_mix: bool  # the layer reads SlotInput.mixed
+    return_merged: bool  # the layer or a skip reads SlotInput.merged
 
 
 class CompiledParts(NamedTuple):
@@ -2966,6 +3005,7 @@ class GPT(nn.Module):
     """
 
     gate_inputs = GATE_WINDOW  # of the attention gate
+    gate_reads_mix = False  # whether the attention gate of every slot reads SlotInput.mixed
 
     def __init__(self, hp, ops, dtype):
         super().__init__()
@@ -3068,6 +3108,7 @@ class GPT(nn.Module):
             decoder_index = slot - num_encoders
             is_decoder = decoder_index >= 0
             stores = 0 <= previous_slot < num_encoders
+            stores_merged = stores and not is_decoder
             num_stored += stores
             merges = is_decoder and num_stored > 0
             num_stored -= merges
@@ -3077,8 +3118,10 @@ class GPT(nn.Module):
                     layer=layer,
                     splits_lanes=splits_lanes,
                     stores_stream=stores and is_decoder,
-                    stores_merged=stores and not is_decoder,
+                    stores_merged=stores_merged,
                     skip_index=decoder_index if merges else None,
+                    return_mix=not has_lanes or self.gate_reads_mix,
+                    return_merged=has_lanes or stores_merged,
                 )
             )
             previous_slot = slot
@@ -3130,9 +3173,11 @@ class GPT(nn.Module):
             weights.append(LayerWeights(depth_scale=self.depth_scale[layer, :1], **fields))
         return weights
 
-    def slot_input(self, x, x0, w, *skip):
+    def slot_input(self, x, x0, w, return_mix, return_merged, *skip):
         """Streams x and x0 (B, T, D) -> SlotInput; a skip comes with its weight and its gate."""
-        return self.ops.slot_input(x, x0, w.mix, w.depth_scale, GATE_WINDOW, *skip)
+        return self.ops.slot_input(
+            x, x0, w.mix, w.depth_scale, GATE_WINDOW, return_mix, return_merged, *skip
+        )
 
     def attention(self, slot_input, w, rope, segments, tap):
         """SlotInput -> (B, T, D), the scaled output of the attention sublayer."""
@@ -3222,9 +3267,11 @@ class GPT(nn.Module):
 
         With cu_seqlens, B is 1 and the documents between these borders do not see each other; none
         is longer than max_seqlen. Without it every row is one document. compiled_parts, a
-        CompiledParts, take the place of the methods of their names.
+        CompiledParts, take the place of the methods of their names; slot_input then returns every
+        output, which keeps the number of graphs small.
         """
         parts = compiled_parts or self
+        return_all = compiled_parts is not None
         segments = Segments(cu_seqlens, max_seqlen)
         length = tokens.size(1)
         rope = (self.cos[:length], self.sin[:length])
@@ -3241,7 +3288,9 @@ class GPT(nn.Module):
             skip = ()
             if plan.skip_index is not None:
                 skip = (skips.pop(), *self.skip_parameters(plan.skip_index))
-            slot_input = parts.slot_input(x, x0, w, *skip)
+            return_mix = return_all or plan.return_mix
+            return_merged = return_all or plan.return_merged
+            slot_input = parts.slot_input(x, x0, w, return_mix, return_merged, *skip)
             if plan.stores_merged:
                 skips.append(slot_input.merged.view_as(x))
             slot_tap = tap and tap.at(plan.slot, plan.layer)
@@ -5929,14 +5978,14 @@ class TestTimeTrainer:
         self.mark_dynamic([0], scored, targets, *tap.head.matrices())
         return self.token_losses(scored, targets, tap.head)
 
-    def dynamic_slot_input(self, x, x0, w, *skip):
+    def dynamic_slot_input(self, x, x0, w, return_mix, return_merged, *skip):
         """GPT.slot_input, compiled for any batch and width."""
         if self.stale:
             x, x0 = self.stale.drop_lookback(x, x0)
         # the first layer shares the graph of the others
         x = x if x.requires_grad else x.detach().requires_grad_()
         self.mark_dynamic([0, 1], x, x0, *skip[:1])
-        return self.compiled_parts.slot_input(x, x0, w, *skip)
+        return self.compiled_parts.slot_input(x, x0, w, return_mix, return_merged, *skip)
 
     def dynamic_attention(self, slot_input, w, rope, segments, tap):
         """GPT.attention, compiled likewise; keys before the window come from StaleContext."""

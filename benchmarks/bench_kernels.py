@@ -209,7 +209,7 @@ def bench_around_attention(report: Report, tokens: int) -> None:
 def bench_entry(report: Report, tokens: int) -> None:
     scale, stream = torch.full((1,), 0.5, device=DEVICE), 2.0 * tokens * DIM
 
-    def inputs(rows, merges):
+    def inputs(rows, wants, merges):
         merge = (
             normal(1, rows, DIM),
             *(normal(DIM).detach().float().requires_grad_() for _ in range(2)),
@@ -219,39 +219,36 @@ def bench_entry(report: Report, tokens: int) -> None:
             normal(2, DIM),
             scale,
             12,
+            *wants,
             *(merge if merges else ()),
         )
 
     opened = tg.compiled(tg.slot_input, tg.Hyperparameters(compile="1"), tg.Dist(DEVICE))
-    for name, merges, work in (
-        ("entry of an encoder slot", False, (4, 11)),
-        ("entry with a skip", True, (6, 15)),
+    for name, wants, merges, work in (
+        ("entry of an encoder slot", (True, True), False, (4, 11)),
+        ("entry with a skip", (True, False), True, (5, 13)),
+        ("entry with lanes", (False, True), True, (5, 13)),
     ):
-        report.errors(name, tg.slot_input, tg.slot_input_ref, inputs(min(tokens, 8192), merges))
+        report.errors(
+            name, tg.slot_input, tg.slot_input_ref, inputs(min(tokens, 8192), wants, merges)
+        )
         work = [n * stream for n in work]
-        report.compare(name, opened, tg.slot_input_ref, inputs(tokens, merges), work, "GB/s")
-    for name, merges, reads in (
-        ("entry of an encoder slot", False, (True, True)),
-        ("entry with a skip", True, (True, False)),
-        ("entry with lanes", True, (False, True)),
-    ):
-        bench_entry_kernel(report, name, inputs(tokens, merges), reads, stream)
+        report.compare(name, opened, tg.slot_input_ref, inputs(tokens, wants, merges), work, "GB/s")
+        bench_entry_kernel(report, name, inputs(tokens, wants, merges), stream)
 
 
-def bench_entry_kernel(report: Report, name: str, args, reads, stream: float) -> None:
-    """The gradients' kernel alone: every stream once.
-
-    reads: whether mix and merged stream have gradients.
-    """
+def bench_entry_kernel(report: Report, name: str, args, stream: float) -> None:
+    """The gradients' kernel alone: every stream once."""
     args = [a.detach() if torch.is_tensor(a) else a for a in args]
     x = args[0]
-    window, *merge = args[4:]
+    window, *wanted = args[4:7]
+    merge = args[7:]
     d_h = torch.randn_like(x)
     d_start = d_h[..., :window].contiguous()
-    d_rest = [torch.randn_like(x) if is_read else None for is_read in reads]
+    d_rest = [torch.randn_like(x) if want else x.new_empty(0) for want in wanted]
     grads = [d_h, d_start, *d_rest]
-    ms = median_ms(lambda: tg._slot_input_backward(grads, *args[:4], merge))
-    rate = (5 + sum(reads) + 2 * bool(merge)) * stream / ms / 1e6
+    ms = median_ms(lambda: tg._slot_input_backward(grads, *args[:4], merge, *wanted))
+    rate = (5 + sum(wanted) + 2 * bool(merge)) * stream / ms / 1e6
     print(f"{name + ' kernel':34} {ms:8.3f} {rate:7.0f} GB/s    {rate / report.gbytes:9.0%}")
 
 

@@ -389,6 +389,10 @@ class GPT(train_gpt.GPT):
     def gate_inputs(self):
         return self.hp.model_dim if self.hp.gated_attn_enabled else super().gate_inputs
 
+    @property
+    def gate_reads_mix(self):
+        return self.hp.attn_out_gate_enabled
+
     def gate_heads(self, y, v, slot_input, qkv, w):
         """XSA_LAST_N; GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED, or no gates."""
         if not self.has_gates:

@@ -431,6 +431,9 @@ def test_slot_plan_gives_every_decoder_the_newest_skip_and_splits_the_lanes_once
             stored.append(plan.slot - 1)
         if plan.skip_index is not None:
             pairs.append((plan.skip_index, stored.pop(), plan.slot))
+        has_lanes = plan.layer >= 8
+        assert plan.return_mix != has_lanes
+        assert plan.return_merged == (has_lanes or plan.stores_merged)
     half = num_slots // 2
     assert pairs == [(i, half - 1 - i, half + i) for i in range(half)] and not stored
     assert [plan.slot for plan in plans] == list(range(num_slots))

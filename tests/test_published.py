@@ -392,7 +392,7 @@ def test_extra_loops_leave_every_skip_between_the_layers_of_training(extra):
             # the stream says which slot it comes from
             return torch.full_like(slot_input.merged, len(runs) - 1.0), mlp_lane
 
-        def slot_input(x, x0, w, *merge):
+        def slot_input(x, x0, w, return_mix, return_merged, *merge):
             if merge:
                 merged.append((int(merge[1][0]), len(runs), int(merge[0][0, 0, 0])))
             return train_gpt.SlotInput(None, None, None, x)
