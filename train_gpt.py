@@ -93,13 +93,12 @@ OUR_ERRORS = SettingError, DataError, ArtifactError, ModelError
 # ---- HYPERPARAMETERS -----------------------------------------------------------------------------
 
 
-def env(default, help, *, above=None, least=None, most=None, choices=None):
+def env(default, help, **rules):
     """Declares a setting; its environment variable is the field's name in capitals.
 
-    above: exclusive bound; least, most: inclusive bounds.
+    rules: above (exclusive bound), least and most (inclusive bounds), choices.
     """
-    rules = {"above": above, "least": least, "most": most, "choices": choices}
-    return dataclasses.field(default=default, metadata=rules | {"help": help})
+    return dataclasses.field(default=default, metadata={"help": help, **rules})
 
 
 @dataclass(frozen=True)
@@ -330,10 +329,10 @@ class Hyperparameters:
 
     @property
     def training_seconds(self):
-        """Time limit of the training loop; None: no limit; 0: a single step."""
+        """Time limit of the training loop; inf: no limit."""
         if not self.max_wallclock_seconds:
-            return None
-        return max(0.0, self.max_wallclock_seconds - self.gptq_reserve_seconds)
+            return math.inf
+        return self.max_wallclock_seconds - self.gptq_reserve_seconds
 
     def chunk_size_of(self, length):
         """Tokens scored between two LoRA steps in a document of `length` targets.
@@ -410,15 +409,15 @@ def range_problems(field, value):
     """Yields a message if the value is outside its declared range."""
     rule = field.metadata
     name = f"{field.name.upper()}={value!r}"
-    if rule["choices"] and value not in rule["choices"]:
+    if "choices" in rule and value not in rule["choices"]:
         yield f"{name}: must be one of {', '.join(rule['choices'])}"
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{name}: must be finite"
-    elif rule["above"] is not None and not value > rule["above"]:
+    elif "above" in rule and not value > rule["above"]:
         yield f"{name}: must be above {rule['above']}"
-    elif rule["least"] is not None and value < rule["least"]:
+    elif "least" in rule and value < rule["least"]:
         yield f"{name}: must be at least {rule['least']}"
-    elif rule["most"] is not None and value > rule["most"]:
+    elif "most" in rule and value > rule["most"]:
         yield f"{name}: must be at most {rule['most']}"
 
 
@@ -474,8 +473,8 @@ def cross_checks(hp):
 def range_text(field):
     """The declared range of a setting as --help shows it: ` [above 0, most 1]`, or nothing."""
     rule = field.metadata
-    bounds = [f"{key} {rule[key]}" for key in ("above", "least", "most") if rule[key] is not None]
-    if rule["choices"]:
+    bounds = [f"{key} {rule[key]}" for key in ("above", "least", "most") if key in rule]
+    if "choices" in rule:
         bounds.append("|".join(rule["choices"]))
     return f" [{', '.join(bounds)}]" if bounds else ""
 
@@ -571,7 +570,7 @@ class Dist:
 
     def all_reduce_packed(self, tensors):
         """Sums many small tensors over all ranks in place, in one flat collective."""
-        if self.world_size > 1 and tensors:
+        if self.world_size > 1:
             flat = self.all_reduce(torch.cat([t.reshape(-1) for t in tensors]))
             sums = flat.split([t.numel() for t in tensors])
             for tensor, total in zip(tensors, sums, strict=True):
@@ -691,22 +690,20 @@ class Guard:
         """Called with the bytes of this file -> bytes of the file that counts as the code."""
         return script
 
-    def figures(self, hp):
-        """Called for RESULT -> more keys of it."""
-        return {}
-
-    def violations(self, hp):
-        """Called for RESULT -> more sentences about rules that the run breaks."""
-        return []
+    def complete(self, hp, result):
+        """Called with RESULT before it is written, for more keys and more violations."""
 
     def commit(self):
         """Called for RESULT -> commit of the checkout, None if unknown."""
 
-    def enter_stage(self, name):
-        """Called when a stage begins, and again when it goes on after one inside it."""
+    def enter_stage(self, name, start):
+        """Called when a stage begins, perhaps inside another one, with perf_counter's time."""
 
-    def show(self, name, start, share, detail):
-        """Called many times during a stage, with its start (perf_counter) and the share done."""
+    def leave_stage(self):
+        """Called when the stage that began last has ended."""
+
+    def show(self, share, detail=""):
+        """Called many times during a stage, with the share of it that is done and words on it."""
 
     def clear(self):
         """Called before a line is printed."""
@@ -831,7 +828,6 @@ class RunLog:
         self.folder = Path(folder)
         self.seconds = {}
         self.graphs = {}
-        self.running = None  # name and start of the current stage
         self.file = None
         if dist.rank == 0:
             self.file = open(self.folder / "log.txt", "a", encoding="utf-8")
@@ -844,27 +840,18 @@ class RunLog:
             with contextlib.suppress(OSError):  # a full disk does not end a training
                 print(message, file=self.file, flush=True)
 
-    def live(self, share, detail=""):
-        """Shows the share of the current stage that is done."""
-        if self.running:
-            self.guard.show(*self.running, share, detail)
-
     @contextlib.contextmanager
     def stage(self, name):
         """Context manager that times a stage of the run, including its device work."""
         self.dist.synchronize()
         start = time.perf_counter()
         graphs_before = compiled_graphs()
-        outer = self.running
-        self.running = name, start
-        self.guard.enter_stage(name)
-        self.live(0.0)
+        self.guard.enter_stage(name, start)
         yield
         self.dist.synchronize()
-        self.running = outer
-        # until the next stage begins, this one is still the current one
-        self.guard.enter_stage(outer[0] if outer else name)
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+        self.guard.leave_stage()
+        seconds = time.perf_counter() - start
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 3)
         self.graphs[name] = self.graphs.get(name, 0) + compiled_graphs() - graphs_before
         self(f"stage:{name} seconds:{self.seconds[name]:.2f} graphs_compiled:{self.graphs[name]}")
 
@@ -982,13 +969,9 @@ class TokenStream:
         Raises DataError if no document begins before them.
         """
         border = self.size - count
-        window = 1 << 16
-        begins = np.zeros(0, np.int64)
-        while border > 0 and not len(begins):
-            first = max(0, border - window)
-            begins = first + np.flatnonzero(self.read(first, border - first) == BOS_ID)
-            border = first
-        if not len(begins) or begins[-1] == 0:
+        first = max(0, border - 2**24)  # no document is longer
+        begins = first + np.flatnonzero(self.read(first, border - first) == BOS_ID)
+        if not begins.any():
             raise DataError(
                 f"{self.paths[0]}: no document begins before the last {count} tokens: set"
                 " QUANT_CHECK_ROWS=0"
@@ -1027,6 +1010,10 @@ class Row(NamedTuple):
     inputs: Tensor  # (1, T) int64
     targets: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (N + 1,) int32: where each document or piece starts, padded by repeating T
+
+    def to(self, device):
+        """The row on a device; a copy from pinned memory does not wait."""
+        return Row(*(t.to(device, non_blocking=True) for t in self))
 
 
 def cut_pieces(starts, ends, length):
@@ -1140,10 +1127,9 @@ class TrainLoader:
         self.stream = stream
         self.hp = hp
         self.dist = dist
-        micro_steps = hp.train_batch_tokens / hp.micro_batch_tokens
-        if micro_steps % dist.world_size:
+        if hp.micro_steps % dist.world_size:
             raise SettingError(
-                f"{micro_steps:g} micro-batches a step do not divide by"
+                f"{hp.micro_steps} micro-batches a step do not divide by"
                 f" {dist.world_size} ranks: change MICRO_BATCH_TOKENS"
             )
         self.per_rank = hp.micro_steps // dist.world_size
@@ -1224,8 +1210,8 @@ class TrainLoader:
 
     def held_out_row(self, index):
         """Row `index` of those that neither training nor the Hessians see, on the device."""
-        row = self.pack(self.read_rows(self.held_out, [index * self.span])[:, 0])
-        return Row(*(t.to(self.dist.device) for t in row))
+        tokens = self.read_rows(self.held_out, [index * self.span])
+        return self.pack(tokens[:, 0]).to(self.dist.device)
 
     def pack(self, tokens):
         """(2, T): inputs and targets of a row -> Row of CPU tensors, pinned for CUDA."""
@@ -1249,7 +1235,7 @@ class TrainLoader:
         self.ahead = {}
         if following is not None:
             self.ahead[following] = self.thread.submit(self.build, following)
-        return Row(*(t.to(self.dist.device, non_blocking=True) for t in row))
+        return row.to(self.dist.device)
 
     def step(self, step):
         """Yields this rank's rows of a step."""
@@ -1285,10 +1271,6 @@ class ValidationSet:
         self.starts = np.flatnonzero(self.tokens == BOS_ID)
         self.ends = np.append(self.starts[1:], len(self.tokens) - 1)
 
-    def count_bytes(self, hp, stream):
-        """(N,) int64 bytes charged to each token of the stream."""
-        return self.side_car(hp.data_path, stream)
-
     def describe(self):
         """Sets figures, which a manifest states of the stored stream, and summary."""
         self.figures = {
@@ -1302,14 +1284,14 @@ class ValidationSet:
             f" bytes:{self.figures['charged_bytes']} canonical:{canonical}"
         )
 
-    def side_car(self, folder, stream):
-        """(N,) int64 bytes of each token.
+    def count_bytes(self, hp, stream):
+        """(N,) int64 bytes charged to each token of the stream.
 
         Raises DataError if the side-car is missing, has another length, or charges a BOS.
         """
-        paths = shard_paths(folder, "val_bytes")
+        paths = shard_paths(hp.data_path, "val_bytes")
         if not paths:
-            raise DataError(f"no fineweb_val_bytes_*.bin in {folder}: BPB needs the side-car")
+            raise DataError(f"no fineweb_val_bytes_*.bin in {hp.data_path}: BPB needs the side-car")
         lengths = [shard_size(path) for path in paths]
         if lengths != stream.sizes:
             raise DataError(
@@ -1417,7 +1399,8 @@ def load_tokenizer(hp):
 # Each operation is written twice, with the same signature: the reference (`*_ref`,
 # `attention_sdpa`) defines it on any device, in any dtype, and is differentiated by autograd; the
 # fast version is a custom op, which torch.compile treats as one node. `*_trial_inputs` makes the
-# arguments with which select_ops tries the fast version against the reference.
+# arguments, on torch's default device, with which select_ops tries the fast version against the
+# reference.
 #
 # Kernels read no Python global and contain no True/False/None, because a minifier may move those
 # to module level, where Triton refuses them. Only annotations that are read at run time are
@@ -1441,13 +1424,13 @@ def load_f32(pointers, mask):
     return tl.load(pointers, mask, 0.0).to(tl.float32)
 
 
-def trial_tensors(device, dtype, *shapes):
+def trial_tensors(dtype, *shapes):
     """Normal numbers in these shapes that require gradients, for the trials of select_ops.
 
-    The random state of the run stays as it is.
+    They are on the default device. The random state of the run stays as it is.
     """
-    generator = torch.Generator(device).manual_seed(0)
-    numbers = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
+    numbers = [torch.randn(shape, generator=generator) for shape in shapes]
     return [t.to(dtype).requires_grad_() for t in numbers]
 
 
@@ -1470,10 +1453,10 @@ def linear_cross_entropy_ref(h, weight, targets, softcap):
     return softcapped_cross_entropy_ref(F.linear(h, weight), targets, softcap)
 
 
-def cross_entropy_trial_inputs(hp, device, dtype):
+def cross_entropy_trial_inputs(hp, dtype):
     """Arguments of linear_cross_entropy: h (200, 64), weight (1000, 64), targets (200,)."""
-    h, weight = trial_tensors(device, dtype, (200, 64), (1000, 64))
-    targets = torch.arange(0, 1000, 5, device=device)
+    h, weight = trial_tensors(dtype, (200, 64), (1000, 64))
+    targets = torch.arange(0, 1000, 5)
     return h, weight, targets, 30.0
 
 
@@ -1584,9 +1567,9 @@ def mlp_ref(x, w_up, w_down, slope):
     return F.linear(hidden.square(), w_down)
 
 
-def mlp_trial_inputs(hp, device, dtype):
+def mlp_trial_inputs(hp, dtype):
     """Arguments of mlp_ref: x (200, 64), w_up (320, 64), w_down (64, 320)."""
-    x, w_up, w_down = trial_tensors(device, dtype, (200, 64), (320, 64), (64, 320))
+    x, w_up, w_down = trial_tensors(dtype, (200, 64), (320, 64), (64, 320))
     return x, w_up / 64**0.5, w_down / 320**0.5, 0.3
 
 
@@ -1700,8 +1683,7 @@ def leaky_relu_sq_mlp(x, w_up, w_down, slope):
     width, hidden = w_down.shape
     if width % 8 or hidden % 8 or x.numel() == 0:  # TMA needs rows of n * 16 bytes
         return mlp_ref(x, w_up, w_down, slope)
-    # the square does not see the sign of the slope
-    out = _mlp(x.reshape(-1, width), w_up, w_down, abs(slope))[0]
+    out = _mlp(x.reshape(-1, width), w_up, w_down, slope)[0]
     return out.view(x.shape)
 
 
@@ -1744,12 +1726,12 @@ def qkv_heads_ref(qkv, gain, cos, sin, kv_heads):
     return q, k, v
 
 
-def qkv_heads_trial_inputs(hp, device, dtype):
+def qkv_heads_trial_inputs(hp, dtype):
     """Arguments of qkv_heads_ref: one row of 256 tokens with the heads of hp."""
     width = hp.model_dim + 2 * hp.kv_dim
-    qkv, gain = trial_tensors(device, dtype, (1, 256, width), (hp.num_heads,))
-    frequencies = torch.tensor([1.0, 0.03], device=device)
-    angles = torch.arange(256, device=device)[:, None, None] * frequencies
+    qkv, gain = trial_tensors(dtype, (1, 256, width), (hp.num_heads,))
+    frequencies = torch.tensor([1.0, 0.03])
+    angles = torch.arange(256)[:, None, None] * frequencies
     return qkv, gain, angles.cos(), angles.sin(), hp.num_kv_heads
 
 
@@ -1761,10 +1743,10 @@ def gated_xsa_ref(y, v, logits):
     return subtract_own_value(y, v) * torch.sigmoid(logits)[..., None]
 
 
-def gated_xsa_trial_inputs(hp, device, dtype):
+def gated_xsa_trial_inputs(hp, dtype):
     """Arguments of gated_xsa_ref: one row of 256 tokens with the heads of hp."""
-    y, v, _ = attention_trial_inputs(hp, device, dtype)[:3]
-    (logits,) = trial_tensors(device, dtype, (1, 256, hp.num_heads))
+    y, v, _ = attention_trial_inputs(hp, dtype)[:3]
+    logits = trial_tensors(dtype, (1, 256, hp.num_heads))[0]
     return y, v, logits
 
 
@@ -2098,11 +2080,11 @@ def slot_input_ref(x, x0, mix, scale, window, return_mix, return_merged, *merge)
     return _only_wanted(outputs, return_mix, return_merged)
 
 
-def slot_input_trial_inputs(hp, device, dtype):
+def slot_input_trial_inputs(hp, dtype):
     """Arguments of slot_input_ref: streams (200, 64), a skip with weight and gate."""
-    x, x0, skip, mix = trial_tensors(device, dtype, *[(200, 64)] * 3, (2, 64))
-    weight, gate = trial_tensors(device, torch.float32, (64,), (64,))
-    scale = torch.ones(1, device=device)
+    x, x0, skip, mix = trial_tensors(dtype, *[(200, 64)] * 3, (2, 64))
+    weight, gate = trial_tensors(torch.float32, (64,), (64,))
+    scale = torch.ones(1)
     return x, x0, mix, scale, 9, True, True, skip, weight, gate
 
 
@@ -2149,8 +2131,7 @@ _slot_input.register_fake(_slot_input_copied)
 
 def _slot_input_setup(ctx, inputs, output):
     merge = inputs[4]
-    ctx.return_mix = inputs[6]
-    ctx.return_merged = inputs[7]
+    ctx.wanted = inputs[6:]  # return_mix, return_merged
     merged = output[3] if merge else inputs[0]
     x0_mix_scale = inputs[1:4]
     ctx.save_for_backward(merged, *x0_mix_scale, *merge)
@@ -2159,7 +2140,7 @@ def _slot_input_setup(ctx, inputs, output):
 def _slot_input_gradients(ctx, *grads):
     inputs = ctx.saved_tensors[:4]  # merged, x0, mix, scale
     merge = list(ctx.saved_tensors[4:])
-    outputs = _slot_input_backward(list(grads), *inputs, merge, ctx.return_mix, ctx.return_merged)
+    outputs = _slot_input_backward(list(grads), *inputs, merge, *ctx.wanted)
     d_x, d_x0, d_skip = outputs[:3]
     sums = outputs[3].sum(0)  # of both rows of mix, of the weight and of the gate
     d_mix = sums[:2].to(inputs[2].dtype)
@@ -2354,13 +2335,13 @@ def adamw_rows_ref(values, squares, gradient, source, target, correction, scale,
     return values, squares
 
 
-def adamw_rows_trial_inputs(hp, device, dtype):
+def adamw_rows_trial_inputs(hp, dtype):
     """Arguments of adamw_rows_ref: 4 rows of 64; one is updated in place, one moves."""
-    values, gradient = (t.detach() for t in trial_tensors(device, torch.float32, (4, 64), (2, 64)))
+    values, gradient = (t.detach() for t in trial_tensors(torch.float32, (4, 64), (2, 64)))
     squares = values.square()
-    source = torch.tensor([2, 0], device=device)
-    target = torch.tensor([2, 3], device=device)
-    correction = torch.tensor([0.1, 0.75], device=device)
+    source = torch.tensor([2, 0])
+    target = torch.tensor([2, 3])
+    correction = torch.tensor([0.1, 0.75])
     rates = (0.1, 0.5, 0.9)
     return values, squares, gradient.to(dtype), source, target, correction, 2.0, rates
 
@@ -2456,12 +2437,12 @@ def attention_sdpa(q, k, v, cu_seqlens, max_seqlen, window=0):
     return out.transpose(1, 2)
 
 
-def attention_trial_inputs(hp, device, dtype):
+def attention_trial_inputs(hp, dtype):
     """Arguments of an attention backend: 256 tokens in four documents, heads of hp."""
     heads = hp.num_heads, hp.num_kv_heads, hp.num_kv_heads
-    q, k, v = trial_tensors(device, dtype, *((1, 256, n, hp.head_dim) for n in heads))
+    q, k, v = trial_tensors(dtype, *((1, 256, n, hp.head_dim) for n in heads))
     # the last documents are empty, as where a row has fewer than its limit
-    cu_seqlens = torch.tensor([0, 37, 38, 166, 256, 256, 256], dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor([0, 37, 38, 166, 256, 256, 256], dtype=torch.int32)
     return q, k, v, cu_seqlens, 128, 9 if hp.attn_window else 0
 
 
@@ -2644,14 +2625,13 @@ def _fa4_setup(ctx, inputs, output):
     # nobody differentiates lse: without this, autograd fills zeros for its gradient
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:4], *output)
-    ctx.max_seqlen = inputs[4]
-    ctx.window = inputs[5]
+    ctx.limits = inputs[4:]  # max_seqlen, window
 
 
 def _fa4_gradients(ctx, grad, grad_lse):
     qkv = list(ctx.saved_tensors[:3])
     others = ctx.saved_tensors[3:]  # cu_seqlens, out, lse
-    dq, dk, dv = _fa4_backward(grad, qkv, *others, ctx.max_seqlen, ctx.window)
+    dq, dk, dv = _fa4_backward(grad, qkv, *others, *ctx.limits)
     if len(dk) == 1:
         return dq, dk[0], dv[0], None, None, None
     return dq, dk.sum(0), dv.sum(0), None, None, None
@@ -2710,9 +2690,9 @@ def trellis_round_ref(values):
     return levels.gather(2, remainder[after, way][..., None])[..., 0].int()
 
 
-def trellis_round_trial_inputs(hp, device, dtype):
+def trellis_round_trial_inputs(hp, dtype):
     """Multiples of 1/64: their sums are exact, so that the levels must be equal."""
-    (values,) = trial_tensors(device, torch.float32, (3, 200))
+    values = trial_tensors(torch.float32, (3, 200))[0]
     return ((256 * values.detach()).round() / 64,)
 
 
@@ -2795,9 +2775,7 @@ class Operation(NamedTuple):
 
     candidates: dict  # name -> function, the fastest first
     reference: Callable
-    trial_inputs: Callable  # (hp, device, dtype) -> arguments
-    # relative Frobenius error: bf16 rounding on both sides stays below it, a wrong mask does not
-    tolerance: float = 0.03
+    trial_inputs: Callable  # (hp, dtype) -> arguments
 
 
 def attention_candidates(hp, device):
@@ -2869,14 +2847,15 @@ def _forward_backward(op, args):
     return results
 
 
-def _disagreement(op, reference, args, tolerance):
+def _disagreement(op, reference, args):
     """How outputs and gradients of op differ from the reference's; empty if they agree."""
     pairs = zip(_forward_backward(op, args), _forward_backward(reference, args), strict=True)
     errors = []
     for got, want in pairs:
         error = (got - want).float().norm() / want.float().norm()
         errors.append(error.item())
-    if all(error <= tolerance for error in errors):  # False for NaN
+    # bf16 rounding on both sides stays below it, a wrong mask does not; False for NaN
+    if all(error <= 0.03 for error in errors):
         return ""
     listed = " ".join(f"{error:.1e}" for error in errors)
     return f"disagrees with the reference, relative errors {listed}"
@@ -2888,7 +2867,7 @@ def _first_that_works(kind, operation, args, notes):
         if op is operation.reference:
             return name
         try:
-            fault = _disagreement(op, operation.reference, args, operation.tolerance)
+            fault = _disagreement(op, operation.reference, args)
         except Exception as error:  # a library may raise anything: missing, old, wrong device
             lines = str(error).strip().splitlines() or [""]
             fault = f"{type(error).__name__}: {lines[0][:200]}"
@@ -2910,7 +2889,8 @@ def select_ops(hp, device, dtype):
     chosen = {}
     names = {}
     for kind, operation in operations(hp, device).items():
-        args = operation.trial_inputs(hp, device, dtype)
+        with device:
+            args = operation.trial_inputs(hp, dtype)
         name = _first_that_works(kind, operation, args, notes)
         if name is None:  # attention alone has candidates without the reference
             raise SettingError(
@@ -3037,6 +3017,9 @@ class GPT(nn.Module):
     the MLP runs unfused, so that its hidden layer can be observed. Without a tap nothing is traced.
     """
 
+    gate_inputs = GATE_WINDOW  # of the attention gate
+    gate_reads_mix = False  # whether the attention gate of every slot reads SlotInput.mixed
+
     def __init__(self, hp, ops, dtype):
         super().__init__()
         self.hp = hp
@@ -3093,16 +3076,6 @@ class GPT(nn.Module):
                 nn.init.orthogonal_(matrix, generator=generator)
         matrices["out"].zero_()
         matrices["down"].zero_()
-
-    @property
-    def gate_inputs(self):
-        """Number of inputs of the attention gate."""
-        return GATE_WINDOW
-
-    @property
-    def gate_reads_mix(self):
-        """Whether the attention gate of every slot reads SlotInput.mixed."""
-        return False
 
     @property
     def head_weight(self):
@@ -3181,12 +3154,8 @@ class GPT(nn.Module):
                 found[kind.role] = stack
         return found
 
-    def weights_for(self, tokens, window_start):
-        """A LayerWeights for every layer; here they do not depend on the tokens (B, T)."""
-        return self.layer_weights()
-
-    def layer_weights(self):
-        """A LayerWeights for every layer.
+    def layer_weights(self, tokens, window_start):
+        """A LayerWeights for every layer; here they do not depend on the tokens (B, T).
 
         Tensors are unbound once, so that the gradient of a bank is one stack, not a sum of padded
         slices. The scales of sublayer outputs are multiplied into the matrices, so that scaling
@@ -3319,7 +3288,7 @@ class GPT(nn.Module):
         segments = Segments(cu_seqlens, max_seqlen)
         length = tokens.size(1)
         rope = (self.cos[:length], self.sin[:length])
-        weights = self.weights_for(tokens, window_start)
+        weights = self.layer_weights(tokens, window_start)
         x = x0 = norm(self.embed(tokens, window_start))
         mlp_lane = None
         skips = []
@@ -3834,7 +3803,7 @@ class Trainer:
         clock = TrainingClock(self.dist, seconds)
         while step < hp.iterations:
             # The last step must not overrun, even if it takes twice as long as the one before
-            if budget is not None and step and seconds + 2 * step_seconds > budget:
+            if step and seconds + 2 * step_seconds > budget:
                 break
             progress = self.progress(step, seconds)
             looping = loop_is_on(progress, hp)
@@ -3855,15 +3824,17 @@ class Trainer:
             self.guard.after_step(self, step, seconds, losses, reports)
             if step <= 5 or step % hp.train_log_every == 0:
                 self.log_step(step, losses[-1], seconds, progress, looping)
-            rate = step * hp.train_batch_tokens / seconds
-            message = f"step:{step} train_loss:{self.last_loss:.4f} tokens_per_s:{rate:.0f}"
-            log.live(progress, message)
+            log.guard.show(
+                progress,
+                f"step:{step} train_loss:{self.last_loss:.4f}"
+                f" tokens_per_s:{step * hp.train_batch_tokens / seconds:.0f}",
+            )
             if self.evaluation_is_due(step):
                 with clock.paused():
                     evaluate()
         self.guard.after_last_step(self, step)
         seconds = clock.seconds()
-        if budget is not None and seconds > budget:
+        if seconds > budget:
             log(f"note: training took {seconds:.2f} s of {budget:.2f}")
         self.log_step(step, losses[-1], seconds, self.progress(step, seconds), self.looping)
         self.ema.copy_to_model()
@@ -3871,10 +3842,11 @@ class Trainer:
 
     def progress(self, step, seconds):
         """The training fraction in [0, 1]: of the time budget or, without one, of ITERATIONS."""
-        budget = self.hp.training_seconds
-        if budget is None:
-            return min(1.0, step / self.hp.iterations)
-        return min(1.0, seconds / budget) if budget else 1.0
+        hp = self.hp
+        share = step / hp.iterations
+        if hp.max_wallclock_seconds:
+            share = seconds / hp.training_seconds
+        return min(1.0, share)
 
     def evaluation_is_due(self, step):
         """Whether VAL_LOSS_EVERY asks for a score of the weights after this many steps."""
@@ -4020,7 +3992,8 @@ def order_columns(w, hessian, damp, names):
     dead = diagonal == 0  # inputs that are 0 for all calibration tokens: their weights become 0
     diagonal.masked_fill_(dead, 1.0)
     order = diagonal.argsort(dim=1, descending=True, stable=True)
-    h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None, :].expand_as(h))
+    h = h.gather(1, order[:, :, None].expand_as(h))
+    h = h.gather(2, order[:, None, :].expand_as(h))
     upper = damped_inverse_factor(h, damping, names)
     weights = w.float().mT.masked_fill(dead[:, :, None], 0.0)
     weights = weights.gather(1, order[:, :, None].expand_as(weights))
@@ -4046,43 +4019,36 @@ def trellis_levels(codes):
     return levels
 
 
-class NearestCode:
-    """Scalar quantization: each weight gets the code next to it, independently of the others."""
+def nearest_codes(column, step, max_code):
+    """Scalar quantization of a column of all rows: each weight gets the code next to it.
 
-    def __init__(self, step, max_code):
-        self.step = step  # (N, R)
-        self.max_code = max_code
-
-    def __call__(self, column):
-        """A column of all rows (N, R) -> its codes and what they stand for, both float32 (N, R)."""
-        codes = (column / self.step).round_().clamp_(-self.max_code, self.max_code)
-        return codes, codes * self.step
+    column and step (N, R) -> codes and what they stand for, both float32 (N, R).
+    """
+    codes = (column / step).round_().clamp_(-max_code, max_code)
+    return codes, codes * step
 
 
-class TrellisCode:
-    """Trellis-coded quantization: the trellis runs along the rows of a column."""
+def trellis_codes(column, step, max_code, trellis_round):
+    """Trellis-coded quantization: the trellis runs along the rows of a column.
 
-    def __init__(self, step, max_code, trellis_round):
-        self.level_size = step / 2  # (N, R)
-        self.max_level = 2 * max_code - 2  # the chosen level is at most two away from the value
-        self.trellis_round = trellis_round
-
-    def __call__(self, column):
-        """A column of all rows (N, R) -> its levels and what they stand for, both float32."""
-        N, R = column.shape
-        length = min(R, TRELLIS_SEGMENT)
-        values = (column / self.level_size).clamp_(-self.max_level, self.max_level)
-        sequences = F.pad(values, (0, -R % length)).view(-1, length)
-        levels = self.trellis_round(sequences).view(N, -1)[:, :R].float()
-        return levels, levels * self.level_size
+    column and step (N, R) -> levels, of which codes are half, and what they stand for, as above.
+    """
+    N, R = column.shape
+    length = min(R, TRELLIS_SEGMENT)
+    level_size = step / 2
+    max_level = 2 * max_code - 2  # the chosen level is at most two away from the value
+    values = (column / level_size).clamp_(-max_level, max_level)
+    sequences = F.pad(values, (0, -R % length)).view(-1, length)
+    levels = trellis_round(sequences).view(N, -1)[:, :R].float()
+    return levels, levels * level_size
 
 
 def quantize_columns(weights, upper, quantize_column):
     """The loop of GPTQ: quantizes column by column, later columns make up for the error so far.
 
-    weights (N, C, R), overwritten, upper (N, C, C), quantize_column: a NearestCode or TrellisCode
-    -> its codes or levels (N, C, R) in float32. Later columns of a block are updated at once, all
-    others at its end with one matmul. Nothing here waits for the device.
+    weights (N, C, R), overwritten, and upper (N, C, C) -> codes or levels (N, C, R) in float32.
+    quantize_column: as nearest_codes, of a column alone. Later columns of a block are updated at
+    once, all others at its end with one matmul. Nothing here waits for the device.
     """
     num_columns = weights.shape[1]
     codes = torch.empty_like(weights)
@@ -4104,55 +4070,47 @@ class QuantizedMatrices(NamedTuple):
 
     codes: Tensor  # (N, R, C): int8, int16 with column steps
     scale: Tensor  # (N, R): fp16 step sizes, with column steps int8 codes of to_log2_eighths
-    column_steps: Tensor | None = None  # (N, C): int8 codes of to_log2_eighths
-    levels: Tensor | None = None  # (N, R, C): int16, of the trellis; a code is half its level
+    column_steps: Tensor | None  # (N, C): int8 codes of to_log2_eighths
 
 
-class ColumnSteps(NamedTuple):
-    """What gptq_quantize needs to give columns steps of their own."""
-
-    octaves: float  # see column_step_grid
-    trellis_round: Callable | None = None  # operation of Ops; None: every code for itself
-
-    def quantizer(self, step):
-        """For rows of these step sizes (N, R)."""
-        if self.trellis_round is None:
-            return NearestCode(step, MAX_WIDE_CODE)
-        return TrellisCode(step, MAX_WIDE_CODE, self.trellis_round)
-
-
-def gptq_quantize(w, hessian, bits, clip_sigmas, damp, names, columns=None):
+def gptq_quantize(w, hessian, bits, clip_sigmas, damp, names, octaves=None, trellis_round=None):
     """GPTQ (arXiv:2210.17323) of w (N, R, C) with Hessians (N, C, C) -> QuantizedMatrices.
 
     SDClip sets the step sizes of rows: clip_sigmas standard deviations of the original row reach
-    the largest code. With ColumnSteps nothing is clipped, because codes may be wide
-    (split_wide_codes). ModelError with the names of matrices whose Hessian is infinite or cannot be
-    made positive definite.
+    the largest code. With octaves (see column_step_grid) columns have steps of their own, and
+    nothing is clipped, because codes may be wide (split_wide_codes); then trellis_round, an
+    operation of Ops, may choose the codes. ModelError with the names of matrices whose Hessian is
+    infinite or cannot be made positive definite.
     """
     infinite = [name for name, h in zip(names, hessian, strict=True) if h.isinf().any()]
     if infinite:  # the codes would be noise
         raise ModelError(f"GPTQ: the Hessian of {', '.join(infinite)} has infinite entries")
     max_code = 2 ** (bits - 1) - 1
     scale = (clip_sigmas * w.float().std(dim=2) / max_code).clamp(*FP16_RANGE).half()
+    step = scale.float()
+    column_steps = None
     weights, upper, order = order_columns(w, hessian, damp, names)
-    if columns is None:
-        column_steps = None
-        codes = quantize_columns(weights, upper, NearestCode(scale.float(), max_code))
-    else:
-        scale, column_steps = column_step_grid(upper, scale, columns.octaves)
+    if octaves is not None:
+        scale, column_steps = column_step_grid(upper, scale, octaves)
         # dividing by the column steps leaves a step that all columns of a row share
         column_scale = from_log2_eighths(column_steps)
         weights = weights / column_scale[:, :, None]
         upper = upper / column_scale[:, None, :]
-        quantize_column = columns.quantizer(from_log2_eighths(scale))
-        codes = quantize_columns(weights, upper, quantize_column)
+        step = from_log2_eighths(scale)
+        max_code = MAX_WIDE_CODE
         column_steps = torch.empty_like(column_steps).scatter_(1, order, column_steps)
+
+    def quantize_column(column):
+        if trellis_round is None:
+            return nearest_codes(column, step, max_code)
+        return trellis_codes(column, step, max_code, trellis_round)
+
+    codes = quantize_columns(weights, upper, quantize_column)
     codes = torch.empty_like(codes).scatter_(1, order[:, :, None].expand_as(codes), codes)
-    codes = codes.mT.to(torch.int8 if column_steps is None else torch.int16).contiguous()
-    if columns is None or columns.trellis_round is None:
-        return QuantizedMatrices(codes, scale, column_steps)
-    levels = codes
-    return QuantizedMatrices(levels >> 1, scale, column_steps, levels)
+    codes = codes.mT.to(torch.int8 if octaves is None else torch.int16).contiguous()
+    if trellis_round is not None:
+        codes >>= 1
+    return QuantizedMatrices(codes, scale, column_steps)
 
 
 def split_wide_codes(codes, column_steps):
@@ -4218,19 +4176,20 @@ def quantize_matrices(names, weights, hessians, hp, trellis_round=trellis_round_
         role = quant_role(name)
         key = weights[name].shape, getattr(hp, role.bits), getattr(hp, role.clip_sigmas)
         batches[key].append(name)
-    columns = None
-    if hp.gptq_column_steps:
-        columns = ColumnSteps(hp.gptq_column_octaves, trellis_round if hp.gptq_trellis else None)
+    octaves = hp.gptq_column_octaves if hp.gptq_column_steps else None
+    if octaves is None or not hp.gptq_trellis:
+        trellis_round = None
     fields = {}
     for (_, bits, clip_sigmas), batch in batches.items():
         w = torch.stack([weights[name].float() for name in batch])
         h = torch.stack([hessians[name].float() for name in batch])
-        quantized = gptq_quantize(w, h, bits, clip_sigmas, hp.gptq_damp, batch, columns)
+        damp = hp.gptq_damp
+        quantized = gptq_quantize(w, h, bits, clip_sigmas, damp, batch, octaves, trellis_round)
         for i, name in enumerate(batch):
             fields[name] = {"codes": quantized.codes[i], "scale": quantized.scale[i]}
-            if quantized.column_steps is not None:
+            if octaves is not None:
                 fields[name] |= split_wide_codes(quantized.codes[i], quantized.column_steps[i])
-            if quantized.levels is not None:
+            if trellis_round is not None:
                 fields[name]["trellis"] = torch.ones((), dtype=torch.int8)
     return fields
 
@@ -4243,16 +4202,13 @@ def quantize_small(name, w):
     return {"fp16": w.half()}
 
 
-def check_quantizable(weights, hessians):
-    """ModelError for weights that quantize_weights cannot store; the same on every rank."""
+def check_quantizable(weights):
+    """ModelError for weights that fp16 cannot store; the same on every rank."""
     for name, w in weights.items():
         if not w.half().isfinite().all():
             raise ModelError(
                 f"{name} holds numbers that are not finite or beyond fp16: lower learning rates"
             )
-        has_hessian = name in hessians and hessians[name].shape == 2 * w.shape[-1:]
-        if quant_role(name) and not has_hessian:
-            raise ValueError(f"{name} {tuple(w.shape)} needs a Hessian of its columns")
 
 
 def merge_dicts(dicts):
@@ -4271,18 +4227,15 @@ def quantize_weights(weights, hessians, hp, dist, trellis_round=trellis_round_re
     is quantized by one rank, small tensors by rank 0. ModelError with the names of the tensors at
     fault, raised on all ranks.
     """
-    check_quantizable(weights, hessians)
+    check_quantizable(weights)
     matrices = {name: w for name, w in weights.items() if quant_role(name)}
-    failure = ""
-    try:
-        mine = share_matrices(matrices, dist.world_size)[dist.rank]
-        fields = quantize_matrices(mine, weights, hessians, hp, trellis_round)
-    except ModelError as error:  # goes to the other ranks, which would wait for this one's part
-        failure = str(error)
-    failures = dist.all_gather_object(failure)
-    failures = [failure for failure in failures if failure]
-    if failures:
-        raise ModelError("; ".join(failures))
+    mine = share_matrices(matrices, dist.world_size)[dist.rank]
+    fields = {}
+
+    def quantize():
+        fields.update(quantize_matrices(mine, weights, hessians, hp, trellis_round))
+
+    run_checks(dist, [quantize], ModelError)
     if dist.rank == 0:
         for name in weights.keys() - matrices.keys():
             fields[name] = quantize_small(name, weights[name])
@@ -4414,23 +4367,13 @@ class HessianTap:
             gram = x.float().T @ x.float()
         self.sums[key] = self.sums[key] + gram if key in self.sums else gram
 
-    def hessians(self, head_name):
-        """{saved weight name: sum (in, in)}; head_name: saved name of GPT.head_weight."""
+    def hessians(self):
+        """{saved weight name: sum (in, in)}."""
         by_name = {}
         for (site, layer), gram in self.sums.items():
             names = [kind.saved_name.format(layer) for kind in MATRICES if kind.site == site]
-            by_name |= dict.fromkeys(names or [head_name], gram)
+            by_name |= dict.fromkeys(names or ["tok_emb.weight"], gram)
         return by_name
-
-
-def calibration_row(model, loader, index, following):
-    """Row `index` of the rows for the Hessians; row `following` (None: no other) is read ahead."""
-    return loader.row(index, following)
-
-
-def table_hessians(model):
-    """{saved weight name: identity} of tables that are read row by row: all columns count alike."""
-    return {"tok_emb.weight": torch.eye(model.hp.model_dim, device=model.tok_emb.device)}
 
 
 @torch.no_grad()
@@ -4444,7 +4387,7 @@ def collect_hessians(model, loader, hp, dist):
     mine = range(dist.rank, hp.gptq_calibration_batches, dist.world_size)
     for index in mine or [0]:  # a rank without a row of its own takes part in the sums with zeros
         following = index + dist.world_size
-        row = calibration_row(model, loader, index, following if following in mine else None)
+        row = loader.row(index, following if following in mine else None)
         hidden = model.forward_hidden(
             row.inputs, row.cu_seqlens, max_seqlen=hp.train_seq_len, looping=True, tap=tap
         )
@@ -4452,7 +4395,7 @@ def collect_hessians(model, loader, hp, dist):
     for gram in tap.sums.values():
         gram /= hp.gptq_calibration_batches
         dist.all_reduce(gram if mine else gram.zero_())
-    return table_hessians(model) | tap.hessians("tok_emb.weight")
+    return tap.hessians()
 
 
 @torch.no_grad()
@@ -4533,27 +4476,28 @@ class QuantizationCheck:
         """
         if self.fp32_loss is None:
             return self.hp, quantize(self.hp)
-        least = math.inf
+        gaps = []
+        found = []
         for hp in (self.hp, *plainer_quantizations(self.hp)):
             started = time.perf_counter()
             arrays = quantize(hp)
             gap = self.gap(arrays, hp)
-            if self.kept is None or gap < least:
-                least = gap
-                best = hp, arrays
-                self.kept = self.tried[-1]
-            if least <= self.hp.quant_gap_max:
+            gaps.append(gap)
+            found.append((hp, arrays))
+            if gap <= self.hp.quant_gap_max:
                 break
             self.log(
                 f"note: quantization adds {gap:.4f} nats a token, more than"
                 f" QUANT_GAP_MAX={self.hp.quant_gap_max}"
             )
             # Clocks differ: all ranks must decide the same, or one would wait in a collective.
-            (seconds_used,) = self.dist.max_over_ranks(time.perf_counter() - started)
+            seconds_used = self.dist.max_over_ranks(time.perf_counter() - started)[0]
             if seconds_used > seconds_left():
                 self.log("note: no seconds are left for a plainer quantization")
                 break
-        return best
+        best = gaps.index(min(gaps))
+        self.kept = self.tried[best]
+        return found[best]
 
     def summary(self):
         """For RESULT: the loss of the fp32 model, the quantization that was kept, and all tried."""
@@ -4722,7 +4666,8 @@ def initial_counts():
     tails = 1 + squares / (29 * VARIANCES[:, None])
     for _ in range(4):  # to the 16th power, exactly
         tails *= tails
-    counts = np.where(squares <= MAX_SQUARE * VARIANCES[:, None], 1 + 32_000 / tails, 0)
+    is_frequent = squares <= MAX_SQUARE * VARIANCES[:, None]
+    counts = np.where(is_frequent, 1 + 32_000 / tails, 0)
     counts[:, ESCAPE + 128] = 3
     return np.vstack([counts, np.ones(256)]).astype(np.int64)
 
@@ -4735,7 +4680,8 @@ def column_predictor(gram, rows):
     """
     size = len(gram)
     ridge = 1 + 800 / rows * np.trace(gram) / size  # keeps pivots positive, even if all codes are 0
-    work = np.hstack([gram + ridge * np.eye(size), np.eye(size)]).astype(np.float32)
+    identity = np.eye(size)
+    work = np.hstack([gram + ridge * identity, identity]).astype(np.float32)
     for j in range(size):
         part = work[j + 1 :, j : size + j + 1]
         part -= part[:, :1] / work[j, j] * work[j, j : size + j + 1]
@@ -4801,7 +4747,8 @@ class ColumnModel:
                 means = values[:, :j] @ predictor[j : j + 16, :j].T
             mean = means[:, j - group] + values[:, group:j] @ predictor[j, group:j]
             mean = np.rint(mean).astype(np.int64)
-            coded = self.code_block((block[:, j] - mean)[:, None], contexts[j : j + 1])
+            column = (block[:, j] - mean)[:, None]
+            coded = self.code_block(column, contexts[j : j + 1])
             residual[:, j] = coded[:, 0]
             block[:, j] = coded[:, 0] + mean
             values[:, j] = block[:, j]
@@ -5069,24 +5016,20 @@ class SectionRecord(NamedTuple):
     raw_digest: str
 
 
-def pack_weights(arrays, compressor, on_progress=lambda share: None, trained_on=0):
+def pack_weights(arrays, compressor, trained_on=0):
     """Numpy arrays by name -> artifact bytes. ArtifactError for arrays that cannot be packed.
 
-    on_progress(share) is called after each section with the share of raw bytes that are packed.
     trained_on: 1 + hp.fuses_markers; 0 leaves it unsaid.
     """
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
     check_specs(specs)
     plan = plan_sections(specs, compressor)
     sources = section_sources(arrays, plan)
-    sizes_done = []
 
     def encode(section):
         raw = join_arrays(sources[section.kind], section.specs)
         shapes = [spec.shape for spec in section.specs]
         stored = ENCODERS[section.codec](raw, shapes) if raw else b""
-        sizes_done.append(len(raw))
-        on_progress(sum(sizes_done) / max(1, sum(total_bytes(s.specs) for s in plan)))
         return stored, SectionRecord(len(stored), digest(stored).hex(), digest(raw).hex())
 
     with ThreadPoolExecutor(CODEC_THREADS) as pool:
@@ -5252,10 +5195,12 @@ class ScoredRow(NamedTuple):
 class WindowPacker:
     """Packs windows of the validation stream, in order, into rows of one shape on the device."""
 
-    def __init__(self, validation, row_tokens, max_window, max_segments, device):
+    def __init__(self, validation, row_tokens, max_window, hp, device):
         self.row_tokens = max(row_tokens, max_window)
         self.max_window = max_window
-        self.max_segments = max_segments
+        # windows of full length in a row, or segments of its padding
+        full_windows = -(-self.row_tokens // max_window)
+        self.max_segments = max(hp.row_segments, 2 * full_windows + 8)
         self.device = device
         self.end = len(validation.tokens) - 1
         self.tokens = torch.from_numpy(validation.tokens).to(device)
@@ -5324,12 +5269,8 @@ class Evaluator:
         self.validation = validation
         self.hp = hp
         self.dist = dist
-        # windows of full length in a row, or segments of its padding
-        full_windows = -(-hp.micro_batch_tokens // hp.eval_seq_len)
-        max_segments = max(hp.row_segments, 2 * full_windows + 8)
-        self.packer = WindowPacker(
-            validation, hp.micro_batch_tokens, hp.eval_seq_len, max_segments, dist.device
-        )
+        row_tokens = hp.micro_batch_tokens
+        self.packer = WindowPacker(validation, row_tokens, hp.eval_seq_len, hp, dist.device)
         self.token_losses = compiled(model.token_losses, hp, dist)
         self.compiled_parts = compile_parts(model, hp, dist)
 
@@ -5766,11 +5707,6 @@ class BatchedLoRA:
             self.update(values, squares, gradient, source, target, correction, scale, rates)
 
 
-def global_optimizer(model):
-    """SGD for sgd_step, which sets its learning rate."""
-    return torch.optim.SGD(model.parameters(), momentum=0.9)
-
-
 def sgd_step(model, packer, windows, optimizer, rate, dist):
     """One SGD step of all ranks on the mean loss of windows (n, 2), at learning rate `rate`.
 
@@ -5897,7 +5833,8 @@ class StaleContext:
         Those positions may lie before the next windows, later ones do not.
         """
         chunk = self.hp.ttt_chunk_size
-        cache_rows = rows[:, None] * self.length + self.positions[:, :chunk] % self.length
+        places = self.positions[:, :chunk] % self.length
+        cache_rows = rows[:, None] * self.length + places
         first_chunks = []
         for keys_values in self.new_kv:
             first_chunks.append(torch.stack([t[:, :chunk] for t in keys_values]))
@@ -5977,7 +5914,7 @@ class Progress:
             f"{self.phase} documents:{self.documents_done} running_tokens:{tokens:.0f}"
             f" running_bpb:{bpb:.5f} tokens_per_s:{rate:.0f} budget_left:{self.budget_left:.0f}"
         )
-        self.log.live(share, line)
+        self.log.guard.show(share, line)
         if share >= self.next_report or share == 1.0:
             self.next_report = share + 0.05
             self.log(f"ttt_batch {line} seconds:{seconds:.1f}")
@@ -6012,12 +5949,10 @@ class TestTimeTrainer:
         self.progress = Progress(self.score, hp, log)
         self.documents = documents_to_score(validation, hp)
         row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.ttt_eval_seq_len
-        max_segments = max(hp.row_segments, 4 * row_tokens // hp.ttt_eval_seq_len + 8)
-        self.packer = WindowPacker(
-            validation, row_tokens, hp.ttt_eval_seq_len, max_segments, dist.device
-        )
+        self.packer = WindowPacker(validation, row_tokens, hp.ttt_eval_seq_len, hp, dist.device)
         lanes = range(dist.rank, hp.ttt_lanes, dist.world_size)
         self.lora = BatchedLoRA(model, lanes, hp, dist.device, model.ops.adamw_rows)
+        self.stale = None
         if hp.ttt_stale_context:
             num_rows = self.lora.scratch_row
             self.stale = StaleContext(model, validation.starts, num_rows, dist.device)
@@ -6064,13 +5999,14 @@ class TestTimeTrainer:
                 self.dynamic_slot_input, self.dynamic_attention, self.dynamic_after_attention
             ),
         )
-        scored = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.size(2)))
+        index = positions[..., None].expand(-1, -1, hidden.size(2))
+        scored = hidden.gather(1, index)
         self.mark_dynamic([0], scored, targets, *tap.head.matrices())
         return self.token_losses(scored, targets, tap.head)
 
     def dynamic_slot_input(self, x, x0, w, return_mix, return_merged, *skip):
         """GPT.slot_input, compiled for any batch and width."""
-        if self.hp.ttt_stale_context:
+        if self.stale:
             x, x0 = self.stale.drop_lookback(x, x0)
         # the first layer shares the graph of the others
         x = x if x.requires_grad else x.detach().requires_grad_()
@@ -6079,7 +6015,7 @@ class TestTimeTrainer:
 
     def dynamic_attention(self, slot_input, w, rope, segments, tap):
         """GPT.attention, compiled likewise; keys before the window come from StaleContext."""
-        if self.hp.ttt_stale_context:
+        if self.stale:
             rope, segments = self.stale.of_slot()
             self.mark_dynamic([0, 1], *rope)
             self.mark_dynamic([0], segments.key_rows, segments.new_key_rows)
@@ -6090,7 +6026,7 @@ class TestTimeTrainer:
 
     def dynamic_after_attention(self, slot_input, attn, mlp_lane, w, tap):
         """GPT.after_attention, compiled for any batch and width."""
-        if self.hp.ttt_stale_context:
+        if self.stale:
             [mlp_lane] = self.stale.drop_lookback(mlp_lane)
         self.mark_dynamic([0, 1], attn, mlp_lane)
         return self.compiled_parts.after_attention(slot_input, attn, mlp_lane, w, tap)
@@ -6112,7 +6048,7 @@ class TestTimeTrainer:
         """Compiles the graphs of all steps at the largest shape, for which kernels are tuned."""
         rows = max(2, self.hp.ttt_batch_size)
         # torch.compile assumes that sizes equal during the warm-up are always equal
-        if self.hp.ttt_stale_context and rows == recomputed_context(self.hp):
+        if self.stale and rows == recomputed_context(self.hp):
             rows += 1
         self.warming_up = True
         # with unknown sizes, filling the cache costs more than it saves
@@ -6130,11 +6066,11 @@ class TestTimeTrainer:
         tokens = self.packer.tokens
         # contiguous columns, which the kernels want
         row = StepRow(*table.T.contiguous())
-        if hp.ttt_stale_context:
+        if self.stale:
             width = self.stale.begin(row.source, row.window, width)
         # Positions after the last input repeat it, unseen by what is scored. SmearGate needs the
         # token before a window that continues a document.
-        lookback = 1 if hp.ttt_stale_context else 0
+        lookback = 1 if self.stale else 0
         columns = torch.arange(-lookback, width, device=table.device)
         offset = torch.arange(hp.ttt_chunk_size, device=table.device)
         last = (row.first + row.count - 1).clamp_min(0)[:, None]
@@ -6156,7 +6092,7 @@ class TestTimeTrainer:
         loss = torch.where(row.target != self.lora.scratch_row, means, 0.0).sum()
         gradients = torch.autograd.grad(loss, parts, materialize_grads=True)
         self.lora.step(gradients, row.source, row.target, row.number)
-        if hp.ttt_stale_context:
+        if self.stale:
             self.stale.end(row.target)
 
     def capture(self, steps):
@@ -6168,9 +6104,9 @@ class TestTimeTrainer:
             return
         started = time.perf_counter()
         shapes = {(len(step.table), step.width) for step in steps}
-        tables = {}  # the graphs share one memory pool, which the largest shape opens
-        for shape in sorted(shapes, key=math.prod, reverse=True):
-            tables[shape] = self.padding_table(shape[0])
+        # the graphs share one memory pool, which the largest shape opens
+        shapes = sorted(shapes, key=math.prod, reverse=True)
+        tables = {shape: self.padding_table(shape[0]) for shape in shapes}
         torch.cuda.empty_cache()
         try:
             self.record_graphs(tables)
@@ -6257,7 +6193,7 @@ class TestTimeTrainer:
         stream = self.validation
         context = hp.ttt_eval_seq_len
         self.model.requires_grad_(True)
-        optimizer = global_optimizer(self.model)
+        optimizer = torch.optim.SGD(self.model.parameters(), momentum=0.9)
         windows = document_windows(stream.starts[documents], stream.ends[documents], context)
         lengths = windows[:, 1] - windows[:, 0]
         chunk_of = (np.cumsum(lengths) - lengths) // hp.global_ttt_chunk_tokens
@@ -6331,12 +6267,6 @@ class TestTimeTrainer:
         }
 
 
-def evaluate_adapted(evaluator, log):
-    """The score of test-time training on what an Evaluator scores -> {loss, bpb, ...}."""
-    e = evaluator
-    return TestTimeTrainer(e.model, e.validation, e.hp, e.dist, log).evaluate()
-
-
 # ---- MAIN ----------------------------------------------------------------------------------------
 
 
@@ -6406,17 +6336,30 @@ class Prepared:
         self.machine = self.guard.check(self.hp, self.dist, self)
 
 
-def run_checks(dist, checks):
-    """Calls every check, then raises one SettingError with all problems of all ranks."""
+def run_checks(dist, checks, error_class=SettingError, prefix=""):
+    """Calls every check, then raises one error with all problems of all ranks.
+
+    prefix: of every problem.
+    """
     problems = []
     for check in checks:
         try:
             check()
         except (*OUR_ERRORS, OSError) as error:
-            problems.append(str(error))
+            problems.append(f"{prefix}{error}")
     everywhere = sum(dist.all_gather_object(problems), [])
     if everywhere:
-        raise SettingError("\n".join(dict.fromkeys(everywhere)))
+        raise error_class("\n".join(dict.fromkeys(everywhere)))
+
+
+def load_on_rank_0(model, dist, load, error_class=SettingError, prefix=""):
+    """Calls load(), which fills the model, on rank 0; then all ranks get the same bits.
+
+    For the other arguments see run_checks.
+    """
+    run_checks(dist, [load] if dist.rank == 0 else [], error_class, prefix)
+    for parameter in model.parameters():
+        dist.broadcast(parameter.detach())
 
 
 def check_all(hp, dist, guard=NO_GUARD):
@@ -6583,7 +6526,7 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
         with log.stage("pack"):
             file = b""
             if dist.rank == 0:
-                file = pack_weights(arrays, hp.compressor, log.live, 1 + hp.fuses_markers)
+                file = pack_weights(arrays, hp.compressor, 1 + hp.fuses_markers)
         return Quantized(hp, arrays, file)
 
     quantize_seconds = []
@@ -6618,26 +6561,20 @@ def rebuild_model(model, path, dist):
 
     Raises ArtifactError.
     """
-    problem = None
-    if dist.rank == 0:
-        try:
-            blob = Path(path).read_bytes()
-            sizes = {name: weight.numel() for name, weight in unbank(model).items()}
-            # before they are unpacked: no field of a weight is larger than the weight
-            for name, _, shape in read_header(blob).specs:
-                if math.prod(shape) > sizes.get(name.rpartition(":")[0], 0):
-                    raise ArtifactError(f"{name} {shape} does not fit these settings")
-            arrays = unpack_weights(blob)
-            if blob[4] // 64 not in (0, 1 + model.hp.fuses_markers):  # see MAGIC
-                raise ArtifactError("trained with another MARKER_FUSION_ENABLED: use that")
-            rebank(model, dequantize_weights(arrays))
-        except (*OUR_ERRORS, OSError) as error:
-            problem = str(error)
-    problem = dist.all_gather_object(problem)[0]
-    if problem:
-        raise ArtifactError(f"artifact {path}: {problem}")
-    for parameter in model.parameters():
-        dist.broadcast(parameter.detach())
+
+    def load():
+        blob = Path(path).read_bytes()
+        sizes = {name: weight.numel() for name, weight in unbank(model).items()}
+        # before they are unpacked: no field of a weight is larger than the weight
+        for name, _, shape in read_header(blob).specs:
+            if math.prod(shape) > sizes.get(name.rpartition(":")[0], 0):
+                raise ArtifactError(f"{name} {shape} does not fit these settings")
+        arrays = unpack_weights(blob)
+        if blob[4] // 64 not in (0, 1 + model.hp.fuses_markers):  # see MAGIC
+            raise ArtifactError("trained with another MARKER_FUSION_ENABLED: use that")
+        rebank(model, dequantize_weights(arrays))
+
+    load_on_rank_0(model, dist, load, ArtifactError, f"artifact {path}: ")
 
 
 def score_stage(name, evaluate, log, scores):
@@ -6711,11 +6648,10 @@ class Stages:
         """Makes and locks the run's folder, opens the log, writes the code."""
 
         def make():
-            if self.dist.rank == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.guard.lock(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.guard.lock(self.folder)
 
-        run_checks(self.dist, [make])
+        run_checks(self.dist, [make] if self.dist.rank == 0 else [])
         self.log = RunLog(self.folder, self.dist, self.guard)
         self.code_bytes = write_code(self.folder, self.hp, self.dist, self.guard)
 
@@ -6753,14 +6689,8 @@ class Stages:
 
     def load_weights(self):
         """QUANT_ONLY: the weights of an earlier run."""
-
-        def load():
-            if self.dist.rank == 0:
-                load_checkpoint(self.checkpoint, self.model)
-
-        run_checks(self.dist, [load])
-        for parameter in self.model.parameters():
-            self.dist.broadcast(parameter.detach())
+        model = self.model
+        load_on_rank_0(model, self.dist, lambda: load_checkpoint(self.checkpoint, model))
 
     def train(self):
         """Stages warm_up and train, then model.pt."""
@@ -6817,9 +6747,13 @@ class Stages:
 
     def test_time_train(self):
         """Scores with test-time training, the final score."""
-        score_stage(
-            "ttt", lambda: evaluate_adapted(self.evaluator, self.log), self.log, self.scores
-        )
+        score_stage("ttt", self.evaluate_adapted, self.log, self.scores)
+
+    def evaluate_adapted(self):
+        """Test-time training on the validation set -> {loss, bpb, ...}."""
+        validation = self.prepared.validation
+        trainer = TestTimeTrainer(self.model, validation, self.hp, self.dist, self.log)
+        return trainer.evaluate()
 
     def result(self, run_info):
         """Writes result.json and logs the RESULT line -> its dictionary.
@@ -6832,21 +6766,20 @@ class Stages:
                     f"{name} loss is {score['loss']}: lower learning rates; of TTT, TTT_LORA_LR"
                 )
         log = self.log
-        training = self.training | self.guard.figures(self.hp)
         sizes = self.code_bytes, self.artifact_bytes
         result = {
             "version": RESULT_VERSION,
             **run_info,
-            **training,
+            **self.training,
             "scores": self.scores,
             "artifact_bytes": self.artifact_bytes,
             "code_bytes": self.code_bytes,
-            "total_bytes": self.artifact_bytes + self.code_bytes,
+            "total_bytes": sum(sizes),
             "seconds": log.seconds,
             "graphs_compiled": {stage: count for stage, count in log.graphs.items() if count},
-            "violations": violations(self.hp, log, training, *sizes, self.scores)
-            + self.guard.violations(self.hp),
+            "violations": violations(self.hp, log, self.training, *sizes, self.scores),
         }
+        self.guard.complete(self.hp, result)
         if self.dist.device.type == "cuda":
             result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         if self.dist.rank == 0:

@@ -448,8 +448,8 @@ class GPT(train_gpt.GPT):
             fake_quantize(self.mlp_down_bank, bits, hp.mlp_clip_sigmas),
         )
 
-    def weights_for(self, tokens, window_start):
-        weights = super().weights_for(tokens, window_start)
+    def layer_weights(self, tokens, window_start):
+        weights = super().layer_weights(tokens, window_start)
         first_xsa = self.hp.num_layers - self.hp.xsa_last_n
         weights = [w._replace(xsa=layer >= first_xsa) for layer, w in enumerate(weights)]
         if not (self.hp.attn_window or self.hp.new_values):
@@ -660,13 +660,6 @@ QUANT_TABLE = train_gpt.QUANT_TABLE | {
 }
 
 
-def calibration_row(model, loader, index, following):
-    """One of the loader's, or one that the model writes (GPTQ_SELF_CALIBRATION)."""
-    if model.hp.gptq_self_calibration:
-        return written_row(model, index)
-    return loader.row(index, following)
-
-
 def written_row(model, number):
     """Documents of TRAIN_SEQ_LEN that the model writes itself at temperature 0.8, as a training
     row's
@@ -711,10 +704,15 @@ own_dequantize_fields = train_gpt.dequantize_fields
 
 
 def collect_hessians(model, loader, hp, dist):
-    """TIE_EMBEDDINGS=0: the table that makes the logits is not the one that is read row by row."""
+    """Those of the tables, too; GPTQ_SELF_CALIBRATION: from rows that the model writes.
+
+    TIE_EMBEDDINGS=0: the table that makes the logits is not the one that is read row by row.
+    """
+    if hp.gptq_self_calibration:
+        loader = SimpleNamespace(row=lambda index, following: written_row(model, index))
     hessians = own_collect_hessians(model, loader, hp, dist)
     if hp.tie_embeddings:
-        return hessians
+        return table_hessians(model) | hessians
     return hessians | {"lm_head.weight": hessians["tok_emb.weight"]} | table_hessians(model)
 
 
@@ -1002,7 +1000,14 @@ class WindowPacker(train_gpt.WindowPacker):
 
 
 class Stages(train_gpt.Stages):
-    """SLIDING_WINDOW_ENABLED: scores the artifact's model with overlapping windows, too."""
+    """SLIDING_WINDOW_ENABLED: scores the artifact's model with overlapping windows, too.
+    TTT_METHOD=sgd: test-time training of all weights.
+    """
+
+    def evaluate_adapted(self):
+        if self.hp.ttt_method == "sgd":
+            return evaluate_sgd(self.evaluator)
+        return super().evaluate_adapted()
 
     def score(self, name):
         super().score(name)
@@ -1038,13 +1043,12 @@ def evaluate_sgd(evaluator):
     dist = evaluator.dist
     model = evaluator.model
     row_tokens = -(-hp.global_ttt_chunk_tokens // dist.world_size) + hp.eval_seq_len
-    entries = max(hp.row_segments, 4 * row_tokens // hp.eval_seq_len + 8)
-    packer = WindowPacker(stream, row_tokens, hp.eval_seq_len, entries, dist.device)
+    packer = WindowPacker(stream, row_tokens, hp.eval_seq_len, hp, dist.device)
     score = train_gpt.Score(dist.device)
     windows = sliding_windows(hp, stream)
     chunk_of = windows[:, 2] // hp.global_ttt_chunk_tokens
     chunks = [windows[chunk_of == number] for number in np.unique(chunk_of)]
-    optimizer = train_gpt.global_optimizer(model)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
     for number, chunk in enumerate(chunks):
         evaluator.add_losses(chunk, score, dist.rank, dist.world_size)
         if number + 1 < len(chunks):
@@ -1057,16 +1061,6 @@ def evaluate_sgd(evaluator):
                 train_gpt.sgd_step(model, packer, pieces, optimizer, rate, dist)
     model.zero_grad(set_to_none=True)
     return score.total(dist, stream.targets_of(np.arange(len(stream.starts))))
-
-
-own_evaluate_adapted = train_gpt.evaluate_adapted
-
-
-def evaluate_adapted(evaluator, log):
-    """By TTT_METHOD."""
-    if evaluator.hp.ttt_method == "sgd":
-        return evaluate_sgd(evaluator)
-    return own_evaluate_adapted(evaluator, log)
 
 
 class TestTimeTrainer(train_gpt.TestTimeTrainer):
@@ -1200,8 +1194,6 @@ PARTS = {
     "EMA": EMA,
     "Trainer": Trainer,
     "QUANT_TABLE": QUANT_TABLE,
-    "calibration_row": calibration_row,
-    "table_hessians": table_hessians,
     "collect_hessians": collect_hessians,
     "quantize_weights": quantize_weights,
     "dequantize_fields": dequantize_fields,
@@ -1214,7 +1206,6 @@ PARTS = {
     "join_sections": join_sections,
     "WindowPacker": WindowPacker,
     "Stages": Stages,
-    "evaluate_adapted": evaluate_adapted,
     "TestTimeTrainer": TestTimeTrainer,
 }
 

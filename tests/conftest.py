@@ -105,18 +105,20 @@ def tell(line):
 
 
 class Lines(list):
-    """Stands in for RunLog: keeps the lines, and what the live line was told as (share, detail).
+    """Stands in for RunLog and its guard: keeps the lines, and what the live line was told as
+    (share, detail).
 
     No stage has run.
     """
 
     def __init__(self):
         self.shares, self.seconds = [], {}
+        self.guard = self
 
     def __call__(self, line):
         self.append(line)
 
-    def live(self, share, detail=""):
+    def show(self, share, detail=""):
         self.shares.append((share, detail))
 
 

@@ -16,8 +16,8 @@ SETTINGS = [
     Mutant(
         "range-least-excludes-the-bound",
         TRAINER,
-        'rule["least"] is not None and value < rule["least"]',
-        'rule["least"] is not None and value <= rule["least"]',
+        '"least" in rule and value < rule["least"]',
+        '"least" in rule and value <= rule["least"]',
         "tests/test_settings.py::test_every_declared_bound_holds",
     ),
     Mutant(
@@ -606,8 +606,8 @@ KERNELS = [
     Mutant(
         "a-kernel-that-disagrees-is-taken",
         TRAINER,
-        "    if all(error <= tolerance for error in errors):  # False for NaN\n",
-        "    if any(error <= tolerance for error in errors):\n",
+        "    if all(error <= 0.03 for error in errors):\n",
+        "    if any(error <= 0.03 for error in errors):\n",
         "tests/test_kernels.py::test_reference_is_used_when_a_kernels_trial_fails",
     ),
     Mutant(
@@ -620,8 +620,8 @@ KERNELS = [
     Mutant(
         "trial-inputs-move-the-random-state",
         TRAINER,
-        "torch.randn(shape, generator=generator, device=device)",
-        "torch.randn(shape, device=device)",
+        "torch.randn(shape, generator=generator)",
+        "torch.randn(shape)",
         "tests/test_kernels.py::test_selection_leaves_the_random_state_alone",
     ),
     Mutant(
@@ -780,7 +780,7 @@ OPTIMIZER = [
     Mutant(
         "training-shards-with-ids-of-pairs-pass-the-guard",
         DATASET,
-        "if np.isin(tokens, PAIR_IDS).any():",
+        "if hp.fuses_markers and np.isin(tokens, PAIR_IDS).any():",
         "if False:",
         "tests/test_data.py::test_a_training_shard_with_ids_of_pairs_is_refused_before_the_start",
     ),
@@ -996,15 +996,15 @@ TRAINING = [
     Mutant(
         "the-last-step-may-overrun",
         TRAINER,
-        "if budget is not None and step and seconds + 2 * step_seconds > budget:",
-        "if budget is not None and step and seconds > budget:",
+        "if step and seconds + 2 * step_seconds > budget:",
+        "if step and seconds > budget:",
         "tests/test_training.py::test_training_keeps_its_budget_less_the_reserve[even]",
     ),
     Mutant(
         "budget-includes-the-reserve",
         TRAINER,
         "        budget = hp.training_seconds\n        step, seconds, losses",
-        "        budget = hp.max_wallclock_seconds or None\n        step, seconds, losses",
+        "        budget = hp.max_wallclock_seconds or math.inf\n        step, seconds, losses",
         "tests/test_training.py::test_training_keeps_its_budget_less_the_reserve[even]",
     ),
     Mutant(
@@ -1026,8 +1026,8 @@ TRAINING = [
     Mutant(
         "progress-of-the-step-after",
         TRAINER,
-        "            return min(1.0, step / self.hp.iterations)\n",
-        "            return min(1.0, (step + 1) / self.hp.iterations)\n",
+        "share = step / hp.iterations\n",
+        "share = (step + 1) / hp.iterations\n",
         "tests/test_training.py::test_looping_begins_at_its_fraction_of_the_iterations",
     ),
     Mutant(
@@ -1061,8 +1061,8 @@ TRAINING = [
     Mutant(
         "checkpoint-is-not-broadcast",
         TRAINER,
-        "            self.dist.broadcast(parameter.detach())\n",
-        "            parameter.detach()\n",
+        "        dist.broadcast(parameter.detach())\n",
+        "        parameter.detach()\n",
         "tests/test_faults.py::test_quant_only_gives_every_rank_the_weights_of_the_checkpoint",
     ),
 ]

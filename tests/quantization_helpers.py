@@ -110,12 +110,15 @@ def small_model(num_layers=3):
     return weights | {"smear_lambda": torch.tensor(0.25)}, hessians
 
 
-def rebuilt_by_gptq(found):
+def rebuilt_by_gptq(found, trellis=False):
     """QuantizedMatrices -> the weights (N, R, C) that GPTQ took its codes for."""
     steps = found.scale.float()[..., None]
     if found.column_steps is not None:
         steps = ((steps + found.column_steps[:, None]) / 8).exp2()
-    return (found.codes if found.levels is None else found.levels / 2) * steps
+    codes = found.codes
+    if trellis:
+        codes = torch.from_numpy(train_gpt.trellis_levels(codes.numpy())) / 2
+    return codes * steps
 
 
 def quantize_alone(weights, hessians, hp):

@@ -156,7 +156,7 @@ MISSPELT = {"TTT_LORA_RNAK": "3", "GPTQ_X": "1", "SEED": "x", "KERNELS": "yes", 
 LEAST = {
     field.name.upper(): field.metadata["least"]
     for field in FIELDS
-    if field.metadata["least"] is not None
+    if field.metadata.get("least") is not None
 }
 OUTSIDE = {name: str(least - 1) for name, least in LEAST.items()}
 OUTSIDE |= {"MATRIX_LR": "-5", "DEVICE": "abacus", "ROPE_BASE": "nan"}

@@ -317,13 +317,14 @@ def test_packed_rows_hold_every_window_in_order_within_bounds(
     borders = np.cumsum([0, *lengths])
     windows = sliding_windows(borders, context, stride)
     row_tokens = max(row_tokens, context)
-    entries = -(-row_tokens // context) + 1 + spare
     stream = type(
         "Stream",
         (),
         {"tokens": np.arange(borders[-1] + 1), "bytes": np.ones(borders[-1] + 1, np.int64)},
     )
-    packer = published.WindowPacker(stream, row_tokens, context, entries, torch.device("cpu"))
+    limits = SimpleNamespace(row_segments=10 * spare)
+    packer = published.WindowPacker(stream, row_tokens, context, limits, torch.device("cpu"))
+    entries = packer.max_segments
     rows = packer.rows(windows)
     assert [i for first, last in rows for i in range(first, last)] == list(range(len(windows)))
     for first, last in rows:

@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -494,9 +495,9 @@ def test_a_choice_of_documents_that_holds_no_text_is_refused(data, tmp_path):
 # ---- budgets
 
 
-def test_no_limit_and_no_time_are_told_apart():
+def test_no_budget_is_no_limit():
     seconds = train_gpt.Hyperparameters.training_seconds.fget
-    limits = [(0, None), (5, 0.0), (7, 0.0), (8, 1.0), (600, 593.0)]
+    limits = [(0, math.inf), (8, 1.0), (600, 593.0)]
     for budget, want in limits:
         assert (
             seconds(SimpleNamespace(max_wallclock_seconds=budget, gptq_reserve_seconds=7)) == want
@@ -820,7 +821,7 @@ def test_calibration_sees_documents_apart_and_every_pass_of_a_loop(tmp_path, dis
                 tap.add(("lm_head", 0), hidden)
                 documents += 1
     assert documents > 12
-    want = {name: gram / 3 for name, gram in tap.hessians("tok_emb.weight").items()}
+    want = {name: gram / 3 for name, gram in tap.hessians().items()}
     assert found.keys() == want.keys() and "tok_emb.weight" in want
     for name, gram in want.items():
         torch.testing.assert_close(

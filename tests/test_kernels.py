@@ -1071,7 +1071,7 @@ def test_every_triton_kernel_passes_its_trial(monkeypatch, dtype):
 
 
 def test_the_trial_of_adamw_sees_a_missing_update():
-    args = train_gpt.adamw_rows_trial_inputs(tiny_hp(), CPU, torch.float32)
+    args = train_gpt.adamw_rows_trial_inputs(tiny_hp(), torch.float32)
     candidates = {"idle": lambda values, squares, *_: (values, squares)}
     assert first_that_works("adamw", candidates, train_gpt.adamw_rows_ref, args, []) is None
 
@@ -1305,7 +1305,7 @@ def test_one_graph_serves_any_number_of_tokens(operation, trial_inputs, tokens_a
 
     Test-time training, whose steps have many sizes, would otherwise compile under its clock.
     """
-    args = trial_inputs(tiny_hp(), CPU, torch.float32)
+    args = trial_inputs(tiny_hp(), torch.float32)
     any_size = torch.export.Dim.AUTO
     sizes = [dict.fromkeys(range(a.dim()), any_size) if torch.is_tensor(a) else None for a in args]
     traced = torch.export.export(

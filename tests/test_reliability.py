@@ -120,7 +120,7 @@ def test_training_goes_on_bit_for_bit_from_a_state(tiny_data, tmp_path, changes)
     torch.rand(5)  # the state of the random numbers is restored as well
     again = trainer_of(tiny_data, tmp_path, resume=True, run_id="x", **changes)
     went_on, same = train(again)
-    assert went_on == losses[last:] and again.guard.figures(again.hp) == {"resumed_at_step": last}
+    assert went_on == losses[last:] and again.guard.resumed == {"resumed_at_step": last}
     assert same["train_loss"] == figures["train_loss"] and same["steps"] == figures["steps"]
     assert equal_states(everything(again), everything(whole))
     assert same["training_seconds"] > 0 and again.log[0].startswith(f"step:{last} resumed:state-")

@@ -74,7 +74,7 @@ def test_result_counts_code_and_weights_once_each(tmp_path, dist):
         log=Lines(),
         folder=tmp_path,
         training={},
-        scores={"quantized": {}},
+        scores={"quantized": {"loss": 1.0}},
         artifact_bytes=15_966_000,
         code_bytes=34_001,
     )

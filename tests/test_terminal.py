@@ -11,9 +11,8 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from conftest import PATIENCE, Lines, install_published, tiny_hp
+from conftest import PATIENCE, Lines, tiny_hp
 from evaluation_helpers import ACTIVE, make_validation, run_ttt
 from training_helpers import quiet, trainer_of
 
@@ -55,16 +54,16 @@ def run_stages(folder, stream, rank=0):
         log = train_gpt.RunLog(folder, dist, watching)
         # where nothing is shown, the live line does not look at the clock more than once
         if not watching.line:
-            log.live = lambda share, detail="": next(clock)
+            watching.show = lambda share, detail="": next(clock)
         patch.setattr(train_gpt.time, "perf_counter", lambda: next(clock))
         log("settings")
         with log.stage("train"):
-            log.live(0.25, "step:1 " + "x" * 300)
-            log.live(0.5, "too soon after the last one")
+            watching.show(0.25, "step:1 " + "x" * 300)
+            watching.show(0.5, "too soon after the last one")
             log("step:1")
             with log.stage("eval_training"):
-                log.live(0.5, "inside")
-            log.live(0.75, "outside again")
+                watching.show(0.5, "inside")
+            watching.show(0.75, "outside again")
     stream.flush()
     return (folder / "log.txt").read_text() if rank == 0 else None
 
@@ -126,7 +125,7 @@ def test_a_lost_terminal_takes_nothing_and_the_log_has_every_line(tmp_path):
         with log.stage("train"):
             log("before")
             os.close(ours)
-            log.live(0.5, "nobody sees this")
+            watching.show(0.5, "nobody sees this")
             log("after")
         print("no newline and no flush", end="")
     assert re.fullmatch(
@@ -162,9 +161,7 @@ sys.exit(7)
     assert done.returncode == 7 and "Error" not in done.stderr
 
 
-def test_training_packing_and_test_time_training_tell_how_far_they_are(
-    tiny_data, tmp_path, monkeypatch
-):
+def test_training_and_test_time_training_tell_how_far_they_are(tiny_data, tmp_path):
     log = Lines()
     trainer_of(tiny_data, log=log, iterations=4).train(quiet)
     assert [share for share, _ in log.shares] == [0.0, 0.25, 0.5, 0.75]
@@ -172,17 +169,6 @@ def test_training_packing_and_test_time_training_tell_how_far_they_are(
         re.fullmatch(r"step:\d+ train_loss:\d+\.\d{4} tokens_per_s:\d+", detail)
         for _, detail in log.shares
     )
-    told = []
-    train_gpt.pack_weights({"x": np.zeros((4, 4), np.int8)}, "brotli", told.append)
-    assert told == [1.0]
-    if shutil.which("lrzip"):
-        install_published(monkeypatch)
-        names = ("tok_emb.weight:codes", "blocks.0.attn.c_q.weight:codes", "q_gain:fp16")
-        told.clear()
-        train_gpt.pack_weights(
-            {name: np.zeros((4, 4), np.int8) for name in names}, "pergroup", told.append
-        )
-        assert told == sorted(told) and len(told) == 4 and told[-1] == 1.0
     log, hp = Lines(), tiny_hp(data_path=str(tmp_path), ttt_lanes=2, ttt_batch_size=2, **ACTIVE)
     run_ttt(hp, make_validation(tmp_path, hp), log=log)
     shares = [share for share, _ in log.shares]

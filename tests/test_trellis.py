@@ -72,8 +72,8 @@ def test_every_segment_begins_in_state_0(rows):
 def test_what_gptq_takes_the_levels_for_is_what_is_decoded(rows, scale):
     generator = torch.Generator().manual_seed(3)
     step = 0.5 + torch.rand(2, rows, generator=generator)
-    quantize_column = train_gpt.TrellisCode(step, 127, train_gpt.trellis_round_ref)
-    levels, rounded = quantize_column(scale * torch.randn(2, rows, generator=generator))
+    column = scale * torch.randn(2, rows, generator=generator)
+    levels, rounded = train_gpt.trellis_codes(column, step, 127, train_gpt.trellis_round_ref)
     codes = levels.int() >> 1
     assert codes.abs().max() <= 127
     decoded = train_gpt.trellis_levels(codes.mT.numpy())
@@ -85,15 +85,12 @@ def test_it_saves_more_than_an_eighth_of_a_bit_over_scalar_codes():
     w = torch.randn(64, 4 * SEGMENT, generator=torch.Generator().manual_seed(4))
     step = torch.full((64, 4 * SEGMENT), 0.4)
 
-    def bits_at_error_1(quantize_column):
-        numbers, rounded = quantize_column(w)
-        is_trellis = isinstance(quantize_column, train_gpt.TrellisCode)
-        codes = numbers.int() >> 1 if is_trellis else numbers
+    def bits_at_error_1(codes, rounded):
         return entropy(codes) + 0.5 * np.log2((w - rounded).square().mean().item())
 
-    scalar = bits_at_error_1(train_gpt.NearestCode(step, 31))
-    trellis = bits_at_error_1(train_gpt.TrellisCode(step, 31, train_gpt.trellis_round_ref))
-    assert scalar - trellis > 0.16
+    scalar = train_gpt.nearest_codes(w, step, 31)
+    levels, rounded = train_gpt.trellis_codes(w, step, 31, train_gpt.trellis_round_ref)
+    assert bits_at_error_1(*scalar) - bits_at_error_1(levels.int() >> 1, rounded) > 0.16
 
 
 def uneven_problem(rows=96, columns=24):
@@ -110,10 +107,8 @@ def test_gptq_with_the_trellis_has_a_smaller_weighted_error_at_equal_entropy():
     w, hessian = uneven_problem(rows=1024)
 
     def bits_at_error_1(trellis_round):
-        found = train_gpt.gptq_quantize(
-            w, hessian, 6, 13.0, 0.01, ["w"], train_gpt.ColumnSteps(2.0, trellis_round)
-        )
-        error = (w - rebuilt_by_gptq(found))[0]
+        found = train_gpt.gptq_quantize(w, hessian, 6, 13.0, 0.01, ["w"], 2.0, trellis_round)
+        error = (w - rebuilt_by_gptq(found, trellis_round is not None))[0]
         weighted = (error @ hessian[0] * error).mean().item()
         return entropy(found.codes) + 0.5 * np.log2(weighted)
 

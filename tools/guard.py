@@ -55,6 +55,7 @@ class RunGuard(Guard):
     def __init__(self):
         self.dist = None  # until the process group is up
         self.stage = "start"
+        self.stages = []  # name and start of those that have not ended, the innermost last
         self.resume_hint = ""  # how to continue from what is on disk: a sentence with a command
         # divergence: names and norms of this step and of the step before
         self.norms = Norms(["loss"], torch.zeros(1))
@@ -85,7 +86,19 @@ class RunGuard(Guard):
             self.watchdog = Watchdog(self, store)
         catch_signals(self)
 
-    def enter_stage(self, name):
+    def enter_stage(self, name, start):
+        self.stages.append((name, start))
+        self.set_stage(name)
+        self.show(0.0)
+
+    def leave_stage(self):
+        ended = self.stages.pop()
+        # without an outer one the stage that ended stays the current one until the next begins
+        name, _ = self.stages[-1] if self.stages else ended
+        self.set_stage(name)
+
+    def set_stage(self, name):
+        """Notes the current stage, and tells the other ranks."""
         self.stage = name
         if self.watchdog:
             self.watchdog.tell()
@@ -209,16 +222,12 @@ class RunGuard(Guard):
         notes = [f"note: {note}" for note in notes]
         return notes + (preset_notes(hp) if hp.preset else [])
 
-    def figures(self, hp):
-        return leaked_documents(hp) | self.resumed
-
-    def violations(self, hp):
-        leaked = leaked_documents(hp).get("leaked_documents")
-        if not leaked:
-            return []
-        return [
-            f"{leaked} training documents are validation documents, says the dataset's manifest"
-        ]
+    def complete(self, hp, result):
+        result |= leaked_documents(hp) | self.resumed
+        if leaked := result.get("leaked_documents"):
+            result["violations"].append(
+                f"{leaked} training documents are validation documents, says the dataset's manifest"
+            )
 
     def submission(self, script, hp):
         return packed_code(script, hp)
@@ -232,9 +241,9 @@ class RunGuard(Guard):
         self.tell = log
         self.line = LiveLine() if sys.stdout.isatty() else None
 
-    def show(self, name, start, share, detail):
-        if self.line:
-            self.line.show(name, start, share, detail)
+    def show(self, share, detail=""):
+        if self.line and self.stages:
+            self.line.show(*self.stages[-1], share, detail)
 
     def clear(self):
         if self.line:

@@ -528,9 +528,10 @@ def in_order(module):
 
 
 def compress(script):
-    """The shortest of what brotli makes of a script in its modes."""
+    """The shortest of what brotli makes of a script in its modes, with blocks of two sizes."""
     modes = brotli.MODE_GENERIC, brotli.MODE_TEXT, brotli.MODE_FONT
-    return min((brotli.compress(script, mode=mode) for mode in modes), key=len)
+    ways = product(modes, (0, 16))  # 0: brotli chooses the size; 16: 64 KB
+    return min((brotli.compress(script, mode=mode, lgblock=size) for mode, size in ways), key=len)
 
 
 def clean_shared_nodes(source):
