@@ -308,7 +308,9 @@ def test_screened_ideas_have_the_figures_of_their_campaign(campaign, blocks, noi
         assert [factor, count, rounded, ratio, p] in [[row[0], *row[2:6]] for row in rows]
 
 
-@pytest.mark.parametrize("campaign, arm", [("fused", "fused+brake"), ("context", "ctx"), ("schedule", "ctx")])
+@pytest.mark.parametrize(
+    "campaign, arm", [("fused", "fused+brake"), ("context", "ctx"), ("schedule", "ctx")]
+)
 def test_finals_have_the_figures_of_their_campaign(campaign, arm):
     rows = rows_of_defaults("Ideas for the recipe that were screened")
     runs = bench_recipe.read_campaign(ROOT / f"docs/campaigns/{campaign}.jsonl")
