@@ -292,7 +292,7 @@ QUANTIZATION = [
         "the-last-quantization-is-kept-not-the-best",
         TRAIN,
         "best = gaps.index(min(gaps))",
-        "if True:",
+        "best = -1",
         "tests/test_quant_check.py::test_the_best_quantization_is_kept_not_the_last",
     ),
     Mutant(
