@@ -67,13 +67,11 @@ class Lines(list):
 
     def __init__(self):
         self.seconds = {}
+        self.guard = tg.NO_GUARD
 
     def __call__(self, line):
         self.append(line)
         print(line, file=sys.stderr, flush=True)
-
-    def live(self, share, detail=""):
-        pass
 
 
 def past_window(model, tokens, start, window, kept):

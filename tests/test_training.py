@@ -481,7 +481,7 @@ def test_calibration_and_held_out_rows_have_the_last_length(tiny_data):
     loader = trainer.loader  # the run's, which quantization reads as well
     trainer.train(quiet)
     assert trainer.loader.seq_len == 16
-    rows = [loader.held_out_row(0), train_gpt.calibration_row(None, loader, 0, None)]
+    rows = [loader.held_out_row(0), loader.row(0, None)]
     assert [row.cu_seqlens.diff().max() for row in rows] == [32, 32]
 
 
