@@ -358,8 +358,9 @@ def test_every_setting_of_the_model_is_compared_or_may_change():
     parts = {field.name: field for field in dataclasses.fields(presets.published.Hyperparameters)}
     theirs = [name for name in guard.MEANING if name not in names]
     without = {name: parts[name].default for name in theirs if name in guard.WITHOUT}
-    # runs from before this setting did without
-    assert without | {"marker_fusion_enabled": False} == guard.WITHOUT
+    # runs from before these settings did without
+    without |= {"marker_fusion_enabled": False, "full_seq_len_at": 0.0}
+    assert without == guard.WITHOUT
     # of these the ones that matter are compared where the setting that they belong to is on
     belong = {"attn_out_gate_src", "attn_window_full_layers", "bigram_dim", "value_embed_dim"}
     assert set(theirs) - set(guard.WITHOUT) == belong
@@ -377,6 +378,18 @@ def test_an_artifact_without_its_checkpoint_is_compared_with_its_log(data, train
         tmp_path, data, TTT_EVAL_ONLY=1, ARTIFACT_PATH=tmp_path / "artifact.bin", TTT_ENABLED=0
     )
     assert code is None and "note: nothing says which settings" in out
+
+
+def test_a_state_from_before_the_change_of_lengths_is_told_of_it(tmp_path):
+    """Resumed by a newer version, documents would be cut shorter from one step to the next."""
+    hp = train_gpt.Hyperparameters(quant_only=True)
+    settings = dataclasses.asdict(hp)
+    del settings["full_seq_len_at"]
+    torch.save({"settings": settings}, path := tmp_path / "model.pt")
+    problems, note = guard.compare_settings(path, hp)
+    assert problems == [] and note.endswith(f"{path}: FULL_SEQ_LEN_AT=0.4 (0.0 there)")
+    hp = dataclasses.replace(hp, full_seq_len_at=0.0)
+    assert guard.compare_settings(path, hp) == ([], "")
 
 
 def test_what_may_differ_from_a_checkpoint_is_told(data, trained, tmp_path):

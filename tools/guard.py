@@ -269,8 +269,8 @@ MEANING = """caseops_enabled marker_fusion_enabled vocab_size model_dim num_laye
     leaky_relu_slope parallel_start_layer parallel_final_lane logit_softcap attn_window
     attn_window_full_layers partial_key_offset value_residual bigram_vocab_size bigram_dim
     value_embed_layers value_embed_dim""".split()
-# What a script computes with if it lacks these settings of MEANING: those of presets/published.py,
-# and those that older versions lack.
+# What a script computes with if it lacks these settings: those of presets/published.py, and those
+# that older versions lack.
 WITHOUT = {
     "caseops_enabled": True,
     "marker_fusion_enabled": False,
@@ -288,6 +288,7 @@ WITHOUT = {
     "value_residual": "off",
     "bigram_vocab_size": 0,
     "value_embed_layers": "",
+    "full_seq_len_at": 0.0,  # not of MEANING, but told: without it the lengths would change unseen
 }
 
 

@@ -362,9 +362,10 @@ def model_sentences(s):
 def training_sentences(s):
     yield "Muon on matrices: learning rate {MATRIX_LR}, momentum {MUON_MOMENTUM}, decay {MUON_WD}"
     yield "AdamW on the rest: embedding {TIED_EMBED_LR}, scalars and gates {SCALAR_LR}"
-    yield "{TRAIN_BATCH_TOKENS} tokens a step, documents cut at {TRAIN_SEQ_LEN} tokens"
+    rows = "{TRAIN_BATCH_TOKENS} tokens a step, documents cut at {TRAIN_SEQ_LEN} tokens"
     if float(s.get("FULL_SEQ_LEN_AT", 0)):
-        yield "and at half as many before {FULL_SEQ_LEN_AT} of training"
+        rows += ", at half as many before {FULL_SEQ_LEN_AT} of training"
+    yield rows
     yield "learning rate falls over the last {WARMDOWN_FRAC} of the time to {MIN_LR} of itself"
     if float(s.get("EMA_DECAY", 0)):  # presets/published.py
         yield "weights averaged with decay {EMA_DECAY}"
