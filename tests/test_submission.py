@@ -458,6 +458,16 @@ def test_the_record_holds_everything_and_says_that_it_is_none(record, runs):
     assert all(f"### {section}" in text for section in ("Data", "Model", "Training", "Evaluation"))
 
 
+@pytest.mark.parametrize(
+    ("at", "words"), [("0.4", "{TRAIN_SEQ_LEN} tokens, at half as many"), ("0.0", "_LEN} tokens")]
+)
+def test_a_record_tells_in_one_sentence_where_documents_are_cut(at, words):
+    sentences = list(make_record.training_sentences({"FULL_SEQ_LEN_AT": at}))
+    (rows,) = [sentence for sentence in sentences if "documents cut at" in sentence]
+    assert words in rows and ("half" in rows) == (at != "0.0")
+    assert not any("half as many" in sentence for sentence in sentences if sentence != rows)
+
+
 @pytest.fixture
 def provable(tmp_path):
     """A folder with all that the proof needs but the packed script."""
