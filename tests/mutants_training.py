@@ -1121,8 +1121,8 @@ STATES = [
     Mutant(
         "resumed-losses-count-once-a-rank",
         GUARD,
-        "own = torch.arange(dist.world_size) == 0",
-        "own = torch.arange(dist.world_size) >= 0",
+        "return sums if dist.rank == 0 else torch.zeros_like(sums)",
+        "return sums",
         "tests/test_reliability.py::test_the_losses_of_a_state_count_once_on_any_number_of_ranks",
     ),
     Mutant(

@@ -105,16 +105,22 @@ def test_a_curve_of_one_point_is_compared_as_it_is(capsys):
     ]
 
 
+def results_kept(monkeypatch, name):
+    """The list to which each later call of this function of train_gpt.py appends its result."""
+    results = []
+    function = getattr(train_gpt, name)
+
+    def call_and_keep(*arguments):
+        results.append(function(*arguments))
+        return results[-1]
+
+    monkeypatch.setattr(train_gpt, name, call_and_keep)
+    return results
+
+
 def test_a_measured_point_is_plain_figures_beside_its_bytes(monkeypatch, tmp_path, model):
     sweep = bench_bytes.Sweep(tmp_path / "model.pt", "brotli")
-    packed = []
-    pack_weights = train_gpt.pack_weights
-
-    def pack_and_keep(*arguments):
-        packed.append(pack_weights(*arguments))
-        return packed[-1]
-
-    monkeypatch.setattr(train_gpt, "pack_weights", pack_and_keep)
+    packed = results_kept(monkeypatch, "pack_weights")
     figures, size = sweep.measure("GPTQ_TRELLIS=0")
     assert json.loads(json.dumps(figures)) == figures and "bytes" not in figures
     assert size.result() == len(packed[0])
@@ -126,14 +132,7 @@ def test_a_point_is_of_its_own_settings_and_rebuilt_weights(monkeypatch, tmp_pat
     """Bytes by its own compressor; loss, BPB and error of the weights that its codes make."""
     published.install()
     sweep = bench_bytes.Sweep(tmp_path / "model.pt", "entropy")
-    made = []
-    quantize_weights = train_gpt.quantize_weights
-
-    def quantize_and_keep(*arguments):
-        made.append(quantize_weights(*arguments))
-        return made[-1]
-
-    monkeypatch.setattr(train_gpt, "quantize_weights", quantize_and_keep)
+    made = results_kept(monkeypatch, "quantize_weights")
     figures, size = sweep.measure(f"COMPRESSOR=lzma GPTQ_COLUMN_STEPS=0 {CLIPS.format(200)}")
     assert size.result() == len(train_gpt.pack_weights(made[0], "lzma"))
     rebuilt = train_gpt.dequantize_weights(made[0])

@@ -315,10 +315,10 @@ def share_losses(shares, dist):
     Of another number rank 0 takes the sums. Older versions kept the sums, (steps,).
     """
     shares = torch.atleast_2d(shares)
-    if len(shares) != dist.world_size:
-        own = torch.arange(dist.world_size) == 0
-        shares = own[:, None] * shares.sum(0)
-    return shares[dist.rank]
+    if len(shares) == dist.world_size:
+        return shares[dist.rank]
+    sums = shares.sum(0)
+    return sums if dist.rank == 0 else torch.zeros_like(sums)
 
 
 def save_losses(losses, path):
