@@ -141,7 +141,9 @@ class Hyperparameters:
     train_batch_tokens: int = env(786_432, "tokens per step of all ranks", least=1)
     micro_batch_tokens: int = env(98_304, "tokens per row and micro-batch", least=1)
     train_seq_len: int = env(2048, "longest piece of a document in training", least=2)
-    full_seq_len_at: float = env(0.4, "training fraction; half as long before", least=0, most=1)
+    full_seq_len_at: float = env(
+        0.4, "training fraction at which TRAIN_SEQ_LEN starts; half before", least=0, most=1
+    )
 
     # model
     vocab_size: int = env(8192, "vocabulary size", least=9, most=65_536)
@@ -3824,7 +3826,7 @@ class Trainer:
             self.guard.after_step(self, step, seconds, losses, reports)
             if step <= 5 or step % hp.train_log_every == 0:
                 self.log_step(step, losses[-1], seconds, progress, looping)
-            log.guard.show(
+            self.guard.show(
                 progress,
                 f"step:{step} train_loss:{self.last_loss:.4f}"
                 f" tokens_per_s:{step * hp.train_batch_tokens / seconds:.0f}",
@@ -5707,6 +5709,11 @@ class BatchedLoRA:
             self.update(values, squares, gradient, source, target, correction, scale, rates)
 
 
+def global_optimizer(model):
+    """The optimizer of all weights in test-time training; sgd_step sets its learning rate."""
+    return torch.optim.SGD(model.parameters(), momentum=0.9)
+
+
 def sgd_step(model, packer, windows, optimizer, rate, dist):
     """One SGD step of all ranks on the mean loss of windows (n, 2), at learning rate `rate`.
 
@@ -6193,7 +6200,7 @@ class TestTimeTrainer:
         stream = self.validation
         context = hp.ttt_eval_seq_len
         self.model.requires_grad_(True)
-        optimizer = torch.optim.SGD(self.model.parameters(), momentum=0.9)
+        optimizer = global_optimizer(self.model)
         windows = document_windows(stream.starts[documents], stream.ends[documents], context)
         lengths = windows[:, 1] - windows[:, 0]
         chunk_of = (np.cumsum(lengths) - lengths) // hp.global_ttt_chunk_tokens

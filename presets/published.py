@@ -1048,7 +1048,7 @@ def evaluate_sgd(evaluator):
     windows = sliding_windows(hp, stream)
     chunk_of = windows[:, 2] // hp.global_ttt_chunk_tokens
     chunks = [windows[chunk_of == number] for number in np.unique(chunk_of)]
-    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    optimizer = train_gpt.global_optimizer(model)
     for number, chunk in enumerate(chunks):
         evaluator.add_losses(chunk, score, dist.rank, dist.world_size)
         if number + 1 < len(chunks):
