@@ -4470,10 +4470,10 @@ class QuantizationCheck:
         self.log(f"quant_check fp32_loss:{self.fp32_loss:.6f} gap:{gap:.6f} settings:{settings}")
         return gap if is_finite else math.inf
 
-    def choose(self, quantize, seconds_left):
+    def choose(self, quantize, time_is_left):
         """Quantizes as set, then in plainer ways until the gap is at most QUANT_GAP_MAX.
 
-        quantize(hp) -> arrays. Stops early if seconds_left() is less than the last attempt took.
+        quantize(hp) -> arrays. Stops early if not time_is_left().
         Returns the settings and arrays with the smallest gap.
         """
         if self.fp32_loss is None:
@@ -4481,7 +4481,6 @@ class QuantizationCheck:
         gaps = []
         found = []
         for hp in (self.hp, *plainer_quantizations(self.hp)):
-            started = time.perf_counter()
             arrays = quantize(hp)
             gap = self.gap(arrays, hp)
             gaps.append(gap)
@@ -4492,9 +4491,7 @@ class QuantizationCheck:
                 f"note: quantization adds {gap:.4f} nats a token, more than"
                 f" QUANT_GAP_MAX={self.hp.quant_gap_max}"
             )
-            # Clocks differ: all ranks must decide the same, or one would wait in a collective.
-            seconds_used = self.dist.max_over_ranks(time.perf_counter() - started)[0]
-            if seconds_used > seconds_left():
+            if not time_is_left():
                 self.log("note: no seconds are left for a plainer quantization")
                 break
         best = gaps.index(min(gaps))
@@ -6510,13 +6507,6 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
     figures for RESULT.
     """
 
-    def seconds_left():
-        """The rest of the budget, the same on every rank."""
-        if not training_seconds or not hp.max_wallclock_seconds:
-            return math.inf
-        used = training_seconds + seconds_after_training(log)
-        return hp.max_wallclock_seconds - dist.max_over_ranks(used)[0]
-
     def quantize(hp):
         started = time.perf_counter()
         with log.stage("quantize"):
@@ -6525,9 +6515,15 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
         return arrays
 
     def time_is_left():
-        """Whether the budget has the seconds of one more quantization and its check."""
-        seconds_needed = quantize_seconds[-1] + log.seconds.get("quant_check", 0.0)
-        return dist.max_over_ranks(seconds_needed)[0] < seconds_left()
+        """Whether the budget has the seconds of one more quantization and its check.
+
+        The same on every rank, or one would wait in a collective.
+        """
+        if not training_seconds or not hp.max_wallclock_seconds:
+            return True
+        needed = quantize_seconds[-1] + log.seconds.get("quant_check", 0.0)
+        used = training_seconds + seconds_after_training(log)
+        return dist.max_over_ranks(used + needed)[0] < hp.max_wallclock_seconds
 
     def pack(hp, arrays):
         with log.stage("pack"):
@@ -6540,7 +6536,7 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
     with log.stage("hessians"):
         hessians = collect_hessians(model, loader, hp, dist)
     check = QuantizationCheck(model, loader, hp, dist, log)
-    chosen = pack(*check.choose(quantize, seconds_left))
+    chosen = pack(*check.choose(quantize, time_is_left))
     if hp.target_bytes:
         first = chosen
         num_weights = sum(w.numel() for w in check.weights.values())

@@ -406,22 +406,26 @@ def test_the_best_quantization_is_kept_not_the_last(gaps, kept, tries, dist, mon
         made.append(hp)
         return {"made": len(made)}
 
-    hp, arrays = check.choose(quantize, lambda: math.inf)
+    hp, arrays = check.choose(quantize, lambda: True)
     assert len(made) == tries and arrays == {"made": kept + 1}
     assert hp is made[kept] and check.kept is check.tried[kept]
 
 
-def test_the_slowest_rank_decides_whether_seconds_are_left(dist, monkeypatch):
+@pytest.mark.parametrize("slowest, tries", [(0.0, 3), (1000.0, 1)])  # seconds of another rank
+def test_the_slowest_rank_decides_whether_seconds_are_left(
+    slowest, tries, dist, tmp_path, monkeypatch
+):
     """Or one rank would wait in a collective of an attempt that another does not make."""
     check = check_of_gaps((0.5, 0.4, 0.3), dist, monkeypatch)
-    slowest = 1000.0  # the seconds that another rank took
-    check.dist = SimpleNamespace(max_over_ranks=lambda seconds: [max(seconds, slowest)])
-    check.choose(lambda hp: {}, lambda: 999.0)
-    assert len(check.tried) == 1
-    slowest = 0.0
-    check = check_of_gaps((0.5, 0.4, 0.3), check.dist, monkeypatch)
-    check.choose(lambda hp: {}, lambda: 999.0)
-    assert len(check.tried) == 3
+    monkeypatch.setattr(train_gpt, "collect_hessians", lambda *_: {})
+    monkeypatch.setattr(train_gpt, "quantize_weights", lambda *_: {})
+    monkeypatch.setattr(dist, "max_over_ranks", lambda used: [max(used, slowest)])
+    hp = dataclasses.replace(check.hp, max_wallclock_seconds=900.0)
+    loader = SimpleNamespace(held_out_rows=2)
+    figures = train_gpt.build_artifact(
+        check.model, loader, hp, dist, StageLog(), tmp_path / "a", 1000, 1.0
+    )
+    assert len(figures["quant_check"]["tried"]) == tries
 
 
 def test_plainer_quantizations_are_never_longer(learnt, model, dist, tmp_path, monkeypatch):
