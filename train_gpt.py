@@ -508,9 +508,7 @@ class Dist:
 
     def __init__(self, device="auto", deterministic=False):
         self.num_collectives = 0
-        place = self.place_in_group()
-        self.rank = place.rank
-        self.world_size = place.world_size
+        self.rank, self.world_size, local_rank = self.place_in_group()
         if device == "cuda" and not torch.cuda.is_available():
             raise SettingError("DEVICE=cuda, but torch sees none: use DEVICE=cpu")
         if deterministic:  # operations without a deterministic form warn
@@ -519,9 +517,9 @@ class Dist:
         self.device = torch.device("cpu")
         if torch.cuda.is_available() and device != "cpu":
             count = torch.cuda.device_count()
-            if place.local_rank >= count:
-                raise SettingError(f"LOCAL_RANK={place.local_rank}, but this host has {count} GPUs")
-            self.device = torch.device("cuda", place.local_rank)
+            if local_rank >= count:
+                raise SettingError(f"LOCAL_RANK={local_rank}, but this host has {count} GPUs")
+            self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
             # newer versions want newer names of functions, which PyTorch 2.11 does not have
@@ -530,7 +528,9 @@ class Dist:
             dist_backend.init_process_group(backend)
 
     def place_in_group(self):
-        """Place of this process as torchrun's environment says, or that of a single process.
+        """Rank, world size and local rank, which is the number of the GPU on its host.
+
+        They are what torchrun's environment says, or those of a single process.
 
         Raises SettingError if the variables contradict each other: a RANK left over from another
         run would train without log and files.
@@ -539,22 +539,22 @@ class Dist:
         given = {name: os.environ[name] for name in names if name in os.environ}
         # some clusters always set MASTER_ADDR and MASTER_PORT: alone they mean nothing
         if not {*names[:3]} & {*given}:
-            return Place(0, 1, 0)
+            return 0, 1, 0
 
         listed = " ".join(f"{name}={value}" for name, value in given.items())
         problem = SettingError(
-            f"the environment has {listed}: unset all of these, or start it with torchrun,"
-            f" which sets {', '.join(names)}, LOCAL_RANK <= RANK < WORLD_SIZE"
+            f"the environment has {listed}: unset these, or use torchrun, which sets"
+            f" {', '.join(names)}"
         )
         try:
-            place = Place(*(int(given[name]) for name in names[:3]))
-            if place.world_size > 1:
+            rank, world_size, local_rank = (int(given[name]) for name in names[:3])
+            if world_size > 1:
                 given["MASTER_ADDR"], int(given["MASTER_PORT"])
         except (KeyError, ValueError):
             raise problem from None
-        if not 0 <= place.local_rank <= place.rank < place.world_size:
+        if not 0 <= local_rank <= rank < world_size:
             raise problem
-        return place
+        return rank, world_size, local_rank
 
     def collective(self, name, *args, **options):
         """Calls torch.distributed's function of this name.
@@ -630,14 +630,6 @@ class Dist:
         """Leaves the process group."""
         if self.world_size > 1:
             dist_backend.destroy_process_group()
-
-
-class Place(NamedTuple):
-    """Where a process stands in its group."""
-
-    rank: int
-    world_size: int
-    local_rank: int  # on its host: the number of its GPU
 
 
 class Guard:
@@ -1339,21 +1331,16 @@ def models_near(folder, nearest):
     parents = folder.parent, folder.parent.parent, Path(__file__).parent
     searched = [folder, *(parent / "tokenizers" for parent in parents)]
     groups = [sorted(path.glob("*.model")) for path in searched]
-    if not any(groups):
-        raise DataError(
-            f"{folder}: no tokenizer (*.model) in {', '.join(map(str, searched))}: set"
-            " TOKENIZER_PATH"
-        )
-    if not nearest:
-        return sum(groups, [])
-    closest = next(filter(None, groups))
-    if len({path.read_bytes() for path in closest}) > 1:
-        names = ", ".join(str(path) for path in closest)
-        raise DataError(
-            f"{folder}: no manifest names its tokenizer, there are several ({names}): set"
-            " TOKENIZER_PATH"
-        )
-    return closest
+    groups = [group for group in groups if group]
+    if nearest:
+        groups = groups[:1]
+    found = sum(groups, [])
+    several = nearest and len({path.read_bytes() for path in found}) > 1
+    if several or not found:
+        listed = ", ".join(map(str, found or searched))
+        problem = "several tokenizers and no manifest" if several else "no tokenizer (*.model)"
+        raise DataError(f"{folder}: {problem} in {listed}: set TOKENIZER_PATH")
+    return found
 
 
 def find_tokenizer(hp):

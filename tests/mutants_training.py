@@ -96,8 +96,8 @@ RUNTIME = [
     Mutant(
         "rank-may-equal-the-world-size",
         TRAINER,
-        "place.local_rank <= place.rank < place.world_size:",
-        "place.local_rank <= place.rank <= place.world_size:",
+        "local_rank <= rank < world_size:",
+        "local_rank <= rank <= world_size:",
         "tests/test_faults.py::test_ranks_that_contradict_each_other_are_refused",
     ),
     Mutant(
