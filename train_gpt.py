@@ -4921,13 +4921,8 @@ def codes_group(spec):
     return role.group if is_matrix else None
 
 
-def layer_number(spec):
-    """All digits of the array's name as one number, 0 without any."""
-    return int("0" + re.sub(r"\D", "", spec.name))
-
-
 def group_codes(specs):
-    """{group: specs of its codes, transposed, in the order of layers}, specs of other arrays."""
+    """{group: specs of its codes, transposed}, specs of other arrays."""
     groups = {role.group: [] for role in QUANT_TABLE.values()}
     others = []
     for spec in specs:
@@ -4936,8 +4931,6 @@ def group_codes(specs):
             others.append(spec)
         else:
             groups[group].append(spec._replace(shape=spec.shape[::-1]))
-    for group in groups.values():
-        group.sort(key=layer_number)
     return groups, others
 
 
@@ -5032,15 +5025,6 @@ def pack_weights(arrays, compressor, trained_on=0):
     return b"".join([prefix, digest(prefix + stored), stored, *(data for data, _ in encoded)])
 
 
-class PrefixFields(NamedTuple):
-    """What PREFIX packs."""
-
-    magic: bytes
-    number: int  # of the compressor + 64 trained_on
-    stored_size: int  # of the header
-    raw_size: int
-
-
 class Header(NamedTuple):
     """What an artifact says about itself, all sizes checked."""
 
@@ -5054,17 +5038,17 @@ def read_header(blob):
     """Artifact bytes -> Header. ArtifactError if they are damaged or hostile."""
     start = PREFIX.size + DIGEST_BYTES
     prefix = blob[: PREFIX.size].ljust(PREFIX.size, b"\0")
-    fields = PrefixFields(*PREFIX.unpack(prefix))
-    stored = blob[start : start + fields.stored_size]
-    is_intact = fields.magic == MAGIC and digest(prefix + stored) == blob[PREFIX.size : start]
+    magic, number, stored_size, raw_size = PREFIX.unpack(prefix)
+    number %= 64  # without trained_on
+    stored = blob[start : start + stored_size]
+    is_intact = magic == MAGIC and digest(prefix + stored) == blob[PREFIX.size : start]
     names = {compressor.number: name for name, compressor in COMPRESSORS.items()}
-    number = fields.number % 64
-    if not is_intact or number not in names or fields.raw_size > MAX_HEADER_BYTES:
+    if not is_intact or number not in names or raw_size > MAX_HEADER_BYTES:
         raise ArtifactError(
             "artifact: not a file of this program, or its header is damaged or cut off"
         )
     compressor = names[number]
-    raw = expand(COMPRESSORS[compressor].codec, stored, fields.raw_size)
+    raw = expand(COMPRESSORS[compressor].codec, stored, raw_size)
     try:
         arrays, sections = json.loads(raw)
         specs = [ArraySpec(name, dtype, tuple(shape)) for name, dtype, shape in arrays]
@@ -5073,7 +5057,7 @@ def read_header(blob):
         raise ArtifactError(f"artifact: the header is wrong: {error}") from error
     check_specs(specs)
     plan = plan_sections(specs, compressor)
-    start += fields.stored_size
+    start += stored_size
     is_sized = all(type(record.size) is int and record.size >= 0 for record in records)
     is_sized = is_sized and start + sum(record.size for record in records) == len(blob)
     if not is_sized or len(records) != len(plan):

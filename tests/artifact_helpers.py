@@ -36,7 +36,7 @@ def trellis_fields(rng, shape, has_wide_codes):
 def join_fields(rng, num_layers, fields_of):
     """Arrays "name:field" of all matrices, with fields_of(name, shape), and of small tensors."""
     shapes = {"tok_emb.weight": (50, 16)}
-    for i in reversed(range(num_layers)):
+    for i in range(num_layers):
         shapes |= {f"blocks.{i}.{name}.weight": shape for name, shape in MATRICES.items()}
     arrays = {}
     for name, shape in shapes.items():
