@@ -2858,8 +2858,7 @@ def _first_that_works(kind, operation, args, notes):
         try:
             fault = _disagreement(op, operation.reference, args)
         except Exception as error:  # a library may raise anything: missing, old, wrong device
-            lines = str(error).strip().splitlines() or [""]
-            fault = f"{type(error).__name__}: {lines[0][:200]}"
+            fault = f"{error!r:.200}"
         if not fault:
             return name
         notes.append(f"{kind} {name}: {fault}")

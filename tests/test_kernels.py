@@ -1039,7 +1039,7 @@ def twice_the_gradient(*inputs):
 @pytest.mark.parametrize(
     ("kernel", "note"),
     [
-        (raising, "mlp triton: RuntimeError: out of resource: shared memory"),
+        (raising, "mlp triton: RuntimeError('out of resource: shared memory"),
         (twice_the_gradient, "mlp triton: disagrees with the reference"),
         (lambda x, u, d, slope: mlp_ref(x, u, d, 0.0), "mlp triton: disagrees with the reference"),
         (
@@ -1052,7 +1052,7 @@ def test_reference_is_used_when_a_kernels_trial_fails(kernel, note):
     args, notes = (*mlp_inputs(10, 8, 12), 0.3), []
     candidates = {"triton": kernel, "reference": mlp_ref}
     assert first_that_works("mlp", candidates, mlp_ref, args, notes) == "reference"
-    assert len(notes) == 1 and notes[0].startswith(note) and "second" not in notes[0]
+    assert len(notes) == 1 and notes[0].startswith(note) and "\n" not in notes[0]
 
 
 def test_kernel_that_agrees_is_used():
@@ -1108,10 +1108,10 @@ def fingerprint(function):
 @pytest.mark.parametrize(
     ("fault", "note"),
     [
-        ("missing", "mlp quack: ModuleNotFoundError: import of cutlass halted"),
-        ("capability", "mlp quack: ValueError: needs sm_90 and bfloat16"),
-        ("dtype", "mlp quack: ValueError: needs sm_90 and bfloat16"),
-        ("fingerprint", "mlp quack: TypeError: epilogue fn depends on <ContextVar"),
+        ("missing", "mlp quack: ModuleNotFoundError('import of cutlass halted"),
+        ("capability", "mlp quack: ValueError('needs sm_90 and bfloat16')"),
+        ("dtype", "mlp quack: ValueError('needs sm_90 and bfloat16')"),
+        ("fingerprint", 'mlp quack: TypeError("epilogue fn depends on <ContextVar'),
         ("wrong", "mlp quack: disagrees with the reference, relative errors "),
     ],
 )
