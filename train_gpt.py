@@ -427,7 +427,7 @@ def cross_checks(hp):
     """Yields messages for combinations of settings that cannot work."""
     # shapes
     if hp.model_dim % hp.num_heads:
-        yield f"MODEL_DIM={hp.model_dim} must divide by NUM_HEADS={hp.num_heads}"
+        yield "MODEL_DIM must divide by NUM_HEADS"
     if hp.num_heads % hp.num_kv_heads:
         yield "NUM_HEADS must divide by NUM_KV_HEADS"
     if hp.mlp_dim < 2:
@@ -453,7 +453,7 @@ def cross_checks(hp):
     longest = hp.ttt_eval_seq_len - hp.ttt_chunk_size
     if hp.ttt_stale_context and not hp.ttt_chunk_size <= hp.ttt_stale_context <= longest:
         yield (
-            f"TTT_STALE_CONTEXT={hp.ttt_stale_context} must be 0, or from TTT_CHUNK_SIZE to"
+            "TTT_STALE_CONTEXT must be 0, or from TTT_CHUNK_SIZE to"
             " TTT_EVAL_SEQ_LEN - TTT_CHUNK_SIZE"
         )
     if not hp.lora_sites or not set(hp.lora_sites) <= set(LORA_SITES):
@@ -6244,13 +6244,6 @@ class TestTimeTrainer:
 # ---- MAIN ----------------------------------------------------------------------------------------
 
 
-def run_folder(hp, dist):
-    """The run's own folder, which may not exist yet."""
-    started = dist.max_over_ranks(time.time())[0]
-    stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(started))
-    return Path(hp.runs_dir) / (hp.run_id or f"{stamp}_seed{hp.seed}")
-
-
 def write_code(folder, hp, dist, guard=NO_GUARD):
     """Writes the script that counts as the code: this file, or what the guard packs of it.
 
@@ -6287,9 +6280,8 @@ class Prepared:
 
     def check_validation(self):
         """Reads the validation set. Raises DataError."""
-        validation = ValidationSet(self.hp)
-        self.validation = validation
-        documents_to_score(validation, self.hp)
+        self.validation = ValidationSet(self.hp)
+        documents_to_score(self.validation, self.hp)
 
     def check_training_data(self):
         """Makes the loader of training rows, if the run needs it. Raises DataError."""
@@ -6298,8 +6290,10 @@ class Prepared:
             self.loader = TrainLoader(stream, self.hp, self.dist)
 
     def check_folder(self):
-        """Names the run's folder, the same on every rank."""
-        self.folder = run_folder(self.hp, self.dist)
+        """Names the run's folder, the same on every rank; it may not exist yet."""
+        started = self.dist.max_over_ranks(time.time())[0]
+        stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(started))
+        self.folder = Path(self.hp.runs_dir) / (self.hp.run_id or f"{stamp}_seed{self.hp.seed}")
 
     def check_model(self):
         """Makes the model. Raises SettingError if an attention backend does not work."""
@@ -6449,10 +6443,7 @@ def fit_target_bytes(first, quantize, time_is_left, num_weights, code_bytes, dis
         if is_near or is_left_alone:
             return best.quantized
         if len(trials) == TARGET_TRIALS or not time_is_left():
-            reason = "trials" if len(trials) == TARGET_TRIALS else "seconds"
-            log(
-                f"note: no {reason} are left to come nearer to TARGET_BYTES, spare:{best.spare:.0f}"
-            )
+            log(f"note: no trials or seconds are left for TARGET_BYTES, spare:{best.spare:.0f}")
             return best.quantized
         # aims at the middle of the allowed range
         factor = next_clip_factor(trials, target / 400, num_weights)

@@ -187,14 +187,16 @@ def test_a_target_that_no_trial_meets_is_told(dist):
     quantize = sizes_of(lambda factor: 700_000)
     log = Lines()
     fit(quantize(tiny_hp(target_bytes=600_000)), quantize, 1_000_000, dist, log)
-    assert len(log) == 5 and "no trials are left" in log[-1] and "spare:-120000" in log[-1]
+    assert (
+        len(log) == 5 and "no trials or seconds are left" in log[-1] and "spare:-120000" in log[-1]
+    )
 
 
 def test_without_seconds_for_another_trial_the_best_so_far_is_kept(dist):
     first = train_gpt.Quantized(tiny_hp(target_bytes=600_000), {}, bytes(590_000))
     log = Lines()
     assert fit(first, never, 1_000_000, dist, log, time_is_left=lambda: False) is first
-    assert len(log) == 1 and "no seconds are left" in log[0]
+    assert len(log) == 1 and "no trials or seconds are left" in log[0]
 
 
 def test_the_budget_decides_whether_there_is_another_trial(monkeypatch, tmp_path, dist):
