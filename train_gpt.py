@@ -728,6 +728,9 @@ class Guard:
     def end_training(self, path):
         """Called when model.pt, at this path, is written."""
 
+    def quantized(self, arrays):
+        """Called with the arrays of the artifact, by name, when it is written."""
+
     def keep_weights(self, hp, folder, path, log):
         """Called when a failed run can be continued from the weights at this path."""
 
@@ -6365,23 +6368,6 @@ def load_checkpoint(path, model):
     rebank(model, weights, f"checkpoint {path}")
 
 
-def group_bytes(arrays):
-    """Arrays of quantize_weights -> {role: bytes}, largest first.
-
-    Bytes of codes are their order-0 entropy; "rest" is everything else.
-    """
-    sizes = defaultdict(float)
-    for key, array in arrays.items():
-        name, _, field = key.rpartition(":")
-        role = quant_role(name)
-        if role and field == "codes":
-            shares = np.unique(array, return_counts=True)[1] / array.size
-            sizes[role.group] -= shares @ np.log2(shares) * array.size / 8
-        else:
-            sizes["rest"] += array.nbytes
-    return {role: round(sizes[role]) for role in sorted(sizes, key=sizes.get, reverse=True)}
-
-
 class Quantized(NamedTuple):
     """A quantization of the model, before it is written."""
 
@@ -6517,7 +6503,8 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
     if dist.rank == 0:
         write_atomically(path, chosen.file)
     dist.barrier()
-    return {"quant_check": check.summary(), "group_bytes": group_bytes(chosen.arrays)}
+    log.guard.quantized(chosen.arrays)
+    return {"quant_check": check.summary()}
 
 
 def rebuild_model(model, path, dist):

@@ -12,6 +12,7 @@ from conftest import Lines, tiny_hp
 from evaluation_helpers import on_ranks
 
 import train_gpt
+from tools import guard
 
 GOOD = {
     "training_seconds": 588.0,
@@ -47,7 +48,6 @@ def broken(final="ttt", **changes):
     }
     training = {
         "training_seconds": run["training_seconds"],
-        "group_bytes": {"up": 5, "down": 4, "rest": 3, "k": 2},
         "quant_check": {"gap": run["gap"]},
     }
     log = SimpleNamespace(seconds=seconds, graphs=run["graphs"])
@@ -104,9 +104,9 @@ def test_target_bytes_ends_just_under_the_target_whatever_the_clips(
     }
     monkeypatch.setattr(train_gpt, "collect_hessians", lambda *_: identity)
     log, loader = train_gpt.RunLog(tmp_path, dist), SimpleNamespace(held_out_rows=0)
-    groups = train_gpt.build_artifact(model, loader, hp, dist, log, tmp_path / "a", 20_000)[
-        "group_bytes"
-    ]
+    log.guard = guard.RunGuard()
+    train_gpt.build_artifact(model, loader, hp, dist, log, tmp_path / "a", 20_000)
+    groups = log.guard.group_bytes["group_bytes"]
     assert 600_000 * 0.995 <= 20_000 + (tmp_path / "a").stat().st_size <= 600_000
     assert {"up", "down", "embedding", "q", "k", "v", "out", "rest"} == set(groups) and min(
         groups.values()

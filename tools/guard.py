@@ -62,7 +62,9 @@ class RunGuard(Guard):
         self.norms_before = self.norms
         self.not_finite = []  # names
         self.losses = []  # this rank's shares of the mean loss of every step
-        self.resumed = {}  # for RESULT
+        # for RESULT
+        self.resumed = {}
+        self.group_bytes = {}
         # signals
         self.signal = 0  # number of the first one that was caught
         self.signals_wait = False  # for the end of a step
@@ -223,11 +225,14 @@ class RunGuard(Guard):
         return notes + (preset_notes(hp) if hp.preset else [])
 
     def complete(self, hp, result):
-        result |= leaked_documents(hp) | self.resumed
+        result |= leaked_documents(hp) | self.resumed | self.group_bytes
         if leaked := result.get("leaked_documents"):
             result["violations"].append(
                 f"{leaked} training documents are validation documents, says the dataset's manifest"
             )
+
+    def quantized(self, arrays):
+        self.group_bytes = {"group_bytes": group_bytes(arrays)}
 
     def submission(self, script, hp):
         return packed_code(script, hp)
@@ -1185,6 +1190,23 @@ def try_packing(model, hp):
         f" unpack_seconds:{seconds:.2f}"
     )
     return phrase, seconds / share if hp.compressor in FAST_COMPRESSORS else seconds
+
+
+def group_bytes(arrays):
+    """Arrays of quantize_weights -> {role: bytes}, largest first.
+
+    Bytes of codes are their order-0 entropy; "rest" is everything else.
+    """
+    sizes = collections.defaultdict(float)
+    for key, array in arrays.items():
+        name, _, field = key.rpartition(":")
+        role = train_gpt.quant_role(name)
+        if role and field == "codes":
+            shares = np.unique(array, return_counts=True)[1] / array.size
+            sizes[role.group] -= shares @ np.log2(shares) * array.size / 8
+        else:
+            sizes["rest"] += array.nbytes
+    return {role: round(sizes[role]) for role in sorted(sizes, key=sizes.get, reverse=True)}
 
 
 def equal_arrays(a, b):
