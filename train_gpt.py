@@ -1259,8 +1259,6 @@ class ValidationSet:
         check_vocabulary(self.tokens, stream, hp)
         self.bytes = self.count_bytes(hp, stream)
         self.describe()
-        if not self.bytes[1:].any():
-            raise DataError(f"{stream.paths[0]}: the validation documents hold no byte: no BPB")
         if hp.fuses_markers:
             # all text and all bytes stay
             self.tokens, self.bytes = fuse_markers(self.tokens, self.bytes, space_id(hp))
@@ -3365,9 +3363,7 @@ def rebank(model, state, source="the saved model"):
     views = unbank(model)
     wanted = {name: tensor.shape for name, tensor in views.items()}
     given = {name: tensor.shape for name, tensor in state.items()}
-    if wanted != given:
-        names = wanted.keys() | given.keys()
-        differ = sorted(name for name in names if wanted.get(name) != given.get(name))
+    if differ := sorted({name for name, _ in wanted.items() ^ given.items()}):
         raise DataError(
             f"{source} does not fit these settings: {len(differ)} tensors differ,"
             f" {differ[:5]} among them"
@@ -3710,10 +3706,8 @@ def compiled(function, hp, dist, dynamic=False, graphs=False):
 
 def compile_parts(model, hp, dist, dynamic=False):
     """CompiledParts of a model, as `compiled` makes them."""
-    parts = []
-    for function in (model.slot_input, model.attention, model.after_attention):
-        parts.append(compiled(function, hp, dist, dynamic))
-    return CompiledParts(*parts)
+    parts = model.slot_input, model.attention, model.after_attention
+    return CompiledParts(*(compiled(part, hp, dist, dynamic) for part in parts))
 
 
 class Trainer:
@@ -5822,7 +5816,7 @@ class StaleContext:
 def documents_to_score(validation, hp):
     """Numbers of the documents to score: all, or TTT_MAX_DOCS of evenly spread lengths.
 
-    Raises DataError where they hold no byte.
+    Raises DataError where they hold no byte, as there is no BPB then.
     """
     lengths = validation.ends - validation.starts
     order = np.argsort(lengths, kind="stable")
@@ -5830,8 +5824,8 @@ def documents_to_score(validation, hp):
     wanted = min(hp.ttt_max_docs or count, count)
     quantiles = (2 * np.arange(wanted) + 1) * count // (2 * wanted)
     documents = np.sort(order[quantiles])
-    if hp.ttt_enabled and not validation.targets_of(documents)[1]:
-        raise DataError(f"TTT_MAX_DOCS={hp.ttt_max_docs}: these documents hold no byte: take more")
+    if not validation.targets_of(documents)[1]:
+        raise DataError(f"TTT_MAX_DOCS={hp.ttt_max_docs}: these validation documents hold no byte")
     return documents
 
 
