@@ -6407,9 +6407,6 @@ def fit_target_bytes(first, quantize, time_is_left, num_weights, code_bytes, dis
     """
     clips = {role.clip_sigmas for role in QUANT_TABLE.values()}
     target = first.hp.target_bytes
-    if target <= code_bytes:
-        log(f"note: TARGET_BYTES={target} is not above the {code_bytes} bytes of the code: ignored")
-        return first
     latest = first
     factor = 0.0
     trials = []
@@ -6478,7 +6475,7 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
         hessians = collect_hessians(model, loader, hp, dist)
     check = QuantizationCheck(model, loader, hp, dist, log)
     chosen = pack(*check.choose(quantize, time_is_left))
-    if hp.target_bytes:
+    if hp.target_bytes > code_bytes:
         first = chosen
         num_weights = sum(w.numel() for w in check.weights.values())
         chosen = fit_target_bytes(

@@ -177,10 +177,15 @@ def test_a_file_that_fits_is_not_filled_up_where_smaller_clips_would_clip_codes(
     assert fit(first, never, 1_000_000, dist, log) is first and not log
 
 
-def test_a_target_below_the_code_is_told_and_ignored(dist):
-    first, log = train_gpt.Quantized(tiny_hp(target_bytes=20_000), {}, bytes(9)), Lines()
-    assert fit(first, never, 1_000_000, dist, log) is first
-    assert len(log) == 1 and "not above the 20000 bytes of the code" in log[0]
+def test_a_target_that_is_not_above_the_code_is_ignored(monkeypatch, tmp_path, dist):
+    monkeypatch.setattr(train_gpt, "collect_hessians", lambda *_: {})
+    monkeypatch.setattr(train_gpt, "quantize_weights", lambda *_: {})
+    monkeypatch.setattr(train_gpt, "fit_target_bytes", never)
+    hp = tiny_hp(target_bytes=20_000)
+    log, loader = train_gpt.RunLog(tmp_path, dist), SimpleNamespace(held_out_rows=0)
+    model = train_gpt.build_model(hp, dist)
+    train_gpt.build_artifact(model, loader, hp, dist, log, tmp_path / "a", 20_000)
+    assert (tmp_path / "a").exists()
 
 
 def test_a_target_that_no_trial_meets_is_told(dist):
