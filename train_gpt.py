@@ -5448,10 +5448,7 @@ class Scheduler:
 
     def next_shape(self):
         """The shape with the least cost per useful row -> (index of its width, rows)."""
-        shapes = []
-        for index, ready in enumerate(self.ready):
-            if ready:
-                shapes += [(index, rows) for rows in self.row_counts]
+        shapes = [shape for shape in self.costs if self.ready[shape[0]]]
         return min(shapes, key=self.cost_per_useful_row)
 
     def cost_per_useful_row(self, shape):
@@ -6385,11 +6382,10 @@ def next_clip_factor(trials, spare, num_weights):
     """The factor from which this many spare bytes are expected, after at least one ClipTrial."""
     fitting = [trial for trial in trials if trial.spare >= 0]
     too_large = [trial for trial in trials if trial.spare < 0]
+    one, other = trials[0], trials[-1]
     if fitting and too_large:
         one = max(too_large, key=lambda trial: trial.spare)
         other = min(fitting, key=lambda trial: trial.spare)
-    else:
-        one, other = trials[0], trials[-1]
     bytes_saved = num_weights / 8  # by clips twice as large: one bit per code
     if one is not other:
         measured = (other.spare - one.spare) / (other.factor - one.factor)
