@@ -5034,7 +5034,8 @@ def read_header(blob):
     """Artifact bytes -> Header. ArtifactError if they are damaged or hostile."""
     start = PREFIX.size + DIGEST_BYTES
     prefix = blob[: PREFIX.size].ljust(PREFIX.size, b"\0")
-    magic, number, stored_size, raw_size = PREFIX.unpack(prefix)
+    magic, number, *sizes = PREFIX.unpack(prefix)
+    stored_size, raw_size = sizes  # of the header
     number %= 64  # without trained_on
     stored = blob[start : start + stored_size]
     is_intact = magic == MAGIC and digest(prefix + stored) == blob[PREFIX.size : start]
