@@ -276,14 +276,10 @@ def measure_rates(harness: Sweep, name: str) -> dict[str, list[tuple[float, floa
     for method, settings in METHODS.items():
         for factor in CLIP_FACTORS:
             clips = {clip: factor * getattr(harness.hp, clip) for clip in CLIPS}
-            hp = dataclasses.replace(harness.hp, **settings, **clips)
+            # this error counts all rows alike
+            hp = dataclasses.replace(harness.hp, gptq_row_power=0.0, **settings, **clips)
             arrays = train_gpt.quantize_weights(
-                {name: w},
-                {name: hessian},
-                hp,
-                harness.dist,
-                harness.model.ops.trellis_round,
-                harness.row_gradients,
+                {name: w}, {name: hessian}, hp, harness.dist, harness.model.ops.trellis_round
             )
             error = w - train_gpt.dequantize_weights(arrays)[name].to(w)
             weighted = ((error @ hessian) * error).sum() / ((w @ hessian) * w).sum()

@@ -512,14 +512,15 @@ def test_a_power_moves_steps_by_its_share_and_leaves_the_median_row(power):
         assert abs(np.median(after - before)) <= 1
 
 
-def test_steps_of_rows_move_by_no_more_than_the_octaves():
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_steps_of_rows_move_by_no_more_than_the_octaves(power):
     def gradients(weights, names):
         found = {name: torch.full((len(weights[name]),), 1e-8) for name in names}
         for g in found.values():
             g[0], g[1] = 1e-25, 1e20
         return found
 
-    for before, after in shifted_by(gradients, gptq_row_power=1.0, gptq_row_octaves=1.5).values():
+    for before, after in shifted_by(gradients, gptq_row_power=power, gptq_row_octaves=1.5).values():
         assert (after - before)[:2].tolist() == [12, -12]
         assert np.abs(after - before)[2:].max() < 12
 
@@ -641,12 +642,23 @@ def test_row_gradients_are_those_of_one_rank_for_any_world_size(world_size, tmp_
 
 
 def test_every_table_of_a_published_model_has_row_gradients(tmp_path, published):
-    """Rows that no text read have none."""
+    """And its quantization takes them."""
     tables = dict(tie_embeddings=False, bigram_vocab_size=20, value_embed_layers="0,2")
-    model, _, _, (found,) = row_gradients_on(tmp_path, 1, ttt_enabled=False, **tables)
-    names = [name for name in train_gpt.unbank(model) if train_gpt.quant_role(name)]
+    model, _, hp, (found,) = row_gradients_on(
+        tmp_path, 1, ttt_enabled=False, gptq_row_power=1.0, **tables
+    )
+    weights = train_gpt.unbank(model)
+    names = [name for name in weights if train_gpt.quant_role(name)]
     assert sorted(found) == sorted(names) and {"lm_head.weight", "bigram.weight"} <= set(names)
     assert all(gradient.any() for gradient in found.values())
+    eye = {name: torch.eye(weights[name].shape[1]) for name in names}
+    powers = {}
+    for power in (0.0, 1.0):
+        changed = published.Hyperparameters(**(vars(hp) | {"gptq_row_power": power}))
+        powers[power] = quantize_alone(weights, eye, changed, found)
+    for name in names:
+        key = f"{name}:scale"
+        assert (powers[0.0][key] != powers[1.0][key]).any(), name
 
 
 def built(folder, dist, monkeypatch, **changes):
