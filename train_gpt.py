@@ -205,6 +205,8 @@ class Hyperparameters:
     gptq_column_steps: bool = env(True, "steps per row and column; 0: per row")
     gptq_column_octaves: float = env(2.0, "log2 of a column's step to its row's", least=0)
     gptq_trellis: bool = env(True, "trellis-coded quantization")
+    gptq_row_power: float = env(0.0, "finer steps for rows that matter; 0: off", least=0, most=1)
+    gptq_row_octaves: float = env(2.0, "log2 of that change of a row's step, at most", least=0)
     quant_check_rows: int = env(2, "training rows that check the quantization", least=0)
     quant_gap_max: float = env(
         0.02,
@@ -3341,10 +3343,13 @@ def linear(x, w, tap, site):
     return y if tap is None else tap(site, x, y)
 
 
-def unbank(model):
-    """GPT -> {saved name: fp32 view}, with the banks taken apart into matrices."""
+def unbank(model, tensors=None):
+    """GPT -> {saved name: fp32 view}, with the banks taken apart into matrices.
+
+    tensors: {parameter name: tensor} to take apart in place of the weights, such as gradients.
+    """
     state = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (tensors or model.state_dict()).items():
         if name not in BANKS:
             state[HEAD_NAMES.get(name, name)] = tensor
             continue
@@ -3868,6 +3873,7 @@ class Trainer:
 FP16_RANGE = 2.0**-24, 65504.0
 DAMPING_RETRIES = 4
 GPTQ_BLOCK = 128  # columns whose error reaches later columns in one matmul
+GRADIENT_ROWS = 4  # calibration rows for row gradients, see row_step_factors
 # Step sizes are stored as int8 codes k for 2^(k/8). The step of a weight is its row's times its
 # column's: a sum of two codes, -256 to 255. Negative k index EXP2_EIGHTHS from its end, so that
 # EXP2_EIGHTHS[k] is 2^(k/8) for them, too.
@@ -3962,6 +3968,20 @@ def column_step_grid(upper, row_scale, octaves):
     column_steps = to_log2_eighths(log2_steps.clamp(-octaves, octaves).exp2())
     column_steps.clamp_(max=127 - 8 * MAX_SHIFT)  # split_wide_codes may add 8 * MAX_SHIFT
     return to_log2_eighths(row_scale), column_steps
+
+
+def row_step_factors(w, row_gradients, hp):
+    """Matrices w (N, R, C), mean squared gradients of rows (N, R) -> factors of row steps (N, R).
+
+    SDClip's steps are proportional to a row's deviation. Steps proportional to the inverse root of
+    the mean squared gradient are optimal (reverse water-filling). GPTQ_ROW_POWER is how far to go
+    from the former, 0, to the latter, 1. The median row of a matrix keeps its step, so that a few
+    outliers do not move the others.
+    """
+    log2_costs = (w.std(dim=2) * row_gradients.sqrt()).clamp(min=1e-30).log2()
+    log2_costs = log2_costs - log2_costs.quantile(0.5, dim=1, keepdim=True)
+    octaves = hp.gptq_row_octaves
+    return (-hp.gptq_row_power * log2_costs).clamp(-octaves, octaves).exp2()
 
 
 def order_columns(w, hessian, damp, names):
@@ -4061,11 +4081,11 @@ class QuantizedMatrices(NamedTuple):
 def gptq_quantize(w, hessian, bits, clip_sigmas, damp, names, octaves=None, trellis_round=None):
     """GPTQ (arXiv:2210.17323) of w (N, R, C) with Hessians (N, C, C) -> QuantizedMatrices.
 
-    SDClip sets the step sizes of rows: clip_sigmas standard deviations of the original row reach
-    the largest code. With octaves (see column_step_grid) columns have steps of their own, and
-    nothing is clipped, because codes may be wide (split_wide_codes); then trellis_round, an
-    operation of Ops, may choose the codes. ModelError with the names of matrices whose Hessian is
-    infinite or cannot be made positive definite.
+    SDClip sets the step sizes of rows: clip_sigmas, a number or (N, R), standard deviations of the
+    original row reach the largest code. With octaves (see column_step_grid) columns have steps of
+    their own, and nothing is clipped, because codes may be wide (split_wide_codes); then
+    trellis_round, an operation of Ops, may choose the codes. ModelError with the names of matrices
+    whose Hessian is infinite or cannot be made positive definite.
     """
     infinite = [name for name, h in zip(names, hessian, strict=True) if h.isinf().any()]
     if infinite:  # the codes would be noise
@@ -4151,7 +4171,7 @@ def share_matrices(matrices, world_size):
     return balance(by_cost, cost.get, world_size)
 
 
-def quantize_matrices(names, weights, hessians, hp, trellis_round=trellis_round_ref):
+def quantize_matrices(names, weights, hessians, hp, trellis_round, row_gradients):
     """GPTQ of the named matrices -> {name: its fields}.
 
     Matrices with the same shape and settings are quantized as one batch.
@@ -4169,6 +4189,9 @@ def quantize_matrices(names, weights, hessians, hp, trellis_round=trellis_round_
         w = torch.stack([weights[name].float() for name in batch])
         h = torch.stack([hessians[name].float() for name in batch])
         damp = hp.gptq_damp
+        if hp.gptq_row_power and octaves is not None:
+            gradients = torch.stack([row_gradients[name] for name in batch])
+            clip_sigmas = clip_sigmas * row_step_factors(w, gradients, hp)
         quantized = gptq_quantize(w, h, bits, clip_sigmas, damp, batch, octaves, trellis_round)
         for i, name in enumerate(batch):
             fields[name] = {"codes": quantized.codes[i], "scale": quantized.scale[i]}
@@ -4205,11 +4228,14 @@ def merge_dicts(dicts):
 
 
 @torch.no_grad()
-def quantize_weights(weights, hessians, hp, dist, trellis_round=trellis_round_ref):
+def quantize_weights(
+    weights, hessians, hp, dist, trellis_round=trellis_round_ref, row_gradients=None
+):
     """Saved weights and Hessians (C, C), by name -> numpy arrays "name:field", on every rank.
 
-    Fields: those of fields_fit. trellis_round is the model's operation for the trellis. Each matrix
-    is quantized by one rank, small tensors by rank 0. ModelError with the names of the tensors at
+    Fields: those of fields_fit. trellis_round is the model's operation for the trellis;
+    row_gradients are those of collect_row_gradients, if GPTQ_ROW_POWER needs them. Each matrix is
+    quantized by one rank, small tensors by rank 0. ModelError with the names of the tensors at
     fault, raised on all ranks.
     """
     check_quantizable(weights)
@@ -4218,7 +4244,7 @@ def quantize_weights(weights, hessians, hp, dist, trellis_round=trellis_round_re
     fields = {}
 
     def quantize():
-        fields.update(quantize_matrices(mine, weights, hessians, hp, trellis_round))
+        fields.update(quantize_matrices(mine, weights, hessians, hp, trellis_round, row_gradients))
 
     run_checks(dist, [quantize], ModelError)
     if dist.rank == 0:
@@ -4381,6 +4407,31 @@ def collect_hessians(model, loader, hp, dist):
         gram /= hp.gptq_calibration_batches
         dist.all_reduce(gram if mine else gram.zero_())
     return tap.hessians()
+
+
+def collect_row_gradients(model, loader, hp, dist):
+    """{saved weight name: (R,) mean squared gradient of each row, in float32}.
+
+    Means over the columns, and over the first GRADIENT_ROWS calibration rows, which are shared out
+    over ranks. The code is not compiled, like that of the Hessians.
+    """
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        if name in BANKS or name in HEAD_NAMES:
+            parameters[name] = parameter
+    squares = {name: torch.zeros_like(p[..., 0]) for name, p in parameters.items()}
+    num_rows = min(GRADIENT_ROWS, hp.gptq_calibration_batches)
+    for index in range(dist.rank, num_rows, dist.world_size):
+        row = loader.row(index)
+        losses = model(
+            row.inputs, row.targets, row.cu_seqlens, looping=True, max_seqlen=hp.train_seq_len
+        )
+        gradients = torch.autograd.grad(losses.mean(), parameters.values())
+        for total, gradient in zip(squares.values(), gradients, strict=True):
+            total += gradient.square().mean(dim=-1) / num_rows
+    for total in squares.values():
+        dist.all_reduce(total)
+    return unbank(model, squares)
 
 
 @torch.no_grad()
@@ -6445,7 +6496,9 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
     def quantize(hp):
         started = time.perf_counter()
         with log.stage("quantize"):
-            arrays = quantize_weights(check.weights, hessians, hp, dist, model.ops.trellis_round)
+            arrays = quantize_weights(
+                check.weights, hessians, hp, dist, model.ops.trellis_round, row_gradients
+            )
         quantize_seconds.append(time.perf_counter() - started)
         return arrays
 
@@ -6470,6 +6523,9 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
     quantize_seconds = []
     with log.stage("hessians"):
         hessians = collect_hessians(model, loader, hp, dist)
+        row_gradients = None
+        if hp.gptq_row_power and hp.gptq_column_steps:
+            row_gradients = collect_row_gradients(model, loader, hp, dist)
     check = QuantizationCheck(model, loader, hp, dist, log)
     chosen = pack(*check.choose(quantize, time_is_left))
     if hp.target_bytes > code_bytes:

@@ -31,6 +31,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -113,6 +114,8 @@ SWEPT = (
     "gptq_column_steps",
     "gptq_column_octaves",
     "gptq_trellis",
+    "gptq_row_power",
+    "gptq_row_octaves",
     "lqer_enabled",
     "compressor",
 )
@@ -135,10 +138,11 @@ def check_points(points: list[str]) -> None:
 class Sweep:
     """One checkpoint, its Hessians, and its loss on the rows that were held out.
 
-    Threads pack meanwhile: lrzip takes minutes.
+    Row gradients, too, if the environment or one of the points ("NAME=VALUE ...") has a
+    GPTQ_ROW_POWER. Threads pack meanwhile: lrzip takes minutes.
     """
 
-    def __init__(self, checkpoint: Path, compressor: str):
+    def __init__(self, checkpoint: Path, compressor: str, points: Sequence[str] = ()):
         self.hp = train_gpt.Hyperparameters.from_env(guard=RunGuard())
         self.hp = (
             self.hp
@@ -155,6 +159,9 @@ class Sweep:
         self.evaluator = train_gpt.Evaluator(self.model, train_gpt.ValidationSet(hp), hp, dist)
         loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
         self.hessians = train_gpt.collect_hessians(self.model, loader, hp, dist)
+        self.row_gradients = None
+        if any(self.settings_at(point).gptq_row_power for point in ("", *points)):
+            self.row_gradients = train_gpt.collect_row_gradients(self.model, loader, hp, dist)
         self.weights = {
             name: w.detach().clone() for name, w in train_gpt.unbank(self.model).items()
         }
@@ -179,6 +186,7 @@ class Sweep:
             hp,
             self.dist,
             self.model.ops.trellis_round,
+            self.row_gradients,
         )
         quantized = time.perf_counter()
         size = self.packing.submit(lambda: len(train_gpt.pack_weights(arrays, hp.compressor)))
@@ -268,7 +276,8 @@ def measure_rates(harness: Sweep, name: str) -> dict[str, list[tuple[float, floa
     for method, settings in METHODS.items():
         for factor in CLIP_FACTORS:
             clips = {clip: factor * getattr(harness.hp, clip) for clip in CLIPS}
-            hp = dataclasses.replace(harness.hp, **settings, **clips)
+            # this error counts all rows alike
+            hp = dataclasses.replace(harness.hp, gptq_row_power=0.0, **settings, **clips)
             arrays = train_gpt.quantize_weights(
                 {name: w}, {name: hessian}, hp, harness.dist, harness.model.ops.trellis_round
             )
@@ -394,10 +403,11 @@ def main() -> None:
         return compare_codes(options.artifact, options.compressors)
     if options.command == "rate":
         return compare_rates(options.checkpoint, options.layer, options.out)
-    check_points([settings for _, *points in options.curve for settings in points])
-    if any("COMPRESSOR=pergroup" in point for _, *points in options.curve for point in points):
+    points = [settings for _, *of_curve in options.curve for settings in of_curve]
+    check_points(points)
+    if any("COMPRESSOR=pergroup" in point for point in points):
         published.check_lrzip()
-    harness = Sweep(options.checkpoint, "entropy")
+    harness = Sweep(options.checkpoint, "entropy", points)
     print(
         f"fp32: bpb {harness.evaluator.evaluate_bpb()['bpb']:.6f}  held-out loss"
         f" {harness.fp32_loss}",

@@ -208,6 +208,8 @@ def cross_checks(hp):
         yield "MUON_HEAD_PAIRS=1 needs even NUM_HEADS and NUM_KV_HEADS"
     if hp.qat_below_lr and hp.gptq_column_steps:
         yield "QAT_BELOW_LR trains on the grid of rows: set GPTQ_COLUMN_STEPS=0"
+    if hp.gptq_self_calibration and hp.gptq_row_power:
+        yield "GPTQ_ROW_POWER reads training rows: set GPTQ_SELF_CALIBRATION=0"
     if hp.ttt_method == "sgd" and hp.ttt_max_docs:
         yield "TTT_MAX_DOCS goes with TTT_METHOD=lora"
 
@@ -783,9 +785,11 @@ def largest_errors(weights, arrays, hp, dist):
 
 
 @torch.no_grad()
-def quantize_weights(weights, hessians, hp, dist, trellis_round=train_gpt.trellis_round_ref):
+def quantize_weights(
+    weights, hessians, hp, dist, trellis_round=train_gpt.trellis_round_ref, row_gradients=None
+):
     """LQER_ENABLED: the matrices with the largest errors over all ranks have LQER_FIELDS, too."""
-    arrays = own_quantize_weights(weights, hessians, hp, dist, trellis_round)
+    arrays = own_quantize_weights(weights, hessians, hp, dist, trellis_round, row_gradients)
     if not hp.lqer_enabled:
         return arrays
     corrections = {}

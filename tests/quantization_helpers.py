@@ -26,6 +26,8 @@ def read_golden():
 class FakeDist:
     """One of several ranks that live in threads; the gather meets at a barrier."""
 
+    device = torch.device("cpu")
+
     def __init__(self, rank, world_size, slots, barrier):
         self.rank, self.world_size, self.slots, self.barrier = rank, world_size, slots, barrier
 
@@ -35,6 +37,9 @@ class FakeDist:
         gathered = list(self.slots)
         self.barrier.wait(PATIENCE)
         return gathered
+
+    def all_reduce(self, tensor):
+        return tensor.copy_(sum(self.all_gather_object(tensor.clone())))
 
 
 def on_ranks(world_size, call):
@@ -72,6 +77,7 @@ def settings(**changes):
     )
     defaults |= dict(gptq_damp=0.01)
     defaults |= dict(gptq_column_steps=False, gptq_column_octaves=2.0, gptq_trellis=False)
+    defaults |= dict(gptq_row_power=0.0, gptq_row_octaves=2.0)
     return SimpleNamespace(**(defaults | changes))
 
 
@@ -121,8 +127,11 @@ def rebuilt_by_gptq(found, trellis=False):
     return codes * steps
 
 
-def quantize_alone(weights, hessians, hp):
-    result = on_ranks(1, lambda dist: train_gpt.quantize_weights(weights, hessians, hp, dist))[0]
+def quantize_alone(weights, hessians, hp, row_gradients=None):
+    def quantize(dist):
+        return train_gpt.quantize_weights(weights, hessians, hp, dist, row_gradients=row_gradients)
+
+    result = on_ranks(1, quantize)[0]
     if isinstance(result, ValueError):
         raise result
     return result

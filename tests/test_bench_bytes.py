@@ -148,6 +148,23 @@ def test_a_point_is_of_its_own_settings_and_rebuilt_weights(monkeypatch, tmp_pat
     assert figures["bpb"] == sweep.evaluator.evaluate_bpb()["bpb"]
 
 
+def test_row_gradients_are_made_once_for_the_points_that_need_them(monkeypatch, tmp_path, model):
+    made = results_kept(monkeypatch, "collect_row_gradients")
+    assert (
+        bench_bytes.Sweep(tmp_path / "model.pt", "brotli", ["GPTQ_DAMP=0.1"]).row_gradients is None
+    )
+    sweep = bench_bytes.Sweep(tmp_path / "model.pt", "brotli", ["", "GPTQ_ROW_POWER=0.5"])
+    bench_bytes.check_points(["GPTQ_ROW_POWER=1 GPTQ_ROW_OCTAVES=1"])
+    arrays = results_kept(monkeypatch, "quantize_weights")
+    for settings in ("", "GPTQ_ROW_POWER=0.5", "GPTQ_ROW_POWER=0.5 GPTQ_ROW_OCTAVES=0"):
+        sweep.measure(settings)
+    assert len(made) == 1
+    plain, moved, held = ({n: a.tobytes() for n, a in point.items()} for point in arrays)
+    assert plain == held and moved != plain
+    monkeypatch.setenv("GPTQ_ROW_POWER", "0.5")
+    assert bench_bytes.Sweep(tmp_path / "model.pt", "brotli").row_gradients.keys() == made[0].keys()
+
+
 class Clock:
     """Stands in for the module time: it moves by what a function is said to take."""
 
@@ -284,7 +301,7 @@ def small_harness(w, inputs):
     harness = SimpleNamespace(
         weights={name: w},
         hessians={name: inputs.T @ inputs / len(inputs)},
-        hp=tiny_hp(),
+        hp=tiny_hp(gptq_row_power=0.5),  # which the curves leave out
         dist=train_gpt.Dist("cpu"),
         model=model,
     )

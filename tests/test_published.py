@@ -143,6 +143,7 @@ def test_the_environment_sets_every_setting(field):
         ({"EXTRA_EVAL_LOOPS": "1", "NUM_LOOPS": "0"}, "NUM_LOOPS"),
         ({"MUON_HEAD_PAIRS": "1", "NUM_KV_HEADS": "1"}, "MUON_HEAD_PAIRS"),
         ({"QAT_BELOW_LR": "0.1"}, "GPTQ_COLUMN_STEPS"),
+        ({"GPTQ_SELF_CALIBRATION": "1", "GPTQ_ROW_POWER": "0.5"}, "GPTQ_SELF_CALIBRATION=0"),
         ({"TTT_METHOD": "sgd", "TTT_MAX_DOCS": "9"}, "TTT_MAX_DOCS"),
         ({"ATTN_WINDOW": "9"}, "TTT_STALE_CONTEXT=0"),
         ({"VALUE_RESIDUAL": "mix"}, "TTT_STALE_CONTEXT=0"),

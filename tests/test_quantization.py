@@ -1,6 +1,7 @@
 """Quantisation: GPTQ, scales, the table of roles, sharing over ranks, and rebuilding the weights."""
 
 import re
+import time
 from unittest import mock
 
 import numpy as np
@@ -431,6 +432,134 @@ def test_a_code_of_128_is_wide():
     assert joined.tolist() == codes.tolist() and not steps.any()
 
 
+# --- steps of rows by importance
+
+
+def random_gradients(weights, names, octaves=2.0):
+    """{name: mean squared gradients of rows}, their roots spread by so many octaves (deviation)."""
+    return {name: 4.0 ** (octaves * torch.randn(len(weights[name])) - 6) for name in names}
+
+
+def shifted_by(row_gradients, **changes):
+    """Weights of the tiny model by SDClip's steps, then by those with a power -> row codes of both.
+
+    {name: (codes before, codes after)}, whole numbers of eighths of octaves.
+    """
+    weights, hessians = small_model()
+    hp = settings(gptq_column_steps=True)
+    before = quantize_alone(weights, hessians, hp)
+    hp = settings(gptq_column_steps=True, **changes)
+    after = quantize_alone(weights, hessians, hp, row_gradients(weights, hessians))
+    return {
+        name: tuple(arrays[f"{name}:scale"].astype(int) for arrays in (before, after))
+        for name in hessians
+    }
+
+
+@pytest.mark.parametrize(
+    "changes", [{"gptq_row_power": 0.0}, {"gptq_row_power": 0.5, "gptq_column_steps": False}]
+)
+def test_without_a_power_or_column_steps_gradients_change_nothing(changes):
+    """Steps of rows alone clip codes: finer ones would lose the large weights."""
+    weights, hessians = small_model()
+    gradients = random_gradients(weights, hessians)
+    columns = {"gptq_column_steps": True}
+    before = quantize_alone(
+        weights, hessians, settings(**columns | changes | {"gptq_row_power": 0.0})
+    )
+    after = quantize_alone(weights, hessians, settings(**columns | changes), gradients)
+    assert same_arrays(before, after)
+    moved = quantize_alone(weights, hessians, settings(**columns, gptq_row_power=0.5), gradients)
+    assert not same_arrays(before, moved)
+
+
+def test_the_whole_power_has_steps_in_proportion_to_the_inverse_root_of_gradients():
+    """Whatever the deviation of a row: those of the embedding span 2^8 here."""
+    eighths = {}
+
+    def gradients(weights, names):
+        weights["tok_emb.weight"] *= 2.0 ** torch.linspace(-4, 4, 97)[:, None]
+        found = {}
+        for name in names:
+            eighths[name] = torch.randint(-24, 25, (len(weights[name]),))
+            found[name] = 4.0 ** (eighths[name] / 8 - 7)
+        return found
+
+    weights, hessians = small_model()
+    hp = settings(gptq_column_steps=True, gptq_row_power=1.0, gptq_row_octaves=100.0)
+    arrays = quantize_alone(weights, hessians, hp, gradients(weights, hessians))
+    for name, wanted in eighths.items():
+        sums = arrays[f"{name}:scale"] + wanted.numpy()
+        assert (sums == sums[0]).all(), name
+
+
+@pytest.mark.parametrize("power", [0.25, 0.5, 1.0])
+def test_a_power_moves_steps_by_its_share_and_leaves_the_median_row(power):
+    found = {}
+
+    def gradients(weights, names):
+        found.update(
+            {name: (weights[name], g) for name, g in random_gradients(weights, names).items()}
+        )
+        return {name: g for name, (_, g) in found.items()}
+
+    codes = shifted_by(gradients, gptq_row_power=power, gptq_row_octaves=100.0)
+    for name, (before, after) in codes.items():
+        w, gradient = found[name]
+        costs = (w.std(dim=1) * gradient.sqrt()).log2()
+        wanted = -8 * power * (costs - costs.quantile(0.5)).numpy()
+        assert np.abs(after - before - wanted).max() < 1.05, name  # both codes are rounded
+        assert abs(np.median(after - before)) <= 1
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_steps_of_rows_move_by_no_more_than_the_octaves(power):
+    def gradients(weights, names):
+        found = {name: torch.full((len(weights[name]),), 1e-8) for name in names}
+        for g in found.values():
+            g[0], g[1] = 1e-25, 1e20
+        return found
+
+    for before, after in shifted_by(gradients, gptq_row_power=power, gptq_row_octaves=1.5).values():
+        assert (after - before)[:2].tolist() == [12, -12]
+        assert np.abs(after - before)[2:].max() < 12
+
+
+def test_rows_without_a_gradient_or_a_weight_stay_finite_and_are_decoded():
+    weights, hessians = small_model()
+    gradients = random_gradients(weights, hessians)
+    name = "blocks.0.mlp.c_fc.weight"
+    gradients[name][:5] = 0
+    weights[name][3:8] = 0
+    gradients["blocks.1.mlp.c_fc.weight"].zero_()
+    hp = settings(gptq_column_steps=True, gptq_row_power=1.0, gptq_row_octaves=0.5)
+    rebuilt = train_gpt.dequantize_weights(quantize_alone(weights, hessians, hp, gradients))
+    for other, w in weights.items():
+        assert rebuilt[other].isfinite().all()
+        assert (rebuilt[other] - w).norm() <= 0.4 * w.norm(), other
+    assert not rebuilt[name][3:8].any() and rebuilt[name][:3].any()
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_steps_by_importance_lower_the_loss_that_quantization_adds_at_equal_bits(power):
+    """Of a quadratic loss with curvature G_r H for row r, and with G_r not far from equal."""
+    w, hessian = torch.randn(1, 512, 64) * 2.0 ** torch.randn(512, 1), correlated_hessian(64)
+    gradients = 4.0 ** torch.randn(1, 512)
+    errors = []
+    for factors in (
+        1.0,
+        train_gpt.row_step_factors(
+            w, gradients, settings(gptq_row_power=power, gptq_row_octaves=100.0)
+        ),
+    ):
+        found = train_gpt.gptq_quantize(w, hessian[None], 6, 11.5 * factors, 0.01, ["w"], 2.0)
+        error = w - rebuilt_by_gptq(found)
+        bits = found.codes.float().var(dim=2).add(1 / 12).log2().mean().item() / 2
+        cost = gradients * ((error @ hessian) * error).sum(dim=2)
+        errors.append(cost.sum().item() * 4**bits)
+    assert errors[1] < (0.7 if power == 0.5 else 0.5) * errors[0]
+
+
 # --- calibration
 
 
@@ -461,6 +590,121 @@ def test_an_untied_embedding_is_a_table_and_the_head_is_calibrated(tmp_path, dis
     found, want = calibrated(tmp_path, dist, tie_embeddings=False)
     torch.testing.assert_close(found["lm_head.weight"], want, rtol=1e-4, atol=1e-3)
     assert torch.equal(found["tok_emb.weight"], torch.eye(32))
+
+
+def row_gradients_on(folder, world_size, **changes):
+    """collect_row_gradients on every rank -> model, loader, settings, results by rank."""
+    folder.mkdir(exist_ok=True)
+    write_documents(folder, "train", [20, 28, 9, 31, 14, 25, 30, 17, 11] * 40, seed=5)
+    hp = small_hp(data_path=str(folder), train_batch_tokens=3840, **changes)
+    model = make_model(hp)
+    stream = train_gpt.TokenStream(hp.data_path, "train")
+
+    def collect(dist):
+        loader = train_gpt.TrainLoader(stream, hp, dist)
+        return train_gpt.collect_row_gradients(model, loader, hp, dist)
+
+    loader = train_gpt.TrainLoader(stream, hp, train_gpt.Dist("cpu"))
+    return model, loader, hp, on_ranks(world_size, collect)
+
+
+@pytest.mark.parametrize("batches, rows", [(3, 3), (7, 4)])
+def test_row_gradients_are_those_of_a_backward_pass(batches, rows, tmp_path):
+    model, loader, hp, (found,) = row_gradients_on(tmp_path, 1, gptq_calibration_batches=batches)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    wanted = dict.fromkeys(train_gpt.unbank(model), 0)
+    for index in range(rows):
+        row = loader.row(index)
+        model.zero_grad()
+        losses = model(row.inputs, row.targets, row.cu_seqlens, looping=True, max_seqlen=32)
+        losses.mean().backward()
+        state = {name: p.grad for name, p in model.named_parameters()}
+        for name, gradient in train_gpt.unbank(model, state).items():
+            wanted[name] += gradient.square().mean(dim=-1) / rows
+    names = [name for name in wanted if train_gpt.quant_role(name)]
+    assert list(found) == names and len(names) == 1 + 6 * hp.num_layers
+    for name, w in train_gpt.unbank(model).items():
+        if name in found:
+            assert found[name].shape == w.shape[:1] and found[name].min() > 0
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_row_gradients_are_those_of_one_rank_for_any_world_size(world_size, tmp_path):
+    """Also with more ranks than rows: each takes part in every sum."""
+    *_, (alone,) = row_gradients_on(tmp_path / "one", 1)
+    *_, found = row_gradients_on(tmp_path / "more", world_size)
+    for gradients in found:
+        assert gradients.keys() == alone.keys()
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, found[0][name])
+            torch.testing.assert_close(gradient, alone[name], rtol=1e-5, atol=0)
+
+
+def test_every_table_of_a_published_model_has_row_gradients(tmp_path, published):
+    """And its quantization takes them."""
+    tables = dict(tie_embeddings=False, bigram_vocab_size=20, value_embed_layers="0,2")
+    model, _, hp, (found,) = row_gradients_on(
+        tmp_path, 1, ttt_enabled=False, gptq_row_power=1.0, **tables
+    )
+    weights = train_gpt.unbank(model)
+    names = [name for name in weights if train_gpt.quant_role(name)]
+    assert sorted(found) == sorted(names) and {"lm_head.weight", "bigram.weight"} <= set(names)
+    assert all(gradient.any() for gradient in found.values())
+    eye = {name: torch.eye(weights[name].shape[1]) for name in names}
+    powers = {}
+    for power in (0.0, 1.0):
+        changed = published.Hyperparameters(**(vars(hp) | {"gptq_row_power": power}))
+        powers[power] = quantize_alone(weights, eye, changed, found)
+    for name in names:
+        key = f"{name}:scale"
+        assert (powers[0.0][key] != powers[1.0][key]).any(), name
+
+
+def built(folder, dist, monkeypatch, **changes):
+    """An artifact with row gradients that take 0.2 s -> seconds by stage, calls, file, model."""
+    folder.mkdir()
+    write_documents(folder, "train", [20, 28, 9, 31, 14, 25, 30, 17, 11] * 8, seed=5)
+    hp = small_hp(data_path=str(folder), quant_check_rows=0, target_bytes=0, **changes)
+    model = make_model(hp)
+    loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
+    collect, calls = train_gpt.collect_row_gradients, []
+
+    def slowly(*arguments):
+        time.sleep(0.2)
+        calls.append(collect(*arguments))
+        return calls[-1]
+
+    monkeypatch.setattr(train_gpt, "collect_row_gradients", slowly)
+    log = train_gpt.RunLog(folder, dist)
+    train_gpt.build_artifact(model, loader, hp, dist, log, folder / "artifact.bin", 0)
+    monkeypatch.setattr(train_gpt, "collect_row_gradients", collect)
+    return log.seconds, calls, folder / "artifact.bin", model
+
+
+def test_an_artifact_with_steps_by_importance_is_the_models_own_file(tmp_path, dist, monkeypatch):
+    """Gradients count as Hessians do, and are only made where they are wanted."""
+    _, calls, plain, _ = built(tmp_path / "off", dist, monkeypatch)
+    assert not calls
+    changes = {"gptq_row_power": 0.5, "gptq_column_steps": False}
+    assert not built(tmp_path / "rows", dist, monkeypatch, **changes)[1]
+    seconds, (gradients,), path, model = built(
+        tmp_path / "on", dist, monkeypatch, gptq_row_power=0.5
+    )
+    assert seconds["hessians"] >= 0.2 and path.read_bytes() != plain.read_bytes()
+    arrays = train_gpt.unpack_weights(path.read_bytes())
+    hp = settings(**{name: getattr(model.hp, name) for name in vars(settings())})
+    loader = train_gpt.TrainLoader(
+        train_gpt.TokenStream(model.hp.data_path, "train"), model.hp, dist
+    )
+    hessians = train_gpt.collect_hessians(model, loader, model.hp, dist)
+    wanted = quantize_alone(train_gpt.unbank(model), hessians, hp, gradients)
+    assert arrays.keys() == wanted.keys()
+    assert all(np.array_equal(arrays[name], wanted[name]) for name in wanted)
+    again = make_model(model.hp, seed=9)
+    train_gpt.rebuild_model(again, path, dist)
+    for name, w in train_gpt.unbank(model).items():
+        assert (train_gpt.unbank(again)[name] - w).norm() < 0.25 * w.norm(), name
 
 
 # --- the whole model

@@ -147,7 +147,7 @@ def test_a_checkpoint_of_an_older_version_with_more_in_it_is_loaded(place, train
     """Versions of a few days kept row gradients in it, and had settings that are gone."""
     saved = torch.load(place / "model.pt", weights_only=True)
     saved["row_gradients"] = {"tok_emb.weight": torch.ones(3)}
-    saved["settings"]["gptq_row_power"] = 0.5
+    saved["settings"]["gptq_all_reduce"] = 0.5
     torch.save(saved, place / "older.pt")
     model = train_gpt.GPT(trainer.hp, OPS, torch.float32)
     train_gpt.load_checkpoint(place / "older.pt", model)
