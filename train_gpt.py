@@ -4589,6 +4589,8 @@ ESCAPE = -128  # announces a symbol that is too rare for its context
 # Variances of codes, the contexts. cumprod is exact on every machine, powers are not.
 VARIANCES = 0.04 * np.cumprod(np.full(60, 1.15))
 ESCAPED_CONTEXT = len(VARIANCES)  # of symbols after an ESCAPE, all equally frequent at first
+ROW_CONTEXT = ESCAPED_CONTEXT + 1  # of the variances of rows, likewise
+ONE_RATIO = 2**24
 MAX_SQUARE = 20  # in units of the context's variance; codes with a larger square are escaped
 
 
@@ -4702,7 +4704,7 @@ def initial_counts():
     is_frequent = squares <= MAX_SQUARE * VARIANCES[:, None]
     counts = np.where(is_frequent, 1 + 32_000 / tails, 0)
     counts[:, ESCAPE + 128] = 3
-    return np.vstack([counts, np.ones(256)]).astype(np.int64)
+    return np.vstack([counts, np.ones((2, 256))]).astype(np.int64)
 
 
 def column_predictor(gram, rows):
@@ -4722,42 +4724,70 @@ def column_predictor(gram, rows):
     return np.rint(-4096 * np.tril(eliminated, -1)) / 4096
 
 
-class ColumnModel:
-    """Codes one matrix; the context of a code is the variance of its column in the rows so far."""
+class MatrixModel:
+    """Codes one matrix; the context of a code is the variance of its row times its column's ratio.
+
+    Rows differ by their steps (GPTQ_ROW_POWER), columns by what trellis and GPTQ made of them. The
+    variance of a row goes ahead of its codes, in a context of its own; the ratio of a column to the
+    rows is that of the rows so far.
+    """
 
     def __init__(self, coder, counts, columns):
         self.coder = coder
         self.counts = counts  # shared by all matrices, so that a matrix starts with learnt counts
-        self.sum_squares = np.full(columns, 7.5 * 16)
+        self.usual = 37  # context of a row, a mean of the last block
+        self.sum_ratios = np.full(columns, 16 * ONE_RATIO)
         self.rows_seen = 16
 
-    def contexts(self):
-        """The context of each column."""
-        return np.searchsorted(VARIANCES[:-1], self.sum_squares / self.rows_seen)
+    def code_rows(self, block):
+        """Codes the variances of rows (rows, columns) -> their contexts (rows, 1).
 
-    def add(self, residual):
-        """Adds residuals (rows, columns), which both sides know by now, to the variances."""
-        self.sum_squares += (residual * residual).sum(0)
+        From mean magnitudes, as a few large codes would raise a mean square.
+        """
+        variances = math.pi / 2 * np.abs(block.astype(float)).mean(1) ** 2
+        differences = np.searchsorted(VARIANCES[:-1], variances) - self.usual
+        coded = self.code(np.full(len(block), ROW_CONTEXT), differences)
+        rows = (self.usual + coded).clip(0, len(VARIANCES) - 1)
+        self.usual = round(rows.mean())
+        return rows[:, None]
+
+    def contexts(self, rows):
+        """Contexts of rows (rows, 1) -> those of their codes (rows, columns)."""
+        ratios = self.sum_ratios / (self.rows_seen * ONE_RATIO)
+        columns = np.searchsorted(VARIANCES[:-1] / VARIANCES[30], ratios) - 30
+        return (rows + columns).clip(0, len(VARIANCES) - 1)
+
+    def add(self, residual, rows):
+        """Adds residuals (rows, columns), which both sides know by now, to the columns' ratios."""
+        # integers, whose sums are exact
+        weights = np.rint(ONE_RATIO / VARIANCES[rows]).astype(np.int64)
+        self.sum_ratios += (residual * residual * weights).sum(0)
         self.rows_seen += len(residual)
 
+    def code(self, contexts, symbols):
+        """Codes symbols (n,), which make those to come cheaper -> the symbols."""
+        coded = self.coder.code(contexts, symbols)
+        np.add.at(self.counts.ravel(), contexts * 256 + coded + 128, 64)
+        return coded
+
     def code_block(self, block, contexts):
-        """Codes integers (rows, columns) in the contexts of their columns, modulo 256.
+        """Codes integers (rows, columns) in these contexts, modulo 256.
 
         Returns them as int64; when decoding, those that come out of the stream.
         """
-        contexts = np.tile(contexts, len(block))
+        contexts = contexts.ravel()
         symbols = block.astype(np.int8).astype(np.int64).ravel()
         is_frequent = symbols**2 <= MAX_SQUARE * VARIANCES[contexts]
-        coded = self.coder.code(contexts, np.where(is_frequent, symbols, ESCAPE))
-        np.add.at(self.counts.ravel(), contexts * 256 + coded + 128, 64)
+        coded = self.code(contexts, np.where(is_frequent, symbols, ESCAPE))
         escaped = (coded == ESCAPE).nonzero()[0]
         coded[escaped] = self.coder.code(np.full(len(escaped), ESCAPED_CONTEXT), symbols[escaped])
         return coded.reshape(block.shape)
 
     def code_plain_block(self, block):
         """Codes the block (rows, columns) itself, which is its own residual."""
-        block[:] = residual = self.code_block(block, self.contexts())
-        self.add(residual)
+        rows = self.code_rows(block)
+        block[:] = residual = self.code_block(block, self.contexts(rows))
+        self.add(residual, rows)
 
     def code_predicted_block(self, before, block):
         """Codes each column of the block minus its linear prediction from the columns before it.
@@ -4768,24 +4798,24 @@ class ColumnModel:
         before = before.astype(np.float64)
         predictor = column_predictor(before.T @ before, len(before))
         # half the weight for the rows so far, whose predictions were worse
-        self.sum_squares //= 2
+        self.sum_ratios //= 2
         self.rows_seen //= 2
-        contexts = self.contexts()
-        rows, columns = block.shape
-        values = np.empty((columns, rows)).T  # a column is contiguous
-        residual = np.empty((columns, rows)).T
-        for j in range(columns):
+        rows = self.code_rows(block)
+        contexts = self.contexts(rows)
+        values = np.empty(block.shape[::-1]).T  # a column is contiguous
+        residual = np.empty(block.shape[::-1], np.int64).T
+        for j in range(block.shape[1]):
             group = j - j % 16
             if j == group:  # one matmul for 16 columns
                 means = values[:, :j] @ predictor[j : j + 16, :j].T
             mean = means[:, j - group] + values[:, group:j] @ predictor[j, group:j]
             mean = np.rint(mean).astype(np.int64)
             column = (block[:, j] - mean)[:, None]
-            coded = self.code_block(column, contexts[j : j + 1])
+            coded = self.code_block(column, contexts[:, j])
             residual[:, j] = coded[:, 0]
             block[:, j] = coded[:, 0] + mean
             values[:, j] = block[:, j]
-        self.add(residual)
+        self.add(residual, rows)
         return (residual * residual).sum() < (values * values).sum()
 
 
@@ -4797,10 +4827,10 @@ def code_matrix(coder, counts, codes):
     as that pays.
     """
     rows, columns = codes.shape
-    model = ColumnModel(coder, counts, columns)
+    model = MatrixModel(coder, counts, columns)
     use_prediction = rows >= 8 * columns > 0
     start = 0
-    while start < rows:
+    while start < rows and columns:
         if use_prediction and start >= 128:
             block = codes[start : start + start // 2]
             use_prediction = model.code_predicted_block(codes[:start], block)
