@@ -4590,7 +4590,9 @@ ESCAPE = -128  # announces a symbol that is too rare for its context
 VARIANCES = 0.04 * np.cumprod(np.full(60, 1.15))
 ESCAPED_CONTEXT = len(VARIANCES)  # of symbols after an ESCAPE, all equally frequent at first
 ROW_CONTEXT = ESCAPED_CONTEXT + 1  # of the variances of rows, likewise
+# Ratios of squares to the variances of their rows are integers, whose sums are exact.
 ONE_RATIO = 2**24
+ROW_WEIGHTS = np.rint(ONE_RATIO / VARIANCES).astype(np.int64)
 MAX_SQUARE = 20  # in units of the context's variance; codes with a larger square are escaped
 
 
@@ -4735,33 +4737,28 @@ class MatrixModel:
     def __init__(self, coder, counts, columns):
         self.coder = coder
         self.counts = counts  # shared by all matrices, so that a matrix starts with learnt counts
-        self.usual = 37  # context of a row, a mean of the last block
+        self.usual = 37  # context of a row: the mean of the last block
         self.sum_ratios = np.full(columns, 16 * ONE_RATIO)
         self.rows_seen = 16
 
     def code_rows(self, block):
-        """Codes the variances of rows (rows, columns) -> their contexts (rows, 1).
+        """Codes the variances of rows -> their contexts (rows, 1) and codes' (rows, columns).
 
-        From mean magnitudes, as a few large codes would raise a mean square.
+        Variances come from mean magnitudes, as a few large codes would raise a mean square.
         """
-        variances = math.pi / 2 * np.abs(block.astype(float)).mean(1) ** 2
+        variances = math.pi / 2 * abs(block.astype(float)).mean(1) ** 2
         differences = np.searchsorted(VARIANCES[:-1], variances) - self.usual
         coded = self.code(np.full(len(block), ROW_CONTEXT), differences)
         rows = (self.usual + coded).clip(0, len(VARIANCES) - 1)
         self.usual = round(rows.mean())
-        return rows[:, None]
-
-    def contexts(self, rows):
-        """Contexts of rows (rows, 1) -> those of their codes (rows, columns)."""
-        ratios = self.sum_ratios / (self.rows_seen * ONE_RATIO)
+        rows = rows[:, None]
+        ratios = self.sum_ratios / self.rows_seen / ONE_RATIO
         columns = np.searchsorted(VARIANCES[:-1] / VARIANCES[30], ratios) - 30
-        return (rows + columns).clip(0, len(VARIANCES) - 1)
+        return rows, (rows + columns).clip(0, len(VARIANCES) - 1)
 
     def add(self, residual, rows):
         """Adds residuals (rows, columns), which both sides know by now, to the columns' ratios."""
-        # integers, whose sums are exact
-        weights = np.rint(ONE_RATIO / VARIANCES[rows]).astype(np.int64)
-        self.sum_ratios += (residual * residual * weights).sum(0)
+        self.sum_ratios += (residual * residual * ROW_WEIGHTS[rows]).sum(0)
         self.rows_seen += len(residual)
 
     def code(self, contexts, symbols):
@@ -4771,7 +4768,7 @@ class MatrixModel:
         return coded
 
     def code_block(self, block, contexts):
-        """Codes integers (rows, columns) in these contexts, modulo 256.
+        """Codes integers in these contexts (an array of their shape), modulo 256.
 
         Returns them as int64; when decoding, those that come out of the stream.
         """
@@ -4779,14 +4776,14 @@ class MatrixModel:
         symbols = block.astype(np.int8).astype(np.int64).ravel()
         is_frequent = symbols**2 <= MAX_SQUARE * VARIANCES[contexts]
         coded = self.code(contexts, np.where(is_frequent, symbols, ESCAPE))
-        escaped = (coded == ESCAPE).nonzero()[0]
-        coded[escaped] = self.coder.code(np.full(len(escaped), ESCAPED_CONTEXT), symbols[escaped])
+        escaped = coded == ESCAPE
+        coded[escaped] = self.coder.code(np.full(escaped.sum(), ESCAPED_CONTEXT), symbols[escaped])
         return coded.reshape(block.shape)
 
     def code_plain_block(self, block):
         """Codes the block (rows, columns) itself, which is its own residual."""
-        rows = self.code_rows(block)
-        block[:] = residual = self.code_block(block, self.contexts(rows))
+        rows, contexts = self.code_rows(block)
+        block[:] = residual = self.code_block(block, contexts)
         self.add(residual, rows)
 
     def code_predicted_block(self, before, block):
@@ -4800,20 +4797,17 @@ class MatrixModel:
         # half the weight for the rows so far, whose predictions were worse
         self.sum_ratios //= 2
         self.rows_seen //= 2
-        rows = self.code_rows(block)
-        contexts = self.contexts(rows)
-        values = np.empty(block.shape[::-1]).T  # a column is contiguous
-        residual = np.empty(block.shape[::-1], np.int64).T
+        rows, contexts = self.code_rows(block)
+        values = np.empty(block.shape, np.float64, "F")  # a column is contiguous
+        residual = np.empty(block.shape, np.int64, "F")
         for j in range(block.shape[1]):
             group = j - j % 16
             if j == group:  # one matmul for 16 columns
                 means = values[:, :j] @ predictor[j : j + 16, :j].T
             mean = means[:, j - group] + values[:, group:j] @ predictor[j, group:j]
             mean = np.rint(mean).astype(np.int64)
-            column = (block[:, j] - mean)[:, None]
-            coded = self.code_block(column, contexts[:, j])
-            residual[:, j] = coded[:, 0]
-            block[:, j] = coded[:, 0] + mean
+            residual[:, j] = coded = self.code_block(block[:, j] - mean, contexts[:, j])
+            block[:, j] = coded + mean
             values[:, j] = block[:, j]
         self.add(residual, rows)
         return (residual * residual).sum() < (values * values).sum()
@@ -4828,14 +4822,14 @@ def code_matrix(coder, counts, codes):
     """
     rows, columns = codes.shape
     model = MatrixModel(coder, counts, columns)
-    use_prediction = rows >= 8 * columns > 0
+    use_prediction = rows >= 8 * columns
     start = 0
     while start < rows and columns:
         if use_prediction and start >= 128:
             block = codes[start : start + start // 2]
             use_prediction = model.code_predicted_block(codes[:start], block)
         else:
-            size = min(8 + start // 4, 2**20 // max(1, columns))
+            size = min(8 + start // 4, 2**20 // columns)
             block = codes[start : start + max(1, size)]
             model.code_plain_block(block)
         start += len(block)
