@@ -4589,7 +4589,7 @@ ESCAPE = -128  # announces a symbol that is too rare for its context
 # Variances of codes, the contexts. cumprod is exact on every machine, powers are not.
 VARIANCES = 0.04 * np.cumprod(np.full(60, 1.15))
 ESCAPED_CONTEXT = len(VARIANCES)  # of symbols after an ESCAPE, all equally frequent at first
-ROW_CONTEXT = ESCAPED_CONTEXT + 1  # of the variances of rows, likewise
+ROW_CONTEXT = ESCAPED_CONTEXT + 1  # of the variances of rows
 # Ratios of squares to the variances of their rows are integers, whose sums are exact.
 ONE_RATIO = 2**24
 ROW_WEIGHTS = np.rint(ONE_RATIO / VARIANCES).astype(np.int64)
@@ -4697,7 +4697,8 @@ class SymbolDecoder:
 def initial_counts():
     """Counts int64 (contexts, 256) before any code, 64 for each symbol that is taken as seen.
 
-    Nearly Gaussian, without symbols beyond 4.5 deviations, which are escaped.
+    Nearly Gaussian, without symbols beyond 4.5 deviations, which are escaped. Differences of rows
+    are small more often than not, else the rows of the first matrix would cost a byte each.
     """
     squares = SYMBOLS**2
     tails = 1 + squares / (29 * VARIANCES[:, None])
@@ -4706,7 +4707,7 @@ def initial_counts():
     is_frequent = squares <= MAX_SQUARE * VARIANCES[:, None]
     counts = np.where(is_frequent, 1 + 32_000 / tails, 0)
     counts[:, ESCAPE + 128] = 3
-    return np.vstack([counts, np.ones((2, 256))]).astype(np.int64)
+    return np.vstack([counts, np.ones(256), 1 + 1000 / (1 + squares)]).astype(np.int64)
 
 
 def column_predictor(gram, rows):

@@ -422,14 +422,27 @@ def entropy_trip(matrices):
     return len(stored)
 
 
-def uneven_codes(rows, columns, seed=0):
-    """Gaussian codes with a deviation of each column, and that deviation (columns,)."""
+def uneven_codes(rows, columns, seed=0, row_octaves=0):
+    """Gaussian codes (rows, columns) with a deviation of each column, and their deviations.
+
+    The deviations (1 or rows, columns) of rows differ by up to row_octaves.
+    """
     rng = np.random.default_rng(seed)
-    deviation = 3 * np.exp(0.5 * rng.normal(size=columns))
-    return (
-        np.clip(np.rint(rng.normal(size=(rows, columns)) * deviation), -127, 127).astype(np.int8),
-        deviation,
-    )
+    deviation = 3 * np.exp(0.5 * rng.normal(size=(1, columns)))
+    if row_octaves:
+        deviation = deviation * 2 ** rng.uniform(-row_octaves / 2, row_octaves / 2, (rows, 1))
+    codes = np.rint(rng.normal(size=(rows, columns)) * deviation)
+    return np.clip(codes, -127, 127).astype(np.int8), deviation
+
+
+def entropy_bytes(codes, deviation):
+    """The information of Gaussian codes (R, C) given their deviations (1 or R, C), in bytes."""
+    edges = np.stack([codes - 0.5, codes + 0.5]) / (deviation * math.sqrt(2))
+    below, above = torch.from_numpy(edges).erf().numpy() / 2
+    return -np.log2(np.maximum(above - below, 1e-12)).sum() / 8
+
+
+LANES = 6 * train_gpt.RANS_STATES  # bytes that each lane's state holds beyond the codes
 
 
 def test_entropy_coder_is_exact_on_any_codes():
@@ -444,6 +457,9 @@ def test_entropy_coder_is_exact_on_any_codes():
         uneven_codes(int(rng.integers(1, 300)), int(rng.integers(1, 70)), seed)[0]
         for seed in range(5)
     ]
+    far_more_rows = rng.choice([-127, 127], (65_536, 2)).astype(np.int8)
+    matrices += [far_more_rows, far_more_rows.T.copy(), np.zeros((1, 1), np.int8)]
+    matrices += [uneven_codes(300, 40, row_octaves=12)[0], np.zeros((1, 700), np.int8)]
     for matrix in matrices:
         entropy_trip([matrix])
     entropy_trip(matrices)
@@ -451,13 +467,23 @@ def test_entropy_coder_is_exact_on_any_codes():
 
 def test_entropy_coder_is_within_half_a_percent_of_the_entropy_given_the_columns_deviations():
     codes, deviation = uneven_codes(4096, 256)
-    edges = np.arange(-127.5, 128)[:, None] / deviation
-    share = np.diff(
-        [[math.erf(x / math.sqrt(2)) / 2 for x in row] for row in edges.tolist()], axis=0
-    )
-    bits = -np.log2(np.maximum(share, 1e-12))[codes.astype(int) + 127, np.arange(256)].sum()
-    lanes = 6 * train_gpt.RANS_STATES  # what each lane's state holds beyond the codes
-    assert bits / 8 < entropy_trip([codes]) < 1.005 * bits / 8 + lanes
+    expected = entropy_bytes(codes, deviation)
+    assert expected < entropy_trip([codes]) < 1.005 * expected + LANES
+
+
+def test_entropy_coder_is_within_a_percent_of_the_entropy_given_rows_and_columns_deviations():
+    """Rows differ by two octaves. Their variances, which go ahead, take a third of the percent."""
+    codes, deviation = uneven_codes(4096, 256, row_octaves=2)
+    expected = entropy_bytes(codes, deviation)
+    assert expected < entropy_trip([codes]) < 1.01 * expected + LANES
+
+
+def test_sums_of_the_coder_do_not_overflow():
+    """65,536 rows of the largest code, each as if the rest of its row were zeros."""
+    model = train_gpt.MatrixModel(None, None, 1)
+    model.add(np.full((65_536, 1), -128), np.zeros((65_536, 1), np.int64))
+    weight = round(train_gpt.ONE_RATIO / train_gpt.VARIANCES[0])
+    assert int(model.sum_ratios[0]) == 16 * train_gpt.ONE_RATIO + 65_536 * 128**2 * weight
 
 
 def test_entropy_coder_learns_what_the_columns_of_an_embedding_share():
@@ -491,12 +517,13 @@ def test_entropy_stream_is_the_same_on_every_machine():
         (rng.integers(-9, 10, (40, 700)) * np.arange(1, 41)[:, None] // 7).astype(np.int8)
         for _ in range(2)
     ]
-    # 700 rows once transposed; of 40 columns one follows another
+    # 700 rows once transposed; of 40 columns one follows another, and rows differ
     codes[1][1:] = codes[1][1:] // 2 + codes[1][:-1]
+    codes.append((codes[0] // (1 + np.arange(700) % 7)).astype(np.int8))
     stored = train_gpt.ENCODERS["entropy"](
         b"".join(x.tobytes() for x in codes), [x.shape for x in codes]
     )
-    assert train_gpt.digest(stored).hex() == "df0d165ca49de5c6"
+    assert train_gpt.digest(stored).hex() == "610a8325c048aa7f"
 
 
 def test_damaged_or_hostile_entropy_stream_is_refused():
@@ -519,6 +546,52 @@ def test_damaged_or_hostile_entropy_stream_is_refused():
     with pytest.raises(ArtifactError):  # a small file that claims the most an artifact may hold
         train_gpt.expand("entropy", good, 2**30, [(2**16, 2**14)])
     assert time.process_time() - started < 60  # usually 3; hours if it believed the claim
+
+
+class WrongRows(train_gpt.SymbolEncoder):
+    """Encodes codes as they are, but any variances of rows."""
+
+    def __init__(self, rng):
+        super().__init__()
+        self.rng = rng
+
+    def code(self, contexts, symbols):
+        if train_gpt.ROW_CONTEXT in contexts:
+            symbols = self.rng.integers(-128, 128, len(contexts))
+        return super().code(contexts, symbols)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("shape", [(30, 200), (1, 50), (50, 1), (8, 700)])  # transposed
+def test_rows_of_any_variance_leave_the_codes_as_they_are(shape):
+    rng = np.random.default_rng(10)
+    raw = rng.integers(-128, 128, shape).astype(np.int8).tobytes()
+    encoder = WrongRows(rng)
+    train_gpt.code_matrices(encoder, raw, [shape])
+    assert train_gpt.expand("entropy", encoder.finish(), len(raw), [shape]) == raw
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_hostile_entropy_stream_gives_other_codes_or_an_artifact_error():
+    rng = np.random.default_rng(11)
+    shapes = [(30, 200), (1, 50), (50, 1), (0, 5), (5, 0), (8, 700)]
+    raw_size = sum(map(math.prod, shapes))
+    raw = rng.integers(-9, 10, raw_size).astype(np.int8).tobytes()
+    good = train_gpt.ENCODERS["entropy"](raw, shapes)
+    outcomes = set()
+    for _ in range(100):
+        stream = np.frombuffer(good, np.uint8).copy()
+        start = rng.integers(len(stream))  # damaged from here on: states, or words alone
+        damaged = rng.integers(0, 256, len(stream) - start)
+        stream[start:] = [0, 255, damaged, damaged][rng.integers(4)]
+        try:
+            found = train_gpt.entropy_decompress(stream.tobytes(), raw_size, shapes)
+        except ArtifactError:
+            outcomes.add("error")
+        else:
+            outcomes.add(len(found))
+            assert found != raw or np.array_equal(stream, np.frombuffer(good, np.uint8))
+    assert outcomes <= {"error", 0, raw_size} and len(outcomes) > 1
 
 
 # --- compressors
