@@ -4587,7 +4587,7 @@ RANS_STATES = 512  # each costs 6 bytes of stream
 SYMBOLS = np.arange(-128, 128)
 ESCAPE = -128  # announces a symbol that is too rare for its context
 # Variances of codes, the contexts. cumprod is exact on every machine, powers are not.
-VARIANCES = 0.04 * np.cumprod(np.full(60, 1.15))
+VARIANCES = 0.04 * np.cumprod(np.full(75, 1.15))
 ESCAPED_CONTEXT = len(VARIANCES)  # of symbols after an ESCAPE, all equally frequent at first
 ROW_CONTEXT = ESCAPED_CONTEXT + 1  # of the variances of rows
 # Ratios of squares to the variances of their rows are integers, whose sums are exact.
@@ -4748,13 +4748,12 @@ class MatrixModel:
         Variances come from mean magnitudes, as a few large codes would raise a mean square.
         """
         variances = math.pi / 2 * abs(block.astype(float)).mean(1) ** 2
-        differences = np.searchsorted(VARIANCES[:-1], variances) - self.usual
+        differences = np.searchsorted(VARIANCES, variances) - self.usual
         coded = self.code(np.full(len(block), ROW_CONTEXT), differences)
-        rows = (self.usual + coded).clip(0, len(VARIANCES) - 1)
+        rows = (self.usual + coded[:, None]).clip(0, len(VARIANCES) - 1)
         self.usual = round(rows.mean())
-        rows = rows[:, None]
         ratios = self.sum_ratios / self.rows_seen / ONE_RATIO
-        columns = np.searchsorted(VARIANCES[:-1] / VARIANCES[30], ratios) - 30
+        columns = np.searchsorted(VARIANCES / VARIANCES[30], ratios) - 30
         return rows, (rows + columns).clip(0, len(VARIANCES) - 1)
 
     def add(self, residual, rows):

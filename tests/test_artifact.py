@@ -471,11 +471,14 @@ def test_entropy_coder_is_within_half_a_percent_of_the_entropy_given_the_columns
     assert expected < entropy_trip([codes]) < 1.005 * expected + LANES
 
 
-def test_entropy_coder_is_within_a_percent_of_the_entropy_given_rows_and_columns_deviations():
-    """Rows differ by two octaves. Their variances, which go ahead, take a third of the percent."""
-    codes, deviation = uneven_codes(4096, 256, row_octaves=2)
+@pytest.mark.parametrize("row_octaves, most", [(2, 1.01), (4, 1.0125)])
+def test_entropy_coder_is_within_about_a_percent_of_the_entropy_given_all_deviations(
+    row_octaves, most
+):
+    """Those of rows and columns. The variances of rows, which go ahead, take a third of it."""
+    codes, deviation = uneven_codes(4096, 256, row_octaves=row_octaves)
     expected = entropy_bytes(codes, deviation)
-    assert expected < entropy_trip([codes]) < 1.01 * expected + LANES
+    assert expected < entropy_trip([codes]) < most * expected + LANES
 
 
 def test_sums_of_the_coder_do_not_overflow():
@@ -523,7 +526,7 @@ def test_entropy_stream_is_the_same_on_every_machine():
     stored = train_gpt.ENCODERS["entropy"](
         b"".join(x.tobytes() for x in codes), [x.shape for x in codes]
     )
-    assert train_gpt.digest(stored).hex() == "610a8325c048aa7f"
+    assert train_gpt.digest(stored).hex() == "9849d2ef29b4e4dc"
 
 
 def test_damaged_or_hostile_entropy_stream_is_refused():
