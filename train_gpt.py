@@ -4590,7 +4590,7 @@ ESCAPE = -128  # announces a symbol that is too rare for its context
 VARIANCES = 0.04 * np.cumprod(np.full(75, 1.15))
 ESCAPED_CONTEXT = len(VARIANCES)  # of symbols after an ESCAPE, all equally frequent at first
 ROW_CONTEXT = ESCAPED_CONTEXT + 1  # of the variances of rows
-# Ratios of squares to the variances of their rows are integers, whose sums are exact.
+# A square is divided by the variance of its row in units of 2^-24: integers have exact sums.
 ONE_RATIO = 2**24
 ROW_WEIGHTS = np.rint(ONE_RATIO / VARIANCES).astype(np.int64)
 MAX_SQUARE = 20  # in units of the context's variance; codes with a larger square are escaped
@@ -4698,7 +4698,7 @@ def initial_counts():
     """Counts int64 (contexts, 256) before any code, 64 for each symbol that is taken as seen.
 
     Nearly Gaussian, without symbols beyond 4.5 deviations, which are escaped. Differences of rows
-    are small more often than not, else the rows of the first matrix would cost a byte each.
+    are small more often than not: without that, rows of the first matrix would cost a byte each.
     """
     squares = SYMBOLS**2
     tails = 1 + squares / (29 * VARIANCES[:, None])
@@ -4816,9 +4816,9 @@ class MatrixModel:
 def code_matrix(coder, counts, codes):
     """Sends codes (R, C) int8 through a coder, which reads (SymbolEncoder) or fills them.
 
-    Blocks of rows are coded in turn, each with variances of the rows before it. In a matrix with
-    far more rows than columns (the embedding), columns are predicted from those before them as long
-    as that pays.
+    Blocks of rows are coded in turn, each with the columns' ratios in the rows before it. In a
+    matrix with far more rows than columns (the embedding), columns are predicted from those before
+    them as long as that pays.
     """
     rows, columns = codes.shape
     model = MatrixModel(coder, counts, columns)
