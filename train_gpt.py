@@ -199,13 +199,13 @@ class Hyperparameters:
     gptq_damp: float = env(0.01, "damping, of the mean Hessian diagonal", above=0)
     matrix_bits: int = env(6, "bits per matrix code", least=2, most=8)
     embed_bits: int = env(8, "bits per embedding code", least=2, most=8)
-    mlp_clip_sigmas: float = env(12.8, "clip of MLP rows, in deviations", above=0)
-    attn_clip_sigmas: float = env(13.8, "clip of attention rows, in deviations", above=0)
-    embed_clip_sigmas: float = env(14.8, "clip of embedding rows, in deviations", above=0)
+    mlp_clip_sigmas: float = env(12.9, "clip of MLP rows, in deviations", above=0)
+    attn_clip_sigmas: float = env(13.9, "clip of attention rows, in deviations", above=0)
+    embed_clip_sigmas: float = env(14.9, "clip of embedding rows, in deviations", above=0)
     gptq_column_steps: bool = env(True, "steps per row and column; 0: per row")
     gptq_column_octaves: float = env(2.0, "log2 of a column's step to its row's", least=0)
     gptq_trellis: bool = env(True, "trellis-coded quantization")
-    gptq_row_power: float = env(0.0, "finer steps for rows that matter; 0: off", least=0, most=1)
+    gptq_row_power: float = env(0.5, "finer steps for rows that matter; 0: off", least=0, most=1)
     gptq_row_octaves: float = env(2.0, "log2 of that change of a row's step, at most", least=0)
     quant_check_rows: int = env(2, "training rows that check the quantization", least=0)
     quant_gap_max: float = env(
@@ -4550,8 +4550,8 @@ class QuantizationCheck:
 # bytes, digest of the raw bytes], ...]]; the sections, one after another. The list of arrays says
 # what the sections hold (plan_sections). Thanks to the two digests neither a damaged file nor a
 # decoder of another version can give wrong weights. The two highest bits of the compressor's number
-# say what tokens the model was trained on: 0 not said (older files), 1 as stored, 2 markers fused.
-MAGIC = b"GLF1"
+# say what tokens the model was trained on: 0 not said, 1 as stored, 2 markers fused.
+MAGIC = b"GLF2"  # GLF1 had another coder
 PREFIX = struct.Struct("<4sBII")
 DIGEST_BYTES = 8
 MAX_HEADER_BYTES = 2**20
@@ -5117,7 +5117,7 @@ def read_header(blob):
     names = {compressor.number: name for name, compressor in COMPRESSORS.items()}
     if not is_intact or number not in names or raw_size > MAX_HEADER_BYTES:
         raise ArtifactError(
-            "artifact: not a file of this program, or its header is damaged or cut off"
+            "artifact: not a file of this version, or its header is damaged or cut off"
         )
     compressor = names[number]
     raw = expand(COMPRESSORS[compressor].codec, stored, raw_size)

@@ -208,7 +208,7 @@ def cross_checks(hp):
         yield "MUON_HEAD_PAIRS=1 needs even NUM_HEADS and NUM_KV_HEADS"
     if hp.qat_below_lr and hp.gptq_column_steps:
         yield "QAT_BELOW_LR trains on the grid of rows: set GPTQ_COLUMN_STEPS=0"
-    if hp.gptq_self_calibration and hp.gptq_row_power:
+    if hp.gptq_self_calibration and hp.gptq_column_steps and hp.gptq_row_power:
         yield "GPTQ_ROW_POWER reads training rows: set GPTQ_SELF_CALIBRATION=0"
     if hp.ttt_method == "sgd" and hp.ttt_max_docs:
         yield "TTT_MAX_DOCS goes with TTT_METHOD=lora"

@@ -143,7 +143,7 @@ def test_one_loss_that_is_not_finite_is_named(tmp_path, capsys):
 
 def test_a_damaged_artifact_keeps_away_its_own_picture_only(tmp_path, capsys):
     folder = make_run(tmp_path / "run")
-    (folder / "artifact.bin").write_bytes(b"GLF1 and no more")
+    (folder / "artifact.bin").write_bytes(b"GLF2 and no more")
     plot_run.main([str(folder)])
     assert sorted(path.name for path in folder.glob("*.png")) == ["stages.png", "training.png"]
     assert (
