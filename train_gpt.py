@@ -3814,7 +3814,7 @@ class Trainer:
             self.guard.after_step(self, step, seconds, losses, reports)
             if step <= 5 or step % hp.train_log_every == 0:
                 self.log_step(step, losses[-1], seconds, progress, looping)
-            self.guard.show(
+            log.guard.show(
                 progress,
                 f"step:{step} train_loss:{self.last_loss:.4f}"
                 f" tokens_per_s:{step * hp.train_batch_tokens / seconds:.0f}",
@@ -4189,7 +4189,7 @@ def quantize_matrices(names, weights, hessians, hp, trellis_round, row_gradients
         w = torch.stack([weights[name].float() for name in batch])
         h = torch.stack([hessians[name].float() for name in batch])
         damp = hp.gptq_damp
-        if hp.gptq_row_power and octaves is not None:
+        if row_gradients and octaves is not None:
             gradients = torch.stack([row_gradients[name] for name in batch])
             clip_sigmas = clip_sigmas * row_step_factors(w, gradients, hp)
         quantized = gptq_quantize(w, h, bits, clip_sigmas, damp, batch, octaves, trellis_round)
@@ -4233,10 +4233,10 @@ def quantize_weights(
 ):
     """Saved weights and Hessians (C, C), by name -> numpy arrays "name:field", on every rank.
 
-    Fields: those of fields_fit. trellis_round is the model's operation for the trellis;
-    row_gradients are those of collect_row_gradients, if GPTQ_ROW_POWER needs them. Each matrix is
-    quantized by one rank, small tensors by rank 0. ModelError with the names of the tensors at
-    fault, raised on all ranks.
+    Fields: those of fields_fit. trellis_round is the model's operation for the trellis. With the
+    row_gradients of collect_row_gradients rows have steps by importance. Each matrix is quantized
+    by one rank, small tensors by rank 0. ModelError with the names of the tensors at fault, raised
+    on all ranks.
     """
     check_quantizable(weights)
     matrices = {name: w for name, w in weights.items() if quant_role(name)}

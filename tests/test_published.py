@@ -539,6 +539,7 @@ def test_late_qat_runs_a_second_graph_that_the_warm_up_has_made(tiny_data):
 def test_self_calibration_samples_documents_of_the_model_and_touches_no_data(dist, monkeypatch):
     hp = small_hp(
         gptq_self_calibration=True,
+        gptq_row_power=0.0,
         gptq_calibration_batches=2,
         train_seq_len=16,
         micro_batch_tokens=64,

@@ -417,8 +417,8 @@ def test_the_slowest_rank_decides_whether_seconds_are_left(
 ):
     """Or one rank would wait in a collective of an attempt that another does not make."""
     check = check_of_gaps((0.5, 0.4, 0.3), dist, monkeypatch)
-    monkeypatch.setattr(train_gpt, "collect_hessians", lambda *_: {})
-    monkeypatch.setattr(train_gpt, "quantize_weights", lambda *_: {})
+    for name in ("collect_hessians", "collect_row_gradients", "quantize_weights"):
+        monkeypatch.setattr(train_gpt, name, lambda *_: {})
     monkeypatch.setattr(dist, "max_over_ranks", lambda used: [max(used, slowest)])
     hp = dataclasses.replace(check.hp, max_wallclock_seconds=900.0)
     loader = SimpleNamespace(held_out_rows=2)

@@ -103,6 +103,7 @@ def test_target_bytes_ends_just_under_the_target_whatever_the_clips(
         if train_gpt.quant_role(n)
     }
     monkeypatch.setattr(train_gpt, "collect_hessians", lambda *_: identity)
+    monkeypatch.setattr(train_gpt, "collect_row_gradients", lambda *_: {})
     log, loader = train_gpt.RunLog(tmp_path, dist), SimpleNamespace(held_out_rows=0)
     log.guard = guard.RunGuard()
     train_gpt.build_artifact(model, loader, hp, dist, log, tmp_path / "a", 20_000)
@@ -179,6 +180,7 @@ def test_a_file_that_fits_is_not_filled_up_where_smaller_clips_would_clip_codes(
 
 def test_a_target_that_is_not_above_the_code_is_ignored(monkeypatch, tmp_path, dist):
     monkeypatch.setattr(train_gpt, "collect_hessians", lambda *_: {})
+    monkeypatch.setattr(train_gpt, "collect_row_gradients", lambda *_: {})
     monkeypatch.setattr(train_gpt, "quantize_weights", lambda *_: {})
     monkeypatch.setattr(train_gpt, "fit_target_bytes", never)
     hp = tiny_hp(target_bytes=20_000)
@@ -209,6 +211,7 @@ def test_the_budget_decides_whether_there_is_another_trial(monkeypatch, tmp_path
     now = [0.0]
     sizes = iter([700_000, 590_000, 600_000])
     monkeypatch.setattr(train_gpt, "collect_hessians", lambda *_: {})
+    monkeypatch.setattr(train_gpt, "collect_row_gradients", lambda *_: {})
     monkeypatch.setattr(train_gpt, "pack_weights", lambda *_: bytes(next(sizes)))
     hp = tiny_hp(target_bytes=600_000, max_wallclock_seconds=600.0)
     model = train_gpt.build_model(hp, dist)
@@ -231,6 +234,7 @@ def test_of_all_trials_the_one_that_is_nearest_below_the_target_is_kept(
 ):
     sizes = iter([700_000, 570_000, 580_010, 579_000, 580_001])
     monkeypatch.setattr(train_gpt, "collect_hessians", lambda *_: {})
+    monkeypatch.setattr(train_gpt, "collect_row_gradients", lambda *_: {})
     monkeypatch.setattr(train_gpt, "quantize_weights", lambda *_: {})
     monkeypatch.setattr(train_gpt, "pack_weights", lambda *_: bytes(next(sizes)))
     hp = tiny_hp(target_bytes=600_000)
