@@ -208,8 +208,6 @@ def cross_checks(hp):
         yield "MUON_HEAD_PAIRS=1 needs even NUM_HEADS and NUM_KV_HEADS"
     if hp.qat_below_lr and hp.gptq_column_steps:
         yield "QAT_BELOW_LR trains on the grid of rows: set GPTQ_COLUMN_STEPS=0"
-    if hp.gptq_self_calibration and hp.gptq_column_steps and hp.gptq_row_power:
-        yield "GPTQ_ROW_POWER reads training rows: set GPTQ_SELF_CALIBRATION=0"
     if hp.ttt_method == "sgd" and hp.ttt_max_docs:
         yield "TTT_MAX_DOCS goes with TTT_METHOD=lora"
 
@@ -701,8 +699,16 @@ def table_hessians(model):
 
 LQER_FIELDS = "lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale"
 own_collect_hessians = train_gpt.collect_hessians
+own_collect_row_gradients = train_gpt.collect_row_gradients
 own_quantize_weights = train_gpt.quantize_weights
 own_dequantize_fields = train_gpt.dequantize_fields
+
+
+def collect_row_gradients(model, loader, hp, dist):
+    """GPTQ_SELF_CALIBRATION: none, so that no data is read and rows have SDClip's steps."""
+    if hp.gptq_self_calibration:
+        return None
+    return own_collect_row_gradients(model, loader, hp, dist)
 
 
 def collect_hessians(model, loader, hp, dist):
@@ -1199,6 +1205,7 @@ PARTS = {
     "Trainer": Trainer,
     "QUANT_TABLE": QUANT_TABLE,
     "collect_hessians": collect_hessians,
+    "collect_row_gradients": collect_row_gradients,
     "quantize_weights": quantize_weights,
     "dequantize_fields": dequantize_fields,
     "ENCODERS": ENCODERS,

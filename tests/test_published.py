@@ -143,7 +143,6 @@ def test_the_environment_sets_every_setting(field):
         ({"EXTRA_EVAL_LOOPS": "1", "NUM_LOOPS": "0"}, "NUM_LOOPS"),
         ({"MUON_HEAD_PAIRS": "1", "NUM_KV_HEADS": "1"}, "MUON_HEAD_PAIRS"),
         ({"QAT_BELOW_LR": "0.1"}, "GPTQ_COLUMN_STEPS"),
-        ({"GPTQ_SELF_CALIBRATION": "1", "GPTQ_ROW_POWER": "0.5"}, "GPTQ_SELF_CALIBRATION=0"),
         ({"TTT_METHOD": "sgd", "TTT_MAX_DOCS": "9"}, "TTT_MAX_DOCS"),
         ({"ATTN_WINDOW": "9"}, "TTT_STALE_CONTEXT=0"),
         ({"VALUE_RESIDUAL": "mix"}, "TTT_STALE_CONTEXT=0"),
@@ -539,7 +538,6 @@ def test_late_qat_runs_a_second_graph_that_the_warm_up_has_made(tiny_data):
 def test_self_calibration_samples_documents_of_the_model_and_touches_no_data(dist, monkeypatch):
     hp = small_hp(
         gptq_self_calibration=True,
-        gptq_row_power=0.0,
         gptq_calibration_batches=2,
         train_seq_len=16,
         micro_batch_tokens=64,
@@ -553,6 +551,7 @@ def test_self_calibration_samples_documents_of_the_model_and_touches_no_data(dis
     monkeypatch.setattr(torch, "multinomial", noted)
     hessians = train_gpt.collect_hessians(model, None, hp, dist)
     assert len(draws) == 2 * 15
+    assert train_gpt.collect_row_gradients(model, None, hp, dist) is None
     first = parts.written_row(model, 0).inputs
     assert torch.equal(first, parts.written_row(model, 0).inputs) and first.shape == (4, 16)
     assert (first[:, 0] == BOS_ID).all() and not (first[:, 1:] == BOS_ID).any()
