@@ -1,0 +1,122 @@
+"""benchmarks/gpu_queue.py: order, needs, room on a GPU, the end of the time, continuing."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_queue
+from presets import published
+from tools.guard import RunGuard
+
+PLANS = sorted((Path(gpu_queue.__file__).parent / "plans").glob("*.jsonl"))
+
+
+def write_plan(tmp_path, *jobs):
+    path = tmp_path / "plan.jsonl"
+    path.write_text("".join(json.dumps(job) + "\n\n" for job in jobs))
+    return path
+
+
+def run(tmp_path, *jobs, gpus=(0, 1), workers=2, seconds=60.0):
+    """(exit code, {name: record}) of a plan."""
+    state = tmp_path / "state"
+    arguments = [str(write_plan(tmp_path, *jobs)), "--state", str(state), "--gpus"]
+    arguments += [*map(str, gpus), "--workers", str(workers), "--seconds", str(seconds)]
+    code = gpu_queue.main(arguments)
+    lines = (state / "progress.jsonl").read_text().splitlines()
+    return code, {record["name"]: record for record in map(json.loads, lines)}
+
+
+def job(name, command="true", **more):
+    return {"name": name, "run": command} | more
+
+
+def test_jobs_run_after_what_they_need_and_on_the_gpu_that_they_are_given(tmp_path):
+    code, records = run(
+        tmp_path,
+        job("late", "cat {state}/early.log; echo $CUDA_VISIBLE_DEVICES", needs=["early"], gpu=1),
+        job("early", "sleep 0.3; echo done", gpu=0),
+    )
+    assert code == 0 and list(records) == ["early", "late"]
+    assert (tmp_path / "state" / "late.log").read_text().split() == ["done", "1"]
+    assert records["late"]["gpu"] == 1 and records["early"]["seconds"] >= 0.3
+
+
+def test_a_failed_job_is_told_and_what_needs_it_is_skipped(tmp_path):
+    jobs = [job("bad", "echo why; exit 3"), job("after", needs=["bad"]), job("other")]
+    code, records = run(tmp_path, *jobs)
+    assert code == 1
+    assert {name: record["code"] for name, record in records.items()} == {
+        "bad": 3,
+        "after": -1,
+        "other": 0,
+    }
+    assert (tmp_path / "state" / "bad.log").read_text() == "why\n"
+    # continued, only what has not succeeded runs
+    jobs[0] = job("bad", "true")
+    jobs[2] = job("other", "exit 1")
+    code, records = run(tmp_path, *jobs)
+    assert code == 0 and [records[name]["code"] for name in ("bad", "after", "other")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("alone, together", [(False, 2), (True, 1)])
+def test_a_gpu_has_so_many_jobs_at_a_time_and_one_if_it_is_to_be_alone(tmp_path, alone, together):
+    """Each job notes how many run with it."""
+    command = (
+        "mkdir -p {state}/now; touch {state}/now/$$; sleep 0.5; ls {state}/now | wc -l; sleep 0.5;"
+        " rm {state}/now/$$"
+    )
+    jobs = [job(f"j{i}", command, alone=alone) for i in range(4)]
+    run(tmp_path, *jobs, gpus=(0,))
+    counts = [int((tmp_path / "state" / f"j{i}.log").read_text()) for i in range(4)]
+    assert max(counts) == together
+
+
+def test_a_job_that_wants_to_be_alone_is_not_kept_waiting_by_those_after_it(tmp_path):
+    jobs = [job("first", "sleep 0.6"), job("quiet", "true", alone=True)]
+    jobs += [job(f"small{i}", "sleep 0.5") for i in range(6)]
+    _, records = run(tmp_path, *jobs, gpus=(0,))
+    assert list(records)[:2] == ["first", "quiet"]
+
+
+def test_the_end_of_the_time_stops_jobs_with_all_that_they_started(tmp_path):
+    started = time.time()
+    code, records = run(
+        tmp_path,
+        job("long", "(sleep 3; touch {state}/alive) & wait"),
+        job("never", needs=["long"]),
+        seconds=1.0,
+    )
+    assert code == 1 and time.time() - started < 3 and records["long"]["code"] != 0
+    assert "never" not in records
+    time.sleep(3)
+    assert not (tmp_path / "state" / "alive").exists()
+
+
+@pytest.mark.parametrize(
+    "jobs, words",
+    [
+        ([job("a"), job("a")], "two jobs are called a"),
+        ([job("a", needs=["b"])], "a needs b, not in it"),
+        ([{"name": "a"}], "line 1"),
+        ([job("a", colour=1)], "line 1"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused_before_a_job_runs(tmp_path, capsys, jobs, words):
+    arguments = [str(write_plan(tmp_path, *jobs)), "--state", str(tmp_path / "state")]
+    assert gpu_queue.main(arguments) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
+def test_the_plans_of_this_repository_have_settings_that_exist(path):
+    jobs = gpu_queue.read_plan(path)
+    runs = [job for job in jobs if re.search("train_gpt|published", job.run)]
+    assert runs
+    for job in runs:
+        settings = dict(re.findall(r"\b([A-Z_0-9]+)=(\S+)", job.run))
+        hp = published.Hyperparameters.from_env(settings, RunGuard())
+        assert hp.run_id == job.name and hp.data_seed == 1
