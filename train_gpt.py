@@ -3976,12 +3976,12 @@ def row_step_factors(w, row_gradients, hp):
     SDClip's steps are proportional to a row's deviation. Steps proportional to the inverse root of
     the mean squared gradient are optimal (reverse water-filling). GPTQ_ROW_POWER is how far to go
     from the former, 0, to the latter, 1. The median row of a matrix keeps its step, so that a few
-    outliers do not move the others.
+    outliers do not move the others. All rows do if a gradient is not a number.
     """
     log2_costs = (w.std(dim=2) * row_gradients.sqrt()).clamp(min=1e-30).log2()
     log2_costs = log2_costs - log2_costs.quantile(0.5, dim=1, keepdim=True)
     octaves = hp.gptq_row_octaves
-    return (-hp.gptq_row_power * log2_costs).clamp(-octaves, octaves).exp2()
+    return (-hp.gptq_row_power * log2_costs).clamp(-octaves, octaves).exp2().nan_to_num(1.0)
 
 
 def order_columns(w, hessian, damp, names):

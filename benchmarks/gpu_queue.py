@@ -16,7 +16,8 @@ else runs on its GPU meanwhile, so that its seconds count. A job whose needs fai
 
 --state keeps NAME.log for each job and progress.jsonl: name, GPU, exit code, seconds. A job that is
 in progress.jsonl with exit code 0 is not run again, so a plan can be continued. At the end of
---seconds running jobs are stopped and no other begins. Exits with 1 unless every job succeeded.
+--seconds, or when the queue itself is ended by Ctrl-C, SIGTERM or SIGHUP, running jobs are stopped
+and no other begins. Exits with 1 unless every job succeeded.
 """
 
 import argparse
@@ -59,6 +60,8 @@ def read_plan(path: Path) -> list[Job]:
             job = Job(**json.loads(line))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
+        if not (isinstance(job.name, str) and isinstance(job.run, str)) or "/" in job.name:
+            raise ValueError(f"{path}, line {number}: name and run are texts, name without /")
         jobs.append(job)
     names = [job.name for job in jobs]
     for job in jobs:
@@ -161,6 +164,9 @@ class Queue:
                 time.sleep(0.2)
         finally:
             self.stop()
+            if self.waiting:
+                names = ", ".join(job.name for job in self.waiting)
+                print(f"gpu_queue.py: not started: {names}", file=sys.stderr)
         return not self.waiting and not any(self.codes.values())
 
 
@@ -180,6 +186,9 @@ def main(argv=None) -> int:
     except (OSError, ValueError) as error:
         print(f"gpu_queue.py: {error}", file=sys.stderr)
         return 2
+    # jobs have sessions of their own: without this they would outlive the queue
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda caught, frame: sys.exit(128 + caught))
     return 0 if Queue(jobs, args.gpus, args.workers, args.state).run(args.seconds) else 1
 
 

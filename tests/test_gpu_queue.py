@@ -2,10 +2,14 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 from benchmarks import gpu_queue
 from presets import published
@@ -96,6 +100,31 @@ def test_the_end_of_the_time_stops_jobs_with_all_that_they_started(tmp_path):
     assert not (tmp_path / "state" / "alive").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_queue_that_is_ended_takes_its_jobs_with_it(tmp_path, number):
+    state = tmp_path / "state"
+    command = "touch {state}/begun; (sleep 3; touch {state}/alive) & wait"
+    plan = write_plan(tmp_path, job("long", command), job("never", needs=["long"]))
+    queue = subprocess.Popen(
+        [sys.executable, gpu_queue.__file__, str(plan), "--state", str(state)],
+        stdout=subprocess.DEVNULL,
+    )
+    while not (state / "begun").exists():
+        assert queue.poll() is None
+        time.sleep(0.05)
+    queue.send_signal(number)
+    assert queue.wait(PATIENCE) not in (0, 1)
+    time.sleep(3.5)
+    assert not (state / "alive").exists()
+    (record,) = map(json.loads, (state / "progress.jsonl").read_text().splitlines())
+    assert record["name"] == "long" and record["code"] != 0
+
+
+def test_jobs_that_no_gpu_could_take_are_named(tmp_path, capsys):
+    code, _ = run(tmp_path, job("a"), job("b", gpu=5), job("c", needs=["b"]))
+    assert code == 1 and "not started: b, c" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "jobs, words",
     [
@@ -103,6 +132,8 @@ def test_the_end_of_the_time_stops_jobs_with_all_that_they_started(tmp_path):
         ([job("a", needs=["b"])], "a needs b, not in it"),
         ([{"name": "a"}], "line 1"),
         ([job("a", colour=1)], "line 1"),
+        ([job("a/b")], "line 1"),
+        ([job("a", 5)], "line 1"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_before_a_job_runs(tmp_path, capsys, jobs, words):

@@ -661,6 +661,23 @@ def test_every_table_of_a_published_model_has_row_gradients(tmp_path, published)
         assert (powers[0.0][key] != powers[1.0][key]).any(), name
 
 
+@pytest.mark.parametrize(
+    ("value", "rows"),
+    [(float("nan"), slice(3, 4)), (float("nan"), slice(None)), (float("inf"), slice(None))],
+)
+def test_gradients_that_are_no_numbers_leave_a_matrix_at_its_steps(value, rows):
+    """One NaN would make all steps of its matrix NaN, and its codes noise."""
+
+    def gradients(weights, names):
+        found = random_gradients(weights, names)
+        found["tok_emb.weight"][rows] = value
+        return found
+
+    codes = shifted_by(gradients, gptq_row_power=0.5)
+    for name, (before, after) in codes.items():
+        assert (before == after).all() == (name == "tok_emb.weight"), name
+
+
 def built(folder, dist, monkeypatch, **changes):
     """An artifact with row gradients that take 0.2 s -> seconds by stage, calls, file, model."""
     folder.mkdir()
