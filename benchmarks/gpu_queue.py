@@ -83,7 +83,10 @@ class Queue:
         self.progress = state / "progress.jsonl"
         self.codes = {}  # name -> exit code
         if self.progress.exists():
-            records = [json.loads(line) for line in self.progress.read_text().splitlines()]
+            lines = self.progress.read_text().splitlines(keepends=True)
+            # a kill may have cut the last line short
+            records = [json.loads(line) for line in lines if line.endswith("\n")]
+            self.progress.write_text("".join(line for line in lines if line.endswith("\n")))
             self.codes = {record["name"]: 0 for record in records if record["code"] == 0}
         self.waiting = [job for job in jobs if job.name not in self.codes]
         self.running = []

@@ -100,6 +100,14 @@ def test_the_end_of_the_time_stops_jobs_with_all_that_they_started(tmp_path):
     assert not (tmp_path / "state" / "alive").exists()
 
 
+def test_a_queue_goes_on_after_a_kill_in_the_middle_of_a_line(tmp_path):
+    run(tmp_path, job("a", "echo once"))
+    progress = tmp_path / "state" / "progress.jsonl"
+    progress.write_text(progress.read_text() + '{"name": "b", "gp')
+    code, records = run(tmp_path, job("a", "exit 1"), job("b"))
+    assert code == 0 and list(records) == ["a", "b"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_queue_that_is_ended_takes_its_jobs_with_it(tmp_path, number):
     state = tmp_path / "state"
