@@ -4753,6 +4753,7 @@ class MatrixModel:
         rows = (self.usual + coded[:, None]).clip(0, len(VARIANCES) - 1)
         self.usual = round(rows.mean())
         ratios = self.sum_ratios / self.rows_seen / ONE_RATIO
+        # in contexts, 0 for a ratio of 1
         columns = np.searchsorted(VARIANCES / VARIANCES[30], ratios) - 30
         return rows, (rows + columns).clip(0, len(VARIANCES) - 1)
 

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import presets.published as published  # noqa: E402
 import train_gpt  # noqa: E402
-from tools.guard import RunGuard  # noqa: E402
+from tools.guard import RunGuard, entropy_bytes  # noqa: E402
 from tools.run_files import settings_of  # noqa: E402
 
 
@@ -54,12 +54,6 @@ def group_of(name: str) -> str:
     tensor, _, field = name.rpartition(":")
     role = train_gpt.quant_role(tensor)
     return "small" if role is None else role.group if field == "codes" else "scales"
-
-
-def entropy_bytes(codes: np.ndarray) -> float:
-    """Order-0 entropy of one array of codes, its histogram for free."""
-    share = np.unique(codes, return_counts=True)[1] / codes.size
-    return -codes.size * float(share @ np.log2(share)) / 8
 
 
 def packed_groups(arrays: dict, compressor: str) -> dict[str, int]:

@@ -181,8 +181,8 @@ def campaign_path(name: str) -> Path:
     return ROOT / "docs" / "campaigns" / f"{name}.jsonl"
 
 
-def read_campaign(path: Path) -> list[dict]:
-    """All whole lines of a campaign file; none if it is missing.
+def whole_lines(path: Path) -> list[tuple[int, dict]]:
+    """Numbers and records of all whole lines of a file of records; none if it is missing.
 
     A line that a kill cut off is passed over.
     """
@@ -194,10 +194,16 @@ def read_campaign(path: Path) -> list[dict]:
         if not line:
             continue
         try:
-            record = json.loads(line)
+            records.append((number, json.loads(line)))
         except ValueError:
             print(f"{path}, line {number}: damaged, passed over", file=sys.stderr)
-            continue
+    return records
+
+
+def read_campaign(path: Path) -> list[dict]:
+    """Records of a campaign file, as whole_lines. ValueError for those of another version."""
+    records = []
+    for number, record in whole_lines(path):
         if record["version"] != LINE_VERSION:
             raise ValueError(
                 f"{path}, line {number}: version {record['version']}, this script reads"

@@ -30,6 +30,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.bench_recipe import append_record, whole_lines  # noqa: E402
+
 
 class Job(NamedTuple):
     """A line of a plan."""
@@ -82,12 +85,9 @@ class Queue:
         state.mkdir(parents=True, exist_ok=True)
         self.progress = state / "progress.jsonl"
         self.codes = {}  # name -> exit code
-        if self.progress.exists():
-            lines = self.progress.read_text().splitlines(keepends=True)
-            # a kill may have cut the last line short
-            records = [json.loads(line) for line in lines if line.endswith("\n")]
-            self.progress.write_text("".join(line for line in lines if line.endswith("\n")))
-            self.codes = {record["name"]: 0 for record in records if record["code"] == 0}
+        for _, record in whole_lines(self.progress):
+            if record["code"] == 0:
+                self.codes[record["name"]] = 0
         self.waiting = [job for job in jobs if job.name not in self.codes]
         self.running = []
 
@@ -136,8 +136,7 @@ class Queue:
         """Keeps and prints how a job ended."""
         self.codes[job.name] = code
         record = {"name": job.name, "gpu": gpu, "code": code, "seconds": round(seconds, 1)}
-        with self.progress.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_record(self.progress, record)
         print(json.dumps(record), flush=True)
 
     def collect(self) -> None:

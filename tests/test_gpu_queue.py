@@ -30,8 +30,8 @@ def run(tmp_path, *jobs, gpus=(0, 1), workers=2, seconds=60.0):
     arguments = [str(write_plan(tmp_path, *jobs)), "--state", str(state), "--gpus"]
     arguments += [*map(str, gpus), "--workers", str(workers), "--seconds", str(seconds)]
     code = gpu_queue.main(arguments)
-    lines = (state / "progress.jsonl").read_text().splitlines()
-    return code, {record["name"]: record for record in map(json.loads, lines)}
+    records = gpu_queue.whole_lines(state / "progress.jsonl")
+    return code, {record["name"]: record for _, record in records}
 
 
 def job(name, command="true", **more):

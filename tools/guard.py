@@ -1192,6 +1192,12 @@ def try_packing(model, hp):
     return phrase, seconds / share if hp.compressor in FAST_COMPRESSORS else seconds
 
 
+def entropy_bytes(codes):
+    """Order-0 entropy of one array of codes, its histogram for free."""
+    shares = np.unique(codes, return_counts=True)[1] / codes.size
+    return -codes.size * float(shares @ np.log2(shares)) / 8
+
+
 def group_bytes(arrays):
     """Arrays of quantize_weights -> {role: bytes}, largest first.
 
@@ -1202,8 +1208,7 @@ def group_bytes(arrays):
         name, _, field = key.rpartition(":")
         role = train_gpt.quant_role(name)
         if role and field == "codes":
-            shares = np.unique(array, return_counts=True)[1] / array.size
-            sizes[role.group] -= shares @ np.log2(shares) * array.size / 8
+            sizes[role.group] += entropy_bytes(array)
         else:
             sizes["rest"] += array.nbytes
     return {role: round(sizes[role]) for role in sorted(sizes, key=sizes.get, reverse=True)}
