@@ -235,7 +235,8 @@ class Hyperparameters:
     ttt_lora_sites: str = env("q,k,v,o,mlp,head", "sites with LoRA, comma separated")
     ttt_lora_rank: int = env(80, "LoRA rank", least=1)
     ttt_lora_alpha: float = env(144.0, "adapters are scaled by alpha / rank", above=0)
-    ttt_lora_lr: float = env(3.5e-5, "AdamW learning rate of the adapters", least=0)
+    ttt_lora_lr: float = env(3.5e-5, "AdamW learning rate of the adapters' B", least=0)
+    ttt_lora_a_lr_ratio: float = env(2.0, "that of their A, in TTT_LORA_LR", least=0)
     ttt_beta2: float = env(0.99, "their beta2 (beta1 is 0)", least=0, most=0.99999)
     ttt_weight_decay: float = env(0.5, "their weight decay", least=0)
     ttt_warm_start_a: bool = env(True, "documents start with their predecessor's A")
@@ -5737,13 +5738,16 @@ class BatchedLoRA:
         gradients: of scaled_parts; number (B,): which step of its document this is, from 1.
         """
         hp = self.hp
-        rates = (hp.ttt_lora_lr, hp.ttt_weight_decay, hp.ttt_beta2)
         correction = 1 - hp.ttt_beta2 ** number.double()
         correction = correction.to(self.values.dtype)
-        of_parts = zip(gradients, self.layout.slices(), self.scales, strict=True)
-        for gradient, columns, scale in of_parts:
+        b_lr = hp.ttt_lora_lr
+        a_lr = b_lr * hp.ttt_lora_a_lr_ratio
+        lrs = (a_lr, a_lr, b_lr, b_lr)
+        of_parts = zip(gradients, self.layout.slices(), self.scales, lrs, strict=True)
+        for gradient, columns, scale, lr in of_parts:
             values = self.values[:, columns]
             squares = self.squares[:, columns]
+            rates = (lr, hp.ttt_weight_decay, hp.ttt_beta2)
             self.update(values, squares, gradient, source, target, correction, scale, rates)
 
 

@@ -117,10 +117,11 @@ def past_window(model, tokens, start, window, kept):
 def score_document(model, lora, tokens, start, end, row):
     """Scores inputs start to end with the adapters of `row` (1, n), which learn -> list of nats."""
     hp = lora.hp
-    leaf = torch.nn.Parameter(row)
-    optimizer = torch.optim.AdamW(
-        [leaf], hp.ttt_lora_lr, (0.0, hp.ttt_beta2), 1e-10, hp.ttt_weight_decay
-    )
+    leaves = [torch.nn.Parameter(half) for half in row.tensor_split([lora.layout.a_total], 1)]
+    b_lr = hp.ttt_lora_lr
+    a_lr = b_lr * hp.ttt_lora_a_lr_ratio
+    groups = [{"params": [leaf], "lr": lr} for leaf, lr in zip(leaves, (a_lr, b_lr), strict=True)]
+    optimizer = torch.optim.AdamW(groups, b_lr, (0.0, hp.ttt_beta2), 1e-10, hp.ttt_weight_decay)
     shape = (lora.layout.num_slots, 2, 1, end - start, hp.num_kv_heads, hp.head_dim)
     kept = torch.zeros(shape, dtype=model.dtype, device=tokens.device)
     size = int(hp.chunk_size_of(end - start))
@@ -128,7 +129,7 @@ def score_document(model, lora, tokens, start, end, row):
     for first in range(start, end, size):
         last = min(first + size, end)
         window = max(start, last - hp.ttt_eval_seq_len + hp.ttt_stale_context)
-        tap = lora.tap(lora.scaled_parts(leaf, slice(None)))
+        tap = lora.tap(lora.scaled_parts(torch.cat(leaves, 1), slice(None)))
         of_window = model
         if hp.ttt_stale_context:
             of_window = past_window(model, tokens, start, window, kept)

@@ -1113,8 +1113,13 @@ def test_one_lora_step_is_the_gradient_step_on_the_chunk_alone(tmp_path, counted
         logits = hp.logit_softcap * torch.tanh(logits / hp.logit_softcap)
         return torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
 
+    a_lr = hp.ttt_lora_lr * hp.ttt_lora_a_lr_ratio
     optimizer = torch.optim.AdamW(
-        [a, b], hp.ttt_lora_lr, (0.0, hp.ttt_beta2), 1e-10, hp.ttt_weight_decay
+        [{"params": [a], "lr": a_lr}, {"params": [b]}],
+        hp.ttt_lora_lr,
+        (0.0, hp.ttt_beta2),
+        1e-10,
+        hp.ttt_weight_decay,
     )
     first = losses()
     first[:8].mean().backward()
@@ -1146,6 +1151,7 @@ def test_learning_improves_the_loss_on_repetitive_text(tmp_path):
         hp = small_hp(
             data_path=str(tmp_path),
             ttt_lora_lr=changes[0],
+            ttt_lora_a_lr_ratio=1.0,
             global_ttt_lr=changes[1],
             global_ttt_chunk_tokens=64,
             phased_ttt_prefix_docs=25_000,
