@@ -1,12 +1,14 @@
-"""Fetches published token shards from the Hugging Face hub, ready for train_gpt.py.
+"""Fetches published token shards, or their documents, from the Hugging Face hub.
 
     python data/download.py                                   # CaseOps, 80 training shards, 16 GB
     python data/download.py --train-shards 10                 # the first ten, and all of validation
     python data/download.py --variant sp1024                  # plain SentencePiece
+    python data/download.py --docs                            # the text itself, 48 GB
 
 Run it again to go on where it broke off, or to have more shards. Every file is checked: size,
 header, the hub's sha256 and the publisher's counts. `manifest.json` then states what is there, and
 how many training documents are validation documents too; train_gpt.py holds the dataset to it.
+The documents are for a tokenizer of your own; prepare_caseops_data.py makes shards of them.
 HF_ENDPOINT names another hub, HF_TOKEN a token.
 """
 
@@ -49,6 +51,7 @@ from tools.verify_data import canonical, check_contents, find_leaks  # noqa: E40
 NetworkError = HfHubHTTPError.__bases__[0]
 HERE = Path(__file__).resolve().parent
 PREFIX = "datasets/"  # of every path in these repositories
+DOCS = "docs_selected.jsonl", "docs_selected.source_manifest.json"
 CASEOPS = "romeerp/parameter-golf-caseops-v1", "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
 
 
@@ -199,9 +202,15 @@ def fetch_missing(hub: Hub, folder: Path, infos: dict) -> None:
             f"{folder} has {others[0]}, which is not asked for ({len(others)} such files)"
         )
     manifest.unlink(missing_ok=True)  # not true while files change
+    print(f"{len(infos)} files, {len(wanted)} of them to fetch", flush=True)
+    fetch_all(hub, folder, wanted)
+
+
+def fetch_all(hub: Hub, folder: Path, wanted: dict) -> None:
+    """Fetches the files {name: what the hub says of it}, if there is room for them."""
     size = sum(info.size for info in wanted.values())
     free = shutil.disk_usage(folder).free
-    print(f"{len(infos)} files, {len(wanted)} of them to fetch: {size / 1e9:.2f} GB", flush=True)
+    print(f"{size / 1e9:.2f} GB", flush=True)
     if size > free - (1 << 30):
         raise DataError(
             f"{folder}: {size / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free, one of which must"
@@ -210,6 +219,33 @@ def fetch_missing(hub: Hub, folder: Path, infos: dict) -> None:
     for number, (name, info) in enumerate(wanted.items(), 1):
         print(f"{number}/{len(wanted)} {name}", flush=True)
         hub.fetch(info, folder / name)
+
+
+def download_documents(folder: Path, repo: str | None) -> str:
+    """Fetches the documents that the published shards were made of -> what their publisher states.
+
+    One JSON object a line, validation first. The file beside them must state the same sha256.
+    """
+    hub = Hub(repo or source_of("sp1024")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    found = hub.look_up([PREFIX + name for name in DOCS])
+    infos = {name: found[PREFIX + name] for name in DOCS}
+    wanted = {}
+    for name, info in infos.items():
+        if not is_whole(folder / name, info, {}):
+            wanted[name] = info
+    fetch_all(hub, folder, wanted)
+    lfs = infos[DOCS[0]].lfs
+    stated = folder / DOCS[1]
+    try:
+        facts = json.loads(stated.read_bytes())
+        documents, validation = int(facts["num_docs"]), int(facts["docs_val"])
+        same = facts["docs_sha256"] == (lfs.sha256 if lfs else file_sha256(folder / DOCS[0]))
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{stated}: not what such a file holds ({error!r})") from error
+    if not same:
+        raise DataError(f"{DOCS[0]}: not the file that {DOCS[1]} describes (another sha256)")
+    return f"{documents:,} documents, the first {validation:,} for validation; {folder / DOCS[0]}"
 
 
 def describe(folder: Path, hub: Hub, entry: dict, tokenizer: dict, infos: dict) -> dict:
@@ -262,17 +298,21 @@ def check_stats(splits: dict, stats: dict, whole: bool) -> None:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Fetch published token shards.")
+    parser = argparse.ArgumentParser(description="Fetch published token shards, or their text.")
     add = parser.add_argument
     variants = "caseops, or sp1024, sp8192, ... (plain)"
     add("--variant", default="caseops", metavar="NAME", help=variants)
     count = whole_number(0)
     shards = "the first N; default: all that are published"
     add("--train-shards", type=count, metavar="N", help=shards)
-    place = "default: data/datasets/ and the dataset's name"
+    place = "default: data/datasets/ and the dataset's name; of documents data/"
     add("--local-dir", type=Path, metavar="DIR", help=place)
     add("--repo", metavar="OWNER/NAME", help="another repository with the same layout")
-    return parser.parse_args(arguments)
+    add("--docs", action="store_true", help="the documents instead of shards, to data/")
+    options = parser.parse_args(arguments)
+    if options.docs and (options.variant != "caseops" or options.train_shards is not None):
+        parser.error("--docs fetches no shards: leave out --variant and --train-shards")
+    return options
 
 
 AGAIN = "Run the command again: it goes on where it stopped."
@@ -288,6 +328,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     folder = options.local_dir or HERE / "datasets" / source_of(options.variant)[2]
     try:
+        if options.docs:
+            print(download_documents(options.local_dir or HERE, options.repo))
+            return 0
         manifest = download(options.variant, folder, options.repo, options.train_shards)
     except KeyboardInterrupt:
         return fail(f"interrupted\n{AGAIN}", 130)

@@ -403,3 +403,63 @@ def test_control_c_is_one_message(hub, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(download, "http_get", interrupted)
     assert fetch(tmp_path) == 130
     assert "error: interrupted\nRun the command again" in capsys.readouterr().err
+
+
+# ---- documents
+
+
+def publish_documents(hub, **changes):
+    docs = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
+    facts = {"num_docs": len(TEXTS), "docs_val": 2, "docs_sha256": hashlib.sha256(docs).hexdigest()}
+    hub.files["datasets/docs_selected.jsonl"] = docs
+    hub.files["datasets/docs_selected.source_manifest.json"] = json.dumps(facts | changes).encode()
+    return docs
+
+
+def test_documents_are_fetched_and_shards_can_be_made_of_them(hub, tmp_path, capsys):
+    docs = publish_documents(hub)
+    hub.drops["docs_selected.jsonl"] = 1
+    assert fetch(tmp_path, "--docs") == 0
+    path = tmp_path / "docs_selected.jsonl"
+    told = capsys.readouterr().out
+    assert f"{len(TEXTS)} documents, the first 2 for validation; {path}" in told
+    assert path.read_bytes() == docs
+    hub.requests.clear()
+    assert fetch(tmp_path, "--docs") == 0
+    assert hub.requests == []  # whole files are not fetched again
+    out = tmp_path / "shards"
+    assert prepare(["--docs", str(path), "--val-docs", "2", "--out", str(out)]) == 0
+
+
+def test_documents_stand_beside_shards(hub, tmp_path):
+    publish_documents(hub)
+    assert fetch(tmp_path) == 0
+    assert fetch(tmp_path, "--docs") == 0
+    assert (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"docs_sha256": "0" * 64},
+            "not the file that docs_selected.source_manifest.json describes",
+        ),
+        ({"num_docs": "many"}, "not what such a file holds"),
+        ({"docs_val": None}, "not what such a file holds"),
+    ],
+)
+def test_documents_that_are_not_those_described_are_an_error(hub, tmp_path, capsys, changes, words):
+    publish_documents(hub, **changes)
+    assert words in failed(capsys, tmp_path, "--docs")
+
+
+def test_a_repository_without_documents_is_named(hub, tmp_path, capsys):
+    assert "has no datasets/docs_selected.jsonl" in failed(capsys, tmp_path, "--docs")
+
+
+@pytest.mark.parametrize("more", [["--train-shards", "1"], ["--variant", "sp1024"]])
+def test_documents_and_shards_are_two_commands(tmp_path, capsys, more):
+    with pytest.raises(SystemExit) as ended:
+        fetch(tmp_path, "--docs", *more)
+    assert ended.value.code == 2 and "--docs fetches no shards" in capsys.readouterr().err

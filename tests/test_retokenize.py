@@ -231,6 +231,15 @@ def test_validation_documents_are_not_trained_on(tmp_path):
     assert (tmp_path / "b.model").read_bytes() == (tmp_path / "a.model").read_bytes()
 
 
+def test_only_the_first_documents_are_trained_on_if_so_wanted(tmp_path):
+    docs = write_docs(tmp_path / "docs.jsonl", SENTENCES[:60])
+    run = train(tmp_path / "part.model", docs, "--val-docs", "2", "--train-docs", "40")
+    assert run.returncode == 0 and "40 documents" in run.stdout
+    alone = write_docs(tmp_path / "alone.jsonl", SENTENCES[2:42])
+    assert train(tmp_path / "alone.model", alone, "--val-docs", "0").returncode == 0
+    assert (tmp_path / "part.model").read_bytes() == (tmp_path / "alone.model").read_bytes()
+
+
 def test_no_documents_behind_validation_are_an_error(tmp_path):
     docs = write_docs(tmp_path / "docs.jsonl", SENTENCES[:3])
     run = train(tmp_path / "a.model", docs)

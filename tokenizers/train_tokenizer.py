@@ -1,6 +1,6 @@
 """Trains a CaseOps tokenizer, as `caseops_8192.model` is one, on documents.
 
-    python tokenizers/train_tokenizer.py docs_selected.jsonl --out my.model  # but the first 50,000
+    python tokenizers/train_tokenizer.py docs_selected.jsonl --train-docs 1000000 --out my.model
     python tokenizers/train_tokenizer.py docs_train.jsonl.xz --val-file docs_val.jsonl.xz --out ...
 
 Files of documents are as for prepare_caseops_data.py. Validation documents are never trained on,
@@ -97,6 +97,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--vocab-size", type=size, default=8192, metavar="N", help="default: %(default)s"
     )
+    limit = whole_number(1)
+    parser.add_argument(
+        "--train-docs",
+        type=limit,
+        metavar="N",
+        help="the first N behind those of validation; default: all, 5 GB of memory for each GB",
+    )
     add_validation_source(parser, 50_000, "first documents, by default 50,000")
     return exit_status(partial(train, parser.parse_args(arguments)))
 
@@ -119,6 +126,7 @@ def train(options: argparse.Namespace) -> int:
         else itertools.islice(lines, options.val_docs)
     )
     validation = {text_hash(read_text(line)) for line in held_out}
+    lines = itertools.islice(lines, options.train_docs)
     first = next(lines, None)
     if first is None:
         raise DataError(f"no documents behind the {len(validation):,} of validation (--val-docs)")
