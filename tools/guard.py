@@ -932,11 +932,6 @@ def check_machine(hp, dist, folder=None, model=None):
         problems.append(f"not installed: {' '.join(missing)} (docs/INSTALL.md)")
     if train_gpt.compile_wanted(hp, dist) and (missing := missing_compiler(dist.device.type)):
         problems.append(f"torch.compile needs {missing}: apt-get install g++, or set COMPILE=0")
-    finished = folder and not dist.rank and (folder / "model.pt").exists()
-    if finished and not goes_on(hp):
-        problems.append(
-            f"{folder} holds a finished training: choose another RUN_ID, or go on with QUANT_ONLY=1"
-        )
     if model is not None and not dist.rank:  # problems of the model were reported already
         if folder is not None:
             more, phrase = check_folder(folder, model, hp)
@@ -1075,6 +1070,7 @@ def check_budgets(model, hp):
             )
     except SafetyError as error:
         problems.append(str(error))
+    problems += target_problems(hp)
     size = projected_bytes(model, hp)
     cap = train_gpt.BYTE_CAP
     phrases.insert(0, f"projected_artifact_bytes:{size}")
@@ -1091,7 +1087,21 @@ def check_budgets(model, hp):
         phrases.append(f"\nnote: {about}: TARGET_BYTES will widen the clips, which costs BPB")
     elif size > cap:
         phrases.append(f"\nnote: the artifact may not fit: {about}")
+    if 0 < hp.target_bytes < GENEROUS * smallest:
+        phrases.append(
+            f"\nnote: {about}: for TARGET_BYTES={hp.target_bytes} clips become more than twice as"
+            " wide, which costs much BPB, and may not do"
+        )
     return problems, phrases
+
+
+def target_problems(hp):
+    """Yields a message for a TARGET_BYTES that the code alone fills."""
+    script = Path(train_gpt.__file__)
+    if 0 < hp.target_bytes < script.stat().st_size:  # else it needs no packing, which takes seconds
+        size = len(packed_code(script.read_bytes(), hp))
+        if hp.target_bytes <= size:
+            yield f"TARGET_BYTES={hp.target_bytes}: must be 0, or above the code's {size} bytes"
 
 
 def projected_bytes(model, hp):
