@@ -831,7 +831,9 @@ def test_two_runs_never_share_a_folder(tmp_path):
 
 def test_a_folder_of_a_run_that_did_not_end_is_not_used_again(tmp_path):
     (tmp_path / "runs" / "run").mkdir(parents=True)
-    (tmp_path / "runs" / "run" / "log.txt").write_text("step:3")
+    (tmp_path / "runs" / "run" / "log.txt").write_text("stopped by SIGTERM in stage start. ")
+    assert machine(tmp_path)  # nothing is lost: it was stopped while the code was packed
+    (tmp_path / "runs" / "run" / "train_gpt.py").write_text("the code")
     with pytest.raises(ValueError, match="holds a run that did not end: choose another RUN_ID$"):
         machine(tmp_path)  # there is no state to resume from
     train_gpt.write_atomically(tmp_path / "runs" / "run" / "state-00000001.pt", sealed({}))

@@ -992,7 +992,8 @@ def check_folder(folder, model, hp):
                 f"{name} does not exist: set the RUN_ID of a finished run, or the file's own path"
             )
     ended = goes_on(hp) or hp.resume or (folder / "model.pt").exists()
-    if (folder / "log.txt").exists() and not ended:
+    # a run writes the script first: without it, it was stopped before it had anything to lose
+    if (folder / "train_gpt.py").exists() and not ended:
         # a run that ended before its first state cannot be resumed
         way = ", or go on with RESUME=1" if state_files(folder) else ""
         problems.append(f"{folder} holds a run that did not end: choose another RUN_ID{way}")
