@@ -777,7 +777,7 @@ class LossyStream:
     """Standard output or error that drops what it cannot write.
 
     A lost terminal (closed pipe, full disk, broken connection) changes neither the run nor its exit
-    code; the log file has every line.
+    code, nor does one that lacks a character of a path; the log file has every line.
     """
 
     def __init__(self, stream):
@@ -785,7 +785,7 @@ class LossyStream:
 
     def write(self, text):
         """Writes the text if it can -> its length in any case."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnicodeError):
             self.stream.write(text)
         return len(text)
 
