@@ -987,6 +987,17 @@ def test_a_signal_saves_a_state_and_the_message_goes_on(world, forker, name, ran
     assert f"step:{saved} resumed:" in output(world) and f"step:{saved + 2} " in output(world)
 
 
+@pytest.mark.parametrize("interval", [0, 2])
+def test_a_signal_while_the_model_is_saved_points_to_the_model(world, forker, interval):
+    """Not to a training state, which is deleted when there is model.pt."""
+    process = forker.start(world, 1, "term save 0", CHECKPOINT_EVERY=str(interval))
+    assert faults.end(process) == 128 + signal.SIGTERM
+    (line,) = [line for line in output(world).splitlines() if line.startswith("stopped by")]
+    (command,) = commands(line, "QUANT_ONLY")
+    assert go_on(world, command) == 0, output(world)[-3000:]
+    assert (world / "runs" / "run" / "result.json").exists()
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, forker):
     """uninterrupted(iterations, ranks) -> folder of a run that met no fault, DETERMINISTIC=1.

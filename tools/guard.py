@@ -54,6 +54,7 @@ class RunGuard(Guard):
 
     def __init__(self):
         self.dist = None  # until the process group is up
+        self.hp = None  # until training begins
         self.stage = "start"
         self.stages = []  # name and start of those that have not ended, the innermost last
         self.resume_hint = ""  # how to continue from what is on disk: a sentence with a command
@@ -108,6 +109,7 @@ class RunGuard(Guard):
     # -- training states
 
     def resume(self, trainer, evaluate):
+        self.hp = trainer.hp
         if not trainer.hp.resume:
             return super().resume(trainer, evaluate)
         step, seconds, self.losses = load_state(trainer)
@@ -159,6 +161,8 @@ class RunGuard(Guard):
 
         losses.npy beside it gets the loss in nats of every step, float32.
         """
+        # before a signal can end the run: the states are of no use beside a finished training
+        self.resume_hint = command(self.hp, self.dist, path.parent, path, quant_only=True)
         self.signals_wait = False
         losses = self.dist.all_reduce(torch.stack(self.losses)).cpu().numpy()
         if self.dist.rank == 0:
