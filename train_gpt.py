@@ -665,6 +665,8 @@ class Guard:
         """
         if hp.resume or hp.checkpoint_every:
             raise SettingError("RESUME and CHECKPOINT_EVERY need train_gpt.py in its repository")
+        if 0 < hp.target_bytes <= os.path.getsize(__file__):
+            raise SettingError("TARGET_BYTES must be 0, or above the size of train_gpt.py")
         return ""
 
     def lock(self, folder):
@@ -776,7 +778,7 @@ class LossyStream:
     """Standard output or error that drops what it cannot write.
 
     A lost terminal (closed pipe, full disk, broken connection) changes neither the run nor its exit
-    code; the log file has every line.
+    code, nor does one that lacks a character of a path; the log file has every line.
     """
 
     def __init__(self, stream):
@@ -784,7 +786,7 @@ class LossyStream:
 
     def write(self, text):
         """Writes the text if it can -> its length in any case."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnicodeError):
             self.stream.write(text)
         return len(text)
 
@@ -6365,14 +6367,32 @@ class Prepared:
             self.loader = TrainLoader(stream, self.hp, self.dist)
 
     def check_folder(self):
-        """Names the run's folder, the same on every rank; it may not exist yet."""
+        """Names the run's folder, the same on every rank; it may not exist yet.
+
+        Raises SettingError rather than lose a finished training.
+        """
+        hp = self.hp
         started = self.dist.max_over_ranks(time.time())[0]
         stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(started))
-        self.folder = Path(self.hp.runs_dir) / (self.hp.run_id or f"{stamp}_seed{self.hp.seed}")
+        self.folder = Path(hp.runs_dir) / (hp.run_id or f"{stamp}_seed{hp.seed}")
+        goes_on = hp.quant_only or hp.ttt_eval_only
+        if (self.folder / "model.pt").exists() and not goes_on:
+            raise SettingError(
+                f"{self.folder} holds a finished training: choose another RUN_ID, or go on with"
+                " QUANT_ONLY=1"
+            )
 
     def check_model(self):
-        """Makes the model. Raises SettingError if an attention backend does not work."""
+        """Makes the model.
+
+        Raises SettingError if an attention backend does not work, or no artifact can hold so many
+        weights.
+        """
         self.model = build_model(self.hp, self.dist)
+        size = sum(p.numel() for p in self.model.parameters())
+        # of a byte each; the rest up to MAX_RAW_BYTES is for what else an artifact holds
+        if size > 8 * BYTE_CAP and not self.hp.prequant_only:
+            raise SettingError(f"{size} weights: an artifact holds at most {8 * BYTE_CAP}")
 
     def check_by_guard(self):
         """Lets the guard check machine and data. Raises SettingError."""
@@ -6557,7 +6577,7 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
             row_gradients = collect_row_gradients(model, loader, hp, dist)
     check = QuantizationCheck(model, loader, hp, dist, log)
     chosen = pack(*check.choose(quantize, time_is_left))
-    if hp.target_bytes > code_bytes:
+    if hp.target_bytes:
         first = chosen
         num_weights = sum(w.numel() for w in check.weights.values())
         chosen = fit_target_bytes(

@@ -1054,6 +1054,27 @@ MAIN = [
         "tests/test_rules.py::test_of_all_trials_the_one_that_is_nearest_below_the_target_is_kept",
     ),
     Mutant(
+        "too-many-weights-are-found-after-training",
+        TRAIN,
+        "if size > 8 * BYTE_CAP and not self.hp.prequant_only:",
+        "if False:",
+        "tests/test_reliability.py::test_weights_that_no_artifact_can_hold_are_refused_before_training",
+    ),
+    Mutant(
+        "a-finished-training-is-overwritten",
+        TRAIN,
+        'if (self.folder / "model.pt").exists() and not goes_on:',
+        "if False:",
+        "tests/test_alone.py::test_a_finished_training_is_not_overwritten",
+    ),
+    Mutant(
+        "a-target-within-the-code-is-ignored-alone",
+        TRAIN,
+        "if 0 < hp.target_bytes <= os.path.getsize(__file__):",
+        "if False:",
+        "tests/test_alone.py::test_a_target_that_the_code_alone_fills_is_refused",
+    ),
+    Mutant(
         "target-bytes-spends-the-budget",
         TRAIN,
         "or not time_is_left():",

@@ -239,6 +239,29 @@ def test_resuming_is_refused_with_the_reason(world):
     assert not (world[0] / "other").exists()
 
 
+def test_a_finished_training_is_not_overwritten(place, world):
+    """A second run with its RUN_ID would lose its model, artifact and result."""
+    runs = world[0] / "runs"
+    before = {path: path.read_bytes() for path in (runs / place.name).iterdir()}
+    settings = TINY | {"DATA_PATH": str(world[0] / "data"), "RUNS_DIR": str(runs)}
+    code, out, err = finish(start(place, RUN_ID=place.name, **settings))
+    assert (code, out) == (1, "") and f"{runs / place.name} holds a finished training" in err
+    assert "choose another RUN_ID, or go on with QUANT_ONLY=1" in err
+    assert {path: path.read_bytes() for path in (runs / place.name).iterdir()} == before
+
+
+def test_a_target_that_the_code_alone_fills_is_refused(folder, world):
+    size = (folder / "train_gpt.py").stat().st_size
+    paths = {"DATA_PATH": str(world[0] / "data"), "RUNS_DIR": str(world[0] / "other")}
+    settings = TINY | paths | {"TARGET_BYTES": str(size)}
+    code, out, err = finish(start(folder, **settings))
+    assert (code, out) == (1, "")
+    assert err == (
+        "train_gpt.py cannot run: TARGET_BYTES must be 0, or above the size of train_gpt.py\n"
+    )
+    assert not (world[0] / "other").exists()
+
+
 BLOCKED = """
 import importlib.abc, runpy, sys
 class Block(importlib.abc.MetaPathFinder):

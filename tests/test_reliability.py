@@ -689,6 +689,48 @@ def test_an_artifact_that_cannot_fit_is_refused_and_one_that_may_not_is_noted(
         says(0.5, 16_000_000)
 
 
+def test_a_target_that_the_code_alone_fills_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "packed_code", lambda script, hp: bytes(5_000))
+    with pytest.raises(ValueError, match="TARGET_BYTES=5000: .* above the code's 5000 bytes"):
+        machine(tmp_path, target_bytes=5_000)
+    assert machine(tmp_path, target_bytes=5_001)
+    assert machine(tmp_path, target_bytes=5_000, prequant_only=True) == ""
+
+
+def test_a_target_far_below_the_projected_size_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "packed_code", lambda script, hp: b"")
+    model = train_gpt.GPT(tiny_hp(), OPS, torch.float32)
+    size = guard.projected_bytes(model, tiny_hp())
+    wide = size - sum(p.numel() for p in model.parameters()) / 8
+    words = f"TARGET_BYTES={round(0.7 * wide)} clips become more than twice as wide"
+    assert words in machine(tmp_path, target_bytes=round(0.7 * wide))
+    assert "note" not in machine(tmp_path, target_bytes=round(wide))
+
+
+def test_weights_that_no_artifact_can_hold_are_refused_before_training(monkeypatch, dist):
+    """A byte each, and what else an artifact holds, must not exceed MAX_RAW_BYTES."""
+    hp = tiny_hp()
+    size = sum(p.numel() for p in train_gpt.build_model(hp, dist).parameters())
+    monkeypatch.setattr(train_gpt, "BYTE_CAP", size / 8)
+    train_gpt.Prepared(hp, dist, train_gpt.NO_GUARD).check_model()
+    monkeypatch.setattr(train_gpt, "BYTE_CAP", size / 8 - 1)
+    with pytest.raises(SettingError, match=f"{size} weights: an artifact holds at most"):
+        train_gpt.Prepared(hp, dist, train_gpt.NO_GUARD).check_model()
+    hp = tiny_hp(prequant_only=True)
+    train_gpt.Prepared(hp, dist, train_gpt.NO_GUARD).check_model()
+
+
+def test_the_largest_model_that_is_accepted_can_be_packed():
+    """Of the default shapes with more layers: the shapes decide what is not a code of a weight."""
+    hp = train_gpt.Hyperparameters(num_layers=40, num_loops=0, parallel_start_layer=40)
+    with torch.device("meta"):
+        weights = train_gpt.unbank(train_gpt.GPT(hp, OPS, torch.float32))
+    raw = sum(w.numel() if train_gpt.quant_role(n) else 2 * w.numel() for n, w in weights.items())
+    raw += sum(sum(w.shape) for n, w in weights.items() if train_gpt.quant_role(n))
+    size = sum(w.numel() for w in weights.values())
+    assert raw / size * 8 * train_gpt.BYTE_CAP < train_gpt.MAX_RAW_BYTES
+
+
 def test_the_submission_is_projected_to_fit():
     hp = train_gpt.Hyperparameters()
     with torch.device("meta"):
@@ -738,9 +780,9 @@ def test_a_run_names_every_problem_of_every_check(tmp_path, monkeypatch, dist):
     words = [
         "val_bytes",
         "no fineweb_train",
+        "finished training",
         "fa3",
         "/nowhere.model",
-        "finished training",
     ]
     assert (
         len(lines) == 5
@@ -789,7 +831,9 @@ def test_two_runs_never_share_a_folder(tmp_path):
 
 def test_a_folder_of_a_run_that_did_not_end_is_not_used_again(tmp_path):
     (tmp_path / "runs" / "run").mkdir(parents=True)
-    (tmp_path / "runs" / "run" / "log.txt").write_text("step:3")
+    (tmp_path / "runs" / "run" / "log.txt").write_text("stopped by SIGTERM in stage start. ")
+    assert machine(tmp_path)  # nothing is lost: it was stopped while the code was packed
+    (tmp_path / "runs" / "run" / "train_gpt.py").write_text("the code")
     with pytest.raises(ValueError, match="holds a run that did not end: choose another RUN_ID$"):
         machine(tmp_path)  # there is no state to resume from
     train_gpt.write_atomically(tmp_path / "runs" / "run" / "state-00000001.pt", sealed({}))
@@ -941,6 +985,17 @@ def test_a_signal_saves_a_state_and_the_message_goes_on(world, forker, name, ran
     command = command.replace("ITERATIONS=100000", f"ITERATIONS={saved + 2}")
     assert go_on(world, command) == 0, output(world)[-3000:]
     assert f"step:{saved} resumed:" in output(world) and f"step:{saved + 2} " in output(world)
+
+
+@pytest.mark.parametrize("interval", [0, 2])
+def test_a_signal_while_the_model_is_saved_points_to_the_model(world, forker, interval):
+    """Not to a training state, which is deleted when there is model.pt."""
+    process = forker.start(world, 1, "term save 0", CHECKPOINT_EVERY=str(interval))
+    assert faults.end(process) == 128 + signal.SIGTERM
+    (line,) = [line for line in output(world).splitlines() if line.startswith("stopped by")]
+    (command,) = commands(line, "QUANT_ONLY")
+    assert go_on(world, command) == 0, output(world)[-3000:]
+    assert (world / "runs" / "run" / "result.json").exists()
 
 
 @pytest.fixture(scope="module")

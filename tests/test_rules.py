@@ -178,12 +178,12 @@ def test_a_file_that_fits_is_not_filled_up_where_smaller_clips_would_clip_codes(
     assert fit(first, never, 1_000_000, dist, log) is first and not log
 
 
-def test_a_target_that_is_not_above_the_code_is_ignored(monkeypatch, tmp_path, dist):
+def test_a_target_of_0_is_off(monkeypatch, tmp_path, dist):
     monkeypatch.setattr(train_gpt, "collect_hessians", lambda *_: {})
     monkeypatch.setattr(train_gpt, "collect_row_gradients", lambda *_: {})
     monkeypatch.setattr(train_gpt, "quantize_weights", lambda *_: {})
     monkeypatch.setattr(train_gpt, "fit_target_bytes", never)
-    hp = tiny_hp(target_bytes=20_000)
+    hp = tiny_hp(target_bytes=0)
     log, loader = train_gpt.RunLog(tmp_path, dist), SimpleNamespace(held_out_rows=0)
     model = train_gpt.build_model(hp, dist)
     train_gpt.build_artifact(model, loader, hp, dist, log, tmp_path / "a", 20_000)

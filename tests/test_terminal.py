@@ -3,6 +3,7 @@ terminal or not.
 """
 
 import inspect
+import io
 import os
 import pty
 import re
@@ -131,6 +132,20 @@ def test_a_lost_terminal_takes_nothing_and_the_log_has_every_line(tmp_path):
     assert re.fullmatch(
         r"before\nafter\nstage:train seconds:.*\n", (tmp_path / "log.txt").read_text()
     )
+
+
+def test_a_terminal_without_a_character_of_a_path_drops_that_line(tmp_path):
+    """As a terminal of Latin-1, or PYTHONIOENCODING=ascii, has no letter of another alphabet."""
+    shown = io.BytesIO()
+    with pytest.MonkeyPatch.context() as patch:
+        stream = io.TextIOWrapper(shown, "latin-1", write_through=True)
+        patch.setattr(sys, "stdout", train_gpt.LossyStream(stream))
+        log = train_gpt.RunLog(tmp_path, SimpleNamespace(rank=0))
+        log("DATA_PATH=/da\u0142")
+        log("step:1")
+    assert shown.getvalue().split() == [b"step:1"]
+    text = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert text == "DATA_PATH=/da\u0142\nstep:1\n"
 
 
 @pytest.mark.parametrize("redirection", ["> /dev/full 2>&1", ">&- 2>&- <&-", "| true"])

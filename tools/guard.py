@@ -54,6 +54,7 @@ class RunGuard(Guard):
 
     def __init__(self):
         self.dist = None  # until the process group is up
+        self.hp = None  # until training begins
         self.stage = "start"
         self.stages = []  # name and start of those that have not ended, the innermost last
         self.resume_hint = ""  # how to continue from what is on disk: a sentence with a command
@@ -108,6 +109,7 @@ class RunGuard(Guard):
     # -- training states
 
     def resume(self, trainer, evaluate):
+        self.hp = trainer.hp
         if not trainer.hp.resume:
             return super().resume(trainer, evaluate)
         step, seconds, self.losses = load_state(trainer)
@@ -159,6 +161,8 @@ class RunGuard(Guard):
 
         losses.npy beside it gets the loss in nats of every step, float32.
         """
+        # before a signal can end the run: the states are of no use beside a finished training
+        self.resume_hint = command(self.hp, self.dist, path.parent, path, quant_only=True)
         self.signals_wait = False
         losses = self.dist.all_reduce(torch.stack(self.losses)).cpu().numpy()
         if self.dist.rank == 0:
@@ -932,11 +936,6 @@ def check_machine(hp, dist, folder=None, model=None):
         problems.append(f"not installed: {' '.join(missing)} (docs/INSTALL.md)")
     if train_gpt.compile_wanted(hp, dist) and (missing := missing_compiler(dist.device.type)):
         problems.append(f"torch.compile needs {missing}: apt-get install g++, or set COMPILE=0")
-    finished = folder and not dist.rank and (folder / "model.pt").exists()
-    if finished and not goes_on(hp):
-        problems.append(
-            f"{folder} holds a finished training: choose another RUN_ID, or go on with QUANT_ONLY=1"
-        )
     if model is not None and not dist.rank:  # problems of the model were reported already
         if folder is not None:
             more, phrase = check_folder(folder, model, hp)
@@ -997,7 +996,8 @@ def check_folder(folder, model, hp):
                 f"{name} does not exist: set the RUN_ID of a finished run, or the file's own path"
             )
     ended = goes_on(hp) or hp.resume or (folder / "model.pt").exists()
-    if (folder / "log.txt").exists() and not ended:
+    # a run writes the script first: without it, it was stopped before it had anything to lose
+    if (folder / "train_gpt.py").exists() and not ended:
         # a run that ended before its first state cannot be resumed
         way = ", or go on with RESUME=1" if state_files(folder) else ""
         problems.append(f"{folder} holds a run that did not end: choose another RUN_ID{way}")
@@ -1075,6 +1075,7 @@ def check_budgets(model, hp):
             )
     except SafetyError as error:
         problems.append(str(error))
+    problems += target_problems(hp)
     size = projected_bytes(model, hp)
     cap = train_gpt.BYTE_CAP
     phrases.insert(0, f"projected_artifact_bytes:{size}")
@@ -1091,7 +1092,21 @@ def check_budgets(model, hp):
         phrases.append(f"\nnote: {about}: TARGET_BYTES will widen the clips, which costs BPB")
     elif size > cap:
         phrases.append(f"\nnote: the artifact may not fit: {about}")
+    if 0 < hp.target_bytes < GENEROUS * smallest:
+        phrases.append(
+            f"\nnote: {about}: for TARGET_BYTES={hp.target_bytes} clips become more than twice as"
+            " wide, which costs much BPB, and may not do"
+        )
     return problems, phrases
+
+
+def target_problems(hp):
+    """Yields a message for a TARGET_BYTES that the code alone fills."""
+    script = Path(train_gpt.__file__)
+    if 0 < hp.target_bytes < script.stat().st_size:  # else it needs no packing, which takes seconds
+        size = len(packed_code(script.read_bytes(), hp))
+        if hp.target_bytes <= size:
+            yield f"TARGET_BYTES={hp.target_bytes}: must be 0, or above the code's {size} bytes"
 
 
 def projected_bytes(model, hp):
