@@ -1264,7 +1264,7 @@ def tilt_hints(tokens, starts, lengths, phases, hp):
     for number, size in enumerate(tilt_orders(hp)):
         hints, cases, back = hints_of_order(tokens, starts, lengths, phases, size, 0.0).unbind(1)
         where = torch.where(back == 0, 2, (back > hp.ttt_eval_seq_len).long())
-        kinds = KINDS * number + 3 * torch.bucketize(cases, few) + where
+        kinds = KINDS * number + 3 * torch.bucketize(cases.contiguous(), few) + where
         found = torch.where(hints[:, None] < 0, found, torch.stack((hints, kinds), 1))
     return found
 
