@@ -899,17 +899,20 @@ def test_so_do_those_of_targets_with_a_hint(tmp_path, monkeypatch, counted, publ
 
 def test_so_do_those_with_learned_boosts(tmp_path, monkeypatch, counted, published):
     hp = small_hp(**FEW_TOKENS | LEARNED)
-    learn, moved = parts.LearnedBoosts.learn, []
+    learn, moved, places = parts.LearnedBoosts.learn, [], defaultdict(set)
 
     def note(boosts, *args):
         moved.append(boosts.own.abs().sum().item() + (boosts.common[:, -1] != 0).sum().item())
         learn(boosts, *args)
+        # a CUDA graph reads and writes where they were when it was captured
+        places[boosts].add((boosts.own.data_ptr(), boosts.common.data_ptr()))
 
     monkeypatch.setattr(parts.LearnedBoosts, "learn", note)
+    monkeypatch.setattr(TTT, "capture", capture_on_cpu)
     validation, _ = check_sums(tmp_path, counted, **LEARNED)
     hints = slow_tilt_hints(validation, hp)
     assert {int(validation.starts[document]) + 8 for document in (4, 5)} & {*hints}
-    assert moved[-1] > 1.0
+    assert moved[-1] > 1.0 and {*map(len, places.values())} == {1}
 
 
 def count_half(learned_and_counted):
