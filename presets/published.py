@@ -1336,8 +1336,8 @@ class LearnedBoosts:
         return (x * w[:, None]).sum(-1), x
 
     def learn(self, noted, lessons, counts):
-        """Adds lessons (B, C, k (k + 1) + 1) of the first counts (B,) targets of each row; noted
-        (B, C, 4) as the head had them.
+        """Adds lessons (B, C, 1 + k (k + 1)) of the first counts (B,) targets of each row; noted
+        (B, C, 4) are the targets as the head had them. No rows but padding share a queue.
         """
         hints, kinds, queues = noted[..., 1:].unbind(-1)
         offset = torch.arange(hints.size(1), device=hints.device)
@@ -1355,8 +1355,8 @@ class LearnedBoosts:
         self.own.zero_()
 
     def report(self, dist):
-        """Log line: hints that counted, nats gained by one with the standard error (queues are the
-        independent samples), by order, and the weights that all queues share.
+        """Log line: hints of counted targets, nats gained by one with the standard error (queues are
+        the independent samples), order:hints:nats, and the weights that all queues share.
         """
         fired = dist.all_reduce(self.fired.clone()).cpu().numpy()
         number, gain = fired.sum(1).T
