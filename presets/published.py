@@ -1355,7 +1355,7 @@ class LearnedBoosts:
         self.own.zero_()
 
     def report(self, dist):
-        """Log line: hints of counted targets, nats gained by one with the standard error (queues are
+        """Log line: hints of counted targets, nats gained by one and standard error (queues are
         the independent samples), order:hints:nats, and the weights that all queues share.
         """
         fired = dist.all_reduce(self.fired.clone()).cpu().numpy()
