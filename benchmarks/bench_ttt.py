@@ -3,7 +3,7 @@
     python benchmarks/bench_ttt.py steps [--rows 64,16,4] [--widths 128,512,2048] [--repeats 5] \\
         [--out FILE]
     python benchmarks/bench_ttt.py runs --artifact runs/NAME/artifact.bin \\
-        [--reference] [--bf16-head] ["TTT_LORA_RANK=48 ..." ...]
+        [--reference] [--bf16-head] [--published] ["TTT_LORA_RANK=48 ..." ...]
     python benchmarks/bench_ttt.py plan [--ranks 8] [--device h100|h200] [--limit 600] \\
         [--lengths FILE | --data DIR] [--steps-json FILE] ["TTT_CHUNK_SIZE=16 ..." ...]
 
@@ -20,7 +20,8 @@ these settings on top of the environment ("" for none; TTT_MAX_DOCS picks docume
 Prints for each: BPB, seconds in total, of compilation, of capturing, of steps, scored tokens and
 window positions per second of stepping. --reference adds the straightforward scorer, document by
 document without compilation (and without NGRAM_TILT_ENABLED), and the difference of its BPB.
---bf16-head computes logits in bfloat16 in both, as published systems do.
+--bf16-head computes logits in bfloat16 in both, as published systems do. With --published the runs
+are those of presets/published.py, whose settings arguments may have then.
 
 Without CUDA these two say so and exit 0 (`--cpu` runs anyway).
 
@@ -55,6 +56,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as tg
+from presets import published
 from tools.guard import RunGuard
 from tools.run_files import settings_of
 
@@ -334,6 +336,8 @@ def bench_run(model, validation, hp, dist, words):
 
 def bench_runs(args):
     """A line of figures for every run."""
+    if args.published:
+        published.install()
     if args.bf16_head:
         use_bf16_head()
     dist = tg.Dist("cpu" if args.cpu else "auto")
@@ -764,6 +768,7 @@ def parse(argv):
     runs.add_argument("--artifact", required=True)
     runs.add_argument("--reference", action="store_true")
     runs.add_argument("--bf16-head", action="store_true")
+    runs.add_argument("--published", action="store_true")
     runs.add_argument("settings", nargs="*")
     plan.add_argument("--ranks", type=int, default=8)
     plan.add_argument("--device", choices=DEVICES, default="h100")

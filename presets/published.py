@@ -149,6 +149,12 @@ class Hyperparameters(train_gpt.Hyperparameters):
         False,
         "the word that followed the last 15 tokens before gets more probability",
     )
+    ngram_tilt_orders: str = env(
+        "",
+        "tokens before such a word, the longest seen wins, as 8,12,16; how much more is learned",
+    )
+
+    learns_tilt = property(lambda hp: hp.ngram_tilt_enabled and hp.ngram_tilt_orders != "")
 
     # whether keys or values of a layer are not its projections alone
     new_values = property(
@@ -180,6 +186,8 @@ def cross_checks(hp):
     yield from own_cross_checks(hp)
     if not re.fullmatch(r"(\d+:[1-9]\d*(,(?=.)|$))*", hp.ttt_short_chunks):
         yield f"TTT_SHORT_CHUNKS={hp.ttt_short_chunks}: must be pairs such as 256:8,2000:24"
+    if not re.fullmatch(r"([1-9]\d*(,(?=.)|$))*", hp.ngram_tilt_orders):
+        yield f"NGRAM_TILT_ORDERS={hp.ngram_tilt_orders}: must be numbers of tokens, as 8,12,16"
     if hp.sparse_attn_gate_enabled + hp.gated_attn_enabled + hp.attn_out_gate_enabled > 1:
         yield (
             "SPARSE_ATTN_GATE_ENABLED, GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED exclude each other"
@@ -1074,36 +1082,74 @@ def evaluate_sgd(evaluator):
 
 
 class TestTimeTrainer(train_gpt.TestTimeTrainer):
-    """NGRAM_TILT_ENABLED: the stream has a hint at each place, -1 for none."""
+    """NGRAM_TILT_ENABLED: `hinted` (n, 2) has each token of the stream and its hint, -1 for none.
+    NGRAM_TILT_ORDERS: (n, 4), also the kind of the hint, and the queue that the target is of.
+    """
 
     def __init__(self, model, validation, hp, dist, log):
+        self.boosts = LearnedBoosts(hp, dist.device) if hp.learns_tilt else None
         super().__init__(model, validation, hp, dist, log)
         if hp.ngram_tilt_enabled:
             self.hinted = F.pad(self.packer.tokens[:, None], (0, 1), value=-1)
+        if hp.learns_tilt:
+            self.hinted = F.pad(self.hinted, (0, 2))
 
     def head_function(self):
         losses = super().head_function()
+        if self.hp.learns_tilt:
+            return with_learned_tilt(losses, self.boosts)
         return with_tilt(losses) if self.hp.ngram_tilt_enabled else losses
 
     def targets_at(self, positions):
         if self.hp.ngram_tilt_enabled:
-            return self.hinted[positions]
+            self.noted = self.hinted[positions]
+            return self.noted
         return super().targets_at(positions)
 
     def learned_and_counted(self, losses):
+        if self.hp.learns_tilt:
+            *losses, self.lessons = losses
         return losses if self.hp.ngram_tilt_enabled else super().learned_and_counted(losses)
 
+    def chunk_step(self, table, width):
+        super().chunk_step(table, width)
+        # the chunks are counted: from here on the boosts may learn, too
+        if self.hp.learns_tilt:
+            self.boosts.learn(self.noted, self.lessons, train_gpt.StepRow(*table.T).count)
+
     def plan_made(self, starts, lengths, phases):
-        if self.hp.ngram_tilt_enabled:
-            hints = ngram_hints(self.packer.tokens, starts, lengths, phases)
-            self.hinted[:, 1] = hints
-            seconds = self.progress.seconds()
-            self.log(f"ttt_ngram hints:{(hints >= 0).sum()} seconds:{seconds:.1f}")
+        if not self.hp.ngram_tilt_enabled:
+            return
+        before = self.progress.seconds()
+        if self.hp.learns_tilt:
+            self.hinted[:, 1:3] = tilt_hints(self.packer.tokens, starts, lengths, phases, self.hp)
+            self.hinted[:, 3] = queue_of_targets(self.packer.tokens, starts, phases)
+            kinds = self.hinted[self.hinted[:, 1] >= 0, 2]
+            numbers = torch.bincount(kinds // KINDS, minlength=len(self.boosts.orders)).tolist()
+            by_order = map("{}:{}".format, self.boosts.orders, numbers)
+            seconds = self.progress.seconds() - before
+            self.log(f"ttt_ngram hints by order {' '.join(by_order)} seconds:{seconds:.1f}")
+            return
+        hints = ngram_hints(self.packer.tokens, starts, lengths, phases)
+        self.hinted[:, 1] = hints
+        seconds = self.progress.seconds()
+        self.log(f"ttt_ngram hints:{(hints >= 0).sum()} seconds:{seconds:.1f}")
+
+    def global_adapt(self, documents):
+        super().global_adapt(documents)
+        if self.hp.learns_tilt:
+            self.boosts.share(self.dist)  # every rank has counted all documents of the phase
 
     def skip_fine_tuning(self):
         super().skip_fine_tuning()
         if self.hp.ngram_tilt_enabled:
             self.hinted[:, 1] = -1  # documents of this phase may be left to the end
+
+    def evaluate(self):
+        result = super().evaluate()
+        if self.hp.learns_tilt:
+            self.log(self.boosts.report(self.dist))
+        return result
 
     def dynamic_attention(self, slot_input, w, rope, segments, tap):
         if self.hp.new_values:
@@ -1116,26 +1162,30 @@ class TestTimeTrainer(train_gpt.TestTimeTrainer):
 NGRAM = SimpleNamespace(context=15, share=0.8, boost=2.625, base=6364136223846793005)
 
 
+def tilted(losses, of_hints, boost, is_right):
+    """Nats of targets and of hints, what the logits of hints gain, whether the target is the hint
+    -> nats under p(a) e^(boost [a = hint]) / (1 + p(hint) (e^boost - 1)).
+    """
+    return losses + torch.log1p((-of_hints).exp() * boost.expm1()) - boost * is_right
+
+
 def with_tilt(token_losses):
     """GPT.token_losses -> the same for targets (B, C, 2) with a hint beside each, -1: none -> nats,
-    and those that count: under p(a) e^(boost [a = hint]) / (1 + p(hint) (e^boost - 1)). Compiled,
-    the head is computed once.
+    and those that count, which are `tilted`. Compiled, the head is computed once.
     """
 
     def losses_and_tilted(scored, targets, tap):
         targets, hints = targets.unbind(-1)
         losses, of_hints = (token_losses(scored, t, tap) for t in (targets, hints.clamp_min(0)))
-        boost = NGRAM.boost * (hints >= 0)
-        return losses, losses + torch.log1p((-of_hints).exp() * boost.expm1()) - boost * (
-            hints == targets
-        )
+        return losses, tilted(losses, of_hints, NGRAM.boost * (hints >= 0), hints == targets)
 
     return losses_and_tilted
 
 
-def followers(keys, tokens, moments):
-    """Keys (n,), the token behind each, moments that never decrease -> (n,) the token that mostly
-    stood behind the same key at earlier moments, -1 where none did in NGRAM.share of all cases.
+def followers(keys, tokens, moments, share):
+    """Keys (n,), the token behind each, moments that never decrease -> (n, 3) the token that mostly
+    stood behind the same key at earlier moments, -1 where none did in this share of all cases (of
+    equals the one that got there last); the number of cases; how many places ago the last one was.
     """
     index = torch.arange(len(keys), device=keys.device)
 
@@ -1155,16 +1205,17 @@ def followers(keys, tokens, moments):
     most, best = (first * len(keys) + earlier[order]).cummax(0)  # of each key, up to here
     most = most[now] - first * len(keys) + 1
     cases = now - first + 1
-    fires = (cases > 0) & (most >= NGRAM.share * cases.double())
-    return torch.empty_like(index).scatter_(
-        0, order, torch.where(fires, tokens[order[best[now]]], -1)
-    )
+    fires = (cases > 0) & (most >= share * cases.double())
+    hints = torch.where(fires, tokens[order[best[now]]], -1)
+    found = torch.stack((hints, cases, order - order[now]), 1)
+    return torch.empty_like(found).index_copy_(0, order, found)
 
 
-def ngram_hints(tokens, starts, lengths, phases):
-    """(n,) stream, (m,) first inputs of documents and their targets, plan -> (n,) hint at each
-    target,
-    -1: none. Token n-gram tilt (PR 2018): what mostly followed these tokens in the document so far,
+def hints_of_order(tokens, starts, lengths, phases, size, share):
+    """(n,) stream, (m,) first inputs of documents and their targets, plan -> (n, 3) hint at each
+    target, -1: none; the number of cases; the distance of the last one, 0 for another document's.
+
+    Token n-gram tilt (PR 2018): what mostly followed these `size` tokens in the document so far,
     else in earlier phases. That was counted before on any number of ranks; one order of documents,
     phase by phase, explains adapters and hints.
     """
@@ -1175,19 +1226,175 @@ def ngram_hints(tokens, starts, lengths, phases):
     ]
     phase, document = torch.tensor(order, device=tokens.device).T
     starts, lengths = (torch.from_numpy(a).to(tokens.device)[document] for a in (starts, lengths))
-    counts = (lengths - NGRAM.context + 1).clamp_min(0)  # targets behind a whole context
-    shift = starts + NGRAM.context + counts - counts.cumsum(0)
+    counts = (lengths - size + 1).clamp_min(0)  # targets behind a whole context
+    shift = starts + size + counts - counts.cumsum(0)
     document, phase, shift = (
         column.repeat_interleave(counts) for column in (document, phase, shift)
     )
     moment = torch.arange(len(shift), device=tokens.device)
     at = shift + moment
     context = 0
-    for back in range(NGRAM.context, 0, -1):
+    for back in range(size, 0, -1):
         context = context * NGRAM.base + tokens[at - back]
-    near = followers(context * NGRAM.base + document, tokens[at], moment)
-    far = followers(context, tokens[at], phase)
-    return torch.full_like(tokens, -1).scatter_(0, at, torch.where(near < 0, far, near))
+    near = followers(context * NGRAM.base + document, tokens[at], moment, share)
+    far = followers(context, tokens[at], phase, share)
+    far[:, 2] = 0
+    found = tokens.new_tensor([-1, 0, 0]).repeat(len(tokens), 1)
+    return found.index_copy_(0, at, torch.where(near[:, :1] < 0, far, near))
+
+
+def ngram_hints(tokens, starts, lengths, phases):
+    """The hints of hints_of_order, as published: (n,)."""
+    return hints_of_order(tokens, starts, lengths, phases, NGRAM.context, NGRAM.share)[:, 0]
+
+
+# A hint's kind is KINDS times its order's index, and 3 min(3, ceil(log2(cases))), and where its
+# last case is: 0 in the window, 1 before it, 2 in another document.
+KINDS = 12
+NUM_FEATURES = 6
+PRECISION = 4.0  # of a weight before anything is learned: its standard deviation is 1/2
+
+
+def tilt_hints(tokens, starts, lengths, phases, hp):
+    """As hints_of_order -> (n, 2) hint at each target, -1: none; its kind. Of NGRAM_TILT_ORDERS the
+    longest that was seen before has the hint.
+    """
+    found = tokens.new_tensor([-1, 0]).repeat(len(tokens), 1)
+    few = tokens.new_tensor([1, 2, 4])
+    for number, size in enumerate(tilt_orders(hp)):
+        hints, cases, back = hints_of_order(tokens, starts, lengths, phases, size, 0.0).unbind(1)
+        where = torch.where(back == 0, 2, (back > hp.ttt_eval_seq_len).long())
+        kinds = KINDS * number + 3 * torch.bucketize(cases.contiguous(), few) + where
+        found = torch.where(hints[:, None] < 0, found, torch.stack((hints, kinds), 1))
+    return found
+
+
+def tilt_orders(hp):
+    """NGRAM_TILT_ORDERS in ascending order."""
+    return sorted(set(map(int, hp.ngram_tilt_orders.split(","))))
+
+
+def queue_of_targets(tokens, starts, phases):
+    """(n,) stream, (m,) ascending first inputs of documents, plan -> (n,) the number of the queue
+    that scores each target, the same for any number of ranks.
+    """
+    queues = np.zeros(len(starts), np.int64)
+    for phase in phases:
+        for number, documents in enumerate(sum(phase.lanes, [])):
+            queues[documents] = number
+    starts, queues = (torch.from_numpy(a).to(tokens.device) for a in (starts, queues))
+    place = torch.arange(len(tokens), device=tokens.device)
+    return queues[(torch.searchsorted(starts, place) - 1).clamp_min(0)]
+
+
+def solve_systems(systems):
+    """(B, k, k + 1) positive definite matrices, each with a right side -> (B, k) solutions.
+
+    Gauss-Jordan without pivots, as torch.linalg may not be captured in a CUDA graph.
+    """
+    for i, unit in enumerate(torch.eye(systems.size(1), device=systems.device)):
+        row = systems[:, i] / systems[:, i, i, None]
+        systems = systems - (systems[:, :, i] - unit)[..., None] * row[:, None]
+    return systems[..., -1]
+
+
+class LearnedBoosts:
+    """Boosts of hints: w x, of features x of a hint and weights w that are learned online.
+
+    Logistic regression of whether the hint is right, by online Newton steps (Hazan, Agarwal and
+    Kale, 2007): with r = p'(hint) - [hint = target] of a counted target, p' the tilted probability,
+    A grows by r^2 x x^T, v by r^2 x (x w) - r x, and w is A^-1 v. These are sums, kept in fp64 as
+    (A | v): `common` (k, k + 1) over all documents of the phases before, `own` (queues, k, k + 1)
+    over what a queue has scored in this phase. Who shares a step, and with whom, depends on the
+    number of ranks; the order of the chunks of a queue does not.
+    `fired` (queues, orders, 2): targets with a hint, and the nats gained there.
+    """
+
+    def __init__(self, hp, device):
+        num_queues = hp.ttt_lanes * hp.ttt_batch_size
+        shape = (NUM_FEATURES, NUM_FEATURES + 1)
+        self.orders = tilt_orders(hp)
+        self.common = PRECISION * torch.eye(*shape, dtype=torch.float64, device=device)
+        self.own = self.common.new_zeros(num_queues, *shape)
+        self.fired = self.common.new_zeros(num_queues, len(self.orders), 2)
+
+    def features(self, of_hints, kinds):
+        """Nats of hints and their kinds (B, C) -> (B, C, k): where the last case is, one of three;
+        log-odds of p(hint), number of cases, order. All are about 1 at most.
+        """
+        nats = of_hints.double().clamp_min(1e-6)
+        log_odds = (-nats - (-(-nats).expm1()).log()).clamp(-8, 8)
+        cases = kinds % KINDS // 3
+        order = kinds // KINDS / max(1, len(self.orders) - 1)
+        columns = [kinds % 3 == place for place in range(3)] + [log_odds / 4, cases / 3, order]
+        return torch.stack([column.double() for column in columns], -1)
+
+    def __call__(self, of_hints, hints, kinds, queues):
+        """(B, C) nats of hints, hints, kinds; (B,) queues -> (B, C) boosts, features (B, C, k)."""
+        x = self.features(of_hints, kinds) * (hints >= 0)[..., None]
+        w = solve_systems(self.common + self.own[queues])
+        return (x * w[:, None]).sum(-1), x
+
+    def learn(self, noted, lessons, counts):
+        """Adds lessons (B, C, 1 + k (k + 1)) of the first counts (B,) targets of each row; noted
+        (B, C, 4) are the targets as the head had them. No rows but padding share a queue.
+        """
+        hints, kinds, queues = noted[..., 1:].unbind(-1)
+        offset = torch.arange(hints.size(1), device=hints.device)
+        fires = (offset < counts[:, None]) & (hints >= 0)
+        lessons = torch.where(fires[..., None], lessons, 0.0)
+        sums = lessons[..., 1:].sum(1).unflatten(1, self.common.shape)
+        self.own.index_add_(0, queues[:, 0], sums)
+        cell = (queues * len(self.orders) + kinds // KINDS).flatten()
+        gained = torch.stack((fires.double(), lessons[..., 0]), -1)
+        self.fired.flatten(0, 1).index_add_(0, cell, gained.flatten(0, 1))
+
+    def share(self, dist):
+        """After a phase: all queues of all ranks go on with what any of them has learned."""
+        self.common += dist.all_reduce(self.own.sum(0))
+        self.own.zero_()
+
+    def report(self, dist):
+        """Log line: hints of counted targets, nats gained by one and standard error (queues are
+        the independent samples), order:hints:nats, and the weights that all queues share.
+        """
+        fired = dist.all_reduce(self.fired.clone()).cpu().numpy()
+        number, gain = fired.sum(1).T
+        total = max(1, number.sum())
+        mean = gain.sum() / total
+        samples = max(1, np.count_nonzero(number))
+        spread = np.square(gain - mean * number).sum() * samples / max(1, samples - 1)
+        by_order = []
+        for order, (fires, nats) in zip(self.orders, fired.sum(0), strict=True):
+            by_order.append(f"{order}:{fires:.0f}:{nats:+.1f}")
+        weights = solve_systems(self.common[None])[0].tolist()
+        return (
+            f"ttt_ngram fired:{number.sum():.0f} nats:{gain.sum():+.1f} nats_a_firing:{mean:+.5f}"
+            f" standard_error:{math.sqrt(spread) / total:.5f} by order {' '.join(by_order)}"
+            f" shared weights {' '.join(f'{w:+.3f}' for w in weights)}"
+        )
+
+
+def with_learned_tilt(token_losses, boosts):
+    """As with_tilt, for targets (B, C, 4): target, hint, kind, queue -> nats, those that count,
+    lessons (B, C, 1 + k (k + 1)) of each hint: nats gained, and what LearnedBoosts adds up.
+    """
+
+    def losses_tilted_and_lessons(scored, targets, tap):
+        targets, hints, kinds, queues = targets.unbind(-1)
+        losses, of_hints = (token_losses(scored, t, tap) for t in (targets, hints.clamp_min(0)))
+        plain, of_hints = losses.detach(), of_hints.detach()
+        boost, x = boosts(of_hints, hints, kinds, queues[:, 0])
+        is_right = hints == targets
+        counted = tilted(plain, of_hints, boost, is_right)
+        residual = (-tilted(of_hints, of_hints, boost, 1.0)).exp() - is_right.double()
+        curvature = residual[..., None].square() * x
+        grown = curvature[..., None] * x[..., None, :]
+        side = curvature * boost[..., None] - residual[..., None] * x
+        sums = torch.cat((grown, side[..., None]), -1).flatten(2)
+        return losses, counted.float(), torch.cat(((plain - counted)[..., None], sums), -1)
+
+    return losses_tilted_and_lessons
 
 
 # ---- the parts, and running them

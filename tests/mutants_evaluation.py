@@ -1143,8 +1143,8 @@ PUBLISHED_PARTS = [
     Mutant(
         "hints-from-documents-of-the-same-phase",
         PUBLISHED,
-        "far = followers(context, tokens[at], phase)",
-        "far = followers(context, tokens[at], moment)",
+        "far = followers(context, tokens[at], phase, share)",
+        "far = followers(context, tokens[at], moment, share)",
         "tests/test_ttt.py::test_hints_are_what_mostly_followed_before",
     ),
     Mutant(
@@ -1167,6 +1167,41 @@ PUBLISHED_PARTS = [
         "            self.hinted[:, 1] = -1  # documents of this phase may be left to the end\n",
         "            pass\n",
         "tests/test_ttt.py::test_without_adaptation_there_are_no_hints_from_what_is_left",
+    ),
+    Mutant(
+        "the-shortest-order-has-the-hint",
+        PUBLISHED,
+        "found = torch.where(hints[:, None] < 0, found,",
+        "found = torch.where(found[:, :1] >= 0, found,",
+        "tests/test_ttt.py::test_of_several_orders_the_longest_has_the_hint",
+    ),
+    Mutant(
+        "a-boost-depends-on-its-target",
+        PUBLISHED,
+        "boost, x = boosts(of_hints, hints,",
+        "boost, x = boosts(plain, hints,",
+        "tests/test_ttt.py::test_so_do_those_with_learned_boosts",
+    ),
+    Mutant(
+        "boosts-learn-from-padding",
+        PUBLISHED,
+        "fires = (offset < counts[:, None]) & (hints >= 0)",
+        "fires = hints >= 0",
+        "tests/test_ttt.py::test_the_learned_tilt_sums_to_one_and_its_lessons_are_newton_steps",
+    ),
+    Mutant(
+        "boosts-of-a-phase-reach-other-queues-in-it",
+        PUBLISHED,
+        "self.own.index_add_(0, queues[:, 0], sums)",
+        "self.own += sums.sum(0)",
+        "tests/test_ttt.py::test_learned_boosts_reach_no_other_lane_before",
+    ),
+    Mutant(
+        "every-rank-keeps-its-boosts",
+        PUBLISHED,
+        "self.common += dist.all_reduce(self.own.sum(0))",
+        "self.common += self.own.sum(0)",
+        "tests/test_ttt.py::test_the_answer_does_not_depend_on_the_number_of_ranks[learned boosts]",
     ),
     Mutant(
         "sgd-learns-from-a-chunk-before-it-is-scored",

@@ -1,6 +1,7 @@
 """benchmarks/bench_ttt.py: the planner of the evaluation budget, and the file of measured steps."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -424,3 +425,15 @@ def test_every_run_starts_from_the_artifact_with_its_own_settings(artifact, monk
     torch.random.set_rng_state(state)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert [row[0] for row in rows] == [first[0]] * 2
+
+
+def test_runs_of_published_systems_know_their_settings(artifact, published, capsys):
+    command = ["--cpu", "runs", "--published", "--artifact", str(artifact)]
+    state = torch.random.get_rng_state()
+    assert bench_ttt.main([*command, "", "NGRAM_TILT_ENABLED=1 NGRAM_TILT_ORDERS=1,2,4"]) == 0
+    torch.random.set_rng_state(state)
+    out, log = capsys.readouterr()
+    off, on = (line.split() for line in out.splitlines()[1:])
+    fired, nats = re.search(r"ttt_ngram fired:(\d+) nats:(\S+)", log).groups()
+    assert int(fired) > 0 and float(nats) != 0
+    assert off[0] != on[0] and on[7:9] == ["NGRAM_TILT_ENABLED=1", "NGRAM_TILT_ORDERS=1,2,4"]

@@ -41,11 +41,16 @@ def scores_of(model, hp, dist, log):
 
 
 OPTIONS = {"ttt_stale_context": 16, "ttt_short_chunks": "40:4", "ngram_tilt_enabled": True}
+BOOSTS = {"ngram_tilt_enabled": True, "ngram_tilt_orders": "1,2"}
 
 
 @pytest.mark.parametrize(
     "device, options",
-    [("cpu", {}), pytest.param("cuda", {}, marks=GPU), pytest.param("cuda", OPTIONS, marks=GPU)],
+    [
+        ("cpu", {}),
+        ("cpu", BOOSTS),
+        *(pytest.param("cuda", options, marks=GPU) for options in ({}, OPTIONS, OPTIONS | BOOSTS)),
+    ],
 )
 def test_every_graph_is_compiled_once_and_before_the_clock(tmp_path, device, options, monkeypatch):
     install_parts_for(options, monkeypatch)

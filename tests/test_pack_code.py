@@ -691,6 +691,7 @@ OTHERWISE = {  # as many other branches as one run can take
     "TTT_STALE_CONTEXT": "0",
     "TTT_SHORT_CHUNKS": "30:8",
     "NGRAM_TILT_ENABLED": "1",
+    "NGRAM_TILT_ORDERS": "2,4",
 }
 UNLIKE = {"run", "seconds", "training_seconds", "tokens_per_second_by_loop_state", "commit"}
 

@@ -94,7 +94,7 @@ FIELDS = [
 
 
 def test_its_settings_have_a_meaning_a_type_a_default_of_that_type_and_a_bound():
-    assert len(FIELDS) == 43 and {field.name.upper() for field in FIELDS} == published_settings()
+    assert len(FIELDS) == 44 and {field.name.upper() for field in FIELDS} == published_settings()
     for field in FIELDS:
         assert field.type in (int, float, bool, str) and type(field.default) is field.type
         assert len(field.metadata["help"]) > 3
@@ -104,6 +104,7 @@ def test_its_settings_have_a_meaning_a_type_a_default_of_that_type_and_a_bound()
 VALUES = {  # of settings whose next number, or another text, is not one
     "VALUE_EMBED_LAYERS": "1,2",
     "TTT_SHORT_CHUNKS": "256:8",
+    "NGRAM_TILT_ORDERS": "8,12,16",
     "VALUE_RESIDUAL": "gate",
     "TTT_METHOD": "sgd",
     "BIGRAM_VOCAB_SIZE": "2",
@@ -135,6 +136,9 @@ def test_the_environment_sets_every_setting(field):
         ({"TTT_SHORT_CHUNKS": "256:0"}, "TTT_SHORT_CHUNKS"),
         ({"TTT_SHORT_CHUNKS": "256:8,"}, "TTT_SHORT_CHUNKS"),
         ({"TTT_SHORT_CHUNKS": "a:b"}, "TTT_SHORT_CHUNKS"),
+        ({"NGRAM_TILT_ORDERS": "8,"}, "NGRAM_TILT_ORDERS"),
+        ({"NGRAM_TILT_ORDERS": "0,8"}, "NGRAM_TILT_ORDERS"),
+        ({"NGRAM_TILT_ORDERS": "8 12"}, "NGRAM_TILT_ORDERS"),
         ({"VALUE_EMBED_LAYERS": "9,11"}, "VALUE_EMBED_LAYERS"),
         ({"VALUE_EMBED_LAYERS": "9,"}, "VALUE_EMBED_LAYERS"),
         ({"BIGRAM_VOCAB_SIZE": "1"}, "BIGRAM_VOCAB_SIZE"),
@@ -159,6 +163,7 @@ def test_combinations_that_cannot_work_are_refused(changes, message):
         {"ATTN_WINDOW": "9", "TTT_ENABLED": "0"},
         {"ATTN_WINDOW": "9", "TTT_METHOD": "sgd"},
         {"TTT_SHORT_CHUNKS": "256:8,2000:24"},
+        {"NGRAM_TILT_ORDERS": "8,12,16"},
     ],
 )
 def test_combinations_that_work_are_taken(changes):

@@ -57,7 +57,7 @@ def published_hp(**changes):
 
 
 def make_validation(folder, hp, lengths=LENGTHS):
-    return evaluation_helpers.make_validation(folder, hp, lengths)
+    return evaluation_helpers.make_validation(folder, hp, lengths, vocab_size=hp.vocab_size)
 
 
 def make_lora(hp, lanes=(0, 1), update=train_gpt.adamw_rows_ref):
@@ -178,6 +178,7 @@ COVERAGE = [
     {"ttt_short_chunks": "8:2,30:3", "ttt_stale_context": 9},
     {"ttt_stale_context": 24},
     {"ngram_tilt_enabled": True, "ttt_stale_context": 24, "ttt_batch_size": 1},
+    {"ngram_tilt_enabled": True, "ngram_tilt_orders": "1,3", "ttt_stale_context": 24},
 ]
 
 
@@ -287,6 +288,22 @@ def test_nor_does_it_with_hints_and_stale_context(
     check_changed_token(tmp_path, counted, document, offset, reaches_others, **OPTIONS)
 
 
+# boosts that are learned; of few tokens, so that there are many hints
+LEARNED = {"ngram_tilt_enabled": True, "ngram_tilt_orders": "1,2,4"}
+LEARNED_FEW = LEARNED | {"vocab_size": 14}
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS | LEARNED], ids=["", "options"])
+@pytest.mark.parametrize(
+    "document, offset, reaches_others", [(5, 20, True), (1, 13, True), (4, 9, False)]
+)
+def test_nor_does_it_with_learned_boosts(
+    tmp_path, counted, document, offset, reaches_others, options, published
+):
+    options = options | LEARNED_FEW
+    check_changed_token(tmp_path, counted, document, offset, reaches_others, **options)
+
+
 def check_changed_token(tmp_path, counted, document, offset, reaches_others, **options):
     hp = small_hp(data_path=str(tmp_path), **LEGAL | options)
     validation = make_validation(tmp_path, hp, LEGAL_LENGTHS)
@@ -332,6 +349,7 @@ class Recorder:
         self.clock, self.counted, self.learnt = 0, {}, []
         chunk_step, add, step = TTT.chunk_step, train_gpt.Score.add, BatchedLoRA.step
         build, sgd_step = train_gpt.WindowPacker.build, torch.optim.SGD.step
+        learn_boosts = parts.LearnedBoosts.learn
         built = []  # since the last SGD step
 
         def note_step(trainer, table, width):
@@ -356,6 +374,10 @@ class Recorder:
             is_learnt = self.table[:, StepRow._fields.index("target")] != lora.scratch_row
             self.learn([*chunk_targets(self.table[is_learnt]).values()])
 
+        def note_boosts(boosts, noted, lessons, counts):
+            learn_boosts(boosts, noted, lessons, counts)
+            self.learn([*chunk_targets(self.table).values()])
+
         def note_sgd_step(optimizer, *args, **kwargs):
             self.learn(list(built))
             built.clear()
@@ -365,6 +387,7 @@ class Recorder:
             (TTT, "chunk_step", note_step),
             (train_gpt.Score, "add", note_add),
             (BatchedLoRA, "step", note_learning),
+            (parts.LearnedBoosts, "learn", note_boosts),
             (train_gpt.WindowPacker, "build", note_build),
             (torch.optim.SGD, "step", note_sgd_step),
         ):
@@ -382,6 +405,52 @@ class Recorder:
             for target in targets
             if self.counted.get(target, math.inf) >= moment
         }
+
+
+def learn_boosts_then_count(chunk_step):
+    """The rule broken: boosts learn from every chunk before it is scored, and nothing else does."""
+
+    def illegal(trainer, table, width):
+        lora, score = trainer.lora, trainer.score
+        states = [x.clone() for x in (lora.values, lora.squares)]
+        trainer.score = SimpleNamespace(add=lambda *_: None)
+        chunk_step(trainer, table, width)
+        trainer.score, lora.values, lora.squares = score, *states
+        chunk_step(trainer, table, width)
+
+    return illegal
+
+
+def learn_boosts_between(learned_and_counted):
+    """The rule broken: boosts learn after the losses are known, but before they are counted."""
+
+    def illegal(trainer, losses):
+        pair = learned_and_counted(trainer, losses)
+        trainer.boosts.learn(trainer.noted, trainer.lessons, torch.full((len(pair[0]),), 1))
+        return pair
+
+    return illegal
+
+
+def share_boosts_at_once(chunk_step):
+    """The rule broken: what is learned from a chunk reaches all queues before the phase ends."""
+
+    def illegal(trainer, table, width):
+        chunk_step(trainer, table, width)
+        trainer.boosts.share(Dist("cpu"))
+
+    return illegal
+
+
+def followers_of_the_future(followers):
+    """The rule broken: hints are what stood behind the same tokens later in the document."""
+
+    def illegal(keys, tokens, moments, share):
+        if len(moments.unique()) < len(moments):  # of phases, not of places in a document
+            return followers(keys, tokens, moments, share)
+        return followers(keys.flip(0), tokens.flip(0), moments, share).flip(0)
+
+    return illegal
 
 
 def learn_then_count(chunk_step):
@@ -473,6 +542,25 @@ def test_nothing_is_learnt_before_it_is_counted(tmp_path, monkeypatch, lengths):
     once = [target for _, targets in recorder.learnt for target in targets]
     # by adapters, and again by the base
     assert len(once) > len(set(once)) > 0.5 * len(recorder.counted)
+
+
+def test_nor_are_boosts(tmp_path, monkeypatch, published):
+    hp = small_hp(data_path=str(tmp_path), **LEGAL | LEARNED_FEW)
+    validation, recorder = make_validation(tmp_path, hp, LEGAL_LENGTHS), Recorder(monkeypatch)
+    run_ttt(hp, validation)
+    assert sorted(recorder.counted) == list(range(1, len(validation.tokens)))
+    assert not recorder.violations()
+    # by boosts also from the last chunk of a document
+    assert {target for _, targets in recorder.learnt for target in targets} == {*recorder.counted}
+
+
+def test_the_recorder_finds_boosts_that_learn_too_early(tmp_path, monkeypatch, published):
+    hp = small_hp(data_path=str(tmp_path), **LEGAL | LEARNED_FEW)
+    validation, recorder = make_validation(tmp_path, hp, LEGAL_LENGTHS), Recorder(monkeypatch)
+    illegal = learn_boosts_between(parts.TestTimeTrainer.learned_and_counted)
+    monkeypatch.setattr(parts.TestTimeTrainer, "learned_and_counted", illegal)
+    run_ttt(hp, validation)
+    assert {*recorder.counted} == recorder.violations()
 
 
 # documents one by one: 13 and 9 steps in the phases that the base learns from, 4 in the last
@@ -627,6 +715,33 @@ def test_a_changed_token_finds_hints_in_the_order_of_the_stream(
         check_changed_token(tmp_path, counted, 0, 20, False, ngram_tilt_enabled=True)
 
 
+def of_one_phase_each(hints_of_order):
+    """The rule broken: hints also come from other documents of the same phase."""
+
+    def illegal(tokens, starts, lengths, phases, *rest):
+        phases = [SimpleNamespace(documents=np.array([d])) for d in range(len(starts))]
+        return hints_of_order(tokens, starts, lengths, phases, *rest)
+
+    return illegal
+
+
+@pytest.mark.parametrize(
+    "owner, name, illegal, document, offset",
+    [
+        (parts.TestTimeTrainer, "chunk_step", learn_boosts_then_count, 5, 20),
+        (parts, "followers", followers_of_the_future, 5, 20),
+        (parts, "hints_of_order", of_one_phase_each, 0, 20),
+    ],
+)
+def test_a_changed_token_finds_boosts_and_hints_that_break_the_rule(
+    tmp_path, monkeypatch, counted, owner, name, illegal, document, offset, published
+):
+    check_changed_token(tmp_path, counted, document, offset, False, **LEARNED_FEW)
+    monkeypatch.setattr(owner, name, illegal(getattr(owner, name)))
+    with pytest.raises(AssertionError, match="before it was counted"):
+        check_changed_token(tmp_path, counted, document, offset, False, **LEARNED_FEW)
+
+
 def check_lanes(tmp_path, counted, **options):
     """A token of the first phase reaches all documents of the next, and no other lane before."""
     hp = small_hp(data_path=str(tmp_path), **LEGAL | {"phased_ttt_num_phases": 1} | options)
@@ -654,6 +769,14 @@ def check_lanes(tmp_path, counted, **options):
 @pytest.mark.parametrize("options", [{}, STALE], ids=["", "stale"])
 def test_a_prefix_token_reaches_the_next_phase_and_no_other_lane_before(tmp_path, counted, options):
     check_lanes(tmp_path, counted, **options)
+
+
+def test_learned_boosts_reach_no_other_lane_before(tmp_path, monkeypatch, counted, published):
+    check_lanes(tmp_path, counted, **LEARNED_FEW)
+    illegal = share_boosts_at_once(parts.TestTimeTrainer.chunk_step)
+    monkeypatch.setattr(parts.TestTimeTrainer, "chunk_step", illegal)
+    with pytest.raises(AssertionError, match="reached another lane"):
+        check_lanes(tmp_path, counted, **LEARNED_FEW)
 
 
 def test_keys_of_another_document_in_the_cache_are_found(tmp_path, monkeypatch, counted):
@@ -704,7 +827,7 @@ def check_sums(tmp_path, counted, **options):
     them.
     """
     hp = small_hp(data_path=str(tmp_path), **FEW_TOKENS | options)
-    validation = evaluation_helpers.make_validation(tmp_path, hp, FEW_LENGTHS, vocab_size=FEW)
+    validation = make_validation(tmp_path, hp, FEW_LENGTHS)
     queues = sum(plan_ttt(validation.ends - validation.starts, hp)[-1].lanes, [])
     assert queues == [[1, 4], [3, 5]]
     # the end of the second of three chunks
@@ -772,6 +895,24 @@ def test_so_do_those_of_targets_with_a_hint(tmp_path, monkeypatch, counted, publ
     hp = small_hp(**FEW_TOKENS)
     validation, _ = check_sums(tmp_path, counted, ngram_tilt_enabled=True)
     assert validation.starts[4] + 8 in slow_hints(validation, hp)
+
+
+def test_so_do_those_with_learned_boosts(tmp_path, monkeypatch, counted, published):
+    hp = small_hp(**FEW_TOKENS | LEARNED)
+    learn, moved, places = parts.LearnedBoosts.learn, [], defaultdict(set)
+
+    def note(boosts, *args):
+        moved.append(boosts.own.abs().sum().item() + (boosts.common[:, -1] != 0).sum().item())
+        learn(boosts, *args)
+        # a CUDA graph reads and writes where they were when it was captured
+        places[boosts].add((boosts.own.data_ptr(), boosts.common.data_ptr()))
+
+    monkeypatch.setattr(parts.LearnedBoosts, "learn", note)
+    monkeypatch.setattr(TTT, "capture", capture_on_cpu)
+    validation, _ = check_sums(tmp_path, counted, **LEARNED)
+    hints = slow_tilt_hints(validation, hp)
+    assert {int(validation.starts[document]) + 8 for document in (4, 5)} & {*hints}
+    assert moved[-1] > 1.0 and {*map(len, places.values())} == {1}
 
 
 def count_half(learned_and_counted):
@@ -851,6 +992,146 @@ def test_hints_are_what_mostly_followed_before(sizes, letters, phases, seed):
         }
 
 
+def slow_followers(cases):
+    """(token, its number) that most of these cases have, of equals the one that got there last."""
+    counts, best = Counter(), None
+    for token in cases:
+        counts[token] += 1
+        if best is None or counts[token] >= counts[best]:
+            best = token
+    return best
+
+
+def slow_tilt_hints(validation, hp):
+    """{target: (hint, index of its order, cases, where the last one is)}, token by token."""
+    tokens, orders, found = validation.tokens.tolist(), parts.tilt_orders(hp), {}
+    before = defaultdict(list)
+    for phase in plan_ttt(validation.ends - validation.starts, hp):
+        of_phase = []
+        for document in phase.documents:
+            own = defaultdict(list)
+            start, end = validation.starts[document], validation.ends[document]
+            for target in range(start + 1, end + 1):
+                keys = [tuple(tokens[target - n : target]) for n in orders if target - n >= start]
+                for number, key in reversed([*enumerate(keys)]):
+                    if key in own:
+                        cases = own[key]
+                        where = int(target - cases[-1] > hp.ttt_eval_seq_len)
+                    elif key in before:
+                        cases, where = before[key], 2
+                    else:
+                        continue
+                    best = slow_followers([tokens[case] for case in cases])
+                    found[target] = best, number, len(cases), where
+                    break
+                for key in keys:
+                    own[key].append(target)
+                    of_phase.append((key, target))
+        for key, target in of_phase:
+            before[key].append(target)
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 60), min_size=1, max_size=9),
+    st.integers(2, 4),
+    st.integers(0, 3),
+    st.integers(0, 99),
+    st.sampled_from(["1", "2,5", "9,1,3", "4,4,15"]),
+)
+def test_of_several_orders_the_longest_has_the_hint(sizes, letters, phases, seed, orders):
+    hp = published_hp(
+        phased_ttt_num_phases=phases,
+        phased_ttt_prefix_docs=30_000,
+        ngram_tilt_orders=orders,
+        ttt_eval_seq_len=9,
+    )
+    starts = np.cumsum([0, *(size + 1 for size in sizes)])
+    tokens = np.random.default_rng(seed).integers(8, 8 + letters, starts[-1] + 1)
+    tokens[starts] = train_gpt.BOS_ID
+    starts, ends = starts[:-1], starts[1:]
+    wanted = slow_tilt_hints(SimpleNamespace(tokens=tokens, starts=starts, ends=ends), hp)
+    plan = plan_ttt(ends - starts, hp)
+    found = parts.tilt_hints(torch.from_numpy(tokens), starts, ends - starts, plan, hp)
+    assert {place: tuple(pair) for place, pair in enumerate(found.tolist()) if pair[0] >= 0} == {
+        place: (hint, 12 * number + 3 * min(3, math.ceil(math.log2(cases))) + where)
+        for place, (hint, number, cases, where) in wanted.items()
+    }
+    queues = parts.queue_of_targets(torch.from_numpy(tokens), starts, plan).tolist()
+    for phase in plan:
+        for number, documents in enumerate(itertools.chain(*phase.lanes)):
+            for document in documents:
+                assert {*queues[starts[document] + 1 : ends[document] + 1]} <= {number}
+
+
+def learned_boosts(hp, seed=0):
+    """LearnedBoosts that have learned something, queue by queue and in phases before."""
+    generator = torch.Generator().manual_seed(seed)
+    boosts = parts.LearnedBoosts(hp, torch.device("cpu"))
+    for sums in (boosts.common[None], boosts.own):
+        x = torch.randn(len(sums), 9, parts.NUM_FEATURES, generator=generator).double()
+        sums[..., :-1] += x.mT @ x
+        sums[..., -1] += 3 * torch.randn(sums.shape[:-1], generator=generator)
+    return boosts
+
+
+def test_solutions_of_small_systems():
+    boosts = learned_boosts(published_hp(**LEARNED))
+    systems = (boosts.common + boosts.own).numpy()
+    wanted = np.linalg.solve(systems[..., :-1], systems[..., -1:])[..., 0]
+    assert np.allclose(parts.solve_systems(torch.from_numpy(systems)), wanted, atol=1e-9)
+
+
+def test_the_learned_tilt_sums_to_one_and_its_lessons_are_newton_steps(tmp_path, published):
+    hp = small_hp(data_path=str(tmp_path), **LEARNED)
+    trainer = train_gpt.TestTimeTrainer(
+        make_model(hp), make_validation(tmp_path, hp), hp, Dist("cpu"), Lines()
+    )
+    boosts = trainer.boosts = learned_boosts(hp)
+    losses_of = parts.with_learned_tilt(trainer.model.token_losses, boosts)
+    generator, V = torch.Generator().manual_seed(1), hp.vocab_size
+    rows = 0.1 * torch.randn(4, trainer.lora.values.size(1), generator=generator)
+    head = trainer.lora.tap(trainer.lora.scaled_parts(rows, slice(None))).head
+    hidden = 0.3 * torch.randn(4, 1, hp.model_dim, generator=generator).expand(-1, V, -1)
+    hints = torch.tensor([-1, 0, 50, V - 1])
+    kinds = torch.tensor([0, 5, 12 + 7, 24 + 9])
+    queues = torch.tensor([0, 3, 1, 2])
+    notes = [torch.arange(V).expand(4, V)]
+    notes += [column[:, None].expand(4, V) for column in (hints, kinds, queues)]
+    noted = torch.stack(notes, -1)
+    with torch.no_grad():
+        plain, counted, lessons = losses_of(hidden, noted, head)
+    assert torch.equal(plain, trainer.model.token_losses(hidden, notes[0], head))
+    assert torch.equal(plain[0], counted[0]) and not lessons[0].any()
+    ones = torch.ones(4, dtype=torch.float64)
+    assert torch.allclose((-counted).double().exp().sum(1), ones, atol=1e-5)
+    own = boosts.own.clone()
+    for row in (1, 2, 3):
+        sums = (boosts.common + own[queues[row]]).numpy()
+        w = np.linalg.solve(sums[:, :-1], sums[:, -1])
+        p = math.exp(-plain[row, hints[row]])
+        kind, x = int(kinds[row]), np.zeros(6)
+        x[kind % 3] = 1.0
+        x[3:] = np.clip(math.log(p / (1 - p)), -8, 8) / 4, kind % 12 // 3 / 3, kind // 12 / 2
+        odds = math.exp(x @ w) * p / (1 - p)
+        assert math.exp(-counted[row, hints[row]]) == pytest.approx(odds / (1 + odds), rel=1e-4)
+        for target in (int(hints[row]), 7):
+            r = odds / (1 + odds) - (target == int(hints[row]))
+            wanted = np.c_[r * r * np.outer(x, x), r * r * x * (x @ w) - r * x]
+            found = lessons[row, target, 1:].reshape(6, 7)
+            assert np.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+            gain = (plain - counted)[row, target].item()
+            assert lessons[row, target, 0].item() == pytest.approx(gain, abs=1e-5)
+    # of each row the first targets are learned from
+    counts = torch.tensor([V, 3, 0, 5])
+    boosts.learn(noted, lessons, counts)
+    grown = (boosts.own - own).flatten(1)
+    for row, count in enumerate(counts.tolist()):
+        assert torch.allclose(grown[queues[row]], lessons[row, :count, 1:].sum(0))
+    assert boosts.fired[..., 0].sum() == 8 and boosts.fired[2, 2, 0] == 5
+
+
 def test_the_tilted_distribution_sums_to_one(tmp_path, published):
     """For every hint; a hint's odds are e^boost times what they were, and without one nothing
     changes.
@@ -897,6 +1178,66 @@ def test_hints_change_the_score_of_their_tokens_and_nothing_else(tmp_path, count
     assert differ <= {key for key in losses[True] if key[1] in hints}
     assert len(differ) > 0.9 * len(hints)  # where the hint is as good as certain, nothing changes
     assert scores[True]["loss"] < scores[False]["loss"] - 0.2
+
+
+def losses_with_and_without(folder, counted, tokens, orders, **options):
+    """Losses of every target without hints and with learned boosts, and the log of the latter."""
+    losses = []
+    for tilt in ({}, LEARNED | {"ngram_tilt_orders": orders}):
+        hp, log = small_hp(data_path=str(folder), **ACTIVE | options | tilt), Lines()
+        validation = train_gpt.ValidationSet(hp)
+        validation.tokens[:] = tokens
+        counted.clear()
+        run_ttt(hp, validation, log=log)
+        losses.append(flat(counted))
+    return *losses, "\n".join(log)
+
+
+FIRED = (
+    r"ttt_ngram fired:(\d+) nats:(\S+) nats_a_firing:(\S+) standard_error:(\S+) by order (.*) sh"
+)
+
+
+def test_learned_boosts_gain_on_repetitive_text_what_the_log_says(tmp_path, counted, published):
+    tokens = repetitive(tmp_path)
+    plain, tilt, log = losses_with_and_without(
+        tmp_path, counted, tokens, "2,4,8", phased_ttt_prefix_docs=25_000
+    )
+    validation = train_gpt.ValidationSet(small_hp(data_path=str(tmp_path)))
+    validation.tokens[:] = tokens
+    hp = published_hp(phased_ttt_prefix_docs=25_000, ngram_tilt_orders="2,4,8")
+    hints = slow_tilt_hints(validation, hp)
+    gains = {key: plain[key] - tilt[key] for key in plain}
+    # nothing is learned before the first chunks
+    assert {key[1] for key in gains if gains[key]} <= {*hints} and len(hints) > 100
+    fired, nats, a_firing, error, by_order = re.search(FIRED, log).groups()
+    assert int(fired) == len(hints)
+    assert float(nats) == pytest.approx(sum(gains.values()), abs=0.06)
+    assert float(a_firing) == pytest.approx(sum(gains.values()) / len(hints), abs=2e-5)
+    # queues are the samples
+    residuals = Counter()
+    for phase in plan_ttt(validation.ends - validation.starts, hp):
+        for queue, documents in enumerate(itertools.chain(*phase.lanes)):
+            for key in gains:
+                if key[0] in documents and key[1] in hints:
+                    residuals[queue] += gains[key] - float(a_firing)
+    squares = sum(value**2 for value in residuals.values())
+    spread = squares * len(residuals) / (len(residuals) - 1)
+    assert float(error) == pytest.approx(math.sqrt(spread) / len(hints), abs=1e-5)
+    assert sum(int(part.split(":")[1]) for part in by_order.split()) == len(hints)
+    assert f"8:{sum(number == 2 for _, number, *_ in hints.values())}" in by_order
+    assert float(nats) > 0.5 * len(hints) and float(a_firing) > 2 * float(error) > 0
+
+
+def test_learned_boosts_cost_next_to_nothing_on_random_text(tmp_path, counted, published):
+    """There are hints, but none of them knows anything."""
+    tokens, _ = write_documents(tmp_path, "val", [200, 150, 100, 60, 60, 30, 30, 30])
+    random = np.random.default_rng(0).integers(8, 97, len(tokens))
+    tokens = np.where(tokens == train_gpt.BOS_ID, tokens, random)
+    plain, tilt, log = losses_with_and_without(tmp_path, counted, tokens, "1,2")
+    fired = int(re.search(FIRED, log)[1])
+    assert fired > 200
+    assert sum(tilt.values()) - sum(plain.values()) < 0.005 * fired
 
 
 # ---- the budget
@@ -1026,9 +1367,16 @@ def test_a_rank_that_is_late_keeps_no_other_waiting(tmp_path, monkeypatch):
         assert torch.equal(p, q)
 
 
-def test_without_adaptation_there_are_no_hints_from_what_is_left(tmp_path, monkeypatch, published):
+@pytest.mark.parametrize("orders", ["", "1,2"])
+def test_without_adaptation_there_are_no_hints_from_what_is_left(
+    tmp_path, monkeypatch, published, orders
+):
     hp = small_hp(
-        data_path=str(tmp_path), eval_budget_seconds=60.0, ngram_tilt_enabled=True, **ACTIVE
+        data_path=str(tmp_path),
+        eval_budget_seconds=60.0,
+        ngram_tilt_enabled=True,
+        ngram_tilt_orders=orders,
+        **ACTIVE,
     )
     validation, hinted, run_steps = make_validation(tmp_path, hp), [], TTT.run_steps
 
@@ -1039,6 +1387,7 @@ def test_without_adaptation_there_are_no_hints_from_what_is_left(tmp_path, monke
     Clock(monkeypatch, slow=1)
     monkeypatch.setattr(parts.NGRAM, "context", 2)
     monkeypatch.setattr(TTT, "run_steps", note)
+    monkeypatch.setattr(parts.LearnedBoosts, "share", None)  # nor is anything shared
     run_ttt(hp, validation, world_size=2)
     assert {phase: number > 0 for phase, number in hinted} == {
         "phase:1/2": True,
@@ -1181,7 +1530,9 @@ def test_two_runs_give_the_same_number(tmp_path):
     assert run_ttt(other, validation)[0][0]["loss"] != first["loss"]
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["", "options"])
+@pytest.mark.parametrize(
+    "options", [{}, OPTIONS, LEARNED_FEW], ids=["", "options", "learned boosts"]
+)
 def test_the_answer_does_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch, counted, options):
     """Who shares a step with whom depends on it, and the order of the sums of the adaptation:
     rounding, no more.
@@ -1215,6 +1566,18 @@ def test_the_answer_does_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch
             # ranks stay equal bit for bit
             assert all(torch.equal(state, states[0]) for state in states)
             assert torch.allclose(states[0], p, atol=1e-4)
+
+
+def test_boosts_of_a_lane_would_depend_on_the_number_of_ranks(
+    tmp_path, monkeypatch, counted, published
+):
+    """Why they are of a queue: sharing within a rank at once changes the answer."""
+    illegal = share_boosts_at_once(parts.TestTimeTrainer.chunk_step)
+    monkeypatch.setattr(parts.TestTimeTrainer, "chunk_step", illegal)
+    with pytest.raises(AssertionError):
+        test_the_answer_does_not_depend_on_the_number_of_ranks(
+            tmp_path, monkeypatch, counted, LEARNED_FEW
+        )
 
 
 def test_lane_i_runs_on_rank_i_mod_world_size_in_the_plans_order(tmp_path, monkeypatch):
