@@ -73,6 +73,7 @@ REMOVED = {
 }
 OTHER_VARIABLES = {
     "SOAK",
+    "TRIALS",
     "OMP_NUM_THREADS",
     "TORCH_INDEX_URL",
     "TORCH",
