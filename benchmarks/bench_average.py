@@ -6,7 +6,8 @@ Trains as train_gpt.py does, with the settings of the environment, and keeps bes
 EMA_SPAN those over the spans named. Training itself does not see any of them. The log has the BPB
 of each before quantization (span_0.02 and so on); model_0.02.pt, beside model.pt, has its weights:
 `QUANT_ONLY=1 CHECKPOINT_PATH=runs/NAME/model_0.02.pt python train_gpt.py` quantizes them. A resumed
-run would know only the weights since then, so this refuses RESUME.
+run would know only the weights since then, so this refuses RESUME; train_gpt.py goes on with the
+average over EMA_SPAN.
 """
 
 import argparse
@@ -56,7 +57,8 @@ def save_all(path, model, hp, save=tg.save_checkpoint):
     """Writes model.pt as train_gpt.py does, then model_<span>.pt for every other span."""
     save(path, model, hp)
     for span in Averages.finished.visit():
-        save(path.with_name(f"{path.stem}_{span}.pt"), model, hp)
+        of_span = dataclasses.replace(hp, ema_span=float(span))
+        save(path.with_name(f"{path.stem}_{span}.pt"), model, of_span)
 
 
 def score_all(name, evaluate, log, scores, score=tg.score_stage):
@@ -67,14 +69,22 @@ def score_all(name, evaluate, log, scores, score=tg.score_stage):
             score(f"span_{span}", evaluate, log, {})
 
 
+def share(text):
+    """A span of the command line. ValueError if train_gpt.py would refuse it as EMA_SPAN."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise ValueError(text)
+    return value
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("spans", type=float, nargs="+", help="shares of training, as EMA_SPAN")
+    parser.add_argument("spans", type=share, nargs="+", help="shares of training, at most 1")
     Averages.spans = parser.parse_args().spans
     if os.environ.get("RESUME", "0") not in ("", "0"):
-        parser.error("RESUME does not go with several averages")
+        parser.error("RESUME does not go with several averages: resume with train_gpt.py")
     sys.argv[1:] = []
     tg.EMA = Averages
     tg.save_checkpoint = save_all

@@ -3,8 +3,9 @@
     TRIALS=cautious,wdend MATRIX_LR=0.034 SEED=4 ... python benchmarks/trials.py
 
 TRIALS names functions of this file, separated by commas; each replaces a part of train_gpt.py.
-Everything else, settings included, is train_gpt.py's. An idea that wins moves there, one that loses
-leaves; both are in docs/LOG.md.
+Everything else, settings included, is train_gpt.py's, and so is the script in the run's folder:
+RESULT states the trials among the violations, as that script would train another model. An idea
+that wins moves to train_gpt.py, one that loses leaves; both are in docs/LOG.md.
 """
 
 import os
@@ -40,13 +41,28 @@ def cautious():
 TRIALS = {trial.__name__: trial for trial in (wdend, cautious)}
 
 
+def note_trials(names):
+    """RESULT and the log of the run say what was tried."""
+    plain = tg.violations
+
+    def violations(*args):
+        return [*plain(*args), f"TRIALS={names} are not in the packed script"]
+
+    tg.violations = violations
+
+
 def main():
-    names = os.environ.get("TRIALS", "").split(",")
-    if unknown := set(names) - {*TRIALS, ""}:
+    # a command to continue a run has only settings of train_gpt.py: it must not lose the trials
+    if "TRIALS" not in os.environ:
+        sys.exit(f"{__doc__}\nTRIALS must be set; there are {', '.join(TRIALS)}")
+    names = [name.strip() for name in os.environ["TRIALS"].split(",") if name.strip()]
+    if unknown := set(names) - set(TRIALS):
         sys.exit(f"TRIALS: no {', '.join(sorted(unknown))}; there are {', '.join(TRIALS)}")
-    for name in filter(None, names):
+    for name in names:
         TRIALS[name]()
-    print(f"trials: {', '.join(names)}", flush=True)
+    if names:
+        note_trials(",".join(names))
+    print(f"trials: {', '.join(names) or 'none'}", flush=True)
     tg.main()
 
 

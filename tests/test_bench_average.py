@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import torch
 from run_helpers import ROOT, finish, make_data, start
 
@@ -32,7 +33,17 @@ def test_each_average_is_that_of_a_run_with_this_span(tmp_path):
     of_usual = re.findall(r"^prequant (val_loss.*)", outputs["usual"], re.M)
     assert re.findall(r"^prequant (val_loss.*)", outputs["several"], re.M) == of_usual
     assert of_usual != of_other
-    assert (runs / "several" / "model_0.1.pt").exists()
+    kept = torch.load(runs / "several" / "model_0.1.pt", weights_only=True)
+    assert kept["settings"]["ema_span"] == 0.1
+
+
+@pytest.mark.parametrize("span", ["0", "1.5", "-0.1", "nan", "x"])
+def test_a_span_that_is_no_share_is_refused_before_the_run(tmp_path, span):
+    runs = tmp_path / "runs"
+    command = ROOT / "benchmarks/bench_average.py", "--", span
+    code, _, error = finish(start(*command, RUNS_DIR=str(runs), RUN_ID="bad"))
+    assert code == 2 and f"invalid share value: '{span}'" in error
+    assert not runs.exists()
 
 
 def test_it_refuses_to_resume():

@@ -14,14 +14,17 @@ from benchmarks import trials
 def test_a_run_without_trials_is_train_gpts(tmp_path):
     make_data(tmp_path)
     settings = {"DATA_PATH": str(tmp_path), "RUNS_DIR": str(tmp_path), "PREQUANT_ONLY": "1"}
-    scores = {}
+    scores, violations = {}, {}
     for names in ("", "wdend,cautious"):
         run = start(
             ROOT / "benchmarks/trials.py", TRIALS=names, RUN_ID=f"t{len(names)}", **settings
         )
-        scores[names] = result_of(run)["scores"]
+        result = result_of(run)
+        scores[names], violations[names] = result["scores"], result["violations"]
     usual = start(ROOT / "train_gpt.py", RUN_ID="usual", **settings)
     assert scores[""] == result_of(usual)["scores"] != scores["wdend,cautious"]
+    said = ["TRIALS=wdend,cautious are not in the packed script"]
+    assert violations == {"": [], "wdend,cautious": said}
 
 
 def test_unknown_trials_are_refused():
@@ -33,6 +36,14 @@ def test_unknown_trials_are_refused():
     )
     assert done.returncode == 1
     assert done.stderr.endswith("TRIALS: no worse; there are wdend, cautious\n")
+
+
+def test_trials_must_be_named_so_that_no_continued_run_loses_them():
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/trials.py"], env={}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("TRIALS must be set; there are wdend, cautious\n")
 
 
 def test_decay_falls_to_zero(monkeypatch):
