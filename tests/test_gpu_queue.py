@@ -14,6 +14,7 @@ from conftest import PATIENCE
 from benchmarks import gpu_queue
 from presets import published
 from tools.guard import RunGuard
+from tools.run_files import settings_of
 
 PLANS = sorted((Path(gpu_queue.__file__).parent / "plans").glob("*.jsonl"))
 
@@ -153,9 +154,14 @@ def test_a_plan_that_cannot_work_is_refused_before_a_job_runs(tmp_path, capsys, 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
 def test_the_plans_of_this_repository_have_settings_that_exist(path):
     jobs = gpu_queue.read_plan(path)
-    runs = [job for job in jobs if re.search("train_gpt|published", job.run)]
+    trainings = "(train_gpt|published|bench_average|trials)\\.py"
+    runs = [job for job in jobs if re.search(trainings, job.run)]
     assert runs
+    for job in jobs:
+        for arm in re.findall(r'"([^"]*)"', job.run):  # of bench_ttt.py
+            published.Hyperparameters.from_env(settings_of(arm.split()), RunGuard())
     for job in runs:
         settings = dict(re.findall(r"\b([A-Z_0-9]+)=(\S+)", job.run))
+        settings.pop("TRIALS", None)
         hp = published.Hyperparameters.from_env(settings, RunGuard())
         assert hp.run_id == job.name and hp.data_seed == 1
