@@ -1,6 +1,8 @@
 """benchmarks/gpu_queue.py: order, needs, room on a GPU, the end of the time, continuing."""
 
 import json
+import lzma
+import os
 import re
 import signal
 import subprocess
@@ -12,11 +14,13 @@ import pytest
 from conftest import PATIENCE
 
 from benchmarks import gpu_queue
+from prepare_caseops_data import DEFAULT_TOKENIZER, read_manifest
 from presets import published
 from tools.guard import RunGuard
 from tools.run_files import settings_of
 
-PLANS = sorted((Path(gpu_queue.__file__).parent / "plans").glob("*.jsonl"))
+ROOT = Path(__file__).resolve().parents[1]
+PLANS = sorted((ROOT / "benchmarks" / "plans").glob("*.jsonl"))
 
 
 def write_plan(tmp_path, *jobs):
@@ -165,3 +169,31 @@ def test_the_plans_of_this_repository_have_settings_that_exist(path):
         settings.pop("TRIALS", None)
         hp = published.Hyperparameters.from_env(settings, RunGuard())
         assert hp.run_id == job.name and hp.data_seed == 1
+
+
+def test_the_data_of_the_plan_are_made_once(tmp_path):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for name, count in {"val": 1310, "train": 3}.items():
+        with lzma.open(docs / f"docs_{name}.jsonl.xz", "wt") as file:
+            for number in range(count):
+                file.write(json.dumps({"text": f"Number {number} of {name}, a text."}) + "\n")
+    out = tmp_path / "out"
+    command = f". benchmarks/plans/data.sh {docs} {DEFAULT_TOKENIZER} {out} && echo $SECOND_DATA"
+    python = Path(sys.executable).parent
+
+    def make():
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=ROOT,
+            env=os.environ | {"PATH": f"{python}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{out}/second\n", "")
+        return {path.parent.name: path.stat().st_mtime_ns for path in out.glob("*/manifest.json")}
+
+    made = make()
+    assert made.keys() == {"proxy", "own", "second"}
+    assert read_manifest(out / "second")["splits"]["val"]["documents"] == 500
+    assert make() == made

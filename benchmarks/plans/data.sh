@@ -1,0 +1,32 @@
+# Makes the folders of shards that next.jsonl names, unless they are there, in bash:
+#
+#     . benchmarks/plans/data.sh DOCS TOKENIZER OUT
+#
+# DOCS: folder with docs_train.jsonl.xz and docs_val.jsonl.xz and, for LONG_DATA, docs_more_1.jsonl.xz
+# and docs_more_2.jsonl.xz; TOKENIZER: the published model; OUT: folder of the datasets. Sourced from
+# the root of the repository, it sets PROXY_DATA, OWN_DATA, SECOND_DATA and LONG_DATA.
+docs=$1
+published=$2
+out=${3:?usage: . benchmarks/plans/data.sh DOCS TOKENIZER OUT}
+export PROXY_DATA=$out/proxy OWN_DATA=$out/own SECOND_DATA=$out/second LONG_DATA=$out/long
+mkdir -p "$out"
+
+make_data() { # FOLDER VAL TRAIN... [--tokenizer MODEL]
+    local folder=$1 val=$2
+    shift 2
+    [ -e "$folder/manifest.json" ] ||
+        python benchmarks/bench_recipe.py data "$folder" --val "$val" --train "$@" > "$folder.log" 2>&1 ||
+        echo "$folder: see $folder.log"
+}
+
+# with our tokenizer only validation counts: a few documents behind it stand in for training
+xz -dc "$docs/docs_val.jsonl.xz" | sed -n '501,1000p' > "$out/second.jsonl"
+xz -dc "$docs/docs_val.jsonl.xz" | sed -n '1001,1300p' > "$out/few.jsonl"
+make_data "$OWN_DATA" "$docs/docs_val.jsonl.xz" "$out/few.jsonl" &
+make_data "$SECOND_DATA" "$out/second.jsonl" "$out/few.jsonl" &
+make_data "$PROXY_DATA" "$docs/docs_val.jsonl.xz" "$docs/docs_train.jsonl.xz" --tokenizer "$published" &
+if [ -e "$docs/docs_more_2.jsonl.xz" ]; then
+    make_data "$LONG_DATA" "$docs/docs_val.jsonl.xz" "$docs"/docs_train.jsonl.xz "$docs"/docs_more_[12].jsonl.xz \
+        --tokenizer "$published" &
+fi
+wait
