@@ -15,8 +15,8 @@ run: a command for bash, started here, with CUDA_VISIBLE_DEVICES; {state} in it 
 else runs on its GPU meanwhile, so that its seconds count. A job whose needs failed is skipped.
 
 --state keeps NAME.log for each job and progress.jsonl: name, GPU, exit code, seconds. A job that is
-in progress.jsonl with exit code 0 is not run again, so a plan can be continued; remove the folder
-of a training that was stopped, or its RUN_ID is refused. At the end of
+in progress.jsonl with exit code 0 is not run again, so a plan can be continued; a training should
+begin with `rm -rf` of its folder, as the RUN_ID of one that was stopped is refused. At the end of
 --seconds, or when the queue itself is ended by Ctrl-C, SIGTERM or SIGHUP, running jobs are stopped
 and no other begins. Exits with 1 unless every job succeeded.
 """
