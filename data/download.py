@@ -159,6 +159,15 @@ def is_whole(path: Path, info, known: dict) -> bool:
     return info.lfs is None or info.lfs.sha256 == (stated or file_sha256(path))
 
 
+def not_whole(folder: Path, infos: dict, known: dict) -> dict:
+    """Those of the files {name: what the hub says of it} that the folder does not have whole."""
+    wanted = {}
+    for name, info in infos.items():
+        if not is_whole(folder / name, info, known):
+            wanted[name] = info
+    return wanted
+
+
 def download(variant: str, folder: Path, repo: str | None, train_shards: int | None) -> dict:
     """Fetches what is missing, checks everything, writes the manifest and returns it."""
     default_repo, dataset, _ = source_of(variant)
@@ -192,25 +201,21 @@ def fetch_missing(hub: Hub, folder: Path, infos: dict) -> None:
     """Fetches the files {name: what the hub says of it} that the folder does not have."""
     manifest = folder / "manifest.json"
     known = read_manifest(folder)["files"] if manifest.exists() else {}
-    wanted = {}
-    for name, info in infos.items():
-        if not is_whole(folder / name, info, known):
-            wanted[name] = info
+    wanted = not_whole(folder, infos, known)
     others = sorted(path.name for path in folder.glob("fineweb_*.bin") if path.name not in infos)
     if others:
         raise DataError(
             f"{folder} has {others[0]}, which is not asked for ({len(others)} such files)"
         )
     manifest.unlink(missing_ok=True)  # not true while files change
-    print(f"{len(infos)} files, {len(wanted)} of them to fetch", flush=True)
-    fetch_all(hub, folder, wanted)
+    fetch_all(hub, folder, infos, wanted)
 
 
-def fetch_all(hub: Hub, folder: Path, wanted: dict) -> None:
-    """Fetches the files {name: what the hub says of it}, if there is room for them."""
+def fetch_all(hub: Hub, folder: Path, infos: dict, wanted: dict) -> None:
+    """Fetches the wanted ones of the files {name: what the hub says of it}, if there is room."""
     size = sum(info.size for info in wanted.values())
     free = shutil.disk_usage(folder).free
-    print(f"{size / 1e9:.2f} GB", flush=True)
+    print(f"{len(infos)} files, {len(wanted)} of them to fetch: {size / 1e9:.2f} GB", flush=True)
     if size > free - (1 << 30):
         raise DataError(
             f"{folder}: {size / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free, one of which must"
@@ -230,11 +235,7 @@ def download_documents(folder: Path, repo: str | None) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     found = hub.look_up([PREFIX + name for name in DOCS])
     infos = {name: found[PREFIX + name] for name in DOCS}
-    wanted = {}
-    for name, info in infos.items():
-        if not is_whole(folder / name, info, {}):
-            wanted[name] = info
-    fetch_all(hub, folder, wanted)
+    fetch_all(hub, folder, infos, not_whole(folder, infos, known={}))
     lfs = infos[DOCS[0]].lfs
     stated = folder / DOCS[1]
     try:
