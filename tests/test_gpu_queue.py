@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE
+from run_helpers import ROOT
 
 from benchmarks import gpu_queue
 from prepare_caseops_data import DEFAULT_TOKENIZER, read_manifest
@@ -19,7 +20,6 @@ from presets import published
 from tools.guard import RunGuard
 from tools.run_files import settings_of
 
-ROOT = Path(__file__).resolve().parents[1]
 PLANS = sorted((ROOT / "benchmarks" / "plans").glob("*.jsonl"))
 
 

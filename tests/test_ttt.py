@@ -407,15 +407,20 @@ class Recorder:
         }
 
 
+def without_a_trace(chunk_step, trainer, table, width):
+    """A step that neither counts nor changes adapters; what else it learns or keeps stays."""
+    lora, score = trainer.lora, trainer.score
+    states = [x.clone() for x in (lora.values, lora.squares)]
+    trainer.score = SimpleNamespace(add=lambda *_: None)
+    chunk_step(trainer, table, width)
+    trainer.score, lora.values, lora.squares = score, *states
+
+
 def learn_boosts_then_count(chunk_step):
     """The rule broken: boosts learn from every chunk before it is scored, and nothing else does."""
 
     def illegal(trainer, table, width):
-        lora, score = trainer.lora, trainer.score
-        states = [x.clone() for x in (lora.values, lora.squares)]
-        trainer.score = SimpleNamespace(add=lambda *_: None)
-        chunk_step(trainer, table, width)
-        trainer.score, lora.values, lora.squares = score, *states
+        without_a_trace(chunk_step, trainer, table, width)
         chunk_step(trainer, table, width)
 
     return illegal
@@ -507,14 +512,12 @@ def cache_the_next_chunks(chunk_step):
     """
 
     def illegal(trainer, table, width):
-        lora, score, ahead = trainer.lora, trainer.score, table.clone()
-        states, row = [x.clone() for x in (lora.values, lora.squares)], StepRow(*ahead.T)
-        goes_on = row.target != lora.scratch_row
+        ahead = table.clone()
+        row = StepRow(*ahead.T)
+        goes_on = row.target != trainer.lora.scratch_row
         last = len(trainer.packer.tokens) - 2 - row.first - row.count
         row.window.copy_(torch.where(goes_on, row.window + row.count, row.window).minimum(last))
-        trainer.score = SimpleNamespace(add=lambda *_: None)
-        chunk_step(trainer, ahead, width)
-        trainer.score, lora.values, lora.squares = score, *states
+        without_a_trace(chunk_step, trainer, ahead, width)
         chunk_step(trainer, table, width)
 
     return illegal
