@@ -158,7 +158,7 @@ def test_a_plan_that_cannot_work_is_refused_before_a_job_runs(tmp_path, capsys, 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
 def test_the_plans_of_this_repository_have_settings_that_exist(path):
     jobs = gpu_queue.read_plan(path)
-    trainings = "(train_gpt|published|bench_average|trials)\\.py"
+    trainings = "(train_gpt|published|bench_average)\\.py"
     runs = [job for job in jobs if re.search(trainings, job.run)]
     assert runs
     for job in jobs:
@@ -166,7 +166,6 @@ def test_the_plans_of_this_repository_have_settings_that_exist(path):
             published.Hyperparameters.from_env(settings_of(arm.split()), RunGuard())
     for job in runs:
         settings = dict(re.findall(r"\b([A-Z_0-9]+)=(\S+)", job.run))
-        settings.pop("TRIALS", None)
         hp = published.Hyperparameters.from_env(settings, RunGuard())
         assert hp.run_id == job.name and hp.data_seed == 1
 
@@ -179,7 +178,7 @@ def test_the_data_of_the_plan_are_made_once(tmp_path):
             for number in range(count):
                 file.write(json.dumps({"text": f"Number {number} of {name}, a text."}) + "\n")
     out = tmp_path / "out"
-    command = f". benchmarks/plans/data.sh {docs} {DEFAULT_TOKENIZER} {out} && echo $SECOND_DATA"
+    command = f". benchmarks/plans/data.sh {docs} {DEFAULT_TOKENIZER} {out} {DEFAULT_TOKENIZER} && echo $WIDE_DATA"
     python = Path(sys.executable).parent
 
     def make():
@@ -190,10 +189,10 @@ def test_the_data_of_the_plan_are_made_once(tmp_path):
             capture_output=True,
             text=True,
         )
-        assert (done.returncode, done.stdout, done.stderr) == (0, f"{out}/second\n", "")
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{out}/wide\n", "")
         return {path.parent.name: path.stat().st_mtime_ns for path in out.glob("*/manifest.json")}
 
     made = make()
-    assert made.keys() == {"proxy", "own", "second"}
+    assert made.keys() == {"proxy", "own", "second", "wide"}
     assert read_manifest(out / "second")["splits"]["val"]["documents"] == 500
     assert make() == made
