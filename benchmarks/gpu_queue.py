@@ -24,6 +24,7 @@ and no other begins. Exits with 1 unless every job succeeded.
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -184,6 +185,10 @@ def main(argv=None) -> int:
     parser.add_argument("--seconds", type=float, default=1500.0)
     parser.add_argument("--state", type=Path, required=True, metavar="DIR")
     args = parser.parse_args(argv)
+    if shlex.quote(str(args.state)) != str(args.state):
+        parser.error(
+            f"--state {args.state}: jobs name it unquoted, some in rm -rf: no blanks in it"
+        )
     try:
         jobs = read_plan(args.plan)
     except (OSError, ValueError) as error:

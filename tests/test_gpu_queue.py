@@ -155,6 +155,13 @@ def test_a_plan_that_cannot_work_is_refused_before_a_job_runs(tmp_path, capsys, 
     assert words in capsys.readouterr().err and not (tmp_path / "state").exists()
 
 
+def test_a_state_folder_that_bash_would_split_is_refused(tmp_path, capsys):
+    """`rm -rf {state}/runs/NAME` would remove another folder."""
+    with pytest.raises(SystemExit):
+        gpu_queue.main([str(write_plan(tmp_path, job("a"))), "--state", str(tmp_path / "a b")])
+    assert "no blanks" in capsys.readouterr().err and not (tmp_path / "a b").exists()
+
+
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
 def test_the_plans_of_this_repository_have_settings_that_exist(path):
     jobs = gpu_queue.read_plan(path)
@@ -170,6 +177,24 @@ def test_the_plans_of_this_repository_have_settings_that_exist(path):
         assert hp.run_id == job.name and hp.data_seed == 1
 
 
+def make_plan_data(*arguments):
+    """Sources data.sh in bash as its head says, then prints $WIDE_DATA."""
+    command = f". benchmarks/plans/data.sh {' '.join(map(str, arguments))} && echo $WIDE_DATA"
+    python = Path(sys.executable).parent
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=ROOT,
+        env=os.environ | {"PATH": f"{python}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_plan_does_not_begin_without_its_data(tmp_path):
+    done = make_plan_data(tmp_path / "missing", DEFAULT_TOKENIZER, tmp_path / "out")
+    assert done.returncode != 0 and "own: see" in done.stdout
+
+
 def test_the_data_of_the_plan_are_made_once(tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()
@@ -178,17 +203,9 @@ def test_the_data_of_the_plan_are_made_once(tmp_path):
             for number in range(count):
                 file.write(json.dumps({"text": f"Number {number} of {name}, a text."}) + "\n")
     out = tmp_path / "out"
-    command = f". benchmarks/plans/data.sh {docs} {DEFAULT_TOKENIZER} {out} {DEFAULT_TOKENIZER} && echo $WIDE_DATA"
-    python = Path(sys.executable).parent
 
     def make():
-        done = subprocess.run(
-            ["bash", "-c", command],
-            cwd=ROOT,
-            env=os.environ | {"PATH": f"{python}:{os.environ['PATH']}"},
-            capture_output=True,
-            text=True,
-        )
+        done = make_plan_data(docs, DEFAULT_TOKENIZER, out, DEFAULT_TOKENIZER)
         assert (done.returncode, done.stdout, done.stderr) == (0, f"{out}/wide\n", "")
         return {path.parent.name: path.stat().st_mtime_ns for path in out.glob("*/manifest.json")}
 
