@@ -132,7 +132,7 @@ class Queue:
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)},
                 start_new_session=True,
             )
-        self.running.append(Running(job, gpu, process, time.time()))
+        self.running.append(Running(job, gpu, process, time.monotonic()))
 
     def note(self, job: Job, gpu: int | None, code: int, seconds: float) -> None:
         """Keeps and prints how a job ended."""
@@ -147,7 +147,7 @@ class Queue:
             code = item.process.poll()
             if code is not None:
                 self.running.remove(item)
-                self.note(item.job, item.gpu, code, time.time() - item.started)
+                self.note(item.job, item.gpu, code, time.monotonic() - item.started)
 
     def stop(self) -> None:
         """Stops the running jobs with all that they have started."""
@@ -158,9 +158,9 @@ class Queue:
 
     def run(self, seconds: float) -> bool:
         """Runs the plan for at most so long -> whether every job has succeeded."""
-        end = time.time() + seconds
+        end = time.monotonic() + seconds
         try:
-            while time.time() < end:
+            while time.monotonic() < end:
                 self.collect()
                 self.start_ready()
                 if not self.running:
