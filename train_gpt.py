@@ -3738,7 +3738,7 @@ class Trainer:
         self.forward = compiled(model.forward, hp, dist, graphs=hp.train_cuda_graphs)
         # Position in training; training states hold these two, so that a run can be resumed
         self.looping = loop_is_on(0.0, hp)  # in the last step
-        self.tokens_at = [(0, 0.0)]  # (step, seconds) at the start of each looping state
+        self.loop_starts = [(0, 0.0)]  # (step, seconds) at the start of each looping state
         # As last logged: the live line must not wait for the GPU
         self.last_loss = math.nan
 
@@ -3807,7 +3807,7 @@ class Trainer:
             looping = loop_is_on(progress, hp)
             if looping != self.looping:
                 log(f"step:{step} looping:{int(looping)} train_seconds:{seconds:.2f}")
-                self.tokens_at.append((step, seconds))
+                self.loop_starts.append((step, seconds))
                 self.looping = looping
             seq_len = seq_len_at(progress, hp)
             if seq_len != self.loader.seq_len:  # the Hessians' loader keeps TRAIN_SEQ_LEN
@@ -3862,9 +3862,9 @@ class Trainer:
 
     def summary(self, steps, seconds, losses):
         """Figures for RESULT: steps, final loss, seconds, tokens/s of each looping state."""
-        ends = [*self.tokens_at[1:], (steps, seconds)]
+        ends = [*self.loop_starts[1:], (steps, seconds)]
         rates = []
-        for start, end in zip(self.tokens_at, ends, strict=True):
+        for start, end in zip(self.loop_starts, ends, strict=True):
             tokens = (end[0] - start[0]) * self.hp.train_batch_tokens
             rates.append(round(tokens / max(end[1] - start[1], 1e-9)))
         last_losses = self.dist.all_reduce(torch.stack(losses[-20:])).tolist()

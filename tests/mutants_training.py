@@ -1113,7 +1113,7 @@ STATES = [
     Mutant(
         "looping-times-are-not-restored",
         GUARD,
-        "    trainer.tokens_at = [(int(begun), float(used)) for begun, used in "
+        "    trainer.loop_starts = [(int(begun), float(used)) for begun, used in "
         'state["tokens_at"]]\n',
         "",
         "tests/test_reliability.py::test_training_goes_on_with_any_log_interval",

@@ -507,7 +507,7 @@ def test_the_logged_loss_is_that_of_all_ranks_and_no_share_changes(tiny_data, di
 
 def test_tokens_per_second_count_every_token_of_a_step(tiny_data):
     trainer = trainer_of(tiny_data)
-    trainer.tokens_at = [(0, 0.0), (4, 2.0)]
+    trainer.loop_starts = [(0, 0.0), (4, 2.0)]
     figures = trainer.summary(10, 4.0, [torch.tensor(1.0)])
     assert figures["tokens_per_second_by_loop_state"] == [4 * 256 / 2, 6 * 256 / 2]
 

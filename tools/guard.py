@@ -360,7 +360,7 @@ def save_state(trainer, step, seconds, losses, name=None):
         "adamw": trainer.optimizers.adamw.state_dict()["state"],
         "rng": torch.get_rng_state(),
         "looping": trainer.looping,
-        "tokens_at": trainer.tokens_at,
+        "tokens_at": trainer.loop_starts,
     }
     if dist.rank != 0:
         return
@@ -460,7 +460,7 @@ def restore(trainer, state):
     losses = list(share_losses(state["losses"], dist).to(dist.device))
     float(losses[-1])  # raises unless there is a loss, and it is a number
     trainer.looping = bool(state["looping"])
-    trainer.tokens_at = [(int(begun), float(used)) for begun, used in state["tokens_at"]]
+    trainer.loop_starts = [(int(begun), float(used)) for begun, used in state["tokens_at"]]
     return Resumed(int(state["step"]), float(state["seconds"]), losses)
 
 
