@@ -5078,7 +5078,7 @@ class SectionRecord(NamedTuple):
 def pack_weights(arrays, compressor, trained_on=0):
     """Numpy arrays by name -> artifact bytes. ArtifactError for arrays that cannot be packed.
 
-    trained_on: 1 + hp.fuses_markers; 0 leaves it unsaid.
+    trained_on: 1 + hp.fuses_markers, which says what tokens the model knows; 0 leaves it unsaid.
     """
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
     check_specs(specs)
@@ -5112,6 +5112,7 @@ class Header(NamedTuple):
     plan: list[Section]
     records: list[SectionRecord]
     start: int  # of the first section
+    trained_on: int  # see pack_weights
 
 
 def read_header(blob):
@@ -5120,7 +5121,7 @@ def read_header(blob):
     prefix = blob[: PREFIX.size].ljust(PREFIX.size, b"\0")
     magic, number, *sizes = PREFIX.unpack(prefix)
     stored_size, raw_size = sizes  # of the header
-    number %= 64  # without trained_on
+    trained_on, number = divmod(number, 64)
     stored = blob[start : start + stored_size]
     is_intact = magic == MAGIC and digest(prefix + stored) == blob[PREFIX.size : start]
     names = {compressor.number: name for name, compressor in COMPRESSORS.items()}
@@ -5145,7 +5146,7 @@ def read_header(blob):
         raise ArtifactError(
             "artifact: its sections are not those of its arrays, or not as long as the file"
         )
-    return Header(specs, plan, records, start)
+    return Header(specs, plan, records, start, trained_on)
 
 
 def unpack_section(stored, section, record):
@@ -6612,13 +6613,14 @@ def rebuild_model(model, path, dist):
 
     def load():
         blob = Path(path).read_bytes()
+        header = read_header(blob)
         sizes = {name: weight.numel() for name, weight in unbank(model).items()}
         # before they are unpacked: no field of a weight is larger than the weight
-        for name, _, shape in read_header(blob).specs:
+        for name, _, shape in header.specs:
             if math.prod(shape) > sizes.get(name.rpartition(":")[0], 0):
                 raise ArtifactError(f"{name} {shape} does not fit these settings")
         arrays = unpack_weights(blob)
-        if blob[4] // 64 not in (0, 1 + model.hp.fuses_markers):  # see MAGIC
+        if header.trained_on not in (0, 1 + model.hp.fuses_markers):
             raise ArtifactError("trained with another MARKER_FUSION_ENABLED: use that")
         rebank(model, dequantize_weights(arrays))
 

@@ -1098,7 +1098,7 @@ MAIN = [
     Mutant(
         "an-artifact-of-a-model-of-other-tokens-is-scored",
         TRAIN,
-        "        if blob[4] // 64 not in (0, 1 + model.hp.fuses_markers):",
+        "        if header.trained_on not in (0, 1 + model.hp.fuses_markers):",
         "        if False:",
         "tests/test_quantization.py::test_an_artifact_of_a_model_of_other_tokens_is_refused",
     ),
