@@ -3007,13 +3007,14 @@ class LayerWeights(NamedTuple):
 
 
 class GPT(nn.Module):
-    """The 11-layer recurrent GPT: one forward pass for training, evaluation, GPTQ and TTT.
+    """The recurrent GPT: one forward pass for training, evaluation, GPTQ and TTT.
 
     A tap observes or changes activations. tap.at(slot, layer) returns a callable that is called as
     (site, x, y) -> y with the input and the output of each site of that slot: the matmuls qkv,
-    attn_proj, mlp_up and mlp_down, and the sublayers attn_out and mlp_out, which also pass the (D,)
-    scale that y already contains. token_losses calls its tap at lm_head. Where `splits_mlp` is set
-    the MLP runs unfused, so that its hidden layer can be observed. Without a tap nothing is traced.
+    attn_proj, mlp_up and mlp_down, and the sublayers attn_out and mlp_out, which pass as a fourth
+    argument the (D,) scale that y already contains. token_losses calls its tap at lm_head. Where
+    `splits_mlp` is set the MLP runs unfused, so that its hidden layer can be observed. Without a
+    tap nothing is traced.
     """
 
     gate_inputs = GATE_WINDOW  # of the attention gate
@@ -4372,7 +4373,7 @@ class HessianTap:
         """The tap of one slot; slots of a layer share their sums."""
         return HessianTap(self.sums, layer)
 
-    def __call__(self, site, x, y, size=1.0):
+    def __call__(self, site, x, y, scale=None):
         if any(kind.site == site for kind in MATRICES):
             self.add((site, self.layer), x)
         return y
@@ -5604,7 +5605,7 @@ class SlotLoRA:
         """All matrices (B, in, out) of the slot: first A, then B."""
         return [*(matrix for _, matrix in self.a), *self.b.values()]
 
-    def __call__(self, site, x, y, size=1.0):
+    def __call__(self, site, x, y, scale=None):
         sites = FUSED_SITES.get(site, (site,))
         adapted = [name for name in sites if name in self.b]
         if not adapted:
@@ -5617,9 +5618,9 @@ class SlotLoRA:
         for name in sites:
             if name in self.b:
                 b = self.b[name]
-                if torch.is_tensor(size):
+                if scale is not None:
                     # not the activations: dL/dy is then the gradient of every matmul
-                    b = b * size
+                    b = b * scale
                 outputs.append(torch.bmm(self.x_a.pop(name), b))
             else:
                 outputs.append(x.new_zeros(*x.shape[:-1], self.widths[name]))
