@@ -970,7 +970,7 @@ class TokenStream:
             start = (start + length) % self.size
         return tokens
 
-    def split(self, count):
+    def hold_out(self, count):
         """Two streams: all but the last documents, and these, at least `count` tokens.
 
         Raises DataError if no document begins before them.
@@ -1145,7 +1145,7 @@ class TrainLoader:
         self.held_out_rows = min(hp.quant_check_rows, stream.size // (20 * self.span))
         if self.held_out_rows:
             count = (self.held_out_rows - 1) * self.span + self.tokens_to_read
-            self.stream, self.held_out = stream.split(count)
+            self.stream, self.held_out = stream.hold_out(count)
         self.seq_len = hp.train_seq_len
         self.thread = ThreadPoolExecutor(1)
         self.ahead = {}  # row number -> future of a row that is read ahead
@@ -5878,8 +5878,8 @@ class StaleContext:
         """Streams (B, T or 1 + T, D), or None -> the same without the token before the window."""
         return [x if x is None else x[:, -self.width :].contiguous() for x in streams]
 
-    def of_slot(self):
-        """The next slot's rotary tables and StaleSegments."""
+    def next_slot(self):
+        """Rotary tables and StaleSegments of the next slot; every slot calls it once, in order."""
         slot = len(self.new_kv)
         self.new_kv.append([])
         segments = self.segments._replace(cache=self.cache[slot], new_kv=self.new_kv[slot])
@@ -6074,7 +6074,7 @@ class TestTimeTrainer:
     def dynamic_attention(self, slot_input, w, rope, segments, tap):
         """GPT.attention, compiled likewise; keys before the window come from StaleContext."""
         if self.stale:
-            rope, segments = self.stale.of_slot()
+            rope, segments = self.stale.next_slot()
             self.mark_dynamic([0, 1], *rope)
             self.mark_dynamic([0], segments.key_rows, segments.new_key_rows)
             self.mark_dynamic([1], segments.cu_seqlens)
