@@ -6547,6 +6547,13 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
     training_seconds: already used of MAX_WALLCLOCK_SECONDS; 0 if nothing was trained. Returns
     figures for RESULT.
     """
+    with log.stage("hessians"):
+        hessians = collect_hessians(model, loader, hp, dist)
+        row_gradients = None
+        if hp.gptq_row_power and hp.gptq_column_steps:
+            row_gradients = collect_row_gradients(model, loader, hp, dist)
+    check = QuantizationCheck(model, loader, hp, dist, log)
+    quantize_seconds = []  # of each call of quantize
 
     def quantize(hp):
         started = time.perf_counter()
@@ -6575,13 +6582,6 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
                 file = pack_weights(arrays, hp.compressor, 1 + hp.fuses_markers)
         return Quantized(hp, arrays, file)
 
-    quantize_seconds = []
-    with log.stage("hessians"):
-        hessians = collect_hessians(model, loader, hp, dist)
-        row_gradients = None
-        if hp.gptq_row_power and hp.gptq_column_steps:
-            row_gradients = collect_row_gradients(model, loader, hp, dist)
-    check = QuantizationCheck(model, loader, hp, dist, log)
     chosen = pack(*check.choose(quantize, time_is_left))
     if hp.target_bytes:
         first = chosen
