@@ -640,6 +640,33 @@ class Dist:
             dist_backend.destroy_process_group()
 
 
+def fail_together(dist, functions, error_class=SettingError, prefix=""):
+    """Calls every function, then raises one error with all problems of all ranks.
+
+    If one rank alone failed, the others would wait for it in the next collective. prefix: of every
+    problem.
+    """
+    problems = []
+    for function in functions:
+        try:
+            function()
+        except (*OUR_ERRORS, OSError) as error:
+            problems.append(f"{prefix}{error}")
+    everywhere = sum(dist.all_gather_object(problems), [])
+    if everywhere:
+        raise error_class("\n".join(dict.fromkeys(everywhere)))
+
+
+def load_on_rank_0(model, dist, load, error_class=SettingError, prefix=""):
+    """Calls load(), which fills the model, on rank 0; then all ranks get the same bits.
+
+    For the other arguments see fail_together.
+    """
+    fail_together(dist, [load] if dist.rank == 0 else [], error_class, prefix)
+    for parameter in model.parameters():
+        dist.broadcast(parameter.detach())
+
+
 class Guard:
     """Hooks for what may watch a run from outside: tools/guard.py, which find_guard looks for.
 
@@ -4255,7 +4282,7 @@ def quantize_weights(
     def quantize():
         fields.update(quantize_matrices(mine, weights, hessians, hp, trellis_round, row_gradients))
 
-    run_checks(dist, [quantize], ModelError)
+    fail_together(dist, [quantize], ModelError)
     if dist.rank == 0:
         for name in weights.keys() - matrices.keys():
             fields[name] = quantize_small(name, weights[name])
@@ -6405,32 +6432,6 @@ class Prepared:
         self.machine = self.guard.check(self.hp, self.dist, self)
 
 
-def run_checks(dist, checks, error_class=SettingError, prefix=""):
-    """Calls every check, then raises one error with all problems of all ranks.
-
-    prefix: of every problem.
-    """
-    problems = []
-    for check in checks:
-        try:
-            check()
-        except (*OUR_ERRORS, OSError) as error:
-            problems.append(f"{prefix}{error}")
-    everywhere = sum(dist.all_gather_object(problems), [])
-    if everywhere:
-        raise error_class("\n".join(dict.fromkeys(everywhere)))
-
-
-def load_on_rank_0(model, dist, load, error_class=SettingError, prefix=""):
-    """Calls load(), which fills the model, on rank 0; then all ranks get the same bits.
-
-    For the other arguments see run_checks.
-    """
-    run_checks(dist, [load] if dist.rank == 0 else [], error_class, prefix)
-    for parameter in model.parameters():
-        dist.broadcast(parameter.detach())
-
-
 def check_all(hp, dist, guard=NO_GUARD):
     """Finds all problems before anything is trained or written -> Prepared. Raises SettingError."""
     prepared = Prepared(hp, dist, guard)
@@ -6441,7 +6442,7 @@ def check_all(hp, dist, guard=NO_GUARD):
         prepared.check_model,
         prepared.check_by_guard,
     ]
-    run_checks(dist, checks)
+    fail_together(dist, checks)
     return prepared
 
 
@@ -6702,7 +6703,7 @@ class Stages:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.guard.lock(self.folder)
 
-        run_checks(self.dist, [make] if self.dist.rank == 0 else [])
+        fail_together(self.dist, [make] if self.dist.rank == 0 else [])
         self.log = RunLog(self.folder, self.dist, self.guard)
         self.code_bytes = write_code(self.folder, self.hp, self.dist, self.guard)
 
