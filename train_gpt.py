@@ -293,8 +293,8 @@ class Hyperparameters:
         return self.marker_fusion_enabled
 
     @property
-    def goes_on(self):
-        """Whether the run continues from the files of a finished training."""
+    def skips_training(self):
+        """Whether the run starts from the files of a finished training."""
         return self.quant_only or self.ttt_eval_only
 
     @property
@@ -470,7 +470,7 @@ def cross_checks(hp):
     # what the run does, files that it reads and writes
     if hp.prequant_only + hp.quant_only + hp.ttt_eval_only > 1:
         yield "PREQUANT_ONLY, QUANT_ONLY, TTT_EVAL_ONLY exclude each other"
-    if hp.resume and (not hp.run_id or hp.goes_on):
+    if hp.resume and (not hp.run_id or hp.skips_training):
         yield "RESUME=1 needs RUN_ID, and neither QUANT_ONLY nor TTT_EVAL_ONLY"
     if hp.checkpoint_path and not hp.quant_only:
         yield "CHECKPOINT_PATH goes with QUANT_ONLY=1"
@@ -6409,7 +6409,7 @@ class Prepared:
         started = self.dist.max_over_ranks(time.time())[0]
         stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(started))
         self.folder = Path(hp.runs_dir) / (hp.run_id or f"{stamp}_seed{hp.seed}")
-        if (self.folder / "model.pt").exists() and not hp.goes_on:
+        if (self.folder / "model.pt").exists() and not hp.skips_training:
             raise SettingError(
                 f"{self.folder} holds a finished training: choose another RUN_ID, or go on with"
                 " QUANT_ONLY=1"

@@ -1063,7 +1063,7 @@ MAIN = [
     Mutant(
         "a-finished-training-is-overwritten",
         TRAIN,
-        'if (self.folder / "model.pt").exists() and not hp.goes_on:',
+        'if (self.folder / "model.pt").exists() and not hp.skips_training:',
         "if False:",
         "tests/test_alone.py::test_a_finished_training_is_not_overwritten",
     ),
