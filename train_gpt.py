@@ -3379,6 +3379,15 @@ def linear(x, w, tap, site):
     return y if tap is None else tap(site, x, y)
 
 
+HEAD_CHUNK = 8192  # positions whose float32 logits exist at a time
+
+
+def losses_in_chunks(token_losses, hidden, targets):
+    """Final norm's outputs (T, D) and targets (T,) -> (T,) nats, HEAD_CHUNK positions at a time."""
+    chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
+    return torch.cat([token_losses(*chunk) for chunk in chunks])
+
+
 def unbank(model, tensors=None):
     """GPT -> {saved name: fp32 view}, with the banks taken apart into matrices.
 
@@ -5212,18 +5221,11 @@ def unpack_weights(blob):
 
 
 # ---- EVALUATION ----------------------------------------------------------------------------------
-HEAD_CHUNK = 8192  # positions whose float32 logits exist at a time
 
 
 def bits_per_byte(nats, num_bytes):
     """Total nats of a text of num_bytes bytes -> bits per byte."""
     return nats / math.log(2) / num_bytes
-
-
-def losses_in_chunks(token_losses, hidden, targets):
-    """Final norm's outputs (T, D) and targets (T,) -> (T,) nats, HEAD_CHUNK positions at a time."""
-    chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
-    return torch.cat([token_losses(*chunk) for chunk in chunks])
 
 
 class Score:
