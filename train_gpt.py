@@ -4783,28 +4783,29 @@ class MatrixModel:
     def __init__(self, coder, counts, columns):
         self.coder = coder
         self.counts = counts  # shared by all matrices, so that a matrix starts with learnt counts
-        self.usual = 37  # context of a row: the mean of the last block
+        # context of the variance of a row: the mean of the last block, at first that of 7
+        self.usual = 37
         self.sum_ratios = np.full(columns, 16 * ONE_RATIO)
         self.rows_seen = 16
 
     def code_rows(self, block):
-        """Codes the variances of rows -> their contexts (rows, 1) and codes' (rows, columns).
+        """Codes the variances of rows -> contexts of rows (R, 1) and of their codes (R, C).
 
         Variances come from mean magnitudes, as a few large codes would raise a mean square.
         """
         variances = math.pi / 2 * abs(block.astype(float)).mean(1) ** 2
         differences = np.searchsorted(VARIANCES, variances) - self.usual
         coded = self.code(np.full(len(block), ROW_CONTEXT), differences)
-        rows = (self.usual + coded[:, None]).clip(0, len(VARIANCES) - 1)
-        self.usual = round(rows.mean())
+        row_contexts = (self.usual + coded[:, None]).clip(0, len(VARIANCES) - 1)
+        self.usual = round(row_contexts.mean())
         ratios = self.sum_ratios / self.rows_seen / ONE_RATIO
-        # in contexts, 0 for a ratio of 1
-        columns = np.searchsorted(VARIANCES / VARIANCES[30], ratios) - 30
-        return rows, (rows + columns).clip(0, len(VARIANCES) - 1)
+        # of columns, to be added to the contexts of rows: 0 for a ratio of 1, -30 at least
+        shifts = np.searchsorted(VARIANCES / VARIANCES[30], ratios) - 30
+        return row_contexts, (row_contexts + shifts).clip(0, len(VARIANCES) - 1)
 
-    def add(self, residual, rows):
-        """Adds residuals (rows, columns), which both sides know by now, to the columns' ratios."""
-        self.sum_ratios += (residual * residual * ROW_WEIGHTS[rows]).sum(0)
+    def add(self, residual, row_contexts):
+        """Adds residuals (R, C), which both sides know by now, to the columns' ratios."""
+        self.sum_ratios += (residual * residual * ROW_WEIGHTS[row_contexts]).sum(0)
         self.rows_seen += len(residual)
 
     def code(self, contexts, symbols):
@@ -4827,10 +4828,10 @@ class MatrixModel:
         return coded.reshape(block.shape)
 
     def code_plain_block(self, block):
-        """Codes the block (rows, columns) itself, which is its own residual."""
-        rows, contexts = self.code_rows(block)
+        """Codes the block (R, C) itself, which is its own residual."""
+        row_contexts, contexts = self.code_rows(block)
         block[:] = residual = self.code_block(block, contexts)
-        self.add(residual, rows)
+        self.add(residual, row_contexts)
 
     def code_predicted_block(self, before, block):
         """Codes each column of the block minus its linear prediction from the columns before it.
@@ -4843,7 +4844,7 @@ class MatrixModel:
         # half the weight for the rows so far, whose predictions were worse
         self.sum_ratios //= 2
         self.rows_seen //= 2
-        rows, contexts = self.code_rows(block)
+        row_contexts, contexts = self.code_rows(block)
         values = np.empty(block.shape, np.float64, "F")  # a column is contiguous
         residual = np.empty(block.shape, np.int64, "F")
         for j in range(block.shape[1]):
@@ -4855,7 +4856,7 @@ class MatrixModel:
             residual[:, j] = coded = self.code_block(block[:, j] - mean, contexts[:, j])
             block[:, j] = coded + mean
             values[:, j] = block[:, j]
-        self.add(residual, rows)
+        self.add(residual, row_contexts)
         return (residual * residual).sum() < (values * values).sum()
 
 
