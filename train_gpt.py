@@ -9,10 +9,14 @@
     DATA_PATH=data/mine torchrun --standalone --nproc_per_node=8 train_gpt.py
     python train_gpt.py --help                   # every setting: default, range, meaning
 
-Settings are environment variables; the defaults are the submission. presets/published.py NAME runs
-a published system. This file needs no other; in its repository tools/guard.py watches the run and
-reads PRESET. A run writes its files to runs/<RUN_ID>/ (README) and ends with the line
-`RESULT {json}`. QUANT_ONLY=1 continues from its model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
+Settings are environment variables; the defaults are the submission. This file needs no other; in
+its repository tools/guard.py watches the run and reads PRESET. A run writes its files to
+runs/<RUN_ID>/ (README) and ends with the line `RESULT {json}`. QUANT_ONLY=1 continues from its
+model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
+
+presets/published.py NAME runs a published system: its PARTS take the place of classes, functions
+and tables of this file. For them some methods here only return a constant or what they are given,
+and some arguments are not read.
 
 Shapes: B rows, T tokens, D model_dim, L layers, S slots (one execution of a layer; a looped one has
 several), H heads, K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
@@ -285,7 +289,8 @@ class Hyperparameters:
         if problems:
             raise SettingError("\n".join(problems))
 
-    attn_window = 0  # number of earlier keys that a query sees; 0: all
+    # number of earlier keys that a query sees, 0: all; a setting in presets/published.py alone
+    attn_window = 0
 
     @property
     def fuses_markers(self):
@@ -347,7 +352,7 @@ class Hyperparameters:
     def chunk_size_of(self, length):
         """Tokens scored between two LoRA steps in a document of `length` targets.
 
-        An array of lengths is taken, too.
+        An array of lengths is taken, too: in presets/published.py chunks differ.
         """
         return self.ttt_chunk_size
 
@@ -3030,7 +3035,7 @@ class LayerWeights(NamedTuple):
     post: Tensor  # (2, 2): factors of (attention, MLP) for each target lane
     resid: Tensor  # (2,): factor of each lane
     depth_scale: Tensor  # (1,) float32, scales both norms
-    gate: Tensor  # (H, window) or (H, D)
+    gate: Tensor  # (H, GPT.gate_inputs)
 
 
 class GPT(nn.Module):
@@ -3205,7 +3210,7 @@ class GPT(nn.Module):
         }
         columns = {}
         for name, tensor in stacked.items():
-            if tensor is not None:
+            if tensor is not None:  # published systems without gates have no attn_gate
                 columns[name] = tensor.to(self.dtype).unbind(0)
         weights = []
         for layer in range(self.hp.num_layers):
@@ -3453,7 +3458,8 @@ def polar_express(x):
 def muon_update(grad, momentum_buffer, momentum, orthogonalise):
     """(N, R, C) gradients -> (N, R, C) orthogonalised Nesterov updates, in the gradients' dtype.
 
-    Rows are normalized before. Updates the momentum buffer in place.
+    Rows get norm 1 before (MUON_ROW_NORMALIZE of published systems). Updates the momentum buffer in
+    place.
     """
     momentum_buffer.mul_(momentum).add_(grad)
     update = grad.add(momentum_buffer, alpha=momentum)
@@ -3529,7 +3535,8 @@ class Muon:
     def step(self, lr, momentum, weight_decay, clip):
         """p <- p (1 - lr wd) - lr sqrt(max(1, rows / cols)) O, with O from muon_update.
 
-        The gradients are multiplied by `clip`, a 0-d tensor or None.
+        step_matrices does it, with the radial brake. The gradients are multiplied by `clip`, a 0-d
+        tensor or None.
         """
         gathers = []
         for buffer, shard in zip(self.momentum_buffers, self.shards(), strict=True):
@@ -3651,7 +3658,7 @@ def lr_multiplier(progress, hp):
 
 
 def decay_multiplier(progress, hp):
-    """Factor of the weight decay, which is constant here."""
+    """Factor of the weight decay, which is constant here but not in presets/published.py."""
     return 1.0
 
 
@@ -5855,8 +5862,9 @@ class StaleSegments(NamedTuple):
 class StaleContext:
     """Keys and values from before the windows, from the last step that had them in its windows.
 
-    Adapters have learned since, so they are stale [TTT_STALE_CONTEXT]. Each state row has a
-    ring of `length` keys in the cache; position p of its document is at p modulo `length`.
+    Adapters have learned since, so they are stale. Computing TTT_STALE_CONTEXT positions less in
+    every step pays for smaller chunks and a longer context. Each state row has a ring of `length`
+    keys in the cache; position p of its document is at p modulo `length`.
     """
 
     def __init__(self, model, starts, num_rows, device):
