@@ -207,14 +207,14 @@ class Hyperparameters:
     attn_clip_sigmas: float = env(13.9, "clip of attention rows, in deviations", above=0)
     embed_clip_sigmas: float = env(14.9, "clip of embedding rows, in deviations", above=0)
     gptq_column_steps: bool = env(True, "steps per row and column; 0: per row")
-    gptq_column_octaves: float = env(2.0, "log2 of a column's step to its row's", least=0)
+    gptq_column_octaves: float = env(2.0, "limit of |log2| of a column's step", least=0)
     gptq_trellis: bool = env(True, "trellis-coded quantization")
     gptq_row_power: float = env(0.5, "finer steps for rows that matter; 0: off", least=0, most=1)
-    gptq_row_octaves: float = env(2.0, "log2 of that change of a row's step, at most", least=0)
+    gptq_row_octaves: float = env(2.0, "limit of |log2| of that change", least=0)
     quant_check_rows: int = env(2, "training rows that check the quantization", least=0)
     quant_gap_max: float = env(
         0.02,
-        "allowed loss there, nats per token; above: plainer ways",
+        "allowed increase of their loss, nats per token; above: plainer ways",
         above=0,
     )
     target_bytes: int = env(
@@ -240,13 +240,13 @@ class Hyperparameters:
     ttt_lora_rank: int = env(80, "LoRA rank", least=1)
     ttt_lora_alpha: float = env(144.0, "adapters are scaled by alpha / rank", above=0)
     ttt_lora_lr: float = env(3.5e-5, "AdamW learning rate of the adapters' B", least=0)
-    ttt_lora_a_lr_ratio: float = env(2.0, "that of their A, in TTT_LORA_LR", least=0)
-    ttt_beta2: float = env(0.99, "their beta2 (beta1 is 0)", least=0, most=0.99999)
-    ttt_weight_decay: float = env(0.5, "their weight decay", least=0)
+    ttt_lora_a_lr_ratio: float = env(2.0, "rate of A / rate of B", least=0)
+    ttt_beta2: float = env(0.99, "adapters' AdamW beta2 (beta1 is 0)", least=0, most=0.99999)
+    ttt_weight_decay: float = env(0.5, "adapters' weight decay", least=0)
     ttt_warm_start_a: bool = env(True, "documents start with their predecessor's A")
-    phased_ttt_num_phases: int = env(1, "times that base weights learn", least=0)
+    phased_ttt_num_phases: int = env(1, "times that SGD tunes base weights", least=0)
     phased_ttt_prefix_docs: int = env(2500, "documents before the last time, of 50,000", least=0)
-    global_ttt_lr: float = env(1e-3, "SGD learning rate there, cosine to 0", least=0)
+    global_ttt_lr: float = env(1e-3, "SGD learning rate, cosine to 0", least=0)
     global_ttt_chunk_tokens: int = env(32_768, "tokens per SGD step", least=1)
 
     @classmethod
