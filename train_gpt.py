@@ -2216,7 +2216,7 @@ def _norm_backward(z, d_norm, D: tl.constexpr):
 @jit
 def _slot_input_kernel(
     d_h,
-    d_start,
+    d_gate_input,
     d_mixed,
     d_merged,
     merged,
@@ -2232,8 +2232,8 @@ def _slot_input_kernel(
     sums,
     rows,
     WINDOW: tl.constexpr,
-    MIXED: tl.constexpr,
-    KEPT: tl.constexpr,
+    RETURN_MIX: tl.constexpr,
+    RETURN_MERGED: tl.constexpr,
     MERGE: tl.constexpr,
     GATED: tl.constexpr,
     D: tl.constexpr,
@@ -2262,16 +2262,16 @@ def _slot_input_kernel(
         at = row.to(tl.int64) * D + column
         x = load_f32(merged + at, valid)
         e = load_f32(x0 + at, valid)
-        g = load_f32(d_h + at, valid)
-        g += load_f32(d_start + row * WINDOW + column, valid & (column < WINDOW))
-        d = load_f32_if(d_mixed + at, valid, MIXED)
-        kept = load_f32_if(d_merged + at, valid, KEPT)
+        g = load_f32(d_h + at, valid)  # gradient of h
+        g += load_f32(d_gate_input + row * WINDOW + column, valid & (column < WINDOW))
+        d = load_f32_if(d_mixed + at, valid, RETURN_MIX)  # of mixed, later of merged
+        d_returned = load_f32_if(d_merged + at, valid, RETURN_MERGED)
         skipped = load_f32_if(skip + at, valid, MERGE)
         d += _norm_backward(mix_x * x + mix_0 * e, g * factor, D)
         sum_x += d * x
         sum_0 += d * e
         tl.store(d_x0 + at, d * mix_0, valid)
-        d = d * mix_x + kept
+        d = d * mix_x + d_returned
         if MERGE:
             d_weighted = d * rest
             sum_w += d_weighted * skipped
@@ -2332,8 +2332,8 @@ def _slot_input_backward(
         *outputs,
         merged.numel() // D,
         WINDOW=grads[1].shape[-1],
-        MIXED=return_mix,
-        KEPT=return_merged,
+        RETURN_MIX=return_mix,
+        RETURN_MERGED=return_merged,
         MERGE=len(merge) > 0,
         GATED=len(merge) > 2,
         D=D,
@@ -5166,7 +5166,8 @@ def read_header(blob):
     prefix = blob[: PREFIX.size].ljust(PREFIX.size, b"\0")
     magic, number, *sizes = PREFIX.unpack(prefix)
     stored_size, raw_size = sizes  # of the header
-    trained_on, number = divmod(number, 64)
+    trained_on = number // 64
+    number %= 64
     stored = blob[start : start + stored_size]
     is_intact = magic == MAGIC and digest(prefix + stored) == blob[PREFIX.size : start]
     names = {compressor.number: name for name, compressor in COMPRESSORS.items()}
