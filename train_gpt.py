@@ -5758,7 +5758,7 @@ class BatchedLoRA:
         return scaled
 
     def tap(self, parts):
-        """scaled_parts -> tap for GPT: a SlotLoRA for each slot, float32 for the head."""
+        """scaled_parts -> tap for GPT: a SlotLoRA for each slot, and `head`, in float32."""
         layout = self.layout
         head_a, slots_a, slots_b, head_b = parts
         slots = []
@@ -5776,7 +5776,7 @@ class BatchedLoRA:
             a = head_a.unflatten(1, (-1, layout.rank))
             b = head_b.unflatten(1, (layout.rank, -1))
             head = SlotLoRA([(("lm_head",), a)], {"lm_head": b}, {})
-        return SimpleNamespace(slots=slots, at=lambda slot, layer: slots[slot], head=head)
+        return SimpleNamespace(at=lambda slot, layer: slots[slot], head=head)
 
     @torch.no_grad()
     def step(self, gradients, source, target, number):
