@@ -2526,9 +2526,9 @@ def _cu_seqlens_of_q_and_k(cu_seqlens):
 
 
 def _over_rows(varlen):
-    """Decorator that makes attention over documents end to end a backend that also takes rows.
+    """Attention over documents end to end, on (tokens, heads, E) -> a backend.
 
-    The attention: (tokens, H, E) -> (tokens, H, E).
+    Without cu_seqlens every row of the batch is one document.
     """
 
     def attention(q, k, v, cu_seqlens, max_seqlen, window=0):
@@ -4000,7 +4000,10 @@ def to_log2_eighths(x):
 
 
 def from_log2_eighths(codes):
-    """Codes of to_log2_eighths, or sums of them -> step sizes in float32."""
+    """Codes of to_log2_eighths, or sums of them -> step sizes in float32, for GPTQ.
+
+    The weights are rebuilt with table_steps, as the last bit of exp2 differs between machines.
+    """
     return (codes / 8).exp2()
 
 
@@ -4241,6 +4244,7 @@ def quantize_matrices(names, weights, hessians, hp, trellis_round, row_gradients
         w = torch.stack([weights[name].float() for name in batch])
         h = torch.stack([hessians[name].float() for name in batch])
         damp = hp.gptq_damp
+        # without column steps codes are clipped, and a finer step would clip more of them
         if row_gradients and octaves is not None:
             gradients = torch.stack([row_gradients[name] for name in batch])
             clip_sigmas = clip_sigmas * row_step_factors(w, gradients, hp)
@@ -5403,6 +5407,25 @@ class Evaluator:
 # static shapes: which queues share a step changes rounding and nothing else.
 
 
+# --- plan and schedule
+
+
+def documents_to_score(validation, hp):
+    """Numbers of the documents to score: all, or TTT_MAX_DOCS of evenly spread lengths.
+
+    Raises DataError where they hold no byte, as there is no BPB then.
+    """
+    lengths = validation.ends - validation.starts
+    order = np.argsort(lengths, kind="stable")
+    count = len(order)
+    wanted = min(hp.ttt_max_docs or count, count)
+    quantiles = (2 * np.arange(wanted) + 1) * count // (2 * wanted)
+    documents = np.sort(order[quantiles])
+    if not validation.targets_of(documents)[1]:
+        raise DataError(f"TTT_MAX_DOCS={hp.ttt_max_docs}: these validation documents hold no byte")
+    return documents
+
+
 def recomputed_context(hp):
     """Positions computed at the end of a window: all, or those after the stale context."""
     return hp.ttt_eval_seq_len - hp.ttt_stale_context
@@ -5421,6 +5444,7 @@ def plan_ttt(lengths, hp):
     order = np.argsort(-lengths, kind="stable")
     costs = window_positions(lengths, hp).tolist()
     num_adapting = hp.phased_ttt_num_phases
+    # the setting is meant for the contest's 50,000 documents
     scaled_prefix = round(hp.phased_ttt_prefix_docs * len(order) / 50_000)
     prefix = min(len(order), scaled_prefix)
     borders = [prefix * (i + 1) // num_adapting for i in range(num_adapting)]
@@ -5620,6 +5644,8 @@ def schedule_rank(phases, starts, lengths, rank, world_size, hp):
     return schedules
 
 
+# --- adapters
+
 LORA_INPUTS = (("q", "k", "v", "attn_out"), ("mlp_out",))  # sites that read the same tensor
 FUSED_SITES = {"qkv": ("q", "k", "v")}  # matmuls of the model that serve several sites at once
 
@@ -5798,35 +5824,7 @@ class BatchedLoRA:
             self.update(values, squares, gradient, source, target, correction, scale, rates)
 
 
-def global_optimizer(model):
-    """The optimizer of all weights in test-time training; sgd_step sets its learning rate."""
-    return torch.optim.SGD(model.parameters(), momentum=0.9)
-
-
-def sgd_step(model, packer, windows, optimizer, rate, dist):
-    """One SGD step of all ranks on the mean loss of windows (n, 2), at learning rate `rate`.
-
-    The norm of the gradient is at most 1.
-    """
-    num_tokens = int((windows[:, 1] - windows[:, 0]).sum())
-    rank_windows = windows[dist.rank :: dist.world_size]
-    reset_gradients(model.parameters())
-    for first, last in packer.rows(rank_windows):
-        row = packer.build(rank_windows[first:last])
-        losses = model(
-            row.inputs,
-            row.targets,
-            row.cu_seqlens,
-            looping=True,
-            max_seqlen=packer.max_window,
-            window_start=row.window_start,
-        )
-        loss = torch.where(row.scored, losses, 0.0).sum() / num_tokens
-        loss.backward()
-    dist.all_reduce_packed([p.grad for p in model.parameters()])
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.param_groups[0]["lr"] = rate
-    optimizer.step()
+# --- stale context
 
 
 class StaleSegments(NamedTuple):
@@ -5939,20 +5937,41 @@ class StaleContext:
         self.new_kv = []
 
 
-def documents_to_score(validation, hp):
-    """Numbers of the documents to score: all, or TTT_MAX_DOCS of evenly spread lengths.
+# --- fine-tuning of the base weights
 
-    Raises DataError where they hold no byte, as there is no BPB then.
+
+def global_optimizer(model):
+    """The optimizer of all weights in test-time training; sgd_step sets its learning rate."""
+    return torch.optim.SGD(model.parameters(), momentum=0.9)
+
+
+def sgd_step(model, packer, windows, optimizer, rate, dist):
+    """One SGD step of all ranks on the mean loss of windows (n, 2), at learning rate `rate`.
+
+    The norm of the gradient is at most 1.
     """
-    lengths = validation.ends - validation.starts
-    order = np.argsort(lengths, kind="stable")
-    count = len(order)
-    wanted = min(hp.ttt_max_docs or count, count)
-    quantiles = (2 * np.arange(wanted) + 1) * count // (2 * wanted)
-    documents = np.sort(order[quantiles])
-    if not validation.targets_of(documents)[1]:
-        raise DataError(f"TTT_MAX_DOCS={hp.ttt_max_docs}: these validation documents hold no byte")
-    return documents
+    num_tokens = int((windows[:, 1] - windows[:, 0]).sum())
+    rank_windows = windows[dist.rank :: dist.world_size]
+    reset_gradients(model.parameters())
+    for first, last in packer.rows(rank_windows):
+        row = packer.build(rank_windows[first:last])
+        losses = model(
+            row.inputs,
+            row.targets,
+            row.cu_seqlens,
+            looping=True,
+            max_seqlen=packer.max_window,
+            window_start=row.window_start,
+        )
+        loss = torch.where(row.scored, losses, 0.0).sum() / num_tokens
+        loss.backward()
+    dist.all_reduce_packed([p.grad for p in model.parameters()])
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.step()
+
+
+# --- the loop
 
 
 class Progress:
