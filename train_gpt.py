@@ -512,6 +512,9 @@ def settings_table(hp=None):
 # ---- RUNTIME -------------------------------------------------------------------------------------
 
 
+# --- processes
+
+
 class Dist:
     """The process group. All of torch.distributed is used here.
 
@@ -672,6 +675,9 @@ def load_on_rank_0(model, dist, load, error_class=SettingError, prefix=""):
         dist.broadcast(parameter.detach())
 
 
+# --- the guard
+
+
 class Guard:
     """Hooks for what may watch a run from outside: tools/guard.py, which find_guard looks for.
 
@@ -811,6 +817,9 @@ def find_guard():
     return module.RunGuard()
 
 
+# --- output and files
+
+
 class LossyStream:
     """Standard output or error that drops what it cannot write.
 
@@ -933,7 +942,7 @@ def write_atomically(path, data):
 
 
 # ---- DATA ----------------------------------------------------------------------------------------
-
+# --- shards
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024
@@ -1030,17 +1039,125 @@ def check_vocabulary(tokens, stream, hp):
         raise DataError(f"{stream.paths[0]}: token {largest} is outside VOCAB_SIZE={hp.vocab_size}")
 
 
-# FineWeb's validation set in CaseOps: documents, tokens, targets in full windows of 2,048 tokens,
-# bytes of these targets
-CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499
+# --- the tokenizer
 
 
-def is_canonical(tokens, token_bytes):
-    """Whether (N,) tokens, with their bytes, are the contest's validation documents in CaseOps."""
-    documents = int((tokens == BOS_ID).sum())
-    targets = CANONICAL[2]
-    size = int(token_bytes[1 : targets + 1].sum(dtype=np.int64))
-    return (documents, len(tokens), targets, size) == CANONICAL
+def read_manifest(folder):
+    """manifest.json of a dataset; {} if there is none.
+
+    Raises DataError unless what find_tokenizer reads has its type.
+    """
+    try:
+        manifest = json.loads(Path(folder, "manifest.json").read_text())
+        manifest.get("tokenizer", {}).get("sha256")
+        return manifest
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again"
+        ) from None
+
+
+def models_near(folder, nearest):
+    """SentencePiece models in and around a dataset's folder, in order of distance.
+
+    nearest: only those of the closest folder that has any. Raises DataError if that folder has
+    several different ones, as nothing says which of them made the shards, and if there are none.
+    """
+    parents = folder.parent, folder.parent.parent, Path(__file__).parent
+    searched = [folder, *(parent / "tokenizers" for parent in parents)]
+    groups = [sorted(path.glob("*.model")) for path in searched]
+    groups = [group for group in groups if group]
+    if nearest:
+        groups = groups[:1]
+    found = sum(groups, [])
+    several = nearest and len({path.read_bytes() for path in found}) > 1
+    if several or not found:
+        listed = ", ".join(map(str, found or searched))
+        problem = "several tokenizers and no manifest" if several else "no tokenizer (*.model)"
+        raise DataError(f"{folder}: {problem} in {listed}: set TOKENIZER_PATH")
+    return found
+
+
+def find_tokenizer(hp):
+    """Path of the data's SentencePiece model.
+
+    Raises DataError if none fits the settings and the manifest.
+    """
+    folder = Path(hp.data_path)
+    wanted = read_manifest(folder).get("tokenizer", {}).get("sha256")
+    if hp.tokenizer_path:
+        candidates = [Path(hp.tokenizer_path)]
+    else:
+        candidates = models_near(folder, nearest=wanted is None)
+    for path in candidates:
+        if not path.exists():
+            raise DataError(f"TOKENIZER_PATH={path} does not exist")
+        if wanted in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+            check_tokenizer(hp, path)
+            return path
+    raise DataError(
+        f"{folder}: its manifest wants a tokenizer with sha256 {wanted}, which none of"
+        f" {', '.join(map(str, candidates))} has: set TOKENIZER_PATH"
+    )
+
+
+def check_tokenizer(hp, path):
+    """Raises DataError if the file is no SentencePiece model or does not fit the settings."""
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        size = tokenizer.vocab_size()
+        tokenizer.id_to_piece([*range(size)])  # raises if a damaged piece is not text
+    except (RuntimeError, UnicodeDecodeError):
+        raise DataError(f"{path} is no SentencePiece model") from None
+    if size != hp.vocab_size:
+        raise DataError(f"{path} has {size} pieces, VOCAB_SIZE is {hp.vocab_size}")
+
+
+def load_tokenizer(hp):
+    """The data's SentencePiece model."""
+    path = find_tokenizer(hp)
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+# --- fused case markers
+
+
+@lru_cache
+def space_id(hp):
+    """The id of a lone space. DataError where the tokenizer has no case markers beside it."""
+    tokenizer = load_tokenizer(hp)
+    markers = [tokenizer.id_to_piece(token) for token in CASE_MARKERS]
+    if markers != ["\ue001", "\ue002", "\ue003"]:
+        raise DataError(
+            f"{find_tokenizer(hp)}: pieces 4 to 6 are not CaseOps' markers: set"
+            " MARKER_FUSION_ENABLED=0"
+        )
+    return tokenizer.piece_to_id("\u2581")
+
+
+def fuse_markers(tokens, token_bytes, space):
+    """(n,) ids and the bytes of each -> (m,) both, a space and the case marker behind it as one id.
+
+    SentencePiece merges nothing across a marker (PR 2109). Shards stay as they are. Raises
+    DataError for ids of pairs, which would be taken for fused markers.
+    """
+    if np.isin(tokens, PAIR_IDS).any():
+        raise DataError(
+            f"DATA_PATH: the data have tokens {PAIR_IDS}, which are those of fused markers: set"
+            " MARKER_FUSION_ENABLED=0"
+        )
+    begins_pair = (tokens[:-1] == space) & np.isin(tokens[1:], CASE_MARKERS)
+    begins_pair = np.append(begins_pair, False)
+    ends_pair = np.roll(begins_pair, 1)
+    fused = tokens.copy()
+    fused[ends_pair] = np.take(PAIR_IDS, tokens[ends_pair] - CASE_MARKERS[0])
+    token_bytes = token_bytes + np.where(ends_pair, np.roll(token_bytes, 1), 0)
+    return fused[~begins_pair], token_bytes[~begins_pair]
+
+
+# --- rows of training
 
 
 class Row(NamedTuple):
@@ -1115,39 +1232,6 @@ def balance_documents(tokens, longest):
         room[row] -= length
     # where a document did not fit, the end of its row goes on in the next
     return np.concatenate(sum(rows, []), 1).reshape(tokens.shape)
-
-
-@lru_cache
-def space_id(hp):
-    """The id of a lone space. DataError where the tokenizer has no case markers beside it."""
-    tokenizer = load_tokenizer(hp)
-    markers = [tokenizer.id_to_piece(token) for token in CASE_MARKERS]
-    if markers != ["\ue001", "\ue002", "\ue003"]:
-        raise DataError(
-            f"{find_tokenizer(hp)}: pieces 4 to 6 are not CaseOps' markers: set"
-            " MARKER_FUSION_ENABLED=0"
-        )
-    return tokenizer.piece_to_id("\u2581")
-
-
-def fuse_markers(tokens, token_bytes, space):
-    """(n,) ids and the bytes of each -> (m,) both, a space and the case marker behind it as one id.
-
-    SentencePiece merges nothing across a marker (PR 2109). Shards stay as they are. Raises
-    DataError for ids of pairs, which would be taken for fused markers.
-    """
-    if np.isin(tokens, PAIR_IDS).any():
-        raise DataError(
-            f"DATA_PATH: the data have tokens {PAIR_IDS}, which are those of fused markers: set"
-            " MARKER_FUSION_ENABLED=0"
-        )
-    begins_pair = (tokens[:-1] == space) & np.isin(tokens[1:], CASE_MARKERS)
-    begins_pair = np.append(begins_pair, False)
-    ends_pair = np.roll(begins_pair, 1)
-    fused = tokens.copy()
-    fused[ends_pair] = np.take(PAIR_IDS, tokens[ends_pair] - CASE_MARKERS[0])
-    token_bytes = token_bytes + np.where(ends_pair, np.roll(token_bytes, 1), 0)
-    return fused[~begins_pair], token_bytes[~begins_pair]
 
 
 class TrainLoader:
@@ -1285,6 +1369,20 @@ class TrainLoader:
         yield self.row(last, first + self.hp.micro_steps)
 
 
+# --- the validation set
+# FineWeb's validation set in CaseOps: documents, tokens, targets in full windows of 2,048 tokens,
+# bytes of these targets
+CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499
+
+
+def is_canonical(tokens, token_bytes):
+    """Whether (N,) tokens, with their bytes, are the contest's validation documents in CaseOps."""
+    documents = int((tokens == BOS_ID).sum())
+    targets = CANONICAL[2]
+    size = int(token_bytes[1 : targets + 1].sum(dtype=np.int64))
+    return (documents, len(tokens), targets, size) == CANONICAL
+
+
 class ValidationSet:
     """The validation stream.
 
@@ -1346,85 +1444,6 @@ class ValidationSet:
         ends = self.ends[documents]
         num_bytes = sums[ends + 1] - sums[starts + 1]
         return int((ends - starts).sum()), int(num_bytes.sum())
-
-
-def read_manifest(folder):
-    """manifest.json of a dataset; {} if there is none.
-
-    Raises DataError unless what find_tokenizer reads has its type.
-    """
-    try:
-        manifest = json.loads(Path(folder, "manifest.json").read_text())
-        manifest.get("tokenizer", {}).get("sha256")
-        return manifest
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again"
-        ) from None
-
-
-def models_near(folder, nearest):
-    """SentencePiece models in and around a dataset's folder, in order of distance.
-
-    nearest: only those of the closest folder that has any. Raises DataError if that folder has
-    several different ones, as nothing says which of them made the shards, and if there are none.
-    """
-    parents = folder.parent, folder.parent.parent, Path(__file__).parent
-    searched = [folder, *(parent / "tokenizers" for parent in parents)]
-    groups = [sorted(path.glob("*.model")) for path in searched]
-    groups = [group for group in groups if group]
-    if nearest:
-        groups = groups[:1]
-    found = sum(groups, [])
-    several = nearest and len({path.read_bytes() for path in found}) > 1
-    if several or not found:
-        listed = ", ".join(map(str, found or searched))
-        problem = "several tokenizers and no manifest" if several else "no tokenizer (*.model)"
-        raise DataError(f"{folder}: {problem} in {listed}: set TOKENIZER_PATH")
-    return found
-
-
-def find_tokenizer(hp):
-    """Path of the data's SentencePiece model.
-
-    Raises DataError if none fits the settings and the manifest.
-    """
-    folder = Path(hp.data_path)
-    wanted = read_manifest(folder).get("tokenizer", {}).get("sha256")
-    if hp.tokenizer_path:
-        candidates = [Path(hp.tokenizer_path)]
-    else:
-        candidates = models_near(folder, nearest=wanted is None)
-    for path in candidates:
-        if not path.exists():
-            raise DataError(f"TOKENIZER_PATH={path} does not exist")
-        if wanted in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
-            check_tokenizer(hp, path)
-            return path
-    raise DataError(
-        f"{folder}: its manifest wants a tokenizer with sha256 {wanted}, which none of"
-        f" {', '.join(map(str, candidates))} has: set TOKENIZER_PATH"
-    )
-
-
-def check_tokenizer(hp, path):
-    """Raises DataError if the file is no SentencePiece model or does not fit the settings."""
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        size = tokenizer.vocab_size()
-        tokenizer.id_to_piece([*range(size)])  # raises if a damaged piece is not text
-    except (RuntimeError, UnicodeDecodeError):
-        raise DataError(f"{path} is no SentencePiece model") from None
-    if size != hp.vocab_size:
-        raise DataError(f"{path} has {size} pieces, VOCAB_SIZE is {hp.vocab_size}")
-
-
-def load_tokenizer(hp):
-    """The data's SentencePiece model."""
-    path = find_tokenizer(hp)
-    return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
 # ---- KERNELS -------------------------------------------------------------------------------------
