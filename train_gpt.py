@@ -2990,7 +2990,7 @@ BANKS = defaultdict(list)
 for kind in MATRICES:
     BANKS[kind.bank].append(kind)
 # Embedding tables: parameter of GPT -> saved name
-HEAD_NAMES = {"tok_emb": "tok_emb.weight"}
+EMBEDDING_NAMES = {"tok_emb": "tok_emb.weight"}
 
 
 def rotary_tables(positions, hp):
@@ -3420,7 +3420,7 @@ def unbank(model, tensors=None):
     state = {}
     for name, tensor in (tensors or model.state_dict()).items():
         if name not in BANKS:
-            state[HEAD_NAMES.get(name, name)] = tensor
+            state[EMBEDDING_NAMES.get(name, name)] = tensor
             continue
         stacks = tensor.split(model.hp.num_layers)
         for kind, matrices in zip(BANKS[name], stacks, strict=True):
@@ -3583,7 +3583,7 @@ class Optimizers:
         self.dist = dist
         rest = dict(model.named_parameters())
         self.muon = Muon([rest.pop(name) for name in BANKS], hp, dist, model.dtype)
-        embeddings = [rest.pop(name) for name in HEAD_NAMES if name in rest]
+        embeddings = [rest.pop(name) for name in EMBEDDING_NAMES if name in rest]
         scalars = list(rest.values())
         self.replicated = [*embeddings, *scalars]  # updated by every rank
         groups = [
@@ -4492,7 +4492,7 @@ def collect_row_gradients(model, loader, hp, dist):
     """
     parameters = {}
     for name, parameter in model.named_parameters():
-        if name in BANKS or name in HEAD_NAMES:
+        if name in BANKS or name in EMBEDDING_NAMES:
             parameters[name] = parameter
     squares = {name: torch.zeros_like(p[..., 0]) for name, p in parameters.items()}
     num_rows = min(GRADIENT_ROWS, hp.gptq_calibration_batches)

@@ -822,7 +822,7 @@ OPTIMIZER = [
     Mutant(
         "preset-tables-learn-like-scalars",
         TRAINER,
-        "embeddings = [rest.pop(name) for name in HEAD_NAMES if name in rest]",
+        "embeddings = [rest.pop(name) for name in EMBEDDING_NAMES if name in rest]",
         'embeddings = [rest.pop(name) for name in ("tok_emb", "lm_head") if name in rest]',
         "tests/test_faults.py::test_tables_that_are_read_row_by_row_learn_at_the_embeddings_rate",
     ),
