@@ -1360,8 +1360,8 @@ class TrainLoader:
             self.ahead[following] = self.thread.submit(self.build, following)
         return row.to(self.dist.device)
 
-    def step(self, step):
-        """Yields this rank's rows of a step."""
+    def rank_rows(self, step):
+        """Yields this rank's rows of a step, on the device."""
         first = step * self.hp.micro_steps + self.dist.rank * self.per_rank
         last = first + self.per_rank - 1
         for index in range(first, last):
@@ -3809,7 +3809,7 @@ class Trainer:
         """One optimizer step -> 0-d tensor, this rank's share of the mean loss in nats."""
         hp = self.hp
         total = torch.zeros((), device=self.dist.device)
-        for inputs, targets, cu_seqlens in self.loader.step(step):
+        for inputs, targets, cu_seqlens in self.loader.rank_rows(step):
             if compile_wanted(hp, self.dist):
                 # The outputs of the last replay are not needed any more
                 torch.compiler.cudagraph_mark_step_begin()
