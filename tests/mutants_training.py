@@ -543,7 +543,7 @@ KERNELS = [
     Mutant(
         "slot-input-kernel-adds-no-kept-gradient",
         TRAINER,
-        "        d = d * mix_x + kept\n",
+        "        d = d * mix_x + d_returned\n",
         "        d = d * mix_x\n",
         "tests/test_kernels.py::test_entry_kernel_matches_float64",
     ),

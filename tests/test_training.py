@@ -83,7 +83,7 @@ def test_a_step_number_restores_the_loader(tiny_data):
             list(used.rank_rows(step))
         assert all(
             torch.equal(a, b)
-            for rows in zip(used.step(97), fresh.step(97), strict=True)
+            for rows in zip(used.rank_rows(97), fresh.rank_rows(97), strict=True)
             for a, b in zip(*rows, strict=True)
         )
 
@@ -264,7 +264,7 @@ def test_token_outside_the_vocabulary_is_refused(tmp_path):
     largest = TokenStream(tmp_path, "train").read(0, 129).max().item()
     loader_of(tmp_path, vocab_size=largest + 1).build(0)
     with pytest.raises(DataError, match=f"{largest} is outside VOCAB_SIZE={largest}"):
-        list(loader_of(tmp_path, vocab_size=largest).step(0))
+        list(loader_of(tmp_path, vocab_size=largest).rank_rows(0))
 
 
 def test_reading_ahead_changes_no_row_even_after_going_back(tiny_data):
