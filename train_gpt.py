@@ -4021,7 +4021,7 @@ def to_log2_eighths(x):
 def from_log2_eighths(codes):
     """Codes of to_log2_eighths, or sums of them -> step sizes in float32, for GPTQ.
 
-    The weights are rebuilt with table_steps, as the last bit of exp2 differs between machines.
+    The weights are rebuilt with table_steps, as the last bit of exp2 may differ between machines.
     """
     return (codes / 8).exp2()
 
