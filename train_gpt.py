@@ -9,10 +9,14 @@
     DATA_PATH=data/mine torchrun --standalone --nproc_per_node=8 train_gpt.py
     python train_gpt.py --help                   # every setting: default, range, meaning
 
-Settings are environment variables; the defaults are the submission. presets/published.py NAME runs
-a published system. This file needs no other; in its repository tools/guard.py watches the run and
-reads PRESET. A run writes its files to runs/<RUN_ID>/ (README) and ends with the line
-`RESULT {json}`. QUANT_ONLY=1 continues from its model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
+Settings are environment variables; the defaults are the submission. This file needs no other; in
+its repository tools/guard.py watches the run and reads PRESET. A run writes its files to
+runs/<RUN_ID>/ (README) and ends with the line `RESULT {json}`. QUANT_ONLY=1 continues from its
+model.pt, TTT_EVAL_ONLY=1 from its artifact.bin.
+
+presets/published.py NAME runs a published system: its PARTS take the place of classes, functions
+and tables of this file. For them some methods here only return a constant or what they are given,
+and some arguments are not read.
 
 Shapes: B rows, T tokens, D model_dim, L layers, S slots (one execution of a layer; a looped one has
 several), H heads, K key/value heads, E head_dim, F MLP hidden, V vocabulary, R LoRA rank.
@@ -203,14 +207,14 @@ class Hyperparameters:
     attn_clip_sigmas: float = env(13.9, "clip of attention rows, in deviations", above=0)
     embed_clip_sigmas: float = env(14.9, "clip of embedding rows, in deviations", above=0)
     gptq_column_steps: bool = env(True, "steps per row and column; 0: per row")
-    gptq_column_octaves: float = env(2.0, "log2 of a column's step to its row's", least=0)
+    gptq_column_octaves: float = env(2.0, "limit of |log2| of a column's step", least=0)
     gptq_trellis: bool = env(True, "trellis-coded quantization")
     gptq_row_power: float = env(0.5, "finer steps for rows that matter; 0: off", least=0, most=1)
-    gptq_row_octaves: float = env(2.0, "log2 of that change of a row's step, at most", least=0)
+    gptq_row_octaves: float = env(2.0, "limit of |log2| of that change", least=0)
     quant_check_rows: int = env(2, "training rows that check the quantization", least=0)
     quant_gap_max: float = env(
         0.02,
-        "allowed loss there, nats per token; above: plainer ways",
+        "allowed increase of their loss, nats per token; above: plainer ways",
         above=0,
     )
     target_bytes: int = env(
@@ -236,13 +240,13 @@ class Hyperparameters:
     ttt_lora_rank: int = env(80, "LoRA rank", least=1)
     ttt_lora_alpha: float = env(144.0, "adapters are scaled by alpha / rank", above=0)
     ttt_lora_lr: float = env(3.5e-5, "AdamW learning rate of the adapters' B", least=0)
-    ttt_lora_a_lr_ratio: float = env(2.0, "that of their A, in TTT_LORA_LR", least=0)
-    ttt_beta2: float = env(0.99, "their beta2 (beta1 is 0)", least=0, most=0.99999)
-    ttt_weight_decay: float = env(0.5, "their weight decay", least=0)
+    ttt_lora_a_lr_ratio: float = env(2.0, "rate of A / rate of B", least=0)
+    ttt_beta2: float = env(0.99, "adapters' AdamW beta2 (beta1 is 0)", least=0, most=0.99999)
+    ttt_weight_decay: float = env(0.5, "adapters' weight decay", least=0)
     ttt_warm_start_a: bool = env(True, "documents start with their predecessor's A")
-    phased_ttt_num_phases: int = env(1, "times that base weights learn", least=0)
+    phased_ttt_num_phases: int = env(1, "times that SGD tunes base weights", least=0)
     phased_ttt_prefix_docs: int = env(2500, "documents before the last time, of 50,000", least=0)
-    global_ttt_lr: float = env(1e-3, "SGD learning rate there, cosine to 0", least=0)
+    global_ttt_lr: float = env(1e-3, "SGD learning rate, cosine to 0", least=0)
     global_ttt_chunk_tokens: int = env(32_768, "tokens per SGD step", least=1)
 
     @classmethod
@@ -285,7 +289,8 @@ class Hyperparameters:
         if problems:
             raise SettingError("\n".join(problems))
 
-    attn_window = 0  # number of earlier keys that a query sees; 0: all
+    # number of earlier keys that a query sees, 0: all; a setting in presets/published.py alone
+    attn_window = 0
 
     @property
     def fuses_markers(self):
@@ -293,8 +298,8 @@ class Hyperparameters:
         return self.marker_fusion_enabled
 
     @property
-    def goes_on(self):
-        """Whether the run continues from the files of a finished training."""
+    def skips_training(self):
+        """Whether the run starts from the files of a finished training."""
         return self.quant_only or self.ttt_eval_only
 
     @property
@@ -347,7 +352,7 @@ class Hyperparameters:
     def chunk_size_of(self, length):
         """Tokens scored between two LoRA steps in a document of `length` targets.
 
-        An array of lengths is taken, too.
+        An array of lengths is taken, too: in presets/published.py chunks differ.
         """
         return self.ttt_chunk_size
 
@@ -470,7 +475,7 @@ def cross_checks(hp):
     # what the run does, files that it reads and writes
     if hp.prequant_only + hp.quant_only + hp.ttt_eval_only > 1:
         yield "PREQUANT_ONLY, QUANT_ONLY, TTT_EVAL_ONLY exclude each other"
-    if hp.resume and (not hp.run_id or hp.goes_on):
+    if hp.resume and (not hp.run_id or hp.skips_training):
         yield "RESUME=1 needs RUN_ID, and neither QUANT_ONLY nor TTT_EVAL_ONLY"
     if hp.checkpoint_path and not hp.quant_only:
         yield "CHECKPOINT_PATH goes with QUANT_ONLY=1"
@@ -505,6 +510,9 @@ def settings_table(hp=None):
 
 
 # ---- RUNTIME -------------------------------------------------------------------------------------
+
+
+# --- processes
 
 
 class Dist:
@@ -638,6 +646,36 @@ class Dist:
         """Leaves the process group."""
         if self.world_size > 1:
             dist_backend.destroy_process_group()
+
+
+def fail_together(dist, functions, error_class=SettingError, prefix=""):
+    """Calls every function, then raises one error with all problems of all ranks.
+
+    If one rank alone failed, the others would wait for it in the next collective. prefix: of every
+    problem.
+    """
+    problems = []
+    for function in functions:
+        try:
+            function()
+        except (*OUR_ERRORS, OSError) as error:
+            problems.append(f"{prefix}{error}")
+    everywhere = sum(dist.all_gather_object(problems), [])
+    if everywhere:
+        raise error_class("\n".join(dict.fromkeys(everywhere)))
+
+
+def load_on_rank_0(model, dist, load, error_class=SettingError, prefix=""):
+    """Calls load(), which fills the model, on rank 0; then all ranks get the same bits.
+
+    For the other arguments see fail_together.
+    """
+    fail_together(dist, [load] if dist.rank == 0 else [], error_class, prefix)
+    for parameter in model.parameters():
+        dist.broadcast(parameter.detach())
+
+
+# --- the guard
 
 
 class Guard:
@@ -779,6 +817,9 @@ def find_guard():
     return module.RunGuard()
 
 
+# --- output and files
+
+
 class LossyStream:
     """Standard output or error that drops what it cannot write.
 
@@ -901,7 +942,7 @@ def write_atomically(path, data):
 
 
 # ---- DATA ----------------------------------------------------------------------------------------
-
+# --- shards
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024
@@ -970,7 +1011,7 @@ class TokenStream:
             start = (start + length) % self.size
         return tokens
 
-    def split(self, count):
+    def hold_out(self, count):
         """Two streams: all but the last documents, and these, at least `count` tokens.
 
         Raises DataError if no document begins before them.
@@ -998,17 +1039,125 @@ def check_vocabulary(tokens, stream, hp):
         raise DataError(f"{stream.paths[0]}: token {largest} is outside VOCAB_SIZE={hp.vocab_size}")
 
 
-# FineWeb's validation set in CaseOps: documents, tokens, targets in full windows of 2,048 tokens,
-# bytes of these targets
-CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499
+# --- the tokenizer
 
 
-def is_canonical(tokens, token_bytes):
-    """Whether (N,) tokens, with their bytes, are the contest's validation documents in CaseOps."""
-    documents = int((tokens == BOS_ID).sum())
-    targets = CANONICAL[2]
-    size = int(token_bytes[1 : targets + 1].sum(dtype=np.int64))
-    return (documents, len(tokens), targets, size) == CANONICAL
+def read_manifest(folder):
+    """manifest.json of a dataset; {} if there is none.
+
+    Raises DataError unless what find_tokenizer reads has its type.
+    """
+    try:
+        manifest = json.loads(Path(folder, "manifest.json").read_text())
+        manifest.get("tokenizer", {}).get("sha256")
+        return manifest
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again"
+        ) from None
+
+
+def models_near(folder, nearest):
+    """SentencePiece models in and around a dataset's folder, in order of distance.
+
+    nearest: only those of the closest folder that has any. Raises DataError if that folder has
+    several different ones, as nothing says which of them made the shards, and if there are none.
+    """
+    parents = folder.parent, folder.parent.parent, Path(__file__).parent
+    searched = [folder, *(parent / "tokenizers" for parent in parents)]
+    groups = [sorted(path.glob("*.model")) for path in searched]
+    groups = [group for group in groups if group]
+    if nearest:
+        groups = groups[:1]
+    found = sum(groups, [])
+    several = nearest and len({path.read_bytes() for path in found}) > 1
+    if several or not found:
+        listed = ", ".join(map(str, found or searched))
+        problem = "several tokenizers and no manifest" if several else "no tokenizer (*.model)"
+        raise DataError(f"{folder}: {problem} in {listed}: set TOKENIZER_PATH")
+    return found
+
+
+def find_tokenizer(hp):
+    """Path of the data's SentencePiece model.
+
+    Raises DataError if none fits the settings and the manifest.
+    """
+    folder = Path(hp.data_path)
+    wanted = read_manifest(folder).get("tokenizer", {}).get("sha256")
+    if hp.tokenizer_path:
+        candidates = [Path(hp.tokenizer_path)]
+    else:
+        candidates = models_near(folder, nearest=wanted is None)
+    for path in candidates:
+        if not path.exists():
+            raise DataError(f"TOKENIZER_PATH={path} does not exist")
+        if wanted in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+            check_tokenizer(hp, path)
+            return path
+    raise DataError(
+        f"{folder}: its manifest wants a tokenizer with sha256 {wanted}, which none of"
+        f" {', '.join(map(str, candidates))} has: set TOKENIZER_PATH"
+    )
+
+
+def check_tokenizer(hp, path):
+    """Raises DataError if the file is no SentencePiece model or does not fit the settings."""
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        size = tokenizer.vocab_size()
+        tokenizer.id_to_piece([*range(size)])  # raises if a damaged piece is not text
+    except (RuntimeError, UnicodeDecodeError):
+        raise DataError(f"{path} is no SentencePiece model") from None
+    if size != hp.vocab_size:
+        raise DataError(f"{path} has {size} pieces, VOCAB_SIZE is {hp.vocab_size}")
+
+
+def load_tokenizer(hp):
+    """The data's SentencePiece model."""
+    path = find_tokenizer(hp)
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+# --- fused case markers
+
+
+@lru_cache
+def space_id(hp):
+    """The id of a lone space. DataError where the tokenizer has no case markers beside it."""
+    tokenizer = load_tokenizer(hp)
+    markers = [tokenizer.id_to_piece(token) for token in CASE_MARKERS]
+    if markers != ["\ue001", "\ue002", "\ue003"]:
+        raise DataError(
+            f"{find_tokenizer(hp)}: pieces 4 to 6 are not CaseOps' markers: set"
+            " MARKER_FUSION_ENABLED=0"
+        )
+    return tokenizer.piece_to_id("\u2581")
+
+
+def fuse_markers(tokens, token_bytes, space):
+    """(n,) ids and the bytes of each -> (m,) both, a space and the case marker behind it as one id.
+
+    SentencePiece merges nothing across a marker (PR 2109). Shards stay as they are. Raises
+    DataError for ids of pairs, which would be taken for fused markers.
+    """
+    if np.isin(tokens, PAIR_IDS).any():
+        raise DataError(
+            f"DATA_PATH: the data have tokens {PAIR_IDS}, which are those of fused markers: set"
+            " MARKER_FUSION_ENABLED=0"
+        )
+    begins_pair = (tokens[:-1] == space) & np.isin(tokens[1:], CASE_MARKERS)
+    begins_pair = np.append(begins_pair, False)
+    ends_pair = np.roll(begins_pair, 1)
+    fused = tokens.copy()
+    fused[ends_pair] = np.take(PAIR_IDS, tokens[ends_pair] - CASE_MARKERS[0])
+    token_bytes = token_bytes + np.where(ends_pair, np.roll(token_bytes, 1), 0)
+    return fused[~begins_pair], token_bytes[~begins_pair]
+
+
+# --- rows of training
 
 
 class Row(NamedTuple):
@@ -1085,39 +1234,6 @@ def balance_documents(tokens, longest):
     return np.concatenate(sum(rows, []), 1).reshape(tokens.shape)
 
 
-@lru_cache
-def space_id(hp):
-    """The id of a lone space. DataError where the tokenizer has no case markers beside it."""
-    tokenizer = load_tokenizer(hp)
-    markers = [tokenizer.id_to_piece(token) for token in CASE_MARKERS]
-    if markers != ["\ue001", "\ue002", "\ue003"]:
-        raise DataError(
-            f"{find_tokenizer(hp)}: pieces 4 to 6 are not CaseOps' markers: set"
-            " MARKER_FUSION_ENABLED=0"
-        )
-    return tokenizer.piece_to_id("\u2581")
-
-
-def fuse_markers(tokens, token_bytes, space):
-    """(n,) ids and the bytes of each -> (m,) both, a space and the case marker behind it as one id.
-
-    SentencePiece merges nothing across a marker (PR 2109). Shards stay as they are. Raises
-    DataError for ids of pairs, which would be taken for fused markers.
-    """
-    if np.isin(tokens, PAIR_IDS).any():
-        raise DataError(
-            f"DATA_PATH: the data have tokens {PAIR_IDS}, which are those of fused markers: set"
-            " MARKER_FUSION_ENABLED=0"
-        )
-    begins_pair = (tokens[:-1] == space) & np.isin(tokens[1:], CASE_MARKERS)
-    begins_pair = np.append(begins_pair, False)
-    ends_pair = np.roll(begins_pair, 1)
-    fused = tokens.copy()
-    fused[ends_pair] = np.take(PAIR_IDS, tokens[ends_pair] - CASE_MARKERS[0])
-    token_bytes = token_bytes + np.where(ends_pair, np.roll(token_bytes, 1), 0)
-    return fused[~begins_pair], token_bytes[~begins_pair]
-
-
 class TrainLoader:
     """Packed training rows by number.
 
@@ -1145,7 +1261,7 @@ class TrainLoader:
         self.held_out_rows = min(hp.quant_check_rows, stream.size // (20 * self.span))
         if self.held_out_rows:
             count = (self.held_out_rows - 1) * self.span + self.tokens_to_read
-            self.stream, self.held_out = stream.split(count)
+            self.stream, self.held_out = stream.hold_out(count)
         self.seq_len = hp.train_seq_len
         self.thread = ThreadPoolExecutor(1)
         self.ahead = {}  # row number -> future of a row that is read ahead
@@ -1244,13 +1360,27 @@ class TrainLoader:
             self.ahead[following] = self.thread.submit(self.build, following)
         return row.to(self.dist.device)
 
-    def step(self, step):
-        """Yields this rank's rows of a step."""
+    def rank_rows(self, step):
+        """Yields this rank's rows of a step, on the device."""
         first = step * self.hp.micro_steps + self.dist.rank * self.per_rank
         last = first + self.per_rank - 1
         for index in range(first, last):
             yield self.row(index, index + 1)
         yield self.row(last, first + self.hp.micro_steps)
+
+
+# --- the validation set
+# FineWeb's validation set in CaseOps: documents, tokens, targets in full windows of 2,048 tokens,
+# bytes of these targets
+CANONICAL = 50_000, 47_853_344, 47_851_520, 151_074_499
+
+
+def is_canonical(tokens, token_bytes):
+    """Whether (N,) tokens, with their bytes, are the contest's validation documents in CaseOps."""
+    documents = int((tokens == BOS_ID).sum())
+    targets = CANONICAL[2]
+    size = int(token_bytes[1 : targets + 1].sum(dtype=np.int64))
+    return (documents, len(tokens), targets, size) == CANONICAL
 
 
 class ValidationSet:
@@ -1314,85 +1444,6 @@ class ValidationSet:
         ends = self.ends[documents]
         num_bytes = sums[ends + 1] - sums[starts + 1]
         return int((ends - starts).sum()), int(num_bytes.sum())
-
-
-def read_manifest(folder):
-    """manifest.json of a dataset; {} if there is none.
-
-    Raises DataError unless what find_tokenizer reads has its type.
-    """
-    try:
-        manifest = json.loads(Path(folder, "manifest.json").read_text())
-        manifest.get("tokenizer", {}).get("sha256")
-        return manifest
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"{folder}/manifest.json is damaged ({error!r}): fetch or make the dataset again"
-        ) from None
-
-
-def models_near(folder, nearest):
-    """SentencePiece models in and around a dataset's folder, in order of distance.
-
-    nearest: only those of the closest folder that has any. Raises DataError if that folder has
-    several different ones, as nothing says which of them made the shards, and if there are none.
-    """
-    parents = folder.parent, folder.parent.parent, Path(__file__).parent
-    searched = [folder, *(parent / "tokenizers" for parent in parents)]
-    groups = [sorted(path.glob("*.model")) for path in searched]
-    groups = [group for group in groups if group]
-    if nearest:
-        groups = groups[:1]
-    found = sum(groups, [])
-    several = nearest and len({path.read_bytes() for path in found}) > 1
-    if several or not found:
-        listed = ", ".join(map(str, found or searched))
-        problem = "several tokenizers and no manifest" if several else "no tokenizer (*.model)"
-        raise DataError(f"{folder}: {problem} in {listed}: set TOKENIZER_PATH")
-    return found
-
-
-def find_tokenizer(hp):
-    """Path of the data's SentencePiece model.
-
-    Raises DataError if none fits the settings and the manifest.
-    """
-    folder = Path(hp.data_path)
-    wanted = read_manifest(folder).get("tokenizer", {}).get("sha256")
-    if hp.tokenizer_path:
-        candidates = [Path(hp.tokenizer_path)]
-    else:
-        candidates = models_near(folder, nearest=wanted is None)
-    for path in candidates:
-        if not path.exists():
-            raise DataError(f"TOKENIZER_PATH={path} does not exist")
-        if wanted in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
-            check_tokenizer(hp, path)
-            return path
-    raise DataError(
-        f"{folder}: its manifest wants a tokenizer with sha256 {wanted}, which none of"
-        f" {', '.join(map(str, candidates))} has: set TOKENIZER_PATH"
-    )
-
-
-def check_tokenizer(hp, path):
-    """Raises DataError if the file is no SentencePiece model or does not fit the settings."""
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        size = tokenizer.vocab_size()
-        tokenizer.id_to_piece([*range(size)])  # raises if a damaged piece is not text
-    except (RuntimeError, UnicodeDecodeError):
-        raise DataError(f"{path} is no SentencePiece model") from None
-    if size != hp.vocab_size:
-        raise DataError(f"{path} has {size} pieces, VOCAB_SIZE is {hp.vocab_size}")
-
-
-def load_tokenizer(hp):
-    """The data's SentencePiece model."""
-    path = find_tokenizer(hp)
-    return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
 # ---- KERNELS -------------------------------------------------------------------------------------
@@ -2184,7 +2235,7 @@ def _norm_backward(z, d_norm, D: tl.constexpr):
 @jit
 def _slot_input_kernel(
     d_h,
-    d_start,
+    d_gate_input,
     d_mixed,
     d_merged,
     merged,
@@ -2200,8 +2251,8 @@ def _slot_input_kernel(
     sums,
     rows,
     WINDOW: tl.constexpr,
-    MIXED: tl.constexpr,
-    KEPT: tl.constexpr,
+    RETURN_MIX: tl.constexpr,
+    RETURN_MERGED: tl.constexpr,
     MERGE: tl.constexpr,
     GATED: tl.constexpr,
     D: tl.constexpr,
@@ -2230,16 +2281,16 @@ def _slot_input_kernel(
         at = row.to(tl.int64) * D + column
         x = load_f32(merged + at, valid)
         e = load_f32(x0 + at, valid)
-        g = load_f32(d_h + at, valid)
-        g += load_f32(d_start + row * WINDOW + column, valid & (column < WINDOW))
-        d = load_f32_if(d_mixed + at, valid, MIXED)
-        kept = load_f32_if(d_merged + at, valid, KEPT)
+        g = load_f32(d_h + at, valid)  # gradient of h
+        g += load_f32(d_gate_input + row * WINDOW + column, valid & (column < WINDOW))
+        d = load_f32_if(d_mixed + at, valid, RETURN_MIX)  # of mixed, later of merged
+        d_returned = load_f32_if(d_merged + at, valid, RETURN_MERGED)
         skipped = load_f32_if(skip + at, valid, MERGE)
         d += _norm_backward(mix_x * x + mix_0 * e, g * factor, D)
         sum_x += d * x
         sum_0 += d * e
         tl.store(d_x0 + at, d * mix_0, valid)
-        d = d * mix_x + kept
+        d = d * mix_x + d_returned
         if MERGE:
             d_weighted = d * rest
             sum_w += d_weighted * skipped
@@ -2300,8 +2351,8 @@ def _slot_input_backward(
         *outputs,
         merged.numel() // D,
         WINDOW=grads[1].shape[-1],
-        MIXED=return_mix,
-        KEPT=return_merged,
+        RETURN_MIX=return_mix,
+        RETURN_MERGED=return_merged,
         MERGE=len(merge) > 0,
         GATED=len(merge) > 2,
         D=D,
@@ -2494,9 +2545,9 @@ def _cu_seqlens_of_q_and_k(cu_seqlens):
 
 
 def _over_rows(varlen):
-    """Decorator that makes attention over documents end to end a backend that also takes rows.
+    """Attention over documents end to end, on (tokens, heads, E) -> a backend.
 
-    The attention: (tokens, H, E) -> (tokens, H, E).
+    Without cu_seqlens every row of the batch is one document.
     """
 
     def attention(q, k, v, cu_seqlens, max_seqlen, window=0):
@@ -2939,7 +2990,7 @@ BANKS = defaultdict(list)
 for kind in MATRICES:
     BANKS[kind.bank].append(kind)
 # Embedding tables: parameter of GPT -> saved name
-HEAD_NAMES = {"tok_emb": "tok_emb.weight"}
+EMBEDDING_NAMES = {"tok_emb": "tok_emb.weight"}
 
 
 def rotary_tables(positions, hp):
@@ -3003,17 +3054,18 @@ class LayerWeights(NamedTuple):
     post: Tensor  # (2, 2): factors of (attention, MLP) for each target lane
     resid: Tensor  # (2,): factor of each lane
     depth_scale: Tensor  # (1,) float32, scales both norms
-    gate: Tensor  # (H, window) or (H, D)
+    gate: Tensor  # (H, GPT.gate_inputs)
 
 
 class GPT(nn.Module):
-    """The 11-layer recurrent GPT: one forward pass for training, evaluation, GPTQ and TTT.
+    """The recurrent GPT: one forward pass for training, evaluation, GPTQ and TTT.
 
     A tap observes or changes activations. tap.at(slot, layer) returns a callable that is called as
     (site, x, y) -> y with the input and the output of each site of that slot: the matmuls qkv,
-    attn_proj, mlp_up and mlp_down, and the sublayers attn_out and mlp_out, which also pass the (D,)
-    scale that y already contains. token_losses calls its tap at lm_head. Where `splits_mlp` is set
-    the MLP runs unfused, so that its hidden layer can be observed. Without a tap nothing is traced.
+    attn_proj, mlp_up and mlp_down, and the sublayers attn_out and mlp_out, which pass as a fourth
+    argument the (D,) scale that y already contains. token_losses calls its tap at lm_head. Where
+    `splits_mlp` is set the MLP runs unfused, so that its hidden layer can be observed. Without a
+    tap nothing is traced.
     """
 
     gate_inputs = GATE_WINDOW  # of the attention gate
@@ -3177,7 +3229,7 @@ class GPT(nn.Module):
         }
         columns = {}
         for name, tensor in stacked.items():
-            if tensor is not None:
+            if tensor is not None:  # published systems without gates have no attn_gate
                 columns[name] = tensor.to(self.dtype).unbind(0)
         weights = []
         for layer in range(self.hp.num_layers):
@@ -3351,6 +3403,15 @@ def linear(x, w, tap, site):
     return y if tap is None else tap(site, x, y)
 
 
+HEAD_CHUNK = 8192  # positions whose float32 logits exist at a time
+
+
+def losses_in_chunks(token_losses, hidden, targets):
+    """Final norm's outputs (T, D) and targets (T,) -> (T,) nats, HEAD_CHUNK positions at a time."""
+    chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
+    return torch.cat([token_losses(*chunk) for chunk in chunks])
+
+
 def unbank(model, tensors=None):
     """GPT -> {saved name: fp32 view}, with the banks taken apart into matrices.
 
@@ -3359,7 +3420,7 @@ def unbank(model, tensors=None):
     state = {}
     for name, tensor in (tensors or model.state_dict()).items():
         if name not in BANKS:
-            state[HEAD_NAMES.get(name, name)] = tensor
+            state[EMBEDDING_NAMES.get(name, name)] = tensor
             continue
         stacks = tensor.split(model.hp.num_layers)
         for kind, matrices in zip(BANKS[name], stacks, strict=True):
@@ -3416,7 +3477,8 @@ def polar_express(x):
 def muon_update(grad, momentum_buffer, momentum, orthogonalise):
     """(N, R, C) gradients -> (N, R, C) orthogonalised Nesterov updates, in the gradients' dtype.
 
-    Rows are normalized before. Updates the momentum buffer in place.
+    Rows get norm 1 before (MUON_ROW_NORMALIZE of published systems). Updates the momentum buffer in
+    place.
     """
     momentum_buffer.mul_(momentum).add_(grad)
     update = grad.add(momentum_buffer, alpha=momentum)
@@ -3492,7 +3554,8 @@ class Muon:
     def step(self, lr, momentum, weight_decay, clip):
         """p <- p (1 - lr wd) - lr sqrt(max(1, rows / cols)) O, with O from muon_update.
 
-        The gradients are multiplied by `clip`, a 0-d tensor or None.
+        step_matrices does it, with the radial brake. The gradients are multiplied by `clip`, a 0-d
+        tensor or None.
         """
         gathers = []
         for buffer, shard in zip(self.momentum_buffers, self.shards(), strict=True):
@@ -3520,7 +3583,7 @@ class Optimizers:
         self.dist = dist
         rest = dict(model.named_parameters())
         self.muon = Muon([rest.pop(name) for name in BANKS], hp, dist, model.dtype)
-        embeddings = [rest.pop(name) for name in HEAD_NAMES if name in rest]
+        embeddings = [rest.pop(name) for name in EMBEDDING_NAMES if name in rest]
         scalars = list(rest.values())
         self.replicated = [*embeddings, *scalars]  # updated by every rank
         groups = [
@@ -3614,7 +3677,7 @@ def lr_multiplier(progress, hp):
 
 
 def decay_multiplier(progress, hp):
-    """Factor of the weight decay, which is constant here."""
+    """Factor of the weight decay, which is constant here but not in presets/published.py."""
     return 1.0
 
 
@@ -3738,7 +3801,7 @@ class Trainer:
         self.forward = compiled(model.forward, hp, dist, graphs=hp.train_cuda_graphs)
         # Position in training; training states hold these two, so that a run can be resumed
         self.looping = loop_is_on(0.0, hp)  # in the last step
-        self.tokens_at = [(0, 0.0)]  # (step, seconds) at the start of each looping state
+        self.loop_starts = [(0, 0.0)]  # (step, seconds) at the start of each looping state
         # As last logged: the live line must not wait for the GPU
         self.last_loss = math.nan
 
@@ -3746,7 +3809,7 @@ class Trainer:
         """One optimizer step -> 0-d tensor, this rank's share of the mean loss in nats."""
         hp = self.hp
         total = torch.zeros((), device=self.dist.device)
-        for inputs, targets, cu_seqlens in self.loader.step(step):
+        for inputs, targets, cu_seqlens in self.loader.rank_rows(step):
             if compile_wanted(hp, self.dist):
                 # The outputs of the last replay are not needed any more
                 torch.compiler.cudagraph_mark_step_begin()
@@ -3807,7 +3870,7 @@ class Trainer:
             looping = loop_is_on(progress, hp)
             if looping != self.looping:
                 log(f"step:{step} looping:{int(looping)} train_seconds:{seconds:.2f}")
-                self.tokens_at.append((step, seconds))
+                self.loop_starts.append((step, seconds))
                 self.looping = looping
             seq_len = seq_len_at(progress, hp)
             if seq_len != self.loader.seq_len:  # the Hessians' loader keeps TRAIN_SEQ_LEN
@@ -3862,9 +3925,9 @@ class Trainer:
 
     def summary(self, steps, seconds, losses):
         """Figures for RESULT: steps, final loss, seconds, tokens/s of each looping state."""
-        ends = [*self.tokens_at[1:], (steps, seconds)]
+        ends = [*self.loop_starts[1:], (steps, seconds)]
         rates = []
-        for start, end in zip(self.tokens_at, ends, strict=True):
+        for start, end in zip(self.loop_starts, ends, strict=True):
             tokens = (end[0] - start[0]) * self.hp.train_batch_tokens
             rates.append(round(tokens / max(end[1] - start[1], 1e-9)))
         last_losses = self.dist.all_reduce(torch.stack(losses[-20:])).tolist()
@@ -3956,7 +4019,10 @@ def to_log2_eighths(x):
 
 
 def from_log2_eighths(codes):
-    """Codes of to_log2_eighths, or sums of them -> step sizes in float32."""
+    """Codes of to_log2_eighths, or sums of them -> step sizes in float32, for GPTQ.
+
+    The weights are rebuilt with table_steps, as the last bit of exp2 may differ between machines.
+    """
     return (codes / 8).exp2()
 
 
@@ -4197,6 +4263,7 @@ def quantize_matrices(names, weights, hessians, hp, trellis_round, row_gradients
         w = torch.stack([weights[name].float() for name in batch])
         h = torch.stack([hessians[name].float() for name in batch])
         damp = hp.gptq_damp
+        # without column steps codes are clipped, and a finer step would clip more of them
         if row_gradients and octaves is not None:
             gradients = torch.stack([row_gradients[name] for name in batch])
             clip_sigmas = clip_sigmas * row_step_factors(w, gradients, hp)
@@ -4254,7 +4321,7 @@ def quantize_weights(
     def quantize():
         fields.update(quantize_matrices(mine, weights, hessians, hp, trellis_round, row_gradients))
 
-    run_checks(dist, [quantize], ModelError)
+    fail_together(dist, [quantize], ModelError)
     if dist.rank == 0:
         for name in weights.keys() - matrices.keys():
             fields[name] = quantize_small(name, weights[name])
@@ -4372,7 +4439,7 @@ class HessianTap:
         """The tap of one slot; slots of a layer share their sums."""
         return HessianTap(self.sums, layer)
 
-    def __call__(self, site, x, y, size=1.0):
+    def __call__(self, site, x, y, scale=None):
         if any(kind.site == site for kind in MATRICES):
             self.add((site, self.layer), x)
         return y
@@ -4425,7 +4492,7 @@ def collect_row_gradients(model, loader, hp, dist):
     """
     parameters = {}
     for name, parameter in model.named_parameters():
-        if name in BANKS or name in HEAD_NAMES:
+        if name in BANKS or name in EMBEDDING_NAMES:
             parameters[name] = parameter
     squares = {name: torch.zeros_like(p[..., 0]) for name, p in parameters.items()}
     num_rows = min(GRADIENT_ROWS, hp.gptq_calibration_batches)
@@ -4746,28 +4813,29 @@ class MatrixModel:
     def __init__(self, coder, counts, columns):
         self.coder = coder
         self.counts = counts  # shared by all matrices, so that a matrix starts with learnt counts
-        self.usual = 37  # context of a row: the mean of the last block
+        # context of the variance of a row: the mean of the last block, at first that of 7
+        self.usual = 37
         self.sum_ratios = np.full(columns, 16 * ONE_RATIO)
         self.rows_seen = 16
 
     def code_rows(self, block):
-        """Codes the variances of rows -> their contexts (rows, 1) and codes' (rows, columns).
+        """Codes the variances of rows -> contexts of rows (R, 1) and of their codes (R, C).
 
         Variances come from mean magnitudes, as a few large codes would raise a mean square.
         """
         variances = math.pi / 2 * abs(block.astype(float)).mean(1) ** 2
         differences = np.searchsorted(VARIANCES, variances) - self.usual
         coded = self.code(np.full(len(block), ROW_CONTEXT), differences)
-        rows = (self.usual + coded[:, None]).clip(0, len(VARIANCES) - 1)
-        self.usual = round(rows.mean())
+        row_contexts = (self.usual + coded[:, None]).clip(0, len(VARIANCES) - 1)
+        self.usual = round(row_contexts.mean())
         ratios = self.sum_ratios / self.rows_seen / ONE_RATIO
-        # in contexts, 0 for a ratio of 1
-        columns = np.searchsorted(VARIANCES / VARIANCES[30], ratios) - 30
-        return rows, (rows + columns).clip(0, len(VARIANCES) - 1)
+        # of columns, to be added to the contexts of rows: 0 for a ratio of 1, -30 at least
+        shifts = np.searchsorted(VARIANCES / VARIANCES[30], ratios) - 30
+        return row_contexts, (row_contexts + shifts).clip(0, len(VARIANCES) - 1)
 
-    def add(self, residual, rows):
-        """Adds residuals (rows, columns), which both sides know by now, to the columns' ratios."""
-        self.sum_ratios += (residual * residual * ROW_WEIGHTS[rows]).sum(0)
+    def add(self, residual, row_contexts):
+        """Adds residuals (R, C), which both sides know by now, to the columns' ratios."""
+        self.sum_ratios += (residual * residual * ROW_WEIGHTS[row_contexts]).sum(0)
         self.rows_seen += len(residual)
 
     def code(self, contexts, symbols):
@@ -4790,10 +4858,10 @@ class MatrixModel:
         return coded.reshape(block.shape)
 
     def code_plain_block(self, block):
-        """Codes the block (rows, columns) itself, which is its own residual."""
-        rows, contexts = self.code_rows(block)
+        """Codes the block (R, C) itself, which is its own residual."""
+        row_contexts, contexts = self.code_rows(block)
         block[:] = residual = self.code_block(block, contexts)
-        self.add(residual, rows)
+        self.add(residual, row_contexts)
 
     def code_predicted_block(self, before, block):
         """Codes each column of the block minus its linear prediction from the columns before it.
@@ -4806,7 +4874,7 @@ class MatrixModel:
         # half the weight for the rows so far, whose predictions were worse
         self.sum_ratios //= 2
         self.rows_seen //= 2
-        rows, contexts = self.code_rows(block)
+        row_contexts, contexts = self.code_rows(block)
         values = np.empty(block.shape, np.float64, "F")  # a column is contiguous
         residual = np.empty(block.shape, np.int64, "F")
         for j in range(block.shape[1]):
@@ -4818,7 +4886,7 @@ class MatrixModel:
             residual[:, j] = coded = self.code_block(block[:, j] - mean, contexts[:, j])
             block[:, j] = coded + mean
             values[:, j] = block[:, j]
-        self.add(residual, rows)
+        self.add(residual, row_contexts)
         return (residual * residual).sum() < (values * values).sum()
 
 
@@ -5078,7 +5146,7 @@ class SectionRecord(NamedTuple):
 def pack_weights(arrays, compressor, trained_on=0):
     """Numpy arrays by name -> artifact bytes. ArtifactError for arrays that cannot be packed.
 
-    trained_on: 1 + hp.fuses_markers; 0 leaves it unsaid.
+    trained_on: 1 + hp.fuses_markers, which says what tokens the model knows; 0 leaves it unsaid.
     """
     specs = [ArraySpec(name, array.dtype.name, array.shape) for name, array in arrays.items()]
     check_specs(specs)
@@ -5112,6 +5180,7 @@ class Header(NamedTuple):
     plan: list[Section]
     records: list[SectionRecord]
     start: int  # of the first section
+    trained_on: int  # see pack_weights
 
 
 def read_header(blob):
@@ -5120,7 +5189,8 @@ def read_header(blob):
     prefix = blob[: PREFIX.size].ljust(PREFIX.size, b"\0")
     magic, number, *sizes = PREFIX.unpack(prefix)
     stored_size, raw_size = sizes  # of the header
-    number %= 64  # without trained_on
+    trained_on = number // 64
+    number %= 64
     stored = blob[start : start + stored_size]
     is_intact = magic == MAGIC and digest(prefix + stored) == blob[PREFIX.size : start]
     names = {compressor.number: name for name, compressor in COMPRESSORS.items()}
@@ -5145,7 +5215,7 @@ def read_header(blob):
         raise ArtifactError(
             "artifact: its sections are not those of its arrays, or not as long as the file"
         )
-    return Header(specs, plan, records, start)
+    return Header(specs, plan, records, start, trained_on)
 
 
 def unpack_section(stored, section, record):
@@ -5183,18 +5253,11 @@ def unpack_weights(blob):
 
 
 # ---- EVALUATION ----------------------------------------------------------------------------------
-HEAD_CHUNK = 8192  # positions whose float32 logits exist at a time
 
 
 def bits_per_byte(nats, num_bytes):
     """Total nats of a text of num_bytes bytes -> bits per byte."""
     return nats / math.log(2) / num_bytes
-
-
-def losses_in_chunks(token_losses, hidden, targets):
-    """Final norm's outputs (T, D) and targets (T,) -> (T,) nats, HEAD_CHUNK positions at a time."""
-    chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
-    return torch.cat([token_losses(*chunk) for chunk in chunks])
 
 
 class Score:
@@ -5363,6 +5426,25 @@ class Evaluator:
 # static shapes: which queues share a step changes rounding and nothing else.
 
 
+# --- plan and schedule
+
+
+def documents_to_score(validation, hp):
+    """Numbers of the documents to score: all, or TTT_MAX_DOCS of evenly spread lengths.
+
+    Raises DataError where they hold no byte, as there is no BPB then.
+    """
+    lengths = validation.ends - validation.starts
+    order = np.argsort(lengths, kind="stable")
+    count = len(order)
+    wanted = min(hp.ttt_max_docs or count, count)
+    quantiles = (2 * np.arange(wanted) + 1) * count // (2 * wanted)
+    documents = np.sort(order[quantiles])
+    if not validation.targets_of(documents)[1]:
+        raise DataError(f"TTT_MAX_DOCS={hp.ttt_max_docs}: these validation documents hold no byte")
+    return documents
+
+
 def recomputed_context(hp):
     """Positions computed at the end of a window: all, or those after the stale context."""
     return hp.ttt_eval_seq_len - hp.ttt_stale_context
@@ -5381,6 +5463,7 @@ def plan_ttt(lengths, hp):
     order = np.argsort(-lengths, kind="stable")
     costs = window_positions(lengths, hp).tolist()
     num_adapting = hp.phased_ttt_num_phases
+    # the setting is meant for the contest's 50,000 documents
     scaled_prefix = round(hp.phased_ttt_prefix_docs * len(order) / 50_000)
     prefix = min(len(order), scaled_prefix)
     borders = [prefix * (i + 1) // num_adapting for i in range(num_adapting)]
@@ -5580,6 +5663,8 @@ def schedule_rank(phases, starts, lengths, rank, world_size, hp):
     return schedules
 
 
+# --- adapters
+
 LORA_INPUTS = (("q", "k", "v", "attn_out"), ("mlp_out",))  # sites that read the same tensor
 FUSED_SITES = {"qkv": ("q", "k", "v")}  # matmuls of the model that serve several sites at once
 
@@ -5603,7 +5688,7 @@ class SlotLoRA:
         """All matrices (B, in, out) of the slot: first A, then B."""
         return [*(matrix for _, matrix in self.a), *self.b.values()]
 
-    def __call__(self, site, x, y, size=1.0):
+    def __call__(self, site, x, y, scale=None):
         sites = FUSED_SITES.get(site, (site,))
         adapted = [name for name in sites if name in self.b]
         if not adapted:
@@ -5616,9 +5701,9 @@ class SlotLoRA:
         for name in sites:
             if name in self.b:
                 b = self.b[name]
-                if torch.is_tensor(size):
+                if scale is not None:
                     # not the activations: dL/dy is then the gradient of every matmul
-                    b = b * size
+                    b = b * scale
                 outputs.append(torch.bmm(self.x_a.pop(name), b))
             else:
                 outputs.append(x.new_zeros(*x.shape[:-1], self.widths[name]))
@@ -5718,7 +5803,7 @@ class BatchedLoRA:
         return scaled
 
     def tap(self, parts):
-        """scaled_parts -> tap for GPT: a SlotLoRA for each slot, float32 for the head."""
+        """scaled_parts -> tap for GPT: a SlotLoRA for each slot, and `head`, in float32."""
         layout = self.layout
         head_a, slots_a, slots_b, head_b = parts
         slots = []
@@ -5736,7 +5821,7 @@ class BatchedLoRA:
             a = head_a.unflatten(1, (-1, layout.rank))
             b = head_b.unflatten(1, (layout.rank, -1))
             head = SlotLoRA([(("lm_head",), a)], {"lm_head": b}, {})
-        return SimpleNamespace(slots=slots, at=lambda slot, layer: slots[slot], head=head)
+        return SimpleNamespace(at=lambda slot, layer: slots[slot], head=head)
 
     @torch.no_grad()
     def step(self, gradients, source, target, number):
@@ -5758,35 +5843,7 @@ class BatchedLoRA:
             self.update(values, squares, gradient, source, target, correction, scale, rates)
 
 
-def global_optimizer(model):
-    """The optimizer of all weights in test-time training; sgd_step sets its learning rate."""
-    return torch.optim.SGD(model.parameters(), momentum=0.9)
-
-
-def sgd_step(model, packer, windows, optimizer, rate, dist):
-    """One SGD step of all ranks on the mean loss of windows (n, 2), at learning rate `rate`.
-
-    The norm of the gradient is at most 1.
-    """
-    num_tokens = int((windows[:, 1] - windows[:, 0]).sum())
-    rank_windows = windows[dist.rank :: dist.world_size]
-    reset_gradients(model.parameters())
-    for first, last in packer.rows(rank_windows):
-        row = packer.build(rank_windows[first:last])
-        losses = model(
-            row.inputs,
-            row.targets,
-            row.cu_seqlens,
-            looping=True,
-            max_seqlen=packer.max_window,
-            window_start=row.window_start,
-        )
-        loss = torch.where(row.scored, losses, 0.0).sum() / num_tokens
-        loss.backward()
-    dist.all_reduce_packed([p.grad for p in model.parameters()])
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.param_groups[0]["lr"] = rate
-    optimizer.step()
+# --- stale context
 
 
 class StaleSegments(NamedTuple):
@@ -5823,8 +5880,9 @@ class StaleSegments(NamedTuple):
 class StaleContext:
     """Keys and values from before the windows, from the last step that had them in its windows.
 
-    Adapters have learned since, so they are stale [TTT_STALE_CONTEXT]. Each state row has a
-    ring of `length` keys in the cache; position p of its document is at p modulo `length`.
+    Adapters have learned since, so they are stale. Computing TTT_STALE_CONTEXT positions less in
+    every step pays for smaller chunks and a longer context. Each state row has a ring of `length`
+    keys in the cache; position p of its document is at p modulo `length`.
     """
 
     def __init__(self, model, starts, num_rows, device):
@@ -5876,8 +5934,8 @@ class StaleContext:
         """Streams (B, T or 1 + T, D), or None -> the same without the token before the window."""
         return [x if x is None else x[:, -self.width :].contiguous() for x in streams]
 
-    def of_slot(self):
-        """The next slot's rotary tables and StaleSegments."""
+    def next_slot(self):
+        """Rotary tables and StaleSegments of the next slot; every slot calls it once, in order."""
         slot = len(self.new_kv)
         self.new_kv.append([])
         segments = self.segments._replace(cache=self.cache[slot], new_kv=self.new_kv[slot])
@@ -5898,20 +5956,41 @@ class StaleContext:
         self.new_kv = []
 
 
-def documents_to_score(validation, hp):
-    """Numbers of the documents to score: all, or TTT_MAX_DOCS of evenly spread lengths.
+# --- fine-tuning of the base weights
 
-    Raises DataError where they hold no byte, as there is no BPB then.
+
+def global_optimizer(model):
+    """The optimizer of all weights in test-time training; sgd_step sets its learning rate."""
+    return torch.optim.SGD(model.parameters(), momentum=0.9)
+
+
+def sgd_step(model, packer, windows, optimizer, rate, dist):
+    """One SGD step of all ranks on the mean loss of windows (n, 2), at learning rate `rate`.
+
+    The norm of the gradient is at most 1.
     """
-    lengths = validation.ends - validation.starts
-    order = np.argsort(lengths, kind="stable")
-    count = len(order)
-    wanted = min(hp.ttt_max_docs or count, count)
-    quantiles = (2 * np.arange(wanted) + 1) * count // (2 * wanted)
-    documents = np.sort(order[quantiles])
-    if not validation.targets_of(documents)[1]:
-        raise DataError(f"TTT_MAX_DOCS={hp.ttt_max_docs}: these validation documents hold no byte")
-    return documents
+    num_tokens = int((windows[:, 1] - windows[:, 0]).sum())
+    rank_windows = windows[dist.rank :: dist.world_size]
+    reset_gradients(model.parameters())
+    for first, last in packer.rows(rank_windows):
+        row = packer.build(rank_windows[first:last])
+        losses = model(
+            row.inputs,
+            row.targets,
+            row.cu_seqlens,
+            looping=True,
+            max_seqlen=packer.max_window,
+            window_start=row.window_start,
+        )
+        loss = torch.where(row.scored, losses, 0.0).sum() / num_tokens
+        loss.backward()
+    dist.all_reduce_packed([p.grad for p in model.parameters()])
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.step()
+
+
+# --- the loop
 
 
 class Progress:
@@ -6072,7 +6151,7 @@ class TestTimeTrainer:
     def dynamic_attention(self, slot_input, w, rope, segments, tap):
         """GPT.attention, compiled likewise; keys before the window come from StaleContext."""
         if self.stale:
-            rope, segments = self.stale.of_slot()
+            rope, segments = self.stale.next_slot()
             self.mark_dynamic([0, 1], *rope)
             self.mark_dynamic([0], segments.key_rows, segments.new_key_rows)
             self.mark_dynamic([1], segments.cu_seqlens)
@@ -6380,7 +6459,7 @@ class Prepared:
         started = self.dist.max_over_ranks(time.time())[0]
         stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(started))
         self.folder = Path(hp.runs_dir) / (hp.run_id or f"{stamp}_seed{hp.seed}")
-        if (self.folder / "model.pt").exists() and not hp.goes_on:
+        if (self.folder / "model.pt").exists() and not hp.skips_training:
             raise SettingError(
                 f"{self.folder} holds a finished training: choose another RUN_ID, or go on with"
                 " QUANT_ONLY=1"
@@ -6403,32 +6482,6 @@ class Prepared:
         self.machine = self.guard.check(self.hp, self.dist, self)
 
 
-def run_checks(dist, checks, error_class=SettingError, prefix=""):
-    """Calls every check, then raises one error with all problems of all ranks.
-
-    prefix: of every problem.
-    """
-    problems = []
-    for check in checks:
-        try:
-            check()
-        except (*OUR_ERRORS, OSError) as error:
-            problems.append(f"{prefix}{error}")
-    everywhere = sum(dist.all_gather_object(problems), [])
-    if everywhere:
-        raise error_class("\n".join(dict.fromkeys(everywhere)))
-
-
-def load_on_rank_0(model, dist, load, error_class=SettingError, prefix=""):
-    """Calls load(), which fills the model, on rank 0; then all ranks get the same bits.
-
-    For the other arguments see run_checks.
-    """
-    run_checks(dist, [load] if dist.rank == 0 else [], error_class, prefix)
-    for parameter in model.parameters():
-        dist.broadcast(parameter.detach())
-
-
 def check_all(hp, dist, guard=NO_GUARD):
     """Finds all problems before anything is trained or written -> Prepared. Raises SettingError."""
     prepared = Prepared(hp, dist, guard)
@@ -6439,7 +6492,7 @@ def check_all(hp, dist, guard=NO_GUARD):
         prepared.check_model,
         prepared.check_by_guard,
     ]
-    run_checks(dist, checks)
+    fail_together(dist, checks)
     return prepared
 
 
@@ -6545,6 +6598,13 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
     training_seconds: already used of MAX_WALLCLOCK_SECONDS; 0 if nothing was trained. Returns
     figures for RESULT.
     """
+    with log.stage("hessians"):
+        hessians = collect_hessians(model, loader, hp, dist)
+        row_gradients = None
+        if hp.gptq_row_power and hp.gptq_column_steps:
+            row_gradients = collect_row_gradients(model, loader, hp, dist)
+    check = QuantizationCheck(model, loader, hp, dist, log)
+    quantize_seconds = []  # of each call of quantize
 
     def quantize(hp):
         started = time.perf_counter()
@@ -6573,13 +6633,6 @@ def build_artifact(model, loader, hp, dist, log, path, code_bytes, training_seco
                 file = pack_weights(arrays, hp.compressor, 1 + hp.fuses_markers)
         return Quantized(hp, arrays, file)
 
-    quantize_seconds = []
-    with log.stage("hessians"):
-        hessians = collect_hessians(model, loader, hp, dist)
-        row_gradients = None
-        if hp.gptq_row_power and hp.gptq_column_steps:
-            row_gradients = collect_row_gradients(model, loader, hp, dist)
-    check = QuantizationCheck(model, loader, hp, dist, log)
     chosen = pack(*check.choose(quantize, time_is_left))
     if hp.target_bytes:
         first = chosen
@@ -6612,13 +6665,14 @@ def rebuild_model(model, path, dist):
 
     def load():
         blob = Path(path).read_bytes()
+        header = read_header(blob)
         sizes = {name: weight.numel() for name, weight in unbank(model).items()}
         # before they are unpacked: no field of a weight is larger than the weight
-        for name, _, shape in read_header(blob).specs:
+        for name, _, shape in header.specs:
             if math.prod(shape) > sizes.get(name.rpartition(":")[0], 0):
                 raise ArtifactError(f"{name} {shape} does not fit these settings")
         arrays = unpack_weights(blob)
-        if blob[4] // 64 not in (0, 1 + model.hp.fuses_markers):  # see MAGIC
+        if header.trained_on not in (0, 1 + model.hp.fuses_markers):
             raise ArtifactError("trained with another MARKER_FUSION_ENABLED: use that")
         rebank(model, dequantize_weights(arrays))
 
@@ -6699,7 +6753,7 @@ class Stages:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.guard.lock(self.folder)
 
-        run_checks(self.dist, [make] if self.dist.rank == 0 else [])
+        fail_together(self.dist, [make] if self.dist.rank == 0 else [])
         self.log = RunLog(self.folder, self.dist, self.guard)
         self.code_bytes = write_code(self.folder, self.hp, self.dist, self.guard)
 

@@ -63,8 +63,8 @@ def packed_groups(arrays: dict, compressor: str) -> dict[str, int]:
         groups[group_of(name)][name] = array
     sizes = {}
     for group, members in groups.items():
-        _, _, sections, _ = train_gpt.read_header(train_gpt.pack_weights(members, compressor))
-        sizes[group] = sum(size for size, _, _ in sections)
+        header = train_gpt.read_header(train_gpt.pack_weights(members, compressor))
+        sizes[group] = sum(record.size for record in header.records)
     return sizes
 
 

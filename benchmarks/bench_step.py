@@ -436,7 +436,7 @@ def annotated(name: str, function):
 
 def causal_pairs(trainer, step: int) -> float:
     """Pairs (query, key) of all rows of a step."""
-    lengths = [row.cu_seqlens.diff().double() for row in trainer.loader.step(step)]
+    lengths = [row.cu_seqlens.diff().double() for row in trainer.loader.rank_rows(step)]
     return sum((n * (n + 1) / 2).sum().item() for n in lengths)
 
 

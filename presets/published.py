@@ -307,7 +307,7 @@ LayerWeights = namedtuple(
     (*train_gpt.LayerWeights._fields, "xsa", "extras"),
     defaults=[None, True, None],
 )
-HEAD_NAMES = train_gpt.HEAD_NAMES | {
+EMBEDDING_NAMES = train_gpt.EMBEDDING_NAMES | {
     "lm_head": "lm_head.weight",
     "bigram_table": "bigram.weight",
     "value_table": "value_embed.weight",
@@ -1404,7 +1404,7 @@ PARTS = {
     "cross_checks": cross_checks,
     "ValidationSet": ValidationSet,
     "LayerWeights": LayerWeights,
-    "HEAD_NAMES": HEAD_NAMES,
+    "EMBEDDING_NAMES": EMBEDDING_NAMES,
     "GPT": GPT,
     "Muon": Muon,
     "decay_multiplier": decay_multiplier,

@@ -350,28 +350,28 @@ ARTIFACT = [
     Mutant(
         "variances-do-not-learn",
         TRAIN,
-        "        self.sum_ratios += (residual * residual * ROW_WEIGHTS[rows]).sum(0)\n",
+        "        self.sum_ratios += (residual * residual * ROW_WEIGHTS[row_contexts]).sum(0)\n",
         "",
         "tests/test_artifact.py::test_entropy_coder_is_within_half_a_percent_of_the_entropy_given_the_columns_deviations",
     ),
     Mutant(
         "columns-are-compared-with-no-row",
         TRAIN,
-        "(residual * residual * ROW_WEIGHTS[rows])",
+        "(residual * residual * ROW_WEIGHTS[row_contexts])",
         "(residual * residual * ROW_WEIGHTS[37])",
         "tests/test_artifact.py::test_entropy_coder_is_within_about_a_percent_of_the_entropy_given_all_deviations",
     ),
     Mutant(
         "codes-in-the-context-of-a-usual-row",
         TRAIN,
-        "return rows, (rows + columns).clip(",
-        "return rows, (0 * rows + self.usual + columns).clip(",
+        "return row_contexts, (row_contexts + shifts).clip(",
+        "return row_contexts, (0 * row_contexts + self.usual + shifts).clip(",
         "tests/test_artifact.py::test_entropy_coder_is_within_about_a_percent_of_the_entropy_given_all_deviations",
     ),
     Mutant(
         "the-usual-row-does-not-learn",
         TRAIN,
-        "        self.usual = round(rows.mean())\n",
+        "        self.usual = round(row_contexts.mean())\n",
         "",
         "tests/test_artifact.py::test_entropy_coder_is_within_half_a_percent_of_the_entropy_given_the_columns_deviations",
     ),
@@ -392,8 +392,8 @@ ARTIFACT = [
     Mutant(
         "a-row-may-have-a-context-that-is-none",
         TRAIN,
-        "rows = (self.usual + coded[:, None]).clip(0, len(VARIANCES) - 1)",
-        "rows = self.usual + coded[:, None]",
+        "row_contexts = (self.usual + coded[:, None]).clip(0, len(VARIANCES) - 1)",
+        "row_contexts = self.usual + coded[:, None]",
         "tests/test_artifact.py::test_rows_of_any_variance_leave_the_codes_as_they_are",
     ),
     Mutant(
@@ -1063,7 +1063,7 @@ MAIN = [
     Mutant(
         "a-finished-training-is-overwritten",
         TRAIN,
-        'if (self.folder / "model.pt").exists() and not hp.goes_on:',
+        'if (self.folder / "model.pt").exists() and not hp.skips_training:',
         "if False:",
         "tests/test_alone.py::test_a_finished_training_is_not_overwritten",
     ),
@@ -1098,7 +1098,7 @@ MAIN = [
     Mutant(
         "an-artifact-of-a-model-of-other-tokens-is-scored",
         TRAIN,
-        "        if blob[4] // 64 not in (0, 1 + model.hp.fuses_markers):",
+        "        if header.trained_on not in (0, 1 + model.hp.fuses_markers):",
         "        if False:",
         "tests/test_quantization.py::test_an_artifact_of_a_model_of_other_tokens_is_refused",
     ),

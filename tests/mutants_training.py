@@ -543,7 +543,7 @@ KERNELS = [
     Mutant(
         "slot-input-kernel-adds-no-kept-gradient",
         TRAINER,
-        "        d = d * mix_x + kept\n",
+        "        d = d * mix_x + d_returned\n",
         "        d = d * mix_x\n",
         "tests/test_kernels.py::test_entry_kernel_matches_float64",
     ),
@@ -822,7 +822,7 @@ OPTIMIZER = [
     Mutant(
         "preset-tables-learn-like-scalars",
         TRAINER,
-        "embeddings = [rest.pop(name) for name in HEAD_NAMES if name in rest]",
+        "embeddings = [rest.pop(name) for name in EMBEDDING_NAMES if name in rest]",
         'embeddings = [rest.pop(name) for name in ("tok_emb", "lm_head") if name in rest]',
         "tests/test_faults.py::test_tables_that_are_read_row_by_row_learn_at_the_embeddings_rate",
     ),
@@ -1113,7 +1113,7 @@ STATES = [
     Mutant(
         "looping-times-are-not-restored",
         GUARD,
-        "    trainer.tokens_at = [(int(begun), float(used)) for begun, used in "
+        "    trainer.loop_starts = [(int(begun), float(used)) for begun, used in "
         'state["tokens_at"]]\n',
         "",
         "tests/test_reliability.py::test_training_goes_on_with_any_log_interval",

@@ -171,9 +171,10 @@ def test_what_a_model_was_trained_on_costs_no_byte(compressor):
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_damage_in_any_part_is_refused(compressor):
     blob = train_gpt.pack_weights(model_arrays(), compressor)
-    _, _, sections, start = train_gpt.read_header(blob)
+    header = train_gpt.read_header(blob)
+    start = header.start
     places = [*range(train_gpt.PREFIX.size + train_gpt.DIGEST_BYTES), start - 1]
-    for size, _, _ in sections:
+    for size, _, _ in header.records:
         places += [start, start + size // 2, start + size - 1] if size else []
         start += size
     for place in places:

@@ -443,7 +443,7 @@ def test_every_row_fits_whatever_its_documents(context, tmp_path, dist):
         max_wallclock_seconds=0,
     )
     loader = train_gpt.TrainLoader(train_gpt.TokenStream(hp.data_path, "train"), hp, dist)
-    (row,) = loader.step(0)
+    (row,) = loader.rank_rows(0)
     lengths = row.cu_seqlens.diff()
     assert row.cu_seqlens[-1] == 98_304 and lengths.max() <= context
     # no document sees another

@@ -626,7 +626,7 @@ class RecordingTap:
         self.inputs = {}
 
     def at(self, slot, layer):
-        def record(site, x, y, size=1.0):
+        def record(site, x, y, scale=None):
             self.inputs[site, slot] = x
             return y
 

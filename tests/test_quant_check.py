@@ -68,7 +68,7 @@ def test_neither_training_nor_the_hessians_see_the_rows_that_are_held_out(change
     }
     assert len(held_out) > 3 * 128 - 30
     steps = 3 * loader.stream.size // loader.hp.train_batch_tokens  # three epochs
-    rows = [row for step in range(steps) for row in loader.step(step)]
+    rows = [row for step in range(steps) for row in loader.rank_rows(step)]
     seen = {int(t) for row in rows for t in (*row.inputs.flatten(), *row.targets)}
     assert len(seen) > 0.8 * loader.stream.size  # of the documents that training may see
     assert not held_out & seen
@@ -80,7 +80,7 @@ def test_the_stream_is_cut_before_a_document_and_goes_round_there(tmp_path):
     tokens = numbered_documents(tmp_path, [50, 20, 200, 9, 30, 40], shard_sizes=[100, 200, 55])
     stream = TokenStream(tmp_path, "train")
     size = stream.size
-    rest, held_out = stream.split(60)
+    rest, held_out = stream.hold_out(60)
     border = 51 + 21 + 201 + 10  # the last document that begins 60 tokens or more before the end
     assert rest.size == border and held_out.size == len(tokens) - border
     assert stream.size == size and stream.read(0, size).tolist() == tokens.tolist()

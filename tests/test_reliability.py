@@ -306,7 +306,9 @@ def test_training_goes_on_with_any_log_interval(tiny_data, tmp_path):
         details = [detail for _, detail in again.log.shares]
         assert len(details) == 15 and not any("nan" in detail for detail in details)
         assert (
-            [step for step, _ in again.tokens_at] == [step for step, _ in whole.tokens_at] == [0, 7]
+            [step for step, _ in again.loop_starts]
+            == [step for step, _ in whole.loop_starts]
+            == [0, 7]
         )
         rates = [len(result["tokens_per_second_by_loop_state"]) for result in (same, figures)]
         assert rates == [2, 2]  # of the whole training, not of what was left of it
@@ -317,7 +319,7 @@ def test_looping_that_begins_right_after_the_state_is_logged_and_timed(tiny_data
     train(trainer_of(tiny_data, tmp_path, checkpoint_every=4, **settings), 4)
     again = trainer_of(tiny_data, tmp_path, resume=True, run_id="x", **settings)
     train(again)
-    assert [step for step, _ in again.tokens_at] == [0, 4]
+    assert [step for step, _ in again.loop_starts] == [0, 4]
     assert sum(line.startswith("step:4 looping:1") for line in again.log) == 1
 
 

@@ -272,7 +272,7 @@ def test_a_problem_of_one_rank_is_raised_on_all():
                 raise train_gpt.DataError("rank 1 lacks a shard")
 
         try:
-            train_gpt.run_checks(dist, [lambda: None, fails])
+            train_gpt.fail_together(dist, [lambda: None, fails])
         except train_gpt.SettingError as error:
             return str(error)
 

@@ -46,7 +46,7 @@ def expected_starts(tokens, limit):
 def test_a_row_begins_with_the_first_document_of_its_span(tmp_path):
     tokens, _ = write_documents(tmp_path, "train", [50, 100, 7, 300, 60, 200], seed=3)
     loader = loader_of(tmp_path, balance_rows=False)
-    rows = [row for step in range(2) for row in loader.step(step)]
+    rows = [row for step in range(2) for row in loader.rank_rows(step)]
     # documents begin at 0, 51, 152, 160, 461: none in span 2
     begins = [0, 51 + 101, 256, 51 + 101 + 8 + 301]
     for row, begin in zip(rows, begins, strict=True):
@@ -80,10 +80,10 @@ def test_a_step_number_restores_the_loader(tiny_data):
     for seed in (0, 5):
         used, fresh = loader_of(tiny_data, data_seed=seed), loader_of(tiny_data, data_seed=seed)
         for step in range(40, 200, 50):
-            list(used.step(step))
+            list(used.rank_rows(step))
         assert all(
             torch.equal(a, b)
-            for rows in zip(used.step(97), fresh.step(97), strict=True)
+            for rows in zip(used.rank_rows(97), fresh.rank_rows(97), strict=True)
             for a, b in zip(*rows, strict=True)
         )
 
@@ -91,7 +91,7 @@ def test_a_step_number_restores_the_loader(tiny_data):
 def test_documents_are_segments_and_long_ones_are_cut(tiny_data, monkeypatch):
     monkeypatch.setattr(train_gpt.Hyperparameters, "row_segments", 20)
     loader, longest = loader_of(tiny_data), 0
-    for row in loader.step(0), loader.step(1), loader.step(2):
+    for row in loader.rank_rows(0), loader.rank_rows(1), loader.rank_rows(2):
         for inputs, _, cu_seqlens in row:
             starts = expected_starts(inputs[0].tolist(), 32)
             assert cu_seqlens.tolist() == starts + [128] * (21 - len(starts))
@@ -125,8 +125,8 @@ def test_rows_are_the_same_for_any_world_size(world_size, data_seed, tiny_data):
         loader_of(tiny_data, rank_of(rank, world_size), **settings) for rank in range(world_size)
     ]
     for step in range(3):
-        want = list(alone.step(step))
-        got = [row for loader in ranks for row in loader.step(step)]
+        want = list(alone.rank_rows(step))
+        got = [row for loader in ranks for row in loader.rank_rows(step)]
         assert len(want) == len(got) == max(4, world_size)
         for one, other in zip(want, got, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
@@ -162,7 +162,7 @@ def test_balanced_rows_hold_the_documents_of_their_step_and_equal_work(rows, tmp
     dealt, plain = (loader_of(tmp_path, balance_rows=on, **settings) for on in (True, False))
     worst, before = [], []
     for step in range(4):
-        got, want = list(dealt.step(step)), list(plain.step(step))
+        got, want = list(dealt.rank_rows(step)), list(plain.rank_rows(step))
         # every token with its own target, once
         assert sorted(parts_of(got)) == sorted(parts_of(want))
         assert [row.inputs.shape for row in got] == [(1, 2048)] * rows
@@ -181,7 +181,7 @@ def test_documents_longer_than_their_row_are_not_dealt(tmp_path):
         loader_of(tmp_path, balance_rows=on, micro_batch_tokens=64) for on in (True, False)
     )
     for step in range(3):
-        for row, want in zip(dealt.step(step), plain.step(step), strict=True):
+        for row, want in zip(dealt.rank_rows(step), plain.rank_rows(step), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(row, want, strict=True))
 
 
@@ -199,7 +199,7 @@ def test_a_step_of_balanced_rows_has_the_loss_and_the_gradients_of_its_documents
             train_batch_tokens=256,
             train_seq_len=128,
         )
-        rows = list(trainer.loader.step(0))
+        rows = list(trainer.loader.rank_rows(0))
         found.append((*summed_gradients(trainer), rows))
     (*_, got), (*_, want) = found
     assert all(row.inputs[0, 0] == BOS_ID for row in got) and not torch.equal(
@@ -218,7 +218,7 @@ def test_stream_goes_round_at_its_end(tmp_path):
     endless = np.tile(tokens, 5)
     loader = loader_of(tmp_path, balance_rows=False)
     for step in range(3):
-        for number, row in enumerate(loader.step(step)):
+        for number, row in enumerate(loader.rank_rows(step)):
             first = (2 * step + number) * 128
             first += np.flatnonzero(endless[first : first + 128] == BOS_ID)[0]
             assert row.inputs[0].tolist() == endless[first : first + 128].tolist()
@@ -264,13 +264,13 @@ def test_token_outside_the_vocabulary_is_refused(tmp_path):
     largest = TokenStream(tmp_path, "train").read(0, 129).max().item()
     loader_of(tmp_path, vocab_size=largest + 1).build(0)
     with pytest.raises(DataError, match=f"{largest} is outside VOCAB_SIZE={largest}"):
-        list(loader_of(tmp_path, vocab_size=largest).step(0))
+        list(loader_of(tmp_path, vocab_size=largest).rank_rows(0))
 
 
 def test_reading_ahead_changes_no_row_even_after_going_back(tiny_data):
     ahead, fresh = loader_of(tiny_data), loader_of(tiny_data)
     for step in (0, 1, 2, 0, 1, 5, 4):
-        for number, row in enumerate(ahead.step(step)):
+        for number, row in enumerate(ahead.rank_rows(step)):
             want = fresh.build(2 * step + number)
             assert all(torch.equal(a, b) for a, b in zip(row, want, strict=True))
 
@@ -286,7 +286,7 @@ def test_the_next_row_is_built_before_it_is_asked_for(tiny_data, monkeypatch):
         return build(index)
 
     monkeypatch.setattr(loader, "build", recorded)
-    list(loader.step(0))
+    list(loader.rank_rows(0))
     assert arrived.wait(PATIENCE) and built == [0, 1, 2]
 
 
@@ -303,10 +303,10 @@ def test_a_loader_of_shorter_pieces_has_the_rows_of_that_length(world_size, chan
         for step, length in enumerate((32, 8, 8, 16, 32)):
             if length != loader.seq_len:
                 loader = loader.in_pieces(length)
-            rows = list(loader.step(step))
+            rows = list(loader.rank_rows(step))
             whole = {"train_seq_len": length, "full_seq_len_at": 0.0}
             fresh = loader_of(tmp_path, dist, **whole, **changes)
-            for row, want in zip(rows, fresh.step(step), strict=True):
+            for row, want in zip(rows, fresh.rank_rows(step), strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(row, want, strict=True))
                 assert row.cu_seqlens.diff().max() == length
 
@@ -315,7 +315,9 @@ def test_the_length_changes_no_document_of_a_step(tiny_data):
     whole = loader_of(tiny_data)
     cut = whole.in_pieces(8)
     for step in range(5):
-        assert sorted(parts_of(list(cut.step(step)))) == sorted(parts_of(list(whole.step(step))))
+        assert sorted(parts_of(list(cut.rank_rows(step)))) == sorted(
+            parts_of(list(whole.rank_rows(step)))
+        )
 
 
 # --- one step
@@ -507,7 +509,7 @@ def test_the_logged_loss_is_that_of_all_ranks_and_no_share_changes(tiny_data, di
 
 def test_tokens_per_second_count_every_token_of_a_step(tiny_data):
     trainer = trainer_of(tiny_data)
-    trainer.tokens_at = [(0, 0.0), (4, 2.0)]
+    trainer.loop_starts = [(0, 0.0), (4, 2.0)]
     figures = trainer.summary(10, 4.0, [torch.tensor(1.0)])
     assert figures["tokens_per_second_by_loop_state"] == [4 * 256 / 2, 6 * 256 / 2]
 

@@ -1862,7 +1862,7 @@ def test_every_slot_and_site_has_an_adapter_of_its_own():
         (None, ("lm_head", hp.vocab_size)),
     ]:
         tap = lora.tap(lora.scaled_parts(leaf.clone(), slice(None)))
-        matrix = (tap.head if slot is None else tap.slots[slot]).b[site]
+        matrix = (tap.head if slot is None else tap.at(slot, None)).b[site]
         assert matrix.shape == (2, hp.ttt_lora_rank, width) and not matrix.any()
         matrix[1] = torch.linspace(-0.1, 0.1, width)
         h = model.forward_hidden(tokens, max_seqlen=12, looping=True, tap=tap)

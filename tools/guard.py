@@ -360,7 +360,7 @@ def save_state(trainer, step, seconds, losses, name=None):
         "adamw": trainer.optimizers.adamw.state_dict()["state"],
         "rng": torch.get_rng_state(),
         "looping": trainer.looping,
-        "tokens_at": trainer.tokens_at,
+        "tokens_at": trainer.loop_starts,
     }
     if dist.rank != 0:
         return
@@ -460,7 +460,7 @@ def restore(trainer, state):
     losses = list(share_losses(state["losses"], dist).to(dist.device))
     float(losses[-1])  # raises unless there is a loss, and it is a number
     trainer.looping = bool(state["looping"])
-    trainer.tokens_at = [(int(begun), float(used)) for begun, used in state["tokens_at"]]
+    trainer.loop_starts = [(int(begun), float(used)) for begun, used in state["tokens_at"]]
     return Resumed(int(state["step"]), float(state["seconds"]), losses)
 
 
@@ -979,7 +979,7 @@ def check_folder(folder, model, hp):
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         problems.append(f"{place} cannot be written to: set RUNS_DIR, or change its permissions")
-    if hp.goes_on:
+    if hp.skips_training:
         name = hp.artifact_path or folder / "artifact.bin"
         if hp.quant_only:
             name = hp.checkpoint_path or folder / "model.pt"
@@ -990,7 +990,7 @@ def check_folder(folder, model, hp):
             problems.append(
                 f"{name} does not exist: set the RUN_ID of a finished run, or the file's own path"
             )
-    ended = hp.goes_on or hp.resume or (folder / "model.pt").exists()
+    ended = hp.skips_training or hp.resume or (folder / "model.pt").exists()
     # a run writes the script first: without it, it was stopped before it had anything to lose
     if (folder / "train_gpt.py").exists() and not ended:
         # a run that ended before its first state cannot be resumed
@@ -1015,7 +1015,7 @@ def check_folder(folder, model, hp):
 def wanted_bytes(model, hp):
     """How much a run may write to its folder: model.pt, states, artifact, code and log."""
     states = KEPT_STATES + 1 if hp.checkpoint_every else 1
-    if hp.goes_on:
+    if hp.skips_training:
         states = 0
     num_weights = sum(p.numel() for p in model.parameters())
     return num_weights * (4 + STATE_BYTES_A_WEIGHT * states) + 50_000_000

@@ -464,12 +464,12 @@ def bytes_by_group(path):
     import train_gpt
 
     try:
-        _, plan, sections, start = train_gpt.read_header(Path(path).read_bytes())
+        header = train_gpt.read_header(Path(path).read_bytes())
     except (ValueError, OSError) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
     raw = defaultdict(int)
     stored = defaultdict(int)
-    for (kind, _, members), (size, _, _) in zip(plan, sections, strict=True):
+    for (kind, _, members), (size, _, _) in zip(header.plan, header.records, strict=True):
         names = set()
         for spec in members:
             name = "row orders" if kind == "orders" else group_of(spec)
@@ -477,12 +477,12 @@ def bytes_by_group(path):
             raw[name] += spec.num_bytes
         if len(names) == 1:
             together = names.pop()
-        elif len(sections) == 1:
+        elif len(header.records) == 1:
             together = "all tensors"
         else:
             together = "all codes" if kind == "codes" else "all other tensors"
         stored[together] += size
-    stored["header"] += start
+    stored["header"] += header.start
     return dict(raw), dict(stored)
 
 
