@@ -4813,7 +4813,7 @@ class MatrixModel:
     def __init__(self, coder, counts, columns):
         self.coder = coder
         self.counts = counts  # shared by all matrices, so that a matrix starts with learnt counts
-        # context of the variance of a row: the mean of the last block, at first that of 7
+        # context of the variance of a row: the mean of the last block, at first for 7 to 8
         self.usual = 37
         self.sum_ratios = np.full(columns, 16 * ONE_RATIO)
         self.rows_seen = 16
