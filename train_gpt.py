@@ -6347,7 +6347,7 @@ class TestTimeTrainer:
     def adapt_base(self, phase, tokens, steps_left):
         """Fine-tunes on a phase of `tokens` targets, if every rank has the time for it."""
         num_steps = tokens / self.hp.global_ttt_chunk_tokens
-        # seconds on an H200, measured: 3 us a token of this rank, forward and backward, 0.1 s a step
+        # as measured on an H200: 3 us a token of this rank, forward and backward, and 0.1 s a step
         cost = 3e-6 * tokens / self.dist.world_size + 0.1 * num_steps
         is_short = bool(steps_left) or self.progress.is_short_for(cost)
         if not any(self.dist.all_gather_object(is_short)):
