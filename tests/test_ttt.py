@@ -971,25 +971,35 @@ def test_the_sum_finds_losses_that_know_their_target(tmp_path, monkeypatch, coun
 # ---- hints
 
 
-@settings(max_examples=40, deadline=None)
-@given(
+# sizes of documents, letters, phases, seed
+STREAMS = (
     st.lists(st.integers(0, 60), min_size=1, max_size=9),
     st.integers(2, 4),
     st.integers(0, 3),
     st.integers(0, 99),
 )
-def test_hints_are_what_mostly_followed_before(sizes, letters, phases, seed):
-    hp = small_hp(phased_ttt_num_phases=phases, phased_ttt_prefix_docs=30_000)
+
+
+def random_stream(sizes, letters, seed):
+    """Documents of so many random tokens behind their BOS -> what a ValidationSet knows of them."""
     starts = np.cumsum([0, *(size + 1 for size in sizes)])
     tokens = np.random.default_rng(seed).integers(8, 8 + letters, starts[-1] + 1)
     tokens[starts] = train_gpt.BOS_ID
-    starts, ends = starts[:-1], starts[1:]
+    return SimpleNamespace(tokens=tokens, starts=starts[:-1], ends=starts[1:])
+
+
+@settings(max_examples=40, deadline=None)
+@given(*STREAMS)
+def test_hints_are_what_mostly_followed_before(sizes, letters, phases, seed):
+    hp = small_hp(phased_ttt_num_phases=phases, phased_ttt_prefix_docs=30_000)
+    stream = random_stream(sizes, letters, seed)
+    tokens, lengths = torch.from_numpy(stream.tokens), stream.ends - stream.starts
     for context in (1, 3, 15):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(parts.NGRAM, "context", context)
-            wanted = slow_hints(SimpleNamespace(tokens=tokens, starts=starts, ends=ends), hp)
-            phases = plan_ttt(ends - starts, hp)
-            found = parts.ngram_hints(torch.from_numpy(tokens), starts, ends - starts, phases)
+            wanted = slow_hints(stream, hp)
+            phases = plan_ttt(lengths, hp)
+            found = parts.ngram_hints(tokens, stream.starts, lengths, phases)
         assert {place: hint for place, hint in enumerate(found.tolist()) if hint >= 0} == {
             place: hint for place, (hint, _) in wanted.items()
         }
@@ -1037,10 +1047,7 @@ def slow_tilt_hints(validation, hp):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.integers(0, 60), min_size=1, max_size=9),
-    st.integers(2, 4),
-    st.integers(0, 3),
-    st.integers(0, 99),
+    *STREAMS,
     st.sampled_from(["1", "2,5", "9,1,3", "4,4,15"]),
 )
 def test_of_several_orders_the_longest_has_the_hint(sizes, letters, phases, seed, orders):
@@ -1050,22 +1057,21 @@ def test_of_several_orders_the_longest_has_the_hint(sizes, letters, phases, seed
         ngram_tilt_orders=orders,
         ttt_eval_seq_len=9,
     )
-    starts = np.cumsum([0, *(size + 1 for size in sizes)])
-    tokens = np.random.default_rng(seed).integers(8, 8 + letters, starts[-1] + 1)
-    tokens[starts] = train_gpt.BOS_ID
-    starts, ends = starts[:-1], starts[1:]
-    wanted = slow_tilt_hints(SimpleNamespace(tokens=tokens, starts=starts, ends=ends), hp)
-    plan = plan_ttt(ends - starts, hp)
-    found = parts.tilt_hints(torch.from_numpy(tokens), starts, ends - starts, plan, hp)
+    stream = random_stream(sizes, letters, seed)
+    tokens, lengths = torch.from_numpy(stream.tokens), stream.ends - stream.starts
+    wanted = slow_tilt_hints(stream, hp)
+    plan = plan_ttt(lengths, hp)
+    found = parts.tilt_hints(tokens, stream.starts, lengths, plan, hp)
     assert {place: tuple(pair) for place, pair in enumerate(found.tolist()) if pair[0] >= 0} == {
         place: (hint, 12 * number + 3 * min(3, math.ceil(math.log2(cases))) + where)
         for place, (hint, number, cases, where) in wanted.items()
     }
-    queues = parts.queue_of_targets(torch.from_numpy(tokens), starts, plan).tolist()
+    queues = parts.queue_of_targets(tokens, stream.starts, plan).tolist()
     for phase in plan:
         for number, documents in enumerate(itertools.chain(*phase.lanes)):
             for document in documents:
-                assert {*queues[starts[document] + 1 : ends[document] + 1]} <= {number}
+                start, end = stream.starts[document], stream.ends[document]
+                assert {*queues[start + 1 : end + 1]} <= {number}
 
 
 def learned_boosts(hp, seed=0):
