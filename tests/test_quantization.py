@@ -593,19 +593,23 @@ def test_an_untied_embedding_is_a_table_and_the_head_is_calibrated(tmp_path, dis
 
 
 def row_gradients_on(folder, world_size, **changes):
-    """collect_row_gradients on every rank -> model, loader, settings, results by rank."""
+    """collect_row_gradients on every rank -> model, loader, settings, results by rank.
+
+    Ranks are threads here, and each has a model of its own: PyTorch 2.13 holds a lock of a
+    parameter while it waits for the GIL, so threads that differentiate one model can hang.
+    """
     folder.mkdir(exist_ok=True)
     write_documents(folder, "train", [20, 28, 9, 31, 14, 25, 30, 17, 11] * 40, seed=5)
     hp = small_hp(data_path=str(folder), train_batch_tokens=3840, **changes)
-    model = make_model(hp)
+    models = [make_model(hp) for _ in range(world_size)]
     stream = train_gpt.TokenStream(hp.data_path, "train")
 
     def collect(dist):
         loader = train_gpt.TrainLoader(stream, hp, dist)
-        return train_gpt.collect_row_gradients(model, loader, hp, dist)
+        return train_gpt.collect_row_gradients(models[dist.rank], loader, hp, dist)
 
     loader = train_gpt.TrainLoader(stream, hp, train_gpt.Dist("cpu"))
-    return model, loader, hp, on_ranks(world_size, collect)
+    return models[0], loader, hp, on_ranks(world_size, collect)
 
 
 @pytest.mark.parametrize("batches, rows", [(3, 3), (7, 4)])
