@@ -293,7 +293,11 @@ def test_presets_named_as_origin_have_the_default():
 
 @pytest.mark.parametrize(
     "campaign, blocks, noise, freedom",
-    [("factorial", "seed", None, None), ("factorial2", "none", 0.0016, 4)],
+    [
+        ("factorial", "seed", None, None),
+        ("factorial2", "none", 0.0016, 4),
+        ("eight", "seed", 0.0016, 4),
+    ],
 )
 def test_screened_ideas_have_the_figures_of_their_campaign(campaign, blocks, noise, freedom):
     rows = rows_of_defaults("Ideas for the recipe that were screened")
