@@ -194,9 +194,7 @@ def cross_checks(hp):
         )
     stale = hp.ttt_stale_context and hp.ttt_enabled and hp.ttt_method == "lora"
     if stale and hp.new_values:
-        yield (
-            "PARTIAL_KEY_OFFSET, VALUE_RESIDUAL and VALUE_EMBED_LAYERS need TTT_STALE_CONTEXT=0"
-        )
+        yield "PARTIAL_KEY_OFFSET, VALUE_RESIDUAL and VALUE_EMBED_LAYERS need TTT_STALE_CONTEXT=0"
     layers = hp.value_embed_layers.split(",") if hp.value_embed_layers else []
     if not all(layer.isdecimal() and int(layer) < hp.num_layers for layer in layers):
         yield (
