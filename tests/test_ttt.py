@@ -1671,6 +1671,7 @@ def test_lane_i_runs_on_rank_i_mod_world_size_in_the_plans_order(tmp_path, monke
             "ttt_batch_size": 2,
             "ttt_lanes": 1,
         },
+        {"ttt_stale_context": 24, "attn_window": 5, "attn_window_full_layers": 1},
     ],
 )
 def test_losses_are_those_of_documents_scored_one_by_one(tmp_path, counted, changes, monkeypatch):
