@@ -3013,7 +3013,10 @@ class Segments(NamedTuple):
     max_seqlen: int  # no document is longer
 
     def attend(self, ops, q, k, v, attn_window=0):
-        """q (B, T, H, E), k and v (B, T, K, E) -> (B, T, H, E)."""
+        """q (B, T, H, E), k and v (B, T, K, E) -> (B, T, H, E).
+
+        attn_window: how many tokens before its own a query sees; 0: all.
+        """
         return ops.attention(q, k, v, self.cu_seqlens, self.max_seqlen, attn_window)
 
 
@@ -5863,21 +5866,23 @@ class StaleSegments(NamedTuple):
     new_kv: list  # attend leaves the new keys and values here
 
     def attend(self, ops, q, k, v, attn_window=0):
-        """q (B, T, H, E), new k and v (B, T, K, E) -> (B, T, H, E), causal; without windows."""
+        """q (B, T, H, E), new k and v (B, T, K, E) -> (B, T, H, E), causal."""
         # detached, or backward would add zeros for them
         self.new_kv.extend((k.detach(), v.detach()))
         older_k, older_v = self.cache
         all_k = older_k[self.key_rows].index_copy(0, self.new_key_rows, k.flatten(0, 1))[None]
         all_v = older_v[self.key_rows].index_copy(0, self.new_key_rows, v.flatten(0, 1))[None]
+
+        def attention(queries, cu_seqlens):
+            return ops.attention(queries, all_k, all_v, cu_seqlens, self.max_seqlen, attn_window)
+
         row_q = q.flatten(0, 1)[None]
         if ops.names["attention"] != "sdpa":
-            y = ops.attention(row_q, all_k, all_v, self.cu_seqlens, self.max_seqlen)
-            return y.view(q.shape)
+            return attention(row_q, self.cu_seqlens).view(q.shape)
         # The reference takes a query for every key: the others are zero, their outputs unused
         all_q = row_q.new_zeros(1, all_k.size(1), *row_q.shape[2:])
         all_q = all_q.index_copy(1, self.new_key_rows, row_q)
-        y = ops.attention(all_q, all_k, all_v, self.cu_seqlens[1], self.max_seqlen)
-        return y[:, self.new_key_rows].view(q.shape)
+        return attention(all_q, self.cu_seqlens[1])[:, self.new_key_rows].view(q.shape)
 
 
 class StaleContext:

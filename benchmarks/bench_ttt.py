@@ -94,7 +94,7 @@ def past_window(model, tokens, start, window, kept):
     if before:
         row.embed = embed
 
-    def attention(q, k, v, cu_seqlens, max_seqlen, window=0):
+    def attention(q, k, v, cu_seqlens, max_seqlen, attn_window=0):
         cos = model.cos[before : before + 1]
         sin = model.sin[before : before + 1]
         q = tg.apply_rotary_emb(q, cos, sin)
@@ -106,11 +106,14 @@ def past_window(model, tokens, start, window, kept):
             seen.append(torch.cat((old[:, first:before], new), 1))
             old[:, before:end] = new.detach()
         mask = torch.ones(q.size(1), end - first, dtype=torch.bool, device=q.device)
+        mask = mask.tril(before - first)
+        if attn_window:
+            mask = mask.triu(before - first - attn_window)
         heads = []
         for t in (q, *seen):
             heads.append(t.repeat_interleave(q.size(2) // t.size(2), 2).transpose(1, 2))
         attend = torch.nn.functional.scaled_dot_product_attention
-        return attend(*heads, attn_mask=mask.tril(before - first)).transpose(1, 2)
+        return attend(*heads, attn_mask=mask).transpose(1, 2)
 
     row.ops = model.ops._replace(attention=attention)
     return row

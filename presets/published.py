@@ -193,11 +193,8 @@ def cross_checks(hp):
             "SPARSE_ATTN_GATE_ENABLED, GATED_ATTN_ENABLED, ATTN_OUT_GATE_ENABLED exclude each other"
         )
     stale = hp.ttt_stale_context and hp.ttt_enabled and hp.ttt_method == "lora"
-    if stale and (hp.attn_window or hp.new_values):
-        yield (
-            "ATTN_WINDOW, PARTIAL_KEY_OFFSET, VALUE_RESIDUAL and VALUE_EMBED_LAYERS need"
-            " TTT_STALE_CONTEXT=0"
-        )
+    if stale and hp.new_values:
+        yield "PARTIAL_KEY_OFFSET, VALUE_RESIDUAL and VALUE_EMBED_LAYERS need TTT_STALE_CONTEXT=0"
     layers = hp.value_embed_layers.split(",") if hp.value_embed_layers else []
     if not all(layer.isdecimal() and int(layer) < hp.num_layers for layer in layers):
         yield (

@@ -766,6 +766,13 @@ TEST_TIME_TRAINING = [
         "tests/test_ttt.py::test_losses_are_those_of_documents_scored_one_by_one[changes6]",
     ),
     Mutant(
+        "stale-context-without-windows-of-attention",
+        TRAIN,
+        "ops.attention(queries, all_k, all_v, cu_seqlens, self.max_seqlen, attn_window)",
+        "ops.attention(queries, all_k, all_v, cu_seqlens, self.max_seqlen)",
+        "tests/test_ttt.py::test_windows_of_attention_reach_into_the_stale_context",
+    ),
+    Mutant(
         "rotary-positions-begin-anew-in-each-window",
         TRAIN,
         "self.positions = before[:, None] + torch.arange(self.width, device=device)",

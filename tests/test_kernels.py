@@ -853,7 +853,8 @@ def test_queries_may_be_fewer_than_keys(backend, compiled, heads, fa3_stub, fa4_
     assert max(errors(op, by_document, (q, k, v), cu_seqlens, 13)) < 1e-5
 
 
-def test_stale_context_is_the_same_with_queries_for_the_own_keys_alone(fa4_stub):
+@pytest.mark.parametrize("window", [0, 3, 7])
+def test_stale_context_is_the_same_with_queries_for_the_own_keys_alone(window, fa4_stub):
     ops = {
         name: SimpleNamespace(names={"attention": name}, attention=backend)
         for name, backend in (("sdpa", attention_sdpa), ("fa4", attention_fa4))
@@ -873,7 +874,7 @@ def test_stale_context_is_the_same_with_queries_for_the_own_keys_alone(fa4_stub)
             segments = train_gpt.StaleSegments(
                 cache.to(qkv[0].dtype), places, fresh, cu_seqlens, 14, []
             )
-            return segments.attend(ops[name], *qkv)
+            return segments.attend(ops[name], *qkv, window)
 
         return attend
 

@@ -148,7 +148,7 @@ def test_the_environment_sets_every_setting(field):
         ({"MUON_HEAD_PAIRS": "1", "NUM_KV_HEADS": "1"}, "MUON_HEAD_PAIRS"),
         ({"QAT_BELOW_LR": "0.1"}, "GPTQ_COLUMN_STEPS"),
         ({"TTT_METHOD": "sgd", "TTT_MAX_DOCS": "9"}, "TTT_MAX_DOCS"),
-        ({"ATTN_WINDOW": "9"}, "TTT_STALE_CONTEXT=0"),
+        ({"PARTIAL_KEY_OFFSET": "1"}, "TTT_STALE_CONTEXT=0"),
         ({"VALUE_RESIDUAL": "mix"}, "TTT_STALE_CONTEXT=0"),
     ],
 )
@@ -160,8 +160,9 @@ def test_combinations_that_cannot_work_are_refused(changes, message):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"ATTN_WINDOW": "9", "TTT_ENABLED": "0"},
-        {"ATTN_WINDOW": "9", "TTT_METHOD": "sgd"},
+        {"ATTN_WINDOW": "9"},
+        {"VALUE_RESIDUAL": "mix", "TTT_ENABLED": "0"},
+        {"VALUE_RESIDUAL": "mix", "TTT_METHOD": "sgd"},
         {"TTT_SHORT_CHUNKS": "256:8,2000:24"},
         {"NGRAM_TILT_ORDERS": "8,12,16"},
     ],

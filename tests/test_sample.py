@@ -254,7 +254,7 @@ def test_fused_markers_are_one_id_and_come_out_as_text():
 
 
 def test_a_run_of_the_published_parts_gets_them(published):
-    settings = {"ATTN_WINDOW": "256", "TTT_STALE_CONTEXT": "0", "QUANT_ONLY": "1"}
+    settings = {"ATTN_WINDOW": "256", "QUANT_ONLY": "1"}
     hp = sample.hyperparameters(settings, "cpu", None)
     assert isinstance(hp, published.Hyperparameters) and hp.attn_window == 256
 

@@ -1446,6 +1446,22 @@ def test_without_learning_it_is_plain_scoring_of_windows(tmp_path, counted, chan
     assert score["loss"] == pytest.approx(sum(plain.values()) / len(plain), rel=1e-6)
 
 
+def test_windows_of_attention_reach_into_the_stale_context(tmp_path, counted, published):
+    """While nothing is learned, stale keys and values are those that would be computed anew."""
+    windows = {"attn_window": 5, "attn_window_full_layers": 1}
+
+    def losses(**changes):
+        rates = {"ttt_lora_lr": 0.0, "global_ttt_lr": 0.0}
+        hp = small_hp(data_path=str(tmp_path), ttt_eval_seq_len=100, **rates | changes)
+        counted.clear()
+        run_ttt(hp, make_validation(tmp_path, hp))
+        return [loss for _, loss in sorted(flat(counted).items())]
+
+    anew = losses(**windows)
+    assert losses(**windows, ttt_stale_context=90) == pytest.approx(anew, abs=1e-5)
+    assert losses(ttt_stale_context=90) != pytest.approx(anew, abs=1e-2)
+
+
 def test_one_lora_step_is_the_gradient_step_on_the_chunk_alone(tmp_path, counted):
     """Second chunk of the only document, by hand: AdamW's first step on A, B with explicit
     products.
@@ -1655,6 +1671,7 @@ def test_lane_i_runs_on_rank_i_mod_world_size_in_the_plans_order(tmp_path, monke
             "ttt_batch_size": 2,
             "ttt_lanes": 1,
         },
+        {"ttt_stale_context": 24, "attn_window": 5, "attn_window_full_layers": 1},
     ],
 )
 def test_losses_are_those_of_documents_scored_one_by_one(tmp_path, counted, changes, monkeypatch):
