@@ -4,8 +4,8 @@ Compressors on the same codes, and BPB against bytes over quantization settings.
 
     python benchmarks/bench_bytes.py codes runs/ID/artifact.bin
         # every compressor on the arrays of an artifact
-    DATA_PATH=... python benchmarks/bench_bytes.py sweep runs/ID/model.pt --out sweep.png \
-        --curve "steps of columns" "GPTQ_TRELLIS=0 MLP_CLIP_SIGMAS=14" "GPTQ_TRELLIS=0" \
+    DATA_PATH=... python benchmarks/bench_bytes.py sweep runs/ID/model.pt --out sweep.png \\
+        --curve "steps of columns" "GPTQ_TRELLIS=0 MLP_CLIP_SIGMAS=14" "GPTQ_TRELLIS=0" \\
         --curve trellis "MLP_CLIP_SIGMAS=14" ""
     DATA_PATH=... python benchmarks/bench_bytes.py rate runs/ID/model.pt --out rate.png --layer 5
 

@@ -2,9 +2,9 @@
 
 Every preset through train_gpt.py to its end, one process a GPU, as a table.
 
-    python benchmarks/bench_presets.py --caseops data/mine --plain data/plain \
+    python benchmarks/bench_presets.py --caseops data/mine --plain data/plain \\
         --gpus 0,1,2,3 --seconds 120
-    python benchmarks/bench_presets.py pr1855 pr2135 --caseops data/mine \
+    python benchmarks/bench_presets.py pr1855 pr2135 --caseops data/mine \\
         --set TTT_LANES=1 --ttt-docs 300
 
 --caseops is the data of presets with CaseOps; --plain has a folder spN for each vocabulary of the

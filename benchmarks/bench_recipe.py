@@ -2,9 +2,9 @@
 
 The proxy.
 
-    python benchmarks/bench_recipe.py data data/proxy --train docs_train.jsonl.xz \
+    python benchmarks/bench_recipe.py data data/proxy --train docs_train.jsonl.xz \\
         --val docs_val.jsonl.xz
-    python benchmarks/bench_recipe.py run fusion --kind screen --data data/proxy --seeds 1 2 3 \
+    python benchmarks/bench_recipe.py run fusion --kind screen --data data/proxy --seeds 1 2 3 \\
         --arm base "" --arm stored "MARKER_FUSION_ENABLED=0" --arm before@../before ""
     python benchmarks/bench_recipe.py table fusion
     python benchmarks/bench_recipe.py effects factorial --noise 0.0016

@@ -2,7 +2,7 @@
 
 One table for the default model with looping off, one with looping on.
 
-    python benchmarks/bench_step.py [--seconds 60] [--states off,on] [--no-table] \
+    python benchmarks/bench_step.py [--seconds 60] [--states off,on] [--no-table] \\
         [--caches] [--loader] [--out FILE]
 
 The trainer's own step runs on DATA_PATH, or on synthetic shards with documents of realistic
