@@ -29,11 +29,9 @@ import argparse
 import contextlib
 import datetime
 import fcntl
-import gzip
 import hashlib
 import itertools
 import json
-import lzma
 import math
 import os
 import re
@@ -55,6 +53,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from prepare_caseops_data import read_lines  # noqa: E402
 from tools.run_files import script_of, settings_of, with_preset  # noqa: E402
 from tools.summarize import Sample, paired  # noqa: E402
 
@@ -1219,11 +1218,10 @@ def prepare_data(args) -> None:
     if (out / "manifest.json").exists():
         print(f"{out} is there already")
         return
-    opened = {".xz": lzma.open, ".gz": gzip.open}.get(Path(args.val).suffix, open)
+    lines = itertools.islice(read_lines(args.val), args.val_docs)
     with tempfile.TemporaryDirectory() as scratch:
         validation = Path(scratch, "val.jsonl")
-        with opened(args.val, "rt", encoding="utf-8") as lines:
-            validation.write_text("".join(itertools.islice(lines, args.val_docs)), encoding="utf-8")
+        validation.write_bytes(b"\n".join(line.content.rstrip() for line in lines))
         command = [sys.executable, str(ROOT / "prepare_caseops_data.py"), "--docs", *args.train]
         command += ["--val-file", str(validation), "--out", str(out)]
         done = subprocess.run(command + (["--tokenizer", args.tokenizer] if args.tokenizer else []))
@@ -1311,9 +1309,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="documents, JSON lines, plain, .gz or .xz",
+        help="documents, in any format that prepare_caseops_data.py reads",
     )
-    data.add_argument("--val", required=True, metavar="FILE", help="validation documents")
+    data.add_argument("--val", required=True, metavar="FILE", help="validation documents, likewise")
     data.add_argument(
         "--val-docs", type=int, default=500, metavar="N", help="the first N; default: %(default)s"
     )
