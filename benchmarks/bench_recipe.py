@@ -55,7 +55,6 @@ sys.path.insert(0, str(ROOT))
 
 from prepare_caseops_data import read_lines  # noqa: E402
 from tools.run_files import script_of, settings_of, with_preset  # noqa: E402
-from tools.summarize import Sample, paired  # noqa: E402
 
 LINE_VERSION = 1
 STAGES = "prequant", "quantized", "sliding", "ttt"
@@ -682,14 +681,11 @@ def verdict_of(n: int, gain: float, p_none: float, p_enough: float) -> str:
     return "reject" if p_enough < SIGNIFICANCE else "undecided"
 
 
-def p_beyond(arm: Sample, reference: Sample, margin: float) -> float:
-    """One-sided p that the arm's gain is `margin` or less; nan for a single pair."""
-    if len(arm.losses) < 2:
-        return math.nan
-    p = paired(arm, reference, margin)
-    if p is None:  # all differences are the same number: no spread to test with
-        return 0.0 if reference.mean - arm.mean > margin else 1.0
-    return p
+def t_of(gain: float, error: float) -> float:
+    """gain / error; without an error plus infinity for a gain, minus infinity for none."""
+    if error == 0:
+        return math.inf if gain > 0 else -math.inf
+    return gain / error
 
 
 def compare(pairs: dict[int, tuple[dict, dict]], stage: str) -> Comparison:
@@ -704,27 +700,16 @@ def compare(pairs: dict[int, tuple[dict, dict]], stage: str) -> Comparison:
                 f"seed {seed}: {run['arm']} was scored on {sizes[0]:,} bytes of text in {stage}, "
                 f"{partner['arm']} on {sizes[1]:,}: these cannot be compared"
             )
-    sides = []
-    for side in (0, 1):
-        losses = {seed: pair[side]["scores"][stage]["bpb"] for seed, pair in pairs.items()}
-        sides.append(Sample(losses, statistics.fmean(losses.values())))
-    arm, reference = sides
-    differences = [arm.losses[seed] - reference.losses[seed] for seed in pairs]
-    difference = statistics.fmean(differences)
-    n = len(differences)
+    bpb = [[run["scores"][stage]["bpb"] for run in pair] for pair in pairs.values()]
+    differences = [arm - reference for arm, reference in bpb]
+    n = len(bpb)
+    gain = -statistics.fmean(differences)
     error = statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
-    t = (
-        -difference / error
-        if error
-        else math.copysign(math.inf, -difference)
-        if difference
-        else math.nan
-    )
-    p_none = p_beyond(arm, reference, 0.0)
-    p_enough = 1 - p_beyond(arm, reference, MIN_GAIN_BPB)
-    return Comparison(
-        n, arm.mean, difference, error, t, p_none, verdict_of(n, -difference, p_none, p_enough)
-    )
+    t = t_of(gain, error)
+    p_none = stats.t.sf(t, n - 1)
+    p_enough = stats.t.cdf(t_of(gain - MIN_GAIN_BPB, error), n - 1)
+    mean = statistics.fmean(arm for arm, _ in bpb)
+    return Comparison(n, mean, -gain, error, t, p_none, verdict_of(n, gain, p_none, p_enough))
 
 
 def ratio(pairs: dict[int, tuple[dict, dict]], key: str) -> float:
@@ -1014,8 +999,8 @@ def effects_head(freedom: int, noise: float | None) -> list[str]:
 
 def gain_cells(difference: float, error: float, distribution) -> list[str]:
     """Cells of a standard error, of the gain over it, and of the one-sided p."""
-    ratio = -difference / error if error else math.copysign(math.inf, -difference)
-    return [f"{error:.5f}", f"{ratio:.2f}", f"{distribution.sf(ratio):.2g}"]
+    t = t_of(-difference, error)
+    return [f"{error:.5f}", f"{t:.2f}", f"{distribution.sf(t):.2g}"]
 
 
 def effect_rows(
