@@ -477,6 +477,14 @@ def figures_of(result: dict, log: str, recipe: Recipe) -> dict:
 # ---- what is missing
 
 
+def given_up(records: list[dict], kind: str) -> set[tuple[int, str]]:
+    """(seed, arm) of the runs of a kind that failed so often that they are left alone."""
+    failed = Counter(
+        (r["seed"], r["arm"]) for r in records if (r["kind"], r["status"]) == (kind, "failed")
+    )
+    return {run for run, count in failed.items() if count >= MAX_FAILURES}
+
+
 def missing_pairs(
     records: list[dict], kind: str, seed: int, names: list[str], go: str
 ) -> list[str]:
@@ -485,10 +493,7 @@ def missing_pairs(
     The first name is the reference.
     """
     runs = [run for run in succeeded(records, kind) if run["seed"] == seed]
-    failures = Counter(
-        r["arm"] for r in records if (r["kind"], r["seed"], r["status"]) == (kind, seed, "failed")
-    )
-    hopeless = {name for name, count in failures.items() if count >= MAX_FAILURES}
+    hopeless = {name for of_seed, name in given_up(records, kind) if of_seed == seed}
     reference, *others = names
     if reference in hopeless:
         return []
@@ -510,15 +515,13 @@ def missing_repeats(
     Every arm runs as often as a seed is named.
     """
     done = Counter((run["seed"], run["arm"]) for run in succeeded(records, kind))
-    failed = Counter(
-        (r["seed"], r["arm"]) for r in records if (r["kind"], r["status"]) == (kind, "failed")
-    )
+    hopeless = given_up(records, kind)
     missing = []
     planned = Counter()
-    for seed, name in itertools.product(seeds, names):
-        planned[seed, name] += 1
-        if planned[seed, name] > done[seed, name] and failed[seed, name] < MAX_FAILURES:
-            missing.append((seed, name))
+    for run in itertools.product(seeds, names):
+        planned[run] += 1
+        if planned[run] > done[run] and run not in hopeless:
+            missing.append(run)
     return missing
 
 
