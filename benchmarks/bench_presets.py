@@ -1,6 +1,4 @@
-"""Published systems side by side.
-
-Every preset through train_gpt.py to its end, one process a GPU, as a table.
+"""Published systems side by side: every preset to its end, one process a GPU, as a table.
 
     python benchmarks/bench_presets.py --caseops data/mine --plain data/plain \\
         --gpus 0,1,2,3 --seconds 120
