@@ -423,10 +423,7 @@ def run_once(arm: Arm, recipe: Recipe, seed: int, runs: Path) -> dict:
 
 
 def figures_of(result: dict, log: str, recipe: Recipe) -> dict:
-    """What a record keeps of RESULT.
-
-    With tokens/s over the complete training, and epochs of the training data.
-    """
+    """What a record keeps of RESULT, with tokens/s over the complete training, and epochs."""
     keys = (
         "commit",
         "device",
@@ -456,14 +453,22 @@ def figures_of(result: dict, log: str, recipe: Recipe) -> dict:
     if result.get("steps") and result.get("training_seconds"):
         tokens = result["steps"] * int(recipe.environ["TRAIN_BATCH_TOKENS"])
         figures["tokens_per_second"] = round(tokens / result["training_seconds"])
-        if found := re.search(r"\btrain_tokens:(\d+)", log):
-            figures["train_tokens"] = int(found[1])
-            # a row whose markers are fused takes more of the stored tokens than it has
-            row = int(recipe.environ["MICRO_BATCH_TOKENS"])
-            span = re.search(r"\bspan:(\d+)", log)
-            stored = tokens * int(span[1]) / row if span else tokens
-            figures["epochs"] = round(stored / int(found[1]), 3)
+        figures |= epochs_of(tokens, int(recipe.environ["MICRO_BATCH_TOKENS"]), log)
     return figures
+
+
+def epochs_of(tokens: int, row: int, log: str) -> dict:
+    """{train_tokens, epochs} of a run that trained on `tokens` tokens in rows of `row`.
+
+    Empty where the log does not say how large the training data are.
+    """
+    found = re.search(r"\btrain_tokens:(\d+)", log)
+    if not found:
+        return {}
+    # a row whose markers are fused takes more of the stored tokens, its span, than it has
+    span = re.search(r"\bspan:(\d+)", log)
+    stored = tokens * int(span[1]) / row if span else tokens
+    return {"train_tokens": int(found[1]), "epochs": round(stored / int(found[1]), 3)}
 
 
 # ---- what is missing
@@ -1242,12 +1247,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=float,
         default=0,
         metavar="S",
-        help="begin no pair that would not end so long after the start; 0: no limit",
+        help="begin no seed whose runs would not end so long after the start; 0: no limit",
     )
     run.add_argument(
         "--split",
         action="store_true",
-        help="judge single runs by that limit: the next call on this machine ends the pair",
+        help="judge single runs by that limit: the next call on this machine completes the seed",
     )
     run.add_argument(
         "--runs", default=str(ROOT / "runs" / "recipe"), metavar="DIR", help="folder of the runs"
