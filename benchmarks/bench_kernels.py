@@ -192,10 +192,7 @@ def bench_around_attention(report: Report, tokens: int) -> None:
         )
 
     def behind(rows):
-        return (
-            *(normal(1, rows, n, HEAD_DIM) for n in (HEADS, kv_heads)),
-            normal(1, rows, HEADS),
-        )
+        return (*(normal(1, rows, n, HEAD_DIM) for n in (HEADS, kv_heads)), normal(1, rows, HEADS))
 
     q_bytes = 2.0 * tokens * HEADS * HEAD_DIM  # of q; k and v: half of it each
     for name, ops, inputs, work in (

@@ -494,7 +494,7 @@ def missing_pairs(
     reference, *others = names
     if reference in hopeless:
         return []
-    if not others:
+    if not others:  # one arm alone has no pairs
         return [] if runs else [reference]
     unpaired = [
         name for name in others if name not in hopeless and not pairs_of(runs, name, reference)
@@ -584,7 +584,7 @@ class Campaign:
         return False
 
     def run(self) -> int:
-        """-> the number of runs that failed."""
+        """Runs what is missing, until --limit-seconds -> the number of runs that failed."""
         failed = 0
         plan = groups_missing(read_campaign(self.path), self.args, self.go)
         count = sum(map(len, plan))

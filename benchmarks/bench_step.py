@@ -182,10 +182,7 @@ def product_rate(dist, dtype, rows: int = 0, inner: int = 0, columns: int = 0) -
 def measure_ceilings(hp, dist, dtype) -> dict:
     """{name: TFLOP/s} of a large matmul and of the model's matmuls, and GB/s of a copy."""
     tokens = hp.micro_batch_tokens if dist.device.type == "cuda" else 4096
-    shapes = [
-        (),
-        *((tokens, hp.model_dim, n) for n in (hp.model_dim, hp.mlp_dim, hp.vocab_size)),
-    ]
+    shapes = [(), *((tokens, hp.model_dim, n) for n in (hp.model_dim, hp.mlp_dim, hp.vocab_size))]
     ceilings = dict(product_rate(dist, dtype, *shape) for shape in shapes)
     source = torch.empty(
         2**30 if dist.device.type == "cuda" else 2**24, dtype=torch.int8, device=dist.device
