@@ -9,10 +9,10 @@
     python benchmarks/bench_recipe.py effects factorial --noise 0.0016
     python benchmarks/bench_recipe.py noise noise
 
-An arm is a name with settings of train_gpt.py; NAME@DIR takes the train_gpt.py of another checkout.
-The first arm of `run` is the reference. Every finished run becomes one line of the campaign file,
-docs/campaigns/NAME.jsonl (or the path that is given instead of a name), and a later call with the
-same plan runs only what is missing there.
+An arm is a name with settings of train_gpt.py or of presets/published.py, which runs then;
+NAME@DIR takes the script of another checkout. The first arm of `run` is the reference. Every
+finished run becomes one line of the campaign file, docs/campaigns/NAME.jsonl (or the path that is
+given instead of a name), and a later call with the same plan runs only what is missing there.
 
 `effects` is for designed experiments: arms such as soap+wide+short name the factors that they turn
 on, and every run tells about every factor. Seeds are fitted as blocks; --blocks none leaves them
@@ -142,7 +142,7 @@ class Arm(NamedTuple):
 
     name: str
     settings: dict[str, str]  # as given for this arm
-    tree: Path  # the checkout whose train_gpt.py runs
+    tree: Path  # the checkout whose script runs
 
 
 class Recipe(NamedTuple):
