@@ -395,12 +395,9 @@ def count_once(events: list[Event]) -> None:
 
 
 def add_attention_work(events: list[Event], pairs: float, passes: int, hp, item: int) -> None:
-    """Spreads the FLOPs and bytes of attention in a step over its events by their time.
+    """Spreads the FLOPs and bytes of attention over its events by their time.
 
-    Args:
-        pairs: (query, key) pairs of the step, in one layer
-        passes: how often a token passes a layer
-        item: bytes of a number
+    They are of the causal pairs of the step, per pass.
     """
     heads, kv_heads = hp.num_heads * hp.head_dim, hp.num_kv_heads * hp.head_dim
     once = 4.0 * pairs * heads * passes
@@ -435,7 +432,7 @@ def annotated(name: str, function):
 
 
 def causal_pairs(trainer, step: int) -> float:
-    """Pairs (query, key) of a rank's rows of a step, in one layer."""
+    """Pairs (query, key) of all rows of a step."""
     lengths = [row.cu_seqlens.diff().double() for row in trainer.loader.rank_rows(step)]
     return sum((n * (n + 1) / 2).sum().item() for n in lengths)
 
