@@ -85,7 +85,7 @@ def main():
     Averages.spans = parser.parse_args().spans
     if os.environ.get("RESUME", "0") not in ("", "0"):
         parser.error("RESUME does not go with several averages: resume with train_gpt.py")
-    sys.argv[1:] = []
+    sys.argv = [tg.__file__]  # which the guard names where it says how to go on
     tg.EMA = Averages
     tg.save_checkpoint = save_all
     tg.score_stage = score_all

@@ -1,11 +1,9 @@
-"""Bytes of a trained model.
-
-Compressors on the same codes, and BPB against bytes over quantization settings.
+"""Bytes of a trained model: compressors on equal codes, and BPB against bytes over settings.
 
     python benchmarks/bench_bytes.py codes runs/ID/artifact.bin
         # every compressor on the arrays of an artifact
-    DATA_PATH=... python benchmarks/bench_bytes.py sweep runs/ID/model.pt --out sweep.png \
-        --curve "steps of columns" "GPTQ_TRELLIS=0 MLP_CLIP_SIGMAS=14" "GPTQ_TRELLIS=0" \
+    DATA_PATH=... python benchmarks/bench_bytes.py sweep runs/ID/model.pt --out sweep.png \\
+        --curve "steps of columns" "GPTQ_TRELLIS=0 MLP_CLIP_SIGMAS=14" "GPTQ_TRELLIS=0" \\
         --curve trellis "MLP_CLIP_SIGMAS=14" ""
     DATA_PATH=... python benchmarks/bench_bytes.py rate runs/ID/model.pt --out rate.png --layer 5
 
@@ -88,9 +86,8 @@ def compare_codes(path: Path, compressors: list[str]) -> None:
         packed = time.perf_counter()
         rebuilt = train_gpt.unpack_weights(blob)
         unpacked = time.perf_counter()
-        assert all(np.array_equal(rebuilt[name], array) for name, array in arrays.items()), (
-            "not exact"
-        )
+        exact = all(np.array_equal(rebuilt[name], array) for name, array in arrays.items())
+        assert exact, "not exact"
         groups = " ".join(
             f"{group}:{size}" for group, size in packed_groups(arrays, compressor).items()
         )
@@ -129,6 +126,12 @@ def check_points(points: list[str]) -> None:
                 )
 
 
+def weighted_error(w: torch.Tensor, rebuilt: torch.Tensor, hessian: torch.Tensor) -> float:
+    """tr(E H E^T) / tr(W H W^T) of a matrix w (R, C), its error E = w - rebuilt and H (C, C)."""
+    error = w - rebuilt.to(w)
+    return float(((error @ hessian) * error).sum() / ((w @ hessian) * w).sum())
+
+
 class Sweep:
     """One checkpoint, its Hessians, and its loss on the rows that were held out.
 
@@ -136,15 +139,10 @@ class Sweep:
     GPTQ_ROW_POWER. Threads pack meanwhile: lrzip takes minutes.
     """
 
-    def __init__(self, checkpoint: Path, compressor: str, points: Sequence[str] = ()):
-        self.hp = train_gpt.Hyperparameters.from_env(guard=RunGuard())
-        self.hp = (
-            self.hp
-            if "COMPRESSOR" in os.environ
-            else dataclasses.replace(self.hp, compressor=compressor)
-        )
-        self.dist = dist = train_gpt.Dist(self.hp.device)
-        hp, dtype = self.hp, torch.bfloat16 if dist.device.type == "cuda" else torch.float32
+    def __init__(self, checkpoint: Path, points: Sequence[str] = ()):
+        self.hp = hp = train_gpt.Hyperparameters.from_env(guard=RunGuard())
+        self.dist = dist = train_gpt.Dist(hp.device)
+        dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
         # points may take it
         with_trellis = dataclasses.replace(hp, gptq_column_steps=True, gptq_trellis=True)
         ops = train_gpt.select_ops(with_trellis, dist.device, dtype)
@@ -164,7 +162,7 @@ class Sweep:
 
     def settings_at(self, point: str) -> train_gpt.Hyperparameters:
         """The settings of a point, "NAME=VALUE ..."."""
-        environ = dict(os.environ, COMPRESSOR=self.hp.compressor) | settings_of(point.split())
+        environ = os.environ | settings_of(point.split())
         return train_gpt.Hyperparameters.from_env(environ, RunGuard())
 
     def measure(self, settings: str) -> tuple[dict, Future]:
@@ -187,11 +185,7 @@ class Sweep:
         rebuilt = train_gpt.dequantize_weights(arrays)
         error = 0.0
         for name, hessian in self.hessians.items():
-            e, w = (
-                x.to(hessian)
-                for x in (self.weights[name] - rebuilt[name].to(hessian), self.weights[name])
-            )
-            error += float(((e @ hessian) * e).sum() / ((w @ hessian) * w).sum())
+            error += weighted_error(self.weights[name].to(hessian), rebuilt[name], hessian)
         train_gpt.rebank(self.model, rebuilt)
         loss = train_gpt.held_out_loss(self.model, self.loader, self.hp, self.dist)
         figures = {
@@ -240,7 +234,9 @@ CLIP_FACTORS = (0.5, 0.7, 1.0, 1.4, 2.0)  # of the clips, and so of the step siz
 CLIPS = "mlp_clip_sigmas", "attn_clip_sigmas", "embed_clip_sigmas"
 
 
-def gaussian_bound(w: torch.Tensor, hessian: torch.Tensor, damp: float, bits: np.ndarray):
+def gaussian_bound(
+    w: torch.Tensor, hessian: torch.Tensor, damp: float, bits: np.ndarray
+) -> list[float]:
     """The least relative weighted error at these rates for a Gaussian matrix of w's row variances.
 
     The weighted error of w (R, C) is a sum over columns of conditional variance times squared
@@ -275,10 +271,9 @@ def measure_rates(harness: Sweep, name: str) -> dict[str, list[tuple[float, floa
             arrays = train_gpt.quantize_weights(
                 {name: w}, {name: hessian}, hp, harness.dist, harness.model.ops.trellis_round
             )
-            error = w - train_gpt.dequantize_weights(arrays)[name].to(w)
-            weighted = ((error @ hessian) * error).sum() / ((w @ hessian) * w).sum()
+            error = weighted_error(w, train_gpt.dequantize_weights(arrays)[name], hessian)
             bits = 8 * len(train_gpt.pack_weights(arrays, "entropy")) / w.numel()
-            curves[method].append((bits, weighted.item()))
+            curves[method].append((bits, error))
     rates = [bits for curve in curves.values() for bits, _ in curve]
     bits = np.linspace(min(rates), max(rates), 20)
     bound = gaussian_bound(w, hessian, harness.hp.gptq_damp, bits)
@@ -286,11 +281,14 @@ def measure_rates(harness: Sweep, name: str) -> dict[str, list[tuple[float, floa
 
 
 def compare_rates(checkpoint: Path, layer: int, path: Path) -> None:
-    """Prints, for a matrix of each kind and each method, bits above the bound at equal error."""
+    """Prints, for a matrix of each kind and each method, bits above the bound at equal error.
+
+    Draws the curves into `path` with suffix .png, and adds a line for each matrix to its .jsonl.
+    """
     os.environ["MPLBACKEND"] = "Agg"
     from matplotlib import pyplot
 
-    harness = Sweep(checkpoint, "entropy")
+    harness = Sweep(checkpoint)
     names = [
         name
         for name in harness.hessians
@@ -401,7 +399,7 @@ def main() -> None:
     check_points(points)
     if any("COMPRESSOR=pergroup" in point for point in points):
         published.check_lrzip()
-    harness = Sweep(options.checkpoint, "entropy", points)
+    harness = Sweep(options.checkpoint, points)
     print(
         f"fp32: bpb {harness.evaluator.evaluate_bpb()['bpb']:.6f}  held-out loss"
         f" {harness.fp32_loss}",

@@ -52,7 +52,9 @@ def best_seconds(function: Callable[[str], str], texts: list[str], passes: int) 
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description="Measure lossless_caps.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("docs", nargs="*", metavar="FILE", help="JSON lines; default: demo corpus")
     parser.add_argument("--passes", type=int, default=5, metavar="N")
     options = parser.parse_args()

@@ -28,10 +28,12 @@ DEVICE = "cuda"
 
 
 def median_ms(function) -> float:
+    """Median milliseconds of a call."""
     return tg.triton.testing.do_bench(function, warmup=20, rep=80, return_mode="median")
 
 
 def results(op, args) -> tuple:
+    """The tensors that an operation returns, without the None of outputs that are not wanted."""
     out = op(*args)
     return tuple(t for t in out if t is not None) if isinstance(out, tuple) else (out,)
 
@@ -80,6 +82,7 @@ def relative_errors(op, reference, args) -> list[float]:
 
 
 def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    """Random bf16 leaf of a graph with standard deviation `scale`."""
     return (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) * scale).requires_grad_()
 
 
@@ -98,6 +101,7 @@ def random_documents(tokens: int, documents: int) -> torch.Tensor:
 
 
 def causal_pairs(cu_seqlens: torch.Tensor) -> int:
+    """Pairs (query, key) of all documents."""
     lengths = cu_seqlens.diff().long()
     return int((lengths * (lengths + 1) // 2).sum())
 
@@ -134,22 +138,25 @@ class Report:
     def times(
         self, name: str, op, args, work: tuple[float, float], unit: str, reference_ms=None
     ) -> list[float]:
-        """Times op; work is that of the forward and of forward + backward in FLOP or bytes.
+        """Times op, forward and forward + backward; prints a line for each -> the two times in ms.
 
-        -> the two times in ms.
+        work: FLOP or bytes of the two, as `unit` (TFLOP/s or GB/s) says; reference_ms: their times
+        with the reference.
         """
         times = [median_ms(function) for function in forward_and_backward(op, args)]
-        ceiling = self.tflops if unit == "TFLOP/s" else self.gbytes
-        for i, (label, ms) in enumerate(zip(("forward", "forward + backward"), times, strict=True)):
-            rate = work[i] / ms / (1e9 if unit == "TFLOP/s" else 1e6)
-            against = (
-                f"{reference_ms[i]:12.3f} {reference_ms[i] / ms:6.2f}x" if reference_ms else ""
-            )
-            label = f"{name} {'fwd' if label == 'forward' else 'fwd+bwd'}"
+        ceiling, scale = (self.tflops, 1e9) if unit == "TFLOP/s" else (self.gbytes, 1e6)
+        for i, part in enumerate(("fwd", "fwd+bwd")):
+            ms = times[i]
+            rate = work[i] / ms / scale
+            against = ""
+            if reference_ms:
+                against = f"{reference_ms[i]:12.3f} {reference_ms[i] / ms:6.2f}x"
+            label = f"{name} {part}"
             print(f"{label:34} {ms:8.3f} {rate:7.0f} {unit:7} {rate / ceiling:9.0%} {against}")
         return times
 
     def compare(self, name: str, op, reference, args, work, unit: str) -> None:
+        """Times the reference, compiled with --compiled, and op; see times."""
         reference = torch.compile(reference) if self.compiled else reference
         reference_ms = self.times(f"{name} reference", reference, args, work, unit)
         self.times(name, op, args, work, unit, reference_ms)
@@ -164,10 +171,8 @@ def bench_cross_entropy(report: Report, tokens: int) -> None:
     report.errors("head + cross-entropy", *ops, inputs(min(tokens, 8192)))
     product = 2.0 * tokens * VOCAB * DIM
     report.compare("head + cross-entropy", *ops, inputs(tokens), (product, 3 * product), "TFLOP/s")
-    logits, targets = (
-        normal(tokens, VOCAB, scale=8).detach(),
-        torch.randint(VOCAB, (tokens,), device=DEVICE),
-    )
+    logits = normal(tokens, VOCAB, scale=8).detach()
+    targets = torch.randint(VOCAB, (tokens,), device=DEVICE)
     ms = median_ms(lambda: tg._launch_ce(logits, targets, SOFTCAP))
     rate = 4.0 * tokens * VOCAB / ms / 1e6  # read and written once
     print(f"{'cross-entropy kernel':34} {ms:8.3f} {rate:7.0f} GB/s    {rate / report.gbytes:9.0%}")
@@ -187,10 +192,7 @@ def bench_around_attention(report: Report, tokens: int) -> None:
         )
 
     def behind(rows):
-        return (
-            *(normal(1, rows, n, HEAD_DIM) for n in (HEADS, kv_heads)),
-            normal(1, rows, HEADS),
-        )
+        return (*(normal(1, rows, n, HEAD_DIM) for n in (HEADS, kv_heads)), normal(1, rows, HEADS))
 
     q_bytes = 2.0 * tokens * HEADS * HEAD_DIM  # of q; k and v: half of it each
     for name, ops, inputs, work in (
@@ -206,38 +208,32 @@ def bench_around_attention(report: Report, tokens: int) -> None:
         report.compare(name, *ops, inputs(tokens), work, "GB/s")
 
 
-def bench_entry(report: Report, tokens: int) -> None:
-    scale, stream = torch.full((1,), 0.5, device=DEVICE), 2.0 * tokens * DIM
+def bench_slot_input(report: Report, tokens: int) -> None:
+    """slot_input as a layer of the encoder, one of the decoder and one with two lanes call it."""
+    scale = torch.full((1,), 0.5, device=DEVICE)
+    stream = 2.0 * tokens * DIM  # bytes of a residual stream
 
-    def inputs(rows, wants, merges):
-        merge = (
-            normal(1, rows, DIM),
-            *(normal(DIM).detach().float().requires_grad_() for _ in range(2)),
-        )
-        return (
-            *(normal(1, rows, DIM) for _ in range(2)),
-            normal(2, DIM),
-            scale,
-            12,
-            *wants,
-            *(merge if merges else ()),
-        )
+    def inputs(rows, returned, merges):
+        x, x0, skip = (normal(1, rows, DIM) for _ in range(3))
+        weight, gate = (normal(DIM).detach().float().requires_grad_() for _ in range(2))
+        merge = (skip, weight, gate) if merges else ()
+        return x, x0, normal(2, DIM), scale, 12, *returned, *merge
 
-    opened = tg.compiled(tg.slot_input, tg.Hyperparameters(compile="1"), tg.Dist(DEVICE))
-    for name, wants, merges, work in (
-        ("entry of an encoder slot", (True, True), False, (4, 11)),
-        ("entry with a skip", (True, False), True, (5, 13)),
-        ("entry with lanes", (False, True), True, (5, 13)),
+    compiled = tg.compiled(tg.slot_input, tg.Hyperparameters(compile="1"), tg.Dist(DEVICE))
+    reference = tg.slot_input_ref
+    # returned: whether the mixed and the merged stream are; work: streams read and written
+    for name, returned, merges, work in (
+        ("slot input of the encoder", (True, True), False, (4, 11)),
+        ("slot input with a skip", (True, False), True, (5, 13)),
+        ("slot input with lanes", (False, True), True, (5, 13)),
     ):
-        report.errors(
-            name, tg.slot_input, tg.slot_input_ref, inputs(min(tokens, 8192), wants, merges)
-        )
-        work = [n * stream for n in work]
-        report.compare(name, opened, tg.slot_input_ref, inputs(tokens, wants, merges), work, "GB/s")
-        bench_entry_kernel(report, name, inputs(tokens, wants, merges), stream)
+        report.errors(name, tg.slot_input, reference, inputs(min(tokens, 8192), returned, merges))
+        args = inputs(tokens, returned, merges)
+        report.compare(name, compiled, reference, args, [n * stream for n in work], "GB/s")
+        bench_slot_input_kernel(report, name, args, stream)
 
 
-def bench_entry_kernel(report: Report, name: str, args, stream: float) -> None:
+def bench_slot_input_kernel(report: Report, name: str, args, stream: float) -> None:
     """The gradients' kernel alone: every stream once."""
     args = [a.detach() if torch.is_tensor(a) else a for a in args]
     x = args[0]
@@ -285,7 +281,8 @@ def bench_mlp(report: Report, tokens: int, hidden: int) -> None:
 def bench_attention(report: Report, tokens: int, documents: int) -> None:
     cu_seqlens, device = random_documents(tokens, documents), torch.device(DEVICE)
     short = random_documents(16384, 24)
-    pairs = causal_pairs(cu_seqlens)
+    flops = 4.0 * causal_pairs(cu_seqlens) * HEADS * HEAD_DIM
+    work = flops, 3.5 * flops  # five products backward against two forward
     for kv_heads in (4, 8):
 
         def inputs(length, cu, kv_heads=kv_heads):
@@ -295,8 +292,7 @@ def bench_attention(report: Report, tokens: int, documents: int) -> None:
                 MAX_SEQLEN,
             )
 
-        args, flops = inputs(tokens, cu_seqlens), 4.0 * pairs * HEADS * HEAD_DIM
-        work = flops, 3.5 * flops  # five products backward against two forward
+        args = inputs(tokens, cu_seqlens)
         reference_ms = report.times(
             f"attention KV={kv_heads} sdpa", tg.attention_sdpa, args, work, "TFLOP/s"
         )
@@ -345,7 +341,7 @@ def main() -> int:
     bench_cross_entropy(report, options.tokens)
     bench_mlp(report, options.tokens, options.hidden)
     bench_around_attention(report, options.tokens)
-    bench_entry(report, options.tokens)
+    bench_slot_input(report, options.tokens)
     bench_attention(report, options.tokens, options.documents)
     print(
         f"{time.perf_counter() - started:.0f} s in all"

@@ -1,10 +1,8 @@
-"""Published systems side by side.
+"""Published systems side by side: every preset to its end, one process a GPU, as a table.
 
-Every preset through train_gpt.py to its end, one process a GPU, as a table.
-
-    python benchmarks/bench_presets.py --caseops data/mine --plain data/plain \
+    python benchmarks/bench_presets.py --caseops data/mine --plain data/plain \\
         --gpus 0,1,2,3 --seconds 120
-    python benchmarks/bench_presets.py pr1855 pr2135 --caseops data/mine \
+    python benchmarks/bench_presets.py pr1855 pr2135 --caseops data/mine \\
         --set TTT_LANES=1 --ttt-docs 300
 
 --caseops is the data of presets with CaseOps; --plain has a folder spN for each vocabulary of the
@@ -129,24 +127,17 @@ def markdown(rows: list[dict]) -> str:
     """The table; a dash: a stage that a preset does not have."""
     lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
     for row in rows:
+        name = f"`{row['preset']}`"
         if "fault" in row:
-            lines.append(
-                f"| `{row['preset']}` | failed: {row['fault']}" + " | " * (len(HEAD) - 2) + " |"
-            )
+            cells = [name, f"failed: {row['fault']}", *[""] * (len(HEAD) - 2)]
+            lines.append(f"| {' | '.join(cells)} |")
             continue
         rates = ", ".join(f"{rate:,}" for rate in row["tokens_per_second_by_loop_state"])
         scores = [f"{row['bpb'][stage]:.4f}" if stage in row["bpb"] else "-" for stage in SCORES]
         stages = " ".join(f"{stage} {seconds:.0f}" for stage, seconds in row["seconds"].items())
-        cells = [
-            f"`{row['preset']}`",
-            row["steps"],
-            rates,
-            *scores,
-            f"{row['artifact_bytes']:,}",
-            f"{row['code_bytes']:,}",
-            stages,
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        sizes = [f"{row[key]:,}" for key in ("artifact_bytes", "code_bytes")]
+        cells = [name, str(row["steps"]), rates, *scores, *sizes, stages]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,19 +1,18 @@
-"""Does a change of the recipe help? Arms and seeds in paired runs on one GPU, with equal seconds.
+"""The proxy: does a change of the recipe help? Short paired runs on one GPU, with equal seconds.
 
-The proxy.
-
-    python benchmarks/bench_recipe.py data data/proxy --train docs_train.jsonl.xz \
-        --val docs_val.jsonl.xz
-    python benchmarks/bench_recipe.py run fusion --kind screen --data data/proxy --seeds 1 2 3 \
-        --arm base "" --arm stored "MARKER_FUSION_ENABLED=0" --arm before@../before ""
+    python benchmarks/bench_recipe.py data data/mine/proxy --train train.jsonl.xz \\
+        --val val.jsonl.xz
+    python benchmarks/bench_recipe.py run fusion --kind screen --data data/mine/proxy \\
+        --seeds 1 2 3 --arm base "" --arm stored "MARKER_FUSION_ENABLED=0" \\
+        --arm before@../before ""
     python benchmarks/bench_recipe.py table fusion
     python benchmarks/bench_recipe.py effects factorial --noise 0.0016
     python benchmarks/bench_recipe.py noise noise
 
-An arm is a name with settings of train_gpt.py; NAME@DIR takes the train_gpt.py of another checkout.
-The first arm of `run` is the reference. Every finished run becomes one line of the campaign file,
-docs/campaigns/NAME.jsonl (or the path that is given instead of a name), and a later call with the
-same plan runs only what is missing there.
+An arm is a name with settings of train_gpt.py or of presets/published.py, which runs then;
+NAME@DIR takes the script of another checkout. The first arm of `run` is the reference. Every
+finished run becomes one line of the campaign file, docs/campaigns/NAME.jsonl (or the path that is
+given instead of a name), and a later call with the same plan runs only what is missing there.
 
 `effects` is for designed experiments: arms such as soap+wide+short name the factors that they turn
 on, and every run tells about every factor. Seeds are fitted as blocks; --blocks none leaves them
@@ -21,19 +20,17 @@ out, where a small design is spread over seeds. --noise gives the known deviatio
 design with as many factors as runs less one needs.
 
 Runs count as a pair if they have the same seed and ran in one go: on one machine, with pauses of at
-most ten minutes. A half pair whose other half never came in its go is run again. docs/PROXY.md says
-when the results may be believed.
+most ten minutes. A half pair whose other half never came in its go is run again. docs/PROXY.md
+explains the kinds of runs and when the results may be believed.
 """
 
 import argparse
 import contextlib
 import datetime
 import fcntl
-import gzip
 import hashlib
 import itertools
 import json
-import lzma
 import math
 import os
 import re
@@ -46,6 +43,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,10 +53,10 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from prepare_caseops_data import read_lines  # noqa: E402
 from tools.run_files import script_of, settings_of, with_preset  # noqa: E402
-from tools.summarize import Sample, paired  # noqa: E402
 
-LINE_VERSION = 1
+LINE_VERSION = 1  # of the records in a campaign file
 STAGES = "prequant", "quantized", "sliding", "ttt"
 
 # Settings of every run: one micro-batch a step, so that a short run has thousands of steps.
@@ -72,6 +70,7 @@ KINDS = {
     "long": {"MAX_WALLCLOCK_SECONDS": "600"},
     "noise": SCREEN,
 }
+EXPERIMENTS = [kind for kind in KINDS if kind != "noise"]  # these compare arms
 # What a run takes beyond MAX_WALLCLOCK_SECONDS with cold caches; used until a run of the arm has
 # been timed.
 OVERHEAD_SECONDS = {"screen": 120, "final": 240, "long": 260, "noise": 120}
@@ -90,9 +89,9 @@ PROTECTED = (
     "ITERATIONS",
     "DETERMINISTIC",
 )
-# never settings of an arm
-OURS_ALONE = "RUN_ID", "RUNS_DIR", "RESUME", "CHECKPOINT_PATH", "ARTIFACT_PATH"
-NOT_PART_OF_A_RECIPE = ("SEED", "DATA_PATH", "TOKENIZER_PATH", "PLOTS", *OURS_ALONE)
+# never settings of an arm, whatever --allow says
+FORBIDDEN = "RUN_ID", "RUNS_DIR", "RESUME", "CHECKPOINT_PATH", "ARTIFACT_PATH"
+NOT_PART_OF_A_RECIPE = ("SEED", "DATA_PATH", "TOKENIZER_PATH", "PLOTS", *FORBIDDEN)
 
 MIN_GAIN_BPB = 0.0005
 MIN_PAIRS = 3
@@ -143,7 +142,7 @@ class Arm(NamedTuple):
 
     name: str
     settings: dict[str, str]  # as given for this arm
-    tree: Path  # the checkout whose train_gpt.py runs
+    tree: Path  # the checkout whose script runs
 
 
 class Recipe(NamedTuple):
@@ -154,21 +153,6 @@ class Recipe(NamedTuple):
     code: str  # hash of the files that train_gpt.py imports, and of itself
     seconds: float  # MAX_WALLCLOCK_SECONDS
     script: str = "train_gpt.py"  # of the checkout, or presets/published.py
-
-
-class Comparison(NamedTuple):
-    """An arm against the reference in one stage.
-
-    Differences are arm minus reference, so negative is better.
-    """
-
-    n: int
-    mean: float  # of the arm, in BPB
-    difference: float
-    error: float  # standard error of the difference; nan for a single pair
-    t: float  # of the gain: positive where the arm is better
-    p: float  # one-sided: such a gain, or a greater one, if there were none
-    verdict: str
 
 
 # ---- the campaign file
@@ -210,6 +194,15 @@ def read_campaign(path: Path) -> list[dict]:
                 f" {LINE_VERSION}"
             )
         records.append(record)
+    return records
+
+
+def read_records(campaign: str) -> list[dict]:
+    """Records of the campaign that a command line names. ValueError if there are none."""
+    path = campaign_path(campaign)
+    records = read_campaign(path)
+    if not records:
+        raise ValueError(f"{path}: no runs there")
     return records
 
 
@@ -280,13 +273,10 @@ def parse_arm(words: list[str]) -> Arm:
 
 
 def refuse_unequal(arms: list[Arm], kind: str, allowed: list[str]) -> None:
-    """ValueError for an arm whose settings break the comparison, and for arms that share a name."""
-    names = [arm.name for arm in arms]
+    """ValueError for an arm whose settings break the comparison, unless they are `allowed`."""
     protected = {*PROTECTED, *KINDS[kind]} - set(allowed)
-    if len(set(names)) < len(names):
-        raise ValueError(f"arms need different names, these are {', '.join(names)}")
     for arm in arms:
-        if taken := sorted(set(arm.settings) & set(OURS_ALONE)):
+        if taken := sorted(set(arm.settings) & set(FORBIDDEN)):
             raise ValueError(
                 f"arm {arm.name} sets {', '.join(taken)}: this script sets these itself"
             )
@@ -305,9 +295,9 @@ def check_arm(arm: Arm, shared: dict[str, str]) -> Recipe:
     Settings come from `shared` and the arm alone: what the environment says about settings is
     dropped.
     """
-    ours = shared | arm.settings
-    script = script_in(arm.tree, ours)
-    command = [sys.executable, "-c", CHECK, json.dumps(ours), script]
+    settings = shared | arm.settings
+    script = script_in(arm.tree, settings)
+    command = [sys.executable, "-c", CHECK, json.dumps(settings), script]
     done = subprocess.run(command, cwd=arm.tree, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"arm {arm.name}: " + "\n".join(done.stderr.strip().splitlines()[-5:]))
@@ -316,7 +306,7 @@ def check_arm(arm: Arm, shared: dict[str, str]) -> Recipe:
     changed = {
         name: value for name, value in found["changed"].items() if name not in NOT_PART_OF_A_RECIPE
     }
-    return Recipe(environ | ours, changed, found["code"], found["seconds"], script)
+    return Recipe(environ | settings, changed, found["code"], found["seconds"], script)
 
 
 def script_in(tree: Path, settings: dict[str, str]) -> str:
@@ -377,9 +367,9 @@ def commit_of(tree: Path) -> str | None:
 
 
 def current_go() -> str:
-    """The name of the go that runs now.
+    """The name of the go that runs now, from a file of this machine.
 
-    A new one on a new machine or after a pause of more than ten minutes.
+    A new one on a new machine or more than ten minutes after the last call of this function.
     """
     path = Path(tempfile.gettempdir(), f"bench_recipe_go.{os.getuid()}")
     recent = path.exists() and time.time() - path.stat().st_mtime < MAX_PAUSE_SECONDS
@@ -406,9 +396,8 @@ def call_script(tree: Path, script: str, environ: dict[str, str], output: Path) 
         try:
             return process.wait()
         finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            process.kill()  # nothing happens to one that has ended
+            process.wait()
 
 
 def run_once(arm: Arm, recipe: Recipe, seed: int, runs: Path) -> dict:
@@ -419,9 +408,10 @@ def run_once(arm: Arm, recipe: Recipe, seed: int, runs: Path) -> dict:
     runs.mkdir(parents=True, exist_ok=True)
     name = f"{arm.name}-{seed}-{uuid.uuid4().hex[:6]}"
     ours = {"SEED": str(seed), "RUN_ID": name, "RUNS_DIR": str(runs)}
+    environ = recipe.environ | ours | arm.settings  # an arm may have a SEED (--allow SEED)
     output = runs / f"{name}.txt"
     start = time.monotonic()
-    code = call_script(arm.tree, recipe.script, recipe.environ | ours | arm.settings, output)
+    code = call_script(arm.tree, recipe.script, environ, output)
     wall = {"wall_seconds": round(time.monotonic() - start, 1)}
     result = runs / name / "result.json"
     # 3: the byte cap is broken, which RESULT says as well
@@ -433,10 +423,7 @@ def run_once(arm: Arm, recipe: Recipe, seed: int, runs: Path) -> dict:
 
 
 def figures_of(result: dict, log: str, recipe: Recipe) -> dict:
-    """What a record keeps of RESULT.
-
-    With tokens/s over the complete training, and epochs of the training data.
-    """
+    """What a record keeps of RESULT, with tokens/s over the complete training, and epochs."""
     keys = (
         "commit",
         "device",
@@ -466,17 +453,33 @@ def figures_of(result: dict, log: str, recipe: Recipe) -> dict:
     if result.get("steps") and result.get("training_seconds"):
         tokens = result["steps"] * int(recipe.environ["TRAIN_BATCH_TOKENS"])
         figures["tokens_per_second"] = round(tokens / result["training_seconds"])
-        if found := re.search(r"\btrain_tokens:(\d+)", log):
-            figures["train_tokens"] = int(found[1])
-            # a row whose markers are fused takes more of the stored tokens than it has
-            row = int(recipe.environ["MICRO_BATCH_TOKENS"])
-            span = re.search(r"\bspan:(\d+)", log)
-            stored = tokens * int(span[1]) / row if span else tokens
-            figures["epochs"] = round(stored / int(found[1]), 3)
+        figures |= epochs_of(tokens, int(recipe.environ["MICRO_BATCH_TOKENS"]), log)
     return figures
 
 
+def epochs_of(tokens: int, row: int, log: str) -> dict:
+    """{train_tokens, epochs} of a run that trained on `tokens` tokens in rows of `row`.
+
+    Empty where the log does not say how large the training data are.
+    """
+    found = re.search(r"\btrain_tokens:(\d+)", log)
+    if not found:
+        return {}
+    # a row whose markers are fused takes more of the stored tokens, its span, than it has
+    span = re.search(r"\bspan:(\d+)", log)
+    stored = tokens * int(span[1]) / row if span else tokens
+    return {"train_tokens": int(found[1]), "epochs": round(stored / int(found[1]), 3)}
+
+
 # ---- what is missing
+
+
+def given_up(records: list[dict], kind: str) -> set[tuple[int, str]]:
+    """(seed, arm) of the runs of a kind that failed so often that they are left alone."""
+    failed = Counter(
+        (r["seed"], r["arm"]) for r in records if (r["kind"], r["status"]) == (kind, "failed")
+    )
+    return {run for run, count in failed.items() if count >= MAX_FAILURES}
 
 
 def missing_pairs(
@@ -487,14 +490,11 @@ def missing_pairs(
     The first name is the reference.
     """
     runs = [run for run in succeeded(records, kind) if run["seed"] == seed]
-    failures = Counter(
-        r["arm"] for r in records if (r["kind"], r["seed"], r["status"]) == (kind, seed, "failed")
-    )
-    hopeless = {name for name, count in failures.items() if count >= MAX_FAILURES}
+    hopeless = {name for of_seed, name in given_up(records, kind) if of_seed == seed}
     reference, *others = names
     if reference in hopeless:
         return []
-    if not others:
+    if not others:  # one arm alone has no pairs
         return [] if runs else [reference]
     unpaired = [
         name for name in others if name not in hopeless and not pairs_of(runs, name, reference)
@@ -512,15 +512,13 @@ def missing_repeats(
     Every arm runs as often as a seed is named.
     """
     done = Counter((run["seed"], run["arm"]) for run in succeeded(records, kind))
-    failed = Counter(
-        (r["seed"], r["arm"]) for r in records if (r["kind"], r["status"]) == (kind, "failed")
-    )
+    hopeless = given_up(records, kind)
     missing = []
     planned = Counter()
-    for seed, name in itertools.product(seeds, names):
-        planned[seed, name] += 1
-        if planned[seed, name] > done[seed, name] and failed[seed, name] < MAX_FAILURES:
-            missing.append((seed, name))
+    for run in itertools.product(seeds, names):
+        planned[run] += 1
+        if planned[run] > done[run] and run not in hopeless:
+            missing.append(run)
     return missing
 
 
@@ -557,10 +555,7 @@ def expected_seconds(records: list[dict], kind: str, name: str, go: str, recipe:
 
 
 class Campaign:
-    """The runs of one call.
-
-    What is missing is run, one run after another, and every end is written down.
-    """
+    """One call of `run`: runs what is missing, one run after another, and writes down every end."""
 
     def __init__(self, args, recipes: dict[str, Recipe], data: dict):
         self.args = args
@@ -589,7 +584,7 @@ class Campaign:
         return False
 
     def run(self) -> int:
-        """-> the number of runs that failed."""
+        """Runs what is missing, until --limit-seconds -> the number of runs that failed."""
         failed = 0
         plan = groups_missing(read_campaign(self.path), self.args, self.go)
         count = sum(map(len, plan))
@@ -649,6 +644,9 @@ def run_campaign(args) -> int:
     ValueError before the first run for a plan that cannot be compared or cannot work.
     """
     args.arms = [parse_arm(words) for words in args.arm]
+    names = [arm.name for arm in args.arms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"arms need different names, these are {', '.join(names)}")
     refuse_unequal(args.arms, args.kind, args.allow)
     if args.kind != "noise" and len(set(args.seeds)) < len(args.seeds):
         raise ValueError("a seed stands twice in --seeds; only --kind noise repeats runs")
@@ -667,6 +665,21 @@ def run_campaign(args) -> int:
 # ---- table
 
 
+class Comparison(NamedTuple):
+    """An arm against the reference in one stage.
+
+    Differences are arm minus reference, so negative is better.
+    """
+
+    n: int  # pairs
+    mean: float  # of the arm, in BPB
+    difference: float
+    error: float  # standard error of the difference; nan for a single pair
+    t: float  # of the gain: positive where the arm is better
+    p: float  # one-sided: such a gain, or a greater one, if there were none
+    verdict: str
+
+
 def verdict_of(n: int, gain: float, p_none: float, p_enough: float) -> str:
     """accept, reject or undecided.
 
@@ -683,14 +696,11 @@ def verdict_of(n: int, gain: float, p_none: float, p_enough: float) -> str:
     return "reject" if p_enough < SIGNIFICANCE else "undecided"
 
 
-def p_beyond(arm: Sample, reference: Sample, margin: float) -> float:
-    """One-sided p that the arm's gain is `margin` or less; nan for a single pair."""
-    if len(arm.losses) < 2:
-        return math.nan
-    p = paired(arm, reference, margin)
-    if p is None:  # all differences are the same number: no spread to test with
-        return 0.0 if reference.mean - arm.mean > margin else 1.0
-    return p
+def t_of(gain: float, error: float) -> float:
+    """gain / error; without an error plus infinity for a gain, minus infinity for none."""
+    if error == 0:
+        return math.inf if gain > 0 else -math.inf
+    return gain / error
 
 
 def compare(pairs: dict[int, tuple[dict, dict]], stage: str) -> Comparison:
@@ -705,27 +715,16 @@ def compare(pairs: dict[int, tuple[dict, dict]], stage: str) -> Comparison:
                 f"seed {seed}: {run['arm']} was scored on {sizes[0]:,} bytes of text in {stage}, "
                 f"{partner['arm']} on {sizes[1]:,}: these cannot be compared"
             )
-    sides = []
-    for side in (0, 1):
-        losses = {seed: pair[side]["scores"][stage]["bpb"] for seed, pair in pairs.items()}
-        sides.append(Sample(losses, statistics.fmean(losses.values())))
-    arm, reference = sides
-    differences = [arm.losses[seed] - reference.losses[seed] for seed in pairs]
-    difference = statistics.fmean(differences)
-    n = len(differences)
+    bpb = [[run["scores"][stage]["bpb"] for run in pair] for pair in pairs.values()]
+    differences = [arm - reference for arm, reference in bpb]
+    n = len(bpb)
+    gain = -statistics.fmean(differences)
     error = statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
-    t = (
-        -difference / error
-        if error
-        else math.copysign(math.inf, -difference)
-        if difference
-        else math.nan
-    )
-    p_none = p_beyond(arm, reference, 0.0)
-    p_enough = 1 - p_beyond(arm, reference, MIN_GAIN_BPB)
-    return Comparison(
-        n, arm.mean, difference, error, t, p_none, verdict_of(n, -difference, p_none, p_enough)
-    )
+    t = t_of(gain, error)
+    p_none = stats.t.sf(t, n - 1)
+    p_enough = stats.t.cdf(t_of(gain - MIN_GAIN_BPB, error), n - 1)
+    mean = statistics.fmean(arm for arm, _ in bpb)
+    return Comparison(n, mean, -gain, error, t, p_none, verdict_of(n, gain, p_none, p_enough))
 
 
 def ratio(pairs: dict[int, tuple[dict, dict]], key: str) -> float:
@@ -772,22 +771,18 @@ def table_rows(runs: list[dict], arm: str, against: str) -> list[list[str]]:
         return [[arm, "-", "0", *["-"] * (len(HEAD) - 4), "undecided"]]
     both = [run for pair in pairs.values() for run in pair]
     stages = [stage for stage in STAGES if all(stage in run["scores"] for run in both)]
-    epochs = [pair[0]["epochs"] for pair in pairs.values() if "epochs" in pair[0]]
-    sizes = [
-        pair[0].get("total_bytes", 0) - pair[1].get("total_bytes", 0) for pair in pairs.values()
-    ]
+    epochs = [run["epochs"] for run, _ in pairs.values() if "epochs" in run]
+    more_bytes = statistics.fmean(
+        run.get("total_bytes", 0) - partner.get("total_bytes", 0) for run, partner in pairs.values()
+    )
+    of_all_stages = [f"{ratio(pairs, key):.3f}" for key in ("steps", "tokens_per_second")]
+    of_all_stages += [f"{more_bytes:+,.0f}", f"{statistics.fmean(epochs):.2f}" if epochs else "-"]
     rows = []
     for stage in stages:
         found = compare(pairs, stage)
         cells = [arm, stage, str(found.n), f"{found.mean:.5f}", f"{found.difference:+.5f}"]
         cells += [f"{found.error:.5f}", f"{found.t:.2f}", f"{found.p:.2g}"]
-        cells += [f"{ratio(pairs, 'steps'):.3f}", f"{ratio(pairs, 'tokens_per_second'):.3f}"]
-        cells += [
-            f"{statistics.fmean(sizes):+,.0f}",
-            f"{statistics.fmean(epochs):.2f}" if epochs else "-",
-            "-",
-        ]
-        rows.append(cells)
+        rows.append([*cells, *of_all_stages, "-"])
     rows[-1][-1] = found.verdict
     if found.verdict == "accept" and breaks_more_rules(pairs):
         rows[-1][-1] = "undecided (breaks rules, see below)"
@@ -803,10 +798,11 @@ def left_out(records: list[dict], runs: list[dict], against: str) -> list[str]:
             lines.append(
                 f"failed: {record['arm']}, seed {record['seed']}, go {record['go']}: {why}"
             )
-    paired_runs = [pairs_of(runs, arm, against) for arm in {run["arm"] for run in runs} - {against}]
-    counted = [run for pairs in paired_runs for pair in pairs.values() for run in pair]
+    counted = set()
+    for arm in {run["arm"] for run in runs} - {against}:
+        counted |= {id(run) for pair in pairs_of(runs, arm, against).values() for run in pair}
     for run in runs:
-        if not any(run is other for other in counted):
+        if id(run) not in counted:
             lines.append(
                 f"not counted, without a partner in its go: {run['arm']}, seed {run['seed']}, go"
                 f" {run['go']}"
@@ -821,14 +817,14 @@ def left_out(records: list[dict], runs: list[dict], against: str) -> list[str]:
     return lines
 
 
-def markdown(head, rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
+def print_markdown(head: Sequence[str], rows: list[list[str]]) -> None:
+    """A Markdown table, and a blank line."""
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    print(lines[0], "|---" * len(head) + "|", *lines[1:], "", sep="\n")
 
 
-def rule(against: str) -> str:
-    """What the table means."""
+def legend(against: str) -> str:
+    """What the columns and the verdicts of the table mean."""
     bound = stats.t.isf(SIGNIFICANCE, MIN_PAIRS - 1)
     return (
         f"Differences are arm minus {against}, over pairs of one seed in one go: negative is"
@@ -846,7 +842,7 @@ def print_table(args) -> None:
     records = read_records(args.campaign)
     if all(record["kind"] == "noise" for record in records):
         raise ValueError("this campaign has runs of --kind noise only; see `noise`")
-    for kind in [kind for kind in KINDS if kind != "noise"]:
+    for kind in EXPERIMENTS:
         of_kind = [record for record in records if record["kind"] == kind]
         if not of_kind:
             continue
@@ -858,12 +854,12 @@ def print_table(args) -> None:
         rows = [row for arm in names if arm != against for row in table_rows(runs, arm, against)]
         devices = sorted({run["device"] for run in runs if "device" in run})
         print(f"{kind} against {against}, on {', '.join(devices)}\n")
-        print("\n".join(markdown(HEAD, rows)) + "\n")
+        print_markdown(HEAD, rows)
         for name in names:
             print(f"{name}: {settings_text(of_kind, name)}")
         for line in left_out(of_kind, runs, against):
             print(line)
-        print(f"\n{rule(against)}\n")
+        print(f"\n{legend(against)}\n")
 
 
 def reference_of(records: list[dict]) -> str:
@@ -879,15 +875,6 @@ def settings_text(records: list[dict], name: str) -> str:
     return (
         f"{settings or 'no settings of its own'}; commit {record['commit']}, code {record['code']}"
     )
-
-
-def read_records(campaign: str) -> list[dict]:
-    """Lines of a campaign. ValueError if there are none."""
-    path = campaign_path(campaign)
-    records = read_campaign(path)
-    if not records:
-        raise ValueError(f"{path}: no runs there")
-    return records
 
 
 # ---- effects
@@ -1015,8 +1002,8 @@ def effects_head(freedom: int, noise: float | None) -> list[str]:
 
 def gain_cells(difference: float, error: float, distribution) -> list[str]:
     """Cells of a standard error, of the gain over it, and of the one-sided p."""
-    ratio = -difference / error if error else math.copysign(math.inf, -difference)
-    return [f"{error:.5f}", f"{ratio:.2f}", f"{distribution.sf(ratio):.2g}"]
+    t = t_of(-difference, error)
+    return [f"{error:.5f}", f"{t:.2f}", f"{distribution.sf(t):.2g}"]
 
 
 def effect_rows(
@@ -1038,6 +1025,14 @@ def effect_rows(
             cells += gain_cells(difference, noise * spread, stats.norm)
         rows.append([*cells, f"{math.exp(steps[factor]):.3f}"])
     return rows, found
+
+
+def interval(deviation: float, freedom: int) -> str:
+    """The 90% confidence interval of a standard deviation of normal values."""
+    if not freedom:
+        return "-"
+    bounds = [deviation * math.sqrt(freedom / stats.chi2.ppf(q, freedom)) for q in (0.95, 0.05)]
+    return f"{bounds[0]:.5f} to {bounds[1]:.5f}"
 
 
 def deviation_text(found: Effects, stage: str, blocks: str, noise: float | None) -> str:
@@ -1069,7 +1064,7 @@ def print_kind_effects(runs: list[dict], kind: str, blocks: str, noise: float | 
         rows += cells
         lines.append(deviation_text(found, stage, blocks, noise))
     print(f"{kind}, {len(runs)} runs\n")
-    print("\n".join(markdown(effects_head(found.freedom, noise), rows)) + "\n")
+    print_markdown(effects_head(found.freedom, noise), rows)
     print("\n".join(lines))
     if blocks == "none":
         print("Seeds are left out (--blocks none): what they do counts as noise.")
@@ -1083,7 +1078,7 @@ def print_effects(args) -> None:
     path = campaign_path(args.campaign)
     records = read_records(args.campaign)
     refused, shown = [], 0
-    for kind in [kind for kind in KINDS if kind != "noise"]:
+    for kind in EXPERIMENTS:
         runs = succeeded(records, kind)
         if not runs:
             continue
@@ -1107,14 +1102,6 @@ def print_effects(args) -> None:
         print(f"left out: {problem}")
 
 
-def positive(text: str) -> float:
-    """A command line's number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError(text)
-    return value
-
-
 # ---- noise
 
 
@@ -1130,14 +1117,6 @@ def pooled_deviation(groups: list[list[float]]) -> tuple[float, int]:
         (len(group) - 1) * statistics.variance(group) for group in groups if len(group) > 1
     )
     return math.sqrt(squares / freedom), freedom
-
-
-def interval(deviation: float, freedom: int) -> str:
-    """The 90% confidence interval of a standard deviation of normal values."""
-    if not freedom:
-        return "-"
-    bounds = [deviation * math.sqrt(freedom / stats.chi2.ppf(q, freedom)) for q in (0.95, 0.05)]
-    return f"{bounds[0]:.5f} to {bounds[1]:.5f}"
 
 
 def noise_rows(runs: list[dict], kind: str, arm: str) -> list[list[str]]:
@@ -1156,20 +1135,9 @@ def noise_rows(runs: list[dict], kind: str, arm: str) -> list[list[str]]:
         for what, (deviation, freedom) in (("repeats of a seed", repeats), ("seeds", seeds)):
             error = deviation * math.sqrt(2 / MIN_PAIRS)
             least = error * stats.t.isf(SIGNIFICANCE, MIN_PAIRS - 1)
-            rows.append(
-                [
-                    kind,
-                    arm,
-                    stage,
-                    f"{mean:.5f}",
-                    what,
-                    str(freedom),
-                    f"{deviation:.5f}",
-                    interval(deviation, freedom),
-                    f"{error:.5f}",
-                    f"{max(least, MIN_GAIN_BPB):.5f}",
-                ]
-            )
+            cells = [kind, arm, stage, f"{mean:.5f}", what, str(freedom), f"{deviation:.5f}"]
+            cells += [interval(deviation, freedom), f"{error:.5f}"]
+            rows.append([*cells, f"{max(least, MIN_GAIN_BPB):.5f}"])
     return rows
 
 
@@ -1200,7 +1168,7 @@ def print_noise(args) -> None:
             steps = [run["steps"] for run in mine if "steps" in run]
             extent = f", steps {min(steps):,} to {max(steps):,}" if steps else ""
             lines.append(f"{kind} {arm}: {len(mine)} runs in {len(goes)} goes{extent}")
-    print("\n".join(markdown(NOISE_HEAD, rows)) + "\n")
+    print_markdown(NOISE_HEAD, rows)
     print("\n".join(lines))
     print(
         f"\nerror of {MIN_PAIRS} pairs: standard error of a mean difference if both arms scatter"
@@ -1219,11 +1187,10 @@ def prepare_data(args) -> None:
     if (out / "manifest.json").exists():
         print(f"{out} is there already")
         return
-    opened = {".xz": lzma.open, ".gz": gzip.open}.get(Path(args.val).suffix, open)
+    lines = itertools.islice(read_lines(args.val), args.val_docs)
     with tempfile.TemporaryDirectory() as scratch:
         validation = Path(scratch, "val.jsonl")
-        with opened(args.val, "rt", encoding="utf-8") as lines:
-            validation.write_text("".join(itertools.islice(lines, args.val_docs)), encoding="utf-8")
+        validation.write_bytes(b"\n".join(line.content.rstrip() for line in lines))
         command = [sys.executable, str(ROOT / "prepare_caseops_data.py"), "--docs", *args.train]
         command += ["--val-file", str(validation), "--out", str(out)]
         done = subprocess.run(command + (["--tokenizer", args.tokenizer] if args.tokenizer else []))
@@ -1231,6 +1198,17 @@ def prepare_data(args) -> None:
         sys.exit(done.returncode)
     if args.tokenizer:
         shutil.copy(args.tokenizer, out)  # a run looks for it beside the data
+
+
+# ---- command line
+
+
+def positive(text: str) -> float:
+    """A number above 0. ValueError for another text."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -1269,12 +1247,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=float,
         default=0,
         metavar="S",
-        help="begin no pair that would not end so long after the start; 0: no limit",
+        help="begin no seed whose runs would not end so long after the start; 0: no limit",
     )
     run.add_argument(
         "--split",
         action="store_true",
-        help="judge single runs by that limit: the next call on this machine ends the pair",
+        help="judge single runs by that limit: the next call on this machine completes the seed",
     )
     run.add_argument(
         "--runs", default=str(ROOT / "runs" / "recipe"), metavar="DIR", help="folder of the runs"
@@ -1311,9 +1289,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="documents, JSON lines, plain, .gz or .xz",
+        help="documents, in any format that prepare_caseops_data.py reads",
     )
-    data.add_argument("--val", required=True, metavar="FILE", help="validation documents")
+    data.add_argument("--val", required=True, metavar="FILE", help="validation documents, likewise")
     data.add_argument(
         "--val-docs", type=int, default=500, metavar="N", help="the first N; default: %(default)s"
     )

@@ -48,11 +48,10 @@ def train(variant: str, seed: str, args) -> Run | str:
     folder = Path(args.runs, name)
     ours = FIXED | settings_of(args.set) | settings
     ours |= {"SEED": seed, "ITERATIONS": str(args.steps), "RUN_ID": name, "RUNS_DIR": args.runs}
+    script = args.script or str(tree / "train_gpt.py")
     fault = ""
     if not (folder / "result.json").exists():
-        fault = run_script(
-            args.script or str(tree / "train_gpt.py"), os.environ | ours, folder, tree
-        )
+        fault = run_script(script, os.environ | ours, folder, tree)
     return fault or read_run(folder)
 
 
@@ -64,9 +63,8 @@ def difference(one: Run, other: Run) -> tuple[float, float]:
     pairs = list(zip(one.steps, other.steps, strict=True))
     assert all(a["step"] == b["step"] for a, b in pairs), "the logs are of different steps"
     training = sum(abs(a["train_loss"] - b["train_loss"]) for a, b in pairs) / len(pairs)
-    return training, abs(
-        one.result["scores"]["prequant"]["loss"] - other.result["scores"]["prequant"]["loss"]
-    )
+    validation = [run.result["scores"]["prequant"]["loss"] for run in (one, other)]
+    return training, abs(validation[0] - validation[1])
 
 
 def report(runs: dict, variants: list[str], seeds: list[str]) -> bool:
@@ -75,34 +73,28 @@ def report(runs: dict, variants: list[str], seeds: list[str]) -> bool:
     No variant may differ by more than the first one's seeds.
     """
     for (variant, seed), run in runs.items():
-        first = " ".join(f"{row['train_loss']:.4f}" for row in run.steps[:5])
+        losses = " ".join(f"{row['train_loss']:.4f}" for row in run.steps[:5])
         print(
-            f"{variant or 'default'}, seed {seed}: first losses {first}, last"
+            f"{variant or 'default'}, seed {seed}: first losses {losses}, last"
             f" {run.steps[-1]['train_loss']:.4f}, validation"
             f" {run.result['scores']['prequant']['loss']:.4f} nats"
         )
-    spread = [
-        max(column)
-        for column in zip(
-            *(
-                difference(runs[variants[0], a], runs[variants[0], b])
-                for a, b in itertools.combinations(seeds, 2)
-            ),
-            strict=True,
-        )
-    ]
+    first, *others = variants
+    of_first = [runs[first, seed] for seed in seeds]
+    apart = [difference(one, other) for one, other in itertools.combinations(of_first, 2)]
+    spread = [max(column) for column in zip(*apart, strict=True)]
     print(
-        f"between seeds of {variants[0] or 'default'}: training {spread[0]:.5f}, validation"
+        f"between seeds of {first or 'default'}: training {spread[0]:.5f}, validation"
         f" {spread[1]:.5f} nats"
     )
     same = True
-    for variant, seed in itertools.product(variants[1:], seeds):
-        found = difference(runs[variants[0], seed], runs[variant, seed])
-        within = all(a <= b for a, b in zip(found, spread, strict=True))
+    for variant, seed in itertools.product(others, seeds):
+        training, validation = difference(runs[first, seed], runs[variant, seed])
+        within = training <= spread[0] and validation <= spread[1]
         same &= within
         print(
-            f"{variant or 'default'} against {variants[0] or 'default'}, seed {seed}: training"
-            f" {found[0]:.5f}, validation {found[1]:.5f} nats: {'within' if within else 'BEYOND'}"
+            f"{variant or 'default'} against {first or 'default'}, seed {seed}: training"
+            f" {training:.5f}, validation {validation:.5f} nats: {'within' if within else 'BEYOND'}"
             " the spread of seeds"
         )
     return same

@@ -51,12 +51,12 @@ def collective_name(event: Event) -> str:
 
 
 def communication(events: list[Event], covered: bool) -> dict:
-    """{collective: launches, ms, exposed_ms} and the total "all".
+    """{collective: launches, ms, exposed_ms} and the total "all", of the events of one step.
 
-    Without `covered`, nothing hides anything.
+    exposed_ms: milliseconds that no other kernel covers; all of them without `covered`.
     """
     compute = [e for e in events if e.phase != "collectives"]
-    table = defaultdict(lambda: {"launches": 0, "ms": 0.0, "exposed_ms": 0.0})
+    table = {}
     groups = defaultdict(list)
     for event in events:
         if event.phase == "collectives":
@@ -64,15 +64,10 @@ def communication(events: list[Event], covered: bool) -> dict:
             groups["all"].append(event)
     busy = busy_ms(compute)
     for name, group in groups.items():
-        exposed = (
-            busy_ms(group + compute) - busy if covered else sum(e.duration for e in group) / 1e3
-        )
-        table[name] = {
-            "launches": len(group),
-            "ms": sum(e.duration for e in group) / 1e3,
-            "exposed_ms": exposed,
-        }
-    return dict(table)
+        ms = sum(e.duration for e in group) / 1e3
+        exposed = busy_ms(group + compute) - busy if covered else ms
+        table[name] = {"launches": len(group), "ms": ms, "exposed_ms": exposed}
+    return table
 
 
 def mean_and_least(ranks: list[list[dict]]) -> dict:
@@ -99,7 +94,7 @@ def fixed_steps(trainer, steps: int) -> list[float]:
 
 
 def settings(args) -> tg.Hyperparameters:
-    """Those of a run; on a CPU a small model, with a row for each of the most ranks."""
+    """Those of a run; on a CPU a small model, with a row a rank for the largest of --ranks."""
     hp = replace(tg.Hyperparameters.from_env(guard=RunGuard()), device=args.device)
     if args.device != "cpu" and torch.cuda.is_available():
         return hp
@@ -144,18 +139,18 @@ def worker(args) -> None:
 def print_row(row: dict, first: dict) -> None:
     """One line for each state of looping."""
     for state, figures in row["states"].items():
-        alone = first["states"][state]["tokens_per_second"] / first["ranks"]
-        share = figures["tokens_per_second"] / row["ranks"] / alone
+        a_rank_of_first = first["states"][state]["tokens_per_second"] / first["ranks"]
+        efficiency = figures["tokens_per_second"] / row["ranks"] / a_rank_of_first
         parts = {"all": {"ms": 0.0, "exposed_ms": 0.0, "least_ms": 0.0}} | figures["communication"]
         total = parts.pop("all")
-        told = ", ".join(
+        collectives = ", ".join(
             f"{name} {p['launches']} x {p['ms']:.1f} {p['exposed_ms']:.1f} {p['least_ms']:.1f}"
             for name, p in parts.items()
         )
         print(
             f"{row['ranks']:5d} {state:>7} {figures['step_ms']:9.1f}"
-            f" {figures['tokens_per_second']:12,.0f} {share:10.3f} {total['ms']:9.1f}"
-            f" {total['exposed_ms']:9.1f} {total['least_ms']:7.1f}  {told}",
+            f" {figures['tokens_per_second']:12,.0f} {efficiency:10.3f} {total['ms']:9.1f}"
+            f" {total['exposed_ms']:9.1f} {total['least_ms']:7.1f}  {collectives}",
             flush=True,
         )
 
@@ -189,31 +184,13 @@ def main() -> None:
             hp = settings(args)
             write_synthetic_shards(folder, 90 * hp.train_batch_tokens, hp.vocab_size)
         for ranks in map(int, args.ranks.split(",")):
-            part = Path(folder, "row.json")
-            subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    f"--nproc_per_node={ranks}",
-                    __file__,
-                    "--worker",
-                    "--device",
-                    args.device,
-                    "--seconds",
-                    str(args.seconds),
-                    "--losses",
-                    str(args.losses),
-                    "--ranks",
-                    args.ranks,
-                    "--out",
-                    str(part),
-                ],
-                env=environment,
-                check=True,
-            )
-            rows.append(json.loads(part.read_text()))
+            row = Path(folder, "row.json")
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc_per_node={ranks}", __file__, "--worker", f"--out={row}"]
+            command += [f"--device={args.device}", f"--ranks={args.ranks}"]
+            command += [f"--seconds={args.seconds}", f"--losses={args.losses}"]
+            subprocess.run(command, env=environment, check=True)
+            rows.append(json.loads(row.read_text()))
             print_row(rows[-1], rows[0])
             Path(args.out).write_text(json.dumps(rows, indent=1))
     if args.losses and len(rows) > 1:

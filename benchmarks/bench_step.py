@@ -2,7 +2,7 @@
 
 One table for the default model with looping off, one with looping on.
 
-    python benchmarks/bench_step.py [--seconds 60] [--states off,on] [--no-table] \
+    python benchmarks/bench_step.py [--seconds 60] [--states off,on] [--no-table] \\
         [--caches] [--loader] [--out FILE]
 
 The trainer's own step runs on DATA_PATH, or on synthetic shards with documents of realistic
@@ -182,10 +182,7 @@ def product_rate(dist, dtype, rows: int = 0, inner: int = 0, columns: int = 0) -
 def measure_ceilings(hp, dist, dtype) -> dict:
     """{name: TFLOP/s} of a large matmul and of the model's matmuls, and GB/s of a copy."""
     tokens = hp.micro_batch_tokens if dist.device.type == "cuda" else 4096
-    shapes = [
-        (),
-        *((tokens, hp.model_dim, n) for n in (hp.model_dim, hp.mlp_dim, hp.vocab_size)),
-    ]
+    shapes = [(), *((tokens, hp.model_dim, n) for n in (hp.model_dim, hp.mlp_dim, hp.vocab_size))]
     ceilings = dict(product_rate(dist, dtype, *shape) for shape in shapes)
     source = torch.empty(
         2**30 if dist.device.type == "cuda" else 2**24, dtype=torch.int8, device=dist.device
@@ -228,6 +225,7 @@ def device_events(trace: dict, cuda: bool) -> list[Event]:
 
 
 def frame(operator) -> tuple:
+    """An operator of the trace as a part of Event.chain: (name, shapes, types, start)."""
     args = operator.get("args", {})
     return operator["name"], args.get("Input Dims", []), args.get("Input type", []), operator["ts"]
 
@@ -347,13 +345,9 @@ def classify(event: Event, hp) -> None:
         event.phase = {"ema": "EMA", "data": "data"}[part[1]]
     elif part:
         adam = "adam" in (names + event.name).lower()
-        event.phase = (
-            "Newton-Schulz"
-            if product or "golf::" in names
-            else "AdamW"
-            if adam
-            else "optimizer, rest"
-        )
+        event.phase = "AdamW" if adam else "optimizer, rest"
+        if product or "golf::" in names:
+            event.phase = "Newton-Schulz"
     elif re.search(
         r"attention_(fa|torch)|fa4_backward|flash|scaled_dot_product|varlen_attn",
         names + event.name,
@@ -385,6 +379,7 @@ def classify(event: Event, hp) -> None:
 
 
 def attention_phase(event: Event, names: str, backward: bool) -> str:
+    """Phase of a kernel that an attention operator launched: its own work, or what surrounds it."""
     own_work = re.search("flash|fmha|kernel_cutlass|scaled_dot_product|attention", event.name)
     if not own_work or re.search("preprocess|postprocess|convert|combine", event.name.lower()):
         return "attention pre/post-processing"
@@ -427,6 +422,8 @@ def add_attention_work(events: list[Event], pairs: float, passes: int, hp, item:
 
 
 def annotated(name: str, function):
+    """The function, whose work `classify` finds under "phase:name" in a profile."""
+
     def call(*args, **kwargs):
         with torch.profiler.record_function("phase:" + name):
             return function(*args, **kwargs)
@@ -441,6 +438,7 @@ def causal_pairs(trainer, step: int) -> float:
 
 
 def profile_step(trainer, step: int, looping: bool) -> list[Event]:
+    """Trains one step under torch.profiler -> its device work, sorted into phases."""
     cuda = trainer.dist.device.type == "cuda"
     activities = [
         torch.profiler.ProfilerActivity.CPU,
@@ -523,20 +521,18 @@ def floor_ms(event: Event, ceilings: dict) -> float:
 
 
 def summarize(events: list[Event], ceilings: dict, by) -> dict:
-    """{key: ms, launches, gflop, gbyte, floor_ms}, longest first."""
-    table = defaultdict(
-        lambda: {"ms": 0.0, "launches": 0, "gflop": 0.0, "gbyte": 0.0, "floor_ms": 0.0}
-    )
+    """{key: ms, launches, gflop, gbyte, floor_ms} of the events with by(event) == key.
+
+    Longest first.
+    """
+    table = defaultdict(lambda: dict.fromkeys(("ms", "launches", "gflop", "gbyte", "floor_ms"), 0))
     for event in events:
         row = table[by(event)]
-        for key, value in (
-            ("ms", event.duration / 1e3),
-            ("launches", 1),
-            ("gflop", event.flops / 1e9),
-            ("gbyte", event.nbytes / 1e9),
-            ("floor_ms", floor_ms(event, ceilings)),
-        ):
-            row[key] += value
+        row["ms"] += event.duration / 1e3
+        row["launches"] += 1
+        row["gflop"] += event.flops / 1e9
+        row["gbyte"] += event.nbytes / 1e9
+        row["floor_ms"] += floor_ms(event, ceilings)
     return dict(sorted(table.items(), key=lambda item: -item[1]["ms"]))
 
 
@@ -560,13 +556,9 @@ def model_flops(model, looping: bool, pairs: float) -> float:
 
 def bench_state(trainer, looping: bool, seconds: float, ceilings: dict, table: bool) -> dict:
     """Figures of the step as it is trained; with `table` also those of a profiled one."""
-    dist, hp, times, losses, cuda = (
-        trainer.dist,
-        trainer.hp,
-        [],
-        [],
-        trainer.dist.device.type == "cuda",
-    )
+    dist, hp = trainer.dist, trainer.hp
+    cuda = dist.device.type == "cuda"
+    times, losses = [], []
     if cuda:
         torch.cuda.empty_cache()  # what a profiled step or the ceilings left
         torch.cuda.reset_peak_memory_stats()
@@ -608,6 +600,7 @@ def bench_state(trainer, looping: bool, seconds: float, ceilings: dict, table: b
 
 
 def print_state(name: str, result: dict, micro_steps: int) -> None:
+    """Figures of bench_state; micro_steps: micro-batches of a rank in a step."""
     print(
         f"\nlooping {name}: {result['step_ms']:.1f} ms a step, compile"
         f" {result['compile_seconds']:.1f} s"
@@ -625,11 +618,12 @@ def print_state(name: str, result: dict, micro_steps: int) -> None:
 
 
 def print_table(result: dict, micro_steps: int) -> None:
+    """What bench_state found in the profiled step."""
     print(
         f"{'phase':32}{'ms':>9}{'a micro':>9}{'launches':>9}"
         f"{'GFLOP':>10}{'GB':>9}{'floor ms':>10}{'ratio':>7}"
     )
-    rows = [*((p, result["phases"][p]) for p in PHASES if p in result["phases"])]
+    rows = [(phase, result["phases"][phase]) for phase in PHASES if phase in result["phases"]]
     keys = "ms", "launches", "gflop", "gbyte", "floor_ms"
     rows.append(("device work", {key: sum(row[key] for _, row in rows) for key in keys}))
     for phase, row in rows:
@@ -660,6 +654,53 @@ def print_table(result: dict, micro_steps: int) -> None:
         if row["phase"] == "other"
     ]
     print("in no phase (ms, name): " + ("; ".join(unknown[:12]) or "none"))
+
+
+def measure(hp, dist, args) -> dict:
+    """Everything that was asked for, printed as it comes -> the figures."""
+    name = torch.cuda.get_device_name() if dist.device.type == "cuda" else "cpu"
+    print(
+        f"{name}, torch {torch.__version__}, {hp.micro_steps} micro-batches of"
+        f" {hp.micro_batch_tokens} tokens, {dist.world_size} ranks"
+    )
+    result = {"device": name, "torch": torch.__version__, "states": {}}
+    result["loader_tokens_per_second"] = bench_loader(hp, dist, min(args.seconds, 5.0))
+    print(f"loader alone {result['loader_tokens_per_second']:,.0f} tokens/s")
+    if args.loader:
+        return result
+    start = time.perf_counter()
+    model = tg.build_model(hp, dist)
+    result["model_seconds"] = time.perf_counter() - start
+    print(f"model and trial calls of its operations {result['model_seconds']:.1f} s")
+    result["operations"], result["notes"] = model.ops.names, model.ops.notes
+    print(
+        "operations " + " ".join(f"{k}:{v}" for k, v in model.ops.names.items()),
+        *model.ops.notes,
+        sep="\n  ",
+    )
+    result["ceilings"] = measure_ceilings(hp, dist, model.dtype)
+    print(
+        "ceilings: " + ", ".join(f"{name} {rate:.3g}" for name, rate in result["ceilings"].items()),
+        flush=True,
+    )
+    loader = tg.TrainLoader(tg.TokenStream(hp.data_path, "train"), hp, dist)
+    # it watches the gradients, as in a run
+    trainer = tg.Trainer(model, loader, hp, dist, print, RunGuard())
+    trainer.loader.row = annotated("data", trainer.loader.row)
+    trainer.optimizers.step = annotated("optimizer", trainer.optimizers.step)
+    trainer.ema.update = annotated("ema", trainer.ema.update)
+    for state in args.states.split(","):
+        result["states"][state] = bench_state(
+            trainer, state == "on", args.seconds, result["ceilings"], not args.no_table
+        )
+        if dist.rank == 0:
+            print_state(state, result["states"][state], hp.micro_steps // dist.world_size)
+    states = result["states"].values()
+    fastest = max(state["tokens_per_second"] for state in states) / dist.world_size
+    ratio = result["loader_tokens_per_second"] / fastest
+    seconds = sum(state["compile_seconds"] for state in states)
+    print(f"\nloader over training: {ratio:.1f}x; compile of all graphs {seconds:.1f} s")
+    return result
 
 
 def main() -> None:
@@ -704,56 +745,6 @@ def main() -> None:
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1))
     dist.close()
-
-
-def measure(hp, dist, args) -> dict:
-    """Everything that was asked for, printed as it comes -> the figures."""
-    name = torch.cuda.get_device_name() if dist.device.type == "cuda" else "cpu"
-    print(
-        f"{name}, torch {torch.__version__}, {hp.micro_steps} micro-batches of"
-        f" {hp.micro_batch_tokens} tokens, {dist.world_size} ranks"
-    )
-    result = {"device": name, "torch": torch.__version__, "states": {}}
-    result["loader_tokens_per_second"] = bench_loader(hp, dist, min(args.seconds, 5.0))
-    print(f"loader alone {result['loader_tokens_per_second']:,.0f} tokens/s")
-    if args.loader:
-        return result
-    start = time.perf_counter()
-    model = tg.build_model(hp, dist)
-    result["model_seconds"] = time.perf_counter() - start
-    print(f"model and trial calls of its operations {result['model_seconds']:.1f} s")
-    result["operations"], result["notes"] = model.ops.names, model.ops.notes
-    print(
-        "operations " + " ".join(f"{k}:{v}" for k, v in model.ops.names.items()),
-        *model.ops.notes,
-        sep="\n  ",
-    )
-    result["ceilings"] = measure_ceilings(hp, dist, model.dtype)
-    print(
-        "ceilings: " + ", ".join(f"{name} {rate:.3g}" for name, rate in result["ceilings"].items()),
-        flush=True,
-    )
-    loader = tg.TrainLoader(tg.TokenStream(hp.data_path, "train"), hp, dist)
-    # it watches the gradients, as in a run
-    trainer = tg.Trainer(model, loader, hp, dist, print, RunGuard())
-    trainer.loader.row = annotated("data", trainer.loader.row)
-    trainer.optimizers.step = annotated("optimizer", trainer.optimizers.step)
-    trainer.ema.update = annotated("ema", trainer.ema.update)
-    for state in args.states.split(","):
-        result["states"][state] = bench_state(
-            trainer, state == "on", args.seconds, result["ceilings"], not args.no_table
-        )
-        if dist.rank == 0:
-            print_state(state, result["states"][state], hp.micro_steps // dist.world_size)
-    states = result["states"].values()
-    rate = (
-        result["loader_tokens_per_second"]
-        * dist.world_size
-        / max(s["tokens_per_second"] for s in states)
-    )
-    seconds = sum(s["compile_seconds"] for s in states)
-    print(f"\nloader over training: {rate:.1f}x; compile of all graphs {seconds:.1f} s")
-    return result
 
 
 if __name__ == "__main__":

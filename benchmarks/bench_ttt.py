@@ -1,4 +1,4 @@
-"""Test-time training: seconds of a step, cost and gain of complete runs, the evaluation budget.
+"""Test-time training: seconds of a step, cost and score of complete runs, the evaluation budget.
 
     python benchmarks/bench_ttt.py steps [--rows 64,16,4] [--widths 128,512,2048] [--repeats 5] \\
         [--out FILE]
@@ -65,7 +65,7 @@ PUBLISHED_POSITIONS_PER_S = 240_000
 
 
 class Lines(list):
-    """Stands in for RunLog: prints, and keeps the lines."""
+    """Stands in for RunLog: keeps the lines, and prints them to stderr."""
 
     def __init__(self):
         self.seconds = {}
@@ -202,7 +202,7 @@ def random_validation(hp, documents=64):
 
 
 def seconds_of(run, dist, repeats):
-    """Seconds of one call, in the mean, after a first one."""
+    """Mean seconds of a call over `repeats` of them, after a first one that does not count."""
     run()
     dist.synchronize()
     start = time.perf_counter()
@@ -213,7 +213,10 @@ def seconds_of(run, dist, repeats):
 
 
 def bench_shape(trainer, rows, width, repeats):
-    """Times steps of one shape, launched and captured -> a line of the table, milliseconds."""
+    """Times steps of one shape -> a line of the table, milliseconds of a step.
+
+    These are of the CUDA graph where there is one, or else of the launched step.
+    """
     hp = trainer.hp
     device = trainer.dist.device
     starts = trainer.validation.starts
@@ -250,7 +253,7 @@ def bench_shape(trainer, rows, width, repeats):
 
 
 def bench_steps(args):
-    """Milliseconds of steps of every shape, launched and captured."""
+    """`steps`: prints milliseconds of steps of every shape, launched and captured."""
     hp = tg.Hyperparameters.from_env(guard=RunGuard())
     dist = tg.Dist("cpu" if args.cpu else "auto")
     model = tg.build_model(hp, dist).requires_grad_(False)
@@ -300,14 +303,14 @@ def reference_score(model, validation, hp, dist):
 
 
 def use_bf16_head():
-    """Computes the logits in bfloat16 from here on."""
+    """Computes the logits in bfloat16 from here on, in every model."""
     token_losses = tg.GPT.token_losses
 
-    def rough(model, hidden, *rest):
+    def bf16_token_losses(model, hidden, *rest):
         with torch.autocast(hidden.device.type, torch.bfloat16):
             return token_losses(model, hidden, *rest)
 
-    tg.GPT.token_losses = rough
+    tg.GPT.token_losses = bf16_token_losses
 
 
 def bench_run(model, validation, hp, dist, words):
@@ -338,7 +341,7 @@ def bench_run(model, validation, hp, dist, words):
 
 
 def bench_runs(args):
-    """A line of figures for every run."""
+    """`runs`: prints a line of figures for every run."""
     if args.published:
         published.install()
     if args.bf16_head:
@@ -496,8 +499,8 @@ class Lengths(NamedTuple):
         return self.fused if hp.fuses_markers else self.stored
 
 
-def lengths_of(table):
-    """{documents, tokens, points} -> Lengths of so many documents, that add up to `tokens`.
+def lengths_of_points(table):
+    """{documents, tokens, points}, as CONTEST -> Lengths of so many documents, `tokens` in sum.
 
     Nothing is known of their markers: FUSED_SHARE is that of other text.
     """
@@ -507,7 +510,7 @@ def lengths_of(table):
     return Lengths(stored, np.rint(stored * FUSED_SHARE).astype(np.int64))
 
 
-def lengths_in(folder, hp):
+def lengths_of_shards(folder, hp):
     """Folder of validation shards -> Lengths of its documents; markers are fused if hp says so.
 
     Raises DataError where the data or their tokenizer cannot be used.
@@ -553,9 +556,9 @@ def scored_lengths(lengths, hp):
 
 def plan_all(lengths, settings, ranks):
     """Lengths, list of Hyperparameters -> for each a list of PhasePlan."""
+    scored = [scored_lengths(lengths, hp) for hp in settings]
     jobs = []
-    for hp in settings:
-        chosen = scored_lengths(lengths, hp)
+    for chosen, hp in zip(scored, settings, strict=True):
         jobs += [(chosen, hp, rank, ranks) for rank in range(ranks)]
     # Forked workers need not import torch again. They end by themselves: a multiprocessing.Pool
     # sends SIGTERM, for which workers of a process with the guard's handlers have other plans.
@@ -563,8 +566,7 @@ def plan_all(lengths, settings, ranks):
     with ProcessPoolExecutor(min(os.cpu_count(), len(jobs)), fork) as pool:
         of_ranks = list(pool.map(plan_rank, jobs))
     plans = []
-    for number, hp in enumerate(settings):
-        chosen = jobs[number * ranks][0]
+    for number, (chosen, hp) in enumerate(zip(scored, settings, strict=True)):
         by_phase = zip(*of_ranks[number * ranks : (number + 1) * ranks], strict=True)
         plan = []
         for phase, rank_plans in zip(tg.plan_ttt(chosen, hp), by_phase, strict=True):
@@ -675,7 +677,7 @@ def phase_table(plan, budget):
 
 
 def summary_row(lengths, plan, hp, budget, limit, words):
-    """One line: what a plan costs in seconds."""
+    """The line of a plan in the last table: seconds by stage, and positions of a scored token."""
     steps, tuning = (sum(phase[column] for phase in budget.phases) for column in (0, 3))
     other = budget.total() - steps - tuning
     targets = sum(phase.targets for phase in plan)
@@ -704,8 +706,9 @@ def planned_lengths(args, settings):
     """
     if args.data:
         fusing = [hp for hp in settings if hp.fuses_markers]
-        return lengths_in(args.data, (fusing or settings)[0])
-    return lengths_of(json.loads(Path(args.lengths).read_text()) if args.lengths else CONTEST)
+        return lengths_of_shards(args.data, (fusing or settings)[0])
+    table = json.loads(Path(args.lengths).read_text()) if args.lengths else CONTEST
+    return lengths_of_points(table)
 
 
 def fused_text(lengths, folder):
@@ -716,7 +719,7 @@ def fused_text(lengths, folder):
 
 
 def bench_plan(args):
-    """Prints the tables of all plans -> exit status, 1 when one of them does not fit."""
+    """`plan`: prints the tables of all plans -> exit status, 1 when one of them does not fit."""
     device = DEVICES[args.device]
     texts = args.settings or [""]
     settings = []
@@ -756,14 +759,18 @@ def bench_plan(args):
     return 0 if fits else 1
 
 
+def numbers(text):
+    """ "64,16" -> [64, 16]. ValueError for another text."""
+    return [int(number) for number in text.split(",")]
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--cpu", action="store_true", help="steps and runs without CUDA")
     modes = parser.add_subparsers(dest="mode", required=True)
     steps, runs, plan = (modes.add_parser(name) for name in ("steps", "runs", "plan"))
-    numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
     steps.add_argument("--rows", type=numbers, default=[64, 16, 4])
     steps.add_argument("--widths", type=numbers, default=[2048, 1536, 1024, 512, 256, 128])
     steps.add_argument("--repeats", type=int, default=5)
@@ -798,7 +805,8 @@ def main(argv=None):
     if not (args.cpu or torch.cuda.is_available()):
         print("no CUDA device: nothing to time")
         return 0
-    bench_steps(args) if args.mode == "steps" else bench_runs(args)
+    modes = {"steps": bench_steps, "runs": bench_runs}
+    modes[args.mode](args)
     return 0
 
 

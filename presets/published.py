@@ -240,8 +240,7 @@ def has_case_markers(tokenizer):
 
 
 def check_byte_counts(hp, tokenizer, tokens):
-    """DataError unless tokens (N,), which this tokenizer is to count the bytes of, are of its
-    making.
+    """DataError unless this tokenizer made the tokens (N,) whose bytes it is to count.
 
     Without a side-car the tokenizer decides the BPB. One of equal size counts without an error, so
     the text of some documents is encoded again: only the shards' own tokenizer gives back their
@@ -273,8 +272,10 @@ def check_byte_counts(hp, tokenizer, tokens):
 
 
 def piece_byte_tables(tokenizer):
-    """SentencePiece model -> (bytes, leading space, boundary) per id, for data without
-    side-cars.
+    """SentencePiece model -> three arrays (V,) over its ids, for data without side-cars.
+
+    Bytes of the text without a leading space; whether there is one; whether the id has no text, so
+    that a space behind it is dropped. DataError for a tokenizer without a piece for the space.
     """
     if tokenizer.piece_to_id("\u2581") == tokenizer.unk_id():
         raise DataError(
@@ -444,8 +445,8 @@ class GPT(train_gpt.GPT):
     def banks(self):
         if not self.on_grid:
             return super().banks()
-        bits = self.hp.matrix_bits
         hp = self.hp
+        bits = hp.matrix_bits
         return (
             fake_quantize(self.qo_bank, bits, hp.attn_clip_sigmas),
             fake_quantize(self.kv_bank, bits, hp.attn_clip_sigmas),
@@ -490,26 +491,25 @@ class GPT(train_gpt.GPT):
 
 
 def lacks_previous(tokens, window_start):
-    """(B, T) ids -> (B, T) bool: BOS, and where `window_start` is set, or a row starts: there is no
-    previous token.
+    """(B, T) ids -> (B, T) bool: where there is no previous token.
+
+    That is at BOS, at the start of a row and where `window_start` (B, T) is set.
     """
     starts = (tokens == BOS_ID) | (torch.arange(tokens.size(1), device=tokens.device) == 0)
     return starts if window_start is None else starts | window_start
 
 
 def bigram_embedding(model, tokens, window_start):
-    """(B, T) ids -> (B, T, D): embedding of the hashed pair of a token and the one before (PRs
-    960, 1512).
+    """(B, T) ids -> (B, T, D): embedding of the hashed pair of a token and the one before.
+
+    The last row of the table is for tokens without a previous one. PRs 960, 1512.
     """
     last = model.hp.bigram_vocab_size - 1
     previous = F.pad(tokens[:, :-1], (1, 0))
     bucket = ((36313 * tokens) ^ (27191 * previous)) % last
-    rows = F.embedding(
-        torch.where(lacks_previous(tokens, window_start), last, bucket), model.bigram_table
-    )
-    return model.bigram_scale.to(model.dtype) * F.linear(
-        rows.to(model.dtype), model.bigram_proj.to(model.dtype)
-    )
+    bucket = torch.where(lacks_previous(tokens, window_start), last, bucket)
+    rows = F.embedding(bucket, model.bigram_table).to(model.dtype)
+    return model.bigram_scale.to(model.dtype) * F.linear(rows, model.bigram_proj.to(model.dtype))
 
 
 def layer_extras(model, tokens, window_start):
@@ -556,11 +556,10 @@ def streams_of(extras):
 
 
 def offset_keys(k, begins, turning):
-    """(B, T, K, E) keys -> dimensions that do not turn (or the second half) from the token before
-    (PR
-    1512).
+    """Keys (B, T, K, E) -> the same with unrotated dimensions from the token before (PR 1512).
 
-    A token where `begins` (B, T) is set, the first one of a document or a window, keeps its own.
+    These are all but the first `turning`, or the second half where all are rotated. A token where
+    `begins` (B, T) is set, the first one of a document or a window, keeps its own.
     """
     E = k.size(-1)
     turned, own = k.split((turning, E - turning) if turning < E else (E // 2, E - E // 2), dim=-1)
@@ -570,16 +569,13 @@ def offset_keys(k, begins, turning):
 
 
 def fake_quantize(w, bits, clip_sigmas):
-    """w (..., C) -> w on its row's grid as gptq_quantize has it, gradients as if it were w
-    (straight through).
+    """w (..., C) -> w on the grid that gptq_quantize has for its row.
+
+    Gradients pass as if nothing had been rounded (straight through).
     """
     q_max = 2 ** (bits - 1) - 1
-    step = (
-        (clip_sigmas * w.detach().std(dim=-1, keepdim=True) / q_max)
-        .clamp(*FP16_RANGE)
-        .half()
-        .float()
-    )
+    step = clip_sigmas * w.detach().std(dim=-1, keepdim=True) / q_max
+    step = step.clamp(*FP16_RANGE).half().float()
     return w + ((w / step).round().clamp(-q_max, q_max) * step - w).detach()
 
 
@@ -587,8 +583,9 @@ def fake_quantize(w, bits, clip_sigmas):
 
 
 class Muon(train_gpt.Muon):
-    """MUON_HEAD_PAIRS (PR 1512): q and k, which stand first in the first two banks, are
-    orthogonalised in blocks of two heads, those of this rank's share.
+    """MUON_HEAD_PAIRS (PR 1512): q and k are orthogonalised in blocks of two heads.
+
+    They stand first in the first two banks, of which a rank has its share.
     """
 
     def orthogonaliser(self, buffer):
@@ -606,8 +603,9 @@ class Muon(train_gpt.Muon):
 
 
 def decay_multiplier(progress, hp):
-    """1 until HOLD, linear to LOW at RAMP, linear to HIGH at the end (WD_SCHEDULE_ENABLED, PR
-    1512).
+    """Factor of weight decay at this share of training (WD_SCHEDULE_ENABLED, PR 1512).
+
+    1 until HOLD, linear to LOW at RAMP, linear to HIGH at the end.
     """
     if not hp.wd_schedule_enabled:
         return 1.0
@@ -666,12 +664,10 @@ QUANT_TABLE = train_gpt.QUANT_TABLE | {
 
 
 def written_row(model, number):
-    """Documents of TRAIN_SEQ_LEN that the model writes itself at temperature 0.8, as a training
-    row's
-    `inputs` (B, T).
+    """A training row of documents that the model writes itself at temperature 0.8.
 
-    GPTQ_SELF_CALIBRATION (PR 1512): no data is read. A row is one document, so there are no
-    `cu_seqlens`.
+    GPTQ_SELF_CALIBRATION (PR 1512): no data is read. `inputs` (B, T) has a document of
+    TRAIN_SEQ_LEN tokens in each row, so there are no `cu_seqlens`.
     """
     hp = model.hp
     device = model.tok_emb.device
@@ -690,9 +686,7 @@ def written_row(model, number):
 
 
 def table_hessians(model):
-    """{saved name: identity} of the tables that are read one row at a time: every column counts
-    the same.
-    """
+    """{saved name: identity} of the tables read one row at a time: all columns count the same."""
     hp = model.hp
     widths = {"tok_emb.weight": hp.model_dim}
     if hp.bigram_vocab_size:
@@ -829,11 +823,9 @@ def dequantize_fields(name, fields):
 
 
 def greedy_row_order(codes):
-    """codes int8 (R, C) -> order (R,) uint16: from row 0 on to the nearest row left in L1, ties to
-    the
-    lowest index.
+    """codes int8 (R, C) -> order (R,) uint16 in which COMPRESSOR=pergroup (PR 1855) has the rows.
 
-    What COMPRESSOR=pergroup (PR 1855) sorts rows by.
+    From row 0 on to the nearest row left by L1 distance, ties to the lowest index.
     """
     # whole numbers, exact in fp32 up to 65,793 columns; the pair (i, j), i < j, stands at offset[i]
     # + j
@@ -845,15 +837,15 @@ def greedy_row_order(codes):
     for step in range(1, len(codes)):
         last = order[step - 1]
         taken[last] = np.inf  # no row is nearest to itself, whatever stands at (last, last)
-        order[step] = (
-            distances[offset[np.minimum(index, last)] + np.maximum(index, last)] + taken
-        ).argmin()
+        pairs = offset[np.minimum(index, last)] + np.maximum(index, last)
+        order[step] = (distances[pairs] + taken).argmin()
     return order
 
 
 def run_lrzip(flags, data):
-    """Bytes through the external lrzip: files and -o, as what it does with standard streams
-    differs by version.
+    """Bytes through the external lrzip. ArtifactError if it fails or takes over 900 seconds.
+
+    It gets files and -o, as what it does with standard streams differs by version.
     """
     with tempfile.TemporaryDirectory(prefix="lrzip-") as folder:
         source = Path(folder, "in.lrz" if "-d" in flags else "in")
@@ -876,8 +868,9 @@ def lrzip_compress(raw, shapes=()):
 
 
 def lrzip_decompress(data, raw_size, shapes=()):
-    """The size that lrzip 0.6's own header claims is held to ours before anything is written to
-    disk.
+    """The bytes of `data`; none if lrzip 0.6's header claims another size than raw_size.
+
+    That is checked before lrzip writes anything to the disk.
     """
     starts_well = data[:6] == b"LRZI\x00\x06"
     if starts_well and struct.unpack_from("<Q", data.ljust(14, b"\0"), 6)[0] != raw_size:
@@ -1016,6 +1009,7 @@ class WindowPacker(train_gpt.WindowPacker):
 
 class Stages(train_gpt.Stages):
     """SLIDING_WINDOW_ENABLED: scores the artifact's model with overlapping windows, too.
+
     TTT_METHOD=sgd: test-time training of all weights.
     """
 
@@ -1046,12 +1040,11 @@ def evaluate_sliding(evaluator):
 
 
 def evaluate_sgd(evaluator):
-    """Sliding windows; on a chunk of the stream that is scored all weights take SGD steps
-    (TTT_METHOD=sgd, PR 1493).
+    """Sliding windows; all weights take SGD steps on a chunk that is scored (TTT_METHOD=sgd).
 
-    Returns what Evaluator.evaluate_bpb returns. A window belongs to the chunk in which its scored
-    part begins; of a chunk only what was scored is learned from, TTT_EPOCHS times; nothing after
-    the last one.
+    PR 1493. Returns what Evaluator.evaluate_bpb returns. A window belongs to the chunk in which its
+    scored part begins; of a chunk only what was scored is learned from, TTT_EPOCHS times; nothing
+    after the last one.
     """
     hp = evaluator.hp
     stream = evaluator.validation

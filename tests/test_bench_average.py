@@ -33,6 +33,8 @@ def test_each_average_is_that_of_a_run_with_this_span(tmp_path):
     of_usual = re.findall(r"^prequant (val_loss.*)", outputs["usual"], re.M)
     assert re.findall(r"^prequant (val_loss.*)", outputs["several"], re.M) == of_usual
     assert of_usual != of_other
+    how_to_go_on = re.search(r"QUANT_ONLY=1 continues from it: (.*)", outputs["several"])[1]
+    assert how_to_go_on.endswith(f"python {ROOT / 'train_gpt.py'}")
     kept = torch.load(runs / "several" / "model_0.1.pt", weights_only=True)
     assert kept["settings"]["ema_span"] == 0.1
 

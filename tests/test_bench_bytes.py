@@ -28,7 +28,7 @@ def parts_come_back(monkeypatch):
 @pytest.fixture
 def model(monkeypatch, tmp_path, tiny_data, ops):
     """A model of random weights, in model.pt, and the environment of a sweep over it."""
-    for name, value in (TINY | {"data_path": tiny_data}).items():
+    for name, value in (TINY | {"data_path": tiny_data, "compressor": "brotli"}).items():
         monkeypatch.setenv(name.upper(), str(int(value) if isinstance(value, bool) else value))
     model = train_gpt.GPT(tiny_hp(), ops, torch.float32)
     for parameter in model.parameters():
@@ -42,7 +42,6 @@ CLIPS = "MLP_CLIP_SIGMAS={0} ATTN_CLIP_SIGMAS={0} EMBED_CLIP_SIGMAS={0}"
 
 def test_sweep_measures_bytes_error_and_bpb_of_every_point(monkeypatch, tmp_path, model, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setenv("COMPRESSOR", "brotli")
     monkeypatch.setenv("GPTQ_ROW_POWER", "0")  # the weighted error counts all rows alike
     command = ["bench", "sweep", str(tmp_path / "model.pt"), "--out", str(tmp_path / "sweep.png")]
     ways = {
@@ -120,7 +119,7 @@ def results_kept(monkeypatch, name):
 
 
 def test_a_measured_point_is_plain_figures_beside_its_bytes(monkeypatch, tmp_path, model):
-    sweep = bench_bytes.Sweep(tmp_path / "model.pt", "brotli")
+    sweep = bench_bytes.Sweep(tmp_path / "model.pt")
     packed = results_kept(monkeypatch, "pack_weights")
     figures, size = sweep.measure("GPTQ_TRELLIS=0")
     assert json.loads(json.dumps(figures)) == figures and "bytes" not in figures
@@ -132,7 +131,7 @@ def test_a_measured_point_is_plain_figures_beside_its_bytes(monkeypatch, tmp_pat
 def test_a_point_is_of_its_own_settings_and_rebuilt_weights(monkeypatch, tmp_path, model):
     """Bytes by its own compressor; loss, BPB and error of the weights that its codes make."""
     published.install()
-    sweep = bench_bytes.Sweep(tmp_path / "model.pt", "entropy")
+    sweep = bench_bytes.Sweep(tmp_path / "model.pt")
     made = results_kept(monkeypatch, "quantize_weights")
     figures, size = sweep.measure(f"COMPRESSOR=lzma GPTQ_COLUMN_STEPS=0 {CLIPS.format(200)}")
     assert size.result() == len(train_gpt.pack_weights(made[0], "lzma"))
@@ -152,10 +151,8 @@ def test_a_point_is_of_its_own_settings_and_rebuilt_weights(monkeypatch, tmp_pat
 def test_row_gradients_are_made_once_for_the_points_that_need_them(monkeypatch, tmp_path, model):
     made = results_kept(monkeypatch, "collect_row_gradients")
     monkeypatch.setenv("GPTQ_ROW_POWER", "0")
-    assert (
-        bench_bytes.Sweep(tmp_path / "model.pt", "brotli", ["GPTQ_DAMP=0.1"]).row_gradients is None
-    )
-    sweep = bench_bytes.Sweep(tmp_path / "model.pt", "brotli", ["", "GPTQ_ROW_POWER=0.5"])
+    assert bench_bytes.Sweep(tmp_path / "model.pt", ["GPTQ_DAMP=0.1"]).row_gradients is None
+    sweep = bench_bytes.Sweep(tmp_path / "model.pt", ["", "GPTQ_ROW_POWER=0.5"])
     bench_bytes.check_points(["GPTQ_ROW_POWER=1 GPTQ_ROW_OCTAVES=1"])
     arrays = results_kept(monkeypatch, "quantize_weights")
     for settings in ("", "GPTQ_ROW_POWER=0.5", "GPTQ_ROW_POWER=0.5 GPTQ_ROW_OCTAVES=0"):
@@ -164,7 +161,7 @@ def test_row_gradients_are_made_once_for_the_points_that_need_them(monkeypatch, 
     plain, moved, held = ({n: a.tobytes() for n, a in point.items()} for point in arrays)
     assert plain == held and moved != plain
     monkeypatch.setenv("GPTQ_ROW_POWER", "0.5")
-    assert bench_bytes.Sweep(tmp_path / "model.pt", "brotli").row_gradients.keys() == made[0].keys()
+    assert bench_bytes.Sweep(tmp_path / "model.pt").row_gradients.keys() == made[0].keys()
 
 
 class Clock:
@@ -185,7 +182,7 @@ class Clock:
 
 
 def test_seconds_are_of_the_work_that_they_are_named_after(monkeypatch, tmp_path, model, capsys):
-    sweep = bench_bytes.Sweep(tmp_path / "model.pt", "brotli")
+    sweep = bench_bytes.Sweep(tmp_path / "model.pt")
     clock = Clock()
     monkeypatch.setattr(bench_bytes, "time", clock)
     seconds = {"quantize_weights": 5, "held_out_loss": 100, "dequantize_weights": 30}
@@ -214,7 +211,7 @@ def test_the_points_of_a_sweep_have_the_trellis_that_its_environment_lacks(
     """Its reference is a loop in Python, which takes minutes on a real model."""
     monkeypatch.setenv("GPTQ_TRELLIS", "0")
     monkeypatch.setenv("GPTQ_COLUMN_STEPS", "0")
-    sweep = bench_bytes.Sweep(tmp_path / "model.pt", "entropy")
+    sweep = bench_bytes.Sweep(tmp_path / "model.pt")
     assert not sweep.hp.gptq_trellis and "trellis_round" in sweep.model.ops.names
 
 

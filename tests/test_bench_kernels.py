@@ -25,14 +25,14 @@ def report(monkeypatch):
 def test_operations_are_compared_with_their_references(report, capsys):
     bench_kernels.bench_cross_entropy(report, 24)
     bench_kernels.bench_around_attention(report, 24)
-    bench_kernels.bench_entry(report, 24)
+    bench_kernels.bench_slot_input(report, 24)
     told = capsys.readouterr().out
     assert told.count(" ok ") == 6 and "WRONG" not in told and not report.wrong
     for name in (
         "head + cross-entropy fwd+bwd",
         "cross-entropy kernel",
         "XSA and gate fwd",
-        "entry with lanes kernel",
+        "slot input with lanes kernel",
     ):
         assert f"\n{name} " in told
 

@@ -39,7 +39,7 @@ def small_plan(ranks=2, **changes):
     """Lengths, Hyperparameters and PhasePlans of these documents."""
     settings = {name: str(value) for name, value in (SMALL | changes).items()}
     hp = tg.Hyperparameters.from_env(settings)
-    lengths = bench_ttt.lengths_of({"documents": 120, "tokens": 100_000, "points": POINTS})
+    lengths = bench_ttt.lengths_of_points({"documents": 120, "tokens": 100_000, "points": POINTS})
     return lengths, hp, bench_ttt.plan_all(lengths, [hp], ranks)[0]
 
 
@@ -66,14 +66,14 @@ def test_the_embedded_lengths_are_those_of_the_contest():
     ranks, tokens = np.array(bench_ttt.CONTEST["points"], float).T
     plain = np.exp(np.interp(np.arange(50_000), ranks, np.log(tokens)))
     assert len(ranks) <= 40 and abs(plain.sum() / 47_853_344 - 1) < 0.01
-    lengths = bench_ttt.lengths_of(bench_ttt.CONTEST).stored
+    lengths = bench_ttt.lengths_of_points(bench_ttt.CONTEST).stored
     assert len(lengths) == 50_000 and abs(lengths.sum() - 47_853_344) < 1000
 
 
 @pytest.mark.skipif(not SHARED_LENGTHS.is_file(), reason=f"missing: {SHARED_LENGTHS}")
 def test_the_embedded_lengths_are_near_the_published_ones():
-    published = bench_ttt.lengths_of(json.loads(SHARED_LENGTHS.read_text())).stored
-    ours = bench_ttt.lengths_of(bench_ttt.CONTEST).stored
+    published = bench_ttt.lengths_of_points(json.loads(SHARED_LENGTHS.read_text())).stored
+    ours = bench_ttt.lengths_of_points(bench_ttt.CONTEST).stored
     assert np.abs(ours - published).sum() < 0.005 * published.sum()
     hp = tg.Hyperparameters()
     cost = tg.window_positions(ours, hp).sum() / tg.window_positions(published, hp).sum()
@@ -263,7 +263,7 @@ def test_documents_come_from_shards(tmp_path, monkeypatch, small, capsys):
     tokens[[0, 300, 301, 700]] = tg.BOS_ID
     write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
     hp = tg.Hyperparameters(marker_fusion_enabled=False)
-    assert bench_ttt.lengths_in(str(tmp_path), hp).stored.tolist() == [300, 1, 399, 300]
+    assert bench_ttt.lengths_of_shards(str(tmp_path), hp).stored.tolist() == [300, 1, 399, 300]
     as_stored = "MARKER_FUSION_ENABLED=0"
     assert bench_ttt.main([*small[:3], "--data", str(tmp_path), as_stored]) == 0
     assert "4 documents, 1,000 stored tokens" in capsys.readouterr().out
@@ -277,7 +277,7 @@ def test_fused_markers_are_counted_where_the_data_are_known(tmp_path, small, cap
     tokens[100:400] = [space, 4, 300] * 100  # all of them in the first document
     write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
     hp = tg.Hyperparameters(tokenizer_path=str(DEFAULT_TOKENIZER))
-    lengths = bench_ttt.lengths_in(str(tmp_path), hp)
+    lengths = bench_ttt.lengths_of_shards(str(tmp_path), hp)
     assert lengths.stored.tolist() == [600, 400] and lengths.fused.tolist() == [500, 400]
     told = f"fused markers leave 0.900 of the stored tokens, counted in {tmp_path}"
     settings = ["MARKER_FUSION_ENABLED=0", f"TOKENIZER_PATH={DEFAULT_TOKENIZER}"]
