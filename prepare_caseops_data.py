@@ -1014,7 +1014,11 @@ def map_in_order(function, batches: Iterable[Batch], workers: int) -> Iterator:
             "a worker process was killed, perhaps for want of memory: try fewer --workers"
         ) from error
     finally:
+        # A second Ctrl-C would break this off, and the process would then wait for workers that
+        # nobody ends.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, handler)
 
 
 def _end_with_the_parent() -> None:
