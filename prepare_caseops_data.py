@@ -19,6 +19,7 @@ openai/parameter-golf, PR 1729.
 import argparse
 import ast
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import importlib
@@ -1134,6 +1135,26 @@ def refuse_used_folder(folder: Path) -> None:
         )
 
 
+@contextlib.contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder until this one ends, however it ends.
+
+    Raises DataError if another run is in it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise DataError(f"{folder} is in use by another run: change --out, or wait") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 # what an interrupted run needs to go on; gone when the manifest is written
 PROGRESS = "progress.bin"
 
@@ -1341,33 +1362,44 @@ def build_dataset(
 
     `encoder` runs in the workers.
     """
-    refuse_used_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"split_rule": corpus.rule, **settings}
-    dataset = Dataset(out, settings)
+    with only_run_in(out):
+        refuse_used_folder(out)
+        settings = {"split_rule": corpus.rule, **settings}
+        dataset = Dataset(out, settings)
+        known = _write_splits(corpus, dataset, encoder, workers)
+        manifest = {
+            "format": "caseops_shards",
+            "version": 1,
+            "text_transform": "lossless_caps_caseops_v1",
+            **settings,
+            "leaked_documents": count_leaks(out, known),
+            "sources": corpus.sources(),
+            "splits": dataset.splits,
+            "files": dataset.entries,
+        }
+        write_manifest(out, manifest)
+        (out / PROGRESS).unlink()
+    return manifest
+
+
+def _write_splits(
+    corpus: Corpus,
+    dataset: Dataset,
+    encoder: Callable[[Batch], EncodedBatch],
+    workers: int,
+) -> np.ndarray:
+    """Writes both splits, validation first -> hashes (documents,) of the validation documents."""
     known = np.zeros(0, dtype=np.uint64)
     for split, lines in (("val", corpus.val), ("train", corpus.train)):
-        for batch in map_in_order(
-            encoder, make_batches(split, lines, *dataset.read[split]), workers
-        ):
+        batches = make_batches(split, lines, *dataset.read[split])
+        for batch in map_in_order(encoder, batches, workers):
             dataset.add(batch, np.isin(batch.hashes, known).any(axis=1))
         if split not in corpus.may_be_empty:
             refuse_empty_split(split, dataset.splits[split])
         dataset.finish_split(split)
-        known = validation_hashes(out)
-    manifest = {
-        "format": "caseops_shards",
-        "version": 1,
-        "text_transform": "lossless_caps_caseops_v1",
-        **settings,
-        "leaked_documents": count_leaks(out, known),
-        "sources": corpus.sources(),
-        "splits": dataset.splits,
-        "files": dataset.entries,
-    }
-    write_manifest(out, manifest)
-    (out / PROGRESS).unlink()
-    return manifest
+        known = validation_hashes(dataset.folder)
+    return known
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:

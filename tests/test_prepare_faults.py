@@ -241,6 +241,20 @@ def test_a_second_control_c_does_not_leave_the_run_waiting_for_its_workers(long_
     assert errors.startswith("error: interrupted\n") and "Traceback" not in errors
 
 
+def test_two_runs_do_not_write_into_one_folder(long_docs, tmp_path, capsys):
+    docs, expected = long_docs
+    out = tmp_path / "out"
+    run = start(docs, out)
+    while not (out / prepare.PROGRESS).exists():
+        time.sleep(0.01)
+    other = write_docs(tmp_path / "other.jsonl", TEXTS)
+    message = refused(capsys, "--docs", other, "--val-docs", 6, "--out", out)
+    assert message == f"error: {out} is in use by another run: change --out, or wait\n"
+    _, errors = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 0, errors
+    assert dataset_of(out) == expected
+
+
 def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
