@@ -606,6 +606,8 @@ class Source(io.RawIOBase):
 
     def __init__(self, path: str):
         self.name, self.digest = "standard input" if path == "-" else path, hashlib.sha256()
+        if path == "-" and sys.stdin is None:
+            raise DataError("standard input is closed: name a file, or pipe one in")
         self.file = sys.stdin.buffer if path == "-" else open(path, "rb")
         self.buffered = io.BufferedReader(self, 1 << 20)
 
@@ -1066,6 +1068,8 @@ def corpus_from_files(
 
     Its first `val_docs` documents are validation, unless there is a `val_file`.
     """
+    if [*docs, val_file].count("-") > 1:
+        raise DataError("-: standard input can be read once only")
     files = [(Source(path), "docs") for path in docs]
     documents = itertools.chain.from_iterable([source.lines() for source, _ in files])
     if val_file is not None:

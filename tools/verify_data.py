@@ -252,9 +252,10 @@ def verify(
         costs = np.concatenate(side_car)
         problems += check_side_car(tokens, costs)
         problems += check_no_text(folder)
-        problems += check_samples(load_tokenizer(tokenizer), tokens, costs, samples)
     if source is not None:
         problems += check_source(source, tokenizer, tokens, costs, workers)
+    elif costs is not None:  # no proof as a source is, see check_samples
+        problems += check_samples(load_tokenizer(tokenizer), tokens, costs, samples)
     start = time.perf_counter()
     documents, leaks = find_leaks(folder)
     seconds = time.perf_counter() - start
@@ -287,7 +288,11 @@ def main(arguments: list[str]) -> int:
     )
     count = whole_number(0)
     parser.add_argument(
-        "--samples", type=count, default=200, metavar="N", help="documents to decode; %(default)s"
+        "--samples",
+        type=count,
+        default=200,
+        metavar="N",
+        help="documents to decode without --docs; %(default)s",
     )
     add_workers(parser)
     options = parser.parse_args(arguments)
@@ -297,12 +302,7 @@ def main(arguments: list[str]) -> int:
 def report(options: argparse.Namespace) -> int:
     """Verifies as the command line says and prints the problems; returns the exit status."""
     source = options.docs and itertools.chain.from_iterable(map(read_lines, options.docs))
-    try:
-        problems = verify(
-            options.folder, options.tokenizer, source, options.samples, options.workers
-        )
-    except (DataError, OSError) as error:
-        problems = [str(error)]
+    problems = verify(options.folder, options.tokenizer, source, options.samples, options.workers)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     print("verified" if not problems else f"{len(problems)} problems")
