@@ -37,7 +37,7 @@ from prepare_caseops_data import (  # noqa: E402
     BOS_ID,
     DataError,
     file_sha256,
-    naming,
+    path_in_errors,
     read_manifest,
     read_shard,
     shard_files,
@@ -103,7 +103,7 @@ class Hub:
             revision=self.revision,
             endpoint=self.endpoint,
         )
-        with naming(part), part.open("ab") as file:
+        with path_in_errors(part), part.open("ab") as file:
             http_get(
                 url, file, resume_size=have, headers=build_hf_headers(), expected_size=info.size
             )

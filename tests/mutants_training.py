@@ -443,10 +443,10 @@ DATA = [
         "tests/test_verify_data.py::test_a_dataset_in_order_is_verified_against_its_source",
     ),
     Mutant(
-        "verify-charges-overflow",
+        "verify-costs-overflow",
         VERIFY,
-        "    return int(charges.sum(dtype=np.int64))\n",
-        "    return int(charges.sum(dtype=np.uint16))\n",
+        "    return int(costs.sum(dtype=np.int64))\n",
+        "    return int(costs.sum(dtype=np.uint16))\n",
         "tests/test_verify_data.py::test_many_bytes_are_added_without_overflow",
     ),
 ]

@@ -32,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from prepare_caseops_data import (  # noqa: E402
     BOS_ID,
     DataError,
-    exit_status,
-    naming,
+    path_in_errors,
     read_lines,
     read_text,
+    run_command,
     train_sentencepiece,
     whole_number,
     write_shard,
@@ -71,7 +71,7 @@ def validation_texts(path: str) -> Iterator[str]:
             yield text
 
 
-def first_bytes(texts: Iterable[str], size: int) -> Iterator[str]:
+def first_lines(texts: Iterable[str], size: int) -> Iterator[str]:
     """Lines of texts until `size` bytes are reached.
 
     SentencePiece wants sentences, not documents.
@@ -103,7 +103,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
         num_threads=os.cpu_count() or 1,
         minloglevel=2,
     )
-    with naming(path):
+    with path_in_errors(path):
         path.write_bytes(model)
 
 
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="N",
         help="default: %(default)s",
     )
-    return exit_status(partial(prepare, parser.parse_args(arguments)))
+    return run_command(partial(prepare, parser.parse_args(arguments)))
 
 
 def prepare(options: argparse.Namespace) -> int:
@@ -204,7 +204,7 @@ def prepare(options: argparse.Namespace) -> int:
         unfinished.mkdir(parents=True)
         model = unfinished / f"plain_{size}.model"
         train_tokenizer(
-            first_bytes(training_texts(options.docs, held_out), options.tokenizer_bytes),
+            first_lines(training_texts(options.docs, held_out), options.tokenizer_bytes),
             size,
             model,
         )
