@@ -671,12 +671,13 @@ class Source(io.RawIOBase):
         """
         try:
             yield from self._lines()
-        except (EOFError, lzma.LZMAError, zlib.error) as error:
-            raise DataError(f"{self.name}: damaged ({error})") from error
-        except OSError as error:
-            if error.errno is not None:  # the system's; those of gzip and pyarrow have no number
+        except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+            # the system's errors have a number, those of gzip and pyarrow have none
+            if getattr(error, "errno", None) is not None:
                 raise
-            raise DataError(f"{self.name}: damaged ({error})") from error
+            raise DataError(
+                f"{self.name}: damaged or cut short ({error}): fetch or pack it again"
+            ) from error
 
     def _lines(self) -> Iterator[Line]:
         text = self.buffered

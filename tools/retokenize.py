@@ -130,7 +130,10 @@ def retokenize_document(old: list[bytes], sp, ids: np.ndarray, costs: np.ndarray
         # the last token takes what the new normalization drops after it
         new_costs[-1] += total - charged
     if total != new_costs.sum(dtype=np.int64) or new_costs.max() > MAX_COST:
-        raise DataError("the bytes of the side-car cannot be kept")
+        raise DataError(
+            "the new tokens cannot take the bytes of the old ones: there are none, or one would get"
+            f" more than {MAX_COST:,}; make the shards from the documents"
+        )
     return new_ids, new_costs.astype(np.uint16), total
 
 
