@@ -40,6 +40,7 @@ from prepare_caseops_data import (  # noqa: E402
     path_in_errors,
     read_manifest,
     read_shard,
+    read_stream,
     shard_files,
     whole_number,
     write_manifest,
@@ -320,6 +321,7 @@ AGAIN = "Run the command again: it goes on where it stopped."
 
 
 def fail(message: str, status: int = 1) -> int:
+    """Prints an error and returns the exit status that goes with it."""
     print(f"error: {message}", file=sys.stderr)
     return status
 
@@ -345,18 +347,13 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(f"{error}\n{AGAIN}")
     for split, counts in manifest["splits"].items():
         print(f"{split}: " + ", ".join(f"{number:,} {name}" for name, number in counts.items()))
-    val = read_stream(folder, "val")
+    val = np.concatenate(read_stream(folder, "val"))
     costs = read_stream(folder, "val_bytes")
     print(
         f"{manifest['leaked_documents']} training documents are validation documents too;"
-        f" canonical: {canonical(val, costs if len(costs) else None)}; {folder}"
+        f" canonical: {canonical(val, np.concatenate(costs) if costs else None)}; {folder}"
     )
     return 0
-
-
-def read_stream(folder: Path, stream: str) -> np.ndarray:
-    """All values of a stream's shards, (N,)."""
-    return np.concatenate([read_shard(path) for path in shard_files(folder, stream)] or [[]])
 
 
 if __name__ == "__main__":
