@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from prepare_caseops_data import (  # noqa: E402
     BOS_ID,
     DataError,
+    only_run_in,
     path_in_errors,
     read_lines,
     read_text,
@@ -191,12 +192,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prepare(options: argparse.Namespace) -> int:
-    """Makes the datasets; a folder spN appears when it is whole. Returns the exit status."""
+    """Makes the datasets as the command line says; returns the exit status."""
+    validation = list(validation_texts(options.val_file))
+    options.out.mkdir(parents=True, exist_ok=True)
+    with only_run_in(options.out):
+        make_datasets(options, validation)
+    return 0
+
+
+def make_datasets(options: argparse.Namespace, validation: list[str]) -> None:
+    """A tokenizer and its shards for each vocabulary; a folder spN appears when it is whole.
+
+    Raises DataError for a folder that is there already, and for text that cannot be used.
+    """
     folders = {size: options.out / f"sp{size}" for size in options.vocab_sizes}
     for folder in folders.values():
         if folder.exists():
             raise DataError(f"{folder} is there already: remove it or change --out")
-    validation = list(validation_texts(options.val_file))
     held_out = frozenset(validation)
     for size, folder in folders.items():
         unfinished = folder.with_name(f"{folder.name}.unfinished")
@@ -217,7 +229,6 @@ def prepare(options: argparse.Namespace) -> int:
             f"{folder}: {train:,} training tokens, {val:,} of validation in {len(validation):,}"
             " documents"
         )
-    return 0
 
 
 if __name__ == "__main__":
