@@ -1171,7 +1171,9 @@ def only_run_in(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise DataError(f"{folder} is in use by another run: change --out, or wait") from None
+        raise DataError(
+            f"{folder} is in use by another run: wait for it, or name another folder"
+        ) from None
     except OSError:  # a file system without locks
         pass
     try:

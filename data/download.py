@@ -37,6 +37,7 @@ from prepare_caseops_data import (  # noqa: E402
     BOS_ID,
     DataError,
     file_sha256,
+    only_run_in,
     path_in_errors,
     read_manifest,
     read_shard,
@@ -174,16 +175,17 @@ def download(variant: str, folder: Path, repo: str | None, train_shards: int | N
     default_repo, dataset, _ = source_of(variant)
     hub = Hub(repo or default_repo)
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = choose_published(hub, folder, dataset, train_shards)
-    infos = {chosen.files[path]: info for path, info in hub.look_up(list(chosen.files)).items()}
-    fetch_missing(hub, folder, infos)
-    print("counting, and searching the training documents for validation documents", flush=True)
-    manifest = describe(folder, hub, chosen.entry, chosen.tokenizer, infos)
-    for problem in check_contents(folder):
-        raise DataError(f"{folder}: {problem}")
-    stats = chosen.entry["stats"]
-    check_stats(manifest["splits"], stats, manifest["train_shards"] == stats["files_train"])
-    write_manifest(folder, manifest)
+    with only_run_in(folder):
+        chosen = choose_published(hub, folder, dataset, train_shards)
+        infos = {chosen.files[path]: info for path, info in hub.look_up(list(chosen.files)).items()}
+        fetch_missing(hub, folder, infos)
+        print("counting, and searching the training documents for validation documents", flush=True)
+        manifest = describe(folder, hub, chosen.entry, chosen.tokenizer, infos)
+        for problem in check_contents(folder):
+            raise DataError(f"{folder}: {problem}")
+        stats = chosen.entry["stats"]
+        check_stats(manifest["splits"], stats, manifest["train_shards"] == stats["files_train"])
+        write_manifest(folder, manifest)
     return manifest
 
 
@@ -236,7 +238,8 @@ def download_documents(folder: Path, repo: str | None) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     found = hub.look_up([PREFIX + name for name in DOCS])
     infos = {name: found[PREFIX + name] for name in DOCS}
-    fetch_all(hub, folder, infos, not_whole(folder, infos, known={}))
+    with only_run_in(folder):
+        fetch_all(hub, folder, infos, not_whole(folder, infos, known={}))
     lfs = infos[DOCS[0]].lfs
     stated = folder / DOCS[1]
     try:
