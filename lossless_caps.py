@@ -38,6 +38,7 @@ _START = re.compile("[A-Z]+[a-z]?")
 
 @_remember
 def _mark_inside(capitals: str) -> str:
+    """Capitals inside a word, each behind its own marker."""
     return "".join(CAPNEXT + letter for letter in capitals.lower())
 
 
@@ -71,6 +72,7 @@ def encode(text: str) -> str:
 
 
 def _encode_block(text: str) -> str:
+    """encode for a text that ends where a word may end; literals are escaped first."""
     if any(control in text for control in CONTROLS):
         text = _CONTROL.sub(rf"{ESC}\g<0>", text)
     text = _INSIDE.sub(lambda match: _mark_inside(match[0]), text)
@@ -95,6 +97,7 @@ class _Unusual(Exception):
 
 @_remember
 def _unmark(marked: str) -> str:
+    """What _MARKED found -> the text it stands for. Raises _Unusual for a marker alone."""
     if len(marked) == 1:
         raise _Unusual
     return marked[1:].upper()
@@ -123,6 +126,7 @@ def _decode_exactly(text: str) -> str:
     """The decoder as a state machine, one character at a time; it alone says what is an error."""
     out = []
     mode = ""  # TITLE or ALLCAPS, until its word starts
+    # what CAPNEXT and ESC announce; inside of a word; inside of a word of capitals (ALLCAPS)
     capnext = escaped = in_word = shouting = False
     for position, char in enumerate(text):
         is_letter = char.isascii() and char.isalpha()

@@ -19,6 +19,7 @@ openai/parameter-golf, PR 1729.
 import argparse
 import ast
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import importlib
@@ -56,12 +57,10 @@ DEFAULT_TOKENIZER = Path(__file__).resolve().parent / "tokenizers" / "caseops_81
 BOS_ID = 1
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
 HEADER_INTS = 256
-MAX_COST = np.iinfo(np.uint16).max  # bytes that one token can stand for in a side-car
+MAX_COST = np.iinfo(np.uint16).max  # the bytes of text that a side-car can charge to one token
 BATCH_BYTES = 1 << 20  # of JSON lines, in one message to a worker
 LONGEST_TEXT = 64_000_000  # bytes; a longer one would take more memory than docs/DATA.md promises
 LONGEST_LINE = 150_000_000  # bytes; JSON may need more than twice the bytes of its text
-# a document's first id and cost
-_BOS, _FREE = (np.array([value], dtype=np.uint16).tobytes() for value in (BOS_ID, 0))
 
 
 class DataError(ValueError):
@@ -73,8 +72,8 @@ class WorkerLost(DataError):
 
 
 @contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Adds the path to an OSError that has none, such as that of a full disk."""
+def path_in_errors(path: str | Path) -> Iterator[None]:
+    """Puts the path into an OSError that names none, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -83,8 +82,8 @@ def naming(path: str | Path) -> Iterator[None]:
         raise
 
 
-def exit_status(command: Callable[[], int], kept_in: Path | None = None) -> int:
-    """Runs a command and returns its exit status.
+def run_command(command: Callable[[], int], kept_in: Path | None = None) -> int:
+    """Runs a command and returns its exit status: the command's own, 1, or 130 after Ctrl-C.
 
     What stops it becomes one line on stderr, without a traceback.
 
@@ -186,6 +185,14 @@ def train_sentencepiece(sentences: Iterable[str], **settings) -> bytes:
     return model.getvalue()
 
 
+# --------------------------------------------------------------------------------------------------
+# ENCODING
+#
+# encode_document and encode_document_with_bytes say what the tokens of a text and their costs are:
+# the plain way. Encoder gives the same faster.
+# --------------------------------------------------------------------------------------------------
+
+
 def encode_document(sp: sentencepiece.SentencePieceProcessor, text: str) -> np.ndarray:
     """Text -> ids (tokens,) uint16, BOS first. Raises DataError on a lone surrogate."""
     _utf8_size(text)
@@ -198,9 +205,9 @@ def encode_document(sp: sentencepiece.SentencePieceProcessor, text: str) -> np.n
 def encode_document_with_bytes(
     sp: sentencepiece.SentencePieceProcessor, text: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Text -> ids (tokens,) and bytes (tokens,), both uint16, BOS with 0 bytes first.
+    """Text -> ids (tokens,) and costs (tokens,), both uint16, BOS with cost 0 first.
 
-    A token is charged the UTF-8 size of the original text it came from; markers are free. Only
+    A token's cost is the UTF-8 size of the original text it came from; markers are free. Only
     leading and trailing characters that the tokenizer drops are charged to nobody. Raises DataError
     on a lone surrogate, and where one token stands for more than 65,535 bytes.
     """
@@ -209,7 +216,7 @@ def encode_document_with_bytes(
     costs_parts = [np.array([0], dtype=np.uint16)]
     tokens = 1
     for block, ids, spans in tokenize_blocks(sp, encode(text)):
-        size_before = np.concatenate([[0], np.cumsum(_byte_costs(block))])
+        size_before = np.concatenate([[0], np.cumsum(byte_costs(block))])
         costs = size_before[spans[:, 1]] - size_before[spans[:, 0]]
         if costs.max(initial=0) > MAX_COST:
             raise DataError(
@@ -334,17 +341,19 @@ _UNIT = re.compile(f"[{_BLANKS}]*(?:(?:[A-Za-z]++|[0-9]|[{_MARKS}]++){_JOINING}|
 
 
 class Encoder:
-    """encode_document and encode_document_with_bytes several times faster.
+    """encode_document and encode_document_with_bytes several times faster: the fast way.
 
-    A unit of text is tokenized once, then kept.
-
+    A unit of text (see _UNIT) is tokenized when it first occurs, and looked up from then on.
     Training documents are looked up word by word, and what a new word is made of, unit by unit.
+
+    kept: how many entries each of the three tables may hold.
     """
 
     def __init__(self, sp: sentencepiece.SentencePieceProcessor, kept: int = 150_000):
         self.sp = sp
+        self.bos, self.no_cost = (array("H", [value]).tobytes() for value in (BOS_ID, 0))
         pieces = [sp.id_to_piece(index) for index in range(sp.get_piece_size())]
-        # of ASCII pieces
+        # right for pieces of ASCII and U+2581 only, and asked for no others
         self.piece_bytes = np.array([len(piece) for piece in pieces], dtype=np.uint16)
         self.piece_bytes[4:264] = [0] * len(CONTROLS) + [1] * 256
         self.words: dict[bytes, bytes] = _Kept(self._word_ids, kept)  # behind a blank
@@ -377,8 +386,11 @@ class Encoder:
         found = [self.units_with_costs[unit] for unit in units] if _utf8_size(text) else []
         if None in found:
             return encode_document_with_bytes(self.sp, text)
-        ids, costs = (b"".join(part) for part in zip((_BOS, _FREE), *found, strict=True))
-        return np.frombuffer(ids, dtype=np.uint16), np.frombuffer(costs, dtype=np.uint16)
+        ids, costs = zip((self.bos, self.no_cost), *found, strict=True)
+        return (
+            np.frombuffer(b"".join(ids), dtype=np.uint16),
+            np.frombuffer(b"".join(costs), dtype=np.uint16),
+        )
 
     def _word_ids(self, word: bytes) -> bytes:
         return b"".join(map(self.units.__getitem__, _UNIT.findall(" " + word.decode())))
@@ -413,7 +425,7 @@ class Encoder:
 
 
 class _Kept(dict):
-    """A dictionary that makes missing values and keeps the first ones.
+    """A dictionary that makes missing values, and keeps the first `kept` that have short keys.
 
     So a stream of rare words does not drive out the common ones; 150,000 take 30 MB.
     """
@@ -446,7 +458,7 @@ def _tokenize_with_spans(sp, text: str) -> tuple[list[int], list[tuple[int, int]
     return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
 
 
-def _byte_costs(transformed: str) -> np.ndarray:
+def byte_costs(transformed: str) -> np.ndarray:
     """UTF-8 bytes (characters,) that each character of an encoded text had in the original.
 
     Markers had none.
@@ -485,7 +497,7 @@ def read_shard(path: str | Path) -> np.ndarray:
 
     Raises DataError if the header or the size is wrong.
     """
-    with naming(path):
+    with path_in_errors(path):
         size, header_bytes = os.path.getsize(path), 4 * HEADER_INTS
         header = (
             np.fromfile(path, dtype="<i4", count=HEADER_INTS) if size >= header_bytes else [0, 0, 0]
@@ -519,7 +531,7 @@ def write_whole(path: str | Path, *parts: bytes | np.ndarray) -> str:
     """
     temporary, digest = Path(f"{path}.tmp"), hashlib.sha256()
     try:
-        with naming(path), temporary.open("wb") as file:
+        with path_in_errors(path), temporary.open("wb") as file:
             for part in parts:
                 file.write(part)
                 digest.update(part)
@@ -571,7 +583,7 @@ class Line(NamedTuple):
 
     file: str
     number: int  # of the line, or of the row of a Parquet file, from 1
-    content: bytes  # JSON
+    content: bytes  # JSON; in tools/retokenize.py ids
 
 
 class Batch(NamedTuple):
@@ -597,6 +609,36 @@ class EncodedBatch(NamedTuple):
     hashes: np.ndarray
 
 
+GZIP_MAGIC = b"\x1f\x8b"
+XZ_MAGIC = b"\xfd7zXZ\x00"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+PARQUET_MAGIC = b"PAR1"
+PACKED_SUFFIXES = ".gz", ".xz", ".zst", ".parquet"
+OTHER_FORMATS = {  # first bytes -> what starts with them
+    PARQUET_MAGIC: "Parquet inside of another archive",
+    b"ARROW1": "Arrow",
+    b"\xff\xff\xff\xff": "Arrow",
+    b"ORC": "ORC",
+    b"Obj\x01": "Avro",
+    ZSTD_MAGIC: "zstd inside of another archive",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"\x5d\x00\x00": "lzma",
+    GZIP_MAGIC: "gzip inside of another archive",
+    XZ_MAGIC: "xz inside of another archive",
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xef\xbb\xbf": "UTF-8 with a byte order mark",
+    b"<": "HTML or XML",
+    b"[": "a JSON array",
+}
+
+
 class Source(io.RawIOBase):
     """A file that is read once, from start to end, and hashed on the way: a pipe will do.
 
@@ -605,6 +647,8 @@ class Source(io.RawIOBase):
 
     def __init__(self, path: str):
         self.name, self.digest = "standard input" if path == "-" else path, hashlib.sha256()
+        if path == "-" and sys.stdin is None:
+            raise DataError("standard input is closed: name a file, or pipe one in")
         self.file = sys.stdin.buffer if path == "-" else open(path, "rb")
         self.buffered = io.BufferedReader(self, 1 << 20)
 
@@ -612,7 +656,7 @@ class Source(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
-        with naming(self.name):
+        with path_in_errors(self.name):
             count = self.file.readinto(buffer)
         self.digest.update(memoryview(buffer)[:count])
         return count
@@ -627,12 +671,13 @@ class Source(io.RawIOBase):
         """
         try:
             yield from self._lines()
-        except (EOFError, lzma.LZMAError, zlib.error) as error:
-            raise DataError(f"{self.name}: damaged ({error})") from error
-        except OSError as error:
-            if error.errno is not None:  # the system's; those of gzip and pyarrow have no number
+        except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+            # the system's errors have a number, those of gzip and pyarrow have none
+            if getattr(error, "errno", None) is not None:
                 raise
-            raise DataError(f"{self.name}: damaged ({error})") from error
+            raise DataError(
+                f"{self.name}: damaged or cut short ({error}): fetch or pack it again"
+            ) from error
 
     def _lines(self) -> Iterator[Line]:
         text = self.buffered
@@ -673,36 +718,6 @@ class Source(io.RawIOBase):
         while self.read(1 << 20):
             pass
         return self.digest.hexdigest()
-
-
-GZIP_MAGIC = b"\x1f\x8b"
-XZ_MAGIC = b"\xfd7zXZ\x00"
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
-PARQUET_MAGIC = b"PAR1"
-PACKED_SUFFIXES = ".gz", ".xz", ".zst", ".parquet"
-OTHER_FORMATS = {  # first bytes -> what starts with them
-    PARQUET_MAGIC: "Parquet inside of another archive",
-    b"ARROW1": "Arrow",
-    b"\xff\xff\xff\xff": "Arrow",
-    b"ORC": "ORC",
-    b"Obj\x01": "Avro",
-    ZSTD_MAGIC: "zstd inside of another archive",
-    b"\x04\x22\x4d\x18": "lz4",
-    b"BZh": "bzip2",
-    b"PK\x03\x04": "zip",
-    b"7z\xbc\xaf\x27\x1c": "7z",
-    b"\x5d\x00\x00": "lzma",
-    GZIP_MAGIC: "gzip inside of another archive",
-    XZ_MAGIC: "xz inside of another archive",
-    b"\xff\xfe\x00\x00": "UTF-32",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-    b"\x00\x00\xfe\xff": "UTF-32",
-    b"\xef\xbb\xbf": "UTF-8 with a byte order mark",
-    b"<": "HTML or XML",
-    b"[": "a JSON array",
-}
 
 
 def _refuse_other_formats(name: str, head: bytes) -> None:
@@ -910,6 +925,7 @@ def normalize_text(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _encoder_of_process(tokenizer: str, kept: int) -> Encoder:
+    """The one Encoder of a process, which keeps its tables from batch to batch."""
     return Encoder(load_tokenizer(tokenizer), kept)
 
 
@@ -922,6 +938,10 @@ def document_hash(ids: np.ndarray) -> int:
 
 
 def _compare_with_the_plain_way(sp, text: str, ids: np.ndarray, costs: list[np.ndarray]) -> None:
+    """Raises DataError if Encoder gave a text other ids (tokens,), or other costs, than it has.
+
+    costs: of validation its costs (tokens,) as the only item, of training none.
+    """
     plain_ids, plain_costs = (
         encode_document_with_bytes(sp, text) if costs else (encode_document(sp, text), None)
     )
@@ -1014,7 +1034,11 @@ def map_in_order(function, batches: Iterable[Batch], workers: int) -> Iterator:
             "a worker process was killed, perhaps for want of memory: try fewer --workers"
         ) from error
     finally:
+        # A second Ctrl-C would break this off, and the process would then wait for workers that
+        # nobody ends.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, handler)
 
 
 def _end_with_the_parent() -> None:
@@ -1044,6 +1068,10 @@ def _submit(pool: ProcessPoolExecutor, function, batch: Batch) -> Future:
 # --------------------------------------------------------------------------------------------------
 
 
+# what an interrupted run needs to go on; gone when the manifest is written
+PROGRESS = "progress.bin"
+
+
 class Corpus(NamedTuple):
     """Where documents come from, and which of them are for validation."""
 
@@ -1061,6 +1089,8 @@ def corpus_from_files(
 
     Its first `val_docs` documents are validation, unless there is a `val_file`.
     """
+    if [*docs, val_file].count("-") > 1:
+        raise DataError("-: standard input can be read once only")
     files = [(Source(path), "docs") for path in docs]
     documents = itertools.chain.from_iterable([source.lines() for source, _ in files])
     if val_file is not None:
@@ -1111,7 +1141,7 @@ def _first_of(documents: Iterator[Line], count: int) -> Iterator[Line]:
 
 def file_sha256(path: str | Path) -> str:
     """Hex digest of a file of any size."""
-    with naming(path), open(path, "rb") as file:
+    with path_in_errors(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -1130,8 +1160,26 @@ def refuse_used_folder(folder: Path) -> None:
         )
 
 
-# what an interrupted run needs to go on; gone when the manifest is written
-PROGRESS = "progress.bin"
+@contextlib.contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder until this one ends, however it ends.
+
+    Raises DataError if another run is in it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise DataError(
+            f"{folder} is in use by another run: wait for it, or name another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Dataset:
@@ -1149,7 +1197,7 @@ class Dataset:
         self.splits["train"] = dict.fromkeys(
             ("documents", "tokens", "bytes", "left_out", "removed_bytes"), 0
         )
-        self.read = {"val": [0, 0], "train": [0, 0]}  # documents, checksum of their lines
+        self.read_so_far = {"val": [0, 0], "train": [0, 0]}  # documents, checksum of their lines
         self.writers = {
             stream: ShardWriter(folder, stream, settings["shard_tokens"])
             for stream in ("val", "val_bytes", "train")
@@ -1179,7 +1227,8 @@ class Dataset:
             counts["left_out"] += int(is_validation.sum())
             counts["removed_bytes"] += int(batch.removed_bytes.sum())
         self.writers[batch.split].add(batch.ids)
-        self.read[batch.split] = [self.read[batch.split][0] + len(is_validation), batch.checksum]
+        documents, _ = self.read_so_far[batch.split]
+        self.read_so_far[batch.split] = [documents + len(is_validation), batch.checksum]
         if len(self.entries) > finished:
             self.save()
 
@@ -1204,7 +1253,7 @@ class Dataset:
         waiting = {
             stream: writer.buffer[: writer.filled] for stream, writer in self.writers.items()
         }
-        state = {"settings": self.settings, "splits": self.splits, "read": self.read}
+        state = {"settings": self.settings, "splits": self.splits, "read": self.read_so_far}
         state["entries"] = {stream: writer.entries for stream, writer in self.writers.items()}
         state["waiting"] = {stream: len(values) for stream, values in waiting.items()}
         write_whole(self.folder / PROGRESS, json.dumps(state).encode() + b"\n", *waiting.values())
@@ -1236,16 +1285,14 @@ class Dataset:
                     f"{path}: missing or changed since the interrupted run wrote it; remove the"
                     " folder's files and begin anew"
                 )
-        self.splits, self.read, start = state["splits"], state["read"], 0
+        self.splits, self.read_so_far, start = state["splits"], state["read"], 0
         for stream, writer in self.writers.items():
             writer.entries = state["entries"][stream]
             end = start + 2 * state["waiting"][stream]
             writer.add(np.frombuffer(values[start:end], dtype=np.uint16))
             start = end
-        print(
-            f"going on behind {self.read['val'][0]:,} + {self.read['train'][0]:,} documents",
-            flush=True,
-        )
+        val, train = (documents for documents, _ in self.read_so_far.values())
+        print(f"going on behind {val:,} + {train:,} documents", flush=True)
 
 
 def _without(batch: EncodedBatch, left_out: np.ndarray) -> EncodedBatch:
@@ -1335,35 +1382,47 @@ def build_dataset(
 ):
     """Writes all shards of a corpus and their manifest, which is also returned.
 
-    `encoder` runs in the workers.
+    `encoder` runs in the workers. An interrupted run in `out` goes on. Raises DataError where the
+    folder is in use or was, or a document or a split cannot be used, OSError for a full disk.
     """
-    refuse_used_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"split_rule": corpus.rule, **settings}
-    dataset = Dataset(out, settings)
+    with only_run_in(out):
+        refuse_used_folder(out)
+        settings = {"split_rule": corpus.rule, **settings}
+        dataset = Dataset(out, settings)
+        known = _write_splits(corpus, dataset, encoder, workers)
+        manifest = {
+            "format": "caseops_shards",
+            "version": 1,
+            "text_transform": "lossless_caps_caseops_v1",
+            **settings,
+            "leaked_documents": count_leaks(out, known),
+            "sources": corpus.sources(),
+            "splits": dataset.splits,
+            "files": dataset.entries,
+        }
+        write_manifest(out, manifest)
+        (out / PROGRESS).unlink()
+    return manifest
+
+
+def _write_splits(
+    corpus: Corpus,
+    dataset: Dataset,
+    encoder: Callable[[Batch], EncodedBatch],
+    workers: int,
+) -> np.ndarray:
+    """Writes both splits, validation first -> hashes (documents,) of the validation documents."""
     known = np.zeros(0, dtype=np.uint64)
     for split, lines in (("val", corpus.val), ("train", corpus.train)):
-        for batch in map_in_order(
-            encoder, make_batches(split, lines, *dataset.read[split]), workers
-        ):
+        batches = make_batches(split, lines, *dataset.read_so_far[split])
+        for batch in map_in_order(encoder, batches, workers):
             dataset.add(batch, np.isin(batch.hashes, known).any(axis=1))
         if split not in corpus.may_be_empty:
             refuse_empty_split(split, dataset.splits[split])
         dataset.finish_split(split)
-        known = validation_hashes(out)
-    manifest = {
-        "format": "caseops_shards",
-        "version": 1,
-        "text_transform": "lossless_caps_caseops_v1",
-        **settings,
-        "leaked_documents": count_leaks(out, known),
-        "sources": corpus.sources(),
-        "splits": dataset.splits,
-        "files": dataset.entries,
-    }
-    write_manifest(out, manifest)
-    (out / PROGRESS).unlink()
-    return manifest
+        known = validation_hashes(dataset.folder)
+    return known
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
@@ -1666,7 +1725,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return tool.main(arguments[1:])
     options = parse_arguments(arguments)
-    return exit_status(partial(prepare, options), kept_in=options.out)
+    return run_command(partial(prepare, options), kept_in=options.out)
 
 
 def prepare(options: argparse.Namespace) -> int:
@@ -1691,5 +1750,5 @@ def prepare(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    # the module that tools and workers import
+    # main of the module that tools and workers import: this one, __main__, has classes of its own
     sys.exit(importlib.import_module("prepare_caseops_data").main())

@@ -37,9 +37,11 @@ from prepare_caseops_data import (  # noqa: E402
     BOS_ID,
     DataError,
     file_sha256,
-    naming,
+    only_run_in,
+    path_in_errors,
     read_manifest,
     read_shard,
+    read_stream,
     shard_files,
     whole_number,
     write_manifest,
@@ -103,7 +105,7 @@ class Hub:
             revision=self.revision,
             endpoint=self.endpoint,
         )
-        with naming(part), part.open("ab") as file:
+        with path_in_errors(part), part.open("ab") as file:
             http_get(
                 url, file, resume_size=have, headers=build_hf_headers(), expected_size=info.size
             )
@@ -173,16 +175,17 @@ def download(variant: str, folder: Path, repo: str | None, train_shards: int | N
     default_repo, dataset, _ = source_of(variant)
     hub = Hub(repo or default_repo)
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = choose_published(hub, folder, dataset, train_shards)
-    infos = {chosen.files[path]: info for path, info in hub.look_up(list(chosen.files)).items()}
-    fetch_missing(hub, folder, infos)
-    print("counting, and searching the training documents for validation documents", flush=True)
-    manifest = describe(folder, hub, chosen.entry, chosen.tokenizer, infos)
-    for problem in check_contents(folder):
-        raise DataError(f"{folder}: {problem}")
-    stats = chosen.entry["stats"]
-    check_stats(manifest["splits"], stats, manifest["train_shards"] == stats["files_train"])
-    write_manifest(folder, manifest)
+    with only_run_in(folder):
+        chosen = choose_published(hub, folder, dataset, train_shards)
+        infos = {chosen.files[path]: info for path, info in hub.look_up(list(chosen.files)).items()}
+        fetch_missing(hub, folder, infos)
+        print("counting, and searching the training documents for validation documents", flush=True)
+        manifest = describe(folder, hub, chosen.entry, chosen.tokenizer, infos)
+        for problem in check_contents(folder):
+            raise DataError(f"{folder}: {problem}")
+        stats = chosen.entry["stats"]
+        check_stats(manifest["splits"], stats, manifest["train_shards"] == stats["files_train"])
+        write_manifest(folder, manifest)
     return manifest
 
 
@@ -235,7 +238,8 @@ def download_documents(folder: Path, repo: str | None) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     found = hub.look_up([PREFIX + name for name in DOCS])
     infos = {name: found[PREFIX + name] for name in DOCS}
-    fetch_all(hub, folder, infos, not_whole(folder, infos, known={}))
+    with only_run_in(folder):
+        fetch_all(hub, folder, infos, not_whole(folder, infos, known={}))
     lfs = infos[DOCS[0]].lfs
     stated = folder / DOCS[1]
     try:
@@ -320,6 +324,7 @@ AGAIN = "Run the command again: it goes on where it stopped."
 
 
 def fail(message: str, status: int = 1) -> int:
+    """Prints an error and returns the exit status that goes with it."""
     print(f"error: {message}", file=sys.stderr)
     return status
 
@@ -345,18 +350,13 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(f"{error}\n{AGAIN}")
     for split, counts in manifest["splits"].items():
         print(f"{split}: " + ", ".join(f"{number:,} {name}" for name, number in counts.items()))
-    val = read_stream(folder, "val")
+    val = np.concatenate(read_stream(folder, "val"))
     costs = read_stream(folder, "val_bytes")
     print(
         f"{manifest['leaked_documents']} training documents are validation documents too;"
-        f" canonical: {canonical(val, costs if len(costs) else None)}; {folder}"
+        f" canonical: {canonical(val, np.concatenate(costs) if costs else None)}; {folder}"
     )
     return 0
-
-
-def read_stream(folder: Path, stream: str) -> np.ndarray:
-    """All values of a stream's shards, (N,)."""
-    return np.concatenate([read_shard(path) for path in shard_files(folder, stream)] or [[]])
 
 
 if __name__ == "__main__":

@@ -415,6 +415,29 @@ DATA = [
         "tests/test_verify_data.py::test_a_killed_run_goes_on_and_ends_with_the_same_files",
     ),
     Mutant(
+        "prepare-two-runs-in-one-folder",
+        PREPARE,
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "tests/test_prepare_faults.py::test_two_runs_do_not_write_into_one_folder",
+    ),
+    Mutant(
+        "prepare-standard-input-twice",
+        PREPARE,
+        '.count("-") > 1:',
+        '.count("-") > 2:',
+        "tests/test_document_files.py"
+        "::test_standard_input_is_refused_where_it_is_closed_or_named_twice",
+    ),
+    Mutant(
+        "verify-samples-beside-a-source",
+        VERIFY,
+        "    elif costs is not None:  # no proof",
+        "    if costs is not None:  # no proof",
+        "tests/test_verify_data.py"
+        "::test_documents_that_do_not_survive_normalization_are_those_of_their_source",
+    ),
+    Mutant(
         "verify-keeps-every-shard-open",
         PREPARE,
         "return [np.array(read_shard(path)) for path in shard_files(folder, stream)]",
@@ -443,10 +466,10 @@ DATA = [
         "tests/test_verify_data.py::test_a_dataset_in_order_is_verified_against_its_source",
     ),
     Mutant(
-        "verify-charges-overflow",
+        "verify-costs-overflow",
         VERIFY,
-        "    return int(charges.sum(dtype=np.int64))\n",
-        "    return int(charges.sum(dtype=np.uint16))\n",
+        "    return int(costs.sum(dtype=np.int64))\n",
+        "    return int(costs.sum(dtype=np.uint16))\n",
         "tests/test_verify_data.py::test_many_bytes_are_added_without_overflow",
     ),
 ]

@@ -238,6 +238,15 @@ def test_what_comes_through_a_pipe_is_called_standard_input(tmp_path):
     assert run.returncode == 1 and run.stderr.startswith(message)
 
 
+def test_standard_input_is_refused_where_it_is_closed_or_named_twice(tmp_path, capsys, monkeypatch):
+    """The second `-` read nothing, without a word."""
+    docs = ["--docs", "-", "--out", tmp_path / "out"]
+    for also in (["--val-file", "-"], ["--docs", "-", "-"]):
+        assert refused(capsys, *docs, *also) == "error: -: standard input can be read once only\n"
+    monkeypatch.setattr(sys, "stdin", None)  # by `<&-`
+    assert refused(capsys, *docs).startswith("error: standard input is closed: ")
+
+
 @pytest.mark.parametrize(("kind", "content"), [("Parquet", PARQUET), ("zstd", ZSTD)])
 def test_where_pyarrow_is_missing_the_message_says_what_to_install(
     tmp_path, capsys, monkeypatch, kind, content

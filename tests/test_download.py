@@ -19,7 +19,13 @@ from conftest import install_published, load_script, tiny_hp
 from data_helpers import TEXTS, build, write_docs
 
 import train_gpt
-from prepare_caseops_data import DEFAULT_TOKENIZER, read_manifest, read_shard, write_shard
+from prepare_caseops_data import (
+    DEFAULT_TOKENIZER,
+    only_run_in,
+    read_manifest,
+    read_shard,
+    write_shard,
+)
 from prepare_caseops_data import main as prepare
 from tools.dataset import check_dataset
 
@@ -403,6 +409,15 @@ def test_control_c_is_one_message(hub, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(download, "http_get", interrupted)
     assert fetch(tmp_path) == 130
     assert "error: interrupted\nRun the command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", [[], ["--docs"]])
+def test_two_downloads_do_not_write_into_one_folder(hub, tmp_path, capsys, what):
+    """Both append to the same unfinished files."""
+    publish_documents(hub)
+    with only_run_in(tmp_path):
+        assert f"{tmp_path} is in use by another run" in failed(capsys, tmp_path, *what)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- documents

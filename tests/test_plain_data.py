@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import train_gpt
-from prepare_caseops_data import DEFAULT_TOKENIZER, DataError, load_tokenizer
+from prepare_caseops_data import DEFAULT_TOKENIZER, DataError, load_tokenizer, only_run_in
 from tools import prepare_plain_data
 from train_gpt import BOS_ID, TokenStream
 
@@ -125,6 +125,14 @@ def test_a_vocabulary_too_large_for_the_text_is_one_message_and_leaves_no_datase
     assert make(tmp_path, TRAIN, ["one"]) == 0
     assert make(tmp_path, TRAIN, ["one"]) == 1
     assert "sp300 is there already: remove it or change --out" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path, capsys):
+    (tmp_path / "plain").mkdir()
+    with only_run_in(tmp_path / "plain"):
+        assert make(tmp_path, TRAIN, ["one"]) == 1
+    assert "plain is in use by another run" in capsys.readouterr().err
+    assert make(tmp_path, TRAIN, ["one"]) == 0
 
 
 NO_VALIDATION, NO_TRAINING = (TRAIN, ["", " \n"], "val"), ([TRAIN[0]] * 9, [TRAIN[0]], "train")

@@ -224,6 +224,37 @@ def test_control_c_ends_in_one_line_and_the_command_goes_on_when_repeated(
     assert dataset_of(tmp_path / "out") == expected
 
 
+def test_a_second_control_c_does_not_leave_the_run_waiting_for_its_workers(long_docs, tmp_path):
+    docs, _ = long_docs
+    run = start(docs, tmp_path / "out")
+    for line in run.stdout:
+        if line.startswith("fineweb_train_000001.bin: "):
+            break
+    os.killpg(run.pid, signal.SIGINT)
+    time.sleep(0.02)  # as long as a nervous finger takes, and less than the workers' last batch
+    os.killpg(run.pid, signal.SIGINT)
+    try:
+        _, errors = run.communicate(timeout=PATIENCE)
+    finally:
+        run.kill()
+    assert run.returncode == 130
+    assert errors.startswith("error: interrupted\n") and "Traceback" not in errors
+
+
+def test_two_runs_do_not_write_into_one_folder(long_docs, tmp_path, capsys):
+    docs, expected = long_docs
+    out = tmp_path / "out"
+    run = start(docs, out)
+    while not (out / prepare.PROGRESS).exists():
+        time.sleep(0.01)
+    other = write_docs(tmp_path / "other.jsonl", TEXTS)
+    message = refused(capsys, "--docs", other, "--val-docs", 6, "--out", out)
+    assert message.startswith(f"error: {out} is in use by another run: ")
+    _, errors = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 0, errors
+    assert dataset_of(out) == expected
+
+
 def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 

@@ -23,7 +23,7 @@ from prepare_caseops_data import (
     write_shard,
 )
 from tools import retokenize
-from tools.retokenize import charges_of_bytes
+from tools.retokenize import costs_of_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 train_tokenizer = load_script("tokenizers/train_tokenizer.py")
@@ -159,7 +159,7 @@ def test_long_documents_are_retokenized_in_blocks_as_if_whole(small, tmp_path, m
 def test_charges_are_laid_on_bytes_with_the_same_sum():
     pieces = [b"the", b"\xc3", b"\xa9", b" ", b"fi"]
     charges = np.array([3, 0, 2, 3, 1])
-    assert charges_of_bytes(pieces, charges).tolist() == [1, 1, 1, 0, 2, 3, 1, 0]
+    assert costs_of_bytes(pieces, charges).tolist() == [1, 1, 1, 0, 2, 3, 1, 0]
 
 
 def test_another_old_tokenizer_is_refused(small, tmp_path, capsys):

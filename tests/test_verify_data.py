@@ -387,6 +387,15 @@ def test_another_source_and_another_tokenizer_are_found(dataset, capsys, tmp_pat
     )
 
 
+def test_documents_that_do_not_survive_normalization_are_those_of_their_source(tmp_path, capsys):
+    """Decoded, they encode to other tokens: verify called them broken beside their own source."""
+    texts = ["\ufdfa \u338f \ufb01 \u2167 \u0130 " * number for number in range(1, 11)]
+    docs = write_docs(tmp_path / "docs.jsonl", texts)
+    build(tmp_path / "data", "--docs", docs, "--val-docs", 9)
+    status, output = verified(capsys, tmp_path / "data", "--docs", docs)
+    assert (status, output.splitlines()[-1]) == (0, "verified")
+
+
 def test_shuffled_tokens_do_not_pass_as_documents(dataset, capsys):
     (dataset / "manifest.json").unlink()
     for path in sorted(dataset.glob("fineweb_val_0*")):

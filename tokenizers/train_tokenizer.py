@@ -26,12 +26,12 @@ from prepare_caseops_data import (  # noqa: E402
     DataError,
     Line,
     add_validation_source,
-    exit_status,
     file_sha256,
     load_tokenizer,
-    naming,
+    path_in_errors,
     read_lines,
     read_text,
+    run_command,
     train_sentencepiece,
     whole_number,
 )
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="the first N behind those of validation; default: all, 5 GB of memory for each GB",
     )
     add_validation_source(parser, 50_000, "first documents, by default 50,000")
-    return exit_status(partial(train, parser.parse_args(arguments)))
+    return run_command(partial(train, parser.parse_args(arguments)))
 
 
 def train(options: argparse.Namespace) -> int:
@@ -151,7 +151,7 @@ def train(options: argparse.Namespace) -> int:
     )
     unchecked = options.out.with_name(options.out.name + ".tmp")
     try:
-        with naming(unchecked):
+        with path_in_errors(unchecked):
             unchecked.write_bytes(model)
         check_layout(unchecked)
         unchecked.replace(options.out)

@@ -509,8 +509,10 @@ def worker(folder, lane):
                         file.flush()
         code = child.wait()
         signal.alarm(0)
-        # torchrun makes 1 of a signal
-        code = 143 if stopped and code else code if code >= 0 else 128 - code
+        if stopped and code:
+            code = 143  # torchrun makes 1 of a signal
+        elif code < 0:
+            code = 128 - code  # as a shell counts a signal
         write_atomically(run / "exit_code", str(code))
         erase = "\r\x1b[K" if output is None else ""  # of a live line that a crash left behind
         say(f"{erase}==== seed {seed} ended with exit code {code}")
@@ -576,31 +578,31 @@ def find_set(environ, name=None):
 def read_states(folder):
     """Set -> [(seed, lane, state)] in the order of SEEDS.
 
-    States: done, running, waiting, failed, stopped, lost.
+    States: done, running, waiting, failed, stopped, lost (its worker died), not started.
     """
     launch = read_launch(folder)
     states = {}
     for lane, about in launch["lanes"].items():
         alive = worker_pid(folder, lane) is not None  # asked first: it may end while we look
         for seed in about["seeds"]:
-            run = run_folder(folder, seed)
-            try:
-                code = int((run / "exit_code").read_text())
-                words = {
-                    128 + number: f"failed: {128 + number}, {number.name}"
-                    for number in signal.Signals
-                }
-                words |= {0: "done", 3: "failed: 3, the byte cap is broken", 143: "stopped: 143"}
-                state = words.get(code, f"failed: {code}")
-            except OSError:
-                begun = run.exists()
-                state = (
-                    ("running" if begun else "waiting")
-                    if alive
-                    else ("lost" if begun else "not started")
-                )
-            states[seed] = (seed, lane, state)
+            states[seed] = (seed, lane, state_of(run_folder(folder, seed), alive))
     return [states[seed] for seed in launch["seeds"]]
+
+
+def state_of(run, alive):
+    """The state of a run in a word, with its exit code if it failed or was stopped.
+
+    alive: whether the worker of its lane is.
+    """
+    try:
+        code = int((run / "exit_code").read_text())
+    except OSError:  # it has not ended
+        if alive:
+            return "running" if run.exists() else "waiting"
+        return "lost" if run.exists() else "not started"
+    words = {128 + number: f"failed: {128 + number}, {number.name}" for number in signal.Signals}
+    words |= {0: "done", 3: "failed: 3, the byte cap is broken", 143: "stopped: 143"}
+    return words.get(code, f"failed: {code}")
 
 
 def last_words(run, state):
@@ -636,6 +638,7 @@ def last_words(run, state):
 
 
 def status(folder):
+    """Prints a line for each seed -> the states, as read_states."""
     states = read_states(folder)
     say(f"{folder}")
     for seed, lane, state in states:

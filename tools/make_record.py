@@ -1,8 +1,7 @@
 """Makes records/<track>/<date>_<name>/ from finished seeds, and proves that it works alone.
 
 usage: python tools/make_record.py RUNS... --name NAME [--author A --github-id G] [--blurb TEXT]
-[--non-record]
-           [--published BPB [--published-std S --published-n N] | --against OTHER...]
+           [--published BPB [--published-std S --published-n N] | --against OTHER...] [--non-record]
 
 The contest's rules are checked from the files, not from what the runs say: bytes on disk, seconds
 against 600 whatever budget was set, seeds, counts, hardware. A broken rule is refused; with

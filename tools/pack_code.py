@@ -1,5 +1,4 @@
-"""Packs a script into the file that is counted: minified, compressed with brotli, in a literal that
-unpacks itself.
+"""Packs a script into the file that is counted: minified, compressed, unpacking itself.
 
 usage: [NAME=value...] python tools/pack_code.py train_gpt.py OUT
 
@@ -548,13 +547,11 @@ def clean_shared_nodes(source):
 
 
 def pack_code(source, settings):
-    """Source of a script, {NAME: value or text} -> bytes of a script that does the same, with these
-    as
-    its defaults.
+    """Source of a script, {NAME: value or text} -> bytes of a packed script with these defaults.
 
-    ValueError if it is not Python. The code is put in linecache under the script's own name before
-    it runs, because Triton reads the source of its kernels there. Annotations stay: dataclass
-    fields and custom_op schemas are made of them.
+    It does the same. ValueError if it is not Python. The code is put in linecache under the
+    script's own name before it runs, because Triton reads the source of its kernels there.
+    Annotations stay: dataclass fields and custom_op schemas are made of them.
     """
     try:
         tree = ast.parse(source)

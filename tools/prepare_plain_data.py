@@ -32,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from prepare_caseops_data import (  # noqa: E402
     BOS_ID,
     DataError,
-    exit_status,
-    naming,
+    only_run_in,
+    path_in_errors,
     read_lines,
     read_text,
+    run_command,
     train_sentencepiece,
     whole_number,
     write_shard,
@@ -71,7 +72,7 @@ def validation_texts(path: str) -> Iterator[str]:
             yield text
 
 
-def first_bytes(texts: Iterable[str], size: int) -> Iterator[str]:
+def first_lines(texts: Iterable[str], size: int) -> Iterator[str]:
     """Lines of texts until `size` bytes are reached.
 
     SentencePiece wants sentences, not documents.
@@ -103,7 +104,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
         num_threads=os.cpu_count() or 1,
         minloglevel=2,
     )
-    with naming(path):
+    with path_in_errors(path):
         path.write_bytes(model)
 
 
@@ -187,16 +188,27 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="N",
         help="default: %(default)s",
     )
-    return exit_status(partial(prepare, parser.parse_args(arguments)))
+    return run_command(partial(prepare, parser.parse_args(arguments)))
 
 
 def prepare(options: argparse.Namespace) -> int:
-    """Makes the datasets; a folder spN appears when it is whole. Returns the exit status."""
+    """Makes the datasets as the command line says; returns the exit status."""
+    validation = list(validation_texts(options.val_file))
+    options.out.mkdir(parents=True, exist_ok=True)
+    with only_run_in(options.out):
+        make_datasets(options, validation)
+    return 0
+
+
+def make_datasets(options: argparse.Namespace, validation: list[str]) -> None:
+    """A tokenizer and its shards for each vocabulary; a folder spN appears when it is whole.
+
+    Raises DataError for a folder that is there already, and for text that cannot be used.
+    """
     folders = {size: options.out / f"sp{size}" for size in options.vocab_sizes}
     for folder in folders.values():
         if folder.exists():
             raise DataError(f"{folder} is there already: remove it or change --out")
-    validation = list(validation_texts(options.val_file))
     held_out = frozenset(validation)
     for size, folder in folders.items():
         unfinished = folder.with_name(f"{folder.name}.unfinished")
@@ -204,7 +216,7 @@ def prepare(options: argparse.Namespace) -> int:
         unfinished.mkdir(parents=True)
         model = unfinished / f"plain_{size}.model"
         train_tokenizer(
-            first_bytes(training_texts(options.docs, held_out), options.tokenizer_bytes),
+            first_lines(training_texts(options.docs, held_out), options.tokenizer_bytes),
             size,
             model,
         )
@@ -217,7 +229,6 @@ def prepare(options: argparse.Namespace) -> int:
             f"{folder}: {train:,} training tokens, {val:,} of validation in {len(validation):,}"
             " documents"
         )
-    return 0
 
 
 if __name__ == "__main__":

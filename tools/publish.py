@@ -30,7 +30,7 @@ from tools import hub  # noqa: E402
 from tools.run_files import read_run  # noqa: E402
 
 FILES = ("model.pt", "artifact.bin", "train_gpt.py", "log.txt", "result.json")
-OF_A_PLACE = {
+OF_A_PLACE = {  # settings that fit the machine of the run, and not the one that fetches it
     "RUN_ID",
     "RUNS_DIR",
     "DATA_PATH",
@@ -83,10 +83,8 @@ def fetch(api, name, repo, runs_dir):
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=runs_dir) as scratch:
         for path in there:
             api.hf_hub_download(repo, path, local_dir=scratch)
-        wanted, artifact = (
-            read_run(Path(scratch, name)).result["artifact_bytes"],
-            Path(scratch, name, "artifact.bin"),
-        )
+        wanted = read_run(Path(scratch, name)).result["artifact_bytes"]
+        artifact = Path(scratch, name, "artifact.bin")
         if artifact.exists() and artifact.stat().st_size != wanted:
             raise PublishError(
                 f"{repo}: artifact.bin has {artifact.stat().st_size} bytes, its RESULT says"

@@ -7,7 +7,7 @@ Where only shards are left, their documents are put together from their pieces a
 Documents, their order, BOS and the bytes of each validation document stay the same. What the first
 tokenizer's normalization took away does not come back: line breaks and runs of blanks are single
 blanks, ligatures and wide forms are plain characters, control characters are gone. So training text
-is not quite what it was, and the charges of validation tokens follow the old tokens' where these
+is not quite what it was, and the costs of validation tokens follow the old tokens' where these
 were cut elsewhere; only a document's sum is exact.
 """
 
@@ -26,12 +26,11 @@ from prepare_caseops_data import (
     DataError,
     EncodedBatch,
     Line,
-    _byte_costs,
     add_shard_tokens,
     add_workers,
     build_dataset,
+    byte_costs,
     document_hash,
-    exit_status,
     file_sha256,
     load_tokenizer,
     print_counts,
@@ -39,6 +38,7 @@ from prepare_caseops_data import (
     read_manifest,
     read_shard,
     read_stream,
+    run_command,
     shard_files,
     tokenize_blocks,
     tokenizer_entry,
@@ -49,7 +49,7 @@ PIECES_AT_ONCE = 1 << 16
 
 @lru_cache(maxsize=1)
 def _tokenizers(old: str, new: str) -> tuple:
-    """UTF-8 (pieces of the old one) of each id, with blanks for U+2581, and the new tokenizer."""
+    """The old tokenizer's pieces as UTF-8 by id, with blanks for U+2581, and the new tokenizer."""
     sp = load_tokenizer(old)
     pieces = [
         sp.id_to_piece(index).replace("\u2581", " ").encode()
@@ -59,18 +59,18 @@ def _tokenizers(old: str, new: str) -> tuple:
     return pieces, load_tokenizer(new)
 
 
-def charges_of_bytes(pieces: list[bytes], charges: np.ndarray) -> np.ndarray:
-    """Pieces of a text and their charges -> charges (bytes,) with the same sum.
+def costs_of_bytes(pieces: list[bytes], costs: np.ndarray) -> np.ndarray:
+    """Pieces of a text and their costs -> costs (bytes,) with the same sum.
 
-    Each byte of a piece is charged one as far as the piece's charge goes, the last byte the rest.
+    Each byte of a piece costs one as far as the piece's cost goes, the last byte the rest.
     """
     lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
-    charges = charges.astype(np.int64)
+    costs = costs.astype(np.int64)
     ends = np.cumsum(lengths)
     starts = ends - lengths
     position_in_piece = np.arange(lengths.sum()) - np.repeat(starts, lengths)
-    spread = (position_in_piece < np.repeat(charges, lengths)).astype(np.int64)
-    spread[ends - 1] += np.maximum(0, charges - lengths)
+    spread = (position_in_piece < np.repeat(costs, lengths)).astype(np.int64)
+    spread[ends - 1] += np.maximum(0, costs - lengths)
     return spread
 
 
@@ -80,14 +80,12 @@ def pieces_of(old: list[bytes], ids: np.ndarray) -> Iterator[list[bytes]]:
         yield [old[token] for token in ids[start : start + PIECES_AT_ONCE].tolist()]
 
 
-def cumulative_charges(
-    old: list[bytes], ids: np.ndarray, charges: np.ndarray, size: int
-) -> np.ndarray:
-    """Charges of all bytes before each position of a text of `size` bytes, (size + 1,) uint32."""
+def cumulative_costs(old: list[bytes], ids: np.ndarray, costs: np.ndarray, size: int) -> np.ndarray:
+    """Costs of all bytes before each position of a text of `size` bytes, (size + 1,) uint32."""
     sums = np.zeros(size + 1, dtype=np.uint32)
     token = position = 0
     for pieces in pieces_of(old, ids):
-        part = charges_of_bytes(pieces, charges[token : token + len(pieces)])
+        part = costs_of_bytes(pieces, costs[token : token + len(pieces)])
         end = position + len(part)
         sums[position + 1 : end + 1] = sums[position] + np.cumsum(part)
         token += len(pieces)
@@ -95,8 +93,8 @@ def cumulative_charges(
     return sums
 
 
-def retokenize_document(old: list[bytes], sp, ids: np.ndarray, charges: np.ndarray | None) -> tuple:
-    """Old ids (tokens,), BOS first, and their charges -> new ids, new charges or None, bytes.
+def retokenize_document(old: list[bytes], sp, ids: np.ndarray, costs: np.ndarray | None) -> tuple:
+    """Old ids (tokens,), BOS first, and their costs -> new ids, new costs or None, bytes.
 
     Raises DataError if the ids are no text, that is, of another tokenizer.
     """
@@ -106,58 +104,61 @@ def retokenize_document(old: list[bytes], sp, ids: np.ndarray, charges: np.ndarr
     except UnicodeDecodeError as error:
         raise DataError(f"not the tokenizer of these shards ({error})") from error
     new_ids = [np.array([BOS_ID], dtype=np.uint16)]
-    new_charges = [np.array([0], dtype=np.int32)]
+    new_costs = [np.array([0], dtype=np.int32)]
     sums = None
-    if charges is not None:
-        sums = cumulative_charges(old, ids[1:], charges[1:], len(text_bytes))
+    if costs is not None:
+        sums = cumulative_costs(old, ids[1:], costs[1:], len(text_bytes))
     del text_bytes
     size = position = charged = 0
     for block, block_ids, spans in tokenize_blocks(sp, text):
         new_ids.append(block_ids)
-        size += int(_byte_costs(block).sum())
+        size += int(byte_costs(block).sum())
         if sums is None:
             continue
         bytes_before = np.cumsum([0, *(len(char.encode()) for char in block)])
         sums_at_ends = sums[position + bytes_before[spans[:, 1]]].astype(np.int64)
-        new_charges.append(np.diff(sums_at_ends, prepend=charged).astype(np.int32))
+        new_costs.append(np.diff(sums_at_ends, prepend=charged).astype(np.int32))
         position += bytes_before[-1]
         if len(sums_at_ends):
             charged = int(sums_at_ends[-1])
     new_ids = np.concatenate(new_ids)
     if sums is None:
         return new_ids, None, size
-    new_charges = np.concatenate(new_charges)
+    new_costs = np.concatenate(new_costs)
     total = int(sums[-1])
-    if len(new_charges) > 1:
+    if len(new_costs) > 1:
         # the last token takes what the new normalization drops after it
-        new_charges[-1] += total - charged
-    if total != new_charges.sum(dtype=np.int64) or new_charges.max() > MAX_COST:
-        raise DataError("the bytes of the side-car cannot be kept")
-    return new_ids, new_charges.astype(np.uint16), total
+        new_costs[-1] += total - charged
+    if total != new_costs.sum(dtype=np.int64) or new_costs.max() > MAX_COST:
+        raise DataError(
+            "the new tokens cannot take the bytes of the old ones: there are none, or one would get"
+            f" more than {MAX_COST:,}; make the shards from the documents"
+        )
+    return new_ids, new_costs.astype(np.uint16), total
 
 
 def retokenize_batch(old: str, new: str, batch: Batch) -> EncodedBatch:
-    """encode_batch for lines that hold ids, followed by their charges in validation."""
+    """encode_batch for lines that hold ids, followed by their costs in validation."""
     pieces, sp = _tokenizers(old, new)
-    has_charges = batch.split == "val"
+    has_costs = batch.split == "val"
     documents = []
     for number, line in enumerate(batch.lines, batch.first_document):
         ids = np.frombuffer(line.content, dtype=np.uint16)
-        charges = None
-        if has_charges:
-            ids, charges = np.split(ids, 2)
+        costs = None
+        if has_costs:
+            ids, costs = np.split(ids, 2)
         try:
-            documents.append(retokenize_document(pieces, sp, ids, charges))
+            documents.append(retokenize_document(pieces, sp, ids, costs))
         except (DataError, IndexError) as error:
             raise DataError(f"{batch.split} document {number} ({line.file}): {error}") from error
-    ids, charges, sizes = zip(*documents, strict=True)
+    ids, costs, sizes = zip(*documents, strict=True)
     lengths = [len(part) for part in ids]
     hashes = [[document_hash(part)] for part in ids]
     return EncodedBatch(
         batch.split,
         batch.checksum,
         np.concatenate(ids),
-        np.concatenate(charges) if has_charges else None,
+        np.concatenate(costs) if has_costs else None,
         np.array(lengths),
         np.array(sizes),
         np.zeros(len(ids), dtype=np.int64),
@@ -166,15 +167,15 @@ def retokenize_batch(old: str, new: str, batch: Batch) -> EncodedBatch:
 
 
 def stored_documents(folder: Path, split: str) -> Iterator[Line]:
-    """The documents of a split as lines of ids, followed by their charges in validation."""
-    charges = np.zeros(0, dtype=np.uint16)
+    """The documents of a split as lines of ids, followed by their costs in validation."""
+    costs = np.zeros(0, dtype=np.uint16)
     if split == "val":
-        charges = np.concatenate([charges, *read_stream(folder, "val_bytes")])
+        costs = np.concatenate([costs, *read_stream(folder, "val_bytes")])
     position = 0
     for number, (path, ids) in enumerate(read_documents(shard_files(folder, split))):
         content = ids.tobytes()
         if split == "val":
-            content += charges[position : position + len(ids)].tobytes()
+            content += costs[position : position + len(ids)].tobytes()
             position += len(ids)
         yield Line(path.name, number, content)
 
@@ -182,10 +183,10 @@ def stored_documents(folder: Path, split: str) -> Iterator[Line]:
 def check_lengths(folder: Path) -> None:
     """Raises DataError where the side-car is missing or not as long as the validation shards."""
     tokens = sum(len(read_shard(path)) for path in shard_files(folder, "val"))
-    charges = sum(len(read_shard(path)) for path in shard_files(folder, "val_bytes"))
-    if tokens != charges:
+    costs = sum(len(read_shard(path)) for path in shard_files(folder, "val_bytes"))
+    if tokens != costs:
         raise DataError(
-            f"{folder}: the side-car (fineweb_val_bytes_*) has {charges:,} values for {tokens:,}"
+            f"{folder}: the side-car (fineweb_val_bytes_*) has {costs:,} values for {tokens:,}"
             " tokens"
         )
 
@@ -211,7 +212,7 @@ def main(arguments: list[str]) -> int:
     add_shard_tokens(parser)
     add_workers(parser)
     options = parser.parse_args(arguments)
-    return exit_status(partial(retokenize, options), kept_in=options.out)
+    return run_command(partial(retokenize, options), kept_in=options.out)
 
 
 def retokenize(options: argparse.Namespace) -> int:

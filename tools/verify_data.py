@@ -26,7 +26,6 @@ from prepare_caseops_data import (
     document_hash,
     encode_batch,
     encode_document_with_bytes,
-    exit_status,
     file_sha256,
     load_tokenizer,
     make_batches,
@@ -36,28 +35,30 @@ from prepare_caseops_data import (
     read_manifest,
     read_shard,
     read_stream,
+    run_command,
     shard_files,
     whole_number,
 )
 
 ESC_ID = 7
-NO_TEXT = 0, 2, 3  # <pad>, </s>, <unk>: CaseOps writes none, the trainer's fused markers take them
+# <pad>, </s>, <unk>: CaseOps writes none, the trainer's fused markers take them
+IDS_WITHOUT_TEXT = 0, 2, 3
 
 
-def canonical(tokens: np.ndarray, charges: np.ndarray | None) -> str:
-    """Whether (N,) tokens and their charges are the contest's validation documents: yes or no."""
+def canonical(tokens: np.ndarray, costs: np.ndarray | None) -> str:
+    """Whether (N,) tokens and their costs are the contest's validation documents: yes or no."""
     from train_gpt import is_canonical  # here, because it imports torch
 
-    return "yes" if charges is not None and is_canonical(tokens, charges) else "no"
+    return "yes" if costs is not None and is_canonical(tokens, costs) else "no"
 
 
 def count_documents(tokens: np.ndarray) -> int:
     return int((tokens == BOS_ID).sum())
 
 
-def total(charges: np.ndarray) -> int:
-    """The sum of charges, which overflows in their own type."""
-    return int(charges.sum(dtype=np.int64))
+def total(costs: np.ndarray) -> int:
+    """The sum of costs, which their own type, uint16, cannot hold."""
+    return int(costs.sum(dtype=np.int64))
 
 
 def check_files(folder: Path) -> Iterator[str]:
@@ -127,11 +128,11 @@ def check_contents(folder: Path) -> Iterator[str]:
             yield f"{name} holds empty documents only"
 
 
-def check_no_text(folder: Path) -> Iterator[str]:
-    """Shards of CaseOps with ids that are no text."""
+def check_ids_without_text(folder: Path) -> Iterator[str]:
+    """Shards of CaseOps with ids that stand for no text."""
     for split in SPLIT_NAMES:
         for path in shard_files(folder, split):
-            wrong = np.isin(read_shard(path), NO_TEXT)
+            wrong = np.isin(read_shard(path), IDS_WITHOUT_TEXT)
             if wrong.any():
                 yield (
                     f"{path.name}: <pad>, </s> or <unk> (ids 0, 2, 3) occur {wrong.sum():,} times,"
@@ -154,20 +155,21 @@ def check_samples(sp, tokens: np.ndarray, costs: np.ndarray, count: int) -> Iter
     for start, end in zip(starts[sampled], ends[sampled], strict=True):
         try:
             text = decode(sp.decode(tokens[start:end].tolist()))
-            ids, charges = encode_document_with_bytes(sp, text)
+            ids, new_costs = encode_document_with_bytes(sp, text)
         except (CapsError, IndexError):
             continue
         if np.array_equal(ids, tokens[start:end]):
             same_tokens += 1
-            same_bytes += np.mean(charges == costs[start:end]) > 0.9
+            same_bytes += np.mean(new_costs == costs[start:end]) > 0.9
     print(
         f"of {len(sampled)} decoded documents {same_tokens} encode to their tokens, {same_bytes} to"
         " their bytes too"
     )
     if min(same_tokens, same_bytes) < 0.8 * len(sampled):
         yield (
-            "decoded validation documents do not encode to what they were: another tokenizer, or a"
-            " broken side-car"
+            "decoded validation documents do not encode to what they were: another tokenizer, a"
+            " broken side-car, or text that does not survive normalization: --docs compares with"
+            " the source"
         )
 
 
@@ -251,10 +253,11 @@ def verify(
     else:
         costs = np.concatenate(side_car)
         problems += check_side_car(tokens, costs)
-        problems += check_no_text(folder)
-        problems += check_samples(load_tokenizer(tokenizer), tokens, costs, samples)
+        problems += check_ids_without_text(folder)
     if source is not None:
         problems += check_source(source, tokenizer, tokens, costs, workers)
+    elif costs is not None:  # no proof as a source is, see check_samples
+        problems += check_samples(load_tokenizer(tokenizer), tokens, costs, samples)
     start = time.perf_counter()
     documents, leaks = find_leaks(folder)
     seconds = time.perf_counter() - start
@@ -287,22 +290,21 @@ def main(arguments: list[str]) -> int:
     )
     count = whole_number(0)
     parser.add_argument(
-        "--samples", type=count, default=200, metavar="N", help="documents to decode; %(default)s"
+        "--samples",
+        type=count,
+        default=200,
+        metavar="N",
+        help="documents to decode without --docs; %(default)s",
     )
     add_workers(parser)
     options = parser.parse_args(arguments)
-    return exit_status(partial(report, options))
+    return run_command(partial(report, options))
 
 
 def report(options: argparse.Namespace) -> int:
     """Verifies as the command line says and prints the problems; returns the exit status."""
     source = options.docs and itertools.chain.from_iterable(map(read_lines, options.docs))
-    try:
-        problems = verify(
-            options.folder, options.tokenizer, source, options.samples, options.workers
-        )
-    except (DataError, OSError) as error:
-        problems = [str(error)]
+    problems = verify(options.folder, options.tokenizer, source, options.samples, options.workers)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     print("verified" if not problems else f"{len(problems)} problems")
