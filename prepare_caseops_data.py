@@ -1008,7 +1008,7 @@ def encode_batch(tokenizer: str, normalize_train: bool, kept: int, batch: Batch)
 def map_in_order(function, batches: Iterable[Batch], workers: int) -> Iterator:
     """`map` over processes that keeps the order and reads only a few batches ahead.
 
-    In this process for one worker.
+    In this process for one worker; for several, only in the main thread, which alone gets signals.
 
     Raises WorkerLost if a worker is killed.
     """
