@@ -2,7 +2,7 @@
 
 Data for the presets without CaseOps (docs/PRESETS.md).
 
-    python tools/prepare_plain_data.py docs_train.jsonl.xz --val-file docs_val.jsonl.xz \
+    python tools/prepare_plain_data.py docs_train.jsonl.xz --val-file docs_val.jsonl.xz \\
         --out data/plain
     DATA_PATH=data/plain/sp8192 python presets/published.py pr1493
 
