@@ -168,30 +168,68 @@ def campaign_path(name: str) -> Path:
 def whole_lines(path: Path) -> list[tuple[int, dict]]:
     """Numbers and records of all whole lines of a file of records; none if it is missing.
 
-    A line that a kill cut off is passed over.
+    A line that is no JSON object, as one that a kill cut off, is passed over.
     """
     if not path.exists():
         return []
     records = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line:
             continue
         try:
-            records.append((number, json.loads(line)))
+            record = json.loads(line)
         except ValueError:
-            print(f"{path}, line {number}: damaged, passed over", file=sys.stderr)
+            record = None
+        if isinstance(record, dict):
+            records.append((number, record))
+        else:
+            told = f"{path}, line {number}: damaged, passed over; the line can be removed"
+            print(told, file=sys.stderr)
     return records
 
 
+def are_scores(scores) -> bool:
+    """Whether these are {stage: {bpb, bytes, ...}} with numbers."""
+    return isinstance(scores, dict) and all(
+        isinstance(score, dict)
+        and isinstance(score.get("bpb"), int | float)
+        and math.isfinite(score["bpb"])
+        and isinstance(score.get("bytes"), int)
+        for score in scores.values()
+    )
+
+
+def wrong_field(record: dict) -> str | None:
+    """The first field that a record lacks, or that has no value of its kind; None if all hold."""
+    failed = record.get("status") == "failed"
+    holds = {
+        "kind": record.get("kind") in list(KINDS),
+        "arm": isinstance(record.get("arm"), str),
+        "seed": isinstance(record.get("seed"), int),
+        "go": isinstance(record.get("go"), str),
+        "status": record.get("status") in ("ok", "failed"),
+        "settings": isinstance(record.get("settings"), dict),
+        "commit": "commit" in record,
+        "code": "code" in record,
+        "log": not failed or isinstance(record.get("log"), list),
+        "scores": failed or are_scores(record.get("scores")),
+    }
+    return next((name for name, right in holds.items() if not right), None)
+
+
 def read_campaign(path: Path) -> list[dict]:
-    """Records of a campaign file, as whole_lines. ValueError for those of another version."""
+    """Records of a campaign file, as whole_lines.
+
+    ValueError for those of another version and for those that cannot be counted.
+    """
     records = []
     for number, record in whole_lines(path):
-        if record["version"] != LINE_VERSION:
+        where = f"{path}, line {number}"
+        if (version := record.get("version")) != LINE_VERSION:
+            raise ValueError(f"{where}: version {version}, this script reads {LINE_VERSION}")
+        if field := wrong_field(record):
             raise ValueError(
-                f"{path}, line {number}: version {record['version']}, this script reads"
-                f" {LINE_VERSION}"
+                f"{where}: {field} is missing or wrong; remove the line, and `run` repeats its run"
             )
         records.append(record)
     return records
@@ -202,7 +240,11 @@ def read_records(campaign: str) -> list[dict]:
     path = campaign_path(campaign)
     records = read_campaign(path)
     if not records:
-        raise ValueError(f"{path}: no runs there")
+        names = ", ".join(sorted(file.stem for file in campaign_path("").parent.glob("*.jsonl")))
+        raise ValueError(
+            f"{path}: no runs there; name a campaign of docs/campaigns ({names}) or a path that"
+            " ends in .jsonl"
+        )
     return records
 
 
@@ -761,16 +803,21 @@ HEAD = (
 )
 
 
+def common_stages(runs: list[dict]) -> list[str]:
+    """Stages in which every one of these runs has a score; none without runs."""
+    return [stage for stage in STAGES if runs and all(stage in run["scores"] for run in runs)]
+
+
 def table_rows(runs: list[dict], arm: str, against: str) -> list[list[str]]:
-    """Cells of an arm, one row for each stage that all its pairs have.
+    """Cells of an arm, one row for each stage that all its pairs have; one without a stage if
+    there is none.
 
     The last stage bears the verdict.
     """
     pairs = pairs_of(runs, arm, against)
-    if not pairs:
-        return [[arm, "-", "0", *["-"] * (len(HEAD) - 4), "undecided"]]
-    both = [run for pair in pairs.values() for run in pair]
-    stages = [stage for stage in STAGES if all(stage in run["scores"] for run in both)]
+    stages = common_stages([run for pair in pairs.values() for run in pair])
+    if not stages:
+        return [[arm, "-", str(len(pairs)), *["-"] * (len(HEAD) - 4), "undecided"]]
     epochs = [run["epochs"] for run, _ in pairs.values() if "epochs" in run]
     more_bytes = statistics.fmean(
         run.get("total_bytes", 0) - partner.get("total_bytes", 0) for run, partner in pairs.values()
@@ -838,8 +885,12 @@ def legend(against: str) -> str:
 
 
 def print_table(args) -> None:
-    """`table`: for each kind of run, every arm against the reference."""
+    """`table`: for each kind of run, every arm against the reference.
+
+    ValueError, after what there is to see, if no arm has anything that can be compared.
+    """
     records = read_records(args.campaign)
+    compared = False
     if all(record["kind"] == "noise" for record in records):
         raise ValueError("this campaign has runs of --kind noise only; see `noise`")
     for kind in EXPERIMENTS:
@@ -852,6 +903,7 @@ def print_table(args) -> None:
             raise ValueError(f"--against {against}: {kind} has the arms {', '.join(names)}")
         runs = succeeded(of_kind, kind)
         rows = [row for arm in names if arm != against for row in table_rows(runs, arm, against)]
+        compared |= any(row[1] != "-" for row in rows)
         devices = sorted({run["device"] for run in runs if "device" in run})
         print(f"{kind} against {against}, on {', '.join(devices)}\n")
         print_markdown(HEAD, rows)
@@ -860,6 +912,12 @@ def print_table(args) -> None:
         for line in left_out(of_kind, runs, against):
             print(line)
         print(f"\n{legend(against)}\n")
+    if not compared:
+        raise ValueError(
+            f"{campaign_path(args.campaign)}: nothing to compare: an arm and the reference need"
+            " finished runs of one seed in one go, with a stage in common; `run` makes what is"
+            " missing, `noise` shows single arms"
+        )
 
 
 def reference_of(records: list[dict]) -> str:
@@ -943,6 +1001,8 @@ def inseparable_factors(runs: list[dict]) -> list[str]:
 
 def design_problem(runs: list[dict], blocks: str, noise: float | None) -> str:
     """Why these runs tell no effects of factors, and what to do; "" if they do."""
+    if not common_stages(runs):
+        return "there is no stage in which all runs have a score; `table` compares single arms"
     if all(len(factors_of(run["arm"])) < 2 for run in runs):
         return f"no arm turns on two factors; see `table` for arms that are compared. {NEEDS}"
     design = design_matrix(runs, blocks)
@@ -1012,7 +1072,7 @@ def effect_rows(
     """Cells of each factor in one stage, and the estimate that they show."""
     bpb = [run["scores"][stage]["bpb"] for run in runs]
     found = estimate_effects(runs, bpb, blocks)
-    log_steps = [math.log(run["steps"]) for run in runs]
+    log_steps = [math.log(run.get("steps") or math.nan) for run in runs]
     steps = estimate_effects(runs, log_steps, blocks).differences
     rows = []
     for factor, difference in found.differences.items():
@@ -1057,20 +1117,23 @@ def deviation_text(found: Effects, stage: str, blocks: str, noise: float | None)
 
 def print_kind_effects(runs: list[dict], kind: str, blocks: str, noise: float | None) -> None:
     """The table of one kind of run, whose design is separable."""
-    stages = [stage for stage in STAGES if all(stage in run["scores"] for run in runs)]
+    seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs}))
     rows, lines = [], []
-    for stage in stages:
+    for stage in common_stages(runs):
         cells, found = effect_rows(runs, stage, blocks, noise)
         rows += cells
         lines.append(deviation_text(found, stage, blocks, noise))
+        if blocks == "seed":
+            offsets = ", ".join(f"{offset:+.5f}" for offset in found.offsets)
+            lines.append(
+                f"{stage}: seeds {seeds} (with the machine that each ran on) are off the mean by"
+                f" {offsets}"
+            )
     print(f"{kind}, {len(runs)} runs\n")
     print_markdown(effects_head(found.freedom, noise), rows)
     print("\n".join(lines))
     if blocks == "none":
         print("Seeds are left out (--blocks none): what they do counts as noise.")
-    else:
-        offsets = ", ".join(f"{offset:+.5f}" for offset in found.offsets)
-        print(f"Seeds (with the machine that each ran on) are off the mean by {offsets}.")
 
 
 def print_effects(args) -> None:
@@ -1168,6 +1231,11 @@ def print_noise(args) -> None:
             steps = [run["steps"] for run in mine if "steps" in run]
             extent = f", steps {min(steps):,} to {max(steps):,}" if steps else ""
             lines.append(f"{kind} {arm}: {len(mine)} runs in {len(goes)} goes{extent}")
+    if not rows:
+        raise ValueError(
+            f"{campaign_path(args.campaign)}: no finished run with a score; `run --kind noise` with"
+            " seeds such as 1 1 1 2 3 makes some"
+        )
     print_markdown(NOISE_HEAD, rows)
     print("\n".join(lines))
     print(
@@ -1317,7 +1385,7 @@ def main(arguments: list[str] | None = None) -> None:
             "data": prepare_data,
         }
         commands[args.command](args)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"bench_recipe.py: {error}")
     except KeyboardInterrupt:
         sys.exit("bench_recipe.py: stopped; call again to go on")

@@ -424,6 +424,39 @@ def test_a_file_of_another_version_is_refused(place):
         table(place)
 
 
+DAMAGES = {
+    "a field is missing": lambda record: record.pop("seed"),
+    "a field is of another kind": lambda record: record.update(arm=5),
+    "the kind is unknown": lambda record: record.update(kind="odd"),
+    "no score": lambda record: record.update(scores={"prequant": {}}),
+    "no number": lambda record: record.update(scores={"prequant": {"bpb": math.nan, "bytes": 7}}),
+    "a failure without its log": lambda record: record.update(status="failed"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("command", ["table", "effects", "noise"])
+def test_a_line_that_cannot_be_counted_is_named(place, damage, command):
+    write_runs(place, "screen", {"base": [1.2, 1.3], "arm": [1.2, 1.3]})
+    lines = (place / "c.jsonl").read_text().splitlines()
+    record = json.loads(lines[2])
+    DAMAGES[damage](record)
+    lines[2] = json.dumps(record)
+    (place / "c.jsonl").write_text("\n".join(lines))
+    with pytest.raises(SystemExit, match=r"c\.jsonl, line 3: \w+ is missing or wrong; remove"):
+        bench_recipe.main([command, str(place / "c.jsonl")])
+
+
+@pytest.mark.parametrize("line", [b'{"version": 1, "kin', b'{"version": 1, "arm": "\xff"}', b"5"])
+def test_a_line_that_is_no_record_is_passed_over_and_told(place, capsys, line):
+    write_runs(place, "screen", {"base": [1.2], "arm": [1.1]})
+    with (place / "c.jsonl").open("ab") as file:
+        file.write(line)
+    table(place)
+    told = capsys.readouterr()
+    assert "| arm | prequant | 1 |" in told.out and "c.jsonl, line 3: damaged" in told.err
+
+
 # ---- statistics
 
 
@@ -657,6 +690,28 @@ def test_a_stage_that_a_run_lacks_is_not_compared(place, capsys):
     assert cells.keys() == {("arm", "stage"), ("arm", "prequant")}  # the head, and one row
 
 
+@pytest.mark.parametrize("command", ["table", "effects"])
+def test_runs_without_a_stage_in_common_are_refused(place, capsys, command):
+    write_runs(place, "final", {arm: [1.2, 1.3] for arm in ("base", "a+b")}, ("base", "a+b"))
+
+    def move_score(record):
+        if record["arm"] == "base":
+            record["scores"] = {"ttt": record["scores"].pop("prequant")}
+
+    change_runs(place, move_score)
+    with pytest.raises(SystemExit, match="nothing to compare|no stage in which all runs have"):
+        bench_recipe.main([command, str(place / "c.jsonl")])
+
+
+@pytest.mark.parametrize("arms", [("base",), ("base", "arm")])
+def test_a_campaign_without_a_pair_is_shown_and_refused(place, capsys, arms):
+    for seed, arm in enumerate(arms):
+        write_runs(place, "screen", {arm: [1.2]}, (arm,), first_seed=seed)
+    with pytest.raises(SystemExit, match=r"c\.jsonl: nothing to compare"):
+        table(place)
+    assert f"without a partner in its go: {arms[-1]}, seed" in capsys.readouterr().out
+
+
 def test_effects_of_combined_arms_are_separated(place, capsys):
     """Two factors with known effects; one of eight runs deviates."""
     gains = {"a": 0.004, "b": -0.001}
@@ -757,10 +812,25 @@ def test_errors_of_residuals_and_of_a_known_deviation_stand_side_by_side(place, 
     assert rows[1][7] == "0.00141"  # 0.002 sqrt(1/4 + 1/4)
     assert rows[1][4] != rows[1][7] and "4 degrees of freedom" in told
     assert (
-        "Seeds (with the machine that each ran on) are off the mean by -0.05025, +0.05025" in told
+        "prequant: seeds 1, 2 (with the machine that each ran on) are off the mean by -0.05025,"
+        " +0.05025\n" in told
     )
     rows, told = effects_table(place, capsys)
     assert rows[0][4:] == ["standard error", "t", "p", "steps"] and "these are few" in told
+
+
+def test_every_stage_has_its_own_offsets_of_seeds(place, capsys):
+    arms = "base", "a", "b", "a+b"
+    write_runs(place, "final", {arm: [1.2, 1.3] for arm in arms}, arms)
+
+    def add_stage(record):
+        record["scores"]["ttt"] = {"bpb": 1.1 + 0.02 * record["seed"], "bytes": 7}
+
+    change_runs(place, add_stage)
+    _, told = effects_table(place, capsys, "--noise", "0.001")
+    offsets = [line for line in told.splitlines() if "off the mean by" in line]
+    assert [line.split(":")[0] for line in offsets] == ["prequant", "ttt"]
+    assert offsets[0].endswith(" -0.05000, +0.05000") and offsets[1].endswith(" -0.01000, +0.01000")
 
 
 @pytest.mark.parametrize(
@@ -807,8 +877,15 @@ def test_noise_is_told_for_repeats_and_for_seeds(place, capsys):
     assert "noise base: 4 runs in 1 goes, steps 1,000 to 1,000" in told
     with pytest.raises(SystemExit, match="runs of --kind noise only"):
         table(place)
-    with pytest.raises(SystemExit, match="no runs there"):
+    with pytest.raises(SystemExit, match=r"no runs there; name a campaign .*fused, noise"):
         bench_recipe.main(["table", str(place / "nothing.jsonl")])
+
+
+def test_failed_runs_alone_have_no_noise(place):
+    write_runs(place, "noise", {"base": [1.2]}, ("base",))
+    change_runs(place, lambda record: record.update(status="failed", log=["out of memory"]))
+    with pytest.raises(SystemExit, match=r"c\.jsonl: no finished run"):
+        bench_recipe.main(["noise", str(place / "c.jsonl")])
 
 
 # ---- data, and real runs
