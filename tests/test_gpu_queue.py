@@ -155,11 +155,14 @@ def test_a_plan_that_cannot_work_is_refused_before_a_job_runs(tmp_path, capsys, 
     assert words in capsys.readouterr().err and not (tmp_path / "state").exists()
 
 
-def test_a_state_folder_that_bash_would_split_is_refused(tmp_path, capsys):
-    """`rm -rf {state}/runs/NAME` would remove another folder."""
-    with pytest.raises(SystemExit):
-        gpu_queue.main([str(write_plan(tmp_path, job("a"))), "--state", str(tmp_path / "a b")])
-    assert "no blanks" in capsys.readouterr().err and not (tmp_path / "a b").exists()
+def test_a_state_folder_is_one_word_for_bash(tmp_path):
+    """`rm -rf {state}/runs/NAME` must not remove another folder."""
+    (tmp_path / "a").mkdir()
+    state = tmp_path / "a $(touch b); c's"
+    command = "rm -rf {state}/old; echo {state}"
+    plan = write_plan(tmp_path, job("one", command))
+    assert gpu_queue.main([str(plan), "--state", str(state)]) == 0
+    assert (state / "one.log").read_text() == f"{state}\n" and (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
