@@ -1110,20 +1110,14 @@ class TestTimeTrainer(train_gpt.TestTimeTrainer):
     def plan_made(self, starts, lengths, phases):
         if not self.hp.ngram_tilt_enabled:
             return
-        before = self.progress.seconds()
+        tokens, before = self.packer.tokens, self.progress.seconds()
         if self.hp.learns_tilt:
-            self.hinted[:, 1:3] = tilt_hints(self.packer.tokens, starts, lengths, phases, self.hp)
-            self.hinted[:, 3] = queue_of_targets(self.packer.tokens, starts, phases)
-            kinds = self.hinted[self.hinted[:, 1] >= 0, 2]
-            numbers = torch.bincount(kinds // KINDS, minlength=len(self.boosts.orders)).tolist()
-            by_order = map("{}:{}".format, self.boosts.orders, numbers)
-            seconds = self.progress.seconds() - before
-            self.log(f"ttt_ngram hints by order {' '.join(by_order)} seconds:{seconds:.1f}")
-            return
-        hints = ngram_hints(self.packer.tokens, starts, lengths, phases)
-        self.hinted[:, 1] = hints
-        seconds = self.progress.seconds()
-        self.log(f"ttt_ngram hints:{(hints >= 0).sum()} seconds:{seconds:.1f}")
+            self.hinted[:, 1:3] = tilt_hints(tokens, starts, lengths, phases, self.hp)
+            self.hinted[:, 3] = queue_of_targets(tokens, starts, phases)
+        else:
+            self.hinted[:, 1] = ngram_hints(tokens, starts, lengths, phases)
+        number = int((self.hinted[:, 1] >= 0).sum())  # on a GPU this waits for the hints
+        self.log(f"ttt_ngram hints:{number} seconds:{self.progress.seconds() - before:.1f}")
 
     def global_adapt(self, documents):
         super().global_adapt(documents)
