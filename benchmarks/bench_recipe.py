@@ -53,7 +53,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from prepare_caseops_data import read_lines  # noqa: E402
+from prepare_caseops_data import read_lines, whole_number  # noqa: E402
 from tools.run_files import script_of, settings_of, with_preset  # noqa: E402
 
 LINE_VERSION = 1  # of the records in a campaign file
@@ -307,11 +307,15 @@ def parse_arm(words: list[str]) -> Arm:
     folder = Path(tree or ROOT).resolve()
     if not (folder / "train_gpt.py").exists():
         raise ValueError(f"arm {name}: there is no train_gpt.py in {folder}")
+    return Arm(name, named_settings(words[1].split(), f"arm {name}"), folder)
+
+
+def named_settings(words: list[str], where: str) -> dict[str, str]:
+    """As settings_of; ValueError with the place for words that are no NAME=value."""
     try:
-        settings = settings_of(words[1].split())
+        return settings_of(words)
     except ValueError:
-        raise ValueError(f"arm {name}: {words[1]!r} must be words such as NAME=value") from None
-    return Arm(name, settings, folder)
+        raise ValueError(f"{where}: {' '.join(words)!r} must be words such as NAME=value") from None
 
 
 def refuse_unequal(arms: list[Arm], kind: str, allowed: list[str]) -> None:
@@ -694,7 +698,8 @@ def run_campaign(args) -> int:
         raise ValueError("a seed stands twice in --seeds; only --kind noise repeats runs")
     folder = Path(args.data).resolve()
     data = data_identity(folder)
-    shared = STANDARD | KINDS[args.kind] | {"DATA_PATH": str(folder)} | settings_of(args.set)
+    shared = STANDARD | KINDS[args.kind] | {"DATA_PATH": str(folder)}
+    shared |= named_settings(args.set, "--set")
     recipes = {arm.name: check_arm(arm, shared) for arm in args.arms}
     path = campaign_path(args.campaign)
     with locked(path):
@@ -1361,7 +1366,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     data.add_argument("--val", required=True, metavar="FILE", help="validation documents, likewise")
     data.add_argument(
-        "--val-docs", type=int, default=500, metavar="N", help="the first N; default: %(default)s"
+        "--val-docs",
+        type=whole_number(1),
+        default=500,
+        metavar="N",
+        help="the first N; default: %(default)s",
     )
     data.add_argument("--tokenizer", metavar="MODEL", help="default: the one in tokenizers/")
     return parser.parse_args(arguments)

@@ -394,6 +394,11 @@ def test_what_cannot_work_is_refused_before_anything_runs(place, arms, sentence)
     assert sentence in code and records == []
 
 
+def test_words_of_set_are_checked(place):
+    code, _ = run(place, BASE, options=["--set", "GAIN=1", "SPEED"])
+    assert "--set: 'GAIN=1 SPEED' must be words such as NAME=value" in code
+
+
 def test_seeds_and_data_are_checked(place):
     assert "a seed stands twice" in run(place, BASE, BETTER, seeds="1 1")[0]
     for path in (place / "data").glob("fineweb_train*"):
