@@ -21,6 +21,13 @@ SETTINGS = [
         "tests/test_settings.py::test_every_declared_bound_holds",
     ),
     Mutant(
+        "range-most-excludes-the-bound",
+        TRAINER,
+        '"most" in rule and value > rule["most"]',
+        '"most" in rule and value >= rule["most"]',
+        "tests/test_settings.py::test_every_declared_bound_holds",
+    ),
+    Mutant(
         "range-nan-is-taken",
         TRAINER,
         "if isinstance(value, float) and not math.isfinite(value):",
