@@ -1106,6 +1106,13 @@ STATES = [
         "tests/test_reliability.py::test_training_goes_on_bit_for_bit_from_a_state[changes0]",
     ),
     Mutant(
+        "average-is-not-restored",
+        GUARD,
+        "        average.copy_(saved)\n",
+        "        pass\n",
+        "tests/test_reliability.py::test_training_goes_on_bit_for_bit_from_a_state[changes0]",
+    ),
+    Mutant(
         "snapshots-are-not-restored",
         GUARD,
         '    ema.snapshots = int(state["snapshots"])\n',
