@@ -21,6 +21,13 @@ SETTINGS = [
         "tests/test_settings.py::test_every_declared_bound_holds",
     ),
     Mutant(
+        "range-most-excludes-the-bound",
+        TRAINER,
+        '"most" in rule and value > rule["most"]',
+        '"most" in rule and value >= rule["most"]',
+        "tests/test_settings.py::test_every_declared_bound_holds",
+    ),
+    Mutant(
         "range-nan-is-taken",
         TRAINER,
         "if isinstance(value, float) and not math.isfinite(value):",
@@ -1096,6 +1103,13 @@ STATES = [
         GUARD,
         '        "average": trainer.ema.average,\n',
         '        "average": list(trainer.model.parameters()),\n',
+        "tests/test_reliability.py::test_training_goes_on_bit_for_bit_from_a_state[changes0]",
+    ),
+    Mutant(
+        "average-is-not-restored",
+        GUARD,
+        "        average.copy_(saved)\n",
+        "        pass\n",
         "tests/test_reliability.py::test_training_goes_on_bit_for_bit_from_a_state[changes0]",
     ),
     Mutant(

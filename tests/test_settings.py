@@ -272,6 +272,8 @@ def test_every_declared_bound_holds(field, kind):
     words = {"above": "above", "least": "at least", "most": "at most"}[kind]
     with pytest.raises(SettingError, match=rf"^{field.name.upper()}=\S+: must be {words} "):
         Hyperparameters.from_env({field.name.upper(): str(field.type(outside))})
+    if kind != "above":  # the bound itself is taken
+        assert list(train_gpt.range_problems(field, field.type(bound))) == []
 
 
 @pytest.mark.parametrize(
