@@ -36,7 +36,6 @@ SETTINGS = TINY_RUN | {
     "NUM_KV_HEADS": "1",
     "TRAIN_BATCH_TOKENS": "256",
     "ITERATIONS": "8",
-    "EMA_SPAN": "0.5",  # at the default, the average of so few steps is the last weights
     "TRAIN_LOG_EVERY": "1",
     "GPTQ_CALIBRATION_BATCHES": "2",
     "PLOTS": "0",

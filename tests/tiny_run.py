@@ -22,6 +22,7 @@ TINY_RUN = {
     "TRAIN_SEQ_LEN": "64",
     "MAX_WALLCLOCK_SECONDS": "0",
     "WARMUP_STEPS": "1",
+    "EMA_SPAN": "0.5",  # at the default, the average of so few steps is the last weights
     "COMPRESSOR": "brotli",
     "EVAL_SEQ_LEN": "64",
     "TTT_EVAL_SEQ_LEN": "64",
