@@ -192,7 +192,7 @@ def are_scores(scores) -> bool:
     """Whether these are {stage: {bpb, bytes, ...}} with numbers."""
     return isinstance(scores, dict) and all(
         isinstance(score, dict)
-        and isinstance(score.get("bpb"), int | float)
+        and isinstance(score.get("bpb"), float)
         and math.isfinite(score["bpb"])
         and isinstance(score.get("bytes"), int)
         for score in scores.values()
@@ -213,6 +213,9 @@ def wrong_field(record: dict) -> str | None:
         "code": "code" in record,
         "log": not failed or isinstance(record.get("log"), list),
         "scores": failed or are_scores(record.get("scores")),
+        "steps": isinstance(record.get("steps", 0), int),
+        "total_bytes": isinstance(record.get("total_bytes", 0), int),
+        "device": isinstance(record.get("device", ""), str),
     }
     return next((name for name, right in holds.items() if not right), None)
 

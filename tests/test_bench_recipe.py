@@ -435,6 +435,9 @@ DAMAGES = {
     "the kind is unknown": lambda record: record.update(kind="odd"),
     "no score": lambda record: record.update(scores={"prequant": {}}),
     "no number": lambda record: record.update(scores={"prequant": {"bpb": math.nan, "bytes": 7}}),
+    "a number of steps that is none": lambda record: record.update(steps="many"),
+    "a size that is none": lambda record: record.update(total_bytes=None),
+    "a device without a name": lambda record: record.update(device=None),
     "a failure without its log": lambda record: record.update(status="failed"),
 }
 
