@@ -84,9 +84,9 @@ class Queue:
     def __init__(self, jobs: list[Job], gpus: list[int], workers: int, state: Path):
         self.gpus = gpus
         self.workers = workers
-        self.state = state
-        state.mkdir(parents=True, exist_ok=True)
-        self.progress = state / "progress.jsonl"
+        self.state = state.absolute()  # a job may change its folder
+        self.state.mkdir(parents=True, exist_ok=True)
+        self.progress = self.state / "progress.jsonl"
         self.codes = {}  # name -> exit code
         for _, record in whole_lines(self.progress):
             if record["code"] == 0:

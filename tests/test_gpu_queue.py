@@ -165,6 +165,13 @@ def test_a_state_folder_is_one_word_for_bash(tmp_path):
     assert (state / "one.log").read_text() == f"{state}\n" and (tmp_path / "a").exists()
 
 
+def test_a_job_may_change_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = write_plan(tmp_path, job("one", "cd /; touch {state}/here"))
+    assert gpu_queue.main([str(plan), "--state", "state"]) == 0
+    assert (tmp_path / "state" / "here").exists()
+
+
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
 def test_the_plans_of_this_repository_have_settings_that_exist(path):
     jobs = gpu_queue.read_plan(path)
