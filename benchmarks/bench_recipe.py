@@ -51,6 +51,7 @@ import numpy as np
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
+CAMPAIGNS = ROOT / "docs" / "campaigns"
 sys.path.insert(0, str(ROOT))
 
 from prepare_caseops_data import read_lines, whole_number  # noqa: E402
@@ -162,7 +163,7 @@ def campaign_path(name: str) -> Path:
     """A name -> docs/campaigns/NAME.jsonl; a path that ends in .jsonl stays."""
     if name.endswith(".jsonl"):
         return Path(name)
-    return ROOT / "docs" / "campaigns" / f"{name}.jsonl"
+    return CAMPAIGNS / f"{name}.jsonl"
 
 
 def whole_lines(path: Path) -> list[tuple[int, dict]]:
@@ -243,7 +244,7 @@ def read_records(campaign: str) -> list[dict]:
     path = campaign_path(campaign)
     records = read_campaign(path)
     if not records:
-        names = ", ".join(sorted(file.stem for file in campaign_path("").parent.glob("*.jsonl")))
+        names = ", ".join(sorted(file.stem for file in CAMPAIGNS.glob("*.jsonl")))
         raise ValueError(
             f"{path}: no runs there; name a campaign of docs/campaigns ({names}) or a path that"
             " ends in .jsonl"
